@@ -1,0 +1,3 @@
+//! A distributed transaction coordinator: every service commits, or none does.
+
+pub mod protocol;

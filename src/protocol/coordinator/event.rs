@@ -1,0 +1,254 @@
+//! Everything that can happen to a coordinator, and everything it can ask for.
+
+use std::sync::Arc;
+
+use crate::protocol::{
+    ids::{ServiceName, TransactionKey},
+    message::{
+        Answer, Command, Decision, Destination, Done, Inquiry, Parked, Reason, Request, Vote,
+    },
+    time::Time,
+};
+
+/// The transport's name for a message that it delivered and that must be settled once: by
+/// [`Effect::Ack`], [`Effect::Release`] or [`Effect::Reject`].
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Delivery(pub u64);
+
+/// A fact that the coordinator is told. Any of them may come twice, late, or out of order.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub enum Event {
+    /// The journal is read from offset `next` on; every record made at `since` or later has that
+    /// offset or a higher one. Comes before the first request.
+    JournalAttached {
+        /// The first offset that will be read.
+        next: u64,
+        /// From when on nothing is missing.
+        since: Time,
+    },
+    /// A record was read back from the journal: the coordinator's own or another worker's.
+    RecordRead {
+        /// Its place in the journal.
+        offset: u64,
+        /// The record.
+        decision: Arc<Decision>,
+    },
+    /// A record was read by the look further back that [`Effect::ReadHistory`] asked for. They come
+    /// in journal order.
+    HistoryRead(Arc<Decision>),
+    /// That look is over: every record made at `reaches` or later has been read by it or is in
+    /// view. `None`: nothing can be vouched for.
+    HistoryEnded {
+        /// From when on nothing is missing.
+        reaches: Option<Time>,
+    },
+    /// A request was taken from the queue.
+    RequestReceived {
+        /// The request.
+        request: Request,
+        /// What to settle when its result is confirmed.
+        delivery: Delivery,
+        /// How often it has been delivered, this time included.
+        deliveries: u32,
+    },
+    /// The service that [`Effect::FindService`] asked for exists.
+    ServiceFound(ServiceName),
+    /// It doesn't.
+    ServiceMissing(ServiceName),
+    /// A service's vote came in.
+    VoteReceived(Vote),
+    /// The transport brought a prepare back: no slot became free within the service's `max_wait`.
+    PrepareReturned {
+        /// Which transaction.
+        key: TransactionKey,
+        /// The service without a slot.
+        service: ServiceName,
+    },
+    /// A prepare could not be delivered: there is no such service.
+    PrepareUnroutable {
+        /// Which transaction.
+        key: TransactionKey,
+        /// The service that does not exist.
+        service: ServiceName,
+    },
+    /// A service's answer to a finish came in.
+    DoneReceived(Done),
+    /// An instance asks what became of a transaction.
+    InquiryReceived(Inquiry),
+    /// A result is safe with the broker.
+    ResultConfirmed {
+        /// Whose result.
+        key: TransactionKey,
+        /// The request it answers.
+        delivery: Delivery,
+    },
+    /// A result may be lost.
+    ResultFailed {
+        /// Whose result.
+        key: TransactionKey,
+        /// The request it answers.
+        delivery: Delivery,
+    },
+    /// A parked record is safe with the broker.
+    ParkConfirmed {
+        /// Which transaction.
+        key: TransactionKey,
+        /// The service whose commit is parked; `None`: the transaction itself is.
+        service: Option<ServiceName>,
+    },
+    /// The moment of [`Coordinator::next_deadline`](super::Coordinator::next_deadline) has come.
+    /// Late or needless, it does no harm.
+    DeadlineReached,
+    /// The connection is lost: every delivery will come again, to whomever. Nothing in flight is
+    /// worth keeping.
+    Disconnected,
+    /// Take no new work; hand back what has not begun.
+    DrainRequested,
+}
+
+impl Event {
+    /// The event's name, for logs and for coverage tables.
+    pub const fn label(&self) -> &'static str {
+        match self {
+            Self::JournalAttached { .. } => "JournalAttached",
+            Self::RecordRead { .. } => "RecordRead",
+            Self::HistoryRead(_) => "HistoryRead",
+            Self::HistoryEnded { .. } => "HistoryEnded",
+            Self::RequestReceived { .. } => "RequestReceived",
+            Self::ServiceFound(_) => "ServiceFound",
+            Self::ServiceMissing(_) => "ServiceMissing",
+            Self::VoteReceived(_) => "VoteReceived",
+            Self::PrepareReturned { .. } => "PrepareReturned",
+            Self::PrepareUnroutable { .. } => "PrepareUnroutable",
+            Self::DoneReceived(_) => "DoneReceived",
+            Self::InquiryReceived(_) => "InquiryReceived",
+            Self::ResultConfirmed { .. } => "ResultConfirmed",
+            Self::ResultFailed { .. } => "ResultFailed",
+            Self::ParkConfirmed { .. } => "ParkConfirmed",
+            Self::DeadlineReached => "DeadlineReached",
+            Self::Disconnected => "Disconnected",
+            Self::DrainRequested => "DrainRequested",
+        }
+    }
+
+    /// The transaction it is about, if it is about one.
+    pub fn key(&self) -> Option<&TransactionKey> {
+        match self {
+            Self::RecordRead { decision, .. } | Self::HistoryRead(decision) => Some(&decision.key),
+            Self::RequestReceived { request, .. } => Some(&request.key),
+            Self::VoteReceived(vote) => Some(&vote.key),
+            Self::DoneReceived(done) => Some(&done.key),
+            Self::InquiryReceived(inquiry) => Some(&inquiry.key),
+            Self::PrepareReturned { key, .. }
+            | Self::PrepareUnroutable { key, .. }
+            | Self::ResultConfirmed { key, .. }
+            | Self::ResultFailed { key, .. }
+            | Self::ParkConfirmed { key, .. } => Some(key),
+            Self::JournalAttached { .. }
+            | Self::HistoryEnded { .. }
+            | Self::ServiceFound(_)
+            | Self::ServiceMissing(_)
+            | Self::DeadlineReached
+            | Self::Disconnected
+            | Self::DrainRequested => None,
+        }
+    }
+}
+
+/// Something the coordinator asks for. They are to be carried out in the order in which they come;
+/// any of them may be lost to a crash, and none needs to have succeeded before the next, except:
+///
+/// * [`Effect::Ack`] comes only after the [`Event::ResultConfirmed`] (or
+///   [`Event::ParkConfirmed`]) of that delivery, so a crash in between repeats the answer rather
+///   than losing it.
+/// * [`Effect::Publish`] and every finish and cancel come only after the [`Event::RecordRead`] of
+///   the outcome; the result of a committed transaction also only after every service has
+///   committed, or the [`Event::ParkConfirmed`] of the one that did not.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub enum Effect {
+    /// Find out whether `0` exists: answered by [`Event::ServiceFound`] or
+    /// [`Event::ServiceMissing`].
+    FindService(ServiceName),
+    /// Send a command to a service.
+    Send {
+        /// The service.
+        service: ServiceName,
+        /// Which of its instances.
+        to: Destination,
+        /// What to do.
+        command: Command,
+    },
+    /// Append a record to the journal.
+    Append(Decision),
+    /// Read the journal from `from` up to the record before offset `until`: answered by
+    /// [`Event::HistoryRead`]s and one [`Event::HistoryEnded`].
+    ReadHistory {
+        /// Where to begin.
+        from: Time,
+        /// Where to end.
+        until: u64,
+    },
+    /// Tell the producer, and answer with [`Event::ResultConfirmed`] or [`Event::ResultFailed`].
+    Publish {
+        /// The transaction whose result it is.
+        key: TransactionKey,
+        /// The request that is answered.
+        delivery: Delivery,
+        /// The result.
+        answer: Answer,
+    },
+    /// The request is dealt with: it must not come again.
+    Ack(Delivery),
+    /// The request was not begun: hand it to another worker.
+    Release(Delivery),
+    /// The request can't be dealt with: set it aside with the reason, and tell its producer.
+    Reject {
+        /// The request.
+        request: Request,
+        /// What to settle.
+        delivery: Delivery,
+        /// What is wrong with it.
+        reason: Reason,
+    },
+    /// Write it down for a person, durably, and answer with [`Event::ParkConfirmed`].
+    Park(Parked),
+    /// Write down, durably, that a parked commit was applied after all.
+    Settle {
+        /// Which transaction.
+        key: TransactionKey,
+        /// The service that has committed.
+        service: ServiceName,
+    },
+    /// Worth a line in the log or a count, nothing more.
+    Report(Anomaly),
+}
+
+/// Something unusual that the protocol deals with by itself.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub enum Anomaly {
+    /// A request came again that is being worked on.
+    DuplicateRequest(TransactionKey),
+    /// A vote came for a transaction that is decided, or unknown here.
+    LateVote(TransactionKey, ServiceName),
+    /// Two instances of one service prepared the same transaction: one of them will undo it.
+    PreparedTwice(TransactionKey, ServiceName),
+    /// A service's code failed to commit and will be called again.
+    CommitFailed {
+        /// Which transaction.
+        key: TransactionKey,
+        /// Which service.
+        service: ServiceName,
+        /// How many attempts have failed.
+        failures: u32,
+        /// What the code said.
+        error: Arc<str>,
+    },
+    /// A command was not answered and is sent again.
+    Unanswered(TransactionKey, ServiceName),
+    /// A transaction that held slots elsewhere got none here in time.
+    Stalled(TransactionKey, ServiceName),
+    /// An inquiry could not be taken in: too many are under way. It will be repeated.
+    InquiryDropped(TransactionKey),
+    /// The journal has a gap before this offset.
+    JournalGap(u64),
+}

@@ -1,0 +1,47 @@
+//! What is due when.
+
+use std::collections::BTreeSet;
+
+use crate::protocol::{ids::TransactionKey, time::Time};
+
+/// The moments at which transactions want to be looked at again, soonest first.
+///
+/// A transaction has one entry at most, and keeps the handle to it in a `due: Option<Time>` of its
+/// own. An entry may be early: whoever is woken looks at what is really due, and arms again.
+#[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
+pub(crate) struct Deadlines(BTreeSet<(Time, TransactionKey)>);
+
+impl Deadlines {
+    /// The soonest moment.
+    pub(crate) fn next(&self) -> Option<Time> {
+        self.0.first().map(|(at, _)| *at)
+    }
+
+    /// Makes sure that `key` is woken at `at` or before; `due` is its handle.
+    pub(crate) fn wake_by(&mut self, key: &TransactionKey, due: &mut Option<Time>, at: Time) {
+        if due.is_some_and(|due| due <= at) {
+            return;
+        }
+        self.disarm(key, due);
+        self.0.insert((at, key.clone()));
+        *due = Some(at);
+    }
+
+    /// Takes the entry of `key` out, if it has one.
+    pub(crate) fn disarm(&mut self, key: &TransactionKey, due: &mut Option<Time>) {
+        if let Some(at) = due.take() {
+            self.0.remove(&(at, key.clone()));
+        }
+    }
+
+    /// Takes out all that is due at `now`, soonest first.
+    pub(crate) fn take_due(&mut self, now: Time) -> Vec<TransactionKey> {
+        let mut due = Vec::new();
+        while let Some((at, _)) = self.0.first()
+            && *at <= now
+        {
+            due.extend(self.0.pop_first().map(|(_, key)| key));
+        }
+        due
+    }
+}

@@ -1,0 +1,173 @@
+//! The names of things: checked once when they come in, cheap to copy afterwards.
+//!
+//! A name never says more than which thing is meant. Nothing here makes names up; who needs a new
+//! one (an instance its branches, a worker its own id) is given it or counts.
+
+use std::{borrow::Borrow, fmt, sync::Arc};
+
+use crate::protocol::time::Time;
+
+/// A text that is not the name it should be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InvalidName {
+    /// What the text was meant to name, for example `transaction id`.
+    pub what: &'static str,
+    /// The text as it came, cut after 64 characters.
+    pub value: String,
+    /// The rule it breaks.
+    pub rule: &'static str,
+}
+
+impl fmt::Display for InvalidName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {:?} must match {}", self.what, self.value, self.rule)
+    }
+}
+
+impl std::error::Error for InvalidName {}
+
+macro_rules! names {
+    ($($(#[$doc:meta])* $name:ident: $what:literal, $max:literal, $extra:literal;)*) => {$(
+        $(#[$doc])*
+        #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub struct $name(Arc<str>);
+
+        impl $name {
+            /// The characters allowed, and how many.
+            pub const RULE: &'static str = concat!("[A-Za-z0-9", $extra, "]{1,", $max, "}");
+
+            /// Checks `text` against [`Self::RULE`].
+            pub fn parse(text: &str) -> Result<Self, InvalidName> {
+                let allowed =
+                    |byte: u8| byte.is_ascii_alphanumeric() || $extra.as_bytes().contains(&byte);
+                if (1..=$max).contains(&text.len()) && text.bytes().all(allowed) {
+                    return Ok(Self(text.into()));
+                }
+                let value = text.chars().take(64).collect();
+                Err(InvalidName { what: $what, value, rule: Self::RULE })
+            }
+
+            /// The name as text.
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.pad(&self.0)
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+
+        impl Borrow<str> for $name {
+            fn borrow(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl std::str::FromStr for $name {
+            type Err = InvalidName;
+            fn from_str(text: &str) -> Result<Self, InvalidName> {
+                Self::parse(text)
+            }
+        }
+    )*};
+}
+
+names! {
+    /// What a producer calls its transaction. Two requests with one id are told apart by their
+    /// `requested_at`: see [`TransactionKey`].
+    TransactionId: "transaction id", 128, "._:-";
+    /// A named participant with one durable state.
+    ServiceName: "service name", 64, "_-";
+    /// One running process of a service. A process started again is another instance.
+    InstanceId: "instance id", 64, "_-";
+    /// One process of the coordinator.
+    WorkerId: "worker id", 64, "_-";
+    /// One run of a service's prepare for a transaction. Made by the instance that runs it, stored
+    /// with what it prepared, and named by the decision that commits it.
+    Branch: "branch", 96, "._-";
+    /// Where a producer wants its result: a token of its own, never a queue name.
+    ReplyToken: "reply token", 64, "_-";
+}
+
+impl Branch {
+    /// The `number`th branch that `instance` makes.
+    pub fn of(instance: &InstanceId, number: u64) -> Self {
+        Self(format!("{instance}.{number}").into())
+    }
+}
+
+/// What names a transaction everywhere and in every message.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TransactionKey {
+    /// What the producer calls it.
+    pub id: TransactionId,
+    /// When the producer asked for it, by the producer's clock. A retry repeats it.
+    pub requested_at: Time,
+}
+
+impl fmt::Display for TransactionKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}@{}", self.id, self.requested_at.as_millis())
+    }
+}
+
+impl fmt::Debug for TransactionKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// A digest of a request's services and data: what tells a retry from another request under the
+/// same id.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RequestHash(pub [u8; 16]);
+
+impl fmt::Display for RequestHash {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for RequestHash {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Branch, InstanceId, ServiceName, TransactionId};
+
+    #[test]
+    fn names_keep_to_their_characters_and_lengths() {
+        for good in ["a", "A-1_b", &"x".repeat(64)] {
+            assert_eq!(ServiceName::parse(good).map(|name| name.to_string()).as_deref(), Ok(good));
+        }
+        for bad in ["", "a b", "a.b", "pay/ments", "ünïcode", "a\n", &"x".repeat(65)] {
+            assert!(ServiceName::parse(bad).is_err(), "{bad:?}");
+        }
+        assert!(TransactionId::parse("order:17.b-2_c").is_ok());
+        assert!(TransactionId::parse(&"x".repeat(129)).is_err());
+    }
+
+    #[test]
+    fn the_complaint_names_what_the_value_and_the_rule() {
+        let complaint = TransactionId::parse("a b").unwrap_err().to_string();
+        assert_eq!(complaint, r#"transaction id "a b" must match [A-Za-z0-9._:-]{1,128}"#);
+    }
+
+    #[test]
+    fn the_branch_of_the_longest_instance_id_is_a_valid_branch() {
+        let instance = InstanceId::parse(&"i".repeat(64)).unwrap();
+        let branch = Branch::of(&instance, u64::MAX);
+        assert_eq!(Branch::parse(branch.as_str()), Ok(branch));
+    }
+}

@@ -1,0 +1,175 @@
+//! The journal as one reader sees it: the first record of each transaction, and from when on
+//! nothing is missing.
+//!
+//! **Invariant:** [`Recall::Absent`] is said only of a transaction whose every record, were there
+//! one, lies in the part that was read without a gap. Where that isn't so the answer is
+//! [`Recall::OutOfSight`], and the caller reads further back or hands the matter to a person.
+//!
+//! Whether a record can lie before that part is told by clocks: no record is made earlier than
+//! `requested_at` − `clock_margin` of its transaction, since `clock_margin` bounds how far any two
+//! clocks of the system differ.
+
+use std::{
+    collections::{BTreeMap, VecDeque, btree_map::Entry},
+    sync::Arc,
+    time::Duration,
+};
+
+use crate::protocol::{
+    ids::{TransactionId, TransactionKey},
+    message::Decision,
+    time::Time,
+};
+
+/// What the read part of the journal says of a transaction.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Recall {
+    /// Its first record.
+    Found(Arc<Decision>),
+    /// It has none.
+    Absent,
+    /// The read part begins too late to tell.
+    OutOfSight,
+}
+
+/// What reading one more record meant.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Reading {
+    /// The first record of its transaction in the part that was read.
+    First(Arc<Decision>),
+    /// A later record of a transaction that has one: void.
+    Void,
+    /// Read before: the stream repeats itself after a reconnect.
+    Repeated,
+}
+
+/// The part of the journal that was read without a gap, as far as memory goes.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct JournalView {
+    records_max: usize,
+    window: Duration,
+    /// Every record made at this moment or later, up to `next`, was read and is remembered.
+    since: Option<Time>,
+    /// The offset of the oldest record that `since` vouches for.
+    oldest: u64,
+    /// The offset that comes next.
+    next: u64,
+    first: BTreeMap<TransactionKey, Arc<Decision>>,
+    /// What is in `first`, in journal order.
+    order: VecDeque<(u64, TransactionKey)>,
+}
+
+impl JournalView {
+    /// A view that has read nothing. It remembers `records_max` transactions at most, and none
+    /// decided longer ago than `window`.
+    pub fn new(records_max: usize, window: Duration) -> Self {
+        Self {
+            records_max,
+            window,
+            since: None,
+            oldest: 0,
+            next: 0,
+            first: BTreeMap::new(),
+            order: VecDeque::new(),
+        }
+    }
+
+    /// Starts anew at offset `next`: every record made at `since` or later has that offset or a
+    /// higher one.
+    pub fn attach(&mut self, next: u64, since: Time) {
+        *self = Self {
+            next,
+            oldest: next,
+            since: Some(since),
+            ..Self::new(self.records_max, self.window)
+        };
+    }
+
+    /// The offset to go on from after a break.
+    pub fn next_offset(&self) -> u64 {
+        self.next
+    }
+
+    /// The offset of the oldest record this view vouches for: a look further back ends before it.
+    pub fn oldest_offset(&self) -> u64 {
+        self.oldest
+    }
+
+    /// From when on nothing is missing; `None` before [`JournalView::attach`].
+    pub fn since(&self) -> Option<Time> {
+        self.since
+    }
+
+    /// How many transactions are remembered.
+    pub fn len(&self) -> usize {
+        self.first.len()
+    }
+
+    /// Whether none is.
+    pub fn is_empty(&self) -> bool {
+        self.first.is_empty()
+    }
+
+    /// Takes in the record at `offset`. Offsets are consecutive: a jump means that records are
+    /// lost, and then nothing before `now` is vouched for any more.
+    pub fn read(&mut self, now: Time, offset: u64, decision: Arc<Decision>) -> Reading {
+        if offset < self.next {
+            return Reading::Repeated;
+        }
+        if offset > self.next || self.since.is_none() {
+            let gap_ends = now + Duration::from_millis(1);
+            self.attach(offset, gap_ends);
+        }
+        self.next = offset + 1;
+        match self.first.entry(decision.key.clone()) {
+            Entry::Occupied(_) => return Reading::Void,
+            Entry::Vacant(entry) => entry.insert(Arc::clone(&decision)),
+        };
+        self.order.push_back((offset, decision.key.clone()));
+        self.forget_the_oldest(now);
+        Reading::First(decision)
+    }
+
+    /// What is known of `key`, if `clock_margin` bounds how far any two clocks differ.
+    pub fn recall(&self, key: &TransactionKey, clock_margin: Duration) -> Recall {
+        if !self.reaches(key, clock_margin) {
+            return Recall::OutOfSight;
+        }
+        self.first.get(key).map_or(Recall::Absent, |decision| Recall::Found(Arc::clone(decision)))
+    }
+
+    /// The first record read for `key`, whether or not an earlier one may be out of sight.
+    pub fn earliest_seen(&self, key: &TransactionKey) -> Option<&Arc<Decision>> {
+        self.first.get(key)
+    }
+
+    /// [`Recall::Found`] of a transaction with the same `id` as `key`, requested at another time.
+    pub fn namesake(&self, key: &TransactionKey, clock_margin: Duration) -> Option<Recall> {
+        let other = self.of_id(&key.id).find(|decision| decision.key != *key)?;
+        let recall = self.recall(&other.key, clock_margin);
+        matches!(recall, Recall::Found(_)).then_some(recall)
+    }
+
+    fn of_id(&self, id: &TransactionId) -> impl Iterator<Item = &Arc<Decision>> {
+        let from = TransactionKey { id: id.clone(), requested_at: Time::EPOCH };
+        let id = id.clone();
+        self.first.range(from..).take_while(move |(key, _)| key.id == id).map(|(_, found)| found)
+    }
+
+    fn reaches(&self, key: &TransactionKey, clock_margin: Duration) -> bool {
+        self.since.is_some_and(|since| since <= key.requested_at - clock_margin)
+    }
+
+    fn forget_the_oldest(&mut self, now: Time) {
+        while let Some((offset, key)) = self.order.front() {
+            let made_at = self.first.get(key).map_or(Time::EPOCH, |decision| decision.decided_at);
+            if self.first.len() <= self.records_max && made_at + self.window >= now {
+                return;
+            }
+            self.oldest = offset + 1;
+            self.since = self.since.max(Some(made_at + Duration::from_millis(1)));
+            self.first.remove(key);
+            self.order.pop_front();
+        }
+    }
+}

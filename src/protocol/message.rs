@@ -1,0 +1,358 @@
+//! What is said between producers, workers, services and the journal.
+//!
+//! These are the words of the protocol, not their form on the wire: that is `wire`'s. One type is
+//! one item; how many items travel in one message is the transport's business.
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use crate::protocol::{
+    ids::{
+        Branch, InstanceId, ReplyToken, RequestHash, ServiceName, TransactionId, TransactionKey,
+        WorkerId,
+    },
+    time::Time,
+};
+
+/// What a producer sent along, as it came: text that only the services read.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct Payload(Arc<str>);
+
+impl Payload {
+    /// Takes the text as it is.
+    pub fn new(text: impl Into<Arc<str>>) -> Self {
+        Self(text.into())
+    }
+
+    /// The text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Payload {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// How a transaction ends: for all its services alike.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Outcome {
+    /// Every service commits what it prepared.
+    Committed,
+    /// No service keeps anything.
+    Aborted,
+}
+
+impl Outcome {
+    /// The word that stands in results and records.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Committed => "COMMITTED",
+            Self::Aborted => "ABORTED",
+        }
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+/// Why a transaction aborts, in one word.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum ReasonCode {
+    /// A service's code said no.
+    Refused,
+    /// A service's code ended in an error, a panic or a time-out; or the request was delivered too
+    /// often.
+    Failed,
+    /// A service had no slot free within its `max_wait`.
+    NoSlot,
+    /// No service of that name exists.
+    UnknownService,
+    /// Not every vote was there when the prepare deadline passed.
+    Deadline,
+    /// The prepare was withdrawn before it reached the service's code.
+    Cancelled,
+    /// The request can't be understood.
+    Invalid,
+    /// The id is taken by a transaction with other content.
+    IdReused,
+}
+
+impl ReasonCode {
+    /// The word that stands in results and records.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Refused => "refused",
+            Self::Failed => "failed",
+            Self::NoSlot => "no_slot",
+            Self::UnknownService => "unknown_service",
+            Self::Deadline => "deadline",
+            Self::Cancelled => "cancelled",
+            Self::Invalid => "invalid",
+            Self::IdReused => "id_reused",
+        }
+    }
+}
+
+impl fmt::Display for ReasonCode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+/// Why a transaction aborts, or a request was rejected.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct Reason {
+    /// The word for it.
+    pub code: ReasonCode,
+    /// The service it happened at, where it was one.
+    pub service: Option<ServiceName>,
+    /// What that service (or the coordinator) says about it.
+    pub message: Option<Arc<str>>,
+}
+
+impl Reason {
+    /// `code`, at `service`, without further words.
+    pub fn at(service: &ServiceName, code: ReasonCode) -> Self {
+        Self { code, service: Some(service.clone()), message: None }
+    }
+
+    /// `code`, at no service in particular.
+    pub fn because(code: ReasonCode, message: impl Into<Arc<str>>) -> Self {
+        Self { code, service: None, message: Some(message.into()) }
+    }
+}
+
+/// What a producer asks for: that all of `services` commit, or none.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct Request {
+    /// Which transaction.
+    pub key: TransactionKey,
+    /// The digest of `services` and `data`.
+    pub request_hash: RequestHash,
+    /// Every service involved, each once, in name order. Never empty.
+    pub services: Arc<[ServiceName]>,
+    /// Handed to every prepare.
+    pub data: Payload,
+    /// How long the prepares may take; `None`: the worker's default.
+    pub timeout: Option<Duration>,
+    /// Where the producer wants the result.
+    pub reply: Option<ReplyToken>,
+}
+
+/// What a worker tells a service, or its instances.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub enum Command {
+    /// Make ready to commit, and vote.
+    Prepare(Prepare),
+    /// Whoever holds this transaction: vote again.
+    Query(Query),
+    /// The outcome: commit or undo.
+    Finish(Finish),
+    /// A prepare of mine may still wait for a slot: don't start it.
+    Cancel(TransactionKey),
+}
+
+/// To whom a command goes.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Destination {
+    /// The service's prepare queue: whichever instance has a slot.
+    Slot,
+    /// The one instance that holds the slot.
+    Instance(InstanceId),
+    /// Every instance that runs now.
+    AllInstances,
+    /// The service's durable queue: any one instance, now or when one comes back.
+    AnyInstance,
+}
+
+/// The prepare command.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct Prepare {
+    /// Which transaction.
+    pub key: TransactionKey,
+    /// The digest of the request, to be kept with what is prepared.
+    pub request_hash: RequestHash,
+    /// What to prepare.
+    pub data: Payload,
+    /// After this moment the service's code is not called any more.
+    pub deadline: Time,
+    /// Whether this may have been prepared before (a worker took over, or the delivery came again):
+    /// look into the store before calling the service's code.
+    pub repeated: bool,
+}
+
+/// The question who holds a transaction.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct Query {
+    /// Which transaction.
+    pub key: TransactionKey,
+    /// The digest of the request: who holds other content under that key says no.
+    pub request_hash: RequestHash,
+}
+
+/// The commit or abort command.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct Finish {
+    /// Which transaction.
+    pub key: TransactionKey,
+    /// What to do with it.
+    pub outcome: Outcome,
+    /// The branch that `outcome` is about. Whoever holds another branch of a committed transaction
+    /// undoes it; `None` with [`Outcome::Committed`] means that nothing of this service's is part
+    /// of the transaction.
+    pub branch: Option<Branch>,
+    /// Whether the coordinator has parked this command: its done settles the matter.
+    pub parked: bool,
+}
+
+/// The answer to a prepare or a query.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct Vote {
+    /// Which transaction.
+    pub key: TransactionKey,
+    /// The digest of the request that the vote is about. A vote may reach a worker that knows the
+    /// key with other content, and must not count there.
+    pub request_hash: RequestHash,
+    /// The service that votes.
+    pub service: ServiceName,
+    /// The instance that votes for it.
+    pub instance: InstanceId,
+    /// What it says.
+    pub ballot: Ballot,
+    /// Its free slots as of now.
+    pub free: u32,
+}
+
+/// What a service answers.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub enum Ballot {
+    /// Stored, and kept until the outcome is heard.
+    Prepared {
+        /// What a decision must name to commit it.
+        branch: Branch,
+    },
+    /// Nothing to commit here: leave me out.
+    ReadOnly,
+    /// The service's code said no. Nothing is held.
+    Refused(Reason),
+    /// An error, a panic or a time-out. Something may be held.
+    Failed {
+        /// The branch that may be held.
+        branch: Branch,
+        /// What happened.
+        reason: Reason,
+    },
+    /// The outcome was already heard.
+    Finished(Outcome),
+}
+
+/// The answer to a finish.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct Done {
+    /// Which transaction.
+    pub key: TransactionKey,
+    /// The service that answers.
+    pub service: ServiceName,
+    /// The instance that answers for it.
+    pub instance: InstanceId,
+    /// Whether the outcome is applied; if not, what the service's code said.
+    pub applied: Result<(), Arc<str>>,
+    /// Copied from the finish: see [`Finish::parked`].
+    pub parked: bool,
+    /// The instance's free slots as of now.
+    pub free: u32,
+}
+
+/// An instance that holds a transaction asks what became of it.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct Inquiry {
+    /// Which transaction.
+    pub key: TransactionKey,
+    /// The digest of the request it prepared.
+    pub request_hash: RequestHash,
+    /// The service that asks.
+    pub service: ServiceName,
+    /// The instance that asks for it, and wants the answer.
+    pub instance: InstanceId,
+    /// The branch it holds.
+    pub branch: Branch,
+    /// The deadline of the prepare; before it nobody decides for the sake of an inquiry.
+    pub deadline: Time,
+}
+
+/// A record in the journal that proposes an outcome. The *first* one for its key is the outcome.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct Decision {
+    /// Which transaction.
+    pub key: TransactionKey,
+    /// The digest of the request it decides.
+    pub request_hash: RequestHash,
+    /// The outcome it proposes.
+    pub outcome: Outcome,
+    /// What [`Outcome::Committed`] commits: the branch of every service that voted prepared, in
+    /// name order.
+    pub branches: Vec<(ServiceName, Branch)>,
+    /// Why it aborts.
+    pub reason: Option<Reason>,
+    /// When it was proposed, by the clock of `worker`.
+    pub decided_at: Time,
+    /// Who proposed it.
+    pub worker: WorkerId,
+}
+
+impl Decision {
+    /// The branch of `service` that is committed, if any is.
+    pub fn branch_of(&self, service: &ServiceName) -> Option<&Branch> {
+        self.branches.iter().find(|(name, _)| name == service).map(|(_, branch)| branch)
+    }
+}
+
+/// What a producer is told.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct Answer {
+    /// The id the producer asked under.
+    pub id: TransactionId,
+    /// The `requested_at` of the transaction that was decided. Not the request's own where that was
+    /// a careless retry of an earlier one.
+    pub requested_at: Time,
+    /// The outcome.
+    pub outcome: Outcome,
+    /// Why it aborted.
+    pub reason: Option<Reason>,
+    /// The services whose commit is parked.
+    pub unresolved: Vec<ServiceName>,
+    /// When it was decided.
+    pub decided_at: Time,
+}
+
+/// Something handed to a person: listed with its reason, never forgotten, never guessed.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct Parked {
+    /// Which transaction.
+    pub key: TransactionKey,
+    /// What is the matter with it.
+    pub matter: Matter,
+    /// When it was parked.
+    pub parked_at: Time,
+}
+
+/// What a person has to see to.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub enum Matter {
+    /// `service` did not commit `branch`, though the transaction is committed.
+    Uncommitted {
+        /// The service that did not commit.
+        service: ServiceName,
+        /// What it has to commit.
+        branch: Branch,
+        /// What its code said last; `None`: it never answered.
+        error: Option<Arc<str>>,
+    },
+    /// The journal doesn't reach back to where the transaction began: its outcome can't be told.
+    Undecidable(Request),
+}

@@ -1,0 +1,66 @@
+//! What an instance remembers of transactions that it no longer holds.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use crate::protocol::{
+    ids::{Branch, TransactionId, TransactionKey},
+    message::{Outcome, Reason},
+    time::Time,
+};
+
+/// How a transaction left this instance.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub(super) enum Remembered {
+    /// The outcome was heard and applied; `applied`: the branch it named.
+    Finished { outcome: Outcome, applied: Option<Branch> },
+    /// There was nothing to commit.
+    ReadOnly,
+    /// The answer was no.
+    Refused(Reason),
+    /// The prepare was withdrawn before it was started.
+    Cancelled,
+}
+
+/// The last so many transactions. To forget one costs a needless call of the service's code at
+/// worst, since a decision names what it commits.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub(super) struct Memory {
+    max: usize,
+    of: BTreeMap<TransactionKey, Remembered>,
+    order: VecDeque<TransactionKey>,
+}
+
+impl Memory {
+    pub(super) fn new(max: usize) -> Self {
+        Self { max, of: BTreeMap::new(), order: VecDeque::new() }
+    }
+
+    pub(super) fn of(&self, key: &TransactionKey) -> Option<&Remembered> {
+        self.of.get(key)
+    }
+
+    /// Whether another transaction of this id is remembered.
+    pub(super) fn has_namesake(&self, key: &TransactionKey) -> bool {
+        has_namesake(&self.of, key)
+    }
+
+    pub(super) fn remember(&mut self, key: &TransactionKey, what: Remembered) {
+        if self.of.insert(key.clone(), what).is_some() {
+            return;
+        }
+        self.order.push_back(key.clone());
+        while self.order.len() > self.max {
+            if let Some(oldest) = self.order.pop_front() {
+                self.of.remove(&oldest);
+            }
+        }
+    }
+}
+
+/// Whether `map` has a key with the same id as `key` and another `requested_at`.
+pub(super) fn has_namesake<T>(map: &BTreeMap<TransactionKey, T>, key: &TransactionKey) -> bool {
+    let from = TransactionKey { id: key.id.clone(), requested_at: Time::EPOCH };
+    let is_same_id = |id: &TransactionId| *id == key.id;
+    let mut same_id = map.range(from..).map(|(found, _)| found).take_while(|it| is_same_id(&it.id));
+    same_id.any(|found| found != key)
+}
