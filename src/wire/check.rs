@@ -1,0 +1,270 @@
+//! Checked reading: values out of a JSON text, and a complaint for each that is not as it should
+//! be. What can't be read is `None`, and the reading goes on.
+
+use std::{fmt, ops::RangeInclusive, sync::Arc};
+
+use crate::wire::{
+    complaint::{Collected, Complaint, Place, Position, shortened},
+    json::{self, Kind, Value},
+};
+
+/// Where a value stands, from the top of its JSON text.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Path<'p> {
+    above: Option<&'p Self>,
+    step: Step<'p>,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Step<'p> {
+    Top,
+    Element(usize),
+    Field(&'p str),
+}
+
+impl<'p> Path<'p> {
+    pub(super) const TOP: Path<'static> = Path { above: None, step: Step::Top };
+
+    pub(super) fn element(&'p self, index: usize) -> Self {
+        Self { above: Some(self), step: Step::Element(index) }
+    }
+
+    pub(super) fn field(&'p self, name: &'p str) -> Self {
+        Self { above: Some(self), step: Step::Field(name) }
+    }
+}
+
+impl fmt::Display for Path<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(above) = self.above {
+            write!(f, "{above}")?;
+        }
+        match self.step {
+            Step::Top => f.write_str("$"),
+            Step::Element(index) => write!(f, "[{index}]"),
+            Step::Field(name) if is_plain(name) => write!(f, ".{name}"),
+            Step::Field(name) => write!(f, "[{}]", shortened(&json::quoted(name))),
+        }
+    }
+}
+
+fn is_plain(name: &str) -> bool {
+    let is_word = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
+    (1..=64).contains(&name.len()) && name.bytes().all(is_word)
+}
+
+/// The checking of one JSON text: a file, or a line of one.
+#[derive(Debug)]
+pub(super) struct Check {
+    file: Arc<str>,
+    /// The line, if the text is one of many in its file.
+    line: Option<u64>,
+    pub(super) complaints: Collected,
+}
+
+impl Check {
+    pub(super) fn of_file(file: &Arc<str>) -> Self {
+        Self { file: Arc::clone(file), line: None, complaints: Collected::default() }
+    }
+
+    pub(super) fn of_line(file: &Arc<str>, line: u64) -> Self {
+        Self { line: Some(line), ..Self::of_file(file) }
+    }
+
+    /// Complains about `value`, which stands at `path`.
+    pub(super) fn complain(&mut self, path: &Path<'_>, value: &Value<'_>, rule: impl Into<String>) {
+        let path = path.to_string();
+        let place = match self.line {
+            None => Place::Path(path),
+            Some(line) => Place::Line { line, path },
+        };
+        let value = Some(shortened(value.text));
+        self.complaints.add(Complaint {
+            file: Arc::clone(&self.file),
+            place,
+            value,
+            rule: rule.into(),
+        });
+    }
+
+    /// Complains about the character at `position`.
+    pub(super) fn complain_at(&mut self, position: Position, rule: impl Into<String>) {
+        self.complaints.add(Complaint {
+            file: Arc::clone(&self.file),
+            place: Place::Position(position),
+            value: None,
+            rule: rule.into(),
+        });
+    }
+
+    /// The JSON value that `text` is, if it is; it begins at `start` of its file.
+    pub(super) fn json<'a>(&mut self, start: Position, text: &'a [u8]) -> Option<Value<'a>> {
+        let what = if self.line.is_some() { "line" } else { "file" };
+        let (at, rule) = match str::from_utf8(text) {
+            Ok(text) => match json::parse(text, what) {
+                Ok(value) => return Some(value),
+                Err(error) => (error.at, format!("not JSON: {}", error.message)),
+            },
+            Err(error) => (error.valid_up_to(), "not UTF-8".to_owned()),
+        };
+        let before = text.get(..at).and_then(|before| str::from_utf8(before).ok());
+        self.complain_at(start.after(before.unwrap_or_default()), rule);
+        None
+    }
+
+    /// The values of the fields that are `known`, in that order; complains about others, and about
+    /// those given twice.
+    pub(super) fn fields<'v, 'a, const N: usize>(
+        &mut self,
+        path: &Path<'_>,
+        value: &'v Value<'a>,
+        known: &[&str; N],
+    ) -> Option<[Option<&'v Value<'a>>; N]> {
+        let Kind::Object(fields) = &value.kind else {
+            self.complain(path, value, "must be an object");
+            return None;
+        };
+        let mut found = [const { None }; N];
+        for (name, value) in fields {
+            let path = path.field(name);
+            let slot = known.iter().position(|known| known == name);
+            match slot.and_then(|slot| found.get_mut(slot)) {
+                Some(slot @ None) => *slot = Some(value),
+                Some(Some(_)) => self.complain(&path, value, TWICE),
+                None => self.complain(&path, value, unknown_field(known)),
+            }
+        }
+        Some(found)
+    }
+
+    /// `field`, which `value` must have under `name`.
+    pub(super) fn required<T>(
+        &mut self,
+        path: &Path<'_>,
+        value: &Value<'_>,
+        name: &str,
+        field: Option<T>,
+    ) -> Option<T> {
+        if field.is_none() {
+            self.complain(path, value, format!("must have a field `{name}`"));
+        }
+        field
+    }
+
+    /// The text that `value` is.
+    pub(super) fn string<'v>(&mut self, path: &Path<'_>, value: &'v Value<'_>) -> Option<&'v str> {
+        if let Kind::String(string) = &value.kind {
+            return Some(string);
+        }
+        self.complain(path, value, "must be a string");
+        None
+    }
+
+    /// The name that `parse` finds in `value`; `rule` is its characters and how many.
+    pub(super) fn name<T, E>(
+        &mut self,
+        path: &Path<'_>,
+        value: &Value<'_>,
+        rule: &str,
+        parse: fn(&str) -> Result<T, E>,
+    ) -> Option<T> {
+        let name = parse(self.string(path, value)?).ok();
+        if name.is_none() {
+            self.complain(path, value, format!("must match {rule}"));
+        }
+        name
+    }
+
+    /// The elements of `value`, which must be `what`.
+    pub(super) fn elements<'v, 'a>(
+        &mut self,
+        path: &Path<'_>,
+        value: &'v Value<'a>,
+        what: &str,
+    ) -> Option<&'v [Value<'a>]> {
+        if let Kind::Array(elements) = &value.kind {
+            return Some(elements);
+        }
+        self.complain(path, value, format!("must be {what}"));
+        None
+    }
+
+    /// `true` or `false`.
+    pub(super) fn boolean(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<bool> {
+        if let Kind::Bool(boolean) = value.kind {
+            return Some(boolean);
+        }
+        self.complain(path, value, "must be true or false");
+        None
+    }
+
+    /// The whole number that `value` is, if it lies in `range`.
+    pub(super) fn whole_number(
+        &mut self,
+        path: &Path<'_>,
+        value: &Value<'_>,
+        range: RangeInclusive<u32>,
+    ) -> Option<u32> {
+        let found = number(value).filter(|number| number.fract() == 0.0).filter(|number| {
+            (f64::from(*range.start())..=f64::from(*range.end())).contains(number)
+        });
+        if found.is_none() {
+            let (min, max) = range.into_inner();
+            self.complain(path, value, format!("must be a whole number from {min} to {max}"));
+        }
+        // Exact: it is whole, and lies in a range of `u32`.
+        found.map(|number| number as u32)
+    }
+
+    /// The number that `value` is, if it lies between 0 and `max`; `rule` says so.
+    pub(super) fn number(
+        &mut self,
+        path: &Path<'_>,
+        value: &Value<'_>,
+        max: f64,
+        rule: &str,
+    ) -> Option<f64> {
+        let found = number(value).filter(|number| (0.0..=max).contains(number));
+        if found.is_none() {
+            self.complain(path, value, rule);
+        }
+        found
+    }
+
+    /// Complains about every field within `value` that stands twice in its object.
+    pub(super) fn refuse_doubles(&mut self, path: &Path<'_>, value: &Value<'_>) {
+        match &value.kind {
+            Kind::Array(elements) => {
+                for (index, element) in elements.iter().enumerate() {
+                    self.refuse_doubles(&path.element(index), element);
+                }
+            }
+            Kind::Object(fields) => {
+                let mut before = None;
+                for (name, value) in fields {
+                    let path = path.field(name);
+                    if before == Some(name) {
+                        self.complain(&path, value, TWICE);
+                    }
+                    before = Some(name);
+                    self.refuse_doubles(&path, value);
+                }
+            }
+            Kind::Null | Kind::Bool(_) | Kind::Number | Kind::String(_) => {}
+        }
+    }
+}
+
+const TWICE: &str = "is given twice in one object";
+
+fn number(value: &Value<'_>) -> Option<f64> {
+    match value.kind {
+        Kind::Number => value.text.parse().ok(),
+        Kind::Null | Kind::Bool(_) | Kind::String(_) | Kind::Array(_) | Kind::Object(_) => None,
+    }
+}
+
+fn unknown_field(known: &[&str]) -> String {
+    let known: Vec<String> = known.iter().map(|name| format!("`{name}`")).collect();
+    format!("unknown field; there are {}", known.join(", "))
+}

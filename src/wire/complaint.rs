@@ -1,0 +1,217 @@
+//! What is wrong with a file: where, with which value, and by which rule.
+//!
+//! A file is checked to its end, and every complaint about it is made at once.
+
+use std::{fmt, sync::Arc};
+
+/// One thing that is wrong with a file.
+///
+/// ```text
+/// services.json: $[0].max_concurrency is 0: must be a whole number from 1 to 4294967295
+/// transactions.ndjson:17: $.id is "a b": must match [A-Za-z0-9._:-]{1,128}
+/// transactions.json:3:14: not JSON: found `}` where a value should be
+/// ```
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Complaint {
+    /// The file, by the name the caller gave it.
+    pub file: Arc<str>,
+    /// Where in the file.
+    pub place: Place,
+    /// The offending value as it stands in the file, shortened to one line of at most 64
+    /// characters; `None` where there is no value to show, as in what is not JSON at all.
+    pub value: Option<String>,
+    /// What should have been: lower case, without a full stop.
+    pub rule: String,
+}
+
+/// Where in a file something is.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Place {
+    /// A value in a file that is one JSON text, by its path: `$[3].max_concurrency`.
+    Path(String),
+    /// A value in a file of lines, by its line and its path in there.
+    Line {
+        /// The line, from 1.
+        line: u64,
+        /// The path within the line: `$.id`.
+        path: String,
+    },
+    /// A character: where the text stops being JSON, or text at all.
+    Position(Position),
+}
+
+/// A character of a file.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Position {
+    /// Its line, from 1.
+    pub line: u64,
+    /// How many characters of that line end with it, from 1.
+    pub column: u64,
+}
+
+impl Position {
+    /// The first character of a file.
+    pub const START: Self = Self { line: 1, column: 1 };
+
+    /// Where a text that begins here has got to when `text` of it is past.
+    pub(super) fn after(self, text: &str) -> Self {
+        let newlines = text.bytes().filter(|byte| *byte == b'\n').count() as u64;
+        let last_line = text.rsplit('\n').next().unwrap_or_default().chars().count() as u64;
+        let column = if newlines == 0 { self.column } else { 1 };
+        Self { line: self.line + newlines, column: column + last_line }
+    }
+}
+
+impl fmt::Display for Complaint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.file)?;
+        match &self.place {
+            Place::Path(path) => write!(f, ": {path}")?,
+            Place::Line { line, path } => write!(f, ":{line}: {path}")?,
+            Place::Position(Position { line, column }) => write!(f, ":{line}:{column}")?,
+        }
+        if let Some(value) = &self.value {
+            write!(f, " is {value}")?;
+        }
+        write!(f, ": {}", self.rule)
+    }
+}
+
+/// All that is wrong with a file, or with one line of a stream: never nothing.
+///
+/// Displayed one a line, without a newline after the last. The first [`Complaints::LISTED_MAX`]
+/// are listed, the rest are counted.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Complaints {
+    listed: Vec<Complaint>,
+    unlisted: usize,
+}
+
+impl Complaints {
+    /// More complaints than these are only counted: who reads them has enough to do.
+    pub const LISTED_MAX: usize = 100;
+
+    /// The complaints that are listed, in the order in which they were found.
+    pub fn listed(&self) -> &[Complaint] {
+        &self.listed
+    }
+
+    /// How many more there are.
+    pub fn unlisted(&self) -> usize {
+        self.unlisted
+    }
+}
+
+impl From<Complaint> for Complaints {
+    fn from(complaint: Complaint) -> Self {
+        Self { listed: vec![complaint], unlisted: 0 }
+    }
+}
+
+impl fmt::Display for Complaints {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, complaint) in self.listed.iter().enumerate() {
+            let separator = if index == 0 { "" } else { "\n" };
+            write!(f, "{separator}{complaint}")?;
+        }
+        if self.unlisted > 0 {
+            write!(f, "\nand {} more", self.unlisted)?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Complaints {}
+
+/// Complaints that are still being collected; perhaps there will be none.
+#[derive(Debug, Default)]
+pub(super) struct Collected {
+    listed: Vec<Complaint>,
+    unlisted: usize,
+}
+
+impl Collected {
+    pub(super) fn add(&mut self, complaint: Complaint) {
+        if self.listed.len() < Complaints::LISTED_MAX {
+            self.listed.push(complaint);
+        } else {
+            self.unlisted += 1;
+        }
+    }
+
+    /// `good`, if there is nothing to complain about.
+    pub(super) fn or<T>(self, good: T) -> Result<T, Complaints> {
+        let Self { listed, unlisted } = self;
+        if listed.is_empty() { Ok(good) } else { Err(Complaints { listed, unlisted }) }
+    }
+}
+
+/// `text` on one line, and cut after 64 characters.
+pub(super) fn shortened(text: &str) -> String {
+    const MAX: usize = 64;
+    let mut characters = text.chars().map(|it| if it.is_control() { ' ' } else { it });
+    let mut short: String = characters.by_ref().take(MAX - 1).collect();
+    match (characters.next(), characters.next()) {
+        (Some(last), None) => short.push(last),
+        (Some(_), Some(_)) => short.push('…'),
+        (None, _) => {}
+    }
+    short
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Collected, Complaint, Place, Position, shortened};
+
+    #[test]
+    fn each_kind_of_place_has_its_form() {
+        let complaint = |place, value: Option<&str>| {
+            let (file, rule) = ("f.json".into(), "must be good".to_owned());
+            Complaint { file, place, value: value.map(str::to_owned), rule }.to_string()
+        };
+        assert_eq!(
+            complaint(Place::Path("$[0].a".to_owned()), Some("0")),
+            "f.json: $[0].a is 0: must be good"
+        );
+        assert_eq!(
+            complaint(Place::Line { line: 17, path: "$.id".to_owned() }, Some("\"\"")),
+            "f.json:17: $.id is \"\": must be good"
+        );
+        assert_eq!(
+            complaint(Place::Position(Position { line: 3, column: 14 }), None),
+            "f.json:3:14: must be good"
+        );
+    }
+
+    #[test]
+    fn a_hundred_complaints_are_listed_and_the_rest_counted() {
+        let mut collected = Collected::default();
+        for index in 0..250 {
+            collected.add(Complaint {
+                file: "f".into(),
+                place: Place::Path(format!("$[{index}]")),
+                value: None,
+                rule: "no".to_owned(),
+            });
+        }
+        let text = collected.or(()).unwrap_err().to_string();
+        assert_eq!(text.lines().count(), 101);
+        assert_eq!(text.lines().nth(99), Some("f: $[99]: no"));
+        assert_eq!(text.lines().last(), Some("and 150 more"));
+    }
+
+    #[test]
+    fn a_value_is_shown_on_one_line_of_64_characters() {
+        assert_eq!(shortened("[1,\n\t2]"), "[1,  2]");
+        assert_eq!(shortened(&"é".repeat(64)), "é".repeat(64));
+        assert_eq!(shortened(&"é".repeat(65)), format!("{}…", "é".repeat(63)));
+    }
+
+    #[test]
+    fn a_position_counts_lines_and_characters() {
+        let at = |text| Position { line: 5, column: 3 }.after(text);
+        assert_eq!(at(""), Position { line: 5, column: 3 });
+        assert_eq!(at("é€"), Position { line: 5, column: 5 });
+        assert_eq!(at("x\nyz"), Position { line: 6, column: 3 });
+    }
+}

@@ -1,0 +1,24 @@
+//! JSON as promised to others: what is read from files, what is written for a result.
+//!
+//! * [`services`]: the services of `dtc run`, from `services.json`.
+//! * [`transactions`]: its transactions, as one array or as lines.
+//! * [`result`]: what is said about a transaction when it has ended.
+//! * [`hash`]: the digest that tells a retry from another request under the same id.
+//! * [`complaint`]: what is wrong with a file, where, and by which rule.
+//!
+//! Types of the protocol never become JSON by themselves: every shape has a type of its own here,
+//! so that a change inside can't change a promise.
+//!
+//! **Unknown fields.** A file is written by the person who runs the command, who wants to hear of a
+//! misspelt field: files refuse unknown fields. A message between services may come from a newer
+//! release: messages ignore them.
+//!
+//! **Invariant:** no text, however broken, makes anything here panic; it makes complaints.
+
+mod check;
+pub mod complaint;
+pub mod hash;
+mod json;
+pub mod result;
+pub mod services;
+pub mod transactions;

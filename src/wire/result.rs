@@ -1,0 +1,118 @@
+//! What is said about a transaction when it has ended: [`Brief`], or [`Detailed`].
+//!
+//! ```json
+//! {"id":"TX1","status":"COMMITTED"}
+//! {"id":"TX2","status":"ABORTED","reason":{"service":"stock","code":"refused","message":"sold out"},
+//!  "unresolved":[],"attempts":{"stock":{"prepare":1,"commit":0,"abort":0}},"duration_ms":12.345}
+//! ```
+//!
+//! A field is never left out: where there is nothing to say it is `null`, or an empty array or
+//! object. So a reader can rely on the shape, and two results can be compared line by line.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use serde::{Serialize, Serializer};
+
+use crate::protocol::{
+    ids::ServiceName,
+    message::{Answer, Reason},
+};
+
+/// A result in its shortest form: `{"id","status"}`.
+#[derive(Clone, Debug, Serialize)]
+pub struct Brief<'a> {
+    /// The transaction's id.
+    pub id: &'a str,
+    /// `COMMITTED` or `ABORTED`.
+    pub status: &'static str,
+}
+
+impl<'a> Brief<'a> {
+    /// The short form of `answer`.
+    pub fn of(answer: &'a Answer) -> Self {
+        Self { id: answer.id.as_str(), status: answer.outcome.as_str() }
+    }
+}
+
+/// A result with all that is known about how it came to be:
+/// `{"id","status","reason","unresolved","attempts","duration_ms"}`.
+#[derive(Clone, Debug, Serialize)]
+pub struct Detailed<'a> {
+    /// The transaction's id.
+    pub id: &'a str,
+    /// `COMMITTED` or `ABORTED`.
+    pub status: &'static str,
+    /// Why it aborted; `null` if it is committed.
+    pub reason: Option<Because<'a>>,
+    /// The services whose commit is parked, in the answer's order.
+    #[serde(serialize_with = "names")]
+    pub unresolved: &'a [ServiceName],
+    /// How often the code of each service was called, for those where it was called at all.
+    #[serde(serialize_with = "by_name")]
+    pub attempts: &'a BTreeMap<ServiceName, Attempts>,
+    /// Milliseconds from taking the transaction in to its result, to the microsecond.
+    pub duration_ms: f64,
+}
+
+impl<'a> Detailed<'a> {
+    /// The long form of `answer`, which took `duration`.
+    pub fn of(
+        answer: &'a Answer,
+        attempts: &'a BTreeMap<ServiceName, Attempts>,
+        duration: Duration,
+    ) -> Self {
+        let Brief { id, status } = Brief::of(answer);
+        Self {
+            id,
+            status,
+            reason: answer.reason.as_ref().map(Because::of),
+            unresolved: &answer.unresolved,
+            attempts,
+            duration_ms: duration.as_micros() as f64 / 1000.0,
+        }
+    }
+}
+
+/// Why a transaction aborted: `{"service","code","message"}`.
+#[derive(Clone, Debug, Serialize)]
+pub struct Because<'a> {
+    /// The service it happened at, where it was one; else `null`.
+    pub service: Option<&'a str>,
+    /// One word: see [`ReasonCode`](crate::protocol::message::ReasonCode).
+    pub code: &'static str,
+    /// What the service, or the coordinator, says about it; else `null`.
+    pub message: Option<&'a str>,
+}
+
+impl<'a> Because<'a> {
+    /// The shape of `reason`.
+    pub fn of(reason: &'a Reason) -> Self {
+        Self {
+            service: reason.service.as_ref().map(ServiceName::as_str),
+            code: reason.code.as_str(),
+            message: reason.message.as_deref(),
+        }
+    }
+}
+
+/// How often a service's code was called for one transaction: `{"prepare","commit","abort"}`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
+pub struct Attempts {
+    /// Calls of its prepare.
+    pub prepare: u32,
+    /// Calls of its commit.
+    pub commit: u32,
+    /// Calls of its abort.
+    pub abort: u32,
+}
+
+fn names<S: Serializer>(names: &[ServiceName], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(names.iter().map(ServiceName::as_str))
+}
+
+fn by_name<S: Serializer>(
+    attempts: &BTreeMap<ServiceName, Attempts>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    serializer.collect_map(attempts.iter().map(|(name, attempts)| (name.as_str(), attempts)))
+}
