@@ -1,4 +1,34 @@
 //! A distributed transaction coordinator: every service commits, or none does.
+//!
+//! # Running transactions in one process
+//!
+//! [`run`] takes services and transactions and gives results; [`Embedded`] has the settings.
+//! [`Service`] makes a service of closures, [`Participant`] is what a larger one implements.
+//!
+//! # Layout
+//!
+//! From the ground up; nothing imports from above itself.
+//!
+//! * [`protocol`]: the commit protocol as pure state machines.
+//! * [`wire`]: JSON as promised to others.
+//! * [`transport`]: moving messages, at least once.
+//! * [`worker`]: what drives a coordinator.
+//! * [`participant`]: the SDK for services.
+//! * [`embedded`]: both sides in one process.
+//! * [`cli`]: the `dtc` command.
 
+pub mod cli;
+pub mod embedded;
+pub mod participant;
 pub mod protocol;
+pub mod transport;
 pub mod wire;
+pub mod worker;
+
+pub use crate::{
+    embedded::{
+        Embedded, InvalidService, InvalidTransaction, RunError, Transaction, TransactionResult, run,
+    },
+    participant::{Participant, Service, Verdict},
+    protocol::message::{Outcome, Reason, ReasonCode},
+};

@@ -98,6 +98,11 @@ pub struct Lines<R> {
 impl<R> Lines<R> {
     /// An id is known to be taken for this many lines at least.
     pub const IDS_MIN: usize = 1_835_008;
+
+    /// Where the lines are read from: what it has buffered has not been read as a line yet.
+    pub fn reader(&self) -> &R {
+        &self.reader
+    }
 }
 
 impl<R: BufRead> Iterator for Lines<R> {

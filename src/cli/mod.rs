@@ -1,0 +1,84 @@
+//! The `dtc` command: what it is asked for, and what it answers with.
+//!
+//! Exit codes of every command: 0 done, whatever the statuses; 1 not everything could be done;
+//! 2 usage; 65 bad data; 130 interrupted.
+
+mod output;
+mod progress;
+mod run;
+
+use std::{fmt, process::ExitCode};
+
+use clap::{Parser, Subcommand};
+
+/// Commits a transaction at every service involved, or at none.
+#[derive(Debug, Parser)]
+#[command(name = "dtc", version, arg_required_else_help = true, max_term_width = 100)]
+#[command(
+    after_help = "Exit codes: 0 done, whatever the statuses; 1 not everything could be done; \
+                        2 usage; 65 bad data; 130 interrupted.\n\
+                        Logging: DTC_LOG=error|warn|info|debug|trace (default: error), to stderr."
+)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Run(run::RunArguments),
+}
+
+/// How a command ended, where it didn't simply succeed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Exit {
+    Done,
+    Incomplete,
+    Usage,
+    BadData,
+    Interrupted,
+}
+
+impl Exit {
+    const fn code(self) -> u8 {
+        match self {
+            Self::Done => 0,
+            Self::Incomplete => 1,
+            Self::Usage => 2,
+            Self::BadData => 65,
+            Self::Interrupted => 130,
+        }
+    }
+}
+
+/// Something went wrong: how to end, and what to say.
+#[derive(Debug)]
+struct Failure {
+    exit: Exit,
+    error: anyhow::Error,
+}
+
+impl Failure {
+    fn new(exit: Exit, error: impl Into<anyhow::Error>) -> Self {
+        Self { exit, error: error.into() }
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#}", self.error)
+    }
+}
+
+/// Does what the command line asks for.
+pub fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let ended = match arguments.command {
+        Command::Run(arguments) => run::run(&arguments),
+    };
+    let exit = ended.unwrap_or_else(|failure| {
+        eprintln!("{failure}");
+        failure.exit
+    });
+    ExitCode::from(exit.code())
+}

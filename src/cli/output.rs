@@ -1,0 +1,185 @@
+//! The results on stdout, and the summary on stderr.
+
+use std::{
+    collections::BTreeMap,
+    fmt::Write as _,
+    io::{self, Write},
+    time::Duration,
+};
+
+use clap::ValueEnum;
+use serde_json::{Value, json};
+
+use crate::{
+    embedded::{Concluded, Report},
+    wire::result::{Brief, Detailed},
+};
+
+/// The form in which results are printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum Form {
+    /// One array, in the order of the transactions.
+    Json,
+    /// One object a line, in the order in which the transactions end.
+    Ndjson,
+    /// A table for people, in the order of the transactions.
+    Table,
+}
+
+impl Form {
+    /// Whether results are printed in the order of the transactions.
+    pub(super) fn is_ordered(self) -> bool {
+        match self {
+            Self::Json | Self::Table => true,
+            Self::Ndjson => false,
+        }
+    }
+}
+
+/// Prints results as they come.
+pub(super) struct Printer<W> {
+    out: W,
+    form: Form,
+    detail: bool,
+    printed: u64,
+}
+
+impl<W: Write> Printer<W> {
+    pub(super) fn new(out: W, form: Form, detail: bool) -> Self {
+        Self { out, form, detail, printed: 0 }
+    }
+
+    pub(super) fn print(&mut self, concluded: &Concluded) -> io::Result<()> {
+        match self.form {
+            Form::Json => {
+                let before: &[u8] = if self.printed == 0 { b"[\n  " } else { b",\n  " };
+                self.out.write_all(before)?;
+                self.object(concluded)?;
+            }
+            Form::Ndjson => {
+                self.object(concluded)?;
+                self.out.write_all(b"\n")?;
+            }
+            Form::Table => self.row(concluded)?,
+        }
+        self.printed += 1;
+        Ok(())
+    }
+
+    fn object(&mut self, Concluded { answer, attempts, took }: &Concluded) -> io::Result<()> {
+        let written = if self.detail {
+            serde_json::to_writer(&mut self.out, &Detailed::of(answer, attempts, *took))
+        } else {
+            serde_json::to_writer(&mut self.out, &Brief::of(answer))
+        };
+        written.map_err(io::Error::from)
+    }
+
+    fn row(&mut self, Concluded { answer, attempts, took }: &Concluded) -> io::Result<()> {
+        if self.printed == 0 {
+            write!(self.out, "{:<24} {:<9}", "ID", "STATUS")?;
+            if self.detail {
+                write!(self.out, " {:>10}  {:<24} NOTE", "MS", "CALLS")?;
+            }
+            writeln!(self.out)?;
+        }
+        write!(self.out, "{:<24} {:<9}", answer.id, answer.outcome)?;
+        if self.detail {
+            let calls: Vec<_> = attempts
+                .iter()
+                .map(|(name, it)| format!("{name} {}/{}/{}", it.prepare, it.commit, it.abort))
+                .collect();
+            let mut note = String::new();
+            if let Some(reason) = &answer.reason {
+                let service = reason.service.as_ref().map_or("", |name| name.as_str());
+                let message = reason.message.as_deref().unwrap_or_default();
+                let _ = write!(note, "{} {service} {message}", reason.code);
+            }
+            for service in &answer.unresolved {
+                let _ = write!(note, "unresolved: {service} ");
+            }
+            let (took, calls) = (millis(*took), calls.join(", "));
+            write!(self.out, " {took:>10.3}  {calls:<24} {}", note.trim_end())?;
+        }
+        writeln!(self.out)
+    }
+
+    pub(super) fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
+
+    /// Everything is printed.
+    pub(super) fn finish(mut self) -> io::Result<()> {
+        if self.form == Form::Json {
+            let end: &[u8] = if self.printed == 0 { b"[]\n" } else { b"\n]\n" };
+            self.out.write_all(end)?;
+        }
+        self.out.flush()
+    }
+}
+
+/// The report as it is written to a file.
+pub(super) fn report_json(report: &Report) -> Value {
+    let services: BTreeMap<_, _> = report
+        .services
+        .iter()
+        .map(|service| {
+            let values = json!({
+                "prepare_calls": service.calls.prepare,
+                "commit_calls": service.calls.commit,
+                "abort_calls": service.calls.abort,
+                "max_in_use": service.max_in_use,
+                "max_concurrency": service.max_concurrency,
+                "longest_wait_ms": millis(service.longest_wait),
+            });
+            (service.name.to_string(), values)
+        })
+        .collect();
+    json!({
+        "committed": report.committed,
+        "aborted": report.aborted,
+        "unresolved": report.unresolved,
+        "tx_per_s": (report.rate() * 10.0).round() / 10.0,
+        "p50_ms": millis(report.percentile(50.0)),
+        "p99_ms": millis(report.percentile(99.0)),
+        "services": services,
+    })
+}
+
+/// The report as it is shown to a person.
+pub(super) fn summary(report: &Report) -> String {
+    let mut text = format!(
+        "{} committed, {} aborted, {} unresolved; {:.0} tx/s, p50 {:.1} ms, p99 {:.1} ms\n",
+        report.committed,
+        report.aborted,
+        report.unresolved,
+        report.rate(),
+        millis(report.percentile(50.0)),
+        millis(report.percentile(99.0)),
+    );
+    let longest = report.services.iter().map(|service| service.name.as_str().len()).max();
+    let width = longest.unwrap_or(0).max("service".len());
+    let _ = writeln!(
+        text,
+        "{:<width$} {:>9} {:>9} {:>9} {:>11} {:>16}",
+        "service", "prepares", "commits", "aborts", "max in use", "longest wait ms"
+    );
+    for service in &report.services {
+        let in_use = format!("{} of {}", service.max_in_use, service.max_concurrency);
+        let _ = writeln!(
+            text,
+            "{:<width$} {:>9} {:>9} {:>9} {:>11} {:>16.0}",
+            service.name,
+            service.calls.prepare,
+            service.calls.commit,
+            service.calls.abort,
+            in_use,
+            millis(service.longest_wait),
+        );
+    }
+    text
+}
+
+fn millis(duration: Duration) -> f64 {
+    duration.as_micros() as f64 / 1000.0
+}

@@ -1,0 +1,524 @@
+//! The protocol's two sides wired to each other in one place: a coordinator, one instance of each
+//! service, and the queues between them.
+//!
+//! It does what the cores ask for, except what takes time: calls of the services' code are handed
+//! out, and their endings handed back in.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+    time::Duration,
+};
+
+use crate::{
+    embedded::{Settings, report::ServiceReport},
+    protocol::{
+        coordinator::{self, Anomaly, Coordinator, Delivery},
+        ids::{InstanceId, ServiceName, TransactionKey, WorkerId},
+        message::{Answer, Command, Destination, Matter, Outcome, Parked, Reason, Request},
+        participant::{self, Instance},
+        time::Time,
+    },
+    transport::embedded::{MemoryJournal, PrepareQueue, RequestQueue},
+    wire::result::Attempts,
+};
+
+/// How often a service's code was called.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Calls {
+    /// Calls of its prepare.
+    pub prepare: u64,
+    /// Calls of its commit.
+    pub commit: u64,
+    /// Calls of its abort.
+    pub abort: u64,
+}
+
+/// A transaction that has ended.
+#[derive(Debug)]
+pub(crate) struct Concluded {
+    pub(crate) answer: Answer,
+    pub(crate) attempts: BTreeMap<ServiceName, Attempts>,
+    pub(crate) took: Duration,
+}
+
+pub(crate) struct Engine {
+    settings: Settings,
+    worker: WorkerId,
+    coordinator: Coordinator,
+    members: Vec<Member>,
+    numbers: BTreeMap<ServiceName, usize>,
+    journal: MemoryJournal,
+    /// How many records the coordinator has read: the offset of its next one.
+    records_read: u64,
+    requests: RequestQueue,
+    /// When each request in flight was taken in, and what was called for it since.
+    in_flight: BTreeMap<TransactionKey, InFlight>,
+    for_worker: VecDeque<coordinator::Event>,
+    for_members: VecDeque<(usize, participant::Event)>,
+    effects: Vec<coordinator::Effect>,
+    member_effects: Vec<participant::Effect>,
+    calls: Vec<(usize, participant::Effect)>,
+    concluded: Vec<Concluded>,
+    /// What has ended, and may still have calls to come.
+    lingering: Vec<TransactionKey>,
+}
+
+struct InFlight {
+    since: Duration,
+    attempts: BTreeMap<ServiceName, Attempts>,
+    /// The answer, and how long it took.
+    ended: Option<(Answer, Duration)>,
+}
+
+impl InFlight {
+    fn into_concluded(self) -> Option<Concluded> {
+        let (answer, took) = self.ended?;
+        Some(Concluded { answer, attempts: self.attempts, took })
+    }
+}
+
+/// One service: its queue, its instance, and what is to be said of it in the end.
+struct Member {
+    name: ServiceName,
+    instance: Instance,
+    queue: PrepareQueue,
+    max_concurrency: u32,
+    calls: Calls,
+    max_in_use: u32,
+}
+
+impl Engine {
+    pub(crate) fn new(
+        now: Time,
+        settings: Settings,
+        services: impl IntoIterator<Item = (ServiceName, u32, Duration, bool)>,
+    ) -> Self {
+        let worker = settings.coordinator.worker.clone();
+        let mut members = Vec::new();
+        let mut numbers = BTreeMap::new();
+        for (name, max_concurrency, max_wait, has_store) in services {
+            let instance = settings.instance.clone();
+            let instance_settings = participant::Settings {
+                has_store,
+                inquire_after: settings.inquire_after,
+                backoff_first: settings.coordinator.backoff_first,
+                backoff_max: settings.coordinator.backoff_max,
+                ..participant::Settings::new(name.clone(), instance, max_concurrency)
+            };
+            numbers.insert(name.clone(), members.len());
+            members.push(Member {
+                name,
+                instance: Instance::new(now, instance_settings),
+                queue: PrepareQueue::new(max_concurrency, max_wait),
+                max_concurrency,
+                calls: Calls::default(),
+                max_in_use: 0,
+            });
+        }
+        let mut engine = Self {
+            coordinator: Coordinator::new(settings.coordinator.clone()),
+            settings,
+            worker,
+            members,
+            numbers,
+            journal: MemoryJournal::default(),
+            records_read: 0,
+            requests: RequestQueue::default(),
+            in_flight: BTreeMap::new(),
+            for_worker: VecDeque::new(),
+            for_members: VecDeque::new(),
+            effects: Vec::new(),
+            member_effects: Vec::new(),
+            calls: Vec::new(),
+            concluded: Vec::new(),
+            lingering: Vec::new(),
+        };
+        engine.attach_journal();
+        engine
+    }
+
+    /// How many more requests it can take now.
+    pub(crate) fn room(&self) -> usize {
+        self.coordinator.room()
+    }
+
+    /// Whether nothing is in flight.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.coordinator.is_empty()
+    }
+
+    /// Takes in a request; `elapsed`: when, on a clock finer than `now`.
+    pub(crate) fn submit(&mut self, now: Time, elapsed: Duration, request: Request) {
+        let delivery = self.requests.deliver(&request);
+        let in_flight = InFlight { since: elapsed, attempts: BTreeMap::new(), ended: None };
+        self.in_flight.insert(request.key.clone(), in_flight);
+        self.for_worker.push_back(coordinator::Event::RequestReceived {
+            request,
+            delivery,
+            deliveries: 1,
+        });
+        self.settle(now, elapsed);
+    }
+
+    /// A call of a service's code has ended.
+    pub(crate) fn call_ended(&mut self, member: usize, event: participant::Event) {
+        self.for_members.push_back((member, event));
+    }
+
+    /// Takes no more requests, and hands back what has not begun.
+    pub(crate) fn drain(&mut self) {
+        self.for_worker.push_back(coordinator::Event::DrainRequested);
+    }
+
+    /// The calls that are to be made.
+    pub(crate) fn take_calls(&mut self) -> Vec<(usize, participant::Effect)> {
+        std::mem::take(&mut self.calls)
+    }
+
+    /// The transactions that have ended. Where calls are counted for each, only those that nothing
+    /// more will be called for: a result is out before the services have heard of an abort.
+    pub(crate) fn take_concluded(&mut self) -> Vec<Concluded> {
+        if !self.settings.counts_attempts {
+            return std::mem::take(&mut self.concluded);
+        }
+        let coordinator = &self.coordinator;
+        let is_over = |key: &mut TransactionKey| coordinator.phase_of(key).is_none();
+        let over = self.lingering.extract_if(.., is_over);
+        let ended = over.filter_map(|key| self.in_flight.remove(&key));
+        ended.filter_map(InFlight::into_concluded).collect()
+    }
+
+    /// When [`Engine::settle`] should be called again though nothing has happened.
+    pub(crate) fn next_deadline(&self) -> Option<Time> {
+        let members = self.members.iter().flat_map(|member| {
+            member.instance.next_deadline().into_iter().chain(member.queue.next_expiry())
+        });
+        members.chain(self.coordinator.next_deadline()).min()
+    }
+
+    /// What is to be said of each service, in the order in which they were given.
+    pub(crate) fn reports(&self) -> Vec<ServiceReport> {
+        let report = |member: &Member| ServiceReport {
+            name: member.name.clone(),
+            calls: member.calls,
+            max_in_use: member.max_in_use,
+            max_concurrency: member.max_concurrency,
+            longest_wait: member.queue.longest_wait(),
+        };
+        self.members.iter().map(report).collect()
+    }
+
+    /// Handles everything that is ready, and what comes of it, until nothing is.
+    pub(crate) fn settle(&mut self, now: Time, elapsed: Duration) {
+        loop {
+            if let Some(event) = self.for_worker.pop_front() {
+                self.handle(now, elapsed, event);
+            } else if let Some((member, event)) = self.for_members.pop_front() {
+                self.handle_at_member(now, member, event);
+            } else {
+                return;
+            }
+        }
+    }
+
+    /// Looks whose time has come.
+    pub(crate) fn wake(&mut self, now: Time) {
+        if self.coordinator.next_deadline().is_some_and(|at| at <= now) {
+            self.for_worker.push_back(coordinator::Event::DeadlineReached);
+        }
+        for (number, member) in self.members.iter_mut().enumerate() {
+            if member.instance.next_deadline().is_some_and(|at| at <= now) {
+                self.for_members.push_back((number, participant::Event::DeadlineReached));
+            }
+            while let Some(returned) = member.queue.expire(now) {
+                let service = member.name.clone();
+                let event = coordinator::Event::PrepareReturned { key: returned.0, service };
+                self.for_worker.push_back(event);
+            }
+        }
+    }
+
+    // ---- The coordinator's side --------------------------------------------------------------
+
+    fn handle(&mut self, now: Time, elapsed: Duration, event: coordinator::Event) {
+        let mut effects = std::mem::take(&mut self.effects);
+        let coordinator = &mut self.coordinator;
+        let handled =
+            catch_unwind(AssertUnwindSafe(|| coordinator.handle(now, event, &mut effects)));
+        if handled.is_err() {
+            tracing::error!("the coordinator has panicked and is started anew");
+            effects.clear();
+            self.restart_coordinator();
+        }
+        for effect in effects.drain(..) {
+            self.perform(now, elapsed, effect);
+        }
+        self.effects = effects;
+    }
+
+    /// Starts the coordinator anew, as after a crash: all it has is the journal and the requests
+    /// that were not acked.
+    pub(crate) fn restart_coordinator(&mut self) {
+        self.coordinator = Coordinator::new(self.settings.coordinator.clone());
+        self.for_worker.clear();
+        self.attach_journal();
+        for decision in self.journal.replay() {
+            self.read_back(decision);
+        }
+        for (delivery, request, deliveries) in self.requests.redeliver() {
+            let event = coordinator::Event::RequestReceived { request, delivery, deliveries };
+            self.for_worker.push_back(event);
+        }
+    }
+
+    fn attach_journal(&mut self) {
+        self.records_read = 0;
+        // The journal begins with the process, so nothing was decided before it.
+        let event = coordinator::Event::JournalAttached { next: 0, since: Time::EPOCH };
+        self.for_worker.push_back(event);
+    }
+
+    fn read_back(&mut self, decision: Arc<crate::protocol::message::Decision>) {
+        let offset = self.records_read;
+        self.records_read += 1;
+        self.for_worker.push_back(coordinator::Event::RecordRead { offset, decision });
+    }
+
+    fn perform(&mut self, now: Time, elapsed: Duration, effect: coordinator::Effect) {
+        use coordinator::{Effect, Event};
+        match effect {
+            Effect::FindService(service) => {
+                self.for_worker.push_back(if self.numbers.contains_key(&service) {
+                    Event::ServiceFound(service)
+                } else {
+                    Event::ServiceMissing(service)
+                })
+            }
+            Effect::Send { service, to, command } => self.send(now, service, &to, command),
+            Effect::Append(decision) => {
+                let decision = Arc::new(decision);
+                let in_flight = &self.in_flight;
+                self.journal.append(Arc::clone(&decision), |key| in_flight.contains_key(key));
+                self.read_back(decision);
+            }
+            Effect::ReadHistory { .. } => {
+                for decision in self.journal.replay() {
+                    self.for_worker.push_back(Event::HistoryRead(decision));
+                }
+                self.for_worker.push_back(Event::HistoryEnded { reaches: Some(Time::EPOCH) });
+            }
+            Effect::Publish { key, delivery, answer } => {
+                self.conclude(elapsed, &key, answer);
+                self.for_worker.push_back(Event::ResultConfirmed { key, delivery });
+            }
+            Effect::Ack(delivery) | Effect::Release(delivery) => self.requests.ack(delivery),
+            Effect::Reject { request, delivery, reason } => {
+                self.requests.ack(delivery);
+                self.reject(now, elapsed, &request, reason);
+            }
+            Effect::Park(parked) => self.park(&parked),
+            Effect::Settle { key, service } => {
+                tracing::info!(%key, %service, "a parked commit was applied");
+            }
+            Effect::Report(anomaly) => report(&anomaly),
+        }
+    }
+
+    fn send(&mut self, now: Time, service: ServiceName, to: &Destination, command: Command) {
+        let Some(&number) = self.numbers.get(&service) else {
+            if let Command::Prepare(prepare) = command {
+                let event = coordinator::Event::PrepareUnroutable { key: prepare.key, service };
+                self.for_worker.push_back(event);
+            }
+            return;
+        };
+        let worker = self.worker.clone();
+        let event = match command {
+            Command::Prepare(prepare) => {
+                self.members[number].queue.publish(now, prepare);
+                return self.deliver(now, number);
+            }
+            Command::Query(query) => participant::Event::QueryReceived { worker, query },
+            Command::Cancel(key) => participant::Event::CancelReceived(key),
+            Command::Finish(finish) => {
+                // What comes by the durable queue is held by the instance until it is applied.
+                let delivery = (*to == Destination::AnyInstance).then_some(Delivery(0));
+                participant::Event::FinishReceived { worker, finish, delivery }
+            }
+        };
+        self.for_members.push_back((number, event));
+    }
+
+    /// Gives out what has a slot, and returns what may not wait for one.
+    fn deliver(&mut self, now: Time, number: usize) {
+        let member = &mut self.members[number];
+        while let Some((delivery, prepare)) = member.queue.deliver(now) {
+            let worker = self.worker.clone();
+            let event = participant::Event::PrepareReceived {
+                worker,
+                delivery,
+                redelivered: false,
+                prepare,
+            };
+            self.for_members.push_back((number, event));
+        }
+        while let Some(returned) = member.queue.expire(now) {
+            let service = member.name.clone();
+            let event = coordinator::Event::PrepareReturned { key: returned.0, service };
+            self.for_worker.push_back(event);
+        }
+    }
+
+    fn conclude(&mut self, elapsed: Duration, key: &TransactionKey, answer: Answer) {
+        self.journal.release(key);
+        let Some(in_flight) = self.in_flight.get_mut(key) else { return };
+        let took = elapsed.saturating_sub(in_flight.since);
+        in_flight.ended = Some((answer, took));
+        if self.settings.counts_attempts {
+            self.lingering.push(key.clone());
+        } else {
+            let ended = self.in_flight.remove(key);
+            self.concluded.extend(ended.and_then(InFlight::into_concluded));
+        }
+    }
+
+    fn reject(&mut self, now: Time, elapsed: Duration, request: &Request, reason: Reason) {
+        let answer = Answer {
+            id: request.key.id.clone(),
+            requested_at: request.key.requested_at,
+            outcome: Outcome::Aborted,
+            reason: Some(reason),
+            unresolved: Vec::new(),
+            decided_at: now,
+        };
+        self.conclude(elapsed, &request.key, answer);
+    }
+
+    fn park(&mut self, parked: &Parked) {
+        let key = &parked.key;
+        let service = match &parked.matter {
+            Matter::Uncommitted { service, error, .. } => {
+                let error = error.as_deref().unwrap_or("no answer");
+                tracing::error!(%key, %service, error, "parked: the service did not commit");
+                Some(service.clone())
+            }
+            Matter::Undecidable(_) => {
+                tracing::error!(%key, "parked: the outcome can't be told");
+                None
+            }
+        };
+        let key = key.clone();
+        self.for_worker.push_back(coordinator::Event::ParkConfirmed { key, service });
+    }
+
+    // ---- The services' side ------------------------------------------------------------------
+
+    fn handle_at_member(&mut self, now: Time, number: usize, event: participant::Event) {
+        let mut effects = std::mem::take(&mut self.member_effects);
+        let member = &mut self.members[number];
+        member.instance.handle(now, event, &mut effects);
+        member.max_in_use = member.max_in_use.max(member.instance.slots_used());
+        for effect in effects.drain(..) {
+            self.perform_for_member(now, number, effect);
+        }
+        self.member_effects = effects;
+    }
+
+    fn perform_for_member(&mut self, now: Time, number: usize, effect: participant::Effect) {
+        use participant::Effect;
+        match effect {
+            Effect::CallPrepare { .. } | Effect::CallCommit { .. } | Effect::CallAbort { .. } => {
+                self.count(number, &effect);
+                self.calls.push((number, effect));
+            }
+            Effect::ReadStore(_) | Effect::ScanStore => self.calls.push((number, effect)),
+            Effect::Vote { vote, .. } => {
+                self.for_worker.push_back(coordinator::Event::VoteReceived(vote));
+            }
+            Effect::Done { done, .. } => {
+                self.for_worker.push_back(coordinator::Event::DoneReceived(done));
+            }
+            Effect::Inquire(inquiry) => {
+                self.for_worker.push_back(coordinator::Event::InquiryReceived(inquiry));
+            }
+            // The durable queue's deliveries need no ack here: they live with the instance.
+            Effect::Ack(Delivery(0)) => {}
+            Effect::Ack(_) => {
+                self.members[number].queue.ack();
+                self.deliver(now, number);
+            }
+        }
+    }
+
+    fn count(&mut self, number: usize, effect: &participant::Effect) {
+        use participant::Effect;
+        let member = &mut self.members[number];
+        let mut once = Attempts::default();
+        let key = match effect {
+            Effect::CallPrepare { key, .. } => {
+                once.prepare = 1;
+                key
+            }
+            Effect::CallCommit { key, .. } => {
+                once.commit = 1;
+                key
+            }
+            Effect::CallAbort { key, .. } => {
+                once.abort = 1;
+                key
+            }
+            Effect::ReadStore(_)
+            | Effect::ScanStore
+            | Effect::Vote { .. }
+            | Effect::Done { .. }
+            | Effect::Inquire(_)
+            | Effect::Ack(_) => return,
+        };
+        member.calls.prepare += u64::from(once.prepare);
+        member.calls.commit += u64::from(once.commit);
+        member.calls.abort += u64::from(once.abort);
+        if self.settings.counts_attempts
+            && let Some(in_flight) = self.in_flight.get_mut(key)
+        {
+            let calls = in_flight.attempts.entry(member.name.clone()).or_default();
+            calls.prepare += once.prepare;
+            calls.commit += once.commit;
+            calls.abort += once.abort;
+        }
+    }
+}
+
+/// The id of the one instance that each service has in this process.
+pub(crate) fn instance_id() -> InstanceId {
+    #[expect(clippy::expect_used, reason = "a constant that the tests parse")]
+    InstanceId::parse("embedded").expect("a valid instance id")
+}
+
+/// The id of the one worker of this process.
+pub(crate) fn worker_id() -> WorkerId {
+    #[expect(clippy::expect_used, reason = "a constant that the tests parse")]
+    WorkerId::parse("embedded").expect("a valid worker id")
+}
+
+fn report(anomaly: &Anomaly) {
+    match anomaly {
+        Anomaly::CommitFailed { key, service, failures, error } => {
+            tracing::warn!(%key, %service, failures, %error, "a service failed to finish");
+        }
+        Anomaly::Unanswered(key, service) => {
+            tracing::warn!(%key, %service, "a command was not answered and is sent again");
+        }
+        Anomaly::PreparedTwice(key, service) => {
+            tracing::warn!(%key, %service, "a service has prepared twice");
+        }
+        Anomaly::DuplicateRequest(key) => tracing::debug!(%key, "a request came twice"),
+        Anomaly::LateVote(key, service) => tracing::debug!(%key, %service, "a vote came late"),
+        Anomaly::Stalled(key, service) => {
+            tracing::debug!(%key, %service, "a transaction that holds slots got none in time");
+        }
+        Anomaly::InquiryDropped(key) => tracing::warn!(%key, "too many inquiries"),
+        Anomaly::JournalGap(offset) => tracing::error!(offset, "the journal has a gap"),
+    }
+}

@@ -1,0 +1,416 @@
+//! The coordinator of one process, with nothing to install: services as values, transactions in,
+//! results out.
+//!
+//! It runs the same two cores as a worker and a service on a broker, wired to each other in memory.
+//! What it does not do is survive its process: what was in flight when that ends is lost.
+
+mod engine;
+mod report;
+
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
+
+use serde_json::Value;
+use tokio::sync::mpsc;
+
+pub(crate) use self::engine::Concluded;
+use self::engine::Engine;
+pub use self::{
+    engine::Calls,
+    report::{Report, ServiceReport},
+};
+use crate::{
+    participant::{self, AnyParticipant, Ended, Service},
+    protocol::{
+        coordinator,
+        ids::{InstanceId, InvalidName, ServiceName, TransactionId, TransactionKey},
+        message::{Outcome, Reason, Request},
+        time::Time,
+    },
+    wire::{hash, transactions::TransactionSpec},
+    worker::clock::Clock,
+};
+
+/// What is to commit at every service named, or at none.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Transaction {
+    /// What it is called: `[A-Za-z0-9._:-]{1,128}`, each id once in a run.
+    pub id: String,
+    /// The services it is about. At least one; one named twice counts once.
+    pub involved_services: Vec<String>,
+    /// Handed to every prepare: a JSON object.
+    pub data: Value,
+    /// How long the prepares may take; `None`: the coordinator's default.
+    pub timeout: Option<Duration>,
+}
+
+impl Transaction {
+    /// A transaction over `involved_services`.
+    pub fn new<S: Into<String>>(
+        id: impl Into<String>,
+        involved_services: impl IntoIterator<Item = S>,
+        data: Value,
+    ) -> Self {
+        let involved_services = involved_services.into_iter().map(Into::into).collect();
+        Self { id: id.into(), involved_services, data, timeout: None }
+    }
+
+    fn check(&self) -> Result<TransactionSpec, InvalidTransaction> {
+        let id = TransactionId::parse(&self.id)?;
+        let services: Result<BTreeSet<_>, _> =
+            self.involved_services.iter().map(|name| ServiceName::parse(name)).collect();
+        let services: Arc<[_]> = services?.into_iter().collect();
+        if services.is_empty() {
+            return Err(InvalidTransaction::NoServices { id });
+        }
+        let Value::Object(data) = &self.data else {
+            return Err(InvalidTransaction::DataNotAnObject { id });
+        };
+        let data = hash::canonical(data.clone());
+        let request_hash = hash::request_hash(&services, &data);
+        Ok(TransactionSpec { id, services, data, request_hash, timeout: self.timeout })
+    }
+}
+
+/// How a transaction has ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TransactionResult {
+    /// Its id.
+    pub id: String,
+    /// `COMMITTED` or `ABORTED`.
+    pub status: Outcome,
+    /// Why it aborted.
+    pub reason: Option<Reason>,
+    /// The services whose commit failed for good: the transaction is committed, and they have still
+    /// to catch up.
+    pub unresolved: Vec<ServiceName>,
+}
+
+/// A transaction that can't be run as it is.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidTransaction {
+    /// Its id or one of its services has a name that is not one.
+    #[error(transparent)]
+    Name(#[from] InvalidName),
+    /// It names no service.
+    #[error("transaction `{id}` involves no service")]
+    NoServices {
+        /// Which.
+        id: TransactionId,
+    },
+    /// Its data is not a JSON object.
+    #[error("the data of transaction `{id}` is not a JSON object")]
+    DataNotAnObject {
+        /// Which.
+        id: TransactionId,
+    },
+    /// Another transaction of the run has its id.
+    #[error("transaction `{id}` is there twice")]
+    DuplicateId {
+        /// Which.
+        id: TransactionId,
+    },
+}
+
+/// A service that can't be used as it is.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidService {
+    /// Its name is not one.
+    #[error(transparent)]
+    Name(#[from] InvalidName),
+    /// It has no slot.
+    #[error("the max_concurrency of service `{service}` is 0: must be at least 1")]
+    NoSlots {
+        /// Which.
+        service: ServiceName,
+    },
+    /// Another service has its name.
+    #[error("service `{service}` is there twice")]
+    DuplicateName {
+        /// Which.
+        service: ServiceName,
+    },
+}
+
+/// A run that can't begin.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RunError {
+    /// A service can't be used as it is.
+    #[error("invalid service")]
+    Service(#[from] InvalidService),
+    /// A transaction can't be run as it is.
+    #[error("invalid transaction")]
+    Transaction(#[from] InvalidTransaction),
+}
+
+/// Runs `transactions` over `services`, and gives the results in the order of the transactions.
+///
+/// Each ends, whatever the services do: see [`Embedded`] for how long that may take.
+///
+/// ```
+/// use dtc::{Outcome, Service, Transaction, run};
+/// use serde_json::json;
+///
+/// # #[tokio::main]
+/// # async fn main() -> Result<(), dtc::RunError> {
+/// let services = [Service::new("ServiceA", 2), Service::new("ServiceB", 1)];
+/// let transactions = [
+///     Transaction::new("TX1", ["ServiceA", "ServiceB"], json!({"amount": 100})),
+///     Transaction::new("TX2", ["ServiceA"], json!({"item": "Widget"})),
+/// ];
+///
+/// let results = run(services, transactions).await?;
+///
+/// let told: Vec<_> = results.iter().map(|result| (result.id.as_str(), result.status)).collect();
+/// assert_eq!(told, [("TX1", Outcome::Committed), ("TX2", Outcome::Committed)]);
+/// # Ok(())
+/// # }
+/// ```
+pub async fn run(
+    services: impl IntoIterator<Item = Service>,
+    transactions: impl IntoIterator<Item = Transaction>,
+) -> Result<Vec<TransactionResult>, RunError> {
+    Ok(Embedded::new(services)?.run(transactions).await?)
+}
+
+/// The settings of a coordinator in one process.
+#[derive(Debug, Clone)]
+pub(crate) struct Settings {
+    pub(crate) coordinator: coordinator::Settings,
+    pub(crate) instance: InstanceId,
+    pub(crate) inquire_after: Duration,
+    pub(crate) counts_attempts: bool,
+}
+
+/// A coordinator in one process, and its services.
+///
+/// A transaction that waits for a slot waits as long as it takes; from its first prepare on it has
+/// [`prepare_timeout`](Embedded::prepare_timeout) to collect its votes. A commit that fails is
+/// called again three times, with growing pauses, and then parked: see
+/// [`TransactionResult::unresolved`].
+#[derive(Debug)]
+pub struct Embedded {
+    services: Vec<(ServiceName, Service)>,
+    settings: Settings,
+}
+
+impl Embedded {
+    /// A coordinator for these services.
+    pub fn new(services: impl IntoIterator<Item = Service>) -> Result<Self, InvalidService> {
+        let mut names = BTreeSet::new();
+        let mut checked = Vec::new();
+        for service in services {
+            let name = ServiceName::parse(&service.name)?;
+            if service.max_concurrency == 0 {
+                return Err(InvalidService::NoSlots { service: name });
+            }
+            if !names.insert(name.clone()) {
+                return Err(InvalidService::DuplicateName { service: name });
+            }
+            checked.push((name, service));
+        }
+        let coordinator = coordinator::Settings {
+            // One process has one clock.
+            clock_margin: Duration::ZERO,
+            window: Duration::MAX,
+            records_max: 16_384,
+            waiting_max: 65_536,
+            ..coordinator::Settings::new(engine::worker_id())
+        };
+        let settings = Settings {
+            coordinator,
+            instance: engine::instance_id(),
+            inquire_after: Duration::from_secs(10),
+            counts_attempts: false,
+        };
+        Ok(Self { services: checked, settings })
+    }
+
+    /// How many transactions may be worked on at once: by default 256. More wait for slots.
+    #[must_use]
+    pub fn max_in_flight(mut self, max: usize) -> Self {
+        self.settings.coordinator.in_flight_max = max.max(1);
+        self
+    }
+
+    /// How long the prepares of a transaction may take that doesn't say so itself: by default 5 s.
+    #[must_use]
+    pub fn prepare_timeout(mut self, timeout: Duration) -> Self {
+        self.settings.coordinator.prepare_timeout = timeout;
+        self
+    }
+
+    /// How long one commit or abort may take before it counts as failed: by default 5 s.
+    #[must_use]
+    pub fn finish_timeout(mut self, timeout: Duration) -> Self {
+        self.settings.coordinator.finish_timeout = timeout;
+        self
+    }
+
+    /// Counts the calls made for each transaction.
+    pub(crate) fn counting_attempts(mut self) -> Self {
+        self.settings.counts_attempts = true;
+        self
+    }
+
+    /// Runs `transactions`, and gives the results in their order.
+    pub async fn run(
+        self,
+        transactions: impl IntoIterator<Item = Transaction>,
+    ) -> Result<Vec<TransactionResult>, InvalidTransaction> {
+        let mut places = std::collections::BTreeMap::new();
+        let mut specs = Vec::new();
+        for (place, transaction) in transactions.into_iter().enumerate() {
+            let spec = transaction.check()?;
+            if places.insert(spec.id.clone(), place).is_some() {
+                return Err(InvalidTransaction::DuplicateId { id: spec.id });
+            }
+            specs.push(spec);
+        }
+        let mut results: Vec<Option<TransactionResult>> = vec![None; specs.len()];
+        let (intake, requests) = mpsc::channel(1);
+        let (concluded, mut conclusions) = mpsc::channel(1);
+        let submit = async move { drop(intake.send(specs).await) };
+        let collect = async {
+            while let Some(batch) = conclusions.recv().await {
+                for Concluded { answer, .. } in batch {
+                    let Some(&place) = places.get(&answer.id) else { continue };
+                    results[place] = Some(TransactionResult {
+                        id: answer.id.to_string(),
+                        status: answer.outcome,
+                        reason: answer.reason,
+                        unresolved: answer.unresolved,
+                    });
+                }
+            }
+        };
+        let stop = std::future::pending();
+        tokio::join!(submit, self.serve(requests, concluded, stop), collect);
+        Ok(results.into_iter().flatten().collect())
+    }
+
+    /// Takes in batches of requests until there are no more, or `stop` is over, and hands out what
+    /// has ended. When a batch can't be handed out, no more requests are taken in until it can.
+    pub(crate) async fn serve(
+        self,
+        mut requests: mpsc::Receiver<Vec<TransactionSpec>>,
+        concluded: mpsc::Sender<Vec<Concluded>>,
+        stop: impl Future<Output = ()>,
+    ) -> Report {
+        let clock = Clock::start();
+        let (services, participants) = self.members();
+        let mut engine = Engine::new(clock.now(), self.settings.clone(), services);
+        let mut calls = participant::Calls::new(clock, self.settings.coordinator.finish_timeout);
+        let mut backlog = Vec::new().into_iter();
+        let mut report = Report::new();
+        let mut open = true;
+        let mut began_at = None;
+        let mut stop = std::pin::pin!(stop);
+        loop {
+            engine.wake(clock.now());
+            while engine.room() > 0
+                && let Some(spec) = backlog.next()
+            {
+                began_at.get_or_insert_with(|| clock.elapsed());
+                engine.submit(clock.now(), clock.elapsed(), request(spec, clock.now()));
+            }
+            make_calls(&mut engine, &mut calls, &participants, clock);
+            let ended = engine.take_concluded();
+            if !ended.is_empty() {
+                ended.iter().for_each(|concluded| report.count(concluded));
+                let since = began_at.unwrap_or_default();
+                report.took = clock.elapsed().saturating_sub(since);
+                if concluded.send(ended).await.is_err() {
+                    // Nobody wants the results any more.
+                    open = false;
+                    backlog = Vec::new().into_iter();
+                    engine.drain();
+                }
+                continue;
+            }
+            if !open && backlog.len() == 0 && engine.is_idle() {
+                break;
+            }
+            let next_deadline = engine.next_deadline();
+            let wants_more = open && backlog.len() == 0 && engine.room() > 0;
+            tokio::select! {
+                biased;
+                () = &mut stop, if open => {
+                    open = false;
+                    backlog = Vec::new().into_iter();
+                    requests.close();
+                    engine.drain();
+                    engine.settle(clock.now(), clock.elapsed());
+                }
+                ended = calls.next() => take_in(&mut engine, &mut calls, ended, clock),
+                batch = requests.recv(), if wants_more => match batch {
+                    Some(batch) => backlog = batch.into_iter(),
+                    None => open = false,
+                },
+                () = sleep_until(next_deadline, clock) => {}
+            }
+        }
+        report.services = engine.reports();
+        report
+    }
+
+    #[expect(clippy::type_complexity, reason = "what the engine takes, and what the calls take")]
+    fn members(&self) -> (Vec<(ServiceName, u32, Duration, bool)>, Vec<Arc<dyn AnyParticipant>>) {
+        let member = |(name, service): &(ServiceName, Service)| {
+            let participant = service.clone().participant();
+            let has_store = participant.has_store();
+            ((name.clone(), service.max_concurrency, service.max_wait, has_store), participant)
+        };
+        self.services.iter().map(member).unzip()
+    }
+}
+
+fn request(spec: TransactionSpec, now: Time) -> Request {
+    Request {
+        key: TransactionKey { id: spec.id, requested_at: now },
+        request_hash: spec.request_hash,
+        services: spec.services,
+        data: spec.data,
+        timeout: spec.timeout,
+        reply: None,
+    }
+}
+
+/// Makes the calls that are asked for, and those that come of the ones that are over at once.
+fn make_calls(
+    engine: &mut Engine,
+    calls: &mut participant::Calls,
+    participants: &[Arc<dyn AnyParticipant>],
+    clock: Clock,
+) {
+    loop {
+        engine.settle(clock.now(), clock.elapsed());
+        let wanted = engine.take_calls();
+        if wanted.is_empty() {
+            return;
+        }
+        for (member, call) in wanted {
+            if let Some(Ended { participant, event }) =
+                calls.start(member, &participants[member], call)
+            {
+                engine.call_ended(participant, event);
+            }
+        }
+    }
+}
+
+/// Takes in a call that has ended, and all others that have by now.
+fn take_in(engine: &mut Engine, calls: &mut participant::Calls, ended: Ended, clock: Clock) {
+    let mut next = Some(ended);
+    while let Some(Ended { participant, event }) = next {
+        engine.call_ended(participant, event);
+        next = calls.try_next();
+    }
+    engine.settle(clock.now(), clock.elapsed());
+}
+
+async fn sleep_until(moment: Option<Time>, clock: Clock) {
+    match moment {
+        Some(moment) => tokio::time::sleep_until(clock.instant_of(moment)).await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,96 @@
+//! What is to be said of a run when it is over.
+
+use std::time::Duration;
+
+use hdrhistogram::Histogram;
+
+use crate::{
+    embedded::engine::{Calls, Concluded},
+    protocol::{ids::ServiceName, message::Outcome},
+};
+
+/// How a run went.
+#[derive(Debug, Clone)]
+pub struct Report {
+    /// Transactions that committed.
+    pub committed: u64,
+    /// Transactions that aborted.
+    pub aborted: u64,
+    /// Committed transactions of which a service's commit is parked.
+    pub unresolved: u64,
+    /// From the first request to the last result.
+    pub took: Duration,
+    /// Each service, in the order in which they were given.
+    pub services: Vec<ServiceReport>,
+    latencies: Latencies,
+}
+
+/// How a run went for one service.
+#[derive(Debug, Clone)]
+pub struct ServiceReport {
+    /// The service.
+    pub name: ServiceName,
+    /// How often its code was called.
+    pub calls: Calls,
+    /// The most slots that were in use at once.
+    pub max_in_use: u32,
+    /// The slots it has.
+    pub max_concurrency: u32,
+    /// The longest time that a prepare has waited for a slot in the service's queue.
+    pub longest_wait: Duration,
+}
+
+impl Report {
+    pub(crate) fn new() -> Self {
+        Self {
+            committed: 0,
+            aborted: 0,
+            unresolved: 0,
+            took: Duration::ZERO,
+            services: Vec::new(),
+            latencies: Latencies::new(),
+        }
+    }
+
+    pub(crate) fn count(&mut self, concluded: &Concluded) {
+        match concluded.answer.outcome {
+            Outcome::Committed => self.committed += 1,
+            Outcome::Aborted => self.aborted += 1,
+        }
+        self.unresolved += u64::from(!concluded.answer.unresolved.is_empty());
+        self.latencies.record(concluded.took);
+    }
+
+    /// Transactions per second.
+    pub fn rate(&self) -> f64 {
+        let seconds = self.took.as_secs_f64();
+        let ended = self.committed + self.aborted;
+        if seconds > 0.0 { ended as f64 / seconds } else { 0.0 }
+    }
+
+    /// The time from taking in a request to its result that `percent` of the transactions kept to;
+    /// exact to 0.1 %. Zero if there were none.
+    pub fn percentile(&self, percent: f64) -> Duration {
+        self.latencies.percentile(percent)
+    }
+}
+
+#[derive(Debug, Clone)]
+struct Latencies(Option<Histogram<u64>>);
+
+impl Latencies {
+    fn new() -> Self {
+        Self(Histogram::new(3).ok())
+    }
+
+    fn record(&mut self, took: Duration) {
+        if let Some(histogram) = &mut self.0 {
+            histogram.saturating_record(u64::try_from(took.as_micros()).unwrap_or(u64::MAX));
+        }
+    }
+
+    fn percentile(&self, percent: f64) -> Duration {
+        let micros = self.0.as_ref().map_or(0, |it| it.value_at_percentile(percent));
+        Duration::from_micros(micros)
+    }
+}

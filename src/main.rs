@@ -1,0 +1,7 @@
+//! The `dtc` command.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    dtc::cli::main()
+}

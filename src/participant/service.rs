@@ -1,0 +1,286 @@
+//! A service made of closures.
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    future::Future,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use futures_util::future::BoxFuture;
+use serde_json::Value;
+use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard};
+
+use crate::participant::{AnyParticipant, Error, Finish, Participant, Prepare, Verdict, calls};
+
+type PrepareFn = Arc<dyn Fn(Prepare) -> BoxFuture<'static, Result<Verdict, Error>> + Send + Sync>;
+type FinishFn = Arc<dyn Fn(Finish) -> BoxFuture<'static, Result<(), Error>> + Send + Sync>;
+
+/// A named service: what it does, how many transactions it works on at once, and how long one may
+/// wait for a slot.
+///
+/// ```
+/// # use dtc::Service;
+/// let payments = Service::new("payments", 8)
+///     .prepare(|id, data| Ok(data["amount"].as_u64().is_some_and(|amount| amount < 1000)))
+///     .commit(|id| Ok(()))
+///     .abort(|id| Ok(()));
+/// ```
+///
+/// Closures that block belong into [`prepare`](Service::prepare), [`commit`](Service::commit) and
+/// [`abort`](Service::abort): they run on threads of their own. A blocking closure can't be
+/// stopped: one that takes longer than allowed counts as failed, and keeps its slot until it
+/// returns. Asynchronous ones belong into [`prepare_async`](Service::prepare_async) and its
+/// siblings: they are dropped when their time is over, and must not block.
+///
+/// What isn't given succeeds.
+#[derive(Clone)]
+pub struct Service {
+    pub(crate) name: String,
+    pub(crate) max_concurrency: u32,
+    pub(crate) max_wait: Duration,
+    pub(crate) code: Code,
+}
+
+/// Who does a service's work.
+#[derive(Clone)]
+pub(crate) enum Code {
+    Closures(Closures),
+    Participant(Arc<dyn AnyParticipant>),
+}
+
+#[derive(Clone)]
+pub(crate) struct Closures {
+    prepare: PrepareFn,
+    commit: FinishFn,
+    abort: FinishFn,
+    threads: Threads,
+}
+
+impl Service {
+    /// A service called `name` (`[A-Za-z0-9_-]{1,64}`) that works on `max_concurrency` transactions
+    /// at once (at least 1). Whether both are as they should be is checked when it is used.
+    pub fn new(name: impl Into<String>, max_concurrency: u32) -> Self {
+        let done = |_| Box::pin(std::future::ready(Ok(()))) as BoxFuture<'static, _>;
+        let code = Code::Closures(Closures {
+            prepare: Arc::new(|_| Box::pin(std::future::ready(Ok(Verdict::Prepared)))),
+            commit: Arc::new(done),
+            abort: Arc::new(done),
+            threads: Threads::default(),
+        });
+        Self { name: name.into(), max_concurrency, max_wait: Self::MAX_WAIT, code }
+    }
+
+    /// How long a prepare waits for a slot unless told otherwise.
+    pub const MAX_WAIT: Duration = Duration::from_secs(1);
+
+    /// A service whose code is a [`Participant`].
+    pub fn from_participant(
+        name: impl Into<String>,
+        max_concurrency: u32,
+        participant: impl Participant,
+    ) -> Self {
+        let code = Code::Participant(Arc::new(participant));
+        Self { name: name.into(), max_concurrency, max_wait: Self::MAX_WAIT, code }
+    }
+
+    /// How long a prepare may wait for a slot, by default 1 s. Zero: it is refused at once when no
+    /// slot is free.
+    #[must_use]
+    pub fn max_wait(mut self, max_wait: Duration) -> Self {
+        self.max_wait = max_wait;
+        self
+    }
+
+    /// The prepare: given the transaction's id and data, `Ok(true)` if it is ready to commit,
+    /// `Ok(false)` if it refuses. It may block.
+    #[must_use]
+    pub fn prepare<F>(self, prepare: F) -> Self
+    where
+        F: Fn(&str, &Value) -> Result<bool, Error> + Send + Sync + 'static,
+    {
+        let prepare = Arc::new(prepare);
+        self.closures(|closures| {
+            let threads = closures.threads.clone();
+            closures.prepare = Arc::new(move |call: Prepare| {
+                let (prepare, threads) = (Arc::clone(&prepare), threads.clone());
+                Box::pin(async move {
+                    let id = call.id().to_owned();
+                    let ready = threads.run(&id, move || prepare(call.id(), &call.data()?)).await?;
+                    Ok(verdict(ready))
+                })
+            });
+        })
+    }
+
+    /// The commit: given the transaction's id. It may block. Called again if it fails.
+    #[must_use]
+    pub fn commit<F>(self, commit: F) -> Self
+    where
+        F: Fn(&str) -> Result<(), Error> + Send + Sync + 'static,
+    {
+        self.closures(|closures| closures.commit = closures.threads.finish(commit))
+    }
+
+    /// The abort: given the transaction's id. It may block. Called after a prepare that succeeded
+    /// or failed, not after one that refused.
+    #[must_use]
+    pub fn abort<F>(self, abort: F) -> Self
+    where
+        F: Fn(&str) -> Result<(), Error> + Send + Sync + 'static,
+    {
+        self.closures(|closures| closures.abort = closures.threads.finish(abort))
+    }
+
+    /// Like [`Service::prepare`], for what does not block.
+    #[must_use]
+    pub fn prepare_async<F, Fut>(self, prepare: F) -> Self
+    where
+        F: Fn(String, Value) -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Result<bool, Error>> + Send + 'static,
+    {
+        let prepare = Arc::new(prepare);
+        self.closures(|closures| {
+            closures.prepare = Arc::new(move |call: Prepare| {
+                let prepare = Arc::clone(&prepare);
+                Box::pin(async move {
+                    let data = call.data()?;
+                    prepare(call.id().to_owned(), data).await.map(verdict)
+                })
+            });
+        })
+    }
+
+    /// Like [`Service::commit`], for what does not block.
+    #[must_use]
+    pub fn commit_async<F, Fut>(self, commit: F) -> Self
+    where
+        F: Fn(String) -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Result<(), Error>> + Send + 'static,
+    {
+        self.closures(|closures| {
+            closures.commit = Arc::new(move |call: Finish| Box::pin(commit(call.id().to_owned())));
+        })
+    }
+
+    /// Like [`Service::abort`], for what does not block.
+    #[must_use]
+    pub fn abort_async<F, Fut>(self, abort: F) -> Self
+    where
+        F: Fn(String) -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Result<(), Error>> + Send + 'static,
+    {
+        self.closures(|closures| {
+            closures.abort = Arc::new(move |call: Finish| Box::pin(abort(call.id().to_owned())));
+        })
+    }
+
+    /// Changes the closures; what is a [`Participant`] stays as it is.
+    fn closures(mut self, change: impl FnOnce(&mut Closures)) -> Self {
+        if let Code::Closures(closures) = &mut self.code {
+            change(closures);
+        }
+        self
+    }
+
+    pub(crate) fn participant(self) -> Arc<dyn AnyParticipant> {
+        match self.code {
+            Code::Closures(closures) => Arc::new(closures),
+            Code::Participant(participant) => participant,
+        }
+    }
+}
+
+impl fmt::Debug for Service {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Service")
+            .field("name", &self.name)
+            .field("max_concurrency", &self.max_concurrency)
+            .field("max_wait", &self.max_wait)
+            .finish_non_exhaustive()
+    }
+}
+
+fn verdict(ready: bool) -> Verdict {
+    if ready { Verdict::Prepared } else { Verdict::Refused(None) }
+}
+
+impl Participant for Closures {
+    async fn prepare(&self, call: Prepare) -> Result<Verdict, Error> {
+        (self.prepare)(call).await
+    }
+
+    async fn commit(&self, call: Finish) -> Result<(), Error> {
+        (self.commit)(call).await
+    }
+
+    async fn abort(&self, call: Finish) -> Result<(), Error> {
+        (self.abort)(call).await
+    }
+}
+
+/// Runs what blocks on threads of its own, for one transaction one at a time: a closure that has
+/// outlived its time still runs, and whoever comes next for that transaction waits for it.
+#[derive(Clone, Default)]
+struct Threads {
+    running: Arc<Mutex<BTreeMap<String, Arc<AsyncMutex<()>>>>>,
+}
+
+impl Threads {
+    fn finish<F>(&self, finish: F) -> FinishFn
+    where
+        F: Fn(&str) -> Result<(), Error> + Send + Sync + 'static,
+    {
+        let (finish, threads) = (Arc::new(finish), self.clone());
+        Arc::new(move |call: Finish| {
+            let (finish, threads) = (Arc::clone(&finish), threads.clone());
+            Box::pin(async move {
+                let id = call.id().to_owned();
+                threads.run(&id, move || finish(call.id())).await
+            })
+        })
+    }
+
+    async fn run<T: Send + 'static>(
+        &self,
+        id: &str,
+        call: impl FnOnce() -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, Error> {
+        let turn = {
+            let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+            Arc::clone(running.entry(id.to_owned()).or_default())
+        };
+        let turn = turn.lock_owned().await;
+        let guard = Turn { threads: self.clone(), id: id.to_owned(), turn: Some(turn) };
+        let ended = tokio::task::spawn_blocking(move || {
+            let _guard = guard;
+            call()
+        });
+        match ended.await {
+            Ok(ended) => ended,
+            Err(error) => match error.try_into_panic() {
+                Ok(panic) => Err(format!("panicked: {}", calls::panic_message(&*panic)).into()),
+                Err(error) => Err(error.into()),
+            },
+        }
+    }
+}
+
+/// Held while a closure runs.
+struct Turn {
+    threads: Threads,
+    id: String,
+    turn: Option<OwnedMutexGuard<()>>,
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.turn = None;
+        let mut running = self.threads.running.lock().unwrap_or_else(PoisonError::into_inner);
+        // One reference is the map's; any other is somebody's who waits for their turn.
+        if running.get(&self.id).is_some_and(|turn| Arc::strong_count(turn) == 1) {
+            running.remove(&self.id);
+        }
+    }
+}

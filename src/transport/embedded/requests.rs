@@ -1,0 +1,41 @@
+//! The request queue: what is not acked is delivered again.
+
+use std::collections::BTreeMap;
+
+use crate::protocol::{coordinator::Delivery, message::Request};
+
+/// The requests that a coordinator has taken and not acked.
+#[derive(Debug, Default)]
+pub struct RequestQueue {
+    unacked: BTreeMap<Delivery, Unacked>,
+    delivered: u64,
+}
+
+#[derive(Debug)]
+struct Unacked {
+    request: Request,
+    deliveries: u32,
+}
+
+impl RequestQueue {
+    /// Delivers a new request.
+    pub fn deliver(&mut self, request: &Request) -> Delivery {
+        self.delivered += 1;
+        let delivery = Delivery(self.delivered);
+        self.unacked.insert(delivery, Unacked { request: request.clone(), deliveries: 1 });
+        delivery
+    }
+
+    /// The request must not come again.
+    pub fn ack(&mut self, delivery: Delivery) {
+        self.unacked.remove(&delivery);
+    }
+
+    /// Delivers everything that is not acked once more, with how often it has been by then.
+    pub fn redeliver(&mut self) -> impl Iterator<Item = (Delivery, Request, u32)> {
+        self.unacked.iter_mut().map(|(delivery, unacked)| {
+            unacked.deliveries = unacked.deliveries.saturating_add(1);
+            (*delivery, unacked.request.clone(), unacked.deliveries)
+        })
+    }
+}
