@@ -12,7 +12,7 @@ use std::{
 
 use crate::{
     participant::{Error, Finish, Participant, Prepare, Verdict},
-    protocol::ids::{ServiceName, TransactionId},
+    protocol::ids::{ServiceName, TransactionId, fnv1a},
     wire::services::{Behaviour, Latency, ServiceSpec},
 };
 
@@ -162,9 +162,7 @@ impl Dice {
         let bytes = numbers.iter().flat_map(|number| number.to_le_bytes());
         let names = service.as_str().bytes().chain([0]).chain(id.as_str().bytes());
         // FNV-1a gathers, SplitMix64 (below) scatters.
-        Self(bytes.chain(names).fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-        }))
+        Self(fnv1a(bytes.chain(names)))
     }
 
     fn next(&mut self) -> u64 {

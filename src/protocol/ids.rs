@@ -3,7 +3,12 @@
 //! A name never says more than which thing is meant. Nothing here makes names up; who needs a new
 //! one (an instance its branches, a worker its own id) is given it or counts.
 
-use std::{borrow::Borrow, fmt, sync::Arc};
+use std::{
+    cmp::Ordering,
+    fmt,
+    hash::{Hash, Hasher},
+    sync::Arc,
+};
 
 use crate::protocol::time::Time;
 
@@ -26,11 +31,70 @@ impl fmt::Display for InvalidName {
 
 impl std::error::Error for InvalidName {}
 
+/// A text that is compared by a digest of it first: in a map of many, that saves a look at most of
+/// the texts. Its order means nothing, but is the same everywhere.
+#[derive(Clone)]
+struct Scattered {
+    digest: u64,
+    text: Arc<str>,
+}
+
+impl From<&str> for Scattered {
+    fn from(text: &str) -> Self {
+        Self { digest: fnv1a(text.bytes()), text: text.into() }
+    }
+}
+
+impl AsRef<str> for Scattered {
+    fn as_ref(&self) -> &str {
+        &self.text
+    }
+}
+
+impl PartialEq for Scattered {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other) == Ordering::Equal
+    }
+}
+
+impl Eq for Scattered {}
+
+impl PartialOrd for Scattered {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Scattered {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.digest.cmp(&other.digest).then_with(|| {
+            if Arc::ptr_eq(&self.text, &other.text) {
+                Ordering::Equal
+            } else {
+                self.text.cmp(&other.text)
+            }
+        })
+    }
+}
+
+impl Hash for Scattered {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.text.hash(state);
+    }
+}
+
+/// The 64-bit FNV-1a digest: no quality is needed but that near texts scatter.
+pub(crate) fn fnv1a(bytes: impl Iterator<Item = u8>) -> u64 {
+    bytes.fold(0xcbf2_9ce4_8422_2325, |digest, byte| {
+        (digest ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
+}
+
 macro_rules! names {
-    ($($(#[$doc:meta])* $name:ident: $what:literal, $max:literal, $extra:literal;)*) => {$(
+    ($($(#[$doc:meta])* $name:ident($text:ty): $what:literal, $max:literal, $extra:literal;)*) => {$(
         $(#[$doc])*
         #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-        pub struct $name(Arc<str>);
+        pub struct $name($text);
 
         impl $name {
             /// The characters allowed, and how many.
@@ -49,25 +113,19 @@ macro_rules! names {
 
             /// The name as text.
             pub fn as_str(&self) -> &str {
-                &self.0
+                self.0.as_ref()
             }
         }
 
         impl fmt::Display for $name {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.pad(&self.0)
+                f.pad(self.as_str())
             }
         }
 
         impl fmt::Debug for $name {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str(&self.0)
-            }
-        }
-
-        impl Borrow<str> for $name {
-            fn borrow(&self) -> &str {
-                &self.0
+                f.write_str(self.as_str())
             }
         }
 
@@ -82,19 +140,19 @@ macro_rules! names {
 
 names! {
     /// What a producer calls its transaction. Two requests with one id are told apart by their
-    /// `requested_at`: see [`TransactionKey`].
-    TransactionId: "transaction id", 128, "._:-";
+    /// `requested_at`: see [`TransactionKey`]. Its order is not that of the text.
+    TransactionId(Scattered): "transaction id", 128, "._:-";
     /// A named participant with one durable state.
-    ServiceName: "service name", 64, "_-";
+    ServiceName(Arc<str>): "service name", 64, "_-";
     /// One running process of a service. A process started again is another instance.
-    InstanceId: "instance id", 64, "_-";
+    InstanceId(Arc<str>): "instance id", 64, "_-";
     /// One process of the coordinator.
-    WorkerId: "worker id", 64, "_-";
+    WorkerId(Arc<str>): "worker id", 64, "_-";
     /// One run of a service's prepare for a transaction. Made by the instance that runs it, stored
     /// with what it prepared, and named by the decision that commits it.
-    Branch: "branch", 96, "._-";
+    Branch(Arc<str>): "branch", 96, "._-";
     /// Where a producer wants its result: a token of its own, never a queue name.
-    ReplyToken: "reply token", 64, "_-";
+    ReplyToken(Arc<str>): "reply token", 64, "_-";
 }
 
 impl Branch {

@@ -115,7 +115,8 @@ impl Settings {
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Coordinator {
     view: JournalView,
-    transactions: BTreeMap<TransactionKey, Transaction>,
+    /// Boxed: a map moves its values about.
+    transactions: BTreeMap<TransactionKey, Box<Transaction>>,
     inquests: BTreeMap<TransactionKey, Inquest>,
     history: History,
     shared: Shared,
@@ -254,7 +255,7 @@ impl Coordinator {
 
     /// Where a transaction stands, if it is worked on here.
     pub fn phase_of(&self, key: &TransactionKey) -> Option<Phase> {
-        self.transactions.get(key).map(Transaction::phase)
+        self.transactions.get(key).map(|it| it.phase())
     }
 
     /// The offset from which to read the journal on after a break.
@@ -324,7 +325,7 @@ impl Coordinator {
             return reject(request, delivery, ReasonCode::IdReused, effects);
         }
         let transaction = Transaction::new(request, delivery, deliveries, deliveries_max);
-        self.transactions.insert(key.clone(), transaction);
+        self.transactions.insert(key.clone(), Box::new(transaction));
         match (recall, earlier) {
             (_, Some(Recall::Found(earlier))) => {
                 self.with(now, &key, effects, |it, cx| it.answer_as(&earlier, cx));
@@ -388,7 +389,7 @@ impl Coordinator {
 
     /// Records are lost: what was not seen to be decided may have been.
     fn recall_undecided(&mut self, now: Time, effects: &mut Vec<Effect>) {
-        let undecided = |(_, it): &(&TransactionKey, &Transaction)| {
+        let undecided = |(_, it): &(&TransactionKey, &Box<Transaction>)| {
             it.is_undecided() && it.phase() != Phase::Recalling
         };
         let keys: Vec<_> =
@@ -489,16 +490,19 @@ impl Coordinator {
 
     fn vote_received(&mut self, now: Time, vote: Vote, effects: &mut Vec<Effect>) {
         self.hint(&vote.service, &vote.instance, vote.free);
-        match self.transactions.get(&vote.key) {
-            Some(it) if it.request().request_hash == vote.request_hash => {
-                let key = vote.key.clone();
-                self.with(now, &key, effects, |it, cx| it.record_vote(vote, cx));
-            }
-            Some(_) => {
+        let key = vote.key.clone();
+        let mut vote = Some(vote);
+        self.with(now, &key, effects, |it, cx| {
+            let Some(vote) = vote.take() else { return };
+            if it.request().request_hash == vote.request_hash {
+                it.record_vote(vote, cx);
+            } else {
                 let late = Anomaly::LateVote(vote.key, vote.service);
-                effects.push(Effect::Report(late));
+                cx.effects.push(Effect::Report(late));
             }
-            None => self.late_vote(now, vote, effects),
+        });
+        if let Some(vote) = vote {
+            self.late_vote(now, vote, effects);
         }
     }
 
@@ -523,11 +527,11 @@ impl Coordinator {
     }
 
     fn hint(&mut self, service: &ServiceName, instance: &InstanceId, free: u32) {
-        if let Some(flow) = self.shared.flows.get_mut(service) {
-            flow.reported(instance, free);
-            if flow.has_waiters() {
-                self.shared.touched.insert(service.clone());
-            }
+        let Shared { flows, touched, .. } = &mut self.shared;
+        let Some(flow) = flows.get_mut(service) else { return };
+        flow.reported(instance, free);
+        if flow.has_waiters() {
+            touched.insert(service.clone());
         }
     }
 
@@ -723,17 +727,20 @@ impl Context<'_> {
     /// What is known of `service`; it is looked for if it is new.
     fn flow(&mut self, service: &ServiceName) -> &mut Flow {
         let Shared { flows, settings, .. } = &mut *self.shared;
-        if !flows.contains_key(service) {
-            if flows.len() >= settings.services_max {
-                flows.retain(|_, flow| !flow.is_idle());
-            }
-            self.effects.push(Effect::FindService(service.clone()));
+        if flows.len() >= settings.services_max && !flows.contains_key(service) {
+            flows.retain(|_, flow| !flow.is_idle());
         }
-        flows.entry(service.clone()).or_insert_with(Flow::new)
+        flows.entry(service.clone()).or_insert_with(|| {
+            self.effects.push(Effect::FindService(service.clone()));
+            Flow::new()
+        })
     }
 
-    fn touch(&mut self, service: &ServiceName) {
-        if self.shared.flows.get(service).is_some_and(Flow::has_waiters) {
+    /// Tells the flow of `service` something that may let waiters go on.
+    fn relieve(&mut self, service: &ServiceName, tell: impl FnOnce(&mut Flow)) {
+        let Some(flow) = self.shared.flows.get_mut(service) else { return };
+        tell(flow);
+        if flow.has_waiters() {
             self.shared.touched.insert(service.clone());
         }
     }

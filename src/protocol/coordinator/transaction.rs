@@ -7,6 +7,7 @@ use crate::protocol::{
     coordinator::{
         Context,
         event::{Anomaly, Delivery, Effect},
+        flow::Flow,
         reject,
     },
     ids::{Branch, InstanceId, ServiceName},
@@ -1006,10 +1007,7 @@ impl Transaction {
     fn release(&mut self, index: usize, cx: &mut Context<'_>) {
         if self.parts[index].holds_slot {
             self.parts[index].holds_slot = false;
-            if let Some(flow) = cx.known_flow(&self.request.services[index]) {
-                flow.freed_slot();
-            }
-            cx.touch(&self.request.services[index]);
+            cx.relieve(&self.request.services[index], Flow::freed_slot);
         }
     }
 
@@ -1020,13 +1018,12 @@ impl Transaction {
         match *standing {
             Standing::Asked { looked_full, .. } => {
                 *standing = Standing::Unasked;
-                if let Some(flow) = cx.known_flow(service) {
+                cx.relieve(service, |flow| {
                     flow.answered();
                     if admitted {
                         flow.admitted(looked_full);
                     }
-                }
-                cx.touch(service);
+                });
             }
             Standing::Queued => {
                 *standing = Standing::Unasked;

@@ -167,7 +167,8 @@ struct Waiting {
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Instance {
     settings: Settings,
-    holdings: BTreeMap<TransactionKey, Holding>,
+    /// Boxed: a map moves its values about.
+    holdings: BTreeMap<TransactionKey, Box<Holding>>,
     slots_used: u32,
     waiting: VecDeque<Waiting>,
     memory: Memory,
@@ -268,7 +269,7 @@ impl Instance {
         } else {
             self.call_prepare(&mut holding, it.prepare, effects);
         }
-        self.holdings.insert(key, holding);
+        self.holdings.insert(key, Box::new(holding));
     }
 
     /// What can be said to a prepare without asking the service's code.
@@ -442,7 +443,7 @@ impl Instance {
     fn look_up(&mut self, key: &TransactionKey, visiting: Holding, effects: &mut Vec<Effect>) {
         let visitors = self.holdings.len().saturating_sub(self.slots_used as usize);
         if self.settings.has_store && visitors < self.settings.visitors_max {
-            self.holdings.insert(key.clone(), visiting);
+            self.holdings.insert(key.clone(), Box::new(visiting));
             effects.push(Effect::ReadStore(key.clone()));
         }
     }
@@ -823,7 +824,7 @@ impl Instance {
         }
     }
 
-    fn remove(&mut self, key: &TransactionKey) -> Option<Holding> {
+    fn remove(&mut self, key: &TransactionKey) -> Option<Box<Holding>> {
         let mut holding = self.holdings.remove(key)?;
         self.deadlines.disarm(key, &mut holding.due);
         if holding.slot != Slot::None {

@@ -1,0 +1,269 @@
+//! How fast the protocol is by itself: no code of services, no clock, no I/O.
+//!
+//! `cargo bench --bench core`; the figure that counts is elements (transactions) per second.
+
+#![allow(missing_docs, reason = "criterion's macros make undocumented functions")]
+#![allow(clippy::expect_used, clippy::unwrap_used, reason = "a benchmark may fail here")]
+
+use std::{hint::black_box, sync::Arc, time::Duration};
+
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use dtc::protocol::{
+    coordinator::{self, Coordinator, Delivery},
+    ids::{Branch, InstanceId, RequestHash, ServiceName, TransactionId, TransactionKey, WorkerId},
+    message::{Ballot, Command, Destination, Done, Payload, Request, Vote},
+    participant::{self, Instance, Verdict},
+    time::Time,
+};
+
+const BATCH: u64 = 10_000;
+
+/// How many transactions are in flight at once.
+const IN_FLIGHT: u64 = 256;
+
+struct World {
+    now: Time,
+    coordinator: Coordinator,
+    effects: Vec<coordinator::Effect>,
+    worker: WorkerId,
+    instance: InstanceId,
+    branch: Branch,
+    services: Arc<[ServiceName]>,
+    payload: Payload,
+    records_read: u64,
+    next: u64,
+}
+
+impl World {
+    fn new() -> Self {
+        let worker = WorkerId::parse("w").expect("a name");
+        let mut settings = coordinator::Settings::new(worker.clone());
+        settings.records_max = 16_384;
+        settings.clock_margin = Duration::ZERO;
+        let mut coordinator = Coordinator::new(settings);
+        let now = Time::from_millis(1_000_000);
+        let attached = coordinator::Event::JournalAttached { next: 0, since: Time::EPOCH };
+        coordinator.handle(now, attached, &mut Vec::new());
+        let instance = InstanceId::parse("i").expect("a name");
+        let names = ["payments", "stock"].map(|name| ServiceName::parse(name).expect("a name"));
+        Self {
+            now,
+            coordinator,
+            effects: Vec::new(),
+            worker,
+            branch: Branch::of(&instance, 1),
+            instance,
+            services: Arc::new(names),
+            payload: Payload::new(r#"{"amount":100}"#),
+            records_read: 0,
+            next: 0,
+        }
+    }
+
+    fn request(&mut self) -> coordinator::Event {
+        self.next += 1;
+        if self.next.is_multiple_of(100) {
+            self.now = self.now + Duration::from_millis(1);
+        }
+        let id = TransactionId::parse(&format!("tx-{}", self.next)).expect("a name");
+        let request = Request {
+            key: TransactionKey { id, requested_at: self.now },
+            request_hash: RequestHash([7; 16]),
+            services: Arc::clone(&self.services),
+            data: self.payload.clone(),
+            timeout: None,
+            reply: None,
+        };
+        let delivery = Delivery(self.next);
+        coordinator::Event::RequestReceived { request, delivery, deliveries: 1 }
+    }
+
+    /// The coordinator's whole life of one batch; what the services would say is said at once.
+    fn run_coordinator(&mut self, n: u64) -> u64 {
+        let mut acked = 0;
+        let mut begun = 0;
+        let mut events = std::collections::VecDeque::new();
+        while acked < n {
+            while begun < n && begun - acked < IN_FLIGHT {
+                begun += 1;
+                let request = self.request();
+                events.push_back(request);
+            }
+            while let Some(event) = events.pop_front() {
+                self.coordinator.handle(self.now, event, &mut self.effects);
+                for effect in self.effects.drain(..) {
+                    match effect {
+                        coordinator::Effect::Ack(_) => acked += 1,
+                        coordinator::Effect::FindService(service) => {
+                            events.push_back(coordinator::Event::ServiceFound(service));
+                        }
+                        coordinator::Effect::Append(decision) => {
+                            let offset = self.records_read;
+                            self.records_read += 1;
+                            let decision = Arc::new(decision);
+                            events.push_back(coordinator::Event::RecordRead { offset, decision });
+                        }
+                        coordinator::Effect::Publish { key, delivery, .. } => {
+                            events.push_back(coordinator::Event::ResultConfirmed { key, delivery });
+                        }
+                        coordinator::Effect::Send { service, command, .. } => {
+                            let instance = self.instance.clone();
+                            let free = 1000;
+                            events.push_back(match command {
+                                Command::Prepare(prepare) => {
+                                    coordinator::Event::VoteReceived(Vote {
+                                        key: prepare.key,
+                                        request_hash: prepare.request_hash,
+                                        service,
+                                        instance,
+                                        ballot: Ballot::Prepared { branch: self.branch.clone() },
+                                        free,
+                                    })
+                                }
+                                Command::Finish(finish) => coordinator::Event::DoneReceived(Done {
+                                    key: finish.key,
+                                    service,
+                                    instance,
+                                    applied: Ok(()),
+                                    parked: false,
+                                    free,
+                                }),
+                                Command::Query(_) | Command::Cancel(_) => continue,
+                            });
+                        }
+                        other => {
+                            black_box(other);
+                        }
+                    }
+                }
+            }
+        }
+        acked
+    }
+
+    /// Both sides: the coordinator and one instance of each service.
+    fn run_system(&mut self, instances: &mut [Instance; 2], n: u64) -> u64 {
+        let mut acked = 0;
+        let mut begun = 0;
+        let mut events = std::collections::VecDeque::new();
+        let mut commands = std::collections::VecDeque::new();
+        let mut ended = Vec::new();
+        let mut said = Vec::new();
+        while acked < n {
+            while begun < n && begun - acked < IN_FLIGHT {
+                begun += 1;
+                let request = self.request();
+                events.push_back(request);
+            }
+            loop {
+                if let Some(event) = events.pop_front() {
+                    self.coordinator.handle(self.now, event, &mut self.effects);
+                } else if let Some((member, event)) = commands.pop_front() {
+                    let instance: &mut Instance = &mut instances[usize::from(member)];
+                    instance.handle(self.now, event, &mut said);
+                    for effect in said.drain(..) {
+                        match effect {
+                            participant::Effect::CallPrepare { key, branch, .. } => {
+                                let verdict = Verdict::Prepared;
+                                ended.push(participant::Event::PrepareEnded {
+                                    key,
+                                    branch,
+                                    verdict,
+                                });
+                            }
+                            participant::Effect::CallCommit { key, branch } => {
+                                let applied = Ok(());
+                                ended.push(participant::Event::FinishEnded {
+                                    key,
+                                    branch,
+                                    applied,
+                                });
+                            }
+                            participant::Effect::Vote { vote, .. } => {
+                                events.push_back(coordinator::Event::VoteReceived(vote));
+                            }
+                            participant::Effect::Done { done, .. } => {
+                                events.push_back(coordinator::Event::DoneReceived(done));
+                            }
+                            other => {
+                                black_box(other);
+                            }
+                        }
+                    }
+                    commands.extend(ended.drain(..).map(|event| (member, event)));
+                } else {
+                    break;
+                }
+                for effect in self.effects.drain(..) {
+                    match effect {
+                        coordinator::Effect::Ack(_) => acked += 1,
+                        coordinator::Effect::FindService(service) => {
+                            events.push_back(coordinator::Event::ServiceFound(service));
+                        }
+                        coordinator::Effect::Append(decision) => {
+                            let offset = self.records_read;
+                            self.records_read += 1;
+                            let decision = Arc::new(decision);
+                            events.push_back(coordinator::Event::RecordRead { offset, decision });
+                        }
+                        coordinator::Effect::Publish { key, delivery, .. } => {
+                            events.push_back(coordinator::Event::ResultConfirmed { key, delivery });
+                        }
+                        coordinator::Effect::Send { service, to, command } => {
+                            let member = service == self.services[1];
+                            let worker = self.worker.clone();
+                            debug_assert!(to != Destination::AnyInstance);
+                            commands.push_back((
+                                member,
+                                match command {
+                                    Command::Prepare(prepare) => {
+                                        participant::Event::PrepareReceived {
+                                            worker,
+                                            delivery: Delivery(1),
+                                            redelivered: false,
+                                            prepare,
+                                        }
+                                    }
+                                    Command::Finish(finish) => participant::Event::FinishReceived {
+                                        worker,
+                                        finish,
+                                        delivery: None,
+                                    },
+                                    Command::Query(_) | Command::Cancel(_) => continue,
+                                },
+                            ));
+                        }
+                        other => {
+                            black_box(other);
+                        }
+                    }
+                }
+            }
+        }
+        acked
+    }
+}
+
+fn core(c: &mut Criterion) {
+    let mut group = c.benchmark_group("core");
+    group.throughput(Throughput::Elements(BATCH));
+    group.sample_size(20);
+    let mut world = World::new();
+    group.bench_function("coordinator, two services", |b| {
+        b.iter(|| black_box(world.run_coordinator(BATCH)));
+    });
+    let mut world = World::new();
+    let mut instances = world.services.iter().map(|service| {
+        let settings = participant::Settings::new(service.clone(), world.instance.clone(), 1000);
+        let settings = participant::Settings { remembered_max: 16_384, ..settings };
+        Instance::new(world.now, settings)
+    });
+    let mut instances = [instances.next().expect("two"), instances.next().expect("two")];
+    group.bench_function("coordinator and both services", |b| {
+        b.iter(|| black_box(world.run_system(&mut instances, BATCH)));
+    });
+    group.finish();
+}
+
+criterion_group!(benches, core);
+criterion_main!(benches);
