@@ -24,12 +24,22 @@
 //! | `fail_for` | array of transaction ids that always fail | none |
 //! | `read_only` (prepare only) | whether it votes that there is nothing to commit | false |
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet, btree_map::Entry},
+    time::Duration,
+};
 
 use crate::{
     protocol::ids::{ServiceName, TransactionId},
-    wire::complaint::Complaints,
+    wire::{
+        check::{Check, DAY_MS, Path, without_byte_order_mark},
+        complaint::{Complaints, Position},
+        json::{Kind, Value},
+    },
 };
+
+/// How long a prepare waits for a slot, unless the file says otherwise.
+const MAX_WAIT: Duration = Duration::from_secs(1);
 
 /// A service of `dtc run`.
 #[derive(Clone, PartialEq, Debug)]
@@ -86,6 +96,161 @@ pub struct Latency {
 ///
 /// Everything that is wrong with it, at once.
 pub fn read(file: &str, text: &[u8]) -> Result<Vec<ServiceSpec>, Complaints> {
-    let _ = (file, text);
-    Ok(Vec::new())
+    let mut check = Check::of_file(&file.into());
+    let services = read_services(&mut check, text);
+    check.complaints.or(services)
+}
+
+fn read_services(check: &mut Check, text: &[u8]) -> Option<Vec<ServiceSpec>> {
+    let value = check.json(Position::START, without_byte_order_mark(text))?;
+    let elements = check.elements(&Path::TOP, &value, "an array of services")?;
+    if elements.is_empty() {
+        check.complain(&Path::TOP, &value, "must have at least one service");
+    }
+    let mut taken = BTreeMap::new();
+    let mut services = Vec::with_capacity(elements.len());
+    for (index, element) in elements.iter().enumerate() {
+        let taken = |name: &ServiceName| match taken.entry(name.clone()) {
+            Entry::Vacant(entry) => {
+                entry.insert(index);
+                None
+            }
+            Entry::Occupied(entry) => Some(*entry.get()),
+        };
+        services.extend(read_service(check, &Path::TOP.element(index), element, taken));
+    }
+    Some(services)
+}
+
+/// `taken` tells which service has a name already, and takes it if none has.
+fn read_service(
+    check: &mut Check,
+    path: &Path<'_>,
+    value: &Value<'_>,
+    mut taken: impl FnMut(&ServiceName) -> Option<usize>,
+) -> Option<ServiceSpec> {
+    let known = ["name", "max_concurrency", "max_wait_ms", "prepare", "commit", "abort"];
+    let [name, max_concurrency, max_wait, prepare, commit, abort] =
+        check.fields(path, value, &known)?;
+    let name = check.required(path, value, "name", name).and_then(|value| {
+        let path = path.field("name");
+        let name = check.name(&path, value, ServiceName::RULE, ServiceName::parse)?;
+        if let Some(index) = taken(&name) {
+            check.complain(&path, value, format!("is the name of $[{index}] too"));
+        }
+        Some(name)
+    });
+    let max_concurrency = check
+        .required(path, value, "max_concurrency", max_concurrency)
+        .and_then(|value| check.whole_number(&path.field("max_concurrency"), value, 1..=u32::MAX));
+    let max_wait = max_wait.map_or(Some(MAX_WAIT), |value| {
+        let millis = check.whole_number(&path.field("max_wait_ms"), value, 0..=DAY_MS)?;
+        Some(Duration::from_millis(millis.into()))
+    });
+    let mut behaviour = |name, value, is_prepare| {
+        read_behaviour(check, &path.field(name), value, is_prepare).unwrap_or_default()
+    };
+    let prepare = behaviour("prepare", prepare, true);
+    let commit = behaviour("commit", commit, false);
+    let abort = behaviour("abort", abort, false);
+    Some(ServiceSpec {
+        name: name?,
+        max_concurrency: max_concurrency?,
+        max_wait: max_wait?,
+        prepare,
+        commit,
+        abort,
+    })
+}
+
+fn read_behaviour(
+    check: &mut Check,
+    path: &Path<'_>,
+    value: Option<&Value<'_>>,
+    is_prepare: bool,
+) -> Option<Behaviour> {
+    let known = [
+        "latency_ms",
+        "refuse_rate",
+        "error_rate",
+        "panic_rate",
+        "hang_rate",
+        "fail_first",
+        "fail_for",
+        "read_only",
+    ];
+    let value = value?;
+    let [latency, refuse_rate, error_rate, panic_rate, hang_rate, fail_first, fail_for, read_only] =
+        check.fields(path, value, &known)?;
+    for (name, field) in [("refuse_rate", refuse_rate), ("read_only", read_only)] {
+        if let Some(value) = field
+            && !is_prepare
+        {
+            check.complain(&path.field(name), value, "only `prepare` has this field");
+        }
+    }
+    let mut rate = |name, field: Option<&Value<'_>>| {
+        let rule = "must be a number from 0 to 1";
+        let rate = field.and_then(|value| check.number(&path.field(name), value, 1.0, rule));
+        rate.unwrap_or_default()
+    };
+    let refuse_rate = rate("refuse_rate", refuse_rate);
+    let error_rate = rate("error_rate", error_rate);
+    let panic_rate = rate("panic_rate", panic_rate);
+    let hang_rate = rate("hang_rate", hang_rate);
+    // Sums such as 0.7 + 0.2 + 0.1 are 1 only nearly.
+    if refuse_rate + error_rate + panic_rate + hang_rate > 1.0 + 1e-9 {
+        check.complain(path, value, "the rates together must be at most 1");
+    }
+    let fail_first = fail_first
+        .and_then(|value| check.whole_number(&path.field("fail_first"), value, 0..=u32::MAX));
+    Some(Behaviour {
+        latency: latency.and_then(|value| read_latency(check, path, value)).unwrap_or_default(),
+        refuse_rate,
+        error_rate,
+        panic_rate,
+        hang_rate,
+        fail_first: fail_first.unwrap_or_default(),
+        fail_for: fail_for.and_then(|value| read_ids(check, path, value)).unwrap_or_default(),
+        read_only: read_only
+            .and_then(|value| check.boolean(&path.field("read_only"), value))
+            .unwrap_or_default(),
+    })
+}
+
+fn read_latency(check: &mut Check, path: &Path<'_>, value: &Value<'_>) -> Option<Latency> {
+    let rule = format!("must be a number from 0 to {DAY_MS}, or [min, max] of two such");
+    let path = path.field("latency_ms");
+    let mut duration = |path: &Path<'_>, value: &Value<'_>| {
+        let millis = check.number(path, value, DAY_MS.into(), &rule)?;
+        Some(Duration::from_secs_f64(millis / 1000.0))
+    };
+    let Kind::Array(elements) = &value.kind else {
+        let latency = duration(&path, value)?;
+        return Some(Latency { min: latency, max: latency });
+    };
+    let [min, max] = elements.as_slice() else {
+        check.complain(&path, value, rule);
+        return None;
+    };
+    let (min, max) = (duration(&path.element(0), min), duration(&path.element(1), max));
+    let latency = Latency { min: min?, max: max? };
+    if latency.min > latency.max {
+        check.complain(&path, value, "must be [min, max] with a min of at most max");
+    }
+    Some(latency)
+}
+
+fn read_ids(
+    check: &mut Check,
+    path: &Path<'_>,
+    value: &Value<'_>,
+) -> Option<BTreeSet<TransactionId>> {
+    let path = path.field("fail_for");
+    let elements = check.elements(&path, value, "an array of transaction ids")?;
+    let ids = elements.iter().enumerate().filter_map(|(index, element)| {
+        let path = path.element(index);
+        check.name(&path, element, TransactionId::RULE, TransactionId::parse)
+    });
+    Some(ids.collect())
 }
