@@ -338,12 +338,25 @@ impl<R: BufRead> Iterator for Lines<R> {
 ///
 /// A fingerprint has 128 bits under keys drawn anew for each run, so that neither chance nor intent
 /// makes two ids share one.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct TakenIds {
     keys: [RandomState; 2],
+    /// How many ids fill `recent`.
+    generation: usize,
     recent: HashSet<u128>,
     /// Full, and forgotten when `recent` is.
     older: HashSet<u128>,
+}
+
+impl Default for TakenIds {
+    fn default() -> Self {
+        Self {
+            keys: Default::default(),
+            generation: Self::GENERATION,
+            recent: HashSet::new(),
+            older: HashSet::new(),
+        }
+    }
 }
 
 impl TakenIds {
@@ -358,9 +371,319 @@ impl TakenIds {
         if self.older.contains(&fingerprint) || !self.recent.insert(fingerprint) {
             return false;
         }
-        if self.recent.len() == Self::GENERATION {
+        if self.recent.len() == self.generation {
             self.older = mem::take(&mut self.recent);
         }
         true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::{self, BufReader, Read},
+        time::Duration,
+    };
+
+    use super::{Lines, SIZE_MAX, TakenIds, TransactionSpec, Transactions, read_all};
+    use crate::protocol::ids::TransactionId;
+
+    const EXAMPLE: &str = r#"[
+        {"id": "TX1", "involved_services": ["ServiceB", "ServiceA"], "data": {"amount": 100}},
+        {"id": "TX2", "involved_services": ["ServiceA"], "data": {"item": "Widget"},
+         "timeout_ms": 500}
+    ]"#;
+
+    #[test]
+    fn an_array_is_read_in_its_order() {
+        let [first, second] = read_all("f", EXAMPLE.as_bytes()).unwrap().try_into().unwrap();
+        assert_eq!(first.id.as_str(), "TX1");
+        assert_eq!(names(&first), ["ServiceA", "ServiceB"]);
+        assert_eq!(first.data.as_str(), r#"{"amount":100}"#);
+        assert_eq!(first.timeout, None);
+        assert_eq!((second.id.as_str(), names(&second)), ("TX2", vec!["ServiceA"]));
+        assert_eq!(second.timeout, Some(Duration::from_millis(500)));
+        assert_ne!(first.request_hash, second.request_hash);
+    }
+
+    #[test]
+    fn an_empty_array_is_no_transactions() {
+        assert_eq!(read_all("f", b" [ ] "), Ok(vec![]));
+    }
+
+    #[test]
+    fn a_service_named_twice_counts_once() {
+        let text = br#"[{"id": "1", "involved_services": ["b", "a", "b"], "data": {}}]"#;
+        assert_eq!(names(&read_all("f", text).unwrap()[0]), ["a", "b"]);
+    }
+
+    #[test]
+    fn data_keeps_its_numbers_as_they_are_written() {
+        let text = br#"[{"id": "1", "involved_services": ["a"],
+            "data": {"b": [12345678901234567890123, 1.10, 1E+2, -0], "\u0061": "\u00e9\n/\/"}}]"#;
+        let transactions = read_all("f", text).unwrap();
+        let data = "{\"a\":\"é\\n//\",\"b\":[12345678901234567890123,1.10,1E+2,-0]}";
+        assert_eq!(transactions[0].data.as_str(), data);
+    }
+
+    #[test]
+    fn the_first_character_tells_array_and_lines_apart() {
+        for text in
+            [EXAMPLE.to_owned(), format!("\n \t\r\n{EXAMPLE}"), format!("\u{feff}{EXAMPLE}")]
+        {
+            let Ok(Transactions::Array(transactions)) = Transactions::open("f", text.as_bytes())
+            else {
+                panic!("{text:?} is an array");
+            };
+            assert_eq!(transactions.len(), 2);
+        }
+        for (text, n_lines) in [("", 0), (" \n\n", 0), ("\u{feff}", 0), (LINE, 1)] {
+            assert_eq!(lines_of(text).count(), n_lines, "{text:?}");
+        }
+        let opened = Transactions::open("t.json", &b"\n  null"[..]);
+        let complaint = "t.json:2:3: not JSON: found `n` where `[` or `{` should be";
+        assert_eq!(opened.unwrap_err().to_string(), complaint);
+        let opened = Transactions::open("t.json", "é".as_bytes());
+        let complaint = r"t.json:1:1: not JSON: found `\xc3` where `[` or `{` should be";
+        assert_eq!(opened.unwrap_err().to_string(), complaint);
+    }
+
+    #[test]
+    fn positions_count_what_stands_before_the_array() {
+        let opened = Transactions::open("t.json", &b"\xEF\xBB\xBF\n  [}"[..]);
+        let complaint = "t.json:2:4: not JSON: found `}` where a value should be";
+        assert_eq!(opened.unwrap_err().to_string(), complaint);
+    }
+
+    /// Asserts what is complained about in an array, without the name of the file.
+    fn complains<const N: usize>(text: &str, complaints: [&str; N]) {
+        let found = read_all("t.json", text.as_bytes()).unwrap_err().to_string();
+        let found: Vec<_> = found.lines().map(|it| it.strip_prefix("t.json").unwrap()).collect();
+        assert_eq!(found, complaints);
+    }
+
+    #[test]
+    fn all_complaints_of_an_array_come_at_once() {
+        let text = r#"[
+            {"id": "a b", "involved_services": [], "data": [], "timeout_ms": 0, "retries": 1},
+            {"id": "x", "involved_services": ["s", 5, "a/b"], "data": {"a": {"b": 1, "b": 2}}},
+            {"id": "x", "involved_services": "s"},
+            {"id": 5, "data": {}, "timeout_ms": 86400001},
+            "y"
+        ]"#;
+        complains(
+            text,
+            [
+                ": $[0].retries is 1: unknown field; there are `id`, `involved_services`, `data`, \
+                 `timeout_ms`",
+                ": $[0].id is \"a b\": must match [A-Za-z0-9._:-]{1,128}",
+                ": $[0].involved_services is []: must name at least one service",
+                ": $[0].data is []: must be an object",
+                ": $[0].timeout_ms is 0: must be a whole number from 1 to 86400000",
+                ": $[1].involved_services[1] is 5: must be a string",
+                ": $[1].involved_services[2] is \"a/b\": must match [A-Za-z0-9_-]{1,64}",
+                ": $[1].data.a.b is 2: is given twice in one object",
+                ": $[2].id is \"x\": is the id of $[1] too",
+                ": $[2].involved_services is \"s\": must be an array of service names",
+                ": $[2] is {\"id\": \"x\", \"involved_services\": \"s\"}: must have a field `data`",
+                ": $[3].id is 5: must be a string",
+                ": $[3] is {\"id\": 5, \"data\": {}, \"timeout_ms\": 86400001}: must have a field \
+                 `involved_services`",
+                ": $[3].timeout_ms is 86400001: must be a whole number from 1 to 86400000",
+                ": $[4] is \"y\": must be an object",
+            ],
+        );
+    }
+
+    #[test]
+    fn a_missing_id_is_complained_about() {
+        let element = r#"{"involved_services": ["s"], "data": {}}"#;
+        complains(
+            &format!("[{element}]"),
+            [&format!(": $[0] is {element}: must have a field `id`")],
+        );
+    }
+
+    #[test]
+    fn a_field_given_twice_is_refused() {
+        complains(
+            r#"[{"id": "1", "involved_services": ["s"], "data": {}, "id": "2"}]"#,
+            [": $[0].id is \"2\": is given twice in one object"],
+        );
+    }
+
+    #[test]
+    fn a_field_with_a_strange_name_is_quoted_in_the_path() {
+        complains(
+            r#"[{"id": "1", "involved_services": ["s"], "data": {"a b": 1, "a b": 1, "": [{"\n": 1, "\n": 1}]}}]"#,
+            [
+                ": $[0].data[\"\"][0][\"\\n\"] is 1: is given twice in one object",
+                ": $[0].data[\"a b\"] is 1: is given twice in one object",
+            ],
+        );
+    }
+
+    #[test]
+    fn what_is_not_an_array_is_refused() {
+        complains("{}", [": $ is {}: must be an array of transactions"]);
+    }
+
+    #[test]
+    fn truncated_json_is_refused_with_line_and_column() {
+        complains("[\n{\"id\":", [":2:7: not JSON: the file ends where a value should be"]);
+        complains("[{}", [":1:4: not JSON: the file ends where `,` or `]` should be"]);
+    }
+
+    #[test]
+    fn what_is_not_utf8_is_refused_with_line_and_column() {
+        let complaints = read_all("t.json", b"[\n \"\xc3\xa9\xff").unwrap_err();
+        assert_eq!(complaints.to_string(), "t.json:2:4: not UTF-8");
+    }
+
+    #[test]
+    fn data_nested_too_deep_is_refused_with_line_and_column() {
+        let data = |depth| format!("{}0{}", "{\"a\":".repeat(depth), "}".repeat(depth));
+        let text =
+            |depth| format!(r#"[{{"id":"1","involved_services":["s"],"data":{}}}]"#, data(depth));
+        assert!(read_all("f", text(98).as_bytes()).is_ok());
+        complains(&text(99), [":1:535: not JSON: nested more than 100 deep"]);
+    }
+
+    #[test]
+    fn a_transaction_has_at_most_256_kib() {
+        for (excess, is_ok) in [(0, true), (1, false)] {
+            let line = line_of(SIZE_MAX + excess);
+            assert_eq!(read_all("t.json", format!("[{line}]").as_bytes()).is_ok(), is_ok);
+            assert_eq!(lines_of(&line).all(|it| it.is_ok()), is_ok);
+            assert_eq!(lines_of(&format!("{line}\r\n")).all(|it| it.is_ok()), is_ok);
+        }
+        complains(
+            &format!("[{}]", line_of(SIZE_MAX + 1)),
+            [
+                ": $[0] is {\"id\":\"1\",\"involved_services\":[\"s\"],\"data\":{\"a\":\"xxxxxxxxxxxxxx…: must \
+              have at most 262144 bytes",
+            ],
+        );
+    }
+
+    const LINE: &str = r#"{"id": "1", "involved_services": ["s"], "data": {}}"#;
+
+    /// A line of so many bytes.
+    fn line_of(size: usize) -> String {
+        let line =
+            |fill| format!(r#"{{"id":"1","involved_services":["s"],"data":{{"a":"{fill}"}}}}"#);
+        line("x".repeat(size - line(String::new()).len()))
+    }
+
+    fn lines_of(text: &str) -> Lines<&[u8]> {
+        match Transactions::open("t.ndjson", text.as_bytes()).unwrap() {
+            Transactions::Lines(lines) => lines,
+            Transactions::Array(_) => panic!("{text:?} is an array"),
+        }
+    }
+
+    fn names(transaction: &TransactionSpec) -> Vec<&str> {
+        transaction.services.iter().map(|name| name.as_str()).collect()
+    }
+
+    #[test]
+    fn blank_lines_are_skipped_and_counted() {
+        let mut lines = lines_of(
+            "\n{\"id\":\"1\",\"involved_services\":[\"s\"],\"data\":{}}\r\n \t\r\n\r\n{}\n",
+        );
+        assert!(lines.next().unwrap().is_ok());
+        let complaints = lines.next().unwrap().unwrap_err();
+        assert_eq!(
+            complaints.to_string(),
+            "t.ndjson:5: $ is {}: must have a field `id`\n\
+             t.ndjson:5: $ is {}: must have a field `involved_services`\n\
+             t.ndjson:5: $ is {}: must have a field `data`"
+        );
+    }
+
+    #[test]
+    fn a_bad_line_is_the_last_one_that_is_read() {
+        for bad in ["{", "{}", "7", "\"\u{7}\"", &line_of(SIZE_MAX + 1), LINE] {
+            let text = format!("{LINE}\n{bad}\n{LINE}\n");
+            let mut lines = lines_of(&text);
+            assert!(lines.next().unwrap().is_ok());
+            assert!(lines.next().unwrap().is_err(), "{bad:?}");
+            assert!(lines.next().is_none());
+        }
+    }
+
+    #[test]
+    fn complaints_about_a_line_name_it() {
+        let complaint = |bad: &str| {
+            let text = format!("{}\n{bad}", LINE.replace("\"1\"", "\"0\""));
+            lines_of(&text).last().unwrap().unwrap_err().to_string()
+        };
+        assert_eq!(
+            complaint(&format!("{LINE}{LINE}")),
+            "t.ndjson:2:52: not JSON: found `{` where nothing more should be"
+        );
+        assert_eq!(
+            complaint("  {\"id\":"),
+            "t.ndjson:2:9: not JSON: the line ends where a value should be"
+        );
+        assert_eq!(complaint("[]"), "t.ndjson:2: $ is []: must be an object");
+        assert_eq!(
+            complaint(&line_of(SIZE_MAX + 1)),
+            "t.ndjson:2:1: must have at most 262144 bytes"
+        );
+        assert_eq!(
+            complaint(&LINE.replace('1', "0")),
+            "t.ndjson:2: $.id is \"0\": is the id of an earlier line too"
+        );
+    }
+
+    #[test]
+    fn an_endless_line_is_refused_without_being_read() {
+        let head = io::Cursor::new("{\"id\": \"");
+        let reader = BufReader::new(head.chain(io::repeat(b'x')));
+        let Ok(Transactions::Lines(mut lines)) = Transactions::open("t.ndjson", reader) else {
+            panic!("it begins with a brace");
+        };
+        let complaints = lines.next().unwrap().unwrap_err();
+        assert_eq!(complaints.to_string(), "t.ndjson:1:1: must have at most 262144 bytes");
+        assert!(lines.line.capacity() <= 2 * SIZE_MAX);
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_read_to_its_end_is_complained_about() {
+        #[derive(Debug)]
+        struct Broken;
+        impl Read for Broken {
+            fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+                Err(io::Error::other("the disk is gone"))
+            }
+        }
+        let opened = Transactions::open("t.json", BufReader::new(Broken));
+        let complaint = "t.json:1:1: can't be read: the disk is gone";
+        assert_eq!(opened.unwrap_err().to_string(), complaint);
+        let opened = Transactions::open("t.json", BufReader::new(b" [".chain(Broken)));
+        let complaint = "t.json:1:2: can't be read: the disk is gone";
+        assert_eq!(opened.unwrap_err().to_string(), complaint);
+        let text = format!("{LINE}\n{{");
+        let reader = BufReader::with_capacity(16, text.as_bytes().chain(Broken));
+        let Ok(Transactions::Lines(mut lines)) = Transactions::open("t.ndjson", reader) else {
+            panic!("it begins with a brace");
+        };
+        assert!(lines.next().unwrap().is_ok());
+        let complaints = lines.next().unwrap().unwrap_err();
+        assert_eq!(complaints.to_string(), "t.ndjson:2:1: can't be read: the disk is gone");
+    }
+
+    #[test]
+    fn an_id_is_known_to_be_taken_until_a_generation_later_at_least() {
+        let id = |number: usize| TransactionId::parse(&number.to_string()).unwrap();
+        let mut taken = TakenIds { generation: 100, ..TakenIds::default() };
+        for number in 0..1000 {
+            assert!(taken.take(&id(number)));
+            let known_from = usize::saturating_sub(number, 99);
+            assert!((known_from..=number).all(|known| !taken.take(&id(known))));
+            assert!(taken.recent.len() + taken.older.len() <= 200);
+        }
+        assert!(taken.take(&id(0)));
     }
 }
