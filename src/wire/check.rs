@@ -8,6 +8,16 @@ use crate::wire::{
     json::{self, Kind, Value},
 };
 
+/// No time in a file is longer than a day: what is longer was meant to be something else.
+pub(super) const DAY_MS: u32 = 24 * 60 * 60 * 1000;
+
+/// What some editors write at the beginning of every file.
+pub(super) const BYTE_ORDER_MARK: &[u8] = b"\xEF\xBB\xBF";
+
+pub(super) fn without_byte_order_mark(text: &[u8]) -> &[u8] {
+    text.strip_prefix(BYTE_ORDER_MARK).unwrap_or(text)
+}
+
 /// Where a value stands, from the top of its JSON text.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Path<'p> {

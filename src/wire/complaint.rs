@@ -139,10 +139,13 @@ impl Collected {
         }
     }
 
-    /// `good`, if there is nothing to complain about.
-    pub(super) fn or<T>(self, good: T) -> Result<T, Complaints> {
+    /// What was read, if it was read without complaints.
+    pub(super) fn or<T>(self, read: Option<T>) -> Result<T, Complaints> {
         let Self { listed, unlisted } = self;
-        if listed.is_empty() { Ok(good) } else { Err(Complaints { listed, unlisted }) }
+        match read {
+            Some(read) if listed.is_empty() => Ok(read),
+            Some(_) | None => Err(Complaints { listed, unlisted }),
+        }
     }
 }
 
@@ -194,7 +197,7 @@ mod tests {
                 rule: "no".to_owned(),
             });
         }
-        let text = collected.or(()).unwrap_err().to_string();
+        let text = collected.or(Some(())).unwrap_err().to_string();
         assert_eq!(text.lines().count(), 101);
         assert_eq!(text.lines().nth(99), Some("f: $[99]: no"));
         assert_eq!(text.lines().last(), Some("and 150 more"));

@@ -179,7 +179,9 @@ impl<'a> Reader<'a> {
             Some(_) | None => return Err(self.expected(expected)),
         };
         self.at += 1;
-        self.skip_whitespace();
+        if goes_on {
+            self.skip_whitespace();
+        }
         Ok(goes_on)
     }
 
@@ -298,4 +300,172 @@ fn write_string(string: &str, out: &mut String) {
 /// `string` as JSON.
 pub(super) fn quoted(string: &str) -> String {
     serde_json::Value::from(string).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::{Strategy, any, prop, prop_oneof, proptest};
+    use serde_json::json;
+
+    use super::{DEPTH_MAX, SyntaxError, parse, quoted};
+
+    fn canonical(text: &str) -> String {
+        let mut canonical = String::new();
+        parse(text, "file").unwrap().write(&mut canonical);
+        canonical
+    }
+
+    fn error(text: &str) -> (usize, String) {
+        let SyntaxError { at, message } = parse(text, "file").unwrap_err();
+        (at, message)
+    }
+
+    #[test]
+    fn a_value_is_written_with_sorted_fields_and_without_whitespace() {
+        let text =
+            " { \"b\" : [ 1 , -0.50e1 , null ] , \"a\" : { } , \"c\" : [ ] , \"B\" : true } ";
+        assert_eq!(canonical(text), r#"{"B":true,"a":{},"b":[1,-0.50e1,null],"c":[]}"#);
+    }
+
+    #[test]
+    fn a_string_is_written_with_the_escapes_it_needs() {
+        let text = r#""\u00e9\ud83d\ude00 \u0041\/\n\u0007\"\\""#;
+        assert_eq!(canonical(text), "\"é😀 A/\\n\\u0007\\\"\\\\\"");
+    }
+
+    #[test]
+    fn a_field_given_twice_is_kept_twice() {
+        assert_eq!(canonical(r#"{"a":2,"b":0,"\u0061":1}"#), r#"{"a":2,"a":1,"b":0}"#);
+    }
+
+    #[test]
+    fn the_text_of_a_value_ends_with_it() {
+        let value = parse(" [ 1 ,2 ] ", "file").unwrap();
+        assert_eq!(value.text, "[ 1 ,2 ]");
+    }
+
+    #[test]
+    fn each_mistake_is_named_where_it_stands() {
+        for (text, at, message) in [
+            ("", 0, "the file ends where a value should be"),
+            ("[1,", 3, "the file ends where a value should be"),
+            ("[1", 2, "the file ends where `,` or `]` should be"),
+            ("[1 2]", 3, "found `2` where `,` or `]` should be"),
+            ("[1,]", 3, "found `]` where a value should be"),
+            ("{\"a\":1", 6, "the file ends where `,` or `}` should be"),
+            ("{\"a\" 1}", 5, "found `1` where `:` should be"),
+            ("{a:1}", 1, "found `a` where the name of a field should be"),
+            ("{\"a\":1,}", 7, "found `}` where the name of a field should be"),
+            ("1 é", 2, "found `é` where nothing more should be"),
+            ("tru", 0, "found `t` where a value should be"),
+            ("'a'", 0, "found `\\'` where a value should be"),
+            ("\u{1b}", 0, "found `\\u{1b}` where a value should be"),
+            ("\"a", 2, "the file ends where the rest of a string should be"),
+            ("\"a\nb\"", 2, "a control character in a string must be escaped"),
+            ("\"a\\", 3, "the file ends where the rest of an escape should be"),
+            ("\"a\\x\"", 3, "found `x` where the rest of an escape should be"),
+            ("[\"\\ud800\"]", 1, "a `\\u` in this string is not followed by a character's code"),
+            ("[\"\\u12\"]", 1, "a `\\u` in this string is not followed by a character's code"),
+            ("-", 1, "the file ends where a digit should be"),
+            ("1.x", 2, "found `x` where a digit should be"),
+            ("1e+", 3, "the file ends where a digit should be"),
+            ("[01]", 1, "a number must not begin with a needless 0"),
+            ("[1e999]", 1, "this number is out of range"),
+        ] {
+            assert_eq!(error(text), (at, message.to_owned()), "{text}");
+        }
+    }
+
+    #[test]
+    fn nesting_is_limited() {
+        let nested = |depth| format!("{}{}", "[".repeat(depth), "]".repeat(depth));
+        assert_eq!(canonical(&nested(DEPTH_MAX)), nested(DEPTH_MAX));
+        assert_eq!(error(&nested(DEPTH_MAX + 1)).0, DEPTH_MAX);
+        assert_eq!(error(&"[".repeat(1_000_000)).0, DEPTH_MAX);
+    }
+
+    fn any_json() -> impl Strategy<Value = serde_json::Value> {
+        let leaf = prop_oneof![
+            any::<Option<bool>>().prop_map(|it| json!(it)),
+            any::<i64>().prop_map(|it| json!(it)),
+            any::<u64>().prop_map(|it| json!(it)),
+            any::<f64>().prop_map(|it| json!(it)),
+            any::<String>().prop_map(|it| json!(it)),
+        ];
+        leaf.prop_recursive(5, 64, 6, |inner| {
+            prop_oneof![
+                prop::collection::vec(inner.clone(), 0..6).prop_map(|it| json!(it)),
+                prop::collection::btree_map(any::<String>(), inner, 0..6).prop_map(|it| json!(it)),
+            ]
+        })
+    }
+
+    /// Bytes that make texts which are nearly JSON.
+    fn near_json() -> impl Strategy<Value = String> {
+        let token = prop::sample::select(vec![
+            "{",
+            "}",
+            "[",
+            "]",
+            ",",
+            ":",
+            "\"",
+            "\\",
+            "\"a\"",
+            "\"a\":",
+            "\\u0041",
+            "\\ud83d\\ude00",
+            "\\ud83d",
+            "\\n",
+            "\n",
+            " ",
+            "\t",
+            "\u{7}",
+            "-",
+            "0",
+            "1",
+            "10",
+            ".",
+            "e",
+            "E+",
+            "1e5",
+            "1e999",
+            "-0.5",
+            "true",
+            "false",
+            "null",
+            "nul",
+            "é",
+            "/",
+        ]);
+        prop::collection::vec(token, 0..12).prop_map(|tokens| tokens.concat())
+    }
+
+    proptest! {
+        #[test]
+        fn what_counts_as_json_is_what_serde_json_takes(text in near_json()) {
+            let theirs = serde_json::from_str::<serde_json::Value>(&text);
+            assert_eq!(parse(&text, "file").is_ok(), theirs.is_ok(), "{theirs:?}");
+        }
+
+        #[test]
+        fn any_json_is_read_as_serde_json_reads_it(value in any_json()) {
+            let plain = value.to_string();
+            assert_eq!(canonical(&plain), plain);
+            assert_eq!(canonical(&serde_json::to_string_pretty(&value).unwrap()), plain);
+        }
+
+        #[test]
+        fn a_cut_text_is_an_error_within_it(value in any_json(), cut in any::<prop::sample::Index>()) {
+            let text = json!([value]).to_string();
+            let cut = text.floor_char_boundary(cut.index(text.len()));
+            let error = parse(&text[..cut], "file").unwrap_err();
+            assert!(error.at <= cut && text.is_char_boundary(error.at));
+        }
+
+        #[test]
+        fn any_string_is_quoted_as_json(string in any::<String>()) {
+            assert_eq!(canonical(&quoted(&string)), quoted(&string));
+        }
+    }
 }

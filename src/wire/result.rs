@@ -116,3 +116,71 @@ fn by_name<S: Serializer>(
 ) -> Result<S::Ok, S::Error> {
     serializer.collect_map(attempts.iter().map(|(name, attempts)| (name.as_str(), attempts)))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeMap, time::Duration};
+
+    use super::{Attempts, Brief, Detailed};
+    use crate::protocol::{
+        ids::{ServiceName, TransactionId},
+        message::{Answer, Outcome, Reason, ReasonCode},
+        time::Time,
+    };
+
+    fn answer(outcome: Outcome, reason: Option<Reason>, unresolved: &[&str]) -> Answer {
+        let unresolved = unresolved.iter().map(|name| ServiceName::parse(name).unwrap()).collect();
+        let id = TransactionId::parse("TX1").unwrap();
+        let (requested_at, decided_at) = (Time::EPOCH, Time::EPOCH);
+        Answer { id, requested_at, outcome, reason, unresolved, decided_at }
+    }
+
+    fn detailed(answer: &Answer, attempts: &[(&str, [u32; 3])]) -> String {
+        let attempts: BTreeMap<_, _> = attempts
+            .iter()
+            .map(|(name, [prepare, commit, abort])| {
+                let attempts = Attempts { prepare: *prepare, commit: *commit, abort: *abort };
+                (ServiceName::parse(name).unwrap(), attempts)
+            })
+            .collect();
+        let duration = Duration::from_nanos(12_345_678);
+        serde_json::to_string(&Detailed::of(answer, &attempts, duration)).unwrap()
+    }
+
+    #[test]
+    fn a_brief_result_is_id_and_status() {
+        let brief =
+            |outcome| serde_json::to_string(&Brief::of(&answer(outcome, None, &[]))).unwrap();
+        assert_eq!(brief(Outcome::Committed), r#"{"id":"TX1","status":"COMMITTED"}"#);
+        assert_eq!(brief(Outcome::Aborted), r#"{"id":"TX1","status":"ABORTED"}"#);
+    }
+
+    #[test]
+    fn a_committed_result_has_no_reason() {
+        let answer = answer(Outcome::Committed, None, &["stock"]);
+        assert_eq!(
+            detailed(&answer, &[("stock", [1, 4, 0]), ("payments", [1, 1, 0])]),
+            r#"{"id":"TX1","status":"COMMITTED","reason":null,"unresolved":["stock"],"attempts":{"payments":{"prepare":1,"commit":1,"abort":0},"stock":{"prepare":1,"commit":4,"abort":0}},"duration_ms":12.345}"#
+        );
+    }
+
+    #[test]
+    fn an_aborted_result_says_why() {
+        let stock = ServiceName::parse("stock").unwrap();
+        let refused =
+            Reason { message: Some("sold out".into()), ..Reason::at(&stock, ReasonCode::Refused) };
+        assert_eq!(
+            detailed(&answer(Outcome::Aborted, Some(refused), &[]), &[("stock", [1, 0, 0])]),
+            r#"{"id":"TX1","status":"ABORTED","reason":{"service":"stock","code":"refused","message":"sold out"},"unresolved":[],"attempts":{"stock":{"prepare":1,"commit":0,"abort":0}},"duration_ms":12.345}"#
+        );
+    }
+
+    #[test]
+    fn a_reason_without_service_or_message_says_so() {
+        let late = Reason { code: ReasonCode::Deadline, service: None, message: None };
+        assert_eq!(
+            detailed(&answer(Outcome::Aborted, Some(late), &[]), &[]),
+            r#"{"id":"TX1","status":"ABORTED","reason":{"service":null,"code":"deadline","message":null},"unresolved":[],"attempts":{},"duration_ms":12.345}"#
+        );
+    }
+}

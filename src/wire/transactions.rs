@@ -18,14 +18,26 @@
 //! line. Nothing at all is no lines. A byte order mark before it is skipped. One transaction is at
 //! most [`SIZE_MAX`] bytes, and nested at most 100 deep.
 
-use std::{io::BufRead, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, HashSet, hash_map::Entry},
+    hash::{BuildHasher, RandomState},
+    io::{self, BufRead, Read},
+    mem,
+    sync::Arc,
+    time::Duration,
+};
 
 use crate::{
     protocol::{
         ids::{RequestHash, ServiceName, TransactionId},
         message::Payload,
     },
-    wire::complaint::Complaints,
+    wire::{
+        check::{BYTE_ORDER_MARK, Check, DAY_MS, Path, without_byte_order_mark},
+        complaint::{Complaint, Complaints, Place, Position},
+        hash::request_hash,
+        json::{Kind, Value},
+    },
 };
 
 /// How many bytes one transaction may have: 256 KiB.
@@ -65,10 +77,52 @@ impl<R: BufRead> Transactions<R> {
     ///
     /// It can't be read, begins like neither form, or is an array with something wrong: then
     /// everything that is, at once.
-    pub fn open(file: &str, reader: R) -> Result<Self, Complaints> {
-        let _ = (file, reader);
-        Ok(Self::Array(Vec::new()))
+    pub fn open(file: &str, mut reader: R) -> Result<Self, Complaints> {
+        let file = Arc::from(file);
+        let mut start = Position::START;
+        let first = first_byte(&mut reader, &mut start)
+            .map_err(|error| complaint(&file, start, unreadable(&error)))?;
+        match first {
+            Some(b'[') => {
+                let mut text = Vec::new();
+                reader
+                    .read_to_end(&mut text)
+                    .map_err(|error| complaint(&file, start, unreadable(&error)))?;
+                read_array(&file, start, &text).map(Self::Array)
+            }
+            Some(b'{') | None => Ok(Self::Lines(Lines::new(file, start, reader))),
+            Some(byte) => {
+                let found = byte.escape_ascii();
+                let rule = format!("not JSON: found `{found}` where `[` or `{{` should be");
+                Err(complaint(&file, start, rule))
+            }
+        }
     }
+}
+
+/// The first byte that is neither whitespace nor part of a byte order mark. It stays in `reader`;
+/// what stands before it is read, and `start` moves past that.
+fn first_byte(reader: &mut impl BufRead, start: &mut Position) -> io::Result<Option<u8>> {
+    if reader.fill_buf()?.starts_with(BYTE_ORDER_MARK) {
+        reader.consume(BYTE_ORDER_MARK.len());
+    }
+    loop {
+        match reader.fill_buf()?.first() {
+            Some(b'\n') => *start = Position { line: start.line + 1, column: 1 },
+            Some(b' ' | b'\r' | b'\t') => start.column += 1,
+            byte => return Ok(byte.copied()),
+        }
+        reader.consume(1);
+    }
+}
+
+fn complaint(file: &Arc<str>, position: Position, rule: String) -> Complaints {
+    let (file, place) = (Arc::clone(file), Place::Position(position));
+    Complaint { file, place, value: None, rule }.into()
+}
+
+fn unreadable(error: &io::Error) -> String {
+    format!("can't be read: {error}")
 }
 
 /// Reads `text`, the content of `file`, which is one array: a transaction for each element, in its
@@ -78,30 +132,193 @@ impl<R: BufRead> Transactions<R> {
 ///
 /// Everything that is wrong with it, at once.
 pub fn read_all(file: &str, text: &[u8]) -> Result<Vec<TransactionSpec>, Complaints> {
-    let _ = (file, text);
-    Ok(Vec::new())
+    read_array(&file.into(), Position::START, without_byte_order_mark(text))
+}
+
+fn read_array(
+    file: &Arc<str>,
+    start: Position,
+    text: &[u8],
+) -> Result<Vec<TransactionSpec>, Complaints> {
+    let mut check = Check::of_file(file);
+    let transactions = read_elements(&mut check, start, text);
+    check.complaints.or(transactions)
+}
+
+fn read_elements(check: &mut Check, start: Position, text: &[u8]) -> Option<Vec<TransactionSpec>> {
+    let value = check.json(start, text)?;
+    let elements = check.elements(&Path::TOP, &value, "an array of transactions")?;
+    let mut taken = HashMap::with_capacity(elements.len());
+    let mut transactions = Vec::with_capacity(elements.len());
+    let mut buffer = String::new();
+    for (index, element) in elements.iter().enumerate() {
+        let taken = |id: &TransactionId| match taken.entry(id.clone()) {
+            Entry::Vacant(entry) => {
+                entry.insert(index);
+                None
+            }
+            Entry::Occupied(entry) => Some(format!("is the id of $[{}] too", entry.get())),
+        };
+        let path = Path::TOP.element(index);
+        transactions.extend(read_transaction(check, &path, element, taken, &mut buffer));
+    }
+    Some(transactions)
+}
+
+/// `taken` takes an id, or says by whom it is taken already. `buffer` is space to work in.
+fn read_transaction(
+    check: &mut Check,
+    path: &Path<'_>,
+    value: &Value<'_>,
+    taken: impl FnOnce(&TransactionId) -> Option<String>,
+    buffer: &mut String,
+) -> Option<TransactionSpec> {
+    if value.text.len() > SIZE_MAX {
+        check.complain(path, value, too_long());
+        return None;
+    }
+    let known = ["id", "involved_services", "data", "timeout_ms"];
+    let [id, services, data, timeout] = check.fields(path, value, &known)?;
+    let id = check.required(path, value, "id", id).and_then(|value| {
+        let path = path.field("id");
+        let id = check.name(&path, value, TransactionId::RULE, TransactionId::parse)?;
+        if let Some(rule) = taken(&id) {
+            check.complain(&path, value, rule);
+        }
+        Some(id)
+    });
+    let services = check
+        .required(path, value, "involved_services", services)
+        .and_then(|value| read_services(check, &path.field("involved_services"), value));
+    let data = check
+        .required(path, value, "data", data)
+        .and_then(|value| read_data(check, &path.field("data"), value, buffer));
+    let timeout = timeout
+        .and_then(|value| check.whole_number(&path.field("timeout_ms"), value, 1..=DAY_MS))
+        .map(|millis| Duration::from_millis(millis.into()));
+    let (services, data) = (services?, data?);
+    let request_hash = request_hash(&services, &data);
+    Some(TransactionSpec { id: id?, services, data, request_hash, timeout })
+}
+
+fn read_services(
+    check: &mut Check,
+    path: &Path<'_>,
+    value: &Value<'_>,
+) -> Option<Arc<[ServiceName]>> {
+    let elements = check.elements(path, value, "an array of service names")?;
+    if elements.is_empty() {
+        check.complain(path, value, "must name at least one service");
+    }
+    let mut services = Vec::with_capacity(elements.len());
+    for (index, element) in elements.iter().enumerate() {
+        let path = path.element(index);
+        services.extend(check.name(&path, element, ServiceName::RULE, ServiceName::parse));
+    }
+    services.sort();
+    services.dedup();
+    Some(services.into())
+}
+
+fn read_data(
+    check: &mut Check,
+    path: &Path<'_>,
+    value: &Value<'_>,
+    buffer: &mut String,
+) -> Option<Payload> {
+    let Kind::Object(_) = value.kind else {
+        check.complain(path, value, "must be an object");
+        return None;
+    };
+    check.refuse_doubles(path, value);
+    buffer.clear();
+    value.write(buffer);
+    Some(Payload::new(buffer.as_str()))
+}
+
+fn too_long() -> String {
+    format!("must have at most {SIZE_MAX} bytes")
 }
 
 /// The transactions of a file of lines, one after another. Blank lines are skipped.
 ///
-/// It holds one line, never more than [`SIZE_MAX`] bytes of it, and a fingerprint of each of the
-/// last [`Lines::IDS_MIN`] ids at least (twice as many at most, then the older half is forgotten):
-/// an id that comes again later than that is not noticed. That memory grows with the lines read,
-/// up to 72 MB.
+/// It holds one line, never more than [`SIZE_MAX`] bytes of it, and a fingerprint of the last
+/// [`Lines::IDS_MIN`] ids at least (twice as many at most, then the older half is forgotten): an id
+/// that comes again later than that is not noticed. That memory grows with the lines read, up to
+/// 72 MB.
 ///
 /// A line is refused with everything that is wrong with it, and is the last one that is read.
 #[derive(Debug)]
 pub struct Lines<R> {
+    file: Arc<str>,
     reader: R,
+    /// Where the next line begins.
+    next: Position,
+    line: Vec<u8>,
+    buffer: String,
+    taken: TakenIds,
+    ended: bool,
 }
 
 impl<R> Lines<R> {
     /// An id is known to be taken for this many lines at least.
-    pub const IDS_MIN: usize = 1_835_008;
+    pub const IDS_MIN: usize = TakenIds::GENERATION;
 
     /// Where the lines are read from: what it has buffered has not been read as a line yet.
     pub fn reader(&self) -> &R {
         &self.reader
+    }
+
+    fn new(file: Arc<str>, start: Position, reader: R) -> Self {
+        Self {
+            file,
+            reader,
+            next: start,
+            line: Vec::new(),
+            buffer: String::new(),
+            taken: TakenIds::default(),
+            ended: false,
+        }
+    }
+}
+
+impl<R: BufRead> Lines<R> {
+    /// Reads lines up to the first that isn't blank; `None`: there is none.
+    fn next_line(&mut self) -> Result<Option<Position>, Complaints> {
+        // Room for what ends a line.
+        const READ_MAX: u64 = SIZE_MAX as u64 + 2;
+        loop {
+            self.line.clear();
+            let start = self.next;
+            let read = self.reader.by_ref().take(READ_MAX).read_until(b'\n', &mut self.line);
+            if let Err(error) = read {
+                return Err(complaint(&self.file, start, unreadable(&error)));
+            }
+            self.next = Position { line: start.line + 1, column: 1 };
+            if self.line.is_empty() {
+                return Ok(None);
+            }
+            for end in [b'\n', b'\r'] {
+                self.line.pop_if(|byte| *byte == end);
+            }
+            if self.line.len() > SIZE_MAX {
+                return Err(complaint(&self.file, start, too_long()));
+            }
+            if !self.line.iter().all(|byte| matches!(byte, b' ' | b'\t' | b'\r')) {
+                return Ok(Some(start));
+            }
+        }
+    }
+
+    fn read_line(&mut self, start: Position) -> Result<TransactionSpec, Complaints> {
+        let mut check = Check::of_line(&self.file, start.line);
+        let transaction = check.json(start, &self.line).and_then(|value| {
+            let taken = |id: &TransactionId| {
+                (!self.taken.take(id)).then(|| "is the id of an earlier line too".to_owned())
+            };
+            read_transaction(&mut check, &Path::TOP, &value, taken, &mut self.buffer)
+        });
+        check.complaints.or(transaction)
     }
 }
 
@@ -109,7 +326,369 @@ impl<R: BufRead> Iterator for Lines<R> {
     type Item = Result<TransactionSpec, Complaints>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        let _ = &mut self.reader;
-        None
+        if self.ended {
+            return None;
+        }
+        let item = match self.next_line() {
+            Ok(Some(start)) => Some(self.read_line(start)),
+            Ok(None) => None,
+            Err(complaints) => Some(Err(complaints)),
+        };
+        self.ended = !matches!(item, Some(Ok(_)));
+        item
+    }
+}
+
+/// The ids that are taken, as far as memory goes: a fingerprint of each, in two generations.
+///
+/// A fingerprint has 128 bits under keys drawn anew for each run, so that neither chance nor intent
+/// makes two ids share one.
+#[derive(Debug)]
+struct TakenIds {
+    keys: [RandomState; 2],
+    /// How many ids fill `recent`.
+    generation: usize,
+    recent: HashSet<u128>,
+    /// Full, and forgotten when `recent` is.
+    older: HashSet<u128>,
+}
+
+impl Default for TakenIds {
+    fn default() -> Self {
+        Self {
+            keys: Default::default(),
+            generation: Self::GENERATION,
+            recent: HashSet::new(),
+            older: HashSet::new(),
+        }
+    }
+}
+
+impl TakenIds {
+    /// As many as the table of a set has room for in 2^21 places (36 MB): one more would double
+    /// it.
+    const GENERATION: usize = (1 << 21) / 8 * 7;
+
+    /// Takes `id`: whether it was free.
+    fn take(&mut self, id: &TransactionId) -> bool {
+        let [high, low] = &self.keys;
+        let fingerprint = u128::from(high.hash_one(id)) << 64 | u128::from(low.hash_one(id));
+        if self.older.contains(&fingerprint) || !self.recent.insert(fingerprint) {
+            return false;
+        }
+        if self.recent.len() == self.generation {
+            self.older = mem::take(&mut self.recent);
+        }
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::{self, BufReader, Read},
+        time::Duration,
+    };
+
+    use super::{Lines, SIZE_MAX, TakenIds, TransactionSpec, Transactions, read_all};
+    use crate::protocol::ids::TransactionId;
+
+    const EXAMPLE: &str = r#"[
+        {"id": "TX1", "involved_services": ["ServiceB", "ServiceA"], "data": {"amount": 100}},
+        {"id": "TX2", "involved_services": ["ServiceA"], "data": {"item": "Widget"},
+         "timeout_ms": 500}
+    ]"#;
+
+    #[test]
+    fn an_array_is_read_in_its_order() {
+        let [first, second] = read_all("f", EXAMPLE.as_bytes()).unwrap().try_into().unwrap();
+        assert_eq!(first.id.as_str(), "TX1");
+        assert_eq!(names(&first), ["ServiceA", "ServiceB"]);
+        assert_eq!(first.data.as_str(), r#"{"amount":100}"#);
+        assert_eq!(first.timeout, None);
+        assert_eq!((second.id.as_str(), names(&second)), ("TX2", vec!["ServiceA"]));
+        assert_eq!(second.timeout, Some(Duration::from_millis(500)));
+        assert_ne!(first.request_hash, second.request_hash);
+    }
+
+    #[test]
+    fn an_empty_array_is_no_transactions() {
+        assert_eq!(read_all("f", b" [ ] "), Ok(vec![]));
+    }
+
+    #[test]
+    fn a_service_named_twice_counts_once() {
+        let text = br#"[{"id": "1", "involved_services": ["b", "a", "b"], "data": {}}]"#;
+        assert_eq!(names(&read_all("f", text).unwrap()[0]), ["a", "b"]);
+    }
+
+    #[test]
+    fn data_keeps_its_numbers_as_they_are_written() {
+        let text = br#"[{"id": "1", "involved_services": ["a"],
+            "data": {"b": [12345678901234567890123, 1.10, 1E+2, -0], "\u0061": "\u00e9\n/\/"}}]"#;
+        let transactions = read_all("f", text).unwrap();
+        let data = "{\"a\":\"é\\n//\",\"b\":[12345678901234567890123,1.10,1E+2,-0]}";
+        assert_eq!(transactions[0].data.as_str(), data);
+    }
+
+    #[test]
+    fn the_first_character_tells_array_and_lines_apart() {
+        for text in
+            [EXAMPLE.to_owned(), format!("\n \t\r\n{EXAMPLE}"), format!("\u{feff}{EXAMPLE}")]
+        {
+            let Ok(Transactions::Array(transactions)) = Transactions::open("f", text.as_bytes())
+            else {
+                panic!("{text:?} is an array");
+            };
+            assert_eq!(transactions.len(), 2);
+        }
+        for (text, n_lines) in [("", 0), (" \n\n", 0), ("\u{feff}", 0), (LINE, 1)] {
+            assert_eq!(lines_of(text).count(), n_lines, "{text:?}");
+        }
+        let opened = Transactions::open("t.json", &b"\n  null"[..]);
+        let complaint = "t.json:2:3: not JSON: found `n` where `[` or `{` should be";
+        assert_eq!(opened.unwrap_err().to_string(), complaint);
+        let opened = Transactions::open("t.json", "é".as_bytes());
+        let complaint = r"t.json:1:1: not JSON: found `\xc3` where `[` or `{` should be";
+        assert_eq!(opened.unwrap_err().to_string(), complaint);
+    }
+
+    #[test]
+    fn positions_count_what_stands_before_the_array() {
+        let opened = Transactions::open("t.json", &b"\xEF\xBB\xBF\n  [}"[..]);
+        let complaint = "t.json:2:4: not JSON: found `}` where a value should be";
+        assert_eq!(opened.unwrap_err().to_string(), complaint);
+    }
+
+    /// Asserts what is complained about in an array, without the name of the file.
+    fn complains<const N: usize>(text: &str, complaints: [&str; N]) {
+        let found = read_all("t.json", text.as_bytes()).unwrap_err().to_string();
+        let found: Vec<_> = found.lines().map(|it| it.strip_prefix("t.json").unwrap()).collect();
+        assert_eq!(found, complaints);
+    }
+
+    #[test]
+    fn all_complaints_of_an_array_come_at_once() {
+        let text = r#"[
+            {"id": "a b", "involved_services": [], "data": [], "timeout_ms": 0, "retries": 1},
+            {"id": "x", "involved_services": ["s", 5, "a/b"], "data": {"a": {"b": 1, "b": 2}}},
+            {"id": "x", "involved_services": "s"},
+            {"id": 5, "data": {}, "timeout_ms": 86400001},
+            "y"
+        ]"#;
+        complains(
+            text,
+            [
+                ": $[0].retries is 1: unknown field; there are `id`, `involved_services`, `data`, \
+                 `timeout_ms`",
+                ": $[0].id is \"a b\": must match [A-Za-z0-9._:-]{1,128}",
+                ": $[0].involved_services is []: must name at least one service",
+                ": $[0].data is []: must be an object",
+                ": $[0].timeout_ms is 0: must be a whole number from 1 to 86400000",
+                ": $[1].involved_services[1] is 5: must be a string",
+                ": $[1].involved_services[2] is \"a/b\": must match [A-Za-z0-9_-]{1,64}",
+                ": $[1].data.a.b is 2: is given twice in one object",
+                ": $[2].id is \"x\": is the id of $[1] too",
+                ": $[2].involved_services is \"s\": must be an array of service names",
+                ": $[2] is {\"id\": \"x\", \"involved_services\": \"s\"}: must have a field `data`",
+                ": $[3].id is 5: must be a string",
+                ": $[3] is {\"id\": 5, \"data\": {}, \"timeout_ms\": 86400001}: must have a field \
+                 `involved_services`",
+                ": $[3].timeout_ms is 86400001: must be a whole number from 1 to 86400000",
+                ": $[4] is \"y\": must be an object",
+            ],
+        );
+    }
+
+    #[test]
+    fn a_missing_id_is_complained_about() {
+        let element = r#"{"involved_services": ["s"], "data": {}}"#;
+        complains(
+            &format!("[{element}]"),
+            [&format!(": $[0] is {element}: must have a field `id`")],
+        );
+    }
+
+    #[test]
+    fn a_field_given_twice_is_refused() {
+        complains(
+            r#"[{"id": "1", "involved_services": ["s"], "data": {}, "id": "2"}]"#,
+            [": $[0].id is \"2\": is given twice in one object"],
+        );
+    }
+
+    #[test]
+    fn a_field_with_a_strange_name_is_quoted_in_the_path() {
+        complains(
+            r#"[{"id": "1", "involved_services": ["s"], "data": {"a b": 1, "a b": 1, "": [{"\n": 1, "\n": 1}]}}]"#,
+            [
+                ": $[0].data[\"\"][0][\"\\n\"] is 1: is given twice in one object",
+                ": $[0].data[\"a b\"] is 1: is given twice in one object",
+            ],
+        );
+    }
+
+    #[test]
+    fn what_is_not_an_array_is_refused() {
+        complains("{}", [": $ is {}: must be an array of transactions"]);
+    }
+
+    #[test]
+    fn truncated_json_is_refused_with_line_and_column() {
+        complains("[\n{\"id\":", [":2:7: not JSON: the file ends where a value should be"]);
+        complains("[{}", [":1:4: not JSON: the file ends where `,` or `]` should be"]);
+    }
+
+    #[test]
+    fn what_is_not_utf8_is_refused_with_line_and_column() {
+        let complaints = read_all("t.json", b"[\n \"\xc3\xa9\xff").unwrap_err();
+        assert_eq!(complaints.to_string(), "t.json:2:4: not UTF-8");
+    }
+
+    #[test]
+    fn data_nested_too_deep_is_refused_with_line_and_column() {
+        let data = |depth| format!("{}0{}", "{\"a\":".repeat(depth), "}".repeat(depth));
+        let text =
+            |depth| format!(r#"[{{"id":"1","involved_services":["s"],"data":{}}}]"#, data(depth));
+        assert!(read_all("f", text(98).as_bytes()).is_ok());
+        complains(&text(99), [":1:535: not JSON: nested more than 100 deep"]);
+    }
+
+    #[test]
+    fn a_transaction_has_at_most_256_kib() {
+        for (excess, is_ok) in [(0, true), (1, false)] {
+            let line = line_of(SIZE_MAX + excess);
+            assert_eq!(read_all("t.json", format!("[{line}]").as_bytes()).is_ok(), is_ok);
+            assert_eq!(lines_of(&line).all(|it| it.is_ok()), is_ok);
+            assert_eq!(lines_of(&format!("{line}\r\n")).all(|it| it.is_ok()), is_ok);
+        }
+        complains(
+            &format!("[{}]", line_of(SIZE_MAX + 1)),
+            [
+                ": $[0] is {\"id\":\"1\",\"involved_services\":[\"s\"],\"data\":{\"a\":\"xxxxxxxxxxxxxx…: must \
+              have at most 262144 bytes",
+            ],
+        );
+    }
+
+    const LINE: &str = r#"{"id": "1", "involved_services": ["s"], "data": {}}"#;
+
+    /// A line of so many bytes.
+    fn line_of(size: usize) -> String {
+        let line =
+            |fill| format!(r#"{{"id":"1","involved_services":["s"],"data":{{"a":"{fill}"}}}}"#);
+        line("x".repeat(size - line(String::new()).len()))
+    }
+
+    fn lines_of(text: &str) -> Lines<&[u8]> {
+        match Transactions::open("t.ndjson", text.as_bytes()).unwrap() {
+            Transactions::Lines(lines) => lines,
+            Transactions::Array(_) => panic!("{text:?} is an array"),
+        }
+    }
+
+    fn names(transaction: &TransactionSpec) -> Vec<&str> {
+        transaction.services.iter().map(|name| name.as_str()).collect()
+    }
+
+    #[test]
+    fn blank_lines_are_skipped_and_counted() {
+        let mut lines = lines_of(
+            "\n{\"id\":\"1\",\"involved_services\":[\"s\"],\"data\":{}}\r\n \t\r\n\r\n{}\n",
+        );
+        assert!(lines.next().unwrap().is_ok());
+        let complaints = lines.next().unwrap().unwrap_err();
+        assert_eq!(
+            complaints.to_string(),
+            "t.ndjson:5: $ is {}: must have a field `id`\n\
+             t.ndjson:5: $ is {}: must have a field `involved_services`\n\
+             t.ndjson:5: $ is {}: must have a field `data`"
+        );
+    }
+
+    #[test]
+    fn a_bad_line_is_the_last_one_that_is_read() {
+        for bad in ["{", "{}", "7", "\"\u{7}\"", &line_of(SIZE_MAX + 1), LINE] {
+            let text = format!("{LINE}\n{bad}\n{LINE}\n");
+            let mut lines = lines_of(&text);
+            assert!(lines.next().unwrap().is_ok());
+            assert!(lines.next().unwrap().is_err(), "{bad:?}");
+            assert!(lines.next().is_none());
+        }
+    }
+
+    #[test]
+    fn complaints_about_a_line_name_it() {
+        let complaint = |bad: &str| {
+            let text = format!("{}\n{bad}", LINE.replace("\"1\"", "\"0\""));
+            lines_of(&text).last().unwrap().unwrap_err().to_string()
+        };
+        assert_eq!(
+            complaint(&format!("{LINE}{LINE}")),
+            "t.ndjson:2:52: not JSON: found `{` where nothing more should be"
+        );
+        assert_eq!(
+            complaint("  {\"id\":"),
+            "t.ndjson:2:9: not JSON: the line ends where a value should be"
+        );
+        assert_eq!(complaint("[]"), "t.ndjson:2: $ is []: must be an object");
+        assert_eq!(
+            complaint(&line_of(SIZE_MAX + 1)),
+            "t.ndjson:2:1: must have at most 262144 bytes"
+        );
+        assert_eq!(
+            complaint(&LINE.replace('1', "0")),
+            "t.ndjson:2: $.id is \"0\": is the id of an earlier line too"
+        );
+    }
+
+    #[test]
+    fn an_endless_line_is_refused_without_being_read() {
+        let head = io::Cursor::new("{\"id\": \"");
+        let reader = BufReader::new(head.chain(io::repeat(b'x')));
+        let Ok(Transactions::Lines(mut lines)) = Transactions::open("t.ndjson", reader) else {
+            panic!("it begins with a brace");
+        };
+        let complaints = lines.next().unwrap().unwrap_err();
+        assert_eq!(complaints.to_string(), "t.ndjson:1:1: must have at most 262144 bytes");
+        assert!(lines.line.capacity() <= 2 * SIZE_MAX);
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_read_to_its_end_is_complained_about() {
+        #[derive(Debug)]
+        struct Broken;
+        impl Read for Broken {
+            fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+                Err(io::Error::other("the disk is gone"))
+            }
+        }
+        let opened = Transactions::open("t.json", BufReader::new(Broken));
+        let complaint = "t.json:1:1: can't be read: the disk is gone";
+        assert_eq!(opened.unwrap_err().to_string(), complaint);
+        let opened = Transactions::open("t.json", BufReader::new(b" [".chain(Broken)));
+        let complaint = "t.json:1:2: can't be read: the disk is gone";
+        assert_eq!(opened.unwrap_err().to_string(), complaint);
+        let text = format!("{LINE}\n{{");
+        let reader = BufReader::with_capacity(16, text.as_bytes().chain(Broken));
+        let Ok(Transactions::Lines(mut lines)) = Transactions::open("t.ndjson", reader) else {
+            panic!("it begins with a brace");
+        };
+        assert!(lines.next().unwrap().is_ok());
+        let complaints = lines.next().unwrap().unwrap_err();
+        assert_eq!(complaints.to_string(), "t.ndjson:2:1: can't be read: the disk is gone");
+    }
+
+    #[test]
+    fn an_id_is_known_to_be_taken_until_a_generation_later_at_least() {
+        let id = |number: usize| TransactionId::parse(&number.to_string()).unwrap();
+        let mut taken = TakenIds { generation: 100, ..TakenIds::default() };
+        for number in 0..1000 {
+            assert!(taken.take(&id(number)));
+            let known_from = usize::saturating_sub(number, 99);
+            assert!((known_from..=number).all(|known| !taken.take(&id(known))));
+            assert!(taken.recent.len() + taken.older.len() <= 200);
+        }
+        assert!(taken.take(&id(0)));
     }
 }
