@@ -99,7 +99,8 @@ impl<W: Write> Printer<W> {
                 let _ = write!(note, "unresolved: {service} ");
             }
             let (took, calls) = (millis(*took), calls.join(", "));
-            write!(self.out, " {took:>10.3}  {calls:<24} {}", note.trim_end())?;
+            let columns = format!(" {took:>10.3}  {calls:<24} {note}");
+            write!(self.out, "{}", columns.trim_end())?;
         }
         writeln!(self.out)
     }

@@ -80,7 +80,8 @@ struct Latencies(Option<Histogram<u64>>);
 
 impl Latencies {
     fn new() -> Self {
-        Self(Histogram::new(3).ok())
+        // A day, in microseconds: nothing in flight takes longer.
+        Self(Histogram::new_with_bounds(1, 86_400_000_000, 3).ok())
     }
 
     fn record(&mut self, took: Duration) {

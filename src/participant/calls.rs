@@ -136,9 +136,8 @@ impl Calls {
     /// A call that has ended, if there is one.
     pub(crate) fn try_next(&mut self) -> Option<Ended> {
         loop {
-            match self.running.try_join_next()? {
-                Ok(ended) => return Some(ended),
-                Err(_) => {}
+            if let Ok(ended) = self.running.try_join_next()? {
+                return Some(ended);
             }
         }
     }

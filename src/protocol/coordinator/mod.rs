@@ -389,11 +389,9 @@ impl Coordinator {
 
     /// Records are lost: what was not seen to be decided may have been.
     fn recall_undecided(&mut self, now: Time, effects: &mut Vec<Effect>) {
-        let undecided = |(_, it): &(&TransactionKey, &Box<Transaction>)| {
-            it.is_undecided() && it.phase() != Phase::Recalling
-        };
-        let keys: Vec<_> =
-            self.transactions.iter().filter(undecided).map(|(key, _)| key.clone()).collect();
+        let is_undecided = |it: &Transaction| it.is_undecided() && it.phase() != Phase::Recalling;
+        let undecided = self.transactions.iter().filter(|(_, it)| is_undecided(it));
+        let keys: Vec<_> = undecided.map(|(key, _)| key.clone()).collect();
         for key in keys {
             self.with(now, &key, effects, Transaction::recall_again);
             self.look_further_back(&key, effects);
