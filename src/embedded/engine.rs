@@ -103,8 +103,7 @@ impl Engine {
             let instance_settings = participant::Settings {
                 has_store,
                 inquire_after: settings.inquire_after,
-                backoff_first: settings.coordinator.backoff_first,
-                backoff_max: settings.coordinator.backoff_max,
+                retry_parked_every: settings.coordinator.backoff_max,
                 ..participant::Settings::new(name.clone(), instance, max_concurrency)
             };
             numbers.insert(name.clone(), members.len());

@@ -50,10 +50,8 @@ pub struct Settings {
     pub inquire_after: Duration,
     /// How long between two looks through the whole store.
     pub scan_every: Duration,
-    /// The pause before a parked commit is tried again; it doubles with each failure.
-    pub backoff_first: Duration,
-    /// The longest such pause.
-    pub backoff_max: Duration,
+    /// The pause before a parked commit is tried again.
+    pub retry_parked_every: Duration,
     /// How many finished transactions are remembered.
     pub remembered_max: usize,
     /// How many transactions that hold no slot are looked into at once.
@@ -72,8 +70,7 @@ impl Settings {
             has_store: false,
             inquire_after: Duration::from_secs(10),
             scan_every: Duration::from_secs(30),
-            backoff_first: Duration::from_millis(100),
-            backoff_max: Duration::from_secs(10),
+            retry_parked_every: Duration::from_secs(10),
             remembered_max: 65_536,
             visitors_max: 4096,
             seed: 0,
@@ -502,8 +499,13 @@ impl Instance {
     fn finish_received(&mut self, now: Time, finisher: Finisher, effects: &mut Vec<Effect>) {
         let key = finisher.finish.key.clone();
         if let Some(holding) = self.holdings.get_mut(&key) {
+            let is_parked = finisher.delivery.is_some();
             holding.finishers.push(finisher);
             return match holding.stage {
+                // It has just failed as often as it was to be tried.
+                Stage::Prepared | Stage::Failed if is_parked && holding.failures > 0 => {
+                    self.try_parked_later(now, &key);
+                }
                 Stage::Prepared | Stage::Failed | Stage::BackingOff => {
                     self.apply(now, &key, effects)
                 }
@@ -609,12 +611,7 @@ impl Instance {
         let is_parked = !parked.is_empty();
         holding.finishers = parked;
         if is_parked {
-            let doublings = holding.failures.saturating_sub(1).min(16);
-            let Settings { backoff_first, backoff_max, seed, .. } = self.settings;
-            let pause = backoff_first.saturating_mul(1 << doublings).min(backoff_max);
-            let at = now + (pause - jitter(seed, now, key, pause / 4));
-            holding.stage = Stage::BackingOff;
-            self.wake_at(key, at);
+            self.try_parked_later(now, key);
         } else if holding.slot == Slot::None {
             // The store still holds it, and the next look through it will ask again.
             self.remove(key);
@@ -629,6 +626,14 @@ impl Instance {
             self.done(finisher, Err(Arc::clone(error)), effects);
         }
         self.admit_waiting(now, effects);
+    }
+
+    fn try_parked_later(&mut self, now: Time, key: &TransactionKey) {
+        let Settings { retry_parked_every: pause, seed, .. } = self.settings;
+        if let Some(holding) = self.holdings.get_mut(key) {
+            holding.stage = Stage::BackingOff;
+        }
+        self.wake_at(key, now + (pause - jitter(seed, now, key, pause / 4)));
     }
 
     fn done(&self, finisher: Finisher, applied: Result<(), Arc<str>>, effects: &mut Vec<Effect>) {
