@@ -54,6 +54,7 @@ stories! {
         finished_vote_proposes_what_was_heard
         full_worker_begins_no_more_until_one_ends
         inquiry_before_the_deadline_is_left_and_after_it_decides
+        inquiry_is_not_answered_by_a_record_that_may_not_be_the_first
         inquiry_loses_against_a_decision
         inquiry_that_nothing_can_be_told_about_is_left
         journal_gap_makes_all_undecided_look_again

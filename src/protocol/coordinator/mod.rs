@@ -378,7 +378,11 @@ impl Coordinator {
             self.recall_undecided(now, effects);
         }
         let Reading::First(first) = self.view.read(now, offset, decision) else { return };
-        self.answer_inquest(now, &first, effects);
+        // Until it has been looked up, an earlier record may be the outcome.
+        let is_looked_up = |it: &Inquest| it.propose_at.is_some();
+        if self.inquests.get(&first.key).is_some_and(is_looked_up) {
+            self.answer_inquest(now, &first, effects);
+        }
         self.with(now, &first.key, effects, |it, cx| {
             if it.is_undecided() && it.phase() != Phase::Recalling {
                 it.adopt(&first, cx);
