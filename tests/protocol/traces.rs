@@ -57,6 +57,7 @@ stories! {
         inquiry_is_not_answered_by_a_record_that_may_not_be_the_first
         inquiry_loses_against_a_decision
         inquiry_that_nothing_can_be_told_about_is_left
+        journal_gap_during_a_look_begins_it_anew
         journal_gap_makes_all_undecided_look_again
         late_vote_is_answered_with_the_outcome
         lost_record_is_proposed_again

@@ -397,6 +397,8 @@ impl Coordinator {
         };
         let keys: Vec<_> =
             self.transactions.iter().filter(undecided).map(|(key, _)| key.clone()).collect();
+        // A look under way ends before the gap, and the view begins after it.
+        self.history.next.extend(self.history.serving.iter().cloned());
         for key in keys {
             self.with(now, &key, effects, Transaction::recall_again);
             self.look_further_back(&key, effects);
@@ -427,6 +429,9 @@ impl Coordinator {
         let found = std::mem::take(&mut self.history.found);
         let margin = self.shared.settings.clock_margin;
         for key in std::mem::take(&mut self.history.serving) {
+            if self.history.next.contains(&key) {
+                continue;
+            }
             let first = found.get(&key).or_else(|| self.view.earliest_seen(&key)).cloned();
             let is_complete = reaches.is_some_and(|reaches| reaches <= key.requested_at - margin);
             self.recalled(now, &key, first.filter(|_| is_complete), is_complete, effects);
