@@ -68,6 +68,7 @@ stories! {
         own_timeout_of_the_request
         parked_record_is_written_again_until_it_is_safe
         read_only_is_left_out
+        record_forgotten_during_the_look_is_not_lost
         record_read_during_the_look_counts_only_if_the_look_finds_none
         refusal_aborts_the_prepared
         request_from_the_future_is_rejected

@@ -162,6 +162,8 @@ struct History {
     serving: BTreeSet<TransactionKey>,
     /// The first record it has found of each.
     found: BTreeMap<TransactionKey, Arc<Decision>>,
+    /// The first record of each that was in view since it began: the view may forget it meanwhile.
+    in_view: BTreeMap<TransactionKey, Arc<Decision>>,
     /// Whom the next one serves.
     next: BTreeSet<TransactionKey>,
 }
@@ -378,6 +380,7 @@ impl Coordinator {
             self.recall_undecided(now, effects);
         }
         let Reading::First(first) = self.view.read(now, offset, decision) else { return };
+        self.history.seen(&first);
         // Until it has been looked up, an earlier record may be the outcome.
         let is_looked_up = |it: &Inquest| it.propose_at.is_some();
         if self.inquests.get(&first.key).is_some_and(is_looked_up) {
@@ -421,18 +424,21 @@ impl Coordinator {
             return;
         };
         self.history.serving = std::mem::take(&mut self.history.next);
+        let seen = |key| Some((TransactionKey::clone(key), self.view.earliest_seen(key)?.clone()));
+        self.history.in_view = self.history.serving.iter().filter_map(seen).collect();
         let from = earliest - self.shared.settings.clock_margin;
         effects.push(Effect::ReadHistory { from, until: self.view.oldest_offset() });
     }
 
     fn history_ended(&mut self, now: Time, reaches: Option<Time>, effects: &mut Vec<Effect>) {
         let found = std::mem::take(&mut self.history.found);
+        let in_view = std::mem::take(&mut self.history.in_view);
         let margin = self.shared.settings.clock_margin;
         for key in std::mem::take(&mut self.history.serving) {
             if self.history.next.contains(&key) {
                 continue;
             }
-            let first = found.get(&key).or_else(|| self.view.earliest_seen(&key)).cloned();
+            let first = found.get(&key).or_else(|| in_view.get(&key)).cloned();
             let is_complete = reaches.is_some_and(|reaches| reaches <= key.requested_at - margin);
             self.recalled(now, &key, first.filter(|_| is_complete), is_complete, effects);
         }
@@ -694,6 +700,12 @@ impl Coordinator {
 }
 
 impl History {
+    fn seen(&mut self, decision: &Arc<Decision>) {
+        if self.serving.contains(&decision.key) {
+            self.in_view.entry(decision.key.clone()).or_insert_with(|| Arc::clone(decision));
+        }
+    }
+
     fn read(&mut self, decision: Arc<Decision>) {
         if self.serving.contains(&decision.key) {
             self.found.entry(decision.key.clone()).or_insert(decision);
