@@ -65,6 +65,7 @@ stories! {
         no_slot_aborts
         nothing_is_known_of_the_services_so_they_are_found_and_asked_in_turn
         other_content_decided_first_under_the_same_key
+        outcome_of_a_transaction_is_not_that_of_its_namesake_in_flight
         own_timeout_of_the_request
         parked_record_is_written_again_until_it_is_safe
         read_only_is_left_out

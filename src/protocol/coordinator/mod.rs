@@ -312,10 +312,16 @@ impl Coordinator {
             return reject(request, delivery, ReasonCode::Invalid, effects);
         }
         let key = request.key.clone();
-        if let Some(same) = self.same_id_in_flight(&key) {
-            return self.attach(now, &same, request, delivery, effects);
+        if self.transactions.contains_key(&key) {
+            return self.attach(now, &key, request, delivery, effects);
         }
         let recall = self.view.recall(&key, clock_margin);
+        // What has an outcome of its own, or may have one, is no retry of another's.
+        if recall == Recall::Absent
+            && let Some(earlier) = self.same_id_in_flight(&key)
+        {
+            return self.attach(now, &earlier, request, delivery, effects);
+        }
         let earlier = match recall {
             Recall::Absent => self.view.namesake(&key, clock_margin),
             Recall::Found(_) | Recall::OutOfSight => None,
@@ -339,8 +345,7 @@ impl Coordinator {
         }
     }
 
-    /// The transaction in flight under this id: this very one, or one that this is a careless
-    /// retry of.
+    /// The transaction in flight that this one has the id of, and so is a careless retry of.
     fn same_id_in_flight(&self, key: &TransactionKey) -> Option<TransactionKey> {
         let from = TransactionKey { id: key.id.clone(), requested_at: Time::EPOCH };
         let mut same_id = self.transactions.range(from..).map(|(found, _)| found);
