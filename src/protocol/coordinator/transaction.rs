@@ -227,11 +227,7 @@ impl Transaction {
             self.phase = Phase::Querying;
             for part in 0..self.parts.len() {
                 self.parts[part].standing = Standing::Queried;
-                let query = Query {
-                    key: self.request.key.clone(),
-                    request_hash: self.request.request_hash,
-                };
-                self.send(part, Destination::AllInstances, Command::Query(query), cx);
+                self.send(part, Destination::AllInstances, self.query_command(), cx);
             }
             self.wake_at(cx.now + cx.settings().query_timeout, cx);
         } else {
@@ -368,6 +364,18 @@ impl Transaction {
         let deadline = *self.deadline.get_or_insert(cx.now + timeout);
         cx.wake(&self.request.key, &mut self.due, deadline);
         deadline
+    }
+
+    fn query_command(&self) -> Command {
+        let (key, request_hash) = (self.request.key.clone(), self.request.request_hash);
+        Command::Query(Query { key, request_hash })
+    }
+
+    /// Asks one instance that is known to hold something for its vote.
+    pub(super) fn query(&self, service: &ServiceName, to: InstanceId, cx: &mut Context<'_>) {
+        if let Some(index) = self.part_of(service) {
+            self.send(index, Destination::Instance(to), self.query_command(), cx);
+        }
     }
 
     pub(super) fn record_vote(&mut self, vote: Vote, cx: &mut Context<'_>) {
