@@ -41,6 +41,7 @@ stories! {
         careless_retry_is_answered_with_the_earlier_outcome
         commit_fails_twice_and_then_succeeds
         commit_that_fails_for_good_is_parked
+        committed_after_all_while_the_parked_record_is_being_written
         contended_services_are_asked_one_after_another
         decision_names_another_branch_so_the_own_one_is_undone
         decision_of_another_worker_cuts_preparing_short

@@ -669,10 +669,13 @@ impl Transaction {
         let Some(index) = self.part_of(&done.service) else { return };
         match &done.applied {
             Ok(()) => {
-                if matches!(
-                    self.parts[index].duty,
-                    Duty::Owed { .. } | Duty::BackingOff { .. } | Duty::Parking { .. }
-                ) {
+                let duty = &self.parts[index].duty;
+                // The record of it may be safe, and nothing else would settle it.
+                if matches!(duty, Duty::Parking { .. }) && !done.parked {
+                    let (key, service) = (done.key.clone(), done.service.clone());
+                    cx.effects.push(Effect::Settle { key, service });
+                }
+                if !matches!(duty, Duty::None | Duty::Parked) {
                     self.parts[index].duty = Duty::None;
                     self.release(index, cx);
                 }
