@@ -62,6 +62,7 @@ stories! {
         inquiry_that_nothing_can_be_told_about_is_left
         journal_gap_during_a_look_begins_it_anew
         journal_gap_makes_all_undecided_look_again
+        late_vote_after_giving_up_is_answered_once
         late_vote_is_answered_with_the_outcome
         lost_record_is_proposed_again
         lost_result_is_published_again

@@ -757,7 +757,10 @@ impl Transaction {
                         let finish = self.finish(Outcome::Committed, branch);
                         self.send(index, to, Command::Finish(finish), cx);
                     }
-                    Outcome::Aborted if self.parts[index].duty == Duty::None => {
+                    // Once everyone has been given up on, nobody would end the repetitions.
+                    Outcome::Aborted
+                        if self.parts[index].duty == Duty::None && self.until.is_some() =>
+                    {
                         let finish = self.finish(Outcome::Aborted, Some(branch));
                         self.owe(index, finish, to, 0, 0, cx);
                     }
