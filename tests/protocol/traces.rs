@@ -100,6 +100,7 @@ stories! {
     instance {
         abort_of_what_was_never_prepared_calls_nothing
         cancel_never_touches_what_is_prepared
+        cancelled_while_a_query_is_looked_up
         cancelled_while_the_store_is_read
         cap_holds_when_more_is_delivered
         commit_of_what_only_the_store_holds
