@@ -601,7 +601,7 @@ impl Instance {
         effects: &mut Vec<Effect>,
     ) {
         let Some(holding) = self.holdings.get_mut(key) else { return };
-        holding.calls.clear();
+        let failed = std::mem::take(&mut holding.calls).pop_front().map(|(branch, _)| branch);
         holding.failures = holding.failures.saturating_add(1);
         let (parked, told): (Vec<_>, Vec<_>) = std::mem::take(&mut holding.finishers)
             .into_iter()
@@ -619,6 +619,8 @@ impl Instance {
             // The store still holds it, and the next look through it will ask again.
             self.remove(key);
         } else {
+            // What was found in the store is held like an own one: asked about, and tried again.
+            holding.branch = holding.branch.take().or(failed);
             holding.stage = match holding.why_failed {
                 None => Stage::Prepared,
                 Some(_) => Stage::Failed,
