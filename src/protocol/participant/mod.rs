@@ -355,6 +355,15 @@ impl Instance {
         if holding.stage != Stage::Preparing || holding.branch.as_ref() != Some(branch) {
             return;
         }
+        let holds_nothing = matches!(verdict, Verdict::ReadOnly | Verdict::Refused(_));
+        let commits =
+            |it: &Finisher| it.finish.outcome == Outcome::Committed && it.finish.branch.is_some();
+        if holds_nothing && self.settings.has_store && holding.finishers.iter().any(commits) {
+            // Another run's branch is the one that commits, and whoever holds it may be gone.
+            holding.branch = None;
+            holding.stage = Stage::Recalling;
+            return effects.push(Effect::ReadStore(key.clone()));
+        }
         match verdict {
             Verdict::Prepared => holding.stage = Stage::Prepared,
             Verdict::Failed(why) => {
