@@ -145,9 +145,10 @@ impl JournalView {
 
     /// [`Recall::Found`] of a transaction with the same `id` as `key`, requested at another time.
     pub fn namesake(&self, key: &TransactionKey, clock_margin: Duration) -> Option<Recall> {
-        let other = self.of_id(&key.id).find(|decision| decision.key != *key)?;
-        let recall = self.recall(&other.key, clock_margin);
-        matches!(recall, Recall::Found(_)).then_some(recall)
+        self.of_id(&key.id)
+            .filter(|decision| decision.key != *key)
+            .map(|other| self.recall(&other.key, clock_margin))
+            .find(|recall| matches!(recall, Recall::Found(_)))
     }
 
     fn of_id(&self, id: &TransactionId) -> impl Iterator<Item = &Arc<Decision>> {

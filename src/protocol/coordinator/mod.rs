@@ -163,6 +163,8 @@ struct History {
     serving: BTreeSet<TransactionKey>,
     /// The first record it has found of each.
     found: BTreeMap<TransactionKey, Arc<Decision>>,
+    /// The first record of each that was in view since it began: the view may forget it meanwhile.
+    in_view: BTreeMap<TransactionKey, Arc<Decision>>,
     /// Whom the next one serves.
     next: BTreeSet<TransactionKey>,
 }
@@ -311,10 +313,16 @@ impl Coordinator {
             return reject(request, delivery, ReasonCode::Invalid, effects);
         }
         let key = request.key.clone();
-        if let Some(same) = self.same_id_in_flight(&key) {
-            return self.attach(now, &same, request, delivery, effects);
+        if self.transactions.contains_key(&key) {
+            return self.attach(now, &key, request, delivery, effects);
         }
         let recall = self.view.recall(&key, clock_margin);
+        // What has an outcome of its own, or may have one, is no retry of another's.
+        if recall == Recall::Absent
+            && let Some(earlier) = self.same_id_in_flight(&key)
+        {
+            return self.attach(now, &earlier, request, delivery, effects);
+        }
         let earlier = match recall {
             Recall::Absent => self.view.namesake(&key, clock_margin),
             Recall::Found(_) | Recall::OutOfSight => None,
@@ -338,8 +346,7 @@ impl Coordinator {
         }
     }
 
-    /// The transaction in flight under this id: this very one, or one that this is a careless
-    /// retry of.
+    /// The transaction in flight that this one has the id of, and so is a careless retry of.
     fn same_id_in_flight(&self, key: &TransactionKey) -> Option<TransactionKey> {
         let from = TransactionKey { id: key.id.clone(), requested_at: Time::EPOCH };
         let mut same_id = self.transactions.range(from..).map(|(found, _)| found);
@@ -379,7 +386,12 @@ impl Coordinator {
             self.recall_undecided(now, effects);
         }
         let Reading::First(first) = self.view.read(now, offset, decision) else { return };
-        self.answer_inquest(now, &first, effects);
+        self.history.seen(&first);
+        // Until it has been looked up, an earlier record may be the outcome.
+        let is_looked_up = |it: &Inquest| it.propose_at.is_some();
+        if self.inquests.get(&first.key).is_some_and(is_looked_up) {
+            self.answer_inquest(now, &first, effects);
+        }
         self.with(now, &first.key, effects, |it, cx| {
             if it.is_undecided() && it.phase() != Phase::Recalling {
                 it.adopt(&first, cx);
@@ -392,6 +404,8 @@ impl Coordinator {
         let is_undecided = |it: &Transaction| it.is_undecided() && it.phase() != Phase::Recalling;
         let undecided = self.transactions.iter().filter(|(_, it)| is_undecided(it));
         let keys: Vec<_> = undecided.map(|(key, _)| key.clone()).collect();
+        // A look under way ends before the gap, and the view begins after it.
+        self.history.next.extend(self.history.serving.iter().cloned());
         for key in keys {
             self.with(now, &key, effects, Transaction::recall_again);
             self.look_further_back(&key, effects);
@@ -414,15 +428,21 @@ impl Coordinator {
             return;
         };
         self.history.serving = std::mem::take(&mut self.history.next);
+        let seen = |key| Some((TransactionKey::clone(key), self.view.earliest_seen(key)?.clone()));
+        self.history.in_view = self.history.serving.iter().filter_map(seen).collect();
         let from = earliest - self.shared.settings.clock_margin;
         effects.push(Effect::ReadHistory { from, until: self.view.oldest_offset() });
     }
 
     fn history_ended(&mut self, now: Time, reaches: Option<Time>, effects: &mut Vec<Effect>) {
         let found = std::mem::take(&mut self.history.found);
+        let in_view = std::mem::take(&mut self.history.in_view);
         let margin = self.shared.settings.clock_margin;
         for key in std::mem::take(&mut self.history.serving) {
-            let first = found.get(&key).or_else(|| self.view.earliest_seen(&key)).cloned();
+            if self.history.next.contains(&key) {
+                continue;
+            }
+            let first = found.get(&key).or_else(|| in_view.get(&key)).cloned();
             let is_complete = reaches.is_some_and(|reaches| reaches <= key.requested_at - margin);
             self.recalled(now, &key, first.filter(|_| is_complete), is_complete, effects);
         }
@@ -540,7 +560,9 @@ impl Coordinator {
         if let Some(it) = self.transactions.get(&key) {
             let is_ours = it.request().request_hash == inquiry.request_hash;
             return self.with(now, &key, effects, |it, cx| match it.is_undecided() {
-                true if is_ours => it.record_vote(inquiry.into_vote(), cx),
+                // It holds something. Whether that is prepared, or what a failed prepare has left,
+                // only its vote can say.
+                true if is_ours => it.query(&inquiry.service, inquiry.instance, cx),
                 true => {}
                 false => it.answer_inquiry(&inquiry.service, inquiry.instance, cx),
             });
@@ -687,23 +709,15 @@ impl Coordinator {
 }
 
 impl History {
+    fn seen(&mut self, decision: &Arc<Decision>) {
+        if self.serving.contains(&decision.key) {
+            self.in_view.entry(decision.key.clone()).or_insert_with(|| Arc::clone(decision));
+        }
+    }
+
     fn read(&mut self, decision: Arc<Decision>) {
         if self.serving.contains(&decision.key) {
             self.found.entry(decision.key.clone()).or_insert(decision);
-        }
-    }
-}
-
-impl Inquiry {
-    /// Whoever asks what became of what it holds also says that it holds it.
-    fn into_vote(self) -> Vote {
-        Vote {
-            key: self.key,
-            request_hash: self.request_hash,
-            service: self.service,
-            instance: self.instance,
-            ballot: Ballot::Prepared { branch: self.branch },
-            free: 0,
         }
     }
 }

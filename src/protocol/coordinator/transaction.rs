@@ -228,11 +228,7 @@ impl Transaction {
             self.phase = Phase::Querying;
             for part in 0..self.parts.len() {
                 self.parts[part].standing = Standing::Queried;
-                let query = Query {
-                    key: self.request.key.clone(),
-                    request_hash: self.request.request_hash,
-                };
-                self.send(part, Destination::AllInstances, Command::Query(query), cx);
+                self.send(part, Destination::AllInstances, self.query_command(), cx);
             }
             self.wake_at(cx.now + cx.settings().query_timeout, cx);
         } else {
@@ -369,6 +365,18 @@ impl Transaction {
         let deadline = *self.deadline.get_or_insert(cx.now + timeout);
         cx.wake(&self.request.key, &mut self.due, deadline);
         deadline
+    }
+
+    fn query_command(&self) -> Command {
+        let (key, request_hash) = (self.request.key.clone(), self.request.request_hash);
+        Command::Query(Query { key, request_hash })
+    }
+
+    /// Asks one instance that is known to hold something for its vote.
+    pub(super) fn query(&self, service: &ServiceName, to: InstanceId, cx: &mut Context<'_>) {
+        if let Some(index) = self.part_of(service) {
+            self.send(index, Destination::Instance(to), self.query_command(), cx);
+        }
     }
 
     pub(super) fn record_vote(&mut self, vote: Vote, cx: &mut Context<'_>) {
@@ -662,10 +670,13 @@ impl Transaction {
         let Some(index) = self.part_of(&done.service) else { return };
         match &done.applied {
             Ok(()) => {
-                if matches!(
-                    self.parts[index].duty,
-                    Duty::Owed { .. } | Duty::BackingOff { .. } | Duty::Parking { .. }
-                ) {
+                let duty = &self.parts[index].duty;
+                // The record of it may be safe, and nothing else would settle it.
+                if matches!(duty, Duty::Parking { .. }) && !done.parked {
+                    let (key, service) = (done.key.clone(), done.service.clone());
+                    cx.effects.push(Effect::Settle { key, service });
+                }
+                if !matches!(duty, Duty::None | Duty::Parked) {
                     self.parts[index].duty = Duty::None;
                     self.release(index, cx);
                 }
@@ -747,7 +758,10 @@ impl Transaction {
                         let finish = self.finish(Outcome::Committed, branch);
                         self.send(index, to, Command::Finish(finish), cx);
                     }
-                    Outcome::Aborted if self.parts[index].duty == Duty::None => {
+                    // Once everyone has been given up on, nobody would end the repetitions.
+                    Outcome::Aborted
+                        if self.parts[index].duty == Duty::None && self.until.is_some() =>
+                    {
                         let finish = self.finish(Outcome::Aborted, Some(branch));
                         self.owe(index, finish, to, 0, 0, cx);
                     }

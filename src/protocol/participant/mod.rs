@@ -353,6 +353,15 @@ impl Instance {
         if holding.stage != Stage::Preparing || holding.branch.as_ref() != Some(branch) {
             return;
         }
+        let holds_nothing = matches!(verdict, Verdict::ReadOnly | Verdict::Refused(_));
+        let commits =
+            |it: &Finisher| it.finish.outcome == Outcome::Committed && it.finish.branch.is_some();
+        if holds_nothing && self.settings.has_store && holding.finishers.iter().any(commits) {
+            // Another run's branch is the one that commits, and whoever holds it may be gone.
+            holding.branch = None;
+            holding.stage = Stage::Recalling;
+            return effects.push(Effect::ReadStore(key.clone()));
+        }
         match verdict {
             Verdict::Prepared => holding.stage = Stage::Prepared,
             Verdict::Failed(why) => {
@@ -490,7 +499,8 @@ impl Instance {
 
     /// A cancel never touches what is prepared: it only keeps a prepare from being started.
     fn cancel_received(&mut self, key: &TransactionKey) {
-        let has_started = self.holdings.get(key).is_some_and(|it| it.prepare.is_none());
+        let has_started = |it: &Holding| it.slot != Slot::None && it.prepare.is_none();
+        let has_started = self.holdings.get(key).is_some_and(has_started);
         if !has_started && self.memory.of(key).is_none() {
             self.memory.remember(key, Remembered::Cancelled);
         }
@@ -603,7 +613,7 @@ impl Instance {
         effects: &mut Vec<Effect>,
     ) {
         let Some(holding) = self.holdings.get_mut(key) else { return };
-        holding.calls.clear();
+        let failed = std::mem::take(&mut holding.calls).pop_front().map(|(branch, _)| branch);
         holding.failures = holding.failures.saturating_add(1);
         let (parked, told): (Vec<_>, Vec<_>) = std::mem::take(&mut holding.finishers)
             .into_iter()
@@ -616,6 +626,8 @@ impl Instance {
             // The store still holds it, and the next look through it will ask again.
             self.remove(key);
         } else {
+            // What was found in the store is held like an own one: asked about, and tried again.
+            holding.branch = holding.branch.take().or(failed);
             holding.stage = match holding.why_failed {
                 None => Stage::Prepared,
                 Some(_) => Stage::Failed,
