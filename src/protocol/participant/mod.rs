@@ -499,8 +499,8 @@ impl Instance {
 
     /// A cancel never touches what is prepared: it only keeps a prepare from being started.
     fn cancel_received(&mut self, key: &TransactionKey) {
-        let has_started = |it: &Holding| it.slot != Slot::None && it.prepare.is_none();
-        let has_started = self.holdings.get(key).is_some_and(has_started);
+        let has_started =
+            self.holdings.get(key).is_some_and(|it| it.slot != Slot::None && it.prepare.is_none());
         if !has_started && self.memory.of(key).is_none() {
             self.memory.remember(key, Remembered::Cancelled);
         }
