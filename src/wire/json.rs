@@ -2,8 +2,8 @@
 //!
 //! `serde_json` reads an object with a field given twice as if the first weren't there, turns the
 //! number 12345678901234567890123 into 1.2345678901234568e22, and can't say where in the text a
-//! value stood. Here every value keeps its text, every field is kept, and numbers are never converted.
-//! What counts as JSON is the same; only the nesting is limited more tightly.
+//! value stood. Here every value keeps its text, every field is kept, and numbers are never converted. What
+//! counts as JSON is the same; only the nesting is limited more tightly.
 
 use std::borrow::Cow;
 
