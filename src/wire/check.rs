@@ -265,7 +265,7 @@ impl Check {
     }
 }
 
-const TWICE: &str = "is given twice in one object";
+const TWICE: &str = "must be given once in its object";
 
 fn number(value: &Value<'_>) -> Option<f64> {
     match value.kind {

@@ -2,8 +2,8 @@
 //!
 //! `serde_json` reads an object with a field given twice as if the first weren't there, turns the
 //! number 12345678901234567890123 into 1.2345678901234568e22, and can't say where in the text a
-//! value stood. Here every value keeps its text, every field is kept, and numbers are never converted.
-//! What counts as JSON is the same; only the nesting is limited more tightly.
+//! value stood. Here every value keeps its text, every field is kept, and numbers are never converted. What
+//! counts as JSON is the same; only the nesting is limited more tightly.
 
 use std::borrow::Cow;
 
@@ -190,6 +190,9 @@ impl<'a> Reader<'a> {
         let mut escaped = false;
         self.at += 1;
         loop {
+            let stops = |byte: &u8| matches!(byte, b'"' | b'\\' | 0..0x20);
+            let rest = self.rest().as_bytes();
+            self.at += rest.iter().position(stops).unwrap_or(rest.len());
             match self.peek() {
                 Some(b'"') => break,
                 Some(b'\\') => {
@@ -199,14 +202,13 @@ impl<'a> Reader<'a> {
                         Some(b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't' | b'u') => {}
                         Some(_) | None => return Err(self.expected("the rest of an escape")),
                     }
+                    self.at += 1;
                 }
-                Some(0..0x20) => {
+                Some(_) => {
                     return Err(self.error("a control character in a string must be escaped"));
                 }
-                Some(_) => {}
                 None => return Err(self.expected("the rest of a string")),
             }
-            self.at += 1;
         }
         self.at += 1;
         let token = self.since(start);
@@ -264,7 +266,9 @@ impl Value<'_> {
     pub(super) fn write(&self, out: &mut String) {
         match &self.kind {
             Kind::Null | Kind::Bool(_) | Kind::Number => out.push_str(self.text),
-            Kind::String(string) => write_string(string, out),
+            // Read from a text without escapes, so it needs none.
+            Kind::String(Cow::Borrowed(_)) => out.push_str(self.text),
+            Kind::String(Cow::Owned(string)) => out.push_str(&quoted(string)),
             Kind::Array(elements) => {
                 out.push('[');
                 for (index, element) in elements.iter().enumerate() {
@@ -277,23 +281,15 @@ impl Value<'_> {
                 out.push('{');
                 for (index, (name, value)) in fields.iter().enumerate() {
                     out.push_str(if index == 0 { "" } else { "," });
-                    write_string(name, out);
-                    out.push(':');
+                    match name {
+                        Cow::Borrowed(plain) => out.extend(["\"", plain, "\":"]),
+                        Cow::Owned(name) => out.extend([&quoted(name), ":"]),
+                    }
                     value.write(out);
                 }
                 out.push('}');
             }
         }
-    }
-}
-
-fn write_string(string: &str, out: &mut String) {
-    if string.bytes().any(|byte| matches!(byte, b'"' | b'\\' | 0..0x20)) {
-        out.push_str(&quoted(string));
-    } else {
-        out.push('"');
-        out.push_str(string);
-        out.push('"');
     }
 }
 

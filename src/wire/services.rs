@@ -136,7 +136,7 @@ fn read_service(
         let path = path.field("name");
         let name = check.name(&path, value, ServiceName::RULE, ServiceName::parse)?;
         if let Some(index) = taken(&name) {
-            check.complain(&path, value, format!("is the name of $[{index}] too"));
+            check.complain(&path, value, format!("must differ from $[{index}].name"));
         }
         Some(name)
     });
@@ -343,7 +343,7 @@ mod tests {
                  must have a field `name`",
                 ": $[2].prepare.error_rate is 2: must be a number from 0 to 1",
                 ": $[2].prepare.fail_for[1] is \"y z\": must match [A-Za-z0-9._:-]{1,128}",
-                ": $[4].name is \"c\": is the name of $[3] too",
+                ": $[4].name is \"c\": must differ from $[3].name",
                 ": $[4] is {\"name\": \"c\"}: must have a field `max_concurrency`",
             ],
         );
@@ -440,7 +440,7 @@ mod tests {
 
     #[test]
     fn a_field_given_twice_is_refused() {
-        complains_of(r#""name": "b""#, [": $[0].name is \"b\": is given twice in one object"]);
+        complains_of(r#""name": "b""#, [": $[0].name is \"b\": must be given once in its object"]);
     }
 
     #[test]

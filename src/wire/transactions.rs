@@ -157,7 +157,7 @@ fn read_elements(check: &mut Check, start: Position, text: &[u8]) -> Option<Vec<
                 entry.insert(index);
                 None
             }
-            Entry::Occupied(entry) => Some(format!("is the id of $[{}] too", entry.get())),
+            Entry::Occupied(entry) => Some(format!("must differ from $[{}].id", entry.get())),
         };
         let path = Path::TOP.element(index);
         transactions.extend(read_transaction(check, &path, element, taken, &mut buffer));
@@ -245,7 +245,7 @@ fn too_long() -> String {
 /// It holds one line, never more than [`SIZE_MAX`] bytes of it, and a fingerprint of the last
 /// [`Lines::IDS_MIN`] ids at least (twice as many at most, then the older half is forgotten): an id
 /// that comes again later than that is not noticed. That memory grows with the lines read, up to
-/// 72 MB.
+/// some 110 MB.
 ///
 /// A line is refused with everything that is wrong with it, and is the last one that is read.
 #[derive(Debug)]
@@ -254,9 +254,12 @@ pub struct Lines<R> {
     reader: R,
     /// Where the next line begins.
     next: Position,
+    /// The line that is being read, without what ends it.
     line: Vec<u8>,
+    /// Space to write its data in.
     buffer: String,
     taken: TakenIds,
+    /// Whether nothing more is read: at the end, or after a complaint.
     ended: bool,
 }
 
@@ -314,7 +317,8 @@ impl<R: BufRead> Lines<R> {
         let mut check = Check::of_line(&self.file, start.line);
         let transaction = check.json(start, &self.line).and_then(|value| {
             let taken = |id: &TransactionId| {
-                (!self.taken.take(id)).then(|| "is the id of an earlier line too".to_owned())
+                (!self.taken.take(id))
+                    .then(|| "must differ from the id of every earlier line".to_owned())
             };
             read_transaction(&mut check, &Path::TOP, &value, taken, &mut self.buffer)
         });
@@ -377,7 +381,8 @@ impl TakenIds {
             return false;
         }
         if self.recent.len() == self.generation {
-            self.older = mem::take(&mut self.recent);
+            mem::swap(&mut self.recent, &mut self.older);
+            self.recent.clear();
         }
         true
     }
@@ -487,8 +492,8 @@ mod tests {
                 ": $[0].timeout_ms is 0: must be a whole number from 1 to 86400000",
                 ": $[1].involved_services[1] is 5: must be a string",
                 ": $[1].involved_services[2] is \"a/b\": must match [A-Za-z0-9_-]{1,64}",
-                ": $[1].data.a.b is 2: is given twice in one object",
-                ": $[2].id is \"x\": is the id of $[1] too",
+                ": $[1].data.a.b is 2: must be given once in its object",
+                ": $[2].id is \"x\": must differ from $[1].id",
                 ": $[2].involved_services is \"s\": must be an array of service names",
                 ": $[2] is {\"id\": \"x\", \"involved_services\": \"s\"}: must have a field `data`",
                 ": $[3].id is 5: must be a string",
@@ -513,7 +518,7 @@ mod tests {
     fn a_field_given_twice_is_refused() {
         complains(
             r#"[{"id": "1", "involved_services": ["s"], "data": {}, "id": "2"}]"#,
-            [": $[0].id is \"2\": is given twice in one object"],
+            [": $[0].id is \"2\": must be given once in its object"],
         );
     }
 
@@ -522,8 +527,8 @@ mod tests {
         complains(
             r#"[{"id": "1", "involved_services": ["s"], "data": {"a b": 1, "a b": 1, "": [{"\n": 1, "\n": 1}]}}]"#,
             [
-                ": $[0].data[\"\"][0][\"\\n\"] is 1: is given twice in one object",
-                ": $[0].data[\"a b\"] is 1: is given twice in one object",
+                ": $[0].data[\"\"][0][\"\\n\"] is 1: must be given once in its object",
+                ": $[0].data[\"a b\"] is 1: must be given once in its object",
             ],
         );
     }
@@ -638,7 +643,7 @@ mod tests {
         );
         assert_eq!(
             complaint(&LINE.replace('1', "0")),
-            "t.ndjson:2: $.id is \"0\": is the id of an earlier line too"
+            "t.ndjson:2: $.id is \"0\": must differ from the id of every earlier line"
         );
     }
 

@@ -134,7 +134,7 @@ proptest! {
         let complaints = read_all("t.json", json!(file).to_string().as_bytes()).unwrap_err();
         let (complaint, path) = only(&complaints);
         assert_eq!(path, format!("$[{second}].id"));
-        assert_eq!(complaint.rule, format!("is the id of $[{first}] too"));
+        assert_eq!(complaint.rule, format!("must differ from $[{first}].id"));
         let complaints = open(lines_of(&file).as_bytes(), 100).unwrap_err();
         assert_eq!(only(&complaints).1, "$.id");
     }
