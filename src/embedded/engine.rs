@@ -21,7 +21,8 @@ use crate::{
         time::Time,
     },
     transport::embedded::{MemoryJournal, PrepareQueue, RequestQueue},
-    wire::result::Attempts,
+    wire::{result::Attempts, transactions::TransactionSpec},
+    worker::clock::Reading,
 };
 
 /// How often a service's code was called.
@@ -102,6 +103,8 @@ impl Engine {
             let instance = settings.instance.clone();
             let instance_settings = participant::Settings {
                 has_store,
+                // A prepare comes again only while its request is in flight.
+                remembered_max: 4096,
                 inquire_after: settings.inquire_after,
                 retry_parked_every: settings.coordinator.backoff_max,
                 ..participant::Settings::new(name.clone(), instance, max_concurrency)
@@ -148,17 +151,25 @@ impl Engine {
         self.coordinator.is_empty()
     }
 
-    /// Takes in a request; `elapsed`: when, on a clock finer than `now`.
-    pub(crate) fn submit(&mut self, now: Time, elapsed: Duration, request: Request) {
+    /// Takes in a transaction: that it is asked for now is its `requested_at`.
+    pub(crate) fn submit(&mut self, now: Reading, spec: TransactionSpec) {
+        let request = Request {
+            key: TransactionKey { id: spec.id, requested_at: now.time },
+            request_hash: spec.request_hash,
+            services: spec.services,
+            data: spec.data,
+            timeout: spec.timeout,
+            reply: None,
+        };
         let delivery = self.requests.deliver(&request);
-        let in_flight = InFlight { since: elapsed, attempts: BTreeMap::new(), ended: None };
+        let in_flight = InFlight { since: now.elapsed, attempts: BTreeMap::new(), ended: None };
         self.in_flight.insert(request.key.clone(), in_flight);
         self.for_worker.push_back(coordinator::Event::RequestReceived {
             request,
             delivery,
             deliveries: 1,
         });
-        self.settle(now, elapsed);
+        self.settle(now);
     }
 
     /// A call of a service's code has ended.
@@ -210,12 +221,12 @@ impl Engine {
     }
 
     /// Handles everything that is ready, and what comes of it, until nothing is.
-    pub(crate) fn settle(&mut self, now: Time, elapsed: Duration) {
+    pub(crate) fn settle(&mut self, now: Reading) {
         loop {
             if let Some(event) = self.for_worker.pop_front() {
-                self.handle(now, elapsed, event);
+                self.handle(now, event);
             } else if let Some((member, event)) = self.for_members.pop_front() {
-                self.handle_at_member(now, member, event);
+                self.handle_at_member(now.time, member, event);
             } else {
                 return;
             }
@@ -241,18 +252,18 @@ impl Engine {
 
     // ---- The coordinator's side --------------------------------------------------------------
 
-    fn handle(&mut self, now: Time, elapsed: Duration, event: coordinator::Event) {
+    fn handle(&mut self, now: Reading, event: coordinator::Event) {
         let mut effects = std::mem::take(&mut self.effects);
         let coordinator = &mut self.coordinator;
         let handled =
-            catch_unwind(AssertUnwindSafe(|| coordinator.handle(now, event, &mut effects)));
+            catch_unwind(AssertUnwindSafe(|| coordinator.handle(now.time, event, &mut effects)));
         if handled.is_err() {
             tracing::error!("the coordinator has panicked and is started anew");
             effects.clear();
             self.restart_coordinator();
         }
         for effect in effects.drain(..) {
-            self.perform(now, elapsed, effect);
+            self.perform(now, effect);
         }
         self.effects = effects;
     }
@@ -285,7 +296,7 @@ impl Engine {
         self.for_worker.push_back(coordinator::Event::RecordRead { offset, decision });
     }
 
-    fn perform(&mut self, now: Time, elapsed: Duration, effect: coordinator::Effect) {
+    fn perform(&mut self, now: Reading, effect: coordinator::Effect) {
         use coordinator::{Effect, Event};
         match effect {
             Effect::FindService(service) => {
@@ -295,7 +306,7 @@ impl Engine {
                     Event::ServiceMissing(service)
                 })
             }
-            Effect::Send { service, to, command } => self.send(now, service, &to, command),
+            Effect::Send { service, to, command } => self.send(now.time, service, &to, command),
             Effect::Append(decision) => {
                 let decision = Arc::new(decision);
                 let in_flight = &self.in_flight;
@@ -309,13 +320,13 @@ impl Engine {
                 self.for_worker.push_back(Event::HistoryEnded { reaches: Some(Time::EPOCH) });
             }
             Effect::Publish { key, delivery, answer } => {
-                self.conclude(elapsed, &key, answer);
+                self.conclude(now, &key, answer);
                 self.for_worker.push_back(Event::ResultConfirmed { key, delivery });
             }
             Effect::Ack(delivery) | Effect::Release(delivery) => self.requests.ack(delivery),
             Effect::Reject { request, delivery, reason } => {
                 self.requests.ack(delivery);
-                self.reject(now, elapsed, &request, reason);
+                self.reject(now, &request, reason);
             }
             Effect::Park(parked) => self.park(&parked),
             Effect::Settle { key, service } => {
@@ -370,10 +381,10 @@ impl Engine {
         }
     }
 
-    fn conclude(&mut self, elapsed: Duration, key: &TransactionKey, answer: Answer) {
+    fn conclude(&mut self, now: Reading, key: &TransactionKey, answer: Answer) {
         self.journal.release(key);
         let Some(in_flight) = self.in_flight.get_mut(key) else { return };
-        let took = elapsed.saturating_sub(in_flight.since);
+        let took = now.elapsed.saturating_sub(in_flight.since);
         in_flight.ended = Some((answer, took));
         if self.settings.counts_attempts {
             self.lingering.push(key.clone());
@@ -383,16 +394,16 @@ impl Engine {
         }
     }
 
-    fn reject(&mut self, now: Time, elapsed: Duration, request: &Request, reason: Reason) {
+    fn reject(&mut self, now: Reading, request: &Request, reason: Reason) {
         let answer = Answer {
             id: request.key.id.clone(),
             requested_at: request.key.requested_at,
             outcome: Outcome::Aborted,
             reason: Some(reason),
             unresolved: Vec::new(),
-            decided_at: now,
+            decided_at: now.time,
         };
-        self.conclude(elapsed, &request.key, answer);
+        self.conclude(now, &request.key, answer);
     }
 
     fn park(&mut self, parked: &Parked) {

@@ -22,8 +22,8 @@ use crate::{
     participant::{self, AnyParticipant, Ended, Service},
     protocol::{
         coordinator,
-        ids::{InstanceId, InvalidName, ServiceName, TransactionId, TransactionKey},
-        message::{Outcome, Reason, Request},
+        ids::{InstanceId, InvalidName, ServiceName, TransactionId},
+        message::{Outcome, Reason},
         time::Time,
     },
     wire::{hash, transactions::TransactionSpec},
@@ -212,7 +212,7 @@ impl Embedded {
             // One process has one clock.
             clock_margin: Duration::ZERO,
             window: Duration::MAX,
-            records_max: 16_384,
+            records_max: 4096,
             waiting_max: 65_536,
             ..coordinator::Settings::new(engine::worker_id())
         };
@@ -306,19 +306,19 @@ impl Embedded {
         let mut began_at = None;
         let mut stop = std::pin::pin!(stop);
         loop {
-            engine.wake(clock.now());
+            let now = clock.read();
+            engine.wake(now.time);
             while engine.room() > 0
                 && let Some(spec) = backlog.next()
             {
-                began_at.get_or_insert_with(|| clock.elapsed());
-                engine.submit(clock.now(), clock.elapsed(), request(spec, clock.now()));
+                began_at.get_or_insert(now.elapsed);
+                engine.submit(now, spec);
             }
             make_calls(&mut engine, &mut calls, &participants, clock);
             let ended = engine.take_concluded();
             if !ended.is_empty() {
                 ended.iter().for_each(|concluded| report.count(concluded));
-                let since = began_at.unwrap_or_default();
-                report.took = clock.elapsed().saturating_sub(since);
+                report.took = clock.read().elapsed.saturating_sub(began_at.unwrap_or_default());
                 if concluded.send(ended).await.is_err() {
                     // Nobody wants the results any more.
                     open = false;
@@ -339,9 +339,8 @@ impl Embedded {
                     backlog = Vec::new().into_iter();
                     requests.close();
                     engine.drain();
-                    engine.settle(clock.now(), clock.elapsed());
                 }
-                ended = calls.next() => take_in(&mut engine, &mut calls, ended, clock),
+                ended = calls.next() => take_in(&mut engine, &mut calls, ended),
                 batch = requests.recv(), if wants_more => match batch {
                     Some(batch) => backlog = batch.into_iter(),
                     None => open = false,
@@ -364,17 +363,6 @@ impl Embedded {
     }
 }
 
-fn request(spec: TransactionSpec, now: Time) -> Request {
-    Request {
-        key: TransactionKey { id: spec.id, requested_at: now },
-        request_hash: spec.request_hash,
-        services: spec.services,
-        data: spec.data,
-        timeout: spec.timeout,
-        reply: None,
-    }
-}
-
 /// Makes the calls that are asked for, and those that come of the ones that are over at once.
 fn make_calls(
     engine: &mut Engine,
@@ -383,7 +371,7 @@ fn make_calls(
     clock: Clock,
 ) {
     loop {
-        engine.settle(clock.now(), clock.elapsed());
+        engine.settle(clock.read());
         let wanted = engine.take_calls();
         if wanted.is_empty() {
             return;
@@ -399,13 +387,12 @@ fn make_calls(
 }
 
 /// Takes in a call that has ended, and all others that have by now.
-fn take_in(engine: &mut Engine, calls: &mut participant::Calls, ended: Ended, clock: Clock) {
+fn take_in(engine: &mut Engine, calls: &mut participant::Calls, ended: Ended) {
     let mut next = Some(ended);
     while let Some(Ended { participant, event }) = next {
         engine.call_ended(participant, event);
         next = calls.try_next();
     }
-    engine.settle(clock.now(), clock.elapsed());
 }
 
 async fn sleep_until(moment: Option<Time>, clock: Clock) {

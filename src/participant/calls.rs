@@ -3,13 +3,13 @@
 use std::{
     any::Any,
     future::Future,
-    panic::AssertUnwindSafe,
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
     task::{Context, Poll, Waker},
     time::Duration,
 };
 
-use futures_util::FutureExt;
+use futures_util::{FutureExt, future::BoxFuture};
 use tokio::{
     task::JoinSet,
     time::{Instant, timeout_at},
@@ -18,7 +18,7 @@ use tokio::{
 use crate::{
     participant::{AnyParticipant, Error, Finish, InDoubt, Prepare, Verdict},
     protocol::{
-        ids::TransactionKey,
+        ids::{Branch, TransactionKey},
         participant::{Effect, Event},
     },
     worker::clock::Clock,
@@ -51,73 +51,76 @@ impl Calls {
         effect: Effect,
     ) -> Option<Ended> {
         let participant = Arc::clone(participant);
-        let deadline = self.deadline_of(&effect);
-        let mut call = match effect {
-            Effect::CallPrepare { key, branch, request_hash, data, deadline: at } => {
-                let call = Prepare::new(key.clone(), branch.clone(), request_hash, at, data);
-                let running = guarded(deadline, move || participant.prepare(call));
-                running
-                    .map(move |ended| {
-                        let verdict =
-                            ended.unwrap_or_else(|error| Verdict::Failed(error.to_string().into()));
-                        Ended {
-                            participant: number,
-                            event: Event::PrepareEnded { key, branch, verdict },
-                        }
-                    })
-                    .boxed()
+        match effect {
+            Effect::CallPrepare { key, branch, request_hash, data, deadline } => {
+                let call = Prepare::new(key.clone(), branch.clone(), request_hash, deadline, data);
+                let deadline = self.clock.instant_of(deadline);
+                let ended = move |ended: Result<Verdict, Error>| {
+                    let verdict =
+                        ended.unwrap_or_else(|error| Verdict::Failed(error.to_string().into()));
+                    Ended {
+                        participant: number,
+                        event: Event::PrepareEnded { key, branch, verdict },
+                    }
+                };
+                self.run(deadline, move || participant.prepare(call), ended)
             }
             Effect::CallCommit { key, branch } => {
                 let call = Finish { key: key.clone(), branch: branch.clone() };
-                let running = guarded(deadline, move || participant.commit(call));
-                running.map(move |ended| finished(number, key, branch, ended)).boxed()
+                let ended = move |ended| finished(number, key, branch, ended);
+                self.run(self.finish_deadline(), move || participant.commit(call), ended)
             }
             Effect::CallAbort { key, branch } => {
                 let call = Finish { key: key.clone(), branch: branch.clone() };
-                let running = guarded(deadline, move || participant.abort(call));
-                running.map(move |ended| finished(number, key, branch, ended)).boxed()
+                let ended = move |ended| finished(number, key, branch, ended);
+                self.run(self.finish_deadline(), move || participant.abort(call), ended)
             }
             Effect::ReadStore(key) => {
-                let of = Some(key.clone());
-                let read = read_store(participant, of, self.finish_timeout);
-                read.map(move |held| Ended {
-                    participant: number,
-                    event: Event::StoreRead { key, held },
-                })
-                .boxed()
-            }
-            Effect::ScanStore => {
-                let read = read_store(participant, None, self.finish_timeout);
-                read.map(move |held| Ended {
-                    participant: number,
-                    event: Event::StoreScanned(held),
-                })
-                .boxed()
-            }
-            Effect::Vote { .. } | Effect::Done { .. } | Effect::Inquire(_) | Effect::Ack(_) => {
-                return None;
-            }
-        };
-        match call.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
-            Poll::Ready(ended) => Some(ended),
-            Poll::Pending => {
-                self.running.spawn(call);
+                let patience = self.finish_timeout;
+                self.running.spawn(async move {
+                    let held = read_store(participant, Some(key.clone()), patience).await;
+                    Ended { participant: number, event: Event::StoreRead { key, held } }
+                });
                 None
             }
+            Effect::ScanStore => {
+                let patience = self.finish_timeout;
+                self.running.spawn(async move {
+                    let held = read_store(participant, None, patience).await;
+                    Ended { participant: number, event: Event::StoreScanned(held) }
+                });
+                None
+            }
+            Effect::Vote { .. } | Effect::Done { .. } | Effect::Inquire(_) | Effect::Ack(_) => None,
         }
     }
 
-    fn deadline_of(&self, effect: &Effect) -> Instant {
-        match effect {
-            Effect::CallPrepare { deadline, .. } => self.clock.instant_of(*deadline),
-            Effect::CallCommit { .. }
-            | Effect::CallAbort { .. }
-            | Effect::ReadStore(_)
-            | Effect::ScanStore
-            | Effect::Vote { .. }
-            | Effect::Done { .. }
-            | Effect::Inquire(_)
-            | Effect::Ack(_) => self.clock.instant_of(self.clock.now() + self.finish_timeout),
+    fn finish_deadline(&self) -> Instant {
+        self.clock.instant_of(self.clock.now() + self.finish_timeout)
+    }
+
+    /// Polls the call where it was made, and moves it to a task of its own only if it has to wait.
+    fn run<T: 'static>(
+        &mut self,
+        deadline: Instant,
+        call: impl FnOnce() -> BoxFuture<'static, Result<T, Error>>,
+        ended: impl FnOnce(Result<T, Error>) -> Ended + Send + 'static,
+    ) -> Option<Ended> {
+        // A call may panic before it has made its future, and at every poll.
+        let made = catch_unwind(AssertUnwindSafe(|| {
+            let mut call = call();
+            match call.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+                Poll::Ready(result) => Ok(result),
+                Poll::Pending => Err(call),
+            }
+        }));
+        match made {
+            Ok(Ok(result)) => Some(ended(result)),
+            Ok(Err(call)) => {
+                self.running.spawn(async move { ended(guarded(deadline, call).await) });
+                None
+            }
+            Err(panic) => Some(ended(Err(panicked(&*panic)))),
         }
     }
 
@@ -146,7 +149,7 @@ impl Calls {
 fn finished(
     participant: usize,
     key: TransactionKey,
-    branch: crate::protocol::ids::Branch,
+    branch: Branch,
     ended: Result<(), Error>,
 ) -> Ended {
     let applied = ended.map_err(|error| error.to_string().into());
@@ -154,15 +157,13 @@ fn finished(
 }
 
 /// Runs `call` until `deadline` at the longest, and turns a panic into an error.
-async fn guarded<T, F>(deadline: Instant, call: impl FnOnce() -> F + Send) -> Result<T, Error>
-where
-    F: Future<Output = Result<T, Error>> + Send,
-{
-    // A call may panic before it has made its future.
-    let call = AssertUnwindSafe(async move { call().await }).catch_unwind();
-    match timeout_at(deadline, call).await {
+async fn guarded<T>(
+    deadline: Instant,
+    call: impl Future<Output = Result<T, Error>>,
+) -> Result<T, Error> {
+    match timeout_at(deadline, AssertUnwindSafe(call).catch_unwind()).await {
         Ok(Ok(ended)) => ended,
-        Ok(Err(panic)) => Err(format!("panicked: {}", panic_message(&*panic)).into()),
+        Ok(Err(panic)) => Err(panicked(&*panic)),
         Err(_) => Err("timed out".into()),
     }
 }
@@ -176,9 +177,9 @@ async fn read_store(
     let mut pause = Duration::from_millis(100);
     loop {
         let deadline = Instant::now() + patience;
-        let reader = Arc::clone(&participant);
-        let key = of.clone();
-        match guarded(deadline, move || reader.in_doubt(key)).await {
+        let (reader, key) = (Arc::clone(&participant), of.clone());
+        // Within the future, since the call may panic before it has made its own.
+        match guarded(deadline, async move { reader.in_doubt(key).await }).await {
             Ok(held) => return held,
             Err(error) => {
                 tracing::warn!(%error, "failed to read what the store holds in doubt");
@@ -189,7 +190,9 @@ async fn read_store(
     }
 }
 
-pub(crate) fn panic_message(panic: &(dyn Any + Send)) -> &str {
+/// What a panic is as an error.
+pub(super) fn panicked(panic: &(dyn Any + Send)) -> Error {
     let text = panic.downcast_ref::<&str>().copied();
-    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message")
+    let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    format!("panicked: {}", text.unwrap_or("no message")).into()
 }

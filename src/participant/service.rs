@@ -260,7 +260,7 @@ impl Threads {
         match ended.await {
             Ok(ended) => ended,
             Err(error) => match error.try_into_panic() {
-                Ok(panic) => Err(format!("panicked: {}", calls::panic_message(&*panic)).into()),
+                Ok(panic) => Err(calls::panicked(&*panic)),
                 Err(error) => Err(error.into()),
             },
         }

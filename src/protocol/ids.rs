@@ -148,17 +148,54 @@ names! {
     InstanceId(Arc<str>): "instance id", 64, "_-";
     /// One process of the coordinator.
     WorkerId(Arc<str>): "worker id", 64, "_-";
-    /// One run of a service's prepare for a transaction. Made by the instance that runs it, stored
-    /// with what it prepared, and named by the decision that commits it.
-    Branch(Arc<str>): "branch", 96, "._-";
     /// Where a producer wants its result: a token of its own, never a queue name.
     ReplyToken(Arc<str>): "reply token", 64, "_-";
 }
 
+/// One run of a service's prepare for a transaction. Made by the instance that runs it, stored with
+/// what it prepared, and named by the decision that commits it. As text: `<instance>.<number>`.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Branch {
+    instance: InstanceId,
+    number: u64,
+}
+
 impl Branch {
+    /// What a branch looks like.
+    pub const RULE: &'static str = "[A-Za-z0-9_-]{1,64}[.][0-9]{1,20}";
+
     /// The `number`th branch that `instance` makes.
     pub fn of(instance: &InstanceId, number: u64) -> Self {
-        Self(format!("{instance}.{number}").into())
+        Self { instance: instance.clone(), number }
+    }
+
+    /// Checks `text` against [`Self::RULE`].
+    pub fn parse(text: &str) -> Result<Self, InvalidName> {
+        let parts = text.rsplit_once('.').and_then(|(instance, number)| {
+            // One branch has one text.
+            let canonical = number == "0" || !number.starts_with(['0', '+']);
+            let number = number.parse().ok().filter(|_| canonical)?;
+            Some(Self { instance: InstanceId::parse(instance).ok()?, number })
+        });
+        let value = || text.chars().take(64).collect();
+        parts.ok_or_else(|| InvalidName { what: "branch", value: value(), rule: Self::RULE })
+    }
+
+    /// The instance that made it.
+    pub fn instance(&self) -> &InstanceId {
+        &self.instance
+    }
+}
+
+impl fmt::Display for Branch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.instance, self.number)
+    }
+}
+
+impl fmt::Debug for Branch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
     }
 }
 
@@ -223,9 +260,15 @@ mod tests {
     }
 
     #[test]
-    fn the_branch_of_the_longest_instance_id_is_a_valid_branch() {
+    fn a_branch_and_its_text_are_one() {
         let instance = InstanceId::parse(&"i".repeat(64)).unwrap();
-        let branch = Branch::of(&instance, u64::MAX);
-        assert_eq!(Branch::parse(branch.as_str()), Ok(branch));
+        for number in [0, 1, u64::MAX] {
+            let branch = Branch::of(&instance, number);
+            assert_eq!(Branch::parse(&branch.to_string()), Ok(branch));
+        }
+        for bad in ["", "i", "i.", ".1", "i.01", "i.+1", "i.-1", "i.1.1", "i.18446744073709551616"]
+        {
+            assert!(Branch::parse(bad).is_err(), "{bad:?}");
+        }
     }
 }

@@ -15,11 +15,7 @@ use std::{
     time::Duration,
 };
 
-use crate::protocol::{
-    ids::{TransactionId, TransactionKey},
-    message::Decision,
-    time::Time,
-};
+use crate::protocol::{ids::TransactionKey, message::Decision, time::Time};
 
 /// What the read part of the journal says of a transaction.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -56,7 +52,7 @@ pub struct JournalView {
     next: u64,
     first: BTreeMap<TransactionKey, Arc<Decision>>,
     /// What is in `first`, in journal order.
-    order: VecDeque<(u64, TransactionKey)>,
+    order: VecDeque<(u64, Arc<Decision>)>,
 }
 
 impl JournalView {
@@ -125,7 +121,7 @@ impl JournalView {
             Entry::Occupied(_) => return Reading::Void,
             Entry::Vacant(entry) => entry.insert(Arc::clone(&decision)),
         };
-        self.order.push_back((offset, decision.key.clone()));
+        self.order.push_back((offset, Arc::clone(&decision)));
         self.forget_the_oldest(now);
         Reading::First(decision)
     }
@@ -143,18 +139,28 @@ impl JournalView {
         self.first.get(key)
     }
 
-    /// [`Recall::Found`] of a transaction with the same `id` as `key`, requested at another time.
-    pub fn namesake(&self, key: &TransactionKey, clock_margin: Duration) -> Option<Recall> {
-        self.of_id(&key.id)
-            .filter(|decision| decision.key != *key)
-            .map(|other| self.recall(&other.key, clock_margin))
-            .find(|recall| matches!(recall, Recall::Found(_)))
-    }
-
-    fn of_id(&self, id: &TransactionId) -> impl Iterator<Item = &Arc<Decision>> {
-        let from = TransactionKey { id: id.clone(), requested_at: Time::EPOCH };
-        let id = id.clone();
-        self.first.range(from..).take_while(move |(key, _)| key.id == id).map(|(_, found)| found)
+    /// What is known of `key`, and if it is [`Recall::Absent`], the first record of a transaction
+    /// with the same `id` that was requested at another time.
+    pub fn recall_or_namesake(
+        &self,
+        key: &TransactionKey,
+        clock_margin: Duration,
+    ) -> (Recall, Option<Arc<Decision>>) {
+        if !self.reaches(key, clock_margin) {
+            return (Recall::OutOfSight, None);
+        }
+        let from = TransactionKey { id: key.id.clone(), requested_at: Time::EPOCH };
+        let mut namesake = None;
+        for (other, decision) in self.first.range(from..) {
+            if other == key {
+                return (Recall::Found(Arc::clone(decision)), None);
+            } else if other.id != key.id {
+                break;
+            } else if namesake.is_none() && self.reaches(other, clock_margin) {
+                namesake = Some(decision);
+            }
+        }
+        (Recall::Absent, namesake.cloned())
     }
 
     fn reaches(&self, key: &TransactionKey, clock_margin: Duration) -> bool {
@@ -162,14 +168,14 @@ impl JournalView {
     }
 
     fn forget_the_oldest(&mut self, now: Time) {
-        while let Some((offset, key)) = self.order.front() {
-            let made_at = self.first.get(key).map_or(Time::EPOCH, |decision| decision.decided_at);
-            if self.first.len() <= self.records_max && made_at + self.window >= now {
+        while let Some((offset, oldest)) = self.order.front() {
+            let made_at = oldest.decided_at;
+            if self.order.len() <= self.records_max && made_at + self.window >= now {
                 return;
             }
             self.oldest = offset + 1;
             self.since = self.since.max(Some(made_at + Duration::from_millis(1)));
-            self.first.remove(key);
+            self.first.remove(&oldest.key);
             self.order.pop_front();
         }
     }

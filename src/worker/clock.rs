@@ -14,6 +14,15 @@ pub struct Clock {
     started: Instant,
 }
 
+/// What a [`Clock`] shows.
+#[derive(Debug, Clone, Copy)]
+pub struct Reading {
+    /// The moment.
+    pub time: Time,
+    /// How long the clock has been running.
+    pub elapsed: Duration,
+}
+
 impl Clock {
     /// A clock set by the machine's wall clock.
     #[expect(clippy::disallowed_methods, reason = "this is the one clock that all others ask")]
@@ -25,12 +34,13 @@ impl Clock {
 
     /// The moment it is now.
     pub fn now(&self) -> Time {
-        self.started_at + self.started.elapsed()
+        self.read().time
     }
 
-    /// How long this clock has been running, finer than [`Clock::now`] tells.
-    pub fn elapsed(&self) -> Duration {
-        self.started.elapsed()
+    /// The moment it is now, and finer than [`Time`] tells.
+    pub fn read(&self) -> Reading {
+        let elapsed = self.started.elapsed();
+        Reading { time: self.started_at + elapsed, elapsed }
     }
 
     /// When to be woken for `moment`.

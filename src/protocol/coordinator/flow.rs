@@ -47,6 +47,8 @@ pub(super) struct Flow {
     patience: Patience,
     /// The free slots each instance reported last.
     free: BTreeMap<InstanceId, u32>,
+    /// The sum of `free`.
+    free_in_all: u64,
     most_free: u32,
     /// Prepares sent and not answered.
     outstanding: u32,
@@ -67,6 +69,7 @@ impl Flow {
             existence: Existence::Sought,
             patience: Patience::Unknown,
             free: BTreeMap::new(),
+            free_in_all: 0,
             most_free: 0,
             outstanding: 0,
             holding: 0,
@@ -97,8 +100,8 @@ impl Flow {
 
     /// How many slots are free, as far as reported, beyond what is already on its way.
     fn spare(&self) -> u32 {
-        let free: u32 = self.free.values().fold(0, |sum, free| sum.saturating_add(*free));
-        free.saturating_sub(self.outstanding)
+        let spare = self.free_in_all.saturating_sub(u64::from(self.outstanding));
+        u32::try_from(spare).unwrap_or(u32::MAX)
     }
 
     /// Whether one more prepare can expect a slot, or an answer worth having.
@@ -153,6 +156,7 @@ impl Flow {
             self.probes = self.probes.max(1).saturating_mul(2).min(PROBES_MAX);
         }
         self.free.clear();
+        self.free_in_all = 0;
         self.contended_until = now + contended_for;
     }
 
@@ -166,11 +170,15 @@ impl Flow {
 
     pub(super) fn reported(&mut self, instance: &InstanceId, free: u32) {
         self.most_free = self.most_free.max(free);
-        if let Some(known) = self.free.get_mut(instance) {
-            *known = free;
+        let before = if let Some(known) = self.free.get_mut(instance) {
+            std::mem::replace(known, free)
         } else if self.free.len() < INSTANCES_MAX {
             self.free.insert(instance.clone(), free);
-        }
+            0
+        } else {
+            return;
+        };
+        self.free_in_all = self.free_in_all - u64::from(before) + u64::from(free);
     }
 
     pub(super) fn has_waiters(&self) -> bool {

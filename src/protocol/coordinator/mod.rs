@@ -313,44 +313,51 @@ impl Coordinator {
             return reject(request, delivery, ReasonCode::Invalid, effects);
         }
         let key = request.key.clone();
-        if self.transactions.contains_key(&key) {
+        let in_flight = self.same_id_in_flight(&key);
+        if in_flight.as_ref() == Some(&key) {
             return self.attach(now, &key, request, delivery, effects);
         }
-        let recall = self.view.recall(&key, clock_margin);
+        let (recall, earlier) = self.view.recall_or_namesake(&key, clock_margin);
         // What has an outcome of its own, or may have one, is no retry of another's.
         if recall == Recall::Absent
-            && let Some(earlier) = self.same_id_in_flight(&key)
+            && let Some(earlier) = in_flight
         {
             return self.attach(now, &earlier, request, delivery, effects);
         }
-        let earlier = match recall {
-            Recall::Absent => self.view.namesake(&key, clock_margin),
-            Recall::Found(_) | Recall::OutOfSight => None,
+        let decided = match &recall {
+            Recall::Found(first) => Some(first),
+            Recall::Absent | Recall::OutOfSight => earlier.as_ref(),
         };
-        if let Recall::Found(first) = earlier.as_ref().unwrap_or(&recall)
-            && first.request_hash != request.request_hash
-        {
+        if decided.is_some_and(|first| first.request_hash != request.request_hash) {
             return reject(request, delivery, ReasonCode::IdReused, effects);
         }
         let transaction = Transaction::new(request, delivery, deliveries, deliveries_max);
         self.transactions.insert(key.clone(), Box::new(transaction));
         match (recall, earlier) {
-            (_, Some(Recall::Found(earlier))) => {
-                self.with(now, &key, effects, |it, cx| it.answer_as(&earlier, cx));
-            }
             (Recall::Found(first), _) => {
                 self.with(now, &key, effects, |it, cx| it.adopt(&first, cx));
             }
-            (Recall::Absent, _) => self.with(now, &key, effects, Transaction::start),
+            (Recall::Absent, Some(earlier)) => {
+                self.with(now, &key, effects, |it, cx| it.answer_as(&earlier, cx));
+            }
+            (Recall::Absent, None) => self.with(now, &key, effects, Transaction::start),
             (Recall::OutOfSight, _) => self.look_further_back(&key, effects),
         }
     }
 
-    /// The transaction in flight that this one has the id of, and so is a careless retry of.
+    /// The transaction in flight under this id: this very one, or else one that this is a careless
+    /// retry of.
     fn same_id_in_flight(&self, key: &TransactionKey) -> Option<TransactionKey> {
         let from = TransactionKey { id: key.id.clone(), requested_at: Time::EPOCH };
-        let mut same_id = self.transactions.range(from..).map(|(found, _)| found);
-        same_id.next().filter(|found| found.id == key.id).cloned()
+        let same_id = self.transactions.range(from..).map(|(found, _)| found);
+        let mut namesake = None;
+        for found in same_id.take_while(|found| found.id == key.id) {
+            if found == key {
+                return Some(found.clone());
+            }
+            namesake.get_or_insert(found);
+        }
+        namesake.cloned()
     }
 
     fn attach(

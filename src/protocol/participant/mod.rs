@@ -134,7 +134,7 @@ struct Holding {
     redelivered: bool,
     why_failed: Option<Arc<str>>,
     /// Who waits for the vote.
-    voters: BTreeSet<(WorkerId, RequestHash)>,
+    voters: Vec<(WorkerId, RequestHash)>,
     /// Who waits for the outcome to be applied.
     finishers: Vec<Finisher>,
     /// What is still to be called for it; the first is running in [`Stage::Finishing`].
@@ -258,7 +258,7 @@ impl Instance {
         let mut holding = Holding {
             slot: Slot::Held(it.delivery),
             redelivered: it.redelivered,
-            voters: BTreeSet::from([(it.worker, it.prepare.request_hash)]),
+            voters: vec![(it.worker, it.prepare.request_hash)],
             ..Holding::visiting(Some(it.prepare.request_hash), it.prepare.deadline)
         };
         if look {
@@ -322,7 +322,9 @@ impl Instance {
         match holding.stage {
             Stage::Prepared | Stage::Failed => self.vote_again(to, key, request_hash, effects),
             Stage::Recalling | Stage::Preparing | Stage::Finishing | Stage::BackingOff => {
-                holding.voters.insert((to, request_hash));
+                if !holding.voters.contains(&(to.clone(), request_hash)) {
+                    holding.voters.push((to, request_hash));
+                }
             }
         }
     }
@@ -439,7 +441,7 @@ impl Instance {
             // It holds nothing, but others may.
             Some(Remembered::Cancelled) | None => {
                 let mut visiting = Holding::visiting(Some(request_hash), Time::EPOCH);
-                visiting.voters.insert((worker, request_hash));
+                visiting.voters.push((worker, request_hash));
                 return self.look_up(&key, visiting, effects);
             }
         };
@@ -874,7 +876,7 @@ impl Holding {
             prepare: None,
             redelivered: false,
             why_failed: None,
-            voters: BTreeSet::new(),
+            voters: Vec::new(),
             finishers: Vec::new(),
             calls: VecDeque::new(),
             failures: 0,
