@@ -57,9 +57,10 @@ pub(super) struct Flow {
     /// Prepares that may be outstanding though no slot is known to be free.
     probes: u32,
     contended_until: Time,
-    /// Who waits and holds a slot elsewhere: they go first, since others wait for what they hold.
+    /// Who waits and has begun: they go first, since others wait for what they hold, and for their
+    /// end if no more may begin.
     begun: VecDeque<TransactionKey>,
-    /// Who waits and holds nothing.
+    /// Who waits and has not begun.
     waiting: VecDeque<TransactionKey>,
 }
 
@@ -183,6 +184,11 @@ impl Flow {
 
     pub(super) fn has_waiters(&self) -> bool {
         !self.begun.is_empty() || !self.waiting.is_empty()
+    }
+
+    /// Whether somebody waits who goes before one that comes now.
+    pub(super) fn has_waiters_before(&self, begun: bool) -> bool {
+        !self.begun.is_empty() || (!begun && !self.waiting.is_empty())
     }
 
     pub(super) fn enqueue(&mut self, key: &TransactionKey, begun: bool) {

@@ -316,7 +316,7 @@ impl Transaction {
         }
         let service = &services[index];
         let flow = cx.flow(service);
-        if flow.admits() && (turn == Some(service) || !flow.has_waiters()) {
+        if flow.admits() && (turn == Some(service) || !flow.has_waiters_before(self.begun)) {
             self.ask(index, cx);
         } else {
             self.queue(index, cx);
@@ -333,10 +333,9 @@ impl Transaction {
     }
 
     fn queue(&mut self, index: usize, cx: &mut Context<'_>) {
-        let holds_some = self.parts.iter().any(|part| part.holds_slot);
         self.parts[index].standing = Standing::Queued;
         let service = &self.request.services[index];
-        cx.flow(service).enqueue(&self.request.key, holds_some);
+        cx.flow(service).enqueue(&self.request.key, self.begun);
     }
 
     fn ask(&mut self, index: usize, cx: &mut Context<'_>) {
