@@ -335,7 +335,12 @@ impl Transaction {
     fn queue(&mut self, index: usize, cx: &mut Context<'_>) {
         self.parts[index].standing = Standing::Queued;
         let service = &self.request.services[index];
-        cx.flow(service).enqueue(&self.request.key, self.begun);
+        let flow = cx.flow(service);
+        flow.enqueue(&self.request.key, self.begun);
+        // Who stands before it may only wait for fewer to be in flight.
+        if flow.admits() {
+            cx.shared.touched.insert(service.clone());
+        }
     }
 
     fn ask(&mut self, index: usize, cx: &mut Context<'_>) {
