@@ -198,7 +198,7 @@ fn show_finish(finish: &Finish) -> String {
         Outcome::Committed => "commit",
         Outcome::Aborted => "abort",
     };
-    let branch = finish.branch.as_ref().map_or("no branch", |branch| branch.as_str());
+    let branch = finish.branch.as_ref().map_or_else(|| "no branch".to_owned(), ToString::to_string);
     let parked = if finish.parked { " parked" } else { "" };
     format!("{verb} {} {branch}{parked}", show_key(&finish.key))
 }
