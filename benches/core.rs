@@ -4,6 +4,7 @@
 
 #![allow(missing_docs, reason = "criterion's macros make undocumented functions")]
 #![allow(clippy::expect_used, clippy::unwrap_used, reason = "a benchmark may fail here")]
+#![allow(clippy::wildcard_enum_match_arm, reason = "what it does not need, it only consumes")]
 
 use std::{hint::black_box, sync::Arc, time::Duration};
 

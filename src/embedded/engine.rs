@@ -93,7 +93,7 @@ struct Member {
 impl Engine {
     pub(crate) fn new(
         now: Time,
-        settings: Settings,
+        mut settings: Settings,
         services: impl IntoIterator<Item = (ServiceName, u32, Duration, bool)>,
     ) -> Self {
         let worker = settings.coordinator.worker.clone();
@@ -109,6 +109,8 @@ impl Engine {
                 retry_parked_every: settings.coordinator.backoff_max,
                 ..participant::Settings::new(name.clone(), instance, max_concurrency)
             };
+            let slots = coordinator::Slots { max_concurrency, max_wait };
+            settings.coordinator.own_services.insert(name.clone(), slots);
             numbers.insert(name.clone(), members.len());
             members.push(Member {
                 name,

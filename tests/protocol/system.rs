@@ -193,7 +193,12 @@ impl System {
 
     fn is_at_rest(&self) -> bool {
         let is_idle = |site: &Site| site.slots.iter().all(BTreeSet::is_empty);
-        self.worker.is_empty() && self.sites.iter().all(is_idle) && self.store_is_empty()
+        // A parked commit that an inquiry has seen to is settled when it is next tried.
+        let is_settled = self.settled.len() == self.parked.len();
+        self.worker.is_empty()
+            && self.sites.iter().all(is_idle)
+            && self.store_is_empty()
+            && is_settled
     }
 
     fn store_is_empty(&self) -> bool {

@@ -9,6 +9,7 @@ use std::{
 };
 
 use crate::protocol::{
+    coordinator::Slots,
     ids::{InstanceId, TransactionKey},
     time::Time,
 };
@@ -45,15 +46,21 @@ enum Patience {
 pub(super) struct Flow {
     existence: Existence,
     patience: Patience,
-    /// The free slots each instance reported last.
+    /// Whether no other worker uses its slots.
+    is_own: bool,
+    /// The free slots each instance reported last, less the prepares sent since.
     free: BTreeMap<InstanceId, u32>,
     /// The sum of `free`.
     free_in_all: u64,
     most_free: u32,
+    /// The most slots that were seen: free, or held by this worker's transactions.
+    capacity: u32,
     /// Prepares sent and not answered.
     outstanding: u32,
     /// Slots that this worker's transactions hold.
     holding: u32,
+    /// Slots kept for transactions that are being asked for elsewhere first.
+    reserved: u32,
     /// Prepares that may be outstanding though no slot is known to be free.
     probes: u32,
     contended_until: Time,
@@ -65,15 +72,24 @@ pub(super) struct Flow {
 }
 
 impl Flow {
-    pub(super) fn new() -> Self {
+    /// A service of which is known what `own` says, if no other worker uses it.
+    pub(super) fn new(own: Option<&Slots>) -> Self {
+        let patience = match own {
+            None => Patience::Unknown,
+            Some(slots) if slots.max_wait < IMPATIENT_BELOW => Patience::Returns,
+            Some(_) => Patience::Waits,
+        };
         Self {
             existence: Existence::Sought,
-            patience: Patience::Unknown,
+            patience,
+            is_own: own.is_some(),
             free: BTreeMap::new(),
             free_in_all: 0,
             most_free: 0,
+            capacity: own.map_or(0, |slots| slots.max_concurrency),
             outstanding: 0,
             holding: 0,
+            reserved: 0,
             probes: 0,
             contended_until: Time::EPOCH,
             begun: VecDeque::new(),
@@ -96,26 +112,55 @@ impl Flow {
 
     /// Whether forgetting it loses nothing but hints.
     pub(super) fn is_idle(&self) -> bool {
-        self.outstanding == 0 && self.holding == 0 && !self.has_waiters()
+        self.outstanding == 0
+            && self.holding == 0
+            && self.reserved == 0
+            && !self.has_waiters()
+            && !self.is_own
     }
 
-    /// How many slots are free, as far as reported, beyond what is already on its way.
+    pub(super) fn is_own(&self) -> bool {
+        self.is_own
+    }
+
+    fn reported_free(&self) -> u32 {
+        u32::try_from(self.free_in_all).unwrap_or(u32::MAX)
+    }
+
+    /// How many slots are free, as far as is known, beyond what is already on its way.
+    ///
+    /// A report doesn't say which prepares had arrived by then, so it may count as free what one on
+    /// its way will take; but of all slots ever seen, those on their way and those held are not.
     fn spare(&self) -> u32 {
-        let spare = self.free_in_all.saturating_sub(u64::from(self.outstanding));
-        u32::try_from(spare).unwrap_or(u32::MAX)
+        let unused = self.capacity.saturating_sub(self.holding).saturating_sub(self.outstanding);
+        let free = if self.free.is_empty() { unused } else { self.reported_free().min(unused) };
+        free.saturating_sub(self.reserved)
     }
 
     /// Whether one more prepare can expect a slot, or an answer worth having.
     pub(super) fn admits(&self) -> bool {
         match self.patience {
             Patience::Returns => true,
-            Patience::Unknown => self.spare() > 0 || self.outstanding < self.probes.max(1),
+            Patience::Unknown => self.spare() > 0 || self.on_its_way() < self.probes.max(1),
             // While a transaction of this worker's holds a slot, its done will tell of a free one.
             Patience::Waits => {
                 let probes = if self.holding == 0 { self.probes.max(1) } else { self.probes };
-                self.spare() > 0 || self.outstanding < probes
+                self.spare() > 0 || self.on_its_way() < probes
             }
         }
+    }
+
+    fn on_its_way(&self) -> u32 {
+        self.outstanding.saturating_add(self.reserved)
+    }
+
+    /// Keeps a slot, or the right to ask for one.
+    pub(super) fn reserve(&mut self) {
+        self.reserved += 1;
+    }
+
+    pub(super) fn unreserve(&mut self) {
+        self.reserved = self.reserved.saturating_sub(1);
     }
 
     /// Whether so many slots are free that taking one without regard to order stalls nobody.
@@ -128,6 +173,11 @@ impl Flow {
 
     pub(super) fn asked(&mut self) {
         self.outstanding += 1;
+        // The one with most free slots is as good a guess as any of who will take it.
+        if let Some(free) = self.free.values_mut().max().filter(|free| **free > 0) {
+            *free -= 1;
+            self.free_in_all -= 1;
+        }
     }
 
     /// Whether a prepare sent now is expected to find no slot.
@@ -158,6 +208,7 @@ impl Flow {
         }
         self.free.clear();
         self.free_in_all = 0;
+        self.capacity = 0;
         self.contended_until = now + contended_for;
     }
 
@@ -180,6 +231,22 @@ impl Flow {
             return;
         };
         self.free_in_all = self.free_in_all - u64::from(before) + u64::from(free);
+    }
+
+    /// The report is dealt with: what it says of all slots can be told.
+    pub(super) fn learn(&mut self) {
+        let seen = self.reported_free().saturating_add(self.holding);
+        self.capacity = self.capacity.max(seen);
+    }
+
+    /// How many wait.
+    pub(super) fn waiters(&self) -> usize {
+        self.begun.len() + self.waiting.len()
+    }
+
+    /// Whether one waits that holds a slot elsewhere.
+    pub(super) fn has_begun_waiters(&self) -> bool {
+        !self.begun.is_empty()
     }
 
     pub(super) fn has_waiters(&self) -> bool {

@@ -45,6 +45,15 @@ use crate::protocol::{
     time::Time,
 };
 
+/// What a worker knows of a service that is its own.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Slots {
+    /// How many it has.
+    pub max_concurrency: u32,
+    /// How long a prepare may wait for one.
+    pub max_wait: Duration,
+}
+
 /// How patient a worker is, and how much it takes on.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Settings {
@@ -81,6 +90,9 @@ pub struct Settings {
     pub inquiries_max: usize,
     /// How many services are remembered.
     pub services_max: usize,
+    /// The services that no other worker uses. Of these it knows what is free without being told,
+    /// and their slots can be taken in any order.
+    pub own_services: BTreeMap<ServiceName, Slots>,
     /// What the jitter of this worker's pauses starts from.
     pub seed: u64,
 }
@@ -105,6 +117,7 @@ impl Settings {
             deliveries_max: 20,
             inquiries_max: 4096,
             services_max: 4096,
+            own_services: BTreeMap::new(),
             seed: 0,
         }
     }
@@ -515,7 +528,7 @@ impl Coordinator {
 
     fn vote_received(&mut self, now: Time, vote: Vote, effects: &mut Vec<Effect>) {
         self.hint(&vote.service, &vote.instance, vote.free);
-        let key = vote.key.clone();
+        let (key, service) = (vote.key.clone(), vote.service.clone());
         let mut vote = Some(vote);
         self.with(now, &key, effects, |it, cx| {
             let Some(vote) = vote.take() else { return };
@@ -529,6 +542,7 @@ impl Coordinator {
         if let Some(vote) = vote {
             self.late_vote(now, vote, effects);
         }
+        self.learn(&service);
     }
 
     /// A vote for a transaction that isn't worked on here: whoever voted for a decided one is told
@@ -546,6 +560,7 @@ impl Coordinator {
     fn done_received(&mut self, now: Time, done: Done, effects: &mut Vec<Effect>) {
         self.hint(&done.service, &done.instance, done.free);
         self.with(now, &done.key, effects, |it, cx| it.record_done(&done, cx));
+        self.learn(&done.service);
         if done.parked && done.applied.is_ok() {
             effects.push(Effect::Settle { key: done.key, service: done.service });
         }
@@ -557,6 +572,13 @@ impl Coordinator {
         flow.reported(instance, free);
         if flow.has_waiters() {
             touched.insert(service.clone());
+        }
+    }
+
+    /// What the service reported with what was just handled.
+    fn learn(&mut self, service: &ServiceName) {
+        if let Some(flow) = self.shared.flows.get_mut(service) {
+            flow.learn();
         }
     }
 
@@ -751,7 +773,7 @@ impl Context<'_> {
         }
         flows.entry(service.clone()).or_insert_with(|| {
             self.effects.push(Effect::FindService(service.clone()));
-            Flow::new()
+            Flow::new(settings.own_services.get(service))
         })
     }
 

@@ -77,6 +77,8 @@ struct Requester {
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 enum Standing {
     Unasked,
+    /// It will be asked when those before it have voted; its flow keeps a place until then.
+    Reserved,
     /// It will be asked when its flow has room.
     Queued,
     Queried,
@@ -99,6 +101,35 @@ enum Standing {
     },
     /// It has heard the outcome from somebody.
     Heard,
+}
+
+impl Standing {
+    fn is_to_be_asked(&self) -> bool {
+        matches!(self, Self::Unasked | Self::Reserved)
+    }
+}
+
+/// How often a transaction goes from the queue of one service to that of another before it takes
+/// what it can get: often enough that a scarce service is seen to be, and not so often that those
+/// who need but one are served for ever first.
+const DETOURS_MAX: u32 = 2;
+
+/// Whether a transaction that holds nothing can have all it needs.
+enum Scarcity {
+    None,
+    WaitAt(usize),
+    TakeInOrder,
+}
+
+/// Whether one that is not in the queue of `service`, or was just taken from it, may go ahead.
+fn has_room(
+    service: &ServiceName,
+    turn: Option<&ServiceName>,
+    begun: bool,
+    cx: &mut Context<'_>,
+) -> bool {
+    let flow = cx.flow(service);
+    flow.admits() && (turn == Some(service) || !flow.has_waiters_before(begun))
 }
 
 /// What is still to be done about one service once the outcome is known.
@@ -149,6 +180,8 @@ pub(super) struct Transaction {
     begun: bool,
     /// Whether another worker may have begun it.
     repeated: bool,
+    /// How often it went from the queue of one service to that of another without being asked for.
+    detours: u32,
     /// Delivered too often to be tried again.
     hopeless: bool,
     /// Set by the first service that says no.
@@ -175,6 +208,7 @@ impl Transaction {
             phase: Phase::Recalling,
             begun: false,
             repeated: deliveries > 1,
+            detours: 0,
             hopeless: deliveries > many,
             reason: None,
             heard: None,
@@ -277,49 +311,123 @@ impl Transaction {
             return;
         }
         let services = Arc::clone(&self.request.services);
-        let mut first_contended = None;
-        let mut unasked = 0;
+        let (mut is_plenty, mut is_own, mut first) = (true, true, None);
         for (index, service) in services.iter().enumerate() {
-            if self.parts[index].standing != Standing::Unasked {
+            if !self.parts[index].standing.is_to_be_asked() {
                 continue;
             }
-            unasked += 1;
+            first = first.or(Some(index));
             let now = cx.now;
             let flow = cx.flow(service);
             if !flow.is_found() {
                 return self.queue(index, cx);
             }
-            if first_contended.is_none() && !flow.is_plenty(now) {
-                first_contended = Some(index);
+            is_plenty &= flow.is_plenty(now);
+            is_own &= flow.is_own();
+        }
+        let Some(first) = first else { return };
+        if !self.begun && cx.is_at_capacity() {
+            cx.shared.gated = true;
+            return self.queue(first, cx);
+        }
+        if is_plenty {
+            return self.ask_all(cx);
+        }
+        if self.holds_nothing() {
+            match self.scarce(turn, cx) {
+                Scarcity::None if is_own => return self.ask_all(cx),
+                Scarcity::None => self.reserve_all(cx),
+                Scarcity::WaitAt(index) => {
+                    self.detours += u32::from(turn.is_some_and(|it| *it != services[index]));
+                    return self.queue(index, cx);
+                }
+                Scarcity::TakeInOrder => {}
             }
         }
-        if unasked == 0 {
-            return;
-        }
-        if !self.begun && cx.is_at_capacity() {
-            let index = self.parts.iter().position(|part| part.standing == Standing::Unasked);
-            cx.shared.gated = true;
-            return self.queue(index.unwrap_or(0), cx);
-        }
-        let Some(index) = first_contended else {
-            for index in 0..self.parts.len() {
-                if self.parts[index].standing == Standing::Unasked {
-                    self.ask(index, cx);
+        self.ask_in_order(turn, is_own, cx);
+    }
+
+    /// Contended services are taken one after another in name order, so that no two transactions
+    /// wait for what the other one holds. Who has them to itself needn't wait for a vote to know
+    /// that a slot is its own.
+    fn ask_in_order(&mut self, turn: Option<&ServiceName>, is_own: bool, cx: &mut Context<'_>) {
+        let services = Arc::clone(&self.request.services);
+        for (index, service) in services.iter().enumerate() {
+            if !self.parts[index].standing.is_to_be_asked() {
+                continue;
+            }
+            let is_asked = |part: &Part| matches!(part.standing, Standing::Asked { .. });
+            if !is_own && self.parts.iter().any(is_asked) {
+                return;
+            }
+            // What is plenty can wait until the contended ones are had.
+            if !is_own && self.parts[index].standing == Standing::Unasked {
+                let now = cx.now;
+                if cx.flow(service).is_plenty(now) {
+                    continue;
                 }
             }
-            return;
-        };
-        // Contended services are taken one after another in name order, and before the others, so
-        // that nobody waits for one service while keeping another from those who could use it.
-        if self.parts.iter().any(|part| matches!(part.standing, Standing::Asked { .. })) {
-            return;
+            if self.parts[index].standing == Standing::Reserved
+                || has_room(service, turn, self.begun, cx)
+            {
+                self.ask(index, cx);
+            } else {
+                return self.queue(index, cx);
+            }
         }
-        let service = &services[index];
-        let flow = cx.flow(service);
-        if flow.admits() && (turn == Some(service) || !flow.has_waiters_before(self.begun)) {
-            self.ask(index, cx);
+    }
+
+    fn holds_nothing(&self) -> bool {
+        self.parts.iter().all(|part| {
+            !part.holds_slot
+                && !matches!(part.standing, Standing::Asked { .. } | Standing::Reserved)
+        })
+    }
+
+    /// Whether it can have all it needs, and if not, where to wait: a slot that is held while
+    /// waiting for another is lost to everyone else, so it waits for the scarcest first, and holds
+    /// nothing. Only where that fails again and again does it take what it can get; or where what
+    /// it has got is the scarcest, and nobody else holds slots while waiting for the rest.
+    fn scarce(&self, turn: Option<&ServiceName>, cx: &mut Context<'_>) -> Scarcity {
+        let services = &self.request.services;
+        let mut scarcest = None;
+        let mut may_hold = turn.is_some();
+        for (index, service) in services.iter().enumerate() {
+            let to_be_asked = self.parts[index].standing.is_to_be_asked();
+            if !to_be_asked || has_room(service, turn, self.begun, cx) {
+                continue;
+            }
+            let flow = cx.flow(service);
+            let waiters = flow.waiters();
+            may_hold &= turn.is_some_and(|turn| turn < service) && !flow.has_begun_waiters();
+            if scarcest.is_none_or(|(most, _)| waiters > most) {
+                scarcest = Some((waiters, index));
+            }
+        }
+        let Some((waiters, index)) = scarcest else { return Scarcity::None };
+        let waiters_here = turn.map_or(0, |turn| cx.flow(turn).waiters());
+        if self.detours >= DETOURS_MAX || may_hold && waiters_here >= waiters {
+            Scarcity::TakeInOrder
         } else {
-            self.queue(index, cx);
+            Scarcity::WaitAt(index)
+        }
+    }
+
+    fn ask_all(&mut self, cx: &mut Context<'_>) {
+        for index in 0..self.parts.len() {
+            if self.parts[index].standing.is_to_be_asked() {
+                self.ask(index, cx);
+            }
+        }
+    }
+
+    /// Keeps a place at every service that is to be asked, until it is.
+    fn reserve_all(&mut self, cx: &mut Context<'_>) {
+        for index in 0..self.parts.len() {
+            if self.parts[index].standing == Standing::Unasked {
+                self.parts[index].standing = Standing::Reserved;
+                cx.flow(&self.request.services[index]).reserve();
+            }
         }
     }
 
@@ -349,6 +457,9 @@ impl Transaction {
         let deadline = self.start_deadline(cx);
         let at = cx.now;
         let flow = cx.flow(&self.request.services[index]);
+        if self.parts[index].standing == Standing::Reserved {
+            flow.unreserve();
+        }
         let looked_full = flow.looks_full();
         flow.asked();
         self.parts[index].standing = Standing::Asked { at, looked_full };
@@ -519,6 +630,7 @@ impl Transaction {
         let named = |(part, service): (&Part, &ServiceName)| match &part.standing {
             Standing::Prepared { branch, .. } => Some((service.clone(), branch.clone())),
             Standing::Unasked
+            | Standing::Reserved
             | Standing::Queued
             | Standing::Queried
             | Standing::Asked { .. }
@@ -609,6 +721,7 @@ impl Transaction {
         let holder = match &self.parts[index].standing {
             Standing::Prepared { branch, holder } if Some(branch) == committed => holder.clone(),
             Standing::Unasked
+            | Standing::Reserved
             | Standing::Queued
             | Standing::Queried
             | Standing::Asked { .. }
@@ -637,11 +750,12 @@ impl Transaction {
                 let finish = self.finish(Outcome::Aborted, Some(branch.clone()));
                 self.owe(index, finish, to, 0, 0, cx);
             }
-            Standing::Unasked | Standing::Queried if self.repeated => {
+            Standing::Unasked | Standing::Reserved | Standing::Queried if self.repeated => {
                 let finish = self.finish(Outcome::Aborted, None);
                 self.send(index, Destination::AllInstances, Command::Finish(finish), cx);
             }
             Standing::Unasked
+            | Standing::Reserved
             | Standing::Queued
             | Standing::Queried
             | Standing::Asked { .. }
@@ -948,7 +1062,8 @@ impl Transaction {
 
     fn give_up_preparing(&mut self, cx: &mut Context<'_>) {
         let silent = self.parts.iter().position(|part| {
-            matches!(part.standing, Standing::Unasked | Standing::Queued | Standing::Asked { .. })
+            part.standing.is_to_be_asked()
+                || matches!(part.standing, Standing::Queued | Standing::Asked { .. })
         });
         let service = silent.map(|index| self.request.services[index].clone());
         self.reason.get_or_insert(Reason { code: ReasonCode::Deadline, service, message: None });
@@ -1048,6 +1163,10 @@ impl Transaction {
                 if let Some(flow) = cx.known_flow(service) {
                     flow.remove(&self.request.key);
                 }
+            }
+            Standing::Reserved => {
+                *standing = Standing::Unasked;
+                cx.relieve(service, Flow::unreserve);
             }
             Standing::Unasked
             | Standing::Queried
