@@ -79,7 +79,7 @@ impl Ord for Scattered {
 
 impl Hash for Scattered {
     fn hash<H: Hasher>(&self, state: &mut H) {
-        self.text.hash(state);
+        state.write_u64(self.digest);
     }
 }
 

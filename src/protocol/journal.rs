@@ -9,13 +9,9 @@
 //! `requested_at` − `clock_margin` of its transaction, since `clock_margin` bounds how far any two
 //! clocks of the system differ.
 
-use std::{
-    collections::{BTreeMap, VecDeque, btree_map::Entry},
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::VecDeque, sync::Arc, time::Duration};
 
-use crate::protocol::{ids::TransactionKey, message::Decision, time::Time};
+use crate::protocol::{ids::TransactionKey, keymap::KeyMap, message::Decision, time::Time};
 
 /// What the read part of the journal says of a transaction.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -50,7 +46,7 @@ pub struct JournalView {
     oldest: u64,
     /// The offset that comes next.
     next: u64,
-    first: BTreeMap<TransactionKey, Arc<Decision>>,
+    first: KeyMap<Arc<Decision>>,
     /// What is in `first`, in journal order.
     order: VecDeque<(u64, Arc<Decision>)>,
 }
@@ -65,7 +61,7 @@ impl JournalView {
             since: None,
             oldest: 0,
             next: 0,
-            first: BTreeMap::new(),
+            first: KeyMap::new(),
             order: VecDeque::new(),
         }
     }
@@ -117,10 +113,10 @@ impl JournalView {
             self.attach(offset, gap_ends);
         }
         self.next = offset + 1;
-        match self.first.entry(decision.key.clone()) {
-            Entry::Occupied(_) => return Reading::Void,
-            Entry::Vacant(entry) => entry.insert(Arc::clone(&decision)),
-        };
+        if self.first.contains_key(&decision.key) {
+            return Reading::Void;
+        }
+        self.first.insert(&decision.key, Arc::clone(&decision));
         self.order.push_back((offset, Arc::clone(&decision)));
         self.forget_the_oldest(now);
         Reading::First(decision)
@@ -149,14 +145,11 @@ impl JournalView {
         if !self.reaches(key, clock_margin) {
             return (Recall::OutOfSight, None);
         }
-        let from = TransactionKey { id: key.id.clone(), requested_at: Time::EPOCH };
         let mut namesake = None;
-        for (other, decision) in self.first.range(from..) {
-            if other == key {
+        for (requested_at, decision) in self.first.of_id(&key.id) {
+            if requested_at == key.requested_at {
                 return (Recall::Found(Arc::clone(decision)), None);
-            } else if other.id != key.id {
-                break;
-            } else if namesake.is_none() && self.reaches(other, clock_margin) {
+            } else if namesake.is_none() && self.reaches(&decision.key, clock_margin) {
                 namesake = Some(decision);
             }
         }

@@ -40,6 +40,7 @@ mod deadlines;
 pub mod ids;
 mod jitter;
 pub mod journal;
+mod keymap;
 pub mod message;
 pub mod participant;
 pub mod time;

@@ -38,6 +38,7 @@ use crate::protocol::{
     ids::{InstanceId, RequestHash, ServiceName, TransactionKey, WorkerId},
     jitter::jitter,
     journal::{JournalView, Reading, Recall},
+    keymap::KeyMap,
     message::{
         Ballot, Command, Decision, Destination, Done, Finish, Inquiry, Outcome, Reason, ReasonCode,
         Request, Vote,
@@ -129,7 +130,7 @@ impl Settings {
 pub struct Coordinator {
     view: JournalView,
     /// Boxed: a map moves its values about.
-    transactions: BTreeMap<TransactionKey, Box<Transaction>>,
+    transactions: KeyMap<Box<Transaction>>,
     inquests: BTreeMap<TransactionKey, Inquest>,
     history: History,
     shared: Shared,
@@ -187,7 +188,7 @@ impl Coordinator {
     pub fn new(settings: Settings) -> Self {
         Self {
             view: JournalView::new(settings.records_max, settings.window),
-            transactions: BTreeMap::new(),
+            transactions: KeyMap::new(),
             inquests: BTreeMap::new(),
             history: History::default(),
             shared: Shared {
@@ -345,7 +346,7 @@ impl Coordinator {
             return reject(request, delivery, ReasonCode::IdReused, effects);
         }
         let transaction = Transaction::new(request, delivery, deliveries, deliveries_max);
-        self.transactions.insert(key.clone(), Box::new(transaction));
+        self.transactions.insert(&key, Box::new(transaction));
         match (recall, earlier) {
             (Recall::Found(first), _) => {
                 self.with(now, &key, effects, |it, cx| it.adopt(&first, cx));
@@ -361,16 +362,11 @@ impl Coordinator {
     /// The transaction in flight under this id: this very one, or else one that this is a careless
     /// retry of.
     fn same_id_in_flight(&self, key: &TransactionKey) -> Option<TransactionKey> {
-        let from = TransactionKey { id: key.id.clone(), requested_at: Time::EPOCH };
-        let same_id = self.transactions.range(from..).map(|(found, _)| found);
-        let mut namesake = None;
-        for found in same_id.take_while(|found| found.id == key.id) {
-            if found == key {
-                return Some(found.clone());
-            }
-            namesake.get_or_insert(found);
-        }
-        namesake.cloned()
+        let mut times = self.transactions.of_id(&key.id).map(|(requested_at, _)| requested_at);
+        let first = times.next()?;
+        let exact = first == key.requested_at || times.any(|at| at == key.requested_at);
+        let requested_at = if exact { key.requested_at } else { first };
+        Some(TransactionKey { id: key.id.clone(), requested_at })
     }
 
     fn attach(
@@ -422,8 +418,8 @@ impl Coordinator {
     /// Records are lost: what was not seen to be decided may have been.
     fn recall_undecided(&mut self, now: Time, effects: &mut Vec<Effect>) {
         let is_undecided = |it: &Transaction| it.is_undecided() && it.phase() != Phase::Recalling;
-        let undecided = self.transactions.iter().filter(|(_, it)| is_undecided(it));
-        let keys: Vec<_> = undecided.map(|(key, _)| key.clone()).collect();
+        let mut keys = self.transactions.keys();
+        keys.retain(|key| self.transactions.get(key).is_some_and(|it| is_undecided(it)));
         // A look under way ends before the gap, and the view begins after it.
         self.history.next.extend(self.history.serving.iter().cloned());
         for key in keys {
@@ -698,7 +694,7 @@ impl Coordinator {
 
     fn drain(&mut self, now: Time, effects: &mut Vec<Effect>) {
         self.draining = true;
-        let keys: Vec<_> = self.transactions.keys().cloned().collect();
+        let keys = self.transactions.keys();
         for key in keys {
             let mut released = false;
             self.with(now, &key, effects, |it, cx| released = it.release_unbegun(cx));

@@ -1,11 +1,11 @@
 //! What an instance remembers of transactions that it no longer holds.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 
 use crate::protocol::{
-    ids::{Branch, TransactionId, TransactionKey},
+    ids::{Branch, TransactionKey},
+    keymap::KeyMap,
     message::{Outcome, Reason},
-    time::Time,
 };
 
 /// How a transaction left this instance.
@@ -26,13 +26,13 @@ pub(super) enum Remembered {
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub(super) struct Memory {
     max: usize,
-    of: BTreeMap<TransactionKey, Remembered>,
+    of: KeyMap<Remembered>,
     order: VecDeque<TransactionKey>,
 }
 
 impl Memory {
     pub(super) fn new(max: usize) -> Self {
-        Self { max, of: BTreeMap::new(), order: VecDeque::new() }
+        Self { max, of: KeyMap::new(), order: VecDeque::new() }
     }
 
     pub(super) fn of(&self, key: &TransactionKey) -> Option<&Remembered> {
@@ -45,7 +45,7 @@ impl Memory {
     }
 
     pub(super) fn remember(&mut self, key: &TransactionKey, what: Remembered) {
-        if self.of.insert(key.clone(), what).is_some() {
+        if self.of.insert(key, what).is_some() {
             return;
         }
         self.order.push_back(key.clone());
@@ -58,9 +58,6 @@ impl Memory {
 }
 
 /// Whether `map` has a key with the same id as `key` and another `requested_at`.
-pub(super) fn has_namesake<T>(map: &BTreeMap<TransactionKey, T>, key: &TransactionKey) -> bool {
-    let from = TransactionKey { id: key.id.clone(), requested_at: Time::EPOCH };
-    let is_same_id = |id: &TransactionId| *id == key.id;
-    let mut same_id = map.range(from..).map(|(found, _)| found).take_while(|it| is_same_id(&it.id));
-    same_id.any(|found| found != key)
+pub(super) fn has_namesake<T>(map: &KeyMap<T>, key: &TransactionKey) -> bool {
+    map.of_id(&key.id).any(|(requested_at, _)| requested_at != key.requested_at)
 }

@@ -29,6 +29,7 @@ use crate::protocol::{
     deadlines::Deadlines,
     ids::{Branch, InstanceId, RequestHash, ServiceName, TransactionKey, WorkerId},
     jitter::jitter,
+    keymap::KeyMap,
     message::{Ballot, Done, Finish, Inquiry, Outcome, Prepare, Query, Reason, ReasonCode, Vote},
     time::Time,
 };
@@ -166,7 +167,7 @@ struct Waiting {
 pub struct Instance {
     settings: Settings,
     /// Boxed: a map moves its values about.
-    holdings: BTreeMap<TransactionKey, Box<Holding>>,
+    holdings: KeyMap<Box<Holding>>,
     slots_used: u32,
     waiting: VecDeque<Waiting>,
     memory: Memory,
@@ -181,7 +182,7 @@ impl Instance {
     /// An instance that has just started. If it has a store it looks through it at once.
     pub fn new(now: Time, settings: Settings) -> Self {
         Self {
-            holdings: BTreeMap::new(),
+            holdings: KeyMap::new(),
             slots_used: 0,
             waiting: VecDeque::new(),
             memory: Memory::new(settings.remembered_max),
@@ -267,7 +268,7 @@ impl Instance {
         } else {
             self.call_prepare(&mut holding, it.prepare, effects);
         }
-        self.holdings.insert(key, Box::new(holding));
+        self.holdings.insert(&key, Box::new(holding));
     }
 
     /// What can be said to a prepare without asking the service's code.
@@ -455,7 +456,7 @@ impl Instance {
         // delivered at once is the transport's to bound.
         let is_owed = visiting.finishers.iter().any(|finisher| finisher.delivery.is_some());
         if self.settings.has_store && (is_owed || visitors < self.settings.visitors_max) {
-            self.holdings.insert(key.clone(), Box::new(visiting));
+            self.holdings.insert(key, Box::new(visiting));
             effects.push(Effect::ReadStore(key.clone()));
         }
     }
@@ -725,7 +726,7 @@ impl Instance {
         if ballot.is_none() {
             self.call_prepare(&mut holding, prepare, effects);
         }
-        self.holdings.insert(key.clone(), holding);
+        self.holdings.insert(&key, holding);
         if let Some(ballot) = ballot {
             let remembered = self.memory.of(&key).cloned();
             let cancelled = remembered.unwrap_or(Remembered::Cancelled);
@@ -841,14 +842,14 @@ impl Instance {
     /// What was delivered will be delivered again. What is prepared stays, and so does its slot.
     fn disconnected(&mut self) {
         self.waiting.clear();
-        for holding in self.holdings.values_mut() {
+        self.holdings.for_each(|holding| {
             if let Slot::Held(_) = holding.slot {
                 holding.slot = Slot::Detached;
             }
             for finisher in &mut holding.finishers {
                 finisher.delivery = None;
             }
-        }
+        });
     }
 
     fn remove(&mut self, key: &TransactionKey) -> Option<Box<Holding>> {

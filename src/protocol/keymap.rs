@@ -1,0 +1,220 @@
+//! A map of transactions: what is looked up several times for each message.
+
+use std::{
+    collections::HashMap,
+    hash::{BuildHasherDefault, Hash, Hasher},
+};
+
+use crate::protocol::{
+    ids::{TransactionId, TransactionKey},
+    time::Time,
+};
+
+/// A map from [`TransactionKey`], that also finds the transactions of one id.
+///
+/// Lookups don't depend on how many there are. Equal contents are equal maps, and are walked through
+/// in the same order, however they came about: that a hash table lies below is not to be seen.
+#[derive(Clone, Debug)]
+pub(crate) struct KeyMap<V> {
+    /// By id; nearly always one transaction each.
+    of: HashMap<TransactionId, Namesakes<V>, BuildHasherDefault<ByDigest>>,
+    len: usize,
+}
+
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+struct Namesakes<V> {
+    first: (Time, V),
+    /// In the order of their `requested_at`, all later than `first`.
+    others: Vec<(Time, V)>,
+}
+
+impl<V> KeyMap<V> {
+    pub(crate) fn new() -> Self {
+        Self { of: HashMap::default(), len: 0 }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    pub(crate) fn get(&self, key: &TransactionKey) -> Option<&V> {
+        let same_id = self.of.get(&key.id)?;
+        if same_id.first.0 == key.requested_at {
+            return Some(&same_id.first.1);
+        }
+        same_id.others.iter().find(|(at, _)| *at == key.requested_at).map(|(_, value)| value)
+    }
+
+    pub(crate) fn get_mut(&mut self, key: &TransactionKey) -> Option<&mut V> {
+        let same_id = self.of.get_mut(&key.id)?;
+        if same_id.first.0 == key.requested_at {
+            return Some(&mut same_id.first.1);
+        }
+        same_id.others.iter_mut().find(|(at, _)| *at == key.requested_at).map(|(_, value)| value)
+    }
+
+    pub(crate) fn contains_key(&self, key: &TransactionKey) -> bool {
+        self.get(key).is_some()
+    }
+
+    /// Puts `value` in, and returns the one it replaces.
+    pub(crate) fn insert(&mut self, key: &TransactionKey, value: V) -> Option<V> {
+        let at = key.requested_at;
+        let Some(same_id) = self.of.get_mut(&key.id) else {
+            self.of.insert(key.id.clone(), Namesakes { first: (at, value), others: Vec::new() });
+            self.len += 1;
+            return None;
+        };
+        if same_id.first.0 == at {
+            return Some(std::mem::replace(&mut same_id.first.1, value));
+        }
+        let later = if at < same_id.first.0 {
+            std::mem::replace(&mut same_id.first, (at, value))
+        } else {
+            (at, value)
+        };
+        match same_id.others.binary_search_by_key(&later.0, |(at, _)| *at) {
+            Ok(place) => Some(std::mem::replace(&mut same_id.others[place].1, later.1)),
+            Err(place) => {
+                same_id.others.insert(place, later);
+                self.len += 1;
+                None
+            }
+        }
+    }
+
+    pub(crate) fn remove(&mut self, key: &TransactionKey) -> Option<V> {
+        let same_id = self.of.get_mut(&key.id)?;
+        let removed = if same_id.first.0 != key.requested_at {
+            let place = same_id.others.iter().position(|(at, _)| *at == key.requested_at)?;
+            same_id.others.remove(place).1
+        } else if same_id.others.is_empty() {
+            self.of.remove(&key.id)?.first.1
+        } else {
+            let next = same_id.others.remove(0);
+            std::mem::replace(&mut same_id.first, next).1
+        };
+        self.len -= 1;
+        Some(removed)
+    }
+
+    /// When the transactions of this id were requested, and what they are, earliest first.
+    pub(crate) fn of_id(&self, id: &TransactionId) -> impl Iterator<Item = (Time, &V)> {
+        let same_id = self.of.get(id).into_iter();
+        same_id
+            .flat_map(|it| std::iter::once(&it.first).chain(&it.others))
+            .map(|(at, value)| (*at, value))
+    }
+
+    /// All keys, in the order of ids.
+    pub(crate) fn keys(&self) -> Vec<TransactionKey> {
+        let mut keys = Vec::with_capacity(self.len);
+        #[expect(clippy::disallowed_methods, reason = "sorted below")]
+        for id in self.of.keys() {
+            let key = |(requested_at, _)| TransactionKey { id: id.clone(), requested_at };
+            keys.extend(self.of_id(id).map(key));
+        }
+        keys.sort_unstable();
+        keys
+    }
+
+    /// All values, in no order that may be relied on: only for what treats each alike.
+    pub(crate) fn for_each(&mut self, mut change: impl FnMut(&mut V)) {
+        for same_id in self.of.values_mut() {
+            change(&mut same_id.first.1);
+            same_id.others.iter_mut().for_each(|(_, value)| change(value));
+        }
+    }
+}
+
+impl<V: PartialEq> PartialEq for KeyMap<V> {
+    fn eq(&self, other: &Self) -> bool {
+        self.of == other.of
+    }
+}
+
+impl<V: Eq> Eq for KeyMap<V> {}
+
+impl<V: Hash> Hash for KeyMap<V> {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        for key in self.keys() {
+            key.hash(state);
+            self.get(&key).hash(state);
+        }
+    }
+}
+
+/// An id comes with a digest: no other is made of it.
+#[derive(Default)]
+struct ByDigest(u64);
+
+impl Hasher for ByDigest {
+    fn write_u64(&mut self, digest: u64) {
+        // The table looks at the topmost bits, and those of FNV-1a are its worst.
+        self.0 = digest.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.0 = self.0.rotate_left(8) ^ u64::from(*byte);
+        }
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::KeyMap;
+    use crate::protocol::{
+        ids::{TransactionId, TransactionKey},
+        time::Time,
+    };
+
+    fn key(id: u8, at: u8) -> TransactionKey {
+        let id = TransactionId::parse(&format!("t{id}")).unwrap();
+        TransactionKey { id, requested_at: Time::from_millis(at.into()) }
+    }
+
+    proptest! {
+        #[test]
+        fn it_holds_what_any_map_would(steps in prop::collection::vec((0..3_u8, 0..4_u8, 0..4_u8, any::<u8>()), 0..60)) {
+            let (mut map, mut plain) = (KeyMap::new(), BTreeMap::new());
+            for (what, id, at, value) in steps {
+                let key = key(id, at);
+                if what == 0 {
+                    prop_assert_eq!(map.remove(&key), plain.remove(&key));
+                } else {
+                    prop_assert_eq!(map.insert(&key, value), plain.insert(key, value));
+                }
+                prop_assert_eq!(map.len(), plain.len());
+                prop_assert_eq!(map.keys(), plain.keys().cloned().collect::<Vec<_>>());
+                for id in 0..4 {
+                    let of_id: Vec<_> = map.of_id(&self::key(id, 0).id).map(|(at, it)| (at, *it)).collect();
+                    let same: Vec<_> = plain.iter().filter(|(it, _)| it.id == self::key(id, 0).id)
+                        .map(|(it, value)| (it.requested_at, *value)).collect();
+                    prop_assert_eq!(of_id, same);
+                    for at in 0..4 {
+                        prop_assert_eq!(map.get(&self::key(id, at)), plain.get(&self::key(id, at)));
+                        prop_assert_eq!(map.get_mut(&self::key(id, at)).copied(), plain.get(&self::key(id, at)).copied());
+                    }
+                }
+            }
+            let mut other_way_round = KeyMap::new();
+            for (key, value) in plain.iter().rev() {
+                other_way_round.insert(key, *value);
+            }
+            prop_assert_eq!(&map, &other_way_round);
+        }
+    }
+}
