@@ -10,6 +10,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
 mod instance;
+mod oracle;
+mod system;
 mod traces;
+mod view;
 mod words;
 mod workers;
