@@ -64,3 +64,49 @@ pub(super) fn has_namesake<T>(map: &BTreeMap<TransactionKey, T>, key: &Transacti
     let mut same_id = map.range(from..).map(|(found, _)| found).take_while(|it| is_same_id(&it.id));
     same_id.any(|found| found != key)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{Memory, Remembered};
+    use crate::protocol::{
+        ids::{TransactionId, TransactionKey},
+        message::Outcome,
+        time::Time,
+    };
+
+    fn key(id: &str, requested_at: u64) -> TransactionKey {
+        let requested_at = Time::from_millis(requested_at);
+        TransactionKey { id: TransactionId::parse(id).unwrap(), requested_at }
+    }
+
+    #[test]
+    fn the_oldest_is_forgotten_first() {
+        let mut memory = Memory::new(2);
+        for id in ["t1", "t2", "t3"] {
+            memory.remember(&key(id, 0), Remembered::ReadOnly);
+        }
+        assert_eq!(memory.of(&key("t1", 0)), None);
+        assert!(memory.of(&key("t2", 0)).is_some() && memory.of(&key("t3", 0)).is_some());
+    }
+
+    #[test]
+    fn what_is_remembered_anew_takes_no_second_place() {
+        let mut memory = Memory::new(2);
+        let finished = Remembered::Finished { outcome: Outcome::Aborted, applied: None };
+        memory.remember(&key("t1", 0), Remembered::Cancelled);
+        memory.remember(&key("t1", 0), finished.clone());
+        memory.remember(&key("t2", 0), Remembered::Cancelled);
+        assert_eq!(memory.of(&key("t1", 0)), Some(&finished));
+        assert!(memory.of(&key("t2", 0)).is_some());
+    }
+
+    #[test]
+    fn a_namesake_has_the_same_id_and_another_moment() {
+        let mut memory = Memory::new(9);
+        memory.remember(&key("t1", 5), Remembered::Cancelled);
+        memory.remember(&key("t10", 5), Remembered::Cancelled);
+        assert!(!memory.has_namesake(&key("t1", 5)));
+        assert!(memory.has_namesake(&key("t1", 4)) && memory.has_namesake(&key("t1", 6)));
+        assert!(!memory.has_namesake(&key("t", 5)) && !memory.has_namesake(&key("t100", 5)));
+    }
+}
