@@ -130,6 +130,7 @@ stories! {
         prepares_votes_and_commits
         query_is_answered_from_the_store
         query_without_a_store_is_answered_only_by_who_holds
+        read_only_counts_only_for_the_content_that_was_seen
         redelivered_prepare_is_found_in_the_store
         refused_and_read_only_free_the_slot_at_once
         repeated_prepare_of_what_another_instance_holds_takes_no_slot

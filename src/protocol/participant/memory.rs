@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use crate::protocol::{
-    ids::{Branch, TransactionId, TransactionKey},
+    ids::{Branch, RequestHash, TransactionId, TransactionKey},
     message::{Outcome, Reason},
     time::Time,
 };
@@ -13,8 +13,8 @@ use crate::protocol::{
 pub(super) enum Remembered {
     /// The outcome was heard and applied; `applied`: the branch it named.
     Finished { outcome: Outcome, applied: Option<Branch> },
-    /// There was nothing to commit.
-    ReadOnly,
+    /// There was nothing to commit for the request with this digest.
+    ReadOnly(RequestHash),
     /// The answer was no.
     Refused(Reason),
     /// The prepare was withdrawn before it was started.
@@ -83,7 +83,7 @@ mod tests {
     fn the_oldest_is_forgotten_first() {
         let mut memory = Memory::new(2);
         for id in ["t1", "t2", "t3"] {
-            memory.remember(&key(id, 0), Remembered::ReadOnly);
+            memory.remember(&key(id, 0), Remembered::Cancelled);
         }
         assert_eq!(memory.of(&key("t1", 0)), None);
         assert!(memory.of(&key("t2", 0)).is_some() && memory.of(&key("t3", 0)).is_some());

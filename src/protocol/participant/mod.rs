@@ -276,7 +276,10 @@ impl Instance {
         let no = |code| Some(Ballot::Refused(Reason::at(&self.settings.service, code)));
         match self.memory.of(&prepare.key) {
             Some(Remembered::Finished { outcome, .. }) => return Some(Ballot::Finished(*outcome)),
-            Some(Remembered::ReadOnly) => return Some(Ballot::ReadOnly),
+            Some(Remembered::ReadOnly(seen)) if *seen == prepare.request_hash => {
+                return Some(Ballot::ReadOnly);
+            }
+            Some(Remembered::ReadOnly(_)) => return no(ReasonCode::IdReused),
             Some(Remembered::Refused(reason)) => return Some(Ballot::Refused(reason.clone())),
             Some(Remembered::Cancelled) => return no(ReasonCode::Cancelled),
             None => {}
@@ -371,13 +374,9 @@ impl Instance {
                 holding.why_failed = Some(why);
             }
             Verdict::ReadOnly => {
-                return self.nothing_held(
-                    now,
-                    key,
-                    Remembered::ReadOnly,
-                    Ballot::ReadOnly,
-                    effects,
-                );
+                let seen = holding.request_hash;
+                let remembered = seen.map_or(Remembered::Cancelled, Remembered::ReadOnly);
+                return self.nothing_held(now, key, remembered, Ballot::ReadOnly, effects);
             }
             Verdict::Refused(message) => {
                 let code = ReasonCode::Refused;
@@ -435,7 +434,10 @@ impl Instance {
         }
         let ballot = match self.memory.of(&key) {
             Some(Remembered::Finished { outcome, .. }) => Ballot::Finished(*outcome),
-            Some(Remembered::ReadOnly) => Ballot::ReadOnly,
+            Some(Remembered::ReadOnly(seen)) if *seen == request_hash => Ballot::ReadOnly,
+            Some(Remembered::ReadOnly(_)) => {
+                Ballot::Refused(Reason::at(&self.settings.service, ReasonCode::IdReused))
+            }
             Some(Remembered::Refused(reason)) => Ballot::Refused(reason.clone()),
             // It holds nothing, but others may.
             Some(Remembered::Cancelled) | None => {
@@ -524,9 +526,8 @@ impl Instance {
             Some(Remembered::Finished { applied, .. }) => {
                 finish.branch.is_none() || *applied == finish.branch
             }
-            Some(Remembered::ReadOnly | Remembered::Refused(_) | Remembered::Cancelled) | None => {
-                false
-            }
+            Some(Remembered::ReadOnly(_) | Remembered::Refused(_) | Remembered::Cancelled)
+            | None => false,
         };
         if is_applied || !self.settings.has_store {
             let applied = finish.branch.clone();
