@@ -118,6 +118,7 @@ stories! {
         late_end_of_an_old_run_is_ignored
         other_branch_is_committed_so_the_own_one_is_undone
         other_branch_is_committed_though_the_own_run_is_then_refused
+        other_content_under_the_same_key_in_the_store_is_refused
         other_content_under_the_same_key_is_refused
         other_transaction_of_the_same_id_is_refused
         parked_commit_from_the_store_is_retried_until_it_succeeds

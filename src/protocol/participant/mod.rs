@@ -673,8 +673,13 @@ impl Instance {
         if !holding.finishers.is_empty() {
             return self.apply_to_store(now, key, held, effects);
         }
+        let holds_some = !held.is_empty();
         let found = held.into_iter().find(|it| holding.is_about(it.request_hash));
         match (found, holding.prepare.take()) {
+            (None, _) if holds_some => {
+                let reused = Reason::at(&self.settings.service, ReasonCode::IdReused);
+                self.end_visit(now, key, &Ballot::Refused(reused), effects);
+            }
             (Some(found), Some(_)) if holding.redelivered => {
                 holding.stage = Stage::Prepared;
                 holding.branch = Some(found.branch);
@@ -685,15 +690,7 @@ impl Instance {
             }
             // Another instance holds it, or held it and is gone: voted on from the store.
             (Some(found), _) => {
-                let Some(holding) = self.remove(key) else { return };
-                let ballot = Ballot::Prepared { branch: found.branch };
-                for (worker, request_hash) in holding.voters {
-                    self.vote(worker, key, request_hash, ballot.clone(), effects);
-                }
-                if let Slot::Held(delivery) = holding.slot {
-                    effects.push(Effect::Ack(delivery));
-                }
-                self.admit_waiting(now, effects);
+                self.end_visit(now, key, &Ballot::Prepared { branch: found.branch }, effects);
             }
             (None, Some(prepare)) => self.prepare_after_look(now, prepare, effects),
             (None, None) => {
@@ -701,6 +698,24 @@ impl Instance {
                 self.admit_waiting(now, effects);
             }
         }
+    }
+
+    /// What the store says is all that this instance has to say.
+    fn end_visit(
+        &mut self,
+        now: Time,
+        key: &TransactionKey,
+        ballot: &Ballot,
+        effects: &mut Vec<Effect>,
+    ) {
+        let Some(holding) = self.remove(key) else { return };
+        for (worker, request_hash) in holding.voters {
+            self.vote(worker, key, request_hash, ballot.clone(), effects);
+        }
+        if let Slot::Held(delivery) = holding.slot {
+            effects.push(Effect::Ack(delivery));
+        }
+        self.admit_waiting(now, effects);
     }
 
     fn prepare_after_look(&mut self, now: Time, prepare: Prepare, effects: &mut Vec<Effect>) {
