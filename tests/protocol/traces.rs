@@ -122,6 +122,7 @@ stories! {
         other_content_under_the_same_key_is_refused
         other_transaction_of_the_same_id_is_refused
         parked_commit_from_the_store_is_retried_until_it_succeeds
+        parked_commit_is_looked_into_however_many_are
         parked_commit_is_retried_until_it_succeeds
         prepare_after_a_cancel_is_refused
         prepare_after_its_deadline_is_refused

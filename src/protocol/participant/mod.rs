@@ -452,7 +452,10 @@ impl Instance {
     /// Asks the store on behalf of somebody who takes no slot here.
     fn look_up(&mut self, key: &TransactionKey, visiting: Holding, effects: &mut Vec<Effect>) {
         let visitors = self.holdings.len().saturating_sub(self.slots_used as usize);
-        if self.settings.has_store && visitors < self.settings.visitors_max {
+        // Who sent it will send it again, but a delivery that isn't acked comes no second time.
+        let is_delivery = visiting.finishers.iter().any(|it| it.delivery.is_some());
+        let is_welcome = is_delivery || visitors < self.settings.visitors_max;
+        if self.settings.has_store && is_welcome {
             self.holdings.insert(key.clone(), visiting);
             effects.push(Effect::ReadStore(key.clone()));
         }
