@@ -45,3 +45,51 @@ impl Deadlines {
         due
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::Deadlines;
+    use crate::protocol::{
+        ids::{TransactionId, TransactionKey},
+        time::Time,
+    };
+
+    fn key(id: &str) -> TransactionKey {
+        TransactionKey { id: TransactionId::parse(id).unwrap(), requested_at: Time::EPOCH }
+    }
+
+    fn at(millis: u64) -> Time {
+        Time::from_millis(millis)
+    }
+
+    #[test]
+    fn the_earlier_of_two_moments_stays() {
+        let (mut deadlines, mut due) = (Deadlines::default(), None);
+        deadlines.wake_by(&key("t1"), &mut due, at(5));
+        deadlines.wake_by(&key("t1"), &mut due, at(9));
+        assert_eq!((deadlines.next(), due), (Some(at(5)), Some(at(5))));
+        deadlines.wake_by(&key("t1"), &mut due, at(3));
+        assert_eq!((deadlines.next(), due), (Some(at(3)), Some(at(3))));
+        assert_eq!(deadlines.take_due(at(100)), [key("t1")]);
+        assert_eq!(deadlines.next(), None, "it has one entry only");
+    }
+
+    #[test]
+    fn what_is_due_comes_soonest_first_and_what_is_not_stays() {
+        let mut deadlines = Deadlines::default();
+        for (id, millis) in [("late", 8), ("soon", 2), ("due", 5)] {
+            deadlines.wake_by(&key(id), &mut None, at(millis));
+        }
+        assert_eq!(deadlines.take_due(at(5)), [key("soon"), key("due")]);
+        assert_eq!(deadlines.next(), Some(at(8)));
+    }
+
+    #[test]
+    fn disarmed_is_never_due() {
+        let (mut deadlines, mut due) = (Deadlines::default(), None);
+        deadlines.wake_by(&key("t1"), &mut due, at(5));
+        deadlines.disarm(&key("t1"), &mut due);
+        deadlines.disarm(&key("t1"), &mut due);
+        assert_eq!((deadlines.take_due(at(100)), due), (Vec::new(), None));
+    }
+}

@@ -62,6 +62,7 @@ impl Bench {
         match name {
             "max_concurrency" => self.settings.max_concurrency = value.parse().unwrap(),
             "has_store" => self.settings.has_store = value == "yes",
+            "visitors_max" => self.settings.visitors_max = value.parse().unwrap(),
             "remembered_max" => self.settings.remembered_max = value.parse().unwrap(),
             other => panic!("{other} is no setting of these traces"),
         }

@@ -118,9 +118,11 @@ stories! {
         late_end_of_an_old_run_is_ignored
         other_branch_is_committed_so_the_own_one_is_undone
         other_branch_is_committed_though_the_own_run_is_then_refused
+        other_content_under_the_same_key_in_the_store_is_refused
         other_content_under_the_same_key_is_refused
         other_transaction_of_the_same_id_is_refused
         parked_commit_from_the_store_is_retried_until_it_succeeds
+        parked_commit_is_looked_into_however_many_are
         parked_commit_is_retried_until_it_succeeds
         prepare_after_a_cancel_is_refused
         prepare_after_its_deadline_is_refused
@@ -130,6 +132,7 @@ stories! {
         prepares_votes_and_commits
         query_is_answered_from_the_store
         query_without_a_store_is_answered_only_by_who_holds
+        read_only_counts_only_for_the_content_that_was_seen
         redelivered_prepare_is_found_in_the_store
         refused_and_read_only_free_the_slot_at_once
         repeated_prepare_of_what_another_instance_holds_takes_no_slot

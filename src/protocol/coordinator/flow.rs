@@ -278,3 +278,148 @@ impl Flow {
         self.waiting.retain(|waiter| waiter != key);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::{Flow, IMPATIENT_BELOW, PROBES_MAX};
+    use crate::protocol::{
+        ids::{InstanceId, TransactionId, TransactionKey},
+        time::Time,
+    };
+
+    const NOW: Time = Time::from_millis(1_000_000);
+    const MAX_WAIT: Duration = Duration::from_secs(1);
+
+    fn instance(id: &str) -> InstanceId {
+        InstanceId::parse(id).unwrap()
+    }
+
+    fn key(id: &str) -> TransactionKey {
+        TransactionKey { id: TransactionId::parse(id).unwrap(), requested_at: Time::EPOCH }
+    }
+
+    fn found() -> Flow {
+        let mut flow = Flow::new(None);
+        flow.found();
+        flow
+    }
+
+    fn report(flow: &mut Flow, from: &str, free: u32) {
+        flow.reported(&instance(from), free);
+        flow.learn();
+    }
+
+    /// How many prepares can be sent before one is answered.
+    fn admitted_at_once(mut flow: Flow) -> u32 {
+        for sent in 0..1000 {
+            if !flow.admits() {
+                return sent;
+            }
+            flow.asked();
+        }
+        1000
+    }
+
+    #[test]
+    fn of_an_unknown_service_one_is_asked_to_find_out() {
+        assert_eq!(admitted_at_once(found()), 1);
+        assert!(!found().is_plenty(NOW));
+    }
+
+    #[test]
+    fn reported_slots_are_asked_for_and_no_more() {
+        let mut flow = found();
+        report(&mut flow, "p1", 3);
+        report(&mut flow, "p2", 2);
+        assert_eq!(admitted_at_once(flow.clone()), 5);
+        report(&mut flow, "p2", 0);
+        assert_eq!(admitted_at_once(flow), 3);
+    }
+
+    #[test]
+    fn plenty_is_a_quarter_of_the_most_and_at_least_two() {
+        let with_free = |free| {
+            let mut flow = found();
+            report(&mut flow, "p1", 100);
+            report(&mut flow, "p1", free);
+            flow.is_plenty(NOW)
+        };
+        assert_eq!([0, 24, 25, 100].map(with_free), [false, false, true, true]);
+        let mut small = found();
+        report(&mut small, "p1", 1);
+        assert!(!small.is_plenty(NOW), "one slot is always contended");
+        report(&mut small, "p1", 2);
+        assert!(small.is_plenty(NOW));
+        small.enqueue(&key("t1"), false);
+        assert!(!small.is_plenty(NOW), "somebody waits for it");
+    }
+
+    #[test]
+    fn a_return_makes_it_contended_for_a_while_and_its_slots_unknown() {
+        let mut flow = found();
+        report(&mut flow, "p1", 9);
+        flow.returned(NOW, MAX_WAIT, Duration::from_millis(300));
+        report(&mut flow, "p1", 9);
+        assert!(!flow.is_plenty(NOW + Duration::from_millis(299)));
+        assert!(flow.is_plenty(NOW + Duration::from_millis(300)));
+    }
+
+    #[test]
+    fn what_returns_at_once_is_never_held_back_from() {
+        let mut flow = found();
+        flow.returned(NOW, IMPATIENT_BELOW - Duration::from_millis(1), Duration::ZERO);
+        assert_eq!(admitted_at_once(flow), 1000);
+    }
+
+    #[test]
+    fn a_service_that_returns_after_waiting_is_probed_in_doubling_rounds() {
+        let mut flow = found();
+        let mut rounds = Vec::new();
+        for _ in 0..10 {
+            flow.returned(NOW, MAX_WAIT, Duration::ZERO);
+            rounds.push(admitted_at_once(flow.clone()));
+        }
+        assert_eq!(rounds[..4], [2, 4, 8, 16]);
+        assert_eq!(rounds[9], PROBES_MAX);
+        flow.admitted(false);
+        assert_eq!(admitted_at_once(flow), 1, "a slot was free after all");
+    }
+
+    #[test]
+    fn while_an_own_transaction_holds_a_slot_of_a_full_patient_service_nobody_is_sent() {
+        let mut flow = found();
+        report(&mut flow, "p1", 0);
+        flow.took_slot();
+        assert!(flow.looks_full());
+        flow.admitted(true);
+        assert!(!flow.admits());
+        flow.freed_slot();
+        assert_eq!(admitted_at_once(flow), 1, "nobody's done would tell");
+    }
+
+    #[test]
+    fn who_has_begun_goes_first_and_the_others_only_if_they_may() {
+        let mut flow = found();
+        flow.enqueue(&key("new"), false);
+        flow.enqueue(&key("begun"), true);
+        assert!(flow.has_waiters_before(false) && flow.has_waiters_before(true));
+        assert_eq!(flow.dequeue(false), Some(key("begun")));
+        assert!(flow.has_waiters_before(false) && !flow.has_waiters_before(true));
+        assert_eq!(flow.dequeue(false), None);
+        assert_eq!(flow.dequeue(true), Some(key("new")));
+        assert!(!flow.has_waiters());
+    }
+
+    #[test]
+    fn who_gives_up_waits_no_more() {
+        let mut flow = found();
+        flow.enqueue(&key("t1"), false);
+        flow.enqueue(&key("t2"), true);
+        assert!(!flow.is_idle());
+        flow.remove(&key("t1"));
+        flow.remove(&key("t2"));
+        assert!(flow.is_idle());
+    }
+}

@@ -1197,3 +1197,26 @@ impl Transaction {
 pub(super) fn backoff(first: Duration, max: Duration, failures: u32) -> Duration {
     first.saturating_mul(1u32.checked_shl(failures.saturating_sub(1)).unwrap_or(u32::MAX)).min(max)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::{Phase, backoff};
+
+    #[test]
+    fn the_pause_doubles_up_to_its_limit() {
+        let pause = |failures| {
+            backoff(Duration::from_millis(100), Duration::from_secs(10), failures).as_millis()
+        };
+        assert_eq!([1, 2, 3, 4].map(pause), [100, 200, 400, 800]);
+        assert_eq!([7, 8, 9].map(pause), [6400, 10_000, 10_000]);
+        assert_eq!([0, 32, 33, u32::MAX].map(pause), [100, 10_000, 10_000, 10_000]);
+    }
+
+    #[test]
+    fn all_phases_are_listed_in_order() {
+        assert!(Phase::ALL.is_sorted_by(|one, next| one < next));
+        assert_eq!(Phase::ALL.last(), Some(&Phase::Parking));
+    }
+}

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 
 use crate::protocol::{
-    ids::{Branch, TransactionKey},
+    ids::{Branch, RequestHash, TransactionKey},
     keymap::KeyMap,
     message::{Outcome, Reason},
 };
@@ -13,8 +13,8 @@ use crate::protocol::{
 pub(super) enum Remembered {
     /// The outcome was heard and applied; `applied`: the branch it named.
     Finished { outcome: Outcome, applied: Option<Branch> },
-    /// There was nothing to commit.
-    ReadOnly,
+    /// There was nothing to commit for the request with this digest.
+    ReadOnly(RequestHash),
     /// The answer was no.
     Refused(Reason),
     /// The prepare was withdrawn before it was started.
@@ -60,4 +60,50 @@ impl Memory {
 /// Whether `map` has a key with the same id as `key` and another `requested_at`.
 pub(super) fn has_namesake<T>(map: &KeyMap<T>, key: &TransactionKey) -> bool {
     map.of_id(&key.id).any(|(requested_at, _)| requested_at != key.requested_at)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Memory, Remembered};
+    use crate::protocol::{
+        ids::{TransactionId, TransactionKey},
+        message::Outcome,
+        time::Time,
+    };
+
+    fn key(id: &str, requested_at: u64) -> TransactionKey {
+        let requested_at = Time::from_millis(requested_at);
+        TransactionKey { id: TransactionId::parse(id).unwrap(), requested_at }
+    }
+
+    #[test]
+    fn the_oldest_is_forgotten_first() {
+        let mut memory = Memory::new(2);
+        for id in ["t1", "t2", "t3"] {
+            memory.remember(&key(id, 0), Remembered::Cancelled);
+        }
+        assert_eq!(memory.of(&key("t1", 0)), None);
+        assert!(memory.of(&key("t2", 0)).is_some() && memory.of(&key("t3", 0)).is_some());
+    }
+
+    #[test]
+    fn what_is_remembered_anew_takes_no_second_place() {
+        let mut memory = Memory::new(2);
+        let finished = Remembered::Finished { outcome: Outcome::Aborted, applied: None };
+        memory.remember(&key("t1", 0), Remembered::Cancelled);
+        memory.remember(&key("t1", 0), finished.clone());
+        memory.remember(&key("t2", 0), Remembered::Cancelled);
+        assert_eq!(memory.of(&key("t1", 0)), Some(&finished));
+        assert!(memory.of(&key("t2", 0)).is_some());
+    }
+
+    #[test]
+    fn a_namesake_has_the_same_id_and_another_moment() {
+        let mut memory = Memory::new(9);
+        memory.remember(&key("t1", 5), Remembered::Cancelled);
+        memory.remember(&key("t10", 5), Remembered::Cancelled);
+        assert!(!memory.has_namesake(&key("t1", 5)));
+        assert!(memory.has_namesake(&key("t1", 4)) && memory.has_namesake(&key("t1", 6)));
+        assert!(!memory.has_namesake(&key("t", 5)) && !memory.has_namesake(&key("t100", 5)));
+    }
 }

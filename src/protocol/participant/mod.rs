@@ -276,7 +276,10 @@ impl Instance {
         let no = |code| Some(Ballot::Refused(Reason::at(&self.settings.service, code)));
         match self.memory.of(&prepare.key) {
             Some(Remembered::Finished { outcome, .. }) => return Some(Ballot::Finished(*outcome)),
-            Some(Remembered::ReadOnly) => return Some(Ballot::ReadOnly),
+            Some(Remembered::ReadOnly(seen)) if *seen == prepare.request_hash => {
+                return Some(Ballot::ReadOnly);
+            }
+            Some(Remembered::ReadOnly(_)) => return no(ReasonCode::IdReused),
             Some(Remembered::Refused(reason)) => return Some(Ballot::Refused(reason.clone())),
             Some(Remembered::Cancelled) => return no(ReasonCode::Cancelled),
             None => {}
@@ -373,13 +376,9 @@ impl Instance {
                 holding.why_failed = Some(why);
             }
             Verdict::ReadOnly => {
-                return self.nothing_held(
-                    now,
-                    key,
-                    Remembered::ReadOnly,
-                    Ballot::ReadOnly,
-                    effects,
-                );
+                let seen = holding.request_hash;
+                let remembered = seen.map_or(Remembered::Cancelled, Remembered::ReadOnly);
+                return self.nothing_held(now, key, remembered, Ballot::ReadOnly, effects);
             }
             Verdict::Refused(message) => {
                 let code = ReasonCode::Refused;
@@ -437,7 +436,10 @@ impl Instance {
         }
         let ballot = match self.memory.of(&key) {
             Some(Remembered::Finished { outcome, .. }) => Ballot::Finished(*outcome),
-            Some(Remembered::ReadOnly) => Ballot::ReadOnly,
+            Some(Remembered::ReadOnly(seen)) if *seen == request_hash => Ballot::ReadOnly,
+            Some(Remembered::ReadOnly(_)) => {
+                Ballot::Refused(Reason::at(&self.settings.service, ReasonCode::IdReused))
+            }
             Some(Remembered::Refused(reason)) => Ballot::Refused(reason.clone()),
             // It holds nothing, but others may.
             Some(Remembered::Cancelled) | None => {
@@ -538,9 +540,8 @@ impl Instance {
             Some(Remembered::Finished { applied, .. }) => {
                 finish.branch.is_none() || *applied == finish.branch
             }
-            Some(Remembered::ReadOnly | Remembered::Refused(_) | Remembered::Cancelled) | None => {
-                false
-            }
+            Some(Remembered::ReadOnly(_) | Remembered::Refused(_) | Remembered::Cancelled)
+            | None => false,
         };
         if is_applied || !self.settings.has_store {
             let applied = finish.branch.clone();
@@ -689,8 +690,13 @@ impl Instance {
         if !holding.finishers.is_empty() {
             return self.apply_to_store(now, key, held, effects);
         }
+        let holds_some = !held.is_empty();
         let found = held.into_iter().find(|it| holding.is_about(it.request_hash));
         match (found, holding.prepare.take()) {
+            (None, _) if holds_some => {
+                let reused = Reason::at(&self.settings.service, ReasonCode::IdReused);
+                self.end_visit(now, key, &Ballot::Refused(reused), effects);
+            }
             (Some(found), Some(_)) if holding.redelivered => {
                 holding.stage = Stage::Prepared;
                 holding.branch = Some(found.branch);
@@ -701,15 +707,7 @@ impl Instance {
             }
             // Another instance holds it, or held it and is gone: voted on from the store.
             (Some(found), _) => {
-                let Some(holding) = self.remove(key) else { return };
-                let ballot = Ballot::Prepared { branch: found.branch };
-                for (worker, request_hash) in holding.voters {
-                    self.vote(worker, key, request_hash, ballot.clone(), effects);
-                }
-                if let Slot::Held(delivery) = holding.slot {
-                    effects.push(Effect::Ack(delivery));
-                }
-                self.admit_waiting(now, effects);
+                self.end_visit(now, key, &Ballot::Prepared { branch: found.branch }, effects);
             }
             (None, Some(prepare)) => self.prepare_after_look(now, prepare, effects),
             (None, None) => {
@@ -717,6 +715,24 @@ impl Instance {
                 self.admit_waiting(now, effects);
             }
         }
+    }
+
+    /// What the store says is all that this instance has to say.
+    fn end_visit(
+        &mut self,
+        now: Time,
+        key: &TransactionKey,
+        ballot: &Ballot,
+        effects: &mut Vec<Effect>,
+    ) {
+        let Some(holding) = self.remove(key) else { return };
+        for (worker, request_hash) in holding.voters {
+            self.vote(worker, key, request_hash, ballot.clone(), effects);
+        }
+        if let Slot::Held(delivery) = holding.slot {
+            effects.push(Effect::Ack(delivery));
+        }
+        self.admit_waiting(now, effects);
     }
 
     fn prepare_after_look(&mut self, now: Time, prepare: Prepare, effects: &mut Vec<Effect>) {
