@@ -48,6 +48,11 @@ pub(super) struct Flow {
     patience: Patience,
     /// Whether no other worker uses its slots.
     is_own: bool,
+    /// How long a service of this worker's own may be silent before somebody tries whether it has a
+    /// slot after all: the coordinator would rather wait for a slot than be told that there is none.
+    silence_max: Duration,
+    /// When it reported last.
+    reported_at: Time,
     /// The free slots each instance reported last, less the prepares sent since.
     free: BTreeMap<InstanceId, u32>,
     /// The sum of `free`.
@@ -83,6 +88,8 @@ impl Flow {
             existence: Existence::Sought,
             patience,
             is_own: own.is_some(),
+            silence_max: own.map_or(Duration::ZERO, |slots| slots.max_wait / 4),
+            reported_at: Time::EPOCH,
             free: BTreeMap::new(),
             free_in_all: 0,
             most_free: 0,
@@ -137,17 +144,39 @@ impl Flow {
         free.saturating_sub(self.reserved)
     }
 
+    /// Whether a slot is free, as far as is known.
+    pub(super) fn has_spare(&self) -> bool {
+        self.spare() > 0
+    }
+
+    pub(super) fn returns_at_once(&self) -> bool {
+        self.patience == Patience::Returns
+    }
+
     /// Whether one more prepare can expect a slot, or an answer worth having.
-    pub(super) fn admits(&self) -> bool {
+    pub(super) fn admits(&self, now: Time) -> bool {
         match self.patience {
             Patience::Returns => true,
             Patience::Unknown => self.spare() > 0 || self.on_its_way() < self.probes.max(1),
             // While a transaction of this worker's holds a slot, its done will tell of a free one.
+            // Where nobody else's would, it may not be silent for ever.
             Patience::Waits => {
-                let probes = if self.holding == 0 { self.probes.max(1) } else { self.probes };
+                let is_told = self.holding > 0
+                    && self.silent_until().is_none_or(|silent_until| now < silent_until);
+                let probes = if is_told { self.probes } else { self.probes.max(1) };
                 self.spare() > 0 || self.on_its_way() < probes
             }
         }
+    }
+
+    fn silent_until(&self) -> Option<Time> {
+        self.is_own.then_some(self.reported_at + self.silence_max)
+    }
+
+    /// When one that waits is to try whether there is a slot after all, if nothing is heard by then.
+    pub(super) fn to_be_tried_at(&self, now: Time) -> Option<Time> {
+        let is_awaited = self.on_its_way() > 0 || self.holding == 0;
+        self.silent_until().filter(|at| !is_awaited && *at > now)
     }
 
     fn on_its_way(&self) -> u32 {
@@ -220,7 +249,8 @@ impl Flow {
         self.holding = self.holding.saturating_sub(1);
     }
 
-    pub(super) fn reported(&mut self, instance: &InstanceId, free: u32) {
+    pub(super) fn reported(&mut self, now: Time, instance: &InstanceId, free: u32) {
+        self.reported_at = now;
         self.most_free = self.most_free.max(free);
         let before = if let Some(known) = self.free.get_mut(instance) {
             std::mem::replace(known, free)
@@ -261,6 +291,11 @@ impl Flow {
     pub(super) fn enqueue(&mut self, key: &TransactionKey, begun: bool) {
         let queue = if begun { &mut self.begun } else { &mut self.waiting };
         queue.push_back(key.clone());
+    }
+
+    /// Who would be next.
+    pub(super) fn first_waiter(&self) -> Option<&TransactionKey> {
+        self.begun.front().or_else(|| self.waiting.front())
     }
 
     /// Who is next. Those that have not begun only if `may_begin`.

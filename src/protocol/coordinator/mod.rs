@@ -523,7 +523,7 @@ impl Coordinator {
     }
 
     fn vote_received(&mut self, now: Time, vote: Vote, effects: &mut Vec<Effect>) {
-        self.hint(&vote.service, &vote.instance, vote.free);
+        self.hint(now, &vote.service, &vote.instance, vote.free);
         let (key, service) = (vote.key.clone(), vote.service.clone());
         let mut vote = Some(vote);
         self.with(now, &key, effects, |it, cx| {
@@ -554,7 +554,7 @@ impl Coordinator {
     }
 
     fn done_received(&mut self, now: Time, done: Done, effects: &mut Vec<Effect>) {
-        self.hint(&done.service, &done.instance, done.free);
+        self.hint(now, &done.service, &done.instance, done.free);
         self.with(now, &done.key, effects, |it, cx| it.record_done(&done, cx));
         self.learn(&done.service);
         if done.parked && done.applied.is_ok() {
@@ -562,10 +562,10 @@ impl Coordinator {
         }
     }
 
-    fn hint(&mut self, service: &ServiceName, instance: &InstanceId, free: u32) {
+    fn hint(&mut self, now: Time, service: &ServiceName, instance: &InstanceId, free: u32) {
         let Shared { flows, touched, .. } = &mut self.shared;
         let Some(flow) = flows.get_mut(service) else { return };
-        flow.reported(instance, free);
+        flow.reported(now, instance, free);
         if flow.has_waiters() {
             touched.insert(service.clone());
         }
@@ -713,16 +713,21 @@ impl Coordinator {
             self.shared.touched.extend(services);
         }
         while let Some(service) = self.shared.touched.pop_first() {
-            while let Some(key) = self.next_waiter(&service) {
+            while let Some(key) = self.next_waiter(now, &service) {
                 self.with(now, &key, effects, |it, cx| it.dequeued(&service, cx));
             }
         }
     }
 
-    fn next_waiter(&mut self, service: &ServiceName) -> Option<TransactionKey> {
+    fn next_waiter(&mut self, now: Time, service: &ServiceName) -> Option<TransactionKey> {
         let may_begin = self.shared.active < self.shared.settings.in_flight_max;
         let flow = self.shared.flows.get_mut(service).filter(|flow| flow.is_found())?;
-        if !flow.admits() {
+        if !flow.admits(now) {
+            if let (Some(at), Some(first)) = (flow.to_be_tried_at(now), flow.first_waiter())
+                && let Some(it) = self.transactions.get_mut(first)
+            {
+                it.wake_by(at, &mut self.shared.deadlines);
+            }
             return None;
         }
         let next = flow.dequeue(may_begin);

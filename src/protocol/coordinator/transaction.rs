@@ -10,6 +10,7 @@ use crate::protocol::{
         flow::Flow,
         reject,
     },
+    deadlines::Deadlines,
     ids::{Branch, InstanceId, ServiceName},
     message::{
         Answer, Ballot, Command, Decision, Destination, Done, Finish, Matter, Outcome, Parked,
@@ -86,6 +87,8 @@ enum Standing {
         at: Time,
         /// Whether it looked full then.
         looked_full: bool,
+        /// Whether it is known to get a slot.
+        sure: bool,
     },
     /// `holder`: who has the slot; `None`: not known for certain, so all are told.
     Prepared {
@@ -128,8 +131,9 @@ fn has_room(
     begun: bool,
     cx: &mut Context<'_>,
 ) -> bool {
+    let now = cx.now;
     let flow = cx.flow(service);
-    flow.admits() && (turn == Some(service) || !flow.has_waiters_before(begun))
+    flow.admits(now) && (turn == Some(service) || !flow.has_waiters_before(begun))
 }
 
 /// What is still to be done about one service once the outcome is known.
@@ -311,7 +315,7 @@ impl Transaction {
             return;
         }
         let services = Arc::clone(&self.request.services);
-        let (mut is_plenty, mut is_own, mut first) = (true, true, None);
+        let (mut is_plenty, mut first) = (true, None);
         for (index, service) in services.iter().enumerate() {
             if !self.parts[index].standing.is_to_be_asked() {
                 continue;
@@ -323,7 +327,6 @@ impl Transaction {
                 return self.queue(index, cx);
             }
             is_plenty &= flow.is_plenty(now);
-            is_own &= flow.is_own();
         }
         let Some(first) = first else { return };
         if !self.begun && cx.is_at_capacity() {
@@ -335,8 +338,7 @@ impl Transaction {
         }
         if self.holds_nothing() {
             match self.scarce(turn, cx) {
-                Scarcity::None if is_own => return self.ask_all(cx),
-                Scarcity::None => self.reserve_all(cx),
+                Scarcity::None => return self.ask_within_room(turn, cx),
                 Scarcity::WaitAt(index) => {
                     self.detours += u32::from(turn.is_some_and(|it| *it != services[index]));
                     return self.queue(index, cx);
@@ -344,32 +346,55 @@ impl Transaction {
                 Scarcity::TakeInOrder => {}
             }
         }
-        self.ask_in_order(turn, is_own, cx);
+        self.ask_in_order(turn, cx);
     }
 
-    /// Contended services are taken one after another in name order, so that no two transactions
-    /// wait for what the other one holds. Who has them to itself needn't wait for a vote to know
-    /// that a slot is its own.
-    fn ask_in_order(&mut self, turn: Option<&ServiceName>, is_own: bool, cx: &mut Context<'_>) {
+    /// It can have all it needs, as far as is known.
+    fn ask_within_room(&mut self, turn: Option<&ServiceName>, cx: &mut Context<'_>) {
         let services = Arc::clone(&self.request.services);
+        let (mut is_own, mut is_sure) = (true, true);
         for (index, service) in services.iter().enumerate() {
             if !self.parts[index].standing.is_to_be_asked() {
                 continue;
             }
-            let is_asked = |part: &Part| matches!(part.standing, Standing::Asked { .. });
-            if !is_own && self.parts.iter().any(is_asked) {
+            let flow = cx.flow(service);
+            if !flow.has_spare() && flow.returns_at_once() {
+                // It is likely to say no, and then the others need not be called.
+                return self.ask(index, cx);
+            }
+            is_own &= flow.is_own();
+            is_sure &= flow.has_spare();
+        }
+        if is_own && is_sure {
+            return self.ask_all(cx);
+        }
+        if !is_own {
+            self.reserve_all(cx);
+        }
+        self.ask_in_order(turn, cx);
+    }
+
+    /// Contended services are taken one after another in name order, so that no two transactions
+    /// wait for what the other one holds: the next when the one before has voted, or when it is
+    /// known to have a slot.
+    fn ask_in_order(&mut self, turn: Option<&ServiceName>, cx: &mut Context<'_>) {
+        let services = Arc::clone(&self.request.services);
+        let now = cx.now;
+        for (index, service) in services.iter().enumerate() {
+            if !self.parts[index].standing.is_to_be_asked() {
+                continue;
+            }
+            let waits = |part: &Part| matches!(part.standing, Standing::Asked { sure: false, .. });
+            if self.parts.iter().any(waits) {
                 return;
             }
-            // What is plenty can wait until the contended ones are had.
-            if !is_own && self.parts[index].standing == Standing::Unasked {
-                let now = cx.now;
-                if cx.flow(service).is_plenty(now) {
-                    continue;
-                }
+            let is_reserved = self.parts[index].standing == Standing::Reserved;
+            let flow = cx.flow(service);
+            if !is_reserved && !flow.is_own() && flow.is_plenty(now) {
+                // It can wait until the contended ones are had.
+                continue;
             }
-            if self.parts[index].standing == Standing::Reserved
-                || has_room(service, turn, self.begun, cx)
-            {
+            if is_reserved || has_room(service, turn, self.begun, cx) {
                 self.ask(index, cx);
             } else {
                 return self.queue(index, cx);
@@ -443,10 +468,11 @@ impl Transaction {
     fn queue(&mut self, index: usize, cx: &mut Context<'_>) {
         self.parts[index].standing = Standing::Queued;
         let service = &self.request.services[index];
+        let now = cx.now;
         let flow = cx.flow(service);
         flow.enqueue(&self.request.key, self.begun);
         // Who stands before it may only wait for fewer to be in flight.
-        if flow.admits() {
+        if flow.admits(now) || flow.is_own() {
             cx.shared.touched.insert(service.clone());
         }
     }
@@ -461,8 +487,9 @@ impl Transaction {
             flow.unreserve();
         }
         let looked_full = flow.looks_full();
+        let sure = flow.is_own() && flow.has_spare();
         flow.asked();
-        self.parts[index].standing = Standing::Asked { at, looked_full };
+        self.parts[index].standing = Standing::Asked { at, looked_full, sure };
         let prepare = Prepare {
             key: self.request.key.clone(),
             request_hash: self.request.request_hash,
@@ -1035,6 +1062,9 @@ impl Transaction {
         }
         for index in 0..self.parts.len() {
             self.wake_duty(index, cx);
+            if self.parts[index].standing == Standing::Queued {
+                cx.shared.touched.insert(self.request.services[index].clone());
+            }
         }
         for index in 0..self.requesters.len() {
             if self.requesters[index].republish_at.is_some_and(|at| at <= cx.now) {
@@ -1099,6 +1129,11 @@ impl Transaction {
             | Duty::Parking { .. }
             | Duty::Parked => {}
         }
+    }
+
+    /// To be looked at when the service it waits for has been silent for too long.
+    pub(super) fn wake_by(&mut self, at: Time, deadlines: &mut Deadlines) {
+        deadlines.wake_by(&self.request.key, &mut self.due, at);
     }
 
     fn wake_at(&mut self, at: Time, cx: &mut Context<'_>) {
