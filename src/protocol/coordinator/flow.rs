@@ -342,14 +342,14 @@ mod tests {
     }
 
     fn report(flow: &mut Flow, from: &str, free: u32) {
-        flow.reported(&instance(from), free);
+        flow.reported(NOW, &instance(from), free);
         flow.learn();
     }
 
     /// How many prepares can be sent before one is answered.
     fn admitted_at_once(mut flow: Flow) -> u32 {
         for sent in 0..1000 {
-            if !flow.admits() {
+            if !flow.admits(NOW) {
                 return sent;
             }
             flow.asked();
@@ -429,7 +429,7 @@ mod tests {
         flow.took_slot();
         assert!(flow.looks_full());
         flow.admitted(true);
-        assert!(!flow.admits());
+        assert!(!flow.admits(NOW));
         flow.freed_slot();
         assert_eq!(admitted_at_once(flow), 1, "nobody's done would tell");
     }
