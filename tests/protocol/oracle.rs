@@ -184,3 +184,22 @@ proptest! {
         check(&scenario);
     }
 }
+
+/// t3 held s0 and needed s2; t4 waited for s0, and s2 was kept for it.
+#[test]
+fn a_slot_kept_for_one_who_waits_does_not_keep_out_one_who_holds() {
+    let service = |max_concurrency| {
+        let behaviour =
+            (0..5).map(|_| Behaviour { verdict: Verdict::Prepared, failing_commits: 0 });
+        let behaviour = behaviour.collect();
+        Service { max_concurrency, has_store: false, instances: 1, behaviour }
+    };
+    let transactions: [&[usize]; 5] = [&[0, 1], &[0, 1], &[1], &[0, 1, 2], &[0, 2]];
+    check(&Scenario {
+        services: vec![service(1), service(2), service(1)],
+        transactions: transactions.iter().map(|it| it.iter().copied().collect()).collect(),
+        doubled: std::iter::empty().collect(),
+        in_flight_max: 3,
+        order: 17_494_182_284_814_593_180,
+    });
+}

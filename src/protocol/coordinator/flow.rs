@@ -139,9 +139,13 @@ impl Flow {
     /// A report doesn't say which prepares had arrived by then, so it may count as free what one on
     /// its way will take; but of all slots ever seen, those on their way and those held are not.
     fn spare(&self) -> u32 {
+        self.unheld().saturating_sub(self.reserved)
+    }
+
+    /// The same, with the slots that are kept for those who hold nothing yet.
+    fn unheld(&self) -> u32 {
         let unused = self.capacity.saturating_sub(self.holding).saturating_sub(self.outstanding);
-        let free = if self.free.is_empty() { unused } else { self.reported_free().min(unused) };
-        free.saturating_sub(self.reserved)
+        if self.free.is_empty() { unused } else { self.reported_free().min(unused) }
     }
 
     /// Whether a slot is free, as far as is known.
@@ -154,17 +158,23 @@ impl Flow {
     }
 
     /// Whether one more prepare can expect a slot, or an answer worth having.
-    pub(super) fn admits(&self, now: Time) -> bool {
+    ///
+    /// What is kept for another doesn't keep out one who has `begun`: the other may be waiting for
+    /// what this one holds.
+    pub(super) fn admits(&self, now: Time, begun: bool) -> bool {
+        let reserved = if begun { 0 } else { self.reserved };
+        let has_spare = self.unheld() > reserved;
+        let on_its_way = self.outstanding.saturating_add(reserved);
         match self.patience {
             Patience::Returns => true,
-            Patience::Unknown => self.spare() > 0 || self.on_its_way() < self.probes.max(1),
+            Patience::Unknown => has_spare || on_its_way < self.probes.max(1),
             // While a transaction of this worker's holds a slot, its done will tell of a free one.
             // Where nobody else's would, it may not be silent for ever.
             Patience::Waits => {
                 let is_told = self.holding > 0
                     && self.silent_until().is_none_or(|silent_until| now < silent_until);
                 let probes = if is_told { self.probes } else { self.probes.max(1) };
-                self.spare() > 0 || self.on_its_way() < probes
+                has_spare || on_its_way < probes
             }
         }
     }
@@ -349,7 +359,7 @@ mod tests {
     /// How many prepares can be sent before one is answered.
     fn admitted_at_once(mut flow: Flow) -> u32 {
         for sent in 0..1000 {
-            if !flow.admits(NOW) {
+            if !flow.admits(NOW, false) {
                 return sent;
             }
             flow.asked();
@@ -429,7 +439,7 @@ mod tests {
         flow.took_slot();
         assert!(flow.looks_full());
         flow.admitted(true);
-        assert!(!flow.admits(NOW));
+        assert!(!flow.admits(NOW, false));
         flow.freed_slot();
         assert_eq!(admitted_at_once(flow), 1, "nobody's done would tell");
     }
