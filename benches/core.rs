@@ -6,7 +6,7 @@
 #![allow(clippy::expect_used, clippy::unwrap_used, reason = "a benchmark may fail here")]
 #![allow(clippy::wildcard_enum_match_arm, reason = "what it does not need, it only consumes")]
 
-use std::{hint::black_box, sync::Arc, time::Duration};
+use std::{collections::VecDeque, hint::black_box, sync::Arc, time::Duration};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use dtc::protocol::{
@@ -16,6 +16,10 @@ use dtc::protocol::{
     participant::{self, Instance, Verdict},
     time::Time,
 };
+
+/// As in the `dtc` command.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 const BATCH: u64 = 10_000;
 
@@ -42,7 +46,7 @@ impl World {
         settings.records_max = 16_384;
         settings.clock_margin = Duration::ZERO;
         let mut coordinator = Coordinator::new(settings);
-        let now = Time::from_millis(1_000_000);
+        let now = Time::from_millis(2_000_000_000);
         let attached = coordinator::Event::JournalAttached { next: 0, since: Time::EPOCH };
         coordinator.handle(now, attached, &mut Vec::new());
         let instance = InstanceId::parse("i").expect("a name");
@@ -61,14 +65,16 @@ impl World {
         }
     }
 
+    /// Requests as they come from a transport: parsed already.
+    fn requests(&mut self) -> VecDeque<coordinator::Event> {
+        (0..BATCH).map(|_| self.request()).collect()
+    }
+
     fn request(&mut self) -> coordinator::Event {
         self.next += 1;
-        if self.next.is_multiple_of(100) {
-            self.now = self.now + Duration::from_millis(1);
-        }
         let id = TransactionId::parse(&format!("tx-{}", self.next)).expect("a name");
         let request = Request {
-            key: TransactionKey { id, requested_at: self.now },
+            key: TransactionKey { id, requested_at: Time::EPOCH },
             request_hash: RequestHash([7; 16]),
             services: Arc::clone(&self.services),
             data: self.payload.clone(),
@@ -80,15 +86,17 @@ impl World {
     }
 
     /// The coordinator's whole life of one batch; what the services would say is said at once.
-    fn run_coordinator(&mut self, n: u64) -> u64 {
+    fn run_coordinator(&mut self, mut requests: VecDeque<coordinator::Event>) -> u64 {
         let mut acked = 0;
         let mut begun = 0;
-        let mut events = std::collections::VecDeque::new();
-        while acked < n {
-            while begun < n && begun - acked < IN_FLIGHT {
+        let mut events = VecDeque::new();
+        while acked < BATCH {
+            self.now = self.now + Duration::from_millis(1);
+            while begun - acked < IN_FLIGHT
+                && let Some(request) = requests.pop_front()
+            {
                 begun += 1;
-                let request = self.request();
-                events.push_back(request);
+                events.push_back(asked_at(self.now, request));
             }
             while let Some(event) = events.pop_front() {
                 self.coordinator.handle(self.now, event, &mut self.effects);
@@ -143,18 +151,24 @@ impl World {
     }
 
     /// Both sides: the coordinator and one instance of each service.
-    fn run_system(&mut self, instances: &mut [Instance; 2], n: u64) -> u64 {
+    fn run_system(
+        &mut self,
+        instances: &mut [Instance; 2],
+        mut requests: VecDeque<coordinator::Event>,
+    ) -> u64 {
         let mut acked = 0;
         let mut begun = 0;
-        let mut events = std::collections::VecDeque::new();
-        let mut commands = std::collections::VecDeque::new();
+        let mut events = VecDeque::new();
+        let mut commands = VecDeque::new();
         let mut ended = Vec::new();
         let mut said = Vec::new();
-        while acked < n {
-            while begun < n && begun - acked < IN_FLIGHT {
+        while acked < BATCH {
+            self.now = self.now + Duration::from_millis(1);
+            while begun - acked < IN_FLIGHT
+                && let Some(request) = requests.pop_front()
+            {
                 begun += 1;
-                let request = self.request();
-                events.push_back(request);
+                events.push_back(asked_at(self.now, request));
             }
             loop {
                 if let Some(event) = events.pop_front() {
@@ -251,7 +265,14 @@ fn core(c: &mut Criterion) {
     group.sample_size(20);
     let mut world = World::new();
     group.bench_function("coordinator, two services", |b| {
-        b.iter(|| black_box(world.run_coordinator(BATCH)));
+        b.iter_custom(|iterations| {
+            let batches: Vec<_> = (0..iterations).map(|_| world.requests()).collect();
+            timed(|| {
+                for batch in batches {
+                    black_box(world.run_coordinator(batch));
+                }
+            })
+        });
     });
     let mut world = World::new();
     let mut instances = world.services.iter().map(|service| {
@@ -261,9 +282,30 @@ fn core(c: &mut Criterion) {
     });
     let mut instances = [instances.next().expect("two"), instances.next().expect("two")];
     group.bench_function("coordinator and both services", |b| {
-        b.iter(|| black_box(world.run_system(&mut instances, BATCH)));
+        b.iter_custom(|iterations| {
+            let batches: Vec<_> = (0..iterations).map(|_| world.requests()).collect();
+            timed(|| {
+                for batch in batches {
+                    black_box(world.run_system(&mut instances, batch));
+                }
+            })
+        });
     });
     group.finish();
+}
+
+fn asked_at(now: Time, mut event: coordinator::Event) -> coordinator::Event {
+    if let coordinator::Event::RequestReceived { request, .. } = &mut event {
+        request.key.requested_at = now;
+    }
+    event
+}
+
+#[expect(clippy::disallowed_methods, reason = "a benchmark looks at the clock")]
+fn timed(run: impl FnOnce()) -> Duration {
+    let began = std::time::Instant::now();
+    run();
+    began.elapsed()
 }
 
 criterion_group!(benches, core);
