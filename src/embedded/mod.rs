@@ -311,7 +311,9 @@ impl Embedded {
                 && let Some(spec) = backlog.next()
             {
                 began_at.get_or_insert_with(|| clock.elapsed());
-                engine.submit(clock.now(), clock.elapsed(), request(spec, clock.now()));
+                // One look at the clock: a request must not be asked for after it has come.
+                let now = clock.now();
+                engine.submit(now, clock.elapsed(), request(spec, now));
             }
             make_calls(&mut engine, &mut calls, &participants, clock);
             let ended = engine.take_concluded();
