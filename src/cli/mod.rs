@@ -7,7 +7,11 @@ mod output;
 mod progress;
 mod run;
 
-use std::{fmt, process::ExitCode};
+use std::{
+    fmt,
+    io::{self, Write as _},
+    process::ExitCode,
+};
 
 use clap::{Parser, Subcommand};
 
@@ -77,8 +81,13 @@ pub fn main() -> ExitCode {
         Command::Run(arguments) => run::run(&arguments),
     };
     let exit = ended.unwrap_or_else(|failure| {
-        eprintln!("{failure}");
+        tell(&format!("{failure}\n"));
         failure.exit
     });
     ExitCode::from(exit.code())
+}
+
+/// Says something on stderr. If nobody can hear it that is no reason to fail.
+fn tell(text: &str) {
+    let _ = io::stderr().write_all(text.as_bytes());
 }

@@ -39,6 +39,8 @@ pub(super) fn log_above(bar: &ProgressBar) {
         .with_writer(writer)
         .with_ansi(io::stderr().is_terminal())
         .with_target(false)
+        // It would say that stderr is gone on stderr, and panic.
+        .log_internal_errors(false)
         .finish();
     // A second subscriber can't be set; the first one serves.
     let _ = tracing::subscriber::set_global_default(subscriber);

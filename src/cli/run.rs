@@ -107,7 +107,7 @@ pub(super) fn run(arguments: &RunArguments) -> Result<Exit, Failure> {
             .with_context(|| format!("failed to write the report to `{}`", path.display()))
             .map_err(|error| Failure::new(Exit::Incomplete, error))?;
     }
-    eprint!("{}", output::summary(&report));
+    super::tell(&output::summary(&report));
     if let Some(complaints) = bad_line {
         return Err(Failure::new(Exit::BadData, complaints));
     }

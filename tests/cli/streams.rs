@@ -20,6 +20,22 @@ fn line(id: &str, services: &[&str]) -> String {
 }
 
 #[test]
+fn a_stderr_that_is_gone_harms_neither_results_nor_exit_code() {
+    let world = World::with(
+        &json!([{"name": "a", "max_concurrency": 2, "commit": {"fail_for": ["TX1"]}}]),
+        &json!([transaction("TX1", &["a"]), transaction("TX2", &["a"])]),
+    );
+    let full = || OpenOptions::new().write(true).open("/dev/full").unwrap();
+    // The log would say that TX1 is parked, and the summary comes after it.
+    let ended = world.run().stderr(full()).output().unwrap();
+    assert_eq!(ended.status.code(), Some(0));
+    let results: Value = serde_json::from_slice(&ended.stdout).unwrap();
+    assert_eq!(results[1], json!({"id": "TX2", "status": "COMMITTED"}));
+    let ended = world.run_over("nope.json").stderr(full()).output().unwrap();
+    assert_eq!(ended.status.code(), Some(65));
+}
+
+#[test]
 fn a_hundred_thousand_lines_come_out_once_each_and_in_order_if_asked() {
     const COUNT: usize = 100_000;
     let world = World::new(&json!([
