@@ -6,6 +6,7 @@
 mod output;
 mod progress;
 mod run;
+mod signals;
 
 use std::{
     fmt,

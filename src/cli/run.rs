@@ -13,13 +13,16 @@ use std::{
 use anyhow::{Context as _, anyhow};
 use clap::Args;
 use indicatif::ProgressBar;
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    runtime::Runtime,
+    sync::{mpsc, watch},
+};
 
 use crate::{
     cli::{
         Exit, Failure,
         output::{self, Form, Printer},
-        progress,
+        progress, signals,
     },
     embedded::{Concluded, Embedded, Report},
     participant::{Service, simulated::Simulated},
@@ -37,6 +40,9 @@ const BATCH_MAX: usize = 512;
 /// How many transactions of a stream may be in flight, or wait for those before them, when results
 /// are printed in order.
 const AHEAD_MAX: usize = 1_000_000;
+
+/// What is said when the first signal is heard.
+const HEARD: &str = "interrupted: what has begun is finished; once more to stop at once\n";
 
 /// Run transactions across simulated services in this process; nothing else is needed.
 ///
@@ -85,6 +91,15 @@ fn at_least_one(text: &str) -> Result<usize, String> {
 }
 
 pub(super) fn run(arguments: &RunArguments) -> Result<Exit, Failure> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("failed to start the runtime")
+        .map_err(|error| Failure::new(Exit::Incomplete, error))?;
+    // Before anything is read: what is read may be a terminal, or a pipe that never ends.
+    let interrupt = signals::watch(&runtime)
+        .context("failed to listen for signals")
+        .map_err(|error| Failure::new(Exit::Incomplete, error))?;
     let (services, transactions) = read_input(arguments)?;
     // Before anything runs: what can't be written afterwards must not have been run for nothing.
     let report_file = arguments.report.as_deref().map(create).transpose()?;
@@ -95,7 +110,7 @@ pub(super) fn run(arguments: &RunArguments) -> Result<Exit, Failure> {
     };
     let bar = progress::bar(total);
     progress::log_above(&bar);
-    let ran = run_all(arguments, services, transactions, &bar);
+    let ran = run_all(arguments, services, transactions, &bar, &runtime, &interrupt);
     bar.finish_and_clear();
     let Ran { report, bad_line, interrupted, printed } = ran?;
 
@@ -199,6 +214,8 @@ fn run_all(
     services: Vec<ServiceSpec>,
     transactions: Transactions<Source>,
     bar: &ProgressBar,
+    runtime: &Runtime,
+    interrupt: &watch::Sender<bool>,
 ) -> Result<Ran, Failure> {
     let simulated = services.into_iter().map(|spec| {
         let participant = Simulated::new(&spec, arguments.seed);
@@ -216,15 +233,9 @@ fn run_all(
         Transactions::Array(_) => Form::Json,
         Transactions::Lines(_) => Form::Ndjson,
     });
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .context("failed to start the runtime")
-        .map_err(|error| Failure::new(Exit::Incomplete, error))?;
-
     let (intake, requests) = mpsc::channel(4);
     let (concluded, conclusions) = mpsc::channel(4);
-    let (interrupt, interrupted) = watch::channel(false);
+    let interrupted = interrupt.subscribe();
     let order = form.is_ordered().then(Arc::<Order>::default);
     let feeder = {
         let order = order.clone();
@@ -240,13 +251,13 @@ fn run_all(
         })
     };
     let report = runtime.block_on(async {
-        tokio::spawn(watch_signals(interrupt));
         let mut interrupted = interrupted.clone();
         let stop = async move {
             // Without anyone to interrupt there is nothing to wait for.
             if interrupted.wait_for(|interrupted| *interrupted).await.is_err() {
                 std::future::pending::<()>().await;
             }
+            bar.suspend(|| super::tell(HEARD));
         };
         embedded.serve(requests, concluded, stop).await
     });
@@ -258,20 +269,7 @@ fn run_all(
     } else {
         feeder.join().ok().and_then(Result::err)
     };
-    runtime.shutdown_background();
     Ok(Ran { report, bad_line, interrupted, printed })
-}
-
-/// The first signal ends the intake; the second one ends the process.
-async fn watch_signals(interrupt: watch::Sender<bool>) {
-    loop {
-        if tokio::signal::ctrl_c().await.is_err() {
-            return;
-        }
-        if interrupt.send_replace(true) {
-            std::process::exit(Exit::Interrupted.code().into());
-        }
-    }
 }
 
 /// The order in which results are to be printed: the ids that were handed over and not printed.
