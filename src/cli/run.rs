@@ -264,7 +264,7 @@ fn run_all(
     let interrupted = *interrupted.borrow();
     let printed = printer.join().unwrap_or_else(|_| Err(io::Error::other("the printer panicked")));
     // A feeder that waits for a terminal, or a pipe, may wait for ever.
-    let bad_line = if interrupted && !feeder.is_finished() {
+    let bad_line = if (interrupted || printed.is_err()) && !feeder.is_finished() {
         None
     } else {
         feeder.join().ok().and_then(Result::err)

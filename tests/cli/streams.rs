@@ -20,6 +20,19 @@ fn line(id: &str, services: &[&str]) -> String {
 }
 
 #[test]
+fn a_reader_that_has_had_enough_is_noticed_though_stdin_stays_open() {
+    let world = world();
+    let mut talk = Talk::with(&mut world.run_over("-"));
+    talk.say(&line("1", &["a"]));
+    assert_ne!(talk.hear(), "");
+    talk.say(&line("2", &["b"]));
+    // The second result is on its way, or out already: then it takes a third one to notice.
+    let mut deaf = talk.stop_listening();
+    deaf.say(&line("3", &["a"]));
+    deaf.end().exited(1);
+}
+
+#[test]
 fn a_stderr_that_is_gone_harms_neither_results_nor_exit_code() {
     let world = World::with(
         &json!([{"name": "a", "max_concurrency": 2, "commit": {"fail_for": ["TX1"]}}]),
