@@ -24,6 +24,10 @@ use crate::{
     worker::clock::Clock,
 };
 
+/// The last tenth of a prepare's time, but no more than this, is left for its vote: so a prepare
+/// that takes too long is said to have failed, and nobody has to guess it from silence.
+const VOTE_TIME_MAX: Duration = Duration::from_millis(50);
+
 /// A call that has ended, at the participant with this number.
 pub(crate) struct Ended {
     pub(crate) participant: usize,
@@ -109,7 +113,10 @@ impl Calls {
 
     fn deadline_of(&self, effect: &Effect) -> Instant {
         match effect {
-            Effect::CallPrepare { deadline, .. } => self.clock.instant_of(*deadline),
+            Effect::CallPrepare { deadline, .. } => {
+                let left = deadline.since(self.clock.now());
+                self.clock.instant_of(*deadline) - (left / 10).min(VOTE_TIME_MAX)
+            }
             Effect::CallCommit { .. }
             | Effect::CallAbort { .. }
             | Effect::ReadStore(_)

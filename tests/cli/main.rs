@@ -6,6 +6,7 @@
 #![allow(clippy::disallowed_methods, reason = "the clock bounds a hang, it decides nothing")]
 #![allow(missing_docs, reason = "a test's name says it")]
 
+mod behaviours;
 mod signals;
 mod streams;
 mod world;
