@@ -22,7 +22,7 @@ use clap::{Parser, Subcommand};
 #[command(
     after_help = "Exit codes: 0 done, whatever the statuses; 1 not everything could be done; \
                         2 usage; 65 bad data; 130 interrupted.\n\
-                        Logging: DTC_LOG=error|warn|info|debug|trace (default: error), to stderr."
+                        Logging: DTC_LOG=error|warn|info|debug|trace|off (default: error), to stderr."
 )]
 struct Arguments {
     #[command(subcommand)]

@@ -91,6 +91,7 @@ fn at_least_one(text: &str) -> Result<usize, String> {
 }
 
 pub(super) fn run(arguments: &RunArguments) -> Result<Exit, Failure> {
+    let log_level = progress::log_level().map_err(|error| Failure::new(Exit::Usage, error))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -109,7 +110,7 @@ pub(super) fn run(arguments: &RunArguments) -> Result<Exit, Failure> {
         Transactions::Lines(_) => None,
     };
     let bar = progress::bar(total);
-    progress::log_above(&bar);
+    progress::log_above(&bar, log_level);
     let ran = run_all(arguments, services, transactions, &bar, &runtime, &interrupt);
     bar.finish_and_clear();
     let Ran { report, bad_line, interrupted, printed } = ran?;
