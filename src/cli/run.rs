@@ -55,6 +55,7 @@ const HEARD: &str = "interrupted: what has begun is finished; once more to stop 
 /// anything runs; or the same objects one a line (NDJSON), checked and run as they come.
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
+#[command(about = "Run transactions across simulated services in this process")]
 pub(super) struct RunArguments {
     /// The services: a file, or - for stdin
     #[arg(long, value_name = "FILE")]
@@ -63,19 +64,22 @@ pub(super) struct RunArguments {
     #[arg(long, value_name = "FILE")]
     transactions: PathBuf,
     /// How to print the results [default: json; ndjson if the transactions are NDJSON]
-    #[arg(long, value_enum)]
+    #[arg(long, value_name = "FORM", value_enum)]
     output: Option<Form>,
     /// Print reason, unresolved services, calls and duration of each transaction
     #[arg(long)]
     detail: bool,
     /// How many transactions may be worked on at once; more wait for slots
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = at_least_one)]
+    #[arg(allow_negative_numbers = true)]
     max_in_flight: usize,
     /// How long the prepares of a transaction may take that has no timeout_ms of its own
-    #[arg(long, value_name = "N", default_value_t = 5000, value_parser = clap::value_parser!(u64).range(1..=86_400_000))]
+    #[arg(long, value_name = "N", default_value_t = 5000, value_parser = within_a_day)]
+    #[arg(allow_negative_numbers = true)]
     timeout_ms: u64,
     /// What the simulated services draw from: the same seed, the same refusals and failures
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = any_number)]
+    #[arg(allow_negative_numbers = true)]
     seed: u64,
     /// Where to write what the summary says, as JSON
     #[arg(long, value_name = "FILE")]
@@ -83,11 +87,18 @@ pub(super) struct RunArguments {
 }
 
 fn at_least_one(text: &str) -> Result<usize, String> {
-    match text.parse() {
-        Ok(0) => Err("must be at least 1".into()),
-        Ok(number) => Ok(number),
-        Err(error) => Err(format!("{error}")),
-    }
+    let number = text.parse().ok().filter(|number| *number >= 1);
+    number.ok_or_else(|| format!("must be a whole number from 1 to {}", usize::MAX))
+}
+
+fn within_a_day(text: &str) -> Result<u64, String> {
+    const DAY_MS: u64 = 24 * 60 * 60 * 1000;
+    let number = text.parse().ok().filter(|number| (1..=DAY_MS).contains(number));
+    number.ok_or_else(|| format!("must be a whole number from 1 to {DAY_MS}"))
+}
+
+fn any_number(text: &str) -> Result<u64, String> {
+    text.parse().map_err(|_| format!("must be a whole number from 0 to {}", u64::MAX))
 }
 
 pub(super) fn run(arguments: &RunArguments) -> Result<Exit, Failure> {

@@ -4,6 +4,29 @@ use crate::world::{World, assert_golden, dtc, output, transaction};
 use serde_json::json;
 
 #[test]
+fn a_value_that_is_none_is_refused_with_its_rule() {
+    let world = World::with(&json!([{"name": "a", "max_concurrency": 1}]), &json!([]));
+    let most = u64::MAX.to_string();
+    let timeout = "must be a whole number from 1 to 86400000";
+    for (flag, value, rule) in [
+        ("--max-in-flight", "0", "must be a whole number from 1 to "),
+        ("--max-in-flight", "-1", "must be a whole number from 1 to "),
+        ("--max-in-flight", "many", "must be a whole number from 1 to "),
+        ("--max-in-flight", "99999999999999999999", "must be a whole number from 1 to "),
+        ("--timeout-ms", "0", timeout),
+        ("--timeout-ms", "1e3", timeout),
+        ("--timeout-ms", "86400001", timeout),
+        ("--seed", "-1", &format!("must be a whole number from 0 to {most}")),
+        ("--output", "xml", "[possible values: json, ndjson, table]"),
+    ] {
+        let ended = output(world.run().args([flag, value])).exited(2).silent();
+        let named = format!("invalid value '{value}' for '{flag} <");
+        assert!(ended.stderr.contains(&named), "{flag} {value}: {}", ended.stderr);
+        assert!(ended.stderr.contains(rule), "{flag} {value}: {}", ended.stderr);
+    }
+}
+
+#[test]
 fn a_log_level_that_is_none_is_refused_rather_than_ignored() {
     let services = json!([{"name": "a", "max_concurrency": 1}]);
     let world = World::with(&services, &json!([transaction("TX1", &["a"])]));
