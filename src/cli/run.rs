@@ -201,6 +201,10 @@ fn open(path: &Path) -> Result<Source, Failure> {
     }
     let opened = File::open(path).with_context(|| format!("failed to open `{}`", path.display()));
     let file = opened.map_err(|error| Failure::new(Exit::BadData, error))?;
+    if file.metadata().is_ok_and(|it| it.is_dir()) {
+        let error = anyhow!("failed to open `{}`: it is a directory", path.display());
+        return Err(Failure::new(Exit::BadData, error));
+    }
     Ok(BufReader::with_capacity(1 << 16, Box::new(file)))
 }
 

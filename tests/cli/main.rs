@@ -8,6 +8,7 @@
 
 mod behaviours;
 mod help;
+mod input;
 mod signals;
 mod streams;
 mod world;
