@@ -4,6 +4,38 @@ use crate::world::{World, assert_golden, dtc, output, transaction};
 use serde_json::json;
 
 #[test]
+fn the_help_is_as_it_was_read_over() {
+    assert_golden("help.txt", &output(dtc().arg("--help")).exited(0).saying("").stdout);
+    let ended = output(dtc().args(["run", "--help"])).exited(0).saying("");
+    assert_golden("run-help.txt", &ended.stdout);
+}
+
+#[test]
+fn without_arguments_the_help_is_shown_as_an_error() {
+    let ended = output(&mut dtc()).exited(2).silent();
+    assert_golden("help.txt", &ended.stderr);
+}
+
+#[test]
+fn the_version_is_the_crates() {
+    let ended = output(dtc().arg("--version")).exited(0).saying("");
+    assert_eq!(ended.stdout, format!("dtc {}\n", env!("CARGO_PKG_VERSION")));
+}
+
+#[test]
+fn what_is_unknown_or_missing_is_a_usage_error() {
+    for (arguments, complaint) in [
+        (vec!["walk"], "unrecognized subcommand 'walk'"),
+        (vec!["run", "--nope"], "unexpected argument '--nope' found"),
+        (vec!["run"], "the following required arguments were not provided:"),
+        (vec!["run", "--services", "-"], "--transactions <FILE>"),
+    ] {
+        let ended = output(dtc().args(&arguments)).exited(2).silent();
+        assert!(ended.stderr.contains(complaint), "{arguments:?}: {}", ended.stderr);
+    }
+}
+
+#[test]
 fn a_value_that_is_none_is_refused_with_its_rule() {
     let world = World::with(&json!([{"name": "a", "max_concurrency": 1}]), &json!([]));
     let most = u64::MAX.to_string();
@@ -24,6 +56,14 @@ fn a_value_that_is_none_is_refused_with_its_rule() {
         assert!(ended.stderr.contains(&named), "{flag} {value}: {}", ended.stderr);
         assert!(ended.stderr.contains(rule), "{flag} {value}: {}", ended.stderr);
     }
+}
+
+#[test]
+fn both_files_from_stdin_is_a_usage_error() {
+    output(dtc().args(["run", "--services", "-", "--transactions", "-"]))
+        .exited(2)
+        .silent()
+        .saying("--services and --transactions can't both be stdin\n");
 }
 
 #[test]

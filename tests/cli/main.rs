@@ -10,6 +10,7 @@ mod behaviours;
 mod forms;
 mod help;
 mod input;
+mod readme;
 mod signals;
 mod streams;
 mod world;

@@ -20,6 +20,68 @@ fn line(id: &str, services: &[&str]) -> String {
 }
 
 #[test]
+fn each_result_is_out_before_the_next_line_is_in() {
+    for arguments in [&["--output", "ndjson"][..], &["--output", "ndjson", "--detail"], &[]] {
+        let world = world();
+        let mut talk = Talk::with(world.run_over("-").args(arguments));
+        for number in 0..20 {
+            let id = format!("TX{number}");
+            talk.say(&line(&id, &["a", "b"]));
+            let heard: Value = serde_json::from_str(&talk.hear()).unwrap();
+            assert_eq!((&heard["id"], &heard["status"]), (&json!(id), &json!("COMMITTED")));
+        }
+        talk.close_stdin();
+        assert_eq!(talk.end().exited(0).stdout, "");
+    }
+}
+
+#[test]
+fn a_result_is_out_while_the_next_line_is_half_written() {
+    let world = world();
+    let mut talk = Talk::with(&mut world.run_over("-"));
+    let (head, tail) = (line("2", &["a"]), line("3", &["a"]));
+    talk.say(&(line("1", &["a"]) + &head[..10]));
+    assert_eq!(talk.hear(), "{\"id\":\"1\",\"status\":\"COMMITTED\"}\n");
+    talk.say(&head[10..]);
+    assert_eq!(talk.hear(), "{\"id\":\"2\",\"status\":\"COMMITTED\"}\n");
+    talk.say(&tail);
+    assert_eq!(talk.hear(), "{\"id\":\"3\",\"status\":\"COMMITTED\"}\n");
+    talk.close_stdin();
+    talk.end().exited(0);
+}
+
+#[test]
+fn results_in_order_come_as_soon_as_the_order_allows() {
+    let world = world();
+    let mut talk = Talk::with(world.run_over("-").args(["--output", "table"]));
+    talk.say(&line("1", &["a"]));
+    assert_eq!(talk.hear().trim_end(), "ID                       STATUS");
+    assert_eq!(talk.hear().trim_end(), "1                        COMMITTED");
+    talk.say(&line("2", &["b"]));
+    assert_eq!(talk.hear().trim_end(), "2                        COMMITTED");
+    talk.close_stdin();
+    talk.end().exited(0);
+}
+
+#[test]
+fn a_reader_that_has_had_enough_ends_the_run_quietly() {
+    let world = world();
+    let lines: String = (0..20_000).fold(String::new(), |mut lines, number| {
+        let _ = write!(lines, "{}", line(&format!("TX{number}"), &["a"]));
+        lines
+    });
+    world.write("t.ndjson", lines);
+    for form in ["ndjson", "json", "table"] {
+        let mut talk = Talk::with(world.run_over("t.ndjson").args(["--output", form]));
+        assert_ne!(talk.hear(), "");
+        let ended = talk.hang_up().exited(1);
+        assert!(ended.stderr.contains(" committed, 0 aborted"), "{form}: {}", ended.stderr);
+        assert!(!ended.stderr.contains("panicked"), "{form}: {}", ended.stderr);
+        assert!(!ended.stderr.contains("roken pipe"), "{form}: {}", ended.stderr);
+    }
+}
+
+#[test]
 fn a_reader_that_has_had_enough_is_noticed_though_stdin_stays_open() {
     let world = world();
     let mut talk = Talk::with(&mut world.run_over("-"));
@@ -30,6 +92,21 @@ fn a_reader_that_has_had_enough_is_noticed_though_stdin_stays_open() {
     let mut deaf = talk.stop_listening();
     deaf.say(&line("3", &["a"]));
     deaf.end().exited(1);
+}
+
+#[test]
+fn a_full_disk_is_an_error_that_says_so() {
+    let world = world();
+    world.write("transactions.json", json!([transaction("TX1", &["a"])]).to_string());
+    let full = || OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let status = world.run().stdout(full()).stderr(Stdio::piped()).output().unwrap();
+    assert_eq!(status.status.code(), Some(1));
+    let said = String::from_utf8(status.stderr).unwrap();
+    let complaint = "failed to print the results: No space left on device (os error 28)";
+    assert_eq!(said.lines().last(), Some(complaint));
+    output(world.run().args(["--report", "/dev/full"])).exited(1).saying(
+        "failed to write the report to `/dev/full`: No space left on device (os error 28)\n",
+    );
 }
 
 #[test]
