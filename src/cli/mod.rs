@@ -6,8 +6,13 @@
 mod output;
 mod progress;
 mod run;
+mod signals;
 
-use std::{fmt, process::ExitCode};
+use std::{
+    fmt,
+    io::{self, Write as _},
+    process::ExitCode,
+};
 
 use clap::{Parser, Subcommand};
 
@@ -17,7 +22,7 @@ use clap::{Parser, Subcommand};
 #[command(
     after_help = "Exit codes: 0 done, whatever the statuses; 1 not everything could be done; \
                         2 usage; 65 bad data; 130 interrupted.\n\
-                        Logging: DTC_LOG=error|warn|info|debug|trace (default: error), to stderr."
+                        Logging: DTC_LOG=error|warn|info|debug|trace|off (default: error), to stderr."
 )]
 struct Arguments {
     #[command(subcommand)]
@@ -77,8 +82,13 @@ pub fn main() -> ExitCode {
         Command::Run(arguments) => run::run(&arguments),
     };
     let exit = ended.unwrap_or_else(|failure| {
-        eprintln!("{failure}");
+        tell(&format!("{failure}\n"));
         failure.exit
     });
     ExitCode::from(exit.code())
+}
+
+/// Says something on stderr. If nobody can hear it that is no reason to fail.
+fn tell(text: &str) {
+    let _ = io::stderr().write_all(text.as_bytes());
 }

@@ -11,7 +11,7 @@ use clap::ValueEnum;
 use serde_json::{Value, json};
 
 use crate::{
-    embedded::{Concluded, Report},
+    embedded::{Concluded, Report, ServiceReport},
     wire::result::{Brief, Detailed},
 };
 
@@ -77,32 +77,30 @@ impl<W: Write> Printer<W> {
 
     fn row(&mut self, Concluded { answer, attempts, took }: &Concluded) -> io::Result<()> {
         if self.printed == 0 {
-            write!(self.out, "{:<24} {:<9}", "ID", "STATUS")?;
-            if self.detail {
-                write!(self.out, " {:>10}  {:<24} NOTE", "MS", "CALLS")?;
-            }
-            writeln!(self.out)?;
+            let header = if self.detail {
+                format!("{:<24} {:<9} {:>10}  {:<24} NOTE", "ID", "STATUS", "MS", "CALLS")
+            } else {
+                format!("{:<24} STATUS", "ID")
+            };
+            writeln!(self.out, "{header}")?;
         }
-        write!(self.out, "{:<24} {:<9}", answer.id, answer.outcome)?;
+        let mut row = format!("{:<24} {:<9}", answer.id, answer.outcome);
         if self.detail {
             let calls: Vec<_> = attempts
                 .iter()
                 .map(|(name, it)| format!("{name} {}/{}/{}", it.prepare, it.commit, it.abort))
                 .collect();
-            let mut note = String::new();
+            let _ = write!(row, " {:>10.3}  {:<24} ", millis(*took), calls.join(", "));
             if let Some(reason) = &answer.reason {
                 let service = reason.service.as_ref().map_or("", |name| name.as_str());
                 let message = reason.message.as_deref().unwrap_or_default();
-                let _ = write!(note, "{} {service} {message}", reason.code);
+                let _ = write!(row, "{} {service} {message}", reason.code);
             }
             for service in &answer.unresolved {
-                let _ = write!(note, "unresolved: {service} ");
+                let _ = write!(row, "unresolved: {service} ");
             }
-            let (took, calls) = (millis(*took), calls.join(", "));
-            let columns = format!(" {took:>10.3}  {calls:<24} {note}");
-            write!(self.out, "{}", columns.trim_end())?;
         }
-        writeln!(self.out)
+        writeln!(self.out, "{}", row.trim_end())
     }
 
     pub(super) fn flush(&mut self) -> io::Result<()> {
@@ -158,27 +156,34 @@ pub(super) fn summary(report: &Report) -> String {
         millis(report.percentile(50.0)),
         millis(report.percentile(99.0)),
     );
-    let longest = report.services.iter().map(|service| service.name.as_str().len()).max();
-    let width = longest.unwrap_or(0).max("service".len());
+    let in_use =
+        |service: &ServiceReport| format!("{} of {}", service.max_in_use, service.max_concurrency);
+    let services = &report.services;
+    let name_width = widest("service", services.iter().map(|it| it.name.as_str().len()));
+    let use_width = widest("max in use", services.iter().map(|it| in_use(it).len()));
     let _ = writeln!(
         text,
-        "{:<width$} {:>9} {:>9} {:>9} {:>11} {:>16}",
+        "{:<name_width$}  {:>9} {:>9} {:>9}  {:>use_width$}  {:>15}",
         "service", "prepares", "commits", "aborts", "max in use", "longest wait ms"
     );
-    for service in &report.services {
-        let in_use = format!("{} of {}", service.max_in_use, service.max_concurrency);
+    for service in services {
         let _ = writeln!(
             text,
-            "{:<width$} {:>9} {:>9} {:>9} {:>11} {:>16.0}",
+            "{:<name_width$}  {:>9} {:>9} {:>9}  {:>use_width$}  {:>15.0}",
             service.name,
             service.calls.prepare,
             service.calls.commit,
             service.calls.abort,
-            in_use,
+            in_use(service),
             millis(service.longest_wait),
         );
     }
     text
+}
+
+/// The width of a column.
+fn widest(title: &str, widths: impl Iterator<Item = usize>) -> usize {
+    widths.fold(title.len(), usize::max)
 }
 
 fn millis(duration: Duration) -> f64 {

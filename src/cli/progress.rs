@@ -1,12 +1,17 @@
 //! What is shown on a terminal while a run is under way, and the log beside it.
 
 use std::{
+    env,
     io::{self, IsTerminal, Write},
     time::Duration,
 };
 
+use anyhow::Context as _;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use tracing_subscriber::{EnvFilter, fmt::MakeWriter};
+use tracing_subscriber::{filter::LevelFilter, fmt::MakeWriter};
+
+/// The environment variable that says what to log.
+const DTC_LOG: &str = "DTC_LOG";
 
 /// A progress bar on stderr; nothing at all if that is not a terminal.
 ///
@@ -27,18 +32,31 @@ pub(super) fn bar(total: Option<u64>) -> ProgressBar {
     bar
 }
 
+/// What `DTC_LOG` asks to be logged.
+///
+/// What it doesn't understand is an error: it would hide those of the run.
+pub(super) fn log_level() -> anyhow::Result<LevelFilter> {
+    let text = env::var_os(DTC_LOG).unwrap_or_default();
+    if text.is_empty() {
+        return Ok(LevelFilter::ERROR);
+    }
+    let level = text.to_str().and_then(|text| text.parse().ok());
+    level.with_context(|| {
+        let text = text.to_string_lossy();
+        format!("{DTC_LOG} is `{text}`: must be one of error, warn, info, debug, trace, off")
+    })
+}
+
 /// Logs to stderr, above `bar`.
-pub(super) fn log_above(bar: &ProgressBar) {
-    let filter = EnvFilter::builder()
-        .with_env_var("DTC_LOG")
-        .try_from_env()
-        .unwrap_or_else(|_| "error".into());
+pub(super) fn log_above(bar: &ProgressBar, level: LevelFilter) {
     let writer = Above { bar: bar.clone() };
     let subscriber = tracing_subscriber::fmt()
-        .with_env_filter(filter)
+        .with_max_level(level)
         .with_writer(writer)
         .with_ansi(io::stderr().is_terminal())
         .with_target(false)
+        // It would say that stderr is gone on stderr, and panic.
+        .log_internal_errors(false)
         .finish();
     // A second subscriber can't be set; the first one serves.
     let _ = tracing::subscriber::set_global_default(subscriber);

@@ -13,13 +13,16 @@ use std::{
 use anyhow::{Context as _, anyhow};
 use clap::Args;
 use indicatif::ProgressBar;
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    runtime::Runtime,
+    sync::{mpsc, watch},
+};
 
 use crate::{
     cli::{
         Exit, Failure,
         output::{self, Form, Printer},
-        progress,
+        progress, signals,
     },
     embedded::{Concluded, Embedded, Report},
     participant::{Service, simulated::Simulated},
@@ -38,6 +41,9 @@ const BATCH_MAX: usize = 512;
 /// are printed in order.
 const AHEAD_MAX: usize = 1_000_000;
 
+/// What is said when the first signal is heard.
+const HEARD: &str = "interrupted: what has begun is finished; once more to stop at once\n";
+
 /// Run transactions across simulated services in this process; nothing else is needed.
 ///
 /// services.json: [{"name","max_concurrency","max_wait_ms"?,"prepare"?,"commit"?,"abort"?}]; the
@@ -49,6 +55,7 @@ const AHEAD_MAX: usize = 1_000_000;
 /// anything runs; or the same objects one a line (NDJSON), checked and run as they come.
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
+#[command(about = "Run transactions across simulated services in this process")]
 pub(super) struct RunArguments {
     /// The services: a file, or - for stdin
     #[arg(long, value_name = "FILE")]
@@ -57,19 +64,22 @@ pub(super) struct RunArguments {
     #[arg(long, value_name = "FILE")]
     transactions: PathBuf,
     /// How to print the results [default: json; ndjson if the transactions are NDJSON]
-    #[arg(long, value_enum)]
+    #[arg(long, value_name = "FORM", value_enum)]
     output: Option<Form>,
     /// Print reason, unresolved services, calls and duration of each transaction
     #[arg(long)]
     detail: bool,
     /// How many transactions may be worked on at once; more wait for slots
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = at_least_one)]
+    #[arg(allow_negative_numbers = true)]
     max_in_flight: usize,
     /// How long the prepares of a transaction may take that has no timeout_ms of its own
-    #[arg(long, value_name = "N", default_value_t = 5000, value_parser = clap::value_parser!(u64).range(1..=86_400_000))]
+    #[arg(long, value_name = "N", default_value_t = 5000, value_parser = within_a_day)]
+    #[arg(allow_negative_numbers = true)]
     timeout_ms: u64,
     /// What the simulated services draw from: the same seed, the same refusals and failures
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = any_number)]
+    #[arg(allow_negative_numbers = true)]
     seed: u64,
     /// Where to write what the summary says, as JSON
     #[arg(long, value_name = "FILE")]
@@ -77,14 +87,31 @@ pub(super) struct RunArguments {
 }
 
 fn at_least_one(text: &str) -> Result<usize, String> {
-    match text.parse() {
-        Ok(0) => Err("must be at least 1".into()),
-        Ok(number) => Ok(number),
-        Err(error) => Err(format!("{error}")),
-    }
+    let number = text.parse().ok().filter(|number| *number >= 1);
+    number.ok_or_else(|| format!("must be a whole number from 1 to {}", usize::MAX))
+}
+
+fn within_a_day(text: &str) -> Result<u64, String> {
+    const DAY_MS: u64 = 24 * 60 * 60 * 1000;
+    let number = text.parse().ok().filter(|number| (1..=DAY_MS).contains(number));
+    number.ok_or_else(|| format!("must be a whole number from 1 to {DAY_MS}"))
+}
+
+fn any_number(text: &str) -> Result<u64, String> {
+    text.parse().map_err(|_| format!("must be a whole number from 0 to {}", u64::MAX))
 }
 
 pub(super) fn run(arguments: &RunArguments) -> Result<Exit, Failure> {
+    let log_level = progress::log_level().map_err(|error| Failure::new(Exit::Usage, error))?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("failed to start the runtime")
+        .map_err(|error| Failure::new(Exit::Incomplete, error))?;
+    // Before anything is read: what is read may be a terminal, or a pipe that never ends.
+    let interrupt = signals::watch(&runtime)
+        .context("failed to listen for signals")
+        .map_err(|error| Failure::new(Exit::Incomplete, error))?;
     let (services, transactions) = read_input(arguments)?;
     // Before anything runs: what can't be written afterwards must not have been run for nothing.
     let report_file = arguments.report.as_deref().map(create).transpose()?;
@@ -94,8 +121,8 @@ pub(super) fn run(arguments: &RunArguments) -> Result<Exit, Failure> {
         Transactions::Lines(_) => None,
     };
     let bar = progress::bar(total);
-    progress::log_above(&bar);
-    let ran = run_all(arguments, services, transactions, &bar);
+    progress::log_above(&bar, log_level);
+    let ran = run_all(arguments, services, transactions, &bar, &runtime, &interrupt);
     bar.finish_and_clear();
     let Ran { report, bad_line, interrupted, printed } = ran?;
 
@@ -107,7 +134,7 @@ pub(super) fn run(arguments: &RunArguments) -> Result<Exit, Failure> {
             .with_context(|| format!("failed to write the report to `{}`", path.display()))
             .map_err(|error| Failure::new(Exit::Incomplete, error))?;
     }
-    eprint!("{}", output::summary(&report));
+    super::tell(&output::summary(&report));
     if let Some(complaints) = bad_line {
         return Err(Failure::new(Exit::BadData, complaints));
     }
@@ -174,6 +201,10 @@ fn open(path: &Path) -> Result<Source, Failure> {
     }
     let opened = File::open(path).with_context(|| format!("failed to open `{}`", path.display()));
     let file = opened.map_err(|error| Failure::new(Exit::BadData, error))?;
+    if file.metadata().is_ok_and(|it| it.is_dir()) {
+        let error = anyhow!("failed to open `{}`: it is a directory", path.display());
+        return Err(Failure::new(Exit::BadData, error));
+    }
     Ok(BufReader::with_capacity(1 << 16, Box::new(file)))
 }
 
@@ -199,6 +230,8 @@ fn run_all(
     services: Vec<ServiceSpec>,
     transactions: Transactions<Source>,
     bar: &ProgressBar,
+    runtime: &Runtime,
+    interrupt: &watch::Sender<bool>,
 ) -> Result<Ran, Failure> {
     let simulated = services.into_iter().map(|spec| {
         let participant = Simulated::new(&spec, arguments.seed);
@@ -216,15 +249,9 @@ fn run_all(
         Transactions::Array(_) => Form::Json,
         Transactions::Lines(_) => Form::Ndjson,
     });
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .context("failed to start the runtime")
-        .map_err(|error| Failure::new(Exit::Incomplete, error))?;
-
     let (intake, requests) = mpsc::channel(4);
     let (concluded, conclusions) = mpsc::channel(4);
-    let (interrupt, interrupted) = watch::channel(false);
+    let interrupted = interrupt.subscribe();
     let order = form.is_ordered().then(Arc::<Order>::default);
     let feeder = {
         let order = order.clone();
@@ -240,38 +267,25 @@ fn run_all(
         })
     };
     let report = runtime.block_on(async {
-        tokio::spawn(watch_signals(interrupt));
         let mut interrupted = interrupted.clone();
         let stop = async move {
             // Without anyone to interrupt there is nothing to wait for.
             if interrupted.wait_for(|interrupted| *interrupted).await.is_err() {
                 std::future::pending::<()>().await;
             }
+            bar.suspend(|| super::tell(HEARD));
         };
         embedded.serve(requests, concluded, stop).await
     });
     let interrupted = *interrupted.borrow();
     let printed = printer.join().unwrap_or_else(|_| Err(io::Error::other("the printer panicked")));
     // A feeder that waits for a terminal, or a pipe, may wait for ever.
-    let bad_line = if interrupted && !feeder.is_finished() {
+    let bad_line = if (interrupted || printed.is_err()) && !feeder.is_finished() {
         None
     } else {
         feeder.join().ok().and_then(Result::err)
     };
-    runtime.shutdown_background();
     Ok(Ran { report, bad_line, interrupted, printed })
-}
-
-/// The first signal ends the intake; the second one ends the process.
-async fn watch_signals(interrupt: watch::Sender<bool>) {
-    loop {
-        if tokio::signal::ctrl_c().await.is_err() {
-            return;
-        }
-        if interrupt.send_replace(true) {
-            std::process::exit(Exit::Interrupted.code().into());
-        }
-    }
 }
 
 /// The order in which results are to be printed: the ids that were handed over and not printed.

@@ -303,6 +303,7 @@ impl Embedded {
         let mut backlog = Vec::new().into_iter();
         let mut report = Report::new();
         let mut open = true;
+        let mut stopped = false;
         let mut began_at = None;
         let mut stop = std::pin::pin!(stop);
         loop {
@@ -334,7 +335,9 @@ impl Embedded {
             let wants_more = open && backlog.len() == 0 && engine.room() > 0;
             tokio::select! {
                 biased;
-                () = &mut stop, if open => {
+                // With the last request taken in there is still what has not begun.
+                () = &mut stop, if !stopped => {
+                    stopped = true;
                     open = false;
                     backlog = Vec::new().into_iter();
                     requests.close();

@@ -20,9 +20,14 @@ use crate::{
     protocol::{
         ids::{Branch, TransactionKey},
         participant::{Effect, Event},
+        time::Time,
     },
     worker::clock::Clock,
 };
+
+/// The last tenth of a prepare's time, but no more than this, is left for its vote: so a prepare
+/// that takes too long is said to have failed, and nobody has to guess it from silence.
+const VOTE_TIME_MAX: Duration = Duration::from_millis(50);
 
 /// A call that has ended, at the participant with this number.
 pub(crate) struct Ended {
@@ -54,7 +59,6 @@ impl Calls {
         match effect {
             Effect::CallPrepare { key, branch, request_hash, data, deadline } => {
                 let call = Prepare::new(key.clone(), branch.clone(), request_hash, deadline, data);
-                let deadline = self.clock.instant_of(deadline);
                 let ended = move |ended: Result<Verdict, Error>| {
                     let verdict =
                         ended.unwrap_or_else(|error| Verdict::Failed(error.to_string().into()));
@@ -63,17 +67,17 @@ impl Calls {
                         event: Event::PrepareEnded { key, branch, verdict },
                     }
                 };
-                self.run(deadline, move || participant.prepare(call), ended)
+                self.run(Some(deadline), move || participant.prepare(call), ended)
             }
             Effect::CallCommit { key, branch } => {
                 let call = Finish { key: key.clone(), branch: branch.clone() };
                 let ended = move |ended| finished(number, key, branch, ended);
-                self.run(self.finish_deadline(), move || participant.commit(call), ended)
+                self.run(None, move || participant.commit(call), ended)
             }
             Effect::CallAbort { key, branch } => {
                 let call = Finish { key: key.clone(), branch: branch.clone() };
                 let ended = move |ended| finished(number, key, branch, ended);
-                self.run(self.finish_deadline(), move || participant.abort(call), ended)
+                self.run(None, move || participant.abort(call), ended)
             }
             Effect::ReadStore(key) => {
                 let patience = self.finish_timeout;
@@ -95,14 +99,21 @@ impl Calls {
         }
     }
 
-    fn finish_deadline(&self) -> Instant {
-        self.clock.instant_of(self.clock.now() + self.finish_timeout)
+    /// When a call that has to wait is given up: a prepare in time for its vote to be heard by
+    /// `deadline`.
+    fn given_up_at(&self, deadline: Option<Time>) -> Instant {
+        let now = self.clock.now();
+        let Some(deadline) = deadline else {
+            return self.clock.instant_of(now + self.finish_timeout);
+        };
+        let left = deadline.since(now);
+        self.clock.instant_of(deadline) - (left / 10).min(VOTE_TIME_MAX)
     }
 
     /// Polls the call where it was made, and moves it to a task of its own only if it has to wait.
     fn run<T: 'static>(
         &mut self,
-        deadline: Instant,
+        deadline: Option<Time>,
         call: impl FnOnce() -> BoxFuture<'static, Result<T, Error>>,
         ended: impl FnOnce(Result<T, Error>) -> Ended + Send + 'static,
     ) -> Option<Ended> {
@@ -117,6 +128,7 @@ impl Calls {
         match made {
             Ok(Ok(result)) => Some(ended(result)),
             Ok(Err(call)) => {
+                let deadline = self.given_up_at(deadline);
                 self.running.spawn(async move { ended(guarded(deadline, call).await) });
                 None
             }

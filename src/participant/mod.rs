@@ -35,7 +35,7 @@ pub trait Participant: Send + Sync + 'static {
     /// Makes ready to commit: whatever is needed to commit later must be stored, under
     /// [`Prepare::branch`], before this says [`Verdict::Prepared`].
     ///
-    /// It may take until [`Prepare::deadline`]; then it is dropped.
+    /// It may take until shortly before [`Prepare::deadline`]: then it is dropped, and has failed.
     fn prepare(&self, call: Prepare) -> impl Future<Output = Result<Verdict, Error>> + Send;
 
     /// Makes what was prepared under [`Finish::branch`] last. Must be idempotent: a branch that is

@@ -318,6 +318,12 @@ impl Flow {
         std::mem::take(&mut self.begun).into_iter().chain(std::mem::take(&mut self.waiting))
     }
 
+    /// Takes out all at once of whom `is_leaving` is true: one by one, each would be searched for.
+    pub(super) fn remove_all(&mut self, is_leaving: impl Fn(&TransactionKey) -> bool) {
+        self.begun.retain(|waiter| !is_leaving(waiter));
+        self.waiting.retain(|waiter| !is_leaving(waiter));
+    }
+
     pub(super) fn remove(&mut self, key: &TransactionKey) {
         self.begun.retain(|waiter| waiter != key);
         self.waiting.retain(|waiter| waiter != key);

@@ -694,6 +694,10 @@ impl Coordinator {
 
     fn drain(&mut self, now: Time, effects: &mut Vec<Effect>) {
         self.draining = true;
+        let transactions = &self.transactions;
+        let is_leaving =
+            |key: &TransactionKey| transactions.get(key).is_some_and(|it| it.is_unbegun());
+        self.shared.flows.values_mut().for_each(|flow| flow.remove_all(is_leaving));
         let keys = self.transactions.keys();
         for key in keys {
             let mut released = false;

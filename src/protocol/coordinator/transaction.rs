@@ -1020,9 +1020,14 @@ impl Transaction {
         }
     }
 
+    /// Whether nothing was asked for it yet.
+    pub(super) fn is_unbegun(&self) -> bool {
+        !self.begun && matches!(self.phase, Phase::Waiting | Phase::Recalling)
+    }
+
     /// Hands the requests back, if nothing was begun.
     pub(super) fn release_unbegun(&mut self, cx: &mut Context<'_>) -> bool {
-        if self.begun || !matches!(self.phase, Phase::Waiting | Phase::Recalling) {
+        if !self.is_unbegun() {
             return false;
         }
         self.withdraw(cx);

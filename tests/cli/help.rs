@@ -1,0 +1,80 @@
+//! What the command says about itself, and about being called wrongly.
+
+use crate::world::{World, assert_golden, dtc, output, transaction};
+use serde_json::json;
+
+#[test]
+fn the_help_is_as_it_was_read_over() {
+    assert_golden("help.txt", &output(dtc().arg("--help")).exited(0).saying("").stdout);
+    let ended = output(dtc().args(["run", "--help"])).exited(0).saying("");
+    assert_golden("run-help.txt", &ended.stdout);
+}
+
+#[test]
+fn without_arguments_the_help_is_shown_as_an_error() {
+    let ended = output(&mut dtc()).exited(2).silent();
+    assert_golden("help.txt", &ended.stderr);
+}
+
+#[test]
+fn the_version_is_the_crates() {
+    let ended = output(dtc().arg("--version")).exited(0).saying("");
+    assert_eq!(ended.stdout, format!("dtc {}\n", env!("CARGO_PKG_VERSION")));
+}
+
+#[test]
+fn what_is_unknown_or_missing_is_a_usage_error() {
+    for (arguments, complaint) in [
+        (vec!["walk"], "unrecognized subcommand 'walk'"),
+        (vec!["run", "--nope"], "unexpected argument '--nope' found"),
+        (vec!["run"], "the following required arguments were not provided:"),
+        (vec!["run", "--services", "-"], "--transactions <FILE>"),
+    ] {
+        let ended = output(dtc().args(&arguments)).exited(2).silent();
+        assert!(ended.stderr.contains(complaint), "{arguments:?}: {}", ended.stderr);
+    }
+}
+
+#[test]
+fn a_value_that_is_none_is_refused_with_its_rule() {
+    let world = World::with(&json!([{"name": "a", "max_concurrency": 1}]), &json!([]));
+    let most = u64::MAX.to_string();
+    let timeout = "must be a whole number from 1 to 86400000";
+    for (flag, value, rule) in [
+        ("--max-in-flight", "0", "must be a whole number from 1 to "),
+        ("--max-in-flight", "-1", "must be a whole number from 1 to "),
+        ("--max-in-flight", "many", "must be a whole number from 1 to "),
+        ("--max-in-flight", "99999999999999999999", "must be a whole number from 1 to "),
+        ("--timeout-ms", "0", timeout),
+        ("--timeout-ms", "1e3", timeout),
+        ("--timeout-ms", "86400001", timeout),
+        ("--seed", "-1", &format!("must be a whole number from 0 to {most}")),
+        ("--output", "xml", "[possible values: json, ndjson, table]"),
+    ] {
+        let ended = output(world.run().args([flag, value])).exited(2).silent();
+        let named = format!("invalid value '{value}' for '{flag} <");
+        assert!(ended.stderr.contains(&named), "{flag} {value}: {}", ended.stderr);
+        assert!(ended.stderr.contains(rule), "{flag} {value}: {}", ended.stderr);
+    }
+}
+
+#[test]
+fn both_files_from_stdin_is_a_usage_error() {
+    output(dtc().args(["run", "--services", "-", "--transactions", "-"]))
+        .exited(2)
+        .silent()
+        .saying("--services and --transactions can't both be stdin\n");
+}
+
+#[test]
+fn a_log_level_that_is_none_is_refused_rather_than_ignored() {
+    let services = json!([{"name": "a", "max_concurrency": 1}]);
+    let world = World::with(&services, &json!([transaction("TX1", &["a"])]));
+    output(world.run().env("DTC_LOG", "verbose"))
+        .exited(2)
+        .silent()
+        .saying("DTC_LOG is `verbose`: must be one of error, warn, info, debug, trace, off\n");
+    let ended = output(world.run().env("DTC_LOG", "debug")).exited(0);
+    assert_eq!(ended.statuses(), ["TX1 COMMITTED"]);
+    output(world.run().env("DTC_LOG", "")).exited(0);
+}

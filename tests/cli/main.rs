@@ -1,0 +1,16 @@
+//! `dtc` as its users meet it: the built binary, its output, its errors, its exit codes.
+//!
+//! Waiting is always for something: a line of output, or the end of the process.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
+#![allow(clippy::disallowed_methods, reason = "the clock bounds a hang, it decides nothing")]
+#![allow(missing_docs, reason = "a test's name says it")]
+
+mod behaviours;
+mod forms;
+mod help;
+mod input;
+mod readme;
+mod signals;
+mod streams;
+mod world;
