@@ -133,7 +133,7 @@ fn has_room(
 ) -> bool {
     let now = cx.now;
     let flow = cx.flow(service);
-    flow.admits(now) && (turn == Some(service) || !flow.has_waiters_before(begun))
+    flow.admits(now, begun) && (turn == Some(service) || !flow.has_waiters_before(begun))
 }
 
 /// What is still to be done about one service once the outcome is known.
@@ -473,7 +473,7 @@ impl Transaction {
         let flow = cx.flow(service);
         flow.enqueue(&self.request.key, self.begun);
         // Who stands before it may only wait for fewer to be in flight.
-        if flow.admits(now) || flow.is_own() {
+        if flow.admits(now, self.begun) || flow.is_own() {
             cx.shared.touched.insert(service.clone());
         }
     }
