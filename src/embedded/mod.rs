@@ -328,7 +328,8 @@ impl Embedded {
                 }
                 continue;
             }
-            if !open && backlog.len() == 0 && engine.is_idle() {
+            // A prepare that was given up may still run: its service is told to abort after it.
+            if !open && backlog.len() == 0 && engine.is_idle() && calls.is_idle() {
                 break;
             }
             let next_deadline = engine.next_deadline();

@@ -40,11 +40,13 @@ pub(crate) struct Calls {
     clock: Clock,
     finish_timeout: Duration,
     running: JoinSet<Ended>,
+    /// How many of them are prepares, commits and aborts.
+    limited: usize,
 }
 
 impl Calls {
     pub(crate) fn new(clock: Clock, finish_timeout: Duration) -> Self {
-        Self { clock, finish_timeout, running: JoinSet::new() }
+        Self { clock, finish_timeout, running: JoinSet::new(), limited: 0 }
     }
 
     /// Makes the call that `effect` asks for, if it asks for one. A call that has nothing to wait
@@ -129,6 +131,7 @@ impl Calls {
             Ok(Ok(result)) => Some(ended(result)),
             Ok(Err(call)) => {
                 let deadline = self.given_up_at(deadline);
+                self.limited += 1;
                 self.running.spawn(async move { ended(guarded(deadline, call).await) });
                 None
             }
@@ -140,7 +143,7 @@ impl Calls {
     pub(crate) async fn next(&mut self) -> Ended {
         loop {
             match self.running.join_next().await {
-                Some(Ok(ended)) => return ended,
+                Some(Ok(ended)) => return self.over(ended),
                 // The calls catch their panics, and nobody aborts them.
                 Some(Err(_)) => {}
                 None => std::future::pending().await,
@@ -152,9 +155,22 @@ impl Calls {
     pub(crate) fn try_next(&mut self) -> Option<Ended> {
         loop {
             if let Ok(ended) = self.running.try_join_next()? {
-                return Some(ended);
+                return Some(self.over(ended));
             }
         }
+    }
+
+    fn over(&mut self, ended: Ended) -> Ended {
+        if matches!(ended.event, Event::PrepareEnded { .. } | Event::FinishEnded { .. }) {
+            self.limited -= 1;
+        }
+        ended
+    }
+
+    /// Whether no prepare, commit or abort is under way. A look into a store doesn't count: it may
+    /// go on for ever.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.limited == 0
     }
 }
 

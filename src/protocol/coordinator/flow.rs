@@ -139,11 +139,10 @@ impl Flow {
     /// A report doesn't say which prepares had arrived by then, so it may count as free what one on
     /// its way will take; but of all slots ever seen, those on their way and those held are not.
     fn spare(&self) -> u32 {
-        self.unheld().saturating_sub(self.reserved)
+        self.spare_or_kept().saturating_sub(self.reserved)
     }
 
-    /// The same, with the slots that are kept for those who hold nothing yet.
-    fn unheld(&self) -> u32 {
+    fn spare_or_kept(&self) -> u32 {
         let unused = self.capacity.saturating_sub(self.holding).saturating_sub(self.outstanding);
         if self.free.is_empty() { unused } else { self.reported_free().min(unused) }
     }
@@ -157,26 +156,26 @@ impl Flow {
         self.patience == Patience::Returns
     }
 
-    /// Whether one more prepare can expect a slot, or an answer worth having.
-    ///
-    /// What is kept for another doesn't keep out one who has `begun`: the other may be waiting for
-    /// what this one holds.
+    /// Whether one more prepare can expect a slot, or an answer worth having. `begun`: others wait
+    /// for the one that sends it, so what is kept for somebody who doesn't need it yet gives way.
     pub(super) fn admits(&self, now: Time, begun: bool) -> bool {
-        let reserved = if begun { 0 } else { self.reserved };
-        let has_spare = self.unheld() > reserved;
-        let on_its_way = self.outstanding.saturating_add(reserved);
-        match self.patience {
-            Patience::Returns => true,
-            Patience::Unknown => has_spare || on_its_way < self.probes.max(1),
+        let (spare, on_its_way) = if begun {
+            (self.spare_or_kept(), self.outstanding)
+        } else {
+            (self.spare(), self.on_its_way())
+        };
+        let probes = match self.patience {
+            Patience::Returns => return true,
+            Patience::Unknown => self.probes.max(1),
             // While a transaction of this worker's holds a slot, its done will tell of a free one.
             // Where nobody else's would, it may not be silent for ever.
             Patience::Waits => {
                 let is_told = self.holding > 0
                     && self.silent_until().is_none_or(|silent_until| now < silent_until);
-                let probes = if is_told { self.probes } else { self.probes.max(1) };
-                has_spare || on_its_way < probes
+                if is_told { self.probes } else { self.probes.max(1) }
             }
-        }
+        };
+        spare > 0 || on_its_way < probes
     }
 
     fn silent_until(&self) -> Option<Time> {

@@ -726,10 +726,7 @@ impl Coordinator {
     fn next_waiter(&mut self, now: Time, service: &ServiceName) -> Option<TransactionKey> {
         let may_begin = self.shared.active < self.shared.settings.in_flight_max;
         let flow = self.shared.flows.get_mut(service).filter(|flow| flow.is_found())?;
-        if !flow.admits(now, false) {
-            if flow.has_begun_waiters() && flow.admits(now, true) {
-                return flow.dequeue(false);
-            }
+        if !flow.admits(now, flow.has_begun_waiters()) {
             if let (Some(at), Some(first)) = (flow.to_be_tried_at(now), flow.first_waiter())
                 && let Some(it) = self.transactions.get_mut(first)
             {

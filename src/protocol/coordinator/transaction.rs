@@ -368,7 +368,8 @@ impl Transaction {
         if is_own && is_sure {
             return self.ask_all(cx);
         }
-        if !is_own {
+        if is_sure {
+            // Not where one may have to wait: for whoever waits in turn for what would be kept.
             self.reserve_all(cx);
         }
         self.ask_in_order(turn, cx);
