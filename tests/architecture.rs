@@ -11,11 +11,12 @@ use std::{
 };
 
 /// The stairs, ground floor first. Who stands on one step knows only the steps below it.
-const FLOORS: [&[&str]; 5] = [
+const FLOORS: [&[&str]; 6] = [
     &["protocol"],
     &["wire"],
     &["transport"],
     &["worker", "participant", "client"],
+    &["embedded"],
     &["cli", "main"],
 ];
 
@@ -25,6 +26,8 @@ const TOP: usize = FLOORS.len() - 1;
 
 /// What would let the world into the protocol: a runtime, a broker, a format, a log, a clock,
 /// chance, or an order that differs from run to run.
+///
+/// [`HIDES_ITS_TABLE`] may name a hash table, since it lets nobody see its order.
 const BANNED_IN_PROTOCOL: [&str; 10] = [
     "tokio",
     "lapin",
@@ -37,6 +40,8 @@ const BANNED_IN_PROTOCOL: [&str; 10] = [
     "HashMap",
     "HashSet",
 ];
+
+const HIDES_ITS_TABLE: &str = "src/protocol/keymap.rs";
 
 #[test]
 fn no_floor_imports_from_a_higher_one() {
@@ -75,6 +80,9 @@ fn the_protocol_knows_no_runtime_clock_or_chance() {
     for file in source_files().iter().filter(|file| file.module == "protocol") {
         for (number, line) in file.code() {
             for banned in BANNED_IN_PROTOCOL.iter().filter(|word| has_word(line, word)) {
+                if file.path == HIDES_ITS_TABLE && *banned == "HashMap" {
+                    continue;
+                }
                 complaints.push(format!("{}:{number}: mentions `{}`", file.path, banned.trim()));
             }
         }

@@ -125,7 +125,7 @@ async fn results_come_in_the_order_of_the_transactions() {
     let slow_first = Service::new("A", 50).prepare_async(|id: String, _| async move {
         let n: u64 = id[1..].parse()?;
         sleep(ms(100 - n)).await;
-        Ok(n % 3 != 0)
+        Ok(!n.is_multiple_of(3))
     });
     let results = run([slow_first], transactions(50, &["A"])).await.unwrap();
     let ids: Vec<_> = results.iter().map(|it| it.id.clone()).collect();

@@ -37,7 +37,7 @@ fn everything_wrong_with_both_files_is_said_at_once() {
          services.json: $[1].prepare.latency_ms is [5, 1]: must be [min, max] with a min of at \
          most max\n\
          transactions.json: $[0].involved_services is []: must name at least one service\n\
-         transactions.json: $[1].id is \"TX1\": is the id of $[0] too\n\
+         transactions.json: $[1].id is \"TX1\": must differ from $[0].id\n\
          transactions.json: $[1].data is 7: must be an object\n\
          transactions.json: $[1].timeout_ms is 0: must be a whole number from 1 to 86400000\n",
     );
@@ -168,7 +168,7 @@ fn an_id_that_comes_again_ends_the_intake() {
     let mut statuses = ended.statuses();
     statuses.sort_unstable();
     assert_eq!(statuses, ["1 COMMITTED", "2 COMMITTED"]);
-    let complaint = "stdin:3: $.id is \"1\": is the id of an earlier line too";
+    let complaint = "stdin:3: $.id is \"1\": must differ from the id of every earlier line";
     assert_eq!(ended.stderr.lines().last(), Some(complaint));
 }
 

@@ -1,4 +1,6 @@
-use std::time::Duration;
+//! services.json, good and bad, against what was written into it.
+
+use std::{collections::BTreeSet, time::Duration};
 
 use dtc::wire::services::{Behaviour, read};
 use proptest::prelude::{Just, Strategy, any, prop, prop_oneof, proptest};
@@ -81,12 +83,9 @@ fn assert_behaves(behaviour: &Behaviour, file: &Value) {
     assert_eq!(behaviour.hang_rate, rate("hang_rate"));
     assert_eq!(u64::from(behaviour.fail_first), file["fail_first"].as_u64().unwrap_or_default());
     assert_eq!(behaviour.read_only, file["read_only"].as_bool().unwrap_or_default());
-    let mut ids: Vec<_> = file["fail_for"].as_array().into_iter().flatten().collect();
-    ids.sort_by_key(|id| id.as_str());
-    ids.dedup();
-    assert!(
-        behaviour.fail_for.iter().map(|id| id.as_str()).eq(ids.iter().filter_map(|id| id.as_str()))
-    );
+    let ids = file["fail_for"].as_array().into_iter().flatten();
+    let ids: BTreeSet<_> = ids.filter_map(Value::as_str).collect();
+    assert_eq!(behaviour.fail_for.iter().map(|id| id.as_str()).collect::<BTreeSet<_>>(), ids);
     let millis =
         |value: &Value| Duration::from_secs_f64(value.as_f64().unwrap_or_default() / 1000.0);
     let latency = &file["latency_ms"];

@@ -1,3 +1,5 @@
+//! Transactions, good and bad, in both forms, against what was written into them.
+
 use std::{collections::BTreeSet, io::BufReader, time::Duration};
 
 use dtc::{
