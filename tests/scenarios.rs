@@ -4,6 +4,7 @@
 //! on every machine: what they measure is how well the coordinator uses the slots. Each test prints
 //! what it has reached.
 
+#![allow(clippy::print_stdout, reason = "each test says what it has reached")]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
 use std::{

@@ -534,3 +534,125 @@ fn report(anomaly: &Anomaly) {
         Anomaly::JournalGap(offset) => tracing::error!(offset, "the journal has a gap"),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        embedded::{Embedded, Transaction},
+        participant::{Service, Verdict},
+        protocol::participant::Effect,
+    };
+    use serde_json::json;
+
+    const NOW: Time = Time::from_millis(1_000_000);
+
+    fn at(time: Time) -> Reading {
+        Reading { time, elapsed: Duration::ZERO }
+    }
+
+    /// Two services of three slots, and twelve transactions over both or one of them.
+    fn engine() -> Engine {
+        let services = [Service::new("A", 3), Service::new("B", 3)];
+        let settings = Embedded::new(services).unwrap().settings;
+        let member = |name| (ServiceName::parse(name).unwrap(), 3, Duration::from_secs(1), false);
+        let mut engine = Engine::new(NOW, settings, ["A", "B"].map(member));
+        engine.settle(at(NOW));
+        for n in 0..12 {
+            let services: &[&str] = [&["A", "B"][..], &["A"], &["B"]][n % 3];
+            let transaction =
+                Transaction::new(format!("t{n}"), services.iter().copied(), json!({}));
+            let spec = transaction.check().unwrap();
+            engine.submit(at(NOW), spec);
+        }
+        engine
+    }
+
+    /// How often each call was made for each transaction, and what the service holds in the end.
+    type Ledger = BTreeMap<(usize, TransactionKey), (Calls, Option<Outcome>)>;
+
+    /// Makes a call that was asked for; the service `refused_at` refuses t3.
+    fn make(
+        engine: &mut Engine,
+        ledger: &mut Ledger,
+        (number, call): (usize, Effect),
+        refused_at: Option<usize>,
+    ) {
+        let (key, event) = match call {
+            Effect::CallPrepare { key, branch, .. } => {
+                let is_refused = refused_at == Some(number) && key.id.as_str().ends_with('3');
+                let verdict = if is_refused { Verdict::Refused(None) } else { Verdict::Prepared };
+                ledger.entry((number, key.clone())).or_default().0.prepare += 1;
+                (key.clone(), participant::Event::PrepareEnded { key, branch, verdict })
+            }
+            Effect::CallCommit { key, branch } => {
+                let entry = ledger.entry((number, key.clone())).or_default();
+                entry.0.commit += 1;
+                entry.1 = Some(Outcome::Committed);
+                (key.clone(), participant::Event::FinishEnded { key, branch, applied: Ok(()) })
+            }
+            Effect::CallAbort { key, branch } => {
+                let entry = ledger.entry((number, key.clone())).or_default();
+                entry.0.abort += 1;
+                entry.1 = Some(Outcome::Aborted);
+                (key.clone(), participant::Event::FinishEnded { key, branch, applied: Ok(()) })
+            }
+            other => panic!("not asked for here: {other:?}"),
+        };
+        assert!(ledger.contains_key(&(number, key)));
+        engine.call_ended(number, event);
+    }
+
+    /// Runs the twelve to their end; the coordinator is started anew before every step of `crashes`.
+    fn run_with_crashes(crashes: &[usize]) {
+        let mut engine = engine();
+        let mut ledger = Ledger::new();
+        let mut calls = VecDeque::new();
+        let mut answers = BTreeMap::new();
+        let mut now = NOW;
+        for step in 0.. {
+            assert!(step < 1000, "it does not end");
+            if crashes.contains(&step) {
+                engine.restart_coordinator();
+            }
+            engine.settle(at(now));
+            calls.extend(engine.take_calls());
+            for Concluded { answer, .. } in engine.take_concluded() {
+                let twice = answers.insert(answer.id.to_string(), answer.outcome);
+                assert_eq!(twice, None, "one result each");
+            }
+            if let Some(call) = calls.pop_front() {
+                make(&mut engine, &mut ledger, call, Some(1));
+            } else if engine.is_idle() {
+                break;
+            } else if let Some(next) = engine.next_deadline() {
+                now = now.max(next);
+                engine.wake(now);
+            }
+        }
+        assert_eq!(answers.len(), 12);
+        for ((_, key), (calls, held)) in &ledger {
+            let outcome = answers[key.id.as_str()];
+            assert!(calls.prepare == 1 && calls.commit + calls.abort <= 1, "{key:?}: {calls:?}");
+            assert!(held.is_none_or(|held| held == outcome), "{key:?}");
+            assert!(held.is_some() || outcome == Outcome::Aborted, "{key:?}");
+        }
+        let aborted = answers.iter().filter(|(_, outcome)| **outcome == Outcome::Aborted);
+        assert_eq!(aborted.map(|(id, _)| id.as_str()).collect::<Vec<_>>(), ["t3"]);
+        assert!(engine.members.iter().all(|member| member.instance.slots_used() == 0));
+    }
+
+    #[test]
+    fn a_coordinator_started_anew_at_any_step_ends_everything_once() {
+        for crash in 0..80 {
+            run_with_crashes(&[crash]);
+        }
+    }
+
+    #[test]
+    fn a_coordinator_started_anew_again_and_again_ends_everything_once() {
+        for first in 0..40 {
+            run_with_crashes(&[first, first + 1, first + 7, first + 8, first + 20]);
+        }
+    }
+}
