@@ -597,7 +597,12 @@ mod tests {
                 entry.1 = Some(Outcome::Aborted);
                 (key.clone(), participant::Event::FinishEnded { key, branch, applied: Ok(()) })
             }
-            other => panic!("not asked for here: {other:?}"),
+            Effect::ReadStore(_)
+            | Effect::ScanStore
+            | Effect::Vote { .. }
+            | Effect::Done { .. }
+            | Effect::Inquire(_)
+            | Effect::Ack(_) => panic!("not a call of these services"),
         };
         assert!(ledger.contains_key(&(number, key)));
         engine.call_ended(number, event);
