@@ -84,11 +84,21 @@ pub fn duplicate_request() -> Scenario {
 /// The second worker attaches the journal at its end, and must look back for what it is asked.
 pub fn late_reader() -> Scenario {
     Scenario {
-        faults: Faults { redeliveries: 1, worker_timeouts: 1, member_timeouts: 1, ..NONE },
+        faults: Faults { redeliveries: 1, worker_timeouts: 1, ..NONE },
         second_is_late: true,
         attach_at_end: true,
         reaches: &[Sight::Commits, Sight::Aborts, Sight::TakesOver],
         ..Scenario::new("a late reader", vec![service("a")], vec![request("t", &["a"])])
+    }
+}
+
+/// The second worker is asked what became of a transaction that began before its view.
+pub fn late_inquiry() -> Scenario {
+    Scenario {
+        name: "a late reader is asked",
+        faults: Faults { worker_timeouts: 1, member_timeouts: 1, ..NONE },
+        reaches: &[Sight::Commits, Sight::Aborts, Sight::InquiryDecides],
+        ..late_reader()
     }
 }
 
@@ -120,7 +130,7 @@ pub fn short_memory() -> Scenario {
 /// Instances start anew and have forgotten all but what is in their store.
 pub fn forgetful_service() -> Scenario {
     Scenario {
-        faults: Faults { restarts: 1, duplicates: 1, worker_timeouts: 1, redeliveries: 1, ..NONE },
+        faults: Faults { restarts: 1, duplicates: 1, worker_timeouts: 1, ..NONE },
         reaches: &[Sight::Commits, Sight::Aborts, Sight::UndoesSecondBranch],
         ..Scenario::new(
             "a service forgets",
@@ -145,7 +155,7 @@ pub fn two_instances() -> Scenario {
 
 pub fn slow_services() -> Scenario {
     Scenario {
-        faults: Faults { duplicates: 1, worker_timeouts: 1, redeliveries: 1, ..NONE },
+        faults: Faults { duplicates: 1, worker_timeouts: 1, restarts: 1, ..NONE },
         slow_services: true,
         reaches: &[Sight::Commits, Sight::Aborts, Sight::UndoesSecondBranch],
         ..Scenario::new(
@@ -163,7 +173,7 @@ pub fn commit_failures() -> Scenario {
         reaches: &[Sight::Commits, Sight::ParksCommit, Sight::Settles],
         ..Scenario::new(
             "commits fail",
-            vec![service("a").with_store(), service("b")],
+            vec![service("a").with_store(), service("b").with_store()],
             vec![request("t", &["a", "b"])],
         )
     }
@@ -192,7 +202,7 @@ pub fn votes() -> Scenario {
 
 pub fn no_slot() -> Scenario {
     Scenario {
-        faults: Faults { returns: 1, member_disconnects: 1, worker_timeouts: 1, ..NONE },
+        faults: Faults { returns: 2, member_disconnects: 1, ..NONE },
         reaches: &[Sight::Commits, Sight::Aborts],
         ..Scenario::new(
             "no slot",
@@ -204,7 +214,7 @@ pub fn no_slot() -> Scenario {
 
 pub fn inquiries() -> Scenario {
     Scenario {
-        faults: Faults { crashes: 1, member_timeouts: 1, ..NONE },
+        faults: Faults { worker_timeouts: 1, member_timeouts: 2, ..NONE },
         reaches: &[Sight::Commits, Sight::Aborts, Sight::InquiryDecides],
         ..Scenario::new(
             "inquiries",
@@ -240,7 +250,7 @@ pub fn careless_retry() -> Scenario {
 
 pub fn other_content() -> Scenario {
     Scenario {
-        faults: Faults { worker_timeouts: 1, redeliveries: 1, member_timeouts: 1, ..NONE },
+        faults: Faults { worker_timeouts: 1, member_timeouts: 1, ..NONE },
         reaches: &[Sight::Commits, Sight::Rejects],
         ..Scenario::new(
             "the same id with other content",
@@ -295,6 +305,7 @@ pub fn all() -> Vec<Scenario> {
     vec![
         crash(),
         late_reader(),
+        late_inquiry(),
         truncated_journal(),
         short_memory(),
         forgetful_service(),

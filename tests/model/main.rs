@@ -25,6 +25,10 @@ use crate::{
     world::{Action, World},
 };
 
+/// The search copies worlds, in small pieces, and does little else.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 pub struct System {
     pub scenario: Scenario,
     expanded: AtomicUsize,
@@ -152,5 +156,45 @@ fn try_all() {
         .filter(|it| wanted.split(',').any(|one| it.name.contains(one)))
     {
         explore(scenario);
+    }
+}
+
+#[test]
+fn controls() {
+    let wanted = std::env::var("BUG").unwrap_or_default();
+    let mut scenarios = configurations::all();
+    scenarios.truncate(17);
+    for bug in bugs::Bug::ALL.into_iter().filter(|it| format!("{it:?}").contains(&wanted)) {
+        let mut found = 0;
+        for scenario in &scenarios {
+            let scenario = Scenario { bug: Some(bug), healed_one_in: 1, ..scenario.clone() };
+            let name = scenario.name;
+            let checker = System::new(scenario)
+                .checker()
+                .threads(1)
+                .target_state_count(40_000)
+                .finish_when(stateright::HasDiscoveries::AnyFailures)
+                .spawn_bfs()
+                .join();
+            let failures: Vec<_> = checker
+                .discoveries()
+                .into_keys()
+                .filter(|name| checker.model().property(name).expectation.discovery_is_failure())
+                .collect();
+            if !failures.is_empty() {
+                found += 1;
+                println!(
+                    "{bug:?} | {failures:?} | {name} | {} of {}",
+                    checker.model().found_after.load(Ordering::Relaxed),
+                    checker.unique_state_count()
+                );
+            }
+            if found == 3 {
+                break;
+            }
+        }
+        if found == 0 {
+            println!("{bug:?} | not found");
+        }
     }
 }

@@ -132,8 +132,7 @@ impl Service {
             has_store: self.has_store,
             inquire_after: INQUIRE_AFTER,
             scan_every: Duration::from_millis(3),
-            backoff_first: Duration::from_millis(1),
-            backoff_max: Duration::from_millis(1),
+            retry_parked_every: Duration::from_millis(1),
             remembered_max: self.remembered_max,
             ..participant::Settings::new(service, instance, self.cap)
         }

@@ -48,6 +48,8 @@ pub struct World {
 pub struct WorkerSlot {
     pub core: Option<Hashed<Worker>>,
     pub now: Time,
+    /// The offset of the record that the transport brings it next.
+    pub reads_next: usize,
     /// The offsets of the records that it has been handed, as bits.
     pub has_read: u32,
 }
@@ -198,7 +200,7 @@ impl World {
             });
         }
         for worker in 0..2 {
-            world.workers.push(WorkerSlot { core: None, now: START, has_read: 0 });
+            world.workers.push(WorkerSlot { core: None, now: START, reads_next: 0, has_read: 0 });
             if worker == 0 || !scenario.second_is_late {
                 world.start_worker(scenario, worker);
             }
@@ -242,7 +244,7 @@ impl World {
                 actions.push(Action::Start { worker });
                 continue;
             };
-            if (core.core().next_offset() as usize).max(self.kept_from) < self.journal.len() {
+            if slot.reads_next.max(self.kept_from) < self.journal.len() {
                 actions.push(Action::Read { worker });
             }
             if self.left.worker_timeouts > 0 && core.core().next_deadline().is_some() {
@@ -463,6 +465,12 @@ impl World {
                 self.left.worker_disconnects -= 1;
                 self.lose_connection_of_worker(*worker);
                 self.tell_worker(scenario, *worker, Event::Disconnected);
+                let slot = &mut self.workers[*worker];
+                let end = self.journal.len() as u64;
+                if let Some(core) = &mut slot.core {
+                    let wanted = core.core().next_offset();
+                    slot.reads_next = core.change(|core| core.reads_from(wanted, end)) as usize;
+                }
             }
             Action::DisconnectMember { member } => {
                 self.left.member_disconnects -= 1;
@@ -525,9 +533,9 @@ impl World {
     }
 
     fn read(&mut self, scenario: &Scenario, worker: usize) {
-        let Some(core) = &self.workers[worker].core else { return };
-        let offset = (core.core().next_offset() as usize).max(self.kept_from);
+        let offset = self.workers[worker].reads_next.max(self.kept_from);
         if let Some(record) = self.journal.get(offset) {
+            self.workers[worker].reads_next = offset + 1;
             let decision = Arc::clone(&record.decision);
             let event = Event::RecordRead { offset: offset as u64, decision };
             self.tell_worker(scenario, worker, event);
@@ -608,15 +616,17 @@ impl World {
     // ---- Workers -----------------------------------------------------------------------------
 
     fn start_worker(&mut self, scenario: &Scenario, worker: usize) {
-        let core = Worker::new(scenario.worker_settings(worker), scenario.bug);
+        let mut core = Worker::new(scenario.worker_settings(worker), scenario.bug);
         let slot = &mut self.workers[worker];
-        slot.core = Some(Hashed::new(core));
         slot.has_read = 0;
         let (next, since) = match scenario.attach_at_end {
             true => (self.journal.len(), slot.now),
             false if self.kept_from > 0 => (self.kept_from, slot.now),
             false => (0, Time::EPOCH),
         };
+        let next = core.reads_from(next as u64, self.journal.len() as u64) as usize;
+        slot.core = Some(Hashed::new(core));
+        slot.reads_next = next;
         let attached = Event::JournalAttached { next: next as u64, since };
         self.tell_worker(scenario, worker, attached);
         // A worker replays what there is before it serves.
@@ -690,6 +700,7 @@ impl World {
                                 self.journal
                                     .push(Hashed::new(Record { decision, by_inquiry: false }));
                             }
+                            slot.reads_next = 1;
                             let decision = Arc::clone(&self.journal[0].decision);
                             events.push_back(Event::RecordRead { offset: 0, decision });
                         }
@@ -948,8 +959,7 @@ impl World {
         }
         let slot = &self.members[member];
         let cap = scenario.services[slot.service].cap;
-        let of_its_own =
-            |branch: &Branch| branch.as_str().split('.').next() == Some(slot.id.as_str());
+        let of_its_own = |branch: &Branch| *branch.instance() == slot.id;
         let held = self.stores[slot.service].prepared.keys();
         let held = held.filter(|(_, branch)| of_its_own(branch)).count();
         if slot.core.core().slots_used() > cap || held > cap as usize {
