@@ -5,20 +5,7 @@ use crate::{
     scenario::{Answer, Faults, Scenario, Service, request, request_at, with_other_content},
 };
 
-const NONE: Faults = Faults {
-    duplicates: 0,
-    worker_timeouts: 0,
-    member_timeouts: 0,
-    crashes: 0,
-    redeliveries: 0,
-    worker_disconnects: 0,
-    restarts: 0,
-    member_disconnects: 0,
-    commit_failures: 0,
-    returns: 0,
-    lost_confirms: 0,
-    truncations: 0,
-};
+const NONE: Faults = Faults::NONE;
 
 fn service(name: &'static str) -> Service {
     Service::named(name)
@@ -287,43 +274,12 @@ pub fn hopeless_request() -> Scenario {
     }
 }
 
-/// A commit fails, is parked, and its worker dies.
-pub fn crash_while_parking() -> Scenario {
+/// The same key with other content, and a worker that dies: the votes for the one request reach the
+/// worker that has the other.
+pub fn other_content_after_crash() -> Scenario {
     Scenario {
-        faults: Faults { commit_failures: 1, crashes: 1, member_timeouts: 1, ..NONE },
-        commit_retries: 0,
-        reaches: &[Sight::Commits, Sight::ParksCommit, Sight::Settles],
-        ..Scenario::new(
-            "a worker crashes while it parks",
-            vec![service("a").with_store()],
-            vec![request("t", &["a"])],
-        )
+        name: "other content, and a crash",
+        faults: Faults { crashes: 1, ..NONE },
+        ..other_content()
     }
-}
-
-pub fn all() -> Vec<Scenario> {
-    vec![
-        crash(),
-        late_reader(),
-        late_inquiry(),
-        truncated_journal(),
-        short_memory(),
-        forgetful_service(),
-        two_instances(),
-        slow_services(),
-        commit_failures(),
-        careless_retry(),
-        other_content(),
-        inquiries(),
-        no_slot(),
-        hopeless_request(),
-        crash_while_parking(),
-        votes(),
-        duplicate_request(),
-        worker_disconnects(),
-        crash_two_services(),
-        three_services(),
-        frozen_worker(),
-        frozen_worker_with_plenty(),
-    ]
 }

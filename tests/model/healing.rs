@@ -21,7 +21,7 @@ impl World {
         let mut world = self.clone();
         world.lose_all();
         for _ in 0..STEPS_MAX {
-            world.left = Faults { worker_timeouts: 2, member_timeouts: 2, ..Faults::default() };
+            world.left = Faults { worker_timeouts: 2, member_timeouts: 2, ..Faults::NONE };
             match world.next_of_healing(scenario) {
                 Some(action) => world.step(scenario, &action),
                 None => {

@@ -53,7 +53,7 @@ impl World {
                 let executed = store.executed.iter().any(|(key, _)| *key == request.key);
                 let held = store.prepared.keys().any(|(key, _)| *key == request.key);
                 let undone = store.undone.iter().any(|(key, _)| *key == request.key);
-                let is_read_only = self.told.votes.iter().any(|(key, name, branch)| {
+                let is_read_only = self.told.votes.iter().any(|(key, _, name, branch)| {
                     *key == request.key && name.as_str() == service.name && branch.is_none()
                 });
                 executes |= executed;
@@ -83,7 +83,8 @@ impl World {
                 || first.outcome == Outcome::Aborted
                 || request.services.iter().all(|service| {
                     let branch = first.branch_of(service).cloned();
-                    let vote = (request.key.clone(), service.clone(), branch);
+                    let (key, hash) = (request.key.clone(), request.request_hash);
+                    let vote = (key, hash, service.clone(), branch);
                     self.told.votes.contains(&vote)
                 })
         })

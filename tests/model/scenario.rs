@@ -41,7 +41,6 @@ pub struct Scenario {
     pub records_max: usize,
     pub commit_retries: u32,
     pub deliveries_max: u32,
-    pub inquire_after: Duration,
     /// From one in how many worlds it is tried whether everything ends.
     pub healed_one_in: u64,
     pub bug: Option<Bug>,
@@ -52,7 +51,7 @@ pub struct Scenario {
 /// How often each fault may strike. A lost message needs no allowance: nothing forces a message to
 /// be delivered, so every world in which one is lost is among those in which it is still on its
 /// way. A frozen worker needs none for the same reason.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Faults {
     /// A message is delivered and stays on its way.
     pub duplicates: u8,
@@ -78,6 +77,23 @@ pub struct Faults {
     pub lost_confirms: u8,
     /// Retention drops all records that the journal holds.
     pub truncations: u8,
+}
+
+impl Faults {
+    pub const NONE: Self = Self {
+        duplicates: 0,
+        worker_timeouts: 0,
+        member_timeouts: 0,
+        crashes: 0,
+        redeliveries: 0,
+        worker_disconnects: 0,
+        restarts: 0,
+        member_disconnects: 0,
+        commit_failures: 0,
+        returns: 0,
+        lost_confirms: 0,
+        truncations: 0,
+    };
 }
 
 #[derive(Clone)]
@@ -146,7 +162,7 @@ impl Scenario {
             name,
             services,
             requests,
-            faults: Faults::default(),
+            faults: Faults::NONE,
             second_is_late: false,
             attach_at_end: false,
             plenty: false,
@@ -155,8 +171,7 @@ impl Scenario {
             records_max: 8,
             commit_retries: 1,
             deliveries_max: 20,
-            inquire_after: INQUIRE_AFTER,
-            healed_one_in: 64,
+            healed_one_in: 256,
             bug: None,
             reaches: &[],
         }

@@ -8,10 +8,10 @@ use std::{
 
 use dtc::protocol::{
     coordinator::{self, Delivery, Effect, Event},
-    ids::{Branch, InstanceId, RequestHash, ServiceName, TransactionId, TransactionKey, WorkerId},
+    ids::{Branch, InstanceId, RequestHash, ServiceName, TransactionKey, WorkerId},
     message::{
-        Answer as Result_, Ballot, Command, Decision, Destination, Finish, Inquiry, Matter,
-        Outcome, Prepare, Vote,
+        self, Ballot, Command, Decision, Destination, Finish, Inquiry, Matter, Outcome, Prepare,
+        Vote,
     },
     participant::{self, InDoubt, Verdict},
     time::Time,
@@ -121,8 +121,9 @@ pub enum QueueState {
 /// What was said that only the properties ask about.
 #[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
 pub struct Told {
-    /// The branch for which a service said it is prepared; `None`: that it is read only.
-    pub votes: BTreeSet<(TransactionKey, ServiceName, Option<Branch>)>,
+    /// To which request a service said that it is prepared, and under which branch; `None`: that
+    /// it is read only.
+    pub votes: BTreeSet<(TransactionKey, RequestHash, ServiceName, Option<Branch>)>,
     /// `None`: the transaction itself.
     pub parked: BTreeSet<(TransactionKey, Option<ServiceName>)>,
     pub settled: BTreeSet<(TransactionKey, ServiceName)>,
@@ -859,7 +860,7 @@ impl World {
         }
     }
 
-    fn publish(&mut self, worker: usize, delivery: Delivery, answer: &Result_) {
+    fn publish(&mut self, worker: usize, delivery: Delivery, answer: &message::Answer) {
         let key = TransactionKey { id: answer.id.clone(), requested_at: answer.requested_at };
         let first = self.first_read_by(worker, &key).map(|first| first.outcome);
         if first.is_none() {
@@ -1020,7 +1021,8 @@ impl World {
                     Ballot::Refused(_) | Ballot::Failed { .. } | Ballot::Finished(_) => None,
                 };
                 if let Some(said) = said {
-                    let entry = (vote.key.clone(), vote.service.clone(), said);
+                    let service = vote.service.clone();
+                    let entry = (vote.key.clone(), vote.request_hash, service, said);
                     self.told.change(|told| told.votes.insert(entry));
                 }
                 let vote = Vote { free: free(scenario), ..vote };
@@ -1129,6 +1131,3 @@ fn delivery_of(request: usize, deliveries: u8) -> Delivery {
 fn request_of(delivery: Delivery) -> usize {
     (delivery.0 / 256) as usize
 }
-
-#[allow(dead_code)]
-fn unused(_: TransactionId) {}
