@@ -1,0 +1,285 @@
+//! The configurations that are searched.
+
+use crate::{
+    properties::Sight,
+    scenario::{Answer, Faults, Scenario, Service, request, request_at, with_other_content},
+};
+
+const NONE: Faults = Faults::NONE;
+
+fn service(name: &'static str) -> Service {
+    Service::named(name)
+}
+
+/// A worker freezes, its request goes to the other, and it wakes late.
+pub fn frozen_worker() -> Scenario {
+    Scenario {
+        faults: Faults { redeliveries: 1, worker_timeouts: 1, ..NONE },
+        reaches: &[Sight::Commits, Sight::Aborts, Sight::TakesOver, Sight::SplitDecision],
+        ..Scenario::new(
+            "a frozen worker wakes late",
+            vec![service("a"), service("b")],
+            vec![request("t", &["a", "b"])],
+        )
+    }
+}
+
+pub fn frozen_worker_with_plenty() -> Scenario {
+    Scenario {
+        name: "a frozen worker wakes late, prepares in parallel",
+        plenty: true,
+        ..frozen_worker()
+    }
+}
+
+/// A worker dies; its successor, or the other worker, takes over.
+pub fn crash() -> Scenario {
+    Scenario {
+        faults: Faults { crashes: 1, worker_timeouts: 1, duplicates: 1, ..NONE },
+        slow_confirms: true,
+        reaches: &[Sight::Commits, Sight::Aborts, Sight::TakesOver],
+        ..Scenario::new("a worker crashes", vec![service("a")], vec![request("t", &["a"])])
+    }
+}
+
+pub fn crash_two_services() -> Scenario {
+    Scenario {
+        faults: Faults { crashes: 1, worker_timeouts: 1, ..NONE },
+        slow_confirms: true,
+        reaches: &[Sight::Commits, Sight::Aborts, Sight::TakesOver],
+        ..Scenario::new(
+            "a worker crashes",
+            vec![service("a"), service("b")],
+            vec![request("t", &["a", "b"])],
+        )
+    }
+}
+
+/// The same request was published twice.
+pub fn duplicate_request() -> Scenario {
+    Scenario {
+        faults: Faults { worker_timeouts: 1, ..NONE },
+        reaches: &[Sight::Commits, Sight::Aborts, Sight::SplitDecision],
+        ..Scenario::new(
+            "a request twice",
+            vec![service("a").with_store(), service("b").with_store()],
+            vec![request("t", &["a", "b"]), request("t", &["a", "b"])],
+        )
+    }
+}
+
+/// The second worker attaches the journal at its end, and must look back for what it is asked.
+pub fn late_reader() -> Scenario {
+    Scenario {
+        faults: Faults { redeliveries: 1, worker_timeouts: 1, ..NONE },
+        second_is_late: true,
+        attach_at_end: true,
+        reaches: &[Sight::Commits, Sight::Aborts, Sight::TakesOver],
+        ..Scenario::new("a late reader", vec![service("a")], vec![request("t", &["a"])])
+    }
+}
+
+/// The second worker is asked what became of a transaction that began before its view.
+pub fn late_inquiry() -> Scenario {
+    Scenario {
+        name: "a late reader is asked",
+        faults: Faults { worker_timeouts: 1, member_timeouts: 1, ..NONE },
+        reaches: &[Sight::Commits, Sight::Aborts, Sight::InquiryDecides],
+        ..late_reader()
+    }
+}
+
+/// ... and finds that what it looks for was dropped.
+pub fn truncated_journal() -> Scenario {
+    Scenario {
+        faults: Faults { redeliveries: 1, worker_timeouts: 1, truncations: 1, ..NONE },
+        second_is_late: true,
+        attach_at_end: true,
+        reaches: &[Sight::Commits, Sight::Aborts, Sight::ParksTransaction],
+        ..Scenario::new("a truncated journal", vec![service("a")], vec![request("t", &["a"])])
+    }
+}
+
+/// What is remembered of the journal is too little for two transactions.
+pub fn short_memory() -> Scenario {
+    Scenario {
+        faults: Faults { redeliveries: 1, worker_timeouts: 1, ..NONE },
+        records_max: 1,
+        reaches: &[Sight::Commits, Sight::Aborts, Sight::TakesOver],
+        ..Scenario::new(
+            "a short memory",
+            vec![service("a")],
+            vec![request("t", &["a"]), request("u", &["a"])],
+        )
+    }
+}
+
+/// Instances start anew and have forgotten all but what is in their store.
+pub fn forgetful_service() -> Scenario {
+    Scenario {
+        faults: Faults { restarts: 1, duplicates: 1, worker_timeouts: 1, ..NONE },
+        reaches: &[Sight::Commits, Sight::Aborts, Sight::UndoesSecondBranch],
+        ..Scenario::new(
+            "a service forgets",
+            vec![service("a").with_store()],
+            vec![request("t", &["a"])],
+        )
+    }
+}
+
+/// Two instances of one service prepare the same transaction.
+pub fn two_instances() -> Scenario {
+    Scenario {
+        faults: Faults { duplicates: 1, worker_timeouts: 1, member_timeouts: 1, ..NONE },
+        reaches: &[Sight::Commits, Sight::Aborts, Sight::UndoesSecondBranch],
+        ..Scenario::new(
+            "two instances",
+            vec![service("a").with_store().instances(2)],
+            vec![request("t", &["a"])],
+        )
+    }
+}
+
+pub fn slow_services() -> Scenario {
+    Scenario {
+        faults: Faults { duplicates: 1, worker_timeouts: 1, restarts: 1, ..NONE },
+        slow_services: true,
+        reaches: &[Sight::Commits, Sight::Aborts, Sight::UndoesSecondBranch],
+        ..Scenario::new(
+            "slow code and stores",
+            vec![service("a").with_store().instances(2)],
+            vec![request("t", &["a"])],
+        )
+    }
+}
+
+pub fn commit_failures() -> Scenario {
+    Scenario {
+        faults: Faults { commit_failures: 2, worker_timeouts: 2, restarts: 1, ..NONE },
+        commit_retries: 0,
+        reaches: &[Sight::Commits, Sight::ParksCommit, Sight::Settles],
+        ..Scenario::new(
+            "commits fail",
+            vec![service("a").with_store(), service("b").with_store()],
+            vec![request("t", &["a", "b"])],
+        )
+    }
+}
+
+pub fn votes() -> Scenario {
+    Scenario {
+        faults: Faults { redeliveries: 1, member_timeouts: 1, worker_timeouts: 0, ..NONE },
+        reaches: &[Sight::Commits, Sight::Aborts],
+        ..Scenario::new(
+            "every answer",
+            vec![
+                service("a").answering(&[
+                    Answer::Prepared,
+                    Answer::ReadOnly,
+                    Answer::Refused,
+                    Answer::FailedEmpty,
+                    Answer::FailedHolding,
+                ]),
+                service("b"),
+            ],
+            vec![request("t", &["a", "b"])],
+        )
+    }
+}
+
+pub fn no_slot() -> Scenario {
+    Scenario {
+        faults: Faults { returns: 2, member_disconnects: 1, ..NONE },
+        reaches: &[Sight::Commits, Sight::Aborts],
+        ..Scenario::new(
+            "no slot",
+            vec![service("a").with_store(), service("b")],
+            vec![request("t", &["a", "b"]), request("u", &["a"])],
+        )
+    }
+}
+
+pub fn inquiries() -> Scenario {
+    Scenario {
+        faults: Faults { worker_timeouts: 1, member_timeouts: 2, ..NONE },
+        reaches: &[Sight::Commits, Sight::Aborts, Sight::InquiryDecides],
+        ..Scenario::new(
+            "inquiries",
+            vec![service("a"), service("b")],
+            vec![request("t", &["a", "b"])],
+        )
+    }
+}
+
+pub fn three_services() -> Scenario {
+    Scenario {
+        faults: Faults { redeliveries: 1, ..NONE },
+        reaches: &[Sight::Commits, Sight::TakesOver],
+        ..Scenario::new(
+            "three services",
+            vec![service("a"), service("b"), service("c")],
+            vec![request("t", &["a", "b", "c"])],
+        )
+    }
+}
+
+pub fn careless_retry() -> Scenario {
+    Scenario {
+        faults: Faults { redeliveries: 1, worker_timeouts: 1, ..NONE },
+        reaches: &[Sight::Commits, Sight::Aborts],
+        ..Scenario::new(
+            "a careless retry",
+            vec![service("a")],
+            vec![request_at("t", 50, &["a"]), request_at("t", 51, &["a"])],
+        )
+    }
+}
+
+pub fn other_content() -> Scenario {
+    Scenario {
+        faults: Faults { worker_timeouts: 1, member_timeouts: 1, ..NONE },
+        reaches: &[Sight::Commits, Sight::Rejects],
+        ..Scenario::new(
+            "the same id with other content",
+            vec![service("a").with_store(), service("b")],
+            vec![request("t", &["a", "b"]), with_other_content(request("t", &["a"]))],
+        )
+    }
+}
+
+pub fn worker_disconnects() -> Scenario {
+    Scenario {
+        faults: Faults { worker_disconnects: 1, lost_confirms: 1, worker_timeouts: 1, ..NONE },
+        slow_confirms: true,
+        reaches: &[Sight::Commits, Sight::Aborts, Sight::TakesOver],
+        ..Scenario::new(
+            "a worker loses its connection",
+            vec![service("a"), service("b")],
+            vec![request("t", &["a", "b"])],
+        )
+    }
+}
+
+/// A request that was delivered too often is aborted, whatever the first taker does.
+pub fn hopeless_request() -> Scenario {
+    Scenario {
+        faults: Faults { redeliveries: 1, member_timeouts: 1, ..NONE },
+        deliveries_max: 1,
+        reaches: &[Sight::Commits, Sight::Aborts, Sight::SplitDecision],
+        ..Scenario::new(
+            "a request delivered too often",
+            vec![service("a"), service("b")],
+            vec![request("t", &["a", "b"])],
+        )
+    }
+}
+
+/// The same key with other content, and a worker that dies: the votes for the one request reach the
+/// worker that has the other.
+pub fn other_content_after_crash() -> Scenario {
+    Scenario {
+        name: "other content, and a crash",
+        faults: Faults { crashes: 1, ..NONE },
+        ..other_content()
+    }
+}
