@@ -96,6 +96,7 @@ stories! {
         view_that_starts_too_late_reads_further_back_and_finds_nothing
         void_record_changes_nothing
         vote_about_other_content_does_not_count
+        vote_from_the_store_does_not_take_the_holders_place
         who_has_begun_goes_before_those_who_may_not_begin
     }
     instance {

@@ -556,12 +556,17 @@ impl Transaction {
         let standing = std::mem::replace(&mut self.parts[index].standing, Standing::Unasked);
         let next = match (vote.ballot, standing) {
             (Ballot::Prepared { branch }, Standing::Prepared { branch: known, holder }) => {
-                let same = branch == known && holder.as_ref() == Some(&instance);
-                if branch != known {
+                let holder = if branch != known {
                     let twice = Anomaly::PreparedTwice(vote.key, vote.service);
                     cx.effects.push(Effect::Report(twice));
-                }
-                Standing::Prepared { branch: known, holder: holder.filter(|_| same) }
+                    None
+                } else if *known.instance() == instance {
+                    // Who made the branch has the slot; others vote from the store.
+                    holder.map(|_| instance)
+                } else {
+                    holder.filter(|holder| holder == known.instance() || *holder == instance)
+                };
+                Standing::Prepared { branch: known, holder }
             }
             (Ballot::Prepared { branch }, Standing::Failed { .. }) => {
                 Standing::Prepared { branch, holder: None }
