@@ -31,6 +31,48 @@ impl fmt::Display for InvalidName {
 
 impl std::error::Error for InvalidName {}
 
+/// A text that many share: it is compared with itself most of the time.
+#[derive(Clone)]
+struct Shared(Arc<str>);
+
+impl Hash for Shared {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.0.hash(state);
+    }
+}
+
+impl From<&str> for Shared {
+    fn from(text: &str) -> Self {
+        Self(text.into())
+    }
+}
+
+impl AsRef<str> for Shared {
+    fn as_ref(&self) -> &str {
+        &self.0
+    }
+}
+
+impl PartialEq for Shared {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0) || self.0 == other.0
+    }
+}
+
+impl Eq for Shared {}
+
+impl PartialOrd for Shared {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Shared {
+    fn cmp(&self, other: &Self) -> Ordering {
+        if Arc::ptr_eq(&self.0, &other.0) { Ordering::Equal } else { self.0.cmp(&other.0) }
+    }
+}
+
 /// A text that is compared by a digest of it first: in a map of many, that saves a look at most of
 /// the texts. Its order means nothing, but is the same everywhere.
 #[derive(Clone)]
@@ -143,13 +185,13 @@ names! {
     /// `requested_at`: see [`TransactionKey`]. Its order is not that of the text.
     TransactionId(Scattered): "transaction id", 128, "._:-";
     /// A named participant with one durable state.
-    ServiceName(Arc<str>): "service name", 64, "_-";
+    ServiceName(Shared): "service name", 64, "_-";
     /// One running process of a service. A process started again is another instance.
-    InstanceId(Arc<str>): "instance id", 64, "_-";
+    InstanceId(Shared): "instance id", 64, "_-";
     /// One process of the coordinator.
-    WorkerId(Arc<str>): "worker id", 64, "_-";
+    WorkerId(Shared): "worker id", 64, "_-";
     /// Where a producer wants its result: a token of its own, never a queue name.
-    ReplyToken(Arc<str>): "reply token", 64, "_-";
+    ReplyToken(Shared): "reply token", 64, "_-";
 }
 
 /// One run of a service's prepare for a transaction. Made by the instance that runs it, stored with

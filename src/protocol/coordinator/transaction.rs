@@ -141,28 +141,25 @@ fn has_room(
 enum Duty {
     None,
     /// A finish was sent and is not answered; sent again at `due`.
-    Owed {
-        finish: Finish,
-        to: Destination,
-        due: Time,
-        silences: u32,
-        failures: u32,
-    },
+    Owed(Telling),
     /// The service's code failed; called again at `due`.
-    BackingOff {
-        finish: Finish,
-        to: Destination,
-        due: Time,
-        silences: u32,
-        failures: u32,
-    },
+    BackingOff(Telling),
     /// A parked record is not confirmed; written again at `due`.
     Parking {
-        finish: Finish,
         error: Option<Arc<str>>,
         due: Time,
     },
     Parked,
+}
+
+/// How far it has come with telling a service the outcome.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+struct Telling {
+    due: Time,
+    /// Whether all instances are told, though one is known to have the slot.
+    all: bool,
+    silences: u32,
+    failures: u32,
 }
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
@@ -755,27 +752,12 @@ impl Transaction {
     }
 
     fn owe_commit(&mut self, index: usize, decision: &Decision, cx: &mut Context<'_>) {
-        let committed = decision.branch_of(&self.request.services[index]);
-        let holder = match &self.parts[index].standing {
-            Standing::Prepared { branch, holder } if Some(branch) == committed => holder.clone(),
-            Standing::Unasked
-            | Standing::Reserved
-            | Standing::Queued
-            | Standing::Queried
-            | Standing::Asked { .. }
-            | Standing::Prepared { .. }
-            | Standing::ReadOnly
-            | Standing::Declined
-            | Standing::Failed { .. }
-            | Standing::Heard => None,
-        };
-        let to = holder.map_or(Destination::AllInstances, Destination::Instance);
-        let finish = self.finish(Outcome::Committed, committed.cloned());
-        if committed.is_some() {
-            self.owe(index, finish, to, 0, 0, cx);
+        if decision.branch_of(&self.request.services[index]).is_some() {
+            self.owe(index, 0, 0, false, cx);
         } else if self.parts[index].holds_slot {
             // Somebody else decided without this service's branch: it is undone. Lost, it will be
             // asked for.
+            let finish = self.finish(Outcome::Committed, None);
             self.send(index, Destination::AllInstances, Command::Finish(finish), cx);
             self.release(index, cx);
         }
@@ -783,10 +765,8 @@ impl Transaction {
 
     fn owe_abort(&mut self, index: usize, cx: &mut Context<'_>) {
         match &self.parts[index].standing {
-            Standing::Prepared { branch, holder } | Standing::Failed { branch, holder } => {
-                let to = holder.clone().map_or(Destination::AllInstances, Destination::Instance);
-                let finish = self.finish(Outcome::Aborted, Some(branch.clone()));
-                self.owe(index, finish, to, 0, 0, cx);
+            Standing::Prepared { .. } | Standing::Failed { .. } => {
+                self.owe(index, 0, 0, false, cx);
             }
             Standing::Unasked | Standing::Reserved | Standing::Queried if self.repeated => {
                 let finish = self.finish(Outcome::Aborted, None);
@@ -803,22 +783,41 @@ impl Transaction {
         }
     }
 
-    fn owe(
-        &mut self,
-        index: usize,
-        finish: Finish,
-        to: Destination,
-        silences: u32,
-        failures: u32,
-        cx: &mut Context<'_>,
-    ) {
-        let patience = match finish.outcome {
+    /// What a service is to be told of the outcome, and who has the slot, if that is known.
+    fn telling(&self, index: usize, decision: &Decision) -> (Finish, Option<InstanceId>) {
+        let (held, holder) = match &self.parts[index].standing {
+            Standing::Prepared { branch, holder } | Standing::Failed { branch, holder } => {
+                (Some(branch), holder.clone())
+            }
+            Standing::Unasked
+            | Standing::Reserved
+            | Standing::Queued
+            | Standing::Queried
+            | Standing::Asked { .. }
+            | Standing::ReadOnly
+            | Standing::Declined
+            | Standing::Heard => (None, None),
+        };
+        let branch = match decision.outcome {
+            Outcome::Committed => decision.branch_of(&self.request.services[index]),
+            Outcome::Aborted => held,
+        };
+        let holder = holder.filter(|_| held == branch);
+        (self.finish(decision.outcome, branch.cloned()), holder)
+    }
+
+    /// Tells a service the outcome, and goes on until it has answered.
+    fn owe(&mut self, index: usize, silences: u32, failures: u32, all: bool, cx: &mut Context<'_>) {
+        let Some(decision) = &self.decision else { return };
+        let (finish, holder) = self.telling(index, decision);
+        let patience = match decision.outcome {
             Outcome::Committed => cx.settings().finish_timeout,
             Outcome::Aborted => cx.settings().finish_timeout / 4,
         };
+        let to = holder.filter(|_| !all).map_or(Destination::AllInstances, Destination::Instance);
+        self.send(index, to, Command::Finish(finish), cx);
         let due = cx.now + patience;
-        self.send(index, to.clone(), Command::Finish(finish.clone()), cx);
-        self.parts[index].duty = Duty::Owed { finish, to, due, silences, failures };
+        self.parts[index].duty = Duty::Owed(Telling { due, all, silences, failures });
         cx.wake(&self.request.key, &mut self.due, due);
     }
 
@@ -845,39 +844,31 @@ impl Transaction {
     /// A service's code failed to finish. Only the answer that is waited for counts: several
     /// instances may report the same attempt.
     fn record_failure(&mut self, index: usize, error: &Arc<str>, cx: &mut Context<'_>) {
-        let Duty::Owed { finish, to, silences, failures, .. } = &self.parts[index].duty else {
-            return;
-        };
-        let (finish, to, silences, failures) =
-            (finish.clone(), to.clone(), *silences, failures + 1);
+        let Duty::Owed(telling) = self.parts[index].duty else { return };
+        let failures = telling.failures + 1;
         cx.effects.push(Effect::Report(Anomaly::CommitFailed {
             key: self.request.key.clone(),
             service: self.request.services[index].clone(),
             failures,
             error: Arc::clone(error),
         }));
-        if finish.outcome == Outcome::Committed && failures > cx.settings().commit_retries {
-            return self.park_commit(index, finish, Some(Arc::clone(error)), cx);
+        if self.phase == Phase::Committing && failures > cx.settings().commit_retries {
+            return self.park_commit(index, Some(Arc::clone(error)), cx);
         }
         let due = cx.now + cx.backoff(&self.request.key, failures);
-        self.parts[index].duty = Duty::BackingOff { finish, to, due, silences, failures };
+        self.parts[index].duty = Duty::BackingOff(Telling { due, failures, ..telling });
         cx.wake(&self.request.key, &mut self.due, due);
     }
 
-    fn park_commit(
-        &mut self,
-        index: usize,
-        finish: Finish,
-        error: Option<Arc<str>>,
-        cx: &mut Context<'_>,
-    ) {
-        let Some(branch) = finish.branch.clone() else { return };
+    fn park_commit(&mut self, index: usize, error: Option<Arc<str>>, cx: &mut Context<'_>) {
         let service = self.request.services[index].clone();
+        let decided = self.decision.as_ref().and_then(|decision| decision.branch_of(&service));
+        let Some(branch) = decided.cloned() else { return };
         let matter = Matter::Uncommitted { service, branch, error: error.clone() };
         let parked = Parked { key: self.request.key.clone(), matter, parked_at: cx.now };
         cx.effects.push(Effect::Park(parked));
         let due = cx.now + cx.settings().finish_timeout;
-        self.parts[index].duty = Duty::Parking { finish, error, due };
+        self.parts[index].duty = Duty::Parking { error, due };
         cx.wake(&self.request.key, &mut self.due, due);
     }
 
@@ -892,8 +883,9 @@ impl Transaction {
             return;
         };
         let Some(index) = self.part_of(service) else { return };
-        if let Duty::Parking { finish, .. } = &self.parts[index].duty {
-            let finish = Finish { parked: true, ..finish.clone() };
+        if let (Duty::Parking { .. }, Some(decision)) = (&self.parts[index].duty, &self.decision) {
+            let (finish, _) = self.telling(index, decision);
+            let finish = Finish { parked: true, ..finish };
             self.send(index, Destination::AnyInstance, Command::Finish(finish), cx);
             self.parts[index].duty = Duty::Parked;
             self.release(index, cx);
@@ -907,7 +899,7 @@ impl Transaction {
             Ballot::Prepared { branch } | Ballot::Failed { branch, .. } => {
                 let late = Anomaly::LateVote(vote.key, vote.service);
                 cx.effects.push(Effect::Report(late));
-                let to = Destination::Instance(vote.instance);
+                let to = Destination::Instance(vote.instance.clone());
                 match decision.outcome {
                     Outcome::Committed => {
                         let branch = decision.branch_of(&self.request.services[index]).cloned();
@@ -918,8 +910,9 @@ impl Transaction {
                     Outcome::Aborted
                         if self.parts[index].duty == Duty::None && self.until.is_some() =>
                     {
-                        let finish = self.finish(Outcome::Aborted, Some(branch));
-                        self.owe(index, finish, to, 0, 0, cx);
+                        let holder = Some(vote.instance);
+                        self.parts[index].standing = Standing::Failed { branch, holder };
+                        self.owe(index, 0, 0, false, cx);
                     }
                     Outcome::Aborted => {
                         let finish = self.finish(Outcome::Aborted, Some(branch));
@@ -1118,30 +1111,28 @@ impl Transaction {
 
     fn wake_duty(&mut self, index: usize, cx: &mut Context<'_>) {
         match &self.parts[index].duty {
-            Duty::Owed { finish, due, silences, failures, .. } if *due <= cx.now => {
-                let (finish, silences, failures) = (finish.clone(), silences + 1, *failures);
+            Duty::Owed(telling) if telling.due <= cx.now => {
+                let Telling { silences, failures, .. } = *telling;
                 let (key, service) = (self.request.key.clone(), &self.request.services[index]);
                 let unanswered = Anomaly::Unanswered(key, service.clone());
                 cx.effects.push(Effect::Report(unanswered));
-                let give_up = silences > cx.settings().commit_retries;
-                if finish.outcome == Outcome::Committed && give_up {
-                    self.park_commit(index, finish, None, cx);
+                if self.phase == Phase::Committing && silences >= cx.settings().commit_retries {
+                    self.park_commit(index, None, cx);
                 } else {
-                    self.owe(index, finish, Destination::AllInstances, silences, failures, cx);
+                    self.owe(index, silences + 1, failures, true, cx);
                 }
             }
-            Duty::BackingOff { finish, to, due, silences, failures } if *due <= cx.now => {
-                let (finish, to, silences, failures) =
-                    (finish.clone(), to.clone(), *silences, *failures);
-                self.owe(index, finish, to, silences, failures, cx);
+            Duty::BackingOff(telling) if telling.due <= cx.now => {
+                let Telling { silences, failures, all, .. } = *telling;
+                self.owe(index, silences, failures, all, cx);
             }
-            Duty::Parking { finish, error, due } if *due <= cx.now => {
-                let (finish, error) = (finish.clone(), error.clone());
-                self.park_commit(index, finish, error, cx);
+            Duty::Parking { error, due } if *due <= cx.now => {
+                let error = error.clone();
+                self.park_commit(index, error, cx);
             }
             Duty::None
-            | Duty::Owed { .. }
-            | Duty::BackingOff { .. }
+            | Duty::Owed(_)
+            | Duty::BackingOff(_)
             | Duty::Parking { .. }
             | Duty::Parked => {}
         }
@@ -1159,9 +1150,8 @@ impl Transaction {
 
     fn rearm(&mut self, cx: &mut Context<'_>) {
         let duties = self.parts.iter().filter_map(|part| match &part.duty {
-            Duty::Owed { due, .. } | Duty::BackingOff { due, .. } | Duty::Parking { due, .. } => {
-                Some(*due)
-            }
+            Duty::Owed(telling) | Duty::BackingOff(telling) => Some(telling.due),
+            Duty::Parking { due, .. } => Some(*due),
             Duty::None | Duty::Parked => None,
         });
         let answers = self.requesters.iter().filter_map(|requester| requester.republish_at);
