@@ -56,7 +56,8 @@ pub struct Settings {
     pub backoff_max: Duration,
     /// How many finished transactions are remembered.
     pub remembered_max: usize,
-    /// How many transactions that hold no slot are looked into at once.
+    /// How many transactions that hold no slot are looked into at once, not counting what comes by
+    /// the service's durable queue.
     pub visitors_max: usize,
     /// What the jitter of this instance's pauses starts from.
     pub seed: u64,
@@ -441,7 +442,10 @@ impl Instance {
     /// Asks the store on behalf of somebody who takes no slot here.
     fn look_up(&mut self, key: &TransactionKey, visiting: Holding, effects: &mut Vec<Effect>) {
         let visitors = self.holdings.len().saturating_sub(self.slots_used as usize);
-        if self.settings.has_store && visitors < self.settings.visitors_max {
+        // Nobody says again what waits in the service's durable queue, and how much of it is
+        // delivered at once is the transport's to bound.
+        let is_owed = visiting.finishers.iter().any(|finisher| finisher.delivery.is_some());
+        if self.settings.has_store && (is_owed || visitors < self.settings.visitors_max) {
             self.holdings.insert(key.clone(), visiting);
             effects.push(Effect::ReadStore(key.clone()));
         }
