@@ -538,7 +538,7 @@ impl Coordinator {
         if let Some(it) = self.transactions.get(&key) {
             let is_ours = it.request().request_hash == inquiry.request_hash;
             return self.with(now, &key, effects, |it, cx| match it.is_undecided() {
-                true if is_ours => it.record_vote(inquiry.into_vote(), cx),
+                true if is_ours => it.query_holder(&inquiry.service, inquiry.instance, cx),
                 true => {}
                 false => it.answer_inquiry(&inquiry.service, inquiry.instance, cx),
             });
@@ -688,20 +688,6 @@ impl History {
     fn read(&mut self, decision: Arc<Decision>) {
         if self.serving.contains(&decision.key) {
             self.found.entry(decision.key.clone()).or_insert(decision);
-        }
-    }
-}
-
-impl Inquiry {
-    /// Whoever asks what became of what it holds also says that it holds it.
-    fn into_vote(self) -> Vote {
-        Vote {
-            key: self.key,
-            request_hash: self.request_hash,
-            service: self.service,
-            instance: self.instance,
-            ballot: Ballot::Prepared { branch: self.branch },
-            free: 0,
         }
     }
 }

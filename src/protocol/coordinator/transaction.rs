@@ -772,6 +772,16 @@ impl Transaction {
         }
     }
 
+    /// Before it is decided, who asks what became of what it holds is asked for its vote: it may
+    /// hold what is left of a prepare that failed.
+    pub(super) fn query_holder(&self, service: &ServiceName, to: InstanceId, cx: &mut Context<'_>) {
+        if let Some(index) = self.part_of(service) {
+            let (key, request_hash) = (self.request.key.clone(), self.request.request_hash);
+            let query = Command::Query(Query { key, request_hash });
+            self.send(index, Destination::Instance(to), query, cx);
+        }
+    }
+
     /// What the journal says of this very transaction: a careless retry is answered with another's
     /// decision, which is about nothing that was prepared for this one.
     fn own_decision(&self) -> Option<Arc<Decision>> {
