@@ -514,7 +514,11 @@ impl Instance {
             };
         }
         let finish = &finisher.finish;
+        // What was finished here may have left something in the store all the same: another
+        // instance's branch, or what was stored after its prepare was given up.
+        let is_seen_held = self.doubted.keys().any(|(doubted, _)| *doubted == key);
         let is_applied = match self.memory.of(&key) {
+            _ if is_seen_held => false,
             Some(Remembered::Finished { applied, .. }) => {
                 finish.branch.is_none() || *applied == finish.branch
             }
