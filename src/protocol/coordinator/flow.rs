@@ -41,6 +41,14 @@ enum Patience {
     Returns,
 }
 
+/// What makes one waiter go before another.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(super) enum Claim {
+    HoldsSlots,
+    InFlight,
+    New,
+}
+
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub(super) struct Flow {
     existence: Existence,
@@ -57,7 +65,10 @@ pub(super) struct Flow {
     contended_until: Time,
     /// Who waits and holds a slot elsewhere: they go first, since others wait for what they hold.
     begun: VecDeque<TransactionKey>,
-    /// Who waits and holds nothing.
+    /// Who waits, was taken over, and holds nothing: it counts as in flight, so it must not wait
+    /// for one that isn't.
+    resumed: VecDeque<TransactionKey>,
+    /// Who waits and has not begun.
     waiting: VecDeque<TransactionKey>,
 }
 
@@ -73,6 +84,7 @@ impl Flow {
             probes: 0,
             contended_until: Time::EPOCH,
             begun: VecDeque::new(),
+            resumed: VecDeque::new(),
             waiting: VecDeque::new(),
         }
     }
@@ -174,26 +186,33 @@ impl Flow {
     }
 
     pub(super) fn has_waiters(&self) -> bool {
-        !self.begun.is_empty() || !self.waiting.is_empty()
+        !self.begun.is_empty() || !self.resumed.is_empty() || !self.waiting.is_empty()
     }
 
-    pub(super) fn enqueue(&mut self, key: &TransactionKey, begun: bool) {
-        let queue = if begun { &mut self.begun } else { &mut self.waiting };
+    pub(super) fn enqueue(&mut self, key: &TransactionKey, claim: Claim) {
+        let queue = match claim {
+            Claim::HoldsSlots => &mut self.begun,
+            Claim::InFlight => &mut self.resumed,
+            Claim::New => &mut self.waiting,
+        };
         queue.push_back(key.clone());
     }
 
     /// Who is next. Those that have not begun only if `may_begin`.
     pub(super) fn dequeue(&mut self, may_begin: bool) -> Option<TransactionKey> {
-        self.begun.pop_front().or_else(|| if may_begin { self.waiting.pop_front() } else { None })
+        let begun = self.begun.pop_front().or_else(|| self.resumed.pop_front());
+        begun.or_else(|| if may_begin { self.waiting.pop_front() } else { None })
     }
 
     /// All who wait.
     pub(super) fn dequeue_all(&mut self) -> impl Iterator<Item = TransactionKey> {
-        std::mem::take(&mut self.begun).into_iter().chain(std::mem::take(&mut self.waiting))
+        let begun = std::mem::take(&mut self.begun).into_iter();
+        begun.chain(std::mem::take(&mut self.resumed)).chain(std::mem::take(&mut self.waiting))
     }
 
     pub(super) fn remove(&mut self, key: &TransactionKey) {
         self.begun.retain(|waiter| waiter != key);
+        self.resumed.retain(|waiter| waiter != key);
         self.waiting.retain(|waiter| waiter != key);
     }
 }

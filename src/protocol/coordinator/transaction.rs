@@ -7,6 +7,7 @@ use crate::protocol::{
     coordinator::{
         Context,
         event::{Anomaly, Delivery, Effect},
+        flow::Claim,
         reject,
     },
     ids::{Branch, InstanceId, ServiceName},
@@ -336,10 +337,14 @@ impl Transaction {
     }
 
     fn queue(&mut self, index: usize, cx: &mut Context<'_>) {
-        let holds_some = self.parts.iter().any(|part| part.holds_slot);
+        let claim = match self.begun {
+            true if self.parts.iter().any(|part| part.holds_slot) => Claim::HoldsSlots,
+            true => Claim::InFlight,
+            false => Claim::New,
+        };
         self.parts[index].standing = Standing::Queued;
         let service = &self.request.services[index];
-        cx.flow(service).enqueue(&self.request.key, holds_some);
+        cx.flow(service).enqueue(&self.request.key, claim);
     }
 
     fn ask(&mut self, index: usize, cx: &mut Context<'_>) {
