@@ -162,6 +162,12 @@ struct History {
     serving: BTreeSet<TransactionKey>,
     /// The first record it has found of each.
     found: BTreeMap<TransactionKey, Arc<Decision>>,
+    /// The first record of each that was in view when it began, or came into view since: by its
+    /// end the view may have forgotten it.
+    viewed: BTreeMap<TransactionKey, Arc<Decision>>,
+    /// Records were lost meanwhile, between what it reads and what is in view: it counts for
+    /// nothing.
+    is_void: bool,
     /// Whom the next one serves.
     next: BTreeSet<TransactionKey>,
 }
@@ -378,6 +384,7 @@ impl Coordinator {
             self.recall_undecided(now, effects);
         }
         let Reading::First(first) = self.view.read(now, offset, decision) else { return };
+        self.history.came_into_view(&first);
         self.answer_inquest(now, &first, effects);
         self.with(now, &first.key, effects, |it, cx| {
             if it.is_undecided() && it.phase() != Phase::Recalling {
@@ -397,6 +404,7 @@ impl Coordinator {
             self.with(now, &key, effects, Transaction::recall_again);
             self.look_further_back(&key, effects);
         }
+        self.history.is_void = true;
         // Who has asked will ask again.
         self.inquests.clear();
         self.shared.inquest_deadlines = Deadlines::default();
@@ -415,15 +423,25 @@ impl Coordinator {
             return;
         };
         self.history.serving = std::mem::take(&mut self.history.next);
+        let viewed =
+            |key: &TransactionKey| Some((key.clone(), Arc::clone(self.view.earliest_seen(key)?)));
+        self.history.viewed = self.history.serving.iter().filter_map(viewed).collect();
+        self.history.is_void = false;
         let from = earliest - self.shared.settings.clock_margin;
         effects.push(Effect::ReadHistory { from, until: self.view.oldest_offset() });
     }
 
     fn history_ended(&mut self, now: Time, reaches: Option<Time>, effects: &mut Vec<Effect>) {
         let found = std::mem::take(&mut self.history.found);
+        let viewed = std::mem::take(&mut self.history.viewed);
         let margin = self.shared.settings.clock_margin;
-        for key in std::mem::take(&mut self.history.serving) {
-            let first = found.get(&key).or_else(|| self.view.earliest_seen(&key)).cloned();
+        let served = std::mem::take(&mut self.history.serving);
+        if self.history.is_void {
+            self.history.next.extend(served);
+            return self.begin_look(effects);
+        }
+        for key in served {
+            let first = found.get(&key).or_else(|| viewed.get(&key)).cloned();
             let is_complete = reaches.is_some_and(|reaches| reaches <= key.requested_at - margin);
             self.recalled(now, &key, first.filter(|_| is_complete), is_complete, effects);
         }
@@ -688,6 +706,12 @@ impl History {
     fn read(&mut self, decision: Arc<Decision>) {
         if self.serving.contains(&decision.key) {
             self.found.entry(decision.key.clone()).or_insert(decision);
+        }
+    }
+
+    fn came_into_view(&mut self, decision: &Arc<Decision>) {
+        if self.serving.contains(&decision.key) {
+            self.viewed.entry(decision.key.clone()).or_insert_with(|| Arc::clone(decision));
         }
     }
 }
