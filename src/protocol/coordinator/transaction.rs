@@ -344,7 +344,12 @@ impl Transaction {
         };
         self.parts[index].standing = Standing::Queued;
         let service = &self.request.services[index];
-        cx.flow(service).enqueue(&self.request.key, claim);
+        let flow = cx.flow(service);
+        flow.enqueue(&self.request.key, claim);
+        // Who stands before it may only wait for fewer to be in flight.
+        if flow.admits() {
+            cx.touch(service);
+        }
     }
 
     fn ask(&mut self, index: usize, cx: &mut Context<'_>) {
