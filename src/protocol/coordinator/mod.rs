@@ -385,7 +385,10 @@ impl Coordinator {
         }
         let Reading::First(first) = self.view.read(now, offset, decision) else { return };
         self.history.came_into_view(&first);
-        self.answer_inquest(now, &first, effects);
+        // Whom a look further back serves waits for it: an earlier record may be out of view.
+        if self.inquests.get(&first.key).is_some_and(|it| it.propose_at.is_some()) {
+            self.answer_inquest(now, &first, effects);
+        }
         self.with(now, &first.key, effects, |it, cx| {
             if it.is_undecided() && it.phase() != Phase::Recalling {
                 it.adopt(&first, cx);
