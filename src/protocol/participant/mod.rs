@@ -622,9 +622,12 @@ impl Instance {
             let at = now + (pause - jitter(seed, now, key, pause / 4));
             holding.stage = Stage::BackingOff;
             self.wake_at(key, at);
-        } else if holding.slot == Slot::None {
+        } else if holding.slot == Slot::None || holding.branch.is_none() {
             // The store still holds it, and the next look through it will ask again.
-            self.remove(key);
+            let removed = self.remove(key);
+            if let Some(Holding { slot: Slot::Held(delivery), .. }) = removed {
+                effects.push(Effect::Ack(delivery));
+            }
         } else {
             holding.stage = match holding.why_failed {
                 None => Stage::Prepared,
