@@ -511,6 +511,11 @@ impl Transaction {
 
     fn propose(&mut self, outcome: Outcome, cx: &mut Context<'_>) {
         self.begin(cx);
+        for index in 0..self.parts.len() {
+            if self.parts[index].standing == Standing::Queued {
+                self.unask(index, false, cx);
+            }
+        }
         self.phase = Phase::Deciding;
         self.proposal = Some(outcome);
         let named = |(part, service): (&Part, &ServiceName)| match &part.standing {
