@@ -37,7 +37,7 @@ use crate::{
 const REST_WITHIN: Duration = Duration::from_secs(3 * 60);
 
 /// More happenings than this mean that it never comes to rest.
-const STEPS_MAX: u64 = 400_000;
+const STEPS_MAX: u64 = 100_000;
 
 /// Which life of a process, and which of its connections, a message was meant for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -344,6 +344,10 @@ impl World {
             self.steps += 1;
             if happening.is_pending() {
                 self.n_pending -= 1;
+            }
+            if self.steps > STEPS_MAX {
+                let left = self.what_is_left(true);
+                self.check("ended", Err(format!("it never comes to rest; {}", left.join("; "))));
             }
             if matches!(happening, Happening::RestIsSought) {
                 if self.seek_rest() {
