@@ -21,6 +21,7 @@ use dtc::protocol::{
 
 use crate::{
     checkers::{read_back, result, stored_before_voted},
+    service::{Service, Slot},
     world::{Happening, Life, WorkerInput, World, tell},
 };
 
@@ -70,8 +71,7 @@ pub(crate) struct QueuedPrepare {
 
 /// The stream of decisions.
 pub(crate) struct Journal {
-    base: u64,
-    records: VecDeque<(Time, Arc<Decision>)>,
+    records: Vec<(Time, Arc<Decision>)>,
     first: BTreeMap<TransactionKey, Arc<Decision>>,
     /// Every record made at this moment or later is there.
     complete_from: Time,
@@ -136,30 +136,25 @@ impl Journal {
             worker: WorkerId::parse("topology").expect("a valid id"),
         };
         Self {
-            base: 0,
-            records: VecDeque::from([(from, Arc::new(marker))]),
+            records: vec![(from, Arc::new(marker))],
             first: BTreeMap::new(),
             complete_from: from,
         }
     }
 
-    pub(crate) fn start(&self) -> u64 {
-        self.base
-    }
-
     /// The offset that the next record will have.
     pub(crate) fn end(&self) -> u64 {
-        self.base + self.records.len() as u64
+        self.records.len() as u64
     }
 
     pub(crate) fn get(&self, offset: u64) -> Option<Arc<Decision>> {
-        let index = usize::try_from(offset.checked_sub(self.base)?).ok()?;
+        let index = usize::try_from(offset).ok()?;
         self.records.get(index).map(|(_, decision)| Arc::clone(decision))
     }
 
     pub(crate) fn append(&mut self, now: Time, decision: Arc<Decision>) {
         self.first.entry(decision.key.clone()).or_insert_with(|| Arc::clone(&decision));
-        self.records.push_back((now, decision));
+        self.records.push((now, decision));
     }
 
     pub(crate) fn first(&self, key: &TransactionKey) -> Option<&Arc<Decision>> {
@@ -174,13 +169,7 @@ impl Journal {
     /// at most; and from when on that is really all.
     pub(crate) fn reaching(&self, since: Time, margin: Duration) -> (u64, Time) {
         let skipped = self.records.partition_point(|(at, _)| *at < since - margin);
-        (self.base + skipped as u64, since.max(self.complete_from))
-    }
-
-    pub(crate) fn truncate(&mut self, now: Time, margin: Duration) {
-        self.base += self.records.len() as u64;
-        self.records.clear();
-        self.complete_from = now + margin + Duration::from_millis(1);
+        (skipped as u64, since.max(self.complete_from))
     }
 }
 
@@ -195,7 +184,7 @@ impl World {
         let is_lost = !self.broker.is_up || is_cut && self.rng.chance(500);
         match effect {
             Effect::FindService(service) => {
-                let event = match self.service_index(&service) {
+                let event = match self.bound_service(&service) {
                     Some(_) => coordinator::Event::ServiceFound(service),
                     None => coordinator::Event::ServiceMissing(service),
                 };
@@ -320,14 +309,15 @@ impl World {
         command: message::Command,
     ) {
         let life = self.workers[worker].life;
-        let Some(service) = self.service_index(&name) else {
-            if let message::Command::Prepare(prepare) = command {
-                let key = prepare.key;
-                let event = coordinator::Event::PrepareUnroutable { key, service: name };
-                self.to_worker(worker, life, event);
-            }
-            return;
-        };
+        if let message::Command::Prepare(prepare) = &command
+            && self.bound_service(&name).is_none()
+        {
+            let key = prepare.key.clone();
+            let event = coordinator::Event::PrepareUnroutable { key, service: name };
+            return self.confirm(worker, life, &event);
+        }
+        let service = self.services.iter().position(|service| service.plan.name == name);
+        let Some(service) = service else { return };
         let from = self.workers[worker].id.clone();
         let arrivals = match to {
             Destination::AnyInstance => self.rules.carry_safely(&mut self.rng),
@@ -374,7 +364,7 @@ impl World {
         } else {
             coordinator::Event::ResultConfirmed { key, delivery }
         };
-        self.to_worker(worker, life, event);
+        self.confirm(worker, life, &event);
     }
 
     pub(crate) fn store_parked(&mut self, worker: usize, life: Life, parked: Parked) {
@@ -394,14 +384,22 @@ impl World {
         };
         if !self.rules.loses_confirm(&mut self.rng) {
             let event = coordinator::Event::ParkConfirmed { key: parked.key, service };
-            self.to_worker(worker, life, event);
+            self.confirm(worker, life, &event);
         }
     }
 
     fn to_worker(&mut self, worker: usize, life: Life, event: coordinator::Event) {
-        let wait = self.rng.below(3);
+        let wait = self.rules.deliver(&mut self.rng);
         let input = WorkerInput::Event(event);
         self.after(wait, Happening::ToWorker { worker, life, input });
+    }
+
+    /// Says what became of what was published. A transport that publishes again says it twice.
+    fn confirm(&mut self, worker: usize, life: Life, event: &coordinator::Event) {
+        for millis in self.rules.carry_safely(&mut self.rng).into_iter().flatten() {
+            let input = WorkerInput::Event(event.clone());
+            self.after(millis, Happening::ToWorker { worker, life, input });
+        }
     }
 
     fn is_unacked_at(&self, worker: usize, delivery: Delivery) -> bool {
@@ -508,7 +506,7 @@ impl World {
             let worker = self.rng.pick(&takers[..n_takers]);
             let Some(brought) = self.broker.inquiries.pop_front() else { return };
             let life = self.workers[worker].life;
-            let wait = self.rng.below(3);
+            let wait = self.rules.deliver(&mut self.rng);
             let input = WorkerInput::Shared(brought);
             self.after(wait, Happening::ToWorker { worker, life, input });
         }
@@ -516,10 +514,12 @@ impl World {
 
     // ---- Prepare queues ----------------------------------------------------------------------
 
-    fn service_index(&self, name: &ServiceName) -> Option<usize> {
-        let index = self.services.iter().position(|service| service.plan.name == *name)?;
-        let removed_at = self.services[index].plan.removed_at;
-        (removed_at.is_none_or(|at| self.now < at)).then_some(index)
+    /// The service of that name, if it has a prepare queue.
+    fn bound_service(&self, name: &ServiceName) -> Option<&Service> {
+        let service = self.services.iter().find(|service| service.plan.name == *name)?;
+        let is_removed = service.plan.removed_at.is_some_and(|at| at <= self.now);
+        let is_unbound = service.unbound_until.is_some_and(|until| self.now < until);
+        (!is_removed && !is_unbound).then_some(service)
     }
 
     pub(crate) fn queue_prepare(&mut self, service: usize, mut prepare: QueuedPrepare) {
@@ -587,7 +587,7 @@ impl World {
             redelivered: prepare.redelivered,
             prepare: prepare.prepare.clone(),
         };
-        let slot = crate::service::Slot { instance, prepare };
+        let slot = Slot { instance, prepare };
         self.services[service].slots.insert(delivery, slot);
         self.to_instance(instance, event);
     }
@@ -602,7 +602,7 @@ impl World {
 
     fn to_instance(&mut self, instance: usize, event: participant::Event) {
         let life = self.instances[instance].life;
-        let wait = self.rng.below(3);
+        let wait = self.rules.deliver(&mut self.rng);
         self.after(wait, Happening::ToInstance { instance, life, event });
     }
 

@@ -88,16 +88,15 @@ impl Coverage {
     /// How many pairs there are, were hit, and are listed as out of reach.
     pub(crate) fn totals(&self) -> (usize, usize, usize) {
         let hit = self.pairs().filter(|(_, _, _, n)| *n > 0).count();
-        (self.pairs().count(), hit, UNREACHABLE.len())
+        let listed = UNREACHABLE.iter().map(|it| it.states.len() * it.events.len()).sum();
+        (self.pairs().count(), hit, listed)
     }
 
     /// What contradicts the list.
     pub(crate) fn complaints(&self) -> Vec<String> {
         let mut complaints = Vec::new();
         for (side, state, event, n) in self.pairs() {
-            let listed = UNREACHABLE
-                .iter()
-                .find(|it| (it.side, it.state, it.event) == (side, state.as_str(), event));
+            let listed = UNREACHABLE.iter().find(|it| it.contains(side, &state, event));
             match (listed, n) {
                 (None, 0) => complaints.push(format!("{side}: {state} × {event} was never hit")),
                 (Some(it), 1..) => complaints
@@ -123,12 +122,56 @@ impl Coverage {
     }
 }
 
-/// A pair that can't be hit, and why.
+/// Pairs that can't be hit, and why.
 struct Unreachable {
     side: &'static str,
-    state: &'static str,
-    event: &'static str,
+    states: &'static [&'static str],
+    events: &'static [&'static str],
     why: &'static str,
 }
 
-const UNREACHABLE: &[Unreachable] = &[];
+const UNREACHABLE: &[Unreachable] = &[
+    Unreachable {
+        side: "coordinator",
+        states: &["Waiting", "Querying", "Preparing", "Deciding"],
+        events: &["HistoryRead"],
+        why: "it is undecided as far back as it reaches, and a record that is new comes into view \
+              before it goes out of it",
+    },
+    Unreachable {
+        side: "coordinator",
+        states: &["Waiting", "Querying", "Preparing", "Deciding"],
+        events: &["ParkConfirmed"],
+        why: "what was parked is decided, or the journal doesn't reach back to it: neither changes",
+    },
+    Unreachable {
+        side: "coordinator",
+        states: &["Aborting"],
+        events: &["ParkConfirmed"],
+        why: "an abort is never parked",
+    },
+    Unreachable {
+        side: "participant",
+        states: &["Recalling", "Prepared", "Failed", "Finishing", "BackingOff", "absent"],
+        events: &["PrepareEnded"],
+        why: "a call of the service's prepare ends once, and it stays Preparing until then",
+    },
+    Unreachable {
+        side: "participant",
+        states: &["Recalling", "Preparing", "Prepared", "Failed", "BackingOff", "absent"],
+        events: &["FinishEnded"],
+        why: "a call of the service's commit or abort ends once, and it stays Finishing until then",
+    },
+    Unreachable {
+        side: "participant",
+        states: &["Preparing", "Prepared", "Failed", "Finishing", "BackingOff", "absent"],
+        events: &["StoreRead"],
+        why: "the store answers once, and it stays Recalling until then",
+    },
+];
+
+impl Unreachable {
+    fn contains(&self, side: &str, state: &str, event: &str) -> bool {
+        self.side == side && self.states.contains(&state) && self.events.contains(&event)
+    }
+}

@@ -93,7 +93,7 @@ impl Plan {
         let chaos = match rng.below(8) {
             0 => Chaos { lose: 60, double: 60, delay: 60 },
             1 => Chaos { lose: 150, double: 20, delay: 20 },
-            2 => Chaos { lose: 10, double: 200, delay: 100 },
+            2 => Chaos { lose: 40, double: 250, delay: 150 },
             _ => Chaos::default(),
         };
         let faults = faults(rng, &workers, &services);
@@ -259,11 +259,15 @@ fn requests(
             let later = at + millis(rng, &[0, 3, 50, 700, 4_000]);
             requests.push((later, request.clone()));
         }
-        if rng.chance(120) {
+        if rng.chance(180) {
             // A careless retry: the same id and content, asked for anew.
             let after = millis(rng, &[1, 40, 400, 3_000]);
             let key = TransactionKey { requested_at: requested_at + after, ..request.key.clone() };
-            requests.push((at + after, Request { key, ..request.clone() }));
+            requests.push((at + after, Request { key: key.clone(), ..request.clone() }));
+            if rng.chance(600) {
+                let later = at + after + millis(rng, &[0, 3, 50, 700, 4_000]);
+                requests.push((later, Request { key, ..request.clone() }));
+            }
         }
         if rng.chance(120) {
             // Other content under a name that is taken.
@@ -326,11 +330,15 @@ fn faults(rng: &mut Rng, workers: &[WorkerPlan], services: &[ServicePlan]) -> Ve
                 Kind::InstanceDeath => Fault::InstanceDeath { instance, after, down },
                 Kind::InstanceCutOff => Fault::InstanceCutOff { instance },
                 Kind::BrokerRestart => Fault::BrokerRestart { down },
-                Kind::JournalTruncated => Fault::JournalTruncated,
+                Kind::JournalGap => Fault::JournalGap { worker, records: rng.between(1, 3) },
+                Kind::ServiceUnbound => {
+                    Fault::ServiceUnbound { service: rng.index(services.len()), down }
+                }
                 kind @ (Kind::LostMessage
                 | Kind::DoubledMessage
                 | Kind::LateMessage
-                | Kind::LostConfirm) => Fault::Mishap { kind, after },
+                | Kind::LostConfirm
+                | Kind::LostHistory) => Fault::Mishap { kind, after },
             };
             (at, fault)
         })
@@ -338,7 +346,7 @@ fn faults(rng: &mut Rng, workers: &[WorkerPlan], services: &[ServicePlan]) -> Ve
 }
 
 /// Crashes are worth more than mishaps; a restart of the broker ends many stories at once.
-const KINDS: [Kind; 26] = [
+const KINDS: [Kind; 30] = [
     Kind::WorkerCrash,
     Kind::WorkerCrash,
     Kind::WorkerCrash,
@@ -365,4 +373,8 @@ const KINDS: [Kind; 26] = [
     Kind::LateMessage,
     Kind::LostConfirm,
     Kind::LostConfirm,
+    Kind::JournalGap,
+    Kind::ServiceUnbound,
+    Kind::ServiceUnbound,
+    Kind::LostHistory,
 ];

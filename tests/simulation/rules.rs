@@ -14,15 +14,17 @@ pub(crate) enum Kind {
     InstanceDeath,
     InstanceCutOff,
     BrokerRestart,
-    JournalTruncated,
+    JournalGap,
+    ServiceUnbound,
     LostMessage,
     DoubledMessage,
     LateMessage,
     LostConfirm,
+    LostHistory,
 }
 
 impl Kind {
-    pub(crate) const ALL: [Self; 12] = [
+    pub(crate) const ALL: [Self; 14] = [
         Self::WorkerCrash,
         Self::WorkerFreeze,
         Self::WorkerCutOff,
@@ -30,11 +32,13 @@ impl Kind {
         Self::InstanceDeath,
         Self::InstanceCutOff,
         Self::BrokerRestart,
-        Self::JournalTruncated,
+        Self::JournalGap,
+        Self::ServiceUnbound,
         Self::LostMessage,
         Self::DoubledMessage,
         Self::LateMessage,
         Self::LostConfirm,
+        Self::LostHistory,
     ];
 }
 
@@ -72,8 +76,16 @@ pub(crate) enum Fault {
     BrokerRestart {
         down: u64,
     },
-    /// Retention takes away all that the journal holds so far.
-    JournalTruncated,
+    /// The next so many records don't reach the worker's reader, though the journal holds them.
+    JournalGap {
+        worker: usize,
+        records: u64,
+    },
+    /// The service's prepare queue is gone, and then declared again.
+    ServiceUnbound {
+        service: usize,
+        down: u64,
+    },
     /// The message after `after` more is lost, doubled, late, or not confirmed.
     Mishap {
         kind: Kind,
@@ -130,6 +142,13 @@ impl Rules {
         is_up
     }
 
+    /// How many milliseconds the broker takes to deliver.
+    pub(crate) fn deliver(&mut self, rng: &mut Rng) -> u64 {
+        let usual = rng.below(3);
+        let late = self.is_up(Kind::LateMessage, self.chaos.delay / 4, rng);
+        if late { rng.pick(&[20, 200, 1_000, 6_000]) + usual } else { usual }
+    }
+
     /// How a message that may be lost fares.
     pub(crate) fn carry(&mut self, rng: &mut Rng) -> Arrivals {
         if self.is_up(Kind::LostMessage, self.chaos.lose, rng) {
@@ -145,6 +164,11 @@ impl Rules {
         let first = if late { rng.pick(&[20, 200, 1_000, 6_000]) + usual } else { usual };
         let double = self.is_up(Kind::DoubledMessage, self.chaos.double, rng);
         [Some(first), double.then(|| rng.pick(&[0, 1, 10, 500, 3_000]))]
+    }
+
+    /// Whether a look further back in the journal fails.
+    pub(crate) fn loses_history(&mut self, rng: &mut Rng) -> bool {
+        self.is_up(Kind::LostHistory, self.chaos.lose / 2, rng)
     }
 
     /// Whether a confirm fails to come.

@@ -23,6 +23,8 @@ pub(crate) struct Service {
     /// Prepares that wait for a slot.
     pub(crate) queue: VecDeque<QueuedPrepare>,
     pub(crate) head_due: Option<Time>,
+    /// Until then there is no such queue.
+    pub(crate) unbound_until: Option<Time>,
     /// Prepares delivered and not acked: each is a slot.
     pub(crate) slots: BTreeMap<u64, Slot>,
     /// Commands for any instance.
@@ -83,6 +85,7 @@ impl Service {
             store: Store::default(),
             queue: VecDeque::new(),
             head_due: None,
+            unbound_until: None,
             slots: BTreeMap::new(),
             durable: VecDeque::new(),
             durable_unacked: BTreeMap::new(),
@@ -93,6 +96,7 @@ impl Service {
     /// Its code does what it is asked from here on.
     pub(crate) fn heal(&mut self) {
         self.failures.clear();
+        self.unbound_until = None;
         let latency_max = self.plan.conduct.latency_max;
         self.plan.conduct = Conduct { latency_max, ..Conduct::default() };
     }

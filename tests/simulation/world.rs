@@ -564,7 +564,7 @@ impl World {
         let Some(process) = &mut node.process else { return };
         if node.is_attached {
             let wanted = process.core().next_offset();
-            node.reader_next = process.reads_from(wanted, end).max(self.journal.start());
+            node.reader_next = process.reads_from(wanted, end);
             node.replays_until = end;
         } else {
             let clock = shifted(self.now, node.plan.skew);
@@ -653,7 +653,8 @@ impl World {
             self.tell_worker(worker, coordinator::Event::HistoryRead(decision));
         }
         if self.workers[worker].life == life && self.workers[worker].process.is_some() {
-            let reaches = Some(complete_from);
+            let is_lost = self.rules.loses_history(&mut self.rng);
+            let reaches = (!is_lost).then_some(complete_from);
             self.tell_worker(worker, coordinator::Event::HistoryEnded { reaches });
         }
     }
@@ -969,10 +970,16 @@ impl World {
                     self.restart_broker(down);
                 }
             }
-            Fault::JournalTruncated => {
-                self.rules.count(Kind::JournalTruncated);
-                let margin = self.plan.clock_margin;
-                self.journal.truncate(self.now, margin);
+            Fault::JournalGap { worker, records } => {
+                if self.workers[worker].process.is_some() {
+                    self.rules.count(Kind::JournalGap);
+                    self.workers[worker].reader_next += records;
+                }
+            }
+            Fault::ServiceUnbound { service, down } => {
+                self.rules.count(Kind::ServiceUnbound);
+                let until = self.now + Duration::from_millis(down);
+                self.services[service].unbound_until = Some(until);
             }
             Fault::Mishap { kind, after } => self.rules.arm(kind, after),
         }
