@@ -189,7 +189,7 @@ impl World {
                     None => coordinator::Event::ServiceMissing(service),
                 };
                 if !is_lost {
-                    self.to_worker(worker, life, event);
+                    self.deliver_to_worker(worker, life, event);
                 }
             }
             Effect::Send { service, to, command } => {
@@ -219,7 +219,7 @@ impl World {
                 let arrivals = self.rules.carry(&mut self.rng);
                 if arrivals[0].is_none() {
                     let event = coordinator::Event::ResultFailed { key, delivery };
-                    return self.to_worker(worker, life, event);
+                    return self.deliver_to_worker(worker, life, event);
                 }
                 for millis in arrivals.into_iter().flatten() {
                     let (key, answer) = (key.clone(), answer.clone());
@@ -327,20 +327,15 @@ impl World {
         };
         for millis in arrivals.into_iter().flatten() {
             let (from, to) = (from.clone(), to.clone());
-            self.after(
-                millis,
-                match command.clone() {
-                    message::Command::Prepare(prepare) => {
-                        let (expires_at, redelivered) = (Time::EPOCH, false);
-                        let prepare = QueuedPrepare { from, prepare, expires_at, redelivered };
-                        Happening::PrepareQueued { service, prepare }
-                    }
-                    command => {
-                        let command = Command { from, command };
-                        Happening::CommandRouted { service, to, command }
-                    }
-                },
-            );
+            let happening = if let message::Command::Prepare(prepare) = &command {
+                let (prepare, expires_at, redelivered) = (prepare.clone(), Time::EPOCH, false);
+                let prepare = QueuedPrepare { from, prepare, expires_at, redelivered };
+                Happening::PrepareQueued { service, prepare }
+            } else {
+                let command = Command { from, command: command.clone() };
+                Happening::CommandRouted { service, to, command }
+            };
+            self.after(millis, happening);
         }
     }
 
@@ -388,7 +383,7 @@ impl World {
         }
     }
 
-    fn to_worker(&mut self, worker: usize, life: Life, event: coordinator::Event) {
+    fn deliver_to_worker(&mut self, worker: usize, life: Life, event: coordinator::Event) {
         let wait = self.rules.deliver(&mut self.rng);
         let input = WorkerInput::Event(event);
         self.after(wait, Happening::ToWorker { worker, life, input });
@@ -447,7 +442,7 @@ impl World {
                 deliveries: self.messages[message].deliveries,
             };
             let life = self.workers[worker].life;
-            self.to_worker(worker, life, event);
+            self.deliver_to_worker(worker, life, event);
         }
     }
 
@@ -478,7 +473,7 @@ impl World {
         match node {
             Some(worker) => {
                 let life = self.workers[worker].life;
-                self.to_worker(worker, life, brought.into_event());
+                self.deliver_to_worker(worker, life, brought.into_event());
             }
             None => self.share(brought),
         }
@@ -589,7 +584,7 @@ impl World {
         };
         let slot = Slot { instance, prepare };
         self.services[service].slots.insert(delivery, slot);
-        self.to_instance(instance, event);
+        self.deliver_to_instance(instance, event);
     }
 
     /// Through the dead-letter exchange, back to its worker.
@@ -600,7 +595,7 @@ impl World {
         self.after(1, Happening::ReplyRouted { to: Some(prepare.from), brought });
     }
 
-    fn to_instance(&mut self, instance: usize, event: participant::Event) {
+    fn deliver_to_instance(&mut self, instance: usize, event: participant::Event) {
         let life = self.instances[instance].life;
         let wait = self.rules.deliver(&mut self.rng);
         self.after(wait, Happening::ToInstance { instance, life, event });
@@ -725,7 +720,7 @@ impl World {
                 participant::Event::FinishReceived { worker, finish, delivery }
             }
         };
-        self.to_instance(instance, event);
+        self.deliver_to_instance(instance, event);
     }
 
     // ---- What an instance asks for -----------------------------------------------------------

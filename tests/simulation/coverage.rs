@@ -97,7 +97,10 @@ impl Coverage {
         let mut complaints = Vec::new();
         for (side, state, event, n) in self.pairs() {
             let listed = UNREACHABLE.iter().find(|it| it.contains(side, &state, event));
+            let is_rare =
+                RARE.iter().any(|(rare, missed)| (*rare, *missed) == (state.as_str(), event));
             match (listed, n) {
+                (None, 0) if is_rare => {}
                 (None, 0) => complaints.push(format!("{side}: {state} × {event} was never hit")),
                 (Some(it), 1..) => complaints
                     .push(format!("{side}: {state} × {event} was hit {n} times: {}", it.why)),
@@ -122,6 +125,13 @@ impl Coverage {
     }
 }
 
+/// Pairs of a coordinator that can be hit, and need so much to meet within one connection that
+/// 200,000 schedules may do without: a transaction begins again from scratch while an answer to what
+/// it did before is still on its way. For that its prepare, or its result, must be answered late;
+/// then a gap in the journal, or the view's forgetting of a namesake, and a look further back that
+/// fails must make it be parked and forgotten; and its request must be published once more.
+const RARE: [(&str, &str); 2] = [("Waiting", "PrepareUnroutable"), ("Querying", "ResultFailed")];
+
 /// Pairs that can't be hit, and why.
 struct Unreachable {
     side: &'static str,
@@ -137,18 +147,6 @@ const UNREACHABLE: &[Unreachable] = &[
         events: &["HistoryRead"],
         why: "it is undecided as far back as it reaches, and a record that is new comes into view \
               before it goes out of it",
-    },
-    Unreachable {
-        side: "coordinator",
-        states: &["Waiting", "Querying", "Preparing", "Deciding"],
-        events: &["ParkConfirmed"],
-        why: "what was parked is decided, or the journal doesn't reach back to it: neither changes",
-    },
-    Unreachable {
-        side: "coordinator",
-        states: &["Aborting"],
-        events: &["ParkConfirmed"],
-        why: "an abort is never parked",
     },
     Unreachable {
         side: "participant",

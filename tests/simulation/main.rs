@@ -51,7 +51,7 @@ fn whatever_goes_wrong_everything_ends_as_the_journal_says() {
     if let Some((seed, violation)) = &totals.failure {
         panic!("{}", campaign::account(*seed, None, violation));
     }
-    if totals.schedules >= FULL {
+    if seed == 0 && totals.schedules >= FULL {
         let complaints = totals.coverage.complaints();
         assert!(complaints.is_empty(), "{}", complaints.join("\n"));
     }

@@ -43,6 +43,10 @@ pub(crate) struct Chaos {
     pub(crate) lose: u64,
     pub(crate) double: u64,
     pub(crate) delay: u64,
+    /// Confirms that don't come.
+    pub(crate) unconfirm: u64,
+    /// Looks further back that fail.
+    pub(crate) forget: u64,
 }
 
 pub(crate) struct WorkerPlan {
@@ -86,17 +90,27 @@ impl Plan {
     pub(crate) fn draw(seed: u64) -> Self {
         let rng = &mut Rng::new(seed);
         let margin = rng.pick(&[10, 50, 500]);
+        let is_thorny = rng.chance(100);
         let services = services(rng, margin);
-        let workers = workers(rng, margin);
+        let mut workers = workers(rng, margin);
+        if is_thorny {
+            for worker in &mut workers {
+                worker.settings.window = Duration::from_millis(300);
+                worker.settings.records_max = 3;
+            }
+        }
         let journal_from = START - Duration::from_millis(rng.pick(&[1_000, 20_000, 20_000]));
-        let (requests, contents) = requests(rng, &services, margin, journal_from);
+        let (requests, contents) = requests(rng, &services, margin, journal_from, is_thorny);
         let chaos = match rng.below(8) {
-            0 => Chaos { lose: 60, double: 60, delay: 60 },
-            1 => Chaos { lose: 150, double: 20, delay: 20 },
-            2 => Chaos { lose: 40, double: 250, delay: 150 },
+            _ if is_thorny => {
+                Chaos { lose: 100, double: 350, delay: 300, unconfirm: 350, forget: 250 }
+            }
+            0 => Chaos { lose: 60, double: 60, delay: 60, unconfirm: 60, forget: 30 },
+            1 => Chaos { lose: 150, double: 20, delay: 20, unconfirm: 150, forget: 0 },
+            2 => Chaos { lose: 40, double: 250, delay: 150, unconfirm: 40, forget: 20 },
             _ => Chaos::default(),
         };
-        let faults = faults(rng, &workers, &services);
+        let faults = faults(rng, &workers, &services, is_thorny);
         let last = faults.iter().map(|(at, _)| *at).max().unwrap_or(START);
         Self {
             workers,
@@ -226,6 +240,7 @@ fn requests(
     services: &[ServicePlan],
     margin: u64,
     journal_from: Time,
+    is_thorny: bool,
 ) -> (Requests, Contents) {
     let mut requests = Vec::new();
     let mut contents = Vec::new();
@@ -259,14 +274,15 @@ fn requests(
             let later = at + millis(rng, &[0, 3, 50, 700, 4_000]);
             requests.push((later, request.clone()));
         }
-        if rng.chance(180) {
+        if rng.chance(if is_thorny { 800 } else { 180 }) {
             // A careless retry: the same id and content, asked for anew.
             let after = millis(rng, &[1, 40, 400, 3_000]);
             let key = TransactionKey { requested_at: requested_at + after, ..request.key.clone() };
             requests.push((at + after, Request { key: key.clone(), ..request.clone() }));
-            if rng.chance(600) {
+            let n_doubles = if is_thorny { 4 } else { rng.below(2) };
+            for _ in 0..n_doubles {
                 let later = at + after + millis(rng, &[0, 3, 50, 700, 4_000]);
-                requests.push((later, Request { key, ..request.clone() }));
+                requests.push((later, Request { key: key.clone(), ..request.clone() }));
             }
         }
         if rng.chance(120) {
@@ -307,8 +323,13 @@ fn involved(rng: &mut Rng, services: &[ServicePlan]) -> Arc<[ServiceName]> {
     involved.into()
 }
 
-fn faults(rng: &mut Rng, workers: &[WorkerPlan], services: &[ServicePlan]) -> Vec<(Time, Fault)> {
-    let n_faults = rng.between(3, 8);
+fn faults(
+    rng: &mut Rng,
+    workers: &[WorkerPlan],
+    services: &[ServicePlan],
+    is_thorny: bool,
+) -> Vec<(Time, Fault)> {
+    let n_faults = if is_thorny { 12 } else { rng.between(3, 8) };
     let spread = rng.pick(&[30, 300, 2_500]);
     let n_instances: usize = services.iter().map(|service| service.instances.len()).sum();
     (0..n_faults)
@@ -319,7 +340,8 @@ fn faults(rng: &mut Rng, workers: &[WorkerPlan], services: &[ServicePlan]) -> Ve
             let after = rng.pick(&[0, 1, 2, 5, 20]);
             let after = rng.below(after + 1) as u32;
             let down = rng.pick(&[1, 30, 400, 2_000]);
-            let fault = match rng.pick(&KINDS) {
+            let kinds: &[Kind] = if is_thorny { &THORNS } else { &KINDS };
+            let fault = match rng.pick(kinds) {
                 Kind::WorkerCrash => Fault::WorkerCrash { worker, after, down },
                 Kind::WorkerFreeze => {
                     let notice = rng.chance(600).then(|| rng.between(1, down));
@@ -344,6 +366,17 @@ fn faults(rng: &mut Rng, workers: &[WorkerPlan], services: &[ServicePlan]) -> Ve
         })
         .collect()
 }
+
+/// What a thorny schedule is about: late, doubled and lost words to workers that forget quickly,
+/// producers that ask again and again, and queues that vanish. Crashes would end the story.
+const THORNS: [Kind; 6] = [
+    Kind::ServiceUnbound,
+    Kind::ServiceUnbound,
+    Kind::LostHistory,
+    Kind::JournalGap,
+    Kind::JournalGap,
+    Kind::WorkerFreeze,
+];
 
 /// Crashes are worth more than mishaps; a restart of the broker ends many stories at once.
 const KINDS: [Kind; 30] = [

@@ -168,12 +168,12 @@ impl Rules {
 
     /// Whether a look further back in the journal fails.
     pub(crate) fn loses_history(&mut self, rng: &mut Rng) -> bool {
-        self.is_up(Kind::LostHistory, self.chaos.lose / 2, rng)
+        self.is_up(Kind::LostHistory, self.chaos.forget, rng)
     }
 
     /// Whether a confirm fails to come.
     pub(crate) fn loses_confirm(&mut self, rng: &mut Rng) -> bool {
-        self.is_up(Kind::LostConfirm, self.chaos.lose, rng)
+        self.is_up(Kind::LostConfirm, self.chaos.unconfirm, rng)
     }
 }
 

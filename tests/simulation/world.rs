@@ -13,14 +13,14 @@ use std::{
 
 use dtc::protocol::{
     coordinator::{self, Delivery},
-    ids::{InstanceId, ServiceName, TransactionKey, WorkerId},
-    message::{Answer, Decision, Outcome, Parked, Reason, Request},
+    ids::{Branch, InstanceId, ServiceName, TransactionId, TransactionKey, WorkerId},
+    message::{Answer, Decision, Destination, Outcome, Parked, Reason, ReasonCode, Request},
     participant,
     time::Time,
 };
 
 use crate::{
-    broker::{Broker, Brought, Command, Journal},
+    broker::{Broker, Brought, Command, Journal, QueuedPrepare},
     bugs::{Bug, Member, Worker},
     checkers::{
         Checked, Violation, ack_after_result, agreement, cap, ended,
@@ -80,12 +80,12 @@ pub(crate) enum Happening {
     /// A prepare reaches the queue of its service.
     PrepareQueued {
         service: usize,
-        prepare: crate::broker::QueuedPrepare,
+        prepare: QueuedPrepare,
     },
     /// A command reaches the exchange for one instance, for all, or for any.
     CommandRouted {
         service: usize,
-        to: dtc::protocol::message::Destination,
+        to: Destination,
         command: Command,
     },
     /// What is meant for a worker reaches the exchange.
@@ -243,7 +243,7 @@ pub(crate) struct World {
     pub(crate) is_healed: bool,
     unanimity: Unanimity,
     pub(crate) parked: ParkedCommits,
-    pub(crate) parked_ids: BTreeSet<dtc::protocol::ids::TransactionId>,
+    pub(crate) parked_ids: BTreeSet<TransactionId>,
     coverage: Coverage,
     pub(crate) violation: Option<Violation>,
     trace: Option<Vec<String>>,
@@ -373,10 +373,10 @@ impl World {
             let word = match (&message.rejected, message.is_parked) {
                 (None, false) => "requests answered",
                 (None, true) => "requests parked",
-                (Some(reason), _) => match reason.code {
-                    dtc::protocol::message::ReasonCode::IdReused => "requests rejected: id_reused",
-                    _ => "requests rejected: invalid",
-                },
+                (Some(reason), _) if reason.code == ReasonCode::IdReused => {
+                    "requests rejected: id_reused"
+                }
+                (Some(_), _) => "requests rejected: invalid",
             };
             *endings.entry(word).or_default() += 1;
         }
@@ -677,11 +677,13 @@ impl World {
         if let Some(key) = event.key() {
             self.coverage.worker(process.core().phase_of(key), event.label());
         }
-        let settles = match &event {
-            coordinator::Event::DoneReceived(done) if done.parked && done.applied.is_ok() => {
-                Some((done.key.clone(), done.service.clone()))
-            }
-            _ => None,
+        let settles = if let coordinator::Event::DoneReceived(done) = &event
+            && done.parked
+            && done.applied.is_ok()
+        {
+            Some((done.key.clone(), done.service.clone()))
+        } else {
+            None
         };
         let mut effects = Vec::new();
         process.handle(shifted(self.now, node.plan.skew), event, &mut effects);
@@ -1127,7 +1129,7 @@ impl World {
             let services =
                 self.plan.contents.iter().find(|(hash, _)| *hash == decision.request_hash);
             let services = services.map(|(_, services)| Arc::clone(services)).unwrap_or_default();
-            let is_held = |service: &ServiceName, branch: &dtc::protocol::ids::Branch| {
+            let is_held = |service: &ServiceName, branch: &Branch| {
                 let named = self.services.iter().find(|it| it.plan.name == *service);
                 named.is_some_and(|it| it.store.holds(&decision.key, branch))
             };
@@ -1217,8 +1219,7 @@ impl InstanceNode {
     }
 }
 
-fn abort_word(code: dtc::protocol::message::ReasonCode) -> &'static str {
-    use dtc::protocol::message::ReasonCode;
+fn abort_word(code: ReasonCode) -> &'static str {
     match code {
         ReasonCode::Refused => "transactions aborted: refused",
         ReasonCode::Failed => "transactions aborted: failed",

@@ -10,10 +10,13 @@ use dtc::protocol::{
 
 use super::Checked;
 
+/// Who voted, and for which branch.
+type Votes = Vec<(ServiceName, Option<Branch>)>;
+
 /// Every vote in favour.
 #[derive(Default)]
 pub(crate) struct Unanimity {
-    in_favour: BTreeMap<(TransactionKey, RequestHash), Vec<(ServiceName, Option<Branch>)>>,
+    in_favour: BTreeMap<(TransactionKey, RequestHash), Votes>,
 }
 
 impl Unanimity {
