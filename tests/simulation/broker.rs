@@ -20,7 +20,8 @@ use dtc::protocol::{
 };
 
 use crate::{
-    checkers::{read_back, result, stored_before_voted},
+    checkers::{parked::ParkedCommits, read_back, result, stored_before_voted},
+    rules::Kind,
     service::{Service, Slot},
     world::{Happening, Life, WorkerInput, World, tell},
 };
@@ -373,6 +374,11 @@ impl World {
                 Some(service)
             }
             Matter::Undecidable(_) => {
+                let began = parked.key.requested_at - self.plan.clock_margin;
+                let reaches = self.journal.complete_from <= began;
+                let was_lost = self.rules.counts[Kind::LostHistory as usize] > 0;
+                let checked = ParkedCommits::undecidable(&parked.key, reaches, was_lost);
+                self.check("parked", checked);
                 self.parked_ids.insert(parked.key.id.clone());
                 None
             }

@@ -35,6 +35,8 @@ pub(crate) struct Totals {
     pub(crate) endings: BTreeMap<&'static str, u64>,
     pub(crate) coverage: Coverage,
     pub(crate) steps: u64,
+    /// The fewest faults that took effect in one schedule.
+    pub(crate) faults_min: u64,
     /// The failed schedule with the lowest seed.
     pub(crate) failure: Option<(u64, Violation)>,
 }
@@ -47,6 +49,7 @@ impl Totals {
             endings: BTreeMap::new(),
             coverage: Coverage::new(),
             steps: 0,
+            faults_min: u64::MAX,
             failure: None,
         }
     }
@@ -54,6 +57,7 @@ impl Totals {
     fn add(&mut self, other: Self) {
         self.schedules += other.schedules;
         self.steps += other.steps;
+        self.faults_min = self.faults_min.min(other.faults_min);
         self.coverage.add(&other.coverage);
         for (own, other) in self.faults.iter_mut().zip(other.faults) {
             *own += other;
@@ -69,6 +73,7 @@ impl Totals {
     fn count(&mut self, seed: u64, summary: Summary) {
         self.schedules += 1;
         self.steps += summary.steps;
+        self.faults_min = self.faults_min.min(summary.faults.iter().sum());
         self.coverage.add(&summary.coverage);
         for (own, other) in self.faults.iter_mut().zip(summary.faults) {
             *own += other;
@@ -93,7 +98,9 @@ impl Totals {
         for (word, n) in &self.endings {
             let _ = writeln!(text, "  {word}: {n}");
         }
-        let _ = writeln!(text, "faults that took effect: {}", self.faults.iter().sum::<u64>());
+        let (faults, least) = (self.faults.iter().sum::<u64>(), self.faults_min);
+        let _ =
+            writeln!(text, "faults that took effect: {faults}, {least} or more in each schedule");
         for (kind, n) in Kind::ALL.iter().zip(self.faults) {
             let _ = writeln!(text, "  {kind:?}: {n}");
         }

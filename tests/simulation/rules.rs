@@ -118,6 +118,11 @@ impl Rules {
         self.counts[kind as usize] += 1;
     }
 
+    /// How many faults have taken effect.
+    pub(crate) fn n_faults(&self) -> u64 {
+        self.counts.iter().sum()
+    }
+
     /// Nothing goes wrong any more.
     pub(crate) fn heal(&mut self) {
         self.chaos = Chaos::default();

@@ -39,6 +39,9 @@ const REST_WITHIN: Duration = Duration::from_secs(3 * 60);
 /// More happenings than this mean that it never comes to rest.
 const STEPS_MAX: u64 = 100_000;
 
+/// So many faults take effect in every schedule.
+const FAULTS_MIN: u64 = 3;
+
 /// Which life of a process, and which of its connections, a message was meant for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Life {
@@ -1017,8 +1020,32 @@ impl World {
         self.after(down, Happening::BrokerIsBack);
     }
 
+    /// A crash that waits for an effect, or a mishap that waits for a message, may wait in vain: for
+    /// each that has done so a process ends here and now.
+    fn make_up_for_faults(&mut self) {
+        for worker in 0..self.workers.len() {
+            if self.rules.n_faults() < FAULTS_MIN && self.workers[worker].process.is_some() {
+                self.rules.count(Kind::WorkerCrash);
+                self.kill_worker(worker, 0);
+            }
+        }
+        for instance in 0..self.instances.len() {
+            let node = &self.instances[instance];
+            let may_die = node.process.is_some() && !self.services[node.service].plan.in_memory;
+            if self.rules.n_faults() < FAULTS_MIN && may_die {
+                self.rules.count(Kind::InstanceDeath);
+                self.kill_instance(instance, 0);
+            }
+        }
+        if self.rules.n_faults() < FAULTS_MIN && self.broker.is_up {
+            self.rules.count(Kind::BrokerRestart);
+            self.restart_broker(0);
+        }
+    }
+
     /// Nothing goes wrong any more, and everybody is back.
     fn heal(&mut self) {
+        self.make_up_for_faults();
         tell!(self, "HEALED");
         self.is_healed = true;
         self.rules.heal();

@@ -1,5 +1,5 @@
 //! Whatever a result calls unresolved is listed for a person, waits in the service's durable queue,
-//! and is settled by the done that follows.
+//! and is settled by the done that follows; and no transaction is parked that could be decided.
 
 use std::collections::BTreeSet;
 
@@ -24,6 +24,15 @@ pub(crate) struct ParkedCommits {
 impl ParkedCommits {
     pub(crate) fn listed(&mut self, key: &TransactionKey, service: &ServiceName) {
         self.listed.insert((key.clone(), service.clone()));
+    }
+
+    /// A whole transaction is parked; `reaches`: whether the journal goes back to where it began;
+    /// `was_lost`: whether a look further back has failed.
+    pub(crate) fn undecidable(key: &TransactionKey, reaches: bool, was_lost: bool) -> Checked {
+        if reaches && !was_lost {
+            return Err(format!("{key} is parked, and the journal could have told its outcome"));
+        }
+        Ok(())
     }
 
     pub(crate) fn queued(&mut self, key: &TransactionKey, service: &ServiceName) {
