@@ -106,6 +106,30 @@ fn a_seed_from_outside() {
     }
 }
 
+/// Schedules in which an earlier core went wrong, each named after what must not happen.
+macro_rules! found_once {
+    ($($name:ident: $seed:literal;)*) => {$(
+        #[test]
+        fn $name() {
+            if let Some(violation) = campaign::run_one($seed, None, false).violation {
+                panic!("{}", campaign::account($seed, None, &violation));
+            }
+        }
+    )*};
+}
+
+found_once! {
+    a_finish_from_the_durable_queue_is_never_dropped: 156;
+    an_inquiry_is_no_vote: 284;
+    what_was_taken_over_does_not_wait_for_itself: 7;
+    a_look_further_back_keeps_what_the_view_forgets: 245;
+    a_proposal_ends_the_waiting_for_slots: 49352;
+    what_the_store_holds_of_a_finished_transaction_is_undone: 345;
+    who_queues_behind_the_unbegun_is_served: 450;
+    an_inquiry_waits_for_the_look_further_back: 13211;
+    a_prepare_that_meets_a_failing_commit_frees_its_slot: 7504;
+}
+
 #[expect(clippy::disallowed_methods, reason = "how long the test itself took")]
 fn now() -> Instant {
     Instant::now()
