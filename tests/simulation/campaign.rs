@@ -1,0 +1,209 @@
+//! Many schedules on all cores, what they amount to, and how to see a failure again.
+
+use std::{
+    collections::BTreeMap,
+    env,
+    fmt::Write as _,
+    io::Write as _,
+    num::NonZero,
+    panic,
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread,
+};
+
+use crate::{
+    bugs::Bug,
+    checkers::Violation,
+    coverage::Coverage,
+    rules::Kind,
+    world::{self, Summary},
+};
+
+/// How many of the last lines of a failed schedule are shown.
+const LAST_LINES: usize = 60;
+
+/// How many seeds a thread takes at a time.
+const SEEDS_AT_ONCE: u64 = 64;
+
+/// What many schedules amount to.
+pub(crate) struct Totals {
+    pub(crate) schedules: u64,
+    pub(crate) faults: [u64; Kind::ALL.len()],
+    pub(crate) endings: BTreeMap<&'static str, u64>,
+    pub(crate) coverage: Coverage,
+    pub(crate) steps: u64,
+    /// The fewest faults that took effect in one schedule.
+    pub(crate) faults_min: u64,
+    /// The failed schedule with the lowest seed.
+    pub(crate) failure: Option<(u64, Violation)>,
+}
+
+impl Totals {
+    fn new() -> Self {
+        Self {
+            schedules: 0,
+            faults: [0; _],
+            endings: BTreeMap::new(),
+            coverage: Coverage::new(),
+            steps: 0,
+            faults_min: u64::MAX,
+            failure: None,
+        }
+    }
+
+    fn add(&mut self, other: Self) {
+        self.schedules += other.schedules;
+        self.steps += other.steps;
+        self.faults_min = self.faults_min.min(other.faults_min);
+        self.coverage.add(&other.coverage);
+        for (own, other) in self.faults.iter_mut().zip(other.faults) {
+            *own += other;
+        }
+        for (word, n) in other.endings {
+            *self.endings.entry(word).or_default() += n;
+        }
+        if let Some((seed, violation)) = other.failure {
+            self.fail(seed, violation);
+        }
+    }
+
+    fn count(&mut self, seed: u64, summary: Summary) {
+        self.schedules += 1;
+        self.steps += summary.steps;
+        self.faults_min = self.faults_min.min(summary.faults.iter().sum());
+        self.coverage.add(&summary.coverage);
+        for (own, other) in self.faults.iter_mut().zip(summary.faults) {
+            *own += other;
+        }
+        for (word, n) in summary.endings {
+            *self.endings.entry(word).or_default() += n;
+        }
+        if let Some(violation) = summary.violation {
+            self.fail(seed, violation);
+        }
+    }
+
+    fn fail(&mut self, seed: u64, violation: Violation) {
+        if self.failure.as_ref().is_none_or(|(lowest, _)| seed < *lowest) {
+            self.failure = Some((seed, violation));
+        }
+    }
+
+    /// Everything worth printing.
+    pub(crate) fn report(&self) -> String {
+        let mut text = format!("schedules: {} ({} happenings)\n", self.schedules, self.steps);
+        for (word, n) in &self.endings {
+            let _ = writeln!(text, "  {word}: {n}");
+        }
+        let (faults, least) = (self.faults.iter().sum::<u64>(), self.faults_min);
+        let _ =
+            writeln!(text, "faults that took effect: {faults}, {least} or more in each schedule");
+        for (kind, n) in Kind::ALL.iter().zip(self.faults) {
+            let _ = writeln!(text, "  {kind:?}: {n}");
+        }
+        let (pairs, hit, listed) = self.coverage.totals();
+        let _ = writeln!(
+            text,
+            "(state × event) pairs: {pairs}, hit {hit}, listed as out of reach {listed}{}",
+            self.coverage.table()
+        );
+        text
+    }
+}
+
+/// Runs `seeds` on all cores until one fails or `goes_on` says no.
+pub(crate) fn run(
+    seeds: std::ops::Range<u64>,
+    bug: Option<Bug>,
+    goes_on: impl Fn() -> bool + Sync,
+) -> Totals {
+    let next = AtomicU64::new(seeds.start);
+    let has_failed = AtomicBool::new(false);
+    let totals = Mutex::new(Totals::new());
+    let n_threads = thread::available_parallelism().map_or(1, NonZero::get);
+    thread::scope(|scope| {
+        for _ in 0..n_threads {
+            scope.spawn(|| {
+                let mut own = Totals::new();
+                while !has_failed.load(Ordering::Relaxed) && goes_on() {
+                    let from = next.fetch_add(SEEDS_AT_ONCE, Ordering::Relaxed);
+                    let to = (from + SEEDS_AT_ONCE).min(seeds.end);
+                    if from >= to {
+                        break;
+                    }
+                    for seed in from..to {
+                        own.count(seed, run_one(seed, bug, false));
+                        // Those that other threads run have lower or higher seeds: a part that is
+                        // begun is run until its first failure, so that the lowest is found.
+                        if own.failure.is_some() {
+                            has_failed.store(true, Ordering::Relaxed);
+                            break;
+                        }
+                    }
+                }
+                totals.lock().unwrap().add(own);
+            });
+        }
+    });
+    totals.into_inner().unwrap()
+}
+
+/// One schedule; a panic in it is a violation like any other.
+pub(crate) fn run_one(seed: u64, bug: Option<Bug>, is_traced: bool) -> Summary {
+    panic::catch_unwind(|| world::run(seed, bug, is_traced)).unwrap_or_else(|cause| {
+        let words = cause.downcast_ref::<String>().cloned();
+        let words = words.or_else(|| cause.downcast_ref::<&str>().map(|text| (*text).to_owned()));
+        let seen = words.unwrap_or_default();
+        Summary {
+            violation: Some(Violation { property: "no_panic", seen }),
+            faults: [0; _],
+            coverage: Coverage::new(),
+            endings: BTreeMap::new(),
+            steps: 0,
+            trace: Vec::new(),
+        }
+    })
+}
+
+/// What to say of a failed schedule: the property, how it came about, and how to see it again.
+pub(crate) fn account(seed: u64, bug: Option<Bug>, violation: &Violation) -> String {
+    let summary = run_one(seed, bug, true);
+    let is_idle = |line: &&String| {
+        line.contains("ScanStore")
+            || line.contains("StoreScanned([])")
+            || line.contains("DeadlineReached")
+    };
+    let lines: Vec<_> = summary.trace.iter().filter(|line| !is_idle(line)).collect();
+    let skipped = lines.len().saturating_sub(LAST_LINES);
+    let mut text = format!(
+        "seed {seed} violates {}: {}\nthe last {LAST_LINES} of {} lines:\n",
+        violation.property,
+        violation.seen,
+        summary.trace.len()
+    );
+    for line in &lines[skipped..] {
+        let _ = writeln!(text, "{line}");
+    }
+    let bug = bug.map(|bug| format!("DTC_SIM_BUG={bug:?} ")).unwrap_or_default();
+    let _ = writeln!(
+        text,
+        "again, with all lines:\n  {bug}DTC_SIM_SEED={seed} DTC_SIM_TRACE=1 \
+         cargo test --release --test simulation a_seed_from_outside -- --nocapture"
+    );
+    text
+}
+
+/// A number from the environment.
+pub(crate) fn number(name: &str) -> Option<u64> {
+    let text = env::var(name).ok()?;
+    Some(text.parse().unwrap_or_else(|_| panic!("{name} must be a number, and is {text:?}")))
+}
+
+/// Says something even when the test passes, which keeps what is printed from being seen.
+pub(crate) fn say(text: &str) {
+    let mut out = std::io::stdout().lock();
+    let _ = writeln!(out, "{text}");
+}

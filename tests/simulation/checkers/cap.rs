@@ -1,0 +1,11 @@
+//! No instance works on more transactions at once than its cap.
+
+use super::Checked;
+
+/// `working`: what its code was called to prepare and has not finished; `slots`: what it counts.
+pub(crate) fn kept(working: usize, slots: u32, cap: u32) -> Checked {
+    if working > cap as usize || slots > cap {
+        return Err(format!("{working} in work and {slots} slots taken of {cap}"));
+    }
+    Ok(())
+}

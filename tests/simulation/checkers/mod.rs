@@ -1,0 +1,26 @@
+//! What must hold: each checker is one file and one sentence, and answers with what it saw if it
+//! doesn't.
+
+pub(crate) mod ack_after_result;
+pub(crate) mod agreement;
+pub(crate) mod cap;
+pub(crate) mod ended;
+pub(crate) mod executed_once;
+pub(crate) mod necessary_calls;
+pub(crate) mod parked;
+pub(crate) mod read_back;
+pub(crate) mod result;
+pub(crate) mod stored_before_voted;
+pub(crate) mod unanimity;
+
+/// `Err`: what was seen that must not be.
+pub(crate) type Checked = Result<(), String>;
+
+/// A sentence that turned out to be false.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Violation {
+    /// The checker's name.
+    pub(crate) property: &'static str,
+    /// What it saw.
+    pub(crate) seen: String,
+}

@@ -1,0 +1,44 @@
+//! No finish, cancel or result leaves a worker before that worker has read the first record of the
+//! transaction back, and a finish says what that record says.
+
+use dtc::protocol::{
+    ids::{ServiceName, TransactionKey},
+    message::{Command, Decision, Finish, Outcome},
+};
+
+use super::Checked;
+
+/// A command leaves a worker; `has_read`: whether that worker has read a record of the transaction.
+pub(crate) fn sending(
+    command: &Command,
+    service: &ServiceName,
+    first: Option<&Decision>,
+    has_read: impl Fn(&TransactionKey) -> bool,
+) -> Checked {
+    match command {
+        Command::Prepare(_) | Command::Query(_) => Ok(()),
+        Command::Cancel(key) if has_read(key) => Ok(()),
+        Command::Finish(finish) if has_read(&finish.key) && is_true(finish, service, first) => {
+            Ok(())
+        }
+        Command::Cancel(_) | Command::Finish(_) => {
+            Err(format!("{command:?} leaves for {service}; the first record: {first:?}"))
+        }
+    }
+}
+
+/// A result leaves a worker.
+pub(crate) fn publishing(
+    decided: &TransactionKey,
+    has_read: impl Fn(&TransactionKey) -> bool,
+) -> Checked {
+    if has_read(decided) { Ok(()) } else { Err(format!("the result of {decided} leaves unread")) }
+}
+
+fn is_true(finish: &Finish, service: &ServiceName, first: Option<&Decision>) -> bool {
+    first.is_some_and(|first| {
+        first.outcome == finish.outcome
+            && (first.outcome == Outcome::Aborted
+                || first.branch_of(service) == finish.branch.as_ref())
+    })
+}

@@ -1,0 +1,1260 @@
+//! One schedule: workers and instances with the real cores inside, a modelled broker between them,
+//! a clock that jumps from one happening to the next, and every checker watching.
+//!
+//! What the broker does is in [`broker`](crate::broker), what services do in
+//! [`service`](crate::service); here is who lives, and what each is told.
+
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
+
+use dtc::protocol::{
+    coordinator::{self, Delivery},
+    ids::{Branch, InstanceId, ServiceName, TransactionId, TransactionKey, WorkerId},
+    message::{Answer, Decision, Destination, Outcome, Parked, Reason, ReasonCode, Request},
+    participant,
+    time::Time,
+};
+
+use crate::{
+    broker::{Broker, Brought, Command, Journal, QueuedPrepare},
+    bugs::{Bug, Member, Worker},
+    checkers::{
+        Checked, Violation, ack_after_result, agreement, cap, ended,
+        necessary_calls::NecessaryCalls, parked::ParkedCommits, result, unanimity::Unanimity,
+    },
+    coverage::Coverage,
+    plan::{Plan, START, WorkerPlan},
+    rng::Rng,
+    rules::{Fault, Kind, Rules, shifted},
+    service::{Call, Service},
+};
+
+/// How long after everything is well all must have come to rest.
+const REST_WITHIN: Duration = Duration::from_secs(3 * 60);
+
+/// More happenings than this mean that it never comes to rest.
+const STEPS_MAX: u64 = 100_000;
+
+/// So many faults take effect in every schedule.
+const FAULTS_MIN: u64 = 3;
+
+/// Which life of a process, and which of its connections, a message was meant for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Life {
+    pub(crate) incarnation: u32,
+    pub(crate) connection: u32,
+}
+
+/// Something that is going to be.
+#[derive(Debug)]
+pub(crate) enum Happening {
+    /// A producer publishes the request with this number.
+    Publish(usize),
+    ToWorker {
+        worker: usize,
+        life: Life,
+        input: WorkerInput,
+    },
+    ToInstance {
+        instance: usize,
+        life: Life,
+        event: participant::Event,
+    },
+    /// A record reaches the journal.
+    Appended(Decision),
+    /// A result reaches the broker.
+    ResultStored {
+        worker: usize,
+        life: Life,
+        key: TransactionKey,
+        delivery: Delivery,
+        answer: Answer,
+    },
+    /// A parked record reaches the broker.
+    ParkStored {
+        worker: usize,
+        life: Life,
+        parked: Parked,
+    },
+    /// A prepare reaches the queue of its service.
+    PrepareQueued {
+        service: usize,
+        prepare: QueuedPrepare,
+    },
+    /// A command reaches the exchange for one instance, for all, or for any.
+    CommandRouted {
+        service: usize,
+        to: Destination,
+        command: Command,
+    },
+    /// What is meant for a worker reaches the exchange.
+    ReplyRouted {
+        to: Option<WorkerId>,
+        brought: Brought,
+    },
+    /// The head of a prepare queue may have expired.
+    HeadExpires {
+        service: usize,
+    },
+    CallEnds {
+        instance: usize,
+        incarnation: u32,
+        call: Call,
+    },
+    WorkerWakes {
+        worker: usize,
+        incarnation: u32,
+        at: Time,
+    },
+    InstanceWakes {
+        instance: usize,
+        incarnation: u32,
+        at: Time,
+    },
+    WorkerStarts {
+        worker: usize,
+    },
+    InstanceStarts {
+        instance: usize,
+    },
+    WorkerThaws {
+        worker: usize,
+        incarnation: u32,
+    },
+    /// The broker gives a connection up.
+    BrokerDropsWorker {
+        worker: usize,
+        life: Life,
+    },
+    WorkerNoticesCut {
+        worker: usize,
+        life: Life,
+    },
+    InstanceNoticesCut {
+        instance: usize,
+        life: Life,
+    },
+    WorkerConnects {
+        worker: usize,
+        life: Life,
+    },
+    InstanceConnects {
+        instance: usize,
+        life: Life,
+    },
+    BrokerIsBack,
+    Goes(Fault),
+    Heals,
+    RestIsSought,
+}
+
+/// What reaches a worker.
+#[derive(Debug)]
+pub(crate) enum WorkerInput {
+    Event(coordinator::Event),
+    /// From the inquiries queue, which gives it to another if this worker is gone.
+    Shared(Brought),
+    /// There is more to read in the journal.
+    Tail,
+    History {
+        from: Time,
+        until: u64,
+    },
+}
+
+pub(crate) struct WorkerNode {
+    plan: WorkerPlan,
+    pub(crate) id: WorkerId,
+    pub(crate) life: Life,
+    pub(crate) process: Option<Worker>,
+    /// As the broker sees it.
+    pub(crate) is_connected: bool,
+    /// It has replayed its window.
+    pub(crate) is_serving: bool,
+    is_attached: bool,
+    is_frozen: bool,
+    /// The broker has given its connection up, and it doesn't know.
+    pub(crate) is_cut_unnoticed: bool,
+    pub(crate) is_draining: bool,
+    inbox: VecDeque<(Life, WorkerInput)>,
+    reader_next: u64,
+    replays_until: u64,
+    tail_is_due: bool,
+    backlog: VecDeque<coordinator::Event>,
+    seen: BTreeSet<TransactionKey>,
+    wakes_at: Option<Time>,
+    dies_after: Option<(u32, u64)>,
+}
+
+pub(crate) struct InstanceNode {
+    pub(crate) service: usize,
+    pub(crate) skew: i64,
+    pub(crate) id: InstanceId,
+    pub(crate) life: Life,
+    pub(crate) process: Option<Member>,
+    pub(crate) is_connected: bool,
+    /// Until then the broker takes its queue for alive.
+    pub(crate) queue_dies_at: Option<Time>,
+    pub(crate) working: BTreeSet<TransactionKey>,
+    necessary: NecessaryCalls,
+    wakes_at: Option<Time>,
+    dies_after: Option<(u32, u64)>,
+}
+
+/// A request as published: one message.
+pub(crate) struct RequestMessage {
+    pub(crate) request: Request,
+    pub(crate) deliveries: u32,
+    pub(crate) answers: Vec<Answer>,
+    pub(crate) rejected: Option<Reason>,
+    pub(crate) is_parked: bool,
+}
+
+/// What a schedule amounts to.
+pub(crate) struct Summary {
+    pub(crate) violation: Option<Violation>,
+    pub(crate) faults: [u64; Kind::ALL.len()],
+    pub(crate) coverage: Coverage,
+    /// How transactions and requests ended, by words.
+    pub(crate) endings: BTreeMap<&'static str, u64>,
+    pub(crate) steps: u64,
+    pub(crate) trace: Vec<String>,
+}
+
+pub(crate) struct World {
+    pub(crate) now: Time,
+    pub(crate) rng: Rng,
+    happenings: BinaryHeap<Reverse<(Time, u64, usize)>>,
+    slab: Vec<Option<Happening>>,
+    vacant: Vec<usize>,
+    ordinal: u64,
+    /// Happenings that aren't just somebody's clock.
+    n_pending: usize,
+    pub(crate) workers: Vec<WorkerNode>,
+    pub(crate) instances: Vec<InstanceNode>,
+    pub(crate) services: Vec<Service>,
+    pub(crate) messages: Vec<RequestMessage>,
+    pub(crate) broker: Broker,
+    pub(crate) journal: Journal,
+    pub(crate) rules: Rules,
+    pub(crate) plan: Plan,
+    bug: Option<Bug>,
+    pub(crate) is_healed: bool,
+    unanimity: Unanimity,
+    pub(crate) parked: ParkedCommits,
+    pub(crate) parked_ids: BTreeSet<TransactionId>,
+    coverage: Coverage,
+    pub(crate) violation: Option<Violation>,
+    trace: Option<Vec<String>>,
+    steps: u64,
+}
+
+/// Says what happens, if anybody listens.
+macro_rules! tell {
+    ($world:expr, $($words:tt)*) => {
+        if $world.is_traced() {
+            let line = format!($($words)*);
+            $world.note(line);
+        }
+    };
+}
+pub(crate) use tell;
+
+/// Runs the schedule of `seed`, with a `bug` in every core or without; `is_traced`: says all.
+pub(crate) fn run(seed: u64, bug: Option<Bug>, is_traced: bool) -> Summary {
+    let mut world = World::new(seed, bug, is_traced);
+    world.run();
+    world.into_summary()
+}
+
+impl World {
+    fn new(seed: u64, bug: Option<Bug>, is_traced: bool) -> Self {
+        let plan = Plan::draw(seed);
+        let mut world = Self {
+            now: START,
+            rng: Rng::new(!seed),
+            happenings: BinaryHeap::new(),
+            slab: Vec::new(),
+            vacant: Vec::new(),
+            ordinal: 0,
+            n_pending: 0,
+            workers: Vec::new(),
+            instances: Vec::new(),
+            services: Vec::new(),
+            messages: Vec::new(),
+            broker: Broker::default(),
+            journal: Journal::new(plan.journal_from),
+            rules: Rules::new(plan.chaos),
+            plan,
+            bug,
+            is_healed: false,
+            unanimity: Unanimity::default(),
+            parked: ParkedCommits::default(),
+            parked_ids: BTreeSet::new(),
+            coverage: Coverage::new(),
+            violation: None,
+            trace: is_traced.then(Vec::new),
+            steps: 0,
+        };
+        world.populate();
+        world
+    }
+
+    fn populate(&mut self) {
+        for plan in std::mem::take(&mut self.plan.workers) {
+            let node = WorkerNode::new(plan);
+            let worker = self.workers.len();
+            self.workers.push(node);
+            self.at(START, Happening::WorkerStarts { worker });
+        }
+        for plan in std::mem::take(&mut self.plan.services) {
+            let service = self.services.len();
+            for skew in &plan.instances {
+                let instance = self.instances.len();
+                self.instances.push(InstanceNode::new(service, *skew));
+                self.at(START, Happening::InstanceStarts { instance });
+            }
+            self.services.push(Service::new(plan));
+        }
+        for (at, request) in std::mem::take(&mut self.plan.requests) {
+            let message = RequestMessage {
+                request,
+                deliveries: 0,
+                answers: Vec::new(),
+                rejected: None,
+                is_parked: false,
+            };
+            self.at(at, Happening::Publish(self.messages.len()));
+            self.messages.push(message);
+        }
+        for (at, fault) in std::mem::take(&mut self.plan.faults) {
+            self.at(at, Happening::Goes(fault));
+        }
+        self.at(self.plan.heal_at, Happening::Heals);
+    }
+
+    fn run(&mut self) {
+        while self.violation.is_none()
+            && let Some(Reverse((at, _, index))) = self.happenings.pop()
+        {
+            let Some(happening) = self.slab[index].take() else { continue };
+            self.vacant.push(index);
+            self.now = at;
+            self.steps += 1;
+            if happening.is_pending() {
+                self.n_pending -= 1;
+            }
+            if self.steps > STEPS_MAX {
+                let left = self.what_is_left(true);
+                self.check("ended", Err(format!("it never comes to rest; {}", left.join("; "))));
+            }
+            if matches!(happening, Happening::RestIsSought) {
+                if self.seek_rest() {
+                    return;
+                }
+                continue;
+            }
+            self.happen(happening);
+        }
+    }
+
+    fn into_summary(mut self) -> Summary {
+        let mut endings = BTreeMap::new();
+        for first in self.journal.firsts() {
+            let word = match (first.outcome, first.reason.as_ref().map(|reason| reason.code)) {
+                (Outcome::Committed, _) => "transactions committed",
+                (Outcome::Aborted, Some(code)) => abort_word(code),
+                (Outcome::Aborted, None) => "transactions aborted: heard",
+            };
+            *endings.entry(word).or_default() += 1;
+        }
+        for message in &self.messages {
+            let word = match (&message.rejected, message.is_parked) {
+                (None, false) => "requests answered",
+                (None, true) => "requests parked",
+                (Some(reason), _) if reason.code == ReasonCode::IdReused => {
+                    "requests rejected: id_reused"
+                }
+                (Some(_), _) => "requests rejected: invalid",
+            };
+            *endings.entry(word).or_default() += 1;
+        }
+        *endings.entry("commits parked").or_default() += self.parked.n_listed() as u64;
+        *endings.entry("commits settled").or_default() += self.parked.n_settled() as u64;
+        Summary {
+            violation: self.violation,
+            faults: self.rules.counts,
+            coverage: self.coverage,
+            endings,
+            steps: self.steps,
+            trace: self.trace.take().unwrap_or_default(),
+        }
+    }
+
+    // ---- Time and the trace ------------------------------------------------------------------
+
+    pub(crate) fn at(&mut self, at: Time, happening: Happening) {
+        if happening.is_pending() {
+            self.n_pending += 1;
+        }
+        let index = self.vacant.pop().unwrap_or_else(|| {
+            self.slab.push(None);
+            self.slab.len() - 1
+        });
+        self.slab[index] = Some(happening);
+        self.happenings.push(Reverse((at.max(self.now), self.ordinal, index)));
+        self.ordinal += 1;
+    }
+
+    pub(crate) fn after(&mut self, millis: u64, happening: Happening) {
+        self.at(self.now + Duration::from_millis(millis), happening);
+    }
+
+    pub(crate) fn is_traced(&self) -> bool {
+        self.trace.is_some()
+    }
+
+    pub(crate) fn note(&mut self, line: String) {
+        let at = self.now.since(START).as_millis();
+        if let Some(trace) = &mut self.trace {
+            trace.push(format!("{at:>7} {line}"));
+        }
+    }
+
+    pub(crate) fn check(&mut self, property: &'static str, checked: Checked) {
+        if let Err(seen) = checked
+            && self.violation.is_none()
+        {
+            tell!(self, "VIOLATION of {property}: {seen}");
+            self.violation = Some(Violation { property, seen });
+        }
+    }
+
+    // ---- What happens ------------------------------------------------------------------------
+
+    fn happen(&mut self, happening: Happening) {
+        match happening {
+            Happening::Publish(message) => {
+                tell!(self, "producer: {:?}", self.messages[message].request);
+                self.publish_request(message);
+            }
+            Happening::ToWorker { worker, life, input } => self.reach_worker(worker, life, input),
+            Happening::ToInstance { instance, life, event } => {
+                let node = &self.instances[instance];
+                if node.life == life && node.process.is_some() {
+                    self.tell_instance(instance, event);
+                }
+            }
+            Happening::Appended(decision) => self.append(decision),
+            Happening::ResultStored { worker, life, key, delivery, answer } => {
+                self.store_result(worker, life, key, delivery, answer);
+            }
+            Happening::ParkStored { worker, life, parked } => {
+                self.store_parked(worker, life, parked)
+            }
+            Happening::PrepareQueued { service, prepare } => self.queue_prepare(service, prepare),
+            Happening::CommandRouted { service, to, command } => {
+                self.route_command(service, to, command);
+            }
+            Happening::ReplyRouted { to, brought } => self.route_reply(to, brought),
+            Happening::HeadExpires { service } => self.serve_prepares(service),
+            Happening::CallEnds { instance, incarnation, call } => {
+                self.end_call(instance, incarnation, call);
+            }
+            Happening::WorkerWakes { worker, incarnation, at } => {
+                let node = &mut self.workers[worker];
+                if node.life.incarnation == incarnation && node.wakes_at == Some(at) {
+                    node.wakes_at = None;
+                    let input = WorkerInput::Event(coordinator::Event::DeadlineReached);
+                    let life = node.life;
+                    self.reach_worker(worker, life, input);
+                }
+            }
+            Happening::InstanceWakes { instance, incarnation, at } => {
+                let node = &mut self.instances[instance];
+                if node.life.incarnation == incarnation && node.wakes_at == Some(at) {
+                    node.wakes_at = None;
+                    if node.process.is_some() {
+                        self.tell_instance(instance, participant::Event::DeadlineReached);
+                    }
+                }
+            }
+            Happening::WorkerStarts { worker } => self.start_worker(worker),
+            Happening::InstanceStarts { instance } => self.start_instance(instance),
+            Happening::WorkerThaws { worker, incarnation } => self.thaw(worker, incarnation),
+            Happening::BrokerDropsWorker { worker, life } => {
+                if self.workers[worker].life == life && self.workers[worker].is_connected {
+                    tell!(
+                        self,
+                        "broker: {} is silent, its connection is given up",
+                        self.workers[worker].id
+                    );
+                    self.drop_worker(worker);
+                    if !self.workers[worker].is_frozen {
+                        self.at(self.now, Happening::WorkerNoticesCut { worker, life });
+                    }
+                }
+            }
+            Happening::WorkerNoticesCut { worker, life } => self.worker_notices_cut(worker, life),
+            Happening::InstanceNoticesCut { instance, life } => {
+                self.instance_notices_cut(instance, life);
+            }
+            Happening::WorkerConnects { worker, life } => {
+                if self.workers[worker].life == life && self.workers[worker].process.is_some() {
+                    self.connect_worker(worker);
+                }
+            }
+            Happening::InstanceConnects { instance, life } => {
+                if self.instances[instance].life == life
+                    && self.instances[instance].process.is_some()
+                {
+                    self.connect_instance(instance);
+                }
+            }
+            Happening::BrokerIsBack => {
+                tell!(self, "broker: is back");
+                self.broker.is_up = true;
+                self.serve_everybody();
+            }
+            Happening::Goes(fault) => self.go(fault),
+            Happening::Heals => self.heal(),
+            Happening::RestIsSought => {}
+        }
+    }
+
+    // ---- Workers -----------------------------------------------------------------------------
+
+    fn start_worker(&mut self, worker: usize) {
+        let bug = self.bug;
+        let node = &mut self.workers[worker];
+        if node.process.is_some() {
+            return;
+        }
+        node.life.incarnation += 1;
+        node.life.connection += 1;
+        let text = format!("w{worker}-{}", node.life.incarnation);
+        node.id = WorkerId::parse(&text).expect("a valid id");
+        let settings =
+            coordinator::Settings { worker: node.id.clone(), ..node.plan.settings.clone() };
+        node.process = Some(Worker::new(settings, bug));
+        node.is_attached = false;
+        node.is_draining = false;
+        node.is_frozen = false;
+        node.is_cut_unnoticed = false;
+        node.inbox.clear();
+        node.backlog.clear();
+        node.seen.clear();
+        node.wakes_at = None;
+        node.dies_after = None;
+        node.tail_is_due = false;
+        tell!(self, "{text}: starts");
+        self.connect_worker(worker);
+    }
+
+    fn connect_worker(&mut self, worker: usize) {
+        let life = self.workers[worker].life;
+        if !self.broker.is_up || self.workers[worker].is_frozen {
+            return self.after(20, Happening::WorkerConnects { worker, life });
+        }
+        let node = &mut self.workers[worker];
+        node.is_connected = true;
+        node.is_serving = false;
+        let end = self.journal.end();
+        let Some(process) = &mut node.process else { return };
+        if node.is_attached {
+            let wanted = process.core().next_offset();
+            node.reader_next = process.reads_from(wanted, end);
+            node.replays_until = end;
+        } else {
+            let clock = shifted(self.now, node.plan.skew);
+            let settings = &node.plan.settings;
+            let since = clock - settings.window;
+            let (offset, complete_from) = self.journal.reaching(since, settings.clock_margin);
+            let next = process.reads_from(offset, end);
+            node.reader_next = next;
+            node.replays_until = end;
+            node.is_attached = true;
+            let event = coordinator::Event::JournalAttached { next, since: complete_from };
+            self.tell_worker(worker, event);
+        }
+        self.read_tail(worker);
+        self.serve_inquiries();
+    }
+
+    /// What arrives at a worker: dealt with, put into its inbox while it is frozen, or nobody's.
+    fn reach_worker(&mut self, worker: usize, life: Life, input: WorkerInput) {
+        let node = &mut self.workers[worker];
+        if node.process.is_none() || node.life != life {
+            if let WorkerInput::Shared(brought) = input {
+                self.share(brought);
+            }
+            return;
+        }
+        if node.is_frozen {
+            return node.inbox.push_back((life, input));
+        }
+        match input {
+            WorkerInput::Event(event @ coordinator::Event::RequestReceived { .. }) => {
+                self.workers[worker].backlog.push_back(event);
+                self.take_backlog(worker);
+            }
+            WorkerInput::Event(event) => self.tell_worker(worker, event),
+            WorkerInput::Shared(brought) => self.tell_worker(worker, brought.into_event()),
+            WorkerInput::Tail => self.read_tail(worker),
+            WorkerInput::History { from, until } => self.read_history(worker, from, until),
+        }
+    }
+
+    fn take_backlog(&mut self, worker: usize) {
+        loop {
+            let node = &mut self.workers[worker];
+            let Some(process) = &node.process else { return };
+            if process.core().room() == 0 && !node.is_draining {
+                return;
+            }
+            let Some(event) = node.backlog.pop_front() else { return };
+            self.tell_worker_only(worker, event);
+        }
+    }
+
+    fn read_tail(&mut self, worker: usize) {
+        self.workers[worker].tail_is_due = false;
+        let life = self.workers[worker].life;
+        loop {
+            let node = &mut self.workers[worker];
+            if node.life != life || !node.is_attached || node.process.is_none() {
+                return;
+            }
+            let Some(decision) = self.journal.get(node.reader_next) else { break };
+            let offset = node.reader_next;
+            node.reader_next += 1;
+            node.seen.insert(decision.key.clone());
+            self.tell_worker(worker, coordinator::Event::RecordRead { offset, decision });
+        }
+        let node = &mut self.workers[worker];
+        if node.is_connected && !node.is_serving && node.reader_next >= node.replays_until {
+            node.is_serving = true;
+            self.serve_requests();
+        }
+    }
+
+    fn read_history(&mut self, worker: usize, from: Time, until: u64) {
+        let life = self.workers[worker].life;
+        let margin = self.plan.clock_margin;
+        let (start, complete_from) = self.journal.reaching(from, margin);
+        for offset in start..until.min(self.journal.end()) {
+            let node = &mut self.workers[worker];
+            if node.life != life || node.process.is_none() {
+                return;
+            }
+            let Some(decision) = self.journal.get(offset) else { continue };
+            node.seen.insert(decision.key.clone());
+            self.tell_worker(worker, coordinator::Event::HistoryRead(decision));
+        }
+        if self.workers[worker].life == life && self.workers[worker].process.is_some() {
+            let is_lost = self.rules.loses_history(&mut self.rng);
+            let reaches = (!is_lost).then_some(complete_from);
+            self.tell_worker(worker, coordinator::Event::HistoryEnded { reaches });
+        }
+    }
+
+    /// Tells a worker something, and then hands it what has waited for room.
+    fn tell_worker(&mut self, worker: usize, event: coordinator::Event) {
+        self.tell_worker_only(worker, event);
+        if !self.workers[worker].backlog.is_empty() {
+            self.take_backlog(worker);
+        }
+    }
+
+    fn tell_worker_only(&mut self, worker: usize, event: coordinator::Event) {
+        if self.violation.is_some() {
+            return;
+        }
+        tell!(self, "{} <- {event:?}", self.workers[worker].id);
+        let node = &mut self.workers[worker];
+        let Some(process) = &mut node.process else { return };
+        if let Some(key) = event.key() {
+            self.coverage.worker(process.core().phase_of(key), event.label());
+        }
+        let settles = if let coordinator::Event::DoneReceived(done) = &event
+            && done.parked
+            && done.applied.is_ok()
+        {
+            Some((done.key.clone(), done.service.clone()))
+        } else {
+            None
+        };
+        let mut effects = Vec::new();
+        process.handle(shifted(self.now, node.plan.skew), event, &mut effects);
+        let life = node.life;
+        for effect in effects {
+            if let Some((after, down)) = self.workers[worker].dies_after {
+                if after == 0 {
+                    self.rules.count(Kind::WorkerCrash);
+                    return self.kill_worker(worker, down);
+                }
+                self.workers[worker].dies_after = Some((after - 1, down));
+            }
+            tell!(self, "{} -> {effect:?}", self.workers[worker].id);
+            self.perform_for_worker(worker, effect);
+        }
+        if let Some((key, service)) = settles {
+            self.parked.applied(&key, &service);
+        }
+        if self.workers[worker].life != life {
+            return;
+        }
+        self.arm_worker(worker);
+        let node = &self.workers[worker];
+        let is_done = node.process.as_ref().is_some_and(|process| process.core().is_empty());
+        if node.is_draining && is_done && node.backlog.is_empty() {
+            tell!(self, "{}: drained", node.id);
+            self.kill_worker(worker, 50);
+        }
+    }
+
+    fn arm_worker(&mut self, worker: usize) {
+        let node = &mut self.workers[worker];
+        let next = node.process.as_ref().and_then(|process| process.core().next_deadline());
+        let Some(at) = next.map(|at| shifted(at, -node.plan.skew).max(self.now)) else { return };
+        if node.wakes_at.is_none_or(|armed| armed > at) {
+            node.wakes_at = Some(at);
+            let incarnation = node.life.incarnation;
+            self.at(at, Happening::WorkerWakes { worker, incarnation, at });
+        }
+    }
+
+    fn kill_worker(&mut self, worker: usize, down: u64) {
+        tell!(self, "{}: dies", self.workers[worker].id);
+        self.workers[worker].process = None;
+        self.workers[worker].backlog.clear();
+        // What it had taken from the shared queue and not looked at goes back.
+        for (_, input) in std::mem::take(&mut self.workers[worker].inbox) {
+            if let WorkerInput::Shared(brought) = input {
+                self.share(brought);
+            }
+        }
+        self.drop_worker(worker);
+        self.after(down, Happening::WorkerStarts { worker });
+    }
+
+    fn thaw(&mut self, worker: usize, incarnation: u32) {
+        let node = &mut self.workers[worker];
+        if node.life.incarnation != incarnation || !node.is_frozen {
+            return;
+        }
+        node.is_frozen = false;
+        let life = node.life;
+        tell!(self, "{}: thaws", self.workers[worker].id);
+        // It doesn't know yet that it was given up: what it does meanwhile reaches the broker.
+        let wakes = WorkerInput::Event(coordinator::Event::DeadlineReached);
+        let mut inbox = std::mem::take(&mut self.workers[worker].inbox);
+        let place = self.rng.index(inbox.len() + 1);
+        inbox.insert(place, (life, wakes));
+        for (life, input) in inbox {
+            self.reach_worker(worker, life, input);
+        }
+        if self.workers[worker].is_cut_unnoticed {
+            let wait = self.rng.below(30);
+            self.after(wait, Happening::WorkerNoticesCut { worker, life });
+        }
+    }
+
+    fn worker_notices_cut(&mut self, worker: usize, life: Life) {
+        let node = &mut self.workers[worker];
+        let is_news = node.life == life && node.is_cut_unnoticed && !node.is_frozen;
+        if !is_news || node.process.is_none() {
+            return;
+        }
+        node.is_cut_unnoticed = false;
+        node.backlog.clear();
+        self.tell_worker(worker, coordinator::Event::Disconnected);
+        let node = &mut self.workers[worker];
+        if node.life != life || node.process.is_none() {
+            return;
+        }
+        node.life.connection += 1;
+        node.tail_is_due = false;
+        let life = node.life;
+        let wait = self.rng.pick(&[0, 5, 50, 500]);
+        self.after(wait, Happening::WorkerConnects { worker, life });
+    }
+
+    // ---- Instances ---------------------------------------------------------------------------
+
+    fn start_instance(&mut self, instance: usize) {
+        let bug = self.bug;
+        let node = &mut self.instances[instance];
+        if node.process.is_some() {
+            return;
+        }
+        node.life.incarnation += 1;
+        node.life.connection += 1;
+        let service = &self.services[node.service];
+        let text = format!("{}-{instance}-{}", service.plan.name, node.life.incarnation);
+        node.id = InstanceId::parse(&text).expect("a valid id");
+        let settings = participant::Settings {
+            has_store: !service.plan.in_memory,
+            inquire_after: service.plan.inquire_after,
+            scan_every: service.plan.scan_every,
+            backoff_first: Duration::from_millis(50),
+            backoff_max: Duration::from_secs(1),
+            remembered_max: service.plan.remembered_max,
+            visitors_max: service.plan.visitors_max,
+            seed: instance as u64,
+            ..participant::Settings::new(
+                service.plan.name.clone(),
+                node.id.clone(),
+                service.plan.cap,
+            )
+        };
+        let clock = shifted(self.now, node.skew);
+        node.process = Some(Member::new(clock, settings, bug));
+        node.working.clear();
+        node.necessary = NecessaryCalls::default();
+        node.wakes_at = None;
+        node.dies_after = None;
+        tell!(self, "{text}: starts");
+        self.arm_instance(instance);
+        self.connect_instance(instance);
+    }
+
+    fn connect_instance(&mut self, instance: usize) {
+        let life = self.instances[instance].life;
+        if !self.broker.is_up {
+            return self.after(20, Happening::InstanceConnects { instance, life });
+        }
+        self.instances[instance].is_connected = true;
+        self.instances[instance].queue_dies_at = None;
+        let service = self.instances[instance].service;
+        self.serve_prepares(service);
+        self.serve_durable(service);
+    }
+
+    pub(crate) fn tell_instance(&mut self, instance: usize, event: participant::Event) {
+        if self.violation.is_some() {
+            return;
+        }
+        tell!(self, "{} <- {event:?}", self.instances[instance].id);
+        let remembers_all =
+            self.services[self.instances[instance].service].plan.remembered_max > 100;
+        let node = &mut self.instances[instance];
+        let Some(process) = &mut node.process else { return };
+        if let Some(key) = event.key() {
+            let stage = process.core().stage_of(key);
+            self.coverage.instance(stage, event.label());
+            node.necessary.told(&event, stage.is_some());
+        }
+        let mut effects = Vec::new();
+        process.handle(shifted(self.now, node.skew), event, &mut effects);
+        let slots = process.core().slots_used();
+        let life = node.life;
+        for effect in effects {
+            if let Some((after, down)) = self.instances[instance].dies_after {
+                if after == 0 {
+                    self.rules.count(Kind::InstanceDeath);
+                    return self.kill_instance(instance, down);
+                }
+                self.instances[instance].dies_after = Some((after - 1, down));
+            }
+            tell!(self, "{} -> {effect:?}", self.instances[instance].id);
+            let checked = self.instances[instance].necessary.does(&effect);
+            if remembers_all {
+                self.check("necessary_calls", checked);
+            }
+            if let participant::Effect::Vote { vote, .. } = &effect {
+                self.unanimity.voted(vote);
+            }
+            self.perform_for_instance(instance, effect);
+        }
+        if self.instances[instance].life != life {
+            return;
+        }
+        let node = &self.instances[instance];
+        let checked = cap::kept(node.working.len(), slots, self.services[node.service].plan.cap);
+        self.check("cap", checked);
+        self.arm_instance(instance);
+    }
+
+    fn arm_instance(&mut self, instance: usize) {
+        let node = &mut self.instances[instance];
+        let next = node.process.as_ref().and_then(|process| process.core().next_deadline());
+        let Some(at) = next.map(|at| shifted(at, -node.skew).max(self.now)) else { return };
+        if node.wakes_at.is_none_or(|armed| armed > at) {
+            node.wakes_at = Some(at);
+            let incarnation = node.life.incarnation;
+            self.at(at, Happening::InstanceWakes { instance, incarnation, at });
+        }
+    }
+
+    fn kill_instance(&mut self, instance: usize, down: u64) {
+        tell!(self, "{}: dies", self.instances[instance].id);
+        self.instances[instance].process = None;
+        self.instances[instance].working.clear();
+        self.drop_instance(instance);
+        self.after(down, Happening::InstanceStarts { instance });
+    }
+
+    fn instance_notices_cut(&mut self, instance: usize, life: Life) {
+        let node = &mut self.instances[instance];
+        if node.life != life || node.process.is_none() {
+            return;
+        }
+        self.tell_instance(instance, participant::Event::Disconnected);
+        let node = &mut self.instances[instance];
+        if node.life != life || node.process.is_none() {
+            return;
+        }
+        node.life.connection += 1;
+        let life = node.life;
+        let wait = self.rng.pick(&[0, 5, 50, 500]);
+        self.after(wait, Happening::InstanceConnects { instance, life });
+    }
+
+    // ---- Faults ------------------------------------------------------------------------------
+
+    fn go(&mut self, fault: Fault) {
+        if self.is_healed {
+            return;
+        }
+        tell!(self, "FAULT {fault:?}");
+        match fault {
+            Fault::WorkerCrash { worker, after, down } => {
+                if self.workers[worker].process.is_some() {
+                    self.workers[worker].dies_after = Some((after, down));
+                }
+            }
+            Fault::WorkerFreeze { worker, length, notice } => {
+                let node = &mut self.workers[worker];
+                if node.process.is_none() || node.is_frozen {
+                    return;
+                }
+                node.is_frozen = true;
+                let life = node.life;
+                self.rules.count(Kind::WorkerFreeze);
+                let incarnation = life.incarnation;
+                self.after(length, Happening::WorkerThaws { worker, incarnation });
+                if let Some(notice) = notice {
+                    self.after(notice, Happening::BrokerDropsWorker { worker, life });
+                }
+            }
+            Fault::WorkerCutOff { worker } => {
+                if self.workers[worker].is_connected && self.workers[worker].process.is_some() {
+                    self.rules.count(Kind::WorkerCutOff);
+                    self.cut_worker(worker);
+                }
+            }
+            Fault::WorkerDrain { worker } => {
+                let node = &mut self.workers[worker];
+                if node.process.is_some() && !node.is_frozen && !node.is_draining {
+                    node.is_draining = true;
+                    self.rules.count(Kind::WorkerDrain);
+                    self.tell_worker(worker, coordinator::Event::DrainRequested);
+                }
+            }
+            Fault::InstanceDeath { instance, after, down } => {
+                let node = &mut self.instances[instance];
+                if node.process.is_some() && !self.services[node.service].plan.in_memory {
+                    node.dies_after = Some((after, down));
+                }
+            }
+            Fault::InstanceCutOff { instance } => {
+                let node = &self.instances[instance];
+                if node.process.is_some() && node.is_connected {
+                    self.rules.count(Kind::InstanceCutOff);
+                    self.cut_instance(instance);
+                }
+            }
+            Fault::BrokerRestart { down } => {
+                if self.broker.is_up {
+                    self.rules.count(Kind::BrokerRestart);
+                    self.restart_broker(down);
+                }
+            }
+            Fault::JournalGap { worker, records } => {
+                if self.workers[worker].process.is_some() {
+                    self.rules.count(Kind::JournalGap);
+                    self.workers[worker].reader_next += records;
+                }
+            }
+            Fault::ServiceUnbound { service, down } => {
+                self.rules.count(Kind::ServiceUnbound);
+                let until = self.now + Duration::from_millis(down);
+                self.services[service].unbound_until = Some(until);
+            }
+            Fault::Mishap { kind, after } => self.rules.arm(kind, after),
+        }
+    }
+
+    fn cut_worker(&mut self, worker: usize) {
+        let life = self.workers[worker].life;
+        self.drop_worker(worker);
+        let wait = self.rng.below(10);
+        self.after(wait, Happening::WorkerNoticesCut { worker, life });
+    }
+
+    fn cut_instance(&mut self, instance: usize) {
+        let life = self.instances[instance].life;
+        self.drop_instance(instance);
+        let wait = self.rng.below(10);
+        self.after(wait, Happening::InstanceNoticesCut { instance, life });
+    }
+
+    fn restart_broker(&mut self, down: u64) {
+        self.broker.is_up = false;
+        for worker in 0..self.workers.len() {
+            if self.workers[worker].is_connected {
+                self.cut_worker(worker);
+            }
+        }
+        for instance in 0..self.instances.len() {
+            if self.instances[instance].is_connected {
+                self.cut_instance(instance);
+            }
+        }
+        self.forget_what_is_not_persistent();
+        self.after(down, Happening::BrokerIsBack);
+    }
+
+    /// A crash that waits for an effect, or a mishap that waits for a message, may wait in vain: for
+    /// each that has done so a process ends here and now.
+    fn make_up_for_faults(&mut self) {
+        for worker in 0..self.workers.len() {
+            if self.rules.n_faults() < FAULTS_MIN && self.workers[worker].process.is_some() {
+                self.rules.count(Kind::WorkerCrash);
+                self.kill_worker(worker, 0);
+            }
+        }
+        for instance in 0..self.instances.len() {
+            let node = &self.instances[instance];
+            let may_die = node.process.is_some() && !self.services[node.service].plan.in_memory;
+            if self.rules.n_faults() < FAULTS_MIN && may_die {
+                self.rules.count(Kind::InstanceDeath);
+                self.kill_instance(instance, 0);
+            }
+        }
+        if self.rules.n_faults() < FAULTS_MIN && self.broker.is_up {
+            self.rules.count(Kind::BrokerRestart);
+            self.restart_broker(0);
+        }
+    }
+
+    /// Nothing goes wrong any more, and everybody is back.
+    fn heal(&mut self) {
+        self.make_up_for_faults();
+        tell!(self, "HEALED");
+        self.is_healed = true;
+        self.rules.heal();
+        if !self.broker.is_up {
+            self.happen(Happening::BrokerIsBack);
+        }
+        for worker in 0..self.workers.len() {
+            self.workers[worker].dies_after = None;
+            if self.workers[worker].is_frozen {
+                let incarnation = self.workers[worker].life.incarnation;
+                self.thaw(worker, incarnation);
+            }
+            self.start_worker(worker);
+        }
+        for instance in 0..self.instances.len() {
+            self.instances[instance].dies_after = None;
+            self.start_instance(instance);
+        }
+        for service in &mut self.services {
+            service.heal();
+        }
+        self.at(self.now, Happening::RestIsSought);
+    }
+
+    /// Whether it is all over.
+    fn seek_rest(&mut self) -> bool {
+        let is_late = self.now > self.plan.heal_at + REST_WITHIN || self.steps > STEPS_MAX;
+        if self.n_pending > 0 && !is_late {
+            self.after(25, Happening::RestIsSought);
+            return false;
+        }
+        let left = self.what_is_left(is_late);
+        if !left.is_empty() && !is_late {
+            self.after(25, Happening::RestIsSought);
+            return false;
+        }
+        self.check("ended", ended::ended(&left));
+        self.check_the_end();
+        true
+    }
+
+    /// Everything that must be gone when all is over; only the first of it unless `all` is wanted.
+    fn what_is_left(&self, all: bool) -> Vec<String> {
+        let mut left = Vec::new();
+        for (index, node) in self.workers.iter().enumerate() {
+            let Some(process) = &node.process else {
+                left.push(format!("worker {index} is down"));
+                continue;
+            };
+            if !process.core().is_empty() || process.core().next_deadline().is_some() {
+                let n_open = process.core().len();
+                left.push(format!("{} has {n_open} transactions in mind", node.id));
+            }
+        }
+        for node in &self.instances {
+            let slots = node.process.as_ref().map_or(0, |process| process.core().slots_used());
+            if slots > 0 || !node.working.is_empty() {
+                left.push(format!("{} has {slots} slots taken, {:?}", node.id, node.working));
+            }
+        }
+        if !all && !left.is_empty() {
+            return left;
+        }
+        left.extend(self.broker.what_is_left());
+        for service in &self.services {
+            left.extend(service.what_is_left());
+        }
+        for (index, message) in self.messages.iter().enumerate() {
+            let is_ended =
+                !message.answers.is_empty() || message.rejected.is_some() || message.is_parked;
+            if !is_ended {
+                left.push(format!("request {index} ({}) has no end", message.request.key));
+            }
+        }
+        left
+    }
+
+    fn check_the_end(&mut self) {
+        let firsts: Vec<_> = self.journal.firsts().cloned().collect();
+        for first in firsts {
+            for index in 0..self.services.len() {
+                let service = &self.services[index];
+                let committed = service.store.committed(&first.key);
+                let checked = agreement::ended(&first, &service.plan.name, committed);
+                self.check("agreement", checked);
+            }
+        }
+        let checked = result::ended(self.messages.iter().flat_map(|message| &message.answers));
+        self.check("result", checked);
+        let checked = self.parked.ended();
+        self.check("parked", checked);
+    }
+
+    // ---- For the broker ----------------------------------------------------------------------
+
+    pub(crate) fn is_instance_alive(&self, instance: usize) -> bool {
+        self.instances[instance].process.is_some()
+    }
+
+    /// A record is new in the journal: whoever reads it hears of it soon.
+    fn append(&mut self, decision: Decision) {
+        if !self.broker.is_up {
+            return;
+        }
+        tell!(self, "journal {}: {decision:?}", self.journal.end());
+        let decision = Arc::new(decision);
+        if self.journal.first(&decision.key).is_none() {
+            let services =
+                self.plan.contents.iter().find(|(hash, _)| *hash == decision.request_hash);
+            let services = services.map(|(_, services)| Arc::clone(services)).unwrap_or_default();
+            let is_held = |service: &ServiceName, branch: &Branch| {
+                let named = self.services.iter().find(|it| it.plan.name == *service);
+                named.is_some_and(|it| it.store.holds(&decision.key, branch))
+            };
+            let checked = self.unanimity.decided(&decision, &services, is_held);
+            self.check("unanimity", checked);
+        }
+        self.journal.append(self.now, decision);
+        for worker in 0..self.workers.len() {
+            let node = &mut self.workers[worker];
+            if node.is_connected && !node.tail_is_due {
+                node.tail_is_due = true;
+                let life = node.life;
+                let wait = self.rng.below(3);
+                self.after(wait, Happening::ToWorker { worker, life, input: WorkerInput::Tail });
+            }
+        }
+    }
+
+    pub(crate) fn has_read(&self, worker: usize, key: &TransactionKey) -> bool {
+        self.workers[worker].seen.contains(key)
+    }
+
+    pub(crate) fn check_ack(&mut self, message: usize) {
+        let RequestMessage { request, answers, rejected, is_parked, .. } = &self.messages[message];
+        let is_answered = !answers.is_empty() || rejected.is_some();
+        let is_parked = *is_parked || self.parked_ids.contains(&request.key.id);
+        let checked = ack_after_result::acked(&request.key, is_answered, is_parked);
+        self.check("ack_after_result", checked);
+        self.messages[message].is_parked |= is_parked && !is_answered;
+    }
+}
+
+impl Happening {
+    /// Whether it is more than somebody's clock.
+    const fn is_pending(&self) -> bool {
+        !matches!(
+            self,
+            Self::WorkerWakes { .. }
+                | Self::InstanceWakes { .. }
+                | Self::RestIsSought
+                | Self::HeadExpires { .. }
+                | Self::Goes(_)
+        )
+    }
+}
+
+impl WorkerNode {
+    fn new(plan: WorkerPlan) -> Self {
+        Self {
+            id: plan.settings.worker.clone(),
+            plan,
+            life: Life { incarnation: 0, connection: 0 },
+            process: None,
+            is_connected: false,
+            is_serving: false,
+            is_attached: false,
+            is_frozen: false,
+            is_cut_unnoticed: false,
+            is_draining: false,
+            inbox: VecDeque::new(),
+            reader_next: 0,
+            replays_until: 0,
+            tail_is_due: false,
+            backlog: VecDeque::new(),
+            seen: BTreeSet::new(),
+            wakes_at: None,
+            dies_after: None,
+        }
+    }
+}
+
+impl InstanceNode {
+    fn new(service: usize, skew: i64) -> Self {
+        Self {
+            service,
+            skew,
+            id: InstanceId::parse("unborn").expect("a valid id"),
+            life: Life { incarnation: 0, connection: 0 },
+            process: None,
+            is_connected: false,
+            queue_dies_at: None,
+            working: BTreeSet::new(),
+            necessary: NecessaryCalls::default(),
+            wakes_at: None,
+            dies_after: None,
+        }
+    }
+}
+
+fn abort_word(code: ReasonCode) -> &'static str {
+    match code {
+        ReasonCode::Refused => "transactions aborted: refused",
+        ReasonCode::Failed => "transactions aborted: failed",
+        ReasonCode::NoSlot => "transactions aborted: no_slot",
+        ReasonCode::UnknownService => "transactions aborted: unknown_service",
+        ReasonCode::Deadline => "transactions aborted: deadline",
+        ReasonCode::Cancelled => "transactions aborted: cancelled",
+        ReasonCode::Invalid => "transactions aborted: invalid",
+        ReasonCode::IdReused => "transactions aborted: id_reused",
+    }
+}
