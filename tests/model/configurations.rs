@@ -1,4 +1,5 @@
-//! The configurations that are searched.
+//! The configurations that are searched: each small enough to be searched to its end, and about one
+//! kind of trouble.
 
 use crate::{
     properties::Sight,
@@ -24,6 +25,7 @@ pub fn frozen_worker() -> Scenario {
     }
 }
 
+/// The same where each worker asks both services at once.
 pub fn frozen_worker_with_plenty() -> Scenario {
     Scenario {
         name: "a frozen worker wakes late, prepares in parallel",
@@ -42,6 +44,7 @@ pub fn crash() -> Scenario {
     }
 }
 
+/// The same with two services, one of which may have been asked when the worker dies.
 pub fn crash_two_services() -> Scenario {
     Scenario {
         faults: Faults { crashes: 1, worker_timeouts: 1, ..NONE },
@@ -89,7 +92,7 @@ pub fn late_inquiry() -> Scenario {
     }
 }
 
-/// ... and finds that what it looks for was dropped.
+/// The second worker looks back and finds that the beginning was dropped: it doesn't guess.
 pub fn truncated_journal() -> Scenario {
     Scenario {
         faults: Faults { redeliveries: 1, worker_timeouts: 1, truncations: 1, ..NONE },
@@ -140,6 +143,7 @@ pub fn two_instances() -> Scenario {
     }
 }
 
+/// The service's code and its store take their time, and instances die meanwhile.
 pub fn slow_services() -> Scenario {
     Scenario {
         faults: Faults { duplicates: 1, worker_timeouts: 1, restarts: 1, ..NONE },
@@ -153,6 +157,7 @@ pub fn slow_services() -> Scenario {
     }
 }
 
+/// The service's code fails to commit, until the commit is parked; later it succeeds.
 pub fn commit_failures() -> Scenario {
     Scenario {
         faults: Faults { commit_failures: 2, worker_timeouts: 2, restarts: 1, ..NONE },
@@ -166,6 +171,7 @@ pub fn commit_failures() -> Scenario {
     }
 }
 
+/// The service's code answers whatever it can; some votes come as inquiries only.
 pub fn votes() -> Scenario {
     Scenario {
         faults: Faults { redeliveries: 1, member_timeouts: 1, worker_timeouts: 0, ..NONE },
@@ -187,6 +193,7 @@ pub fn votes() -> Scenario {
     }
 }
 
+/// Prepares come back, also those that an instance has held; instances lose their connection.
 pub fn no_slot() -> Scenario {
     Scenario {
         faults: Faults { returns: 2, member_disconnects: 1, ..NONE },
@@ -199,6 +206,7 @@ pub fn no_slot() -> Scenario {
     }
 }
 
+/// Nobody but the instances that are left prepared asks what became of the transaction.
 pub fn inquiries() -> Scenario {
     Scenario {
         faults: Faults { worker_timeouts: 1, member_timeouts: 2, ..NONE },
@@ -211,6 +219,7 @@ pub fn inquiries() -> Scenario {
     }
 }
 
+/// Three services, and a worker that freezes.
 pub fn three_services() -> Scenario {
     Scenario {
         faults: Faults { redeliveries: 1, ..NONE },
@@ -223,6 +232,7 @@ pub fn three_services() -> Scenario {
     }
 }
 
+/// A producer asks again under the same id, but as of another time.
 pub fn careless_retry() -> Scenario {
     Scenario {
         faults: Faults { redeliveries: 1, worker_timeouts: 1, ..NONE },
@@ -235,6 +245,7 @@ pub fn careless_retry() -> Scenario {
     }
 }
 
+/// The same key stands for two requests: one of them is rejected.
 pub fn other_content() -> Scenario {
     Scenario {
         faults: Faults { worker_timeouts: 1, member_timeouts: 1, ..NONE },
@@ -247,6 +258,7 @@ pub fn other_content() -> Scenario {
     }
 }
 
+/// A worker loses its connection and what came by it; a result is not confirmed.
 pub fn worker_disconnects() -> Scenario {
     Scenario {
         faults: Faults { worker_disconnects: 1, lost_confirms: 1, worker_timeouts: 1, ..NONE },

@@ -160,7 +160,7 @@ pub fn always() -> Vec<Property<System>> {
             system.check(world.is_free_of(Breach::Cap))
         }),
         Property::always("everything ends", |system: &System, world: &World| {
-            let is_sampled = world.sample() % system.scenario.healed_one_in == 0;
+            let is_sampled = world.sample().is_multiple_of(system.scenario.healed_one_in);
             system.check(!is_sampled || world.ails_after_loss(&system.scenario).is_none())
         }),
     ]
