@@ -534,7 +534,7 @@ impl Member {
                 if let Ballot::Prepared { branch } = &mut vote.ballot {
                     match self.held.get(&vote.key) {
                         Some((held, _)) if held == branch => {
-                            let again = format!("{branch}.again");
+                            let again = format!("{branch}0");
                             *branch = Branch::parse(&again).unwrap_or_else(|_| branch.clone());
                         }
                         _ => {

@@ -21,6 +21,10 @@ const IMPATIENT_BELOW: Duration = Duration::from_millis(20);
 /// How many instances' free slots are remembered. More than that are asked without a hint.
 const INSTANCES_MAX: usize = 64;
 
+/// How long a service that is not heard of is remembered where memory is short. Whoever is about to
+/// use one has it found, and asked, within a tenth of this.
+const FORGOTTEN_AFTER: Duration = Duration::from_secs(60);
+
 /// How many prepares may at most be sent to a service that returned the last one: what waits for a
 /// service that never has a slot is answered in rounds that double up to this.
 const PROBES_MAX: u32 = 256;
@@ -115,6 +119,12 @@ impl Flow {
     /// The service is gone: it must be found again.
     pub(super) fn lost(&mut self) {
         self.existence = Existence::Sought;
+    }
+
+    /// Whether it was of use, but not for `FORGOTTEN_AFTER`: forgetting it costs a question.
+    pub(super) fn is_stale(&self, now: Time) -> bool {
+        let was_used = self.reported_at > Time::EPOCH;
+        was_used && self.reported_at + FORGOTTEN_AFTER < now && self.is_idle()
     }
 
     /// Whether forgetting it loses nothing but hints.

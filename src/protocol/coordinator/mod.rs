@@ -89,7 +89,7 @@ pub struct Settings {
     pub deliveries_max: u32,
     /// How many inquiries about transactions of other workers are looked into at once.
     pub inquiries_max: usize,
-    /// How many services are remembered.
+    /// From how many services on those are forgotten that were not heard of for a minute.
     pub services_max: usize,
     /// The services that no other worker uses. Of these it knows what is free without being told,
     /// and their slots can be taken in any order.
@@ -774,7 +774,8 @@ impl Context<'_> {
     fn flow(&mut self, service: &ServiceName) -> &mut Flow {
         let Shared { flows, settings, .. } = &mut *self.shared;
         if flows.len() >= settings.services_max && !flows.contains_key(service) {
-            flows.retain(|_, flow| !flow.is_idle());
+            let now = self.now;
+            flows.retain(|_, flow| !flow.is_stale(now));
         }
         flows.entry(service.clone()).or_insert_with(|| {
             self.effects.push(Effect::FindService(service.clone()));
