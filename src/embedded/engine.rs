@@ -104,7 +104,7 @@ impl Engine {
             let instance_settings = participant::Settings {
                 has_store,
                 // A prepare comes again only while its request is in flight.
-                remembered_max: 4096,
+                remembered_max: 1024,
                 inquire_after: settings.inquire_after,
                 retry_parked_every: settings.coordinator.backoff_max,
                 ..participant::Settings::new(name.clone(), instance, max_concurrency)

@@ -212,7 +212,7 @@ impl Embedded {
             // One process has one clock.
             clock_margin: Duration::ZERO,
             window: Duration::MAX,
-            records_max: 4096,
+            records_max: 1024,
             waiting_max: 65_536,
             ..coordinator::Settings::new(engine::worker_id())
         };

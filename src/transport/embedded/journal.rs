@@ -9,7 +9,7 @@ use crate::protocol::{ids::TransactionKey, message::Decision};
 
 /// How many records are kept although nothing in flight needs them: they answer a request that
 /// comes twice.
-const RECENT_MAX: usize = 4096;
+const RECENT_MAX: usize = 1024;
 
 /// An append-only log of decisions for as long as the process lives.
 ///
