@@ -47,7 +47,7 @@ const HEARD: &str = "interrupted: what has begun is finished; once more to stop 
 /// Run transactions across simulated services in this process; nothing else is needed.
 ///
 /// services.json: [{"name","max_concurrency","max_wait_ms"?,"prepare"?,"commit"?,"abort"?}]; the
-/// last three are objects of "latency_ms" (a number or [min,max]), "refuse_rate", "error_rate",
+/// last three are objects of "latency_ms" (a number, or two: from, to), "refuse_rate", "error_rate",
 /// "panic_rate", "hang_rate" (0 to 1), "fail_first" (so many attempts of each transaction fail),
 /// "fail_for" (ids that always fail) and "read_only".
 ///
