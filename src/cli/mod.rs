@@ -1,8 +1,10 @@
 //! The `dtc` command: what it is asked for, and what it answers with.
 //!
 //! Exit codes of every command: 0 done, whatever the statuses; 1 not everything could be done;
-//! 2 usage; 65 bad data; 130 interrupted.
+//! 2 usage; 65 bad data; 69 broker unavailable; 77 refused by the broker; 78 bad configuration;
+//! 130 interrupted.
 
+mod broker;
 mod output;
 mod progress;
 mod run;
@@ -21,8 +23,10 @@ use clap::{Parser, Subcommand};
 #[command(name = "dtc", version, arg_required_else_help = true, max_term_width = 100)]
 #[command(
     after_help = "Exit codes: 0 done, whatever the statuses; 1 not everything could be done; \
-                        2 usage; 65 bad data; 130 interrupted.\n\
-                        Logging: DTC_LOG=error|warn|info|debug|trace|off (default: error), to stderr."
+                        2 usage; 65 bad data; 69 broker unavailable; 77 refused by the broker; \
+                        78 bad configuration; 130 interrupted.\n\
+                        Logging: DTC_LOG=error|warn|info|debug|trace|off, to stderr (default: info \
+                        for worker and service, else error)."
 )]
 struct Arguments {
     #[command(subcommand)]
@@ -41,6 +45,9 @@ enum Exit {
     Incomplete,
     Usage,
     BadData,
+    Unavailable,
+    Refused,
+    BadConfiguration,
     Interrupted,
 }
 
@@ -51,6 +58,9 @@ impl Exit {
             Self::Incomplete => 1,
             Self::Usage => 2,
             Self::BadData => 65,
+            Self::Unavailable => 69,
+            Self::Refused => 77,
+            Self::BadConfiguration => 78,
             Self::Interrupted => 130,
         }
     }

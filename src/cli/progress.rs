@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::Context as _;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use tracing_subscriber::{filter::LevelFilter, fmt::MakeWriter};
+use tracing_subscriber::{EnvFilter, filter::LevelFilter, fmt::MakeWriter};
 
 /// The environment variable that says what to log.
 const DTC_LOG: &str = "DTC_LOG";
@@ -32,13 +32,13 @@ pub(super) fn bar(total: Option<u64>) -> ProgressBar {
     bar
 }
 
-/// What `DTC_LOG` asks to be logged.
+/// What `DTC_LOG` asks to be logged; `default` if it doesn't say.
 ///
 /// What it doesn't understand is an error: it would hide those of the run.
-pub(super) fn log_level() -> anyhow::Result<LevelFilter> {
+pub(super) fn log_level(default: LevelFilter) -> anyhow::Result<LevelFilter> {
     let text = env::var_os(DTC_LOG).unwrap_or_default();
     if text.is_empty() {
-        return Ok(LevelFilter::ERROR);
+        return Ok(default);
     }
     let level = text.to_str().and_then(|text| text.parse().ok());
     level.with_context(|| {
@@ -50,8 +50,11 @@ pub(super) fn log_level() -> anyhow::Result<LevelFilter> {
 /// Logs to stderr, above `bar`.
 pub(super) fn log_above(bar: &ProgressBar, level: LevelFilter) {
     let writer = Above { bar: bar.clone() };
+    // The libraries below have their own opinion of what is an error, and lapin would show what it
+    // sends, passwords included.
+    let filter = EnvFilter::new(format!("off,dtc={level}"));
     let subscriber = tracing_subscriber::fmt()
-        .with_max_level(level)
+        .with_env_filter(filter)
         .with_writer(writer)
         .with_ansi(io::stderr().is_terminal())
         .with_target(false)

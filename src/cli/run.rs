@@ -17,6 +17,7 @@ use tokio::{
     runtime::Runtime,
     sync::{mpsc, watch},
 };
+use tracing_subscriber::filter::LevelFilter;
 
 use crate::{
     cli::{
@@ -102,7 +103,8 @@ fn any_number(text: &str) -> Result<u64, String> {
 }
 
 pub(super) fn run(arguments: &RunArguments) -> Result<Exit, Failure> {
-    let log_level = progress::log_level().map_err(|error| Failure::new(Exit::Usage, error))?;
+    let log_level = progress::log_level(LevelFilter::ERROR)
+        .map_err(|error| Failure::new(Exit::Usage, error))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()

@@ -8,4 +8,5 @@
 //! It does *not* promise that a message comes once, or in order, or that a command reaches an
 //! instance that is just going: the protocol needs none of that.
 
+pub mod amqp;
 pub mod embedded;

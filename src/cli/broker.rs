@@ -1,0 +1,65 @@
+//! What every command that talks to RabbitMQ is told about it.
+
+use std::fmt;
+
+use anyhow::Context as _;
+use clap::Args;
+
+use crate::{
+    cli::{Exit, Failure},
+    transport::amqp::{
+        connection::{Broker, ConnectError, Disposition},
+        names::{Names, Namespace},
+    },
+};
+
+#[derive(Debug, Args)]
+pub(super) struct BrokerArguments {
+    /// RabbitMQ: amqp://user:password@host:port/vhost; several hosts of a cluster: such URLs,
+    /// separated by commas
+    #[arg(long = "broker", value_name = "URL", default_value = "amqp://localhost")]
+    #[arg(env = "DTC__BROKER__URL", hide_env_values = true)]
+    url: Secret,
+    /// What the names of all exchanges and queues begin with
+    #[arg(long, value_name = "NAME", default_value = "dtc", env = "DTC__BROKER__NAMESPACE")]
+    namespace: Namespace,
+}
+
+impl BrokerArguments {
+    /// Where to connect to, as `name`.
+    pub(super) fn broker(&self, name: impl Into<String>) -> Result<Broker, Failure> {
+        let address = self.url.0.parse().context("invalid --broker (or DTC__BROKER__URL)");
+        let address = address.map_err(|error| Failure::new(Exit::Usage, error))?;
+        Ok(Broker::new(address, name))
+    }
+
+    /// What everything is called there.
+    pub(super) fn names(&self) -> Names {
+        Names::new(self.namespace.clone())
+    }
+}
+
+/// How a command ends that can't do without a connection.
+pub(super) fn exit_of(error: &ConnectError) -> Exit {
+    match error.disposition() {
+        Disposition::GiveUp => Exit::Refused,
+        Disposition::Retry => Exit::Unavailable,
+    }
+}
+
+/// A text that may hold a password. It is looked at by ourselves: the command line's parser would
+/// repeat what it doesn't like.
+#[derive(Clone)]
+struct Secret(String);
+
+impl From<String> for Secret {
+    fn from(text: String) -> Self {
+        Self(text)
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("(not shown)")
+    }
+}

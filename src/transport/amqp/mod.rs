@@ -1,0 +1,22 @@
+//! Moving messages through RabbitMQ.
+//!
+//! * [`address`]: where the brokers are, and who we are to them.
+//! * [`connection`]: connecting, and connecting again.
+//! * [`names`]: what every exchange and queue is called.
+//! * [`publisher`]: publishing with confirms.
+//! * [`consumer`]: taking deliveries, and acknowledging them in as few frames as possible.
+//! * [`pool`]: channels that many share.
+//! * [`unique`]: names that nobody else has.
+//!
+//! Nothing here knows the protocol: what is in a message, and what follows from it, is said above.
+//!
+//! **Invariant:** a publish is not believed before the broker has confirmed it, and one that found
+//! no queue is told apart from one that did.
+
+pub mod address;
+pub mod connection;
+pub mod consumer;
+pub mod names;
+pub mod pool;
+pub mod publisher;
+pub mod unique;

@@ -1,0 +1,213 @@
+//! What every exchange and queue is called.
+//!
+//! All names begin with the namespace, so that several systems can share a virtual host. A routing
+//! key reads `<to>.<about>`: the worker, instance or producer that it goes to, and the service or
+//! status that it is about. None of these contains a dot.
+
+use std::fmt;
+
+use lapin::types::ShortString;
+
+use crate::protocol::ids::{InstanceId, InvalidName, ReplyToken, ServiceName, WorkerId};
+
+/// What all names of one system begin with.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Namespace(String);
+
+impl Namespace {
+    /// The characters allowed, and how many.
+    pub const RULE: &'static str = "[A-Za-z0-9._-]{1,64}";
+
+    /// Checks `text` against [`Self::RULE`].
+    pub fn parse(text: &str) -> Result<Self, InvalidName> {
+        let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+        if (1..=64).contains(&text.len()) && text.bytes().all(allowed) {
+            return Ok(Self(text.to_owned()));
+        }
+        let value = text.chars().take(64).collect();
+        Err(InvalidName { what: "namespace", value, rule: Self::RULE })
+    }
+}
+
+impl Default for Namespace {
+    fn default() -> Self {
+        Self("dtc".to_owned())
+    }
+}
+
+impl fmt::Display for Namespace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::str::FromStr for Namespace {
+    type Err = InvalidName;
+    fn from_str(text: &str) -> Result<Self, InvalidName> {
+        Self::parse(text)
+    }
+}
+
+/// The first part of a routing key that reaches every instance, instead of one.
+pub const ALL: &str = "all";
+/// The first part of a routing key that reaches any one worker or instance.
+pub const ANY: &str = "any";
+/// The reply token of a producer that named none.
+pub const NO_REPLY: &str = "none";
+
+/// The names of everything in one namespace.
+///
+/// No part of a name is longer than 64 bytes, so that none exceeds the 255 that the broker allows.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Names {
+    namespace: Namespace,
+}
+
+impl Names {
+    /// The names in `namespace`.
+    pub fn new(namespace: Namespace) -> Self {
+        Self { namespace }
+    }
+
+    /// The namespace.
+    pub fn namespace(&self) -> &Namespace {
+        &self.namespace
+    }
+
+    fn name(&self, rest: impl fmt::Display) -> ShortString {
+        format!("{}.{rest}", self.namespace).into()
+    }
+
+    // ---- Exchanges ---------------------------------------------------------------------------
+
+    /// The exchange for requests; and the queue bound to it, which all workers share.
+    pub fn requests(&self) -> ShortString {
+        self.name("requests")
+    }
+
+    /// The exchange for prepares.
+    pub fn prepare(&self) -> ShortString {
+        self.name("prepare")
+    }
+
+    /// The exchange for votes and dones, and for prepares that found no slot.
+    pub fn replies(&self) -> ShortString {
+        self.name("replies")
+    }
+
+    /// The exchange for commits, aborts, cancels and queries.
+    pub fn finish(&self) -> ShortString {
+        self.name("finish")
+    }
+
+    /// The exchange for those of them that any instance may apply.
+    pub fn finish_any(&self) -> ShortString {
+        self.name("finish.any")
+    }
+
+    /// The exchange for results.
+    pub fn results(&self) -> ShortString {
+        self.name("results")
+    }
+
+    // ---- Queues ------------------------------------------------------------------------------
+
+    /// Where the prepares of a service wait for a slot.
+    pub fn prepare_of(&self, service: &ServiceName) -> ShortString {
+        self.name(format_args!("prepare.{service}"))
+    }
+
+    /// What a worker is told.
+    pub fn replies_of(&self, worker: &WorkerId) -> ShortString {
+        self.name(format_args!("replies.{worker}"))
+    }
+
+    /// What one instance is told.
+    pub fn finish_of(&self, service: &ServiceName, instance: &InstanceId) -> ShortString {
+        self.name(format_args!("finish.{service}.{instance}"))
+    }
+
+    /// What any instance of a service may apply, now or when one comes back.
+    pub fn finish_any_of(&self, service: &ServiceName) -> ShortString {
+        self.name(format_args!("finish.{service}"))
+    }
+
+    /// The stream of decisions.
+    pub fn journal(&self) -> ShortString {
+        self.name("journal")
+    }
+
+    /// Inquiries, and what was meant for workers that are gone; the exchange of the same name feeds
+    /// it.
+    pub fn inquiries(&self) -> ShortString {
+        self.name("inquiries")
+    }
+
+    /// The results for one producer.
+    pub fn results_of(&self, reply: &ReplyToken) -> ShortString {
+        self.name(format_args!("results.{reply}"))
+    }
+
+    /// The stream of what is parked and what is settled.
+    pub fn unresolved(&self) -> ShortString {
+        self.name("unresolved")
+    }
+
+    /// The stream of what operators did.
+    pub fn audit(&self) -> ShortString {
+        self.name("audit")
+    }
+
+    /// Messages that nobody could make sense of.
+    pub fn rejected(&self) -> ShortString {
+        self.name("rejected")
+    }
+}
+
+/// The routing key `<to>.<about>`.
+pub fn key(to: impl fmt::Display, about: impl fmt::Display) -> ShortString {
+    format!("{to}.{about}").into()
+}
+
+/// What a routing key says: `(to, about)`.
+pub fn parts(key: &str) -> Option<(&str, &str)> {
+    key.split_once('.').filter(|(_, about)| !about.contains('.'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Names, Namespace, key, parts};
+    use crate::protocol::ids::{InstanceId, ServiceName};
+
+    #[test]
+    fn names_begin_with_the_namespace() {
+        let names = Names::new(Namespace::parse("shop.test").unwrap());
+        let service = ServiceName::parse("payments").unwrap();
+        let instance = InstanceId::parse("i1").unwrap();
+        assert_eq!(names.finish_of(&service, &instance).as_str(), "shop.test.finish.payments.i1");
+        assert_eq!(names.journal().as_str(), "shop.test.journal");
+    }
+
+    #[test]
+    fn a_key_and_its_parts_are_one() {
+        assert_eq!(parts(key("w1", "payments").as_str()), Some(("w1", "payments")));
+        assert_eq!(parts("w1"), None);
+        assert_eq!(parts("a.b.c"), None);
+    }
+
+    #[test]
+    fn the_longest_names_fit_into_what_the_broker_allows() {
+        let longest = "x".repeat(64);
+        let names = Names::new(Namespace::parse(&longest).unwrap());
+        let service = ServiceName::parse(&longest).unwrap();
+        let instance = InstanceId::parse(&longest).unwrap();
+        assert!(names.finish_of(&service, &instance).as_str().len() <= 255);
+    }
+
+    #[test]
+    fn a_namespace_has_no_wildcards_or_blanks() {
+        for bad in ["", "a b", "a#", "*", "ü", &"x".repeat(65)] {
+            assert!(Namespace::parse(bad).is_err(), "{bad:?}");
+        }
+    }
+}
