@@ -5,7 +5,11 @@
 //! [`protocol::participant`](crate::protocol::participant) and of the loop that drives it.
 
 mod calls;
+mod inbound;
+mod outbox;
+pub mod serve;
 mod service;
+mod session;
 pub mod simulated;
 
 use std::{fmt, future::Future, sync::Arc};
