@@ -264,6 +264,11 @@ impl Coordinator {
         self.transactions.len()
     }
 
+    /// How many of these wait for a slot before they begin.
+    pub fn waiting(&self) -> usize {
+        self.transactions.len() - self.shared.active
+    }
+
     /// Whether it has nothing to do.
     pub fn is_empty(&self) -> bool {
         self.transactions.is_empty()
