@@ -5,10 +5,12 @@
 //! 130 interrupted.
 
 mod broker;
+mod limits;
 mod output;
 mod progress;
 mod run;
 mod signals;
+mod worker;
 
 use std::{
     fmt,
@@ -36,6 +38,7 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     Run(run::RunArguments),
+    Worker(worker::WorkerArguments),
 }
 
 /// How a command ended, where it didn't simply succeed.
@@ -90,6 +93,7 @@ pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let ended = match arguments.command {
         Command::Run(arguments) => run::run(&arguments),
+        Command::Worker(arguments) => worker::run(&arguments),
     };
     let exit = ended.unwrap_or_else(|failure| {
         tell(&format!("{failure}\n"));

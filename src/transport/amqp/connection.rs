@@ -5,7 +5,7 @@
 //! [`Backoff`] in between. lapin's own recovery stays off: it would deliver again on streams that
 //! are believed to go on, and acknowledge what is no longer held.
 
-use std::{fmt, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
 use futures_util::{Stream, StreamExt, future, stream};
 use lapin::{
@@ -152,7 +152,7 @@ impl Broker {
     pub async fn link(&self) -> Result<Link, ConnectError> {
         let (publishing, consuming) =
             future::try_join(self.connect("publish"), self.connect("consume")).await?;
-        Ok(Link { publishing, consuming })
+        Ok(Link { publishing: Arc::new(publishing), consuming: Arc::new(consuming) })
     }
 }
 
@@ -164,9 +164,9 @@ fn is_final(error: &ConnectError) -> bool {
 #[derive(Debug)]
 pub struct Link {
     /// For publishing only.
-    pub publishing: Connection,
+    pub publishing: Arc<Connection>,
     /// For everything else.
-    pub consuming: Connection,
+    pub consuming: Arc<Connection>,
 }
 
 /// What happens to a [`Link`].
