@@ -9,6 +9,7 @@ mod limits;
 mod output;
 mod progress;
 mod run;
+mod service;
 mod signals;
 mod worker;
 
@@ -39,6 +40,7 @@ struct Arguments {
 enum Command {
     Run(run::RunArguments),
     Worker(worker::WorkerArguments),
+    Service(service::ServiceArguments),
 }
 
 /// How a command ended, where it didn't simply succeed.
@@ -94,6 +96,7 @@ pub fn main() -> ExitCode {
     let ended = match arguments.command {
         Command::Run(arguments) => run::run(&arguments),
         Command::Worker(arguments) => worker::run(&arguments),
+        Command::Service(arguments) => service::run(&arguments),
     };
     let exit = ended.unwrap_or_else(|failure| {
         tell(&format!("{failure}\n"));

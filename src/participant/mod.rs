@@ -11,6 +11,7 @@ pub mod serve;
 mod service;
 mod session;
 pub mod simulated;
+pub mod state;
 
 use std::{fmt, future::Future, sync::Arc};
 

@@ -35,7 +35,6 @@ use crate::{
         message::Outcome,
         time::Time,
     },
-    wire::hash,
     worker::clock::Clock,
 };
 
@@ -308,7 +307,10 @@ fn parse(name: &str, text: &str) -> Option<InDoubt> {
     let branch = Branch::parse(parts.next()?).ok()?;
     let (request_hash, deadline) = text.split_once('\n')?.0.split_once(' ')?;
     Some(InDoubt {
-        key: TransactionKey { id, requested_at: Time::from_millis(requested_at.checked_mul(1000)?) },
+        key: TransactionKey {
+            id,
+            requested_at: Time::from_millis(requested_at.checked_mul(1000)?),
+        },
         request_hash: hash_of(request_hash)?,
         branch,
         deadline: Time::from_millis(deadline.parse().ok()?),
