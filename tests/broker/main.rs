@@ -7,3 +7,4 @@ mod broker;
 #[path = "../support/lines.rs"]
 mod lines;
 mod node;
+mod service;
