@@ -5,10 +5,12 @@
 //! 130 interrupted.
 
 mod broker;
+mod duration;
 mod output;
 mod progress;
 mod run;
 mod signals;
+mod topology;
 
 use std::{
     fmt,
@@ -36,6 +38,7 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     Run(run::RunArguments),
+    Topology(topology::TopologyArguments),
 }
 
 /// How a command ended, where it didn't simply succeed.
@@ -90,6 +93,7 @@ pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let ended = match arguments.command {
         Command::Run(arguments) => run::run(&arguments),
+        Command::Topology(arguments) => topology::run(&arguments),
     };
     let exit = ended.unwrap_or_else(|failure| {
         tell(&format!("{failure}\n"));

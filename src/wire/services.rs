@@ -306,7 +306,8 @@ mod tests {
 
     #[test]
     fn every_field_is_read() {
-        let text = br#"[{"name": "a", "max_concurrency": 4294967295, "max_wait_ms": 0, "cap": "service",
+        let text =
+            br#"[{"name": "a", "max_concurrency": 4294967295, "max_wait_ms": 0, "cap": "service",
             "prepare": {"latency_ms": [0.5, 20], "refuse_rate": 0.1, "error_rate": 0.2,
                         "panic_rate": 0.3, "hang_rate": 0.4, "fail_first": 1,
                         "fail_for": ["TX7", "TX1", "TX7"], "read_only": true},

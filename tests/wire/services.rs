@@ -56,22 +56,23 @@ fn services() -> impl Strategy<Value = Value> {
     );
     let named = prop::collection::btree_map("[A-Za-z0-9_-]{1,10}", service, 1..5);
     named.prop_map(|named| {
-        let services = named.into_iter().map(|(name, (slots, wait, cap, prepare, commit, abort))| {
-            let mut service = json!({"name": name, "max_concurrency": slots});
-            let rest = [
-                ("max_wait_ms", wait.map(|it| json!(it))),
-                ("cap", cap.map(|it| json!(it))),
-                ("prepare", prepare.map(|it| json!(it))),
-                ("commit", commit.map(|it| json!(it))),
-                ("abort", abort.map(|it| json!(it))),
-            ];
-            for (name, value) in rest {
-                if let Some(value) = value {
-                    service[name] = value;
+        let services =
+            named.into_iter().map(|(name, (slots, wait, cap, prepare, commit, abort))| {
+                let mut service = json!({"name": name, "max_concurrency": slots});
+                let rest = [
+                    ("max_wait_ms", wait.map(|it| json!(it))),
+                    ("cap", cap.map(|it| json!(it))),
+                    ("prepare", prepare.map(|it| json!(it))),
+                    ("commit", commit.map(|it| json!(it))),
+                    ("abort", abort.map(|it| json!(it))),
+                ];
+                for (name, value) in rest {
+                    if let Some(value) = value {
+                        service[name] = value;
+                    }
                 }
-            }
-            service
-        });
+                service
+            });
         services.collect()
     })
 }

@@ -6,6 +6,7 @@
 //! * [`publisher`]: publishing with confirms.
 //! * [`consumer`]: taking deliveries, and acknowledging them in as few frames as possible.
 //! * [`pool`]: channels that many share.
+//! * [`topology`]: every exchange and queue, and making a broker's be the same.
 //! * [`unique`]: names that nobody else has.
 //!
 //! Nothing here knows the protocol: what is in a message, and what follows from it, is said above.
@@ -19,4 +20,5 @@ pub mod consumer;
 pub mod names;
 pub mod pool;
 pub mod publisher;
+pub mod topology;
 pub mod unique;
