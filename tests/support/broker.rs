@@ -40,8 +40,8 @@ const BOOT: Duration = Duration::from_secs(120);
 const STOP: Duration = Duration::from_secs(60);
 /// How often a node is started on other ports, because somebody else took them in between.
 const ATTEMPTS: usize = 3;
-/// How many virtual hosts a node has for tests, made while it boots: later they are slow to make.
-const VHOSTS: usize = 64;
+/// How many virtual hosts a node has for tests, made while it boots: each adds some 50 ms to that.
+const VHOSTS: usize = 24;
 
 const SERVER: &str = "usr/lib/rabbitmq/bin/rabbitmq-server";
 
@@ -58,9 +58,7 @@ pub(crate) struct Place {
 pub(crate) fn place() -> Place {
     match shared() {
         Shared::Private(broker) => broker.place(),
-        Shared::Given(url) => {
-            Place { url: url.clone(), namespace: format!("dtc-test-{}", random()) }
-        }
+        Shared::Given(url) => Place { url: url.clone(), namespace: namespace() },
     }
 }
 
@@ -132,11 +130,15 @@ impl Broker {
         self.setup.port
     }
 
-    /// A virtual host that nobody has used yet.
+    /// A place that nobody has used yet: a virtual host, or when there are none left, a namespace
+    /// in the node's own.
     pub(crate) fn place(&self) -> Place {
         let number = self.places.fetch_add(1, Ordering::Relaxed);
-        assert!(number < VHOSTS, "a node has places for {VHOSTS} tests: raise VHOSTS");
-        Place { url: self.url_of(&vhost(number)), namespace: "dtc".to_owned() }
+        if number < VHOSTS {
+            Place { url: self.url_of(&vhost(number)), namespace: "dtc".to_owned() }
+        } else {
+            Place { url: self.url(), namespace: namespace() }
+        }
     }
 
     /// The version that the node greets with, such as `4.3.6`.
@@ -170,11 +172,6 @@ impl Broker {
     pub(crate) fn restart(&self) {
         self.terminate();
         self.start_again();
-    }
-
-    /// The process groups that the node and its epmd are expected in, the supervising shell's first.
-    pub(crate) fn supervisor(&self) -> u32 {
-        self.running().as_ref().expect("the node runs").shell.id()
     }
 
     /// Where the node keeps what it keeps.
@@ -387,6 +384,11 @@ fn greeted(stream: io::Result<TcpStream>) -> io::Result<String> {
     });
     let version = version.map(|bytes| String::from_utf8_lossy(bytes).into_owned());
     version.ok_or_else(|| io::Error::other("it greets without a version"))
+}
+
+/// A namespace that nobody has used yet.
+fn namespace() -> String {
+    format!("dtc-test-{}", random())
 }
 
 fn number() -> u64 {
