@@ -16,7 +16,7 @@
 #![allow(dead_code, reason = "each target uses a part of it")]
 
 use std::{
-    env, fs,
+    env, fmt, fs,
     hash::{BuildHasher, RandomState},
     io::{self, Read, Write},
     net::{Ipv4Addr, TcpListener, TcpStream},
@@ -46,12 +46,19 @@ const VHOSTS: usize = 24;
 const SERVER: &str = "usr/lib/rabbitmq/bin/rabbitmq-server";
 
 /// Where a test may declare what it likes.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq)]
 pub(crate) struct Place {
     /// The broker, with user, password and virtual host.
     pub(crate) url: String,
     /// What all names of this test's exchanges and queues begin with.
     pub(crate) namespace: String,
+}
+
+/// The password stays out of what a failing test shows.
+impl fmt::Debug for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Place").field("namespace", &self.namespace).finish_non_exhaustive()
+    }
 }
 
 /// A place of its own on the shared broker.
@@ -195,20 +202,7 @@ struct Run {
 impl Run {
     /// Starts the node and waits until it serves; the version it greets with, or what it printed.
     fn start(setup: &Setup) -> Result<(Self, String), String> {
-        let (reader, writer) = io::pipe().unwrap();
-        let mut shell = Command::new("sh")
-            .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/broker.sh"))
-            .arg(setup.directory.path())
-            .arg(setup.root.as_deref().unwrap_or(Path::new("")))
-            .env_clear()
-            .envs(setup.environment())
-            .stdin(Stdio::piped())
-            .stdout(writer.try_clone().unwrap())
-            .stderr(writer)
-            .spawn()
-            .unwrap();
-        let commands = shell.stdin.take().unwrap();
-        let run = Self { shell, commands, printed: Lines::of(reader) };
+        let run = Self::spawn(setup);
         // It says so when its last step is done; it listens some steps earlier.
         if run.printed.wait_for("completed with", BOOT).is_none() {
             return Err(format!("{}\n{}", run.printed.text(), setup.log()));
@@ -217,6 +211,23 @@ impl Run {
             Ok(version) => Ok((run, version)),
             Err(error) => Err(format!("{error}\n{}", run.printed.text())),
         }
+    }
+
+    fn spawn(setup: &Setup) -> Self {
+        let (reader, writer) = io::pipe().unwrap();
+        let mut shell = Command::new("sh")
+            .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/broker.sh"))
+            .arg(setup.directory.path())
+            .arg(setup.root.as_deref().unwrap_or_else(|| Path::new("")))
+            .env_clear()
+            .envs(setup.environment())
+            .stdin(Stdio::piped())
+            .stdout(writer.try_clone().unwrap())
+            .stderr(writer)
+            .spawn()
+            .unwrap();
+        let commands = shell.stdin.take().unwrap();
+        Self { shell, commands, printed: Lines::of(reader) }
     }
 
     fn say(&mut self, word: &str) {
@@ -247,7 +258,7 @@ impl Setup {
     fn new() -> Self {
         let root = env::var_os("DTC_TEST_RABBITMQ").filter(|root| !root.is_empty());
         let root = root.map(PathBuf::from);
-        let server = root.as_deref().unwrap_or(Path::new("/")).join(SERVER);
+        let server = root.as_deref().unwrap_or_else(|| Path::new("/")).join(SERVER);
         assert!(server.exists(), "there is no {}: tests/run brings it", server.display());
         let [port, dist_port, epmd_port] = free_ports();
         let directory = tempfile::Builder::new().prefix("dtc-rabbitmq-").tempdir().unwrap();
