@@ -1,0 +1,12 @@
+//! The real thing: RabbitMQ nodes, and the processes that meet there.
+
+#![allow(clippy::print_stdout, reason = "a test prints what it has measured")]
+
+#[path = "../support/broker.rs"]
+mod broker;
+#[path = "../support/lines.rs"]
+mod lines;
+mod node;
+#[path = "../support/processes.rs"]
+mod processes;
+mod signals;
