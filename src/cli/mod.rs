@@ -5,12 +5,14 @@
 //! 130 interrupted.
 
 mod broker;
+mod duration;
 mod limits;
 mod output;
 mod progress;
 mod run;
 mod service;
 mod signals;
+mod topology;
 mod worker;
 
 use std::{
@@ -41,6 +43,7 @@ enum Command {
     Run(run::RunArguments),
     Worker(worker::WorkerArguments),
     Service(service::ServiceArguments),
+    Topology(topology::TopologyArguments),
 }
 
 /// How a command ended, where it didn't simply succeed.
@@ -97,6 +100,7 @@ pub fn main() -> ExitCode {
         Command::Run(arguments) => run::run(&arguments),
         Command::Worker(arguments) => worker::run(&arguments),
         Command::Service(arguments) => service::run(&arguments),
+        Command::Topology(arguments) => topology::run(&arguments),
     };
     let exit = ended.unwrap_or_else(|failure| {
         tell(&format!("{failure}\n"));

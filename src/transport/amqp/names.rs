@@ -52,6 +52,8 @@ impl std::str::FromStr for Namespace {
 pub const ALL: &str = "all";
 /// The first part of a routing key that reaches any one worker or instance.
 pub const ANY: &str = "any";
+/// The routing key of every request.
+pub const REQUEST: &str = "request";
 /// The reply token of a producer that named none.
 pub const NO_REPLY: &str = "none";
 
@@ -130,6 +132,11 @@ impl Names {
     /// What any instance of a service may apply, now or when one comes back.
     pub fn finish_any_of(&self, service: &ServiceName) -> ShortString {
         self.name(format_args!("finish.{service}"))
+    }
+
+    /// Where such wait while that queue is replaced.
+    pub fn moving(&self, service: &ServiceName) -> ShortString {
+        self.name(format_args!("moving.{service}"))
     }
 
     /// The stream of decisions.
