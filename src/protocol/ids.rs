@@ -228,6 +228,11 @@ impl Branch {
     pub fn instance(&self) -> &InstanceId {
         &self.instance
     }
+
+    /// Which one of that instance's it is.
+    pub fn number(&self) -> u64 {
+        self.number
+    }
 }
 
 impl fmt::Display for Branch {

@@ -5,7 +5,7 @@ use std::{fmt, ops::RangeInclusive, sync::Arc};
 
 use crate::wire::{
     complaint::{Collected, Complaint, Place, Position, shortened},
-    json::{self, Kind, Value},
+    json::{self, Kind, SyntaxError, Value},
 };
 
 /// No time in a file is longer than a day: what is longer was meant to be something else.
@@ -69,12 +69,25 @@ pub(super) struct Check {
     file: Arc<str>,
     /// The line, if the text is one of many in its file.
     line: Option<u64>,
+    /// Whether fields that nobody knows are passed over.
+    is_lenient: bool,
     pub(super) complaints: Collected,
 }
 
 impl Check {
     pub(super) fn of_file(file: &Arc<str>) -> Self {
-        Self { file: Arc::clone(file), line: None, complaints: Collected::default() }
+        Self {
+            file: Arc::clone(file),
+            line: None,
+            is_lenient: false,
+            complaints: Collected::default(),
+        }
+    }
+
+    /// The checking of a message, or of one item of it; complaints call it `kind`. Fields that
+    /// nobody knows are passed over.
+    pub(super) fn of_message(kind: &Arc<str>) -> Self {
+        Self { is_lenient: true, ..Self::of_file(kind) }
     }
 
     pub(super) fn of_line(file: &Arc<str>, line: u64) -> Self {
@@ -109,9 +122,23 @@ impl Check {
 
     /// The JSON value that `text` is, if it is; it begins at `start` of its file.
     pub(super) fn json<'a>(&mut self, start: Position, text: &'a [u8]) -> Option<Value<'a>> {
-        let what = if self.line.is_some() { "line" } else { "file" };
+        self.json_by(start, text, json::parse)
+    }
+
+    /// [`Check::json`], read by `parse`.
+    pub(super) fn json_by<'a>(
+        &mut self,
+        start: Position,
+        text: &'a [u8],
+        parse: fn(&'a str, &'static str) -> Result<Value<'a>, SyntaxError>,
+    ) -> Option<Value<'a>> {
+        let what = match self.line {
+            Some(_) => "line",
+            None if self.is_lenient => "body",
+            None => "file",
+        };
         let (at, rule) = match str::from_utf8(text) {
-            Ok(text) => match json::parse(text, what) {
+            Ok(text) => match parse(text, what) {
                 Ok(value) => return Some(value),
                 Err(error) => (error.at, format!("not JSON: {}", error.message)),
             },
@@ -122,8 +149,8 @@ impl Check {
         None
     }
 
-    /// The values of the fields that are `known`, in that order; complains about others, and about
-    /// those given twice.
+    /// The values of the fields that are `known`, in that order; complains about those given twice
+    /// and, unless this is a message, about others.
     pub(super) fn fields<'v, 'a, const N: usize>(
         &mut self,
         path: &Path<'_>,
@@ -141,6 +168,7 @@ impl Check {
             match slot.and_then(|slot| found.get_mut(slot)) {
                 Some(slot @ None) => *slot = Some(value),
                 Some(Some(_)) => self.complain(&path, value, TWICE),
+                None if self.is_lenient => {}
                 None => self.complain(&path, value, unknown_field(known)),
             }
         }
@@ -265,9 +293,10 @@ impl Check {
     }
 }
 
-const TWICE: &str = "must be given once in its object";
+pub(super) const TWICE: &str = "must be given once in its object";
 
-fn number(value: &Value<'_>) -> Option<f64> {
+/// The number that `value` is, if it is one.
+pub(super) fn number(value: &Value<'_>) -> Option<f64> {
     match value.kind {
         Kind::Number => value.text.parse().ok(),
         Kind::Null | Kind::Bool(_) | Kind::String(_) | Kind::Array(_) | Kind::Object(_) => None,

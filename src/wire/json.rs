@@ -11,6 +11,9 @@ use std::borrow::Cow;
 /// others before it reaches the service that reads it with that.
 pub(super) const DEPTH_MAX: usize = 100;
 
+/// How deep [`parse_wrapped`] reads: what [`DEPTH_MAX`] allows, and what messages wrap it in.
+const WRAPPED_DEPTH_MAX: usize = DEPTH_MAX + 8;
+
 /// A JSON value, and the text it was read from.
 #[derive(Debug)]
 pub(super) struct Value<'a> {
@@ -39,9 +42,25 @@ pub(super) struct SyntaxError {
     pub(super) message: String,
 }
 
-/// Reads `text`, which is a whole `what` (for the messages: `file` or `line`).
+/// Reads `text`, which is a whole `what` (for the messages: `file`, `line` or `body`).
 pub(super) fn parse<'a>(text: &'a str, what: &'static str) -> Result<Value<'a>, SyntaxError> {
-    let mut reader = Reader { text, at: 0, depth: 0, what };
+    parse_nested(text, what, DEPTH_MAX)
+}
+
+/// Reads `text`, which holds what [`parse`] has read before, wrapped in a message of our own.
+pub(super) fn parse_wrapped<'a>(
+    text: &'a str,
+    what: &'static str,
+) -> Result<Value<'a>, SyntaxError> {
+    parse_nested(text, what, WRAPPED_DEPTH_MAX)
+}
+
+fn parse_nested<'a>(
+    text: &'a str,
+    what: &'static str,
+    depth_max: usize,
+) -> Result<Value<'a>, SyntaxError> {
+    let mut reader = Reader { text, at: 0, depth: 0, depth_max, what };
     reader.skip_whitespace();
     let value = reader.value()?;
     reader.skip_whitespace();
@@ -56,6 +75,7 @@ struct Reader<'a> {
     /// How many bytes are read: always at the boundary of a character.
     at: usize,
     depth: usize,
+    depth_max: usize,
     what: &'static str,
 }
 
@@ -119,8 +139,8 @@ impl<'a> Reader<'a> {
         &mut self,
         read: fn(&mut Self) -> Result<Kind<'a>, SyntaxError>,
     ) -> Result<Kind<'a>, SyntaxError> {
-        if self.depth == DEPTH_MAX {
-            return Err(self.error(format!("nested more than {DEPTH_MAX} deep")));
+        if self.depth == self.depth_max {
+            return Err(self.error(format!("nested more than {} deep", self.depth_max)));
         }
         self.depth += 1;
         let kind = read(self)?;

@@ -2,6 +2,7 @@
 //!
 //! * [`services`]: the services of `dtc run`, from `services.json`.
 //! * [`transactions`]: its transactions, as one array or as lines.
+//! * [`message`]: the bodies of all messages between producers, workers and services.
 //! * [`result`]: what is said about a transaction when it has ended.
 //! * [`hash`]: the digest that tells a retry from another request under the same id.
 //! * [`complaint`]: what is wrong with a file, where, and by which rule.
@@ -19,6 +20,7 @@ mod check;
 pub mod complaint;
 pub mod hash;
 mod json;
+pub mod message;
 pub mod result;
 pub mod services;
 pub mod transactions;

@@ -201,7 +201,8 @@ fn read_transaction(
     Some(TransactionSpec { id: id?, services, data, request_hash, timeout })
 }
 
-fn read_services(
+/// The services that `value` names: each once, in name order.
+pub(super) fn read_services(
     check: &mut Check,
     path: &Path<'_>,
     value: &Value<'_>,
@@ -220,7 +221,8 @@ fn read_services(
     Some(services.into())
 }
 
-fn read_data(
+/// `value` in its canonical form; `buffer` is space to work in.
+pub(super) fn read_data(
     check: &mut Check,
     path: &Path<'_>,
     value: &Value<'_>,

@@ -1,0 +1,255 @@
+//! What is answered and asked: votes, dones and inquiries of services, results for producers.
+
+use crate::{
+    protocol::message::{Answer, Ballot, Done, Inquiry, Reason, ReasonCode, Vote},
+    wire::message::{
+        Item, Kind,
+        read::{Place, Reader},
+        sealed::Sealed,
+        write::Object,
+    },
+};
+
+/// What a vote says, in its word.
+#[derive(Clone, Copy)]
+enum Word {
+    Prepared,
+    ReadOnly,
+    Refused,
+    Failed,
+    Finished,
+}
+
+impl Word {
+    const ALL: [Self; 5] =
+        [Self::Prepared, Self::ReadOnly, Self::Refused, Self::Failed, Self::Finished];
+
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Prepared => "prepared",
+            Self::ReadOnly => "read_only",
+            Self::Refused => "refused",
+            Self::Failed => "failed",
+            Self::Finished => "finished",
+        }
+    }
+
+    const fn of(ballot: &Ballot) -> Self {
+        match ballot {
+            Ballot::Prepared { .. } => Self::Prepared,
+            Ballot::ReadOnly => Self::ReadOnly,
+            Ballot::Refused(_) => Self::Refused,
+            Ballot::Failed { .. } => Self::Failed,
+            Ballot::Finished(_) => Self::Finished,
+        }
+    }
+}
+
+impl Item for Vote {
+    const KIND: Kind = Kind::Vote;
+}
+
+impl Sealed for Vote {
+    fn write(&self, object: &mut Object<'_>) {
+        let Self { key, request_hash, service, instance, ballot, free } = self;
+        object.key(key);
+        object.request_hash(request_hash);
+        object.word("service", service.as_str());
+        object.word("instance", instance.as_str());
+        object.word("vote", Word::of(ballot).as_str());
+        match ballot {
+            Ballot::Prepared { branch } => object.branch("branch", branch),
+            Ballot::ReadOnly => {}
+            Ballot::Refused(reason) => object.reason(reason),
+            Ballot::Failed { branch, reason } => {
+                object.branch("branch", branch);
+                object.reason(reason);
+            }
+            Ballot::Finished(outcome) => object.outcome("outcome", *outcome),
+        }
+        object.number("free", (*free).into());
+    }
+
+    fn read(reader: &mut Reader, place: &Place<'_, '_, '_>) -> Option<Self> {
+        let [
+            id,
+            requested_at,
+            request_hash,
+            service,
+            instance,
+            vote,
+            branch,
+            outcome,
+            reason,
+            free,
+        ] = reader.fields(
+            place,
+            [
+                "id",
+                "requested_at",
+                "request_hash",
+                "service",
+                "instance",
+                "vote",
+                "branch",
+                "outcome",
+                "reason",
+                "free",
+            ],
+        )?;
+        let key = reader.key(place, id, requested_at);
+        let request_hash = reader.need(place, request_hash, Reader::request_hash);
+        let service = reader.need(place, service, Reader::service);
+        let instance = reader.need(place, instance, Reader::instance);
+        let word = reader.need(place, vote, |reader, path, value| {
+            reader.one_of(path, value, Word::ALL, Word::as_str)
+        });
+        let free = reader.need(place, free, Reader::count);
+        let reason = |reader: &mut Reader, code| {
+            let reason = reader.may(place, reason, Reader::reason)?;
+            reason.or_else(|| Some(Reason::at(service.as_ref()?, code)))
+        };
+        let ballot = match word? {
+            Word::Prepared => {
+                reader.need(place, branch, Reader::branch).map(|branch| Ballot::Prepared { branch })
+            }
+            Word::ReadOnly => Some(Ballot::ReadOnly),
+            Word::Refused => reason(reader, ReasonCode::Refused).map(Ballot::Refused),
+            Word::Failed => {
+                let branch = reader.need(place, branch, Reader::branch);
+                let reason = reason(reader, ReasonCode::Failed);
+                branch.zip(reason).map(|(branch, reason)| Ballot::Failed { branch, reason })
+            }
+            Word::Finished => reader.need(place, outcome, Reader::outcome).map(Ballot::Finished),
+        };
+        Some(Self {
+            key: key?,
+            request_hash: request_hash?,
+            service: service?,
+            instance: instance?,
+            ballot: ballot?,
+            free: free?,
+        })
+    }
+}
+
+impl Item for Done {
+    const KIND: Kind = Kind::Done;
+}
+
+impl Sealed for Done {
+    fn write(&self, object: &mut Object<'_>) {
+        let Self { key, service, instance, applied, parked, free } = self;
+        object.key(key);
+        object.word("service", service.as_str());
+        object.word("instance", instance.as_str());
+        object.flag("done", applied.is_ok());
+        if let Err(error) = applied {
+            object.text("error", error);
+        }
+        if *parked {
+            object.flag("parked", true);
+        }
+        object.number("free", (*free).into());
+    }
+
+    fn read(reader: &mut Reader, place: &Place<'_, '_, '_>) -> Option<Self> {
+        let known =
+            ["id", "requested_at", "service", "instance", "done", "error", "parked", "free"];
+        let [id, requested_at, service, instance, done, error, parked, free] =
+            reader.fields(place, known)?;
+        let key = reader.key(place, id, requested_at);
+        let service = reader.need(place, service, Reader::service);
+        let instance = reader.need(place, instance, Reader::instance);
+        let done = reader.need(place, done, Reader::flag);
+        let error = reader.may(place, error, Reader::text);
+        let parked = reader.may(place, parked, Reader::flag);
+        let free = reader.need(place, free, Reader::count);
+        let error = error?.unwrap_or_else(|| "".into());
+        Some(Self {
+            key: key?,
+            service: service?,
+            instance: instance?,
+            applied: if done? { Ok(()) } else { Err(error) },
+            parked: parked?.unwrap_or_default(),
+            free: free?,
+        })
+    }
+}
+
+impl Item for Inquiry {
+    const KIND: Kind = Kind::Inquiry;
+}
+
+impl Sealed for Inquiry {
+    fn write(&self, object: &mut Object<'_>) {
+        let Self { key, request_hash, service, instance, branch, deadline } = self;
+        object.key(key);
+        object.request_hash(request_hash);
+        object.word("service", service.as_str());
+        object.word("instance", instance.as_str());
+        object.branch("branch", branch);
+        object.moment("deadline", *deadline);
+    }
+
+    fn read(reader: &mut Reader, place: &Place<'_, '_, '_>) -> Option<Self> {
+        let known =
+            ["id", "requested_at", "request_hash", "service", "instance", "branch", "deadline"];
+        let [id, requested_at, request_hash, service, instance, branch, deadline] =
+            reader.fields(place, known)?;
+        let key = reader.key(place, id, requested_at);
+        let request_hash = reader.need(place, request_hash, Reader::request_hash);
+        let service = reader.need(place, service, Reader::service);
+        let instance = reader.need(place, instance, Reader::instance);
+        let branch = reader.need(place, branch, Reader::branch);
+        let deadline = reader.need(place, deadline, Reader::moment);
+        Some(Self {
+            key: key?,
+            request_hash: request_hash?,
+            service: service?,
+            instance: instance?,
+            branch: branch?,
+            deadline: deadline?,
+        })
+    }
+}
+
+impl Item for Answer {
+    const KIND: Kind = Kind::Result;
+}
+
+impl Sealed for Answer {
+    fn write(&self, object: &mut Object<'_>) {
+        let Self { id, requested_at, outcome, reason, unresolved, decided_at } = self;
+        object.word("id", id.as_str());
+        object.outcome("status", *outcome);
+        if let Some(reason) = reason {
+            object.reason(reason);
+        }
+        if !unresolved.is_empty() {
+            object.services("unresolved", unresolved);
+        }
+        object.requested_at(*requested_at);
+        object.moment("decided_at", *decided_at);
+    }
+
+    fn read(reader: &mut Reader, place: &Place<'_, '_, '_>) -> Option<Self> {
+        let known = ["id", "status", "reason", "unresolved", "requested_at", "decided_at"];
+        let [id, status, reason, unresolved, requested_at, decided_at] =
+            reader.fields(place, known)?;
+        let id = reader.need(place, id, Reader::id);
+        let outcome = reader.need(place, status, Reader::outcome);
+        let reason = reader.may(place, reason, Reader::reason);
+        let unresolved = reader.may(place, unresolved, Reader::services);
+        let requested_at = reader.need(place, requested_at, Reader::requested_at);
+        let decided_at = reader.need(place, decided_at, Reader::moment);
+        Some(Self {
+            id: id?,
+            requested_at: requested_at?,
+            outcome: outcome?,
+            reason: reason?,
+            unresolved: unresolved?.unwrap_or_default(),
+            decided_at: decided_at?,
+        })
+    }
+}

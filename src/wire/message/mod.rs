@@ -1,0 +1,345 @@
+//! The bodies of all messages between producers, workers, services and the journal.
+//!
+//! A message has the properties `content_type` `application/json` and `type` `dtc.<kind>.v1`. A
+//! request's body is one object; every other body is an array of items of its one kind. A body has
+//! at most [`BODY_MAX`] bytes of UTF-8.
+//!
+//! | kind | fields of an item (`?`: may be missing) |
+//! |---|---|
+//! | request | `id`, `involved_services`, `data`, `timeout_ms`?, `reply`?; `requested_at` is the message's `timestamp` |
+//! | prepare | `id`, `requested_at`, `request_hash`, `data`, `deadline`, `repeated` |
+//! | query | `id`, `requested_at`, `request_hash` |
+//! | cancel | `id`, `requested_at` |
+//! | finish | `id`, `requested_at`, `outcome`, `branch`?, `parked`? |
+//! | vote | `id`, `requested_at`, `request_hash`, `service`, `instance`, `vote`, `branch`?, `outcome`?, `reason`?, `free` |
+//! | done | `id`, `requested_at`, `service`, `instance`, `done`, `error`?, `parked`?, `free` |
+//! | inquiry | `id`, `requested_at`, `request_hash`, `service`, `instance`, `branch`, `deadline` |
+//! | decision | `id`, `requested_at`, `request_hash`, `outcome`, `branches`, `reason`?, `decided_at`, `worker` |
+//! | result | `id`, `status`, `reason`?, `unresolved`?, `requested_at`, `decided_at` |
+//! | parked | `id`, `requested_at`, `service`?, `branch`?, `error`?, `request_hash`?, `request`?, `parked_at` |
+//! | settled | `id`, `requested_at`, `service`, `settled_at`, `worker` |
+//! | journal-begun | `complete_since` |
+//!
+//! | field | value | if missing |
+//! |---|---|---|
+//! | `id` | `[A-Za-z0-9._:-]{1,128}` | |
+//! | `requested_at` | whole seconds since the Unix epoch, up to the end of the year 9999 | |
+//! | `deadline`, `decided_at`, `parked_at`, `settled_at`, `complete_since` | whole milliseconds since the Unix epoch, up to the end of the year 9999 | |
+//! | `request_hash` | 32 lower-case hexadecimal digits: see [`hash`](crate::wire::hash) | |
+//! | `service`, `instance`, `worker`, `reply`, each of `involved_services` and `unresolved` | `[A-Za-z0-9_-]{1,64}` | `unresolved`: none; `reply`: `none` |
+//! | `involved_services` | array of 1 to [`SERVICES_MAX`] names; one named twice counts once | |
+//! | `data` | any object, in which no field is given twice | |
+//! | `timeout_ms` | whole number from 1 to 86400000 (a day) | the worker's own |
+//! | `branch` | `[A-Za-z0-9_-]{1,64}[.][0-9]{1,20}`; must be there in votes `prepared` and `failed` | of a finish: nothing of this service's is committed |
+//! | `branches` | object: the branch of each service | |
+//! | `outcome`, `status` | `COMMITTED` or `ABORTED`; `outcome` must be there in a vote `finished` | |
+//! | `vote` | `prepared`, `read_only`, `refused`, `failed` or `finished` | |
+//! | `reason` | object: `service`?, `code`, `message`? | of a vote: its word, at its service |
+//! | `code` | `refused`, `failed`, `no_slot`, `unknown_service`, `deadline`, `cancelled`, `invalid` or `id_reused` | |
+//! | `message`, `error` | any text, cut after [`TEXT_MAX`] characters | `error` of a done: empty |
+//! | `done`, `repeated`, `parked` | `true` or `false` | `parked`: `false` |
+//! | `free` | whole number of slots, up to 4294967295 | |
+//! | `request` | as the body of a request; it is there, with its `request_hash`, if the transaction itself is parked; else `service` and `branch` are | |
+//!
+//! **Unknown fields** are ignored, since they come from a newer release; a field given twice is
+//! not. A field that may be missing may also be `null`, except in a request. The words of `vote`,
+//! `code` and `outcome` are all there will be in `v1`: everyone must read the journal alike.
+//!
+//! **What is too large.** A request has at most [`REQUEST_MAX`] bytes and [`SERVICES_MAX`] services,
+//! so that every message that follows from it fits into [`BODY_MAX`], alone at the worst: its
+//! prepare and its parked record are some hundred bytes larger, and a decision that names a branch
+//! of every service has up to 157 bytes for each. A request is nested at most 100 deep.
+//!
+//! **Invariant:** no body, however broken, makes anything here panic; it makes complaints.
+
+mod answer;
+mod command;
+mod read;
+mod record;
+mod request;
+mod write;
+
+use crate::{
+    protocol::message::Command,
+    wire::{
+        check::{Path, without_byte_order_mark},
+        complaint::Complaints,
+    },
+};
+
+pub use self::{
+    command::Cancel,
+    record::{JournalBegun, Settled},
+    request::{
+        REQUEST_MAX, RequestMalformed, RequestTooLarge, SERVICES_MAX, decode_request,
+        encode_request,
+    },
+};
+
+/// How many bytes a body may have: 256 KiB.
+pub const BODY_MAX: usize = 256 * 1024;
+
+/// How many characters of a text that a service's code or its author wrote are passed on: nobody's
+/// error text may blow up a message.
+pub const TEXT_MAX: usize = 1024;
+
+/// The last second of the year 9999: later moments are mistakes, as of milliseconds for seconds.
+const TIME_MAX_SECONDS: u64 = 253_402_300_799;
+
+/// What a message is about, by its property `type`.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Kind {
+    /// A producer wants a transaction.
+    Request,
+    /// Make ready to commit, and vote.
+    Prepare,
+    /// Who holds this transaction?
+    Query,
+    /// Don't begin to prepare it.
+    Cancel,
+    /// The outcome, for a service.
+    Finish,
+    /// The answer to a prepare or a query.
+    Vote,
+    /// The answer to a finish.
+    Done,
+    /// What became of this transaction?
+    Inquiry,
+    /// A record of the journal.
+    Decision,
+    /// The outcome, for the producer.
+    Result,
+    /// Handed to a person.
+    Parked,
+    /// A parked commit was applied after all.
+    Settled,
+    /// The first record of a journal.
+    JournalBegun,
+}
+
+impl Kind {
+    /// Every kind.
+    pub const ALL: [Self; 13] = [
+        Self::Request,
+        Self::Prepare,
+        Self::Query,
+        Self::Cancel,
+        Self::Finish,
+        Self::Vote,
+        Self::Done,
+        Self::Inquiry,
+        Self::Decision,
+        Self::Result,
+        Self::Parked,
+        Self::Settled,
+        Self::JournalBegun,
+    ];
+
+    /// What stands in the property `type`.
+    pub const fn as_type(self) -> &'static str {
+        match self {
+            Self::Request => "dtc.request.v1",
+            Self::Prepare => "dtc.prepare.v1",
+            Self::Query => "dtc.query.v1",
+            Self::Cancel => "dtc.cancel.v1",
+            Self::Finish => "dtc.finish.v1",
+            Self::Vote => "dtc.vote.v1",
+            Self::Done => "dtc.done.v1",
+            Self::Inquiry => "dtc.inquiry.v1",
+            Self::Decision => "dtc.decision.v1",
+            Self::Result => "dtc.result.v1",
+            Self::Parked => "dtc.parked.v1",
+            Self::Settled => "dtc.settled.v1",
+            Self::JournalBegun => "dtc.journal-begun.v1",
+        }
+    }
+
+    /// The kind whose [`Kind::as_type`] is `text`.
+    pub fn parse_type(text: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.as_type() == text)
+    }
+
+    /// The kind that `command` travels as.
+    pub const fn of(command: &Command) -> Self {
+        match command {
+            Command::Prepare(_) => Self::Prepare,
+            Command::Query(_) => Self::Query,
+            Command::Finish(_) => Self::Finish,
+            Command::Cancel(_) => Self::Cancel,
+        }
+    }
+
+    /// The kind in one word, as complaints have it.
+    fn word(self) -> &'static str {
+        let name = self.as_type();
+        name.strip_prefix("dtc.").and_then(|name| name.strip_suffix(".v1")).unwrap_or(name)
+    }
+}
+
+/// What stands in the array that a body is.
+pub trait Item: sealed::Sealed {
+    /// The kind of such items.
+    const KIND: Kind;
+}
+
+mod sealed {
+    use crate::wire::message::{
+        read::{Place, Reader},
+        write::Object,
+    };
+
+    /// The form of an item.
+    pub trait Sealed: Sized {
+        fn write(&self, object: &mut Object<'_>);
+
+        /// The item at `place`; complains of everything that is wrong with it.
+        fn read(reader: &mut Reader, place: &Place<'_, '_, '_>) -> Option<Self>;
+    }
+}
+
+/// One body in the making: items of one kind.
+///
+/// ```
+/// # use dtc::{protocol::time::Time, wire::message::{Items, JournalBegun}};
+/// let mut items = Items::new();
+/// items.push(&JournalBegun { complete_since: Time::EPOCH })?;
+/// assert_eq!(items.into_body(), br#"[{"complete_since":0}]"#);
+/// # Ok::<(), dtc::wire::message::Full>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Items {
+    /// All but the bracket that closes it.
+    body: Vec<u8>,
+    len: usize,
+    kind: Option<Kind>,
+}
+
+/// An item does not fit into a body with those that are in it: it must go first.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("a body of {len} items has no room for one more")]
+pub struct Full {
+    /// How many items there are.
+    pub len: usize,
+}
+
+impl Items {
+    /// A body of no items.
+    pub fn new() -> Self {
+        Self { body: vec![b'['], len: 0, kind: None }
+    }
+
+    /// Adds `item`, which must be of the same kind as those before it.
+    ///
+    /// # Errors
+    ///
+    /// The body would have more than [`BODY_MAX`] bytes. It is as it was; an empty one takes any
+    /// item, since none is that large by itself.
+    pub fn push<T: Item>(&mut self, item: &T) -> Result<(), Full> {
+        debug_assert!(self.kind.is_none_or(|kind| kind == T::KIND), "a body has one kind");
+        let before = self.body.len();
+        if self.len > 0 {
+            self.body.push(b',');
+        }
+        let mut object = write::Object::new(&mut self.body);
+        item.write(&mut object);
+        object.end();
+        if self.size() > BODY_MAX && self.len > 0 {
+            self.body.truncate(before);
+            return Err(Full { len: self.len });
+        }
+        self.len += 1;
+        self.kind = Some(T::KIND);
+        Ok(())
+    }
+
+    /// [`Items::push`] for whichever command it is.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Items::push`].
+    pub fn push_command(&mut self, command: &Command) -> Result<(), Full> {
+        match command {
+            Command::Prepare(prepare) => self.push(prepare),
+            Command::Query(query) => self.push(query),
+            Command::Finish(finish) => self.push(finish),
+            Command::Cancel(key) => self.push(&Cancel(key.clone())),
+        }
+    }
+
+    /// The kind of the items, if there are any.
+    pub fn kind(&self) -> Option<Kind> {
+        self.kind
+    }
+
+    /// How many items there are.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// How many bytes the body has.
+    pub fn size(&self) -> usize {
+        self.body.len() + 1
+    }
+
+    /// The body.
+    pub fn into_body(mut self) -> Vec<u8> {
+        self.body.push(b']');
+        self.body
+    }
+}
+
+impl Default for Items {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Why a body, or an item in it, can't be understood.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum Malformed {
+    /// The body is too large to be read at all.
+    #[error("the body has {size} bytes: must have at most {BODY_MAX}")]
+    TooLarge {
+        /// How many bytes it has.
+        size: usize,
+    },
+    /// Everything that is wrong with it.
+    #[error("{0}")]
+    Invalid(Complaints),
+}
+
+/// The items of `body`, in its order; a bad one is an error among good ones.
+///
+/// # Errors
+///
+/// The body is no array at all, or too large.
+pub fn decode<T: Item>(body: &[u8]) -> Result<Vec<Result<T, Malformed>>, Malformed> {
+    if body.len() > BODY_MAX {
+        return Err(Malformed::TooLarge { size: body.len() });
+    }
+    let mut reader = read::Reader::new(T::KIND.word());
+    let value = reader.json(without_byte_order_mark(body));
+    let value = reader.or_complaints(value).map_err(Malformed::Invalid)?;
+    let elements = reader.check.elements(&Path::TOP, &value, "an array of items");
+    let elements = reader.or_complaints(elements).map_err(Malformed::Invalid)?;
+    let items = elements.iter().enumerate().map(|(index, value)| {
+        let place = read::Place { path: Path::TOP.element(index), value };
+        let item = T::read(&mut reader, &place);
+        reader.or_complaints(item).map_err(Malformed::Invalid)
+    });
+    Ok(items.collect())
+}
+
+/// `text` up to [`TEXT_MAX`] characters.
+fn cut(text: &str) -> &str {
+    if text.len() <= TEXT_MAX {
+        return text;
+    }
+    let end = text.char_indices().nth(TEXT_MAX).map_or(text.len(), |(end, _)| end);
+    text.get(..end).unwrap_or(text)
+}

@@ -1,0 +1,336 @@
+//! Items out of JSON: the fields that messages have, each checked, with a complaint for what is not
+//! as it should be.
+
+use std::{mem, ops::RangeInclusive, sync::Arc};
+
+use crate::{
+    protocol::{
+        ids::{
+            Branch, InstanceId, InvalidName, RequestHash, ServiceName, TransactionId,
+            TransactionKey, WorkerId,
+        },
+        message::{Outcome, Reason, ReasonCode},
+        time::Time,
+    },
+    wire::{
+        check::{Check, Path, TWICE, number},
+        complaint::{Complaints, Position},
+        json::{Kind, Value, parse_wrapped},
+        message::{TIME_MAX_SECONDS, cut},
+    },
+};
+
+const CODES: [ReasonCode; 8] = [
+    ReasonCode::Refused,
+    ReasonCode::Failed,
+    ReasonCode::NoSlot,
+    ReasonCode::UnknownService,
+    ReasonCode::Deadline,
+    ReasonCode::Cancelled,
+    ReasonCode::Invalid,
+    ReasonCode::IdReused,
+];
+
+/// The reading of one body.
+#[derive(Debug)]
+pub struct Reader {
+    pub(super) check: Check,
+    /// Space to work in.
+    pub(super) buffer: String,
+    /// Names that were read last: the items of one body mostly share them.
+    service: Option<ServiceName>,
+    instance: Option<InstanceId>,
+    worker: Option<WorkerId>,
+}
+
+/// A field of an object that is being read: its name, and its value if it is there.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Field<'v, 'a> {
+    pub(super) name: &'static str,
+    pub(super) value: Option<&'v Value<'a>>,
+}
+
+/// An object that is being read: where it stands, and all of it.
+#[derive(Clone, Copy, Debug)]
+pub struct Place<'p, 'v, 'a> {
+    pub(super) path: Path<'p>,
+    pub(super) value: &'v Value<'a>,
+}
+
+type Read<T> = fn(&mut Reader, &Path<'_>, &Value<'_>) -> Option<T>;
+
+impl Reader {
+    pub(super) fn new(kind: &str) -> Self {
+        Self {
+            check: Check::of_message(&Arc::from(kind)),
+            buffer: String::new(),
+            service: None,
+            instance: None,
+            worker: None,
+        }
+    }
+
+    /// What was read, if there were no complaints since the last time.
+    pub(super) fn or_complaints<T>(&mut self, read: Option<T>) -> Result<T, Complaints> {
+        mem::take(&mut self.check.complaints).or(read)
+    }
+
+    /// The JSON value that `body` is, if it is.
+    pub(super) fn json<'a>(&mut self, body: &'a [u8]) -> Option<Value<'a>> {
+        self.check.json_by(Position::START, body, parse_wrapped)
+    }
+
+    pub(super) fn fields<'v, 'a, const N: usize>(
+        &mut self,
+        place: &Place<'_, 'v, 'a>,
+        known: [&'static str; N],
+    ) -> Option<[Field<'v, 'a>; N]> {
+        let mut values = self.check.fields(&place.path, place.value, &known)?.into_iter();
+        Some(known.map(|name| Field { name, value: values.next().flatten() }))
+    }
+
+    /// A field that must be there.
+    pub(super) fn need<T>(
+        &mut self,
+        place: &Place<'_, '_, '_>,
+        field: Field<'_, '_>,
+        read: Read<T>,
+    ) -> Option<T> {
+        let Field { name, value } = field;
+        let value = self.check.required(&place.path, place.value, name, value)?;
+        read(self, &place.path.field(name), value)
+    }
+
+    /// A field that may be missing, or `null`.
+    pub(super) fn may<T>(
+        &mut self,
+        place: &Place<'_, '_, '_>,
+        field: Field<'_, '_>,
+        read: Read<T>,
+    ) -> Option<Option<T>> {
+        match field.value {
+            None | Some(Value { kind: Kind::Null, .. }) => Some(None),
+            Some(value) => read(self, &place.path.field(field.name), value).map(Some),
+        }
+    }
+
+    pub(super) fn key(
+        &mut self,
+        place: &Place<'_, '_, '_>,
+        id: Field<'_, '_>,
+        requested_at: Field<'_, '_>,
+    ) -> Option<TransactionKey> {
+        let id = self.need(place, id, Self::id);
+        let requested_at = self.need(place, requested_at, Self::requested_at);
+        Some(TransactionKey { id: id?, requested_at: requested_at? })
+    }
+
+    pub(super) fn id(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<TransactionId> {
+        self.check.name(path, value, TransactionId::RULE, TransactionId::parse)
+    }
+
+    pub(super) fn service(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<ServiceName> {
+        let text = self.check.string(path, value)?;
+        let read = known(&mut self.service, text, ServiceName::as_str, ServiceName::parse);
+        self.matching(path, value, ServiceName::RULE, read)
+    }
+
+    pub(super) fn instance(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<InstanceId> {
+        let text = self.check.string(path, value)?;
+        let read = known(&mut self.instance, text, InstanceId::as_str, InstanceId::parse);
+        self.matching(path, value, InstanceId::RULE, read)
+    }
+
+    pub(super) fn worker(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<WorkerId> {
+        let text = self.check.string(path, value)?;
+        let read = known(&mut self.worker, text, WorkerId::as_str, WorkerId::parse);
+        self.matching(path, value, WorkerId::RULE, read)
+    }
+
+    pub(super) fn branch(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<Branch> {
+        self.check.name(path, value, Branch::RULE, Branch::parse)
+    }
+
+    pub(super) fn branches(
+        &mut self,
+        path: &Path<'_>,
+        value: &Value<'_>,
+    ) -> Option<Vec<(ServiceName, Branch)>> {
+        let Kind::Object(fields) = &value.kind else {
+            self.check.complain(path, value, "must be an object");
+            return None;
+        };
+        let mut branches: Vec<(ServiceName, Branch)> = Vec::with_capacity(fields.len());
+        let mut is_good = true;
+        for (name, value) in fields {
+            let path = path.field(name);
+            let service = ServiceName::parse(name).ok();
+            if service.is_none() {
+                let rule = format!("must stand under a service's name: {}", ServiceName::RULE);
+                self.check.complain(&path, value, rule);
+            }
+            if branches.last().is_some_and(|(last, _)| last.as_str() == name) {
+                self.check.complain(&path, value, TWICE);
+                is_good = false;
+            }
+            match (service, self.branch(&path, value)) {
+                (Some(service), Some(branch)) => branches.push((service, branch)),
+                (None, _) | (_, None) => is_good = false,
+            }
+        }
+        is_good.then_some(branches)
+    }
+
+    pub(super) fn services(
+        &mut self,
+        path: &Path<'_>,
+        value: &Value<'_>,
+    ) -> Option<Vec<ServiceName>> {
+        let elements = self.check.elements(path, value, "an array of service names")?;
+        let mut services = Vec::with_capacity(elements.len());
+        for (index, element) in elements.iter().enumerate() {
+            services.push(self.service(&path.element(index), element)?);
+        }
+        Some(services)
+    }
+
+    pub(super) fn request_hash(
+        &mut self,
+        path: &Path<'_>,
+        value: &Value<'_>,
+    ) -> Option<RequestHash> {
+        let hash = hash_of(self.check.string(path, value)?);
+        self.matching(path, value, "[0-9a-f]{32}", hash)
+    }
+
+    pub(super) fn outcome(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<Outcome> {
+        let known = [Outcome::Committed, Outcome::Aborted];
+        self.one_of(path, value, known, Outcome::as_str)
+    }
+
+    /// One of `words`.
+    pub(super) fn one_of<T: Copy, const N: usize>(
+        &mut self,
+        path: &Path<'_>,
+        value: &Value<'_>,
+        known: [T; N],
+        as_str: impl Fn(T) -> &'static str,
+    ) -> Option<T> {
+        let text = self.check.string(path, value)?;
+        let found = known.into_iter().find(|word| as_str(*word) == text);
+        if found.is_none() {
+            let words = known.map(|word| format!("`{}`", as_str(word)));
+            self.check.complain(path, value, format!("must be one of {}", words.join(", ")));
+        }
+        found
+    }
+
+    pub(super) fn reason(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<Reason> {
+        let place = Place { path: *path, value };
+        let [service, code, message] = self.fields(&place, ["service", "code", "message"])?;
+        let service = self.may(&place, service, Self::service);
+        let code = self.need(&place, code, |reader, path, value| {
+            reader.one_of(path, value, CODES, ReasonCode::as_str)
+        });
+        let message = self.may(&place, message, Self::text);
+        Some(Reason { code: code?, service: service?, message: message? })
+    }
+
+    /// A text that anyone may have written.
+    pub(super) fn text(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<Arc<str>> {
+        Some(cut(self.check.string(path, value)?).into())
+    }
+
+    pub(super) fn flag(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<bool> {
+        self.check.boolean(path, value)
+    }
+
+    /// In whole seconds.
+    pub(super) fn requested_at(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<Time> {
+        let seconds = self.whole_number(path, value, 0..=TIME_MAX_SECONDS)?;
+        Some(Time::from_millis(seconds * 1000))
+    }
+
+    /// In milliseconds.
+    pub(super) fn moment(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<Time> {
+        self.whole_number(path, value, 0..=TIME_MAX_SECONDS * 1000).map(Time::from_millis)
+    }
+
+    pub(super) fn count(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<u32> {
+        let count = self.whole_number(path, value, 0..=u32::MAX.into())?;
+        u32::try_from(count).ok()
+    }
+
+    /// The whole number that `value` is, however it is written: `1000` or `1e3`. `range` lies
+    /// within what a double holds exactly.
+    fn whole_number(
+        &mut self,
+        path: &Path<'_>,
+        value: &Value<'_>,
+        range: RangeInclusive<u64>,
+    ) -> Option<u64> {
+        let plain = match value.kind {
+            Kind::Number => value.text.parse().ok(),
+            Kind::Null | Kind::Bool(_) | Kind::String(_) | Kind::Array(_) | Kind::Object(_) => None,
+        };
+        let otherwise = || {
+            let found = number(value).filter(|number| number.fract() == 0.0)?;
+            // A float's conversion stops at the bounds of the integer.
+            (found >= 0.0).then_some(found as u64)
+        };
+        let found = plain.or_else(otherwise).filter(|number| range.contains(number));
+        if found.is_none() {
+            let (min, max) = range.into_inner();
+            self.check.complain(path, value, format!("must be a whole number from {min} to {max}"));
+        }
+        found
+    }
+
+    /// `read`, with a complaint where it doesn't match `rule`.
+    fn matching<T>(
+        &mut self,
+        path: &Path<'_>,
+        value: &Value<'_>,
+        rule: &str,
+        read: Option<T>,
+    ) -> Option<T> {
+        if read.is_none() {
+            self.check.complain(path, value, format!("must match {rule}"));
+        }
+        read
+    }
+}
+
+/// The name that `text` is: the one that was read `last`, if it is that.
+fn known<T: Clone>(
+    last: &mut Option<T>,
+    text: &str,
+    as_str: fn(&T) -> &str,
+    parse: fn(&str) -> Result<T, InvalidName>,
+) -> Option<T> {
+    match last {
+        Some(last) if as_str(last) == text => Some(last.clone()),
+        Some(_) | None => {
+            let name = parse(text).ok()?;
+            *last = Some(name.clone());
+            Some(name)
+        }
+    }
+}
+
+fn hash_of(text: &str) -> Option<RequestHash> {
+    let nibble = |byte: u8| match byte {
+        b'0'..=b'9' => Some(byte - b'0'),
+        b'a'..=b'f' => Some(byte - b'a' + 10),
+        _ => None,
+    };
+    let mut hash = [0; 16];
+    let (pairs, rest) = text.as_bytes().as_chunks::<2>();
+    if pairs.len() != hash.len() || !rest.is_empty() {
+        return None;
+    }
+    for (byte, [high, low]) in hash.iter_mut().zip(pairs) {
+        *byte = nibble(*high)? << 4 | nibble(*low)?;
+    }
+    Some(RequestHash(hash))
+}

@@ -1,0 +1,215 @@
+//! What is written down: decisions in the journal, and what is handed to a person.
+
+use crate::{
+    protocol::{
+        ids::{ServiceName, TransactionKey, WorkerId},
+        message::{Decision, Matter, Parked, Request},
+        time::Time,
+    },
+    wire::{
+        check::Path,
+        json::{self, Value},
+        message::{
+            Item, Kind,
+            read::{Place, Reader},
+            request,
+            sealed::Sealed,
+            write::Object,
+        },
+    },
+};
+
+/// A parked commit was applied after all.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct Settled {
+    /// Which transaction.
+    pub key: TransactionKey,
+    /// The service that has committed.
+    pub service: ServiceName,
+    /// When `worker` heard of it, by its clock.
+    pub settled_at: Time,
+    /// Who wrote it down.
+    pub worker: WorkerId,
+}
+
+/// The first record of a journal.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct JournalBegun {
+    /// Nothing that was decided at this moment or later is missing.
+    pub complete_since: Time,
+}
+
+impl Item for Decision {
+    const KIND: Kind = Kind::Decision;
+}
+
+impl Sealed for Decision {
+    fn write(&self, object: &mut Object<'_>) {
+        let Self { key, request_hash, outcome, branches, reason, decided_at, worker } = self;
+        object.key(key);
+        object.request_hash(request_hash);
+        object.outcome("outcome", *outcome);
+        object.branches(branches);
+        if let Some(reason) = reason {
+            object.reason(reason);
+        }
+        object.moment("decided_at", *decided_at);
+        object.word("worker", worker.as_str());
+    }
+
+    fn read(reader: &mut Reader, place: &Place<'_, '_, '_>) -> Option<Self> {
+        let [id, requested_at, request_hash, outcome, branches, reason, decided_at, worker] =
+            reader.fields(
+                place,
+                [
+                    "id",
+                    "requested_at",
+                    "request_hash",
+                    "outcome",
+                    "branches",
+                    "reason",
+                    "decided_at",
+                    "worker",
+                ],
+            )?;
+        let key = reader.key(place, id, requested_at);
+        let request_hash = reader.need(place, request_hash, Reader::request_hash);
+        let outcome = reader.need(place, outcome, Reader::outcome);
+        let branches = reader.need(place, branches, Reader::branches);
+        let reason = reader.may(place, reason, Reader::reason);
+        let decided_at = reader.need(place, decided_at, Reader::moment);
+        let worker = reader.need(place, worker, Reader::worker);
+        Some(Self {
+            key: key?,
+            request_hash: request_hash?,
+            outcome: outcome?,
+            branches: branches?,
+            reason: reason?,
+            decided_at: decided_at?,
+            worker: worker?,
+        })
+    }
+}
+
+impl Item for Parked {
+    const KIND: Kind = Kind::Parked;
+}
+
+impl Sealed for Parked {
+    fn write(&self, object: &mut Object<'_>) {
+        let Self { key, matter, parked_at } = self;
+        object.key(key);
+        match matter {
+            Matter::Uncommitted { service, branch, error } => {
+                object.word("service", service.as_str());
+                object.branch("branch", branch);
+                if let Some(error) = error {
+                    object.text("error", error);
+                }
+            }
+            Matter::Undecidable(request) => {
+                object.request_hash(&request.request_hash);
+                let mut inner = object.object("request");
+                request::write(&mut inner, &request::Parts::of(request));
+                inner.end();
+            }
+        }
+        object.moment("parked_at", *parked_at);
+    }
+
+    fn read(reader: &mut Reader, place: &Place<'_, '_, '_>) -> Option<Self> {
+        let [id, requested_at, service, branch, error, request_hash, request, parked_at] = reader
+            .fields(
+            place,
+            [
+                "id",
+                "requested_at",
+                "service",
+                "branch",
+                "error",
+                "request_hash",
+                "request",
+                "parked_at",
+            ],
+        )?;
+        let key = reader.key(place, id, requested_at);
+        let parked_at = reader.need(place, parked_at, Reader::moment);
+        let is_undecidable = request.value.is_some_and(|it| !matches!(it.kind, json::Kind::Null));
+        let matter =
+            if is_undecidable {
+                let path = place.path.field(request.name);
+                let request = request.value.zip(key.clone()).and_then(|(value, key)| {
+                    let request = read_request(reader, &path, value, key)?;
+                    let hash = reader.need(place, request_hash, Reader::request_hash)?;
+                    if hash != request.request_hash {
+                        reader.check.complain(&path, value, "must be what `request_hash` says");
+                    }
+                    Some(request)
+                });
+                request.map(Matter::Undecidable)
+            } else {
+                let service = reader.need(place, service, Reader::service);
+                let branch = reader.need(place, branch, Reader::branch);
+                let error = reader.may(place, error, Reader::text);
+                service.zip(branch).zip(error).map(|((service, branch), error)| {
+                    Matter::Uncommitted { service, branch, error }
+                })
+            };
+        Some(Self { key: key?, matter: matter?, parked_at: parked_at? })
+    }
+}
+
+/// The request at `path`, which must be the one of `key`.
+fn read_request(
+    reader: &mut Reader,
+    path: &Path<'_>,
+    value: &Value<'_>,
+    key: TransactionKey,
+) -> Option<Request> {
+    let read = request::read(reader, path, value);
+    let id = read.id.as_ref()?;
+    if *id != key.id {
+        reader.check.complain(path, value, format!("must be of the transaction `{}`", key.id));
+    }
+    read.into_request(key.requested_at)
+}
+
+impl Item for Settled {
+    const KIND: Kind = Kind::Settled;
+}
+
+impl Sealed for Settled {
+    fn write(&self, object: &mut Object<'_>) {
+        let Self { key, service, settled_at, worker } = self;
+        object.key(key);
+        object.word("service", service.as_str());
+        object.moment("settled_at", *settled_at);
+        object.word("worker", worker.as_str());
+    }
+
+    fn read(reader: &mut Reader, place: &Place<'_, '_, '_>) -> Option<Self> {
+        let [id, requested_at, service, settled_at, worker] =
+            reader.fields(place, ["id", "requested_at", "service", "settled_at", "worker"])?;
+        let key = reader.key(place, id, requested_at);
+        let service = reader.need(place, service, Reader::service);
+        let settled_at = reader.need(place, settled_at, Reader::moment);
+        let worker = reader.need(place, worker, Reader::worker);
+        Some(Self { key: key?, service: service?, settled_at: settled_at?, worker: worker? })
+    }
+}
+
+impl Item for JournalBegun {
+    const KIND: Kind = Kind::JournalBegun;
+}
+
+impl Sealed for JournalBegun {
+    fn write(&self, object: &mut Object<'_>) {
+        object.moment("complete_since", self.complete_since);
+    }
+
+    fn read(reader: &mut Reader, place: &Place<'_, '_, '_>) -> Option<Self> {
+        let [complete_since] = reader.fields(place, ["complete_since"])?;
+        let complete_since = reader.need(place, complete_since, Reader::moment)?;
+        Some(Self { complete_since })
+    }
+}

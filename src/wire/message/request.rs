@@ -1,0 +1,237 @@
+//! Requests: what producers publish, and what they hear if it can't be understood.
+//!
+//! Fields are checked as in the files of [`transactions`](crate::wire::transactions), except that
+//! unknown ones are ignored.
+
+use std::{sync::Arc, time::Duration};
+
+use crate::{
+    protocol::{
+        ids::{ReplyToken, RequestHash, ServiceName, TransactionId, TransactionKey},
+        message::{Payload, Request},
+        time::Time,
+    },
+    wire::{
+        check::{DAY_MS, Path, without_byte_order_mark},
+        complaint::{Complaints, Position},
+        hash::request_hash,
+        json::Value,
+        message::{
+            BODY_MAX, Kind, TIME_MAX_SECONDS,
+            read::{Place, Reader},
+            write::Object,
+        },
+        transactions::{TransactionSpec, read_data, read_services},
+    },
+};
+
+/// How many bytes a request may have: whatever follows from it, such as its prepare, is at most
+/// 1 KiB larger and fits into [`BODY_MAX`].
+pub const REQUEST_MAX: usize = BODY_MAX - 1024;
+
+/// How many services a transaction may involve: so that a decision fits into [`BODY_MAX`] that
+/// names a branch of each.
+pub const SERVICES_MAX: usize = 1000;
+
+/// How many bytes a complaint about a request may have.
+const REASON_MAX: usize = 1024;
+
+/// A request that can't be understood, and whom to tell.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("{reason}")]
+pub struct RequestMalformed {
+    /// Everything that is wrong with it, in at most 1 KiB.
+    pub reason: String,
+    /// Its id, if that can be read.
+    pub id: Option<TransactionId>,
+    /// Its timestamp, if that can be read.
+    pub requested_at: Option<Time>,
+    /// Where the producer wants the result, if that can be read.
+    pub reply: Option<ReplyToken>,
+}
+
+/// A request can't be sent, since what follows from it might not fit into a message.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum RequestTooLarge {
+    /// Too many bytes.
+    #[error("the request has {size} bytes: must have at most {REQUEST_MAX}")]
+    Bytes {
+        /// How many it has.
+        size: usize,
+    },
+    /// Too many services.
+    #[error("the request involves {n_services} services: must involve at most {SERVICES_MAX}")]
+    Services {
+        /// How many it involves.
+        n_services: usize,
+    },
+}
+
+/// The body of a request for `transaction`, whose result is wanted at `reply`.
+///
+/// # Errors
+///
+/// The transaction is too large for a message, though not for a file.
+pub fn encode_request(
+    transaction: &TransactionSpec,
+    reply: Option<&ReplyToken>,
+) -> Result<Vec<u8>, RequestTooLarge> {
+    let TransactionSpec { id, services, data, request_hash: _, timeout } = transaction;
+    let n_services = services.len();
+    if n_services > SERVICES_MAX {
+        return Err(RequestTooLarge::Services { n_services });
+    }
+    let mut body = Vec::with_capacity(data.as_str().len() + 256);
+    let mut object = Object::new(&mut body);
+    write(&mut object, &Parts { id, services, data, timeout: *timeout, reply });
+    object.end();
+    if body.len() > REQUEST_MAX {
+        return Err(RequestTooLarge::Bytes { size: body.len() });
+    }
+    Ok(body)
+}
+
+/// The request whose body is `body`, and whose property `timestamp` is `timestamp`, in seconds.
+///
+/// # Errors
+///
+/// Everything that is wrong with it.
+pub fn decode_request(body: &[u8], timestamp: Option<u64>) -> Result<Request, RequestMalformed> {
+    let mut complaints = Vec::new();
+    let requested_at = requested_at(timestamp, &mut complaints);
+    let mut read = Read::default();
+    if body.len() > REQUEST_MAX {
+        let size = body.len();
+        complaints.push(RequestTooLarge::Bytes { size }.to_string());
+    } else {
+        let mut reader = Reader::new(Kind::Request.word());
+        let body = without_byte_order_mark(body);
+        if let Some(value) = reader.check.json(Position::START, body) {
+            read = self::read(&mut reader, &Path::TOP, &value);
+        }
+        if let Err(found) = reader.or_complaints(Some(())) {
+            complaints.extend(lines(&found));
+        }
+    }
+    let (id, reply) = (read.id.clone(), read.reply.clone());
+    match requested_at.and_then(|requested_at| read.into_request(requested_at)) {
+        Some(request) if complaints.is_empty() => Ok(request),
+        Some(_) | None => {
+            let reason = shortened(complaints.join("; "));
+            Err(RequestMalformed { reason, id, requested_at, reply })
+        }
+    }
+}
+
+fn requested_at(timestamp: Option<u64>, complaints: &mut Vec<String>) -> Option<Time> {
+    let Some(seconds) = timestamp else {
+        complaints.push("the message must have a timestamp".to_owned());
+        return None;
+    };
+    if seconds > TIME_MAX_SECONDS {
+        let rule = format!("must be seconds since 1970, at most {TIME_MAX_SECONDS}");
+        complaints.push(format!("the message's timestamp is {seconds}: {rule}"));
+        return None;
+    }
+    Some(Time::from_millis(seconds * 1000))
+}
+
+/// What is complained about, without the name that files have.
+fn lines(complaints: &Complaints) -> Vec<String> {
+    let prefix = Kind::Request.word();
+    let line = |line: &str| line.trim_start_matches(prefix).trim_start_matches([':', ' ']).into();
+    complaints.to_string().lines().map(line).collect()
+}
+
+fn shortened(mut reason: String) -> String {
+    if reason.len() > REASON_MAX {
+        let end = reason.floor_char_boundary(REASON_MAX - '…'.len_utf8());
+        reason.truncate(end);
+        reason.push('…');
+    }
+    reason
+}
+
+/// What stands in a request.
+pub(super) struct Parts<'a> {
+    id: &'a TransactionId,
+    services: &'a [ServiceName],
+    data: &'a Payload,
+    timeout: Option<Duration>,
+    reply: Option<&'a ReplyToken>,
+}
+
+impl<'a> Parts<'a> {
+    pub(super) fn of(request: &'a Request) -> Self {
+        let Request { key, request_hash: _, services, data, timeout, reply } = request;
+        Self { id: &key.id, services, data, timeout: *timeout, reply: reply.as_ref() }
+    }
+}
+
+pub(super) fn write(object: &mut Object<'_>, parts: &Parts<'_>) {
+    object.word("id", parts.id.as_str());
+    object.services("involved_services", parts.services);
+    object.json("data", parts.data.as_str());
+    if let Some(timeout) = parts.timeout {
+        object.number("timeout_ms", u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX));
+    }
+    if let Some(reply) = parts.reply {
+        object.word("reply", reply.as_str());
+    }
+}
+
+/// What could be read of a request.
+#[derive(Debug, Default)]
+pub(super) struct Read {
+    pub(super) id: Option<TransactionId>,
+    services: Option<Arc<[ServiceName]>>,
+    data: Option<Payload>,
+    timeout: Option<Duration>,
+    reply: Option<ReplyToken>,
+}
+
+impl Read {
+    pub(super) fn into_request(self, requested_at: Time) -> Option<Request> {
+        let (services, data) = (self.services?, self.data?);
+        let request_hash: RequestHash = request_hash(&services, &data);
+        let key = TransactionKey { id: self.id?, requested_at };
+        Some(Request {
+            key,
+            request_hash,
+            services,
+            data,
+            timeout: self.timeout,
+            reply: self.reply,
+        })
+    }
+}
+
+/// Reads the request at `path`; complains of everything that is wrong with it.
+pub(super) fn read(reader: &mut Reader, path: &Path<'_>, value: &Value<'_>) -> Read {
+    let place = Place { path: *path, value };
+    let known = ["id", "involved_services", "data", "timeout_ms", "reply"];
+    let Some([id, services, data, timeout, reply]) = reader.fields(&place, known) else {
+        return Read::default();
+    };
+    let id = reader.need(&place, id, Reader::id);
+    let services = reader.need(&place, services, |reader, path, value| {
+        let services = read_services(&mut reader.check, path, value)?;
+        if services.len() > SERVICES_MAX {
+            let rule = format!("must name at most {SERVICES_MAX} services");
+            reader.check.complain(path, value, rule);
+        }
+        Some(services)
+    });
+    let data = reader.need(&place, data, |reader, path, value| {
+        read_data(&mut reader.check, path, value, &mut reader.buffer)
+    });
+    let timeout = timeout.value.and_then(|value| {
+        reader.check.whole_number(&place.path.field(timeout.name), value, 1..=DAY_MS)
+    });
+    let reply = reply.value.and_then(|value| {
+        let path = place.path.field(reply.name);
+        reader.check.name(&path, value, ReplyToken::RULE, ReplyToken::parse)
+    });
+    let timeout = timeout.map(|millis| Duration::from_millis(millis.into()));
+    Read { id, services, data, timeout, reply }
+}
