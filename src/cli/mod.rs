@@ -20,6 +20,8 @@ use std::{
 
 use clap::{Parser, Subcommand};
 
+use crate::transport::amqp::connection::Chain;
+
 /// Commits a transaction at every service involved, or at none.
 #[derive(Debug, Parser)]
 #[command(name = "dtc", version, arg_required_else_help = true, max_term_width = 100)]
@@ -84,7 +86,7 @@ impl Failure {
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:#}", self.error)
+        write!(f, "{}", Chain(self.error.as_ref()))
     }
 }
 

@@ -79,6 +79,12 @@ pub(super) enum SessionError {
 }
 
 impl SessionError {
+    /// Whether something that `dtc topology apply` makes is not there.
+    pub(super) fn is_missing(&self) -> bool {
+        matches!(self, Self::Journal(ReadError::Missing(_)))
+            || self.broker_error().is_some_and(is_not_found)
+    }
+
     /// What the broker said, if it was the broker.
     pub(super) fn broker_error(&self) -> Option<&lapin::Error> {
         match self {
