@@ -6,11 +6,13 @@
 
 mod broker;
 mod limits;
+mod duration;
 mod output;
 mod progress;
 mod run;
 mod signals;
 mod worker;
+mod topology;
 
 use std::{
     fmt,
@@ -41,6 +43,7 @@ struct Arguments {
 enum Command {
     Run(run::RunArguments),
     Worker(worker::WorkerArguments),
+    Topology(topology::TopologyArguments),
 }
 
 /// How a command ended, where it didn't simply succeed.
@@ -96,6 +99,7 @@ pub fn main() -> ExitCode {
     let ended = match arguments.command {
         Command::Run(arguments) => run::run(&arguments),
         Command::Worker(arguments) => worker::run(&arguments),
+        Command::Topology(arguments) => topology::run(&arguments),
     };
     let exit = ended.unwrap_or_else(|failure| {
         tell(&format!("{failure}\n"));

@@ -7,6 +7,7 @@
 //! * [`consumer`]: taking deliveries, and acknowledging them in as few frames as possible.
 //! * [`pool`]: channels that many share.
 //! * [`rejected`]: setting aside what nobody can make sense of.
+//! * [`topology`]: every exchange and queue, and making a broker's be the same.
 //! * [`unique`]: names that nobody else has.
 //!
 //! Nothing here knows the protocol: what is in a message, and what follows from it, is said above.
@@ -21,4 +22,5 @@ pub mod names;
 pub mod pool;
 pub mod publisher;
 pub mod rejected;
+pub mod topology;
 pub mod unique;
