@@ -5,14 +5,15 @@
 //! 130 interrupted.
 
 mod broker;
-mod limits;
 mod duration;
+mod limits;
 mod output;
 mod progress;
 mod run;
+mod service;
 mod signals;
-mod worker;
 mod topology;
+mod worker;
 
 use std::{
     fmt,
@@ -44,6 +45,7 @@ enum Command {
     Run(run::RunArguments),
     Worker(worker::WorkerArguments),
     Topology(topology::TopologyArguments),
+    Service(service::ServiceArguments),
 }
 
 /// How a command ended, where it didn't simply succeed.
@@ -100,6 +102,7 @@ pub fn main() -> ExitCode {
         Command::Run(arguments) => run::run(&arguments),
         Command::Worker(arguments) => worker::run(&arguments),
         Command::Topology(arguments) => topology::run(&arguments),
+        Command::Service(arguments) => service::run(&arguments),
     };
     let exit = ended.unwrap_or_else(|failure| {
         tell(&format!("{failure}\n"));

@@ -72,6 +72,11 @@ impl Inbox {
         Ok(Self { queue, channel, consumer, tags: Tags::default() })
     }
 
+    /// The queue it consumes.
+    pub fn queue(&self) -> &ShortString {
+        &self.queue
+    }
+
     /// The next delivery. Each must be settled, by [`Inbox::ack`] or [`Inbox::requeue`].
     ///
     /// # Errors
