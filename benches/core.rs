@@ -112,8 +112,8 @@ impl World {
                         coordinator::Effect::Append(decision) => {
                             let offset = self.records_read;
                             self.records_read += 1;
-                            let decision = Arc::new(decision);
-                            events.push_back(coordinator::Event::RecordRead { offset, decision });
+                            let decisions = vec![Arc::new(decision)];
+                            events.push_back(coordinator::Event::RecordsRead { offset, decisions });
                         }
                         coordinator::Effect::Publish { key, delivery, .. } => {
                             events.push_back(coordinator::Event::ResultConfirmed { key, delivery });
@@ -221,8 +221,8 @@ impl World {
                         coordinator::Effect::Append(decision) => {
                             let offset = self.records_read;
                             self.records_read += 1;
-                            let decision = Arc::new(decision);
-                            events.push_back(coordinator::Event::RecordRead { offset, decision });
+                            let decisions = vec![Arc::new(decision)];
+                            events.push_back(coordinator::Event::RecordsRead { offset, decisions });
                         }
                         coordinator::Effect::Publish { key, delivery, .. } => {
                             events.push_back(coordinator::Event::ResultConfirmed { key, delivery });

@@ -5,10 +5,15 @@
 //! 130 interrupted.
 
 mod broker;
+mod duration;
+mod limits;
 mod output;
 mod progress;
 mod run;
+mod service;
 mod signals;
+mod topology;
+mod worker;
 
 use std::{
     fmt,
@@ -17,6 +22,8 @@ use std::{
 };
 
 use clap::{Parser, Subcommand};
+
+use crate::transport::amqp::connection::Chain;
 
 /// Commits a transaction at every service involved, or at none.
 #[derive(Debug, Parser)]
@@ -36,6 +43,9 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     Run(run::RunArguments),
+    Worker(worker::WorkerArguments),
+    Topology(topology::TopologyArguments),
+    Service(service::ServiceArguments),
 }
 
 /// How a command ended, where it didn't simply succeed.
@@ -81,7 +91,7 @@ impl Failure {
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:#}", self.error)
+        write!(f, "{}", Chain(self.error.as_ref()))
     }
 }
 
@@ -90,6 +100,9 @@ pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let ended = match arguments.command {
         Command::Run(arguments) => run::run(&arguments),
+        Command::Worker(arguments) => worker::run(&arguments),
+        Command::Topology(arguments) => topology::run(&arguments),
+        Command::Service(arguments) => service::run(&arguments),
     };
     let exit = ended.unwrap_or_else(|failure| {
         tell(&format!("{failure}\n"));

@@ -47,10 +47,10 @@ const HEARD: &str = "interrupted: what has begun is finished; once more to stop 
 
 /// Run transactions across simulated services in this process; nothing else is needed.
 ///
-/// services.json: [{"name","max_concurrency","max_wait_ms"?,"prepare"?,"commit"?,"abort"?}]; the
-/// last three are objects of "latency_ms" (a number, or two: from, to), "refuse_rate", "error_rate",
-/// "panic_rate", "hang_rate" (0 to 1), "fail_first" (so many attempts of each transaction fail),
-/// "fail_for" (ids that always fail) and "read_only".
+/// services.json: [{"name","max_concurrency","max_wait_ms"?,"cap"?,"prepare"?,"commit"?,"abort"?}];
+/// the last three are objects of "latency_ms" (a number, or two: from, to), "refuse_rate",
+/// "error_rate", "panic_rate", "hang_rate" (0 to 1), "fail_first" (so many attempts of each
+/// transaction fail), "fail_for" (ids that always fail) and "read_only".
 ///
 /// transactions.json: [{"id","involved_services","data","timeout_ms"?}], checked whole before
 /// anything runs; or the same objects one a line (NDJSON), checked and run as they come.

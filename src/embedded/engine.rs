@@ -16,7 +16,9 @@ use crate::{
     protocol::{
         coordinator::{self, Anomaly, Coordinator, Delivery},
         ids::{InstanceId, ServiceName, TransactionKey, WorkerId},
-        message::{Answer, Command, Destination, Matter, Outcome, Parked, Reason, Request},
+        message::{
+            Answer, Command, Decision, Destination, Matter, Outcome, Parked, Reason, Request,
+        },
         participant::{self, Instance},
         time::Time,
     },
@@ -51,8 +53,10 @@ pub(crate) struct Engine {
     members: Vec<Member>,
     numbers: BTreeMap<ServiceName, usize>,
     journal: MemoryJournal,
-    /// How many records the coordinator has read: the offset of its next one.
-    records_read: u64,
+    /// What was appended and not read back yet: together it is the journal's next message.
+    appended: Vec<Arc<Decision>>,
+    /// How many messages of the journal the coordinator has read: the offset of its next one.
+    messages_read: u64,
     requests: RequestQueue,
     /// When each request in flight was taken in, and what was called for it since.
     in_flight: BTreeMap<TransactionKey, InFlight>,
@@ -128,7 +132,8 @@ impl Engine {
             members,
             numbers,
             journal: MemoryJournal::default(),
-            records_read: 0,
+            appended: Vec::new(),
+            messages_read: 0,
             requests: RequestQueue::default(),
             in_flight: BTreeMap::new(),
             for_worker: VecDeque::new(),
@@ -227,6 +232,8 @@ impl Engine {
         loop {
             if let Some(event) = self.for_worker.pop_front() {
                 self.handle(now, event);
+            } else if !self.appended.is_empty() {
+                self.read_back();
             } else if let Some((member, event)) = self.for_members.pop_front() {
                 self.handle_at_member(now.time, member, event);
             } else {
@@ -276,9 +283,8 @@ impl Engine {
         self.coordinator = Coordinator::new(self.settings.coordinator.clone());
         self.for_worker.clear();
         self.attach_journal();
-        for decision in self.journal.replay() {
-            self.read_back(decision);
-        }
+        self.appended = self.journal.replay();
+        self.read_back();
         for (delivery, request, deliveries) in self.requests.redeliver() {
             let event = coordinator::Event::RequestReceived { request, delivery, deliveries };
             self.for_worker.push_back(event);
@@ -286,16 +292,17 @@ impl Engine {
     }
 
     fn attach_journal(&mut self) {
-        self.records_read = 0;
+        self.messages_read = 0;
         // The journal begins with the process, so nothing was decided before it.
         let event = coordinator::Event::JournalAttached { next: 0, since: Time::EPOCH };
         self.for_worker.push_back(event);
     }
 
-    fn read_back(&mut self, decision: Arc<crate::protocol::message::Decision>) {
-        let offset = self.records_read;
-        self.records_read += 1;
-        self.for_worker.push_back(coordinator::Event::RecordRead { offset, decision });
+    fn read_back(&mut self) {
+        let offset = self.messages_read;
+        self.messages_read += 1;
+        let decisions = std::mem::take(&mut self.appended);
+        self.for_worker.push_back(coordinator::Event::RecordsRead { offset, decisions });
     }
 
     fn perform(&mut self, now: Reading, effect: coordinator::Effect) {
@@ -313,7 +320,7 @@ impl Engine {
                 let decision = Arc::new(decision);
                 let in_flight = &self.in_flight;
                 self.journal.append(Arc::clone(&decision), |key| in_flight.contains_key(key));
-                self.read_back(decision);
+                self.appended.push(decision);
             }
             Effect::ReadHistory { .. } => {
                 for decision in self.journal.replay() {

@@ -5,8 +5,13 @@
 //! [`protocol::participant`](crate::protocol::participant) and of the loop that drives it.
 
 mod calls;
+mod inbound;
+mod outbox;
+pub mod serve;
 mod service;
+mod session;
 pub mod simulated;
+pub mod state;
 
 use std::{fmt, future::Future, sync::Arc};
 

@@ -2,6 +2,9 @@
 //!
 //! Whether a call succeeds depends on the seed, the service, the transaction and how often it was
 //! called for it, and on nothing else: a run repeats itself however its calls fall.
+//!
+//! Calls are counted by each instance for itself, so what depends on how often something was called
+//! (`fail_first`, and the rates) begins anew where another instance takes over.
 
 use std::{
     collections::BTreeMap,
@@ -11,10 +14,16 @@ use std::{
 };
 
 use crate::{
-    participant::{Error, Finish, Participant, Prepare, Verdict},
-    protocol::ids::{ServiceName, TransactionId, fnv1a},
+    participant::{Error, Finish, InDoubt, Participant, Prepare, Verdict, state::State},
+    protocol::{
+        ids::{ServiceName, TransactionId, TransactionKey, fnv1a},
+        message::Outcome,
+    },
     wire::services::{Behaviour, Latency, ServiceSpec},
 };
+
+/// Of how many transactions the calls are counted. More are over, or finished by other instances.
+const COUNTED_MAX: usize = 65_536;
 
 /// A service as services.json describes it.
 #[derive(Debug)]
@@ -26,6 +35,8 @@ pub struct Simulated {
     seed: u64,
     /// How often each call was made for each transaction that is not over.
     attempts: Mutex<BTreeMap<TransactionId, [u32; 3]>>,
+    /// What it holds. Without it, it holds nothing that could be asked for.
+    state: Option<State>,
 }
 
 #[derive(Clone, Copy)]
@@ -53,7 +64,15 @@ impl Simulated {
             abort: spec.abort.clone(),
             seed,
             attempts: Mutex::new(BTreeMap::new()),
+            state: None,
         }
+    }
+
+    /// The same, holding what it prepares in `state`.
+    #[must_use]
+    pub fn with_state(mut self, state: State) -> Self {
+        self.state = Some(state);
+        self
     }
 
     fn is_trivial(&self) -> bool {
@@ -64,6 +83,9 @@ impl Simulated {
     /// How often `call` has now been made for this transaction.
     fn count(&self, id: &TransactionId, call: Call) -> u32 {
         let mut attempts = self.attempts.lock().unwrap_or_else(PoisonError::into_inner);
+        if attempts.len() >= COUNTED_MAX && !attempts.contains_key(id) {
+            attempts.pop_first();
+        }
         let attempt = &mut attempts.entry(id.clone()).or_default()[call as usize];
         *attempt = attempt.saturating_add(1);
         *attempt
@@ -90,10 +112,49 @@ impl Simulated {
         }
     }
 
-    async fn finish(&self, behaviour: &Behaviour, call: Finish, kind: Call) -> Result<(), Error> {
+    /// What the code of a prepare does, and what it is to be counted as.
+    async fn decide(&self, call: &Prepare) -> Result<Verdict, Error> {
+        if self.is_trivial() {
+            return Ok(Verdict::Prepared);
+        }
+        let id = &call.key.id;
+        match self.behave(&self.prepare, id, Call::Prepare).await {
+            Ending::Error => Err("simulated error".into()),
+            Ending::Refusal => {
+                self.forget(id);
+                Ok(Verdict::Refused(Some("simulated refusal".into())))
+            }
+            Ending::Success if self.prepare.read_only => {
+                self.forget(id);
+                Ok(Verdict::ReadOnly)
+            }
+            Ending::Success | Ending::Panic | Ending::Hang => Ok(Verdict::Prepared),
+        }
+    }
+
+    async fn finish(&self, call: Finish, kind: Call) -> Result<(), Error> {
+        let Some(state) = &self.state else { return self.finish_code(&call, kind).await };
+        let (name, outcome) = match kind {
+            Call::Prepare | Call::Commit => ("commit", Outcome::Committed),
+            Call::Abort => ("abort", Outcome::Aborted),
+        };
+        let called = state.called(name, &call.key, &call.branch)?;
+        let mut ended = self.finish_code(&call, kind).await;
+        if ended.is_ok() {
+            ended = state.finish(&call, outcome).await.map_err(Error::from);
+        }
+        called.ended(if ended.is_ok() { "done" } else { "failed" });
+        ended
+    }
+
+    async fn finish_code(&self, call: &Finish, kind: Call) -> Result<(), Error> {
         if self.is_trivial() {
             return Ok(());
         }
+        let behaviour = match kind {
+            Call::Prepare | Call::Commit => &self.commit,
+            Call::Abort => &self.abort,
+        };
         match self.behave(behaviour, &call.key.id, kind).await {
             Ending::Error => Err("simulated error".into()),
             Ending::Success | Ending::Refusal | Ending::Panic | Ending::Hang => {
@@ -124,32 +185,45 @@ fn ending(behaviour: &Behaviour, id: &TransactionId, attempt: u32, draw: f64) ->
     Ending::Success
 }
 
+/// A verdict in one word.
+fn word(verdict: &Result<Verdict, Error>) -> &'static str {
+    match verdict {
+        Ok(Verdict::Prepared) => "prepared",
+        Ok(Verdict::ReadOnly) => "read_only",
+        Ok(Verdict::Refused(_)) => "refused",
+        Ok(Verdict::Failed(_)) | Err(_) => "failed",
+    }
+}
+
 impl Participant for Simulated {
     async fn prepare(&self, call: Prepare) -> Result<Verdict, Error> {
-        if self.is_trivial() {
-            return Ok(Verdict::Prepared);
+        let Some(state) = &self.state else { return self.decide(&call).await };
+        let called = state.called("prepare", &call.key, &call.branch)?;
+        let mut verdict = self.decide(&call).await;
+        if let Ok(Verdict::Prepared) = verdict
+            && let Err(error) = state.prepare(&call)
+        {
+            verdict = Err(error.into());
         }
-        let id = &call.key.id;
-        match self.behave(&self.prepare, id, Call::Prepare).await {
-            Ending::Error => Err("simulated error".into()),
-            Ending::Refusal => {
-                self.forget(id);
-                Ok(Verdict::Refused(Some("simulated refusal".into())))
-            }
-            Ending::Success if self.prepare.read_only => {
-                self.forget(id);
-                Ok(Verdict::ReadOnly)
-            }
-            Ending::Success | Ending::Panic | Ending::Hang => Ok(Verdict::Prepared),
-        }
+        called.ended(word(&verdict));
+        verdict
     }
 
     async fn commit(&self, call: Finish) -> Result<(), Error> {
-        self.finish(&self.commit, call, Call::Commit).await
+        self.finish(call, Call::Commit).await
     }
 
     async fn abort(&self, call: Finish) -> Result<(), Error> {
-        self.finish(&self.abort, call, Call::Abort).await
+        self.finish(call, Call::Abort).await
+    }
+
+    fn has_store(&self) -> bool {
+        self.state.is_some()
+    }
+
+    async fn in_doubt(&self, of: Option<TransactionKey>) -> Result<Vec<InDoubt>, Error> {
+        let held = self.state.as_ref().map(|state| state.in_doubt(of.as_ref()));
+        Ok(held.transpose()?.unwrap_or_default())
     }
 }
 

@@ -1,6 +1,9 @@
 //! The journal as one reader sees it: the first record of each transaction, and from when on
 //! nothing is missing.
 //!
+//! What has an offset is a message: it holds several records, or none, and is read and vouched for
+//! as a whole.
+//!
 //! **Invariant:** [`Recall::Absent`] is said only of a transaction whose every record, were there
 //! one, lies in the part that was read without a gap. Where that isn't so the answer is
 //! [`Recall::OutOfSight`], and the caller reads further back or hands the matter to a person.
@@ -24,17 +27,6 @@ pub enum Recall {
     OutOfSight,
 }
 
-/// What reading one more record meant.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Reading {
-    /// The first record of its transaction in the part that was read.
-    First(Arc<Decision>),
-    /// A later record of a transaction that has one: void.
-    Void,
-    /// Read before: the stream repeats itself after a reconnect.
-    Repeated,
-}
-
 /// The part of the journal that was read without a gap, as far as memory goes.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct JournalView {
@@ -42,7 +34,7 @@ pub struct JournalView {
     window: Duration,
     /// Every record made at this moment or later, up to `next`, was read and is remembered.
     since: Option<Time>,
-    /// The offset of the oldest record that `since` vouches for.
+    /// The offset of the oldest message that `since` vouches for.
     oldest: u64,
     /// The offset that comes next.
     next: u64,
@@ -82,7 +74,8 @@ impl JournalView {
         self.next
     }
 
-    /// The offset of the oldest record this view vouches for: a look further back ends before it.
+    /// The offset of the oldest message this view vouches for: a look further back ends before it.
+    /// A message of which any record is forgotten isn't vouched for, and the look includes it.
     pub fn oldest_offset(&self) -> u64 {
         self.oldest
     }
@@ -102,24 +95,28 @@ impl JournalView {
         self.first.is_empty()
     }
 
-    /// Takes in the record at `offset`. Offsets are consecutive: a jump means that records are
-    /// lost, and then nothing before `now` is vouched for any more.
-    pub fn read(&mut self, now: Time, offset: u64, decision: Arc<Decision>) -> Reading {
+    /// Takes in the message at `offset`, and gives back those of its records that are the first of
+    /// their transaction in the part that was read: the others are void. Of a message that was read
+    /// before it gives back none: the stream repeats itself after a reconnect.
+    ///
+    /// Offsets are consecutive: a jump means that records are lost, and then nothing before `now`
+    /// is vouched for any more.
+    pub fn read(
+        &mut self,
+        now: Time,
+        offset: u64,
+        mut decisions: Vec<Arc<Decision>>,
+    ) -> Vec<Arc<Decision>> {
         if offset < self.next {
-            return Reading::Repeated;
+            return Vec::new();
         }
         if offset > self.next || self.since.is_none() {
             let gap_ends = now + Duration::from_millis(1);
             self.attach(offset, gap_ends);
         }
         self.next = offset + 1;
-        if self.first.contains_key(&decision.key) {
-            return Reading::Void;
-        }
-        self.first.insert(&decision.key, Arc::clone(&decision));
-        self.order.push_back((offset, Arc::clone(&decision)));
-        self.forget_the_oldest(now);
-        Reading::First(decision)
+        decisions.retain(|decision| self.read_one(now, offset, decision));
+        decisions
     }
 
     /// What is known of `key`, if `clock_margin` bounds how far any two clocks differ.
@@ -158,6 +155,17 @@ impl JournalView {
 
     fn reaches(&self, key: &TransactionKey, clock_margin: Duration) -> bool {
         self.since.is_some_and(|since| since <= key.requested_at - clock_margin)
+    }
+
+    /// Whether the record is the first of its transaction.
+    fn read_one(&mut self, now: Time, offset: u64, decision: &Arc<Decision>) -> bool {
+        if self.first.contains_key(&decision.key) {
+            return false;
+        }
+        self.first.insert(&decision.key, Arc::clone(decision));
+        self.order.push_back((offset, Arc::clone(decision)));
+        self.forget_the_oldest(now);
+        true
     }
 
     fn forget_the_oldest(&mut self, now: Time) {

@@ -14,6 +14,7 @@
 //! | `name` | `[A-Za-z0-9_-]{1,64}`, no other service's | must be there |
 //! | `max_concurrency` | whole number from 1 to 4294967295 | must be there |
 //! | `max_wait_ms` | whole number from 0 to 86400000 (a day): how long a prepare waits for a slot | 1000 |
+//! | `cap` | `"instance"`: each instance has so many slots; `"service"`: all its instances together have | `"instance"` |
 //! | `prepare`, `commit`, `abort` | an object as below | succeeds at once |
 //!
 //! | field of those | value | if missing |
@@ -50,12 +51,24 @@ pub struct ServiceSpec {
     pub max_concurrency: u32,
     /// How long a prepare may wait for a slot; zero: not at all. One second by default.
     pub max_wait: Duration,
+    /// Whose slots they are.
+    pub cap: Cap,
     /// How its prepare behaves.
     pub prepare: Behaviour,
     /// How its commit behaves. Neither refuses nor is read-only.
     pub commit: Behaviour,
     /// How its abort behaves. Neither refuses nor is read-only.
     pub abort: Behaviour,
+}
+
+/// Whose a service's slots are. Where it has one instance that is the same.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Cap {
+    /// Each instance has `max_concurrency` of them.
+    #[default]
+    Instance,
+    /// All instances together have: one works, and the others stand by.
+    Service,
 }
 
 /// How a call of a service's code behaves. By default it succeeds at once.
@@ -129,8 +142,8 @@ fn read_service(
     value: &Value<'_>,
     mut taken: impl FnMut(&ServiceName) -> Option<usize>,
 ) -> Option<ServiceSpec> {
-    let known = ["name", "max_concurrency", "max_wait_ms", "prepare", "commit", "abort"];
-    let [name, max_concurrency, max_wait, prepare, commit, abort] =
+    let known = ["name", "max_concurrency", "max_wait_ms", "cap", "prepare", "commit", "abort"];
+    let [name, max_concurrency, max_wait, cap, prepare, commit, abort] =
         check.fields(path, value, &known)?;
     let name = check.required(path, value, "name", name).and_then(|value| {
         let path = path.field("name");
@@ -147,6 +160,7 @@ fn read_service(
         let millis = check.whole_number(&path.field("max_wait_ms"), value, 0..=DAY_MS)?;
         Some(Duration::from_millis(millis.into()))
     });
+    let cap = cap.map_or(Some(Cap::default()), |value| read_cap(check, path, value));
     let mut behaviour = |name, value, is_prepare| {
         read_behaviour(check, &path.field(name), value, is_prepare).unwrap_or_default()
     };
@@ -157,10 +171,23 @@ fn read_service(
         name: name?,
         max_concurrency: max_concurrency?,
         max_wait: max_wait?,
+        cap: cap?,
         prepare,
         commit,
         abort,
     })
+}
+
+fn read_cap(check: &mut Check, path: &Path<'_>, value: &Value<'_>) -> Option<Cap> {
+    let path = path.field("cap");
+    match check.string(&path, value)? {
+        "instance" => Some(Cap::Instance),
+        "service" => Some(Cap::Service),
+        _ => {
+            check.complain(&path, value, "must be \"instance\" or \"service\"");
+            None
+        }
+    }
 }
 
 fn read_behaviour(
@@ -259,7 +286,7 @@ fn read_ids(
 mod tests {
     use std::time::Duration;
 
-    use super::{Behaviour, Latency, ServiceSpec, read};
+    use super::{Behaviour, Cap, Latency, ServiceSpec, read};
     use crate::protocol::ids::{ServiceName, TransactionId};
 
     #[test]
@@ -269,6 +296,7 @@ mod tests {
             name: ServiceName::parse("a").unwrap(),
             max_concurrency: 2,
             max_wait: Duration::from_secs(1),
+            cap: Cap::Instance,
             prepare: Behaviour::default(),
             commit: Behaviour::default(),
             abort: Behaviour::default(),
@@ -278,13 +306,15 @@ mod tests {
 
     #[test]
     fn every_field_is_read() {
-        let text = br#"[{"name": "a", "max_concurrency": 4294967295, "max_wait_ms": 0,
+        let text =
+            br#"[{"name": "a", "max_concurrency": 4294967295, "max_wait_ms": 0, "cap": "service",
             "prepare": {"latency_ms": [0.5, 20], "refuse_rate": 0.1, "error_rate": 0.2,
                         "panic_rate": 0.3, "hang_rate": 0.4, "fail_first": 1,
                         "fail_for": ["TX7", "TX1", "TX7"], "read_only": true},
             "commit": {"latency_ms": 3}, "abort": {"error_rate": 1}}]"#;
         let service = read("f", text).unwrap().remove(0);
         assert_eq!((service.max_concurrency, service.max_wait), (u32::MAX, Duration::ZERO));
+        assert_eq!(service.cap, Cap::Service);
         let prepare = Behaviour {
             latency: Latency { min: Duration::from_micros(500), max: Duration::from_millis(20) },
             refuse_rate: 0.1,
@@ -324,7 +354,7 @@ mod tests {
     #[test]
     fn all_complaints_of_a_file_come_at_once() {
         let text = r#"[
-            {"name": "a b", "max_concurrency": 0, "max_wait_ms": -1, "cap": 3},
+            {"name": "a b", "max_concurrency": 0, "max_wait_ms": -1, "caps": 3},
             7,
             {"max_concurrency": 1, "prepare": {"error_rate": 2, "fail_for": ["x", "y z"]}},
             {"name": "c", "max_concurrency": 1},
@@ -333,8 +363,8 @@ mod tests {
         complains(
             text,
             [
-                ": $[0].cap is 3: unknown field; there are `name`, `max_concurrency`, \
-                 `max_wait_ms`, `prepare`, `commit`, `abort`",
+                ": $[0].caps is 3: unknown field; there are `name`, `max_concurrency`, \
+                 `max_wait_ms`, `cap`, `prepare`, `commit`, `abort`",
                 ": $[0].name is \"a b\": must match [A-Za-z0-9_-]{1,64}",
                 ": $[0].max_concurrency is 0: must be a whole number from 1 to 4294967295",
                 ": $[0].max_wait_ms is -1: must be a whole number from 0 to 86400000",
@@ -356,7 +386,16 @@ mod tests {
     }
 
     #[test]
-    fn a_cap_is_a_whole_number_of_32_bits() {
+    fn a_cap_is_an_instances_or_the_services() {
+        complains_of(
+            r#""cap": "worker""#,
+            [": $[0].cap is \"worker\": must be \"instance\" or \"service\""],
+        );
+        complains_of(r#""cap": null"#, [": $[0].cap is null: must be a string"]);
+    }
+
+    #[test]
+    fn a_number_of_slots_is_a_whole_number_of_32_bits() {
         let rule = "must be a whole number from 1 to 4294967295";
         for cap in ["0", "-1", "1.5", "4294967296", "1e10", "\"2\"", "null", "true", "[1]"] {
             let text = format!(r#"[{{"name": "a", "max_concurrency": {cap}}}]"#);

@@ -11,6 +11,7 @@ use crate::protocol::time::Time;
 #[derive(Debug, Clone, Copy)]
 pub struct Clock {
     started_at: Time,
+    since_epoch: Duration,
     started: Instant,
 }
 
@@ -29,7 +30,13 @@ impl Clock {
     pub fn start() -> Self {
         let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let millis = u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX);
-        Self { started_at: Time::from_millis(millis), started: Instant::now() }
+        let started_at = Time::from_millis(millis);
+        Self { started_at, since_epoch, started: Instant::now() }
+    }
+
+    /// How long the epoch is past, as finely as the machine tells.
+    pub fn since_epoch(&self) -> Duration {
+        self.since_epoch + self.started.elapsed()
     }
 
     /// The moment it is now.

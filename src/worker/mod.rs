@@ -1,4 +1,218 @@
-//! What drives a coordinator: a clock, and the loop that lets it handle what has happened and does
-//! what it asks for.
+//! The worker: what drives a coordinator on a broker.
+//!
+//! A worker keeps nothing that a crash could lose. Any number of them share the queue of requests,
+//! with no configuration among them; each reads the same journal.
+//!
+//! * [`clock`]: the one clock of a process.
+//! * `session`: the life of one link to the broker.
+//! * `journal`: reading the stream of decisions.
+//! * `sources`, `intake`: what comes in.
+//! * `outbox`: what goes out.
 
 pub mod clock;
+mod intake;
+mod journal;
+mod outbox;
+mod session;
+mod sources;
+
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use tokio::time::Instant;
+
+use self::{
+    clock::Clock,
+    session::{End, Lasting, Session, SessionError},
+};
+use crate::{
+    protocol::{
+        coordinator::{self, Coordinator, Event},
+        ids::WorkerId,
+        message::{Answer, Outcome},
+    },
+    transport::amqp::{
+        connection::{Backoff, Broker, Chain, ConnectError, Disposition, is_refusal},
+        names::Names,
+    },
+};
+
+/// Who a worker is, and what it works with.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The broker.
+    pub broker: Broker,
+    /// What everything is called there.
+    pub names: Names,
+    /// How patient it is, and how much it takes on; and its id, which no other worker may have.
+    pub coordinator: coordinator::Settings,
+    /// How long it may go on finishing what it has begun when it is told to stop.
+    pub drain: Duration,
+}
+
+impl Settings {
+    /// The defaults, for the worker called `worker`; it drains for 25 s.
+    pub fn new(broker: Broker, names: Names, worker: WorkerId) -> Self {
+        let coordinator = coordinator::Settings::new(worker);
+        Self { broker, names, coordinator, drain: Duration::from_secs(25) }
+    }
+
+    fn worker(&self) -> &WorkerId {
+        &self.coordinator.worker
+    }
+
+    fn requests_prefetch(&self) -> u16 {
+        u16::try_from(self.coordinator.in_flight_max).unwrap_or(u16::MAX).max(1)
+    }
+
+    fn waiting_prefetch(&self) -> u16 {
+        u16::try_from(self.coordinator.waiting_max).unwrap_or(u16::MAX).max(1)
+    }
+}
+
+/// What a worker has done.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Tally {
+    /// Requests taken, repeated deliveries included.
+    pub taken: u64,
+    /// Results told of committed transactions.
+    pub committed: u64,
+    /// Results told of aborted ones.
+    pub aborted: u64,
+    /// Messages set aside.
+    pub rejected: u64,
+    /// Matters handed to a person.
+    pub parked: u64,
+    /// Results for which nobody has a queue.
+    pub unclaimed: u64,
+    /// How often the connection was lost.
+    pub lost: u64,
+}
+
+impl Tally {
+    fn count(&mut self, answer: &Answer) {
+        match answer.outcome {
+            Outcome::Committed => self.committed += 1,
+            Outcome::Aborted => self.aborted += 1,
+        }
+    }
+}
+
+/// A worker can't work.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkerError {
+    /// The broker doesn't let it in.
+    #[error("the broker refuses this worker")]
+    Refused(#[source] ConnectError),
+    /// The broker doesn't let it do what a worker does.
+    #[error("the broker does not permit what a worker does")]
+    NotPermitted(#[source] lapin::Error),
+}
+
+/// Works until `stop` has ended, and then finishes what it has begun. A broker that is gone is
+/// waited for.
+///
+/// `ready` is called whenever the worker begins to take requests: once, and again after each
+/// connection that was lost.
+///
+/// # Errors
+///
+/// The broker refuses it, and has never let it work.
+pub async fn run(
+    settings: Settings,
+    stop: impl Future<Output = ()>,
+    mut ready: impl FnMut(),
+) -> Result<Tally, WorkerError> {
+    let stop = Box::pin(stop).shared();
+    let coordinator = Coordinator::new(settings.coordinator.clone());
+    let clock = Clock::start();
+    let mut lasting = Lasting { coordinator, clock, last_read: None, tally: Tally::default() };
+    let mut backoff = Backoff::default();
+    let mut has_worked = false;
+    loop {
+        let began = Instant::now();
+        let failure = tokio::select! {
+            opened = open(&settings, &mut lasting) => match opened {
+                Ok(session) => {
+                    has_worked = true;
+                    ready();
+                    match session.run(stop.clone()).await {
+                        Ok(end) => return Ok(ended(&end, &lasting)),
+                        Err(error) => Failure::Session(error),
+                    }
+                }
+                Err(failure) => failure,
+            },
+            () = stop.clone() => return Ok(lasting.tally),
+        };
+        if !has_worked && let Some(error) = failure.refusal() {
+            return Err(error);
+        }
+        failure.log(&settings);
+        lasting.tally.lost += u64::from(has_worked);
+        lasting.coordinator.handle(lasting.clock.now(), Event::Disconnected, &mut Vec::new());
+        if began.elapsed() > Duration::from_secs(30) {
+            backoff = Backoff::default();
+        }
+        tokio::select! {
+            () = tokio::time::sleep(backoff.pause()) => {}
+            () = stop.clone() => return Ok(lasting.tally),
+        }
+    }
+}
+
+async fn open<'a>(
+    settings: &'a Settings,
+    lasting: &'a mut Lasting,
+) -> Result<Session<'a>, Failure> {
+    let link = settings.broker.link().await.map_err(Failure::Connect)?;
+    Session::open(settings, lasting, link).await.map_err(Failure::Session)
+}
+
+fn ended(end: &End, lasting: &Lasting) -> Tally {
+    match end {
+        End::Drained => tracing::info!("drained: nothing is left behind"),
+        End::DrainTimedOut => tracing::warn!(
+            in_flight = lasting.coordinator.len(),
+            "the time to drain is over: what is in flight goes to other workers"
+        ),
+    }
+    lasting.tally
+}
+
+/// Why there is no link, or no longer.
+enum Failure {
+    Connect(ConnectError),
+    Session(SessionError),
+}
+
+impl Failure {
+    /// What this means for a worker that has never worked, if waiting won't help.
+    fn refusal(&self) -> Option<WorkerError> {
+        match self {
+            Self::Connect(error) => (error.disposition() == Disposition::GiveUp)
+                .then(|| WorkerError::Refused(error.clone())),
+            Self::Session(error) => error
+                .broker_error()
+                .filter(|error| is_refusal(error))
+                .map(|error| WorkerError::NotPermitted(error.clone())),
+        }
+    }
+
+    fn log(&self, settings: &Settings) {
+        match self {
+            Self::Connect(error) => {
+                tracing::warn!(error = %Chain(error), "no broker yet; trying again");
+            }
+            Self::Session(error) if error.is_missing() => {
+                tracing::error!(
+                    error = %Chain(error), namespace = %settings.names.namespace(),
+                    "the topology is not there: `dtc topology apply` makes it; trying again"
+                );
+            }
+            Self::Session(error) => {
+                tracing::warn!(error = %Chain(error), "the connection is lost; connecting again");
+            }
+        }
+    }
+}

@@ -30,7 +30,7 @@ fn everything_wrong_with_both_files_is_said_at_once() {
     );
     output(world.run().args(["--report", "report.json"])).exited(65).silent().saying(
         "services.json: $[0].cap is 1: unknown field; there are `name`, `max_concurrency`, \
-         `max_wait_ms`, `prepare`, `commit`, `abort`\n\
+         `max_wait_ms`, `cap`, `prepare`, `commit`, `abort`\n\
          services.json: $[0].name is \"a b\": must match [A-Za-z0-9_-]{1,64}\n\
          services.json: $[0].max_concurrency is 0: must be a whole number from 1 to 4294967295\n\
          services.json: $[1].prepare.error_rate is -1: must be a number from 0 to 1\n\

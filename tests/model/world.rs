@@ -537,8 +537,8 @@ impl World {
         let offset = self.workers[worker].reads_next.max(self.kept_from);
         if let Some(record) = self.journal.get(offset) {
             self.workers[worker].reads_next = offset + 1;
-            let decision = Arc::clone(&record.decision);
-            let event = Event::RecordRead { offset: offset as u64, decision };
+            let decisions = vec![Arc::clone(&record.decision)];
+            let event = Event::RecordsRead { offset: offset as u64, decisions };
             self.tell_worker(scenario, worker, event);
         }
     }
@@ -702,8 +702,8 @@ impl World {
                                     .push(Hashed::new(Record { decision, by_inquiry: false }));
                             }
                             slot.reads_next = 1;
-                            let decision = Arc::clone(&self.journal[0].decision);
-                            events.push_back(Event::RecordRead { offset: 0, decision });
+                            let decisions = vec![Arc::clone(&self.journal[0].decision)];
+                            events.push_back(Event::RecordsRead { offset: 0, decisions });
                         }
                         Effect::Publish { key, delivery, .. } => {
                             events.push_back(Event::ResultConfirmed { key, delivery });
@@ -721,7 +721,7 @@ impl World {
         let mut events = VecDeque::from([event]);
         while let Some(event) = events.pop_front() {
             match &event {
-                Event::RecordRead { offset, .. } => self.workers[worker].has_read |= 1 << offset,
+                Event::RecordsRead { offset, .. } => self.workers[worker].has_read |= 1 << offset,
                 Event::ResultConfirmed { delivery, .. } => {
                     self.requests[request_of(*delivery)].is_answered = true;
                 }

@@ -61,7 +61,7 @@ pub(crate) struct Calls {
 enum Parcel {
     ToWorker(coordinator::Event),
     ToInstance(usize, usize, participant::Event),
-    /// The worker reads one more record.
+    /// The worker reads one more message of the journal.
     Reading,
 }
 
@@ -85,7 +85,10 @@ pub(crate) struct System {
     parcels: Vec<Parcel>,
     deliveries: u64,
     pub(crate) journal: Vec<Decision>,
+    /// How many records the worker has read.
     read: usize,
+    /// How many messages they were.
+    messages_read: u64,
     pub(crate) calls: BTreeMap<(usize, usize), Calls>,
     pub(crate) answers: Vec<(usize, Answer)>,
     pub(crate) settled: Vec<(usize, usize)>,
@@ -130,6 +133,7 @@ impl System {
             deliveries: 0,
             journal: Vec::new(),
             read: 0,
+            messages_read: 0,
             calls: BTreeMap::new(),
             answers: Vec::new(),
             settled: Vec::new(),
@@ -162,10 +166,13 @@ impl System {
                     self.tell_instance(site, instance, event);
                 }
                 Some(Parcel::Reading) => {
-                    let decision = Arc::new(self.journal[self.read].clone());
-                    let offset = u64::try_from(self.read).unwrap();
-                    self.read += 1;
-                    self.tell_worker(coordinator::Event::RecordRead { offset, decision });
+                    // All that is there is one message; who comes second finds a marker.
+                    let decisions =
+                        self.journal[self.read..].iter().cloned().map(Arc::new).collect();
+                    self.read = self.journal.len();
+                    let offset = self.messages_read;
+                    self.messages_read += 1;
+                    self.tell_worker(coordinator::Event::RecordsRead { offset, decisions });
                 }
                 None if self.is_at_rest() => break,
                 None => self.pass_time(),

@@ -8,7 +8,7 @@ use std::{sync::Arc, time::Duration};
 
 use dtc::protocol::{
     ids::{TransactionKey, WorkerId},
-    journal::{JournalView, Reading, Recall},
+    journal::{JournalView, Recall},
     message::{Decision, Outcome},
     time::Time,
 };
@@ -23,18 +23,24 @@ fn millis(millis: u64) -> Duration {
     Duration::from_millis(millis)
 }
 
-/// One more record in the journal, and whether the view reads it.
+/// One more message in the journal, and whether the view reads it.
 #[derive(Clone, Debug)]
 struct Step {
-    /// How long after the record before it.
+    /// How long after the message before it.
     after: u64,
+    entries: Vec<Entry>,
+    fate: Fate,
+}
+
+/// One record of a message.
+#[derive(Clone, Debug)]
+struct Entry {
     id: usize,
     /// How long before the record the transaction was requested, by its producer's clock.
     age: u64,
     /// By how much the clock of who decides is off; 10 is right.
     clock: u64,
     commits: bool,
-    fate: Fate,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -52,124 +58,141 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         1 => Just(Fate::Lost),
         1 => (1..5_usize).prop_map(Fate::ReadAgain),
     ];
-    let step = (0..15_u64, 0..4_usize, 0..5_u64, 0..=20_u64, any::<bool>(), fate);
-    let step = step.prop_map(|(after, id, age, clock, commits, fate)| Step {
-        after,
+    let entry = (0..4_usize, 0..5_u64, 0..=20_u64, any::<bool>());
+    let entry = entry.prop_map(|(id, age, clock, commits)| Entry {
         id,
         // Few different moments, so that one transaction has several records.
         age: age * 20,
         clock,
         commits,
-        fate,
     });
+    let entries = prop_oneof![
+        4 => prop::collection::vec(entry.clone(), 1),
+        1 => prop::collection::vec(entry, 0..6),
+    ];
+    let step = (0..15_u64, entries, fate);
+    let step = step.prop_map(|(after, entries, fate)| Step { after, entries, fate });
     prop::collection::vec(step, 1..60)
 }
 
 /// A record, and when it was appended by the reader's clock.
-fn record(now: Time, step: &Step) -> Decision {
+fn record(now: Time, entry: &Entry) -> Decision {
     // A producer's clock is off as well, and no more than the margin allows.
-    let asked = now - millis(step.age);
+    let asked = now - millis(entry.age);
     let coarse = Time::from_millis(asked.as_millis() / 20 * 20);
-    let id = key(&format!("t{}", step.id)).id;
+    let id = key(&format!("t{}", entry.id)).id;
     Decision {
         key: TransactionKey { id, requested_at: coarse },
         request_hash: hash(""),
-        outcome: if step.commits { Outcome::Committed } else { Outcome::Aborted },
+        outcome: if entry.commits { Outcome::Committed } else { Outcome::Aborted },
         branches: Vec::new(),
         reason: None,
-        decided_at: now + millis(step.clock) - CLOCK_MARGIN,
+        decided_at: now + millis(entry.clock) - CLOCK_MARGIN,
         worker: WorkerId::parse("w1").unwrap(),
     }
 }
 
+type Message = Vec<Arc<Decision>>;
+
 /// What was read since the last gap and not forgotten: the first record of each transaction.
 struct Naive {
     since: Time,
+    oldest: u64,
     next: u64,
-    kept: Vec<Arc<Decision>>,
+    kept: Vec<(u64, Arc<Decision>)>,
     records_max: usize,
 }
 
 impl Naive {
-    fn read(&mut self, now: Time, offset: u64, decision: &Arc<Decision>) -> Reading {
+    fn read(&mut self, now: Time, offset: u64, message: &Message) -> Message {
         if offset < self.next {
-            return Reading::Repeated;
+            return Vec::new();
         }
         if offset > self.next {
             self.since = now + millis(1);
+            self.oldest = offset;
             self.kept.clear();
         }
         self.next = offset + 1;
-        if self.kept.iter().any(|known| known.key == decision.key) {
-            return Reading::Void;
+        let mut first = Vec::new();
+        for decision in message {
+            if self.kept.iter().any(|(_, known)| known.key == decision.key) {
+                continue;
+            }
+            first.push(Arc::clone(decision));
+            self.kept.push((offset, Arc::clone(decision)));
+            while let Some((offset, oldest)) = self.kept.first()
+                && (self.kept.len() > self.records_max || oldest.decided_at + WINDOW < now)
+            {
+                self.since = self.since.max(oldest.decided_at + millis(1));
+                self.oldest = offset + 1;
+                self.kept.remove(0);
+            }
         }
-        self.kept.push(Arc::clone(decision));
-        while let Some(oldest) = self.kept.first()
-            && (self.kept.len() > self.records_max || oldest.decided_at + WINDOW < now)
-        {
-            self.since = self.since.max(oldest.decided_at + millis(1));
-            self.kept.remove(0);
-        }
-        Reading::First(Arc::clone(decision))
+        first
     }
 
     fn recall(&self, key: &TransactionKey) -> Recall {
         if self.since > key.requested_at - CLOCK_MARGIN {
             return Recall::OutOfSight;
         }
-        let found = self.kept.iter().find(|it| it.key == *key);
-        found.map_or(Recall::Absent, |it| Recall::Found(Arc::clone(it)))
+        let found = self.kept.iter().find(|(_, it)| it.key == *key);
+        found.map_or(Recall::Absent, |(_, it)| Recall::Found(Arc::clone(it)))
     }
 }
 
 fn check(begins: usize, records_max: usize, steps: &[Step]) {
     let mut now = BEGINNING;
-    let mut journal: Vec<Arc<Decision>> = Vec::new();
+    let mut journal: Vec<Message> = Vec::new();
     let mut view = JournalView::new(records_max, WINDOW);
-    let mut naive = Naive { since: Time::EPOCH, next: 0, kept: Vec::new(), records_max };
+    let kept = Vec::new();
+    let mut naive = Naive { since: Time::EPOCH, oldest: 0, next: 0, kept, records_max };
     for step in steps {
         if journal.len() == begins {
-            let before = journal.iter().map(|it| it.decided_at + millis(1)).max();
+            let before = journal.iter().flatten().map(|it| it.decided_at + millis(1)).max();
             naive.since = before.unwrap_or(Time::EPOCH);
             naive.next = u64::try_from(begins).unwrap();
+            naive.oldest = naive.next;
             view.attach(naive.next, naive.since);
         }
         now = now + millis(step.after);
-        journal.push(Arc::new(record(now, step)));
+        let records = step.entries.iter().map(|entry| Arc::new(record(now, entry)));
+        journal.push(records.collect());
         let last = journal.len() - 1;
         if last < begins || step.fate == Fate::Lost {
             continue;
         }
         let again = if let Fate::ReadAgain(n) = step.fate { n } else { 0 };
         let from = last.saturating_sub(again).max(begins);
-        for (offset, decision) in (from..).zip(&journal[from..]) {
+        for (offset, message) in (from..).zip(&journal[from..]) {
             let offset = u64::try_from(offset).unwrap();
-            let reading = view.read(now, offset, Arc::clone(decision));
-            assert_eq!(reading, naive.read(now, offset, decision));
+            let first = view.read(now, offset, message.clone());
+            assert_eq!(first, naive.read(now, offset, message));
         }
         assert!(view.len() <= records_max, "the view is bounded");
-        for asked in journal.iter().map(|it| &it.key) {
+        assert_eq!(view.next_offset(), u64::try_from(journal.len()).unwrap());
+        assert_eq!(view.oldest_offset(), naive.oldest);
+        for asked in journal.iter().flatten().map(|it| &it.key) {
             check_recall(&journal, &view, &naive, asked);
         }
     }
 }
 
-fn check_recall(
-    journal: &[Arc<Decision>],
-    view: &JournalView,
-    naive: &Naive,
-    key: &TransactionKey,
-) {
+fn check_recall(journal: &[Message], view: &JournalView, naive: &Naive, key: &TransactionKey) {
     let recall = view.recall(key, CLOCK_MARGIN);
     assert_eq!(recall, naive.recall(key), "{key}");
 
     let read = &journal[..usize::try_from(view.next_offset()).unwrap()];
-    let outcome = read.iter().find(|it| it.key == *key);
+    let outcome = read.iter().flatten().find(|it| it.key == *key);
     match &recall {
         Recall::Found(found) => assert_eq!(Some(found), outcome, "only the first one counts"),
         Recall::Absent => assert_eq!(None, outcome, "absent is said only of what has no record"),
         Recall::OutOfSight => {}
     }
+    // A look further back ends where the view begins: what neither sees is not there.
+    let further_back = &journal[..usize::try_from(view.oldest_offset()).unwrap()];
+    let seen = further_back.iter().flatten().find(|it| it.key == *key);
+    assert_eq!(seen.or_else(|| view.earliest_seen(key)), outcome);
 
     let is_namesake = |it: &&Arc<Decision>| it.key.id == key.id && it.key != *key;
     let found = |it: &Arc<Decision>| matches!(naive.recall(&it.key), Recall::Found(_));
@@ -180,7 +203,7 @@ fn check_recall(
             assert!(recall == Recall::Absent && is_namesake(&&namesake) && found(&namesake));
         }
         None if recall == Recall::Absent => {
-            assert!(!journal.iter().filter(is_namesake).any(found));
+            assert!(!journal.iter().flatten().filter(is_namesake).any(found));
         }
         None => {}
     }

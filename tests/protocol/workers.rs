@@ -257,7 +257,7 @@ impl Workers {
             self.journal.get(read).cloned()
         } {
             self.worker(name).read += 1;
-            self.handle(name, Event::RecordRead { offset, decision: Arc::new(decision) });
+            self.handle(name, Event::RecordsRead { offset, decisions: vec![Arc::new(decision)] });
         }
     }
 

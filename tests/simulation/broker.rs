@@ -21,6 +21,7 @@ use dtc::protocol::{
 
 use crate::{
     checkers::{parked::ParkedCommits, read_back, result, stored_before_voted},
+    rng::Rng,
     rules::Kind,
     service::{Service, Slot},
     world::{Happening, Life, WorkerInput, World, tell},
@@ -70,9 +71,14 @@ pub(crate) struct QueuedPrepare {
     pub(crate) redelivered: bool,
 }
 
-/// The stream of decisions.
+/// The stream of decisions: messages of several records, or of none.
 pub(crate) struct Journal {
-    records: Vec<(Time, Arc<Decision>)>,
+    /// When each message was complete, and what it holds.
+    messages: Vec<(Time, Vec<Arc<Decision>>)>,
+    /// How many messages can't grow any more: somebody has read them, or knows that they are there.
+    sealed: u64,
+    /// What shares a message: a source of its own, so that a seed's schedule doesn't depend on it.
+    rng: Rng,
     first: BTreeMap<TransactionKey, Arc<Decision>>,
     /// Every record made at this moment or later is there.
     complete_from: Time,
@@ -123,7 +129,7 @@ impl Brought {
 
 impl Journal {
     /// Set up at `from`: a first record tells it from one that was emptied.
-    pub(crate) fn new(from: Time) -> Self {
+    pub(crate) fn new(from: Time, rng: Rng) -> Self {
         let marker = Decision {
             key: TransactionKey {
                 id: TransactionId::parse("journal").expect("a valid id"),
@@ -137,25 +143,55 @@ impl Journal {
             worker: WorkerId::parse("topology").expect("a valid id"),
         };
         Self {
-            records: vec![(from, Arc::new(marker))],
+            messages: vec![(from, vec![Arc::new(marker)])],
+            sealed: 1,
+            rng,
             first: BTreeMap::new(),
             complete_from: from,
         }
     }
 
-    /// The offset that the next record will have.
+    /// The offset that the next message will have.
     pub(crate) fn end(&self) -> u64 {
-        self.records.len() as u64
+        self.messages.len() as u64
     }
 
-    pub(crate) fn get(&self, offset: u64) -> Option<Arc<Decision>> {
+    /// The message at `offset`, which from now on stays as it is.
+    pub(crate) fn get(&mut self, offset: u64) -> Option<Vec<Arc<Decision>>> {
         let index = usize::try_from(offset).ok()?;
-        self.records.get(index).map(|(_, decision)| Arc::clone(decision))
+        let (_, decisions) = self.messages.get(index)?;
+        self.sealed = self.sealed.max(offset + 1);
+        Some(decisions.clone())
     }
 
+    /// Where it ends now: what comes later has that offset or a higher one.
+    pub(crate) fn seal(&mut self) -> u64 {
+        self.sealed = self.end();
+        self.sealed
+    }
+
+    /// Appends a record: to the last message if that can still grow, or as one of its own. Now and
+    /// then a marker follows.
     pub(crate) fn append(&mut self, now: Time, decision: Arc<Decision>) {
         self.first.entry(decision.key.clone()).or_insert_with(|| Arc::clone(&decision));
-        self.records.push((now, decision));
+        let grows = self.sealed < self.end() && self.rng.chance(800);
+        match self.messages.last_mut().filter(|_| grows) {
+            Some((at, decisions)) => {
+                *at = now;
+                decisions.push(decision);
+            }
+            None => self.messages.push((now, vec![decision])),
+        }
+        if self.rng.chance(50) {
+            self.messages.push((now, Vec::new()));
+        }
+    }
+
+    /// How many messages hold several records, and how many none.
+    pub(crate) fn shared_and_empty(&self) -> (usize, usize) {
+        let lengths = self.messages.iter().map(|(_, decisions)| decisions.len());
+        let shared = lengths.clone().filter(|len| *len > 1).count();
+        (shared, lengths.filter(|len| *len == 0).count())
     }
 
     pub(crate) fn first(&self, key: &TransactionKey) -> Option<&Arc<Decision>> {
@@ -169,7 +205,7 @@ impl Journal {
     /// Where to begin to read all that was made at `since` or later, if clocks differ by `margin`
     /// at most; and from when on that is really all.
     pub(crate) fn reaching(&self, since: Time, margin: Duration) -> (u64, Time) {
-        let skipped = self.records.partition_point(|(at, _)| *at < since - margin);
+        let skipped = self.messages.partition_point(|(at, _)| *at < since - margin);
         (skipped as u64, since.max(self.complete_from))
     }
 }

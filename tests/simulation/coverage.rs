@@ -7,7 +7,7 @@ use dtc::protocol::{coordinator::Phase, participant::Stage};
 
 /// A coordinator's events that are about one transaction.
 pub(crate) const COORDINATOR_EVENTS: [&str; 11] = [
-    "RecordRead",
+    "RecordsRead",
     "HistoryRead",
     "RequestReceived",
     "VoteReceived",

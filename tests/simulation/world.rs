@@ -287,7 +287,7 @@ impl World {
             services: Vec::new(),
             messages: Vec::new(),
             broker: Broker::default(),
-            journal: Journal::new(plan.journal_from),
+            journal: Journal::new(plan.journal_from, Rng::new(seed.rotate_left(32))),
             rules: Rules::new(plan.chaos),
             plan,
             bug,
@@ -385,6 +385,9 @@ impl World {
         }
         *endings.entry("commits parked").or_default() += self.parked.n_listed() as u64;
         *endings.entry("commits settled").or_default() += self.parked.n_settled() as u64;
+        let (shared, empty) = self.journal.shared_and_empty();
+        *endings.entry("journal messages with several records").or_default() += shared as u64;
+        *endings.entry("journal messages without a record").or_default() += empty as u64;
         Summary {
             violation: self.violation,
             faults: self.rules.counts,
@@ -563,7 +566,7 @@ impl World {
         let node = &mut self.workers[worker];
         node.is_connected = true;
         node.is_serving = false;
-        let end = self.journal.end();
+        let end = self.journal.seal();
         let Some(process) = &mut node.process else { return };
         if node.is_attached {
             let wanted = process.core().next_offset();
@@ -629,11 +632,11 @@ impl World {
             if node.life != life || !node.is_attached || node.process.is_none() {
                 return;
             }
-            let Some(decision) = self.journal.get(node.reader_next) else { break };
+            let Some(decisions) = self.journal.get(node.reader_next) else { break };
             let offset = node.reader_next;
             node.reader_next += 1;
-            node.seen.insert(decision.key.clone());
-            self.tell_worker(worker, coordinator::Event::RecordRead { offset, decision });
+            node.seen.extend(decisions.iter().map(|decision| decision.key.clone()));
+            self.tell_worker(worker, coordinator::Event::RecordsRead { offset, decisions });
         }
         let node = &mut self.workers[worker];
         if node.is_connected && !node.is_serving && node.reader_next >= node.replays_until {
@@ -647,13 +650,14 @@ impl World {
         let margin = self.plan.clock_margin;
         let (start, complete_from) = self.journal.reaching(from, margin);
         for offset in start..until.min(self.journal.end()) {
-            let node = &mut self.workers[worker];
+            let node = &self.workers[worker];
             if node.life != life || node.process.is_none() {
                 return;
             }
-            let Some(decision) = self.journal.get(offset) else { continue };
-            node.seen.insert(decision.key.clone());
-            self.tell_worker(worker, coordinator::Event::HistoryRead(decision));
+            for decision in self.journal.get(offset).into_iter().flatten() {
+                self.workers[worker].seen.insert(decision.key.clone());
+                self.tell_worker(worker, coordinator::Event::HistoryRead(decision));
+            }
         }
         if self.workers[worker].life == life && self.workers[worker].process.is_some() {
             let is_lost = self.rules.loses_history(&mut self.rng);
@@ -677,7 +681,7 @@ impl World {
         tell!(self, "{} <- {event:?}", self.workers[worker].id);
         let node = &mut self.workers[worker];
         let Some(process) = &mut node.process else { return };
-        if let Some(key) = event.key() {
+        for key in event.keys() {
             self.coverage.worker(process.core().phase_of(key), event.label());
         }
         let settles = if let coordinator::Event::DoneReceived(done) = &event
@@ -1149,7 +1153,7 @@ impl World {
         if !self.broker.is_up {
             return;
         }
-        tell!(self, "journal {}: {decision:?}", self.journal.end());
+        tell!(self, "journal, about to be {}: {decision:?}", self.journal.end());
         let decision = Arc::new(decision);
         if self.journal.first(&decision.key).is_none() {
             let services =

@@ -52,6 +52,11 @@ pub(crate) enum Bug {
     TrustLateView,
     /// A worker reads the journal on from its end after a break, as if nothing lay in between.
     SkipAfterReconnect,
+    /// A worker counts an offset for each record, though a message is one offset.
+    OffsetPerRecord,
+    /// A worker that looks further back leaves out the last message before what it vouches for: one
+    /// that is forgotten in part.
+    LookTooShort,
     /// A worker answers an inquiry with an abort, without asking the journal.
     PresumeAbort,
     /// A worker counts votes for a request with other content.
@@ -82,7 +87,7 @@ pub(crate) enum Bug {
 
 impl Bug {
     /// All of them.
-    pub(crate) const ALL: [Self; 26] = [
+    pub(crate) const ALL: [Self; 28] = [
         Self::AckBeforeResult,
         Self::AckDuplicateAtOnce,
         Self::ActOnSentDecision,
@@ -96,6 +101,8 @@ impl Bug {
         Self::AttachAtNext,
         Self::TrustLateView,
         Self::SkipAfterReconnect,
+        Self::OffsetPerRecord,
+        Self::LookTooShort,
         Self::PresumeAbort,
         Self::VoteForOtherContent,
         Self::ProposeOnce,
@@ -120,6 +127,8 @@ pub(crate) struct Worker {
     is_attached: bool,
     /// Records that were skipped unnoticed: the core counts offsets without them.
     skipped: u64,
+    /// How far the core's offsets are ahead of the journal's; wraps.
+    surplus: u64,
     /// What the requests under way ask for.
     requests: BTreeMap<TransactionKey, (RequestHash, BTreeSet<Delivery>)>,
     proposed: BTreeMap<TransactionKey, Outcome>,
@@ -136,6 +145,7 @@ impl Worker {
             bug,
             is_attached: false,
             skipped: 0,
+            surplus: 0,
             requests: BTreeMap::new(),
             proposed: BTreeMap::new(),
             latest: BTreeMap::new(),
@@ -155,6 +165,7 @@ impl Worker {
     /// A world that doesn't ask can't show [`Bug::AttachAtNext`] and [`Bug::SkipAfterReconnect`].
     pub(crate) fn reads_from(&mut self, wanted: u64, end: u64) -> u64 {
         let wanted = wanted + self.skipped;
+        self.surplus = 0;
         match self.bug {
             Some(Bug::AttachAtNext) if !self.is_attached => end,
             Some(Bug::SkipAfterReconnect) if self.is_attached => {
@@ -176,7 +187,7 @@ impl Worker {
         let mut pending = VecDeque::new();
         self.let_in(bug, event, &mut pending, effects);
         while let Some(mut event) = pending.pop_front() {
-            if let coordinator::Event::RecordRead { offset, .. } = &mut event
+            if let coordinator::Event::RecordsRead { offset, .. } = &mut event
                 && bug == Bug::ActOnSentDecision
                 && *offset == SENT
             {
@@ -206,9 +217,16 @@ impl Worker {
             (Bug::TrustLateView, Event::HistoryEnded { .. }) => {
                 pending.push_back(Event::HistoryEnded { reaches: Some(Time::EPOCH) });
             }
-            (Bug::SkipAfterReconnect, Event::RecordRead { offset, decision }) => {
+            (Bug::SkipAfterReconnect, Event::RecordsRead { offset, decisions }) => {
                 let offset = offset - self.skipped;
-                pending.push_back(Event::RecordRead { offset, decision });
+                pending.push_back(Event::RecordsRead { offset, decisions });
+            }
+            (Bug::OffsetPerRecord, Event::RecordsRead { offset, decisions }) => {
+                let counted = offset.wrapping_add(self.surplus);
+                self.surplus = self.surplus.wrapping_add(decisions.len() as u64).wrapping_sub(1);
+                pending.extend((counted..).zip(decisions).map(|(offset, decision)| {
+                    Event::RecordsRead { offset, decisions: vec![decision] }
+                }));
             }
             (Bug::LastRecordWins, Event::HistoryRead(decision)) => self.history.push(decision),
             (Bug::LastRecordWins, ended @ Event::HistoryEnded { .. }) => {
@@ -277,9 +295,10 @@ impl Worker {
             (Bug::PublishWithProposal, Event::Disconnected) => self.requests.clear(),
             (
                 Bug::LastRecordWins | Bug::AbortAfterFailedCommit,
-                Event::RecordRead { decision, .. },
+                Event::RecordsRead { decisions, .. },
             ) => {
-                self.latest.insert(decision.key.clone(), Decision::clone(decision));
+                let latest = decisions.iter().map(|it| (it.key.clone(), Decision::clone(it)));
+                self.latest.extend(latest);
             }
             (Bug::MissingVoteIsYes, Event::VoteReceived(vote)) => {
                 if let Ballot::Prepared { branch } = &vote.ballot {
@@ -306,8 +325,11 @@ impl Worker {
             }
             (Bug::ActOnSentDecision, Effect::Append(decision)) => {
                 effects.push(Effect::Append(decision.clone()));
-                let decision = Arc::new(decision);
-                pending.push_back(Event::RecordRead { offset: SENT, decision });
+                let decisions = vec![Arc::new(decision)];
+                pending.push_back(Event::RecordsRead { offset: SENT, decisions });
+            }
+            (Bug::LookTooShort, Effect::ReadHistory { from, until }) => {
+                effects.push(Effect::ReadHistory { from, until: until.saturating_sub(1) });
             }
             (Bug::PublishWithProposal, Effect::Append(decision)) => {
                 effects.push(Effect::Append(decision.clone()));

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
-use dtc::wire::services::{Behaviour, read};
+use dtc::wire::services::{Behaviour, Cap, read};
 use proptest::prelude::{Just, Strategy, any, prop, prop_oneof, proptest};
 use serde_json::{Map, Value, json};
 
@@ -49,27 +49,30 @@ fn services() -> impl Strategy<Value = Value> {
     let service = (
         any::<u32>().prop_map(|it| it.max(1)),
         prop::option::of(0..=86_400_000u32),
+        prop::option::of(prop::sample::select(vec!["instance", "service"])),
         prop::option::of(behaviour(true)),
         prop::option::of(behaviour(false)),
         prop::option::of(behaviour(false)),
     );
     let named = prop::collection::btree_map("[A-Za-z0-9_-]{1,10}", service, 1..5);
     named.prop_map(|named| {
-        let services = named.into_iter().map(|(name, (cap, wait, prepare, commit, abort))| {
-            let mut service = json!({"name": name, "max_concurrency": cap});
-            let rest = [
-                ("max_wait_ms", wait.map(|it| json!(it))),
-                ("prepare", prepare.map(|it| json!(it))),
-                ("commit", commit.map(|it| json!(it))),
-                ("abort", abort.map(|it| json!(it))),
-            ];
-            for (name, value) in rest {
-                if let Some(value) = value {
-                    service[name] = value;
+        let services =
+            named.into_iter().map(|(name, (slots, wait, cap, prepare, commit, abort))| {
+                let mut service = json!({"name": name, "max_concurrency": slots});
+                let rest = [
+                    ("max_wait_ms", wait.map(|it| json!(it))),
+                    ("cap", cap.map(|it| json!(it))),
+                    ("prepare", prepare.map(|it| json!(it))),
+                    ("commit", commit.map(|it| json!(it))),
+                    ("abort", abort.map(|it| json!(it))),
+                ];
+                for (name, value) in rest {
+                    if let Some(value) = value {
+                        service[name] = value;
+                    }
                 }
-            }
-            service
-        });
+                service
+            });
         services.collect()
     })
 }
@@ -119,6 +122,8 @@ proptest! {
             assert_eq!(service.max_concurrency, file["max_concurrency"]);
             let wait = file["max_wait_ms"].as_u64().unwrap_or(1000);
             assert_eq!(service.max_wait, Duration::from_millis(wait));
+            let is_service = file["cap"] == "service";
+            assert_eq!(service.cap, if is_service { Cap::Service } else { Cap::Instance });
             assert_behaves(&service.prepare, &file["prepare"]);
             assert_behaves(&service.commit, &file["commit"]);
             assert_behaves(&service.abort, &file["abort"]);
@@ -134,6 +139,7 @@ proptest! {
             ("name", json!(null)),
             ("max_concurrency", json!(0)),
             ("max_wait_ms", json!(0.5)),
+            ("cap", json!("Service")),
             ("prepare", json!(1)),
             ("commit", json!([])),
             ("abort", json!(null)),

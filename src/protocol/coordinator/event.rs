@@ -26,12 +26,13 @@ pub enum Event {
         /// From when on nothing is missing.
         since: Time,
     },
-    /// A record was read back from the journal: the coordinator's own or another worker's.
-    RecordRead {
-        /// Its place in the journal.
+    /// A message was read back from the journal: records of the coordinator's own and of other
+    /// workers', in their order.
+    RecordsRead {
+        /// Its place in the journal. A message is one place, however many records it holds.
         offset: u64,
-        /// The record.
-        decision: Arc<Decision>,
+        /// The records; none: the message is only a marker.
+        decisions: Vec<Arc<Decision>>,
     },
     /// A record was read by the look further back that [`Effect::ReadHistory`] asked for. They come
     /// in journal order.
@@ -111,7 +112,7 @@ impl Event {
     pub const fn label(&self) -> &'static str {
         match self {
             Self::JournalAttached { .. } => "JournalAttached",
-            Self::RecordRead { .. } => "RecordRead",
+            Self::RecordsRead { .. } => "RecordsRead",
             Self::HistoryRead(_) => "HistoryRead",
             Self::HistoryEnded { .. } => "HistoryEnded",
             Self::RequestReceived { .. } => "RequestReceived",
@@ -131,10 +132,16 @@ impl Event {
         }
     }
 
-    /// The transaction it is about, if it is about one.
-    pub fn key(&self) -> Option<&TransactionKey> {
+    /// The transactions it is about: none, one, or those of several records.
+    pub fn keys(&self) -> impl Iterator<Item = &TransactionKey> {
+        let records: &[_] =
+            if let Self::RecordsRead { decisions, .. } = self { decisions } else { &[] };
+        self.key().into_iter().chain(records.iter().map(|decision| &decision.key))
+    }
+
+    fn key(&self) -> Option<&TransactionKey> {
         match self {
-            Self::RecordRead { decision, .. } | Self::HistoryRead(decision) => Some(&decision.key),
+            Self::HistoryRead(decision) => Some(&decision.key),
             Self::RequestReceived { request, .. } => Some(&request.key),
             Self::VoteReceived(vote) => Some(&vote.key),
             Self::DoneReceived(done) => Some(&done.key),
@@ -145,6 +152,7 @@ impl Event {
             | Self::ResultFailed { key, .. }
             | Self::ParkConfirmed { key, .. } => Some(key),
             Self::JournalAttached { .. }
+            | Self::RecordsRead { .. }
             | Self::HistoryEnded { .. }
             | Self::ServiceFound(_)
             | Self::ServiceMissing(_)
@@ -161,7 +169,7 @@ impl Event {
 /// * [`Effect::Ack`] comes only after the [`Event::ResultConfirmed`] (or
 ///   [`Event::ParkConfirmed`]) of that delivery, so a crash in between repeats the answer rather
 ///   than losing it.
-/// * [`Effect::Publish`] and every finish and cancel come only after the [`Event::RecordRead`] of
+/// * [`Effect::Publish`] and every finish and cancel come only after the [`Event::RecordsRead`] of
 ///   the outcome; the result of a committed transaction also only after every service has
 ///   committed, or the [`Event::ParkConfirmed`] of the one that did not.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
@@ -180,7 +188,7 @@ pub enum Effect {
     },
     /// Append a record to the journal.
     Append(Decision),
-    /// Read the journal from `from` up to the record before offset `until`: answered by
+    /// Read the journal from `from` up to the message before offset `until`: answered by
     /// [`Event::HistoryRead`]s and one [`Event::HistoryEnded`].
     ReadHistory {
         /// Where to begin.

@@ -37,7 +37,7 @@ use crate::protocol::{
     deadlines::Deadlines,
     ids::{InstanceId, RequestHash, ServiceName, TransactionKey, WorkerId},
     jitter::jitter,
-    journal::{JournalView, Reading, Recall},
+    journal::{JournalView, Recall},
     keymap::KeyMap,
     message::{
         Ballot, Command, Decision, Destination, Done, Finish, Inquiry, Outcome, Reason, ReasonCode,
@@ -208,8 +208,8 @@ impl Coordinator {
     pub fn handle(&mut self, now: Time, event: Event, effects: &mut Vec<Effect>) {
         match event {
             Event::JournalAttached { next, since } => self.view.attach(next, since),
-            Event::RecordRead { offset, decision } => {
-                self.record_read(now, offset, decision, effects);
+            Event::RecordsRead { offset, decisions } => {
+                self.records_read(now, offset, decisions, effects);
             }
             Event::HistoryRead(decision) => self.history.read(decision),
             Event::HistoryEnded { reaches } => self.history_ended(now, reaches, effects),
@@ -262,6 +262,11 @@ impl Coordinator {
     /// How many transactions it has not finished, begun or not.
     pub fn len(&self) -> usize {
         self.transactions.len()
+    }
+
+    /// How many of these wait for a slot before they begin.
+    pub fn waiting(&self) -> usize {
+        self.transactions.len() - self.shared.active
     }
 
     /// Whether it has nothing to do.
@@ -389,11 +394,11 @@ impl Coordinator {
 
     // ---- The journal -------------------------------------------------------------------------
 
-    fn record_read(
+    fn records_read(
         &mut self,
         now: Time,
         offset: u64,
-        decision: Arc<Decision>,
+        decisions: Vec<Arc<Decision>>,
         effects: &mut Vec<Effect>,
     ) {
         if offset > self.view.next_offset() {
@@ -401,16 +406,21 @@ impl Coordinator {
             self.view.attach(offset, now + Duration::from_millis(1));
             self.recall_undecided(now, effects);
         }
-        let Reading::First(first) = self.view.read(now, offset, decision) else { return };
-        self.history.seen(&first);
+        for first in self.view.read(now, offset, decisions) {
+            self.first_read(now, &first, effects);
+        }
+    }
+
+    fn first_read(&mut self, now: Time, first: &Arc<Decision>, effects: &mut Vec<Effect>) {
+        self.history.seen(first);
         // Until it has been looked up, an earlier record may be the outcome.
         let is_looked_up = |it: &Inquest| it.propose_at.is_some();
         if self.inquests.get(&first.key).is_some_and(is_looked_up) {
-            self.answer_inquest(now, &first, effects);
+            self.answer_inquest(now, first, effects);
         }
         self.with(now, &first.key, effects, |it, cx| {
             if it.is_undecided() && it.phase() != Phase::Recalling {
-                it.adopt(&first, cx);
+                it.adopt(first, cx);
             }
         });
     }

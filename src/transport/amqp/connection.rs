@@ -5,7 +5,7 @@
 //! [`Backoff`] in between. lapin's own recovery stays off: it would deliver again on streams that
 //! are believed to go on, and acknowledge what is no longer held.
 
-use std::{fmt, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
 use futures_util::{Stream, StreamExt, future, stream};
 use lapin::{
@@ -152,7 +152,7 @@ impl Broker {
     pub async fn link(&self) -> Result<Link, ConnectError> {
         let (publishing, consuming) =
             future::try_join(self.connect("publish"), self.connect("consume")).await?;
-        Ok(Link { publishing, consuming })
+        Ok(Link { publishing: Arc::new(publishing), consuming: Arc::new(consuming) })
     }
 }
 
@@ -164,9 +164,9 @@ fn is_final(error: &ConnectError) -> bool {
 #[derive(Debug)]
 pub struct Link {
     /// For publishing only.
-    pub publishing: Connection,
+    pub publishing: Arc<Connection>,
     /// For everything else.
-    pub consuming: Connection,
+    pub consuming: Arc<Connection>,
 }
 
 /// What happens to a [`Link`].
@@ -250,15 +250,21 @@ impl Default for Backoff {
     }
 }
 
-/// An error with all that caused it, for a log's field.
+/// An error with all that caused it, each said once.
 pub struct Chain<'a>(pub &'a dyn std::error::Error);
 
 impl fmt::Display for Chain<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.0)?;
+        let mut said = self.0.to_string();
+        f.write_str(&said)?;
         let mut cause = self.0.source();
         while let Some(error) = cause {
-            write!(f, ": {error}")?;
+            let text = error.to_string();
+            // Some errors below say what caused them as part of what they say themselves.
+            if !said.ends_with(&text) {
+                write!(f, ": {text}")?;
+            }
+            said = text;
             cause = error.source();
         }
         Ok(())

@@ -4,7 +4,7 @@ use std::{
     collections::BTreeSet,
     future::Future,
     pin::pin,
-    task::{Context, Waker},
+    task::{Context, Poll, Waker},
 };
 
 use futures_util::{FutureExt, StreamExt};
@@ -72,17 +72,27 @@ impl Inbox {
         Ok(Self { queue, channel, consumer, tags: Tags::default() })
     }
 
+    /// The queue it consumes.
+    pub fn queue(&self) -> &ShortString {
+        &self.queue
+    }
+
     /// The next delivery. Each must be settled, by [`Inbox::ack`] or [`Inbox::requeue`].
     ///
     /// # Errors
     ///
     /// There are no more, and what is unsettled comes again to whomever.
     pub async fn next(&mut self) -> Result<Delivery, Closed> {
-        match self.consumer.next().await {
+        std::future::poll_fn(|cx| self.poll_next(cx)).await
+    }
+
+    /// [`Inbox::next`], for those who wait for several.
+    pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Delivery, Closed>> {
+        self.consumer.poll_next_unpin(cx).map(|next| match next {
             Some(Ok(delivery)) => Ok(delivery),
             Some(Err(source)) => Err(Closed::Lost { queue: self.queue.to_string(), source }),
             None => Err(Closed::Cancelled { queue: self.queue.to_string() }),
-        }
+        })
     }
 
     /// The same, if it is there by now.

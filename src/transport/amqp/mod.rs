@@ -6,6 +6,8 @@
 //! * [`publisher`]: publishing with confirms.
 //! * [`consumer`]: taking deliveries, and acknowledging them in as few frames as possible.
 //! * [`pool`]: channels that many share.
+//! * [`rejected`]: setting aside what nobody can make sense of.
+//! * [`topology`]: every exchange and queue, and making a broker's be the same.
 //! * [`unique`]: names that nobody else has.
 //!
 //! Nothing here knows the protocol: what is in a message, and what follows from it, is said above.
@@ -19,4 +21,6 @@ pub mod consumer;
 pub mod names;
 pub mod pool;
 pub mod publisher;
+pub mod rejected;
+pub mod topology;
 pub mod unique;

@@ -52,6 +52,8 @@ impl std::str::FromStr for Namespace {
 pub const ALL: &str = "all";
 /// The first part of a routing key that reaches any one worker or instance.
 pub const ANY: &str = "any";
+/// The routing key of every request.
+pub const REQUEST: &str = "request";
 /// The reply token of a producer that named none.
 pub const NO_REPLY: &str = "none";
 

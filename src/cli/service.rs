@@ -1,0 +1,152 @@
+//! `dtc service`: one instance of a simulated service, until it is told to stop.
+
+use std::{
+    fs::File,
+    io::{self, Read},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Context as _, anyhow};
+use clap::Args;
+use indicatif::ProgressBar;
+use tracing_subscriber::filter::LevelFilter;
+
+use crate::{
+    cli::{Exit, Failure, broker::BrokerArguments, duration, progress, signals},
+    participant::{
+        serve::{self, ServeError, ServeSettings},
+        simulated::Simulated,
+        state::State,
+    },
+    protocol::ids::{InstanceId, ServiceName},
+    wire::services::{self, ServiceSpec},
+};
+
+/// Serve a simulated service on RabbitMQ; any number of instances share its work.
+///
+/// services.json is that of `dtc run`. Start it once for each service, and again for each further
+/// instance. It waits for a broker that is not there, and for the queues that `dtc topology apply`
+/// makes.
+///
+/// --state DIR is where the service keeps what it holds; its instances share it, and what one of
+/// them has prepared when it is killed is finished by another. There, in the directory called like
+/// the service, are committed.log and aborted.log (a line for each branch: id, requested_at, branch,
+/// milliseconds, instance), calls.log, and prepared/ with a file for each branch in doubt. Nothing is
+/// synced to the disk: it survives kill -9, but not a power cut.
+///
+/// SIGTERM or Ctrl-C: takes no more prepares, waits for the outcomes of what is prepared for up to
+/// --drain, and ends with 0. Once more: stops at once.
+#[derive(Debug, Args)]
+#[command(about = "Serve a simulated service on RabbitMQ; any number of instances share its work")]
+pub(super) struct ServiceArguments {
+    #[command(flatten)]
+    broker: BrokerArguments,
+    /// The services: a file, or - for stdin
+    #[arg(long, value_name = "FILE")]
+    services: PathBuf,
+    /// Which of them to serve
+    #[arg(long, value_name = "NAME")]
+    name: ServiceName,
+    /// What the instance's id begins with; the rest is new in each process
+    #[arg(long, value_name = "ID", env = "DTC__SERVICE__INSTANCE")]
+    instance: Option<InstanceId>,
+    /// Where the service keeps what it holds [default: in memory, until the process ends]
+    #[arg(long, value_name = "DIR")]
+    state: Option<PathBuf>,
+    /// What it draws from: the same seed, the same refusals and failures
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// How long to wait for an outcome before asking for it
+    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = duration::parse)]
+    #[arg(env = "DTC__SERVICE__INQUIRE_AFTER")]
+    inquire_after: Duration,
+    /// How long to wait for the outcomes of what is prepared when told to stop
+    #[arg(long, value_name = "DURATION", default_value = "25s", value_parser = duration::parse)]
+    #[arg(env = "DTC__SERVICE__DRAIN")]
+    drain: Duration,
+}
+
+pub(super) fn run(arguments: &ServiceArguments) -> Result<Exit, Failure> {
+    let level = progress::log_level(LevelFilter::INFO);
+    let level = level.map_err(|error| Failure::new(Exit::Usage, error))?;
+    let spec = spec(arguments)?;
+    let settings = settings(arguments, &spec)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("failed to start the runtime")
+        .map_err(|error| Failure::new(Exit::Incomplete, error))?;
+    let interrupt = signals::watch(&runtime)
+        .context("failed to listen for signals")
+        .map_err(|error| Failure::new(Exit::Incomplete, error))?;
+    progress::log_above(&ProgressBar::hidden(), level);
+
+    let state = match &arguments.state {
+        Some(directory) => State::open(directory, &spec.name, &settings.instance)
+            .map_err(|error| Failure::new(Exit::BadConfiguration, error))?,
+        None => {
+            tracing::warn!("without --state, what the service holds ends with this process");
+            State::in_memory()
+        }
+    };
+    let participant = Simulated::new(&spec, arguments.seed).with_state(state);
+    tracing::info!(
+        service = %settings.service, instance = %settings.instance,
+        broker = %settings.broker.address, namespace = %settings.names.namespace(), "starting"
+    );
+    let mut heard = interrupt.subscribe();
+    let stop = async move {
+        // The sender lives as long as the process.
+        let _ = heard.wait_for(|heard| *heard).await;
+    };
+    runtime.block_on(serve::serve(participant, settings, stop)).map_err(failure)?;
+    tracing::info!("stopped");
+    Ok(Exit::Done)
+}
+
+fn settings(arguments: &ServiceArguments, spec: &ServiceSpec) -> Result<ServeSettings, Failure> {
+    let instance = serve::new_instance(arguments.instance.as_ref());
+    let broker = arguments.broker.broker(format!("dtc service {} {instance}", spec.name))?;
+    let names = arguments.broker.names();
+    Ok(ServeSettings {
+        instance,
+        cap: spec.cap,
+        inquire_after: arguments.inquire_after,
+        drain: arguments.drain,
+        ..ServeSettings::new(broker, names, spec.name.clone(), spec.max_concurrency)
+    })
+}
+
+/// The service that is to be served.
+fn spec(arguments: &ServiceArguments) -> Result<ServiceSpec, Failure> {
+    let bad_data = |error: anyhow::Error| Failure::new(Exit::BadData, error);
+    let (file, text) = read(&arguments.services).map_err(bad_data)?;
+    let specs = services::read(&file, &text).map_err(|it| Failure::new(Exit::BadData, it))?;
+    let named: Vec<_> = specs.iter().map(|spec| spec.name.to_string()).collect();
+    let spec = specs.into_iter().find(|spec| spec.name == arguments.name);
+    spec.ok_or_else(|| {
+        let (name, named) = (&arguments.name, named.join("`, `"));
+        Failure::new(Exit::Usage, anyhow!("{file} has no service `{name}`; there are `{named}`"))
+    })
+}
+
+/// A file's content, and what it is called in complaints.
+fn read(path: &Path) -> anyhow::Result<(String, Vec<u8>)> {
+    let mut text = Vec::new();
+    if path == Path::new("-") {
+        io::stdin().read_to_end(&mut text).context("failed to read stdin")?;
+        return Ok(("stdin".to_owned(), text));
+    }
+    let name = path.display().to_string();
+    let mut file = File::open(path).with_context(|| format!("failed to open `{name}`"))?;
+    file.read_to_end(&mut text).with_context(|| format!("failed to read `{name}`"))?;
+    Ok((name, text))
+}
+
+fn failure(error: ServeError) -> Failure {
+    match &error {
+        ServeError::NoStore { .. } => Failure::new(Exit::BadConfiguration, error),
+        ServeError::Refused { .. } => Failure::new(Exit::Refused, error),
+    }
+}

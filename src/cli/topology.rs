@@ -1,0 +1,434 @@
+//! `dtc topology`: the exchanges and queues of one system, printed, compared and made.
+
+use std::{
+    fmt::Write as _,
+    io::{self, Read, Write as _},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use clap::{Args, Subcommand, ValueEnum};
+use serde_json::{Value, json};
+use tokio::{runtime::Runtime, time::Instant};
+
+use crate::{
+    cli::{
+        Exit, Failure,
+        broker::{BrokerArguments, exit_of},
+        duration, tell,
+    },
+    transport::amqp::{
+        connection::{Backoff, Broker, ConnectError, Disposition, close},
+        names::{Names, Namespace},
+        topology::{
+            Argument, Arguments, Commands, ServiceTopology, Settings, Topology,
+            apply::{Applied, Begun, Options, TopologyError, apply_on},
+            check::{Fault, Finding, Subject, check},
+        },
+    },
+    wire::services,
+    worker::clock::Clock,
+};
+
+/// The exchanges and queues at RabbitMQ: print, compare, make
+#[derive(Debug, Args)]
+pub(super) struct TopologyArguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Apply(ApplyArguments),
+    Check(CheckArguments),
+    Print(PrintArguments),
+}
+
+/// Make what is missing; change nothing that is there
+///
+/// All of it is compared first. If anything is another than it should be, each such thing is named
+/// with the value wanted and the value found, and nothing is made.
+///
+/// Exit codes: 0 everything is as it should be; 1 something is another than it should be.
+#[derive(Debug, Args)]
+#[command(verbatim_doc_comment)]
+struct ApplyArguments {
+    #[command(flatten)]
+    broker: BrokerArguments,
+    #[command(flatten)]
+    what: WhatArguments,
+    /// How much the clocks of producers, workers and services may differ
+    #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = duration::parse)]
+    clock_margin: Duration,
+    /// How long to keep trying to reach the broker
+    #[arg(long, value_name = "DURATION", default_value = "0s", value_parser = duration::parse)]
+    wait: Duration,
+    /// How to print what was made
+    #[arg(long, value_name = "FORM", value_enum, default_value_t = Form::Text)]
+    output: Form,
+}
+
+/// Compare what is there with what should be; change nothing
+///
+/// It looks at exchanges and queues with all their arguments, and at the beginning of the journal.
+/// It doesn't look at bindings, which AMQP can't list (apply makes them anew), nor at policies.
+///
+/// Exit codes: 0 everything is as it should be; 1 something isn't: each on a line of its own.
+#[derive(Debug, Args)]
+#[command(verbatim_doc_comment)]
+struct CheckArguments {
+    #[command(flatten)]
+    broker: BrokerArguments,
+    #[command(flatten)]
+    what: WhatArguments,
+    /// How long to keep trying to reach the broker
+    #[arg(long, value_name = "DURATION", default_value = "0s", value_parser = duration::parse)]
+    wait: Duration,
+    /// How to print what was found
+    #[arg(long, value_name = "FORM", value_enum, default_value_t = Form::Text)]
+    output: Form,
+}
+
+/// Print what should be there; needs no broker
+#[derive(Debug, Args)]
+struct PrintArguments {
+    /// What the names of all exchanges and queues begin with
+    #[arg(long, value_name = "NAME", default_value = "dtc", env = "DTC__BROKER__NAMESPACE")]
+    namespace: Namespace,
+    #[command(flatten)]
+    what: WhatArguments,
+    /// How to print it
+    #[arg(long, value_name = "FORM", value_enum, default_value_t = Form::Text)]
+    output: Form,
+}
+
+#[derive(Debug, Args)]
+struct WhatArguments {
+    /// The services, as for `dtc run`: a file, or - for stdin; without it, all but their queues
+    #[arg(long, value_name = "FILE")]
+    services: Option<PathBuf>,
+    /// How long the journal is kept
+    #[arg(long, value_name = "DURATION", default_value = "7d", value_parser = retention)]
+    retention: Duration,
+    /// How the prepares of services are kept
+    #[arg(long, value_name = "KIND", value_enum, default_value_t = CommandsForm::Classic)]
+    commands: CommandsForm,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Form {
+    /// Lines for people.
+    Text,
+    /// One JSON value.
+    Json,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum CommandsForm {
+    /// Fast; a broker that restarts loses some, and they are made again
+    Classic,
+    /// On several nodes: the loss of one doesn't stop a service
+    Quorum,
+}
+
+fn retention(text: &str) -> Result<Duration, String> {
+    let retention = duration::parse(text)?;
+    if retention < Duration::from_secs(1) || retention.subsec_nanos() != 0 {
+        return Err("must be at least 1s, in whole seconds".to_owned());
+    }
+    Ok(retention)
+}
+
+impl WhatArguments {
+    fn settings(&self) -> Settings {
+        let commands = match self.commands {
+            CommandsForm::Classic => Commands::Classic,
+            CommandsForm::Quorum => Commands::Quorum,
+        };
+        Settings { retention: self.retention, commands }
+    }
+
+    fn topology(&self, names: &Names) -> Result<Topology, Failure> {
+        let services = self.services.as_deref().map(read).transpose()?.unwrap_or_default();
+        Ok(Topology::of(names, &services, &self.settings()))
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<ServiceTopology>, Failure> {
+    let is_stdin = path == Path::new("-");
+    let name = if is_stdin { "stdin".to_owned() } else { path.display().to_string() };
+    let mut text = Vec::new();
+    let read = if is_stdin {
+        io::stdin().read_to_end(&mut text).map(drop)
+    } else {
+        std::fs::read(path).map(|read| text = read)
+    };
+    read.with_context(|| format!("failed to read `{name}`"))
+        .map_err(|error| Failure::new(Exit::BadData, error))?;
+    let services = services::read(&name, &text);
+    let services = services.map_err(|complaints| Failure::new(Exit::BadData, complaints))?;
+    Ok(services.iter().map(ServiceTopology::from).collect())
+}
+
+pub(super) fn run(arguments: &TopologyArguments) -> Result<Exit, Failure> {
+    match &arguments.command {
+        Command::Apply(arguments) => run_apply(arguments),
+        Command::Check(arguments) => run_check(arguments),
+        Command::Print(arguments) => {
+            let names = Names::new(arguments.namespace.clone());
+            let topology = arguments.what.topology(&names)?;
+            print(&match arguments.output {
+                Form::Text => text(&topology),
+                Form::Json => format!("{:#}\n", topology_json(&topology)),
+            })
+        }
+    }
+}
+
+fn run_apply(arguments: &ApplyArguments) -> Result<Exit, Failure> {
+    let names = arguments.broker.names();
+    let topology = arguments.what.topology(&names)?;
+    let broker = arguments.broker.broker("dtc topology")?;
+    let clock = Clock::start();
+    let applied = runtime()?.block_on(async {
+        let connection = connect(&broker, arguments.wait).await?;
+        let options = Options {
+            settings: arguments.what.settings(),
+            now: clock.now(),
+            clock_margin: arguments.clock_margin,
+        };
+        let applied = apply_on(&connection, &names, &topology, &options).await;
+        close(&connection).await;
+        Ok(applied)
+    });
+    let applied = applied.map_err(unreachable)?.map_err(not_applied)?;
+    warn(&applied, &names, arguments.clock_margin);
+    match arguments.output {
+        Form::Text => {
+            if applied == Applied::default() {
+                tell("nothing was missing\n");
+            }
+            print(&applied_text(&applied, &names))
+        }
+        Form::Json => print(&format!("{:#}\n", applied_json(&applied))),
+    }
+}
+
+fn run_check(arguments: &CheckArguments) -> Result<Exit, Failure> {
+    let names = arguments.broker.names();
+    let topology = arguments.what.topology(&names)?;
+    let broker = arguments.broker.broker("dtc topology")?;
+    let findings = runtime()?.block_on(async {
+        let connection = connect(&broker, arguments.wait).await?;
+        let findings = check(&connection, &names, &topology).await;
+        close(&connection).await;
+        Ok(findings)
+    });
+    let findings = findings.map_err(unreachable)?;
+    let findings = findings.map_err(|error| not_applied(error.into()))?;
+    print(&match arguments.output {
+        Form::Text => findings.iter().map(|finding| format!("{finding}\n")).collect(),
+        Form::Json => {
+            let findings: Vec<_> = findings.iter().map(finding_json).collect();
+            format!("{:#}\n", Value::Array(findings))
+        }
+    })?;
+    Ok(if findings.is_empty() { Exit::Done } else { Exit::Incomplete })
+}
+
+fn runtime() -> Result<Runtime, Failure> {
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
+    runtime
+        .context("failed to start the runtime")
+        .map_err(|error| Failure::new(Exit::Incomplete, error))
+}
+
+/// Tries each host, and for `wait` again and again.
+async fn connect(broker: &Broker, wait: Duration) -> Result<lapin::Connection, ConnectError> {
+    let until = Instant::now() + wait;
+    let mut backoff = Backoff::default();
+    loop {
+        let error = match broker.connect("topology").await {
+            Ok(connection) => return Ok(connection),
+            Err(error) => error,
+        };
+        let next = Instant::now() + backoff.pause();
+        if error.disposition() == Disposition::GiveUp || next > until {
+            return Err(error);
+        }
+        tokio::time::sleep_until(next).await;
+    }
+}
+
+fn unreachable(error: ConnectError) -> Failure {
+    Failure::new(exit_of(&error), error)
+}
+
+fn not_applied(error: TopologyError) -> Failure {
+    let exit = match (&error, error.disposition()) {
+        (TopologyError::Mismatch(_), _) => Exit::Incomplete,
+        (_, Disposition::GiveUp) => Exit::Refused,
+        (_, Disposition::Retry) => Exit::Unavailable,
+    };
+    Failure::new(exit, error)
+}
+
+fn warn(applied: &Applied, names: &Names, clock_margin: Duration) {
+    if let Some(Begun { complete_since, was_lost: true }) = applied.begun {
+        let until = complete_since + clock_margin;
+        tell(&format!(
+            "warning: the journal `{}` was missing or empty though this system has been at work: \
+             its decisions are lost. What was or will be requested before {} ms since the epoch \
+             is not decided but handed to a person.\n",
+            names.journal(),
+            until.as_millis(),
+        ));
+    }
+}
+
+fn print(text: &str) -> Result<Exit, Failure> {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Ok(()) => Ok(Exit::Done),
+        // Whoever was reading has had enough.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(Exit::Incomplete),
+        Err(error) => {
+            let error = anyhow::Error::new(error).context("failed to write to stdout");
+            Err(Failure::new(Exit::Incomplete, error))
+        }
+    }
+}
+
+fn applied_text(applied: &Applied, names: &Names) -> String {
+    let mut text = String::new();
+    for subject in &applied.created {
+        let _ = writeln!(text, "created {subject}");
+    }
+    if let Some(begun) = applied.begun {
+        let millis = begun.complete_since.as_millis();
+        let journal = names.journal();
+        let _ = writeln!(text, "began journal `{journal}`, complete since {millis}");
+    }
+    text
+}
+
+fn applied_json(applied: &Applied) -> Value {
+    let begun = applied.begun.map(|begun| {
+        json!({
+            "complete_since": begun.complete_since.as_millis(),
+            "was_lost": begun.was_lost,
+        })
+    });
+    json!({
+        "created": applied.created.iter().map(subject_json).collect::<Vec<_>>(),
+        "journal_begun": begun,
+    })
+}
+
+fn subject_json(subject: &Subject) -> Value {
+    json!({"kind": subject.kind(), "name": subject.name()})
+}
+
+fn finding_json(finding: &Finding) -> Value {
+    let mut value = subject_json(&finding.subject);
+    let mut set = |field: &str, to: Value| value[field] = to;
+    match &finding.fault {
+        Fault::Missing => set("fault", "missing".into()),
+        Fault::Differs(difference) => {
+            set("fault", "differs".into());
+            set("argument", json!(difference.argument));
+            set("wanted", json!(difference.wanted));
+            set("found", json!(difference.found));
+        }
+        Fault::Refused(text) => {
+            set("fault", "refused".into());
+            set("message", json!(text));
+        }
+        Fault::NotBegun(found) => {
+            set("fault", "not_begun".into());
+            set("found", json!(found));
+        }
+    }
+    value
+}
+
+fn text(topology: &Topology) -> String {
+    let listed = |arguments: &Arguments| {
+        let arguments = arguments.iter().map(|(name, value)| format!("{name}={value}"));
+        arguments.collect::<Vec<_>>().join(" ")
+    };
+    let exchanges = topology
+        .exchanges
+        .iter()
+        .map(|it| [it.name.to_string(), it.kind.to_string(), listed(&it.arguments())]);
+    let queues = topology
+        .queues
+        .iter()
+        .map(|it| [it.name.to_string(), it.kind.to_string(), listed(&it.arguments)]);
+    let bindings = topology
+        .bindings
+        .iter()
+        .map(|it| [it.queue.to_string(), it.exchange.to_string(), it.key.to_string()]);
+    [
+        table(["EXCHANGE", "KIND", "ARGUMENTS"], exchanges.collect()),
+        table(["QUEUE", "KIND", "ARGUMENTS"], queues.collect()),
+        table(["BOUND QUEUE", "TO EXCHANGE", "BY KEY"], bindings.collect()),
+    ]
+    .join("\n")
+}
+
+fn table(titles: [&str; 3], rows: Vec<[String; 3]>) -> String {
+    let rows: Vec<_> = std::iter::once(titles.map(str::to_owned)).chain(rows).collect();
+    let width = |column: fn(&[String; 3]) -> &str| {
+        rows.iter().map(|row| column(row).len()).max().unwrap_or_default()
+    };
+    let (first_width, second_width) = (width(|row| &row[0]), width(|row| &row[1]));
+    let mut text = String::new();
+    for [first, second, third] in &rows {
+        let line = format!("{first:<first_width$}  {second:<second_width$}  {third}");
+        let _ = writeln!(text, "{}", line.trim_end());
+    }
+    text
+}
+
+fn topology_json(topology: &Topology) -> Value {
+    let arguments = |arguments: &Arguments| {
+        let arguments = arguments.iter().map(|(name, value)| {
+            let value = match value {
+                Argument::Number(number) => json!(number),
+                Argument::Text(text) => json!(text),
+                Argument::Flag(flag) => json!(flag),
+            };
+            (name.clone(), value)
+        });
+        Value::Object(arguments.collect())
+    };
+    let exchanges = topology.exchanges.iter().map(|it| {
+        json!({
+            "name": it.name.as_str(),
+            "kind": it.kind.to_string(),
+            "arguments": arguments(&it.arguments()),
+        })
+    });
+    let queues = topology.queues.iter().map(|it| {
+        json!({
+            "name": it.name.as_str(),
+            "kind": it.kind.to_string(),
+            "arguments": arguments(&it.all_arguments()),
+        })
+    });
+    let bindings = topology.bindings.iter().map(|it| {
+        json!({
+            "queue": it.queue.as_str(),
+            "exchange": it.exchange.as_str(),
+            "key": it.key.as_str(),
+        })
+    });
+    json!({
+        "exchanges": exchanges.collect::<Vec<_>>(),
+        "queues": queues.collect::<Vec<_>>(),
+        "bindings": bindings.collect::<Vec<_>>(),
+    })
+}

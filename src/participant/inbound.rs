@@ -1,0 +1,213 @@
+//! What workers tell an instance: messages in, events of the core out.
+//!
+//! Whatever a message is, something comes of it: its good items as events, and, if anything about
+//! it was bad, the reason why it belongs among the rejected ones.
+
+use lapin::message::Delivery as Message;
+
+use crate::{
+    protocol::{
+        ids::WorkerId,
+        message::{Finish, Prepare, Query},
+        participant::{Delivery, Event},
+    },
+    wire::message::{Cancel, Item, Kind, Malformed, decode},
+};
+
+/// The queue that a message came by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) enum Source {
+    /// The service's prepares: an unacknowledged one is a slot.
+    Prepares,
+    /// This instance's own queue, which ends with its connection.
+    Own,
+    /// The service's durable queue, of which each instance gets a part.
+    Shared,
+}
+
+/// What was in a message.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Read {
+    pub(super) items: Vec<Told>,
+    /// Why it is, or some of its items are, to be rejected.
+    pub(super) bad: Option<String>,
+}
+
+/// One item of a message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Told {
+    Prepare { worker: WorkerId, redelivered: bool, prepare: Prepare },
+    Query { worker: WorkerId, query: Query },
+    Cancel(Cancel),
+    Finish { worker: WorkerId, finish: Finish },
+}
+
+impl Told {
+    /// The event for the core. `delivery` is what to acknowledge when it is dealt with, if that
+    /// isn't at once.
+    pub(super) fn into_event(self, delivery: Option<Delivery>) -> Option<Event> {
+        match self {
+            Self::Prepare { worker, redelivered, prepare } => delivery
+                .map(|delivery| Event::PrepareReceived { worker, delivery, redelivered, prepare }),
+            Self::Query { worker, query } => Some(Event::QueryReceived { worker, query }),
+            Self::Cancel(Cancel(key)) => Some(Event::CancelReceived(key)),
+            Self::Finish { worker, finish } => {
+                Some(Event::FinishReceived { worker, finish, delivery })
+            }
+        }
+    }
+
+    /// Whether it is dealt with only when the core says so.
+    pub(super) fn is_held(&self, source: Source) -> bool {
+        match self {
+            Self::Prepare { .. } => true,
+            Self::Finish { .. } => source == Source::Shared,
+            Self::Query { .. } | Self::Cancel(_) => false,
+        }
+    }
+}
+
+/// Reads `message`, which came by `source`.
+pub(super) fn read(source: Source, message: &Message) -> Read {
+    let kind = message.properties.kind().as_ref().map(|kind| kind.as_str());
+    let known = kind.and_then(Kind::parse_type);
+    let worker = || worker_of(message);
+    match (source, known) {
+        (Source::Prepares, Some(Kind::Prepare)) => read_prepare(message),
+        (Source::Own | Source::Shared, Some(Kind::Query)) => {
+            read_items(message, worker(), |worker, query| Told::Query { worker, query })
+        }
+        (Source::Own | Source::Shared, Some(Kind::Finish)) => {
+            read_items(message, worker(), |worker, finish| Told::Finish { worker, finish })
+        }
+        // Nobody waits for an answer to a cancel.
+        (Source::Own | Source::Shared, Some(Kind::Cancel)) => {
+            read_items(message, Ok(()), |(), cancel| Told::Cancel(cancel))
+        }
+        (Source::Prepares | Source::Own | Source::Shared, _) => {
+            let kind = kind.map_or_else(|| "missing".to_owned(), |kind| format!("`{kind}`"));
+            bad(format!("the property `type` is {kind}: no such messages belong here"))
+        }
+    }
+}
+
+fn bad(reason: String) -> Read {
+    Read { items: Vec::new(), bad: Some(reason) }
+}
+
+/// A prepare stands for a slot, so a message has exactly one.
+fn read_prepare(message: &Message) -> Read {
+    let worker = match worker_of(message) {
+        Ok(worker) => worker,
+        Err(reason) => return bad(reason),
+    };
+    match decode::<Prepare>(&message.data).map(<[_; 1]>::try_from) {
+        Ok(Ok([Ok(prepare)])) => {
+            let redelivered = message.redelivered;
+            let told = Told::Prepare { worker, redelivered, prepare };
+            Read { items: vec![told], bad: None }
+        }
+        Ok(Ok([Err(malformed)])) | Err(malformed) => bad(malformed.to_string()),
+        Ok(Err(items)) => bad(format!("has {} items: a prepare has exactly one", items.len())),
+    }
+}
+
+fn read_items<T: Item, W: Clone>(
+    message: &Message,
+    worker: Result<W, String>,
+    told: impl Fn(W, T) -> Told,
+) -> Read {
+    let (worker, items) = match (worker, decode::<T>(&message.data)) {
+        (Ok(worker), Ok(items)) => (worker, items),
+        (Err(reason), Ok(_)) => return bad(reason),
+        (_, Err(malformed)) => return bad(malformed.to_string()),
+    };
+    let (mut read, mut complaints) = (Read::default(), Vec::new());
+    for item in items {
+        match item {
+            Ok(item) => read.items.push(told(worker.clone(), item)),
+            Err(malformed) => complaints.push(malformed),
+        }
+    }
+    let complaints = complaints.iter().map(Malformed::to_string).collect::<Vec<_>>();
+    read.bad = (!complaints.is_empty()).then(|| complaints.join("\n"));
+    read
+}
+
+/// Who wants the answer.
+fn worker_of(message: &Message) -> Result<WorkerId, String> {
+    match message.properties.reply_to() {
+        Some(worker) => WorkerId::parse(worker.as_str())
+            .map_err(|error| format!("the property `reply_to`: {error}")),
+        None => Err("the property `reply_to` is missing: must be the worker's id".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use lapin::{BasicProperties, message::Delivery as Message};
+
+    use super::{Read, Source, Told, read};
+
+    const QUERY: &str =
+        r#"{"id":"t1","requested_at":1,"request_hash":"000102030405060708090a0b0c0d0e0f"}"#;
+    const PREPARE: &str = r#"{"id":"t1","requested_at":1,"data":{},"deadline":5000,"repeated":false,
+        "request_hash":"000102030405060708090a0b0c0d0e0f"}"#;
+
+    fn message(kind: &'static str, body: String) -> Message {
+        let mut message = Message::mock(1, "e".into(), "k".into(), false, body.into_bytes());
+        message.properties =
+            BasicProperties::default().with_type(kind.into()).with_reply_to("w1".into());
+        message
+    }
+
+    fn reason(read: &Read) -> &str {
+        read.bad.as_deref().unwrap_or_default()
+    }
+
+    #[test]
+    fn the_good_items_count_though_others_are_bad() {
+        let body = format!(r#"[{QUERY},{{"id":"t 2"}},{QUERY}]"#);
+        let read = read(Source::Own, &message("dtc.query.v1", body));
+        assert_eq!(read.items.len(), 2);
+        assert!(matches!(read.items[0], Told::Query { .. }));
+        assert!(reason(&read).contains("$[1]"), "{read:?}");
+    }
+
+    #[test]
+    fn a_prepare_message_has_one_item() {
+        let one = read(Source::Prepares, &message("dtc.prepare.v1", format!("[{PREPARE}]")));
+        assert_eq!((one.items.len(), &one.bad), (1, &None));
+        let two =
+            read(Source::Prepares, &message("dtc.prepare.v1", format!("[{PREPARE},{PREPARE}]")));
+        assert_eq!((two.items.len(), reason(&two)), (0, "has 2 items: a prepare has exactly one"));
+        let none = read(Source::Prepares, &message("dtc.prepare.v1", "[]".to_owned()));
+        assert!(reason(&none).contains("has 0 items"), "{none:?}");
+    }
+
+    #[test]
+    fn each_queue_has_its_kinds() {
+        for (source, kind) in [
+            (Source::Prepares, "dtc.finish.v1"),
+            (Source::Own, "dtc.prepare.v1"),
+            (Source::Shared, "dtc.vote.v1"),
+            (Source::Own, "dtc.query.v2"),
+        ] {
+            let read = read(source, &message(kind, format!("[{QUERY}]")));
+            assert!(read.items.is_empty() && reason(&read).contains(kind), "{read:?}");
+        }
+    }
+
+    #[test]
+    fn whoever_wants_an_answer_says_who_it_is() {
+        for reply_to in [None, Some("a.b"), Some("")] {
+            let mut message = message("dtc.query.v1", format!("[{QUERY}]"));
+            message.properties = BasicProperties::default().with_type("dtc.query.v1".into());
+            if let Some(reply_to) = reply_to {
+                message.properties = message.properties.with_reply_to(reply_to.into());
+            }
+            let read = read(Source::Own, &message);
+            assert!(read.items.is_empty() && reason(&read).contains("`reply_to`"), "{read:?}");
+        }
+    }
+}

@@ -1,0 +1,214 @@
+//! What an instance says, gathered: all that goes to one worker travels in one message of its kind.
+
+use std::collections::BTreeMap;
+
+use lapin::types::ShortString;
+
+use crate::{
+    protocol::{
+        ids::{ServiceName, WorkerId},
+        message::{Done, Inquiry, Vote},
+        participant::Delivery,
+    },
+    transport::amqp::{
+        names::{ANY, Names, key},
+        publisher::Outgoing,
+    },
+    wire::message::{Item, Items},
+};
+
+/// What has yet to be published.
+#[derive(Debug)]
+pub(super) struct Outbox {
+    exchange: ShortString,
+    service: ServiceName,
+    votes: BTreeMap<WorkerId, Bodies>,
+    dones: BTreeMap<WorkerId, Bodies>,
+    inquiries: Bodies,
+    settled: Bodies,
+    /// What may be acknowledged when the message of this number among `settled` is safe.
+    owed: BTreeMap<usize, Vec<Delivery>>,
+}
+
+/// Items of one kind to one destination, in as few messages as they fit into.
+type Bodies = Vec<Items>;
+
+/// Something to publish; `owed` may be acknowledged once it is safe with the broker.
+#[derive(Debug)]
+pub(super) struct Parcel {
+    pub(super) message: Outgoing,
+    pub(super) owed: Vec<Delivery>,
+    /// Whether it must not be lost: else whoever waits for it asks again.
+    pub(super) must_arrive: bool,
+}
+
+impl Outbox {
+    pub(super) fn new(names: &Names, service: ServiceName) -> Self {
+        Self {
+            exchange: names.replies(),
+            service,
+            votes: BTreeMap::new(),
+            dones: BTreeMap::new(),
+            inquiries: Vec::new(),
+            settled: Vec::new(),
+            owed: BTreeMap::new(),
+        }
+    }
+
+    pub(super) fn vote(&mut self, to: WorkerId, vote: &Vote) {
+        push(self.votes.entry(to).or_default(), vote);
+    }
+
+    pub(super) fn done(&mut self, to: WorkerId, done: &Done) {
+        push(self.dones.entry(to).or_default(), done);
+    }
+
+    pub(super) fn inquire(&mut self, inquiry: &Inquiry) {
+        push(&mut self.inquiries, inquiry);
+    }
+
+    /// The done of a parked command: for any worker, and `delivery` is not acknowledged before it
+    /// is safe.
+    pub(super) fn settle(&mut self, done: &Done, delivery: Option<Delivery>) {
+        push(&mut self.settled, done);
+        let last = self.settled.len().saturating_sub(1);
+        self.owed.entry(last).or_default().extend(delivery);
+    }
+
+    /// Throws away what there is to say. Whoever waits for it asks again.
+    pub(super) fn clear(&mut self) {
+        self.votes.clear();
+        self.dones.clear();
+        self.inquiries.clear();
+        self.settled.clear();
+        self.owed.clear();
+    }
+
+    /// Takes out all there is to publish.
+    pub(super) fn take(&mut self) -> Vec<Parcel> {
+        let mut parcels = Vec::new();
+        let to_workers = std::mem::take(&mut self.votes)
+            .into_iter()
+            .chain(std::mem::take(&mut self.dones))
+            .flat_map(|(to, bodies)| bodies.into_iter().map(move |body| (to.clone(), body)));
+        for (to, body) in to_workers {
+            parcels.push(self.parcel(to.as_str(), body, None));
+        }
+        for body in std::mem::take(&mut self.inquiries) {
+            parcels.push(self.parcel(ANY, body, None));
+        }
+        for (number, body) in std::mem::take(&mut self.settled).into_iter().enumerate() {
+            let owed = self.owed.remove(&number).unwrap_or_default();
+            parcels.push(self.parcel(ANY, body, Some(owed)));
+        }
+        parcels
+    }
+
+    fn parcel(&self, to: &str, body: Items, owed: Option<Vec<Delivery>>) -> Parcel {
+        let must_arrive = owed.is_some();
+        let message = Outgoing {
+            exchange: self.exchange.clone(),
+            key: key(to, &self.service),
+            message_type: body.kind().map_or("", |kind| kind.as_type()),
+            body: body.into_body(),
+            persistent: must_arrive,
+            mandatory: must_arrive,
+            ..Outgoing::default()
+        };
+        Parcel { message, owed: owed.unwrap_or_default(), must_arrive }
+    }
+}
+
+fn push<T: Item>(bodies: &mut Bodies, item: &T) {
+    if let Some(last) = bodies.last_mut()
+        && last.push(item).is_ok()
+    {
+        return;
+    }
+    let mut items = Items::new();
+    // An empty one takes any item.
+    if items.push(item).is_ok() {
+        bodies.push(items);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::Outbox;
+    use crate::{
+        protocol::{
+            ids::{InstanceId, ServiceName, TransactionId, TransactionKey, WorkerId},
+            message::Done,
+            participant::Delivery,
+            time::Time,
+        },
+        transport::amqp::names::{Names, Namespace},
+        wire::message::{BODY_MAX, decode},
+    };
+
+    fn outbox() -> Outbox {
+        let names = Names::new(Namespace::parse("dtc").unwrap());
+        Outbox::new(&names, ServiceName::parse("payments").unwrap())
+    }
+
+    fn done(number: usize, applied: Result<(), Arc<str>>) -> Done {
+        let id = TransactionId::parse(&format!("t{number}")).unwrap();
+        Done {
+            key: TransactionKey { id, requested_at: Time::EPOCH },
+            service: ServiceName::parse("payments").unwrap(),
+            instance: InstanceId::parse("i1").unwrap(),
+            applied,
+            parked: false,
+            free: 1,
+        }
+    }
+
+    #[test]
+    fn all_for_one_worker_is_one_message() {
+        let mut outbox = outbox();
+        for (number, worker) in ["w1", "w2", "w1", "w1"].into_iter().enumerate() {
+            outbox.done(WorkerId::parse(worker).unwrap(), &done(number, Ok(())));
+        }
+        let parcels = outbox.take();
+        let said: Vec<_> = parcels
+            .iter()
+            .map(|it| (it.message.key.as_str(), decode::<Done>(&it.message.body).unwrap().len()))
+            .collect();
+        assert_eq!(said, [("w1.payments", 3), ("w2.payments", 1)]);
+        assert!(outbox.take().is_empty());
+    }
+
+    #[test]
+    fn what_does_not_fit_into_one_message_takes_another() {
+        let mut outbox = outbox();
+        let worker = WorkerId::parse("w1").unwrap();
+        for number in 0..1000 {
+            outbox.done(worker.clone(), &done(number, Err("x".repeat(1000).into())));
+        }
+        let parcels = outbox.take();
+        assert!(parcels.iter().all(|it| it.message.body.len() <= BODY_MAX));
+        let dones: usize =
+            parcels.iter().map(|it| decode::<Done>(&it.message.body).unwrap().len()).sum();
+        assert_eq!((parcels.len() > 1, dones), (true, 1000));
+    }
+
+    #[test]
+    fn each_delivery_is_owed_by_the_message_that_answers_it() {
+        let mut outbox = outbox();
+        for number in 0..1000 {
+            let error = Err("x".repeat(1000).into());
+            outbox.settle(&done(number, error), Some(Delivery(number as u64)));
+        }
+        let mut owed = Vec::new();
+        for parcel in outbox.take() {
+            assert!(parcel.must_arrive && parcel.message.persistent && parcel.message.mandatory);
+            assert_eq!(parcel.message.key.as_str(), "any.payments");
+            let dones = decode::<Done>(&parcel.message.body).unwrap();
+            assert_eq!(parcel.owed.len(), dones.len());
+            owed.extend(parcel.owed);
+        }
+        assert_eq!(owed, (0..1000).map(Delivery).collect::<Vec<_>>());
+    }
+}

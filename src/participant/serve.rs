@@ -1,0 +1,526 @@
+//! A service on RabbitMQ: what drives one instance of it.
+//!
+//! The loop takes in everything that is ready, lets the core decide, calls the service's code, and
+//! then says all there is to say: under load votes and dones travel together, and an idle instance
+//! does nothing at all.
+//!
+//! **What happens when the connection is lost.** Calls go on, and what is prepared stays prepared;
+//! what was said and not confirmed is forgotten, since whoever waits for it asks again. The core
+//! keeps every slot that is taken, so that what is delivered again after a reconnect doesn't exceed
+//! the cap.
+
+use std::{collections::VecDeque, pin::Pin, sync::Arc, time::Duration};
+
+use futures_util::{FutureExt, StreamExt, future::FusedFuture};
+use lapin::message::Delivery as Message;
+use tokio::time::{Instant, sleep_until};
+
+use crate::{
+    participant::{
+        AnyParticipant, Calls, Participant,
+        inbound::Source,
+        outbox::Outbox,
+        session::{Lost, Numbers, Session},
+    },
+    protocol::{
+        ids::{InstanceId, ServiceName},
+        participant::{self, Effect, Event, Instance},
+        time::Time,
+    },
+    transport::amqp::{
+        connection::{Backoff, Broker, Chain, ConnectError, Disposition, is_not_found, is_refusal},
+        consumer::{Closed, Inbox},
+        names::Names,
+        unique,
+    },
+    wire::services::Cap,
+    worker::clock::Clock,
+};
+
+/// A session that stood for so long was a good one: the next pause begins small again.
+const STEADY: Duration = Duration::from_secs(10);
+
+/// Who an instance is, and where it serves.
+#[derive(Debug, Clone)]
+pub struct ServeSettings {
+    /// The broker.
+    pub broker: Broker,
+    /// What everything is called there.
+    pub names: Names,
+    /// The service.
+    pub service: ServiceName,
+    /// This instance of it. **Each process takes a new one**, also when it is started again: what
+    /// it prepares is named after it.
+    pub instance: InstanceId,
+    /// How many transactions this instance works on at once; the broker gives it no more. At least
+    /// 1; no more than 65535 have an effect.
+    pub max_concurrency: u32,
+    /// Whether the cap counts for each instance or for all together, as the service's queue was
+    /// declared.
+    pub cap: Cap,
+    /// Whether this instance holds the cap by itself too, as it should. Without it the cap is
+    /// exceeded when a connection is lost, since what is delivered again takes slots anew.
+    pub own_limit: bool,
+    /// How long to wait for an outcome before asking for it.
+    pub inquire_after: Duration,
+    /// How long a commit or an abort may take.
+    pub finish_timeout: Duration,
+    /// How long to wait, when told to stop, for the outcomes of what is prepared.
+    pub drain: Duration,
+}
+
+impl ServeSettings {
+    /// The defaults, for an instance with a name of its own.
+    pub fn new(broker: Broker, names: Names, service: ServiceName, max_concurrency: u32) -> Self {
+        Self {
+            broker,
+            names,
+            service,
+            instance: new_instance(None),
+            max_concurrency,
+            cap: Cap::default(),
+            own_limit: true,
+            inquire_after: Duration::from_secs(10),
+            finish_timeout: Duration::from_secs(5),
+            drain: Duration::from_secs(25),
+        }
+    }
+
+    fn of_core(&self) -> participant::Settings {
+        let max_concurrency = match self.own_limit {
+            // The broker gives out no more, and what it doesn't give can't be counted as free.
+            true => self.max_concurrency.min(u16::MAX.into()),
+            false => u32::MAX,
+        };
+        participant::Settings {
+            has_store: true,
+            inquire_after: self.inquire_after,
+            seed: unique::number(),
+            ..participant::Settings::new(
+                self.service.clone(),
+                self.instance.clone(),
+                max_concurrency,
+            )
+        }
+    }
+}
+
+/// An instance id that no other process has; it begins with `label`, as far as there is room.
+pub fn new_instance(label: Option<&InstanceId>) -> InstanceId {
+    let unique = unique::name('i');
+    let named = label.map(|label| {
+        let room = 64_usize.saturating_sub(unique.len() + 1);
+        let label: String = label.as_str().chars().take(room).collect();
+        format!("{label}-{unique}")
+    });
+    let parsed = InstanceId::parse(named.as_deref().unwrap_or(&unique));
+    // Names are made of what ids may have.
+    parsed.unwrap_or_else(|_| unreachable!("a unique name is an instance id"))
+}
+
+/// Why a service can't be served.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The participant has no store: what it prepares would end with its process, while the broker
+    /// and the workers rely on it.
+    #[error("service `{service}` has no store: `Participant::has_store` must say that it has one")]
+    NoStore {
+        /// Which service.
+        service: ServiceName,
+    },
+    /// The broker doesn't let it in, or doesn't let it do what it must.
+    #[error("service `{service}` is refused by the broker")]
+    Refused {
+        /// Which service.
+        service: ServiceName,
+        /// What it may not do.
+        #[source]
+        source: OpenError,
+    },
+}
+
+/// An instance could not take its place at the broker.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// No connection.
+    #[error("failed to connect")]
+    Connect(#[source] ConnectError),
+    /// The connection gives no channel.
+    #[error("failed to open a channel")]
+    Channel(#[source] lapin::Error),
+    /// The queue can't be consumed or declared.
+    #[error("failed to use queue `{name}`")]
+    Queue {
+        /// Which queue.
+        name: String,
+        /// What the broker says.
+        #[source]
+        source: lapin::Error,
+    },
+    /// The exchange can't be bound to.
+    #[error("failed to use exchange `{name}`")]
+    Exchange {
+        /// Which exchange.
+        name: String,
+        /// What the broker says.
+        #[source]
+        source: lapin::Error,
+    },
+}
+
+impl OpenError {
+    /// Whether to try again.
+    pub fn disposition(&self) -> Disposition {
+        match self {
+            Self::Connect(error) => error.disposition(),
+            Self::Channel(source) | Self::Queue { source, .. } | Self::Exchange { source, .. } => {
+                match is_refusal(source) {
+                    true => Disposition::GiveUp,
+                    false => Disposition::Retry,
+                }
+            }
+        }
+    }
+
+    /// Whether a queue or exchange is missing: the topology was not applied, or not yet.
+    fn is_not_found(&self) -> bool {
+        match self {
+            Self::Connect(_) | Self::Channel(_) => false,
+            Self::Queue { source, .. } | Self::Exchange { source, .. } => is_not_found(source),
+        }
+    }
+}
+
+/// Serves `participant` until `stop` has come and what is prepared has heard its outcome, or the
+/// time for that is over. A broker that can't be reached is tried again and again.
+///
+/// # Errors
+///
+/// The participant has no store, or the broker refuses us from the start.
+pub async fn serve(
+    participant: impl Participant,
+    settings: ServeSettings,
+    stop: impl Future<Output = ()>,
+) -> Result<(), ServeError> {
+    if !Participant::has_store(&participant) {
+        return Err(ServeError::NoStore { service: settings.service });
+    }
+    let stop = std::pin::pin!(stop.fuse());
+    Server::new(Arc::new(participant), settings).run(stop).await
+}
+
+/// One instance, whether connected or not.
+struct Server {
+    participant: Arc<dyn AnyParticipant>,
+    settings: ServeSettings,
+    clock: Clock,
+    instance: Instance,
+    calls: Calls,
+    outbox: Outbox,
+    numbers: Numbers,
+    /// What the core has yet to be told.
+    events: VecDeque<Event>,
+    effects: Vec<Effect>,
+    /// Told to stop: until when outcomes are waited for.
+    drains_until: Option<Instant>,
+}
+
+/// Why an instance works no more.
+enum Ended {
+    Stopped,
+    Lost(Session, Lost),
+}
+
+impl Server {
+    fn new(participant: Arc<dyn AnyParticipant>, settings: ServeSettings) -> Self {
+        let clock = Clock::start();
+        Self {
+            participant,
+            clock,
+            instance: Instance::new(clock.now(), settings.of_core()),
+            calls: Calls::new(clock, settings.finish_timeout),
+            outbox: Outbox::new(&settings.names, settings.service.clone()),
+            numbers: Numbers::default(),
+            events: VecDeque::new(),
+            effects: Vec::new(),
+            drains_until: None,
+            settings,
+        }
+    }
+
+    async fn run(
+        mut self,
+        mut stop: Pin<&mut (impl FusedFuture<Output = ()> + ?Sized)>,
+    ) -> Result<(), ServeError> {
+        let mut backoff = Backoff::default();
+        let mut old = None;
+        loop {
+            let session = self.connect(old.take(), &mut backoff, stop.as_mut()).await?;
+            let Some(session) = session else { return Ok(()) };
+            let ServeSettings { service, instance, max_concurrency, .. } = &self.settings;
+            tracing::info!(%service, %instance, max_concurrency, "ready");
+            match self.work(session, stop.as_mut()).await {
+                Ended::Stopped => return Ok(()),
+                Ended::Lost(session, lost) => {
+                    let slots_used = self.instance.slots_used();
+                    tracing::warn!(error = %Chain(&lost), slots_used, "connecting again");
+                    if session.opened_at.elapsed() >= STEADY {
+                        backoff = Backoff::default();
+                    }
+                    self.events.push_back(Event::Disconnected);
+                    self.settle(None);
+                    old = Some(session);
+                }
+            }
+        }
+    }
+
+    // ---- Unconnected -------------------------------------------------------------------------
+
+    /// Connects, however long it takes, while the calls go on; `None` if there is nothing left to
+    /// do before that.
+    async fn connect(
+        &mut self,
+        old: Option<Session>,
+        backoff: &mut Backoff,
+        mut stop: Pin<&mut (impl FusedFuture<Output = ()> + ?Sized)>,
+    ) -> Result<Option<Session>, ServeError> {
+        let has_served = old.is_some();
+        let takes_prepares = self.drains_until.is_none();
+        let settings = self.settings.clone();
+        let opening = async move {
+            if let Some(old) = old {
+                // Its queue is the broker's to give again only when its connection is gone.
+                old.close().await;
+                tokio::time::sleep(backoff.pause()).await;
+            }
+            open(&settings, takes_prepares, has_served, backoff).await
+        };
+        let mut opening = std::pin::pin!(opening);
+        loop {
+            self.settle(None);
+            if self.is_drained() {
+                return Ok(None);
+            }
+            let wake_at = self.wake_at(None);
+            tokio::select! {
+                biased;
+                () = stop.as_mut(), if self.drains_until.is_none() => self.begin_drain(),
+                session = &mut opening => return self.opened(session).await,
+                ended = self.calls.next() => self.events.push_back(ended.event),
+                () = sleep_until_some(wake_at) => {}
+            }
+        }
+    }
+
+    async fn opened(
+        &self,
+        session: Result<Session, OpenError>,
+    ) -> Result<Option<Session>, ServeError> {
+        let service = self.settings.service.clone();
+        let mut session = session.map_err(|source| ServeError::Refused { service, source })?;
+        // It may have been told to stop meanwhile.
+        if self.drains_until.is_some() && session.stop_prepares(self.settings.cap).await.is_err() {
+            tracing::debug!("the connection is lost again");
+        }
+        Ok(Some(session))
+    }
+
+    /// Whether it was told to stop, and has no more to do or no more time.
+    fn is_drained(&self) -> bool {
+        let Some(until) = self.drains_until else { return false };
+        let is_idle = self.instance.slots_used() == 0 && self.calls.is_idle();
+        if !is_idle && until <= Instant::now() {
+            let slots_used = self.instance.slots_used();
+            tracing::warn!(slots_used, "stopping with transactions that have heard no outcome");
+            return true;
+        }
+        is_idle
+    }
+
+    fn begin_drain(&mut self) {
+        tracing::info!(slots_used = self.instance.slots_used(), "stopping");
+        self.drains_until = Some(Instant::now() + self.settings.drain);
+    }
+
+    // ---- Connected ---------------------------------------------------------------------------
+
+    async fn work(
+        &mut self,
+        mut session: Session,
+        mut stop: Pin<&mut (impl FusedFuture<Output = ()> + ?Sized)>,
+    ) -> Ended {
+        let mut link_events = session.link.events();
+        loop {
+            self.settle(Some(&mut session));
+            if self.is_drained() && (session.is_quiet() || self.is_out_of_time()) {
+                session.close().await;
+                return Ended::Stopped;
+            }
+            let wake_at = self.wake_at(session.next_retry());
+            let has_room = session.has_room();
+            let takes_prepares = has_room && session.takes_prepares;
+            let (numbers, events) = (&mut self.numbers, &mut self.events);
+            let heard = tokio::select! {
+                biased;
+                () = stop.as_mut(), if self.drains_until.is_none() => {
+                    self.begin_drain();
+                    session.stop_prepares(self.settings.cap).await
+                }
+                Some(event) = link_events.next() => Session::hear(event),
+                (ticket, published) = session.publisher.next() => {
+                    session.published(ticket, published)
+                }
+                ended = self.calls.next() => {
+                    events.push_back(ended.event);
+                    Ok(())
+                }
+                message = session.own.next(), if has_room => {
+                    session.take(Source::Own, message, numbers, events)
+                }
+                message = session.shared.next(), if has_room => {
+                    session.take(Source::Shared, message, numbers, events)
+                }
+                message = next(&mut session.prepares), if takes_prepares => {
+                    session.take(Source::Prepares, message, numbers, events)
+                }
+                () = sleep_until_some(wake_at) => Ok(()),
+            };
+            if let Err(lost) = heard.and_then(|()| self.take_ready(&mut session)) {
+                return Ended::Lost(session, lost);
+            }
+        }
+    }
+
+    fn is_out_of_time(&self) -> bool {
+        self.drains_until.is_some_and(|until| until <= Instant::now())
+    }
+
+    /// Takes in everything else that is ready.
+    fn take_ready(&mut self, session: &mut Session) -> Result<(), Lost> {
+        while let Some((ticket, published)) = session.publisher.ready() {
+            session.published(ticket, published)?;
+        }
+        while let Some(ended) = self.calls.try_next() {
+            self.events.push_back(ended.event);
+        }
+        session.take_ready(&mut self.numbers, &mut self.events)
+    }
+
+    // ---- The core ----------------------------------------------------------------------------
+
+    /// Lets the core handle all that has happened, and says what it has to say.
+    fn settle(&mut self, mut session: Option<&mut Session>) {
+        let now = self.clock.now();
+        if self.instance.next_deadline().is_some_and(|at| at <= now) {
+            self.events.push_back(Event::DeadlineReached);
+        }
+        while let Some(event) = self.events.pop_front() {
+            let mut effects = std::mem::take(&mut self.effects);
+            self.instance.handle(self.clock.now(), event, &mut effects);
+            let mut effects_left = effects.drain(..).peekable();
+            while let Some(effect) = effects_left.next() {
+                self.perform(effect, &mut effects_left, session.as_deref_mut());
+            }
+            drop(effects_left);
+            self.effects = effects;
+        }
+        let Some(session) = session else { return self.outbox.clear() };
+        for parcel in self.outbox.take() {
+            session.publish(parcel);
+        }
+        session.publish_again();
+        session.flush_acks();
+    }
+
+    fn perform(
+        &mut self,
+        effect: Effect,
+        next: &mut std::iter::Peekable<impl Iterator<Item = Effect>>,
+        session: Option<&mut Session>,
+    ) {
+        match effect {
+            Effect::CallPrepare { .. }
+            | Effect::CallCommit { .. }
+            | Effect::CallAbort { .. }
+            | Effect::ReadStore(_)
+            | Effect::ScanStore => {
+                let ended = self.calls.start(0, &self.participant, effect);
+                self.events.extend(ended.map(|ended| ended.event));
+            }
+            Effect::Vote { to, vote } => self.outbox.vote(to, &vote),
+            Effect::Done { to, done } if !done.parked => self.outbox.done(to, &done),
+            Effect::Done { done, .. } => {
+                // What it answers follows at once, if it came by the durable queue.
+                let is_shared = |delivery| {
+                    session.is_some_and(|it| it.source_of(delivery) == Some(Source::Shared))
+                };
+                let owed = match next.peek() {
+                    Some(&Effect::Ack(delivery)) if is_shared(delivery) => Some(delivery),
+                    Some(_) | None => None,
+                };
+                if owed.is_some() {
+                    next.next();
+                }
+                self.outbox.settle(&done, owed);
+            }
+            Effect::Inquire(inquiry) => self.outbox.inquire(&inquiry),
+            Effect::Ack(delivery) => {
+                if let Some(session) = session {
+                    session.ack(delivery);
+                }
+            }
+        }
+    }
+
+    /// When there is something to do though nothing happens.
+    fn wake_at(&self, retry: Option<Instant>) -> Option<Instant> {
+        let deadline = self.instance.next_deadline().map(|at: Time| self.clock.instant_of(at));
+        deadline.into_iter().chain(self.drains_until).chain(retry).min()
+    }
+}
+
+/// Opens a session, however often it takes; gives up only at the very start, and only if waiting
+/// doesn't help.
+async fn open(
+    settings: &ServeSettings,
+    takes_prepares: bool,
+    has_served: bool,
+    backoff: &mut Backoff,
+) -> Result<Session, OpenError> {
+    loop {
+        let error = match open_once(settings, takes_prepares).await {
+            Ok(session) => return Ok(session),
+            Err(error) => error,
+        };
+        if error.disposition() == Disposition::GiveUp && !has_served {
+            return Err(error);
+        }
+        let pause = backoff.pause();
+        let hint = match error.is_not_found() {
+            true => "; has `dtc topology apply` been run?",
+            false => "",
+        };
+        tracing::warn!("not connected, trying again in {pause:.1?}: {}{hint}", Chain(&error));
+        tokio::time::sleep(pause).await;
+    }
+}
+
+async fn open_once(settings: &ServeSettings, takes_prepares: bool) -> Result<Session, OpenError> {
+    let link = settings.broker.link().await.map_err(OpenError::Connect)?;
+    Session::open(link, settings, takes_prepares).await
+}
+
+async fn next(inbox: &mut Option<Inbox>) -> Result<Message, Closed> {
+    match inbox {
+        Some(inbox) => inbox.next().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn sleep_until_some(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => sleep_until(moment).await,
+        None => std::future::pending().await,
+    }
+}

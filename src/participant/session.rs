@@ -1,0 +1,441 @@
+//! What an instance has while it is connected: its queues, and who waits for what.
+//!
+//! **Invariant:** a delivery is acknowledged only on the channel that it came by. Its number means
+//! nothing to the next session.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    time::Duration,
+};
+
+use lapin::{
+    Channel, Connection,
+    message::Delivery as Message,
+    options::{QueueBindOptions, QueueDeclareOptions},
+    types::{AMQPValue, FieldTable, ShortString},
+};
+use tokio::time::Instant;
+
+use crate::{
+    participant::{
+        inbound::{Source, Told, read},
+        outbox::Parcel,
+        serve::{OpenError, ServeSettings},
+    },
+    protocol::participant::{Delivery, Event},
+    transport::amqp::{
+        connection::{Link, LinkEvent},
+        consumer::{Closed, Inbox},
+        names::{ALL, key},
+        publisher::{Outgoing, Published, Publisher},
+    },
+    wire::{message::Kind, services::Cap},
+};
+
+/// How many messages of an instance's own queue are on their way to it at a time.
+const OWN_PREFETCH: u16 = 1024;
+/// How many messages of the service's durable queue one instance has in hand: a commit that fails
+/// for good keeps its place there.
+const SHARED_PREFETCH: u16 = 256;
+/// How many messages may be on their way to the broker before no more are taken from it.
+const OUTSTANDING_MAX: usize = 4096;
+/// How many messages of each queue are taken between two flushes.
+const BATCH_MAX: usize = 1024;
+/// The pause before something is published again that the broker did not take.
+const REFUSED_PAUSE: Duration = Duration::from_secs(1);
+/// How many characters of a complaint are kept with what is rejected.
+const REASON_MAX: usize = 2048;
+
+/// One connection's worth of service.
+pub(super) struct Session {
+    pub(super) link: Link,
+    pub(super) publisher: Publisher<Ticket>,
+    /// `None`: it was opened to hear the rest, and takes no prepares.
+    pub(super) prepares: Option<Inbox>,
+    /// Whether prepares are looked at.
+    pub(super) takes_prepares: bool,
+    pub(super) own: Inbox,
+    pub(super) shared: Inbox,
+    rejected: ShortString,
+    /// Where the deliveries came from that the core has not yet acknowledged.
+    origins: BTreeMap<Delivery, Origin>,
+    /// How many items of a message are not dealt with yet, where that is more than one.
+    undone: BTreeMap<Origin, usize>,
+    /// What the broker did not take, and when to publish it again.
+    refused: VecDeque<(Instant, Outgoing, Ticket)>,
+    pub(super) opened_at: Instant,
+}
+
+/// A message, by the tag it has on the channel of its queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Origin {
+    source: Source,
+    tag: u64,
+}
+
+/// What follows when a message is with the broker.
+#[derive(Debug)]
+pub(super) enum Ticket {
+    /// Nothing: if it doesn't arrive, whoever waits for it asks again.
+    MayBeLost,
+    /// These may be acknowledged. Kept with the message, to publish it again.
+    Owed(Outgoing, Vec<Delivery>),
+    /// This one is among the rejected.
+    Rejected(Outgoing, Source, u64),
+}
+
+/// The session is over: everything will be delivered again, to whomever.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Lost {
+    #[error("a connection is lost")]
+    Connection(#[source] lapin::Error),
+    #[error("the channel for publishing is lost")]
+    Publishing(#[source] lapin::Error),
+    #[error("nothing more can be consumed")]
+    Consuming(#[source] Closed),
+}
+
+impl Session {
+    /// Takes its place on `link`: the instance's own queue first, so that it hears of outcomes
+    /// before it takes what they will be about.
+    pub(super) async fn open(
+        link: Link,
+        settings: &ServeSettings,
+        takes_prepares: bool,
+    ) -> Result<Self, OpenError> {
+        match Self::open_on(&link, settings, takes_prepares).await {
+            Ok((publisher, own, shared, prepares)) => Ok(Self {
+                link,
+                publisher,
+                prepares,
+                takes_prepares,
+                own,
+                shared,
+                rejected: settings.names.rejected(),
+                origins: BTreeMap::new(),
+                undone: BTreeMap::new(),
+                refused: VecDeque::new(),
+                opened_at: Instant::now(),
+            }),
+            Err(error) => {
+                link.close().await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn open_on(
+        link: &Link,
+        settings: &ServeSettings,
+        takes_prepares: bool,
+    ) -> Result<(Publisher<Ticket>, Inbox, Inbox, Option<Inbox>), OpenError> {
+        let ServeSettings { names, service, .. } = settings;
+        let at = |what: &ShortString| {
+            let name = what.to_string();
+            move |source| OpenError::Queue { name, source }
+        };
+        let publisher = Publisher::open(&link.publishing).await;
+        let publisher = publisher.map_err(OpenError::Channel)?;
+        let own = open_own(&link.consuming, settings).await?;
+        let consuming = &link.consuming;
+        let name = names.finish_any_of(service);
+        let shared =
+            Inbox::open(consuming, name.clone(), SHARED_PREFETCH, FieldTable::default()).await;
+        let shared = shared.map_err(at(&name))?;
+        if !takes_prepares {
+            return Ok((publisher, own, shared, None));
+        }
+        let name = names.prepare_of(service);
+        let prefetch = u16::try_from(settings.max_concurrency).unwrap_or(u16::MAX);
+        let prepares = Inbox::open(consuming, name.clone(), prefetch, FieldTable::default()).await;
+        let prepares = prepares.map_err(at(&name))?;
+        Ok((publisher, own, shared, Some(prepares)))
+    }
+
+    /// Whether as much is on its way to the broker as may be.
+    pub(super) fn has_room(&self) -> bool {
+        self.publisher.outstanding() < OUTSTANDING_MAX
+    }
+
+    // ---- What comes in -----------------------------------------------------------------------
+
+    /// What became of the connections.
+    pub(super) fn hear(event: LinkEvent) -> Result<(), Lost> {
+        match event {
+            LinkEvent::Lost(error) => return Err(Lost::Connection(error)),
+            LinkEvent::Blocked(reason) => {
+                tracing::warn!(reason, "the broker takes nothing more for the time being");
+            }
+            LinkEvent::Unblocked => tracing::info!("the broker takes messages again"),
+        }
+        Ok(())
+    }
+
+    /// Takes in a message; what it says is added to `events`.
+    pub(super) fn take(
+        &mut self,
+        source: Source,
+        message: Result<Message, Closed>,
+        numbers: &mut Numbers,
+        events: &mut VecDeque<Event>,
+    ) -> Result<(), Lost> {
+        let message = message.map_err(Lost::Consuming)?;
+        let origin = Origin { source, tag: message.delivery_tag };
+        let content = read(source, &message);
+        let mut undone = 0_usize;
+        for told in content.items {
+            let delivery = told.is_held(source).then(|| numbers.next());
+            if let Some(delivery) = delivery {
+                undone += 1;
+                self.origins.insert(delivery, origin);
+            }
+            events.extend(Told::into_event(told, delivery));
+        }
+        if let Some(reason) = content.bad {
+            undone += 1;
+            self.reject(origin, message, &reason);
+        }
+        match undone {
+            0 => self.acknowledge(origin),
+            1 => {}
+            more => {
+                self.undone.insert(origin, more);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes in all that is there, up to a bound.
+    pub(super) fn take_ready(
+        &mut self,
+        numbers: &mut Numbers,
+        events: &mut VecDeque<Event>,
+    ) -> Result<(), Lost> {
+        for source in [Source::Own, Source::Shared, Source::Prepares] {
+            for _ in 0..BATCH_MAX {
+                if !self.has_room() {
+                    return Ok(());
+                }
+                let inbox = match source {
+                    Source::Own => Some(&mut self.own),
+                    Source::Shared => Some(&mut self.shared),
+                    Source::Prepares => self.prepares.as_mut().filter(|_| self.takes_prepares),
+                };
+                let Some(message) = inbox.and_then(Inbox::ready) else { break };
+                self.take(source, message, numbers, events)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts a message among the rejected ones; it is acknowledged when it is safe there.
+    fn reject(&mut self, origin: Origin, message: Message, reason: &str) {
+        let reason: String = reason.chars().take(REASON_MAX).collect();
+        let queue = self.inbox(origin.source).map(|inbox| inbox.queue().to_string());
+        let queue = queue.unwrap_or_default();
+        let kind = message.properties.kind().as_ref().map(ToString::to_string);
+        tracing::warn!(queue, kind, reason, "a message is rejected");
+        let text = |text: String| AMQPValue::LongString(text.into());
+        let mut headers = FieldTable::default();
+        headers.insert("reason".into(), text(reason));
+        headers.insert("queue".into(), text(queue));
+        headers.insert("exchange".into(), text(message.exchange.to_string()));
+        headers.insert("key".into(), text(message.routing_key.to_string()));
+        let known = kind.as_deref().and_then(Kind::parse_type);
+        if let Some(kind) = kind {
+            headers.insert("type".into(), text(kind));
+        }
+        let outgoing = Outgoing {
+            key: self.rejected.clone(),
+            message_type: known.map_or("", Kind::as_type),
+            message_id: message.properties.message_id().clone(),
+            reply_to: message.properties.reply_to().clone(),
+            body: message.data,
+            persistent: true,
+            mandatory: true,
+            headers: Some(headers),
+            ..Outgoing::default()
+        };
+        let ticket = Ticket::Rejected(outgoing.clone(), origin.source, origin.tag);
+        self.publisher.publish(outgoing, ticket);
+    }
+
+    // ---- What goes out -----------------------------------------------------------------------
+
+    /// Publishes, and acknowledges later what is owed to it.
+    pub(super) fn publish(&mut self, parcel: Parcel) {
+        let Parcel { message, owed, must_arrive } = parcel;
+        let ticket = match must_arrive {
+            true => Ticket::Owed(message.clone(), owed),
+            false => Ticket::MayBeLost,
+        };
+        self.publisher.publish(message, ticket);
+    }
+
+    /// A publish has ended.
+    pub(super) fn published(&mut self, ticket: Ticket, published: Published) -> Result<(), Lost> {
+        let is_safe = match published {
+            Published::Lost(error) => return Err(Lost::Publishing(error)),
+            Published::Confirmed => true,
+            Published::Unroutable | Published::Refused => false,
+        };
+        let is_unroutable = matches!(published, Published::Unroutable);
+        match ticket {
+            Ticket::MayBeLost if is_safe => {}
+            Ticket::MayBeLost => tracing::debug!("a message did not arrive; it will be asked for"),
+            Ticket::Owed(_, owed) if is_safe => {
+                owed.into_iter().for_each(|delivery| self.ack(delivery));
+            }
+            Ticket::Rejected(_, source, tag) if is_safe => self.dealt_with(Origin { source, tag }),
+            // It would come again and again, and there is nowhere to put it.
+            Ticket::Rejected(outgoing, source, tag) if is_unroutable => {
+                tracing::error!(queue = %outgoing.key, "a rejected message is lost: no such queue");
+                self.dealt_with(Origin { source, tag });
+            }
+            Ticket::Owed(ref outgoing, _) | Ticket::Rejected(ref outgoing, _, _) => {
+                tracing::warn!(exchange = %outgoing.exchange, key = %outgoing.key, is_unroutable,
+                    "the broker did not take a message that must arrive; it is published again");
+                let again = outgoing.clone();
+                self.refused.push_back((Instant::now() + REFUSED_PAUSE, again, ticket));
+            }
+        }
+        Ok(())
+    }
+
+    /// When [`Session::publish_again`] has something to do.
+    pub(super) fn next_retry(&self) -> Option<Instant> {
+        self.refused.front().map(|(at, _, _)| *at)
+    }
+
+    /// Publishes again what the broker did not take, if it is time.
+    pub(super) fn publish_again(&mut self) {
+        let now = Instant::now();
+        while self.refused.front().is_some_and(|(at, _, _)| *at <= now) {
+            if let Some((_, outgoing, ticket)) = self.refused.pop_front() {
+                self.publisher.publish(outgoing, ticket);
+            }
+        }
+    }
+
+    /// Whether nothing is on its way that must arrive.
+    pub(super) fn is_quiet(&self) -> bool {
+        self.publisher.outstanding() == 0 && self.refused.is_empty()
+    }
+
+    /// The queue that a delivery came by, if it came by one of this session's.
+    pub(super) fn source_of(&self, delivery: Delivery) -> Option<Source> {
+        self.origins.get(&delivery).map(|origin| origin.source)
+    }
+
+    /// The core is done with a delivery. One from an earlier session will come again.
+    pub(super) fn ack(&mut self, delivery: Delivery) {
+        if let Some(origin) = self.origins.remove(&delivery) {
+            self.dealt_with(origin);
+        }
+    }
+
+    /// One item of a message is dealt with; the last one settles the message.
+    fn dealt_with(&mut self, origin: Origin) {
+        match self.undone.get_mut(&origin) {
+            Some(undone) if *undone > 1 => *undone -= 1,
+            Some(_) | None => {
+                self.undone.remove(&origin);
+                self.acknowledge(origin);
+            }
+        }
+    }
+
+    fn acknowledge(&mut self, Origin { source, tag }: Origin) {
+        if let Some(inbox) = self.inbox_mut(source) {
+            inbox.ack(tag);
+        }
+    }
+
+    /// Tells the broker of all that was acknowledged.
+    pub(super) fn flush_acks(&mut self) {
+        self.own.flush();
+        self.shared.flush();
+        if let Some(prepares) = &mut self.prepares {
+            prepares.flush();
+        }
+    }
+
+    fn inbox(&self, source: Source) -> Option<&Inbox> {
+        match source {
+            Source::Own => Some(&self.own),
+            Source::Shared => Some(&self.shared),
+            Source::Prepares => self.prepares.as_ref(),
+        }
+    }
+
+    fn inbox_mut(&mut self, source: Source) -> Option<&mut Inbox> {
+        match source {
+            Source::Own => Some(&mut self.own),
+            Source::Shared => Some(&mut self.shared),
+            Source::Prepares => self.prepares.as_mut(),
+        }
+    }
+
+    // ---- The end -----------------------------------------------------------------------------
+
+    /// Takes no more prepares. Those that were delivered and not looked at go to other instances:
+    /// at once, unless all share one cap. Then whoever works next would exceed it as long as
+    /// anything is held here, and they go when this session ends.
+    pub(super) async fn stop_prepares(&mut self, cap: Cap) -> Result<(), Lost> {
+        self.takes_prepares = false;
+        let Some(prepares) = self.prepares.as_mut().filter(|_| cap == Cap::Instance) else {
+            return Ok(());
+        };
+        let cancelled = prepares.cancel().await;
+        cancelled.map_err(|source| {
+            let queue = prepares.queue().to_string();
+            Lost::Consuming(Closed::Lost { queue, source })
+        })?;
+        while let Some(Ok(message)) = prepares.ready() {
+            prepares.requeue(message.delivery_tag);
+        }
+        Ok(())
+    }
+
+    /// Gives everything back.
+    pub(super) async fn close(self) {
+        self.link.close().await;
+    }
+}
+
+/// Declares the instance's own queue, and consumes it.
+async fn open_own(consuming: &Connection, settings: &ServeSettings) -> Result<Inbox, OpenError> {
+    let ServeSettings { names, service, instance, .. } = settings;
+    let queue = names.finish_of(service, instance);
+    let exchange = names.finish();
+    let name = queue.to_string();
+    let at_queue = |source| OpenError::Queue { name: name.clone(), source };
+    let channel: Channel = consuming.create_channel().await.map_err(OpenError::Channel)?;
+    let options = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
+    let declared = channel.queue_declare(queue.clone(), options, FieldTable::default()).await;
+    declared.map_err(at_queue)?;
+    for to in [instance.as_str(), ALL] {
+        let key = key(to, service);
+        let bound = channel.queue_bind(
+            queue.clone(),
+            exchange.clone(),
+            key,
+            QueueBindOptions::default(),
+            FieldTable::default(),
+        );
+        let name = exchange.to_string();
+        bound.await.map_err(|source| OpenError::Exchange { name, source })?;
+    }
+    Inbox::on(channel, queue, OWN_PREFETCH, FieldTable::default()).await.map_err(at_queue)
+}
+
+/// Numbers for deliveries: none is given twice, whatever the connection.
+#[derive(Debug, Default)]
+pub(super) struct Numbers(u64);
+
+impl Numbers {
+    fn next(&mut self) -> Delivery {
+        self.0 += 1;
+        Delivery(self.0)
+    }
+}

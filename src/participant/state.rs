@@ -1,0 +1,346 @@
+//! What a simulated service holds: in memory, or in a directory that its instances share.
+//!
+//! ```text
+//! DIR/<service>/prepared/<id>@<requested_at>@<branch>   one file for each branch in doubt
+//! DIR/<service>/committed.log                           <id> <requested_at> <branch> <ms> <instance>
+//! DIR/<service>/aborted.log                             the same
+//! DIR/<service>/calls.log                               <ns> start|end <call> <id> <requested_at> <branch> <instance> [<ending>]
+//! ```
+//!
+//! A branch is in `committed.log` or `aborted.log` exactly once, however often its instances are
+//! killed in between: whoever finishes it locks its file, notes there what it is about to do, adds
+//! the line, and removes the file; whoever finds a note looks first whether the line is there.
+//! In `calls.log` each call of the service's code has a line before it starts and one after it has
+//! ended, by whatever way but a kill. Lines are added by one write each, so they stand in the order
+//! in which things happened, whichever process they happened in. `<ending>` is `prepared`,
+//! `read_only`, `refused`, `failed`, `done`, or `dropped` for what took too long or panicked.
+//! `<requested_at>` is in seconds.
+//!
+//! **What this survives:** the end of its processes, `kill -9` included. Nothing is synced to the
+//! disk, so it doesn't survive the machine: it is for trying things out.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File, OpenOptions, TryLockError},
+    io::{self, Read as _, Write as _},
+    path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use crate::{
+    participant::{Finish, InDoubt, Prepare},
+    protocol::{
+        ids::{Branch, InstanceId, RequestHash, ServiceName, TransactionId, TransactionKey},
+        message::Outcome,
+        time::Time,
+    },
+    worker::clock::Clock,
+};
+
+/// The pause before looking again at a branch that another instance is at.
+const LOCKED_PAUSE: Duration = Duration::from_millis(1);
+
+/// What a simulated service holds.
+#[derive(Debug)]
+pub struct State(Kept);
+
+#[derive(Debug)]
+enum Kept {
+    Memory(Mutex<BTreeMap<TransactionKey, Vec<InDoubt>>>),
+    Files(Box<Files>),
+}
+
+/// The directory that is to keep a state can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// It, or something in it, can't be made.
+    #[error("failed to create directory `{path}`")]
+    Directory {
+        /// What.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A log in it can't be written.
+    #[error("failed to open `{path}` for appending")]
+    Log {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl State {
+    /// A state that ends with the process.
+    pub fn in_memory() -> Self {
+        Self(Kept::Memory(Mutex::new(BTreeMap::new())))
+    }
+
+    /// The state of `service` in `directory`, for this instance of it.
+    ///
+    /// # Errors
+    ///
+    /// There is no such directory, and none can be made; or nothing can be written there.
+    pub fn open(
+        directory: &Path,
+        service: &ServiceName,
+        instance: &InstanceId,
+    ) -> Result<Self, StateError> {
+        Files::open(&directory.join(service.as_str()), instance.clone())
+            .map(|files| Self(Kept::Files(Box::new(files))))
+    }
+
+    /// Stores what is prepared.
+    pub(super) fn prepare(&self, call: &Prepare) -> io::Result<()> {
+        let held = InDoubt {
+            key: call.key.clone(),
+            request_hash: call.request_hash,
+            branch: call.branch.clone(),
+            deadline: call.deadline,
+        };
+        match &self.0 {
+            Kept::Memory(memory) => {
+                lock(memory).entry(held.key.clone()).or_default().push(held);
+                Ok(())
+            }
+            Kept::Files(files) => files.prepare(&held),
+        }
+    }
+
+    /// Makes a branch last, or undoes it; one that isn't held has been finished already.
+    pub(super) async fn finish(&self, call: &Finish, outcome: Outcome) -> io::Result<()> {
+        match &self.0 {
+            Kept::Memory(memory) => {
+                let mut memory = lock(memory);
+                if let Some(held) = memory.get_mut(&call.key) {
+                    held.retain(|it| it.branch != call.branch);
+                    if held.is_empty() {
+                        memory.remove(&call.key);
+                    }
+                }
+                Ok(())
+            }
+            Kept::Files(files) => {
+                while !files.finish(call, outcome)? {
+                    tokio::time::sleep(LOCKED_PAUSE).await;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// What is held; of one transaction, if `of` names it.
+    pub(super) fn in_doubt(&self, of: Option<&TransactionKey>) -> io::Result<Vec<InDoubt>> {
+        match &self.0 {
+            Kept::Memory(memory) => {
+                let memory = lock(memory);
+                Ok(match of {
+                    Some(key) => memory.get(key).cloned().unwrap_or_default(),
+                    None => memory.values().flatten().cloned().collect(),
+                })
+            }
+            Kept::Files(files) => files.in_doubt(of),
+        }
+    }
+
+    /// Notes that a call starts; that it has ended is noted when what this returns is dropped.
+    pub(super) fn called(
+        &self,
+        call: &'static str,
+        key: &TransactionKey,
+        branch: &Branch,
+    ) -> io::Result<Called<'_>> {
+        let files = match &self.0 {
+            Kept::Memory(_) => None,
+            Kept::Files(files) => Some(&**files),
+        };
+        let mut called = Called { files, what: String::new(), ending: "dropped" };
+        if let Some(files) = files {
+            called.what = format!("{call} {} {branch} {}", name_of(key, ' '), files.instance);
+            files.note(&format!("start {}", called.what))?;
+        }
+        Ok(called)
+    }
+}
+
+/// A call under way.
+#[derive(Debug)]
+pub(super) struct Called<'a> {
+    files: Option<&'a Files>,
+    what: String,
+    ending: &'static str,
+}
+
+impl Called<'_> {
+    pub(super) fn ended(mut self, ending: &'static str) {
+        self.ending = ending;
+    }
+}
+
+impl Drop for Called<'_> {
+    fn drop(&mut self) {
+        let Some(files) = self.files else { return };
+        if let Err(error) = files.note(&format!("end {} {}", self.what, self.ending)) {
+            tracing::warn!(%error, "failed to note the end of a call");
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// `<id><between><requested_at>`. What separates the parts of a file's name is in no id.
+fn name_of(key: &TransactionKey, between: char) -> String {
+    format!("{}{between}{}", key.id, key.requested_at.as_millis() / 1000)
+}
+
+#[derive(Debug)]
+struct Files {
+    instance: InstanceId,
+    clock: Clock,
+    prepared: PathBuf,
+    committed: Log,
+    aborted: Log,
+    calls: Log,
+}
+
+/// A file to which lines are added.
+#[derive(Debug)]
+struct Log {
+    path: PathBuf,
+    file: File,
+}
+
+impl Files {
+    fn open(directory: &Path, instance: InstanceId) -> Result<Self, StateError> {
+        let prepared = directory.join("prepared");
+        fs::create_dir_all(&prepared)
+            .map_err(|source| StateError::Directory { path: prepared.clone(), source })?;
+        Ok(Self {
+            instance,
+            clock: Clock::start(),
+            committed: Log::open(directory.join("committed.log"))?,
+            aborted: Log::open(directory.join("aborted.log"))?,
+            calls: Log::open(directory.join("calls.log"))?,
+            prepared,
+        })
+    }
+
+    fn path_of(&self, key: &TransactionKey, branch: &Branch) -> PathBuf {
+        self.prepared.join(format!("{}@{branch}", name_of(key, '@')))
+    }
+
+    fn prepare(&self, held: &InDoubt) -> io::Result<()> {
+        let text = format!("{} {}\n", held.request_hash, held.deadline.as_millis());
+        fs::write(self.path_of(&held.key, &held.branch), text)
+    }
+
+    /// Whether it is done; if not, another instance is at it.
+    fn finish(&self, call: &Finish, outcome: Outcome) -> io::Result<bool> {
+        let path = self.path_of(&call.key, &call.branch);
+        let mut file = match OpenOptions::new().read(true).append(true).open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(true),
+            Err(error) => return Err(error),
+        };
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Ok(false),
+            Err(TryLockError::Error(error)) => return Err(error),
+        }
+        if !path.try_exists()? {
+            return Ok(true);
+        }
+        let log = match outcome {
+            Outcome::Committed => &self.committed,
+            Outcome::Aborted => &self.aborted,
+        };
+        let mut text = String::new();
+        file.read_to_string(&mut text)?;
+        let line = format!("{} {} ", name_of(&call.key, ' '), call.branch);
+        // Somebody was killed in the middle of this.
+        let is_noted = text.lines().any(|note| note == outcome.as_str());
+        if !is_noted {
+            writeln_at_once(&file, outcome.as_str())?;
+        }
+        if !is_noted || !log.has(&line)? {
+            let millis = self.clock.now().as_millis();
+            log.add(&format!("{line}{millis} {}", self.instance))?;
+        }
+        fs::remove_file(&path)?;
+        Ok(true)
+    }
+
+    fn in_doubt(&self, of: Option<&TransactionKey>) -> io::Result<Vec<InDoubt>> {
+        let prefix = of.map(|key| format!("{}@", name_of(key, '@'))).unwrap_or_default();
+        let mut held = Vec::new();
+        for entry in fs::read_dir(&self.prepared)? {
+            let name = entry?.file_name();
+            let Some(name) = name.to_str().filter(|name| name.starts_with(&prefix)) else {
+                continue;
+            };
+            match fs::read_to_string(self.prepared.join(name)) {
+                Ok(text) => held.extend(parse(name, &text)),
+                // It was finished meanwhile.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(held)
+    }
+
+    fn note(&self, what: &str) -> io::Result<()> {
+        self.calls.add(&format!("{} {what}", self.clock.since_epoch().as_nanos()))
+    }
+}
+
+/// A branch in doubt. What was not written to its end was not voted for either.
+fn parse(name: &str, text: &str) -> Option<InDoubt> {
+    let mut parts = name.split('@');
+    let id = TransactionId::parse(parts.next()?).ok()?;
+    let requested_at: u64 = parts.next()?.parse().ok()?;
+    let branch = Branch::parse(parts.next()?).ok()?;
+    let (request_hash, deadline) = text.split_once('\n')?.0.split_once(' ')?;
+    Some(InDoubt {
+        key: TransactionKey {
+            id,
+            requested_at: Time::from_millis(requested_at.checked_mul(1000)?),
+        },
+        request_hash: hash_of(request_hash)?,
+        branch,
+        deadline: Time::from_millis(deadline.parse().ok()?),
+    })
+}
+
+fn hash_of(text: &str) -> Option<RequestHash> {
+    let number = u128::from_str_radix(text, 16).ok().filter(|_| text.len() == 32)?;
+    Some(RequestHash(number.to_be_bytes()))
+}
+
+impl Log {
+    fn open(path: PathBuf) -> Result<Self, StateError> {
+        match OpenOptions::new().create(true).append(true).open(&path) {
+            Ok(file) => Ok(Self { path, file }),
+            Err(source) => Err(StateError::Log { path, source }),
+        }
+    }
+
+    fn add(&self, line: &str) -> io::Result<()> {
+        writeln_at_once(&self.file, line)
+    }
+
+    /// Whether a line begins with `start`.
+    fn has(&self, start: &str) -> io::Result<bool> {
+        Ok(fs::read_to_string(&self.path)?.lines().any(|line| line.starts_with(start)))
+    }
+}
+
+/// Adds a line by one write: others add theirs before or after it, never into it.
+fn writeln_at_once(mut file: &File, line: &str) -> io::Result<()> {
+    file.write_all(format!("{line}\n").as_bytes())
+}

@@ -1,0 +1,60 @@
+//! Setting aside what nobody can make sense of.
+//!
+//! The message goes as it came to the queue of rejected ones; headers say why, and where it came
+//! from.
+
+use lapin::{
+    message::Delivery,
+    types::{AMQPValue, FieldTable, ShortString},
+};
+
+use crate::transport::amqp::{names::Names, publisher::Outgoing};
+
+/// How many characters of a reason are kept.
+const REASON_MAX: usize = 1024;
+
+/// `delivery`, which came by `queue`, on its way to where rejected messages go.
+pub fn rejected(names: &Names, queue: &str, delivery: &Delivery, reason: &str) -> Outgoing {
+    let mut headers = FieldTable::default();
+    put(&mut headers, "reason", reason);
+    put(&mut headers, "queue", queue);
+    put(&mut headers, "exchange", delivery.exchange.as_str());
+    put(&mut headers, "routing_key", delivery.routing_key.as_str());
+    if let Some(kind) = delivery.properties.kind() {
+        put(&mut headers, "type", kind.as_str());
+    }
+    Outgoing {
+        body: delivery.data.clone(),
+        message_id: delivery.properties.message_id().clone(),
+        timestamp: *delivery.properties.timestamp(),
+        ..set_aside(names, headers)
+    }
+}
+
+/// A request that was understood and can't be served: `body` as it is sent, and why.
+pub fn rejected_request(
+    names: &Names,
+    body: Vec<u8>,
+    requested_at_seconds: u64,
+    reason: &str,
+) -> Outgoing {
+    let mut headers = FieldTable::default();
+    put(&mut headers, "reason", reason);
+    put(&mut headers, "queue", names.requests().as_str());
+    Outgoing { body, timestamp: Some(requested_at_seconds), ..set_aside(names, headers) }
+}
+
+fn set_aside(names: &Names, headers: FieldTable) -> Outgoing {
+    Outgoing {
+        key: names.rejected(),
+        persistent: true,
+        mandatory: true,
+        headers: Some(headers),
+        ..Outgoing::default()
+    }
+}
+
+fn put(headers: &mut FieldTable, name: &'static str, value: &str) {
+    let value: String = value.chars().take(REASON_MAX).collect();
+    headers.insert(ShortString::from(name), AMQPValue::LongString(value.into()));
+}

@@ -1,0 +1,314 @@
+//! Making a broker have what the topology says.
+//!
+//! Everything is compared first: where something is another than it should be, nothing is declared.
+//! Otherwise all of it is declared, whether it is there or not, so that any number of applies, also
+//! at once, end in the same.
+
+use std::time::Duration;
+
+use lapin::{
+    Channel, Connection,
+    options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions},
+    types::FieldTable,
+};
+
+use crate::{
+    protocol::time::Time,
+    transport::amqp::{
+        connection::{Broker, ConnectError, Disposition, close},
+        names::Names,
+        publisher::Published,
+        topology::{
+            Binding, Exchange, Queue, ServiceTopology, Settings, Topology,
+            begin::{self, Beginning},
+            check::{self, CheckError, Fault, Finding, Subject},
+            probe, table,
+        },
+    },
+};
+
+/// How to apply.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// What the queues depend on.
+    pub settings: Settings,
+    /// The moment it is.
+    pub now: Time,
+    /// How much the clocks of the system may differ.
+    pub clock_margin: Duration,
+}
+
+/// What an apply did.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Applied {
+    /// What wasn't there before, in the order of the topology.
+    pub created: Vec<Subject>,
+    /// The journal's first record, if this apply wrote it.
+    pub begun: Option<Begun>,
+}
+
+/// The first record of a journal.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Begun {
+    /// Nothing of the journal is missing from then on.
+    pub complete_since: Time,
+    /// Whether the journal was lost under a system that lives: what was requested up to then, and
+    /// [`Options::clock_margin`] longer, is handed to a person instead of being decided.
+    pub was_lost: bool,
+}
+
+/// The topology was not applied, or not as a whole.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum TopologyError {
+    /// No connection.
+    #[error("no connection")]
+    Connect(#[from] ConnectError),
+    /// The broker could not be asked what it has.
+    #[error(transparent)]
+    Check(#[from] CheckError),
+    /// Something is there, but another. Nothing was declared.
+    #[error("{}", listed(.0))]
+    Mismatch(Vec<Finding>),
+    /// An exchange or queue was not declared; those before it were.
+    #[error("failed to declare {subject}")]
+    Declare {
+        /// Which.
+        subject: Subject,
+        /// Why.
+        #[source]
+        source: lapin::Error,
+    },
+    /// A queue was not bound; what comes before it was declared.
+    #[error("failed to bind queue `{queue}` to exchange `{exchange}`")]
+    Bind {
+        /// The queue.
+        queue: String,
+        /// The exchange.
+        exchange: String,
+        /// Why.
+        #[source]
+        source: lapin::Error,
+    },
+    /// The first record of the journal could be neither found nor written.
+    #[error("failed to begin the journal `{journal}`")]
+    Begin {
+        /// The journal.
+        journal: String,
+        /// Why.
+        #[source]
+        source: lapin::Error,
+    },
+    /// The broker didn't take the first record of the journal.
+    #[error("the broker did not take the first record of the journal `{journal}`")]
+    NotTaken {
+        /// The journal.
+        journal: String,
+    },
+}
+
+impl TopologyError {
+    /// Whether to try again.
+    pub fn disposition(&self) -> Disposition {
+        match self {
+            Self::Connect(error) => error.disposition(),
+            Self::Check(error) => error.disposition(),
+            Self::Mismatch(_) => Disposition::GiveUp,
+            Self::Declare { source, .. }
+            | Self::Bind { source, .. }
+            | Self::Begin { source, .. } => super::disposition(source),
+            Self::NotTaken { .. } => Disposition::Retry,
+        }
+    }
+}
+
+fn listed(findings: &[Finding]) -> String {
+    let lines: Vec<_> = findings.iter().map(Finding::to_string).collect();
+    lines.join("\n")
+}
+
+/// Makes the broker have everything that `services` and all else of one system need.
+///
+/// # Errors
+///
+/// It hasn't. [`TopologyError::Mismatch`] lists everything that is another than it should be.
+pub async fn apply(
+    broker: &Broker,
+    names: &Names,
+    services: &[ServiceTopology],
+    options: &Options,
+) -> Result<Applied, TopologyError> {
+    let connection = broker.connect("topology").await?;
+    let topology = Topology::of(names, services, &options.settings);
+    let applied = apply_on(&connection, names, &topology, options).await;
+    close(&connection).await;
+    applied
+}
+
+/// Makes the broker have what `services` need to be reached and to answer, for development: the
+/// rest is left to [`apply`].
+///
+/// # Errors
+///
+/// As for [`apply`].
+pub async fn apply_services(
+    broker: &Broker,
+    names: &Names,
+    services: &[ServiceTopology],
+    options: &Options,
+) -> Result<Applied, TopologyError> {
+    let connection = broker.connect("topology").await?;
+    let topology = Topology::of_services(names, services, &options.settings);
+    let applied = apply_on(&connection, names, &topology, options).await;
+    close(&connection).await;
+    applied
+}
+
+/// Makes the broker have what `topology` says.
+///
+/// # Errors
+///
+/// As for [`apply`].
+pub async fn apply_on(
+    connection: &Connection,
+    names: &Names,
+    topology: &Topology,
+    options: &Options,
+) -> Result<Applied, TopologyError> {
+    let findings = check::compare(connection, topology).await?;
+    let (mismatches, missing): (Vec<_>, Vec<_>) =
+        findings.into_iter().partition(Finding::is_mismatch);
+    if !mismatches.is_empty() {
+        return Err(TopologyError::Mismatch(mismatches));
+    }
+    let mut applied = Applied {
+        created: missing.into_iter().map(|finding| finding.subject).collect(),
+        begun: None,
+    };
+    let mut declarer = Declarer::on(connection).await?;
+    let (journal, queues) = topology.journal_and_others(names);
+    if let Some(journal) = journal {
+        let subject = Subject::Queue(journal.name.to_string());
+        let is_new = applied.created.contains(&subject);
+        declarer.queue(journal).await?;
+        applied.begun = begin_journal(connection, names, options, is_new).await?;
+    }
+    // Alternate exchanges come with their queues before those that fall back on them.
+    let is_alternate = |name: &str| {
+        topology
+            .exchanges
+            .iter()
+            .any(|it| it.alternate.as_ref().is_some_and(|it| it.as_str() == name))
+    };
+    for alternates in [true, false] {
+        for exchange in &topology.exchanges {
+            if is_alternate(exchange.name.as_str()) == alternates {
+                declarer.exchange(exchange).await?;
+            }
+        }
+        if alternates {
+            for queue in &queues {
+                declarer.queue(queue).await?;
+            }
+        }
+        for binding in &topology.bindings {
+            if is_alternate(binding.exchange.as_str()) == alternates {
+                declarer.binding(binding).await?;
+            }
+        }
+    }
+    Ok(applied)
+}
+
+impl Topology {
+    fn journal_and_others(&self, names: &Names) -> (Option<&Queue>, Vec<&Queue>) {
+        let (mut journal, others): (Vec<_>, Vec<_>) =
+            self.queues.iter().partition(|queue| queue.name == names.journal());
+        (journal.pop(), others)
+    }
+}
+
+/// Writes the first record of the journal unless it is there.
+///
+/// Two that find it empty both write one; the first counts, and as each is written before any queue
+/// is declared that tells of a living system, the first of a new system's is that of a new system.
+async fn begin_journal(
+    connection: &Connection,
+    names: &Names,
+    options: &Options,
+    is_new: bool,
+) -> Result<Option<Begun>, TopologyError> {
+    let failed = |source| TopologyError::Begin { journal: names.journal().to_string(), source };
+    let beginning = if is_new {
+        Beginning::Empty
+    } else {
+        begin::beginning(connection, names).await.map_err(failed)?
+    };
+    let was_lost = match beginning {
+        Beginning::Begun | Beginning::CutOff => return Ok(None),
+        Beginning::Empty => begin::has_lived(connection, names).await.map_err(failed)?,
+        // Somebody was at work before it was begun.
+        Beginning::Other(_) => true,
+    };
+    let complete_since = begin::complete_since(options.now, options.clock_margin, was_lost);
+    match begin::begin(connection, names, complete_since).await.map_err(failed)? {
+        Published::Confirmed => Ok(Some(Begun { complete_since, was_lost })),
+        Published::Lost(source) => Err(failed(source)),
+        Published::Refused | Published::Unroutable => {
+            Err(TopologyError::NotTaken { journal: names.journal().to_string() })
+        }
+    }
+}
+
+/// Declares one after the other.
+pub(super) struct Declarer {
+    channel: Channel,
+}
+
+impl Declarer {
+    pub(super) async fn on(connection: &Connection) -> Result<Self, TopologyError> {
+        let channel = connection.create_channel().await;
+        let channel = channel.map_err(|source| {
+            let host = "its channel".to_owned();
+            TopologyError::Connect(ConnectError::Unavailable { host, source })
+        })?;
+        Ok(Self { channel })
+    }
+
+    pub(super) async fn exchange(&mut self, exchange: &Exchange) -> Result<(), TopologyError> {
+        let options = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
+        let (name, kind) = (exchange.name.clone(), exchange.kind.into());
+        let arguments = table(&exchange.arguments());
+        let declared = self.channel.exchange_declare(name, kind, options, arguments).await;
+        declared.map_err(|source| refused(Subject::Exchange(exchange.name.to_string()), source))
+    }
+
+    pub(super) async fn queue(&mut self, queue: &Queue) -> Result<(), TopologyError> {
+        let options = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+        let arguments = table(&queue.all_arguments());
+        let declared = self.channel.queue_declare(queue.name.clone(), options, arguments).await;
+        declared.map(drop).map_err(|source| refused(Subject::Queue(queue.name.to_string()), source))
+    }
+
+    pub(super) async fn binding(&mut self, binding: &Binding) -> Result<(), TopologyError> {
+        let Binding { exchange, queue, key } = binding.clone();
+        let options = QueueBindOptions::default();
+        let bound = self.channel.queue_bind(queue, exchange, key, options, FieldTable::default());
+        bound.await.map_err(|source| TopologyError::Bind {
+            queue: binding.queue.to_string(),
+            exchange: binding.exchange.to_string(),
+            source,
+        })
+    }
+}
+
+/// A refused declaration: somebody may have declared it otherwise since it was looked at.
+fn refused(subject: Subject, source: lapin::Error) -> TopologyError {
+    match probe::fault_of(&source) {
+        Some(fault @ Fault::Differs(_)) => {
+            TopologyError::Mismatch(vec![Finding { subject, fault }])
+        }
+        Some(Fault::Missing | Fault::Refused(_) | Fault::NotBegun(_)) | None => {
+            TopologyError::Declare { subject, source }
+        }
+    }
+}

@@ -1,0 +1,159 @@
+//! The first record of the journal: since when nothing of it is missing.
+//!
+//! It is the one thing that tells a new journal from one that was lost and made again. A new
+//! system's journal is complete since a little before now: nothing can have been decided before,
+//! and requests made with a clock that lags are served too. Where a system has lived, decisions may
+//! be missing up to this moment, on any clock.
+
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use lapin::{
+    Connection,
+    message::Delivery,
+    options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions},
+    types::{AMQPValue, FieldTable},
+};
+
+use crate::{
+    protocol::time::Time,
+    transport::amqp::{
+        connection::confirming_channel,
+        names::Names,
+        publisher::{Outgoing, Published, publish},
+        topology::probe::{Presence, Prober},
+    },
+    wire::message::{Items, JournalBegun, Kind},
+};
+
+/// How long the broker may take to show the first record of a journal that has one: it says nothing
+/// of one that hasn't, and counts no messages of a stream.
+const READ_MAX: Duration = Duration::from_secs(5);
+
+/// How a journal begins.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) enum Beginning {
+    /// There is nothing in it.
+    Empty,
+    /// With the record it should begin with.
+    Begun,
+    /// Later: what came before is older than it is kept for.
+    CutOff,
+    /// With a message of this type.
+    Other(String),
+}
+
+impl Beginning {
+    /// What stands there instead of the first record, if that isn't there and should be.
+    pub(super) fn fault(&self) -> Option<String> {
+        match self {
+            Self::Empty => Some("none".to_owned()),
+            Self::Other(other) => Some(other.clone()),
+            Self::Begun | Self::CutOff => None,
+        }
+    }
+}
+
+/// How the journal begins, which must be there.
+pub(super) async fn beginning(
+    connection: &Connection,
+    names: &Names,
+) -> Result<Beginning, lapin::Error> {
+    let channel = connection.create_channel().await?;
+    channel.basic_qos(1, BasicQosOptions::default()).await?;
+    let mut from = FieldTable::default();
+    from.insert("x-stream-offset".into(), AMQPValue::LongString("first".into()));
+    let options = BasicConsumeOptions::default();
+    let mut consumer = channel.basic_consume(names.journal(), "".into(), options, from).await?;
+    let first = match tokio::time::timeout(READ_MAX, consumer.next()).await {
+        Ok(Some(Ok(first))) => first,
+        Ok(Some(Err(error))) => return Err(error),
+        Ok(None) | Err(_) => return Ok(Beginning::Empty),
+    };
+    first.ack(BasicAckOptions::default()).await?;
+    let _ = channel.close(200, "done".into()).await;
+    Ok(told_by(&first))
+}
+
+fn told_by(first: &Delivery) -> Beginning {
+    let headers = first.properties.headers().as_ref();
+    let offset = headers.and_then(|headers| headers.inner().get("x-stream-offset"));
+    if !matches!(offset, Some(AMQPValue::LongLongInt(0))) {
+        return Beginning::CutOff;
+    }
+    let kind = first.properties.kind().as_ref().map(|kind| kind.as_str()).unwrap_or_default();
+    if Kind::parse_type(kind) == Some(Kind::JournalBegun) {
+        return Beginning::Begun;
+    }
+    Beginning::Other(if kind.is_empty() { "a message without type".into() } else { kind.into() })
+}
+
+/// Whether this system has been at work: the queues of which every one is declared only after the
+/// journal has its first record.
+pub(super) async fn has_lived(
+    connection: &Connection,
+    names: &Names,
+) -> Result<bool, lapin::Error> {
+    let mut prober = Prober::on(connection);
+    let queues = [names.requests(), names.rejected(), names.unresolved(), names.audit()];
+    for queue in queues {
+        if prober.queue_presence(queue.as_str()).await? != Presence::Missing {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Since when the journal that is begun at `now` is complete.
+pub(super) fn complete_since(now: Time, clock_margin: Duration, has_lived: bool) -> Time {
+    if has_lived {
+        return now + clock_margin;
+    }
+    now - clock_margin * 2 - Duration::from_secs(1)
+}
+
+/// Writes the first record.
+pub(super) async fn begin(
+    connection: &Connection,
+    names: &Names,
+    complete_since: Time,
+) -> Result<Published, lapin::Error> {
+    let mut items = Items::new();
+    // One record is far from filling a body.
+    let _ = items.push(&JournalBegun { complete_since });
+    let message = Outgoing {
+        key: names.journal(),
+        message_type: Kind::JournalBegun.as_type(),
+        body: items.into_body(),
+        persistent: true,
+        mandatory: true,
+        ..Outgoing::default()
+    };
+    let channel = confirming_channel(connection).await?;
+    let published = publish(channel.clone(), message).await;
+    let _ = channel.close(200, "done".into()).await;
+    Ok(published)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::complete_since;
+    use crate::protocol::time::Time;
+
+    const MARGIN: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn a_new_systems_journal_serves_requests_made_at_once_by_the_slowest_clock() {
+        let now = Time::from_millis(1_000_000);
+        let requested_at = now - MARGIN;
+        assert!(complete_since(now, MARGIN, false) < requested_at - MARGIN);
+    }
+
+    #[test]
+    fn a_lost_journal_vouches_for_nothing_requested_before_on_the_fastest_clock() {
+        let now = Time::from_millis(1_000_000);
+        assert!(complete_since(now, MARGIN, true) >= now + MARGIN);
+    }
+}

@@ -1,0 +1,276 @@
+//! What is missing at a broker, or different from what it should be.
+//!
+//! It covers exchanges and queues, with every argument that the broker compares, and the first
+//! record of the journal. It doesn't cover bindings, which AMQP can't list (a probe would have to
+//! travel through queues that are in use): [`apply`](super::apply) makes them anew each time.
+//! Policies are beyond AMQP too.
+
+use std::fmt;
+
+use lapin::Connection;
+
+use crate::transport::amqp::{
+    connection::Disposition,
+    names::Names,
+    topology::{Topology, begin, probe::Prober},
+};
+
+/// One thing that isn't as it should be.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Finding {
+    /// What.
+    pub subject: Subject,
+    /// In which way.
+    pub fault: Fault,
+}
+
+/// What a finding is about.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Subject {
+    /// An exchange, by its name.
+    Exchange(String),
+    /// A queue, by its name.
+    Queue(String),
+}
+
+/// What is wrong with it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Fault {
+    /// It doesn't exist.
+    Missing,
+    /// It was declared with something else.
+    Differs(Difference),
+    /// The broker has it, but doesn't say what is different: these are its words.
+    Refused(String),
+    /// The journal doesn't begin with its first record, but with this; nothing that it says can be
+    /// believed to be complete.
+    NotBegun(String),
+}
+
+/// A property that has another value.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Difference {
+    /// Its name: an argument's, or `durable`, `type` and the like.
+    pub argument: String,
+    /// What it should be; `None`: it should not be there.
+    pub wanted: Option<String>,
+    /// What it is; `None`: it isn't there.
+    pub found: Option<String>,
+    /// The broker's word for the kind of value it is.
+    pub(super) found_type: Option<String>,
+}
+
+impl Difference {
+    pub(super) fn new(argument: &str, wanted: Option<&str>, found: Option<&str>) -> Self {
+        Self {
+            argument: argument.to_owned(),
+            wanted: wanted.map(str::to_owned),
+            found: found.map(str::to_owned),
+            found_type: None,
+        }
+    }
+
+    /// What the broker says when it refuses a declaration:
+    ///
+    /// ```text
+    /// PRECONDITION_FAILED - inequivalent arg 'x-message-ttl' for queue 'q' in vhost '/': received
+    /// the value '5' of type 'long' but current is the value '4' of type 'long'
+    /// … inequivalent arg 'x-max-length' for …: received none but current is the value '4' of …
+    /// … inequivalent arg 'durable' for …: received 'true' but current is 'false'
+    /// ```
+    pub(super) fn parse(text: &str) -> Option<Self> {
+        let (_, rest) = text.split_once("inequivalent arg '")?;
+        let (argument, rest) = rest.split_once("' for ")?;
+        let (_, rest) = rest.split_once("received ")?;
+        let (wanted, found) = rest.split_once(" but current is ")?;
+        let ((wanted, _), (found, found_type)) = (value(wanted), value(found));
+        Some(Self { argument: argument.to_owned(), wanted, found, found_type })
+    }
+}
+
+/// A value in the broker's words, and its type.
+fn value(text: &str) -> (Option<String>, Option<String>) {
+    let text = text.trim();
+    if text == "none" || text == "undefined" {
+        return (None, None);
+    }
+    let text = text.strip_prefix("the value ").unwrap_or(text);
+    let (text, kind) = match text.rsplit_once(" of type ") {
+        Some((text, kind)) => (text, Some(unquoted(kind).to_owned())),
+        None => (text, None),
+    };
+    (Some(unquoted(text).to_owned()), kind)
+}
+
+fn unquoted(text: &str) -> &str {
+    text.strip_prefix('\'').and_then(|text| text.strip_suffix('\'')).unwrap_or(text)
+}
+
+/// The broker could not be asked.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum CheckError {
+    /// About an exchange or queue.
+    #[error("failed to ask the broker about {subject}")]
+    Ask {
+        /// Which.
+        subject: Subject,
+        /// Why.
+        #[source]
+        source: lapin::Error,
+    },
+}
+
+impl CheckError {
+    /// Whether to try again.
+    pub fn disposition(&self) -> Disposition {
+        let Self::Ask { source, .. } = self;
+        super::disposition(source)
+    }
+}
+
+/// Compares everything in `topology` with what the broker has.
+///
+/// # Errors
+///
+/// It couldn't be asked.
+pub async fn check(
+    connection: &Connection,
+    names: &Names,
+    topology: &Topology,
+) -> Result<Vec<Finding>, CheckError> {
+    let mut findings = compare(connection, topology).await?;
+    let journal = Subject::Queue(names.journal().to_string());
+    let is_sound = !findings.iter().any(|finding| finding.subject == journal);
+    if is_sound && topology.queues.iter().any(|queue| queue.name == names.journal()) {
+        let beginning = begin::beginning(connection, names).await;
+        let beginning =
+            beginning.map_err(|source| CheckError::Ask { subject: journal.clone(), source })?;
+        if let Some(found) = beginning.fault() {
+            findings.push(Finding { subject: journal, fault: Fault::NotBegun(found) });
+        }
+    }
+    Ok(findings)
+}
+
+/// The same without a look into the journal.
+pub(super) async fn compare(
+    connection: &Connection,
+    topology: &Topology,
+) -> Result<Vec<Finding>, CheckError> {
+    let mut prober = Prober::on(connection);
+    let mut findings = Vec::new();
+    for exchange in &topology.exchanges {
+        let found = prober.exchange(exchange).await;
+        let subject = || Subject::Exchange(exchange.name.to_string());
+        findings.extend(found.map_err(|source| CheckError::Ask { subject: subject(), source })?);
+    }
+    for queue in &topology.queues {
+        let found = prober.queue(queue).await;
+        let subject = || Subject::Queue(queue.name.to_string());
+        findings.extend(found.map_err(|source| CheckError::Ask { subject: subject(), source })?);
+    }
+    Ok(findings)
+}
+
+impl Finding {
+    pub(super) fn missing(subject: Subject) -> Self {
+        Self { subject, fault: Fault::Missing }
+    }
+
+    /// Whether it is there, but another.
+    pub(super) fn is_mismatch(&self) -> bool {
+        match self.fault {
+            Fault::Differs(_) | Fault::Refused(_) => true,
+            Fault::Missing | Fault::NotBegun(_) => false,
+        }
+    }
+}
+
+impl Subject {
+    /// `exchange` or `queue`.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Exchange(_) => "exchange",
+            Self::Queue(_) => "queue",
+        }
+    }
+
+    /// What it is called.
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Exchange(name) | Self::Queue(name) => name,
+        }
+    }
+}
+
+impl fmt::Display for Subject {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} `{}`", self.kind(), self.name())
+    }
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: ", self.subject)?;
+        match &self.fault {
+            Fault::Missing => f.write_str("missing"),
+            Fault::Differs(Difference { argument, wanted, found, .. }) => {
+                let wanted = wanted.as_deref().unwrap_or("none");
+                let found = found.as_deref().unwrap_or("none");
+                write!(f, "{argument}: wanted {wanted}, found {found}")
+            }
+            Fault::Refused(text) => write!(f, "the broker refuses it: {text}"),
+            Fault::NotBegun(found) => {
+                write!(f, "wanted journal-begun as its first record, found {found}")
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Difference;
+
+    #[track_caller]
+    fn reads(text: &str, argument: &str, wanted: Option<&str>, found: Option<&str>) {
+        let text = format!("PRECONDITION_FAILED - inequivalent arg {text}");
+        let mut difference = Difference::parse(&text).unwrap();
+        difference.found_type = None;
+        assert_eq!(difference, Difference::new(argument, wanted, found));
+    }
+
+    #[test]
+    fn each_wording_of_a_refusal_is_read() {
+        reads(
+            "'x-message-ttl' for queue 'q' in vhost '/': received the value '5' of type 'long' \
+             but current is the value '4' of type 'signedint'",
+            "x-message-ttl",
+            Some("5"),
+            Some("4"),
+        );
+        reads(
+            "'x-max-length' for queue 'q' in vhost '/': received none but current is the value \
+             '4' of type 'long'",
+            "x-max-length",
+            None,
+            Some("4"),
+        );
+        reads(
+            "'durable' for queue 'q' in vhost '/': received 'true' but current is 'false'",
+            "durable",
+            Some("true"),
+            Some("false"),
+        );
+        reads(
+            "'x-message-ttl' for queue 'q' in vhost '/': received '5' but current is '4'",
+            "x-message-ttl",
+            Some("5"),
+            Some("4"),
+        );
+    }
+
+    #[test]
+    fn another_refusal_is_no_difference() {
+        assert!(Difference::parse("PRECONDITION_FAILED - invalid arg 'x' for queue 'q'").is_none());
+    }
+}

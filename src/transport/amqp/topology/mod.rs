@@ -1,0 +1,344 @@
+//! Every exchange, queue and binding of one system, as data; and making a broker's be the same.
+//!
+//! * [`apply`]: declares what is missing, and writes the journal's first record.
+//! * [`check`]: what is missing or different, changing nothing.
+//!
+//! It all goes over AMQP, as an ordinary user: no management plugin. Policies, permissions and what
+//! instances, workers and producers declare for themselves (their exclusive queues) are not part of
+//! it. One topology serves every supported version of the broker, so that a cluster can be upgraded
+//! without a mismatch; that is why no argument is used that one of them refuses.
+//!
+//! **Invariant:** nothing that a message can reach is declared before what that message must be able
+//! to go on to: a queue before its binding, an alternate exchange with its queues before the
+//! exchange that falls back on it, the journal with its first record before everything.
+
+pub mod apply;
+pub mod check;
+
+mod begin;
+mod probe;
+
+use std::{collections::BTreeMap, fmt, time::Duration};
+
+use lapin::types::{AMQPValue, FieldTable, ShortString};
+
+pub use crate::wire::services::Cap;
+use crate::{
+    protocol::ids::ServiceName,
+    transport::amqp::{
+        connection::{Disposition, is_refusal},
+        names::{Names, REQUEST},
+    },
+    wire::services::ServiceSpec,
+};
+
+/// How often a quorum queue delivers a message before it gives it up: as good as for ever. Left
+/// alone, some versions drop it after 20 times, and some take "unlimited" for "never again".
+pub const DELIVERY_LIMIT: u64 = 1_000_000;
+
+/// How long a delivery of a quorum queue may be unacknowledged. A transaction may take a day to
+/// prepare, and its request is held until it has ended; the broker's own limit is half an hour.
+pub const CONSUMER_TIMEOUT: Duration = Duration::from_secs(2 * 24 * 60 * 60);
+
+/// How long the journal is kept unless it is said otherwise.
+pub const RETENTION: Duration = Duration::from_secs(7 * 24 * 60 * 60);
+
+/// Everything that must be at the broker.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Topology {
+    /// All exchanges; those that others fall back on come first.
+    pub exchanges: Vec<Exchange>,
+    /// All queues; the journal comes first, if it is among them.
+    pub queues: Vec<Queue>,
+    /// All bindings; that of the requests comes last, if it is among them.
+    pub bindings: Vec<Binding>,
+}
+
+/// A durable exchange.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Exchange {
+    /// What it is called.
+    pub name: ShortString,
+    /// How it chooses queues.
+    pub kind: ExchangeKind,
+    /// The exchange that gets what finds no queue.
+    pub alternate: Option<ShortString>,
+}
+
+/// How an exchange chooses queues.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ExchangeKind {
+    /// By the routing key.
+    Topic,
+    /// All that are bound.
+    Fanout,
+}
+
+/// A durable queue.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Queue {
+    /// What it is called.
+    pub name: ShortString,
+    /// How it keeps messages.
+    pub kind: QueueKind,
+    /// What else it is declared with.
+    pub arguments: Arguments,
+}
+
+/// The arguments of a queue or an exchange by name; that of a queue's kind is not among them.
+pub type Arguments = BTreeMap<String, Argument>;
+
+/// How a queue keeps messages.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum QueueKind {
+    /// On one node, and those that are not persistent in memory.
+    Classic,
+    /// On several nodes, each message safe before it is confirmed.
+    Quorum,
+    /// An append-only log on several nodes.
+    Stream,
+}
+
+/// The value of an argument.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Argument {
+    /// A whole number.
+    Number(u64),
+    /// A text.
+    Text(String),
+    /// Yes or no.
+    Flag(bool),
+}
+
+/// What a queue gets from an exchange.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Binding {
+    /// The exchange.
+    pub exchange: ShortString,
+    /// The queue.
+    pub queue: ShortString,
+    /// The routing key, with wildcards. A fanout exchange doesn't look at it.
+    pub key: ShortString,
+}
+
+/// What a service's queues depend on.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ServiceTopology {
+    /// What it is called.
+    pub name: ServiceName,
+    /// How long a prepare waits for a slot; zero: not at all.
+    pub max_wait: Duration,
+    /// Whose its slots are.
+    pub cap: Cap,
+}
+
+impl From<&ServiceSpec> for ServiceTopology {
+    fn from(spec: &ServiceSpec) -> Self {
+        Self { name: spec.name.clone(), max_wait: spec.max_wait, cap: spec.cap }
+    }
+}
+
+/// What all queues depend on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Settings {
+    /// How long the journal is kept.
+    pub retention: Duration,
+    /// How the prepares of a service are kept.
+    pub commands: Commands,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { retention: RETENTION, commands: Commands::Classic }
+    }
+}
+
+/// How the prepares of a service are kept.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Commands {
+    /// In classic queues: several times faster. What a broker loses in a restart is made again.
+    #[default]
+    Classic,
+    /// In quorum queues: the loss of one node of a cluster doesn't stop a service.
+    Quorum,
+}
+
+impl Topology {
+    /// Everything that `services` and all else of one system need.
+    pub fn of(names: &Names, services: &[ServiceTopology], settings: &Settings) -> Self {
+        let mut topology = Self::of_services(names, services, settings);
+        let retention = Argument::Text(age(settings.retention));
+        let journal = Queue::stream(names.journal()).with([("x-max-age", retention)]);
+        topology.queues.insert(0, journal);
+        topology.queues.extend([
+            Queue::stream(names.unresolved()),
+            Queue::stream(names.audit()),
+            Queue::quorum(names.rejected()),
+            Queue::quorum(names.requests()),
+        ]);
+        topology.exchanges.extend([
+            Exchange::topic(names.results(), None),
+            Exchange::topic(names.requests(), None),
+        ]);
+        topology.bindings.push(Binding::new(names.requests(), names.requests(), REQUEST));
+        topology
+    }
+
+    /// What `services` need to be reached and to answer: no journal and no requests.
+    pub fn of_services(names: &Names, services: &[ServiceTopology], settings: &Settings) -> Self {
+        let exchanges = vec![
+            Exchange { kind: ExchangeKind::Fanout, ..Exchange::topic(names.inquiries(), None) },
+            Exchange::topic(names.finish_any(), None),
+            Exchange::topic(names.replies(), Some(names.inquiries())),
+            Exchange::topic(names.finish(), Some(names.finish_any())),
+            Exchange::topic(names.prepare(), None),
+        ];
+        let mut queues = vec![Queue::quorum(names.inquiries())];
+        let mut bindings = vec![Binding::new(names.inquiries(), names.inquiries(), "#")];
+        for service in services {
+            let (finish, prepare) = service.queues(names, settings);
+            let key = format!("*.{}", service.name);
+            bindings.push(Binding::new(names.finish_any(), finish.name.clone(), &key));
+            bindings.push(Binding::new(names.prepare(), prepare.name.clone(), &key));
+            queues.extend([finish, prepare]);
+        }
+        Self { exchanges, queues, bindings }
+    }
+}
+
+impl ServiceTopology {
+    /// Its queues for finishes that any instance may apply, and for prepares.
+    pub fn queues(&self, names: &Names, settings: &Settings) -> (Queue, Queue) {
+        let max_wait = u64::try_from(self.max_wait.as_millis()).unwrap_or(u64::MAX);
+        let name = names.prepare_of(&self.name);
+        let prepare = match settings.commands {
+            Commands::Classic => Queue::classic(name),
+            Commands::Quorum => Queue::quorum(name),
+        };
+        let mut prepare = prepare.with([
+            ("x-message-ttl", Argument::Number(max_wait)),
+            ("x-dead-letter-exchange", Argument::Text(names.replies().to_string())),
+        ]);
+        if self.cap == Cap::Service {
+            prepare = prepare.with([("x-single-active-consumer", Argument::Flag(true))]);
+        }
+        (Queue::quorum(names.finish_any_of(&self.name)), prepare)
+    }
+}
+
+impl Exchange {
+    fn topic(name: ShortString, alternate: Option<ShortString>) -> Self {
+        Self { name, kind: ExchangeKind::Topic, alternate }
+    }
+
+    /// What it is declared with.
+    pub fn arguments(&self) -> Arguments {
+        let alternate = self.alternate.iter();
+        let alternate = alternate.map(|name| Argument::Text(name.to_string()));
+        alternate.map(|name| ("alternate-exchange".to_owned(), name)).collect()
+    }
+}
+
+impl Queue {
+    fn classic(name: ShortString) -> Self {
+        Self { name, kind: QueueKind::Classic, arguments: Arguments::new() }
+    }
+
+    fn quorum(name: ShortString) -> Self {
+        let timeout = u64::try_from(CONSUMER_TIMEOUT.as_millis()).unwrap_or(u64::MAX);
+        let queue = Self { kind: QueueKind::Quorum, ..Self::classic(name) };
+        queue.with([
+            ("x-delivery-limit", Argument::Number(DELIVERY_LIMIT)),
+            ("x-consumer-timeout", Argument::Number(timeout)),
+            ("x-queue-leader-locator", Argument::Text("balanced".to_owned())),
+        ])
+    }
+
+    fn stream(name: ShortString) -> Self {
+        let queue = Self { kind: QueueKind::Stream, ..Self::classic(name) };
+        queue.with([("x-queue-leader-locator", Argument::Text("balanced".to_owned()))])
+    }
+
+    fn with<const N: usize>(mut self, arguments: [(&str, Argument); N]) -> Self {
+        let arguments = arguments.into_iter().map(|(name, value)| (name.to_owned(), value));
+        self.arguments.extend(arguments);
+        self
+    }
+
+    /// The argument that says its kind. It is always given, since a virtual host may have a default
+    /// of its own.
+    pub const KIND: &'static str = "x-queue-type";
+
+    /// What it is declared with: its arguments, and its kind.
+    pub fn all_arguments(&self) -> Arguments {
+        let mut arguments = self.arguments.clone();
+        arguments.insert(Self::KIND.to_owned(), Argument::Text(self.kind.to_string()));
+        arguments
+    }
+}
+
+impl Binding {
+    fn new(exchange: ShortString, queue: ShortString, key: &str) -> Self {
+        Self { exchange, queue, key: key.into() }
+    }
+}
+
+/// Arguments as they go to the broker.
+pub(crate) fn table(arguments: &Arguments) -> FieldTable {
+    let mut table = FieldTable::default();
+    for (name, value) in arguments {
+        let value = match value {
+            // No number here comes near to the bound.
+            Argument::Number(number) => {
+                AMQPValue::LongLongInt(i64::try_from(*number).unwrap_or(i64::MAX))
+            }
+            Argument::Text(text) => AMQPValue::LongString(text.as_str().into()),
+            Argument::Flag(flag) => AMQPValue::Boolean(*flag),
+        };
+        table.insert(name.as_str().into(), value);
+    }
+    table
+}
+
+/// Whether what failed with `error` may succeed the next time.
+fn disposition(error: &lapin::Error) -> Disposition {
+    if is_refusal(error) { Disposition::GiveUp } else { Disposition::Retry }
+}
+
+/// A duration as streams take it: `7D`, `12h`, `90s`.
+pub fn age(duration: Duration) -> String {
+    let seconds = duration.as_secs();
+    let units = [("D", 24 * 60 * 60), ("h", 60 * 60), ("m", 60)];
+    let unit = units.into_iter().find(|(_, length)| seconds >= *length && seconds % length == 0);
+    let (unit, length) = unit.unwrap_or(("s", 1));
+    format!("{}{unit}", seconds / length)
+}
+
+impl fmt::Display for Argument {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Number(number) => write!(f, "{number}"),
+            Self::Text(text) => f.write_str(text),
+            Self::Flag(flag) => write!(f, "{flag}"),
+        }
+    }
+}
+
+impl fmt::Display for QueueKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Classic => "classic",
+            Self::Quorum => "quorum",
+            Self::Stream => "stream",
+        })
+    }
+}
+
+impl fmt::Display for ExchangeKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Topic => "topic",
+            Self::Fanout => "fanout",
+        })
+    }
+}

@@ -1,0 +1,135 @@
+//! What comes in, as events of the protocol; and what can't be understood.
+
+use lapin::{
+    message::Delivery as Message,
+    types::{AMQPValue, FieldTable},
+};
+
+use crate::{
+    protocol::{
+        coordinator::{Delivery, Event},
+        ids::ServiceName,
+        message::{Done, Inquiry, Prepare, Request, Vote},
+    },
+    transport::amqp::names,
+    wire::message::{Item, Kind, Malformed, RequestMalformed, decode, decode_request},
+};
+
+/// What was understood of a message, and what is wrong with the rest.
+#[derive(Debug, Default)]
+pub(super) struct Intake {
+    pub(super) events: Vec<Event>,
+    pub(super) complaints: Vec<String>,
+}
+
+/// What `message`, from the queue of replies or that of inquiries, says.
+pub(super) fn reply(message: &Message) -> Intake {
+    let mut intake = Intake::default();
+    let key = message.routing_key.as_str();
+    let service = names::parts(key).and_then(|(_, service)| ServiceName::parse(service).ok());
+    let Some(service) = service else {
+        intake.complaints.push(format!("routing key `{key}` must read <to>.<service>"));
+        return intake;
+    };
+    // Who may write under which key is what a broker's permissions decide, so the key is believed.
+    match kind_of(message) {
+        Some(Kind::Vote) => intake.items(message, |vote: Vote| {
+            of(&service, &vote.service).map(|()| Event::VoteReceived(vote))
+        }),
+        Some(Kind::Done) => intake.items(message, |done: Done| {
+            of(&service, &done.service).map(|()| Event::DoneReceived(done))
+        }),
+        Some(Kind::Inquiry) => intake.items(message, |inquiry: Inquiry| {
+            of(&service, &inquiry.service).map(|()| Event::InquiryReceived(inquiry))
+        }),
+        // The broker found no slot for it in time.
+        Some(Kind::Prepare) => intake.items(message, |prepare: Prepare| {
+            Ok(Event::PrepareReturned { key: prepare.key, service: service.clone() })
+        }),
+        other => intake.complaints.push(unexpected(message, other)),
+    }
+    intake
+}
+
+/// The request that `message` is.
+pub(super) fn request(message: &Message) -> Result<Request, RequestMalformed> {
+    let kind = message.properties.kind();
+    // A producer who names no type means a request: nothing else is sent here.
+    if kind.is_some() && kind_of(message) != Some(Kind::Request) {
+        let reason = unexpected(message, kind_of(message));
+        return Err(RequestMalformed { reason, id: None, requested_at: None, reply: None });
+    }
+    decode_request(&message.data, *message.properties.timestamp())
+}
+
+/// [`Event::RequestReceived`] for it.
+pub(super) fn request_received(request: Request, message: &Message, delivery: Delivery) -> Event {
+    Event::RequestReceived { request, delivery, deliveries: deliveries(message) }
+}
+
+/// How often it has been delivered, this time included.
+fn deliveries(message: &Message) -> u32 {
+    let headers = message.properties.headers().as_ref();
+    let earlier = headers.and_then(|headers| number(headers, "x-delivery-count"));
+    let at_least = u64::from(message.redelivered);
+    let earlier = earlier.unwrap_or(0).max(at_least);
+    u32::try_from(earlier).unwrap_or(u32::MAX).saturating_add(1)
+}
+
+fn number(headers: &FieldTable, name: &str) -> Option<u64> {
+    match headers.inner().get(name)? {
+        AMQPValue::LongLongInt(number) => u64::try_from(*number).ok(),
+        AMQPValue::LongInt(number) => u64::try_from(*number).ok(),
+        AMQPValue::LongUInt(number) => Some(u64::from(*number)),
+        AMQPValue::ShortInt(number) => u64::try_from(*number).ok(),
+        AMQPValue::ShortUInt(number) => Some(u64::from(*number)),
+        AMQPValue::ShortShortInt(number) => u64::try_from(*number).ok(),
+        AMQPValue::ShortShortUInt(number) => Some(u64::from(*number)),
+        AMQPValue::Boolean(_)
+        | AMQPValue::Float(_)
+        | AMQPValue::Double(_)
+        | AMQPValue::DecimalValue(_)
+        | AMQPValue::ShortString(_)
+        | AMQPValue::LongString(_)
+        | AMQPValue::FieldArray(_)
+        | AMQPValue::Timestamp(_)
+        | AMQPValue::FieldTable(_)
+        | AMQPValue::ByteArray(_)
+        | AMQPValue::Void => None,
+    }
+}
+
+fn kind_of(message: &Message) -> Option<Kind> {
+    message.properties.kind().as_ref().and_then(|text| Kind::parse_type(text.as_str()))
+}
+
+fn unexpected(message: &Message, kind: Option<Kind>) -> String {
+    match (kind, message.properties.kind()) {
+        (None, None) => "the message must have a type".to_owned(),
+        (None, Some(text)) => format!("type `{text}` is not known"),
+        (Some(kind), _) => format!("a message of type `{}` has no business here", kind.as_type()),
+    }
+}
+
+fn of(key: &ServiceName, item: &ServiceName) -> Result<(), String> {
+    if key == item {
+        return Ok(());
+    }
+    Err(format!("an item of service `{item}` came under the routing key of `{key}`"))
+}
+
+impl Intake {
+    fn items<T: Item>(&mut self, message: &Message, event: impl Fn(T) -> Result<Event, String>) {
+        let items = match decode::<T>(&message.data) {
+            Ok(items) => items,
+            Err(error) => return self.complaints.push(error.to_string()),
+        };
+        for item in items {
+            let understood = item.map_err(|error: Malformed| error.to_string()).and_then(&event);
+            match understood {
+                Ok(event) => self.events.push(event),
+                Err(complaint) => self.complaints.push(complaint),
+            }
+        }
+    }
+}

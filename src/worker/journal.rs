@@ -1,0 +1,324 @@
+//! Reading the journal from its stream.
+//!
+//! A reader that has nothing yet attaches at a moment before its window begins, and finds out from
+//! when on it misses nothing; one that was cut off goes on from the offset it had reached, after
+//! making sure that it is still the same stream. A *marker*, a message of no decisions, shows where
+//! the end was: a stream doesn't say by itself that there is no more.
+//!
+//! **Invariant:** `since` is never said to be earlier than what the stream itself vouches for: the
+//! moment at which it was attached to, if something lies before that; or what its first record
+//! says.
+
+use std::{sync::Arc, time::Duration};
+
+use lapin::{
+    Channel, Connection,
+    message::Delivery,
+    types::{AMQPValue, FieldTable, ShortString},
+};
+use tokio::{sync::mpsc, time::timeout};
+
+use crate::{
+    protocol::{message::Decision, time::Time},
+    transport::amqp::{
+        connection::{Backoff, Chain, confirming_channel},
+        consumer::{Closed, Inbox},
+        publisher::{Outgoing, Published, publish},
+        unique,
+    },
+    wire::message::{JournalBegun, Kind, decode},
+};
+
+/// How many messages are on their way to a reader.
+const PREFETCH: u16 = 1000;
+
+/// How long a stream may show nothing though something is known to be there.
+const SILENCE_MAX: Duration = Duration::from_secs(30);
+
+/// One message of the journal.
+#[derive(Debug)]
+pub(super) struct Record {
+    /// Its place.
+    pub(super) offset: u64,
+    /// What it decides; nothing, if it is a marker.
+    pub(super) decisions: Vec<Arc<Decision>>,
+    /// Whether it is the first of its journal, and what it says.
+    begun: Option<JournalBegun>,
+    /// What tells a marker from others.
+    message_id: Option<ShortString>,
+    /// What tells it from another message at the same place of another stream.
+    pub(super) digest: u64,
+}
+
+/// The journal can't be read now.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ReadError {
+    #[error("failed to consume the journal")]
+    Consume(#[source] lapin::Error),
+    #[error("failed to read the journal on")]
+    Closed(#[source] Closed),
+    #[error("there is no queue `{0}`")]
+    Missing(ShortString),
+    #[error("the broker refuses a marker for the journal")]
+    MarkerRefused,
+    #[error("the journal shows nothing of what is in it")]
+    Silent,
+    #[error("the journal is no stream: its messages have no offset")]
+    NoStream,
+}
+
+/// A stream that is read from now on.
+#[derive(Debug)]
+pub(super) struct Tail {
+    inbox: Inbox,
+}
+
+/// Where a look further back begins and ends.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct LookBack {
+    pub(super) from: Time,
+    pub(super) until: u64,
+    pub(super) clock_margin: Duration,
+}
+
+/// What a look further back finds.
+#[derive(Debug)]
+pub(super) enum Found {
+    Decisions(Vec<Arc<Decision>>),
+    Ended { reaches: Option<Time> },
+}
+
+/// A stream, and the connection to read it on.
+#[derive(Clone, Debug)]
+pub(super) struct Journal {
+    pub(super) queue: ShortString,
+    pub(super) consuming: Arc<Connection>,
+    pub(super) publishing: Arc<Connection>,
+}
+
+impl Tail {
+    pub(super) async fn next(&mut self) -> Result<Delivery, Closed> {
+        self.inbox.next().await
+    }
+
+    pub(super) fn ready(&mut self) -> Option<Result<Delivery, Closed>> {
+        self.inbox.ready()
+    }
+
+    /// What a delivery says. It needs no other acknowledgement.
+    pub(super) fn read(&mut self, delivery: &Delivery) -> Result<Record, ReadError> {
+        self.inbox.ack(delivery.delivery_tag);
+        Record::of(delivery)
+    }
+
+    pub(super) fn flush(&mut self) {
+        self.inbox.flush();
+    }
+
+    async fn record(&mut self) -> Result<Record, ReadError> {
+        let delivery = match self.inbox.ready() {
+            Some(delivery) => delivery,
+            None => {
+                // Nothing more is ready, so this is the moment to ask for more.
+                self.inbox.flush();
+                timeout(SILENCE_MAX, self.inbox.next()).await.map_err(|_| ReadError::Silent)?
+            }
+        };
+        self.read(&delivery.map_err(ReadError::Closed)?)
+    }
+}
+
+impl Record {
+    fn of(delivery: &Delivery) -> Result<Self, ReadError> {
+        let properties = &delivery.properties;
+        let offset = properties.headers().as_ref().and_then(|headers| {
+            match headers.inner().get("x-stream-offset") {
+                Some(AMQPValue::LongLongInt(offset)) => u64::try_from(*offset).ok(),
+                Some(_) | None => None,
+            }
+        });
+        let offset = offset.ok_or(ReadError::NoStream)?;
+        let kind = properties.kind().as_ref().and_then(|text| Kind::parse_type(text.as_str()));
+        let mut record = Self {
+            offset,
+            decisions: Vec::new(),
+            begun: None,
+            message_id: properties.message_id().clone(),
+            digest: digest(&delivery.data),
+        };
+        if kind == Some(Kind::Decision) {
+            record.decisions = items::<Decision>(offset, &delivery.data).map(Arc::new).collect();
+        } else if kind == Some(Kind::JournalBegun) {
+            record.begun = items::<JournalBegun>(offset, &delivery.data).next();
+        } else {
+            unreadable(offset, &"its type is not that of a decision");
+        }
+        Ok(record)
+    }
+
+    fn is_marker(&self, marker: &ShortString) -> bool {
+        self.message_id.as_ref() == Some(marker)
+    }
+}
+
+/// What can be read of a message. What can't is skipped by every reader alike, so that none acts on
+/// what another doesn't see.
+fn items<T: crate::wire::message::Item>(offset: u64, body: &[u8]) -> impl Iterator<Item = T> {
+    let items = decode::<T>(body).unwrap_or_else(|error| {
+        unreadable(offset, &error);
+        Vec::new()
+    });
+    items.into_iter().filter_map(move |item| match item {
+        Ok(item) => Some(item),
+        Err(error) => {
+            unreadable(offset, &error);
+            None
+        }
+    })
+}
+
+fn unreadable(offset: u64, why: &dyn std::fmt::Display) {
+    tracing::error!(offset, reason = %why, "a message in the journal can't be read and is skipped");
+}
+
+fn digest(body: &[u8]) -> u64 {
+    crate::protocol::ids::fnv1a(body.iter().copied())
+}
+
+impl Journal {
+    async fn open(&self, from: AMQPValue, prefetch: u16) -> Result<Tail, ReadError> {
+        let mut arguments = FieldTable::default();
+        arguments.insert("x-stream-offset".into(), from);
+        let opening = Inbox::open(&self.consuming, self.queue.clone(), prefetch, arguments);
+        Ok(Tail { inbox: opening.await.map_err(ReadError::Consume)? })
+    }
+
+    /// Reads everything that is in the journal since `from`, and then stays at its end.
+    ///
+    /// `begin` is told where reading begins and from when on nothing is missing; `read` each
+    /// message.
+    pub(super) async fn attach(
+        &self,
+        from: Time,
+        clock_margin: Duration,
+        mut begin: impl FnMut(u64, Option<Time>),
+        mut read: impl FnMut(Record),
+    ) -> Result<Tail, ReadError> {
+        let marker = self.mark().await?;
+        let (mut tail, first, reaches) = self.open_at(from, clock_margin).await?;
+        begin(first.offset, reaches);
+        let mut is_end = first.is_marker(&marker);
+        read(first);
+        while !is_end {
+            let record = tail.record().await?;
+            is_end = record.is_marker(&marker);
+            read(record);
+        }
+        Ok(tail)
+    }
+
+    /// Goes on after the message at `offset`, if that is still the one with this `digest`.
+    pub(super) async fn resume(&self, offset: u64, digest: u64) -> Result<Option<Tail>, ReadError> {
+        self.mark().await?;
+        let Ok(at) = i64::try_from(offset) else { return Ok(None) };
+        let mut tail = self.open(AMQPValue::LongLongInt(at), PREFETCH).await?;
+        let first = tail.record().await?;
+        if first.offset == offset && first.digest == digest {
+            return Ok(Some(tail));
+        }
+        tail.inbox.close().await;
+        Ok(None)
+    }
+
+    /// Reads from `look.from` up to the message before `look.until`, and tells `found`; until that
+    /// succeeds, or nobody listens.
+    pub(super) async fn look_back(self, look: LookBack, found: mpsc::Sender<Found>) {
+        let mut backoff = Backoff::default();
+        while let Err(error) = self.try_look_back(look, &found).await {
+            if found.is_closed() {
+                return;
+            }
+            tracing::warn!(error = %Chain(&error), "failed to look further back in the journal");
+            tokio::time::sleep(backoff.pause()).await;
+        }
+    }
+
+    async fn try_look_back(
+        &self,
+        look: LookBack,
+        found: &mpsc::Sender<Found>,
+    ) -> Result<(), ReadError> {
+        // At least one message is there to be read, then.
+        self.mark().await?;
+        let (mut tail, mut record, reaches) = self.open_at(look.from, look.clock_margin).await?;
+        while record.offset < look.until {
+            let is_last = record.offset + 1 >= look.until;
+            if !record.decisions.is_empty() {
+                let decisions = Found::Decisions(record.decisions);
+                found.send(decisions).await.map_err(|_| ReadError::Silent)?;
+            }
+            if is_last {
+                break;
+            }
+            record = tail.record().await?;
+        }
+        tail.inbox.close().await;
+        found.send(Found::Ended { reaches }).await.map_err(|_| ReadError::Silent)
+    }
+
+    /// Opens the stream where every record made at `from` or later lies behind: its first message,
+    /// and from when on nothing is missing, if anything can be vouched for.
+    async fn open_at(
+        &self,
+        from: Time,
+        clock_margin: Duration,
+    ) -> Result<(Tail, Record, Option<Time>), ReadError> {
+        let mut head = self.open(AMQPValue::LongString("first".into()), 1).await?;
+        let begun = head.record().await?;
+        head.inbox.close().await;
+        // The broker's clock says when a record arrived, which by that of its worker may be as much
+        // as the margin earlier than it was made.
+        let seconds = (from - clock_margin).as_millis() / 1000;
+        let mut tail = self.open(AMQPValue::Timestamp(seconds), PREFETCH).await?;
+        let first = tail.record().await?;
+        let reaches = if first.offset > begun.offset {
+            // Something older is still there, so nothing younger is gone.
+            Some(from)
+        } else {
+            begun.begun.map(|begun| begun.complete_since)
+        };
+        Ok((tail, first, reaches))
+    }
+
+    /// Writes a marker, and waits until it is there.
+    async fn mark(&self) -> Result<ShortString, ReadError> {
+        let marker = ShortString::from(unique::name('m'));
+        let channel = confirming_channel(&self.publishing).await.map_err(ReadError::Consume)?;
+        let published = publish(channel.clone(), self.message(b"[]".into(), Some(marker.clone())));
+        let published = published.await;
+        close(&channel).await;
+        match published {
+            Published::Confirmed => Ok(marker),
+            Published::Unroutable => Err(ReadError::Missing(self.queue.clone())),
+            Published::Refused => Err(ReadError::MarkerRefused),
+            Published::Lost(error) => Err(ReadError::Consume(error)),
+        }
+    }
+
+    /// A message of decisions.
+    pub(super) fn message(&self, body: Vec<u8>, message_id: Option<ShortString>) -> Outgoing {
+        Outgoing {
+            key: self.queue.clone(),
+            message_type: Kind::Decision.as_type(),
+            body,
+            persistent: true,
+            mandatory: true,
+            message_id,
+            ..Outgoing::default()
+        }
+    }
+}
+
+async fn close(channel: &Channel) {
+    let _ = channel.close(200, "done".into()).await;
+}

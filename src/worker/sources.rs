@@ -1,0 +1,129 @@
+//! Where requests come from: one queue, by one consumer or two.
+//!
+//! The first consumer takes as many requests as may be in flight. Some of them may wait in the
+//! worker for a slot of a full service; if many do, they would keep out others that could be worked
+//! on, so a second consumer takes more while that lasts.
+
+use std::{
+    collections::BTreeMap,
+    task::{Context, Poll},
+};
+
+use lapin::{Connection, message::Delivery as Message, types::FieldTable, types::ShortString};
+
+use crate::{
+    protocol::coordinator::Delivery,
+    transport::amqp::consumer::{Closed, Inbox},
+};
+
+/// How many bits of a [`Delivery`] tell its source.
+const SOURCE_BITS: u32 = 16;
+
+#[derive(Debug)]
+struct Source {
+    inbox: Inbox,
+    /// Deliveries that are not settled.
+    held: usize,
+    cancelled: bool,
+    /// All that was on its way has come.
+    ended: bool,
+}
+
+/// The consumers of one queue on one connection.
+#[derive(Debug)]
+pub(super) struct Sources {
+    queue: ShortString,
+    sources: BTreeMap<u16, Source>,
+    next: u16,
+}
+
+impl Sources {
+    /// None yet.
+    pub(super) fn new(queue: ShortString) -> Self {
+        Self { queue, sources: BTreeMap::new(), next: 0 }
+    }
+
+    /// One more consumer.
+    pub(super) async fn open(
+        &mut self,
+        connection: &Connection,
+        prefetch: u16,
+    ) -> Result<(), lapin::Error> {
+        let opening = Inbox::open(connection, self.queue.clone(), prefetch, FieldTable::default());
+        let source = Source { inbox: opening.await?, held: 0, cancelled: false, ended: false };
+        while self.sources.contains_key(&self.next) {
+            self.next = self.next.wrapping_add(1);
+        }
+        self.sources.insert(self.next, source);
+        self.next = self.next.wrapping_add(1);
+        Ok(())
+    }
+
+    /// How many consumers take requests.
+    pub(super) fn taking(&self) -> usize {
+        self.sources.values().filter(|source| !source.cancelled).count()
+    }
+
+    /// Takes no more by all consumers but the first `keep`.
+    pub(super) async fn cancel_all_but(&mut self, keep: usize) -> Result<(), lapin::Error> {
+        let taking = self.sources.values_mut().filter(|source| !source.cancelled);
+        for source in taking.skip(keep) {
+            source.inbox.cancel().await?;
+            source.cancelled = true;
+        }
+        Ok(())
+    }
+
+    /// The next request, from whichever consumer.
+    pub(super) async fn next(&mut self) -> Result<(Delivery, Message), Closed> {
+        std::future::poll_fn(|cx| self.poll_next(cx)).await
+    }
+
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<(Delivery, Message), Closed>> {
+        for (&number, source) in self.sources.iter_mut().filter(|(_, source)| !source.ended) {
+            match source.inbox.poll_next(cx) {
+                Poll::Ready(Ok(message)) => {
+                    source.held += 1;
+                    let tag = message.delivery_tag << SOURCE_BITS;
+                    return Poll::Ready(Ok((Delivery(tag | u64::from(number)), message)));
+                }
+                // Ended by ourselves.
+                Poll::Ready(Err(Closed::Cancelled { .. })) if source.cancelled => {
+                    source.ended = true;
+                }
+                Poll::Ready(Err(closed)) => return Poll::Ready(Err(closed)),
+                Poll::Pending => {}
+            }
+        }
+        Poll::Pending
+    }
+
+    fn of(&mut self, delivery: Delivery) -> Option<(u64, &mut Source)> {
+        let number = (delivery.0 & ((1 << SOURCE_BITS) - 1)) as u16;
+        let source = self.sources.get_mut(&number)?;
+        source.held = source.held.saturating_sub(1);
+        Some((delivery.0 >> SOURCE_BITS, source))
+    }
+
+    /// The request is dealt with.
+    pub(super) fn ack(&mut self, delivery: Delivery) {
+        if let Some((tag, source)) = self.of(delivery) {
+            source.inbox.ack(tag);
+        }
+    }
+
+    /// The request is for another worker.
+    pub(super) fn requeue(&mut self, delivery: Delivery) {
+        if let Some((tag, source)) = self.of(delivery) {
+            source.inbox.requeue(tag);
+        }
+    }
+
+    /// Tells the broker, and forgets the consumers that are done with.
+    pub(super) fn flush(&mut self) {
+        for source in self.sources.values_mut() {
+            source.inbox.flush();
+        }
+        self.sources.retain(|_, source| !source.ended || source.held > 0);
+    }
+}

@@ -1,0 +1,9 @@
+//! The real thing: RabbitMQ nodes, and the processes that meet there.
+
+#![allow(clippy::print_stdout, reason = "a test prints what it has measured")]
+
+#[path = "../support/broker.rs"]
+mod broker;
+#[path = "../support/lines.rs"]
+mod lines;
+mod node;

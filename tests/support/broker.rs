@@ -1,0 +1,398 @@
+//! RabbitMQ for tests: private nodes, and places in a shared one that no two tests share.
+//!
+//! [`place`] is what most tests want: an address and a namespace of the test's own, on a node that
+//! all tests of the target share; it is started when the first test asks. A test that kills or
+//! stops a broker starts its own [`Broker`].
+//!
+//! A node lives on free loopback ports with an epmd, a cookie and a directory of its own, and sees
+//! nothing of the environment. It doesn't outlive the test process, however that one ends: a shell
+//! (`broker.sh`) holds the other end of a pipe, and kills the node when the pipe closes.
+//!
+//! * `AMQP_URL`: the shared broker is that one. Tests that stop a broker still start their own.
+//! * `DTC_TEST_RABBITMQ`: the root of a file system whose RabbitMQ is to be run instead of the
+//!   machine's.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
+#![allow(dead_code, reason = "each target uses a part of it")]
+
+use std::{
+    env, fs,
+    hash::{BuildHasher, RandomState},
+    io::{self, Read, Write},
+    net::{Ipv4Addr, TcpListener, TcpStream},
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    process::{Child, ChildStdin, Command, Stdio},
+    sync::{
+        Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use tempfile::TempDir;
+
+use crate::lines::Lines;
+
+/// How long a node may take to boot on a machine that is busy.
+const BOOT: Duration = Duration::from_secs(120);
+/// How long a node may take to stop.
+const STOP: Duration = Duration::from_secs(60);
+/// How often a node is started on other ports, because somebody else took them in between.
+const ATTEMPTS: usize = 3;
+/// How many virtual hosts a node has for tests, made while it boots: later they are slow to make.
+const VHOSTS: usize = 64;
+
+const SERVER: &str = "usr/lib/rabbitmq/bin/rabbitmq-server";
+
+/// Where a test may declare what it likes.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Place {
+    /// The broker, with user, password and virtual host.
+    pub(crate) url: String,
+    /// What all names of this test's exchanges and queues begin with.
+    pub(crate) namespace: String,
+}
+
+/// A place of its own on the shared broker.
+pub(crate) fn place() -> Place {
+    match shared() {
+        Shared::Private(broker) => broker.place(),
+        Shared::Given(url) => {
+            Place { url: url.clone(), namespace: format!("dtc-test-{}", random()) }
+        }
+    }
+}
+
+/// The shared broker's version.
+pub(crate) fn version() -> String {
+    match shared() {
+        Shared::Private(broker) => broker.version().to_owned(),
+        Shared::Given(url) => {
+            let after_scheme = url.split_once("://").map_or(url.as_str(), |(_, rest)| rest);
+            let authority = after_scheme.split(['/', '?']).next().unwrap();
+            let host = authority.rsplit('@').next().unwrap();
+            let address = if host.contains(':') { host.to_owned() } else { format!("{host}:5672") };
+            greeted(TcpStream::connect(&address)).expect("the broker at AMQP_URL doesn't answer")
+        }
+    }
+}
+
+enum Shared {
+    Private(Broker),
+    Given(String),
+}
+
+fn shared() -> &'static Shared {
+    static SHARED: OnceLock<Shared> = OnceLock::new();
+    SHARED.get_or_init(|| match env::var("AMQP_URL") {
+        Ok(url) if !url.is_empty() => Shared::Given(url),
+        _ => Shared::Private(Broker::start()),
+    })
+}
+
+/// A RabbitMQ node that belongs to one test.
+#[derive(Debug)]
+pub(crate) struct Broker {
+    /// Declared first to be dropped first: nothing may write into a directory that goes.
+    run: Mutex<Option<Run>>,
+    setup: Setup,
+    version: String,
+    places: AtomicUsize,
+}
+
+impl Broker {
+    /// Starts a node, and returns when it serves.
+    pub(crate) fn start() -> Self {
+        let mut complaint = String::new();
+        for _ in 0..ATTEMPTS {
+            let setup = Setup::new();
+            match Run::start(&setup) {
+                Ok((run, version)) => {
+                    let run = Mutex::new(Some(run));
+                    return Self { run, setup, version, places: AtomicUsize::new(0) };
+                }
+                Err(printed) => complaint = printed,
+            }
+        }
+        panic!("RabbitMQ doesn't start:\n{complaint}");
+    }
+
+    /// The node's own virtual host, `/`.
+    pub(crate) fn url(&self) -> String {
+        self.url_of("%2f")
+    }
+
+    fn url_of(&self, vhost: &str) -> String {
+        format!("amqp://guest:guest@127.0.0.1:{}/{vhost}", self.setup.port)
+    }
+
+    /// The port where AMQP is spoken.
+    pub(crate) fn port(&self) -> u16 {
+        self.setup.port
+    }
+
+    /// A virtual host that nobody has used yet.
+    pub(crate) fn place(&self) -> Place {
+        let number = self.places.fetch_add(1, Ordering::Relaxed);
+        assert!(number < VHOSTS, "a node has places for {VHOSTS} tests: raise VHOSTS");
+        Place { url: self.url_of(&vhost(number)), namespace: "dtc".to_owned() }
+    }
+
+    /// The version that the node greets with, such as `4.3.6`.
+    pub(crate) fn version(&self) -> &str {
+        &self.version
+    }
+
+    /// Ends the node at once, like a power cut, and returns when it is gone.
+    pub(crate) fn kill(&self) {
+        drop(self.running().take().expect("the node runs"));
+    }
+
+    /// Ends the node as an operator does, and returns when it is gone.
+    pub(crate) fn terminate(&self) {
+        let mut run = self.running().take().expect("the node runs");
+        run.say("terminate");
+        assert!(run.printed.wait_for_end(STOP), "RabbitMQ doesn't stop:\n{}", run.printed.text());
+    }
+
+    /// Starts the node again, with what it kept, where it was; returns when it serves.
+    pub(crate) fn start_again(&self) {
+        let mut running = self.running();
+        assert!(running.is_none(), "the node runs");
+        match Run::start(&self.setup) {
+            Ok((run, _)) => *running = Some(run),
+            Err(printed) => panic!("RabbitMQ doesn't start again:\n{printed}"),
+        }
+    }
+
+    /// Ends the node as an operator does, and starts it again.
+    pub(crate) fn restart(&self) {
+        self.terminate();
+        self.start_again();
+    }
+
+    /// The process groups that the node and its epmd are expected in, the supervising shell's first.
+    pub(crate) fn supervisor(&self) -> u32 {
+        self.running().as_ref().expect("the node runs").shell.id()
+    }
+
+    /// Where the node keeps what it keeps.
+    pub(crate) fn directory(&self) -> &Path {
+        self.setup.directory.path()
+    }
+
+    fn running(&self) -> MutexGuard<'_, Option<Run>> {
+        self.run.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One life of a node; dropped, it is killed.
+#[derive(Debug)]
+struct Run {
+    shell: Child,
+    commands: ChildStdin,
+    printed: Lines,
+}
+
+impl Run {
+    /// Starts the node and waits until it serves; the version it greets with, or what it printed.
+    fn start(setup: &Setup) -> Result<(Self, String), String> {
+        let (reader, writer) = io::pipe().unwrap();
+        let mut shell = Command::new("sh")
+            .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/broker.sh"))
+            .arg(setup.directory.path())
+            .arg(setup.root.as_deref().unwrap_or(Path::new("")))
+            .env_clear()
+            .envs(setup.environment())
+            .stdin(Stdio::piped())
+            .stdout(writer.try_clone().unwrap())
+            .stderr(writer)
+            .spawn()
+            .unwrap();
+        let commands = shell.stdin.take().unwrap();
+        let run = Self { shell, commands, printed: Lines::of(reader) };
+        // It says so when its last step is done; it listens some steps earlier.
+        if run.printed.wait_for("completed with", BOOT).is_none() {
+            return Err(format!("{}\n{}", run.printed.text(), setup.log()));
+        }
+        match greeted(TcpStream::connect((Ipv4Addr::LOCALHOST, setup.port))) {
+            Ok(version) => Ok((run, version)),
+            Err(error) => Err(format!("{error}\n{}", run.printed.text())),
+        }
+    }
+
+    fn say(&mut self, word: &str) {
+        // A shell that has gone took the node with it.
+        drop(writeln!(self.commands, "{word}"));
+    }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        self.say("kill");
+        self.printed.wait_for_end(STOP);
+        drop(self.shell.wait());
+    }
+}
+
+/// What stays the same over the lives of a node.
+#[derive(Debug)]
+struct Setup {
+    directory: TempDir,
+    root: Option<PathBuf>,
+    port: u16,
+    dist_port: u16,
+    epmd_port: u16,
+}
+
+impl Setup {
+    fn new() -> Self {
+        let root = env::var_os("DTC_TEST_RABBITMQ").filter(|root| !root.is_empty());
+        let root = root.map(PathBuf::from);
+        let server = root.as_deref().unwrap_or(Path::new("/")).join(SERVER);
+        assert!(server.exists(), "there is no {}: tests/run brings it", server.display());
+        let [port, dist_port, epmd_port] = free_ports();
+        let directory = tempfile::Builder::new().prefix("dtc-rabbitmq-").tempdir().unwrap();
+        let setup = Self { directory, root, port, dist_port, epmd_port };
+        setup.write_files();
+        setup
+    }
+
+    fn write_files(&self) {
+        let write = |name: &str, text: &str| {
+            let path = self.directory.path().join(name);
+            fs::write(&path, text).unwrap();
+            path
+        };
+        let cookie = write(".erlang.cookie", &random());
+        fs::set_permissions(cookie, fs::Permissions::from_mode(0o400)).unwrap();
+        write("enabled_plugins", "[].\n");
+        write("advanced.config", "[].\n");
+        write("rabbitmq-env.conf", "");
+        write("definitions.json", &definitions());
+        let configuration = format!(
+            "definitions.import_backend = local_filesystem\n\
+             definitions.local.path = {}/definitions.json\n\
+             definitions.skip_if_unchanged = true\n\
+             disk_free_limit.absolute = 50MB\n",
+            self.inside()
+        );
+        write("rabbitmq.conf", &configuration);
+    }
+
+    /// The directory, as the node sees it.
+    fn inside(&self) -> String {
+        match self.root {
+            Some(_) => "/mnt".to_owned(),
+            None => self.directory.path().display().to_string(),
+        }
+    }
+
+    fn environment(&self) -> Vec<(&'static str, String)> {
+        let inside = |name: &str| format!("{}/{name}", self.inside());
+        vec![
+            ("PATH", "/usr/sbin:/usr/bin:/sbin:/bin".to_owned()),
+            ("LANG", "C.UTF-8".to_owned()),
+            ("HOME", self.inside()),
+            ("ERL_EPMD_ADDRESS", "127.0.0.1".to_owned()),
+            ("ERL_EPMD_PORT", self.epmd_port.to_string()),
+            ("RABBITMQ_NODENAME", format!("dtc{}@localhost", self.port)),
+            ("RABBITMQ_NODE_IP_ADDRESS", "127.0.0.1".to_owned()),
+            ("RABBITMQ_NODE_PORT", self.port.to_string()),
+            ("RABBITMQ_DIST_PORT", self.dist_port.to_string()),
+            ("RABBITMQ_MNESIA_BASE", inside("data")),
+            ("RABBITMQ_LOG_BASE", inside("log")),
+            ("RABBITMQ_CONFIG_FILE", inside("rabbitmq.conf")),
+            ("RABBITMQ_ADVANCED_CONFIG_FILE", inside("advanced.config")),
+            ("RABBITMQ_CONF_ENV_FILE", inside("rabbitmq-env.conf")),
+            ("RABBITMQ_ENABLED_PLUGINS_FILE", inside("enabled_plugins")),
+            ("RABBITMQ_GENERATED_CONFIG_DIR", inside("generated")),
+            ("RABBITMQ_PID_FILE", inside("pid")),
+            // Without a shell in between, so that the process started is the node itself.
+            ("RUNNING_UNDER_SYSTEMD", "true".to_owned()),
+            // It has the machine to share with what it is tested with: no spinning, few threads.
+            (
+                "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS",
+                "+sbwt none +sbwtdcpu none +sbwtdio none".to_owned(),
+            ),
+        ]
+    }
+
+    /// The end of the node's log.
+    fn log(&self) -> String {
+        let path = self.directory.path().join(format!("log/dtc{}@localhost.log", self.port));
+        let text = fs::read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+        let text = text.unwrap_or_default();
+        let lines: Vec<_> = text.lines().collect();
+        lines[lines.len().saturating_sub(40)..].join("\n")
+    }
+}
+
+fn vhost(number: usize) -> String {
+    format!("v{number:02}")
+}
+
+/// The virtual hosts, and the usual guest, who may do everything there.
+fn definitions() -> String {
+    let names = || (0..VHOSTS).map(vhost).chain(["/".to_owned()]);
+    let vhosts: Vec<_> = names().map(|name| format!(r#"{{"name":"{name}"}}"#)).collect();
+    let permissions = names().map(|name| {
+        format!(r#"{{"user":"guest","vhost":"{name}","configure":".*","write":".*","read":".*"}}"#)
+    });
+    let permissions: Vec<_> = permissions.collect();
+    // The salt `salt` and the SHA-256 of `saltguest`.
+    let guest = r#"{"name":"guest","tags":["administrator"],"limits":{},
+        "hashing_algorithm":"rabbit_password_hashing_sha256","password_hash":"c2FsdDRwMuw4kgNZhm0cEYx1m4NAR6BCdplxDdFbnDjbRIKq"}"#;
+    format!(
+        r#"{{"users":[{guest}],"vhosts":[{}],"permissions":[{}]}}"#,
+        vhosts.join(","),
+        permissions.join(",")
+    )
+}
+
+/// Ports that nobody listens on.
+///
+/// They come from below the range that the kernel gives to clients: a client that tries again and
+/// again to reach a stopped node would sooner or later be given the node's own port, and find itself.
+fn free_ports() -> [u16; 3] {
+    let range = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
+    let end = range.split_whitespace().next().and_then(|start| start.parse().ok());
+    let end: u16 = end.unwrap_or(32768).clamp(10000, 32768);
+    let mut held = Vec::new();
+    while held.len() < 3 {
+        let port = 5000 + u16::try_from(number() % u64::from(end - 5000)).unwrap();
+        held.extend(TcpListener::bind((Ipv4Addr::LOCALHOST, port)).ok());
+    }
+    let port = |listener: &TcpListener| listener.local_addr().unwrap().port();
+    [port(&held[0]), port(&held[1]), port(&held[2])]
+}
+
+/// The version that a broker greets with.
+fn greeted(stream: io::Result<TcpStream>) -> io::Result<String> {
+    let mut stream = stream?;
+    stream.set_read_timeout(Some(Duration::from_secs(30)))?;
+    stream.write_all(b"AMQP\x00\x00\x09\x01")?;
+    // Type, channel, and how long the rest is.
+    let mut head = [0; 7];
+    stream.read_exact(&mut head)?;
+    let length = u32::from_be_bytes([head[3], head[4], head[5], head[6]]);
+    let mut properties = Vec::new();
+    stream.take(u64::from(length)).read_to_end(&mut properties)?;
+    // Among the server's properties: a short string, the type of a long one, and its length.
+    let key = b"\x07versionS";
+    let version = properties.windows(key.len()).position(|window| window == key).and_then(|at| {
+        let (length, rest) = properties.get(at + key.len()..)?.split_first_chunk::<4>()?;
+        rest.get(..usize::try_from(u32::from_be_bytes(*length)).ok()?)
+    });
+    let version = version.map(|bytes| String::from_utf8_lossy(bytes).into_owned());
+    version.ok_or_else(|| io::Error::other("it greets without a version"))
+}
+
+fn number() -> u64 {
+    RandomState::new().hash_one(())
+}
+
+fn random() -> String {
+    format!("{:016x}", number())
+}

@@ -1,0 +1,128 @@
+# Brings what the tests need and a Debian machine doesn't have: packages, and a RabbitMQ of another
+# release. Sourced by tests/run; every function says what it brings and fails with what to do.
+
+as_root() {
+    if ((EUID == 0)); then
+        "$@"
+    elif command -v sudo >/dev/null; then
+        sudo -- "$@"
+    else
+        echo "\`$*\` wants root, and there is no sudo" >&2
+        return 69
+    fi
+}
+
+# package NAME FILE: installs Debian's package NAME unless FILE is there. Nothing that it brings is
+# started, now or at the next boot: the tests run servers of their own.
+package() {
+    local name=$1 file=$2 policy=/usr/sbin/policy-rc.d unit
+    [[ -e $file ]] && return
+    if ! command -v apt-get >/dev/null; then
+        echo "there is no $file, and no apt-get to bring it: install $name" >&2
+        return 69
+    fi
+    echo "installing $name"
+    # Whoever installs services asks this script whether they may start.
+    if [[ ! -e $policy ]]; then
+        printf '#!/bin/sh\nexit 101\n' | as_root tee "$policy" >/dev/null || return
+        as_root chmod +x "$policy"
+        # shellcheck disable=SC2064 # the path is known now, and local
+        trap "as_root rm -f -- '$policy'; trap - RETURN" RETURN
+    fi
+    if ! quietly apt_install "$name"; then
+        echo "$name can't be installed" >&2
+        return 69
+    fi
+    if [[ -d /run/systemd/system ]]; then
+        for unit in $(dpkg -L "$name" | sed -n 's|^.*/systemd/system/\([^/]*\.service\)$|\1|p'); do
+            as_root systemctl disable --now --quiet "$unit" || true
+        done
+    fi
+    if [[ ! -e $file ]]; then
+        echo "$name is installed, but there is no $file" >&2
+        return 69
+    fi
+}
+
+apt_install() {
+    # What the machine knows of its mirrors may be out of date, or nothing at all.
+    local apt=(as_root env DEBIAN_FRONTEND=noninteractive apt-get -q -y
+        -o DPkg::Lock::Timeout=120 -o APT::Update::Error-Mode=any)
+    "${apt[@]}" install --no-install-recommends "$1" ||
+        { "${apt[@]}" update && "${apt[@]}" install --no-install-recommends "$1"; }
+}
+
+# quietly COMMAND...: shows what it printed only if it failed.
+quietly() {
+    local said status=0
+    said=$(mktemp)
+    "$@" >"$said" 2>&1 || status=$?
+    if ((status != 0)); then tail -n 30 -- "$said"; fi
+    rm -f -- "$said"
+    return "$status"
+}
+
+# rabbitmq_in_chroot SERIES SUITE: brings the RabbitMQ of Debian's SUITE, which has to be of SERIES
+# (such as 4.3), into a directory of its own, and leaves that one's name in `chroot`.
+#
+# It is built beside its place and renamed into it, so that what has the name is whole.
+rabbitmq_in_chroot() {
+    local series=$1 suite=$2 cache mirror building
+    cache=${XDG_CACHE_HOME:-$HOME/.cache}/dtc
+    chroot=$cache/rabbitmq-$series
+    if [[ -e $chroot ]]; then return; fi
+    mirror=$(debian_mirror)
+    if [[ -z $mirror ]]; then
+        echo "RabbitMQ $series comes from a Debian mirror, and apt's sources name none" >&2
+        return 69
+    fi
+    package debootstrap /usr/sbin/debootstrap || return
+    mkdir -p -- "$cache"
+    # One builds, the others wait for it.
+    exec {lock}>"$cache/rabbitmq-$series.lock"
+    flock "$lock"
+    if [[ ! -e $chroot ]]; then
+        building=$chroot.building
+        as_root rm -rf --one-file-system -- "$building"
+        echo "building $chroot"
+        if ! quietly build_chroot "$suite" "$building" "$mirror"; then
+            echo "RabbitMQ $series can't be built from Debian's $suite" >&2
+            return 69
+        fi
+        if [[ $(rabbitmq_version_in "$building") != "$series".* ]]; then
+            echo "Debian's $suite has RabbitMQ $(rabbitmq_version_in "$building"), not $series" >&2
+            return 69
+        fi
+        as_root mv -T -- "$building" "$chroot"
+    fi
+    exec {lock}>&-
+}
+
+build_chroot() {
+    local suite=$1 directory=$2 mirror=$3
+    # A suite younger than debootstrap is built like the newest.
+    local script=/usr/share/debootstrap/scripts/$suite
+    if [[ ! -e $script ]]; then script=/usr/share/debootstrap/scripts/sid; fi
+    as_root debootstrap --variant=minbase --include=rabbitmq-server,procps \
+        "$suite" "$directory" "$mirror" "$script" || return
+    echo '127.0.0.1 localhost' | as_root tee "$directory/etc/hosts" >/dev/null
+    # Only what makes it run is kept.
+    as_root rm -rf -- "$directory/var/cache/apt/archives" "$directory/var/lib/apt/lists"
+}
+
+rabbitmq_version_in() {
+    awk '/^Package: rabbitmq-server$/ { found = 1 } /^$/ { found = 0 }
+        found && /^Version:/ { sub(/-[^-]*$/, "", $2); print $2 }' "$1/var/lib/dpkg/status"
+}
+
+debian_mirror() {
+    shopt -s nullglob
+    local files=(/etc/apt/sources.list.d/*.sources)
+    local old=(/etc/apt/sources.list /etc/apt/sources.list.d/*.list)
+    shopt -u nullglob
+    {
+        if ((${#files[@]})); then awk '/^URIs:/ { print $2 }' "${files[@]}"; fi
+        awk '$1 == "deb" { for (i = 2; i <= NF; i++) if ($i ~ /^[a-z+]+:\/\//) print $i }' \
+            "${old[@]}" 2>/dev/null || true
+    } | awk '/\/debian\/?$/ { print; exit }'
+}
