@@ -6,12 +6,17 @@
 
 mod broker;
 mod duration;
+mod input;
 mod limits;
+mod moment;
 mod output;
 mod progress;
 mod run;
 mod service;
 mod signals;
+mod stages;
+mod status;
+mod submit;
 mod topology;
 mod worker;
 
@@ -22,6 +27,8 @@ use std::{
 };
 
 use clap::{Parser, Subcommand};
+
+use crate::transport::amqp::connection::Chain;
 
 /// Commits a transaction at every service involved, or at none.
 #[derive(Debug, Parser)]
@@ -43,6 +50,8 @@ enum Command {
     Run(run::RunArguments),
     Worker(worker::WorkerArguments),
     Service(service::ServiceArguments),
+    Submit(submit::SubmitArguments),
+    Status(status::StatusArguments),
     Topology(topology::TopologyArguments),
 }
 
@@ -89,7 +98,7 @@ impl Failure {
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:#}", self.error)
+        write!(f, "{}", Chain(self.error.as_ref()))
     }
 }
 
@@ -99,8 +108,10 @@ pub fn main() -> ExitCode {
     let ended = match arguments.command {
         Command::Run(arguments) => run::run(&arguments),
         Command::Worker(arguments) => worker::run(&arguments),
-        Command::Service(arguments) => service::run(&arguments),
         Command::Topology(arguments) => topology::run(&arguments),
+        Command::Service(arguments) => service::run(&arguments),
+        Command::Status(arguments) => status::run(&arguments),
+        Command::Submit(arguments) => submit::run(&arguments),
     };
     let exit = ended.unwrap_or_else(|failure| {
         tell(&format!("{failure}\n"));

@@ -13,7 +13,7 @@ use indicatif::ProgressBar;
 use tracing_subscriber::filter::LevelFilter;
 
 use crate::{
-    cli::{Exit, Failure, broker::BrokerArguments, limits::duration, progress, signals},
+    cli::{Exit, Failure, broker::BrokerArguments, duration, progress, signals},
     participant::{
         serve::{self, ServeError, ServeSettings},
         simulated::Simulated,
@@ -58,11 +58,11 @@ pub(super) struct ServiceArguments {
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
     /// How long to wait for an outcome before asking for it
-    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = duration)]
+    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = duration::parse)]
     #[arg(env = "DTC__SERVICE__INQUIRE_AFTER")]
     inquire_after: Duration,
     /// How long to wait for the outcomes of what is prepared when told to stop
-    #[arg(long, value_name = "DURATION", default_value = "25s", value_parser = duration)]
+    #[arg(long, value_name = "DURATION", default_value = "25s", value_parser = duration::parse)]
     #[arg(env = "DTC__SERVICE__DRAIN")]
     drain: Duration,
 }

@@ -11,7 +11,8 @@ use crate::{
     cli::{
         Exit, Failure,
         broker::BrokerArguments,
-        limits::{at_least_one, duration, workers_name},
+        duration,
+        limits::{at_least_one, workers_name},
         progress, signals,
     },
     protocol::ids::WorkerId,
@@ -39,15 +40,15 @@ pub(super) struct WorkerArguments {
     #[arg(allow_negative_numbers = true, env = "DTC__WORKER__MAX_IN_FLIGHT")]
     max_in_flight: u16,
     /// How long the prepares of a transaction may take that has no timeout_ms of its own
-    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = duration)]
+    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = duration::parse)]
     #[arg(env = "DTC__WORKER__PREPARE_TIMEOUT")]
     prepare_timeout: Duration,
     /// How long to finish what has begun when told to stop
-    #[arg(long, value_name = "DURATION", default_value = "25s", value_parser = duration)]
+    #[arg(long, value_name = "DURATION", default_value = "25s", value_parser = duration::parse)]
     #[arg(env = "DTC__WORKER__DRAIN")]
     drain: Duration,
     /// How long a decision is remembered, to recognise a request that comes again
-    #[arg(long, value_name = "DURATION", default_value = "15m", value_parser = duration)]
+    #[arg(long, value_name = "DURATION", default_value = "15min", value_parser = duration::parse)]
     #[arg(env = "DTC__WORKER__WINDOW")]
     window: Duration,
 }

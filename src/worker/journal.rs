@@ -57,8 +57,10 @@ pub(super) enum ReadError {
     Consume(#[source] lapin::Error),
     #[error("failed to read the journal on")]
     Closed(#[source] Closed),
-    #[error("failed to publish a marker to the journal: {0}")]
-    Marker(String),
+    #[error("there is no queue `{0}`")]
+    Missing(ShortString),
+    #[error("the broker refuses a marker for the journal")]
+    MarkerRefused,
     #[error("the journal shows nothing of what is in it")]
     Silent,
     #[error("the journal is no stream: its messages have no offset")]
@@ -297,10 +299,8 @@ impl Journal {
         close(&channel).await;
         match published {
             Published::Confirmed => Ok(marker),
-            Published::Unroutable => {
-                Err(ReadError::Marker(format!("there is no queue `{}`", self.queue)))
-            }
-            Published::Refused => Err(ReadError::Marker("the broker refuses it".to_owned())),
+            Published::Unroutable => Err(ReadError::Missing(self.queue.clone())),
+            Published::Refused => Err(ReadError::MarkerRefused),
             Published::Lost(error) => Err(ReadError::Consume(error)),
         }
     }

@@ -32,7 +32,7 @@ use crate::{
         message::{Answer, Outcome},
     },
     transport::amqp::{
-        connection::{Backoff, Broker, Chain, ConnectError, Disposition, is_not_found, is_refusal},
+        connection::{Backoff, Broker, Chain, ConnectError, Disposition, is_refusal},
         names::Names,
     },
 };
@@ -204,7 +204,7 @@ impl Failure {
             Self::Connect(error) => {
                 tracing::warn!(error = %Chain(error), "no broker yet; trying again");
             }
-            Self::Session(error) if error.broker_error().is_some_and(is_not_found) => {
+            Self::Session(error) if error.is_missing() => {
                 tracing::error!(
                     error = %Chain(error), namespace = %settings.names.namespace(),
                     "the topology is not there: `dtc topology apply` makes it; trying again"

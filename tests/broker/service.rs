@@ -229,7 +229,7 @@ async fn what_nobody_can_read_is_rejected_and_the_rest_goes_on() {
         };
         assert!(header("reason").contains(complaint), "{complaint}: {}", header("reason"));
         assert_eq!(
-            (header("type"), header("key")),
+            (header("type"), header("routing_key")),
             (kind.to_owned(), key(to, SERVICE).to_string())
         );
         assert!(header("queue").starts_with(&world.names.namespace().to_string()));

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "a test may fail here")]
 #![allow(missing_docs, reason = "a test's name says it")]
 
+mod message;
 mod services;
 mod transactions;
 

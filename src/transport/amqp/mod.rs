@@ -7,6 +7,7 @@
 //! * [`consumer`]: taking deliveries, and acknowledging them in as few frames as possible.
 //! * [`pool`]: channels that many share.
 //! * [`rejected`]: setting aside what nobody can make sense of.
+//! * [`stream`]: reading a stream up to its end.
 //! * [`topology`]: every exchange and queue, and making a broker's be the same.
 //! * [`unique`]: names that nobody else has.
 //!
@@ -22,5 +23,6 @@ pub mod names;
 pub mod pool;
 pub mod publisher;
 pub mod rejected;
+pub mod stream;
 pub mod topology;
 pub mod unique;

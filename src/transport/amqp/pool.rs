@@ -56,6 +56,15 @@ impl Channels {
         Self { pool: pool.unwrap_or_else(|_| unreachable!("no time-outs are set")) }
     }
 
+    /// Connects, if there is no connection yet.
+    ///
+    /// # Errors
+    ///
+    /// There is none to be had.
+    pub async fn open(&self) -> Result<(), PublishError> {
+        self.channel().await.map(drop)
+    }
+
     /// Publishes, and waits until the broker has it.
     ///
     /// # Errors
