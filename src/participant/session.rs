@@ -29,8 +29,13 @@ use crate::{
         names::{ALL, Names, key},
         publisher::{Outgoing, Published, Publisher},
         rejected::rejected,
+        topology::{
+            self, ServiceTopology, Topology,
+            apply::{Options, apply_on},
+        },
     },
     wire::services::Cap,
+    worker::clock::Clock,
 };
 
 /// How many messages of an instance's own queue are on their way to it at a time.
@@ -133,6 +138,9 @@ impl Session {
             let name = what.to_string();
             move |source| OpenError::Queue { name, source }
         };
+        if let Some(max_wait) = settings.declare {
+            declare(&link.consuming, settings, max_wait).await?;
+        }
         let publisher = Publisher::open(&link.publishing).await;
         let publisher = publisher.map_err(OpenError::Channel)?;
         let own = open_own(&link.consuming, settings).await?;
@@ -378,6 +386,29 @@ impl Session {
     pub(super) async fn close(self) {
         self.link.close().await;
     }
+}
+
+/// Declares what the service needs to be reached and to answer.
+async fn declare(
+    connection: &Connection,
+    settings: &ServeSettings,
+    max_wait: Duration,
+) -> Result<(), OpenError> {
+    let ServeSettings { names, service, cap, .. } = settings;
+    let service = ServiceTopology { name: service.clone(), max_wait, cap: *cap };
+    let options = Options {
+        settings: topology::Settings::default(),
+        now: Clock::start().now(),
+        // That of the journal, which is none of a service's business.
+        clock_margin: Duration::ZERO,
+    };
+    let wanted = Topology::of_services(names, &[service], &options.settings);
+    let applied = apply_on(connection, names, &wanted, &options).await;
+    let applied = applied.map_err(OpenError::Declare)?;
+    for created in applied.created {
+        tracing::info!("declared {created}");
+    }
+    Ok(())
 }
 
 /// Declares the instance's own queue, and consumes it.
