@@ -5,6 +5,10 @@
 //! [`run`] takes services and transactions and gives results; [`Embedded`] has the settings.
 //! [`Service`] makes a service of closures, [`Participant`] is what a larger one implements.
 //!
+//! # Submitting transactions through RabbitMQ
+//!
+//! [`Client`] takes a [`Submission`] to the workers and brings back how it ended.
+//!
 //! # Layout
 //!
 //! From the ground up; nothing imports from above itself.
@@ -14,10 +18,12 @@
 //! * [`transport`]: moving messages, at least once.
 //! * [`worker`]: what drives a coordinator.
 //! * [`participant`]: the SDK for services.
+//! * [`client`]: for producers.
 //! * [`embedded`]: both sides in one process.
 //! * [`cli`]: the `dtc` command.
 
 pub mod cli;
+pub mod client;
 pub mod embedded;
 pub mod participant;
 pub mod protocol;
@@ -26,6 +32,7 @@ pub mod wire;
 pub mod worker;
 
 pub use crate::{
+    client::{Client, Submission},
     embedded::{
         Embedded, InvalidService, InvalidTransaction, RunError, Transaction, TransactionResult, run,
     },

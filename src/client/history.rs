@@ -1,0 +1,235 @@
+//! What the journal says of transactions, and what is parked of them.
+//!
+//! It reads the streams with consumers of its own, from some offset to their end, and writes
+//! nothing: no worker notices.
+//!
+//! **Invariant:** a transaction is said not to be there only as of a moment from which on nothing
+//! of the journal is missing: [`History::complete_since`].
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
+
+use lapin::{Connection, message::Delivery, types::ShortString};
+
+use crate::{
+    protocol::{
+        ids::{TransactionId, TransactionKey},
+        message::{Decision, Parked},
+        time::Time,
+    },
+    transport::amqp::{
+        connection::{Broker, ConnectError, close},
+        names::Names,
+        stream::{From, Scan, ScanError},
+    },
+    wire::message::{Item, JournalBegun, Kind, Malformed, Settled, decode},
+    worker::clock::Clock,
+};
+
+/// How far any two clocks of the system may differ.
+pub const CLOCK_MARGIN: Duration = Duration::from_secs(60);
+
+/// How far back to look.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Since {
+    /// As far as the journal goes.
+    Always,
+    /// So long ago.
+    Ago(Duration),
+}
+
+/// What was found.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct History {
+    /// From when on nothing is missing in what was read; `None`: the journal has no records.
+    pub complete_since: Option<Time>,
+    /// What is known of each transaction that has one of the ids.
+    pub transactions: BTreeMap<TransactionKey, Past>,
+    /// How many records of the journal were read.
+    pub n_records: u64,
+    /// How many messages, or items in them, can't be understood. Everyone passes them over.
+    pub n_unreadable: u64,
+}
+
+/// What is known of one transaction.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Past {
+    /// The first record of it that was read: its outcome, if [`Past::is_certain`].
+    pub decision: Option<Decision>,
+    /// Whether no earlier record of it can be missing.
+    pub is_certain: bool,
+    /// How many more records of it there are. They are void.
+    pub n_void: u64,
+    /// What was handed to a person about it, in order.
+    pub parked: Vec<Parked>,
+    /// What was settled of that, in order.
+    pub settled: Vec<Settled>,
+}
+
+/// The journal can't be read.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum HistoryError {
+    /// No connection.
+    #[error("no connection to read the journal on")]
+    Connect(#[source] ConnectError),
+    /// A stream can't be read.
+    #[error(transparent)]
+    Scan(#[from] ScanError),
+}
+
+/// Looks up all transactions that have one of `ids`.
+///
+/// # Errors
+///
+/// The journal can't be read, or not to its end.
+pub async fn look_up(
+    broker: &Broker,
+    names: &Names,
+    ids: &BTreeSet<TransactionId>,
+    since: Since,
+) -> Result<History, HistoryError> {
+    let connection = broker.connect("status").await.map_err(HistoryError::Connect)?;
+    let mut reading = Reading { ids, history: History::default(), next: None };
+    let read = reading.read(&connection, names, since).await;
+    close(&connection).await;
+    read?;
+    Ok(reading.history)
+}
+
+struct Reading<'a> {
+    ids: &'a BTreeSet<TransactionId>,
+    history: History,
+    /// The offset that comes next in the journal, if it isn't the first.
+    next: Option<u64>,
+}
+
+impl Reading<'_> {
+    async fn read(
+        &mut self,
+        connection: &Connection,
+        names: &Names,
+        since: Since,
+    ) -> Result<(), ScanError> {
+        let from = match since {
+            Since::Always => From::First,
+            Since::Ago(duration) => {
+                let cutoff = Clock::start().now() - duration;
+                let head = self.head(connection, names.journal()).await?;
+                self.history.complete_since = head.map(|head| head.max(cutoff));
+                From::Moment((cutoff - CLOCK_MARGIN).as_millis() / 1000)
+            }
+        };
+        // What is parked was decided before: so the decision of whatever is found here is there.
+        let mut unresolved = Scan::open(connection, names.unresolved(), From::First).await?;
+        while let Some((_, delivery)) = unresolved.next().await? {
+            self.take_unresolved(&delivery);
+        }
+        unresolved.close().await;
+        let mut journal = Scan::open(connection, names.journal(), from).await?;
+        while let Some((offset, delivery)) = journal.next().await? {
+            self.take(offset, &delivery);
+        }
+        journal.close().await;
+        Ok(())
+    }
+
+    /// From when on nothing of the journal is missing, by its oldest records.
+    async fn head(
+        &self,
+        connection: &Connection,
+        journal: ShortString,
+    ) -> Result<Option<Time>, ScanError> {
+        let nothing = BTreeSet::new();
+        let mut reading = Reading { ids: &nothing, history: History::default(), next: None };
+        let mut scan = Scan::open(connection, journal, From::First).await?;
+        while reading.history.complete_since.is_none()
+            && let Some((offset, delivery)) = scan.next().await?
+        {
+            reading.take(offset, &delivery);
+        }
+        scan.close().await;
+        Ok(reading.history.complete_since)
+    }
+
+    /// Takes in a message of the journal.
+    fn take(&mut self, offset: u64, delivery: &Delivery) {
+        // Offsets are consecutive: what was between is gone, and may have been about anything.
+        if self.next.is_some_and(|next| next != offset) {
+            self.history.complete_since = None;
+        }
+        self.next = Some(offset + 1);
+        match kind(delivery) {
+            Some(Kind::Decision) => {
+                for decision in self.items(delivery) {
+                    self.take_decision(decision);
+                }
+            }
+            Some(Kind::JournalBegun) => {
+                for JournalBegun { complete_since } in self.items(delivery) {
+                    self.history.complete_since.get_or_insert(complete_since);
+                }
+            }
+            Some(_) | None => self.history.n_unreadable += 1,
+        }
+    }
+
+    fn take_decision(&mut self, decision: Decision) {
+        let History { complete_since, transactions, n_records, .. } = &mut self.history;
+        *n_records += 1;
+        // Before the first record that is there others may have been, made later by another clock.
+        let complete_since = *complete_since.get_or_insert(decision.decided_at + CLOCK_MARGIN);
+        if !self.ids.contains(&decision.key.id) {
+            return;
+        }
+        let past = transactions.entry(decision.key.clone()).or_default();
+        if past.decision.is_some() {
+            past.n_void += 1;
+        } else {
+            past.is_certain = complete_since <= decision.key.requested_at - CLOCK_MARGIN;
+            past.decision = Some(decision);
+        }
+    }
+
+    fn take_unresolved(&mut self, delivery: &Delivery) {
+        match kind(delivery) {
+            Some(Kind::Parked) => {
+                for parked in self.items::<Parked>(delivery) {
+                    if self.ids.contains(&parked.key.id) {
+                        self.past_of(&parked.key).parked.push(parked);
+                    }
+                }
+            }
+            Some(Kind::Settled) => {
+                for settled in self.items::<Settled>(delivery) {
+                    if self.ids.contains(&settled.key.id) {
+                        self.past_of(&settled.key).settled.push(settled);
+                    }
+                }
+            }
+            Some(_) | None => self.history.n_unreadable += 1,
+        }
+    }
+
+    fn past_of(&mut self, key: &TransactionKey) -> &mut Past {
+        self.history.transactions.entry(key.clone()).or_default()
+    }
+
+    /// The items of a message, without those that can't be understood.
+    fn items<T: Item>(&mut self, delivery: &Delivery) -> Vec<T> {
+        let mut unreadable = |error: Malformed| {
+            self.history.n_unreadable += 1;
+            tracing::debug!(%error, "passed over");
+        };
+        let items = decode(&delivery.data).unwrap_or_else(|error| {
+            unreadable(error);
+            Vec::new()
+        });
+        items.into_iter().filter_map(|item| item.map_err(&mut unreadable).ok()).collect()
+    }
+}
+
+fn kind(delivery: &Delivery) -> Option<Kind> {
+    delivery.properties.kind().as_ref().and_then(|text| Kind::parse_type(text.as_str()))
+}

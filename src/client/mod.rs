@@ -1,0 +1,406 @@
+//! For producers: submit transactions through a broker, and hear how they end.
+//!
+//! * [`Client::submit`] returns when the broker has the request; [`Client::submit_and_wait`] when
+//!   the result is there.
+//! * [`history`]: what the journal says of transactions, read without taking anything from anyone.
+//!
+//! # Asking again
+//!
+//! A transaction is named by its id *and* the moment it was requested at. Whoever has not heard
+//! what became of a request asks again with both: then it is the same transaction, executed once,
+//! and the answer is the same. Errors say under which [key](TransactionKey) a request went out, for
+//! that purpose. Under another moment it is another transaction, of which only the workers' memory
+//! of the last minutes knows that it was a careless retry.
+//!
+//! It does not keep anything beyond its process: a producer that must not forget to ask again
+//! writes down the key before it submits.
+//!
+//! **Invariant:** a request that is repeated by the client itself, for whatever reason, repeats its
+//! key.
+
+pub mod history;
+mod results;
+mod submission;
+
+use std::{convert::Infallible, sync::Arc, time::Duration};
+
+use tokio::sync::{Semaphore, watch};
+
+use self::results::{Results, State};
+pub use self::{
+    results::ListenError,
+    submission::{InvalidSubmission, Submission},
+};
+use crate::{
+    protocol::{
+        ids::{ReplyToken, RequestHash, TransactionKey},
+        message::Answer,
+        time::Time,
+    },
+    transport::amqp::{
+        connection::{Backoff, Broker, Disposition, is_not_found, is_refusal},
+        names::{Names, Namespace},
+        pool::{Channels, PublishError},
+        publisher::Outgoing,
+        unique,
+    },
+    wire::{
+        message::{Kind, RequestTooLarge, encode_request},
+        transactions::TransactionSpec,
+    },
+    worker::clock::Clock,
+};
+
+/// The routing key of requests.
+const REQUEST_KEY: &str = "request";
+
+/// How many channels are published on: enough to keep a connection busy.
+const CHANNELS_MAX: usize = 4;
+
+/// How a client behaves.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// How long [`Client::submit`] tries to hand a request to the broker.
+    pub publish_timeout: Duration,
+    /// How many transactions may be waited for at once. More wait for their turn, so that what a
+    /// client holds is bounded.
+    pub in_flight_max: usize,
+}
+
+impl Default for Settings {
+    /// 30 s, and 1000 transactions.
+    fn default() -> Self {
+        Self { publish_timeout: Duration::from_secs(30), in_flight_max: 1000 }
+    }
+}
+
+/// A producer's end of the broker. It connects when it is first used, and again whenever the
+/// connection is lost. Clones share their connections.
+///
+/// It wants a tokio runtime with time and IO enabled.
+#[derive(Clone, Debug)]
+pub struct Client {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    names: Names,
+    settings: Settings,
+    clock: Clock,
+    channels: Channels,
+    in_flight: Semaphore,
+    results: Results,
+}
+
+/// A request was not handed over, as far as is known.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum SubmitError {
+    /// It can't be sent as it is.
+    #[error("invalid transaction")]
+    Invalid(#[from] InvalidSubmission),
+    /// Nothing takes requests in this namespace: `dtc topology apply` has yet to be run.
+    #[error("nothing takes requests in namespace `{namespace}`: run `dtc topology apply`")]
+    NoTopology {
+        /// The namespace.
+        namespace: Namespace,
+    },
+    /// The broker refuses this user, or doesn't let it publish requests.
+    #[error("the broker refuses transaction `{}`", key.id)]
+    Refused {
+        /// Which transaction.
+        key: TransactionKey,
+        /// What it said.
+        #[source]
+        source: Box<PublishError>,
+    },
+    /// The broker has not confirmed it in time. It may have arrived all the same: ask again with
+    /// the same key.
+    #[error("the broker did not confirm transaction `{}` within {} ms", key.id, limit.as_millis())]
+    Unconfirmed {
+        /// Under which key it was sent.
+        key: TransactionKey,
+        /// How long it had.
+        limit: Duration,
+        /// What the last try ended in; `None`: it did not end.
+        #[source]
+        source: Option<Box<PublishError>>,
+    },
+}
+
+/// There is no answer.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum WaitError {
+    /// The request was not handed over.
+    #[error(transparent)]
+    Submit(#[from] SubmitError),
+    /// The broker doesn't let us listen for results.
+    #[error("failed to listen for results")]
+    Listen(#[source] ListenError),
+    /// It takes longer. The transaction goes on: ask again with the same key.
+    #[error("transaction `{}` was not answered within {} ms", key.id, limit.as_millis())]
+    Unanswered {
+        /// Under which key it was sent.
+        key: TransactionKey,
+        /// How long it had.
+        limit: Duration,
+        /// What the last try to hand it over ended in, if it was never confirmed.
+        #[source]
+        source: Option<Box<PublishError>>,
+    },
+}
+
+impl Client {
+    /// A client of the system `names` at `broker`, with the default settings. Nothing is connected
+    /// yet.
+    pub fn connect(broker: Broker, names: Names) -> Self {
+        Self::with(broker, names, Settings::default())
+    }
+
+    /// The same with `settings`.
+    pub fn with(broker: Broker, names: Names, settings: Settings) -> Self {
+        let reply = reply_token();
+        let shared = Shared {
+            clock: Clock::start(),
+            channels: Channels::new(broker.clone(), CHANNELS_MAX),
+            in_flight: Semaphore::new(settings.in_flight_max.clamp(1, Semaphore::MAX_PERMITS)),
+            results: Results::new(broker, names.clone(), reply),
+            names,
+            settings,
+        };
+        Self { shared: Arc::new(shared) }
+    }
+
+    /// Connects, rather than when the first request is sent.
+    ///
+    /// # Errors
+    ///
+    /// There is no connection to publish on.
+    pub async fn open(&self) -> Result<(), PublishError> {
+        self.shared.channels.open().await
+    }
+
+    /// Hands `submission` to the broker, and returns when that has it safely.
+    ///
+    /// What was not confirmed, or not taken, is sent again until
+    /// [`publish_timeout`](Settings::publish_timeout) is over, each time under the same key.
+    ///
+    /// # Errors
+    ///
+    /// It is not known to be with the broker.
+    pub async fn submit(&self, submission: Submission) -> Result<TransactionKey, SubmitError> {
+        let requested_at = submission.requested_at.unwrap_or_else(|| self.now());
+        let spec = submission.check()?;
+        self.hand_over(&spec, requested_at, self.shared.settings.publish_timeout).await
+    }
+
+    /// Submits `submission`, and returns with its result.
+    ///
+    /// It survives lost connections: what is unanswered then is sent again under the same key.
+    ///
+    /// # Errors
+    ///
+    /// There is no answer within `timeout`, or there will be none.
+    pub async fn submit_and_wait(
+        &self,
+        submission: Submission,
+        timeout: Duration,
+    ) -> Result<Answer, WaitError> {
+        let requested_at = submission.requested_at.unwrap_or_else(|| self.now());
+        let spec = submission.check().map_err(SubmitError::from)?;
+        self.hand_over_and_wait(&spec, requested_at, timeout).await
+    }
+
+    /// Says goodbye to the broker. What is still waited for is not answered.
+    pub async fn close(&self) {
+        self.shared.results.close().await;
+        self.shared.channels.close().await;
+    }
+
+    /// The moment it is now, in whole seconds as they travel.
+    pub(crate) fn now(&self) -> Time {
+        self.shared.clock.now()
+    }
+
+    /// [`Client::submit`] for what was checked before.
+    pub(crate) async fn hand_over(
+        &self,
+        spec: &TransactionSpec,
+        requested_at: Time,
+        limit: Duration,
+    ) -> Result<TransactionKey, SubmitError> {
+        let request = self.request(spec, requested_at, None)?;
+        let mut source = None;
+        let published = tokio::time::timeout(limit, self.publish(&request, &mut source)).await;
+        match published {
+            Ok(published) => published.map(|()| request.key),
+            Err(_) => {
+                let source = source.map(Box::new);
+                Err(SubmitError::Unconfirmed { key: request.key, limit, source })
+            }
+        }
+    }
+
+    /// [`Client::submit_and_wait`] for what was checked before.
+    pub(crate) async fn hand_over_and_wait(
+        &self,
+        spec: &TransactionSpec,
+        requested_at: Time,
+        limit: Duration,
+    ) -> Result<Answer, WaitError> {
+        let reply = self.shared.results.reply();
+        let request = self.request(spec, requested_at, Some(reply)).map_err(SubmitError::from)?;
+        let mut source = None;
+        let waiting = tokio::time::timeout(limit, self.wait(&request, &mut source)).await;
+        match waiting {
+            Ok(answered) => answered,
+            Err(_) => {
+                let source = source.map(Box::new);
+                Err(WaitError::Unanswered { key: request.key, limit, source })
+            }
+        }
+    }
+
+    async fn wait(
+        &self,
+        request: &Request,
+        last: &mut Option<PublishError>,
+    ) -> Result<Answer, WaitError> {
+        // It is never closed.
+        let _turn = self.shared.in_flight.acquire().await;
+        let mut answer = self.shared.results.expect(&request.key, request.hash);
+        let mut listening = self.shared.results.listen();
+        loop {
+            // Before it is published: a result that finds no queue is not sent again.
+            is_up(&mut listening).await.map_err(WaitError::Listen)?;
+            tokio::select! {
+                biased;
+                answer = answer.come() => return Ok(answer),
+                // With the queue gone, the result may have been lost.
+                _ = listening.changed() => {}
+                published = self.publish_and_rest(request, last) => match published {
+                    Ok(never) => match never {},
+                    Err(error) => return Err(error.into()),
+                },
+            }
+        }
+    }
+
+    /// Ends only if it can't be published.
+    async fn publish_and_rest(
+        &self,
+        request: &Request,
+        last: &mut Option<PublishError>,
+    ) -> Result<Infallible, SubmitError> {
+        self.publish(request, last).await?;
+        *last = None;
+        std::future::pending().await
+    }
+
+    /// Publishes until that is confirmed, or never will be. `last` is what the last try ended in.
+    async fn publish(
+        &self,
+        request: &Request,
+        last: &mut Option<PublishError>,
+    ) -> Result<(), SubmitError> {
+        let mut backoff = Backoff::default();
+        loop {
+            let Err(error) = self.shared.channels.publish(request.message.clone()).await else {
+                return Ok(());
+            };
+            match Fate::of(&error) {
+                Fate::Retry => {
+                    tracing::debug!(id = %request.key.id, %error, "request not confirmed: again");
+                    *last = Some(error);
+                }
+                Fate::NoTopology => {
+                    let namespace = self.shared.names.namespace().clone();
+                    return Err(SubmitError::NoTopology { namespace });
+                }
+                Fate::GiveUp => {
+                    let (key, source) = (request.key.clone(), Box::new(error));
+                    return Err(SubmitError::Refused { key, source });
+                }
+            }
+            tokio::time::sleep(backoff.pause()).await;
+        }
+    }
+
+    /// Whether `spec` fits into a message.
+    pub(crate) fn check(&self, spec: &TransactionSpec) -> Result<(), InvalidSubmission> {
+        self.request(spec, Time::EPOCH, Some(self.shared.results.reply())).map(drop)
+    }
+
+    fn request(
+        &self,
+        spec: &TransactionSpec,
+        requested_at: Time,
+        reply: Option<&ReplyToken>,
+    ) -> Result<Request, InvalidSubmission> {
+        let too_large =
+            |source: RequestTooLarge| InvalidSubmission::TooLarge { id: spec.id.clone(), source };
+        let body = encode_request(spec, reply).map_err(too_large)?;
+        let seconds = requested_at.as_millis() / 1000;
+        let message = Outgoing {
+            exchange: self.shared.names.requests(),
+            key: REQUEST_KEY.into(),
+            message_type: Kind::Request.as_type(),
+            body,
+            persistent: true,
+            mandatory: true,
+            message_id: Some(spec.id.as_str().into()),
+            timestamp: Some(seconds),
+            ..Outgoing::default()
+        };
+        let requested_at = Time::from_millis(seconds * 1000);
+        let key = TransactionKey { id: spec.id.clone(), requested_at };
+        Ok(Request { key, hash: spec.request_hash, message })
+    }
+}
+
+/// A request as it is sent, as often as it takes.
+struct Request {
+    key: TransactionKey,
+    hash: RequestHash,
+    message: Outgoing,
+}
+
+/// What follows from a failed publish.
+enum Fate {
+    Retry,
+    NoTopology,
+    GiveUp,
+}
+
+impl Fate {
+    fn of(error: &PublishError) -> Self {
+        match error {
+            PublishError::Unroutable { .. } => Self::NoTopology,
+            PublishError::Unconfirmed(source) if is_not_found(source) => Self::NoTopology,
+            PublishError::Unconfirmed(source) | PublishError::Open(source) => {
+                if is_refusal(source) { Self::GiveUp } else { Self::Retry }
+            }
+            PublishError::Connect(source) => match source.disposition() {
+                Disposition::Retry => Self::Retry,
+                Disposition::GiveUp => Self::GiveUp,
+            },
+            PublishError::Refused => Self::Retry,
+            PublishError::Closed => Self::GiveUp,
+        }
+    }
+}
+
+async fn is_up(listening: &mut watch::Receiver<State>) -> Result<(), ListenError> {
+    let decided = |state: &State| !matches!(state, State::Connecting);
+    match listening.wait_for(decided).await.as_deref() {
+        Ok(State::Up | State::Connecting) => Ok(()),
+        Ok(State::Failed(error)) => Err(error.clone()),
+        Err(_) => Err(ListenError::Closed),
+    }
+}
+
+/// A name for the results of this client, that no other has.
+fn reply_token() -> ReplyToken {
+    let name = unique::name('p');
+    ReplyToken::parse(&name).unwrap_or_else(|_| unreachable!("{name} has letters and digits only"))
+}

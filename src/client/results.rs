@@ -1,0 +1,452 @@
+//! The results that a client waits for, and the queue they come to.
+//!
+//! The queue belongs to one connection and goes with it. Who listens again has missed what came in
+//! between: [`State`] changes, and whoever waits asks again.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use lapin::{
+    Connection, ExchangeKind,
+    message::Delivery,
+    options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions},
+    types::FieldTable,
+};
+use tokio::{
+    sync::{oneshot, watch},
+    task::JoinHandle,
+};
+
+use crate::{
+    protocol::{
+        ids::{ReplyToken, RequestHash, TransactionId, TransactionKey},
+        message::Answer,
+        time::Time,
+    },
+    transport::amqp::{
+        connection::{
+            Backoff, Broker, Chain, ConnectError, Disposition, close, is_not_found, is_refusal,
+        },
+        consumer::Inbox,
+        names::{Names, key},
+    },
+    wire::message::decode,
+};
+
+/// How many results may be unacknowledged.
+const PREFETCH: u16 = 1000;
+
+/// Of how many requests it is remembered what they asked for.
+const REMEMBERED_MAX: usize = 4096;
+
+/// Whether results would reach us.
+#[derive(Clone, Debug)]
+pub(super) enum State {
+    /// Not yet, or not at the moment.
+    Connecting,
+    /// They would.
+    Up,
+    /// They won't until a person changes something.
+    Failed(ListenError),
+}
+
+/// Results can't be listened for.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum ListenError {
+    /// No connection.
+    #[error("no connection to listen on")]
+    Connect(#[source] ConnectError),
+    /// The exchange for results doesn't exist: `dtc topology apply` has yet to be run.
+    #[error("there is no exchange `{exchange}`: run `dtc topology apply`")]
+    NoTopology {
+        /// The exchange.
+        exchange: String,
+    },
+    /// The broker gives us no queue for them.
+    #[error("failed to make the queue `{queue}`")]
+    Queue {
+        /// The queue.
+        queue: String,
+        /// What went wrong.
+        #[source]
+        source: lapin::Error,
+    },
+    /// The client is closed.
+    #[error("the client is closed")]
+    Closed,
+}
+
+impl ListenError {
+    /// Whether to try again.
+    pub fn disposition(&self) -> Disposition {
+        match self {
+            Self::Connect(error) => error.disposition(),
+            Self::Queue { source, .. } if !is_refusal(source) => Disposition::Retry,
+            Self::Queue { .. } | Self::NoTopology { .. } | Self::Closed => Disposition::GiveUp,
+        }
+    }
+}
+
+/// What is waited for, and who listens for it.
+#[derive(Debug)]
+pub(super) struct Results {
+    listener: Listener,
+    state: watch::Sender<State>,
+    task: Mutex<Option<JoinHandle<()>>>,
+}
+
+#[derive(Clone, Debug)]
+struct Listener {
+    broker: Broker,
+    names: Names,
+    reply: ReplyToken,
+    expected: Arc<Mutex<Expected>>,
+}
+
+impl Results {
+    pub(super) fn new(broker: Broker, names: Names, reply: ReplyToken) -> Self {
+        let listener = Listener { broker, names, reply, expected: Arc::default() };
+        Self { listener, state: watch::Sender::new(State::Connecting), task: Mutex::new(None) }
+    }
+
+    /// Where workers should send results.
+    pub(super) fn reply(&self) -> &ReplyToken {
+        &self.listener.reply
+    }
+
+    /// Waits for the result of `key` from now on.
+    pub(super) fn expect(&self, key: &TransactionKey, hash: RequestHash) -> Awaited {
+        let (sender, receiver) = oneshot::channel();
+        let expected = Arc::clone(&self.listener.expected);
+        let number = lock(&expected).add(key, hash, sender);
+        Awaited { id: key.id.clone(), number, expected, receiver }
+    }
+
+    /// Listens, if nobody does yet; and whether results would reach us.
+    pub(super) fn listen(&self) -> watch::Receiver<State> {
+        let mut task = self.task.lock().unwrap_or_else(PoisonError::into_inner);
+        if task.as_ref().is_none_or(JoinHandle::is_finished) {
+            self.state.send_replace(State::Connecting);
+            *task = Some(tokio::spawn(self.listener.clone().listen(self.state.clone())));
+        }
+        self.state.subscribe()
+    }
+
+    pub(super) async fn close(&self) {
+        let task = self.task.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(task) = task {
+            self.state.send_replace(State::Failed(ListenError::Closed));
+            // It notices at its next step, and says goodbye.
+            let _ = task.await;
+        }
+    }
+}
+
+impl Drop for Results {
+    fn drop(&mut self) {
+        let task = self.task.get_mut().unwrap_or_else(PoisonError::into_inner);
+        task.iter().for_each(JoinHandle::abort);
+    }
+}
+
+impl Listener {
+    async fn listen(self, state: watch::Sender<State>) {
+        let mut closed = state.subscribe();
+        let is_closed = |state: &State| matches!(state, State::Failed(_));
+        tokio::select! {
+            () = self.receive_always(&state) => {}
+            _ = closed.wait_for(is_closed) => {}
+        }
+    }
+
+    /// Ends when there is nothing more to be expected.
+    async fn receive_always(&self, state: &watch::Sender<State>) {
+        let mut backoff = Backoff::default();
+        loop {
+            match self.subscribe().await {
+                Ok((connection, mut inbox)) => {
+                    backoff = Backoff::default();
+                    state.send_replace(State::Up);
+                    self.receive(&mut inbox).await;
+                    close(&connection).await;
+                    state.send_replace(State::Connecting);
+                }
+                Err(error) if error.disposition() == Disposition::GiveUp => {
+                    state.send_replace(State::Failed(error));
+                    return;
+                }
+                Err(error) => tracing::warn!(error = %Chain(&error), "can't listen for results"),
+            }
+            tokio::time::sleep(backoff.pause()).await;
+        }
+    }
+
+    async fn subscribe(&self) -> Result<(Connection, Inbox), ListenError> {
+        let connection = self.broker.connect("results").await.map_err(ListenError::Connect)?;
+        match self.queue(&connection).await {
+            Ok(inbox) => Ok((connection, inbox)),
+            Err(source) => {
+                close(&connection).await;
+                Err(if is_not_found(&source) {
+                    ListenError::NoTopology { exchange: self.names.results().to_string() }
+                } else {
+                    let queue = self.names.results_of(&self.reply).to_string();
+                    ListenError::Queue { queue, source }
+                })
+            }
+        }
+    }
+
+    /// A queue of our own, which goes when the connection goes. Its name is ours, so that after a
+    /// reconnect results still find it.
+    async fn queue(&self, connection: &Connection) -> Result<Inbox, lapin::Error> {
+        let channel = connection.create_channel().await?;
+        let (exchange, queue) = (self.names.results(), self.names.results_of(&self.reply));
+        let passive = ExchangeDeclareOptions { passive: true, ..ExchangeDeclareOptions::default() };
+        let nothing = FieldTable::default;
+        channel.exchange_declare(exchange.clone(), ExchangeKind::Topic, passive, nothing()).await?;
+        let exclusive = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
+        channel.queue_declare(queue.clone(), exclusive, nothing()).await?;
+        let all = key(&self.reply, "*");
+        channel
+            .queue_bind(queue.clone(), exchange, all, QueueBindOptions::default(), nothing())
+            .await?;
+        Inbox::on(channel, queue, PREFETCH, nothing()).await
+    }
+
+    /// Hands out results until no more come.
+    async fn receive(&self, inbox: &mut Inbox) {
+        let mut next = inbox.next().await;
+        loop {
+            match next {
+                Ok(delivery) => {
+                    self.hand_out(&delivery);
+                    inbox.ack(delivery.delivery_tag);
+                }
+                Err(error) => {
+                    tracing::warn!(error = %Chain(&error), "results may be lost: asking again");
+                    return;
+                }
+            }
+            next = match inbox.ready() {
+                Some(next) => next,
+                None => {
+                    inbox.flush();
+                    inbox.next().await
+                }
+            };
+        }
+    }
+
+    fn hand_out(&self, delivery: &Delivery) {
+        let answers = match decode::<Answer>(&delivery.data) {
+            Ok(answers) => answers,
+            Err(error) => {
+                tracing::warn!(%error, "not a result");
+                return;
+            }
+        };
+        let mut expected = lock(&self.expected);
+        for answer in answers {
+            match answer {
+                Ok(answer) => expected.hand_out(&answer),
+                Err(error) => tracing::warn!(%error, "not a result"),
+            }
+        }
+    }
+}
+
+/// A result to come. Dropped, it is not waited for any more.
+#[derive(Debug)]
+pub(super) struct Awaited {
+    id: TransactionId,
+    number: u64,
+    expected: Arc<Mutex<Expected>>,
+    receiver: oneshot::Receiver<Answer>,
+}
+
+impl Awaited {
+    /// The result, when it is there. Not to be asked again after that.
+    pub(super) async fn come(&mut self) -> Answer {
+        match (&mut self.receiver).await {
+            Ok(answer) => answer,
+            // Nobody drops the other end while this one is there.
+            Err(_) => std::future::pending().await,
+        }
+    }
+}
+
+impl Drop for Awaited {
+    fn drop(&mut self) {
+        lock(&self.expected).remove(&self.id, self.number);
+    }
+}
+
+fn lock(expected: &Mutex<Expected>) -> MutexGuard<'_, Expected> {
+    expected.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Who waits for what.
+///
+/// A result names the transaction that was decided. Where ours was a careless retry, that is an
+/// earlier one of the same id: so a result that fits nobody exactly is for the one who waits longest
+/// under its id. Unless it is known to be about other content, then it is a late copy of a result
+/// that was handed out before.
+#[derive(Debug, Default)]
+struct Expected {
+    waiting: BTreeMap<TransactionId, Vec<Waiting>>,
+    last_number: u64,
+    asked: BTreeMap<TransactionKey, RequestHash>,
+    asked_in_order: VecDeque<TransactionKey>,
+}
+
+#[derive(Debug)]
+struct Waiting {
+    number: u64,
+    requested_at: Time,
+    hash: RequestHash,
+    answer: oneshot::Sender<Answer>,
+}
+
+impl Expected {
+    fn add(
+        &mut self,
+        key: &TransactionKey,
+        hash: RequestHash,
+        answer: oneshot::Sender<Answer>,
+    ) -> u64 {
+        self.last_number += 1;
+        let TransactionKey { id, requested_at } = key.clone();
+        let waiting = Waiting { number: self.last_number, requested_at, hash, answer };
+        self.waiting.entry(id).or_default().push(waiting);
+        if self.asked.insert(key.clone(), hash).is_none() {
+            self.asked_in_order.push_back(key.clone());
+        }
+        if self.asked_in_order.len() > REMEMBERED_MAX
+            && let Some(oldest) = self.asked_in_order.pop_front()
+        {
+            self.asked.remove(&oldest);
+        }
+        self.last_number
+    }
+
+    fn remove(&mut self, id: &TransactionId, number: u64) {
+        let Some(waiting) = self.waiting.get_mut(id) else { return };
+        waiting.retain(|it| it.number != number);
+        if waiting.is_empty() {
+            self.waiting.remove(id);
+        }
+    }
+
+    fn hand_out(&mut self, answer: &Answer) {
+        let Some(mut waiting) = self.waiting.remove(&answer.id) else { return };
+        let is_exact = |it: &mut Waiting| it.requested_at == answer.requested_at;
+        let mut taken: Vec<_> = waiting.extract_if(.., is_exact).collect();
+        if taken.is_empty() {
+            let decided =
+                TransactionKey { id: answer.id.clone(), requested_at: answer.requested_at };
+            let decided = self.asked.get(&decided).copied();
+            let fits = |it: &Waiting| decided.is_none_or(|hash| hash == it.hash);
+            taken.extend(waiting.iter().position(fits).map(|place| waiting.remove(place)));
+        }
+        for it in taken {
+            // Who has given up waiting doesn't want it.
+            let _ = it.answer.send(answer.clone());
+        }
+        if !waiting.is_empty() {
+            self.waiting.insert(answer.id.clone(), waiting);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::oneshot;
+
+    use super::{Expected, REMEMBERED_MAX};
+    use crate::protocol::{
+        ids::{RequestHash, TransactionId, TransactionKey},
+        message::{Answer, Outcome},
+        time::Time,
+    };
+
+    const ONE: RequestHash = RequestHash([1; 16]);
+    const OTHER: RequestHash = RequestHash([2; 16]);
+
+    fn key(id: &str, second: u64) -> TransactionKey {
+        let requested_at = Time::from_millis(second * 1000);
+        TransactionKey { id: TransactionId::parse(id).unwrap(), requested_at }
+    }
+
+    fn answer(id: &str, second: u64) -> Answer {
+        let TransactionKey { id, requested_at } = key(id, second);
+        let decided_at = requested_at;
+        let (outcome, reason, unresolved) = (Outcome::Committed, None, vec![]);
+        Answer { id, requested_at, outcome, reason, unresolved, decided_at }
+    }
+
+    fn add(
+        expected: &mut Expected,
+        id: &str,
+        second: u64,
+        hash: RequestHash,
+    ) -> oneshot::Receiver<Answer> {
+        let (sender, receiver) = oneshot::channel();
+        expected.add(&key(id, second), hash, sender);
+        receiver
+    }
+
+    #[test]
+    fn a_result_goes_to_who_asked_for_that_very_transaction() {
+        let mut expected = Expected::default();
+        let mut first = add(&mut expected, "a", 1, ONE);
+        let mut second = add(&mut expected, "a", 2, ONE);
+        expected.hand_out(&answer("a", 2));
+        assert!(first.try_recv().is_err());
+        assert_eq!(second.try_recv().unwrap().requested_at, Time::from_millis(2000));
+    }
+
+    #[test]
+    fn the_answer_to_a_careless_retry_names_the_earlier_transaction() {
+        let mut expected = Expected::default();
+        let mut retry = add(&mut expected, "a", 2, ONE);
+        expected.hand_out(&answer("b", 1));
+        assert!(retry.try_recv().is_err());
+        expected.hand_out(&answer("a", 1));
+        assert_eq!(retry.try_recv().unwrap().requested_at, Time::from_millis(1000));
+    }
+
+    #[test]
+    fn a_late_copy_of_a_result_does_not_answer_a_request_for_something_else() {
+        let mut expected = Expected::default();
+        let _first = add(&mut expected, "a", 1, ONE);
+        expected.hand_out(&answer("a", 1));
+        let mut other = add(&mut expected, "a", 2, OTHER);
+        expected.hand_out(&answer("a", 1));
+        assert!(other.try_recv().is_err());
+    }
+
+    #[test]
+    fn two_who_wait_for_the_same_hear_it_together() {
+        let mut expected = Expected::default();
+        let mut both = [add(&mut expected, "a", 1, ONE), add(&mut expected, "a", 1, ONE)];
+        expected.hand_out(&answer("a", 1));
+        assert!(both.iter_mut().all(|it| it.try_recv().is_ok()));
+        assert!(expected.waiting.is_empty());
+    }
+
+    #[test]
+    fn what_is_remembered_is_bounded_and_what_is_given_up_is_forgotten() {
+        let mut expected = Expected::default();
+        for second in 0..2 * REMEMBERED_MAX as u64 {
+            drop(add(&mut expected, "a", second, ONE));
+            let number = expected.last_number;
+            expected.remove(&key("a", second).id, number);
+        }
+        assert_eq!(expected.asked.len(), REMEMBERED_MAX);
+        assert_eq!(expected.asked_in_order.len(), REMEMBERED_MAX);
+        assert!(expected.waiting.is_empty());
+    }
+}
