@@ -6,12 +6,17 @@
 
 mod broker;
 mod duration;
+mod input;
 mod limits;
+mod moment;
 mod output;
 mod progress;
 mod run;
 mod service;
 mod signals;
+mod stages;
+mod status;
+mod submit;
 mod topology;
 mod worker;
 
@@ -44,8 +49,10 @@ struct Arguments {
 enum Command {
     Run(run::RunArguments),
     Worker(worker::WorkerArguments),
-    Topology(topology::TopologyArguments),
     Service(service::ServiceArguments),
+    Submit(submit::SubmitArguments),
+    Status(status::StatusArguments),
+    Topology(topology::TopologyArguments),
 }
 
 /// How a command ended, where it didn't simply succeed.
@@ -103,6 +110,8 @@ pub fn main() -> ExitCode {
         Command::Worker(arguments) => worker::run(&arguments),
         Command::Topology(arguments) => topology::run(&arguments),
         Command::Service(arguments) => service::run(&arguments),
+        Command::Status(arguments) => status::run(&arguments),
+        Command::Submit(arguments) => submit::run(&arguments),
     };
     let exit = ended.unwrap_or_else(|failure| {
         tell(&format!("{failure}\n"));

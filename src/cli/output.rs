@@ -12,7 +12,10 @@ use serde_json::{Value, json};
 
 use crate::{
     embedded::{Concluded, Report, ServiceReport},
-    wire::result::{Brief, Detailed},
+    wire::{
+        result::{Answered, Brief, Detailed},
+        transactions::Transactions,
+    },
 };
 
 /// The form in which results are printed.
@@ -34,18 +37,37 @@ impl Form {
             Self::Ndjson => false,
         }
     }
+
+    /// The form for results that `transactions` are in.
+    pub(super) fn like<R>(transactions: &Transactions<R>) -> Self {
+        match transactions {
+            Transactions::Array(_) => Self::Json,
+            Transactions::Lines(_) => Self::Ndjson,
+        }
+    }
+}
+
+/// What is printed of a result.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Detail {
+    /// How it ended.
+    Brief,
+    /// That, why, and what was called for it.
+    Calls,
+    /// That, why, and when: for those who don't see the calls.
+    Times,
 }
 
 /// Prints results as they come.
 pub(super) struct Printer<W> {
     out: W,
     form: Form,
-    detail: bool,
+    detail: Detail,
     printed: u64,
 }
 
 impl<W: Write> Printer<W> {
-    pub(super) fn new(out: W, form: Form, detail: bool) -> Self {
+    pub(super) fn new(out: W, form: Form, detail: Detail) -> Self {
         Self { out, form, detail, printed: 0 }
     }
 
@@ -67,30 +89,36 @@ impl<W: Write> Printer<W> {
     }
 
     fn object(&mut self, Concluded { answer, attempts, took }: &Concluded) -> io::Result<()> {
-        let written = if self.detail {
-            serde_json::to_writer(&mut self.out, &Detailed::of(answer, attempts, *took))
-        } else {
-            serde_json::to_writer(&mut self.out, &Brief::of(answer))
+        let out = &mut self.out;
+        let written = match self.detail {
+            Detail::Brief => serde_json::to_writer(out, &Brief::of(answer)),
+            Detail::Calls => serde_json::to_writer(out, &Detailed::of(answer, attempts, *took)),
+            Detail::Times => serde_json::to_writer(out, &Answered::of(answer, *took)),
         };
         written.map_err(io::Error::from)
     }
 
     fn row(&mut self, Concluded { answer, attempts, took }: &Concluded) -> io::Result<()> {
         if self.printed == 0 {
-            let header = if self.detail {
-                format!("{:<24} {:<9} {:>10}  {:<24} NOTE", "ID", "STATUS", "MS", "CALLS")
-            } else {
-                format!("{:<24} STATUS", "ID")
+            let header = match self.detail {
+                Detail::Brief => format!("{:<24} STATUS", "ID"),
+                Detail::Calls => {
+                    format!("{:<24} {:<9} {:>10}  {:<24} NOTE", "ID", "STATUS", "MS", "CALLS")
+                }
+                Detail::Times => format!("{:<24} {:<9} {:>10}  NOTE", "ID", "STATUS", "MS"),
             };
             writeln!(self.out, "{header}")?;
         }
         let mut row = format!("{:<24} {:<9}", answer.id, answer.outcome);
-        if self.detail {
-            let calls: Vec<_> = attempts
-                .iter()
-                .map(|(name, it)| format!("{name} {}/{}/{}", it.prepare, it.commit, it.abort))
-                .collect();
-            let _ = write!(row, " {:>10.3}  {:<24} ", millis(*took), calls.join(", "));
+        if self.detail != Detail::Brief {
+            let _ = write!(row, " {:>10.3}  ", millis(*took));
+            if self.detail == Detail::Calls {
+                let calls: Vec<_> = attempts
+                    .iter()
+                    .map(|(name, it)| format!("{name} {}/{}/{}", it.prepare, it.commit, it.abort))
+                    .collect();
+                let _ = write!(row, "{:<24} ", calls.join(", "));
+            }
             if let Some(reason) = &answer.reason {
                 let service = reason.service.as_ref().map_or("", |name| name.as_str());
                 let message = reason.message.as_deref().unwrap_or_default();
@@ -145,9 +173,9 @@ pub(super) fn report_json(report: &Report) -> Value {
     })
 }
 
-/// The report as it is shown to a person.
-pub(super) fn summary(report: &Report) -> String {
-    let mut text = format!(
+/// What became of the transactions of a report, as it is shown to a person.
+pub(super) fn totals(report: &Report) -> String {
+    format!(
         "{} committed, {} aborted, {} unresolved; {:.0} tx/s, p50 {:.1} ms, p99 {:.1} ms\n",
         report.committed,
         report.aborted,
@@ -155,7 +183,12 @@ pub(super) fn summary(report: &Report) -> String {
         report.rate(),
         millis(report.percentile(50.0)),
         millis(report.percentile(99.0)),
-    );
+    )
+}
+
+/// The report as it is shown to a person.
+pub(super) fn summary(report: &Report) -> String {
+    let mut text = totals(report);
     let in_use =
         |service: &ServiceReport| format!("{} of {}", service.max_in_use, service.max_concurrency);
     let services = &report.services;

@@ -1,4 +1,4 @@
-//! What is said about a transaction when it has ended: [`Brief`], or [`Detailed`].
+//! What is said about a transaction when it has ended: [`Brief`], [`Detailed`], or [`Answered`].
 //!
 //! ```json
 //! {"id":"TX1","status":"COMMITTED"}
@@ -68,6 +68,43 @@ impl<'a> Detailed<'a> {
             reason: answer.reason.as_ref().map(Because::of),
             unresolved: &answer.unresolved,
             attempts,
+            duration_ms: duration.as_micros() as f64 / 1000.0,
+        }
+    }
+}
+
+/// A result with all that a producer hears of it:
+/// `{"id","status","reason","unresolved","requested_at","decided_at","duration_ms"}`.
+#[derive(Clone, Debug, Serialize)]
+pub struct Answered<'a> {
+    /// The transaction's id.
+    pub id: &'a str,
+    /// `COMMITTED` or `ABORTED`.
+    pub status: &'static str,
+    /// Why it aborted; `null` if it is committed.
+    pub reason: Option<Because<'a>>,
+    /// The services whose commit is parked, in the answer's order.
+    #[serde(serialize_with = "names")]
+    pub unresolved: &'a [ServiceName],
+    /// When it was requested, in seconds since the Unix epoch. Whoever asks again repeats it.
+    pub requested_at: u64,
+    /// When it was decided, in milliseconds since the Unix epoch.
+    pub decided_at: u64,
+    /// Milliseconds from sending the request to its result, to the microsecond.
+    pub duration_ms: f64,
+}
+
+impl<'a> Answered<'a> {
+    /// The form of `answer`, which took `duration`.
+    pub fn of(answer: &'a Answer, duration: Duration) -> Self {
+        let Brief { id, status } = Brief::of(answer);
+        Self {
+            id,
+            status,
+            reason: answer.reason.as_ref().map(Because::of),
+            unresolved: &answer.unresolved,
+            requested_at: answer.requested_at.as_millis() / 1000,
+            decided_at: answer.decided_at.as_millis(),
             duration_ms: duration.as_micros() as f64 / 1000.0,
         }
     }

@@ -1,0 +1,45 @@
+//! The files that commands read.
+
+use std::{
+    fs::File,
+    io::{self, BufReader, Read},
+    path::Path,
+};
+
+use anyhow::{Context as _, anyhow};
+
+use crate::{
+    cli::{Exit, Failure},
+    wire::complaint::Complaints,
+};
+
+/// What transactions are read from.
+pub(super) type Source = BufReader<Box<dyn Read + Send>>;
+
+/// What can't be used as it is.
+pub(super) fn bad_data(complaints: Complaints) -> Failure {
+    Failure::new(Exit::BadData, complaints)
+}
+
+pub(super) fn is_stdin(path: &Path) -> bool {
+    path == Path::new("-")
+}
+
+/// What a file is called in complaints.
+pub(super) fn name(path: &Path) -> String {
+    if is_stdin(path) { "stdin".to_owned() } else { path.display().to_string() }
+}
+
+/// A file, or stdin.
+pub(super) fn open(path: &Path) -> Result<Source, Failure> {
+    if is_stdin(path) {
+        return Ok(BufReader::with_capacity(1 << 16, Box::new(io::stdin())));
+    }
+    let opened = File::open(path).with_context(|| format!("failed to open `{}`", path.display()));
+    let file = opened.map_err(|error| Failure::new(Exit::BadData, error))?;
+    if file.metadata().is_ok_and(|it| it.is_dir()) {
+        let error = anyhow!("failed to open `{}`: it is a directory", path.display());
+        return Err(Failure::new(Exit::BadData, error));
+    }
+    Ok(BufReader::with_capacity(1 << 16, Box::new(file)))
+}

@@ -1,0 +1,302 @@
+//! The threads before and behind a run: one reads transactions, one prints results.
+//!
+//! What travels between them is bounded, so that neither a fast file nor a slow terminal fills the
+//! memory.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    io::{self, BufWriter},
+    pin::Pin,
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    thread,
+};
+
+use anyhow::Context as _;
+use indicatif::ProgressBar;
+use tokio::{
+    runtime::Runtime,
+    sync::{mpsc, watch},
+};
+
+use crate::{
+    cli::{
+        Exit, Failure,
+        input::Source,
+        output::{Detail, Form, Printer},
+        signals,
+    },
+    embedded::Concluded,
+    protocol::ids::TransactionId,
+    wire::{
+        complaint::Complaints,
+        transactions::{Lines, TransactionSpec, Transactions},
+    },
+};
+
+/// How many transactions travel from thread to thread in one piece, at most.
+const BATCH_MAX: usize = 512;
+
+/// How many transactions of a stream may be in flight, or wait for those before them, when results
+/// are printed in order.
+const AHEAD_MAX: usize = 1_000_000;
+
+/// A runtime, and who hears signals. To be called before anything is read: what is read may be a
+/// terminal, or a pipe that never ends.
+pub(super) fn runtime() -> Result<(Runtime, watch::Sender<bool>), Failure> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("failed to start the runtime")
+        .map_err(|error| Failure::new(Exit::Incomplete, error))?;
+    let interrupt = signals::watch(&runtime)
+        .context("failed to listen for signals")
+        .map_err(|error| Failure::new(Exit::Incomplete, error))?;
+    Ok((runtime, interrupt))
+}
+
+/// How many transactions there are, if that is known.
+pub(super) fn total<R>(transactions: &Transactions<R>) -> Option<u64> {
+    match transactions {
+        Transactions::Array(specs) => u64::try_from(specs.len()).ok(),
+        Transactions::Lines(_) => None,
+    }
+}
+
+/// What all stages share.
+pub(super) struct Stages<'a> {
+    pub(super) bar: &'a ProgressBar,
+    pub(super) runtime: &'a Runtime,
+    pub(super) interrupt: &'a watch::Sender<bool>,
+    /// What is said when the first signal is heard.
+    pub(super) heard: &'static str,
+}
+
+/// Is over when the first signal is heard.
+pub(super) type Stop = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// What came of a run.
+pub(super) struct Ran<T> {
+    /// What the stage in the middle has to say.
+    pub(super) done: T,
+    pub(super) ended: Ended,
+}
+
+/// How a run ended.
+pub(super) struct Ended {
+    /// What ended the stream of transactions early.
+    bad_line: Option<Complaints>,
+    pub(super) interrupted: bool,
+    printed: io::Result<()>,
+}
+
+impl Ended {
+    /// What is to be said of that.
+    pub(super) fn exit(self) -> Result<Exit, Failure> {
+        if let Some(complaints) = self.bad_line {
+            return Err(Failure::new(Exit::BadData, complaints));
+        }
+        if self.interrupted {
+            return Ok(Exit::Interrupted);
+        }
+        match self.printed {
+            Ok(()) => Ok(Exit::Done),
+            // Whoever was reading has had enough.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(Exit::Incomplete),
+            Err(error) => {
+                let error = anyhow::Error::new(error).context("failed to print the results");
+                Err(Failure::new(Exit::Incomplete, error))
+            }
+        }
+    }
+}
+
+impl Stages<'_> {
+    /// Reads, lets `serve` work, and prints what it concludes, if that is wanted.
+    pub(super) fn run<T, F: Future<Output = T>>(
+        &self,
+        transactions: Transactions<Source>,
+        printing: Option<(Form, Detail)>,
+        serve: impl FnOnce(
+            mpsc::Receiver<Vec<TransactionSpec>>,
+            mpsc::Sender<Vec<Concluded>>,
+            Stop,
+        ) -> F,
+    ) -> Ran<T> {
+        let (intake, requests) = mpsc::channel(4);
+        let (concluded, conclusions) = mpsc::channel(4);
+        let is_ordered = printing.is_some_and(|(form, _)| form.is_ordered());
+        let order = is_ordered.then(Arc::<Order>::default);
+        let feeder = {
+            let order = order.clone();
+            thread::spawn(move || feed(transactions, &intake, order.as_deref()))
+        };
+        let printer = printing.map(|(form, detail)| {
+            let printer = Printer::new(BufWriter::new(io::stdout()), form, detail);
+            let bar = self.bar.clone();
+            thread::spawn(move || {
+                let printed = print(printer, conclusions, order.as_deref(), &bar);
+                order.iter().for_each(|order| order.end());
+                printed
+            })
+        });
+        let interrupted = self.interrupt.subscribe();
+        let done = self.runtime.block_on(serve(requests, concluded, self.stop()));
+        let interrupted = *interrupted.borrow();
+        let printed = printer.map_or(Ok(()), |printer| {
+            printer.join().unwrap_or_else(|_| Err(io::Error::other("the printer panicked")))
+        });
+        // A feeder that waits for a terminal, or a pipe, may wait for ever.
+        let bad_line = if (interrupted || printed.is_err()) && !feeder.is_finished() {
+            None
+        } else {
+            feeder.join().ok().and_then(Result::err)
+        };
+        Ran { done, ended: Ended { bad_line, interrupted, printed } }
+    }
+
+    fn stop(&self) -> Stop {
+        let (mut interrupted, bar) = (self.interrupt.subscribe(), self.bar.clone());
+        let heard = self.heard;
+        Box::pin(async move {
+            // Without anyone to interrupt there is nothing to wait for.
+            if interrupted.wait_for(|interrupted| *interrupted).await.is_err() {
+                std::future::pending::<()>().await;
+            }
+            bar.suspend(|| super::tell(heard));
+        })
+    }
+}
+
+/// The order in which results are to be printed: the ids that were handed over and not printed.
+#[derive(Default)]
+struct Order {
+    awaited: Mutex<Awaited>,
+    has_room: Condvar,
+}
+
+#[derive(Default)]
+struct Awaited {
+    ids: VecDeque<TransactionId>,
+    /// Nothing is printed any more.
+    is_over: bool,
+}
+
+impl Order {
+    fn lock(&self) -> MutexGuard<'_, Awaited> {
+        self.awaited.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until no more than [`AHEAD_MAX`] are awaited.
+    fn await_all(&self, batch: &[TransactionSpec]) {
+        let is_full = |awaited: &mut Awaited| !awaited.is_over && awaited.ids.len() >= AHEAD_MAX;
+        let awaited = self.has_room.wait_while(self.lock(), is_full);
+        let mut awaited = awaited.unwrap_or_else(PoisonError::into_inner);
+        awaited.ids.extend(batch.iter().map(|spec| spec.id.clone()));
+    }
+
+    /// Takes those out that `early` has and no other is before.
+    fn take_next(&self, early: &mut BTreeMap<TransactionId, Concluded>) -> Vec<Concluded> {
+        let mut awaited = self.lock();
+        let mut next = Vec::new();
+        while let Some(concluded) = awaited.ids.front().and_then(|id| early.remove(id)) {
+            awaited.ids.pop_front();
+            next.push(concluded);
+        }
+        self.has_room.notify_one();
+        next
+    }
+
+    /// Takes out what `early` has, in order: the others have no result.
+    fn take_rest(&self, early: &mut BTreeMap<TransactionId, Concluded>) -> Vec<Concluded> {
+        let ids = std::mem::take(&mut self.lock().ids);
+        ids.into_iter().filter_map(|id| early.remove(&id)).collect()
+    }
+
+    fn end(&self) {
+        self.lock().is_over = true;
+        self.has_room.notify_one();
+    }
+}
+
+/// Hands the transactions over, in batches that are as large as the other side is slow.
+fn feed(
+    transactions: Transactions<Source>,
+    intake: &mpsc::Sender<Vec<TransactionSpec>>,
+    order: Option<&Order>,
+) -> Result<(), Complaints> {
+    match transactions {
+        Transactions::Array(specs) => {
+            let mut specs = specs.into_iter().peekable();
+            while specs.peek().is_some() {
+                let batch: Vec<_> = specs.by_ref().take(BATCH_MAX).collect();
+                if !hand_over(batch, intake, order) {
+                    break;
+                }
+            }
+            Ok(())
+        }
+        Transactions::Lines(lines) => feed_lines(lines, intake, order),
+    }
+}
+
+fn feed_lines(
+    mut lines: Lines<Source>,
+    intake: &mpsc::Sender<Vec<TransactionSpec>>,
+    order: Option<&Order>,
+) -> Result<(), Complaints> {
+    let mut batch = Vec::new();
+    let mut ended = Ok(());
+    while let Some(line) = lines.next() {
+        match line {
+            Ok(spec) => batch.push(spec),
+            Err(complaints) => {
+                ended = Err(complaints);
+                break;
+            }
+        }
+        // Nobody may wait for a line that has been read while the next one has yet to be written.
+        let may_block = !lines.reader().buffer().contains(&b'\n');
+        if (batch.len() >= BATCH_MAX || may_block)
+            && !hand_over(std::mem::take(&mut batch), intake, order)
+        {
+            return Ok(());
+        }
+    }
+    hand_over(batch, intake, order);
+    ended
+}
+
+/// Whether there is still somebody to hand it to.
+fn hand_over(
+    batch: Vec<TransactionSpec>,
+    intake: &mpsc::Sender<Vec<TransactionSpec>>,
+    order: Option<&Order>,
+) -> bool {
+    if let Some(order) = order {
+        order.await_all(&batch);
+    }
+    intake.blocking_send(batch).is_ok()
+}
+
+/// Prints what has ended until nothing more comes. If that fails the rest is thrown away.
+fn print(
+    mut printer: Printer<BufWriter<io::Stdout>>,
+    mut conclusions: mpsc::Receiver<Vec<Concluded>>,
+    order: Option<&Order>,
+    bar: &ProgressBar,
+) -> io::Result<()> {
+    let mut early = BTreeMap::new();
+    while let Some(mut batch) = conclusions.blocking_recv() {
+        bar.inc(u64::try_from(batch.len()).unwrap_or(0));
+        if let Some(order) = order {
+            early.extend(batch.into_iter().map(|it| (it.answer.id.clone(), it)));
+            batch = order.take_next(&mut early);
+        }
+        batch.iter().try_for_each(|concluded| printer.print(concluded))?;
+        printer.flush()?;
+    }
+    if let Some(order) = order {
+        order.take_rest(&mut early).iter().try_for_each(|concluded| printer.print(concluded))?;
+    }
+    printer.finish()
+}

@@ -1,0 +1,248 @@
+//! `dtc status`: what became of transactions, as the journal has it.
+
+use std::{
+    collections::BTreeSet,
+    fmt::Write as _,
+    io::{self, Write as _},
+};
+
+use clap::{Args, ValueEnum};
+use serde_json::{Map, Value, json};
+use tracing_subscriber::filter::LevelFilter;
+
+use crate::{
+    cli::{
+        Exit, Failure,
+        broker::{BrokerArguments, exit_of},
+        duration,
+        moment::shown,
+        progress, stages,
+    },
+    client::history::{self, History, HistoryError, Past, Since},
+    protocol::{
+        ids::{TransactionId, TransactionKey},
+        message::{Matter, Parked},
+        time::Time,
+    },
+    transport::amqp::{
+        connection::{is_not_found, is_refusal},
+        stream::ScanError,
+    },
+    wire::result::Because,
+};
+
+/// Show what became of transactions, as the journal has it.
+///
+/// Nothing is taken from anyone, and nothing is written. Every transaction that has one of the ids
+/// is shown; exit code 1 if there is none for one of them.
+#[derive(Debug, Args)]
+#[command(verbatim_doc_comment)]
+#[command(about = "Show what became of transactions, as the journal has it")]
+pub(super) struct StatusArguments {
+    /// The ids of the transactions
+    #[arg(value_name = "ID", required = true, value_parser = id)]
+    ids: Vec<TransactionId>,
+    /// How far back to look: a duration such as 15min, or all
+    #[arg(long, value_name = "DURATION", default_value = "all", value_parser = since)]
+    since: Since,
+    /// How to print it
+    #[arg(long, value_name = "FORM", value_enum, default_value_t = StatusForm::Text)]
+    output: StatusForm,
+    #[command(flatten)]
+    broker: BrokerArguments,
+}
+
+/// The form in which it is printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum StatusForm {
+    /// For people.
+    Text,
+    /// One array, an object for each transaction.
+    Json,
+}
+
+fn id(text: &str) -> Result<TransactionId, String> {
+    TransactionId::parse(text).map_err(|error| format!("must match {}", error.rule))
+}
+
+fn since(text: &str) -> Result<Since, String> {
+    if text == "all" {
+        return Ok(Since::Always);
+    }
+    duration::parse(text).map(Since::Ago).map_err(|rule| format!("{rule}; or `all`"))
+}
+
+pub(super) fn run(arguments: &StatusArguments) -> Result<Exit, Failure> {
+    let log_level = progress::log_level(LevelFilter::ERROR)
+        .map_err(|error| Failure::new(Exit::Usage, error))?;
+    let broker = arguments.broker.broker("dtc status")?;
+    let names = arguments.broker.names();
+    let (runtime, _interrupt) = stages::runtime()?;
+    progress::log_above(&indicatif::ProgressBar::hidden(), log_level);
+    let ids: BTreeSet<_> = arguments.ids.iter().cloned().collect();
+    let looked_up = runtime.block_on(history::look_up(&broker, &names, &ids, arguments.since));
+    let history = looked_up.map_err(|error| Failure::new(exit_for(&error), error))?;
+    if history.n_unreadable > 0 {
+        super::tell(&format!("{} records can't be understood\n", history.n_unreadable));
+    }
+    let missing = ids.iter().filter(|id| of_id(&history, id).next().is_none()).count();
+    let text = match arguments.output {
+        StatusForm::Text => text(&history, &ids),
+        StatusForm::Json => format!("{:#}\n", json_of(&history, &ids)),
+    };
+    match io::stdout().write_all(text.as_bytes()) {
+        Ok(()) if missing == 0 => Ok(Exit::Done),
+        Ok(()) => Ok(Exit::Incomplete),
+        // Whoever was reading has had enough.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(Exit::Incomplete),
+        Err(error) => Err(Failure::new(
+            Exit::Incomplete,
+            anyhow::Error::new(error).context("failed to print"),
+        )),
+    }
+}
+
+fn exit_for(error: &HistoryError) -> Exit {
+    match error {
+        HistoryError::Connect(error) => exit_of(error),
+        HistoryError::Scan(ScanError::Broker { source, .. }) if is_not_found(source) => {
+            Exit::BadConfiguration
+        }
+        HistoryError::Scan(ScanError::Broker { source, .. }) if is_refusal(source) => Exit::Refused,
+        HistoryError::Scan(
+            ScanError::Broker { .. } | ScanError::Cancelled { .. } | ScanError::Silent { .. },
+        ) => Exit::Unavailable,
+    }
+}
+
+/// What was found for `id`, the earliest first.
+fn of_id<'a>(
+    history: &'a History,
+    id: &TransactionId,
+) -> impl Iterator<Item = (&'a TransactionKey, &'a Past)> {
+    let from = TransactionKey { id: id.clone(), requested_at: Time::EPOCH };
+    let id = id.clone();
+    history.transactions.range(from..).take_while(move |(key, _)| key.id == id)
+}
+
+// ---- For people ------------------------------------------------------------------------------
+
+fn text(history: &History, ids: &BTreeSet<TransactionId>) -> String {
+    let mut text = String::new();
+    for id in ids {
+        let before = text.len();
+        of_id(history, id).for_each(|(key, past)| one(&mut text, key, past));
+        if text.len() == before {
+            let _ = match history.complete_since {
+                Some(since) => writeln!(text, "{id}  not found since {}", shown(since)),
+                None => writeln!(text, "{id}  not found: the journal is empty"),
+            };
+        }
+    }
+    text
+}
+
+/// Writing to a string can't fail.
+fn one(text: &mut String, key: &TransactionKey, past: &Past) {
+    let _ = write!(text, "{}  requested at {}: ", key.id, shown(key.requested_at));
+    match &past.decision {
+        Some(decision) => {
+            let (at, worker) = (shown(decision.decided_at), &decision.worker);
+            let _ = writeln!(text, "{}, decided at {at} by {worker}", decision.outcome);
+            if let Some(reason) = &decision.reason {
+                let service = reason.service.as_ref().map_or("", |name| name.as_str());
+                let message = reason.message.as_deref().unwrap_or_default();
+                let reason = format!("{} {service} {message}", reason.code);
+                let _ = writeln!(text, "  reason: {}", reason.trim_end());
+            }
+            for (service, branch) in &decision.branches {
+                let _ = writeln!(text, "  {service}: branch {branch}");
+            }
+            if !past.is_certain {
+                let _ = writeln!(
+                    text,
+                    "  not certain: what was read doesn't reach back to where it began"
+                );
+            }
+        }
+        None => {
+            let _ = writeln!(text, "no decision found");
+        }
+    }
+    for parked in &past.parked {
+        let at = shown(parked.parked_at);
+        let _ = match &parked.matter {
+            Matter::Uncommitted { service, error, .. } => {
+                let error = error.as_deref().unwrap_or("no answer");
+                let end = match settled_at(past, parked) {
+                    Some(moment) => format!("settled at {}", shown(moment)),
+                    None => "not settled".to_owned(),
+                };
+                writeln!(text, "  {service}: commit parked at {at} ({error}), {end}")
+            }
+            Matter::Undecidable(_) => {
+                writeln!(text, "  parked at {at}: the journal doesn't tell its outcome")
+            }
+        };
+    }
+}
+
+/// When the service caught up.
+fn settled_at(past: &Past, parked: &Parked) -> Option<Time> {
+    let Matter::Uncommitted { service: parked_service, .. } = &parked.matter else { return None };
+    let settled = past.settled.iter().find(|settled| settled.service == *parked_service);
+    settled.map(|settled| settled.settled_at)
+}
+
+// ---- For programs ----------------------------------------------------------------------------
+
+fn json_of(history: &History, ids: &BTreeSet<TransactionId>) -> Value {
+    let mut elements = Vec::new();
+    for id in ids {
+        let before = elements.len();
+        elements.extend(of_id(history, id).map(|(key, past)| found(key, past)));
+        if elements.len() == before {
+            let since = history.complete_since.map(Time::as_millis);
+            elements.push(json!({"id": id.as_str(), "found": false, "not_found_since": since}));
+        }
+    }
+    Value::Array(elements)
+}
+
+fn found(key: &TransactionKey, past: &Past) -> Value {
+    let decision = past.decision.as_ref();
+    let branches: Map<_, _> = decision
+        .iter()
+        .flat_map(|decision| &decision.branches)
+        .map(|(service, branch)| (service.to_string(), json!(branch.to_string())))
+        .collect();
+    json!({
+        "id": key.id.as_str(),
+        "found": true,
+        "requested_at": key.requested_at.as_millis() / 1000,
+        "outcome": decision.map(|it| it.outcome.as_str()),
+        "certain": past.is_certain,
+        "reason": decision.and_then(|it| it.reason.as_ref()).map(Because::of),
+        "decided_at": decision.map(|it| it.decided_at.as_millis()),
+        "worker": decision.map(|it| it.worker.as_str()),
+        "branches": branches,
+        "void_records": past.n_void,
+        "parked": past.parked.iter().map(|parked| parked_json(past, parked)).collect::<Vec<_>>(),
+    })
+}
+
+fn parked_json(past: &Past, parked: &Parked) -> Value {
+    let (service, branch, error) = match &parked.matter {
+        Matter::Uncommitted { service, branch, error } => {
+            (Some(service.as_str()), Some(branch.to_string()), error.as_deref())
+        }
+        Matter::Undecidable(_) => (None, None, None),
+    };
+    json!({
+        "service": service,
+        "branch": branch,
+        "error": error,
+        "parked_at": parked.parked_at.as_millis(),
+        "settled_at": settled_at(past, parked).map(Time::as_millis),
+    })
+}
