@@ -9,4 +9,5 @@ mod lines;
 mod node;
 #[path = "../support/processes.rs"]
 mod processes;
+mod service;
 mod signals;
