@@ -106,7 +106,9 @@ stories! {
         cancelled_while_the_store_is_read
         cap_holds_when_more_is_delivered
         commit_from_the_store_fails_though_the_slot_is_held
+        commit_of_anothers_branch_without_a_store_is_not_applied
         commit_of_what_only_the_store_holds
+        commit_of_anothers_branch_undoes_the_own_one_and_is_not_applied_without_a_store
         commit_without_a_branch_undoes_the_own_one
         disconnect_and_the_outcome_comes_before_the_delivery
         disconnect_keeps_the_slot
