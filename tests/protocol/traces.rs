@@ -71,6 +71,8 @@ stories! {
         other_content_decided_first_under_the_same_key
         outcome_of_a_transaction_is_not_that_of_its_namesake_in_flight
         own_timeout_of_the_request
+        parked_by_a_worker_that_died_and_committed_by_the_next
+        parked_by_another_worker_after_this_one_has_committed
         parked_record_is_written_again_until_it_is_safe
         read_only_is_left_out
         record_forgotten_during_the_look_is_not_lost
