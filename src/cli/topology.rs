@@ -18,6 +18,7 @@ use crate::{
         broker::{BrokerArguments, exit_of},
         duration, tell,
     },
+    protocol::ids::ServiceName,
     transport::amqp::{
         connection::{Backoff, Broker, ConnectError, Disposition, close},
         names::{Names, Namespace},
@@ -25,6 +26,8 @@ use crate::{
             Argument, Arguments, Commands, ServiceTopology, Settings, Topology,
             apply::{Applied, Begun, Options, TopologyError, apply_on},
             check::{Fault, Finding, Subject, check},
+            delete,
+            replace::{self, ReplaceError, Replaced},
         },
     },
     wire::services,
@@ -43,12 +46,17 @@ enum Command {
     Apply(ApplyArguments),
     Check(CheckArguments),
     Print(PrintArguments),
+    Delete(DeleteArguments),
 }
 
 /// Make what is missing; change nothing that is there
 ///
 /// All of it is compared first. If anything is another than it should be, each such thing is named
 /// with the value wanted and the value found, and nothing is made.
+///
+/// --replace gives a service new queues where its old ones are another, and loses nothing of what
+/// is in them. Its instances may go on for the sake of its prepares; they must be stopped if it is
+/// its finishes that are another.
 ///
 /// Exit codes: 0 everything is as it should be; 1 something is another than it should be.
 #[derive(Debug, Args)]
@@ -58,6 +66,9 @@ struct ApplyArguments {
     broker: BrokerArguments,
     #[command(flatten)]
     what: WhatArguments,
+    /// Replace the queues of this service, if they are another (may be repeated)
+    #[arg(long, value_name = "SERVICE", requires = "services", value_parser = service_name)]
+    replace: Vec<ServiceName>,
     /// How much the clocks of producers, workers and services may differ
     #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = duration::parse)]
     clock_margin: Duration,
@@ -103,6 +114,21 @@ struct PrintArguments {
     output: Form,
 }
 
+/// Delete everything, with all that is in it: requests, decisions, and what is owed to services
+///
+/// For namespaces that were made to be thrown away. Queues of services that are not named stay.
+#[derive(Debug, Args)]
+#[command(verbatim_doc_comment)]
+struct DeleteArguments {
+    #[command(flatten)]
+    broker: BrokerArguments,
+    #[command(flatten)]
+    what: WhatArguments,
+    /// Say that it is meant
+    #[arg(long, required = true)]
+    yes: bool,
+}
+
 #[derive(Debug, Args)]
 struct WhatArguments {
     /// The services, as for `dtc run`: a file, or - for stdin; without it, all but their queues
@@ -132,6 +158,10 @@ enum CommandsForm {
     Quorum,
 }
 
+fn service_name(text: &str) -> Result<ServiceName, String> {
+    ServiceName::parse(text).map_err(|error| error.to_string())
+}
+
 fn retention(text: &str) -> Result<Duration, String> {
     let retention = duration::parse(text)?;
     if retention < Duration::from_secs(1) || retention.subsec_nanos() != 0 {
@@ -149,9 +179,12 @@ impl WhatArguments {
         Settings { retention: self.retention, commands }
     }
 
+    fn services(&self) -> Result<Vec<ServiceTopology>, Failure> {
+        Ok(self.services.as_deref().map(read).transpose()?.unwrap_or_default())
+    }
+
     fn topology(&self, names: &Names) -> Result<Topology, Failure> {
-        let services = self.services.as_deref().map(read).transpose()?.unwrap_or_default();
-        Ok(Topology::of(names, &services, &self.settings()))
+        Ok(Topology::of(names, &self.services()?, &self.settings()))
     }
 }
 
@@ -175,6 +208,7 @@ pub(super) fn run(arguments: &TopologyArguments) -> Result<Exit, Failure> {
     match &arguments.command {
         Command::Apply(arguments) => run_apply(arguments),
         Command::Check(arguments) => run_check(arguments),
+        Command::Delete(arguments) => run_delete(arguments),
         Command::Print(arguments) => {
             let names = Names::new(arguments.namespace.clone());
             let topology = arguments.what.topology(&names)?;
@@ -188,31 +222,62 @@ pub(super) fn run(arguments: &TopologyArguments) -> Result<Exit, Failure> {
 
 fn run_apply(arguments: &ApplyArguments) -> Result<Exit, Failure> {
     let names = arguments.broker.names();
-    let topology = arguments.what.topology(&names)?;
+    let services = arguments.what.services()?;
+    let replace = named(&services, &arguments.replace)?;
+    let settings = arguments.what.settings();
+    let topology = Topology::of(&names, &services, &settings);
     let broker = arguments.broker.broker("dtc topology")?;
     let clock = Clock::start();
-    let applied = runtime()?.block_on(async {
-        let connection = connect(&broker, arguments.wait).await?;
-        let options = Options {
-            settings: arguments.what.settings(),
-            now: clock.now(),
-            clock_margin: arguments.clock_margin,
-        };
+    let (replaced, applied) = runtime()?.block_on(async {
+        let connection = connect(&broker, arguments.wait).await.map_err(unreachable)?;
+        let mut replaced = Vec::new();
+        for service in replace {
+            let done = replace::replace(&connection, &names, service, &settings).await;
+            replaced.push(done.map_err(not_replaced)?);
+        }
+        let clock_margin = arguments.clock_margin;
+        let options = Options { settings, now: clock.now(), clock_margin };
         let applied = apply_on(&connection, &names, &topology, &options).await;
         close(&connection).await;
-        Ok(applied)
-    });
-    let applied = applied.map_err(unreachable)?.map_err(not_applied)?;
+        Ok((replaced, applied.map_err(not_applied)?))
+    })?;
     warn(&applied, &names, arguments.clock_margin);
     match arguments.output {
         Form::Text => {
-            if applied == Applied::default() {
+            let text = replaced_text(&replaced) + &applied_text(&applied, &names);
+            if text.is_empty() {
                 tell("nothing was missing\n");
             }
-            print(&applied_text(&applied, &names))
+            print(&text)
         }
-        Form::Json => print(&format!("{:#}\n", applied_json(&applied))),
+        Form::Json => print(&format!("{:#}\n", applied_json(&replaced, &applied))),
     }
+}
+
+/// Those of `services` that are called by `names`.
+fn named<'a>(
+    services: &'a [ServiceTopology],
+    names: &[ServiceName],
+) -> Result<Vec<&'a ServiceTopology>, Failure> {
+    let named = names.iter().map(|name| {
+        let service = services.iter().find(|service| service.name == *name);
+        let service = service.with_context(|| format!("--services has no service `{name}`"));
+        service.map_err(|error| Failure::new(Exit::Usage, error))
+    });
+    named.collect()
+}
+
+fn run_delete(arguments: &DeleteArguments) -> Result<Exit, Failure> {
+    let names = arguments.broker.names();
+    let topology = arguments.what.topology(&names)?;
+    let broker = arguments.broker.broker("dtc topology")?;
+    runtime()?.block_on(async {
+        let connection = connect(&broker, Duration::ZERO).await.map_err(unreachable)?;
+        let deleted = delete::delete(&connection, &topology).await;
+        close(&connection).await;
+        deleted.map_err(|error| Failure::new(exit_by(error.disposition()), error))
+    })?;
+    Ok(Exit::Done)
 }
 
 fn run_check(arguments: &CheckArguments) -> Result<Exit, Failure> {
@@ -267,12 +332,33 @@ fn unreachable(error: ConnectError) -> Failure {
 }
 
 fn not_applied(error: TopologyError) -> Failure {
-    let exit = match (&error, error.disposition()) {
-        (TopologyError::Mismatch(_), _) => Exit::Incomplete,
-        (_, Disposition::GiveUp) => Exit::Refused,
-        (_, Disposition::Retry) => Exit::Unavailable,
+    let exit = match &error {
+        TopologyError::Mismatch(_) => Exit::Incomplete,
+        TopologyError::Connect(_)
+        | TopologyError::Check(_)
+        | TopologyError::Declare { .. }
+        | TopologyError::Bind { .. }
+        | TopologyError::Begin { .. }
+        | TopologyError::NotTaken { .. } => exit_by(error.disposition()),
     };
     Failure::new(exit, error)
+}
+
+fn not_replaced(error: ReplaceError) -> Failure {
+    match error {
+        ReplaceError::Consumed { .. } => Failure::new(Exit::Incomplete, error),
+        ReplaceError::Declare(error) => not_applied(error),
+        ReplaceError::Step { .. } | ReplaceError::NotTaken { .. } => {
+            Failure::new(exit_by(error.disposition()), error)
+        }
+    }
+}
+
+fn exit_by(disposition: Disposition) -> Exit {
+    match disposition {
+        Disposition::GiveUp => Exit::Refused,
+        Disposition::Retry => Exit::Unavailable,
+    }
 }
 
 fn warn(applied: &Applied, names: &Names, clock_margin: Duration) {
@@ -314,7 +400,25 @@ fn applied_text(applied: &Applied, names: &Names) -> String {
     text
 }
 
-fn applied_json(applied: &Applied) -> Value {
+fn replaced_text(replaced: &[Replaced]) -> String {
+    let mut text = String::new();
+    for Replaced { queues, prepares, finishes } in replaced {
+        for queue in queues {
+            let _ = writeln!(text, "replaced queue `{queue}`");
+        }
+        if prepares + finishes > 0 {
+            let _ = writeln!(text, "moved {prepares} prepares and {finishes} finishes");
+        }
+    }
+    text
+}
+
+fn replaced_json(replaced: &Replaced) -> Value {
+    let Replaced { queues, prepares, finishes } = replaced;
+    json!({"queues": queues, "prepares_moved": prepares, "finishes_moved": finishes})
+}
+
+fn applied_json(replaced: &[Replaced], applied: &Applied) -> Value {
     let begun = applied.begun.map(|begun| {
         json!({
             "complete_since": begun.complete_since.as_millis(),
@@ -322,6 +426,7 @@ fn applied_json(applied: &Applied) -> Value {
         })
     });
     json!({
+        "replaced": replaced.iter().map(replaced_json).collect::<Vec<_>>(),
         "created": applied.created.iter().map(subject_json).collect::<Vec<_>>(),
         "journal_begun": begun,
     })
@@ -350,6 +455,7 @@ fn finding_json(finding: &Finding) -> Value {
             set("fault", "not_begun".into());
             set("found", json!(found));
         }
+        Fault::LeftOver => set("fault", "left_over".into()),
     }
     value
 }

@@ -87,9 +87,10 @@ impl Outbox {
     /// Takes out all there is to publish.
     pub(super) fn take(&mut self) -> Vec<Parcel> {
         let mut parcels = Vec::new();
-        let to_workers = std::mem::take(&mut self.votes)
+        // A slot is free before it is taken again.
+        let to_workers = std::mem::take(&mut self.dones)
             .into_iter()
-            .chain(std::mem::take(&mut self.dones))
+            .chain(std::mem::take(&mut self.votes))
             .flat_map(|(to, bodies)| bodies.into_iter().map(move |body| (to.clone(), body)));
         for (to, body) in to_workers {
             parcels.push(self.parcel(to.as_str(), body, None));

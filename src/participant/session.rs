@@ -12,7 +12,7 @@ use lapin::{
     Channel, Connection,
     message::Delivery as Message,
     options::{QueueBindOptions, QueueDeclareOptions},
-    types::{AMQPValue, FieldTable, ShortString},
+    types::{FieldTable, ShortString},
 };
 use tokio::time::Instant;
 
@@ -26,10 +26,11 @@ use crate::{
     transport::amqp::{
         connection::{Link, LinkEvent},
         consumer::{Closed, Inbox},
-        names::{ALL, key},
+        names::{ALL, Names, key},
         publisher::{Outgoing, Published, Publisher},
+        rejected::rejected,
     },
-    wire::{message::Kind, services::Cap},
+    wire::services::Cap,
 };
 
 /// How many messages of an instance's own queue are on their way to it at a time.
@@ -43,8 +44,6 @@ const OUTSTANDING_MAX: usize = 4096;
 const BATCH_MAX: usize = 1024;
 /// The pause before something is published again that the broker did not take.
 const REFUSED_PAUSE: Duration = Duration::from_secs(1);
-/// How many characters of a complaint are kept with what is rejected.
-const REASON_MAX: usize = 2048;
 
 /// One connection's worth of service.
 pub(super) struct Session {
@@ -56,7 +55,7 @@ pub(super) struct Session {
     pub(super) takes_prepares: bool,
     pub(super) own: Inbox,
     pub(super) shared: Inbox,
-    rejected: ShortString,
+    names: Names,
     /// Where the deliveries came from that the core has not yet acknowledged.
     origins: BTreeMap<Delivery, Origin>,
     /// How many items of a message are not dealt with yet, where that is more than one.
@@ -111,7 +110,7 @@ impl Session {
                 takes_prepares,
                 own,
                 shared,
-                rejected: settings.names.rejected(),
+                names: settings.names.clone(),
                 origins: BTreeMap::new(),
                 undone: BTreeMap::new(),
                 refused: VecDeque::new(),
@@ -193,7 +192,7 @@ impl Session {
         }
         if let Some(reason) = content.bad {
             undone += 1;
-            self.reject(origin, message, &reason);
+            self.reject(origin, &message, &reason);
         }
         match undone {
             0 => self.acknowledge(origin),
@@ -229,33 +228,11 @@ impl Session {
     }
 
     /// Puts a message among the rejected ones; it is acknowledged when it is safe there.
-    fn reject(&mut self, origin: Origin, message: Message, reason: &str) {
-        let reason: String = reason.chars().take(REASON_MAX).collect();
+    fn reject(&mut self, origin: Origin, message: &Message, reason: &str) {
         let queue = self.inbox(origin.source).map(|inbox| inbox.queue().to_string());
         let queue = queue.unwrap_or_default();
-        let kind = message.properties.kind().as_ref().map(ToString::to_string);
-        tracing::warn!(queue, kind, reason, "a message is rejected");
-        let text = |text: String| AMQPValue::LongString(text.into());
-        let mut headers = FieldTable::default();
-        headers.insert("reason".into(), text(reason));
-        headers.insert("queue".into(), text(queue));
-        headers.insert("exchange".into(), text(message.exchange.to_string()));
-        headers.insert("key".into(), text(message.routing_key.to_string()));
-        let known = kind.as_deref().and_then(Kind::parse_type);
-        if let Some(kind) = kind {
-            headers.insert("type".into(), text(kind));
-        }
-        let outgoing = Outgoing {
-            key: self.rejected.clone(),
-            message_type: known.map_or("", Kind::as_type),
-            message_id: message.properties.message_id().clone(),
-            reply_to: message.properties.reply_to().clone(),
-            body: message.data,
-            persistent: true,
-            mandatory: true,
-            headers: Some(headers),
-            ..Outgoing::default()
-        };
+        tracing::warn!(queue, reason, "a message is rejected");
+        let outgoing = rejected(&self.names, &queue, message, reason);
         let ticket = Ticket::Rejected(outgoing.clone(), origin.source, origin.tag);
         self.publisher.publish(outgoing, ticket);
     }

@@ -19,7 +19,7 @@ use crate::{
         message::{Answer, Matter, Outcome, Reason, ReasonCode, Request},
     },
     transport::amqp::{
-        connection::{Chain, Link, LinkEvent, is_not_found},
+        connection::{Backoff, Chain, Link, LinkEvent, is_not_found},
         consumer::{Closed, Inbox},
         names,
         publisher::Published,
@@ -74,6 +74,8 @@ pub(super) enum SessionError {
     Closed(#[source] Closed),
     #[error("failed to read the journal")]
     Journal(#[source] ReadError),
+    #[error("the journal does not go on where it was left")]
+    OtherJournal,
     #[error("lost the connection")]
     Lost(#[source] lapin::Error),
 }
@@ -94,7 +96,7 @@ impl SessionError {
             | Self::Journal(
                 ReadError::Consume(source) | ReadError::Closed(Closed::Lost { source, .. }),
             ) => Some(source),
-            Self::Closed(Closed::Cancelled { .. }) | Self::Journal(_) => None,
+            Self::Closed(Closed::Cancelled { .. }) | Self::Journal(_) | Self::OtherJournal => None,
         }
     }
 }
@@ -152,6 +154,8 @@ pub(super) struct Session<'a> {
     effects: Vec<Effect>,
     meanings: Vec<Meaning>,
     is_blocked: bool,
+    /// The broker has ended the reading of the journal.
+    is_cut_off: bool,
     /// What comes now is handed on.
     is_draining: bool,
 }
@@ -205,6 +209,7 @@ impl<'a> Session<'a> {
             effects: Vec::new(),
             meanings: Vec::new(),
             is_blocked: false,
+            is_cut_off: false,
             is_draining: false,
         })
     }
@@ -230,6 +235,9 @@ impl<'a> Session<'a> {
             }
             self.handle_what_is_ready()?;
             self.flush();
+            if self.is_cut_off {
+                self.read_on().await?;
+            }
             if drain_until.is_some() {
                 if self.lasting.coordinator.is_empty() && self.outbox.is_idle() {
                     return Ok(self.close(End::Drained).await);
@@ -248,7 +256,7 @@ impl<'a> Session<'a> {
         let has_room = self.is_draining || self.lasting.coordinator.room() > 0;
         let wake_at = self.wake_at();
         tokio::select! {
-            it = self.tail.next() => Happening::Journal(it),
+            it = self.tail.next(), if !self.is_cut_off => Happening::Journal(it),
             (ticket, published) = self.outbox.next() => Happening::Published(ticket, published),
             it = self.replies.next() => Happening::Reply(it),
             it = self.inquiries.next() => Happening::Inquiry(it),
@@ -286,7 +294,9 @@ impl<'a> Session<'a> {
     fn handle_what_is_ready(&mut self) -> Result<(), SessionError> {
         for _ in 0..BATCH_MAX {
             let mut idle = true;
-            if let Some(it) = self.tail.ready() {
+            if !self.is_cut_off
+                && let Some(it) = self.tail.ready()
+            {
                 idle = false;
                 self.handle(Happening::Journal(it))?;
             }
@@ -320,6 +330,8 @@ impl<'a> Session<'a> {
 
     fn handle(&mut self, happening: Happening) -> Result<(), SessionError> {
         match happening {
+            // The stream's leader has moved, or its replica here is gone.
+            Happening::Journal(Err(Closed::Cancelled { .. })) => self.is_cut_off = true,
             Happening::Journal(message) => self.journal_read(&message.map_err(lost)?)?,
             Happening::Reply(message) => {
                 let message = message.map_err(lost)?;
@@ -349,6 +361,31 @@ impl<'a> Session<'a> {
         let event = read_event(self.lasting, record);
         self.tell(event);
         Ok(())
+    }
+
+    /// Reads the journal on from the message after the last one: nothing else is worth doing
+    /// before that.
+    async fn read_on(&mut self) -> Result<(), SessionError> {
+        let Some(LastRead { offset, digest }) = self.lasting.last_read else {
+            return Err(SessionError::OtherJournal);
+        };
+        tracing::warn!(offset, "the broker has ended the reading of the journal; reading it on");
+        let mut backoff = Backoff::default();
+        while self.link.is_up() {
+            match self.journal.resume(offset, digest).await {
+                Ok(Some(tail)) => {
+                    self.tail = tail;
+                    self.is_cut_off = false;
+                    return Ok(());
+                }
+                Ok(None) => return Err(SessionError::OtherJournal),
+                Err(error) => {
+                    tracing::warn!(error = %Chain(&error), "failed to read the journal on");
+                    tokio::time::sleep(backoff.pause()).await;
+                }
+            }
+        }
+        Err(SessionError::OtherJournal)
     }
 
     fn reply_received(&mut self, message: &Message, held: Held) {

@@ -7,3 +7,7 @@ mod broker;
 #[path = "../support/lines.rs"]
 mod lines;
 mod node;
+#[path = "../support/processes.rs"]
+mod processes;
+mod service;
+mod signals;

@@ -13,10 +13,11 @@
 //!   machine's.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
+#![allow(clippy::print_stdout, reason = "a test tells what it leaves")]
 #![allow(dead_code, reason = "each target uses a part of it")]
 
 use std::{
-    env, fs,
+    env, fmt, fs,
     hash::{BuildHasher, RandomState},
     io::{self, Read, Write},
     net::{Ipv4Addr, TcpListener, TcpStream},
@@ -27,9 +28,14 @@ use std::{
         Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
+    thread,
     time::Duration,
 };
 
+use lapin::{
+    Connection, ConnectionProperties,
+    options::{ExchangeDeleteOptions, QueueDeleteOptions},
+};
 use tempfile::TempDir;
 
 use crate::lines::Lines;
@@ -40,27 +46,82 @@ const BOOT: Duration = Duration::from_secs(120);
 const STOP: Duration = Duration::from_secs(60);
 /// How often a node is started on other ports, because somebody else took them in between.
 const ATTEMPTS: usize = 3;
-/// How many virtual hosts a node has for tests, made while it boots: later they are slow to make.
-const VHOSTS: usize = 64;
+/// How many virtual hosts a node has for tests, made while it boots: each adds some 50 ms to that.
+const VHOSTS: usize = 24;
 
 const SERVER: &str = "usr/lib/rabbitmq/bin/rabbitmq-server";
 
 /// Where a test may declare what it likes.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq)]
 pub(crate) struct Place {
     /// The broker, with user, password and virtual host.
     pub(crate) url: String,
     /// What all names of this test's exchanges and queues begin with.
     pub(crate) namespace: String,
+    /// Whether the broker goes on after the tests.
+    given: bool,
+}
+
+impl Place {
+    /// Sees to it that nothing of this is left when the answer is dropped, also by a failing test.
+    ///
+    /// A private node goes with all it has, so it is only at a given broker that something is done.
+    #[must_use]
+    pub(crate) fn leaves(&self, queues: Vec<String>, exchanges: Vec<String>) -> Leftovers {
+        Leftovers { url: self.given.then(|| self.url.clone()), queues, exchanges }
+    }
+}
+
+/// What a test declares at a broker that goes on after it; see [`Place::leaves`].
+pub(crate) struct Leftovers {
+    url: Option<String>,
+    queues: Vec<String>,
+    exchanges: Vec<String>,
+}
+
+impl Leftovers {
+    async fn remove(&self, url: &str) -> lapin::Result<()> {
+        let connection = Connection::connect(url, ConnectionProperties::default()).await?;
+        let channel = connection.create_channel().await?;
+        for name in &self.queues {
+            channel.queue_delete(name.as_str().into(), QueueDeleteOptions::default()).await?;
+        }
+        for name in &self.exchanges {
+            channel.exchange_delete(name.as_str().into(), ExchangeDeleteOptions::default()).await?;
+        }
+        connection.close(200, "".into()).await
+    }
+}
+
+impl Drop for Leftovers {
+    fn drop(&mut self) {
+        let Some(url) = &self.url else { return };
+        // The test may be in a runtime, which can't wait for another one.
+        let removed = thread::scope(|scope| {
+            let remove = || {
+                let runtime = tokio::runtime::Runtime::new().expect("threads to be had");
+                runtime.block_on(self.remove(url)).map_err(|error| error.to_string())
+            };
+            scope.spawn(remove).join()
+        });
+        if !matches!(removed, Ok(Ok(()))) {
+            println!("something is left at the broker: {:?} {:?}", self.queues, self.exchanges);
+        }
+    }
+}
+
+/// The password stays out of what a failing test shows.
+impl fmt::Debug for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Place").field("namespace", &self.namespace).finish_non_exhaustive()
+    }
 }
 
 /// A place of its own on the shared broker.
 pub(crate) fn place() -> Place {
     match shared() {
         Shared::Private(broker) => broker.place(),
-        Shared::Given(url) => {
-            Place { url: url.clone(), namespace: format!("dtc-test-{}", random()) }
-        }
+        Shared::Given(url) => Place { url: url.clone(), namespace: namespace(), given: true },
     }
 }
 
@@ -132,11 +193,15 @@ impl Broker {
         self.setup.port
     }
 
-    /// A virtual host that nobody has used yet.
+    /// A place that nobody has used yet: a virtual host, or when there are none left, a namespace
+    /// in the node's own.
     pub(crate) fn place(&self) -> Place {
         let number = self.places.fetch_add(1, Ordering::Relaxed);
-        assert!(number < VHOSTS, "a node has places for {VHOSTS} tests: raise VHOSTS");
-        Place { url: self.url_of(&vhost(number)), namespace: "dtc".to_owned() }
+        if number < VHOSTS {
+            Place { url: self.url_of(&vhost(number)), namespace: "dtc".to_owned(), given: false }
+        } else {
+            Place { url: self.url(), namespace: namespace(), given: false }
+        }
     }
 
     /// The version that the node greets with, such as `4.3.6`.
@@ -172,11 +237,6 @@ impl Broker {
         self.start_again();
     }
 
-    /// The process groups that the node and its epmd are expected in, the supervising shell's first.
-    pub(crate) fn supervisor(&self) -> u32 {
-        self.running().as_ref().expect("the node runs").shell.id()
-    }
-
     /// Where the node keeps what it keeps.
     pub(crate) fn directory(&self) -> &Path {
         self.setup.directory.path()
@@ -198,20 +258,7 @@ struct Run {
 impl Run {
     /// Starts the node and waits until it serves; the version it greets with, or what it printed.
     fn start(setup: &Setup) -> Result<(Self, String), String> {
-        let (reader, writer) = io::pipe().unwrap();
-        let mut shell = Command::new("sh")
-            .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/broker.sh"))
-            .arg(setup.directory.path())
-            .arg(setup.root.as_deref().unwrap_or(Path::new("")))
-            .env_clear()
-            .envs(setup.environment())
-            .stdin(Stdio::piped())
-            .stdout(writer.try_clone().unwrap())
-            .stderr(writer)
-            .spawn()
-            .unwrap();
-        let commands = shell.stdin.take().unwrap();
-        let run = Self { shell, commands, printed: Lines::of(reader) };
+        let run = Self::spawn(setup);
         // It says so when its last step is done; it listens some steps earlier.
         if run.printed.wait_for("completed with", BOOT).is_none() {
             return Err(format!("{}\n{}", run.printed.text(), setup.log()));
@@ -220,6 +267,23 @@ impl Run {
             Ok(version) => Ok((run, version)),
             Err(error) => Err(format!("{error}\n{}", run.printed.text())),
         }
+    }
+
+    fn spawn(setup: &Setup) -> Self {
+        let (reader, writer) = io::pipe().unwrap();
+        let mut shell = Command::new("sh")
+            .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/broker.sh"))
+            .arg(setup.directory.path())
+            .arg(setup.root.as_deref().unwrap_or_else(|| Path::new("")))
+            .env_clear()
+            .envs(setup.environment())
+            .stdin(Stdio::piped())
+            .stdout(writer.try_clone().unwrap())
+            .stderr(writer)
+            .spawn()
+            .unwrap();
+        let commands = shell.stdin.take().unwrap();
+        Self { shell, commands, printed: Lines::of(reader) }
     }
 
     fn say(&mut self, word: &str) {
@@ -250,7 +314,7 @@ impl Setup {
     fn new() -> Self {
         let root = env::var_os("DTC_TEST_RABBITMQ").filter(|root| !root.is_empty());
         let root = root.map(PathBuf::from);
-        let server = root.as_deref().unwrap_or(Path::new("/")).join(SERVER);
+        let server = root.as_deref().unwrap_or_else(|| Path::new("/")).join(SERVER);
         assert!(server.exists(), "there is no {}: tests/run brings it", server.display());
         let [port, dist_port, epmd_port] = free_ports();
         let directory = tempfile::Builder::new().prefix("dtc-rabbitmq-").tempdir().unwrap();
@@ -387,6 +451,11 @@ fn greeted(stream: io::Result<TcpStream>) -> io::Result<String> {
     });
     let version = version.map(|bytes| String::from_utf8_lossy(bytes).into_owned());
     version.ok_or_else(|| io::Error::other("it greets without a version"))
+}
+
+/// A namespace that nobody has used yet.
+fn namespace() -> String {
+    format!("dtc-test-{}", random())
 }
 
 fn number() -> u64 {

@@ -28,7 +28,7 @@ node() {
     fi
 }
 
-node epmd -address 127.0.0.1 -port "$ERL_EPMD_PORT" >/dev/null 3<&- &
+node epmd -address 127.0.0.1 -port "$ERL_EPMD_PORT" >/dev/null 2>&1 3<&- &
 epmd=$!
 node /usr/lib/rabbitmq/bin/rabbitmq-server 3<&- &
 node=$!

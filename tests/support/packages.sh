@@ -14,8 +14,8 @@ as_root() {
 
 # package NAME FILE: installs Debian's package NAME unless FILE is there. Nothing that it brings is
 # started, now or at the next boot: the tests run servers of their own.
-package() {
-    local name=$1 file=$2 policy=/usr/sbin/policy-rc.d unit
+package() (
+    name=$1 file=$2 policy=/usr/sbin/policy-rc.d
     [[ -e $file ]] && return
     if ! command -v apt-get >/dev/null; then
         echo "there is no $file, and no apt-get to bring it: install $name" >&2
@@ -24,10 +24,9 @@ package() {
     echo "installing $name"
     # Whoever installs services asks this script whether they may start.
     if [[ ! -e $policy ]]; then
+        trap 'as_root rm -f -- "$policy"' EXIT
         printf '#!/bin/sh\nexit 101\n' | as_root tee "$policy" >/dev/null || return
         as_root chmod +x "$policy"
-        # shellcheck disable=SC2064 # the path is known now, and local
-        trap "as_root rm -f -- '$policy'; trap - RETURN" RETURN
     fi
     if ! quietly apt_install "$name"; then
         echo "$name can't be installed" >&2
@@ -42,7 +41,7 @@ package() {
         echo "$name is installed, but there is no $file" >&2
         return 69
     fi
-}
+)
 
 apt_install() {
     # What the machine knows of its mirrors may be out of date, or nothing at all.
@@ -79,6 +78,7 @@ rabbitmq_in_chroot() {
     package debootstrap /usr/sbin/debootstrap || return
     mkdir -p -- "$cache"
     # One builds, the others wait for it.
+    local lock
     exec {lock}>"$cache/rabbitmq-$series.lock"
     flock "$lock"
     if [[ ! -e $chroot ]]; then

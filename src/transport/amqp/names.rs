@@ -134,6 +134,11 @@ impl Names {
         self.name(format_args!("finish.{service}"))
     }
 
+    /// Where such wait while that queue is replaced.
+    pub fn moving(&self, service: &ServiceName) -> ShortString {
+        self.name(format_args!("moving.{service}"))
+    }
+
     /// The stream of decisions.
     pub fn journal(&self) -> ShortString {
         self.name("journal")

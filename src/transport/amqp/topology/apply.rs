@@ -307,7 +307,7 @@ fn refused(subject: Subject, source: lapin::Error) -> TopologyError {
         Some(fault @ Fault::Differs(_)) => {
             TopologyError::Mismatch(vec![Finding { subject, fault }])
         }
-        Some(Fault::Missing | Fault::Refused(_) | Fault::NotBegun(_)) | None => {
+        Some(Fault::Missing | Fault::Refused(_) | Fault::NotBegun(_) | Fault::LeftOver) | None => {
             TopologyError::Declare { subject, source }
         }
     }

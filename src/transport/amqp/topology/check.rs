@@ -12,7 +12,10 @@ use lapin::Connection;
 use crate::transport::amqp::{
     connection::Disposition,
     names::Names,
-    topology::{Topology, begin, probe::Prober},
+    topology::{
+        Topology, begin,
+        probe::{Presence, Prober},
+    },
 };
 
 /// One thing that isn't as it should be.
@@ -45,6 +48,8 @@ pub enum Fault {
     /// The journal doesn't begin with its first record, but with this; nothing that it says can be
     /// believed to be complete.
     NotBegun(String),
+    /// It stands in for a queue whose replacement was not finished.
+    LeftOver,
 }
 
 /// A property that has another value.
@@ -169,6 +174,15 @@ pub(super) async fn compare(
         let subject = || Subject::Queue(queue.name.to_string());
         findings.extend(found.map_err(|source| CheckError::Ask { subject: subject(), source })?);
     }
+    for name in &topology.stand_ins {
+        let subject = Subject::Queue(name.to_string());
+        let presence = prober.queue_presence(name.as_str()).await;
+        let presence =
+            presence.map_err(|source| CheckError::Ask { subject: subject.clone(), source })?;
+        if presence != Presence::Missing {
+            findings.push(Finding { subject, fault: Fault::LeftOver });
+        }
+    }
     Ok(findings)
 }
 
@@ -180,7 +194,7 @@ impl Finding {
     /// Whether it is there, but another.
     pub(super) fn is_mismatch(&self) -> bool {
         match self.fault {
-            Fault::Differs(_) | Fault::Refused(_) => true,
+            Fault::Differs(_) | Fault::Refused(_) | Fault::LeftOver => true,
             Fault::Missing | Fault::NotBegun(_) => false,
         }
     }
@@ -223,6 +237,7 @@ impl fmt::Display for Finding {
             Fault::NotBegun(found) => {
                 write!(f, "wanted journal-begun as its first record, found {found}")
             }
+            Fault::LeftOver => f.write_str("left by a replacement that was not finished"),
         }
     }
 }

@@ -2,6 +2,8 @@
 //!
 //! * [`apply`]: declares what is missing, and writes the journal's first record.
 //! * [`check`]: what is missing or different, changing nothing.
+//! * [`replace`]: gives a service queues with other arguments, losing nothing of what is in them.
+//! * [`delete`]: takes everything away.
 //!
 //! It all goes over AMQP, as an ordinary user: no management plugin. Policies, permissions and what
 //! instances, workers and producers declare for themselves (their exclusive queues) are not part of
@@ -14,6 +16,8 @@
 
 pub mod apply;
 pub mod check;
+pub mod delete;
+pub mod replace;
 
 mod begin;
 mod probe;
@@ -52,6 +56,8 @@ pub struct Topology {
     pub queues: Vec<Queue>,
     /// All bindings; that of the requests comes last, if it is among them.
     pub bindings: Vec<Binding>,
+    /// Queues that must not be there: they stand in for others that are being replaced.
+    pub stand_ins: Vec<ShortString>,
 }
 
 /// A durable exchange.
@@ -194,6 +200,7 @@ impl Topology {
             Exchange::topic(names.prepare(), None),
         ];
         let mut queues = vec![Queue::quorum(names.inquiries())];
+        let stand_ins = services.iter().map(|service| names.moving(&service.name)).collect();
         let mut bindings = vec![Binding::new(names.inquiries(), names.inquiries(), "#")];
         for service in services {
             let (finish, prepare) = service.queues(names, settings);
@@ -202,7 +209,7 @@ impl Topology {
             bindings.push(Binding::new(names.prepare(), prepare.name.clone(), &key));
             queues.extend([finish, prepare]);
         }
-        Self { exchanges, queues, bindings }
+        Self { exchanges, queues, bindings, stand_ins }
     }
 }
 

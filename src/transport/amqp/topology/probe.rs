@@ -159,7 +159,7 @@ impl<'a> Prober<'a> {
             }
             let learnt = match &finding.fault {
                 Fault::Differs(difference) => tried.accept(difference),
-                Fault::Missing | Fault::Refused(_) | Fault::NotBegun(_) => false,
+                Fault::Missing | Fault::Refused(_) | Fault::NotBegun(_) | Fault::LeftOver => false,
             };
             findings.push(finding);
             if !learnt {

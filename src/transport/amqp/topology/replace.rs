@@ -1,0 +1,308 @@
+//! Giving a service's queues other arguments, which takes new queues in place of the old.
+//!
+//! No moment passes in which the service is unknown: while a queue is replaced, another takes what
+//! comes for it, and hands it on.
+//!
+//! * **Prepares** may be replaced while instances run. They hear that their consumer is cancelled,
+//!   and consume the new queue. What waited is moved and begins to wait anew. What an instance holds
+//!   is its own as before. Nobody is harmed by a prepare that is lost if this process dies on the
+//!   way: its worker's deadline passes.
+//! * **Finishes** that any instance may apply must not be lost, also if this process dies. They wait
+//!   in a durable queue, and every one is confirmed by the next queue before it leaves the one
+//!   before. What an instance is just applying can't be moved, so nobody may consume the queue.
+//!   Replacing once more picks up what was left.
+//!
+//! A queue that is as it should be stays as it is.
+
+use lapin::{
+    BasicProperties, Channel, Confirmation, Connection,
+    message::BasicGetMessage,
+    options::{
+        BasicAckOptions, BasicGetOptions, BasicPublishOptions, QueueDeclareOptions,
+        QueueDeleteOptions,
+    },
+    types::{FieldTable, ShortString},
+};
+
+use crate::{
+    protocol::ids::ServiceName,
+    transport::amqp::{
+        connection::{Disposition, confirming_channel},
+        names::Names,
+        topology::{
+            Binding, Queue, ServiceTopology, Settings,
+            apply::{Declarer, TopologyError},
+            probe::{Presence, Prober},
+        },
+    },
+};
+
+/// What a replacement did.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Replaced {
+    /// The queues that were made anew.
+    pub queues: Vec<String>,
+    /// How many prepares were moved.
+    pub prepares: u64,
+    /// How many finishes were moved.
+    pub finishes: u64,
+}
+
+/// A service's queues were not replaced, or only some. Replacing once more does the rest.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum ReplaceError {
+    /// Somebody consumes the finishes that any instance may apply.
+    #[error("queue `{queue}` has {consumers} consumers: stop the instances of `{service}` first")]
+    Consumed {
+        /// The queue.
+        queue: String,
+        /// How many consume it.
+        consumers: u32,
+        /// The service.
+        service: ServiceName,
+    },
+    /// The new queue was not declared or bound.
+    #[error(transparent)]
+    Declare(#[from] TopologyError),
+    /// A step failed on the way.
+    #[error("failed to {step} queue `{queue}`")]
+    Step {
+        /// What was tried.
+        step: &'static str,
+        /// With which queue.
+        queue: String,
+        /// Why.
+        #[source]
+        source: lapin::Error,
+    },
+    /// A message found no queue, or none that took it. It is where it was.
+    #[error("a message of queue `{queue}` was not taken by its next queue")]
+    NotTaken {
+        /// Where it is.
+        queue: String,
+    },
+}
+
+impl ReplaceError {
+    /// Whether to try again.
+    pub fn disposition(&self) -> Disposition {
+        match self {
+            Self::Consumed { .. } => Disposition::GiveUp,
+            Self::Declare(error) => error.disposition(),
+            Self::Step { source, .. } => super::disposition(source),
+            Self::NotTaken { .. } => Disposition::Retry,
+        }
+    }
+}
+
+/// Makes the queues of `service` be as they should be, and loses nothing of what is in them.
+///
+/// # Errors
+///
+/// They are not, or not all. Nothing is lost, and replacing again does the rest.
+pub async fn replace(
+    connection: &Connection,
+    names: &Names,
+    service: &ServiceTopology,
+    settings: &Settings,
+) -> Result<Replaced, ReplaceError> {
+    let (finish, prepare) = service.queues(names, settings);
+    let key = format!("*.{}", service.name);
+    let mut replacing = Replacing {
+        connection,
+        channel: confirming(connection, &prepare.name).await?,
+        declarer: Declarer::on(connection).await?,
+        replaced: Replaced::default(),
+    };
+    let binding = Binding {
+        exchange: names.finish_any(),
+        queue: finish.name.clone(),
+        key: key.as_str().into(),
+    };
+    replacing.finishes(&finish, &binding, names.moving(&service.name), &service.name).await?;
+    let binding = Binding {
+        exchange: names.prepare(),
+        queue: prepare.name.clone(),
+        key: key.as_str().into(),
+    };
+    replacing.prepares(&prepare, &binding).await?;
+    Ok(replacing.replaced)
+}
+
+async fn confirming(connection: &Connection, queue: &ShortString) -> Result<Channel, ReplaceError> {
+    confirming_channel(connection).await.map_err(step("open a channel for", queue))
+}
+
+fn step(step: &'static str, queue: &ShortString) -> impl FnOnce(lapin::Error) -> ReplaceError {
+    let queue = queue.to_string();
+    move |source| ReplaceError::Step { step, queue, source }
+}
+
+struct Replacing<'a> {
+    connection: &'a Connection,
+    channel: Channel,
+    declarer: Declarer,
+    replaced: Replaced,
+}
+
+impl Replacing<'_> {
+    /// Whether `queue` is there, but another than it should be.
+    async fn differs(&self, queue: &Queue) -> Result<bool, ReplaceError> {
+        let found = Prober::on(self.connection).queue(queue).await;
+        let found = found.map_err(step("look at", &queue.name))?;
+        Ok(found.iter().any(|finding| finding.is_mismatch()))
+    }
+
+    async fn prepares(&mut self, queue: &Queue, binding: &Binding) -> Result<(), ReplaceError> {
+        if !self.differs(queue).await? {
+            return Ok(());
+        }
+        // It goes with this connection, whatever happens.
+        let options = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
+        let declared = self.channel.queue_declare("".into(), options, FieldTable::default()).await;
+        let meanwhile = declared.map_err(step("stand in for", &queue.name))?.name().clone();
+        let meanwhile = Binding { queue: meanwhile, ..binding.clone() };
+        self.bind(&meanwhile).await?;
+        self.unbind(binding).await?;
+        self.replaced.prepares += self.drain(&queue.name, &meanwhile).await?;
+        self.delete(&queue.name).await?;
+        self.declare(queue).await?;
+        self.bind(binding).await?;
+        self.unbind(&meanwhile).await?;
+        self.drain(&meanwhile.queue, binding).await?;
+        self.delete(&meanwhile.queue).await
+    }
+
+    async fn finishes(
+        &mut self,
+        queue: &Queue,
+        binding: &Binding,
+        meanwhile: ShortString,
+        service: &ServiceName,
+    ) -> Result<(), ReplaceError> {
+        let presence = Prober::on(self.connection).queue_presence(meanwhile.as_str()).await;
+        let is_left_over = presence.map_err(step("look at", &meanwhile))? != Presence::Missing;
+        let differs = self.differs(queue).await?;
+        if !differs && !is_left_over {
+            return Ok(());
+        }
+        let meanwhile = Binding { queue: meanwhile, ..binding.clone() };
+        if differs {
+            self.refuse_consumers(&queue.name, service).await?;
+            self.declarer.queue(&Queue::quorum(meanwhile.queue.clone())).await?;
+            self.bind(&meanwhile).await?;
+            self.unbind(binding).await?;
+            self.replaced.finishes += self.drain(&queue.name, &meanwhile).await?;
+            self.refuse_consumers(&queue.name, service).await?;
+            self.delete(&queue.name).await?;
+        }
+        self.declare(queue).await?;
+        self.bind(binding).await?;
+        self.unbind(&meanwhile).await?;
+        let moved = self.drain(&meanwhile.queue, binding).await?;
+        if !differs {
+            self.replaced.finishes += moved;
+        }
+        self.delete(&meanwhile.queue).await
+    }
+
+    async fn refuse_consumers(
+        &self,
+        queue: &ShortString,
+        service: &ServiceName,
+    ) -> Result<(), ReplaceError> {
+        let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+        let found = self.channel.queue_declare(queue.clone(), options, FieldTable::default()).await;
+        let consumers = found.map_err(step("count the consumers of", queue))?.consumer_count();
+        if consumers == 0 {
+            return Ok(());
+        }
+        let (queue, service) = (queue.to_string(), service.clone());
+        Err(ReplaceError::Consumed { queue, consumers, service })
+    }
+
+    /// Moves everything from queue `from` to where `next` is bound, one after the other.
+    async fn drain(&self, from: &ShortString, next: &Binding) -> Result<u64, ReplaceError> {
+        let mut moved = 0;
+        loop {
+            let got = self.channel.basic_get(from.clone(), BasicGetOptions::default()).await;
+            let Some(message) = got.map_err(step("read from", from))? else { return Ok(moved) };
+            self.pass_on(message, from, next).await?;
+            moved += 1;
+        }
+    }
+
+    /// Publishes `message` again as it was published before, and only then takes it away.
+    async fn pass_on(
+        &self,
+        message: BasicGetMessage,
+        from: &ShortString,
+        next: &Binding,
+    ) -> Result<(), ReplaceError> {
+        let delivery = message.delivery;
+        let options = BasicPublishOptions { mandatory: true, immediate: false };
+        let (exchange, key) = (next.exchange.clone(), delivery.routing_key.clone());
+        let properties = without_user(&delivery.properties);
+        let published =
+            self.channel.basic_publish(exchange, key, options, &delivery.data, properties).await;
+        let confirmed = match published {
+            Ok(confirm) => confirm.await,
+            Err(error) => Err(error),
+        };
+        match confirmed.map_err(step("move a message of", from))? {
+            Confirmation::Ack(None) => {}
+            Confirmation::Ack(Some(_)) | Confirmation::Nack(_) | Confirmation::NotRequested => {
+                return Err(ReplaceError::NotTaken { queue: from.to_string() });
+            }
+        }
+        let acked = delivery.ack(BasicAckOptions::default()).await;
+        acked.map(drop).map_err(step("take a moved message from", from))
+    }
+
+    async fn declare(&mut self, queue: &Queue) -> Result<(), ReplaceError> {
+        self.declarer.queue(queue).await?;
+        self.replaced.queues.push(queue.name.to_string());
+        Ok(())
+    }
+
+    async fn bind(&mut self, binding: &Binding) -> Result<(), ReplaceError> {
+        Ok(self.declarer.binding(binding).await?)
+    }
+
+    async fn unbind(&self, binding: &Binding) -> Result<(), ReplaceError> {
+        let Binding { exchange, queue, key } = binding.clone();
+        let unbound = self.channel.queue_unbind(queue, exchange, key, FieldTable::default()).await;
+        unbound.map_err(step("unbind", &binding.queue))
+    }
+
+    async fn delete(&self, queue: &ShortString) -> Result<(), ReplaceError> {
+        let deleted = self.channel.queue_delete(queue.clone(), QueueDeleteOptions::default()).await;
+        deleted.map(drop).map_err(step("delete", queue))
+    }
+}
+
+/// The properties of a message without the user that published it: the broker lets no other claim to
+/// be that one.
+fn without_user(properties: &BasicProperties) -> BasicProperties {
+    let mut kept = BasicProperties::default();
+    macro_rules! keep {
+        ($($get:ident => $with:ident),* $(,)?) => {
+            $(if let Some(value) = properties.$get().clone() { kept = kept.$with(value); })*
+        };
+    }
+    keep!(
+        content_type => with_content_type,
+        content_encoding => with_content_encoding,
+        headers => with_headers,
+        delivery_mode => with_delivery_mode,
+        priority => with_priority,
+        correlation_id => with_correlation_id,
+        reply_to => with_reply_to,
+        expiration => with_expiration,
+        message_id => with_message_id,
+        timestamp => with_timestamp,
+        kind => with_type,
+        app_id => with_app_id,
+    );
+    kept
+}

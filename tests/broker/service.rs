@@ -1,0 +1,878 @@
+//! A service over a real broker: the test plays the worker, message by message.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use dtc::{
+    Participant, Verdict,
+    participant::{
+        Error, Finish, Prepare,
+        serve::{ServeError, ServeSettings, serve},
+        simulated::Simulated,
+        state::State,
+    },
+    protocol::ids::ServiceName,
+    transport::amqp::{
+        connection::Broker as Address,
+        names::{Names, Namespace, key},
+    },
+    wire::services,
+};
+use futures_util::StreamExt;
+use lapin::{
+    BasicProperties, Channel, Confirmation, Connection, ConnectionProperties, ExchangeKind,
+    options::{
+        BasicAckOptions, BasicConsumeOptions, BasicGetOptions, BasicPublishOptions,
+        ConfirmSelectOptions, ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions,
+        QueueDeleteOptions,
+    },
+    types::{AMQPValue, FieldTable},
+};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::{sync::oneshot, task::JoinHandle, time::timeout};
+
+use crate::{
+    broker::{Broker, Place, place},
+    lines::Lines,
+};
+
+/// Longer than anything here takes on a machine that is busy.
+const PATIENCE: Duration = Duration::from_secs(60);
+const SERVICE: &str = "payments";
+const HASH: &str = "000102030405060708090a0b0c0d0e0f";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_prepared_is_voted_for_and_committed() {
+    let world = World::new(place(), 1000).await;
+    let service = world.serve(r#""max_concurrency": 4"#, |settings| settings);
+    world.prepare(&[1]).await;
+    let vote = world.hear("vote").await;
+    assert_eq!((id(&vote), &vote["vote"], &vote["free"]), (1, &json!("prepared"), &json!(3)));
+    assert_eq!((&vote["service"], &vote["request_hash"]), (&json!(SERVICE), &json!(HASH)));
+    let branch = vote["branch"].clone();
+    assert!(branch.as_str().unwrap().starts_with(vote["instance"].as_str().unwrap()));
+
+    // Again: the same branch, and nothing is called.
+    world.prepare(&[1]).await;
+    assert_eq!(world.hear("vote").await["branch"], branch);
+
+    world.commit(&vote).await;
+    let done = world.hear("done").await;
+    assert_eq!((id(&done), &done["done"], &done["free"]), (1, &json!(true), &json!(4)));
+    // Again: it is remembered.
+    world.commit(&vote).await;
+    assert_eq!(world.hear("done").await["done"], json!(true));
+    world.prepare(&[1]).await;
+    let vote = world.hear("vote").await;
+    assert_eq!((&vote["vote"], &vote["outcome"]), (&json!("finished"), &json!("COMMITTED")));
+    service.stop().await.unwrap();
+    assert_eq!(world.calls(), ["prepare 1 prepared", "commit 1 done"]);
+    assert_eq!(world.committed(), [1]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_in_one_message_are_answered_in_one() {
+    let world = World::new(place(), 1000).await;
+    let service = world.serve(r#""max_concurrency": 50"#, |settings| settings);
+    let ids: Vec<_> = (1..=40).collect();
+    world.prepare(&ids).await;
+    let votes = world.hear_all("vote", 40).await;
+    assert_eq!(votes.iter().map(id).collect::<BTreeSet<_>>(), ids.iter().copied().collect());
+
+    let queries: Vec<_> = ids.iter().map(|&id| query(id)).collect();
+    world.tell("all", "dtc.query.v1", &queries).await;
+    let (kind, again) = world.hear_message().await;
+    assert_eq!((kind.as_str(), again.len()), ("vote", 40));
+    let branches = |votes: &[Value]| -> BTreeSet<_> {
+        votes.iter().map(|vote| (id(vote), vote["branch"].to_string())).collect()
+    };
+    assert_eq!(branches(&again), branches(&votes));
+
+    let finishes: Vec<_> = votes.iter().map(|vote| commit_of(vote, false)).collect();
+    world.tell("all", "dtc.finish.v1", &finishes).await;
+    let (kind, dones) = world.hear_message().await;
+    assert_eq!((kind.as_str(), dones.len()), ("done", 40));
+    assert!(dones.iter().all(|done| done["done"] == json!(true)));
+    service.stop().await.unwrap();
+    assert_eq!(world.committed(), ids);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_broker_alone_holds_the_cap() {
+    let world = World::new(place(), 60_000).await;
+    let service = world.serve(r#""max_concurrency": 3"#, |settings| ServeSettings {
+        own_limit: false,
+        ..settings
+    });
+    world.prepare(&(1..=9).collect::<Vec<_>>()).await;
+    let mut held = world.hear_all("vote", 3).await;
+    world.waits_in(&world.names.prepare_of(&world.service), 6).await;
+    let mut voted = held.len();
+    // Each that ends makes room for one more, and for no second.
+    while let Some(vote) = held.pop() {
+        world.commit(&vote).await;
+        world.hear("done").await;
+        if voted < 9 {
+            held.push(world.hear("vote").await);
+            voted += 1;
+        }
+    }
+    service.stop().await.unwrap();
+    println!("cap 3, prefetch alone: at most {} of 9 at once", world.most_at_once());
+    assert_eq!(world.most_at_once(), 3);
+    assert_eq!(world.committed(), (1..=9).collect::<Vec<_>>());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_prepare_that_finds_no_slot_comes_back() {
+    let world = World::new(place(), 0).await;
+    let service = world.serve(r#""max_concurrency": 1"#, |settings| settings);
+    world.wait_for_consumer().await;
+    world.prepare(&[1]).await;
+    world.hear("vote").await;
+    world.prepare(&[2]).await;
+    assert_eq!(id(&world.hear("prepare").await), 2);
+    service.stop_now().await;
+    assert_eq!(world.calls(), ["prepare 1 prepared"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_instance_votes_for_what_a_killed_one_has_prepared() {
+    let world = World::new(place(), 1000).await;
+    let mut killed = world.start_process(r#""max_concurrency": 2"#);
+    world.prepare(&[1, 2]).await;
+    let votes = world.hear_all("vote", 2).await;
+    killed.child.kill().unwrap();
+    killed.child.wait().unwrap();
+    let service = world.serve(r#""max_concurrency": 2"#, |settings| settings);
+    // The broker delivers both again; what is held keeps its branch.
+    let again = world.hear_all("vote", 2).await;
+    for vote in &again {
+        let first = votes.iter().find(|it| it["id"] == vote["id"]).unwrap();
+        assert_eq!(vote["branch"], first["branch"]);
+        assert_ne!(vote["instance"], first["instance"]);
+        world.commit(vote).await;
+    }
+    world.hear_all("done", 2).await;
+    service.stop().await.unwrap();
+    let called = ["prepare 1 prepared", "prepare 2 prepared", "commit 1 done", "commit 2 done"];
+    assert_eq!(
+        world.calls().into_iter().collect::<BTreeSet<_>>(),
+        called.map(str::to_owned).into()
+    );
+    assert_eq!(world.committed(), [1, 2]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_another_instance_holds_takes_no_slot() {
+    let world = World::new(place(), 1000).await;
+    let first = world.serve(r#""max_concurrency": 1"#, |settings| settings);
+    world.prepare(&[1]).await;
+    let vote = world.hear("vote").await;
+    // The first is full, so this reaches the second, whose only slot stays free.
+    let second = world.serve(r#""max_concurrency": 1"#, |settings| settings);
+    world.publish(&world.names.prepare(), "w1", "dtc.prepare.v1", &json!([prepare(1, true)])).await;
+    let again = world.hear("vote").await;
+    assert_eq!(again["branch"], vote["branch"]);
+    assert_ne!(again["instance"], vote["instance"]);
+    world.prepare(&[2]).await;
+    let other = world.hear("vote").await;
+    assert_eq!((id(&other), &other["instance"]), (2, &again["instance"]));
+    for vote in [&vote, &other] {
+        world.commit(vote).await;
+        world.hear("done").await;
+    }
+    first.stop().await.unwrap();
+    second.stop().await.unwrap();
+    assert_eq!(world.committed(), [1, 2]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_nobody_can_read_is_rejected_and_the_rest_goes_on() {
+    let world = World::new(place(), 1000).await;
+    let service = world.serve(r#""max_concurrency": 1"#, |settings| settings);
+    let (to_slot, to_all) = (world.names.prepare(), world.names.finish());
+    let w1 = Some("w1");
+    let good = prepare(7, false);
+    let oversized = json!([{ "id": "8", "data": { "x": "x".repeat(300 * 1024) } }]).to_string();
+    let bad = [
+        (&to_slot, "w1", "dtc.prepare.v1", w1, "[{".to_owned(), "JSON"),
+        (&to_slot, "w1", "dtc.prepare.v1", None, json!([good]).to_string(), "reply_to"),
+        (&to_slot, "w1", "dtc.prepare.v1", Some("a.b"), json!([good]).to_string(), "reply_to"),
+        (&to_slot, "w1", "dtc.prepare.v1", w1, json!([good, good]).to_string(), "2 items"),
+        (&to_slot, "w1", "dtc.prepare.v1", w1, oversized, "bytes"),
+        (&to_slot, "w1", "dtc.vote.v1", w1, json!([good]).to_string(), "dtc.vote.v1"),
+        (&to_all, "all", "dtc.finish.v2", w1, "[]".to_owned(), "dtc.finish.v2"),
+        (&to_all, "all", "dtc.finish.v1", None, "[]".to_owned(), "reply_to"),
+        (&to_all, "gone", "dtc.query.v1", w1, json!([{"id": "?"}]).to_string(), "id"),
+    ];
+    // With one slot, each prepare that kept it would end the test here.
+    for (exchange, to, kind, reply_to, body, complaint) in bad {
+        let message = (kind, reply_to, body.clone().into_bytes());
+        world.publish_raw(exchange, &key(to, SERVICE), message).await;
+        let rejected = world.next_rejected().await;
+        assert_eq!(String::from_utf8_lossy(&rejected.data), body);
+        let header = |name: &str| {
+            let headers = rejected.properties.headers().as_ref().unwrap();
+            match headers.inner().get(name) {
+                Some(AMQPValue::LongString(text)) => text.to_string(),
+                other => panic!("header {name} is {other:?}"),
+            }
+        };
+        assert!(header("reason").contains(complaint), "{complaint}: {}", header("reason"));
+        assert_eq!(
+            (header("type"), header("routing_key")),
+            (kind.to_owned(), key(to, SERVICE).to_string())
+        );
+        assert!(header("queue").starts_with(&world.names.namespace().to_string()));
+    }
+    // A bad item doesn't spoil the good ones beside it.
+    world.tell("all", "dtc.query.v1", &[json!({"id": "?"}), query(1)]).await;
+    world.next_rejected().await;
+    world.prepare(&[1]).await;
+    let vote = world.hear("vote").await;
+    assert_eq!((id(&vote), &vote["vote"]), (1, &json!("prepared")));
+    service.stop_now().await;
+    assert_eq!(world.calls(), ["prepare 1 prepared"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_parked_commit_is_kept_until_its_done_is_safe() {
+    let world = World::new(place(), 1000).await;
+    let queue = world.names.finish_any_of(&world.service);
+    let service = world.serve(r#""max_concurrency": 1"#, |settings| settings);
+    world.prepare(&[1]).await;
+    let vote = world.hear("vote").await;
+    // No queue takes what goes to any worker, so the done can't be safe.
+    let inquiries = world.names.inquiries();
+    let unbound = world.channel.queue_unbind(
+        inquiries.clone(),
+        inquiries.clone(),
+        "".into(),
+        FieldTable::default(),
+    );
+    unbound.await.unwrap();
+    world.tell("gone", "dtc.finish.v1", &[commit_of(&vote, true)]).await;
+    world.until("the commit is applied", || !world.committed().is_empty()).await;
+    service.stop_now().await;
+    world.waits_in(&queue, 1).await;
+
+    world.bind_inquiries().await;
+    let service = world.serve(r#""max_concurrency": 1"#, |settings| settings);
+    let done = world.hear("done").await;
+    assert_eq!((&done["done"], &done["parked"]), (&json!(true), &json!(true)));
+    service.stop().await.unwrap();
+    world.waits_in(&queue, 0).await;
+    assert_eq!(world.committed(), [1]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn commands_for_an_instance_that_is_gone_are_applied_by_another() {
+    let world = World::new(place(), 1000).await;
+    let mut killed = world.start_process(r#""max_concurrency": 2"#);
+    world.prepare(&[1]).await;
+    let vote = world.hear("vote").await;
+    killed.child.kill().unwrap();
+    killed.child.wait().unwrap();
+    // What its broken connection had in hand would come to the other one too.
+    world.drop_prepares().await;
+    let service = world.serve(r#""max_concurrency": 2"#, |settings| settings);
+    world.wait_for_consumer().await;
+    world.commit(&vote).await;
+    let done = world.hear("done").await;
+    assert_eq!((id(&done), &done["done"]), (1, &json!(true)));
+    assert_ne!(done["instance"], vote["instance"]);
+    service.stop().await.unwrap();
+    assert_eq!(world.committed(), [1]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restart_of_the_broker_changes_neither_what_is_held_nor_the_cap() {
+    let broker = Broker::start();
+    let mut world = World::new(broker.place(), 60_000).await;
+    let service = world.serve(r#""max_concurrency": 2"#, |settings| settings);
+    world.prepare(&[1, 2]).await;
+    let votes = world.hear_all("vote", 2).await;
+    broker.restart();
+    world.reconnect().await;
+    world.wait_for_consumer().await;
+    // The prepares of both are gone with the broker, their slots are not.
+    world.prepare(&[3, 4, 5]).await;
+    world.tell("all", "dtc.query.v1", &[query(1), query(2)]).await;
+    let again = world.hear_all("vote", 2).await;
+    for vote in &again {
+        let first = votes.iter().find(|it| it["id"] == vote["id"]).unwrap();
+        assert_eq!((&vote["vote"], &vote["branch"]), (&json!("prepared"), &first["branch"]));
+        assert_eq!(vote["free"], json!(0));
+    }
+    let mut held = again;
+    let mut voted = 2;
+    while let Some(vote) = held.pop() {
+        world.commit(&vote).await;
+        world.hear("done").await;
+        if voted < 5 {
+            held.push(world.hear("vote").await);
+            voted += 1;
+        }
+    }
+    service.stop().await.unwrap();
+    println!("cap 2, broker restarted: at most {} at once", world.most_at_once());
+    assert_eq!(world.most_at_once(), 2);
+    assert_eq!(world.committed(), [1, 2, 3, 4, 5]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_hears_nothing_asks() {
+    let world = World::new(place(), 1000).await;
+    let service = world.serve(r#""max_concurrency": 1"#, |settings| ServeSettings {
+        inquire_after: Duration::from_millis(100),
+        ..settings
+    });
+    world.prepare(&[1]).await;
+    let vote = world.hear("vote").await;
+    let inquiry = world.hear("inquiry").await;
+    for field in ["id", "requested_at", "request_hash", "branch", "instance", "service"] {
+        assert_eq!(inquiry[field], vote[field], "{field}");
+    }
+    service.stop_now().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_that_stops_takes_nothing_new_and_hears_of_what_it_holds() {
+    let world = World::new(place(), 60_000).await;
+    let mut service = world.serve(r#""max_concurrency": 4"#, |settings| settings);
+    world.prepare(&[1]).await;
+    let vote = world.hear("vote").await;
+    service.tell_to_stop();
+    world.wait_for_no_consumer().await;
+    world.prepare(&[2]).await;
+    // Another one takes what comes meanwhile.
+    let other = world.serve(r#""max_concurrency": 4"#, |settings| settings);
+    let taken = world.hear("vote").await;
+    assert_eq!(id(&taken), 2);
+    assert_ne!(taken["instance"], vote["instance"]);
+    assert!(!service.task.is_finished());
+    world.commit(&vote).await;
+    assert_eq!(id(&world.hear("done").await), 1);
+    timeout(PATIENCE, &mut service.task).await.unwrap().unwrap().unwrap();
+    world.commit(&taken).await;
+    world.hear("done").await;
+    other.stop().await.unwrap();
+    assert_eq!(world.committed(), [1, 2]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_that_stops_waits_no_longer_than_it_may() {
+    let world = World::new(place(), 60_000).await;
+    let service = world.serve(r#""max_concurrency": 1"#, |settings| ServeSettings {
+        drain: Duration::from_millis(200),
+        ..settings
+    });
+    world.prepare(&[1]).await;
+    let vote = world.hear("vote").await;
+    service.stop().await.unwrap();
+    let other = world.serve(r#""max_concurrency": 1"#, |settings| settings);
+    assert_eq!(world.hear("vote").await["branch"], vote["branch"]);
+    world.commit(&vote).await;
+    world.hear("done").await;
+    other.stop().await.unwrap();
+    assert_eq!(world.committed(), [1]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_queue_that_is_deleted_is_consumed_again_when_it_is_back() {
+    let world = World::new(place(), 1000).await;
+    let service = world.serve(r#""max_concurrency": 1"#, |settings| settings);
+    world.wait_for_consumer().await;
+    let queue = world.names.prepare_of(&world.service);
+    world.channel.queue_delete(queue, QueueDeleteOptions::default()).await.unwrap();
+    world.declare_prepares(1000).await;
+    world.wait_for_consumer().await;
+    world.prepare(&[1]).await;
+    let vote = world.hear("vote").await;
+    world.commit(&vote).await;
+    world.hear("done").await;
+    service.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn queues_that_are_not_there_yet_are_waited_for() {
+    let place = place();
+    let world = World::undeclared(place).await;
+    let service = world.serve(r#""max_concurrency": 1"#, |settings| settings);
+    world.declare(1000).await;
+    world.prepare(&[1]).await;
+    assert_eq!(id(&world.hear("vote").await), 1);
+    service.stop_now().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_that_the_broker_refuses_ends() {
+    let world = World::new(place(), 1000).await;
+    let Some((start, end)) = world.place.url.rsplit_once('@') else { return };
+    let scheme_and_user = start.rsplit_once(':').unwrap().0;
+    let url = format!("{scheme_and_user}:wrong@{end}");
+    let broker = Address::new(url.parse().unwrap(), "test");
+    let service =
+        world.serve(r#""max_concurrency": 1"#, |settings| ServeSettings { broker, ..settings });
+    let error = timeout(PATIENCE, service.task).await.unwrap().unwrap().unwrap_err();
+    assert!(matches!(error, ServeError::Refused { .. }), "{error:?}");
+    assert!(!format!("{error:?}").contains("wrong"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_without_a_store_is_not_served() {
+    struct Forgetful;
+    impl Participant for Forgetful {
+        async fn prepare(&self, _: Prepare) -> Result<Verdict, Error> {
+            Ok(Verdict::Prepared)
+        }
+        async fn commit(&self, _: Finish) -> Result<(), Error> {
+            Ok(())
+        }
+    }
+    let broker = Address::new("amqp://127.0.0.1:1".parse().unwrap(), "test");
+    let names = Names::new(Namespace::parse("dtc").unwrap());
+    let settings = ServeSettings::new(broker, names, ServiceName::parse(SERVICE).unwrap(), 1);
+    let served = serve(Forgetful, settings, std::future::pending()).await;
+    assert!(matches!(served, Err(ServeError::NoStore { .. })), "{served:?}");
+}
+
+// ---- The other side --------------------------------------------------------------------------
+
+/// A worker called `w1` and a broker, as one service sees them.
+struct World {
+    place: Place,
+    names: Names,
+    service: ServiceName,
+    directory: TempDir,
+    connection: Connection,
+    channel: Channel,
+    replies: tokio::sync::Mutex<Option<lapin::Consumer>>,
+}
+
+/// An instance that serves in this process.
+struct Running {
+    stop: Option<oneshot::Sender<()>>,
+    task: JoinHandle<Result<(), ServeError>>,
+}
+
+impl Running {
+    fn tell_to_stop(&mut self) {
+        self.stop.take().unwrap().send(()).unwrap();
+    }
+
+    /// Ends it as it should end: with nothing held, or when its time is over.
+    async fn stop(mut self) -> Result<(), ServeError> {
+        self.tell_to_stop();
+        timeout(PATIENCE, self.task).await.expect("it stops").unwrap()
+    }
+
+    /// Ends it in the middle of whatever it does.
+    async fn stop_now(self) {
+        self.task.abort();
+        assert!(self.task.await.unwrap_err().is_cancelled());
+    }
+}
+
+/// An instance that serves in a process of its own.
+struct Process {
+    child: Child,
+    #[expect(dead_code, reason = "it keeps the pipe read")]
+    printed: Lines,
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl World {
+    async fn new(place: Place, max_wait_ms: u32) -> Self {
+        let world = Self::undeclared(place).await;
+        world.declare(max_wait_ms).await;
+        world
+    }
+
+    async fn undeclared(place: Place) -> Self {
+        let (connection, channel) = connect(&place.url).await;
+        Self {
+            names: Names::new(Namespace::parse(&place.namespace).unwrap()),
+            service: ServiceName::parse(SERVICE).unwrap(),
+            directory: tempfile::tempdir().unwrap(),
+            place,
+            connection,
+            channel,
+            replies: tokio::sync::Mutex::new(None),
+        }
+    }
+
+    /// Connects again, to a broker that was gone.
+    async fn reconnect(&mut self) {
+        (self.connection, self.channel) = connect(&self.place.url).await;
+        self.listen().await;
+    }
+
+    // ---- Topology ----------------------------------------------------------------------------
+
+    async fn declare(&self, max_wait_ms: u32) {
+        let names = &self.names;
+        for (name, kind, alternate) in [
+            (names.inquiries(), ExchangeKind::Fanout, None),
+            (names.finish_any(), ExchangeKind::Topic, None),
+            (names.replies(), ExchangeKind::Topic, Some(names.inquiries())),
+            (names.finish(), ExchangeKind::Topic, Some(names.finish_any())),
+            (names.prepare(), ExchangeKind::Topic, None),
+        ] {
+            let options =
+                ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
+            let mut arguments = FieldTable::default();
+            if let Some(alternate) = alternate {
+                let alternate = AMQPValue::LongString(alternate.as_str().into());
+                arguments.insert("alternate-exchange".into(), alternate);
+            }
+            self.channel.exchange_declare(name, kind, options, arguments).await.unwrap();
+        }
+        for queue in [names.inquiries(), names.rejected(), names.finish_any_of(&self.service)] {
+            let mut arguments = FieldTable::default();
+            arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
+            self.declare_queue(queue.as_str(), arguments).await;
+        }
+        self.bind(names.finish_any_of(&self.service).as_str(), names.finish_any().as_str()).await;
+        self.bind_inquiries().await;
+        self.declare_prepares(max_wait_ms).await;
+        self.listen().await;
+    }
+
+    async fn declare_prepares(&self, max_wait_ms: u32) {
+        let queue = self.names.prepare_of(&self.service);
+        let mut arguments = FieldTable::default();
+        arguments.insert("x-message-ttl".into(), AMQPValue::LongUInt(max_wait_ms));
+        let returned = AMQPValue::LongString(self.names.replies().as_str().into());
+        arguments.insert("x-dead-letter-exchange".into(), returned);
+        self.declare_queue(queue.as_str(), arguments).await;
+        self.bind(queue.as_str(), self.names.prepare().as_str()).await;
+    }
+
+    async fn declare_queue(&self, queue: &str, arguments: FieldTable) {
+        let options = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+        self.channel.queue_declare(queue.into(), options, arguments).await.unwrap();
+    }
+
+    async fn bind_inquiries(&self) {
+        let name = self.names.inquiries();
+        self.bind_to(name.as_str(), name.as_str(), "").await;
+    }
+
+    async fn bind(&self, queue: &str, exchange: &str) {
+        self.bind_to(queue, exchange, key("*", SERVICE).as_str()).await;
+    }
+
+    async fn bind_to(&self, queue: &str, exchange: &str, key: &str) {
+        let options = QueueBindOptions::default();
+        let (queue, exchange, key) = (queue.into(), exchange.into(), key.into());
+        let bound = self.channel.queue_bind(queue, exchange, key, options, FieldTable::default());
+        bound.await.unwrap();
+    }
+
+    /// Consumes what is said to `w1`, and to any worker.
+    async fn listen(&self) {
+        let queue = format!("{}.replies.w1", self.names.namespace());
+        let options = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
+        let declared =
+            self.channel.queue_declare(queue.as_str().into(), options, FieldTable::default());
+        declared.await.unwrap();
+        self.bind_to(&queue, self.names.replies().as_str(), "w1.*").await;
+        let options = BasicConsumeOptions { no_ack: true, ..BasicConsumeOptions::default() };
+        let consume = |queue: String, tag: &'static str| {
+            let arguments = FieldTable::default();
+            self.channel.basic_consume(queue.into(), tag.into(), options, arguments)
+        };
+        let consumer = consume(queue, "w1").await.unwrap();
+        // What comes by the queue of all workers is put where the rest is.
+        let mut inquiries = consume(self.names.inquiries().to_string(), "any").await.unwrap();
+        let (channel, replies) = (self.channel.clone(), self.names.replies());
+        tokio::spawn(async move {
+            while let Some(Ok(delivery)) = inquiries.next().await {
+                let published = channel.basic_publish(
+                    replies.clone(),
+                    "w1.any".into(),
+                    BasicPublishOptions::default(),
+                    &delivery.data,
+                    delivery.properties,
+                );
+                published.await.unwrap();
+            }
+        });
+        *self.replies.lock().await = Some(consumer);
+    }
+
+    // ---- The service -------------------------------------------------------------------------
+
+    fn spec(&self, fields: &str) -> String {
+        format!(r#"[{{"name": "{SERVICE}", {fields}}}]"#)
+    }
+
+    /// Serves the service, with what `change` makes of the settings.
+    fn serve(&self, fields: &str, change: impl FnOnce(ServeSettings) -> ServeSettings) -> Running {
+        let spec = services::read("spec", self.spec(fields).as_bytes()).unwrap().remove(0);
+        let broker = Address::new(self.place.url.parse().unwrap(), "test");
+        let settings = ServeSettings::new(
+            broker,
+            self.names.clone(),
+            self.service.clone(),
+            spec.max_concurrency,
+        );
+        let settings = change(settings);
+        let state = State::open(self.directory.path(), &self.service, &settings.instance).unwrap();
+        let participant = Simulated::new(&spec, 0).with_state(state);
+        let (stop, stopped) = oneshot::channel();
+        let stopped = async move { stopped.await.unwrap_or(()) };
+        let task = tokio::spawn(serve(participant, settings, stopped));
+        Running { stop: Some(stop), task }
+    }
+
+    /// Serves the service in a process of its own, and returns when it is ready.
+    fn start_process(&self, fields: &str) -> Process {
+        let services = self.directory.path().join("services.json");
+        fs::write(&services, self.spec(fields)).unwrap();
+        let mut child = Command::new(env!("CARGO_BIN_EXE_dtc"))
+            .args(["service", "--name", SERVICE, "--instance", "own"])
+            .args(["--namespace", &self.place.namespace])
+            .arg("--services")
+            .arg(services)
+            .arg("--state")
+            .arg(self.directory.path())
+            .env("DTC__BROKER__URL", &self.place.url)
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let printed = Lines::of(child.stderr.take().unwrap());
+        let ready = printed.wait_for("ready", PATIENCE);
+        assert!(ready.is_some(), "{}", printed.text());
+        Process { child, printed }
+    }
+
+    fn log(&self, name: &str) -> Vec<Vec<String>> {
+        let path: PathBuf = Path::new(SERVICE).join(name);
+        let text = fs::read_to_string(self.directory.path().join(path)).unwrap_or_default();
+        text.lines().map(|line| line.split(' ').map(str::to_owned).collect()).collect()
+    }
+
+    /// The transactions that the service has committed; each once.
+    fn committed(&self) -> Vec<u64> {
+        let mut ids: Vec<u64> =
+            self.log("committed.log").iter().map(|line| line[0].parse().unwrap()).collect();
+        ids.sort_unstable();
+        ids
+    }
+
+    /// What was called and how it ended, in the order of the ends.
+    fn calls(&self) -> Vec<String> {
+        let calls = self.log("calls.log");
+        let ended = calls.iter().filter(|line| line[1] == "end");
+        ended.map(|line| format!("{} {} {}", line[2], line[3], line[7])).collect()
+    }
+
+    /// How many transactions were between the start of their prepare and their end at once.
+    fn most_at_once(&self) -> usize {
+        let (mut held, mut most) = (BTreeSet::new(), 0);
+        for line in self.log("calls.log") {
+            match (line[1].as_str(), line[2].as_str()) {
+                ("start", "prepare") => {
+                    held.insert(line[3].clone());
+                }
+                ("end", "commit" | "abort") => {
+                    held.remove(&line[3]);
+                }
+                _ => {}
+            }
+            most = most.max(held.len());
+        }
+        most
+    }
+
+    // ---- What the worker says ----------------------------------------------------------------
+
+    async fn prepare(&self, ids: &[u64]) {
+        let exchange = self.names.prepare();
+        for &id in ids {
+            self.publish(&exchange, "w1", "dtc.prepare.v1", &json!([prepare(id, false)])).await;
+        }
+    }
+
+    async fn commit(&self, vote: &Value) {
+        let to = vote["instance"].as_str().unwrap();
+        self.tell(to, "dtc.finish.v1", &[commit_of(vote, false)]).await;
+    }
+
+    async fn tell(&self, to: &str, kind: &str, items: &[Value]) {
+        self.publish(&self.names.finish(), to, kind, &json!(items)).await;
+    }
+
+    async fn publish(
+        &self,
+        exchange: &lapin::types::ShortString,
+        to: &str,
+        kind: &str,
+        body: &Value,
+    ) {
+        let message = (kind, Some("w1"), body.to_string().into_bytes());
+        self.publish_raw(exchange, &key(to, SERVICE), message).await;
+    }
+
+    async fn publish_raw(
+        &self,
+        exchange: &lapin::types::ShortString,
+        key: &lapin::types::ShortString,
+        (kind, reply_to, body): (&str, Option<&str>, Vec<u8>),
+    ) {
+        let mut properties = BasicProperties::default().with_type(kind.into());
+        if let Some(reply_to) = reply_to {
+            properties = properties.with_reply_to(reply_to.into());
+        }
+        let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
+        let (exchange, key) = (exchange.clone(), key.clone());
+        let written = self.channel.basic_publish(exchange, key, options, &body, properties).await;
+        let confirmed = written.unwrap().await.unwrap();
+        assert!(matches!(confirmed, Confirmation::Ack(None)), "{confirmed:?}");
+    }
+
+    // ---- What the worker hears ---------------------------------------------------------------
+
+    /// The next message: its kind, and its items.
+    async fn hear_message(&self) -> (String, Vec<Value>) {
+        let mut replies = self.replies.lock().await;
+        let next = timeout(PATIENCE, replies.as_mut().unwrap().next()).await;
+        let delivery = next.expect("something is said").unwrap().unwrap();
+        let kind = delivery.properties.kind().as_ref().unwrap().to_string();
+        let kind = kind.strip_prefix("dtc.").unwrap().strip_suffix(".v1").unwrap().to_owned();
+        (kind, serde_json::from_slice(&delivery.data).unwrap())
+    }
+
+    /// `count` items of one kind, in however many messages; nothing else may come between.
+    async fn hear_all(&self, kind: &str, count: usize) -> Vec<Value> {
+        let mut items = Vec::new();
+        while items.len() < count {
+            let (heard, more) = self.hear_message().await;
+            assert_eq!(heard, kind, "{more:?}");
+            items.extend(more);
+        }
+        assert_eq!(items.len(), count, "{items:?}");
+        items
+    }
+
+    async fn hear(&self, kind: &str) -> Value {
+        self.hear_all(kind, 1).await.remove(0)
+    }
+
+    async fn next_rejected(&self) -> lapin::message::Delivery {
+        let queue = self.names.rejected();
+        let options = BasicGetOptions { no_ack: false };
+        let got = async {
+            loop {
+                let got = self.channel.basic_get(queue.clone(), options).await.unwrap();
+                if let Some(got) = got {
+                    got.delivery.acker.ack(BasicAckOptions::default()).await.unwrap();
+                    return got.delivery;
+                }
+                tokio::task::yield_now().await;
+            }
+        };
+        timeout(PATIENCE, got).await.expect("it is rejected")
+    }
+
+    // ---- What the broker has -----------------------------------------------------------------
+
+    /// How many messages wait in `queue`, and how many consume it.
+    async fn counts(&self, queue: &str) -> (u32, u32) {
+        let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+        let queue = self.channel.queue_declare(queue.into(), options, FieldTable::default());
+        let queue = queue.await.unwrap();
+        (queue.message_count(), queue.consumer_count())
+    }
+
+    async fn waits_in(&self, queue: &lapin::types::ShortString, count: u32) {
+        self.until_counts(queue.as_str(), |(waiting, _)| waiting == count).await;
+    }
+
+    async fn wait_for_consumer(&self) {
+        let queue = self.names.prepare_of(&self.service);
+        self.until_counts(queue.as_str(), |(_, consumers)| consumers > 0).await;
+    }
+
+    async fn wait_for_no_consumer(&self) {
+        let queue = self.names.prepare_of(&self.service);
+        self.until_counts(queue.as_str(), |(_, consumers)| consumers == 0).await;
+    }
+
+    async fn until_counts(&self, queue: &str, is_so: impl Fn((u32, u32)) -> bool) {
+        let counted = async { while !is_so(self.counts(queue).await) {} };
+        if timeout(PATIENCE, counted).await.is_err() {
+            panic!("{queue} has {:?}", self.counts(queue).await);
+        }
+    }
+
+    async fn until(&self, what: &str, is_so: impl Fn() -> bool) {
+        let seen = async {
+            while !is_so() {
+                // The broker's answer takes a while, and it has to be looked at again anyway.
+                self.counts(self.names.inquiries().as_str()).await;
+            }
+        };
+        timeout(PATIENCE, seen).await.unwrap_or_else(|_| panic!("not so: {what}"));
+    }
+
+    /// Throws away what waits for a slot, once nobody holds any of it.
+    async fn drop_prepares(&self) {
+        let queue = self.names.prepare_of(&self.service);
+        self.waits_in(&queue, 1).await;
+        self.channel.queue_purge(queue, Default::default()).await.unwrap();
+    }
+}
+
+async fn connect(url: &str) -> (Connection, Channel) {
+    let connection = Connection::connect(url, ConnectionProperties::default()).await.unwrap();
+    let channel = connection.create_channel().await.unwrap();
+    channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
+    (connection, channel)
+}
+
+fn id(item: &Value) -> u64 {
+    item["id"].as_str().unwrap().parse().unwrap()
+}
+
+/// In a minute.
+#[expect(clippy::disallowed_methods, reason = "the worker's clock")]
+fn deadline() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    u64::try_from(now.as_millis()).unwrap() + 60_000
+}
+
+fn prepare(id: u64, repeated: bool) -> Value {
+    json!({
+        "id": id.to_string(), "requested_at": 1, "request_hash": HASH, "data": {"amount": 1},
+        "deadline": deadline(), "repeated": repeated,
+    })
+}
+
+fn query(id: u64) -> Value {
+    json!({ "id": id.to_string(), "requested_at": 1, "request_hash": HASH })
+}
+
+fn commit_of(vote: &Value, parked: bool) -> Value {
+    json!({
+        "id": vote["id"], "requested_at": 1, "outcome": "COMMITTED", "branch": vote["branch"],
+        "parked": parked,
+    })
+}
