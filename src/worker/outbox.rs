@@ -253,6 +253,7 @@ impl Outbox {
             message_type: kind.as_type(),
             body: items.into_body(),
             persistent,
+            mandatory: true,
             reply_to: Some(self.reply_to()),
             ..Outgoing::default()
         };
@@ -352,7 +353,8 @@ impl Outbox {
         let is_safe = matches!(published, Published::Confirmed);
         let is_unroutable = matches!(published, Published::Unroutable);
         match ticket {
-            Ticket::Expendable => {}
+            Ticket::Expendable if is_safe => {}
+            Ticket::Expendable => tracing::debug!(fate = ?published, "a command was not taken"),
             Ticket::Prepare { key, service } if is_unroutable => {
                 meanings.push(Meaning::Event(Event::PrepareUnroutable { key, service }));
             }

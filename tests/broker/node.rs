@@ -122,10 +122,27 @@ async fn no_two_tests_are_given_the_same_place() {
     println!("RabbitMQ {}", broker::version());
     let names: Vec<_> = places.iter().map(|place| format!("{}.mine", place.namespace)).collect();
     let first = channel(&places[0].url).await;
+    let _leftovers = places[0].leaves(vec![names[0].clone()], vec![]);
     declare(&first, &names[0], "classic").await;
     assert!(has(&places[0].url, &names[0]).await);
     assert!(!has(&places[1].url, &names[1]).await);
-    drop(first.queue_delete(names[0].as_str().into(), Default::default()).await);
+    println!("\nqueue {}", names[0]);
+}
+
+#[tokio::test]
+async fn a_given_broker_is_used_and_nothing_is_left_there() {
+    let broker = Broker::start();
+    let output = Command::new(env::current_exe().unwrap())
+        .args(["--exact", "node::no_two_tests_are_given_the_same_place", "--nocapture"])
+        .env("AMQP_URL", broker.url())
+        .output()
+        .unwrap();
+    let printed = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{printed}");
+    let queue = printed.lines().find_map(|line| line.strip_prefix("queue ")).expect("it tells");
+    assert!(queue.starts_with("dtc-test-"), "{queue}");
+    assert!(!printed.contains("left at the broker"), "{printed}");
+    assert!(!has(&broker.url(), queue).await);
 }
 
 async fn channel(url: &str) -> Channel {

@@ -71,6 +71,8 @@ stories! {
         other_content_decided_first_under_the_same_key
         outcome_of_a_transaction_is_not_that_of_its_namesake_in_flight
         own_timeout_of_the_request
+        parked_by_a_worker_that_died_and_committed_by_the_next
+        parked_by_another_worker_after_this_one_has_committed
         parked_record_is_written_again_until_it_is_safe
         read_only_is_left_out
         record_forgotten_during_the_look_is_not_lost
@@ -106,7 +108,9 @@ stories! {
         cancelled_while_the_store_is_read
         cap_holds_when_more_is_delivered
         commit_from_the_store_fails_though_the_slot_is_held
+        commit_of_anothers_branch_without_a_store_is_not_applied
         commit_of_what_only_the_store_holds
+        commit_of_anothers_branch_undoes_the_own_one_and_is_not_applied_without_a_store
         commit_without_a_branch_undoes_the_own_one
         disconnect_and_the_outcome_comes_before_the_delivery
         disconnect_keeps_the_slot

@@ -1138,7 +1138,7 @@ impl World {
         }
         let checked = result::ended(self.messages.iter().flat_map(|message| &message.answers));
         self.check("result", checked);
-        let checked = self.parked.ended();
+        let checked = self.parked.ended(|key| self.parked_ids.contains(&key.id));
         self.check("parked", checked);
     }
 

@@ -13,6 +13,7 @@
 //!   machine's.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
+#![allow(clippy::print_stdout, reason = "a test tells what it leaves")]
 #![allow(dead_code, reason = "each target uses a part of it")]
 
 use std::{
@@ -27,9 +28,14 @@ use std::{
         Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
+    thread,
     time::Duration,
 };
 
+use lapin::{
+    Connection, ConnectionProperties,
+    options::{ExchangeDeleteOptions, QueueDeleteOptions},
+};
 use tempfile::TempDir;
 
 use crate::lines::Lines;
@@ -52,6 +58,56 @@ pub(crate) struct Place {
     pub(crate) url: String,
     /// What all names of this test's exchanges and queues begin with.
     pub(crate) namespace: String,
+    /// Whether the broker goes on after the tests.
+    given: bool,
+}
+
+impl Place {
+    /// Sees to it that nothing of this is left when the answer is dropped, also by a failing test.
+    ///
+    /// A private node goes with all it has, so it is only at a given broker that something is done.
+    #[must_use]
+    pub(crate) fn leaves(&self, queues: Vec<String>, exchanges: Vec<String>) -> Leftovers {
+        Leftovers { url: self.given.then(|| self.url.clone()), queues, exchanges }
+    }
+}
+
+/// What a test declares at a broker that goes on after it; see [`Place::leaves`].
+pub(crate) struct Leftovers {
+    url: Option<String>,
+    queues: Vec<String>,
+    exchanges: Vec<String>,
+}
+
+impl Leftovers {
+    async fn remove(&self, url: &str) -> lapin::Result<()> {
+        let connection = Connection::connect(url, ConnectionProperties::default()).await?;
+        let channel = connection.create_channel().await?;
+        for name in &self.queues {
+            channel.queue_delete(name.as_str().into(), QueueDeleteOptions::default()).await?;
+        }
+        for name in &self.exchanges {
+            channel.exchange_delete(name.as_str().into(), ExchangeDeleteOptions::default()).await?;
+        }
+        connection.close(200, "".into()).await
+    }
+}
+
+impl Drop for Leftovers {
+    fn drop(&mut self) {
+        let Some(url) = &self.url else { return };
+        // The test may be in a runtime, which can't wait for another one.
+        let removed = thread::scope(|scope| {
+            let remove = || {
+                let runtime = tokio::runtime::Runtime::new().expect("threads to be had");
+                runtime.block_on(self.remove(url)).map_err(|error| error.to_string())
+            };
+            scope.spawn(remove).join()
+        });
+        if !matches!(removed, Ok(Ok(()))) {
+            println!("something is left at the broker: {:?} {:?}", self.queues, self.exchanges);
+        }
+    }
 }
 
 /// The password stays out of what a failing test shows.
@@ -65,7 +121,7 @@ impl fmt::Debug for Place {
 pub(crate) fn place() -> Place {
     match shared() {
         Shared::Private(broker) => broker.place(),
-        Shared::Given(url) => Place { url: url.clone(), namespace: namespace() },
+        Shared::Given(url) => Place { url: url.clone(), namespace: namespace(), given: true },
     }
 }
 
@@ -142,9 +198,9 @@ impl Broker {
     pub(crate) fn place(&self) -> Place {
         let number = self.places.fetch_add(1, Ordering::Relaxed);
         if number < VHOSTS {
-            Place { url: self.url_of(&vhost(number)), namespace: "dtc".to_owned() }
+            Place { url: self.url_of(&vhost(number)), namespace: "dtc".to_owned(), given: false }
         } else {
-            Place { url: self.url(), namespace: namespace() }
+            Place { url: self.url(), namespace: namespace(), given: false }
         }
     }
 

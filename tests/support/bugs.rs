@@ -63,6 +63,8 @@ pub(crate) enum Bug {
     VoteForOtherContent,
     /// A worker that doesn't read its proposal back never proposes again.
     ProposeOnce,
+    /// A worker that commits after all what may be parked settles it only if it was left the command.
+    SettleOnlyWhatIsQueued,
     /// A worker parks a commit without leaving the command in the service's durable queue.
     ForgetParkedCommand,
     /// An instance votes prepared though its store was never asked to write anything.
@@ -87,7 +89,7 @@ pub(crate) enum Bug {
 
 impl Bug {
     /// All of them.
-    pub(crate) const ALL: [Self; 28] = [
+    pub(crate) const ALL: [Self; 29] = [
         Self::AckBeforeResult,
         Self::AckDuplicateAtOnce,
         Self::ActOnSentDecision,
@@ -106,6 +108,7 @@ impl Bug {
         Self::PresumeAbort,
         Self::VoteForOtherContent,
         Self::ProposeOnce,
+        Self::SettleOnlyWhatIsQueued,
         Self::ForgetParkedCommand,
         Self::VoteWithoutStoring,
         Self::CommitWhateverIsHeld,
@@ -135,6 +138,8 @@ pub(crate) struct Worker {
     latest: BTreeMap<TransactionKey, Decision>,
     votes: BTreeMap<TransactionKey, BTreeMap<ServiceName, Branch>>,
     history: Vec<Arc<Decision>>,
+    /// Whether the event at hand is the done of a parked command.
+    is_queued: bool,
 }
 
 impl Worker {
@@ -151,6 +156,7 @@ impl Worker {
             latest: BTreeMap::new(),
             votes: BTreeMap::new(),
             history: Vec::new(),
+            is_queued: false,
         }
     }
 
@@ -292,6 +298,9 @@ impl Worker {
                 let entry = self.requests.entry(request.key.clone());
                 entry.or_insert_with(asked).1.insert(*delivery);
             }
+            (Bug::SettleOnlyWhatIsQueued, event) => {
+                self.is_queued = matches!(event, Event::DoneReceived(done) if done.parked);
+            }
             (Bug::PublishWithProposal, Event::Disconnected) => self.requests.clear(),
             (
                 Bug::LastRecordWins | Bug::AbortAfterFailedCommit,
@@ -328,6 +337,7 @@ impl Worker {
                 let decisions = vec![Arc::new(decision)];
                 pending.push_back(Event::RecordsRead { offset: SENT, decisions });
             }
+            (Bug::SettleOnlyWhatIsQueued, Effect::Settle { .. }) if !self.is_queued => {}
             (Bug::LookTooShort, Effect::ReadHistory { from, until }) => {
                 effects.push(Effect::ReadHistory { from, until: until.saturating_sub(1) });
             }

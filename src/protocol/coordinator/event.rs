@@ -220,7 +220,9 @@ pub enum Effect {
     },
     /// Write it down for a person, durably, and answer with [`Event::ParkConfirmed`].
     Park(Parked),
-    /// Write down, durably, that a parked commit was applied after all.
+    /// Write down, durably, that a parked commit was applied after all. That is final: a parked
+    /// record of it that comes later, as one of a worker that died meanwhile may, changes nothing;
+    /// nor does this where nothing was parked.
     Settle {
         /// Which transaction.
         key: TransactionKey,

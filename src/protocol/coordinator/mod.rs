@@ -334,14 +334,14 @@ impl Coordinator {
         let key = request.key.clone();
         let in_flight = self.same_id_in_flight(&key);
         if in_flight.as_ref() == Some(&key) {
-            return self.attach(now, &key, request, delivery, effects);
+            return self.attach(now, &key, request, (delivery, deliveries), effects);
         }
         let (recall, earlier) = self.view.recall_or_namesake(&key, clock_margin);
         // What has an outcome of its own, or may have one, is no retry of another's.
         if recall == Recall::Absent
             && let Some(earlier) = in_flight
         {
-            return self.attach(now, &earlier, request, delivery, effects);
+            return self.attach(now, &earlier, request, (delivery, deliveries), effects);
         }
         let decided = match &recall {
             Recall::Found(first) => Some(first),
@@ -379,13 +379,13 @@ impl Coordinator {
         now: Time,
         to: &TransactionKey,
         request: Request,
-        delivery: Delivery,
+        (delivery, deliveries): (Delivery, u32),
         effects: &mut Vec<Effect>,
     ) {
         self.with(now, to, effects, |it, cx| {
             if it.request().request_hash == request.request_hash {
                 cx.effects.push(Effect::Report(Anomaly::DuplicateRequest(request.key)));
-                it.attach(delivery, cx);
+                it.attach(delivery, deliveries, cx);
             } else {
                 reject(request, delivery, ReasonCode::IdReused, cx.effects);
             }

@@ -181,6 +181,9 @@ pub(super) struct Transaction {
     begun: bool,
     /// Whether another worker may have begun it.
     repeated: bool,
+    /// Whether one of its requests was delivered before: whoever had it then may have parked a
+    /// commit, and not lived to know that the record is safe.
+    redelivered: bool,
     /// How often it went from the queue of one service to that of another without being asked for.
     detours: u32,
     /// Delivered too often to be tried again.
@@ -209,6 +212,7 @@ impl Transaction {
             phase: Phase::Recalling,
             begun: false,
             repeated: deliveries > 1,
+            redelivered: deliveries > 1,
             detours: 0,
             hopeless: deliveries > many,
             reason: None,
@@ -825,13 +829,12 @@ impl Transaction {
         let Some(index) = self.part_of(&done.service) else { return };
         match &done.applied {
             Ok(()) => {
-                let duty = &self.parts[index].duty;
-                // The record of it may be safe, and nothing else would settle it.
-                if matches!(duty, Duty::Parking { .. }) && !done.parked {
-                    let (key, service) = (done.key.clone(), done.service.clone());
-                    cx.effects.push(Effect::Settle { key, service });
+                // What was parked is settled by the parked command's own done; what may have been,
+                // by nothing but this.
+                if self.may_be_listed(index) && !done.parked {
+                    self.settle(index, cx);
                 }
-                if !matches!(duty, Duty::None | Duty::Parked) {
+                if !matches!(self.parts[index].duty, Duty::None | Duty::Parked) {
                     self.parts[index].duty = Duty::None;
                     self.release(index, cx);
                 }
@@ -839,6 +842,32 @@ impl Transaction {
             Err(error) => self.record_failure(index, error, cx),
         }
         self.answer_if_complete(cx);
+    }
+
+    /// Whether a record may say that this service's commit, which is owed, is parked.
+    fn may_be_listed(&self, index: usize) -> bool {
+        match self.parts[index].duty {
+            Duty::Parking { .. } => true,
+            Duty::Owed(_) | Duty::BackingOff(_) => {
+                self.redelivered && self.phase == Phase::Committing
+            }
+            Duty::None | Duty::Parked => false,
+        }
+    }
+
+    fn settle(&self, index: usize, cx: &mut Context<'_>) {
+        let (key, service) = (self.request.key.clone(), self.request.services[index].clone());
+        cx.effects.push(Effect::Settle { key, service });
+    }
+
+    /// A request was delivered again of what has committed in part or as a whole.
+    fn settle_committed(&self, cx: &mut Context<'_>) {
+        let Some(decision) = self.own_decision() else { return };
+        for (index, service) in self.request.services.iter().enumerate() {
+            if self.parts[index].duty == Duty::None && decision.branch_of(service).is_some() {
+                self.settle(index, cx);
+            }
+        }
     }
 
     /// A service's code failed to finish. Only the answer that is waited for counts: several
@@ -945,8 +974,12 @@ impl Transaction {
     // ---- The result --------------------------------------------------------------------------
 
     /// One more request for this transaction.
-    pub(super) fn attach(&mut self, delivery: Delivery, cx: &mut Context<'_>) {
+    pub(super) fn attach(&mut self, delivery: Delivery, deliveries: u32, cx: &mut Context<'_>) {
         self.requesters.push(Requester { delivery, republish_at: None });
+        if deliveries > 1 {
+            self.redelivered = true;
+            self.settle_committed(cx);
+        }
         match self.phase {
             Phase::Aborting | Phase::Answering => self.publish(self.requesters.len() - 1, cx),
             Phase::Recalling

@@ -5,13 +5,14 @@ use std::collections::VecDeque;
 use crate::protocol::{
     ids::{Branch, RequestHash, TransactionKey},
     keymap::KeyMap,
-    message::{Outcome, Reason},
+    message::{Finish, Outcome, Reason},
 };
 
 /// How a transaction left this instance.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub(super) enum Remembered {
-    /// The outcome was heard and applied; `applied`: the branch it named.
+    /// The outcome was heard and applied; `applied`: the branch it named, unless that is not known
+    /// to be committed.
     Finished { outcome: Outcome, applied: Option<Branch> },
     /// There was nothing to commit for the request with this digest.
     ReadOnly(RequestHash),
@@ -19,6 +20,13 @@ pub(super) enum Remembered {
     Refused(Reason),
     /// The prepare was withdrawn before it was started.
     Cancelled,
+}
+
+impl Remembered {
+    pub(super) fn finished(finish: &Finish, is_applied: bool) -> Self {
+        let applied = finish.branch.clone().filter(|_| is_applied);
+        Self::Finished { outcome: finish.outcome, applied }
+    }
 }
 
 /// The last so many transactions. To forget one costs a needless call of the service's code at

@@ -409,9 +409,8 @@ impl Instance {
         let Some(holding) = self.remove(key) else { return };
         match holding.finishers.first() {
             Some(Finisher { finish, .. }) => {
-                let applied = finish.branch.clone();
-                let finished = Remembered::Finished { outcome: finish.outcome, applied };
-                self.memory.remember(key, finished);
+                let is_applied = self.can_answer_for(finish).is_ok();
+                self.memory.remember(key, Remembered::finished(finish, is_applied));
             }
             None => self.memory.remember(key, remembered),
         }
@@ -419,7 +418,8 @@ impl Instance {
             self.vote(worker, key, request_hash, ballot.clone(), effects);
         }
         for finisher in holding.finishers {
-            self.done(finisher, Ok(()), effects);
+            let applied = self.can_answer_for(&finisher.finish);
+            self.done(finisher, applied, effects);
         }
         if let Slot::Held(delivery) = holding.slot {
             effects.push(Effect::Ack(delivery));
@@ -544,14 +544,30 @@ impl Instance {
             | None => false,
         };
         if is_applied || !self.settings.has_store {
-            let applied = finish.branch.clone();
-            let finished = Remembered::Finished { outcome: finish.outcome, applied };
-            self.memory.remember(&key, finished);
-            return self.done(finisher, Ok(()), effects);
+            let applied = self.can_answer_for(finish);
+            self.memory.remember(&key, Remembered::finished(finish, applied.is_ok()));
+            return self.done(finisher, applied, effects);
         }
         let mut visiting = Holding::visiting(None, Time::EPOCH);
         visiting.finishers.push(finisher);
         self.look_up(&key, visiting, effects);
+    }
+
+    /// Whether this instance can tell that `finish` is applied, where it holds nothing of the
+    /// transaction any more. Without a store it knows only of what it made itself.
+    fn can_answer_for(&self, finish: &Finish) -> Result<(), Arc<str>> {
+        let own = &self.settings.instance;
+        match &finish.branch {
+            Some(branch)
+                if finish.outcome == Outcome::Committed
+                    && !self.settings.has_store
+                    && branch.instance() != own =>
+            {
+                let maker = branch.instance();
+                Err(format!("{maker} prepared it, and {own} has no store to find it in").into())
+            }
+            Some(_) | None => Ok(()),
+        }
     }
 
     /// Does what the outcome means for what this instance holds.

@@ -1,5 +1,6 @@
 //! Whatever a result calls unresolved is listed for a person, waits in the service's durable queue,
-//! and is settled by the done that follows; and no transaction is parked that could be decided.
+//! and is settled by the done that follows; what is listed and was not left there, because its worker
+//! didn't live to, is settled by who commits it; and no transaction is parked that could be decided.
 
 use std::collections::BTreeSet;
 
@@ -68,10 +69,15 @@ impl ParkedCommits {
         Ok(())
     }
 
-    /// When all is over.
-    pub(crate) fn ended(&self) -> Checked {
+    /// When all is over. `is_excused`: the whole transaction was handed to a person.
+    pub(crate) fn ended(&self, is_excused: impl Fn(&TransactionKey) -> bool) -> Checked {
         match self.applied.difference(&self.settled).next() {
-            Some(commit) => Err(format!("{commit:?} was applied and is still listed")),
+            Some(commit) => Err(format!("{commit:?} was applied and is still listed"))?,
+            None => {}
+        }
+        let mut forgotten = self.listed.difference(&self.settled);
+        match forgotten.find(|commit| !self.queued.contains(commit) && !is_excused(&commit.0)) {
+            Some(commit) => Err(format!("{commit:?} is listed, and nothing will settle it")),
             None => Ok(()),
         }
     }
