@@ -308,6 +308,13 @@ impl Transaction {
         }
     }
 
+    fn unbegin(&mut self, cx: &mut Context<'_>) {
+        if self.begun {
+            self.begun = false;
+            cx.shared.active -= 1;
+        }
+    }
+
     /// Asks for votes, as many as can be asked for at once without standing in another
     /// transaction's way. `turn`: the service whose queue it was just taken from.
     pub(super) fn advance(&mut self, turn: Option<&ServiceName>, cx: &mut Context<'_>) {
@@ -1128,6 +1135,12 @@ impl Transaction {
         }
         if self.parts.iter().any(|part| part.holds_slot) {
             self.start_deadline(cx);
+        }
+        if self.parts.iter().all(|part| part.standing == Standing::Unasked) {
+            // Nobody holds any of it. It waits like a new one, and doesn't keep out those of which
+            // something is held: they have slots that others wait for.
+            self.phase = Phase::Waiting;
+            self.unbegin(cx);
         }
         self.advance(None, cx);
     }
