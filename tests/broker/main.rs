@@ -10,3 +10,4 @@ mod node;
 #[path = "../support/processes.rs"]
 mod processes;
 mod signals;
+mod topology;
