@@ -55,8 +55,8 @@ enum Command {
 /// with the value wanted and the value found, and nothing is made.
 ///
 /// --replace gives a service new queues where its old ones are another, and loses nothing of what
-/// is in them. Its instances may go on for the sake of its prepares; they must be stopped if it is
-/// its finishes that are another.
+/// is in them. Its instances may go on, unless a quorum queue is replaced: then they must be stopped
+/// first.
 ///
 /// Exit codes: 0 everything is as it should be; 1 something is another than it should be.
 #[derive(Debug, Args)]

@@ -198,45 +198,46 @@ async fn each_difference_is_named_with_what_is_wanted_and_found_and_nothing_is_m
 
 #[tokio::test]
 async fn prepares_that_wait_and_instances_that_hold_some_survive_a_replacement() {
-    for commands in ["classic", "quorum"] {
-        let world = System::with(&json!([
-            {"name": "stock", "max_concurrency": 2, "max_wait_ms": 60_000}
-        ]));
-        let flags = ["--commands", commands];
-        run(world.topology("apply").args(flags)).exited(0);
-        let channel = world.channel().await;
-        for number in 0..20 {
-            world.publish(&channel, "prepare", "w1.stock", number).await;
-        }
-        let mut instance = world.consume("prepare.stock", 2).await.1;
-        let held = [next(&mut instance).await, next(&mut instance).await];
+    let world = System::with(&waiting_for(60_000));
+    world.apply().exited(0);
+    world.publish_prepares().await;
+    let (_, mut instance) = world.consume("prepare.stock", 2).await;
+    let held = [next(&mut instance).await, next(&mut instance).await];
 
-        world.services(&json!([{"name": "stock", "max_concurrency": 2, "max_wait_ms": 50_000}]));
-        let refused = run(world.topology("apply").args(flags)).exited(1).stderr;
-        let wanted = "x-message-ttl: wanted 50000, found 60000\n";
-        assert!(refused.ends_with(wanted), "{refused}");
-        let replaced = world.replace(&flags).exited(0).said("");
-        println!("RabbitMQ {}, {commands}: {replaced}", broker::version());
-        let queue = format!("{}.prepare.stock", world.ns());
-        assert_eq!(
-            replaced,
-            format!("replaced queue `{queue}`\nmoved 18 prepares and 0 finishes\n")
-        );
+    world.services(&waiting_for(50_000));
+    let refused = world.apply().exited(1).stderr;
+    let queue = format!("{}.prepare.stock", world.ns());
+    assert_eq!(refused, format!("queue `{queue}`: x-message-ttl: wanted 50000, found 60000\n"));
+    let replaced = world.replace(&[]).exited(0).said("");
+    assert_eq!(replaced, format!("replaced queue `{queue}`\nmoved 18 prepares and 0 finishes\n"));
 
-        // Its consumer has ended; it comes again, and finds what it didn't hold.
-        let ended = tokio::time::timeout(LIMIT, instance.next()).await.unwrap();
-        assert!(ended.is_none(), "{ended:?}");
-        let mut numbers: BTreeSet<String> = held.into_iter().map(|(_, body)| body).collect();
-        let mut instance = world.consume("prepare.stock", 0).await.1;
-        for _ in 0..18 {
-            let (key, body) = next(&mut instance).await;
-            assert_eq!(key, "w1.stock");
-            assert!(numbers.insert(body));
-        }
-        assert_eq!(numbers.len(), 20);
-        assert_eq!(run(world.topology("check").args(flags)).exited(0).stdout, "");
-        assert_eq!(world.replace(&flags).exited(0).said("nothing was missing\n"), "");
+    // Its consumer has ended; it comes again, and finds what it didn't hold.
+    let ended = tokio::time::timeout(LIMIT, instance.next()).await.unwrap();
+    assert!(ended.is_none(), "{ended:?}");
+    let mut bodies: BTreeSet<String> = held.into_iter().map(|(_, body)| body).collect();
+    world.take_prepares(18, &mut bodies).await;
+    assert_eq!(world.check().exited(0).stdout, "");
+    assert_eq!(world.replace(&[]).exited(0).said("nothing was missing\n"), "");
+}
+
+#[tokio::test]
+async fn prepares_in_a_quorum_queue_survive_a_replacement_once_instances_are_stopped() {
+    let flags = ["--commands", "quorum"];
+    let world = System::with(&waiting_for(60_000));
+    run(world.topology("apply").args(flags)).exited(0);
+    world.publish_prepares().await;
+    let instance = world.consume("prepare.stock", 2).await;
+    world.services(&waiting_for(50_000));
+    let queue = format!("{}.prepare.stock", world.ns());
+    let told = format!("queue `{queue}` has 1 consumers: stop the instances of `stock` first\n");
+    for flags in [&flags[..], &[]] {
+        assert_eq!(world.replace(flags).exited(1).stderr, told);
     }
+    world.end(instance, "prepare.stock").await;
+    let replaced = world.replace(&flags).exited(0).said("");
+    assert_eq!(replaced, format!("replaced queue `{queue}`\nmoved 20 prepares and 0 finishes\n"));
+    world.take_prepares(20, &mut BTreeSet::new()).await;
+    assert_eq!(run(world.topology("check").args(flags)).exited(0).stdout, "");
 }
 
 #[tokio::test]
@@ -434,6 +435,24 @@ impl System {
         assert!(matches!(confirmed, lapin::Confirmation::Ack(None)), "{confirmed:?}");
     }
 
+    async fn publish_prepares(&self) {
+        let channel = self.channel().await;
+        for number in 0..20 {
+            self.publish(&channel, "prepare", "w1.stock", number).await;
+        }
+    }
+
+    /// Takes so many more prepares, none of which may be among those taken before.
+    async fn take_prepares(&self, count: usize, taken: &mut BTreeSet<String>) {
+        let (_, mut instance) = self.consume("prepare.stock", 0).await;
+        for _ in 0..count {
+            let (key, body) = next(&mut instance).await;
+            assert_eq!(key, "w1.stock");
+            assert!(taken.insert(body));
+        }
+        assert_eq!(taken.len(), 20);
+    }
+
     async fn consume(&self, queue: &str, prefetch: u16) -> (Channel, Consumer) {
         let channel = self.channel().await;
         channel.basic_qos(prefetch, BasicQosOptions::default()).await.unwrap();
@@ -497,6 +516,11 @@ impl System {
         }
         moments
     }
+}
+
+/// A service whose prepares wait so long.
+fn waiting_for(max_wait_ms: u32) -> Value {
+    json!([{"name": "stock", "max_concurrency": 2, "max_wait_ms": max_wait_ms}])
 }
 
 async fn next(consumer: &mut Consumer) -> (String, String) {
