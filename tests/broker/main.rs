@@ -11,3 +11,4 @@ mod node;
 mod processes;
 mod service;
 mod signals;
+mod topology;
