@@ -4,6 +4,7 @@
 
 #[path = "../support/broker.rs"]
 mod broker;
+mod client;
 #[path = "../support/lines.rs"]
 mod lines;
 mod node;
