@@ -11,7 +11,10 @@
 
 use std::{collections::VecDeque, pin::Pin, sync::Arc, time::Duration};
 
-use futures_util::{FutureExt, StreamExt, future::FusedFuture};
+use futures_util::{
+    FutureExt, StreamExt,
+    future::{BoxFuture, FusedFuture},
+};
 use lapin::message::Delivery as Message;
 use tokio::time::{Instant, sleep_until};
 
@@ -307,15 +310,15 @@ impl Server {
         let has_served = old.is_some();
         let takes_prepares = self.drains_until.is_none();
         let settings = self.settings.clone();
-        let opening = async move {
+        // Boxed, or the compiler doesn't see that this can be sent between threads.
+        let mut opening: BoxFuture<'_, Result<Session, OpenError>> = Box::pin(async move {
             if let Some(old) = old {
                 // Its queue is the broker's to give again only when its connection is gone.
                 old.close().await;
                 tokio::time::sleep(backoff.pause()).await;
             }
             open(&settings, takes_prepares, has_served, backoff).await
-        };
-        let mut opening = std::pin::pin!(opening);
+        });
         loop {
             self.settle(None);
             if self.is_drained() {

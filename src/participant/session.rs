@@ -14,7 +14,7 @@ use lapin::{
     options::{QueueBindOptions, QueueDeclareOptions},
     types::{FieldTable, ShortString},
 };
-use tokio::time::Instant;
+use tokio::{runtime::Handle, time::Instant};
 
 use crate::{
     participant::{
@@ -30,8 +30,8 @@ use crate::{
         publisher::{Outgoing, Published, Publisher},
         rejected::rejected,
         topology::{
-            self, ServiceTopology, Topology,
-            apply::{Options, apply_on},
+            self, ServiceTopology,
+            apply::{Options, apply_services},
         },
     },
     wire::services::Cap,
@@ -139,7 +139,7 @@ impl Session {
             move |source| OpenError::Queue { name, source }
         };
         if let Some(max_wait) = settings.declare {
-            declare(&link.consuming, settings, max_wait).await?;
+            declare(settings, max_wait).await?;
         }
         let publisher = Publisher::open(&link.publishing).await;
         let publisher = publisher.map_err(OpenError::Channel)?;
@@ -389,23 +389,22 @@ impl Session {
 }
 
 /// Declares what the service needs to be reached and to answer.
-async fn declare(
-    connection: &Connection,
-    settings: &ServeSettings,
-    max_wait: Duration,
-) -> Result<(), OpenError> {
-    let ServeSettings { names, service, cap, .. } = settings;
-    let service = ServiceTopology { name: service.clone(), max_wait, cap: *cap };
+async fn declare(settings: &ServeSettings, max_wait: Duration) -> Result<(), OpenError> {
+    let ServeSettings { broker, names, service, cap, .. } = settings.clone();
+    let service = ServiceTopology { name: service, max_wait, cap };
     let options = Options {
         settings: topology::Settings::default(),
         now: Clock::start().now(),
         // That of the journal, which is none of a service's business.
         clock_margin: Duration::ZERO,
     };
-    let wanted = Topology::of_services(names, &[service], &options.settings);
-    let applied = apply_on(connection, names, &wanted, &options).await;
-    let applied = applied.map_err(OpenError::Declare)?;
-    for created in applied.created {
+    let runtime = Handle::current();
+    // On a thread of its own, since what compares can't be sent between threads.
+    let applied = tokio::task::spawn_blocking(move || {
+        runtime.block_on(apply_services(&broker, &names, &[service], &options))
+    });
+    let Ok(applied) = applied.await else { return Ok(()) };
+    for created in applied.map_err(OpenError::Declare)?.created {
         tracing::info!("declared {created}");
     }
     Ok(())
