@@ -601,7 +601,7 @@ impl Coordinator {
                 // only its vote can say.
                 true if is_ours => it.query(&inquiry.service, inquiry.instance, cx),
                 true => {}
-                false => it.answer_inquiry(&inquiry.service, inquiry.instance, cx),
+                false => it.answer_inquiry(inquiry, cx),
             });
         }
         let cx = &mut Context { now, shared: &mut self.shared, effects };
