@@ -8,6 +8,7 @@
 
 #![allow(missing_docs, reason = "criterion's macros make undocumented functions")]
 #![allow(clippy::expect_used, clippy::unwrap_used, reason = "a benchmark may fail here")]
+#![allow(clippy::print_stdout, reason = "a benchmark says what it has measured")]
 #![allow(clippy::wildcard_enum_match_arm, reason = "what it does not need, it only consumes")]
 
 use std::{collections::VecDeque, hint::black_box, sync::Arc, time::Duration};
