@@ -6,8 +6,10 @@ use serde_json::json;
 #[test]
 fn the_help_is_as_it_was_read_over() {
     assert_golden("help.txt", &output(dtc().arg("--help")).exited(0).saying("").stdout);
-    let ended = output(dtc().args(["run", "--help"])).exited(0).saying("");
-    assert_golden("run-help.txt", &ended.stdout);
+    for command in ["run", "submit", "status"] {
+        let ended = output(dtc().args([command, "--help"])).exited(0).saying("");
+        assert_golden(&format!("{command}-help.txt"), &ended.stdout);
+    }
 }
 
 #[test]
