@@ -3,10 +3,12 @@
 //! `cargo bench --bench core`; the figure that counts is elements (transactions) per second.
 //!
 //! It is the embedded mode's core: 1,024 records in view, requests made beforehand and not timed,
-//! the allocator of the `dtc` command. A larger view costs more, since it doesn't stay in the cache.
+//! the allocator of the `dtc` command. A larger view costs more, since it doesn't stay in the cache:
+//! the last one has 1,000,000 records in view, and says what it takes to read them.
 
 #![allow(missing_docs, reason = "criterion's macros make undocumented functions")]
 #![allow(clippy::expect_used, clippy::unwrap_used, reason = "a benchmark may fail here")]
+#![allow(clippy::print_stdout, reason = "a benchmark says what it has measured")]
 #![allow(clippy::wildcard_enum_match_arm, reason = "what it does not need, it only consumes")]
 
 use std::{collections::VecDeque, hint::black_box, sync::Arc, time::Duration};
@@ -15,7 +17,7 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use dtc::protocol::{
     coordinator::{self, Coordinator, Delivery},
     ids::{Branch, InstanceId, RequestHash, ServiceName, TransactionId, TransactionKey, WorkerId},
-    message::{Ballot, Command, Destination, Done, Payload, Request, Vote},
+    message::{Ballot, Command, Decision, Destination, Done, Outcome, Payload, Request, Vote},
     participant::{self, Instance, Verdict},
     time::Time,
 };
@@ -44,9 +46,14 @@ struct World {
 
 impl World {
     fn new() -> Self {
+        Self::of_size(1024, 0)
+    }
+
+    fn of_size(records_max: usize, digests_max: usize) -> Self {
         let worker = WorkerId::parse("w").expect("a name");
         let mut settings = coordinator::Settings::new(worker.clone());
-        settings.records_max = 1024;
+        settings.records_max = records_max;
+        settings.digests_max = digests_max;
         settings.clock_margin = Duration::ZERO;
         let mut coordinator = Coordinator::new(settings);
         let now = Time::from_millis(2_000_000_000);
@@ -295,6 +302,66 @@ fn core(c: &mut Criterion) {
     group.finish();
 }
 
+/// How many records a worker at work on a broker has in view.
+const MANY: usize = 1_000_000;
+
+/// A worker that has read a long journal.
+fn large(c: &mut Criterion) {
+    let mut group = c.benchmark_group("core");
+    group.throughput(Throughput::Elements(BATCH));
+    group.sample_size(20);
+    let mut world = World::of_size(MANY, 8_000_000);
+    world.read_many();
+    group.bench_function("coordinator, 1,000,000 records in view", |b| {
+        b.iter_custom(|iterations| {
+            let run = |_| {
+                let batch = world.requests();
+                timed(|| world.run_coordinator(batch))
+            };
+            (0..iterations).map(run).sum()
+        });
+    });
+    group.finish();
+}
+
+impl World {
+    fn read_many(&mut self) {
+        let record = |number: usize| Decision {
+            key: TransactionKey {
+                id: TransactionId::parse(&format!("old-{number}")).expect("a name"),
+                requested_at: Time::from_millis(1_999_999_000),
+            },
+            request_hash: RequestHash([7; 16]),
+            outcome: Outcome::Committed,
+            branches: self.services.iter().map(|it| (it.clone(), self.branch.clone())).collect(),
+            reason: None,
+            decided_at: self.now,
+            worker: self.worker.clone(),
+        };
+        let (mut took, before) = (Duration::ZERO, resident_bytes());
+        for first in (0..MANY).step_by(100) {
+            let decisions = (first..first + 100).map(|number| Arc::new(record(number))).collect();
+            let offset = self.records_read;
+            self.records_read += 1;
+            let event = coordinator::Event::RecordsRead { offset, decisions };
+            took += timed(|| {
+                self.coordinator.handle(self.now, event, &mut self.effects);
+                1
+            });
+        }
+        assert_eq!(self.coordinator.view().len(), MANY);
+        let each = (resident_bytes() - before) / MANY as u64;
+        println!("{MANY} records in messages of 100: read in {took:.1?}, {each} bytes each");
+    }
+}
+
+/// What the process takes of the machine's memory.
+fn resident_bytes() -> u64 {
+    let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
+    let pages = statm.split(' ').nth(1).and_then(|it| it.parse::<u64>().ok());
+    pages.unwrap_or(0) * 4096
+}
+
 fn asked_at(now: Time, mut event: coordinator::Event) -> coordinator::Event {
     if let coordinator::Event::RequestReceived { request, .. } = &mut event {
         request.key.requested_at = now;
@@ -309,5 +376,5 @@ fn timed(run: impl FnOnce() -> u64) -> Duration {
     began.elapsed()
 }
 
-criterion_group!(benches, core);
+criterion_group!(benches, core, large);
 criterion_main!(benches);

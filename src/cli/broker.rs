@@ -52,6 +52,34 @@ pub(super) fn exit_of(error: &ConnectError) -> Exit {
     }
 }
 
+/// The same where it is a matter of choice: without an address, no broker is used.
+#[derive(Debug, Args)]
+pub(super) struct OptionalBroker {
+    /// Run it through RabbitMQ: amqp://user:password@host:port/vhost; several hosts of a cluster:
+    /// such URLs, separated by commas
+    #[arg(long = "broker", value_name = "URL")]
+    url: Option<Secret>,
+    /// What the names of all exchanges and queues begin with, which must be there [default: a new
+    /// name; everything is made, and deleted at the end]
+    #[arg(long, value_name = "NAME", requires = "url")]
+    namespace: Option<Namespace>,
+}
+
+impl OptionalBroker {
+    /// Where to connect to, as `name`, if anywhere.
+    pub(super) fn broker(&self, name: impl Into<String>) -> Result<Option<Broker>, Failure> {
+        let Some(url) = &self.url else { return Ok(None) };
+        let address = url.0.parse().context("invalid --broker");
+        let address = address.map_err(|error| Failure::new(Exit::Usage, error))?;
+        Ok(Some(Broker::new(address, name)))
+    }
+
+    /// What everything is called there, if that is said.
+    pub(super) fn names(&self) -> Option<Names> {
+        self.namespace.clone().map(Names::new)
+    }
+}
+
 /// A text that may hold a password. It is looked at by ourselves: the command line's parser would
 /// repeat what it doesn't like.
 #[derive(Clone)]

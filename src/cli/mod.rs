@@ -5,6 +5,7 @@
 //! 130 interrupted.
 
 mod broker;
+mod brokered;
 mod duration;
 mod input;
 mod limits;
@@ -12,6 +13,7 @@ mod moment;
 mod output;
 mod progress;
 mod run;
+mod sender;
 mod service;
 mod signals;
 mod stages;

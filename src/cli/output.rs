@@ -157,7 +157,7 @@ pub(super) fn report_json(report: &Report) -> Value {
                 "abort_calls": service.calls.abort,
                 "max_in_use": service.max_in_use,
                 "max_concurrency": service.max_concurrency,
-                "longest_wait_ms": millis(service.longest_wait),
+                "longest_wait_ms": service.longest_wait.map(millis),
             });
             (service.name.to_string(), values)
         })
@@ -202,13 +202,13 @@ pub(super) fn summary(report: &Report) -> String {
     for service in services {
         let _ = writeln!(
             text,
-            "{:<name_width$}  {:>9} {:>9} {:>9}  {:>use_width$}  {:>15.0}",
+            "{:<name_width$}  {:>9} {:>9} {:>9}  {:>use_width$}  {:>15}",
             service.name,
             service.calls.prepare,
             service.calls.commit,
             service.calls.abort,
             in_use(service),
-            millis(service.longest_wait),
+            service.longest_wait.map_or("-".to_owned(), |it| format!("{:.0}", millis(it))),
         );
     }
     text

@@ -14,6 +14,8 @@ use tracing_subscriber::filter::LevelFilter;
 use crate::{
     cli::{
         Exit, Failure,
+        broker::OptionalBroker,
+        brokered::{self, Plan},
         input::{Source, bad_data, is_stdin, name, open},
         output::{self, Detail, Form},
         progress,
@@ -21,6 +23,7 @@ use crate::{
     },
     embedded::{Embedded, Report},
     participant::{Service, simulated::Simulated},
+    transport::amqp::connection::Broker,
     wire::{
         services::{self, ServiceSpec},
         transactions::Transactions,
@@ -31,6 +34,8 @@ use crate::{
 const HEARD: &str = "interrupted: what has begun is finished; once more to stop at once\n";
 
 /// Run transactions across simulated services in this process; nothing else is needed.
+///
+/// With --broker they meet on RabbitMQ: worker, services and producer are still this process.
 ///
 /// services.json: [{"name","max_concurrency","max_wait_ms"?,"cap"?,"prepare"?,"commit"?,"abort"?}];
 /// the last three are objects of "latency_ms" (a number, or two: from, to), "refuse_rate",
@@ -70,6 +75,8 @@ pub(super) struct RunArguments {
     /// Where to write what the summary says, as JSON
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
+    #[command(flatten)]
+    broker: OptionalBroker,
 }
 
 fn at_least_one(text: &str) -> Result<usize, String> {
@@ -90,6 +97,7 @@ fn any_number(text: &str) -> Result<u64, String> {
 pub(super) fn run(arguments: &RunArguments) -> Result<Exit, Failure> {
     let log_level = progress::log_level(LevelFilter::ERROR)
         .map_err(|error| Failure::new(Exit::Usage, error))?;
+    let broker = arguments.broker.broker("dtc run")?;
     let (runtime, interrupt) = stages::runtime()?;
     let (services, transactions) = read_input(arguments)?;
     // Before anything runs: what can't be written afterwards must not have been run for nothing.
@@ -99,7 +107,10 @@ pub(super) fn run(arguments: &RunArguments) -> Result<Exit, Failure> {
     progress::log_above(&bar, log_level);
     let form = arguments.output.unwrap_or_else(|| Form::like(&transactions));
     let stages = Stages { bar: &bar, runtime: &runtime, interrupt: &interrupt, heard: HEARD };
-    let ran = run_all(arguments, services, transactions, form, &stages);
+    let ran = match broker {
+        None => run_embedded(arguments, services, transactions, form, &stages),
+        Some(broker) => run_brokered(arguments, broker, services, transactions, form, &stages),
+    };
     bar.finish_and_clear();
     let Ran { done: report, ended } = ran?;
 
@@ -151,7 +162,7 @@ fn create(path: &Path) -> Result<(File, &Path), Failure> {
 
 // ---- The run ---------------------------------------------------------------------------------
 
-fn run_all(
+fn run_embedded(
     arguments: &RunArguments,
     services: Vec<ServiceSpec>,
     transactions: Transactions<Source>,
@@ -170,9 +181,32 @@ fn run_all(
     if arguments.detail {
         embedded = embedded.counting_attempts();
     }
-    let detail = if arguments.detail { Detail::Calls } else { Detail::Brief };
-    let printing = Some((form, detail));
+    let printing = Some((form, detail(arguments)));
     Ok(stages.run(transactions, printing, |requests, concluded, stop| {
         embedded.serve(requests, concluded, stop)
     }))
+}
+
+fn run_brokered(
+    arguments: &RunArguments,
+    broker: Broker,
+    services: Vec<ServiceSpec>,
+    transactions: Transactions<Source>,
+    form: Form,
+    stages: &Stages<'_>,
+) -> Result<Ran<Report>, Failure> {
+    let plan = Plan {
+        broker,
+        names: arguments.broker.names(),
+        services,
+        seed: arguments.seed,
+        max_in_flight: arguments.max_in_flight,
+        prepare_timeout: Duration::from_millis(arguments.timeout_ms),
+        counts_attempts: arguments.detail,
+    };
+    brokered::run(plan, transactions, (form, detail(arguments)), stages)
+}
+
+fn detail(arguments: &RunArguments) -> Detail {
+    if arguments.detail { Detail::Calls } else { Detail::Brief }
 }

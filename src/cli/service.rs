@@ -1,11 +1,6 @@
 //! `dtc service`: one instance of a simulated service, until it is told to stop.
 
-use std::{
-    fs::File,
-    io::{self, Read},
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{io::Read as _, path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, anyhow};
 use clap::Args;
@@ -13,7 +8,13 @@ use indicatif::ProgressBar;
 use tracing_subscriber::filter::LevelFilter;
 
 use crate::{
-    cli::{Exit, Failure, broker::BrokerArguments, duration, progress, signals},
+    cli::{
+        Exit, Failure,
+        broker::BrokerArguments,
+        duration,
+        input::{bad_data, name, open},
+        progress, signals,
+    },
     participant::{
         serve::{self, ServeError, ServeSettings},
         simulated::Simulated,
@@ -54,6 +55,10 @@ pub(super) struct ServiceArguments {
     /// Where the service keeps what it holds [default: in memory, until the process ends]
     #[arg(long, value_name = "DIR")]
     state: Option<PathBuf>,
+    /// Declare what this service needs at the broker, for trying things out; else, and for all that
+    /// isn't this service's, `dtc topology apply` does
+    #[arg(long)]
+    declare: bool,
     /// What it draws from: the same seed, the same refusals and failures
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
@@ -114,15 +119,20 @@ fn settings(arguments: &ServiceArguments, spec: &ServiceSpec) -> Result<ServeSet
         cap: spec.cap,
         inquire_after: arguments.inquire_after,
         drain: arguments.drain,
+        declare: arguments.declare.then_some(spec.max_wait),
         ..ServeSettings::new(broker, names, spec.name.clone(), spec.max_concurrency)
     })
 }
 
 /// The service that is to be served.
 fn spec(arguments: &ServiceArguments) -> Result<ServiceSpec, Failure> {
-    let bad_data = |error: anyhow::Error| Failure::new(Exit::BadData, error);
-    let (file, text) = read(&arguments.services).map_err(bad_data)?;
-    let specs = services::read(&file, &text).map_err(|it| Failure::new(Exit::BadData, it))?;
+    let (path, mut text) = (&arguments.services, Vec::new());
+    open(path)?
+        .read_to_end(&mut text)
+        .with_context(|| format!("failed to read `{}`", path.display()))
+        .map_err(|error| Failure::new(Exit::BadData, error))?;
+    let file = name(path);
+    let specs = services::read(&file, &text).map_err(bad_data)?;
     let named: Vec<_> = specs.iter().map(|spec| spec.name.to_string()).collect();
     let spec = specs.into_iter().find(|spec| spec.name == arguments.name);
     spec.ok_or_else(|| {
@@ -131,22 +141,11 @@ fn spec(arguments: &ServiceArguments) -> Result<ServiceSpec, Failure> {
     })
 }
 
-/// A file's content, and what it is called in complaints.
-fn read(path: &Path) -> anyhow::Result<(String, Vec<u8>)> {
-    let mut text = Vec::new();
-    if path == Path::new("-") {
-        io::stdin().read_to_end(&mut text).context("failed to read stdin")?;
-        return Ok(("stdin".to_owned(), text));
-    }
-    let name = path.display().to_string();
-    let mut file = File::open(path).with_context(|| format!("failed to open `{name}`"))?;
-    file.read_to_end(&mut text).with_context(|| format!("failed to read `{name}`"))?;
-    Ok((name, text))
-}
-
 fn failure(error: ServeError) -> Failure {
     match &error {
-        ServeError::NoStore { .. } => Failure::new(Exit::BadConfiguration, error),
+        ServeError::NoStore { .. } | ServeError::Mismatch { .. } => {
+            Failure::new(Exit::BadConfiguration, error)
+        }
         ServeError::Refused { .. } => Failure::new(Exit::Refused, error),
     }
 }

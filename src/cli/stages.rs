@@ -84,9 +84,11 @@ pub(super) struct Ran<T> {
 /// How a run ended.
 pub(super) struct Ended {
     /// What ended the stream of transactions early.
-    bad_line: Option<Complaints>,
+    pub(super) bad_line: Option<Complaints>,
     pub(super) interrupted: bool,
-    printed: io::Result<()>,
+    pub(super) printed: io::Result<()>,
+    /// Whether there are transactions of which nothing was heard.
+    pub(super) is_incomplete: bool,
 }
 
 impl Ended {
@@ -99,6 +101,7 @@ impl Ended {
             return Ok(Exit::Interrupted);
         }
         match self.printed {
+            Ok(()) if self.is_incomplete => Ok(Exit::Incomplete),
             Ok(()) => Ok(Exit::Done),
             // Whoever was reading has had enough.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(Exit::Incomplete),
@@ -151,7 +154,7 @@ impl Stages<'_> {
         } else {
             feeder.join().ok().and_then(Result::err)
         };
-        Ran { done, ended: Ended { bad_line, interrupted, printed } }
+        Ran { done, ended: Ended { bad_line, interrupted, printed, is_incomplete: false } }
     }
 
     fn stop(&self) -> Stop {

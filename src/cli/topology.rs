@@ -24,7 +24,7 @@ use crate::{
         names::{Names, Namespace},
         topology::{
             Argument, Arguments, Commands, ServiceTopology, Settings, Topology,
-            apply::{Applied, Begun, Options, TopologyError, apply_on},
+            apply::{Applied, Begun, Options, TopologyError, apply_topology},
             check::{Fault, Finding, Subject, check},
             delete,
             replace::{self, ReplaceError, Replaced},
@@ -55,8 +55,8 @@ enum Command {
 /// with the value wanted and the value found, and nothing is made.
 ///
 /// --replace gives a service new queues where its old ones are another, and loses nothing of what
-/// is in them. Its instances may go on for the sake of its prepares; they must be stopped if it is
-/// its finishes that are another.
+/// is in them. Its instances may go on, unless a quorum queue is replaced: then they must be stopped
+/// first.
 ///
 /// Exit codes: 0 everything is as it should be; 1 something is another than it should be.
 #[derive(Debug, Args)]
@@ -235,10 +235,10 @@ fn run_apply(arguments: &ApplyArguments) -> Result<Exit, Failure> {
             let done = replace::replace(&connection, &names, service, &settings).await;
             replaced.push(done.map_err(not_replaced)?);
         }
+        close(&connection).await;
         let clock_margin = arguments.clock_margin;
         let options = Options { settings, now: clock.now(), clock_margin };
-        let applied = apply_on(&connection, &names, &topology, &options).await;
-        close(&connection).await;
+        let applied = apply_topology(&broker, &names, &topology, &options).await;
         Ok((replaced, applied.map_err(not_applied)?))
     })?;
     warn(&applied, &names, arguments.clock_margin);
@@ -335,6 +335,7 @@ fn not_applied(error: TopologyError) -> Failure {
     let exit = match &error {
         TopologyError::Mismatch(_) => Exit::Incomplete,
         TopologyError::Connect(_)
+        | TopologyError::Open(_)
         | TopologyError::Check(_)
         | TopologyError::Declare { .. }
         | TopologyError::Bind { .. }

@@ -12,7 +12,7 @@ use lapin::{
     Connection, ExchangeKind,
     message::Delivery,
     options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions},
-    types::FieldTable,
+    types::{FieldTable, ShortString},
 };
 use tokio::{
     sync::{oneshot, watch},
@@ -31,6 +31,7 @@ use crate::{
         },
         consumer::Inbox,
         names::{Names, key},
+        unique,
     },
     wire::message::decode,
 };
@@ -199,11 +200,14 @@ impl Listener {
         }
     }
 
-    /// A queue of our own, which goes when the connection goes. Its name is ours, so that after a
-    /// reconnect results still find it.
+    /// A queue of our own, which goes when the connection goes. Its name is new with every
+    /// connection: the broker may not have noticed yet that the one before is gone, and then keeps
+    /// the old queue for it. Results find it by the binding.
     async fn queue(&self, connection: &Connection) -> Result<Inbox, lapin::Error> {
         let channel = connection.create_channel().await?;
-        let (exchange, queue) = (self.names.results(), self.names.results_of(&self.reply));
+        let exchange = self.names.results();
+        let queue = format!("{}.{}", self.names.results_of(&self.reply), unique::name('q'));
+        let queue = ShortString::from(queue);
         let passive = ExchangeDeclareOptions { passive: true, ..ExchangeDeclareOptions::default() };
         let nothing = FieldTable::default;
         channel.exchange_declare(exchange.clone(), ExchangeKind::Topic, passive, nothing()).await?;

@@ -222,7 +222,7 @@ impl Engine {
             calls: member.calls,
             max_in_use: member.max_in_use,
             max_concurrency: member.max_concurrency,
-            longest_wait: member.queue.longest_wait(),
+            longest_wait: Some(member.queue.longest_wait()),
         };
         self.members.iter().map(report).collect()
     }

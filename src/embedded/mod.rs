@@ -213,6 +213,8 @@ impl Embedded {
             clock_margin: Duration::ZERO,
             window: Duration::MAX,
             records_max: 1024,
+            // A request's own time is now, and whoever is in flight is in view.
+            digests_max: 0,
             waiting_max: 65_536,
             ..coordinator::Settings::new(engine::worker_id())
         };

@@ -36,8 +36,9 @@ pub struct ServiceReport {
     pub max_in_use: u32,
     /// The slots it has.
     pub max_concurrency: u32,
-    /// The longest time that a prepare has waited for a slot in the service's queue.
-    pub longest_wait: Duration,
+    /// The longest time that a prepare has waited for a slot in the service's queue; `None` where
+    /// nobody sees how long they wait.
+    pub longest_wait: Option<Duration>,
 }
 
 impl Report {

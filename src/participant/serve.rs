@@ -11,7 +11,10 @@
 
 use std::{collections::VecDeque, pin::Pin, sync::Arc, time::Duration};
 
-use futures_util::{FutureExt, StreamExt, future::FusedFuture};
+use futures_util::{
+    FutureExt, StreamExt,
+    future::{BoxFuture, FusedFuture},
+};
 use lapin::message::Delivery as Message;
 use tokio::time::{Instant, sleep_until};
 
@@ -31,6 +34,7 @@ use crate::{
         connection::{Backoff, Broker, Chain, ConnectError, Disposition, is_not_found, is_refusal},
         consumer::{Closed, Inbox},
         names::Names,
+        topology::apply::TopologyError,
         unique,
     },
     wire::services::Cap,
@@ -67,6 +71,9 @@ pub struct ServeSettings {
     pub finish_timeout: Duration,
     /// How long to wait, when told to stop, for the outcomes of what is prepared.
     pub drain: Duration,
+    /// For development: declare what the service needs, with this as its `max_wait`. Else whoever
+    /// operates the broker has done so, by `dtc topology apply`.
+    pub declare: Option<Duration>,
 }
 
 impl ServeSettings {
@@ -83,6 +90,7 @@ impl ServeSettings {
             inquire_after: Duration::from_secs(10),
             finish_timeout: Duration::from_secs(5),
             drain: Duration::from_secs(25),
+            declare: None,
         }
     }
 
@@ -137,6 +145,15 @@ pub enum ServeError {
         #[source]
         source: OpenError,
     },
+    /// What is to be declared is there, but another.
+    #[error("the queues of service `{service}` are not as they should be")]
+    Mismatch {
+        /// Which service.
+        service: ServiceName,
+        /// What is another.
+        #[source]
+        source: Box<TopologyError>,
+    },
 }
 
 /// An instance could not take its place at the broker.
@@ -148,6 +165,9 @@ pub enum OpenError {
     /// The connection gives no channel.
     #[error("failed to open a channel")]
     Channel(#[source] lapin::Error),
+    /// What is to be declared can't be.
+    #[error("failed to declare the service's queues")]
+    Declare(#[source] Box<TopologyError>),
     /// The queue can't be consumed or declared.
     #[error("failed to use queue `{name}`")]
     Queue {
@@ -173,6 +193,7 @@ impl OpenError {
     pub fn disposition(&self) -> Disposition {
         match self {
             Self::Connect(error) => error.disposition(),
+            Self::Declare(error) => error.disposition(),
             Self::Channel(source) | Self::Queue { source, .. } | Self::Exchange { source, .. } => {
                 match is_refusal(source) {
                     true => Disposition::GiveUp,
@@ -185,7 +206,7 @@ impl OpenError {
     /// Whether a queue or exchange is missing: the topology was not applied, or not yet.
     fn is_not_found(&self) -> bool {
         match self {
-            Self::Connect(_) | Self::Channel(_) => false,
+            Self::Connect(_) | Self::Channel(_) | Self::Declare(_) => false,
             Self::Queue { source, .. } | Self::Exchange { source, .. } => is_not_found(source),
         }
     }
@@ -196,7 +217,8 @@ impl OpenError {
 ///
 /// # Errors
 ///
-/// The participant has no store, or the broker refuses us from the start.
+/// The participant has no store; or, from the start, the broker refuses us, or has other queues
+/// than are to be declared.
 pub async fn serve(
     participant: impl Participant,
     settings: ServeSettings,
@@ -228,7 +250,7 @@ struct Server {
 /// Why an instance works no more.
 enum Ended {
     Stopped,
-    Lost(Session, Lost),
+    Lost(Box<Session>, Lost),
 }
 
 impl Server {
@@ -269,7 +291,7 @@ impl Server {
                     }
                     self.events.push_back(Event::Disconnected);
                     self.settle(None);
-                    old = Some(session);
+                    old = Some(*session);
                 }
             }
         }
@@ -288,15 +310,15 @@ impl Server {
         let has_served = old.is_some();
         let takes_prepares = self.drains_until.is_none();
         let settings = self.settings.clone();
-        let opening = async move {
+        // Boxed, or the compiler doesn't see that this can be sent between threads.
+        let mut opening: BoxFuture<'_, Result<Session, OpenError>> = Box::pin(async move {
             if let Some(old) = old {
                 // Its queue is the broker's to give again only when its connection is gone.
                 old.close().await;
                 tokio::time::sleep(backoff.pause()).await;
             }
             open(&settings, takes_prepares, has_served, backoff).await
-        };
-        let mut opening = std::pin::pin!(opening);
+        });
         loop {
             self.settle(None);
             if self.is_drained() {
@@ -318,7 +340,16 @@ impl Server {
         session: Result<Session, OpenError>,
     ) -> Result<Option<Session>, ServeError> {
         let service = self.settings.service.clone();
-        let mut session = session.map_err(|source| ServeError::Refused { service, source })?;
+        let mut session = session.map_err(|source| match source {
+            OpenError::Declare(source) if matches!(*source, TopologyError::Mismatch(_)) => {
+                ServeError::Mismatch { service, source }
+            }
+            OpenError::Connect(_)
+            | OpenError::Channel(_)
+            | OpenError::Declare(_)
+            | OpenError::Queue { .. }
+            | OpenError::Exchange { .. } => ServeError::Refused { service, source },
+        })?;
         // It may have been told to stop meanwhile.
         if self.drains_until.is_some() && session.stop_prepares(self.settings.cap).await.is_err() {
             tracing::debug!("the connection is lost again");
@@ -387,7 +418,7 @@ impl Server {
                 () = sleep_until_some(wake_at) => Ok(()),
             };
             if let Err(lost) = heard.and_then(|()| self.take_ready(&mut session)) {
-                return Ended::Lost(session, lost);
+                return Ended::Lost(Box::new(session), lost);
             }
         }
     }

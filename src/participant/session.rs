@@ -14,7 +14,7 @@ use lapin::{
     options::{QueueBindOptions, QueueDeclareOptions},
     types::{FieldTable, ShortString},
 };
-use tokio::time::Instant;
+use tokio::{runtime::Handle, time::Instant};
 
 use crate::{
     participant::{
@@ -29,8 +29,13 @@ use crate::{
         names::{ALL, Names, key},
         publisher::{Outgoing, Published, Publisher},
         rejected::rejected,
+        topology::{
+            self, ServiceTopology,
+            apply::{Options, apply_services},
+        },
     },
     wire::services::Cap,
+    worker::clock::Clock,
 };
 
 /// How many messages of an instance's own queue are on their way to it at a time.
@@ -133,6 +138,9 @@ impl Session {
             let name = what.to_string();
             move |source| OpenError::Queue { name, source }
         };
+        if let Some(max_wait) = settings.declare {
+            declare(settings, max_wait).await?;
+        }
         let publisher = Publisher::open(&link.publishing).await;
         let publisher = publisher.map_err(OpenError::Channel)?;
         let own = open_own(&link.consuming, settings).await?;
@@ -378,6 +386,29 @@ impl Session {
     pub(super) async fn close(self) {
         self.link.close().await;
     }
+}
+
+/// Declares what the service needs to be reached and to answer.
+async fn declare(settings: &ServeSettings, max_wait: Duration) -> Result<(), OpenError> {
+    let ServeSettings { broker, names, service, cap, .. } = settings.clone();
+    let service = ServiceTopology { name: service, max_wait, cap };
+    let options = Options {
+        settings: topology::Settings::default(),
+        now: Clock::start().now(),
+        // That of the journal, which is none of a service's business.
+        clock_margin: Duration::ZERO,
+    };
+    let runtime = Handle::current();
+    // On a thread of its own, since what compares can't be sent between threads.
+    let applied = tokio::task::spawn_blocking(move || {
+        let applied = runtime.block_on(apply_services(&broker, &names, &[service], &options));
+        applied.map_err(Box::new)
+    });
+    let Ok(applied) = applied.await else { return Ok(()) };
+    for created in applied.map_err(OpenError::Declare)?.created {
+        tracing::info!("declared {created}");
+    }
+    Ok(())
 }
 
 /// Declares the instance's own queue, and consumes it.

@@ -195,6 +195,13 @@ names! {
     ReplyToken(Shared): "reply token", 64, "_-";
 }
 
+impl TransactionId {
+    /// Says little of the text, and always the same.
+    pub(crate) fn digest(&self) -> u64 {
+        self.0.0.digest
+    }
+}
+
 /// One run of a service's prepare for a transaction. Made by the instance that runs it, stored with
 /// what it prepared, and named by the decision that commits it. As text: `<instance>.<number>`.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]

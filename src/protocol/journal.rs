@@ -8,13 +8,19 @@
 //! one, lies in the part that was read without a gap. Where that isn't so the answer is
 //! [`Recall::OutOfSight`], and the caller reads further back or hands the matter to a person.
 //!
+//! Of what it forgets a view keeps a digest, if it is told to. So it still knows for long that most
+//! of what it is asked about has no record, and only what has one, or shares its digest with one,
+//! must be looked for.
+//!
 //! Whether a record can lie before that part is told by clocks: no record is made earlier than
 //! `requested_at` − `clock_margin` of its transaction, since `clock_margin` bounds how far any two
 //! clocks of the system differ.
 
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 
-use crate::protocol::{ids::TransactionKey, keymap::KeyMap, message::Decision, time::Time};
+use crate::protocol::{
+    forgotten::Forgotten, ids::TransactionKey, keymap::KeyMap, message::Decision, time::Time,
+};
 
 /// What the read part of the journal says of a transaction.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -23,7 +29,7 @@ pub enum Recall {
     Found(Arc<Decision>),
     /// It has none.
     Absent,
-    /// The read part begins too late to tell.
+    /// It can't be told: the read part begins too late, or the record is forgotten.
     OutOfSight,
 }
 
@@ -41,6 +47,8 @@ pub struct JournalView {
     first: KeyMap<Arc<Decision>>,
     /// What is in `first`, in journal order.
     order: VecDeque<(u64, Arc<Decision>)>,
+    /// What was in `first` and is no more.
+    forgotten: Forgotten,
 }
 
 impl JournalView {
@@ -55,7 +63,15 @@ impl JournalView {
             next: 0,
             first: KeyMap::new(),
             order: VecDeque::new(),
+            forgotten: Forgotten::new(0, Time::EPOCH),
         }
+    }
+
+    /// Keeps digests of the last `digests_max` transactions that it forgets. They are dropped the
+    /// oldest first, an eighth of them or less at a time.
+    pub fn with_digests(mut self, digests_max: usize) -> Self {
+        self.forgotten = Forgotten::new(digests_max, self.forgotten.since());
+        self
     }
 
     /// Starts anew at offset `next`: every record made at `since` or later has that offset or a
@@ -65,6 +81,7 @@ impl JournalView {
             next,
             oldest: next,
             since: Some(since),
+            forgotten: Forgotten::new(self.forgotten.max(), since),
             ..Self::new(self.records_max, self.window)
         };
     }
@@ -121,7 +138,7 @@ impl JournalView {
 
     /// What is known of `key`, if `clock_margin` bounds how far any two clocks differ.
     pub fn recall(&self, key: &TransactionKey, clock_margin: Duration) -> Recall {
-        if !self.reaches(key, clock_margin) {
+        if !self.sees(key, clock_margin) {
             return Recall::OutOfSight;
         }
         self.first.get(key).map_or(Recall::Absent, |decision| Recall::Found(Arc::clone(decision)))
@@ -139,22 +156,28 @@ impl JournalView {
         key: &TransactionKey,
         clock_margin: Duration,
     ) -> (Recall, Option<Arc<Decision>>) {
-        if !self.reaches(key, clock_margin) {
+        if !self.sees(key, clock_margin) {
             return (Recall::OutOfSight, None);
         }
         let mut namesake = None;
         for (requested_at, decision) in self.first.of_id(&key.id) {
             if requested_at == key.requested_at {
                 return (Recall::Found(Arc::clone(decision)), None);
-            } else if namesake.is_none() && self.reaches(&decision.key, clock_margin) {
+            } else if namesake.is_none() && self.sees(&decision.key, clock_margin) {
                 namesake = Some(decision);
             }
         }
         (Recall::Absent, namesake.cloned())
     }
 
-    fn reaches(&self, key: &TransactionKey, clock_margin: Duration) -> bool {
-        self.since.is_some_and(|since| since <= key.requested_at - clock_margin)
+    /// Whether the first record of `key` is in `first`, if it has any: because the remembered part
+    /// reaches back to where it began; or because the read part does, and it isn't forgotten.
+    fn sees(&self, key: &TransactionKey, clock_margin: Duration) -> bool {
+        let began = key.requested_at - clock_margin;
+        self.since.is_some_and(|since| since <= began)
+            || self.since.is_some()
+                && self.forgotten.since() <= began
+                && !self.forgotten.contains(key)
     }
 
     /// Whether the record is the first of its transaction.
@@ -177,6 +200,7 @@ impl JournalView {
             self.oldest = offset + 1;
             self.since = self.since.max(Some(made_at + Duration::from_millis(1)));
             self.first.remove(&oldest.key);
+            self.forgotten.insert(&oldest.key, made_at);
             self.order.pop_front();
         }
     }

@@ -37,6 +37,7 @@
 
 pub mod coordinator;
 mod deadlines;
+mod forgotten;
 pub mod ids;
 mod jitter;
 pub mod journal;

@@ -160,7 +160,7 @@ fn read_service(
         let millis = check.whole_number(&path.field("max_wait_ms"), value, 0..=DAY_MS)?;
         Some(Duration::from_millis(millis.into()))
     });
-    let cap = cap.map_or(Some(Cap::default()), |value| read_cap(check, path, value));
+    let cap = cap.map_or(Some(Cap::Instance), |value| read_cap(check, path, value));
     let mut behaviour = |name, value, is_prepare| {
         read_behaviour(check, &path.field(name), value, is_prepare).unwrap_or_default()
     };

@@ -1,7 +1,11 @@
 //! The life of one link to the broker: everything that is ready is handled, and then everything
 //! that follows is written.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
 
 use futures_util::{FutureExt, Stream, StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use lapin::{
@@ -691,7 +695,7 @@ async fn read_journal(
     let now = lasting.clock.now();
     let margin = settings.coordinator.clock_margin;
     let from = now - settings.coordinator.window - margin;
-    let lasting = std::cell::RefCell::new(lasting);
+    let lasting = Mutex::new(lasting);
     let tail = journal.attach(
         from,
         margin,
@@ -704,12 +708,12 @@ async fn read_journal(
             }
             // Without a word from the journal only what is still to come is certain.
             let since = reaches.unwrap_or(now + margin);
-            let lasting = &mut **lasting.borrow_mut();
+            let lasting = &mut **lasting.lock().unwrap_or_else(PoisonError::into_inner);
             let event = Event::JournalAttached { next, since };
             lasting.coordinator.handle(now, event, &mut Vec::new());
         },
         |record| {
-            let lasting = &mut **lasting.borrow_mut();
+            let lasting = &mut **lasting.lock().unwrap_or_else(PoisonError::into_inner);
             let event = read_event(lasting, record);
             let now = lasting.clock.now();
             // Nobody is being served, so nothing follows.
@@ -717,7 +721,7 @@ async fn read_journal(
         },
     );
     let tail = tail.await.map_err(SessionError::Journal)?;
-    let lasting = lasting.into_inner();
+    let lasting = lasting.into_inner().unwrap_or_else(PoisonError::into_inner);
     tracing::info!(
         decisions = lasting.coordinator.view().len(),
         elapsed_ms = started.elapsed().as_millis() as u64,

@@ -4,10 +4,13 @@
 
 #[path = "../support/broker.rs"]
 mod broker;
+mod client;
 #[path = "../support/lines.rs"]
 mod lines;
 mod node;
 #[path = "../support/processes.rs"]
 mod processes;
+mod readme;
 mod service;
 mod signals;
+mod topology;

@@ -18,20 +18,23 @@ use dtc::{
         simulated::Simulated,
         state::State,
     },
-    protocol::ids::ServiceName,
+    protocol::{ids::ServiceName, time::Time},
     transport::amqp::{
         connection::Broker as Address,
         names::{Names, Namespace, key},
+        topology::{
+            self, ServiceTopology,
+            apply::{Options, apply},
+        },
     },
-    wire::services,
+    wire::services::{self, Cap},
 };
 use futures_util::StreamExt;
 use lapin::{
-    BasicProperties, Channel, Confirmation, Connection, ConnectionProperties, ExchangeKind,
+    BasicProperties, Channel, Confirmation, Connection, ConnectionProperties,
     options::{
         BasicAckOptions, BasicConsumeOptions, BasicGetOptions, BasicPublishOptions,
-        ConfirmSelectOptions, ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions,
-        QueueDeleteOptions,
+        ConfirmSelectOptions, QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions,
     },
     types::{AMQPValue, FieldTable},
 };
@@ -256,7 +259,7 @@ async fn a_parked_commit_is_kept_until_its_done_is_safe() {
     let unbound = world.channel.queue_unbind(
         inquiries.clone(),
         inquiries.clone(),
-        "".into(),
+        "#".into(),
         FieldTable::default(),
     );
     unbound.await.unwrap();
@@ -265,7 +268,7 @@ async fn a_parked_commit_is_kept_until_its_done_is_safe() {
     service.stop_now().await;
     world.waits_in(&queue, 1).await;
 
-    world.bind_inquiries().await;
+    world.apply(1000).await;
     let service = world.serve(r#""max_concurrency": 1"#, |settings| settings);
     let done = world.hear("done").await;
     assert_eq!((&done["done"], &done["parked"]), (&json!(true), &json!(true)));
@@ -394,7 +397,7 @@ async fn a_queue_that_is_deleted_is_consumed_again_when_it_is_back() {
     world.wait_for_consumer().await;
     let queue = world.names.prepare_of(&world.service);
     world.channel.queue_delete(queue, QueueDeleteOptions::default()).await.unwrap();
-    world.declare_prepares(1000).await;
+    world.apply(1000).await;
     world.wait_for_consumer().await;
     world.prepare(&[1]).await;
     let vote = world.hear("vote").await;
@@ -412,6 +415,24 @@ async fn queues_that_are_not_there_yet_are_waited_for() {
     world.prepare(&[1]).await;
     assert_eq!(id(&world.hear("vote").await), 1);
     service.stop_now().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_declares_what_it_needs_when_asked() {
+    let world = World::undeclared(place()).await;
+    let declaring = |max_wait| {
+        world.serve(r#""max_concurrency": 1"#, |settings| ServeSettings {
+            declare: Some(Duration::from_secs(max_wait)),
+            ..settings
+        })
+    };
+    let service = declaring(1);
+    world.declare(1000).await;
+    world.prepare(&[1]).await;
+    assert_eq!(id(&world.hear("vote").await), 1);
+    service.stop_now().await;
+    let error = timeout(PATIENCE, declaring(2).task).await.unwrap().unwrap().unwrap_err();
+    assert!(matches!(error, ServeError::Mismatch { .. }), "{error:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -498,7 +519,7 @@ impl Drop for Process {
 }
 
 impl World {
-    async fn new(place: Place, max_wait_ms: u32) -> Self {
+    async fn new(place: Place, max_wait_ms: u64) -> Self {
         let world = Self::undeclared(place).await;
         world.declare(max_wait_ms).await;
         world
@@ -525,57 +546,25 @@ impl World {
 
     // ---- Topology ----------------------------------------------------------------------------
 
-    async fn declare(&self, max_wait_ms: u32) {
-        let names = &self.names;
-        for (name, kind, alternate) in [
-            (names.inquiries(), ExchangeKind::Fanout, None),
-            (names.finish_any(), ExchangeKind::Topic, None),
-            (names.replies(), ExchangeKind::Topic, Some(names.inquiries())),
-            (names.finish(), ExchangeKind::Topic, Some(names.finish_any())),
-            (names.prepare(), ExchangeKind::Topic, None),
-        ] {
-            let options =
-                ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
-            let mut arguments = FieldTable::default();
-            if let Some(alternate) = alternate {
-                let alternate = AMQPValue::LongString(alternate.as_str().into());
-                arguments.insert("alternate-exchange".into(), alternate);
-            }
-            self.channel.exchange_declare(name, kind, options, arguments).await.unwrap();
-        }
-        for queue in [names.inquiries(), names.rejected(), names.finish_any_of(&self.service)] {
-            let mut arguments = FieldTable::default();
-            arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
-            self.declare_queue(queue.as_str(), arguments).await;
-        }
-        self.bind(names.finish_any_of(&self.service).as_str(), names.finish_any().as_str()).await;
-        self.bind_inquiries().await;
-        self.declare_prepares(max_wait_ms).await;
+    async fn declare(&self, max_wait_ms: u64) {
+        self.apply(max_wait_ms).await;
         self.listen().await;
     }
 
-    async fn declare_prepares(&self, max_wait_ms: u32) {
-        let queue = self.names.prepare_of(&self.service);
-        let mut arguments = FieldTable::default();
-        arguments.insert("x-message-ttl".into(), AMQPValue::LongUInt(max_wait_ms));
-        let returned = AMQPValue::LongString(self.names.replies().as_str().into());
-        arguments.insert("x-dead-letter-exchange".into(), returned);
-        self.declare_queue(queue.as_str(), arguments).await;
-        self.bind(queue.as_str(), self.names.prepare().as_str()).await;
-    }
-
-    async fn declare_queue(&self, queue: &str, arguments: FieldTable) {
-        let options = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
-        self.channel.queue_declare(queue.into(), options, arguments).await.unwrap();
-    }
-
-    async fn bind_inquiries(&self) {
-        let name = self.names.inquiries();
-        self.bind_to(name.as_str(), name.as_str(), "").await;
-    }
-
-    async fn bind(&self, queue: &str, exchange: &str) {
-        self.bind_to(queue, exchange, key("*", SERVICE).as_str()).await;
+    /// As an operator does.
+    async fn apply(&self, max_wait_ms: u64) {
+        let services = [ServiceTopology {
+            name: self.service.clone(),
+            max_wait: Duration::from_millis(max_wait_ms),
+            cap: Cap::Instance,
+        }];
+        let options = Options {
+            settings: topology::Settings::default(),
+            now: Time::from_millis(now_ms()),
+            clock_margin: Duration::ZERO,
+        };
+        let broker = Address::new(self.place.url.parse().unwrap(), "test");
+        apply(&broker, &self.names, &services, &options).await.unwrap();
     }
 
     async fn bind_to(&self, queue: &str, exchange: &str, key: &str) {
@@ -853,10 +842,14 @@ fn id(item: &Value) -> u64 {
 }
 
 /// In a minute.
-#[expect(clippy::disallowed_methods, reason = "the worker's clock")]
 fn deadline() -> u64 {
+    now_ms() + 60_000
+}
+
+#[expect(clippy::disallowed_methods, reason = "the worker's clock")]
+fn now_ms() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
-    u64::try_from(now.as_millis()).unwrap() + 60_000
+    u64::try_from(now.as_millis()).unwrap()
 }
 
 fn prepare(id: u64, repeated: bool) -> Value {

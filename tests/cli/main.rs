@@ -13,4 +13,5 @@ mod input;
 mod readme;
 mod signals;
 mod streams;
+mod topology;
 mod world;

@@ -39,6 +39,7 @@ pub struct Scenario {
     /// Whether the confirmation of a result takes time.
     pub slow_confirms: bool,
     pub records_max: usize,
+    pub digests_max: usize,
     pub commit_retries: u32,
     pub deliveries_max: u32,
     /// From one in how many worlds it is tried whether everything ends.
@@ -169,6 +170,7 @@ impl Scenario {
             slow_services: false,
             slow_confirms: false,
             records_max: 8,
+            digests_max: 0,
             commit_retries: 1,
             deliveries_max: 20,
             healed_one_in: 256,
@@ -190,6 +192,7 @@ impl Scenario {
             clock_margin: Duration::ZERO,
             window: Duration::from_secs(3600),
             records_max: self.records_max,
+            digests_max: self.digests_max,
             deliveries_max: self.deliveries_max,
             ..coordinator::Settings::new(worker)
         }

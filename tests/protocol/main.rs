@@ -11,6 +11,7 @@
 
 mod instance;
 mod oracle;
+mod room;
 mod system;
 mod traces;
 mod view;

@@ -185,6 +185,32 @@ proptest! {
     }
 }
 
+/// t2 held s0's slot while t0's commit failed again and again, and s0's other instance, which had
+/// seen it in the store, asked: it was told the outcome together with the holder.
+#[test]
+fn who_only_sees_a_transaction_in_the_store_leaves_it_to_the_holder() {
+    let service = |has_store, failing: [u32; 4]| {
+        let behaviour = failing.map(|failing_commits| {
+            let verdict = Verdict::Prepared;
+            Behaviour { verdict, failing_commits }
+        });
+        let (max_concurrency, instances) = (1, 1 + usize::from(has_store));
+        Service { max_concurrency, has_store, instances, behaviour: behaviour.to_vec() }
+    };
+    let transactions: [&[usize]; 4] = [&[1], &[1], &[0, 1], &[0]];
+    let services =
+        vec![service(true, [0, 0, 2, 0]), service(false, [6, 2, 0, 0]), service(false, [0; 4])];
+    for order in 1..=1_000_u64 {
+        check(&Scenario {
+            services: services.clone(),
+            transactions: transactions.iter().map(|it| it.iter().copied().collect()).collect(),
+            doubled: Vec::new(),
+            in_flight_max: 4,
+            order: order.wrapping_mul(0x9e37_79b9_7f4a_7c15),
+        });
+    }
+}
+
 /// t3 held s0 and needed s2; t4 waited for s0, and s2 was kept for it.
 #[test]
 fn a_slot_kept_for_one_who_waits_does_not_keep_out_one_who_holds() {

@@ -385,6 +385,7 @@ fn set(settings: &mut Settings, name: &str, value: &str) {
         "in_flight_max" => settings.in_flight_max = value.parse().unwrap(),
         "commit_retries" => settings.commit_retries = value.parse().unwrap(),
         "records_max" => settings.records_max = value.parse().unwrap(),
+        "digests_max" => settings.digests_max = value.parse().unwrap(),
         other => panic!("{other} is no setting of these traces"),
     }
 }

@@ -93,6 +93,11 @@ impl Plan {
         let is_thorny = rng.chance(100);
         let services = services(rng, margin);
         let mut workers = workers(rng, margin);
+        // From a source of its own, so that a seed's schedule doesn't depend on it.
+        let digests_max = Rng::new(!seed.rotate_left(17)).pick(&[0, 2, 8, 1_000]);
+        for worker in &mut workers {
+            worker.settings.digests_max = digests_max;
+        }
         if is_thorny {
             for worker in &mut workers {
                 worker.settings.window = Duration::from_millis(300);

@@ -54,6 +54,8 @@ pub(crate) enum Bug {
     SkipAfterReconnect,
     /// A worker counts an offset for each record, though a message is one offset.
     OffsetPerRecord,
+    /// A worker takes for absent whatever is out of its sight: also what it has a digest of.
+    NeverLookBack,
     /// A worker that looks further back leaves out the last message before what it vouches for: one
     /// that is forgotten in part.
     LookTooShort,
@@ -89,7 +91,7 @@ pub(crate) enum Bug {
 
 impl Bug {
     /// All of them.
-    pub(crate) const ALL: [Self; 29] = [
+    pub(crate) const ALL: [Self; 30] = [
         Self::AckBeforeResult,
         Self::AckDuplicateAtOnce,
         Self::ActOnSentDecision,
@@ -104,6 +106,7 @@ impl Bug {
         Self::TrustLateView,
         Self::SkipAfterReconnect,
         Self::OffsetPerRecord,
+        Self::NeverLookBack,
         Self::LookTooShort,
         Self::PresumeAbort,
         Self::VoteForOtherContent,
@@ -338,6 +341,9 @@ impl Worker {
                 pending.push_back(Event::RecordsRead { offset: SENT, decisions });
             }
             (Bug::SettleOnlyWhatIsQueued, Effect::Settle { .. }) if !self.is_queued => {}
+            (Bug::NeverLookBack, Effect::ReadHistory { from, .. }) => {
+                pending.push_back(Event::HistoryEnded { reaches: Some(from) });
+            }
             (Bug::LookTooShort, Effect::ReadHistory { from, until }) => {
                 effects.push(Effect::ReadHistory { from, until: until.saturating_sub(1) });
             }

@@ -81,6 +81,10 @@ pub struct Settings {
     pub window: Duration,
     /// How many decisions stay in view at most.
     pub records_max: usize,
+    /// Of how many decisions that have gone out of view digests are kept, at 11 bytes each: of what
+    /// was requested since the first of these was made, only what has a digest is looked for
+    /// further back.
+    pub digests_max: usize,
     /// How many transactions are worked on at once.
     pub in_flight_max: usize,
     /// How many more may wait for slots.
@@ -113,6 +117,7 @@ impl Settings {
             clock_margin: Duration::from_secs(60),
             window: Duration::from_secs(15 * 60),
             records_max: 1_000_000,
+            digests_max: 8_000_000,
             in_flight_max: 256,
             waiting_max: 4096,
             deliveries_max: 20,
@@ -187,7 +192,8 @@ impl Coordinator {
     /// A worker with nothing to do, that has read nothing.
     pub fn new(settings: Settings) -> Self {
         Self {
-            view: JournalView::new(settings.records_max, settings.window),
+            view: JournalView::new(settings.records_max, settings.window)
+                .with_digests(settings.digests_max),
             transactions: KeyMap::new(),
             inquests: BTreeMap::new(),
             history: History::default(),
@@ -341,7 +347,8 @@ impl Coordinator {
         if recall == Recall::Absent
             && let Some(earlier) = in_flight
         {
-            return self.attach(now, &earlier, request, (delivery, deliveries), effects);
+            // What others have done for the earlier one they did for its own requests.
+            return self.attach(now, &earlier, request, (delivery, 1), effects);
         }
         let decided = match &recall {
             Recall::Found(first) => Some(first),
@@ -599,7 +606,7 @@ impl Coordinator {
                 // only its vote can say.
                 true if is_ours => it.query(&inquiry.service, inquiry.instance, cx),
                 true => {}
-                false => it.answer_inquiry(&inquiry.service, inquiry.instance, cx),
+                false => it.answer_inquiry(inquiry, cx),
             });
         }
         let cx = &mut Context { now, shared: &mut self.shared, effects };
@@ -697,7 +704,7 @@ impl Coordinator {
     /// All that was delivered will be delivered again, so all that came of it is forgotten.
     fn disconnected(&mut self) {
         let settings = self.shared.settings.clone();
-        let view = self.view.clone();
+        let view = std::mem::replace(&mut self.view, JournalView::new(0, Duration::ZERO));
         let draining = self.draining;
         *self = Self { view, draining, ..Self::new(settings) };
     }

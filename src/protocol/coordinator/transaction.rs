@@ -13,8 +13,8 @@ use crate::protocol::{
     deadlines::Deadlines,
     ids::{Branch, InstanceId, ServiceName},
     message::{
-        Answer, Ballot, Command, Decision, Destination, Done, Finish, Matter, Outcome, Parked,
-        Prepare, Query, Reason, ReasonCode, Request, Vote,
+        Answer, Ballot, Command, Decision, Destination, Done, Finish, Inquiry, Matter, Outcome,
+        Parked, Prepare, Query, Reason, ReasonCode, Request, Vote,
     },
     time::Time,
 };
@@ -305,6 +305,13 @@ impl Transaction {
         if !self.begun {
             self.begun = true;
             cx.shared.active += 1;
+        }
+    }
+
+    fn unbegin(&mut self, cx: &mut Context<'_>) {
+        if self.begun {
+            self.begun = false;
+            cx.shared.active -= 1;
         }
     }
 
@@ -928,6 +935,9 @@ impl Transaction {
             Ballot::Prepared { branch } | Ballot::Failed { branch, .. } => {
                 let late = Anomaly::LateVote(vote.key, vote.service);
                 cx.effects.push(Effect::Report(late));
+                if self.is_with_holder(index, &branch, &vote.instance) {
+                    return;
+                }
                 let to = Destination::Instance(vote.instance.clone());
                 match decision.outcome {
                     Outcome::Committed => {
@@ -953,15 +963,37 @@ impl Transaction {
         }
     }
 
-    /// An instance that holds the transaction asks what became of it.
-    pub(super) fn answer_inquiry(
-        &self,
-        service: &ServiceName,
-        to: InstanceId,
-        cx: &mut Context<'_>,
-    ) {
+    /// An instance that holds the transaction, or has found it in the store, asks what became of it.
+    pub(super) fn answer_inquiry(&self, inquiry: Inquiry, cx: &mut Context<'_>) {
+        let index = self.part_of(&inquiry.service);
+        if index.is_some_and(|it| self.is_with_holder(it, &inquiry.branch, &inquiry.instance)) {
+            return;
+        }
         if let Some(decision) = self.own_decision() {
-            cx.tell(&decision, service, to);
+            cx.tell(&decision, &inquiry.service, inquiry.instance);
+        }
+    }
+
+    /// Whether the holder of `branch` is being told the outcome, and `instance` is another one that
+    /// has seen the branch in the store: told as well, both would call the service's code.
+    fn is_with_holder(&self, index: usize, branch: &Branch, instance: &InstanceId) -> bool {
+        let part = &self.parts[index];
+        let (Duty::Owed(telling) | Duty::BackingOff(telling)) = &part.duty else { return false };
+        match &part.standing {
+            Standing::Prepared { branch: held, holder: Some(holder) }
+            | Standing::Failed { branch: held, holder: Some(holder) } => {
+                !telling.all && held == branch && holder != instance
+            }
+            Standing::Prepared { .. }
+            | Standing::Failed { .. }
+            | Standing::Unasked
+            | Standing::Reserved
+            | Standing::Queued
+            | Standing::Queried
+            | Standing::Asked { .. }
+            | Standing::ReadOnly
+            | Standing::Declined
+            | Standing::Heard => false,
         }
     }
 
@@ -1128,6 +1160,12 @@ impl Transaction {
         }
         if self.parts.iter().any(|part| part.holds_slot) {
             self.start_deadline(cx);
+        }
+        if self.parts.iter().all(|part| part.standing == Standing::Unasked) {
+            // Nobody holds any of it. It waits like a new one, and doesn't keep out those of which
+            // something is held: they have slots that others wait for.
+            self.phase = Phase::Waiting;
+            self.unbegin(cx);
         }
         self.advance(None, cx);
     }

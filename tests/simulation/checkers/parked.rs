@@ -71,9 +71,8 @@ impl ParkedCommits {
 
     /// When all is over. `is_excused`: the whole transaction was handed to a person.
     pub(crate) fn ended(&self, is_excused: impl Fn(&TransactionKey) -> bool) -> Checked {
-        match self.applied.difference(&self.settled).next() {
-            Some(commit) => Err(format!("{commit:?} was applied and is still listed"))?,
-            None => {}
+        if let Some(commit) = self.applied.difference(&self.settled).next() {
+            return Err(format!("{commit:?} was applied and is still listed"));
         }
         let mut forgotten = self.listed.difference(&self.settled);
         match forgotten.find(|commit| !self.queued.contains(commit) && !is_excused(&commit.0)) {

@@ -15,7 +15,7 @@ use lapin::{
 use crate::{
     protocol::time::Time,
     transport::amqp::{
-        connection::{Broker, ConnectError, Disposition, close},
+        connection::{Backoff, Broker, ConnectError, Disposition, close},
         names::Names,
         publisher::Published,
         topology::{
@@ -63,6 +63,9 @@ pub enum TopologyError {
     /// No connection.
     #[error("no connection")]
     Connect(#[from] ConnectError),
+    /// The connection gives no channel.
+    #[error("failed to open a channel")]
+    Open(#[source] lapin::Error),
     /// The broker could not be asked what it has.
     #[error(transparent)]
     Check(#[from] CheckError),
@@ -113,7 +116,8 @@ impl TopologyError {
             Self::Connect(error) => error.disposition(),
             Self::Check(error) => error.disposition(),
             Self::Mismatch(_) => Disposition::GiveUp,
-            Self::Declare { source, .. }
+            Self::Open(source)
+            | Self::Declare { source, .. }
             | Self::Bind { source, .. }
             | Self::Begin { source, .. } => super::disposition(source),
             Self::NotTaken { .. } => Disposition::Retry,
@@ -126,6 +130,10 @@ fn listed(findings: &[Finding]) -> String {
     lines.join("\n")
 }
 
+/// How often an apply begins again because the journal that somebody else just declares wasn't
+/// there yet.
+const ATTEMPTS: usize = 6;
+
 /// Makes the broker have everything that `services` and all else of one system need.
 ///
 /// # Errors
@@ -137,11 +145,8 @@ pub async fn apply(
     services: &[ServiceTopology],
     options: &Options,
 ) -> Result<Applied, TopologyError> {
-    let connection = broker.connect("topology").await?;
     let topology = Topology::of(names, services, &options.settings);
-    let applied = apply_on(&connection, names, &topology, options).await;
-    close(&connection).await;
-    applied
+    apply_topology(broker, names, &topology, options).await
 }
 
 /// Makes the broker have what `services` need to be reached and to answer, for development: the
@@ -156,11 +161,8 @@ pub async fn apply_services(
     services: &[ServiceTopology],
     options: &Options,
 ) -> Result<Applied, TopologyError> {
-    let connection = broker.connect("topology").await?;
     let topology = Topology::of_services(names, services, &options.settings);
-    let applied = apply_on(&connection, names, &topology, options).await;
-    close(&connection).await;
-    applied
+    apply_topology(broker, names, &topology, options).await
 }
 
 /// Makes the broker have what `topology` says.
@@ -168,55 +170,83 @@ pub async fn apply_services(
 /// # Errors
 ///
 /// As for [`apply`].
-pub async fn apply_on(
-    connection: &Connection,
+pub async fn apply_topology(
+    broker: &Broker,
     names: &Names,
     topology: &Topology,
     options: &Options,
 ) -> Result<Applied, TopologyError> {
+    let mut applied = Applied::default();
+    let mut backoff = Backoff::default();
+    let mut attempts = 1;
+    loop {
+        let connection = broker.connect("topology").await?;
+        let ended = apply_on(&connection, names, topology, options, &mut applied).await;
+        close(&connection).await;
+        match ended {
+            Ok(()) => return Ok(applied),
+            // A stream that is being declared has its name before it can be written to or read, and
+            // who tries loses the connection.
+            Err(TopologyError::Begin { .. }) if attempts < ATTEMPTS => {}
+            Err(error) => return Err(error),
+        }
+        attempts += 1;
+        tokio::time::sleep(backoff.pause()).await;
+    }
+}
+
+/// One attempt; what it makes is added to `applied`.
+async fn apply_on(
+    connection: &Connection,
+    names: &Names,
+    topology: &Topology,
+    options: &Options,
+    applied: &mut Applied,
+) -> Result<(), TopologyError> {
     let findings = check::compare(connection, topology).await?;
     let (mismatches, missing): (Vec<_>, Vec<_>) =
         findings.into_iter().partition(Finding::is_mismatch);
     if !mismatches.is_empty() {
         return Err(TopologyError::Mismatch(mismatches));
     }
-    let mut applied = Applied {
-        created: missing.into_iter().map(|finding| finding.subject).collect(),
-        begun: None,
-    };
+    let missing: Vec<_> = missing.into_iter().map(|finding| finding.subject).collect();
     let mut declarer = Declarer::on(connection).await?;
     let (journal, queues) = topology.journal_and_others(names);
     if let Some(journal) = journal {
-        let subject = Subject::Queue(journal.name.to_string());
-        let is_new = applied.created.contains(&subject);
         declarer.queue(journal).await?;
-        applied.begun = begin_journal(connection, names, options, is_new).await?;
+        let is_new = missing.contains(&Subject::Queue(journal.name.to_string()));
+        let begun = begin_journal(connection, names, options, is_new).await?;
+        applied.begun = applied.begun.or(begun);
     }
-    // Alternate exchanges come with their queues before those that fall back on them.
-    let is_alternate = |name: &str| {
-        topology
-            .exchanges
-            .iter()
-            .any(|it| it.alternate.as_ref().is_some_and(|it| it.as_str() == name))
-    };
-    for alternates in [true, false] {
+    declare_others(&mut declarer, topology, &queues).await?;
+    applied.created.extend(missing);
+    Ok(())
+}
+
+/// Alternate exchanges come with their queues before those that fall back on them.
+async fn declare_others(
+    declarer: &mut Declarer,
+    topology: &Topology,
+    queues: &[&Queue],
+) -> Result<(), TopologyError> {
+    let alternates: Vec<_> =
+        topology.exchanges.iter().filter_map(|exchange| exchange.alternate.as_ref()).collect();
+    for first in [true, false] {
         for exchange in &topology.exchanges {
-            if is_alternate(exchange.name.as_str()) == alternates {
+            if alternates.contains(&&exchange.name) == first {
                 declarer.exchange(exchange).await?;
             }
         }
-        if alternates {
-            for queue in &queues {
-                declarer.queue(queue).await?;
-            }
+        for queue in queues.iter().filter(|_| first) {
+            declarer.queue(queue).await?;
         }
         for binding in &topology.bindings {
-            if is_alternate(binding.exchange.as_str()) == alternates {
+            if alternates.contains(&&binding.exchange) == first {
                 declarer.binding(binding).await?;
             }
         }
     }
-    Ok(applied)
+    Ok(())
 }
 
 impl Topology {
@@ -267,11 +297,7 @@ pub(super) struct Declarer {
 impl Declarer {
     pub(super) async fn on(connection: &Connection) -> Result<Self, TopologyError> {
         let channel = connection.create_channel().await;
-        let channel = channel.map_err(|source| {
-            let host = "its channel".to_owned();
-            TopologyError::Connect(ConnectError::Unavailable { host, source })
-        })?;
-        Ok(Self { channel })
+        Ok(Self { channel: channel.map_err(TopologyError::Open)? })
     }
 
     pub(super) async fn exchange(&mut self, exchange: &Exchange) -> Result<(), TopologyError> {

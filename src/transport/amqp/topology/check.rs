@@ -5,7 +5,7 @@
 //! travel through queues that are in use): [`apply`](super::apply) makes them anew each time.
 //! Policies are beyond AMQP too.
 
-use std::fmt;
+use std::{fmt, time::Duration};
 
 use lapin::Connection;
 
@@ -13,7 +13,7 @@ use crate::transport::amqp::{
     connection::Disposition,
     names::Names,
     topology::{
-        Topology, begin,
+        Topology, age, begin,
         probe::{Presence, Prober},
     },
 };
@@ -89,8 +89,18 @@ impl Difference {
         let (_, rest) = rest.split_once("received ")?;
         let (wanted, found) = rest.split_once(" but current is ")?;
         let ((wanted, _), (found, found_type)) = (value(wanted), value(found));
+        let told = |value: Option<String>| match argument {
+            "x-max-age" => value.map(|value| age_of(&value)),
+            _ => value,
+        };
+        let (wanted, found) = (told(wanted), told(found));
         Some(Self { argument: argument.to_owned(), wanted, found, found_type })
     }
+}
+
+/// An age as it is declared. Some versions tell of it in milliseconds.
+fn age_of(text: &str) -> String {
+    text.parse().map_or_else(|_| text.to_owned(), |millis| age(Duration::from_millis(millis)))
 }
 
 /// A value in the broker's words, and its type.
@@ -281,6 +291,13 @@ mod tests {
             "x-message-ttl",
             Some("5"),
             Some("4"),
+        );
+        reads(
+            "'x-max-age' for queue 'q' in vhost '/': received '604800000' but current is \
+             '86400000'",
+            "x-max-age",
+            Some("7D"),
+            Some("1D"),
         );
     }
 

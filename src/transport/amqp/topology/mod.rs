@@ -316,7 +316,8 @@ fn disposition(error: &lapin::Error) -> Disposition {
 pub fn age(duration: Duration) -> String {
     let seconds = duration.as_secs();
     let units = [("D", 24 * 60 * 60), ("h", 60 * 60), ("m", 60)];
-    let unit = units.into_iter().find(|(_, length)| seconds >= *length && seconds % length == 0);
+    let unit =
+        units.into_iter().find(|(_, length)| seconds >= *length && seconds.is_multiple_of(*length));
     let (unit, length) = unit.unwrap_or(("s", 1));
     format!("{}{unit}", seconds / length)
 }

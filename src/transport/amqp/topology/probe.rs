@@ -190,10 +190,8 @@ fn is_soft(error: &lapin::Error, soft: &AMQPSoftError) -> bool {
 
 /// The broker's own words.
 fn said(error: &lapin::Error) -> String {
-    match error.kind() {
-        ErrorKind::ProtocolError(error) => error.get_message().to_string(),
-        _ => error.to_string(),
-    }
+    let ErrorKind::ProtocolError(error) = error.kind() else { return error.to_string() };
+    error.get_message().to_string()
 }
 
 /// What is declared in one round.

@@ -3,8 +3,9 @@
 //! No moment passes in which the service is unknown: while a queue is replaced, another takes what
 //! comes for it, and hands it on.
 //!
-//! * **Prepares** may be replaced while instances run. They hear that their consumer is cancelled,
-//!   and consume the new queue. What waited is moved and begins to wait anew. What an instance holds
+//! * **Prepares** in a classic queue may be replaced while instances run. They hear that their
+//!   consumer is cancelled, and consume the new queue. (Of a quorum queue's end they don't hear, on
+//!   3.10 at least, so nobody may consume one.) What waited is moved and begins to wait anew. What an instance holds
 //!   is its own as before. Nobody is harmed by a prepare that is lost if this process dies on the
 //!   way: its worker's deadline passes.
 //! * **Finishes** that any instance may apply must not be lost, also if this process dies. They wait
@@ -30,8 +31,9 @@ use crate::{
         connection::{Disposition, confirming_channel},
         names::Names,
         topology::{
-            Binding, Queue, ServiceTopology, Settings,
+            Binding, Queue, QueueKind, ServiceTopology, Settings,
             apply::{Declarer, TopologyError},
+            check::{Fault, Finding},
             probe::{Presence, Prober},
         },
     },
@@ -125,7 +127,7 @@ pub async fn replace(
         queue: prepare.name.clone(),
         key: key.as_str().into(),
     };
-    replacing.prepares(&prepare, &binding).await?;
+    replacing.prepares(&prepare, &binding, &service.name).await?;
     Ok(replacing.replaced)
 }
 
@@ -146,16 +148,24 @@ struct Replacing<'a> {
 }
 
 impl Replacing<'_> {
-    /// Whether `queue` is there, but another than it should be.
-    async fn differs(&self, queue: &Queue) -> Result<bool, ReplaceError> {
+    /// What is wrong with `queue`.
+    async fn found(&self, queue: &Queue) -> Result<Vec<Finding>, ReplaceError> {
         let found = Prober::on(self.connection).queue(queue).await;
-        let found = found.map_err(step("look at", &queue.name))?;
-        Ok(found.iter().any(|finding| finding.is_mismatch()))
+        found.map_err(step("look at", &queue.name))
     }
 
-    async fn prepares(&mut self, queue: &Queue, binding: &Binding) -> Result<(), ReplaceError> {
-        if !self.differs(queue).await? {
+    async fn prepares(
+        &mut self,
+        queue: &Queue,
+        binding: &Binding,
+        service: &ServiceName,
+    ) -> Result<(), ReplaceError> {
+        let found = self.found(queue).await?;
+        if !found.iter().any(Finding::is_mismatch) {
             return Ok(());
+        }
+        if is_quorum(queue, &found) {
+            self.refuse_consumers(&queue.name, service).await?;
         }
         // It goes with this connection, whatever happens.
         let options = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
@@ -182,7 +192,7 @@ impl Replacing<'_> {
     ) -> Result<(), ReplaceError> {
         let presence = Prober::on(self.connection).queue_presence(meanwhile.as_str()).await;
         let is_left_over = presence.map_err(step("look at", &meanwhile))? != Presence::Missing;
-        let differs = self.differs(queue).await?;
+        let differs = self.found(queue).await?.iter().any(Finding::is_mismatch);
         if !differs && !is_left_over {
             return Ok(());
         }
@@ -279,6 +289,19 @@ impl Replacing<'_> {
         let deleted = self.channel.queue_delete(queue.clone(), QueueDeleteOptions::default()).await;
         deleted.map(drop).map_err(step("delete", queue))
     }
+}
+
+/// Whether the broker has a quorum queue where `queue` should be, after what was found wrong with it.
+fn is_quorum(queue: &Queue, found: &[Finding]) -> bool {
+    let kind = found.iter().find_map(|finding| match &finding.fault {
+        Fault::Differs(it) if it.argument == Queue::KIND => it.found.clone(),
+        Fault::Differs(_)
+        | Fault::Missing
+        | Fault::Refused(_)
+        | Fault::NotBegun(_)
+        | Fault::LeftOver => None,
+    });
+    kind.unwrap_or_else(|| queue.kind.to_string()) == QueueKind::Quorum.to_string()
 }
 
 /// The properties of a message without the user that published it: the broker lets no other claim to

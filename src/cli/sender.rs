@@ -1,0 +1,219 @@
+//! Sends transactions through a client, many at a time, and waits for each.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use futures_util::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
+use indicatif::ProgressBar;
+use tokio::sync::mpsc;
+
+use crate::{
+    cli::{Exit, Failure, output, stages::Stop},
+    client::{Client, ListenError, SubmitError, WaitError},
+    embedded::{Concluded, Report},
+    protocol::{
+        ids::{ServiceName, TransactionKey},
+        time::Time,
+    },
+    wire::{result::Attempts, transactions::TransactionSpec},
+    worker::clock::Clock,
+};
+
+/// How many of those that failed are named.
+const NAMED_MAX: usize = 10;
+
+/// What sends transactions, and waits until they are confirmed or answered.
+pub(super) struct Sender {
+    pub(super) client: Client,
+    /// Whether results are waited for.
+    pub(super) waits: bool,
+    /// How many requests may be without a confirm, or without a result where that is waited for.
+    pub(super) in_flight_max: usize,
+    /// How long each may take until then.
+    pub(super) timeout: Duration,
+    /// The moment of all requests; `None`: when each is sent.
+    pub(super) requested_at: Option<Time>,
+    pub(super) clock: Clock,
+    pub(super) bar: ProgressBar,
+    /// What was called for a transaction, where that is known here.
+    pub(super) attempts: Option<Arc<AttemptsOf>>,
+}
+
+/// What became of a transaction: a result where it was waited for.
+type Sending = BoxFuture<'static, (TransactionKey, Result<Option<Concluded>, WaitError>)>;
+
+/// Tells what was called for a transaction that has ended.
+pub(super) type AttemptsOf =
+    dyn Fn(&TransactionKey) -> BTreeMap<ServiceName, Attempts> + Send + Sync;
+
+/// What became of all.
+pub(super) struct Sent {
+    n_begun: u64,
+    n_ended: u64,
+    pub(super) report: Report,
+    /// Those that failed first.
+    failed: Vec<TransactionKey>,
+    pub(super) n_failed: u64,
+    /// Why no more was sent.
+    pub(super) fatal: Option<Failure>,
+}
+
+impl Sender {
+    /// Sends what comes until there is no more, or `stop` is over, or there is no use in it.
+    pub(super) async fn serve(
+        self,
+        mut requests: mpsc::Receiver<Vec<TransactionSpec>>,
+        concluded: mpsc::Sender<Vec<Concluded>>,
+        mut stop: Stop,
+    ) -> Sent {
+        let mut sent = Sent::new();
+        let mut in_flight: FuturesUnordered<Sending> = FuturesUnordered::new();
+        let mut backlog = Vec::new().into_iter();
+        let mut open = true;
+        let mut stopped = false;
+        let began_at = self.clock.read().elapsed;
+        loop {
+            while in_flight.len() < self.in_flight_max
+                && let Some(spec) = backlog.next()
+            {
+                sent.n_begun += 1;
+                in_flight.push(self.send(spec));
+            }
+            if !open && backlog.len() == 0 && in_flight.is_empty() {
+                break;
+            }
+            tokio::select! {
+                biased;
+                () = &mut stop, if !stopped => {
+                    stopped = true;
+                    open = false;
+                    backlog = Vec::new().into_iter();
+                    requests.close();
+                }
+                Some(ended) = in_flight.next() => {
+                    let mut results = sent.take(ended);
+                    while let Some(Some(ended)) = in_flight.next().now_or_never() {
+                        results.extend(sent.take(ended));
+                    }
+                    sent.report.took = self.clock.read().elapsed.saturating_sub(began_at);
+                    if !self.waits {
+                        self.bar.set_position(sent.n_ended);
+                    }
+                    if sent.fatal.is_some() {
+                        break;
+                    }
+                    // Where nobody wants the results any more, nobody waits for them.
+                    if !results.is_empty() && concluded.send(results).await.is_err() {
+                        break;
+                    }
+                }
+                batch = requests.recv(), if open && backlog.len() == 0 => match batch {
+                    Some(batch) => backlog = batch.into_iter(),
+                    None => open = false,
+                },
+            }
+        }
+        sent
+    }
+
+    fn send(&self, spec: TransactionSpec) -> Sending {
+        let Self { client, waits, timeout, clock, attempts, .. } = self;
+        let (client, waits, timeout, clock) = (client.clone(), *waits, *timeout, *clock);
+        let attempts = attempts.clone();
+        let requested_at = self.requested_at.unwrap_or_else(|| client.now());
+        Box::pin(async move {
+            let began_at = clock.read().elapsed;
+            let key = TransactionKey { id: spec.id.clone(), requested_at };
+            let ended = if waits {
+                let answered = client.hand_over_and_wait(&spec, requested_at, timeout).await;
+                answered.map(|answer| {
+                    let took = clock.read().elapsed.saturating_sub(began_at);
+                    let attempts = attempts.map(|of| of(&key)).unwrap_or_default();
+                    Some(Concluded { answer, attempts, took })
+                })
+            } else {
+                let submitted = client.hand_over(&spec, requested_at, timeout).await;
+                submitted.map(|_| None).map_err(WaitError::from)
+            };
+            (key, ended)
+        })
+    }
+}
+
+impl Sent {
+    fn new() -> Self {
+        let (report, failed) = (Report::new(), Vec::new());
+        Self { n_begun: 0, n_ended: 0, report, failed, n_failed: 0, fatal: None }
+    }
+
+    /// Takes in what became of one; its result, if it has one.
+    fn take(
+        &mut self,
+        (key, ended): (TransactionKey, Result<Option<Concluded>, WaitError>),
+    ) -> Vec<Concluded> {
+        match ended {
+            Ok(concluded) => {
+                self.n_ended += 1;
+                concluded.iter().for_each(|concluded| self.report.count(concluded));
+                return concluded.into_iter().collect();
+            }
+            Err(
+                WaitError::Unanswered { .. } | WaitError::Submit(SubmitError::Unconfirmed { .. }),
+            ) => {}
+            Err(error) => {
+                if self.fatal.is_none() {
+                    self.fatal = Some(Failure::new(exit_for(&error), error));
+                }
+            }
+        }
+        self.n_failed += 1;
+        if self.failed.len() < NAMED_MAX {
+            self.failed.push(key);
+        }
+        Vec::new()
+    }
+
+    /// What became of them, as it is shown to a person.
+    pub(super) fn summary(&self, waited: bool) -> String {
+        let mut text = if waited {
+            output::totals(&self.report)
+        } else {
+            format!("{} submitted\n", self.n_ended)
+        };
+        text += &self.missing(waited);
+        text
+    }
+
+    /// What was not confirmed, or not answered; empty if nothing is.
+    pub(super) fn missing(&self, waited: bool) -> String {
+        let mut text = String::new();
+        let missing = self.n_begun - self.n_ended;
+        if missing > 0 {
+            let what = if waited { "answered" } else { "confirmed" };
+            let named: Vec<_> = self.failed.iter().map(shown).collect();
+            let more = if missing > named.len() as u64 { ", …" } else { "" };
+            let named = named.join(", ");
+            text += &format!("{missing} of {} not {what}: {named}{more}\n", self.n_begun);
+        }
+        text
+    }
+}
+
+fn shown(TransactionKey { id, requested_at }: &TransactionKey) -> String {
+    format!("{id} (--requested-at {})", requested_at.as_millis() / 1000)
+}
+
+/// How to end where going on is of no use.
+fn exit_for(error: &WaitError) -> Exit {
+    match error {
+        WaitError::Submit(SubmitError::Invalid(_)) => Exit::BadData,
+        WaitError::Submit(SubmitError::NoTopology { .. })
+        | WaitError::Listen(ListenError::NoTopology { .. }) => Exit::BadConfiguration,
+        WaitError::Submit(SubmitError::Refused { .. })
+        | WaitError::Listen(
+            ListenError::Connect(_) | ListenError::Queue { .. } | ListenError::Closed,
+        ) => Exit::Refused,
+        WaitError::Submit(SubmitError::Unconfirmed { .. }) | WaitError::Unanswered { .. } => {
+            Exit::Incomplete
+        }
+    }
+}

@@ -1,0 +1,592 @@
+//! Producers over a real broker: the test plays the worker, message by message.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    time::{Duration, Instant},
+};
+
+use dtc::{
+    Client, Outcome, Submission,
+    client::{SubmitError, WaitError, history},
+    protocol::{
+        ids::{
+            Branch, InstanceId, RequestHash, ServiceName, TransactionId, TransactionKey, WorkerId,
+        },
+        message::{Answer, Decision, Matter, Parked, Request},
+        time::Time,
+    },
+    transport::amqp::{
+        connection::Broker as Address,
+        names::{Names, Namespace, key},
+        topology::{
+            Settings, Topology,
+            apply::{Options, apply},
+        },
+    },
+    wire::message::{Item, Items, Settled, decode_request},
+    worker::clock::Clock,
+};
+use futures_util::{StreamExt, future::join_all};
+use lapin::{
+    BasicProperties, Channel, Connection, ConnectionProperties, Consumer,
+    message::Delivery,
+    options::{
+        BasicAckOptions, BasicConsumeOptions, BasicGetOptions, BasicPublishOptions,
+        ConfirmSelectOptions, QueueDeclareOptions,
+    },
+    types::{AMQPValue, FieldTable},
+};
+use serde_json::{Value, json};
+use tokio::time::timeout;
+
+use crate::{
+    broker::{Broker, Leftovers, Place, place},
+    processes::World,
+};
+
+/// Longer than anything here takes on a machine that is busy.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+// ---- The library -----------------------------------------------------------------------------
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_is_with_the_broker_when_submit_returns() {
+    let desk = Desk::new(place()).await;
+    let submission = Submission::new("TX1", ["b", "a", "b"], json!({"amount": 1}));
+    let key = desk.client().submit(submission).await.unwrap();
+    let delivery = desk.take_now().await.unwrap();
+    let properties = &delivery.properties;
+    assert_eq!(delivery.exchange.as_str(), desk.names.requests().as_str());
+    assert_eq!(delivery.routing_key.as_str(), "request");
+    assert_eq!(properties.kind().as_ref().unwrap().as_str(), "dtc.request.v1");
+    assert_eq!(properties.message_id().as_ref().unwrap().as_str(), "TX1");
+    assert_eq!(*properties.delivery_mode(), Some(2));
+    assert_eq!(properties.timestamp().map(|it| it * 1000), Some(key.requested_at.as_millis()));
+    let body: Value = serde_json::from_slice(&delivery.data).unwrap();
+    assert_eq!(body, json!({"id": "TX1", "involved_services": ["a", "b"], "data": {"amount": 1}}));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_topology_the_remedy_is_named_at_once() {
+    let place = place();
+    let (address, names) = address(&place);
+    let client = Client::connect(address, names);
+    let error = client.submit(transaction("TX1")).await.unwrap_err();
+    assert!(matches!(error, SubmitError::NoTopology { .. }), "{error:?}");
+    assert!(error.to_string().contains("dtc topology apply"), "{error}");
+    let error = client.submit_and_wait(transaction("TX1"), PATIENCE).await.unwrap_err();
+    assert!(matches!(error, WaitError::Listen(_)), "{error:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn results_find_their_requests_in_whatever_order_they_come() {
+    const COUNT: usize = 200;
+    let desk = Desk::new(place()).await;
+    let client = desk.client();
+    let waiting = (0..COUNT).map(|number| {
+        let client = client.clone();
+        async move { client.submit_and_wait(transaction(&format!("TX{number}")), PATIENCE).await }
+    });
+    let waiting = tokio::spawn(join_all(waiting));
+    let mut consumer = desk.consume().await;
+    let mut requests = Vec::new();
+    while requests.len() < COUNT {
+        requests.push(take(&mut consumer).await);
+    }
+    requests.reverse();
+    for several in requests.chunks(7) {
+        let answers: Vec<_> =
+            several.iter().map(|request| answer(request, number(request))).collect();
+        desk.answer(several[0].reply.as_ref().unwrap().as_str(), &answers).await;
+    }
+    for (number, answer) in waiting.await.unwrap().into_iter().enumerate() {
+        let answer = answer.unwrap();
+        assert_eq!(answer.id.as_str(), format!("TX{number}"));
+        assert_eq!(answer.outcome, outcome_of(number), "{number}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_answer_to_a_careless_retry_names_the_earlier_transaction() {
+    let desk = Desk::new(place()).await;
+    let client = desk.client();
+    let waiting =
+        tokio::spawn(
+            async move { client.submit_and_wait(transaction("TX2"), PATIENCE).await.unwrap() },
+        );
+    let request = take(&mut desk.consume().await).await;
+    let mut answer = answer(&request, 0);
+    answer.requested_at = answer.requested_at - Duration::from_secs(100);
+    desk.answer(request.reply.unwrap().as_str(), &[answer.clone()]).await;
+    assert_eq!(waiting.await.unwrap(), answer);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_not_answered_in_time_can_be_asked_for_again_under_the_same_key() {
+    let desk = Desk::new(place()).await;
+    let client = desk.client();
+    let error = client.submit_and_wait(transaction("TX1"), Duration::from_millis(300)).await;
+    let WaitError::Unanswered { key, source: None, .. } = error.unwrap_err() else {
+        panic!("it was confirmed, and not answered");
+    };
+    let again = transaction("TX1").requested_at(key.requested_at);
+    let waiting =
+        tokio::spawn(async move { client.submit_and_wait(again, PATIENCE).await.unwrap() });
+    let mut consumer = desk.consume().await;
+    let (first, second) = (take(&mut consumer).await, take(&mut consumer).await);
+    assert_eq!(first, second);
+    assert_eq!(first.key, key);
+    desk.answer(second.reply.as_ref().unwrap().as_str(), &[answer(&second, 0)]).await;
+    assert_eq!(waiting.await.unwrap().outcome, Outcome::Committed);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_lost_connection_what_is_unanswered_is_sent_again_under_the_same_key() {
+    let broker = Broker::start();
+    let desk = Desk::new(broker.place()).await;
+    let client = desk.client();
+    let waiting = tokio::spawn(async move {
+        client.submit_and_wait(transaction("TX1"), Duration::from_secs(120)).await.unwrap()
+    });
+    let delivery = desk.consume().await.next().await.unwrap().unwrap();
+    let first = decode_request(&delivery.data, *delivery.properties.timestamp()).unwrap();
+    let restarting = tokio::task::spawn_blocking(move || {
+        broker.restart();
+        broker
+    });
+    let _broker = restarting.await.unwrap();
+    let desk = desk.again().await;
+    let mut consumer = desk.consume().await;
+    // The one from before, since nobody has acknowledged it; and its copy.
+    let (again, copy) = (take(&mut consumer).await, take(&mut consumer).await);
+    assert_eq!([&again, &copy], [&first, &first]);
+    desk.answer(copy.reply.as_ref().unwrap().as_str(), &[answer(&copy, 0)]).await;
+    assert_eq!(waiting.await.unwrap().requested_at, first.key.requested_at);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_that_is_not_there_is_waited_for_no_longer_than_asked() {
+    let (address, names) = address(&at(place(), "amqp://127.0.0.1:9"));
+    let client = Client::connect(address, names);
+    let limit = Duration::from_millis(500);
+    let error = client.submit_and_wait(transaction("TX1"), limit).await.unwrap_err();
+    assert!(matches!(error, WaitError::Unanswered { .. }), "{error:?}");
+}
+
+// ---- `dtc submit` ----------------------------------------------------------------------------
+
+#[tokio::test(flavor = "multi_thread")]
+async fn submitted_files_print_their_results_in_order() {
+    let desk = Desk::new(place()).await;
+    let world = World::at(desk.place.clone());
+    let file = world.file("transactions.json", &transactions(50));
+    let mut submit = world.submit(&file, &["--wait"]);
+    let mut consumer = desk.consume().await;
+    let mut requests = Vec::new();
+    while requests.len() < 50 {
+        requests.push(take(&mut consumer).await);
+    }
+    for request in requests.iter().rev() {
+        let answer = answer(request, number(request));
+        desk.answer(request.reply.as_ref().unwrap().as_str(), &[answer]).await;
+    }
+    submit.exited(0, PATIENCE);
+    let results: Vec<Value> = serde_json::from_str(&submit.stdout.text()).unwrap();
+    let expected: Vec<_> = (0..50)
+        .map(|number| json!({"id": format!("TX{number}"), "status": outcome_of(number).as_str()}))
+        .collect();
+    assert_eq!(results, expected);
+    assert!(submit.stderr.text().contains("25 committed, 25 aborted, 0 unresolved"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn with_a_moment_of_its_own_a_file_is_submitted_again_as_the_same_transactions() {
+    let desk = Desk::new(place()).await;
+    let world = World::at(desk.place.clone());
+    let file = world.file("transactions.json", &transactions(3));
+    for _ in 0..2 {
+        let submit = world.submit(&file, &["--requested-at", "1700000000"]);
+        assert!(submit.succeeded(PATIENCE).is_empty());
+    }
+    let mut consumer = desk.consume().await;
+    let mut keys = Vec::new();
+    while keys.len() < 6 {
+        keys.push(take(&mut consumer).await.key.to_string());
+    }
+    keys.sort();
+    let expected: Vec<_> = (0..6).map(|number| format!("TX{}@1700000000000", number / 2)).collect();
+    assert_eq!(keys, expected);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_not_answered_in_time_is_named() {
+    let desk = Desk::new(place()).await;
+    let world = World::at(desk.place.clone());
+    let file = world.file("transactions.json", &transactions(2));
+    let mut submit =
+        world.submit(&file, &["--wait", "--timeout", "500ms", "--requested-at", "1700000000"]);
+    submit.exited(1, PATIENCE);
+    assert_eq!(submit.stdout.text().trim(), "[]");
+    let said = submit.stderr.text();
+    assert!(said.contains("2 of 2 not answered: "), "{said}");
+    assert!(said.contains("TX1 (--requested-at 1700000000)"), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_of_a_bad_file_is_sent_and_of_bad_lines_what_was_before() {
+    let desk = Desk::new(place()).await;
+    let world = World::at(desk.place.clone());
+    let bad = world.file("bad.json", &json!([{"id": "TX1"}]));
+    world.submit(&bad, &[]).exited(65, PATIENCE);
+    let large = "x".repeat(256 * 1024 - 100);
+    let large = json!([{"id": "L", "involved_services": ["a"], "data": {"x": large}}]);
+    let large = world.file("large.json", &large);
+    world.submit(&large, &[]).exited(65, PATIENCE);
+    let lines = world.path("lines.ndjson");
+    fs::write(&lines, format!("{}\n{{}}\n", one("TX7"))).unwrap();
+    let mut submit = world.submit(&lines, &[]);
+    submit.exited(65, PATIENCE);
+    assert!(submit.stderr.text().contains("lines.ndjson:2"), "{}", submit.stderr.text());
+    assert_eq!(take(&mut desk.consume().await).await.key.id.as_str(), "TX7");
+    assert!(desk.take_now().await.is_none());
+}
+
+#[test]
+fn a_broker_that_is_not_there_or_says_no_has_its_exit_code() {
+    let place = place();
+    let world = World::at(place.clone());
+    let file = world.file("transactions.json", &transactions(1));
+    world.submit(&file, &[]).exited(78, PATIENCE);
+    world.submit(&file, &["--wait"]).exited(78, PATIENCE);
+    let nobody = at(place.clone(), "amqp://127.0.0.1:9");
+    World::at(nobody).submit(&file, &[]).exited(69, PATIENCE);
+    let host = place.url.rsplit('@').next().unwrap();
+    let stranger = format!("amqp://guest:hush-hush@{}", host.trim_start_matches("amqp://"));
+    let mut refused = World::at(at(place, &stranger)).submit(&file, &[]);
+    refused.exited(77, PATIENCE);
+    assert!(!refused.stderr.text().contains("hush"), "{}", refused.stderr.text());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_signal_ends_the_sending_and_what_was_sent_is_waited_for() {
+    let desk = Desk::new(place()).await;
+    let world = World::at(desk.place.clone());
+    let mut command = world.dtc(&["submit", "-", "--wait"]);
+    command.stdin(std::process::Stdio::piped());
+    let mut child = command
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    std::io::Write::write_all(&mut stdin, format!("{}\n", one("TX1")).as_bytes()).unwrap();
+    let request = take(&mut desk.consume().await).await;
+    let id = nix::unistd::Pid::from_raw(i32::try_from(child.id()).unwrap());
+    nix::sys::signal::kill(id, nix::sys::signal::Signal::SIGINT).unwrap();
+    let said = crate::lines::Lines::of(child.stderr.take().unwrap());
+    assert!(said.wait_for("interrupted", PATIENCE).is_some());
+    desk.answer(request.reply.as_ref().unwrap().as_str(), &[answer(&request, 0)]).await;
+    let output = tokio::task::spawn_blocking(move || child.wait_with_output().unwrap());
+    let output = timeout(PATIENCE, output).await.unwrap().unwrap();
+    assert_eq!(output.status.code(), Some(130));
+    assert_eq!(output.stdout, b"{\"id\":\"TX1\",\"status\":\"COMMITTED\"}\n");
+    drop(stdin);
+}
+
+// ---- `dtc status` ----------------------------------------------------------------------------
+
+#[tokio::test(flavor = "multi_thread")]
+async fn status_tells_the_first_record_of_every_transaction_with_the_id() {
+    let desk = Desk::new(place()).await;
+    let now = Clock::start().now();
+    // As long ago as the journal is complete for.
+    let at = Time::from_millis((now + Duration::from_secs(120)).as_millis() / 1000 * 1000);
+    let mut first = decision("TX1", at, Outcome::Committed, "w1");
+    let payments = ServiceName::parse("payments").unwrap();
+    let branch = Branch::of(&InstanceId::parse("i1").unwrap(), 7);
+    first.branches = vec![(payments.clone(), branch.clone())];
+    let void = decision("TX1", at, Outcome::Aborted, "w2");
+    let other = decision("TX1", at + Duration::from_secs(1), Outcome::Aborted, "w2");
+    desk.write(&[decision("TX0", at, Outcome::Aborted, "w1"), first.clone()]).await;
+    desk.write::<Decision>(&[]).await;
+    desk.write(&[void, other]).await;
+    let parked_at = now + Duration::from_secs(1);
+    let matter = Matter::Uncommitted {
+        service: payments.clone(),
+        branch: branch.clone(),
+        error: Some("disk full".into()),
+    };
+    desk.write_to(
+        &desk.names.unresolved(),
+        &[Parked { key: first.key.clone(), matter, parked_at }],
+    )
+    .await;
+
+    let world = World::at(desk.place.clone());
+    let [one, two]: [Value; 2] = status(&world, &["TX1"], 0).try_into().unwrap();
+    assert_eq!((&one["outcome"], &one["worker"]), (&json!("COMMITTED"), &json!("w1")));
+    assert_eq!((&one["void_records"], &one["certain"]), (&json!(1), &json!(true)));
+    assert_eq!(one["branches"], json!({"payments": "i1.7"}));
+    let parked = &one["parked"][0];
+    assert_eq!((&parked["error"], &parked["settled_at"]), (&json!("disk full"), &Value::Null));
+    assert_eq!((&two["outcome"], &two["parked"]), (&json!("ABORTED"), &json!([])));
+
+    let settled_at = parked_at + Duration::from_secs(1);
+    let worker = WorkerId::parse("w3").unwrap();
+    let settled = Settled { key: first.key, service: payments, settled_at, worker };
+    desk.write_to(&desk.names.unresolved(), &[settled]).await;
+    let found = status(&world, &["TX1"], 0);
+    assert_eq!(found[0]["parked"][0]["settled_at"], settled_at.as_millis());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_not_found_is_said_as_of_when_the_journal_is_complete() {
+    let desk = Desk::new(place()).await;
+    let world = World::at(desk.place.clone());
+    let begun_at = desk.begun_at.as_millis();
+    let missing = json!([{"id": "TX9", "found": false, "not_found_since": begun_at}]);
+    assert_eq!(json!(status(&world, &["TX9"], 1)), missing);
+    let now = Clock::start().now();
+    desk.write(&[decision("TX1", now, Outcome::Aborted, "w1")]).await;
+    let both = status(&world, &["TX9", "TX1"], 1);
+    assert_eq!((&both[0]["outcome"], &both[1]), (&json!("ABORTED"), &missing[0]));
+    // The journal begins later than that.
+    assert_eq!(json!(status(&world, &["TX9", "--since", "1h"], 1)), missing);
+    let found = status(&world, &["TX1", "--since", "1h"], 0);
+    assert_eq!(found[0]["outcome"], "ABORTED");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_journal_without_its_beginning_is_complete_a_margin_after_its_first_record() {
+    let desk = Desk::bare(place()).await;
+    desk.stream(&desk.names.journal()).await;
+    desk.stream(&desk.names.unresolved()).await;
+    let world = World::at(desk.place.clone());
+    assert_eq!(status(&world, &["TX9"], 1)[0]["not_found_since"], Value::Null);
+    let now = Clock::start().now();
+    let record = decision("TX1", now, Outcome::Committed, "w1");
+    let decided_at = record.decided_at;
+    desk.write(&[record]).await;
+    let both = status(&world, &["TX1", "TX9"], 1);
+    assert_eq!((&both[0]["outcome"], &both[0]["certain"]), (&json!("COMMITTED"), &json!(false)));
+    let since = (decided_at + history::CLOCK_MARGIN).as_millis();
+    assert_eq!(both[1]["not_found_since"], since);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn status_without_a_topology_is_a_matter_of_configuration() {
+    let world = World::at(place());
+    let status = crate::processes::Process::start("status", &mut world.dtc(&["status", "TX1"]));
+    let mut status = status;
+    status.exited(78, PATIENCE);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_long_journal_is_read_to_its_end() {
+    const MESSAGES: usize = 50_000;
+    let desk = Desk::new(place()).await;
+    let now = Clock::start().now();
+    let mut confirms = Vec::new();
+    for number in 0..MESSAGES {
+        let record = decision(&format!("TX{number}"), now, Outcome::Committed, "w1");
+        confirms.push(desk.publish_to(&desk.names.journal(), &[record]).await);
+    }
+    for confirm in confirms {
+        assert!(confirm.await.unwrap().is_ack());
+    }
+    let last = format!("TX{}", MESSAGES - 1);
+    let ids: BTreeSet<_> =
+        ["TX0", &last, "TX"].iter().map(|id| TransactionId::parse(id).unwrap()).collect();
+    let began = Instant::now();
+    let (address, names) = address(&desk.place);
+    let history = history::look_up(&address, &names, &ids, history::Since::Always).await.unwrap();
+    let took = began.elapsed();
+    println!("{MESSAGES} records read in {took:?}: {:.0}/s", MESSAGES as f64 / took.as_secs_f64());
+    assert_eq!((history.n_records, history.n_unreadable), (MESSAGES as u64, 0));
+    assert_eq!(history.transactions.len(), 2);
+}
+
+fn status(world: &World, arguments: &[&str], code: i32) -> Vec<Value> {
+    let mut command = world.dtc(&["status", "--output", "json"]);
+    let mut process = crate::processes::Process::start("status", command.args(arguments));
+    process.exited(code, PATIENCE);
+    serde_json::from_str(&process.stdout.text()).unwrap()
+}
+
+// ---- Who plays the worker --------------------------------------------------------------------
+
+/// A worker that does what the test says.
+struct Desk {
+    place: Place,
+    names: Names,
+    begun_at: Time,
+    channel: Channel,
+    _connection: Connection,
+    _leftovers: Leftovers,
+}
+
+/// `place` as reached under another address.
+fn at(mut place: Place, url: &str) -> Place {
+    url.clone_into(&mut place.url);
+    place
+}
+
+fn address(place: &Place) -> (Address, Names) {
+    let address = Address::new(place.url.parse().unwrap(), "test");
+    (address, Names::new(Namespace::parse(&place.namespace).unwrap()))
+}
+
+impl Desk {
+    /// With everything declared.
+    async fn new(place: Place) -> Self {
+        let (address, names) = address(&place);
+        let now = Clock::start().now();
+        let clock_margin = history::CLOCK_MARGIN;
+        let options = Options { settings: Settings::default(), now, clock_margin };
+        let applied = apply(&address, &names, &[], &options).await.unwrap();
+        let begun_at = applied.begun.unwrap().complete_since;
+        Self { begun_at, ..Self::bare(place).await }
+    }
+
+    /// With nothing declared.
+    async fn bare(place: Place) -> Self {
+        let (_, names) = address(&place);
+        let topology = Topology::of(&names, &[], &Settings::default());
+        let queues = topology.queues.iter().map(|it| it.name.to_string()).collect();
+        let exchanges = topology.exchanges.iter().map(|it| it.name.to_string()).collect();
+        let leftovers = place.leaves(queues, exchanges);
+        let connection =
+            Connection::connect(&place.url, ConnectionProperties::default()).await.unwrap();
+        let channel = connection.create_channel().await.unwrap();
+        channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
+        let begun_at = Time::EPOCH;
+        Self { place, names, begun_at, channel, _connection: connection, _leftovers: leftovers }
+    }
+
+    /// The same after the broker was away.
+    async fn again(self) -> Self {
+        Self::bare(self.place).await
+    }
+
+    fn client(&self) -> Client {
+        let (address, names) = address(&self.place);
+        Client::connect(address, names)
+    }
+
+    async fn stream(&self, name: &lapin::types::ShortString) {
+        let options = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+        let mut arguments = FieldTable::default();
+        arguments.insert("x-queue-type".into(), AMQPValue::LongString("stream".into()));
+        self.channel.queue_declare(name.clone(), options, arguments).await.unwrap();
+    }
+
+    /// A request, if there is one.
+    async fn take_now(&self) -> Option<Delivery> {
+        let taken = self
+            .channel
+            .basic_get(self.names.requests(), BasicGetOptions::default())
+            .await
+            .unwrap();
+        taken.map(|message| message.delivery)
+    }
+
+    async fn consume(&self) -> Consumer {
+        let (options, nothing) = (BasicConsumeOptions::default(), FieldTable::default());
+        self.channel
+            .basic_consume(self.names.requests(), "".into(), options, nothing)
+            .await
+            .unwrap()
+    }
+
+    async fn answer(&self, reply: &str, answers: &[Answer]) {
+        let mut items = Items::new();
+        answers.iter().for_each(|answer| items.push(answer).unwrap());
+        let properties = BasicProperties::default().with_type("dtc.result.v1".into());
+        let confirm = self
+            .channel
+            .basic_publish(
+                self.names.results(),
+                key(reply, answers[0].outcome),
+                BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() },
+                &items.into_body(),
+                properties,
+            )
+            .await
+            .unwrap()
+            .await
+            .unwrap();
+        assert!(matches!(confirm, lapin::Confirmation::Ack(None)), "{confirm:?}");
+    }
+
+    /// Writes into the journal.
+    async fn write<T: Item>(&self, items: &[T]) {
+        self.write_to(&self.names.journal(), items).await;
+    }
+
+    async fn write_to<T: Item>(&self, stream: &lapin::types::ShortString, items: &[T]) {
+        assert!(self.publish_to(stream, items).await.await.unwrap().is_ack());
+    }
+
+    async fn publish_to<T: Item>(
+        &self,
+        stream: &lapin::types::ShortString,
+        items: &[T],
+    ) -> lapin::PublisherConfirm {
+        let mut body = Items::new();
+        items.iter().for_each(|item| body.push(item).unwrap());
+        let properties = BasicProperties::default().with_type(T::KIND.as_type().into());
+        let options = BasicPublishOptions::default();
+        self.channel
+            .basic_publish("".into(), stream.clone(), options, &body.into_body(), properties)
+            .await
+            .unwrap()
+    }
+}
+
+async fn take(consumer: &mut Consumer) -> Request {
+    let delivery = timeout(PATIENCE, consumer.next()).await.unwrap().unwrap().unwrap();
+    delivery.ack(BasicAckOptions::default()).await.unwrap();
+    decode_request(&delivery.data, *delivery.properties.timestamp()).unwrap()
+}
+
+fn transaction(id: &str) -> Submission {
+    Submission::new(id, ["payments"], json!({"amount": 1}))
+}
+
+fn one(id: &str) -> Value {
+    json!({"id": id, "involved_services": ["payments"], "data": {}})
+}
+
+fn transactions(count: usize) -> Value {
+    (0..count).map(|number| one(&format!("TX{number}"))).collect()
+}
+
+fn number(request: &Request) -> usize {
+    request.key.id.as_str().trim_start_matches("TX").parse().unwrap()
+}
+
+fn outcome_of(number: usize) -> Outcome {
+    if number.is_multiple_of(2) { Outcome::Committed } else { Outcome::Aborted }
+}
+
+fn answer(request: &Request, number: usize) -> Answer {
+    let TransactionKey { id, requested_at } = request.key.clone();
+    let (outcome, decided_at) = (outcome_of(number), requested_at);
+    Answer { id, requested_at, outcome, reason: None, unresolved: vec![], decided_at }
+}
+
+fn decision(id: &str, at: Time, outcome: Outcome, worker: &str) -> Decision {
+    let requested_at = Time::from_millis(at.as_millis() / 1000 * 1000);
+    Decision {
+        key: TransactionKey { id: TransactionId::parse(id).unwrap(), requested_at },
+        request_hash: RequestHash([7; 16]),
+        outcome,
+        branches: vec![],
+        reason: None,
+        decided_at: requested_at + Duration::from_millis(1),
+        worker: WorkerId::parse(worker).unwrap(),
+    }
+}
