@@ -1,12 +1,12 @@
 //! What every command that talks to RabbitMQ is told about it.
 
-use std::fmt;
+use std::{fmt, time::Duration};
 
 use anyhow::Context as _;
 use clap::Args;
 
 use crate::{
-    cli::{Exit, Failure},
+    cli::{Exit, Failure, duration},
     transport::amqp::{
         connection::{Broker, ConnectError, Disposition},
         names::{Names, Namespace},
@@ -23,6 +23,11 @@ pub(super) struct BrokerArguments {
     /// What the names of all exchanges and queues begin with
     #[arg(long, value_name = "NAME", default_value = "dtc", env = "DTC__BROKER__NAMESPACE")]
     namespace: Namespace,
+    /// How often to show the broker that we live, in whole seconds; it gives up who is silent for
+    /// two to three times as long
+    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = duration::parse)]
+    #[arg(env = "DTC__BROKER__HEARTBEAT")]
+    heartbeat: Duration,
 }
 
 impl BrokerArguments {
@@ -30,7 +35,7 @@ impl BrokerArguments {
     pub(super) fn broker(&self, name: impl Into<String>) -> Result<Broker, Failure> {
         let address = self.url.0.parse().context("invalid --broker (or DTC__BROKER__URL)");
         let address = address.map_err(|error| Failure::new(Exit::Usage, error))?;
-        Ok(Broker::new(address, name))
+        Ok(Broker { heartbeat: self.heartbeat, ..Broker::new(address, name) })
     }
 
     /// What everything is called there.
