@@ -219,7 +219,8 @@ impl Client {
 
     /// The moment it is now, in whole seconds as they travel.
     pub(crate) fn now(&self) -> Time {
-        self.shared.clock.now()
+        let seconds = self.shared.clock.now().as_millis() / 1000;
+        Time::from_millis(seconds * 1000)
     }
 
     /// [`Client::submit`] for what was checked before.

@@ -152,7 +152,7 @@ pub enum ServeError {
         service: ServiceName,
         /// What is another.
         #[source]
-        source: TopologyError,
+        source: Box<TopologyError>,
     },
 }
 
@@ -167,7 +167,7 @@ pub enum OpenError {
     Channel(#[source] lapin::Error),
     /// What is to be declared can't be.
     #[error("failed to declare the service's queues")]
-    Declare(#[source] TopologyError),
+    Declare(#[source] Box<TopologyError>),
     /// The queue can't be consumed or declared.
     #[error("failed to use queue `{name}`")]
     Queue {
@@ -250,7 +250,7 @@ struct Server {
 /// Why an instance works no more.
 enum Ended {
     Stopped,
-    Lost(Session, Lost),
+    Lost(Box<Session>, Lost),
 }
 
 impl Server {
@@ -291,7 +291,7 @@ impl Server {
                     }
                     self.events.push_back(Event::Disconnected);
                     self.settle(None);
-                    old = Some(session);
+                    old = Some(*session);
                 }
             }
         }
@@ -341,7 +341,7 @@ impl Server {
     ) -> Result<Option<Session>, ServeError> {
         let service = self.settings.service.clone();
         let mut session = session.map_err(|source| match source {
-            OpenError::Declare(source @ TopologyError::Mismatch(_)) => {
+            OpenError::Declare(source) if matches!(*source, TopologyError::Mismatch(_)) => {
                 ServeError::Mismatch { service, source }
             }
             OpenError::Connect(_)
@@ -418,7 +418,7 @@ impl Server {
                 () = sleep_until_some(wake_at) => Ok(()),
             };
             if let Err(lost) = heard.and_then(|()| self.take_ready(&mut session)) {
-                return Ended::Lost(session, lost);
+                return Ended::Lost(Box::new(session), lost);
             }
         }
     }

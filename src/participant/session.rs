@@ -401,7 +401,8 @@ async fn declare(settings: &ServeSettings, max_wait: Duration) -> Result<(), Ope
     let runtime = Handle::current();
     // On a thread of its own, since what compares can't be sent between threads.
     let applied = tokio::task::spawn_blocking(move || {
-        runtime.block_on(apply_services(&broker, &names, &[service], &options))
+        let applied = runtime.block_on(apply_services(&broker, &names, &[service], &options));
+        applied.map_err(Box::new)
     });
     let Ok(applied) = applied.await else { return Ok(()) };
     for created in applied.map_err(OpenError::Declare)?.created {

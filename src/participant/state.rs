@@ -344,3 +344,117 @@ impl Log {
 fn writeln_at_once(mut file: &File, line: &str) -> io::Result<()> {
     file.write_all(format!("{line}\n").as_bytes())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, thread};
+
+    use super::State;
+    use crate::{
+        participant::{Finish, Prepare},
+        protocol::{
+            ids::{Branch, InstanceId, RequestHash, ServiceName, TransactionId, TransactionKey},
+            message::{Outcome, Payload},
+            time::Time,
+        },
+    };
+
+    fn state(directory: &std::path::Path, instance: &str) -> State {
+        let service = ServiceName::parse("payments").unwrap();
+        State::open(directory, &service, &InstanceId::parse(instance).unwrap()).unwrap()
+    }
+
+    fn prepare(id: &str, instance: &str) -> Prepare {
+        let id = TransactionId::parse(id).unwrap();
+        let key = TransactionKey { id, requested_at: Time::from_millis(7000) };
+        let branch = Branch::of(&InstanceId::parse(instance).unwrap(), 3);
+        let hash = RequestHash([0xab; 16]);
+        Prepare::new(key, branch, hash, Time::from_millis(9999), Payload::new("{}"))
+    }
+
+    fn finish(call: &Prepare) -> Finish {
+        Finish { key: call.key.clone(), branch: call.branch.clone() }
+    }
+
+    fn block_on<T>(future: impl Future<Output = T>) -> T {
+        let mut runtime = tokio::runtime::Builder::new_current_thread();
+        runtime.enable_time().build().unwrap().block_on(future)
+    }
+
+    fn lines(directory: &std::path::Path, name: &str) -> usize {
+        fs::read_to_string(directory.join("payments").join(name)).unwrap().lines().count()
+    }
+
+    #[test]
+    fn what_one_instance_prepares_another_finds_and_finishes() {
+        let directory = tempfile::tempdir().unwrap();
+        let (one, other) = (state(directory.path(), "i1"), state(directory.path(), "i2"));
+        let (call, beside) = (prepare("a:1", "i1"), prepare("a:12", "i1"));
+        one.prepare(&call).unwrap();
+        one.prepare(&beside).unwrap();
+        let found = other.in_doubt(Some(&call.key)).unwrap();
+        assert_eq!(found.len(), 1);
+        assert_eq!((&found[0].key, &found[0].branch), (&call.key, &call.branch));
+        assert_eq!(found[0].request_hash, call.request_hash);
+        assert_eq!(found[0].deadline, call.deadline);
+        assert_eq!(other.in_doubt(None).unwrap().len(), 2);
+        block_on(other.finish(&finish(&call), Outcome::Committed)).unwrap();
+        block_on(one.finish(&finish(&call), Outcome::Committed)).unwrap();
+        block_on(one.finish(&finish(&beside), Outcome::Aborted)).unwrap();
+        assert!(one.in_doubt(None).unwrap().is_empty());
+        assert_eq!(lines(directory.path(), "committed.log"), 1);
+        assert_eq!(lines(directory.path(), "aborted.log"), 1);
+    }
+
+    #[test]
+    fn instances_that_finish_one_branch_at_once_do_it_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let calls: Vec<_> = (0..200).map(|n| prepare(&format!("t{n}"), "i1")).collect();
+        let one = state(directory.path(), "i1");
+        calls.iter().for_each(|call| one.prepare(call).unwrap());
+        thread::scope(|scope| {
+            for instance in ["i1", "i2", "i3", "i4"] {
+                let state = state(directory.path(), instance);
+                let calls = &calls;
+                scope.spawn(move || {
+                    for call in calls {
+                        block_on(state.finish(&finish(call), Outcome::Committed)).unwrap();
+                    }
+                });
+            }
+        });
+        assert_eq!(lines(directory.path(), "committed.log"), 200);
+    }
+
+    #[test]
+    fn whoever_is_killed_in_the_middle_of_a_finish_leaves_one_line() {
+        let directory = tempfile::tempdir().unwrap();
+        let state = state(directory.path(), "i1");
+        let (noted, added) = (prepare("t1", "i1"), prepare("t2", "i1"));
+        let log = directory.path().join("payments/committed.log");
+        for (call, line) in [(&noted, None), (&added, Some("t2 7 i1.3 1 i1\n"))] {
+            state.prepare(call).unwrap();
+            let path = directory.path().join(format!("payments/prepared/{}@7@i1.3", call.id()));
+            let text = fs::read_to_string(&path).unwrap();
+            fs::write(&path, format!("{text}COMMITTED\n")).unwrap();
+            if let Some(line) = line {
+                let before = fs::read_to_string(&log).unwrap();
+                fs::write(&log, format!("{before}{line}")).unwrap();
+            }
+            assert_eq!(state.in_doubt(Some(&call.key)).unwrap().len(), 1);
+            block_on(state.finish(&finish(call), Outcome::Committed)).unwrap();
+        }
+        assert_eq!(lines(directory.path(), "committed.log"), 2);
+        assert!(state.in_doubt(None).unwrap().is_empty());
+    }
+
+    #[test]
+    fn what_was_not_written_to_its_end_is_not_held() {
+        let directory = tempfile::tempdir().unwrap();
+        let state = state(directory.path(), "i1");
+        for text in ["", "abababababababababababababababab", "x 1\n"] {
+            fs::write(directory.path().join("payments/prepared/t1@7@i1.3"), text).unwrap();
+            assert!(state.in_doubt(None).unwrap().is_empty(), "{text:?}");
+        }
+    }
+}

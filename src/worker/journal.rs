@@ -32,6 +32,9 @@ use crate::{
 /// How many messages are on their way to a reader.
 const PREFETCH: u16 = 1000;
 
+/// Among how many messages a journal's word about its beginning is looked for.
+const BEGINNING_MAX: u16 = 100;
+
 /// How long a stream may show nothing though something is known to be there.
 const SILENCE_MAX: Duration = Duration::from_secs(30);
 
@@ -205,7 +208,7 @@ impl Journal {
         mut read: impl FnMut(Record),
     ) -> Result<Tail, ReadError> {
         let marker = self.mark().await?;
-        let (mut tail, first, reaches) = self.open_at(from, clock_margin).await?;
+        let (mut tail, first, reaches) = self.open_at(from, clock_margin, &marker).await?;
         begin(first.offset, reaches);
         let mut is_end = first.is_marker(&marker);
         read(first);
@@ -249,8 +252,9 @@ impl Journal {
         found: &mpsc::Sender<Found>,
     ) -> Result<(), ReadError> {
         // At least one message is there to be read, then.
-        self.mark().await?;
-        let (mut tail, mut record, reaches) = self.open_at(look.from, look.clock_margin).await?;
+        let marker = self.mark().await?;
+        let (mut tail, mut record, reaches) =
+            self.open_at(look.from, look.clock_margin, &marker).await?;
         while record.offset < look.until {
             let is_last = record.offset + 1 >= look.until;
             if !record.decisions.is_empty() {
@@ -267,27 +271,43 @@ impl Journal {
     }
 
     /// Opens the stream where every record made at `from` or later lies behind: its first message,
-    /// and from when on nothing is missing, if anything can be vouched for.
+    /// and from when on nothing is missing, if anything can be vouched for. `marker` was written
+    /// before.
     async fn open_at(
         &self,
         from: Time,
         clock_margin: Duration,
+        marker: &ShortString,
     ) -> Result<(Tail, Record, Option<Time>), ReadError> {
-        let mut head = self.open(AMQPValue::LongString("first".into()), 1).await?;
-        let begun = head.record().await?;
-        head.inbox.close().await;
+        let (head, begun) = self.beginning(marker).await?;
         // The broker's clock says when a record arrived, which by that of its worker may be as much
         // as the margin earlier than it was made.
         let seconds = (from - clock_margin).as_millis() / 1000;
         let mut tail = self.open(AMQPValue::Timestamp(seconds), PREFETCH).await?;
         let first = tail.record().await?;
-        let reaches = if first.offset > begun.offset {
-            // Something older is still there, so nothing younger is gone.
-            Some(from)
-        } else {
-            begun.begun.map(|begun| begun.complete_since)
-        };
+        // Where something older is still there, nothing younger is gone.
+        let is_after_others = first.offset > head;
+        let reaches = is_after_others.then_some(from).or(begun.map(|it| it.complete_since));
         Ok((tail, first, reaches))
+    }
+
+    /// The first offset that is there, and what the journal says of its own beginning. That is its
+    /// first message, unless somebody wrote to it before `dtc topology apply` did.
+    async fn beginning(
+        &self,
+        marker: &ShortString,
+    ) -> Result<(u64, Option<JournalBegun>), ReadError> {
+        let mut head = self.open(AMQPValue::LongString("first".into()), BEGINNING_MAX).await?;
+        let mut record = head.record().await?;
+        let first = record.offset;
+        for _ in 1..BEGINNING_MAX {
+            if first > 0 || record.begun.is_some() || record.is_marker(marker) {
+                break;
+            }
+            record = head.record().await?;
+        }
+        head.inbox.close().await;
+        Ok((first, record.begun))
     }
 
     /// Writes a marker, and waits until it is there.

@@ -22,7 +22,7 @@ use dtc::{
         connection::Broker as Address,
         names::{Names, Namespace, key},
         topology::{
-            Settings,
+            Settings, Topology,
             apply::{Options, apply},
         },
     },
@@ -43,7 +43,7 @@ use serde_json::{Value, json};
 use tokio::time::timeout;
 
 use crate::{
-    broker::{Broker, Place, place},
+    broker::{Broker, Leftovers, Place, place},
     processes::World,
 };
 
@@ -169,8 +169,7 @@ async fn after_a_lost_connection_what_is_unanswered_is_sent_again_under_the_same
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_broker_that_is_not_there_is_waited_for_no_longer_than_asked() {
-    let place = Place { url: "amqp://127.0.0.1:9".to_owned(), namespace: "dtc".to_owned() };
-    let (address, names) = address(&place);
+    let (address, names) = address(&at(place(), "amqp://127.0.0.1:9"));
     let client = Client::connect(address, names);
     let limit = Duration::from_millis(500);
     let error = client.submit_and_wait(transaction("TX1"), limit).await.unwrap_err();
@@ -262,12 +261,11 @@ fn a_broker_that_is_not_there_or_says_no_has_its_exit_code() {
     let file = world.file("transactions.json", &transactions(1));
     world.submit(&file, &[]).exited(78, PATIENCE);
     world.submit(&file, &["--wait"]).exited(78, PATIENCE);
-    let url = place.url.clone();
-    let nobody = Place { url: "amqp://127.0.0.1:9".to_owned(), ..place.clone() };
+    let nobody = at(place.clone(), "amqp://127.0.0.1:9");
     World::at(nobody).submit(&file, &[]).exited(69, PATIENCE);
-    let (_, rest) = url.split_once('@').unwrap();
-    let stranger = Place { url: format!("amqp://guest:hush-hush@{rest}"), ..place };
-    let mut refused = World::at(stranger).submit(&file, &[]);
+    let host = place.url.rsplit('@').next().unwrap();
+    let stranger = format!("amqp://guest:hush-hush@{}", host.trim_start_matches("amqp://"));
+    let mut refused = World::at(at(place, &stranger)).submit(&file, &[]);
     refused.exited(77, PATIENCE);
     assert!(!refused.stderr.text().contains("hush"), "{}", refused.stderr.text());
 }
@@ -427,6 +425,13 @@ struct Desk {
     begun_at: Time,
     channel: Channel,
     _connection: Connection,
+    _leftovers: Leftovers,
+}
+
+/// `place` as reached under another address.
+fn at(mut place: Place, url: &str) -> Place {
+    url.clone_into(&mut place.url);
+    place
 }
 
 fn address(place: &Place) -> (Address, Names) {
@@ -449,16 +454,21 @@ impl Desk {
     /// With nothing declared.
     async fn bare(place: Place) -> Self {
         let (_, names) = address(&place);
+        let topology = Topology::of(&names, &[], &Settings::default());
+        let queues = topology.queues.iter().map(|it| it.name.to_string()).collect();
+        let exchanges = topology.exchanges.iter().map(|it| it.name.to_string()).collect();
+        let leftovers = place.leaves(queues, exchanges);
         let connection =
             Connection::connect(&place.url, ConnectionProperties::default()).await.unwrap();
         let channel = connection.create_channel().await.unwrap();
         channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
-        Self { place, names, begun_at: Time::EPOCH, channel, _connection: connection }
+        let begun_at = Time::EPOCH;
+        Self { place, names, begun_at, channel, _connection: connection, _leftovers: leftovers }
     }
 
     /// The same after the broker was away.
     async fn again(self) -> Self {
-        Self { begun_at: self.begun_at, ..Self::bare(self.place).await }
+        Self::bare(self.place).await
     }
 
     fn client(&self) -> Client {
@@ -524,7 +534,7 @@ impl Desk {
         &self,
         stream: &lapin::types::ShortString,
         items: &[T],
-    ) -> lapin::publisher_confirm::PublisherConfirm {
+    ) -> lapin::PublisherConfirm {
         let mut body = Items::new();
         items.iter().for_each(|item| body.push(item).unwrap());
         let properties = BasicProperties::default().with_type(T::KIND.as_type().into());

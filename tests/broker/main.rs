@@ -10,6 +10,7 @@ mod lines;
 mod node;
 #[path = "../support/processes.rs"]
 mod processes;
+mod readme;
 mod service;
 mod signals;
 mod topology;

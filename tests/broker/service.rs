@@ -259,7 +259,7 @@ async fn a_parked_commit_is_kept_until_its_done_is_safe() {
     let unbound = world.channel.queue_unbind(
         inquiries.clone(),
         inquiries.clone(),
-        "".into(),
+        "#".into(),
         FieldTable::default(),
     );
     unbound.await.unwrap();

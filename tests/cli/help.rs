@@ -6,8 +6,10 @@ use serde_json::json;
 #[test]
 fn the_help_is_as_it_was_read_over() {
     assert_golden("help.txt", &output(dtc().arg("--help")).exited(0).saying("").stdout);
-    let ended = output(dtc().args(["run", "--help"])).exited(0).saying("");
-    assert_golden("run-help.txt", &ended.stdout);
+    for command in ["run", "worker", "service", "submit", "status"] {
+        let ended = output(dtc().args([command, "--help"])).exited(0).saying("");
+        assert_golden(&format!("{command}-help.txt"), &ended.stdout);
+    }
     for word in ["apply", "check", "print", "delete"] {
         let ended = output(dtc().args(["topology", word, "--help"])).exited(0).saying("");
         assert_golden(&format!("topology-{word}-help.txt"), &ended.stdout);
