@@ -349,7 +349,7 @@ impl<'a> Session<'a> {
                 let (delivery, message) = request.map_err(lost)?;
                 self.request_received(delivery, &message);
             }
-            Happening::Published(ticket, published) => self.published(ticket, &published),
+            Happening::Published(ticket, published) => self.published(ticket, published)?,
             Happening::LookedFor(service, found) => self.looked_for(service, found),
             Happening::Found(found) => self.found(found),
             Happening::Link(event) => self.link_event(event)?,
@@ -455,9 +455,13 @@ impl<'a> Session<'a> {
         Then::Publish(Box::new(result), Box::new(then))
     }
 
-    fn published(&mut self, ticket: Ticket, published: &Published) {
+    fn published(&mut self, ticket: Ticket, published: Published) -> Result<(), SessionError> {
+        // Its channel is gone, and nothing else would come through.
+        if let Published::Lost(error) = published {
+            return Err(SessionError::Lost(error));
+        }
         let mut meanings = std::mem::take(&mut self.meanings);
-        self.outbox.published(ticket, published, Instant::now(), &mut meanings);
+        self.outbox.published(ticket, &published, Instant::now(), &mut meanings);
         for meaning in meanings.drain(..) {
             match meaning {
                 Meaning::Event(event) => self.tell(event),
@@ -465,6 +469,7 @@ impl<'a> Session<'a> {
             }
         }
         self.meanings = meanings;
+        Ok(())
     }
 
     /// One of the things that `held` waits for is safe.

@@ -183,16 +183,7 @@ pub enum LinkEvent {
 impl Link {
     /// What happens from now on.
     pub fn events(&self) -> impl Stream<Item = LinkEvent> + Send + Unpin + 'static {
-        let both =
-            stream::select(self.publishing.events_listener(), self.consuming.events_listener());
-        both.filter_map(|event| {
-            future::ready(match event {
-                lapin::Event::ConnectionBlocked(reason) => Some(LinkEvent::Blocked(reason)),
-                lapin::Event::ConnectionUnblocked => Some(LinkEvent::Unblocked),
-                lapin::Event::Error(error) => Some(LinkEvent::Lost(error)),
-                lapin::Event::Connected | lapin::Event::SendFlow(_) | _ => None,
-            })
-        })
+        stream::select(events(&self.publishing), events(&self.consuming))
     }
 
     /// Whether both connections stand, as far as is known.
@@ -206,6 +197,20 @@ impl Link {
             close(&connection).await;
         }
     }
+}
+
+/// What happens to one connection. The end of a channel is told by who uses it: a question after a
+/// queue that isn't there, for one, costs its channel and nothing else.
+fn events(connection: &Connection) -> impl Stream<Item = LinkEvent> + Send + Unpin + 'static {
+    let status = connection.status().clone();
+    connection.events_listener().filter_map(move |event| {
+        future::ready(match event {
+            lapin::Event::ConnectionBlocked(reason) => Some(LinkEvent::Blocked(reason)),
+            lapin::Event::ConnectionUnblocked => Some(LinkEvent::Unblocked),
+            lapin::Event::Error(error) => (!status.connected()).then_some(LinkEvent::Lost(error)),
+            lapin::Event::Connected | lapin::Event::SendFlow(_) | _ => None,
+        })
+    })
 }
 
 /// Closes a connection, and doesn't wait long for the answer.
