@@ -91,6 +91,12 @@ pub fn is_refusal(error: &lapin::Error) -> bool {
         || *error.kind() == AMQPErrorKind::Hard(AMQPHardError::NOTALLOWED)
 }
 
+/// Whether the broker has ended a channel for it, and left the connection alone.
+fn is_of_a_channel(error: &lapin::Error) -> bool {
+    let ErrorKind::ProtocolError(error) = error.kind() else { return false };
+    matches!(error.kind(), AMQPErrorKind::Soft(_))
+}
+
 /// Whether the broker said that something doesn't exist.
 pub fn is_not_found(error: &lapin::Error) -> bool {
     let ErrorKind::ProtocolError(error) = error.kind() else { return false };
@@ -189,6 +195,9 @@ impl Link {
             future::ready(match event {
                 lapin::Event::ConnectionBlocked(reason) => Some(LinkEvent::Blocked(reason)),
                 lapin::Event::ConnectionUnblocked => Some(LinkEvent::Unblocked),
+                // The end of one channel is heard by those who use it: a question for a queue that
+                // isn't there ends its channel, and nothing else.
+                lapin::Event::Error(error) if is_of_a_channel(&error) => None,
                 lapin::Event::Error(error) => Some(LinkEvent::Lost(error)),
                 lapin::Event::Connected | lapin::Event::SendFlow(_) | _ => None,
             })
