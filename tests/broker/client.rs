@@ -128,14 +128,22 @@ async fn the_answer_to_a_careless_retry_names_the_earlier_transaction() {
 async fn what_is_not_answered_in_time_can_be_asked_for_again_under_the_same_key() {
     let desk = Desk::new(place()).await;
     let client = desk.client();
-    let error = client.submit_and_wait(transaction("TX1"), Duration::from_millis(300)).await;
+    let mut consumer = desk.consume().await;
+    // With all connections made, a request is with the broker in no time.
+    let warm = tokio::spawn({
+        let client = client.clone();
+        async move { client.submit_and_wait(transaction("TX0"), PATIENCE).await.unwrap() }
+    });
+    let request = take(&mut consumer).await;
+    desk.answer(request.reply.as_ref().unwrap().as_str(), &[answer(&request, 0)]).await;
+    warm.await.unwrap();
+    let error = client.submit_and_wait(transaction("TX1"), Duration::from_secs(2)).await;
     let WaitError::Unanswered { key, source: None, .. } = error.unwrap_err() else {
         panic!("it was confirmed, and not answered");
     };
     let again = transaction("TX1").requested_at(key.requested_at);
     let waiting =
         tokio::spawn(async move { client.submit_and_wait(again, PATIENCE).await.unwrap() });
-    let mut consumer = desk.consume().await;
     let (first, second) = (take(&mut consumer).await, take(&mut consumer).await);
     assert_eq!(first, second);
     assert_eq!(first.key, key);
@@ -414,6 +422,50 @@ fn status(world: &World, arguments: &[&str], code: i32) -> Vec<Value> {
     let mut process = crate::processes::Process::start("status", command.args(arguments));
     process.exited(code, PATIENCE);
     serde_json::from_str(&process.stdout.text()).unwrap()
+}
+
+// ---- `dtc run --broker` -----------------------------------------------------------------------
+
+#[test]
+fn a_run_through_a_broker_ends_like_one_without_and_leaves_nothing() {
+    let place = place();
+    let world = World::at(place.clone());
+    let services = json!([
+        {"name": "a", "max_concurrency": 2, "prepare": {"fail_for": ["TX2"]}},
+        {"name": "b", "max_concurrency": 1, "commit": {"fail_first": 1}},
+    ]);
+    let services = world.file("services.json", &services);
+    let transactions = world.file(
+        "transactions.json",
+        &json!([
+            {"id": "TX1", "involved_services": ["a", "b"], "data": {}},
+            {"id": "TX2", "involved_services": ["a"], "data": {}},
+            {"id": "TX3", "involved_services": ["b", "nobody"], "data": {}},
+        ]),
+    );
+    let mut command = world.dtc(&["run", "--detail", "--report", "report.json"]);
+    // In a namespace of its own.
+    let words: Vec<_> = command.get_args().map(ToOwned::to_owned).collect();
+    let words = words.iter().filter(|word| **word != *"--namespace" && **word != *place.namespace);
+    let mut run = std::process::Command::new(command.get_program());
+    run.args(words).arg("--services").arg(services).arg("--transactions").arg(transactions);
+    run.current_dir(world.path("."));
+    let mut run = crate::processes::Process::start("run", &mut run);
+    run.exited(0, PATIENCE);
+    assert!(!run.stderr.text().contains("trying again"), "{}", run.stderr.text());
+    let results: Vec<Value> = serde_json::from_str(&run.stdout.text()).unwrap();
+    let told: Vec<_> =
+        results.iter().map(|it| (it["status"].as_str().unwrap(), &it["reason"]["code"])).collect();
+    let (failed, unknown) = (json!("failed"), json!("unknown_service"));
+    assert_eq!(told, [("COMMITTED", &Value::Null), ("ABORTED", &failed), ("ABORTED", &unknown)]);
+    assert_eq!(
+        results[0]["attempts"],
+        json!({"a": {"prepare": 1, "commit": 1, "abort": 0}, "b": {"prepare": 1, "commit": 2, "abort": 0}})
+    );
+    let report: Value =
+        serde_json::from_slice(&fs::read(world.path("report.json")).unwrap()).unwrap();
+    assert_eq!((&report["committed"], &report["aborted"]), (&json!(1), &json!(2)));
+    assert_eq!(report["services"]["b"]["longest_wait_ms"], Value::Null);
 }
 
 // ---- Who plays the worker --------------------------------------------------------------------
