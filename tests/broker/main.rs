@@ -11,6 +11,9 @@ mod node;
 #[path = "../support/processes.rs"]
 mod processes;
 mod readme;
+mod scenarios;
 mod service;
 mod signals;
+mod system;
 mod topology;
+mod watched;

@@ -1,0 +1,77 @@
+//! A service never has more in hand than it said, and as much as that when there is work for it.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
+
+use std::{collections::BTreeMap, time::Duration};
+
+use dtc::{Outcome, Submission, transport::amqp::topology::Cap};
+use serde_json::json;
+
+use crate::{
+    system::{Served, Setup},
+    watched::Watched,
+};
+
+const CAP: u32 = 4;
+const COUNT: usize = 200;
+
+/// The most that the service ever held, and the most that each of its instances did.
+struct Most {
+    in_all: usize,
+    by_instance: Vec<usize>,
+}
+
+/// Lets two workers bring a service to its cap.
+async fn under_pressure(change: impl FnOnce(&mut Served)) -> Most {
+    let watched = Watched::slow(Duration::from_millis(10));
+    let mut service = Served::new("A", CAP, &watched);
+    change(&mut service);
+    let instances = service.instances;
+    let system = Setup::new([service]).workers(2).start().await;
+    let submissions = (0..COUNT).map(|n| Submission::new(format!("t{n}"), ["A"], json!({})));
+    let answers = system.run_all(submissions.collect()).await;
+    system.stop().await;
+    assert!(answers.iter().all(|answer| answer.outcome == Outcome::Committed), "{answers:?}");
+    let book = watched.book();
+    let by_instance: BTreeMap<_, _> = book.most_held_by.clone();
+    println!(
+        "cap {CAP}, {instances} instances: at most {} held at once, by instance {:?}, in {COUNT} \
+         transactions",
+        book.most_held,
+        by_instance.values().collect::<Vec<_>>(),
+    );
+    Most { in_all: book.most_held, by_instance: by_instance.into_values().collect() }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cap_is_reached_and_never_exceeded() {
+    let most = under_pressure(|_| ()).await;
+    assert_eq!((most.in_all, most.by_instance), (4, vec![4]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_broker_holds_a_cap_by_itself() {
+    let most = under_pressure(|service| service.own_limit = false).await;
+    assert_eq!((most.in_all, most.by_instance), (4, vec![4]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_instance_has_a_cap_of_its_own() {
+    let most = under_pressure(|service| {
+        service.instances = 2;
+        service.own_limit = false;
+    });
+    let most = most.await;
+    assert_eq!((most.in_all, most.by_instance), (8, vec![4, 4]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cap_of_the_service_counts_for_all_instances_together() {
+    let most = under_pressure(|service| {
+        service.cap = Cap::Service;
+        service.instances = 2;
+        service.own_limit = false;
+    });
+    let most = most.await;
+    assert_eq!((most.in_all, most.by_instance), (4, vec![4]));
+}

@@ -1,0 +1,39 @@
+//! The smallest system there is.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
+
+use dtc::{Outcome, Submission};
+use serde_json::json;
+use tokio::time::Instant;
+
+use crate::{
+    system::{Served, Setup, run},
+    watched::{Watched, What},
+};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_transactions_over_two_services_commit() {
+    let (a, b) = (Watched::willing(), Watched::willing());
+    let services = [Served::new("ServiceA", 2, &a), Served::new("ServiceB", 1, &b)];
+    let system = Setup::new(services).start().await;
+
+    let began = Instant::now();
+    let one = Submission::new("TX1", ["ServiceA", "ServiceB"], json!({"amount": 100}));
+    let two = Submission::new("TX2", ["ServiceA"], json!({"amount": 50}));
+    let (one, two) = tokio::join!(run(&system.client, one), run(&system.client, two));
+    println!("both answered within {:.1?}", began.elapsed());
+
+    for answer in [&one, &two] {
+        assert_eq!(answer.outcome, Outcome::Committed, "{answer:?}");
+        assert_eq!((&answer.reason, answer.unresolved.len()), (&None, 0), "{answer:?}");
+    }
+    let tallies = system.stop().await;
+    assert_eq!((tallies[0].taken, tallies[0].committed, tallies[0].rejected), (2, 2, 0));
+    for (watched, ids) in [(&a, &["TX1", "TX2"][..]), (&b, &["TX1"])] {
+        let book = watched.book();
+        for id in ids {
+            assert_eq!(book.whats_of(id), [What::Prepare, What::Commit], "{id}");
+        }
+        assert_eq!((book.calls.len(), book.committed.len()), (2 * ids.len(), ids.len()));
+    }
+}

@@ -1,0 +1,124 @@
+//! A service without a free slot.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
+
+use std::time::Duration;
+
+use dtc::{Outcome, ReasonCode, Submission};
+use serde_json::json;
+use tokio::time::Instant;
+
+use crate::{
+    system::{Served, Setup, System, figures, run},
+    watched::{Ending, Gate, LIMIT, Watched, What},
+};
+
+/// A service whose commit of `holder` waits at the gate.
+fn held_at(gate: &Gate) -> Watched {
+    let gate = gate.clone();
+    Watched::new(move |asked| {
+        let gate = gate.clone();
+        async move {
+            if asked.id == "holder" && asked.what == What::Commit {
+                gate.pass().await;
+            }
+            Ending::Done
+        }
+    })
+}
+
+/// `open` has many slots, and the one of `tight` is taken until the gate opens.
+struct Full {
+    system: System,
+    gate: Gate,
+    open: Watched,
+    tight: Watched,
+    holder: tokio::task::JoinHandle<Outcome>,
+}
+
+async fn full(max_wait: Duration) -> Full {
+    let gate = Gate::shut();
+    let (open, tight) = (Watched::willing(), held_at(&gate));
+    let mut full = Served::new("tight", 1, &tight);
+    full.max_wait = max_wait;
+    // It is asked first of those that may be contended, by its name.
+    let services = [Served::new("open", 10, &open), full];
+    let system = Setup::new(services).start().await;
+    let client = system.client.clone();
+    let holder = Submission::new("holder", ["tight"], json!({}));
+    let holder = tokio::spawn(async move { run(&client, holder).await.outcome });
+    tight.until("the holder commits", |book| book.n_calls(What::Commit) == 1).await;
+    Full { system, gate, open, tight, holder }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_patience_no_slot_is_told_at_once() {
+    let Full { system, gate, open, tight, holder } = full(Duration::ZERO).await;
+    let mut medians = Vec::new();
+    // Whoever else uses the machine slows it down now and then: the quietest round counts.
+    for round in 0..3 {
+        let mut latencies = Vec::new();
+        for number in 0..100 {
+            let id = format!("t{round}-{number}");
+            let began = Instant::now();
+            let answer = system.run(&id, &["open", "tight"], json!({})).await;
+            latencies.push(began.elapsed());
+            let reason = answer.reason.expect("a reason");
+            assert_eq!((answer.outcome, reason.code), (Outcome::Aborted, ReasonCode::NoSlot));
+            assert_eq!(reason.service.unwrap().as_str(), "tight");
+        }
+        let (median, p99) = figures(latencies);
+        println!("no_slot after {median:.1} ms in the median, p99 {p99:.1} ms");
+        medians.push(median);
+    }
+    let median = medians.into_iter().fold(f64::MAX, f64::min);
+    gate.open();
+    assert_eq!(holder.await.unwrap(), Outcome::Committed);
+    system.stop().await;
+
+    // Whoever was full was not called, and whoever had prepared by then was told once.
+    assert_eq!(tight.book().calls.len(), 2, "the holder's");
+    let book = open.book();
+    let (prepares, aborts) = (book.n_calls(What::Prepare), book.n_calls(What::Abort));
+    println!("meanwhile the other service prepared {prepares} times, and aborted {aborts} times");
+    assert_eq!((prepares, book.n_calls(What::Commit)), (aborts, 0));
+    assert!(median < 20.0, "{median} ms");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn with_patience_a_slot_is_waited_for() {
+    let Full { system, gate, open, tight, holder } = full(Duration::from_secs(1)).await;
+    let client = system.client.clone();
+    let began = Instant::now();
+    let waiting = Submission::new("t", ["open", "tight"], json!({}));
+    let waiting = tokio::spawn(async move { run(&client, waiting).await });
+    let queue = system.names.prepare_of(&"tight".parse().unwrap());
+    system.raw.until(&queue, |(waiting, _)| waiting == 1).await;
+    println!("its prepare waits after {:.1?}", began.elapsed());
+    gate.open();
+    let answer = waiting.await.unwrap();
+    println!("it has {} after {:.1?}", answer.outcome, began.elapsed());
+    assert_eq!(answer.outcome, Outcome::Committed, "{answer:?}");
+    assert_eq!(holder.await.unwrap(), Outcome::Committed);
+    system.stop().await;
+    assert_eq!(open.book().whats_of("t"), [What::Prepare, What::Commit]);
+    assert_eq!(tight.book().whats_of("t"), [What::Prepare, What::Commit]);
+    assert_eq!(tight.book().most_held, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn patience_has_an_end() {
+    let max_wait = Duration::from_secs(1);
+    let Full { system, gate, open, tight, holder } = full(max_wait).await;
+    let began = Instant::now();
+    let answer = system.run("t", &["open", "tight"], json!({})).await;
+    let took = began.elapsed();
+    println!("{:?} after {took:.1?}", answer.reason.as_ref().map(|reason| reason.code));
+    assert_eq!(answer.reason.expect("a reason").code, ReasonCode::NoSlot);
+    assert!(took >= max_wait && took < LIMIT);
+    gate.open();
+    assert_eq!(holder.await.unwrap(), Outcome::Committed);
+    system.stop().await;
+    assert_eq!(tight.book().whats_of("t"), []);
+    assert_eq!(open.book().n_calls(What::Commit), 0);
+}

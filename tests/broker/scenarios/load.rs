@@ -1,0 +1,234 @@
+//! Many transactions at once.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
+
+use dtc::{Outcome, ReasonCode, Submission, protocol::message::Answer};
+use serde_json::{Value, json};
+use tokio::time::Instant;
+
+use crate::{
+    system::{Served, Setup, System},
+    watched::{Book, Ending, Watched, What},
+};
+
+/// Numbers that look random and are always the same.
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, bound: usize) -> usize {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        usize::try_from((mixed ^ (mixed >> 31)) % bound as u64).unwrap()
+    }
+
+    fn shuffle<T>(&mut self, items: &mut [T]) {
+        for last in (1..items.len()).rev() {
+            items.swap(last, self.below(last + 1));
+        }
+    }
+}
+
+/// How many ended how.
+fn endings(answers: &[Answer]) -> BTreeMap<&'static str, usize> {
+    let mut endings = BTreeMap::new();
+    for answer in answers {
+        let reason = answer.reason.as_ref().map(|reason| reason.code.as_str());
+        *endings.entry(reason.unwrap_or(answer.outcome.as_str())).or_default() += 1;
+    }
+    endings
+}
+
+fn assert_all_committed(answers: &[Answer], count: usize) {
+    assert_eq!(endings(answers), BTreeMap::from([("COMMITTED", count)]));
+}
+
+const NAMES: [&str; 5] = ["S1", "S2", "S3", "S4", "S5"];
+
+/// A service that refuses where the data says so.
+fn choosy(name: &'static str) -> Watched {
+    Watched::new(move |asked| {
+        let refuses = asked.data["refused_by"] == name;
+        std::future::ready(if refuses { Ending::Refused } else { Ending::Done })
+    })
+}
+
+/// A transaction over some of the services, which one of these may refuse.
+fn random(dice: &mut Dice, number: usize) -> (Submission, bool) {
+    let mut picked = NAMES.to_vec();
+    dice.shuffle(&mut picked);
+    picked.truncate(1 + dice.below(NAMES.len()));
+    let is_refused = dice.below(10) == 0;
+    let refused_by = if is_refused { json!(picked[dice.below(picked.len())]) } else { Value::Null };
+    let data = json!({ "number": number, "refused_by": refused_by });
+    (Submission::new(format!("t{number}"), picked, data), is_refused)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn statuses_of_ten_thousand_transactions_are_what_the_services_hold() {
+    const COUNT: usize = 10_000;
+    let watched = NAMES.map(choosy);
+    let services = NAMES.iter().zip(&watched).map(|(name, it)| Served::new(name, 50, it));
+    let system = Setup::new(services).workers(3).start().await;
+    let mut dice = Dice(1);
+    let (submissions, are_refused): (Vec<_>, Vec<_>) =
+        (0..COUNT).map(|number| random(&mut dice, number)).unzip();
+
+    let began = Instant::now();
+    let answers = system.run_all(submissions.clone()).await;
+    let took = began.elapsed();
+    println!(
+        "{COUNT} transactions over 5 services with 3 workers: {:.0} tx/s, {:?}",
+        COUNT as f64 / took.as_secs_f64(),
+        endings(&answers),
+    );
+    let tallies = system.stop().await;
+    println!("taken by the workers: {:?}", tallies.iter().map(|it| it.taken).collect::<Vec<_>>());
+
+    let mut committed: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
+    for ((submission, answer), is_refused) in submissions.iter().zip(&answers).zip(are_refused) {
+        assert_eq!(submission.id, answer.id.as_str());
+        let expected = if is_refused { Outcome::Aborted } else { Outcome::Committed };
+        assert_eq!(answer.outcome, expected, "{answer:?}");
+        if let Some(reason) = &answer.reason {
+            assert_eq!(reason.code, ReasonCode::Refused);
+            assert_eq!(submission.data["refused_by"], reason.service.as_ref().unwrap().as_str());
+        }
+        if !is_refused {
+            for service in &submission.involved_services {
+                committed.entry(service).or_default().insert(&submission.id);
+            }
+        }
+    }
+    for (name, watched) in NAMES.iter().zip(&watched) {
+        let book = watched.book();
+        let held: BTreeSet<_> = book.committed.keys().map(|key| key.id.as_str()).collect();
+        assert!(held == committed[name], "{name} has committed something else");
+        assert!(book.most_held <= 50, "{name}: {}", book.most_held);
+    }
+}
+
+fn submissions(prefix: &str, count: usize, services: &[&str]) -> Vec<Submission> {
+    let one =
+        |number| Submission::new(format!("{prefix}{number}"), services.iter().copied(), json!({}));
+    (0..count).map(one).collect()
+}
+
+/// For how long a slot was held by the transactions whose ids begin with `prefix`, each in the mean:
+/// the next one can't have it sooner, however well slots are used.
+fn mean_hold(book: &Book, prefix: &str) -> Duration {
+    let of_prefix = book
+        .calls
+        .iter()
+        .filter(|call| call.key.id.as_str().trim_end_matches(char::is_numeric) == prefix);
+    let (mut total, mut count) = (Duration::ZERO, 0);
+    let mut taken = BTreeMap::new();
+    for call in of_prefix {
+        match call.what {
+            What::Prepare => drop(taken.insert(&call.key, call.began)),
+            What::Commit | What::Abort => {
+                total += call.ended.unwrap().0 - taken[&call.key];
+                count += 1;
+            }
+        }
+    }
+    total / count
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_thousand_transactions_on_one_slot_all_commit() {
+    let watched = Watched::slow(Duration::from_millis(2));
+    let system = Setup::new([Served::new("A", 1, &watched)]).workers(2).start().await;
+    let began = Instant::now();
+    let answers = system.run_all(submissions("t", 1000, &["A"])).await;
+    let took = began.elapsed();
+    system.stop().await;
+    let book = watched.book();
+    let hold = mean_hold(&book, "t");
+    println!(
+        "1000 on one slot: {took:.1?}, {:.2} of the optimum (held for {hold:.1?} each)",
+        took.as_secs_f64() / (hold * 1000).as_secs_f64(),
+    );
+    assert_all_committed(&answers, 1000);
+    assert_eq!((book.most_held, book.committed.len()), (1, 1000));
+    assert_eq!((book.n_calls(What::Prepare), book.n_calls(What::Commit)), (1000, 1000));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_crossing_single_slots_do_not_stall() {
+    let (a, b) = (Watched::willing(), Watched::willing());
+    let services = [Served::new("A", 1, &a), Served::new("B", 1, &b)];
+    let system = Setup::new(services).workers(2).start().await;
+    // In crossing orders: A and B, B and A, and each by itself.
+    let both = submissions("ab", 250, &["A", "B"]).into_iter();
+    let both = both.chain(submissions("ba", 250, &["B", "A"]));
+    let mut all: Vec<_> =
+        both.chain(submissions("a", 500, &["A"])).chain(submissions("b", 500, &["B"])).collect();
+    Dice(7).shuffle(&mut all);
+
+    let began = Instant::now();
+    let answers = system.run_all(all).await;
+    let took = began.elapsed();
+    system.stop().await;
+    // Those that need only one slot wait for no other while they hold it.
+    let hold = mean_hold(&a.book(), "a").max(mean_hold(&b.book(), "b"));
+    println!(
+        "500 over A and B, 500 over A, 500 over B: {took:.1?}, {:.2} of the optimum (held for \
+         {hold:.1?} each by those that need one slot only)",
+        took.as_secs_f64() / (hold * 1000).as_secs_f64(),
+    );
+    assert_all_committed(&answers, 1500);
+    for watched in [&a, &b] {
+        let book = watched.book();
+        assert_eq!((book.most_held, book.committed.len()), (1, 1000));
+        assert_eq!(book.n_calls(What::Abort), 0);
+    }
+}
+
+/// How many transactions over the fast service end in a second. Whoever else uses the machine
+/// takes from it now and then: the best of three tries is what the system can.
+async fn fast_ones(system: &System, prefix: &str) -> f64 {
+    const COUNT: usize = 300;
+    let mut best: f64 = 0.0;
+    for round in ["x", "y", "z"] {
+        let began = Instant::now();
+        let answers = system.run_all(submissions(&format!("{prefix}-{round}"), COUNT, &["fast"]));
+        assert_all_committed(&answers.await, COUNT);
+        best = best.max(COUNT as f64 / began.elapsed().as_secs_f64());
+    }
+    best
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_saturated_slow_service_leaves_the_others_their_speed() {
+    // More than both workers may have in flight, and for longer than the fast ones take.
+    const SLOW: usize = 1000;
+    let (slow, fast) = (Watched::slow(Duration::from_millis(20)), Watched::willing());
+    let services = [Served::new("slow", 2, &slow), Served::new("fast", 20, &fast)];
+    let system = Setup::new(services).workers(2).start().await;
+    let before = fast_ones(&system, "before").await;
+
+    let slow_ones = system.run_all(submissions("slow", SLOW, &["slow"]));
+    let (answers, (beside, ended)) = tokio::join!(slow_ones, async {
+        slow.until("the slow service is full", |book| book.most_held == 2).await;
+        let beside = fast_ones(&system, "beside").await;
+        let ended = slow.book().committed.len();
+        (beside, ended)
+    });
+    system.stop().await;
+    assert_all_committed(&answers, SLOW);
+    println!(
+        "fast ones: {before:.0} tx/s alone, {beside:.0} beside {SLOW} slow ones, of which {ended} \
+         had ended by then: {:.2} kept",
+        beside / before,
+    );
+    assert!(ended < SLOW, "the slow service was not busy all the time");
+    assert!(beside / before > 0.5);
+    assert_eq!(slow.book().most_held, 2);
+}

@@ -1,0 +1,178 @@
+//! The same id more than once.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
+
+use std::time::Duration;
+
+use dtc::{
+    Outcome, ReasonCode, Submission,
+    protocol::{message::Answer, time::Time},
+    worker::clock::Clock,
+};
+use serde_json::{Value, json};
+use tokio::time::Instant;
+
+use crate::{
+    system::{Served, Setup, run},
+    watched::{Ending, Gate, Watched, What},
+};
+
+fn now() -> Time {
+    Clock::start().now()
+}
+
+fn order(id: &str, requested_at: Time, data: Value) -> Submission {
+    Submission::new(id, ["a", "b"], data).requested_at(requested_at)
+}
+
+fn code(answer: &Answer) -> Option<ReasonCode> {
+    answer.reason.as_ref().map(|reason| reason.code)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_same_request_of_two_producers_is_executed_once_and_answered_twice() {
+    const COUNT: usize = 50;
+    let (a, b) = (Watched::willing(), Watched::willing());
+    let services = [Served::new("a", 4, &a), Served::new("b", 4, &b)];
+    let system = Setup::new(services).workers(2).start().await;
+    let other = system.another_client();
+    let mut taken = 0;
+    for number in 0..COUNT {
+        let submission = order(&format!("t{number}"), now(), json!({ "number": number }));
+        let (one, another) =
+            tokio::join!(run(&system.client, submission.clone()), run(&other, submission.clone()));
+        assert_eq!(one, another);
+        assert_eq!(one.outcome, Outcome::Committed, "{one:?}");
+        // And again, when it is over.
+        assert_eq!(run(&other, submission).await, one);
+        taken += 3;
+    }
+    other.close().await;
+    let tallies = system.stop().await;
+    let shares: Vec<_> = tallies.iter().map(|tally| tally.taken).collect();
+    println!("{COUNT} transactions, requested 3 times each: the workers took {shares:?} requests");
+    assert_eq!(shares.iter().sum::<u64>(), taken);
+    for watched in [a, b] {
+        let book = watched.book();
+        println!(
+            "{} prepares, {} commits",
+            book.n_calls(What::Prepare),
+            book.n_calls(What::Commit)
+        );
+        assert_eq!((book.committed.len(), book.calls.len()), (COUNT, 2 * COUNT));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn careless_retry_within_the_window_gets_the_same_answer() {
+    let (a, b) = (Watched::willing(), Watched::willing());
+    let services = [Served::new("a", 4, &a), Served::new("b", 4, &b)];
+    let system = Setup::new(services).workers(2).start().await;
+    let first = run(&system.client, order("t", now() - Duration::from_secs(2), json!({}))).await;
+    assert_eq!(first.outcome, Outcome::Committed);
+    for _ in 0..4 {
+        // Under another moment, so to whom it is answered can't be told by the transaction's key.
+        let again = run(&system.client, order("t", now(), json!({}))).await;
+        assert_eq!((again.outcome, &again.reason), (Outcome::Committed, &None));
+        println!("answered as decided at {:?}", again.decided_at.as_millis());
+        assert_eq!(again.decided_at, first.decided_at);
+    }
+    system.stop().await;
+    assert_eq!((a.book().calls.len(), b.book().calls.len()), (2, 2));
+}
+
+/// The window is short, and so is what clocks may differ, so that it is soon over.
+#[tokio::test(flavor = "multi_thread")]
+async fn after_the_window_the_journal_tells_and_another_moment_is_another_transaction() {
+    const WINDOW: Duration = Duration::from_secs(1);
+    let (a, b) = (Watched::willing(), Watched::willing());
+    let services = [Served::new("a", 4, &a), Served::new("b", 4, &b)];
+    let setup = Setup::new(services).workers(2).tune(|settings| {
+        settings.coordinator.window = WINDOW;
+        settings.coordinator.clock_margin = WINDOW;
+    });
+    let mut system = setup.start().await;
+    let requested_at = now();
+    let first = run(&system.client, order("t", requested_at, json!({}))).await;
+    assert_eq!(first.outcome, Outcome::Committed);
+
+    // Time passes, and each worker sees it by what it reads from the journal.
+    tokio::time::sleep(4 * WINDOW).await;
+    for number in 0..4 {
+        let answer = system.run(&format!("later{number}"), &["a"], json!({})).await;
+        assert_eq!(answer.outcome, Outcome::Committed, "{answer:?}");
+    }
+    let began = Instant::now();
+    let again = run(&system.client, order("t", requested_at, json!({}))).await;
+    println!("the same moment: the same answer from the journal, {:.1?}", began.elapsed());
+    assert_eq!(again, first);
+    assert_eq!(a.book().whats_of("t"), [What::Prepare, What::Commit]);
+
+    // The workers have forgotten it, but the service that has executed it hasn't.
+    let other = run(&system.client, order("t", now(), json!({}))).await;
+    println!("another moment, the same instances: {} {:?}", other.outcome, code(&other));
+    assert_eq!((other.outcome, code(&other)), (Outcome::Aborted, Some(ReasonCode::IdReused)));
+    assert_eq!(a.book().whats_of("t"), [What::Prepare, What::Commit]);
+
+    system.replace_instances().await;
+    tokio::time::sleep(4 * WINDOW).await;
+    for number in 0..4 {
+        let answer = system.run(&format!("latest{number}"), &["a"], json!({})).await;
+        assert_eq!(answer.outcome, Outcome::Committed, "{answer:?}");
+    }
+    let anew = run(&system.client, order("t", now(), json!({}))).await;
+    println!("another moment, new instances: {} {:?}", anew.outcome, code(&anew));
+    assert_eq!((anew.outcome, code(&anew)), (Outcome::Committed, None));
+    assert_eq!(a.book().whats_of("t"), [What::Prepare, What::Commit, What::Prepare, What::Commit]);
+    system.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn other_content_under_an_id_is_refused_and_leaves_the_first_alone() {
+    let gate = Gate::shut();
+    let waits = gate.clone();
+    let a = Watched::new(move |asked| {
+        let gate = waits.clone();
+        async move {
+            if asked.what == What::Commit {
+                gate.pass().await;
+            }
+            Ending::Done
+        }
+    });
+    let b = Watched::willing();
+    let services = [Served::new("a", 4, &a), Served::new("b", 4, &b)];
+    let system = Setup::new(services).workers(2).start().await;
+    let moment = now() - Duration::from_secs(2);
+    let client = system.client.clone();
+    let first = order("t", moment, json!({ "amount": 1 }));
+    let first = tokio::spawn(async move { run(&client, first).await });
+    a.until("the first is being committed", |book| book.n_calls(What::Commit) == 1).await;
+
+    let other = system.another_client();
+    let mut refused = Vec::new();
+    // Often enough that both workers are asked: the one that is at it, and the other.
+    for moment in [moment, now(), moment, now()] {
+        let answer = run(&other, order("t", moment, json!({ "amount": 2 }))).await;
+        assert_eq!((answer.outcome, code(&answer)), (Outcome::Aborted, Some(ReasonCode::IdReused)));
+        refused.push(answer.requested_at);
+    }
+    gate.open();
+    let first = first.await.unwrap();
+    assert_eq!((first.outcome, &first.reason), (Outcome::Committed, &None));
+    for moment in [moment, now(), moment, now()] {
+        let answer = run(&other, order("t", moment, json!({ "amount": 2 }))).await;
+        assert_eq!((answer.outcome, code(&answer)), (Outcome::Aborted, Some(ReasonCode::IdReused)));
+        refused.push(answer.requested_at);
+    }
+    println!("{} requests of other content were told id_reused", refused.len());
+    other.close().await;
+    let tallies = system.stop().await;
+    println!(
+        "rejected by the workers: {:?}",
+        tallies.iter().map(|it| it.rejected).collect::<Vec<_>>()
+    );
+    for watched in [a, b] {
+        assert_eq!(watched.book().whats_of("t"), [What::Prepare, What::Commit]);
+    }
+}

@@ -1,0 +1,412 @@
+//! A whole system in this process, on a broker of the tests: workers, instances of services, and a
+//! producer.
+//!
+//! Whoever starts one stops it: [`System::stop`] lets workers and instances finish, in this order,
+//! and checks that none of them has panicked or given up, and that the services hold nothing and
+//! were called no more often than needed.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
+
+use std::time::Duration;
+
+use dtc::{
+    client::{self, Client, Submission},
+    participant::serve::{self, ServeError, ServeSettings},
+    protocol::{
+        ids::{ServiceName, WorkerId},
+        message::Answer,
+    },
+    transport::amqp::{
+        connection::Broker,
+        names::{Names, Namespace},
+        topology::{
+            self, Cap, ServiceTopology,
+            apply::{self, apply},
+        },
+    },
+    worker::{self, Tally, WorkerError, clock::Clock},
+};
+use futures_util::{StreamExt, future::join_all};
+use lapin::{
+    BasicProperties, Channel, Confirmation, Connection, ConnectionProperties, Consumer,
+    message::Delivery,
+    options::{
+        BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions,
+        ConfirmSelectOptions, ExchangeDeleteOptions, QueueDeclareOptions,
+    },
+    types::{AMQPValue, FieldTable, ShortString},
+};
+use serde_json::Value;
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinHandle,
+    time::timeout,
+};
+
+use crate::{
+    broker::{Place, place},
+    watched::{LIMIT, Watched},
+};
+
+/// A service, and how it is served.
+#[derive(Clone)]
+pub(crate) struct Served {
+    pub(crate) name: &'static str,
+    pub(crate) max_concurrency: u32,
+    pub(crate) max_wait: Duration,
+    pub(crate) cap: Cap,
+    pub(crate) own_limit: bool,
+    pub(crate) instances: usize,
+    pub(crate) watched: Watched,
+}
+
+impl Served {
+    /// A service with one instance. Its prepares wait for a slot as long as need be, so that no
+    /// busy machine makes transactions abort that wouldn't elsewhere.
+    pub(crate) fn new(name: &'static str, max_concurrency: u32, watched: &Watched) -> Self {
+        Self {
+            name,
+            max_concurrency,
+            max_wait: LIMIT,
+            cap: Cap::Instance,
+            own_limit: true,
+            instances: 1,
+            watched: watched.clone(),
+        }
+    }
+
+    pub(crate) fn name(&self) -> ServiceName {
+        ServiceName::parse(self.name).unwrap()
+    }
+}
+
+/// What a system is to be like.
+pub(crate) struct Setup {
+    pub(crate) workers: usize,
+    pub(crate) services: Vec<Served>,
+    tune: Box<dyn Fn(&mut worker::Settings)>,
+}
+
+impl Setup {
+    /// One worker, which is patient.
+    pub(crate) fn new(services: impl IntoIterator<Item = Served>) -> Self {
+        let services = services.into_iter().collect();
+        Self { workers: 1, services, tune: Box::new(|_| ()) }
+    }
+
+    pub(crate) fn workers(mut self, workers: usize) -> Self {
+        self.workers = workers;
+        self
+    }
+
+    pub(crate) fn tune(mut self, tune: impl Fn(&mut worker::Settings) + 'static) -> Self {
+        self.tune = Box::new(tune);
+        self
+    }
+
+    fn settings_of(&self, number: usize, broker: &Broker, names: &Names) -> worker::Settings {
+        let id = WorkerId::parse(&format!("w{number}")).unwrap();
+        let mut settings = worker::Settings::new(broker.clone(), names.clone(), id);
+        settings.coordinator.prepare_timeout = LIMIT;
+        settings.coordinator.finish_timeout = LIMIT;
+        settings.coordinator.seed = number as u64;
+        (self.tune)(&mut settings);
+        settings
+    }
+
+    /// Makes its topology, starts everything, and returns when everything is at work.
+    pub(crate) async fn start(self) -> System {
+        let place = place();
+        let address = place.url.parse().unwrap();
+        let broker = Broker::new(address, "test");
+        let names = Names::new(Namespace::parse(&place.namespace).unwrap());
+        let clock_margin = self.settings_of(0, &broker, &names).coordinator.clock_margin;
+        let options = apply::Options {
+            settings: topology::Settings::default(),
+            now: Clock::start().now(),
+            clock_margin,
+        };
+        let services: Vec<_> = self
+            .services
+            .iter()
+            .map(|it| ServiceTopology { name: it.name(), max_wait: it.max_wait, cap: it.cap })
+            .collect();
+        let mut system = System {
+            client: client_of(&broker, &names),
+            raw: Raw::open(&place).await,
+            stopping: watch::Sender::new(false),
+            workers: Vec::new(),
+            instances: Vec::new(),
+            services: self.services.clone(),
+            topology: (services, options),
+            broker,
+            names,
+        };
+        system.apply_topology().await;
+        for service in &self.services {
+            for _ in 0..service.instances {
+                system.start_instance(service);
+            }
+            system
+                .raw
+                .until_consumed(&system.names.prepare_of(&service.name()), service.instances)
+                .await;
+        }
+        let (ready, mut is_ready) = mpsc::unbounded_channel();
+        for number in 1..=self.workers {
+            let settings = self.settings_of(number, &system.broker, &system.names);
+            system.start_worker(settings, ready.clone());
+        }
+        for _ in 0..self.workers {
+            timeout(LIMIT, is_ready.recv()).await.expect("a worker is ready").unwrap();
+        }
+        system
+    }
+}
+
+/// A producer with as much in flight as it likes.
+fn client_of(broker: &Broker, names: &Names) -> Client {
+    let settings = client::Settings { in_flight_max: 100_000, ..client::Settings::default() };
+    Client::with(broker.clone(), names.clone(), settings)
+}
+
+type Instance = JoinHandle<Result<(), ServeError>>;
+
+/// Everything at work.
+pub(crate) struct System {
+    pub(crate) broker: Broker,
+    pub(crate) names: Names,
+    pub(crate) client: Client,
+    pub(crate) raw: Raw,
+    stopping: watch::Sender<bool>,
+    workers: Vec<JoinHandle<Result<Tally, WorkerError>>>,
+    instances: Vec<(watch::Sender<bool>, Instance)>,
+    services: Vec<Served>,
+    topology: (Vec<ServiceTopology>, apply::Options),
+}
+
+impl System {
+    /// Makes what is missing of the topology.
+    pub(crate) async fn apply_topology(&self) {
+        let (services, options) = &self.topology;
+        apply(&self.broker, &self.names, services, options).await.unwrap();
+    }
+
+    fn start_worker(&mut self, settings: worker::Settings, ready: mpsc::UnboundedSender<()>) {
+        let stop = stopped(&self.stopping);
+        let running = worker::run(settings, stop, move || ready.send(()).unwrap_or_default());
+        self.workers.push(tokio::spawn(running));
+    }
+
+    /// One more instance of `service`.
+    pub(crate) fn start_instance(&mut self, service: &Served) {
+        let settings = ServeSettings {
+            cap: service.cap,
+            own_limit: service.own_limit,
+            finish_timeout: LIMIT,
+            drain: LIMIT,
+            ..ServeSettings::new(
+                self.broker.clone(),
+                self.names.clone(),
+                service.name(),
+                service.max_concurrency,
+            )
+        };
+        let stopping = watch::Sender::new(false);
+        let serving = serve::serve(service.watched.clone(), settings, stopped(&stopping));
+        self.instances.push((stopping, tokio::spawn(serving)));
+    }
+
+    /// Stops all instances, and starts a new one of each service.
+    pub(crate) async fn replace_instances(&mut self) {
+        self.stop_instances().await;
+        for service in self.services.clone() {
+            self.start_instance(&service);
+            self.raw.until_consumed(&self.names.prepare_of(&service.name()), 1).await;
+        }
+    }
+
+    async fn stop_instances(&mut self) {
+        for (stopping, _) in &self.instances {
+            stopping.send_replace(true);
+        }
+        for (_, instance) in self.instances.drain(..) {
+            let ended = timeout(LIMIT, instance).await.expect("an instance stops");
+            ended.expect("an instance doesn't panic").expect("an instance doesn't give up");
+        }
+    }
+
+    /// Another producer.
+    pub(crate) fn another_client(&self) -> Client {
+        client_of(&self.broker, &self.names)
+    }
+
+    /// How a transaction over `services` ends.
+    pub(crate) async fn run(&self, id: &str, services: &[&str], data: Value) -> Answer {
+        run(&self.client, Submission::new(id, services.iter().copied(), data)).await
+    }
+
+    /// How all of them end, submitted at once.
+    pub(crate) async fn run_all(&self, submissions: Vec<Submission>) -> Vec<Answer> {
+        join_all(submissions.into_iter().map(|submission| run(&self.client, submission))).await
+    }
+
+    /// Lets everyone finish; what each worker did.
+    pub(crate) async fn stop(self) -> Vec<Tally> {
+        let services = self.services.clone();
+        let tallies = self.stop_whatever_happened().await;
+        assert!(tallies.iter().all(|tally| tally.lost == 0), "a link was lost: {tallies:?}");
+        for service in services {
+            let book = service.watched.book();
+            book.assert_nothing_is_held();
+            book.assert_only_necessary_calls();
+        }
+        tallies
+    }
+
+    /// The same, where links were made to be lost and services to be called again.
+    pub(crate) async fn stop_whatever_happened(mut self) -> Vec<Tally> {
+        self.stopping.send_replace(true);
+        let mut tallies = Vec::new();
+        for worker in self.workers.drain(..) {
+            let ended = timeout(LIMIT, worker).await.expect("a worker stops");
+            tallies.push(ended.expect("a worker doesn't panic").expect("a worker doesn't give up"));
+        }
+        self.stop_instances().await;
+        self.client.close().await;
+        tallies
+    }
+}
+
+/// How `submission` ends.
+pub(crate) async fn run(client: &Client, submission: Submission) -> Answer {
+    client.submit_and_wait(submission, LIMIT).await.unwrap()
+}
+
+fn stopped(stopping: &watch::Sender<bool>) -> impl Future<Output = ()> + Send + 'static {
+    let mut stopping = stopping.subscribe();
+    async move {
+        // A test that fails drops the sender.
+        let _ = stopping.wait_for(|stopping| *stopping).await;
+    }
+}
+
+/// A connection for what no worker, service or producer of ours does.
+pub(crate) struct Raw {
+    connection: Connection,
+    channel: Channel,
+}
+
+impl Raw {
+    async fn open(place: &Place) -> Self {
+        let properties = ConnectionProperties::default();
+        let connection = Connection::connect(&place.url, properties).await.unwrap();
+        let channel = connection.create_channel().await.unwrap();
+        channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
+        Self { connection, channel }
+    }
+
+    /// Publishes to a queue that must be there.
+    pub(crate) async fn publish(
+        &self,
+        exchange: &str,
+        key: &str,
+        properties: BasicProperties,
+        body: &[u8],
+    ) {
+        let options = BasicPublishOptions { mandatory: true, ..Default::default() };
+        let sent =
+            self.channel.basic_publish(exchange.into(), key.into(), options, body, properties);
+        let confirmed = timeout(LIMIT, sent.await.unwrap()).await.unwrap().unwrap();
+        assert!(matches!(confirmed, Confirmation::Ack(None)), "{exchange} {key}: {confirmed:?}");
+    }
+
+    /// Deletes an exchange.
+    pub(crate) async fn delete_exchange(&self, exchange: &ShortString) {
+        let options = ExchangeDeleteOptions::default();
+        self.channel.exchange_delete(exchange.clone(), options).await.unwrap();
+    }
+
+    /// Everything in `queue`, from its beginning if it is a stream.
+    pub(crate) async fn read(&self, queue: &ShortString) -> Reading {
+        let channel = self.connection.create_channel().await.unwrap();
+        channel.basic_qos(1000, BasicQosOptions::default()).await.unwrap();
+        let mut arguments = FieldTable::default();
+        arguments.insert("x-stream-offset".into(), AMQPValue::LongString("first".into()));
+        let is_stream = ["journal", "unresolved"].iter().any(|name| queue.as_str().ends_with(name));
+        let arguments = if is_stream { arguments } else { FieldTable::default() };
+        let options = BasicConsumeOptions::default();
+        let consumer = channel.basic_consume(queue.clone(), "".into(), options, arguments);
+        Reading { consumer: consumer.await.unwrap(), _channel: channel }
+    }
+
+    /// How many messages are ready in `queue`, and how many consume it.
+    pub(crate) async fn counts(&self, queue: &ShortString) -> (u32, u32) {
+        let options = QueueDeclareOptions { passive: true, ..Default::default() };
+        let declared = self.channel.queue_declare(queue.clone(), options, FieldTable::default());
+        let declared = declared.await.unwrap();
+        (declared.message_count(), declared.consumer_count())
+    }
+
+    /// The broker doesn't tell when a consumer comes, so it is asked again and again.
+    async fn until_consumed(&self, queue: &ShortString, consumers: usize) {
+        self.until(queue, |(_, n)| n as usize == consumers).await;
+    }
+
+    /// The same for messages that wait.
+    pub(crate) async fn until(&self, queue: &ShortString, is_so: impl Fn((u32, u32)) -> bool) {
+        let asking = async {
+            while !is_so(self.counts(queue).await) {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        if timeout(LIMIT, asking).await.is_err() {
+            panic!("waited in vain for {queue}: {:?}", self.counts(queue).await);
+        }
+    }
+}
+
+/// What comes out of a queue.
+pub(crate) struct Reading {
+    consumer: Consumer,
+    _channel: Channel,
+}
+
+impl Reading {
+    pub(crate) async fn next(&mut self) -> Delivery {
+        let next = timeout(LIMIT, self.consumer.next()).await.expect("a message in time");
+        let delivery = next.expect("the queue is there").unwrap();
+        delivery.ack(BasicAckOptions::default()).await.unwrap();
+        delivery
+    }
+
+    /// The items of the next message of this kind.
+    pub(crate) async fn items(&mut self, kind: &str) -> Vec<Value> {
+        loop {
+            let delivery = self.next().await;
+            if delivery.properties.kind().as_ref().is_some_and(|it| it.as_str() == kind) {
+                let body: Value = serde_json::from_slice(&delivery.data).unwrap();
+                return body.as_array().unwrap().clone();
+            }
+        }
+    }
+}
+
+/// A header's text.
+pub(crate) fn header(delivery: &Delivery, name: &str) -> String {
+    let headers = delivery.properties.headers().as_ref().unwrap();
+    match headers.inner().get(name) {
+        Some(AMQPValue::LongString(text)) => String::from_utf8_lossy(text.as_bytes()).into_owned(),
+        other => panic!("header {name}: {other:?}"),
+    }
+}
+
+/// Figures of durations, in milliseconds with a digit behind the point.
+pub(crate) fn figures(mut durations: Vec<Duration>) -> (f64, f64) {
+    durations.sort();
+    let at = |part: f64| {
+        let index = (durations.len() as f64 * part) as usize;
+        durations[index.min(durations.len() - 1)].as_secs_f64() * 1000.0
+    };
+    (at(0.5), at(0.99))
+}
