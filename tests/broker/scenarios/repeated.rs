@@ -176,3 +176,74 @@ async fn other_content_under_an_id_is_refused_and_leaves_the_first_alone() {
         assert_eq!(watched.book().whats_of("t"), [What::Prepare, What::Commit]);
     }
 }
+
+/// Whoever is first at the journal, or at a service, decides which of the two it is, if any.
+#[tokio::test(flavor = "multi_thread")]
+async fn two_producers_at_once_with_other_content_execute_one_of_them_at_most() {
+    const COUNT: usize = 50;
+    let (a, b) = (Watched::willing(), Watched::willing());
+    let services = [Served::new("a", 4, &a), Served::new("b", 4, &b)];
+    let system = Setup::new(services).workers(2).start().await;
+    let other = system.another_client();
+    let mut executed = 0;
+    for number in 0..COUNT {
+        // The same transaction by its name, and for every other one only the same id.
+        let moments = [now() - Duration::from_secs((number % 2) as u64), now()];
+        let id = format!("t{number}");
+        let (one, another) = tokio::join!(
+            run(&system.client, order(&id, moments[0], json!({ "amount": 1 }))),
+            run(&other, order(&id, moments[1], json!({ "amount": 2 }))),
+        );
+        let answers = [one, another];
+        let told = |outcome| answers.iter().filter(|it| it.outcome == outcome).count();
+        let n_committed = told(Outcome::Committed);
+        assert!(n_committed <= 1, "{answers:?}");
+        for answer in answers.iter().filter(|it| it.outcome == Outcome::Aborted) {
+            assert_eq!(code(answer), Some(ReasonCode::IdReused), "{answer:?}");
+        }
+        for watched in [&a, &b] {
+            let book = watched.book();
+            let held = book.committed.keys().filter(|key| key.id.as_str() == id).count();
+            assert_eq!(held, n_committed, "{answers:?}");
+        }
+        executed += n_committed;
+    }
+    println!("of {COUNT} pairs {executed} had one that was executed, the others none");
+    other.close().await;
+    system.stop_whatever_happened().await;
+    for watched in [a, b] {
+        watched.book().assert_nothing_is_held();
+    }
+}
+
+/// Neither is known to be the other's retry when both come to different workers.
+#[tokio::test(flavor = "multi_thread")]
+async fn careless_retry_at_once_executes_one_of_them_at_most() {
+    const COUNT: usize = 50;
+    let (a, b) = (Watched::willing(), Watched::willing());
+    let services = [Served::new("a", 4, &a), Served::new("b", 4, &b)];
+    let system = Setup::new(services).workers(2).start().await;
+    let other = system.another_client();
+    let mut endings = std::collections::BTreeMap::<_, usize>::new();
+    for number in 0..COUNT {
+        let id = format!("t{number}");
+        let earlier = now() - Duration::from_secs(1);
+        let (one, another) = tokio::join!(
+            run(&system.client, order(&id, earlier, json!({}))),
+            run(&other, order(&id, now(), json!({}))),
+        );
+        *endings.entry([one.outcome.as_str(), another.outcome.as_str()]).or_default() += 1;
+        let is_committed = [&one, &another].iter().any(|it| it.outcome == Outcome::Committed);
+        for watched in [&a, &b] {
+            let book = watched.book();
+            let held = book.committed.keys().filter(|key| key.id.as_str() == id).count();
+            assert_eq!(held, usize::from(is_committed), "{one:?} {another:?}");
+        }
+    }
+    println!("{COUNT} pairs: {endings:?}");
+    other.close().await;
+    system.stop_whatever_happened().await;
+    for watched in [a, b] {
+        watched.book().assert_nothing_is_held();
+    }
+}
