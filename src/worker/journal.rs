@@ -303,7 +303,7 @@ impl Journal {
         let first = tail.record().await?;
         // Where something older is still there, nothing younger is gone.
         let is_after_others = first.offset > head;
-        let reaches = is_after_others.then_some(from).or(begun.map(|it| it.complete_since));
+        let reaches = is_after_others.then_some(from).or_else(|| begun.map(|it| it.complete_since));
         Ok((tail, first, reaches))
     }
 

@@ -232,7 +232,7 @@ async fn with_a_moment_of_its_own_a_file_is_submitted_again_as_the_same_transact
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_not_answered_in_time_is_named() {
     let desk = Desk::new(place()).await;
-    let world = World::at(desk.place.clone());
+    let world = World::at(desk.place);
     let file = world.file("transactions.json", &transactions(2));
     let mut submit =
         world.submit(&file, &["--wait", "--timeout", "500ms", "--requested-at", "1700000000"]);

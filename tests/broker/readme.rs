@@ -4,6 +4,8 @@
 //! the test's own. The block of kind `text` behind one says what it prints; `…` stands for any text
 //! in a line.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
+
 use std::{
     env, fs,
     path::Path,
