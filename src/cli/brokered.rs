@@ -182,7 +182,13 @@ fn no_connection(error: ConnectError) -> Failure {
 fn not_applied(error: TopologyError) -> Failure {
     match error {
         TopologyError::Connect(error) => no_connection(error),
-        error => Failure::new(Exit::Incomplete, error),
+        error @ (TopologyError::Open(_)
+        | TopologyError::Check(_)
+        | TopologyError::Mismatch(_)
+        | TopologyError::Declare { .. }
+        | TopologyError::Bind { .. }
+        | TopologyError::Begin { .. }
+        | TopologyError::NotTaken { .. }) => Failure::new(Exit::Incomplete, error),
     }
 }
 

@@ -208,7 +208,7 @@ pub(super) fn summary(report: &Report) -> String {
             service.calls.commit,
             service.calls.abort,
             in_use(service),
-            service.longest_wait.map_or("-".to_owned(), |it| format!("{:.0}", millis(it))),
+            service.longest_wait.map_or_else(|| "-".to_owned(), |it| format!("{:.0}", millis(it))),
         );
     }
     text

@@ -222,8 +222,11 @@ impl Journal {
 
     /// Goes on after the message at `offset`, if that is still the one with this `digest`.
     pub(super) async fn resume(&self, offset: u64, digest: u64) -> Result<Option<Tail>, ReadError> {
-        self.mark().await?;
+        let marker = self.mark().await?;
         let Ok(at) = i64::try_from(offset) else { return Ok(None) };
+        if !self.reaches(offset, &marker).await? {
+            return Ok(None);
+        }
         let mut tail = self.open(AMQPValue::LongLongInt(at), PREFETCH).await?;
         let first = tail.record().await?;
         if first.offset == offset && first.digest == digest {
@@ -231,6 +234,19 @@ impl Journal {
         }
         tail.inbox.close().await;
         Ok(None)
+    }
+
+    /// Whether there is a message at `offset`, or behind it: whoever asks for one that is not there
+    /// yet hears nothing. `marker` was written before.
+    async fn reaches(&self, offset: u64, marker: &ShortString) -> Result<bool, ReadError> {
+        let mut end = self.open(AMQPValue::LongString("last".into()), PREFETCH).await?;
+        let mut record = end.record().await?;
+        // What is last was written together, and may begin before the marker.
+        while record.offset < offset && !record.is_marker(marker) {
+            record = end.record().await?;
+        }
+        end.inbox.close().await;
+        Ok(record.offset >= offset)
     }
 
     /// Reads from `look.from` up to the message before `look.until`, and tells `found`; until that

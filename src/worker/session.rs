@@ -53,6 +53,9 @@ const REPLIES_PREFETCH: u16 = 2000;
 /// The same for inquiries, which all workers share.
 const INQUIRIES_PREFETCH: u16 = 200;
 
+/// How long what was appended to the journal may take to be read back.
+const UNREAD_MAX: Duration = Duration::from_secs(5);
+
 /// How long to wait before a service is looked for again.
 const LOOK_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
@@ -158,8 +161,10 @@ pub(super) struct Session<'a> {
     effects: Vec<Effect>,
     meanings: Vec<Meaning>,
     is_blocked: bool,
-    /// The broker has ended the reading of the journal.
+    /// The broker has ended the reading of the journal, or seems to have.
     is_cut_off: bool,
+    /// Since when something is known to be in the journal and was not read.
+    unread_since: Option<Instant>,
     /// What comes now is handed on.
     is_draining: bool,
 }
@@ -214,6 +219,7 @@ impl<'a> Session<'a> {
             meanings: Vec::new(),
             is_blocked: false,
             is_cut_off: false,
+            unread_since: None,
             is_draining: false,
         })
     }
@@ -239,7 +245,8 @@ impl<'a> Session<'a> {
             }
             self.handle_what_is_ready()?;
             self.flush();
-            if self.is_cut_off {
+            let is_unread = |since: Instant| since.elapsed() >= UNREAD_MAX;
+            if self.is_cut_off || self.unread_since.is_some_and(is_unread) {
                 self.read_on().await?;
             }
             if drain_until.is_some() {
@@ -291,7 +298,8 @@ impl<'a> Session<'a> {
         let lasting = &self.lasting;
         let deadline = lasting.coordinator.next_deadline();
         let deadline = deadline.map(|at| lasting.clock.instant_of(at));
-        deadline.into_iter().chain(self.outbox.wake_at()).min()
+        let unread = self.unread_since.map(|since| since + UNREAD_MAX);
+        deadline.into_iter().chain(self.outbox.wake_at()).chain(unread).min()
     }
 
     /// Whatever else can be handled before anything is written.
@@ -361,6 +369,7 @@ impl<'a> Session<'a> {
     // ---- What comes in -----------------------------------------------------------------------
 
     fn journal_read(&mut self, message: &Message) -> Result<(), SessionError> {
+        self.unread_since = None;
         let record = self.tail.read(message).map_err(SessionError::Journal)?;
         let event = read_event(self.lasting, record);
         self.tell(event);
@@ -373,13 +382,13 @@ impl<'a> Session<'a> {
         let Some(LastRead { offset, digest }) = self.lasting.last_read else {
             return Err(SessionError::OtherJournal);
         };
-        tracing::warn!(offset, "the broker has ended the reading of the journal; reading it on");
+        tracing::warn!(offset, "the journal is not read any more; reading it on");
         let mut backoff = Backoff::default();
         while self.link.is_up() {
             match self.journal.resume(offset, digest).await {
                 Ok(Some(tail)) => {
                     self.tail = tail;
-                    self.is_cut_off = false;
+                    (self.is_cut_off, self.unread_since) = (false, None);
                     return Ok(());
                 }
                 Ok(None) => return Err(SessionError::OtherJournal),

@@ -443,7 +443,7 @@ fn a_run_through_a_broker_ends_like_one_without_and_leaves_nothing() {
             {"id": "TX3", "involved_services": ["b", "nobody"], "data": {}},
         ]),
     );
-    let mut command = world.dtc(&["run", "--detail", "--report", "report.json"]);
+    let command = world.dtc(&["run", "--detail", "--report", "report.json"]);
     // In a namespace of its own.
     let words: Vec<_> = command.get_args().map(ToOwned::to_owned).collect();
     let words = words.iter().filter(|word| **word != *"--namespace" && **word != *place.namespace);

@@ -32,7 +32,7 @@ use lapin::{
     message::Delivery,
     options::{
         BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions,
-        ConfirmSelectOptions, ExchangeDeleteOptions, QueueDeclareOptions,
+        ConfirmSelectOptions, ExchangeDeleteOptions, QueueDeclareOptions, QueueDeleteOptions,
     },
     types::{AMQPValue, FieldTable, ShortString},
 };
@@ -347,6 +347,12 @@ impl Raw {
     pub(crate) async fn delete_exchange(&self, exchange: &ShortString) {
         let options = ExchangeDeleteOptions::default();
         self.channel.exchange_delete(exchange.clone(), options).await.unwrap();
+    }
+
+    /// Deletes a queue, with all that is in it.
+    pub(crate) async fn delete_queue(&self, queue: &ShortString) {
+        let options = QueueDeleteOptions::default();
+        self.channel.queue_delete(queue.clone(), options).await.unwrap();
     }
 
     /// Everything in `queue`, from its beginning if it is a stream.

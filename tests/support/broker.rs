@@ -237,6 +237,14 @@ impl Broker {
         self.start_again();
     }
 
+    /// `rabbitmqctl` with these words.
+    pub(crate) fn control(&self, words: &[&str]) {
+        let mut command = self.setup.shell();
+        let output = command.arg("/usr/lib/rabbitmq/bin/rabbitmqctl").args(words).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "rabbitmqctl {words:?}: {said}");
+    }
+
     /// Where the node keeps what it keeps.
     pub(crate) fn directory(&self) -> &Path {
         self.setup.directory.path()
@@ -271,12 +279,8 @@ impl Run {
 
     fn spawn(setup: &Setup) -> Self {
         let (reader, writer) = io::pipe().unwrap();
-        let mut shell = Command::new("sh")
-            .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/broker.sh"))
-            .arg(setup.directory.path())
-            .arg(setup.root.as_deref().unwrap_or_else(|| Path::new("")))
-            .env_clear()
-            .envs(setup.environment())
+        let mut shell = setup
+            .shell()
             .stdin(Stdio::piped())
             .stdout(writer.try_clone().unwrap())
             .stderr(writer)
@@ -343,6 +347,18 @@ impl Setup {
             self.inside()
         );
         write("rabbitmq.conf", &configuration);
+    }
+
+    /// `broker.sh` for this node.
+    fn shell(&self) -> Command {
+        let mut command = Command::new("sh");
+        command
+            .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/broker.sh"))
+            .arg(self.directory.path())
+            .arg(self.root.as_deref().unwrap_or_else(|| Path::new("")))
+            .env_clear()
+            .envs(self.environment());
+        command
     }
 
     /// The directory, as the node sees it.

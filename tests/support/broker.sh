@@ -1,12 +1,14 @@
 # Runs one RabbitMQ node and its epmd, for as long as whoever started it lives.
 #
-#   sh broker.sh DATA ROOT
+#   sh broker.sh DATA ROOT [COMMAND...]
 #
 # DATA is the node's directory; with a ROOT, the node is that one's, and DATA is what it sees as
 # /mnt. What the node prints is what this prints. Commands come on standard input, a word a line:
 #
 #   terminate  asks the node to stop
 #   kill       kills everything (-9), and ends
+#
+# With a COMMAND, nothing else is done than to run that one, where the node would run.
 #
 # If the input ends instead, then who started this has died: everything is killed, and DATA removed.
 
@@ -27,6 +29,11 @@ node() {
         exec setsid unshare --map-root-user --mount sh -c "$enter" enter "$root" "$data" "$@"
     fi
 }
+
+if [ $# -gt 2 ]; then
+    shift 2
+    node "$@"
+fi
 
 node epmd -address 127.0.0.1 -port "$ERL_EPMD_PORT" >/dev/null 2>&1 3<&- &
 epmd=$!

@@ -813,7 +813,13 @@ impl Transaction {
             Outcome::Committed => decision.branch_of(&self.request.services[index]),
             Outcome::Aborted => held,
         };
-        let holder = holder.filter(|_| held == branch);
+        // Where nothing is known but the decision, the instance that made the branch has the slot, or
+        // it is gone: then the transport finds another one. Told all together, one that sees the
+        // branch in the store would call the service's code as well.
+        let holder = match held {
+            Some(_) => holder.filter(|_| held == branch),
+            None => branch.map(|branch| branch.instance().clone()),
+        };
         (self.finish(decision.outcome, branch.cloned()), holder)
     }
 

@@ -1,0 +1,48 @@
+//! What becomes of the journal, and what workers make of it.
+
+use dtc::{client::Submission, transport::amqp::connection::Broker};
+use serde_json::json;
+
+use crate::{
+    broker::place,
+    system::{Served, Setup},
+    watched::{LIMIT, Watched},
+};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_that_is_gone_is_passed_over() {
+    let url = place().url;
+    let address = format!("amqp://127.0.0.1:9,{url},amqp://127.0.0.1:9").parse().unwrap();
+    let broker = Broker::new(address, "test");
+    // Each begins with any of the hosts.
+    for _ in 0..10 {
+        let connection = broker.connect("test").await.unwrap();
+        connection.close(200, "done".into()).await.unwrap();
+    }
+}
+
+/// A journal that is lost takes with it what was decided. Who comes again then, or comes for the
+/// first time and may have been decided before, is handed to a person; nobody is told an outcome
+/// that was guessed.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_journal_that_is_lost_under_a_worker_is_noticed_and_nothing_is_guessed() {
+    let watched = Watched::willing();
+    let system = Setup::new([Served::new("payments", 2, &watched)]).start().await;
+    let before = system.run("before", &["payments"], json!({})).await;
+    assert_eq!(before.outcome.as_str(), "COMMITTED");
+
+    system.raw.delete_queue(&system.names.journal()).await;
+    system.apply_topology().await;
+    let mut unresolved = system.raw.read(&system.names.unresolved()).await;
+    let waiting = tokio::spawn({
+        let client = system.another_client();
+        let submission = Submission::new("after", ["payments"], json!({}));
+        async move { client.submit_and_wait(submission, LIMIT * 4).await }
+    });
+
+    let parked = unresolved.items("dtc.parked.v1").await;
+    assert_eq!(parked[0]["id"], "after");
+    assert!(!waiting.is_finished());
+    waiting.abort();
+    system.stop_whatever_happened().await;
+}
