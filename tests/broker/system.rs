@@ -38,7 +38,7 @@ use lapin::{
 };
 use serde_json::Value;
 use tokio::{
-    sync::{mpsc, watch},
+    sync::{RwLock, RwLockReadGuard, RwLockWriteGuard, mpsc, watch},
     task::JoinHandle,
     time::timeout,
 };
@@ -80,10 +80,20 @@ impl Served {
     }
 }
 
+/// Systems share the machine, unless one of them wants it for itself.
+static MACHINE: RwLock<()> = RwLock::const_new(());
+
+/// A system's right to the machine.
+enum Share {
+    Some { _guard: RwLockReadGuard<'static, ()> },
+    All { _guard: RwLockWriteGuard<'static, ()> },
+}
+
 /// What a system is to be like.
 pub(crate) struct Setup {
-    pub(crate) workers: usize,
-    pub(crate) services: Vec<Served>,
+    workers: usize,
+    services: Vec<Served>,
+    is_alone: bool,
     tune: Box<dyn Fn(&mut worker::Settings)>,
 }
 
@@ -91,7 +101,13 @@ impl Setup {
     /// One worker, which is patient.
     pub(crate) fn new(services: impl IntoIterator<Item = Served>) -> Self {
         let services = services.into_iter().collect();
-        Self { workers: 1, services, tune: Box::new(|_| ()) }
+        Self { workers: 1, services, is_alone: false, tune: Box::new(|_| ()) }
+    }
+
+    /// With no other system beside it: its speed is measured.
+    pub(crate) fn alone(mut self) -> Self {
+        self.is_alone = true;
+        self
     }
 
     pub(crate) fn workers(mut self, workers: usize) -> Self {
@@ -116,6 +132,10 @@ impl Setup {
 
     /// Makes its topology, starts everything, and returns when everything is at work.
     pub(crate) async fn start(self) -> System {
+        let share = match self.is_alone {
+            true => Share::All { _guard: MACHINE.write().await },
+            false => Share::Some { _guard: MACHINE.read().await },
+        };
         let place = place();
         let address = place.url.parse().unwrap();
         let broker = Broker::new(address, "test");
@@ -139,6 +159,7 @@ impl Setup {
             instances: Vec::new(),
             services: self.services.clone(),
             topology: (services, options),
+            _share: share,
             broker,
             names,
         };
@@ -183,6 +204,7 @@ pub(crate) struct System {
     instances: Vec<(watch::Sender<bool>, Instance)>,
     services: Vec<Served>,
     topology: (Vec<ServiceTopology>, apply::Options),
+    _share: Share,
 }
 
 impl System {

@@ -38,6 +38,27 @@ async fn unknown_service_calls_no_one() {
     assert_eq!((before.book().calls.len(), after.book().calls.len()), (0, 0));
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn many_unknown_services_at_once_hold_up_no_one() {
+    const COUNT: usize = 500;
+    let a = Watched::willing();
+    let system = Setup::new([Served::new("a", 4, &a)]).workers(2).start().await;
+    let began = Instant::now();
+    let submissions = (0..2 * COUNT).map(|number| {
+        let service = if number % 2 == 0 { "a".to_owned() } else { format!("nowhere{number}") };
+        Submission::new(format!("t{number}"), [service], json!({}))
+    });
+    let answers = system.run_all(submissions.collect()).await;
+    println!("{COUNT} known and {COUNT} unknown ones answered in {:.1?}", began.elapsed());
+    for (number, answer) in answers.iter().enumerate() {
+        let code = answer.reason.as_ref().map(|reason| reason.code);
+        let expected = (number % 2 != 0).then_some(ReasonCode::UnknownService);
+        assert_eq!(code, expected, "{answer:?}");
+    }
+    system.stop().await;
+    assert_eq!(a.book().committed.len(), COUNT);
+}
+
 /// What is published to an exchange that isn't there costs the channel that it is published on.
 #[tokio::test(flavor = "multi_thread")]
 async fn worker_goes_on_when_an_exchange_that_was_deleted_is_made_again() {

@@ -43,7 +43,7 @@ async fn full(max_wait: Duration) -> Full {
     full.max_wait = max_wait;
     // It is asked first of those that may be contended, by its name.
     let services = [Served::new("open", 10, &open), full];
-    let system = Setup::new(services).start().await;
+    let system = Setup::new(services).alone().start().await;
     let client = system.client.clone();
     let holder = Submission::new("holder", ["tight"], json!({}));
     let holder = tokio::spawn(async move { run(&client, holder).await.outcome });

@@ -211,7 +211,7 @@ async fn a_saturated_slow_service_leaves_the_others_their_speed() {
     const SLOW: usize = 1000;
     let (slow, fast) = (Watched::slow(Duration::from_millis(20)), Watched::willing());
     let services = [Served::new("slow", 2, &slow), Served::new("fast", 20, &fast)];
-    let system = Setup::new(services).workers(2).start().await;
+    let system = Setup::new(services).workers(2).alone().start().await;
     let before = fast_ones(&system, "before").await;
 
     let slow_ones = system.run_all(submissions("slow", SLOW, &["slow"]));
