@@ -5,6 +5,7 @@
 #[path = "../support/broker.rs"]
 mod broker;
 mod client;
+mod crash;
 #[path = "../support/lines.rs"]
 mod lines;
 mod node;
