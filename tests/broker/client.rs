@@ -2,11 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
-use std::{
-    collections::BTreeSet,
-    fs,
-    time::{Duration, Instant},
-};
+use std::{collections::BTreeSet, fs, time::Duration};
 
 use dtc::{
     Client, Outcome, Submission,
@@ -408,7 +404,7 @@ async fn a_long_journal_is_read_to_its_end() {
     let last = format!("TX{}", MESSAGES - 1);
     let ids: BTreeSet<_> =
         ["TX0", &last, "TX"].iter().map(|id| TransactionId::parse(id).unwrap()).collect();
-    let began = Instant::now();
+    let began = tokio::time::Instant::now();
     let (address, names) = address(&desk.place);
     let history = history::look_up(&address, &names, &ids, history::Since::Always).await.unwrap();
     let took = began.elapsed();

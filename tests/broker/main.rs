@@ -5,6 +5,7 @@
 #[path = "../support/broker.rs"]
 mod broker;
 mod client;
+mod crash;
 mod journal;
 #[path = "../support/lines.rs"]
 mod lines;

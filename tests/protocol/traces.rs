@@ -114,6 +114,7 @@ stories! {
         commit_without_a_branch_undoes_the_own_one
         disconnect_and_the_outcome_comes_before_the_delivery
         disconnect_keeps_the_slot
+        disconnected_it_looks_first_whether_others_have_finished_it
         failed_commit_is_reported_and_stays_prepared
         failed_keeps_the_slot_until_the_abort
         finish_twice_while_it_is_applied_is_done_once
@@ -142,6 +143,7 @@ stories! {
         refused_and_read_only_free_the_slot_at_once
         repeated_prepare_of_what_another_instance_holds_takes_no_slot
         repeated_prepare_that_the_store_does_not_know_is_run
+        told_by_another_worker_it_looks_first_whether_it_is_finished
         visit_goes_first_and_the_prepare_that_comes_meanwhile_waits
         what_the_store_holds_and_nobody_here_is_asked_about
     }

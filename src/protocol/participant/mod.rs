@@ -129,6 +129,10 @@ struct Holding {
     deadline: Time,
     /// What this instance's own prepare is, or was found to be, stored under.
     branch: Option<Branch>,
+    /// The worker that alone has asked for the vote, and over a connection that still stands: nobody
+    /// else tells of the outcome, so no other instance has been told. `None`: others may have
+    /// finished it.
+    asked_by: Option<WorkerId>,
     /// The prepare that waits for what the store says.
     prepare: Option<Prepare>,
     /// Whether `prepare` came from an instance that is gone: then what it left is ours.
@@ -259,6 +263,7 @@ impl Instance {
         let mut holding = Holding {
             slot: Slot::Held(it.delivery),
             redelivered: it.redelivered,
+            asked_by: (!look).then(|| it.worker.clone()),
             voters: vec![(it.worker, it.prepare.request_hash)],
             ..Holding::visiting(Some(it.prepare.request_hash), it.prepare.deadline)
         };
@@ -323,6 +328,7 @@ impl Instance {
             let reused = Reason::at(&self.settings.service, ReasonCode::IdReused);
             return self.vote(to, key, request_hash, Ballot::Refused(reused), effects);
         }
+        holding.asked_by.take_if(|worker| *worker != to);
         match holding.stage {
             Stage::Prepared | Stage::Failed => self.vote_again(to, key, request_hash, effects),
             Stage::Recalling | Stage::Preparing | Stage::Finishing | Stage::BackingOff => {
@@ -573,8 +579,15 @@ impl Instance {
     /// Does what the outcome means for what this instance holds.
     fn apply(&mut self, now: Time, key: &TransactionKey, effects: &mut Vec<Effect>) {
         let Some(holding) = self.holdings.get_mut(key) else { return };
-        let Some(Finisher { finish, .. }) = holding.finishers.first() else { return };
+        let Some(Finisher { worker, finish, .. }) = holding.finishers.first() else { return };
         let Some(own) = holding.branch.clone() else { return };
+        // What a failed prepare has left is undone whatever the store says.
+        let may_be_finished =
+            holding.why_failed.is_none() && holding.asked_by.as_ref() != Some(worker);
+        if self.settings.has_store && may_be_finished {
+            holding.stage = Stage::Recalling;
+            return effects.push(Effect::ReadStore(key.clone()));
+        }
         let outcome = match finish.outcome {
             Outcome::Committed if finish.branch.as_ref() == Some(&own) => Outcome::Committed,
             // Another branch is the one that commits. Whoever holds it may be gone: what the store
@@ -777,7 +790,9 @@ impl Instance {
         let Some(holding) = self.holdings.get_mut(key) else { return };
         let Some(Finisher { finish, .. }) = holding.finishers.first() else { return };
         let mut branches: BTreeSet<Branch> = held.into_iter().map(|it| it.branch).collect();
-        branches.extend(holding.branch.clone());
+        if holding.why_failed.is_some() {
+            branches.extend(holding.branch.clone());
+        }
         let outcome_of = |branch: &Branch| match finish.outcome {
             Outcome::Committed if finish.branch.as_ref() == Some(branch) => Outcome::Committed,
             Outcome::Committed | Outcome::Aborted => Outcome::Aborted,
@@ -878,6 +893,7 @@ impl Instance {
             if let Slot::Held(_) = holding.slot {
                 holding.slot = Slot::Detached;
             }
+            holding.asked_by = None;
             for finisher in &mut holding.finishers {
                 finisher.delivery = None;
             }
@@ -910,6 +926,7 @@ impl Holding {
             request_hash,
             deadline,
             branch: None,
+            asked_by: None,
             prepare: None,
             redelivered: false,
             why_failed: None,

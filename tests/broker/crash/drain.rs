@@ -1,0 +1,111 @@
+//! Workers that are told to stop.
+
+use std::time::Duration;
+
+use dtc::protocol::message::{Outcome, ReasonCode};
+use serde_json::json;
+use tokio::time::Instant;
+
+use super::{
+    System,
+    ledger::{assert_none_called_again, assert_services_hold},
+    load::{Load, Plan},
+    until,
+};
+use crate::{broker::place, processes::LIMIT};
+
+/// What a worker has by default to finish what it has begun.
+const DRAIN: Duration = Duration::from_secs(25);
+
+#[test]
+fn a_worker_told_to_stop_under_load_finishes_what_it_has_begun() {
+    let service = |name| {
+        json!({"name": name, "max_concurrency": 100, "max_wait_ms": 60_000,
+        "prepare": {"latency_ms": [50, 200]}, "commit": {"latency_ms": [50, 200]}})
+    };
+    let system = System::new(place(), json!([service("payments"), service("stock")]));
+    let instances = ["payments", "stock"].map(|it| system.instance(it, it, &[]));
+    let mut leaving = system.worker("leaving", &[]);
+    let staying = system.worker("staying", &[]);
+
+    let timeout = Some(LIMIT);
+    let plan = Plan { services: &["payments", "stock"], total: 500, per_second: 80, timeout };
+    let load = Load::start(&system, "t", plan);
+    load.wait_for(150);
+    leaving.terminate();
+    let told = Instant::now();
+    let draining = leaving.wait_for_line("draining", LIMIT);
+    leaving.exited(0, DRAIN);
+    let took = told.elapsed();
+    assert!(!load.has_ended(), "it stops under load");
+    assert!(leaving.stderr.text().contains("drained: nothing is left behind"));
+
+    let results = load.results();
+    system.wait_until_nothing_is_prepared();
+    let in_flight = draining.rsplit_once("in_flight=").map_or("?", |(_, number)| number);
+    println!("drained {in_flight} in {took:.1?}; {:?}", results.counts());
+    assert_eq!(results.committed().len(), 500, "{:?}", results.counts());
+    let ledgers = system.ledgers();
+    assert_services_hold(&ledgers, &results.committed());
+    assert_none_called_again(&ledgers);
+    drop((instances, staying));
+}
+
+/// A transaction whose prepare never ends.
+fn hanging() -> (System, Plan) {
+    let hangs = json!({"name": "payments", "max_concurrency": 3, "prepare": {"hang_rate": 1}});
+    let system = System::new(place(), json!([hangs]));
+    let timeout = Some(Duration::from_secs(10));
+    let plan = Plan { services: &["payments"], total: 1, per_second: 100, timeout };
+    (system, plan)
+}
+
+#[test]
+fn a_worker_told_to_stop_twice_stops_at_once_and_its_transaction_goes_on() {
+    let (system, plan) = hanging();
+    let instance = system.instance("payments", "payments", &[]);
+    let mut leaving = system.worker("leaving", &["--drain", "1h"]);
+    let load = Load::start(&system, "t", plan);
+    until("the prepare hangs", || system.ledger("payments").started("prepare") == 1);
+    leaving.terminate();
+    leaving.wait_for_line("draining", LIMIT);
+    leaving.terminate();
+    let told = Instant::now();
+    leaving.exited(130, LIMIT);
+    println!("stopped {:.1?} after the second signal", told.elapsed());
+    ends_with_another_worker(&system, load);
+    drop(instance);
+}
+
+#[test]
+fn a_worker_whose_time_to_drain_is_over_hands_back_what_is_left() {
+    let (system, plan) = hanging();
+    let instance = system.instance("payments", "payments", &[]);
+    let mut leaving = system.worker("leaving", &["--drain", "500ms"]);
+    let load = Load::start(&system, "t", plan);
+    until("the prepare hangs", || system.ledger("payments").started("prepare") == 1);
+    leaving.terminate();
+    let told = Instant::now();
+    leaving.exited(0, LIMIT);
+    println!("stopped after {:.1?}", told.elapsed());
+    assert!(leaving.stderr.text().contains("the time to drain is over"));
+    ends_with_another_worker(&system, load);
+    drop(instance);
+}
+
+#[track_caller]
+fn ends_with_another_worker(system: &System, load: Load<'_>) {
+    assert!(!load.has_ended());
+    let worker = system.worker("other", &[]);
+    let results = load.results();
+    let answer = &results.0[0].answer;
+    let code = answer.reason.as_ref().map(|it| it.code);
+    println!("then told {} because of {code:?}", answer.outcome);
+    assert_eq!(answer.outcome, Outcome::Aborted);
+    assert!(matches!(code, Some(ReasonCode::Deadline | ReasonCode::Failed)), "{code:?}");
+    system.wait_until_nothing_is_prepared();
+    let ledgers = system.ledgers();
+    assert_services_hold(&ledgers, &results.committed());
+    assert_eq!(ledgers[0].started("prepare"), 1);
+    drop(worker);
+}

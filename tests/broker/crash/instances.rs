@@ -1,0 +1,98 @@
+//! Instances that are killed or frozen while they hold prepared transactions.
+
+use serde_json::json;
+
+use super::{
+    PATIENCE, READY, System,
+    ledger::{assert_cap_holds, assert_none_called_again, assert_services_hold},
+    load::{Load, Plan},
+    until,
+};
+use crate::{broker::place, processes::LIMIT};
+
+const SERVICES: &[&str] = &["payments", "stock"];
+
+/// So many slots has each instance of `payments`, which is asked before `stock`: while that takes
+/// its time, they all are in use.
+const CAP: usize = 10;
+
+fn system() -> System {
+    let payments = json!({"name": "payments", "max_concurrency": CAP, "max_wait_ms": 60_000});
+    let stock = json!({"name": "stock", "max_concurrency": 1000, "max_wait_ms": 60_000,
+        "prepare": {"latency_ms": 3000}});
+    System::new(place(), json!([payments, stock]))
+}
+
+/// How many of the branches that are held were prepared by the instance with this label.
+fn held_by(system: &System, label: &str) -> usize {
+    let prepared = system.ledger("payments").prepared;
+    prepared.iter().filter(|name| name.contains(&format!("@{label}-"))).count()
+}
+
+fn plan(total: usize) -> Plan {
+    Plan { services: SERVICES, total, per_second: 200, timeout: Some(PATIENCE) }
+}
+
+#[test]
+fn what_a_killed_instance_had_prepared_is_finished_by_another() {
+    let system = system();
+    let stock = system.instance("stock", "stock", &[]);
+    let mut killed = system.instance("payments", "killed", &[]);
+    let worker = system.worker("w1", &[]);
+    let load = Load::start(&system, "t", plan(CAP));
+    until("everything is prepared", || held_by(&system, "killed") == CAP);
+    killed.kill9();
+    assert_eq!(held_by(&system, "killed"), CAP, "nothing was decided yet");
+    let other = system.instance("payments", "other", &[]);
+
+    let results = load.results();
+    system.wait_until_nothing_is_prepared();
+    let ledgers = system.ledgers();
+    let by_other =
+        ledgers[0].calls.iter().filter(|it| it.is_start && it.instance.starts_with("other-"));
+    println!(
+        "killed with {CAP} prepared: {:?}; the other instance was called {} times",
+        results.counts(),
+        by_other.count()
+    );
+    assert_eq!(results.committed().len(), CAP, "{:?}", results.counts());
+    assert_services_hold(&ledgers, &results.committed());
+    assert_none_called_again(&ledgers);
+    assert_cap_holds(&ledgers[..1], CAP);
+    drop((stock, worker, other));
+}
+
+#[test]
+fn an_instance_frozen_for_too_long_neither_undoes_nor_exceeds_anything_when_it_wakes() {
+    let system = system();
+    let stock = system.instance("stock", "stock", &[]);
+    let frozen = system.instance("payments", "frozen", &["--heartbeat", "1s"]);
+    let worker = system.worker("w1", &[]);
+    let load = Load::start(&system, "t", plan(3 * CAP));
+    until("its slots are in use", || held_by(&system, "frozen") == CAP);
+    frozen.stop();
+    let other = system.instance("payments", "other", &[]);
+    let results = load.results();
+    let lines = frozen.stderr.count();
+    frozen.cont();
+    let again = frozen.stderr.wait_for_from(lines, READY, LIMIT);
+    assert!(again.is_some(), "it connects again");
+
+    let more = Load::start(&system, "later", plan(4 * CAP)).results();
+    system.wait_until_nothing_is_prepared();
+    let ledgers = system.ledgers();
+    let most = assert_cap_holds(&ledgers[..1], CAP);
+    println!(
+        "frozen with {CAP} of {} prepared: {:?}, and when it was awake {:?}; at most {most} of \
+        {CAP} slots in use",
+        3 * CAP,
+        results.counts(),
+        more.counts()
+    );
+    let committed = &results.committed() | &more.committed();
+    assert_eq!(committed.len(), 7 * CAP);
+    assert_services_hold(&ledgers, &committed);
+    assert_none_called_again(&ledgers);
+    assert_eq!(most, CAP, "the cap is reached");
+    drop((stock, worker, other));
+}

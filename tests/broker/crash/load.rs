@@ -1,0 +1,157 @@
+//! A producer at work: so many transactions a second, each waited for.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use dtc::{
+    client::{Client, Submission},
+    protocol::message::{Answer, Outcome},
+};
+use serde_json::json;
+use tokio::{
+    task::{JoinHandle, JoinSet},
+    time::{Instant, MissedTickBehavior, interval},
+};
+
+use super::{PATIENCE, System, until};
+
+/// What is to be submitted.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Plan {
+    pub(super) services: &'static [&'static str],
+    pub(super) total: usize,
+    pub(super) per_second: u32,
+    pub(super) timeout: Option<Duration>,
+}
+
+/// A producer that is at it.
+pub(super) struct Load<'a> {
+    system: &'a System,
+    total: usize,
+    ended: Arc<AtomicUsize>,
+    sent: Arc<AtomicUsize>,
+    task: JoinHandle<Vec<Told>>,
+}
+
+/// What the producer was told of one transaction.
+#[derive(Debug)]
+pub(super) struct Told {
+    pub(super) id: String,
+    sent_at: Instant,
+    told_at: Instant,
+    pub(super) answer: Answer,
+}
+
+/// What it was told of all.
+#[derive(Debug)]
+pub(super) struct Results(pub(super) Vec<Told>);
+
+impl<'a> Load<'a> {
+    /// Begins; the ids are `<prefix>-<number>`.
+    pub(super) fn start(system: &'a System, prefix: &'static str, plan: Plan) -> Self {
+        let (ended, sent) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        let client = system.client();
+        let task = system.runtime.spawn(produce(
+            client,
+            prefix,
+            plan,
+            Arc::clone(&sent),
+            Arc::clone(&ended),
+        ));
+        Self { system, total: plan.total, ended, sent, task }
+    }
+
+    /// Waits until so many have ended.
+    #[track_caller]
+    pub(super) fn wait_for(&self, number: usize) {
+        let what = format!("{number} of {} have ended", self.total);
+        until(&what, || self.ended.load(Ordering::Relaxed) >= number);
+    }
+
+    /// How many were sent and have not ended.
+    pub(super) fn in_flight(&self) -> usize {
+        self.sent.load(Ordering::Relaxed).saturating_sub(self.ended.load(Ordering::Relaxed))
+    }
+
+    pub(super) fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Relaxed) >= self.total
+    }
+
+    /// Waits until all have ended.
+    #[track_caller]
+    pub(super) fn results(self) -> Results {
+        let Self { system, total, task, .. } = self;
+        let told = system.runtime.block_on(task).expect("a transaction has no answer");
+        assert_eq!(told.len(), total);
+        Results(told)
+    }
+}
+
+async fn produce(
+    client: Client,
+    prefix: &'static str,
+    plan: Plan,
+    sent: Arc<AtomicUsize>,
+    ended: Arc<AtomicUsize>,
+) -> Vec<Told> {
+    let mut ticks = interval(Duration::from_secs(1) / plan.per_second);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut waiting = JoinSet::new();
+    for number in 0..plan.total {
+        ticks.tick().await;
+        let (client, ended) = (client.clone(), Arc::clone(&ended));
+        sent.fetch_add(1, Ordering::Relaxed);
+        waiting.spawn(async move {
+            let id = format!("{prefix}-{number}");
+            let services = plan.services.iter().copied();
+            let mut submission = Submission::new(id.clone(), services, json!({"number": number}));
+            submission.timeout = plan.timeout;
+            let sent_at = Instant::now();
+            let answer = client.submit_and_wait(submission, PATIENCE).await.unwrap();
+            ended.fetch_add(1, Ordering::Relaxed);
+            Told { id, sent_at, told_at: Instant::now(), answer }
+        });
+    }
+    let told = waiting.join_all().await;
+    client.close().await;
+    told
+}
+
+impl Results {
+    /// The ids of those that committed.
+    pub(super) fn committed(&self) -> BTreeSet<String> {
+        let committed = self.0.iter().filter(|it| it.answer.outcome == Outcome::Committed);
+        committed.map(|it| it.id.clone()).collect()
+    }
+
+    /// How many of each kind there are, by why they were aborted.
+    pub(super) fn counts(&self) -> BTreeMap<String, usize> {
+        let mut counts = BTreeMap::new();
+        for Told { answer, .. } in &self.0 {
+            let reason = answer.reason.as_ref();
+            let word = reason.map_or_else(|| answer.outcome.to_string(), |it| it.code.to_string());
+            *counts.entry(word).or_default() += 1;
+        }
+        counts
+    }
+
+    /// How long after `moment` those ended that were in flight at it, from the shortest on.
+    pub(super) fn in_flight_at(&self, moment: Instant) -> Vec<Duration> {
+        let in_flight = self.0.iter().filter(|it| it.sent_at < moment && it.told_at > moment);
+        let mut after: Vec<_> = in_flight.map(|it| it.told_at - moment).collect();
+        after.sort_unstable();
+        after
+    }
+}
+
+/// What so many of a hundred of `sorted` don't exceed.
+pub(super) fn percentile(sorted: &[Duration], of_hundred: usize) -> Duration {
+    let rank = (sorted.len() * of_hundred).div_ceil(100).max(1);
+    sorted.get(rank - 1).copied().unwrap_or_default()
+}

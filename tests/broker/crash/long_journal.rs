@@ -1,0 +1,115 @@
+//! A worker that has much to read before it serves.
+
+use dtc::{
+    protocol::{
+        ids::{
+            Branch, InstanceId, RequestHash, ServiceName, TransactionId, TransactionKey, WorkerId,
+        },
+        message::{Decision, Outcome},
+        time::Time,
+    },
+    transport::amqp::publisher::{Outgoing, Published, Publisher},
+    wire::message::{Items, Kind},
+    worker::clock::Clock,
+};
+use lapin::{Connection, ConnectionProperties};
+use serde_json::json;
+use tokio::time::Instant;
+
+use super::{
+    READY, System,
+    load::{Load, Plan},
+};
+use crate::{broker::place, processes::LIMIT};
+
+/// Without optimisation it is the same with fewer.
+const DECISIONS: usize = if cfg!(debug_assertions) { 100_000 } else { 1_000_000 };
+/// So many travel together under load.
+const PER_MESSAGE: usize = 200;
+/// How many messages are on their way at a time.
+const OUTSTANDING: usize = 50;
+
+#[test]
+fn a_worker_serves_soon_on_a_journal_of_a_million_decisions() {
+    let service = |name| json!({"name": name, "max_concurrency": 10});
+    let system = System::new(place(), json!([service("payments"), service("stock")]));
+    let instances = ["payments", "stock"].map(|it| system.instance(it, it, &[]));
+    let begun = Instant::now();
+    let bytes = system.runtime.block_on(fill(&system));
+    println!("{DECISIONS} decisions, {} MB, written in {:.1?}", bytes >> 20, begun.elapsed());
+
+    let started = Instant::now();
+    let worker = system.start_worker("w1", &[]);
+    let read = worker.wait_for_line("the journal is read", LIMIT);
+    worker.wait_for_line(READY, LIMIT);
+    let ready_after = started.elapsed();
+    let timeout = Some(LIMIT);
+    let plan = Plan { services: &["payments", "stock"], total: 1, per_second: 1, timeout };
+    let results = Load::start(&system, "t", plan).results();
+    println!(
+        "serves after {ready_after:.1?}, {} MB resident: {}; first result after {:.1?}",
+        worker.resident() >> 20,
+        read.split_once("the journal").map_or("", |(_, said)| said),
+        started.elapsed()
+    );
+    assert_eq!(results.committed().len(), 1);
+    assert!(read.contains(&format!("decisions={DECISIONS} ")), "{read}");
+    assert!(ready_after.as_secs() < 15, "{ready_after:?}");
+    drop(instances);
+}
+
+/// Writes the decisions as a worker does; how many bytes that are.
+async fn fill(system: &System) -> usize {
+    let properties = ConnectionProperties::default();
+    let connection = Connection::connect(&system.world.place.url, properties).await.unwrap();
+    let mut publisher = Publisher::open(&connection).await.unwrap();
+    let now = Clock::start().now();
+    let mut bytes = 0;
+    for first in (0..DECISIONS).step_by(PER_MESSAGE) {
+        let mut items = Items::new();
+        (first..first + PER_MESSAGE).for_each(|number| items.push(&decision(number, now)).unwrap());
+        bytes += items.size();
+        let message = Outgoing {
+            key: system.names.journal(),
+            message_type: Kind::Decision.as_type(),
+            body: items.into_body(),
+            persistent: true,
+            mandatory: true,
+            ..Outgoing::default()
+        };
+        publisher.publish(message, ());
+        while publisher.outstanding() >= OUTSTANDING {
+            confirmed(&mut publisher).await;
+        }
+    }
+    while publisher.outstanding() > 0 {
+        confirmed(&mut publisher).await;
+    }
+    connection.close(200, "".into()).await.unwrap();
+    bytes
+}
+
+async fn confirmed(publisher: &mut Publisher<()>) {
+    let ((), published) = publisher.next().await;
+    assert!(matches!(published, Published::Confirmed), "{published:?}");
+}
+
+/// One of the last quarter of an hour.
+fn decision(number: usize, now: Time) -> Decision {
+    let branch = |service: &str| {
+        let instance = InstanceId::parse(&format!("{service}-i0123456789ab")).unwrap();
+        (ServiceName::parse(service).unwrap(), Branch::of(&instance, number as u64))
+    };
+    Decision {
+        key: TransactionKey {
+            id: TransactionId::parse(&format!("order-{number:08}")).unwrap(),
+            requested_at: Time::from_millis(now.as_millis() / 1000 * 1000),
+        },
+        request_hash: RequestHash((number as u128).to_be_bytes()),
+        outcome: Outcome::Committed,
+        branches: vec![branch("payments"), branch("stock")],
+        reason: None,
+        decided_at: now,
+        worker: WorkerId::parse("w0").unwrap(),
+    }
+}

@@ -1,0 +1,68 @@
+//! A broker that goes and comes back under load.
+
+use std::time::Duration;
+
+use serde_json::json;
+use tokio::time::Instant;
+
+use super::{
+    System,
+    ledger::{assert_none_called_again, assert_services_hold},
+    load::{Load, Plan, percentile},
+};
+use crate::broker::Broker;
+
+/// What a broker that has just declared quorum queues needs before it may be killed: until then it
+/// keeps them in memory, with all that was confirmed.
+const SETTLED: Duration = Duration::from_secs(1);
+
+#[test]
+fn the_broker_is_restarted_under_load_and_nothing_is_lost() {
+    survives(Broker::terminate);
+}
+
+#[test]
+fn the_broker_is_killed_under_load_and_nothing_is_lost() {
+    survives(Broker::kill);
+}
+
+#[track_caller]
+fn survives(end: fn(&Broker)) {
+    let broker = Broker::start();
+    let service = |name| {
+        json!({"name": name, "max_concurrency": 50, "max_wait_ms": 20_000,
+        "prepare": {"latency_ms": [10, 50]}, "commit": {"latency_ms": [10, 50]}})
+    };
+    let system = System::new(broker.place(), json!([service("payments"), service("stock")]));
+    std::thread::sleep(SETTLED);
+    let instances = ["payments", "stock"].map(|service| {
+        ["a", "b"].map(|label| system.instance(service, &format!("{service}-{label}"), &[]))
+    });
+    let workers = ["w1", "w2"].map(|name| system.worker(name, &[]));
+
+    let plan = Plan { services: &["payments", "stock"], total: 600, per_second: 60, timeout: None };
+    let load = Load::start(&system, "t", plan);
+    load.wait_for(100);
+    end(&broker);
+    let gone = Instant::now();
+    assert!(!load.has_ended(), "the broker goes under load");
+    broker.start_again();
+    let back = Instant::now();
+    let results = load.results();
+    system.wait_until_nothing_is_prepared();
+
+    let after = results.in_flight_at(back);
+    let (p50, p99) = (percentile(&after, 50), percentile(&after, 99));
+    println!(
+        "gone for {:.1?}; {} in flight when it was back ended after: median {p50:.1?}, \
+        p99 {p99:.1?}; {:?}",
+        back - gone,
+        after.len(),
+        results.counts()
+    );
+    let ledgers = system.ledgers();
+    assert_services_hold(&ledgers, &results.committed());
+    assert_none_called_again(&ledgers);
+    assert!(results.committed().len() > 300, "{:?}", results.counts());
+    drop((instances, workers));
+}

@@ -1,0 +1,123 @@
+//! What goes by at the broker, seen by a consumer of the test's own that takes nothing from anyone.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use dtc::{
+    protocol::message::Decision,
+    wire::message::{Kind, decode},
+};
+use futures_util::StreamExt;
+use lapin::{
+    Channel, Connection, ConnectionProperties,
+    message::Delivery,
+    options::{
+        BasicAckOptions, BasicConsumeOptions, BasicQosOptions, QueueBindOptions,
+        QueueDeclareOptions,
+    },
+    types::{AMQPValue, FieldTable, ShortString},
+};
+
+use super::System;
+
+/// All that has gone by.
+pub(super) struct Watch {
+    seen: Arc<Mutex<Vec<Delivery>>>,
+    /// It is consumed on this.
+    _connection: Connection,
+}
+
+impl Watch {
+    /// The journal, from its first record on.
+    pub(super) fn journal(system: &System) -> Self {
+        system.runtime.block_on(async {
+            let (connection, channel) = connect(system).await;
+            let mut arguments = FieldTable::default();
+            arguments.insert("x-stream-offset".into(), AMQPValue::LongString("first".into()));
+            Self::of(connection, channel, system.names.journal(), arguments).await
+        })
+    }
+
+    /// Every prepare, and whatever is said to all instances of a service.
+    pub(super) fn commands(system: &System) -> Self {
+        system.runtime.block_on(async {
+            let (connection, channel) = connect(system).await;
+            let options = QueueDeclareOptions { exclusive: true, ..Default::default() };
+            let declared = channel.queue_declare("".into(), options, FieldTable::default()).await;
+            let queue = declared.unwrap().name().clone();
+            for (exchange, key) in [(system.names.prepare(), "#"), (system.names.finish(), "all.*")]
+            {
+                let (options, arguments) = (QueueBindOptions::default(), FieldTable::default());
+                let bound =
+                    channel.queue_bind(queue.clone(), exchange, key.into(), options, arguments);
+                bound.await.unwrap();
+            }
+            Self::of(connection, channel, queue, FieldTable::default()).await
+        })
+    }
+
+    async fn of(
+        connection: Connection,
+        channel: Channel,
+        queue: ShortString,
+        arguments: FieldTable,
+    ) -> Self {
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let options = BasicConsumeOptions::default();
+        let consumer = channel.basic_consume(queue, "".into(), options, arguments).await;
+        let (mut consumer, kept) = (consumer.unwrap(), Arc::clone(&seen));
+        tokio::spawn(async move {
+            while let Some(Ok(delivery)) = consumer.next().await {
+                delivery.acker.ack(BasicAckOptions::default()).await.unwrap();
+                lock(&kept).push(delivery);
+            }
+            drop(channel);
+        });
+        Self { seen, _connection: connection }
+    }
+
+    /// The decisions about `id` so far, in the journal's order.
+    pub(super) fn decisions(&self, id: &str) -> Vec<Decision> {
+        let is_decision = |it: &&Delivery| kind_of(it) == Some(Kind::Decision);
+        let seen = lock(&self.seen);
+        let items = seen.iter().filter(is_decision).flat_map(|it| decode(&it.data).unwrap());
+        items.map(Result::unwrap).filter(|it: &Decision| it.key.id.as_str() == id).collect()
+    }
+
+    /// Whether `worker` has asked a service to prepare something, or whether it holds it.
+    pub(super) fn has_asked(&self, worker: &str) -> bool {
+        let is_its = |it: &Delivery| {
+            matches!(kind_of(it), Some(Kind::Prepare | Kind::Query))
+                && it.properties.reply_to().as_ref().is_some_and(|to| to.as_str() == worker)
+        };
+        lock(&self.seen).iter().any(is_its)
+    }
+}
+
+fn kind_of(delivery: &Delivery) -> Option<Kind> {
+    delivery.properties.kind().as_ref().and_then(|text| Kind::parse_type(text.as_str()))
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A channel that consumes, on a connection of its own.
+async fn connect(system: &System) -> (Connection, Channel) {
+    let url = &system.world.place.url;
+    let connection = Connection::connect(url, ConnectionProperties::default()).await.unwrap();
+    let channel = connection.create_channel().await.unwrap();
+    channel.basic_qos(1000, BasicQosOptions::default()).await.unwrap();
+    (connection, channel)
+}
+
+/// How many messages wait in `queue`, those not counted that somebody has.
+pub(super) fn waiting_in(system: &System, queue: ShortString) -> u32 {
+    system.runtime.block_on(async {
+        let (connection, channel) = connect(system).await;
+        let options = QueueDeclareOptions { passive: true, ..Default::default() };
+        let declared = channel.queue_declare(queue, options, FieldTable::default()).await.unwrap();
+        let count = declared.message_count();
+        connection.close(200, "".into()).await.unwrap();
+        count
+    })
+}
