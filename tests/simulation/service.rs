@@ -295,6 +295,7 @@ impl World {
                 if !fails {
                     self.commit(index, &key, &branch);
                     self.leave(instance, is_alive, &key);
+                    self.finished_for(&key, &branch);
                 }
                 Event::FinishEnded { key, branch, applied }
             }
@@ -304,6 +305,7 @@ impl World {
                     tell!(self, "{} undoes {branch} of {key}", self.services[index].plan.name);
                     self.services[index].store.remove(&key, &branch);
                     self.leave(instance, is_alive, &key);
+                    self.finished_for(&key, &branch);
                 }
                 Event::FinishEnded { key, branch, applied }
             }
@@ -324,6 +326,14 @@ impl World {
     fn leave(&mut self, instance: usize, is_alive: bool, key: &TransactionKey) {
         if is_alive {
             self.instances[instance].working.remove(key);
+        }
+    }
+
+    /// Whoever has finished it: the maker of the branch has no more work with it, and sees so in the
+    /// store.
+    fn finished_for(&mut self, key: &TransactionKey, branch: &Branch) {
+        for node in self.instances.iter_mut().filter(|node| node.id == *branch.instance()) {
+            node.working.remove(key);
         }
     }
 

@@ -4,7 +4,7 @@ use serde_json::json;
 
 use super::{
     PATIENCE, READY, System,
-    ledger::{assert_cap_holds, assert_none_called_again, assert_services_hold},
+    ledger::{Ledger, assert_cap_holds, assert_none_called_again, assert_services_hold},
     load::{Load, Plan},
     until,
 };
@@ -23,10 +23,13 @@ fn system() -> System {
     System::new(place(), json!([payments, stock]))
 }
 
-/// How many of the branches that are held were prepared by the instance with this label.
+/// How many branches the instance with this label has prepared, and are held: who is killed before it
+/// has written all of one leaves something that is none.
 fn held_by(system: &System, label: &str) -> usize {
-    let prepared = system.ledger("payments").prepared;
-    prepared.iter().filter(|name| name.contains(&format!("@{label}-"))).count()
+    let Ledger { calls, prepared, .. } = system.ledger("payments");
+    let has_ended = |branch: &str| calls.iter().any(|it| !it.is_start && it.branch == branch);
+    let branches = prepared.iter().filter_map(|name| name.rsplit('@').next());
+    branches.filter(|it| it.starts_with(&format!("{label}-")) && has_ended(it)).count()
 }
 
 fn plan(total: usize) -> Plan {
