@@ -153,27 +153,27 @@ macro_rules! searches {
 }
 
 searches! {
-    a_crash_is_taken_over: crash, 250_344;
-    a_crash_amid_two_services_is_taken_over: crash_two_services, 698_354;
+    a_crash_is_taken_over: crash, 252_169;
+    a_crash_amid_two_services_is_taken_over: crash_two_services, 701_304;
     a_frozen_worker_that_wakes_late_changes_nothing: frozen_worker, 315_715;
     nor_does_it_with_prepares_in_parallel: frozen_worker_with_plenty, 1_071_096;
     three_services_agree: three_services, 671_054;
     a_request_published_twice_is_one_transaction: duplicate_request, 72_645;
-    a_request_delivered_too_often_is_aborted: hopeless_request, 93_702;
-    a_reader_that_comes_late_looks_back: late_reader, 12_211;
+    a_request_delivered_too_often_is_aborted: hopeless_request, 93_888;
+    a_reader_that_comes_late_looks_back: late_reader, 12_225;
     a_reader_that_comes_late_answers_inquiries: late_inquiry, 8_710;
-    a_truncated_journal_is_not_guessed: truncated_journal, 42_908;
-    a_short_memory_forgets_no_outcome: short_memory, 1_366_331;
-    a_service_that_forgets_executes_once: forgetful_service, 15_617;
-    two_instances_that_both_prepare_execute_once: two_instances, 354_594;
-    slow_code_and_slow_stores_execute_once: slow_services, 555_831;
-    commits_that_fail_are_parked_and_settled: commit_failures, 604_169;
-    every_answer_to_a_prepare_counts: votes, 984_009;
+    a_truncated_journal_is_not_guessed: truncated_journal, 43_008;
+    a_short_memory_forgets_no_outcome: short_memory, 1_367_011;
+    a_service_that_forgets_executes_once: forgetful_service, 13_457;
+    two_instances_that_both_prepare_execute_once: two_instances, 359_482;
+    slow_code_and_slow_stores_execute_once: slow_services, 515_641;
+    commits_that_fail_are_parked_and_settled: commit_failures, 458_579;
+    every_answer_to_a_prepare_counts: votes, 984_049;
     no_slot_aborts: no_slot, 40_548;
     an_inquiry_decides: inquiries, 1_093_660;
     a_careless_retry_gets_its_own_or_the_earlier_outcome: careless_retry, 55_427;
     other_content_under_the_same_key_is_rejected: other_content, 808_065;
-    other_content_is_rejected_after_a_crash: other_content_after_crash, 85_230;
+    other_content_is_rejected_after_a_crash: other_content_after_crash, 85_370;
     a_lost_connection_is_taken_over: worker_disconnects, 323_899;
 }
 
