@@ -13,7 +13,7 @@ use crate::{
         broker::BrokerArguments,
         duration,
         input::{bad_data, name, open},
-        progress, signals,
+        progress, signals, stages,
     },
     participant::{
         serve::{self, ServeError, ServeSettings},
@@ -77,14 +77,7 @@ pub(super) fn run(arguments: &ServiceArguments) -> Result<Exit, Failure> {
     let level = level.map_err(|error| Failure::new(Exit::Usage, error))?;
     let spec = spec(arguments)?;
     let settings = settings(arguments, &spec)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .context("failed to start the runtime")
-        .map_err(|error| Failure::new(Exit::Incomplete, error))?;
-    let interrupt = signals::watch(&runtime)
-        .context("failed to listen for signals")
-        .map_err(|error| Failure::new(Exit::Incomplete, error))?;
+    let (runtime, interrupt) = stages::runtime()?;
     progress::log_above(&ProgressBar::hidden(), level);
 
     let state = match &arguments.state {
@@ -100,11 +93,7 @@ pub(super) fn run(arguments: &ServiceArguments) -> Result<Exit, Failure> {
         service = %settings.service, instance = %settings.instance,
         broker = %settings.broker.address, namespace = %settings.names.namespace(), "starting"
     );
-    let mut heard = interrupt.subscribe();
-    let stop = async move {
-        // The sender lives as long as the process.
-        let _ = heard.wait_for(|heard| *heard).await;
-    };
+    let stop = signals::heard(&interrupt);
     runtime.block_on(serve::serve(participant, settings, stop)).map_err(failure)?;
     tracing::info!("stopped");
     Ok(Exit::Done)

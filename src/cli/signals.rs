@@ -25,6 +25,15 @@ pub(super) fn watch(runtime: &Runtime) -> io::Result<watch::Sender<bool>> {
     Ok(interrupt)
 }
 
+/// Is over when the first signal is heard; until then it is something to finish.
+pub(super) fn heard(interrupt: &watch::Sender<bool>) -> impl Future<Output = ()> + use<> {
+    let mut heard = interrupt.subscribe();
+    async move {
+        // The sender lives as long as the process.
+        let _ = heard.wait_for(|heard| *heard).await;
+    }
+}
+
 #[cfg(unix)]
 struct Signals {
     interrupt: tokio::signal::unix::Signal,

@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use anyhow::Context as _;
 use clap::Args;
 use indicatif::ProgressBar;
 use tracing_subscriber::filter::LevelFilter;
@@ -13,7 +12,7 @@ use crate::{
         broker::BrokerArguments,
         duration,
         limits::{at_least_one, workers_name},
-        progress, signals,
+        progress, signals, stages,
     },
     protocol::ids::WorkerId,
     transport::amqp::unique,
@@ -57,14 +56,7 @@ pub(super) fn run(arguments: &WorkerArguments) -> Result<Exit, Failure> {
     let level = progress::log_level(LevelFilter::INFO);
     let level = level.map_err(|error| Failure::new(Exit::Usage, error))?;
     let settings = settings(arguments)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .context("failed to start the runtime")
-        .map_err(|error| Failure::new(Exit::Incomplete, error))?;
-    let interrupt = signals::watch(&runtime)
-        .context("failed to listen for signals")
-        .map_err(|error| Failure::new(Exit::Incomplete, error))?;
+    let (runtime, interrupt) = stages::runtime()?;
     progress::log_above(&ProgressBar::hidden(), level);
 
     let name = settings.coordinator.worker.clone();
@@ -73,11 +65,7 @@ pub(super) fn run(arguments: &WorkerArguments) -> Result<Exit, Failure> {
         worker = %name, broker = %settings.broker.address,
         namespace = %settings.names.namespace(), max_in_flight, "starting"
     );
-    let mut heard = interrupt.subscribe();
-    let stop = async move {
-        // The sender lives as long as the process.
-        let _ = heard.wait_for(|heard| *heard).await;
-    };
+    let stop = signals::heard(&interrupt);
     let ready = || tracing::info!(worker = %name, "ready");
     let tally = runtime.block_on(worker::run(settings, stop, ready)).map_err(failure)?;
     tracing::info!(
