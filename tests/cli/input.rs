@@ -20,7 +20,7 @@ fn everything_wrong_with_both_files_is_said_at_once() {
     let world = world();
     world.write(
         "services.json",
-        r#"[{"name": "a b", "max_concurrency": 0, "cap": 1},
+        r#"[{"name": "a b", "max_concurrency": 0, "slots": 1},
             {"name": "b", "max_concurrency": 1, "prepare": {"latency_ms": [5, 1], "error_rate": -1}}]"#,
     );
     world.write(
@@ -29,7 +29,7 @@ fn everything_wrong_with_both_files_is_said_at_once() {
             {"id": "TX1", "involved_services": ["b"], "data": 7, "timeout_ms": 0}]"#,
     );
     output(world.run().args(["--report", "report.json"])).exited(65).silent().saying(
-        "services.json: $[0].cap is 1: unknown field; there are `name`, `max_concurrency`, \
+        "services.json: $[0].slots is 1: unknown field; there are `name`, `max_concurrency`, \
          `max_wait_ms`, `cap`, `prepare`, `commit`, `abort`\n\
          services.json: $[0].name is \"a b\": must match [A-Za-z0-9_-]{1,64}\n\
          services.json: $[0].max_concurrency is 0: must be a whole number from 1 to 4294967295\n\
