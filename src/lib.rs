@@ -21,9 +21,12 @@
 //! * [`client`]: for producers.
 //! * [`embedded`]: both sides in one process.
 //! * [`cli`]: the `dtc` command.
+//!
+//! Beside the stairs stands [`config`](mod@config), which only [`cli`] knows.
 
 pub mod cli;
 pub mod client;
+pub mod config;
 pub mod embedded;
 pub mod participant;
 pub mod protocol;

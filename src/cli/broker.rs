@@ -1,12 +1,12 @@
-//! What every command that talks to RabbitMQ is told about it.
+//! What commands are told about the configuration, and about RabbitMQ.
 
-use std::{fmt, time::Duration};
+use std::{env, fmt, path::PathBuf};
 
-use anyhow::Context as _;
 use clap::Args;
 
 use crate::{
-    cli::{Exit, Failure, duration},
+    cli::{Exit, Failure},
+    config::{self, Complaints, Config, Flag, Given},
     transport::amqp::{
         connection::{Broker, ConnectError, Disposition},
         names::{Names, Namespace},
@@ -14,34 +14,101 @@ use crate::{
 };
 
 #[derive(Debug, Args)]
+pub(super) struct ConfigArgument {
+    /// The configuration, as `dtc config --defaults` prints it; flags and environment go before it
+    #[arg(long, value_name = "FILE", env = "DTC_CONFIG")]
+    config: Option<PathBuf>,
+}
+
+impl ConfigArgument {
+    /// All that is set, with `flags` above the rest.
+    pub(super) fn load(
+        &self,
+        flags: impl IntoIterator<Item = Option<Flag>>,
+    ) -> Result<Config, Failure> {
+        let given = Given {
+            file: self.config.clone(),
+            environment: env::vars_os().collect(),
+            flags: flags.into_iter().flatten().collect(),
+        };
+        config::load(&given).map_err(bad_configuration)
+    }
+}
+
+/// A flag that sets `key`, where it was given.
+pub(super) fn flag(
+    key: &'static str,
+    flag: &'static str,
+    value: Option<impl ToString>,
+) -> Option<Flag> {
+    value.map(|value| Flag { key, flag, value: value.to_string() })
+}
+
+/// What is wrong with nothing but the command line is an error of usage.
+fn bad_configuration(complaints: Complaints) -> Failure {
+    let is_usage = complaints.0.iter().all(|complaint| complaint.source.is_flag());
+    Failure::new(if is_usage { Exit::Usage } else { Exit::BadConfiguration }, complaints)
+}
+
+#[derive(Debug, Args)]
+pub(super) struct NamespaceArgument {
+    /// What the names of all exchanges and queues begin with [default: dtc]
+    ///
+    /// [env: DTC__BROKER__NAMESPACE]
+    #[arg(long, value_name = "NAME")]
+    namespace: Option<String>,
+}
+
+impl NamespaceArgument {
+    pub(super) fn flag(&self) -> Option<Flag> {
+        flag("broker.namespace", "--namespace", self.namespace.as_ref())
+    }
+}
+
+#[derive(Debug, Args)]
 pub(super) struct BrokerArguments {
+    #[command(flatten)]
+    config: ConfigArgument,
     /// RabbitMQ: amqp://user:password@host:port/vhost; several hosts of a cluster: such URLs,
-    /// separated by commas
-    #[arg(long = "broker", value_name = "URL", default_value = "amqp://localhost")]
-    #[arg(env = "DTC__BROKER__URL", hide_env_values = true)]
-    url: Secret,
-    /// What the names of all exchanges and queues begin with
-    #[arg(long, value_name = "NAME", default_value = "dtc", env = "DTC__BROKER__NAMESPACE")]
-    namespace: Namespace,
+    /// separated by commas [default: amqp://localhost]
+    ///
+    /// [env: DTC__BROKER__URL]
+    #[arg(long = "broker", value_name = "URL")]
+    url: Option<Secret>,
+    #[command(flatten)]
+    namespace: NamespaceArgument,
     /// How often to show the broker that we live, in whole seconds; it gives up who is silent for
-    /// two to three times as long
-    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = duration::parse)]
-    #[arg(env = "DTC__BROKER__HEARTBEAT")]
-    heartbeat: Duration,
+    /// two to three times as long [default: 10s]
+    ///
+    /// [env: DTC__BROKER__HEARTBEAT]
+    #[arg(long, value_name = "DURATION")]
+    heartbeat: Option<String>,
 }
 
 impl BrokerArguments {
-    /// Where to connect to, as `name`.
-    pub(super) fn broker(&self, name: impl Into<String>) -> Result<Broker, Failure> {
-        let address = self.url.0.parse().context("invalid --broker (or DTC__BROKER__URL)");
-        let address = address.map_err(|error| Failure::new(Exit::Usage, error))?;
-        Ok(Broker { heartbeat: self.heartbeat, ..Broker::new(address, name) })
+    /// All that is set, with these flags, and the command's own `flags`, above the rest.
+    pub(super) fn load(
+        &self,
+        flags: impl IntoIterator<Item = Option<Flag>>,
+    ) -> Result<Config, Failure> {
+        let own = [
+            flag("broker.url", "--broker", self.url.as_ref().map(|url| &url.0)),
+            self.namespace.flag(),
+            flag("broker.heartbeat", "--heartbeat", self.heartbeat.as_ref()),
+        ];
+        self.config.load(own.into_iter().chain(flags))
     }
+}
 
-    /// What everything is called there.
-    pub(super) fn names(&self) -> Names {
-        Names::new(self.namespace.clone())
-    }
+/// Where to connect to, as `name`.
+pub(super) fn broker(config: &Config, name: impl Into<String>) -> Broker {
+    let address = config.broker.address.clone();
+    Broker { heartbeat: config.broker.heartbeat, ..Broker::new(address, name) }
+}
+
+/// What everything is called there.
+pub(super) fn names(config: &Config) -> Names {
+    Names::new(config.broker.namespace.clone())
 }
 
 /// How a command ends that can't do without a connection.
@@ -63,15 +130,16 @@ pub(super) struct OptionalBroker {
     /// name; everything is made, and deleted at the end]
     #[arg(long, value_name = "NAME", requires = "url")]
     namespace: Option<Namespace>,
+    #[command(flatten)]
+    config: ConfigArgument,
 }
 
 impl OptionalBroker {
-    /// Where to connect to, as `name`, if anywhere.
+    /// Where to connect to, as `name`, if anywhere; how is a matter of configuration.
     pub(super) fn broker(&self, name: impl Into<String>) -> Result<Option<Broker>, Failure> {
         let Some(url) = &self.url else { return Ok(None) };
-        let address = url.0.parse().context("invalid --broker");
-        let address = address.map_err(|error| Failure::new(Exit::Usage, error))?;
-        Ok(Some(Broker::new(address, name)))
+        let config = self.config.load([flag("broker.url", "--broker", Some(&url.0))])?;
+        Ok(Some(broker(&config, name)))
     }
 
     /// What everything is called there, if that is said.

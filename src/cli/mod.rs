@@ -6,9 +6,8 @@
 
 mod broker;
 mod brokered;
-mod duration;
+mod config;
 mod input;
-mod limits;
 mod moment;
 mod output;
 mod progress;
@@ -55,6 +54,7 @@ enum Command {
     Submit(submit::SubmitArguments),
     Status(status::StatusArguments),
     Topology(topology::TopologyArguments),
+    Config(config::ConfigArguments),
 }
 
 /// How a command ended, where it didn't simply succeed.
@@ -111,6 +111,7 @@ pub fn main() -> ExitCode {
         Command::Run(arguments) => run::run(&arguments),
         Command::Worker(arguments) => worker::run(&arguments),
         Command::Topology(arguments) => topology::run(&arguments),
+        Command::Config(arguments) => config::run(&arguments),
         Command::Service(arguments) => service::run(&arguments),
         Command::Status(arguments) => status::run(&arguments),
         Command::Submit(arguments) => submit::run(&arguments),

@@ -1,6 +1,6 @@
 //! `dtc service`: one instance of a simulated service, until it is told to stop.
 
-use std::{io::Read as _, path::PathBuf, time::Duration};
+use std::{io::Read as _, path::PathBuf};
 
 use anyhow::{Context as _, anyhow};
 use clap::Args;
@@ -10,8 +10,7 @@ use tracing_subscriber::filter::LevelFilter;
 use crate::{
     cli::{
         Exit, Failure,
-        broker::BrokerArguments,
-        duration,
+        broker::{self, BrokerArguments, flag},
         input::{bad_data, name, open},
         progress, signals, stages,
     },
@@ -20,7 +19,7 @@ use crate::{
         simulated::Simulated,
         state::State,
     },
-    protocol::ids::{InstanceId, ServiceName},
+    protocol::ids::ServiceName,
     wire::services::{self, ServiceSpec},
 };
 
@@ -50,8 +49,10 @@ pub(super) struct ServiceArguments {
     #[arg(long, value_name = "NAME")]
     name: ServiceName,
     /// What the instance's id begins with; the rest is new in each process
-    #[arg(long, value_name = "ID", env = "DTC__SERVICE__INSTANCE")]
-    instance: Option<InstanceId>,
+    ///
+    /// [env: DTC__SERVICE__INSTANCE]
+    #[arg(long, value_name = "ID")]
+    instance: Option<String>,
     /// Where the service keeps what it holds [default: in memory, until the process ends]
     #[arg(long, value_name = "DIR")]
     state: Option<PathBuf>,
@@ -62,14 +63,16 @@ pub(super) struct ServiceArguments {
     /// What it draws from: the same seed, the same refusals and failures
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
-    /// How long to wait for an outcome before asking for it
-    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = duration::parse)]
-    #[arg(env = "DTC__SERVICE__INQUIRE_AFTER")]
-    inquire_after: Duration,
-    /// How long to wait for the outcomes of what is prepared when told to stop
-    #[arg(long, value_name = "DURATION", default_value = "25s", value_parser = duration::parse)]
-    #[arg(env = "DTC__SERVICE__DRAIN")]
-    drain: Duration,
+    /// How long to wait for an outcome before asking for it [default: 10s]
+    ///
+    /// [env: DTC__SERVICE__INQUIRE_AFTER]
+    #[arg(long, value_name = "DURATION")]
+    inquire_after: Option<String>,
+    /// How long to wait for the outcomes of what is prepared when told to stop [default: 25s]
+    ///
+    /// [env: DTC__SERVICE__DRAIN]
+    #[arg(long, value_name = "DURATION")]
+    drain: Option<String>,
 }
 
 pub(super) fn run(arguments: &ServiceArguments) -> Result<Exit, Failure> {
@@ -100,14 +103,19 @@ pub(super) fn run(arguments: &ServiceArguments) -> Result<Exit, Failure> {
 }
 
 fn settings(arguments: &ServiceArguments, spec: &ServiceSpec) -> Result<ServeSettings, Failure> {
-    let instance = serve::new_instance(arguments.instance.as_ref());
-    let broker = arguments.broker.broker(format!("dtc service {} {instance}", spec.name))?;
-    let names = arguments.broker.names();
+    let config = arguments.broker.load([
+        flag("service.instance", "--instance", arguments.instance.as_ref()),
+        flag("service.inquire_after", "--inquire-after", arguments.inquire_after.as_ref()),
+        flag("service.drain", "--drain", arguments.drain.as_ref()),
+    ])?;
+    let instance = serve::new_instance(config.service.instance.as_ref());
+    let broker = broker::broker(&config, format!("dtc service {} {instance}", spec.name));
+    let names = broker::names(&config);
     Ok(ServeSettings {
         instance,
         cap: spec.cap,
-        inquire_after: arguments.inquire_after,
-        drain: arguments.drain,
+        inquire_after: config.service.inquire_after,
+        drain: config.service.drain,
         declare: arguments.declare.then_some(spec.max_wait),
         ..ServeSettings::new(broker, names, spec.name.clone(), spec.max_concurrency)
     })

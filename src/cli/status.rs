@@ -13,12 +13,12 @@ use tracing_subscriber::filter::LevelFilter;
 use crate::{
     cli::{
         Exit, Failure,
-        broker::{BrokerArguments, exit_of},
-        duration,
+        broker::{self, BrokerArguments, exit_of},
         moment::shown,
         progress, stages,
     },
     client::history::{self, History, HistoryError, Past, Since},
+    config::duration,
     protocol::{
         ids::{TransactionId, TransactionKey},
         message::{Matter, Parked},
@@ -75,8 +75,8 @@ fn since(text: &str) -> Result<Since, String> {
 pub(super) fn run(arguments: &StatusArguments) -> Result<Exit, Failure> {
     let log_level = progress::log_level(LevelFilter::ERROR)
         .map_err(|error| Failure::new(Exit::Usage, error))?;
-    let broker = arguments.broker.broker("dtc status")?;
-    let names = arguments.broker.names();
+    let config = arguments.broker.load([])?;
+    let (broker, names) = (broker::broker(&config, "dtc status"), broker::names(&config));
     let (runtime, _interrupt) = stages::runtime()?;
     progress::log_above(&indicatif::ProgressBar::hidden(), log_level);
     let ids: BTreeSet<_> = arguments.ids.iter().cloned().collect();

@@ -8,8 +8,7 @@ use tracing_subscriber::filter::LevelFilter;
 use crate::{
     cli::{
         Exit, Failure,
-        broker::{BrokerArguments, exit_of},
-        duration,
+        broker::{self, BrokerArguments, exit_of},
         input::{bad_data, name, open},
         output::{Detail, Form},
         progress,
@@ -17,6 +16,7 @@ use crate::{
         stages::{self, Ended, Ran, Stages},
     },
     client::{Client, Settings},
+    config::duration,
     protocol::time::Time,
     transport::amqp::pool::PublishError,
     wire::transactions::Transactions,
@@ -71,7 +71,8 @@ pub(super) struct SubmitArguments {
 pub(super) fn run(arguments: &SubmitArguments) -> Result<Exit, Failure> {
     let log_level = progress::log_level(LevelFilter::ERROR)
         .map_err(|error| Failure::new(Exit::Usage, error))?;
-    let broker = arguments.broker.broker("dtc submit")?;
+    let config = arguments.broker.load([])?;
+    let (broker, names) = (broker::broker(&config, "dtc submit"), broker::names(&config));
     let (runtime, interrupt) = stages::runtime()?;
     let source = open(&arguments.transactions)?;
     let transactions =
@@ -79,7 +80,7 @@ pub(super) fn run(arguments: &SubmitArguments) -> Result<Exit, Failure> {
     let settings = Settings { in_flight_max: UNANSWERED_MAX, ..Settings::default() };
     let client = {
         let _entered = runtime.enter();
-        Client::with(broker, arguments.broker.names(), settings)
+        Client::with(broker, names, settings)
     };
     check_sizes(&client, &transactions)?;
 

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::Context as _;
+use anyhow::{Context as _, anyhow};
 use clap::{Args, Subcommand, ValueEnum};
 use serde_json::{Value, json};
 use tokio::{runtime::Runtime, time::Instant};
@@ -15,15 +15,16 @@ use tokio::{runtime::Runtime, time::Instant};
 use crate::{
     cli::{
         Exit, Failure,
-        broker::{BrokerArguments, exit_of},
-        duration, tell,
+        broker::{self, BrokerArguments, ConfigArgument, NamespaceArgument, exit_of, flag},
+        tell,
     },
+    config::{Config, Flag, duration},
     protocol::ids::ServiceName,
     transport::amqp::{
         connection::{Backoff, Broker, ConnectError, Disposition, close},
-        names::{Names, Namespace},
+        names::Names,
         topology::{
-            Argument, Arguments, Commands, ServiceTopology, Settings, Topology,
+            Argument, Arguments, ServiceTopology, Topology,
             apply::{Applied, Begun, Options, TopologyError, apply_topology},
             check::{Fault, Finding, Subject, check},
             delete,
@@ -67,11 +68,13 @@ struct ApplyArguments {
     #[command(flatten)]
     what: WhatArguments,
     /// Replace the queues of this service, if they are another (may be repeated)
-    #[arg(long, value_name = "SERVICE", requires = "services", value_parser = service_name)]
+    #[arg(long, value_name = "SERVICE", value_parser = service_name)]
     replace: Vec<ServiceName>,
-    /// How much the clocks of producers, workers and services may differ
-    #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = duration::parse)]
-    clock_margin: Duration,
+    /// How much the clocks of producers, workers and services may differ [default: 60s]
+    ///
+    /// [env: DTC__TOPOLOGY__CLOCK_MARGIN]
+    #[arg(long, value_name = "DURATION")]
+    clock_margin: Option<String>,
     /// How long to keep trying to reach the broker
     #[arg(long, value_name = "DURATION", default_value = "0s", value_parser = duration::parse)]
     wait: Duration,
@@ -104,9 +107,10 @@ struct CheckArguments {
 /// Print what should be there; needs no broker
 #[derive(Debug, Args)]
 struct PrintArguments {
-    /// What the names of all exchanges and queues begin with
-    #[arg(long, value_name = "NAME", default_value = "dtc", env = "DTC__BROKER__NAMESPACE")]
-    namespace: Namespace,
+    #[command(flatten)]
+    config: ConfigArgument,
+    #[command(flatten)]
+    namespace: NamespaceArgument,
     #[command(flatten)]
     what: WhatArguments,
     /// How to print it
@@ -131,15 +135,21 @@ struct DeleteArguments {
 
 #[derive(Debug, Args)]
 struct WhatArguments {
-    /// The services, as for `dtc run`: a file, or - for stdin; without it, all but their queues
+    /// The services, as for `dtc run`: a file, or - for stdin; those of the configuration come on top
     #[arg(long, value_name = "FILE")]
     services: Option<PathBuf>,
-    /// How long the journal is kept
-    #[arg(long, value_name = "DURATION", default_value = "7d", value_parser = retention)]
-    retention: Duration,
-    /// How the prepares of services are kept
-    #[arg(long, value_name = "KIND", value_enum, default_value_t = CommandsForm::Classic)]
-    commands: CommandsForm,
+    /// How long the journal is kept [default: 7d]
+    ///
+    /// [env: DTC__TOPOLOGY__RETENTION]
+    #[arg(long, value_name = "DURATION")]
+    retention: Option<String>,
+    /// How the prepares of services are kept: classic (fast; a broker that restarts loses some, and
+    /// they are made again) or quorum (on several nodes: the loss of one doesn't stop a service)
+    /// [default: classic]
+    ///
+    /// [env: DTC__TOPOLOGY__COMMANDS]
+    #[arg(long, value_name = "KIND")]
+    commands: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -150,41 +160,40 @@ enum Form {
     Json,
 }
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum CommandsForm {
-    /// Fast; a broker that restarts loses some, and they are made again
-    Classic,
-    /// On several nodes: the loss of one doesn't stop a service
-    Quorum,
-}
-
 fn service_name(text: &str) -> Result<ServiceName, String> {
     ServiceName::parse(text).map_err(|error| error.to_string())
 }
 
-fn retention(text: &str) -> Result<Duration, String> {
-    let retention = duration::parse(text)?;
-    if retention < Duration::from_secs(1) || retention.subsec_nanos() != 0 {
-        return Err("must be at least 1s, in whole seconds".to_owned());
-    }
-    Ok(retention)
-}
-
 impl WhatArguments {
-    fn settings(&self) -> Settings {
-        let commands = match self.commands {
-            CommandsForm::Classic => Commands::Classic,
-            CommandsForm::Quorum => Commands::Quorum,
-        };
-        Settings { retention: self.retention, commands }
+    fn flags(&self) -> [Option<Flag>; 2] {
+        [
+            flag("topology.retention", "--retention", self.retention.as_ref()),
+            flag("topology.commands", "--commands", self.commands.as_ref()),
+        ]
     }
 
-    fn services(&self) -> Result<Vec<ServiceTopology>, Failure> {
-        Ok(self.services.as_deref().map(read).transpose()?.unwrap_or_default())
+    /// Those of the file, and those of the configuration that the file doesn't have.
+    fn services(&self, config: &Config) -> Result<Vec<ServiceTopology>, Failure> {
+        let mut services = self.services.as_deref().map(read).transpose()?.unwrap_or_default();
+        for configured in &config.services {
+            let ServiceTopology { name, .. } = configured;
+            match services.iter().find(|service| service.name == *name) {
+                None => services.push(configured.clone()),
+                Some(service) if service == configured => {}
+                Some(_) => {
+                    let error = anyhow!(
+                        "service `{name}` has another max_wait or cap in --services than in the \
+                         configuration (services.{name})"
+                    );
+                    return Err(Failure::new(Exit::BadConfiguration, error));
+                }
+            }
+        }
+        Ok(services)
     }
 
-    fn topology(&self, names: &Names) -> Result<Topology, Failure> {
-        Ok(Topology::of(names, &self.services()?, &self.settings()))
+    fn topology(&self, names: &Names, config: &Config) -> Result<Topology, Failure> {
+        Ok(Topology::of(names, &self.services(config)?, &config.topology.settings))
     }
 }
 
@@ -210,8 +219,9 @@ pub(super) fn run(arguments: &TopologyArguments) -> Result<Exit, Failure> {
         Command::Check(arguments) => run_check(arguments),
         Command::Delete(arguments) => run_delete(arguments),
         Command::Print(arguments) => {
-            let names = Names::new(arguments.namespace.clone());
-            let topology = arguments.what.topology(&names)?;
+            let flags = [arguments.namespace.flag()].into_iter().chain(arguments.what.flags());
+            let config = arguments.config.load(flags)?;
+            let topology = arguments.what.topology(&broker::names(&config), &config)?;
             print(&match arguments.output {
                 Form::Text => text(&topology),
                 Form::Json => format!("{:#}\n", topology_json(&topology)),
@@ -221,12 +231,13 @@ pub(super) fn run(arguments: &TopologyArguments) -> Result<Exit, Failure> {
 }
 
 fn run_apply(arguments: &ApplyArguments) -> Result<Exit, Failure> {
-    let names = arguments.broker.names();
-    let services = arguments.what.services()?;
+    let margin = flag("topology.clock_margin", "--clock-margin", arguments.clock_margin.as_ref());
+    let config = arguments.broker.load(arguments.what.flags().into_iter().chain([margin]))?;
+    let (broker, names) = (broker::broker(&config, "dtc topology"), broker::names(&config));
+    let services = arguments.what.services(&config)?;
     let replace = named(&services, &arguments.replace)?;
-    let settings = arguments.what.settings();
+    let (settings, clock_margin) = (config.topology.settings, config.topology.clock_margin);
     let topology = Topology::of(&names, &services, &settings);
-    let broker = arguments.broker.broker("dtc topology")?;
     let clock = Clock::start();
     let (replaced, applied) = runtime()?.block_on(async {
         let connection = connect(&broker, arguments.wait).await.map_err(unreachable)?;
@@ -236,12 +247,11 @@ fn run_apply(arguments: &ApplyArguments) -> Result<Exit, Failure> {
             replaced.push(done.map_err(not_replaced)?);
         }
         close(&connection).await;
-        let clock_margin = arguments.clock_margin;
         let options = Options { settings, now: clock.now(), clock_margin };
         let applied = apply_topology(&broker, &names, &topology, &options).await;
         Ok((replaced, applied.map_err(not_applied)?))
     })?;
-    warn(&applied, &names, arguments.clock_margin);
+    warn(&applied, &names, clock_margin);
     match arguments.output {
         Form::Text => {
             let text = replaced_text(&replaced) + &applied_text(&applied, &names);
@@ -261,16 +271,18 @@ fn named<'a>(
 ) -> Result<Vec<&'a ServiceTopology>, Failure> {
     let named = names.iter().map(|name| {
         let service = services.iter().find(|service| service.name == *name);
-        let service = service.with_context(|| format!("--services has no service `{name}`"));
+        let service = service.with_context(|| {
+            format!("neither --services nor the configuration has a service `{name}`")
+        });
         service.map_err(|error| Failure::new(Exit::Usage, error))
     });
     named.collect()
 }
 
 fn run_delete(arguments: &DeleteArguments) -> Result<Exit, Failure> {
-    let names = arguments.broker.names();
-    let topology = arguments.what.topology(&names)?;
-    let broker = arguments.broker.broker("dtc topology")?;
+    let config = arguments.broker.load(arguments.what.flags())?;
+    let (broker, names) = (broker::broker(&config, "dtc topology"), broker::names(&config));
+    let topology = arguments.what.topology(&names, &config)?;
     runtime()?.block_on(async {
         let connection = connect(&broker, Duration::ZERO).await.map_err(unreachable)?;
         let deleted = delete::delete(&connection, &topology).await;
@@ -281,9 +293,9 @@ fn run_delete(arguments: &DeleteArguments) -> Result<Exit, Failure> {
 }
 
 fn run_check(arguments: &CheckArguments) -> Result<Exit, Failure> {
-    let names = arguments.broker.names();
-    let topology = arguments.what.topology(&names)?;
-    let broker = arguments.broker.broker("dtc topology")?;
+    let config = arguments.broker.load(arguments.what.flags())?;
+    let (broker, names) = (broker::broker(&config, "dtc topology"), broker::names(&config));
+    let topology = arguments.what.topology(&names, &config)?;
     let findings = runtime()?.block_on(async {
         let connection = connect(&broker, arguments.wait).await?;
         let findings = check(&connection, &names, &topology).await;

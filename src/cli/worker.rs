@@ -1,7 +1,5 @@
 //! `dtc worker`: one coordinator, until it is told to stop.
 
-use std::time::Duration;
-
 use clap::Args;
 use indicatif::ProgressBar;
 use tracing_subscriber::filter::LevelFilter;
@@ -9,9 +7,7 @@ use tracing_subscriber::filter::LevelFilter;
 use crate::{
     cli::{
         Exit, Failure,
-        broker::BrokerArguments,
-        duration,
-        limits::{at_least_one, workers_name},
+        broker::{self, BrokerArguments, flag},
         progress, signals, stages,
     },
     protocol::ids::WorkerId,
@@ -32,24 +28,32 @@ pub(super) struct WorkerArguments {
     #[command(flatten)]
     broker: BrokerArguments,
     /// What the worker is called; no other may have the name [default: a new one]
-    #[arg(long, value_name = "ID", value_parser = workers_name, env = "DTC__WORKER__NAME")]
-    name: Option<WorkerId>,
-    /// How many transactions may be worked on at once; more wait for slots
-    #[arg(long, value_name = "N", default_value_t = 256, value_parser = at_least_one::<u16>)]
-    #[arg(allow_negative_numbers = true, env = "DTC__WORKER__MAX_IN_FLIGHT")]
-    max_in_flight: u16,
+    ///
+    /// [env: DTC__WORKER__NAME]
+    #[arg(long, value_name = "ID")]
+    name: Option<String>,
+    /// How many transactions may be worked on at once; more wait for slots [default: 256]
+    ///
+    /// [env: DTC__WORKER__MAX_IN_FLIGHT]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    max_in_flight: Option<String>,
     /// How long the prepares of a transaction may take that has no timeout_ms of its own
-    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = duration::parse)]
-    #[arg(env = "DTC__WORKER__PREPARE_TIMEOUT")]
-    prepare_timeout: Duration,
-    /// How long to finish what has begun when told to stop
-    #[arg(long, value_name = "DURATION", default_value = "25s", value_parser = duration::parse)]
-    #[arg(env = "DTC__WORKER__DRAIN")]
-    drain: Duration,
+    /// [default: 5s]
+    ///
+    /// [env: DTC__WORKER__PREPARE_TIMEOUT]
+    #[arg(long, value_name = "DURATION")]
+    prepare_timeout: Option<String>,
+    /// How long to finish what has begun when told to stop [default: 25s]
+    ///
+    /// [env: DTC__WORKER__DRAIN]
+    #[arg(long, value_name = "DURATION")]
+    drain: Option<String>,
     /// How long a decision is remembered, to recognise a request that comes again
-    #[arg(long, value_name = "DURATION", default_value = "15min", value_parser = duration::parse)]
-    #[arg(env = "DTC__WORKER__WINDOW")]
-    window: Duration,
+    /// [default: 15min]
+    ///
+    /// [env: DTC__WORKER__WINDOW]
+    #[arg(long, value_name = "DURATION")]
+    window: Option<String>,
 }
 
 pub(super) fn run(arguments: &WorkerArguments) -> Result<Exit, Failure> {
@@ -82,17 +86,24 @@ pub(super) fn run(arguments: &WorkerArguments) -> Result<Exit, Failure> {
 }
 
 fn settings(arguments: &WorkerArguments) -> Result<Settings, Failure> {
-    let name = match &arguments.name {
+    let config = arguments.broker.load([
+        flag("worker.name", "--name", arguments.name.as_ref()),
+        flag("worker.max_in_flight", "--max-in-flight", arguments.max_in_flight.as_ref()),
+        flag("worker.prepare_timeout", "--prepare-timeout", arguments.prepare_timeout.as_ref()),
+        flag("worker.drain", "--drain", arguments.drain.as_ref()),
+        flag("worker.window", "--window", arguments.window.as_ref()),
+    ])?;
+    let name = match &config.worker.name {
         Some(name) => name.clone(),
         None => WorkerId::parse(&unique::name('w'))
             .map_err(|error| Failure::new(Exit::Incomplete, error))?,
     };
-    let broker = arguments.broker.broker(format!("dtc worker {name}"))?;
-    let mut settings = Settings::new(broker, arguments.broker.names(), name);
-    settings.drain = arguments.drain;
-    settings.coordinator.in_flight_max = arguments.max_in_flight.into();
-    settings.coordinator.prepare_timeout = arguments.prepare_timeout;
-    settings.coordinator.window = arguments.window;
+    let broker = broker::broker(&config, format!("dtc worker {name}"));
+    let mut settings = Settings::new(broker, broker::names(&config), name);
+    settings.drain = config.worker.drain;
+    settings.coordinator.in_flight_max = config.worker.max_in_flight.into();
+    settings.coordinator.prepare_timeout = config.worker.prepare_timeout;
+    settings.coordinator.window = config.worker.window;
     settings.coordinator.seed = unique::number();
     Ok(settings)
 }

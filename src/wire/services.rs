@@ -40,7 +40,7 @@ use crate::{
 };
 
 /// How long a prepare waits for a slot, unless the file says otherwise.
-const MAX_WAIT: Duration = Duration::from_secs(1);
+pub const MAX_WAIT: Duration = Duration::from_secs(1);
 
 /// A service of `dtc run`.
 #[derive(Clone, PartialEq, Debug)]

@@ -7,6 +7,7 @@
 #![allow(missing_docs, reason = "a test's name says it")]
 
 mod behaviours;
+mod config;
 mod forms;
 mod help;
 mod input;

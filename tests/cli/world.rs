@@ -22,6 +22,7 @@ pub(crate) fn dtc() -> Command {
     command
         .current_dir(repository())
         .env_remove("DTC_LOG")
+        .env_remove("DTC_CONFIG")
         .env_remove("COLUMNS")
         .stdin(Stdio::null());
     command

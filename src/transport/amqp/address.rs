@@ -12,6 +12,8 @@ use lapin::uri::AMQPUri;
 #[derive(Clone, PartialEq, Eq)]
 pub struct Address {
     hosts: Vec<AMQPUri>,
+    /// For each host, whether its URL has a password.
+    has_password: Vec<bool>,
 }
 
 /// A text that is no address.
@@ -35,6 +37,35 @@ impl Address {
     pub(crate) fn hosts(&self) -> &[AMQPUri] {
         &self.hosts
     }
+
+    /// The same with `password` for every host whose URL has none.
+    #[must_use]
+    pub fn with_password(mut self, password: &str) -> Self {
+        for (host, has_password) in self.hosts.iter_mut().zip(&mut self.has_password) {
+            if !*has_password {
+                password.clone_into(&mut host.authority.userinfo.password);
+                *has_password = true;
+            }
+        }
+        self
+    }
+
+    /// As it was said, but for the passwords.
+    pub fn masked(&self) -> String {
+        let masked = |uri: &AMQPUri| {
+            let (scheme, rest) = (uri.scheme.to_string(), public(uri));
+            let rest = rest.strip_prefix(&format!("{scheme}://")).unwrap_or_default();
+            format!("{scheme}://{}:***@{rest}", uri.authority.userinfo.username)
+        };
+        self.hosts.iter().map(masked).collect::<Vec<_>>().join(",")
+    }
+}
+
+/// Whether the part of the URL before the host goes on after a `:`.
+fn has_password(url: &str) -> bool {
+    let authority = url.split_once("://").map_or(url, |(_, rest)| rest);
+    let authority = authority.split(['/', '?', '#']).next().unwrap_or_default();
+    authority.rsplit_once('@').is_some_and(|(user, _)| user.contains(':'))
 }
 
 impl FromStr for Address {
@@ -42,6 +73,7 @@ impl FromStr for Address {
 
     fn from_str(text: &str) -> Result<Self, InvalidAddress> {
         let parts = text.split(',').map(str::trim).filter(|part| !part.is_empty());
+        let has_password = parts.clone().map(has_password).collect();
         let hosts: Result<Vec<AMQPUri>, InvalidAddress> = parts
             .enumerate()
             .map(|(index, part)| {
@@ -56,7 +88,7 @@ impl FromStr for Address {
         if hosts.is_empty() {
             return Err(InvalidAddress::Empty);
         }
-        Ok(Self { hosts })
+        Ok(Self { hosts, has_password })
     }
 }
 
@@ -93,6 +125,19 @@ mod tests {
         assert_eq!(
             format!("{address} {address:?}"),
             "amqp://a:1/v,amqps://b:5671 ".repeat(2).trim()
+        );
+    }
+
+    #[test]
+    fn a_password_goes_where_the_url_has_none() {
+        let address: Address = "amqp://me@a,amqp://you:own@b:1/v,amqp://c".parse().unwrap();
+        let address = address.with_password("s:e/c@ret");
+        let passwords: Vec<_> =
+            address.hosts().iter().map(|host| host.authority.userinfo.password.as_str()).collect();
+        assert_eq!(passwords, ["s:e/c@ret", "own", "s:e/c@ret"]);
+        assert_eq!(
+            address.masked(),
+            "amqp://me:***@a:5672,amqp://you:***@b:1/v,amqp://guest:***@c:5672"
         );
     }
 

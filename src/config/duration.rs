@@ -1,4 +1,4 @@
-//! Durations as they are written on the command line: `500ms`, `30s`, `15min`, `12h`, `7d`.
+//! Durations as they are written in files and flags: `500ms`, `30s`, `15min`, `12h`, `7d`.
 
 use std::time::Duration;
 
@@ -6,7 +6,7 @@ const UNITS: [(&str, u64); 5] =
     [("ms", 1), ("min", 60_000), ("s", 1000), ("h", 3_600_000), ("d", 86_400_000)];
 
 /// The duration that `text` says, at most a hundred years.
-pub(super) fn parse(text: &str) -> Result<Duration, String> {
+pub fn parse(text: &str) -> Result<Duration, String> {
     let rule = "must be a whole number with a unit: ms, s, min, h or d";
     let of_unit = |(unit, millis): (&str, u64)| {
         let number: u64 = text.strip_suffix(unit)?.parse().ok()?;

@@ -1,0 +1,350 @@
+//! What was said, by whom, before anything of it is checked.
+//!
+//! The layers are laid over each other key by key. Each key is then taken out by who knows its
+//! rule; whatever is left over in the end is unknown. So one pass finds everything that is wrong,
+//! where a parser of a struct would stop at the first.
+//!
+//! Values of secrets, and of keys that nobody knows, never get into a complaint.
+
+use std::{collections::BTreeMap, ffi::OsString, fs, io::Read as _, path::Path};
+
+use ::config::{Environment, File, FileFormat, Map, Source as _, Value, ValueKind};
+
+use crate::config::{
+    Flag, Given,
+    complaint::{Complaint, Source},
+};
+
+/// What holds where nothing is said.
+pub(super) const DEFAULTS: &str = include_str!("../../deploy/dtc.toml");
+
+/// Keys that may be given by a file of their own, `<key>_file`.
+const SECRETS: [&str; 2] = ["broker.url", "broker.password"];
+
+/// No secret is longer; a file that is was not meant.
+const SECRET_BYTES_MAX: u64 = 64 * 1024;
+
+const PREFIX: &str = "DTC__";
+
+#[derive(Debug)]
+pub(super) struct Draft {
+    said: BTreeMap<String, Said>,
+    /// The services that have a section, and where.
+    services: BTreeMap<String, Source>,
+    pub(super) complaints: Vec<Complaint>,
+    /// What was taken, in that order.
+    pub(super) entries: Vec<Entry>,
+}
+
+/// A value as it was said.
+struct Said {
+    /// `None`: not a single value.
+    text: Option<String>,
+    source: Source,
+}
+
+/// It may be a password.
+impl std::fmt::Debug for Said {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Said").field("source", &self.source).finish_non_exhaustive()
+    }
+}
+
+/// A key with what came of it, to be shown.
+#[derive(Clone, Debug)]
+pub(super) struct Entry {
+    pub(super) key: String,
+    /// As TOML, a secret masked; and who said so. `None`: nobody said anything.
+    pub(super) value: Option<(String, Source)>,
+}
+
+/// What stands in one layer.
+type Layer = Vec<(String, Said)>;
+
+impl Draft {
+    pub(super) fn of(given: &Given) -> Self {
+        let mut draft = Self {
+            said: BTreeMap::new(),
+            services: BTreeMap::new(),
+            complaints: Vec::new(),
+            entries: Vec::new(),
+        };
+        draft.lay_file(DEFAULTS, &Source::Default);
+        if let Some(path) = &given.file {
+            let source = Source::File(path.display().to_string());
+            match fs::read_to_string(path) {
+                Ok(text) => draft.lay_file(&text, &source),
+                Err(error) => draft.complain("", source, format!("can't be read: {error}")),
+            }
+        }
+        draft.lay_environment(&given.environment);
+        draft.lay_flags(&given.flags);
+        draft
+    }
+
+    fn lay_file(&mut self, text: &str, source: &Source) {
+        match File::from_str(text, FileFormat::Toml).collect() {
+            Ok(values) => {
+                let mut layer = Layer::new();
+                for (key, value) in sorted(values) {
+                    self.flatten(key, value, source, &mut layer);
+                }
+                self.lay(layer);
+            }
+            Err(error) => {
+                // What the parser says goes on with the line itself, and that may be a password's.
+                let said = error.to_string();
+                let place = said.lines().find_map(|line| line.split_once(" at line "));
+                let place = place.map(|(_, place)| place.split(" in ").next().unwrap_or(place));
+                let rule = match place {
+                    Some(place) => format!("is not TOML, at line {}", place.trim()),
+                    None => "is not TOML".to_owned(),
+                };
+                self.complain("", source.clone(), rule);
+            }
+        }
+    }
+
+    /// Puts what is in `value` into `layer`, each under its whole key.
+    fn flatten(&mut self, key: String, value: Value, source: &Source, layer: &mut Layer) {
+        let text = match value.kind {
+            ValueKind::Table(table) => {
+                if let Some(name) = key.strip_prefix("services.") {
+                    self.services.insert(name.to_owned(), source.clone());
+                }
+                for (name, value) in sorted(table) {
+                    self.flatten(format!("{key}.{name}"), value, source, layer);
+                }
+                return;
+            }
+            ValueKind::String(text) => Some(text),
+            ValueKind::Boolean(value) => Some(value.to_string()),
+            ValueKind::I64(number) => Some(number.to_string()),
+            ValueKind::I128(number) => Some(number.to_string()),
+            ValueKind::U64(number) => Some(number.to_string()),
+            ValueKind::U128(number) => Some(number.to_string()),
+            ValueKind::Float(number) => Some(number.to_string()),
+            ValueKind::Array(_) | ValueKind::Nil => None,
+        };
+        layer.push((key, Said { text, source: source.clone() }));
+    }
+
+    fn lay_environment(&mut self, variables: &[(OsString, OsString)]) {
+        let mut ours = Map::new();
+        for (name, value) in variables {
+            let name = name.to_string_lossy();
+            if !name.starts_with(PREFIX) {
+                continue;
+            }
+            let source = Source::Variable(name.to_string());
+            let key = name.to_lowercase().replacen(&PREFIX.to_lowercase(), "", 1);
+            let key = key.replace("__", ".");
+            match value.to_str() {
+                _ if name.to_uppercase() != name => {
+                    self.complain(&key, source, "must be written in upper case".to_owned());
+                }
+                _ if key.starts_with("services.") => {
+                    let rule = "services are set in a file only".to_owned();
+                    self.complain(&key, source, rule);
+                }
+                None => self.complain(&key, source, "must be UTF-8".to_owned()),
+                Some(value) => {
+                    ours.insert(name.into_owned(), value.to_owned());
+                }
+            }
+        }
+        let environment = Environment::with_prefix("DTC")
+            .prefix_separator("__")
+            .separator("__")
+            .ignore_empty(true)
+            .source(Some(ours));
+        match environment.collect() {
+            Ok(values) => {
+                let mut layer = Layer::new();
+                for (key, value) in sorted(values) {
+                    let source = Source::Variable(variable(&key));
+                    self.flatten(key, value, &source, &mut layer);
+                }
+                self.lay(layer);
+            }
+            Err(_) => {
+                let source = Source::Variable(format!("{PREFIX}…"));
+                self.complain("", source, "can't be read".to_owned());
+            }
+        }
+    }
+
+    fn lay_flags(&mut self, flags: &[Flag]) {
+        let said = |flag: &Flag| {
+            let source = Source::Flag(flag.flag.to_owned());
+            (flag.key.to_owned(), Said { text: Some(flag.value.clone()), source })
+        };
+        self.lay(flags.iter().map(said).collect());
+    }
+
+    /// Lays one layer over all those before it.
+    fn lay(&mut self, layer: Layer) {
+        for secret in SECRETS {
+            let file = format!("{secret}_file");
+            let direct = layer.iter().find(|(key, _)| key == secret);
+            let by_file = layer.iter().find(|(key, _)| *key == file);
+            if let (Some((_, direct)), Some(_)) = (direct, by_file) {
+                let rule = format!("can't be set where `{file}` is");
+                self.complain(secret, direct.source.clone(), rule);
+            }
+            if direct.or(by_file).is_some() {
+                self.said.remove(secret);
+                self.said.remove(&file);
+            }
+        }
+        self.said.extend(layer);
+    }
+
+    pub(super) fn complain(&mut self, key: &str, source: Source, rule: String) {
+        self.complaints.push(Complaint { key: key.to_owned(), value: None, source, rule });
+    }
+
+    /// The value of a key that always has one; `None` after a complaint.
+    pub(super) fn required<T>(
+        &mut self,
+        key: &str,
+        read: impl Fn(&str) -> Result<T, String>,
+    ) -> Option<T> {
+        let n_complaints = self.complaints.len();
+        let value = self.optional(key, read)?;
+        if value.is_none() && self.complaints.len() == n_complaints {
+            self.complain(key, Source::Default, "must be set".to_owned());
+        }
+        value
+    }
+
+    /// The value of a key that needn't have one; `None` after a complaint.
+    pub(super) fn optional<T>(
+        &mut self,
+        key: &str,
+        read: impl Fn(&str) -> Result<T, String>,
+    ) -> Option<Option<T>> {
+        let Some(Said { text, source }) = self.said.remove(key) else {
+            self.entries.push(Entry { key: key.to_owned(), value: None });
+            return Some(None);
+        };
+        let Some(text) = text else {
+            self.complain(key, source, "must be a single value".to_owned());
+            return None;
+        };
+        match read(&text) {
+            Ok(value) => {
+                let shown = if is_number(&text) { text } else { quoted(&text) };
+                self.entries.push(Entry { key: key.to_owned(), value: Some((shown, source)) });
+                Some(Some(value))
+            }
+            Err(rule) => {
+                let (key, value) = (key.to_owned(), Some(text));
+                self.complaints.push(Complaint { key, value, source, rule });
+                None
+            }
+        }
+    }
+
+    /// A secret, said itself or by a file, and who said it; `None` after a complaint.
+    pub(super) fn secret<T>(
+        &mut self,
+        key: &str,
+        read: impl Fn(&str) -> Result<T, String>,
+        mask: impl Fn(&T) -> String,
+    ) -> Option<Option<T>> {
+        let file = format!("{key}_file");
+        let (direct, by_file) = (self.said.remove(key), self.said.remove(&file));
+        let is_by_file = direct.is_none();
+        let Some(Said { text, source }) = direct.or(by_file) else {
+            self.entries.push(Entry { key: key.to_owned(), value: None });
+            return Some(None);
+        };
+        let Some(text) = text else {
+            self.complain(key, source, "must be a single value".to_owned());
+            return None;
+        };
+        let (text, source) = if is_by_file {
+            match secret_in(Path::new(&text)) {
+                Ok(secret) => {
+                    (secret, Source::SecretFile { path: text, named_by: Box::new(source) })
+                }
+                Err(rule) => {
+                    let complaint = Complaint { key: file, value: Some(text), source, rule };
+                    self.complaints.push(complaint);
+                    return None;
+                }
+            }
+        } else {
+            (text, source)
+        };
+        match read(&text) {
+            Ok(value) => {
+                let shown = quoted(&mask(&value));
+                self.entries.push(Entry { key: key.to_owned(), value: Some((shown, source)) });
+                Some(Some(value))
+            }
+            Err(rule) => {
+                self.complain(key, source, rule);
+                None
+            }
+        }
+    }
+
+    /// The services that have a section, and where.
+    pub(super) fn take_services(&mut self) -> BTreeMap<String, Source> {
+        std::mem::take(&mut self.services)
+    }
+
+    /// Drops what is said of a thing that has been complained about.
+    pub(super) fn forget(&mut self, section: &str) {
+        let prefix = format!("{section}.");
+        self.said.retain(|key, _| !key.starts_with(&prefix));
+    }
+
+    /// Complains about everything that nobody has taken.
+    pub(super) fn refuse_the_rest(&mut self) {
+        for (key, said) in std::mem::take(&mut self.said) {
+            self.complain(&key, said.source, "is no key of the configuration".to_owned());
+        }
+    }
+}
+
+fn sorted(values: Map<String, Value>) -> BTreeMap<String, Value> {
+    values.into_iter().collect()
+}
+
+/// The variable that sets a key.
+fn variable(key: &str) -> String {
+    format!("{PREFIX}{}", key.to_uppercase().replace('.', "__"))
+}
+
+/// What a file holds, without the line's end that editors put there.
+fn secret_in(path: &Path) -> Result<String, String> {
+    let mut text = String::new();
+    let file = fs::File::open(path).map_err(|error| format!("can't be read: {error}"))?;
+    let mut limited = file.take(SECRET_BYTES_MAX + 1);
+    limited.read_to_string(&mut text).map_err(|error| format!("can't be read: {error}"))?;
+    if text.len() as u64 > SECRET_BYTES_MAX {
+        return Err(format!("must name a file of at most {SECRET_BYTES_MAX} bytes"));
+    }
+    let text = text.trim_end_matches(['\r', '\n']);
+    if text.is_empty() {
+        return Err("must name a file that is not empty".to_owned());
+    }
+    Ok(text.to_owned())
+}
+
+fn is_number(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit())
+}
+
+/// A text as TOML has it.
+fn quoted(text: &str) -> String {
+    let escape = |character: char| match character {
+        '"' | '\\' => format!("\\{character}"),
+        control if control.is_control() => format!("\\u{:04X}", u32::from(control)),
+        other => other.to_string(),
+    };
+    format!("\"{}\"", text.chars().map(escape).collect::<String>())
+}

@@ -1,0 +1,448 @@
+//! What a process of `dtc` is to know before it starts: said in files, the environment and flags,
+//! and checked here.
+//!
+//! From the weakest: `deploy/dtc.toml`, which is compiled in; a file; `DTC__SECTION__KEY` of the
+//! environment; flags. Everything that is wrong is found at once. Nothing here starts anything, and
+//! the environment is a parameter.
+//!
+//! **Invariant:** a secret is in no [`Complaint`], and not in what [`Config`] shows of itself.
+
+mod complaint;
+mod draft;
+pub mod duration;
+
+use std::{ffi::OsString, fmt, path::PathBuf, time::Duration};
+
+pub use self::complaint::{Complaint, Complaints, Source};
+use crate::{
+    config::draft::{Draft, Entry},
+    protocol::ids::{InstanceId, ServiceName, WorkerId},
+    transport::amqp::{
+        address::Address,
+        names::{ALL, ANY, Namespace},
+        topology::{Commands, ServiceTopology, Settings},
+    },
+    wire::services::{Cap, MAX_WAIT},
+};
+
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+const HEARTBEAT_MAX: Duration = Duration::from_secs(18 * 60 * 60);
+
+/// Where to look.
+#[derive(Default)]
+pub struct Given {
+    /// The file that is named, if one is.
+    pub file: Option<PathBuf>,
+    /// The environment; only what begins with `DTC__` is looked at.
+    pub environment: Vec<(OsString, OsString)>,
+    /// The flags that set a key.
+    pub flags: Vec<Flag>,
+}
+
+/// The environment may hold anybody's secrets.
+impl fmt::Debug for Given {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Given").field("file", &self.file).finish_non_exhaustive()
+    }
+}
+
+/// A flag that sets a key.
+pub struct Flag {
+    /// Which key.
+    pub key: &'static str,
+    /// What the flag is called.
+    pub flag: &'static str,
+    /// What it says.
+    pub value: String,
+}
+
+/// Its value may be a password.
+impl fmt::Debug for Flag {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Flag").field("flag", &self.flag).finish_non_exhaustive()
+    }
+}
+
+/// All that is set, checked.
+#[derive(Debug)]
+pub struct Config {
+    /// `[broker]`
+    pub broker: BrokerConfig,
+    /// `[worker]`
+    pub worker: WorkerConfig,
+    /// `[service]`
+    pub service: ServiceConfig,
+    /// `[topology]`
+    pub topology: TopologyConfig,
+    /// `[services.…]`, in the order of their names.
+    pub services: Vec<ServiceTopology>,
+    entries: Vec<Entry>,
+}
+
+/// Which broker, and how to talk to it.
+#[derive(Debug)]
+pub struct BrokerConfig {
+    /// Where it is, and who we are to it.
+    pub address: Address,
+    /// What all names there begin with.
+    pub namespace: Namespace,
+    /// How often to show that we live.
+    pub heartbeat: Duration,
+}
+
+/// How a worker works.
+#[derive(Debug)]
+pub struct WorkerConfig {
+    /// What it is called; `None`: a new name.
+    pub name: Option<WorkerId>,
+    /// How many transactions it works on at once.
+    pub max_in_flight: u16,
+    /// How long prepares may take.
+    pub prepare_timeout: Duration,
+    /// How long it finishes what has begun when told to stop.
+    pub drain: Duration,
+    /// How long decisions are remembered.
+    pub window: Duration,
+}
+
+/// How an instance of a service works.
+#[derive(Debug)]
+pub struct ServiceConfig {
+    /// What its id begins with.
+    pub instance: Option<InstanceId>,
+    /// How long it waits for an outcome before asking for it.
+    pub inquire_after: Duration,
+    /// How long it waits for outcomes when told to stop.
+    pub drain: Duration,
+}
+
+/// What the queues depend on.
+#[derive(Debug)]
+pub struct TopologyConfig {
+    /// What all of them depend on.
+    pub settings: Settings,
+    /// How much clocks may differ.
+    pub clock_margin: Duration,
+}
+
+/// Puts together what is said, and checks all of it.
+///
+/// # Errors
+///
+/// Everything that is wrong.
+pub fn load(given: &Given) -> Result<Config, Complaints> {
+    let mut draft = Draft::of(given);
+    let broker = broker(&mut draft);
+    let worker = worker(&mut draft);
+    let service = service(&mut draft);
+    let topology = topology(&mut draft);
+    let services = services(&mut draft);
+    draft.refuse_the_rest();
+    let Draft { complaints, entries, .. } = draft;
+    match (broker, worker, service, topology) {
+        (Some(broker), Some(worker), Some(service), Some(topology)) if complaints.is_empty() => {
+            Ok(Config { broker, worker, service, topology, services, entries })
+        }
+        _ => Err(Complaints(complaints)),
+    }
+}
+
+/// The commented file of everything that can be set.
+pub fn defaults() -> &'static str {
+    draft::DEFAULTS
+}
+
+// ---- Section by section: each asks for all its keys before it gives up -------------------------
+
+fn broker(draft: &mut Draft) -> Option<BrokerConfig> {
+    let address = |text: &str| text.parse::<Address>().map_err(|error| error.to_string());
+    let url = draft.secret("broker.url", address, Address::masked);
+    let password = draft.secret("broker.password", not_empty, |_| "***".to_owned());
+    let namespace = draft.required("broker.namespace", |text| {
+        Namespace::parse(text).map_err(|_| format!("must match {}", Namespace::RULE))
+    });
+    let heartbeat = draft.required("broker.heartbeat", |text| {
+        let heartbeat = duration::parse(text)?;
+        let is_whole = heartbeat.subsec_nanos() == 0;
+        if !is_whole || !(Duration::from_secs(1)..=HEARTBEAT_MAX).contains(&heartbeat) {
+            return Err("must be from 1s to 18h, in whole seconds".to_owned());
+        }
+        Ok(heartbeat)
+    });
+    let url = url?;
+    if url.is_none() {
+        draft.complain("broker.url", Source::Default, "must be set".to_owned());
+    }
+    let address = match password? {
+        Some(password) => url?.with_password(&password),
+        None => url?,
+    };
+    Some(BrokerConfig { address, namespace: namespace?, heartbeat: heartbeat? })
+}
+
+fn worker(draft: &mut Draft) -> Option<WorkerConfig> {
+    let name = draft.optional("worker.name", workers_name);
+    let max_in_flight = draft.required("worker.max_in_flight", |text| {
+        let number = text.parse().ok().filter(|number| *number >= 1);
+        number.ok_or_else(|| format!("must be a whole number from 1 to {}", u16::MAX))
+    });
+    let prepare_timeout = draft.required("worker.prepare_timeout", longer_than_nothing);
+    let drain = draft.required("worker.drain", duration::parse);
+    let window = draft.required("worker.window", duration::parse);
+    Some(WorkerConfig {
+        name: name?,
+        max_in_flight: max_in_flight?,
+        prepare_timeout: prepare_timeout?,
+        drain: drain?,
+        window: window?,
+    })
+}
+
+fn service(draft: &mut Draft) -> Option<ServiceConfig> {
+    let instance = draft.optional("service.instance", |text| {
+        InstanceId::parse(text).map_err(|error| format!("must match {}", error.rule))
+    });
+    let inquire_after = draft.required("service.inquire_after", longer_than_nothing);
+    let drain = draft.required("service.drain", duration::parse);
+    Some(ServiceConfig { instance: instance?, inquire_after: inquire_after?, drain: drain? })
+}
+
+fn topology(draft: &mut Draft) -> Option<TopologyConfig> {
+    let retention = draft.required("topology.retention", |text| {
+        let retention = duration::parse(text)?;
+        if retention < Duration::from_secs(1) || retention.subsec_nanos() != 0 {
+            return Err("must be at least 1s, in whole seconds".to_owned());
+        }
+        Ok(retention)
+    });
+    let commands = draft.required("topology.commands", |text| match text {
+        "classic" => Ok(Commands::Classic),
+        "quorum" => Ok(Commands::Quorum),
+        _ => Err("must be `classic` or `quorum`".to_owned()),
+    });
+    let clock_margin = draft.required("topology.clock_margin", duration::parse);
+    let settings = Settings { retention: retention?, commands: commands? };
+    Some(TopologyConfig { settings, clock_margin: clock_margin? })
+}
+
+fn services(draft: &mut Draft) -> Vec<ServiceTopology> {
+    let mut services = Vec::new();
+    for (name, source) in draft.take_services() {
+        let section = format!("services.{name}");
+        let Ok(name) = ServiceName::parse(&name) else {
+            let rule = format!("the name must match {}", ServiceName::RULE);
+            draft.forget(&section);
+            draft.complain(&section, source, rule);
+            continue;
+        };
+        let max_wait = draft.optional(&format!("{section}.max_wait"), |text| {
+            let max_wait = duration::parse(text)?;
+            if max_wait > DAY { Err("must be at most a day".to_owned()) } else { Ok(max_wait) }
+        });
+        let cap = draft.optional(&format!("{section}.cap"), |text| match text {
+            "instance" => Ok(Cap::Instance),
+            "service" => Ok(Cap::Service),
+            _ => Err("must be `instance` or `service`".to_owned()),
+        });
+        if let (Some(max_wait), Some(cap)) = (max_wait, cap) {
+            let (max_wait, cap) = (max_wait.unwrap_or(MAX_WAIT), cap.unwrap_or_default());
+            services.push(ServiceTopology { name, max_wait, cap });
+        }
+    }
+    services
+}
+
+fn not_empty(text: &str) -> Result<String, String> {
+    if text.is_empty() { Err("must not be empty".to_owned()) } else { Ok(text.to_owned()) }
+}
+
+fn longer_than_nothing(text: &str) -> Result<Duration, String> {
+    let duration = duration::parse(text)?;
+    if duration.is_zero() { Err("must be longer than 0s".to_owned()) } else { Ok(duration) }
+}
+
+/// The name of a worker: none of those that mean many.
+fn workers_name(text: &str) -> Result<WorkerId, String> {
+    let name = WorkerId::parse(text).map_err(|error| format!("must match {}", error.rule))?;
+    if [ALL, ANY].contains(&text) {
+        return Err(format!("must not be `{ALL}` or `{ANY}`, which mean many"));
+    }
+    Ok(name)
+}
+
+/// As TOML, with what is secret masked, and where each value comes from.
+impl fmt::Display for Config {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut section = "";
+        for Entry { key, value } in &self.entries {
+            let (of, name) = key.rsplit_once('.').unwrap_or_default();
+            if of != section {
+                let gap = if section.is_empty() { "" } else { "\n" };
+                writeln!(f, "{gap}[{of}]")?;
+                section = of;
+            }
+            match value {
+                Some((value, source)) => writeln!(f, "{name} = {value} # {source}")?,
+                None => writeln!(f, "# {name} is not set")?,
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, time::Duration};
+
+    use super::{Complaints, Config, Flag, Given, load};
+    use crate::wire::services::Cap;
+
+    /// What comes of a file and an environment.
+    #[expect(
+        clippy::unwrap_in_result,
+        reason = "the result is the configuration's, not the disk's"
+    )]
+    fn loaded(file: &str, environment: &[(&str, &str)]) -> Result<Config, Complaints> {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("own.toml");
+        fs::write(&path, file).unwrap();
+        let variable = |(name, value): &(&str, &str)| ((*name).into(), (*value).into());
+        let environment = environment.iter().map(variable).collect();
+        load(&Given { file: Some(path), environment, flags: Vec::new() })
+    }
+
+    fn complaints(file: &str, environment: &[(&str, &str)]) -> String {
+        let complaints = loaded(file, environment).unwrap_err();
+        let lines = complaints.0.iter().map(|complaint| {
+            let said = complaint.to_string();
+            said.split_once("(from ").map_or_else(
+                || said.clone(),
+                |(key, rest)| {
+                    let rule = rest.split_once("): ").map_or("", |(_, rule)| rule);
+                    format!("{key}{rule}\n")
+                },
+            )
+        });
+        lines.collect()
+    }
+
+    fn password(config: &Config) -> String {
+        config.broker.address.hosts()[0].authority.userinfo.password.clone()
+    }
+
+    #[test]
+    fn where_nothing_is_said_the_defaults_hold() {
+        let config = load(&Given::default()).unwrap();
+        assert_eq!(config.broker.address.to_string(), "amqp://localhost:5672");
+        assert_eq!(config.broker.namespace.to_string(), "dtc");
+        assert_eq!(config.worker.max_in_flight, 256);
+        assert_eq!(config.worker.window, Duration::from_secs(15 * 60));
+        assert!(config.worker.name.is_none() && config.services.is_empty());
+    }
+
+    #[test]
+    fn each_layer_hides_the_one_before_key_by_key() {
+        let file = "[worker]\ndrain = \"1s\"\nwindow = \"1s\"\nprepare_timeout = \"1s\"";
+        let flag = Flag { key: "worker.drain", flag: "--drain", value: "3s".to_owned() };
+        let variables = [("DTC__WORKER__DRAIN", "2s"), ("DTC__WORKER__WINDOW", "2s")];
+        let config = loaded(file, &variables).unwrap();
+        assert_eq!(config.worker.drain, Duration::from_secs(2));
+        assert_eq!(config.worker.prepare_timeout, Duration::from_secs(1));
+        let environment = variables.map(|(name, value)| (name.into(), value.into())).to_vec();
+        let config = load(&Given { file: None, environment, flags: vec![flag] }).unwrap();
+        assert_eq!(config.worker.drain, Duration::from_secs(3));
+        assert_eq!(config.worker.window, Duration::from_secs(2));
+    }
+
+    #[test]
+    fn an_empty_variable_says_nothing_and_those_of_others_are_not_ours() {
+        let variables = [("DTC__WORKER__NAME", ""), ("DTC_LOG", "info"), ("DTCX__A__B", "1")];
+        assert!(loaded("", &variables).unwrap().worker.name.is_none());
+    }
+
+    #[test]
+    fn unknown_keys_are_refused_wherever_they_stand() {
+        let file = "top = 1\n[broker]\nport = 1\n[worker.drain]\nmin = 1\n[colour]\nred = 1";
+        let variables = [("DTC__WORKER", "x"), ("DTC____", "x"), ("DTC__Worker__Drain", "1s")];
+        assert_eq!(
+            complaints(file, &variables),
+            "`worker.drain` must be written in upper case\n\
+             `.` is no key of the configuration\n\
+             `broker.port` is no key of the configuration\n\
+             `colour.red` is no key of the configuration\n\
+             `top` is no key of the configuration\n\
+             `worker` is no key of the configuration\n\
+             `worker.drain.min` is no key of the configuration\n"
+        );
+    }
+
+    #[test]
+    fn services_have_defaults_and_their_names_a_rule() {
+        let config =
+            loaded("[services.B]\n[services.a]\nmax_wait = \"0s\"\ncap = \"service\"", &[]);
+        let services = config.unwrap().services;
+        let services: Vec<_> = services
+            .iter()
+            .map(|service| (service.name.as_str(), service.max_wait.as_millis(), service.cap))
+            .collect();
+        assert_eq!(services, [("B", 1000, Cap::Instance), ("a", 0, Cap::Service)]);
+        assert_eq!(
+            complaints(
+                "[services]\nx = 1\n[services.\"a.b\"]\ncap = \"all\"\n[services.c]\ncap = \"all\"",
+                &[("DTC__SERVICES__C__CAP", "service")]
+            ),
+            "`services.c.cap` services are set in a file only\n\
+             `services.a.b` the name must match [A-Za-z0-9_-]{1,64}\n\
+             `services.c.cap` is `all` must be `instance` or `service`\n\
+             `services.x` is no key of the configuration\n"
+        );
+    }
+
+    #[test]
+    fn a_secret_is_read_from_its_file_and_hides_what_stands_below() {
+        let directory = tempfile::tempdir().unwrap();
+        let (url, secret) = (directory.path().join("url"), directory.path().join("password"));
+        fs::write(&url, "amqp://me@there\n").unwrap();
+        fs::write(&secret, "canary#1\r\n").unwrap();
+        let variables = [
+            ("DTC__BROKER__URL_FILE", url.to_str().unwrap()),
+            ("DTC__BROKER__PASSWORD_FILE", secret.to_str().unwrap()),
+        ];
+        let file = "[broker]\nurl = \"amqp://other:canary@x\"\npassword = \"canary\"";
+        let config = loaded(file, &variables).unwrap();
+        assert_eq!(config.broker.address.masked(), "amqp://me:***@there:5672");
+        assert_eq!(password(&config), "canary#1");
+        let shown = format!("{config}{config:?}");
+        assert!(!shown.contains("canary"), "{shown}");
+        assert!(shown.contains("named by DTC__BROKER__URL_FILE"), "{shown}");
+    }
+
+    #[test]
+    fn a_secret_is_said_in_one_way_and_never_repeated() {
+        let said = complaints(
+            "[broker]\nurl = \"canary\"\nurl_file = \"/nowhere\"\npassword = [\"canary\"]\n\
+             pasword = \"canary\"",
+            &[("DTC__BROKER__HEARTBEAT", "1ms")],
+        );
+        assert_eq!(
+            said,
+            "`broker.url` can't be set where `broker.url_file` is\n\
+             `broker.url` part 1 of the broker's address is no AMQP URL: must begin with amqp:// or \
+             amqps://\n\
+             `broker.password` must be a single value\n\
+             `broker.heartbeat` is `1ms` must be from 1s to 18h, in whole seconds\n\
+             `broker.pasword` is no key of the configuration\n"
+        );
+        let missing = complaints("[broker]\nurl_file = \"/nowhere/at all\"", &[]);
+        assert!(missing.starts_with("`broker.url_file` is `/nowhere/at all` can't be read: "));
+    }
+
+    #[test]
+    fn no_worker_is_called_like_many() {
+        for name in ["any", "all"] {
+            let said = complaints("", &[("DTC__WORKER__NAME", name)]);
+            assert!(said.contains("which mean many"), "{said}");
+        }
+        assert!(loaded("", &[("DTC__WORKER__NAME", "w1")]).is_ok());
+    }
+}
