@@ -12,6 +12,7 @@ mod limits;
 mod moment;
 mod output;
 mod progress;
+mod ready;
 mod run;
 mod sender;
 mod service;

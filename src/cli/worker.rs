@@ -1,6 +1,6 @@
 //! `dtc worker`: one coordinator, until it is told to stop.
 
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
 use clap::Args;
 use indicatif::ProgressBar;
@@ -12,7 +12,9 @@ use crate::{
         broker::BrokerArguments,
         duration,
         limits::{at_least_one, workers_name},
-        progress, signals, stages,
+        progress,
+        ready::ReadyFile,
+        signals, stages,
     },
     protocol::ids::WorkerId,
     transport::amqp::unique,
@@ -50,12 +52,15 @@ pub(super) struct WorkerArguments {
     #[arg(long, value_name = "DURATION", default_value = "15min", value_parser = duration::parse)]
     #[arg(env = "DTC__WORKER__WINDOW")]
     window: Duration,
+    /// A file that is there as long as the worker takes requests, for whoever asks for its health
+    #[arg(long, value_name = "FILE", env = "DTC__WORKER__READY_FILE")]
+    ready_file: Option<PathBuf>,
 }
 
 pub(super) fn run(arguments: &WorkerArguments) -> Result<Exit, Failure> {
     let level = progress::log_level(LevelFilter::INFO);
     let level = level.map_err(|error| Failure::new(Exit::Usage, error))?;
-    let settings = settings(arguments)?;
+    let mut settings = settings(arguments)?;
     let (runtime, interrupt) = stages::runtime()?;
     progress::log_above(&ProgressBar::hidden(), level);
 
@@ -67,7 +72,11 @@ pub(super) fn run(arguments: &WorkerArguments) -> Result<Exit, Failure> {
     );
     let stop = signals::heard(&interrupt);
     let ready = || tracing::info!(worker = %name, "ready");
-    let tally = runtime.block_on(worker::run(settings, stop, ready)).map_err(failure)?;
+    let file = ReadyFile::at(arguments.ready_file.as_deref(), &runtime)?;
+    settings.serving = file.serving();
+    let ended = runtime.block_on(worker::run(settings, stop, ready));
+    file.end(&runtime);
+    let tally = ended.map_err(failure)?;
     tracing::info!(
         taken = tally.taken,
         committed = tally.committed,
