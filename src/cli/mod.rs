@@ -11,6 +11,7 @@ mod input;
 mod moment;
 mod output;
 mod progress;
+mod ready;
 mod run;
 mod sender;
 mod service;

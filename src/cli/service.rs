@@ -12,7 +12,9 @@ use crate::{
         Exit, Failure,
         broker::{self, BrokerArguments, flag},
         input::{bad_data, name, open},
-        progress, signals, stages,
+        progress,
+        ready::ReadyFile,
+        signals, stages,
     },
     participant::{
         serve::{self, ServeError, ServeSettings},
@@ -73,13 +75,16 @@ pub(super) struct ServiceArguments {
     /// [env: DTC__SERVICE__DRAIN]
     #[arg(long, value_name = "DURATION")]
     drain: Option<String>,
+    /// A file that is there as long as the instance serves, for whoever asks for its health
+    #[arg(long, value_name = "FILE")]
+    ready_file: Option<PathBuf>,
 }
 
 pub(super) fn run(arguments: &ServiceArguments) -> Result<Exit, Failure> {
     let level = progress::log_level(LevelFilter::INFO);
     let level = level.map_err(|error| Failure::new(Exit::Usage, error))?;
     let spec = spec(arguments)?;
-    let settings = settings(arguments, &spec)?;
+    let mut settings = settings(arguments, &spec)?;
     let (runtime, interrupt) = stages::runtime()?;
     progress::log_above(&ProgressBar::hidden(), level);
 
@@ -97,7 +102,11 @@ pub(super) fn run(arguments: &ServiceArguments) -> Result<Exit, Failure> {
         broker = %settings.broker.address, namespace = %settings.names.namespace(), "starting"
     );
     let stop = signals::heard(&interrupt);
-    runtime.block_on(serve::serve(participant, settings, stop)).map_err(failure)?;
+    let file = ReadyFile::at(arguments.ready_file.as_deref(), &runtime)?;
+    settings.serving = file.serving();
+    let ended = runtime.block_on(serve::serve(participant, settings, stop));
+    file.end(&runtime);
+    ended.map_err(failure)?;
     tracing::info!("stopped");
     Ok(Exit::Done)
 }

@@ -1,5 +1,7 @@
 //! `dtc worker`: one coordinator, until it is told to stop.
 
+use std::path::PathBuf;
+
 use clap::Args;
 use indicatif::ProgressBar;
 use tracing_subscriber::filter::LevelFilter;
@@ -8,7 +10,9 @@ use crate::{
     cli::{
         Exit, Failure,
         broker::{self, BrokerArguments, flag},
-        progress, signals, stages,
+        progress,
+        ready::ReadyFile,
+        signals, stages,
     },
     protocol::ids::WorkerId,
     transport::amqp::unique,
@@ -54,12 +58,15 @@ pub(super) struct WorkerArguments {
     /// [env: DTC__WORKER__WINDOW]
     #[arg(long, value_name = "DURATION")]
     window: Option<String>,
+    /// A file that is there as long as the worker takes requests, for whoever asks for its health
+    #[arg(long, value_name = "FILE")]
+    ready_file: Option<PathBuf>,
 }
 
 pub(super) fn run(arguments: &WorkerArguments) -> Result<Exit, Failure> {
     let level = progress::log_level(LevelFilter::INFO);
     let level = level.map_err(|error| Failure::new(Exit::Usage, error))?;
-    let settings = settings(arguments)?;
+    let mut settings = settings(arguments)?;
     let (runtime, interrupt) = stages::runtime()?;
     progress::log_above(&ProgressBar::hidden(), level);
 
@@ -71,7 +78,11 @@ pub(super) fn run(arguments: &WorkerArguments) -> Result<Exit, Failure> {
     );
     let stop = signals::heard(&interrupt);
     let ready = || tracing::info!(worker = %name, "ready");
-    let tally = runtime.block_on(worker::run(settings, stop, ready)).map_err(failure)?;
+    let file = ReadyFile::at(arguments.ready_file.as_deref(), &runtime)?;
+    settings.serving = file.serving();
+    let ended = runtime.block_on(worker::run(settings, stop, ready));
+    file.end(&runtime);
+    let tally = ended.map_err(failure)?;
     tracing::info!(
         taken = tally.taken,
         committed = tally.committed,

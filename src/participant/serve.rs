@@ -16,7 +16,10 @@ use futures_util::{
     future::{BoxFuture, FusedFuture},
 };
 use lapin::message::Delivery as Message;
-use tokio::time::{Instant, sleep_until};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep_until},
+};
 
 use crate::{
     participant::{
@@ -74,6 +77,9 @@ pub struct ServeSettings {
     /// For development: declare what the service needs, with this as its `max_wait`. Else whoever
     /// operates the broker has done so, by `dtc topology apply`.
     pub declare: Option<Duration>,
+    /// Is told `true` whenever the instance begins to serve, and `false` when its connection is
+    /// lost or it has ended.
+    pub serving: Option<watch::Sender<bool>>,
 }
 
 impl ServeSettings {
@@ -91,6 +97,7 @@ impl ServeSettings {
             finish_timeout: Duration::from_secs(5),
             drain: Duration::from_secs(25),
             declare: None,
+            serving: None,
         }
     }
 
@@ -281,7 +288,10 @@ impl Server {
             let Some(session) = session else { return Ok(()) };
             let ServeSettings { service, instance, max_concurrency, .. } = &self.settings;
             tracing::info!(%service, %instance, max_concurrency, "ready");
-            match self.work(session, stop.as_mut()).await {
+            self.tell_serving(true);
+            let ended = self.work(session, stop.as_mut()).await;
+            self.tell_serving(false);
+            match ended {
                 Ended::Stopped => return Ok(()),
                 Ended::Lost(session, lost) => {
                     let slots_used = self.instance.slots_used();
@@ -294,6 +304,12 @@ impl Server {
                     old = Some(*session);
                 }
             }
+        }
+    }
+
+    fn tell_serving(&self, serves: bool) {
+        if let Some(serving) = &self.settings.serving {
+            serving.send_replace(serves);
         }
     }
 

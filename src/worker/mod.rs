@@ -19,7 +19,7 @@ mod sources;
 use std::time::Duration;
 
 use futures_util::FutureExt;
-use tokio::time::Instant;
+use tokio::{sync::watch, time::Instant};
 
 use self::{
     clock::Clock,
@@ -48,17 +48,26 @@ pub struct Settings {
     pub coordinator: coordinator::Settings,
     /// How long it may go on finishing what it has begun when it is told to stop.
     pub drain: Duration,
+    /// Is told `true` whenever the worker begins to take requests, and `false` when its connection
+    /// is lost or it has ended.
+    pub serving: Option<watch::Sender<bool>>,
 }
 
 impl Settings {
     /// The defaults, for the worker called `worker`; it drains for 25 s.
     pub fn new(broker: Broker, names: Names, worker: WorkerId) -> Self {
         let coordinator = coordinator::Settings::new(worker);
-        Self { broker, names, coordinator, drain: Duration::from_secs(25) }
+        Self { broker, names, coordinator, drain: Duration::from_secs(25), serving: None }
     }
 
     fn worker(&self) -> &WorkerId {
         &self.coordinator.worker
+    }
+
+    fn tell_serving(&self, serves: bool) {
+        if let Some(serving) = &self.serving {
+            serving.send_replace(serves);
+        }
     }
 
     fn requests_prefetch(&self) -> u16 {
@@ -136,7 +145,10 @@ pub async fn run(
                 Ok(session) => {
                     has_worked = true;
                     ready();
-                    match session.run(stop.clone()).await {
+                    settings.tell_serving(true);
+                    let ran = session.run(stop.clone()).await;
+                    settings.tell_serving(false);
+                    match ran {
                         Ok(end) => return Ok(ended(&end, &lasting)),
                         Err(error) => Failure::Session(error),
                     }

