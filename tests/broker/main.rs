@@ -14,6 +14,7 @@ mod node;
 mod processes;
 mod readme;
 mod scenarios;
+mod secrets;
 mod service;
 mod signals;
 mod system;
