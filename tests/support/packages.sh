@@ -1,5 +1,5 @@
-# Brings what the tests need and a Debian machine doesn't have: packages, and a RabbitMQ of another
-# release. Sourced by tests/run; every function says what it brings and fails with what to do.
+# Brings what the tests need and a Debian machine doesn't have: packages, a RabbitMQ of another
+# release, a Python with its packages. Sourced by tests/run; every function says what it brings and fails with what to do.
 
 as_root() {
     if ((EUID == 0)); then
@@ -88,6 +88,57 @@ quietly() {
     if ((status != 0)); then tail -n 30 -- "$said"; fi
     rm -f -- "$said"
     return "$status"
+}
+
+# python_with NAME VERSION: brings a Python of its own that has this package, and nothing else of the
+# machine's. The tests know where it is.
+#
+# It is made beside its place and renamed into it, so that what has the name is whole; a Python in it
+# is asked for by its path, so that it doesn't matter that its scripts name the other one.
+python_with() {
+    local cache=${XDG_CACHE_HOME:-$HOME/.cache}/dtc
+    local place=$cache/python-$1-$2 lock
+    mkdir -p -- "$cache"
+    exec {lock}>"$place.lock"
+    flock "$lock"
+    if [[ ! -e $place ]]; then
+        if ! python3 -c 'import ensurepip' 2>/dev/null; then
+            package python3-venv /usr/share/doc/python3-venv || return
+        fi
+        rm -rf -- "$place.building"
+        echo "bringing $1 $2 for Python"
+        if ! quietly python3 -m venv -- "$place.building" ||
+            ! quietly "$place.building/bin/python" -m pip install -q --disable-pip-version-check \
+                "$1==$2"; then
+            echo "$1 $2 can't be installed for Python" >&2
+            return 69
+        fi
+        mv -T -- "$place.building" "$place"
+    fi
+    exec {lock}>&-
+}
+
+# node_with NAME VERSION: brings this npm package into a directory of its own, and leaves that one's
+# name in `modules`.
+node_with() {
+    local cache=${XDG_CACHE_HOME:-$HOME/.cache}/dtc lock
+    modules=$cache/node-${1##*/}-$2
+    if ! command -v node >/dev/null; then package nodejs /usr/bin/node || return; fi
+    mkdir -p -- "$cache"
+    exec {lock}>"$modules.lock"
+    flock "$lock"
+    if [[ ! -e $modules ]]; then
+        if ! command -v npm >/dev/null; then package npm /usr/bin/npm || return; fi
+        rm -rf -- "$modules.building"
+        mkdir -- "$modules.building"
+        echo "bringing $1 $2 for Node"
+        if ! quietly npm install --prefix "$modules.building" --no-audit --no-fund "$1@$2"; then
+            echo "$1 $2 can't be installed for Node" >&2
+            return 69
+        fi
+        mv -T -- "$modules.building" "$modules"
+    fi
+    exec {lock}>&-
 }
 
 # rabbitmq_in_chroot SERIES SUITE: brings the RabbitMQ of Debian's SUITE, which has to be of SERIES

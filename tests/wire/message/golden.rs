@@ -10,6 +10,7 @@ fn is<T: Item + Debug + PartialEq + Clone>(kind: Kind, item: T, json: &str) {
     assert_eq!(T::KIND, kind);
     let json = format!("[{json}]");
     assert_eq!(text(std::slice::from_ref(&item)), json);
+    asyncapi::allows(kind, &json);
     assert_eq!(all_good(decode::<T>(json.as_bytes()).unwrap()), [item]);
 }
 

@@ -1,6 +1,7 @@
 //! The bodies of messages: what they look like, that they are read as they were written, and that
 //! no broken one does harm.
 
+mod asyncapi;
 mod golden;
 mod limits;
 mod refused;

@@ -1,0 +1,239 @@
+//! A service and a producer in Python, in one system with workers and a service of this crate.
+//!
+//! `books` is Python's, `payments` the binary's. They are asked in this order while they may be
+//! contended. What each holds is read from where it keeps it, when it is over.
+//!
+//! `DTC_TEST_PYTHON` is a Python with pika; without it, the one that tests/run has made.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
+#![allow(clippy::print_stdout, reason = "a test prints what it has measured")]
+
+#[path = "../support/broker.rs"]
+mod broker;
+#[path = "../support/lines.rs"]
+mod lines;
+#[path = "../support/processes.rs"]
+mod processes;
+mod raw;
+mod scenarios;
+mod told;
+
+use std::{
+    collections::BTreeMap,
+    env, fs,
+    path::{Path, PathBuf},
+    process::Command,
+    thread,
+    time::Duration,
+};
+
+use dtc::{
+    protocol::ids::ServiceName,
+    transport::amqp::names::{Names, Namespace},
+};
+use serde_json::{Value, json};
+use tokio::time::Instant;
+
+use crate::{
+    broker::{Leftovers, place},
+    processes::{LIMIT, Process, World},
+};
+
+/// How often it is looked whether something that nobody tells of has happened.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+
+/// Waits until `holds`, for [`LIMIT`] at most.
+#[track_caller]
+fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let started = Instant::now();
+    while !holds() {
+        assert!(started.elapsed() < LIMIT, "{what}: not within {LIMIT:?}");
+        thread::sleep(LOOK_EVERY);
+    }
+}
+
+/// What Python's service keeps.
+#[derive(Debug)]
+struct Books {
+    prepared: Vec<Value>,
+    committed: Vec<String>,
+    /// Instance, what, id.
+    calls: Vec<[String; 3]>,
+}
+
+impl Books {
+    /// What was called for a transaction, in order.
+    fn whats_of(&self, id: &str) -> Vec<&str> {
+        self.calls.iter().filter(|call| call[2] == id).map(|call| call[1].as_str()).collect()
+    }
+}
+
+/// One system at the shared broker, in which nothing runs yet.
+struct System {
+    world: World,
+    names: Names,
+    services: PathBuf,
+    cap: u32,
+    _leftovers: Leftovers,
+}
+
+impl System {
+    /// `books` has `cap` slots, which are waited for as long as it says; `payments` has many, and
+    /// takes its time to prepare.
+    fn new(cap: u32, max_wait_ms: u32, payments_latency_ms: u32) -> Self {
+        let place = place();
+        let names = Names::new(Namespace::parse(&place.namespace).unwrap());
+        let leftovers = leftovers(&place, &names);
+        let world = World::at(place);
+        let services = world.file(
+            "services.json",
+            &json!([
+                {"name": "books", "max_concurrency": cap, "max_wait_ms": max_wait_ms},
+                {"name": "payments", "max_concurrency": 100, "max_wait_ms": 60_000,
+                    "prepare": {"latency_ms": payments_latency_ms}},
+            ]),
+        );
+        world.apply_topology(Some(&services));
+        Self { world, names, services, cap, _leftovers: leftovers }
+    }
+
+    fn payments(&self) -> Process {
+        self.world.service(&self.services, "payments", Some(&self.state()))
+    }
+
+    /// An instance of Python's service, serving; its id begins with `label`.
+    fn books(&self, label: &str) -> Process {
+        let mut command = self.service();
+        command.args(["--label", label, "--inquire-after", "1"]);
+        command.args(["--max-concurrency", &self.cap.to_string()]);
+        let process = Process::start(label, &mut command);
+        process.wait_for_line("ready", LIMIT);
+        process
+    }
+
+    fn service(&self) -> Command {
+        let mut command = self.python("service.py");
+        command.args(["--name", "books", "--state"]).arg(self.state());
+        command
+    }
+
+    /// Python's producer, given `transactions`.
+    fn produce(&self, transactions: &Value) -> Process {
+        let mut command = self.python("producer.py");
+        Process::start_given("producer", &mut command, transactions.to_string())
+    }
+
+    /// How these end, by id.
+    #[track_caller]
+    fn run(&self, transactions: &Value) -> BTreeMap<String, Value> {
+        results(self.produce(transactions))
+    }
+
+    fn python(&self, script: &str) -> Command {
+        let mut command = Command::new(python());
+        command
+            .arg("-u")
+            .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/interop").join(script));
+        command.args(["--broker", &self.world.place.url]);
+        command.args(["--namespace", &self.world.place.namespace]);
+        command.env("PYTHONDONTWRITEBYTECODE", "1");
+        command
+    }
+
+    fn state(&self) -> PathBuf {
+        self.world.path("state")
+    }
+
+    /// A file that is waited for, and what it is called in a transaction's data.
+    fn gate(&self, name: &str) -> (PathBuf, Value) {
+        let path = self.world.path(name);
+        let text = json!(path.to_str().unwrap());
+        (path, text)
+    }
+
+    /// What Python's service holds.
+    fn held_by_books(&self) -> Books {
+        let shown = Process::start("show", self.service().arg("--show")).succeeded(LIMIT);
+        let shown: Value = serde_json::from_str(&shown[0]).unwrap();
+        let rows = |name: &str| shown[name].as_array().unwrap().clone();
+        let text = |value: &Value| value.as_str().unwrap().to_owned();
+        Books {
+            prepared: rows("prepared"),
+            committed: rows("committed").iter().map(|row| text(&row[0])).collect(),
+            calls: rows("calls").iter().map(|row| [0, 1, 2].map(|at| text(&row[at]))).collect(),
+        }
+    }
+
+    /// The ids that the binary's service has committed, in order.
+    fn committed_by_payments(&self) -> Vec<String> {
+        let log = fs::read_to_string(self.state().join("payments/committed.log"));
+        let first = |line: &str| line.split_whitespace().next().unwrap().to_owned();
+        let mut ids: Vec<_> = log.unwrap_or_default().lines().map(first).collect();
+        ids.sort();
+        ids
+    }
+
+    /// Asserts that both services come to hold these, once each, and nothing in doubt.
+    #[track_caller]
+    fn both_hold(&self, committed: &[&str]) -> Books {
+        until("nothing is left prepared", || {
+            let prepared = fs::read_dir(self.state().join("payments/prepared"));
+            prepared.into_iter().flatten().count() == 0 && self.held_by_books().prepared.is_empty()
+        });
+        let books = self.held_by_books();
+        assert_eq!(books.committed, committed, "{books:?}");
+        assert_eq!(self.committed_by_payments(), committed);
+        books
+    }
+}
+
+/// What a producer was told, by id.
+#[track_caller]
+fn results(producer: Process) -> BTreeMap<String, Value> {
+    let lines = producer.succeeded(LIMIT);
+    let results = lines.iter().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    results.map(|result| (result["id"].as_str().unwrap().to_owned(), result)).collect()
+}
+
+/// A transaction over both services; `books` does with it as told.
+fn order(id: &str, books: &Value) -> Value {
+    json!({"id": id, "involved_services": ["books", "payments"], "timeout_ms": 60_000,
+        "data": {"amount": 100, "books": books}})
+}
+
+fn python() -> PathBuf {
+    if let Some(path) = env::var_os("DTC_TEST_PYTHON") {
+        return path.into();
+    }
+    let cache = env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+    let cache = cache.unwrap_or_else(|| Path::new(&env::var_os("HOME").unwrap()).join(".cache"));
+    let path = cache.join("dtc/python-pika-1.3.2/bin/python");
+    assert!(path.exists(), "no Python with pika at {}: tests/run makes it", path.display());
+    path
+}
+
+fn leftovers(place: &broker::Place, names: &Names) -> Leftovers {
+    let mut queues = vec![
+        names.requests(),
+        names.journal(),
+        names.inquiries(),
+        names.unresolved(),
+        names.audit(),
+        names.rejected(),
+    ];
+    for service in ["books", "payments"].map(|name| ServiceName::parse(name).unwrap()) {
+        queues.extend([names.prepare_of(&service), names.finish_any_of(&service)]);
+    }
+    let exchanges = [
+        names.requests(),
+        names.prepare(),
+        names.replies(),
+        names.finish(),
+        names.finish_any(),
+        names.results(),
+        names.inquiries(),
+    ];
+    let texts =
+        |names: &[lapin::types::ShortString]| names.iter().map(|it| it.to_string()).collect();
+    place.leaves(texts(&queues), texts(&exchanges))
+}

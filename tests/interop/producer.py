@@ -1,0 +1,67 @@
+"""A producer of `dtc` in Python: publishes requests, and prints a line of JSON for each result.
+
+    producer.py --broker URL [--namespace NAME] [--requested-at SECONDS] < transactions.json
+
+It ends with 0 when all are answered, with 1 when some are not in time.
+"""
+
+import argparse
+import json
+import secrets
+import sys
+import time
+
+import pika
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--broker", required=True)
+    parser.add_argument("--namespace", default="dtc")
+    parser.add_argument("--requested-at", type=int, default=None)
+    parser.add_argument("--timeout", type=float, default=60.0)
+    arguments = parser.parse_args()
+    transactions = json.load(sys.stdin)
+
+    connection = pika.BlockingConnection(pika.URLParameters(arguments.broker))
+    # Where results go is bound before anything is asked for.
+    reply = f"py-{secrets.token_hex(6)}"
+    results = connection.channel()
+    queue = f"{arguments.namespace}.results.{reply}"
+    results.queue_declare(queue, exclusive=True)
+    results.queue_bind(queue, f"{arguments.namespace}.results", f"{reply}.*")
+    requests = connection.channel()
+    requests.confirm_delivery()
+    waiting = {transaction["id"] for transaction in transactions}
+    for transaction in transactions:
+        requests.basic_publish(
+            f"{arguments.namespace}.requests",
+            "request",
+            json.dumps({**transaction, "reply": reply}).encode(),
+            pika.BasicProperties(
+                content_type="application/json",
+                type="dtc.request.v1",
+                delivery_mode=2,
+                # Who asks again, after a time-out or a crash, asks with the same second.
+                timestamp=arguments.requested_at or int(time.time()),
+            ),
+            mandatory=True,
+        )
+    print("sent", file=sys.stderr, flush=True)
+    until = time.monotonic() + arguments.timeout
+    for method, _, body in results.consume(queue, inactivity_timeout=0.2):
+        if method is not None:
+            results.basic_ack(method.delivery_tag)
+            for item in json.loads(body):
+                # A result may come twice.
+                if item["id"] in waiting:
+                    waiting.discard(item["id"])
+                    print(json.dumps(item), flush=True)
+        if not waiting or time.monotonic() > until:
+            break
+    connection.close()
+    sys.exit(1 if waiting else 0)
+
+
+if __name__ == "__main__":
+    main()

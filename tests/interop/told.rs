@@ -1,0 +1,118 @@
+//! What Python's service answers to each command, word by word.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
+
+use std::time::Duration;
+
+use serde_json::json;
+
+use crate::{
+    System,
+    raw::{HASH, Player},
+    until,
+};
+
+const OTHER_HASH: &str = "ffffffffffffffffffffffffffffffff";
+
+fn system() -> System {
+    System::new(4, 60_000, 0)
+}
+
+#[test]
+fn a_doubled_prepare_is_voted_on_with_the_same_branch() {
+    let system = system();
+    let _books = system.books("py");
+    let mut player = Player::new(&system);
+    player.prepares("t", HASH, Duration::from_secs(60));
+    let first = player.hears("vote");
+    player.prepares("t", HASH, Duration::from_secs(60));
+    let second = player.hears("vote");
+    player.tells("query", "t", json!({"request_hash": HASH}));
+    let third = player.hears("vote");
+    for vote in [&first, &second, &third] {
+        assert_eq!((&vote["vote"], &vote["branch"]), (&json!("prepared"), &first["branch"]));
+        assert_eq!(vote["free"], 3);
+    }
+
+    player.prepares("t", OTHER_HASH, Duration::from_secs(60));
+    let other = player.hears("vote");
+    assert_eq!(
+        (&other["vote"], &other["reason"]["code"]),
+        (&json!("refused"), &json!("id_reused"))
+    );
+    let commit = json!({"outcome": "COMMITTED", "branch": first["branch"]});
+    for _ in 0..2 {
+        player.tells("finish", "t", commit.clone());
+        assert_eq!(player.hears("done")["done"], true);
+    }
+    player.prepares("t", HASH, Duration::from_secs(60));
+    let late = player.hears("vote");
+    assert_eq!((&late["vote"], &late["outcome"]), (&json!("finished"), &json!("COMMITTED")));
+    let held = system.held_by_books();
+    assert_eq!(held.whats_of("t"), ["prepare", "commit"]);
+    assert_eq!((held.committed, held.prepared.len()), (vec!["t".to_owned()], 0));
+}
+
+#[test]
+fn a_finish_with_another_branch_undoes_what_is_prepared() {
+    let system = system();
+    let _books = system.books("py");
+    let mut player = Player::new(&system);
+    for (id, more) in [
+        ("t1", json!({"outcome": "COMMITTED", "branch": "another.1"})),
+        ("t2", json!({"outcome": "COMMITTED"})),
+        ("t3", json!({"outcome": "ABORTED"})),
+    ] {
+        player.prepares(id, HASH, Duration::from_secs(60));
+        assert_eq!(player.hears("vote")["vote"], "prepared");
+        player.tells("finish", id, more);
+        let done = player.hears("done");
+        assert_eq!((&done["done"], &done["free"]), (&json!(true), &json!(4)), "{done}");
+        assert_eq!(system.held_by_books().whats_of(id), ["prepare", "abort"]);
+    }
+    let held = system.held_by_books();
+    assert_eq!((held.committed.len(), held.prepared.len()), (0, 0));
+}
+
+#[test]
+fn a_cancelled_or_late_prepare_calls_nothing() {
+    let system = system();
+    let _books = system.books("py");
+    let mut player = Player::new(&system);
+    player.tells("cancel", "t1", json!({}));
+    // What it says to this tells that it has heard the cancel before.
+    player.tells("finish", "t0", json!({"outcome": "ABORTED"}));
+    assert_eq!(player.hears("done")["id"], "t0");
+    player.prepares("t1", HASH, Duration::from_secs(60));
+    let cancelled = player.hears("vote");
+    assert_eq!(cancelled["reason"]["code"], "cancelled", "{cancelled}");
+    player.prepares("t2", HASH, Duration::ZERO);
+    let late = player.hears("vote");
+    assert_eq!(late["reason"]["code"], "deadline", "{late}");
+    // A cancel touches nothing that is prepared.
+    player.prepares("t3", HASH, Duration::from_secs(60));
+    assert_eq!(player.hears("vote")["vote"], "prepared");
+    player.tells("cancel", "t3", json!({}));
+    player.tells("query", "t3", json!({"request_hash": HASH}));
+    assert_eq!(player.hears("vote")["vote"], "prepared");
+    let held = system.held_by_books();
+    let asked = [held.whats_of("t0"), held.whats_of("t1"), held.whats_of("t2")];
+    assert_eq!(asked, [[""; 0]; 3]);
+}
+
+#[test]
+fn what_nobody_tells_of_is_inquired_about_and_answered_when_there_is_a_worker() {
+    let system = system();
+    let mut books = system.books("py");
+    let mut player = Player::new(&system);
+    player.prepares("t", HASH, Duration::from_secs(1));
+    assert_eq!(player.hears("vote")["vote"], "prepared");
+    // The one that prepared it is killed too: it is the store that asks.
+    books.kill9();
+    let _other = system.books("other");
+    until("an inquiry waits", || player.waiting_in(system.names.inquiries()) > 0);
+    let worker = system.world.worker("w1");
+    until("it is undone", || system.held_by_books().prepared.is_empty());
+    assert_eq!(system.held_by_books().whats_of("t"), ["prepare", "abort"]);
+    drop(worker);
+}
