@@ -188,6 +188,10 @@ fn ended(end: &End, lasting: &Lasting) -> Tally {
             in_flight = lasting.coordinator.len(),
             "the time to drain is over: what is in flight goes to other workers"
         ),
+        End::WithoutJournal => tracing::warn!(
+            in_flight = lasting.coordinator.len(),
+            "stopping while the journal is gone: what is in flight goes to other workers"
+        ),
     }
     lasting.tally
 }

@@ -66,6 +66,8 @@ pub(super) enum End {
     Drained,
     /// There was no time to finish all.
     DrainTimedOut,
+    /// Nothing could be finished: the journal was not there.
+    WithoutJournal,
 }
 
 /// The work over a link can't go on.
@@ -247,7 +249,16 @@ impl<'a> Session<'a> {
             self.flush();
             let is_unread = |since: Instant| since.elapsed() >= UNREAD_MAX;
             if self.is_cut_off || self.unread_since.is_some_and(is_unread) {
-                self.read_on().await?;
+                // Without the journal nothing that is in flight can be finished.
+                tokio::select! {
+                    read = self.read_on() => read?,
+                    () = &mut stop, if drain_until.is_none() => {
+                        return Ok(self.close(End::WithoutJournal).await);
+                    }
+                    () = sleep_until(drain_until) => {
+                        return Ok(self.close(End::DrainTimedOut).await);
+                    }
+                }
             }
             if drain_until.is_some() {
                 if self.lasting.coordinator.is_empty() && self.outbox.is_idle() {
