@@ -336,7 +336,10 @@ impl<'a> Session<'a> {
                 self.handle(Happening::Inquiry(it))?;
             }
             let has_room = self.is_draining || self.lasting.coordinator.room() > 0;
-            if has_room && let Some(it) = self.requests.next().now_or_never() {
+            if has_room
+                && !self.is_blocked
+                && let Some(it) = self.requests.next().now_or_never()
+            {
                 idle = false;
                 self.handle(Happening::Request(it))?;
             }
