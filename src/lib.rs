@@ -5,9 +5,13 @@
 //! [`run`] takes services and transactions and gives results; [`Embedded`] has the settings.
 //! [`Service`] makes a service of closures, [`Participant`] is what a larger one implements.
 //!
-//! # Submitting transactions through RabbitMQ
+//! # On RabbitMQ
 //!
-//! [`Client`] takes a [`Submission`] to the workers and brings back how it ended.
+//! * Producers: [`Client`] takes a [`Submission`] to the workers and brings back how it ended.
+//! * Services: [`serve`] runs one instance of a [`Participant`], as [`ServeSettings`] say.
+//! * Workers: [`worker::run`], which is what `dtc worker` does.
+//!
+//! All of them are told where the [`Broker`] is, and by which [`Names`] to go there.
 //!
 //! # Layout
 //!
@@ -16,7 +20,7 @@
 //! * [`protocol`]: the commit protocol as pure state machines.
 //! * [`wire`]: JSON as promised to others.
 //! * [`transport`]: moving messages, at least once.
-//! * [`worker`]: what drives a coordinator.
+//! * [`worker`]: what drives a coordinator on a broker.
 //! * [`participant`]: the SDK for services.
 //! * [`client`]: for producers.
 //! * [`embedded`]: both sides in one process.
@@ -39,6 +43,13 @@ pub use crate::{
     embedded::{
         Embedded, InvalidService, InvalidTransaction, RunError, Transaction, TransactionResult, run,
     },
-    participant::{Participant, Service, Verdict},
+    participant::{
+        Participant, Service, Verdict,
+        serve::{ServeSettings, serve},
+    },
     protocol::message::{Outcome, Reason, ReasonCode},
+    transport::amqp::{
+        connection::Broker,
+        names::{Names, Namespace},
+    },
 };
