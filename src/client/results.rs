@@ -17,6 +17,7 @@ use lapin::{
 use tokio::{
     sync::{oneshot, watch},
     task::JoinHandle,
+    time::timeout_at,
 };
 
 use crate::{
@@ -217,7 +218,7 @@ impl Listener {
         channel
             .queue_bind(queue.clone(), exchange, all, QueueBindOptions::default(), nothing())
             .await?;
-        Inbox::on(channel, queue, PREFETCH, nothing()).await
+        Ok(Inbox::on(channel, queue, PREFETCH, nothing()).await?.lazy())
     }
 
     /// Hands out results until no more come.
@@ -238,7 +239,18 @@ impl Listener {
                 Some(next) => next,
                 None => {
                     inbox.flush();
-                    inbox.next().await
+                    let flush_at = inbox.flush_at();
+                    let next = inbox.next();
+                    match flush_at {
+                        None => next.await,
+                        Some(at) => match timeout_at(at, next).await {
+                            Ok(next) => next,
+                            Err(_) => {
+                                inbox.flush();
+                                inbox.next().await
+                            }
+                        },
+                    }
                 }
             };
         }

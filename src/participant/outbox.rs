@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use lapin::types::ShortString;
+use lapin::types::{AMQPValue, FieldTable, ShortString};
 
 use crate::{
     protocol::{
@@ -11,7 +11,7 @@ use crate::{
         participant::Delivery,
     },
     transport::amqp::{
-        names::{ANY, Names, key},
+        names::{ANY, Names, PREPARES_MAX, key},
         publisher::Outgoing,
     },
     wire::message::{Item, Items},
@@ -22,6 +22,8 @@ use crate::{
 pub(super) struct Outbox {
     exchange: ShortString,
     service: ServiceName,
+    /// What workers are told with votes and dones.
+    headers: Option<FieldTable>,
     votes: BTreeMap<WorkerId, Bodies>,
     dones: BTreeMap<WorkerId, Bodies>,
     inquiries: Bodies,
@@ -43,10 +45,17 @@ pub(super) struct Parcel {
 }
 
 impl Outbox {
-    pub(super) fn new(names: &Names, service: ServiceName) -> Self {
+    /// `prepares_max`: how many prepares one message may hold.
+    pub(super) fn new(names: &Names, service: ServiceName, prepares_max: u16) -> Self {
+        let headers = (prepares_max > 1).then(|| {
+            let mut headers = FieldTable::default();
+            headers.insert(PREPARES_MAX.into(), AMQPValue::LongInt(prepares_max.into()));
+            headers
+        });
         Self {
             exchange: names.replies(),
             service,
+            headers,
             votes: BTreeMap::new(),
             dones: BTreeMap::new(),
             inquiries: Vec::new(),
@@ -114,6 +123,7 @@ impl Outbox {
             body: body.into_body(),
             persistent: must_arrive,
             mandatory: must_arrive,
+            headers: self.headers.clone().filter(|_| !must_arrive && to != ANY),
             ..Outgoing::default()
         };
         Parcel { message, owed: owed.unwrap_or_default(), must_arrive }
@@ -151,7 +161,7 @@ mod tests {
 
     fn outbox() -> Outbox {
         let names = Names::new(Namespace::parse("dtc").unwrap());
-        Outbox::new(&names, ServiceName::parse("payments").unwrap())
+        Outbox::new(&names, ServiceName::parse("payments").unwrap(), 1)
     }
 
     fn done(number: usize, applied: Result<(), Arc<str>>) -> Done {

@@ -47,6 +47,16 @@ use crate::{
 /// A session that stood for so long was a good one: the next pause begins small again.
 const STEADY: Duration = Duration::from_secs(10);
 
+/// How many prepares may come in one message unless it is said otherwise: with more of them little
+/// is gained.
+const PREPARES_MAX: u16 = 16;
+
+/// With fewer slots each prepare comes alone, and is the broker's to give out.
+const MANY_SLOTS: u32 = 64;
+
+/// How many slots there are at least for each prepare that comes in one message.
+const SLOTS_FOR_EACH: u32 = 8;
+
 /// Who an instance is, and where it serves.
 #[derive(Debug, Clone)]
 pub struct ServeSettings {
@@ -68,6 +78,10 @@ pub struct ServeSettings {
     /// Whether this instance holds the cap by itself too, as it should. Without it the cap is
     /// exceeded when a connection is lost, since what is delivered again takes slots anew.
     pub own_limit: bool,
+    /// How many prepares may come in one message, where there are 64 slots or more. Such a message is acknowledged
+    /// when the last of its transactions is finished, so after a crash some that were finished are
+    /// delivered again: they are prepared once more, and that is undone. 1: never more than one.
+    pub prepares_max: u16,
     /// How long to wait for an outcome before asking for it.
     pub inquire_after: Duration,
     /// How long a commit or an abort may take.
@@ -93,12 +107,22 @@ impl ServeSettings {
             max_concurrency,
             cap: Cap::default(),
             own_limit: true,
+            prepares_max: PREPARES_MAX,
             inquire_after: Duration::from_secs(10),
             finish_timeout: Duration::from_secs(5),
             drain: Duration::from_secs(25),
             declare: None,
             serving: None,
         }
+    }
+
+    /// How many prepares are to come in one message.
+    fn prepares_announced(&self) -> u16 {
+        if self.max_concurrency < MANY_SLOTS {
+            return 1;
+        }
+        let share = self.max_concurrency / SLOTS_FOR_EACH;
+        self.prepares_max.min(u16::try_from(share).unwrap_or(u16::MAX)).max(1)
     }
 
     fn of_core(&self) -> participant::Settings {
@@ -268,7 +292,11 @@ impl Server {
             clock,
             instance: Instance::new(clock.now(), settings.of_core()),
             calls: Calls::new(clock, settings.finish_timeout),
-            outbox: Outbox::new(&settings.names, settings.service.clone()),
+            outbox: Outbox::new(
+                &settings.names,
+                settings.service.clone(),
+                settings.prepares_announced(),
+            ),
             numbers: Numbers::default(),
             events: VecDeque::new(),
             effects: Vec::new(),
@@ -404,7 +432,7 @@ impl Server {
                 session.close().await;
                 return Ended::Stopped;
             }
-            let wake_at = self.wake_at(session.next_retry());
+            let wake_at = self.wake_at(session.wake_at());
             let has_room = session.has_room();
             let takes_prepares = has_room && session.takes_prepares;
             let (numbers, events) = (&mut self.numbers, &mut self.events);
@@ -415,7 +443,7 @@ impl Server {
                     session.stop_prepares(self.settings.cap).await
                 }
                 Some(event) = link_events.next() => Session::hear(event),
-                (ticket, published) = session.publisher.next() => {
+                (ticket, published) = session.lanes.next() => {
                     session.published(ticket, published)
                 }
                 ended = self.calls.next() => {
@@ -445,7 +473,7 @@ impl Server {
 
     /// Takes in everything else that is ready.
     fn take_ready(&mut self, session: &mut Session) -> Result<(), Lost> {
-        while let Some((ticket, published)) = session.publisher.ready() {
+        while let Some((ticket, published)) = session.lanes.ready() {
             session.published(ticket, published)?;
         }
         while let Some(ended) = self.calls.try_next() {

@@ -50,10 +50,54 @@ const BATCH_MAX: usize = 1024;
 /// The pause before something is published again that the broker did not take.
 const REFUSED_PAUSE: Duration = Duration::from_secs(1);
 
+/// What a session is made of.
+struct Opened {
+    lanes: Lanes,
+    own: Inbox,
+    shared: Inbox,
+    prepares: Option<Inbox>,
+}
+
+/// What an instance publishes on.
+#[derive(Debug)]
+pub(super) struct Lanes {
+    /// For what must arrive.
+    lasting: Publisher<Ticket>,
+    /// For what may be lost, since whoever waits for it asks again: nobody waits for its confirm.
+    passing: Publisher<Ticket>,
+}
+
+impl Lanes {
+    async fn open(connection: &Connection) -> Result<Self, lapin::Error> {
+        Ok(Self {
+            lasting: Publisher::open(connection).await?,
+            passing: Publisher::unconfirmed(connection).await?,
+        })
+    }
+
+    /// How many messages are on their way.
+    fn outstanding(&self) -> usize {
+        self.lasting.outstanding() + self.passing.outstanding()
+    }
+
+    /// What became of one of them.
+    pub(super) async fn next(&mut self) -> (Ticket, Published) {
+        tokio::select! {
+            it = self.lasting.next() => it,
+            it = self.passing.next() => it,
+        }
+    }
+
+    /// The same, if it is known by now.
+    pub(super) fn ready(&mut self) -> Option<(Ticket, Published)> {
+        self.lasting.ready().or_else(|| self.passing.ready())
+    }
+}
+
 /// One connection's worth of service.
 pub(super) struct Session {
     pub(super) link: Link,
-    pub(super) publisher: Publisher<Ticket>,
+    pub(super) lanes: Lanes,
     /// `None`: it was opened to hear the rest, and takes no prepares.
     pub(super) prepares: Option<Inbox>,
     /// Whether prepares are looked at.
@@ -108,9 +152,9 @@ impl Session {
         takes_prepares: bool,
     ) -> Result<Self, OpenError> {
         match Self::open_on(&link, settings, takes_prepares).await {
-            Ok((publisher, own, shared, prepares)) => Ok(Self {
+            Ok(Opened { lanes, own, shared, prepares }) => Ok(Self {
                 link,
-                publisher,
+                lanes,
                 prepares,
                 takes_prepares,
                 own,
@@ -132,7 +176,7 @@ impl Session {
         link: &Link,
         settings: &ServeSettings,
         takes_prepares: bool,
-    ) -> Result<(Publisher<Ticket>, Inbox, Inbox, Option<Inbox>), OpenError> {
+    ) -> Result<Opened, OpenError> {
         let ServeSettings { names, service, .. } = settings;
         let at = |what: &ShortString| {
             let name = what.to_string();
@@ -141,8 +185,7 @@ impl Session {
         if let Some(max_wait) = settings.declare {
             declare(settings, max_wait).await?;
         }
-        let publisher = Publisher::open(&link.publishing).await;
-        let publisher = publisher.map_err(OpenError::Channel)?;
+        let lanes = Lanes::open(&link.publishing).await.map_err(OpenError::Channel)?;
         let own = open_own(&link.consuming, settings).await?;
         let consuming = &link.consuming;
         let name = names.finish_any_of(service);
@@ -150,18 +193,18 @@ impl Session {
             Inbox::open(consuming, name.clone(), SHARED_PREFETCH, FieldTable::default()).await;
         let shared = shared.map_err(at(&name))?;
         if !takes_prepares {
-            return Ok((publisher, own, shared, None));
+            return Ok(Opened { lanes, own, shared, prepares: None });
         }
         let name = names.prepare_of(service);
         let prefetch = u16::try_from(settings.max_concurrency).unwrap_or(u16::MAX);
         let prepares = Inbox::open(consuming, name.clone(), prefetch, FieldTable::default()).await;
         let prepares = prepares.map_err(at(&name))?;
-        Ok((publisher, own, shared, Some(prepares)))
+        Ok(Opened { lanes, own, shared, prepares: Some(prepares) })
     }
 
     /// Whether as much is on its way to the broker as may be.
     pub(super) fn has_room(&self) -> bool {
-        self.publisher.outstanding() < OUTSTANDING_MAX
+        self.lanes.outstanding() < OUTSTANDING_MAX
     }
 
     // ---- What comes in -----------------------------------------------------------------------
@@ -242,7 +285,7 @@ impl Session {
         tracing::warn!(queue, reason, "a message is rejected");
         let outgoing = rejected(&self.names, &queue, message, reason);
         let ticket = Ticket::Rejected(outgoing.clone(), origin.source, origin.tag);
-        self.publisher.publish(outgoing, ticket);
+        self.lanes.lasting.publish(outgoing, ticket);
     }
 
     // ---- What goes out -----------------------------------------------------------------------
@@ -250,11 +293,11 @@ impl Session {
     /// Publishes, and acknowledges later what is owed to it.
     pub(super) fn publish(&mut self, parcel: Parcel) {
         let Parcel { message, owed, must_arrive } = parcel;
-        let ticket = match must_arrive {
-            true => Ticket::Owed(message.clone(), owed),
-            false => Ticket::MayBeLost,
-        };
-        self.publisher.publish(message, ticket);
+        if must_arrive {
+            self.lanes.lasting.publish(message.clone(), Ticket::Owed(message, owed));
+        } else {
+            self.lanes.passing.publish(message, Ticket::MayBeLost);
+        }
     }
 
     /// A publish has ended.
@@ -287,9 +330,10 @@ impl Session {
         Ok(())
     }
 
-    /// When [`Session::publish_again`] has something to do.
-    pub(super) fn next_retry(&self) -> Option<Instant> {
-        self.refused.front().map(|(at, _, _)| *at)
+    /// When there is something to be said again, or to be acknowledged.
+    pub(super) fn wake_at(&self) -> Option<Instant> {
+        let retry = self.refused.front().map(|(at, _, _)| *at);
+        retry.into_iter().chain(self.own.flush_at()).min()
     }
 
     /// Publishes again what the broker did not take, if it is time.
@@ -297,14 +341,14 @@ impl Session {
         let now = Instant::now();
         while self.refused.front().is_some_and(|(at, _, _)| *at <= now) {
             if let Some((_, outgoing, ticket)) = self.refused.pop_front() {
-                self.publisher.publish(outgoing, ticket);
+                self.lanes.lasting.publish(outgoing, ticket);
             }
         }
     }
 
     /// Whether nothing is on its way that must arrive.
     pub(super) fn is_quiet(&self) -> bool {
-        self.publisher.outstanding() == 0 && self.refused.is_empty()
+        self.lanes.outstanding() == 0 && self.refused.is_empty()
     }
 
     /// The queue that a delivery came by, if it came by one of this session's.
@@ -434,7 +478,8 @@ async fn open_own(consuming: &Connection, settings: &ServeSettings) -> Result<In
         let name = exchange.to_string();
         bound.await.map_err(|source| OpenError::Exchange { name, source })?;
     }
-    Inbox::on(channel, queue, OWN_PREFETCH, FieldTable::default()).await.map_err(at_queue)
+    let inbox = Inbox::on(channel, queue, OWN_PREFETCH, FieldTable::default()).await;
+    inbox.map(Inbox::lazy).map_err(at_queue)
 }
 
 /// Numbers for deliveries: none is given twice, whatever the connection.

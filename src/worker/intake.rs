@@ -11,7 +11,7 @@ use crate::{
         ids::ServiceName,
         message::{Done, Inquiry, Prepare, Request, Vote},
     },
-    transport::amqp::names,
+    transport::amqp::names::{self, PREPARES_MAX},
     wire::message::{Item, Kind, Malformed, RequestMalformed, decode, decode_request},
 };
 
@@ -20,6 +20,8 @@ use crate::{
 pub(super) struct Intake {
     pub(super) events: Vec<Event>,
     pub(super) complaints: Vec<String>,
+    /// How many prepares a message to this service may hold, if an instance of it speaks.
+    pub(super) prepares_max: Option<(ServiceName, u16)>,
 }
 
 /// What `message`, from the queue of replies or that of inquiries, says.
@@ -48,7 +50,16 @@ pub(super) fn reply(message: &Message) -> Intake {
         }),
         other => intake.complaints.push(unexpected(message, other)),
     }
+    if let Some(Kind::Vote | Kind::Done) = kind_of(message) {
+        intake.prepares_max = Some((service, prepares_max(message)));
+    }
     intake
+}
+
+fn prepares_max(message: &Message) -> u16 {
+    let headers = message.properties.headers().as_ref();
+    let said = headers.and_then(|headers| number(headers, PREPARES_MAX));
+    said.and_then(|said| u16::try_from(said).ok()).unwrap_or(1)
 }
 
 /// The request that `message` is.

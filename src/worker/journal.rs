@@ -16,7 +16,10 @@ use lapin::{
     message::Delivery,
     types::{AMQPValue, FieldTable, ShortString},
 };
-use tokio::{sync::mpsc, time::timeout};
+use tokio::{
+    sync::mpsc,
+    time::{Instant, timeout},
+};
 
 use crate::{
     protocol::{message::Decision, time::Time},
@@ -118,6 +121,15 @@ impl Tail {
         self.inbox.flush();
     }
 
+    pub(super) fn flush_at(&self) -> Option<Instant> {
+        self.inbox.flush_at()
+    }
+
+    /// The same for one who has read what there was, and waits for what comes.
+    fn following(self) -> Self {
+        Self { inbox: self.inbox.lazy() }
+    }
+
     async fn record(&mut self) -> Result<Record, ReadError> {
         let delivery = match self.inbox.ready() {
             Some(delivery) => delivery,
@@ -217,7 +229,7 @@ impl Journal {
             is_end = record.is_marker(&marker);
             read(record);
         }
-        Ok(tail)
+        Ok(tail.following())
     }
 
     /// Goes on after the message at `offset`, if that is still the one with this `digest`.
@@ -230,7 +242,7 @@ impl Journal {
         let mut tail = self.open(AMQPValue::LongLongInt(at), PREFETCH).await?;
         let first = tail.record().await?;
         if first.offset == offset && first.digest == digest {
-            return Ok(Some(tail));
+            return Ok(Some(tail.following()));
         }
         tail.inbox.close().await;
         Ok(None)

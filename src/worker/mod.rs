@@ -15,6 +15,7 @@ mod journal;
 mod outbox;
 mod session;
 mod sources;
+mod together;
 
 use std::time::Duration;
 

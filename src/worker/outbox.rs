@@ -13,13 +13,14 @@ use crate::{
     protocol::{
         coordinator::{Delivery, Event},
         ids::{ReplyToken, ServiceName, TransactionKey, WorkerId},
-        message::{Answer, Command, Decision, Destination, Outcome, Parked},
+        message::{Answer, Command, Decision, Destination, Outcome, Parked, Prepare},
     },
     transport::amqp::{
         names::{self, ALL, ANY, NO_REPLY, Names},
         publisher::{Outgoing, Published, Publisher},
     },
     wire::message::{Full, Item, Items, Kind, Settled},
+    worker::together::{Prepares, Together},
 };
 
 /// How long to wait before something is published again that must not be lost.
@@ -54,8 +55,8 @@ pub(super) enum Then {
 pub(super) enum Ticket {
     /// It may be lost.
     Expendable,
-    Prepare {
-        key: TransactionKey,
+    Prepares {
+        keys: Vec<TransactionKey>,
         service: ServiceName,
     },
     Append(Vec<Decision>),
@@ -91,10 +92,13 @@ pub(super) struct Outbox {
     names: Names,
     worker: WorkerId,
     prepares: Publisher<Ticket>,
+    /// What an instance is told. What gets lost is said again until it is answered, so nobody waits
+    /// for its confirm.
     commands: Publisher<Ticket>,
     journal: Publisher<Ticket>,
     results: Publisher<Ticket>,
     gathered: BTreeMap<To, Items>,
+    together: Together,
     answers: BTreeMap<(Option<ReplyToken>, Outcome), Results>,
     /// Decisions that wait for the append before them.
     decisions: Vec<Decision>,
@@ -117,10 +121,11 @@ impl Outbox {
             names,
             worker,
             prepares: Publisher::open(connection).await?,
-            commands: Publisher::open(connection).await?,
+            commands: Publisher::unconfirmed(connection).await?,
             journal: Publisher::open(connection).await?,
             results: Publisher::open(connection).await?,
             gathered: BTreeMap::new(),
+            together: Together::default(),
             answers: BTreeMap::new(),
             decisions: Vec::new(),
             is_appending: false,
@@ -132,34 +137,27 @@ impl Outbox {
 
     // ---- Gathering ---------------------------------------------------------------------------
 
-    pub(super) fn send(&mut self, service: ServiceName, to: Destination, command: Command) {
-        if let Command::Prepare(_) = &command {
-            return self.prepare(&service, &command);
+    /// An instance takes so many prepares in one message.
+    pub(super) fn announced(&mut self, service: ServiceName, prepares_max: u16, now: Instant) {
+        self.together.announced(service, prepares_max, now);
+    }
+
+    /// A prepare for a service that has so many slots free, as far as is known.
+    pub(super) fn prepare(&mut self, service: ServiceName, prepare: &Prepare, spare: u32) {
+        if let Some(prepares) = self.together.add(&service, prepare, spare) {
+            self.write_prepares(service, prepares);
         }
-        let to = To { service, destination: to, kind: Kind::of(&command) };
+    }
+
+    pub(super) fn send(&mut self, service: ServiceName, to: Destination, command: &Command) {
+        let to = To { service, destination: to, kind: Kind::of(command) };
         let items = self.gathered.entry(to.clone()).or_default();
-        if items.push_command(&command).is_ok() {
+        if items.push_command(command).is_ok() {
             return;
         }
         let full = std::mem::take(items);
-        let _ = items.push_command(&command);
+        let _ = items.push_command(command);
         self.write_commands(&to, full);
-    }
-
-    /// Each slot is one delivery, so each prepare is one message.
-    fn prepare(&mut self, service: &ServiceName, command: &Command) {
-        let Command::Prepare(prepare) = command else { return };
-        let message = Outgoing {
-            exchange: self.names.prepare(),
-            key: names::key(&self.worker, service),
-            message_type: Kind::Prepare.as_type(),
-            body: body_of(prepare),
-            mandatory: true,
-            reply_to: Some(self.reply_to()),
-            ..Outgoing::default()
-        };
-        let ticket = Ticket::Prepare { key: prepare.key.clone(), service: service.clone() };
-        self.prepares.publish(message, ticket);
     }
 
     pub(super) fn append(&mut self, decision: Decision) {
@@ -219,6 +217,9 @@ impl Outbox {
 
     /// Writes what was gathered.
     pub(super) fn flush(&mut self, now: Instant) {
+        for (service, prepares) in self.together.take() {
+            self.write_prepares(service, prepares);
+        }
         for (to, items) in std::mem::take(&mut self.gathered) {
             self.write_commands(&to, items);
         }
@@ -235,9 +236,22 @@ impl Outbox {
         }
     }
 
+    fn write_prepares(&mut self, service: ServiceName, Prepares { items, keys }: Prepares) {
+        let message = Outgoing {
+            exchange: self.names.prepare(),
+            key: names::key(&self.worker, &service),
+            message_type: Kind::Prepare.as_type(),
+            body: items.into_body(),
+            mandatory: true,
+            reply_to: Some(self.reply_to()),
+            ..Outgoing::default()
+        };
+        self.prepares.publish(message, Ticket::Prepares { keys, service });
+    }
+
     fn write_commands(&mut self, to: &To, items: Items) {
         let To { service, destination, kind } = to;
-        let (exchange, key, persistent) = match destination {
+        let (exchange, key, stays) = match destination {
             Destination::Instance(instance) => {
                 (self.names.finish(), names::key(instance, service), false)
             }
@@ -252,12 +266,13 @@ impl Outbox {
             key,
             message_type: kind.as_type(),
             body: items.into_body(),
-            persistent,
-            mandatory: true,
+            persistent: stays,
+            mandatory: stays,
             reply_to: Some(self.reply_to()),
             ..Outgoing::default()
         };
-        self.commands.publish(message, Ticket::Expendable);
+        let lane = if stays { &mut self.prepares } else { &mut self.commands };
+        lane.publish(message, Ticket::Expendable);
     }
 
     fn write_results(&mut self, key: &(Option<ReplyToken>, Outcome), results: Results) {
@@ -355,11 +370,13 @@ impl Outbox {
         match ticket {
             Ticket::Expendable if is_safe => {}
             Ticket::Expendable => tracing::debug!(fate = ?published, "a command was not taken"),
-            Ticket::Prepare { key, service } if is_unroutable => {
-                meanings.push(Meaning::Event(Event::PrepareUnroutable { key, service }));
+            Ticket::Prepares { keys, service } if is_unroutable => {
+                meanings.extend(keys.into_iter().map(|key| {
+                    Meaning::Event(Event::PrepareUnroutable { key, service: service.clone() })
+                }));
             }
             // Whether it arrived shows: the deadline runs.
-            Ticket::Prepare { .. } => {}
+            Ticket::Prepares { .. } => {}
             Ticket::Append(batch) => {
                 self.is_appending = false;
                 if !is_safe {

@@ -20,7 +20,7 @@ use crate::{
     protocol::{
         coordinator::{Coordinator, Delivery, Effect, Event},
         ids::{ReplyToken, ServiceName, TransactionKey},
-        message::{Answer, Matter, Outcome, Reason, ReasonCode, Request},
+        message::{Answer, Command, Matter, Outcome, Reason, ReasonCode, Request},
     },
     transport::amqp::{
         connection::{Backoff, Chain, Link, LinkEvent, is_not_found},
@@ -310,7 +310,8 @@ impl<'a> Session<'a> {
         let deadline = lasting.coordinator.next_deadline();
         let deadline = deadline.map(|at| lasting.clock.instant_of(at));
         let unread = self.unread_since.map(|since| since + UNREAD_MAX);
-        deadline.into_iter().chain(self.outbox.wake_at()).chain(unread).min()
+        let acks = self.replies.flush_at().into_iter().chain(self.tail.flush_at());
+        deadline.into_iter().chain(self.outbox.wake_at()).chain(unread).chain(acks).min()
     }
 
     /// Whatever else can be handled before anything is written.
@@ -417,6 +418,9 @@ impl<'a> Session<'a> {
 
     fn reply_received(&mut self, message: &Message, held: Held) {
         let intake = intake::reply(message);
+        if let Some((service, prepares_max)) = intake.prepares_max {
+            self.outbox.announced(service, prepares_max, Instant::now());
+        }
         self.current = Some(held);
         for event in intake.events {
             self.tell(event);
@@ -569,7 +573,11 @@ impl<'a> Session<'a> {
     fn perform(&mut self, effect: Effect) {
         match effect {
             Effect::FindService(service) => self.look_for(service, Duration::ZERO),
-            Effect::Send { service, to, command } => self.outbox.send(service, to, command),
+            Effect::Send { service, to: _, command: Command::Prepare(prepare) } => {
+                let spare = self.lasting.coordinator.spare_slots(&service);
+                self.outbox.prepare(service, &prepare, spare);
+            }
+            Effect::Send { service, to, command } => self.outbox.send(service, to, &command),
             Effect::Append(decision) => self.outbox.append(decision),
             Effect::ReadHistory { from, until } => {
                 let clock_margin = self.settings.coordinator.clock_margin;
@@ -776,7 +784,8 @@ async fn open_replies(settings: &Settings, connection: &Connection) -> Result<In
     let bind = QueueBindOptions::default();
     let arguments = FieldTable::default();
     channel.queue_bind(queue.as_str().into(), names.replies(), binding, bind, arguments).await?;
-    Inbox::on(channel, queue.as_str().into(), REPLIES_PREFETCH, FieldTable::default()).await
+    let nothing = FieldTable::default();
+    Ok(Inbox::on(channel, queue.as_str().into(), REPLIES_PREFETCH, nothing).await?.lazy())
 }
 
 /// Whether a queue of that name exists.

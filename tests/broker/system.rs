@@ -32,7 +32,8 @@ use lapin::{
     message::Delivery,
     options::{
         BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions,
-        ConfirmSelectOptions, ExchangeDeleteOptions, QueueDeclareOptions, QueueDeleteOptions,
+        ConfirmSelectOptions, ExchangeDeleteOptions, QueueBindOptions, QueueDeclareOptions,
+        QueueDeleteOptions,
     },
     types::{AMQPValue, FieldTable, ShortString},
 };
@@ -366,6 +367,17 @@ impl Raw {
         let options = BasicConsumeOptions::default();
         let consumer = channel.basic_consume(queue.clone(), "".into(), options, arguments);
         Reading { consumer: consumer.await.unwrap(), _channel: channel }
+    }
+
+    /// A copy of all that goes through a topic exchange from now on.
+    pub(crate) async fn copies(&self, exchange: &ShortString) -> Reading {
+        let options = QueueDeclareOptions { exclusive: true, ..Default::default() };
+        let queue = self.channel.queue_declare("".into(), options, FieldTable::default());
+        let queue = queue.await.unwrap().name().clone();
+        let (bind, nothing) = (QueueBindOptions::default(), FieldTable::default());
+        let exchange = exchange.clone();
+        self.channel.queue_bind(queue.clone(), exchange, "#".into(), bind, nothing).await.unwrap();
+        self.read(&queue).await
     }
 
     /// How many messages are ready in `queue`, and how many consume it.

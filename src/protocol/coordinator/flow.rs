@@ -148,7 +148,7 @@ impl Flow {
     ///
     /// A report doesn't say which prepares had arrived by then, so it may count as free what one on
     /// its way will take; but of all slots ever seen, those on their way and those held are not.
-    fn spare(&self) -> u32 {
+    pub(super) fn spare(&self) -> u32 {
         self.spare_or_kept().saturating_sub(self.reserved)
     }
 

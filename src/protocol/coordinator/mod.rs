@@ -270,6 +270,11 @@ impl Coordinator {
         self.transactions.len()
     }
 
+    /// How many slots of a service are free, as far as is known: a hint.
+    pub fn spare_slots(&self, service: &ServiceName) -> u32 {
+        self.shared.flows.get(service).map_or(0, Flow::spare)
+    }
+
     /// How many of these wait for a slot before they begin.
     pub fn waiting(&self) -> usize {
         self.transactions.len() - self.shared.active

@@ -5,6 +5,7 @@ use std::{
     future::Future,
     pin::pin,
     task::{Context, Poll, Waker},
+    time::Duration,
 };
 
 use futures_util::{FutureExt, StreamExt};
@@ -16,6 +17,12 @@ use lapin::{
     },
     types::{FieldTable, ShortString},
 };
+use tokio::time::Instant;
+
+use crate::transport::amqp::traffic;
+
+/// How long a lazy inbox keeps an acknowledgement to itself: far less than the broker's patience.
+const LAZY_FOR: Duration = Duration::from_secs(1);
 
 /// Why there are no more deliveries.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -44,6 +51,15 @@ pub struct Inbox {
     channel: Channel,
     consumer: lapin::Consumer,
     tags: Tags,
+    prefetch: u16,
+    lazy: Option<Lazy>,
+}
+
+/// Acknowledgements that wait for more of them.
+#[derive(Debug, Default)]
+struct Lazy {
+    /// Since when one is waiting.
+    since: Option<Instant>,
 }
 
 impl Inbox {
@@ -69,7 +85,15 @@ impl Inbox {
         channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
         let options = BasicConsumeOptions::default();
         let consumer = channel.basic_consume(queue.clone(), "".into(), options, arguments).await?;
-        Ok(Self { queue, channel, consumer, tags: Tags::default() })
+        Ok(Self { queue, channel, consumer, tags: Tags::default(), prefetch, lazy: None })
+    }
+
+    /// Acknowledges only now and then: where a queue ends with its connection, or is a stream, nobody
+    /// waits for it but the broker, before it sends more than the prefetch. Whoever has one flushes
+    /// it at [`Inbox::flush_at`].
+    #[must_use]
+    pub fn lazy(self) -> Self {
+        Self { lazy: Some(Lazy::default()), ..self }
     }
 
     /// The queue it consumes.
@@ -89,7 +113,10 @@ impl Inbox {
     /// [`Inbox::next`], for those who wait for several.
     pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Delivery, Closed>> {
         self.consumer.poll_next_unpin(cx).map(|next| match next {
-            Some(Ok(delivery)) => Ok(delivery),
+            Some(Ok(delivery)) => {
+                traffic::delivered();
+                Ok(delivery)
+            }
             Some(Err(source)) => Err(Closed::Lost { queue: self.queue.to_string(), source }),
             None => Err(Closed::Cancelled { queue: self.queue.to_string() }),
         })
@@ -115,9 +142,25 @@ impl Inbox {
 
     /// Tells the broker of what was acknowledged.
     pub fn flush(&mut self) {
+        let waiting = self.tags.unknown.len();
+        if let Some(lazy) = &mut self.lazy {
+            if waiting == 0 {
+                return;
+            }
+            let since = *lazy.since.get_or_insert_with(Instant::now);
+            if waiting < usize::from(self.prefetch / 4) && since.elapsed() < LAZY_FOR {
+                return;
+            }
+            lazy.since = None;
+        }
         for (tag, multiple) in self.tags.flush() {
             write_now(self.channel.basic_ack(tag, BasicAckOptions { multiple }));
         }
+    }
+
+    /// When a lazy inbox is to be flushed at the latest.
+    pub fn flush_at(&self) -> Option<Instant> {
+        self.lazy.as_ref()?.since.map(|since| since + LAZY_FOR)
     }
 
     /// Takes no more deliveries; those it has stay its own. What was on its way may still come.

@@ -9,6 +9,7 @@
 //! * [`rejected`]: setting aside what nobody can make sense of.
 //! * [`stream`]: reading a stream up to its end.
 //! * [`topology`]: every exchange and queue, and making a broker's be the same.
+//! * [`traffic`]: how many messages went out and came in.
 //! * [`unique`]: names that nobody else has.
 //!
 //! Nothing here knows the protocol: what is in a message, and what follows from it, is said above.
@@ -25,4 +26,5 @@ pub mod publisher;
 pub mod rejected;
 pub mod stream;
 pub mod topology;
+pub mod traffic;
 pub mod unique;

@@ -54,6 +54,9 @@ pub const ALL: &str = "all";
 pub const ANY: &str = "any";
 /// The routing key of every request.
 pub const REQUEST: &str = "request";
+/// The header by which an instance says, with its votes and dones, how many prepares one message may
+/// hold. Without it, one.
+pub const PREPARES_MAX: &str = "prepares-max";
 /// The reply token of a producer that named none.
 pub const NO_REPLY: &str = "none";
 

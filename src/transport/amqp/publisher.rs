@@ -1,7 +1,8 @@
 //! Publishing with confirms.
 //!
 //! A publish is written at once and confirmed later; meanwhile others are written. Every publish is
-//! answered exactly once, by what [`Publisher::next`] gives, with the ticket it was given.
+//! answered exactly once, by what [`Publisher::next`] gives, with the ticket it was given: unless it is
+//! on a channel without confirms, for what nobody misses.
 
 use std::{
     pin::Pin,
@@ -16,7 +17,7 @@ use lapin::{
     types::{FieldTable, ShortString},
 };
 
-use crate::transport::amqp::connection::confirming_channel;
+use crate::transport::amqp::{connection::confirming_channel, traffic};
 
 /// A message on its way out.
 #[derive(Clone, Debug, Default)]
@@ -91,6 +92,7 @@ pub async fn publish(channel: Channel, mut message: Outgoing) -> Published {
     let options = BasicPublishOptions { mandatory: message.mandatory, immediate: false };
     let properties = message.properties();
     let Outgoing { exchange, key, body, .. } = message;
+    traffic::published();
     let written = channel.basic_publish(exchange, key, options, &body, properties).await;
     drop(body);
     let confirmed = match written {
@@ -110,13 +112,36 @@ pub async fn publish(channel: Channel, mut message: Outgoing) -> Published {
 pub struct Publisher<T> {
     channel: Channel,
     on_their_way: FuturesUnordered<BoxFuture<'static, (T, Published)>>,
+    confirms: Confirms,
 }
+
+/// Whether publishes are confirmed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Confirms {
+    All,
+    /// Not by the broker. What is written is known of one in so many, and with it of all before it.
+    Written {
+        unwatched: u32,
+    },
+}
+
+/// How many unconfirmed publishes there are for each that is watched until it is written: enough to
+/// spare a wake-up for most, and few enough to tell how many are on their way.
+const UNWATCHED_MAX: u32 = 32;
 
 impl<T: Send + 'static> Publisher<T> {
     /// A new channel of `connection`.
     pub async fn open(connection: &Connection) -> Result<Self, lapin::Error> {
         let channel = confirming_channel(connection).await?;
-        Ok(Self { channel, on_their_way: FuturesUnordered::new() })
+        Ok(Self { channel, on_their_way: FuturesUnordered::new(), confirms: Confirms::All })
+    }
+
+    /// The same without confirms, for what nobody misses: what is written counts as confirmed, and
+    /// most of it is not told of by [`Publisher::next`].
+    pub async fn unconfirmed(connection: &Connection) -> Result<Self, lapin::Error> {
+        let channel = connection.create_channel().await?;
+        let confirms = Confirms::Written { unwatched: 0 };
+        Ok(Self { channel, on_their_way: FuturesUnordered::new(), confirms })
     }
 
     /// Writes `message` behind those that were written before.
@@ -126,6 +151,13 @@ impl<T: Send + 'static> Publisher<T> {
         // The first poll writes it; waiting for it to be written would put one message behind the
         // other.
         let started = Pin::new(&mut publishing).poll(&mut Context::from_waker(Waker::noop()));
+        if let Confirms::Written { unwatched } = &mut self.confirms {
+            *unwatched = (*unwatched + 1) % UNWATCHED_MAX;
+            // Whoever waits for nothing is told of nothing: it is written all the same.
+            if *unwatched > 0 {
+                return;
+            }
+        }
         self.on_their_way.push(match started {
             Poll::Ready(ended) => std::future::ready(ended).boxed(),
             Poll::Pending => publishing,
@@ -145,7 +177,7 @@ impl<T: Send + 'static> Publisher<T> {
         self.on_their_way.next().now_or_never().flatten()
     }
 
-    /// How many are on their way.
+    /// How many are on their way; of unconfirmed ones, a part of them.
     pub fn outstanding(&self) -> usize {
         self.on_their_way.len()
     }

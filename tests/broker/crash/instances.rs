@@ -101,3 +101,37 @@ fn an_instance_frozen_for_too_long_neither_undoes_nor_exceeds_anything_when_it_w
     assert_eq!(most, CAP, "the cap is reached");
     drop((stock, worker, other));
 }
+
+/// With so many slots several prepares travel in one message, which is acknowledged when the last of
+/// them is finished: what was finished before the instance was killed is delivered again with the
+/// rest, may be prepared once more, and is undone then.
+#[test]
+fn an_instance_killed_with_several_prepares_in_a_message_loses_and_doubles_nothing() {
+    const SLOTS: usize = 200;
+    const TOTAL: usize = 1500;
+    let service = |name| {
+        json!({"name": name, "max_concurrency": SLOTS, "max_wait_ms": 60_000,
+            "prepare": {"latency_ms": [1, 40]}, "commit": {"latency_ms": [1, 40]}})
+    };
+    let system = System::new(place(), json!([service("payments"), service("stock")]));
+    let stock = system.instance("stock", "stock", &[]);
+    let mut killed = system.instance("payments", "killed", &[]);
+    let other = system.instance("payments", "other", &[]);
+    let worker = system.worker("w1", &[]);
+    let load = Load::start(&system, "t", Plan { per_second: 500, ..plan(TOTAL) });
+    load.wait_for(TOTAL / 3);
+    killed.kill9();
+
+    let results = load.results();
+    system.wait_until_nothing_is_prepared();
+    let ledgers = system.ledgers();
+    let again = ledgers[0].called_again().len();
+    println!("{:?}; {again} were called for again", results.counts());
+    assert_services_hold(&ledgers, &results.committed());
+    assert_none_called_again(&ledgers[1..]);
+    assert_cap_holds(&ledgers, SLOTS);
+    // What was delivered again is no more than what was under way.
+    assert!(again <= SLOTS, "{again}");
+    assert_eq!(results.committed().len(), TOTAL, "{:?}", results.counts());
+    drop((stock, worker, other));
+}

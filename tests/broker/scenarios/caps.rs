@@ -75,3 +75,49 @@ async fn a_cap_of_the_service_counts_for_all_instances_together() {
     let most = most.await;
     assert_eq!((most.in_all, most.by_instance), (4, vec![4]));
 }
+
+/// How many prepares the messages had that went out for a service with so many slots, and the most
+/// that it held at once.
+async fn sent_together(slots: u32) -> (Vec<usize>, usize) {
+    const COUNT: usize = 1000;
+    let watched = Watched::slow(Duration::from_millis(5));
+    let system = Setup::new([Served::new("A", slots, &watched)]).workers(2).start().await;
+    let mut copies = system.raw.copies(&system.names.prepare()).await;
+    let submissions = (0..COUNT).map(|n| Submission::new(format!("t{n}"), ["A"], json!({})));
+    let answers = system.run_all(submissions.collect()).await;
+    assert!(answers.iter().all(|answer| answer.outcome == Outcome::Committed), "{answers:?}");
+    let mut sizes = Vec::new();
+    while sizes.iter().sum::<usize>() < COUNT {
+        sizes.push(copies.items("dtc.prepare.v1").await.len());
+    }
+    system.stop().await;
+    let book = watched.book();
+    book.assert_only_necessary_calls();
+    book.assert_nothing_is_held();
+    let most_held = book.most_held;
+    println!(
+        "{slots} slots: {COUNT} prepares in {} messages, at most {most_held} held at once",
+        sizes.len()
+    );
+    (sizes, most_held)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn where_slots_abound_prepares_travel_together() {
+    let (sizes, _) = sent_together(2000).await;
+    assert!(sizes.iter().any(|size| *size > 1), "{sizes:?}");
+    assert!(sizes.iter().all(|size| *size <= 16), "{sizes:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn where_many_slots_are_all_in_use_no_more_is_held_than_there_are() {
+    let (_, most_held) = sent_together(128).await;
+    assert!(most_held <= 128, "{most_held}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn where_slots_are_few_each_prepare_is_the_brokers_to_give_out() {
+    let (sizes, most_held) = sent_together(32).await;
+    assert!(sizes.iter().all(|size| *size == 1), "{sizes:?}");
+    assert!(most_held <= 32, "{most_held}");
+}

@@ -1,0 +1,207 @@
+//! Prepares that travel together.
+//!
+//! A prepare takes a slot. While the broker is to see to it that there is one, each is a message of
+//! its own; where slots abound, as far as is known, several go in one message, which costs the broker
+//! hardly more than one of them would. Whether an instance can take that is for it to say, and any
+//! instance of a service may get the message: so the smallest number that one of them has said
+//! counts, and one until something is heard.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use tokio::time::Instant;
+
+use crate::{
+    protocol::{
+        ids::{ServiceName, TransactionKey},
+        message::Prepare,
+    },
+    wire::message::Items,
+};
+
+/// How long it counts that an instance takes fewer than others of its service: longer than any
+/// instance that votes is silent.
+const FEWER_FOR: Duration = Duration::from_secs(60);
+
+/// So many times the slots that a full message takes must be free: then none of its prepares waits
+/// at an instance, where the broker wouldn't see it.
+const SPARE_FOR_EACH: u32 = 4;
+
+/// Of how many services it is known what their instances take; to others prepares go singly.
+const SERVICES_MAX: usize = 4096;
+
+/// The prepares of one message.
+#[derive(Debug, Default)]
+pub(super) struct Prepares {
+    pub(super) items: Items,
+    pub(super) keys: Vec<TransactionKey>,
+}
+
+impl Prepares {
+    fn one(prepare: &Prepare) -> Self {
+        let mut one = Self::default();
+        one.add(prepare);
+        one
+    }
+
+    /// Whether there was room for it.
+    fn add(&mut self, prepare: &Prepare) -> bool {
+        let fits = self.items.push(prepare).is_ok();
+        if fits {
+            self.keys.push(prepare.key.clone());
+        }
+        fits
+    }
+}
+
+/// What the instances of a service take.
+#[derive(Clone, Copy, Debug)]
+struct Room {
+    prepares_max: u16,
+    /// When one of them took no more than that.
+    said_at: Instant,
+}
+
+/// What waits for more of its kind until the next flush.
+#[derive(Debug, Default)]
+pub(super) struct Together {
+    rooms: BTreeMap<ServiceName, Room>,
+    gathered: BTreeMap<ServiceName, Prepares>,
+}
+
+impl Together {
+    /// An instance of `service` takes so many prepares in one message.
+    pub(super) fn announced(&mut self, service: ServiceName, prepares_max: u16, now: Instant) {
+        let said = Room { prepares_max, said_at: now };
+        if let Some(room) = self.rooms.get_mut(&service) {
+            if prepares_max <= room.prepares_max || now - room.said_at >= FEWER_FOR {
+                *room = said;
+            }
+        } else if self.rooms.len() < SERVICES_MAX {
+            self.rooms.insert(service, said);
+        }
+    }
+
+    /// One more prepare, with so many slots free; what is to be written at once, if anything is.
+    pub(super) fn add(
+        &mut self,
+        service: &ServiceName,
+        prepare: &Prepare,
+        spare: u32,
+    ) -> Option<Prepares> {
+        let prepares_max = self.rooms.get(service).map_or(1, |room| room.prepares_max);
+        let abound = spare >= u32::from(prepares_max).saturating_mul(SPARE_FOR_EACH);
+        // What may have been prepared before is on somebody's way already.
+        if prepares_max <= 1 || !abound || prepare.repeated {
+            return Some(Prepares::one(prepare));
+        }
+        let gathered = self.gathered.entry(service.clone()).or_default();
+        if !gathered.add(prepare) {
+            return Some(std::mem::replace(gathered, Prepares::one(prepare)));
+        }
+        let is_full = gathered.keys.len() >= usize::from(prepares_max);
+        if is_full { self.gathered.remove(service) } else { None }
+    }
+
+    /// All that was gathered.
+    pub(super) fn take(&mut self) -> BTreeMap<ServiceName, Prepares> {
+        std::mem::take(&mut self.gathered)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::time::Instant;
+
+    use super::{FEWER_FOR, Together};
+    use crate::{
+        protocol::{
+            ids::{RequestHash, ServiceName, TransactionId, TransactionKey},
+            message::{Payload, Prepare},
+            time::Time,
+        },
+        wire::message::BODY_MAX,
+    };
+
+    const PLENTY: u32 = 1000;
+
+    fn service() -> ServiceName {
+        ServiceName::parse("payments").unwrap()
+    }
+
+    fn prepare(number: usize) -> Prepare {
+        let id = TransactionId::parse(&format!("t{number}")).unwrap();
+        Prepare {
+            key: TransactionKey { id, requested_at: Time::EPOCH },
+            request_hash: RequestHash([0; 16]),
+            data: Payload::new("{}"),
+            deadline: Time::EPOCH,
+            repeated: false,
+        }
+    }
+
+    fn announced(prepares_max: u16) -> Together {
+        let mut together = Together::default();
+        together.announced(service(), prepares_max, Instant::now());
+        together
+    }
+
+    /// How many prepares the messages hold that are written for so many.
+    fn written(together: &mut Together, n: usize, spare: u32) -> Vec<usize> {
+        let at_once = (0..n).filter_map(|it| together.add(&service(), &prepare(it), spare));
+        let mut written: Vec<_> = at_once.map(|it| it.keys.len()).collect();
+        written.extend(together.take().into_values().map(|it| it.keys.len()));
+        written
+    }
+
+    #[test]
+    fn until_an_instance_has_said_that_it_takes_more_prepares_go_singly() {
+        assert_eq!(written(&mut Together::default(), 3, PLENTY), [1, 1, 1]);
+        assert_eq!(written(&mut announced(1), 3, PLENTY), [1, 1, 1]);
+        assert_eq!(written(&mut announced(4), 10, PLENTY), [4, 4, 2]);
+    }
+
+    #[test]
+    fn where_slots_are_scarce_each_prepare_is_the_brokers_to_give_out() {
+        assert_eq!(written(&mut announced(4), 3, 15), [1, 1, 1]);
+        assert_eq!(written(&mut announced(4), 3, 16), [3]);
+    }
+
+    #[test]
+    fn the_instance_that_takes_fewest_counts_for_a_while() {
+        let mut together = announced(16);
+        let now = Instant::now();
+        together.announced(service(), 1, now);
+        together.announced(service(), 16, now + FEWER_FOR - Duration::from_secs(1));
+        assert_eq!(written(&mut together, 2, PLENTY), [1, 1]);
+        together.announced(service(), 16, now + FEWER_FOR);
+        assert_eq!(written(&mut together, 2, PLENTY), [2]);
+    }
+
+    #[test]
+    fn what_may_have_been_prepared_before_goes_alone() {
+        let mut together = announced(16);
+        let repeated = Prepare { repeated: true, ..prepare(1) };
+        let alone = together.add(&service(), &repeated, PLENTY).unwrap();
+        assert_eq!(alone.keys, [repeated.key]);
+    }
+
+    #[test]
+    fn a_message_holds_no_more_than_fits_and_loses_none() {
+        let mut together = announced(16);
+        let data = format!(r#"{{"x":"{}"}}"#, "x".repeat(BODY_MAX / 3));
+        let mut messages = Vec::new();
+        for number in 0..5 {
+            let large = Prepare { data: Payload::new(data.as_str()), ..prepare(number) };
+            messages.extend(together.add(&service(), &large, PLENTY));
+        }
+        messages.extend(together.take().into_values());
+        let keys: Vec<_> = messages.iter().flat_map(|it| it.keys.clone()).collect();
+        assert_eq!(keys, (0..5).map(|number| prepare(number).key).collect::<Vec<_>>());
+        for message in messages {
+            assert_eq!(message.items.len(), message.keys.len());
+            assert!(message.items.into_body().len() <= BODY_MAX);
+        }
+    }
+}
