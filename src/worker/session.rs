@@ -56,6 +56,14 @@ const INQUIRIES_PREFETCH: u16 = 200;
 /// How long what was appended to the journal may take to be read back.
 const UNREAD_MAX: Duration = Duration::from_secs(5);
 
+/// How long most of what is in flight must have been waiting for slots before more requests are
+/// taken: longer than a worker needs to learn of its services' slots when it starts.
+const CROWDED_FOR: Duration = Duration::from_millis(250);
+
+/// How long nothing must have been waiting before fewer are taken again. The broker takes back what
+/// is on its way to a consumer that ends, and that is then looked into as if it had been begun.
+const EASED_FOR: Duration = Duration::from_secs(2);
+
 /// How long to wait before a service is looked for again.
 const LOOK_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
@@ -169,6 +177,10 @@ pub(super) struct Session<'a> {
     unread_since: Option<Instant>,
     /// What comes now is handed on.
     is_draining: bool,
+    /// Since when most of what is in flight waits for slots.
+    crowded_since: Option<Instant>,
+    /// Since when nothing does.
+    eased_since: Option<Instant>,
 }
 
 impl<'a> Session<'a> {
@@ -223,6 +235,8 @@ impl<'a> Session<'a> {
             is_cut_off: false,
             unread_since: None,
             is_draining: false,
+            crowded_since: None,
+            eased_since: None,
         })
     }
 
@@ -311,7 +325,10 @@ impl<'a> Session<'a> {
         let deadline = deadline.map(|at| lasting.clock.instant_of(at));
         let unread = self.unread_since.map(|since| since + UNREAD_MAX);
         let acks = self.replies.flush_at().into_iter().chain(self.tail.flush_at());
-        deadline.into_iter().chain(self.outbox.wake_at()).chain(unread).chain(acks).min()
+        let crowded = self.crowded_since.filter(|_| self.requests.taking() == 1);
+        let more = crowded.map(|since| since + CROWDED_FOR);
+        let wake_at = deadline.into_iter().chain(self.outbox.wake_at()).chain(unread);
+        wake_at.chain(acks).chain(more).min()
     }
 
     /// Whatever else can be handled before anything is written.
@@ -685,11 +702,16 @@ impl<'a> Session<'a> {
     async fn take_more_or_less(&mut self) -> Result<(), SessionError> {
         let waiting = self.lasting.coordinator.waiting();
         let in_flight_max = self.settings.coordinator.in_flight_max;
-        if self.requests.taking() == 1 && waiting * 2 > in_flight_max {
+        let now = Instant::now();
+        let since = |holds: bool, before: Option<Instant>| holds.then(|| before.unwrap_or(now));
+        self.crowded_since = since(waiting * 2 > in_flight_max, self.crowded_since);
+        self.eased_since = since(waiting == 0, self.eased_since);
+        let has_lasted = |since: Option<Instant>, long| since.is_some_and(|it| now - it >= long);
+        if self.requests.taking() == 1 && has_lasted(self.crowded_since, CROWDED_FOR) {
             let prefetch = self.settings.waiting_prefetch();
             let opening_more = self.requests.open(&self.link.consuming, prefetch);
             opening_more.await.map_err(opening("one more consumer of requests"))?;
-        } else if self.requests.taking() > 1 && waiting == 0 {
+        } else if self.requests.taking() > 1 && has_lasted(self.eased_since, EASED_FOR) {
             let cancelling = self.requests.cancel_all_but(1);
             cancelling.await.map_err(opening("the queue of requests"))?;
         }
@@ -732,6 +754,7 @@ async fn read_journal(
     let margin = settings.coordinator.clock_margin;
     let from = now - settings.coordinator.window - margin;
     let lasting = Mutex::new(lasting);
+    let mut decisions = 0_usize;
     let tail = journal.attach(
         from,
         margin,
@@ -749,6 +772,7 @@ async fn read_journal(
             lasting.coordinator.handle(now, event, &mut Vec::new());
         },
         |record| {
+            decisions += record.decisions.len();
             let lasting = &mut **lasting.lock().unwrap_or_else(PoisonError::into_inner);
             let event = read_event(lasting, record);
             let now = lasting.clock.now();
@@ -757,9 +781,8 @@ async fn read_journal(
         },
     );
     let tail = tail.await.map_err(SessionError::Journal)?;
-    let lasting = lasting.into_inner().unwrap_or_else(PoisonError::into_inner);
     tracing::info!(
-        decisions = lasting.coordinator.view().len(),
+        decisions,
         elapsed_ms = started.elapsed().as_millis() as u64,
         "the journal is read"
     );

@@ -79,7 +79,7 @@ pub struct Settings {
     pub clock_margin: Duration,
     /// How long a decision stays in view.
     pub window: Duration,
-    /// How many decisions stay in view at most.
+    /// How many decisions stay in view at most, at some 600 bytes each.
     pub records_max: usize,
     /// Of how many decisions that have gone out of view digests are kept, at 11 bytes each: of what
     /// was requested since the first of these was made, only what has a digest is looked for
@@ -116,7 +116,7 @@ impl Settings {
             backoff_max: Duration::from_secs(10),
             clock_margin: Duration::from_secs(60),
             window: Duration::from_secs(15 * 60),
-            records_max: 1_000_000,
+            records_max: 200_000,
             digests_max: 8_000_000,
             in_flight_max: 256,
             waiting_max: 4096,

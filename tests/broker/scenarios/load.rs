@@ -232,3 +232,27 @@ async fn a_saturated_slow_service_leaves_the_others_their_speed() {
     assert!(beside / before > 0.5);
     assert_eq!(slow.book().most_held, 2);
 }
+
+/// A worker that has just started knows nothing of the services' slots, so most of what it takes waits
+/// for the answer to the first prepare. It used to take more requests meanwhile and to give them back
+/// at once, and whatever the broker took back was then looked into like something half done.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_waits_while_a_worker_learns_of_its_services_is_not_taken_for_begun() {
+    const COUNT: usize = 5000;
+    let watched = Watched::willing();
+    let system = Setup::new([Served::new("A", 4096, &watched)]).start().await;
+    let mut commands = system.raw.copies(&system.names.finish()).await;
+    let submissions = (0..COUNT).map(|n| Submission::new(format!("t{n}"), ["A"], json!({})));
+    let answers = system.run_all(submissions.collect()).await;
+    assert_all_committed(&answers, COUNT);
+    let mut finished = 0;
+    while finished < COUNT {
+        let command = commands.next().await;
+        let kind = command.properties.kind().clone().unwrap_or_default();
+        assert_eq!(kind.as_str(), "dtc.finish.v1");
+        let items: Value = serde_json::from_slice(&command.data).unwrap();
+        finished += items.as_array().unwrap().len();
+    }
+    system.stop().await;
+    watched.book().assert_only_necessary_calls();
+}
