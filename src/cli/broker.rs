@@ -1,6 +1,9 @@
 //! What commands are told about the configuration, and about RabbitMQ.
 
-use std::{env, fmt, path::PathBuf};
+use std::{
+    env, fmt,
+    path::{Path, PathBuf},
+};
 
 use clap::Args;
 
@@ -21,6 +24,11 @@ pub(super) struct ConfigArgument {
 }
 
 impl ConfigArgument {
+    /// The file, for another process that is to work with the same.
+    pub(super) fn file(&self) -> Option<&Path> {
+        self.config.as_deref()
+    }
+
     /// All that is set, with `flags` above the rest.
     pub(super) fn load(
         &self,
@@ -66,15 +74,32 @@ impl NamespaceArgument {
 }
 
 #[derive(Debug, Args)]
-pub(super) struct BrokerArguments {
-    #[command(flatten)]
-    config: ConfigArgument,
+pub(super) struct UrlArgument {
     /// RabbitMQ: amqp://user:password@host:port/vhost; several hosts of a cluster: such URLs,
     /// separated by commas [default: amqp://localhost]
     ///
     /// [env: DTC__BROKER__URL]
     #[arg(long = "broker", value_name = "URL")]
     url: Option<Secret>,
+}
+
+impl UrlArgument {
+    pub(super) fn flag(&self) -> Option<Flag> {
+        flag("broker.url", "--broker", self.url.as_ref().map(|url| &url.0))
+    }
+
+    /// As it was said, for another process. It may hold a password.
+    pub(super) fn secret(&self) -> Option<&str> {
+        self.url.as_ref().map(|url| url.0.as_str())
+    }
+}
+
+#[derive(Debug, Args)]
+pub(super) struct BrokerArguments {
+    #[command(flatten)]
+    config: ConfigArgument,
+    #[command(flatten)]
+    url: UrlArgument,
     #[command(flatten)]
     namespace: NamespaceArgument,
     /// How often to show the broker that we live, in whole seconds; it gives up who is silent for
@@ -92,7 +117,7 @@ impl BrokerArguments {
         flags: impl IntoIterator<Item = Option<Flag>>,
     ) -> Result<Config, Failure> {
         let own = [
-            flag("broker.url", "--broker", self.url.as_ref().map(|url| &url.0)),
+            self.url.flag(),
             self.namespace.flag(),
             flag("broker.heartbeat", "--heartbeat", self.heartbeat.as_ref()),
         ];

@@ -4,6 +4,7 @@
 //! 2 usage; 65 bad data; 69 broker unavailable; 77 refused by the broker; 78 bad configuration;
 //! 130 interrupted.
 
+mod bench;
 mod broker;
 mod brokered;
 mod config;
@@ -12,6 +13,7 @@ mod moment;
 mod output;
 mod progress;
 mod ready;
+mod report_file;
 mod run;
 mod sender;
 mod service;
@@ -56,6 +58,7 @@ enum Command {
     Status(status::StatusArguments),
     Topology(topology::TopologyArguments),
     Config(config::ConfigArguments),
+    Bench(bench::BenchArguments),
 }
 
 /// How a command ended, where it didn't simply succeed.
@@ -113,6 +116,7 @@ pub fn main() -> ExitCode {
         Command::Worker(arguments) => worker::run(&arguments),
         Command::Topology(arguments) => topology::run(&arguments),
         Command::Config(arguments) => config::run(&arguments),
+        Command::Bench(arguments) => bench::run(&arguments),
         Command::Service(arguments) => service::run(&arguments),
         Command::Status(arguments) => status::run(&arguments),
         Command::Submit(arguments) => submit::run(&arguments),

@@ -5,6 +5,7 @@ use std::{io::Read as _, path::PathBuf};
 use anyhow::{Context as _, anyhow};
 use clap::Args;
 use indicatif::ProgressBar;
+use serde_json::json;
 use tracing_subscriber::filter::LevelFilter;
 
 use crate::{
@@ -14,6 +15,7 @@ use crate::{
         input::{bad_data, name, open},
         progress,
         ready::ReadyFile,
+        report_file::ReportFile,
         signals, stages,
     },
     participant::{
@@ -22,6 +24,7 @@ use crate::{
         state::State,
     },
     protocol::ids::ServiceName,
+    transport::amqp::traffic::Traffic,
     wire::services::{self, ServiceSpec},
 };
 
@@ -78,6 +81,9 @@ pub(super) struct ServiceArguments {
     /// A file that is there as long as the instance serves, for whoever asks for its health
     #[arg(long, value_name = "FILE")]
     ready_file: Option<PathBuf>,
+    /// Where to write, at the end, how many messages went in and out, as JSON
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
 }
 
 pub(super) fn run(arguments: &ServiceArguments) -> Result<Exit, Failure> {
@@ -85,6 +91,7 @@ pub(super) fn run(arguments: &ServiceArguments) -> Result<Exit, Failure> {
     let level = level.map_err(|error| Failure::new(Exit::Usage, error))?;
     let spec = spec(arguments)?;
     let mut settings = settings(arguments, &spec)?;
+    let report = ReportFile::create(arguments.report.as_deref())?;
     let (runtime, interrupt) = stages::runtime()?;
     progress::log_above(&ProgressBar::hidden(), level);
 
@@ -108,6 +115,8 @@ pub(super) fn run(arguments: &ServiceArguments) -> Result<Exit, Failure> {
     file.end(&runtime);
     ended.map_err(failure)?;
     tracing::info!("stopped");
+    let Traffic { published, delivered } = Traffic::so_far();
+    report.write(&json!({"published": published, "delivered": delivered}))?;
     Ok(Exit::Done)
 }
 

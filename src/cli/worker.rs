@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use indicatif::ProgressBar;
+use serde_json::json;
 use tracing_subscriber::filter::LevelFilter;
 
 use crate::{
@@ -12,10 +13,11 @@ use crate::{
         broker::{self, BrokerArguments, flag},
         progress,
         ready::ReadyFile,
+        report_file::ReportFile,
         signals, stages,
     },
     protocol::ids::WorkerId,
-    transport::amqp::unique,
+    transport::amqp::{traffic::Traffic, unique},
     worker::{self, Settings, WorkerError},
 };
 
@@ -61,12 +63,16 @@ pub(super) struct WorkerArguments {
     /// A file that is there as long as the worker takes requests, for whoever asks for its health
     #[arg(long, value_name = "FILE")]
     ready_file: Option<PathBuf>,
+    /// Where to write, at the end, what was done, as JSON
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
 }
 
 pub(super) fn run(arguments: &WorkerArguments) -> Result<Exit, Failure> {
     let level = progress::log_level(LevelFilter::INFO);
     let level = level.map_err(|error| Failure::new(Exit::Usage, error))?;
     let mut settings = settings(arguments)?;
+    let report = ReportFile::create(arguments.report.as_deref())?;
     let (runtime, interrupt) = stages::runtime()?;
     progress::log_above(&ProgressBar::hidden(), level);
 
@@ -93,6 +99,18 @@ pub(super) fn run(arguments: &WorkerArguments) -> Result<Exit, Failure> {
         connections_lost = tally.lost,
         "stopped"
     );
+    let Traffic { published, delivered } = Traffic::so_far();
+    report.write(&json!({
+        "taken": tally.taken,
+        "committed": tally.committed,
+        "aborted": tally.aborted,
+        "rejected": tally.rejected,
+        "parked": tally.parked,
+        "unclaimed": tally.unclaimed,
+        "connections_lost": tally.lost,
+        "published": published,
+        "delivered": delivered,
+    }))?;
     Ok(Exit::Done)
 }
 

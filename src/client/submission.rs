@@ -81,7 +81,7 @@ impl Submission {
         self
     }
 
-    pub(super) fn check(&self) -> Result<TransactionSpec, InvalidSubmission> {
+    pub(crate) fn check(&self) -> Result<TransactionSpec, InvalidSubmission> {
         const DAY: Duration = Duration::from_secs(24 * 60 * 60);
         let id = TransactionId::parse(&self.id)?;
         let services: Result<BTreeSet<_>, _> =

@@ -6,7 +6,7 @@ use serde_json::json;
 #[test]
 fn the_help_is_as_it_was_read_over() {
     assert_golden("help.txt", &output(dtc().arg("--help")).exited(0).saying("").stdout);
-    for command in ["run", "worker", "service", "submit", "status", "config"] {
+    for command in ["run", "worker", "service", "submit", "status", "config", "bench"] {
         let ended = output(dtc().args([command, "--help"])).exited(0).saying("");
         assert_golden(&format!("{command}-help.txt"), &ended.stdout);
     }

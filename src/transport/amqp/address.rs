@@ -38,6 +38,12 @@ impl Address {
         &self.hosts
     }
 
+    /// Name and port of the host that was named first.
+    pub fn first_host(&self) -> Option<(String, u16)> {
+        let authority = &self.hosts.first()?.authority;
+        Some((authority.host.clone(), authority.port))
+    }
+
     /// The same with `password` for every host whose URL has none.
     #[must_use]
     pub fn with_password(mut self, password: &str) -> Self {

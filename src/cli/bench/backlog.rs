@@ -1,0 +1,150 @@
+//! Requests that have piled up, and how fast they are worked off.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, anyhow};
+use futures_util::FutureExt;
+use lapin::{
+    options::{QueueBindOptions, QueueDeclareOptions},
+    types::{FieldTable, ShortString},
+};
+use tokio::time::Instant;
+
+use crate::{
+    cli::bench::{
+        load::data_of,
+        machine,
+        report::Backlog,
+        system::{Place, SERVICES},
+    },
+    client::Submission,
+    protocol::{ids::ReplyToken, message::Answer, message::Outcome},
+    transport::amqp::{
+        consumer::Inbox,
+        names::{REQUEST, key},
+        publisher::{Outgoing, Published, Publisher},
+        unique,
+    },
+    wire::message::{Kind, decode, encode_request},
+    worker::clock::Clock,
+};
+
+/// How many requests may be without a confirm.
+const UNCONFIRMED_MAX: usize = 1024;
+
+/// How many results may be without an acknowledgement.
+const PREFETCH: u16 = 2000;
+
+/// How long nothing may happen.
+const SILENCE_MAX: Duration = Duration::from_secs(60);
+
+/// How often the worker's memory is looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
+
+/// Piles up `requests`, and then starts a worker.
+pub(super) async fn measure(
+    place: &Place,
+    requests: u64,
+    max_in_flight: usize,
+    data: usize,
+) -> anyhow::Result<Backlog> {
+    let link = place.broker().link().await?;
+    let reply = ReplyToken::parse(&unique::name('p'))?;
+    let mut results = {
+        let channel = link.consuming.create_channel().await?;
+        let queue = ShortString::from(format!("{}.{}", place.names.results_of(&reply), "bench"));
+        let exclusive = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
+        let nothing = FieldTable::default;
+        channel.queue_declare(queue.clone(), exclusive, nothing()).await?;
+        let (exchange, bind) = (place.names.results(), QueueBindOptions::default());
+        channel.queue_bind(queue.clone(), exchange, key(&reply, "*"), bind, nothing()).await?;
+        Inbox::on(channel, queue, PREFETCH, nothing()).await?.lazy()
+    };
+    pile_up(place, &mut Publisher::open(&link.publishing).await?, &reply, requests, data)
+        .await
+        .context("failed to pile up requests")?;
+
+    let services = place.services().await?;
+    let worker = place.worker(max_in_flight).await?;
+    let began = Instant::now();
+    let mut memory = Vec::new();
+    let (mut ended, mut aborted) = (0, 0);
+    let mut look_at = Instant::now();
+    while ended < requests {
+        let next = tokio::time::timeout(SILENCE_MAX, results.next()).await;
+        let mut next = Some(next.map_err(|_| {
+            anyhow!("nothing has ended for {SILENCE_MAX:?}, after {ended} of {requests}")
+        })?);
+        while let Some(message) = next {
+            let message = message?;
+            for answer in decode::<Answer>(&message.data)? {
+                ended += 1;
+                aborted += u64::from(answer?.outcome == Outcome::Aborted);
+            }
+            results.ack(message.delivery_tag);
+            next = results.next().now_or_never();
+        }
+        results.flush();
+        if look_at <= Instant::now() {
+            memory.extend(machine::resident(worker.pid));
+            look_at = Instant::now() + LOOK_EVERY;
+        }
+    }
+    let took = began.elapsed();
+    worker.stop().await?;
+    for service in services {
+        service.stop().await?;
+    }
+    link.close().await;
+    let middle = memory.get(memory.len() / 2).copied();
+    Ok(Backlog {
+        requests,
+        per_second: requests as f64 / took.as_secs_f64(),
+        aborted,
+        resident_middle: middle,
+        resident_max: memory.into_iter().max(),
+    })
+}
+
+async fn pile_up(
+    place: &Place,
+    publisher: &mut Publisher<()>,
+    reply: &ReplyToken,
+    requests: u64,
+    data: usize,
+) -> anyhow::Result<()> {
+    let (name, data, clock) = (unique::name('t'), data_of(data), Clock::start());
+    for number in 0..requests {
+        let submission = Submission::new(format!("{name}-{number}"), SERVICES, data.clone());
+        let message = Outgoing {
+            exchange: place.names.requests(),
+            key: REQUEST.into(),
+            message_type: Kind::Request.as_type(),
+            body: encode_request(&submission.check()?, Some(reply))?,
+            persistent: true,
+            mandatory: true,
+            timestamp: Some(clock.now().as_millis() / 1000),
+            ..Outgoing::default()
+        };
+        publisher.publish(message, ());
+        while publisher.outstanding() >= UNCONFIRMED_MAX {
+            confirmed(publisher.next().await.1)?;
+        }
+        while let Some(((), published)) = publisher.ready() {
+            confirmed(published)?;
+        }
+    }
+    while publisher.outstanding() > 0 {
+        confirmed(publisher.next().await.1)?;
+    }
+    Ok(())
+}
+
+fn confirmed(published: Published) -> anyhow::Result<()> {
+    match published {
+        Published::Confirmed => Ok(()),
+        Published::Unroutable => Err(anyhow!("no queue takes requests")),
+        Published::Refused => Err(anyhow!("the broker did not take a request")),
+        Published::Lost(error) => Err(error.into()),
+    }
+}

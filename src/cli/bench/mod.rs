@@ -1,0 +1,410 @@
+//! `dtc bench`: how fast it is here, against the least that anyone could do with the same broker.
+//!
+//! Workers and services are processes of their own, the ones that `dtc worker` and `dtc service`
+//! are, so that what each costs can be told apart; the producers are this process. What is made at
+//! the broker is in a namespace of its own, and is deleted at the end.
+
+mod backlog;
+mod embedded;
+mod load;
+mod machine;
+mod plot;
+mod report;
+mod system;
+mod times;
+mod yardstick;
+
+use std::{
+    fs,
+    io::{self, Write as _},
+    path::PathBuf,
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use clap::Args;
+use indicatif::ProgressBar;
+use serde_json::Value;
+use tokio::time::Instant;
+use tracing_subscriber::filter::LevelFilter;
+
+use self::{
+    load::Load,
+    report::{Latencies, Point, Report, Setting, Who, Yardstick, mib},
+    system::{Place, Plan, Process},
+};
+use crate::{
+    cli::{
+        Exit, Failure,
+        broker::{self, ConfigArgument, UrlArgument, exit_of, flag},
+        progress, signals, stages, tell,
+    },
+    protocol::message::Outcome,
+    transport::amqp::{topology::Commands, traffic::Traffic},
+};
+
+/// More producers than this are no load that one process could make.
+const IN_FLIGHT_MAX: usize = 16_384;
+
+/// How many transactions a worker has in flight unless it is told otherwise.
+const IN_FLIGHT_DEFAULT: usize = 256;
+
+/// How many echo RPCs are in flight.
+const ECHO_IN_FLIGHT: usize = 256;
+
+/// How long there is a load before it is measured.
+const WARM_UP: Duration = Duration::from_secs(1);
+
+/// An echo RPC that is alone is soon known.
+const ALONE_MAX: Duration = Duration::from_secs(2);
+
+/// Measure throughput and latency on RabbitMQ, or of one process.
+///
+/// First the yardstick, with the same client library and in the same run: echo RPCs a second through
+/// one durable queue (a persistent request of 200 bytes, confirmed, a consumer that replies), and
+/// plain messages a second through one. Then transactions over two services that do nothing, in a
+/// closed loop at each of the given loads. All of it in rounds, whose medians and spreads are told.
+///
+/// It starts workers and services as processes of their own, in a namespace of its own that it
+/// deletes at the end. The CPU time of the broker is known where the broker runs on this machine and
+/// may be looked at.
+#[derive(Debug, Args)]
+#[command(about = "Measure throughput and latency on RabbitMQ, or of one process")]
+pub(super) struct BenchArguments {
+    #[command(flatten)]
+    config: ConfigArgument,
+    #[command(flatten)]
+    url: UrlArgument,
+    /// Measure the coordinator of one process instead, without a broker
+    #[arg(long, conflicts_with_all = ["url", "workers", "commands", "backlog", "times"])]
+    embedded: bool,
+    /// The loads: how many transactions producers have in flight
+    #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = in_flight)]
+    #[arg(default_values_t = [1, 16, 64, 256, 1024])]
+    in_flight: Vec<usize>,
+    /// For how long each load is measured in each round, after a second of warming up
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    seconds: u64,
+    /// How often all of it is measured
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=100))]
+    rounds: u64,
+    /// How many worker processes there are
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=64))]
+    workers: u64,
+    /// How many bytes the data of a transaction has
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u64).range(2..=200_000))]
+    data_bytes: u64,
+    /// How the prepares of services are kept: classic or quorum [default: classic]
+    #[arg(long, value_name = "KIND")]
+    commands: Option<String>,
+    /// Also drain so many requests that have piled up, for each number, and tell the workers' memory
+    #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = clap::value_parser!(u64).range(1..=10_000_000))]
+    backlog: Vec<u64>,
+    /// Also tell how long a worker takes to start, to drain, and to be taken over from
+    #[arg(long)]
+    times: bool,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+    /// Where to draw throughput and latency over load, as SVG
+    #[arg(long, value_name = "FILE")]
+    plot: Option<PathBuf>,
+}
+
+fn in_flight(text: &str) -> Result<usize, String> {
+    let number = text.trim().parse().ok().filter(|number| (1..=IN_FLIGHT_MAX).contains(number));
+    number.ok_or_else(|| format!("must be a whole number from 1 to {IN_FLIGHT_MAX}"))
+}
+
+pub(super) fn run(arguments: &BenchArguments) -> Result<Exit, Failure> {
+    let level = progress::log_level(LevelFilter::ERROR);
+    let level = level.map_err(|error| Failure::new(Exit::Usage, error))?;
+    let plan = if arguments.embedded { None } else { Some(plan(arguments)?) };
+    // Before anything runs: what can't be drawn afterwards must not have been measured for nothing.
+    if let Some(path) = &arguments.plot {
+        fs::write(path, "")
+            .with_context(|| format!("failed to create `{}`", path.display()))
+            .map_err(|error| Failure::new(Exit::Usage, error))?;
+    }
+    let (runtime, interrupt) = stages::runtime()?;
+    progress::log_above(&ProgressBar::hidden(), level);
+    let _held = interrupt.subscribe();
+    let stop = signals::heard(&interrupt);
+    let measured = runtime.block_on(async {
+        match plan {
+            None => measure_embedded(arguments, stop).await,
+            Some(plan) => measure_brokered(arguments, plan, stop).await,
+        }
+    })?;
+    let Some(report) = measured else { return Ok(Exit::Interrupted) };
+    if let Some(path) = &arguments.plot {
+        fs::write(path, plot::svg(&report))
+            .with_context(|| format!("failed to write `{}`", path.display()))
+            .map_err(incomplete)?;
+    }
+    print(&if arguments.json { report.json() } else { report.to_string() })?;
+    Ok(if report.is_whole() { Exit::Done } else { Exit::Incomplete })
+}
+
+fn plan(arguments: &BenchArguments) -> Result<Plan, Failure> {
+    let flags = [
+        arguments.url.flag(),
+        flag("topology.commands", "--commands", arguments.commands.as_ref()),
+    ];
+    let config = arguments.config.load(flags)?;
+    Ok(Plan {
+        broker: broker::broker(&config, "dtc bench"),
+        config: arguments.config.file().map(Into::into),
+        url: arguments.url.secret().map(Into::into),
+        settings: config.topology.settings,
+    })
+}
+
+fn incomplete(error: impl Into<anyhow::Error>) -> Failure {
+    Failure::new(Exit::Incomplete, error)
+}
+
+fn print(text: &str) -> Result<(), Failure> {
+    match io::stdout().write_all(text.as_bytes()) {
+        Ok(()) => Ok(()),
+        Err(error) => Err(incomplete(anyhow::Error::new(error).context("failed to print"))),
+    }
+}
+
+impl BenchArguments {
+    fn duration(&self) -> Duration {
+        Duration::from_secs(self.seconds)
+    }
+
+    fn data(&self) -> usize {
+        usize::try_from(self.data_bytes).unwrap_or(usize::MAX)
+    }
+
+    /// A report in which nothing has been measured.
+    fn report(&self) -> Report {
+        let mut loads = self.in_flight.clone();
+        loads.sort_unstable();
+        loads.dedup();
+        Report {
+            setting: Setting {
+                cores: machine::cores(),
+                processor: machine::processor(),
+                workers: self.workers,
+                seconds: self.seconds,
+                rounds: self.rounds,
+                data_bytes: self.data(),
+                ..Setting::default()
+            },
+            load: loads
+                .into_iter()
+                .map(|in_flight| Point { in_flight, ..Point::default() })
+                .collect(),
+            ..Report::default()
+        }
+    }
+}
+
+/// `None`: it was told to stop.
+async fn measure_embedded(
+    arguments: &BenchArguments,
+    stop: impl Future<Output = ()>,
+) -> Result<Option<Report>, Failure> {
+    let mut report = arguments.report();
+    let measuring = async {
+        for round in 1..=arguments.rounds {
+            for point in &mut report.load {
+                tell(&format!("round {round}: {} in flight\n", point.in_flight));
+                embedded::measure(point, arguments.duration(), arguments.data()).await?;
+            }
+        }
+        anyhow::Ok(())
+    };
+    let measured = tokio::select! {
+        measured = measuring => Some(measured),
+        () = stop => None,
+    };
+    measured.transpose().map_err(incomplete).map(|measured| measured.map(|()| report))
+}
+
+/// `None`: it was told to stop.
+async fn measure_brokered(
+    arguments: &BenchArguments,
+    plan: Plan,
+    stop: impl Future<Output = ()>,
+) -> Result<Option<Report>, Failure> {
+    let host = plan.broker.address.first_host();
+    let mut report = arguments.report();
+    report.setting.broker = Some(plan.broker.address.to_string());
+    report.setting.version = host.as_ref().and_then(|(host, port)| machine::version(host, *port));
+    report.setting.prepare_queues = match plan.settings.commands {
+        Commands::Classic => "classic",
+        Commands::Quorum => "quorum",
+    };
+    let broker_pid = host.and_then(|(host, port)| machine::listener(&host, port));
+    // A broker that isn't there is told as every other command tells it.
+    let connection = plan.broker.connect("bench").await;
+    let connection = connection.map_err(|error| Failure::new(exit_of(&error), error))?;
+    crate::transport::amqp::connection::close(&connection).await;
+
+    let place = Place::make(plan).await.map_err(incomplete)?;
+    let bench = Bench { arguments, place: &place, broker_pid };
+    let measured = tokio::select! {
+        measured = bench.measure(&mut report) => Some(measured),
+        () = stop => None,
+    };
+    if let Err(error) = place.leave().await {
+        tell(&format!("{error:#}\n"));
+    }
+    measured.transpose().map_err(incomplete).map(|measured| measured.map(|()| report))
+}
+
+/// Everything that is measured on a broker.
+struct Bench<'a> {
+    arguments: &'a BenchArguments,
+    place: &'a Place,
+    broker_pid: Option<u32>,
+}
+
+impl Bench<'_> {
+    async fn measure(&self, report: &mut Report) -> anyhow::Result<()> {
+        let mut yardstick = Yardstick { echo_in_flight: ECHO_IN_FLIGHT, ..Yardstick::default() };
+        for round in 1..=self.arguments.rounds {
+            tell(&format!("round {round}: the yardstick\n"));
+            let echo = self.yardstick(&mut yardstick).await?;
+            for point in &mut report.load {
+                tell(&format!("round {round}: {} in flight\n", point.in_flight));
+                self.load(point, echo).await?;
+            }
+        }
+        report.yardstick = Some(yardstick);
+        for &requests in &self.arguments.backlog {
+            tell(&format!("a backlog of {requests}\n"));
+            let (place, data) = (self.place, self.arguments.data());
+            report.backlog.push(backlog::measure(place, requests, IN_FLIGHT_DEFAULT, data).await?);
+        }
+        if self.arguments.times {
+            tell("times\n");
+            report.times = Some(times::measure(self.place, self.arguments.data()).await?);
+        }
+        Ok(())
+    }
+
+    /// Echo RPCs a second in this round.
+    async fn yardstick(&self, yardstick: &mut Yardstick) -> anyhow::Result<f64> {
+        let (broker, duration) = (self.place.broker(), self.arguments.duration());
+        let before = self.cpu(&[], &[]);
+        let echoed = yardstick::echo(broker, ECHO_IN_FLIGHT, duration).await?;
+        yardstick.echo.add(echoed.per_second);
+        for (who, used) in used_since(&before, &self.cpu(&[], &[])) {
+            yardstick.cpu.add(who, used.map(|it| it.as_secs_f64() * 1e6 / echoed.all as f64));
+        }
+        let alone = yardstick::echo(broker, 1, duration.min(ALONE_MAX)).await?;
+        yardstick.echo_alone.add(alone.latencies.percentile(50.0));
+        yardstick.raw.add(yardstick::raw(broker, duration).await?);
+        Ok(echoed.per_second)
+    }
+
+    /// Measures one load for one round.
+    async fn load(&self, point: &mut Point, echo: f64) -> anyhow::Result<()> {
+        let place = self.place;
+        let services = place.services().await?;
+        let mut workers = Vec::new();
+        for _ in 0..self.arguments.workers {
+            workers.push(place.worker(point.in_flight.max(IN_FLIGHT_DEFAULT)).await?);
+        }
+        let traffic = Traffic::so_far();
+        let data = self.arguments.data();
+        let mut load = Load::start(place.broker(), &place.names, point.in_flight, data);
+        let window = tokio::select! {
+            window = self.window(&workers, &services) => window,
+            error = load.failed() => return Err(error),
+        };
+        let samples = load.stop().await?;
+        let traffic = Traffic::so_far().published - traffic.published;
+
+        let mut latencies = Latencies::new();
+        let is_in = |at: Instant| at >= window.begins_at && at < window.ends_at;
+        let counted = samples.iter().filter(|it| is_in(it.ended));
+        let counted = counted.inspect(|it| latencies.record(it.ended - it.began)).count() as f64;
+        let per_second = counted / (window.ends_at - window.begins_at).as_secs_f64();
+        point.per_second.add(per_second);
+        point.per_echo.add(per_second / echo);
+        point.p50.add(latencies.percentile(50.0));
+        point.p99.add(latencies.percentile(99.0));
+        point.aborted += samples.iter().filter(|it| it.outcome == Outcome::Aborted).count() as u64;
+        for (who, cpu) in window.cpu {
+            point.cpu.add(who, cpu.map(|it| it.as_secs_f64() * 1e6 / counted));
+        }
+        for (who, bytes) in window.resident {
+            point.resident.add(who, bytes.map(mib));
+        }
+        // What was sent is known when all has ended, so it counts for all that has ended.
+        let all = samples.len() as f64;
+        let by_workers = stop(workers).await?;
+        let by_services = stop(services).await?;
+        for (who, messages) in
+            [(Who::Workers, by_workers), (Who::Services, by_services), (Who::Producers, traffic)]
+        {
+            point.published.add(who, Some(messages as f64 / all));
+        }
+        point.messages.add((by_workers + by_services + traffic) as f64 / all);
+        Ok(())
+    }
+
+    /// Waits until there is something to count, and as long as it is counted.
+    async fn window(&self, workers: &[Process], services: &[Process]) -> Window {
+        tokio::time::sleep(WARM_UP).await;
+        let (begins_at, before) = (Instant::now(), self.cpu(workers, services));
+        tokio::time::sleep(self.arguments.duration()).await;
+        let (ends_at, after) = (Instant::now(), self.cpu(workers, services));
+        let resident = self.each(workers, services, machine::resident);
+        Window { begins_at, ends_at, cpu: used_since(&before, &after), resident }
+    }
+
+    fn cpu(&self, workers: &[Process], services: &[Process]) -> Cpu {
+        self.each(workers, services, machine::cpu)
+    }
+
+    /// What each has of something, where it is known of all its processes.
+    fn each<T: std::iter::Sum<T>>(
+        &self,
+        workers: &[Process],
+        services: &[Process],
+        of: impl Fn(u32) -> Option<T>,
+    ) -> Vec<(Who, Option<T>)> {
+        let all = |processes: &[Process]| processes.iter().map(|it| of(it.pid)).sum();
+        vec![
+            (Who::Broker, self.broker_pid.and_then(&of)),
+            (Who::Workers, all(workers)),
+            (Who::Services, all(services)),
+            (Who::Producers, of(std::process::id())),
+        ]
+    }
+}
+
+type Cpu = Vec<(Who, Option<Duration>)>;
+
+fn used_since(before: &Cpu, after: &Cpu) -> Cpu {
+    let used = before.iter().zip(after).map(|((who, before), (_, after))| {
+        (*who, after.zip(*before).map(|(after, before)| after.saturating_sub(before)))
+    });
+    used.collect()
+}
+
+/// A time in which what happens is counted.
+struct Window {
+    begins_at: Instant,
+    ends_at: Instant,
+    cpu: Cpu,
+    resident: Vec<(Who, Option<u64>)>,
+}
+
+/// Stops these, and tells how many messages they have published.
+async fn stop(processes: Vec<Process>) -> anyhow::Result<u64> {
+    let mut published = 0;
+    for process in processes {
+        let report = process.stop().await?;
+        published += report.get("published").and_then(Value::as_u64).unwrap_or_default();
+    }
+    Ok(published)
+}

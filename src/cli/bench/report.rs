@@ -1,0 +1,430 @@
+//! What was measured, as JSON and as tables.
+
+use std::{
+    fmt::{self, Write as _},
+    time::Duration,
+};
+
+use hdrhistogram::Histogram;
+use serde_json::{Value, json};
+
+/// How long transactions took, exact to 0.1 %.
+#[derive(Clone, Debug)]
+pub(super) struct Latencies(Option<Histogram<u64>>);
+
+impl Latencies {
+    pub(super) fn new() -> Self {
+        // A day, in microseconds: nothing in flight takes longer.
+        Self(Histogram::new_with_bounds(1, 86_400_000_000, 3).ok())
+    }
+
+    pub(super) fn record(&mut self, took: Duration) {
+        if let Some(histogram) = &mut self.0 {
+            histogram.saturating_record(u64::try_from(took.as_micros()).unwrap_or(u64::MAX));
+        }
+    }
+
+    /// In milliseconds.
+    pub(super) fn percentile(&self, percent: f64) -> f64 {
+        self.0.as_ref().map_or(0.0, |it| it.value_at_percentile(percent) as f64 / 1000.0)
+    }
+}
+
+/// The same thing measured in several rounds.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Measured(Vec<f64>);
+
+impl Measured {
+    pub(super) fn add(&mut self, value: f64) {
+        self.0.push(value);
+        self.0.sort_by(f64::total_cmp);
+    }
+
+    /// What may not be known.
+    pub(super) fn add_known(&mut self, value: Option<f64>) {
+        value.into_iter().for_each(|value| self.add(value));
+    }
+
+    pub(super) fn median(&self) -> Option<f64> {
+        let middle = self.0.len() / 2;
+        let upper = *self.0.get(middle)?;
+        if self.0.len() % 2 == 1 {
+            return Some(upper);
+        }
+        Some((self.0.get(middle - 1)? + upper) / 2.0)
+    }
+
+    fn text(&self) -> String {
+        known_or_not(self.median())
+    }
+
+    fn json(&self) -> Value {
+        match self.median() {
+            Some(median) => json!({
+                "median": rounded(median),
+                "min": self.0.first().copied().map(rounded),
+                "max": self.0.last().copied().map(rounded),
+            }),
+            None => Value::Null,
+        }
+    }
+}
+
+/// To three decimals.
+fn rounded(value: f64) -> f64 {
+    (value * 1000.0).round() / 1000.0
+}
+
+/// What it was measured with.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Setting {
+    pub(super) cores: usize,
+    pub(super) processor: Option<String>,
+    /// Where the broker is, without a password; `None`: everything is in one process.
+    pub(super) broker: Option<String>,
+    pub(super) version: Option<String>,
+    pub(super) prepare_queues: &'static str,
+    pub(super) workers: u64,
+    pub(super) seconds: u64,
+    pub(super) rounds: u64,
+    pub(super) data_bytes: usize,
+}
+
+/// The least that anyone could do.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Yardstick {
+    pub(super) echo_in_flight: usize,
+    /// Echo RPCs a second.
+    pub(super) echo: Measured,
+    /// CPU time for each, in microseconds; caller and answerer are the producers.
+    pub(super) cpu: Each,
+    /// The median time of an echo RPC that is alone, in milliseconds.
+    pub(super) echo_alone: Measured,
+    /// Plain messages a second.
+    pub(super) raw: Measured,
+}
+
+/// Who uses CPU time or memory, or sends messages.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Who {
+    Broker,
+    Workers,
+    Services,
+    Producers,
+}
+
+impl Who {
+    pub(super) const ALL: [Self; 4] =
+        [Self::Broker, Self::Workers, Self::Services, Self::Producers];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Broker => "broker",
+            Self::Workers => "workers",
+            Self::Services => "services",
+            Self::Producers => "producers",
+        }
+    }
+}
+
+/// What each has of something, where it is known.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Each([Measured; Who::ALL.len()]);
+
+impl Each {
+    pub(super) fn add(&mut self, who: Who, value: Option<f64>) {
+        let place = Who::ALL.iter().position(|it| *it == who);
+        if let Some(measured) = place.and_then(|place| self.0.get_mut(place)) {
+            measured.add_known(value);
+        }
+    }
+
+    fn iter(&self) -> impl Iterator<Item = (Who, &Measured)> {
+        Who::ALL.into_iter().zip(&self.0)
+    }
+
+    fn json(&self) -> Value {
+        self.iter().map(|(who, measured)| (who.name().to_owned(), measured.json())).collect()
+    }
+
+    fn text(&self) -> String {
+        self.iter().map(|(_, measured)| format!("{:>7}", measured.text())).collect()
+    }
+}
+
+/// One load.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Point {
+    pub(super) in_flight: usize,
+    /// Transactions a second.
+    pub(super) per_second: Measured,
+    /// Transactions for each echo RPC of the same round.
+    pub(super) per_echo: Measured,
+    /// In milliseconds, like the next.
+    pub(super) p50: Measured,
+    pub(super) p99: Measured,
+    pub(super) aborted: u64,
+    /// Messages for each transaction, all together.
+    pub(super) messages: Measured,
+    /// Of those, who has published how many.
+    pub(super) published: Each,
+    /// CPU time for each transaction, in microseconds.
+    pub(super) cpu: Each,
+    /// Memory in the end, in MiB.
+    pub(super) resident: Each,
+}
+
+/// Requests that had piled up.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Backlog {
+    pub(super) requests: u64,
+    pub(super) per_second: f64,
+    pub(super) aborted: u64,
+    /// The worker's memory amid it, in bytes.
+    pub(super) resident_middle: Option<u64>,
+    /// And at most.
+    pub(super) resident_max: Option<u64>,
+}
+
+/// How long things take that happen to workers.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Times {
+    /// From the start of a process until it takes requests.
+    pub(super) startup: Duration,
+    /// From the signal to its end, with a load on it.
+    pub(super) drain: Duration,
+    /// From a kill until the last transaction that was in flight has ended.
+    pub(super) takeover: Duration,
+}
+
+/// All that was measured.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Report {
+    pub(super) setting: Setting,
+    pub(super) yardstick: Option<Yardstick>,
+    pub(super) load: Vec<Point>,
+    pub(super) backlog: Vec<Backlog>,
+    pub(super) times: Option<Times>,
+}
+
+impl Report {
+    /// Whether nothing aborted that should have committed.
+    pub(super) fn is_whole(&self) -> bool {
+        let aborted = self.load.iter().map(|it| it.aborted);
+        aborted.chain(self.backlog.iter().map(|it| it.aborted)).all(|aborted| aborted == 0)
+    }
+
+    pub(super) fn json(&self) -> String {
+        let Setting { cores, workers, seconds, rounds, data_bytes, .. } = self.setting;
+        let broker = self.setting.broker.as_ref().map(|url| {
+            json!({
+                "url": url,
+                "version": self.setting.version,
+                "requests": "quorum queue, persistent messages",
+                "prepares": format!("{} queues, transient messages", self.setting.prepare_queues),
+                "journal": "stream",
+                "results": "persistent messages in the producers' own queues",
+            })
+        });
+        let yardstick = self.yardstick.as_ref().map(|it| {
+            json!({
+                "queue": "durable classic queue, persistent messages",
+                "echo_in_flight": it.echo_in_flight,
+                "echo_per_s": it.echo.json(),
+                "cpu_us_per_echo": it.cpu.json(),
+                "echo_alone_p50_ms": it.echo_alone.json(),
+                "raw_messages_per_s": it.raw.json(),
+            })
+        });
+        let load = self.load.iter().map(|it| {
+            json!({
+                "in_flight": it.in_flight,
+                "tx_per_s": it.per_second.json(),
+                "tx_per_echo": it.per_echo.json(),
+                "p50_ms": it.p50.json(),
+                "p99_ms": it.p99.json(),
+                "aborted": it.aborted,
+                "messages_per_tx": it.messages.json(),
+                "published_per_tx": it.published.json(),
+                "cpu_us_per_tx": it.cpu.json(),
+                "resident_mib": it.resident.json(),
+            })
+        });
+        let backlog = self.backlog.iter().map(|it| {
+            json!({
+                "requests": it.requests,
+                "tx_per_s": rounded(it.per_second),
+                "aborted": it.aborted,
+                "worker_resident_mib": {
+                    "middle": it.resident_middle.map(mib).map(rounded),
+                    "max": it.resident_max.map(mib).map(rounded),
+                },
+            })
+        });
+        let times = self.times.map(|it| {
+            json!({
+                "startup_ms": it.startup.as_millis() as u64,
+                "drain_ms": it.drain.as_millis() as u64,
+                "takeover_ms": it.takeover.as_millis() as u64,
+            })
+        });
+        let report = json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "machine": {"cores": cores, "processor": self.setting.processor},
+            "broker": broker,
+            "workers": workers,
+            "seconds": seconds,
+            "rounds": rounds,
+            "data_bytes": data_bytes,
+            "yardstick": yardstick,
+            "load": load.collect::<Vec<_>>(),
+            "backlog": backlog.collect::<Vec<_>>(),
+            "times": times,
+        });
+        format!("{report:#}\n")
+    }
+
+    fn load_table(&self) -> String {
+        let mut text = String::new();
+        let known = Measured::text;
+        let line = |text: &mut String, cells: [&str; 8]| {
+            let [in_flight, rate, spread, echo, p50, p99, messages, rest] = cells;
+            let _ = writeln!(
+                text,
+                "{in_flight:>9}{rate:>9}{spread:>17}{echo:>9}{p50:>9}{p99:>9}{messages:>9}{rest}",
+            );
+        };
+        let is_brokered = self.setting.broker.is_some();
+        let cells = match is_brokered {
+            true => ["per echo", "messages", "   CPU µs: broker, workers, services, producers"],
+            false => ["", "", ""],
+        };
+        let [echo, messages, rest] = cells;
+        line(
+            &mut text,
+            ["in flight", "tx/s", "min..max", echo, "p50 ms", "p99 ms", messages, rest],
+        );
+        for point in &self.load {
+            let spread = match (point.per_second.0.first(), point.per_second.0.last()) {
+                (Some(min), Some(max)) => format!("{min:.0}..{max:.0}"),
+                (_, None) | (None, _) => String::new(),
+            };
+            let (echo, messages, rest) = match is_brokered {
+                true => (known(&point.per_echo), known(&point.messages), point.cpu.text()),
+                false => Default::default(),
+            };
+            let (in_flight, rate) = (point.in_flight.to_string(), known(&point.per_second));
+            let (p50, p99) = (known(&point.p50), known(&point.p99));
+            let cells = [&in_flight, &rate, &spread, &echo, &p50, &p99, &messages, &rest];
+            line(&mut text, cells.map(String::as_str));
+        }
+        text
+    }
+}
+
+pub(super) fn mib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}
+
+fn known_or_not(value: Option<f64>) -> String {
+    value.map_or_else(|| "?".to_owned(), in_short)
+}
+
+/// With as many decimals as say something.
+fn in_short(value: f64) -> String {
+    match value {
+        value if value >= 100.0 => format!("{value:.0}"),
+        value if value >= 10.0 => format!("{value:.1}"),
+        value => format!("{value:.2}"),
+    }
+}
+
+/// For people.
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Setting { cores, rounds, seconds, data_bytes, .. } = self.setting;
+        write!(f, "{cores} cores")?;
+        if let Some(processor) = &self.setting.processor {
+            write!(f, " ({processor})")?;
+        }
+        writeln!(f, "; medians of {rounds} rounds of {seconds} s; {data_bytes} bytes of data")?;
+        if let Some(broker) = &self.setting.broker {
+            let version = self.setting.version.as_deref().unwrap_or("of unknown version");
+            let prepares = self.setting.prepare_queues;
+            let workers = self.setting.workers;
+            writeln!(
+                f,
+                "RabbitMQ {version} at {broker}; {workers} worker{}, 2 services of one instance\n\
+                 durable: requests (quorum queue), journal (stream), results; not: prepares ({prepares} \
+                 queues), votes, commits, dones",
+                if workers == 1 { "" } else { "s" }
+            )?;
+        }
+        if let Some(yardstick) = &self.yardstick {
+            let known = Measured::text;
+            writeln!(
+                f,
+                "\nyardstick: {} echo RPCs/s with {} in flight; {} ms alone; {} plain messages/s",
+                known(&yardstick.echo),
+                yardstick.echo_in_flight,
+                known(&yardstick.echo_alone),
+                known(&yardstick.raw),
+            )?;
+        }
+        write!(f, "\n{}", self.load_table())?;
+        let aborted: u64 = self.load.iter().map(|it| it.aborted).sum();
+        if aborted > 0 {
+            writeln!(f, "{aborted} were ABORTED")?;
+        }
+        for it in &self.backlog {
+            let known = |bytes: Option<u64>| known_or_not(bytes.map(mib));
+            writeln!(
+                f,
+                "\nbacklog of {}: {} tx/s; the worker's memory {} MiB amid it, at most {} MiB{}",
+                it.requests,
+                in_short(it.per_second),
+                known(it.resident_middle),
+                known(it.resident_max),
+                if it.aborted > 0 {
+                    format!("; {} were ABORTED", it.aborted)
+                } else {
+                    String::new()
+                },
+            )?;
+        }
+        if let Some(Times { startup, drain, takeover }) = self.times {
+            let ms = |it: Duration| it.as_millis();
+            writeln!(
+                f,
+                "\na worker starts in {} ms, drains in {} ms, and is taken over from in {} ms",
+                ms(startup),
+                ms(drain),
+                ms(takeover)
+            )?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Measured, Point, Report};
+
+    #[test]
+    fn the_median_is_in_the_middle() {
+        let mut measured = Measured::default();
+        assert_eq!(measured.median(), None);
+        for (value, median) in [(3.0, 3.0), (1.0, 2.0), (2.0, 2.0), (10.0, 2.5)] {
+            measured.add(value);
+            assert_eq!(measured.median(), Some(median));
+        }
+    }
+
+    #[test]
+    fn what_aborts_is_not_done() {
+        let mut report = Report { load: vec![Point::default()], ..Report::default() };
+        assert!(report.is_whole());
+        report.load[0].aborted = 1;
+        assert!(!report.is_whole());
+    }
+}

@@ -1,0 +1,236 @@
+//! What is measured: workers and services as processes of their own.
+//!
+//! They are started through a shell that ends them when this process is gone, however it ended, and
+//! work in a namespace that is deleted in the end.
+
+use std::{
+    env, fs, io,
+    path::{Path, PathBuf},
+    process::{ExitStatus, Stdio},
+    time::Duration,
+};
+
+use anyhow::{Context as _, anyhow, bail};
+use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncBufReadExt as _, BufReader},
+    process::{Child, ChildStdin, Command},
+    time::Instant,
+};
+
+use crate::{
+    protocol::ids::ServiceName,
+    transport::amqp::{
+        connection::{Broker, close},
+        names::{Names, Namespace},
+        topology::{
+            self, Cap, ServiceTopology, Topology,
+            apply::{Options, apply},
+            delete::delete,
+        },
+        unique,
+    },
+    wire::services::MAX_WAIT,
+    worker::clock::Clock,
+};
+
+/// The services of every transaction.
+pub(super) const SERVICES: [&str; 2] = ["payments", "stock"];
+
+/// How many slots each has: more than any load takes.
+pub(super) const SLOTS: u32 = 32_768;
+
+/// How long a process may take until it serves, or until it has ended.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How often it is looked whether a process serves.
+const LOOK_EVERY: Duration = Duration::from_millis(2);
+
+/// Runs the rest of the line, tells its process id, and ends it when nobody holds the other end of
+/// the standard input any more.
+const GUARD: &str =
+    r#""$@" </dev/null >/dev/null & echo "$!"; exec >/dev/null; read -r _; kill "$!"; wait "$!""#;
+
+/// How processes are started.
+#[derive(Clone, Debug)]
+pub(super) struct Plan {
+    pub(super) broker: Broker,
+    /// What they are told of the configuration: `--config`, and `--broker` by the environment, where
+    /// nobody sees it.
+    pub(super) config: Option<PathBuf>,
+    pub(super) url: Option<String>,
+    pub(super) settings: topology::Settings,
+}
+
+/// A namespace of our own, and a directory for files.
+#[derive(Debug)]
+pub(super) struct Place {
+    plan: Plan,
+    pub(super) names: Names,
+    topology: Topology,
+    directory: PathBuf,
+}
+
+impl Place {
+    /// Declares everything.
+    pub(super) async fn make(plan: Plan) -> anyhow::Result<Self> {
+        let name = unique::name('b');
+        let names = Names::new(Namespace::parse(&format!("dtc-bench-{name}"))?);
+        let services: Vec<_> = SERVICES
+            .into_iter()
+            .map(|name| {
+                let name = ServiceName::parse(name)?;
+                Ok(ServiceTopology { name, max_wait: MAX_WAIT, cap: Cap::Instance })
+            })
+            .collect::<anyhow::Result<_>>()?;
+        let settings = plan.settings;
+        let now = Clock::start().now();
+        let options = Options { settings, now, clock_margin: Duration::from_secs(60) };
+        let topology = Topology::of(&names, &services, &settings);
+        let directory = env::temp_dir().join(format!("dtc-bench-{name}"));
+        let made = fs::create_dir(&directory);
+        made.with_context(|| format!("failed to make `{}`", directory.display()))?;
+        let place = Self { plan, names, topology, directory };
+        let specs: Vec<_> =
+            SERVICES.iter().map(|name| json!({"name": name, "max_concurrency": SLOTS})).collect();
+        let file = place.file("services.json");
+        fs::write(&file, Value::from(specs).to_string())
+            .with_context(|| format!("failed to write `{}`", file.display()))?;
+        match apply(&place.plan.broker, &place.names, &services, &options).await {
+            Ok(_) => Ok(place),
+            Err(error) => {
+                let _ = place.leave().await;
+                Err(error.into())
+            }
+        }
+    }
+
+    pub(super) fn broker(&self) -> &Broker {
+        &self.plan.broker
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.directory.join(name)
+    }
+
+    /// Deletes everything.
+    pub(super) async fn leave(self) -> anyhow::Result<()> {
+        let _ = fs::remove_dir_all(&self.directory);
+        let connection = self.plan.broker.connect("cleanup").await?;
+        let deleted = delete(&connection, &self.topology).await;
+        close(&connection).await;
+        let namespace = self.names.namespace();
+        deleted.with_context(|| format!("namespace `{namespace}` is still there"))
+    }
+
+    /// Starts `dtc` with these arguments, and returns when it serves.
+    async fn start(&self, arguments: &[&str]) -> anyhow::Result<Process> {
+        let name = unique::name('p');
+        let (ready, report) = (self.file(&format!("{name}.ready")), format!("{name}.json"));
+        let (report, log) = (self.file(&report), self.file(&format!("{name}.log")));
+        let binary = env::current_exe().context("failed to find this program's file")?;
+        let mut command = Command::new("sh");
+        command.arg("-c").arg(GUARD).arg("sh").arg(&binary).args(arguments);
+        command.arg("--namespace").arg(self.names.namespace().to_string());
+        command.arg("--ready-file").arg(&ready).arg("--report").arg(&report);
+        if let Some(config) = &self.plan.config {
+            command.arg("--config").arg(config);
+        }
+        if let Some(url) = &self.plan.url {
+            command.env("DTC__BROKER__URL", url).env_remove("DTC__BROKER__URL_FILE");
+        }
+        let stderr = fs::File::create(&log).context("failed to make a log")?;
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(stderr);
+        let began = Instant::now();
+        let mut shell = command.spawn().context("failed to start a process")?;
+        let stdout = shell.stdout.take().ok_or_else(|| anyhow!("a process has no output"))?;
+        let mut line = String::new();
+        BufReader::new(stdout).read_line(&mut line).await.context("failed to start a process")?;
+        let pid = line.trim().parse().context("a process has no number")?;
+        let guard = shell.stdin.take();
+        let mut process = Process { pid, shell, guard, report, log, started_in: Duration::ZERO };
+        while !ready.exists() {
+            if began.elapsed() > PATIENCE || !process.is_there() {
+                bail!("`dtc {}` did not begin to serve:\n{}", arguments.join(" "), process.said());
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+        process.started_in = began.elapsed();
+        Ok(process)
+    }
+
+    /// One more worker.
+    pub(super) async fn worker(&self, max_in_flight: usize) -> anyhow::Result<Process> {
+        self.start(&["worker", "--max-in-flight", &max_in_flight.to_string()]).await
+    }
+
+    /// An instance of each service.
+    pub(super) async fn services(&self) -> anyhow::Result<Vec<Process>> {
+        let file = self.file("services.json");
+        let file = file.to_str().ok_or_else(|| anyhow!("the temporary directory is no text"))?;
+        let mut services = Vec::new();
+        for name in SERVICES {
+            services.push(self.start(&["service", "--services", file, "--name", name]).await?);
+        }
+        Ok(services)
+    }
+}
+
+/// One worker, or one instance of a service.
+#[derive(Debug)]
+pub(super) struct Process {
+    pub(super) pid: u32,
+    shell: Child,
+    guard: Option<ChildStdin>,
+    report: PathBuf,
+    log: PathBuf,
+    /// From its start until it served.
+    pub(super) started_in: Duration,
+}
+
+impl Process {
+    fn is_there(&self) -> bool {
+        // Where nobody can tell, patience has to do.
+        !Path::new("/proc/self").exists() || process_path(self.pid).exists()
+    }
+
+    fn said(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Tells it to stop, and waits until it has: what it has to say in the end.
+    pub(super) async fn stop(mut self) -> anyhow::Result<Value> {
+        drop(self.guard.take());
+        let status = self.ended().await?;
+        if !status.success() {
+            bail!("a process ended with {status}:\n{}", self.said());
+        }
+        let report = fs::read(&self.report).context("a process has left no report")?;
+        serde_json::from_slice(&report).context("a process has left a report that is none")
+    }
+
+    /// Kills it, and doesn't wait.
+    pub(super) async fn kill(mut self) -> anyhow::Result<()> {
+        let mut kill = Command::new("sh");
+        kill.arg("-c").arg(r#"kill -9 "$1""#).arg("sh").arg(self.pid.to_string());
+        let killed = kill.status().await.context("failed to kill a process")?;
+        drop(self.guard.take());
+        if !killed.success() {
+            bail!("failed to kill a process: {killed}");
+        }
+        Ok(())
+    }
+
+    async fn ended(&mut self) -> anyhow::Result<ExitStatus> {
+        let ended: Result<io::Result<_>, _> =
+            tokio::time::timeout(PATIENCE, self.shell.wait()).await;
+        match ended {
+            Ok(status) => status.context("failed to wait for a process"),
+            Err(_) => bail!("a process did not end within {PATIENCE:?}:\n{}", self.said()),
+        }
+    }
+}
+
+fn process_path(pid: u32) -> PathBuf {
+    Path::new("/proc").join(pid.to_string())
+}

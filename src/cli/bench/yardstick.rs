@@ -1,0 +1,256 @@
+//! The least that anyone could do with the same broker: a request, and a reply to it.
+//!
+//! Requests are persistent, go through one durable queue and are confirmed; a consumer sends each
+//! back as a reply that need not last, and acknowledges it. It is made of the same publishers and
+//! inboxes as the coordinator, so that it shows the coordinator's cost and not the client library's.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use anyhow::Context as _;
+use lapin::{
+    Connection,
+    options::{QueueDeclareOptions, QueueDeleteOptions},
+    types::{FieldTable, ShortString},
+};
+use tokio::time::Instant;
+
+use crate::{
+    cli::bench::report::Latencies,
+    transport::amqp::{
+        connection::{Broker, close},
+        consumer::Inbox,
+        publisher::{Outgoing, Published, Publisher},
+        unique,
+    },
+};
+
+/// How large a request is.
+pub(super) const BODY: usize = 200;
+
+/// How many deliveries a consumer may hold.
+const PREFETCH: u16 = 2000;
+
+/// How many plain messages may be without a confirm.
+const UNCONFIRMED_MAX: usize = 1024;
+
+/// How long it runs before it counts.
+const WARM_UP: Duration = Duration::from_millis(500);
+
+/// What came of it.
+pub(super) struct Echoed {
+    pub(super) per_second: f64,
+    /// How many there were, also those that were not counted.
+    pub(super) all: u64,
+    pub(super) latencies: Latencies,
+}
+
+/// A durable queue that is deleted in the end.
+struct Durable {
+    connection: Connection,
+    name: ShortString,
+}
+
+impl Durable {
+    async fn declare(broker: &Broker) -> anyhow::Result<Self> {
+        let connection = broker.connect("bench").await?;
+        let name = ShortString::from(format!("dtc-bench.{}", unique::name('q')));
+        let channel = connection.create_channel().await?;
+        let options = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+        channel.queue_declare(name.clone(), options, FieldTable::default()).await?;
+        Ok(Self { connection, name })
+    }
+
+    async fn delete(self) {
+        if let Ok(channel) = self.connection.create_channel().await {
+            let _ = channel.queue_delete(self.name, QueueDeleteOptions::default()).await;
+        }
+        close(&self.connection).await;
+    }
+}
+
+/// Echo RPCs with so many in flight, for so long.
+pub(super) async fn echo(
+    broker: &Broker,
+    in_flight: usize,
+    duration: Duration,
+) -> anyhow::Result<Echoed> {
+    let queue = Durable::declare(broker).await.context("failed to declare a queue")?;
+    let server = tokio::spawn(serve(broker.clone(), queue.name.clone()));
+    let echoed = call(broker, &queue.name, in_flight, duration).await;
+    server.abort();
+    queue.delete().await;
+    echoed.context("failed to measure echo RPCs")
+}
+
+/// Sends back what comes.
+async fn serve(broker: Broker, queue: ShortString) -> anyhow::Result<()> {
+    let link = broker.link().await?;
+    let mut inbox = Inbox::open(&link.consuming, queue, PREFETCH, FieldTable::default()).await?;
+    let mut replies = Publisher::unconfirmed(&link.publishing).await?;
+    let mut next = Some(inbox.next().await);
+    loop {
+        while let Some(message) = next {
+            let message = message?;
+            let reply = Outgoing {
+                key: message.properties.reply_to().clone().unwrap_or_default(),
+                message_id: message.properties.message_id().clone(),
+                body: message.data,
+                ..Outgoing::default()
+            };
+            replies.publish(reply, ());
+            inbox.ack(message.delivery_tag);
+            while replies.ready().is_some() {}
+            next = inbox.ready();
+        }
+        inbox.flush();
+        next = Some(inbox.next().await);
+    }
+}
+
+/// One that waits for its reply and its confirm.
+struct Call {
+    since: Instant,
+    /// One of the two has come.
+    half: bool,
+}
+
+async fn call(
+    broker: &Broker,
+    queue: &ShortString,
+    in_flight: usize,
+    duration: Duration,
+) -> anyhow::Result<Echoed> {
+    let link = broker.link().await?;
+    let channel = link.consuming.create_channel().await?;
+    let reply_to = ShortString::from(format!("dtc-bench.{}", unique::name('r')));
+    let exclusive = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
+    channel.queue_declare(reply_to.clone(), exclusive, FieldTable::default()).await?;
+    let mut replies =
+        Inbox::on(channel, reply_to.clone(), PREFETCH, FieldTable::default()).await?.lazy();
+    let mut requests = Publisher::open(&link.publishing).await?;
+    let mut calls: BTreeMap<u64, Call> = BTreeMap::new();
+    let mut latencies = Latencies::new();
+    let (mut number, mut counted) = (0_u64, 0_u64);
+    let begins_at = Instant::now() + WARM_UP;
+    let ends_at = begins_at + duration;
+    let mut send = |calls: &mut BTreeMap<u64, Call>, requests: &mut Publisher<u64>| {
+        number += 1;
+        let request = Outgoing {
+            key: queue.clone(),
+            body: vec![b'x'; BODY],
+            persistent: true,
+            reply_to: Some(reply_to.clone()),
+            message_id: Some(number.to_string().into()),
+            ..Outgoing::default()
+        };
+        calls.insert(number, Call { since: Instant::now(), half: false });
+        requests.publish(request, number);
+    };
+    (0..in_flight).for_each(|_| send(&mut calls, &mut requests));
+    loop {
+        // Who has both.
+        let mut ended = 0;
+        let mut half_ended = |number: u64, calls: &mut BTreeMap<u64, Call>| {
+            let now = Instant::now();
+            let Some(call) = calls.get_mut(&number) else { return };
+            if !std::mem::replace(&mut call.half, true) {
+                return;
+            }
+            if let Some(call) = calls.remove(&number) {
+                ended += 1;
+                if now >= begins_at && now < ends_at {
+                    counted += 1;
+                    latencies.record(now - call.since);
+                }
+            }
+        };
+        tokio::select! {
+            reply = replies.next() => take(&mut replies, reply, |it| half_ended(it, &mut calls))?,
+            (number, published) = requests.next() => {
+                confirmed(published)?;
+                half_ended(number, &mut calls);
+            }
+            () = tokio::time::sleep_until(ends_at) => break,
+        }
+        while let Some((number, published)) = requests.ready() {
+            confirmed(published)?;
+            half_ended(number, &mut calls);
+        }
+        while let Some(reply) = replies.ready() {
+            take(&mut replies, reply, |it| half_ended(it, &mut calls))?;
+        }
+        replies.flush();
+        (0..ended).for_each(|_| send(&mut calls, &mut requests));
+    }
+    link.close().await;
+    let all = number - calls.len() as u64;
+    Ok(Echoed { per_second: counted as f64 / duration.as_secs_f64(), all, latencies })
+}
+
+fn take(
+    inbox: &mut Inbox,
+    reply: Result<lapin::message::Delivery, crate::transport::amqp::consumer::Closed>,
+    mut ended: impl FnMut(u64),
+) -> anyhow::Result<()> {
+    let reply = reply?;
+    let number = reply.properties.message_id().as_ref().and_then(|it| it.as_str().parse().ok());
+    number.into_iter().for_each(&mut ended);
+    inbox.ack(reply.delivery_tag);
+    Ok(())
+}
+
+fn confirmed(published: Published) -> anyhow::Result<()> {
+    match published {
+        Published::Confirmed => Ok(()),
+        Published::Unroutable => Err(anyhow::anyhow!("the queue is gone")),
+        Published::Refused => Err(anyhow::anyhow!("the broker did not take a message")),
+        Published::Lost(error) => Err(error.into()),
+    }
+}
+
+/// Persistent messages a second through one durable queue, confirmed and acknowledged.
+pub(super) async fn raw(broker: &Broker, duration: Duration) -> anyhow::Result<f64> {
+    let queue = Durable::declare(broker).await.context("failed to declare a queue")?;
+    let sent = send(broker, &queue.name, duration).await;
+    queue.delete().await;
+    sent.context("failed to measure plain messages")
+}
+
+async fn send(broker: &Broker, queue: &ShortString, duration: Duration) -> anyhow::Result<f64> {
+    let link = broker.link().await?;
+    let arguments = FieldTable::default();
+    let mut inbox = Inbox::open(&link.consuming, queue.clone(), PREFETCH, arguments).await?;
+    let mut publisher = Publisher::open(&link.publishing).await?;
+    let begins_at = Instant::now() + WARM_UP;
+    let ends_at = begins_at + duration;
+    let mut counted = 0_u64;
+    loop {
+        while publisher.outstanding() < UNCONFIRMED_MAX {
+            let message = Outgoing {
+                key: queue.clone(),
+                body: vec![b'x'; BODY],
+                persistent: true,
+                ..Outgoing::default()
+            };
+            publisher.publish(message, ());
+        }
+        tokio::select! {
+            ((), published) = publisher.next() => confirmed(published)?,
+            message = inbox.next() => {
+                inbox.ack(message?.delivery_tag);
+                counted += u64::from(Instant::now() >= begins_at);
+            }
+            () = tokio::time::sleep_until(ends_at) => break,
+        }
+        while let Some(((), published)) = publisher.ready() {
+            confirmed(published)?;
+        }
+        while let Some(message) = inbox.ready() {
+            inbox.ack(message?.delivery_tag);
+            counted += u64::from(Instant::now() >= begins_at);
+        }
+        inbox.flush();
+    }
+    link.close().await;
+    Ok(counted as f64 / duration.as_secs_f64())
+}
