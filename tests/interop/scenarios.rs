@@ -6,7 +6,11 @@ use std::{collections::BTreeSet, fs};
 
 use serde_json::{Value, json};
 
-use crate::{System, order, processes::LIMIT, results, until};
+use crate::{
+    System, order,
+    processes::{LIMIT, Process},
+    results, until,
+};
 
 const PATIENT: u32 = 60_000;
 
@@ -172,4 +176,26 @@ fn a_worker_that_is_killed_is_taken_over_from_and_nothing_is_prepared_twice() {
     assert_eq!(status(&results(producer)["t"]), ("COMMITTED", "-"));
     let books = system.both_hold(&["t"]);
     assert_eq!(books.whats_of("t"), ["prepare", "commit"]);
+}
+
+#[test]
+fn a_service_whose_queue_is_replaced_comes_to_the_new_one() {
+    let system = System::new(2, PATIENT, 0);
+    let (books, _payments, _worker) =
+        (system.books("py"), system.payments(), system.world.worker("w1"));
+    let so_far = books.stderr.count();
+    let services = system.world.file(
+        "other.json",
+        &json!([
+            {"name": "books", "max_concurrency": 2, "max_wait_ms": 30_000},
+            {"name": "payments", "max_concurrency": 100, "max_wait_ms": 60_000},
+        ]),
+    );
+    let mut command = system.world.dtc(&["topology", "apply", "--replace", "books"]);
+    command.arg("--services").arg(services);
+    Process::start("replace", &mut command).succeeded(LIMIT);
+    books.stderr.wait_for_from(so_far, "ready", LIMIT).expect("it serves again");
+    let results = system.run(&json!([order("t", &json!({}))]));
+    assert_eq!(status(&results["t"]), ("COMMITTED", "-"));
+    system.both_hold(&["t"]);
 }
