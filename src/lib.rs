@@ -11,7 +11,8 @@
 //! * Services: [`serve`] runs one instance of a [`Participant`], as [`ServeSettings`] say.
 //! * Workers: [`worker::run`], which is what `dtc worker` does.
 //!
-//! All of them are told where the [`Broker`] is, and by which [`Names`] to go there.
+//! All of them are told where the [`Broker`] is, and by which [`Names`] to go there; [`Tls`] is
+//! whom to trust on the way.
 //!
 //! # Layout
 //!
@@ -51,5 +52,6 @@ pub use crate::{
     transport::amqp::{
         connection::Broker,
         names::{Names, Namespace},
+        tls::{Identity, Pem, Tls},
     },
 };

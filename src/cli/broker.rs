@@ -75,8 +75,8 @@ impl NamespaceArgument {
 
 #[derive(Debug, Args)]
 pub(super) struct UrlArgument {
-    /// RabbitMQ: amqp://user:password@host:port/vhost; several hosts of a cluster: such URLs,
-    /// separated by commas [default: amqp://localhost]
+    /// RabbitMQ: amqp://user:password@host:port/vhost, or amqps:// for TLS; several hosts of a
+    /// cluster: such URLs, separated by commas [default: amqp://localhost]
     ///
     /// [env: DTC__BROKER__URL]
     #[arg(long = "broker", value_name = "URL")]
@@ -108,6 +108,23 @@ pub(super) struct BrokerArguments {
     /// [env: DTC__BROKER__HEARTBEAT]
     #[arg(long, value_name = "DURATION")]
     heartbeat: Option<String>,
+    /// The CAs that may have signed the certificate of a broker at amqps://, in PEM [default: those
+    /// of the system]
+    ///
+    /// [env: DTC__BROKER__TLS__CA_FILE]
+    #[arg(long, value_name = "FILE")]
+    tls_ca: Option<String>,
+    /// The certificate to show a broker that asks who we are, in PEM, and what leads from it to its
+    /// CA
+    ///
+    /// [env: DTC__BROKER__TLS__CERTIFICATE_FILE]
+    #[arg(long, value_name = "FILE")]
+    tls_certificate: Option<String>,
+    /// The certificate's private key, in PEM, without a passphrase
+    ///
+    /// [env: DTC__BROKER__TLS__KEY_FILE]
+    #[arg(long, value_name = "FILE")]
+    tls_key: Option<String>,
 }
 
 impl BrokerArguments {
@@ -120,6 +137,9 @@ impl BrokerArguments {
             self.url.flag(),
             self.namespace.flag(),
             flag("broker.heartbeat", "--heartbeat", self.heartbeat.as_ref()),
+            flag("broker.tls.ca_file", "--tls-ca", self.tls_ca.as_ref()),
+            flag("broker.tls.certificate_file", "--tls-certificate", self.tls_certificate.as_ref()),
+            flag("broker.tls.key_file", "--tls-key", self.tls_key.as_ref()),
         ];
         self.config.load(own.into_iter().chain(flags))
     }
@@ -128,7 +148,8 @@ impl BrokerArguments {
 /// Where to connect to, as `name`.
 pub(super) fn broker(config: &Config, name: impl Into<String>) -> Broker {
     let address = config.broker.address.clone();
-    Broker { heartbeat: config.broker.heartbeat, ..Broker::new(address, name) }
+    let heartbeat = config.broker.heartbeat;
+    Broker { heartbeat, ..Broker::new(address, name).with_tls(config.broker.tls.clone()) }
 }
 
 /// What everything is called there.
@@ -147,8 +168,8 @@ pub(super) fn exit_of(error: &ConnectError) -> Exit {
 /// The same where it is a matter of choice: without an address, no broker is used.
 #[derive(Debug, Args)]
 pub(super) struct OptionalBroker {
-    /// Run it through RabbitMQ: amqp://user:password@host:port/vhost; several hosts of a cluster:
-    /// such URLs, separated by commas
+    /// Run it through RabbitMQ: amqp://user:password@host:port/vhost, or amqps:// for TLS; several
+    /// hosts of a cluster: such URLs, separated by commas
     #[arg(long = "broker", value_name = "URL")]
     url: Option<Secret>,
     /// What the names of all exchanges and queues begin with, which must be there [default: a new

@@ -246,6 +246,33 @@ impl Draft {
         }
     }
 
+    /// A value that stands for the content of a file; `None` after a complaint.
+    ///
+    /// Whoever says the content itself may have said a secret.
+    pub(super) fn file<T>(
+        &mut self,
+        key: &str,
+        read: impl Fn(&str) -> Result<T, String>,
+    ) -> Option<Option<T>> {
+        let is_content = |said: &Said| said.text.as_deref().is_some_and(is_pem);
+        if self.said.get(key).is_some_and(is_content) {
+            let source = self.said.remove(key).map_or(Source::Default, |said| said.source);
+            let rule = "must be the path of a file, not what is in it".to_owned();
+            self.complain(key, source, rule);
+            return None;
+        }
+        self.optional(key, read)
+    }
+
+    /// Complains about a key that was taken, for what others say.
+    pub(super) fn refuse(&mut self, key: &str, value: Option<String>, rule: &str) {
+        let entry = self.entries.iter().find(|entry| entry.key == key);
+        let source = entry.and_then(|entry| entry.value.as_ref()).map(|(_, source)| source.clone());
+        let source = source.unwrap_or(Source::Default);
+        let (key, rule) = (key.to_owned(), rule.to_owned());
+        self.complaints.push(Complaint { key, value, source, rule });
+    }
+
     /// A secret, said itself or by a file, and who said it; `None` after a complaint.
     pub(super) fn secret<T>(
         &mut self,
@@ -333,6 +360,10 @@ fn secret_in(path: &Path) -> Result<String, String> {
         return Err("must name a file that is not empty".to_owned());
     }
     Ok(text.to_owned())
+}
+
+fn is_pem(text: &str) -> bool {
+    text.contains("-----BEGIN")
 }
 
 fn is_number(text: &str) -> bool {

@@ -20,6 +20,7 @@ use crate::{
     transport::amqp::{
         address::Address,
         names::{ALL, ANY, Namespace},
+        tls::{Identity, InvalidIdentity, InvalidPem, Pem, Tls},
         topology::{Commands, ServiceTopology, Settings},
     },
     wire::services::{Cap, MAX_WAIT},
@@ -88,6 +89,8 @@ pub struct BrokerConfig {
     pub namespace: Namespace,
     /// How often to show that we live.
     pub heartbeat: Duration,
+    /// `[broker.tls]`: whom to trust, and who we are.
+    pub tls: Tls,
 }
 
 /// How a worker works.
@@ -169,15 +172,78 @@ fn broker(draft: &mut Draft) -> Option<BrokerConfig> {
         }
         Ok(heartbeat)
     });
-    let url = url?;
-    if url.is_none() {
+    if url == Some(None) {
         draft.complain("broker.url", Source::Default, "must be set".to_owned());
     }
+    let tls = tls(draft, url.as_ref().and_then(Option::as_ref));
     let address = match password? {
-        Some(password) => url?.with_password(&password),
-        None => url?,
+        Some(password) => url??.with_password(&password),
+        None => url??,
     };
-    Some(BrokerConfig { address, namespace: namespace?, heartbeat: heartbeat? })
+    Some(BrokerConfig { address, namespace: namespace?, heartbeat: heartbeat?, tls: tls? })
+}
+
+/// Every file is looked into: what is wrong with it is found before the first connection.
+fn tls(draft: &mut Draft, address: Option<&Address>) -> Option<Tls> {
+    const CA: &str = "broker.tls.ca_file";
+    const CERTIFICATE: &str = "broker.tls.certificate_file";
+    const KEY: &str = "broker.tls.key_file";
+    const SERVER_NAME: &str = "broker.tls.server_name";
+
+    let ca = draft.file(CA, |path| holding(path, |pem| pem.authorities().map(drop)));
+    let certificate =
+        draft.file(CERTIFICATE, |path| holding(path, |pem| pem.certificates().map(drop)));
+    let key = draft.file(KEY, |path| holding(path, |pem| pem.private_key().map(drop)));
+    let server_name = draft.optional(SERVER_NAME, |text| match Tls::is_host(text) {
+        true => Ok(text.to_owned()),
+        false => Err("must be the name or the address of a host".to_owned()),
+    });
+
+    if address.is_some_and(|address| !address.is_secure()) {
+        let all =
+            [(CA, &ca), (CERTIFICATE, &certificate), (KEY, &key), (SERVER_NAME, &server_name)];
+        for (key, value) in all {
+            if let Some(Some(value)) = value {
+                let rule = "is for amqps:// only, and no URL of the broker begins so";
+                draft.refuse(key, Some(value.clone()), rule);
+            }
+        }
+    }
+    if address.is_some_and(Address::is_external) && certificate == Some(None) {
+        let rule = format!("`auth_mechanism=external` wants `{CERTIFICATE}`");
+        draft.refuse("broker.url", None, &rule);
+    }
+    let (certificate, key) = (certificate?, key?);
+    let identity = match (certificate, key) {
+        (Some(certificate), Some(key)) => {
+            let file = |path: &String| Pem::File(path.into());
+            let identity = Identity { certificate: file(&certificate), key: file(&key) };
+            match identity.read() {
+                Ok(_) => {}
+                Err(InvalidIdentity::Certificate(error)) => {
+                    draft.refuse(CERTIFICATE, Some(certificate), &error.rule);
+                }
+                Err(InvalidIdentity::Key(error)) => draft.refuse(KEY, Some(key), &error.rule),
+            }
+            Some(identity)
+        }
+        (Some(certificate), None) => {
+            draft.refuse(CERTIFICATE, Some(certificate), &format!("wants `{KEY}` too"));
+            None
+        }
+        (None, Some(key)) => {
+            draft.refuse(KEY, Some(key), &format!("wants `{CERTIFICATE}` too"));
+            None
+        }
+        (None, None) => None,
+    };
+    let ca = ca?.map(|path| Pem::File(path.into()));
+    Some(Tls { ca, identity, server_name: server_name? })
+}
+
+/// The path of a file that holds what is looked for there.
+fn holding(path: &str, look: impl Fn(&Pem) -> Result<(), InvalidPem>) -> Result<String, String> {
+    look(&Pem::File(path.into())).map(|()| path.to_owned()).map_err(|error| error.rule)
 }
 
 fn worker(draft: &mut Draft) -> Option<WorkerConfig> {
@@ -292,7 +358,9 @@ impl fmt::Display for Config {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, time::Duration};
+    use std::{fs, path::Path, time::Duration};
+
+    use rcgen::{CertificateParams, KeyPair};
 
     use super::{Complaints, Config, Flag, Given, load};
     use crate::wire::services::Cap;
@@ -444,5 +512,129 @@ mod tests {
             assert!(said.contains("which mean many"), "{said}");
         }
         assert!(loaded("", &[("DTC__WORKER__NAME", "w1")]).is_ok());
+    }
+
+    /// A certificate and its key, in files of these names, and the variables that name them.
+    fn certified(directory: &Path, certificate: &str, key: &str) -> [(&'static str, String); 2] {
+        let own = KeyPair::generate().unwrap();
+        let signed = CertificateParams::new(vec![]).unwrap().self_signed(&own).unwrap();
+        let path = |name: &str| directory.join(name).to_str().unwrap().to_owned();
+        fs::write(path(certificate), signed.pem()).unwrap();
+        fs::write(path(key), own.serialize_pem()).unwrap();
+        [
+            ("DTC__BROKER__TLS__CERTIFICATE_FILE", path(certificate)),
+            ("DTC__BROKER__TLS__KEY_FILE", path(key)),
+        ]
+    }
+
+    fn said_of_tls(variables: &[(&str, &str)]) -> String {
+        complaints("[broker]\nurl = \"amqps://a\"", variables)
+    }
+
+    #[test]
+    fn certificates_are_looked_into_and_taken() {
+        let directory = tempfile::tempdir().unwrap();
+        let [certificate, key] = certified(directory.path(), "c.pem", "k.pem");
+        let variables = [
+            ("DTC__BROKER__URL", "amqps://a?auth_mechanism=external"),
+            ("DTC__BROKER__TLS__CA_FILE", &certificate.1),
+            (certificate.0, &certificate.1),
+            (key.0, &key.1),
+            ("DTC__BROKER__TLS__SERVER_NAME", "b"),
+        ];
+        let config = loaded("", &variables).unwrap();
+        let tls = &config.broker.tls;
+        assert!(tls.ca.is_some() && tls.identity.is_some());
+        assert_eq!(tls.server_name.as_deref(), Some("b"));
+        let shown = config.to_string();
+        assert!(shown.contains("\n[broker.tls]\nca_file = \"/"), "{shown}");
+        assert!(shown.contains("url = \"amqps://a:5671?auth_mechanism=external\""), "{shown}");
+        assert!(!shown.contains("BEGIN"), "{shown}");
+    }
+
+    #[test]
+    fn everything_that_is_wrong_with_certificates_is_said_at_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+        fs::write(path("text"), "not PEM").unwrap();
+        assert_eq!(
+            said_of_tls(&[
+                ("DTC__BROKER__TLS__CA_FILE", "/nowhere/ca.pem"),
+                ("DTC__BROKER__TLS__CERTIFICATE_FILE", &path("text")),
+                ("DTC__BROKER__TLS__KEY_FILE", &path("text")),
+                ("DTC__BROKER__TLS__SERVER_NAME", "a b"),
+            ]),
+            format!(
+                "`broker.tls.ca_file` is `/nowhere/ca.pem` can't be read: No such file or \
+                 directory (os error 2)\n\
+                 `broker.tls.certificate_file` is `{0}` must hold certificates in PEM\n\
+                 `broker.tls.key_file` is `{0}` must hold a private key in PEM\n\
+                 `broker.tls.server_name` is `a b` must be the name or the address of a host\n",
+                path("text")
+            )
+        );
+        let [certificate, key] = certified(directory.path(), "c.pem", "k.pem");
+        let [_, others] = certified(directory.path(), "d.pem", "l.pem");
+        assert_eq!(
+            said_of_tls(&[(certificate.0, &certificate.1), (others.0, &others.1)]),
+            format!(
+                "`broker.tls.key_file` is `{}` must be the key of the certificate in `{}`\n",
+                others.1, certificate.1
+            )
+        );
+        assert_eq!(
+            said_of_tls(&[(certificate.0, &certificate.1)]),
+            format!(
+                "`broker.tls.certificate_file` is `{}` wants `broker.tls.key_file` too\n",
+                certificate.1
+            )
+        );
+        assert_eq!(
+            said_of_tls(&[(key.0, &key.1)]),
+            format!(
+                "`broker.tls.key_file` is `{}` wants `broker.tls.certificate_file` too\n",
+                key.1
+            )
+        );
+    }
+
+    #[test]
+    fn tls_is_wanted_where_it_is_set_and_certificates_where_they_name_the_user() {
+        let directory = tempfile::tempdir().unwrap();
+        let [certificate, key] = certified(directory.path(), "c.pem", "k.pem");
+        let rule = "is for amqps:// only, and no URL of the broker begins so";
+        let both = [(certificate.0, &*certificate.1), (key.0, &*key.1)];
+        assert_eq!(
+            complaints("", &both),
+            format!(
+                "`broker.tls.certificate_file` is `{}` {rule}\n\
+                 `broker.tls.key_file` is `{}` {rule}\n",
+                certificate.1, key.1
+            )
+        );
+        assert_eq!(
+            said_of_tls(&[("DTC__BROKER__URL", "amqps://a?auth_mechanism=external")]),
+            "`broker.url` `auth_mechanism=external` wants `broker.tls.certificate_file`\n"
+        );
+    }
+
+    #[test]
+    fn a_key_is_told_from_its_path_and_never_repeated() {
+        let directory = tempfile::tempdir().unwrap();
+        let [certificate, key] = certified(directory.path(), "c.pem", "k.pem");
+        let content = fs::read_to_string(&key.1).unwrap();
+        assert_eq!(
+            said_of_tls(&[(certificate.0, &certificate.1), (key.0, &content)]),
+            "`broker.tls.key_file` must be the path of a file, not what is in it\n"
+        );
+        let locked = content.replace("PRIVATE", "ENCRYPTED PRIVATE");
+        fs::write(&key.1, locked).unwrap();
+        assert_eq!(
+            said_of_tls(&[(certificate.0, &certificate.1), (key.0, &key.1)]),
+            format!(
+                "`broker.tls.key_file` is `{}` must hold a private key without a passphrase\n",
+                key.1
+            )
+        );
     }
 }

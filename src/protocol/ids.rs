@@ -212,7 +212,7 @@ pub struct Branch {
 
 impl Branch {
     /// What a branch looks like.
-    pub const RULE: &'static str = "[A-Za-z0-9_-]{1,64}[.][0-9]{1,20}";
+    pub const RULE: &'static str = "[A-Za-z0-9_-]{1,64}[.](0|[1-9][0-9]{0,19})";
 
     /// The `number`th branch that `instance` makes.
     pub fn of(instance: &InstanceId, number: u64) -> Self {

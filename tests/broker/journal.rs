@@ -1,6 +1,15 @@
 //! What becomes of the journal, and what workers make of it.
 
-use dtc::{client::Submission, transport::amqp::connection::Broker};
+use std::sync::Arc;
+
+use dtc::{
+    client::Submission,
+    transport::amqp::{
+        connection::Broker,
+        stream::{From, Scan},
+    },
+};
+use futures_util::future::join_all;
 use serde_json::json;
 
 use crate::{
@@ -19,6 +28,37 @@ async fn a_host_that_is_gone_is_passed_over() {
         let connection = broker.connect("test").await.unwrap();
         connection.close(200, "done".into()).await.unwrap();
     }
+}
+
+/// Whoever has found nothing in a stream reads the next one on the same connection.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_outlives_the_reading_of_streams_in_which_there_is_nothing() {
+    let system = Setup::new([]).start().await;
+    let stream = system.names.unresolved();
+    let mut connections = Vec::new();
+    for _ in 0..20 {
+        connections.push(Arc::new(system.broker.connect("test").await.unwrap()));
+    }
+    for round in 0..3_u64 {
+        let reading = connections.iter().flat_map(|connection| vec![connection; 40]);
+        let reading = reading.zip(0_u64..).map(|(connection, number)| {
+            let (connection, stream) = (Arc::clone(connection), stream.clone());
+            tokio::spawn(async move {
+                let mut scan = Scan::open(&connection, stream, From::First).await.unwrap();
+                assert!(scan.next().await.unwrap().is_none());
+                // It is closed at another moment each time.
+                for _ in 0..number * (round + 1) {
+                    std::hint::spin_loop();
+                }
+                scan.close().await;
+            })
+        });
+        for read in join_all(reading).await {
+            read.unwrap();
+        }
+        assert!(connections.iter().all(|it| it.status().connected()), "in round {round}");
+    }
+    system.stop().await;
 }
 
 /// A journal that is lost takes with it what was decided. Who comes again then, or comes for the

@@ -4,6 +4,8 @@
 
 #[path = "../support/broker.rs"]
 mod broker;
+#[path = "../support/certificates.rs"]
+mod certificates;
 mod client;
 mod crash;
 mod journal;
@@ -18,5 +20,6 @@ mod secrets;
 mod service;
 mod signals;
 mod system;
+mod tls;
 mod topology;
 mod watched;

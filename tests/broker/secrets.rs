@@ -1,4 +1,4 @@
-//! A broker's password is nowhere in what commands print, at any level of the log.
+//! A broker's password, and the key of a certificate, are nowhere in what commands print, at any level of the log.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
@@ -7,7 +7,8 @@ use std::{fs, path::Path, process::Command};
 use serde_json::json;
 
 use crate::{
-    broker::Broker,
+    broker::{Broker, Secured},
+    certificates::Authority,
     processes::{LIMIT, Process, World},
 };
 
@@ -115,9 +116,7 @@ fn no_command_prints_the_password_whether_it_is_right_or_wrong() {
             }
             for mut command in told.brief(&services, &transactions) {
                 let mut process = Process::start("command", &mut command);
-                // Whether the broker is too busy to answer is not what this is about.
-                let code = process.wait(LIMIT).code().unwrap();
-                assert!(code == expected || (expected, code) == (0, 69), "it ended with {code}");
+                process.exited(expected, LIMIT);
                 assert_unseen(&process);
             }
             for process in [&mut worker, &mut service] {
@@ -127,6 +126,76 @@ fn no_command_prints_the_password_whether_it_is_right_or_wrong() {
                 process.exited(expected, LIMIT);
                 assert_unseen(process);
             }
+        }
+    }
+}
+
+/// Whether any line of a key in PEM is there.
+fn shows(printed: &str, key: &str) -> bool {
+    key.lines().filter(|line| !line.starts_with("-----")).any(|line| printed.contains(line))
+}
+
+#[test]
+fn no_command_prints_the_key_of_its_certificate_whether_it_is_right_or_wrong() {
+    let (ours, others) = (Authority::new("ours"), Authority::new("others"));
+    let own = ours.signs("broker", &["localhost"]);
+    let broker = Broker::start_secured(Secured {
+        certificate: &own.certificate,
+        key: &own.key,
+        clients_of: Some(ours.certificate()),
+    });
+    let mut place = broker.place();
+    let (_, vhost) = place.url.rsplit_once('/').unwrap();
+    let port = broker.secure_port();
+    place.url = format!("amqps://localhost:{port}/{vhost}?auth_mechanism=external");
+    let mut world = World::at(place);
+    let services = world.file("services.json", &json!([{"name": "a", "max_concurrency": 1}]));
+    let services = services.to_str().unwrap();
+    let transactions = world
+        .file("transactions.json", &json!([{"id": "TX1", "involved_services": ["a"], "data": {}}]));
+    let transactions = transactions.to_str().unwrap();
+    fs::write(world.path("ca.pem"), ours.certificate()).unwrap();
+    let (known, foreign) = (ours.signs("shop", &[]), others.signs("shop", &[]));
+    let (key_file, content) = ("key.pem".to_owned(), known.key.clone());
+    let cases = [
+        (&known, &known, key_file.clone(), 0),
+        // Another's, and what should be in the file.
+        (&known, &foreign, key_file.clone(), 78),
+        (&known, &known, content, 78),
+        // The broker doesn't know who has signed it.
+        (&foreign, &foreign, key_file, 77),
+    ];
+    for (shown, of, key_file, expected) in cases {
+        let key = &of.key;
+        fs::write(world.path("client.pem"), &shown.certificate).unwrap();
+        fs::write(world.path("key.pem"), key).unwrap();
+        world.variables = vec![
+            ("DTC_LOG", "trace".to_owned()),
+            ("DTC__BROKER__TLS__CA_FILE", "ca.pem".to_owned()),
+            ("DTC__BROKER__TLS__CERTIFICATE_FILE", "client.pem".to_owned()),
+            ("DTC__BROKER__TLS__KEY_FILE", key_file),
+        ];
+        let start = |words: &[&str]| Process::start(words[0], &mut world.dtc(words));
+        let ended = |process: &mut Process, code: i32| {
+            process.exited(code, LIMIT);
+            let printed = process.stdout.text() + &process.stderr.text();
+            assert!(!shows(&printed, key), "it printed the key");
+        };
+        ended(&mut start(&["config"]), if expected == 78 { 78 } else { 0 });
+        ended(&mut start(&["topology", "apply", "--services", services]), expected);
+        let worker = start(&["worker"]);
+        let service = start(&["service", "--services", services, "--name", "a"]);
+        if expected == 0 {
+            worker.wait_for_line("ready", LIMIT);
+            service.wait_for_line("ready", LIMIT);
+        }
+        ended(&mut start(&["submit", "--wait", transactions]), expected);
+        ended(&mut start(&["status", "TX1"]), expected);
+        for mut process in [worker, service] {
+            if expected == 0 {
+                process.terminate();
+            }
+            ended(&mut process, expected);
         }
     }
 }

@@ -179,6 +179,7 @@ class Session:
         self.holdings, self.waiting, self.seen = {}, [], {}
         self.remembered = OrderedDict()
         self.stopping_since = None
+        self.is_cancelled = False
         self.pool = ThreadPoolExecutor(max_workers=arguments.max_concurrency + 8)
 
     # ---- The broker --------------------------------------------------------------------------
@@ -189,7 +190,7 @@ class Session:
             self.consume()
             self.look_through_store()
             print("ready", file=sys.stderr, flush=True)
-            while not self.is_drained(is_told_to_stop()):
+            while not self.is_drained(is_told_to_stop()) and not self.is_cancelled:
                 self.connection.process_data_events(time_limit=0.2)
             self.connection.close()
         finally:
@@ -201,22 +202,33 @@ class Session:
         self.sure = self.connection.channel()
         self.sure.confirm_delivery()
         # Rule 2: an instance hears of outcomes before it takes what they will be about.
-        own = self.connection.channel()
+        own = self.consuming()
         name = f"{self.namespace}.finish.{self.service}.{self.instance}"
         own.queue_declare(name, exclusive=True)
         for to in (self.instance, "all"):
             own.queue_bind(name, f"{self.namespace}.finish", f"{to}.{self.service}")
         own.basic_qos(prefetch_count=100)
         own.basic_consume(name, self.heard(self.own_received, name))
-        shared = self.connection.channel()
+        shared = self.consuming()
         shared.basic_qos(prefetch_count=100)
         name = f"{self.namespace}.finish.{self.service}"
         shared.basic_consume(name, self.heard(self.shared_received, name))
         # Rule 1: the prefetch is the cap, and an unacknowledged delivery is a slot.
-        self.prepares = self.connection.channel()
+        self.prepares = self.consuming()
         self.prepares.basic_qos(prefetch_count=self.arguments.max_concurrency)
         name = f"{self.namespace}.prepare.{self.service}"
         self.consumer = self.prepares.basic_consume(name, self.heard(self.prepare_received, name))
+
+    def consuming(self):
+        """A channel whose consumers may be cancelled, as when their queue is replaced: then everything
+        begins again (rule 10)."""
+        channel = self.connection.channel()
+
+        def on_cancel(_):
+            self.is_cancelled = True
+
+        channel.add_on_cancel_callback(on_cancel)
+        return channel
 
     def is_drained(self, is_told):
         if not is_told:

@@ -152,6 +152,17 @@ fn shared() -> &'static Shared {
     })
 }
 
+/// How a node speaks TLS.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Secured<'a> {
+    /// Its certificate and key, in PEM.
+    pub(crate) certificate: &'a str,
+    pub(crate) key: &'a str,
+    /// Whom it trusts, if it lets nobody in without a certificate of theirs. Then a certificate's
+    /// common name may also be a user's name; `shop` is one that has no password.
+    pub(crate) clients_of: Option<&'a str>,
+}
+
 /// A RabbitMQ node that belongs to one test.
 #[derive(Debug)]
 pub(crate) struct Broker {
@@ -165,9 +176,18 @@ pub(crate) struct Broker {
 impl Broker {
     /// Starts a node, and returns when it serves.
     pub(crate) fn start() -> Self {
+        Self::start_as(None)
+    }
+
+    /// The same for a node that listens with TLS too.
+    pub(crate) fn start_secured(secured: Secured<'_>) -> Self {
+        Self::start_as(Some(secured))
+    }
+
+    fn start_as(secured: Option<Secured<'_>>) -> Self {
         let mut complaint = String::new();
         for _ in 0..ATTEMPTS {
-            let setup = Setup::new();
+            let setup = Setup::new(secured);
             match Run::start(&setup) {
                 Ok((run, version)) => {
                     let run = Mutex::new(Some(run));
@@ -186,6 +206,18 @@ impl Broker {
 
     fn url_of(&self, vhost: &str) -> String {
         format!("amqp://guest:guest@127.0.0.1:{}/{vhost}", self.setup.port)
+    }
+
+    /// The port where AMQP is spoken with TLS, by a node that was started so.
+    pub(crate) fn secure_port(&self) -> u16 {
+        self.setup.secure_port
+    }
+
+    /// Gives a node that speaks TLS another certificate, from the next connection on.
+    pub(crate) fn certify(&self, certificate: &str, key: &str) {
+        self.setup.write("server.pem", certificate);
+        self.setup.write("server-key.pem", key);
+        self.control(&["eval", "ssl:clear_pem_cache()."]);
     }
 
     /// The port where AMQP is spoken.
@@ -310,43 +342,76 @@ struct Setup {
     directory: TempDir,
     root: Option<PathBuf>,
     port: u16,
+    secure_port: u16,
     dist_port: u16,
     epmd_port: u16,
 }
 
 impl Setup {
-    fn new() -> Self {
+    fn new(secured: Option<Secured<'_>>) -> Self {
         let root = env::var_os("DTC_TEST_RABBITMQ").filter(|root| !root.is_empty());
         let root = root.map(PathBuf::from);
         let server = root.as_deref().unwrap_or_else(|| Path::new("/")).join(SERVER);
         assert!(server.exists(), "there is no {}: tests/run brings it", server.display());
-        let [port, dist_port, epmd_port] = free_ports();
+        let [port, secure_port, dist_port, epmd_port] = free_ports();
         let directory = tempfile::Builder::new().prefix("dtc-rabbitmq-").tempdir().unwrap();
-        let setup = Self { directory, root, port, dist_port, epmd_port };
-        setup.write_files();
+        let setup = Self { directory, root, port, secure_port, dist_port, epmd_port };
+        setup.write_files(secured);
         setup
     }
 
-    fn write_files(&self) {
-        let write = |name: &str, text: &str| {
-            let path = self.directory.path().join(name);
-            fs::write(&path, text).unwrap();
-            path
-        };
+    fn write(&self, name: &str, text: &str) -> PathBuf {
+        let path = self.directory.path().join(name);
+        fs::write(&path, text).unwrap();
+        path
+    }
+
+    fn write_files(&self, secured: Option<Secured<'_>>) {
+        let write = |name: &str, text: &str| self.write(name, text);
         let cookie = write(".erlang.cookie", &random());
         fs::set_permissions(cookie, fs::Permissions::from_mode(0o400)).unwrap();
-        write("enabled_plugins", "[].\n");
+        let asks_who = secured.is_some_and(|it| it.clients_of.is_some());
+        write(
+            "enabled_plugins",
+            if asks_who { "[rabbitmq_auth_mechanism_ssl].\n" } else { "[].\n" },
+        );
         write("advanced.config", "[].\n");
         write("rabbitmq-env.conf", "");
-        write("definitions.json", &definitions());
-        let configuration = format!(
+        write("definitions.json", &definitions(asks_who));
+        let mut configuration = format!(
             "definitions.import_backend = local_filesystem\n\
              definitions.local.path = {}/definitions.json\n\
              definitions.skip_if_unchanged = true\n\
              disk_free_limit.absolute = 50MB\n",
             self.inside()
         );
+        if let Some(secured) = secured {
+            configuration += &self.secured(secured);
+        }
         write("rabbitmq.conf", &configuration);
+    }
+
+    fn secured(&self, secured: Secured<'_>) -> String {
+        self.write("server.pem", secured.certificate);
+        self.write("server-key.pem", secured.key);
+        let (inside, port) = (self.inside(), self.secure_port);
+        let mut configuration = format!(
+            "listeners.ssl.1 = 127.0.0.1:{port}\n\
+             ssl_options.certfile = {inside}/server.pem\n\
+             ssl_options.keyfile = {inside}/server-key.pem\n"
+        );
+        if let Some(authority) = secured.clients_of {
+            self.write("clients-ca.pem", authority);
+            configuration += &format!(
+                "ssl_options.cacertfile = {inside}/clients-ca.pem\n\
+                 ssl_options.verify = verify_peer\n\
+                 ssl_options.fail_if_no_peer_cert = true\n\
+                 ssl_cert_login_from = common_name\n\
+                 auth_mechanisms.1 = PLAIN\n\
+                 auth_mechanisms.2 = EXTERNAL\n"
+            );
+        }
+        configuration
     }
 
     /// `broker.sh` for this node.
@@ -413,19 +478,28 @@ fn vhost(number: usize) -> String {
     format!("v{number:02}")
 }
 
-/// The virtual hosts, and the usual guest, who may do everything there.
-fn definitions() -> String {
+/// The virtual hosts, and the usual guest, who may do everything there; `shop` may too, if it is to
+/// be there, but has no password.
+fn definitions(has_shop: bool) -> String {
     let names = || (0..VHOSTS).map(vhost).chain(["/".to_owned()]);
     let vhosts: Vec<_> = names().map(|name| format!(r#"{{"name":"{name}"}}"#)).collect();
-    let permissions = names().map(|name| {
-        format!(r#"{{"user":"guest","vhost":"{name}","configure":".*","write":".*","read":".*"}}"#)
+    let users: &[&str] = if has_shop { &["guest", "shop"] } else { &["guest"] };
+    let permissions = names().flat_map(|name| {
+        users.iter().map(move |user| {
+            format!(
+                r#"{{"user":"{user}","vhost":"{name}","configure":".*","write":".*","read":".*"}}"#
+            )
+        })
     });
     let permissions: Vec<_> = permissions.collect();
     // The salt `salt` and the SHA-256 of `saltguest`.
     let guest = r#"{"name":"guest","tags":["administrator"],"limits":{},
         "hashing_algorithm":"rabbit_password_hashing_sha256","password_hash":"c2FsdDRwMuw4kgNZhm0cEYx1m4NAR6BCdplxDdFbnDjbRIKq"}"#;
+    let shop = r#",{"name":"shop","tags":[],"limits":{},
+        "hashing_algorithm":"rabbit_password_hashing_sha256","password_hash":""}"#;
+    let shop = if has_shop { shop } else { "" };
     format!(
-        r#"{{"users":[{guest}],"vhosts":[{}],"permissions":[{}]}}"#,
+        r#"{{"users":[{guest}{shop}],"vhosts":[{}],"permissions":[{}]}}"#,
         vhosts.join(","),
         permissions.join(",")
     )
@@ -435,17 +509,17 @@ fn definitions() -> String {
 ///
 /// They come from below the range that the kernel gives to clients: a client that tries again and
 /// again to reach a stopped node would sooner or later be given the node's own port, and find itself.
-fn free_ports() -> [u16; 3] {
+fn free_ports() -> [u16; 4] {
     let range = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
     let end = range.split_whitespace().next().and_then(|start| start.parse().ok());
     let end: u16 = end.unwrap_or(32768).clamp(10000, 32768);
     let mut held = Vec::new();
-    while held.len() < 3 {
+    while held.len() < 4 {
         let port = 5000 + u16::try_from(number() % u64::from(end - 5000)).unwrap();
         held.extend(TcpListener::bind((Ipv4Addr::LOCALHOST, port)).ok());
     }
     let port = |listener: &TcpListener| listener.local_addr().unwrap().port();
-    [port(&held[0]), port(&held[1]), port(&held[2])]
+    [port(&held[0]), port(&held[1]), port(&held[2]), port(&held[3])]
 }
 
 /// The version that a broker greets with.

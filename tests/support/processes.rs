@@ -35,6 +35,8 @@ const READY: &str = "ready";
 #[derive(Debug)]
 pub(crate) struct World {
     pub(crate) place: Place,
+    /// Variables that every process here is given.
+    pub(crate) variables: Vec<(&'static str, String)>,
     directory: TempDir,
 }
 
@@ -42,7 +44,7 @@ impl World {
     /// A system at `place`, with nothing declared there yet.
     pub(crate) fn at(place: Place) -> Self {
         let directory = tempfile::Builder::new().prefix("dtc-world-").tempdir().unwrap();
-        Self { place, directory }
+        Self { place, variables: Vec::new(), directory }
     }
 
     /// A path in the world's own directory.
@@ -102,6 +104,7 @@ impl World {
         let mut command = dtc();
         command.args(words).args(["--broker", &self.place.url]);
         command.args(["--namespace", &self.place.namespace]);
+        command.envs(self.variables.iter().map(|(name, value)| (name, value)));
         command.current_dir(self.directory.path());
         command
     }

@@ -2,13 +2,26 @@
 
 use std::{fmt, str::FromStr};
 
-use lapin::uri::AMQPUri;
+use lapin::uri::{AMQPScheme, AMQPUri, SASLMechanism};
+
+/// Parameters by which URLs of other clients set TLS. Taken for granted, they would be missed.
+const OF_TLS: [&str; 8] = [
+    "cacertfile",
+    "certfile",
+    "keyfile",
+    "password",
+    "verify",
+    "fail_if_no_peer_cert",
+    "server_name_indication",
+    "depth",
+];
 
 /// One or more hosts of one cluster.
 ///
 /// As text: AMQP URLs separated by commas, `amqp://user:password@host:port/vhost`, or `amqps://` for
 /// TLS. What is left out is what the AMQP URI specification of RabbitMQ says: user `guest`, port
-/// 5672 (5671), virtual host `/`.
+/// 5672 (5671), virtual host `/`. With `?auth_mechanism=external` the user is who the client
+/// certificate says, and there is no password.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Address {
     hosts: Vec<AMQPUri>,
@@ -56,9 +69,22 @@ impl Address {
         self
     }
 
+    /// Whether any host is spoken to over TLS.
+    pub fn is_secure(&self) -> bool {
+        self.hosts.iter().any(|uri| uri.scheme == AMQPScheme::AMQPS)
+    }
+
+    /// Whether any host is to know us by our certificate.
+    pub fn is_external(&self) -> bool {
+        self.hosts.iter().any(is_external)
+    }
+
     /// As it was said, but for the passwords.
     pub fn masked(&self) -> String {
         let masked = |uri: &AMQPUri| {
+            if is_external(uri) {
+                return format!("{}?auth_mechanism=external", public(uri));
+            }
             let (scheme, rest) = (uri.scheme.to_string(), public(uri));
             let rest = rest.strip_prefix(&format!("{scheme}://")).unwrap_or_default();
             format!("{scheme}://{}:***@{rest}", uri.authority.userinfo.username)
@@ -67,11 +93,35 @@ impl Address {
     }
 }
 
+/// Whether it is to know us by our certificate.
+pub(crate) fn is_external(uri: &AMQPUri) -> bool {
+    uri.query.auth_mechanism == Some(SASLMechanism::External)
+}
+
+/// What stands between the `//` and the path.
+fn authority(url: &str) -> &str {
+    let authority = url.split_once("://").map_or(url, |(_, rest)| rest);
+    authority.split(['/', '?', '#']).next().unwrap_or_default()
+}
+
 /// Whether the part of the URL before the host goes on after a `:`.
 fn has_password(url: &str) -> bool {
-    let authority = url.split_once("://").map_or(url, |(_, rest)| rest);
-    let authority = authority.split(['/', '?', '#']).next().unwrap_or_default();
-    authority.rsplit_once('@').is_some_and(|(user, _)| user.contains(':'))
+    authority(url).rsplit_once('@').is_some_and(|(user, _)| user.contains(':'))
+}
+
+/// The address in brackets, if the host is one of IPv6. lapin takes such a host for none, and none
+/// for this machine.
+fn ipv6(url: &str) -> Option<&str> {
+    let authority = authority(url);
+    let host = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
+    host.strip_prefix('[')?.split_once(']').map(|(address, _)| address)
+}
+
+/// A parameter that would be there for nothing.
+fn parameter_of_tls(url: &str) -> Option<&'static str> {
+    let (_, query) = url.split_once('?')?;
+    let names = query.split('&').map(|pair| pair.split('=').next().unwrap_or_default());
+    names.into_iter().find_map(|name| OF_TLS.into_iter().find(|known| *known == name))
 }
 
 impl FromStr for Address {
@@ -87,7 +137,19 @@ impl FromStr for Address {
                 if !part.starts_with("amqp://") && !part.starts_with("amqps://") {
                     return Err(refuse("must begin with amqp:// or amqps://".to_owned()));
                 }
-                part.parse().map_err(|_| refuse("see RabbitMQ's URI specification".to_owned()))
+                if let Some(name) = parameter_of_tls(part) {
+                    return Err(refuse(format!("`{name}` is not set in a URL")));
+                }
+                let parsed = part.parse::<AMQPUri>();
+                let mut uri =
+                    parsed.map_err(|_| refuse("see RabbitMQ's URI specification".to_owned()))?;
+                if let Some(address) = ipv6(part) {
+                    address.clone_into(&mut uri.authority.host);
+                }
+                if is_external(&uri) && uri.scheme != AMQPScheme::AMQPS {
+                    return Err(refuse("`auth_mechanism=external` wants amqps://".to_owned()));
+                }
+                Ok(uri)
             })
             .collect();
         let hosts = hosts?;
@@ -145,6 +207,31 @@ mod tests {
             address.masked(),
             "amqp://me:***@a:5672,amqp://you:***@b:1/v,amqp://guest:***@c:5672"
         );
+    }
+
+    #[test]
+    fn an_address_of_ipv6_is_gone_to_and_not_this_machine() {
+        let address: Address = "amqp://me:p[x]@[fd00::1]:1/v,amqps://[::1]".parse().unwrap();
+        let hosts = address.hosts().iter().map(|host| host.authority.host.as_str());
+        assert_eq!(hosts.collect::<Vec<_>>(), ["fd00::1", "::1"]);
+        assert_eq!(address.to_string(), "amqp://[fd00::1]:1/v,amqps://[::1]:5671");
+    }
+
+    #[test]
+    fn who_is_known_by_a_certificate_has_no_password() {
+        let address: Address = "amqps://a/v?auth_mechanism=EXTERNAL".parse().unwrap();
+        assert!(address.is_external() && address.is_secure());
+        assert_eq!(address.masked(), "amqps://a:5671/v?auth_mechanism=external");
+        let address: Address = "amqp://a,amqps://b?heartbeat=1".parse().unwrap();
+        assert!(address.is_secure() && !address.is_external());
+        let complaint = "amqp://a?auth_mechanism=external".parse::<Address>().unwrap_err();
+        assert!(complaint.to_string().ends_with("wants amqps://"), "{complaint}");
+    }
+
+    #[test]
+    fn a_parameter_that_would_be_missed_is_refused() {
+        let complaint = "amqps://a?heartbeat=1&cacertfile=/ca.pem".parse::<Address>().unwrap_err();
+        assert!(complaint.to_string().ends_with("`cacertfile` is not set in a URL"), "{complaint}");
     }
 
     #[test]

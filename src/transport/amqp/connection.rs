@@ -5,20 +5,32 @@
 //! [`Backoff`] in between. lapin's own recovery stays off: it would deliver again on streams that
 //! are believed to go on, and acknowledge what is no longer held.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{
+    fmt, io,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
-use futures_util::{Stream, StreamExt, future, stream};
+use futures_util::{
+    AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Stream, StreamExt, future, stream,
+};
 use lapin::{
-    Channel, Connection, ConnectionProperties, ErrorKind,
+    AsyncTcpStream, Channel, Connection, ConnectionProperties, ErrorKind,
     options::ConfirmSelectOptions,
     protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError},
-    uri::AMQPUri,
+    runtime::default_runtime,
+    tcp::RustlsConnector,
+    uri::{AMQPScheme, AMQPUri},
 };
 
 use crate::transport::amqp::{
-    address::{Address, public},
+    address::{Address, is_external, public},
+    tls::{Tls, TlsError},
     unique,
 };
+
+/// How long a broker that has ended a connection may take to say why on another one.
+const SAYS_WHY_WITHIN: Duration = Duration::from_secs(1);
 
 /// Whom to connect to, and how.
 #[derive(Clone, Debug)]
@@ -32,6 +44,8 @@ pub struct Broker {
     pub heartbeat: Duration,
     /// How long one host may take to let us in.
     pub connect_timeout: Duration,
+    /// Whom to trust, and who we are, for hosts whose URL begins with `amqps://`.
+    pub tls: Tls,
 }
 
 /// What follows from a failure.
@@ -64,6 +78,21 @@ pub enum ConnectError {
         #[source]
         source: lapin::Error,
     },
+    /// It speaks AMQP over TLS only.
+    #[error("the broker at {host} wants TLS: its URL must begin with amqps://")]
+    WantsTls {
+        /// Which host.
+        host: String,
+    },
+    /// It can't be trusted, or doesn't trust us.
+    #[error("no secure connection to the broker at {host}")]
+    Insecure {
+        /// Which host.
+        host: String,
+        /// Why.
+        #[source]
+        source: TlsError,
+    },
     /// It takes too long.
     #[error("the broker at {host} did not answer within {} ms", limit.as_millis())]
     Silent {
@@ -78,7 +107,8 @@ impl ConnectError {
     /// Whether to try again.
     pub fn disposition(&self) -> Disposition {
         match self {
-            Self::Refused { .. } => Disposition::GiveUp,
+            Self::Refused { .. } | Self::WantsTls { .. } => Disposition::GiveUp,
+            Self::Insecure { source, .. } => source.disposition(),
             Self::Unavailable { .. } | Self::Silent { .. } => Disposition::Retry,
         }
     }
@@ -106,7 +136,15 @@ impl Broker {
             name: name.into(),
             heartbeat: Duration::from_secs(10),
             connect_timeout: Duration::from_secs(10),
+            tls: Tls::default(),
         }
+    }
+
+    /// The same, with `tls` for hosts whose URL begins with `amqps://`.
+    #[must_use]
+    pub fn with_tls(mut self, tls: Tls) -> Self {
+        self.tls = tls;
+        self
     }
 
     /// Tries every host once, beginning with any.
@@ -121,7 +159,7 @@ impl Broker {
         for uri in hosts.iter().cycle().skip(first).take(hosts.len()) {
             match self.connect_to(uri, purpose).await {
                 Ok(connection) => return Ok(connection),
-                Err(refused @ ConnectError::Refused { .. }) => failed = Some(refused),
+                Err(refused) if is_final(&refused) => failed = Some(refused),
                 Err(error) => failed = failed.filter(is_final).or(Some(error)),
             }
         }
@@ -138,12 +176,96 @@ impl Broker {
         uri.query.heartbeat = Some(u16::try_from(seconds).unwrap_or(u16::MAX));
         let properties = ConnectionProperties::default()
             .with_connection_name(format!("{} ({purpose})", self.name).into());
-        let connecting = Connection::connect_uri(uri, properties);
+        let connecting = self.open(uri, properties);
         match tokio::time::timeout(self.connect_timeout, connecting).await {
             Ok(Ok(connection)) => Ok(connection),
-            Ok(Err(source)) if is_refusal(&source) => Err(ConnectError::Refused { host, source }),
-            Ok(Err(source)) => Err(ConnectError::Unavailable { host, source }),
+            Ok(Err(Failed::Tls(source))) => Err(ConnectError::Insecure { host, source }),
+            Ok(Err(Failed::Amqp(source))) if is_refusal(&source) => {
+                Err(ConnectError::Refused { host, source })
+            }
+            Ok(Err(Failed::Plain)) => Err(ConnectError::WantsTls { host }),
+            Ok(Err(Failed::Amqp(source))) => Err(ConnectError::Unavailable { host, source }),
             Err(_) => Err(ConnectError::Silent { host, limit: self.connect_timeout }),
+        }
+    }
+
+    /// The stream is made here and handed over, since lapin would always trust the system's CAs too,
+    /// and read all of them for each connection.
+    async fn open(
+        &self,
+        uri: AMQPUri,
+        properties: ConnectionProperties,
+    ) -> Result<Connection, Failed> {
+        let runtime = default_runtime().map_err(Failed::Amqp)?;
+        let (host, port) = (uri.authority.host.clone(), uri.authority.port);
+        let is_external = is_external(&uri);
+        let secure = match uri.scheme {
+            AMQPScheme::AMQP => None,
+            AMQPScheme::AMQPS => {
+                Some((self.connector().await?, self.tls.name_of(&host).map_err(Failed::Tls)?))
+            }
+        };
+        let reach = async || {
+            let addresses = runtime.to_socket_addrs((host.clone(), port));
+            let stream = AsyncTcpStream::connect(&runtime, addresses).await?;
+            match &secure {
+                Some((connector, name)) => stream.into_rustls(connector, name).await,
+                None => Ok(stream),
+            }
+        };
+        let made = Mutex::new(Some(reach().await.map_err(|error| self.failed(error))?));
+        let hand_over = async move |_, _| {
+            let stream = made.lock().unwrap_or_else(PoisonError::into_inner).take();
+            stream.ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected).into())
+        };
+        let opened = Connection::connector(uri, runtime.clone(), hand_over, properties).await;
+        let error = match opened {
+            Ok(connection) => return Ok(connection),
+            Err(error) => error,
+        };
+        let (ErrorKind::IOError(_) | ErrorKind::ParsingError(_)) = error.kind() else {
+            return Err(Failed::Amqp(error));
+        };
+        if let ErrorKind::IOError(error) = error.kind()
+            && let Some(error) = TlsError::of(error, &self.tls)
+        {
+            return Err(Failed::Tls(error));
+        }
+        let asking = async {
+            let mut stream = reach().await.ok()?;
+            match &secure {
+                Some(_) => self.objection(&mut stream).await.map(Failed::Tls),
+                None => wants_tls(&mut stream).await.then_some(Failed::Plain),
+            }
+        };
+        let why = tokio::time::timeout(SAYS_WHY_WITHIN, asking).await.ok().flatten();
+        Err(why.unwrap_or(match is_external {
+            true => Failed::Tls(TlsError::NoUser),
+            false => Failed::Amqp(error),
+        }))
+    }
+
+    /// What the broker has against us, that it says when the handshake is over for us: with TLS 1.3 it
+    /// looks at our certificate only then. What we send meanwhile makes it reset the connection, and
+    /// what it has said is lost with that; so this listens and sends nothing.
+    async fn objection(&self, stream: &mut (impl AsyncRead + Unpin)) -> Option<TlsError> {
+        let error = stream.read(&mut [0]).await.err()?;
+        TlsError::of(&error, &self.tls)
+    }
+
+    fn failed(&self, error: io::Error) -> Failed {
+        match TlsError::of(&error, &self.tls) {
+            Some(error) => Failed::Tls(error),
+            None => Failed::Amqp(error.into()),
+        }
+    }
+
+    /// It reads files.
+    async fn connector(&self) -> Result<RustlsConnector, Failed> {
+        let tls = self.tls.clone();
+        match tokio::task::spawn_blocking(move || tls.connector()).await {
+            Ok(connector) => connector.map_err(Failed::Tls),
+            Err(error) => Err(Failed::Amqp(io::Error::other(error).into())),
         }
     }
 
@@ -154,6 +276,24 @@ impl Broker {
             future::try_join(self.connect("publish"), self.connect("consume")).await?;
         Ok(Link { publishing: Arc::new(publishing), consuming: Arc::new(consuming) })
     }
+}
+
+/// What one host did instead of letting us in.
+enum Failed {
+    Tls(TlsError),
+    /// It wants TLS.
+    Plain,
+    Amqp(lapin::Error),
+}
+
+/// Whether what is said in plain is answered by an alert of TLS. A broker that speaks AMQP waits for
+/// the rest; one that was told more than fits a record's head would reset the connection.
+async fn wants_tls(stream: &mut (impl AsyncRead + AsyncWrite + Unpin)) -> bool {
+    const ALERT: u8 = 21;
+    let mut answer = [0];
+    stream.write_all(b"AMQP\0").await.is_ok()
+        && stream.read_exact(&mut answer).await.is_ok()
+        && answer == [ALERT]
 }
 
 fn is_final(error: &ConnectError) -> bool {

@@ -8,6 +8,7 @@
 //! * [`pool`]: channels that many share.
 //! * [`rejected`]: setting aside what nobody can make sense of.
 //! * [`stream`]: reading a stream up to its end.
+//! * [`tls`]: whom to trust over `amqps://`, and who we are to them.
 //! * [`topology`]: every exchange and queue, and making a broker's be the same.
 //! * [`traffic`]: how many messages went out and came in.
 //! * [`unique`]: names that nobody else has.
@@ -25,6 +26,7 @@ pub mod pool;
 pub mod publisher;
 pub mod rejected;
 pub mod stream;
+pub mod tls;
 pub mod topology;
 pub mod traffic;
 pub mod unique;

@@ -110,7 +110,7 @@ impl Scan {
                     scan.find_first().await?;
                 }
             }
-            Err(_) if patience == EMPTY_AFTER => {}
+            Err(_) if patience == EMPTY_AFTER => scan.cancel(&tail).await?,
             Err(_) => return Err(ScanError::Silent { stream: scan.stream.to_string() }),
         }
         Ok(scan)
@@ -137,6 +137,12 @@ impl Scan {
             let only_this = BasicAckOptions { multiple: false };
             self.channel.basic_ack(tag, only_this).await.map_err(|error| self.broker(error))?;
         }
+        self.cancel(tail).await
+    }
+
+    /// A consumer that is dropped while it is active is cancelled by lapin sooner or later. If that
+    /// comes after the end of its channel, the broker ends the whole connection.
+    async fn cancel(&self, tail: &Consumer) -> Result<(), ScanError> {
         let cancelled = self.channel.basic_cancel(tail.tag(), BasicCancelOptions::default()).await;
         cancelled.map_err(|error| self.broker(error))
     }

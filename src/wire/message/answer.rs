@@ -105,22 +105,30 @@ impl Sealed for Vote {
             reader.one_of(path, value, Word::ALL, Word::as_str)
         });
         let free = reader.need(place, free, Reader::count);
-        let reason = |reader: &mut Reader, code| {
-            let reason = reader.may(place, reason, Reader::reason)?;
-            reason.or_else(|| Some(Reason::at(service.as_ref()?, code)))
+        let reason = reader.may(place, reason, Reader::reason);
+        let reason_or = |code| reason?.or_else(|| Some(Reason::at(service.as_ref()?, code)));
+        // What this word doesn't want may be there, as long as it is what it is called.
+        let (needs_branch, needs_outcome) = match word {
+            Some(Word::Prepared | Word::Failed) => (true, false),
+            Some(Word::Finished) => (false, true),
+            Some(Word::ReadOnly | Word::Refused) | None => (false, false),
+        };
+        let branch = match needs_branch {
+            true => reader.need(place, branch, Reader::branch).map(Some),
+            false => reader.may(place, branch, Reader::branch),
+        };
+        let outcome = match needs_outcome {
+            true => reader.need(place, outcome, Reader::outcome).map(Some),
+            false => reader.may(place, outcome, Reader::outcome),
         };
         let ballot = match word? {
-            Word::Prepared => {
-                reader.need(place, branch, Reader::branch).map(|branch| Ballot::Prepared { branch })
-            }
+            Word::Prepared => branch?.map(|branch| Ballot::Prepared { branch }),
             Word::ReadOnly => Some(Ballot::ReadOnly),
-            Word::Refused => reason(reader, ReasonCode::Refused).map(Ballot::Refused),
-            Word::Failed => {
-                let branch = reader.need(place, branch, Reader::branch);
-                let reason = reason(reader, ReasonCode::Failed);
-                branch.zip(reason).map(|(branch, reason)| Ballot::Failed { branch, reason })
-            }
-            Word::Finished => reader.need(place, outcome, Reader::outcome).map(Ballot::Finished),
+            Word::Refused => reason_or(ReasonCode::Refused).map(Ballot::Refused),
+            Word::Failed => branch?
+                .zip(reason_or(ReasonCode::Failed))
+                .map(|(branch, reason)| Ballot::Failed { branch, reason }),
+            Word::Finished => outcome?.map(Ballot::Finished),
         };
         Some(Self {
             key: key?,

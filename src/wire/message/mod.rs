@@ -30,7 +30,7 @@
 //! | `involved_services` | array of 1 to [`SERVICES_MAX`] names; one named twice counts once | |
 //! | `data` | any object, in which no field is given twice | |
 //! | `timeout_ms` | whole number from 1 to 86400000 (a day) | the worker's own |
-//! | `branch` | `[A-Za-z0-9_-]{1,64}[.][0-9]{1,20}`; must be there in votes `prepared` and `failed` | of a finish: nothing of this service's is committed |
+//! | `branch` | `<instance>.<number>`, the number below 2^64 and without leading zeros; must be there in votes `prepared` and `failed` | of a finish: nothing of this service's is committed |
 //! | `branches` | object: the branch of each service | |
 //! | `outcome`, `status` | `COMMITTED` or `ABORTED`; `outcome` must be there in a vote `finished` | |
 //! | `vote` | `prepared`, `read_only`, `refused`, `failed` or `finished` | |

@@ -253,7 +253,7 @@ impl Reader {
 
     /// In milliseconds.
     pub(super) fn moment(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<Time> {
-        self.whole_number(path, value, 0..=TIME_MAX_SECONDS * 1000).map(Time::from_millis)
+        self.whole_number(path, value, 0..=TIME_MAX_SECONDS * 1000 + 999).map(Time::from_millis)
     }
 
     pub(super) fn count(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<u32> {

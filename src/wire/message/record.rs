@@ -135,6 +135,7 @@ impl Sealed for Parked {
         let key = reader.key(place, id, requested_at);
         let parked_at = reader.need(place, parked_at, Reader::moment);
         let is_undecidable = request.value.is_some_and(|it| !matches!(it.kind, json::Kind::Null));
+        let error = reader.may(place, error, Reader::text);
         let matter =
             if is_undecidable {
                 let path = place.path.field(request.name);
@@ -146,11 +147,14 @@ impl Sealed for Parked {
                     }
                     Some(request)
                 });
+                // What isn't wanted may be there, as long as it is what it is called.
+                reader.may(place, service, Reader::service);
+                reader.may(place, branch, Reader::branch);
                 request.map(Matter::Undecidable)
             } else {
                 let service = reader.need(place, service, Reader::service);
                 let branch = reader.need(place, branch, Reader::branch);
-                let error = reader.may(place, error, Reader::text);
+                reader.may(place, request_hash, Reader::request_hash);
                 service.zip(branch).zip(error).map(|((service, branch), error)| {
                     Matter::Uncommitted { service, branch, error }
                 })

@@ -15,7 +15,7 @@ use crate::{
         check::{DAY_MS, Path, without_byte_order_mark},
         complaint::{Complaints, Position},
         hash::request_hash,
-        json::Value,
+        json::{self, Value},
         message::{
             BODY_MAX, Kind, TIME_MAX_SECONDS,
             read::{Place, Reader},
@@ -215,12 +215,13 @@ pub(super) fn read(reader: &mut Reader, path: &Path<'_>, value: &Value<'_>) -> R
     };
     let id = reader.need(&place, id, Reader::id);
     let services = reader.need(&place, services, |reader, path, value| {
-        let services = read_services(&mut reader.check, path, value)?;
-        if services.len() > SERVICES_MAX {
+        let services = read_services(&mut reader.check, path, value);
+        // However often one is named.
+        if matches!(&value.kind, json::Kind::Array(elements) if elements.len() > SERVICES_MAX) {
             let rule = format!("must name at most {SERVICES_MAX} services");
             reader.check.complain(path, value, rule);
         }
-        Some(services)
+        services
     });
     let data = reader.need(&place, data, |reader, path, value| {
         read_data(&mut reader.check, path, value, &mut reader.buffer)

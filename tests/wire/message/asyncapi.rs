@@ -10,6 +10,7 @@ use dtc::{
     wire::message::{Kind, decode_request},
 };
 use jsonschema::Validator;
+use proptest::prelude::{Just, ProptestConfig, Strategy, any, prop, prop_oneof, proptest};
 use serde_json::{Map, Value, json};
 
 use super::*;
@@ -39,21 +40,24 @@ pub(super) fn allows(kind: Kind, body: &str) {
     assert!(errors.is_empty(), "{kind:?}: {body}: {errors:?}");
 }
 
-/// Items of a kind that together have every field, and whether one is read.
+/// Items of a kind that together have every field, and what is complained about one.
 struct Sample {
     kind: Kind,
     items: Vec<Value>,
-    is_read: fn(&Value) -> bool,
+    read: fn(&Value) -> Result<(), String>,
 }
 
 fn sample<T: Item + Debug>(items: &[T]) -> Sample {
     let items: Value = serde_json::from_slice(&body(items)).unwrap();
     let items = items.as_array().unwrap().clone();
-    let is_read = |item: &Value| {
+    let read = |item: &Value| {
         let body = json!([item]).to_string();
-        decode::<T>(body.as_bytes()).unwrap()[0].is_ok()
+        match &decode::<T>(body.as_bytes()).unwrap()[0] {
+            Ok(_) => Ok(()),
+            Err(malformed) => Err(malformed.to_string()),
+        }
     };
-    Sample { kind: T::KIND, items, is_read }
+    Sample { kind: T::KIND, items, read }
 }
 
 fn samples() -> Vec<Sample> {
@@ -81,7 +85,10 @@ fn samples() -> Vec<Sample> {
         Sample {
             kind: Kind::Request,
             items: vec![asked],
-            is_read: |it| decode_request(it.to_string().as_bytes(), Some(1_700_000_000)).is_ok(),
+            read: |it| {
+                let read = decode_request(it.to_string().as_bytes(), Some(1_700_000_000));
+                read.map(drop).map_err(|malformed| malformed.to_string())
+            },
         },
         sample(&[prepare(r#"{"amount":100}"#)]),
         sample(&[Query { key: key(), request_hash: hash() }]),
@@ -127,68 +134,349 @@ fn the_fields_that_are_written_are_the_ones_described() {
     }
 }
 
-/// Whatever is left out of an item or stands in the place of a field: what is described is read, and
-/// what is not described is not.
+/// A kind's items, as the document has them and as they are read.
+struct Judge {
+    sample: Sample,
+    described: Validator,
+}
+
+static JUDGES: LazyLock<Vec<Judge>> = LazyLock::new(|| {
+    let judge = |sample: Sample| {
+        let described = validator(&format!("schemas/{}", word(sample.kind)));
+        Judge { sample, described }
+    };
+    samples().into_iter().map(judge).collect()
+});
+
+static STRANGE: LazyLock<Vec<Value>> = LazyLock::new(strange_values);
+
+impl Judge {
+    /// Asserts that `item` is read if it is as described, and isn't otherwise; tells which.
+    fn judge(&self, item: &Value) -> bool {
+        if has_branch_beyond(item) {
+            return false;
+        }
+        let mut plain = item.clone();
+        if self.sample.kind != Kind::Request {
+            drop_nulls(&mut plain);
+        }
+        let is_described = self.described.is_valid(&plain);
+        let read = (self.sample.read)(item).or_else(only_another_request);
+        assert_eq!(read.is_ok(), is_described, "{:?}: {item}: {read:?}", self.sample.kind);
+        is_described
+    }
+
+    fn names(&self) -> BTreeSet<String> {
+        names_of([&DOCUMENT["components"]["schemas"][word(self.sample.kind)]["properties"]])
+    }
+}
+
+/// The document says in words: an optional field may be `null`, except in a request.
+fn drop_nulls(item: &mut Value) {
+    let Some(item) = item.as_object_mut() else { return };
+    item.retain(|_, value| !value.is_null());
+    if let Some(reason) = item.get_mut("reason").and_then(Value::as_object_mut) {
+        reason.retain(|_, value| !value.is_null());
+    }
+}
+
+/// The document says in words: a branch's number is below 2^64.
+fn has_branch_beyond(value: &Value) -> bool {
+    match value {
+        Value::String(text) => text.rsplit_once('.').is_some_and(|(_, number)| {
+            number.len() == 20
+                && number.bytes().all(|byte| byte.is_ascii_digit())
+                && number.parse::<u64>().is_err()
+        }),
+        Value::Array(elements) => elements.iter().any(has_branch_beyond),
+        Value::Object(fields) => fields.values().any(has_branch_beyond),
+        Value::Null | Value::Bool(_) | Value::Number(_) => false,
+    }
+}
+
+/// A record with a request says some of it twice, and both must agree. No schema can say so.
+fn only_another_request(complaints: String) -> Result<(), String> {
+    let is_that = |line: &str| {
+        line.contains(": must be of the transaction `")
+            || line.ends_with(": must be what `request_hash` says")
+    };
+    if complaints.lines().all(is_that) { Ok(()) } else { Err(complaints) }
+}
+
+/// A way from the top of an item to a value in it.
+type Way = Vec<String>;
+
+/// A way as a JSON pointer.
+fn pointer(way: &[String]) -> String {
+    let escaped = |step: &String| format!("/{}", step.replace('~', "~0").replace('/', "~1"));
+    way.iter().map(escaped).collect()
+}
+
+/// The ways to all values in `value`, but for what is in a field of which anything may be.
+fn ways(value: &Value) -> Vec<Way> {
+    let inside: Vec<(String, &Value)> = match value {
+        Value::Object(fields) => fields.iter().map(|(name, it)| (name.clone(), it)).collect(),
+        Value::Array(elements) => {
+            elements.iter().enumerate().map(|(index, it)| (index.to_string(), it)).collect()
+        }
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => return Vec::new(),
+    };
+    let below = |(step, it): (String, &Value)| {
+        let more = if step == "data" { Vec::new() } else { ways(it) };
+        let onward = more.into_iter().map(|way| [vec![step.clone()], way].concat());
+        [vec![vec![step.clone()]], onward.collect()].concat()
+    };
+    inside.into_iter().flat_map(below).collect()
+}
+
+/// What is done to a value.
+#[derive(Clone, Debug)]
+enum Change {
+    Remove,
+    Become(Value),
+    /// So many more of its first character, or its last.
+    Grow(usize, bool),
+    Append(char),
+    /// An array with so many of its first element, or an object with one more field.
+    Repeat(usize),
+    Add(String, Value),
+}
+
+impl Change {
+    /// Applies it at the end of `way`; changes nothing where it doesn't fit.
+    fn apply(&self, item: &mut Value, way: &[String]) {
+        let Some((last, before)) = way.split_last() else { return };
+        let Some(place) = item.pointer_mut(&pointer(before)) else { return };
+        if let Self::Remove = self {
+            if let Value::Object(fields) = place {
+                fields.remove(last);
+            } else if let (Value::Array(elements), Ok(at)) = (place, last.parse::<usize>()) {
+                elements.remove(at);
+            }
+            return;
+        }
+        let Some(value) = item.pointer_mut(&pointer(way)) else { return };
+        match (self, value) {
+            (Self::Become(new), value) => *value = new.clone(),
+            (Self::Grow(count, true), Value::String(text)) => {
+                if let Some(first) = text.chars().next() {
+                    text.insert_str(0, &String::from(first).repeat(*count));
+                }
+            }
+            (Self::Grow(count, false), Value::String(text)) => {
+                if let Some(last) = text.chars().last() {
+                    text.push_str(&String::from(last).repeat(*count));
+                }
+            }
+            (Self::Append(more), Value::String(text)) => text.push(*more),
+            (Self::Repeat(count), Value::Array(elements)) => {
+                let first = elements.first().cloned().unwrap_or_else(|| json!("a"));
+                *elements = vec![first; *count];
+            }
+            (Self::Add(name, new), Value::Object(fields)) => {
+                drop(fields.insert(name.clone(), new.clone()))
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Every bound, word and type that the document knows, and what lies just beyond.
+fn strange_values() -> Vec<Value> {
+    let mut values = vec![
+        json!(null),
+        json!(true),
+        json!(false),
+        json!(0),
+        json!(1.0),
+        json!(1.5),
+        json!(-1),
+        json!(1e300),
+        json!(""),
+        json!("a"),
+        json!("ü"),
+        json!("a.1"),
+        json!("a.01"),
+        json!("a.+1"),
+        json!("a.b.0"),
+        json!("a.18446744073709551615"),
+        json!("0123456789ABCDEF0123456789ABCDEF"),
+        json!([]),
+        json!([1]),
+        json!(["a", "b"]),
+        json!(["a", "a"]),
+        json!(["a", ""]),
+        json!({}),
+        json!({"a": "a.1"}),
+        json!({"a b": "a.1"}),
+        json!({"a": 1}),
+        json!({"code": "refused"}),
+        json!({"code": "refused", "service": "a.b"}),
+        json!({"service": "a"}),
+    ];
+    collect_bounds(&DOCUMENT["components"]["schemas"], &mut values);
+    for outcome in [Outcome::Committed, Outcome::Aborted] {
+        values.push(json!(outcome.as_str().to_lowercase()));
+    }
+    values.extend(codes().map(|code| json!(code.as_str())));
+    let mut seen = BTreeSet::new();
+    values.retain(|value| seen.insert(value.to_string()));
+    values
+}
+
+fn collect_bounds(schema: &Value, values: &mut Vec<Value>) {
+    match schema {
+        Value::Object(fields) => {
+            for (name, it) in fields {
+                match (name.as_str(), it.as_i64()) {
+                    ("minimum" | "maximum", Some(bound)) => {
+                        values.extend([bound - 1, bound, bound + 1].map(|it| json!(it)));
+                    }
+                    ("enum", _) => values.extend(it.as_array().unwrap().iter().cloned()),
+                    ("const", _) => values.push(it.clone()),
+                    _ => collect_bounds(it, values),
+                }
+            }
+        }
+        Value::Array(elements) => elements.iter().for_each(|it| collect_bounds(it, values)),
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
+    }
+}
+
+/// Every code, in an order in which none can be forgotten.
+fn codes() -> impl Iterator<Item = ReasonCode> {
+    let next = |code: &ReasonCode| match code {
+        ReasonCode::Refused => Some(ReasonCode::Failed),
+        ReasonCode::Failed => Some(ReasonCode::NoSlot),
+        ReasonCode::NoSlot => Some(ReasonCode::UnknownService),
+        ReasonCode::UnknownService => Some(ReasonCode::Deadline),
+        ReasonCode::Deadline => Some(ReasonCode::Cancelled),
+        ReasonCode::Cancelled => Some(ReasonCode::Invalid),
+        ReasonCode::Invalid => Some(ReasonCode::IdReused),
+        ReasonCode::IdReused => None,
+    };
+    std::iter::successors(Some(ReasonCode::Refused), next)
+}
+
+/// The longest text that any field may have, and some more.
+const LONGEST: usize = 140;
+/// The most services that a request may name.
+const MANY: usize = 1000;
+
+/// Whatever single thing is left out of an item, stands in the place of a value in it at any depth,
+/// is too long, or is there though it needn't: what is described is read, and what is not described
+/// is not.
 #[test]
 fn what_is_described_is_what_is_read() {
+    let characters: Vec<_> = (0..128_u8).map(char::from).chain(['é', '\u{2028}']).collect();
     let mut counts = [0; 2];
-    for Sample { kind, items, is_read } in samples() {
-        let validator = validator(&format!("schemas/{}", word(kind)));
-        let mut check = |item: &Value| {
-            let described = validator.is_valid(item);
-            assert_eq!(is_read(item), described, "{kind:?}: {item}");
-            counts[usize::from(described)] += 1;
-        };
-        for item in &items {
-            check(item);
-            for name in item.as_object().unwrap().keys() {
-                let mut without = item.clone();
-                without.as_object_mut().unwrap().remove(name);
-                check(&without);
-                // A record with a request says it twice, and both must agree.
-                if kind == Kind::Parked && item.get("request").is_some() {
-                    continue;
+    for judge in &*JUDGES {
+        let names = judge.names();
+        for item in &judge.sample.items {
+            let mut count = |item: &Value| counts[usize::from(judge.judge(item))] += 1;
+            count(item);
+            let mut changed = |way: &[String], change: Change| {
+                let mut changed = item.clone();
+                change.apply(&mut changed, way);
+                count(&changed);
+            };
+            for way in ways(item) {
+                changed(&way, Change::Remove);
+                for value in &*STRANGE {
+                    changed(&way, Change::Become(value.clone()));
                 }
-                for value in strange_values() {
-                    let mut changed = item.clone();
-                    changed[name] = value;
-                    check(&changed);
+                let value = item.pointer(&pointer(&way)).unwrap();
+                if value.is_string() {
+                    for count in 1..=LONGEST {
+                        changed(&way, Change::Grow(count, true));
+                        changed(&way, Change::Grow(count, false));
+                    }
+                    characters.iter().for_each(|it| changed(&way, Change::Append(*it)));
+                }
+                if value.is_array() {
+                    for count in [0, 1, 2, MANY, MANY + 1] {
+                        changed(&way, Change::Repeat(count));
+                        let names = (0..count).map(|number| format!("s{number}"));
+                        changed(&way, Change::Become(names.collect()));
+                    }
+                }
+                if value.is_object() {
+                    changed(&way, Change::Add("unheard_of".to_owned(), json!(1)));
+                }
+            }
+            for name in names.iter().map(String::as_str).chain(["unheard_of"]) {
+                for value in &*STRANGE {
+                    let mut more = item.clone();
+                    more[name] = value.clone();
+                    count(&more);
                 }
             }
         }
     }
     println!("{} items were read, as described, and {} were not", counts[1], counts[0]);
-    assert!(counts.iter().all(|count| *count > 100), "{counts:?}");
+    assert!(counts.iter().all(|count| *count > 5000), "{counts:?}");
 }
 
-fn strange_values() -> Vec<Value> {
-    vec![
-        json!(-1),
-        json!(0),
-        json!(1.5),
-        json!(253_402_300_800_u64),
-        json!(253_402_300_800_000_u64),
-        json!(4_294_967_296_u64),
-        json!(""),
-        json!("a.b"),
-        json!("ü"),
-        json!("x".repeat(65)),
-        json!("x".repeat(129)),
-        json!("stock-1.123456789012345678901"),
-        json!("committed"),
-        json!("ABORTED"),
-        json!("prepared"),
-        json!("finished"),
-        json!("0123456789ABCDEF0123456789ABCDEF"),
-        json!(true),
-        json!([]),
-        json!(["a", "b"]),
-        json!([1]),
-        json!({}),
-        json!({"code": "refused"}),
-        json!({"code": "other"}),
-        json!({"a": 1}),
+fn change() -> impl Strategy<Value = Change> {
+    let value = prop_oneof![
+        3 => prop::sample::select(&STRANGE[..]),
+        1 => crate::object().prop_map(Value::Object),
+    ];
+    prop_oneof![
+        2 => Just(Change::Remove),
+        4 => value.clone().prop_map(Change::Become),
+        1 => (1..=LONGEST, any::<bool>()).prop_map(|(count, front)| Change::Grow(count, front)),
+        1 => any::<char>().prop_map(Change::Append),
+        1 => (0..3_usize).prop_map(Change::Repeat),
+        1 => ("[a-z_]{1,8}", value).prop_map(|(name, value)| Change::Add(name, value)),
     ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: 300,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
+
+    /// The same for several things at once, as where one field says which others must be there.
+    #[test]
+    fn what_is_described_is_what_is_read_however_much_is_changed(
+        changes in prop::collection::vec((any::<prop::sample::Index>(), change()), 1..5),
+        more in prop::option::of((any::<prop::sample::Index>(), prop::sample::select(&STRANGE[..]))),
+    ) {
+        for judge in &*JUDGES {
+            let names: Vec<_> = judge.names().into_iter().collect();
+            for mut item in judge.sample.items.clone() {
+                if let Some((name, value)) = &more {
+                    item[name.get(&names)] = value.clone();
+                }
+                for (way, change) in &changes {
+                    let ways = ways(&item);
+                    if !ways.is_empty() {
+                        change.apply(&mut item, way.get::<Way>(&ways));
+                    }
+                }
+                judge.judge(&item);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_branch_has_one_text_and_a_number_below_2_to_the_64() {
+    for (number, is_good) in [
+        ("0", true),
+        ("18446744073709551615", true),
+        ("18446744073709551616", false),
+        ("00", false),
+        ("042", false),
+        ("", false),
+    ] {
+        let item = json!({"id": "a", "requested_at": 1, "outcome": "COMMITTED", "branch": format!("i.{number}")});
+        let read = decode::<Finish>(json!([item]).to_string().as_bytes()).unwrap();
+        assert_eq!(read[0].is_ok(), is_good, "{number}");
+    }
 }
 
 fn table(arguments: &Arguments) -> Value {

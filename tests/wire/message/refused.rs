@@ -68,10 +68,10 @@ fn refuses<T: Item + Debug>(item: &T, kind: &str, name: &str, value: &str, rule:
 fn a_field_that_is_not_as_it_should_be_is_named_with_its_value_and_rule() {
     let prepared = vote(Ballot::Prepared { branch: branch() });
     let seconds = format!("{WHOLE} 253402300799");
-    let millis = format!("{WHOLE} 253402300799000");
+    let millis = format!("{WHOLE} 253402300799999");
     let slots = format!("{WHOLE} 4294967295");
     let name = "must match [A-Za-z0-9_-]{1,64}";
-    let branches = "must match [A-Za-z0-9_-]{1,64}[.][0-9]{1,20}";
+    let branches = "must match [A-Za-z0-9_-]{1,64}[.](0|[1-9][0-9]{0,19})";
     for (field, value, rule) in [
         ("id", "5", "must be a string"),
         ("id", r#""a b""#, "must match [A-Za-z0-9._:-]{1,128}"),
@@ -99,7 +99,7 @@ fn a_field_that_is_not_as_it_should_be_is_named_with_its_value_and_rule() {
     ] {
         refuses(&prepared, "vote", field, value, rule);
     }
-    refuses(&prepare("{}"), "prepare", "deadline", "253402300799001", &millis);
+    refuses(&prepare("{}"), "prepare", "deadline", "253402300800000", &millis);
     refuses(&prepare("{}"), "prepare", "data", "[]", "must be an object");
     refuses(&prepare("{}"), "prepare", "repeated", "1", "must be true or false");
     let finished = vote(Ballot::Finished(Outcome::Aborted));
@@ -123,7 +123,7 @@ fn what_is_inside_a_field_is_named_by_its_path() {
         complaint::<Decision>(&decision.to_string()),
         "decision: $[0].branches[\"a b\"] is \"i.1\": must stand under a service's name: \
          [A-Za-z0-9_-]{1,64}\n\
-         decision: $[0].branches.c is \"i\": must match [A-Za-z0-9_-]{1,64}[.][0-9]{1,20}\n\
+         decision: $[0].branches.c is \"i\": must match [A-Za-z0-9_-]{1,64}[.](0|[1-9][0-9]{0,19})\n\
          decision: $[0].reason.service is 1: must be a string\n\
          decision: $[0].reason.code is \"why\": must be one of `refused`, `failed`, `no_slot`, \
          `unknown_service`, `deadline`, `cancelled`, `invalid`, `id_reused`\n\

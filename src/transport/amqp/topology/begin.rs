@@ -68,7 +68,11 @@ pub(super) async fn beginning(
     let first = match tokio::time::timeout(READ_MAX, consumer.next()).await {
         Ok(Some(Ok(first))) => first,
         Ok(Some(Err(error))) => return Err(error),
-        Ok(None) | Err(_) => return Ok(Beginning::Empty),
+        Ok(None) | Err(_) => {
+            // Before the consumer is dropped: see `Scan::cancel`.
+            let _ = channel.close(200, "done".into()).await;
+            return Ok(Beginning::Empty);
+        }
     };
     first.ack(BasicAckOptions::default()).await?;
     let _ = channel.close(200, "done".into()).await;
