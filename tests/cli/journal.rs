@@ -79,10 +79,11 @@ impl Held {
     }
 }
 
-/// The first word of each line.
+/// The ids in a log. Of a line that a kill has torn the branch is there, or it was written again.
 fn ids(log: &Path) -> Vec<String> {
     let text = fs::read_to_string(log).unwrap_or_default();
-    text.lines().map(|line| line.split(' ').next().unwrap().to_owned()).collect()
+    let lines = text.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+    lines.filter(|words| words.len() > 3).map(|words| words[0].to_owned()).collect()
 }
 
 /// The result of each transaction that was told, also by a process that was killed meanwhile.
