@@ -2,7 +2,8 @@
 //!
 //! # Running transactions in one process
 //!
-//! [`run`] takes services and transactions and gives results; [`Embedded`] has the settings.
+//! [`run`] takes services and transactions and gives results; [`Embedded`] has the settings, and
+//! keeps its [journal](Embedded::journal) in a file if it is to survive its process.
 //! [`Service`] makes a service of closures, [`Participant`] is what a larger one implements.
 //!
 //! # On RabbitMQ
@@ -49,9 +50,12 @@ pub use crate::{
         serve::{ServeSettings, serve},
     },
     protocol::message::{Outcome, Reason, ReasonCode},
-    transport::amqp::{
-        connection::Broker,
-        names::{Names, Namespace},
-        tls::{Identity, Pem, Tls},
+    transport::{
+        amqp::{
+            connection::Broker,
+            names::{Names, Namespace},
+            tls::{Identity, Pem, Tls},
+        },
+        embedded::file::JournalError,
     },
 };

@@ -6,16 +6,17 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     error::Error,
     panic::panic_any,
+    path::Path,
     sync::{
         Arc, Condvar, Mutex,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     time::Duration,
 };
 
 use dtc::{
-    Embedded, InvalidService, InvalidTransaction, Outcome, Participant, ReasonCode, RunError,
-    Service, Transaction, TransactionResult, Verdict,
+    Embedded, InvalidService, InvalidTransaction, JournalError, Outcome, Participant, ReasonCode,
+    RunError, Service, Transaction, TransactionResult, Verdict,
     participant::{Finish, InDoubt, Prepare},
     protocol::ids::TransactionKey,
     run,
@@ -547,6 +548,251 @@ async fn a_participant_written_by_hand_is_called_for_what_it_said() {
     let expected = ["H abort 4", "H commit 1", "H prepare 1", "H prepare 2", "H prepare 3"];
     assert_eq!(by_hand.log.sorted()[..5], expected);
     assert!(by_hand.held.lock().unwrap().is_empty());
+}
+
+// ---- With a journal ----------------------------------------------------------------------------
+
+/// A service whose store outlives every run of a test, and which hangs in commit as long as it is
+/// told to.
+#[derive(Clone, Default)]
+struct Lasting {
+    log: Log,
+    held: Arc<Mutex<Vec<InDoubt>>>,
+    hangs: Arc<AtomicBool>,
+}
+
+impl Lasting {
+    fn service(&self, name: &str) -> Service {
+        Service::from_participant(name, 8, self.clone())
+    }
+}
+
+impl Participant for Lasting {
+    async fn prepare(&self, call: Prepare) -> Result<Verdict, Box<dyn Error + Send + Sync>> {
+        self.log.add("L", "prepare", call.id());
+        let (key, branch) = (call.key.clone(), call.branch.clone());
+        let (request_hash, deadline) = (call.request_hash, call.deadline);
+        self.held.lock().unwrap().push(InDoubt { key, request_hash, branch, deadline });
+        Ok(Verdict::Prepared)
+    }
+
+    async fn commit(&self, call: Finish) -> Result<(), Box<dyn Error + Send + Sync>> {
+        if self.hangs.load(Ordering::Relaxed) {
+            std::future::pending::<()>().await;
+        }
+        self.log.add("L", "commit", call.id());
+        self.held.lock().unwrap().retain(|it| it.branch != call.branch);
+        Ok(())
+    }
+
+    async fn abort(&self, call: Finish) -> Result<(), Box<dyn Error + Send + Sync>> {
+        self.log.add("L", "abort", call.id());
+        self.held.lock().unwrap().retain(|it| it.branch != call.branch);
+        Ok(())
+    }
+
+    fn has_store(&self) -> bool {
+        true
+    }
+
+    async fn in_doubt(
+        &self,
+        of: Option<TransactionKey>,
+    ) -> Result<Vec<InDoubt>, Box<dyn Error + Send + Sync>> {
+        let held = self.held.lock().unwrap().clone();
+        Ok(held.into_iter().filter(|it| of.as_ref().is_none_or(|key| it.key == *key)).collect())
+    }
+}
+
+/// Runs until `is_enough`, and then no longer: as if the process ended there.
+async fn run_until(
+    services: impl IntoIterator<Item = Service>,
+    journal: &Path,
+    transactions: Vec<Transaction>,
+    is_enough: impl Fn() -> bool,
+) {
+    let run = Embedded::new(services).unwrap().journal(journal).run(transactions);
+    let enough = async {
+        while !is_enough() {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::select! {
+        ended = run => panic!("it has ended before: {ended:?}"),
+        () = enough => {}
+    }
+}
+
+async fn run_with(
+    services: impl IntoIterator<Item = Service>,
+    journal: &Path,
+    transactions: Vec<Transaction>,
+) -> Vec<TransactionResult> {
+    Embedded::new(services).unwrap().journal(journal).run(transactions).await.unwrap()
+}
+
+#[tokio::test]
+async fn what_is_decided_when_a_run_ends_is_finished_by_the_next_though_it_asks_for_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let journal = directory.path().join("journal");
+    let lasting = Lasting::default();
+    lasting.hangs.store(true, Ordering::Relaxed);
+    let quick = Log::default();
+    let services = || [lasting.service("L"), quick.service("Q", 8)];
+    let is_decided = || quick.count("Q commit t0") > 0;
+    run_until(services(), &journal, transactions(1, &["L", "Q"]), is_decided).await;
+    assert_eq!(lasting.log.sorted(), ["L prepare t0"]);
+
+    lasting.hangs.store(false, Ordering::Relaxed);
+    assert_eq!(run_with(services(), &journal, vec![]).await, []);
+    assert_eq!(lasting.log.sorted(), ["L commit t0", "L prepare t0"]);
+    assert_eq!(lasting.held.lock().unwrap().len(), 0);
+
+    let results = run_with(services(), &journal, transactions(1, &["L", "Q"])).await;
+    assert_eq!(told(&results), (Outcome::Committed, None, None));
+    assert_eq!(lasting.log.sorted().len(), 2, "nobody is called for what is finished");
+}
+
+#[tokio::test]
+async fn what_is_undecided_when_a_run_ends_is_not_prepared_again_where_it_is_held() {
+    let directory = tempfile::tempdir().unwrap();
+    let journal = directory.path().join("journal");
+    let (lasting, quick) = (Lasting::default(), Log::default());
+    let hung = || {
+        let hangs = |_, _| std::future::pending();
+        [lasting.service("L"), quick.service("Q", 8).prepare_async(hangs)]
+    };
+    let is_prepared = || lasting.log.count("L prepare t0") > 0;
+    run_until(hung(), &journal, transactions(1, &["L", "Q"]), is_prepared).await;
+
+    let services = [lasting.service("L"), quick.service("Q", 8)];
+    let results = run_with(services, &journal, transactions(1, &["L", "Q"])).await;
+    assert_eq!(told(&results), (Outcome::Committed, None, None));
+    assert_eq!(lasting.log.sorted(), ["L commit t0", "L prepare t0"]);
+    assert_eq!(quick.sorted(), ["Q commit t0", "Q prepare t0"]);
+}
+
+#[tokio::test]
+async fn closures_are_told_again_what_was_decided_and_not_finished() {
+    let directory = tempfile::tempdir().unwrap();
+    let journal = directory.path().join("journal");
+    let (log, quick) = (Log::default(), Log::default());
+    let hung = || {
+        let hangs = |_| std::future::pending();
+        [log.service("C", 8).commit_async(hangs), quick.service("Q", 8)]
+    };
+    let is_decided = || quick.count("Q commit t0") > 0;
+    run_until(hung(), &journal, transactions(1, &["C", "Q"]), is_decided).await;
+
+    // It doesn't know it any more, and says so.
+    let forgetful = |_| async { Err("what was that?".into()) };
+    let services = [log.service("C", 8).commit_async(forgetful), quick.service("Q", 8)];
+    let results = run_with(services, &journal, transactions(1, &["C", "Q"])).await;
+    assert_eq!(results[0].status, Outcome::Committed);
+    let unresolved = results[0].unresolved.iter().map(|it| it.as_str()).collect::<Vec<_>>();
+    assert_eq!(unresolved, ["C"]);
+
+    let n_calls = quick.sorted().len();
+    let services = [log.service("C", 8), quick.service("Q", 8)];
+    let results = run_with(services, &journal, transactions(1, &["C", "Q"])).await;
+    assert_eq!((results[0].status, results[0].unresolved.len()), (Outcome::Committed, 0));
+    assert_eq!(log.sorted(), ["C commit t0", "C prepare t0"]);
+    assert_eq!(quick.sorted().len(), n_calls, "what has committed is not told again");
+}
+
+#[tokio::test]
+async fn what_was_finished_is_answered_as_it_was_and_other_content_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let journal = directory.path().join("journal");
+    let log = Log::default();
+    let services = || {
+        let refuses = |id: String, _| async move { Ok(id != "t1") };
+        [log.service("A", 8), Service::new("B", 8).prepare_async(refuses)]
+    };
+    let first = run_with(services(), &journal, transactions(3, &["A", "B"])).await;
+    let n_calls = log.sorted().len();
+    let second = run_with(services(), &journal, transactions(3, &["A", "B"])).await;
+    assert_eq!(first, second);
+    assert_eq!(second[1].reason.as_ref().unwrap().code, ReasonCode::Refused);
+    let other = run_with(services(), &journal, transactions(1, &["A"])).await;
+    assert_eq!(told(&other).1, Some(ReasonCode::IdReused));
+    assert_eq!(log.sorted().len(), n_calls);
+
+    // What was decided in the same millisecond isn't older than nothing.
+    sleep(ms(2)).await;
+    let forgetful = Embedded::new(services()).unwrap().journal(&journal);
+    let third = forgetful.journal_retention(Duration::ZERO).run(transactions(1, &["A"])).await;
+    assert_eq!(told(&third.unwrap()).0, Outcome::Committed);
+    assert_eq!(log.sorted().len(), n_calls + 2);
+}
+
+#[tokio::test]
+async fn a_journal_that_can_not_be_used_is_an_error_and_calls_no_one() {
+    let directory = tempfile::tempdir().unwrap();
+    let log = Log::default();
+    let run_at = async |path: &str| {
+        let embedded = Embedded::new([log.service("A", 1)]).unwrap();
+        embedded.journal(directory.path().join(path)).run(transactions(1, &["A"])).await
+    };
+    std::fs::write(directory.path().join("letter"), "Dear Sir or Madam").unwrap();
+    let letter = run_at("letter").await.unwrap_err();
+    assert!(matches!(letter, RunError::Journal(JournalError::NoJournal { .. })), "{letter:?}");
+    let nowhere = run_at("no/where").await.unwrap_err();
+    assert!(matches!(nowhere, RunError::Journal(JournalError::Open { .. })), "{nowhere:?}");
+    assert_eq!(log.sorted(), [""; 0]);
+}
+
+#[tokio::test]
+async fn a_journal_is_one_runs_at_a_time() {
+    let directory = tempfile::tempdir().unwrap();
+    let journal = directory.path().join("journal");
+    let log = Log::default();
+    let logged = log.clone();
+    let hangs = move |id: String, _| {
+        logged.add("A", "hangs", &id);
+        std::future::pending()
+    };
+    let first = Embedded::new([log.service("A", 1).prepare_async(hangs)]).unwrap();
+    let mut first = Box::pin(first.journal(&journal).run(transactions(1, &["A"])));
+    while log.count("A hangs t0") == 0 {
+        tokio::select! {
+            ended = &mut first => panic!("it has ended: {ended:?}"),
+            () = tokio::task::yield_now() => {}
+        }
+    }
+    let second = Embedded::new([log.service("A", 1)]).unwrap().journal(&journal);
+    let second = second.run(transactions(1, &["A"])).await;
+    let error = second.unwrap_err();
+    assert!(matches!(error, RunError::Journal(JournalError::InUse { .. })), "{error:?}");
+    drop(first);
+    let results = run_with([log.service("A", 1)], &journal, transactions(1, &["A"])).await;
+    assert_eq!(told(&results).0, Outcome::Committed);
+}
+
+#[tokio::test]
+async fn data_of_any_size_and_depth_survives_its_process() {
+    let directory = tempfile::tempdir().unwrap();
+    let journal = directory.path().join("journal");
+    let mut deep = json!("x".repeat(1 << 20));
+    for _ in 0..120 {
+        deep = json!([deep]);
+    }
+    let all = || vec![Transaction::new("t0", ["L", "Q"], json!({"deep": deep}))];
+    let (lasting, quick) = (Lasting::default(), Log::default());
+    let seen = Arc::new(Mutex::new(json!(null)));
+    let hangs = |_, _| std::future::pending();
+    let hung = [lasting.service("L"), quick.service("Q", 8).prepare_async(hangs)];
+    run_until(hung, &journal, all(), || lasting.log.count("L prepare t0") > 0).await;
+
+    let saw = Arc::clone(&seen);
+    let sees = move |_, data| {
+        *saw.lock().unwrap() = data;
+        async { Ok(true) }
+    };
+    let services = [lasting.service("L"), quick.service("Q", 8).prepare_async(sees)];
+    assert_eq!(run_with(services, &journal, vec![]).await, []);
+    assert_eq!(seen.lock().unwrap()["deep"], deep);
+    assert_eq!(lasting.log.sorted(), ["L commit t0", "L prepare t0"]);
 }
 
 // ---- Whatever happens --------------------------------------------------------------------------

@@ -21,13 +21,18 @@ use crate::{
         progress,
         stages::{self, Ran, Stages},
     },
+    config::duration,
     embedded::{Embedded, Report},
-    participant::{Service, simulated::Simulated},
-    transport::amqp::connection::Broker,
+    participant::{Service, simulated::Simulated, state::State},
+    transport::{
+        amqp::connection::Broker,
+        embedded::file::{self, JournalError, Opened, Options},
+    },
     wire::{
         services::{self, ServiceSpec},
         transactions::Transactions,
     },
+    worker::clock::Clock,
 };
 
 /// What is said when the first signal is heard.
@@ -36,6 +41,12 @@ const HEARD: &str = "interrupted: what has begun is finished; once more to stop 
 /// Run transactions across simulated services in this process; nothing else is needed.
 ///
 /// With --broker they meet on RabbitMQ: worker, services and producer are still this process.
+///
+/// With --journal and --state a run survives its process. Started again after any end, kill -9
+/// included, with the same two: what was decided is finished, also what isn't among the
+/// transactions any more; what was finished is answered as it was, and nobody is called for it. A
+/// decision is acted upon when it is on the disk. The services' state survives its process, and not
+/// the machine: nothing in --state is synced.
 ///
 /// services.json: [{"name","max_concurrency","max_wait_ms"?,"cap"?,"prepare"?,"commit"?,"abort"?}];
 /// the last three are objects of "latency_ms" (a number, or two: from, to), "refuse_rate",
@@ -75,6 +86,17 @@ pub(super) struct RunArguments {
     /// Where to write what the summary says, as JSON
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
+    /// Where to keep the journal: a file, which one process at a time has open; it is made if it
+    /// isn't there
+    #[arg(long, value_name = "FILE", requires = "state", conflicts_with = "url")]
+    journal: Option<PathBuf>,
+    /// Where the services keep what they hold, as those of `dtc service` do: a journal is worth
+    /// nothing without
+    #[arg(long, value_name = "DIR", requires = "journal")]
+    state: Option<PathBuf>,
+    /// How long the journal tells how a transaction has ended; then its id is free again
+    #[arg(long, value_name = "DURATION", default_value = "7d", value_parser = duration::parse)]
+    retention: Duration,
     #[command(flatten)]
     broker: OptionalBroker,
 }
@@ -169,22 +191,71 @@ fn run_embedded(
     form: Form,
     stages: &Stages<'_>,
 ) -> Result<Ran<Report>, Failure> {
-    let simulated = services.into_iter().map(|spec| {
-        let participant = Simulated::new(&spec, arguments.seed);
-        Service::from_participant(spec.name.as_str(), spec.max_concurrency, participant)
-            .max_wait(spec.max_wait)
-    });
+    let opened =
+        arguments.journal.as_deref().map(|path| open_journal(path, arguments)).transpose()?;
+    let mut simulated = Vec::with_capacity(services.len());
+    for spec in services {
+        let mut participant = Simulated::new(&spec, arguments.seed);
+        if let (Some(directory), Some(opened)) = (&arguments.state, &opened) {
+            let state = State::open(directory, &spec.name, &opened.instance)
+                .map_err(|error| Failure::new(Exit::BadConfiguration, error))?;
+            participant = participant.with_state(state);
+        }
+        let service =
+            Service::from_participant(spec.name.as_str(), spec.max_concurrency, participant);
+        simulated.push(service.max_wait(spec.max_wait));
+    }
     let mut embedded = Embedded::new(simulated)
         .map_err(|error| Failure::new(Exit::BadData, error))?
         .max_in_flight(arguments.max_in_flight)
         .prepare_timeout(Duration::from_millis(arguments.timeout_ms));
+    if let Some(opened) = opened {
+        embedded = embedded.with_journal(opened);
+    }
     if arguments.detail {
         embedded = embedded.counting_attempts();
     }
     let printing = Some((form, detail(arguments)));
-    Ok(stages.run(transactions, printing, |requests, concluded, stop| {
+    let Ran { done, ended } = stages.run(transactions, printing, |requests, concluded, stop| {
         embedded.serve(requests, concluded, stop)
-    }))
+    });
+    done.map(|done| Ran { done, ended }).map_err(unusable)
+}
+
+/// Opens the journal, and says what it has found there, if that is worth a word.
+fn open_journal(path: &Path, arguments: &RunArguments) -> Result<Opened, Failure> {
+    let options = Options { now: Clock::start().now(), retention: arguments.retention };
+    let opened = file::open(path, &options).map_err(unusable)?;
+    let name = path.display();
+    if opened.n_torn > 0 {
+        let n_torn = opened.n_torn;
+        super::tell(&format!(
+            "{name}: cut off {n_torn} bytes that were not written to their end\n"
+        ));
+    }
+    let decided = opened.unfinished.iter().filter(|it| it.decision.is_some()).count();
+    if !opened.unfinished.is_empty() {
+        let undecided = opened.unfinished.len() - decided;
+        super::tell(&format!("{name}: to be finished: {decided} decided, {undecided} undecided\n"));
+    }
+    Ok(opened)
+}
+
+/// How to end without a journal.
+fn unusable(error: JournalError) -> Failure {
+    let exit = match &error {
+        JournalError::NoJournal { .. }
+        | JournalError::Newer { .. }
+        | JournalError::Corrupt { .. } => Exit::BadData,
+        JournalError::Open { .. } | JournalError::NoFile { .. } | JournalError::InUse { .. } => {
+            Exit::BadConfiguration
+        }
+        JournalError::Read { .. }
+        | JournalError::Write { .. }
+        | JournalError::Sync { .. }
+        | JournalError::Thread { .. } => Exit::Incomplete,
+    };
+    Failure::new(exit, error)
 }
 
 fn run_brokered(

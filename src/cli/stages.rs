@@ -129,6 +129,7 @@ impl Stages<'_> {
         let (concluded, conclusions) = mpsc::channel(4);
         let is_ordered = printing.is_some_and(|(form, _)| form.is_ordered());
         let order = is_ordered.then(Arc::<Order>::default);
+        let taker = intake.downgrade();
         let feeder = {
             let order = order.clone();
             thread::spawn(move || feed(transactions, &intake, order.as_deref()))
@@ -149,7 +150,9 @@ impl Stages<'_> {
             printer.join().unwrap_or_else(|_| Err(io::Error::other("the printer panicked")))
         });
         // A feeder that waits for a terminal, or a pipe, may wait for ever.
-        let bad_line = if (interrupted || printed.is_err()) && !feeder.is_finished() {
+        let is_unheard = taker.upgrade().is_some_and(|intake| intake.is_closed());
+        let is_given_up = interrupted || printed.is_err() || is_unheard;
+        let bad_line = if is_given_up && !feeder.is_finished() {
             None
         } else {
             feeder.join().ok().and_then(Result::err)

@@ -5,24 +5,33 @@
 //! out, and their endings handed back in.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
     time::Duration,
 };
 
 use crate::{
-    embedded::{Settings, report::ServiceReport},
+    embedded::{
+        Settings,
+        log::{Earlier, Log, Maker, answer_of},
+        recovery::{Recovery, Step},
+        report::ServiceReport,
+    },
     protocol::{
         coordinator::{self, Anomaly, Coordinator, Delivery},
         ids::{InstanceId, ServiceName, TransactionKey, WorkerId},
         message::{
-            Answer, Command, Decision, Destination, Matter, Outcome, Parked, Reason, Request,
+            Answer, Command, Decision, Destination, Inquiry, Matter, Outcome, Parked, Reason,
+            ReasonCode, Request,
         },
-        participant::{self, Instance},
+        participant::{self, InDoubt, Instance},
         time::Time,
     },
-    transport::embedded::{MemoryJournal, PrepareQueue, RequestQueue},
+    transport::embedded::{
+        MemoryJournal, PrepareQueue, RequestQueue,
+        file::{Batch, JournalError, Unfinished},
+    },
     wire::{result::Attempts, transactions::TransactionSpec},
     worker::clock::Reading,
 };
@@ -53,6 +62,9 @@ pub(crate) struct Engine {
     members: Vec<Member>,
     numbers: BTreeMap<ServiceName, usize>,
     journal: MemoryJournal,
+    /// What is written to a file, where the journal is kept in one.
+    log: Option<Box<Log>>,
+    recovery: Option<Recovery>,
     /// What was appended and not read back yet: together it is the journal's next message.
     appended: Vec<Arc<Decision>>,
     /// How many messages of the journal the coordinator has read: the offset of its next one.
@@ -99,10 +111,12 @@ impl Engine {
         now: Time,
         mut settings: Settings,
         services: impl IntoIterator<Item = (ServiceName, u32, Duration, bool)>,
+        log: Option<(Log, Vec<Unfinished>)>,
     ) -> Self {
         let worker = settings.coordinator.worker.clone();
         let mut members = Vec::new();
         let mut numbers = BTreeMap::new();
+        let mut with_stores = BTreeSet::new();
         for (name, max_concurrency, max_wait, has_store) in services {
             let instance = settings.instance.clone();
             let instance_settings = participant::Settings {
@@ -116,6 +130,9 @@ impl Engine {
             let slots = coordinator::Slots { max_concurrency, max_wait };
             settings.coordinator.own_services.insert(name.clone(), slots);
             numbers.insert(name.clone(), members.len());
+            if has_store {
+                with_stores.insert(members.len());
+            }
             members.push(Member {
                 name,
                 instance: Instance::new(now, instance_settings),
@@ -132,6 +149,8 @@ impl Engine {
             members,
             numbers,
             journal: MemoryJournal::default(),
+            log: None,
+            recovery: None,
             appended: Vec::new(),
             messages_read: 0,
             requests: RequestQueue::default(),
@@ -145,42 +164,88 @@ impl Engine {
             lingering: Vec::new(),
         };
         engine.attach_journal();
+        if let Some((log, unfinished)) = log {
+            engine.log = Some(Box::new(log));
+            engine.replay(&unfinished);
+            let patience = 4 * engine.settings.coordinator.finish_timeout;
+            engine.recovery = Some(Recovery::new(now, patience, unfinished, with_stores));
+        }
         engine
     }
 
     /// How many more requests it can take now.
     pub(crate) fn room(&self) -> usize {
-        self.coordinator.room()
+        match &self.recovery {
+            Some(recovery) if recovery.is_looking() => 0,
+            Some(_) | None => self.coordinator.room(),
+        }
     }
 
     /// Whether nothing is in flight.
     pub(crate) fn is_idle(&self) -> bool {
-        self.coordinator.is_empty()
+        self.coordinator.is_empty() && self.recovery.is_none()
     }
 
-    /// Takes in a transaction: that it is asked for now is its `requested_at`.
+    /// Takes in a transaction: that it is asked for now is its `requested_at`, unless the journal
+    /// knows better.
     pub(crate) fn submit(&mut self, now: Reading, spec: TransactionSpec) {
+        let mut requested_at = now.time;
+        let mut deliveries = 1;
+        if let Some(log) = &mut self.log {
+            // As on the wire, and in every store.
+            requested_at = Time::from_millis(now.time.as_millis() / 1000 * 1000);
+            match log.earlier(&spec) {
+                Earlier::Nothing if log.has_failed() => return,
+                Earlier::Nothing => {
+                    let recovery = self.recovery.as_mut();
+                    if let Some(since) = recovery.and_then(|it| it.adopt(&spec.id)) {
+                        // Its request was lost, and what was prepared for it was not.
+                        (requested_at, deliveries) = (since, 2);
+                    }
+                }
+                Earlier::InFlight(since) => requested_at = since,
+                Earlier::Over(finished) => {
+                    let mut answer = answer_of(&finished);
+                    if finished.decision.request_hash != spec.request_hash {
+                        answer = rejected(now.time, &finished.decision.key, id_reused());
+                    }
+                    let (attempts, took) = (BTreeMap::new(), Duration::ZERO);
+                    return self.concluded.push(Concluded { answer, attempts, took });
+                }
+            }
+        }
         let request = Request {
-            key: TransactionKey { id: spec.id, requested_at: now.time },
+            key: TransactionKey { id: spec.id, requested_at },
             request_hash: spec.request_hash,
             services: spec.services,
             data: spec.data,
             timeout: spec.timeout,
             reply: None,
         };
+        if let Some(log) = &mut self.log {
+            log.take_in(&request);
+        }
         let delivery = self.requests.deliver(&request);
         let in_flight = InFlight { since: now.elapsed, attempts: BTreeMap::new(), ended: None };
         self.in_flight.insert(request.key.clone(), in_flight);
         self.for_worker.push_back(coordinator::Event::RequestReceived {
             request,
             delivery,
-            deliveries: 1,
+            deliveries,
         });
         self.settle(now);
     }
 
     /// A call of a service's code has ended.
     pub(crate) fn call_ended(&mut self, member: usize, event: participant::Event) {
+        if let (Some(recovery), participant::Event::StoreScanned(held)) =
+            (&mut self.recovery, &event)
+        {
+            // What this process has made, it knows of.
+            let own = &self.settings.instance;
+            let of_others = held.iter().filter(|it| it.branch.instance() != own);
+            recovery.heard(member, of_others.cloned());
+        }
         self.for_members.push_back((member, event));
     }
 
@@ -197,14 +262,35 @@ impl Engine {
     /// The transactions that have ended. Where calls are counted for each, only those that nothing
     /// more will be called for: a result is out before the services have heard of an abort.
     pub(crate) fn take_concluded(&mut self) -> Vec<Concluded> {
+        let mut concluded = std::mem::take(&mut self.concluded);
         if !self.settings.counts_attempts {
-            return std::mem::take(&mut self.concluded);
+            return concluded;
         }
         let coordinator = &self.coordinator;
         let is_over = |key: &mut TransactionKey| coordinator.phase_of(key).is_none();
         let over = self.lingering.extract_if(.., is_over);
         let ended = over.filter_map(|key| self.in_flight.remove(&key));
-        ended.filter_map(InFlight::into_concluded).collect()
+        concluded.extend(ended.filter_map(InFlight::into_concluded));
+        concluded
+    }
+
+    /// What is to be written to the journal's file now.
+    pub(crate) fn take_batch(&mut self) -> Option<Batch> {
+        self.log.as_mut()?.take_batch()
+    }
+
+    /// Why the journal can't be used any more.
+    pub(crate) fn take_failure(&mut self) -> Option<JournalError> {
+        self.log.as_mut()?.take_failure()
+    }
+
+    /// So many of the entries that were taken are on the disk.
+    pub(crate) fn safe(&mut self, n_safe: u64) {
+        let Some(log) = &mut self.log else { return };
+        for decision in log.safe(n_safe) {
+            self.journal.append(Arc::clone(&decision), |key| log.is_open(key));
+            self.appended.push(decision);
+        }
     }
 
     /// When [`Engine::settle`] should be called again though nothing has happened.
@@ -212,7 +298,9 @@ impl Engine {
         let members = self.members.iter().flat_map(|member| {
             member.instance.next_deadline().into_iter().chain(member.queue.next_expiry())
         });
-        members.chain(self.coordinator.next_deadline()).min()
+        let is_idle = self.coordinator.is_empty();
+        let recovery = self.recovery.as_ref().and_then(|it| it.next_deadline(is_idle));
+        members.chain(self.coordinator.next_deadline()).chain(recovery).min()
     }
 
     /// What is to be said of each service, in the order in which they were given.
@@ -236,8 +324,8 @@ impl Engine {
                 self.read_back();
             } else if let Some((member, event)) = self.for_members.pop_front() {
                 self.handle_at_member(now.time, member, event);
-            } else {
-                return;
+            } else if !self.recover(now.time) {
+                return self.note_aborted();
             }
         }
     }
@@ -316,6 +404,9 @@ impl Engine {
                 })
             }
             Effect::Send { service, to, command } => self.send(now.time, service, &to, command),
+            Effect::Append(decision) if let Some(log) = &mut self.log => {
+                log.propose(Arc::new(decision));
+            }
             Effect::Append(decision) => {
                 let decision = Arc::new(decision);
                 let in_flight = &self.in_flight;
@@ -356,6 +447,9 @@ impl Engine {
         let worker = self.worker.clone();
         let event = match command {
             Command::Prepare(prepare) => {
+                if let Some(log) = &mut self.log {
+                    log.begin(&prepare.key);
+                }
                 self.members[number].queue.publish(now, prepare);
                 return self.deliver(now, number);
             }
@@ -391,7 +485,20 @@ impl Engine {
     }
 
     fn conclude(&mut self, now: Reading, key: &TransactionKey, answer: Answer) {
-        self.journal.release(key);
+        match (&mut self.log, answer.outcome) {
+            (None, _) => self.journal.release(key),
+            (Some(log), Outcome::Committed) => {
+                log.finish(key, &answer.unresolved);
+                self.journal.release(key);
+                // Nobody waits for what is parked.
+                if let Some(recovery) = &mut self.recovery {
+                    let parked = answer.unresolved.iter().filter_map(|it| self.numbers.get(it));
+                    parked.for_each(|number| recovery.done(now.time, *number, key));
+                }
+            }
+            // A result is out before the services have heard of an abort.
+            (Some(log), Outcome::Aborted) => log.aborted(key),
+        }
         let Some(in_flight) = self.in_flight.get_mut(key) else { return };
         let took = now.elapsed.saturating_sub(in_flight.since);
         in_flight.ended = Some((answer, took));
@@ -404,15 +511,133 @@ impl Engine {
     }
 
     fn reject(&mut self, now: Reading, request: &Request, reason: Reason) {
-        let answer = Answer {
-            id: request.key.id.clone(),
-            requested_at: request.key.requested_at,
-            outcome: Outcome::Aborted,
-            reason: Some(reason),
-            unresolved: Vec::new(),
-            decided_at: now.time,
-        };
+        let answer = rejected(now.time, &request.key, reason);
         self.conclude(now, &request.key, answer);
+    }
+
+    // ---- The journal's file ------------------------------------------------------------------
+
+    /// Reads what earlier processes have decided and not finished.
+    fn replay(&mut self, unfinished: &[Unfinished]) {
+        for decision in unfinished.iter().filter_map(|it| it.decision.as_ref()) {
+            self.journal.append(Arc::clone(decision), |_| true);
+            self.appended.push(Arc::clone(decision));
+        }
+    }
+
+    /// Goes on with what earlier processes have left. Whether that has led to anything.
+    fn recover(&mut self, now: Time) -> bool {
+        let Some(recovery) = &mut self.recovery else { return false };
+        match recovery.step(now, self.coordinator.is_empty()) {
+            Step::Wait => false,
+            Step::Request { unfinished, silent } => {
+                for number in silent {
+                    let service = &self.members[number].name;
+                    tracing::error!(%service, "it doesn't tell what it holds in doubt");
+                }
+                unfinished.into_iter().for_each(|it| self.request_again(it));
+                true
+            }
+            Step::Ask(number, doubt) if self.may_be_asked_for(&doubt) => {
+                if let Some(recovery) = &mut self.recovery {
+                    recovery.defer(number, doubt);
+                }
+                true
+            }
+            Step::Ask(number, doubt) | Step::GiveUp(number, doubt) => {
+                let InDoubt { key, request_hash, branch, deadline } = doubt;
+                let (service, instance) =
+                    (self.members[number].name.clone(), self.settings.instance.clone());
+                let inquiry =
+                    Inquiry { key: key.clone(), request_hash, service, instance, branch, deadline };
+                let is_answered = self.inquire(inquiry);
+                if let Some(recovery) = self.recovery.as_mut().filter(|_| !is_answered) {
+                    recovery.done(now, number, &key);
+                }
+                true
+            }
+            Step::End { n_left } => {
+                if n_left > 0 {
+                    tracing::error!(n_left, "branches are left in doubt until the next start");
+                }
+                self.recovery = None;
+                false
+            }
+        }
+    }
+
+    /// Whether nothing is known of what an earlier process has begun, so that it may be requested
+    /// once more.
+    fn may_be_asked_for(&mut self, doubt: &InDoubt) -> bool {
+        let Some(log) = &mut self.log else { return false };
+        let key = &doubt.key;
+        !log.is_open(key)
+            && matches!(log.maker_of(&doubt.branch), Maker::Earlier)
+            && log.ending_of(key).is_none()
+            && !log.has_failed()
+    }
+
+    /// No more requests come: what nobody has asked for by now is given up.
+    pub(crate) fn requests_ended(&mut self) {
+        if let Some(recovery) = &mut self.recovery {
+            recovery.requests_ended();
+        }
+    }
+
+    /// What an earlier process has begun is treated like a request that is delivered again.
+    fn request_again(&mut self, unfinished: Unfinished) {
+        let Unfinished { request, begun_by, .. } = unfinished;
+        let deliveries = self.log.as_ref().map_or(2, |log| log.deliveries_of(&begun_by));
+        let delivery = self.requests.deliver(&request);
+        let event = coordinator::Event::RequestReceived { request, delivery, deliveries };
+        self.for_worker.push_back(event);
+    }
+
+    /// An instance asks what became of a branch: whether it will be told.
+    fn inquire(&mut self, mut inquiry: Inquiry) -> bool {
+        let key = &inquiry.key;
+        if let Some(log) = &mut self.log
+            && self.coordinator.phase_of(key).is_none()
+            && self.coordinator.view().earliest_seen(key).is_none()
+        {
+            let (service, branch) = (&inquiry.service, &inquiry.branch);
+            match log.maker_of(branch) {
+                Maker::Earlier => match log.ending_of(key) {
+                    Some(decision) => {
+                        // It was over, and isn't: it has to be told again.
+                        tracing::warn!(%key, %service, %branch, "what was finished is in doubt");
+                        self.appended.push(decision);
+                        self.read_back();
+                    }
+                    None if log.has_failed() => return false,
+                    // Whoever has begun it is gone, and nobody else has this journal: nothing will
+                    // be decided any more unless it is now.
+                    None => inquiry.deadline = Time::EPOCH,
+                },
+                Maker::Own => {
+                    tracing::warn!(%key, %service, %branch, "what was finished is in doubt");
+                    return false;
+                }
+                Maker::Stranger => {
+                    tracing::error!(
+                        %key, %service, %branch,
+                        "left in doubt: it was prepared under another journal than this"
+                    );
+                    return false;
+                }
+            }
+        }
+        self.for_worker.push_back(coordinator::Event::InquiryReceived(inquiry));
+        true
+    }
+
+    /// Of what is aborted, that is over of which everyone has been told.
+    fn note_aborted(&mut self) {
+        let Some(log) = &mut self.log else { return };
+        for key in log.take_aborted(|key| self.coordinator.phase_of(key).is_none()) {
+            log.finish(&key, &[]);
+            self.journal.release(&key);
+        }
     }
 
     fn park(&mut self, parked: &Parked) {
@@ -457,10 +682,18 @@ impl Engine {
                 self.for_worker.push_back(coordinator::Event::VoteReceived(vote));
             }
             Effect::Done { done, .. } => {
+                if let Some(recovery) = &mut self.recovery {
+                    match &done.applied {
+                        Ok(()) => recovery.done(now, number, &done.key),
+                        // What is worked on is told again.
+                        Err(_) if self.coordinator.phase_of(&done.key).is_some() => {}
+                        Err(_) => recovery.failed(now, number, &done.key),
+                    }
+                }
                 self.for_worker.push_back(coordinator::Event::DoneReceived(done));
             }
             Effect::Inquire(inquiry) => {
-                self.for_worker.push_back(coordinator::Event::InquiryReceived(inquiry));
+                self.inquire(inquiry);
             }
             // The durable queue's deliveries need no ack here: they live with the instance.
             Effect::Ack(Delivery(0)) => {}
@@ -521,6 +754,22 @@ pub(crate) fn worker_id() -> WorkerId {
     WorkerId::parse("embedded").expect("a valid worker id")
 }
 
+fn id_reused() -> Reason {
+    Reason::because(ReasonCode::IdReused, "another request has this id")
+}
+
+/// The answer to a request that can't be dealt with.
+fn rejected(now: Time, key: &TransactionKey, reason: Reason) -> Answer {
+    Answer {
+        id: key.id.clone(),
+        requested_at: key.requested_at,
+        outcome: Outcome::Aborted,
+        reason: Some(reason),
+        unresolved: Vec::new(),
+        decided_at: now,
+    }
+}
+
 fn report(anomaly: &Anomaly) {
     match anomaly {
         Anomaly::CommitFailed { key, service, failures, error } => {
@@ -563,7 +812,7 @@ mod tests {
         let services = [Service::new("A", 3), Service::new("B", 3)];
         let settings = Embedded::new(services).unwrap().settings;
         let member = |name| (ServiceName::parse(name).unwrap(), 3, Duration::from_secs(1), false);
-        let mut engine = Engine::new(NOW, settings, ["A", "B"].map(member));
+        let mut engine = Engine::new(NOW, settings, ["A", "B"].map(member), None);
         engine.settle(at(NOW));
         for n in 0..12 {
             let services: &[&str] = [&["A", "B"][..], &["A"], &["B"]][n % 3];

@@ -2,22 +2,26 @@
 //! results out.
 //!
 //! It runs the same two cores as a worker and a service on a broker, wired to each other in memory.
-//! What it does not do is survive its process: what was in flight when that ends is lost.
+//! Without a [journal](Embedded::journal) it does not survive its process: what was in flight when
+//! that ends is lost.
 
 mod engine;
+mod log;
+mod recovery;
+mod remembered;
 mod report;
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, path::PathBuf, sync::Arc, time::Duration};
 
 use serde_json::Value;
 use tokio::sync::mpsc;
 
 pub(crate) use self::engine::Concluded;
-use self::engine::Engine;
 pub use self::{
     engine::Calls,
     report::{Report, ServiceReport},
 };
+use self::{engine::Engine, log::Log, remembered::Remembered};
 use crate::{
     participant::{self, AnyParticipant, Ended, Service},
     protocol::{
@@ -25,6 +29,10 @@ use crate::{
         ids::{InstanceId, InvalidName, ServiceName, TransactionId},
         message::{Outcome, Reason},
         time::Time,
+    },
+    transport::embedded::{
+        faults,
+        file::{self, JournalError, Opened, Options, Unfinished, Writer},
     },
     wire::{hash, transactions::TransactionSpec},
     worker::clock::Clock,
@@ -131,8 +139,8 @@ pub enum InvalidService {
     },
 }
 
-/// A run that can't begin.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+/// A run that can't begin, or can't go on.
+#[derive(Debug, thiserror::Error)]
 pub enum RunError {
     /// A service can't be used as it is.
     #[error("invalid service")]
@@ -140,6 +148,10 @@ pub enum RunError {
     /// A transaction can't be run as it is.
     #[error("invalid transaction")]
     Transaction(#[from] InvalidTransaction),
+    /// The journal can't be used, or not any more. What has ended until then is in it: a run with
+    /// the same transactions gives their results.
+    #[error("the journal can't be used")]
+    Journal(#[from] JournalError),
 }
 
 /// Runs `transactions` over `services`, and gives the results in the order of the transactions.
@@ -169,7 +181,7 @@ pub async fn run(
     services: impl IntoIterator<Item = Service>,
     transactions: impl IntoIterator<Item = Transaction>,
 ) -> Result<Vec<TransactionResult>, RunError> {
-    Ok(Embedded::new(services)?.run(transactions).await?)
+    Embedded::new(services)?.run(transactions).await
 }
 
 /// The settings of a coordinator in one process.
@@ -191,6 +203,15 @@ pub(crate) struct Settings {
 pub struct Embedded {
     services: Vec<(ServiceName, Service)>,
     settings: Settings,
+    journal: Option<Journal>,
+    retention: Duration,
+}
+
+/// Where the journal is kept, if not only in memory.
+#[derive(Debug)]
+enum Journal {
+    At(PathBuf),
+    Opened(Box<Opened>),
 }
 
 impl Embedded {
@@ -224,8 +245,11 @@ impl Embedded {
             inquire_after: Duration::from_secs(10),
             counts_attempts: false,
         };
-        Ok(Self { services: checked, settings })
+        Ok(Self { services: checked, settings, journal: None, retention: Self::RETENTION })
     }
+
+    /// How long a journal tells how a transaction has ended, unless told otherwise: 7 days.
+    pub const RETENTION: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
     /// How many transactions may be worked on at once: by default 256. More wait for slots.
     #[must_use]
@@ -248,6 +272,48 @@ impl Embedded {
         self
     }
 
+    /// Keeps the journal in a file, so that a run survives its process. The file is made if it isn't
+    /// there; one process at a time has it open.
+    ///
+    /// Started again with the same journal, after whatever end:
+    ///
+    /// * What was decided and not finished is finished, also if it isn't among the transactions of
+    ///   this run. What was begun and not decided is begun again, unless a service still holds it.
+    /// * A transaction that was finished before is answered as it was then, and nobody is called.
+    ///   It is known by its id: with other content, that is `id_reused`.
+    /// * Every service is asked what it holds [in doubt](crate::Participant::in_doubt), and told what
+    ///   became of that.
+    ///
+    /// So services should have a [store](crate::Participant::has_store) that outlives the process.
+    /// Of one that has none, as those of closures, nobody can tell after a crash what it holds. The
+    /// journal tells it again what was decided and not finished: its commit and its abort must bear
+    /// that for what they have done already. What was not decided it is asked to prepare again. Where
+    /// what it had prepared is gone with the process, let its commit fail: then it is
+    /// [unresolved](TransactionResult::unresolved), and tried again at each start.
+    ///
+    /// The journal and the services' stores belong together: with an older copy of either, or with
+    /// another journal, nobody knows what became of what is in doubt. What a service holds from
+    /// another journal is left alone, with an error in the log.
+    #[must_use]
+    pub fn journal(mut self, path: impl Into<PathBuf>) -> Self {
+        self.journal = Some(Journal::At(path.into()));
+        self
+    }
+
+    /// How long the journal tells how a transaction has ended: by default [7 days](Self::RETENTION).
+    /// After that its id is free again.
+    #[must_use]
+    pub fn journal_retention(mut self, retention: Duration) -> Self {
+        self.retention = retention;
+        self
+    }
+
+    /// Keeps the journal in a file that is open already.
+    pub(crate) fn with_journal(mut self, opened: Opened) -> Self {
+        self.journal = Some(Journal::Opened(Box::new(opened)));
+        self
+    }
+
     /// Counts the calls made for each transaction.
     pub(crate) fn counting_attempts(mut self) -> Self {
         self.settings.counts_attempts = true;
@@ -258,13 +324,13 @@ impl Embedded {
     pub async fn run(
         self,
         transactions: impl IntoIterator<Item = Transaction>,
-    ) -> Result<Vec<TransactionResult>, InvalidTransaction> {
+    ) -> Result<Vec<TransactionResult>, RunError> {
         let mut places = std::collections::BTreeMap::new();
         let mut specs = Vec::new();
         for (place, transaction) in transactions.into_iter().enumerate() {
             let spec = transaction.check()?;
             if places.insert(spec.id.clone(), place).is_some() {
-                return Err(InvalidTransaction::DuplicateId { id: spec.id });
+                return Err(InvalidTransaction::DuplicateId { id: spec.id }.into());
             }
             specs.push(spec);
         }
@@ -286,21 +352,33 @@ impl Embedded {
             }
         };
         let stop = std::future::pending();
-        tokio::join!(submit, self.serve(requests, concluded, stop), collect);
+        let (_, served, ()) = tokio::join!(submit, self.serve(requests, concluded, stop), collect);
+        served?;
         Ok(results.into_iter().flatten().collect())
     }
 
     /// Takes in batches of requests until there are no more, or `stop` is over, and hands out what
     /// has ended. When a batch can't be handed out, no more requests are taken in until it can.
+    ///
+    /// # Errors
+    ///
+    /// The journal can't be used any more. Nobody was told of what isn't in it.
     pub(crate) async fn serve(
-        self,
+        mut self,
         mut requests: mpsc::Receiver<Vec<TransactionSpec>>,
         concluded: mpsc::Sender<Vec<Concluded>>,
         stop: impl Future<Output = ()>,
-    ) -> Report {
-        let clock = Clock::start();
-        let (services, participants) = self.members();
-        let mut engine = Engine::new(clock.now(), self.settings.clone(), services);
+    ) -> Result<Report, JournalError> {
+        let mut clock = Clock::start();
+        let (mut writer, mut log) = (None, None);
+        if let Some(opened) = self.open_journal(clock.now()).await? {
+            clock = clock.not_before(opened.latest);
+            let (started, kept) = self.take_over(opened)?;
+            (writer, log) = (Some(started), Some(kept));
+        }
+        let unfinished = log.as_ref().map(|(_, unfinished): &(_, Vec<_>)| unfinished.as_slice());
+        let (services, participants) = self.members(unfinished);
+        let mut engine = Engine::new(clock.now(), self.settings.clone(), services, log);
         let mut calls = participant::Calls::new(clock, self.settings.coordinator.finish_timeout);
         let mut backlog = Vec::new().into_iter();
         let mut report = Report::new();
@@ -311,13 +389,16 @@ impl Embedded {
         loop {
             let now = clock.read();
             engine.wake(now.time);
+            if !open && backlog.len() == 0 {
+                engine.requests_ended();
+            }
             while engine.room() > 0
                 && let Some(spec) = backlog.next()
             {
                 began_at.get_or_insert(now.elapsed);
                 engine.submit(now, spec);
             }
-            make_calls(&mut engine, &mut calls, &participants, clock);
+            make_calls(&mut engine, &mut writer, &mut calls, &participants, clock)?;
             let ended = engine.take_concluded();
             if !ended.is_empty() {
                 ended.iter().for_each(|concluded| report.count(concluded));
@@ -346,6 +427,7 @@ impl Embedded {
                     requests.close();
                     engine.drain();
                 }
+                n_safe = progress(&mut writer) => engine.safe(n_safe?),
                 ended = calls.next() => take_in(&mut engine, &mut calls, ended),
                 batch = requests.recv(), if wants_more => match batch {
                     Some(batch) => backlog = batch.into_iter(),
@@ -354,14 +436,56 @@ impl Embedded {
                 () = sleep_until(next_deadline, clock) => {}
             }
         }
+        if let Some(writer) = writer {
+            close(writer, clock.now()).await?;
+        }
         report.services = engine.reports();
-        report
+        Ok(report)
+    }
+
+    /// Opens the journal, if it is to be kept in a file.
+    async fn open_journal(&mut self, now: Time) -> Result<Option<Opened>, JournalError> {
+        let path = match self.journal.take() {
+            None => return Ok(None),
+            Some(Journal::Opened(opened)) => return Ok(Some(*opened)),
+            Some(Journal::At(path)) => path,
+        };
+        let options = Options { now, retention: self.retention };
+        let of = path.clone();
+        let opened = tokio::task::spawn_blocking(move || file::open(&of, &options)).await;
+        // It is neither aborted nor does it panic; if it did, it was not opened.
+        let failed =
+            |error: tokio::task::JoinError| JournalError::Open { path, source: error.into() };
+        opened.unwrap_or_else(|error| Err(failed(error))).map(Some)
+    }
+
+    /// Goes on with a journal: as the process that has opened it, with what it says.
+    fn take_over(
+        &mut self,
+        opened: Opened,
+    ) -> Result<(Writer, (Log, Vec<Unfinished>)), JournalError> {
+        let Opened { unfinished, endings, tail, own, worker, .. } = opened;
+        let log = Log::new(own, worker.clone(), endings, &unfinished);
+        self.settings.instance = opened.instance;
+        let coordinator = &mut self.settings.coordinator;
+        coordinator.worker = worker;
+        // Moments are told in seconds, so many requests are older than the decisions in view.
+        coordinator.digests_max = 262_144;
+        // A record is safe, or it is an error: none is lost.
+        coordinator.append_timeout = Duration::from_secs(24 * 60 * 60);
+        Ok((Writer::start(tail)?, (log, unfinished)))
     }
 
     #[expect(clippy::type_complexity, reason = "what the engine takes, and what the calls take")]
-    fn members(&self) -> (Vec<(ServiceName, u32, Duration, bool)>, Vec<Arc<dyn AnyParticipant>>) {
+    fn members(
+        &self,
+        unfinished: Option<&[Unfinished]>,
+    ) -> (Vec<(ServiceName, u32, Duration, bool)>, Vec<Arc<dyn AnyParticipant>>) {
         let member = |(name, service): &(ServiceName, Service)| {
-            let participant = service.clone().participant();
+            let mut participant = service.clone().participant();
+            if let Some(unfinished) = unfinished.filter(|_| !participant.has_store()) {
+                participant = Arc::new(Remembered::new(participant, name, unfinished));
+            }
             let has_store = participant.has_store();
             ((name.clone(), service.max_concurrency, service.max_wait, has_store), participant)
         };
@@ -369,20 +493,29 @@ impl Embedded {
     }
 }
 
-/// Makes the calls that are asked for, and those that come of the ones that are over at once.
+/// Makes the calls that are asked for, and those that come of the ones that are over at once. What
+/// they come of is written before them.
 fn make_calls(
     engine: &mut Engine,
+    writer: &mut Option<Writer>,
     calls: &mut participant::Calls,
     participants: &[Arc<dyn AnyParticipant>],
     clock: Clock,
-) {
+) -> Result<(), JournalError> {
     loop {
         engine.settle(clock.read());
+        if let Some(failure) = engine.take_failure() {
+            return Err(failure);
+        }
+        if let (Some(writer), Some(batch)) = (&mut *writer, engine.take_batch()) {
+            writer.write(&batch)?;
+        }
         let wanted = engine.take_calls();
         if wanted.is_empty() {
-            return;
+            return Ok(());
         }
         for (member, call) in wanted {
+            faults::point();
             if let Some(Ended { participant, event }) =
                 calls.start(member, &participants[member], call)
             {
@@ -398,6 +531,23 @@ fn take_in(engine: &mut Engine, calls: &mut participant::Calls, ended: Ended) {
     while let Some(Ended { participant, event }) = next {
         engine.call_ended(participant, event);
         next = calls.try_next();
+    }
+}
+
+/// Waits until more of the journal is on the disk; for ever, if it isn't kept there.
+async fn progress(writer: &mut Option<Writer>) -> Result<u64, JournalError> {
+    match writer {
+        Some(writer) => writer.progress().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Ends the journal in order. It waits for the disk, so it does that elsewhere.
+async fn close(writer: Writer, now: Time) -> Result<(), JournalError> {
+    match tokio::task::spawn_blocking(move || writer.close(now)).await {
+        Ok(closed) => closed,
+        // It is neither aborted nor does it panic; what is not closed is read again.
+        Err(_) => Ok(()),
     }
 }
 

@@ -22,7 +22,7 @@
 use std::{
     collections::BTreeMap,
     fs::{self, File, OpenOptions, TryLockError},
-    io::{self, Read as _, Write as _},
+    io::{self, Read as _, Seek as _, SeekFrom, Write as _},
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -324,7 +324,8 @@ fn hash_of(text: &str) -> Option<RequestHash> {
 
 impl Log {
     fn open(path: PathBuf) -> Result<Self, StateError> {
-        match OpenOptions::new().create(true).append(true).open(&path) {
+        let opened = OpenOptions::new().create(true).read(true).append(true).open(&path);
+        match opened.and_then(|file| end_line(&file).map(|()| file)) {
             Ok(file) => Ok(Self { path, file }),
             Err(source) => Err(StateError::Log { path, source }),
         }
@@ -338,6 +339,16 @@ impl Log {
     fn has(&self, start: &str) -> io::Result<bool> {
         Ok(fs::read_to_string(&self.path)?.lines().any(|line| line.starts_with(start)))
     }
+}
+
+/// Ends the last line, if a kill has torn it: it may, where a line goes over the end of a page.
+fn end_line(mut file: &File) -> io::Result<()> {
+    let mut last = [b'\n'];
+    if file.metadata()?.len() > 0 {
+        file.seek(SeekFrom::End(-1))?;
+        file.read_exact(&mut last)?;
+    }
+    if last == [b'\n'] { Ok(()) } else { file.write_all(b"\n") }
 }
 
 /// Adds a line by one write: others add theirs before or after it, never into it.
@@ -446,6 +457,28 @@ mod tests {
         }
         assert_eq!(lines(directory.path(), "committed.log"), 2);
         assert!(state.in_doubt(None).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_line_that_a_kill_has_torn_does_not_take_the_next_one_with_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let (torn, next) = (prepare("t1", "i1"), prepare("t2", "i1"));
+        let before = state(directory.path(), "i1");
+        [&torn, &next].into_iter().for_each(|call| before.prepare(call).unwrap());
+        // Killed while it wrote the line of t1.
+        let held = directory.path().join("payments/prepared/t1@7@i1.3");
+        fs::write(&held, format!("{}COMMITTED\n", fs::read_to_string(&held).unwrap())).unwrap();
+        let log = directory.path().join("payments/committed.log");
+        fs::write(&log, "t1 7 i1.3 17").unwrap();
+        let after = state(directory.path(), "i2");
+        for call in [&next, &torn] {
+            block_on(after.finish(&finish(call), Outcome::Committed)).unwrap();
+        }
+        let text = fs::read_to_string(&log).unwrap();
+        let ids: Vec<_> = text.lines().filter_map(|line| line.split(' ').next()).collect();
+        assert_eq!(ids, ["t1", "t2"]);
+        drop(state(directory.path(), "i3"));
+        assert_eq!(fs::read_to_string(&log).unwrap(), text, "what is whole is left as it is");
     }
 
     #[test]

@@ -34,6 +34,12 @@ impl Clock {
         Self { started_at, since_epoch, started: Instant::now() }
     }
 
+    /// The same clock, put forward to `moment` if it shows an earlier one.
+    #[must_use]
+    pub fn not_before(self, moment: Time) -> Self {
+        Self { started_at: self.started_at.max(moment), ..self }
+    }
+
     /// How long the epoch is past, as finely as the machine tells.
     pub fn since_epoch(&self) -> Duration {
         self.since_epoch + self.started.elapsed()

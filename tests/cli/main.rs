@@ -11,6 +11,7 @@ mod config;
 mod forms;
 mod help;
 mod input;
+mod journal;
 mod readme;
 mod signals;
 mod streams;

@@ -132,6 +132,13 @@ impl Ended {
         self
     }
 
+    /// Asserts that stderr doesn't mention `word`.
+    #[track_caller]
+    pub(crate) fn saying_nothing_of(self, word: &str) -> Self {
+        assert!(!self.stderr.contains(word), "{}", self.stderr);
+        self
+    }
+
     /// The results on stdout: one array.
     #[track_caller]
     pub(crate) fn results(&self) -> Vec<Value> {

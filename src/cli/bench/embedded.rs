@@ -67,7 +67,7 @@ pub(super) async fn measure(
     drop(requests);
     // What is still in flight ends, and is not counted.
     while conclusions.recv().await.is_some() {}
-    serving.await?;
+    serving.await??;
     point.per_second.add(counted as f64 / duration.as_secs_f64());
     point.p50.add(latencies.percentile(50.0));
     point.p99.add(latencies.percentile(99.0));

@@ -54,6 +54,7 @@
 
 mod answer;
 mod command;
+mod entry;
 mod read;
 mod record;
 mod request;
@@ -69,6 +70,7 @@ use crate::{
 
 pub use self::{
     command::Cancel,
+    entry::{Begun, Entry, EntryMalformed, Finished},
     record::{JournalBegun, Settled},
     request::{
         REQUEST_MAX, RequestMalformed, RequestTooLarge, SERVICES_MAX, decode_request,

@@ -263,7 +263,7 @@ impl Reader {
 
     /// The whole number that `value` is, however it is written: `1000` or `1e3`. `range` lies
     /// within what a double holds exactly.
-    fn whole_number(
+    pub(super) fn whole_number(
         &mut self,
         path: &Path<'_>,
         value: &Value<'_>,

@@ -1,0 +1,399 @@
+//! The bytes of a journal file: a header, and frames one after another.
+//!
+//! ```text
+//! header   16 bytes   "dtc journal v1", two line feeds
+//! frame    0..3       1E 'd' 't'
+//!          3          the entry's tag
+//!          4..8       how long its text is
+//!          8..16      how much of the file was known to be on the disk when this was written
+//!          16..20     CRC-32 of the text
+//!          20..24     CRC-32 of the frame's place in the file, and of the 20 bytes before this
+//!          24..       the text
+//! ```
+//!
+//! Numbers are little-endian. What begins a frame is in no text (JSON escapes it), and a frame is
+//! one only in its own place.
+//!
+//! **Torn or corrupt?** Whatever can't be read may be what a crash has left of the last writes: they
+//! had not been synced, so nobody has acted on them. Or it had been safe, and was damaged since:
+//! then what is missing may have been acted upon. A frame further behind tells which: what it says
+//! was on the disk when it was written was.
+//!
+//! Nothing here opens a file: it reads from whatever gives bytes, and no bytes make it panic.
+
+use std::io::{self, Read, Seek, SeekFrom};
+
+/// What a journal file begins with.
+pub const HEADER: &[u8; 16] = b"dtc journal v1\n\n";
+
+/// What is before the version.
+const NAME: &[u8] = b"dtc journal v";
+
+const MARK: [u8; 3] = [0x1e, b'd', b't'];
+
+/// How long the part of a frame before its text is.
+pub const HEAD: usize = 24;
+
+/// How much is read at a time when what is good is looked for behind what is not.
+const CHUNK: usize = 1 << 16;
+
+/// What the beginning of a file says it is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Beginning {
+    /// A journal that this release reads.
+    Journal,
+    /// Nothing, or the beginning of a header: whoever made it was killed meanwhile.
+    Unwritten,
+    /// A journal of a later release.
+    Newer(u64),
+    /// Something else.
+    Other,
+}
+
+/// What a file is that begins with `head`: its first 16 bytes, or all there are.
+pub fn beginning(head: &[u8]) -> Beginning {
+    if head.starts_with(HEADER) {
+        return Beginning::Journal;
+    }
+    if HEADER.starts_with(head) {
+        return Beginning::Unwritten;
+    }
+    let version = head.strip_prefix(NAME).map(|rest| {
+        let digits = rest.iter().take_while(|byte| byte.is_ascii_digit());
+        digits.fold(0_u64, |number, digit| {
+            number.saturating_mul(10).saturating_add(u64::from(*digit - b'0'))
+        })
+    });
+    match version {
+        Some(version) if version > 1 => Beginning::Newer(version),
+        Some(_) | None => Beginning::Other,
+    }
+}
+
+/// Appends a frame to `out`. `at`: where it will stand; `durable`: how much of the file is known to
+/// be on the disk.
+///
+/// # Errors
+///
+/// The text is longer than 4 GiB.
+pub fn write(out: &mut Vec<u8>, at: u64, durable: u64, tag: u8, text: &[u8]) -> io::Result<()> {
+    let len = u32::try_from(text.len())
+        .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "an entry is too long"))?;
+    let mut head = [0; HEAD - 4];
+    let fields: [&[u8]; 5] = [
+        &MARK,
+        &[tag],
+        &len.to_le_bytes(),
+        &durable.to_le_bytes(),
+        &crc32fast::hash(text).to_le_bytes(),
+    ];
+    let bytes = fields.into_iter().flatten();
+    head.iter_mut().zip(bytes).for_each(|(place, byte)| *place = *byte);
+    out.extend_from_slice(&head);
+    out.extend_from_slice(&head_sum(at, &head).to_le_bytes());
+    out.extend_from_slice(text);
+    Ok(())
+}
+
+fn head_sum(at: u64, head: &[u8]) -> u32 {
+    let mut sum = crc32fast::Hasher::new();
+    sum.update(&at.to_le_bytes());
+    sum.update(head);
+    sum.finalize()
+}
+
+/// The part of a frame before its text.
+#[derive(Clone, Copy)]
+struct Head {
+    tag: u8,
+    len: u32,
+    durable: u64,
+    sum: u32,
+}
+
+impl Head {
+    /// The head that `bytes`, which stand at `at`, are.
+    fn of(at: u64, bytes: &[u8; HEAD]) -> Option<Self> {
+        let (head, sum) = bytes.split_at(HEAD - 4);
+        let tag = *head.get(3)?;
+        let is_good = head.starts_with(&MARK) && number(sum)? == u64::from(head_sum(at, head));
+        let head = Self {
+            tag,
+            len: u32::try_from(number(head.get(4..8)?)?).ok()?,
+            durable: number(head.get(8..16)?)?,
+            sum: u32::try_from(number(head.get(16..20)?)?).ok()?,
+        };
+        (is_good && head.durable <= at).then_some(head)
+    }
+}
+
+fn number(bytes: &[u8]) -> Option<u64> {
+    let mut whole = [0; 8];
+    whole.get_mut(..bytes.len())?.copy_from_slice(bytes);
+    Some(u64::from_le_bytes(whole))
+}
+
+/// A frame that was read.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Frame {
+    /// Where it begins.
+    pub at: u64,
+    /// The entry's tag.
+    pub tag: u8,
+    /// How much of the file was on the disk when it was written.
+    pub durable: u64,
+    /// The entry's text.
+    pub text: Vec<u8>,
+}
+
+impl Frame {
+    /// Where the next one begins.
+    pub fn end(&self) -> u64 {
+        self.at + (HEAD + self.text.len()) as u64
+    }
+}
+
+/// What comes next in a file.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Next {
+    /// A frame.
+    Frame(Frame),
+    /// Nothing.
+    End,
+    /// What can't be read from here on was not safe yet when the writing ended.
+    Torn,
+    /// What can't be read here was safe: the frame at `witness` says so.
+    Corrupt {
+        /// Where that frame stands.
+        witness: u64,
+    },
+}
+
+/// Reads frames from `reader`, whose position is `at`.
+#[derive(Debug)]
+pub struct Frames<R> {
+    reader: R,
+    at: u64,
+}
+
+impl<R: Read + Seek> Frames<R> {
+    /// From the first frame on.
+    ///
+    /// # Errors
+    ///
+    /// `reader` can't go there.
+    pub fn after_header(reader: R) -> io::Result<Self> {
+        Self::from(reader, HEADER.len() as u64)
+    }
+
+    /// From `at` on.
+    ///
+    /// # Errors
+    ///
+    /// `reader` can't go there.
+    pub fn from(mut reader: R, at: u64) -> io::Result<Self> {
+        reader.seek(SeekFrom::Start(at))?;
+        Ok(Self { reader, at })
+    }
+
+    /// What comes next.
+    ///
+    /// # Errors
+    ///
+    /// `reader` can't be read.
+    pub fn read(&mut self) -> io::Result<Next> {
+        let at = self.at;
+        let mut head = [0; HEAD];
+        let n_read = fill(&mut self.reader, &mut head)?;
+        if n_read == 0 {
+            return Ok(Next::End);
+        }
+        if n_read == HEAD
+            && let Some(head) = Head::of(at, &head)
+            && let Some(text) = text_of(&mut self.reader, &head)?
+        {
+            let frame = Frame { at, tag: head.tag, durable: head.durable, text };
+            self.at = frame.end();
+            return Ok(Next::Frame(frame));
+        }
+        let witness = self.witness(at)?;
+        Ok(witness.map_or(Next::Torn, |witness| Next::Corrupt { witness }))
+    }
+
+    /// A frame behind `bad` that says that what is there was on the disk.
+    fn witness(&mut self, bad: u64) -> io::Result<Option<u64>> {
+        let mut from = bad + 1;
+        let mut chunk = Vec::with_capacity(CHUNK);
+        loop {
+            chunk.clear();
+            self.reader.seek(SeekFrom::Start(from))?;
+            (&mut self.reader).take(CHUNK as u64).read_to_end(&mut chunk)?;
+            let is_last = chunk.len() < CHUNK;
+            let mut places = chunk.windows(HEAD).enumerate();
+            let found = places.find_map(|(place, bytes)| {
+                let at = from + place as u64;
+                let head = Head::of(at, bytes.try_into().ok()?)?;
+                Some((at, head))
+            });
+            match found {
+                Some((at, head)) => {
+                    self.reader.seek(SeekFrom::Start(at + HEAD as u64))?;
+                    let is_whole = text_of(&mut self.reader, &head)?.is_some();
+                    if is_whole && head.durable > bad {
+                        return Ok(Some(at));
+                    }
+                    let end = at + HEAD as u64 + u64::from(head.len);
+                    from = if is_whole { end } else { at + 1 };
+                }
+                None if is_last => return Ok(None),
+                // A head may begin near the end of what was looked at.
+                None => from += (CHUNK - HEAD + 1) as u64,
+            }
+        }
+    }
+}
+
+/// The text behind `head`, if all of it is there and good.
+fn text_of(reader: &mut impl Read, head: &Head) -> io::Result<Option<Vec<u8>>> {
+    let mut text = Vec::new();
+    // Only as much is taken as is there, whatever the length says.
+    reader.take(head.len.into()).read_to_end(&mut text)?;
+    let is_good = text.len() == head.len as usize && crc32fast::hash(&text) == head.sum;
+    Ok(is_good.then_some(text))
+}
+
+/// Reads until `buffer` is full or there is no more: how much there was.
+fn fill(reader: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut n_read = 0;
+    while let Some(rest) = buffer.get_mut(n_read..).filter(|rest| !rest.is_empty()) {
+        match reader.read(rest) {
+            Ok(0) => break,
+            Ok(n) => n_read += n,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(n_read)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Cursor;
+
+    use proptest::prelude::{any, prop, proptest};
+
+    use super::{Beginning, Frames, HEADER, Next, beginning, write};
+
+    /// Texts written in groups: before each group all before it was on the disk.
+    fn file(groups: &[&[&str]]) -> Vec<u8> {
+        let mut bytes = HEADER.to_vec();
+        for group in groups {
+            let durable = bytes.len() as u64;
+            for text in *group {
+                let at = bytes.len() as u64;
+                write(&mut bytes, at, durable, b't', text.as_bytes()).unwrap();
+            }
+        }
+        bytes
+    }
+
+    /// The texts that are read, and how it ends.
+    fn read(bytes: &[u8]) -> (Vec<String>, Next) {
+        let mut frames = Frames::after_header(Cursor::new(bytes)).unwrap();
+        let mut texts = Vec::new();
+        loop {
+            match frames.read().unwrap() {
+                Next::Frame(frame) => texts.push(String::from_utf8(frame.text).unwrap()),
+                end @ (Next::End | Next::Torn | Next::Corrupt { .. }) => return (texts, end),
+            }
+        }
+    }
+
+    #[test]
+    fn what_was_written_is_read_in_its_order() {
+        let bytes = file(&[&["a", ""], &["long".repeat(50_000).as_str()], &["b"]]);
+        let (texts, end) = read(&bytes);
+        assert_eq!((texts.len(), end), (4, Next::End));
+        assert_eq!((texts[0].as_str(), texts[1].as_str(), texts[3].as_str()), ("a", "", "b"));
+        assert_eq!(read(HEADER), (vec![], Next::End));
+    }
+
+    #[test]
+    fn wherever_a_file_ends_early_the_rest_is_torn() {
+        let bytes = file(&[&["one"], &["two", "three"]]);
+        let ends: Vec<_> = [&[][..], &["one"], &["one", "two"], &["one", "two", "three"]]
+            .iter()
+            .map(|texts| file(&[texts]).len())
+            .collect();
+        for len in HEADER.len()..bytes.len() {
+            let (texts, end) = read(&bytes[..len]);
+            assert_eq!(texts.len(), ends.iter().filter(|end| **end <= len).count() - 1, "{len}");
+            assert_eq!(end, if ends.contains(&len) { Next::End } else { Next::Torn }, "{len}");
+        }
+    }
+
+    #[test]
+    fn damage_to_what_was_safe_is_corrupt_and_to_the_last_writes_torn() {
+        let bytes = file(&[&["one"], &["two", "three"], &["four"]]);
+        let witness = file(&[&["one"], &["two", "three"]]).len() as u64;
+        for at in HEADER.len()..bytes.len() {
+            let mut bytes = bytes.clone();
+            bytes[at] ^= 0x20;
+            let (texts, end) = read(&bytes);
+            if (at as u64) < witness {
+                assert!(matches!(end, Next::Corrupt { .. }), "{at}: {texts:?}, {end:?}");
+            } else {
+                assert_eq!((texts.len(), end), (3, Next::Torn), "{at}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_write_of_which_the_beginning_is_missing_is_torn_though_its_end_is_there() {
+        let safe = file(&[&["one"]]).len();
+        let mut bytes = file(&[&["one"], &["two", "three"]]);
+        bytes[safe..safe + 27].fill(0);
+        assert_eq!(read(&bytes), (vec!["one".to_owned()], Next::Torn));
+        bytes.extend([0; 5000]);
+        assert_eq!(read(&bytes), (vec!["one".to_owned()], Next::Torn));
+    }
+
+    #[test]
+    fn damage_is_seen_however_far_behind_it_the_next_good_frame_is() {
+        for len in [1_usize << 16, (1 << 16) - 30, 70_000, 200_001] {
+            let mut bytes = file(&[&[&"x".repeat(len)], &["witness"]]);
+            bytes[50] ^= 1;
+            let witness = file(&[&[&"x".repeat(len)]]).len() as u64;
+            assert_eq!(read(&bytes), (vec![], Next::Corrupt { witness }), "{len}");
+        }
+    }
+
+    #[test]
+    fn a_frame_in_another_place_is_none() {
+        let bytes = file(&[&["one"], &["two"]]);
+        let moved = [HEADER, &bytes[HEADER.len() + 27..]].concat();
+        assert_eq!(read(&moved), (vec![], Next::Torn));
+    }
+
+    #[test]
+    fn a_beginning_says_what_the_file_is() {
+        assert_eq!(beginning(HEADER), Beginning::Journal);
+        for len in 0..HEADER.len() {
+            assert_eq!(beginning(&HEADER[..len]), Beginning::Unwritten);
+        }
+        assert_eq!(beginning(b"dtc journal v2\n\n"), Beginning::Newer(2));
+        assert_eq!(beginning(b"dtc journal v107"), Beginning::Newer(107));
+        for other in [&b"[\n  {\"id\":\"TX1\""[..], b"dtc", b"x", b"dtc journal v0\n\n", &[0; 16]] {
+            let is_other = beginning(other) == Beginning::Other;
+            assert!(is_other || HEADER.starts_with(other), "{other:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_makes_it_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            read(&[HEADER, bytes.as_slice()].concat());
+            beginning(&bytes);
+        }
+    }
+}

@@ -1,0 +1,575 @@
+//! The journal in a file: what it takes for a process to be started again as if nothing had
+//! happened.
+//!
+//! Only one process has the file open. It writes down which requests it has begun, its decisions,
+//! and what is over; a decision counts when it is on the disk, and until then nobody acts on it.
+//! When the file is opened again it is read from its beginning: what was in flight is handed on to
+//! be finished, and what is over is answered from there.
+//!
+//! * [`frames`]: the bytes, and how what a crash has torn is told from what is damaged.
+//! * [`replay()`]: what they say.
+//! * [`Writer`]: writing at once, and a thread that syncs what has come together.
+//!
+//! **Why not a library.** What is needed of one is an append, a sync that doesn't hold up whoever
+//! appends, and at the start to be told whether the end is torn or what was safe is damaged, and
+//! where. An embedded database can do more than that and says less: its log is its own affair, and
+//! it brings trees and caches that nothing here would use. The check sums are a library's.
+//!
+//! **How it is kept small.** A transaction that is over needs one entry of the three that it had,
+//! and after [`Options::retention`] none. When less than half of a file is still needed, opening it
+//! writes that half to a new one, called `….rewritten` meanwhile, and puts that in its place. While
+//! it is open it only grows.
+//!
+//! **What is held in memory**: what is in flight, and 16 bytes for each transaction that was over
+//! when the file was opened.
+//!
+//! **Invariant:** a file that is not a journal, or not all of which is what was written, is left as
+//! it is.
+
+pub mod frames;
+mod replay;
+mod writer;
+
+use std::{
+    fs::{self, File, OpenOptions, TryLockError},
+    io::{self, BufReader, Read as _, Seek as _, SeekFrom, Write as _},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use self::{
+    frames::{Beginning, Frames, HEADER, Next},
+    replay::{Ending, digest},
+};
+pub use self::{
+    replay::{Incarnation, Replay, ReplayError, Unfinished, replay},
+    writer::{Batch, Tail, Writer},
+};
+use crate::{
+    protocol::{
+        ids::{InstanceId, TransactionId, WorkerId},
+        time::Time,
+    },
+    transport::embedded::faults,
+    wire::message::{Begun, Entry, Finished},
+};
+
+/// A file that is smaller isn't worth being written anew.
+const REWRITTEN_MIN: u64 = 64 * 1024;
+
+/// How much is copied at a time.
+const CHUNK: usize = 1 << 20;
+
+/// How often a file is opened again that another process is just putting in place.
+const TRIES: usize = 100;
+
+/// A journal can't be kept in a file.
+#[derive(Debug, thiserror::Error)]
+pub enum JournalError {
+    /// There is no such file, and none can be made; or it may not be written.
+    #[error("failed to open the journal `{}`", path.display())]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// It is a directory, or a device.
+    #[error("the journal `{}` is no file", path.display())]
+    NoFile {
+        /// What is there.
+        path: PathBuf,
+    },
+    /// One process at a time.
+    #[error("the journal `{}` is in use: another process has it open", path.display())]
+    InUse {
+        /// The file.
+        path: PathBuf,
+    },
+    /// It was written by something else. It is left as it is.
+    #[error("`{}` is not a dtc journal", path.display())]
+    NoJournal {
+        /// The file.
+        path: PathBuf,
+    },
+    /// It was written by a later release. It is left as it is.
+    #[error("the journal `{}` is of version {version}: this release reads version 1", path.display())]
+    Newer {
+        /// The file.
+        path: PathBuf,
+        /// Its version.
+        version: u64,
+    },
+    /// Not all of it is what was written. It is left as it is: what is missing may have been acted
+    /// upon, and nobody may guess what it said. Take it back from a copy that is as new, or see to
+    /// what the services hold in doubt.
+    #[error("the journal `{}` is corrupt", path.display())]
+    Corrupt {
+        /// The file.
+        path: PathBuf,
+        /// Where, and in which way.
+        #[source]
+        source: ReplayError,
+    },
+    /// It can't be read.
+    #[error("failed to read the journal `{}`", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// It can't be written: the disk is full, for example. Nothing that was not safe before was
+    /// acted upon; once there is room, starting again goes on from there.
+    #[error("failed to write the journal `{}`", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// What was written may not be on the disk. That is not tried again, since a second try may
+    /// succeed though the first has lost something: starting again looks what is there.
+    #[error("failed to sync the journal `{}`", path.display())]
+    Sync {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// There is no thread to sync it.
+    #[error("failed to start a thread that syncs the journal `{}`", path.display())]
+    Thread {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// How a journal is opened.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// What the clock says.
+    pub now: Time,
+    /// How long it is known how a transaction has ended.
+    pub retention: Duration,
+}
+
+/// A journal that was opened, and what it says.
+#[derive(Debug)]
+pub struct Opened {
+    /// Which opening of it this is.
+    pub own: Incarnation,
+    /// What this process calls itself as a worker.
+    pub worker: WorkerId,
+    /// What it calls itself as an instance of each of its services.
+    pub instance: InstanceId,
+    /// What is not over.
+    pub unfinished: Vec<Unfinished>,
+    /// What is.
+    pub endings: Endings,
+    /// The latest moment that it names: the clock must not show an earlier one.
+    pub latest: Time,
+    /// How many bytes were cut off its end: what a crash has torn.
+    pub n_torn: u64,
+    /// Where it goes on.
+    pub tail: Tail,
+}
+
+/// How the transactions have ended that were over when the journal was opened.
+#[derive(Debug)]
+pub struct Endings {
+    path: PathBuf,
+    file: File,
+    places: Vec<Ending>,
+}
+
+impl Endings {
+    /// How the last transaction called `id` has ended, if that is known.
+    ///
+    /// # Errors
+    ///
+    /// The file can't be read any more.
+    pub fn find(&self, id: &TransactionId) -> Result<Option<Finished>, JournalError> {
+        let digest = digest(id);
+        let end = self.places.partition_point(|(of, _)| *of <= digest);
+        let places = self.places.iter().take(end).rev().take_while(|(of, _)| *of == digest);
+        for (_, at) in places {
+            let finished = self.read(*at)?;
+            if finished.decision.key.id == *id {
+                return Ok(Some(finished));
+            }
+        }
+        Ok(None)
+    }
+
+    fn read(&self, at: u64) -> Result<Finished, JournalError> {
+        let read = |source| JournalError::Read { path: self.path.clone(), source };
+        let mut frames = Frames::from(&self.file, at).map_err(read)?;
+        let found = match frames.read().map_err(read)? {
+            Next::Frame(frame) => Entry::read(frame.tag, &frame.text)
+                .map_err(|source| ReplayError::Malformed { at, source }),
+            Next::End | Next::Torn => Err(ReplayError::Damaged { at, witness: at }),
+            Next::Corrupt { witness } => Err(ReplayError::Damaged { at, witness }),
+        };
+        match found {
+            Ok(Entry::Finished(finished)) => Ok(finished),
+            Ok(_) => Err(self.corrupt(ReplayError::Damaged { at, witness: at })),
+            Err(source) => Err(self.corrupt(source)),
+        }
+    }
+
+    fn corrupt(&self, source: ReplayError) -> JournalError {
+        JournalError::Corrupt { path: self.path.clone(), source }
+    }
+}
+
+/// Opens the journal at `path`, or makes one. Whatever it says is on the disk when this returns.
+///
+/// # Errors
+///
+/// It can't be opened, isn't ours alone, or isn't what was written.
+pub fn open(path: &Path, options: &Options) -> Result<Opened, JournalError> {
+    let (path, file) = lock(path)?;
+    let mut old = Old { path, file };
+    if !old.has_header()? {
+        return old.begin(options);
+    }
+    let replay = old.replay(options)?;
+    let size = old.size()?;
+    let n_torn = size - replay.end;
+    if n_torn > 0 {
+        tracing::warn!(
+            journal = %old.path.display(), at = replay.end, bytes = n_torn,
+            "what was not written to its end is cut off"
+        );
+        old.cut_off(replay.end)?;
+    }
+    let own = replay.last.as_ref().map_or_else(Incarnation::first, Incarnation::next);
+    let (worker, instance) = old.names(&own)?;
+    let is_worth_it = replay.end > REWRITTEN_MIN && replay.needed < replay.end / 2;
+    let (tail, endings) = if is_worth_it {
+        old.rewrite(&replay, &worker, options)?
+    } else {
+        old.go_on(&replay, &worker, options)?
+    };
+    Ok(Opened {
+        own,
+        worker,
+        instance,
+        unfinished: replay.unfinished,
+        endings,
+        latest: replay.latest,
+        n_torn,
+        tail,
+    })
+}
+
+/// The file at `path`, by its own name, made if need be, and locked.
+fn lock(path: &Path) -> Result<(PathBuf, File), JournalError> {
+    let opening = |source| JournalError::Open { path: path.to_owned(), source };
+    for _ in 0..TRIES {
+        match fs::metadata(path) {
+            Ok(found) if !found.is_file() => {
+                return Err(JournalError::NoFile { path: path.to_owned() });
+            }
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(opening(error)),
+        }
+        let mut how = OpenOptions::new();
+        let file = how.read(true).write(true).create(true).truncate(false).open(path);
+        let file = file.map_err(opening)?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                return Err(JournalError::InUse { path: path.to_owned() });
+            }
+            Err(TryLockError::Error(error)) => return Err(opening(error)),
+        }
+        // Whoever had it until now may have put another file in its place.
+        if is_at(&file, path) {
+            let path = fs::canonicalize(path).map_err(opening)?;
+            return Ok((path, file));
+        }
+    }
+    Err(JournalError::InUse { path: path.to_owned() })
+}
+
+#[cfg(unix)]
+fn is_at(file: &File, path: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt as _;
+    let same = |a: &fs::Metadata, b: &fs::Metadata| (a.dev(), a.ino()) == (b.dev(), b.ino());
+    file.metadata().is_ok_and(|own| fs::metadata(path).is_ok_and(|there| same(&own, &there)))
+}
+
+/// Elsewhere a file that is open can't be replaced.
+#[cfg(not(unix))]
+fn is_at(_file: &File, _path: &Path) -> bool {
+    true
+}
+
+/// Makes the names in the directory of `path` last.
+#[cfg(unix)]
+fn sync_directory(path: &Path) -> Result<(), JournalError> {
+    let directory = path.parent().filter(|it| !it.as_os_str().is_empty());
+    let directory = directory.unwrap_or_else(|| Path::new("."));
+    File::open(directory)
+        .and_then(|directory| directory.sync_all())
+        .map_err(|source| JournalError::Sync { path: directory.to_owned(), source })
+}
+
+/// Elsewhere a directory can't be synced.
+#[cfg(not(unix))]
+#[expect(clippy::unnecessary_wraps, reason = "on other systems it can fail")]
+fn sync_directory(_path: &Path) -> Result<(), JournalError> {
+    Ok(())
+}
+
+/// A file as it was found.
+struct Old {
+    path: PathBuf,
+    file: File,
+}
+
+impl Old {
+    fn reading(&self, source: io::Error) -> JournalError {
+        JournalError::Read { path: self.path.clone(), source }
+    }
+
+    fn writing(&self, source: io::Error) -> JournalError {
+        JournalError::Write { path: self.path.clone(), source }
+    }
+
+    fn syncing(&self, source: io::Error) -> JournalError {
+        JournalError::Sync { path: self.path.clone(), source }
+    }
+
+    fn names(&self, own: &Incarnation) -> Result<(WorkerId, InstanceId), JournalError> {
+        own.worker().zip(own.instance()).ok_or_else(|| {
+            let source = ReplayError::Nameless { journal: own.journal.clone() };
+            JournalError::Corrupt { path: self.path.clone(), source }
+        })
+    }
+
+    fn size(&self) -> Result<u64, JournalError> {
+        self.file.metadata().map(|it| it.len()).map_err(|error| self.reading(error))
+    }
+
+    /// Whether it is a journal; if not, it is to become one.
+    fn has_header(&self) -> Result<bool, JournalError> {
+        let mut head = Vec::new();
+        let mut file = &self.file;
+        file.rewind().map_err(|error| self.reading(error))?;
+        let read = file.take(HEADER.len() as u64).read_to_end(&mut head);
+        read.map_err(|error| self.reading(error))?;
+        match frames::beginning(&head) {
+            Beginning::Journal => Ok(true),
+            Beginning::Unwritten => Ok(false),
+            Beginning::Newer(version) => {
+                Err(JournalError::Newer { path: self.path.clone(), version })
+            }
+            Beginning::Other => Err(JournalError::NoJournal { path: self.path.clone() }),
+        }
+    }
+
+    fn replay(&self, options: &Options) -> Result<Replay, JournalError> {
+        let forget_before = options.now - options.retention;
+        replay(BufReader::with_capacity(CHUNK, &self.file), forget_before).map_err(|error| {
+            match error {
+                ReplayError::Read(source) => self.reading(source),
+                source @ (ReplayError::Damaged { .. }
+                | ReplayError::Malformed { .. }
+                | ReplayError::Foreign { .. }
+                | ReplayError::Nameless { .. }) => {
+                    JournalError::Corrupt { path: self.path.clone(), source }
+                }
+            }
+        })
+    }
+
+    /// Makes it a journal of nothing.
+    fn begin(mut self, options: &Options) -> Result<Opened, JournalError> {
+        faults::point();
+        self.cut_off(0)?;
+        if faults::is_fatal() {
+            let _ = self.file.write_all(HEADER.split_at(7).0);
+            std::process::abort();
+        }
+        self.file.write_all(HEADER).map_err(|error| self.writing(error))?;
+        faults::point();
+        let own = Incarnation::first();
+        let (worker, instance) = self.names(&own)?;
+        let endings = Endings { path: self.path.clone(), file: self.reader()?, places: Vec::new() };
+        let path = self.path.clone();
+        let tail = Tail { path, file: self.file, len: HEADER.len() as u64, durable: 0 };
+        let tail = opened(tail, &worker, options)?;
+        sync_directory(&tail.path)?;
+        faults::point();
+        Ok(Opened {
+            own,
+            worker,
+            instance,
+            unfinished: Vec::new(),
+            endings,
+            latest: Time::EPOCH,
+            n_torn: 0,
+            tail,
+        })
+    }
+
+    /// Ends the file at `end`.
+    fn cut_off(&mut self, end: u64) -> Result<(), JournalError> {
+        self.file.set_len(end).map_err(|error| self.writing(error))?;
+        self.file.seek(SeekFrom::Start(end)).map_err(|error| self.writing(error))?;
+        faults::point();
+        Ok(())
+    }
+
+    fn reader(&self) -> Result<File, JournalError> {
+        File::open(&self.path).map_err(|error| self.reading(error))
+    }
+
+    fn go_on(
+        mut self,
+        replay: &Replay,
+        worker: &WorkerId,
+        options: &Options,
+    ) -> Result<(Tail, Endings), JournalError> {
+        self.write_again(replay.durable, replay.end)?;
+        let places = replay.endings.clone();
+        let endings = Endings { path: self.path.clone(), file: self.reader()?, places };
+        let mut tail =
+            Tail { path: self.path, file: self.file, len: replay.end, durable: replay.end };
+        let seek = tail.file.seek(SeekFrom::Start(replay.end));
+        seek.map_err(|source| JournalError::Write { path: tail.path.clone(), source })?;
+        let tail = opened(tail, worker, options)?;
+        // Whoever made it may not have come to that.
+        sync_directory(&tail.path)?;
+        Ok((tail, endings))
+    }
+
+    /// Writes what is there from `from` to `end` once more, and syncs it: it was read, but whether
+    /// it is on the disk isn't known, and after a sync that has failed the next one may succeed
+    /// without writing anything.
+    fn write_again(&mut self, from: u64, end: u64) -> Result<(), JournalError> {
+        let mut bytes = Vec::new();
+        let mut at = from;
+        while at < end {
+            bytes.clear();
+            self.file.seek(SeekFrom::Start(at)).map_err(|error| self.reading(error))?;
+            let part = (end - at).min(CHUNK as u64);
+            let read = (&self.file).take(part).read_to_end(&mut bytes);
+            read.map_err(|error| self.reading(error))?;
+            if bytes.is_empty() {
+                return Err(self.reading(io::ErrorKind::UnexpectedEof.into()));
+            }
+            self.file.seek(SeekFrom::Start(at)).map_err(|error| self.writing(error))?;
+            self.file.write_all(&bytes).map_err(|error| self.writing(error))?;
+            at += bytes.len() as u64;
+        }
+        faults::point();
+        self.file.sync_all().map_err(|error| self.syncing(error))?;
+        faults::point();
+        Ok(())
+    }
+
+    /// Writes what is still needed to a new file, and puts that in the place of this one.
+    fn rewrite(
+        self,
+        replay: &Replay,
+        worker: &WorkerId,
+        options: &Options,
+    ) -> Result<(Tail, Endings), JournalError> {
+        let mut name = self.path.clone().into_os_string();
+        name.push(".rewritten");
+        let new = Self { path: PathBuf::from(name), file: self.new_file()? };
+        faults::point();
+        let mut tail =
+            Tail { path: new.path, file: new.file, len: HEADER.len() as u64, durable: 0 };
+        let written = tail.file.write_all(HEADER);
+        written.map_err(|source| JournalError::Write { path: tail.path.clone(), source })?;
+        let mut batch = Batch::default();
+        replay.unfinished.iter().for_each(|it| entries_of(it, &mut batch));
+        tail.write(&batch)?;
+        let places = self.copy_endings(&replay.endings, &mut tail)?;
+        tail.sync()?;
+        // After the sync: it says that what is before it is safe.
+        let mut tail = opened(tail, worker, options)?;
+        let renamed = fs::rename(&tail.path, &self.path);
+        renamed.map_err(|source| JournalError::Write { path: tail.path.clone(), source })?;
+        faults::point();
+        tail.path.clone_from(&self.path);
+        sync_directory(&tail.path)?;
+        faults::point();
+        tracing::info!(
+            journal = %tail.path.display(), from = replay.end, to = tail.len, "written anew"
+        );
+        let endings = Endings { path: self.path.clone(), file: self.reader()?, places };
+        Ok((tail, endings))
+    }
+
+    /// The file that is to take the place of this one. What is there by that name was left by
+    /// somebody who didn't come to that.
+    fn new_file(&self) -> Result<File, JournalError> {
+        let mut path = self.path.clone().into_os_string();
+        path.push(".rewritten");
+        let path = PathBuf::from(path);
+        let failed = |source| JournalError::Open { path: path.clone(), source };
+        let mut how = OpenOptions::new();
+        let file = how.read(true).write(true).create(true).truncate(true).open(&path);
+        let file = file.map_err(failed)?;
+        // Nobody else looks for it by this name; from the renaming on it is the journal.
+        file.try_lock().map_err(|error| failed(error.into()))?;
+        let rights = self.file.metadata().map_err(|error| self.reading(error))?.permissions();
+        file.set_permissions(rights).map_err(failed)?;
+        Ok(file)
+    }
+
+    /// Copies the endings in the order of their places, and says where they are now.
+    fn copy_endings(&self, of: &[Ending], tail: &mut Tail) -> Result<Vec<Ending>, JournalError> {
+        let mut order = of.to_vec();
+        order.sort_unstable_by_key(|(_, at)| *at);
+        let old = Endings { path: self.path.clone(), file: self.reader()?, places: Vec::new() };
+        let mut places = Vec::with_capacity(order.len());
+        for part in order.chunks(4096) {
+            let mut batch = Batch::default();
+            let mut at = tail.len;
+            for (digest, from) in part {
+                places.push((*digest, at));
+                at += batch.push(&Entry::Finished(old.read(*from)?));
+            }
+            tail.write(&batch)?;
+        }
+        places.sort_unstable();
+        Ok(places)
+    }
+}
+
+/// Writes that this process has opened the file, and makes sure of that.
+fn opened(mut tail: Tail, worker: &WorkerId, options: &Options) -> Result<Tail, JournalError> {
+    let mut batch = Batch::default();
+    batch.push(&Entry::Opened { worker: worker.clone(), opened_at: options.now });
+    tail.write(&batch)?;
+    tail.sync()?;
+    Ok(tail)
+}
+
+fn entries_of(it: &Unfinished, batch: &mut Batch) {
+    let (request, worker) = (it.request.clone(), it.begun_by.clone());
+    batch.push(&Entry::Begun(Begun { request, worker }));
+    if let Some(decision) = &it.decision {
+        batch.push(&Entry::Decided(Arc::clone(decision)));
+        if !it.parked.is_empty() {
+            let (decision, unresolved) = (Arc::clone(decision), it.parked.clone());
+            batch.push(&Entry::Finished(Finished { decision, unresolved }));
+        }
+    }
+}

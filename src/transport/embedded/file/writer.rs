@@ -1,0 +1,253 @@
+//! Writing a journal file: at once, by whoever has something to write; and syncing it, on a thread
+//! of its own.
+//!
+//! A write goes to the system's memory and survives the process, so it is done before anything is
+//! done that it tells of. A sync waits for the disk: only what counts when it is safe is waited for,
+//! which are decisions. While one sync is under way more comes together, and the next one makes all
+//! of that safe: nothing waits for company, and nobody for more than the sync under way and one
+//! more.
+//!
+//! **Invariant:** nothing is written, and nothing is said to be safe, once a write or a sync has
+//! failed: what is on the disk then can only be told by reading it again.
+
+use std::{
+    fs::File,
+    io::{self, Write as _},
+    path::PathBuf,
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    thread,
+};
+
+use tokio::sync::watch;
+
+use crate::{
+    protocol::time::Time,
+    transport::embedded::{
+        faults,
+        file::{JournalError, frames},
+    },
+    wire::message::Entry,
+};
+
+/// Entries that are to be written together.
+#[derive(Debug, Default)]
+pub struct Batch {
+    texts: Vec<u8>,
+    /// The tag of each, and how long its text is.
+    entries: Vec<(u8, usize)>,
+    /// Whether somebody waits until they are safe.
+    is_awaited: bool,
+}
+
+impl Batch {
+    /// Adds an entry, and says how much it will take up in the file.
+    pub fn push(&mut self, entry: &Entry) -> u64 {
+        let before = self.texts.len();
+        entry.write(&mut self.texts);
+        let len = self.texts.len() - before;
+        self.entries.push((entry.tag(), len));
+        self.is_awaited |= matches!(entry, Entry::Decided(_));
+        (frames::HEAD + len) as u64
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+}
+
+/// A journal file that is open and locked, at its end.
+#[derive(Debug)]
+pub struct Tail {
+    pub(super) path: PathBuf,
+    pub(super) file: File,
+    /// Where the next frame goes.
+    pub(super) len: u64,
+    /// How much of it is known to be on the disk.
+    pub(super) durable: u64,
+}
+
+impl Tail {
+    pub(super) fn write(&mut self, batch: &Batch) -> Result<(), JournalError> {
+        let mut bytes = Vec::with_capacity(batch.texts.len() + batch.entries.len() * frames::HEAD);
+        let mut rest = batch.texts.as_slice();
+        for (tag, len) in &batch.entries {
+            let (text, after) = rest.split_at(*len);
+            rest = after;
+            let at = self.len + bytes.len() as u64;
+            frames::write(&mut bytes, at, self.durable, *tag, text)
+                .map_err(|source| JournalError::Write { path: self.path.clone(), source })?;
+        }
+        faults::point();
+        if faults::is_fatal() {
+            let _ = self.file.write_all(bytes.split_at(bytes.len() / 2).0);
+            std::process::abort();
+        }
+        self.file
+            .write_all(&bytes)
+            .map_err(|source| JournalError::Write { path: self.path.clone(), source })?;
+        self.len += bytes.len() as u64;
+        faults::point();
+        Ok(())
+    }
+
+    pub(super) fn sync(&mut self) -> Result<(), JournalError> {
+        let synced = self.file.sync_data();
+        synced.map_err(|source| JournalError::Sync { path: self.path.clone(), source })?;
+        self.durable = self.len;
+        faults::point();
+        Ok(())
+    }
+}
+
+/// A journal file that is written, and the thread that syncs it.
+#[derive(Debug)]
+pub struct Writer {
+    tail: Tail,
+    n_written: u64,
+    /// Whether a write or a sync has failed.
+    has_failed: bool,
+    shared: Arc<Shared>,
+    safe: watch::Receiver<Safe>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+/// What is on the disk: how many of the entries, and how many bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+struct Safe {
+    n_entries: u64,
+    len: u64,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    orders: Mutex<Orders>,
+    wake: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Orders {
+    /// What is to be on the disk.
+    wanted: Safe,
+    /// Nothing more will be wanted.
+    is_over: bool,
+    failure: Option<io::Error>,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Orders> {
+        self.orders.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Writer {
+    /// Goes on writing at `tail`.
+    ///
+    /// # Errors
+    ///
+    /// There is no thread to be had.
+    pub fn start(tail: Tail) -> Result<Self, JournalError> {
+        let no_thread = |source| JournalError::Thread { path: tail.path.clone(), source };
+        let file = tail.file.try_clone().map_err(no_thread)?;
+        let shared = Arc::<Shared>::default();
+        let (told, safe) = watch::channel(Safe::default());
+        let orders = Arc::clone(&shared);
+        let sync = move || {
+            if let Err(failure) = sync_all(&file, &orders, &told) {
+                orders.lock().failure = Some(failure);
+            }
+        };
+        let thread = thread::Builder::new().name("dtc-journal".to_owned()).spawn(sync);
+        let thread = Some(thread.map_err(no_thread)?);
+        Ok(Self { tail, n_written: 0, has_failed: false, shared, safe, thread })
+    }
+
+    /// Writes entries, and has them synced if somebody waits for that.
+    ///
+    /// # Errors
+    ///
+    /// That fails, or something has before.
+    pub fn write(&mut self, batch: &Batch) -> Result<(), JournalError> {
+        self.append(batch)?;
+        self.n_written += batch.entries.len() as u64;
+        if batch.is_awaited {
+            self.shared.lock().wanted = Safe { n_entries: self.n_written, len: self.tail.len };
+            self.shared.wake.notify_one();
+        }
+        Ok(())
+    }
+
+    fn append(&mut self, batch: &Batch) -> Result<(), JournalError> {
+        self.failure()?;
+        self.tail.durable = self.tail.durable.max(self.safe.borrow().len);
+        self.tail.write(batch).inspect_err(|_| self.has_failed = true)
+    }
+
+    fn failure(&mut self) -> Result<(), JournalError> {
+        let failure = self.shared.lock().failure.take();
+        let earlier = || self.has_failed.then(|| io::Error::other("it has failed before"));
+        let Some(source) = failure.or_else(earlier) else { return Ok(()) };
+        self.has_failed = true;
+        Err(JournalError::Sync { path: self.tail.path.clone(), source })
+    }
+
+    /// Waits until more is on the disk, and says how many entries are by then.
+    ///
+    /// # Errors
+    ///
+    /// Syncing has failed.
+    pub async fn progress(&mut self) -> Result<u64, JournalError> {
+        if self.safe.changed().await.is_err() {
+            self.failure()?;
+            let source = io::Error::other("the thread that syncs it has ended");
+            return Err(JournalError::Sync { path: self.tail.path.clone(), source });
+        }
+        Ok(self.safe.borrow_and_update().n_entries)
+    }
+
+    /// Writes that everything is over, and syncs it.
+    ///
+    /// # Errors
+    ///
+    /// That fails, or something has before.
+    pub fn close(mut self, now: Time) -> Result<(), JournalError> {
+        self.end();
+        let mut batch = Batch::default();
+        batch.push(&Entry::Closed { closed_at: now });
+        self.append(&batch)?;
+        self.tail.sync()
+    }
+
+    /// Waits for the sync under way: whoever opens the file next finds it free.
+    fn end(&mut self) {
+        self.shared.lock().is_over = true;
+        self.shared.wake.notify_one();
+        if let Some(thread) = self.thread.take() {
+            // If it has panicked, nothing that it has not done was said to be done.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// Syncs whatever is to be on the disk, until nothing more is.
+fn sync_all(file: &File, shared: &Shared, told: &watch::Sender<Safe>) -> io::Result<()> {
+    let mut safe = Safe::default();
+    loop {
+        let is_idle = |orders: &mut Orders| orders.wanted == safe && !orders.is_over;
+        let orders = shared.wake.wait_while(shared.lock(), is_idle);
+        let wanted = orders.unwrap_or_else(PoisonError::into_inner).wanted;
+        if wanted == safe {
+            return Ok(());
+        }
+        file.sync_data()?;
+        faults::point();
+        safe = wanted;
+        told.send_replace(safe);
+    }
+}
