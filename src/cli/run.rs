@@ -1,8 +1,7 @@
 //! `dtc run`: transactions over simulated services, in this process.
 
 use std::{
-    fs::File,
-    io::{BufWriter, Read, Write},
+    io::Read,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -19,6 +18,7 @@ use crate::{
         input::{Source, bad_data, is_stdin, name, open},
         output::{self, Detail, Form},
         progress,
+        report_file::ReportFile,
         stages::{self, Ran, Stages},
     },
     config::duration,
@@ -122,8 +122,7 @@ pub(super) fn run(arguments: &RunArguments) -> Result<Exit, Failure> {
     let broker = arguments.broker.broker("dtc run")?;
     let (runtime, interrupt) = stages::runtime()?;
     let (services, transactions) = read_input(arguments)?;
-    // Before anything runs: what can't be written afterwards must not have been run for nothing.
-    let report_file = arguments.report.as_deref().map(create).transpose()?;
+    let report_file = ReportFile::create(arguments.report.as_deref())?;
 
     let bar = progress::bar(stages::total(&transactions));
     progress::log_above(&bar, log_level);
@@ -136,14 +135,7 @@ pub(super) fn run(arguments: &RunArguments) -> Result<Exit, Failure> {
     bar.finish_and_clear();
     let Ran { done: report, ended } = ran?;
 
-    if let Some((file, path)) = report_file {
-        let mut file = BufWriter::new(file);
-        let written =
-            writeln!(file, "{:#}", output::report_json(&report)).and_then(|()| file.flush());
-        written
-            .with_context(|| format!("failed to write the report to `{}`", path.display()))
-            .map_err(|error| Failure::new(Exit::Incomplete, error))?;
-    }
+    report_file.write(&output::report_json(&report))?;
     super::tell(&output::summary(&report));
     ended.exit()
 }
@@ -174,12 +166,6 @@ fn read_input(
         (Err(failure), Ok(_)) | (Ok(_), Err(failure)) => Err(failure),
         (Err(first), Err(second)) => Err(Failure::new(Exit::BadData, anyhow!("{first}\n{second}"))),
     }
-}
-
-fn create(path: &Path) -> Result<(File, &Path), Failure> {
-    let created =
-        File::create(path).with_context(|| format!("failed to create `{}`", path.display()));
-    created.map(|file| (file, path)).map_err(|error| Failure::new(Exit::Usage, error))
 }
 
 // ---- The run ---------------------------------------------------------------------------------

@@ -86,23 +86,3 @@ async fn a_journal_that_is_lost_under_a_worker_is_noticed_and_nothing_is_guessed
     waiting.abort();
     system.stop_whatever_happened().await;
 }
-
-/// It waits for the journal to come back; but not when it is told to stop.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_worker_without_a_journal_stops_when_it_is_told_to() {
-    let watched = Watched::willing();
-    let system = Setup::new([Served::new("payments", 2, &watched)]).start().await;
-    system.raw.delete_queue(&system.names.journal()).await;
-    let waiting = tokio::spawn({
-        let client = system.another_client();
-        let submission = Submission::new("never", ["payments"], json!({}));
-        async move { client.submit_and_wait(submission, LIMIT * 4).await }
-    });
-    // What it decides finds no journal.
-    watched.until("it is prepared", |book| !book.calls_of("never").is_empty()).await;
-
-    let tallies = system.stop_whatever_happened().await;
-
-    assert_eq!(tallies[0].committed, 0);
-    waiting.abort();
-}

@@ -101,9 +101,15 @@ impl World {
 
     /// `dtc` with these words, and where the broker is; for commands that have no method here.
     pub(crate) fn dtc(&self, words: &[&str]) -> Command {
+        let mut command = self.dtc_at_broker(words);
+        command.args(["--namespace", &self.place.namespace]);
+        command
+    }
+
+    /// The same for one that has a namespace of its own.
+    pub(crate) fn dtc_at_broker(&self, words: &[&str]) -> Command {
         let mut command = dtc();
         command.args(words).args(["--broker", &self.place.url]);
-        command.args(["--namespace", &self.place.namespace]);
         command.envs(self.variables.iter().map(|(name, value)| (name, value)));
         command.current_dir(self.directory.path());
         command

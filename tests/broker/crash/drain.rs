@@ -10,6 +10,7 @@ use super::{
     System,
     ledger::{assert_none_called_again, assert_services_hold},
     load::{Load, Plan},
+    stream::delete,
     until,
 };
 use crate::{broker::place, processes::LIMIT};
@@ -108,4 +109,21 @@ fn ends_with_another_worker(system: &System, load: Load<'_>) {
     assert_services_hold(&ledgers, &results.committed());
     assert_eq!(ledgers[0].started("prepare"), 1);
     drop(worker);
+}
+
+/// It waits for the journal to come back; but not when it is told to stop.
+#[test]
+fn a_worker_without_a_journal_stops_when_it_is_told_to() {
+    let system = System::new(place(), json!([{"name": "payments", "max_concurrency": 2}]));
+    let instance = system.instance("payments", "payments", &[]);
+    let mut worker = system.worker("w1", &[]);
+    delete(&system, system.names.journal());
+    // Where the broker doesn't tell that the journal is gone, it shows by what isn't read back.
+    let plan = Plan { services: &["payments"], total: 1, per_second: 1, timeout: None };
+    let _load = Load::start(&system, "t", plan);
+    worker.wait_for_line("the journal is not read any more", LIMIT);
+    worker.terminate();
+    worker.exited(0, DRAIN);
+    assert!(worker.stderr.text().contains("stopping while the journal is gone"));
+    drop(instance);
 }

@@ -12,7 +12,7 @@ use lapin::{
     message::Delivery,
     options::{
         BasicAckOptions, BasicConsumeOptions, BasicQosOptions, QueueBindOptions,
-        QueueDeclareOptions,
+        QueueDeclareOptions, QueueDeleteOptions,
     },
     types::{AMQPValue, FieldTable, ShortString},
 };
@@ -120,4 +120,13 @@ pub(super) fn waiting_in(system: &System, queue: ShortString) -> u32 {
         connection.close(200, "".into()).await.unwrap();
         count
     })
+}
+
+/// Deletes a queue, with all that is in it.
+pub(super) fn delete(system: &System, queue: ShortString) {
+    system.runtime.block_on(async {
+        let (connection, channel) = connect(system).await;
+        channel.queue_delete(queue, QueueDeleteOptions::default()).await.unwrap();
+        connection.close(200, "".into()).await.unwrap();
+    });
 }
