@@ -335,8 +335,9 @@ fn secret_in(path: &Path) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
+/// Whether it is a number in TOML, written as it would be there.
 fn is_number(text: &str) -> bool {
-    !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit())
+    text.parse().is_ok_and(|number: u32| number.to_string() == text)
 }
 
 /// A text as TOML has it.
