@@ -61,6 +61,14 @@ impl Address {
     }
 }
 
+/// The host, if it is in brackets.
+fn ipv6_of(url: &str) -> Option<Ipv6Addr> {
+    let (_, rest) = url.split_once("://")?;
+    let authority = rest.split(['/', '?', '#']).next()?;
+    let host = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
+    host.strip_prefix('[')?.split_once(']')?.0.parse().ok()
+}
+
 /// Whether there is an `@` where the host has ended. What stands before it may be the rest of a
 /// password, which would be taken for a virtual host, and shown.
 fn has_late_at(url: &str) -> bool {
@@ -93,7 +101,14 @@ impl FromStr for Address {
                                 as %23), an `@` after the host as %40";
                     return Err(refuse(rule.to_owned()));
                 }
-                part.parse().map_err(|_| refuse("see RabbitMQ's URI specification".to_owned()))
+                let mut host: AMQPUri = part
+                    .parse()
+                    .map_err(|_| refuse("see RabbitMQ's URI specification".to_owned()))?;
+                // The parser takes what has no domain for `localhost`.
+                if let Some(address) = ipv6_of(part) {
+                    host.authority.host = address.to_string();
+                }
+                Ok(host)
             })
             .collect();
         let hosts = hosts?;
@@ -172,6 +187,16 @@ mod tests {
             address.masked(),
             "amqp://me:***@a:5672,amqp://you:***@b:1/v,amqp://guest:***@c:5672"
         );
+    }
+
+    #[test]
+    fn an_address_in_brackets_is_the_host() {
+        for url in ["amqp://[::1]:1/v", "amqps://[fd00::2]:5671"] {
+            let address: Address = url.parse().unwrap();
+            assert_eq!(address.to_string(), url);
+            assert!(address.hosts()[0].authority.host.contains("::"));
+        }
+        assert!("amqp://[::1".parse::<Address>().is_err());
     }
 
     #[test]
