@@ -366,8 +366,9 @@ fn is_pem(text: &str) -> bool {
     text.contains("-----BEGIN")
 }
 
+/// Whether it is a number in TOML, written as it would be there.
 fn is_number(text: &str) -> bool {
-    !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit())
+    text.parse().is_ok_and(|number: u32| number.to_string() == text)
 }
 
 /// A text as TOML has it.

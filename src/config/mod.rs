@@ -506,6 +506,17 @@ mod tests {
     }
 
     #[test]
+    fn what_is_shown_is_a_file_that_says_the_same() {
+        for name in ["7", "007", "99999999999999999999", "w1"] {
+            let variables = [("DTC__WORKER__NAME", name), ("DTC__WORKER__MAX_IN_FLIGHT", "0010")];
+            let shown = loaded("", &variables).unwrap().to_string();
+            let again = loaded(&shown, &[]).unwrap();
+            assert_eq!(again.worker.name.unwrap().as_str(), name);
+            assert_eq!(again.worker.max_in_flight, 10);
+        }
+    }
+
+    #[test]
     fn no_worker_is_called_like_many() {
         for name in ["any", "all"] {
             let said = complaints("", &[("DTC__WORKER__NAME", name)]);

@@ -11,8 +11,13 @@ use crate::{
         message::{Finish, Prepare, Query},
         participant::{Delivery, Event},
     },
-    wire::message::{Cancel, Item, Kind, Malformed, decode},
+    transport::amqp::rejected::shown,
+    wire::message::{Cancel, Item, Kind, decode},
 };
+
+/// More complaints than these are only counted: a message of nothing but commas would make a log of
+/// its own.
+const COMPLAINTS_MAX: usize = 10;
 
 /// The queue that a message came by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -85,7 +90,8 @@ pub(super) fn read(source: Source, message: &Message) -> Read {
             read_items(message, Ok(()), |(), cancel| Told::Cancel(cancel))
         }
         (Source::Prepares | Source::Own | Source::Shared, _) => {
-            let kind = kind.map_or_else(|| "missing".to_owned(), |kind| format!("`{kind}`"));
+            let kind =
+                kind.map_or_else(|| "missing".to_owned(), |kind| format!("`{}`", shown(kind)));
             bad(format!("the property `type` is {kind}: no such messages belong here"))
         }
     }
@@ -119,14 +125,19 @@ fn read_items<T: Item, W: Clone>(
         (Err(reason), Ok(_)) => return bad(reason),
         (_, Err(malformed)) => return bad(malformed.to_string()),
     };
-    let (mut read, mut complaints) = (Read::default(), Vec::new());
+    let (mut read, mut complaints, mut unlisted) = (Read::default(), Vec::new(), 0_usize);
     for item in items {
         match item {
             Ok(item) => read.items.push(told(worker.clone(), item)),
-            Err(malformed) => complaints.push(malformed),
+            Err(malformed) if complaints.len() < COMPLAINTS_MAX => {
+                complaints.push(malformed.to_string());
+            }
+            Err(_) => unlisted += 1,
         }
     }
-    let complaints = complaints.iter().map(Malformed::to_string).collect::<Vec<_>>();
+    if unlisted > 0 {
+        complaints.push(format!("and {unlisted} more items"));
+    }
     read.bad = (!complaints.is_empty()).then(|| complaints.join("\n"));
     read
 }
@@ -169,6 +180,21 @@ mod tests {
         assert_eq!(read.items.len(), 2);
         assert!(matches!(read.items[0], Told::Query { .. }));
         assert!(reason(&read).contains("$[1]"), "{read:?}");
+    }
+
+    #[test]
+    fn what_a_peer_calls_its_message_is_said_on_one_line() {
+        let read = read(Source::Own, &message("a\n\u{1b}", "[]".to_owned()));
+        assert!(reason(&read).contains(r"`a\n\u{1b}`"), "{read:?}");
+    }
+
+    #[test]
+    fn many_bad_items_are_counted() {
+        let body = format!("[{}{QUERY}]", "5,".repeat(100_000));
+        let read = read(Source::Own, &message("dtc.query.v1", body));
+        assert_eq!(read.items.len(), 1);
+        assert_eq!(reason(&read).lines().count(), 11);
+        assert!(reason(&read).ends_with("\nand 99990 more items"), "{read:?}");
     }
 
     #[test]

@@ -5,6 +5,9 @@
 //! [`protocol::participant`](crate::protocol::participant) and of the loop that drives it.
 
 mod calls;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod inbound;
 mod outbox;
 pub mod serve;

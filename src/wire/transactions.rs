@@ -103,16 +103,35 @@ impl<R: BufRead> Transactions<R> {
 /// The first byte that is neither whitespace nor part of a byte order mark. It stays in `reader`;
 /// what stands before it is read, and `start` moves past that.
 fn first_byte(reader: &mut impl BufRead, start: &mut Position) -> io::Result<Option<u8>> {
-    if reader.fill_buf()?.starts_with(BYTE_ORDER_MARK) {
-        reader.consume(BYTE_ORDER_MARK.len());
-    }
-    loop {
-        match reader.fill_buf()?.first() {
-            Some(b'\n') => *start = Position { line: start.line + 1, column: 1 },
-            Some(b' ' | b'\r' | b'\t') => start.column += 1,
-            byte => return Ok(byte.copied()),
+    // A pipe may bring the mark in pieces.
+    for (index, part) in BYTE_ORDER_MARK.iter().enumerate() {
+        if peek(reader)? != Some(*part) {
+            match BYTE_ORDER_MARK.first() {
+                Some(begun) if index > 0 => return Ok(Some(*begun)),
+                Some(_) | None => break,
+            }
         }
         reader.consume(1);
+    }
+    loop {
+        match peek(reader)? {
+            Some(b'\n') => *start = Position { line: start.line + 1, column: 1 },
+            Some(b' ' | b'\r' | b'\t') => start.column += 1,
+            byte => return Ok(byte),
+        }
+        reader.consume(1);
+    }
+}
+
+/// The next byte, which stays in `reader`.
+fn peek(reader: &mut impl BufRead) -> io::Result<Option<u8>> {
+    loop {
+        match reader.fill_buf() {
+            Ok(bytes) => return Ok(bytes.first().copied()),
+            // A signal came in between.
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
     }
 }
 
@@ -458,6 +477,44 @@ mod tests {
         let opened = Transactions::open("t.json", "é".as_bytes());
         let complaint = r"t.json:1:1: not JSON: found `\xc3` where `[` or `{` should be";
         assert_eq!(opened.unwrap_err().to_string(), complaint);
+    }
+
+    #[test]
+    fn how_a_file_comes_in_pieces_does_not_matter() {
+        /// A byte at a time, with a signal before each.
+        struct Pieces<'a>(&'a [u8], bool);
+        impl Read for Pieces<'_> {
+            fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+                self.1 = !self.1;
+                if self.1 {
+                    return Err(io::ErrorKind::Interrupted.into());
+                }
+                let n_bytes = buffer.len().min(1);
+                self.0.read(&mut buffer[..n_bytes])
+            }
+        }
+        for (text, n_read) in [
+            (format!("\u{feff}\n[{LINE}]"), Ok(1)),
+            (format!("\u{feff} \n{LINE}\n"), Ok(1)),
+            (LINE.to_owned(), Ok(1)),
+            (String::new(), Ok(0)),
+            ("\u{feff}".to_owned(), Ok(0)),
+            (
+                "\u{f000}[]".to_owned(),
+                Err("t:1:1: not JSON: found `\\xef` where `[` or `{` should be"),
+            ),
+        ] {
+            let reader = BufReader::with_capacity(1, Pieces(text.as_bytes(), false));
+            let read = Transactions::open("t", reader).map(|transactions| match transactions {
+                Transactions::Array(all) => all.len(),
+                Transactions::Lines(lines) => lines.map(Result::unwrap).count(),
+            });
+            assert_eq!(
+                read.map_err(|it| it.to_string()),
+                n_read.map_err(str::to_owned),
+                "{text:?}"
+            );
+        }
     }
 
     #[test]

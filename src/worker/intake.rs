@@ -11,9 +11,16 @@ use crate::{
         ids::ServiceName,
         message::{Done, Inquiry, Prepare, Request, Vote},
     },
-    transport::amqp::names::{self, PREPARES_MAX},
+    transport::amqp::{
+        names::{self, PREPARES_MAX},
+        rejected::shown,
+    },
     wire::message::{Item, Kind, Malformed, RequestMalformed, decode, decode_request},
 };
+
+/// More complaints than these are only counted: a message of nothing but commas would make a log of
+/// its own.
+const COMPLAINTS_MAX: usize = 10;
 
 /// What was understood of a message, and what is wrong with the rest.
 #[derive(Debug, Default)]
@@ -30,7 +37,7 @@ pub(super) fn reply(message: &Message) -> Intake {
     let key = message.routing_key.as_str();
     let service = names::parts(key).and_then(|(_, service)| ServiceName::parse(service).ok());
     let Some(service) = service else {
-        intake.complaints.push(format!("routing key `{key}` must read <to>.<service>"));
+        intake.complaints.push(format!("routing key `{}` must read <to>.<service>", shown(key)));
         return intake;
     };
     // Who may write under which key is what a broker's permissions decide, so the key is believed.
@@ -117,7 +124,7 @@ fn kind_of(message: &Message) -> Option<Kind> {
 fn unexpected(message: &Message, kind: Option<Kind>) -> String {
     match (kind, message.properties.kind()) {
         (None, None) => "the message must have a type".to_owned(),
-        (None, Some(text)) => format!("type `{text}` is not known"),
+        (None, Some(text)) => format!("type `{}` is not known", shown(text.as_str())),
         (Some(kind), _) => format!("a message of type `{}` has no business here", kind.as_type()),
     }
 }
@@ -135,12 +142,49 @@ impl Intake {
             Ok(items) => items,
             Err(error) => return self.complaints.push(error.to_string()),
         };
+        let mut unlisted = 0_usize;
         for item in items {
             let understood = item.map_err(|error: Malformed| error.to_string()).and_then(&event);
             match understood {
                 Ok(event) => self.events.push(event),
-                Err(complaint) => self.complaints.push(complaint),
+                Err(complaint) if self.complaints.len() < COMPLAINTS_MAX => {
+                    self.complaints.push(complaint);
+                }
+                Err(_) => unlisted += 1,
             }
         }
+        if unlisted > 0 {
+            self.complaints.push(format!("and {unlisted} more items"));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use lapin::{BasicProperties, message::Delivery as Message};
+
+    use super::{reply, request};
+
+    #[test]
+    fn why_a_request_is_rejected_takes_a_kibibyte_whatever_its_type_is() {
+        let mut message = Message::mock(1, "e".into(), "request".into(), false, Vec::new());
+        message.properties = BasicProperties::default().with_type("\u{1}".repeat(255).into());
+        let reason = request(&message).unwrap_err().reason;
+        assert!(reason.len() <= 1024 && reason.starts_with(r"type `\u{1}\u{1}"), "{reason}");
+    }
+
+    #[test]
+    fn many_bad_items_are_counted_and_the_good_ones_among_them_taken() {
+        const DONE: &str = r#"{"id":"t1","requested_at":1,"service":"payments","instance":"p1",
+            "done":true,"free":1}"#;
+        let body = format!("[{}{DONE},{}5]", "5,".repeat(50_000), "5,".repeat(50_000));
+        let mut message =
+            Message::mock(1, "e".into(), "w1.payments".into(), false, body.into_bytes());
+        message.properties = BasicProperties::default().with_type("dtc.done.v1".into());
+        let intake = reply(&message);
+        assert_eq!(intake.events.len(), 1);
+        assert_eq!(intake.complaints.len(), 11);
+        assert_eq!(intake.complaints.first().unwrap(), "done: $[0] is 5: must be an object");
+        assert_eq!(intake.complaints.last().unwrap(), "and 99991 more items");
     }
 }

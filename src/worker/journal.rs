@@ -49,7 +49,7 @@ pub(super) struct Record {
     /// What it decides; nothing, if it is a marker.
     pub(super) decisions: Vec<Arc<Decision>>,
     /// Whether it is the first of its journal, and what it says.
-    begun: Option<JournalBegun>,
+    pub(super) begun: Option<JournalBegun>,
     /// What tells a marker from others.
     message_id: Option<ShortString>,
     /// What tells it from another message at the same place of another stream.
@@ -144,7 +144,7 @@ impl Tail {
 }
 
 impl Record {
-    fn of(delivery: &Delivery) -> Result<Self, ReadError> {
+    pub(super) fn of(delivery: &Delivery) -> Result<Self, ReadError> {
         let properties = &delivery.properties;
         let offset = properties.headers().as_ref().and_then(|headers| {
             match headers.inner().get("x-stream-offset") {

@@ -10,6 +10,9 @@
 //! * `outbox`: what goes out.
 
 pub mod clock;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod intake;
 mod journal;
 mod outbox;

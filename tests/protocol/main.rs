@@ -12,6 +12,7 @@
 mod instance;
 mod oracle;
 mod room;
+mod strays;
 mod system;
 mod traces;
 mod view;

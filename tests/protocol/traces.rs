@@ -57,6 +57,7 @@ stories! {
         full_worker_begins_no_more_until_one_ends
         inquiry_about_a_transaction_in_flight_asks_for_the_vote
         inquiry_before_the_deadline_is_left_and_after_it_decides
+        inquiry_from_the_future_is_left
         inquiry_is_not_answered_by_a_record_that_may_not_be_the_first
         inquiry_loses_against_a_decision
         inquiry_that_nothing_can_be_told_about_is_left

@@ -615,8 +615,13 @@ impl Coordinator {
             });
         }
         let cx = &mut Context { now, shared: &mut self.shared, effects };
-        match self.view.recall(&key, cx.settings().clock_margin) {
+        let margin = cx.settings().clock_margin;
+        // Nobody can hold it yet. A record of it, made before those who look for one begin to read,
+        // would be missed by them.
+        let is_ahead = key.requested_at > now + margin;
+        match self.view.recall(&key, margin) {
             Recall::Found(first) => cx.tell(&first, &inquiry.service, inquiry.instance),
+            Recall::Absent | Recall::OutOfSight if is_ahead => {}
             Recall::Absent if now <= inquiry.deadline => {}
             Recall::Absent => {
                 if self.open_inquest(inquiry, effects) {

@@ -1083,6 +1083,10 @@ impl Transaction {
     }
 
     pub(super) fn result_failed(&mut self, delivery: Delivery, cx: &mut Context<'_>) {
+        // Before the decision there is none to be published again.
+        if !matches!(self.phase, Phase::Aborting | Phase::Answering) {
+            return;
+        }
         let at = cx.now + cx.settings().backoff_first;
         if let Some(one) = self.requesters.iter_mut().find(|one| one.delivery == delivery) {
             one.republish_at = Some(at);

@@ -1,6 +1,6 @@
 //! Where the brokers are, and who we are to them.
 
-use std::{fmt, str::FromStr};
+use std::{fmt, net::Ipv6Addr, str::FromStr};
 
 use lapin::uri::{AMQPScheme, AMQPUri, SASLMechanism};
 
@@ -87,7 +87,7 @@ impl Address {
             }
             let (scheme, rest) = (uri.scheme.to_string(), public(uri));
             let rest = rest.strip_prefix(&format!("{scheme}://")).unwrap_or_default();
-            format!("{scheme}://{}:***@{rest}", uri.authority.userinfo.username)
+            format!("{scheme}://{}:***@{rest}", Encoded(&uri.authority.userinfo.username))
         };
         self.hosts.iter().map(masked).collect::<Vec<_>>().join(",")
     }
@@ -102,6 +102,13 @@ pub(crate) fn is_external(uri: &AMQPUri) -> bool {
 fn authority(url: &str) -> &str {
     let authority = url.split_once("://").map_or(url, |(_, rest)| rest);
     authority.split(['/', '?', '#']).next().unwrap_or_default()
+}
+
+/// Whether there is an `@` where the host has ended. What stands before it may be the rest of a
+/// password, which would be taken for a virtual host, and shown.
+fn has_late_at(url: &str) -> bool {
+    let after = url.split_once("://").map_or(url, |(_, rest)| rest);
+    after.split_once(['/', '?', '#']).is_some_and(|(_, late)| late.contains('@'))
 }
 
 /// Whether the part of the URL before the host goes on after a `:`.
@@ -137,6 +144,11 @@ impl FromStr for Address {
                 if !part.starts_with("amqp://") && !part.starts_with("amqps://") {
                     return Err(refuse("must begin with amqp:// or amqps://".to_owned()));
                 }
+                if has_late_at(part) {
+                    let rule = "a `/` before its `@` must be written as %2F (and `?` as %3F, `#` \
+                                as %23), an `@` after the host as %40";
+                    return Err(refuse(rule.to_owned()));
+                }
                 if let Some(name) = parameter_of_tls(part) {
                     return Err(refuse(format!("`{name}` is not set in a URL")));
                 }
@@ -163,12 +175,33 @@ impl FromStr for Address {
 /// One host, without what is nobody's business.
 pub(crate) fn public(uri: &AMQPUri) -> String {
     let host = &uri.authority.host;
-    let host = if host.contains(':') { format!("[{host}]") } else { host.clone() };
+    let is_ipv6 = host.parse::<Ipv6Addr>().is_ok();
+    let host = if is_ipv6 { format!("[{host}]") } else { Encoded(host).to_string() };
     let vhost = match uri.vhost.as_str() {
         "/" => String::new(),
-        other => format!("/{other}"),
+        other => format!("/{}", Encoded(other)),
     };
     format!("{}://{host}:{}{vhost}", uri.scheme, uri.authority.port)
+}
+
+/// A part of a URL that was decoded, as it can stand in one: nothing in it ends that part, or
+/// disturbs a terminal.
+struct Encoded<'a>(&'a str);
+
+impl fmt::Display for Encoded<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for character in self.0.chars() {
+            if character.is_alphanumeric() || "-._~!$&'()*+;=".contains(character) {
+                write!(f, "{character}")?;
+            } else {
+                let mut bytes = [0; 4];
+                for byte in character.encode_utf8(&mut bytes).bytes() {
+                    write!(f, "%{byte:02X}")?;
+                }
+            }
+        }
+        Ok(())
+    }
 }
 
 impl fmt::Display for Address {
@@ -232,6 +265,29 @@ mod tests {
     fn a_parameter_that_would_be_missed_is_refused() {
         let complaint = "amqps://a?heartbeat=1&cacertfile=/ca.pem".parse::<Address>().unwrap_err();
         assert!(complaint.to_string().ends_with("`cacertfile` is not set in a URL"), "{complaint}");
+    }
+
+    #[test]
+    fn a_password_that_ends_the_host_is_no_virtual_host() {
+        for url in ["amqp://me:1/secret@h", "amqp://me:1?secret@h/v", "amqp://me:1#secret@h"] {
+            let complaint = url.parse::<Address>().unwrap_err().to_string();
+            assert!(complaint.contains("must be written as %2F"), "{complaint}");
+            assert!(!complaint.contains("secret"), "{complaint}");
+        }
+        let address: Address = "amqp://me:1%2Fsecret@h/a%40b".parse().unwrap();
+        assert_eq!(address.hosts()[0].authority.userinfo.password, "1/secret");
+        assert_eq!(address.to_string(), "amqp://h:5672/a%40b");
+    }
+
+    #[test]
+    fn what_is_shown_is_an_address_again_whatever_its_parts_are() {
+        let text = "amqp://m%0a%1be%40%3a%2f%2c%25:x@a%0a/v%0d%2fw%20%23,amqp://%C3%BC@[::1]/%2f";
+        let address: Address = text.parse().unwrap();
+        let shown =
+            "amqp://m%0A%1Be%40%3A%2F%2C%25:***@a%0A:5672/v%0D%2Fw%20%23,amqp://ü:***@[::1]:5672";
+        assert_eq!(address.masked(), shown);
+        assert_eq!(shown.parse::<Address>().unwrap().masked(), shown);
+        assert_eq!(address.to_string(), "amqp://a%0A:5672/v%0D%2Fw%20%23,amqp://[::1]:5672");
     }
 
     #[test]

@@ -44,6 +44,12 @@ pub fn rejected_request(
     Outgoing { body, timestamp: Some(requested_at_seconds), ..set_aside(names, headers) }
 }
 
+/// What a sender has called something, short and on one line, as a reason has it.
+pub fn shown(text: &str) -> String {
+    const CHARS_MAX: usize = 64;
+    text.chars().take(CHARS_MAX).flat_map(char::escape_debug).collect()
+}
+
 fn set_aside(names: &Names, headers: FieldTable) -> Outgoing {
     Outgoing {
         key: names.rejected(),

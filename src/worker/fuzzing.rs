@@ -1,0 +1,36 @@
+//! Doors for the fuzzer, `tests/fuzz`, to what reads a worker's deliveries. Nobody else is promised
+//! anything of them.
+
+use std::sync::Arc;
+
+use lapin::message::Delivery as Message;
+
+use crate::{
+    protocol::{
+        coordinator::{Delivery, Event},
+        message::Decision,
+    },
+    wire::message::{JournalBegun, RequestMalformed},
+    worker::{intake, journal},
+};
+
+/// What a message from the queue of replies or that of inquiries says, and what is wrong with it.
+pub fn reply(message: &Message) -> (Vec<Event>, Vec<String>) {
+    let intake::Intake { events, complaints } = intake::reply(message);
+    (events, complaints)
+}
+
+/// What a message from the queue of requests says.
+///
+/// # Errors
+///
+/// It can't be understood.
+pub fn request(message: &Message, delivery: Delivery) -> Result<Event, RequestMalformed> {
+    intake::request(message).map(|request| intake::request_received(request, message, delivery))
+}
+
+/// What a message of the journal says; `None`: it is from no stream.
+pub fn record(message: &Message) -> Option<(u64, Vec<Arc<Decision>>, Option<JournalBegun>)> {
+    let record = journal::Record::of(message).ok()?;
+    Some((record.offset, record.decisions, record.begun))
+}

@@ -1,0 +1,84 @@
+//! The fuzzer: whatever comes from outside, read as `dtc` reads it, and the two state machines of
+//! the protocol, with libFuzzer looking for inputs that take a way that none has taken before.
+//!
+//! All targets are in one program, which is built and linked once: `DTC_FUZZ` names the one that is
+//! fuzzed. `./run` builds it, and knows where inputs are kept. What a target asserts is said where it
+//! is; `DTC_FUZZ_TRACE=1` has the state machines say what happens to them.
+//!
+//! The engine is compiled along from the sources in `libfuzzer-sys`, which takes a C++ compiler and
+//! seconds. `cargo fuzz` and `cargo bolero` would do the same after minutes of installing them, the
+//! former only with a nightly compiler. What they add is flags: `instrumented` gives the stable
+//! compiler those that make it count branches, for the crates that matter. Comparisons aren't traced:
+//! what is compared with here are words, and `words.dict` has them.
+
+#![no_main]
+
+mod bodies;
+mod complaints;
+mod coordinator;
+mod files;
+mod grown;
+mod instance;
+mod json;
+mod mail;
+mod settings;
+mod trace;
+mod written;
+
+use std::{env, process::exit, sync::OnceLock};
+
+use dtc::{
+    protocol::message::{Answer, Decision, Done, Finish, Inquiry, Parked, Prepare, Query, Vote},
+    wire::message::{Cancel, JournalBegun, Settled},
+};
+use libfuzzer_sys::fuzz_target;
+
+type Target = fn(&[u8]);
+
+/// What can be fuzzed. A reader of something new has its target here, and seeds in `corpus`.
+const TARGETS: [(&str, Target); 23] = [
+    ("request", bodies::request),
+    ("vote", bodies::items::<Vote>),
+    ("done", bodies::items::<Done>),
+    ("decision", bodies::items::<Decision>),
+    ("inquiry", bodies::items::<Inquiry>),
+    ("headers", mail::headers),
+    ("config", settings::config),
+    ("services", files::services),
+    ("transactions", files::transactions),
+    ("prepare", bodies::items::<Prepare>),
+    ("query", bodies::items::<Query>),
+    ("finish", bodies::items::<Finish>),
+    ("cancel", bodies::items::<Cancel>),
+    ("result", bodies::items::<Answer>),
+    ("parked", bodies::items::<Parked>),
+    ("settled", bodies::items::<Settled>),
+    ("journal-begun", bodies::items::<JournalBegun>),
+    ("address", settings::address),
+    ("names", settings::names),
+    ("written", written::written),
+    ("grown", grown::grown),
+    ("coordinator", coordinator::coordinator),
+    ("instance", instance::instance),
+];
+
+static TARGET: OnceLock<Target> = OnceLock::new();
+
+fuzz_target!(init: choose(), |bytes: &[u8]| {
+    if let Some(target) = TARGET.get() {
+        target(bytes);
+    }
+});
+
+/// Takes the target that `DTC_FUZZ` names; without one, lists what there is.
+fn choose() {
+    let Ok(wanted) = env::var("DTC_FUZZ") else {
+        TARGETS.iter().for_each(|(name, _)| println!("{name}"));
+        exit(0);
+    };
+    let Some((_, target)) = TARGETS.iter().find(|(name, _)| *name == wanted) else {
+        eprintln!("there is no target `{wanted}`");
+        exit(2);
+    };
+    TARGET.get_or_init(|| *target);
+}
