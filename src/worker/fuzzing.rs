@@ -16,7 +16,7 @@ use crate::{
 
 /// What a message from the queue of replies or that of inquiries says, and what is wrong with it.
 pub fn reply(message: &Message) -> (Vec<Event>, Vec<String>) {
-    let intake::Intake { events, complaints } = intake::reply(message);
+    let intake::Intake { events, complaints, prepares_max: _ } = intake::reply(message);
     (events, complaints)
 }
 

@@ -19,6 +19,7 @@ mod coordinator;
 mod files;
 mod grown;
 mod instance;
+mod journal;
 mod json;
 mod mail;
 mod settings;
@@ -36,7 +37,7 @@ use libfuzzer_sys::fuzz_target;
 type Target = fn(&[u8]);
 
 /// What can be fuzzed. A reader of something new has its target here, and seeds in `corpus`.
-const TARGETS: [(&str, Target); 23] = [
+const TARGETS: [(&str, Target); 24] = [
     ("request", bodies::request),
     ("vote", bodies::items::<Vote>),
     ("done", bodies::items::<Done>),
@@ -46,6 +47,7 @@ const TARGETS: [(&str, Target); 23] = [
     ("config", settings::config),
     ("services", files::services),
     ("transactions", files::transactions),
+    ("journal", journal::journal),
     ("prepare", bodies::items::<Prepare>),
     ("query", bodies::items::<Query>),
     ("finish", bodies::items::<Finish>),
