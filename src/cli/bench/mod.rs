@@ -246,14 +246,24 @@ async fn measure_brokered(
     let connection = connection.map_err(|error| Failure::new(exit_of(&error), error))?;
     crate::transport::amqp::connection::close(&connection).await;
 
-    let place = Place::make(plan).await.map_err(incomplete)?;
-    let bench = Bench { arguments, place: &place, broker_pid };
+    let mut places = Vec::new();
+    let measuring = async {
+        // One for the loads, and one for each thing that what was before would slow down.
+        for _ in 0..arguments.backlog.len() + 2 {
+            places.push(Place::make(plan.clone()).await?);
+        }
+        let [place, for_times, for_backlogs @ ..] = places.as_slice() else { return Ok(()) };
+        let bench = Bench { arguments, place, for_times, for_backlogs, broker_pid };
+        bench.measure(&mut report).await
+    };
     let measured = tokio::select! {
-        measured = bench.measure(&mut report) => Some(measured),
+        measured = measuring => Some(measured),
         () = stop => None,
     };
-    if let Err(error) = place.leave().await {
-        tell(&format!("{error:#}\n"));
+    for place in places {
+        if let Err(error) = place.leave().await {
+            tell(&format!("{error:#}\n"));
+        }
     }
     measured.transpose().map_err(incomplete).map(|measured| measured.map(|()| report))
 }
@@ -262,6 +272,8 @@ async fn measure_brokered(
 struct Bench<'a> {
     arguments: &'a BenchArguments,
     place: &'a Place,
+    for_times: &'a Place,
+    for_backlogs: &'a [Place],
     broker_pid: Option<u32>,
 }
 
@@ -277,14 +289,14 @@ impl Bench<'_> {
             }
         }
         report.yardstick = Some(yardstick);
-        for &requests in &self.arguments.backlog {
-            tell(&format!("a backlog of {requests}\n"));
-            let (place, data) = (self.place, self.arguments.data());
-            report.backlog.push(backlog::measure(place, requests, IN_FLIGHT_DEFAULT, data).await?);
-        }
+        let data = self.arguments.data();
         if self.arguments.times {
             tell("times\n");
-            report.times = Some(times::measure(self.place, self.arguments.data()).await?);
+            report.times = Some(times::measure(self.for_times, data).await?);
+        }
+        for (&requests, place) in self.arguments.backlog.iter().zip(self.for_backlogs) {
+            tell(&format!("a backlog of {requests}\n"));
+            report.backlog.push(backlog::measure(place, requests, IN_FLIGHT_DEFAULT, data).await?);
         }
         Ok(())
     }
