@@ -16,11 +16,11 @@ use std::{collections::BTreeSet, path::PathBuf, sync::Arc, time::Duration};
 use serde_json::Value;
 use tokio::sync::mpsc;
 
-pub(crate) use self::engine::Concluded;
 pub use self::{
     engine::Calls,
     report::{Report, ServiceReport},
 };
+pub(crate) use self::{engine::Concluded, report::Latencies};
 use self::{engine::Engine, log::Log, remembered::Remembered};
 use crate::{
     participant::{self, AnyParticipant, Ended, Service},

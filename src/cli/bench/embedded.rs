@@ -8,11 +8,11 @@ use tokio::{sync::mpsc, time::Instant};
 use crate::{
     cli::bench::{
         load::data_of,
-        report::{Latencies, Point},
+        report::{Point, ms},
         system::{SERVICES, SLOTS},
     },
     client::Submission,
-    embedded::{Concluded, Embedded},
+    embedded::{Concluded, Embedded, Latencies},
     participant::Service,
     protocol::message::Outcome,
     wire::transactions::TransactionSpec,
@@ -69,7 +69,7 @@ pub(super) async fn measure(
     while conclusions.recv().await.is_some() {}
     serving.await??;
     point.per_second.add(counted as f64 / duration.as_secs_f64());
-    point.p50.add(latencies.percentile(50.0));
-    point.p99.add(latencies.percentile(99.0));
+    point.p50.add(ms(latencies.percentile(50.0)));
+    point.p99.add(ms(latencies.percentile(99.0)));
     Ok(())
 }

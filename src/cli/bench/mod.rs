@@ -30,7 +30,7 @@ use tracing_subscriber::filter::LevelFilter;
 
 use self::{
     load::Load,
-    report::{Latencies, Point, Report, Setting, Who, Yardstick, mib},
+    report::{Point, Report, Setting, Who, Yardstick, mib, ms},
     system::{Place, Plan, Process},
 };
 use crate::{
@@ -39,6 +39,7 @@ use crate::{
         broker::{self, ConfigArgument, UrlArgument, exit_of, flag},
         progress, signals, stages, tell,
     },
+    embedded::Latencies,
     protocol::message::Outcome,
     transport::amqp::{topology::Commands, traffic::Traffic},
 };
@@ -311,7 +312,7 @@ impl Bench<'_> {
             yardstick.cpu.add(who, used.map(|it| it.as_secs_f64() * 1e6 / echoed.all as f64));
         }
         let alone = yardstick::echo(broker, 1, duration.min(ALONE_MAX)).await?;
-        yardstick.echo_alone.add(alone.latencies.percentile(50.0));
+        yardstick.echo_alone.add(ms(alone.latencies.percentile(50.0)));
         yardstick.raw.add(yardstick::raw(broker, duration).await?);
         Ok(echoed.per_second)
     }
@@ -341,8 +342,8 @@ impl Bench<'_> {
         let per_second = counted / (window.ends_at - window.begins_at).as_secs_f64();
         point.per_second.add(per_second);
         point.per_echo.add(per_second / echo);
-        point.p50.add(latencies.percentile(50.0));
-        point.p99.add(latencies.percentile(99.0));
+        point.p50.add(ms(latencies.percentile(50.0)));
+        point.p99.add(ms(latencies.percentile(99.0)));
         point.aborted += samples.iter().filter(|it| it.outcome == Outcome::Aborted).count() as u64;
         for (who, cpu) in window.cpu {
             point.cpu.add(who, cpu.map(|it| it.as_secs_f64() * 1e6 / counted));

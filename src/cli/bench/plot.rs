@@ -35,8 +35,8 @@ pub(super) fn svg(report: &Report) -> String {
          font-family=\"sans-serif\" font-size=\"13\">\n\
          <rect width=\"{WIDTH}\" height=\"{HEIGHT}\" fill=\"#fff\"/>\n"
     );
-    text(&mut svg, (LEFT, 28.0), "start", 16, &title(report));
-    text(&mut svg, (LEFT, 46.0), "start", 12, &subtitle(report));
+    text(&mut svg, (LEFT, 22.0), "start", 16, &title(report));
+    text(&mut svg, (LEFT, 38.0), "start", 12, &subtitle(report));
     panel(&mut svg, THROUGHPUT, "transactions/s", false, &loads, &throughput);
     panel(&mut svg, LATENCY, "latency, ms", true, &loads, &latency);
     let middle = (LEFT + WIDTH - RIGHT) / 2.0;

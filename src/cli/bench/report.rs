@@ -5,30 +5,7 @@ use std::{
     time::Duration,
 };
 
-use hdrhistogram::Histogram;
 use serde_json::{Value, json};
-
-/// How long transactions took, exact to 0.1 %.
-#[derive(Clone, Debug)]
-pub(super) struct Latencies(Option<Histogram<u64>>);
-
-impl Latencies {
-    pub(super) fn new() -> Self {
-        // A day, in microseconds: nothing in flight takes longer.
-        Self(Histogram::new_with_bounds(1, 86_400_000_000, 3).ok())
-    }
-
-    pub(super) fn record(&mut self, took: Duration) {
-        if let Some(histogram) = &mut self.0 {
-            histogram.saturating_record(u64::try_from(took.as_micros()).unwrap_or(u64::MAX));
-        }
-    }
-
-    /// In milliseconds.
-    pub(super) fn percentile(&self, percent: f64) -> f64 {
-        self.0.as_ref().map_or(0.0, |it| it.value_at_percentile(percent) as f64 / 1000.0)
-    }
-}
 
 /// The same thing measured in several rounds.
 #[derive(Clone, Debug, Default)]
@@ -320,6 +297,10 @@ impl Report {
         }
         text
     }
+}
+
+pub(super) fn ms(took: Duration) -> f64 {
+    took.as_secs_f64() * 1000.0
 }
 
 pub(super) fn mib(bytes: u64) -> f64 {

@@ -15,7 +15,7 @@ use lapin::{
 use tokio::time::Instant;
 
 use crate::{
-    cli::bench::report::Latencies,
+    embedded::Latencies,
     transport::amqp::{
         connection::{Broker, close},
         consumer::Inbox,
