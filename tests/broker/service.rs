@@ -210,7 +210,7 @@ async fn what_nobody_can_read_is_rejected_and_the_rest_goes_on() {
         (&to_slot, "w1", "dtc.prepare.v1", w1, "[{".to_owned(), "JSON"),
         (&to_slot, "w1", "dtc.prepare.v1", None, json!([good]).to_string(), "reply_to"),
         (&to_slot, "w1", "dtc.prepare.v1", Some("a.b"), json!([good]).to_string(), "reply_to"),
-        (&to_slot, "w1", "dtc.prepare.v1", w1, json!([good, good]).to_string(), "2 items"),
+        (&to_slot, "w1", "dtc.prepare.v1", w1, "[]".to_owned(), "no items"),
         (&to_slot, "w1", "dtc.prepare.v1", w1, oversized, "bytes"),
         (&to_slot, "w1", "dtc.vote.v1", w1, json!([good]).to_string(), "dtc.vote.v1"),
         (&to_all, "all", "dtc.finish.v2", w1, "[]".to_owned(), "dtc.finish.v2"),
