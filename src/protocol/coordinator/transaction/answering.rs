@@ -1,0 +1,129 @@
+//! Those who asked: each is sent the result, and acknowledged when that is safe.
+
+use std::sync::Arc;
+
+use crate::protocol::{
+    coordinator::{
+        Context,
+        event::{Delivery, Effect},
+        transaction::{Part, Phase, Transaction, telling::Duty},
+    },
+    ids::ServiceName,
+    message::{Answer, Decision},
+    time::Time,
+};
+
+/// Who asked, and whether the answer has been sent.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub(super) struct Requester {
+    pub(super) delivery: Delivery,
+    /// When to send the answer again, if it failed.
+    pub(super) republish_at: Option<Time>,
+}
+
+impl Transaction {
+    /// One more request for this transaction.
+    pub(in super::super) fn attach(
+        &mut self,
+        delivery: Delivery,
+        deliveries: u32,
+        cx: &mut Context<'_>,
+    ) {
+        self.requesters.push(Requester { delivery, republish_at: None });
+        if deliveries > 1 {
+            self.redelivered = true;
+            self.settle_committed(cx);
+        }
+        match self.phase {
+            Phase::Aborting | Phase::Answering => self.publish(self.requesters.len() - 1, cx),
+            Phase::Recalling
+            | Phase::Waiting
+            | Phase::Querying
+            | Phase::Preparing
+            | Phase::Deciding
+            | Phase::Committing
+            | Phase::Parking => {}
+        }
+    }
+
+    /// Answers with the outcome of an earlier transaction of the same id and content.
+    pub(in super::super) fn answer_as(&mut self, decision: &Arc<Decision>, cx: &mut Context<'_>) {
+        self.begin(cx);
+        self.decision = Some(Arc::clone(decision));
+        self.phase = Phase::Answering;
+        self.publish_to_all(cx);
+    }
+
+    pub(super) fn answer_if_complete(&mut self, cx: &mut Context<'_>) {
+        let is_complete = |part: &Part| matches!(part.duty, Duty::None | Duty::Parked);
+        if self.phase == Phase::Committing && self.parts.iter().all(is_complete) {
+            self.phase = Phase::Answering;
+            self.publish_to_all(cx);
+        }
+    }
+
+    pub(super) fn publish_to_all(&mut self, cx: &mut Context<'_>) {
+        for index in 0..self.requesters.len() {
+            self.publish(index, cx);
+        }
+    }
+
+    pub(super) fn publish(&mut self, index: usize, cx: &mut Context<'_>) {
+        let Some(decision) = &self.decision else { return };
+        let requester = &mut self.requesters[index];
+        requester.republish_at = None;
+        let parked = |(part, service): (&Part, &ServiceName)| {
+            (part.duty == Duty::Parked).then(|| service.clone())
+        };
+        let answer = Answer {
+            id: self.request.key.id.clone(),
+            requested_at: decision.key.requested_at,
+            outcome: decision.outcome,
+            reason: decision.reason.clone(),
+            unresolved: self.parts.iter().zip(&*self.request.services).filter_map(parked).collect(),
+            decided_at: decision.decided_at,
+        };
+        let (key, delivery) = (self.request.key.clone(), requester.delivery);
+        cx.effects.push(Effect::Publish { key, delivery, answer });
+    }
+
+    /// A result is safe: only now may its request go.
+    pub(in super::super) fn result_confirmed(&mut self, delivery: Delivery, cx: &mut Context<'_>) {
+        if !matches!(self.phase, Phase::Aborting | Phase::Answering) {
+            return;
+        }
+        if let Some(index) = self.requesters.iter().position(|one| one.delivery == delivery) {
+            self.requesters.remove(index);
+            cx.effects.push(Effect::Ack(delivery));
+        }
+    }
+
+    pub(in super::super) fn result_failed(&mut self, delivery: Delivery, cx: &mut Context<'_>) {
+        // Before the decision there is none to be published again.
+        if !matches!(self.phase, Phase::Aborting | Phase::Answering) {
+            return;
+        }
+        let at = cx.now + cx.settings().backoff_first;
+        if let Some(one) = self.requesters.iter_mut().find(|one| one.delivery == delivery) {
+            one.republish_at = Some(at);
+            cx.wake(&self.request.key, &mut self.due, at);
+        }
+    }
+
+    /// Whether nothing was asked for it yet.
+    pub(in super::super) fn is_unbegun(&self) -> bool {
+        !self.begun && matches!(self.phase, Phase::Waiting | Phase::Recalling)
+    }
+
+    /// Hands the requests back, if nothing was begun.
+    pub(in super::super) fn release_unbegun(&mut self, cx: &mut Context<'_>) -> bool {
+        if !self.is_unbegun() {
+            return false;
+        }
+        self.withdraw(cx);
+        for requester in std::mem::take(&mut self.requesters) {
+            cx.effects.push(Effect::Release(requester.delivery));
+        }
+        true
+    }
+}

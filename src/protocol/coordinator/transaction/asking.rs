@@ -1,0 +1,308 @@
+//! Asking the services for their votes: whom, and when, so that no transaction stands in another's
+//! way; and what their flows are told of it.
+
+use std::sync::Arc;
+
+use crate::protocol::{
+    coordinator::{
+        Context,
+        flow::Flow,
+        transaction::{Part, Phase, Standing, Transaction},
+    },
+    ids::ServiceName,
+    message::{Command, Destination, Prepare},
+    time::Time,
+};
+
+/// How often a transaction goes from the queue of one service to that of another before it takes
+/// what it can get: often enough that a scarce service is seen to be, and not so often that those
+/// who need but one are served for ever first.
+const DETOURS_MAX: u32 = 2;
+
+/// Whether a transaction that holds nothing can have all it needs.
+enum Scarcity {
+    None,
+    WaitAt(usize),
+    TakeInOrder,
+}
+
+/// Whether one that is not in the queue of `service`, or was just taken from it, may go ahead.
+fn has_room(
+    service: &ServiceName,
+    turn: Option<&ServiceName>,
+    begun: bool,
+    cx: &mut Context<'_>,
+) -> bool {
+    let now = cx.now;
+    let flow = cx.flow(service);
+    flow.admits(now, begun) && (turn == Some(service) || !flow.has_waiters_before(begun))
+}
+
+impl Transaction {
+    /// Asks for votes, as many as can be asked for at once without standing in another
+    /// transaction's way. `turn`: the service whose queue it was just taken from.
+    pub(in super::super) fn advance(&mut self, turn: Option<&ServiceName>, cx: &mut Context<'_>) {
+        debug_assert!(matches!(self.phase, Phase::Waiting | Phase::Preparing));
+        if self.parts.iter().any(|part| part.standing == Standing::Queued) {
+            return;
+        }
+        let services = Arc::clone(&self.request.services);
+        let (mut is_plenty, mut first) = (true, None);
+        for (index, service) in services.iter().enumerate() {
+            if !self.parts[index].standing.is_to_be_asked() {
+                continue;
+            }
+            first = first.or(Some(index));
+            let now = cx.now;
+            let flow = cx.flow(service);
+            if !flow.is_found() {
+                return self.queue(index, cx);
+            }
+            is_plenty &= flow.is_plenty(now);
+        }
+        let Some(first) = first else { return };
+        if !self.begun && cx.is_at_capacity() {
+            cx.shared.gated = true;
+            return self.queue(first, cx);
+        }
+        if is_plenty {
+            return self.ask_all(cx);
+        }
+        if self.holds_nothing() {
+            match self.scarce(turn, cx) {
+                Scarcity::None => return self.ask_within_room(turn, cx),
+                Scarcity::WaitAt(index) => {
+                    self.detours += u32::from(turn.is_some_and(|it| *it != services[index]));
+                    return self.queue(index, cx);
+                }
+                Scarcity::TakeInOrder => {}
+            }
+        }
+        self.ask_in_order(turn, cx);
+    }
+
+    /// It can have all it needs, as far as is known.
+    fn ask_within_room(&mut self, turn: Option<&ServiceName>, cx: &mut Context<'_>) {
+        let services = Arc::clone(&self.request.services);
+        let (mut is_own, mut is_sure) = (true, true);
+        for (index, service) in services.iter().enumerate() {
+            if !self.parts[index].standing.is_to_be_asked() {
+                continue;
+            }
+            let flow = cx.flow(service);
+            if !flow.has_spare() && flow.returns_at_once() {
+                // It is likely to say no, and then the others need not be called.
+                return self.ask(index, cx);
+            }
+            is_own &= flow.is_own();
+            is_sure &= flow.has_spare();
+        }
+        if is_own && is_sure {
+            return self.ask_all(cx);
+        }
+        if is_sure {
+            // Not where one may have to wait: for whoever waits in turn for what would be kept.
+            self.reserve_all(cx);
+        }
+        self.ask_in_order(turn, cx);
+    }
+
+    /// Contended services are taken one after another in name order, so that no two transactions
+    /// wait for what the other one holds: the next when the one before has voted, or when it is
+    /// known to have a slot.
+    fn ask_in_order(&mut self, turn: Option<&ServiceName>, cx: &mut Context<'_>) {
+        let services = Arc::clone(&self.request.services);
+        let now = cx.now;
+        for (index, service) in services.iter().enumerate() {
+            if !self.parts[index].standing.is_to_be_asked() {
+                continue;
+            }
+            let waits = |part: &Part| matches!(part.standing, Standing::Asked { sure: false, .. });
+            if self.parts.iter().any(waits) {
+                return;
+            }
+            let is_reserved = self.parts[index].standing == Standing::Reserved;
+            let flow = cx.flow(service);
+            if !is_reserved && !flow.is_own() && flow.is_plenty(now) {
+                // It can wait until the contended ones are had.
+                continue;
+            }
+            if is_reserved || has_room(service, turn, self.begun, cx) {
+                self.ask(index, cx);
+            } else {
+                return self.queue(index, cx);
+            }
+        }
+    }
+
+    fn holds_nothing(&self) -> bool {
+        self.parts.iter().all(|part| {
+            !part.holds_slot
+                && !matches!(part.standing, Standing::Asked { .. } | Standing::Reserved)
+        })
+    }
+
+    /// Whether it can have all it needs, and if not, where to wait: a slot that is held while
+    /// waiting for another is lost to everyone else, so it waits for the scarcest first, and holds
+    /// nothing. Only where that fails again and again does it take what it can get; or where what
+    /// it has got is the scarcest, and nobody else holds slots while waiting for the rest.
+    fn scarce(&self, turn: Option<&ServiceName>, cx: &mut Context<'_>) -> Scarcity {
+        let services = &self.request.services;
+        let mut scarcest = None;
+        let mut may_hold = turn.is_some();
+        for (index, service) in services.iter().enumerate() {
+            let to_be_asked = self.parts[index].standing.is_to_be_asked();
+            if !to_be_asked || has_room(service, turn, self.begun, cx) {
+                continue;
+            }
+            let flow = cx.flow(service);
+            let waiters = flow.waiters();
+            may_hold &= turn.is_some_and(|turn| turn < service) && !flow.has_begun_waiters();
+            if scarcest.is_none_or(|(most, _)| waiters > most) {
+                scarcest = Some((waiters, index));
+            }
+        }
+        let Some((waiters, index)) = scarcest else { return Scarcity::None };
+        let waiters_here = turn.map_or(0, |turn| cx.flow(turn).waiters());
+        if self.detours >= DETOURS_MAX || may_hold && waiters_here >= waiters {
+            Scarcity::TakeInOrder
+        } else {
+            Scarcity::WaitAt(index)
+        }
+    }
+
+    fn ask_all(&mut self, cx: &mut Context<'_>) {
+        for index in 0..self.parts.len() {
+            if self.parts[index].standing.is_to_be_asked() {
+                self.ask(index, cx);
+            }
+        }
+    }
+
+    /// Keeps a place at every service that is to be asked, until it is.
+    fn reserve_all(&mut self, cx: &mut Context<'_>) {
+        for index in 0..self.parts.len() {
+            if self.parts[index].standing == Standing::Unasked {
+                self.parts[index].standing = Standing::Reserved;
+                cx.flow(&self.request.services[index]).reserve();
+            }
+        }
+    }
+
+    /// Back from the queue of `service`.
+    pub(in super::super) fn dequeued(&mut self, service: &ServiceName, cx: &mut Context<'_>) {
+        let Some(index) = self.part_of(service) else { return };
+        if self.parts[index].standing == Standing::Queued {
+            self.parts[index].standing = Standing::Unasked;
+            self.advance(Some(service), cx);
+        }
+    }
+
+    fn queue(&mut self, index: usize, cx: &mut Context<'_>) {
+        self.parts[index].standing = Standing::Queued;
+        let service = &self.request.services[index];
+        let now = cx.now;
+        let flow = cx.flow(service);
+        flow.enqueue(&self.request.key, self.begun);
+        // Who stands before it may only wait for fewer to be in flight.
+        if flow.admits(now, self.begun) || flow.is_own() {
+            cx.shared.touched.insert(service.clone());
+        }
+    }
+
+    fn ask(&mut self, index: usize, cx: &mut Context<'_>) {
+        self.begin(cx);
+        self.phase = Phase::Preparing;
+        let deadline = self.start_deadline(cx);
+        let at = cx.now;
+        let flow = cx.flow(&self.request.services[index]);
+        if self.parts[index].standing == Standing::Reserved {
+            flow.unreserve();
+        }
+        let looked_full = flow.looks_full();
+        let sure = flow.is_own() && flow.has_spare();
+        flow.asked();
+        self.parts[index].standing = Standing::Asked { at, looked_full, sure };
+        let prepare = Prepare {
+            key: self.request.key.clone(),
+            request_hash: self.request.request_hash,
+            data: self.request.data.clone(),
+            deadline,
+            repeated: self.repeated,
+        };
+        self.send(index, Destination::Slot, Command::Prepare(prepare), cx);
+    }
+
+    /// From the first slot that is asked for or held, others may wait for it.
+    pub(super) fn start_deadline(&mut self, cx: &mut Context<'_>) -> Time {
+        let usual = cx.settings().prepare_timeout;
+        let timeout = self.request.timeout.unwrap_or(usual);
+        let deadline = *self.deadline.get_or_insert(cx.now + timeout);
+        cx.wake(&self.request.key, &mut self.due, deadline);
+        deadline
+    }
+
+    pub(super) fn hold(&mut self, index: usize, cx: &mut Context<'_>) {
+        if !self.parts[index].holds_slot {
+            self.parts[index].holds_slot = true;
+            if let Some(flow) = cx.known_flow(&self.request.services[index]) {
+                flow.took_slot();
+            }
+        }
+    }
+
+    pub(super) fn release(&mut self, index: usize, cx: &mut Context<'_>) {
+        if self.parts[index].holds_slot {
+            self.parts[index].holds_slot = false;
+            cx.relieve(&self.request.services[index], Flow::freed_slot);
+        }
+    }
+
+    /// No prepare of this service is waited for any more.
+    pub(super) fn unask(&mut self, index: usize, admitted: bool, cx: &mut Context<'_>) {
+        let service = &self.request.services[index];
+        let standing = &mut self.parts[index].standing;
+        match *standing {
+            Standing::Asked { looked_full, .. } => {
+                *standing = Standing::Unasked;
+                cx.relieve(service, |flow| {
+                    flow.answered();
+                    if admitted {
+                        flow.admitted(looked_full);
+                    }
+                });
+            }
+            Standing::Queued => {
+                *standing = Standing::Unasked;
+                if let Some(flow) = cx.known_flow(service) {
+                    flow.remove(&self.request.key);
+                }
+            }
+            Standing::Reserved => {
+                *standing = Standing::Unasked;
+                cx.relieve(service, Flow::unreserve);
+            }
+            Standing::Unasked
+            | Standing::Queried
+            | Standing::Prepared { .. }
+            | Standing::ReadOnly
+            | Standing::Declined
+            | Standing::Failed { .. }
+            | Standing::Heard => {}
+        }
+    }
+
+    pub(super) fn withdraw_prepares(&mut self, cx: &mut Context<'_>) {
+        for index in 0..self.parts.len() {
+            self.unask(index, false, cx);
+        }
+    }
+
+    /// Takes back all it has told the flows.
+    pub(in super::super) fn withdraw(&mut self, cx: &mut Context<'_>) {
+        for index in 0..self.parts.len() {
+            self.unask(index, false, cx);
+            self.release(index, cx);
+        }
+    }
+}

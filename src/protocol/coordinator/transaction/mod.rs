@@ -1,0 +1,646 @@
+//! One transaction as a worker sees it: its phase, what each service has said, and one method for
+//! each way on: here from the start to the decision, in [`asking`] how votes are asked for, in
+//! [`telling`] what follows from the decision, and in [`answering`] who is told the result.
+
+mod answering;
+mod asking;
+mod telling;
+
+use std::{sync::Arc, time::Duration};
+
+use crate::protocol::{
+    coordinator::{
+        Context,
+        event::{Anomaly, Delivery, Effect},
+        reject,
+        transaction::{answering::Requester, telling::Duty},
+    },
+    deadlines::Deadlines,
+    ids::{Branch, InstanceId, ServiceName},
+    message::{
+        Ballot, Command, Decision, Destination, Matter, Outcome, Parked, Query, Reason, ReasonCode,
+        Request, Vote,
+    },
+    time::Time,
+};
+
+/// Where a transaction stands at this worker.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Phase {
+    /// Whether it was decided before is being looked up further back in the journal.
+    Recalling,
+    /// It has not begun: no service was asked. Its deadline is not running.
+    Waiting,
+    /// Another worker may have begun it: the instances are asked who holds it.
+    Querying,
+    /// Services are asked for their votes.
+    Preparing,
+    /// An outcome was proposed and not yet read back.
+    Deciding,
+    /// The outcome is `COMMITTED`: services are told until each has committed or is parked.
+    Committing,
+    /// The outcome is `ABORTED`: the result is on its way, and who holds something is told.
+    Aborting,
+    /// Everything is done but the confirmation of the result.
+    Answering,
+    /// Its outcome can't be told: it is being handed to a person.
+    Parking,
+}
+
+impl Phase {
+    /// All of them, for coverage tables.
+    pub const ALL: [Self; 9] = [
+        Self::Recalling,
+        Self::Waiting,
+        Self::Querying,
+        Self::Preparing,
+        Self::Deciding,
+        Self::Committing,
+        Self::Aborting,
+        Self::Answering,
+        Self::Parking,
+    ];
+
+    const fn is_decided(self) -> bool {
+        match self {
+            Self::Committing | Self::Aborting | Self::Answering | Self::Parking => true,
+            Self::Recalling | Self::Waiting | Self::Querying | Self::Preparing | Self::Deciding => {
+                false
+            }
+        }
+    }
+}
+
+/// What one service has said so far.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+enum Standing {
+    Unasked,
+    /// It will be asked when those before it have voted; its flow keeps a place until then.
+    Reserved,
+    /// It will be asked when its flow has room.
+    Queued,
+    Queried,
+    Asked {
+        at: Time,
+        /// Whether it looked full then.
+        looked_full: bool,
+        /// Whether it is known to get a slot.
+        sure: bool,
+    },
+    /// `holder`: who has the slot; `None`: not known for certain, so all are told.
+    Prepared {
+        branch: Branch,
+        holder: Option<InstanceId>,
+    },
+    ReadOnly,
+    /// It said no, or there was no slot, or there is no such service: nothing to tell it.
+    Declined,
+    Failed {
+        branch: Branch,
+        holder: Option<InstanceId>,
+    },
+    /// It has heard the outcome from somebody.
+    Heard,
+}
+
+impl Standing {
+    fn is_to_be_asked(&self) -> bool {
+        matches!(self, Self::Unasked | Self::Reserved)
+    }
+}
+
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+struct Part {
+    standing: Standing,
+    /// Whether it counts as a slot held in the service's flow.
+    holds_slot: bool,
+    duty: Duty,
+}
+
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub(super) struct Transaction {
+    request: Request,
+    requesters: Vec<Requester>,
+    phase: Phase,
+    /// What each of `request.services` has said, in that order.
+    parts: Vec<Part>,
+    /// Whether it counts as in flight.
+    begun: bool,
+    /// Whether another worker may have begun it.
+    repeated: bool,
+    /// Whether one of its requests was delivered before: whoever had it then may have parked a
+    /// commit, and not lived to know that the record is safe.
+    redelivered: bool,
+    /// How often it went from the queue of one service to that of another without being asked for.
+    detours: u32,
+    /// Delivered too often to be tried again.
+    hopeless: bool,
+    /// Set by the first service that says no.
+    reason: Option<Reason>,
+    /// What a service has already heard.
+    heard: Option<Outcome>,
+    /// When to give up preparing; set when the first prepare is sent.
+    deadline: Option<Time>,
+    /// When the phase wants to be looked at again.
+    until: Option<Time>,
+    proposal: Option<Outcome>,
+    decision: Option<Arc<Decision>>,
+    /// Its entry among the deadlines.
+    pub(super) due: Option<Time>,
+}
+
+impl Transaction {
+    pub(super) fn new(request: Request, delivery: Delivery, deliveries: u32, many: u32) -> Self {
+        let part = Part { standing: Standing::Unasked, holds_slot: false, duty: Duty::None };
+        let requester = Requester { delivery, republish_at: None };
+        Self {
+            parts: vec![part; request.services.len()],
+            requesters: vec![requester],
+            phase: Phase::Recalling,
+            begun: false,
+            repeated: deliveries > 1,
+            redelivered: deliveries > 1,
+            detours: 0,
+            hopeless: deliveries > many,
+            reason: None,
+            heard: None,
+            deadline: None,
+            until: None,
+            proposal: None,
+            decision: None,
+            due: None,
+            request,
+        }
+    }
+
+    pub(super) fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    pub(super) fn request(&self) -> &Request {
+        &self.request
+    }
+
+    pub(super) fn is_undecided(&self) -> bool {
+        !self.phase.is_decided()
+    }
+
+    pub(super) fn has_begun(&self) -> bool {
+        self.begun
+    }
+
+    /// Nothing is left to do: it can be forgotten.
+    pub(super) fn is_finished(&self) -> bool {
+        self.phase.is_decided()
+            && self.requesters.is_empty()
+            && self.parts.iter().all(|part| matches!(part.duty, Duty::None | Duty::Parked))
+    }
+
+    fn part_of(&self, service: &ServiceName) -> Option<usize> {
+        self.request.services.iter().position(|name| name == service)
+    }
+
+    // ---- Before the decision -----------------------------------------------------------------
+
+    /// The journal holds no decision: ask who holds it, if another worker may have begun it, and
+    /// else the services for their votes.
+    pub(super) fn start(&mut self, cx: &mut Context<'_>) {
+        if self.hopeless {
+            self.reason = Some(Reason::because(ReasonCode::Failed, "delivered too often"));
+            self.begin(cx);
+            self.propose(Outcome::Aborted, cx);
+        } else if self.repeated {
+            self.begin(cx);
+            self.phase = Phase::Querying;
+            for part in 0..self.parts.len() {
+                self.parts[part].standing = Standing::Queried;
+                self.send(part, Destination::AllInstances, self.query_command(), cx);
+            }
+            self.wake_at(cx.now + cx.settings().query_timeout, cx);
+        } else {
+            self.phase = Phase::Waiting;
+            self.advance(None, cx);
+        }
+    }
+
+    /// Whether the journal read so far may lack a decision of this transaction: begin again once
+    /// it has been looked up.
+    pub(super) fn recall_again(&mut self, cx: &mut Context<'_>) {
+        self.withdraw(cx);
+        for part in &mut self.parts {
+            part.standing = Standing::Unasked;
+        }
+        self.phase = Phase::Recalling;
+        self.repeated = true;
+        self.reason = None;
+        self.heard = None;
+        self.deadline = None;
+        self.until = None;
+        self.proposal = None;
+    }
+
+    /// The outcome can't be told: hand it to a person.
+    pub(super) fn park(&mut self, cx: &mut Context<'_>) {
+        self.phase = Phase::Parking;
+        let matter = Matter::Undecidable(self.request.clone());
+        let parked = Parked { key: self.request.key.clone(), matter, parked_at: cx.now };
+        cx.effects.push(Effect::Park(parked));
+        self.wake_at(cx.now + cx.settings().finish_timeout, cx);
+    }
+
+    fn begin(&mut self, cx: &mut Context<'_>) {
+        if !self.begun {
+            self.begun = true;
+            cx.shared.active += 1;
+        }
+    }
+
+    fn unbegin(&mut self, cx: &mut Context<'_>) {
+        if self.begun {
+            self.begun = false;
+            cx.shared.active -= 1;
+        }
+    }
+
+    fn query_command(&self) -> Command {
+        let (key, request_hash) = (self.request.key.clone(), self.request.request_hash);
+        Command::Query(Query { key, request_hash })
+    }
+
+    /// Asks one instance that is known to hold something for its vote.
+    pub(super) fn query(&self, service: &ServiceName, to: InstanceId, cx: &mut Context<'_>) {
+        if let Some(index) = self.part_of(service) {
+            self.send(index, Destination::Instance(to), self.query_command(), cx);
+        }
+    }
+
+    pub(super) fn record_vote(&mut self, vote: Vote, cx: &mut Context<'_>) {
+        let Some(index) = self.part_of(&vote.service) else {
+            let late = Anomaly::LateVote(vote.key, vote.service);
+            return cx.effects.push(Effect::Report(late));
+        };
+        match self.phase {
+            Phase::Waiting => {
+                self.begin(cx);
+                self.phase = Phase::Preparing;
+                self.start_deadline(cx);
+                self.apply_vote(index, vote, cx);
+                self.evaluate(cx);
+            }
+            Phase::Querying | Phase::Preparing => {
+                self.apply_vote(index, vote, cx);
+                self.evaluate(cx);
+            }
+            Phase::Deciding => self.apply_vote(index, vote, cx),
+            Phase::Committing | Phase::Aborting | Phase::Answering => {
+                self.answer_late_vote(index, vote, cx);
+            }
+            Phase::Recalling | Phase::Parking => {
+                let late = Anomaly::LateVote(vote.key, vote.service);
+                cx.effects.push(Effect::Report(late));
+            }
+        }
+    }
+
+    fn apply_vote(&mut self, index: usize, vote: Vote, cx: &mut Context<'_>) {
+        self.unask(index, true, cx);
+        let instance = vote.instance;
+        let standing = std::mem::replace(&mut self.parts[index].standing, Standing::Unasked);
+        let next = match (vote.ballot, standing) {
+            (Ballot::Prepared { branch }, Standing::Prepared { branch: known, holder }) => {
+                let holder = if branch != known {
+                    let twice = Anomaly::PreparedTwice(vote.key, vote.service);
+                    cx.effects.push(Effect::Report(twice));
+                    None
+                } else if *known.instance() == instance {
+                    // Who made the branch has the slot; others vote from the store.
+                    holder.map(|_| instance)
+                } else {
+                    holder.filter(|holder| holder == known.instance() || *holder == instance)
+                };
+                Standing::Prepared { branch: known, holder }
+            }
+            (Ballot::Prepared { branch }, Standing::Failed { .. }) => {
+                Standing::Prepared { branch, holder: None }
+            }
+            (Ballot::Prepared { branch }, _) => {
+                self.hold(index, cx);
+                Standing::Prepared { branch, holder: Some(instance) }
+            }
+            (Ballot::Failed { reason, .. }, Standing::Prepared { branch, .. }) => {
+                self.reason.get_or_insert(reason);
+                Standing::Prepared { branch, holder: None }
+            }
+            (Ballot::Failed { branch, reason }, _) => {
+                self.reason.get_or_insert(reason);
+                self.hold(index, cx);
+                Standing::Failed { branch, holder: Some(instance) }
+            }
+            (Ballot::Finished(outcome), standing) => {
+                self.heard.get_or_insert(outcome);
+                if matches!(standing, Standing::Prepared { .. } | Standing::Failed { .. }) {
+                    standing
+                } else {
+                    Standing::Heard
+                }
+            }
+            // What is held outweighs what another instance says of itself.
+            (
+                Ballot::ReadOnly | Ballot::Refused(_),
+                standing @ (Standing::Prepared { .. } | Standing::Failed { .. }),
+            ) => standing,
+            (Ballot::ReadOnly, _) => Standing::ReadOnly,
+            (Ballot::Refused(reason), _) => {
+                self.reason.get_or_insert(reason);
+                Standing::Declined
+            }
+        };
+        self.parts[index].standing = next;
+    }
+
+    /// The transport brought the prepare back.
+    pub(super) fn prepare_returned(&mut self, service: &ServiceName, cx: &mut Context<'_>) {
+        let Some(index) = self.part_of(service) else { return };
+        let Standing::Asked { at, .. } = self.parts[index].standing else { return };
+        let waited = cx.now.since(at);
+        let contended_for = cx.jitter(&self.request.key, cx.settings().prepare_timeout / 10);
+        let now = cx.now;
+        if let Some(flow) = cx.known_flow(service) {
+            flow.returned(now, waited, contended_for);
+        }
+        if self.parts.iter().any(|part| part.holds_slot) {
+            let stalled = Anomaly::Stalled(self.request.key.clone(), service.clone());
+            cx.effects.push(Effect::Report(stalled));
+        }
+        self.decline(index, ReasonCode::NoSlot, cx);
+    }
+
+    /// There is no such service.
+    pub(super) fn service_missing(&mut self, service: &ServiceName, cx: &mut Context<'_>) {
+        let Some(index) = self.part_of(service) else { return };
+        if matches!(self.parts[index].standing, Standing::Asked { .. } | Standing::Queued) {
+            self.begin(cx);
+            self.decline(index, ReasonCode::UnknownService, cx);
+        }
+    }
+
+    fn decline(&mut self, index: usize, code: ReasonCode, cx: &mut Context<'_>) {
+        self.unask(index, false, cx);
+        self.parts[index].standing = Standing::Declined;
+        self.reason.get_or_insert_with(|| Reason::at(&self.request.services[index], code));
+        if self.is_undecided() && self.phase != Phase::Deciding {
+            self.evaluate(cx);
+        }
+    }
+
+    /// Proposes an outcome if the votes allow one, and else goes on asking.
+    fn evaluate(&mut self, cx: &mut Context<'_>) {
+        let in_favour =
+            |part: &Part| matches!(part.standing, Standing::Prepared { .. } | Standing::ReadOnly);
+        if let Some(outcome) = self.heard {
+            self.propose(outcome, cx);
+        } else if self.reason.is_some() {
+            self.propose(Outcome::Aborted, cx);
+        } else if self.parts.iter().all(in_favour) {
+            self.propose(Outcome::Committed, cx);
+        } else if self.phase != Phase::Querying {
+            self.advance(None, cx);
+        }
+    }
+
+    fn propose(&mut self, outcome: Outcome, cx: &mut Context<'_>) {
+        self.begin(cx);
+        for index in 0..self.parts.len() {
+            if self.parts[index].standing == Standing::Queued {
+                self.unask(index, false, cx);
+            }
+        }
+        self.phase = Phase::Deciding;
+        self.proposal = Some(outcome);
+        let named = |(part, service): (&Part, &ServiceName)| match &part.standing {
+            Standing::Prepared { branch, .. } => Some((service.clone(), branch.clone())),
+            Standing::Unasked
+            | Standing::Reserved
+            | Standing::Queued
+            | Standing::Queried
+            | Standing::Asked { .. }
+            | Standing::ReadOnly
+            | Standing::Declined
+            | Standing::Failed { .. }
+            | Standing::Heard => None,
+        };
+        let (branches, reason) = match outcome {
+            Outcome::Committed => {
+                (self.parts.iter().zip(&*self.request.services).filter_map(named).collect(), None)
+            }
+            Outcome::Aborted => (Vec::new(), self.reason.clone()),
+        };
+        cx.effects.push(Effect::Append(Decision {
+            key: self.request.key.clone(),
+            request_hash: self.request.request_hash,
+            outcome,
+            branches,
+            reason,
+            decided_at: cx.now,
+            worker: cx.settings().worker.clone(),
+        }));
+        self.wake_at(cx.now + cx.settings().append_timeout, cx);
+    }
+
+    // ---- After the decision ------------------------------------------------------------------
+
+    /// The outcome was read back: nothing but this makes anyone commit, abort or hear a result.
+    pub(super) fn adopt(&mut self, decision: &Arc<Decision>, cx: &mut Context<'_>) {
+        self.begin(cx);
+        for index in 0..self.parts.len() {
+            if matches!(self.parts[index].standing, Standing::Asked { .. }) {
+                let cancel = Command::Cancel(self.request.key.clone());
+                self.send(index, Destination::AllInstances, cancel, cx);
+            }
+        }
+        self.withdraw_prepares(cx);
+        self.decision = Some(Arc::clone(decision));
+        self.until = None;
+        if decision.request_hash != self.request.request_hash {
+            return self.yield_to_other_content(decision, cx);
+        }
+        match decision.outcome {
+            Outcome::Committed => {
+                self.phase = Phase::Committing;
+                for index in 0..self.parts.len() {
+                    self.owe_commit(index, decision, cx);
+                }
+                self.answer_if_complete(cx);
+            }
+            Outcome::Aborted => {
+                self.phase = Phase::Aborting;
+                self.until = Some(cx.now + cx.settings().finish_timeout);
+                self.publish_to_all(cx);
+                for index in 0..self.parts.len() {
+                    self.owe_abort(index, cx);
+                }
+                self.rearm(cx);
+            }
+        }
+    }
+
+    /// The first decision under this key is about another request: this one is not carried out, and
+    /// what was prepared for it is undone.
+    fn yield_to_other_content(&mut self, decision: &Decision, cx: &mut Context<'_>) {
+        self.phase = Phase::Answering;
+        for index in 0..self.parts.len() {
+            if self.parts[index].holds_slot {
+                let branch = decision.branch_of(&self.request.services[index]).cloned();
+                let finish = self.finish(decision.outcome, branch);
+                self.send(index, Destination::AllInstances, Command::Finish(finish), cx);
+                self.release(index, cx);
+            }
+        }
+        for requester in std::mem::take(&mut self.requesters) {
+            let (request, delivery) = (self.request.clone(), requester.delivery);
+            reject(request, delivery, ReasonCode::IdReused, cx.effects);
+        }
+    }
+
+    /// What the journal says of this very transaction: a careless retry is answered with another's
+    /// decision, which is about nothing that was prepared for this one.
+    fn own_decision(&self) -> Option<Arc<Decision>> {
+        self.decision.clone().filter(|decision| decision.key == self.request.key)
+    }
+
+    // ---- Time --------------------------------------------------------------------------------
+
+    /// The moment has come that it wanted to be looked at again.
+    pub(super) fn wake(&mut self, cx: &mut Context<'_>) {
+        let is_due = self.until.is_some_and(|until| until <= cx.now);
+        match self.phase {
+            Phase::Querying if is_due => self.end_query(cx),
+            Phase::Preparing if self.deadline.is_some_and(|deadline| deadline <= cx.now) => {
+                self.give_up_preparing(cx);
+            }
+            Phase::Deciding if is_due => {
+                let proposal = self.proposal.unwrap_or(Outcome::Aborted);
+                self.propose(proposal, cx);
+            }
+            Phase::Parking if is_due => self.park(cx),
+            Phase::Aborting if is_due => {
+                // What did not hear it by now asks for it.
+                for index in 0..self.parts.len() {
+                    self.parts[index].duty = Duty::None;
+                    self.release(index, cx);
+                }
+                self.until = None;
+            }
+            Phase::Recalling
+            | Phase::Waiting
+            | Phase::Querying
+            | Phase::Preparing
+            | Phase::Deciding
+            | Phase::Committing
+            | Phase::Aborting
+            | Phase::Answering
+            | Phase::Parking => {}
+        }
+        for index in 0..self.parts.len() {
+            self.wake_duty(index, cx);
+            if self.parts[index].standing == Standing::Queued {
+                cx.shared.touched.insert(self.request.services[index].clone());
+            }
+        }
+        for index in 0..self.requesters.len() {
+            if self.requesters[index].republish_at.is_some_and(|at| at <= cx.now) {
+                self.publish(index, cx);
+            }
+        }
+        self.answer_if_complete(cx);
+        self.rearm(cx);
+    }
+
+    /// Whoever has not answered the query doesn't hold it: ask for a vote.
+    fn end_query(&mut self, cx: &mut Context<'_>) {
+        self.phase = Phase::Preparing;
+        self.until = None;
+        for part in &mut self.parts {
+            if part.standing == Standing::Queried {
+                part.standing = Standing::Unasked;
+            }
+        }
+        if self.parts.iter().any(|part| part.holds_slot) {
+            self.start_deadline(cx);
+        }
+        if self.parts.iter().all(|part| part.standing == Standing::Unasked) {
+            // Nobody holds any of it. It waits like a new one, and doesn't keep out those of which
+            // something is held: they have slots that others wait for.
+            self.phase = Phase::Waiting;
+            self.unbegin(cx);
+        }
+        self.advance(None, cx);
+    }
+
+    fn give_up_preparing(&mut self, cx: &mut Context<'_>) {
+        let silent = self.parts.iter().position(|part| {
+            part.standing.is_to_be_asked()
+                || matches!(part.standing, Standing::Queued | Standing::Asked { .. })
+        });
+        let service = silent.map(|index| self.request.services[index].clone());
+        self.reason.get_or_insert(Reason { code: ReasonCode::Deadline, service, message: None });
+        self.propose(Outcome::Aborted, cx);
+    }
+
+    /// To be looked at when the service it waits for has been silent for too long.
+    pub(super) fn wake_by(&mut self, at: Time, deadlines: &mut Deadlines) {
+        deadlines.wake_by(&self.request.key, &mut self.due, at);
+    }
+
+    fn wake_at(&mut self, at: Time, cx: &mut Context<'_>) {
+        self.until = Some(at);
+        cx.wake(&self.request.key, &mut self.due, at);
+    }
+
+    fn rearm(&mut self, cx: &mut Context<'_>) {
+        let duties = self.parts.iter().filter_map(|part| match &part.duty {
+            Duty::Owed(telling) | Duty::BackingOff(telling) => Some(telling.due),
+            Duty::Parking { due, .. } => Some(*due),
+            Duty::None | Duty::Parked => None,
+        });
+        let answers = self.requesters.iter().filter_map(|requester| requester.republish_at);
+        let preparing = (self.phase == Phase::Preparing).then_some(self.deadline).flatten();
+        let soonest = duties.chain(answers).chain(preparing).chain(self.until).min();
+        if let (false, Some(at)) = (self.is_finished(), soonest) {
+            cx.wake(&self.request.key, &mut self.due, at);
+        }
+    }
+
+    fn send(&self, index: usize, to: Destination, command: Command, cx: &mut Context<'_>) {
+        let service = self.request.services[index].clone();
+        cx.effects.push(Effect::Send { service, to, command });
+    }
+}
+
+/// How long to wait before the `failures`th attempt is repeated: doubling from `first` up to `max`.
+pub(super) fn backoff(first: Duration, max: Duration, failures: u32) -> Duration {
+    first.saturating_mul(1u32.checked_shl(failures.saturating_sub(1)).unwrap_or(u32::MAX)).min(max)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::{Phase, backoff};
+
+    #[test]
+    fn the_pause_doubles_up_to_its_limit() {
+        let pause = |failures| {
+            backoff(Duration::from_millis(100), Duration::from_secs(10), failures).as_millis()
+        };
+        assert_eq!([1, 2, 3, 4].map(pause), [100, 200, 400, 800]);
+        assert_eq!([7, 8, 9].map(pause), [6400, 10_000, 10_000]);
+        assert_eq!([0, 32, 33, u32::MAX].map(pause), [100, 10_000, 10_000, 10_000]);
+    }
+
+    #[test]
+    fn all_phases_are_listed_in_order() {
+        assert!(Phase::ALL.is_sorted_by(|one, next| one < next));
+        assert_eq!(Phase::ALL.last(), Some(&Phase::Parking));
+    }
+}

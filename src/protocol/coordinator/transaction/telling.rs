@@ -1,0 +1,324 @@
+//! Telling the services the outcome, each for itself, until it has answered or is parked; and
+//! whoever asks for it.
+
+use std::sync::Arc;
+
+use crate::protocol::{
+    coordinator::{
+        Context,
+        event::{Anomaly, Effect},
+        transaction::{Phase, Standing, Transaction},
+    },
+    ids::{Branch, InstanceId, ServiceName},
+    message::{
+        Ballot, Command, Decision, Destination, Done, Finish, Inquiry, Matter, Outcome, Parked,
+        Vote,
+    },
+    time::Time,
+};
+
+/// What is still to be done about one service once the outcome is known.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub(super) enum Duty {
+    None,
+    /// A finish was sent and is not answered; sent again at `due`.
+    Owed(Telling),
+    /// The service's code failed; called again at `due`.
+    BackingOff(Telling),
+    /// A parked record is not confirmed; written again at `due`.
+    Parking {
+        error: Option<Arc<str>>,
+        due: Time,
+    },
+    Parked,
+}
+
+/// How far it has come with telling a service the outcome.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(super) struct Telling {
+    pub(super) due: Time,
+    /// Whether all instances are told, though one is known to have the slot.
+    all: bool,
+    silences: u32,
+    failures: u32,
+}
+
+impl Transaction {
+    pub(super) fn finish(&self, outcome: Outcome, branch: Option<Branch>) -> Finish {
+        Finish { key: self.request.key.clone(), outcome, branch, parked: false }
+    }
+
+    pub(super) fn owe_commit(&mut self, index: usize, decision: &Decision, cx: &mut Context<'_>) {
+        if decision.branch_of(&self.request.services[index]).is_some() {
+            self.owe(index, 0, 0, false, cx);
+        } else if self.parts[index].holds_slot {
+            // Somebody else decided without this service's branch: it is undone. Lost, it will be
+            // asked for.
+            let finish = self.finish(Outcome::Committed, None);
+            self.send(index, Destination::AllInstances, Command::Finish(finish), cx);
+            self.release(index, cx);
+        }
+    }
+
+    pub(super) fn owe_abort(&mut self, index: usize, cx: &mut Context<'_>) {
+        match &self.parts[index].standing {
+            Standing::Prepared { .. } | Standing::Failed { .. } => {
+                self.owe(index, 0, 0, false, cx);
+            }
+            Standing::Unasked | Standing::Reserved | Standing::Queried if self.repeated => {
+                let finish = self.finish(Outcome::Aborted, None);
+                self.send(index, Destination::AllInstances, Command::Finish(finish), cx);
+            }
+            Standing::Unasked
+            | Standing::Reserved
+            | Standing::Queued
+            | Standing::Queried
+            | Standing::Asked { .. }
+            | Standing::ReadOnly
+            | Standing::Declined
+            | Standing::Heard => {}
+        }
+    }
+
+    /// What a service is to be told of the outcome, and who has the slot, if that is known.
+    fn telling(&self, index: usize, decision: &Decision) -> (Finish, Option<InstanceId>) {
+        let (held, holder) = match &self.parts[index].standing {
+            Standing::Prepared { branch, holder } | Standing::Failed { branch, holder } => {
+                (Some(branch), holder.clone())
+            }
+            Standing::Unasked
+            | Standing::Reserved
+            | Standing::Queued
+            | Standing::Queried
+            | Standing::Asked { .. }
+            | Standing::ReadOnly
+            | Standing::Declined
+            | Standing::Heard => (None, None),
+        };
+        let branch = match decision.outcome {
+            Outcome::Committed => decision.branch_of(&self.request.services[index]),
+            Outcome::Aborted => held,
+        };
+        // Where nothing is known but the decision, the instance that made the branch has the slot, or
+        // it is gone: then the transport finds another one. Told all together, one that sees the
+        // branch in the store would call the service's code as well.
+        let holder = match held {
+            Some(_) => holder.filter(|_| held == branch),
+            None => branch.map(|branch| branch.instance().clone()),
+        };
+        (self.finish(decision.outcome, branch.cloned()), holder)
+    }
+
+    /// Tells a service the outcome, and goes on until it has answered.
+    fn owe(&mut self, index: usize, silences: u32, failures: u32, all: bool, cx: &mut Context<'_>) {
+        let Some(decision) = &self.decision else { return };
+        let (finish, holder) = self.telling(index, decision);
+        let patience = match decision.outcome {
+            Outcome::Committed => cx.settings().finish_timeout,
+            Outcome::Aborted => cx.settings().finish_timeout / 4,
+        };
+        let to = holder.filter(|_| !all).map_or(Destination::AllInstances, Destination::Instance);
+        self.send(index, to, Command::Finish(finish), cx);
+        let due = cx.now + patience;
+        self.parts[index].duty = Duty::Owed(Telling { due, all, silences, failures });
+        cx.wake(&self.request.key, &mut self.due, due);
+    }
+
+    pub(in super::super) fn record_done(&mut self, done: &Done, cx: &mut Context<'_>) {
+        let Some(index) = self.part_of(&done.service) else { return };
+        match &done.applied {
+            Ok(()) => {
+                // What was parked is settled by the parked command's own done; what may have been,
+                // by nothing but this.
+                if self.may_be_listed(index) && !done.parked {
+                    self.settle(index, cx);
+                }
+                if !matches!(self.parts[index].duty, Duty::None | Duty::Parked) {
+                    self.parts[index].duty = Duty::None;
+                    self.release(index, cx);
+                }
+            }
+            Err(error) => self.record_failure(index, error, cx),
+        }
+        self.answer_if_complete(cx);
+    }
+
+    /// Whether a record may say that this service's commit, which is owed, is parked.
+    fn may_be_listed(&self, index: usize) -> bool {
+        match self.parts[index].duty {
+            Duty::Parking { .. } => true,
+            Duty::Owed(_) | Duty::BackingOff(_) => {
+                self.redelivered && self.phase == Phase::Committing
+            }
+            Duty::None | Duty::Parked => false,
+        }
+    }
+
+    fn settle(&self, index: usize, cx: &mut Context<'_>) {
+        let (key, service) = (self.request.key.clone(), self.request.services[index].clone());
+        cx.effects.push(Effect::Settle { key, service });
+    }
+
+    /// A request was delivered again of what has committed in part or as a whole.
+    pub(super) fn settle_committed(&self, cx: &mut Context<'_>) {
+        let Some(decision) = self.own_decision() else { return };
+        for (index, service) in self.request.services.iter().enumerate() {
+            if self.parts[index].duty == Duty::None && decision.branch_of(service).is_some() {
+                self.settle(index, cx);
+            }
+        }
+    }
+
+    /// A service's code failed to finish. Only the answer that is waited for counts: several
+    /// instances may report the same attempt.
+    fn record_failure(&mut self, index: usize, error: &Arc<str>, cx: &mut Context<'_>) {
+        let Duty::Owed(telling) = self.parts[index].duty else { return };
+        let failures = telling.failures + 1;
+        cx.effects.push(Effect::Report(Anomaly::CommitFailed {
+            key: self.request.key.clone(),
+            service: self.request.services[index].clone(),
+            failures,
+            error: Arc::clone(error),
+        }));
+        if self.phase == Phase::Committing && failures > cx.settings().commit_retries {
+            return self.park_commit(index, Some(Arc::clone(error)), cx);
+        }
+        let due = cx.now + cx.backoff(&self.request.key, failures);
+        self.parts[index].duty = Duty::BackingOff(Telling { due, failures, ..telling });
+        cx.wake(&self.request.key, &mut self.due, due);
+    }
+
+    fn park_commit(&mut self, index: usize, error: Option<Arc<str>>, cx: &mut Context<'_>) {
+        let service = self.request.services[index].clone();
+        let decided = self.decision.as_ref().and_then(|decision| decision.branch_of(&service));
+        let Some(branch) = decided.cloned() else { return };
+        let matter = Matter::Uncommitted { service, branch, error: error.clone() };
+        let parked = Parked { key: self.request.key.clone(), matter, parked_at: cx.now };
+        cx.effects.push(Effect::Park(parked));
+        let due = cx.now + cx.settings().finish_timeout;
+        self.parts[index].duty = Duty::Parking { error, due };
+        cx.wake(&self.request.key, &mut self.due, due);
+    }
+
+    /// The parked record is safe.
+    pub(in super::super) fn park_confirmed(
+        &mut self,
+        service: Option<&ServiceName>,
+        cx: &mut Context<'_>,
+    ) {
+        let Some(service) = service else {
+            if self.phase == Phase::Parking {
+                for requester in std::mem::take(&mut self.requesters) {
+                    cx.effects.push(Effect::Ack(requester.delivery));
+                }
+            }
+            return;
+        };
+        let Some(index) = self.part_of(service) else { return };
+        if let (Duty::Parking { .. }, Some(decision)) = (&self.parts[index].duty, &self.decision) {
+            let (finish, _) = self.telling(index, decision);
+            let finish = Finish { parked: true, ..finish };
+            self.send(index, Destination::AnyInstance, Command::Finish(finish), cx);
+            self.parts[index].duty = Duty::Parked;
+            self.release(index, cx);
+            self.answer_if_complete(cx);
+        }
+    }
+
+    pub(super) fn answer_late_vote(&mut self, index: usize, vote: Vote, cx: &mut Context<'_>) {
+        let Some(decision) = self.own_decision() else { return };
+        match vote.ballot {
+            Ballot::Prepared { branch } | Ballot::Failed { branch, .. } => {
+                let late = Anomaly::LateVote(vote.key, vote.service);
+                cx.effects.push(Effect::Report(late));
+                if self.is_with_holder(index, &branch, &vote.instance) {
+                    return;
+                }
+                let to = Destination::Instance(vote.instance.clone());
+                match decision.outcome {
+                    Outcome::Committed => {
+                        let branch = decision.branch_of(&self.request.services[index]).cloned();
+                        let finish = self.finish(Outcome::Committed, branch);
+                        self.send(index, to, Command::Finish(finish), cx);
+                    }
+                    // Once everyone has been given up on, nobody would end the repetitions.
+                    Outcome::Aborted
+                        if self.parts[index].duty == Duty::None && self.until.is_some() =>
+                    {
+                        let holder = Some(vote.instance);
+                        self.parts[index].standing = Standing::Failed { branch, holder };
+                        self.owe(index, 0, 0, false, cx);
+                    }
+                    Outcome::Aborted => {
+                        let finish = self.finish(Outcome::Aborted, Some(branch));
+                        self.send(index, to, Command::Finish(finish), cx);
+                    }
+                }
+            }
+            Ballot::ReadOnly | Ballot::Refused(_) | Ballot::Finished(_) => {}
+        }
+    }
+
+    /// An instance that holds the transaction, or has found it in the store, asks what became of it.
+    pub(in super::super) fn answer_inquiry(&self, inquiry: Inquiry, cx: &mut Context<'_>) {
+        let index = self.part_of(&inquiry.service);
+        if index.is_some_and(|it| self.is_with_holder(it, &inquiry.branch, &inquiry.instance)) {
+            return;
+        }
+        if let Some(decision) = self.own_decision() {
+            cx.tell(&decision, &inquiry.service, inquiry.instance);
+        }
+    }
+
+    /// Whether the holder of `branch` is being told the outcome, and `instance` is another one that
+    /// has seen the branch in the store: told as well, both would call the service's code.
+    fn is_with_holder(&self, index: usize, branch: &Branch, instance: &InstanceId) -> bool {
+        let part = &self.parts[index];
+        let (Duty::Owed(telling) | Duty::BackingOff(telling)) = &part.duty else { return false };
+        match &part.standing {
+            Standing::Prepared { branch: held, holder: Some(holder) }
+            | Standing::Failed { branch: held, holder: Some(holder) } => {
+                !telling.all && held == branch && holder != instance
+            }
+            Standing::Prepared { .. }
+            | Standing::Failed { .. }
+            | Standing::Unasked
+            | Standing::Reserved
+            | Standing::Queued
+            | Standing::Queried
+            | Standing::Asked { .. }
+            | Standing::ReadOnly
+            | Standing::Declined
+            | Standing::Heard => false,
+        }
+    }
+
+    pub(super) fn wake_duty(&mut self, index: usize, cx: &mut Context<'_>) {
+        match &self.parts[index].duty {
+            Duty::Owed(telling) if telling.due <= cx.now => {
+                let Telling { silences, failures, .. } = *telling;
+                let (key, service) = (self.request.key.clone(), &self.request.services[index]);
+                let unanswered = Anomaly::Unanswered(key, service.clone());
+                cx.effects.push(Effect::Report(unanswered));
+                if self.phase == Phase::Committing && silences >= cx.settings().commit_retries {
+                    self.park_commit(index, None, cx);
+                } else {
+                    self.owe(index, silences + 1, failures, true, cx);
+                }
+            }
+            Duty::BackingOff(telling) if telling.due <= cx.now => {
+                let Telling { silences, failures, all, .. } = *telling;
+                self.owe(index, silences, failures, all, cx);
+            }
+            Duty::Parking { error, due } if *due <= cx.now => {
+                let error = error.clone();
+                self.park_commit(index, error, cx);
+            }
+            Duty::None
+            | Duty::Owed(_)
+            | Duty::BackingOff(_)
+            | Duty::Parking { .. }
+            | Duty::Parked => {}
+        }
+    }
+}
