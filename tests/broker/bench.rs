@@ -29,8 +29,8 @@ fn everything_that_is_measured_is_told_and_drawn() {
         "/load/1/p99_ms/median",
         "/load/1/cpu_us_per_tx/workers/median",
         "/load/1/resident_mib/services/median",
-        "/backlog/0/tx_per_s",
-        "/backlog/0/worker_resident_mib/max",
+        "/backlog/0/tx_per_s/median",
+        "/backlog/0/worker_resident_mib/max/median",
         "/times/startup_ms",
         "/times/takeover_ms",
     ] {

@@ -14,7 +14,7 @@ use crate::{
     cli::bench::{
         load::data_of,
         machine,
-        report::Backlog,
+        report::{Backlog, mib},
         system::{Place, SERVICES},
     },
     client::Submission,
@@ -41,13 +41,46 @@ const SILENCE_MAX: Duration = Duration::from_secs(60);
 /// How often the worker's memory is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 
-/// Piles up `requests`, and then starts a worker.
+/// How often one backlog is drained at most.
+const DRAINS_MAX: usize = 15;
+
+/// Drains a backlog of `requests`, again and again until that has taken `duration`: a small one is
+/// gone too soon to tell how fast.
 pub(super) async fn measure(
     place: &Place,
     requests: u64,
     max_in_flight: usize,
     data: usize,
+    duration: Duration,
 ) -> anyhow::Result<Backlog> {
+    let mut backlog = Backlog { requests, ..Backlog::default() };
+    let mut taken = Duration::ZERO;
+    while taken < duration && backlog.per_second.count() < DRAINS_MAX {
+        let Drained { took, aborted, memory } = drain(place, requests, max_in_flight, data).await?;
+        taken += took;
+        backlog.per_second.add(requests as f64 / took.as_secs_f64());
+        backlog.aborted += aborted;
+        backlog.resident_middle.add_known(memory.get(memory.len() / 2).copied().map(mib));
+        backlog.resident_max.add_known(memory.into_iter().max().map(mib));
+    }
+    Ok(backlog)
+}
+
+/// How one backlog was drained.
+struct Drained {
+    took: Duration,
+    aborted: u64,
+    /// The worker's, from time to time.
+    memory: Vec<u64>,
+}
+
+/// Piles up `requests`, and then starts a worker.
+async fn drain(
+    place: &Place,
+    requests: u64,
+    max_in_flight: usize,
+    data: usize,
+) -> anyhow::Result<Drained> {
     let link = place.broker().link().await?;
     let reply = ReplyToken::parse(&unique::name('p'))?;
     let mut results = {
@@ -96,14 +129,7 @@ pub(super) async fn measure(
         service.stop().await?;
     }
     link.close().await;
-    let middle = memory.get(memory.len() / 2).copied();
-    Ok(Backlog {
-        requests,
-        per_second: requests as f64 / took.as_secs_f64(),
-        aborted,
-        resident_middle: middle,
-        resident_max: memory.into_iter().max(),
-    })
+    Ok(Drained { took, aborted, memory })
 }
 
 async fn pile_up(

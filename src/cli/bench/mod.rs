@@ -297,7 +297,9 @@ impl Bench<'_> {
         }
         for (&requests, place) in self.arguments.backlog.iter().zip(self.for_backlogs) {
             tell(&format!("a backlog of {requests}\n"));
-            report.backlog.push(backlog::measure(place, requests, IN_FLIGHT_DEFAULT, data).await?);
+            let duration = self.arguments.duration();
+            let draining = backlog::measure(place, requests, IN_FLIGHT_DEFAULT, data, duration);
+            report.backlog.push(draining.await?);
         }
         Ok(())
     }

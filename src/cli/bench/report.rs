@@ -22,6 +22,11 @@ impl Measured {
         value.into_iter().for_each(|value| self.add(value));
     }
 
+    /// How often it was measured.
+    pub(super) fn count(&self) -> usize {
+        self.0.len()
+    }
+
     pub(super) fn median(&self) -> Option<f64> {
         let middle = self.0.len() / 2;
         let upper = *self.0.get(middle)?;
@@ -29,6 +34,14 @@ impl Measured {
             return Some(upper);
         }
         Some((self.0.get(middle - 1)? + upper) / 2.0)
+    }
+
+    /// From the least to the most.
+    fn spread(&self) -> String {
+        match (self.0.first(), self.0.last()) {
+            (Some(min), Some(max)) => format!("{min:.0}..{max:.0}"),
+            (_, None) | (None, _) => String::new(),
+        }
     }
 
     fn text(&self) -> String {
@@ -152,15 +165,16 @@ pub(super) struct Point {
 }
 
 /// Requests that had piled up.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Backlog {
     pub(super) requests: u64,
-    pub(super) per_second: f64,
+    /// Each time that it was drained.
+    pub(super) per_second: Measured,
     pub(super) aborted: u64,
-    /// The worker's memory amid it, in bytes.
-    pub(super) resident_middle: Option<u64>,
+    /// The worker's memory amid it, in MiB.
+    pub(super) resident_middle: Measured,
     /// And at most.
-    pub(super) resident_max: Option<u64>,
+    pub(super) resident_max: Measured,
 }
 
 /// How long things take that happen to workers.
@@ -230,11 +244,12 @@ impl Report {
         let backlog = self.backlog.iter().map(|it| {
             json!({
                 "requests": it.requests,
-                "tx_per_s": rounded(it.per_second),
+                "drained": it.per_second.count(),
+                "tx_per_s": it.per_second.json(),
                 "aborted": it.aborted,
                 "worker_resident_mib": {
-                    "middle": it.resident_middle.map(mib).map(rounded),
-                    "max": it.resident_max.map(mib).map(rounded),
+                    "middle": it.resident_middle.json(),
+                    "max": it.resident_max.json(),
                 },
             })
         });
@@ -282,10 +297,7 @@ impl Report {
             ["in flight", "tx/s", "min..max", echo, "p50 ms", "p99 ms", messages, rest],
         );
         for point in &self.load {
-            let spread = match (point.per_second.0.first(), point.per_second.0.last()) {
-                (Some(min), Some(max)) => format!("{min:.0}..{max:.0}"),
-                (_, None) | (None, _) => String::new(),
-            };
+            let spread = point.per_second.spread();
             let (echo, messages, rest) = match is_brokered {
                 true => (known(&point.per_echo), known(&point.messages), point.cpu.text()),
                 false => Default::default(),
@@ -358,14 +370,18 @@ impl fmt::Display for Report {
             writeln!(f, "{aborted} were ABORTED")?;
         }
         for it in &self.backlog {
-            let known = |bytes: Option<u64>| known_or_not(bytes.map(mib));
+            let known = Measured::text;
+            let times = match it.per_second.count() {
+                0 | 1 => String::new(),
+                count => format!(" ({}, drained {count} times)", it.per_second.spread()),
+            };
             writeln!(
                 f,
-                "\nbacklog of {}: {} tx/s; the worker's memory {} MiB amid it, at most {} MiB{}",
+                "\nbacklog of {}: {} tx/s{times}; the worker's memory {} MiB amid it, at most {} MiB{}",
                 it.requests,
-                in_short(it.per_second),
-                known(it.resident_middle),
-                known(it.resident_max),
+                known(&it.per_second),
+                known(&it.resident_middle),
+                known(&it.resident_max),
                 if it.aborted > 0 {
                     format!("; {} were ABORTED", it.aborted)
                 } else {
