@@ -54,8 +54,8 @@ pub(super) struct WorkerArguments {
     /// [env: DTC__WORKER__DRAIN]
     #[arg(long, value_name = "DURATION")]
     drain: Option<String>,
-    /// How long a decision is remembered, to recognise a request that comes again
-    /// [default: 15min]
+    /// How long a decision is remembered, to recognise a request that comes again; no more than the
+    /// last 200,000 are [default: 15min]
     ///
     /// [env: DTC__WORKER__WINDOW]
     #[arg(long, value_name = "DURATION")]
