@@ -306,13 +306,15 @@ class Session:
             # Rule 4: it is prepared once, and voted on as often as it is asked for.
             self.vote_on_held(worker, key, request_hash)
             return self.ack(delivery)
-        vote, fields = self.answer_without_code(key, request_hash, item["deadline"])
+        vote, fields = self.recalled(key, request_hash)
+        if vote is None:
+            found = self.store.held(key)
+            if found:
+                return self.prepare_of_stored(worker, delivery, redelivered, item, found)
+            vote, fields = self.no_call_for(key, item["deadline"])
         if vote is not None:
             self.vote(worker, key, request_hash, vote, **fields)
             return self.ack(delivery)
-        found = self.store.held(key)
-        if found:
-            return self.prepare_of_stored(worker, delivery, redelivered, item, found)
         self.branches += 1
         holding = Holding("preparing", delivery, request_hash, item["deadline"])
         holding.branch = branch = f"{self.instance}.{self.branches}"
@@ -336,11 +338,8 @@ class Session:
         holding.branch = branch
         self.holdings[key] = holding
 
-    def answer_without_code(self, key, request_hash, deadline):
-        """Rule 5."""
-        vote, fields = self.recalled(key, request_hash)
-        if vote is not None:
-            return vote, fields
+    def no_call_for(self, key, deadline):
+        """Rule 5, for what isn't held: whether the service's code is not to be called."""
         if key in self.remembered:
             return "refused", {"reason": self.reason("cancelled")}
         others = list(self.holdings) + list(self.remembered)

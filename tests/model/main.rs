@@ -164,10 +164,10 @@ searches! {
     a_reader_that_comes_late_answers_inquiries: late_inquiry, 8_710;
     a_truncated_journal_is_not_guessed: truncated_journal, 43_008;
     a_short_memory_forgets_no_outcome: short_memory, 1_367_011;
-    a_service_that_forgets_executes_once: forgetful_service, 13_457;
+    a_service_that_forgets_executes_once: forgetful_service, 13_463;
     two_instances_that_both_prepare_execute_once: two_instances, 359_482;
-    slow_code_and_slow_stores_execute_once: slow_services, 515_641;
-    commits_that_fail_are_parked_and_settled: commit_failures, 458_579;
+    slow_code_and_slow_stores_execute_once: slow_services, 513_073;
+    commits_that_fail_are_parked_and_settled: commit_failures, 458_447;
     every_answer_to_a_prepare_counts: votes, 984_049;
     no_slot_aborts: no_slot, 40_548;
     an_inquiry_decides: inquiries, 1_093_660;

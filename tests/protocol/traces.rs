@@ -105,6 +105,7 @@ stories! {
     instance {
         abort_of_what_was_never_prepared_calls_nothing
         cancel_never_touches_what_is_prepared
+        cancelled_here_and_prepared_by_another_it_is_voted_on_from_the_store
         cancelled_while_a_query_is_looked_up
         cancelled_while_the_store_is_read
         cap_holds_when_more_is_delivered
@@ -140,6 +141,7 @@ stories! {
         query_is_answered_from_the_store
         query_without_a_store_is_answered_only_by_who_holds
         read_only_counts_only_for_the_content_that_was_seen
+        redelivered_after_its_deadline_it_is_found_in_the_store
         redelivered_prepare_is_found_in_the_store
         refused_and_read_only_free_the_slot_at_once
         repeated_prepare_of_what_another_instance_holds_takes_no_slot

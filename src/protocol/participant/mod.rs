@@ -251,7 +251,13 @@ impl Instance {
         if self.holdings.contains_key(&key) {
             return self.prepare_again(it, effects);
         }
-        if let Some(ballot) = self.ballot_without_code(now, &it.prepare) {
+        // What the store holds is held, however late the prepare is and whatever was cancelled.
+        let look = self.settings.has_store && (it.prepare.repeated || it.redelivered);
+        let ballot = match look {
+            true => self.ballot_from_memory(&it.prepare),
+            false => self.ballot_without_code(now, &it.prepare),
+        };
+        if let Some(ballot) = ballot {
             self.vote(it.worker, &key, it.prepare.request_hash, ballot, effects);
             return effects.push(Effect::Ack(it.delivery));
         }
@@ -259,7 +265,6 @@ impl Instance {
             return self.waiting.push_back(it);
         }
         self.slots_used += 1;
-        let look = self.settings.has_store && (it.prepare.repeated || it.redelivered);
         let mut holding = Holding {
             slot: Slot::Held(it.delivery),
             redelivered: it.redelivered,
@@ -276,28 +281,36 @@ impl Instance {
         self.holdings.insert(&key, Box::new(holding));
     }
 
-    /// What can be said to a prepare without asking the service's code.
+    /// What was said before to this prepare, or came of it.
+    fn ballot_from_memory(&self, prepare: &Prepare) -> Option<Ballot> {
+        match self.memory.of(&prepare.key)? {
+            Remembered::Finished { outcome, .. } => Some(Ballot::Finished(*outcome)),
+            Remembered::ReadOnly(seen) if *seen == prepare.request_hash => Some(Ballot::ReadOnly),
+            Remembered::ReadOnly(_) => Some(self.refused(ReasonCode::IdReused)),
+            Remembered::Refused(reason) => Some(Ballot::Refused(reason.clone())),
+            Remembered::Cancelled => None,
+        }
+    }
+
+    /// What can be said to a prepare without asking the service's code, where nothing is held.
     fn ballot_without_code(&self, now: Time, prepare: &Prepare) -> Option<Ballot> {
-        let no = |code| Some(Ballot::Refused(Reason::at(&self.settings.service, code)));
-        match self.memory.of(&prepare.key) {
-            Some(Remembered::Finished { outcome, .. }) => return Some(Ballot::Finished(*outcome)),
-            Some(Remembered::ReadOnly(seen)) if *seen == prepare.request_hash => {
-                return Some(Ballot::ReadOnly);
-            }
-            Some(Remembered::ReadOnly(_)) => return no(ReasonCode::IdReused),
-            Some(Remembered::Refused(reason)) => return Some(Ballot::Refused(reason.clone())),
-            Some(Remembered::Cancelled) => return no(ReasonCode::Cancelled),
-            None => {}
+        if let Some(ballot) = self.ballot_from_memory(prepare) {
+            return Some(ballot);
         }
-        let is_taken =
-            self.memory.has_namesake(&prepare.key) || has_namesake(&self.holdings, &prepare.key);
-        if is_taken {
-            return no(ReasonCode::IdReused);
+        let key = &prepare.key;
+        if self.memory.of(key).is_some() {
+            Some(self.refused(ReasonCode::Cancelled))
+        } else if self.memory.has_namesake(key) || has_namesake(&self.holdings, key) {
+            Some(self.refused(ReasonCode::IdReused))
+        } else if now > prepare.deadline {
+            Some(self.refused(ReasonCode::Deadline))
+        } else {
+            None
         }
-        if now > prepare.deadline {
-            return no(ReasonCode::Deadline);
-        }
-        None
+    }
+
+    fn refused(&self, code: ReasonCode) -> Ballot {
+        Ballot::Refused(Reason::at(&self.settings.service, code))
     }
 
     /// A prepare of what this instance has to do with already.
@@ -803,7 +816,6 @@ impl Instance {
     }
 
     fn store_scanned(&mut self, now: Time, held: Vec<InDoubt>, effects: &mut Vec<Effect>) {
-        self.scan_at = Some(now + self.settings.scan_every);
         let mut seen = BTreeMap::new();
         for it in held {
             if self.holdings.get(&it.key).is_some_and(|own| own.branch.as_ref() == Some(&it.branch))
@@ -819,6 +831,10 @@ impl Instance {
                 effects.push(self.inquiry(it.key, it.request_hash, it.branch, it.deadline));
             }
         }
+        // Who is in doubt is asked about when it is time, and not first at the next round.
+        let soonest = seen.values().min().map(|since| *since + self.settings.inquire_after);
+        let usual = now + self.settings.scan_every;
+        self.scan_at = Some(soonest.map_or(usual, |at| at.min(usual)));
         self.doubted = seen;
     }
 
