@@ -7,7 +7,7 @@
 //! What is held here is what is in flight, and what the processes before this one have left.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::Arc,
 };
 
@@ -61,12 +61,16 @@ pub(super) struct Log {
     inherited: BTreeMap<TransactionId, Inherited>,
     /// What is aborted, and may not have been told to everyone yet.
     aborting: Vec<TransactionKey>,
+    /// Of that: what a service holds though it has been told for long enough. It will ask.
+    untold: BTreeSet<TransactionKey>,
     failure: Option<JournalError>,
 }
 
 #[derive(Default)]
 struct Open {
     is_proposed: bool,
+    /// Whether nobody has requested it: it was decided for who asked, and nobody else is told.
+    is_only_asked_about: bool,
     /// Its outcome, once that is on the disk.
     decision: Option<Arc<Decision>>,
 }
@@ -86,7 +90,7 @@ impl Log {
         let (mut open, mut inherited) = (BTreeMap::new(), BTreeMap::new());
         for Unfinished { request: Request { key, .. }, decision, .. } in unfinished {
             let (is_proposed, decision) = (decision.is_some(), decision.clone());
-            open.insert(key.clone(), Open { is_proposed, decision });
+            open.insert(key.clone(), Open { is_proposed, decision, ..Open::default() });
             let requested_at = key.requested_at;
             inherited.insert(key.id.clone(), Inherited { requested_at, ended: None });
         }
@@ -101,6 +105,7 @@ impl Log {
             open,
             inherited,
             aborting: Vec::new(),
+            untold: BTreeSet::new(),
             failure: None,
         }
     }
@@ -140,8 +145,12 @@ impl Log {
         self.unless_failed(found).map_or(Earlier::Nothing, Earlier::Over)
     }
 
-    /// How a transaction of an earlier process has ended, if that is known.
+    /// How a transaction of an earlier process has ended, there or in this one, if that is known.
     pub(super) fn ending_of(&mut self, key: &TransactionKey) -> Option<Arc<Decision>> {
+        let inherited = self.inherited.get(&key.id).and_then(|it| it.ended.as_ref());
+        if let Some(finished) = inherited.filter(|it| it.decision.key == *key) {
+            return Some(Arc::clone(&finished.decision));
+        }
         let found = self.endings.find(&key.id);
         let found = self.unless_failed(found).map(|finished| finished.decision);
         found.filter(|decision| decision.key == *key)
@@ -186,6 +195,16 @@ impl Log {
         self.write(&Entry::Begun(Begun { request, worker }));
     }
 
+    /// Proposes to abort what a service has asked about and nobody works on.
+    pub(super) fn propose_to_asker(&mut self, decision: Arc<Decision>) {
+        if !self.open.contains_key(&decision.key) {
+            let open = Open { is_only_asked_about: true, ..Open::default() };
+            self.open.insert(decision.key.clone(), open);
+            self.aborting.push(decision.key.clone());
+        }
+        self.propose(decision);
+    }
+
     /// Proposes an outcome. One proposal is enough: this journal loses none.
     pub(super) fn propose(&mut self, decision: Arc<Decision>) {
         self.waiting.remove(&decision.key);
@@ -215,27 +234,49 @@ impl Log {
         self.open.contains_key(key)
     }
 
+    /// The outcome of what is in the file and not over, once that is on the disk.
+    pub(super) fn decision_of(&self, key: &TransactionKey) -> Option<&Arc<Decision>> {
+        self.open.get(key)?.decision.as_ref()
+    }
+
     /// It is aborted: over, when everyone has been told.
     pub(super) fn aborted(&mut self, key: &TransactionKey) {
         self.waiting.remove(key);
         self.aborting.push(key.clone());
     }
 
-    /// What is aborted and isn't worked on any more.
+    /// What is aborted, that is on the disk, and isn't worked on any more.
     pub(super) fn take_aborted(
         &mut self,
         mut is_over: impl FnMut(&TransactionKey) -> bool,
     ) -> Vec<TransactionKey> {
-        self.aborting.extract_if(.., |key| is_over(key)).collect()
+        let open = &self.open;
+        let is_safe = |open: &Open| open.decision.is_some();
+        let aborted =
+            self.aborting.extract_if(.., |key| open.get(key).is_none_or(is_safe) && is_over(key));
+        aborted.collect()
+    }
+
+    /// It is aborted and isn't worked on any more, and a service still holds it.
+    pub(super) fn keep_untold(&mut self, key: TransactionKey) {
+        self.untold.insert(key);
+    }
+
+    /// A service has ended something about it: it may be over now.
+    pub(super) fn look_again(&mut self, key: &TransactionKey) {
+        self.aborting.extend(self.untold.take(key));
     }
 
     /// It is over, but for these services.
     pub(super) fn finish(&mut self, key: &TransactionKey, unresolved: &[ServiceName]) {
         self.waiting.remove(key);
-        let Some(decision) = self.open.get(key).and_then(|open| open.decision.clone()) else {
-            return;
-        };
+        let Some(open) = self.open.get(key) else { return };
+        let Some(decision) = open.decision.clone() else { return };
+        let is_only_asked_about = open.is_only_asked_about;
         self.open.remove(key);
+        if is_only_asked_about {
+            return;
+        }
         let finished = Finished { decision, unresolved: unresolved.to_vec() };
         if let Some(inherited) = self.inherited.get_mut(&key.id)
             && inherited.requested_at == key.requested_at

@@ -10,6 +10,8 @@ mod log;
 mod recovery;
 mod remembered;
 mod report;
+#[cfg(test)]
+mod restarts;
 
 use std::{collections::BTreeSet, path::PathBuf, sync::Arc, time::Duration};
 
