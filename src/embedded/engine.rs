@@ -55,6 +55,13 @@ pub(crate) struct Concluded {
     pub(crate) took: Duration,
 }
 
+impl Concluded {
+    /// Nobody was called for it.
+    fn at_once(answer: Answer) -> Self {
+        Self { answer, attempts: BTreeMap::new(), took: Duration::ZERO }
+    }
+}
+
 pub(crate) struct Engine {
     settings: Settings,
     worker: WorkerId,
@@ -198,19 +205,21 @@ impl Engine {
                 Earlier::Nothing if log.has_failed() => return,
                 Earlier::Nothing => {
                     let recovery = self.recovery.as_mut();
-                    if let Some(since) = recovery.and_then(|it| it.adopt(&spec.id)) {
+                    let since = recovery.and_then(|it| it.adopt(&spec.id, spec.request_hash));
+                    if let Some(since) = since {
                         // Its request was lost, and what was prepared for it was not.
                         (requested_at, deliveries) = (since, 2);
+                        let key = TransactionKey { id: spec.id.clone(), requested_at };
+                        log.inherit(&key, spec.request_hash);
                     }
                 }
                 Earlier::InFlight(since) => requested_at = since,
                 Earlier::Over(finished) => {
-                    let mut answer = answer_of(&finished);
-                    if finished.decision.request_hash != spec.request_hash {
-                        answer = rejected(now.time, &finished.decision.key, id_reused());
-                    }
-                    let (attempts, took) = (BTreeMap::new(), Duration::ZERO);
-                    return self.concluded.push(Concluded { answer, attempts, took });
+                    return self.concluded.push(Concluded::at_once(answer_of(&finished)));
+                }
+                Earlier::Another(key) => {
+                    let answer = rejected(now.time, &key, id_reused());
+                    return self.concluded.push(Concluded::at_once(answer));
                 }
             }
         }

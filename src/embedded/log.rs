@@ -13,7 +13,7 @@ use std::{
 
 use crate::{
     protocol::{
-        ids::{Branch, ServiceName, TransactionId, TransactionKey, WorkerId},
+        ids::{Branch, RequestHash, ServiceName, TransactionId, TransactionKey, WorkerId},
         message::{Answer, Decision, Request},
         time::Time,
     },
@@ -42,6 +42,8 @@ pub(super) enum Earlier {
     InFlight(Time),
     /// It is over.
     Over(Finished),
+    /// Another one has its id: what is asked for has other content.
+    Another(TransactionKey),
 }
 
 pub(super) struct Log {
@@ -77,6 +79,7 @@ struct Open {
 
 struct Inherited {
     requested_at: Time,
+    request_hash: RequestHash,
     ended: Option<Finished>,
 }
 
@@ -88,11 +91,10 @@ impl Log {
         unfinished: &[Unfinished],
     ) -> Self {
         let (mut open, mut inherited) = (BTreeMap::new(), BTreeMap::new());
-        for Unfinished { request: Request { key, .. }, decision, .. } in unfinished {
+        for Unfinished { request: Request { key, request_hash, .. }, decision, .. } in unfinished {
             let (is_proposed, decision) = (decision.is_some(), decision.clone());
             open.insert(key.clone(), Open { is_proposed, decision, ..Open::default() });
-            let requested_at = key.requested_at;
-            inherited.insert(key.id.clone(), Inherited { requested_at, ended: None });
+            inherited.insert(key.id.clone(), Inherited::of(key, *request_hash));
         }
         Self {
             own,
@@ -136,13 +138,28 @@ impl Log {
     /// What the journal says of a transaction that is asked for.
     pub(super) fn earlier(&mut self, spec: &TransactionSpec) -> Earlier {
         if let Some(inherited) = self.inherited.get(&spec.id) {
+            let requested_at = inherited.requested_at;
             return match &inherited.ended {
+                _ if inherited.request_hash != spec.request_hash => {
+                    Earlier::Another(TransactionKey { id: spec.id.clone(), requested_at })
+                }
                 Some(finished) => Earlier::Over(finished.clone()),
-                None => Earlier::InFlight(inherited.requested_at),
+                None => Earlier::InFlight(requested_at),
             };
         }
         let found = self.endings.find(&spec.id);
-        self.unless_failed(found).map_or(Earlier::Nothing, Earlier::Over)
+        match self.unless_failed(found) {
+            None => Earlier::Nothing,
+            Some(Finished { decision, .. }) if decision.request_hash != spec.request_hash => {
+                Earlier::Another(decision.key.clone())
+            }
+            Some(finished) => Earlier::Over(finished),
+        }
+    }
+
+    /// What earlier processes have begun, and isn't in the file, is requested once more.
+    pub(super) fn inherit(&mut self, key: &TransactionKey, request_hash: RequestHash) {
+        self.inherited.insert(key.id.clone(), Inherited::of(key, request_hash));
     }
 
     /// How a transaction of an earlier process has ended, there or in this one, if that is known.
@@ -284,6 +301,12 @@ impl Log {
             inherited.ended = Some(finished.clone());
         }
         self.write(&Entry::Finished(finished));
+    }
+}
+
+impl Inherited {
+    fn of(key: &TransactionKey, request_hash: RequestHash) -> Self {
+        Self { requested_at: key.requested_at, request_hash, ended: None }
     }
 }
 

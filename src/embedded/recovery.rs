@@ -15,7 +15,7 @@ use std::{
 
 use crate::{
     protocol::{
-        ids::{TransactionId, TransactionKey},
+        ids::{RequestHash, TransactionId, TransactionKey},
         participant::InDoubt,
         time::Time,
     },
@@ -122,12 +122,14 @@ impl Recovery {
         self.deferred.entry(doubt.key.id.clone()).or_default().push((member, doubt));
     }
 
-    /// What was prepared under this id is requested once more: since when it is in flight.
-    pub(super) fn adopt(&mut self, id: &TransactionId) -> Option<Time> {
-        let doubts = self.deferred.remove(id)?;
-        let latest = doubts.iter().map(|(_, doubt)| doubt.key.requested_at).max()?;
-        for (member, doubt) in doubts {
-            if doubt.key.requested_at == latest {
+    /// What was prepared under this id, for a request of this content, is requested once more: since
+    /// when it is in flight.
+    pub(super) fn adopt(&mut self, id: &TransactionId, request_hash: RequestHash) -> Option<Time> {
+        let is_same = |doubt: &InDoubt| doubt.request_hash == request_hash;
+        let doubts = self.deferred.get(id)?.iter().map(|(_, doubt)| doubt);
+        let latest = doubts.filter(|it| is_same(it)).map(|it| it.key.requested_at).max()?;
+        for (member, doubt) in self.deferred.remove(id)? {
+            if is_same(&doubt) && doubt.key.requested_at == latest {
                 self.asked.insert((member, doubt.key.clone()), Asked::new(doubt));
             } else {
                 self.deferred.entry(id.clone()).or_default().push((member, doubt));

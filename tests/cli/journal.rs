@@ -361,6 +361,35 @@ fn an_id_with_other_content_than_before_is_refused() {
 }
 
 #[test]
+fn an_id_with_other_content_is_refused_while_what_it_was_given_to_is_recovered() {
+    let mut n_refused = 0;
+    for point in 6.. {
+        let world = World::with(&services(), &json!([transaction("TX1", &["payments", "stock"])]));
+        let first = output(run(&world).env("DTC_FAULT_POINT", point.to_string()));
+        if first.status.signal() != Some(ABORTED) {
+            break;
+        }
+        let journal = fs::read(world.path("journal")).unwrap();
+        let is_over = journal.windows(4).any(|it| it == b"\x1edtf");
+        let other = json!([transaction("TX1", &["payments"])]);
+        world.write("transactions.json", other.to_string());
+        let ended = output(run(&world).arg("--detail")).exited(0);
+        let committed = Held::of(&world).committed.get("TX1").map_or(0, Vec::len);
+        // What was torn while it was written is neither.
+        if is_over || ended.stderr.contains("to be finished") {
+            assert_eq!(ended.statuses(), ["TX1 ABORTED"], "point {point}");
+            assert_eq!(ended.results()[0]["reason"]["code"], "id_reused", "point {point}");
+            assert!(committed == 0 || committed == 2, "point {point}: {committed}");
+            n_refused += 1;
+        } else {
+            assert_eq!(ended.statuses(), ["TX1 COMMITTED"], "point {point}");
+            assert_eq!(committed, 1, "point {point}");
+        }
+    }
+    assert!(n_refused >= 10, "{n_refused}");
+}
+
+#[test]
 fn a_commit_that_was_parked_is_tried_again_until_it_succeeds() {
     let failing = json!([
         {"name": "payments", "max_concurrency": 4},
