@@ -671,6 +671,27 @@ fn a_file_keeps_its_rights_and_stays_behind_its_link_when_it_is_written_anew() {
     assert_eq!(fs::read_dir(world.path("elsewhere")).unwrap().count(), 1);
 }
 
+#[test]
+fn a_file_that_can_not_be_written_anew_is_gone_on_with() {
+    let transactions: Vec<_> =
+        (0..150).map(|n| transaction(&format!("TX{n}"), &["payments"])).collect();
+    let world = World::with(&services(), &json!(transactions));
+    let first = output(&mut run(&world)).exited(0);
+    let before = fs::metadata(world.path("journal")).unwrap().len();
+    // No file can be made by this name.
+    fs::create_dir(world.path("journal.rewritten")).unwrap();
+    let second = output(run(&world).env("DTC_LOG", "warn")).exited(0);
+    assert_eq!(second.stdout, first.stdout);
+    assert!(second.stderr.contains("can't be written anew"), "{}", second.stderr);
+    assert!(
+        fs::metadata(world.path("journal")).unwrap().len() > before,
+        "it has been gone on with"
+    );
+    fs::remove_dir(world.path("journal.rewritten")).unwrap();
+    assert_eq!(output(&mut run(&world)).exited(0).stdout, first.stdout);
+    assert!(fs::metadata(world.path("journal")).unwrap().len() < before / 2);
+}
+
 // ---- Flags -------------------------------------------------------------------------------------
 
 #[test]

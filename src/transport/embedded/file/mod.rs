@@ -17,8 +17,9 @@
 //!
 //! **How it is kept small.** A transaction that is over needs one entry of the three that it had,
 //! and after [`Options::retention`] none. When less than half of a file is still needed, opening it
-//! writes that half to a new one, called `….rewritten` meanwhile, and puts that in its place. While
-//! it is open it only grows.
+//! writes that half to a new one, called `….rewritten` meanwhile, and puts that in its place. Where
+//! that fails, for want of room or of rights, the old one is as good as before and is gone on with.
+//! While it is open it only grows.
 //!
 //! **What is held in memory**: what is in flight, and 16 bytes for each transaction that was over
 //! when the file was opened.
@@ -51,7 +52,7 @@ use crate::{
         ids::{InstanceId, TransactionId, WorkerId},
         time::Time,
     },
-    transport::embedded::faults,
+    transport::{amqp::connection::Chain, embedded::faults},
     wire::message::{Begun, Entry, Finished},
 };
 
@@ -481,30 +482,34 @@ impl Old {
         Ok(())
     }
 
-    /// Writes what is still needed to a new file, and puts that in the place of this one.
+    /// Puts a new file with what is still needed in the place of this one. Until that is done this
+    /// one is as good as before: where it can't be done, it is gone on with.
     fn rewrite(
         self,
         replay: &Replay,
         worker: &WorkerId,
         options: &Options,
     ) -> Result<(Tail, Endings), JournalError> {
-        let mut name = self.path.clone().into_os_string();
-        name.push(".rewritten");
-        let new = Self { path: PathBuf::from(name), file: self.new_file()? };
-        faults::point();
-        let mut tail =
-            Tail { path: new.path, file: new.file, len: HEADER.len() as u64, durable: 0 };
-        let written = tail.file.write_all(HEADER);
-        written.map_err(|source| JournalError::Write { path: tail.path.clone(), source })?;
-        let mut batch = Batch::default();
-        replay.unfinished.iter().for_each(|it| entries_of(it, &mut batch));
-        tail.write(&batch)?;
-        let places = self.copy_endings(&replay.endings, &mut tail)?;
-        tail.sync()?;
-        // After the sync: it says that what is before it is safe.
-        let mut tail = opened(tail, worker, options)?;
-        let renamed = fs::rename(&tail.path, &self.path);
-        renamed.map_err(|source| JournalError::Write { path: tail.path.clone(), source })?;
+        let mut new = self.path.clone().into_os_string();
+        new.push(".rewritten");
+        let new = PathBuf::from(new);
+        let (mut tail, places) = match self.replace_by(&new, replay, worker, options) {
+            Ok(replaced) => replaced,
+            Err(error) => {
+                // It may take up the very room that is missing.
+                let _ = fs::remove_file(&new);
+                let is_unreadable =
+                    matches!(error, JournalError::Read { .. } | JournalError::Corrupt { .. });
+                if is_unreadable || !is_at(&self.file, &self.path) {
+                    return Err(error);
+                }
+                tracing::warn!(
+                    journal = %self.path.display(), error = %Chain(&error),
+                    "it can't be written anew, and is gone on with as it is"
+                );
+                return self.go_on(replay, worker, options);
+            }
+        };
         faults::point();
         tail.path.clone_from(&self.path);
         sync_directory(&tail.path)?;
@@ -516,16 +521,41 @@ impl Old {
         Ok((tail, endings))
     }
 
+    /// Writes what is still needed to a file at `new`, and renames that to this one.
+    fn replace_by(
+        &self,
+        new: &Path,
+        replay: &Replay,
+        worker: &WorkerId,
+        options: &Options,
+    ) -> Result<(Tail, Vec<Ending>), JournalError> {
+        let (path, file) = (new.to_owned(), self.new_file(new)?);
+        faults::point();
+        let mut tail = Tail { path, file, len: HEADER.len() as u64, durable: 0 };
+        let written = tail.file.write_all(HEADER);
+        written.map_err(|source| JournalError::Write { path: tail.path.clone(), source })?;
+        let mut batch = Batch::default();
+        replay.unfinished.iter().for_each(|it| entries_of(it, &mut batch));
+        tail.write(&batch)?;
+        let places = self.copy_endings(&replay.endings, &mut tail)?;
+        tail.sync()?;
+        // After the sync: it says that what is before it is safe.
+        let tail = opened(tail, worker, options)?;
+        let renamed = fs::rename(&tail.path, &self.path);
+        renamed.map_err(|source| JournalError::Write { path: tail.path.clone(), source })?;
+        Ok((tail, places))
+    }
+
     /// The file that is to take the place of this one. What is there by that name was left by
     /// somebody who didn't come to that.
-    fn new_file(&self) -> Result<File, JournalError> {
-        let mut path = self.path.clone().into_os_string();
-        path.push(".rewritten");
-        let path = PathBuf::from(path);
-        let failed = |source| JournalError::Open { path: path.clone(), source };
+    fn new_file(&self, path: &Path) -> Result<File, JournalError> {
+        let failed = |source| JournalError::Open { path: path.to_owned(), source };
+        match fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+            Ok(()) | Err(_) => {}
+        }
         let mut how = OpenOptions::new();
-        let file = how.read(true).write(true).create(true).truncate(true).open(&path);
-        let file = file.map_err(failed)?;
+        let file = how.read(true).write(true).create_new(true).open(path).map_err(failed)?;
         // Nobody else looks for it by this name; from the renaming on it is the journal.
         file.try_lock().map_err(|error| failed(error.into()))?;
         let rights = self.file.metadata().map_err(|error| self.reading(error))?.permissions();
