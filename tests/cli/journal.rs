@@ -517,6 +517,30 @@ fn what_is_no_journal_is_refused_and_left_as_it_is() {
 }
 
 #[test]
+fn a_file_of_zeros_as_a_power_cut_may_leave_a_new_one_is_begun_and_a_longer_one_refused() {
+    let world = with_one();
+    let whole = fs::read(world.path("journal")).unwrap();
+    let begun = whole.windows(4).position(|it| it == b"\x1edtb").unwrap();
+    for len in [1, 15, 16, 17, 40, begun] {
+        fs::write(world.path("journal"), vec![0; len]).unwrap();
+        fs::remove_dir_all(world.path("state")).unwrap();
+        let ended = output(&mut run(&world)).exited(0);
+        assert_eq!(ended.statuses(), ["TX1 COMMITTED"], "{len}");
+        let now = fs::read(world.path("journal")).unwrap();
+        assert!(now.starts_with(b"dtc journal v1\n\n"), "{len}");
+    }
+    // Something may have been acted upon.
+    let mut stained = vec![0; begun];
+    stained[begun - 1] = 1;
+    for bytes in [vec![0; whole.len()], vec![0; 4096], stained] {
+        fs::write(world.path("journal"), &bytes).unwrap();
+        let ended = output(&mut run(&world)).exited(65).silent();
+        assert!(ended.stderr.ends_with("is not a dtc journal\n"), "{}", ended.stderr);
+        assert_eq!(fs::read(world.path("journal")).unwrap(), bytes);
+    }
+}
+
+#[test]
 fn a_journal_that_is_in_use_is_refused() {
     let world = World::new(&services());
     let mut talk = Talk::with(&mut run_over(&world, "-"));

@@ -59,6 +59,10 @@ use crate::{
 /// A file that is smaller isn't worth being written anew.
 const REWRITTEN_MIN: u64 = 64 * 1024;
 
+/// More than a new file holds before that is on the disk, and less than one with a transaction in
+/// it: of what is no longer, nothing can have been acted upon.
+const BEGINNING_MAX: u64 = 160;
+
 /// How much is copied at a time.
 const CHUNK: usize = 1 << 20;
 
@@ -377,8 +381,20 @@ impl Old {
             Beginning::Newer(version) => {
                 Err(JournalError::Newer { path: self.path.clone(), version })
             }
+            Beginning::Other if self.is_blank()? => Ok(false),
             Beginning::Other => Err(JournalError::NoJournal { path: self.path.clone() }),
         }
+    }
+
+    /// Whether it has got a beginning's size and nothing of its bytes: when the power fails, the one
+    /// may be on the disk before the other.
+    fn is_blank(&self) -> Result<bool, JournalError> {
+        let mut bytes = Vec::new();
+        let mut file = &self.file;
+        file.rewind().map_err(|error| self.reading(error))?;
+        let read = file.take(BEGINNING_MAX + 1).read_to_end(&mut bytes);
+        let len = read.map_err(|error| self.reading(error))?;
+        Ok(len as u64 <= BEGINNING_MAX && bytes.iter().all(|byte| *byte == 0))
     }
 
     fn replay(&self, options: &Options) -> Result<Replay, JournalError> {
@@ -601,5 +617,33 @@ fn entries_of(it: &Unfinished, batch: &mut Batch) {
             let (decision, unresolved) = (Arc::clone(decision), it.parked.clone());
             batch.push(&Entry::Finished(Finished { decision, unresolved }));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_beginning_is_as_long_as_is_said() {
+        let mut batch = Batch::default();
+        let worker = Incarnation::first().worker().unwrap();
+        let opened_at = Time::from_millis(u64::MAX);
+        let len = HEADER.len() as u64 + batch.push(&Entry::Opened { worker, opened_at });
+        assert!(len <= BEGINNING_MAX, "{len}");
+    }
+
+    #[test]
+    fn a_new_file_that_can_not_take_the_place_of_the_old_one_is_removed() {
+        let directory = tempfile::tempdir().unwrap();
+        // No file can take the place of a directory.
+        let path = directory.path().join("journal");
+        fs::create_dir(&path).unwrap();
+        let old = Old { path, file: tempfile::tempfile().unwrap() };
+        let options = Options { now: Time::EPOCH, retention: Duration::ZERO };
+        let worker = Incarnation::first().worker().unwrap();
+        let rewritten = old.rewrite(&Replay::default(), &worker, &options);
+        assert!(matches!(rewritten, Err(JournalError::Write { .. })), "{rewritten:?}");
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
     }
 }
