@@ -99,6 +99,7 @@ pub(super) struct RunArguments {
     state: Option<PathBuf>,
     /// How long the journal tells how a transaction has ended; then its id is free again
     #[arg(long, value_name = "DURATION", default_value = "7d", value_parser = duration::parse)]
+    #[arg(requires = "journal")]
     retention: Duration,
     #[command(flatten)]
     broker: OptionalBroker,

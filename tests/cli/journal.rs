@@ -724,6 +724,7 @@ fn a_journal_wants_services_that_keep_what_they_hold() {
     for (arguments, missing) in [
         (&["--journal", "journal"][..], "--state <DIR>"),
         (&["--state", "state"], "--journal <FILE>"),
+        (&["--retention", "1d"], "--journal <FILE>"),
     ] {
         let ended = output(world.run().args(arguments)).exited(2).silent();
         assert!(ended.stderr.contains(missing), "{}", ended.stderr);
