@@ -614,24 +614,31 @@ impl Engine {
             && log.decision_of(key).is_none()
         {
             let (service, branch) = (&inquiry.service, &inquiry.branch);
-            match log.maker_of(branch) {
-                Maker::Earlier => match log.ending_of(key) {
-                    Some(decision) => {
-                        // It was over, and isn't: it has to be told again.
-                        tracing::warn!(%key, %service, %branch, "what was finished is in doubt");
-                        self.appended.push(decision);
-                        self.read_back();
-                    }
-                    None if log.has_failed() => return false,
-                    // Whoever has begun it is gone, and nobody else has this journal: nothing will
-                    // be decided any more unless it is now.
-                    None => inquiry.deadline = Time::EPOCH,
-                },
-                Maker::Own => {
+            let maker = log.maker_of(branch);
+            let ending = match maker {
+                Maker::Own => log.own_ending_of(key),
+                Maker::Earlier => log.ending_of(key),
+                Maker::Stranger => None,
+            };
+            match (ending, maker) {
+                (Some(decision), _) => {
+                    // It was over, and isn't: it has to be told again.
                     tracing::warn!(%key, %service, %branch, "what was finished is in doubt");
+                    self.appended.push(decision);
+                    self.read_back();
+                }
+                (None, Maker::Own | Maker::Earlier) if log.has_failed() => return false,
+                // Whoever has begun it is gone, and nobody else has this journal: nothing will be
+                // decided any more unless it is now.
+                (None, Maker::Earlier) => inquiry.deadline = Time::EPOCH,
+                (None, Maker::Own) => {
+                    tracing::error!(
+                        %key, %service, %branch,
+                        "left in doubt until the next start: it was finished too long ago"
+                    );
                     return false;
                 }
-                Maker::Stranger => {
+                (None, Maker::Stranger) => {
                     tracing::error!(
                         %key, %service, %branch,
                         "left in doubt: it was prepared under another journal than this"

@@ -52,6 +52,10 @@ pub(super) struct Log {
     endings: Endings,
     batch: Batch,
     n_written: u64,
+    /// Where the next entry will stand.
+    end: u64,
+    /// Where the first one will that was not handed out to be written.
+    end_written: u64,
     /// The decisions that are not known to be on the disk, each with how many entries are when it
     /// is.
     awaited: VecDeque<(u64, Arc<Decision>)>,
@@ -89,6 +93,7 @@ impl Log {
         worker: WorkerId,
         endings: Endings,
         unfinished: &[Unfinished],
+        end: u64,
     ) -> Self {
         let (mut open, mut inherited) = (BTreeMap::new(), BTreeMap::new());
         for Unfinished { request: Request { key, request_hash, .. }, decision, .. } in unfinished {
@@ -102,6 +107,8 @@ impl Log {
             endings,
             batch: Batch::default(),
             n_written: 0,
+            end,
+            end_written: end,
             awaited: VecDeque::new(),
             waiting: BTreeMap::new(),
             open,
@@ -113,12 +120,13 @@ impl Log {
     }
 
     fn write(&mut self, entry: &Entry) {
-        self.batch.push(entry);
+        self.end += self.batch.push(entry);
         self.n_written += 1;
     }
 
-    /// What is to be written now.
+    /// What is to be written now, before anything else is asked of this.
     pub(super) fn take_batch(&mut self) -> Option<Batch> {
+        self.end_written = self.end;
         (!self.batch.is_empty()).then(|| std::mem::take(&mut self.batch))
     }
 
@@ -171,6 +179,12 @@ impl Log {
         let found = self.endings.find(&key.id);
         let found = self.unless_failed(found).map(|finished| finished.decision);
         found.filter(|decision| decision.key == *key)
+    }
+
+    /// How a transaction has ended that this process has begun and finished, if that is known.
+    pub(super) fn own_ending_of(&mut self, key: &TransactionKey) -> Option<Arc<Decision>> {
+        let found = self.endings.find_since(key, self.end_written);
+        self.unless_failed(found).map(|finished| finished.decision)
     }
 
     pub(super) fn has_failed(&self) -> bool {
@@ -300,6 +314,7 @@ impl Log {
         {
             inherited.ended = Some(finished.clone());
         }
+        self.endings.note(&key.id, self.end);
         self.write(&Entry::Finished(finished));
     }
 }

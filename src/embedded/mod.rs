@@ -467,7 +467,7 @@ impl Embedded {
         opened: Opened,
     ) -> Result<(Writer, (Log, Vec<Unfinished>)), JournalError> {
         let Opened { unfinished, endings, tail, own, worker, .. } = opened;
-        let log = Log::new(own, worker.clone(), endings, &unfinished);
+        let log = Log::new(own, worker.clone(), endings, &unfinished, tail.end());
         self.settings.instance = opened.instance;
         let coordinator = &mut self.settings.coordinator;
         coordinator.worker = worker;

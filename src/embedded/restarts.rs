@@ -44,6 +44,9 @@ struct World {
     held: BTreeMap<(usize, Branch), InDoubt>,
     /// Whose prepares say no.
     refusing: BTreeSet<usize>,
+    /// What prepares have stored that were given up, and isn't to be seen yet; `None`: none of them
+    /// are.
+    late: Option<Vec<(usize, InDoubt)>>,
     /// Whose aborts, and whose commits, fail.
     failing: BTreeSet<usize>,
     /// What was finished, as `service id outcome`, in the order of the calls.
@@ -66,6 +69,7 @@ impl World {
             slots,
             held: BTreeMap::new(),
             refusing: BTreeSet::new(),
+            late: None,
             failing: BTreeSet::new(),
             finished: Vec::new(),
             answers: BTreeMap::new(),
@@ -110,8 +114,16 @@ impl World {
                 } else {
                     let held = (key.clone(), branch.clone());
                     let held = InDoubt { key: held.0, request_hash, branch: held.1, deadline };
-                    self.held.insert((number, branch.clone()), held);
-                    Verdict::Prepared
+                    match &mut self.late {
+                        Some(late) => {
+                            late.push((number, held));
+                            Verdict::Failed("timed out".into())
+                        }
+                        None => {
+                            self.held.insert((number, branch.clone()), held);
+                            Verdict::Prepared
+                        }
+                    }
                 };
                 Event::PrepareEnded { key, branch, verdict }
             }
@@ -290,4 +302,23 @@ fn an_abort_that_fails_is_told_again_by_each_process_until_it_succeeds() {
     assert_eq!(world.held.len(), 0);
     assert_eq!(world.finished, ["A t0 ABORTED"]);
     assert_eq!(world.decided()["t0"], [Outcome::Aborted], "decided once");
+}
+
+#[test]
+fn what_is_stored_long_after_its_prepare_was_given_up_is_aborted() {
+    let mut world = World::new(1);
+    let mut process = world.start();
+    process.run(&mut world);
+    world.late = Some(Vec::new());
+    process.submit(&world, "t0", &["A"]);
+    process.run(&mut world);
+    assert_eq!(world.answers["t0"], (Outcome::Aborted, Some(ReasonCode::Failed)));
+    let late = world.late.take().unwrap();
+
+    process.run_many(&mut world, 2000, "B");
+    world.held.extend(late.into_iter().map(|(of, held)| ((of, held.branch.clone()), held)));
+    assert_eq!(world.held.len(), 1);
+    process.run_for(&mut world, Duration::from_secs(100));
+    assert_eq!(world.held.len(), 0, "A has found it, and was told");
+    assert_eq!(world.decided()["t0"], [Outcome::Aborted]);
 }

@@ -22,7 +22,7 @@
 //! While it is open it only grows.
 //!
 //! **What is held in memory**: what is in flight, and 16 bytes for each transaction that was over
-//! when the file was opened.
+//! when the file was opened, and for the last million of those that were over since.
 //!
 //! **Invariant:** a file that is not a journal, or not all of which is what was written, is left as
 //! it is.
@@ -32,6 +32,7 @@ mod replay;
 mod writer;
 
 use std::{
+    collections::VecDeque,
     fs::{self, File, OpenOptions, TryLockError},
     io::{self, BufReader, Read as _, Seek as _, SeekFrom, Write as _},
     path::{Path, PathBuf},
@@ -49,7 +50,7 @@ pub use self::{
 };
 use crate::{
     protocol::{
-        ids::{InstanceId, TransactionId, WorkerId},
+        ids::{InstanceId, TransactionId, TransactionKey, WorkerId},
         time::Time,
     },
     transport::{amqp::connection::Chain, embedded::faults},
@@ -62,6 +63,10 @@ const REWRITTEN_MIN: u64 = 64 * 1024;
 /// More than a new file holds before that is on the disk, and less than one with a transaction in
 /// it: of what is no longer, nothing can have been acted upon.
 const BEGINNING_MAX: u64 = 160;
+
+/// How many of the transactions that are over since the file was opened are known by their places:
+/// what a service has stored for one of them too late is asked about within a minute or so.
+const SINCE_MAX: usize = 1 << 20;
 
 /// How much is copied at a time.
 const CHUNK: usize = 1 << 20;
@@ -188,15 +193,22 @@ pub struct Opened {
     pub tail: Tail,
 }
 
-/// How the transactions have ended that were over when the journal was opened.
+/// How the transactions have ended that were over when the journal was opened, and the last of those
+/// that were since.
 #[derive(Debug)]
 pub struct Endings {
     path: PathBuf,
     file: File,
     places: Vec<Ending>,
+    /// Those since, in the order of their places.
+    since: VecDeque<Ending>,
 }
 
 impl Endings {
+    fn of(path: &Path, file: File, places: Vec<Ending>) -> Self {
+        Self { path: path.to_owned(), file, places, since: VecDeque::new() }
+    }
+
     /// How the last transaction called `id` has ended, if that is known.
     ///
     /// # Errors
@@ -209,6 +221,36 @@ impl Endings {
         for (_, at) in places {
             let finished = self.read(*at)?;
             if finished.decision.key.id == *id {
+                return Ok(Some(finished));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Notes that it will be said at `at` how the transaction called `id` has ended.
+    pub fn note(&mut self, id: &TransactionId, at: u64) {
+        if self.since.len() >= SINCE_MAX {
+            self.since.pop_front();
+        }
+        self.since.push_back((digest(id), at));
+    }
+
+    /// How a transaction has ended that was over since the journal was opened, if that is known and
+    /// stands before `end`.
+    ///
+    /// # Errors
+    ///
+    /// The file can't be read any more.
+    pub fn find_since(
+        &self,
+        key: &TransactionKey,
+        end: u64,
+    ) -> Result<Option<Finished>, JournalError> {
+        let digest = digest(&key.id);
+        let places = self.since.iter().rev().filter(|(of, at)| *of == digest && *at < end);
+        for (_, at) in places {
+            let finished = self.read(*at)?;
+            if finished.decision.key == *key {
                 return Ok(Some(finished));
             }
         }
@@ -424,7 +466,7 @@ impl Old {
         faults::point();
         let own = Incarnation::first();
         let (worker, instance) = self.names(&own)?;
-        let endings = Endings { path: self.path.clone(), file: self.reader()?, places: Vec::new() };
+        let endings = Endings::of(&self.path, self.reader()?, Vec::new());
         let path = self.path.clone();
         let tail = Tail { path, file: self.file, len: HEADER.len() as u64, durable: 0 };
         let tail = opened(tail, &worker, options)?;
@@ -462,7 +504,7 @@ impl Old {
     ) -> Result<(Tail, Endings), JournalError> {
         self.write_again(replay.durable, replay.end)?;
         let places = replay.endings.clone();
-        let endings = Endings { path: self.path.clone(), file: self.reader()?, places };
+        let endings = Endings::of(&self.path, self.reader()?, places);
         let mut tail =
             Tail { path: self.path, file: self.file, len: replay.end, durable: replay.end };
         let seek = tail.file.seek(SeekFrom::Start(replay.end));
@@ -533,7 +575,7 @@ impl Old {
         tracing::info!(
             journal = %tail.path.display(), from = replay.end, to = tail.len, "written anew"
         );
-        let endings = Endings { path: self.path.clone(), file: self.reader()?, places };
+        let endings = Endings::of(&self.path, self.reader()?, places);
         Ok((tail, endings))
     }
 
@@ -583,7 +625,7 @@ impl Old {
     fn copy_endings(&self, of: &[Ending], tail: &mut Tail) -> Result<Vec<Ending>, JournalError> {
         let mut order = of.to_vec();
         order.sort_unstable_by_key(|(_, at)| *at);
-        let old = Endings { path: self.path.clone(), file: self.reader()?, places: Vec::new() };
+        let old = Endings::of(&self.path, self.reader()?, Vec::new());
         let mut places = Vec::with_capacity(order.len());
         for part in order.chunks(4096) {
             let mut batch = Batch::default();
