@@ -658,10 +658,12 @@ impl Engine {
         for key in log.take_aborted(|key| self.coordinator.phase_of(key).is_none()) {
             let mut is_held = false;
             for (number, member) in self.members.iter().enumerate() {
-                is_held |= member.instance.stage_of(&key).is_some();
-                if let Some(recovery) = &mut self.recovery
+                if member.instance.stage_of(&key).is_some() {
+                    is_held = true;
+                } else if let Some(recovery) = &mut self.recovery
                     && recovery.awaits(number, &key)
                 {
+                    // Only its store holds it: nobody but this will ask again soon.
                     is_held = true;
                     recovery.failed(now, number, &key);
                 }

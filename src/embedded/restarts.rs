@@ -213,6 +213,22 @@ impl Process {
         self.run_until(world, world.now);
     }
 
+    /// Takes a step that `draw` chooses: a call that was asked for, or time that passes. Whether
+    /// there was one to be taken.
+    fn step(&mut self, world: &mut World, draw: &mut Draw) -> bool {
+        self.settle(world);
+        if !self.calls.is_empty() {
+            let (number, call) = self.calls.swap_remove(draw.below(self.calls.len()));
+            let ended = world.call(number, call);
+            self.engine.call_ended(number, ended);
+            return true;
+        }
+        let Some(next) = self.engine.next_deadline() else { return false };
+        world.now = world.now.max(next);
+        self.engine.wake(world.now);
+        true
+    }
+
     fn run_for(&mut self, world: &mut World, time: Duration) {
         self.run_until(world, world.now + time);
     }
@@ -224,6 +240,94 @@ impl Process {
             self.run(world);
             assert_eq!(world.answers[&format!("other-{n}")].0, Outcome::Committed);
         }
+    }
+}
+
+/// Numbers as by chance, the same ones for the same seed.
+struct Draw(u64);
+
+impl Draw {
+    fn below(&mut self, limit: usize) -> usize {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (self.0 >> 33) as usize % limit
+    }
+
+    fn one_in(&mut self, count: usize) -> bool {
+        self.below(count) == 0
+    }
+
+    fn some_of(&mut self, count: usize) -> BTreeSet<usize> {
+        [A, B].into_iter().filter(|_| self.one_in(count)).collect()
+    }
+}
+
+/// Which services a transaction of `killed_at_random` is over.
+fn involved(n: usize) -> &'static [&'static str] {
+    [&NAMES[..], &NAMES[..1], &NAMES[1..]][n % 3]
+}
+
+/// Kills process after process amid its work, whose services refuse and fail now and then, and lets
+/// the last one end everything.
+fn killed_at_random(seed: u64) {
+    let draw = &mut Draw(seed);
+    let mut world = World::new([1, 3, 300][draw.below(3)]);
+    let mut n_known = 0;
+    for _ in 0..5 {
+        let mut process = world.start();
+        for _ in 0..draw.below(400) {
+            if draw.one_in(20) {
+                world.refusing = draw.some_of(6);
+                world.failing = draw.some_of(3);
+            }
+            if process.engine.room() > 0 && draw.one_in(2) {
+                process.submit(&world, &format!("t{n_known}"), involved(n_known));
+                n_known += 1;
+            }
+            process.step(&mut world, draw);
+        }
+        // What is asked of a service as the process ends is done, and nobody hears of it.
+        for (number, call) in std::mem::take(&mut process.calls) {
+            if draw.one_in(2) {
+                world.call(number, call);
+            }
+        }
+    }
+
+    (world.refusing, world.failing) = (BTreeSet::new(), BTreeSet::new());
+    let mut last = world.start();
+    last.run(&mut world);
+    for n in 0..n_known {
+        last.submit(&world, &format!("t{n}"), involved(n));
+        last.run(&mut world);
+    }
+    last.engine.requests_ended();
+    last.run_for(&mut world, Duration::from_secs(200));
+    assert!(last.engine.is_idle(), "seed {seed}");
+    assert_eq!(world.held, BTreeMap::new(), "seed {seed}: nothing is left in doubt");
+    let decided = world.decided();
+    for n in 0..n_known {
+        let id = format!("t{n}");
+        let (outcome, _) = world.answers[&id];
+        let decisions = decided.get(&id).into_iter().flatten();
+        assert!(decisions.clone().all(|it| *it == outcome), "seed {seed}: {id} is decided once");
+        let is_committed = |name: &&&str| {
+            let entry = format!("{name} {id} {}", Outcome::Committed.as_str());
+            match world.finished.iter().filter(|it| **it == entry).count() {
+                0 => false,
+                1 => true,
+                count => panic!("seed {seed}: {id} is committed {count} times at {name}"),
+            }
+        };
+        let n_committed = involved(n).iter().filter(is_committed).count();
+        let wanted = if outcome == Outcome::Committed { involved(n).len() } else { 0 };
+        assert_eq!(n_committed, wanted, "seed {seed}: {id} is {outcome:?}");
+    }
+}
+
+#[test]
+fn processes_that_are_killed_at_random_end_everything_once() {
+    for seed in 0..12 {
+        killed_at_random(seed);
     }
 }
 
