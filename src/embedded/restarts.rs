@@ -142,6 +142,12 @@ impl World {
         }
     }
 
+    /// What was given up is seen from now on, and nothing more is given up.
+    fn store_late(&mut self) {
+        let late = self.late.take().into_iter().flatten();
+        self.held.extend(late.map(|(of, held)| ((of, held.branch.clone()), held)));
+    }
+
     fn held_by(&self, number: usize) -> impl Iterator<Item = &InDoubt> {
         self.held.iter().filter(move |((of, _), _)| *of == number).map(|(_, held)| held)
     }
@@ -278,6 +284,8 @@ fn killed_at_random(seed: u64) {
             if draw.one_in(20) {
                 world.refusing = draw.some_of(6);
                 world.failing = draw.some_of(3);
+                world.store_late();
+                world.late = draw.one_in(6).then(Vec::new);
             }
             if process.engine.room() > 0 && draw.one_in(2) {
                 process.submit(&world, &format!("t{n_known}"), involved(n_known));
@@ -294,6 +302,7 @@ fn killed_at_random(seed: u64) {
     }
 
     (world.refusing, world.failing) = (BTreeSet::new(), BTreeSet::new());
+    world.store_late();
     let mut last = world.start();
     last.run(&mut world);
     for n in 0..n_known {
@@ -417,10 +426,11 @@ fn what_is_stored_long_after_its_prepare_was_given_up_is_aborted() {
     process.submit(&world, "t0", &["A"]);
     process.run(&mut world);
     assert_eq!(world.answers["t0"], (Outcome::Aborted, Some(ReasonCode::Failed)));
-    let late = world.late.take().unwrap();
+    let late = world.late.take();
 
     process.run_many(&mut world, 2000, "B");
-    world.held.extend(late.into_iter().map(|(of, held)| ((of, held.branch.clone()), held)));
+    world.late = late;
+    world.store_late();
     assert_eq!(world.held.len(), 1);
     process.run_for(&mut world, Duration::from_secs(100));
     assert_eq!(world.held.len(), 0, "A has found it, and was told");
