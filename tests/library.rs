@@ -769,6 +769,17 @@ async fn a_journal_is_one_runs_at_a_time() {
     assert_eq!(told(&results).0, Outcome::Committed);
 }
 
+/// The tests of the command are killed by it.
+#[test]
+fn what_the_environment_says_kills_no_program_that_keeps_a_journal() {
+    let this = std::env::current_exe().unwrap();
+    let mut again = std::process::Command::new(this);
+    again.args(["--exact", "a_journal_is_one_runs_at_a_time"]).env("DTC_FAULT_POINT", "1");
+    let ended = again.output().unwrap();
+    let said = String::from_utf8_lossy(&ended.stdout);
+    assert!(ended.status.success() && said.contains("1 passed"), "{}: {said}", ended.status);
+}
+
 #[tokio::test]
 async fn data_of_any_size_and_depth_survives_its_process() {
     let directory = tempfile::tempdir().unwrap();

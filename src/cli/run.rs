@@ -26,7 +26,10 @@ use crate::{
     participant::{Service, simulated::Simulated, state::State},
     transport::{
         amqp::connection::Broker,
-        embedded::file::{self, JournalError, Opened, Options},
+        embedded::{
+            faults,
+            file::{self, JournalError, Opened, Options},
+        },
     },
     wire::{
         services::{self, ServiceSpec},
@@ -96,6 +99,7 @@ pub(super) struct RunArguments {
     state: Option<PathBuf>,
     /// How long the journal tells how a transaction has ended; then its id is free again
     #[arg(long, value_name = "DURATION", default_value = "7d", value_parser = duration::parse)]
+    #[arg(requires = "journal")]
     retention: Duration,
     #[command(flatten)]
     broker: OptionalBroker,
@@ -210,6 +214,7 @@ fn run_embedded(
 
 /// Opens the journal, and says what it has found there, if that is worth a word.
 fn open_journal(path: &Path, arguments: &RunArguments) -> Result<Opened, Failure> {
+    faults::arm();
     let options = Options { now: Clock::start().now(), retention: arguments.retention };
     let opened = file::open(path, &options).map_err(unusable)?;
     let name = path.display();

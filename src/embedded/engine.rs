@@ -55,6 +55,13 @@ pub(crate) struct Concluded {
     pub(crate) took: Duration,
 }
 
+impl Concluded {
+    /// Nobody was called for it.
+    fn at_once(answer: Answer) -> Self {
+        Self { answer, attempts: BTreeMap::new(), took: Duration::ZERO }
+    }
+}
+
 pub(crate) struct Engine {
     settings: Settings,
     worker: WorkerId,
@@ -198,19 +205,21 @@ impl Engine {
                 Earlier::Nothing if log.has_failed() => return,
                 Earlier::Nothing => {
                     let recovery = self.recovery.as_mut();
-                    if let Some(since) = recovery.and_then(|it| it.adopt(&spec.id)) {
+                    let since = recovery.and_then(|it| it.adopt(&spec.id, spec.request_hash));
+                    if let Some(since) = since {
                         // Its request was lost, and what was prepared for it was not.
                         (requested_at, deliveries) = (since, 2);
+                        let key = TransactionKey { id: spec.id.clone(), requested_at };
+                        log.inherit(&key, spec.request_hash);
                     }
                 }
                 Earlier::InFlight(since) => requested_at = since,
                 Earlier::Over(finished) => {
-                    let mut answer = answer_of(&finished);
-                    if finished.decision.request_hash != spec.request_hash {
-                        answer = rejected(now.time, &finished.decision.key, id_reused());
-                    }
-                    let (attempts, took) = (BTreeMap::new(), Duration::ZERO);
-                    return self.concluded.push(Concluded { answer, attempts, took });
+                    return self.concluded.push(Concluded::at_once(answer_of(&finished)));
+                }
+                Earlier::Another(key) => {
+                    let answer = rejected(now.time, &key, id_reused());
+                    return self.concluded.push(Concluded::at_once(answer));
                 }
             }
         }
@@ -325,7 +334,7 @@ impl Engine {
             } else if let Some((member, event)) = self.for_members.pop_front() {
                 self.handle_at_member(now.time, member, event);
             } else if !self.recover(now.time) {
-                return self.note_aborted();
+                return self.note_aborted(now.time);
             }
         }
     }
@@ -405,7 +414,9 @@ impl Engine {
             }
             Effect::Send { service, to, command } => self.send(now.time, service, &to, command),
             Effect::Append(decision) if let Some(log) = &mut self.log => {
-                log.propose(Arc::new(decision));
+                let is_worked_on = self.coordinator.phase_of(&decision.key).is_some();
+                let decision = Arc::new(decision);
+                if is_worked_on { log.propose(decision) } else { log.propose_to_asker(decision) }
             }
             Effect::Append(decision) => {
                 let decision = Arc::new(decision);
@@ -552,7 +563,7 @@ impl Engine {
                     Inquiry { key: key.clone(), request_hash, service, instance, branch, deadline };
                 let is_answered = self.inquire(inquiry);
                 if let Some(recovery) = self.recovery.as_mut().filter(|_| !is_answered) {
-                    recovery.done(now, number, &key);
+                    recovery.leave(now, number, &key);
                 }
                 true
             }
@@ -596,29 +607,38 @@ impl Engine {
     /// An instance asks what became of a branch: whether it will be told.
     fn inquire(&mut self, mut inquiry: Inquiry) -> bool {
         let key = &inquiry.key;
+        // What is decided and not over is in the journal, however much was decided since.
         if let Some(log) = &mut self.log
             && self.coordinator.phase_of(key).is_none()
             && self.coordinator.view().earliest_seen(key).is_none()
+            && log.decision_of(key).is_none()
         {
             let (service, branch) = (&inquiry.service, &inquiry.branch);
-            match log.maker_of(branch) {
-                Maker::Earlier => match log.ending_of(key) {
-                    Some(decision) => {
-                        // It was over, and isn't: it has to be told again.
-                        tracing::warn!(%key, %service, %branch, "what was finished is in doubt");
-                        self.appended.push(decision);
-                        self.read_back();
-                    }
-                    None if log.has_failed() => return false,
-                    // Whoever has begun it is gone, and nobody else has this journal: nothing will
-                    // be decided any more unless it is now.
-                    None => inquiry.deadline = Time::EPOCH,
-                },
-                Maker::Own => {
+            let maker = log.maker_of(branch);
+            let ending = match maker {
+                Maker::Own => log.own_ending_of(key),
+                Maker::Earlier => log.ending_of(key),
+                Maker::Stranger => None,
+            };
+            match (ending, maker) {
+                (Some(decision), _) => {
+                    // It was over, and isn't: it has to be told again.
                     tracing::warn!(%key, %service, %branch, "what was finished is in doubt");
+                    self.appended.push(decision);
+                    self.read_back();
+                }
+                (None, Maker::Own | Maker::Earlier) if log.has_failed() => return false,
+                // Whoever has begun it is gone, and nobody else has this journal: nothing will be
+                // decided any more unless it is now.
+                (None, Maker::Earlier) => inquiry.deadline = Time::EPOCH,
+                (None, Maker::Own) => {
+                    tracing::error!(
+                        %key, %service, %branch,
+                        "left in doubt until the next start: it was finished too long ago"
+                    );
                     return false;
                 }
-                Maker::Stranger => {
+                (None, Maker::Stranger) => {
                     tracing::error!(
                         %key, %service, %branch,
                         "left in doubt: it was prepared under another journal than this"
@@ -631,12 +651,29 @@ impl Engine {
         true
     }
 
-    /// Of what is aborted, that is over of which everyone has been told.
-    fn note_aborted(&mut self) {
+    /// Of what is aborted, that is over of which everyone has been told. The coordinator gives up
+    /// telling it after a while; a service that holds it still asks then, and the journal must know.
+    fn note_aborted(&mut self, now: Time) {
         let Some(log) = &mut self.log else { return };
         for key in log.take_aborted(|key| self.coordinator.phase_of(key).is_none()) {
-            log.finish(&key, &[]);
-            self.journal.release(&key);
+            let mut is_held = false;
+            for (number, member) in self.members.iter().enumerate() {
+                if member.instance.stage_of(&key).is_some() {
+                    is_held = true;
+                } else if let Some(recovery) = &mut self.recovery
+                    && recovery.awaits(number, &key)
+                {
+                    // Only its store holds it: nobody but this will ask again soon.
+                    is_held = true;
+                    recovery.failed(now, number, &key);
+                }
+            }
+            if is_held {
+                log.keep_untold(key);
+            } else {
+                log.finish(&key, &[]);
+                self.journal.release(&key);
+            }
         }
     }
 
@@ -660,6 +697,9 @@ impl Engine {
     // ---- The services' side ------------------------------------------------------------------
 
     fn handle_at_member(&mut self, now: Time, number: usize, event: participant::Event) {
+        if let (Some(log), Some(key)) = (&mut self.log, ended(&event)) {
+            log.look_again(key);
+        }
         let mut effects = std::mem::take(&mut self.member_effects);
         let member = &mut self.members[number];
         member.instance.handle(now, event, &mut effects);
@@ -752,6 +792,25 @@ pub(crate) fn instance_id() -> InstanceId {
 pub(crate) fn worker_id() -> WorkerId {
     #[expect(clippy::expect_used, reason = "a constant that the tests parse")]
     WorkerId::parse("embedded").expect("a valid worker id")
+}
+
+/// Of which transaction a service holds less by what has happened, or may.
+fn ended(event: &participant::Event) -> Option<&TransactionKey> {
+    use participant::Event;
+    match event {
+        Event::PrepareEnded { key, .. }
+        | Event::FinishEnded { key, applied: Ok(()), .. }
+        | Event::StoreRead { key, .. } => Some(key),
+        // Its store holds it still, whatever the instance does.
+        Event::FinishEnded { applied: Err(_), .. } => None,
+        Event::PrepareReceived { .. }
+        | Event::QueryReceived { .. }
+        | Event::CancelReceived(_)
+        | Event::FinishReceived { .. }
+        | Event::StoreScanned(_)
+        | Event::DeadlineReached
+        | Event::Disconnected => None,
+    }
 }
 
 fn id_reused() -> Reason {

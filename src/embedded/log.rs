@@ -7,13 +7,13 @@
 //! What is held here is what is in flight, and what the processes before this one have left.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::Arc,
 };
 
 use crate::{
     protocol::{
-        ids::{Branch, ServiceName, TransactionId, TransactionKey, WorkerId},
+        ids::{Branch, RequestHash, ServiceName, TransactionId, TransactionKey, WorkerId},
         message::{Answer, Decision, Request},
         time::Time,
     },
@@ -42,6 +42,8 @@ pub(super) enum Earlier {
     InFlight(Time),
     /// It is over.
     Over(Finished),
+    /// Another one has its id: what is asked for has other content.
+    Another(TransactionKey),
 }
 
 pub(super) struct Log {
@@ -50,6 +52,10 @@ pub(super) struct Log {
     endings: Endings,
     batch: Batch,
     n_written: u64,
+    /// Where the next entry will stand.
+    end: u64,
+    /// Where the first one will that was not handed out to be written.
+    end_written: u64,
     /// The decisions that are not known to be on the disk, each with how many entries are when it
     /// is.
     awaited: VecDeque<(u64, Arc<Decision>)>,
@@ -61,18 +67,23 @@ pub(super) struct Log {
     inherited: BTreeMap<TransactionId, Inherited>,
     /// What is aborted, and may not have been told to everyone yet.
     aborting: Vec<TransactionKey>,
+    /// Of that: what a service holds though it has been told for long enough. It will ask.
+    untold: BTreeSet<TransactionKey>,
     failure: Option<JournalError>,
 }
 
 #[derive(Default)]
 struct Open {
     is_proposed: bool,
+    /// Whether nobody has requested it: it was decided for who asked, and nobody else is told.
+    is_only_asked_about: bool,
     /// Its outcome, once that is on the disk.
     decision: Option<Arc<Decision>>,
 }
 
 struct Inherited {
     requested_at: Time,
+    request_hash: RequestHash,
     ended: Option<Finished>,
 }
 
@@ -82,13 +93,13 @@ impl Log {
         worker: WorkerId,
         endings: Endings,
         unfinished: &[Unfinished],
+        end: u64,
     ) -> Self {
         let (mut open, mut inherited) = (BTreeMap::new(), BTreeMap::new());
-        for Unfinished { request: Request { key, .. }, decision, .. } in unfinished {
+        for Unfinished { request: Request { key, request_hash, .. }, decision, .. } in unfinished {
             let (is_proposed, decision) = (decision.is_some(), decision.clone());
-            open.insert(key.clone(), Open { is_proposed, decision });
-            let requested_at = key.requested_at;
-            inherited.insert(key.id.clone(), Inherited { requested_at, ended: None });
+            open.insert(key.clone(), Open { is_proposed, decision, ..Open::default() });
+            inherited.insert(key.id.clone(), Inherited::of(key, *request_hash));
         }
         Self {
             own,
@@ -96,22 +107,26 @@ impl Log {
             endings,
             batch: Batch::default(),
             n_written: 0,
+            end,
+            end_written: end,
             awaited: VecDeque::new(),
             waiting: BTreeMap::new(),
             open,
             inherited,
             aborting: Vec::new(),
+            untold: BTreeSet::new(),
             failure: None,
         }
     }
 
     fn write(&mut self, entry: &Entry) {
-        self.batch.push(entry);
+        self.end += self.batch.push(entry);
         self.n_written += 1;
     }
 
-    /// What is to be written now.
+    /// What is to be written now, before anything else is asked of this.
     pub(super) fn take_batch(&mut self) -> Option<Batch> {
+        self.end_written = self.end;
         (!self.batch.is_empty()).then(|| std::mem::take(&mut self.batch))
     }
 
@@ -131,20 +146,45 @@ impl Log {
     /// What the journal says of a transaction that is asked for.
     pub(super) fn earlier(&mut self, spec: &TransactionSpec) -> Earlier {
         if let Some(inherited) = self.inherited.get(&spec.id) {
+            let requested_at = inherited.requested_at;
             return match &inherited.ended {
+                _ if inherited.request_hash != spec.request_hash => {
+                    Earlier::Another(TransactionKey { id: spec.id.clone(), requested_at })
+                }
                 Some(finished) => Earlier::Over(finished.clone()),
-                None => Earlier::InFlight(inherited.requested_at),
+                None => Earlier::InFlight(requested_at),
             };
         }
         let found = self.endings.find(&spec.id);
-        self.unless_failed(found).map_or(Earlier::Nothing, Earlier::Over)
+        match self.unless_failed(found) {
+            None => Earlier::Nothing,
+            Some(Finished { decision, .. }) if decision.request_hash != spec.request_hash => {
+                Earlier::Another(decision.key.clone())
+            }
+            Some(finished) => Earlier::Over(finished),
+        }
     }
 
-    /// How a transaction of an earlier process has ended, if that is known.
+    /// What earlier processes have begun, and isn't in the file, is requested once more.
+    pub(super) fn inherit(&mut self, key: &TransactionKey, request_hash: RequestHash) {
+        self.inherited.insert(key.id.clone(), Inherited::of(key, request_hash));
+    }
+
+    /// How a transaction of an earlier process has ended, there or in this one, if that is known.
     pub(super) fn ending_of(&mut self, key: &TransactionKey) -> Option<Arc<Decision>> {
+        let inherited = self.inherited.get(&key.id).and_then(|it| it.ended.as_ref());
+        if let Some(finished) = inherited.filter(|it| it.decision.key == *key) {
+            return Some(Arc::clone(&finished.decision));
+        }
         let found = self.endings.find(&key.id);
         let found = self.unless_failed(found).map(|finished| finished.decision);
         found.filter(|decision| decision.key == *key)
+    }
+
+    /// How a transaction has ended that this process has begun and finished, if that is known.
+    pub(super) fn own_ending_of(&mut self, key: &TransactionKey) -> Option<Arc<Decision>> {
+        let found = self.endings.find_since(key, self.end_written);
+        self.unless_failed(found).map(|finished| finished.decision)
     }
 
     pub(super) fn has_failed(&self) -> bool {
@@ -186,6 +226,16 @@ impl Log {
         self.write(&Entry::Begun(Begun { request, worker }));
     }
 
+    /// Proposes to abort what a service has asked about and nobody works on.
+    pub(super) fn propose_to_asker(&mut self, decision: Arc<Decision>) {
+        if !self.open.contains_key(&decision.key) {
+            let open = Open { is_only_asked_about: true, ..Open::default() };
+            self.open.insert(decision.key.clone(), open);
+            self.aborting.push(decision.key.clone());
+        }
+        self.propose(decision);
+    }
+
     /// Proposes an outcome. One proposal is enough: this journal loses none.
     pub(super) fn propose(&mut self, decision: Arc<Decision>) {
         self.waiting.remove(&decision.key);
@@ -215,34 +265,63 @@ impl Log {
         self.open.contains_key(key)
     }
 
+    /// The outcome of what is in the file and not over, once that is on the disk.
+    pub(super) fn decision_of(&self, key: &TransactionKey) -> Option<&Arc<Decision>> {
+        self.open.get(key)?.decision.as_ref()
+    }
+
     /// It is aborted: over, when everyone has been told.
     pub(super) fn aborted(&mut self, key: &TransactionKey) {
         self.waiting.remove(key);
         self.aborting.push(key.clone());
     }
 
-    /// What is aborted and isn't worked on any more.
+    /// What is aborted, that is on the disk, and isn't worked on any more.
     pub(super) fn take_aborted(
         &mut self,
         mut is_over: impl FnMut(&TransactionKey) -> bool,
     ) -> Vec<TransactionKey> {
-        self.aborting.extract_if(.., |key| is_over(key)).collect()
+        let open = &self.open;
+        let is_safe = |open: &Open| open.decision.is_some();
+        let aborted =
+            self.aborting.extract_if(.., |key| open.get(key).is_none_or(is_safe) && is_over(key));
+        aborted.collect()
+    }
+
+    /// It is aborted and isn't worked on any more, and a service still holds it.
+    pub(super) fn keep_untold(&mut self, key: TransactionKey) {
+        self.untold.insert(key);
+    }
+
+    /// A service has ended something about it: it may be over now.
+    pub(super) fn look_again(&mut self, key: &TransactionKey) {
+        self.aborting.extend(self.untold.take(key));
     }
 
     /// It is over, but for these services.
     pub(super) fn finish(&mut self, key: &TransactionKey, unresolved: &[ServiceName]) {
         self.waiting.remove(key);
-        let Some(decision) = self.open.get(key).and_then(|open| open.decision.clone()) else {
-            return;
-        };
+        let Some(open) = self.open.get(key) else { return };
+        let Some(decision) = open.decision.clone() else { return };
+        let is_only_asked_about = open.is_only_asked_about;
         self.open.remove(key);
+        if is_only_asked_about {
+            return;
+        }
         let finished = Finished { decision, unresolved: unresolved.to_vec() };
         if let Some(inherited) = self.inherited.get_mut(&key.id)
             && inherited.requested_at == key.requested_at
         {
             inherited.ended = Some(finished.clone());
         }
+        self.endings.note(&key.id, self.end);
         self.write(&Entry::Finished(finished));
+    }
+}
+
+impl Inherited {
+    fn of(key: &TransactionKey, request_hash: RequestHash) -> Self {
+        Self { requested_at: key.requested_at, request_hash, ended: None }
     }
 }
 

@@ -10,6 +10,8 @@ mod log;
 mod recovery;
 mod remembered;
 mod report;
+#[cfg(test)]
+mod restarts;
 
 use std::{collections::BTreeSet, path::PathBuf, sync::Arc, time::Duration};
 
@@ -289,7 +291,8 @@ impl Embedded {
     /// journal tells it again what was decided and not finished: its commit and its abort must bear
     /// that for what they have done already. What was not decided it is asked to prepare again. Where
     /// what it had prepared is gone with the process, let its commit fail: then it is
-    /// [unresolved](TransactionResult::unresolved), and tried again at each start.
+    /// [unresolved](TransactionResult::unresolved), and tried again at each start. An abort that fails
+    /// is tried again as well: when its service asks, and at each start.
     ///
     /// The journal and the services' stores belong together: with an older copy of either, or with
     /// another journal, nobody knows what became of what is in doubt. What a service holds from
@@ -465,7 +468,7 @@ impl Embedded {
         opened: Opened,
     ) -> Result<(Writer, (Log, Vec<Unfinished>)), JournalError> {
         let Opened { unfinished, endings, tail, own, worker, .. } = opened;
-        let log = Log::new(own, worker.clone(), endings, &unfinished);
+        let log = Log::new(own, worker.clone(), endings, &unfinished, tail.end());
         self.settings.instance = opened.instance;
         let coordinator = &mut self.settings.coordinator;
         coordinator.worker = worker;

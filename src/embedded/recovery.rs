@@ -9,13 +9,13 @@
 //! it was. When nobody has by the time that no more requests come, or for long, it is aborted.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
+    collections::{BTreeMap, BTreeSet},
     time::Duration,
 };
 
 use crate::{
     protocol::{
-        ids::{TransactionId, TransactionKey},
+        ids::{RequestHash, TransactionId, TransactionKey},
         participant::InDoubt,
         time::Time,
     },
@@ -35,7 +35,8 @@ pub(super) struct Recovery {
     /// Whose stores have not been heard of; `None`: that is over.
     unheard: Option<BTreeSet<usize>>,
     unfinished: Vec<Unfinished>,
-    doubts: VecDeque<(usize, InDoubt)>,
+    /// What is to be asked about.
+    doubts: BTreeMap<(usize, TransactionKey), Vec<InDoubt>>,
     asked: BTreeMap<(usize, TransactionKey), Asked>,
     /// How many a service has failed to end.
     n_failed: usize,
@@ -79,7 +80,7 @@ impl Recovery {
         Self {
             unheard: Some(with_stores),
             unfinished,
-            doubts: VecDeque::new(),
+            doubts: BTreeMap::new(),
             asked: BTreeMap::new(),
             n_failed: 0,
             deferred: BTreeMap::new(),
@@ -109,7 +110,9 @@ impl Recovery {
         if let Some(unheard) = &mut self.unheard
             && unheard.remove(&member)
         {
-            self.doubts.extend(held.map(|it| (member, it)));
+            for it in held {
+                self.doubts.entry((member, it.key.clone())).or_default().push(it);
+            }
         }
     }
 
@@ -119,12 +122,14 @@ impl Recovery {
         self.deferred.entry(doubt.key.id.clone()).or_default().push((member, doubt));
     }
 
-    /// What was prepared under this id is requested once more: since when it is in flight.
-    pub(super) fn adopt(&mut self, id: &TransactionId) -> Option<Time> {
-        let doubts = self.deferred.remove(id)?;
-        let latest = doubts.iter().map(|(_, doubt)| doubt.key.requested_at).max()?;
-        for (member, doubt) in doubts {
-            if doubt.key.requested_at == latest {
+    /// What was prepared under this id, for a request of this content, is requested once more: since
+    /// when it is in flight.
+    pub(super) fn adopt(&mut self, id: &TransactionId, request_hash: RequestHash) -> Option<Time> {
+        let is_same = |doubt: &InDoubt| doubt.request_hash == request_hash;
+        let doubts = self.deferred.get(id)?.iter().map(|(_, doubt)| doubt);
+        let latest = doubts.filter(|it| is_same(it)).map(|it| it.key.requested_at).max()?;
+        for (member, doubt) in self.deferred.remove(id)? {
+            if is_same(&doubt) && doubt.key.requested_at == latest {
                 self.asked.insert((member, doubt.key.clone()), Asked::new(doubt));
             } else {
                 self.deferred.entry(id.clone()).or_default().push((member, doubt));
@@ -138,11 +143,33 @@ impl Recovery {
         self.deferred_until = Time::EPOCH;
     }
 
-    /// A member has ended what it held of a transaction, or nobody waits for that any more.
+    /// A member has ended what it held of a transaction, or nobody waits for that any more. Whatever
+    /// was still to be asked about that has its answer.
     pub(super) fn done(&mut self, now: Time, member: usize, key: &TransactionKey) {
+        let name = (member, key.clone());
+        if self.asked.remove(&name).is_some() {
+            self.until = now + self.patience;
+        }
+        self.doubts.remove(&name);
+        if let Some(deferred) = self.deferred.get_mut(&key.id) {
+            deferred.retain(|(of, doubt)| (*of, &doubt.key) != (member, key));
+            if deferred.is_empty() {
+                self.deferred.remove(&key.id);
+            }
+        }
+    }
+
+    /// Nobody will say what became of the branch that was asked about last.
+    pub(super) fn leave(&mut self, now: Time, member: usize, key: &TransactionKey) {
         if self.asked.remove(&(member, key.clone())).is_some() {
             self.until = now + self.patience;
         }
+    }
+
+    /// Whether a member was found to hold something of a transaction, and hasn't ended that.
+    pub(super) fn awaits(&self, member: usize, key: &TransactionKey) -> bool {
+        let name = (member, key.clone());
+        self.asked.contains_key(&name) || self.doubts.contains_key(&name)
     }
 
     /// A member has failed to do that, and nobody else will tell it again.
@@ -177,7 +204,7 @@ impl Recovery {
             return Step::Ask(member, asked.doubt.clone());
         }
         if self.asked.len() < ASKED_MAX
-            && let Some((member, doubt)) = self.doubts.pop_front()
+            && let Some((member, doubt)) = self.next_doubt()
         {
             self.ask(now, member, &doubt);
             return Step::Ask(member, doubt);
@@ -194,12 +221,23 @@ impl Recovery {
             }
         }
         let n_deferred: usize = self.deferred.values().map(Vec::len).sum();
-        let n_left = self.asked.len() + self.doubts.len() + n_deferred;
+        let n_doubts: usize = self.doubts.values().map(Vec::len).sum();
+        let n_left = self.asked.len() + n_doubts + n_deferred;
         if n_left == 0 || is_late && is_idle && n_deferred == 0 {
             Step::End { n_left: n_left + self.n_failed }
         } else {
             Step::Wait
         }
+    }
+
+    fn next_doubt(&mut self) -> Option<(usize, InDoubt)> {
+        let mut entry = self.doubts.first_entry()?;
+        let member = entry.key().0;
+        let next = entry.get_mut().pop();
+        if entry.get().is_empty() {
+            entry.remove();
+        }
+        next.map(|doubt| (member, doubt))
     }
 
     fn ask(&mut self, now: Time, member: usize, doubt: &InDoubt) {

@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use crate::world::{Ended, Talk, World, dtc, output, transaction};
+use crate::world::{Ended, Talk, World, dtc, output, repository, transaction};
 use serde_json::{Value, json};
 
 /// `SIGABRT`: how a process ends at its fault point.
@@ -361,6 +361,35 @@ fn an_id_with_other_content_than_before_is_refused() {
 }
 
 #[test]
+fn an_id_with_other_content_is_refused_while_what_it_was_given_to_is_recovered() {
+    let mut n_refused = 0;
+    for point in 6.. {
+        let world = World::with(&services(), &json!([transaction("TX1", &["payments", "stock"])]));
+        let first = output(run(&world).env("DTC_FAULT_POINT", point.to_string()));
+        if first.status.signal() != Some(ABORTED) {
+            break;
+        }
+        let journal = fs::read(world.path("journal")).unwrap();
+        let is_over = journal.windows(4).any(|it| it == b"\x1edtf");
+        let other = json!([transaction("TX1", &["payments"])]);
+        world.write("transactions.json", other.to_string());
+        let ended = output(run(&world).arg("--detail")).exited(0);
+        let committed = Held::of(&world).committed.get("TX1").map_or(0, Vec::len);
+        // What was torn while it was written is neither.
+        if is_over || ended.stderr.contains("to be finished") {
+            assert_eq!(ended.statuses(), ["TX1 ABORTED"], "point {point}");
+            assert_eq!(ended.results()[0]["reason"]["code"], "id_reused", "point {point}");
+            assert!(committed == 0 || committed == 2, "point {point}: {committed}");
+            n_refused += 1;
+        } else {
+            assert_eq!(ended.statuses(), ["TX1 COMMITTED"], "point {point}");
+            assert_eq!(committed, 1, "point {point}");
+        }
+    }
+    assert!(n_refused >= 10, "{n_refused}");
+}
+
+#[test]
 fn a_commit_that_was_parked_is_tried_again_until_it_succeeds() {
     let failing = json!([
         {"name": "payments", "max_concurrency": 4},
@@ -485,6 +514,30 @@ fn what_is_no_journal_is_refused_and_left_as_it_is() {
     fs::remove_file(world.path("journal")).unwrap();
     fs::create_dir(world.path("journal")).unwrap();
     output(&mut run(&world)).exited(78).silent().saying("the journal `journal` is no file\n");
+}
+
+#[test]
+fn a_file_of_zeros_as_a_power_cut_may_leave_a_new_one_is_begun_and_a_longer_one_refused() {
+    let world = with_one();
+    let whole = fs::read(world.path("journal")).unwrap();
+    let begun = whole.windows(4).position(|it| it == b"\x1edtb").unwrap();
+    for len in [1, 15, 16, 17, 40, begun] {
+        fs::write(world.path("journal"), vec![0; len]).unwrap();
+        fs::remove_dir_all(world.path("state")).unwrap();
+        let ended = output(&mut run(&world)).exited(0);
+        assert_eq!(ended.statuses(), ["TX1 COMMITTED"], "{len}");
+        let now = fs::read(world.path("journal")).unwrap();
+        assert!(now.starts_with(b"dtc journal v1\n\n"), "{len}");
+    }
+    // Something may have been acted upon.
+    let mut stained = vec![0; begun];
+    stained[begun - 1] = 1;
+    for bytes in [vec![0; whole.len()], vec![0; 4096], stained] {
+        fs::write(world.path("journal"), &bytes).unwrap();
+        let ended = output(&mut run(&world)).exited(65).silent();
+        assert!(ended.stderr.ends_with("is not a dtc journal\n"), "{}", ended.stderr);
+        assert_eq!(fs::read(world.path("journal")).unwrap(), bytes);
+    }
 }
 
 #[test]
@@ -642,6 +695,27 @@ fn a_file_keeps_its_rights_and_stays_behind_its_link_when_it_is_written_anew() {
     assert_eq!(fs::read_dir(world.path("elsewhere")).unwrap().count(), 1);
 }
 
+#[test]
+fn a_file_that_can_not_be_written_anew_is_gone_on_with() {
+    let transactions: Vec<_> =
+        (0..150).map(|n| transaction(&format!("TX{n}"), &["payments"])).collect();
+    let world = World::with(&services(), &json!(transactions));
+    let first = output(&mut run(&world)).exited(0);
+    let before = fs::metadata(world.path("journal")).unwrap().len();
+    // No file can be made by this name.
+    fs::create_dir(world.path("journal.rewritten")).unwrap();
+    let second = output(run(&world).env("DTC_LOG", "warn")).exited(0);
+    assert_eq!(second.stdout, first.stdout);
+    assert!(second.stderr.contains("can't be written anew"), "{}", second.stderr);
+    assert!(
+        fs::metadata(world.path("journal")).unwrap().len() > before,
+        "it has been gone on with"
+    );
+    fs::remove_dir(world.path("journal.rewritten")).unwrap();
+    assert_eq!(output(&mut run(&world)).exited(0).stdout, first.stdout);
+    assert!(fs::metadata(world.path("journal")).unwrap().len() < before / 2);
+}
+
 // ---- Flags -------------------------------------------------------------------------------------
 
 #[test]
@@ -650,6 +724,7 @@ fn a_journal_wants_services_that_keep_what_they_hold() {
     for (arguments, missing) in [
         (&["--journal", "journal"][..], "--state <DIR>"),
         (&["--state", "state"], "--journal <FILE>"),
+        (&["--retention", "1d"], "--journal <FILE>"),
     ] {
         let ended = output(world.run().args(arguments)).exited(2).silent();
         assert!(ended.stderr.contains(missing), "{}", ended.stderr);
@@ -657,4 +732,36 @@ fn a_journal_wants_services_that_keep_what_they_hold() {
     let ended = output(run(&world).args(["--broker", "amqp://localhost"])).exited(2).silent();
     assert!(ended.stderr.contains("cannot be used with"), "{}", ended.stderr);
     output(run(&world).args(["--retention", "soon"])).exited(2).silent();
+}
+
+// ---- The README --------------------------------------------------------------------------------
+
+const SECTION: &str = "### A run that survives its process";
+
+/// What stands in the first block of a kind in the README's section.
+fn block(kind: &str) -> String {
+    let readme = fs::read_to_string(repository().join("README.md")).unwrap();
+    let section = readme.split(SECTION).nth(1).expect("the README has the section");
+    let opened = section.split(&format!("```{kind}\n")).nth(1).expect("it has the block");
+    opened.split("```\n").next().unwrap().to_owned()
+}
+
+#[test]
+fn a_newcomer_who_follows_the_readme_kills_a_run_and_loses_nothing() {
+    let world = World::new(&json!([]));
+    let mut shell = Command::new("bash");
+    // Whatever it has started ends with it.
+    let script = format!("trap 'kill -9 $(jobs -p) 2> /dev/null || true' EXIT\n{}", block("sh"));
+    shell.args(["-euc", &script]).current_dir(world.path("")).env_remove("DTC_LOG");
+    let mut path = dtc().get_program().to_owned();
+    path = Path::new(&path).parent().unwrap().as_os_str().to_owned();
+    path.push(":");
+    path.push(std::env::var_os("PATH").unwrap_or_default());
+    let ended = output(shell.env("PATH", path)).exited(0);
+
+    let n_told = fs::read_to_string(world.path("first.ndjson")).unwrap().matches('\n').count();
+    assert!((1..5000).contains(&n_told), "{n_told} were told: the first run was not killed");
+    assert!(ended.stderr.contains("j: to be finished: "), "{}", ended.stderr);
+    let wanted = block("text").replace('…', &n_told.to_string());
+    assert_eq!(ended.stdout, wanted, "{}", ended.stderr);
 }

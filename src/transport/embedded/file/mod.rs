@@ -17,11 +17,12 @@
 //!
 //! **How it is kept small.** A transaction that is over needs one entry of the three that it had,
 //! and after [`Options::retention`] none. When less than half of a file is still needed, opening it
-//! writes that half to a new one, called `….rewritten` meanwhile, and puts that in its place. While
-//! it is open it only grows.
+//! writes that half to a new one, called `….rewritten` meanwhile, and puts that in its place. Where
+//! that fails, for want of room or of rights, the old one is as good as before and is gone on with.
+//! While it is open it only grows.
 //!
 //! **What is held in memory**: what is in flight, and 16 bytes for each transaction that was over
-//! when the file was opened.
+//! when the file was opened, and for the last million of those that were over since.
 //!
 //! **Invariant:** a file that is not a journal, or not all of which is what was written, is left as
 //! it is.
@@ -31,6 +32,7 @@ mod replay;
 mod writer;
 
 use std::{
+    collections::VecDeque,
     fs::{self, File, OpenOptions, TryLockError},
     io::{self, BufReader, Read as _, Seek as _, SeekFrom, Write as _},
     path::{Path, PathBuf},
@@ -48,15 +50,23 @@ pub use self::{
 };
 use crate::{
     protocol::{
-        ids::{InstanceId, TransactionId, WorkerId},
+        ids::{InstanceId, TransactionId, TransactionKey, WorkerId},
         time::Time,
     },
-    transport::embedded::faults,
+    transport::{amqp::connection::Chain, embedded::faults},
     wire::message::{Begun, Entry, Finished},
 };
 
 /// A file that is smaller isn't worth being written anew.
 const REWRITTEN_MIN: u64 = 64 * 1024;
+
+/// More than a new file holds before that is on the disk, and less than one with a transaction in
+/// it: of what is no longer, nothing can have been acted upon.
+const BEGINNING_MAX: u64 = 160;
+
+/// How many of the transactions that are over since the file was opened are known by their places:
+/// what a service has stored for one of them too late is asked about within a minute or so.
+const SINCE_MAX: usize = 1 << 20;
 
 /// How much is copied at a time.
 const CHUNK: usize = 1 << 20;
@@ -183,15 +193,22 @@ pub struct Opened {
     pub tail: Tail,
 }
 
-/// How the transactions have ended that were over when the journal was opened.
+/// How the transactions have ended that were over when the journal was opened, and the last of those
+/// that were since.
 #[derive(Debug)]
 pub struct Endings {
     path: PathBuf,
     file: File,
     places: Vec<Ending>,
+    /// Those since, in the order of their places.
+    since: VecDeque<Ending>,
 }
 
 impl Endings {
+    fn of(path: &Path, file: File, places: Vec<Ending>) -> Self {
+        Self { path: path.to_owned(), file, places, since: VecDeque::new() }
+    }
+
     /// How the last transaction called `id` has ended, if that is known.
     ///
     /// # Errors
@@ -204,6 +221,36 @@ impl Endings {
         for (_, at) in places {
             let finished = self.read(*at)?;
             if finished.decision.key.id == *id {
+                return Ok(Some(finished));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Notes that it will be said at `at` how the transaction called `id` has ended.
+    pub fn note(&mut self, id: &TransactionId, at: u64) {
+        if self.since.len() >= SINCE_MAX {
+            self.since.pop_front();
+        }
+        self.since.push_back((digest(id), at));
+    }
+
+    /// How a transaction has ended that was over since the journal was opened, if that is known and
+    /// stands before `end`.
+    ///
+    /// # Errors
+    ///
+    /// The file can't be read any more.
+    pub fn find_since(
+        &self,
+        key: &TransactionKey,
+        end: u64,
+    ) -> Result<Option<Finished>, JournalError> {
+        let digest = digest(&key.id);
+        let places = self.since.iter().rev().filter(|(of, at)| *of == digest && *at < end);
+        for (_, at) in places {
+            let finished = self.read(*at)?;
+            if finished.decision.key == *key {
                 return Ok(Some(finished));
             }
         }
@@ -376,8 +423,20 @@ impl Old {
             Beginning::Newer(version) => {
                 Err(JournalError::Newer { path: self.path.clone(), version })
             }
+            Beginning::Other if self.is_blank()? => Ok(false),
             Beginning::Other => Err(JournalError::NoJournal { path: self.path.clone() }),
         }
+    }
+
+    /// Whether it has got a beginning's size and nothing of its bytes: when the power fails, the one
+    /// may be on the disk before the other.
+    fn is_blank(&self) -> Result<bool, JournalError> {
+        let mut bytes = Vec::new();
+        let mut file = &self.file;
+        file.rewind().map_err(|error| self.reading(error))?;
+        let read = file.take(BEGINNING_MAX + 1).read_to_end(&mut bytes);
+        let len = read.map_err(|error| self.reading(error))?;
+        Ok(len as u64 <= BEGINNING_MAX && bytes.iter().all(|byte| *byte == 0))
     }
 
     fn replay(&self, options: &Options) -> Result<Replay, JournalError> {
@@ -407,7 +466,7 @@ impl Old {
         faults::point();
         let own = Incarnation::first();
         let (worker, instance) = self.names(&own)?;
-        let endings = Endings { path: self.path.clone(), file: self.reader()?, places: Vec::new() };
+        let endings = Endings::of(&self.path, self.reader()?, Vec::new());
         let path = self.path.clone();
         let tail = Tail { path, file: self.file, len: HEADER.len() as u64, durable: 0 };
         let tail = opened(tail, &worker, options)?;
@@ -445,7 +504,7 @@ impl Old {
     ) -> Result<(Tail, Endings), JournalError> {
         self.write_again(replay.durable, replay.end)?;
         let places = replay.endings.clone();
-        let endings = Endings { path: self.path.clone(), file: self.reader()?, places };
+        let endings = Endings::of(&self.path, self.reader()?, places);
         let mut tail =
             Tail { path: self.path, file: self.file, len: replay.end, durable: replay.end };
         let seek = tail.file.seek(SeekFrom::Start(replay.end));
@@ -481,19 +540,56 @@ impl Old {
         Ok(())
     }
 
-    /// Writes what is still needed to a new file, and puts that in the place of this one.
+    /// Puts a new file with what is still needed in the place of this one. Until that is done this
+    /// one is as good as before: where it can't be done, it is gone on with.
     fn rewrite(
         self,
         replay: &Replay,
         worker: &WorkerId,
         options: &Options,
     ) -> Result<(Tail, Endings), JournalError> {
-        let mut name = self.path.clone().into_os_string();
-        name.push(".rewritten");
-        let new = Self { path: PathBuf::from(name), file: self.new_file()? };
+        let mut new = self.path.clone().into_os_string();
+        new.push(".rewritten");
+        let new = PathBuf::from(new);
+        let (mut tail, places) = match self.replace_by(&new, replay, worker, options) {
+            Ok(replaced) => replaced,
+            Err(error) => {
+                // It may take up the very room that is missing.
+                let _ = fs::remove_file(&new);
+                let is_unreadable =
+                    matches!(error, JournalError::Read { .. } | JournalError::Corrupt { .. });
+                if is_unreadable || !is_at(&self.file, &self.path) {
+                    return Err(error);
+                }
+                tracing::warn!(
+                    journal = %self.path.display(), error = %Chain(&error),
+                    "it can't be written anew, and is gone on with as it is"
+                );
+                return self.go_on(replay, worker, options);
+            }
+        };
         faults::point();
-        let mut tail =
-            Tail { path: new.path, file: new.file, len: HEADER.len() as u64, durable: 0 };
+        tail.path.clone_from(&self.path);
+        sync_directory(&tail.path)?;
+        faults::point();
+        tracing::info!(
+            journal = %tail.path.display(), from = replay.end, to = tail.len, "written anew"
+        );
+        let endings = Endings::of(&self.path, self.reader()?, places);
+        Ok((tail, endings))
+    }
+
+    /// Writes what is still needed to a file at `new`, and renames that to this one.
+    fn replace_by(
+        &self,
+        new: &Path,
+        replay: &Replay,
+        worker: &WorkerId,
+        options: &Options,
+    ) -> Result<(Tail, Vec<Ending>), JournalError> {
+        let (path, file) = (new.to_owned(), self.new_file(new)?);
+        faults::point();
+        let mut tail = Tail { path, file, len: HEADER.len() as u64, durable: 0 };
         let written = tail.file.write_all(HEADER);
         written.map_err(|source| JournalError::Write { path: tail.path.clone(), source })?;
         let mut batch = Batch::default();
@@ -502,30 +598,22 @@ impl Old {
         let places = self.copy_endings(&replay.endings, &mut tail)?;
         tail.sync()?;
         // After the sync: it says that what is before it is safe.
-        let mut tail = opened(tail, worker, options)?;
+        let tail = opened(tail, worker, options)?;
         let renamed = fs::rename(&tail.path, &self.path);
         renamed.map_err(|source| JournalError::Write { path: tail.path.clone(), source })?;
-        faults::point();
-        tail.path.clone_from(&self.path);
-        sync_directory(&tail.path)?;
-        faults::point();
-        tracing::info!(
-            journal = %tail.path.display(), from = replay.end, to = tail.len, "written anew"
-        );
-        let endings = Endings { path: self.path.clone(), file: self.reader()?, places };
-        Ok((tail, endings))
+        Ok((tail, places))
     }
 
     /// The file that is to take the place of this one. What is there by that name was left by
     /// somebody who didn't come to that.
-    fn new_file(&self) -> Result<File, JournalError> {
-        let mut path = self.path.clone().into_os_string();
-        path.push(".rewritten");
-        let path = PathBuf::from(path);
-        let failed = |source| JournalError::Open { path: path.clone(), source };
+    fn new_file(&self, path: &Path) -> Result<File, JournalError> {
+        let failed = |source| JournalError::Open { path: path.to_owned(), source };
+        match fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+            Ok(()) | Err(_) => {}
+        }
         let mut how = OpenOptions::new();
-        let file = how.read(true).write(true).create(true).truncate(true).open(&path);
-        let file = file.map_err(failed)?;
+        let file = how.read(true).write(true).create_new(true).open(path).map_err(failed)?;
         // Nobody else looks for it by this name; from the renaming on it is the journal.
         file.try_lock().map_err(|error| failed(error.into()))?;
         let rights = self.file.metadata().map_err(|error| self.reading(error))?.permissions();
@@ -537,7 +625,7 @@ impl Old {
     fn copy_endings(&self, of: &[Ending], tail: &mut Tail) -> Result<Vec<Ending>, JournalError> {
         let mut order = of.to_vec();
         order.sort_unstable_by_key(|(_, at)| *at);
-        let old = Endings { path: self.path.clone(), file: self.reader()?, places: Vec::new() };
+        let old = Endings::of(&self.path, self.reader()?, Vec::new());
         let mut places = Vec::with_capacity(order.len());
         for part in order.chunks(4096) {
             let mut batch = Batch::default();
@@ -571,5 +659,33 @@ fn entries_of(it: &Unfinished, batch: &mut Batch) {
             let (decision, unresolved) = (Arc::clone(decision), it.parked.clone());
             batch.push(&Entry::Finished(Finished { decision, unresolved }));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_beginning_is_as_long_as_is_said() {
+        let mut batch = Batch::default();
+        let worker = Incarnation::first().worker().unwrap();
+        let opened_at = Time::from_millis(u64::MAX);
+        let len = HEADER.len() as u64 + batch.push(&Entry::Opened { worker, opened_at });
+        assert!(len <= BEGINNING_MAX, "{len}");
+    }
+
+    #[test]
+    fn a_new_file_that_can_not_take_the_place_of_the_old_one_is_removed() {
+        let directory = tempfile::tempdir().unwrap();
+        // No file can take the place of a directory.
+        let path = directory.path().join("journal");
+        fs::create_dir(&path).unwrap();
+        let old = Old { path, file: tempfile::tempfile().unwrap() };
+        let options = Options { now: Time::EPOCH, retention: Duration::ZERO };
+        let worker = Incarnation::first().worker().unwrap();
+        let rewritten = old.rewrite(&Replay::default(), &worker, &options);
+        assert!(matches!(rewritten, Err(JournalError::Write { .. })), "{rewritten:?}");
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
     }
 }

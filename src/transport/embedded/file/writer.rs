@@ -68,6 +68,11 @@ pub struct Tail {
 }
 
 impl Tail {
+    /// Where the next entry goes.
+    pub fn end(&self) -> u64 {
+        self.len
+    }
+
     pub(super) fn write(&mut self, batch: &Batch) -> Result<(), JournalError> {
         let mut bytes = Vec::with_capacity(batch.texts.len() + batch.entries.len() * frames::HEAD);
         let mut rest = batch.texts.as_slice();

@@ -1,0 +1,438 @@
+//! An engine with a journal that is killed and started again, where its time and its services are
+//! the test's.
+//!
+//! The file is a real one. Of the services it is known what their stores hold, and they do at once
+//! what they are asked for; time passes when nothing else is left to be done.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::File,
+    time::Duration,
+};
+
+use serde_json::json;
+use tempfile::TempDir;
+
+use super::{Concluded, Embedded, Transaction, engine::Engine};
+use crate::{
+    participant::{Service, Verdict},
+    protocol::{
+        ids::{Branch, ServiceName, TransactionKey},
+        message::{Outcome, ReasonCode},
+        participant::{Effect, Event, InDoubt},
+        time::Time,
+    },
+    transport::embedded::file::{
+        self, Options, Writer,
+        frames::{Frames, Next},
+    },
+    wire::message::Entry,
+    worker::clock::Reading,
+};
+
+/// The services.
+const NAMES: [&str; 2] = ["A", "B"];
+const A: usize = 0;
+const B: usize = 1;
+
+/// What outlives a process: the file, what the services' stores hold, and what the clock says.
+struct World {
+    directory: TempDir,
+    now: Time,
+    slots: u32,
+    /// What is prepared at which service, and not finished.
+    held: BTreeMap<(usize, Branch), InDoubt>,
+    /// Whose prepares say no.
+    refusing: BTreeSet<usize>,
+    /// What prepares have stored that were given up, and isn't to be seen yet; `None`: none of them
+    /// are.
+    late: Option<Vec<(usize, InDoubt)>>,
+    /// Whose aborts, and whose commits, fail.
+    failing: BTreeSet<usize>,
+    /// What was finished, as `service id outcome`, in the order of the calls.
+    finished: Vec<String>,
+    answers: BTreeMap<String, (Outcome, Option<ReasonCode>)>,
+}
+
+/// One process.
+struct Process {
+    engine: Engine,
+    writer: Writer,
+    calls: Vec<(usize, Effect)>,
+}
+
+impl World {
+    fn new(slots: u32) -> Self {
+        Self {
+            directory: tempfile::tempdir().unwrap(),
+            now: Time::from_millis(1_000_000),
+            slots,
+            held: BTreeMap::new(),
+            refusing: BTreeSet::new(),
+            late: None,
+            failing: BTreeSet::new(),
+            finished: Vec::new(),
+            answers: BTreeMap::new(),
+        }
+    }
+
+    fn start(&self) -> Process {
+        let options = Options { now: self.now, retention: Embedded::RETENTION };
+        let opened = file::open(&self.directory.path().join("journal"), &options).unwrap();
+        let services = NAMES.map(|name| Service::new(name, self.slots));
+        let mut embedded = Embedded::new(services).unwrap().max_in_flight(1000);
+        let (writer, log) = embedded.take_over(opened).unwrap();
+        let wait = Duration::from_secs(1);
+        let members = NAMES.map(|name| (ServiceName::parse(name).unwrap(), self.slots, wait, true));
+        let engine = Engine::new(self.now, embedded.settings, members, Some(log));
+        Process { engine, writer, calls: Vec::new() }
+    }
+
+    fn reading(&self) -> Reading {
+        Reading { time: self.now, elapsed: Duration::ZERO }
+    }
+
+    /// What is decided, in the order of the file.
+    fn decided(&self) -> BTreeMap<String, Vec<Outcome>> {
+        let file = File::open(self.directory.path().join("journal")).unwrap();
+        let mut frames = Frames::after_header(file).unwrap();
+        let mut decided: BTreeMap<_, Vec<_>> = BTreeMap::new();
+        while let Next::Frame(frame) = frames.read().unwrap() {
+            if let Entry::Decided(it) = Entry::read(frame.tag, &frame.text).unwrap() {
+                decided.entry(it.key.id.to_string()).or_default().push(it.outcome);
+            }
+        }
+        decided
+    }
+
+    /// The event that a call which was asked for ends in.
+    fn call(&mut self, number: usize, call: Effect) -> Event {
+        match call {
+            Effect::CallPrepare { key, branch, request_hash, deadline, .. } => {
+                let verdict = if self.refusing.contains(&number) {
+                    Verdict::Refused(None)
+                } else {
+                    let held = (key.clone(), branch.clone());
+                    let held = InDoubt { key: held.0, request_hash, branch: held.1, deadline };
+                    match &mut self.late {
+                        Some(late) => {
+                            late.push((number, held));
+                            Verdict::Failed("timed out".into())
+                        }
+                        None => {
+                            self.held.insert((number, branch.clone()), held);
+                            Verdict::Prepared
+                        }
+                    }
+                };
+                Event::PrepareEnded { key, branch, verdict }
+            }
+            Effect::CallCommit { key, branch } => {
+                self.finish(number, key, branch, Outcome::Committed)
+            }
+            Effect::CallAbort { key, branch } => self.finish(number, key, branch, Outcome::Aborted),
+            Effect::ReadStore(key) => {
+                let held = self.held_by(number).filter(|it| it.key == key).cloned().collect();
+                Event::StoreRead { key, held }
+            }
+            Effect::ScanStore => Event::StoreScanned(self.held_by(number).cloned().collect()),
+            Effect::Vote { .. } | Effect::Done { .. } | Effect::Inquire(_) | Effect::Ack(_) => {
+                panic!("not a call")
+            }
+        }
+    }
+
+    /// What was given up is seen from now on, and nothing more is given up.
+    fn store_late(&mut self) {
+        let late = self.late.take().into_iter().flatten();
+        self.held.extend(late.map(|(of, held)| ((of, held.branch.clone()), held)));
+    }
+
+    fn held_by(&self, number: usize) -> impl Iterator<Item = &InDoubt> {
+        self.held.iter().filter(move |((of, _), _)| *of == number).map(|(_, held)| held)
+    }
+
+    fn finish(
+        &mut self,
+        number: usize,
+        key: TransactionKey,
+        branch: Branch,
+        outcome: Outcome,
+    ) -> Event {
+        if self.failing.contains(&number) {
+            return Event::FinishEnded { key, branch, applied: Err("as told".into()) };
+        }
+        self.held.remove(&(number, branch.clone()));
+        self.finished.push(format!("{} {} {}", NAMES[number], key.id, outcome.as_str()));
+        Event::FinishEnded { key, branch, applied: Ok(()) }
+    }
+}
+
+impl Process {
+    fn submit(&mut self, world: &World, id: &str, services: &[&str]) {
+        let transaction = Transaction::new(id, services.iter().copied(), json!({}));
+        self.engine.submit(world.reading(), transaction.check().unwrap());
+    }
+
+    /// Does everything that can be done without waiting, but for what the services are asked for.
+    fn settle(&mut self, world: &mut World) {
+        loop {
+            self.engine.settle(world.reading());
+            let batch = self.engine.take_batch();
+            if let Some(batch) = &batch {
+                self.writer.write(batch).unwrap();
+            }
+            self.engine.safe(u64::MAX);
+            for Concluded { answer, .. } in self.engine.take_concluded() {
+                let told = (answer.outcome, answer.reason.map(|reason| reason.code));
+                let before = world.answers.insert(answer.id.to_string(), told);
+                assert!(before.is_none_or(|before| before == told), "{}: {before:?}", answer.id);
+            }
+            self.calls.extend(self.engine.take_calls());
+            if batch.is_none() {
+                return;
+            }
+        }
+    }
+
+    /// Goes on until nothing is left to be done before `until`. What was asked for last is done
+    /// first.
+    fn run_until(&mut self, world: &mut World, until: Time) {
+        loop {
+            self.settle(world);
+            if let Some((number, call)) = self.calls.pop() {
+                let ended = world.call(number, call);
+                self.engine.call_ended(number, ended);
+                continue;
+            }
+            match self.engine.next_deadline().filter(|next| *next <= until) {
+                Some(next) => world.now = world.now.max(next),
+                None if world.now < until => world.now = until,
+                None => return,
+            }
+            self.engine.wake(world.now);
+        }
+    }
+
+    /// Goes on until nothing is left that can be done at once.
+    fn run(&mut self, world: &mut World) {
+        self.run_until(world, world.now);
+    }
+
+    /// Takes a step that `draw` chooses: a call that was asked for, or time that passes. Whether
+    /// there was one to be taken.
+    fn step(&mut self, world: &mut World, draw: &mut Draw) -> bool {
+        self.settle(world);
+        if !self.calls.is_empty() {
+            let (number, call) = self.calls.swap_remove(draw.below(self.calls.len()));
+            let ended = world.call(number, call);
+            self.engine.call_ended(number, ended);
+            return true;
+        }
+        let Some(next) = self.engine.next_deadline() else { return false };
+        world.now = world.now.max(next);
+        self.engine.wake(world.now);
+        true
+    }
+
+    fn run_for(&mut self, world: &mut World, time: Duration) {
+        self.run_until(world, world.now + time);
+    }
+
+    /// Runs so many transactions over one service: more than a coordinator has in view.
+    fn run_many(&mut self, world: &mut World, count: usize, service: &str) {
+        for n in 0..count {
+            self.submit(world, &format!("other-{n}"), &[service]);
+            self.run(world);
+            assert_eq!(world.answers[&format!("other-{n}")].0, Outcome::Committed);
+        }
+    }
+}
+
+/// Numbers as by chance, the same ones for the same seed.
+struct Draw(u64);
+
+impl Draw {
+    fn below(&mut self, limit: usize) -> usize {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (self.0 >> 33) as usize % limit
+    }
+
+    fn one_in(&mut self, count: usize) -> bool {
+        self.below(count) == 0
+    }
+
+    fn some_of(&mut self, count: usize) -> BTreeSet<usize> {
+        [A, B].into_iter().filter(|_| self.one_in(count)).collect()
+    }
+}
+
+/// Which services a transaction of `killed_at_random` is over.
+fn involved(n: usize) -> &'static [&'static str] {
+    [&NAMES[..], &NAMES[..1], &NAMES[1..]][n % 3]
+}
+
+/// Kills process after process amid its work, whose services refuse and fail now and then, and lets
+/// the last one end everything.
+fn killed_at_random(seed: u64) {
+    let draw = &mut Draw(seed);
+    let mut world = World::new([1, 3, 300][draw.below(3)]);
+    let mut n_known = 0;
+    for _ in 0..5 {
+        let mut process = world.start();
+        for _ in 0..draw.below(400) {
+            if draw.one_in(20) {
+                world.refusing = draw.some_of(6);
+                world.failing = draw.some_of(3);
+                world.store_late();
+                world.late = draw.one_in(6).then(Vec::new);
+            }
+            if process.engine.room() > 0 && draw.one_in(2) {
+                process.submit(&world, &format!("t{n_known}"), involved(n_known));
+                n_known += 1;
+            }
+            process.step(&mut world, draw);
+        }
+        // What is asked of a service as the process ends is done, and nobody hears of it.
+        for (number, call) in std::mem::take(&mut process.calls) {
+            if draw.one_in(2) {
+                world.call(number, call);
+            }
+        }
+    }
+
+    (world.refusing, world.failing) = (BTreeSet::new(), BTreeSet::new());
+    world.store_late();
+    let mut last = world.start();
+    last.run(&mut world);
+    for n in 0..n_known {
+        last.submit(&world, &format!("t{n}"), involved(n));
+        last.run(&mut world);
+    }
+    last.engine.requests_ended();
+    last.run_for(&mut world, Duration::from_secs(200));
+    assert!(last.engine.is_idle(), "seed {seed}");
+    assert_eq!(world.held, BTreeMap::new(), "seed {seed}: nothing is left in doubt");
+    let decided = world.decided();
+    for n in 0..n_known {
+        let id = format!("t{n}");
+        let (outcome, _) = world.answers[&id];
+        let decisions = decided.get(&id).into_iter().flatten();
+        assert!(decisions.clone().all(|it| *it == outcome), "seed {seed}: {id} is decided once");
+        let is_committed = |name: &&&str| {
+            let entry = format!("{name} {id} {}", Outcome::Committed.as_str());
+            match world.finished.iter().filter(|it| **it == entry).count() {
+                0 => false,
+                1 => true,
+                count => panic!("seed {seed}: {id} is committed {count} times at {name}"),
+            }
+        };
+        let n_committed = involved(n).iter().filter(is_committed).count();
+        let wanted = if outcome == Outcome::Committed { involved(n).len() } else { 0 };
+        assert_eq!(n_committed, wanted, "seed {seed}: {id} is {outcome:?}");
+    }
+}
+
+#[test]
+fn processes_that_are_killed_at_random_end_everything_once() {
+    for seed in 0..12 {
+        killed_at_random(seed);
+    }
+}
+
+#[test]
+fn an_abort_that_failed_for_long_is_made_up_for_though_much_was_decided_since() {
+    let mut world = World::new(1);
+    let mut process = world.start();
+    process.run(&mut world);
+    world.refusing.insert(B);
+    world.failing.insert(A);
+    process.submit(&world, "t0", &["A", "B"]);
+    process.run_for(&mut world, Duration::from_secs(6));
+    assert_eq!(world.answers["t0"], (Outcome::Aborted, Some(ReasonCode::Refused)));
+    assert_eq!(world.held.len(), 1, "the coordinator has given up telling it");
+
+    world.refusing.clear();
+    process.run_many(&mut world, 2000, "B");
+    world.failing.clear();
+    process.run_for(&mut world, Duration::from_secs(30));
+    assert_eq!(world.held.len(), 0, "A has asked, and was told");
+    process.submit(&world, "t1", &["A"]);
+    process.run_for(&mut world, Duration::from_secs(6));
+    assert_eq!(world.answers["t1"], (Outcome::Committed, None), "the slot of A is free");
+    assert_eq!(world.decided()["t0"], [Outcome::Aborted]);
+}
+
+#[test]
+fn what_is_finished_while_it_waits_to_be_asked_about_is_not_decided_again() {
+    let mut world = World::new(200);
+    let mut first = world.start();
+    first.run(&mut world);
+    world.failing.extend([A, B]);
+    let ids: Vec<_> = (0..200).map(|n| format!("t{n}")).collect();
+    for id in &ids {
+        first.submit(&world, id, &NAMES);
+    }
+    first.run(&mut world);
+    assert_eq!((world.held.len(), world.decided().len()), (400, 200), "none is committed yet");
+    drop(first);
+
+    world.failing.clear();
+    let mut second = world.start();
+    second.run(&mut world);
+    assert_eq!(world.held.len(), 0);
+    second.run_many(&mut world, 2000, "A");
+    second.engine.requests_ended();
+    second.run_for(&mut world, Duration::from_secs(60));
+    assert!(second.engine.is_idle());
+    for (id, decided) in world.decided() {
+        assert_eq!(decided, [Outcome::Committed], "{id}");
+    }
+}
+
+#[test]
+fn an_abort_that_fails_is_told_again_by_each_process_until_it_succeeds() {
+    let mut world = World::new(1);
+    let mut first = world.start();
+    first.run(&mut world);
+    world.refusing.insert(B);
+    world.failing.insert(A);
+    first.submit(&world, "t0", &["A", "B"]);
+    first.run_for(&mut world, Duration::from_secs(6));
+    assert_eq!(world.answers["t0"].0, Outcome::Aborted);
+    drop(first);
+
+    let mut second = world.start();
+    second.engine.requests_ended();
+    second.run_for(&mut world, Duration::from_secs(10));
+    assert!(second.engine.is_idle(), "it is left for the next start");
+    assert_eq!(world.held.len(), 1);
+    drop(second);
+
+    world.failing.clear();
+    let mut third = world.start();
+    third.run(&mut world);
+    assert_eq!(world.held.len(), 0);
+    assert_eq!(world.finished, ["A t0 ABORTED"]);
+    assert_eq!(world.decided()["t0"], [Outcome::Aborted], "decided once");
+}
+
+#[test]
+fn what_is_stored_long_after_its_prepare_was_given_up_is_aborted() {
+    let mut world = World::new(1);
+    let mut process = world.start();
+    process.run(&mut world);
+    world.late = Some(Vec::new());
+    process.submit(&world, "t0", &["A"]);
+    process.run(&mut world);
+    assert_eq!(world.answers["t0"], (Outcome::Aborted, Some(ReasonCode::Failed)));
+    let late = world.late.take();
+
+    process.run_many(&mut world, 2000, "B");
+    world.late = late;
+    world.store_late();
+    assert_eq!(world.held.len(), 1);
+    process.run_for(&mut world, Duration::from_secs(100));
+    assert_eq!(world.held.len(), 0, "A has found it, and was told");
+    assert_eq!(world.decided()["t0"], [Outcome::Aborted]);
+}
