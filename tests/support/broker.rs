@@ -269,12 +269,23 @@ impl Broker {
         self.start_again();
     }
 
-    /// `rabbitmqctl` with these words.
-    pub(crate) fn control(&self, words: &[&str]) {
+    /// `rabbitmqctl` with these words; what it prints.
+    pub(crate) fn control(&self, words: &[&str]) -> String {
         let mut command = self.setup.shell();
         let output = command.arg("/usr/lib/rabbitmq/bin/rabbitmqctl").args(words).output().unwrap();
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "rabbitmqctl {words:?}: {said}");
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    /// The queues and exchanges at this place, those left out that every place has.
+    pub(crate) fn declared_at(&self, place: &Place) -> Vec<String> {
+        let (_, vhost) = place.url.rsplit_once('/').unwrap();
+        let listed = ["list_queues", "list_exchanges"].map(|list| {
+            self.control(&[list, "--vhost", vhost, "--quiet", "--no-table-headers", "name"])
+        });
+        let names = listed.iter().flat_map(|names| names.lines());
+        names.filter(|it| !it.is_empty() && !it.starts_with("amq.")).map(str::to_owned).collect()
     }
 
     /// Where the node keeps what it keeps.
