@@ -1,22 +1,31 @@
 //! `dtc bench`, as far as it can be tried without measuring anything: speed is no test's business.
 
-use std::fs;
+use std::{collections::BTreeSet, fs, time::Duration};
 
 use serde_json::Value;
 
 use crate::{
-    broker::place,
-    processes::{LIMIT, Process, World},
+    broker::{Broker, place},
+    crash::until,
+    processes::{Process, World},
 };
 
+/// How long a whole bench may take, processes and all, on a machine that is busy.
+const LIMIT: Duration = Duration::from_secs(180);
+
+/// Files go where the world's are, so that what is left can be seen.
 fn bench(world: &World, flags: &[&str]) -> Process {
-    Process::start("bench", world.dtc_at_broker(&["bench", "--seconds", "1"]).args(flags))
+    let directory = world.path("tmp");
+    fs::create_dir(&directory).unwrap();
+    let mut command = world.dtc_at_broker(&["bench"]);
+    Process::start("bench", command.args(flags).env("TMPDIR", directory))
 }
 
 #[test]
 fn everything_that_is_measured_is_told_and_drawn() {
     let world = World::at(place());
-    let loads = ["--rounds", "1", "--in-flight", "1,8", "--backlog", "200", "--times"];
+    let loads =
+        ["--seconds", "1", "--rounds", "1", "--in-flight", "1,8", "--backlog", "200", "--times"];
     let bench = bench(&world, &[&loads[..], &["--json", "--plot", "plot.svg"]].concat());
     let told: Value = serde_json::from_str(&bench.succeeded(LIMIT).join("\n")).unwrap();
 
@@ -46,12 +55,91 @@ fn everything_that_is_measured_is_told_and_drawn() {
     assert_eq!(plot.matches("<circle").count(), 6, "{plot}");
 }
 
+/// What the configuration says of a worker it says of each, so their names have to come from
+/// elsewhere: two that are called alike are told everything twice.
 #[test]
-fn one_that_is_interrupted_leaves_no_process_and_nothing_at_the_broker() {
-    let world = World::at(place());
-    let mut bench = bench(&world, &["--in-flight", "4", "--rounds", "100"]);
-    bench.wait_for_line("4 in flight", LIMIT);
+fn several_workers_are_called_differently_though_the_configuration_names_one() {
+    let mut world = World::at(place());
+    world.variables.push(("DTC__WORKER__NAME", "one".to_owned()));
+    let mut bench =
+        bench(&world, &["--seconds", "1", "--rounds", "9", "--in-flight", "1", "--workers", "2"]);
+    let mut ready = Vec::new();
+    until("two workers are ready", || {
+        ready = names_of_workers(&world);
+        ready.len() >= 2
+    });
     bench.terminate();
     bench.exited(130, LIMIT);
-    assert!(!bench.stderr.text().contains("still there"), "{}", bench.stderr.text());
+    assert_ne!(ready[0], ready[1]);
+}
+
+/// What the workers are called that have said that they are ready.
+fn names_of_workers(world: &World) -> Vec<String> {
+    let directories = files_of(world).into_iter().map(|it| world.path("tmp").join(it));
+    let files = directories.flat_map(|it| fs::read_dir(it).into_iter().flatten());
+    let logs = files.filter_map(|it| fs::read_to_string(it.ok()?.path()).ok()).collect::<String>();
+    let ready = logs.lines().filter(|line| line.contains("ready"));
+    ready.filter_map(|line| Some(line.split_once("worker=")?.1.trim().to_owned())).collect()
+}
+
+/// When a bench is interrupted.
+#[derive(Clone, Copy, Debug)]
+enum During {
+    Declaring,
+    Yardstick,
+    Load,
+}
+
+#[test]
+fn one_that_is_interrupted_leaves_no_process_and_nothing_at_the_broker() {
+    let broker = Broker::start();
+    for during in [During::Declaring, During::Yardstick, During::Load] {
+        let world = World::at(broker.place());
+        // So long that it is there when it has been seen.
+        let seconds = if matches!(during, During::Yardstick) { "20" } else { "1" };
+        let mut bench = bench(&world, &["--seconds", seconds, "--in-flight", "4"]);
+        match during {
+            During::Declaring => until("it declares", || !files_of(&world).is_empty()),
+            During::Yardstick => {
+                bench.wait_for_line("the yardstick", LIMIT);
+                until("it has its queue", || {
+                    broker.declared_at(&world.place).iter().any(|it| it.ends_with(".yardstick"))
+                });
+            }
+            During::Load => {
+                bench.wait_for_line("4 in flight", LIMIT);
+                until("a worker, both services and their guards are there", || {
+                    users_of(&world).len() >= 7
+                });
+            }
+        }
+        bench.terminate();
+        bench.exited(130, LIMIT);
+        println!("interrupted during {during:?}: {}", bench.stderr.text());
+        assert_eq!(broker.declared_at(&world.place), [""; 0]);
+        assert_eq!(users_of(&world), BTreeSet::new());
+        assert_eq!(files_of(&world), [""; 0]);
+    }
+}
+
+/// What a bench has in its directory for files, also directories.
+fn files_of(world: &World) -> Vec<String> {
+    let files = fs::read_dir(world.path("tmp")).unwrap();
+    files.map(|it| it.unwrap().file_name().into_string().unwrap()).collect()
+}
+
+/// The processes that are at work in the world's directory, or have files of it.
+fn users_of(world: &World) -> BTreeSet<String> {
+    let directory = world.path("tmp").parent().unwrap().to_owned();
+    let mut users = BTreeSet::new();
+    for process in fs::read_dir("/proc").unwrap().map(|it| it.unwrap().path()) {
+        // Whatever isn't a process, or has ended meanwhile, has none.
+        let files = fs::read_dir(process.join("fd")).into_iter().flatten();
+        let files = files.filter_map(|it| Some(it.ok()?.path())).chain([process.join("cwd")]);
+        let mut links = files.filter_map(|it| fs::read_link(it).ok());
+        if links.any(|it| it.starts_with(&directory)) {
+            users.insert(fs::read_to_string(process.join("cmdline")).unwrap_or_default());
+        }
+    }
+    users
 }

@@ -39,7 +39,7 @@ use serde_json::{Value, json};
 use tokio::time::timeout;
 
 use crate::{
-    broker::{Broker, Leftovers, Place, place},
+    broker::{Broker, Leftovers, Place, place, until_served},
     processes::World,
 };
 
@@ -133,7 +133,7 @@ async fn what_is_not_answered_in_time_can_be_asked_for_again_under_the_same_key(
     let request = take(&mut consumer).await;
     desk.answer(request.reply.as_ref().unwrap().as_str(), &[answer(&request, 0)]).await;
     warm.await.unwrap();
-    let error = client.submit_and_wait(transaction("TX1"), Duration::from_secs(2)).await;
+    let error = client.submit_and_wait(transaction("TX1"), Duration::from_secs(10)).await;
     let WaitError::Unanswered { key, source: None, .. } = error.unwrap_err() else {
         panic!("it was confirmed, and not answered");
     };
@@ -162,8 +162,7 @@ async fn after_a_lost_connection_what_is_unanswered_is_sent_again_under_the_same
         broker
     });
     let _broker = restarting.await.unwrap();
-    let desk = desk.again().await;
-    let mut consumer = desk.consume().await;
+    let (desk, mut consumer) = desk.again().await;
     // The one from before, since nobody has acknowledged it; and its copy.
     let (again, copy) = (take(&mut consumer).await, take(&mut consumer).await);
     assert_eq!([&again, &copy], [&first, &first]);
@@ -514,9 +513,14 @@ impl Desk {
         Self { place, names, begun_at, channel, _connection: connection, _leftovers: leftovers }
     }
 
-    /// The same after the broker was away.
-    async fn again(self) -> Self {
-        Self::bare(self.place).await
+    /// The same after the broker was away, and the requests.
+    async fn again(self) -> (Self, Consumer) {
+        let again = async |connection, channel: Channel| {
+            let consumer = consume(&channel, &self.names).await?;
+            Ok((connection, channel, consumer))
+        };
+        let (connection, channel, consumer) = until_served(&self.place.url, again).await;
+        (Self { channel, _connection: connection, ..self }, consumer)
     }
 
     fn client(&self) -> Client {
@@ -542,11 +546,7 @@ impl Desk {
     }
 
     async fn consume(&self) -> Consumer {
-        let (options, nothing) = (BasicConsumeOptions::default(), FieldTable::default());
-        self.channel
-            .basic_consume(self.names.requests(), "".into(), options, nothing)
-            .await
-            .unwrap()
+        consume(&self.channel, &self.names).await.unwrap()
     }
 
     async fn answer(&self, reply: &str, answers: &[Answer]) {
@@ -592,6 +592,11 @@ impl Desk {
             .await
             .unwrap()
     }
+}
+
+async fn consume(channel: &Channel, names: &Names) -> lapin::Result<Consumer> {
+    let (options, nothing) = (BasicConsumeOptions::default(), FieldTable::default());
+    channel.basic_consume(names.requests(), "".into(), options, nothing).await
 }
 
 async fn take(consumer: &mut Consumer) -> Request {

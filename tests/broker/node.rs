@@ -13,7 +13,7 @@ use std::{
 
 use futures_util::StreamExt;
 use lapin::{
-    BasicProperties, Channel, Confirmation, Connection, ConnectionProperties,
+    BasicProperties, Channel, Confirmation, Connection, ConnectionProperties, Consumer,
     options::{
         BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions,
         ConfirmSelectOptions, QueueDeclareOptions,
@@ -21,7 +21,7 @@ use lapin::{
     types::{AMQPValue, FieldTable},
 };
 
-use crate::broker::{self, Broker};
+use crate::broker::{self, Broker, until_served};
 
 /// How long something may take that should have happened long ago.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -85,25 +85,30 @@ async fn what_was_confirmed_survives_kill_and_restart() {
     for (queue, kind) in [("kept", "quorum"), ("journal", "stream")] {
         declare(&channel, queue, kind).await;
     }
-    // A quorum queue as young as this one would lose all it has with its node.
-    tokio::time::sleep(Duration::from_secs(1)).await;
+    broker.until_kept(&["kept"]);
     for queue in ["kept", "journal"] {
         publish(&channel, queue, "before").await;
     }
     broker.kill();
     broker.start_again();
-    let channel = self::channel(&broker.url()).await;
+    let drained = async |queue, count| {
+        let drained = async |_, channel| drain(&channel, queue, count).await;
+        until_served(&broker.url(), drained).await
+    };
+    let served = async |queue| {
+        let served = async |_, channel| consume(&channel, queue).await.map(drop);
+        until_served(&broker.url(), served).await;
+    };
     for queue in ["kept", "journal"] {
-        publish(&channel, queue, "after").await;
+        served(queue).await;
+        publish(&self::channel(&broker.url()).await, queue, "after").await;
+        assert_eq!(drained(queue, 2).await, ["before", "after"]);
     }
-    assert_eq!(drain(&channel, "kept", 2).await, ["before", "after"]);
-    assert_eq!(drain(&channel, "journal", 2).await, ["before", "after"]);
 
-    publish(&channel, "kept", "kept").await;
+    publish(&self::channel(&broker.url()).await, "kept", "kept").await;
     broker.restart();
-    let channel = self::channel(&broker.url()).await;
-    assert_eq!(drain(&channel, "kept", 1).await, ["kept"]);
-    assert_eq!(drain(&channel, "journal", 2).await, ["before", "after"]);
+    assert_eq!(drained("kept", 1).await, ["kept"]);
+    assert_eq!(drained("journal", 2).await, ["before", "after"]);
 }
 
 #[tokio::test]
@@ -172,25 +177,33 @@ async fn publish(channel: &Channel, queue: &str, body: &str) {
     assert!(matches!(confirmed, Confirmation::Ack(None)), "{confirmed:?}");
 }
 
-/// The first `count` messages, from the start of a stream.
-async fn drain(channel: &Channel, queue: &str, count: usize) -> Vec<String> {
-    channel.basic_qos(100, BasicQosOptions::default()).await.unwrap();
+/// The first `count` messages, from the start of a stream; taken when there are as many.
+async fn drain(channel: &Channel, queue: &str, count: usize) -> lapin::Result<Vec<String>> {
+    let mut consumer = consume(channel, queue).await?;
+    let mut bodies = Vec::new();
+    while bodies.len() < count {
+        let delivery = tokio::time::timeout(LIMIT, consumer.next()).await;
+        let delivery = delivery.expect("in time").expect("a message")?;
+        bodies.push(String::from_utf8(delivery.data).unwrap());
+        let multiple = bodies.len() == count;
+        if multiple {
+            channel.basic_ack(delivery.delivery_tag, BasicAckOptions { multiple }).await?;
+        }
+    }
+    channel.close(200, "done".into()).await?;
+    Ok(bodies)
+}
+
+/// Consumes, from the start of a stream.
+async fn consume(channel: &Channel, queue: &str) -> lapin::Result<Consumer> {
+    channel.basic_qos(100, BasicQosOptions::default()).await?;
     let mut arguments = FieldTable::default();
     if queue == "journal" {
         arguments.insert("x-stream-offset".into(), AMQPValue::LongString("first".into()));
     }
     let options = BasicConsumeOptions::default();
     let tag = format!("drain-{queue}");
-    let consumer = channel.basic_consume(queue.into(), tag.as_str().into(), options, arguments);
-    let mut consumer = consumer.await.unwrap();
-    let mut bodies = Vec::new();
-    while bodies.len() < count {
-        let delivery = tokio::time::timeout(LIMIT, consumer.next()).await;
-        let delivery = delivery.expect("in time").expect("a message").unwrap();
-        delivery.ack(BasicAckOptions::default()).await.unwrap();
-        bodies.push(String::from_utf8(delivery.data).unwrap());
-    }
-    bodies
+    channel.basic_consume(queue.into(), tag.as_str().into(), options, arguments).await
 }
 
 /// The processes that were started for the node on this port.

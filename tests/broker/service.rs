@@ -31,30 +31,32 @@ use dtc::{
 };
 use futures_util::StreamExt;
 use lapin::{
-    BasicProperties, Channel, Confirmation, Connection, ConnectionProperties,
+    BasicProperties, Channel, Confirmation, Connection, ConnectionProperties, Consumer, Queue,
     options::{
         BasicAckOptions, BasicConsumeOptions, BasicGetOptions, BasicPublishOptions,
         ConfirmSelectOptions, QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions,
     },
-    types::{AMQPValue, FieldTable},
+    types::{AMQPValue, FieldTable, ShortString},
 };
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::{sync::oneshot, task::JoinHandle, time::timeout};
 
 use crate::{
-    broker::{Broker, Place, place},
+    broker::{Broker, Place, place, until_served},
     lines::Lines,
 };
 
 /// Longer than anything here takes on a machine that is busy.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// For how long a prepare waits for a slot, or for the service to come, in milliseconds.
+const PATIENT: u64 = 60_000;
 const SERVICE: &str = "payments";
 const HASH: &str = "000102030405060708090a0b0c0d0e0f";
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_prepared_is_voted_for_and_committed() {
-    let world = World::new(place(), 1000).await;
+    let world = World::new(place(), PATIENT).await;
     let service = world.serve(r#""max_concurrency": 4"#, |settings| settings);
     world.prepare(&[1]).await;
     let vote = world.hear("vote").await;
@@ -83,7 +85,7 @@ async fn what_is_prepared_is_voted_for_and_committed() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn many_in_one_message_are_answered_in_one() {
-    let world = World::new(place(), 1000).await;
+    let world = World::new(place(), PATIENT).await;
     let service = world.serve(r#""max_concurrency": 50"#, |settings| settings);
     let ids: Vec<_> = (1..=40).collect();
     world.prepare(&ids).await;
@@ -110,7 +112,7 @@ async fn many_in_one_message_are_answered_in_one() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_broker_alone_holds_the_cap() {
-    let world = World::new(place(), 60_000).await;
+    let world = World::new(place(), PATIENT).await;
     let service = world.serve(r#""max_concurrency": 3"#, |settings| ServeSettings {
         own_limit: false,
         ..settings
@@ -149,7 +151,7 @@ async fn a_prepare_that_finds_no_slot_comes_back() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn another_instance_votes_for_what_a_killed_one_has_prepared() {
-    let world = World::new(place(), 1000).await;
+    let world = World::new(place(), PATIENT).await;
     let mut killed = world.start_process(r#""max_concurrency": 2"#);
     world.prepare(&[1, 2]).await;
     let votes = world.hear_all("vote", 2).await;
@@ -176,7 +178,7 @@ async fn another_instance_votes_for_what_a_killed_one_has_prepared() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_another_instance_holds_takes_no_slot() {
-    let world = World::new(place(), 1000).await;
+    let world = World::new(place(), PATIENT).await;
     let first = world.serve(r#""max_concurrency": 1"#, |settings| settings);
     world.prepare(&[1]).await;
     let vote = world.hear("vote").await;
@@ -200,7 +202,7 @@ async fn what_another_instance_holds_takes_no_slot() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_nobody_can_read_is_rejected_and_the_rest_goes_on() {
-    let world = World::new(place(), 1000).await;
+    let world = World::new(place(), PATIENT).await;
     let service = world.serve(r#""max_concurrency": 1"#, |settings| settings);
     let (to_slot, to_all) = (world.names.prepare(), world.names.finish());
     let w1 = Some("w1");
@@ -249,7 +251,7 @@ async fn what_nobody_can_read_is_rejected_and_the_rest_goes_on() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_parked_commit_is_kept_until_its_done_is_safe() {
-    let world = World::new(place(), 1000).await;
+    let world = World::new(place(), PATIENT).await;
     let queue = world.names.finish_any_of(&world.service);
     let service = world.serve(r#""max_concurrency": 1"#, |settings| settings);
     world.prepare(&[1]).await;
@@ -268,7 +270,7 @@ async fn a_parked_commit_is_kept_until_its_done_is_safe() {
     service.stop_now().await;
     world.waits_in(&queue, 1).await;
 
-    world.apply(1000).await;
+    world.apply(PATIENT).await;
     let service = world.serve(r#""max_concurrency": 1"#, |settings| settings);
     let done = world.hear("done").await;
     assert_eq!((&done["done"], &done["parked"]), (&json!(true), &json!(true)));
@@ -279,7 +281,7 @@ async fn a_parked_commit_is_kept_until_its_done_is_safe() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn commands_for_an_instance_that_is_gone_are_applied_by_another() {
-    let world = World::new(place(), 1000).await;
+    let world = World::new(place(), PATIENT).await;
     let mut killed = world.start_process(r#""max_concurrency": 2"#);
     world.prepare(&[1]).await;
     let vote = world.hear("vote").await;
@@ -300,7 +302,7 @@ async fn commands_for_an_instance_that_is_gone_are_applied_by_another() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restart_of_the_broker_changes_neither_what_is_held_nor_the_cap() {
     let broker = Broker::start();
-    let mut world = World::new(broker.place(), 60_000).await;
+    let mut world = World::new(broker.place(), PATIENT).await;
     let service = world.serve(r#""max_concurrency": 2"#, |settings| settings);
     world.prepare(&[1, 2]).await;
     let votes = world.hear_all("vote", 2).await;
@@ -334,7 +336,7 @@ async fn a_restart_of_the_broker_changes_neither_what_is_held_nor_the_cap() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn whoever_hears_nothing_asks() {
-    let world = World::new(place(), 1000).await;
+    let world = World::new(place(), PATIENT).await;
     let service = world.serve(r#""max_concurrency": 1"#, |settings| ServeSettings {
         inquire_after: Duration::from_millis(100),
         ..settings
@@ -350,7 +352,7 @@ async fn whoever_hears_nothing_asks() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_service_that_stops_takes_nothing_new_and_hears_of_what_it_holds() {
-    let world = World::new(place(), 60_000).await;
+    let world = World::new(place(), PATIENT).await;
     let mut service = world.serve(r#""max_concurrency": 4"#, |settings| settings);
     world.prepare(&[1]).await;
     let vote = world.hear("vote").await;
@@ -374,7 +376,7 @@ async fn a_service_that_stops_takes_nothing_new_and_hears_of_what_it_holds() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_service_that_stops_waits_no_longer_than_it_may() {
-    let world = World::new(place(), 60_000).await;
+    let world = World::new(place(), PATIENT).await;
     let service = world.serve(r#""max_concurrency": 1"#, |settings| ServeSettings {
         drain: Duration::from_millis(200),
         ..settings
@@ -392,12 +394,12 @@ async fn a_service_that_stops_waits_no_longer_than_it_may() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_queue_that_is_deleted_is_consumed_again_when_it_is_back() {
-    let world = World::new(place(), 1000).await;
+    let world = World::new(place(), PATIENT).await;
     let service = world.serve(r#""max_concurrency": 1"#, |settings| settings);
     world.wait_for_consumer().await;
     let queue = world.names.prepare_of(&world.service);
     world.channel.queue_delete(queue, QueueDeleteOptions::default()).await.unwrap();
-    world.apply(1000).await;
+    world.apply(PATIENT).await;
     world.wait_for_consumer().await;
     world.prepare(&[1]).await;
     let vote = world.hear("vote").await;
@@ -411,7 +413,7 @@ async fn queues_that_are_not_there_yet_are_waited_for() {
     let place = place();
     let world = World::undeclared(place).await;
     let service = world.serve(r#""max_concurrency": 1"#, |settings| settings);
-    world.declare(1000).await;
+    world.declare(PATIENT).await;
     world.prepare(&[1]).await;
     assert_eq!(id(&world.hear("vote").await), 1);
     service.stop_now().await;
@@ -422,22 +424,23 @@ async fn a_service_declares_what_it_needs_when_asked() {
     let world = World::undeclared(place()).await;
     let declaring = |max_wait| {
         world.serve(r#""max_concurrency": 1"#, |settings| ServeSettings {
-            declare: Some(Duration::from_secs(max_wait)),
+            declare: Some(Duration::from_millis(max_wait)),
             ..settings
         })
     };
-    let service = declaring(1);
-    world.declare(1000).await;
+    let service = declaring(PATIENT);
+    world.declare(PATIENT).await;
     world.prepare(&[1]).await;
     assert_eq!(id(&world.hear("vote").await), 1);
     service.stop_now().await;
-    let error = timeout(PATIENCE, declaring(2).task).await.unwrap().unwrap().unwrap_err();
+    let error =
+        timeout(PATIENCE, declaring(PATIENT + 1000).task).await.unwrap().unwrap().unwrap_err();
     assert!(matches!(error, ServeError::Mismatch { .. }), "{error:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_service_that_the_broker_refuses_ends() {
-    let world = World::new(place(), 1000).await;
+    let world = World::new(place(), PATIENT).await;
     let Some((start, end)) = world.place.url.rsplit_once('@') else { return };
     let scheme_and_user = start.rsplit_once(':').unwrap().0;
     let url = format!("{scheme_and_user}:wrong@{end}");
@@ -477,7 +480,7 @@ struct World {
     directory: TempDir,
     connection: Connection,
     channel: Channel,
-    replies: tokio::sync::Mutex<Option<lapin::Consumer>>,
+    replies: tokio::sync::Mutex<Option<Consumer>>,
 }
 
 /// An instance that serves in this process.
@@ -540,15 +543,21 @@ impl World {
 
     /// Connects again, to a broker that was gone.
     async fn reconnect(&mut self) {
-        (self.connection, self.channel) = connect(&self.place.url).await;
-        self.listen().await;
+        let again = async |connection, channel: Channel| {
+            passive(&channel, self.names.prepare_of(&self.service).as_str()).await?;
+            let consumers = listen(&channel, &self.names).await?;
+            Ok((connection, channel, consumers))
+        };
+        let consumers;
+        (self.connection, self.channel, consumers) = until_served(&self.place.url, again).await;
+        self.hear_from(consumers).await;
     }
 
     // ---- Topology ----------------------------------------------------------------------------
 
     async fn declare(&self, max_wait_ms: u64) {
         self.apply(max_wait_ms).await;
-        self.listen().await;
+        self.hear_from(listen(&self.channel, &self.names).await.unwrap()).await;
     }
 
     /// As an operator does.
@@ -567,29 +576,9 @@ impl World {
         apply(&broker, &self.names, &services, &options).await.unwrap();
     }
 
-    async fn bind_to(&self, queue: &str, exchange: &str, key: &str) {
-        let options = QueueBindOptions::default();
-        let (queue, exchange, key) = (queue.into(), exchange.into(), key.into());
-        let bound = self.channel.queue_bind(queue, exchange, key, options, FieldTable::default());
-        bound.await.unwrap();
-    }
-
-    /// Consumes what is said to `w1`, and to any worker.
-    async fn listen(&self) {
-        let queue = format!("{}.replies.w1", self.names.namespace());
-        let options = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
-        let declared =
-            self.channel.queue_declare(queue.as_str().into(), options, FieldTable::default());
-        declared.await.unwrap();
-        self.bind_to(&queue, self.names.replies().as_str(), "w1.*").await;
-        let options = BasicConsumeOptions { no_ack: true, ..BasicConsumeOptions::default() };
-        let consume = |queue: String, tag: &'static str| {
-            let arguments = FieldTable::default();
-            self.channel.basic_consume(queue.into(), tag.into(), options, arguments)
-        };
-        let consumer = consume(queue, "w1").await.unwrap();
+    /// What is said to `w1`, and to any worker.
+    async fn hear_from(&self, (consumer, mut inquiries): (Consumer, Consumer)) {
         // What comes by the queue of all workers is put where the rest is.
-        let mut inquiries = consume(self.names.inquiries().to_string(), "any").await.unwrap();
         let (channel, replies) = (self.channel.clone(), self.names.replies());
         tokio::spawn(async move {
             while let Some(Ok(delivery)) = inquiries.next().await {
@@ -709,21 +698,15 @@ impl World {
         self.publish(&self.names.finish(), to, kind, &json!(items)).await;
     }
 
-    async fn publish(
-        &self,
-        exchange: &lapin::types::ShortString,
-        to: &str,
-        kind: &str,
-        body: &Value,
-    ) {
+    async fn publish(&self, exchange: &ShortString, to: &str, kind: &str, body: &Value) {
         let message = (kind, Some("w1"), body.to_string().into_bytes());
         self.publish_raw(exchange, &key(to, SERVICE), message).await;
     }
 
     async fn publish_raw(
         &self,
-        exchange: &lapin::types::ShortString,
-        key: &lapin::types::ShortString,
+        exchange: &ShortString,
+        key: &ShortString,
         (kind, reply_to, body): (&str, Option<&str>, Vec<u8>),
     ) {
         let mut properties = BasicProperties::default().with_type(kind.into());
@@ -785,13 +768,11 @@ impl World {
 
     /// How many messages wait in `queue`, and how many consume it.
     async fn counts(&self, queue: &str) -> (u32, u32) {
-        let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-        let queue = self.channel.queue_declare(queue.into(), options, FieldTable::default());
-        let queue = queue.await.unwrap();
+        let queue = passive(&self.channel, queue).await.unwrap();
         (queue.message_count(), queue.consumer_count())
     }
 
-    async fn waits_in(&self, queue: &lapin::types::ShortString, count: u32) {
+    async fn waits_in(&self, queue: &ShortString, count: u32) {
         self.until_counts(queue.as_str(), |(waiting, _)| waiting == count).await;
     }
 
@@ -835,6 +816,27 @@ async fn connect(url: &str) -> (Connection, Channel) {
     let channel = connection.create_channel().await.unwrap();
     channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
     (connection, channel)
+}
+
+async fn passive(channel: &Channel, queue: &str) -> lapin::Result<Queue> {
+    let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+    channel.queue_declare(queue.into(), options, FieldTable::default()).await
+}
+
+/// Consumes what is said to `w1`, and to any worker.
+async fn listen(channel: &Channel, names: &Names) -> lapin::Result<(Consumer, Consumer)> {
+    let queue = ShortString::from(format!("{}.replies.w1", names.namespace()));
+    let (exclusive, bind) = (
+        QueueDeclareOptions { exclusive: true, ..Default::default() },
+        QueueBindOptions::default(),
+    );
+    let nothing = FieldTable::default;
+    channel.queue_declare(queue.clone(), exclusive, nothing()).await?;
+    channel.queue_bind(queue.clone(), names.replies(), "w1.*".into(), bind, nothing()).await?;
+    let options = BasicConsumeOptions { no_ack: true, ..BasicConsumeOptions::default() };
+    let own = channel.basic_consume(queue, "w1".into(), options, nothing()).await?;
+    let any = channel.basic_consume(names.inquiries(), "any".into(), options, nothing()).await?;
+    Ok((own, any))
 }
 
 fn id(item: &Value) -> u64 {

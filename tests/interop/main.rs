@@ -104,7 +104,7 @@ impl System {
     /// An instance of Python's service, serving; its id begins with `label`.
     fn books(&self, label: &str) -> Process {
         let mut command = self.service();
-        command.args(["--label", label, "--inquire-after", "1"]);
+        command.args(["--label", label, "--inquire-after", "5"]);
         command.args(["--max-concurrency", &self.cap.to_string()]);
         let process = Process::start(label, &mut command);
         process.wait_for_line("ready", LIMIT);

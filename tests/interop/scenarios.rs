@@ -46,7 +46,7 @@ fn many_transactions_at_two_workers_commit_once_at_both_services() {
     assert!(results.values().all(|it| it["status"] == "COMMITTED"), "{results:?}");
     let ids: Vec<_> = ids.iter().map(String::as_str).collect();
     let books = system.both_hold(&ids);
-    // Two calls for each, unless the machine is slow: what isn't committed within the second after
+    // Two calls for each, unless the machine is slow: what isn't committed within the seconds after
     // which these instances inquire, they inquire about both, and both are told to commit it. So one
     // that is at it may be joined by the other; the store lets one of them through. Of 1200
     // transactions on a busy machine that happened to 11, each of them inquired about.
@@ -148,7 +148,7 @@ fn a_commit_that_fails_twice_succeeds_and_one_that_goes_on_failing_is_parked_and
 
 #[test]
 fn what_a_killed_instance_had_prepared_another_one_finishes() {
-    let system = System::new(2, PATIENT, 3000);
+    let system = System::new(2, PATIENT, 10_000);
     let (mut killed, _payments, _worker) =
         (system.books("killed"), system.payments(), system.world.worker("w1"));
     let producer = system.produce(&json!([order("t", &json!({}))]));

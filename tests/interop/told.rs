@@ -105,7 +105,7 @@ fn what_nobody_tells_of_is_inquired_about_and_answered_when_there_is_a_worker() 
     let system = system();
     let mut books = system.books("py");
     let mut player = Player::new(&system);
-    player.prepares("t", HASH, Duration::from_secs(1));
+    player.prepares("t", HASH, Duration::from_secs(5));
     assert_eq!(player.hears("vote")["vote"], "prepared");
     // The one that prepared it is killed too: it is the store that asks.
     books.kill9();

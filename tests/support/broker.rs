@@ -33,8 +33,8 @@ use std::{
 };
 
 use lapin::{
-    Connection, ConnectionProperties,
-    options::{ExchangeDeleteOptions, QueueDeleteOptions},
+    Channel, Connection, ConnectionProperties,
+    options::{ConfirmSelectOptions, ExchangeDeleteOptions, QueueDeleteOptions},
 };
 use tempfile::TempDir;
 
@@ -44,6 +44,8 @@ use crate::lines::Lines;
 const BOOT: Duration = Duration::from_secs(120);
 /// How long a node may take to stop.
 const STOP: Duration = Duration::from_secs(60);
+/// How long to leave a broker alone that doesn't serve yet.
+const AGAIN_AFTER: Duration = Duration::from_millis(100);
 /// How often a node is started on other ports, because somebody else took them in between.
 const ATTEMPTS: usize = 3;
 /// How many virtual hosts a node has for tests, made while it boots: each adds some 50 ms to that.
@@ -269,12 +271,49 @@ impl Broker {
         self.start_again();
     }
 
-    /// `rabbitmqctl` with these words.
-    pub(crate) fn control(&self, words: &[&str]) {
+    /// Waits until these quorum queues, and what is known of streams, would survive a kill.
+    ///
+    /// A node finds what a quorum queue holds by a name that it writes to a file half a second after
+    /// it has come to know the last one, or later on a disk that is busy. Killed before that, it
+    /// comes back with the queue and without all that was confirmed.
+    pub(crate) fn until_kept(&self, queues: &[&str]) {
+        let node = format!("dtc{}@localhost", self.setup.port);
+        let data = self.directory().join("data").join(&node);
+        let names = || {
+            let names = ["quorum", "coordination"].map(|system| {
+                fs::read(data.join(system).join(&node).join("names.dets")).unwrap_or_default()
+            });
+            String::from_utf8_lossy(&names.concat()).into_owned()
+        };
+        let wanted: Vec<_> = queues.iter().map(|name| format!("_{name}")).collect();
+        let wanted = || wanted.iter().map(String::as_str).chain(["rabbit_stream_coordinator"]);
+        for _ in 0..BOOT.as_millis() / 10 {
+            let names = names();
+            if wanted().all(|name| names.contains(name)) {
+                return;
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+        panic!("the node does not write down all of {queues:?}: {}", names());
+    }
+
+    /// `rabbitmqctl` with these words; what it prints.
+    pub(crate) fn control(&self, words: &[&str]) -> String {
         let mut command = self.setup.shell();
         let output = command.arg("/usr/lib/rabbitmq/bin/rabbitmqctl").args(words).output().unwrap();
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "rabbitmqctl {words:?}: {said}");
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    /// The queues and exchanges at this place, those left out that every place has.
+    pub(crate) fn declared_at(&self, place: &Place) -> Vec<String> {
+        let (_, vhost) = place.url.rsplit_once('/').unwrap();
+        let listed = ["list_queues", "list_exchanges"].map(|list| {
+            self.control(&[list, "--vhost", vhost, "--quiet", "--no-table-headers", "name"])
+        });
+        let names = listed.iter().flat_map(|names| names.lines());
+        names.filter(|it| !it.is_empty() && !it.starts_with("amq.")).map(str::to_owned).collect()
     }
 
     /// Where the node keeps what it keeps.
@@ -541,6 +580,35 @@ fn greeted(stream: io::Result<TcpStream>) -> io::Result<String> {
     });
     let version = version.map(|bytes| String::from_utf8_lossy(bytes).into_owned());
     version.ok_or_else(|| io::Error::other("it greets without a version"))
+}
+
+/// Does `work` on a connection and a channel with confirms, and again on others when it fails: what
+/// it comes to in the end.
+///
+/// A node that comes back lets in before its streams have writers. Who consumes one in that moment
+/// asks the writer of the node's former life, and loses the connection (`INTERNAL_ERROR`, with
+/// RabbitMQ 4.3), or is told that there is none: who comes again, as all clients of ours do, is served.
+pub(crate) async fn until_served<T>(
+    url: &str,
+    work: impl AsyncFn(Connection, Channel) -> lapin::Result<T>,
+) -> T {
+    let once = async || {
+        let connection = Connection::connect(url, ConnectionProperties::default()).await?;
+        let channel = connection.create_channel().await?;
+        channel.confirm_select(ConfirmSelectOptions::default()).await?;
+        work(connection, channel).await
+    };
+    let again_and_again = async {
+        loop {
+            match once().await {
+                Ok(done) => return done,
+                Err(error) => println!("the broker does not serve yet: {error}"),
+            }
+            tokio::time::sleep(AGAIN_AFTER).await;
+        }
+    };
+    let served = tokio::time::timeout(BOOT, again_and_again).await;
+    served.unwrap_or_else(|_| panic!("the broker does not serve within {BOOT:?}"))
 }
 
 /// A namespace that nobody has used yet.

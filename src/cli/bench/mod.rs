@@ -23,6 +23,7 @@ use std::{
 
 use anyhow::Context as _;
 use clap::Args;
+use futures_util::FutureExt as _;
 use indicatif::ProgressBar;
 use serde_json::Value;
 use tokio::time::Instant;
@@ -247,19 +248,20 @@ async fn measure_brokered(
     let connection = connection.map_err(|error| Failure::new(exit_of(&error), error))?;
     crate::transport::amqp::connection::close(&connection).await;
 
-    let mut places = Vec::new();
+    // One for the loads, and one for each thing that what was before would slow down.
+    let count = arguments.backlog.len() + 2;
+    let (mut places, stop) = (Vec::new(), stop.shared());
+    let made = make(count, &plan, &mut places, &stop).await;
     let measuring = async {
-        // One for the loads, and one for each thing that what was before would slow down.
-        for _ in 0..arguments.backlog.len() + 2 {
-            places.push(Place::make(plan.clone()).await?);
-        }
+        made?;
         let [place, for_times, for_backlogs @ ..] = places.as_slice() else { return Ok(()) };
         let bench = Bench { arguments, place, for_times, for_backlogs, broker_pid };
         bench.measure(&mut report).await
     };
     let measured = tokio::select! {
+        biased;
+        () = stop.clone() => None,
         measured = measuring => Some(measured),
-        () = stop => None,
     };
     for place in places {
         if let Err(error) = place.leave().await {
@@ -267,6 +269,20 @@ async fn measure_brokered(
         }
     }
     measured.transpose().map_err(incomplete).map(|measured| measured.map(|()| report))
+}
+
+/// Makes so many places; fewer, if it is told to stop meanwhile. The one that is being made then is
+/// made to its end, so that it can be left.
+async fn make(
+    count: usize,
+    plan: &Plan,
+    places: &mut Vec<Place>,
+    stop: &(impl Future<Output = ()> + Clone),
+) -> anyhow::Result<()> {
+    while places.len() < count && stop.clone().now_or_never().is_none() {
+        places.push(Place::make(plan.clone()).await?);
+    }
+    Ok(())
 }
 
 /// Everything that is measured on a broker.
@@ -306,16 +322,16 @@ impl Bench<'_> {
 
     /// Echo RPCs a second in this round.
     async fn yardstick(&self, yardstick: &mut Yardstick) -> anyhow::Result<f64> {
-        let (broker, duration) = (self.place.broker(), self.arguments.duration());
+        let (place, duration) = (self.place, self.arguments.duration());
         let before = self.cpu(&[], &[]);
-        let echoed = yardstick::echo(broker, ECHO_IN_FLIGHT, duration).await?;
+        let echoed = yardstick::echo(place, ECHO_IN_FLIGHT, duration).await?;
         yardstick.echo.add(echoed.per_second);
         for (who, used) in used_since(&before, &self.cpu(&[], &[])) {
             yardstick.cpu.add(who, used.map(|it| it.as_secs_f64() * 1e6 / echoed.all as f64));
         }
-        let alone = yardstick::echo(broker, 1, duration.min(ALONE_MAX)).await?;
+        let alone = yardstick::echo(place, 1, duration.min(ALONE_MAX)).await?;
         yardstick.echo_alone.add(ms(alone.latencies.percentile(50.0)));
-        yardstick.raw.add(yardstick::raw(broker, duration).await?);
+        yardstick.raw.add(yardstick::raw(place, duration).await?);
         Ok(echoed.per_second)
     }
 

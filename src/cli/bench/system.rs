@@ -1,16 +1,19 @@
 //! What is measured: workers and services as processes of their own.
 //!
 //! They are started through a shell that ends them when this process is gone, however it ended, and
-//! work in a namespace that is deleted in the end.
+//! work in a namespace that is deleted in the end, as everything that is made at the broker is in it.
 
 use std::{
+    collections::BTreeMap,
     env, fs, io,
     path::{Path, PathBuf},
     process::{ExitStatus, Stdio},
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
 use anyhow::{Context as _, anyhow, bail};
+use lapin::types::ShortString;
 use serde_json::{Value, json};
 use tokio::{
     io::{AsyncBufReadExt as _, BufReader},
@@ -24,7 +27,7 @@ use crate::{
         connection::{Broker, close},
         names::{Names, Namespace},
         topology::{
-            self, Cap, ServiceTopology, Topology,
+            self, Cap, Queue, QueueKind, ServiceTopology, Topology,
             apply::{Options, apply},
             delete::delete,
         },
@@ -67,12 +70,18 @@ pub(super) struct Plan {
 pub(super) struct Place {
     plan: Plan,
     pub(super) names: Names,
+    /// All that is there at the end, whenever that is.
     topology: Topology,
     directory: PathBuf,
+    left: Left,
 }
 
+/// Processes that were told to stop, and that nobody has waited for.
+type Left = Arc<Mutex<Vec<Child>>>;
+
 impl Place {
-    /// Declares everything.
+    /// Declares everything. It has to be waited for: what is dropped while it is being declared may
+    /// come to be there after [`Self::leave`].
     pub(super) async fn make(plan: Plan) -> anyhow::Result<Self> {
         let name = unique::name('b');
         let names = Names::new(Namespace::parse(&format!("dtc-bench-{name}"))?);
@@ -86,11 +95,16 @@ impl Place {
         let settings = plan.settings;
         let now = Clock::start().now();
         let options = Options { settings, now, clock_margin: Duration::from_secs(60) };
-        let topology = Topology::of(&names, &services, &settings);
+        let mut topology = Topology::of(&names, &services, &settings);
+        topology.queues.push(Queue {
+            name: yardstick_of(&names),
+            kind: QueueKind::Classic,
+            arguments: BTreeMap::new(),
+        });
         let directory = env::temp_dir().join(format!("dtc-bench-{name}"));
         let made = fs::create_dir(&directory);
         made.with_context(|| format!("failed to make `{}`", directory.display()))?;
-        let place = Self { plan, names, topology, directory };
+        let place = Self { plan, names, topology, directory, left: Left::default() };
         let specs: Vec<_> =
             SERVICES.iter().map(|name| json!({"name": name, "max_concurrency": SLOTS})).collect();
         let file = place.file("services.json");
@@ -109,18 +123,41 @@ impl Place {
         &self.plan.broker
     }
 
+    /// The queue of the yardstick.
+    pub(super) fn yardstick(&self) -> ShortString {
+        yardstick_of(&self.names)
+    }
+
     fn file(&self, name: &str) -> PathBuf {
         self.directory.join(name)
     }
 
-    /// Deletes everything.
+    /// Deletes everything, and waits for whoever works there.
     pub(super) async fn leave(self) -> anyhow::Result<()> {
+        let deleted = self.delete().await;
+        // Those that have lost what they work on soon end.
+        let ended = self.ended().await;
         let _ = fs::remove_dir_all(&self.directory);
-        let connection = self.plan.broker.connect("cleanup").await?;
+        deleted.and(ended)
+    }
+
+    async fn delete(&self) -> anyhow::Result<()> {
+        let namespace = || format!("namespace `{}` is still there", self.names.namespace());
+        let connection = self.plan.broker.connect("cleanup").await.with_context(namespace)?;
         let deleted = delete(&connection, &self.topology).await;
         close(&connection).await;
-        let namespace = self.names.namespace();
-        deleted.with_context(|| format!("namespace `{namespace}` is still there"))
+        deleted.with_context(namespace)
+    }
+
+    async fn ended(&self) -> anyhow::Result<()> {
+        let left = std::mem::take(&mut *self.left.lock().unwrap_or_else(PoisonError::into_inner));
+        let until = Instant::now() + PATIENCE;
+        for mut shell in left {
+            if tokio::time::timeout_at(until, shell.wait()).await.is_err() {
+                bail!("a process did not end within {PATIENCE:?}");
+            }
+        }
+        Ok(())
     }
 
     /// Starts `dtc` with these arguments, and returns when it serves.
@@ -141,6 +178,9 @@ impl Place {
         }
         let stderr = fs::File::create(&log).context("failed to make a log")?;
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(stderr);
+        // Ctrl-C at a terminal is for this process, which ends the others when it is done with them.
+        #[cfg(unix)]
+        command.process_group(0);
         let began = Instant::now();
         let mut shell = command.spawn().context("failed to start a process")?;
         let stdout = shell.stdout.take().ok_or_else(|| anyhow!("a process has no output"))?;
@@ -148,7 +188,9 @@ impl Place {
         BufReader::new(stdout).read_line(&mut line).await.context("failed to start a process")?;
         let pid = line.trim().parse().context("a process has no number")?;
         let guard = shell.stdin.take();
-        let mut process = Process { pid, shell, guard, report, log, started_in: Duration::ZERO };
+        let (shell, left) = (Some(shell), Arc::clone(&self.left));
+        let started_in = Duration::ZERO;
+        let mut process = Process { pid, shell, guard, report, log, started_in, left };
         while !ready.exists() {
             if began.elapsed() > PATIENCE || !process.is_there() {
                 bail!("`dtc {}` did not begin to serve:\n{}", arguments.join(" "), process.said());
@@ -159,9 +201,10 @@ impl Place {
         Ok(process)
     }
 
-    /// One more worker.
+    /// One more worker. The configuration may name workers, but not several.
     pub(super) async fn worker(&self, max_in_flight: usize) -> anyhow::Result<Process> {
-        self.start(&["worker", "--max-in-flight", &max_in_flight.to_string()]).await
+        let (name, max_in_flight) = (unique::name('w'), max_in_flight.to_string());
+        self.start(&["worker", "--name", &name, "--max-in-flight", &max_in_flight]).await
     }
 
     /// An instance of each service.
@@ -180,12 +223,14 @@ impl Place {
 #[derive(Debug)]
 pub(super) struct Process {
     pub(super) pid: u32,
-    shell: Child,
+    /// Until it has ended.
+    shell: Option<Child>,
     guard: Option<ChildStdin>,
     report: PathBuf,
     log: PathBuf,
     /// From its start until it served.
     pub(super) started_in: Duration,
+    left: Left,
 }
 
 impl Process {
@@ -222,13 +267,26 @@ impl Process {
     }
 
     async fn ended(&mut self) -> anyhow::Result<ExitStatus> {
-        let ended: Result<io::Result<_>, _> =
-            tokio::time::timeout(PATIENCE, self.shell.wait()).await;
-        match ended {
-            Ok(status) => status.context("failed to wait for a process"),
-            Err(_) => bail!("a process did not end within {PATIENCE:?}:\n{}", self.said()),
-        }
+        let shell = self.shell.as_mut().context("a process has ended before")?;
+        let ended: Result<io::Result<_>, _> = tokio::time::timeout(PATIENCE, shell.wait()).await;
+        let Ok(status) = ended else {
+            bail!("a process did not end within {PATIENCE:?}:\n{}", self.said());
+        };
+        self.shell = None;
+        status.context("failed to wait for a process")
     }
+}
+
+impl Drop for Process {
+    /// Tells it to stop; who leaves the place waits for it.
+    fn drop(&mut self) {
+        drop(self.guard.take());
+        self.left.lock().unwrap_or_else(PoisonError::into_inner).extend(self.shell.take());
+    }
+}
+
+fn yardstick_of(names: &Names) -> ShortString {
+    format!("{}.yardstick", names.namespace()).into()
 }
 
 fn process_path(pid: u32) -> PathBuf {

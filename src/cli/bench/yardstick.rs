@@ -10,11 +10,12 @@ use anyhow::Context as _;
 use lapin::{
     Connection,
     options::{QueueDeclareOptions, QueueDeleteOptions},
-    types::{FieldTable, ShortString},
+    types::{AMQPValue, FieldTable, ShortString},
 };
-use tokio::time::Instant;
+use tokio::{task::JoinSet, time::Instant};
 
 use crate::{
+    cli::bench::system::Place,
     embedded::Latencies,
     transport::amqp::{
         connection::{Broker, close},
@@ -44,19 +45,26 @@ pub(super) struct Echoed {
     pub(super) latencies: Latencies,
 }
 
-/// A durable queue that is deleted in the end.
+/// How long the broker keeps a queue that nobody consumes, should it never come to be deleted, in
+/// milliseconds.
+const KEPT: i32 = 600_000;
+
+/// A durable queue, new for each measurement and deleted after it; where that isn't got to, it is
+/// deleted with its place.
 struct Durable {
     connection: Connection,
     name: ShortString,
 }
 
 impl Durable {
-    async fn declare(broker: &Broker) -> anyhow::Result<Self> {
-        let connection = broker.connect("bench").await?;
-        let name = ShortString::from(format!("dtc-bench.{}", unique::name('q')));
+    async fn declare(place: &Place) -> anyhow::Result<Self> {
+        let connection = place.broker().connect("bench").await?;
+        let name = place.yardstick();
         let channel = connection.create_channel().await?;
         let options = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
-        channel.queue_declare(name.clone(), options, FieldTable::default()).await?;
+        let mut arguments = FieldTable::default();
+        arguments.insert("x-expires".into(), AMQPValue::LongInt(KEPT));
+        channel.queue_declare(name.clone(), options, arguments).await?;
         Ok(Self { connection, name })
     }
 
@@ -70,14 +78,16 @@ impl Durable {
 
 /// Echo RPCs with so many in flight, for so long.
 pub(super) async fn echo(
-    broker: &Broker,
+    place: &Place,
     in_flight: usize,
     duration: Duration,
 ) -> anyhow::Result<Echoed> {
-    let queue = Durable::declare(broker).await.context("failed to declare a queue")?;
-    let server = tokio::spawn(serve(broker.clone(), queue.name.clone()));
+    let broker = place.broker();
+    let queue = Durable::declare(place).await.context("failed to declare a queue")?;
+    let mut server = JoinSet::new();
+    server.spawn(serve(broker.clone(), queue.name.clone()));
     let echoed = call(broker, &queue.name, in_flight, duration).await;
-    server.abort();
+    server.shutdown().await;
     queue.delete().await;
     echoed.context("failed to measure echo RPCs")
 }
@@ -209,9 +219,9 @@ fn confirmed(published: Published) -> anyhow::Result<()> {
 }
 
 /// Persistent messages a second through one durable queue, confirmed and acknowledged.
-pub(super) async fn raw(broker: &Broker, duration: Duration) -> anyhow::Result<f64> {
-    let queue = Durable::declare(broker).await.context("failed to declare a queue")?;
-    let sent = send(broker, &queue.name, duration).await;
+pub(super) async fn raw(place: &Place, duration: Duration) -> anyhow::Result<f64> {
+    let queue = Durable::declare(place).await.context("failed to declare a queue")?;
+    let sent = send(place.broker(), &queue.name, duration).await;
     queue.delete().await;
     sent.context("failed to measure plain messages")
 }

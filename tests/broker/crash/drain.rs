@@ -15,9 +15,6 @@ use super::{
 };
 use crate::{broker::place, processes::LIMIT};
 
-/// What a worker has by default to finish what it has begun.
-const DRAIN: Duration = Duration::from_secs(25);
-
 #[test]
 fn a_worker_told_to_stop_under_load_finishes_what_it_has_begun() {
     let service = |name| {
@@ -26,7 +23,7 @@ fn a_worker_told_to_stop_under_load_finishes_what_it_has_begun() {
     };
     let system = System::new(place(), json!([service("payments"), service("stock")]));
     let instances = ["payments", "stock"].map(|it| system.instance(it, it, &[]));
-    let mut leaving = system.worker("leaving", &[]);
+    let mut leaving = system.worker("leaving", &["--drain", "60s"]);
     let staying = system.worker("staying", &[]);
 
     let timeout = Some(LIMIT);
@@ -36,9 +33,9 @@ fn a_worker_told_to_stop_under_load_finishes_what_it_has_begun() {
     leaving.terminate();
     let told = Instant::now();
     let draining = leaving.wait_for_line("draining", LIMIT);
-    leaving.exited(0, DRAIN);
-    let took = told.elapsed();
     assert!(!load.has_ended(), "it stops under load");
+    leaving.exited(0, LIMIT);
+    let took = told.elapsed();
     assert!(leaving.stderr.text().contains("drained: nothing is left behind"));
 
     let results = load.results();
@@ -123,7 +120,7 @@ fn a_worker_without_a_journal_stops_when_it_is_told_to() {
     let _load = Load::start(&system, "t", plan);
     worker.wait_for_line("the journal is not read any more", LIMIT);
     worker.terminate();
-    worker.exited(0, DRAIN);
+    worker.exited(0, LIMIT);
     assert!(worker.stderr.text().contains("stopping while the journal is gone"));
     drop(instance);
 }

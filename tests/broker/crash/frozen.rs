@@ -29,7 +29,7 @@ fn a_worker_frozen_after_its_last_vote_wakes_up_with_another_decision_than_the_o
     let frozen = system.worker_by(proxy.port, "frozen");
 
     proxy.hold_next_record();
-    let timeout = Some(Duration::from_millis(1500));
+    let timeout = Some(Duration::from_secs(5));
     let plan = Plan { services: &["payments", "stock"], total: 1, per_second: 100, timeout };
     let load = Load::start(&system, "t", plan);
     proxy.wait_for_record();

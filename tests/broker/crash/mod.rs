@@ -51,7 +51,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(5);
 
 /// Waits until `holds`, for [`LIMIT`] at most.
 #[track_caller]
-fn until(what: &str, mut holds: impl FnMut() -> bool) {
+pub(crate) fn until(what: &str, mut holds: impl FnMut() -> bool) {
     let started = Instant::now();
     while !holds() {
         assert!(started.elapsed() < LIMIT, "{what}: not within {LIMIT:?}");

@@ -1,7 +1,5 @@
 //! A broker that goes and comes back under load.
 
-use std::time::Duration;
-
 use serde_json::json;
 use tokio::time::Instant;
 
@@ -11,10 +9,6 @@ use super::{
     load::{Load, Plan, percentile},
 };
 use crate::broker::Broker;
-
-/// What a broker that has just declared quorum queues needs before it may be killed: until then it
-/// keeps them in memory, with all that was confirmed.
-const SETTLED: Duration = Duration::from_secs(1);
 
 #[test]
 fn the_broker_is_restarted_under_load_and_nothing_is_lost() {
@@ -34,7 +28,11 @@ fn survives(end: fn(&Broker)) {
         "prepare": {"latency_ms": [10, 50]}, "commit": {"latency_ms": [10, 50]}})
     };
     let system = System::new(broker.place(), json!([service("payments"), service("stock")]));
-    std::thread::sleep(SETTLED);
+    let names = &system.names;
+    let of_services = ["payments", "stock"].map(|it| names.finish_any_of(&it.parse().unwrap()));
+    let quorum_queues = [names.requests(), names.inquiries(), names.rejected()];
+    let quorum_queues: Vec<_> = quorum_queues.iter().chain(&of_services).collect();
+    broker.until_kept(&quorum_queues.iter().map(|it| it.as_str()).collect::<Vec<_>>());
     let instances = ["payments", "stock"].map(|service| {
         ["a", "b"].map(|label| system.instance(service, &format!("{service}-{label}"), &[]))
     });

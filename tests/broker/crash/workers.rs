@@ -8,7 +8,7 @@ use super::{
     ledger::{assert_cap_holds, assert_none_called_again, assert_services_hold},
     load::{Load, Plan, percentile},
 };
-use crate::broker::place;
+use crate::{broker::place, processes::LIMIT};
 
 #[test]
 fn a_worker_is_killed_under_load_and_the_others_finish_what_it_had() {
@@ -24,7 +24,7 @@ fn a_worker_is_killed_under_load_and_the_others_finish_what_it_had() {
     let mut workers = ["w1", "w2", "w3"].map(|name| system.worker(name, &[]));
 
     let services = &["payments", "stock"];
-    let plan = Plan { services, total: 900, per_second: 100, timeout: None };
+    let plan = Plan { services, total: 900, per_second: 100, timeout: Some(LIMIT) };
     let load = Load::start(&system, "t", plan);
     load.wait_for(300);
     workers[0].kill9();
@@ -45,7 +45,8 @@ fn a_worker_is_killed_under_load_and_the_others_finish_what_it_had() {
     assert_services_hold(&ledgers, &results.committed());
     assert_none_called_again(&ledgers);
     assert!(after.len() >= 3, "something is in flight at any moment");
-    assert!(p99.as_secs() < 5, "{p99:?}");
+    // What nobody takes over waits for its deadline.
+    assert!(p99 < LIMIT / 2, "{p99:?}");
     assert_eq!(results.committed().len(), 900, "{:?}", results.counts());
     drop(instances);
 }

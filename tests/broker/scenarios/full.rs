@@ -53,25 +53,28 @@ async fn full(max_wait: Duration) -> Full {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn without_patience_no_slot_is_told_at_once() {
+    const COUNT: usize = 200;
     let Full { system, gate, open, tight, holder } = full(Duration::ZERO).await;
-    let mut medians = Vec::new();
-    // Whoever else uses the machine slows it down now and then: the quietest round counts.
-    for round in 0..3 {
-        let mut latencies = Vec::new();
-        for number in 0..100 {
-            let id = format!("t{round}-{number}");
-            let began = Instant::now();
-            let answer = system.run(&id, &["open", "tight"], json!({})).await;
-            latencies.push(began.elapsed());
-            let reason = answer.reason.expect("a reason");
-            assert_eq!((answer.outcome, reason.code), (Outcome::Aborted, ReasonCode::NoSlot));
-            assert_eq!(reason.service.unwrap().as_str(), "tight");
-        }
-        let (median, p99) = figures(latencies);
-        println!("no_slot after {median:.1} ms in the median, p99 {p99:.1} ms");
-        medians.push(median);
+    let (mut latencies, mut of_others) = (Vec::new(), Vec::new());
+    for number in 0..COUNT {
+        let began = Instant::now();
+        let answer = system.run(&format!("t{number}"), &["open", "tight"], json!({})).await;
+        latencies.push(began.elapsed());
+        let reason = answer.reason.expect("a reason");
+        assert_eq!((answer.outcome, reason.code), (Outcome::Aborted, ReasonCode::NoSlot));
+        assert_eq!(reason.service.unwrap().as_str(), "tight");
+        // Whoever else uses the machine slows this one down as well.
+        let began = Instant::now();
+        let answer = system.run(&format!("o{number}"), &["open"], json!({})).await;
+        of_others.push(began.elapsed());
+        assert_eq!(answer.outcome, Outcome::Committed, "{answer:?}");
     }
-    let median = medians.into_iter().fold(f64::MAX, f64::min);
+    let (median, p99) = figures(latencies);
+    let (other, _) = figures(of_others);
+    println!(
+        "no_slot after {median:.1} ms in the median, p99 {p99:.1} ms; others are committed after \
+         {other:.1} ms"
+    );
     gate.open();
     assert_eq!(holder.await.unwrap(), Outcome::Committed);
     system.stop().await;
@@ -81,13 +84,14 @@ async fn without_patience_no_slot_is_told_at_once() {
     let book = open.book();
     let (prepares, aborts) = (book.n_calls(What::Prepare), book.n_calls(What::Abort));
     println!("meanwhile the other service prepared {prepares} times, and aborted {aborts} times");
-    assert_eq!((prepares, book.n_calls(What::Commit)), (aborts, 0));
-    assert!(median < 20.0, "{median} ms");
+    assert_eq!((prepares, book.n_calls(What::Commit)), (aborts + COUNT, COUNT));
+    // As many steps as a commit: whatever is waited for takes longer than a few of these.
+    assert!(median < 5.0 * other, "{median} ms, and {other} ms for a commit");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn with_patience_a_slot_is_waited_for() {
-    let Full { system, gate, open, tight, holder } = full(Duration::from_secs(1)).await;
+    let Full { system, gate, open, tight, holder } = full(Duration::from_secs(60)).await;
     let client = system.client.clone();
     let began = Instant::now();
     let waiting = Submission::new("t", ["open", "tight"], json!({}));

@@ -4,6 +4,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    sync::atomic::{AtomicUsize, Ordering},
     time::Duration,
 };
 
@@ -13,7 +14,7 @@ use tokio::time::Instant;
 
 use crate::{
     system::{Served, Setup, System},
-    watched::{Book, Ending, Watched, What},
+    watched::{Book, Ending, Gate, Watched, What},
 };
 
 /// Numbers that look random and are always the same.
@@ -207,9 +208,25 @@ async fn fast_ones(system: &System, prefix: &str) -> f64 {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_saturated_slow_service_leaves_the_others_their_speed() {
-    // More than both workers may have in flight, and for longer than the fast ones take.
+    // More than both workers may have in flight.
     const SLOW: usize = 1000;
-    let (slow, fast) = (Watched::slow(Duration::from_millis(20)), Watched::willing());
+    let all_fast_ones_are_over = Gate::shut();
+    let (number, over) = (AtomicUsize::new(0), all_fast_ones_are_over.clone());
+    let slow = Watched::new(move |asked| {
+        let is_late = number.fetch_add(1, Ordering::Relaxed) > SLOW;
+        let over = over.clone();
+        async move {
+            if asked.what == What::Prepare {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+                // Half of them are to be left, however long the fast ones take.
+                if is_late {
+                    over.pass().await;
+                }
+            }
+            Ending::Done
+        }
+    });
+    let fast = Watched::willing();
     let services = [Served::new("slow", 2, &slow), Served::new("fast", 20, &fast)];
     let system = Setup::new(services).workers(2).alone().start().await;
     let before = fast_ones(&system, "before").await;
@@ -219,17 +236,20 @@ async fn a_saturated_slow_service_leaves_the_others_their_speed() {
         slow.until("the slow service is full", |book| book.most_held == 2).await;
         let beside = fast_ones(&system, "beside").await;
         let ended = slow.book().committed.len();
+        all_fast_ones_are_over.open();
         (beside, ended)
     });
+    let after = fast_ones(&system, "after").await;
     system.stop().await;
     assert_all_committed(&answers, SLOW);
     println!(
-        "fast ones: {before:.0} tx/s alone, {beside:.0} beside {SLOW} slow ones, of which {ended} \
-         had ended by then: {:.2} kept",
-        beside / before,
+        "fast ones: {before:.0} and {after:.0} tx/s alone, {beside:.0} beside {SLOW} slow ones, of \
+         which {ended} had ended by then",
     );
     assert!(ended < SLOW, "the slow service was not busy all the time");
-    assert!(beside / before > 0.5);
+    // Waiting for slow ones they would end as these do, a hundred in a second, or never. What the
+    // machine has left for this test changes meanwhile.
+    assert!(beside > 0.2 * before.min(after), "{beside} tx/s");
     assert_eq!(slow.book().most_held, 2);
 }
 
