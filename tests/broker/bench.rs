@@ -1,5 +1,7 @@
 //! `dtc bench`, as far as it can be tried without measuring anything: speed is no test's business.
 
+#![allow(clippy::unwrap_used, reason = "a test may fail here")]
+
 use std::{collections::BTreeSet, fs, time::Duration};
 
 use serde_json::Value;
@@ -33,6 +35,10 @@ fn everything_that_is_measured_is_told_and_drawn() {
         "/yardstick/echo_per_s/median",
         "/yardstick/echo_alone_p50_ms/median",
         "/yardstick/raw_messages_per_s/median",
+        "/yardstick/hop_alone_p50_ms/classic/median",
+        "/yardstick/hop_alone_p50_ms/quorum/median",
+        "/yardstick/hop_alone_p50_ms/stream/median",
+        "/yardstick/hops_of_a_tx_ms",
         "/load/0/tx_per_s/median",
         "/load/1/tx_per_echo/median",
         "/load/1/p99_ms/median",

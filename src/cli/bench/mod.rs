@@ -332,6 +332,10 @@ impl Bench<'_> {
         let alone = yardstick::echo(place, 1, duration.min(ALONE_MAX)).await?;
         yardstick.echo_alone.add(ms(alone.latencies.percentile(50.0)));
         yardstick.raw.add(yardstick::raw(place, duration).await?);
+        for (kind, hop) in &mut yardstick.hops {
+            let latencies = yardstick::hop(place, *kind, duration.min(ALONE_MAX)).await?;
+            hop.add(ms(latencies.percentile(50.0)));
+        }
         Ok(echoed.per_second)
     }
 

@@ -7,6 +7,8 @@ use std::{
 
 use serde_json::{Value, json};
 
+use crate::transport::amqp::topology::QueueKind;
+
 /// The same thing measured in several rounds.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Measured(Vec<f64>);
@@ -81,7 +83,7 @@ pub(super) struct Setting {
 }
 
 /// The least that anyone could do.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(super) struct Yardstick {
     pub(super) echo_in_flight: usize,
     /// Echo RPCs a second.
@@ -92,6 +94,32 @@ pub(super) struct Yardstick {
     pub(super) echo_alone: Measured,
     /// Plain messages a second.
     pub(super) raw: Measured,
+    /// The median time of a message that is alone, through one queue of each kind, in milliseconds.
+    pub(super) hops: [(QueueKind, Measured); 3],
+}
+
+impl Default for Yardstick {
+    fn default() -> Self {
+        let kinds = [QueueKind::Classic, QueueKind::Quorum, QueueKind::Stream];
+        Self {
+            echo_in_flight: 0,
+            echo: Measured::default(),
+            cpu: Each::default(),
+            echo_alone: Measured::default(),
+            raw: Measured::default(),
+            hops: kinds.map(|kind| (kind, Measured::default())),
+        }
+    }
+}
+
+impl Yardstick {
+    /// How long the messages take that a transaction sends one after the other: the request by a
+    /// quorum queue, the decision by a stream, and prepare, vote, commit, done and result by classic
+    /// ones. No coordinator on such a broker could be faster.
+    fn hops_of_a_transaction(&self) -> Option<f64> {
+        let times = |kind| if kind == QueueKind::Classic { 5.0 } else { 1.0 };
+        self.hops.iter().map(|(kind, hop)| Some(hop.median()? * times(*kind))).sum()
+    }
 }
 
 /// Who uses CPU time or memory, or sends messages.
@@ -225,6 +253,10 @@ impl Report {
                 "cpu_us_per_echo": it.cpu.json(),
                 "echo_alone_p50_ms": it.echo_alone.json(),
                 "raw_messages_per_s": it.raw.json(),
+                "hop_alone_p50_ms": it.hops.iter().map(|(kind, hop)| {
+                    (kind.to_string(), hop.json())
+                }).collect::<serde_json::Map<_, _>>(),
+                "hops_of_a_tx_ms": it.hops_of_a_transaction().map(rounded),
             })
         });
         let load = self.load.iter().map(|it| {
@@ -362,6 +394,17 @@ impl fmt::Display for Report {
                 yardstick.echo_in_flight,
                 known(&yardstick.echo_alone),
                 known(&yardstick.raw),
+            )?;
+            let hops: Vec<_> = yardstick
+                .hops
+                .iter()
+                .map(|(kind, hop)| format!("{} ms by a {kind} queue", known(hop)))
+                .collect();
+            writeln!(
+                f,
+                "a message alone: {}; the seven of a transaction: {} ms",
+                hops.join(", "),
+                known_or_not(yardstick.hops_of_a_transaction()),
             )?;
         }
         write!(f, "\n{}", self.load_table())?;

@@ -21,6 +21,7 @@ use crate::{
         connection::{Broker, close},
         consumer::Inbox,
         publisher::{Outgoing, Published, Publisher},
+        topology::QueueKind,
         unique,
     },
 };
@@ -33,6 +34,9 @@ const PREFETCH: u16 = 2000;
 
 /// How many plain messages may be without a confirm.
 const UNCONFIRMED_MAX: usize = 1024;
+
+/// How long a message may take that is alone.
+const SILENCE_MAX: Duration = Duration::from_secs(30);
 
 /// How long it runs before it counts.
 const WARM_UP: Duration = Duration::from_millis(500);
@@ -57,13 +61,17 @@ struct Durable {
 }
 
 impl Durable {
-    async fn declare(place: &Place) -> anyhow::Result<Self> {
+    async fn declare(place: &Place, kind: QueueKind) -> anyhow::Result<Self> {
         let connection = place.broker().connect("bench").await?;
         let name = place.yardstick();
         let channel = connection.create_channel().await?;
         let options = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
         let mut arguments = FieldTable::default();
-        arguments.insert("x-expires".into(), AMQPValue::LongInt(KEPT));
+        arguments.insert("x-queue-type".into(), AMQPValue::LongString(kind.to_string().into()));
+        // Streams know no such thing.
+        if kind != QueueKind::Stream {
+            arguments.insert("x-expires".into(), AMQPValue::LongInt(KEPT));
+        }
         channel.queue_declare(name.clone(), options, arguments).await?;
         Ok(Self { connection, name })
     }
@@ -83,7 +91,8 @@ pub(super) async fn echo(
     duration: Duration,
 ) -> anyhow::Result<Echoed> {
     let broker = place.broker();
-    let queue = Durable::declare(place).await.context("failed to declare a queue")?;
+    let queue =
+        Durable::declare(place, QueueKind::Classic).await.context("failed to declare a queue")?;
     let mut server = JoinSet::new();
     server.spawn(serve(broker.clone(), queue.name.clone()));
     let echoed = call(broker, &queue.name, in_flight, duration).await;
@@ -220,7 +229,8 @@ fn confirmed(published: Published) -> anyhow::Result<()> {
 
 /// Persistent messages a second through one durable queue, confirmed and acknowledged.
 pub(super) async fn raw(place: &Place, duration: Duration) -> anyhow::Result<f64> {
-    let queue = Durable::declare(place).await.context("failed to declare a queue")?;
+    let queue =
+        Durable::declare(place, QueueKind::Classic).await.context("failed to declare a queue")?;
     let sent = send(place.broker(), &queue.name, duration).await;
     queue.delete().await;
     sent.context("failed to measure plain messages")
@@ -263,4 +273,61 @@ async fn send(broker: &Broker, queue: &ShortString, duration: Duration) -> anyho
     }
     link.close().await;
     Ok(counted as f64 / duration.as_secs_f64())
+}
+
+/// How long a message that is alone takes from its publisher through a queue of this kind to its
+/// consumer, sent as the coordinator sends what goes through such a one.
+pub(super) async fn hop(
+    place: &Place,
+    kind: QueueKind,
+    duration: Duration,
+) -> anyhow::Result<Latencies> {
+    let queue = Durable::declare(place, kind).await.context("failed to declare a queue")?;
+    let hopped = send_alone(place.broker(), &queue.name, kind, duration).await;
+    queue.delete().await;
+    hopped.context("failed to measure a message that is alone")
+}
+
+async fn send_alone(
+    broker: &Broker,
+    queue: &ShortString,
+    kind: QueueKind,
+    duration: Duration,
+) -> anyhow::Result<Latencies> {
+    let link = broker.link().await?;
+    let arguments = FieldTable::default();
+    let mut inbox = Inbox::open(&link.consuming, queue.clone(), PREFETCH, arguments).await?;
+    let persistent = kind != QueueKind::Classic;
+    let mut publisher = match persistent {
+        true => Publisher::open(&link.publishing).await?,
+        false => Publisher::unconfirmed(&link.publishing).await?,
+    };
+    let mut latencies = Latencies::new();
+    let begins_at = Instant::now() + WARM_UP;
+    let ends_at = begins_at + duration;
+    loop {
+        let since = Instant::now();
+        if since >= ends_at {
+            break;
+        }
+        let message = Outgoing {
+            key: queue.clone(),
+            body: vec![b'x'; BODY],
+            persistent,
+            ..Outgoing::default()
+        };
+        publisher.publish(message, ());
+        let message = tokio::time::timeout(SILENCE_MAX, inbox.next()).await;
+        let message = message.context("a message did not come")??;
+        if since >= begins_at {
+            latencies.record(since.elapsed());
+        }
+        inbox.ack(message.delivery_tag);
+        inbox.flush();
+        while let Some(((), published)) = publisher.ready() {
+            confirmed(published)?;
+        }
+    }
+    link.close().await;
+    Ok(latencies)
 }
