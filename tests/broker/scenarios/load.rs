@@ -213,12 +213,12 @@ async fn a_saturated_slow_service_leaves_the_others_their_speed() {
     let all_fast_ones_are_over = Gate::shut();
     let (number, over) = (AtomicUsize::new(0), all_fast_ones_are_over.clone());
     let slow = Watched::new(move |asked| {
-        let is_late = number.fetch_add(1, Ordering::Relaxed) > SLOW;
+        let is_late = number.fetch_add(1, Ordering::Relaxed) > SLOW / 5;
         let over = over.clone();
         async move {
             if asked.what == What::Prepare {
                 tokio::time::sleep(Duration::from_millis(20)).await;
-                // Half of them are to be left, however long the fast ones take.
+                // Most of them are to be left, however long the fast ones take.
                 if is_late {
                     over.pass().await;
                 }
@@ -249,7 +249,7 @@ async fn a_saturated_slow_service_leaves_the_others_their_speed() {
     assert!(ended < SLOW, "the slow service was not busy all the time");
     // Waiting for slow ones they would end as these do, a hundred in a second, or never. What the
     // machine has left for this test changes meanwhile.
-    assert!(beside > 0.2 * before.min(after), "{beside} tx/s");
+    assert!(beside > 0.1 * before.min(after), "{beside} tx/s");
     assert_eq!(slow.book().most_held, 2);
 }
 
