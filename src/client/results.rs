@@ -17,7 +17,6 @@ use lapin::{
 use tokio::{
     sync::{oneshot, watch},
     task::JoinHandle,
-    time::timeout_at,
 };
 
 use crate::{
@@ -223,36 +222,18 @@ impl Listener {
 
     /// Hands out results until no more come.
     async fn receive(&self, inbox: &mut Inbox) {
-        let mut next = inbox.next().await;
         loop {
-            match next {
+            match inbox.next().await {
                 Ok(delivery) => {
                     self.hand_out(&delivery);
                     inbox.ack(delivery.delivery_tag);
+                    inbox.flush();
                 }
                 Err(error) => {
                     tracing::warn!(error = %Chain(&error), "results may be lost: asking again");
                     return;
                 }
             }
-            next = match inbox.ready() {
-                Some(next) => next,
-                None => {
-                    inbox.flush();
-                    let flush_at = inbox.flush_at();
-                    let next = inbox.next();
-                    match flush_at {
-                        None => next.await,
-                        Some(at) => match timeout_at(at, next).await {
-                            Ok(next) => next,
-                            Err(_) => {
-                                inbox.flush();
-                                inbox.next().await
-                            }
-                        },
-                    }
-                }
-            };
         }
     }
 

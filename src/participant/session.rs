@@ -25,7 +25,7 @@ use crate::{
     protocol::participant::{Delivery, Event},
     transport::amqp::{
         connection::{Link, LinkEvent},
-        consumer::{Closed, Inbox},
+        consumer::{Closed, Inbox, Turn},
         names::{ALL, Names, key},
         publisher::{Outgoing, Published, Publisher},
         rejected::rejected,
@@ -187,18 +187,23 @@ impl Session {
         }
         let lanes = Lanes::open(&link.publishing).await.map_err(OpenError::Channel)?;
         let own = open_own(&link.consuming, settings).await?;
+        let own = own.watched(&link.consuming, Turn::Equal);
         let consuming = &link.consuming;
         let name = names.finish_any_of(service);
         let shared =
             Inbox::open(consuming, name.clone(), SHARED_PREFETCH, FieldTable::default()).await;
-        let shared = shared.map_err(at(&name))?;
+        let shared = shared.map_err(at(&name))?.watched(consuming, Turn::Equal);
         if !takes_prepares {
             return Ok(Opened { lanes, own, shared, prepares: None });
         }
         let name = names.prepare_of(service);
         let prefetch = u16::try_from(settings.max_concurrency).unwrap_or(u16::MAX);
-        let prepares = Inbox::open(consuming, name.clone(), prefetch, FieldTable::default()).await;
-        let prepares = prepares.map_err(at(&name))?;
+        let prepares = Inbox::open_to_end(consuming, name.clone(), prefetch).await;
+        let turn = match settings.cap {
+            Cap::Instance => Turn::Equal,
+            Cap::Service => Turn::Single,
+        };
+        let prepares = prepares.map_err(at(&name))?.watched(consuming, turn);
         Ok(Opened { lanes, own, shared, prepares: Some(prepares) })
     }
 
@@ -330,10 +335,9 @@ impl Session {
         Ok(())
     }
 
-    /// When there is something to be said again, or to be acknowledged.
+    /// When there is something to be said again.
     pub(super) fn wake_at(&self) -> Option<Instant> {
-        let retry = self.refused.front().map(|(at, _, _)| *at);
-        retry.into_iter().chain(self.own.flush_at()).min()
+        self.refused.front().map(|(at, _, _)| *at)
     }
 
     /// Publishes again what the broker did not take, if it is time.

@@ -23,8 +23,8 @@ use crate::{
         message::{Answer, Command, Matter, Outcome, Reason, ReasonCode, Request},
     },
     transport::amqp::{
-        connection::{Backoff, Chain, Link, LinkEvent, is_not_found},
-        consumer::{Closed, Inbox},
+        connection::{Backoff, Chain, Link, LinkEvent, counts, is_not_found},
+        consumer::{Closed, Inbox, Turn},
         names,
         publisher::Published,
         rejected::{rejected, rejected_request},
@@ -113,7 +113,9 @@ impl SessionError {
             | Self::Journal(
                 ReadError::Consume(source) | ReadError::Closed(Closed::Lost { source, .. }),
             ) => Some(source),
-            Self::Closed(Closed::Cancelled { .. }) | Self::Journal(_) | Self::OtherJournal => None,
+            Self::Closed(Closed::Cancelled { .. } | Closed::Forgotten { .. })
+            | Self::Journal(_)
+            | Self::OtherJournal => None,
         }
     }
 }
@@ -209,6 +211,7 @@ impl<'a> Session<'a> {
             FieldTable::default(),
         );
         let inquiries = inquiries.await.map_err(opening("the queue of inquiries"))?;
+        let inquiries = inquiries.watched(&link.consuming, Turn::Equal);
         let mut requests = Sources::new(names.requests());
         let opening_requests = requests.open(&link.consuming, settings.requests_prefetch());
         opening_requests.await.map_err(opening("the queue of requests"))?;
@@ -324,11 +327,10 @@ impl<'a> Session<'a> {
         let deadline = lasting.coordinator.next_deadline();
         let deadline = deadline.map(|at| lasting.clock.instant_of(at));
         let unread = self.unread_since.map(|since| since + UNREAD_MAX);
-        let acks = self.replies.flush_at().into_iter().chain(self.tail.flush_at());
         let crowded = self.crowded_since.filter(|_| self.requests.taking() == 1);
         let more = crowded.map(|since| since + CROWDED_FOR);
         let wake_at = deadline.into_iter().chain(self.outbox.wake_at()).chain(unread);
-        wake_at.chain(acks).chain(more).min()
+        wake_at.chain(more).min()
     }
 
     /// Whatever else can be handled before anything is written.
@@ -682,8 +684,8 @@ impl<'a> Session<'a> {
         let queue = self.settings.names.prepare_of(&service);
         let looking = async move {
             tokio::time::sleep(after).await;
-            let found = exists(&connection, queue).await;
-            (service, found)
+            let found = counts(&connection, queue).await;
+            (service, found.map(|found| found.is_some()))
         };
         self.looked_for.push(looking.boxed());
     }
@@ -809,23 +811,6 @@ async fn open_replies(settings: &Settings, connection: &Connection) -> Result<In
     channel.queue_bind(queue.as_str().into(), names.replies(), binding, bind, arguments).await?;
     let nothing = FieldTable::default();
     Ok(Inbox::on(channel, queue.as_str().into(), REPLIES_PREFETCH, nothing).await?.lazy())
-}
-
-/// Whether a queue of that name exists.
-async fn exists(
-    connection: &Connection,
-    queue: lapin::types::ShortString,
-) -> Result<bool, lapin::Error> {
-    let channel = connection.create_channel().await?;
-    let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-    match channel.queue_declare(queue, options, FieldTable::default()).await {
-        Ok(_) => {
-            channel.close(200, "done".into()).await?;
-            Ok(true)
-        }
-        Err(error) if is_not_found(&error) => Ok(false),
-        Err(error) => Err(error),
-    }
 }
 
 fn opening(what: &'static str) -> impl FnOnce(lapin::Error) -> SessionError {
