@@ -208,7 +208,7 @@ pub enum OpenError {
         #[source]
         source: lapin::Error,
     },
-    /// The exchange can't be bound to.
+    /// The exchange can't be bound to, or published to.
     #[error("failed to use exchange `{name}`")]
     Exchange {
         /// Which exchange.
@@ -248,8 +248,8 @@ impl OpenError {
 ///
 /// # Errors
 ///
-/// The participant has no store; or, from the start, the broker refuses us, or has other queues
-/// than are to be declared.
+/// The participant has no store; or, from the start, the broker refuses us or what we say, or has
+/// other queues than are to be declared.
 pub async fn serve(
     participant: impl Participant,
     settings: ServeSettings,
@@ -276,6 +276,8 @@ struct Server {
     effects: Vec<Effect>,
     /// Told to stop: until when outcomes are waited for.
     drains_until: Option<Instant>,
+    /// Whether a broker has ever taken what was said.
+    was_heard: bool,
 }
 
 /// Why an instance works no more.
@@ -301,6 +303,7 @@ impl Server {
             events: VecDeque::new(),
             effects: Vec::new(),
             drains_until: None,
+            was_heard: false,
             settings,
         }
     }
@@ -322,6 +325,8 @@ impl Server {
             match ended {
                 Ended::Stopped => return Ok(()),
                 Ended::Lost(session, lost) => {
+                    self.was_heard |= session.was_heard();
+                    let lost = self.unless_final(lost)?;
                     let slots_used = self.instance.slots_used();
                     tracing::warn!(error = %Chain(&lost), slots_used, "connecting again");
                     if session.opened_at.elapsed() >= STEADY {
@@ -332,6 +337,21 @@ impl Server {
                     old = Some(*session);
                 }
             }
+        }
+    }
+
+    /// An instance that was never heard, since it may not say anything, will not be heard next time.
+    fn unless_final(&self, lost: Lost) -> Result<Lost, ServeError> {
+        if self.was_heard {
+            return Ok(lost);
+        }
+        match lost.refusal() {
+            Ok(source) => {
+                let name = self.settings.names.replies().to_string();
+                let source = OpenError::Exchange { name, source };
+                Err(ServeError::Refused { service: self.settings.service.clone(), source })
+            }
+            Err(lost) => Ok(lost),
         }
     }
 
@@ -428,8 +448,10 @@ impl Server {
         let mut link_events = session.link.events();
         loop {
             self.settle(Some(&mut session));
-            if self.is_drained() && (session.is_quiet() || self.is_out_of_time()) {
-                session.close().await;
+            if let Some(until) = self.drains_until.filter(|_| self.is_drained())
+                && (session.is_quiet() || self.is_out_of_time())
+            {
+                session.finish(until).await;
                 return Ended::Stopped;
             }
             let wake_at = self.wake_at(session.wake_at());
@@ -442,7 +464,7 @@ impl Server {
                     self.begin_drain();
                     session.stop_prepares(self.settings.cap).await
                 }
-                Some(event) = link_events.next() => Session::hear(event),
+                Some(event) = link_events.next() => session.hear(event),
                 (ticket, published) = session.lanes.next() => {
                     session.published(ticket, published)
                 }

@@ -14,7 +14,11 @@ use lapin::{
     options::{QueueBindOptions, QueueDeclareOptions},
     types::FieldTable,
 };
-use tokio::{sync::mpsc, task::JoinSet, time::Instant};
+use tokio::{
+    sync::mpsc,
+    task::JoinSet,
+    time::{Instant, timeout},
+};
 
 use crate::{
     protocol::{
@@ -52,6 +56,9 @@ const REPLIES_PREFETCH: u16 = 2000;
 
 /// The same for inquiries, which all workers share.
 const INQUIRIES_PREFETCH: u16 = 200;
+
+/// How long what was said last may take to be with the broker, when all else is done.
+const GOODBYE_MAX: Duration = Duration::from_secs(2);
 
 /// How long what was appended to the journal may take to be read back.
 const UNREAD_MAX: Duration = Duration::from_secs(5);
@@ -574,6 +581,10 @@ impl<'a> Session<'a> {
                 self.is_blocked = false;
             }
             LinkEvent::Lost(error) => return Err(SessionError::Lost(error)),
+            LinkEvent::ChannelLost(error) if !self.outbox.is_open() => {
+                return Err(SessionError::Lost(error));
+            }
+            LinkEvent::ChannelLost(_) => {}
         }
         Ok(())
     }
@@ -733,6 +744,7 @@ impl<'a> Session<'a> {
         self.flush();
         self.look_backs.abort_all();
         self.lasting.tally.unclaimed += self.outbox.unclaimed;
+        let _ = timeout(GOODBYE_MAX, self.outbox.finish()).await;
         self.link.close().await;
         end
     }

@@ -325,6 +325,9 @@ pub enum LinkEvent {
     Unblocked,
     /// One of the two connections is gone.
     Lost(lapin::Error),
+    /// The broker has ended a channel of one of them, for this reason. Whose it was is for those to
+    /// find out who have channels.
+    ChannelLost(lapin::Error),
 }
 
 impl Link {
@@ -346,15 +349,17 @@ impl Link {
     }
 }
 
-/// What happens to one connection. The end of a channel is told by who uses it: a question after a
-/// queue that isn't there, for one, costs its channel and nothing else.
+/// What happens to one connection. Its consumers tell of the end of theirs. But what is published
+/// without a confirm fails only when it is with the broker, and then the channel is gone that it was
+/// written to: of that nobody would hear before the next publish.
 fn events(connection: &Connection) -> impl Stream<Item = LinkEvent> + Send + Unpin + 'static {
     let status = connection.status().clone();
     connection.events_listener().filter_map(move |event| {
         future::ready(match event {
             lapin::Event::ConnectionBlocked(reason) => Some(LinkEvent::Blocked(reason)),
             lapin::Event::ConnectionUnblocked => Some(LinkEvent::Unblocked),
-            lapin::Event::Error(error) => (!status.connected()).then_some(LinkEvent::Lost(error)),
+            lapin::Event::Error(error) if status.connected() => Some(LinkEvent::ChannelLost(error)),
+            lapin::Event::Error(error) => Some(LinkEvent::Lost(error)),
             lapin::Event::Connected | lapin::Event::SendFlow(_) | _ => None,
         })
     })

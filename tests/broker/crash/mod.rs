@@ -19,6 +19,7 @@ mod producers;
 mod proxy;
 mod refused;
 mod restarts;
+mod silenced;
 mod stream;
 mod workers;
 
