@@ -78,9 +78,10 @@ pub struct ServeSettings {
     /// Whether this instance holds the cap by itself too, as it should. Without it the cap is
     /// exceeded when a connection is lost, since what is delivered again takes slots anew.
     pub own_limit: bool,
-    /// How many prepares may come in one message, where there are 64 slots or more. Such a message is acknowledged
-    /// when the last of its transactions is finished, so after a crash some that were finished are
-    /// delivered again: they are prepared once more, and that is undone. 1: never more than one.
+    /// How many prepares may come in one message, where there are 64 slots or more and the instance
+    /// holds the cap by itself. Such a message is acknowledged when the last of its transactions is
+    /// finished, so after a crash some that were finished are delivered again: they are prepared
+    /// once more, and that is undone. 1: never more than one.
     pub prepares_max: u16,
     /// How long to wait for an outcome before asking for it.
     pub inquire_after: Duration,
@@ -116,9 +117,10 @@ impl ServeSettings {
         }
     }
 
-    /// How many prepares are to come in one message.
+    /// How many prepares are to come in one message. What holds the cap alone is the broker, where
+    /// `own_limit` is not set, and it counts messages.
     fn prepares_announced(&self) -> u16 {
-        if self.max_concurrency < MANY_SLOTS {
+        if self.max_concurrency < MANY_SLOTS || !self.own_limit {
             return 1;
         }
         let share = self.max_concurrency / SLOTS_FOR_EACH;
@@ -619,5 +621,35 @@ async fn sleep_until_some(moment: Option<Instant>) {
     match moment {
         Some(moment) => sleep_until(moment).await,
         None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{ServeSettings, participant::Settings};
+    use crate::{
+        protocol::ids::ServiceName,
+        transport::amqp::{
+            connection::Broker,
+            names::{Names, Namespace},
+        },
+    };
+
+    fn settings(max_concurrency: u32) -> ServeSettings {
+        let broker = Broker::new("amqp://localhost".parse().unwrap(), "test");
+        let names = Names::new(Namespace::parse("dtc").unwrap());
+        let service = ServiceName::parse("payments").unwrap();
+        ServeSettings::new(broker, names, service, max_concurrency)
+    }
+
+    #[test]
+    fn who_leaves_the_cap_to_the_broker_asks_for_one_prepare_in_a_message() {
+        assert_eq!(settings(63).prepares_announced(), 1);
+        assert_eq!(settings(64).prepares_announced(), 8);
+        assert_eq!(settings(1000).prepares_announced(), 16);
+        let by_broker = ServeSettings { own_limit: false, ..settings(1000) };
+        assert_eq!(by_broker.prepares_announced(), 1);
+        let Settings { max_concurrency, .. } = by_broker.of_core();
+        assert_eq!(max_concurrency, u32::MAX, "nobody else counts");
     }
 }
