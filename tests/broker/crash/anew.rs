@@ -16,8 +16,8 @@ use super::{
     until,
 };
 use crate::{
-    broker::Broker,
-    processes::{LIMIT, Process},
+    broker::{Broker, place},
+    processes::{LIMIT, Process, World},
 };
 
 /// The channels that consume `queue`, as the node calls them, do nothing until they are let go.
@@ -85,6 +85,21 @@ fn a_worker_whose_requests_are_declared_anew_while_its_channel_is_busy_notices_w
     println!("{}", worker.wait_for_line("connecting again", LIMIT));
     let results = load.results();
     assert_eq!(results.committed().len(), 10, "{:?}", results.counts());
+}
+
+#[test]
+fn an_instance_whose_queue_of_prepares_is_a_quorum_queue_takes_them_too() {
+    let payments = json!({"name": "payments", "max_concurrency": 2});
+    let world = World::at(place());
+    let services = world.file("services.json", &json!([payments]));
+    let mut apply = world.dtc(&["topology", "apply", "--commands", "quorum"]);
+    Process::start("apply", apply.arg("--services").arg(&services)).succeeded(LIMIT);
+    let _worker = world.worker("w1");
+    let _instance = world.service(&services, "payments", Some(&world.path("state")));
+    let transaction = json!([{"id": "t1", "involved_services": ["payments"], "data": {}}]);
+    let told = world.submit_given(&transaction, &["--wait", "--output", "ndjson"]);
+    let told = told.succeeded(LIMIT);
+    assert!(told.iter().any(|line| line.contains("COMMITTED")), "{told:?}");
 }
 
 /// Deletes the queue of requests, and makes it again as it was.
