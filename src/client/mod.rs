@@ -22,7 +22,14 @@ pub mod history;
 mod results;
 mod submission;
 
-use std::{convert::Infallible, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use tokio::sync::{Semaphore, watch};
 
@@ -38,7 +45,7 @@ use crate::{
         time::Time,
     },
     transport::amqp::{
-        connection::{Backoff, Broker, Disposition, is_not_found, is_refusal},
+        connection::{Backoff, Broker, ConnectError, Disposition, is_not_found, is_refusal},
         names::{Names, Namespace},
         pool::{Channels, PublishError},
         publisher::Outgoing,
@@ -91,6 +98,25 @@ struct Shared {
     channels: Channels,
     in_flight: Semaphore,
     results: Results,
+    has_worked: HasWorked,
+}
+
+/// Whether a broker has ever let this client in. Then it may do so again, whatever it says now:
+/// certificates and passwords are changed while clients run, and not all at one moment.
+#[derive(Clone, Debug, Default)]
+struct HasWorked(Arc<AtomicBool>);
+
+impl HasWorked {
+    fn set(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    fn disposition(&self, error: &ConnectError) -> Disposition {
+        match self.0.load(Ordering::Relaxed) {
+            true => Disposition::Retry,
+            false => error.disposition(),
+        }
+    }
 }
 
 /// A request was not handed over, as far as is known.
@@ -160,11 +186,13 @@ impl Client {
     /// The same with `settings`.
     pub fn with(broker: Broker, names: Names, settings: Settings) -> Self {
         let reply = reply_token();
+        let has_worked = HasWorked::default();
         let shared = Shared {
             clock: Clock::start(),
             channels: Channels::new(broker.clone(), CHANNELS_MAX),
             in_flight: Semaphore::new(settings.in_flight_max.clamp(1, Semaphore::MAX_PERMITS)),
-            results: Results::new(broker, names.clone(), reply),
+            results: Results::new(broker, names.clone(), reply, has_worked.clone()),
+            has_worked,
             names,
             settings,
         };
@@ -177,7 +205,9 @@ impl Client {
     ///
     /// There is no connection to publish on.
     pub async fn open(&self) -> Result<(), PublishError> {
-        self.shared.channels.open().await
+        self.shared.channels.open().await?;
+        self.shared.has_worked.set();
+        Ok(())
     }
 
     /// Hands `submission` to the broker, and returns when that has it safely.
@@ -307,9 +337,10 @@ impl Client {
         let mut backoff = Backoff::default();
         loop {
             let Err(error) = self.shared.channels.publish(request.message.clone()).await else {
+                self.shared.has_worked.set();
                 return Ok(());
             };
-            match Fate::of(&error) {
+            match Fate::of(&error, &self.shared.has_worked) {
                 Fate::Retry => {
                     tracing::debug!(id = %request.key.id, %error, "request not confirmed: again");
                     *last = Some(error);
@@ -374,14 +405,14 @@ enum Fate {
 }
 
 impl Fate {
-    fn of(error: &PublishError) -> Self {
+    fn of(error: &PublishError, has_worked: &HasWorked) -> Self {
         match error {
             PublishError::Unroutable { .. } => Self::NoTopology,
             PublishError::Unconfirmed(source) if is_not_found(source) => Self::NoTopology,
             PublishError::Unconfirmed(source) | PublishError::Open(source) => {
                 if is_refusal(source) { Self::GiveUp } else { Self::Retry }
             }
-            PublishError::Connect(source) => match source.disposition() {
+            PublishError::Connect(source) => match has_worked.disposition(source) {
                 Disposition::Retry => Self::Retry,
                 Disposition::GiveUp => Self::GiveUp,
             },

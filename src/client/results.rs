@@ -17,10 +17,10 @@ use lapin::{
 use tokio::{
     sync::{oneshot, watch},
     task::JoinHandle,
-    time::timeout_at,
 };
 
 use crate::{
+    client::HasWorked,
     protocol::{
         ids::{ReplyToken, RequestHash, TransactionId, TransactionKey},
         message::Answer,
@@ -102,14 +102,20 @@ pub(super) struct Results {
 #[derive(Clone, Debug)]
 struct Listener {
     broker: Broker,
+    has_worked: HasWorked,
     names: Names,
     reply: ReplyToken,
     expected: Arc<Mutex<Expected>>,
 }
 
 impl Results {
-    pub(super) fn new(broker: Broker, names: Names, reply: ReplyToken) -> Self {
-        let listener = Listener { broker, names, reply, expected: Arc::default() };
+    pub(super) fn new(
+        broker: Broker,
+        names: Names,
+        reply: ReplyToken,
+        has_worked: HasWorked,
+    ) -> Self {
+        let listener = Listener { broker, has_worked, names, reply, expected: Arc::default() };
         Self { listener, state: watch::Sender::new(State::Connecting), task: Mutex::new(None) }
     }
 
@@ -170,12 +176,13 @@ impl Listener {
             match self.subscribe().await {
                 Ok((connection, mut inbox)) => {
                     backoff = Backoff::default();
+                    self.has_worked.set();
                     state.send_replace(State::Up);
                     self.receive(&mut inbox).await;
                     close(&connection).await;
                     state.send_replace(State::Connecting);
                 }
-                Err(error) if error.disposition() == Disposition::GiveUp => {
+                Err(error) if self.is_final(&error) => {
                     state.send_replace(State::Failed(error));
                     return;
                 }
@@ -183,6 +190,16 @@ impl Listener {
             }
             tokio::time::sleep(backoff.pause()).await;
         }
+    }
+
+    fn is_final(&self, error: &ListenError) -> bool {
+        let disposition = match error {
+            ListenError::Connect(error) => self.has_worked.disposition(error),
+            ListenError::NoTopology { .. } | ListenError::Queue { .. } | ListenError::Closed => {
+                error.disposition()
+            }
+        };
+        disposition == Disposition::GiveUp
     }
 
     async fn subscribe(&self) -> Result<(Connection, Inbox), ListenError> {
@@ -223,36 +240,18 @@ impl Listener {
 
     /// Hands out results until no more come.
     async fn receive(&self, inbox: &mut Inbox) {
-        let mut next = inbox.next().await;
         loop {
-            match next {
+            match inbox.next().await {
                 Ok(delivery) => {
                     self.hand_out(&delivery);
                     inbox.ack(delivery.delivery_tag);
+                    inbox.flush();
                 }
                 Err(error) => {
                     tracing::warn!(error = %Chain(&error), "results may be lost: asking again");
                     return;
                 }
             }
-            next = match inbox.ready() {
-                Some(next) => next,
-                None => {
-                    inbox.flush();
-                    let flush_at = inbox.flush_at();
-                    let next = inbox.next();
-                    match flush_at {
-                        None => next.await,
-                        Some(at) => match timeout_at(at, next).await {
-                            Ok(next) => next,
-                            Err(_) => {
-                                inbox.flush();
-                                inbox.next().await
-                            }
-                        },
-                    }
-                }
-            };
         }
     }
 

@@ -12,12 +12,8 @@ use crate::{
         participant::{Delivery, Event},
     },
     transport::amqp::rejected::shown,
-    wire::message::{Cancel, Item, Kind, decode},
+    wire::message::{Cancel, Item, Kind, decode, sorted_out},
 };
-
-/// More complaints than these are only counted: a message of nothing but commas would make a log of
-/// its own.
-const COMPLAINTS_MAX: usize = 10;
 
 /// The queue that a message came by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -125,21 +121,8 @@ fn read_items<T: Item, W: Clone>(
         (Err(reason), Ok(_)) => return bad(reason),
         (_, Err(malformed)) => return bad(malformed.to_string()),
     };
-    let (mut read, mut complaints, mut unlisted) = (Read::default(), Vec::new(), 0_usize);
-    for item in items {
-        match item {
-            Ok(item) => read.items.push(told(worker.clone(), item)),
-            Err(malformed) if complaints.len() < COMPLAINTS_MAX => {
-                complaints.push(malformed.to_string());
-            }
-            Err(_) => unlisted += 1,
-        }
-    }
-    if unlisted > 0 {
-        complaints.push(format!("and {unlisted} more items"));
-    }
-    read.bad = (!complaints.is_empty()).then(|| complaints.join("\n"));
-    read
+    let (items, complaints) = sorted_out(items, |item| Ok(told(worker.clone(), item)));
+    Read { items, bad: (!complaints.is_empty()).then(|| complaints.join("\n")) }
 }
 
 /// Who wants the answer.

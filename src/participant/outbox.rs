@@ -14,7 +14,7 @@ use crate::{
         names::{ANY, Names, PREPARES_MAX, key},
         publisher::Outgoing,
     },
-    wire::message::{Item, Items},
+    wire::message::{Item, Items, Kind},
 };
 
 /// What has yet to be published.
@@ -116,14 +116,15 @@ impl Outbox {
 
     fn parcel(&self, to: &str, body: Items, owed: Option<Vec<Delivery>>) -> Parcel {
         let must_arrive = owed.is_some();
+        let kind = body.kind();
         let message = Outgoing {
             exchange: self.exchange.clone(),
             key: key(to, &self.service),
-            message_type: body.kind().map_or("", |kind| kind.as_type()),
+            message_type: kind.map_or("", |kind| kind.as_type()),
             body: body.into_body(),
             persistent: must_arrive,
             mandatory: must_arrive,
-            headers: self.headers.clone().filter(|_| !must_arrive && to != ANY),
+            headers: self.headers.clone().filter(|_| kind != Some(Kind::Inquiry)),
             ..Outgoing::default()
         };
         Parcel { message, owed: owed.unwrap_or_default(), must_arrive }
@@ -150,8 +151,11 @@ mod tests {
     use super::Outbox;
     use crate::{
         protocol::{
-            ids::{InstanceId, ServiceName, TransactionId, TransactionKey, WorkerId},
-            message::Done,
+            ids::{
+                Branch, InstanceId, RequestHash, ServiceName, TransactionId, TransactionKey,
+                WorkerId,
+            },
+            message::{Done, Inquiry},
             participant::Delivery,
             time::Time,
         },
@@ -160,8 +164,12 @@ mod tests {
     };
 
     fn outbox() -> Outbox {
+        outbox_of(1)
+    }
+
+    fn outbox_of(prepares_max: u16) -> Outbox {
         let names = Names::new(Namespace::parse("dtc").unwrap());
-        Outbox::new(&names, ServiceName::parse("payments").unwrap(), 1)
+        Outbox::new(&names, ServiceName::parse("payments").unwrap(), prepares_max)
     }
 
     fn done(number: usize, applied: Result<(), Arc<str>>) -> Done {
@@ -203,6 +211,30 @@ mod tests {
         let dones: usize =
             parcels.iter().map(|it| decode::<Done>(&it.message.body).unwrap().len()).sum();
         assert_eq!((parcels.len() > 1, dones), (true, 1000));
+    }
+
+    #[test]
+    fn every_vote_and_done_says_how_many_prepares_are_asked_for() {
+        let mut outbox = outbox_of(16);
+        let worker = WorkerId::parse("w1").unwrap();
+        outbox.done(worker, &done(1, Ok(())));
+        outbox.settle(&done(2, Ok(())), Some(Delivery(2)));
+        let instance = InstanceId::parse("i1").unwrap();
+        outbox.inquire(&Inquiry {
+            key: done(3, Ok(())).key,
+            request_hash: RequestHash([0; 16]),
+            service: ServiceName::parse("payments").unwrap(),
+            branch: Branch::of(&instance, 1),
+            instance,
+            deadline: Time::EPOCH,
+        });
+        let parcels = outbox.take();
+        let said: Vec<_> = parcels
+            .iter()
+            .map(|it| (it.message.message_type, it.message.headers.is_some()))
+            .collect();
+        let expected = [("dtc.done.v1", true), ("dtc.inquiry.v1", false), ("dtc.done.v1", true)];
+        assert_eq!(said, expected);
     }
 
     #[test]

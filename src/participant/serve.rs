@@ -78,9 +78,10 @@ pub struct ServeSettings {
     /// Whether this instance holds the cap by itself too, as it should. Without it the cap is
     /// exceeded when a connection is lost, since what is delivered again takes slots anew.
     pub own_limit: bool,
-    /// How many prepares may come in one message, where there are 64 slots or more. Such a message is acknowledged
-    /// when the last of its transactions is finished, so after a crash some that were finished are
-    /// delivered again: they are prepared once more, and that is undone. 1: never more than one.
+    /// How many prepares may come in one message, where there are 64 slots or more and the instance
+    /// holds the cap by itself. Such a message is acknowledged when the last of its transactions is
+    /// finished, so after a crash some that were finished are delivered again: they are prepared
+    /// once more, and that is undone. 1: never more than one.
     pub prepares_max: u16,
     /// How long to wait for an outcome before asking for it.
     pub inquire_after: Duration,
@@ -116,9 +117,10 @@ impl ServeSettings {
         }
     }
 
-    /// How many prepares are to come in one message.
+    /// How many prepares are to come in one message. What holds the cap alone is the broker, where
+    /// `own_limit` is not set, and it counts messages.
     fn prepares_announced(&self) -> u16 {
-        if self.max_concurrency < MANY_SLOTS {
+        if self.max_concurrency < MANY_SLOTS || !self.own_limit {
             return 1;
         }
         let share = self.max_concurrency / SLOTS_FOR_EACH;
@@ -208,7 +210,7 @@ pub enum OpenError {
         #[source]
         source: lapin::Error,
     },
-    /// The exchange can't be bound to.
+    /// The exchange can't be bound to, or published to.
     #[error("failed to use exchange `{name}`")]
     Exchange {
         /// Which exchange.
@@ -248,8 +250,8 @@ impl OpenError {
 ///
 /// # Errors
 ///
-/// The participant has no store; or, from the start, the broker refuses us, or has other queues
-/// than are to be declared.
+/// The participant has no store; or, from the start, the broker refuses us or what we say, or has
+/// other queues than are to be declared.
 pub async fn serve(
     participant: impl Participant,
     settings: ServeSettings,
@@ -276,6 +278,8 @@ struct Server {
     effects: Vec<Effect>,
     /// Told to stop: until when outcomes are waited for.
     drains_until: Option<Instant>,
+    /// Whether a broker has ever taken what was said.
+    was_heard: bool,
 }
 
 /// Why an instance works no more.
@@ -301,6 +305,7 @@ impl Server {
             events: VecDeque::new(),
             effects: Vec::new(),
             drains_until: None,
+            was_heard: false,
             settings,
         }
     }
@@ -322,6 +327,8 @@ impl Server {
             match ended {
                 Ended::Stopped => return Ok(()),
                 Ended::Lost(session, lost) => {
+                    self.was_heard |= session.was_heard();
+                    let lost = self.unless_final(lost)?;
                     let slots_used = self.instance.slots_used();
                     tracing::warn!(error = %Chain(&lost), slots_used, "connecting again");
                     if session.opened_at.elapsed() >= STEADY {
@@ -332,6 +339,21 @@ impl Server {
                     old = Some(*session);
                 }
             }
+        }
+    }
+
+    /// An instance that was never heard, since it may not say anything, will not be heard next time.
+    fn unless_final(&self, lost: Lost) -> Result<Lost, ServeError> {
+        if self.was_heard {
+            return Ok(lost);
+        }
+        match lost.refusal() {
+            Ok(source) => {
+                let name = self.settings.names.replies().to_string();
+                let source = OpenError::Exchange { name, source };
+                Err(ServeError::Refused { service: self.settings.service.clone(), source })
+            }
+            Err(lost) => Ok(lost),
         }
     }
 
@@ -428,8 +450,10 @@ impl Server {
         let mut link_events = session.link.events();
         loop {
             self.settle(Some(&mut session));
-            if self.is_drained() && (session.is_quiet() || self.is_out_of_time()) {
-                session.close().await;
+            if let Some(until) = self.drains_until.filter(|_| self.is_drained())
+                && (session.is_quiet() || self.is_out_of_time())
+            {
+                session.finish(until).await;
                 return Ended::Stopped;
             }
             let wake_at = self.wake_at(session.wake_at());
@@ -442,7 +466,7 @@ impl Server {
                     self.begin_drain();
                     session.stop_prepares(self.settings.cap).await
                 }
-                Some(event) = link_events.next() => Session::hear(event),
+                Some(event) = link_events.next() => session.hear(event),
                 (ticket, published) = session.lanes.next() => {
                     session.published(ticket, published)
                 }
@@ -597,5 +621,35 @@ async fn sleep_until_some(moment: Option<Instant>) {
     match moment {
         Some(moment) => sleep_until(moment).await,
         None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{ServeSettings, participant::Settings};
+    use crate::{
+        protocol::ids::ServiceName,
+        transport::amqp::{
+            connection::Broker,
+            names::{Names, Namespace},
+        },
+    };
+
+    fn settings(max_concurrency: u32) -> ServeSettings {
+        let broker = Broker::new("amqp://localhost".parse().unwrap(), "test");
+        let names = Names::new(Namespace::parse("dtc").unwrap());
+        let service = ServiceName::parse("payments").unwrap();
+        ServeSettings::new(broker, names, service, max_concurrency)
+    }
+
+    #[test]
+    fn who_leaves_the_cap_to_the_broker_asks_for_one_prepare_in_a_message() {
+        assert_eq!(settings(63).prepares_announced(), 1);
+        assert_eq!(settings(64).prepares_announced(), 8);
+        assert_eq!(settings(1000).prepares_announced(), 16);
+        let by_broker = ServeSettings { own_limit: false, ..settings(1000) };
+        assert_eq!(by_broker.prepares_announced(), 1);
+        let Settings { max_concurrency, .. } = by_broker.of_core();
+        assert_eq!(max_concurrency, u32::MAX, "nobody else counts");
     }
 }

@@ -14,7 +14,10 @@ use lapin::{
     options::{QueueBindOptions, QueueDeclareOptions},
     types::{FieldTable, ShortString},
 };
-use tokio::{runtime::Handle, time::Instant};
+use tokio::{
+    runtime::Handle,
+    time::{Instant, timeout_at},
+};
 
 use crate::{
     participant::{
@@ -24,8 +27,8 @@ use crate::{
     },
     protocol::participant::{Delivery, Event},
     transport::amqp::{
-        connection::{Link, LinkEvent},
-        consumer::{Closed, Inbox},
+        connection::{Link, LinkEvent, is_refusal},
+        consumer::{Closed, Inbox, Turn},
         names::{ALL, Names, key},
         publisher::{Outgoing, Published, Publisher},
         rejected::rejected,
@@ -43,7 +46,8 @@ const OWN_PREFETCH: u16 = 1024;
 /// How many messages of the service's durable queue one instance has in hand: a commit that fails
 /// for good keeps its place there.
 const SHARED_PREFETCH: u16 = 256;
-/// How many messages may be on their way to the broker before no more are taken from it.
+/// How many messages may be on their way to the broker, as far as they are counted, before no more
+/// are taken from it.
 const OUTSTANDING_MAX: usize = 4096;
 /// How many messages of each queue are taken between two flushes.
 const BATCH_MAX: usize = 1024;
@@ -65,6 +69,8 @@ pub(super) struct Lanes {
     lasting: Publisher<Ticket>,
     /// For what may be lost, since whoever waits for it asks again: nobody waits for its confirm.
     passing: Publisher<Ticket>,
+    /// Whether the broker is known to take what is said. Until then everything is confirmed.
+    are_tried: bool,
 }
 
 impl Lanes {
@@ -72,12 +78,29 @@ impl Lanes {
         Ok(Self {
             lasting: Publisher::open(connection).await?,
             passing: Publisher::unconfirmed(connection).await?,
+            are_tried: false,
         })
+    }
+
+    fn are_open(&self) -> bool {
+        self.lasting.is_open() && self.passing.is_open()
+    }
+
+    /// What may be lost. The first of it has to show that it is not refused.
+    fn pass(&mut self, message: Outgoing) {
+        let lane = if self.are_tried { &mut self.passing } else { &mut self.lasting };
+        lane.publish(message, Ticket::MayBeLost);
     }
 
     /// How many messages are on their way.
     fn outstanding(&self) -> usize {
         self.lasting.outstanding() + self.passing.outstanding()
+    }
+
+    /// Waits until nothing is on its way.
+    async fn finish(&mut self) {
+        self.lasting.finish().await;
+        self.passing.finish().await;
     }
 
     /// What became of one of them.
@@ -143,6 +166,16 @@ pub(super) enum Lost {
     Consuming(#[source] Closed),
 }
 
+impl Lost {
+    /// What the broker says against what was published, if that is why.
+    pub(super) fn refusal(self) -> Result<lapin::Error, Self> {
+        match self {
+            Self::Publishing(error) if is_refusal(&error) => Ok(error),
+            Self::Publishing(_) | Self::Connection(_) | Self::Consuming(_) => Err(self),
+        }
+    }
+}
+
 impl Session {
     /// Takes its place on `link`: the instance's own queue first, so that it hears of outcomes
     /// before it takes what they will be about.
@@ -187,18 +220,23 @@ impl Session {
         }
         let lanes = Lanes::open(&link.publishing).await.map_err(OpenError::Channel)?;
         let own = open_own(&link.consuming, settings).await?;
+        let own = own.watched(&link.consuming, Turn::Equal);
         let consuming = &link.consuming;
         let name = names.finish_any_of(service);
         let shared =
             Inbox::open(consuming, name.clone(), SHARED_PREFETCH, FieldTable::default()).await;
-        let shared = shared.map_err(at(&name))?;
+        let shared = shared.map_err(at(&name))?.watched(consuming, Turn::Equal);
         if !takes_prepares {
             return Ok(Opened { lanes, own, shared, prepares: None });
         }
         let name = names.prepare_of(service);
         let prefetch = u16::try_from(settings.max_concurrency).unwrap_or(u16::MAX);
-        let prepares = Inbox::open(consuming, name.clone(), prefetch, FieldTable::default()).await;
-        let prepares = prepares.map_err(at(&name))?;
+        let prepares = Inbox::open_to_end(consuming, name.clone(), prefetch).await;
+        let turn = match settings.cap {
+            Cap::Instance => Turn::Equal,
+            Cap::Service => Turn::Single,
+        };
+        let prepares = prepares.map_err(at(&name))?.watched(consuming, turn);
         Ok(Opened { lanes, own, shared, prepares: Some(prepares) })
     }
 
@@ -210,9 +248,13 @@ impl Session {
     // ---- What comes in -----------------------------------------------------------------------
 
     /// What became of the connections.
-    pub(super) fn hear(event: LinkEvent) -> Result<(), Lost> {
+    pub(super) fn hear(&self, event: LinkEvent) -> Result<(), Lost> {
         match event {
             LinkEvent::Lost(error) => return Err(Lost::Connection(error)),
+            LinkEvent::ChannelLost(error) if !self.lanes.are_open() => {
+                return Err(Lost::Publishing(error));
+            }
+            LinkEvent::ChannelLost(_) => {}
             LinkEvent::Blocked(reason) => {
                 tracing::warn!(reason, "the broker takes nothing more for the time being");
             }
@@ -296,7 +338,7 @@ impl Session {
         if must_arrive {
             self.lanes.lasting.publish(message.clone(), Ticket::Owed(message, owed));
         } else {
-            self.lanes.passing.publish(message, Ticket::MayBeLost);
+            self.lanes.pass(message);
         }
     }
 
@@ -309,7 +351,7 @@ impl Session {
         };
         let is_unroutable = matches!(published, Published::Unroutable);
         match ticket {
-            Ticket::MayBeLost if is_safe => {}
+            Ticket::MayBeLost if is_safe => self.lanes.are_tried = true,
             Ticket::MayBeLost => tracing::debug!("a message did not arrive; it will be asked for"),
             Ticket::Owed(_, owed) if is_safe => {
                 owed.into_iter().for_each(|delivery| self.ack(delivery));
@@ -330,10 +372,9 @@ impl Session {
         Ok(())
     }
 
-    /// When there is something to be said again, or to be acknowledged.
+    /// When there is something to be said again.
     pub(super) fn wake_at(&self) -> Option<Instant> {
-        let retry = self.refused.front().map(|(at, _, _)| *at);
-        retry.into_iter().chain(self.own.flush_at()).min()
+        self.refused.front().map(|(at, _, _)| *at)
     }
 
     /// Publishes again what the broker did not take, if it is time.
@@ -348,7 +389,12 @@ impl Session {
 
     /// Whether nothing is on its way that must arrive.
     pub(super) fn is_quiet(&self) -> bool {
-        self.lanes.outstanding() == 0 && self.refused.is_empty()
+        self.lanes.lasting.outstanding() == 0 && self.refused.is_empty()
+    }
+
+    /// Whether the broker has taken anything of what was said.
+    pub(super) fn was_heard(&self) -> bool {
+        self.lanes.are_tried
     }
 
     /// The queue that a delivery came by, if it came by one of this session's.
@@ -424,6 +470,13 @@ impl Session {
             prepares.requeue(message.delivery_tag);
         }
         Ok(())
+    }
+
+    /// Waits until all that was said is with the broker, but no longer than `until`; and then gives
+    /// everything back.
+    pub(super) async fn finish(mut self, until: Instant) {
+        let _ = timeout_at(until, self.lanes.finish()).await;
+        self.close().await;
     }
 
     /// Gives everything back.

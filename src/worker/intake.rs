@@ -15,12 +15,8 @@ use crate::{
         names::{self, PREPARES_MAX},
         rejected::shown,
     },
-    wire::message::{Item, Kind, Malformed, RequestMalformed, decode, decode_request},
+    wire::message::{Item, Kind, RequestMalformed, decode, decode_request, sorted_out},
 };
-
-/// More complaints than these are only counted: a message of nothing but commas would make a log of
-/// its own.
-const COMPLAINTS_MAX: usize = 10;
 
 /// What was understood of a message, and what is wrong with the rest.
 #[derive(Debug, Default)]
@@ -142,20 +138,7 @@ impl Intake {
             Ok(items) => items,
             Err(error) => return self.complaints.push(error.to_string()),
         };
-        let mut unlisted = 0_usize;
-        for item in items {
-            let understood = item.map_err(|error: Malformed| error.to_string()).and_then(&event);
-            match understood {
-                Ok(event) => self.events.push(event),
-                Err(complaint) if self.complaints.len() < COMPLAINTS_MAX => {
-                    self.complaints.push(complaint);
-                }
-                Err(_) => unlisted += 1,
-            }
-        }
-        if unlisted > 0 {
-            self.complaints.push(format!("and {unlisted} more items"));
-        }
+        (self.events, self.complaints) = sorted_out(items, event);
     }
 }
 

@@ -16,10 +16,7 @@ use lapin::{
     message::Delivery,
     types::{AMQPValue, FieldTable, ShortString},
 };
-use tokio::{
-    sync::mpsc,
-    time::{Instant, timeout},
-};
+use tokio::{sync::mpsc, time::timeout};
 
 use crate::{
     protocol::{message::Decision, time::Time},
@@ -119,10 +116,6 @@ impl Tail {
 
     pub(super) fn flush(&mut self) {
         self.inbox.flush();
-    }
-
-    pub(super) fn flush_at(&self) -> Option<Instant> {
-        self.inbox.flush_at()
     }
 
     /// The same for one who has read what there was, and waits for what comes.

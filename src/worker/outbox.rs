@@ -342,6 +342,20 @@ impl Outbox {
         lanes.into_iter().find_map(Publisher::ready)
     }
 
+    /// Whether all that is published on stands, as far as is known.
+    pub(super) fn is_open(&self) -> bool {
+        [&self.journal, &self.results, &self.prepares, &self.commands]
+            .into_iter()
+            .all(Publisher::is_open)
+    }
+
+    /// Waits until nothing is on its way.
+    pub(super) async fn finish(&mut self) {
+        for lane in [&mut self.journal, &mut self.results, &mut self.prepares, &mut self.commands] {
+            lane.finish().await;
+        }
+    }
+
     /// When something is to be published again.
     pub(super) fn wake_at(&self) -> Option<Instant> {
         let again = self.again.iter().map(|(at, ..)| *at);

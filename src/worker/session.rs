@@ -14,7 +14,11 @@ use lapin::{
     options::{QueueBindOptions, QueueDeclareOptions},
     types::FieldTable,
 };
-use tokio::{sync::mpsc, task::JoinSet, time::Instant};
+use tokio::{
+    sync::mpsc,
+    task::JoinSet,
+    time::{Instant, timeout},
+};
 
 use crate::{
     protocol::{
@@ -23,8 +27,8 @@ use crate::{
         message::{Answer, Command, Matter, Outcome, Reason, ReasonCode, Request},
     },
     transport::amqp::{
-        connection::{Backoff, Chain, Link, LinkEvent, is_not_found},
-        consumer::{Closed, Inbox},
+        connection::{Backoff, Chain, Link, LinkEvent, counts, is_not_found},
+        consumer::{Closed, Inbox, Turn},
         names,
         publisher::Published,
         rejected::{rejected, rejected_request},
@@ -52,6 +56,9 @@ const REPLIES_PREFETCH: u16 = 2000;
 
 /// The same for inquiries, which all workers share.
 const INQUIRIES_PREFETCH: u16 = 200;
+
+/// How long what was said last may take to be with the broker, when all else is done.
+const GOODBYE_MAX: Duration = Duration::from_secs(2);
 
 /// How long what was appended to the journal may take to be read back.
 const UNREAD_MAX: Duration = Duration::from_secs(5);
@@ -113,7 +120,9 @@ impl SessionError {
             | Self::Journal(
                 ReadError::Consume(source) | ReadError::Closed(Closed::Lost { source, .. }),
             ) => Some(source),
-            Self::Closed(Closed::Cancelled { .. }) | Self::Journal(_) | Self::OtherJournal => None,
+            Self::Closed(Closed::Cancelled { .. } | Closed::Forgotten { .. })
+            | Self::Journal(_)
+            | Self::OtherJournal => None,
         }
     }
 }
@@ -209,6 +218,7 @@ impl<'a> Session<'a> {
             FieldTable::default(),
         );
         let inquiries = inquiries.await.map_err(opening("the queue of inquiries"))?;
+        let inquiries = inquiries.watched(&link.consuming, Turn::Equal);
         let mut requests = Sources::new(names.requests());
         let opening_requests = requests.open(&link.consuming, settings.requests_prefetch());
         opening_requests.await.map_err(opening("the queue of requests"))?;
@@ -324,11 +334,10 @@ impl<'a> Session<'a> {
         let deadline = lasting.coordinator.next_deadline();
         let deadline = deadline.map(|at| lasting.clock.instant_of(at));
         let unread = self.unread_since.map(|since| since + UNREAD_MAX);
-        let acks = self.replies.flush_at().into_iter().chain(self.tail.flush_at());
         let crowded = self.crowded_since.filter(|_| self.requests.taking() == 1);
         let more = crowded.map(|since| since + CROWDED_FOR);
         let wake_at = deadline.into_iter().chain(self.outbox.wake_at()).chain(unread);
-        wake_at.chain(acks).chain(more).min()
+        wake_at.chain(more).min()
     }
 
     /// Whatever else can be handled before anything is written.
@@ -572,6 +581,10 @@ impl<'a> Session<'a> {
                 self.is_blocked = false;
             }
             LinkEvent::Lost(error) => return Err(SessionError::Lost(error)),
+            LinkEvent::ChannelLost(error) if !self.outbox.is_open() => {
+                return Err(SessionError::Lost(error));
+            }
+            LinkEvent::ChannelLost(_) => {}
         }
         Ok(())
     }
@@ -682,8 +695,8 @@ impl<'a> Session<'a> {
         let queue = self.settings.names.prepare_of(&service);
         let looking = async move {
             tokio::time::sleep(after).await;
-            let found = exists(&connection, queue).await;
-            (service, found)
+            let found = counts(&connection, queue).await;
+            (service, found.map(|found| found.is_some()))
         };
         self.looked_for.push(looking.boxed());
     }
@@ -731,6 +744,7 @@ impl<'a> Session<'a> {
         self.flush();
         self.look_backs.abort_all();
         self.lasting.tally.unclaimed += self.outbox.unclaimed;
+        let _ = timeout(GOODBYE_MAX, self.outbox.finish()).await;
         self.link.close().await;
         end
     }
@@ -809,23 +823,6 @@ async fn open_replies(settings: &Settings, connection: &Connection) -> Result<In
     channel.queue_bind(queue.as_str().into(), names.replies(), binding, bind, arguments).await?;
     let nothing = FieldTable::default();
     Ok(Inbox::on(channel, queue.as_str().into(), REPLIES_PREFETCH, nothing).await?.lazy())
-}
-
-/// Whether a queue of that name exists.
-async fn exists(
-    connection: &Connection,
-    queue: lapin::types::ShortString,
-) -> Result<bool, lapin::Error> {
-    let channel = connection.create_channel().await?;
-    let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-    match channel.queue_declare(queue, options, FieldTable::default()).await {
-        Ok(_) => {
-            channel.close(200, "done".into()).await?;
-            Ok(true)
-        }
-        Err(error) if is_not_found(&error) => Ok(false),
-        Err(error) => Err(error),
-    }
 }
 
 fn opening(what: &'static str) -> impl FnOnce(lapin::Error) -> SessionError {

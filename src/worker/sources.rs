@@ -6,6 +6,7 @@
 
 use std::{
     collections::BTreeMap,
+    sync::Arc,
     task::{Context, Poll},
 };
 
@@ -13,7 +14,7 @@ use lapin::{Connection, message::Delivery as Message, types::FieldTable, types::
 
 use crate::{
     protocol::coordinator::Delivery,
-    transport::amqp::consumer::{Closed, Inbox},
+    transport::amqp::consumer::{Closed, Inbox, Turn},
 };
 
 /// How many bits of a [`Delivery`] tell its source.
@@ -46,11 +47,12 @@ impl Sources {
     /// One more consumer.
     pub(super) async fn open(
         &mut self,
-        connection: &Connection,
+        connection: &Arc<Connection>,
         prefetch: u16,
     ) -> Result<(), lapin::Error> {
         let opening = Inbox::open(connection, self.queue.clone(), prefetch, FieldTable::default());
-        let source = Source { inbox: opening.await?, held: 0, cancelled: false, ended: false };
+        let inbox = opening.await?.watched(connection, Turn::Equal);
+        let source = Source { inbox, held: 0, cancelled: false, ended: false };
         while self.sources.contains_key(&self.next) {
             self.next = self.next.wrapping_add(1);
         }

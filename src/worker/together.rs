@@ -2,9 +2,10 @@
 //!
 //! A prepare takes a slot. While the broker is to see to it that there is one, each is a message of
 //! its own; where slots abound, as far as is known, several go in one message, which costs the broker
-//! hardly more than one of them would. Whether an instance can take that is for it to say, and any
+//! hardly more than one of them would. How many it would have is for an instance to say, and any
 //! instance of a service may get the message: so the smallest number that one of them has said
-//! counts, and one until something is heard.
+//! counts, and one until something is heard. Whoever has not said anything yet may get what the
+//! others have asked for, and takes it as the protocol demands.
 
 use std::{collections::BTreeMap, time::Duration};
 

@@ -15,6 +15,7 @@ mod lines;
 mod node;
 #[path = "../support/processes.rs"]
 mod processes;
+mod publisher;
 mod readme;
 mod scenarios;
 mod secrets;

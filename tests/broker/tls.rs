@@ -3,12 +3,14 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 #![allow(clippy::print_stdout, reason = "a test shows what was said")]
 
-use std::{fs, process::Command};
+use std::{fs, process::Command, time::Duration};
 
 use dtc::{
     Identity, Pem, Tls,
+    client::{Client, Settings, Submission, SubmitError, WaitError},
     transport::amqp::{
         connection::{Broker as At, Chain, ConnectError, Disposition},
+        names::{Names, Namespace},
         tls::TlsError,
     },
 };
@@ -245,4 +247,35 @@ fn what_is_renewed_is_taken_when_a_connection_is_made_again() {
     let so_far = worker.stderr.count();
     fs::write(world.path("ca.pem"), new.certificate()).unwrap();
     worker.stderr.wait_for_from(so_far, "ready", LIMIT).expect("it works again");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_has_worked_outlasts_certificates_that_do_not_fit_for_a_while() {
+    let (old, new) = (Authority::new("old"), Authority::new("new"));
+    let broker = node(&old, None);
+    let mut world = World::at(secured(&broker, broker.place(), "guest:guest@", "localhost"));
+    world.telling(CA, "ca.pem", old.certificate());
+    world.apply_topology(None);
+    let ca = Some(Pem::File(world.path("ca.pem")));
+    let at = At::new(world.place.url.parse().unwrap(), "producer");
+    let at = at.with_tls(Tls { ca, ..Tls::default() });
+    let names = Names::new(Namespace::parse(&world.place.namespace).unwrap());
+    let settings = Settings { publish_timeout: Duration::from_secs(2), ..Settings::default() };
+    let client = Client::with(at, names, settings);
+    let transaction = |id: &str| Submission::new(id, ["a"], json!({}));
+    client.submit(transaction("t1")).await.unwrap();
+
+    let renewed = new.signs("broker", &["localhost"]);
+    broker.certify(&renewed.certificate, &renewed.key);
+    broker.control(&["close_all_connections", "--global", "to see who comes back"]);
+    let error = client.submit(transaction("t2")).await.unwrap_err();
+    println!("{}", Chain(&error));
+    assert!(matches!(error, SubmitError::Unconfirmed { source: Some(_), .. }), "{error:?}");
+    let limit = Duration::from_secs(1);
+    let error = client.submit_and_wait(transaction("t3"), limit).await.unwrap_err();
+    assert!(matches!(error, WaitError::Unanswered { .. }), "{error:?}");
+
+    fs::write(world.path("ca.pem"), new.certificate()).unwrap();
+    client.submit(transaction("t4")).await.unwrap();
+    client.close().await;
 }

@@ -201,7 +201,7 @@ async fn prepares_that_wait_and_instances_that_hold_some_survive_a_replacement()
     let world = System::with(&waiting_for(60_000));
     world.apply().exited(0);
     world.publish_prepares().await;
-    let (_, mut instance) = world.consume("prepare.stock", 2).await;
+    let (_, mut instance) = world.consume_as_instances_do("prepare.stock", 2).await;
     let held = [next(&mut instance).await, next(&mut instance).await];
 
     world.services(&waiting_for(50_000));
@@ -454,11 +454,25 @@ impl System {
     }
 
     async fn consume(&self, queue: &str, prefetch: u16) -> (Channel, Consumer) {
+        self.consume_with(queue, prefetch, FieldTable::default()).await
+    }
+
+    /// By a consumer that is ended, and never moved over, when the queue is declared anew.
+    async fn consume_as_instances_do(&self, queue: &str, prefetch: u16) -> (Channel, Consumer) {
+        let ending = table([("x-cancel-on-ha-failover", AMQPValue::Boolean(true))]);
+        self.consume_with(queue, prefetch, ending).await
+    }
+
+    async fn consume_with(
+        &self,
+        queue: &str,
+        prefetch: u16,
+        arguments: FieldTable,
+    ) -> (Channel, Consumer) {
         let channel = self.channel().await;
         channel.basic_qos(prefetch, BasicQosOptions::default()).await.unwrap();
         let queue = format!("{}.{queue}", self.ns());
         let options = BasicConsumeOptions::default();
-        let arguments = FieldTable::default();
         let consumer = channel.basic_consume(queue.into(), "".into(), options, arguments);
         let consumer = consumer.await.unwrap();
         (channel, consumer)

@@ -62,12 +62,12 @@ impl Player {
         Self { runtime, channel, replies, prepare, finish, requested_at, _connection: connection }
     }
 
-    fn publish(&self, exchange: &ShortString, key: &str, kind: &str, item: &Value) {
+    fn publish(&self, exchange: &ShortString, key: &str, kind: &str, items: &[Value]) {
         let properties = BasicProperties::default()
             .with_content_type("application/json".into())
             .with_type(format!("dtc.{kind}.v1").into())
             .with_reply_to(WORKER.into());
-        let body = json!([item]).to_string();
+        let body = json!(items).to_string();
         self.runtime.block_on(async {
             let options = BasicPublishOptions::default();
             let (exchange, key) = (exchange.clone(), key.into());
@@ -80,10 +80,18 @@ impl Player {
 
     /// A prepare for `books`, whose deadline is this far ahead.
     pub(crate) fn prepares(&self, id: &str, request_hash: &str, ahead: Duration) {
+        self.prepares_together(&[id], request_hash, ahead);
+    }
+
+    /// The same for several, in one message.
+    pub(crate) fn prepares_together(&self, ids: &[&str], request_hash: &str, ahead: Duration) {
         let deadline = u64::try_from((since_epoch() + ahead).as_millis()).unwrap();
-        let prepare = json!({"id": id, "requested_at": self.requested_at, "request_hash": request_hash,
-            "data": {}, "deadline": deadline, "repeated": false});
-        self.publish(&self.prepare, &format!("{WORKER}.books"), "prepare", &prepare);
+        let prepare = |id: &&str| {
+            json!({"id": id, "requested_at": self.requested_at, "request_hash": request_hash,
+                "data": {}, "deadline": deadline, "repeated": false})
+        };
+        let prepares: Vec<_> = ids.iter().map(prepare).collect();
+        self.publish(&self.prepare, &format!("{WORKER}.books"), "prepare", &prepares);
     }
 
     /// A command for all instances of `books`.
@@ -91,12 +99,20 @@ impl Player {
         let mut item = json!({"id": id, "requested_at": self.requested_at});
         let Value::Object(more) = more else { panic!("{more}") };
         item.as_object_mut().unwrap().extend(more);
-        self.publish(&self.finish, "all.books", kind, &item);
+        self.publish(&self.finish, "all.books", kind, &[item]);
     }
 
     /// The next answer, which is of this kind.
     #[track_caller]
     pub(crate) fn hears(&mut self, kind: &str) -> Value {
+        let (said, item) = self.hears_any();
+        assert_eq!(said, kind, "{item}");
+        item
+    }
+
+    /// The next answer, and its kind.
+    #[track_caller]
+    pub(crate) fn hears_any(&mut self) -> (String, Value) {
         let delivery = self.runtime.block_on(async {
             let next = timeout(LIMIT, self.replies.next()).await.expect("an answer in time");
             let delivery = next.expect("the queue is there").unwrap();
@@ -104,10 +120,10 @@ impl Player {
             delivery
         });
         let items: Value = serde_json::from_slice(&delivery.data).unwrap();
-        let said = delivery.properties.kind().as_ref().map(|kind| kind.as_str().to_owned());
-        assert_eq!(said, Some(format!("dtc.{kind}.v1")), "{items}");
+        let said = delivery.properties.kind().as_ref().unwrap().as_str();
+        let kind = said.strip_prefix("dtc.").and_then(|kind| kind.strip_suffix(".v1")).unwrap();
         assert_eq!(items.as_array().unwrap().len(), 1, "{items}");
-        items[0].clone()
+        (kind.to_owned(), items[0].clone())
     }
 
     /// How many messages wait in `queue`.

@@ -154,7 +154,7 @@ class Holding:
     """A transaction that this instance has to do with.
 
     `stage` is `preparing`, `prepared`, `failed`, `finishing` or `backing_off`; `slot` is the delivery
-    `(channel, tag)` of its prepare, if it has one.
+    of its prepare, if it has one.
     """
 
     def __init__(self, stage, slot=None, request_hash=None, deadline=0):
@@ -293,9 +293,12 @@ class Session:
         if message.kind != "prepare":
             raise Malformed(f"the property `type` is `dtc.{message.kind}.v1`")
         worker = message.worker()
-        if len(message.items) != 1:
-            raise Malformed(f"has {len(message.items)} items: a prepare has exactly one")
-        self.prepare(worker, message.delivery, message.redelivered, message.items[0])
+        if not message.items:
+            raise Malformed("has no items: a prepare has at least one")
+        # Rule 1: each of them is dealt with by itself, and the last one settles the message.
+        message.delivery.parts = len(message.items)
+        for item in message.items:
+            self.prepare(worker, message.delivery, message.redelivered, item)
 
     def prepare(self, worker, delivery, redelivered, item):
         key, request_hash = key_of(item), item["request_hash"]
@@ -315,6 +318,9 @@ class Session:
         if vote is not None:
             self.vote(worker, key, request_hash, vote, **fields)
             return self.ack(delivery)
+        if self.free() == 0:
+            # Rule 1: the broker counts messages. What is in one of several waits here for a slot.
+            return self.waiting.append((worker, delivery, redelivered, item))
         self.branches += 1
         holding = Holding("preparing", delivery, request_hash, item["deadline"])
         holding.branch = branch = f"{self.instance}.{self.branches}"
@@ -572,8 +578,9 @@ class Session:
     # ---- The ends of things ------------------------------------------------------------------
 
     def ack(self, delivery):
-        channel, tag = delivery
-        channel.basic_ack(tag)
+        delivery.parts -= 1
+        if delivery.parts == 0:
+            delivery.channel.basic_ack(delivery.tag)
 
     def remember(self, key, what):
         self.remembered[key] = what
@@ -591,6 +598,13 @@ class Malformed(Exception):
     """Nobody could make sense of a message."""
 
 
+class Delivery:
+    """What is acknowledged on the channel that it came by, when all its parts are dealt with."""
+
+    def __init__(self, channel, tag):
+        self.channel, self.tag, self.parts = channel, tag, 1
+
+
 class Message:
     """A message whose every item has what its kind needs."""
 
@@ -602,7 +616,7 @@ class Message:
     }
 
     def __init__(self, channel, method, properties, body):
-        self.delivery = (channel, method.delivery_tag)
+        self.delivery = Delivery(channel, method.delivery_tag)
         self.redelivered = method.redelivered
         self.properties = properties
         self.kind = (properties.type or "").removeprefix("dtc.").removesuffix(".v1")

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::{
     System,
@@ -115,4 +115,33 @@ fn what_nobody_tells_of_is_inquired_about_and_answered_when_there_is_a_worker() 
     until("it is undone", || system.held_by_books().prepared.is_empty());
     assert_eq!(system.held_by_books().whats_of("t"), ["prepare", "abort"]);
     drop(worker);
+}
+
+#[test]
+fn several_prepares_in_a_message_take_a_slot_each_and_wait_for_one() {
+    let system = system();
+    let _books = system.books("py");
+    let mut player = Player::new(&system);
+    let ids = ["t1", "t2", "t3", "t4", "t5", "t6"];
+    player.prepares_together(&ids, HASH, Duration::from_secs(60));
+    let mut votes: Vec<_> = (0..4).map(|_| player.hears("vote")).collect();
+    // What it says to this tells that it says nothing of the others.
+    player.tells("finish", "t0", json!({"outcome": "ABORTED"}));
+    let done = player.hears("done");
+    assert_eq!((&done["id"], &done["free"]), (&json!("t0"), &json!(0)));
+    let commit = |vote: &Value| json!({"outcome": "COMMITTED", "branch": vote["branch"]});
+    for next in 0..6 {
+        let vote = votes[next].clone();
+        assert_eq!(vote["vote"], "prepared", "{vote}");
+        player.tells("finish", vote["id"].as_str().unwrap(), commit(&vote));
+        // The slot is free, and taken by one of those that wait.
+        let (mut heard, expected) = (Vec::new(), if next < 2 { 2 } else { 1 });
+        while heard.len() < expected {
+            heard.push(player.hears_any());
+        }
+        assert!(heard.iter().any(|(kind, item)| kind == "done" && item["id"] == vote["id"]));
+        votes.extend(heard.into_iter().filter(|(kind, _)| kind == "vote").map(|(_, item)| item));
+    }
+    let held = system.held_by_books();
+    assert_eq!((held.committed.len(), held.prepared.len()), (6, 0));
 }

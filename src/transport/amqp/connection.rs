@@ -16,10 +16,11 @@ use futures_util::{
 };
 use lapin::{
     AsyncTcpStream, Channel, Connection, ConnectionProperties, ErrorKind,
-    options::ConfirmSelectOptions,
+    options::{ConfirmSelectOptions, QueueDeclareOptions},
     protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError},
     runtime::default_runtime,
     tcp::RustlsConnector,
+    types::{FieldTable, ShortString},
     uri::{AMQPScheme, AMQPUri},
 };
 
@@ -125,6 +126,12 @@ pub fn is_refusal(error: &lapin::Error) -> bool {
 pub fn is_not_found(error: &lapin::Error) -> bool {
     let ErrorKind::ProtocolError(error) = error.kind() else { return false };
     *error.kind() == AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND)
+}
+
+/// Whether the broker said that something is not as it is asked for.
+pub fn is_precondition_failed(error: &lapin::Error) -> bool {
+    let ErrorKind::ProtocolError(error) = error.kind() else { return false };
+    *error.kind() == AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED)
 }
 
 impl Broker {
@@ -318,6 +325,9 @@ pub enum LinkEvent {
     Unblocked,
     /// One of the two connections is gone.
     Lost(lapin::Error),
+    /// The broker has ended a channel of one of them, for this reason. Whose it was is for those to
+    /// find out who have channels.
+    ChannelLost(lapin::Error),
 }
 
 impl Link {
@@ -339,15 +349,17 @@ impl Link {
     }
 }
 
-/// What happens to one connection. The end of a channel is told by who uses it: a question after a
-/// queue that isn't there, for one, costs its channel and nothing else.
+/// What happens to one connection. Its consumers tell of the end of theirs. But what is published
+/// without a confirm fails only when it is with the broker, and then the channel is gone that it was
+/// written to: of that nobody would hear before the next publish.
 fn events(connection: &Connection) -> impl Stream<Item = LinkEvent> + Send + Unpin + 'static {
     let status = connection.status().clone();
     connection.events_listener().filter_map(move |event| {
         future::ready(match event {
             lapin::Event::ConnectionBlocked(reason) => Some(LinkEvent::Blocked(reason)),
             lapin::Event::ConnectionUnblocked => Some(LinkEvent::Unblocked),
-            lapin::Event::Error(error) => (!status.connected()).then_some(LinkEvent::Lost(error)),
+            lapin::Event::Error(error) if status.connected() => Some(LinkEvent::ChannelLost(error)),
+            lapin::Event::Error(error) => Some(LinkEvent::Lost(error)),
             lapin::Event::Connected | lapin::Event::SendFlow(_) | _ => None,
         })
     })
@@ -364,6 +376,34 @@ pub async fn confirming_channel(connection: &Connection) -> Result<Channel, lapi
     let channel = connection.create_channel().await?;
     channel.confirm_select(ConfirmSelectOptions::default()).await?;
     Ok(channel)
+}
+
+/// What the broker tells of a queue.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct QueueCounts {
+    /// How many messages wait in it.
+    pub messages: u32,
+    /// How many consumers it has.
+    pub consumers: u32,
+}
+
+/// What is known of `queue`; `None`: there is no such queue.
+pub async fn counts(
+    connection: &Connection,
+    queue: ShortString,
+) -> Result<Option<QueueCounts>, lapin::Error> {
+    // It doesn't survive the question after a queue that isn't there.
+    let channel = connection.create_channel().await?;
+    let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+    match channel.queue_declare(queue, options, FieldTable::default()).await {
+        Ok(queue) => {
+            let (messages, consumers) = (queue.message_count(), queue.consumer_count());
+            channel.close(200, "done".into()).await?;
+            Ok(Some(QueueCounts { messages, consumers }))
+        }
+        Err(error) if is_not_found(&error) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// Growing pauses between tries, so that many who lost the same broker don't all come back at once.

@@ -3,26 +3,36 @@
 use std::{
     collections::BTreeSet,
     future::Future,
-    pin::pin,
+    pin::{Pin, pin},
+    sync::Arc,
     task::{Context, Poll, Waker},
     time::Duration,
 };
 
-use futures_util::{FutureExt, StreamExt};
+use futures_util::{FutureExt, StreamExt, future::BoxFuture};
 use lapin::{
     Channel, Connection,
     message::Delivery,
     options::{
         BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions,
     },
-    types::{FieldTable, ShortString},
+    types::{AMQPValue, FieldTable, ShortString},
 };
-use tokio::time::Instant;
+use tokio::time::{Instant, Sleep, sleep};
 
-use crate::transport::amqp::traffic;
+use crate::transport::amqp::{
+    connection::{QueueCounts, counts, is_precondition_failed},
+    traffic,
+};
 
 /// How long a lazy inbox keeps an acknowledgement to itself: far less than the broker's patience.
 const LAZY_FOR: Duration = Duration::from_secs(1);
+
+/// How long nothing has come when the broker is asked whether it still knows the consumer.
+const LOOK_EVERY: Duration = Duration::from_secs(30);
+
+/// After how long it is asked again, when the answer was a bad one that may have been of a moment.
+const LOOK_AGAIN_AFTER: Duration = Duration::from_secs(5);
 
 /// Why there are no more deliveries.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -30,6 +40,12 @@ pub enum Closed {
     /// The broker has ended it: the queue is gone, or its leader.
     #[error("the broker has cancelled the consumer of `{queue}`")]
     Cancelled {
+        /// The queue.
+        queue: String,
+    },
+    /// The broker has not ended it, and gives it nothing: the queue is gone, or is another.
+    #[error("the broker has forgotten the consumer of `{queue}`")]
+    Forgotten {
         /// The queue.
         queue: String,
     },
@@ -53,13 +69,26 @@ pub struct Inbox {
     tags: Tags,
     prefetch: u16,
     lazy: Option<Lazy>,
+    watch: Option<Watch>,
 }
 
 /// Acknowledgements that wait for more of them.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Lazy {
-    /// Since when one is waiting.
-    since: Option<Instant>,
+    /// Whether one is waiting; then until when.
+    is_waiting: bool,
+    until: Pin<Box<Sleep>>,
+}
+
+impl Lazy {
+    /// Some are waiting: whether they have waited long enough.
+    fn is_due(&mut self, cx: &mut Context<'_>) -> bool {
+        if !self.is_waiting {
+            self.is_waiting = true;
+            self.until.as_mut().reset(Instant::now() + LAZY_FOR);
+        }
+        self.until.as_mut().poll(cx).is_ready()
+    }
 }
 
 impl Inbox {
@@ -75,6 +104,25 @@ impl Inbox {
         Self::on(channel, queue, prefetch, arguments).await
     }
 
+    /// The same for a durable queue that may be declared anew while it is consumed. When the process
+    /// of a classic queue ends, the broker would move its consumers over to whatever has the name by
+    /// then, and if that is another queue, they get nothing any more; unless they ask to be ended
+    /// instead. Quorum queues refuse to be asked: see [`Inbox::watched`].
+    pub async fn open_to_end(
+        connection: &Connection,
+        queue: ShortString,
+        prefetch: u16,
+    ) -> Result<Self, lapin::Error> {
+        let mut arguments = FieldTable::default();
+        arguments.insert("x-cancel-on-ha-failover".into(), AMQPValue::Boolean(true));
+        match Self::open(connection, queue.clone(), prefetch, arguments).await {
+            Err(error) if is_precondition_failed(&error) => {
+                Self::open(connection, queue, prefetch, FieldTable::default()).await
+            }
+            opened => opened,
+        }
+    }
+
     /// The same on a channel that nobody else consumes on.
     pub async fn on(
         channel: Channel,
@@ -85,15 +133,25 @@ impl Inbox {
         channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
         let options = BasicConsumeOptions::default();
         let consumer = channel.basic_consume(queue.clone(), "".into(), options, arguments).await?;
-        Ok(Self { queue, channel, consumer, tags: Tags::default(), prefetch, lazy: None })
+        let tags = Tags::default();
+        Ok(Self { queue, channel, consumer, tags, prefetch, lazy: None, watch: None })
     }
 
     /// Acknowledges only now and then: where a queue ends with its connection, or is a stream, nobody
-    /// waits for it but the broker, before it sends more than the prefetch. Whoever has one flushes
-    /// it at [`Inbox::flush_at`].
+    /// waits for it but the broker, before it sends more than the prefetch. It is flushed while the
+    /// next delivery is waited for.
     #[must_use]
     pub fn lazy(self) -> Self {
-        Self { lazy: Some(Lazy::default()), ..self }
+        let lazy = Lazy { is_waiting: false, until: Box::pin(sleep(Duration::ZERO)) };
+        Self { lazy: Some(lazy), ..self }
+    }
+
+    /// Asks now and then, when nothing comes, whether the broker still has this consumer.
+    /// `connection` is the one that it is on. Not for streams.
+    #[must_use]
+    pub fn watched(self, connection: &Arc<Connection>, turn: Turn) -> Self {
+        let connection = Arc::clone(connection);
+        Self { watch: Some(Watch::new(connection, self.queue.clone(), turn)), ..self }
     }
 
     /// The queue it consumes.
@@ -112,14 +170,36 @@ impl Inbox {
 
     /// [`Inbox::next`], for those who wait for several.
     pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Delivery, Closed>> {
-        self.consumer.poll_next_unpin(cx).map(|next| match next {
+        let Poll::Ready(next) = self.consumer.poll_next_unpin(cx) else {
+            return self.poll_timers(cx).map(Err);
+        };
+        Poll::Ready(match next {
             Some(Ok(delivery)) => {
                 traffic::delivered();
+                self.tags.last = self.tags.last.max(delivery.delivery_tag);
+                if let Some(watch) = &mut self.watch {
+                    watch.has_heard = true;
+                }
                 Ok(delivery)
             }
             Some(Err(source)) => Err(Closed::Lost { queue: self.queue.to_string(), source }),
             None => Err(Closed::Cancelled { queue: self.queue.to_string() }),
         })
+    }
+
+    /// Nothing comes: what else there is to do meanwhile.
+    fn poll_timers(&mut self, cx: &mut Context<'_>) -> Poll<Closed> {
+        if let Some(lazy) = &mut self.lazy
+            && !self.tags.unknown.is_empty()
+            && (self.tags.unknown.len() >= few(self.prefetch) || lazy.is_due(cx))
+        {
+            self.flush_all();
+        }
+        let has_room = self.tags.outstanding() < u64::from(self.prefetch);
+        match &mut self.watch {
+            Some(watch) => watch.poll(cx, has_room),
+            None => Poll::Pending,
+        }
     }
 
     /// The same, if it is there by now.
@@ -140,37 +220,128 @@ impl Inbox {
         );
     }
 
-    /// Tells the broker of what was acknowledged.
+    /// Tells the broker of what was acknowledged; of few only while nothing comes, if it is lazy.
     pub fn flush(&mut self) {
-        let waiting = self.tags.unknown.len();
+        if self.lazy.is_none() || self.tags.unknown.len() >= few(self.prefetch) {
+            self.flush_all();
+        }
+    }
+
+    fn flush_all(&mut self) {
         if let Some(lazy) = &mut self.lazy {
-            if waiting == 0 {
-                return;
-            }
-            let since = *lazy.since.get_or_insert_with(Instant::now);
-            if waiting < usize::from(self.prefetch / 4) && since.elapsed() < LAZY_FOR {
-                return;
-            }
-            lazy.since = None;
+            lazy.is_waiting = false;
         }
         for (tag, multiple) in self.tags.flush() {
             write_now(self.channel.basic_ack(tag, BasicAckOptions { multiple }));
         }
     }
 
-    /// When a lazy inbox is to be flushed at the latest.
-    pub fn flush_at(&self) -> Option<Instant> {
-        self.lazy.as_ref()?.since.map(|since| since + LAZY_FOR)
-    }
-
     /// Takes no more deliveries; those it has stay its own. What was on its way may still come.
-    pub async fn cancel(&self) -> Result<(), lapin::Error> {
+    pub async fn cancel(&mut self) -> Result<(), lapin::Error> {
+        self.watch = None;
         self.channel.basic_cancel(self.consumer.tag(), BasicCancelOptions::default()).await
     }
 
     /// Gives the channel up, and with it all that is unsettled.
     pub async fn close(self) {
         let _ = self.channel.close(200, "done".into()).await;
+    }
+}
+
+/// So many acknowledgements of a lazy inbox don't wait for more.
+fn few(prefetch: u16) -> usize {
+    usize::from(prefetch / 4).max(1)
+}
+
+/// When a consumer gets what is in its queue.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Turn {
+    /// As soon as it has room for it, in its turn.
+    Equal,
+    /// When it alone is active, of all that there are.
+    Single,
+}
+
+/// Whether the broker still gives a consumer what it should get. A quorum queue that is deleted, and
+/// declared anew before the channel hears of it, keeps its consumers as the broker counts them; what
+/// it sends them never arrives, and waits until the channel is closed.
+///
+/// That can be told only in part: the broker tells how many consumers a queue has, and not whose
+/// they are, and how many messages lie in it, and not how many are on somebody's way. So what is
+/// missed is a consumer that has not yet been sent as much as it may hold, or that has others
+/// beside it which take everything. It is found out when more comes than that.
+struct Watch {
+    connection: Arc<Connection>,
+    queue: ShortString,
+    turn: Turn,
+    /// When to look next.
+    due: Pin<Box<Sleep>>,
+    /// Whether something came since the last look.
+    has_heard: bool,
+    /// Whether the last look was a bad one.
+    is_suspicious: bool,
+    looking: Option<BoxFuture<'static, Result<Option<QueueCounts>, lapin::Error>>>,
+}
+
+impl Watch {
+    fn new(connection: Arc<Connection>, queue: ShortString, turn: Turn) -> Self {
+        Self {
+            connection,
+            queue,
+            turn,
+            due: Box::pin(sleep(LOOK_EVERY)),
+            has_heard: false,
+            is_suspicious: false,
+            looking: None,
+        }
+    }
+
+    /// Ready when the consumer is forgotten. `has_room`: the broker may give it more.
+    fn poll(&mut self, cx: &mut Context<'_>, has_room: bool) -> Poll<Closed> {
+        loop {
+            if let Some(looking) = &mut self.looking {
+                let Poll::Ready(found) = looking.poll_unpin(cx) else { return Poll::Pending };
+                self.looking = None;
+                if self.is_forgotten(found.as_ref(), has_room) {
+                    return Poll::Ready(Closed::Forgotten { queue: self.queue.to_string() });
+                }
+                let pause = if self.is_suspicious { LOOK_AGAIN_AFTER } else { LOOK_EVERY };
+                self.due.as_mut().reset(Instant::now() + pause);
+            }
+            if self.due.as_mut().poll(cx).is_pending() {
+                return Poll::Pending;
+            }
+            if std::mem::take(&mut self.has_heard) {
+                self.is_suspicious = false;
+                self.due.as_mut().reset(Instant::now() + LOOK_EVERY);
+            } else {
+                let (connection, queue) = (Arc::clone(&self.connection), self.queue.clone());
+                self.looking = Some(async move { counts(&connection, queue).await }.boxed());
+            }
+        }
+    }
+
+    /// What a look has found. A queue that has no leader at the moment is said to be empty and
+    /// without consumers, and what has just come is not given to anyone yet: so twice, but for a
+    /// queue that isn't there.
+    fn is_forgotten(
+        &mut self,
+        found: Result<&Option<QueueCounts>, &lapin::Error>,
+        has_room: bool,
+    ) -> bool {
+        let was_suspicious = std::mem::take(&mut self.is_suspicious);
+        // How a connection is, others find out.
+        let Ok(found) = found else { return false };
+        let Some(QueueCounts { messages, consumers }) = found else { return true };
+        let is_passed_over = *messages > 0 && has_room && self.turn == Turn::Equal;
+        self.is_suspicious = !self.has_heard && (*consumers == 0 || is_passed_over);
+        was_suspicious && self.is_suspicious
+    }
+}
+
+impl std::fmt::Debug for Watch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Watch").field("queue", &self.queue).finish_non_exhaustive()
     }
 }
 
@@ -187,6 +358,8 @@ struct Tags {
     /// Settled above the floor; whether the broker knows.
     known: BTreeSet<u64>,
     unknown: BTreeSet<u64>,
+    /// The last that was delivered.
+    last: u64,
 }
 
 impl Tags {
@@ -202,6 +375,11 @@ impl Tags {
         if tag > self.floor {
             self.known.insert(tag);
         }
+    }
+
+    /// How many the broker waits for.
+    fn outstanding(&self) -> u64 {
+        self.last.saturating_sub(self.floor).saturating_sub(self.known.len() as u64)
     }
 
     /// What to acknowledge now: (tag, whether all before it are meant too).

@@ -86,8 +86,8 @@ pub enum Published {
     Lost(lapin::Error),
 }
 
-/// Publishes one message on `channel`, which must be one with confirms. The message is written when
-/// the future is first polled.
+/// Publishes one message on `channel`; on one without confirms it counts as confirmed when it is
+/// written. It is on its way when the future is first polled.
 pub async fn publish(channel: Channel, mut message: Outgoing) -> Published {
     let options = BasicPublishOptions { mandatory: message.mandatory, immediate: false };
     let properties = message.properties();
@@ -111,9 +111,13 @@ pub async fn publish(channel: Channel, mut message: Outgoing) -> Published {
 /// A channel to publish on, and what is on its way.
 pub struct Publisher<T> {
     channel: Channel,
-    on_their_way: FuturesUnordered<BoxFuture<'static, (T, Published)>>,
+    on_their_way: FuturesUnordered<Publishing<T>>,
     confirms: Confirms,
+    /// The last one, if nobody watches it.
+    unwatched: Option<Publishing<T>>,
 }
+
+type Publishing<T> = BoxFuture<'static, (T, Published)>;
 
 /// Whether publishes are confirmed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -133,15 +137,24 @@ impl<T: Send + 'static> Publisher<T> {
     /// A new channel of `connection`.
     pub async fn open(connection: &Connection) -> Result<Self, lapin::Error> {
         let channel = confirming_channel(connection).await?;
-        Ok(Self { channel, on_their_way: FuturesUnordered::new(), confirms: Confirms::All })
+        Ok(Self::on(channel, Confirms::All))
     }
 
     /// The same without confirms, for what nobody misses: what is written counts as confirmed, and
-    /// most of it is not told of by [`Publisher::next`].
+    /// most of it is not told of by [`Publisher::next`]. That it is refused shows by the end of the
+    /// channel: see [`Publisher::is_open`].
     pub async fn unconfirmed(connection: &Connection) -> Result<Self, lapin::Error> {
         let channel = connection.create_channel().await?;
-        let confirms = Confirms::Written { unwatched: 0 };
-        Ok(Self { channel, on_their_way: FuturesUnordered::new(), confirms })
+        Ok(Self::on(channel, Confirms::Written { unwatched: 0 }))
+    }
+
+    fn on(channel: Channel, confirms: Confirms) -> Self {
+        Self { channel, on_their_way: FuturesUnordered::new(), confirms, unwatched: None }
+    }
+
+    /// Whether its channel stands, as far as is known.
+    pub fn is_open(&self) -> bool {
+        self.channel.status().connected()
     }
 
     /// Writes `message` behind those that were written before.
@@ -151,17 +164,21 @@ impl<T: Send + 'static> Publisher<T> {
         // The first poll writes it; waiting for it to be written would put one message behind the
         // other.
         let started = Pin::new(&mut publishing).poll(&mut Context::from_waker(Waker::noop()));
+        let publishing = match started {
+            Poll::Ready(ended) => std::future::ready(ended).boxed(),
+            Poll::Pending => publishing,
+        };
+        self.unwatched = None;
         if let Confirms::Written { unwatched } = &mut self.confirms {
             *unwatched = (*unwatched + 1) % UNWATCHED_MAX;
-            // Whoever waits for nothing is told of nothing: it is written all the same.
-            if *unwatched > 0 {
+            // Whoever waits for nothing is told of nothing: it is written all the same. Not on a
+            // channel that is gone.
+            if *unwatched > 0 && self.channel.status().connected() {
+                self.unwatched = Some(publishing);
                 return;
             }
         }
-        self.on_their_way.push(match started {
-            Poll::Ready(ended) => std::future::ready(ended).boxed(),
-            Poll::Pending => publishing,
-        });
+        self.on_their_way.push(publishing);
     }
 
     /// What became of one of those on their way; waits for ever if none is.
@@ -177,9 +194,25 @@ impl<T: Send + 'static> Publisher<T> {
         self.on_their_way.next().now_or_never().flatten()
     }
 
-    /// How many are on their way; of unconfirmed ones, a part of them.
+    /// Waits for the end of everything that is on its way, and drops what became of it. Whoever
+    /// closes the connection waits for this first: lapin writes the goodbye before all that is
+    /// still to be published.
+    pub async fn finish(&mut self) {
+        if let Some(unwatched) = &mut self.unwatched {
+            unwatched.await;
+        }
+        self.unwatched = None;
+        while self.on_their_way.next().await.is_some() {}
+    }
+
+    /// How many are on their way; of unconfirmed ones, how many may be, give or take those since the
+    /// last that is watched.
     pub fn outstanding(&self) -> usize {
-        self.on_their_way.len()
+        let watched = self.on_their_way.len();
+        match self.confirms {
+            Confirms::All => watched,
+            Confirms::Written { .. } => watched.saturating_mul(UNWATCHED_MAX as usize),
+        }
     }
 }
 

@@ -140,6 +140,9 @@ pub enum TlsError {
     /// The broker ends the handshake for a reason of its own.
     #[error("it ends the handshake: {0}")]
     Refused(String),
+    /// The broker fails at the handshake, or gives it up.
+    #[error("it gives up the handshake: {0}")]
+    GivenUp(String),
     /// It ends the connection where it should have taken our certificate for a user's.
     #[error("it takes no certificate for a user's; has it the mechanism EXTERNAL?")]
     NoUser,
@@ -167,8 +170,10 @@ impl TlsError {
     /// Whether to try again. Most of this stays as it is until a person changes something.
     pub fn disposition(&self) -> Disposition {
         match self {
-            // Time goes by; and who answers so may be a proxy, or about to end.
-            Self::NotYetValid | Self::NoUser | Self::NotTls(_) => Disposition::Retry,
+            // Time goes by; and who answers so may be a proxy, or about to begin or to end.
+            Self::NotYetValid | Self::NoUser | Self::NotTls(_) | Self::GivenUp(_) => {
+                Disposition::Retry
+            }
             Self::Ca(_)
             | Self::Identity(_)
             | Self::NoSystemCa(_)
@@ -259,6 +264,8 @@ impl TlsError {
             {
                 Self::CertificateRefused(format!("{alert:?}"))
             }
+            // None of this is about us.
+            Said::InternalError | Said::UserCanceled => Self::GivenUp(format!("{alert:?}")),
             _ => Self::Refused(format!("{alert:?}")),
         }
     }
@@ -402,5 +409,29 @@ impl Pem {
             Self::Text(_) => None,
         };
         InvalidPem { file, rule: rule.into() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustls::AlertDescription as Said;
+
+    use super::TlsError;
+    use crate::transport::amqp::connection::Disposition;
+
+    #[test]
+    fn a_broker_that_fails_at_the_handshake_is_tried_again_and_one_that_says_no_is_not() {
+        for (said, disposition) in [
+            (Said::InternalError, Disposition::Retry),
+            (Said::UserCanceled, Disposition::Retry),
+            (Said::ProtocolVersion, Disposition::GiveUp),
+            (Said::CertificateExpired, Disposition::GiveUp),
+            (Said::UnknownCA, Disposition::GiveUp),
+        ] {
+            for has_certificate in [false, true] {
+                let error = TlsError::of_alert(said, has_certificate);
+                assert_eq!(error.disposition(), disposition, "{error}");
+            }
+        }
     }
 }

@@ -337,6 +337,33 @@ pub fn decode<T: Item>(body: &[u8]) -> Result<Vec<Result<T, Malformed>>, Malform
     Ok(items.collect())
 }
 
+/// What `understand` makes of the good items of a message, and what is said of the bad ones. More
+/// than ten are only counted: a message of nothing but commas would make a log of its own.
+pub(crate) fn sorted_out<T, U>(
+    items: Vec<Result<T, Malformed>>,
+    understand: impl Fn(T) -> Result<U, String>,
+) -> (Vec<U>, Vec<String>) {
+    const COMPLAINTS_MAX: usize = 10;
+    let (mut understood, mut complaints, mut unlisted) = (Vec::new(), Vec::new(), 0_usize);
+    for item in items {
+        match item {
+            Ok(item) => match understand(item) {
+                Ok(item) => understood.push(item),
+                Err(complaint) if complaints.len() < COMPLAINTS_MAX => complaints.push(complaint),
+                Err(_) => unlisted += 1,
+            },
+            Err(malformed) if complaints.len() < COMPLAINTS_MAX => {
+                complaints.push(malformed.to_string());
+            }
+            Err(_) => unlisted += 1,
+        }
+    }
+    if unlisted > 0 {
+        complaints.push(format!("and {unlisted} more items"));
+    }
+    (understood, complaints)
+}
+
 /// `text` up to [`TEXT_MAX`] characters.
 fn cut(text: &str) -> &str {
     if text.len() <= TEXT_MAX {

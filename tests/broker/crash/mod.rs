@@ -6,6 +6,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
+mod anew;
 mod blocked;
 mod drain;
 mod frozen;
@@ -18,6 +19,7 @@ mod producers;
 mod proxy;
 mod refused;
 mod restarts;
+mod silenced;
 mod stream;
 mod workers;
 

@@ -1,0 +1,78 @@
+//! Publishing without confirms: what is known of it all the same.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
+
+use std::time::Duration;
+
+use dtc::transport::amqp::{
+    connection::{Broker as Address, close},
+    publisher::{Outgoing, Published, Publisher},
+};
+use lapin::{
+    Channel, Connection, ConnectionProperties,
+    options::{BasicGetOptions, QueueDeclareOptions},
+    types::{FieldTable, ShortString},
+};
+
+use crate::broker::{Place, place};
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// A queue that ends with the test, and the channel that it belongs to.
+async fn queue(place: &Place) -> (Channel, ShortString) {
+    let connection = Connection::connect(&place.url, ConnectionProperties::default()).await;
+    let channel = connection.unwrap().create_channel().await.unwrap();
+    let options = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
+    let declared = channel.queue_declare("".into(), options, FieldTable::default()).await;
+    (channel, declared.unwrap().name().clone())
+}
+
+fn address(place: &Place) -> Address {
+    Address::new(place.url.parse().unwrap(), "test")
+}
+
+fn large(key: &ShortString) -> Outgoing {
+    Outgoing { key: key.clone(), body: vec![b'x'; 1024 * 1024], ..Outgoing::default() }
+}
+
+#[tokio::test]
+async fn what_was_published_last_is_not_overtaken_by_the_goodbye() {
+    // So few that none of them is watched.
+    const COUNT: usize = 20;
+    let place = place();
+    let (channel, queue) = queue(&place).await;
+    let connection = address(&place).connect("test").await.unwrap();
+    let mut publisher = Publisher::unconfirmed(&connection).await.unwrap();
+    for number in 0..COUNT {
+        publisher.publish(large(&queue), number);
+    }
+    tokio::time::timeout(LIMIT, publisher.finish()).await.expect("it is written");
+    close(&connection).await;
+    let mut arrived = 0;
+    while channel
+        .basic_get(queue.clone(), BasicGetOptions { no_ack: true })
+        .await
+        .unwrap()
+        .is_some()
+    {
+        arrived += 1;
+    }
+    assert_eq!(arrived, COUNT);
+}
+
+#[tokio::test]
+async fn what_is_published_on_a_channel_that_is_gone_is_lost_from_the_first_on() {
+    let place = place();
+    let link = address(&place).link().await.unwrap();
+    let mut publisher = Publisher::unconfirmed(&link.publishing).await.unwrap();
+    let nowhere = || Outgoing { exchange: "dtc-no-such-exchange".into(), ..Outgoing::default() };
+    assert!(publisher.is_open());
+    publisher.publish(nowhere(), 1);
+    while publisher.is_open() {
+        tokio::task::yield_now().await;
+    }
+    publisher.publish(nowhere(), 2);
+    let (ticket, published) = tokio::time::timeout(LIMIT, publisher.next()).await.unwrap();
+    assert!(matches!((ticket, &published), (2, Published::Lost(_))), "{ticket} {published:?}");
+    link.close().await;
+}
