@@ -648,13 +648,18 @@ impl<'a> Session<'a> {
     }
 
     fn settle(&mut self, key: TransactionKey, service: ServiceName) {
-        tracing::info!(transaction = %key, %service, "a parked commit is done");
         let then = match self.current {
             Some(held @ Held::Inquiry(tag)) => {
+                tracing::info!(transaction = %key, %service, "a parked commit is done");
                 *self.settling.entry(tag).or_default() += 1;
                 Then::Ack(held)
             }
-            Some(Held::Reply(_) | Held::Request(_)) | None => Then::Nothing,
+            Some(Held::Reply(_) | Held::Request(_)) | None => {
+                // As it is with most requests that are delivered again: whoever had them may have
+                // parked something.
+                tracing::debug!(transaction = %key, %service, "what may have been parked is done");
+                Then::Nothing
+            }
         };
         let settled_at = self.lasting.clock.now();
         let worker = self.settings.worker().clone();
