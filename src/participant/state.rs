@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! DIR/<service>/prepared/<id>@<requested_at>@<branch>   one file for each branch in doubt
+//! DIR/<service>/writing/                                such files, until they are whole
 //! DIR/<service>/committed.log                           <id> <requested_at> <branch> <ms> <instance>
 //! DIR/<service>/aborted.log                             the same
 //! DIR/<service>/calls.log                               <ns> start|end <call> <id> <requested_at> <branch> <instance> [<ending>]
@@ -25,7 +26,7 @@ use std::{
     io::{self, Read as _, Seek as _, SeekFrom, Write as _},
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::{Duration, UNIX_EPOCH},
 };
 
 use crate::{
@@ -199,11 +200,16 @@ fn name_of(key: &TransactionKey, between: char) -> String {
     format!("{}{between}{}", key.id, key.requested_at.as_millis() / 1000)
 }
 
+/// What is being written for longer belongs to an instance that was killed at it. If it was but
+/// stopped, its prepare fails.
+const WRITING_MAX: Duration = Duration::from_secs(60);
+
 #[derive(Debug)]
 struct Files {
     instance: InstanceId,
     clock: Clock,
     prepared: PathBuf,
+    writing: PathBuf,
     committed: Log,
     aborted: Log,
     calls: Log,
@@ -218,16 +224,26 @@ struct Log {
 
 impl Files {
     fn open(directory: &Path, instance: InstanceId) -> Result<Self, StateError> {
-        let prepared = directory.join("prepared");
-        fs::create_dir_all(&prepared)
-            .map_err(|source| StateError::Directory { path: prepared.clone(), source })?;
+        let clock = Clock::start();
+        let made = |name| {
+            let path = directory.join(name);
+            match fs::create_dir_all(&path) {
+                Ok(()) => Ok(path),
+                Err(source) => Err(StateError::Directory { path, source }),
+            }
+        };
+        let (prepared, writing) = (made("prepared")?, made("writing")?);
+        if let Err(error) = remove_unfinished(&writing, &clock) {
+            tracing::warn!(%error, directory = %writing.display(), "failed to tidy up");
+        }
         Ok(Self {
             instance,
-            clock: Clock::start(),
+            clock,
             committed: Log::open(directory.join("committed.log"))?,
             aborted: Log::open(directory.join("aborted.log"))?,
             calls: Log::open(directory.join("calls.log"))?,
             prepared,
+            writing,
         })
     }
 
@@ -237,7 +253,10 @@ impl Files {
 
     fn prepare(&self, held: &InDoubt) -> io::Result<()> {
         let text = format!("{} {}\n", held.request_hash, held.deadline.as_millis());
-        fs::write(self.path_of(&held.key, &held.branch), text)
+        let path = self.path_of(&held.key, &held.branch);
+        let unfinished = self.writing.join(path.file_name().unwrap_or_default());
+        fs::write(&unfinished, text)?;
+        fs::rename(&unfinished, &path)
     }
 
     /// Whether it is done; if not, another instance is at it.
@@ -299,6 +318,26 @@ impl Files {
     }
 }
 
+/// Removes what nobody will finish writing.
+fn remove_unfinished(writing: &Path, clock: &Clock) -> io::Result<()> {
+    for entry in fs::read_dir(writing)? {
+        let entry = entry?;
+        let removed = entry.metadata().and_then(|about| {
+            let began = about.modified()?.duration_since(UNIX_EPOCH).unwrap_or_default();
+            match clock.since_epoch().saturating_sub(began) > WRITING_MAX {
+                true => fs::remove_file(entry.path()),
+                false => Ok(()),
+            }
+        });
+        match removed {
+            // It was finished meanwhile, or another instance has removed it.
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            Ok(()) | Err(_) => {}
+        }
+    }
+    Ok(())
+}
+
 /// A branch in doubt. What was not written to its end was not voted for either.
 fn parse(name: &str, text: &str) -> Option<InDoubt> {
     let mut parts = name.split('@');
@@ -358,7 +397,12 @@ fn writeln_at_once(mut file: &File, line: &str) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, thread};
+    use std::{
+        collections::BTreeSet,
+        fs::{self, File},
+        thread,
+        time::{Duration, UNIX_EPOCH},
+    };
 
     use super::State;
     use crate::{
@@ -489,5 +533,27 @@ mod tests {
             fs::write(directory.path().join("payments/prepared/t1@7@i1.3"), text).unwrap();
             assert!(state.in_doubt(None).unwrap().is_empty(), "{text:?}");
         }
+    }
+
+    #[test]
+    fn what_an_instance_was_killed_in_the_middle_of_preparing_is_not_left_among_the_prepared() {
+        let directory = tempfile::tempdir().unwrap();
+        let before = state(directory.path(), "i1");
+        before.prepare(&prepare("t1", "i1")).unwrap();
+        let list = |name: &str| {
+            let entries = fs::read_dir(directory.path().join("payments").join(name)).unwrap();
+            let names = entries.map(|it| it.unwrap().file_name().into_string().unwrap());
+            names.collect::<BTreeSet<_>>()
+        };
+        assert_eq!(list("writing"), [].into());
+        let long_ago = UNIX_EPOCH + Duration::from_secs(1);
+        for (name, began) in [("t2@7@i1.4", Some(long_ago)), ("t3@7@i1.5", None)] {
+            let file = File::create(directory.path().join("payments/writing").join(name)).unwrap();
+            began.into_iter().for_each(|began| file.set_modified(began).unwrap());
+        }
+        let after = state(directory.path(), "i2");
+        assert_eq!(list("prepared"), ["t1@7@i1.3".to_owned()].into());
+        assert_eq!(after.in_doubt(None).unwrap().len(), 1);
+        assert_eq!(list("writing"), ["t3@7@i1.5".to_owned()].into(), "it may yet be finished");
     }
 }
