@@ -29,7 +29,8 @@ fn a_worker_frozen_after_its_last_vote_wakes_up_with_another_decision_than_the_o
     let frozen = system.worker_by(proxy.port, "frozen");
 
     proxy.hold_next_record();
-    let timeout = Some(Duration::from_secs(5));
+    // Long enough to vote, and over before what was appended is taken for lost (5 s).
+    let timeout = Some(Duration::from_secs(3));
     let plan = Plan { services: &["payments", "stock"], total: 1, per_second: 100, timeout };
     let load = Load::start(&system, "t", plan);
     proxy.wait_for_record();
