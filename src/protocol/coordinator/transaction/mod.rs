@@ -107,6 +107,23 @@ impl Standing {
     fn is_to_be_asked(&self) -> bool {
         matches!(self, Self::Unasked | Self::Reserved)
     }
+
+    /// The branch that it holds, or may, and who is known to have the slot.
+    fn held(&self) -> Option<(&Branch, Option<&InstanceId>)> {
+        match self {
+            Self::Prepared { branch, holder } | Self::Failed { branch, holder } => {
+                Some((branch, holder.as_ref()))
+            }
+            Self::Unasked
+            | Self::Reserved
+            | Self::Queued
+            | Self::Queried
+            | Self::Asked { .. }
+            | Self::ReadOnly
+            | Self::Declined
+            | Self::Heard => None,
+        }
+    }
 }
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
@@ -417,17 +434,9 @@ impl Transaction {
         }
         self.phase = Phase::Deciding;
         self.proposal = Some(outcome);
-        let named = |(part, service): (&Part, &ServiceName)| match &part.standing {
-            Standing::Prepared { branch, .. } => Some((service.clone(), branch.clone())),
-            Standing::Unasked
-            | Standing::Reserved
-            | Standing::Queued
-            | Standing::Queried
-            | Standing::Asked { .. }
-            | Standing::ReadOnly
-            | Standing::Declined
-            | Standing::Failed { .. }
-            | Standing::Heard => None,
+        let named = |(part, service): (&Part, &ServiceName)| {
+            let Standing::Prepared { branch, .. } = &part.standing else { return None };
+            Some((service.clone(), branch.clone()))
         };
         let (branches, reason) = match outcome {
             Outcome::Committed => {

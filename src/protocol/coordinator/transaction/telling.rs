@@ -61,40 +61,19 @@ impl Transaction {
     }
 
     pub(super) fn owe_abort(&mut self, index: usize, cx: &mut Context<'_>) {
-        match &self.parts[index].standing {
-            Standing::Prepared { .. } | Standing::Failed { .. } => {
-                self.owe(index, 0, 0, false, cx);
-            }
-            Standing::Unasked | Standing::Reserved | Standing::Queried if self.repeated => {
-                let finish = self.finish(Outcome::Aborted, None);
-                self.send(index, Destination::AllInstances, Command::Finish(finish), cx);
-            }
-            Standing::Unasked
-            | Standing::Reserved
-            | Standing::Queued
-            | Standing::Queried
-            | Standing::Asked { .. }
-            | Standing::ReadOnly
-            | Standing::Declined
-            | Standing::Heard => {}
+        let standing = &self.parts[index].standing;
+        let is_silent = standing.is_to_be_asked() || *standing == Standing::Queried;
+        if standing.held().is_some() {
+            self.owe(index, 0, 0, false, cx);
+        } else if is_silent && self.repeated {
+            let finish = self.finish(Outcome::Aborted, None);
+            self.send(index, Destination::AllInstances, Command::Finish(finish), cx);
         }
     }
 
     /// What a service is to be told of the outcome, and who has the slot, if that is known.
     fn telling(&self, index: usize, decision: &Decision) -> (Finish, Option<InstanceId>) {
-        let (held, holder) = match &self.parts[index].standing {
-            Standing::Prepared { branch, holder } | Standing::Failed { branch, holder } => {
-                (Some(branch), holder.clone())
-            }
-            Standing::Unasked
-            | Standing::Reserved
-            | Standing::Queued
-            | Standing::Queried
-            | Standing::Asked { .. }
-            | Standing::ReadOnly
-            | Standing::Declined
-            | Standing::Heard => (None, None),
-        };
+        let (held, holder) = self.parts[index].standing.held().unzip();
         let branch = match decision.outcome {
             Outcome::Committed => decision.branch_of(&self.request.services[index]),
             Outcome::Aborted => held,
@@ -103,7 +82,7 @@ impl Transaction {
         // it is gone: then the transport finds another one. Told all together, one that sees the
         // branch in the store would call the service's code as well.
         let holder = match held {
-            Some(_) => holder.filter(|_| held == branch),
+            Some(_) => holder.flatten().filter(|_| held == branch).cloned(),
             None => branch.map(|branch| branch.instance().clone()),
         };
         (self.finish(decision.outcome, branch.cloned()), holder)
@@ -275,22 +254,8 @@ impl Transaction {
     fn is_with_holder(&self, index: usize, branch: &Branch, instance: &InstanceId) -> bool {
         let part = &self.parts[index];
         let (Duty::Owed(telling) | Duty::BackingOff(telling)) = &part.duty else { return false };
-        match &part.standing {
-            Standing::Prepared { branch: held, holder: Some(holder) }
-            | Standing::Failed { branch: held, holder: Some(holder) } => {
-                !telling.all && held == branch && holder != instance
-            }
-            Standing::Prepared { .. }
-            | Standing::Failed { .. }
-            | Standing::Unasked
-            | Standing::Reserved
-            | Standing::Queued
-            | Standing::Queried
-            | Standing::Asked { .. }
-            | Standing::ReadOnly
-            | Standing::Declined
-            | Standing::Heard => false,
-        }
+        let Some((held, Some(holder))) = part.standing.held() else { return false };
+        !telling.all && held == branch && holder != instance
     }
 
     pub(super) fn wake_duty(&mut self, index: usize, cx: &mut Context<'_>) {
