@@ -32,7 +32,7 @@ use std::{
 
 use clap::{Parser, Subcommand};
 
-use crate::transport::amqp::connection::Chain;
+use crate::transport::chain::Chain;
 
 /// Commits a transaction at every service involved, or at none.
 #[derive(Debug, Parser)]

@@ -26,13 +26,16 @@ use crate::{
         message::Answer,
         time::Time,
     },
-    transport::amqp::{
-        connection::{
-            Backoff, Broker, Chain, ConnectError, Disposition, close, is_not_found, is_refusal,
+    transport::{
+        amqp::{
+            connection::{
+                Backoff, Broker, ConnectError, Disposition, close, is_not_found, is_refusal,
+            },
+            consumer::Inbox,
+            names::{Names, key},
+            unique,
         },
-        consumer::Inbox,
-        names::{Names, key},
-        unique,
+        chain::Chain,
     },
     wire::message::decode,
 };

@@ -33,12 +33,15 @@ use crate::{
         participant::{self, Effect, Event, Instance},
         time::Time,
     },
-    transport::amqp::{
-        connection::{Backoff, Broker, Chain, ConnectError, Disposition, is_not_found, is_refusal},
-        consumer::{Closed, Inbox},
-        names::Names,
-        topology::apply::TopologyError,
-        unique,
+    transport::{
+        amqp::{
+            connection::{Backoff, Broker, ConnectError, Disposition, is_not_found, is_refusal},
+            consumer::{Closed, Inbox},
+            names::Names,
+            topology::apply::TopologyError,
+            unique,
+        },
+        chain::Chain,
     },
     wire::services::Cap,
     worker::clock::Clock,

@@ -9,4 +9,5 @@
 //! instance that is just going: the protocol needs none of that.
 
 pub mod amqp;
+pub mod chain;
 pub mod embedded;

@@ -20,11 +20,14 @@ use tokio::{sync::mpsc, time::timeout};
 
 use crate::{
     protocol::{message::Decision, time::Time},
-    transport::amqp::{
-        connection::{Backoff, Chain, confirming_channel},
-        consumer::{Closed, Inbox},
-        publisher::{Outgoing, Published, publish},
-        unique,
+    transport::{
+        amqp::{
+            connection::{Backoff, confirming_channel},
+            consumer::{Closed, Inbox},
+            publisher::{Outgoing, Published, publish},
+            unique,
+        },
+        chain::Chain,
     },
     wire::message::{JournalBegun, Kind, decode},
 };

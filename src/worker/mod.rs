@@ -35,9 +35,12 @@ use crate::{
         ids::WorkerId,
         message::{Answer, Outcome},
     },
-    transport::amqp::{
-        connection::{Backoff, Broker, Chain, ConnectError, Disposition, is_refusal},
-        names::Names,
+    transport::{
+        amqp::{
+            connection::{Backoff, Broker, ConnectError, Disposition, is_refusal},
+            names::Names,
+        },
+        chain::Chain,
     },
 };
 

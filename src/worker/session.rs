@@ -26,13 +26,16 @@ use crate::{
         ids::{ReplyToken, ServiceName, TransactionKey},
         message::{Answer, Command, Matter, Outcome, Reason, ReasonCode, Request},
     },
-    transport::amqp::{
-        connection::{Backoff, Chain, Link, LinkEvent, counts, is_not_found},
-        consumer::{Closed, Inbox, Turn},
-        names,
-        publisher::Published,
-        rejected::{rejected, rejected_request},
-        unique,
+    transport::{
+        amqp::{
+            connection::{Backoff, Link, LinkEvent, counts, is_not_found},
+            consumer::{Closed, Inbox, Turn},
+            names,
+            publisher::Published,
+            rejected::{rejected, rejected_request},
+            unique,
+        },
+        chain::Chain,
     },
     wire::{
         message::{RequestMalformed, Settled, encode_request},

@@ -8,10 +8,13 @@ use std::{fs, process::Command, time::Duration};
 use dtc::{
     Identity, Pem, Tls,
     client::{Client, Settings, Submission, SubmitError, WaitError},
-    transport::amqp::{
-        connection::{Broker as At, Chain, ConnectError, Disposition},
-        names::{Names, Namespace},
-        tls::TlsError,
+    transport::{
+        amqp::{
+            connection::{Broker as At, ConnectError, Disposition},
+            names::{Names, Namespace},
+            tls::TlsError,
+        },
+        chain::Chain,
     },
 };
 use serde_json::json;

@@ -53,7 +53,7 @@ use crate::{
         ids::{InstanceId, TransactionId, TransactionKey, WorkerId},
         time::Time,
     },
-    transport::{amqp::connection::Chain, embedded::faults},
+    transport::{chain::Chain, embedded::faults},
     wire::message::{Begun, Entry, Finished},
 };
 
