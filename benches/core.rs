@@ -15,9 +15,11 @@ use std::{collections::VecDeque, hint::black_box, sync::Arc, time::Duration};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use dtc::protocol::{
-    coordinator::{self, Coordinator, Delivery},
+    coordinator::{self, Coordinator},
     ids::{Branch, InstanceId, RequestHash, ServiceName, TransactionId, TransactionKey, WorkerId},
-    message::{Ballot, Command, Decision, Destination, Done, Outcome, Payload, Request, Vote},
+    message::{
+        Ballot, Command, Decision, Delivery, Destination, Done, Outcome, Payload, Request, Vote,
+    },
     participant::{self, Instance, Verdict},
     time::Time,
 };

@@ -20,6 +20,7 @@
 //! From the ground up; nothing imports from above itself.
 //!
 //! * [`protocol`]: the commit protocol as pure state machines.
+//! * [`clock`]: the one clock of a process. [`error`]: an error with all that caused it.
 //! * [`wire`]: JSON as promised to others.
 //! * [`transport`]: moving messages, at least once.
 //! * [`worker`]: what drives a coordinator on a broker.
@@ -32,8 +33,10 @@
 
 pub mod cli;
 pub mod client;
+pub mod clock;
 pub mod config;
 pub mod embedded;
+pub mod error;
 pub mod participant;
 pub mod protocol;
 pub mod transport;
@@ -45,10 +48,7 @@ pub use crate::{
     embedded::{
         Embedded, InvalidService, InvalidTransaction, RunError, Transaction, TransactionResult, run,
     },
-    participant::{
-        Participant, Service, Verdict,
-        serve::{ServeSettings, serve},
-    },
+    participant::{Participant, Service, Verdict, serve::serve, settings::ServeSettings},
     protocol::message::{Outcome, Reason, ReasonCode},
     transport::{
         amqp::{

@@ -11,8 +11,9 @@ use std::{
 };
 
 /// The stairs, ground floor first. Who stands on one step knows only the steps below it.
-const FLOORS: [&[&str]; 6] = [
+const FLOORS: [&[&str]; 7] = [
     &["protocol"],
+    &["clock", "error"],
     &["wire"],
     &["transport"],
     &["worker", "participant", "client"],
@@ -21,7 +22,7 @@ const FLOORS: [&[&str]; 6] = [
 ];
 
 /// What stands beside the stairs, and on which step one must be to use it.
-const BESIDE: [&str; 2] = ["config", "telemetry"];
+const BESIDE: [&str; 1] = ["config"];
 const TOP: usize = FLOORS.len() - 1;
 
 /// What would let the world into the protocol: a runtime, a broker, a format, a log, a clock,

@@ -11,7 +11,8 @@ use crate::{
     cli::{Exit, Failure},
     config::{self, Complaints, Config, Flag, Given},
     transport::amqp::{
-        connection::{Broker, ConnectError, Disposition},
+        connection::{Broker, ConnectError},
+        error::Disposition,
         names::{Names, Namespace},
     },
 };

@@ -28,12 +28,11 @@ use crate::{
         tell,
     },
     client::{Client, Settings},
+    clock::Clock,
     embedded::{Calls, Report, ServiceReport},
     participant::{
-        Error, Finish, InDoubt, Participant, Prepare, Verdict,
-        serve::{ServeError, ServeSettings, serve},
-        simulated::Simulated,
-        state::State,
+        Error, Finish, InDoubt, Participant, Prepare, Verdict, error::ServeError, serve::serve,
+        settings::ServeSettings, simulated::Simulated, state::State,
     },
     protocol::ids::{ServiceName, TransactionKey, WorkerId},
     transport::amqp::{
@@ -47,7 +46,7 @@ use crate::{
         unique,
     },
     wire::{result::Attempts, services::ServiceSpec, transactions::Transactions},
-    worker::{self, WorkerError, clock::Clock},
+    worker::{self, WorkerError},
 };
 
 /// How long worker and services may take until they serve.

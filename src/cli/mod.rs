@@ -32,7 +32,7 @@ use std::{
 
 use clap::{Parser, Subcommand};
 
-use crate::transport::chain::Chain;
+use crate::error::Chain;
 
 /// Commits a transaction at every service involved, or at none.
 #[derive(Debug, Parser)]

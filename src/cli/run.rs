@@ -21,6 +21,7 @@ use crate::{
         report_file::ReportFile,
         stages::{self, Ran, Stages},
     },
+    clock::Clock,
     config::duration,
     embedded::{Embedded, Report},
     participant::{Service, simulated::Simulated, state::State},
@@ -35,7 +36,6 @@ use crate::{
         services::{self, ServiceSpec},
         transactions::Transactions,
     },
-    worker::clock::Clock,
 };
 
 /// What is said when the first signal is heard.

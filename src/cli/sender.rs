@@ -9,13 +9,14 @@ use tokio::sync::mpsc;
 use crate::{
     cli::{Exit, Failure, output, stages::Stop},
     client::{Client, ListenError, SubmitError, WaitError},
+    clock::Clock,
     embedded::{Concluded, Report},
     protocol::{
         ids::{ServiceName, TransactionKey},
+        message::TransactionSpec,
         time::Time,
     },
-    wire::{result::Attempts, transactions::TransactionSpec},
-    worker::clock::Clock,
+    wire::result::Attempts,
 };
 
 /// How many of those that failed are named.

@@ -19,7 +19,9 @@ use crate::{
         signals, stages,
     },
     participant::{
-        serve::{self, ServeError, ServeSettings},
+        error::ServeError,
+        serve,
+        settings::{self, ServeSettings},
         simulated::Simulated,
         state::State,
     },
@@ -126,7 +128,7 @@ fn settings(arguments: &ServiceArguments, spec: &ServiceSpec) -> Result<ServeSet
         flag("service.inquire_after", "--inquire-after", arguments.inquire_after.as_ref()),
         flag("service.drain", "--drain", arguments.drain.as_ref()),
     ])?;
-    let instance = serve::new_instance(config.service.instance.as_ref());
+    let instance = settings::new_instance(config.service.instance.as_ref());
     let broker = broker::broker(&config, format!("dtc service {} {instance}", spec.name));
     let names = broker::names(&config);
     Ok(ServeSettings {

@@ -26,10 +26,10 @@ use crate::{
         signals,
     },
     embedded::Concluded,
-    protocol::ids::TransactionId,
+    protocol::{ids::TransactionId, message::TransactionSpec},
     wire::{
         complaint::Complaints,
-        transactions::{Lines, TransactionSpec, Transactions},
+        transactions::{Lines, Transactions},
     },
 };
 

@@ -25,7 +25,7 @@ use crate::{
         time::Time,
     },
     transport::amqp::{
-        connection::{is_not_found, is_refusal},
+        error::{is_not_found, is_refusal},
         stream::ScanError,
     },
     wire::result::Because,

@@ -16,11 +16,11 @@ use crate::{
         stages::{self, Ended, Ran, Stages},
     },
     client::{Client, Settings},
+    clock::Clock,
     config::duration,
     protocol::time::Time,
     transport::amqp::pool::PublishError,
     wire::transactions::Transactions,
-    worker::clock::Clock,
 };
 
 /// How many requests may be without a confirm, or without a result where that is waited for.

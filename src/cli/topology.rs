@@ -18,21 +18,23 @@ use crate::{
         broker::{self, BrokerArguments, ConfigArgument, NamespaceArgument, exit_of, flag},
         tell,
     },
+    clock::Clock,
     config::{Config, Flag, duration},
     protocol::ids::ServiceName,
     transport::amqp::{
-        connection::{Backoff, Broker, ConnectError, Disposition, close},
+        connection::{Backoff, Broker, ConnectError, close},
+        error::Disposition,
         names::Names,
         topology::{
             Argument, Arguments, ServiceTopology, Topology,
             apply::{Applied, Begun, Options, TopologyError, apply_topology},
-            check::{Fault, Finding, Subject, check},
+            check::check,
             delete,
+            finding::{Fault, Finding, Subject},
             replace::{self, ReplaceError, Replaced},
         },
     },
     wire::services,
-    worker::clock::Clock,
 };
 
 /// The exchanges and queues at RabbitMQ: print, compare, make

@@ -14,6 +14,7 @@ use std::{
 use lapin::{Connection, message::Delivery, types::ShortString};
 
 use crate::{
+    clock::Clock,
     protocol::{
         ids::{TransactionId, TransactionKey},
         message::{Decision, Parked},
@@ -25,7 +26,6 @@ use crate::{
         stream::{From, Scan, ScanError},
     },
     wire::message::{Item, JournalBegun, Kind, Malformed, Settled, decode},
-    worker::clock::Clock,
 };
 
 /// How far any two clocks of the system may differ.

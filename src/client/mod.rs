@@ -39,23 +39,21 @@ pub use self::{
     submission::{InvalidSubmission, Submission},
 };
 use crate::{
+    clock::Clock,
     protocol::{
         ids::{ReplyToken, RequestHash, TransactionKey},
-        message::Answer,
+        message::{Answer, TransactionSpec},
         time::Time,
     },
     transport::amqp::{
-        connection::{Backoff, Broker, ConnectError, Disposition, is_not_found, is_refusal},
+        connection::{Backoff, Broker, ConnectError},
+        error::{Disposition, is_not_found, is_refusal},
         names::{Names, Namespace},
         pool::{Channels, PublishError},
         publisher::Outgoing,
         unique,
     },
-    wire::{
-        message::{Kind, RequestTooLarge, encode_request},
-        transactions::TransactionSpec,
-    },
-    worker::clock::Clock,
+    wire::message::{Kind, RequestTooLarge, encode_request},
 };
 
 /// The routing key of requests.

@@ -21,21 +21,18 @@ use tokio::{
 
 use crate::{
     client::HasWorked,
+    error::Chain,
     protocol::{
         ids::{ReplyToken, RequestHash, TransactionId, TransactionKey},
         message::Answer,
         time::Time,
     },
-    transport::{
-        amqp::{
-            connection::{
-                Backoff, Broker, ConnectError, Disposition, close, is_not_found, is_refusal,
-            },
-            consumer::Inbox,
-            names::{Names, key},
-            unique,
-        },
-        chain::Chain,
+    transport::amqp::{
+        connection::{Backoff, Broker, ConnectError, close},
+        consumer::Inbox,
+        error::{Disposition, is_not_found, is_refusal},
+        names::{Names, key},
+        unique,
     },
     wire::message::decode,
 };

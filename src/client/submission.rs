@@ -7,9 +7,10 @@ use serde_json::Value;
 use crate::{
     protocol::{
         ids::{InvalidName, ServiceName, TransactionId},
+        message::TransactionSpec,
         time::Time,
     },
-    wire::{hash, message::RequestTooLarge, transactions::TransactionSpec},
+    wire::{hash, message::RequestTooLarge},
 };
 
 /// What is to commit at every service named, or at none.

@@ -16,14 +16,17 @@ use std::{ffi::OsString, fmt, path::PathBuf, time::Duration};
 pub use self::complaint::{Complaint, Complaints, Source};
 use crate::{
     config::draft::{Draft, Entry},
-    protocol::ids::{InstanceId, ServiceName, WorkerId},
+    protocol::{
+        ids::{InstanceId, ServiceName, WorkerId},
+        message::Cap,
+    },
     transport::amqp::{
         address::Address,
         names::{ALL, ANY, Namespace},
         tls::{Identity, InvalidIdentity, InvalidPem, Pem, Tls},
         topology::{Commands, ServiceTopology, Settings},
     },
-    wire::services::{Cap, MAX_WAIT},
+    wire::services::MAX_WAIT,
 };
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
@@ -363,7 +366,7 @@ mod tests {
     use rcgen::{CertificateParams, KeyPair};
 
     use super::{Complaints, Config, Flag, Given, load};
-    use crate::wire::services::Cap;
+    use crate::protocol::message::Cap;
 
     /// What comes of a file and an environment.
     #[expect(

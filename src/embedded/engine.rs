@@ -12,6 +12,8 @@ use std::{
 };
 
 use crate::{
+    clock::Reading,
+    embedded::report::{Calls, Concluded},
     embedded::{
         Settings,
         log::{Earlier, Log, Maker, answer_of},
@@ -19,11 +21,11 @@ use crate::{
         report::ServiceReport,
     },
     protocol::{
-        coordinator::{self, Anomaly, Coordinator, Delivery},
+        coordinator::{self, Anomaly, Coordinator},
         ids::{InstanceId, ServiceName, TransactionKey, WorkerId},
         message::{
-            Answer, Command, Decision, Destination, Inquiry, Matter, Outcome, Parked, Reason,
-            ReasonCode, Request,
+            Answer, Command, Decision, Delivery, Destination, Inquiry, Matter, Outcome, Parked,
+            Reason, ReasonCode, Request, TransactionSpec,
         },
         participant::{self, InDoubt, Instance},
         time::Time,
@@ -32,35 +34,8 @@ use crate::{
         MemoryJournal, PrepareQueue, RequestQueue,
         file::{Batch, JournalError, Unfinished},
     },
-    wire::{result::Attempts, transactions::TransactionSpec},
-    worker::clock::Reading,
+    wire::result::Attempts,
 };
-
-/// How often a service's code was called.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Calls {
-    /// Calls of its prepare.
-    pub prepare: u64,
-    /// Calls of its commit.
-    pub commit: u64,
-    /// Calls of its abort.
-    pub abort: u64,
-}
-
-/// A transaction that has ended.
-#[derive(Debug)]
-pub(crate) struct Concluded {
-    pub(crate) answer: Answer,
-    pub(crate) attempts: BTreeMap<ServiceName, Attempts>,
-    pub(crate) took: Duration,
-}
-
-impl Concluded {
-    /// Nobody was called for it.
-    fn at_once(answer: Answer) -> Self {
-        Self { answer, attempts: BTreeMap::new(), took: Duration::ZERO }
-    }
-}
 
 pub(crate) struct Engine {
     settings: Settings,

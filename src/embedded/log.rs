@@ -14,14 +14,11 @@ use std::{
 use crate::{
     protocol::{
         ids::{Branch, RequestHash, ServiceName, TransactionId, TransactionKey, WorkerId},
-        message::{Answer, Decision, Request},
+        message::{Answer, Decision, Request, TransactionSpec},
         time::Time,
     },
     transport::embedded::file::{Batch, Endings, Incarnation, JournalError, Unfinished},
-    wire::{
-        message::{Begun, Entry, Finished},
-        transactions::TransactionSpec,
-    },
+    wire::message::{Begun, Entry, Finished},
 };
 
 /// In whose process a branch was made.

@@ -18,26 +18,23 @@ use std::{collections::BTreeSet, path::PathBuf, sync::Arc, time::Duration};
 use serde_json::Value;
 use tokio::sync::mpsc;
 
-pub use self::{
-    engine::Calls,
-    report::{Report, ServiceReport},
-};
-pub(crate) use self::{engine::Concluded, report::Latencies};
+pub use self::report::{Calls, Report, ServiceReport};
+pub(crate) use self::report::{Concluded, Latencies};
 use self::{engine::Engine, log::Log, remembered::Remembered};
 use crate::{
+    clock::Clock,
     participant::{self, AnyParticipant, Ended, Service},
     protocol::{
         coordinator,
         ids::{InstanceId, InvalidName, ServiceName, TransactionId},
-        message::{Outcome, Reason},
+        message::{Outcome, Reason, TransactionSpec},
         time::Time,
     },
     transport::embedded::{
         faults,
         file::{self, JournalError, Opened, Options, Unfinished, Writer},
     },
-    wire::{hash, transactions::TransactionSpec},
-    worker::clock::Clock,
+    wire::hash,
 };
 
 /// What is to commit at every service named, or at none.

@@ -1,13 +1,42 @@
 //! What is to be said of a run when it is over.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use hdrhistogram::Histogram;
 
 use crate::{
-    embedded::engine::{Calls, Concluded},
-    protocol::{ids::ServiceName, message::Outcome},
+    protocol::{
+        ids::ServiceName,
+        message::{Answer, Outcome},
+    },
+    wire::result::Attempts,
 };
+
+/// How often a service's code was called.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Calls {
+    /// Calls of its prepare.
+    pub prepare: u64,
+    /// Calls of its commit.
+    pub commit: u64,
+    /// Calls of its abort.
+    pub abort: u64,
+}
+
+/// A transaction that has ended.
+#[derive(Debug)]
+pub(crate) struct Concluded {
+    pub(crate) answer: Answer,
+    pub(crate) attempts: BTreeMap<ServiceName, Attempts>,
+    pub(crate) took: Duration,
+}
+
+impl Concluded {
+    /// Nobody was called for it.
+    pub(super) fn at_once(answer: Answer) -> Self {
+        Self { answer, attempts: BTreeMap::new(), took: Duration::ZERO }
+    }
+}
 
 /// How a run went.
 #[derive(Debug, Clone)]

@@ -15,6 +15,7 @@ use tempfile::TempDir;
 
 use super::{Concluded, Embedded, Transaction, engine::Engine};
 use crate::{
+    clock::Reading,
     participant::{Service, Verdict},
     protocol::{
         ids::{Branch, ServiceName, TransactionKey},
@@ -27,7 +28,6 @@ use crate::{
         frames::{Frames, Next},
     },
     wire::message::Entry,
-    worker::clock::Reading,
 };
 
 /// The services.

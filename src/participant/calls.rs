@@ -16,13 +16,13 @@ use tokio::{
 };
 
 use crate::{
+    clock::Clock,
     participant::{AnyParticipant, Error, Finish, InDoubt, Prepare, Verdict},
     protocol::{
         ids::{Branch, TransactionKey},
         participant::{Effect, Event},
         time::Time,
     },
-    worker::clock::Clock,
 };
 
 /// The last tenth of a prepare's time, but no more than this, is left for its vote: so a prepare

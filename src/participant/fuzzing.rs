@@ -5,7 +5,7 @@ use lapin::message::Delivery as Message;
 
 use crate::{
     participant::inbound::{self, Source},
-    protocol::participant::{Delivery, Event},
+    protocol::{message::Delivery, participant::Event},
 };
 
 /// The queues that a message may come by.

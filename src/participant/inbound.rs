@@ -8,8 +8,8 @@ use lapin::message::Delivery as Message;
 use crate::{
     protocol::{
         ids::WorkerId,
-        message::{Finish, Prepare, Query},
-        participant::{Delivery, Event},
+        message::{Delivery, Finish, Prepare, Query},
+        participant::Event,
     },
     transport::amqp::rejected::shown,
     wire::message::{Cancel, Item, Kind, decode, sorted_out},

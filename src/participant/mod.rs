@@ -5,6 +5,7 @@
 //! [`protocol::participant`](crate::protocol::participant) and of the loop that drives it.
 
 mod calls;
+pub mod error;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzzing;
@@ -13,6 +14,7 @@ mod outbox;
 pub mod serve;
 mod service;
 mod session;
+pub mod settings;
 pub mod simulated;
 pub mod state;
 

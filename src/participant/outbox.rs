@@ -7,8 +7,7 @@ use lapin::types::{AMQPValue, FieldTable, ShortString};
 use crate::{
     protocol::{
         ids::{ServiceName, WorkerId},
-        message::{Done, Inquiry, Vote},
-        participant::Delivery,
+        message::{Delivery, Done, Inquiry, Vote},
     },
     transport::amqp::{
         names::{ANY, Names, PREPARES_MAX, key},
@@ -155,8 +154,7 @@ mod tests {
                 Branch, InstanceId, RequestHash, ServiceName, TransactionId, TransactionKey,
                 WorkerId,
             },
-            message::{Done, Inquiry},
-            participant::Delivery,
+            message::{Delivery, Done, Inquiry},
             time::Time,
         },
         transport::amqp::names::{Names, Namespace},

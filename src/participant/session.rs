@@ -20,15 +20,21 @@ use tokio::{
 };
 
 use crate::{
+    clock::Clock,
     participant::{
+        error::OpenError,
         inbound::{Source, Told, read},
         outbox::Parcel,
-        serve::{OpenError, ServeSettings},
+        settings::ServeSettings,
     },
-    protocol::participant::{Delivery, Event},
+    protocol::{
+        message::{Cap, Delivery},
+        participant::Event,
+    },
     transport::amqp::{
-        connection::{Link, LinkEvent, is_refusal},
+        connection::{Link, LinkEvent},
         consumer::{Closed, Inbox, Turn},
+        error::is_refusal,
         names::{ALL, Names, key},
         publisher::{Outgoing, Published, Publisher},
         rejected::rejected,
@@ -37,8 +43,6 @@ use crate::{
             apply::{Options, apply_services},
         },
     },
-    wire::services::Cap,
-    worker::clock::Clock,
 };
 
 /// How many messages of an instance's own queue are on their way to it at a time.

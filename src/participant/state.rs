@@ -30,13 +30,13 @@ use std::{
 };
 
 use crate::{
+    clock::Clock,
     participant::{Finish, InDoubt, Prepare},
     protocol::{
         ids::{Branch, InstanceId, RequestHash, ServiceName, TransactionId, TransactionKey},
         message::Outcome,
         time::Time,
     },
-    worker::clock::Clock,
 };
 
 /// The pause before looking again at a branch that another instance is at.

@@ -13,6 +13,21 @@ use crate::protocol::{
     time::Time,
 };
 
+/// The transport's name for a message that it delivered and that must be settled once: by an effect
+/// of the core that it was given to.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Delivery(pub u64);
+
+/// Whose a service's slots are. Where it has one instance that is the same.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Cap {
+    /// Each instance has `max_concurrency` of them.
+    #[default]
+    Instance,
+    /// All instances together have: one works, and the others stand by.
+    Service,
+}
+
 /// What a producer sent along, as it came: text that only the services read.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct Payload(Arc<str>);
@@ -33,6 +48,21 @@ impl fmt::Debug for Payload {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
+}
+
+/// A transaction as it is asked for.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct TransactionSpec {
+    /// What it is called.
+    pub id: TransactionId,
+    /// Every service involved, each once, in name order. Never empty.
+    pub services: Arc<[ServiceName]>,
+    /// What the services are handed: a JSON object in its canonical form.
+    pub data: Payload,
+    /// The digest of `services` and `data`.
+    pub request_hash: RequestHash,
+    /// How long its prepares may take, from 1 ms to a day; `None`: the run's own setting.
+    pub timeout: Option<Duration>,
 }
 
 /// How a transaction ends: for all its services alike.

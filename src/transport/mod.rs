@@ -9,5 +9,4 @@
 //! instance that is just going: the protocol needs none of that.
 
 pub mod amqp;
-pub mod chain;
 pub mod embedded;

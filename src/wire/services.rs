@@ -31,7 +31,10 @@ use std::{
 };
 
 use crate::{
-    protocol::ids::{ServiceName, TransactionId},
+    protocol::{
+        ids::{ServiceName, TransactionId},
+        message::Cap,
+    },
     wire::{
         check::{Check, DAY_MS, Path, without_byte_order_mark},
         complaint::{Complaints, Position},
@@ -59,16 +62,6 @@ pub struct ServiceSpec {
     pub commit: Behaviour,
     /// How its abort behaves. Neither refuses nor is read-only.
     pub abort: Behaviour,
-}
-
-/// Whose a service's slots are. Where it has one instance that is the same.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub enum Cap {
-    /// Each instance has `max_concurrency` of them.
-    #[default]
-    Instance,
-    /// All instances together have: one works, and the others stand by.
-    Service,
 }
 
 /// How a call of a service's code behaves. By default it succeeds at once.
@@ -286,8 +279,9 @@ fn read_ids(
 mod tests {
     use std::time::Duration;
 
-    use super::{Behaviour, Cap, Latency, ServiceSpec, read};
+    use super::{Behaviour, Latency, ServiceSpec, read};
     use crate::protocol::ids::{ServiceName, TransactionId};
+    use crate::protocol::message::Cap;
 
     #[test]
     fn a_service_with_only_what_it_must_have_succeeds_at_once() {

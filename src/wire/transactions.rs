@@ -29,8 +29,8 @@ use std::{
 
 use crate::{
     protocol::{
-        ids::{RequestHash, ServiceName, TransactionId},
-        message::Payload,
+        ids::{ServiceName, TransactionId},
+        message::{Payload, TransactionSpec},
     },
     wire::{
         check::{BYTE_ORDER_MARK, Check, DAY_MS, Path, without_byte_order_mark},
@@ -42,22 +42,6 @@ use crate::{
 
 /// How many bytes one transaction may have: 256 KiB.
 pub const SIZE_MAX: usize = 256 * 1024;
-
-/// A transaction as it is asked for.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct TransactionSpec {
-    /// What it is called.
-    pub id: TransactionId,
-    /// Every service involved, each once, in name order. Never empty.
-    pub services: Arc<[ServiceName]>,
-    /// What the services are handed: a JSON object in its canonical form (see
-    /// [`hash`](crate::wire::hash)).
-    pub data: Payload,
-    /// The digest of `services` and `data`.
-    pub request_hash: RequestHash,
-    /// How long its prepares may take, from 1 ms to a day; `None`: the run's own setting.
-    pub timeout: Option<Duration>,
-}
 
 /// The transactions of a file, in whichever form it has.
 #[derive(Debug)]
@@ -416,8 +400,9 @@ mod tests {
         time::Duration,
     };
 
-    use super::{Lines, SIZE_MAX, TakenIds, TransactionSpec, Transactions, read_all};
+    use super::{Lines, SIZE_MAX, TakenIds, Transactions, read_all};
     use crate::protocol::ids::TransactionId;
+    use crate::protocol::message::TransactionSpec;
 
     const EXAMPLE: &str = r#"[
         {"id": "TX1", "involved_services": ["ServiceB", "ServiceA"], "data": {"amount": 100}},

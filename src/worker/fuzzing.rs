@@ -7,8 +7,8 @@ use lapin::message::Delivery as Message;
 
 use crate::{
     protocol::{
-        coordinator::{Delivery, Event},
-        message::Decision,
+        coordinator::Event,
+        message::{Decision, Delivery},
     },
     wire::message::{JournalBegun, RequestMalformed},
     worker::{intake, journal},

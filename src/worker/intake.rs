@@ -7,9 +7,9 @@ use lapin::{
 
 use crate::{
     protocol::{
-        coordinator::{Delivery, Event},
+        coordinator::Event,
         ids::ServiceName,
-        message::{Done, Inquiry, Prepare, Request, Vote},
+        message::{Delivery, Done, Inquiry, Prepare, Request, Vote},
     },
     transport::amqp::{
         names::{self, PREPARES_MAX},

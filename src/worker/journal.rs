@@ -19,15 +19,13 @@ use lapin::{
 use tokio::{sync::mpsc, time::timeout};
 
 use crate::{
+    error::Chain,
     protocol::{message::Decision, time::Time},
-    transport::{
-        amqp::{
-            connection::{Backoff, confirming_channel},
-            consumer::{Closed, Inbox},
-            publisher::{Outgoing, Published, publish},
-            unique,
-        },
-        chain::Chain,
+    transport::amqp::{
+        connection::{Backoff, confirming_channel},
+        consumer::{Closed, Inbox},
+        publisher::{Outgoing, Published, publish},
+        unique,
     },
     wire::message::{JournalBegun, Kind, decode},
 };

@@ -3,13 +3,11 @@
 //! A worker keeps nothing that a crash could lose. Any number of them share the queue of requests,
 //! with no configuration among them; each reads the same journal.
 //!
-//! * [`clock`]: the one clock of a process.
 //! * `session`: the life of one link to the broker.
 //! * `journal`: reading the stream of decisions.
 //! * `sources`, `intake`: what comes in.
 //! * `outbox`: what goes out.
 
-pub mod clock;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzzing;
@@ -25,22 +23,19 @@ use std::time::Duration;
 use futures_util::FutureExt;
 use tokio::{sync::watch, time::Instant};
 
-use self::{
-    clock::Clock,
-    session::{End, Lasting, Session, SessionError},
-};
+use self::session::{End, Lasting, Session, SessionError};
 use crate::{
+    clock::Clock,
+    error::Chain,
     protocol::{
         coordinator::{self, Coordinator, Event},
         ids::WorkerId,
         message::{Answer, Outcome},
     },
-    transport::{
-        amqp::{
-            connection::{Backoff, Broker, ConnectError, Disposition, is_refusal},
-            names::Names,
-        },
-        chain::Chain,
+    transport::amqp::{
+        connection::{Backoff, Broker, ConnectError},
+        error::{Disposition, is_refusal},
+        names::Names,
     },
 };
 

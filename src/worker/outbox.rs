@@ -11,9 +11,9 @@ use tokio::time::Instant;
 
 use crate::{
     protocol::{
-        coordinator::{Delivery, Event},
+        coordinator::Event,
         ids::{ReplyToken, ServiceName, TransactionKey, WorkerId},
-        message::{Answer, Command, Decision, Destination, Outcome, Parked, Prepare},
+        message::{Answer, Command, Decision, Delivery, Destination, Outcome, Parked, Prepare},
     },
     transport::amqp::{
         names::{self, ALL, ANY, NO_REPLY, Names},

@@ -21,30 +21,28 @@ use tokio::{
 };
 
 use crate::{
+    clock::Clock,
+    error::Chain,
     protocol::{
-        coordinator::{Coordinator, Delivery, Effect, Event},
+        coordinator::{Coordinator, Effect, Event},
         ids::{ReplyToken, ServiceName, TransactionKey},
-        message::{Answer, Command, Matter, Outcome, Reason, ReasonCode, Request},
-    },
-    transport::{
-        amqp::{
-            connection::{Backoff, Link, LinkEvent, counts, is_not_found},
-            consumer::{Closed, Inbox, Turn},
-            names,
-            publisher::Published,
-            rejected::{rejected, rejected_request},
-            unique,
+        message::{
+            Answer, Command, Delivery, Matter, Outcome, Reason, ReasonCode, Request,
+            TransactionSpec,
         },
-        chain::Chain,
     },
-    wire::{
-        message::{RequestMalformed, Settled, encode_request},
-        transactions::TransactionSpec,
+    transport::amqp::{
+        connection::{Backoff, Link, LinkEvent, counts},
+        consumer::{Closed, Inbox, Turn},
+        error::is_not_found,
+        names,
+        publisher::Published,
+        rejected::{rejected, rejected_request},
+        unique,
     },
+    wire::message::{RequestMalformed, Settled, encode_request},
     worker::{
-        Settings, Tally,
-        clock::Clock,
-        intake,
+        Settings, Tally, intake,
         journal::{Found, Journal, LookBack, ReadError, Record, Tail},
         outbox::{Held, Meaning, Outbox, Then, Ticket},
         sources::Sources,

@@ -13,7 +13,7 @@ use std::{
 use lapin::{Connection, message::Delivery as Message, types::FieldTable, types::ShortString};
 
 use crate::{
-    protocol::coordinator::Delivery,
+    protocol::message::Delivery,
     transport::amqp::consumer::{Closed, Inbox, Turn},
 };
 

@@ -7,6 +7,7 @@ use std::{collections::BTreeSet, fs, time::Duration};
 use dtc::{
     Client, Outcome, Submission,
     client::{SubmitError, WaitError, history},
+    clock::Clock,
     protocol::{
         ids::{
             Branch, InstanceId, RequestHash, ServiceName, TransactionId, TransactionKey, WorkerId,
@@ -23,7 +24,6 @@ use dtc::{
         },
     },
     wire::message::{Item, Items, Settled, decode_request},
-    worker::clock::Clock,
 };
 use futures_util::{StreamExt, future::join_all};
 use lapin::{

@@ -13,12 +13,10 @@ use std::{
 use dtc::{
     Participant, Verdict,
     participant::{
-        Error, Finish, Prepare,
-        serve::{ServeError, ServeSettings, serve},
-        simulated::Simulated,
-        state::State,
+        Error, Finish, Prepare, error::ServeError, serve::serve, settings::ServeSettings,
+        simulated::Simulated, state::State,
     },
-    protocol::{ids::ServiceName, time::Time},
+    protocol::{ids::ServiceName, message::Cap, time::Time},
     transport::amqp::{
         connection::Broker as Address,
         names::{Names, Namespace, key},
@@ -27,7 +25,7 @@ use dtc::{
             apply::{Options, apply},
         },
     },
-    wire::services::{self, Cap},
+    wire::services,
 };
 use futures_util::StreamExt;
 use lapin::{

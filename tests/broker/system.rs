@@ -11,20 +11,21 @@ use std::time::Duration;
 
 use dtc::{
     client::{self, Client, Submission},
-    participant::serve::{self, ServeError, ServeSettings},
+    clock::Clock,
+    participant::{error::ServeError, serve, settings::ServeSettings},
     protocol::{
         ids::{ServiceName, WorkerId},
-        message::Answer,
+        message::{Answer, Cap},
     },
     transport::amqp::{
         connection::Broker,
         names::{Names, Namespace},
         topology::{
-            self, Cap, ServiceTopology,
+            self, ServiceTopology,
             apply::{self, apply},
         },
     },
-    worker::{self, Tally, WorkerError, clock::Clock},
+    worker::{self, Tally, WorkerError},
 };
 use futures_util::{StreamExt, future::join_all};
 use lapin::{

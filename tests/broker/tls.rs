@@ -8,13 +8,12 @@ use std::{fs, process::Command, time::Duration};
 use dtc::{
     Identity, Pem, Tls,
     client::{Client, Settings, Submission, SubmitError, WaitError},
-    transport::{
-        amqp::{
-            connection::{Broker as At, ConnectError, Disposition},
-            names::{Names, Namespace},
-            tls::TlsError,
-        },
-        chain::Chain,
+    error::Chain,
+    transport::amqp::{
+        connection::{Broker as At, ConnectError},
+        error::Disposition,
+        names::{Names, Namespace},
+        tls::TlsError,
     },
 };
 use serde_json::json;

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use dtc::worker::clock::Clock;
+use dtc::clock::Clock;
 use futures_util::StreamExt;
 use lapin::{
     BasicProperties, Channel, Connection, ConnectionProperties, Consumer,

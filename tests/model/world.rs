@@ -7,11 +7,11 @@ use std::{
 };
 
 use dtc::protocol::{
-    coordinator::{self, Delivery, Effect, Event},
+    coordinator::{self, Effect, Event},
     ids::{Branch, InstanceId, RequestHash, ServiceName, TransactionKey, WorkerId},
     message::{
-        self, Ballot, Command, Decision, Destination, Finish, Inquiry, Matter, Outcome, Prepare,
-        Vote,
+        self, Ballot, Command, Decision, Delivery, Destination, Finish, Inquiry, Matter, Outcome,
+        Prepare, Vote,
     },
     participant::{self, InDoubt, Verdict},
     time::Time,

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use dtc::protocol::{
     ids::{TransactionKey, WorkerId},
-    message::{Finish, Outcome, Payload, Prepare, Query},
-    participant::{Delivery, Effect, Event, InDoubt, Instance, Settings, Verdict},
+    message::{Delivery, Finish, Outcome, Payload, Prepare, Query},
+    participant::{Effect, Event, InDoubt, Instance, Settings, Verdict},
     time::Time,
 };
 

@@ -3,9 +3,9 @@
 use std::{sync::Arc, time::Duration};
 
 use dtc::protocol::{
-    coordinator::{Coordinator, Delivery, Event, Settings},
+    coordinator::{Coordinator, Event, Settings},
     ids::{RequestHash, ServiceName, TransactionId, TransactionKey, WorkerId},
-    message::{Payload, Request},
+    message::{Delivery, Payload, Request},
     time::Time,
 };
 

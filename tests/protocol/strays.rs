@@ -1,9 +1,9 @@
 //! Events that come when nobody waits for them.
 
 use dtc::protocol::{
-    coordinator::{Coordinator, Delivery, Event, Settings},
+    coordinator::{Coordinator, Event, Settings},
     ids::{RequestHash, ServiceName, TransactionId, TransactionKey, WorkerId},
-    message::{Payload, Request},
+    message::{Delivery, Payload, Request},
     time::Time,
 };
 

@@ -10,9 +10,12 @@ use std::{
 };
 
 use dtc::protocol::{
-    coordinator::{self, Coordinator, Delivery},
+    coordinator::{self, Coordinator},
     ids::{Branch, RequestHash, ServiceName, TransactionKey, WorkerId},
-    message::{Answer, Command, Decision, Destination, Matter, Outcome, Payload, Prepare, Request},
+    message::{
+        Answer, Command, Decision, Delivery, Destination, Matter, Outcome, Payload, Prepare,
+        Request,
+    },
     participant::{self, InDoubt, Instance, Verdict},
     time::Time,
 };

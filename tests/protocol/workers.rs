@@ -10,10 +10,11 @@ use std::{
 };
 
 use dtc::protocol::{
-    coordinator::{Anomaly, Coordinator, Delivery, Effect, Event, Settings},
+    coordinator::{Anomaly, Coordinator, Effect, Event, Settings},
     ids::{ServiceName, TransactionKey, WorkerId},
     message::{
-        Ballot, Decision, Done, Inquiry, Matter, Payload, Reason, ReasonCode, Request, Vote,
+        Ballot, Decision, Delivery, Done, Inquiry, Matter, Payload, Reason, ReasonCode, Request,
+        Vote,
     },
     time::Time,
 };

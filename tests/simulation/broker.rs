@@ -10,10 +10,11 @@ use std::{
 };
 
 use dtc::protocol::{
-    coordinator::{self, Delivery},
+    coordinator,
     ids::{RequestHash, ServiceName, TransactionId, TransactionKey, WorkerId},
     message::{
-        self, Answer, Decision, Destination, Done, Inquiry, Matter, Outcome, Parked, Prepare, Vote,
+        self, Answer, Decision, Delivery, Destination, Done, Inquiry, Matter, Outcome, Parked,
+        Prepare, Vote,
     },
     participant,
     time::Time,

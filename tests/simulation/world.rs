@@ -12,9 +12,11 @@ use std::{
 };
 
 use dtc::protocol::{
-    coordinator::{self, Delivery},
+    coordinator,
     ids::{Branch, InstanceId, ServiceName, TransactionId, TransactionKey, WorkerId},
-    message::{Answer, Decision, Destination, Outcome, Parked, Reason, ReasonCode, Request},
+    message::{
+        Answer, Decision, Delivery, Destination, Outcome, Parked, Reason, ReasonCode, Request,
+    },
     participant,
     time::Time,
 };

@@ -16,9 +16,11 @@ use std::{
 };
 
 use dtc::protocol::{
-    coordinator::{self, Coordinator, Delivery},
+    coordinator::{self, Coordinator},
     ids::{Branch, RequestHash, ServiceName, TransactionKey, WorkerId},
-    message::{Answer, Ballot, Command, Decision, Destination, Finish, Outcome, ReasonCode, Vote},
+    message::{
+        Answer, Ballot, Command, Decision, Delivery, Destination, Finish, Outcome, ReasonCode, Vote,
+    },
     participant::{self, Instance, Verdict},
     time::Time,
 };

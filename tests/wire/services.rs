@@ -2,7 +2,10 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
-use dtc::wire::services::{Behaviour, Cap, read};
+use dtc::{
+    protocol::message::Cap,
+    wire::services::{Behaviour, read},
+};
 use proptest::prelude::{Just, Strategy, any, prop, prop_oneof, proptest};
 use serde_json::{Map, Value, json};
 

@@ -3,11 +3,11 @@
 use std::{collections::BTreeSet, io::BufReader, time::Duration};
 
 use dtc::{
-    protocol::ids::ServiceName,
+    protocol::{ids::ServiceName, message::TransactionSpec},
     wire::{
         complaint::Complaints,
         hash::{canonical, request_hash},
-        transactions::{TransactionSpec, Transactions, read_all},
+        transactions::{Transactions, read_all},
     },
 };
 use proptest::prelude::{Strategy, any, prop, proptest};

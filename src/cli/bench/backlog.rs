@@ -18,6 +18,7 @@ use crate::{
         system::{Place, SERVICES},
     },
     client::Submission,
+    clock::Clock,
     protocol::{ids::ReplyToken, message::Answer, message::Outcome},
     transport::amqp::{
         consumer::Inbox,
@@ -26,7 +27,6 @@ use crate::{
         unique,
     },
     wire::message::{Kind, decode, encode_request},
-    worker::clock::Clock,
 };
 
 /// How many requests may be without a confirm.

@@ -15,7 +15,7 @@ use crate::{
     embedded::{Concluded, Embedded, Latencies},
     participant::Service,
     protocol::message::Outcome,
-    wire::transactions::TransactionSpec,
+    protocol::message::TransactionSpec,
 };
 
 /// How long it runs before it counts.

@@ -22,19 +22,19 @@ use tokio::{
 };
 
 use crate::{
-    protocol::ids::ServiceName,
+    clock::Clock,
+    protocol::{ids::ServiceName, message::Cap},
     transport::amqp::{
         connection::{Broker, close},
         names::{Names, Namespace},
         topology::{
-            self, Cap, Queue, QueueKind, ServiceTopology, Topology,
+            self, Queue, QueueKind, ServiceTopology, Topology,
             apply::{Options, apply},
             delete::delete,
         },
         unique,
     },
     wire::services::MAX_WAIT,
-    worker::clock::Clock,
 };
 
 /// The services of every transaction.

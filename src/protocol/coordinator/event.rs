@@ -5,15 +5,11 @@ use std::sync::Arc;
 use crate::protocol::{
     ids::{ServiceName, TransactionKey},
     message::{
-        Answer, Command, Decision, Destination, Done, Inquiry, Parked, Reason, Request, Vote,
+        Answer, Command, Decision, Delivery, Destination, Done, Inquiry, Parked, Reason, Request,
+        Vote,
     },
     time::Time,
 };
-
-/// The transport's name for a message that it delivered and that must be settled once: by
-/// [`Effect::Ack`], [`Effect::Release`] or [`Effect::Reject`].
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub struct Delivery(pub u64);
 
 /// A fact that the coordinator is told. Any of them may come twice, late, or out of order.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]

@@ -29,7 +29,7 @@ use std::{
 };
 
 pub use self::{
-    event::{Anomaly, Delivery, Effect, Event},
+    event::{Anomaly, Effect, Event},
     transaction::Phase,
 };
 use self::{flow::Flow, transaction::Transaction};
@@ -40,8 +40,8 @@ use crate::protocol::{
     journal::{JournalView, Recall},
     keymap::KeyMap,
     message::{
-        Ballot, Command, Decision, Destination, Done, Finish, Inquiry, Outcome, Reason, ReasonCode,
-        Request, Vote,
+        Ballot, Command, Decision, Delivery, Destination, Done, Finish, Inquiry, Outcome, Reason,
+        ReasonCode, Request, Vote,
     },
     time::Time,
 };

@@ -3,9 +3,8 @@
 use std::sync::Arc;
 
 use crate::protocol::{
-    coordinator::Delivery,
     ids::{Branch, RequestHash, TransactionKey, WorkerId},
-    message::{Done, Finish, Inquiry, Payload, Prepare, Query, Vote},
+    message::{Delivery, Done, Finish, Inquiry, Payload, Prepare, Query, Vote},
     time::Time,
 };
 

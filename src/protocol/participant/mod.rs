@@ -24,13 +24,14 @@ use std::{
 
 pub use self::event::{Effect, Event, InDoubt, Verdict};
 use self::memory::{Memory, Remembered, has_namesake};
-pub use crate::protocol::coordinator::Delivery;
 use crate::protocol::{
     deadlines::Deadlines,
     ids::{Branch, InstanceId, RequestHash, ServiceName, TransactionKey, WorkerId},
     jitter::jitter,
     keymap::KeyMap,
-    message::{Ballot, Done, Finish, Inquiry, Outcome, Prepare, Query, Reason, ReasonCode, Vote},
+    message::{
+        Ballot, Delivery, Done, Finish, Inquiry, Outcome, Prepare, Query, Reason, ReasonCode, Vote,
+    },
     time::Time,
 };
 

@@ -17,7 +17,6 @@ use futures_util::{
 use lapin::{
     AsyncTcpStream, Channel, Connection, ConnectionProperties, ErrorKind,
     options::{ConfirmSelectOptions, QueueDeclareOptions},
-    protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError},
     runtime::default_runtime,
     tcp::RustlsConnector,
     types::{FieldTable, ShortString},
@@ -26,6 +25,7 @@ use lapin::{
 
 use crate::transport::amqp::{
     address::{Address, is_external, public},
+    error::{Disposition, is_not_found, is_refusal},
     tls::{Tls, TlsError},
     unique,
 };
@@ -47,15 +47,6 @@ pub struct Broker {
     pub connect_timeout: Duration,
     /// Whom to trust, and who we are, for hosts whose URL begins with `amqps://`.
     pub tls: Tls,
-}
-
-/// What follows from a failure.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Disposition {
-    /// It may be gone the next time.
-    Retry,
-    /// It will be the same until a person changes something.
-    GiveUp,
 }
 
 /// No host let us in. It tells of the one that was tried last, or of the one that refused us.
@@ -113,25 +104,6 @@ impl ConnectError {
             Self::Unavailable { .. } | Self::Silent { .. } => Disposition::Retry,
         }
     }
-}
-
-/// Whether the broker said no to who we are or what we want, rather than failing at it.
-pub fn is_refusal(error: &lapin::Error) -> bool {
-    let ErrorKind::ProtocolError(error) = error.kind() else { return false };
-    *error.kind() == AMQPErrorKind::Soft(AMQPSoftError::ACCESSREFUSED)
-        || *error.kind() == AMQPErrorKind::Hard(AMQPHardError::NOTALLOWED)
-}
-
-/// Whether the broker said that something doesn't exist.
-pub fn is_not_found(error: &lapin::Error) -> bool {
-    let ErrorKind::ProtocolError(error) = error.kind() else { return false };
-    *error.kind() == AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND)
-}
-
-/// Whether the broker said that something is not as it is asked for.
-pub fn is_precondition_failed(error: &lapin::Error) -> bool {
-    let ErrorKind::ProtocolError(error) = error.kind() else { return false };
-    *error.kind() == AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED)
 }
 
 impl Broker {

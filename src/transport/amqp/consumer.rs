@@ -21,7 +21,8 @@ use lapin::{
 use tokio::time::{Instant, Sleep, sleep};
 
 use crate::transport::amqp::{
-    connection::{QueueCounts, counts, is_precondition_failed},
+    connection::{QueueCounts, counts},
+    error::is_precondition_failed,
     traffic,
 };
 

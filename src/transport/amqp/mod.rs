@@ -2,6 +2,7 @@
 //!
 //! * [`address`]: where the brokers are, and who we are to them.
 //! * [`connection`]: connecting, and connecting again.
+//! * [`error`]: what a failure means.
 //! * [`names`]: what every exchange and queue is called.
 //! * [`publisher`]: publishing with confirms.
 //! * [`consumer`]: taking deliveries, and acknowledging them in as few frames as possible.
@@ -21,6 +22,7 @@
 pub mod address;
 pub mod connection;
 pub mod consumer;
+pub mod error;
 pub mod names;
 pub mod pool;
 pub mod publisher;

@@ -23,7 +23,7 @@ use rustls::{
     sign::CertifiedKey,
 };
 
-use crate::transport::amqp::connection::Disposition;
+use crate::transport::amqp::error::Disposition;
 
 /// No chain, key or set of CAs is longer; a file that is was not meant.
 const BYTES_MAX: u64 = 4 * 1024 * 1024;
@@ -417,7 +417,7 @@ mod tests {
     use rustls::AlertDescription as Said;
 
     use super::TlsError;
-    use crate::transport::amqp::connection::Disposition;
+    use crate::transport::amqp::error::Disposition;
 
     #[test]
     fn a_broker_that_fails_at_the_handshake_is_tried_again_and_one_that_says_no_is_not() {

@@ -2,7 +2,11 @@
 
 use std::{collections::VecDeque, time::Duration};
 
-use crate::protocol::{coordinator::Delivery, ids::TransactionKey, message::Prepare, time::Time};
+use crate::protocol::{
+    ids::TransactionKey,
+    message::{Delivery, Prepare},
+    time::Time,
+};
 
 /// The prepares that wait for one of a service's slots.
 ///

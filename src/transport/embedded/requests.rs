@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::protocol::{coordinator::Delivery, message::Request};
+use crate::protocol::message::{Delivery, Request};
 
 /// The requests that a coordinator has taken and not acked.
 #[derive(Debug, Default)]

@@ -8,7 +8,7 @@ use std::{sync::Arc, time::Duration};
 use crate::{
     protocol::{
         ids::{ReplyToken, RequestHash, ServiceName, TransactionId, TransactionKey},
-        message::{Payload, Request},
+        message::{Payload, Request, TransactionSpec},
         time::Time,
     },
     wire::{
@@ -21,7 +21,7 @@ use crate::{
             read::{Place, Reader},
             write::Object,
         },
-        transactions::{TransactionSpec, read_data, read_services},
+        transactions::{read_data, read_services},
     },
 };
 

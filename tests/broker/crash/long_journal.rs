@@ -1,6 +1,7 @@
 //! A worker that has much to read before it serves.
 
 use dtc::{
+    clock::Clock,
     protocol::{
         ids::{
             Branch, InstanceId, RequestHash, ServiceName, TransactionId, TransactionKey, WorkerId,
@@ -10,7 +11,6 @@ use dtc::{
     },
     transport::amqp::publisher::{Outgoing, Published, Publisher},
     wire::message::{Items, Kind},
-    worker::clock::Clock,
 };
 use lapin::{Connection, ConnectionProperties};
 use serde_json::json;

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, fs};
 
-use dtc::worker::clock::Clock;
+use dtc::clock::Clock;
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,

@@ -4,7 +4,7 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use dtc::{Outcome, Submission, transport::amqp::topology::Cap};
+use dtc::{Outcome, Submission, protocol::message::Cap};
 use serde_json::json;
 
 use crate::{

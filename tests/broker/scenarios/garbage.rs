@@ -4,7 +4,7 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use dtc::{Outcome, ReasonCode, Submission, worker::clock::Clock};
+use dtc::{Outcome, ReasonCode, Submission, clock::Clock};
 use lapin::BasicProperties;
 use serde_json::json;
 

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use dtc::{
     Outcome, ReasonCode, Submission,
+    clock::Clock,
     protocol::{message::Answer, time::Time},
-    worker::clock::Clock,
 };
 use serde_json::{Value, json};
 use tokio::time::Instant;

@@ -11,15 +11,7 @@ use std::{
 };
 
 use arbitrary::{Result, Unstructured};
-use dtc::protocol::{
-    coordinator::{Coordinator, Delivery, Effect, Event, Settings, Slots},
-    ids::{Branch, InstanceId, RequestHash, ServiceName, TransactionId, TransactionKey, WorkerId},
-    message::{
-        Ballot, Command, Decision, Done, Finish, Inquiry, Outcome, Payload, Reason, ReasonCode,
-        Request, Vote,
-    },
-    time::Time,
-};
+use dtc::protocol::{coordinator::{Coordinator, Effect, Event, Settings, Slots}, ids::{Branch, InstanceId, RequestHash, ServiceName, TransactionId, TransactionKey, WorkerId}, message::{Ballot, Command, Decision, Delivery, Done, Finish, Inquiry, Outcome, Payload, Reason, ReasonCode, Request, Vote}, time::Time};
 
 use crate::trace::trace;
 

@@ -3,9 +3,10 @@
 use std::{collections::BTreeSet, sync::LazyLock, time::Duration};
 
 use dtc::{
+    protocol::message::Cap,
     transport::amqp::{
         names::{Names, Namespace},
-        topology::{Argument, Arguments, Cap, ServiceTopology, Settings, Topology},
+        topology::{Argument, Arguments, ServiceTopology, Settings, Topology},
     },
     wire::message::{Kind, decode_request},
 };

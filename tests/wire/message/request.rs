@@ -3,12 +3,12 @@
 use std::time::Duration;
 
 use super::*;
-use dtc::wire::{
-    message::{
+use dtc::{
+    protocol::message::TransactionSpec,
+    wire::message::{
         REQUEST_MAX, RequestMalformed, RequestTooLarge, SERVICES_MAX, decode_request,
         encode_request,
     },
-    transactions::TransactionSpec,
 };
 
 const GOOD: &str = r#"{"id": "TX1", "involved_services": ["stock", "payments", "stock"],

@@ -3,10 +3,12 @@
 use std::time::Duration;
 
 use super::*;
-use dtc::wire::{
-    hash::canonical,
-    message::{RequestMalformed, decode_request, encode_request},
-    transactions::TransactionSpec,
+use dtc::{
+    protocol::message::TransactionSpec,
+    wire::{
+        hash::canonical,
+        message::{RequestMalformed, decode_request, encode_request},
+    },
 };
 use proptest::prelude::{Just, Strategy, any, prop, prop_oneof, proptest};
 

@@ -5,11 +5,11 @@ use std::sync::Arc;
 use crate::protocol::{
     coordinator::{
         Context,
-        event::{Delivery, Effect},
+        event::Effect,
         transaction::{Part, Phase, Transaction, telling::Duty},
     },
     ids::ServiceName,
-    message::{Answer, Decision},
+    message::{Answer, Decision, Delivery},
     time::Time,
 };
 

@@ -11,15 +11,15 @@ use std::{sync::Arc, time::Duration};
 use crate::protocol::{
     coordinator::{
         Context,
-        event::{Anomaly, Delivery, Effect},
+        event::{Anomaly, Effect},
         reject,
         transaction::{answering::Requester, telling::Duty},
     },
     deadlines::Deadlines,
     ids::{Branch, InstanceId, ServiceName},
     message::{
-        Ballot, Command, Decision, Destination, Matter, Outcome, Parked, Query, Reason, ReasonCode,
-        Request, Vote,
+        Ballot, Command, Decision, Delivery, Destination, Matter, Outcome, Parked, Query, Reason,
+        ReasonCode, Request, Vote,
     },
     time::Time,
 };

@@ -15,13 +15,15 @@ use lapin::{
 use crate::{
     protocol::time::Time,
     transport::amqp::{
-        connection::{Backoff, Broker, ConnectError, Disposition, close},
+        connection::{Backoff, Broker, ConnectError, close},
+        error::Disposition,
         names::Names,
         publisher::Published,
         topology::{
             Binding, Exchange, Queue, ServiceTopology, Settings, Topology,
             begin::{self, Beginning},
-            check::{self, CheckError, Fault, Finding, Subject},
+            check::{self, CheckError},
+            finding::{Fault, Finding, Subject},
             probe, table,
         },
     },

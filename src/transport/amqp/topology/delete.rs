@@ -9,8 +9,8 @@ use lapin::{
 };
 
 use crate::transport::amqp::{
-    connection::Disposition,
-    topology::{Topology, check::Subject},
+    error::Disposition,
+    topology::{Topology, finding::Subject},
 };
 
 /// Something was not deleted; what comes before it was.

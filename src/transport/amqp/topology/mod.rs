@@ -4,6 +4,7 @@
 //! * [`check`]: what is missing or different, changing nothing.
 //! * [`replace`]: gives a service queues with other arguments, losing nothing of what is in them.
 //! * [`delete`]: takes everything away.
+//! * [`finding`]: one thing that isn't as it should be.
 //!
 //! It all goes over AMQP, as an ordinary user: no management plugin. Policies, permissions and what
 //! instances, workers and producers declare for themselves (their exclusive queues) are not part of
@@ -17,6 +18,7 @@
 pub mod apply;
 pub mod check;
 pub mod delete;
+pub mod finding;
 pub mod replace;
 
 mod begin;
@@ -26,11 +28,10 @@ use std::{collections::BTreeMap, fmt, time::Duration};
 
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 
-pub use crate::wire::services::Cap;
 use crate::{
-    protocol::ids::ServiceName,
+    protocol::{ids::ServiceName, message::Cap},
     transport::amqp::{
-        connection::{Disposition, is_refusal},
+        error::{Disposition, is_refusal},
         names::{Names, REQUEST},
     },
     wire::services::ServiceSpec,

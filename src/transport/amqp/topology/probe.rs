@@ -13,10 +13,10 @@ use lapin::{
 };
 
 use crate::transport::amqp::{
-    connection::is_not_found,
+    error::is_not_found,
     topology::{
         Argument, Arguments, Exchange, ExchangeKind, Queue,
-        check::{Difference, Fault, Finding, Subject},
+        finding::{Difference, Fault, Finding, Subject},
         table,
     },
 };

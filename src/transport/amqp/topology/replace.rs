@@ -28,12 +28,13 @@ use lapin::{
 use crate::{
     protocol::ids::ServiceName,
     transport::amqp::{
-        connection::{Disposition, confirming_channel},
+        connection::confirming_channel,
+        error::Disposition,
         names::Names,
         topology::{
             Binding, Queue, QueueKind, ServiceTopology, Settings,
             apply::{Declarer, TopologyError},
-            check::{Fault, Finding},
+            finding::{Fault, Finding},
             probe::{Presence, Prober},
         },
     },

@@ -49,11 +49,12 @@ pub use self::{
     writer::{Batch, Tail, Writer},
 };
 use crate::{
+    error::Chain,
     protocol::{
         ids::{InstanceId, TransactionId, TransactionKey, WorkerId},
         time::Time,
     },
-    transport::{chain::Chain, embedded::faults},
+    transport::embedded::faults,
     wire::message::{Begun, Entry, Finished},
 };
 

@@ -1,0 +1,96 @@
+//! Why a service can't be served.
+
+use crate::{
+    protocol::ids::ServiceName,
+    transport::amqp::{
+        connection::ConnectError,
+        error::{Disposition, is_not_found, is_refusal},
+        topology::apply::TopologyError,
+    },
+};
+
+/// Why a service can't be served.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The participant has no store: what it prepares would end with its process, while the broker
+    /// and the workers rely on it.
+    #[error("service `{service}` has no store: `Participant::has_store` must say that it has one")]
+    NoStore {
+        /// Which service.
+        service: ServiceName,
+    },
+    /// The broker doesn't let it in, or doesn't let it do what it must.
+    #[error("service `{service}` is refused by the broker")]
+    Refused {
+        /// Which service.
+        service: ServiceName,
+        /// What it may not do.
+        #[source]
+        source: OpenError,
+    },
+    /// What is to be declared is there, but another.
+    #[error("the queues of service `{service}` are not as they should be")]
+    Mismatch {
+        /// Which service.
+        service: ServiceName,
+        /// What is another.
+        #[source]
+        source: Box<TopologyError>,
+    },
+}
+
+/// An instance could not take its place at the broker.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// No connection.
+    #[error("failed to connect")]
+    Connect(#[source] ConnectError),
+    /// The connection gives no channel.
+    #[error("failed to open a channel")]
+    Channel(#[source] lapin::Error),
+    /// What is to be declared can't be.
+    #[error("failed to declare the service's queues")]
+    Declare(#[source] Box<TopologyError>),
+    /// The queue can't be consumed or declared.
+    #[error("failed to use queue `{name}`")]
+    Queue {
+        /// Which queue.
+        name: String,
+        /// What the broker says.
+        #[source]
+        source: lapin::Error,
+    },
+    /// The exchange can't be bound to, or published to.
+    #[error("failed to use exchange `{name}`")]
+    Exchange {
+        /// Which exchange.
+        name: String,
+        /// What the broker says.
+        #[source]
+        source: lapin::Error,
+    },
+}
+
+impl OpenError {
+    /// Whether to try again.
+    pub fn disposition(&self) -> Disposition {
+        match self {
+            Self::Connect(error) => error.disposition(),
+            Self::Declare(error) => error.disposition(),
+            Self::Channel(source) | Self::Queue { source, .. } | Self::Exchange { source, .. } => {
+                match is_refusal(source) {
+                    true => Disposition::GiveUp,
+                    false => Disposition::Retry,
+                }
+            }
+        }
+    }
+
+    /// Whether a queue or exchange is missing: the topology was not applied, or not yet.
+    pub(super) fn is_not_found(&self) -> bool {
+        match self {
+            Self::Connect(_) | Self::Channel(_) | Self::Declare(_) => false,
+            Self::Queue { source, .. } | Self::Exchange { source, .. } => is_not_found(source),
+        }
+    }
+}
