@@ -3,11 +3,13 @@
 //! * [`address`]: where the brokers are, and who we are to them.
 //! * [`connection`]: connecting, and connecting again.
 //! * [`error`]: what a failure means.
+//! * [`frames`]: screening what the broker sends before lapin parses it.
 //! * [`names`]: what every exchange and queue is called.
 //! * [`publisher`]: publishing with confirms.
 //! * [`consumer`]: taking deliveries, and acknowledging them in as few frames as possible.
 //! * [`pool`]: channels that many share.
 //! * [`rejected`]: setting aside what nobody can make sense of.
+//! * `screened`: the byte stream that lapin is given.
 //! * [`stream`]: reading a stream up to its end.
 //! * [`tls`]: whom to trust over `amqps://`, and who we are to them.
 //! * [`topology`]: every exchange and queue, and making a broker's be the same.
@@ -23,10 +25,12 @@ pub mod address;
 pub mod connection;
 pub mod consumer;
 pub mod error;
+pub mod frames;
 pub mod names;
 pub mod pool;
 pub mod publisher;
 pub mod rejected;
+mod screened;
 pub mod stream;
 pub mod tls;
 pub mod topology;
