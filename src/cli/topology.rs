@@ -22,7 +22,7 @@ use crate::{
     config::{Config, Flag, duration},
     protocol::ids::ServiceName,
     transport::amqp::{
-        connection::{Backoff, Broker, ConnectError, close},
+        connection::{Backoff, Broker, BrokerConnection, ConnectError, close},
         error::Disposition,
         names::Names,
         topology::{
@@ -325,7 +325,7 @@ fn runtime() -> Result<Runtime, Failure> {
 }
 
 /// Tries each host, and for `wait` again and again.
-async fn connect(broker: &Broker, wait: Duration) -> Result<lapin::Connection, ConnectError> {
+async fn connect(broker: &Broker, wait: Duration) -> Result<BrokerConnection, ConnectError> {
     let until = Instant::now() + wait;
     let mut backoff = Backoff::default();
     loop {

@@ -28,7 +28,7 @@ use crate::{
         time::Time,
     },
     transport::amqp::{
-        connection::{Backoff, Broker, ConnectError, close},
+        connection::{Backoff, Broker, BrokerConnection, ConnectError, close},
         consumer::Inbox,
         error::{Disposition, is_not_found, is_refusal},
         names::{Names, key},
@@ -202,7 +202,7 @@ impl Listener {
         disposition == Disposition::GiveUp
     }
 
-    async fn subscribe(&self) -> Result<(Connection, Inbox), ListenError> {
+    async fn subscribe(&self) -> Result<(BrokerConnection, Inbox), ListenError> {
         let connection = self.broker.connect("results").await.map_err(ListenError::Connect)?;
         match self.queue(&connection).await {
             Ok(inbox) => Ok((connection, inbox)),

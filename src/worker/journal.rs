@@ -12,7 +12,7 @@
 use std::{sync::Arc, time::Duration};
 
 use lapin::{
-    Channel, Connection,
+    Channel,
     message::Delivery,
     types::{AMQPValue, FieldTable, ShortString},
 };
@@ -22,7 +22,7 @@ use crate::{
     error::Chain,
     protocol::{message::Decision, time::Time},
     transport::amqp::{
-        connection::{Backoff, confirming_channel},
+        connection::{Backoff, BrokerConnection, confirming_channel},
         consumer::{Closed, Inbox},
         publisher::{Outgoing, Published, publish},
         unique,
@@ -96,8 +96,8 @@ pub(super) enum Found {
 #[derive(Clone, Debug)]
 pub(super) struct Journal {
     pub(super) queue: ShortString,
-    pub(super) consuming: Arc<Connection>,
-    pub(super) publishing: Arc<Connection>,
+    pub(super) consuming: Arc<BrokerConnection>,
+    pub(super) publishing: Arc<BrokerConnection>,
 }
 
 impl Tail {

@@ -10,11 +10,14 @@ use std::{
     task::{Context, Poll},
 };
 
-use lapin::{Connection, message::Delivery as Message, types::FieldTable, types::ShortString};
+use lapin::{message::Delivery as Message, types::FieldTable, types::ShortString};
 
 use crate::{
     protocol::message::Delivery,
-    transport::amqp::consumer::{Closed, Inbox, Turn},
+    transport::amqp::{
+        connection::BrokerConnection,
+        consumer::{Closed, Inbox, Turn},
+    },
 };
 
 /// How many bits of a [`Delivery`] tell its source.
@@ -47,7 +50,7 @@ impl Sources {
     /// One more consumer.
     pub(super) async fn open(
         &mut self,
-        connection: &Arc<Connection>,
+        connection: &Arc<BrokerConnection>,
         prefetch: u16,
     ) -> Result<(), lapin::Error> {
         let opening = Inbox::open(connection, self.queue.clone(), prefetch, FieldTable::default());

@@ -8,7 +8,6 @@ use std::{collections::BTreeMap, time::Duration};
 
 use anyhow::Context as _;
 use lapin::{
-    Connection,
     options::{QueueDeclareOptions, QueueDeleteOptions},
     types::{AMQPValue, FieldTable, ShortString},
 };
@@ -18,7 +17,7 @@ use crate::{
     cli::bench::system::Place,
     embedded::Latencies,
     transport::amqp::{
-        connection::{Broker, close},
+        connection::{Broker, BrokerConnection, close},
         consumer::Inbox,
         publisher::{Outgoing, Published, Publisher},
         topology::QueueKind,
@@ -56,7 +55,7 @@ const KEPT: i32 = 600_000;
 /// A durable queue, new for each measurement and deleted after it; where that isn't got to, it is
 /// deleted with its place.
 struct Durable {
-    connection: Connection,
+    connection: BrokerConnection,
     name: ShortString,
 }
 

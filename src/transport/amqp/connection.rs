@@ -7,17 +7,18 @@
 
 use std::{
     io,
+    ops::Deref,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
+use async_rs::TokioRuntime;
 use futures_util::{
     AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Stream, StreamExt, future, stream,
 };
 use lapin::{
     AsyncTcpStream, Channel, Connection, ConnectionProperties, ErrorKind,
     options::{ConfirmSelectOptions, QueueDeclareOptions},
-    runtime::default_runtime,
     tcp::RustlsConnector,
     types::{FieldTable, ShortString},
     uri::{AMQPScheme, AMQPUri},
@@ -26,6 +27,8 @@ use lapin::{
 use crate::transport::amqp::{
     address::{Address, is_external, public},
     error::{Disposition, is_not_found, is_refusal},
+    frames::{FRAME_MAX, Filter, Returns},
+    screened::{Screened, screening},
     tls::{Tls, TlsError},
     unique,
 };
@@ -131,7 +134,7 @@ impl Broker {
     /// # Errors
     ///
     /// None let us in. If one refused us, that is what is said: waiting won't help.
-    pub async fn connect(&self, purpose: &str) -> Result<Connection, ConnectError> {
+    pub async fn connect(&self, purpose: &str) -> Result<BrokerConnection, ConnectError> {
         let hosts = self.address.hosts();
         let first = (unique::number() % hosts.len().max(1) as u64) as usize;
         let mut failed = None;
@@ -148,7 +151,11 @@ impl Broker {
         }))
     }
 
-    async fn connect_to(&self, uri: &AMQPUri, purpose: &str) -> Result<Connection, ConnectError> {
+    async fn connect_to(
+        &self,
+        uri: &AMQPUri,
+        purpose: &str,
+    ) -> Result<BrokerConnection, ConnectError> {
         let mut uri = uri.clone();
         let host = public(&uri);
         let seconds = self.heartbeat.as_secs().clamp(1, u64::from(u16::MAX));
@@ -169,13 +176,18 @@ impl Broker {
     }
 
     /// The stream is made here and handed over, since lapin would always trust the system's CAs too,
-    /// and read all of them for each connection.
+    /// and read all of them for each connection; and since what the broker sends is screened. For
+    /// lapin that is a plain stream, also where it goes over TLS.
     async fn open(
         &self,
-        uri: AMQPUri,
+        mut uri: AMQPUri,
         properties: ConnectionProperties,
-    ) -> Result<Connection, Failed> {
-        let runtime = default_runtime().map_err(Failed::Amqp)?;
+    ) -> Result<BrokerConnection, Failed> {
+        let runtime = TokioRuntime::tokio_current();
+        let returns = Returns::default();
+        // Whatever the broker allows, what lapin is to parse is bounded.
+        let frame_max = *uri.query.frame_max.get_or_insert(FRAME_MAX);
+        let filter = Filter::new(frame_max, returns.clone());
         let (host, port) = (uri.authority.host.clone(), uri.authority.port);
         let is_external = is_external(&uri);
         let secure = match uri.scheme {
@@ -192,14 +204,16 @@ impl Broker {
                 None => Ok(stream),
             }
         };
-        let made = Mutex::new(Some(reach().await.map_err(|error| self.failed(error))?));
+        let stream = reach().await.map_err(|error| self.failed(error))?;
+        let made = Mutex::new(Some(Screened::new(stream, filter)));
         let hand_over = async move |_, _| {
             let stream = made.lock().unwrap_or_else(PoisonError::into_inner).take();
+            let stream = stream.map(AsyncTcpStream::Plain);
             stream.ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected).into())
         };
-        let opened = Connection::connector(uri, runtime.clone(), hand_over, properties).await;
+        let opened = Connection::connector(uri, screening(), hand_over, properties).await;
         let error = match opened {
-            Ok(connection) => return Ok(connection),
+            Ok(connection) => return Ok(BrokerConnection { connection, returns }),
             Err(error) => error,
         };
         let (ErrorKind::IOError(_) | ErrorKind::ParsingError(_)) = error.kind() else {
@@ -257,6 +271,28 @@ impl Broker {
     }
 }
 
+/// A connection, and what came back on it.
+#[derive(Debug)]
+pub struct BrokerConnection {
+    connection: Connection,
+    returns: Returns,
+}
+
+impl BrokerConnection {
+    /// The messages that came back since no queue took them.
+    pub fn returns(&self) -> &Returns {
+        &self.returns
+    }
+}
+
+impl Deref for BrokerConnection {
+    type Target = Connection;
+
+    fn deref(&self) -> &Connection {
+        &self.connection
+    }
+}
+
 /// What one host did instead of letting us in.
 enum Failed {
     Tls(TlsError),
@@ -283,9 +319,9 @@ fn is_final(error: &ConnectError) -> bool {
 #[derive(Debug)]
 pub struct Link {
     /// For publishing only.
-    pub publishing: Arc<Connection>,
+    pub publishing: Arc<BrokerConnection>,
     /// For everything else.
-    pub consuming: Arc<Connection>,
+    pub consuming: Arc<BrokerConnection>,
 }
 
 /// What happens to a [`Link`].

@@ -21,7 +21,7 @@ use lapin::{
 use tokio::time::{Instant, Sleep, sleep};
 
 use crate::transport::amqp::{
-    connection::{QueueCounts, counts},
+    connection::{BrokerConnection, QueueCounts, counts},
     error::is_precondition_failed,
     traffic,
 };
@@ -150,7 +150,7 @@ impl Inbox {
     /// Asks now and then, when nothing comes, whether the broker still has this consumer.
     /// `connection` is the one that it is on. Not for streams.
     #[must_use]
-    pub fn watched(self, connection: &Arc<Connection>, turn: Turn) -> Self {
+    pub fn watched(self, connection: &Arc<BrokerConnection>, turn: Turn) -> Self {
         let connection = Arc::clone(connection);
         Self { watch: Some(Watch::new(connection, self.queue.clone(), turn)), ..self }
     }
@@ -272,7 +272,7 @@ pub enum Turn {
 /// missed is a consumer that has not yet been sent as much as it may hold, or that has others
 /// beside it which take everything. It is found out when more comes than that.
 struct Watch {
-    connection: Arc<Connection>,
+    connection: Arc<BrokerConnection>,
     queue: ShortString,
     turn: Turn,
     /// When to look next.
@@ -285,7 +285,7 @@ struct Watch {
 }
 
 impl Watch {
-    fn new(connection: Arc<Connection>, queue: ShortString, turn: Turn) -> Self {
+    fn new(connection: Arc<BrokerConnection>, queue: ShortString, turn: Turn) -> Self {
         Self {
             connection,
             queue,

@@ -4,11 +4,13 @@
 //! * [`bounded`]: questions to the broker that end, whatever the broker does.
 //! * [`connection`]: connecting, and connecting again.
 //! * [`error`]: what a failure means.
+//! * [`frames`]: screening what the broker sends before lapin parses it.
 //! * [`names`]: what every exchange and queue is called.
 //! * [`publisher`]: publishing with confirms.
 //! * [`consumer`]: taking deliveries, and acknowledging them in as few frames as possible.
 //! * [`pool`]: channels that many share.
 //! * [`rejected`]: setting aside what nobody can make sense of.
+//! * `screened`: the byte stream that lapin is given.
 //! * [`stream`]: reading a stream up to its end.
 //! * [`tls`]: whom to trust over `amqps://`, and who we are to them.
 //! * [`topology`]: every exchange and queue, and making a broker's be the same.
@@ -25,10 +27,12 @@ pub mod bounded;
 pub mod connection;
 pub mod consumer;
 pub mod error;
+pub mod frames;
 pub mod names;
 pub mod pool;
 pub mod publisher;
 pub mod rejected;
+mod screened;
 pub mod stream;
 pub mod tls;
 pub mod topology;

@@ -5,11 +5,11 @@
 //! message; its confirm is awaited apart, so that a few channels serve any number of publishers.
 
 use deadpool::managed::{Manager, Metrics, Pool, PoolError, RecycleError, RecycleResult};
-use lapin::{Channel, Connection};
+use lapin::Channel;
 use tokio::sync::Mutex;
 
 use crate::transport::amqp::{
-    connection::{Broker, ConnectError, close, confirming_channel},
+    connection::{Broker, BrokerConnection, ConnectError, close, confirming_channel},
     publisher::{Outgoing, Published, publish},
 };
 
@@ -110,7 +110,7 @@ impl Channels {
 #[derive(Debug)]
 struct Opener {
     broker: Broker,
-    connection: Mutex<Option<Connection>>,
+    connection: Mutex<Option<BrokerConnection>>,
 }
 
 impl Manager for Opener {

@@ -1,0 +1,165 @@
+//! The byte stream that lapin is given: the broker's, screened by a [`Filter`].
+//!
+//! lapin takes a stream only of the type that its runtime connects with. So there is a runtime of
+//! our own, which is tokio's but for that type.
+
+use std::{
+    io::{self, IoSlice, Read, Write},
+    net::SocketAddr,
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::{Duration, Instant},
+};
+
+use async_rs::{Runtime, Tokio, traits::Reactor, util::RuntimeParts};
+use futures_util::{AsyncRead, AsyncWrite, Stream};
+use lapin::AsyncTcpStream;
+
+use crate::transport::amqp::frames::{FRAME_MAX, Filter, Returns, Step};
+
+/// How much is read at once, unless a frame that has to be looked at is larger.
+const READ_SIZE: usize = 64 * 1024;
+
+/// What tokio connects with.
+type Connected = <Tokio as Reactor>::TcpStream;
+
+/// A stream whose reader sees nothing that lapin could not parse.
+pub(super) struct Screened<S> {
+    stream: S,
+    filter: Filter,
+    /// What was read. From `start` it may be passed on, from `screened` it has to be looked at, from
+    /// `end` there is nothing.
+    buffer: Vec<u8>,
+    start: usize,
+    screened: usize,
+    end: usize,
+}
+
+impl<S> Screened<S> {
+    pub(super) fn new(stream: S, filter: Filter) -> Self {
+        Self { stream, filter, buffer: vec![0; READ_SIZE], start: 0, screened: 0, end: 0 }
+    }
+
+    /// Looks at what was read, and says whether it could do anything with it.
+    fn screen(&mut self) -> io::Result<bool> {
+        let unscreened = self.buffer.get_mut(self.screened..self.end).unwrap_or_default();
+        match self.filter.step(unscreened) {
+            Step::Pass(size) => self.screened += size,
+            Step::Drop(size) => {
+                self.screened += size;
+                self.start = self.screened;
+            }
+            Step::Wait => return Ok(false),
+            Step::Refuse(why) => return Err(io::Error::new(io::ErrorKind::InvalidData, why)),
+        }
+        Ok(true)
+    }
+
+    /// Makes room to read behind what has to wait for more: never more than a frame.
+    fn make_room(&mut self) {
+        self.buffer.copy_within(self.start..self.end, 0);
+        self.end -= self.start;
+        (self.start, self.screened) = (0, 0);
+        if self.end == self.buffer.len() {
+            self.buffer.resize(self.buffer.len() * 2, 0);
+        }
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Screened<S> {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        to: &mut [u8],
+    ) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        while this.start == this.screened {
+            if this.screen()? {
+                continue;
+            }
+            this.make_room();
+            let room = this.buffer.get_mut(this.end..).unwrap_or_default();
+            let size = ready!(Pin::new(&mut this.stream).poll_read(context, room))?;
+            if size == 0 {
+                return Poll::Ready(Ok(0));
+            }
+            this.end += size;
+        }
+        let size = to.len().min(this.screened - this.start);
+        let passed = this.buffer.get(this.start..this.start + size).unwrap_or_default();
+        if let Some(to) = to.get_mut(..size) {
+            to.copy_from_slice(passed);
+        }
+        this.start += size;
+        Poll::Ready(Ok(size))
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Screened<S> {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.get_mut().stream).poll_write(context, bytes)
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.get_mut().stream).poll_write_vectored(context, bytes)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_flush(context)
+    }
+
+    fn poll_close(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_close(context)
+    }
+}
+
+/// The runtime that lapin has its streams from: tokio's, whose streams are screened.
+pub(super) fn screening() -> Runtime<RuntimeParts<Tokio, Screening>> {
+    let tokio = Tokio::current();
+    Runtime::new(RuntimeParts::new(tokio.clone(), Screening(tokio)))
+}
+
+/// tokio's reactor, but for the type of its streams.
+#[derive(Clone, Debug)]
+pub(super) struct Screening(Tokio);
+
+impl Reactor for Screening {
+    type TcpStream = Screened<AsyncTcpStream<Connected>>;
+    type Sleep = <Tokio as Reactor>::Sleep;
+
+    /// Nobody has a socket to register: lapin asks for none, and the trait doesn't let this one hand
+    /// it on.
+    fn register<H: Read + Write + Send + 'static>(
+        &self,
+        _: H,
+    ) -> io::Result<impl AsyncRead + AsyncWrite + Send + Unpin + 'static> {
+        Err::<Connected, _>(io::ErrorKind::Unsupported.into())
+    }
+
+    fn sleep(&self, duration: Duration) -> Self::Sleep {
+        self.0.sleep(duration)
+    }
+
+    fn interval(&self, duration: Duration) -> impl Stream<Item = Instant> + Send + 'static {
+        self.0.interval(duration)
+    }
+
+    fn tcp_connect_addr(
+        &self,
+        address: SocketAddr,
+    ) -> impl Future<Output = io::Result<Self::TcpStream>> + Send + 'static {
+        let connecting = self.0.tcp_connect_addr(address);
+        async move {
+            let stream = AsyncTcpStream::Plain(connecting.await?);
+            Ok(Screened::new(stream, Filter::new(FRAME_MAX, Returns::default())))
+        }
+    }
+}
