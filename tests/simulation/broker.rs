@@ -121,7 +121,7 @@ impl Brought {
     pub(crate) fn into_event(self) -> coordinator::Event {
         match self {
             Self::Vote(vote) => coordinator::Event::VoteReceived(vote),
-            Self::Done(done) => coordinator::Event::DoneReceived(done),
+            Self::Done(done) => coordinator::Event::DoneReceived { done, delivery: None },
             Self::Inquiry(inquiry) => coordinator::Event::InquiryReceived(inquiry),
             Self::Returned(key, service) => coordinator::Event::PrepareReturned { key, service },
         }
@@ -221,13 +221,18 @@ impl World {
         let is_cut = !self.workers[worker].is_connected;
         let is_lost = !self.broker.is_up || is_cut && self.rng.chance(500);
         match effect {
-            Effect::FindService(service) => {
+            Effect::FindService { service, .. } => {
                 let event = match self.bound_service(&service) {
                     Some(_) => coordinator::Event::ServiceFound(service),
                     None => coordinator::Event::ServiceMissing(service),
                 };
                 if !is_lost {
                     self.deliver_to_worker(worker, life, event);
+                }
+            }
+            Effect::SendPrepare { service, prepare, .. } => {
+                if !is_lost {
+                    self.send_prepare(worker, service, &prepare);
                 }
             }
             Effect::Send { service, to, command } => {
@@ -302,7 +307,7 @@ impl World {
                     self.after(millis, Happening::ParkStored { worker, life, parked });
                 }
             }
-            Effect::Settle { key, service } => self.parked.settled(&key, &service),
+            Effect::Settle { key, service, .. } => self.parked.settled(&key, &service),
             Effect::Report(_) => {}
         }
     }
@@ -315,7 +320,7 @@ impl World {
         command: &message::Command,
     ) {
         let key = match command {
-            message::Command::Prepare(_) | message::Command::Query(_) => return,
+            message::Command::Query(_) => return,
             message::Command::Cancel(key) => key,
             message::Command::Finish(finish) => {
                 if finish.parked && *to == Destination::AnyInstance {
@@ -339,17 +344,9 @@ impl World {
         self.check("parked", checked);
     }
 
-    fn send_command(
-        &mut self,
-        worker: usize,
-        name: ServiceName,
-        to: Destination,
-        command: message::Command,
-    ) {
+    fn send_prepare(&mut self, worker: usize, name: ServiceName, prepare: &Prepare) {
         let life = self.workers[worker].life;
-        if let message::Command::Prepare(prepare) = &command
-            && self.bound_service(&name).is_none()
-        {
+        if self.bound_service(&name).is_none() {
             let key = prepare.key.clone();
             let event = coordinator::Event::PrepareUnroutable { key, service: name };
             return self.confirm(worker, life, &event);
@@ -357,23 +354,34 @@ impl World {
         let service = self.services.iter().position(|service| service.plan.name == name);
         let Some(service) = service else { return };
         let from = self.workers[worker].id.clone();
+        for millis in self.rules.carry(&mut self.rng).into_iter().flatten() {
+            let prepare = QueuedPrepare {
+                from: from.clone(),
+                prepare: prepare.clone(),
+                expires_at: Time::EPOCH,
+                redelivered: false,
+            };
+            self.after(millis, Happening::PrepareQueued { service, prepare });
+        }
+    }
+
+    fn send_command(
+        &mut self,
+        worker: usize,
+        name: ServiceName,
+        to: Destination,
+        command: message::Command,
+    ) {
+        let service = self.services.iter().position(|service| service.plan.name == name);
+        let Some(service) = service else { return };
+        let from = self.workers[worker].id.clone();
         let arrivals = match to {
             Destination::AnyInstance => self.rules.carry_safely(&mut self.rng),
-            Destination::Slot | Destination::Instance(_) | Destination::AllInstances => {
-                self.rules.carry(&mut self.rng)
-            }
+            Destination::Instance(_) | Destination::AllInstances => self.rules.carry(&mut self.rng),
         };
         for millis in arrivals.into_iter().flatten() {
-            let (from, to) = (from.clone(), to.clone());
-            let happening = if let message::Command::Prepare(prepare) = &command {
-                let (prepare, expires_at, redelivered) = (prepare.clone(), Time::EPOCH, false);
-                let prepare = QueuedPrepare { from, prepare, expires_at, redelivered };
-                Happening::PrepareQueued { service, prepare }
-            } else {
-                let command = Command { from, command: command.clone() };
-                Happening::CommandRouted { service, to, command }
-            };
-            self.after(millis, happening);
+            let command = Command { from: from.clone(), command: command.clone() };
+            self.after(millis, Happening::CommandRouted { service, to: to.clone(), command });
         }
     }
 
@@ -708,7 +716,7 @@ impl World {
                 && match &to {
                     Destination::Instance(id) => node.id == *id,
                     Destination::AllInstances => true,
-                    Destination::AnyInstance | Destination::Slot => false,
+                    Destination::AnyInstance => false,
                 };
             if is_meant && node.is_connected {
                 is_bound = true;
@@ -756,7 +764,6 @@ impl World {
     fn deliver_command(&mut self, instance: usize, command: Command, delivery: Option<Delivery>) {
         let worker = command.from;
         let event = match command.command {
-            message::Command::Prepare(_) => return,
             message::Command::Query(query) => participant::Event::QueryReceived { worker, query },
             message::Command::Cancel(key) => participant::Event::CancelReceived(key),
             message::Command::Finish(finish) => {
@@ -784,7 +791,12 @@ impl World {
                 self.check("stored_before_voted", checked);
                 self.reply(instance, Some(to), Brought::Vote(vote));
             }
-            Effect::Done { to, done } => self.reply(instance, Some(to), Brought::Done(done)),
+            Effect::Done { to, done, ack } => {
+                self.reply(instance, Some(to), Brought::Done(done));
+                if let Some(delivery) = ack {
+                    self.ack_for_instance(instance, delivery);
+                }
+            }
             Effect::Inquire(inquiry) => self.reply(instance, None, Brought::Inquiry(inquiry)),
             Effect::Ack(delivery) => self.ack_for_instance(instance, delivery),
         }

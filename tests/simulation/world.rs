@@ -686,7 +686,7 @@ impl World {
         for key in event.keys() {
             self.coverage.worker(process.core().phase_of(key), event.label());
         }
-        let settles = if let coordinator::Event::DoneReceived(done) = &event
+        let settles = if let coordinator::Event::DoneReceived { done, .. } = &event
             && done.parked
             && done.applied.is_ok()
         {
@@ -1265,6 +1265,7 @@ fn abort_word(code: ReasonCode) -> &'static str {
         ReasonCode::NoSlot => "transactions aborted: no_slot",
         ReasonCode::UnknownService => "transactions aborted: unknown_service",
         ReasonCode::Deadline => "transactions aborted: deadline",
+        ReasonCode::Unavailable => "transactions aborted: unavailable",
         ReasonCode::Cancelled => "transactions aborted: cancelled",
         ReasonCode::Invalid => "transactions aborted: invalid",
         ReasonCode::IdReused => "transactions aborted: id_reused",

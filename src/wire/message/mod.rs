@@ -164,7 +164,6 @@ impl Kind {
     /// The kind that `command` travels as.
     pub const fn of(command: &Command) -> Self {
         match command {
-            Command::Prepare(_) => Self::Prepare,
             Command::Query(_) => Self::Query,
             Command::Finish(_) => Self::Finish,
             Command::Cancel(_) => Self::Cancel,
@@ -261,7 +260,6 @@ impl Items {
     /// As for [`Items::push`].
     pub fn push_command(&mut self, command: &Command) -> Result<(), Full> {
         match command {
-            Command::Prepare(prepare) => self.push(prepare),
             Command::Query(query) => self.push(query),
             Command::Finish(finish) => self.push(finish),
             Command::Cancel(key) => self.push(&Cancel(key.clone())),

@@ -193,6 +193,9 @@ impl World {
                 };
                 self.park_confirmed(parked.key, service);
             }
+            Effect::SendPrepare { service, prepare, .. } => {
+                self.answer_prepare(source, service, prepare)?;
+            }
             Effect::Send { service, to: _, command } => self.obey(source, service, command)?,
             Effect::Append(_)
             | Effect::Park(_)
@@ -202,6 +205,20 @@ impl World {
             | Effect::Settle { .. }
             | Effect::Report(_) => {}
         }
+        Ok(())
+    }
+
+    fn answer_prepare(
+        &mut self,
+        source: &mut Unstructured<'_>,
+        service: ServiceName,
+        prepare: Prepare,
+    ) -> Result<()> {
+        let instance = instance(source)?;
+        let free = source.int_in_range(0..=3)?;
+        let ballot = ballot(source, &instance)?;
+        let (key, request_hash) = (prepare.key, prepare.request_hash);
+        self.cast(Vote { key, request_hash, service, instance, ballot, free });
         Ok(())
     }
 
@@ -215,11 +232,6 @@ impl World {
         let instance = instance(source)?;
         let free = source.int_in_range(0..=3)?;
         match command {
-            Command::Prepare(prepare) => {
-                let ballot = ballot(source, &instance)?;
-                let (key, request_hash) = (prepare.key, prepare.request_hash);
-                self.cast(Vote { key, request_hash, service, instance, ballot, free });
-            }
             Command::Query(query) => {
                 let ballot = ballot(source, &instance)?;
                 let (key, request_hash) = (query.key, query.request_hash);
@@ -276,7 +288,7 @@ impl World {
         if done.applied.is_ok() {
             self.done.insert((done.key.clone(), done.service.clone()));
         }
-        self.tell(Event::DoneReceived(done));
+        self.tell(Event::DoneReceived { done, delivery: None });
     }
 
     fn inquire(&mut self, source: &mut Unstructured<'_>) -> Result<()> {
@@ -513,7 +525,8 @@ impl World {
             Effect::Release(delivery) | Effect::Reject { delivery, .. } => {
                 assert!(self.deliveries.remove(delivery).is_some(), "{delivery:?} is settled");
             }
-            Effect::FindService(_)
+            Effect::FindService { .. }
+            | Effect::SendPrepare { .. }
             | Effect::Send { .. }
             | Effect::ReadHistory { .. }
             | Effect::Park(_)

@@ -320,7 +320,10 @@ impl World {
                 }
                 Ballot::ReadOnly | Ballot::Refused(_) => {}
             },
-            Effect::Done { to, done } => {
+            Effect::Done { to, done, ack } => {
+                if let Some(delivery) = ack {
+                    assert!(self.deliveries.remove(delivery), "{delivery:?} is acknowledged");
+                }
                 let heard_from = (done.key.clone(), to.clone());
                 assert!(self.finished_by.contains(&heard_from), "{to} never told of {}", done.key);
                 if done.applied.is_ok() {
