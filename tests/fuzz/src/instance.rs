@@ -10,7 +10,12 @@ use std::{
 };
 
 use arbitrary::{Result, Unstructured};
-use dtc::protocol::{ids::{Branch, InstanceId, RequestHash, ServiceName, TransactionId, TransactionKey, WorkerId}, message::{Ballot, Delivery, Finish, Outcome, Payload, Prepare, Query}, participant::{Effect, Event, InDoubt, Instance, Settings, Verdict}, time::Time};
+use dtc::protocol::{
+    ids::{Branch, InstanceId, RequestHash, ServiceName, TransactionId, TransactionKey, WorkerId},
+    message::{Ballot, Delivery, Finish, Outcome, Payload, Prepare, Query},
+    participant::{Effect, Event, InDoubt, Instance, Settings, Verdict},
+    time::Time,
+};
 
 use crate::trace::trace;
 

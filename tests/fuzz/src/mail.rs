@@ -15,7 +15,12 @@
 //! ```
 
 use dtc::protocol::message::{Done, Finish, Inquiry, Prepare, Query, Vote};
-use dtc::{participant::fuzzing::{Queue, command}, protocol::{coordinator, message::Delivery, participant}, wire::message::{Cancel, Item, Kind, REQUEST_MAX, RequestMalformed, decode}, worker::fuzzing::{record, reply, request}};
+use dtc::{
+    participant::fuzzing::{Queue, command},
+    protocol::{coordinator, message::Delivery, participant},
+    wire::message::{Cancel, Item, Kind, REQUEST_MAX, RequestMalformed, decode},
+    worker::fuzzing::{record, reply, request},
+};
 use lapin::{
     BasicProperties,
     message::Delivery as Message,
