@@ -22,6 +22,7 @@ use dtc::protocol::{
 
 use crate::{
     checkers::{parked::ParkedCommits, read_back, result, stored_before_voted},
+    driver::AppendLane,
     rng::Rng,
     rules::Kind,
     service::{Service, Slot},
@@ -219,16 +220,16 @@ impl World {
         let life = self.workers[worker].life;
         // Its connection is gone, and it doesn't know: much of what it still says is lost.
         let is_cut = !self.workers[worker].is_connected;
-        let is_lost = !self.broker.is_up || is_cut && self.rng.chance(500);
+        let is_stuck = self.workers[worker].is_stuck;
+        let is_lost = !self.broker.is_up || is_stuck || is_cut && self.rng.chance(500);
         match effect {
-            Effect::FindService { service, .. } => {
-                let event = match self.bound_service(&service) {
-                    Some(_) => coordinator::Event::ServiceFound(service),
-                    None => coordinator::Event::ServiceMissing(service),
-                };
-                if !is_lost {
-                    self.deliver_to_worker(worker, life, event);
-                }
+            Effect::FindService { .. } if is_lost => {}
+            Effect::FindService { service, after } if after.is_zero() => {
+                self.find_service(worker, service);
+            }
+            Effect::FindService { service, after } => {
+                let looks = Happening::LooksAgain { worker, life, service };
+                self.after(after.as_millis() as u64, looks);
             }
             Effect::SendPrepare { service, prepare, .. } => {
                 if !is_lost {
@@ -242,11 +243,8 @@ impl World {
                 }
             }
             Effect::Append(decision) => {
-                if is_lost {
-                    return;
-                }
-                for millis in self.rules.carry(&mut self.rng).into_iter().flatten() {
-                    self.after(millis, Happening::Appended(decision.clone()));
+                if !is_lost {
+                    self.append_by(worker, decision);
                 }
             }
             Effect::ReadHistory { from, until } => {
@@ -273,6 +271,13 @@ impl World {
             Effect::Ack(delivery) => {
                 if let Some(message) = self.broker.delivered.get(&delivery.0).copied() {
                     self.check_ack(message);
+                    let it = &self.messages[message];
+                    let id = &it.request.key.id;
+                    let is_unclaimed =
+                        self.unclaimed_ids.contains(id) && !self.parked_ids.contains(id);
+                    if is_unclaimed && it.answers.is_empty() && !it.is_asked_again {
+                        self.ask_again(message, 200);
+                    }
                 }
                 if self.is_unacked_at(worker, delivery) {
                     self.broker.unacked.remove(&delivery.0);
@@ -308,6 +313,9 @@ impl World {
                 }
             }
             Effect::Settle { key, service, .. } => self.parked.settled(&key, &service),
+            Effect::Report(coordinator::Anomaly::ResultUnclaimed { key, .. }) => {
+                self.unclaimed_ids.insert(key.id);
+            }
             Effect::Report(_) => {}
         }
     }
@@ -353,6 +361,15 @@ impl World {
         }
         let service = self.services.iter().position(|service| service.plan.name == name);
         let Some(service) = service else { return };
+        if self.services[service].is_unreachable(self.now) {
+            let event =
+                coordinator::Event::PrepareRefused { key: prepare.key.clone(), service: name };
+            self.confirm(worker, life, &event);
+            // It may have arrived all the same.
+            if self.rng.chance(600) {
+                return;
+            }
+        }
         let from = self.workers[worker].id.clone();
         for millis in self.rules.carry(&mut self.rng).into_iter().flatten() {
             let prepare = QueuedPrepare {
@@ -397,8 +414,14 @@ impl World {
             return;
         }
         tell!(self, "results: {answer:?}");
-        if let Some(message) = self.broker.delivered.get(&delivery.0) {
-            self.messages[*message].answers.push(answer);
+        let message = self.broker.delivered.get(&delivery.0).copied();
+        let token = message.map_or(self.producer.token, |message| self.messages[message].token);
+        if self.refuses_result(token) {
+            let event = coordinator::Event::ResultFailed { key, delivery };
+            return self.confirm(worker, life, &event);
+        }
+        if let Some(message) = message {
+            self.messages[message].answers.push(answer);
         }
         let event = if self.rules.loses_confirm(&mut self.rng) {
             coordinator::Event::ResultFailed { key, delivery }
@@ -434,7 +457,12 @@ impl World {
         }
     }
 
-    fn deliver_to_worker(&mut self, worker: usize, life: Life, event: coordinator::Event) {
+    pub(crate) fn deliver_to_worker(
+        &mut self,
+        worker: usize,
+        life: Life,
+        event: coordinator::Event,
+    ) {
         let wait = self.rules.deliver(&mut self.rng);
         let input = WorkerInput::Event(event);
         self.after(wait, Happening::ToWorker { worker, life, input });
@@ -450,7 +478,8 @@ impl World {
 
     fn is_unacked_at(&self, worker: usize, delivery: Delivery) -> bool {
         let unacked = self.broker.unacked.get(&delivery.0);
-        self.broker.is_up && unacked.is_some_and(|unacked| unacked.worker == worker)
+        let is_through = self.broker.is_up && !self.workers[worker].is_stuck;
+        is_through && unacked.is_some_and(|unacked| unacked.worker == worker)
     }
 
     // ---- Requests and inquiries --------------------------------------------------------------
@@ -502,6 +531,11 @@ impl World {
         self.workers[worker].is_cut_unnoticed |= self.workers[worker].is_connected;
         self.workers[worker].is_connected = false;
         self.workers[worker].is_serving = false;
+        self.workers[worker].is_stuck = false;
+        self.workers[worker].lane = AppendLane::default();
+        for brought in std::mem::take(&mut self.workers[worker].undelivered) {
+            self.share(brought);
+        }
         let unacked = self.broker.unacked.iter().filter(|(_, it)| it.worker == worker);
         let deliveries: Vec<_> = unacked.map(|(delivery, _)| *delivery).collect();
         for delivery in deliveries.into_iter().rev() {
@@ -561,7 +595,7 @@ impl World {
     // ---- Prepare queues ----------------------------------------------------------------------
 
     /// The service of that name, if it has a prepare queue.
-    fn bound_service(&self, name: &ServiceName) -> Option<&Service> {
+    pub(crate) fn bound_service(&self, name: &ServiceName) -> Option<&Service> {
         let service = self.services.iter().find(|service| service.plan.name == *name)?;
         let is_removed = service.plan.removed_at.is_some_and(|at| at <= self.now);
         let is_unbound = service.unbound_until.is_some_and(|until| self.now < until);
@@ -580,7 +614,7 @@ impl World {
 
     /// Delivers what there is credit for, and returns what has expired at the head.
     pub(crate) fn serve_prepares(&mut self, service: usize) {
-        if !self.broker.is_up {
+        if !self.broker.is_up || self.services[service].is_unreachable(self.now) {
             return;
         }
         loop {
@@ -656,6 +690,7 @@ impl World {
     /// goes back if its time is over.
     pub(crate) fn drop_instance(&mut self, instance: usize) {
         self.instances[instance].is_connected = false;
+        self.instances[instance].is_stuck = false;
         self.instances[instance].queue_dies_at = Some(self.now + DYING_QUEUE);
         let service = self.instances[instance].service;
         let slots = self.services[service].slots.iter();
@@ -709,7 +744,21 @@ impl World {
         if !self.broker.is_up {
             return;
         }
-        let mut is_bound = false;
+        if self.services[service].finish_refused_until.is_some_and(|until| self.now < until) {
+            // What must arrive is published again.
+            if to == Destination::AnyInstance {
+                self.after(200, Happening::CommandRouted { service, to, command });
+            }
+            return;
+        }
+        let mut is_bound = self.stale_queues.iter().any(|(id, of)| {
+            *of == service
+                && match &to {
+                    Destination::Instance(to) => to == id,
+                    Destination::AllInstances => true,
+                    Destination::AnyInstance => false,
+                }
+        });
         for instance in 0..self.instances.len() {
             let node = &self.instances[instance];
             let is_meant = node.service == service
@@ -804,7 +853,8 @@ impl World {
 
     fn reply(&mut self, instance: usize, to: Option<WorkerId>, brought: Brought) {
         let is_cut = !self.instances[instance].is_connected;
-        if !self.broker.is_up || is_cut && self.rng.chance(500) {
+        let is_stuck = self.instances[instance].is_stuck;
+        if !self.broker.is_up || is_stuck || is_cut && self.rng.chance(500) {
             return;
         }
         for millis in self.rules.carry(&mut self.rng).into_iter().flatten() {
@@ -814,7 +864,7 @@ impl World {
     }
 
     fn ack_for_instance(&mut self, instance: usize, delivery: Delivery) {
-        if !self.broker.is_up {
+        if !self.broker.is_up || self.instances[instance].is_stuck {
             return;
         }
         let service = self.instances[instance].service;
