@@ -35,7 +35,7 @@
 //! | `outcome`, `status` | `COMMITTED` or `ABORTED`; `outcome` must be there in a vote `finished` | |
 //! | `vote` | `prepared`, `read_only`, `refused`, `failed` or `finished` | |
 //! | `reason` | object: `service`?, `code`, `message`? | of a vote: its word, at its service |
-//! | `code` | `refused`, `failed`, `no_slot`, `unknown_service`, `deadline`, `cancelled`, `invalid` or `id_reused` | |
+//! | `code` | `refused`, `failed`, `no_slot`, `unknown_service`, `deadline`, `unavailable`, `cancelled`, `invalid` or `id_reused` | |
 //! | `message`, `error` | any text, cut after [`TEXT_MAX`] characters | `error` of a done: empty |
 //! | `done`, `repeated`, `parked` | `true` or `false` | `parked`: `false` |
 //! | `free` | whole number of slots, up to 4294967295 | |

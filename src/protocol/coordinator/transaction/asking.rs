@@ -204,7 +204,8 @@ impl Transaction {
         let service = &services[index];
         if cx.flow(service).is_unavailable() {
             if !self.begun && cx.is_full_of_unavailable() {
-                self.reason.get_or_insert(Reason::at(service, ReasonCode::Unavailable));
+                let code = ReasonCode::Unavailable;
+                self.reason.get_or_insert_with(|| Reason::at(service, code));
                 return self.propose(Outcome::Aborted, cx);
             }
             self.limit_wait(cx);
@@ -259,12 +260,16 @@ impl Transaction {
     /// A service that can't be reached is not waited for without end, even before any is asked.
     fn limit_wait(&mut self, cx: &mut Context<'_>) {
         let at = cx.now + self.timeout(cx);
-        let until = self.deadline.unwrap_or(*self.waits_until.get_or_insert(at));
+        let until = match self.deadline {
+            Some(deadline) => deadline,
+            None => *self.waits_until.get_or_insert(at),
+        };
         cx.wake(&self.request.key, &mut self.due, until);
     }
 
     fn timeout(&self, cx: &Context<'_>) -> Duration {
-        self.request.timeout.unwrap_or(cx.settings().prepare_timeout)
+        let usual = cx.settings().prepare_timeout;
+        self.request.timeout.unwrap_or(usual)
     }
 
     pub(super) fn hold(&mut self, index: usize, cx: &mut Context<'_>) {
