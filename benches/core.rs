@@ -115,7 +115,7 @@ impl World {
                 for effect in self.effects.drain(..) {
                     match effect {
                         coordinator::Effect::Ack(_) => acked += 1,
-                        coordinator::Effect::FindService(service) => {
+                        coordinator::Effect::FindService { service, .. } => {
                             events.push_back(coordinator::Event::ServiceFound(service));
                         }
                         coordinator::Effect::Append(decision) => {
@@ -127,30 +127,28 @@ impl World {
                         coordinator::Effect::Publish { key, delivery, .. } => {
                             events.push_back(coordinator::Event::ResultConfirmed { key, delivery });
                         }
+                        coordinator::Effect::SendPrepare { service, prepare, .. } => {
+                            events.push_back(coordinator::Event::VoteReceived(Vote {
+                                key: prepare.key,
+                                request_hash: prepare.request_hash,
+                                service,
+                                instance: self.instance.clone(),
+                                ballot: Ballot::Prepared { branch: self.branch.clone() },
+                                free: 1000,
+                            }));
+                        }
                         coordinator::Effect::Send { service, command, .. } => {
-                            let instance = self.instance.clone();
-                            let free = 1000;
-                            events.push_back(match command {
-                                Command::Prepare(prepare) => {
-                                    coordinator::Event::VoteReceived(Vote {
-                                        key: prepare.key,
-                                        request_hash: prepare.request_hash,
-                                        service,
-                                        instance,
-                                        ballot: Ballot::Prepared { branch: self.branch.clone() },
-                                        free,
-                                    })
-                                }
-                                Command::Finish(finish) => coordinator::Event::DoneReceived(Done {
-                                    key: finish.key,
-                                    service,
-                                    instance,
-                                    applied: Ok(()),
-                                    parked: false,
-                                    free,
-                                }),
-                                Command::Query(_) | Command::Cancel(_) => continue,
-                            });
+                            let Command::Finish(finish) = command else { continue };
+                            let done = Done {
+                                key: finish.key,
+                                service,
+                                instance: self.instance.clone(),
+                                applied: Ok(()),
+                                parked: false,
+                                free: 1000,
+                            };
+                            let delivery = None;
+                            events.push_back(coordinator::Event::DoneReceived { done, delivery });
                         }
                         other => {
                             black_box(other);
@@ -210,7 +208,9 @@ impl World {
                                 events.push_back(coordinator::Event::VoteReceived(vote));
                             }
                             participant::Effect::Done { done, .. } => {
-                                events.push_back(coordinator::Event::DoneReceived(done));
+                                let delivery = None;
+                                let event = coordinator::Event::DoneReceived { done, delivery };
+                                events.push_back(event);
                             }
                             other => {
                                 black_box(other);
@@ -224,7 +224,7 @@ impl World {
                 for effect in self.effects.drain(..) {
                     match effect {
                         coordinator::Effect::Ack(_) => acked += 1,
-                        coordinator::Effect::FindService(service) => {
+                        coordinator::Effect::FindService { service, .. } => {
                             events.push_back(coordinator::Event::ServiceFound(service));
                         }
                         coordinator::Effect::Append(decision) => {
@@ -236,29 +236,24 @@ impl World {
                         coordinator::Effect::Publish { key, delivery, .. } => {
                             events.push_back(coordinator::Event::ResultConfirmed { key, delivery });
                         }
+                        coordinator::Effect::SendPrepare { service, prepare, .. } => {
+                            let event = participant::Event::PrepareReceived {
+                                worker: self.worker.clone(),
+                                delivery: Delivery(1),
+                                redelivered: false,
+                                prepare,
+                            };
+                            commands.push_back((service == self.services[1], event));
+                        }
                         coordinator::Effect::Send { service, to, command } => {
-                            let member = service == self.services[1];
-                            let worker = self.worker.clone();
                             debug_assert!(to != Destination::AnyInstance);
-                            commands.push_back((
-                                member,
-                                match command {
-                                    Command::Prepare(prepare) => {
-                                        participant::Event::PrepareReceived {
-                                            worker,
-                                            delivery: Delivery(1),
-                                            redelivered: false,
-                                            prepare,
-                                        }
-                                    }
-                                    Command::Finish(finish) => participant::Event::FinishReceived {
-                                        worker,
-                                        finish,
-                                        delivery: None,
-                                    },
-                                    Command::Query(_) | Command::Cancel(_) => continue,
-                                },
-                            ));
+                            let Command::Finish(finish) = command else { continue };
+                            let event = participant::Event::FinishReceived {
+                                worker: self.worker.clone(),
+                                finish,
+                                delivery: None,
+                            };
+                            commands.push_back((service == self.services[1], event));
                         }
                         other => {
                             black_box(other);

@@ -25,7 +25,7 @@ use crate::{
         ids::{InstanceId, ServiceName, TransactionKey, WorkerId},
         message::{
             Answer, Command, Decision, Delivery, Destination, Inquiry, Matter, Outcome, Parked,
-            Reason, ReasonCode, Request, TransactionSpec,
+            Prepare, Reason, ReasonCode, Request, TransactionSpec,
         },
         participant::{self, InDoubt, Instance},
         time::Time,
@@ -62,6 +62,8 @@ pub(crate) struct Engine {
     concluded: Vec<Concluded>,
     /// What has ended, and may still have calls to come.
     lingering: Vec<TransactionKey>,
+    /// How many commands were sent to whichever instance: the name of the last one.
+    to_any_instance: u64,
 }
 
 struct InFlight {
@@ -144,6 +146,7 @@ impl Engine {
             calls: Vec::new(),
             concluded: Vec::new(),
             lingering: Vec::new(),
+            to_any_instance: 0,
         };
         engine.attach_journal();
         if let Some((log, unfinished)) = log {
@@ -380,14 +383,17 @@ impl Engine {
     fn perform(&mut self, now: Reading, effect: coordinator::Effect) {
         use coordinator::{Effect, Event};
         match effect {
-            Effect::FindService(service) => {
+            Effect::FindService { service, .. } => {
                 self.for_worker.push_back(if self.numbers.contains_key(&service) {
                     Event::ServiceFound(service)
                 } else {
                     Event::ServiceMissing(service)
                 })
             }
-            Effect::Send { service, to, command } => self.send(now.time, service, &to, command),
+            Effect::SendPrepare { service, prepare, .. } => {
+                self.send_prepare(now.time, service, prepare);
+            }
+            Effect::Send { service, to, command } => self.send(&service, &to, command),
             Effect::Append(decision) if let Some(log) = &mut self.log => {
                 let is_worked_on = self.coordinator.phase_of(&decision.key).is_some();
                 let decision = Arc::new(decision);
@@ -415,39 +421,44 @@ impl Engine {
                 self.reject(now, &request, reason);
             }
             Effect::Park(parked) => self.park(&parked),
-            Effect::Settle { key, service } => {
+            Effect::Settle { key, service, .. } => {
                 tracing::info!(%key, %service, "a parked commit was applied");
             }
             Effect::Report(anomaly) => report(&anomaly),
         }
     }
 
-    fn send(&mut self, now: Time, service: ServiceName, to: &Destination, command: Command) {
+    fn send_prepare(&mut self, now: Time, service: ServiceName, prepare: Prepare) {
         let Some(&number) = self.numbers.get(&service) else {
-            if let Command::Prepare(prepare) = command {
-                let event = coordinator::Event::PrepareUnroutable { key: prepare.key, service };
-                self.for_worker.push_back(event);
-            }
-            return;
+            let event = coordinator::Event::PrepareUnroutable { key: prepare.key, service };
+            return self.for_worker.push_back(event);
         };
+        if let Some(log) = &mut self.log {
+            log.begin(&prepare.key);
+        }
+        self.members[number].queue.publish(now, prepare);
+        self.deliver(now, number);
+    }
+
+    fn send(&mut self, service: &ServiceName, to: &Destination, command: Command) {
+        let Some(&number) = self.numbers.get(service) else { return };
         let worker = self.worker.clone();
         let event = match command {
-            Command::Prepare(prepare) => {
-                if let Some(log) = &mut self.log {
-                    log.begin(&prepare.key);
-                }
-                self.members[number].queue.publish(now, prepare);
-                return self.deliver(now, number);
-            }
             Command::Query(query) => participant::Event::QueryReceived { worker, query },
             Command::Cancel(key) => participant::Event::CancelReceived(key),
             Command::Finish(finish) => {
-                // What comes by the durable queue is held by the instance until it is applied.
-                let delivery = (*to == Destination::AnyInstance).then_some(Delivery(0));
+                let delivery = (*to == Destination::AnyInstance).then(|| self.next_delivery());
                 participant::Event::FinishReceived { worker, finish, delivery }
             }
         };
         self.for_members.push_back((number, event));
+    }
+
+    /// What comes by a durable queue has a name, though no queue keeps it here: the instance holds
+    /// it until it is applied.
+    fn next_delivery(&mut self) -> Delivery {
+        self.to_any_instance += 1;
+        Delivery(self.to_any_instance)
     }
 
     /// Gives out what has a slot, and returns what may not wait for one.
@@ -705,13 +716,12 @@ impl Engine {
                         Err(_) => recovery.failed(now, number, &done.key),
                     }
                 }
-                self.for_worker.push_back(coordinator::Event::DoneReceived(done));
+                let event = coordinator::Event::DoneReceived { done, delivery: None };
+                self.for_worker.push_back(event);
             }
             Effect::Inquire(inquiry) => {
                 self.inquire(inquiry);
             }
-            // The durable queue's deliveries need no ack here: they live with the instance.
-            Effect::Ack(Delivery(0)) => {}
             Effect::Ack(_) => {
                 self.members[number].queue.ack();
                 self.deliver(now, number);
@@ -822,6 +832,11 @@ fn report(anomaly: &Anomaly) {
         }
         Anomaly::InquiryDropped(key) => tracing::warn!(%key, "too many inquiries"),
         Anomaly::JournalGap(offset) => tracing::error!(offset, "the journal has a gap"),
+        // Every result is taken at once, and every service is in this process.
+        Anomaly::ResultUnclaimed { key, .. } => tracing::debug!(%key, "a result was not taken"),
+        Anomaly::ServiceUnavailable(service) | Anomaly::ServiceAvailable(service) => {
+            tracing::debug!(%service, "whether a service can be reached has changed");
+        }
     }
 }
 

@@ -316,11 +316,9 @@ impl Server {
         while let Some(event) = self.events.pop_front() {
             let mut effects = std::mem::take(&mut self.effects);
             self.instance.handle(self.clock.now(), event, &mut effects);
-            let mut effects_left = effects.drain(..).peekable();
-            while let Some(effect) = effects_left.next() {
-                self.perform(effect, &mut effects_left, session.as_deref_mut());
+            for effect in effects.drain(..) {
+                self.perform(effect, session.as_deref_mut());
             }
-            drop(effects_left);
             self.effects = effects;
         }
         let Some(session) = session else { return self.outbox.clear() };
@@ -331,12 +329,7 @@ impl Server {
         session.flush_acks();
     }
 
-    fn perform(
-        &mut self,
-        effect: Effect,
-        next: &mut std::iter::Peekable<impl Iterator<Item = Effect>>,
-        session: Option<&mut Session>,
-    ) {
+    fn perform(&mut self, effect: Effect, session: Option<&mut Session>) {
         match effect {
             Effect::CallPrepare { .. }
             | Effect::CallCommit { .. }
@@ -347,20 +340,13 @@ impl Server {
                 self.events.extend(ended.map(|ended| ended.event));
             }
             Effect::Vote { to, vote } => self.outbox.vote(to, &vote),
-            Effect::Done { to, done } if !done.parked => self.outbox.done(to, &done),
-            Effect::Done { done, .. } => {
-                // What it answers follows at once, if it came by the durable queue.
-                let is_shared = |delivery| {
-                    session.is_some_and(|it| it.source_of(delivery) == Some(Source::Shared))
-                };
-                let owed = match next.peek() {
-                    Some(&Effect::Ack(delivery)) if is_shared(delivery) => Some(delivery),
-                    Some(_) | None => None,
-                };
-                if owed.is_some() {
-                    next.next();
+            Effect::Done { done, ack, .. } if done.parked => self.outbox.settle(&done, ack),
+            Effect::Done { to, done, ack } => {
+                // The worker that waits for it sends its finish again.
+                self.outbox.done(to, &done);
+                if let (Some(session), Some(delivery)) = (session, ack) {
+                    session.ack(delivery);
                 }
-                self.outbox.settle(&done, owed);
             }
             Effect::Inquire(inquiry) => self.outbox.inquire(&inquiry),
             Effect::Ack(delivery) => {

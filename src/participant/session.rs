@@ -401,11 +401,6 @@ impl Session {
         self.lanes.are_tried
     }
 
-    /// The queue that a delivery came by, if it came by one of this session's.
-    pub(super) fn source_of(&self, delivery: Delivery) -> Option<Source> {
-        self.origins.get(&delivery).map(|origin| origin.source)
-    }
-
     /// The core is done with a delivery. One from an earlier session will come again.
     pub(super) fn ack(&mut self, delivery: Delivery) {
         if let Some(origin) = self.origins.remove(&delivery) {

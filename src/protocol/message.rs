@@ -104,6 +104,8 @@ pub enum ReasonCode {
     UnknownService,
     /// Not every vote was there when the prepare deadline passed.
     Deadline,
+    /// A service exists, but could not be reached until the deadline passed.
+    Unavailable,
     /// The prepare was withdrawn before it reached the service's code.
     Cancelled,
     /// The request can't be understood.
@@ -121,6 +123,7 @@ impl ReasonCode {
             Self::NoSlot => "no_slot",
             Self::UnknownService => "unknown_service",
             Self::Deadline => "deadline",
+            Self::Unavailable => "unavailable",
             Self::Cancelled => "cancelled",
             Self::Invalid => "invalid",
             Self::IdReused => "id_reused",
@@ -174,11 +177,9 @@ pub struct Request {
     pub reply: Option<ReplyToken>,
 }
 
-/// What a worker tells a service, or its instances.
+/// What a worker tells the instances of a service.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub enum Command {
-    /// Make ready to commit, and vote.
-    Prepare(Prepare),
     /// Whoever holds this transaction: vote again.
     Query(Query),
     /// The outcome: commit or undo.
@@ -190,8 +191,6 @@ pub enum Command {
 /// To whom a command goes.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Destination {
-    /// The service's prepare queue: whichever instance has a slot.
-    Slot,
     /// The one instance that holds the slot.
     Instance(InstanceId),
     /// Every instance that runs now.
@@ -200,7 +199,8 @@ pub enum Destination {
     AnyInstance,
 }
 
-/// The prepare command.
+/// The prepare command: make ready to commit, and vote. It goes to the service's prepare queue:
+/// whichever instance has a slot takes it.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Prepare {
     /// Which transaction.

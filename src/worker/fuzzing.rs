@@ -15,8 +15,8 @@ use crate::{
 };
 
 /// What a message from the queue of replies or that of inquiries says, and what is wrong with it.
-pub fn reply(message: &Message) -> (Vec<Event>, Vec<String>) {
-    let intake::Intake { events, complaints, prepares_max: _ } = intake::reply(message);
+pub fn reply(message: &Message, delivery: Option<Delivery>) -> (Vec<Event>, Vec<String>) {
+    let intake::Intake { events, complaints, prepares_max: _ } = intake::reply(message, delivery);
     (events, complaints)
 }
 

@@ -27,8 +27,9 @@ pub(super) struct Intake {
     pub(super) prepares_max: Option<(ServiceName, u16)>,
 }
 
-/// What `message`, from the queue of replies or that of inquiries, says.
-pub(super) fn reply(message: &Message) -> Intake {
+/// What `message`, from the queue of replies or that of inquiries, says. `delivery`: what it is
+/// called, if it may not be acknowledged before what follows from it is safe.
+pub(super) fn reply(message: &Message, delivery: Option<Delivery>) -> Intake {
     let mut intake = Intake::default();
     let key = message.routing_key.as_str();
     let service = names::parts(key).and_then(|(_, service)| ServiceName::parse(service).ok());
@@ -42,7 +43,7 @@ pub(super) fn reply(message: &Message) -> Intake {
             of(&service, &vote.service).map(|()| Event::VoteReceived(vote))
         }),
         Some(Kind::Done) => intake.items(message, |done: Done| {
-            of(&service, &done.service).map(|()| Event::DoneReceived(done))
+            of(&service, &done.service).map(|()| Event::DoneReceived { done, delivery })
         }),
         Some(Kind::Inquiry) => intake.items(message, |inquiry: Inquiry| {
             of(&service, &inquiry.service).map(|()| Event::InquiryReceived(inquiry))
@@ -164,7 +165,7 @@ mod tests {
         let mut message =
             Message::mock(1, "e".into(), "w1.payments".into(), false, body.into_bytes());
         message.properties = BasicProperties::default().with_type("dtc.done.v1".into());
-        let intake = reply(&message);
+        let intake = reply(&message, None);
         assert_eq!(intake.events.len(), 1);
         assert_eq!(intake.complaints.len(), 11);
         assert_eq!(intake.complaints.first().unwrap(), "done: $[0] is 5: must be an object");

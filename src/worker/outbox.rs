@@ -256,10 +256,7 @@ impl Outbox {
                 (self.names.finish(), names::key(instance, service), false)
             }
             Destination::AllInstances => (self.names.finish(), names::key(ALL, service), false),
-            // Only prepares wait for slots.
-            Destination::Slot | Destination::AnyInstance => {
-                (self.names.finish_any(), names::key(ANY, service), true)
-            }
+            Destination::AnyInstance => (self.names.finish_any(), names::key(ANY, service), true),
         };
         let message = Outgoing {
             exchange,
@@ -384,13 +381,17 @@ impl Outbox {
         match ticket {
             Ticket::Expendable if is_safe => {}
             Ticket::Expendable => tracing::debug!(fate = ?published, "a command was not taken"),
-            Ticket::Prepares { keys, service } if is_unroutable => {
+            // Whether it arrived shows: the deadline runs.
+            Ticket::Prepares { .. } if is_safe => {}
+            Ticket::Prepares { keys, service } => {
                 meanings.extend(keys.into_iter().map(|key| {
-                    Meaning::Event(Event::PrepareUnroutable { key, service: service.clone() })
+                    let service = service.clone();
+                    Meaning::Event(match is_unroutable {
+                        true => Event::PrepareUnroutable { key, service },
+                        false => Event::PrepareRefused { key, service },
+                    })
                 }));
             }
-            // Whether it arrived shows: the deadline runs.
-            Ticket::Prepares { .. } => {}
             Ticket::Append(batch) => {
                 self.is_appending = false;
                 if !is_safe {

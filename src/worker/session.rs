@@ -24,11 +24,10 @@ use crate::{
     clock::Clock,
     error::Chain,
     protocol::{
-        coordinator::{Coordinator, Effect, Event},
+        coordinator::{Anomaly, Coordinator, Effect, Event},
         ids::{ReplyToken, ServiceName, TransactionKey},
         message::{
-            Answer, Command, Delivery, Matter, Outcome, Reason, ReasonCode, Request,
-            TransactionSpec,
+            Answer, Delivery, Matter, Outcome, Reason, ReasonCode, Request, TransactionSpec,
         },
     },
     transport::amqp::{
@@ -176,8 +175,6 @@ pub(super) struct Session<'a> {
     reply_of: BTreeMap<Delivery, Option<ReplyToken>>,
     /// Inquiries that are acknowledged when so many records are safe.
     settling: BTreeMap<u64, u32>,
-    /// What is being handled.
-    current: Option<Held>,
     effects: Vec<Effect>,
     meanings: Vec<Meaning>,
     is_blocked: bool,
@@ -239,7 +236,6 @@ impl<'a> Session<'a> {
             found: mpsc::channel(64),
             reply_of: BTreeMap::new(),
             settling: BTreeMap::new(),
-            current: None,
             effects: Vec::new(),
             meanings: Vec::new(),
             is_blocked: false,
@@ -444,15 +440,17 @@ impl<'a> Session<'a> {
     }
 
     fn reply_received(&mut self, message: &Message, held: Held) {
-        let intake = intake::reply(message);
+        let delivery = match held {
+            Held::Inquiry(tag) => Some(Delivery(tag)),
+            Held::Reply(_) | Held::Request(_) => None,
+        };
+        let intake = intake::reply(message, delivery);
         if let Some((service, prepares_max)) = intake.prepares_max {
             self.outbox.announced(service, prepares_max, Instant::now());
         }
-        self.current = Some(held);
         for event in intake.events {
             self.tell(event);
         }
-        self.current = None;
         if !intake.complaints.is_empty() {
             let queue = match held {
                 Held::Inquiry(_) => self.settings.names.inquiries(),
@@ -556,8 +554,9 @@ impl<'a> Session<'a> {
             Ok(true) => self.tell(Event::ServiceFound(service)),
             Ok(false) => self.tell(Event::ServiceMissing(service)),
             Err(error) => {
-                tracing::warn!(%service, error = %Chain(&error), "failed to look for a service");
-                self.look_for(service, LOOK_AGAIN_AFTER);
+                tracing::debug!(%service, error = %Chain(&error), "failed to look for a service");
+                self.look_for(service.clone(), LOOK_AGAIN_AFTER);
+                self.tell(Event::ServiceUnavailable(service));
             }
         }
     }
@@ -603,9 +602,8 @@ impl<'a> Session<'a> {
 
     fn perform(&mut self, effect: Effect) {
         match effect {
-            Effect::FindService(service) => self.look_for(service, Duration::ZERO),
-            Effect::Send { service, to: _, command: Command::Prepare(prepare) } => {
-                let spare = self.lasting.coordinator.spare_slots(&service);
+            Effect::FindService { service, after } => self.look_for(service, after),
+            Effect::SendPrepare { service, prepare, spare } => {
                 self.outbox.prepare(service, &prepare, spare);
             }
             Effect::Send { service, to, command } => self.outbox.send(service, to, &command),
@@ -643,19 +641,47 @@ impl<'a> Session<'a> {
                 let then = Then::Tell(Event::ParkConfirmed { key, service });
                 self.outbox.park(&parked, then);
             }
-            Effect::Settle { key, service } => self.settle(key, service),
-            Effect::Report(anomaly) => tracing::debug!(?anomaly, "reported"),
+            Effect::Settle { key, service, ack } => self.settle(key, service, ack),
+            Effect::Report(anomaly) => self.report(&anomaly),
         }
     }
 
-    fn settle(&mut self, key: TransactionKey, service: ServiceName) {
-        let then = match self.current {
-            Some(held @ Held::Inquiry(tag)) => {
+    fn report(&mut self, anomaly: &Anomaly) {
+        match anomaly {
+            Anomaly::ResultUnclaimed { key, attempts } => {
+                self.outbox.unclaimed += 1;
+                tracing::warn!(transaction = %key, attempts,
+                    "the broker did not take a result; its producer can ask again");
+            }
+            Anomaly::ServiceUnavailable(service) => {
+                let queue = self.settings.names.prepare_of(service);
+                tracing::warn!(%service, %queue, "a service cannot be reached");
+            }
+            Anomaly::ServiceAvailable(service) => {
+                let queue = self.settings.names.prepare_of(service);
+                tracing::info!(%service, %queue, "a service can be reached again");
+            }
+            Anomaly::DuplicateRequest(_)
+            | Anomaly::LateVote(..)
+            | Anomaly::PreparedTwice(..)
+            | Anomaly::CommitFailed { .. }
+            | Anomaly::Unanswered(..)
+            | Anomaly::Stalled(..)
+            | Anomaly::InquiryDropped(_)
+            | Anomaly::JournalGap(_) => tracing::debug!(?anomaly, "reported"),
+        }
+    }
+
+    /// `ack`: the message of the queue of inquiries that this follows from; it is acknowledged when
+    /// all records that follow from it are safe.
+    fn settle(&mut self, key: TransactionKey, service: ServiceName, ack: Option<Delivery>) {
+        let then = match ack {
+            Some(Delivery(tag)) => {
                 tracing::info!(transaction = %key, %service, "a parked commit is done");
                 *self.settling.entry(tag).or_default() += 1;
-                Then::Ack(held)
+                Then::Ack(Held::Inquiry(tag))
             }
-            Some(Held::Reply(_) | Held::Request(_)) | None => {
+            None => {
                 // As it is with most requests that are delivered again: whoever had them may have
                 // parked something.
                 tracing::debug!(transaction = %key, %service, "what may have been parked is done");

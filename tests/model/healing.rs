@@ -46,7 +46,7 @@ impl World {
             | Message::History { .. }
             | Message::Call { .. }
             | Message::Finish { .. } => true,
-            Message::ToWorker { event: Event::DoneReceived(done), .. } => done.parked,
+            Message::ToWorker { event: Event::DoneReceived { done, .. }, .. } => done.parked,
             Message::ToMember { event, .. } => event.label() == "StoreRead",
             Message::ToWorker { .. }
             | Message::Inquiry { .. }

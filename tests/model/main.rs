@@ -174,7 +174,7 @@ searches! {
     a_careless_retry_gets_its_own_or_the_earlier_outcome: careless_retry, 55_427;
     other_content_under_the_same_key_is_rejected: other_content, 808_065;
     other_content_is_rejected_after_a_crash: other_content_after_crash, 85_370;
-    a_lost_connection_is_taken_over: worker_disconnects, 323_899;
+    a_lost_connection_is_taken_over: worker_disconnects, 323_943;
 }
 
 /// Searches a scenario with a bug until something doesn't hold: after how many worlds was that?

@@ -496,7 +496,7 @@ impl World {
     fn forget_idle_dones(&mut self, scenario: &Scenario) {
         let mut net = std::mem::take(&mut self.net);
         net.retain(|message| match &**message {
-            Message::ToWorker { worker, event: Event::DoneReceived(done) } => {
+            Message::ToWorker { worker, event: Event::DoneReceived { done, .. } } => {
                 let core = self.workers[*worker].core.as_ref();
                 core.is_none_or(|core| core.core().phase_of(&done.key).is_some())
                     || (done.parked && done.applied.is_ok())
@@ -681,10 +681,10 @@ impl World {
                 core.change(|core| core.handle(now, event, &mut effects));
                 for effect in effects {
                     match effect {
-                        Effect::FindService(service) => {
+                        Effect::FindService { service, .. } => {
                             events.push_back(Event::ServiceFound(service));
                         }
-                        Effect::Send { service, command: Command::Prepare(prepare), .. } => {
+                        Effect::SendPrepare { service, prepare, .. } => {
                             let instance = instance_id(service.as_str(), 0, 1);
                             events.push_back(Event::VoteReceived(Vote {
                                 key: prepare.key,
@@ -745,12 +745,16 @@ impl World {
     /// Does what a worker asks for. What is answered at once is returned.
     fn perform(&mut self, scenario: &Scenario, worker: usize, effect: Effect) -> Option<Event> {
         match effect {
-            Effect::FindService(service) => {
+            Effect::FindService { service, .. } => {
                 let exists = scenario.services.iter().any(|it| it.name == service.as_str());
                 return Some(match exists {
                     true => Event::ServiceFound(service),
                     false => Event::ServiceMissing(service),
                 });
+            }
+            Effect::SendPrepare { service, prepare, .. } => {
+                let service = self.service_of(scenario, &service);
+                self.send(Message::Prepare { service, worker, prepare, redelivered: false });
             }
             Effect::Send { service, to, command } => {
                 self.command(scenario, worker, &service, to, command);
@@ -787,12 +791,16 @@ impl World {
                 let event = Event::ParkConfirmed { key: parked.key, service };
                 self.send(Message::ToWorker { worker, event });
             }
-            Effect::Settle { key, service } => {
+            Effect::Settle { key, service, .. } => {
                 self.told.change(|told| told.settled.insert((key, service)));
             }
             Effect::Report(_) => {}
         }
         None
+    }
+
+    fn service_of(&self, scenario: &Scenario, name: &ServiceName) -> usize {
+        scenario.services.iter().position(|it| it.name == name.as_str()).unwrap()
     }
 
     fn command(
@@ -803,16 +811,8 @@ impl World {
         to: Destination,
         command: Command,
     ) {
-        let index = scenario.services.iter().position(|it| it.name == service.as_str()).unwrap();
+        let index = self.service_of(scenario, service);
         let event = match command {
-            Command::Prepare(prepare) => {
-                return self.send(Message::Prepare {
-                    service: index,
-                    worker,
-                    prepare,
-                    redelivered: false,
-                });
-            }
             Command::Query(query) => {
                 participant::Event::QueryReceived { worker: worker_id(worker), query }
             }
@@ -847,7 +847,7 @@ impl World {
             let slot = &self.members[member];
             let is_meant = match &to {
                 Destination::Instance(id) => slot.id == *id,
-                Destination::Slot | Destination::AllInstances | Destination::AnyInstance => true,
+                Destination::AllInstances | Destination::AnyInstance => true,
             };
             if slot.service == index && is_meant {
                 is_routed = true;
@@ -1029,9 +1029,12 @@ impl World {
                 let event = coordinator::Event::VoteReceived(vote);
                 self.send(Message::ToWorker { worker: worker_of(&to), event });
             }
-            Effect::Done { to, mut done } => {
+            Effect::Done { to, mut done, ack } => {
                 done.free = free(scenario);
-                let event = coordinator::Event::DoneReceived(done);
+                if let Some(delivery) = ack {
+                    self.members[member].unacked.remove(&delivery.0);
+                }
+                let event = coordinator::Event::DoneReceived { done, delivery: None };
                 self.send(Message::ToWorker { worker: worker_of(&to), event });
             }
             Effect::Inquire(inquiry) => {

@@ -212,7 +212,10 @@ fn show_effect(effect: &Effect) -> String {
         Effect::ReadStore(key) => format!("look    {}", show_key(key)),
         Effect::ScanStore => "look    through the store".to_owned(),
         Effect::Vote { to, vote } => format!("vote    to {to}: {}", show_vote(vote)),
-        Effect::Done { to, done } => format!("done    to {to}: {}", show_done(done)),
+        Effect::Done { to, done, ack } => {
+            let ack = ack.map_or_else(String::new, |it| format!(", acks d{}", it.0));
+            format!("done    to {to}: {}{ack}", show_done(done))
+        }
         Effect::Inquire(inquiry) => {
             let (key, deadline) = (show_key(&inquiry.key), show_time(inquiry.deadline));
             format!("inquire {key} {} deadline {deadline}", inquiry.branch)

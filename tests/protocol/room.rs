@@ -3,19 +3,23 @@
 use std::{sync::Arc, time::Duration};
 
 use dtc::protocol::{
-    coordinator::{Coordinator, Event, Settings},
+    coordinator::{Coordinator, Effect, Event, Settings},
     ids::{RequestHash, ServiceName, TransactionId, TransactionKey, WorkerId},
-    message::{Delivery, Payload, Request},
+    message::{Decision, Delivery, Payload, ReasonCode, Request},
     time::Time,
 };
 
 const NOW: Time = Time::from_millis(1_000_000);
 
 fn request(id: &str) -> Request {
+    request_of(id, "payments")
+}
+
+fn request_of(id: &str, service: &str) -> Request {
     Request {
         key: TransactionKey { id: TransactionId::parse(id).unwrap(), requested_at: NOW },
         request_hash: RequestHash([0; 16]),
-        services: Arc::new([ServiceName::parse("payments").unwrap()]),
+        services: Arc::new([ServiceName::parse(service).unwrap()]),
         data: Payload::new("{}"),
         timeout: None,
         reply: None,
@@ -47,4 +51,49 @@ fn what_is_taken_over_and_held_by_nobody_leaves_room_for_more() {
     coordinator.handle(later, Event::DeadlineReached, &mut Vec::new());
 
     assert_eq!((coordinator.room(), coordinator.waiting()), (2, 2));
+}
+
+/// A service whose queue can't be reached holds up nobody who doesn't need it, however many wait.
+#[test]
+fn a_worker_full_of_waiters_for_an_unavailable_service_serves_the_others() {
+    let (in_flight_max, waiting_max) = (2, 8);
+    let worker = WorkerId::parse("w").unwrap();
+    let settings = Settings { in_flight_max, waiting_max, ..Settings::new(worker) };
+    let mut coordinator = Coordinator::new(settings);
+    let mut tell = |event| {
+        let mut effects = Vec::new();
+        coordinator.handle(NOW, event, &mut effects);
+        (effects, coordinator.room(), coordinator.waiting())
+    };
+    let received = |number: u64, service: &str| Event::RequestReceived {
+        request: request_of(&format!("t{number}"), service),
+        delivery: Delivery(number),
+        deliveries: 1,
+    };
+    tell(Event::JournalAttached { next: 0, since: Time::EPOCH });
+    tell(received(0, "payments"));
+    tell(Event::ServiceUnavailable(ServiceName::parse("payments").unwrap()));
+    let mut aborted: Vec<Decision> = Vec::new();
+    for number in 1..100 {
+        let (effects, room, waiting) = tell(received(number, "payments"));
+        assert!(room > 0 && waiting <= waiting_max / 2, "{number}: {room}, {waiting}");
+        for effect in effects {
+            if let Effect::Append(decision) = effect {
+                let offset = aborted.len() as u64;
+                tell(Event::RecordsRead { offset, decisions: vec![Arc::new(decision.clone())] });
+                tell(Event::ResultConfirmed {
+                    key: decision.key.clone(),
+                    delivery: Delivery(number),
+                });
+                aborted.push(decision);
+            }
+        }
+    }
+    assert_eq!(aborted.len(), 96, "as many wait as may, and the others have ended");
+    let reason = |it: &Decision| it.reason.as_ref().map(|reason| reason.code);
+    assert!(aborted.iter().all(|it| reason(it) == Some(ReasonCode::Unavailable)));
+
+    tell(received(100, "stock"));
+    let (effects, ..) = tell(Event::ServiceFound(ServiceName::parse("stock").unwrap()));
+    assert!(matches!(effects[..], [Effect::SendPrepare { .. }]), "{effects:?}");
 }

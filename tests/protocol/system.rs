@@ -281,8 +281,17 @@ impl System {
     fn perform(&mut self, effect: coordinator::Effect) {
         use coordinator::{Effect, Event};
         let back = match effect {
-            Effect::FindService(name) if self.site_of(&name).is_some() => Event::ServiceFound(name),
-            Effect::FindService(name) => Event::ServiceMissing(name),
+            Effect::FindService { service, .. } => match self.site_of(&service) {
+                Some(_) => Event::ServiceFound(service),
+                None => Event::ServiceMissing(service),
+            },
+            Effect::SendPrepare { service, prepare, .. } => {
+                let index = self.site_of(&service).expect("only what exists is sent to");
+                // The queue keeps order, but what is on its way to it doesn't.
+                let ahead = self.random.is_multiple_of(2);
+                let queue = &mut self.sites[index].queue;
+                return if ahead { queue.push_front(prepare) } else { queue.push_back(prepare) };
+            }
             Effect::Send { service, to, command } => return self.send(&service, &to, command),
             Effect::Append(decision) => {
                 self.journal.push(decision);
@@ -305,7 +314,7 @@ impl System {
                 self.parked.push((index_of(&parked.key), self.site_of(&service).unwrap()));
                 Event::ParkConfirmed { key: parked.key, service: Some(service) }
             }
-            Effect::Settle { key, service } => {
+            Effect::Settle { key, service, .. } => {
                 return self.settled.push((index_of(&key), self.site_of(&service).unwrap()));
             }
             Effect::Report(_) => return,
@@ -325,13 +334,6 @@ impl System {
         let id_of = |number: usize| instance(&format!("{name}-{number}"));
         let numbers = 0..self.sites[index].instances.len();
         let receivers: Vec<usize> = match to {
-            Destination::Slot => {
-                let Command::Prepare(prepare) = command else { panic!("only a prepare needs one") };
-                // The queue keeps order, but what is on its way to it doesn't.
-                let ahead = self.random.is_multiple_of(2);
-                let queue = &mut self.sites[index].queue;
-                return if ahead { queue.push_front(prepare) } else { queue.push_back(prepare) };
-            }
             Destination::Instance(id) => numbers.filter(|it| id_of(*it) == *id).collect(),
             Destination::AllInstances => numbers.collect(),
             Destination::AnyInstance => vec![numbers.len() - 1],
@@ -339,7 +341,6 @@ impl System {
         for number in receivers {
             let worker = WorkerId::parse("w1").unwrap();
             let event = match command.clone() {
-                Command::Prepare(_) => panic!("a prepare needs a slot"),
                 Command::Query(query) => participant::Event::QueryReceived { worker, query },
                 Command::Cancel(key) => participant::Event::CancelReceived(key),
                 Command::Finish(finish) => {
@@ -411,7 +412,8 @@ impl System {
                 return self.post_to_worker(coordinator::Event::VoteReceived(vote));
             }
             Effect::Done { done, .. } => {
-                return self.post_to_worker(coordinator::Event::DoneReceived(done));
+                let event = coordinator::Event::DoneReceived { done, delivery: None };
+                return self.post_to_worker(event);
             }
             Effect::Inquire(inquiry) => {
                 return self.post_to_worker(coordinator::Event::InquiryReceived(inquiry));

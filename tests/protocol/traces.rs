@@ -55,6 +55,7 @@ stories! {
         finished_vote_proposes_what_was_heard
         first_of_two_careless_retries_that_is_in_sight_answers
         full_worker_begins_no_more_until_one_ends
+        half_of_those_who_may_wait_wait_for_a_service_that_is_unavailable
         inquiry_about_a_transaction_in_flight_asks_for_the_vote
         inquiry_before_the_deadline_is_left_and_after_it_decides
         inquiry_from_the_future_is_left
@@ -79,13 +80,19 @@ stories! {
         record_forgotten_during_the_look_is_not_lost
         record_read_during_the_look_counts_only_if_the_look_finds_none
         refusal_aborts_the_prepared
+        refused_prepare_is_sent_again_when_the_service_is_back
+        refused_prepares_of_a_service_that_stays_unavailable_abort
         request_from_the_future_is_rejected
+        result_that_is_refused_for_good_counts_as_unclaimed
         returned_prepare_makes_the_service_contended
         same_id_with_other_content_is_rejected_within_the_window
         same_transaction_with_other_content_is_rejected
         saturated_service_holds_up_only_who_needs_it
         service_deleted_since_it_was_found
+        service_that_refuses_whenever_it_is_found_is_looked_for_with_growing_pauses
+        settled_records_name_the_delivery_that_they_follow_from
         silence_until_the_deadline_aborts
+        silent_service_that_is_unavailable_is_the_reason
         taking_over_after_an_abort
         taking_over_after_the_decision
         taking_over_asks_first_and_prepares_only_the_silent
@@ -93,6 +100,8 @@ stories! {
         two_instances_prepare_and_one_branch_commits
         two_workers_decide_differently_and_the_first_record_wins
         unanswered_commit_is_sent_again_and_parked_at_last
+        unavailable_service_is_back_within_the_deadline
+        unavailable_service_that_does_not_come_back_aborts
         unknown_service_calls_no_one
         view_that_starts_too_late_and_nothing_further_back_is_left
         view_that_starts_too_late_reads_further_back_and_finds

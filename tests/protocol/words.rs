@@ -5,7 +5,8 @@ use std::time::Duration;
 use dtc::protocol::{
     ids::{Branch, InstanceId, RequestHash, ServiceName, TransactionId, TransactionKey},
     message::{
-        Ballot, Command, Decision, Destination, Done, Finish, Outcome, Reason, ReasonCode, Vote,
+        Ballot, Command, Decision, Destination, Done, Finish, Outcome, Prepare, Reason, ReasonCode,
+        Vote,
     },
     time::Time,
 };
@@ -173,20 +174,20 @@ pub(crate) fn show_decision(decision: &Decision) -> String {
 
 pub(crate) fn show_destination(service: &ServiceName, to: &Destination) -> String {
     match to {
-        Destination::Slot => service.to_string(),
         Destination::Instance(instance) => format!("{service}/{instance}"),
         Destination::AllInstances => format!("{service}/all"),
         Destination::AnyInstance => format!("{service}/any"),
     }
 }
 
+pub(crate) fn show_prepare(prepare: &Prepare) -> String {
+    let repeated = if prepare.repeated { " repeated" } else { "" };
+    let (key, until) = (show_key(&prepare.key), show_time(prepare.deadline));
+    format!("prepare {key} until {until}{repeated}")
+}
+
 pub(crate) fn show_command(command: &Command) -> String {
     match command {
-        Command::Prepare(prepare) => {
-            let repeated = if prepare.repeated { " repeated" } else { "" };
-            let (key, until) = (show_key(&prepare.key), show_time(prepare.deadline));
-            format!("prepare {key} until {until}{repeated}")
-        }
         Command::Query(query) => format!("query {}", show_key(&query.key)),
         Command::Finish(finish) => show_finish(finish),
         Command::Cancel(key) => format!("cancel {}", show_key(key)),

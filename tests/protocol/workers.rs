@@ -21,7 +21,8 @@ use dtc::protocol::{
 
 use crate::words::{
     BEGINNING, Line, branch, duration, hash, instance, key, outcome, reason_code, service,
-    show_command, show_decision, show_destination, show_key, show_reason, show_time, time,
+    show_command, show_decision, show_destination, show_key, show_prepare, show_reason, show_time,
+    time,
 };
 
 /// How far back the journal is in view when a worker begins, unless the trace attaches it.
@@ -130,7 +131,14 @@ impl Workers {
             "unroutable" => {
                 Event::PrepareUnroutable { key: key(&line.word()), service: service(&line.word()) }
             }
-            "done" => Event::DoneReceived(done(line)),
+            "unavailable" => Event::ServiceUnavailable(service(&line.word())),
+            "nacked" => {
+                Event::PrepareRefused { key: key(&line.word()), service: service(&line.word()) }
+            }
+            "done" => {
+                let delivery = line.option("delivery").map(|it| Delivery(it.parse().unwrap()));
+                Event::DoneReceived { done: done(line), delivery }
+            }
             "inquiry" => self.inquiry(line),
             "parked" => Event::ParkConfirmed {
                 key: key(&line.word()),
@@ -348,7 +356,8 @@ impl Workers {
                 self.worker(name).published.push((key, delivery));
             }
             Effect::Append(_)
-            | Effect::FindService(_)
+            | Effect::FindService { .. }
+            | Effect::SendPrepare { .. }
             | Effect::Send { .. }
             | Effect::ReadHistory { .. }
             | Effect::Ack(_)
@@ -384,6 +393,8 @@ impl Workers {
 fn set(settings: &mut Settings, name: &str, value: &str) {
     match name {
         "in_flight_max" => settings.in_flight_max = value.parse().unwrap(),
+        "waiting_max" => settings.waiting_max = value.parse().unwrap(),
+        "result_retries" => settings.result_retries = value.parse().unwrap(),
         "commit_retries" => settings.commit_retries = value.parse().unwrap(),
         "records_max" => settings.records_max = value.parse().unwrap(),
         "digests_max" => settings.digests_max = value.parse().unwrap(),
@@ -411,7 +422,16 @@ fn done(line: &mut Line) -> Done {
 
 fn show_effect(effect: &Effect) -> String {
     match effect {
-        Effect::FindService(service) => format!("find    {service}"),
+        Effect::FindService { service, after } => {
+            let after = match after.as_millis() {
+                0 => String::new(),
+                millis => format!(" after {millis}ms"),
+            };
+            format!("find    {service}{after}")
+        }
+        Effect::SendPrepare { service, prepare, .. } => {
+            format!("send    {:<12} {}", service.as_str(), show_prepare(prepare))
+        }
         Effect::Send { service, to, command } => {
             format!("send    {:<12} {}", show_destination(service, to), show_command(command))
         }
@@ -446,7 +466,10 @@ fn show_effect(effect: &Effect) -> String {
             };
             format!("park    {}: {matter}", show_key(&parked.key))
         }
-        Effect::Settle { key, service } => format!("settle  {} {service}", show_key(key)),
+        Effect::Settle { key, service, ack } => {
+            let ack = ack.map_or_else(String::new, |it| format!(", acks d{}", it.0));
+            format!("settle  {} {service}{ack}", show_key(key))
+        }
         Effect::Report(anomaly) => format!("report  {}", show_anomaly(anomaly)),
     }
 }
@@ -465,5 +488,10 @@ fn show_anomaly(anomaly: &Anomaly) -> String {
         Anomaly::Stalled(key, service) => format!("stalled {} {service}", show_key(key)),
         Anomaly::InquiryDropped(key) => format!("inquiry dropped {}", show_key(key)),
         Anomaly::JournalGap(offset) => format!("journal gap before record {offset}"),
+        Anomaly::ResultUnclaimed { key, attempts } => {
+            format!("result unclaimed {}, attempt {attempts}", show_key(key))
+        }
+        Anomaly::ServiceUnavailable(service) => format!("unavailable {service}"),
+        Anomaly::ServiceAvailable(service) => format!("available {service}"),
     }
 }

@@ -22,6 +22,7 @@ use dtc::protocol::{
 
 use crate::{
     checkers::{parked::ParkedCommits, read_back, result, stored_before_voted},
+    driver::AppendLane,
     rng::Rng,
     rules::Kind,
     service::{Service, Slot},
@@ -121,7 +122,7 @@ impl Brought {
     pub(crate) fn into_event(self) -> coordinator::Event {
         match self {
             Self::Vote(vote) => coordinator::Event::VoteReceived(vote),
-            Self::Done(done) => coordinator::Event::DoneReceived(done),
+            Self::Done(done) => coordinator::Event::DoneReceived { done, delivery: None },
             Self::Inquiry(inquiry) => coordinator::Event::InquiryReceived(inquiry),
             Self::Returned(key, service) => coordinator::Event::PrepareReturned { key, service },
         }
@@ -219,15 +220,20 @@ impl World {
         let life = self.workers[worker].life;
         // Its connection is gone, and it doesn't know: much of what it still says is lost.
         let is_cut = !self.workers[worker].is_connected;
-        let is_lost = !self.broker.is_up || is_cut && self.rng.chance(500);
+        let is_stuck = self.workers[worker].is_stuck;
+        let is_lost = !self.broker.is_up || is_stuck || is_cut && self.rng.chance(500);
         match effect {
-            Effect::FindService(service) => {
-                let event = match self.bound_service(&service) {
-                    Some(_) => coordinator::Event::ServiceFound(service),
-                    None => coordinator::Event::ServiceMissing(service),
-                };
+            Effect::FindService { .. } if is_lost => {}
+            Effect::FindService { service, after } if after.is_zero() => {
+                self.find_service(worker, service);
+            }
+            Effect::FindService { service, after } => {
+                let looks = Happening::LooksAgain { worker, life, service };
+                self.after(after.as_millis() as u64, looks);
+            }
+            Effect::SendPrepare { service, prepare, .. } => {
                 if !is_lost {
-                    self.deliver_to_worker(worker, life, event);
+                    self.send_prepare(worker, service, &prepare);
                 }
             }
             Effect::Send { service, to, command } => {
@@ -237,11 +243,8 @@ impl World {
                 }
             }
             Effect::Append(decision) => {
-                if is_lost {
-                    return;
-                }
-                for millis in self.rules.carry(&mut self.rng).into_iter().flatten() {
-                    self.after(millis, Happening::Appended(decision.clone()));
+                if !is_lost {
+                    self.append_by(worker, decision);
                 }
             }
             Effect::ReadHistory { from, until } => {
@@ -268,6 +271,13 @@ impl World {
             Effect::Ack(delivery) => {
                 if let Some(message) = self.broker.delivered.get(&delivery.0).copied() {
                     self.check_ack(message);
+                    let it = &self.messages[message];
+                    let id = &it.request.key.id;
+                    let is_unclaimed =
+                        self.unclaimed_ids.contains(id) && !self.parked_ids.contains(id);
+                    if is_unclaimed && it.answers.is_empty() && !it.is_asked_again {
+                        self.ask_again(message, 200);
+                    }
                 }
                 if self.is_unacked_at(worker, delivery) {
                     self.broker.unacked.remove(&delivery.0);
@@ -302,7 +312,10 @@ impl World {
                     self.after(millis, Happening::ParkStored { worker, life, parked });
                 }
             }
-            Effect::Settle { key, service } => self.parked.settled(&key, &service),
+            Effect::Settle { key, service, .. } => self.parked.settled(&key, &service),
+            Effect::Report(coordinator::Anomaly::ResultUnclaimed { key, .. }) => {
+                self.unclaimed_ids.insert(key.id);
+            }
             Effect::Report(_) => {}
         }
     }
@@ -315,7 +328,7 @@ impl World {
         command: &message::Command,
     ) {
         let key = match command {
-            message::Command::Prepare(_) | message::Command::Query(_) => return,
+            message::Command::Query(_) => return,
             message::Command::Cancel(key) => key,
             message::Command::Finish(finish) => {
                 if finish.parked && *to == Destination::AnyInstance {
@@ -339,6 +352,36 @@ impl World {
         self.check("parked", checked);
     }
 
+    fn send_prepare(&mut self, worker: usize, name: ServiceName, prepare: &Prepare) {
+        let life = self.workers[worker].life;
+        if self.bound_service(&name).is_none() {
+            let key = prepare.key.clone();
+            let event = coordinator::Event::PrepareUnroutable { key, service: name };
+            return self.confirm(worker, life, &event);
+        }
+        let service = self.services.iter().position(|service| service.plan.name == name);
+        let Some(service) = service else { return };
+        if self.services[service].is_unreachable(self.now) {
+            let event =
+                coordinator::Event::PrepareRefused { key: prepare.key.clone(), service: name };
+            self.confirm(worker, life, &event);
+            // It may have arrived all the same.
+            if self.rng.chance(600) {
+                return;
+            }
+        }
+        let from = self.workers[worker].id.clone();
+        for millis in self.rules.carry(&mut self.rng).into_iter().flatten() {
+            let prepare = QueuedPrepare {
+                from: from.clone(),
+                prepare: prepare.clone(),
+                expires_at: Time::EPOCH,
+                redelivered: false,
+            };
+            self.after(millis, Happening::PrepareQueued { service, prepare });
+        }
+    }
+
     fn send_command(
         &mut self,
         worker: usize,
@@ -346,34 +389,16 @@ impl World {
         to: Destination,
         command: message::Command,
     ) {
-        let life = self.workers[worker].life;
-        if let message::Command::Prepare(prepare) = &command
-            && self.bound_service(&name).is_none()
-        {
-            let key = prepare.key.clone();
-            let event = coordinator::Event::PrepareUnroutable { key, service: name };
-            return self.confirm(worker, life, &event);
-        }
         let service = self.services.iter().position(|service| service.plan.name == name);
         let Some(service) = service else { return };
         let from = self.workers[worker].id.clone();
         let arrivals = match to {
             Destination::AnyInstance => self.rules.carry_safely(&mut self.rng),
-            Destination::Slot | Destination::Instance(_) | Destination::AllInstances => {
-                self.rules.carry(&mut self.rng)
-            }
+            Destination::Instance(_) | Destination::AllInstances => self.rules.carry(&mut self.rng),
         };
         for millis in arrivals.into_iter().flatten() {
-            let (from, to) = (from.clone(), to.clone());
-            let happening = if let message::Command::Prepare(prepare) = &command {
-                let (prepare, expires_at, redelivered) = (prepare.clone(), Time::EPOCH, false);
-                let prepare = QueuedPrepare { from, prepare, expires_at, redelivered };
-                Happening::PrepareQueued { service, prepare }
-            } else {
-                let command = Command { from, command: command.clone() };
-                Happening::CommandRouted { service, to, command }
-            };
-            self.after(millis, happening);
+            let command = Command { from: from.clone(), command: command.clone() };
+            self.after(millis, Happening::CommandRouted { service, to: to.clone(), command });
         }
     }
 
@@ -389,8 +414,14 @@ impl World {
             return;
         }
         tell!(self, "results: {answer:?}");
-        if let Some(message) = self.broker.delivered.get(&delivery.0) {
-            self.messages[*message].answers.push(answer);
+        let message = self.broker.delivered.get(&delivery.0).copied();
+        let token = message.map_or(self.producer.token, |message| self.messages[message].token);
+        if self.refuses_result(token) {
+            let event = coordinator::Event::ResultFailed { key, delivery };
+            return self.confirm(worker, life, &event);
+        }
+        if let Some(message) = message {
+            self.messages[message].answers.push(answer);
         }
         let event = if self.rules.loses_confirm(&mut self.rng) {
             coordinator::Event::ResultFailed { key, delivery }
@@ -426,7 +457,12 @@ impl World {
         }
     }
 
-    fn deliver_to_worker(&mut self, worker: usize, life: Life, event: coordinator::Event) {
+    pub(crate) fn deliver_to_worker(
+        &mut self,
+        worker: usize,
+        life: Life,
+        event: coordinator::Event,
+    ) {
         let wait = self.rules.deliver(&mut self.rng);
         let input = WorkerInput::Event(event);
         self.after(wait, Happening::ToWorker { worker, life, input });
@@ -442,7 +478,8 @@ impl World {
 
     fn is_unacked_at(&self, worker: usize, delivery: Delivery) -> bool {
         let unacked = self.broker.unacked.get(&delivery.0);
-        self.broker.is_up && unacked.is_some_and(|unacked| unacked.worker == worker)
+        let is_through = self.broker.is_up && !self.workers[worker].is_stuck;
+        is_through && unacked.is_some_and(|unacked| unacked.worker == worker)
     }
 
     // ---- Requests and inquiries --------------------------------------------------------------
@@ -494,6 +531,11 @@ impl World {
         self.workers[worker].is_cut_unnoticed |= self.workers[worker].is_connected;
         self.workers[worker].is_connected = false;
         self.workers[worker].is_serving = false;
+        self.workers[worker].is_stuck = false;
+        self.workers[worker].lane = AppendLane::default();
+        for brought in std::mem::take(&mut self.workers[worker].undelivered) {
+            self.share(brought);
+        }
         let unacked = self.broker.unacked.iter().filter(|(_, it)| it.worker == worker);
         let deliveries: Vec<_> = unacked.map(|(delivery, _)| *delivery).collect();
         for delivery in deliveries.into_iter().rev() {
@@ -553,7 +595,7 @@ impl World {
     // ---- Prepare queues ----------------------------------------------------------------------
 
     /// The service of that name, if it has a prepare queue.
-    fn bound_service(&self, name: &ServiceName) -> Option<&Service> {
+    pub(crate) fn bound_service(&self, name: &ServiceName) -> Option<&Service> {
         let service = self.services.iter().find(|service| service.plan.name == *name)?;
         let is_removed = service.plan.removed_at.is_some_and(|at| at <= self.now);
         let is_unbound = service.unbound_until.is_some_and(|until| self.now < until);
@@ -572,7 +614,7 @@ impl World {
 
     /// Delivers what there is credit for, and returns what has expired at the head.
     pub(crate) fn serve_prepares(&mut self, service: usize) {
-        if !self.broker.is_up {
+        if !self.broker.is_up || self.services[service].is_unreachable(self.now) {
             return;
         }
         loop {
@@ -648,6 +690,7 @@ impl World {
     /// goes back if its time is over.
     pub(crate) fn drop_instance(&mut self, instance: usize) {
         self.instances[instance].is_connected = false;
+        self.instances[instance].is_stuck = false;
         self.instances[instance].queue_dies_at = Some(self.now + DYING_QUEUE);
         let service = self.instances[instance].service;
         let slots = self.services[service].slots.iter();
@@ -701,14 +744,28 @@ impl World {
         if !self.broker.is_up {
             return;
         }
-        let mut is_bound = false;
+        if self.services[service].finish_refused_until.is_some_and(|until| self.now < until) {
+            // What must arrive is published again.
+            if to == Destination::AnyInstance {
+                self.after(200, Happening::CommandRouted { service, to, command });
+            }
+            return;
+        }
+        let mut is_bound = self.stale_queues.iter().any(|(id, of)| {
+            *of == service
+                && match &to {
+                    Destination::Instance(to) => to == id,
+                    Destination::AllInstances => true,
+                    Destination::AnyInstance => false,
+                }
+        });
         for instance in 0..self.instances.len() {
             let node = &self.instances[instance];
             let is_meant = node.service == service
                 && match &to {
                     Destination::Instance(id) => node.id == *id,
                     Destination::AllInstances => true,
-                    Destination::AnyInstance | Destination::Slot => false,
+                    Destination::AnyInstance => false,
                 };
             if is_meant && node.is_connected {
                 is_bound = true;
@@ -756,7 +813,6 @@ impl World {
     fn deliver_command(&mut self, instance: usize, command: Command, delivery: Option<Delivery>) {
         let worker = command.from;
         let event = match command.command {
-            message::Command::Prepare(_) => return,
             message::Command::Query(query) => participant::Event::QueryReceived { worker, query },
             message::Command::Cancel(key) => participant::Event::CancelReceived(key),
             message::Command::Finish(finish) => {
@@ -784,7 +840,12 @@ impl World {
                 self.check("stored_before_voted", checked);
                 self.reply(instance, Some(to), Brought::Vote(vote));
             }
-            Effect::Done { to, done } => self.reply(instance, Some(to), Brought::Done(done)),
+            Effect::Done { to, done, ack } => {
+                self.reply(instance, Some(to), Brought::Done(done));
+                if let Some(delivery) = ack {
+                    self.ack_for_instance(instance, delivery);
+                }
+            }
             Effect::Inquire(inquiry) => self.reply(instance, None, Brought::Inquiry(inquiry)),
             Effect::Ack(delivery) => self.ack_for_instance(instance, delivery),
         }
@@ -792,7 +853,8 @@ impl World {
 
     fn reply(&mut self, instance: usize, to: Option<WorkerId>, brought: Brought) {
         let is_cut = !self.instances[instance].is_connected;
-        if !self.broker.is_up || is_cut && self.rng.chance(500) {
+        let is_stuck = self.instances[instance].is_stuck;
+        if !self.broker.is_up || is_stuck || is_cut && self.rng.chance(500) {
             return;
         }
         for millis in self.rules.carry(&mut self.rng).into_iter().flatten() {
@@ -802,7 +864,7 @@ impl World {
     }
 
     fn ack_for_instance(&mut self, instance: usize, delivery: Delivery) {
-        if !self.broker.is_up {
+        if !self.broker.is_up || self.instances[instance].is_stuck {
             return;
         }
         let service = self.instances[instance].service;

@@ -15,9 +15,9 @@ use std::{
 };
 
 use crate::{
-    bugs::Bug,
     checkers::Violation,
     coverage::Coverage,
+    driver::Flaw,
     rules::Kind,
     world::{self, Summary},
 };
@@ -117,7 +117,7 @@ impl Totals {
 /// Runs `seeds` on all cores until one fails or `goes_on` says no.
 pub(crate) fn run(
     seeds: std::ops::Range<u64>,
-    bug: Option<Bug>,
+    flaw: Option<Flaw>,
     goes_on: impl Fn() -> bool + Sync,
 ) -> Totals {
     let next = AtomicU64::new(seeds.start);
@@ -135,7 +135,7 @@ pub(crate) fn run(
                         break;
                     }
                     for seed in from..to {
-                        own.count(seed, run_one(seed, bug, false));
+                        own.count(seed, run_one(seed, flaw, false));
                         // Those that other threads run have lower or higher seeds: a part that is
                         // begun is run until its first failure, so that the lowest is found.
                         if own.failure.is_some() {
@@ -152,8 +152,8 @@ pub(crate) fn run(
 }
 
 /// One schedule; a panic in it is a violation like any other.
-pub(crate) fn run_one(seed: u64, bug: Option<Bug>, is_traced: bool) -> Summary {
-    panic::catch_unwind(|| world::run(seed, bug, is_traced)).unwrap_or_else(|cause| {
+pub(crate) fn run_one(seed: u64, flaw: Option<Flaw>, is_traced: bool) -> Summary {
+    panic::catch_unwind(|| world::run(seed, flaw, is_traced)).unwrap_or_else(|cause| {
         let words = cause.downcast_ref::<String>().cloned();
         let words = words.or_else(|| cause.downcast_ref::<&str>().map(|text| (*text).to_owned()));
         let seen = words.unwrap_or_default();
@@ -169,8 +169,8 @@ pub(crate) fn run_one(seed: u64, bug: Option<Bug>, is_traced: bool) -> Summary {
 }
 
 /// What to say of a failed schedule: the property, how it came about, and how to see it again.
-pub(crate) fn account(seed: u64, bug: Option<Bug>, violation: &Violation) -> String {
-    let summary = run_one(seed, bug, true);
+pub(crate) fn account(seed: u64, flaw: Option<Flaw>, violation: &Violation) -> String {
+    let summary = run_one(seed, flaw, true);
     let is_idle = |line: &&String| {
         line.contains("ScanStore")
             || line.contains("StoreScanned([])")
@@ -187,7 +187,12 @@ pub(crate) fn account(seed: u64, bug: Option<Bug>, violation: &Violation) -> Str
     for line in &lines[skipped..] {
         let _ = writeln!(text, "{line}");
     }
-    let bug = bug.map(|bug| format!("DTC_SIM_BUG={bug:?} ")).unwrap_or_default();
+    let bug = flaw
+        .map(|flaw| match flaw {
+            Flaw::Core(bug) => format!("DTC_SIM_BUG={bug:?} "),
+            Flaw::Driver(bug) => format!("DTC_SIM_BUG={bug:?} "),
+        })
+        .unwrap_or_default();
     let _ = writeln!(
         text,
         "again, with all lines:\n  {bug}DTC_SIM_SEED={seed} DTC_SIM_TRACE=1 \

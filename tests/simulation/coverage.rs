@@ -6,13 +6,14 @@ use std::fmt::Write as _;
 use dtc::protocol::{coordinator::Phase, participant::Stage};
 
 /// A coordinator's events that are about one transaction.
-pub(crate) const COORDINATOR_EVENTS: [&str; 11] = [
+pub(crate) const COORDINATOR_EVENTS: [&str; 12] = [
     "RecordsRead",
     "HistoryRead",
     "RequestReceived",
     "VoteReceived",
     "PrepareReturned",
     "PrepareUnroutable",
+    "PrepareRefused",
     "DoneReceived",
     "InquiryReceived",
     "ResultConfirmed",
@@ -130,7 +131,12 @@ impl Coverage {
 /// it did before is still on its way. For that its prepare, or its result, must be answered late;
 /// then a gap in the journal, or the view's forgetting of a namesake, and a look further back that
 /// fails must make it be parked and forgotten; and its request must be published once more.
-const RARE: [(&str, &str); 2] = [("Waiting", "PrepareUnroutable"), ("Querying", "ResultFailed")];
+const RARE: [(&str, &str); 4] = [
+    ("Waiting", "PrepareUnroutable"),
+    ("Querying", "PrepareRefused"),
+    ("Parking", "PrepareRefused"),
+    ("Querying", "ResultFailed"),
+];
 
 /// Pairs that can't be hit, and why.
 struct Unreachable {

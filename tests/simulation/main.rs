@@ -14,7 +14,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::bugs::Bug;
+use crate::{
+    bugs::Bug,
+    driver::{DriverBug, Flaw},
+};
 
 mod broker;
 #[path = "../support/bugs.rs"]
@@ -22,6 +25,7 @@ mod bugs;
 mod campaign;
 mod checkers;
 mod coverage;
+mod driver;
 mod plan;
 mod rng;
 mod rules;
@@ -61,16 +65,17 @@ fn whatever_goes_wrong_everything_ends_as_the_journal_says() {
 fn every_bug_is_found() {
     let mut missed = Vec::new();
     let mut table = format!("{:<24} {:<20} after seeds", "bug", "checker");
-    for bug in Bug::ALL {
-        let totals = campaign::run(0..SEEDS_PER_BUG, Some(bug), || true);
-        let name = format!("{bug:?}");
+    let cores = Bug::ALL.into_iter().map(|bug| (format!("{bug:?}"), Flaw::Core(bug)));
+    let drivers = DriverBug::ALL.into_iter().map(|bug| (format!("{bug:?}"), Flaw::Driver(bug)));
+    for (name, flaw) in cores.chain(drivers) {
+        let totals = campaign::run(0..SEEDS_PER_BUG, Some(flaw), || true);
         match totals.failure {
             Some((seed, violation)) => {
                 table.push_str(&format!("\n{name:<24} {:<20} {}", violation.property, seed + 1));
             }
             None => {
                 table.push_str(&format!("\n{name:<24} not found in {SEEDS_PER_BUG}"));
-                missed.push(bug);
+                missed.push(name);
             }
         }
     }
@@ -93,10 +98,9 @@ fn a_seed_always_gives_the_same_schedule() {
 #[test]
 fn a_seed_from_outside() {
     let Some(seed) = campaign::number("DTC_SIM_SEED") else { return };
-    let bug = env::var("DTC_SIM_BUG").ok().map(|name| {
-        let bug = Bug::ALL.into_iter().find(|bug| format!("{bug:?}") == name);
-        bug.unwrap_or_else(|| panic!("no bug is called {name:?}"))
-    });
+    let bug = env::var("DTC_SIM_BUG")
+        .ok()
+        .map(|name| Flaw::named(&name).unwrap_or_else(|| panic!("no bug is called {name:?}")));
     let summary = campaign::run_one(seed, bug, true);
     if campaign::number("DTC_SIM_TRACE").is_some() {
         campaign::say(&summary.trace.join("\n"));

@@ -115,7 +115,8 @@ impl Plan {
             2 => Chaos { lose: 40, double: 250, delay: 150, unconfirm: 40, forget: 20 },
             _ => Chaos::default(),
         };
-        let faults = faults(rng, &workers, &services, is_thorny);
+        let mut faults = faults(rng, &workers, &services, is_thorny);
+        faults.extend(cluster_faults(seed, &workers, &services));
         let last = faults.iter().map(|(at, _)| *at).max().unwrap_or(START);
         Self {
             workers,
@@ -365,7 +366,51 @@ fn faults(
                 | Kind::DoubledMessage
                 | Kind::LateMessage
                 | Kind::LostConfirm
-                | Kind::LostHistory) => Fault::Mishap { kind, after },
+                | Kind::LostHistory
+                | Kind::LostAppendConfirm) => Fault::Mishap { kind, after },
+                Kind::ReaderStuck
+                | Kind::WorkerLinkStuck
+                | Kind::InstanceLinkStuck
+                | Kind::QueueStaysBound
+                | Kind::ServiceUnreachable
+                | Kind::FinishUnreachable
+                | Kind::ResultsUnreachable
+                | Kind::ResultsQueueLost => unreachable!("drawn by cluster_faults"),
+            };
+            (at, fault)
+        })
+        .collect()
+}
+
+/// What a cluster does whose nodes are lost and come back: in every second schedule. From a source
+/// of its own, so that the rest of a seed's schedule doesn't depend on it.
+fn cluster_faults(
+    seed: u64,
+    workers: &[WorkerPlan],
+    services: &[ServicePlan],
+) -> Vec<(Time, Fault)> {
+    let rng = &mut Rng::new(seed.rotate_left(29) ^ 0xc1);
+    if rng.chance(500) {
+        return Vec::new();
+    }
+    let n_instances: usize = services.iter().map(|service| service.instances.len()).sum();
+    let spread = rng.pick(&[30, 300, 2_500]);
+    (0..rng.between(1, 4))
+        .map(|_| {
+            let at = START + Duration::from_millis(rng.below(spread + 1));
+            let (worker, instance) = (rng.index(workers.len()), rng.index(n_instances));
+            let service = rng.index(services.len());
+            let down = rng.pick(&[30, 400, 2_000, 8_000]);
+            let fault = match rng.below(9) {
+                0 => Fault::Mishap { kind: Kind::LostAppendConfirm, after: rng.below(4) as u32 },
+                1 => Fault::ReaderStuck { worker },
+                2 => Fault::WorkerLinkStuck { worker },
+                3 => Fault::InstanceLinkStuck { instance },
+                4 => Fault::QueueStaysBound { instance },
+                5 => Fault::ServiceUnreachable { service, down },
+                6 => Fault::FinishUnreachable { service, down },
+                7 => Fault::ResultsUnreachable { down },
+                _ => Fault::ResultsQueueLost,
             };
             (at, fault)
         })

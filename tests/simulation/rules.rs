@@ -21,10 +21,19 @@ pub(crate) enum Kind {
     LateMessage,
     LostConfirm,
     LostHistory,
+    LostAppendConfirm,
+    ReaderStuck,
+    WorkerLinkStuck,
+    InstanceLinkStuck,
+    QueueStaysBound,
+    ServiceUnreachable,
+    FinishUnreachable,
+    ResultsUnreachable,
+    ResultsQueueLost,
 }
 
 impl Kind {
-    pub(crate) const ALL: [Self; 14] = [
+    pub(crate) const ALL: [Self; 23] = [
         Self::WorkerCrash,
         Self::WorkerFreeze,
         Self::WorkerCutOff,
@@ -39,6 +48,15 @@ impl Kind {
         Self::LateMessage,
         Self::LostConfirm,
         Self::LostHistory,
+        Self::LostAppendConfirm,
+        Self::ReaderStuck,
+        Self::WorkerLinkStuck,
+        Self::InstanceLinkStuck,
+        Self::QueueStaysBound,
+        Self::ServiceUnreachable,
+        Self::FinishUnreachable,
+        Self::ResultsUnreachable,
+        Self::ResultsQueueLost,
     ];
 }
 
@@ -86,6 +104,37 @@ pub(crate) enum Fault {
         service: usize,
         down: u64,
     },
+    /// Nothing more of the journal is delivered until the reader is made anew.
+    ReaderStuck {
+        worker: usize,
+    },
+    /// Nothing comes through its link, either way, until it is made anew.
+    WorkerLinkStuck {
+        worker: usize,
+    },
+    InstanceLinkStuck {
+        instance: usize,
+    },
+    /// Its link is lost, and its own queue stays bound and locked for good.
+    QueueStaysBound {
+        instance: usize,
+    },
+    /// The service's prepare queue exists, and its node is down.
+    ServiceUnreachable {
+        service: usize,
+        down: u64,
+    },
+    /// The same of what brings it commands.
+    FinishUnreachable {
+        service: usize,
+        down: u64,
+    },
+    /// No result is taken.
+    ResultsUnreachable {
+        down: u64,
+    },
+    /// The producer's queue is on a node that is lost for good.
+    ResultsQueueLost,
     /// The message after `after` more is lost, doubled, late, or not confirmed.
     Mishap {
         kind: Kind,
@@ -174,6 +223,11 @@ impl Rules {
     /// Whether a look further back in the journal fails.
     pub(crate) fn loses_history(&mut self, rng: &mut Rng) -> bool {
         self.is_up(Kind::LostHistory, self.chaos.forget, rng)
+    }
+
+    /// Whether the confirm of an append never comes, though the record is in the journal.
+    pub(crate) fn loses_append_confirm(&mut self, rng: &mut Rng) -> bool {
+        self.is_up(Kind::LostAppendConfirm, 0, rng)
     }
 
     /// Whether a confirm fails to come.

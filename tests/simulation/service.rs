@@ -25,6 +25,10 @@ pub(crate) struct Service {
     pub(crate) head_due: Option<Time>,
     /// Until then there is no such queue.
     pub(crate) unbound_until: Option<Time>,
+    /// Until then its prepare queue can't be reached.
+    pub(crate) unreachable_until: Option<Time>,
+    /// Until then nothing that is published brings it a command.
+    pub(crate) finish_refused_until: Option<Time>,
     /// Prepares delivered and not acked: each is a slot.
     pub(crate) slots: BTreeMap<u64, Slot>,
     /// Commands for any instance.
@@ -86,6 +90,8 @@ impl Service {
             queue: VecDeque::new(),
             head_due: None,
             unbound_until: None,
+            unreachable_until: None,
+            finish_refused_until: None,
             slots: BTreeMap::new(),
             durable: VecDeque::new(),
             durable_unacked: BTreeMap::new(),
@@ -97,8 +103,14 @@ impl Service {
     pub(crate) fn heal(&mut self) {
         self.failures.clear();
         self.unbound_until = None;
+        self.unreachable_until = None;
+        self.finish_refused_until = None;
         let latency_max = self.plan.conduct.latency_max;
         self.plan.conduct = Conduct { latency_max, ..Conduct::default() };
+    }
+
+    pub(crate) fn is_unreachable(&self, now: Time) -> bool {
+        self.unreachable_until.is_some_and(|until| now < until)
     }
 
     pub(crate) fn what_is_left(&self) -> Vec<String> {

@@ -23,12 +23,13 @@ use dtc::protocol::{
 
 use crate::{
     broker::{Broker, Brought, Command, Journal, QueuedPrepare},
-    bugs::{Bug, Member, Worker},
+    bugs::{Member, Worker},
     checkers::{
         Checked, Violation, ack_after_result, agreement, cap, ended,
         necessary_calls::NecessaryCalls, parked::ParkedCommits, result, unanimity::Unanimity,
     },
     coverage::Coverage,
+    driver::{AppendLane, DriverBug, Flaw, Producer},
     plan::{Plan, START, WorkerPlan},
     rng::Rng,
     rules::{Fault, Kind, Rules, shifted},
@@ -149,6 +150,37 @@ pub(crate) enum Happening {
         life: Life,
     },
     BrokerIsBack,
+    AppendConfirmed {
+        worker: usize,
+        life: Life,
+        number: u64,
+    },
+    ConfirmIsDue {
+        worker: usize,
+        life: Life,
+        number: u64,
+    },
+    ReadBackIsDue {
+        worker: usize,
+        life: Life,
+    },
+    WorkerLinkIsDue {
+        worker: usize,
+        life: Life,
+    },
+    InstanceLinkIsDue {
+        instance: usize,
+        life: Life,
+    },
+    LooksAgain {
+        worker: usize,
+        life: Life,
+        service: ServiceName,
+    },
+    ServiceIsBack {
+        service: usize,
+    },
+    ProducerConnects,
     Goes(Fault),
     Heals,
     RestIsSought,
@@ -178,7 +210,14 @@ pub(crate) struct WorkerNode {
     /// It has replayed its window.
     pub(crate) is_serving: bool,
     is_attached: bool,
-    is_frozen: bool,
+    pub(crate) is_frozen: bool,
+    /// Nothing comes through its link, and neither side knows.
+    pub(crate) is_stuck: bool,
+    /// What was given to it from the shared queue and did not come through.
+    pub(crate) undelivered: Vec<Brought>,
+    /// Its reader gets nothing more.
+    pub(crate) is_tail_stuck: bool,
+    pub(crate) lane: AppendLane,
     /// The broker has given its connection up, and it doesn't know.
     pub(crate) is_cut_unnoticed: bool,
     pub(crate) is_draining: bool,
@@ -199,6 +238,8 @@ pub(crate) struct InstanceNode {
     pub(crate) life: Life,
     pub(crate) process: Option<Member>,
     pub(crate) is_connected: bool,
+    /// Nothing comes through its link, and neither side knows.
+    pub(crate) is_stuck: bool,
     /// Until then the broker takes its queue for alive.
     pub(crate) queue_dies_at: Option<Time>,
     pub(crate) working: BTreeSet<TransactionKey>,
@@ -214,6 +255,29 @@ pub(crate) struct RequestMessage {
     pub(crate) answers: Vec<Answer>,
     pub(crate) rejected: Option<Reason>,
     pub(crate) is_parked: bool,
+    /// Where its producer wants the result.
+    pub(crate) token: u32,
+    /// Its producer has heard nothing of it, and has published it once more.
+    pub(crate) is_asked_again: bool,
+}
+
+impl RequestMessage {
+    fn new(request: Request, token: u32) -> Self {
+        Self {
+            request,
+            deliveries: 0,
+            answers: Vec::new(),
+            rejected: None,
+            is_parked: false,
+            token,
+            is_asked_again: false,
+        }
+    }
+
+    /// The same request, published once more.
+    pub(crate) fn again(&self, token: u32) -> Self {
+        Self::new(self.request.clone(), token)
+    }
 }
 
 /// What a schedule amounts to.
@@ -244,7 +308,13 @@ pub(crate) struct World {
     pub(crate) journal: Journal,
     pub(crate) rules: Rules,
     pub(crate) plan: Plan,
-    bug: Option<Bug>,
+    pub(crate) flaw: Option<Flaw>,
+    pub(crate) producer: Producer,
+    pub(crate) results_refused_until: Option<Time>,
+    /// Transactions of which a result has counted as unclaimed.
+    pub(crate) unclaimed_ids: BTreeSet<TransactionId>,
+    /// Queues of links that are gone, bound for good: whose, and of which service.
+    pub(crate) stale_queues: Vec<(InstanceId, usize)>,
     pub(crate) is_healed: bool,
     unanimity: Unanimity,
     pub(crate) parked: ParkedCommits,
@@ -267,14 +337,14 @@ macro_rules! tell {
 pub(crate) use tell;
 
 /// Runs the schedule of `seed`, with a `bug` in every core or without; `is_traced`: says all.
-pub(crate) fn run(seed: u64, bug: Option<Bug>, is_traced: bool) -> Summary {
-    let mut world = World::new(seed, bug, is_traced);
+pub(crate) fn run(seed: u64, flaw: Option<Flaw>, is_traced: bool) -> Summary {
+    let mut world = World::new(seed, flaw, is_traced);
     world.run();
     world.into_summary()
 }
 
 impl World {
-    fn new(seed: u64, bug: Option<Bug>, is_traced: bool) -> Self {
+    fn new(seed: u64, flaw: Option<Flaw>, is_traced: bool) -> Self {
         let plan = Plan::draw(seed);
         let mut world = Self {
             now: START,
@@ -292,7 +362,11 @@ impl World {
             journal: Journal::new(plan.journal_from, Rng::new(seed.rotate_left(32))),
             rules: Rules::new(plan.chaos),
             plan,
-            bug,
+            flaw,
+            producer: Producer::default(),
+            results_refused_until: None,
+            unclaimed_ids: BTreeSet::new(),
+            stale_queues: Vec::new(),
             is_healed: false,
             unanimity: Unanimity::default(),
             parked: ParkedCommits::default(),
@@ -323,15 +397,8 @@ impl World {
             self.services.push(Service::new(plan));
         }
         for (at, request) in std::mem::take(&mut self.plan.requests) {
-            let message = RequestMessage {
-                request,
-                deliveries: 0,
-                answers: Vec::new(),
-                rejected: None,
-                is_parked: false,
-            };
             self.at(at, Happening::Publish(self.messages.len()));
-            self.messages.push(message);
+            self.messages.push(RequestMessage::new(request, 0));
         }
         for (at, fault) in std::mem::take(&mut self.plan.faults) {
             self.at(at, Happening::Goes(fault));
@@ -450,7 +517,7 @@ impl World {
             Happening::ToWorker { worker, life, input } => self.reach_worker(worker, life, input),
             Happening::ToInstance { instance, life, event } => {
                 let node = &self.instances[instance];
-                if node.life == life && node.process.is_some() {
+                if node.life == life && node.process.is_some() && !node.is_stuck {
                     self.tell_instance(instance, event);
                 }
             }
@@ -525,6 +592,25 @@ impl World {
                 self.broker.is_up = true;
                 self.serve_everybody();
             }
+            Happening::AppendConfirmed { worker, life, number } => {
+                self.append_confirmed(worker, life, number);
+            }
+            Happening::ConfirmIsDue { worker, life, number } => {
+                self.confirm_is_due(worker, life, number);
+            }
+            Happening::ReadBackIsDue { worker, life } => self.read_back_is_due(worker, life),
+            Happening::WorkerLinkIsDue { worker, life } => self.worker_link_is_due(worker, life),
+            Happening::InstanceLinkIsDue { instance, life } => {
+                self.instance_link_is_due(instance, life);
+            }
+            Happening::LooksAgain { worker, life, service } => {
+                let node = &self.workers[worker];
+                if node.life == life && node.process.is_some() && !node.is_stuck {
+                    self.find_service(worker, service);
+                }
+            }
+            Happening::ServiceIsBack { service } => self.serve_prepares(service),
+            Happening::ProducerConnects => self.producer_connects(),
             Happening::Goes(fault) => self.go(fault),
             Happening::Heals => self.heal(),
             Happening::RestIsSought => {}
@@ -534,7 +620,8 @@ impl World {
     // ---- Workers -----------------------------------------------------------------------------
 
     fn start_worker(&mut self, worker: usize) {
-        let bug = self.bug;
+        let bug = self.flaw.and_then(Flaw::core);
+        let retries = self.has(DriverBug::RepublishForEver).then_some(u32::MAX);
         let node = &mut self.workers[worker];
         if node.process.is_some() {
             return;
@@ -543,12 +630,15 @@ impl World {
         node.life.connection += 1;
         let text = format!("w{worker}-{}", node.life.incarnation);
         node.id = WorkerId::parse(&text).expect("a valid id");
-        let settings =
+        let mut settings =
             coordinator::Settings { worker: node.id.clone(), ..node.plan.settings.clone() };
+        settings.result_retries = retries.unwrap_or(settings.result_retries);
         node.process = Some(Worker::new(settings, bug));
         node.is_attached = false;
         node.is_draining = false;
         node.is_frozen = false;
+        node.is_stuck = false;
+        node.lane = AppendLane::default();
         node.is_cut_unnoticed = false;
         node.inbox.clear();
         node.backlog.clear();
@@ -568,6 +658,8 @@ impl World {
         let node = &mut self.workers[worker];
         node.is_connected = true;
         node.is_serving = false;
+        node.is_tail_stuck = false;
+        node.lane = AppendLane::default();
         let end = self.journal.seal();
         let Some(process) = &mut node.process else { return };
         if node.is_attached {
@@ -602,6 +694,13 @@ impl World {
         if node.is_frozen {
             return node.inbox.push_back((life, input));
         }
+        let is_clock = matches!(&input, WorkerInput::Event(coordinator::Event::DeadlineReached));
+        if node.is_stuck && !is_clock {
+            if let WorkerInput::Shared(brought) = input {
+                node.undelivered.push(brought);
+            }
+            return;
+        }
         match input {
             WorkerInput::Event(event @ coordinator::Event::RequestReceived { .. }) => {
                 self.workers[worker].backlog.push_back(event);
@@ -626,8 +725,11 @@ impl World {
         }
     }
 
-    fn read_tail(&mut self, worker: usize) {
+    pub(crate) fn read_tail(&mut self, worker: usize) {
         self.workers[worker].tail_is_due = false;
+        if self.workers[worker].is_tail_stuck {
+            return;
+        }
         let life = self.workers[worker].life;
         loop {
             let node = &mut self.workers[worker];
@@ -686,7 +788,7 @@ impl World {
         for key in event.keys() {
             self.coverage.worker(process.core().phase_of(key), event.label());
         }
-        let settles = if let coordinator::Event::DoneReceived(done) = &event
+        let settles = if let coordinator::Event::DoneReceived { done, .. } = &event
             && done.parked
             && done.applied.is_ok()
         {
@@ -793,7 +895,7 @@ impl World {
     // ---- Instances ---------------------------------------------------------------------------
 
     fn start_instance(&mut self, instance: usize) {
-        let bug = self.bug;
+        let bug = self.flaw.and_then(Flaw::core);
         let node = &mut self.instances[instance];
         if node.process.is_some() {
             return;
@@ -830,7 +932,10 @@ impl World {
 
     fn connect_instance(&mut self, instance: usize) {
         let life = self.instances[instance].life;
-        if !self.broker.is_up {
+        let name = &self.instances[instance].id;
+        let is_locked = self.has(DriverBug::SameQueueName)
+            && self.stale_queues.iter().any(|(id, _)| id == name);
+        if !self.broker.is_up || is_locked {
             return self.after(20, Happening::InstanceConnects { instance, life });
         }
         self.instances[instance].is_connected = true;
@@ -991,18 +1096,52 @@ impl World {
                 let until = self.now + Duration::from_millis(down);
                 self.services[service].unbound_until = Some(until);
             }
+            Fault::ReaderStuck { worker } => {
+                let node = &mut self.workers[worker];
+                if node.process.is_some() && node.is_serving && !node.is_tail_stuck {
+                    node.is_tail_stuck = true;
+                    self.rules.count(Kind::ReaderStuck);
+                }
+            }
+            Fault::WorkerLinkStuck { worker } => self.worker_link_sticks(worker),
+            Fault::InstanceLinkStuck { instance } => self.instance_link_sticks(instance),
+            Fault::QueueStaysBound { instance } => {
+                let node = &self.instances[instance];
+                if node.process.is_some() && node.is_connected {
+                    self.rules.count(Kind::QueueStaysBound);
+                    let stale = (node.id.clone(), node.service);
+                    self.stale_queues.push(stale);
+                    self.cut_instance(instance);
+                }
+            }
+            Fault::ServiceUnreachable { service, down } => {
+                self.rules.count(Kind::ServiceUnreachable);
+                let until = self.now + Duration::from_millis(down);
+                self.services[service].unreachable_until = Some(until);
+                self.at(until, Happening::ServiceIsBack { service });
+            }
+            Fault::FinishUnreachable { service, down } => {
+                self.rules.count(Kind::FinishUnreachable);
+                let until = self.now + Duration::from_millis(down);
+                self.services[service].finish_refused_until = Some(until);
+            }
+            Fault::ResultsUnreachable { down } => {
+                self.rules.count(Kind::ResultsUnreachable);
+                self.results_refused_until = Some(self.now + Duration::from_millis(down));
+            }
+            Fault::ResultsQueueLost => self.results_queue_is_lost(),
             Fault::Mishap { kind, after } => self.rules.arm(kind, after),
         }
     }
 
-    fn cut_worker(&mut self, worker: usize) {
+    pub(crate) fn cut_worker(&mut self, worker: usize) {
         let life = self.workers[worker].life;
         self.drop_worker(worker);
         let wait = self.rng.below(10);
         self.after(wait, Happening::WorkerNoticesCut { worker, life });
     }
 
-    fn cut_instance(&mut self, instance: usize) {
+    pub(crate) fn cut_instance(&mut self, instance: usize) {
         let life = self.instances[instance].life;
         self.drop_instance(instance);
         let wait = self.rng.below(10);
@@ -1069,8 +1208,12 @@ impl World {
             self.instances[instance].dies_after = None;
             self.start_instance(instance);
         }
+        self.results_refused_until = None;
         for service in &mut self.services {
             service.heal();
+        }
+        for service in 0..self.services.len() {
+            self.serve_prepares(service);
         }
         self.at(self.now, Happening::RestIsSought);
     }
@@ -1119,8 +1262,10 @@ impl World {
             left.extend(service.what_is_left());
         }
         for (index, message) in self.messages.iter().enumerate() {
-            let is_ended =
-                !message.answers.is_empty() || message.rejected.is_some() || message.is_parked;
+            let is_ended = !message.answers.is_empty()
+                || message.rejected.is_some()
+                || message.is_parked
+                || message.is_asked_again;
             if !is_ended {
                 left.push(format!("request {index} ({}) has no end", message.request.key));
             }
@@ -1195,7 +1340,8 @@ impl World {
         let RequestMessage { request, answers, rejected, is_parked, .. } = &self.messages[message];
         let is_answered = !answers.is_empty() || rejected.is_some();
         let is_parked = *is_parked || self.parked_ids.contains(&request.key.id);
-        let checked = ack_after_result::acked(&request.key, is_answered, is_parked);
+        let may_go = is_answered || self.unclaimed_ids.contains(&request.key.id);
+        let checked = ack_after_result::acked(&request.key, may_go, is_parked);
         self.check("ack_after_result", checked);
         self.messages[message].is_parked |= is_parked && !is_answered;
     }
@@ -1210,6 +1356,10 @@ impl Happening {
                 | Self::InstanceWakes { .. }
                 | Self::RestIsSought
                 | Self::HeadExpires { .. }
+                | Self::ConfirmIsDue { .. }
+                | Self::ReadBackIsDue { .. }
+                | Self::LooksAgain { .. }
+                | Self::ServiceIsBack { .. }
                 | Self::Goes(_)
         )
     }
@@ -1226,6 +1376,10 @@ impl WorkerNode {
             is_serving: false,
             is_attached: false,
             is_frozen: false,
+            is_stuck: false,
+            undelivered: Vec::new(),
+            is_tail_stuck: false,
+            lane: AppendLane::default(),
             is_cut_unnoticed: false,
             is_draining: false,
             inbox: VecDeque::new(),
@@ -1249,6 +1403,7 @@ impl InstanceNode {
             life: Life { incarnation: 0, connection: 0 },
             process: None,
             is_connected: false,
+            is_stuck: false,
             queue_dies_at: None,
             working: BTreeSet::new(),
             necessary: NecessaryCalls::default(),
@@ -1265,6 +1420,7 @@ fn abort_word(code: ReasonCode) -> &'static str {
         ReasonCode::NoSlot => "transactions aborted: no_slot",
         ReasonCode::UnknownService => "transactions aborted: unknown_service",
         ReasonCode::Deadline => "transactions aborted: deadline",
+        ReasonCode::Unavailable => "transactions aborted: unavailable",
         ReasonCode::Cancelled => "transactions aborted: cancelled",
         ReasonCode::Invalid => "transactions aborted: invalid",
         ReasonCode::IdReused => "transactions aborted: id_reused",

@@ -272,7 +272,7 @@ impl Worker {
                 let command = Command::Finish(finish);
                 effects.push(Effect::Send { service: inquiry.service, to, command });
             }
-            (Bug::AbortAfterFailedCommit, Event::DoneReceived(done)) => {
+            (Bug::AbortAfterFailedCommit, Event::DoneReceived { done, delivery }) => {
                 let branches = self.latest.get(&done.key);
                 let branch = branches.and_then(|it| it.branch_of(&done.service)).cloned();
                 if let (Err(_), Some(branch)) = (&done.applied, branch) {
@@ -281,7 +281,7 @@ impl Worker {
                     let command = Command::Finish(abort(done.key.clone(), branch));
                     effects.push(Effect::Send { service, to, command });
                 }
-                pending.push_back(Event::DoneReceived(done));
+                pending.push_back(Event::DoneReceived { done, delivery });
             }
             (_, event) => pending.push_back(event),
         }
@@ -304,7 +304,7 @@ impl Worker {
                 entry.or_insert_with(asked).1.insert(*delivery);
             }
             (Bug::SettleOnlyWhatIsQueued, event) => {
-                self.is_queued = matches!(event, Event::DoneReceived(done) if done.parked);
+                self.is_queued = matches!(event, Event::DoneReceived { done, .. } if done.parked);
             }
             (Bug::PublishWithProposal, Event::Disconnected) => self.requests.clear(),
             (
@@ -544,11 +544,14 @@ impl Member {
                 }
                 effects.push(Effect::Vote { to, vote });
             }
-            (Bug::CommitWhateverIsHeld | Bug::CancelUndoesPrepared, Effect::Done { to, done }) => {
+            (
+                Bug::CommitWhateverIsHeld | Bug::CancelUndoesPrepared,
+                Effect::Done { to, done, ack },
+            ) => {
                 if done.applied.is_ok() {
                     self.held.remove(&done.key);
                 }
-                effects.push(Effect::Done { to, done });
+                effects.push(Effect::Done { to, done, ack });
             }
             (Bug::FreeSlotAtVote, Effect::Vote { to, vote }) => {
                 let is_prepared = matches!(vote.ballot, Ballot::Prepared { .. });

@@ -1,12 +1,12 @@
 //! Everything that can happen to a coordinator, and everything it can ask for.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use crate::protocol::{
     ids::{ServiceName, TransactionKey},
     message::{
-        Answer, Command, Decision, Delivery, Destination, Done, Inquiry, Parked, Reason, Request,
-        Vote,
+        Answer, Command, Decision, Delivery, Destination, Done, Inquiry, Parked, Prepare, Reason,
+        Request, Vote,
     },
     time::Time,
 };
@@ -52,6 +52,10 @@ pub enum Event {
     ServiceFound(ServiceName),
     /// It doesn't.
     ServiceMissing(ServiceName),
+    /// An interim answer to [`Effect::FindService`]: the service can't be reached. Its queue exists
+    /// but the queue's node is down, or the broker does not answer. The driver keeps looking, and
+    /// reports [`Event::ServiceFound`] or [`Event::ServiceMissing`] later.
+    ServiceUnavailable(ServiceName),
     /// A service's vote came in.
     VoteReceived(Vote),
     /// The transport brought a prepare back: no slot became free within the service's `max_wait`.
@@ -68,8 +72,22 @@ pub enum Event {
         /// The service that does not exist.
         service: ServiceName,
     },
+    /// The broker refused a prepare: the queue's node is down, or the queue is full. The prepare
+    /// may have arrived all the same.
+    PrepareRefused {
+        /// Which transaction.
+        key: TransactionKey,
+        /// The service that can't be reached.
+        service: ServiceName,
+    },
     /// A service's answer to a finish came in.
-    DoneReceived(Done),
+    DoneReceived {
+        /// What it says.
+        done: Done,
+        /// The message it came in, if that is from the durable queue of all workers: it may not be
+        /// acknowledged before the records of every [`Effect::Settle`] that names it are safe.
+        delivery: Option<Delivery>,
+    },
     /// An instance asks what became of a transaction.
     InquiryReceived(Inquiry),
     /// A result is safe with the broker.
@@ -114,10 +132,12 @@ impl Event {
             Self::RequestReceived { .. } => "RequestReceived",
             Self::ServiceFound(_) => "ServiceFound",
             Self::ServiceMissing(_) => "ServiceMissing",
+            Self::ServiceUnavailable(_) => "ServiceUnavailable",
             Self::VoteReceived(_) => "VoteReceived",
             Self::PrepareReturned { .. } => "PrepareReturned",
             Self::PrepareUnroutable { .. } => "PrepareUnroutable",
-            Self::DoneReceived(_) => "DoneReceived",
+            Self::PrepareRefused { .. } => "PrepareRefused",
+            Self::DoneReceived { .. } => "DoneReceived",
             Self::InquiryReceived(_) => "InquiryReceived",
             Self::ResultConfirmed { .. } => "ResultConfirmed",
             Self::ResultFailed { .. } => "ResultFailed",
@@ -140,10 +160,11 @@ impl Event {
             Self::HistoryRead(decision) => Some(&decision.key),
             Self::RequestReceived { request, .. } => Some(&request.key),
             Self::VoteReceived(vote) => Some(&vote.key),
-            Self::DoneReceived(done) => Some(&done.key),
+            Self::DoneReceived { done, .. } => Some(&done.key),
             Self::InquiryReceived(inquiry) => Some(&inquiry.key),
             Self::PrepareReturned { key, .. }
             | Self::PrepareUnroutable { key, .. }
+            | Self::PrepareRefused { key, .. }
             | Self::ResultConfirmed { key, .. }
             | Self::ResultFailed { key, .. }
             | Self::ParkConfirmed { key, .. } => Some(key),
@@ -152,6 +173,7 @@ impl Event {
             | Self::HistoryEnded { .. }
             | Self::ServiceFound(_)
             | Self::ServiceMissing(_)
+            | Self::ServiceUnavailable(_)
             | Self::DeadlineReached
             | Self::Disconnected
             | Self::DrainRequested => None,
@@ -164,16 +186,33 @@ impl Event {
 ///
 /// * [`Effect::Ack`] comes only after the [`Event::ResultConfirmed`] (or
 ///   [`Event::ParkConfirmed`]) of that delivery, so a crash in between repeats the answer rather
-///   than losing it.
+///   than losing it. The one exception is a result that can't be delivered: after
+///   [`result_retries`](super::Settings::result_retries) repetitions it counts as unclaimed
+///   ([`Anomaly::ResultUnclaimed`]), and its producer can ask again with the same key.
 /// * [`Effect::Publish`] and every finish and cancel come only after the [`Event::RecordsRead`] of
 ///   the outcome; the result of a committed transaction also only after every service has
 ///   committed, or the [`Event::ParkConfirmed`] of the one that did not.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub enum Effect {
-    /// Find out whether `0` exists: answered by [`Event::ServiceFound`] or
-    /// [`Event::ServiceMissing`].
-    FindService(ServiceName),
-    /// Send a command to a service.
+    /// Find out whether a service exists: answered by [`Event::ServiceFound`] or
+    /// [`Event::ServiceMissing`], and before that by [`Event::ServiceUnavailable`] while that can't
+    /// be told.
+    FindService {
+        /// The service.
+        service: ServiceName,
+        /// How long to wait before looking: its queue refused a prepare just now.
+        after: Duration,
+    },
+    /// Send a prepare to the queue of a service.
+    SendPrepare {
+        /// The service.
+        service: ServiceName,
+        /// What to prepare.
+        prepare: Prepare,
+        /// How many more of the service's slots are free, as far as is known: a hint.
+        spare: u32,
+    },
+    /// Send a command to the instances of a service.
     Send {
         /// The service.
         service: ServiceName,
@@ -224,6 +263,9 @@ pub enum Effect {
         key: TransactionKey,
         /// The service that has committed.
         service: ServiceName,
+        /// The delivery of the [`Event::DoneReceived`] that this follows from. It may be
+        /// acknowledged when this record is safe, and that of every other effect that names it.
+        ack: Option<Delivery>,
     },
     /// Worth a line in the log or a count, nothing more.
     Report(Anomaly),
@@ -257,4 +299,15 @@ pub enum Anomaly {
     InquiryDropped(TransactionKey),
     /// The journal has a gap before this offset.
     JournalGap(u64),
+    /// A result could not be delivered, and counts as unclaimed: its request is acknowledged.
+    ResultUnclaimed {
+        /// Which transaction.
+        key: TransactionKey,
+        /// How often it was published.
+        attempts: u32,
+    },
+    /// A service can't be reached. Reported once, when that begins.
+    ServiceUnavailable(ServiceName),
+    /// That service can be reached again. Reported once.
+    ServiceAvailable(ServiceName),
 }

@@ -9,7 +9,7 @@ use std::{
 };
 
 use crate::protocol::{
-    coordinator::Slots,
+    coordinator::{Slots, transaction::backoff},
     ids::{InstanceId, TransactionKey},
     time::Time,
 };
@@ -29,11 +29,18 @@ const FORGOTTEN_AFTER: Duration = Duration::from_secs(60);
 /// service that never has a slot is answered in rounds that double up to this.
 const PROBES_MAX: u32 = 256;
 
+/// The longest pause before a service whose queue has refused prepares is looked for again: a small
+/// part of the usual prepare timeout, as those that wait for it have no more.
+const REFUSED_MAX: Duration = Duration::from_secs(1);
+
 /// Whether the service exists.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 enum Existence {
+    /// It is being looked for.
     Sought,
     Found,
+    /// It is being looked for, and could not be reached so far.
+    Unavailable,
 }
 
 /// What a full service does with a prepare.
@@ -49,6 +56,10 @@ enum Patience {
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub(super) struct Flow {
     existence: Existence,
+    /// How often it was found and then refused a prepare, since a prepare last got through.
+    refusals: u32,
+    /// Whether its unavailability was reported, and not yet its end.
+    is_reported: bool,
     patience: Patience,
     /// Whether no other worker uses its slots.
     is_own: bool,
@@ -90,6 +101,8 @@ impl Flow {
         };
         Self {
             existence: Existence::Sought,
+            refusals: 0,
+            is_reported: false,
             patience,
             is_own: own.is_some(),
             silence_max: own.map_or(Duration::ZERO, |slots| slots.max_wait / 4),
@@ -112,8 +125,11 @@ impl Flow {
         self.existence == Existence::Found
     }
 
-    pub(super) fn found(&mut self) {
+    /// It exists and can be reached. Whether that is to be reported: a queue that has refused a
+    /// prepare may be there and still take nothing.
+    pub(super) fn found(&mut self) -> bool {
         self.existence = Existence::Found;
+        self.refusals == 0 && std::mem::take(&mut self.is_reported)
     }
 
     /// The service is gone: it must be found again.
@@ -121,10 +137,38 @@ impl Flow {
         self.existence = Existence::Sought;
     }
 
+    pub(super) fn is_unavailable(&self) -> bool {
+        self.existence == Existence::Unavailable
+    }
+
+    /// It can't be reached for now. Whether that is to be reported.
+    pub(super) fn unavailable(&mut self) -> bool {
+        self.existence = Existence::Unavailable;
+        !std::mem::replace(&mut self.is_reported, true)
+    }
+
+    /// It was looked for and could not be reached: once it is found, it will be.
+    pub(super) fn unreached(&mut self) {
+        self.refusals = 0;
+    }
+
+    /// A prepare got through. Whether that is to be reported.
+    pub(super) fn is_reachable_again(&mut self) -> bool {
+        self.refusals = 0;
+        self.is_found() && std::mem::take(&mut self.is_reported)
+    }
+
+    /// Its queue was found and has refused a prepare: how long to wait before it is looked for.
+    pub(super) fn refused(&mut self, first: Duration) -> Duration {
+        self.refusals = self.refusals.saturating_add(1);
+        backoff(first, REFUSED_MAX, self.refusals)
+    }
+
     /// Whether it was of use, but not for `FORGOTTEN_AFTER`: forgetting it costs a question.
     pub(super) fn is_stale(&self, now: Time) -> bool {
         let was_used = self.reported_at > Time::EPOCH;
-        was_used && self.reported_at + FORGOTTEN_AFTER < now && self.is_idle()
+        let is_forgettable = self.is_idle() && !self.is_unavailable();
+        was_used && self.reported_at + FORGOTTEN_AFTER < now && is_forgettable
     }
 
     /// Whether forgetting it loses nothing but hints.

@@ -17,6 +17,13 @@
 //!
 //! **Invariant:** nothing that a crash may lose is needed again: a request that comes once more is
 //! treated like a new one.
+//!
+//! **Nothing that one producer or service lacks holds this worker's capacity without a bound.** A
+//! result that can't be delivered is published again with a growing pause, and after
+//! [`Settings::result_retries`] repetitions it counts as unclaimed: the request is acknowledged, and
+//! its producer can ask again with the same key. A transaction that waits for a service that can't
+//! be reached is aborted (`unavailable`) when its prepare timeout is over; until then it doesn't
+//! count as in flight unless it holds something elsewhere.
 
 mod event;
 mod flow;
@@ -75,6 +82,9 @@ pub struct Settings {
     pub backoff_first: Duration,
     /// The longest pause.
     pub backoff_max: Duration,
+    /// How often a result that can't be delivered is published again. After that it counts as
+    /// unclaimed.
+    pub result_retries: u32,
     /// How far any two clocks of the system may differ.
     pub clock_margin: Duration,
     /// How long a decision stays in view.
@@ -87,7 +97,7 @@ pub struct Settings {
     pub digests_max: usize,
     /// How many transactions are worked on at once.
     pub in_flight_max: usize,
-    /// How many more may wait for slots.
+    /// How many more may wait for slots; half as many for services that can't be reached.
     pub waiting_max: usize,
     /// A request delivered more often than this is aborted.
     pub deliveries_max: u32,
@@ -114,6 +124,7 @@ impl Settings {
             commit_retries: 3,
             backoff_first: Duration::from_millis(100),
             backoff_max: Duration::from_secs(10),
+            result_retries: 7,
             clock_margin: Duration::from_secs(60),
             window: Duration::from_secs(15 * 60),
             records_max: 200_000,
@@ -224,6 +235,9 @@ impl Coordinator {
             }
             Event::ServiceFound(service) => self.service_found(now, &service, effects),
             Event::ServiceMissing(service) => self.service_missing(now, &service, effects),
+            Event::ServiceUnavailable(service) => {
+                self.service_unavailable(now, &service, false, effects);
+            }
             Event::VoteReceived(vote) => self.vote_received(now, vote, effects),
             Event::PrepareReturned { key, service } => {
                 self.with(now, &key, effects, |it, cx| it.prepare_returned(&service, cx));
@@ -231,7 +245,13 @@ impl Coordinator {
             Event::PrepareUnroutable { key, service } => {
                 self.prepare_unroutable(now, &key, &service, effects);
             }
-            Event::DoneReceived(done) => self.done_received(now, done, effects),
+            Event::PrepareRefused { key, service } => {
+                self.service_unavailable(now, &service, true, effects);
+                self.with(now, &key, effects, |it, cx| it.prepare_refused(&service, cx));
+            }
+            Event::DoneReceived { done, delivery } => {
+                self.done_received(now, done, delivery, effects);
+            }
             Event::InquiryReceived(inquiry) => self.inquiry_received(now, inquiry, effects),
             Event::ResultConfirmed { key, delivery } => {
                 self.with(now, &key, effects, |it, cx| it.result_confirmed(delivery, cx));
@@ -268,11 +288,6 @@ impl Coordinator {
     /// How many transactions it has not finished, begun or not.
     pub fn len(&self) -> usize {
         self.transactions.len()
-    }
-
-    /// How many slots of a service are free, as far as is known: a hint.
-    pub fn spare_slots(&self, service: &ServiceName) -> u32 {
-        self.shared.flows.get(service).map_or(0, Flow::spare)
     }
 
     /// How many of these wait for a slot before they begin.
@@ -515,7 +530,9 @@ impl Coordinator {
 
     fn service_found(&mut self, now: Time, service: &ServiceName, effects: &mut Vec<Effect>) {
         let Some(flow) = self.shared.flows.get_mut(service) else { return };
-        flow.found();
+        if flow.found() {
+            effects.push(Effect::Report(Anomaly::ServiceAvailable(service.clone())));
+        }
         let waiters: Vec<_> = flow.dequeue_all().collect();
         for key in waiters {
             self.with(now, &key, effects, |it, cx| it.dequeued(service, cx));
@@ -529,6 +546,36 @@ impl Coordinator {
         }
     }
 
+    /// The service can't be reached; `refused`: its queue has refused a prepare. Who waits for it
+    /// does so from now on with a deadline, and only so many.
+    fn service_unavailable(
+        &mut self,
+        now: Time,
+        service: &ServiceName,
+        refused: bool,
+        effects: &mut Vec<Effect>,
+    ) {
+        let Some(flow) = self.shared.flows.get_mut(service) else { return };
+        if flow.is_found() {
+            let Settings { backoff_first, .. } = self.shared.settings;
+            let after = if refused { flow.refused(backoff_first) } else { Duration::ZERO };
+            effects.push(Effect::FindService { service: service.clone(), after });
+        }
+        if !refused {
+            flow.unreached();
+        }
+        if flow.is_unavailable() {
+            return;
+        }
+        if flow.unavailable() {
+            effects.push(Effect::Report(Anomaly::ServiceUnavailable(service.clone())));
+        }
+        let waiters: Vec<_> = flow.dequeue_all().collect();
+        for key in waiters {
+            self.with(now, &key, effects, |it, cx| it.dequeued(service, cx));
+        }
+    }
+
     /// The service is gone since it was found.
     fn prepare_unroutable(
         &mut self,
@@ -538,9 +585,11 @@ impl Coordinator {
         effects: &mut Vec<Effect>,
     ) {
         self.with(now, key, effects, |it, cx| it.service_missing(service, cx));
-        if let Some(flow) = self.shared.flows.get_mut(service) {
+        // One that is not found is being looked for already.
+        if let Some(flow) = self.shared.flows.get_mut(service).filter(|flow| flow.is_found()) {
             flow.lost();
-            effects.push(Effect::FindService(service.clone()));
+            let service = service.clone();
+            effects.push(Effect::FindService { service, after: Duration::ZERO });
         }
     }
 
@@ -575,12 +624,18 @@ impl Coordinator {
         cx.effects.push(Effect::Report(Anomaly::LateVote(vote.key, vote.service)));
     }
 
-    fn done_received(&mut self, now: Time, done: Done, effects: &mut Vec<Effect>) {
+    fn done_received(
+        &mut self,
+        now: Time,
+        done: Done,
+        delivery: Option<Delivery>,
+        effects: &mut Vec<Effect>,
+    ) {
         self.hint(now, &done.service, &done.instance, done.free);
-        self.with(now, &done.key, effects, |it, cx| it.record_done(&done, cx));
+        self.with(now, &done.key, effects, |it, cx| it.record_done(&done, delivery, cx));
         self.learn(&done.service);
         if done.parked && done.applied.is_ok() {
-            effects.push(Effect::Settle { key: done.key, service: done.service });
+            effects.push(Effect::Settle { key: done.key, service: done.service, ack: delivery });
         }
     }
 
@@ -792,6 +847,14 @@ impl Context<'_> {
         self.shared.active >= self.shared.settings.in_flight_max
     }
 
+    /// Whether as many wait for services that can't be reached as may: with more, requests that
+    /// need none of these would soon not be taken in.
+    fn is_full_of_unavailable(&self) -> bool {
+        let unavailable = self.shared.flows.values().filter(|flow| flow.is_unavailable());
+        let waiters: usize = unavailable.map(Flow::waiters).sum();
+        waiters >= (self.shared.settings.waiting_max / 2).max(1)
+    }
+
     /// What is known of `service`, if it is remembered.
     fn known_flow(&mut self, service: &ServiceName) -> Option<&mut Flow> {
         self.shared.flows.get_mut(service)
@@ -805,8 +868,10 @@ impl Context<'_> {
             flows.retain(|_, flow| !flow.is_stale(now));
         }
         flows.entry(service.clone()).or_insert_with(|| {
-            self.effects.push(Effect::FindService(service.clone()));
-            Flow::new(settings.own_services.get(service))
+            let (service, after) = (service.clone(), Duration::ZERO);
+            let own = settings.own_services.get(&service);
+            self.effects.push(Effect::FindService { service, after });
+            Flow::new(own)
         })
     }
 
@@ -858,6 +923,7 @@ fn reject(request: Request, delivery: Delivery, code: ReasonCode, effects: &mut 
         | ReasonCode::NoSlot
         | ReasonCode::UnknownService
         | ReasonCode::Deadline
+        | ReasonCode::Unavailable
         | ReasonCode::Cancelled => code.as_str(),
     };
     effects.push(Effect::Reject { request, delivery, reason: Reason::because(code, message) });

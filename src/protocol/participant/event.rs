@@ -183,9 +183,12 @@ pub enum Effect {
         to: WorkerId,
         /// What it says.
         done: Done,
+        /// The delivery of the service's durable queue that the finish came by, if it did: it must
+        /// not come again once this answer is safe.
+        ack: Option<Delivery>,
     },
     /// Ask any worker what became of a transaction.
     Inquire(Inquiry),
-    /// The delivery is dealt with: it must not come again. If it is a slot, the slot is free.
+    /// The delivery of a prepare is dealt with: it must not come again, and its slot is free.
     Ack(Delivery),
 }

@@ -713,8 +713,7 @@ impl Instance {
             parked: finisher.finish.parked,
             free: self.free(),
         };
-        effects.push(Effect::Done { to: finisher.worker, done });
-        effects.extend(finisher.delivery.map(Effect::Ack));
+        effects.push(Effect::Done { to: finisher.worker, done, ack: finisher.delivery });
     }
 
     // ---- The store ---------------------------------------------------------------------------

@@ -35,7 +35,7 @@
 //! | `outcome`, `status` | `COMMITTED` or `ABORTED`; `outcome` must be there in a vote `finished` | |
 //! | `vote` | `prepared`, `read_only`, `refused`, `failed` or `finished` | |
 //! | `reason` | object: `service`?, `code`, `message`? | of a vote: its word, at its service |
-//! | `code` | `refused`, `failed`, `no_slot`, `unknown_service`, `deadline`, `cancelled`, `invalid` or `id_reused` | |
+//! | `code` | `refused`, `failed`, `no_slot`, `unknown_service`, `deadline`, `unavailable`, `cancelled`, `invalid` or `id_reused` | |
 //! | `message`, `error` | any text, cut after [`TEXT_MAX`] characters | `error` of a done: empty |
 //! | `done`, `repeated`, `parked` | `true` or `false` | `parked`: `false` |
 //! | `free` | whole number of slots, up to 4294967295 | |
@@ -164,7 +164,6 @@ impl Kind {
     /// The kind that `command` travels as.
     pub const fn of(command: &Command) -> Self {
         match command {
-            Command::Prepare(_) => Self::Prepare,
             Command::Query(_) => Self::Query,
             Command::Finish(_) => Self::Finish,
             Command::Cancel(_) => Self::Cancel,
@@ -261,7 +260,6 @@ impl Items {
     /// As for [`Items::push`].
     pub fn push_command(&mut self, command: &Command) -> Result<(), Full> {
         match command {
-            Command::Prepare(prepare) => self.push(prepare),
             Command::Query(query) => self.push(query),
             Command::Finish(finish) => self.push(finish),
             Command::Cancel(key) => self.push(&Cancel(key.clone())),

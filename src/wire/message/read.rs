@@ -20,12 +20,13 @@ use crate::{
     },
 };
 
-const CODES: [ReasonCode; 8] = [
+const CODES: [ReasonCode; 9] = [
     ReasonCode::Refused,
     ReasonCode::Failed,
     ReasonCode::NoSlot,
     ReasonCode::UnknownService,
     ReasonCode::Deadline,
+    ReasonCode::Unavailable,
     ReasonCode::Cancelled,
     ReasonCode::Invalid,
     ReasonCode::IdReused,

@@ -5,7 +5,23 @@
 
 use std::{fmt::Debug, time::Duration};
 
-use dtc::{protocol::{ids::{Branch, ServiceName, TransactionKey}, message::{Answer, Ballot, Decision, Done, Finish, Inquiry, Matter, Parked, Prepare, Query, Reason, Request, TransactionSpec, Vote}, time::Time}, wire::{hash::request_hash, message::{BODY_MAX, Cancel, Item, Items, JournalBegun, Malformed, REQUEST_MAX, RequestMalformed, SERVICES_MAX, Settled, TEXT_MAX, decode, decode_request, encode_request}}};
+use dtc::{
+    protocol::{
+        ids::{Branch, ServiceName, TransactionKey},
+        message::{
+            Answer, Ballot, Decision, Done, Finish, Inquiry, Matter, Parked, Prepare, Query,
+            Reason, Request, TransactionSpec, Vote,
+        },
+        time::Time,
+    },
+    wire::{
+        hash::request_hash,
+        message::{
+            BODY_MAX, Cancel, Item, Items, JournalBegun, Malformed, REQUEST_MAX, RequestMalformed,
+            SERVICES_MAX, Settled, TEXT_MAX, decode, decode_request, encode_request,
+        },
+    },
+};
 
 use crate::{complaints, json};
 

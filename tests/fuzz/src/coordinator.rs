@@ -11,7 +11,15 @@ use std::{
 };
 
 use arbitrary::{Result, Unstructured};
-use dtc::protocol::{coordinator::{Coordinator, Effect, Event, Settings, Slots}, ids::{Branch, InstanceId, RequestHash, ServiceName, TransactionId, TransactionKey, WorkerId}, message::{Ballot, Command, Decision, Delivery, Done, Finish, Inquiry, Outcome, Payload, Reason, ReasonCode, Request, Vote}, time::Time};
+use dtc::protocol::{
+    coordinator::{Anomaly, Coordinator, Effect, Event, Settings, Slots},
+    ids::{Branch, InstanceId, RequestHash, ServiceName, TransactionId, TransactionKey, WorkerId},
+    message::{
+        Ballot, Command, Decision, Delivery, Done, Finish, Inquiry, Outcome, Payload, Prepare,
+        Reason, ReasonCode, Request, Vote,
+    },
+    time::Time,
+};
 
 use crate::trace::trace;
 
@@ -41,6 +49,8 @@ struct World {
     looking: VecDeque<Event>,
     /// Requests that are not settled, and whether a result of each is safe.
     deliveries: BTreeMap<Delivery, bool>,
+    /// Whether the delivery that is acknowledged next has an unclaimed result.
+    is_unclaimed: bool,
     requests: BTreeMap<(TransactionKey, RequestHash), Request>,
     last_delivery: u64,
     prepared: BTreeMap<Voter, BTreeSet<Branch>>,
@@ -82,6 +92,7 @@ impl World {
             asked: Vec::new(),
             looking: VecDeque::new(),
             deliveries: BTreeMap::new(),
+            is_unclaimed: false,
             requests: BTreeMap::new(),
             last_delivery: 0,
             prepared: BTreeMap::new(),
@@ -109,19 +120,19 @@ impl World {
             14 | 15 => self.let_time_pass(source),
             16 => {
                 let (key, service) = (key(source)?, any_service(source)?);
-                self.tell(if source.arbitrary()? {
-                    Event::PrepareReturned { key, service }
-                } else {
-                    Event::PrepareUnroutable { key, service }
+                self.tell(match source.int_in_range(0..=2)? {
+                    0 => Event::PrepareReturned { key, service },
+                    1 => Event::PrepareUnroutable { key, service },
+                    _ => Event::PrepareRefused { key, service },
                 });
                 Ok(())
             }
             17 => {
                 let service = any_service(source)?;
-                self.tell(if source.arbitrary()? {
-                    Event::ServiceFound(service)
-                } else {
-                    Event::ServiceMissing(service)
+                self.tell(match source.int_in_range(0..=2)? {
+                    0 => Event::ServiceFound(service),
+                    1 => Event::ServiceMissing(service),
+                    _ => Event::ServiceUnavailable(service),
                 });
                 Ok(())
             }
@@ -170,8 +181,10 @@ impl World {
         let asked = self.asked.remove(source.choose_index(self.asked.len())?);
         let succeeds = source.ratio(7, 8)?;
         match asked {
-            Effect::FindService(service) if succeeds => self.tell(Event::ServiceFound(service)),
-            Effect::FindService(service) => self.tell(Event::ServiceMissing(service)),
+            Effect::FindService { service, .. } => self.tell(match succeeds {
+                true => Event::ServiceFound(service),
+                false => Event::ServiceMissing(service),
+            }),
             Effect::Append(decision) if succeeds => {
                 self.journal.push(vec![Arc::new(decision)]);
                 if source.arbitrary()? {
@@ -193,6 +206,9 @@ impl World {
                 };
                 self.park_confirmed(parked.key, service);
             }
+            Effect::SendPrepare { service, prepare, .. } => {
+                self.answer_prepare(source, service, prepare)?;
+            }
             Effect::Send { service, to: _, command } => self.obey(source, service, command)?,
             Effect::Append(_)
             | Effect::Park(_)
@@ -202,6 +218,20 @@ impl World {
             | Effect::Settle { .. }
             | Effect::Report(_) => {}
         }
+        Ok(())
+    }
+
+    fn answer_prepare(
+        &mut self,
+        source: &mut Unstructured<'_>,
+        service: ServiceName,
+        prepare: Prepare,
+    ) -> Result<()> {
+        let instance = instance(source)?;
+        let free = source.int_in_range(0..=3)?;
+        let ballot = ballot(source, &instance)?;
+        let (key, request_hash) = (prepare.key, prepare.request_hash);
+        self.cast(Vote { key, request_hash, service, instance, ballot, free });
         Ok(())
     }
 
@@ -215,11 +245,6 @@ impl World {
         let instance = instance(source)?;
         let free = source.int_in_range(0..=3)?;
         match command {
-            Command::Prepare(prepare) => {
-                let ballot = ballot(source, &instance)?;
-                let (key, request_hash) = (prepare.key, prepare.request_hash);
-                self.cast(Vote { key, request_hash, service, instance, ballot, free });
-            }
             Command::Query(query) => {
                 let ballot = ballot(source, &instance)?;
                 let (key, request_hash) = (query.key, query.request_hash);
@@ -276,7 +301,7 @@ impl World {
         if done.applied.is_ok() {
             self.done.insert((done.key.clone(), done.service.clone()));
         }
-        self.tell(Event::DoneReceived(done));
+        self.tell(Event::DoneReceived { done, delivery: None });
     }
 
     fn inquire(&mut self, source: &mut Unstructured<'_>) -> Result<()> {
@@ -508,12 +533,16 @@ impl World {
             Effect::Append(decision) => self.is_voted_for(decision),
             Effect::Ack(delivery) => {
                 let is_safe = self.deliveries.remove(delivery);
-                assert_eq!(is_safe, Some(true), "{delivery:?}");
+                let is_unclaimed = std::mem::take(&mut self.is_unclaimed);
+                assert!(is_safe == Some(true) || is_safe.is_some() && is_unclaimed, "{delivery:?}");
             }
             Effect::Release(delivery) | Effect::Reject { delivery, .. } => {
                 assert!(self.deliveries.remove(delivery).is_some(), "{delivery:?} is settled");
             }
-            Effect::FindService(_)
+            // Its request may be acknowledged now, though its result is not safe.
+            Effect::Report(Anomaly::ResultUnclaimed { .. }) => self.is_unclaimed = true,
+            Effect::FindService { .. }
+            | Effect::SendPrepare { .. }
             | Effect::Send { .. }
             | Effect::ReadHistory { .. }
             | Effect::Park(_)

@@ -5,7 +5,16 @@ use std::{
     time::Duration,
 };
 
-use dtc::{protocol::message::TransactionSpec, wire::{complaint::Complaints, hash::request_hash, message::{decode_request, encode_request}, services::{self, Behaviour, ServiceSpec}, transactions::{SIZE_MAX, Transactions, read_all}}};
+use dtc::{
+    protocol::message::TransactionSpec,
+    wire::{
+        complaint::Complaints,
+        hash::request_hash,
+        message::{decode_request, encode_request},
+        services::{self, Behaviour, ServiceSpec},
+        transactions::{SIZE_MAX, Transactions, read_all},
+    },
+};
 
 use crate::{bodies, complaints, json};
 

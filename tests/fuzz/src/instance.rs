@@ -10,7 +10,12 @@ use std::{
 };
 
 use arbitrary::{Result, Unstructured};
-use dtc::protocol::{ids::{Branch, InstanceId, RequestHash, ServiceName, TransactionId, TransactionKey, WorkerId}, message::{Ballot, Delivery, Finish, Outcome, Payload, Prepare, Query}, participant::{Effect, Event, InDoubt, Instance, Settings, Verdict}, time::Time};
+use dtc::protocol::{
+    ids::{Branch, InstanceId, RequestHash, ServiceName, TransactionId, TransactionKey, WorkerId},
+    message::{Ballot, Delivery, Finish, Outcome, Payload, Prepare, Query},
+    participant::{Effect, Event, InDoubt, Instance, Settings, Verdict},
+    time::Time,
+};
 
 use crate::trace::trace;
 
@@ -320,7 +325,10 @@ impl World {
                 }
                 Ballot::ReadOnly | Ballot::Refused(_) => {}
             },
-            Effect::Done { to, done } => {
+            Effect::Done { to, done, ack } => {
+                if let Some(delivery) = ack {
+                    assert!(self.deliveries.remove(delivery), "{delivery:?} is acknowledged");
+                }
                 let heard_from = (done.key.clone(), to.clone());
                 assert!(self.finished_by.contains(&heard_from), "{to} never told of {}", done.key);
                 if done.applied.is_ok() {

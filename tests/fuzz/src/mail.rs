@@ -15,7 +15,12 @@
 //! ```
 
 use dtc::protocol::message::{Done, Finish, Inquiry, Prepare, Query, Vote};
-use dtc::{participant::fuzzing::{Queue, command}, protocol::{coordinator, message::Delivery, participant}, wire::message::{Cancel, Item, Kind, REQUEST_MAX, RequestMalformed, decode}, worker::fuzzing::{record, reply, request}};
+use dtc::{
+    participant::fuzzing::{Queue, command},
+    protocol::{coordinator, message::Delivery, participant},
+    wire::message::{Cancel, Item, Kind, REQUEST_MAX, RequestMalformed, decode},
+    worker::fuzzing::{record, reply, request},
+};
 use lapin::{
     BasicProperties,
     message::Delivery as Message,
@@ -42,8 +47,9 @@ pub fn headers(input: &[u8]) {
 }
 
 fn is_read_as_a_reply(message: &Message, kind: Option<Kind>) {
-    let (events, complaints) = reply(message);
-    assert_eq!((&events, &complaints), (&reply(message).0, &reply(message).1), "read twice");
+    let (events, complaints) = reply(message, Some(NUMBER));
+    let again = reply(message, Some(NUMBER));
+    assert_eq!((&events, &complaints), (&again.0, &again.1), "read twice");
     are_bounded(&complaints);
     let key = message.routing_key.as_str();
     let about = key.split_once('.').map(|(_, about)| about);
@@ -60,7 +66,10 @@ fn is_read_as_a_reply(message: &Message, kind: Option<Kind>) {
     for event in events {
         let (is_of_its_kind, service) = match event {
             coordinator::Event::VoteReceived(vote) => (kind == Some(Kind::Vote), vote.service),
-            coordinator::Event::DoneReceived(done) => (kind == Some(Kind::Done), done.service),
+            coordinator::Event::DoneReceived { done, delivery } => {
+                assert_eq!(delivery, Some(NUMBER));
+                (kind == Some(Kind::Done), done.service)
+            }
             coordinator::Event::InquiryReceived(inquiry) => {
                 (kind == Some(Kind::Inquiry), inquiry.service)
             }

@@ -133,6 +133,7 @@ impl Draw<'_> {
             ReasonCode::NoSlot,
             ReasonCode::UnknownService,
             ReasonCode::Deadline,
+            ReasonCode::Unavailable,
             ReasonCode::Cancelled,
             ReasonCode::Invalid,
             ReasonCode::IdReused,

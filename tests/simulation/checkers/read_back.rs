@@ -16,7 +16,7 @@ pub(crate) fn sending(
     has_read: impl Fn(&TransactionKey) -> bool,
 ) -> Checked {
     match command {
-        Command::Prepare(_) | Command::Query(_) => Ok(()),
+        Command::Query(_) => Ok(()),
         Command::Cancel(key) if has_read(key) => Ok(()),
         Command::Finish(finish) if has_read(&finish.key) && is_true(finish, service, first) => {
             Ok(())

@@ -173,6 +173,7 @@ fn each_reason_code() {
         (ReasonCode::NoSlot, "no_slot"),
         (ReasonCode::UnknownService, "unknown_service"),
         (ReasonCode::Deadline, "deadline"),
+        (ReasonCode::Unavailable, "unavailable"),
         (ReasonCode::Cancelled, "cancelled"),
         (ReasonCode::Invalid, "invalid"),
         (ReasonCode::IdReused, "id_reused"),
@@ -209,7 +210,6 @@ fn a_type_names_its_kind_and_no_other() {
 fn a_command_travels_as_its_kind() {
     let finish = Finish { key: key(), outcome: Outcome::Aborted, branch: None, parked: false };
     for (command, kind) in [
-        (Command::Prepare(prepare("{}")), Kind::Prepare),
         (Command::Query(Query { key: key(), request_hash: hash() }), Kind::Query),
         (Command::Finish(finish), Kind::Finish),
         (Command::Cancel(key()), Kind::Cancel),

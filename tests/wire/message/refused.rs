@@ -126,7 +126,7 @@ fn what_is_inside_a_field_is_named_by_its_path() {
          decision: $[0].branches.c is \"i\": must match [A-Za-z0-9_-]{1,64}[.](0|[1-9][0-9]{0,19})\n\
          decision: $[0].reason.service is 1: must be a string\n\
          decision: $[0].reason.code is \"why\": must be one of `refused`, `failed`, `no_slot`, \
-         `unknown_service`, `deadline`, `cancelled`, `invalid`, `id_reused`\n\
+         `unknown_service`, `deadline`, `unavailable`, `cancelled`, `invalid`, `id_reused`\n\
          decision: $[0].reason.message is 2: must be a string"
     );
 }

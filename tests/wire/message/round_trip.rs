@@ -62,6 +62,7 @@ fn a_reason() -> impl Strategy<Value = Reason> {
         ReasonCode::NoSlot,
         ReasonCode::UnknownService,
         ReasonCode::Deadline,
+        ReasonCode::Unavailable,
         ReasonCode::Cancelled,
         ReasonCode::Invalid,
         ReasonCode::IdReused,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::protocol::{
     coordinator::{
         Context,
-        event::Effect,
+        event::{Anomaly, Effect},
         transaction::{Part, Phase, Transaction, telling::Duty},
     },
     ids::ServiceName,
@@ -19,6 +19,14 @@ pub(super) struct Requester {
     pub(super) delivery: Delivery,
     /// When to send the answer again, if it failed.
     pub(super) republish_at: Option<Time>,
+    /// How often it failed.
+    failures: u32,
+}
+
+impl Requester {
+    pub(super) const fn new(delivery: Delivery) -> Self {
+        Self { delivery, republish_at: None, failures: 0 }
+    }
 }
 
 impl Transaction {
@@ -29,7 +37,7 @@ impl Transaction {
         deliveries: u32,
         cx: &mut Context<'_>,
     ) {
-        self.requesters.push(Requester { delivery, republish_at: None });
+        self.requesters.push(Requester::new(delivery));
         if deliveries > 1 {
             self.redelivered = true;
             self.settle_committed(cx);
@@ -98,16 +106,28 @@ impl Transaction {
         }
     }
 
+    /// A result may be lost: it is published again with a growing pause. After so many times it
+    /// counts as unclaimed, since what its producer lacks may not hold up this worker for ever.
     pub(in super::super) fn result_failed(&mut self, delivery: Delivery, cx: &mut Context<'_>) {
         // Before the decision there is none to be published again.
         if !matches!(self.phase, Phase::Aborting | Phase::Answering) {
             return;
         }
-        let at = cx.now + cx.settings().backoff_first;
-        if let Some(one) = self.requesters.iter_mut().find(|one| one.delivery == delivery) {
-            one.republish_at = Some(at);
-            cx.wake(&self.request.key, &mut self.due, at);
+        let key = &self.request.key;
+        let Some(index) = self.requesters.iter().position(|one| one.delivery == delivery) else {
+            return;
+        };
+        let one = &mut self.requesters[index];
+        one.failures += 1;
+        if one.failures > cx.settings().result_retries {
+            let (key, attempts) = (key.clone(), one.failures);
+            self.requesters.remove(index);
+            cx.effects.push(Effect::Report(Anomaly::ResultUnclaimed { key, attempts }));
+            return cx.effects.push(Effect::Ack(delivery));
         }
+        let at = cx.now + cx.backoff(key, one.failures);
+        one.republish_at = Some(at);
+        cx.wake(key, &mut self.due, at);
     }
 
     /// Whether nothing was asked for it yet.

@@ -1,16 +1,16 @@
 //! Asking the services for their votes: whom, and when, so that no transaction stands in another's
 //! way; and what their flows are told of it.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use crate::protocol::{
     coordinator::{
-        Context,
+        Anomaly, Context, Effect,
         flow::Flow,
         transaction::{Part, Phase, Standing, Transaction},
     },
     ids::ServiceName,
-    message::{Command, Destination, Prepare},
+    message::{Outcome, Prepare, Reason, ReasonCode},
     time::Time,
 };
 
@@ -194,15 +194,28 @@ impl Transaction {
         let Some(index) = self.part_of(service) else { return };
         if self.parts[index].standing == Standing::Queued {
             self.parts[index].standing = Standing::Unasked;
+            self.waits_until = None;
             self.advance(Some(service), cx);
         }
     }
 
     fn queue(&mut self, index: usize, cx: &mut Context<'_>) {
-        self.parts[index].standing = Standing::Queued;
-        let service = &self.request.services[index];
+        let services = Arc::clone(&self.request.services);
+        let service = &services[index];
+        if cx.flow(service).is_unavailable() {
+            if !self.begun && cx.is_full_of_unavailable() {
+                let code = ReasonCode::Unavailable;
+                self.reason.get_or_insert_with(|| Reason::at(service, code));
+                return self.propose(Outcome::Aborted, cx);
+            }
+            self.limit_wait(cx);
+        }
         let now = cx.now;
         let flow = cx.flow(service);
+        if self.parts[index].standing == Standing::Reserved {
+            flow.unreserve();
+        }
+        self.parts[index].standing = Standing::Queued;
         flow.enqueue(&self.request.key, self.begun);
         // Who stands before it may only wait for fewer to be in flight.
         if flow.admits(now, self.begun) || flow.is_own() {
@@ -222,24 +235,41 @@ impl Transaction {
         let looked_full = flow.looks_full();
         let sure = flow.is_own() && flow.has_spare();
         flow.asked();
-        self.parts[index].standing = Standing::Asked { at, looked_full, sure };
+        let spare = flow.spare();
+        let part = &mut self.parts[index];
+        part.standing = Standing::Asked { at, looked_full, sure };
         let prepare = Prepare {
             key: self.request.key.clone(),
             request_hash: self.request.request_hash,
             data: self.request.data.clone(),
             deadline,
-            repeated: self.repeated,
+            repeated: self.repeated || part.was_refused,
         };
-        self.send(index, Destination::Slot, Command::Prepare(prepare), cx);
+        let service = self.request.services[index].clone();
+        cx.effects.push(Effect::SendPrepare { service, prepare, spare });
     }
 
     /// From the first slot that is asked for or held, others may wait for it.
     pub(super) fn start_deadline(&mut self, cx: &mut Context<'_>) -> Time {
-        let usual = cx.settings().prepare_timeout;
-        let timeout = self.request.timeout.unwrap_or(usual);
-        let deadline = *self.deadline.get_or_insert(cx.now + timeout);
+        let at = cx.now + self.timeout(cx);
+        let deadline = *self.deadline.get_or_insert(at);
         cx.wake(&self.request.key, &mut self.due, deadline);
         deadline
+    }
+
+    /// A service that can't be reached is not waited for without end, even before any is asked.
+    fn limit_wait(&mut self, cx: &mut Context<'_>) {
+        let at = cx.now + self.timeout(cx);
+        let until = match self.deadline {
+            Some(deadline) => deadline,
+            None => *self.waits_until.get_or_insert(at),
+        };
+        cx.wake(&self.request.key, &mut self.due, until);
+    }
+
+    fn timeout(&self, cx: &Context<'_>) -> Duration {
+        let usual = cx.settings().prepare_timeout;
+        self.request.timeout.unwrap_or(usual)
     }
 
     pub(super) fn hold(&mut self, index: usize, cx: &mut Context<'_>) {
@@ -271,9 +301,14 @@ impl Transaction {
                         flow.admitted(looked_full);
                     }
                 });
+                if admitted && cx.known_flow(service).is_some_and(Flow::is_reachable_again) {
+                    let available = Anomaly::ServiceAvailable(service.clone());
+                    cx.effects.push(Effect::Report(available));
+                }
             }
             Standing::Queued => {
                 *standing = Standing::Unasked;
+                self.waits_until = None;
                 if let Some(flow) = cx.known_flow(service) {
                     flow.remove(&self.request.key);
                 }

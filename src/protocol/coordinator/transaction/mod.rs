@@ -129,6 +129,8 @@ impl Standing {
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 struct Part {
     standing: Standing,
+    /// Whether a prepare was refused by the broker, and may have arrived all the same.
+    was_refused: bool,
     /// Whether it counts as a slot held in the service's flow.
     holds_slot: bool,
     duty: Duty,
@@ -158,6 +160,8 @@ pub(super) struct Transaction {
     heard: Option<Outcome>,
     /// When to give up preparing; set when the first prepare is sent.
     deadline: Option<Time>,
+    /// When to give up waiting for a service that can't be reached, where no deadline is set.
+    waits_until: Option<Time>,
     /// When the phase wants to be looked at again.
     until: Option<Time>,
     proposal: Option<Outcome>,
@@ -168,11 +172,15 @@ pub(super) struct Transaction {
 
 impl Transaction {
     pub(super) fn new(request: Request, delivery: Delivery, deliveries: u32, many: u32) -> Self {
-        let part = Part { standing: Standing::Unasked, holds_slot: false, duty: Duty::None };
-        let requester = Requester { delivery, republish_at: None };
+        let part = Part {
+            standing: Standing::Unasked,
+            was_refused: false,
+            holds_slot: false,
+            duty: Duty::None,
+        };
         Self {
             parts: vec![part; request.services.len()],
-            requesters: vec![requester],
+            requesters: vec![Requester::new(delivery)],
             phase: Phase::Recalling,
             begun: false,
             repeated: deliveries > 1,
@@ -182,6 +190,7 @@ impl Transaction {
             reason: None,
             heard: None,
             deadline: None,
+            waits_until: None,
             until: None,
             proposal: None,
             decision: None,
@@ -252,6 +261,7 @@ impl Transaction {
         self.reason = None;
         self.heard = None;
         self.deadline = None;
+        self.waits_until = None;
         self.until = None;
         self.proposal = None;
     }
@@ -401,6 +411,25 @@ impl Transaction {
         }
     }
 
+    /// The broker refused the prepare. It is sent again when the service is found again, and until
+    /// then holds up nobody unless something is held elsewhere.
+    pub(super) fn prepare_refused(&mut self, service: &ServiceName, cx: &mut Context<'_>) {
+        let Some(index) = self.part_of(service) else { return };
+        let is_asked = matches!(self.parts[index].standing, Standing::Asked { .. });
+        if self.phase != Phase::Preparing || !is_asked {
+            return;
+        }
+        self.unask(index, false, cx);
+        self.parts[index].was_refused = true;
+        let holds = |it: &Part| it.holds_slot || matches!(it.standing, Standing::Asked { .. });
+        if !self.parts.iter().any(holds) {
+            self.withdraw_prepares(cx);
+            self.phase = Phase::Waiting;
+            self.unbegin(cx);
+        }
+        self.advance(None, cx);
+    }
+
     fn decline(&mut self, index: usize, code: ReasonCode, cx: &mut Context<'_>) {
         self.unask(index, false, cx);
         self.parts[index].standing = Standing::Declined;
@@ -524,7 +553,9 @@ impl Transaction {
         let is_due = self.until.is_some_and(|until| until <= cx.now);
         match self.phase {
             Phase::Querying if is_due => self.end_query(cx),
-            Phase::Preparing if self.deadline.is_some_and(|deadline| deadline <= cx.now) => {
+            Phase::Waiting | Phase::Preparing
+                if self.gives_up_at().is_some_and(|it| it <= cx.now) =>
+            {
                 self.give_up_preparing(cx);
             }
             Phase::Deciding if is_due => {
@@ -586,13 +617,39 @@ impl Transaction {
         self.advance(None, cx);
     }
 
+    /// When to give up preparing, or waiting for a service that can't be reached.
+    fn gives_up_at(&self) -> Option<Time> {
+        match self.phase {
+            Phase::Waiting | Phase::Preparing => self.deadline.or(self.waits_until),
+            Phase::Recalling
+            | Phase::Querying
+            | Phase::Deciding
+            | Phase::Committing
+            | Phase::Aborting
+            | Phase::Answering
+            | Phase::Parking => None,
+        }
+    }
+
+    /// Time is over. If a service that has not voted can't be reached, that is the reason.
     fn give_up_preparing(&mut self, cx: &mut Context<'_>) {
-        let silent = self.parts.iter().position(|part| {
+        let is_silent = |part: &Part| {
             part.standing.is_to_be_asked()
                 || matches!(part.standing, Standing::Queued | Standing::Asked { .. })
-        });
-        let service = silent.map(|index| self.request.services[index].clone());
-        self.reason.get_or_insert(Reason { code: ReasonCode::Deadline, service, message: None });
+        };
+        let silent: Vec<_> = (self.parts.iter().zip(&*self.request.services))
+            .filter_map(|(part, service)| is_silent(part).then_some(service))
+            .collect();
+        let is_unavailable =
+            |service: &&&ServiceName| cx.known_flow(service).is_some_and(|it| it.is_unavailable());
+        let reason = match silent.iter().find(is_unavailable) {
+            Some(service) => Reason::at(service, ReasonCode::Unavailable),
+            None => {
+                let service = silent.first().map(|&service| service.clone());
+                Reason { code: ReasonCode::Deadline, service, message: None }
+            }
+        };
+        self.reason.get_or_insert(reason);
         self.propose(Outcome::Aborted, cx);
     }
 
@@ -613,8 +670,7 @@ impl Transaction {
             Duty::None | Duty::Parked => None,
         });
         let answers = self.requesters.iter().filter_map(|requester| requester.republish_at);
-        let preparing = (self.phase == Phase::Preparing).then_some(self.deadline).flatten();
-        let soonest = duties.chain(answers).chain(preparing).chain(self.until).min();
+        let soonest = duties.chain(answers).chain(self.gives_up_at()).chain(self.until).min();
         if let (false, Some(at)) = (self.is_finished(), soonest) {
             cx.wake(&self.request.key, &mut self.due, at);
         }

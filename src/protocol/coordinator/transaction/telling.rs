@@ -11,8 +11,8 @@ use crate::protocol::{
     },
     ids::{Branch, InstanceId, ServiceName},
     message::{
-        Ballot, Command, Decision, Destination, Done, Finish, Inquiry, Matter, Outcome, Parked,
-        Vote,
+        Ballot, Command, Decision, Delivery, Destination, Done, Finish, Inquiry, Matter, Outcome,
+        Parked, Vote,
     },
     time::Time,
 };
@@ -63,9 +63,10 @@ impl Transaction {
     pub(super) fn owe_abort(&mut self, index: usize, cx: &mut Context<'_>) {
         let standing = &self.parts[index].standing;
         let is_silent = standing.is_to_be_asked() || *standing == Standing::Queried;
+        let may_hold = self.repeated || self.parts[index].was_refused;
         if standing.held().is_some() {
             self.owe(index, 0, 0, false, cx);
-        } else if is_silent && self.repeated {
+        } else if is_silent && may_hold {
             let finish = self.finish(Outcome::Aborted, None);
             self.send(index, Destination::AllInstances, Command::Finish(finish), cx);
         }
@@ -103,14 +104,20 @@ impl Transaction {
         cx.wake(&self.request.key, &mut self.due, due);
     }
 
-    pub(in super::super) fn record_done(&mut self, done: &Done, cx: &mut Context<'_>) {
+    /// `delivery`: what may be acknowledged when all that follows from it is safe.
+    pub(in super::super) fn record_done(
+        &mut self,
+        done: &Done,
+        delivery: Option<Delivery>,
+        cx: &mut Context<'_>,
+    ) {
         let Some(index) = self.part_of(&done.service) else { return };
         match &done.applied {
             Ok(()) => {
                 // What was parked is settled by the parked command's own done; what may have been,
                 // by nothing but this.
                 if self.may_be_listed(index) && !done.parked {
-                    self.settle(index, cx);
+                    self.settle(index, delivery, cx);
                 }
                 if !matches!(self.parts[index].duty, Duty::None | Duty::Parked) {
                     self.parts[index].duty = Duty::None;
@@ -133,9 +140,9 @@ impl Transaction {
         }
     }
 
-    fn settle(&self, index: usize, cx: &mut Context<'_>) {
+    fn settle(&self, index: usize, ack: Option<Delivery>, cx: &mut Context<'_>) {
         let (key, service) = (self.request.key.clone(), self.request.services[index].clone());
-        cx.effects.push(Effect::Settle { key, service });
+        cx.effects.push(Effect::Settle { key, service, ack });
     }
 
     /// A request was delivered again of what has committed in part or as a whole.
@@ -143,7 +150,7 @@ impl Transaction {
         let Some(decision) = self.own_decision() else { return };
         for (index, service) in self.request.services.iter().enumerate() {
             if self.parts[index].duty == Duty::None && decision.branch_of(service).is_some() {
-                self.settle(index, cx);
+                self.settle(index, None, cx);
             }
         }
     }

@@ -1,0 +1,270 @@
+//! What the drivers do between the cores and the broker, as far as liveness depends on it: one
+//! append at a time, every wait with a bound, a fresh name with each link. And how a driver without
+//! one of these goes wrong.
+
+use dtc::protocol::{coordinator, ids::ServiceName, message::Decision};
+
+use crate::{
+    bugs::Bug,
+    rules::Kind,
+    world::{Happening, Life, World, tell},
+};
+
+/// How long a confirm of an append may take before the link is made anew. (Real drivers: 5 s.)
+const CONFIRM_BOUND: u64 = 3_000;
+
+/// How long what is in the journal may take to be read back before the reader is made anew.
+const READ_BACK_BOUND: u64 = 3_000;
+
+/// How long a link may be silent before it counts as lost: two heartbeats.
+const LINK_BOUND: u64 = 3_000;
+
+/// How long a driver waits before it looks again for a service that could not be reached.
+const LOOK_AGAIN: u64 = 100;
+
+/// A driver's bug.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum DriverBug {
+    /// A worker waits for the confirm of an append without a bound.
+    NoBoundOnConfirm,
+    /// A worker waits without a bound for what it has appended to be read back.
+    NoBoundOnReadBack,
+    /// A worker publishes a result again for ever, and holds its request meanwhile.
+    RepublishForEver,
+    /// A client keeps its reply token over a new link, though its old queue is still bound.
+    KeepsReplyToken,
+    /// An instance declares its queue under the same name with each link.
+    SameQueueName,
+}
+
+impl DriverBug {
+    pub(crate) const ALL: [Self; 5] = [
+        Self::NoBoundOnConfirm,
+        Self::NoBoundOnReadBack,
+        Self::RepublishForEver,
+        Self::KeepsReplyToken,
+        Self::SameQueueName,
+    ];
+}
+
+/// What is wrong on purpose: in the cores, or in their drivers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Flaw {
+    Core(Bug),
+    Driver(DriverBug),
+}
+
+impl Flaw {
+    pub(crate) fn core(self) -> Option<Bug> {
+        match self {
+            Self::Core(bug) => Some(bug),
+            Self::Driver(_) => None,
+        }
+    }
+
+    /// The flaw of that name.
+    pub(crate) fn named(name: &str) -> Option<Self> {
+        let cores = Bug::ALL.into_iter().map(|it| (format!("{it:?}"), Self::Core(it)));
+        let drivers = DriverBug::ALL.into_iter().map(|it| (format!("{it:?}"), Self::Driver(it)));
+        cores.chain(drivers).find(|(it, _)| it == name).map(|(_, flaw)| flaw)
+    }
+}
+
+/// One append is outstanding; all that is ready by its end goes next.
+#[derive(Default)]
+pub(crate) struct AppendLane {
+    waiting: Vec<Decision>,
+    outstanding: Option<u64>,
+    number: u64,
+}
+
+/// The one producer of a schedule, and its queue of results.
+#[derive(Default)]
+pub(crate) struct Producer {
+    pub(crate) token: u32,
+    /// Tokens whose queue is bound for good, on a node that is lost.
+    dead: Vec<u32>,
+    /// Whether it has a link, and a queue on a node that is there.
+    is_away: bool,
+}
+
+impl World {
+    pub(crate) fn has(&self, bug: DriverBug) -> bool {
+        self.flaw == Some(Flaw::Driver(bug))
+    }
+
+    // ---- Appends -----------------------------------------------------------------------------
+
+    pub(crate) fn append_by(&mut self, worker: usize, decision: Decision) {
+        self.workers[worker].lane.waiting.push(decision);
+        self.write_decisions(worker);
+    }
+
+    fn write_decisions(&mut self, worker: usize) {
+        let node = &mut self.workers[worker];
+        let (life, lane) = (node.life, &mut node.lane);
+        if lane.outstanding.is_some() || lane.waiting.is_empty() {
+            return;
+        }
+        lane.number += 1;
+        let number = lane.number;
+        lane.outstanding = Some(number);
+        for decision in std::mem::take(&mut lane.waiting) {
+            for millis in self.rules.carry(&mut self.rng).into_iter().flatten() {
+                self.after(millis, Happening::Appended(decision.clone()));
+            }
+        }
+        if !self.rules.loses_append_confirm(&mut self.rng) {
+            let wait = self.rng.below(3);
+            self.after(wait, Happening::AppendConfirmed { worker, life, number });
+        }
+        if !self.has(DriverBug::NoBoundOnConfirm) {
+            self.after(CONFIRM_BOUND, Happening::ConfirmIsDue { worker, life, number });
+        }
+    }
+
+    pub(crate) fn append_confirmed(&mut self, worker: usize, life: Life, number: u64) {
+        let node = &mut self.workers[worker];
+        let is_current = node.life == life && node.lane.outstanding == Some(number);
+        if !is_current || node.is_stuck {
+            return;
+        }
+        if node.is_frozen {
+            return self.after(20, Happening::AppendConfirmed { worker, life, number });
+        }
+        node.lane.outstanding = None;
+        if !self.has(DriverBug::NoBoundOnReadBack) {
+            self.after(READ_BACK_BOUND, Happening::ReadBackIsDue { worker, life });
+        }
+        self.write_decisions(worker);
+    }
+
+    pub(crate) fn confirm_is_due(&mut self, worker: usize, life: Life, number: u64) {
+        let node = &self.workers[worker];
+        if node.life != life || node.lane.outstanding != Some(number) || !node.is_connected {
+            return;
+        }
+        if node.is_frozen {
+            return self.after(20, Happening::ConfirmIsDue { worker, life, number });
+        }
+        tell!(self, "{}: no confirm of an append has come", node.id);
+        self.cut_worker(worker);
+    }
+
+    pub(crate) fn read_back_is_due(&mut self, worker: usize, life: Life) {
+        let node = &mut self.workers[worker];
+        if node.life != life || !node.is_tail_stuck || node.process.is_none() {
+            return;
+        }
+        if node.is_frozen {
+            return self.after(20, Happening::ReadBackIsDue { worker, life });
+        }
+        node.is_tail_stuck = false;
+        let id = &self.workers[worker].id;
+        tell!(self, "{id}: what was appended is not read back, its reader is made anew");
+        self.read_tail(worker);
+    }
+
+    // ---- Links -------------------------------------------------------------------------------
+
+    pub(crate) fn worker_link_sticks(&mut self, worker: usize) {
+        let node = &mut self.workers[worker];
+        if node.is_connected && node.process.is_some() && !node.is_stuck {
+            node.is_stuck = true;
+            let life = node.life;
+            self.rules.count(Kind::WorkerLinkStuck);
+            self.after(LINK_BOUND, Happening::WorkerLinkIsDue { worker, life });
+        }
+    }
+
+    pub(crate) fn worker_link_is_due(&mut self, worker: usize, life: Life) {
+        let node = &self.workers[worker];
+        if node.life != life || !node.is_stuck {
+            return;
+        }
+        if node.is_frozen {
+            return self.after(20, Happening::WorkerLinkIsDue { worker, life });
+        }
+        self.cut_worker(worker);
+    }
+
+    pub(crate) fn instance_link_sticks(&mut self, instance: usize) {
+        let node = &mut self.instances[instance];
+        if node.is_connected && node.process.is_some() && !node.is_stuck {
+            node.is_stuck = true;
+            let life = node.life;
+            self.rules.count(Kind::InstanceLinkStuck);
+            self.after(LINK_BOUND, Happening::InstanceLinkIsDue { instance, life });
+        }
+    }
+
+    pub(crate) fn instance_link_is_due(&mut self, instance: usize, life: Life) {
+        let node = &self.instances[instance];
+        if node.life == life && node.is_stuck {
+            self.cut_instance(instance);
+        }
+    }
+
+    // ---- Services ----------------------------------------------------------------------------
+
+    pub(crate) fn find_service(&mut self, worker: usize, service: ServiceName) {
+        let life = self.workers[worker].life;
+        let event = match self.bound_service(&service) {
+            Some(found) if found.is_unreachable(self.now) => {
+                let again = Happening::LooksAgain { worker, life, service: service.clone() };
+                self.after(LOOK_AGAIN, again);
+                coordinator::Event::ServiceUnavailable(service)
+            }
+            Some(_) => coordinator::Event::ServiceFound(service),
+            None => coordinator::Event::ServiceMissing(service),
+        };
+        self.deliver_to_worker(worker, life, event);
+    }
+
+    // ---- The producer ------------------------------------------------------------------------
+
+    /// The node of its queue is lost for good: the queue stays bound, and refuses what is routed to
+    /// it.
+    pub(crate) fn results_queue_is_lost(&mut self) {
+        if !self.producer.is_away {
+            self.rules.count(Kind::ResultsQueueLost);
+            self.producer.dead.push(self.producer.token);
+            self.producer.is_away = true;
+            self.after(500, Happening::ProducerConnects);
+        }
+    }
+
+    /// It binds a new queue, and asks again for all it has heard nothing of.
+    pub(crate) fn producer_connects(&mut self) {
+        if !self.has(DriverBug::KeepsReplyToken) {
+            self.producer.token += 1;
+        }
+        self.producer.is_away = false;
+        for message in 0..self.messages.len() {
+            let it = &self.messages[message];
+            let is_open = it.answers.is_empty() && it.rejected.is_none() && !it.is_parked;
+            if it.deliveries > 0 && is_open && !it.is_asked_again {
+                self.ask_again(message, 0);
+            }
+        }
+    }
+
+    pub(crate) fn ask_again(&mut self, message: usize, after: u64) {
+        let again = self.messages[message].again(self.producer.token);
+        self.messages[message].is_asked_again = true;
+        self.after(after, Happening::Publish(self.messages.len()));
+        self.messages.push(again);
+    }
+
+    /// Whether the broker refuses the result of a request with this token.
+    pub(crate) fn refuses_result(&mut self, token: u32) -> bool {
+        if !self.producer.dead.contains(&token) {
+            return self.results_refused_until.is_some_and(|until| self.now < until);
+        }
+        if token == self.producer.token && !self.producer.is_away {
+            let seen = "a producer with a link of its own has its results refused for good".into();
+            self.check("ended", Err(seen));
+        }
+        true
+    }
+}
