@@ -895,7 +895,10 @@ mod tests {
         for number in 0..=Returns::MAX {
             returns.note(1, &number.to_string());
         }
-        let size = { returns.lock().young.size + returns.lock().old.size };
+        let size = {
+            let noted = returns.lock();
+            noted.young.size + noted.old.size
+        };
         assert!(size <= Returns::MAX, "{size}");
         assert!(!returns.take(1, "0"));
         assert!(returns.take(1, &Returns::MAX.to_string()));
