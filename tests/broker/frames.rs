@@ -157,7 +157,7 @@ async fn next(consumer: &mut Consumer) -> Delivery {
 
 fn why(delivery: &Delivery) -> Option<String> {
     let marker = delivery.properties.headers().as_ref()?.inner().get(UNREADABLE)?;
-    Some(marker.as_long_string().unwrap().to_string())
+    Some(marker.as_long_string()?.to_string())
 }
 
 /// A consumer of ours gets everything that a peer may send, on one connection.
