@@ -32,6 +32,7 @@ use crate::{
         consumer::Inbox,
         error::{Disposition, is_not_found, is_refusal},
         names::{Names, key},
+        rejected::unreadable,
         unique,
     },
     wire::message::decode,
@@ -256,6 +257,10 @@ impl Listener {
     }
 
     fn hand_out(&self, delivery: &Delivery) {
+        if let Some(reason) = unreadable(delivery) {
+            tracing::warn!(reason, "not a result");
+            return;
+        }
         let answers = match decode::<Answer>(&delivery.data) {
             Ok(answers) => answers,
             Err(error) => {

@@ -11,7 +11,7 @@ use crate::{
         message::{Delivery, Finish, Prepare, Query},
         participant::Event,
     },
-    transport::amqp::rejected::shown,
+    transport::amqp::rejected::{shown, unreadable},
     wire::message::{Cancel, Item, Kind, decode, sorted_out},
 };
 
@@ -70,6 +70,9 @@ impl Told {
 
 /// Reads `message`, which came by `source`.
 pub(super) fn read(source: Source, message: &Message) -> Read {
+    if let Some(reason) = unreadable(message) {
+        return bad(reason);
+    }
     let kind = message.properties.kind().as_ref().map(|kind| kind.as_str());
     let known = kind.and_then(Kind::parse_type);
     let worker = || worker_of(message);
@@ -136,9 +139,14 @@ fn worker_of(message: &Message) -> Result<WorkerId, String> {
 
 #[cfg(test)]
 mod tests {
-    use lapin::{BasicProperties, message::Delivery as Message};
+    use lapin::{
+        BasicProperties,
+        message::Delivery as Message,
+        types::{AMQPValue, FieldTable},
+    };
 
     use super::{Read, Source, Told, read};
+    use crate::transport::amqp::frames::UNREADABLE;
 
     const QUERY: &str =
         r#"{"id":"t1","requested_at":1,"request_hash":"000102030405060708090a0b0c0d0e0f"}"#;
@@ -163,6 +171,23 @@ mod tests {
         assert_eq!(read.items.len(), 2);
         assert!(matches!(read.items[0], Told::Query { .. }));
         assert!(reason(&read).contains("$[1]"), "{read:?}");
+    }
+
+    #[test]
+    fn a_message_with_unreadable_headers_is_rejected_whatever_its_body_says() {
+        for (source, kind, body) in [
+            (Source::Prepares, "dtc.prepare.v1", PREPARE),
+            (Source::Own, "dtc.query.v1", QUERY),
+            (Source::Shared, "dtc.query.v1", QUERY),
+        ] {
+            let mut message = message(kind, format!("[{body}]"));
+            assert_eq!(read(source, &message).items.len(), 1);
+            let mut headers = FieldTable::default();
+            headers.insert(UNREADABLE.into(), AMQPValue::LongString("too deep".into()));
+            message.properties = message.properties.with_headers(headers);
+            let read = read(source, &message);
+            assert!(read.items.is_empty() && reason(&read).ends_with(": too deep"), "{read:?}");
+        }
     }
 
     #[test]

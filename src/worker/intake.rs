@@ -13,7 +13,7 @@ use crate::{
     },
     transport::amqp::{
         names::{self, PREPARES_MAX},
-        rejected::shown,
+        rejected::{shown, unreadable},
     },
     wire::message::{Item, Kind, RequestMalformed, decode, decode_request, sorted_out},
 };
@@ -31,6 +31,10 @@ pub(super) struct Intake {
 /// called, if it may not be acknowledged before what follows from it is safe.
 pub(super) fn reply(message: &Message, delivery: Option<Delivery>) -> Intake {
     let mut intake = Intake::default();
+    if let Some(reason) = unreadable(message) {
+        intake.complaints.push(reason);
+        return intake;
+    }
     let key = message.routing_key.as_str();
     let service = names::parts(key).and_then(|(_, service)| ServiceName::parse(service).ok());
     let Some(service) = service else {
@@ -68,6 +72,16 @@ fn prepares_max(message: &Message) -> u16 {
 
 /// The request that `message` is.
 pub(super) fn request(message: &Message) -> Result<Request, RequestMalformed> {
+    if let Some(reason) = unreadable(message) {
+        // Its producer is told, if the body says who that is.
+        return Err(match decode_request(&message.data, *message.properties.timestamp()) {
+            Ok(Request { key, reply, .. }) => {
+                let (id, requested_at) = (Some(key.id), Some(key.requested_at));
+                RequestMalformed { reason, id, requested_at, reply }
+            }
+            Err(malformed) => RequestMalformed { reason, ..malformed },
+        });
+    }
     let kind = message.properties.kind();
     // A producer who names no type means a request: nothing else is sent here.
     if kind.is_some() && kind_of(message) != Some(Kind::Request) {
@@ -145,9 +159,14 @@ impl Intake {
 
 #[cfg(test)]
 mod tests {
-    use lapin::{BasicProperties, message::Delivery as Message};
+    use lapin::{
+        BasicProperties,
+        message::Delivery as Message,
+        types::{AMQPValue, FieldTable},
+    };
 
     use super::{reply, request};
+    use crate::transport::amqp::frames::UNREADABLE;
 
     #[test]
     fn why_a_request_is_rejected_takes_a_kibibyte_whatever_its_type_is() {
@@ -155,6 +174,29 @@ mod tests {
         message.properties = BasicProperties::default().with_type("\u{1}".repeat(255).into());
         let reason = request(&message).unwrap_err().reason;
         assert!(reason.len() <= 1024 && reason.starts_with(r"type `\u{1}\u{1}"), "{reason}");
+    }
+
+    #[test]
+    fn a_message_with_unreadable_headers_is_rejected_whatever_its_body_says() {
+        const BODY: &str = r#"{"id":"t1","involved_services":["a"],"data":{},"reply":"r1"}"#;
+        let mut headers = FieldTable::default();
+        headers.insert(UNREADABLE.into(), AMQPValue::LongString("too deep   ".into()));
+        let properties = BasicProperties::default().with_timestamp(7).with_headers(headers);
+        let mut message = Message::mock(1, "e".into(), "request".into(), false, BODY.into());
+        message.properties = properties.clone();
+        let malformed = request(&message).unwrap_err();
+        assert_eq!(malformed.reason, "the message is unreadable: too deep");
+        assert_eq!(malformed.id.unwrap().as_str(), "t1");
+        assert_eq!(malformed.reply.unwrap().as_str(), "r1");
+        assert_eq!(malformed.requested_at.unwrap().as_millis(), 7000);
+
+        const DONE: &str = r#"[{"id":"t1","requested_at":1,"service":"a","instance":"p1",
+            "done":true,"free":1}]"#;
+        let mut message = Message::mock(1, "e".into(), "w1.a".into(), false, DONE.into());
+        message.properties = properties.with_type("dtc.done.v1".into());
+        let intake = reply(&message);
+        assert_eq!(intake.events.len(), 0);
+        assert_eq!(intake.complaints, ["the message is unreadable: too deep"]);
     }
 
     #[test]

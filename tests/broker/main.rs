@@ -9,6 +9,7 @@ mod broker;
 mod certificates;
 mod client;
 mod crash;
+mod frames;
 mod journal;
 #[path = "../support/lines.rs"]
 mod lines;

@@ -125,10 +125,9 @@ impl Filter {
             }
             match self.step_in_one_frame(rest) {
                 Step::Pass(more) => passed += more,
-                Step::Drop(_) | Step::Wait | Step::Refuse(_) if passed > 0 => {
-                    return Step::Pass(passed);
+                step @ (Step::Drop(_) | Step::Wait | Step::Refuse(_)) => {
+                    return if passed > 0 { Step::Pass(passed) } else { step };
                 }
-                other => return other,
             }
         }
     }
@@ -712,7 +711,7 @@ mod tests {
     /// Why the message is unreadable, if it is.
     fn why(properties: &BasicProperties) -> Option<String> {
         let marker = properties.headers().as_ref()?.inner().get(UNREADABLE)?;
-        let text = marker.as_long_string().unwrap().to_string();
+        let text = marker.as_long_string()?.to_string();
         Some(text.trim_end().to_owned())
     }
 
@@ -895,7 +894,10 @@ mod tests {
         for number in 0..=Returns::MAX {
             returns.note(1, &number.to_string());
         }
-        let size = { returns.lock().young.size + returns.lock().old.size };
+        let size = {
+            let noted = returns.lock();
+            noted.young.size + noted.old.size
+        };
         assert!(size <= Returns::MAX, "{size}");
         assert!(!returns.take(1, "0"));
         assert!(returns.take(1, &Returns::MAX.to_string()));

@@ -8,7 +8,7 @@ use lapin::{
     types::{AMQPValue, FieldTable, ShortString},
 };
 
-use crate::transport::amqp::{names::Names, publisher::Outgoing};
+use crate::transport::amqp::{frames::UNREADABLE, names::Names, publisher::Outgoing};
 
 /// How many characters of a reason are kept.
 const REASON_MAX: usize = 1024;
@@ -42,6 +42,15 @@ pub fn rejected_request(
     put(&mut headers, "reason", reason);
     put(&mut headers, "queue", names.requests().as_str());
     Outgoing { body, timestamp: Some(requested_at_seconds), ..set_aside(names, headers) }
+}
+
+/// Why the headers of `delivery` could not be read. Such a message is set aside whatever else it says:
+/// what its sender meant by its headers is unknown.
+pub fn unreadable(delivery: &Delivery) -> Option<String> {
+    let headers = delivery.properties.headers().as_ref()?;
+    let why = headers.inner().get(UNREADABLE)?.as_long_string();
+    let why = why.map(|why| shown(why.to_string().trim_end())).unwrap_or_default();
+    Some(format!("the message is unreadable: {why}"))
 }
 
 /// What a sender has called something, short and on one line, as a reason has it.

@@ -17,6 +17,7 @@ mod bodies;
 mod complaints;
 mod coordinator;
 mod files;
+mod frames;
 mod grown;
 mod instance;
 mod journal;
@@ -37,13 +38,14 @@ use libfuzzer_sys::fuzz_target;
 type Target = fn(&[u8]);
 
 /// What can be fuzzed. A reader of something new has its target here, and seeds in `corpus`.
-const TARGETS: [(&str, Target); 24] = [
+const TARGETS: [(&str, Target); 25] = [
     ("request", bodies::request),
     ("vote", bodies::items::<Vote>),
     ("done", bodies::items::<Done>),
     ("decision", bodies::items::<Decision>),
     ("inquiry", bodies::items::<Inquiry>),
     ("headers", mail::headers),
+    ("frames", frames::frames),
     ("config", settings::config),
     ("services", files::services),
     ("transactions", files::transactions),
