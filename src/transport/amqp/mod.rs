@@ -1,6 +1,7 @@
 //! Moving messages through RabbitMQ.
 //!
 //! * [`address`]: where the brokers are, and who we are to them.
+//! * [`bounded`]: questions to the broker that end, whatever the broker does.
 //! * [`connection`]: connecting, and connecting again.
 //! * [`error`]: what a failure means.
 //! * [`names`]: what every exchange and queue is called.
@@ -20,6 +21,7 @@
 //! no queue is told apart from one that did.
 
 pub mod address;
+pub mod bounded;
 pub mod connection;
 pub mod consumer;
 pub mod error;

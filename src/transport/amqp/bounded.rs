@@ -1,0 +1,205 @@
+//! Questions to the broker that end, whatever the broker does.
+//!
+//! A node that is paused, partitioned, or waits for a queue's leader keeps the connection open and
+//! sends nothing: neither an answer nor an error. [`answer`] bounds the wait for one answer;
+//! [`Alarm::bound`] bounds the wait for a confirm, and tells a broker that takes no messages for
+//! now from one that is silent.
+//!
+//! **Invariant:** after [`AskError::Silent`] the channel is not used again. An answer that comes late
+//! would be taken for that of the next question.
+
+use std::{
+    pin::{Pin, pin},
+    time::Duration,
+};
+
+use futures_util::{Stream, StreamExt};
+use lapin::{Connection, Event};
+use tokio::time::{Instant, sleep_until, timeout};
+
+use crate::transport::amqp::error::{Disposition, is_refusal};
+
+/// How long the broker has for one answer. A healthy one takes milliseconds, a cluster that elects a
+/// leader up to some seconds.
+pub const ANSWER_MAX: Duration = Duration::from_secs(5);
+
+/// A question to the broker has no useful answer.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum AskError {
+    /// The broker's answer is an error, or the connection is lost.
+    #[error(transparent)]
+    Broker(#[from] lapin::Error),
+    /// No answer came in time.
+    #[error(
+        "the broker did not answer within {} s (is a node of the cluster down?)",
+        limit.as_secs_f64()
+    )]
+    Silent {
+        /// How long it had.
+        limit: Duration,
+    },
+    /// The broker reads nothing that is published on this connection: it has an alarm.
+    #[error("the broker takes no messages: {reason}")]
+    Blocked {
+        /// The alarm, in the broker's words.
+        reason: String,
+    },
+}
+
+impl AskError {
+    /// Whether to ask again.
+    pub fn disposition(&self) -> Disposition {
+        match self.broker() {
+            Some(error) if is_refusal(error) => Disposition::GiveUp,
+            Some(_) | None => Disposition::Retry,
+        }
+    }
+
+    /// What the broker said, or what ended the connection, if that is it.
+    pub fn broker(&self) -> Option<&lapin::Error> {
+        match self {
+            Self::Broker(error) => Some(error),
+            Self::Silent { .. } | Self::Blocked { .. } => None,
+        }
+    }
+
+    /// Whether the broker said nothing at all.
+    pub fn is_silent(&self) -> bool {
+        matches!(self, Self::Silent { .. })
+    }
+}
+
+/// The answer to `asked`, if it comes within `limit`.
+///
+/// # Errors
+///
+/// It doesn't, or it is an error.
+pub async fn answer<T>(
+    limit: Duration,
+    asked: impl Future<Output = Result<T, lapin::Error>>,
+) -> Result<T, AskError> {
+    match timeout(limit, asked).await {
+        Ok(answered) => Ok(answered?),
+        Err(_) => Err(AskError::Silent { limit }),
+    }
+}
+
+/// Whether the broker takes what is published on a connection, and why not.
+///
+/// lapin hands each event of a connection to one listener only, so there may be no other.
+pub struct Alarm {
+    events: Pin<Box<dyn Stream<Item = Event> + Send>>,
+    reason: Option<String>,
+}
+
+impl Alarm {
+    /// Listens from now on. The broker tells of an alarm when something is published for the first
+    /// time.
+    pub fn of(connection: &Connection) -> Self {
+        Self::on(connection.events_listener())
+    }
+
+    fn on(events: impl Stream<Item = Event> + Send + 'static) -> Self {
+        Self { events: Box::pin(events), reason: None }
+    }
+
+    /// What `published` ends with, if it ends within `limit`. An alarm may be over before that, so
+    /// it alone ends nothing.
+    ///
+    /// # Errors
+    ///
+    /// It doesn't end. If the broker has an alarm then, that is what is said.
+    pub async fn bound<T>(
+        &mut self,
+        limit: Duration,
+        published: impl Future<Output = T>,
+    ) -> Result<T, AskError> {
+        let mut published = pin!(published);
+        let end = Instant::now() + limit;
+        let mut is_listening = true;
+        loop {
+            tokio::select! {
+                biased;
+                ended = &mut published => return Ok(ended),
+                event = self.events.next(), if is_listening => match event {
+                    Some(event) => self.hear(event),
+                    None => is_listening = false,
+                },
+                () = sleep_until(end) => return Err(match self.reason.clone() {
+                    Some(reason) => AskError::Blocked { reason },
+                    None => AskError::Silent { limit },
+                }),
+            }
+        }
+    }
+
+    fn hear(&mut self, event: Event) {
+        match event {
+            Event::ConnectionBlocked(reason) => self.reason = Some(reason),
+            Event::ConnectionUnblocked => self.reason = None,
+            Event::Connected | Event::SendFlow(_) | Event::Error(_) | _ => {}
+        }
+    }
+}
+
+impl std::fmt::Debug for Alarm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Alarm").field("reason", &self.reason).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        future::{pending, ready},
+        time::Duration,
+    };
+
+    use futures_util::stream;
+    use lapin::Event;
+    use tokio::time::Instant;
+
+    use super::{Alarm, AskError, answer};
+
+    const LIMIT: Duration = Duration::from_secs(5);
+
+    fn blocked(reason: &str) -> Event {
+        Event::ConnectionBlocked(reason.to_owned())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_question_without_an_answer_ends_at_its_limit() {
+        let began = Instant::now();
+        let error = answer::<()>(LIMIT, pending()).await.unwrap_err();
+        assert_eq!(began.elapsed().as_secs(), LIMIT.as_secs());
+        let said = "the broker did not answer within 5 s (is a node of the cluster down?)";
+        assert_eq!(error.to_string(), said);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_in_time_is_the_answer() {
+        assert_eq!(answer(LIMIT, ready(Ok(7))).await.unwrap(), 7);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_confirm_that_an_alarm_holds_back_ends_with_its_reason() {
+        let mut alarm = Alarm::on(stream::iter([blocked("low on memory")]));
+        let error = alarm.bound(LIMIT, pending::<()>()).await.unwrap_err();
+        assert_eq!(error.to_string(), "the broker takes no messages: low on memory");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_alarm_that_is_over_is_not_the_reason() {
+        let events = [blocked("low on disk"), Event::ConnectionUnblocked];
+        let mut alarm = Alarm::on(stream::iter(events));
+        let error = alarm.bound(LIMIT, pending::<()>()).await.unwrap_err();
+        assert!(matches!(error, AskError::Silent { limit } if limit == LIMIT), "{error}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_confirm_that_comes_after_an_alarm_is_a_confirm() {
+        let mut alarm = Alarm::on(stream::iter([blocked("low on memory")]));
+        let confirm = tokio::time::sleep(Duration::from_secs(2));
+        assert!(alarm.bound(LIMIT, confirm).await.is_ok());
+    }
+}
