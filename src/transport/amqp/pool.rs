@@ -4,12 +4,16 @@
 //! when it is lost. A channel is taken from the pool only for as long as it takes to write a
 //! message; its confirm is awaited apart, so that a few channels serve any number of publishers.
 
+use std::sync::{Arc, Mutex as StdMutex, PoisonError};
+
 use deadpool::managed::{Manager, Metrics, Pool, PoolError, RecycleError, RecycleResult};
-use lapin::{Channel, Connection};
+use futures_util::StreamExt as _;
+use lapin::{Channel, Connection, Event, types::ShortString};
 use tokio::sync::Mutex;
 
 use crate::transport::amqp::{
-    connection::{Broker, ConnectError, close, confirming_channel},
+    bounded::{ANSWER_MAX, AskError, answer},
+    connection::{Broker, ConnectError, QueueCounts, close, confirming_channel, counts},
     publisher::{Outgoing, Published, publish},
 };
 
@@ -27,7 +31,7 @@ pub enum PublishError {
     Connect(#[source] ConnectError),
     /// The connection gives no channel.
     #[error("failed to open a channel to publish on")]
-    Open(#[source] lapin::Error),
+    Open(#[source] AskError),
     /// The connection was lost before the broker had confirmed it: it may have arrived or not.
     #[error("the connection was lost before the broker confirmed the message")]
     Unconfirmed(#[source] lapin::Error),
@@ -42,6 +46,12 @@ pub enum PublishError {
         /// The routing key.
         key: String,
     },
+    /// The broker reads nothing that is published: it has an alarm.
+    #[error("the broker takes no messages: {reason}")]
+    Blocked {
+        /// The alarm, in the broker's words.
+        reason: String,
+    },
     /// The pool is closed.
     #[error("the channels are closed")]
     Closed,
@@ -50,7 +60,7 @@ pub enum PublishError {
 impl Channels {
     /// At most `channels_max` channels at `broker`.
     pub fn new(broker: Broker, channels_max: usize) -> Self {
-        let opener = Opener { broker, connection: Mutex::new(None) };
+        let opener = Opener { broker, connection: Mutex::new(None), alarm: Arc::default() };
         let pool = Pool::builder(opener).max_size(channels_max.max(1)).build();
         // Without time-outs there is nothing that a builder could refuse.
         Self { pool: pool.unwrap_or_else(|_| unreachable!("no time-outs are set")) }
@@ -83,6 +93,24 @@ impl Channels {
         }
     }
 
+    /// Why the broker reads nothing that is published now, if it has said so.
+    pub fn blocked(&self) -> Option<PublishError> {
+        let reason = lock(&self.pool.manager().alarm).clone();
+        reason.map(|reason| PublishError::Blocked { reason })
+    }
+
+    /// What the broker tells of `queue`; `None`: there is no such queue.
+    ///
+    /// # Errors
+    ///
+    /// It could not be asked.
+    pub async fn counts(&self, queue: ShortString) -> Result<Option<QueueCounts>, PublishError> {
+        self.open().await?;
+        let connection = self.pool.manager().connection.lock().await;
+        let Some(connection) = connection.as_ref() else { return Err(PublishError::Closed) };
+        answer(ANSWER_MAX, counts(connection, queue)).await.map_err(PublishError::Open)
+    }
+
     /// One of the channels; others may be using it too.
     async fn channel(&self) -> Result<Channel, PublishError> {
         match self.pool.get().await {
@@ -111,6 +139,33 @@ impl Channels {
 struct Opener {
     broker: Broker,
     connection: Mutex<Option<Connection>>,
+    alarm: Arc<StdMutex<Option<String>>>,
+}
+
+impl Opener {
+    async fn connect(&self) -> Result<Connection, PublishError> {
+        let connection = self.broker.connect("publish").await.map_err(PublishError::Connect)?;
+        let (mut events, alarm) = (Box::pin(connection.events_listener()), self.alarm.clone());
+        *lock(&alarm) = None;
+        // It ends with the connection.
+        tokio::spawn(async move {
+            while let Some(event) = events.next().await {
+                match event {
+                    Event::ConnectionBlocked(reason) => {
+                        tracing::warn!(reason, "the broker takes no messages for now");
+                        *lock(&alarm) = Some(reason);
+                    }
+                    Event::ConnectionUnblocked => *lock(&alarm) = None,
+                    Event::Connected | Event::SendFlow(_) | Event::Error(_) | _ => {}
+                }
+            }
+        });
+        Ok(connection)
+    }
+}
+
+fn lock(alarm: &StdMutex<Option<String>>) -> std::sync::MutexGuard<'_, Option<String>> {
+    alarm.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Manager for Opener {
@@ -122,11 +177,14 @@ impl Manager for Opener {
         let standing = connection.take().filter(|it| it.status().connected());
         let standing = match standing {
             Some(standing) => standing,
-            None => self.broker.connect("publish").await.map_err(PublishError::Connect)?,
+            None => self.connect().await?,
         };
-        let channel = confirming_channel(&standing).await.map_err(PublishError::Open);
-        *connection = Some(standing);
-        channel
+        let opened = answer(ANSWER_MAX, confirming_channel(&standing)).await;
+        // One that answers nothing is not asked again.
+        if !opened.as_ref().is_err_and(AskError::is_silent) {
+            *connection = Some(standing);
+        }
+        opened.map_err(PublishError::Open)
     }
 
     async fn recycle(&self, channel: &mut Channel, _: &Metrics) -> RecycleResult<PublishError> {
