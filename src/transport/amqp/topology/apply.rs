@@ -225,8 +225,11 @@ async fn attempts(
             () = &mut stop => None,
             ended = apply_on(&connection, names, topology, options, &mut applied) => Some(ended),
         };
-        // The broker answers this when it has done all that was asked before.
-        close(&connection).await;
+        // The broker answers this when it has done all that was asked before. One that takes no messages
+        // would not hear it, and has done all but take the message.
+        if !connection.status().blocked() {
+            close(&connection).await;
+        }
         match ended {
             None => break,
             Some(Ok(())) => return Ok(Some(applied)),

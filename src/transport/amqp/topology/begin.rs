@@ -30,7 +30,7 @@ use crate::{
 
 /// How long the broker may take to show the first record of a journal that has one: it says nothing
 /// of one that hasn't, and counts no messages of a stream.
-const READ_MAX: Duration = Duration::from_secs(5);
+const READ_MAX: Duration = Duration::from_secs(2);
 
 /// How a journal begins.
 #[derive(Clone, PartialEq, Eq, Debug)]
