@@ -61,8 +61,8 @@ fn an_apply_under_an_alarm_says_so_in_time_and_goes_on_when_it_is_over() {
     let world = World::at(broker.place());
     let services = services(&world);
     let apply = |wait: &str| {
-        let mut command = world.dtc(&["topology", "apply", "--wait", wait, "--services"]);
-        Process::start("apply", command.arg(&services))
+        let mut command = world.dtc(&["topology", "apply", "--wait", wait]);
+        Process::start("apply", command.arg("--services").arg(&services))
     };
     alarm(&broker, true);
 
@@ -80,7 +80,7 @@ fn an_apply_under_an_alarm_says_so_in_time_and_goes_on_when_it_is_over() {
     interrupted.exited(130, Duration::from_secs(5));
     alarm(&broker, false);
     waiting.succeeded(LIMIT);
-    Process::start("check", world.dtc(&["topology", "check", "--services"]).arg(&services))
+    Process::start("check", world.dtc(&["topology", "check"]).arg("--services").arg(&services))
         .succeeded(LIMIT);
 }
 
@@ -90,8 +90,9 @@ fn a_run_under_an_alarm_says_so_and_leaves_nothing_behind() {
     let world = World::at(broker.place());
     let (services, transactions) = (services(&world), transactions(&world));
     let run = || {
-        let mut command = world.dtc_at_broker(&["run", "--services"]);
-        Process::start("run", command.arg(&services).arg("--transactions").arg(&transactions))
+        let mut command = world.dtc_at_broker(&["run"]);
+        command.arg("--services").arg(&services).arg("--transactions").arg(&transactions);
+        Process::start("run", &mut command)
     };
     alarm(&broker, true);
 
@@ -125,7 +126,7 @@ fn a_submit_under_an_alarm_names_it_when_its_time_is_over() {
         let mut submit = world.submit(&transactions, flags);
         submit.exited(1, SOON);
         let said = submit.stderr.text();
-        assert!(said.contains("1 of 1 not ") && said.ends_with(&format!("{SAID}\n")), "{said}");
+        assert!(said.contains("1 of 1 not ") && said.trim_end().ends_with(SAID), "{said}");
     }
 }
 
