@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     fs,
     path::{Path, PathBuf},
 };
@@ -24,6 +25,9 @@ const FLOORS: [&[&str]; 7] = [
 /// What stands beside the stairs, and on which step one must be to use it.
 const BESIDE: [&str; 1] = ["config"];
 const TOP: usize = FLOORS.len() - 1;
+
+/// The rooms on one floor that are joined by messages, and by nothing else.
+const ROOMS: [&str; 3] = ["worker", "participant", "client"];
 
 /// What would let the world into the protocol: a runtime, a broker, a format, a log, a clock,
 /// chance, or an order that differs from run to run.
@@ -73,6 +77,60 @@ fn every_module_has_its_floor() {
         }
     }
     assert_none(&complaints);
+}
+
+/// A module and the file that declares it may know each other: the file gathers what its parts have, and
+/// they share what it says of all of them. Two others that do are one thing in two places.
+#[test]
+fn no_two_files_import_each_other() {
+    assert_none(&mutual_imports(&imports_of(&sources())));
+}
+
+#[test]
+fn worker_participant_and_client_know_nothing_of_each_other() {
+    assert_none(&sideways_imports(&imports_of(&sources())));
+}
+
+#[test]
+fn two_files_that_import_each_other_are_noticed() {
+    let noticed = |files: &[(&str, &str)]| mutual_imports(&imports_of(&owned(files)));
+    let pair = [
+        (
+            "src/wire/read.rs",
+            "use crate::{\n    clock::Clock,\n    wire::{json::{self, Value}},\n};",
+        ),
+        ("src/wire/json.rs", "fn f() { crate::wire::read::g() }"),
+        ("src/wire/mod.rs", "pub mod json;\npub mod read;"),
+    ];
+    assert_eq!(noticed(&pair), ["wire::json and wire::read import each other"]);
+    let by_super = [("src/a/b.rs", "use super::c::D;"), ("src/a/c.rs", "use super::b::E;")];
+    assert_eq!(noticed(&by_super), ["a::b and a::c import each other"]);
+    let of_parent = [("src/a/mod.rs", "mod b;\nuse self::b::C;"), ("src/a/b.rs", "use super::D;")];
+    assert_eq!(noticed(&of_parent), [""; 0]);
+    let in_tests = [
+        ("src/a.rs", "use crate::b::C;"),
+        ("src/b.rs", "#[cfg(test)]\nmod tests { use crate::a::D; }"),
+    ];
+    assert_eq!(noticed(&in_tests), [""; 0]);
+    let in_comment = [("src/a.rs", "use crate::b::C;"), ("src/b.rs", "// use crate::a::D;")];
+    assert_eq!(noticed(&in_comment), [""; 0]);
+}
+
+#[test]
+fn an_import_from_the_side_is_noticed() {
+    let files = owned(&[
+        ("src/worker/mod.rs", "use crate::protocol::ids::WorkerId;"),
+        ("src/worker/outbox.rs", "use crate::participant::error::Error;"),
+        ("src/client/results.rs", "fn f() { crate::worker::g() }"),
+        ("src/participant/error.rs", "use crate::participant::calls::Call;"),
+        ("src/participant/calls.rs", ""),
+        ("src/protocol/ids.rs", ""),
+        ("src/cli/run.rs", "use crate::{client::results::R, worker::run};"),
+    ]);
+    assert_eq!(
+        sideways_imports(&imports_of(&files)),
+        ["client::results imports worker", "worker::outbox imports participant::error",]
+    );
 }
 
 #[test]
@@ -168,6 +226,135 @@ fn imports_are_seen_however_they_are_written() {
         assert_eq!(crate_paths(line), imported, "{line}");
     }
     assert!(has_word("use rand::Rng;", "rand") && !has_word("let operand = 1;", "rand"));
+}
+
+/// What each module imports: for `transport::amqp::error`, the modules of the files that it names.
+type Imports = BTreeMap<String, BTreeSet<String>>;
+
+/// The files of `src`, by path, with what they say.
+fn sources() -> Vec<(String, String)> {
+    source_files().into_iter().map(|file| (file.path, file.text)).collect()
+}
+
+fn owned(files: &[(&str, &str)]) -> Vec<(String, String)> {
+    files.iter().map(|(path, text)| ((*path).to_owned(), (*text).to_owned())).collect()
+}
+
+fn imports_of(files: &[(String, String)]) -> Imports {
+    let modules: BTreeSet<_> = files.iter().map(|(path, _)| module_of(path)).collect();
+    let of_file = |(path, text): &(String, String)| {
+        let own = module_of(path);
+        let named = named_paths(&shipped(text), &own);
+        let mut imported: BTreeSet<_> =
+            named.iter().filter_map(|path| nearest(path, &modules)).map(joined).collect();
+        imported.remove(&joined(&own));
+        (joined(&own), imported)
+    };
+    files.iter().map(of_file).collect()
+}
+
+fn mutual_imports(imports: &Imports) -> Vec<String> {
+    let mut pairs = Vec::new();
+    for (module, imported) in imports {
+        for other in imported.iter().filter(|other| module < *other) {
+            let is_declared_there = other.rsplit_once("::").is_some_and(|(of, _)| of == module);
+            let is_mutual = imports.get(other).is_some_and(|back| back.contains(module));
+            if is_mutual && !is_declared_there {
+                pairs.push(format!("{module} and {other} import each other"));
+            }
+        }
+    }
+    pairs
+}
+
+fn sideways_imports(imports: &Imports) -> Vec<String> {
+    let room_of = |module: &str| {
+        let first = module.split("::").next().unwrap();
+        ROOMS.into_iter().find(|room| *room == first)
+    };
+    let mut complaints = Vec::new();
+    for (module, imported) in imports {
+        let Some(own) = room_of(module) else { continue };
+        let others = imported.iter().filter(|it| room_of(it).is_some_and(|room| room != own));
+        complaints.extend(others.map(|other| format!("{module} imports {other}")));
+    }
+    complaints
+}
+
+/// `transport`, `amqp`, `error` for `src/transport/amqp/error.rs`.
+fn module_of(path: &str) -> Vec<String> {
+    let path = path.trim_start_matches("src/").trim_end_matches(".rs");
+    let mut names: Vec<_> = path.split('/').map(str::to_owned).collect();
+    if names.last().is_some_and(|name| name == "mod") {
+        names.pop();
+    }
+    names
+}
+
+fn joined(module: &Vec<String>) -> String {
+    module.join("::")
+}
+
+/// Without comments, and without unit tests.
+fn shipped(text: &str) -> String {
+    let code = text.split("#[cfg(test)]\nmod tests").next().unwrap();
+    let without_comment = |line: &str| line.split("//").next().unwrap().to_owned();
+    code.lines().map(without_comment).collect::<Vec<_>>().join("\n")
+}
+
+/// The deepest module on the way to what `path` names.
+fn nearest<'a>(path: &[String], modules: &'a BTreeSet<Vec<String>>) -> Option<&'a Vec<String>> {
+    (1..=path.len()).rev().find_map(|length| modules.get(&path[..length]))
+}
+
+/// All paths in `code` that begin at the root of the crate, or at the module `own`.
+fn named_paths(code: &str, own: &[String]) -> Vec<Vec<String>> {
+    let mut paths = Vec::new();
+    let parent = &own[..own.len().saturating_sub(1)];
+    for (beginning, base) in [("crate::", &[][..]), ("self::", own), ("super::", parent)] {
+        for (at, _) in code.match_indices(beginning) {
+            let before = code[..at].chars().next_back();
+            let is_part = |it: char| it.is_alphanumeric() || it == '_' || it == ':';
+            if !before.is_some_and(is_part) {
+                read_tree(&code[at + beginning.len()..], base.to_vec(), &mut paths);
+            }
+        }
+    }
+    paths
+}
+
+/// Reads `a::{b, c::D}` behind `path`; says how much of `text` that was.
+fn read_tree(text: &str, mut path: Vec<String>, paths: &mut Vec<Vec<String>>) -> usize {
+    let mut at = 0;
+    loop {
+        at += text[at..].len() - text[at..].trim_start().len();
+        let rest = &text[at..];
+        if rest.starts_with('{') {
+            at += 1;
+            while !text[at..].trim_start().starts_with('}') && at < text.len() {
+                at += read_tree(&text[at..], path.clone(), paths);
+                // Up to the next of the group: past a comma, and a `*` or an `as`.
+                let to = text[at..].find([',', '}']).unwrap_or(text.len() - at);
+                at += to + usize::from(text[at + to..].starts_with(','));
+            }
+            at += text[at..].find('}').map_or(0, |to| to + 1);
+            return at;
+        }
+        let name: String =
+            rest.chars().take_while(|it| it.is_alphanumeric() || *it == '_').collect();
+        at += name.len();
+        match name.as_str() {
+            "" | "self" => {}
+            "super" => drop(path.pop()),
+            _ => path.push(name.clone()),
+        }
+        let rest = text[at..].trim_start();
+        if name.is_empty() || !rest.starts_with("::") {
+            paths.push(path);
+            return at;
+        }
+        at = text.len() - rest.len() + 2;
+    }
 }
 
 #[derive(Clone)]

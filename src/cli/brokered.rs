@@ -6,15 +6,18 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use anyhow::{Context as _, anyhow};
-use lapin::{Connection, options::QueueDeclareOptions, types::FieldTable};
+use futures_util::FutureExt as _;
+use lapin::Connection;
 use tokio::{
     sync::{oneshot, watch},
     task::JoinHandle,
+    time::timeout,
 };
 
 use crate::{
@@ -24,6 +27,7 @@ use crate::{
         input::Source,
         output::{Detail, Form},
         sender::{AttemptsOf, Sender},
+        signals,
         stages::{Ended, Ran, Stages},
         tell,
     },
@@ -36,11 +40,13 @@ use crate::{
     },
     protocol::ids::{ServiceName, TransactionKey, WorkerId},
     transport::amqp::{
-        connection::{Broker, ConnectError, close},
+        bounded::{ANSWER_MAX, answer},
+        connection::{Broker, ConnectError, close, counts},
+        error::Disposition,
         names::{Names, Namespace},
         topology::{
-            self, ServiceTopology, Topology,
-            apply::{Options, TopologyError, apply},
+            self, Commands, ServiceTopology, Topology,
+            apply::{Options, TopologyError, apply_until},
             delete::delete,
         },
         unique,
@@ -55,12 +61,23 @@ const START: Duration = Duration::from_secs(30);
 /// How long a transaction may take: as long as it takes.
 const NO_HURRY: Duration = Duration::from_secs(24 * 60 * 60);
 
+/// How long what has begun is waited for after the first signal.
+const DRAIN: Duration = Duration::from_secs(25);
+
+/// How long worker and services may take to end. Each waits for what it has begun, 25 s at most.
+const STOP_MAX: Duration = Duration::from_secs(60);
+
+/// How long it may take to delete what was made.
+const LEAVE_MAX: Duration = Duration::from_secs(20);
+
 /// What is to be run.
 pub(super) struct Plan {
     pub(super) broker: Broker,
     /// What everything is called; `None`: names of our own, for this run only.
     pub(super) names: Option<Names>,
     pub(super) services: Vec<ServiceSpec>,
+    /// Where they were read from.
+    pub(super) services_file: PathBuf,
     pub(super) seed: u64,
     pub(super) max_in_flight: usize,
     pub(super) prepare_timeout: Duration,
@@ -74,13 +91,20 @@ pub(super) fn run(
     stages: &Stages<'_>,
 ) -> Result<Ran<Report>, Failure> {
     // From here on the first signal ends the run, not the process.
-    let _held = stages.interrupt.subscribe();
-    let place = stages.runtime.block_on(Place::make(&plan))?;
-    let ran = run_at(&plan, &place, transactions, printing, stages);
+    let stop = signals::heard(stages.interrupt).shared();
+    let made = stages.runtime.block_on(Place::make(&plan, stop.clone()));
+    let place = made?.ok_or_else(interrupted)?;
+    let heard = place.heard();
+    let stages = Stages { heard: &heard, ..*stages };
+    let ran = run_at(&plan, &place, transactions, printing, &stages, stop);
     if let Err(failure) = stages.runtime.block_on(place.leave()) {
         tell(&format!("{failure}\n"));
     }
     ran
+}
+
+fn interrupted() -> Failure {
+    Failure::new(Exit::Interrupted, anyhow!("interrupted before anything was begun"))
 }
 
 fn run_at(
@@ -89,8 +113,10 @@ fn run_at(
     transactions: Transactions<Source>,
     printing: (Form, Detail),
     stages: &Stages<'_>,
+    stop: impl Future<Output = ()>,
 ) -> Result<Ran<Report>, Failure> {
-    let mut system = stages.runtime.block_on(System::start(plan, place))?;
+    let started = stages.runtime.block_on(System::start(plan, place, stop));
+    let mut system = started?.ok_or_else(interrupted)?;
     let in_flight_max = plan.max_in_flight;
     let client = {
         let _entered = stages.runtime.enter();
@@ -106,14 +132,16 @@ fn run_at(
         clock: Clock::start(),
         bar: stages.bar.clone(),
         attempts: plan.counts_attempts.then(|| system.tally.attempts_of()),
+        drain: Some(DRAIN),
     };
     let Ran { done: sent, ended } =
         stages.run(transactions, Some(printing), |requests, concluded, stop| {
             sender.serve(requests, concluded, stop)
         });
     stages.runtime.block_on(async {
-        client.close().await;
-        system.stop().await;
+        let _ = timeout(ANSWER_MAX, client.close()).await;
+        // What was given up won't end in a little more time either.
+        system.stop(if sent.is_given_up { ANSWER_MAX } else { STOP_MAX }).await;
     });
     tell(&sent.missing(true));
     if let Some(failure) = sent.fatal {
@@ -132,45 +160,77 @@ struct Place {
     names: Names,
     /// What was made for this run only.
     made: Option<Topology>,
+    /// What is to be said of that, if it stays.
+    services: PathBuf,
 }
 
 impl Place {
-    async fn make(plan: &Plan) -> Result<Self, Failure> {
-        let broker = plan.broker.clone();
+    /// `None`: `stop` was over first, and nothing is left.
+    async fn make(plan: &Plan, stop: impl Future<Output = ()>) -> Result<Option<Self>, Failure> {
+        let (broker, services_file) = (plan.broker.clone(), plan.services_file.clone());
         if let Some(names) = plan.names.clone() {
-            return Ok(Self { broker, names, made: None });
+            return Ok(Some(Self { broker, names, made: None, services: services_file }));
         }
         let namespace = Namespace::parse(&format!("dtc-run-{}", unique::name('r')))
             .map_err(|error| Failure::new(Exit::Incomplete, error))?;
         let names = Names::new(namespace);
         let services: Vec<_> = plan.services.iter().map(ServiceTopology::from).collect();
-        let settings = topology::Settings::default();
+        let commands = Commands::at(&broker.address);
+        let settings = topology::Settings { commands, ..topology::Settings::default() };
         let now = Clock::start().now();
         let options = Options { settings, now, clock_margin: Duration::from_secs(60) };
         let topology = Topology::of(&names, &services, &settings);
-        let place = Self { broker, names, made: Some(topology) };
-        match apply(&place.broker, &place.names, &services, &options).await {
-            Ok(_) => Ok(place),
-            Err(error) => {
-                let failure = not_applied(error);
-                // As far as it came.
-                if failure.exit == Exit::Incomplete {
-                    let _ = place.leave().await;
-                }
-                Err(failure)
-            }
+        let place = Self { broker, names, made: Some(topology), services: services_file };
+        let applied = apply_until(stop, &place.broker, &place.names, &services, &options).await;
+        let failure = match applied {
+            Ok(Some(_)) => return Ok(Some(place)),
+            Ok(None) => None,
+            // Then nothing was made, as far as is known.
+            Err(TopologyError::Connect(error)) => return Err(no_connection(error)),
+            Err(error) => Some(not_applied(error)),
+        };
+        // As far as it came.
+        if let Err(left) = place.leave().await {
+            tell(&format!("{left}\n"));
+        }
+        failure.map_or(Ok(None), Err)
+    }
+
+    /// Deletes what was made, if the broker lets it within some time.
+    async fn leave(self) -> Result<(), Failure> {
+        let Some(topology) = &self.made else { return Ok(()) };
+        let deleting = async {
+            let connection = self.broker.connect("cleanup").await?;
+            let deleted = delete(&connection, topology).await;
+            close(&connection).await;
+            anyhow::Ok(deleted?)
+        };
+        let deleted = timeout(LEAVE_MAX, deleting).await;
+        deleted
+            .unwrap_or_else(|_| Err(anyhow!("the broker did not delete all within {LEAVE_MAX:?}")))
+            .with_context(|| self.left_behind())
+            .map_err(|error| Failure::new(Exit::Incomplete, error))
+    }
+
+    /// What there is to be said of what was made, if it stays.
+    fn left_behind(&self) -> String {
+        let namespace = self.names.namespace();
+        format!("namespace `{namespace}` is left behind: `{}` deletes it", self.deletion())
+    }
+
+    /// What is said when the first signal is heard.
+    fn heard(&self) -> String {
+        let heard =
+            "interrupted: what has begun is finished within 25 s; once more to stop at once";
+        match self.made {
+            Some(_) => format!("{heard}, and leave what `{}` deletes\n", self.deletion()),
+            None => format!("{heard}\n"),
         }
     }
 
-    /// Deletes what was made.
-    async fn leave(self) -> Result<(), Failure> {
-        let Some(topology) = &self.made else { return Ok(()) };
-        let connection = self.broker.connect("cleanup").await.map_err(no_connection)?;
-        let deleted = delete(&connection, topology).await;
-        close(&connection).await;
-        deleted
-            .with_context(|| format!("namespace `{}` is still there", self.names.namespace()))
-            .map_err(|error| Failure::new(Exit::Incomplete, error))
+    fn deletion(&self) -> String {
+        let (namespace, services) = (self.names.namespace(), self.services.display());
+        format!("dtc topology delete --namespace {namespace} --services {services} --yes")
     }
 }
 
@@ -179,16 +239,21 @@ fn no_connection(error: ConnectError) -> Failure {
 }
 
 fn not_applied(error: TopologyError) -> Failure {
-    match error {
-        TopologyError::Connect(error) => no_connection(error),
-        error @ (TopologyError::Open(_)
+    let exit = match &error {
+        TopologyError::Connect(error) => exit_of(error),
+        TopologyError::Open(_)
         | TopologyError::Check(_)
         | TopologyError::Mismatch(_)
+        | TopologyError::Unavailable(_)
         | TopologyError::Declare { .. }
         | TopologyError::Bind { .. }
         | TopologyError::Begin { .. }
-        | TopologyError::NotTaken { .. }) => Failure::new(Exit::Incomplete, error),
-    }
+        | TopologyError::NotTaken { .. } => match error.disposition() {
+            Disposition::Retry => Exit::Unavailable,
+            Disposition::GiveUp => Exit::Incomplete,
+        },
+    };
+    Failure::new(exit, error)
 }
 
 // ---- Worker and services ---------------------------------------------------------------------
@@ -203,7 +268,12 @@ struct System {
 }
 
 impl System {
-    async fn start(plan: &Plan, place: &Place) -> Result<Self, Failure> {
+    /// `None`: `stop` was over first.
+    async fn start(
+        plan: &Plan,
+        place: &Place,
+        stop_start: impl Future<Output = ()>,
+    ) -> Result<Option<Self>, Failure> {
         let (stop, stop_services) = (watch::Sender::new(false), watch::Sender::new(false));
         let tally = Arc::new(Tally::new(plan.counts_attempts));
         let services = plan.services.iter().map(|spec| {
@@ -226,17 +296,28 @@ impl System {
         let settings = worker_settings(plan, place)?;
         let worker = tokio::spawn(worker::run(settings, heard(&stop), is_serving));
         let mut system = Self { stop, worker, services, stop_services, tally };
-        let started = tokio::time::timeout(START, system.serves(plan, place, &mut is_ready)).await;
-        let failure = match started {
-            Ok(Ok(())) => return Ok(system),
-            Ok(Err(failure)) => failure,
-            Err(_) => {
-                let error = anyhow!("worker and services did not serve within {START:?}");
-                Failure::new(Exit::Unavailable, error)
-            }
+        let started = tokio::select! {
+            biased;
+            () = stop_start => Ok(None),
+            started = timeout(START, system.serves(plan, place, &mut is_ready)) => match started {
+                Ok(served) => served.map(Some),
+                Err(_) => {
+                    let error = anyhow!("worker and services did not serve within {START:?}");
+                    Err(Failure::new(Exit::Unavailable, error))
+                }
+            },
         };
-        system.stop().await;
-        Err(failure)
+        match started {
+            Ok(Some(())) => Ok(Some(system)),
+            Ok(None) => {
+                system.abort();
+                Ok(None)
+            }
+            Err(failure) => {
+                system.stop(ANSWER_MAX).await;
+                Err(failure)
+            }
+        }
     }
 
     /// Is over when all serve. A prepare that comes before its service may find no slot.
@@ -260,7 +341,19 @@ impl System {
         Ok(())
     }
 
-    async fn stop(&mut self) {
+    /// Ends all: what the worker has begun is finished first, if that takes no longer than `limit`.
+    async fn stop(&mut self, limit: Duration) {
+        if timeout(limit, self.drain()).await.is_err() {
+            self.abort();
+        }
+    }
+
+    fn abort(&self) {
+        self.worker.abort();
+        self.services.iter().for_each(JoinHandle::abort);
+    }
+
+    async fn drain(&mut self) {
         // What the worker finishes, services must be there for.
         self.stop.send_replace(true);
         if !self.worker.is_finished() {
@@ -281,17 +374,21 @@ async fn is_consumed(
     service: &ServiceName,
 ) -> Result<bool, Failure> {
     let queue = names.prepare_of(service);
-    let look = async {
-        let channel = connection.create_channel().await?;
-        let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-        let declared = channel.queue_declare(queue.clone(), passive, FieldTable::default()).await?;
-        channel.close(200, "done".into()).await?;
-        Ok(declared.consumer_count() > 0)
-    };
-    let looked: Result<bool, lapin::Error> = look.await;
-    looked
-        .with_context(|| format!("queue `{queue}` can't be used: is `dtc topology apply` done?"))
-        .map_err(|error| Failure::new(Exit::BadConfiguration, error))
+    match answer(ANSWER_MAX, counts(connection, queue.clone())).await {
+        Ok(Some(found)) => Ok(found.consumers > 0),
+        Ok(None) => {
+            let error = anyhow!("there is no queue `{queue}`: is `dtc topology apply` done?");
+            Err(Failure::new(Exit::BadConfiguration, error))
+        }
+        Err(error) => {
+            let exit = match error.disposition() {
+                Disposition::Retry => Exit::Unavailable,
+                Disposition::GiveUp => Exit::Refused,
+            };
+            let error = anyhow::Error::new(error).context(format!("queue `{queue}` can't be used"));
+            Err(Failure::new(exit, error))
+        }
+    }
 }
 
 /// Is over when `stop` says so.

@@ -261,6 +261,7 @@ fn run_brokered(
         broker,
         names: arguments.broker.names(),
         services,
+        services_file: arguments.services.clone(),
         seed: arguments.seed,
         max_in_flight: arguments.max_in_flight,
         prepare_timeout: Duration::from_millis(arguments.timeout_ms),

@@ -4,13 +4,14 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use futures_util::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use indicatif::ProgressBar;
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::Instant};
 
 use crate::{
     cli::{Exit, Failure, output, stages::Stop},
     client::{Client, ListenError, SubmitError, WaitError},
     clock::Clock,
     embedded::{Concluded, Report},
+    error::Chain,
     protocol::{
         ids::{ServiceName, TransactionKey},
         message::TransactionSpec,
@@ -37,6 +38,8 @@ pub(super) struct Sender {
     pub(super) bar: ProgressBar,
     /// What was called for a transaction, where that is known here.
     pub(super) attempts: Option<Arc<AttemptsOf>>,
+    /// How long what was sent is waited for after a stop, if less than the rest of its time.
+    pub(super) drain: Option<Duration>,
 }
 
 /// What became of a transaction: a result where it was waited for.
@@ -54,6 +57,10 @@ pub(super) struct Sent {
     /// Those that failed first.
     failed: Vec<TransactionKey>,
     pub(super) n_failed: u64,
+    /// What the broker did with the first that failed, where that is known.
+    cause: Option<String>,
+    /// Whether what was sent was not waited for to its end.
+    pub(super) is_given_up: bool,
     /// Why no more was sent.
     pub(super) fatal: Option<Failure>,
 }
@@ -71,6 +78,7 @@ impl Sender {
         let mut backlog = Vec::new().into_iter();
         let mut open = true;
         let mut stopped = false;
+        let mut drained_by = None;
         let began_at = self.clock.read().elapsed;
         loop {
             while in_flight.len() < self.in_flight_max
@@ -86,6 +94,7 @@ impl Sender {
                 biased;
                 () = &mut stop, if !stopped => {
                     stopped = true;
+                    drained_by = self.drain.map(|drain| Instant::now() + drain);
                     open = false;
                     backlog = Vec::new().into_iter();
                     requests.close();
@@ -106,6 +115,10 @@ impl Sender {
                     if !results.is_empty() && concluded.send(results).await.is_err() {
                         break;
                     }
+                }
+                () = reached(drained_by) => {
+                    sent.is_given_up = true;
+                    break;
                 }
                 batch = requests.recv(), if open && backlog.len() == 0 => match batch {
                     Some(batch) => backlog = batch.into_iter(),
@@ -140,10 +153,26 @@ impl Sender {
     }
 }
 
+/// Is over at `moment`, if there is one.
+async fn reached(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => tokio::time::sleep_until(moment).await,
+        None => std::future::pending().await,
+    }
+}
+
 impl Sent {
     fn new() -> Self {
-        let (report, failed) = (Report::new(), Vec::new());
-        Self { n_begun: 0, n_ended: 0, report, failed, n_failed: 0, fatal: None }
+        Self {
+            n_begun: 0,
+            n_ended: 0,
+            report: Report::new(),
+            failed: Vec::new(),
+            n_failed: 0,
+            cause: None,
+            is_given_up: false,
+            fatal: None,
+        }
     }
 
     /// Takes in what became of one; its result, if it has one.
@@ -158,8 +187,12 @@ impl Sent {
                 return concluded.into_iter().collect();
             }
             Err(
-                WaitError::Unanswered { .. } | WaitError::Submit(SubmitError::Unconfirmed { .. }),
-            ) => {}
+                WaitError::Unanswered { source, .. }
+                | WaitError::Submit(SubmitError::Unconfirmed { source, .. }),
+            ) => {
+                let cause = source.map(|source| Chain(source.as_ref()).to_string());
+                self.cause = self.cause.take().or(cause);
+            }
             Err(error) => {
                 if self.fatal.is_none() {
                     self.fatal = Some(Failure::new(exit_for(&error), error));
@@ -190,10 +223,16 @@ impl Sent {
         let missing = self.n_begun - self.n_ended;
         if missing > 0 {
             let what = if waited { "answered" } else { "confirmed" };
+            text += &format!("{missing} of {} not {what}", self.n_begun);
             let named: Vec<_> = self.failed.iter().map(shown).collect();
-            let more = if missing > named.len() as u64 { ", …" } else { "" };
-            let named = named.join(", ");
-            text += &format!("{missing} of {} not {what}: {named}{more}\n", self.n_begun);
+            if !named.is_empty() {
+                let more = if missing > named.len() as u64 { ", …" } else { "" };
+                text += &format!(": {}{more}", named.join(", "));
+            }
+            text.push('\n');
+            if let Some(cause) = &self.cause {
+                text += &format!("{cause}\n");
+            }
         }
         text
     }

@@ -68,7 +68,7 @@ pub(super) struct Stages<'a> {
     pub(super) runtime: &'a Runtime,
     pub(super) interrupt: &'a watch::Sender<bool>,
     /// What is said when the first signal is heard.
-    pub(super) heard: &'static str,
+    pub(super) heard: &'a str,
 }
 
 /// Is over when the first signal is heard.
@@ -162,13 +162,13 @@ impl Stages<'_> {
 
     fn stop(&self) -> Stop {
         let (mut interrupted, bar) = (self.interrupt.subscribe(), self.bar.clone());
-        let heard = self.heard;
+        let heard = self.heard.to_owned();
         Box::pin(async move {
             // Without anyone to interrupt there is nothing to wait for.
             if interrupted.wait_for(|interrupted| *interrupted).await.is_err() {
                 std::future::pending::<()>().await;
             }
-            bar.suspend(|| super::tell(heard));
+            bar.suspend(|| super::tell(&heard));
         })
     }
 }

@@ -105,13 +105,14 @@ pub(super) fn run(arguments: &StatusArguments) -> Result<Exit, Failure> {
 fn exit_for(error: &HistoryError) -> Exit {
     match error {
         HistoryError::Connect(error) => exit_of(error),
-        HistoryError::Scan(ScanError::Broker { source, .. }) if is_not_found(source) => {
-            Exit::BadConfiguration
+        HistoryError::Scan(ScanError::Broker { source, .. }) => match source.broker() {
+            Some(error) if is_not_found(error) => Exit::BadConfiguration,
+            Some(error) if is_refusal(error) => Exit::Refused,
+            Some(_) | None => Exit::Unavailable,
+        },
+        HistoryError::Scan(ScanError::Cancelled { .. } | ScanError::Silent { .. }) => {
+            Exit::Unavailable
         }
-        HistoryError::Scan(ScanError::Broker { source, .. }) if is_refusal(source) => Exit::Refused,
-        HistoryError::Scan(
-            ScanError::Broker { .. } | ScanError::Cancelled { .. } | ScanError::Silent { .. },
-        ) => Exit::Unavailable,
     }
 }
 

@@ -100,6 +100,7 @@ pub(super) fn run(arguments: &SubmitArguments) -> Result<Exit, Failure> {
         clock: Clock::start(),
         bar: bar.clone(),
         attempts: None,
+        drain: None,
     };
     let stages = Stages { bar: &bar, runtime: &runtime, interrupt: &interrupt, heard: HEARD };
     let ran = stages.run(transactions, printing, |requests, concluded, stop| {
@@ -129,6 +130,7 @@ pub(super) fn no_connection(error: PublishError) -> Failure {
         | PublishError::Unconfirmed(_)
         | PublishError::Refused
         | PublishError::Unroutable { .. }
+        | PublishError::Blocked { .. }
         | PublishError::Closed => Exit::Unavailable,
     };
     Failure::new(exit, error)

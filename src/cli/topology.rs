@@ -10,23 +10,23 @@ use std::{
 use anyhow::{Context as _, anyhow};
 use clap::{Args, Subcommand, ValueEnum};
 use serde_json::{Value, json};
-use tokio::{runtime::Runtime, time::Instant};
+use tokio::time::Instant;
 
 use crate::{
     cli::{
         Exit, Failure,
         broker::{self, BrokerArguments, ConfigArgument, NamespaceArgument, exit_of, flag},
-        tell,
+        stages, tell,
     },
     clock::Clock,
     config::{Config, Flag, duration},
     protocol::ids::ServiceName,
     transport::amqp::{
-        connection::{Backoff, Broker, BrokerConnection, ConnectError, close},
+        connection::{Backoff, Broker, ConnectError, close},
         error::Disposition,
         names::Names,
         topology::{
-            Argument, Arguments, ServiceTopology, Topology,
+            Argument, Arguments, Commands, Queue, ServiceTopology, Topology,
             apply::{Applied, Begun, Options, TopologyError, apply_topology},
             check::check,
             delete,
@@ -36,6 +36,9 @@ use crate::{
     },
     wire::services,
 };
+
+/// For how long a check is made again whose connection the broker has ended.
+const STARTING_MAX: Duration = Duration::from_secs(5);
 
 /// The exchanges and queues at RabbitMQ: print, compare, make
 #[derive(Debug, Args)]
@@ -61,7 +64,11 @@ enum Command {
 /// is in them. Its instances may go on, unless a quorum queue is replaced: then they must be stopped
 /// first.
 ///
-/// Exit codes: 0 everything is as it should be; 1 something is another than it should be.
+/// On a cluster all nodes should be up: a quorum queue gets its members when it is made. A queue whose
+/// node is down is named and left as it is.
+///
+/// Exit codes: 0 everything is as it should be; 1 something is another than it should be, or a queue
+/// is unavailable; 69 the broker can't be reached, doesn't answer, or takes no messages.
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
 struct ApplyArguments {
@@ -77,7 +84,7 @@ struct ApplyArguments {
     /// [env: DTC__TOPOLOGY__CLOCK_MARGIN]
     #[arg(long, value_name = "DURATION")]
     clock_margin: Option<String>,
-    /// How long to keep trying to reach the broker
+    /// How long to keep trying, while the broker can't be reached, doesn't answer or takes no messages
     #[arg(long, value_name = "DURATION", default_value = "0s", value_parser = duration::parse)]
     wait: Duration,
     /// How to print what was made
@@ -90,7 +97,11 @@ struct ApplyArguments {
 /// It looks at exchanges and queues with all their arguments, and at the beginning of the journal.
 /// It doesn't look at bindings, which AMQP can't list (apply makes them anew), nor at policies.
 ///
-/// Exit codes: 0 everything is as it should be; 1 something isn't: each on a line of its own.
+/// Each question to the broker has 5 s. A queue about which there is no answer, or whose node is down,
+/// is unavailable; after three questions in a row without an answer no more is asked.
+///
+/// Exit codes: 0 everything is as it should be; 1 something isn't, or is unavailable: each on a line
+/// of its own; 69 the broker can't be reached or answers nothing.
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
 struct CheckArguments {
@@ -98,7 +109,7 @@ struct CheckArguments {
     broker: BrokerArguments,
     #[command(flatten)]
     what: WhatArguments,
-    /// How long to keep trying to reach the broker
+    /// How long to keep trying, while the broker can't be reached or doesn't answer
     #[arg(long, value_name = "DURATION", default_value = "0s", value_parser = duration::parse)]
     wait: Duration,
     /// How to print what was found
@@ -145,9 +156,9 @@ struct WhatArguments {
     /// [env: DTC__TOPOLOGY__RETENTION]
     #[arg(long, value_name = "DURATION")]
     retention: Option<String>,
-    /// How the prepares of services are kept: classic (fast; a broker that restarts loses some, and
-    /// they are made again) or quorum (on several nodes: the loss of one doesn't stop a service)
-    /// [default: classic]
+    /// What kind of queue the prepares of a service wait in: classic (faster, and on one node), quorum
+    /// (on several nodes: the loss of one doesn't stop a service), or auto: quorum if the broker's URL
+    /// names several hosts, else classic [default: auto]
     ///
     /// [env: DTC__TOPOLOGY__COMMANDS]
     #[arg(long, value_name = "KIND")]
@@ -233,36 +244,140 @@ pub(super) fn run(arguments: &TopologyArguments) -> Result<Exit, Failure> {
 }
 
 fn run_apply(arguments: &ApplyArguments) -> Result<Exit, Failure> {
+    let (runtime, _interrupt) = stages::runtime()?;
     let margin = flag("topology.clock_margin", "--clock-margin", arguments.clock_margin.as_ref());
     let config = arguments.broker.load(arguments.what.flags().into_iter().chain([margin]))?;
-    let (broker, names) = (broker::broker(&config, "dtc topology"), broker::names(&config));
+    let names = broker::names(&config);
     let services = arguments.what.services(&config)?;
-    let replace = named(&services, &arguments.replace)?;
-    let (settings, clock_margin) = (config.topology.settings, config.topology.clock_margin);
-    let topology = Topology::of(&names, &services, &settings);
-    let clock = Clock::start();
-    let (replaced, applied) = runtime()?.block_on(async {
-        let connection = connect(&broker, arguments.wait).await.map_err(unreachable)?;
-        let mut replaced = Vec::new();
-        for service in replace {
-            let done = replace::replace(&connection, &names, service, &settings).await;
-            replaced.push(done.map_err(not_replaced)?);
-        }
-        close(&connection).await;
-        let options = Options { settings, now: clock.now(), clock_margin };
-        let applied = apply_topology(&broker, &names, &topology, &options).await;
-        Ok((replaced, applied.map_err(not_applied)?))
-    })?;
-    warn(&applied, &names, clock_margin);
-    match arguments.output {
+    let applying = Applying {
+        broker: broker::broker(&config, "dtc topology"),
+        replace: named(&services, &arguments.replace)?,
+        topology: Topology::of(&names, &services, &config.topology.settings),
+        config: &config,
+        names: &names,
+        clock: Clock::start(),
+    };
+    let (replaced, applied) = runtime.block_on(applying.apply(arguments.wait))?;
+    warn(&applied, &names, config.topology.clock_margin);
+    for finding in &applied.unavailable {
+        tell(&format!("{finding}: neither compared nor declared\n"));
+    }
+    let exit = match arguments.output {
         Form::Text => {
             let text = replaced_text(&replaced) + &applied_text(&applied, &names);
-            if text.is_empty() {
+            if text.is_empty() && applied.unavailable.is_empty() {
                 tell("nothing was missing\n");
             }
-            print(&text)
+            print(&text)?
         }
-        Form::Json => print(&format!("{:#}\n", applied_json(&replaced, &applied))),
+        Form::Json => print(&format!("{:#}\n", applied_json(&replaced, &applied)))?,
+    };
+    Ok(if applied.unavailable.is_empty() { exit } else { Exit::Incomplete })
+}
+
+/// What is to be applied, and where.
+struct Applying<'a> {
+    broker: Broker,
+    config: &'a Config,
+    names: &'a Names,
+    topology: Topology,
+    replace: Vec<&'a ServiceTopology>,
+    clock: Clock,
+}
+
+impl Applying<'_> {
+    /// Applies it, again and again for `wait` while that may help.
+    async fn apply(&self, wait: Duration) -> Result<(Vec<Replaced>, Applied), Failure> {
+        let mut again = Again::within(wait);
+        let (mut replaced, mut all) = (Vec::new(), Applied::default());
+        loop {
+            match self.attempt(&mut replaced).await {
+                Ok(Applied { created, begun, unavailable }) => {
+                    all.created.extend(created);
+                    all.begun = all.begun.or(begun);
+                    all.unavailable = unavailable;
+                    if all.unavailable.is_empty() || !again.after_pause().await {
+                        return Ok((replaced, all));
+                    }
+                }
+                Err(failure) if failure.exit == Exit::Unavailable => {
+                    if !again.after_pause().await {
+                        return Err(failure);
+                    }
+                }
+                Err(failure) => return Err(failure),
+            }
+        }
+    }
+
+    async fn attempt(&self, replaced: &mut Vec<Replaced>) -> Result<Applied, Failure> {
+        let settings = self.config.topology.settings;
+        if !self.replace.is_empty() {
+            let connection = self.broker.connect("topology").await.map_err(unreachable)?;
+            for service in &self.replace {
+                let done = replace::replace(&connection, self.names, service, &settings).await;
+                replaced.push(done.map_err(not_replaced)?);
+            }
+            close(&connection).await;
+        }
+        let clock_margin = self.config.topology.clock_margin;
+        let options = Options { settings, now: self.clock.now(), clock_margin };
+        let applied = apply_topology(&self.broker, self.names, &self.topology, &options).await;
+        applied.map_err(|error| {
+            if let TopologyError::Mismatch(findings) = &error {
+                explain_kind(findings, self.config);
+            }
+            not_applied(error)
+        })
+    }
+}
+
+/// How often something is tried.
+struct Again {
+    until: Instant,
+    backoff: Backoff,
+}
+
+impl Again {
+    fn within(wait: Duration) -> Self {
+        Self { until: Instant::now() + wait, backoff: Backoff::default() }
+    }
+
+    /// Whether to try again, after a pause.
+    async fn after_pause(&mut self) -> bool {
+        let next = Instant::now() + self.backoff.pause();
+        if next > self.until {
+            return false;
+        }
+        tokio::time::sleep_until(next).await;
+        true
+    }
+}
+
+/// Says why a queue should be of another kind, where nobody has asked for that kind.
+fn explain_kind(findings: &[Finding], config: &Config) {
+    let is_kind = |finding: &Finding| match &finding.fault {
+        Fault::Differs(difference) => difference.argument == Queue::KIND,
+        Fault::Missing
+        | Fault::Refused(_)
+        | Fault::NotBegun(_)
+        | Fault::LeftOver
+        | Fault::Unavailable(_) => false,
+    };
+    let prepares = format!("{}.prepare.", config.broker.namespace);
+    let differs = findings
+        .iter()
+        .any(|finding| finding.subject.name().starts_with(&prepares) && is_kind(finding));
+    if config.topology.is_auto && differs {
+        let wanted = config.topology.settings.commands;
+        let other = match wanted {
+            Commands::Classic => Commands::Quorum,
+            Commands::Quorum => Commands::Classic,
+        };
+        tell(&format!(
+            "the kind of prepare queues is `auto`: {wanted}, by the number of hosts in the broker's \
+             URL; --commands {other} keeps what is there, `apply --replace SERVICE` changes it\n"
+        ));
     }
 }
 
@@ -282,11 +397,12 @@ fn named<'a>(
 }
 
 fn run_delete(arguments: &DeleteArguments) -> Result<Exit, Failure> {
+    let (runtime, _interrupt) = stages::runtime()?;
     let config = arguments.broker.load(arguments.what.flags())?;
     let (broker, names) = (broker::broker(&config, "dtc topology"), broker::names(&config));
     let topology = arguments.what.topology(&names, &config)?;
-    runtime()?.block_on(async {
-        let connection = connect(&broker, Duration::ZERO).await.map_err(unreachable)?;
+    runtime.block_on(async {
+        let connection = broker.connect("topology").await.map_err(unreachable)?;
         let deleted = delete::delete(&connection, &topology).await;
         close(&connection).await;
         deleted.map_err(|error| Failure::new(exit_by(error.disposition()), error))
@@ -295,17 +411,33 @@ fn run_delete(arguments: &DeleteArguments) -> Result<Exit, Failure> {
 }
 
 fn run_check(arguments: &CheckArguments) -> Result<Exit, Failure> {
+    let (runtime, _interrupt) = stages::runtime()?;
     let config = arguments.broker.load(arguments.what.flags())?;
     let (broker, names) = (broker::broker(&config, "dtc topology"), broker::names(&config));
     let topology = arguments.what.topology(&names, &config)?;
-    let findings = runtime()?.block_on(async {
-        let connection = connect(&broker, arguments.wait).await?;
-        let findings = check(&connection, &names, &topology).await;
-        close(&connection).await;
-        Ok(findings)
-    });
-    let findings = findings.map_err(unreachable)?;
-    let findings = findings.map_err(|error| not_applied(error.into()))?;
+    let findings = runtime.block_on(async {
+        let mut again = Again::within(arguments.wait);
+        // A broker that has just started may end the connection of who asks.
+        let mut soon = Again::within(arguments.wait.max(STARTING_MAX));
+        loop {
+            let failure = match broker.connect("topology").await {
+                Ok(connection) => {
+                    let checked = check(&connection, &names, &topology).await;
+                    close(&connection).await;
+                    match checked {
+                        Ok(findings) => return Ok(findings),
+                        Err(error) if error.is_of_start() && soon.after_pause().await => continue,
+                        Err(error) => not_applied(error.into()),
+                    }
+                }
+                Err(error) => unreachable(error),
+            };
+            if failure.exit != Exit::Unavailable || !again.after_pause().await {
+                return Err(failure);
+            }
+        }
+    })?;
+    explain_kind(&findings, &config);
     print(&match arguments.output {
         Form::Text => findings.iter().map(|finding| format!("{finding}\n")).collect(),
         Form::Json => {
@@ -314,31 +446,6 @@ fn run_check(arguments: &CheckArguments) -> Result<Exit, Failure> {
         }
     })?;
     Ok(if findings.is_empty() { Exit::Done } else { Exit::Incomplete })
-}
-
-fn runtime() -> Result<Runtime, Failure> {
-    let runtime =
-        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
-    runtime
-        .context("failed to start the runtime")
-        .map_err(|error| Failure::new(Exit::Incomplete, error))
-}
-
-/// Tries each host, and for `wait` again and again.
-async fn connect(broker: &Broker, wait: Duration) -> Result<BrokerConnection, ConnectError> {
-    let until = Instant::now() + wait;
-    let mut backoff = Backoff::default();
-    loop {
-        let error = match broker.connect("topology").await {
-            Ok(connection) => return Ok(connection),
-            Err(error) => error,
-        };
-        let next = Instant::now() + backoff.pause();
-        if error.disposition() == Disposition::GiveUp || next > until {
-            return Err(error);
-        }
-        tokio::time::sleep_until(next).await;
-    }
 }
 
 fn unreachable(error: ConnectError) -> Failure {
@@ -354,6 +461,7 @@ fn not_applied(error: TopologyError) -> Failure {
         | TopologyError::Declare { .. }
         | TopologyError::Bind { .. }
         | TopologyError::Begin { .. }
+        | TopologyError::Unavailable(_)
         | TopologyError::NotTaken { .. } => exit_by(error.disposition()),
     };
     Failure::new(exit, error)
@@ -444,6 +552,7 @@ fn applied_json(replaced: &[Replaced], applied: &Applied) -> Value {
         "replaced": replaced.iter().map(replaced_json).collect::<Vec<_>>(),
         "created": applied.created.iter().map(subject_json).collect::<Vec<_>>(),
         "journal_begun": begun,
+        "unavailable": applied.unavailable.iter().map(finding_json).collect::<Vec<_>>(),
     })
 }
 
@@ -471,6 +580,10 @@ fn finding_json(finding: &Finding) -> Value {
             set("found", json!(found));
         }
         Fault::LeftOver => set("fault", "left_over".into()),
+        Fault::Unavailable(why) => {
+            set("fault", "unavailable".into());
+            set("message", json!(why));
+        }
     }
     value
 }

@@ -11,17 +11,19 @@ use std::{
     time::Duration,
 };
 
-use lapin::{Connection, message::Delivery, types::ShortString};
+use lapin::{Connection, ErrorKind, message::Delivery, types::ShortString};
+use tokio::time::Instant;
 
 use crate::{
     clock::Clock,
+    error::Chain,
     protocol::{
         ids::{TransactionId, TransactionKey},
         message::{Decision, Parked},
         time::Time,
     },
     transport::amqp::{
-        connection::{Broker, ConnectError, close},
+        connection::{Backoff, Broker, ConnectError, close},
         names::Names,
         stream::{From, Scan, ScanError},
     },
@@ -30,6 +32,10 @@ use crate::{
 
 /// How far any two clocks of the system may differ.
 pub const CLOCK_MARGIN: Duration = Duration::from_secs(60);
+
+/// For how long a look that failed is repeated, where the next one may succeed: a broker that has just
+/// started doesn't know yet who serves a stream, and ends the connection of who reads it.
+const AGAIN_FOR: Duration = Duration::from_secs(8);
 
 /// How far back to look.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -79,12 +85,49 @@ pub enum HistoryError {
     Scan(#[from] ScanError),
 }
 
-/// Looks up all transactions that have one of `ids`.
+impl HistoryError {
+    /// Whether it may be otherwise soon, without anybody's doing.
+    fn may_pass(&self) -> bool {
+        match self {
+            // It is there, and says that it can't let us in yet.
+            Self::Connect(ConnectError::Unavailable { source, .. }) => {
+                matches!(source.kind(), ErrorKind::ProtocolError(_))
+            }
+            Self::Connect(_) => false,
+            Self::Scan(error) => error.may_pass(),
+        }
+    }
+}
+
+/// Looks up all transactions that have one of `ids`. What fails and may pass is tried again for some
+/// seconds.
 ///
 /// # Errors
 ///
 /// The journal can't be read, or not to its end.
 pub async fn look_up(
+    broker: &Broker,
+    names: &Names,
+    ids: &BTreeSet<TransactionId>,
+    since: Since,
+) -> Result<History, HistoryError> {
+    let until = Instant::now() + AGAIN_FOR;
+    let mut backoff = Backoff::default();
+    loop {
+        let error = match look_up_once(broker, names, ids, since).await {
+            Ok(history) => return Ok(history),
+            Err(error) => error,
+        };
+        let next = Instant::now() + backoff.pause();
+        if !error.may_pass() || next > until {
+            return Err(error);
+        }
+        tracing::debug!(error = %Chain(&error), "the journal can't be read yet: again");
+        tokio::time::sleep_until(next).await;
+    }
+}
+
+async fn look_up_once(
     broker: &Broker,
     names: &Names,
     ids: &BTreeSet<TransactionId>,

@@ -31,7 +31,10 @@ use std::{
     time::Duration,
 };
 
-use tokio::sync::{Semaphore, watch};
+use tokio::{
+    sync::{Semaphore, watch},
+    time::Instant,
+};
 
 use self::results::{Results, State};
 pub use self::{
@@ -61,6 +64,9 @@ const REQUEST_KEY: &str = "request";
 
 /// How many channels are published on: enough to keep a connection busy.
 const CHANNELS_MAX: usize = 4;
+
+/// How long a request may find no queue, where the broker doesn't say that there is none.
+const UNROUTABLE_MAX: Duration = Duration::from_secs(5);
 
 /// How a client behaves.
 #[derive(Clone, Debug)]
@@ -264,7 +270,7 @@ impl Client {
         match published {
             Ok(published) => published.map(|()| request.key),
             Err(_) => {
-                let source = source.map(Box::new);
+                let source = self.shared.channels.blocked().or(source).map(Box::new);
                 Err(SubmitError::Unconfirmed { key: request.key, limit, source })
             }
         }
@@ -284,7 +290,7 @@ impl Client {
         match waiting {
             Ok(answered) => answered,
             Err(_) => {
-                let source = source.map(Box::new);
+                let source = self.shared.channels.blocked().or(source).map(Box::new);
                 Err(WaitError::Unanswered { key: request.key, limit, source })
             }
         }
@@ -333,12 +339,25 @@ impl Client {
         last: &mut Option<PublishError>,
     ) -> Result<(), SubmitError> {
         let mut backoff = Backoff::default();
+        let mut unroutable_until = None;
         loop {
             let Err(error) = self.shared.channels.publish(request.message.clone()).await else {
                 self.shared.has_worked.set();
                 return Ok(());
             };
-            match Fate::of(&error, &self.shared.has_worked) {
+            let fate = match &error {
+                PublishError::Unroutable { .. } => {
+                    let until =
+                        *unroutable_until.get_or_insert_with(|| Instant::now() + UNROUTABLE_MAX);
+                    if Instant::now() < until && self.may_be_starting().await {
+                        Fate::Retry
+                    } else {
+                        Fate::NoTopology
+                    }
+                }
+                error => Fate::of(error, &self.shared.has_worked),
+            };
+            match fate {
                 Fate::Retry => {
                     tracing::debug!(id = %request.key.id, %error, "request not confirmed: again");
                     *last = Some(error);
@@ -354,6 +373,12 @@ impl Client {
             }
             tokio::time::sleep(backoff.pause()).await;
         }
+    }
+
+    /// Whether the queue of requests may be there all the same, when a request finds none: a broker that
+    /// starts has not made all of its queues known yet, or a node is down.
+    async fn may_be_starting(&self) -> bool {
+        !matches!(self.shared.channels.counts(self.shared.names.requests()).await, Ok(None))
     }
 
     /// Whether `spec` fits into a message.
@@ -407,14 +432,18 @@ impl Fate {
         match error {
             PublishError::Unroutable { .. } => Self::NoTopology,
             PublishError::Unconfirmed(source) if is_not_found(source) => Self::NoTopology,
-            PublishError::Unconfirmed(source) | PublishError::Open(source) => {
-                if is_refusal(source) { Self::GiveUp } else { Self::Retry }
-            }
+            PublishError::Unconfirmed(source) if is_refusal(source) => Self::GiveUp,
+            PublishError::Open(source) => match source.disposition() {
+                Disposition::Retry => Self::Retry,
+                Disposition::GiveUp => Self::GiveUp,
+            },
             PublishError::Connect(source) => match has_worked.disposition(source) {
                 Disposition::Retry => Self::Retry,
                 Disposition::GiveUp => Self::GiveUp,
             },
-            PublishError::Refused => Self::Retry,
+            PublishError::Unconfirmed(_) | PublishError::Refused | PublishError::Blocked { .. } => {
+                Self::Retry
+            }
             PublishError::Closed => Self::GiveUp,
         }
     }

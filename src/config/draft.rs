@@ -56,6 +56,8 @@ pub(super) struct Entry {
     pub(super) key: String,
     /// As TOML, a secret masked; and who said so. `None`: nobody said anything.
     pub(super) value: Option<(String, Source)>,
+    /// What follows from the value, where it leaves that open.
+    pub(super) meaning: Option<String>,
 }
 
 /// What stands in one layer.
@@ -225,7 +227,7 @@ impl Draft {
         read: impl Fn(&str) -> Result<T, String>,
     ) -> Option<Option<T>> {
         let Some(Said { text, source }) = self.said.remove(key) else {
-            self.entries.push(Entry { key: key.to_owned(), value: None });
+            self.entries.push(Entry { key: key.to_owned(), value: None, meaning: None });
             return Some(None);
         };
         let Some(text) = text else {
@@ -235,7 +237,7 @@ impl Draft {
         match read(&text) {
             Ok(value) => {
                 let shown = if is_number(&text) { text } else { quoted(&text) };
-                self.entries.push(Entry { key: key.to_owned(), value: Some((shown, source)) });
+                self.show(key, shown, source);
                 Some(Some(value))
             }
             Err(rule) => {
@@ -273,6 +275,18 @@ impl Draft {
         self.complaints.push(Complaint { key, value, source, rule });
     }
 
+    fn show(&mut self, key: &str, shown: String, source: Source) {
+        let (key, value) = (key.to_owned(), Some((shown, source)));
+        self.entries.push(Entry { key, value, meaning: None });
+    }
+
+    /// Says what follows from the value of a key that was taken.
+    pub(super) fn explain(&mut self, key: &str, meaning: String) {
+        if let Some(entry) = self.entries.iter_mut().find(|entry| entry.key == key) {
+            entry.meaning = Some(meaning);
+        }
+    }
+
     /// A secret, said itself or by a file, and who said it; `None` after a complaint.
     pub(super) fn secret<T>(
         &mut self,
@@ -284,7 +298,7 @@ impl Draft {
         let (direct, by_file) = (self.said.remove(key), self.said.remove(&file));
         let is_by_file = direct.is_none();
         let Some(Said { text, source }) = direct.or(by_file) else {
-            self.entries.push(Entry { key: key.to_owned(), value: None });
+            self.entries.push(Entry { key: key.to_owned(), value: None, meaning: None });
             return Some(None);
         };
         let Some(text) = text else {
@@ -307,8 +321,7 @@ impl Draft {
         };
         match read(&text) {
             Ok(value) => {
-                let shown = quoted(&mask(&value));
-                self.entries.push(Entry { key: key.to_owned(), value: Some((shown, source)) });
+                self.show(key, quoted(&mask(&value)), source);
                 Some(Some(value))
             }
             Err(rule) => {

@@ -30,6 +30,7 @@ use crate::{
 };
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+const COMMANDS: &str = "topology.commands";
 const HEARTBEAT_MAX: Duration = Duration::from_secs(18 * 60 * 60);
 
 /// Where to look.
@@ -129,6 +130,8 @@ pub struct TopologyConfig {
     pub settings: Settings,
     /// How much clocks may differ.
     pub clock_margin: Duration,
+    /// Whether `commands` follows from how many hosts the broker's address names.
+    pub is_auto: bool,
 }
 
 /// Puts together what is said, and checks all of it.
@@ -141,7 +144,7 @@ pub fn load(given: &Given) -> Result<Config, Complaints> {
     let broker = broker(&mut draft);
     let worker = worker(&mut draft);
     let service = service(&mut draft);
-    let topology = topology(&mut draft);
+    let topology = topology(&mut draft, broker.as_ref().map(|broker| &broker.address));
     let services = services(&mut draft);
     draft.refuse_the_rest();
     let Draft { complaints, entries, .. } = draft;
@@ -276,7 +279,7 @@ fn service(draft: &mut Draft) -> Option<ServiceConfig> {
     Some(ServiceConfig { instance: instance?, inquire_after: inquire_after?, drain: drain? })
 }
 
-fn topology(draft: &mut Draft) -> Option<TopologyConfig> {
+fn topology(draft: &mut Draft, address: Option<&Address>) -> Option<TopologyConfig> {
     let retention = draft.required("topology.retention", |text| {
         let retention = duration::parse(text)?;
         if retention < Duration::from_secs(1) || retention.subsec_nanos() != 0 {
@@ -284,14 +287,23 @@ fn topology(draft: &mut Draft) -> Option<TopologyConfig> {
         }
         Ok(retention)
     });
-    let commands = draft.required("topology.commands", |text| match text {
-        "classic" => Ok(Commands::Classic),
-        "quorum" => Ok(Commands::Quorum),
-        _ => Err("must be `classic` or `quorum`".to_owned()),
+    let forced = draft.required(COMMANDS, |text| match text {
+        "auto" => Ok(None),
+        "classic" => Ok(Some(Commands::Classic)),
+        "quorum" => Ok(Some(Commands::Quorum)),
+        _ => Err("must be `auto`, `classic` or `quorum`".to_owned()),
     });
     let clock_margin = draft.required("topology.clock_margin", duration::parse);
-    let settings = Settings { retention: retention?, commands: commands? };
-    Some(TopologyConfig { settings, clock_margin: clock_margin? })
+    let (retention, forced, clock_margin) = (retention?, forced?, clock_margin?);
+    let auto = address.map(|address| (Commands::at(address), address.hosts().len()));
+    if let (None, Some((commands, n_hosts))) = (forced, auto) {
+        let hosts = if n_hosts == 1 { "one host".to_owned() } else { format!("{n_hosts} hosts") };
+        draft.explain(COMMANDS, format!("{commands}, since broker.url names {hosts}"));
+    }
+    // Without an address there is a complaint, and nothing comes of this.
+    let commands = forced.or(auto.map(|(commands, _)| commands)).unwrap_or_default();
+    let settings = Settings { retention, commands };
+    Some(TopologyConfig { settings, clock_margin, is_auto: forced.is_none() })
 }
 
 fn services(draft: &mut Draft) -> Vec<ServiceTopology> {
@@ -343,7 +355,7 @@ fn workers_name(text: &str) -> Result<WorkerId, String> {
 impl fmt::Display for Config {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut section = "";
-        for Entry { key, value } in &self.entries {
+        for Entry { key, value, meaning } in &self.entries {
             let (of, name) = key.rsplit_once('.').unwrap_or_default();
             if of != section {
                 let gap = if section.is_empty() { "" } else { "\n" };
@@ -351,7 +363,13 @@ impl fmt::Display for Config {
                 section = of;
             }
             match value {
-                Some((value, source)) => writeln!(f, "{name} = {value} # {source}")?,
+                Some((value, source)) => {
+                    write!(f, "{name} = {value} # {source}")?;
+                    match meaning {
+                        Some(meaning) => writeln!(f, ": {meaning}")?,
+                        None => writeln!(f)?,
+                    }
+                }
                 None => writeln!(f, "# {name} is not set")?,
             }
         }

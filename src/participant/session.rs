@@ -489,7 +489,10 @@ async fn declare(settings: &ServeSettings, max_wait: Duration) -> Result<(), Ope
     let ServeSettings { broker, names, service, cap, .. } = settings.clone();
     let service = ServiceTopology { name: service, max_wait, cap };
     let options = Options {
-        settings: topology::Settings::default(),
+        settings: topology::Settings {
+            commands: topology::Commands::at(&broker.address),
+            ..topology::Settings::default()
+        },
         now: Clock::start().now(),
         // That of the journal, which is none of a service's business.
         clock_margin: Duration::ZERO,

@@ -2,6 +2,7 @@
 
 #![allow(clippy::print_stdout, reason = "a test prints what it has measured")]
 
+mod alarm;
 mod bench;
 #[path = "../support/broker.rs"]
 mod broker;

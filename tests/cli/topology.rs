@@ -23,7 +23,7 @@ fn a_value_that_is_none_is_refused_with_its_rule() {
         ("--retention", "1500ms", "must be at least 1s, in whole seconds"),
         ("--retention", "0s", "must be at least 1s, in whole seconds"),
         ("--namespace", "a b", "must match [A-Za-z0-9._-]{1,64}"),
-        ("--commands", "fast", "must be `classic` or `quorum`"),
+        ("--commands", "fast", "must be `auto`, `classic` or `quorum`"),
     ] {
         let ended = output(dtc().args(["topology", "print", flag, value])).exited(2).silent();
         assert!(ended.stderr.contains(rule), "{flag} {value}: {}", ended.stderr);

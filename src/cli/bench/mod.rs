@@ -96,7 +96,7 @@ pub(super) struct BenchArguments {
     /// How many bytes the data of a transaction has
     #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u64).range(2..=200_000))]
     data_bytes: u64,
-    /// How the prepares of services are kept: classic or quorum [default: classic]
+    /// What kind of queue prepares wait in: auto, classic or quorum [default: auto]
     #[arg(long, value_name = "KIND")]
     commands: Option<String>,
     /// Also drain so many requests that have piled up, for each number, and tell the workers' memory
@@ -271,16 +271,17 @@ async fn measure_brokered(
     measured.transpose().map_err(incomplete).map(|measured| measured.map(|()| report))
 }
 
-/// Makes so many places; fewer, if it is told to stop meanwhile. The one that is being made then is
-/// made to its end, so that it can be left.
+/// Makes so many places; fewer, if it is told to stop meanwhile.
 async fn make(
     count: usize,
     plan: &Plan,
     places: &mut Vec<Place>,
     stop: &(impl Future<Output = ()> + Clone),
 ) -> anyhow::Result<()> {
-    while places.len() < count && stop.clone().now_or_never().is_none() {
-        places.push(Place::make(plan.clone()).await?);
+    while places.len() < count
+        && let Some(place) = Place::make(plan.clone(), stop.clone()).await?
+    {
+        places.push(place);
     }
     Ok(())
 }

@@ -29,7 +29,7 @@ use crate::{
         names::{Names, Namespace},
         topology::{
             self, Queue, QueueKind, ServiceTopology, Topology,
-            apply::{Options, apply},
+            apply::{Options, apply_until},
             delete::delete,
         },
         unique,
@@ -80,9 +80,11 @@ pub(super) struct Place {
 type Left = Arc<Mutex<Vec<Child>>>;
 
 impl Place {
-    /// Declares everything. It has to be waited for: what is dropped while it is being declared may
-    /// come to be there after [`Self::leave`].
-    pub(super) async fn make(plan: Plan) -> anyhow::Result<Self> {
+    /// Declares everything. `None`: `stop` was over first, and nothing is left.
+    pub(super) async fn make(
+        plan: Plan,
+        stop: impl Future<Output = ()>,
+    ) -> anyhow::Result<Option<Self>> {
         let name = unique::name('b');
         let names = Names::new(Namespace::parse(&format!("dtc-bench-{name}"))?);
         let services: Vec<_> = SERVICES
@@ -110,11 +112,18 @@ impl Place {
         let file = place.file("services.json");
         fs::write(&file, Value::from(specs).to_string())
             .with_context(|| format!("failed to write `{}`", file.display()))?;
-        match apply(&place.plan.broker, &place.names, &services, &options).await {
-            Ok(_) => Ok(place),
+        let broker = place.plan.broker.clone();
+        let names = place.names.clone();
+        match apply_until(stop, &broker, &names, &services, &options).await {
+            Ok(Some(_)) => Ok(Some(place)),
+            Ok(None) => place.leave().await.map(|()| None),
             Err(error) => {
-                let _ = place.leave().await;
-                Err(error.into())
+                let left = place.leave().await;
+                let error = anyhow::Error::new(error);
+                Err(match left {
+                    Ok(()) => error,
+                    Err(left) => error.context(format!("{left:#}")),
+                })
             }
         }
     }

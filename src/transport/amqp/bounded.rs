@@ -14,14 +14,20 @@ use std::{
 };
 
 use futures_util::{Stream, StreamExt};
-use lapin::{Connection, Event};
+use lapin::{Channel, Connection, Event};
 use tokio::time::{Instant, sleep_until, timeout};
 
-use crate::transport::amqp::error::{Disposition, is_refusal};
+use crate::transport::amqp::error::{Disposition, is_refusal, may_pass};
 
 /// How long the broker has for one answer. A healthy one takes milliseconds, a cluster that elects a
 /// leader up to some seconds.
 pub const ANSWER_MAX: Duration = Duration::from_secs(5);
+
+/// How long the broker has to make a queue. One on several nodes has to elect a leader first.
+pub const DECLARE_MAX: Duration = Duration::from_secs(15);
+
+/// How long a channel that is not used any more may take to close.
+const CLOSE_MAX: Duration = Duration::from_secs(2);
 
 /// A question to the broker has no useful answer.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -63,6 +69,11 @@ impl AskError {
         }
     }
 
+    /// Whether it may be otherwise soon, without anybody's doing.
+    pub fn may_pass(&self) -> bool {
+        self.broker().is_none_or(may_pass)
+    }
+
     /// Whether the broker said nothing at all.
     pub fn is_silent(&self) -> bool {
         matches!(self, Self::Silent { .. })
@@ -82,6 +93,11 @@ pub async fn answer<T>(
         Ok(answered) => Ok(answered?),
         Err(_) => Err(AskError::Silent { limit }),
     }
+}
+
+/// Closes a channel, and doesn't wait long for the answer.
+pub async fn close_channel(channel: &Channel) {
+    let _ = timeout(CLOSE_MAX, channel.close(200, "done".into())).await;
 }
 
 /// Whether the broker takes what is published on a connection, and why not.

@@ -21,14 +21,105 @@ pub fn is_refusal(error: &lapin::Error) -> bool {
         || *error.kind() == AMQPErrorKind::Hard(AMQPHardError::NOTALLOWED)
 }
 
-/// Whether the broker said that something doesn't exist.
+/// Whether the broker said that something doesn't exist: `NOT_FOUND - no queue 'q' in vhost '/'`.
+///
+/// What is there and can't be used for now is "not found" too, in other words: see
+/// [`is_out_of_reach`].
 pub fn is_not_found(error: &lapin::Error) -> bool {
+    is_absent(error) && names_nothing(&said(error))
+}
+
+/// Whether the broker said that a queue is there, and can't be used for now: its node is down, or its
+/// process is being started, stopped or moved.
+///
+/// ```text
+/// NOT_FOUND - home node 'rabbit@n3' of durable queue 'q' in vhost '/' is down or inaccessible
+/// NOT_FOUND - queue 'q' in vhost '/' process is stopped by supervisor
+/// NOT_FOUND - failed to perform operation on queue 'q' in vhost '/' due to timeout
+/// ```
+pub fn is_out_of_reach(error: &lapin::Error) -> bool {
+    is_absent(error) && !names_nothing(&said(error))
+}
+
+/// Whether what failed with `error` may succeed by itself, without a change to the topology or to
+/// rights: as far as the broker's words tell. A broker that starts, or elects a leader, answers with
+/// `INTERNAL_ERROR`, says that a queue is out of reach, or ends the connection.
+pub fn may_pass(error: &lapin::Error) -> bool {
+    !is_refusal(error) && !is_not_found(error) && !is_precondition_failed(error)
+}
+
+/// The broker's own words, where the broker said it.
+pub fn said(error: &lapin::Error) -> String {
+    let ErrorKind::ProtocolError(error) = error.kind() else { return error.to_string() };
+    error.get_message().to_string()
+}
+
+fn is_absent(error: &lapin::Error) -> bool {
     let ErrorKind::ProtocolError(error) = error.kind() else { return false };
     *error.kind() == AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND)
+}
+
+/// Whether the words of a `NOT_FOUND` are that nothing has the name.
+fn names_nothing(said: &str) -> bool {
+    said.strip_prefix("NOT_FOUND - ").unwrap_or(said).starts_with("no ")
 }
 
 /// Whether the broker said that something is not as it is asked for.
 pub fn is_precondition_failed(error: &lapin::Error) -> bool {
     let ErrorKind::ProtocolError(error) = error.kind() else { return false };
     *error.kind() == AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED)
+}
+
+#[cfg(test)]
+mod tests {
+    use lapin::{
+        ErrorKind,
+        protocol::{AMQPError, AMQPErrorKind, AMQPHardError, AMQPSoftError},
+    };
+
+    use super::{is_not_found, is_out_of_reach, may_pass};
+
+    fn soft(kind: AMQPSoftError, words: &str) -> lapin::Error {
+        ErrorKind::ProtocolError(AMQPError::new(AMQPErrorKind::Soft(kind), words.into())).into()
+    }
+
+    fn not_found(words: &str) -> lapin::Error {
+        soft(AMQPSoftError::NOTFOUND, &format!("NOT_FOUND - {words}"))
+    }
+
+    #[test]
+    fn what_nothing_is_called_by_is_missing_for_good() {
+        for words in ["no queue 'q' in vhost '/'", "no exchange 'x' in vhost '/'"] {
+            let error = not_found(words);
+            assert!(is_not_found(&error) && !is_out_of_reach(&error), "{words}");
+            assert!(!may_pass(&error), "{words}");
+        }
+    }
+
+    #[test]
+    fn a_queue_on_a_node_that_is_down_is_not_missing() {
+        for words in [
+            "home node 'rabbit@n3' of durable queue 'q' in vhost '/' is down or inaccessible",
+            "queue 'q' in vhost '/' process is stopped by supervisor",
+            "queue 'q' in vhost '/' has crashed and failed to restart",
+            "failed to perform operation on queue 'q' in vhost '/' due to timeout",
+        ] {
+            let error = not_found(words);
+            assert!(is_out_of_reach(&error) && !is_not_found(&error), "{words}");
+            assert!(may_pass(&error), "{words}");
+        }
+    }
+
+    #[test]
+    fn a_broker_that_starts_is_asked_again_and_one_that_refuses_is_not() {
+        let hard = |kind| -> lapin::Error {
+            let error = AMQPError::new(AMQPErrorKind::Hard(kind), "words".into());
+            ErrorKind::ProtocolError(error).into()
+        };
+        assert!(may_pass(&hard(AMQPHardError::INTERNALERROR)));
+        assert!(may_pass(&hard(AMQPHardError::CONNECTIONFORCED)));
+        assert!(may_pass(&soft(AMQPSoftError::RESOURCELOCKED, "RESOURCE_LOCKED - it is locked")));
+        assert!(!may_pass(&soft(AMQPSoftError::ACCESSREFUSED, "ACCESS_REFUSED - no")));
+        assert!(!may_pass(&soft(AMQPSoftError::PRECONDITIONFAILED, "PRECONDITION_FAILED - no")));
+    }
 }

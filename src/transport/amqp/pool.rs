@@ -4,14 +4,27 @@
 //! when it is lost. A channel is taken from the pool only for as long as it takes to write a
 //! message; its confirm is awaited apart, so that a few channels serve any number of publishers.
 
+use std::{
+    sync::{Arc, Mutex as StdMutex, PoisonError},
+    time::Duration,
+};
+
 use deadpool::managed::{Manager, Metrics, Pool, PoolError, RecycleError, RecycleResult};
-use lapin::Channel;
+use futures_util::StreamExt as _;
+use lapin::{Event, types::ShortString};
 use tokio::sync::Mutex;
 
 use crate::transport::amqp::{
-    connection::{Broker, BrokerConnection, ConnectError, close, confirming_channel},
-    publisher::{Outgoing, Published, publish},
+    bounded::{ANSWER_MAX, AskError, answer},
+    connection::{
+        Broker, BrokerConnection, ConnectError, PublishChannel, QueueCounts, close, counts,
+    },
+    publisher::{Outgoing, Published, publish_within},
 };
+
+/// How long a confirm may take before another connection takes the place of this one. Whoever publishes
+/// publishes again.
+const CONFIRM_MAX: Duration = Duration::from_secs(5);
 
 /// Channels with confirms, on one connection to a broker.
 #[derive(Clone, Debug)]
@@ -27,10 +40,13 @@ pub enum PublishError {
     Connect(#[source] ConnectError),
     /// The connection gives no channel.
     #[error("failed to open a channel to publish on")]
-    Open(#[source] lapin::Error),
+    Open(#[source] AskError),
     /// The connection was lost before the broker had confirmed it: it may have arrived or not.
     #[error("the connection was lost before the broker confirmed the message")]
     Unconfirmed(#[source] lapin::Error),
+    /// The broker has not confirmed it in time: it may have arrived or not.
+    #[error("the broker did not confirm the message within {} s", CONFIRM_MAX.as_secs())]
+    Silent,
     /// The queue is full, or its node is in trouble.
     #[error("the broker did not take the message")]
     Refused,
@@ -42,6 +58,12 @@ pub enum PublishError {
         /// The routing key.
         key: String,
     },
+    /// The broker reads nothing that is published: it has an alarm.
+    #[error("the broker takes no messages: {reason}")]
+    Blocked {
+        /// The alarm, in the broker's words.
+        reason: String,
+    },
     /// The pool is closed.
     #[error("the channels are closed")]
     Closed,
@@ -50,7 +72,7 @@ pub enum PublishError {
 impl Channels {
     /// At most `channels_max` channels at `broker`.
     pub fn new(broker: Broker, channels_max: usize) -> Self {
-        let opener = Opener { broker, connection: Mutex::new(None) };
+        let opener = Opener { broker, connection: Mutex::new(None), alarm: Arc::default() };
         let pool = Pool::builder(opener).max_size(channels_max.max(1)).build();
         // Without time-outs there is nothing that a builder could refuse.
         Self { pool: pool.unwrap_or_else(|_| unreachable!("no time-outs are set")) }
@@ -62,7 +84,14 @@ impl Channels {
     ///
     /// There is none to be had.
     pub async fn open(&self) -> Result<(), PublishError> {
-        self.channel().await.map(drop)
+        match self.channel().await {
+            // Another connection may be answered.
+            Err(PublishError::Open(error)) if error.is_silent() => {
+                tracing::warn!(%error, "no channel to publish on; connecting again");
+                self.channel().await.map(drop)
+            }
+            opened => opened.map(drop),
+        }
     }
 
     /// Publishes, and waits until the broker has it.
@@ -72,8 +101,16 @@ impl Channels {
     /// It is not known to be with the broker. Publishing it again is the caller's decision.
     pub async fn publish(&self, message: Outgoing) -> Result<(), PublishError> {
         let (exchange, key) = (message.exchange.clone(), message.key.clone());
-        match publish(self.channel().await?, message).await {
+        let Pooled { channel, connection } = self.channel().await?;
+        match publish_within(channel, message, CONFIRM_MAX).await {
             Published::Confirmed => Ok(()),
+            Published::Unconfirmed(_) => {
+                if let Some(blocked) = self.blocked() {
+                    return Err(blocked);
+                }
+                self.pool.manager().discard(connection, &exchange).await;
+                Err(PublishError::Silent)
+            }
             Published::Refused => Err(PublishError::Refused),
             Published::Lost(source) => Err(PublishError::Unconfirmed(source)),
             Published::Unroutable => Err(PublishError::Unroutable {
@@ -83,10 +120,28 @@ impl Channels {
         }
     }
 
+    /// Why the broker reads nothing that is published now, if it has said so.
+    pub fn blocked(&self) -> Option<PublishError> {
+        let reason = lock(&self.pool.manager().alarm).clone();
+        reason.map(|reason| PublishError::Blocked { reason })
+    }
+
+    /// What the broker tells of `queue`; `None`: there is no such queue.
+    ///
+    /// # Errors
+    ///
+    /// It could not be asked.
+    pub async fn counts(&self, queue: ShortString) -> Result<Option<QueueCounts>, PublishError> {
+        self.open().await?;
+        let connection = self.pool.manager().connection.lock().await.clone();
+        let Some(connection) = connection else { return Err(PublishError::Closed) };
+        answer(ANSWER_MAX, counts(&connection, queue)).await.map_err(PublishError::Open)
+    }
+
     /// One of the channels; others may be using it too.
-    async fn channel(&self) -> Result<Channel, PublishError> {
+    async fn channel(&self) -> Result<Pooled, PublishError> {
         match self.pool.get().await {
-            Ok(pooled) => Ok(Channel::clone(&pooled)),
+            Ok(pooled) => Ok(Pooled::clone(&pooled)),
             Err(PoolError::Backend(error)) => Err(error),
             Err(
                 PoolError::Closed
@@ -106,31 +161,83 @@ impl Channels {
     }
 }
 
+/// A channel, and the connection that it is on.
+#[derive(Clone, Debug)]
+struct Pooled {
+    channel: PublishChannel,
+    connection: Arc<BrokerConnection>,
+}
+
 /// Opens channels, on a connection that it makes when there is none.
 #[derive(Debug)]
 struct Opener {
     broker: Broker,
-    connection: Mutex<Option<BrokerConnection>>,
+    connection: Mutex<Option<Arc<BrokerConnection>>>,
+    alarm: Arc<StdMutex<Option<String>>>,
+}
+
+impl Opener {
+    /// The broker gives no answers on `silent`: another connection takes its place.
+    async fn discard(&self, silent: Arc<BrokerConnection>, exchange: &ShortString) {
+        let mut standing = self.connection.lock().await;
+        if standing.take_if(|it| Arc::ptr_eq(it, &silent)).is_some() {
+            tracing::warn!(
+                "the broker has not confirmed what was published to `{exchange}` for {} s; connecting \
+                 again",
+                CONFIRM_MAX.as_secs()
+            );
+            // Its channels are of no use from here on. Nobody waits for its goodbye.
+            tokio::spawn(async move { close(&silent).await });
+        }
+    }
+
+    async fn connect(&self) -> Result<BrokerConnection, PublishError> {
+        let connection = self.broker.connect("publish").await.map_err(PublishError::Connect)?;
+        let (mut events, alarm) = (Box::pin(connection.events_listener()), self.alarm.clone());
+        *lock(&alarm) = None;
+        // It ends with the connection.
+        tokio::spawn(async move {
+            while let Some(event) = events.next().await {
+                match event {
+                    Event::ConnectionBlocked(reason) => {
+                        tracing::warn!(reason, "the broker takes no messages for now");
+                        *lock(&alarm) = Some(reason);
+                    }
+                    Event::ConnectionUnblocked => *lock(&alarm) = None,
+                    Event::Connected | Event::SendFlow(_) | Event::Error(_) | _ => {}
+                }
+            }
+        });
+        Ok(connection)
+    }
+}
+
+fn lock(alarm: &StdMutex<Option<String>>) -> std::sync::MutexGuard<'_, Option<String>> {
+    alarm.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Manager for Opener {
-    type Type = Channel;
+    type Type = Pooled;
     type Error = PublishError;
 
-    async fn create(&self) -> Result<Channel, PublishError> {
+    async fn create(&self) -> Result<Pooled, PublishError> {
         let mut connection = self.connection.lock().await;
         let standing = connection.take().filter(|it| it.status().connected());
         let standing = match standing {
             Some(standing) => standing,
-            None => self.broker.connect("publish").await.map_err(PublishError::Connect)?,
+            None => Arc::new(self.connect().await?),
         };
-        let channel = confirming_channel(&standing).await.map_err(PublishError::Open);
-        *connection = Some(standing);
-        channel
+        let opened = PublishChannel::open(&standing).await;
+        // One that answers nothing is not asked again.
+        if !opened.as_ref().is_err_and(AskError::is_silent) {
+            *connection = Some(Arc::clone(&standing));
+        }
+        let channel = opened.map_err(PublishError::Open)?;
+        Ok(Pooled { channel, connection: standing })
     }
 
-    async fn recycle(&self, channel: &mut Channel, _: &Metrics) -> RecycleResult<PublishError> {
-        if channel.status().connected() {
+    async fn recycle(&self, pooled: &mut Pooled, _: &Metrics) -> RecycleResult<PublishError> {
+        if pooled.channel.status().connected() && pooled.connection.status().connected() {
             return Ok(());
         }
         Err(RecycleError::message("the channel is closed"))

@@ -19,6 +19,8 @@ use lapin::{
     types::{AMQPValue, FieldTable, ShortString},
 };
 
+use crate::transport::amqp::bounded::{ANSWER_MAX, AskError, answer, close_channel};
+
 /// How many messages may be unacknowledged; and how many are acknowledged at once.
 const PREFETCH: u16 = 1000;
 const ACK_EVERY: u64 = 250;
@@ -27,8 +29,8 @@ const ACK_EVERY: u64 = 250;
 /// broker's counts lag by some seconds; a message that is there comes within milliseconds.
 const EMPTY_AFTER: Duration = Duration::from_secs(1);
 
-/// How long any other stream may take until its first message is there.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// How long any other stream may take until its next message is there.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Where to begin.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -50,7 +52,7 @@ pub enum ScanError {
         stream: String,
         /// Why.
         #[source]
-        source: lapin::Error,
+        source: AskError,
     },
     /// The broker has ended it: the stream is gone, or its leader.
     #[error("the broker has stopped the reading of the stream `{stream}`")]
@@ -58,7 +60,7 @@ pub enum ScanError {
         /// The stream.
         stream: String,
     },
-    /// Nothing comes, though there is something.
+    /// Nothing more comes, though there is something.
     #[error("nothing came of the stream `{stream}` within {} s", PATIENCE.as_secs())]
     Silent {
         /// The stream.
@@ -79,6 +81,16 @@ pub struct Scan {
     unacknowledged: u64,
 }
 
+impl ScanError {
+    /// Whether it may be otherwise soon, without anybody's doing.
+    pub fn may_pass(&self) -> bool {
+        match self {
+            Self::Broker { source, .. } => source.may_pass(),
+            Self::Cancelled { .. } | Self::Silent { .. } => true,
+        }
+    }
+}
+
 impl Scan {
     /// Looks for the end of `stream`, and begins to read at `from`.
     pub async fn open(
@@ -87,12 +99,13 @@ impl Scan {
         from: From,
     ) -> Result<Self, ScanError> {
         let broker = |source| ScanError::Broker { stream: stream.to_string(), source };
-        let channel = connection.create_channel().await.map_err(broker)?;
+        let channel = answer(ANSWER_MAX, connection.create_channel()).await.map_err(broker)?;
         let patience = match count(&channel, &stream).await.map_err(broker)? {
             0 => EMPTY_AFTER,
             _ => PATIENCE,
         };
-        channel.basic_qos(PREFETCH, BasicQosOptions::default()).await.map_err(broker)?;
+        let limiting = channel.basic_qos(PREFETCH, BasicQosOptions::default());
+        answer(ANSWER_MAX, limiting).await.map_err(broker)?;
         let start = match from {
             From::First => AMQPValue::LongString("first".into()),
             From::Moment(seconds) => AMQPValue::Timestamp(seconds),
@@ -111,7 +124,7 @@ impl Scan {
                 }
             }
             Err(_) if patience == EMPTY_AFTER => scan.cancel(&tail).await?,
-            Err(_) => return Err(ScanError::Silent { stream: scan.stream.to_string() }),
+            Err(_) => return Err(scan.silent()),
         }
         Ok(scan)
     }
@@ -135,7 +148,8 @@ impl Scan {
                 break;
             }
             let only_this = BasicAckOptions { multiple: false };
-            self.channel.basic_ack(tag, only_this).await.map_err(|error| self.broker(error))?;
+            let acknowledging = self.channel.basic_ack(tag, only_this);
+            answer(ANSWER_MAX, acknowledging).await.map_err(|error| self.broker(error))?;
         }
         self.cancel(tail).await
     }
@@ -143,7 +157,8 @@ impl Scan {
     /// A consumer that is dropped while it is active is cancelled by lapin sooner or later. If that
     /// comes after the end of its channel, the broker ends the whole connection.
     async fn cancel(&self, tail: &Consumer) -> Result<(), ScanError> {
-        let cancelled = self.channel.basic_cancel(tail.tag(), BasicCancelOptions::default()).await;
+        let cancelling = self.channel.basic_cancel(tail.tag(), BasicCancelOptions::default());
+        let cancelled = answer(ANSWER_MAX, cancelling).await;
         cancelled.map_err(|error| self.broker(error))
     }
 
@@ -168,8 +183,8 @@ impl Scan {
         let delivery = match self.early.take() {
             Some(early) => early,
             None => {
-                let next = self.consumer.next().await;
-                self.delivered(next)?
+                let next = tokio::time::timeout(PATIENCE, self.consumer.next()).await;
+                self.delivered(next.map_err(|_| self.silent())?)?
             }
         };
         // A message without an offset is none of a stream.
@@ -192,13 +207,13 @@ impl Scan {
         }
         self.unacknowledged = 0;
         let up_to_this = BasicAckOptions { multiple: true };
-        let acknowledged = self.channel.basic_ack(tag, up_to_this).await;
+        let acknowledged = answer(ANSWER_MAX, self.channel.basic_ack(tag, up_to_this)).await;
         acknowledged.map_err(|error| self.broker(error))
     }
 
     /// Reads no more.
     pub async fn close(self) {
-        let _ = self.channel.close(200, "done".into()).await;
+        close_channel(&self.channel).await;
     }
 
     fn delivered(
@@ -206,32 +221,37 @@ impl Scan {
         next: Option<Result<Delivery, lapin::Error>>,
     ) -> Result<Delivery, ScanError> {
         match next {
-            Some(delivery) => delivery.map_err(|error| self.broker(error)),
+            Some(delivery) => delivery.map_err(|error| self.broker(error.into())),
             None => Err(ScanError::Cancelled { stream: self.stream.to_string() }),
         }
     }
 
-    fn broker(&self, source: lapin::Error) -> ScanError {
+    fn broker(&self, source: AskError) -> ScanError {
         ScanError::Broker { stream: self.stream.to_string(), source }
+    }
+
+    fn silent(&self) -> ScanError {
+        ScanError::Silent { stream: self.stream.to_string() }
     }
 }
 
 /// How many messages the broker believes to be in the stream.
-async fn count(channel: &Channel, stream: &ShortString) -> Result<u32, lapin::Error> {
+async fn count(channel: &Channel, stream: &ShortString) -> Result<u32, AskError> {
     let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-    let declared = channel.queue_declare(stream.clone(), passive, FieldTable::default()).await?;
-    Ok(declared.message_count())
+    let asked = channel.queue_declare(stream.clone(), passive, FieldTable::default());
+    Ok(answer(ANSWER_MAX, asked).await?.message_count())
 }
 
 async fn consume(
     channel: &Channel,
     stream: &ShortString,
     start: AMQPValue,
-) -> Result<Consumer, lapin::Error> {
+) -> Result<Consumer, AskError> {
     let mut arguments = FieldTable::default();
     arguments.insert("x-stream-offset".into(), start);
     let options = BasicConsumeOptions::default();
-    channel.basic_consume(stream.clone(), "".into(), options, arguments).await
+    let consuming = channel.basic_consume(stream.clone(), "".into(), options, arguments);
+    answer(ANSWER_MAX, consuming).await
 }
 
 fn offset(delivery: &Delivery) -> Option<u64> {

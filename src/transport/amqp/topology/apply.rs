@@ -4,7 +4,11 @@
 //! Otherwise all of it is declared, whether it is there or not, so that any number of applies, also
 //! at once, end in the same.
 
-use std::time::Duration;
+use std::{
+    future,
+    pin::{Pin, pin},
+    time::Duration,
+};
 
 use lapin::{
     Channel, Connection,
@@ -15,6 +19,7 @@ use lapin::{
 use crate::{
     protocol::time::Time,
     transport::amqp::{
+        bounded::{ANSWER_MAX, AskError, DECLARE_MAX, answer},
         connection::{Backoff, Broker, ConnectError, close},
         error::Disposition,
         names::Names,
@@ -23,7 +28,7 @@ use crate::{
             Binding, Exchange, Queue, ServiceTopology, Settings, Topology,
             begin::{self, Beginning},
             check::{self, CheckError},
-            finding::{Fault, Finding, Subject},
+            finding::{Fault, Finding, Subject, listed},
             probe, table,
         },
     },
@@ -47,6 +52,8 @@ pub struct Applied {
     pub created: Vec<Subject>,
     /// The journal's first record, if this apply wrote it.
     pub begun: Option<Begun>,
+    /// The queues that are out of reach: they were neither compared nor declared nor bound.
+    pub unavailable: Vec<Finding>,
 }
 
 /// The first record of a journal.
@@ -67,13 +74,16 @@ pub enum TopologyError {
     Connect(#[from] ConnectError),
     /// The connection gives no channel.
     #[error("failed to open a channel")]
-    Open(#[source] lapin::Error),
+    Open(#[source] AskError),
     /// The broker could not be asked what it has.
     #[error(transparent)]
     Check(#[from] CheckError),
     /// Something is there, but another. Nothing was declared.
     #[error("{}", listed(.0))]
     Mismatch(Vec<Finding>),
+    /// Without these nothing can be declared, and they are out of reach.
+    #[error("{}", listed(.0))]
+    Unavailable(Vec<Finding>),
     /// An exchange or queue was not declared; those before it were.
     #[error("failed to declare {subject}")]
     Declare {
@@ -81,7 +91,7 @@ pub enum TopologyError {
         subject: Subject,
         /// Why.
         #[source]
-        source: lapin::Error,
+        source: AskError,
     },
     /// A queue was not bound; what comes before it was declared.
     #[error("failed to bind queue `{queue}` to exchange `{exchange}`")]
@@ -92,7 +102,7 @@ pub enum TopologyError {
         exchange: String,
         /// Why.
         #[source]
-        source: lapin::Error,
+        source: AskError,
     },
     /// The first record of the journal could be neither found nor written.
     #[error("failed to begin the journal `{journal}`")]
@@ -101,7 +111,7 @@ pub enum TopologyError {
         journal: String,
         /// Why.
         #[source]
-        source: lapin::Error,
+        source: AskError,
     },
     /// The broker didn't take the first record of the journal.
     #[error("the broker did not take the first record of the journal `{journal}`")]
@@ -121,15 +131,10 @@ impl TopologyError {
             Self::Open(source)
             | Self::Declare { source, .. }
             | Self::Bind { source, .. }
-            | Self::Begin { source, .. } => super::disposition(source),
-            Self::NotTaken { .. } => Disposition::Retry,
+            | Self::Begin { source, .. } => source.disposition(),
+            Self::Unavailable(_) | Self::NotTaken { .. } => Disposition::Retry,
         }
     }
-}
-
-fn listed(findings: &[Finding]) -> String {
-    let lines: Vec<_> = findings.iter().map(Finding::to_string).collect();
-    lines.join("\n")
 }
 
 /// How often an apply begins again because the journal that somebody else just declares wasn't
@@ -178,23 +183,69 @@ pub async fn apply_topology(
     topology: &Topology,
     options: &Options,
 ) -> Result<Applied, TopologyError> {
+    let applied = attempts(pin!(future::pending()), broker, names, topology, options).await?;
+    // Nobody stops it.
+    Ok(applied.unwrap_or_default())
+}
+
+/// [`apply`] until `stop` is over. `None`: it was, and then the broker does nothing more of it: what
+/// was made can be deleted.
+///
+/// # Errors
+///
+/// As for [`apply`].
+pub(crate) async fn apply_until(
+    stop: impl Future<Output = ()>,
+    broker: &Broker,
+    names: &Names,
+    services: &[ServiceTopology],
+    options: &Options,
+) -> Result<Option<Applied>, TopologyError> {
+    let topology = Topology::of(names, services, &options.settings);
+    attempts(pin!(stop), broker, names, &topology, options).await
+}
+
+async fn attempts(
+    mut stop: Pin<&mut impl Future<Output = ()>>,
+    broker: &Broker,
+    names: &Names,
+    topology: &Topology,
+    options: &Options,
+) -> Result<Option<Applied>, TopologyError> {
     let mut applied = Applied::default();
     let mut backoff = Backoff::default();
-    let mut attempts = 1;
-    loop {
-        let connection = broker.connect("topology").await?;
-        let ended = apply_on(&connection, names, topology, options, &mut applied).await;
-        close(&connection).await;
+    for attempt in 1.. {
+        let connection = tokio::select! {
+            biased;
+            () = &mut stop => return Ok(None),
+            connected = broker.connect("topology") => connected?,
+        };
+        let ended = tokio::select! {
+            biased;
+            () = &mut stop => None,
+            ended = apply_on(&connection, names, topology, options, &mut applied) => Some(ended),
+        };
+        // The broker answers this when it has done all that was asked before. One that takes no messages
+        // would not hear it, and has done all but take the message.
+        if !connection.status().blocked() {
+            close(&connection).await;
+        }
         match ended {
-            Ok(()) => return Ok(applied),
+            None => break,
+            Some(Ok(())) => return Ok(Some(applied)),
             // A stream that is being declared has its name before it can be written to or read, and
             // who tries loses the connection.
-            Err(TopologyError::Begin { .. }) if attempts < ATTEMPTS => {}
-            Err(error) => return Err(error),
+            Some(Err(TopologyError::Begin { source: AskError::Broker(_), .. }))
+                if attempt < ATTEMPTS => {}
+            Some(Err(error)) => return Err(error),
         }
-        attempts += 1;
-        tokio::time::sleep(backoff.pause()).await;
+        tokio::select! {
+            biased;
+            () = &mut stop => break,
+            () = tokio::time::sleep(backoff.pause()) => {}
+        }
     }
+    Ok(None)
 }
 
 /// One attempt; what it makes is added to `applied`.
@@ -206,12 +257,22 @@ async fn apply_on(
     applied: &mut Applied,
 ) -> Result<(), TopologyError> {
     let findings = check::compare(connection, topology).await?;
+    let (unavailable, findings): (Vec<_>, Vec<_>) =
+        findings.into_iter().partition(Finding::is_unavailable);
     let (mismatches, missing): (Vec<_>, Vec<_>) =
         findings.into_iter().partition(Finding::is_mismatch);
     if !mismatches.is_empty() {
         return Err(TopologyError::Mismatch(mismatches));
     }
+    let is_needed = |subject: &Subject| match subject {
+        Subject::Exchange(_) => true,
+        Subject::Queue(name) => name == names.journal().as_str(),
+    };
+    if unavailable.iter().any(|finding| is_needed(&finding.subject)) {
+        return Err(TopologyError::Unavailable(unavailable));
+    }
     let missing: Vec<_> = missing.into_iter().map(|finding| finding.subject).collect();
+    let topology = topology.without(&unavailable);
     let mut declarer = Declarer::on(connection).await?;
     let (journal, queues) = topology.journal_and_others(names);
     if let Some(journal) = journal {
@@ -220,8 +281,9 @@ async fn apply_on(
         let begun = begin_journal(connection, names, options, is_new).await?;
         applied.begun = applied.begun.or(begun);
     }
-    declare_others(&mut declarer, topology, &queues).await?;
+    declare_others(&mut declarer, &topology, &queues).await?;
     applied.created.extend(missing);
+    applied.unavailable = unavailable;
     Ok(())
 }
 
@@ -252,6 +314,20 @@ async fn declare_others(
 }
 
 impl Topology {
+    /// The same without the queues in `unavailable`, and without their bindings: the broker would
+    /// refuse them, or declare another queue in place of the one that it can't reach.
+    fn without(&self, unavailable: &[Finding]) -> Self {
+        let is_there = |queue: &str| {
+            !unavailable
+                .iter()
+                .any(|finding| matches!(&finding.subject, Subject::Queue(name) if name == queue))
+        };
+        let mut topology = self.clone();
+        topology.queues.retain(|queue| is_there(queue.name.as_str()));
+        topology.bindings.retain(|binding| is_there(binding.queue.as_str()));
+        topology
+    }
+
     fn journal_and_others(&self, names: &Names) -> (Option<&Queue>, Vec<&Queue>) {
         let (mut journal, others): (Vec<_>, Vec<_>) =
             self.queues.iter().partition(|queue| queue.name == names.journal());
@@ -284,7 +360,7 @@ async fn begin_journal(
     let complete_since = begin::complete_since(options.now, options.clock_margin, was_lost);
     match begin::begin(connection, names, complete_since).await.map_err(failed)? {
         Published::Confirmed => Ok(Some(Begun { complete_since, was_lost })),
-        Published::Lost(source) => Err(failed(source)),
+        Published::Lost(source) => Err(failed(source.into())),
         Published::Refused | Published::Unroutable => {
             Err(TopologyError::NotTaken { journal: names.journal().to_string() })
         }
@@ -298,7 +374,7 @@ pub(super) struct Declarer {
 
 impl Declarer {
     pub(super) async fn on(connection: &Connection) -> Result<Self, TopologyError> {
-        let channel = connection.create_channel().await;
+        let channel = answer(ANSWER_MAX, connection.create_channel()).await;
         Ok(Self { channel: channel.map_err(TopologyError::Open)? })
     }
 
@@ -306,14 +382,16 @@ impl Declarer {
         let options = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
         let (name, kind) = (exchange.name.clone(), exchange.kind.into());
         let arguments = table(&exchange.arguments());
-        let declared = self.channel.exchange_declare(name, kind, options, arguments).await;
+        let declaring = self.channel.exchange_declare(name, kind, options, arguments);
+        let declared = answer(DECLARE_MAX, declaring).await;
         declared.map_err(|source| refused(Subject::Exchange(exchange.name.to_string()), source))
     }
 
     pub(super) async fn queue(&mut self, queue: &Queue) -> Result<(), TopologyError> {
         let options = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
         let arguments = table(&queue.all_arguments());
-        let declared = self.channel.queue_declare(queue.name.clone(), options, arguments).await;
+        let declaring = self.channel.queue_declare(queue.name.clone(), options, arguments);
+        let declared = answer(DECLARE_MAX, declaring).await;
         declared.map(drop).map_err(|source| refused(Subject::Queue(queue.name.to_string()), source))
     }
 
@@ -321,7 +399,7 @@ impl Declarer {
         let Binding { exchange, queue, key } = binding.clone();
         let options = QueueBindOptions::default();
         let bound = self.channel.queue_bind(queue, exchange, key, options, FieldTable::default());
-        bound.await.map_err(|source| TopologyError::Bind {
+        answer(ANSWER_MAX, bound).await.map_err(|source| TopologyError::Bind {
             queue: binding.queue.to_string(),
             exchange: binding.exchange.to_string(),
             source,
@@ -330,13 +408,18 @@ impl Declarer {
 }
 
 /// A refused declaration: somebody may have declared it otherwise since it was looked at.
-fn refused(subject: Subject, source: lapin::Error) -> TopologyError {
-    match probe::fault_of(&source) {
+fn refused(subject: Subject, source: AskError) -> TopologyError {
+    match source.broker().and_then(probe::fault_of) {
         Some(fault @ Fault::Differs(_)) => {
             TopologyError::Mismatch(vec![Finding { subject, fault }])
         }
-        Some(Fault::Missing | Fault::Refused(_) | Fault::NotBegun(_) | Fault::LeftOver) | None => {
-            TopologyError::Declare { subject, source }
-        }
+        Some(
+            Fault::Missing
+            | Fault::Refused(_)
+            | Fault::NotBegun(_)
+            | Fault::LeftOver
+            | Fault::Unavailable(_),
+        )
+        | None => TopologyError::Declare { subject, source },
     }
 }

@@ -11,14 +11,16 @@ use futures_util::StreamExt;
 use lapin::{
     Connection,
     message::Delivery,
-    options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions},
+    options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions},
     types::{AMQPValue, FieldTable},
 };
 
 use crate::{
     protocol::time::Time,
     transport::amqp::{
+        bounded::{ANSWER_MAX, Alarm, AskError, answer, close_channel},
         connection::confirming_channel,
+        error::is_out_of_reach,
         names::Names,
         publisher::{Outgoing, Published, publish},
         topology::probe::{Presence, Prober},
@@ -28,7 +30,7 @@ use crate::{
 
 /// How long the broker may take to show the first record of a journal that has one: it says nothing
 /// of one that hasn't, and counts no messages of a stream.
-const READ_MAX: Duration = Duration::from_secs(5);
+const READ_MAX: Duration = Duration::from_secs(2);
 
 /// How a journal begins.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -58,24 +60,29 @@ impl Beginning {
 pub(super) async fn beginning(
     connection: &Connection,
     names: &Names,
-) -> Result<Beginning, lapin::Error> {
-    let channel = connection.create_channel().await?;
-    channel.basic_qos(1, BasicQosOptions::default()).await?;
+) -> Result<Beginning, AskError> {
+    let journal = names.journal();
+    let channel = answer(ANSWER_MAX, connection.create_channel()).await?;
+    answer(ANSWER_MAX, channel.basic_qos(1, BasicQosOptions::default())).await?;
     let mut from = FieldTable::default();
     from.insert("x-stream-offset".into(), AMQPValue::LongString("first".into()));
     let options = BasicConsumeOptions::default();
-    let mut consumer = channel.basic_consume(names.journal(), "".into(), options, from).await?;
+    let consuming = channel.basic_consume(journal.clone(), "".into(), options, from);
+    let mut consumer = answer(ANSWER_MAX, consuming).await?;
     let first = match tokio::time::timeout(READ_MAX, consumer.next()).await {
-        Ok(Some(Ok(first))) => first,
-        Ok(Some(Err(error))) => return Err(error),
+        Ok(Some(first)) => first?,
         Ok(None) | Err(_) => {
+            // What there is to be read came before the answer to this, if the broker is well.
+            let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+            let asked = channel.queue_declare(journal, passive, FieldTable::default());
+            answer(ANSWER_MAX, asked).await?;
             // Before the consumer is dropped: see `Scan::cancel`.
-            let _ = channel.close(200, "done".into()).await;
+            close_channel(&channel).await;
             return Ok(Beginning::Empty);
         }
     };
-    first.ack(BasicAckOptions::default()).await?;
-    let _ = channel.close(200, "done".into()).await;
+    answer(ANSWER_MAX, first.ack(BasicAckOptions::default())).await?;
+    close_channel(&channel).await;
     Ok(told_by(&first))
 }
 
@@ -94,15 +101,15 @@ fn told_by(first: &Delivery) -> Beginning {
 
 /// Whether this system has been at work: the queues of which every one is declared only after the
 /// journal has its first record.
-pub(super) async fn has_lived(
-    connection: &Connection,
-    names: &Names,
-) -> Result<bool, lapin::Error> {
+pub(super) async fn has_lived(connection: &Connection, names: &Names) -> Result<bool, AskError> {
     let mut prober = Prober::on(connection);
     let queues = [names.requests(), names.rejected(), names.unresolved(), names.audit()];
     for queue in queues {
-        if prober.queue_presence(queue.as_str()).await? != Presence::Missing {
-            return Ok(true);
+        match prober.queue_presence(queue.as_str()).await {
+            Ok(Presence::Missing) => {}
+            Ok(Presence::There | Presence::Exclusive) => return Ok(true),
+            Err(AskError::Broker(error)) if is_out_of_reach(&error) => return Ok(true),
+            Err(error) => return Err(error),
         }
     }
     Ok(false)
@@ -121,7 +128,7 @@ pub(super) async fn begin(
     connection: &Connection,
     names: &Names,
     complete_since: Time,
-) -> Result<Published, lapin::Error> {
+) -> Result<Published, AskError> {
     let mut items = Items::new();
     // One record is far from filling a body.
     let _ = items.push(&JournalBegun { complete_since });
@@ -133,9 +140,10 @@ pub(super) async fn begin(
         mandatory: true,
         ..Outgoing::default()
     };
-    let channel = confirming_channel(connection).await?;
-    let published = publish(channel.clone(), message).await;
-    let _ = channel.close(200, "done".into()).await;
+    let mut alarm = Alarm::of(connection);
+    let channel = answer(ANSWER_MAX, confirming_channel(connection)).await?;
+    let published = alarm.bound(ANSWER_MAX, publish(channel.clone(), message)).await?;
+    close_channel(&channel).await;
     Ok(published)
 }
 

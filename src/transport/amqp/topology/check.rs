@@ -8,12 +8,13 @@
 use lapin::Connection;
 
 use crate::transport::amqp::{
-    error::Disposition,
+    bounded::AskError,
+    error::{Disposition, may_pass},
     names::Names,
     topology::{
         Topology, begin,
-        finding::{Fault, Finding, Subject},
-        probe::{Presence, Prober},
+        finding::{Fault, Finding, Subject, listed},
+        probe::{Presence, Prober, unavailable},
     },
 };
 
@@ -27,19 +28,36 @@ pub enum CheckError {
         subject: Subject,
         /// Why.
         #[source]
-        source: lapin::Error,
+        source: AskError,
+    },
+    /// Whatever it was asked about, several times in a row.
+    #[error("{}\nthe broker answers nothing: no more is asked", listed(.found))]
+    Silent {
+        /// What was found before that.
+        found: Vec<Finding>,
     },
 }
 
 impl CheckError {
     /// Whether to try again.
     pub fn disposition(&self) -> Disposition {
-        let Self::Ask { source, .. } = self;
-        super::disposition(source)
+        match self {
+            Self::Ask { source, .. } => source.disposition(),
+            Self::Silent { .. } => Disposition::Retry,
+        }
+    }
+
+    /// Whether a broker that has just started may have said this: it may answer better soon.
+    pub fn is_of_start(&self) -> bool {
+        match self {
+            Self::Ask { source, .. } => source.broker().is_some_and(may_pass),
+            Self::Silent { .. } => false,
+        }
     }
 }
 
-/// Compares everything in `topology` with what the broker has.
+/// Compares everything in `topology` with what the broker has. What can't be asked about is found to
+/// be [`Fault::Unavailable`], and the rest is compared.
 ///
 /// # Errors
 ///
@@ -53,12 +71,14 @@ pub async fn check(
     let journal = Subject::Queue(names.journal().to_string());
     let is_sound = !findings.iter().any(|finding| finding.subject == journal);
     if is_sound && topology.queues.iter().any(|queue| queue.name == names.journal()) {
-        let beginning = begin::beginning(connection, names).await;
-        let beginning =
-            beginning.map_err(|source| CheckError::Ask { subject: journal.clone(), source })?;
-        if let Some(found) = beginning.fault() {
-            findings.push(Finding { subject: journal, fault: Fault::NotBegun(found) });
-        }
+        let fault = match begin::beginning(connection, names).await {
+            Ok(beginning) => beginning.fault().map(Fault::NotBegun),
+            Err(source) => match unavailable(&source) {
+                Some(fault) => Some(fault),
+                None => return Err(CheckError::Ask { subject: journal, source }),
+            },
+        };
+        findings.extend(fault.map(|fault| Finding { subject: journal, fault }));
     }
     Ok(findings)
 }
@@ -68,26 +88,50 @@ pub(super) async fn compare(
     connection: &Connection,
     topology: &Topology,
 ) -> Result<Vec<Finding>, CheckError> {
-    let mut prober = Prober::on(connection);
-    let mut findings = Vec::new();
+    let mut comparing = Comparing { prober: Prober::on(connection), findings: Vec::new() };
     for exchange in &topology.exchanges {
-        let found = prober.exchange(exchange).await;
-        let subject = || Subject::Exchange(exchange.name.to_string());
-        findings.extend(found.map_err(|source| CheckError::Ask { subject: subject(), source })?);
+        let found = comparing.prober.exchange(exchange).await;
+        comparing.take(Subject::Exchange(exchange.name.to_string()), found)?;
     }
     for queue in &topology.queues {
-        let found = prober.queue(queue).await;
-        let subject = || Subject::Queue(queue.name.to_string());
-        findings.extend(found.map_err(|source| CheckError::Ask { subject: subject(), source })?);
+        let found = comparing.prober.queue(queue).await;
+        comparing.take(Subject::Queue(queue.name.to_string()), found)?;
     }
     for name in &topology.stand_ins {
         let subject = Subject::Queue(name.to_string());
-        let presence = prober.queue_presence(name.as_str()).await;
-        let presence =
-            presence.map_err(|source| CheckError::Ask { subject: subject.clone(), source })?;
-        if presence != Presence::Missing {
-            findings.push(Finding { subject, fault: Fault::LeftOver });
-        }
+        let presence = comparing.prober.queue_presence(name.as_str()).await;
+        let left_over = || Finding { subject: subject.clone(), fault: Fault::LeftOver };
+        let found = presence.map(|presence| match presence {
+            Presence::Missing => Vec::new(),
+            Presence::There | Presence::Exclusive => vec![left_over()],
+        });
+        comparing.take(subject, found)?;
     }
-    Ok(findings)
+    Ok(comparing.findings)
+}
+
+struct Comparing<'a> {
+    prober: Prober<'a>,
+    findings: Vec<Finding>,
+}
+
+impl Comparing<'_> {
+    /// Takes in what was found about `subject`.
+    fn take(
+        &mut self,
+        subject: Subject,
+        found: Result<Vec<Finding>, AskError>,
+    ) -> Result<(), CheckError> {
+        match found {
+            Ok(found) => self.findings.extend(found),
+            Err(source) => match unavailable(&source) {
+                Some(fault) => self.findings.push(Finding { subject, fault }),
+                None => return Err(CheckError::Ask { subject, source }),
+            },
+        }
+        if self.prober.is_given_up() {
+            return Err(CheckError::Silent { found: std::mem::take(&mut self.findings) });
+        }
+        Ok(())
+    }
 }

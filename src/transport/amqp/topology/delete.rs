@@ -4,30 +4,44 @@
 //! producers have declared for themselves go with their connections.
 
 use lapin::{
-    Connection,
+    Channel, Connection,
     options::{ExchangeDeleteOptions, QueueDeleteOptions},
 };
 
 use crate::transport::amqp::{
+    bounded::AskError,
     error::Disposition,
-    topology::{Topology, finding::Subject},
+    topology::{
+        Topology,
+        finding::{Finding, Subject, listed},
+        probe::{Prober, unavailable},
+    },
 };
 
-/// Something was not deleted; what comes before it was.
+/// Something was not deleted.
 #[derive(Clone, Debug, thiserror::Error)]
-#[error("failed to delete {subject}")]
-pub struct DeleteError {
-    /// What.
-    pub subject: Subject,
-    /// Why.
-    #[source]
-    pub source: lapin::Error,
+pub enum DeleteError {
+    /// The broker doesn't let us, or is gone. What comes before it was deleted.
+    #[error("failed to delete {subject}")]
+    Failed {
+        /// What.
+        subject: Subject,
+        /// Why.
+        #[source]
+        source: AskError,
+    },
+    /// These were out of reach; all else was deleted, as far as it was tried.
+    #[error("not deleted:\n{}", listed(.0))]
+    Left(Vec<Finding>),
 }
 
 impl DeleteError {
     /// Whether to try again.
     pub fn disposition(&self) -> Disposition {
-        super::disposition(&self.source)
+        match self {
+            Self::Failed { source, .. } => source.disposition(),
+            Self::Left(_) => Disposition::Retry,
+        }
     }
 }
 
@@ -36,20 +50,47 @@ impl DeleteError {
 ///
 /// # Errors
 ///
-/// The broker refuses it, or is gone.
+/// The broker refuses it, or is gone, or a queue is out of reach.
 pub async fn delete(connection: &Connection, topology: &Topology) -> Result<(), DeleteError> {
-    let failed = |subject: Subject| move |source| DeleteError { subject, source };
-    let Some(first) = topology.exchanges.first() else { return Ok(()) };
-    let opened = connection.create_channel().await;
-    let channel = opened.map_err(failed(Subject::Exchange(first.name.to_string())))?;
+    let mut deleting = Deleting { prober: Prober::on(connection), left: Vec::new() };
     for exchange in topology.exchanges.iter().rev() {
-        let deleted =
-            channel.exchange_delete(exchange.name.clone(), ExchangeDeleteOptions::default()).await;
-        deleted.map_err(failed(Subject::Exchange(exchange.name.to_string())))?;
+        let subject = Subject::Exchange(exchange.name.to_string());
+        let delete = async |channel: Channel| {
+            let options = ExchangeDeleteOptions::default();
+            channel.exchange_delete(exchange.name.clone(), options).await
+        };
+        deleting.one(subject, delete).await?;
     }
     for queue in topology.queues.iter().rev() {
-        let deleted = channel.queue_delete(queue.name.clone(), QueueDeleteOptions::default()).await;
-        deleted.map_err(failed(Subject::Queue(queue.name.to_string())))?;
+        let subject = Subject::Queue(queue.name.to_string());
+        let delete = async |channel: Channel| {
+            let options = QueueDeleteOptions::default();
+            channel.queue_delete(queue.name.clone(), options).await.map(drop)
+        };
+        deleting.one(subject, delete).await?;
     }
-    Ok(())
+    if deleting.left.is_empty() { Ok(()) } else { Err(DeleteError::Left(deleting.left)) }
+}
+
+struct Deleting<'a> {
+    prober: Prober<'a>,
+    left: Vec<Finding>,
+}
+
+impl Deleting<'_> {
+    async fn one(
+        &mut self,
+        subject: Subject,
+        delete: impl AsyncFnOnce(Channel) -> Result<(), lapin::Error>,
+    ) -> Result<(), DeleteError> {
+        let Err(source) = self.prober.ask(delete).await else { return Ok(()) };
+        let Some(fault) = unavailable(&source) else {
+            return Err(DeleteError::Failed { subject, source });
+        };
+        self.left.push(Finding { subject, fault });
+        if self.prober.is_given_up() {
+            return Err(DeleteError::Left(std::mem::take(&mut self.left)));
+        }
+        Ok(())
+    }
 }

@@ -36,6 +36,14 @@ pub enum Fault {
     NotBegun(String),
     /// It stands in for a queue whose replacement was not finished.
     LeftOver,
+    /// It is there, or may be, and can't be asked or used now, for this reason.
+    Unavailable(String),
+}
+
+/// Each on a line of its own.
+pub(super) fn listed(findings: &[Finding]) -> String {
+    let lines: Vec<_> = findings.iter().map(Finding::to_string).collect();
+    lines.join("\n")
 }
 
 /// A property that has another value.
@@ -116,8 +124,13 @@ impl Finding {
     pub(super) fn is_mismatch(&self) -> bool {
         match self.fault {
             Fault::Differs(_) | Fault::Refused(_) | Fault::LeftOver => true,
-            Fault::Missing | Fault::NotBegun(_) => false,
+            Fault::Missing | Fault::NotBegun(_) | Fault::Unavailable(_) => false,
         }
+    }
+
+    /// Whether nothing more can be said of it now.
+    pub(super) fn is_unavailable(&self) -> bool {
+        matches!(self.fault, Fault::Unavailable(_))
     }
 }
 
@@ -159,6 +172,7 @@ impl fmt::Display for Finding {
                 write!(f, "wanted journal-begun as its first record, found {found}")
             }
             Fault::LeftOver => f.write_str("left by a replacement that was not finished"),
+            Fault::Unavailable(why) => write!(f, "unavailable: {why}"),
         }
     }
 }

@@ -31,7 +31,7 @@ use lapin::types::{AMQPValue, FieldTable, ShortString};
 use crate::{
     protocol::{ids::ServiceName, message::Cap},
     transport::amqp::{
-        error::{Disposition, is_refusal},
+        address::Address,
         names::{Names, REQUEST},
     },
     wire::services::ServiceSpec,
@@ -168,6 +168,14 @@ pub enum Commands {
     Classic,
     /// In quorum queues: the loss of one node of a cluster doesn't stop a service.
     Quorum,
+}
+
+impl Commands {
+    /// What suits the broker at `address`. Where several hosts are named it is a cluster, and a service
+    /// must not stop because the node is lost that has its queue.
+    pub fn at(address: &Address) -> Self {
+        if address.hosts().len() > 1 { Self::Quorum } else { Self::Classic }
+    }
 }
 
 impl Topology {
@@ -308,11 +316,6 @@ pub(crate) fn table(arguments: &Arguments) -> FieldTable {
     table
 }
 
-/// Whether what failed with `error` may succeed the next time.
-fn disposition(error: &lapin::Error) -> Disposition {
-    if is_refusal(error) { Disposition::GiveUp } else { Disposition::Retry }
-}
-
 /// A duration as streams take it: `7D`, `12h`, `90s`.
 pub fn age(duration: Duration) -> String {
     let seconds = duration.as_secs();
@@ -339,6 +342,15 @@ impl fmt::Display for QueueKind {
             Self::Classic => "classic",
             Self::Quorum => "quorum",
             Self::Stream => "stream",
+        })
+    }
+}
+
+impl fmt::Display for Commands {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Classic => "classic",
+            Self::Quorum => "quorum",
         })
     }
 }

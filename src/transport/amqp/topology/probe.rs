@@ -3,7 +3,8 @@
 //! A passive declaration tells whether it exists, not what it is like. An active one of something
 //! that exists changes nothing; it is refused where it differs, and the refusal names one argument
 //! with its value. So everything that differs is found by declaring again and again, each time with
-//! what was found. Every refusal costs the channel, so these are throw-away channels.
+//! what was found. Every refusal costs the channel, and so does a question that is not answered in
+//! time: these are throw-away channels.
 
 use lapin::{
     Channel, Connection, ErrorKind,
@@ -13,13 +14,18 @@ use lapin::{
 };
 
 use crate::transport::amqp::{
-    error::is_not_found,
+    bounded::{ANSWER_MAX, AskError, answer},
+    error::{is_not_found, is_out_of_reach, said},
     topology::{
         Argument, Arguments, Exchange, ExchangeKind, Queue,
         finding::{Difference, Fault, Finding, Subject},
         table,
     },
 };
+
+/// After how many questions in a row without an answer, each on a channel of its own, no more is
+/// asked.
+const UNANSWERED_MAX: u32 = 3;
 
 /// How often one thing is declared again; more than the arguments that a queue can have.
 const ROUNDS_MAX: usize = 32;
@@ -28,6 +34,8 @@ const ROUNDS_MAX: usize = 32;
 pub(super) struct Prober<'a> {
     connection: &'a Connection,
     channel: Option<Channel>,
+    /// How many of the last questions were not answered in time.
+    unanswered: u32,
 }
 
 /// What a broker has under a name.
@@ -41,7 +49,7 @@ pub(super) enum Presence {
 
 impl<'a> Prober<'a> {
     pub(super) fn on(connection: &'a Connection) -> Self {
-        Self { connection, channel: None }
+        Self { connection, channel: None, unanswered: 0 }
     }
 
     async fn channel(&mut self) -> Result<Channel, lapin::Error> {
@@ -53,42 +61,47 @@ impl<'a> Prober<'a> {
         Ok(channel)
     }
 
+    /// Whether there is no use in asking any more.
+    pub(super) fn is_given_up(&self) -> bool {
+        self.unanswered >= UNANSWERED_MAX
+    }
+
+    /// The broker's answer to one question.
+    pub(super) async fn ask<T>(
+        &mut self,
+        ask: impl AsyncFnOnce(Channel) -> Result<T, lapin::Error>,
+    ) -> Result<T, AskError> {
+        let answered = answer(ANSWER_MAX, async { ask(self.channel().await?).await }).await;
+        match &answered {
+            Ok(_) => self.unanswered = 0,
+            Err(error) => {
+                self.channel = None;
+                self.unanswered = if error.is_silent() { self.unanswered + 1 } else { 0 };
+            }
+        }
+        answered
+    }
+
     /// Whether there is a queue called `name`.
-    pub(super) async fn queue_presence(&mut self, name: &str) -> Result<Presence, lapin::Error> {
+    pub(super) async fn queue_presence(&mut self, name: &str) -> Result<Presence, AskError> {
         let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-        let channel = self.channel().await?;
-        match channel.queue_declare(name.into(), options, FieldTable::default()).await {
-            Ok(_) => Ok(Presence::There),
-            Err(error) => self.absence(error),
-        }
+        let asked = self.ask(async |channel| {
+            channel.queue_declare(name.into(), options, FieldTable::default()).await
+        });
+        presence(asked.await.map(drop))
     }
 
-    async fn exchange_presence(&mut self, exchange: &Exchange) -> Result<Presence, lapin::Error> {
+    async fn exchange_presence(&mut self, exchange: &Exchange) -> Result<Presence, AskError> {
         let options = ExchangeDeclareOptions { passive: true, ..ExchangeDeclareOptions::default() };
-        let channel = self.channel().await?;
-        let kind = exchange.kind.into();
-        let name = exchange.name.clone();
-        match channel.exchange_declare(name, kind, options, FieldTable::default()).await {
-            Ok(()) => Ok(Presence::There),
-            Err(error) => self.absence(error),
-        }
-    }
-
-    /// What a refused passive declaration means.
-    fn absence(&mut self, error: lapin::Error) -> Result<Presence, lapin::Error> {
-        self.channel = None;
-        // A queue whose node is down is "not found" too; it is not missing.
-        if is_not_found(&error) && !said(&error).contains("down or inaccessible") {
-            return Ok(Presence::Missing);
-        }
-        if is_soft(&error, &AMQPSoftError::RESOURCELOCKED) {
-            return Ok(Presence::Exclusive);
-        }
-        Err(error)
+        let (name, kind) = (exchange.name.clone(), exchange.kind.into());
+        let asked = self.ask(async |channel| {
+            channel.exchange_declare(name, kind, options, FieldTable::default()).await
+        });
+        presence(asked.await)
     }
 
     /// What is wrong with `queue`; nothing if it is as it should be.
-    pub(super) async fn queue(&mut self, queue: &Queue) -> Result<Vec<Finding>, lapin::Error> {
+    pub(super) async fn queue(&mut self, queue: &Queue) -> Result<Vec<Finding>, AskError> {
         let subject = Subject::Queue(queue.name.to_string());
         match self.queue_presence(queue.name.as_str()).await? {
             Presence::Missing => return Ok(vec![Finding::missing(subject)]),
@@ -114,10 +127,7 @@ impl<'a> Prober<'a> {
     }
 
     /// What is wrong with `exchange`; nothing if it is as it should be.
-    pub(super) async fn exchange(
-        &mut self,
-        exchange: &Exchange,
-    ) -> Result<Vec<Finding>, lapin::Error> {
+    pub(super) async fn exchange(&mut self, exchange: &Exchange) -> Result<Vec<Finding>, AskError> {
         let subject = Subject::Exchange(exchange.name.to_string());
         if self.exchange_presence(exchange).await? == Presence::Missing {
             return Ok(vec![Finding::missing(subject)]);
@@ -147,19 +157,23 @@ impl<'a> Prober<'a> {
         subject: Subject,
         tried: &mut Declared,
         declare: impl AsyncFn(Channel, &Declared) -> Result<(), lapin::Error>,
-    ) -> Result<Vec<Finding>, lapin::Error> {
+    ) -> Result<Vec<Finding>, AskError> {
         let mut findings = Vec::new();
         for _ in 0..ROUNDS_MAX {
-            let Err(error) = declare(self.channel().await?, tried).await else { break };
-            self.channel = None;
-            let Some(fault) = fault_of(&error) else { return Err(error) };
+            let asked = self.ask(async |channel| declare(channel, tried).await);
+            let Err(error) = asked.await else { break };
+            let Some(fault) = error.broker().and_then(fault_of) else { return Err(error) };
             let finding = Finding { subject: subject.clone(), fault };
             if findings.contains(&finding) {
                 break;
             }
             let learnt = match &finding.fault {
                 Fault::Differs(difference) => tried.accept(difference),
-                Fault::Missing | Fault::Refused(_) | Fault::NotBegun(_) | Fault::LeftOver => false,
+                Fault::Missing
+                | Fault::Refused(_)
+                | Fault::NotBegun(_)
+                | Fault::LeftOver
+                | Fault::Unavailable(_) => false,
             };
             findings.push(finding);
             if !learnt {
@@ -167,6 +181,30 @@ impl<'a> Prober<'a> {
             }
         }
         Ok(findings)
+    }
+}
+
+/// What a passive declaration says that ended like this.
+fn presence(asked: Result<(), AskError>) -> Result<Presence, AskError> {
+    match asked {
+        Ok(()) => Ok(Presence::There),
+        Err(AskError::Broker(error)) if is_not_found(&error) => Ok(Presence::Missing),
+        Err(AskError::Broker(error)) if is_soft(&error, &AMQPSoftError::RESOURCELOCKED) => {
+            Ok(Presence::Exclusive)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// What is wrong with a thing about which the broker can't be asked, if that says something of the
+/// thing.
+pub(super) fn unavailable(error: &AskError) -> Option<Fault> {
+    match error {
+        AskError::Broker(error) if is_out_of_reach(error) => {
+            Some(Fault::Unavailable("its node is down or unreachable".to_owned()))
+        }
+        AskError::Silent { .. } => Some(Fault::Unavailable(error.to_string())),
+        AskError::Broker(_) | AskError::Blocked { .. } => None,
     }
 }
 
@@ -186,12 +224,6 @@ pub(super) fn fault_of(error: &lapin::Error) -> Option<Fault> {
 fn is_soft(error: &lapin::Error, soft: &AMQPSoftError) -> bool {
     let ErrorKind::ProtocolError(error) = error.kind() else { return false };
     matches!(error.kind(), AMQPErrorKind::Soft(it) if it == soft)
-}
-
-/// The broker's own words.
-fn said(error: &lapin::Error) -> String {
-    let ErrorKind::ProtocolError(error) = error.kind() else { return error.to_string() };
-    error.get_message().to_string()
 }
 
 /// What is declared in one round.

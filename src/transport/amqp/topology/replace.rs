@@ -28,6 +28,7 @@ use lapin::{
 use crate::{
     protocol::ids::ServiceName,
     transport::amqp::{
+        bounded::{ANSWER_MAX, Alarm, AskError, answer},
         connection::confirming_channel,
         error::Disposition,
         names::Names,
@@ -76,7 +77,7 @@ pub enum ReplaceError {
         queue: String,
         /// Why.
         #[source]
-        source: lapin::Error,
+        source: AskError,
     },
     /// A message found no queue, or none that took it. It is where it was.
     #[error("a message of queue `{queue}` was not taken by its next queue")]
@@ -92,7 +93,7 @@ impl ReplaceError {
         match self {
             Self::Consumed { .. } => Disposition::GiveUp,
             Self::Declare(error) => error.disposition(),
-            Self::Step { source, .. } => super::disposition(source),
+            Self::Step { source, .. } => source.disposition(),
             Self::NotTaken { .. } => Disposition::Retry,
         }
     }
@@ -113,6 +114,7 @@ pub async fn replace(
     let key = format!("*.{}", service.name);
     let mut replacing = Replacing {
         connection,
+        alarm: Alarm::of(connection),
         channel: confirming(connection, &prepare.name).await?,
         declarer: Declarer::on(connection).await?,
         replaced: Replaced::default(),
@@ -133,16 +135,18 @@ pub async fn replace(
 }
 
 async fn confirming(connection: &Connection, queue: &ShortString) -> Result<Channel, ReplaceError> {
-    confirming_channel(connection).await.map_err(step("open a channel for", queue))
+    let opened = answer(ANSWER_MAX, confirming_channel(connection)).await;
+    opened.map_err(step("open a channel for", queue))
 }
 
-fn step(step: &'static str, queue: &ShortString) -> impl FnOnce(lapin::Error) -> ReplaceError {
+fn step(step: &'static str, queue: &ShortString) -> impl FnOnce(AskError) -> ReplaceError {
     let queue = queue.to_string();
     move |source| ReplaceError::Step { step, queue, source }
 }
 
 struct Replacing<'a> {
     connection: &'a Connection,
+    alarm: Alarm,
     channel: Channel,
     declarer: Declarer,
     replaced: Replaced,
@@ -170,7 +174,8 @@ impl Replacing<'_> {
         }
         // It goes with this connection, whatever happens.
         let options = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
-        let declared = self.channel.queue_declare("".into(), options, FieldTable::default()).await;
+        let declaring = self.channel.queue_declare("".into(), options, FieldTable::default());
+        let declared = answer(ANSWER_MAX, declaring).await;
         let meanwhile = declared.map_err(step("stand in for", &queue.name))?.name().clone();
         let meanwhile = Binding { queue: meanwhile, ..binding.clone() };
         self.bind(&meanwhile).await?;
@@ -223,7 +228,8 @@ impl Replacing<'_> {
         service: &ServiceName,
     ) -> Result<(), ReplaceError> {
         let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-        let found = self.channel.queue_declare(queue.clone(), options, FieldTable::default()).await;
+        let asked = self.channel.queue_declare(queue.clone(), options, FieldTable::default());
+        let found = answer(ANSWER_MAX, asked).await;
         let consumers = found.map_err(step("count the consumers of", queue))?.consumer_count();
         if consumers == 0 {
             return Ok(());
@@ -233,10 +239,11 @@ impl Replacing<'_> {
     }
 
     /// Moves everything from queue `from` to where `next` is bound, one after the other.
-    async fn drain(&self, from: &ShortString, next: &Binding) -> Result<u64, ReplaceError> {
+    async fn drain(&mut self, from: &ShortString, next: &Binding) -> Result<u64, ReplaceError> {
         let mut moved = 0;
         loop {
-            let got = self.channel.basic_get(from.clone(), BasicGetOptions::default()).await;
+            let getting = self.channel.basic_get(from.clone(), BasicGetOptions::default());
+            let got = answer(ANSWER_MAX, getting).await;
             let Some(message) = got.map_err(step("read from", from))? else { return Ok(moved) };
             self.pass_on(message, from, next).await?;
             moved += 1;
@@ -245,7 +252,7 @@ impl Replacing<'_> {
 
     /// Publishes `message` again as it was published before, and only then takes it away.
     async fn pass_on(
-        &self,
+        &mut self,
         message: BasicGetMessage,
         from: &ShortString,
         next: &Binding,
@@ -254,19 +261,21 @@ impl Replacing<'_> {
         let options = BasicPublishOptions { mandatory: true, immediate: false };
         let (exchange, key) = (next.exchange.clone(), delivery.routing_key.clone());
         let properties = without_user(&delivery.properties);
-        let published =
-            self.channel.basic_publish(exchange, key, options, &delivery.data, properties).await;
-        let confirmed = match published {
-            Ok(confirm) => confirm.await,
-            Err(error) => Err(error),
+        let channel = self.channel.clone();
+        let publishing = async {
+            let published =
+                channel.basic_publish(exchange, key, options, &delivery.data, properties);
+            published.await?.await
         };
+        let confirmed = self.alarm.bound(ANSWER_MAX, publishing).await;
+        let confirmed = confirmed.and_then(|confirmed| Ok(confirmed?));
         match confirmed.map_err(step("move a message of", from))? {
             Confirmation::Ack(None) => {}
             Confirmation::Ack(Some(_)) | Confirmation::Nack(_) | Confirmation::NotRequested => {
                 return Err(ReplaceError::NotTaken { queue: from.to_string() });
             }
         }
-        let acked = delivery.ack(BasicAckOptions::default()).await;
+        let acked = answer(ANSWER_MAX, delivery.ack(BasicAckOptions::default())).await;
         acked.map(drop).map_err(step("take a moved message from", from))
     }
 
@@ -282,12 +291,14 @@ impl Replacing<'_> {
 
     async fn unbind(&self, binding: &Binding) -> Result<(), ReplaceError> {
         let Binding { exchange, queue, key } = binding.clone();
-        let unbound = self.channel.queue_unbind(queue, exchange, key, FieldTable::default()).await;
+        let unbinding = self.channel.queue_unbind(queue, exchange, key, FieldTable::default());
+        let unbound = answer(ANSWER_MAX, unbinding).await;
         unbound.map_err(step("unbind", &binding.queue))
     }
 
     async fn delete(&self, queue: &ShortString) -> Result<(), ReplaceError> {
-        let deleted = self.channel.queue_delete(queue.clone(), QueueDeleteOptions::default()).await;
+        let deleting = self.channel.queue_delete(queue.clone(), QueueDeleteOptions::default());
+        let deleted = answer(ANSWER_MAX, deleting).await;
         deleted.map(drop).map_err(step("delete", queue))
     }
 }
@@ -300,7 +311,8 @@ fn is_quorum(queue: &Queue, found: &[Finding]) -> bool {
         | Fault::Missing
         | Fault::Refused(_)
         | Fault::NotBegun(_)
-        | Fault::LeftOver => None,
+        | Fault::LeftOver
+        | Fault::Unavailable(_) => None,
     });
     kind.unwrap_or_else(|| queue.kind.to_string()) == QueueKind::Quorum.to_string()
 }
