@@ -3,6 +3,7 @@
 #![allow(clippy::print_stdout, reason = "a test prints what it has measured")]
 
 mod bench;
+mod bounds;
 #[path = "../support/broker.rs"]
 mod broker;
 #[path = "../support/certificates.rs"]
@@ -15,12 +16,15 @@ mod lines;
 mod node;
 #[path = "../support/processes.rs"]
 mod processes;
+#[path = "../support/proxy.rs"]
+mod proxy;
 mod publisher;
 mod readme;
 mod scenarios;
 mod secrets;
 mod service;
 mod signals;
+mod stand;
 mod system;
 mod tls;
 mod topology;
