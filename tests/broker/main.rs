@@ -10,6 +10,7 @@ mod broker;
 mod certificates;
 mod client;
 mod crash;
+mod direct;
 mod journal;
 #[path = "../support/lines.rs"]
 mod lines;

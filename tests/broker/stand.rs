@@ -21,6 +21,7 @@ use tokio::time::Instant;
 use crate::{
     broker::{Leftovers, Place, place},
     crash::{leftovers, until},
+    direct::Direct,
     processes::{LIMIT, Process, World},
     proxy::{Proxy, Tap},
 };
@@ -53,7 +54,7 @@ pub(crate) struct Site {
     pub(crate) world: World,
     /// The same place, straight.
     pub(crate) place: Place,
-    pub(crate) names: Names,
+    pub(crate) direct: Direct,
     services: PathBuf,
     _leftovers: Leftovers,
 }
@@ -81,7 +82,8 @@ impl Site {
         let world = World::at(behind);
         let services = world.file("services.json", &specs);
         world.apply_topology(Some(&services));
-        Self { proxy, world, place, names, services, _leftovers: leftovers }
+        let direct = Direct::to(&place);
+        Self { proxy, world, place, direct, services, _leftovers: leftovers }
     }
 
     /// `dtc worker` called `w1`, just started.
@@ -115,11 +117,6 @@ impl Site {
         let flags = ["submit", "-", "--wait", "--output", "ndjson", "--detail", "--timeout", "60s"];
         let (process, stdin) = Process::start_fed("producer", &mut self.world.dtc(&flags));
         Producer { process, stdin, number: AtomicUsize::new(0) }
-    }
-
-    /// Makes what is missing of the topology.
-    pub(crate) fn apply_topology(&self) {
-        self.world.apply_topology(Some(&self.services));
     }
 
     /// A queue's name, where names begin with the namespace.
@@ -190,13 +187,17 @@ impl Stand {
         self.producer.answered(id, limit)
     }
 
+    /// How transaction `id` ends, if it does within `limit`.
+    pub(crate) fn answer(&self, id: &str, limit: Duration) -> Option<Value> {
+        self.producer.answer(id, limit)
+    }
+
     /// How many lines each process has said by now.
     pub(crate) fn marked(&self) -> Mark {
-        let [worker, payments, stock] =
-            [&self.worker, &self.payments, &self.stock].map(|it| it.stderr.count());
-        let producer = self.producer.process.stderr.count();
+        let [worker, stock, producer] = [&self.worker, &self.stock, &self.producer.process]
+            .map(|process| process.stderr.count());
         let answers = self.producer.process.stdout.count();
-        Mark { at: Instant::now(), worker, payments, stock, producer, answers }
+        Mark { at: Instant::now(), worker, stock, producer, answers }
     }
 
     /// What `stopped` counts was stopped at `mark`. One transaction over `services` runs into that and
@@ -249,12 +250,6 @@ impl Stand {
         says(&self.stock, mark.stock, mark, thing);
     }
 
-    /// The same for the service `payments`.
-    #[track_caller]
-    pub(crate) fn payments_says(&self, mark: &Mark, thing: &str) {
-        says(&self.payments, mark.payments, mark, thing);
-    }
-
     /// The same for the producer.
     #[track_caller]
     pub(crate) fn producer_says(&self, mark: &Mark, thing: &str) {
@@ -266,7 +261,6 @@ impl Stand {
 pub(crate) struct Mark {
     at: Instant,
     worker: usize,
-    payments: usize,
     stock: usize,
     producer: usize,
     answers: usize,
@@ -328,8 +322,12 @@ impl Producer {
     /// How transaction `id` ends, within `limit`.
     #[track_caller]
     pub(crate) fn answered(&self, id: &str, limit: Duration) -> Value {
-        let said = self.process.stdout.wait_for(&format!("\"{id}\""), limit);
-        let said = said.unwrap_or_else(|| panic!("{id} is not answered within {limit:.1?}"));
-        serde_json::from_str(&said).unwrap()
+        self.answer(id, limit).unwrap_or_else(|| panic!("{id} is not answered within {limit:.1?}"))
+    }
+
+    /// How transaction `id` ends, if it does within `limit`.
+    pub(crate) fn answer(&self, id: &str, limit: Duration) -> Option<Value> {
+        let said = self.process.stdout.wait_for(&format!("\"{id}\""), limit)?;
+        Some(serde_json::from_str(&said).unwrap())
     }
 }

@@ -153,6 +153,8 @@ impl Frames {
 pub(crate) enum Reach {
     /// Those that there are when it is set.
     Existing,
+    /// The one on which such a frame comes first.
+    First,
     All,
 }
 
@@ -171,12 +173,23 @@ pub(crate) enum Deed {
 
 struct Rule {
     frames: Frames,
-    /// Connections with a number below this.
-    connections_below: u64,
+    reach: Reach,
+    /// Connections from this number on are not meant; of [`Reach::First`], all but this one.
+    boundary: Option<u64>,
     deed: Deed,
     /// How many more frames it is for.
     left: u64,
     count: u64,
+}
+
+impl Rule {
+    fn reaches(&self, connection: u64) -> bool {
+        match (self.reach, self.boundary) {
+            (Reach::Existing, Some(boundary)) => connection < boundary,
+            (Reach::First, Some(first)) => connection == first,
+            (Reach::Existing | Reach::First, None) | (Reach::All, _) => true,
+        }
+    }
 }
 
 /// A rule that is set.
@@ -260,11 +273,8 @@ impl Proxy {
         let mut state = self.shared.state();
         let number = state.next_rule;
         state.next_rule += 1;
-        let connections_below = match reach {
-            Reach::Existing => state.next_connection,
-            Reach::All => u64::MAX,
-        };
-        let rule = Rule { frames, connections_below, deed, left: count, count: 0 };
+        let boundary = (reach == Reach::Existing).then_some(state.next_connection);
+        let rule = Rule { frames, reach, boundary, deed, left: count, count: 0 };
         state.rules.insert(number, rule);
         Tap { number, shared: Arc::clone(&self.shared) }
     }
@@ -308,6 +318,13 @@ impl Proxy {
     pub(crate) fn wait_for_connections(&self, name: &str, count: usize) {
         let have_come = |state: &mut State| state.connections_named(name).count() >= count;
         assert!(self.shared.until(LIMIT, have_come), "{} are there", self.connections(name));
+    }
+
+    /// What was published to, on connections with `name` in their name: `exchange/key`.
+    pub(crate) fn targets(&self, name: &str) -> BTreeSet<String> {
+        let mut state = self.shared.state();
+        let channels = state.connections_named(name).flat_map(|it| it.channels.values());
+        channels.flat_map(|it| it.targets.iter().cloned()).collect()
     }
 
     /// The highest number that a channel of a connection with `name` in its name has had.
@@ -506,7 +523,7 @@ impl State {
         }
         let is_for = |rule: &&mut Rule| {
             rule.left > 0
-                && number < rule.connections_below
+                && rule.reaches(number)
                 && rule.frames.from == from
                 && is_named(&connection.name, &rule.frames.connection)
                 && (rule.frames.about.is_empty()
@@ -523,6 +540,9 @@ impl State {
         for rule in self.rules.values_mut().filter_map(|rule| Some(rule).filter(|it| is_for(it))) {
             rule.count += 1;
             rule.left -= 1;
+            if rule.reach == Reach::First {
+                rule.boundary = Some(number);
+            }
             match rule.deed {
                 Deed::Count => {}
                 Deed::Swallow => fate = Fate::Swallow,

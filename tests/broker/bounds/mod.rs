@@ -7,6 +7,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
+mod nothing;
 mod producer;
 mod service;
 mod silence;

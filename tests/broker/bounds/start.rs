@@ -11,10 +11,11 @@ use crate::{
     stand::{BOTH, READY, Site, Stand, WITHIN},
 };
 
-/// The first such answer to somebody never comes: they are at work in time all the same.
+/// No such answer comes on the first connection that waits for one: whoever waits is at work in
+/// time all the same.
 fn comes_to_work(frames: Frames, start: impl Fn(&Site) -> Process) {
     let site = Site::new();
-    let stopped = site.proxy.rule_for(1, frames, Reach::All, Deed::Swallow);
+    let stopped = site.proxy.rule(frames, Reach::First, Deed::Swallow);
     let process = start(&site);
     assert!(stopped.has_come(1, WITHIN), "nothing was stopped");
     process.wait_for_line(READY, WITHIN);
@@ -90,13 +91,14 @@ fn a_producer_that_is_given_no_channel_asks_again() {
     asks_again(Frames::answers(CHANNEL_OPEN_OK));
 }
 
-/// The first such answer to a producer never comes: what it submits is answered in time.
+/// No such answer comes on the first connection of a producer that waits for one: what it submits is
+/// answered in time.
 fn asks_again(frames: Frames) {
     let site = Site::new();
     let services = BOTH.map(|name| site.service(name));
     let worker = site.worker(&[]);
     let frames = frames.on("dtc submit");
-    let stopped = site.proxy.rule_for(1, frames, Reach::All, Deed::Swallow);
+    let stopped = site.proxy.rule(frames, Reach::First, Deed::Swallow);
     let producer = site.producer();
     let stand = Stand::of(site, worker, services, producer);
     let mark = stand.marked();

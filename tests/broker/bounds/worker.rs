@@ -39,7 +39,7 @@ fn a_result_that_is_never_confirmed_is_published_again_and_its_request_acknowled
     stand.commits_again(&mark, &stopped, &BOTH);
     let is_acknowledged = acknowledged.has_come(1, mark.left());
     assert!(is_acknowledged, "the request is still in hand");
-    stand.worker_says(&mark, &results);
+    stand.worker_says(&mark, &stand.site.name("results"));
 }
 
 #[test]
