@@ -2,6 +2,8 @@
 
 #![allow(clippy::print_stdout, reason = "a test prints what it has measured")]
 
+#[path = "../support/bare.rs"]
+mod bare;
 mod bench;
 mod bounds;
 #[path = "../support/broker.rs"]
@@ -11,6 +13,7 @@ mod certificates;
 mod client;
 mod crash;
 mod direct;
+mod hostile;
 mod journal;
 #[path = "../support/lines.rs"]
 mod lines;
