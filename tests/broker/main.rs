@@ -24,6 +24,7 @@ mod processes;
 mod proxy;
 mod publisher;
 mod readme;
+mod returned;
 mod scenarios;
 mod secrets;
 mod service;
