@@ -17,6 +17,7 @@ mod hostile;
 mod journal;
 #[path = "../support/lines.rs"]
 mod lines;
+mod locked;
 mod misspelt;
 mod node;
 #[path = "../support/processes.rs"]
