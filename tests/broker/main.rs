@@ -35,4 +35,5 @@ mod stand;
 mod system;
 mod tls;
 mod topology;
+mod unwanted;
 mod watched;
