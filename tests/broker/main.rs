@@ -11,6 +11,7 @@ mod broker;
 #[path = "../support/certificates.rs"]
 mod certificates;
 mod client;
+mod coming_up;
 mod crash;
 mod direct;
 mod hostile;
