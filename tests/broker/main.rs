@@ -2,6 +2,7 @@
 
 #![allow(clippy::print_stdout, reason = "a test prints what it has measured")]
 
+mod alarm;
 #[path = "../support/bare.rs"]
 mod bare;
 mod bench;
