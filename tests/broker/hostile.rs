@@ -11,7 +11,7 @@ use dtc::worker::clock::Clock;
 use crate::{
     bare::{Bare, Properties, header_called, nested_arrays, nested_tables},
     processes::Process,
-    stand::{BOTH, Stand, WITHIN},
+    stand::{BOTH, READY, Site, Stand, WITHIN},
 };
 
 /// What can't be read of a message.
@@ -147,9 +147,9 @@ fn a_record_in_the_journal_that_cannot_be_read_is_skipped_by_every_worker() {
     }
     goes_on(&stand, "dtc worker", connections);
     // One that starts now reads all of it.
-    let mut flags = stand.site.world.dtc(&["worker", "--name", "w2"]);
-    let other = Process::start("w2", &mut flags);
-    other.wait_for_line("ready", WITHIN);
+    let mut command = stand.site.world.dtc(&["worker", "--name", "w2"]);
+    let other = Process::start("w2", &mut command);
+    other.wait_for_line(READY, WITHIN);
 }
 
 #[test]
@@ -167,6 +167,19 @@ fn results_that_cannot_be_read_do_not_end_a_producer() {
         stand.commits(&BOTH);
     }
     goes_on(&stand, "dtc submit", connections);
+}
+
+/// What all tests here stand on.
+#[test]
+fn a_broker_takes_all_of_this_into_its_queues() {
+    let site = Site::new();
+    let mut bare = Bare::connect(&site.place.url);
+    for poison in &POISONS {
+        let mut properties = properties("dtc.request.v1");
+        (poison.change)(&mut properties);
+        bare.publish(&site.name("requests"), b"request", &properties, poison.name.as_bytes());
+    }
+    site.direct.until_holds(&site.name("requests"), POISONS.len());
 }
 
 fn properties(kind: &str) -> Properties {
