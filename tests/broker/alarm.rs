@@ -49,10 +49,18 @@ fn alarm(broker: &Broker, is_set: bool) {
     }
 }
 
-/// All queues of the node.
-fn queues(broker: &Broker) -> BTreeSet<String> {
-    let listed = broker.control(&["list_queues", "--no-table-headers", "name"]);
-    listed.lines().map(str::to_owned).collect()
+/// Waits until something is declared.
+fn until_declared(broker: &Broker, place: &Place) {
+    let began = Instant::now();
+    while queues(broker, place).is_empty() {
+        assert!(began.elapsed() < LIMIT, "nothing is declared");
+    }
+}
+
+/// All queues and exchanges at this place.
+fn queues(broker: &Broker, place: &Place) -> BTreeSet<String> {
+    let declared = broker.declared_at(place).into_iter();
+    declared.filter(|name| !name.starts_with("Timeout")).collect()
 }
 
 #[test]
@@ -74,8 +82,7 @@ fn an_apply_under_an_alarm_says_so_in_time_and_goes_on_when_it_is_over() {
 
     let waiting = apply("60s");
     let mut interrupted = apply("60s");
-    let ns = &world.place.namespace;
-    while !queues(&broker).contains(&format!("{ns}.journal")) {}
+    until_declared(&broker, &world.place);
     interrupted.terminate();
     interrupted.exited(130, Duration::from_secs(5));
     alarm(&broker, false);
@@ -99,20 +106,20 @@ fn a_run_under_an_alarm_says_so_and_leaves_nothing_behind() {
     let mut alone = run();
     alone.exited(69, SOON);
     assert!(alone.stderr.text().contains(SAID), "{}", alone.stderr.text());
-    assert_eq!(queues(&broker), BTreeSet::new());
+    assert_eq!(queues(&broker, &world.place), BTreeSet::new());
 
     let mut interrupted = run();
-    while queues(&broker).is_empty() {}
+    until_declared(&broker, &world.place);
     interrupted.terminate();
     let began = Instant::now();
     interrupted.exited(130, SOON);
     println!("ended {:.1?} after the signal: {}", began.elapsed(), interrupted.stderr.text());
-    assert_eq!(queues(&broker), BTreeSet::new());
+    assert_eq!(queues(&broker, &world.place), BTreeSet::new());
 
     let mut bench = Process::start("bench", &mut world.dtc_at_broker(&["bench"]));
     bench.exited(1, SOON);
     assert!(bench.stderr.text().contains(SAID), "{}", bench.stderr.text());
-    assert_eq!(queues(&broker), BTreeSet::new());
+    assert_eq!(queues(&broker, &world.place), BTreeSet::new());
 }
 
 #[test]

@@ -11,7 +11,7 @@ use std::{
     fs,
     io::Write,
     path::{Path, PathBuf},
-    process::{Child, Command, ExitStatus, Stdio},
+    process::{Child, ChildStdin, Command, ExitStatus, Stdio},
     thread,
     time::Duration,
 };
@@ -147,6 +147,14 @@ impl Process {
         // A process that has read enough closes the pipe: that is its right.
         thread::spawn(move || drop(stdin.write_all(input.as_bytes())));
         process
+    }
+
+    /// Starts `command`, which reads what is written to the pipe.
+    pub(crate) fn start_fed(name: &str, command: &mut Command) -> (Self, ChildStdin) {
+        command.stdin(Stdio::piped());
+        let mut process = Self::spawn(name, command);
+        let stdin = process.child.stdin.take().unwrap();
+        (process, stdin)
     }
 
     fn spawn(name: &str, command: &mut Command) -> Self {

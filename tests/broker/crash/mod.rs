@@ -166,7 +166,7 @@ fn port_of(url: &str) -> u16 {
 const READY: &str = "ready";
 
 /// What is declared for these services.
-fn leftovers(place: &Place, names: &Names, specs: &Value) -> Leftovers {
+pub(crate) fn leftovers(place: &Place, names: &Names, specs: &Value) -> Leftovers {
     let (mut queues, mut exchanges) = (Vec::new(), Vec::new());
     for name in [
         names.requests(),

@@ -1,0 +1,42 @@
+//! What the other tests here stand on: behind the proxy a system works, and comes back when its
+//! connections end.
+
+use crate::{
+    proxy::{Deed, Frames, Reach, Side},
+    stand::{BOTH, Stand},
+};
+
+#[test]
+fn where_nothing_is_stopped_everything_goes_through_and_is_told_apart() {
+    let stand = Stand::new();
+    let (site, worker) = (&stand.site, "dtc worker w1 (publish)");
+    let counted = |frames| site.proxy.rule(frames, Reach::Existing, Deed::Count);
+    let name = |rest| site.name(rest);
+    let once = [
+        counted(Frames::publishes().on(worker).about(&name("journal"))),
+        counted(Frames::confirms().on(worker).about(&name("journal"))),
+        counted(Frames::publishes().on(worker).about(&name("results/"))),
+        counted(Frames::publishes().on("dtc submit").about(&name("requests/"))),
+        counted(Frames::deliveries().on("dtc worker w1 (consume)").about(&name("journal"))),
+        counted(Frames::deliveries().on("dtc worker w1 (consume)").about(&name("requests"))),
+        counted(Frames::deliveries().on("dtc service stock *(consume)").about(&name("prepare."))),
+        counted(Frames::deliveries().on("dtc service stock *(consume)").about(&name("finish."))),
+        counted(Frames::acks().on("dtc service stock").about(&name("prepare.stock"))),
+        counted(Frames::deliveries().on("dtc submit (results)").about(&name("results."))),
+    ];
+    let none = counted(Frames::publishes().on(worker).about(&name("rejected")));
+    stand.commits(&BOTH);
+    once.iter().for_each(|tap| tap.wait_for(1));
+    let counts: Vec<_> = once.iter().map(crate::proxy::Tap::count).collect();
+    assert_eq!((counts, none.count()), (vec![1; once.len()], 0));
+}
+
+#[test]
+fn a_system_whose_every_connection_ends_comes_back() {
+    let stand = Stand::new();
+    let mark = stand.marked();
+    let proxy = &stand.site.proxy;
+    let new = proxy.rule(Frames::all(Side::Client), Reach::All, Deed::Count);
+    proxy.cut("");
+    stand.commits_again(&mark, &new, &BOTH);
+}

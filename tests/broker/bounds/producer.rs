@@ -1,0 +1,37 @@
+//! What a producer waits for.
+
+use crate::{
+    proxy::Frames,
+    stand::{BOTH, Stand},
+};
+
+#[test]
+fn results_that_are_never_delivered_are_asked_for_again() {
+    let stand = Stand::new();
+    let results = stand.site.name("results");
+    let mark = stand.marked();
+    let stopped = stand.site.proxy.stop(Frames::deliveries().on("(results)").about(&results));
+    stand.commits_again(&mark, &stopped, &BOTH);
+    stand.producer_says(&mark, &results);
+}
+
+#[test]
+fn requests_that_are_never_confirmed_are_published_again() {
+    let stand = Stand::new();
+    let requests = stand.site.name("requests/");
+    let mark = stand.marked();
+    let stopped = stand.site.proxy.stop(Frames::confirms().on("dtc submit").about(&requests));
+    stand.commits_again(&mark, &stopped, &BOTH);
+    stand.producer_says(&mark, &stand.site.name("requests"));
+}
+
+/// Neither is the request taken, nor is that ever said.
+#[test]
+fn a_publishing_connection_of_a_producer_that_is_read_no_more_is_given_up() {
+    let stand = Stand::new();
+    let requests = stand.site.name("requests/");
+    let mark = stand.marked();
+    let stopped = stand.site.proxy.stop(Frames::publishes().on("dtc submit").about(&requests));
+    stand.commits_again(&mark, &stopped, &BOTH);
+    stand.producer_says(&mark, &stand.site.name("requests"));
+}

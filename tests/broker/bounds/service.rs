@@ -1,0 +1,52 @@
+//! What an instance of a service waits for.
+
+use crate::{
+    proxy::Frames,
+    stand::{BOTH, Site, Stand},
+};
+
+const CONSUME: &str = "dtc service stock *(consume)";
+const PUBLISH: &str = "dtc service stock *(publish)";
+
+#[test]
+fn prepares_that_are_never_delivered_are_asked_for_again() {
+    let stand = Stand::new();
+    let prepares = stand.site.name("prepare.stock");
+    let mark = stand.marked();
+    let stopped = stand.site.proxy.stop(Frames::deliveries().on(CONSUME).about(&prepares));
+    stand.commits_again(&mark, &stopped, &BOTH);
+    stand.stock_says(&mark, &prepares);
+}
+
+#[test]
+fn commits_that_are_never_delivered_are_asked_for_again() {
+    let stand = Stand::new();
+    let own = stand.site.name("finish.stock");
+    let mark = stand.marked();
+    let stopped = stand.site.proxy.stop(Frames::deliveries().on(CONSUME).about(&own));
+    stand.commits_again(&mark, &stopped, &BOTH);
+    stand.stock_says(&mark, &own);
+}
+
+/// The slots of what is finished stay taken for the broker.
+#[test]
+fn prepares_whose_acknowledgements_get_lost_do_not_use_up_the_slots() {
+    let stand = Stand::at(Site::narrow(), &[]);
+    let prepares = stand.site.name("prepare.stock");
+    let mark = stand.marked();
+    let stopped = stand.site.proxy.stop(Frames::acks().on(CONSUME).about(&prepares));
+    stand.submit(&BOTH);
+    stopped.wait_for(1);
+    stand.commits_again(&mark, &stopped, &BOTH);
+    stand.stock_says(&mark, &prepares);
+}
+
+/// Votes and dones, and whatever else it says.
+#[test]
+fn a_publishing_connection_of_a_service_that_is_read_no_more_is_given_up() {
+    let stand = Stand::new();
+    let mark = stand.marked();
+    let stopped = stand.site.proxy.stop(Frames::publishes().on(PUBLISH));
+    stand.commits_again(&mark, &stopped, &BOTH);
+    stand.stock_says(&mark, "");
+}

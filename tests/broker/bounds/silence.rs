@@ -1,0 +1,72 @@
+//! Connections on which nothing comes any more.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::{
+    proxy::{Frames, Side},
+    stand::{BOTH, Stand},
+};
+
+#[test]
+fn a_worker_whose_connections_fall_silent_connects_again() {
+    falls_silent("dtc worker w1", |stand, mark| stand.worker_says(mark, ""));
+}
+
+#[test]
+fn a_worker_whose_publishing_connection_falls_silent_connects_again() {
+    falls_silent("dtc worker w1 (publish)", |stand, mark| stand.worker_says(mark, ""));
+}
+
+#[test]
+fn a_worker_whose_consuming_connection_falls_silent_connects_again() {
+    falls_silent("dtc worker w1 (consume)", |stand, mark| stand.worker_says(mark, ""));
+}
+
+#[test]
+fn a_service_whose_connections_fall_silent_connects_again() {
+    falls_silent("dtc service stock", |stand, mark| stand.stock_says(mark, ""));
+}
+
+#[test]
+fn a_producer_whose_connections_fall_silent_connects_again() {
+    falls_silent("dtc submit", |stand, mark| stand.producer_says(mark, ""));
+}
+
+/// The broker speaks no more, and hears all.
+fn falls_silent(name: &str, says: impl Fn(&Stand, &crate::stand::Mark)) {
+    let stand = Stand::new();
+    let mark = stand.marked();
+    let stopped = stand.site.proxy.stop(Frames::all(Side::Broker).on(name));
+    stand.commits_again(&mark, &stopped, &BOTH);
+    says(&stand, &mark);
+}
+
+/// Neither end hears anything of the other.
+#[test]
+fn a_system_whose_every_connection_falls_into_a_hole_connects_again() {
+    let stand = Stand::new();
+    let mark = stand.marked();
+    let connections = stand.site.proxy.connections("");
+    let stopped = stand.site.proxy.stop(Frames::all(Side::Client));
+    stand.site.proxy.black_hole("");
+    stand.commits_again(&mark, &stopped, &BOTH);
+    stand.worker_says(&mark, "");
+    println!("{connections} connections, and then {}", stand.site.proxy.connections(""));
+}
+
+/// Heartbeats alone are no reason to give up a connection on which everything else comes.
+#[test]
+fn a_broker_that_says_everything_but_heartbeats_is_believed_to_be_alive() {
+    let stand = Stand::new();
+    let proxy = &stand.site.proxy;
+    let connections = proxy.connections("dtc worker");
+    proxy.stop(Frames::heartbeats(Side::Broker).on("dtc worker"));
+    // More than the two intervals of 10 s after which a silent peer is given up.
+    let began = Instant::now();
+    while began.elapsed() < Duration::from_secs(25) {
+        stand.commits(&BOTH);
+    }
+    assert_eq!(proxy.connections("dtc worker"), connections);
+}

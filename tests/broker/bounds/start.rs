@@ -1,0 +1,110 @@
+//! What is waited for while somebody takes their place at the broker.
+
+use std::time::Duration;
+
+use crate::{
+    processes::Process,
+    proxy::{
+        CHANNEL_OPEN_OK, CONFIRM_SELECT_OK, CONSUME_OK, Deed, Frames, QOS_OK, QUEUE_BIND_OK,
+        QUEUE_DECLARE_OK, Reach,
+    },
+    stand::{BOTH, READY, Site, Stand, WITHIN},
+};
+
+/// No such answer comes on the first connection that waits for one: whoever waits is at work in
+/// time all the same.
+fn comes_to_work(frames: Frames, start: impl Fn(&Site) -> Process) {
+    let site = Site::new();
+    let stopped = site.proxy.rule(frames, Reach::First, Deed::Swallow);
+    let process = start(&site);
+    assert!(stopped.has_come(1, WITHIN), "nothing was stopped");
+    process.wait_for_line(READY, WITHIN);
+    let said = process.stderr.text();
+    let says_so = |line: &str| line.contains("WARN") && crate::stand::is_end_of_a_wait(line, "");
+    assert!(said.lines().any(says_so), "no line says which wait has ended:\n{said}");
+}
+
+macro_rules! starts {
+    ($($name:ident: $who:ident, $frames:expr;)*) => {
+        $(
+            #[test]
+            fn $name() {
+                comes_to_work($frames, $who);
+            }
+        )*
+    };
+}
+
+fn worker(site: &Site) -> Process {
+    site.start_worker(&[])
+}
+
+fn stock(site: &Site) -> Process {
+    site.start_service("stock")
+}
+
+starts! {
+    a_worker_that_is_given_no_channel_to_publish_on_asks_again:
+        worker, Frames::answers(CHANNEL_OPEN_OK).on("(publish)");
+    a_worker_that_is_given_no_channel_to_consume_on_asks_again:
+        worker, Frames::answers(CHANNEL_OPEN_OK).on("(consume)");
+    a_worker_whose_channel_never_confirms_that_it_confirms_asks_again:
+        worker, Frames::answers(CONFIRM_SELECT_OK).on("dtc worker w1");
+    a_worker_whose_mark_in_the_journal_is_never_confirmed_sets_another:
+        worker, Frames::confirms().on("dtc worker w1");
+    a_worker_that_is_given_nothing_of_the_journal_asks_again:
+        worker, Frames::deliveries().on("dtc worker w1");
+    a_worker_whose_consumer_is_never_begun_asks_again:
+        worker, Frames::answers(CONSUME_OK).on("dtc worker w1");
+    a_worker_whose_prefetch_is_never_agreed_to_asks_again:
+        worker, Frames::answers(QOS_OK).on("dtc worker w1");
+    a_worker_whose_queue_is_never_declared_asks_again:
+        worker, Frames::answers(QUEUE_DECLARE_OK).on("dtc worker w1");
+    a_worker_whose_queue_is_never_bound_asks_again:
+        worker, Frames::answers(QUEUE_BIND_OK).on("dtc worker w1");
+    a_service_that_is_given_no_channel_to_publish_on_asks_again:
+        stock, Frames::answers(CHANNEL_OPEN_OK).on("(publish)");
+    a_service_that_is_given_no_channel_to_consume_on_asks_again:
+        stock, Frames::answers(CHANNEL_OPEN_OK).on("(consume)");
+    a_service_whose_channel_never_confirms_that_it_confirms_asks_again:
+        stock, Frames::answers(CONFIRM_SELECT_OK).on("dtc service stock");
+    a_service_whose_consumer_is_never_begun_asks_again:
+        stock, Frames::answers(CONSUME_OK).on("dtc service stock");
+    a_service_whose_queue_is_never_declared_asks_again:
+        stock, Frames::answers(QUEUE_DECLARE_OK).on("dtc service stock");
+    a_service_whose_queue_is_never_bound_asks_again:
+        stock, Frames::answers(QUEUE_BIND_OK).on("dtc service stock");
+}
+
+#[test]
+fn a_producer_whose_consumer_is_never_begun_asks_again() {
+    asks_again(Frames::answers(CONSUME_OK));
+}
+
+#[test]
+fn a_producer_whose_queue_is_never_declared_asks_again() {
+    asks_again(Frames::answers(QUEUE_DECLARE_OK));
+}
+
+#[test]
+fn a_producer_that_is_given_no_channel_asks_again() {
+    asks_again(Frames::answers(CHANNEL_OPEN_OK));
+}
+
+/// No such answer comes on the first connection of a producer that waits for one: what it submits is
+/// answered in time.
+fn asks_again(frames: Frames) {
+    let site = Site::new();
+    let services = BOTH.map(|name| site.service(name));
+    let worker = site.worker(&[]);
+    let frames = frames.on("dtc submit");
+    let stopped = site.proxy.rule(frames, Reach::First, Deed::Swallow);
+    let producer = site.producer();
+    let stand = Stand::of(site, worker, services, producer);
+    let mark = stand.marked();
+    let id = stand.submit(&BOTH);
+    assert!(stopped.has_come(1, WITHIN), "nothing was stopped");
+    let answer = stand.answered(&id, mark.left().max(Duration::from_millis(1)));
+    assert_eq!(answer["status"], "COMMITTED", "{answer}");
+    stand.producer_says(&mark, "");
+}

@@ -1,0 +1,114 @@
+//! What a worker waits for.
+
+use crate::{
+    proxy::{Deed, Frames, QUEUE_DECLARE_OK, Reach},
+    stand::{BOTH, Site, Stand},
+};
+
+const PUBLISH: &str = "dtc worker w1 (publish)";
+const CONSUME: &str = "dtc worker w1 (consume)";
+
+#[test]
+fn an_append_that_is_never_confirmed_is_not_waited_for() {
+    let stand = Stand::new();
+    let journal = stand.site.name("journal");
+    let mark = stand.marked();
+    let stopped = stand.site.proxy.stop(Frames::confirms().on(PUBLISH).about(&journal));
+    stand.commits_again(&mark, &stopped, &BOTH);
+    stand.worker_says(&mark, &journal);
+}
+
+#[test]
+fn what_was_appended_and_is_never_read_back_is_read_on_another_channel() {
+    let stand = Stand::new();
+    let journal = stand.site.name("journal");
+    let mark = stand.marked();
+    let stopped = stand.site.proxy.stop(Frames::deliveries().on(CONSUME).about(&journal));
+    stand.commits_again(&mark, &stopped, &BOTH);
+    stand.worker_says(&mark, &journal);
+}
+
+#[test]
+fn a_result_that_is_never_confirmed_is_published_again_and_its_request_acknowledged() {
+    let stand = Stand::new();
+    let (requests, results) = (stand.site.name("requests"), stand.site.name("results/"));
+    let mark = stand.marked();
+    let proxy = &stand.site.proxy;
+    let acknowledged = proxy.rule(Frames::acks().about(&requests), Reach::All, Deed::Count);
+    let stopped = proxy.stop(Frames::confirms().on(PUBLISH).about(&results));
+    stand.commits_again(&mark, &stopped, &BOTH);
+    let is_acknowledged = acknowledged.has_come(1, mark.left());
+    assert!(is_acknowledged, "the request is still in hand");
+    stand.worker_says(&mark, &stand.site.name("results"));
+}
+
+#[test]
+fn prepares_that_are_never_confirmed_are_not_waited_for() {
+    let stand = Stand::new();
+    let prepares = stand.site.name("prepare/");
+    let mark = stand.marked();
+    let stopped = stand.site.proxy.stop(Frames::confirms().on(PUBLISH).about(&prepares));
+    stand.commits_again(&mark, &stopped, &BOTH);
+    stand.worker_says(&mark, &stand.site.name("prepare"));
+}
+
+#[test]
+fn requests_that_are_never_delivered_are_asked_for_again() {
+    let stand = Stand::new();
+    let requests = stand.site.name("requests");
+    let mark = stand.marked();
+    let stopped = stand.site.proxy.stop(Frames::deliveries().on(CONSUME).about(&requests));
+    stand.commits_again(&mark, &stopped, &BOTH);
+    stand.worker_says(&mark, &requests);
+}
+
+#[test]
+fn replies_that_are_never_delivered_are_asked_for_again() {
+    let stand = Stand::new();
+    let replies = stand.site.name("replies");
+    let mark = stand.marked();
+    let stopped = stand.site.proxy.stop(Frames::deliveries().on(CONSUME).about(&replies));
+    stand.commits_again(&mark, &stopped, &BOTH);
+    stand.worker_says(&mark, &replies);
+}
+
+/// The worker has as many requests in hand as it may, and has acknowledged them all.
+#[test]
+fn requests_whose_acknowledgements_get_lost_do_not_use_up_what_a_worker_may_hold() {
+    let stand = Stand::at(Site::new(), &["--max-in-flight", "2"]);
+    let requests = stand.site.name("requests");
+    let mark = stand.marked();
+    let stopped = stand.site.proxy.stop(Frames::acks().on(CONSUME).about(&requests));
+    for _ in 0..2 {
+        stand.submit(&BOTH);
+    }
+    stopped.wait_for(2);
+    stand.commits_again(&mark, &stopped, &BOTH);
+    stand.worker_says(&mark, &requests);
+}
+
+/// The broker reads nothing more of what the worker publishes, and is alive otherwise.
+#[test]
+fn a_publishing_connection_that_is_read_no_more_is_given_up() {
+    let stand = Stand::new();
+    let mark = stand.marked();
+    let stopped = stand.site.proxy.stop(Frames::publishes().on(PUBLISH));
+    stand.commits_again(&mark, &stopped, &BOTH);
+    stand.worker_says(&mark, "confirm");
+}
+
+/// The worker has never had to do with the service.
+#[test]
+fn a_service_that_is_looked_for_in_vain_is_looked_for_again() {
+    let site = Site::new();
+    let services = BOTH.map(|name| site.service(name));
+    let (worker, producer) = (site.worker(&[]), site.producer());
+    let stand = Stand::of(site, worker, services, producer);
+    stand.commits(&["payments"]);
+    let queue = stand.site.name("prepare.stock");
+    let mark = stand.marked();
+    let looks = Frames::answers(QUEUE_DECLARE_OK).on("dtc worker w1").about(&queue);
+    let stopped = stand.site.proxy.stop(looks);
+    stand.commits_again(&mark, &stopped, &BOTH);
+    stand.worker_says(&mark, &queue);
+}

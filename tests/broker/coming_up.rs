@@ -1,0 +1,38 @@
+//! A broker that comes up: it lets its users in before all their queues are there.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
+
+use crate::{
+    processes::{LIMIT, Process},
+    proxy::{CONSUME, Deed, Frames, Reach},
+    stand::{BOTH, READY, Stand},
+};
+
+#[test]
+fn a_worker_that_comes_back_before_the_journal_does_blames_nobody() {
+    let stand = Stand::new();
+    let journal = stand.site.name("journal");
+    comes_back(&stand, &stand.worker, "dtc worker w1", &journal);
+}
+
+#[test]
+fn an_instance_that_comes_back_before_its_queue_does_blames_nobody() {
+    let stand = Stand::new();
+    let prepares = stand.site.name("prepare.stock");
+    comes_back(&stand, &stand.stock, "dtc service stock", &prepares);
+}
+
+/// The connections end; on the first two that come again there is no such queue.
+fn comes_back(stand: &Stand, process: &Process, name: &str, queue: &str) {
+    let before = process.stderr.count();
+    let consuming = Frames::questions(CONSUME).on(name).about(queue);
+    let refused = stand.site.proxy.rule_for(2, consuming, Reach::All, Deed::NotFound);
+    stand.site.proxy.cut(name);
+    refused.wait_for(2);
+    let ready = process.stderr.wait_for_from(before, READY, LIMIT);
+    ready.expect("it serves again");
+    let said = process.stderr.all()[before..].join("\n");
+    println!("{said}");
+    assert!(!said.contains("ERROR") && !said.contains("topology apply"), "{said}");
+    stand.commits(&BOTH);
+}

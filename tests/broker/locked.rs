@@ -1,0 +1,53 @@
+//! An instance whose former connection is still there for the broker, with the queue that belongs to
+//! it: its machine was cut off, or the broker's node is down.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
+
+use std::time::Duration;
+
+use serde_json::json;
+
+use crate::{
+    broker::place,
+    crash::until,
+    stand::{BOTH, READY, Site, Stand},
+};
+
+/// "At once", on a machine that is busy.
+const AT_ONCE: Duration = Duration::from_secs(5);
+
+const STOCK: &str = "dtc service stock";
+
+#[test]
+fn an_instance_whose_old_queue_is_still_there_serves_at_once_by_another() {
+    let stand = Stand::new();
+    let said = stand.stock.stderr.count();
+    stand.site.proxy.sever(STOCK);
+    let ready = stand.stock.stderr.wait_for_from(said, READY, AT_ONCE);
+    ready.expect("it serves again");
+    let id = stand.submit(&BOTH);
+    let answer = stand.answered(&id, AT_ONCE);
+    assert_eq!((&answer["status"], &answer["unresolved"]), (&json!("COMMITTED"), &json!([])));
+    stand.site.is_committed_once(&id, &BOTH);
+}
+
+#[test]
+fn a_commit_reaches_an_instance_though_its_old_queue_is_still_there() {
+    // `stock` has prepared long before `payments` has.
+    let payments = json!({"name": "payments", "max_concurrency": 8, "max_wait_ms": 10_000,
+        "prepare": {"latency_ms": [3000, 3000]}});
+    let stock = json!({"name": "stock", "max_concurrency": 8, "max_wait_ms": 10_000});
+    let stand = Stand::at(Site::of(place(), json!([payments, stock])), &[]);
+    let prepared = stand.site.world.path("state/stock/prepared");
+    let id = stand.submit(&BOTH);
+    let is_prepared = || std::fs::read_dir(&prepared).is_ok_and(|it| it.count() > 0);
+    until("`stock` prepares", is_prepared);
+    let said = stand.stock.stderr.count();
+    stand.site.proxy.sever(STOCK);
+    let answer = stand.answered(&id, Duration::from_secs(12));
+    println!("{answer}");
+    assert_eq!((&answer["status"], &answer["unresolved"]), (&json!("COMMITTED"), &json!([])));
+    stand.site.is_committed_once(&id, &BOTH);
+    let ready = stand.stock.stderr.wait_for_from(said, READY, AT_ONCE);
+    ready.expect("it serves again");
+}
