@@ -1,0 +1,375 @@
+//! One scenario from its beginning to its verdict.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::{
+    journal,
+    network::{CLIENTS, NODES, Network},
+    nodes::{Nodes, Queue, tail, until},
+    oracle::{self, Facts, Times},
+    scenarios::{Scenario, any_of, close_connections},
+    system::{SERVICES, System, locked},
+};
+
+/// How many transactions are submitted in a second.
+const RATE: f64 = 35.0;
+/// How many results there must be before anything is done to the cluster.
+const WARM: usize = 20;
+/// How long that may take.
+const WARM_IN: Duration = Duration::from_secs(30);
+/// How long all goes well before the fault.
+const BEFORE: Duration = Duration::from_secs(3);
+/// How long transactions are submitted after it is healed.
+const AFTER: Duration = Duration::from_secs(8);
+/// Within what time the first new commit should come after the fault and after healing.
+const FAULT_GOAL: Duration = Duration::from_secs(15);
+const HEALING_GOAL: Duration = Duration::from_secs(3);
+/// How many lines of a log are shown.
+const SHOWN: usize = 6;
+/// How many are kept.
+const KEPT: usize = 2000;
+
+/// A cluster, and where things are.
+pub(crate) struct Stage {
+    pub(crate) network: Network,
+    pub(crate) nodes: Nodes,
+    /// Gone with this process.
+    pub(crate) scratch: PathBuf,
+    /// Outlasts it: what explains a failure is kept here.
+    pub(crate) kept: PathBuf,
+    /// Within what time after healing everything must be answered and quiet.
+    pub(crate) quiet_within: Duration,
+}
+
+/// What came of a scenario.
+#[derive(Debug, Default)]
+pub(crate) struct Verdict {
+    /// What was still waited for when everything should have been quiet.
+    pub(crate) hang: Option<String>,
+    /// What contradicts the rules.
+    pub(crate) violations: Vec<String>,
+    /// Which goals for the time of the first commit were missed.
+    pub(crate) late: Vec<String>,
+    /// Why the scenario couldn't be played to its end.
+    pub(crate) broken: Option<String>,
+    pub(crate) times: Times,
+    /// From healing until everything was answered and quiet.
+    pub(crate) quiet_after: Option<Duration>,
+}
+
+impl Verdict {
+    /// Whether the scenario passes: being late is told, and isn't a failure.
+    pub(crate) fn is_good(&self) -> bool {
+        self.hang.is_none() && self.violations.is_empty() && self.broken.is_none()
+    }
+
+    /// In a word.
+    pub(crate) fn word(&self) -> &'static str {
+        if self.broken.is_some() {
+            "BROKEN"
+        } else if !self.violations.is_empty() {
+            "VIOLATION"
+        } else if self.hang.is_some() {
+            "HANG"
+        } else if self.late.is_empty() {
+            "ok"
+        } else {
+            "late"
+        }
+    }
+}
+
+impl Stage {
+    /// Forms the cluster.
+    pub(crate) fn form(&mut self) -> Result<()> {
+        self.nodes.form(&self.network).context("the cluster doesn't form")
+    }
+
+    /// The version of RabbitMQ.
+    pub(crate) fn version(&self) -> Result<String> {
+        self.nodes.version()
+    }
+
+    /// Plays a scenario as run number `number`, and prints what explains a failure.
+    pub(crate) fn play(&mut self, scenario: &Scenario, number: usize) -> Verdict {
+        let mut verdict = Verdict::default();
+        let namespace = format!("r{number}");
+        let directory = self.scratch.join(&namespace);
+        let played = self.well().and_then(|()| {
+            let mut system = System::new(&directory, &namespace)?;
+            let played = self.play_in(scenario, number, &mut system, &mut verdict);
+            if played.is_err() || !verdict.is_good() {
+                self.explain(scenario, number, &system);
+            }
+            drop(system);
+            played
+        });
+        self.network.heal();
+        if let Err(error) = played {
+            verdict.broken = Some(format!("{error:#}"));
+        }
+        drop(fs::remove_dir_all(&directory));
+        verdict
+    }
+
+    /// Makes the cluster anew unless it is whole.
+    fn well(&mut self) -> Result<()> {
+        if self.nodes.are_well(&self.network) {
+            return Ok(());
+        }
+        println!("    a new cluster is formed");
+        self.form()
+    }
+
+    fn play_in(
+        &mut self,
+        scenario: &Scenario,
+        number: usize,
+        system: &mut System,
+        verdict: &mut Verdict,
+    ) -> Result<()> {
+        let (network, nodes) = (&self.network, &mut self.nodes);
+        let urls = any_of(&NODES);
+        system.declare(network, CLIENTS, &urls, scenario.commands.name())?;
+        let queues = nodes.queues(network, &system.namespace)?;
+        scenario.clients.start(network, system, &queues, RATE)?;
+        let warm = until(WARM_IN, || Ok(system.answered() >= WARM))?;
+        ensure!(warm, "{} results after {WARM_IN:?} without any fault", system.answered());
+        // The queues of clients exist now, too.
+        let queues = nodes.queues(network, &system.namespace)?;
+        // No two runs of a scenario hit the same moment.
+        thread::sleep(BEFORE + Duration::from_millis(number as u64 * 370 % 2000));
+
+        let fault = system.now();
+        let begun = scenario.fault.begin(network, nodes, &queues)?;
+        let lasts = Duration::from_secs(scenario.lasts);
+        thread::sleep(lasts.saturating_sub(system.now() - fault));
+        let during = (system.answered(), system.unanswered());
+        begun.heal(network, nodes, system, scenario.commands)?;
+        let healed = system.now();
+        thread::sleep(AFTER);
+        system.stop_producing();
+        let place = begun.node.map_or_else(String::new, |node| format!(" at {node}"));
+        println!(
+            "    {:?}{place}, {:.1?} long; {} answered and {} waiting at its end",
+            scenario.fault,
+            healed - fault,
+            during.0,
+            during.1
+        );
+
+        let limit = (healed + self.quiet_within).saturating_sub(system.now());
+        let waiting = wait_until_quiet(network, nodes, system, limit)?;
+        if waiting.is_empty() {
+            verdict.quiet_after = Some(system.now() - healed);
+        } else {
+            verdict.hang = Some(self.unstick(system, &waiting)?);
+        }
+        let (network, nodes) = (&self.network, &self.nodes);
+        verdict.violations.extend(system.died().into_iter().map(|it| format!("died: {it}")));
+        let journals = read_journals(system, self.quiet_within)?;
+        verdict.violations.extend(set_aside(nodes, network, system)?);
+        verdict.violations.extend(system.end());
+        let committed = SERVICES.iter().map(|it| ((*it).to_owned(), system.committed(it)));
+        let facts = Facts { committed: committed.collect(), journals };
+        let record = locked(&system.record);
+        verdict.violations.extend(oracle::violations(&record, &facts));
+        verdict.times = oracle::times(&record, fault, healed);
+        drop(record);
+        verdict.late = late(scenario, &verdict.times);
+        if let Err(error) = system.delete(network, CLIENTS, &urls) {
+            println!("    what was declared is left behind: {error:#}");
+        }
+        Ok(())
+    }
+
+    /// Tells what is stuck, closes all connections, and tells whether that helped.
+    fn unstick(&self, system: &System, waiting: &[String]) -> Result<String> {
+        let (network, nodes) = (&self.network, &self.nodes);
+        let within = self.quiet_within;
+        println!("    STUCK {within:?} after healing: {}", waiting.join("; "));
+        for channel in stuck_channels(network, nodes) {
+            println!("      {channel}");
+        }
+        println!("    closing all connections, to see whether that helps");
+        close_connections(network, nodes)?;
+        let started = system.now();
+        let still = wait_until_quiet(network, nodes, system, within)?;
+        let outcome = if still.is_empty() {
+            format!(
+                "went on within {:.0?} when all connections were closed",
+                system.now() - started
+            )
+        } else {
+            format!("closing all connections didn't help: {}", still.join("; "))
+        };
+        println!("    {outcome}");
+        Ok(format!("{}; {outcome}", waiting.join("; ")))
+    }
+
+    /// Prints and keeps what the processes and the nodes have to say.
+    fn explain(&self, scenario: &Scenario, number: usize, system: &System) {
+        for (name, lines) in system.logs(SHOWN) {
+            println!("    --- {name}\n{lines}");
+        }
+        let kept = self.kept.join(format!("{}-{number}", scenario.name));
+        if let Err(error) = self.keep(&kept, system) {
+            println!("    the logs can't be kept in {}: {error:#}", kept.display());
+            return;
+        }
+        println!("    all logs are in {}", kept.display());
+    }
+
+    fn keep(&self, kept: &Path, system: &System) -> Result<()> {
+        drop(fs::remove_dir_all(kept));
+        fs::create_dir_all(kept)?;
+        for entry in fs::read_dir(system.directory())? {
+            let path = entry?.path();
+            if path.is_file()
+                && let Some(name) = path.file_name()
+            {
+                fs::copy(&path, kept.join(name))?;
+            }
+        }
+        for node in NODES {
+            let log = tail(&self.nodes.log(node), KEPT);
+            fs::write(kept.join(format!("rabbit@{node}.log")), log)?;
+        }
+        let record = locked(&system.record);
+        let submitted = record.submitted.iter().map(|(id, submitted)| {
+            format!("{:.3} {id} {}\n", submitted.at.as_secs_f64(), submitted.services.join(","))
+        });
+        fs::write(kept.join("submitted"), submitted.collect::<String>())?;
+        let results = record.results.iter().map(|it| {
+            let unresolved = it.unresolved.join(",");
+            let at = it.at.as_secs_f64();
+            format!("{at:.3} {} {} {} {unresolved}\n", it.id, it.status, it.reason)
+        });
+        Ok(fs::write(kept.join("results"), results.collect::<String>())?)
+    }
+}
+
+/// What is still waited for after a limited time; empty if everything is answered and quiet.
+fn wait_until_quiet(
+    network: &Network,
+    nodes: &Nodes,
+    system: &System,
+    limit: Duration,
+) -> Result<Vec<String>> {
+    let mut waiting = Vec::new();
+    until(limit, || {
+        waiting.clear();
+        let (unanswered, prepared) = (system.unanswered(), system.prepared());
+        if unanswered > 0 {
+            waiting.push(format!("{unanswered} transactions without a result"));
+        }
+        if prepared > 0 {
+            waiting.push(format!("{prepared} branches prepared"));
+        }
+        let late = system.not_ready();
+        if !late.is_empty() {
+            waiting.push(format!("not ready: {}", late.join(", ")));
+        }
+        // What can be seen at once is seen first: the broker takes a second to answer.
+        if waiting.is_empty() {
+            waiting.extend(nodes.queues(network, &system.namespace)?.iter().filter_map(unquiet));
+        }
+        Ok(waiting.is_empty())
+    })?;
+    if !waiting.is_empty() {
+        let queues = nodes.queues(network, &system.namespace)?;
+        for queue in queues.iter().filter_map(unquiet) {
+            if !waiting.contains(&queue) {
+                waiting.push(queue);
+            }
+        }
+    }
+    Ok(waiting)
+}
+
+/// What a queue still holds, if it should hold nothing.
+fn unquiet(queue: &Queue) -> Option<String> {
+    let holds = queue.ready > 0 || queue.unacked > 0;
+    let Queue { name, node, state, ready, unacked, .. } = queue;
+    let told = format!("{name} at {node} ({state}): {ready} ready, {unacked} unacked");
+    (holds && queue.kind != "stream" && name != "rejected").then_some(told)
+}
+
+/// The channels on which something is not confirmed or not acknowledged.
+fn stuck_channels(network: &Network, nodes: &Nodes) -> Vec<String> {
+    let columns = "name number messages_unconfirmed messages_unacknowledged consumer_count \
+                   prefetch_count connection";
+    let words: Vec<_> = ["list_channels"].into_iter().chain(columns.split(' ')).collect();
+    let listed = nodes.one_up().and_then(|node| nodes.ctl(network, node, &words));
+    let listed = listed.unwrap_or_else(|error| format!("{error:#}"));
+    let is_stuck = |line: &&str| {
+        let fields: Vec<_> = line.split('\t').collect();
+        fields.get(2).is_none_or(|it| *it != "0") || fields.get(3).is_none_or(|it| *it != "0")
+    };
+    listed.lines().filter(is_stuck).map(str::to_owned).collect()
+}
+
+/// What was set aside: nothing that is sent here should be.
+fn set_aside(nodes: &Nodes, network: &Network, system: &System) -> Result<Vec<String>> {
+    let queues = nodes.queues(network, &system.namespace)?;
+    let rejected = queues.iter().filter(|queue| queue.name == "rejected" && queue.ready > 0);
+    Ok(rejected.map(|queue| format!("{} messages were rejected", queue.ready)).collect())
+}
+
+/// The journal at each node; asked again while the replicas differ, since one may be behind.
+fn read_journals(
+    system: &System,
+    limit: Duration,
+) -> Result<BTreeMap<String, Vec<journal::Entry>>> {
+    let stream = format!("{}.journal", system.namespace);
+    let mut journals = BTreeMap::new();
+    until(limit, || {
+        let reading = NODES.map(|node| {
+            let stream = stream.clone();
+            (node, thread::spawn(move || journal::read(node, &stream)))
+        });
+        let mut problem = None;
+        for (node, reading) in reading {
+            match reading.join() {
+                Ok(Ok(entries)) => drop(journals.insert(node.to_owned(), entries)),
+                Ok(Err(error)) => problem = Some(format!("{error:#}")),
+                Err(_) => problem = Some(format!("reading at {node} panicked")),
+            }
+        }
+        if let Some(problem) = &problem {
+            println!("    the journal can't be read: {problem}");
+        }
+        let mut all = journals.values();
+        let first = all.next();
+        Ok(problem.is_none() && all.all(|it| Some(it) == first))
+    })?;
+    Ok(journals)
+}
+
+/// Which goals were missed.
+fn late(scenario: &Scenario, times: &Times) -> Vec<String> {
+    let mut late = Vec::new();
+    if scenario.goes_on {
+        match times.first_after_fault {
+            Some(after) if after <= FAULT_GOAL => {}
+            Some(after) => {
+                late.push(format!("the first new commit came {after:.1?} after the fault"))
+            }
+            None => late.push("no new commit came after the fault".to_owned()),
+        }
+    }
+    match times.first_after_healing {
+        Some(after) if after <= HEALING_GOAL => {}
+        Some(after) => late.push(format!("the first new commit came {after:.1?} after healing")),
+        None => late.push("no new commit came after healing".to_owned()),
+    }
+    late
+}
