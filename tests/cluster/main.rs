@@ -209,11 +209,18 @@ fn play(wanted: &Wanted) -> Result<bool> {
     let runs = wanted.campaign.unwrap_or(scenarios.len());
     let (mut passed, mut failed) = (0, Vec::new());
     if wanted.campaign.is_none() && wanted.names.is_empty() {
-        for (name, check) in oracle_tests::ALL {
-            let good = panic::catch_unwind(check).is_ok();
+        let mut tell = |name: &str, good: bool| {
             println!("test {name} ... {}", if good { "ok" } else { "FAILED" });
-            if good { passed += 1 } else { failed.push((*name).to_owned()) }
+            if good { passed += 1 } else { failed.push(name.to_owned()) }
+        };
+        for (name, check) in oracle_tests::ALL {
+            tell(name, panic::catch_unwind(check).is_ok());
         }
+        let network = stage.check_network();
+        if let Err(error) = &network {
+            println!("{error:#}");
+        }
+        tell("network::links_are_cut_delayed_and_healed", network.is_ok());
     }
     println!("\nrunning {runs} runs of {} scenarios", scenarios.len());
     let mut table = Table::default();
@@ -250,7 +257,7 @@ fn closing(passed: usize, failed: usize, ignored: usize) {
 }
 
 fn tell(verdict: &Verdict) {
-    let Verdict { hang, violations, late, broken, times, quiet_after } = verdict;
+    let (times, quiet_after) = (&verdict.times, verdict.quiet_after);
     let seconds = |time: Option<Duration>| {
         time.map_or_else(|| "never".to_owned(), |time| format!("{:.1} s", time.as_secs_f64()))
     };
@@ -259,7 +266,7 @@ fn tell(verdict: &Verdict) {
         seconds(times.first_after_fault),
         seconds(times.first_after_healing),
         times.longest_gap.as_secs_f64(),
-        seconds(*quiet_after),
+        seconds(quiet_after),
     );
     println!(
         "    {} submitted, {} committed, aborted: {}",
@@ -268,10 +275,5 @@ fn tell(verdict: &Verdict) {
         table::reasons(&times.aborted)
     );
     println!("    verdict: {}", verdict.word());
-    for (what, all) in [("late", late), ("VIOLATION", violations)] {
-        all.iter().for_each(|it| println!("    {what}: {it}"));
-    }
-    for (what, one) in [("HANG", hang), ("BROKEN", broken)] {
-        one.iter().for_each(|it| println!("    {what}: {it}"));
-    }
+    verdict.problems().chain(&verdict.late).for_each(|it| println!("    * {it}"));
 }

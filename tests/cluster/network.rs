@@ -6,7 +6,7 @@
 use std::{
     io::{BufRead, BufReader, Write},
     process::{Child, Command, Stdio},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail, ensure};
@@ -28,6 +28,9 @@ const OBSERVER: &str = "ob";
 
 /// Small enough for any path that an outer network may prescribe.
 const MTU: u32 = 1400;
+
+/// How long to try to connect.
+const REACH: Duration = Duration::from_secs(2);
 
 /// The hosts and the switch.
 pub(crate) struct Network {
@@ -119,6 +122,20 @@ impl Network {
 
     fn set(&self, from: &str, to: &str, link: Link) {
         self.switch.set(port(from), port(to), link);
+    }
+
+    /// How long a connection from one host to another's port takes; `None` if there is none in time.
+    pub(crate) fn reach(&self, from: &str, to: &str, port: u16) -> Result<Option<Duration>> {
+        let script = format!("exec 3<>/dev/tcp/{}/{port}", address(to));
+        let started = Instant::now();
+        let reached = self
+            .at(from, "timeout")
+            .args([&REACH.as_secs().to_string(), "bash", "-c", &script])
+            .stdin(Stdio::null())
+            .stderr(Stdio::null())
+            .status()
+            .context("`timeout` can't be started")?;
+        Ok(reached.success().then(|| started.elapsed()))
     }
 
     /// Every link is whole again.

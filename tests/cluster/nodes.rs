@@ -30,7 +30,7 @@ const COMMAND: Duration = Duration::from_secs(40);
 /// How long to leave something alone that isn't there yet.
 const AGAIN_AFTER: Duration = Duration::from_millis(100);
 /// The broker's port.
-const PORT: u16 = 5672;
+pub(crate) const PORT: u16 = 5672;
 /// More than one run makes.
 const SIZE: &str = "size=6g";
 const BIN: &str = "/usr/lib/rabbitmq/bin";
@@ -44,8 +44,9 @@ pub(crate) struct Nodes {
     nodes: Vec<Node>,
 }
 
+/// A node's process, while somebody has started it.
+#[derive(Default)]
 struct Node {
-    name: &'static str,
     child: Option<Child>,
 }
 
@@ -80,7 +81,7 @@ impl Nodes {
         mount(&["--bind"], &data, &root.join("mnt"))?;
         mount(&["--bind"], &hosts, &root.join("etc/hosts"))?;
         mount(&["-t", "tmpfs"], Path::new("tmpfs"), &root.join("tmp"))?;
-        let nodes = NODES.map(|name| Node { name, child: None });
+        let nodes = NODES.map(|_| Node::default());
         Ok(Self { root, data, nodes: nodes.into() })
     }
 

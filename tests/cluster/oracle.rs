@@ -10,6 +10,7 @@ use std::{
 
 use crate::{
     journal::{Entry, decisions},
+    network::NODES,
     system::{Answer, Record, SERVICES},
 };
 
@@ -125,6 +126,9 @@ fn journals(
         complaints.add("the journal can't be read", "at any node".to_owned());
         return;
     };
+    for unread in NODES.iter().filter(|node| !facts.journals.contains_key(**node)) {
+        complaints.add("the journal can't be read", format!("at {unread}"));
+    }
     for (other, replica) in &facts.journals {
         if replica != journal {
             let same = replica.iter().zip(journal).take_while(|(one, other)| one == other).count();

@@ -147,7 +147,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     scenario("kill_n3_classic", Fault::Kill(At::Node(N3))).classic().stands_still(),
     scenario("results_queue_on_a_dead_node", Fault::Kill(At::Node(N3)))
         .clients(Clients::ProducerAt(N3))
-        .lasts(20)
+        .lasts(30)
         .selected(),
     scenario("instances_on_a_dead_node", Fault::Kill(At::Node(N3)))
         .clients(Clients::InstancesAt(N3))
