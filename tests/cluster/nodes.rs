@@ -60,6 +60,7 @@ pub(crate) struct Queue {
     pub(crate) node: String,
     pub(crate) ready: u64,
     pub(crate) unacked: u64,
+    pub(crate) consumers: u64,
     pub(crate) state: String,
 }
 
@@ -247,7 +248,7 @@ impl Nodes {
 
     /// The queues of a namespace, as the first node that is up sees them.
     pub(crate) fn queues(&self, network: &Network, namespace: &str) -> Result<Vec<Queue>> {
-        let columns = "name type leader pid messages_ready messages_unacknowledged state";
+        let columns = "name type leader pid messages_ready messages_unacknowledged consumers state";
         let words: Vec<_> =
             ["list_queues", "--no-table-headers"].into_iter().chain(columns.split(' ')).collect();
         let printed = self.ctl(network, self.one_up()?, &words)?;
@@ -320,7 +321,9 @@ fn group(child: &Child) -> Result<Pid> {
 /// A line of `list_queues`, if it is about this namespace.
 fn queue(line: &str, namespace: &str) -> Option<Queue> {
     let fields: Vec<_> = line.split('\t').collect();
-    let [name, kind, leader, pid, ready, unacked, state] = fields[..] else { return None };
+    let [name, kind, leader, pid, ready, unacked, consumers, state] = fields[..] else {
+        return None;
+    };
     let name = name.strip_prefix(namespace)?.strip_prefix('.')?;
     let place = if leader.is_empty() { pid } else { leader };
     let node = NODES.into_iter().find(|node| place.contains(&format!("rabbit@{node}")));
@@ -330,6 +333,7 @@ fn queue(line: &str, namespace: &str) -> Option<Queue> {
         node: node.unwrap_or("?").to_owned(),
         ready: ready.parse().unwrap_or(0),
         unacked: unacked.parse().unwrap_or(0),
+        consumers: consumers.parse().unwrap_or(0),
         state: state.to_owned(),
     })
 }

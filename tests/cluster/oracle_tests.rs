@@ -62,7 +62,7 @@ impl Run {
     }
 
     /// The only complaint is of this kind.
-    fn is_seen(self, kind: &str) {
+    fn has_one_complaint(self, kind: &str) {
         let complaints = violations(&self.record, &self.facts);
         assert!(matches!(&complaints[..], [one] if one.starts_with(kind)), "{complaints:?}");
     }
@@ -86,43 +86,45 @@ fn all_is_well() {
 }
 
 fn committed_twice() {
-    Run::good().commits("stock", "a 7 sa 0 i\na 7 sa 0 j\n").is_seen("committed too often");
+    Run::good()
+        .commits("stock", "a 7 sa 0 i\na 7 sa 0 j\n")
+        .has_one_complaint("committed too often");
 }
 
 fn committed_unasked() {
     let run = Run::good().commits("shipping", "a 8 xa 0 i\n");
-    run.is_seen("committed too often");
+    run.has_one_complaint("committed too often");
 }
 
 fn not_committed() {
-    Run::good().commits("payments", "").is_seen("committed in part");
+    Run::good().commits("payments", "").has_one_complaint("committed in part");
 }
 
 fn aborted_and_committed() {
     let run = Run::good().commits("stock", "a 7 sa 0 i\nb 8 sb 0 i\n");
-    run.is_seen("aborted in part");
+    run.has_one_complaint("aborted in part");
 }
 
 fn unanswered_in_part() {
     let mut run = Run::good().commits("stock", "");
     run.record.results.remove(0);
-    run.is_seen("without a result, and committed in part");
+    run.has_one_complaint("without a result, and committed in part");
 }
 
 fn untrue_reason() {
     let mut run = Run::good();
     run.record.results[1].reason = "unknown_service".to_owned();
-    run.is_seen("aborted as `unknown_service`, which isn't true");
+    run.has_one_complaint("aborted as `unknown_service`, which isn't true");
 }
 
 fn two_results() {
     let mut run = Run::good();
     run.record.results.push(answer("a", "COMMITTED", ""));
-    run.is_seen("two results");
+    run.has_one_complaint("two results");
 }
 
 fn another_branch() {
-    Run::good().commits("stock", "a 7 other 0 i\n").is_seen("committed another branch");
+    Run::good().commits("stock", "a 7 other 0 i\n").has_one_complaint("committed another branch");
 }
 
 fn not_in_journal() {
@@ -131,25 +133,25 @@ fn not_in_journal() {
     for journal in run.facts.journals.values_mut() {
         journal[1].offset = 1;
     }
-    run.is_seen("told what the journal doesn't say");
+    run.has_one_complaint("told what the journal doesn't say");
 }
 
 fn replica_behind() {
     let mut run = Run::good();
     run.facts.journals.values_mut().take(1).for_each(|journal| journal.truncate(2));
-    run.is_seen("replicas of the journal differ");
+    run.has_one_complaint("replicas of the journal differ");
 }
 
 fn gap() {
     let mut run = Run::good();
     run.facts.journals.values_mut().for_each(|journal| journal[2].offset = 3);
-    run.is_seen("the journal has a gap");
+    run.has_one_complaint("the journal has a gap");
 }
 
 fn no_journal() {
     let mut run = Run::good();
     run.facts.journals.clear();
-    run.is_seen("the journal can't be read");
+    run.has_one_complaint("the journal can't be read");
 }
 
 fn new_commits() {

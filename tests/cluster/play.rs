@@ -34,6 +34,8 @@ const AFTER: Duration = Duration::from_secs(8);
 const COMMIT_LIMIT: Duration = Duration::from_secs(15);
 /// Within what time it should come after healing.
 const HEALING_GOAL: Duration = Duration::from_secs(3);
+/// How often a result may be published on the average: again after each lost link, and not for ever.
+const PUBLISHED_MAX: u64 = 5;
 /// How many lines of a log are shown.
 const SHOWN: usize = 6;
 /// How many are kept.
@@ -215,6 +217,12 @@ impl Stage {
         let journals = read_journals(system, self.quiet_within)?;
         verdict.violations.extend(set_aside(nodes, network, system)?);
         verdict.violations.extend(system.end());
+        let submitted = locked(&system.record).submitted.len() as u64;
+        let published = system.results_published();
+        if published > submitted * PUBLISHED_MAX {
+            let told = format!("{published} results were published for {submitted} transactions");
+            verdict.violations.push(told);
+        }
         let committed = SERVICES.iter().map(|it| ((*it).to_owned(), system.committed(it)));
         let facts = Facts { committed: committed.collect(), journals };
         let record = locked(&system.record);
@@ -233,8 +241,9 @@ impl Stage {
         let (network, nodes) = (&self.network, &self.nodes);
         let within = self.quiet_within;
         println!("    STUCK {within:?} after healing: {}", waiting.join("; "));
-        for channel in stuck_channels(network, nodes) {
-            println!("      {channel}");
+        match stuck(network, nodes, &system.namespace) {
+            Ok(all) => all.iter().for_each(|line| println!("      {line}")),
+            Err(error) => println!("      the broker can't be asked: {error:#}"),
         }
         println!("    closing all connections, to see whether that helps");
         close_connections(network, nodes)?;
@@ -355,18 +364,42 @@ fn unquiet(queue: &Queue) -> Option<String> {
     (holds && queue.kind != "stream" && name != "rejected").then_some(told)
 }
 
-/// The channels on which something is not confirmed or not acknowledged.
-fn stuck_channels(network: &Network, nodes: &Nodes) -> Vec<String> {
-    let columns = "name number messages_unconfirmed messages_unacknowledged consumer_count \
-                   prefetch_count connection";
-    let words: Vec<_> = ["list_channels"].into_iter().chain(columns.split(' ')).collect();
-    let listed = nodes.one_up().and_then(|node| nodes.ctl(network, node, &words));
-    let listed = listed.unwrap_or_else(|error| format!("{error:#}"));
-    let is_stuck = |line: &&str| {
-        let fields: Vec<_> = line.split('\t').collect();
-        fields.get(2).is_none_or(|it| *it != "0") || fields.get(3).is_none_or(|it| *it != "0")
+/// What the broker says of who waits for what: the channels on which something is not confirmed or
+/// not acknowledged, with their connections' names, and the queues with their consumers.
+fn stuck(network: &Network, nodes: &Nodes, namespace: &str) -> Result<Vec<String>> {
+    let node = nodes.one_up()?;
+    let listed = |what: &str, columns: &str| {
+        let words = [what, "--no-table-headers"].into_iter().chain(columns.split(' '));
+        nodes.ctl(network, node, &words.collect::<Vec<_>>())
     };
-    listed.lines().filter(is_stuck).map(str::to_owned).collect()
+    let connections = listed("list_connections", "pid client_properties")?;
+    let name_of = |pid: &str| {
+        let line = connections.lines().find(|line| line.starts_with(pid))?;
+        let (_, rest) = line.split_once("connection_name")?;
+        // What follows is quoted, whatever stands between.
+        rest.trim_start_matches('"').split('"').nth(1).map(str::to_owned)
+    };
+    let columns = "connection number messages_unconfirmed messages_unacknowledged consumer_count";
+    let mut all = Vec::new();
+    for line in listed("list_channels", columns)?.lines() {
+        let fields: Vec<_> = line.split('\t').collect();
+        let [connection, number, unconfirmed, unacked, consumers] = fields[..] else { continue };
+        if unconfirmed != "0" || unacked != "0" {
+            let name = name_of(connection).unwrap_or_else(|| connection.to_owned());
+            let node = connection.trim_start_matches("<rabbit@").split('.').next().unwrap_or("?");
+            all.push(format!(
+                "{name} at {node}, channel {number}: {unconfirmed} unconfirmed, {unacked} unacked, \
+                 {consumers} consumers"
+            ));
+        }
+    }
+    for queue in nodes.queues(network, namespace)? {
+        let Queue { name, kind, node, ready, unacked, consumers, state } = queue;
+        all.push(format!(
+            "{kind} {name} at {node}: {ready} ready, {unacked} unacked, {consumers} consumers, {state}"
+        ));
+    }
+    Ok(all)
 }
 
 /// What was set aside: nothing that is sent here should be.
@@ -413,9 +446,12 @@ fn judge_times(scenario: &Scenario, verdict: &mut Verdict) {
         None => format!("no new commit came after {what}"),
     };
     let is_within = |after: Option<Duration>, goal| after.is_some_and(|after| after <= goal);
-    let (fault, healing) = (verdict.times.first_after_fault, verdict.times.first_after_healing);
+    let Times { first_after_fault: fault, first_after_healing: healing, longest_gap, .. } =
+        verdict.times;
     if scenario.goes_on && !is_within(fault, COMMIT_LIMIT) {
         verdict.stood_still = Some(told(fault, "the fault"));
+    } else if scenario.goes_on && longest_gap > COMMIT_LIMIT {
+        verdict.stood_still = Some(format!("nothing was committed for {longest_gap:.1?}"));
     } else if !is_within(healing, COMMIT_LIMIT) {
         verdict.stood_still = Some(told(healing, "healing"));
     } else if !is_within(healing, HEALING_GOAL) {

@@ -138,7 +138,7 @@ impl Scenario {
 
 /// All of them, in the order in which they are run.
 pub(crate) const SCENARIOS: &[Scenario] = &[
-    scenario("kill_n1", Fault::Kill(At::Node(N1))).selected(),
+    scenario("kill_n1", Fault::Kill(At::Node(N1))),
     scenario("kill_n2", Fault::Kill(At::Node(N2))),
     scenario("kill_n3", Fault::Kill(At::Node(N3))),
     // A classic queue is where its node is: its service stands still, and the rest with it.
@@ -156,7 +156,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     scenario("journal_cut_clients_elsewhere", Fault::FromNodes(At::LeaderOf("journal")))
         .clients(Clients::NotAtLeaderOf("journal"))
         .selected(),
-    scenario("isolate_n2", Fault::FromNodes(At::Node(N2))),
+    scenario("isolate_n2", Fault::FromNodes(At::Node(N2))).selected(),
     scenario("isolate_n2_classic", Fault::FromNodes(At::Node(N2))).classic().stands_still(),
     scenario("isolate_n3_30s", Fault::FromNodes(At::Node(N3))).lasts(30),
     scenario("isolate_n1_from_everybody", Fault::FromEverybody(At::Node(N1))),

@@ -183,6 +183,7 @@ impl System {
         let ready = self.directory.join(format!("{name}.ready"));
         let mut command = self.dtc(network, host, urls, &["worker", "--drain", "5s"]);
         command.args(["--name", name, "--ready-file"]).arg(&ready);
+        command.arg("--report").arg(self.report(name));
         self.serve(name, command, ready)
     }
 
@@ -375,6 +376,19 @@ impl System {
             drop(thread.join());
         }
         complaints
+    }
+
+    /// How many results all workers published that have ended, as they report at their end.
+    pub(crate) fn results_published(&self) -> u64 {
+        let reports = (1..).map(|number| self.report(&format!("w{number}")));
+        let reports = reports.map_while(|path| fs::read_to_string(path).ok());
+        let reports = reports.filter_map(|text| serde_json::from_str::<Value>(&text).ok());
+        let count = |report: &Value, name: &str| report[name].as_u64().unwrap_or(0);
+        reports.map(|report| count(&report, "committed") + count(&report, "aborted")).sum()
+    }
+
+    fn report(&self, worker: &str) -> PathBuf {
+        self.directory.join(format!("{worker}.report"))
     }
 
     /// The last lines of every process's log.
