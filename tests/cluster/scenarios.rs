@@ -165,8 +165,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         .stands_still(),
     scenario("journal_cut", Fault::FromNodes(At::LeaderOf("journal"))),
     scenario("journal_cut_30s", Fault::FromNodes(At::LeaderOf("journal"))).lasts(30),
-    scenario("journal_cut_from_everybody", Fault::FromEverybody(At::LeaderOf("journal")))
-        .selected(),
+    scenario("journal_cut_from_everybody", Fault::FromEverybody(At::LeaderOf("journal"))),
     scenario("requests_cut", Fault::FromNodes(At::LeaderOf("requests"))),
     scenario("requests_cut_from_everybody", Fault::FromEverybody(At::LeaderOf("requests"))),
     scenario("results_cut", Fault::FromNodes(At::LeaderOf("results."))),
