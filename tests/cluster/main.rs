@@ -276,4 +276,5 @@ fn tell(verdict: &Verdict) {
     );
     println!("    verdict: {}", verdict.word());
     verdict.problems().chain(&verdict.late).for_each(|it| println!("    * {it}"));
+    verdict.broker.iter().for_each(|it| println!("    * the broker: {it}"));
 }

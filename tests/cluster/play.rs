@@ -34,6 +34,8 @@ const AFTER: Duration = Duration::from_secs(8);
 const COMMIT_LIMIT: Duration = Duration::from_secs(15);
 /// Within what time it should come after healing.
 const HEALING_GOAL: Duration = Duration::from_secs(3);
+/// What a node says that has lost its replica of a stream.
+const NO_REPLICA: &str = "does not have a running replica on the local node";
 /// How often a result may be published on the average: again after each lost link, and not for ever.
 const PUBLISHED_MAX: u64 = 5;
 /// How many lines of a log are shown.
@@ -64,6 +66,8 @@ pub(crate) struct Verdict {
     pub(crate) stood_still: Option<String>,
     /// That it came later than it should, which may be the machine's fault.
     pub(crate) late: Option<String>,
+    /// What the broker did, and `dtc` can't help: told, and no failure.
+    pub(crate) broker: Vec<String>,
     /// Why the scenario couldn't be played to its end.
     pub(crate) broken: Option<String>,
     pub(crate) times: Times,
@@ -210,11 +214,16 @@ impl Stage {
         if waiting.is_empty() {
             verdict.quiet_after = Some(system.now() - healed);
         } else {
-            verdict.hang = Some(self.unstick(system, &waiting)?);
+            let (told, is_in_limbo) = self.unstick(system, &waiting)?;
+            if is_in_limbo {
+                verdict.broker.push(format!("no channel has what queues count as unacked: {told}"));
+            } else {
+                verdict.hang = Some(told);
+            }
         }
         let (network, nodes) = (&self.network, &self.nodes);
         verdict.violations.extend(system.died().into_iter().map(|it| format!("died: {it}")));
-        let journals = read_journals(system, self.quiet_within)?;
+        let journals = self.read_journals(system, verdict)?;
         verdict.violations.extend(set_aside(nodes, network, system)?);
         verdict.violations.extend(system.end());
         let submitted = locked(&system.record).submitted.len() as u64;
@@ -237,14 +246,18 @@ impl Stage {
     }
 
     /// Tells what is stuck, closes all connections, and tells whether that helped.
-    fn unstick(&self, system: &System, waiting: &[String]) -> Result<String> {
+    ///
+    /// After a partition, queues may count messages as unacked that no channel has. If that is all,
+    /// then no client waits for anything or could do anything about it: it is in limbo.
+    fn unstick(&self, system: &System, waiting: &[String]) -> Result<(String, bool)> {
         let (network, nodes) = (&self.network, &self.nodes);
         let within = self.quiet_within;
         println!("    STUCK {within:?} after healing: {}", waiting.join("; "));
-        match stuck(network, nodes, &system.namespace) {
-            Ok(all) => all.iter().for_each(|line| println!("      {line}")),
-            Err(error) => println!("      the broker can't be asked: {error:#}"),
-        }
+        let held = stuck(network, nodes, &system.namespace)?;
+        held.lines.iter().for_each(|line| println!("      {line}"));
+        let is_in_limbo = held.by_channels == 0
+            && held.ready == 0
+            && system.unanswered() + system.prepared() == 0;
         println!("    closing all connections, to see whether that helps");
         close_connections(network, nodes)?;
         let started = system.now();
@@ -258,7 +271,33 @@ impl Stage {
             format!("closing all connections didn't help: {}", still.join("; "))
         };
         println!("    {outcome}");
-        Ok(format!("{}; {outcome}", waiting.join("; ")))
+        Ok((format!("{}; {outcome}", waiting.join("; ")), is_in_limbo && still.is_empty()))
+    }
+
+    /// The journal at each node.
+    ///
+    /// After a partition the broker may leave a replica down for good; an operator restarts it.
+    fn read_journals(
+        &self,
+        system: &System,
+        verdict: &mut Verdict,
+    ) -> Result<BTreeMap<String, Vec<journal::Entry>>> {
+        let (journals, problem) = read_journals(system, self.quiet_within)?;
+        let Some(problem) = problem else { return Ok(journals) };
+        if !problem.contains(NO_REPLICA) {
+            println!("    the journal can't be read: {problem}");
+            return Ok(journals);
+        }
+        let name = format!("{}.journal", system.namespace);
+        let words = ["restart_stream", name.as_str()];
+        self.nodes.tool(&self.network, self.nodes.one_up()?, "rabbitmq-streams", &words)?;
+        let (journals, problem) = read_journals(system, self.quiet_within)?;
+        verdict.broker.push(format!(
+            "a replica of the journal stayed down for {:?} and more; {}",
+            self.quiet_within,
+            problem.as_deref().unwrap_or("it came back with restart_stream")
+        ));
+        Ok(journals)
     }
 
     /// Prints and keeps what the processes and the nodes have to say.
@@ -364,9 +403,19 @@ fn unquiet(queue: &Queue) -> Option<String> {
     (holds && queue.kind != "stream" && name != "rejected").then_some(told)
 }
 
-/// What the broker says of who waits for what: the channels on which something is not confirmed or
-/// not acknowledged, with their connections' names, and the queues with their consumers.
-fn stuck(network: &Network, nodes: &Nodes, namespace: &str) -> Result<Vec<String>> {
+/// What the broker says of who waits for what.
+#[derive(Default)]
+struct Held {
+    lines: Vec<String>,
+    /// How many messages are not confirmed or not acknowledged on all channels.
+    by_channels: u64,
+    /// How many messages are ready in all queues that should be empty.
+    ready: u64,
+}
+
+/// The channels on which something is not confirmed or not acknowledged, with their connections'
+/// names, and the queues with their consumers.
+fn stuck(network: &Network, nodes: &Nodes, namespace: &str) -> Result<Held> {
     let node = nodes.one_up()?;
     let listed = |what: &str, columns: &str| {
         let words = [what, "--no-table-headers"].into_iter().chain(columns.split(' '));
@@ -380,26 +429,31 @@ fn stuck(network: &Network, nodes: &Nodes, namespace: &str) -> Result<Vec<String
         rest.trim_start_matches('"').split('"').nth(1).map(str::to_owned)
     };
     let columns = "connection number messages_unconfirmed messages_unacknowledged consumer_count";
-    let mut all = Vec::new();
+    let mut held = Held::default();
     for line in listed("list_channels", columns)?.lines() {
         let fields: Vec<_> = line.split('\t').collect();
         let [connection, number, unconfirmed, unacked, consumers] = fields[..] else { continue };
-        if unconfirmed != "0" || unacked != "0" {
+        let count = |number: &str| number.parse::<u64>().unwrap_or(0);
+        if count(unconfirmed) + count(unacked) > 0 {
+            held.by_channels += count(unconfirmed) + count(unacked);
             let name = name_of(connection).unwrap_or_else(|| connection.to_owned());
             let node = connection.trim_start_matches("<rabbit@").split('.').next().unwrap_or("?");
-            all.push(format!(
+            held.lines.push(format!(
                 "{name} at {node}, channel {number}: {unconfirmed} unconfirmed, {unacked} unacked, \
                  {consumers} consumers"
             ));
         }
     }
     for queue in nodes.queues(network, namespace)? {
+        if unquiet(&queue).is_some() {
+            held.ready += queue.ready;
+        }
         let Queue { name, kind, node, ready, unacked, consumers, state } = queue;
-        all.push(format!(
+        held.lines.push(format!(
             "{kind} {name} at {node}: {ready} ready, {unacked} unacked, {consumers} consumers, {state}"
         ));
     }
-    Ok(all)
+    Ok(held)
 }
 
 /// What was set aside: nothing that is sent here should be.
@@ -409,19 +463,20 @@ fn set_aside(nodes: &Nodes, network: &Network, system: &System) -> Result<Vec<St
     Ok(rejected.map(|queue| format!("{} messages were rejected", queue.ready)).collect())
 }
 
-/// The journal at each node; asked again while the replicas differ, since one may be behind.
+/// The journal at each node; asked again while the replicas differ, since one may be behind. What
+/// was the problem last is told as well.
 fn read_journals(
     system: &System,
     limit: Duration,
-) -> Result<BTreeMap<String, Vec<journal::Entry>>> {
+) -> Result<(BTreeMap<String, Vec<journal::Entry>>, Option<String>)> {
     let stream = format!("{}.journal", system.namespace);
-    let mut journals = BTreeMap::new();
+    let (mut journals, mut problem) = (BTreeMap::new(), None);
     until(limit, || {
         let reading = NODES.map(|node| {
             let stream = stream.clone();
             (node, thread::spawn(move || journal::read(node, &stream)))
         });
-        let mut problem = None;
+        problem = None;
         for (node, reading) in reading {
             match reading.join() {
                 Ok(Ok(entries)) => drop(journals.insert(node.to_owned(), entries)),
@@ -429,14 +484,11 @@ fn read_journals(
                 Err(_) => problem = Some(format!("reading at {node} panicked")),
             }
         }
-        if let Some(problem) = &problem {
-            println!("    the journal can't be read: {problem}");
-        }
         let mut all = journals.values();
         let first = all.next();
         Ok(problem.is_none() && all.all(|it| Some(it) == first))
     })?;
-    Ok(journals)
+    Ok((journals, problem))
 }
 
 /// Compares the times of the first new commits with the goals.

@@ -25,9 +25,9 @@ impl Table {
         }
         let mut text = format!(
             "{} runs on three nodes of RabbitMQ {version}. Times in seconds, median / longest.\n\n\
-             | scenario | runs | hangs | violations | stood still | late | new commit after the fault \
+             | scenario | runs | hangs | violations | stood still | late | broker | new commit after the fault \
              | after healing | longest gap | quiet after healing | committed | aborted |\n\
-             | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |\n",
+             | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |\n",
             self.runs.len()
         );
         for name in names {
@@ -41,6 +41,9 @@ impl Table {
             for problem in verdict.problems() {
                 // Nothing that is written to a String fails.
                 let _ = writeln!(text, "* run {number}, {name}: {}", problem.replace('\n', " "));
+            }
+            for note in &verdict.broker {
+                let _ = writeln!(text, "* run {number}, {name}, the broker: {note}");
             }
         }
         text
@@ -63,12 +66,13 @@ fn row(name: &str, verdicts: &[&Verdict]) -> String {
         format!("{:.1} / {:.1}{never}", median.as_secs_f64(), longest.as_secs_f64())
     };
     format!(
-        "| {name} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} |\n",
+        "| {name} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} | {} |\n",
         verdicts.len(),
         count(|it| it.hang.is_some()),
         count(|it| !it.violations.is_empty() || it.broken.is_some()),
         count(|it| it.stood_still.is_some()),
         count(|it| it.late.is_some()),
+        count(|it| !it.broker.is_empty()),
         spread(|it| it.times.first_after_fault),
         spread(|it| it.times.first_after_healing),
         spread(|it| Some(it.times.longest_gap)),
