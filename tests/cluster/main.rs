@@ -133,6 +133,11 @@ fn outside(wanted: &Wanted, arguments: &[String]) -> Result<bool> {
         scenarios.iter().for_each(|scenario| println!("{}: test", scenario.name));
         return Ok(true);
     }
+    if scenarios.is_empty() {
+        println!("\nrunning 0 tests");
+        closing(0, 0, 0);
+        return Ok(true);
+    }
     if let Err(error) = possible() {
         println!("\nrunning {} tests", scenarios.len());
         for scenario in &scenarios {
