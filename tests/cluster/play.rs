@@ -268,6 +268,8 @@ impl Stage {
                 system.now() - started
             )
         } else {
+            let held = stuck(network, nodes, &system.namespace)?;
+            held.lines.iter().for_each(|line| println!("      {line}"));
             format!("closing all connections didn't help: {}", still.join("; "))
         };
         println!("    {outcome}");
