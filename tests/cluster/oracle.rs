@@ -19,13 +19,15 @@ const TRUE_REASONS: [&str; 2] = ["deadline", "no_slot"];
 /// How many of many like complaints are told.
 const TOLD_MAX: usize = 5;
 
+/// The node, and its journal.
+pub(crate) type Journals = BTreeMap<String, Vec<Entry>>;
+
 /// What a run has left.
 #[derive(Debug, Default)]
 pub(crate) struct Facts {
     /// The name of each service, and its `committed.log`.
     pub(crate) committed: BTreeMap<String, String>,
-    /// The node, and its journal.
-    pub(crate) journals: BTreeMap<String, Vec<Entry>>,
+    pub(crate) journals: Journals,
 }
 
 /// A branch that a service has committed.

@@ -1,7 +1,6 @@
 //! One scenario from its beginning to its verdict.
 
 use std::{
-    collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
     thread,
@@ -14,7 +13,7 @@ use crate::{
     journal,
     network::{CLIENTS, NODES, Network},
     nodes::{Nodes, PORT, Queue, tail, until},
-    oracle::{self, Facts, Times},
+    oracle::{self, Facts, Journals, Times},
     scenarios::{Scenario, any_of, close_connections},
     system::{SERVICES, System, locked},
 };
@@ -257,7 +256,8 @@ impl Stage {
         held.lines.iter().for_each(|line| println!("      {line}"));
         let is_in_limbo = held.by_channels == 0
             && held.ready == 0
-            && system.unanswered() + system.prepared() == 0;
+            && system.unanswered() + system.prepared() == 0
+            && system.not_ready().is_empty();
         println!("    closing all connections, to see whether that helps");
         close_connections(network, nodes)?;
         let started = system.now();
@@ -273,17 +273,13 @@ impl Stage {
             format!("closing all connections didn't help: {}", still.join("; "))
         };
         println!("    {outcome}");
-        Ok((format!("{}; {outcome}", waiting.join("; ")), is_in_limbo && still.is_empty()))
+        Ok((format!("{}; {outcome}", waiting.join("; ")), is_in_limbo))
     }
 
     /// The journal at each node.
     ///
     /// After a partition the broker may leave a replica down for good; an operator restarts it.
-    fn read_journals(
-        &self,
-        system: &System,
-        verdict: &mut Verdict,
-    ) -> Result<BTreeMap<String, Vec<journal::Entry>>> {
+    fn read_journals(&self, system: &System, verdict: &mut Verdict) -> Result<Journals> {
         let (journals, problem) = read_journals(system, self.quiet_within)?;
         let Some(problem) = problem else { return Ok(journals) };
         if !problem.contains(NO_REPLICA) {
@@ -367,19 +363,26 @@ fn wait_until_quiet(
         }
         // What can be seen at once is seen first: the broker takes a second to answer.
         if waiting.is_empty() {
-            waiting.extend(nodes.queues(network, &system.namespace)?.iter().filter_map(unquiet));
+            waiting.extend(unquiet_queues(network, nodes, system));
         }
         Ok(waiting.is_empty())
     })?;
     if !waiting.is_empty() {
-        let queues = nodes.queues(network, &system.namespace)?;
-        for queue in queues.iter().filter_map(unquiet) {
+        for queue in unquiet_queues(network, nodes, system) {
             if !waiting.contains(&queue) {
                 waiting.push(queue);
             }
         }
     }
     Ok(waiting)
+}
+
+/// The queues that hold what they shouldn't, or that nobody tells of them.
+fn unquiet_queues(network: &Network, nodes: &Nodes, system: &System) -> Vec<String> {
+    match nodes.queues(network, &system.namespace) {
+        Ok(queues) => queues.iter().filter_map(unquiet).collect(),
+        Err(error) => vec![format!("the broker doesn't tell of its queues: {error:#}")],
+    }
 }
 
 /// Where the queues are that matter.
@@ -467,12 +470,9 @@ fn set_aside(nodes: &Nodes, network: &Network, system: &System) -> Result<Vec<St
 
 /// The journal at each node; asked again while the replicas differ, since one may be behind. What
 /// was the problem last is told as well.
-fn read_journals(
-    system: &System,
-    limit: Duration,
-) -> Result<(BTreeMap<String, Vec<journal::Entry>>, Option<String>)> {
+fn read_journals(system: &System, limit: Duration) -> Result<(Journals, Option<String>)> {
     let stream = format!("{}.journal", system.namespace);
-    let (mut journals, mut problem) = (BTreeMap::new(), None);
+    let (mut journals, mut problem) = (Journals::new(), None);
     until(limit, || {
         let reading = NODES.map(|node| {
             let stream = stream.clone();

@@ -391,11 +391,19 @@ impl System {
         self.directory.join(format!("{worker}.report"))
     }
 
-    /// The last lines of every process's log.
+    /// The last lines of every log, also of processes that have ended.
     pub(crate) fn logs(&self, count: usize) -> Vec<(String, String)> {
-        let producers = self.producers.iter().map(|producer| &producer.process);
-        let processes = self.processes.iter().chain(producers);
-        processes.map(|process| (process.name.clone(), process.says(count))).collect()
+        let entries = fs::read_dir(&self.directory).into_iter().flatten();
+        let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
+        let mut logs: Vec<_> = paths
+            .filter(|path| path.extension().is_some_and(|extension| extension == "log"))
+            .filter_map(|path| {
+                let name = path.file_stem()?.to_str()?.to_owned();
+                Some((name, tail(&fs::read_to_string(&path).ok()?, count)))
+            })
+            .collect();
+        logs.sort_unstable();
+        logs
     }
 
     /// Where the files are.
