@@ -26,7 +26,7 @@ const BOOT: Duration = Duration::from_secs(150);
 /// How long a node may take to stop.
 const STOP: Duration = Duration::from_secs(60);
 /// How long a command of an operator may take.
-const COMMAND: Duration = Duration::from_secs(40);
+const COMMAND: Duration = Duration::from_secs(25);
 /// How long to leave something alone that isn't there yet.
 const AGAIN_AFTER: Duration = Duration::from_millis(100);
 /// The broker's port.
@@ -98,7 +98,9 @@ impl Nodes {
         for name in NODES {
             self.wait_until_up(name)?;
         }
-        self.ctl(network, NODES[0], &["await_online_nodes", "3"]).map(drop)
+        let waited = until(BOOT, || Ok(self.knows_all(network)))?;
+        ensure!(waited, "the nodes don't find each other within {BOOT:?}");
+        Ok(())
     }
 
     /// Takes all that a node knows.
@@ -223,7 +225,12 @@ impl Nodes {
         };
         self.nodes.iter_mut().all(running)
             && NODES.iter().all(|name| is_up(name))
-            && self.ctl(network, NODES[0], &["await_online_nodes", "3", "-t", "10"]).is_ok()
+            && self.knows_all(network)
+    }
+
+    /// Whether the first node sees the others.
+    fn knows_all(&self, network: &Network) -> bool {
+        self.ctl(network, NODES[0], &["await_online_nodes", "3", "-t", "10"]).is_ok()
     }
 
     /// `rabbitmqctl` at a node.
@@ -242,8 +249,20 @@ impl Nodes {
         let limit = COMMAND.as_secs().to_string();
         let mut command = self.at(network, name, "timeout");
         command.args(["-k", "1", &limit, &format!("{BIN}/{tool}"), "-q"]).args(words);
-        let printed = run(command.stdin(Stdio::null()));
-        printed.with_context(|| format!("`{tool} {}` at {name}", words.join(" ")))
+        let output = command.stdin(Stdio::null()).output().context("it can't be started")?;
+        let printed = String::from_utf8_lossy(&output.stdout).into_owned();
+        if !output.status.success() {
+            let complaint = String::from_utf8_lossy(&output.stderr);
+            let complaint = tail(complaint.trim_end(), 3);
+            let words = words.join(" ");
+            // After a partition, a node may answer in part, and then never.
+            let ended = match output.status.code() {
+                Some(124) => format!("didn't end within {COMMAND:?}"),
+                _ => format!("ended with {}", output.status),
+            };
+            bail!("`{tool} {words}` at {name} {ended}: {complaint}{}", tail(&printed, 3));
+        }
+        Ok(printed)
     }
 
     /// The queues of a namespace, as the first node that is up sees them.
