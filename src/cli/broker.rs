@@ -150,7 +150,9 @@ impl BrokerArguments {
 pub(super) fn broker(config: &Config, name: impl Into<String>) -> Broker {
     let address = config.broker.address.clone();
     let heartbeat = config.broker.heartbeat;
-    Broker { heartbeat, ..Broker::new(address, name).with_tls(config.broker.tls.clone()) }
+    let mut broker = Broker::new(address, name).with_tls(config.broker.tls.clone());
+    broker.heartbeat = heartbeat;
+    broker
 }
 
 /// What everything is called there.

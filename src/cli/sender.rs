@@ -250,7 +250,10 @@ fn exit_for(error: &WaitError) -> Exit {
         | WaitError::Listen(ListenError::NoTopology { .. }) => Exit::BadConfiguration,
         WaitError::Submit(SubmitError::Refused { .. })
         | WaitError::Listen(
-            ListenError::Connect(_) | ListenError::Queue { .. } | ListenError::Closed,
+            ListenError::Connect(_)
+            | ListenError::Queue(_)
+            | ListenError::Exchange { .. }
+            | ListenError::Closed,
         ) => Exit::Refused,
         WaitError::Submit(SubmitError::Unconfirmed { .. }) | WaitError::Unanswered { .. } => {
             Exit::Incomplete

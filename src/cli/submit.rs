@@ -129,6 +129,7 @@ pub(super) fn no_connection(error: PublishError) -> Failure {
         PublishError::Open(_)
         | PublishError::Unconfirmed(_)
         | PublishError::Refused
+        | PublishError::Silent
         | PublishError::Unroutable { .. }
         | PublishError::Blocked { .. }
         | PublishError::Closed => Exit::Unavailable,

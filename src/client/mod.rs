@@ -36,7 +36,7 @@ use tokio::{
     time::Instant,
 };
 
-use self::results::{Results, State};
+use self::results::{Results, State, reply_token};
 pub use self::{
     results::ListenError,
     submission::{InvalidSubmission, Submission},
@@ -44,7 +44,7 @@ pub use self::{
 use crate::{
     clock::Clock,
     protocol::{
-        ids::{ReplyToken, RequestHash, TransactionKey},
+        ids::{ReplyToken, TransactionKey},
         message::{Answer, TransactionSpec},
         time::Time,
     },
@@ -54,7 +54,6 @@ use crate::{
         names::{Names, Namespace},
         pool::{Channels, PublishError},
         publisher::Outgoing,
-        unique,
     },
     wire::message::{Kind, RequestTooLarge, encode_request},
 };
@@ -64,6 +63,10 @@ const REQUEST_KEY: &str = "request";
 
 /// How many channels are published on: enough to keep a connection busy.
 const CHANNELS_MAX: usize = 4;
+
+/// How long a result may take before its request is published once more; then twice as long, and so on.
+/// A partition was seen to leave requests at the broker that no worker was ever given.
+const ASK_AGAIN_FIRST: Duration = Duration::from_secs(15);
 
 /// How long a request may find no queue, where the broker doesn't say that there is none.
 const UNROUTABLE_MAX: Duration = Duration::from_secs(5);
@@ -189,13 +192,12 @@ impl Client {
 
     /// The same with `settings`.
     pub fn with(broker: Broker, names: Names, settings: Settings) -> Self {
-        let reply = reply_token();
         let has_worked = HasWorked::default();
         let shared = Shared {
             clock: Clock::start(),
             channels: Channels::new(broker.clone(), CHANNELS_MAX),
             in_flight: Semaphore::new(settings.in_flight_max.clamp(1, Semaphore::MAX_PERMITS)),
-            results: Results::new(broker, names.clone(), reply, has_worked.clone()),
+            results: Results::new(broker, names.clone(), has_worked.clone()),
             has_worked,
             names,
             settings,
@@ -283,37 +285,50 @@ impl Client {
         requested_at: Time,
         limit: Duration,
     ) -> Result<Answer, WaitError> {
-        let reply = self.shared.results.reply();
-        let request = self.request(spec, requested_at, Some(reply)).map_err(SubmitError::from)?;
+        let Key { key, .. } = Key::of(spec, requested_at);
         let mut source = None;
-        let waiting = tokio::time::timeout(limit, self.wait(&request, &mut source)).await;
+        let waiting = tokio::time::timeout(limit, self.wait(spec, requested_at, &mut source)).await;
         match waiting {
             Ok(answered) => answered,
             Err(_) => {
                 let source = self.shared.channels.blocked().or(source).map(Box::new);
-                Err(WaitError::Unanswered { key: request.key, limit, source })
+                Err(WaitError::Unanswered { key, limit, source })
             }
         }
     }
 
     async fn wait(
         &self,
-        request: &Request,
+        spec: &TransactionSpec,
+        requested_at: Time,
         last: &mut Option<PublishError>,
     ) -> Result<Answer, WaitError> {
         // It is never closed.
         let _turn = self.shared.in_flight.acquire().await;
-        let mut answer = self.shared.results.expect(&request.key, request.hash);
+        let Key { key, .. } = Key::of(spec, requested_at);
+        let mut answer = self.shared.results.expect(&key, spec.request_hash);
         let mut listening = self.shared.results.listen();
+        let mut ask_again_after = ASK_AGAIN_FIRST;
         loop {
             // Before it is published: a result that finds no queue is not sent again.
-            is_up(&mut listening).await.map_err(WaitError::Listen)?;
+            let reply = is_up(&mut listening).await.map_err(WaitError::Listen)?;
+            let request = self.request(spec, requested_at, Some(&reply));
+            let request = request.map_err(SubmitError::from)?;
             tokio::select! {
                 biased;
                 answer = answer.come() => return Ok(answer),
                 // With the queue gone, the result may have been lost.
                 _ = listening.changed() => {}
-                published = self.publish_and_rest(request, last) => match published {
+                // A broker may lose sight of a request that it has confirmed.
+                () = tokio::time::sleep(ask_again_after) => {
+                    tracing::debug!(
+                        transaction = %key,
+                        "no result came for {} s; asking again",
+                        ask_again_after.as_secs()
+                    );
+                    ask_again_after *= 2;
+                }
+                published = self.publish_and_rest(&request, last) => match published {
                     Ok(never) => match never {},
                     Err(error) => return Err(error.into()),
                 },
@@ -345,18 +360,14 @@ impl Client {
                 self.shared.has_worked.set();
                 return Ok(());
             };
-            let fate = match &error {
-                PublishError::Unroutable { .. } => {
-                    let until =
-                        *unroutable_until.get_or_insert_with(|| Instant::now() + UNROUTABLE_MAX);
-                    if Instant::now() < until && self.may_be_starting().await {
-                        Fate::Retry
-                    } else {
-                        Fate::NoTopology
-                    }
+            let mut fate = Fate::of(&error, &self.shared.has_worked);
+            if let PublishError::Unroutable { .. } = error {
+                let until =
+                    *unroutable_until.get_or_insert_with(|| Instant::now() + UNROUTABLE_MAX);
+                if Instant::now() < until && self.may_be_starting().await {
+                    fate = Fate::Retry;
                 }
-                error => Fate::of(error, &self.shared.has_worked),
-            };
+            }
             match fate {
                 Fate::Retry => {
                     tracing::debug!(id = %request.key.id, %error, "request not confirmed: again");
@@ -383,7 +394,7 @@ impl Client {
 
     /// Whether `spec` fits into a message.
     pub(crate) fn check(&self, spec: &TransactionSpec) -> Result<(), InvalidSubmission> {
-        self.request(spec, Time::EPOCH, Some(self.shared.results.reply())).map(drop)
+        self.request(spec, Time::EPOCH, Some(&reply_token())).map(drop)
     }
 
     fn request(
@@ -395,7 +406,7 @@ impl Client {
         let too_large =
             |source: RequestTooLarge| InvalidSubmission::TooLarge { id: spec.id.clone(), source };
         let body = encode_request(spec, reply).map_err(too_large)?;
-        let seconds = requested_at.as_millis() / 1000;
+        let Key { key, seconds } = Key::of(spec, requested_at);
         let message = Outgoing {
             exchange: self.shared.names.requests(),
             key: REQUEST_KEY.into(),
@@ -407,17 +418,28 @@ impl Client {
             timestamp: Some(seconds),
             ..Outgoing::default()
         };
-        let requested_at = Time::from_millis(seconds * 1000);
-        let key = TransactionKey { id: spec.id.clone(), requested_at };
-        Ok(Request { key, hash: spec.request_hash, message })
+        Ok(Request { key, message })
     }
 }
 
 /// A request as it is sent, as often as it takes.
 struct Request {
     key: TransactionKey,
-    hash: RequestHash,
     message: Outgoing,
+}
+
+/// What a transaction is named by, as it travels: in whole seconds.
+struct Key {
+    key: TransactionKey,
+    seconds: u64,
+}
+
+impl Key {
+    fn of(spec: &TransactionSpec, requested_at: Time) -> Self {
+        let seconds = requested_at.as_millis() / 1000;
+        let requested_at = Time::from_millis(seconds * 1000);
+        Self { key: TransactionKey { id: spec.id.clone(), requested_at }, seconds }
+    }
 }
 
 /// What follows from a failed publish.
@@ -441,25 +463,25 @@ impl Fate {
                 Disposition::Retry => Self::Retry,
                 Disposition::GiveUp => Self::GiveUp,
             },
-            PublishError::Unconfirmed(_) | PublishError::Refused | PublishError::Blocked { .. } => {
-                Self::Retry
-            }
+            PublishError::Unconfirmed(_)
+            | PublishError::Silent
+            | PublishError::Refused
+            | PublishError::Blocked { .. } => Self::Retry,
             PublishError::Closed => Self::GiveUp,
         }
     }
 }
 
-async fn is_up(listening: &mut watch::Receiver<State>) -> Result<(), ListenError> {
-    let decided = |state: &State| !matches!(state, State::Connecting);
-    match listening.wait_for(decided).await.as_deref() {
-        Ok(State::Up | State::Connecting) => Ok(()),
-        Ok(State::Failed(error)) => Err(error.clone()),
-        Err(_) => Err(ListenError::Closed),
+/// The token under which results reach us, when they do.
+async fn is_up(listening: &mut watch::Receiver<State>) -> Result<ReplyToken, ListenError> {
+    loop {
+        match &*listening.borrow_and_update() {
+            State::Up(reply) => return Ok(reply.clone()),
+            State::Failed(error) => return Err(error.clone()),
+            State::Connecting => {}
+        }
+        if listening.changed().await.is_err() {
+            return Err(ListenError::Closed);
+        }
     }
-}
-
-/// A name for the results of this client, that no other has.
-fn reply_token() -> ReplyToken {
-    let name = unique::name('p');
-    ReplyToken::parse(&name).unwrap_or_else(|_| unreachable!("{name} has letters and digits only"))
 }

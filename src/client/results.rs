@@ -1,19 +1,16 @@
 //! The results that a client waits for, and the queue they come to.
 //!
-//! The queue belongs to one connection and goes with it. Who listens again has missed what came in
-//! between: [`State`] changes, and whoever waits asks again.
+//! The queue belongs to one connection and goes with it, and so does the reply token that it is bound
+//! by: the broker may still have the queue of the connection before, and where that can't take
+//! results any more, they must not be sent there as well. Whoever listens again has missed what came
+//! in between: [`State`] changes, and those who wait ask again, with the new token.
 
 use std::{
     collections::{BTreeMap, VecDeque},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use lapin::{
-    Connection, ExchangeKind,
-    message::Delivery,
-    options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions},
-    types::{FieldTable, ShortString},
-};
+use lapin::{ExchangeKind, message::Delivery, options::ExchangeDeclareOptions, types::FieldTable};
 use tokio::{
     sync::{oneshot, watch},
     task::JoinHandle,
@@ -28,11 +25,13 @@ use crate::{
         time::Time,
     },
     transport::amqp::{
-        connection::{Backoff, Broker, BrokerConnection, ConnectError, close},
-        consumer::Inbox,
-        error::{Disposition, is_not_found, is_refusal},
+        bounded::{ANSWER_MAX, AskError, answer},
+        connection::{Broker, BrokerConnection, ConnectError, close},
+        error::{Disposition, is_not_found},
+        exclusive::{BoundTo, ExclusiveError, ExclusiveQueue},
         names::{Names, key},
         rejected::unreadable,
+        supervisor::Supervisor,
         unique,
     },
     wire::message::decode,
@@ -49,8 +48,8 @@ const REMEMBERED_MAX: usize = 4096;
 pub(super) enum State {
     /// Not yet, or not at the moment.
     Connecting,
-    /// They would.
-    Up,
+    /// They would, under this token.
+    Up(ReplyToken),
     /// They won't until a person changes something.
     Failed(ListenError),
 }
@@ -68,13 +67,16 @@ pub enum ListenError {
         exchange: String,
     },
     /// The broker gives us no queue for them.
-    #[error("failed to make the queue `{queue}`")]
-    Queue {
-        /// The queue.
-        queue: String,
+    #[error("failed to make a queue for results")]
+    Queue(#[source] ExclusiveError),
+    /// The broker could not be asked for the exchange.
+    #[error("failed to find the exchange `{exchange}`")]
+    Exchange {
+        /// The exchange.
+        exchange: String,
         /// What went wrong.
         #[source]
-        source: lapin::Error,
+        source: AskError,
     },
     /// The client is closed.
     #[error("the client is closed")]
@@ -86,8 +88,9 @@ impl ListenError {
     pub fn disposition(&self) -> Disposition {
         match self {
             Self::Connect(error) => error.disposition(),
-            Self::Queue { source, .. } if !is_refusal(source) => Disposition::Retry,
-            Self::Queue { .. } | Self::NoTopology { .. } | Self::Closed => Disposition::GiveUp,
+            Self::Queue(error) => error.source_error().disposition(),
+            Self::Exchange { source, .. } => source.disposition(),
+            Self::NoTopology { .. } | Self::Closed => Disposition::GiveUp,
         }
     }
 }
@@ -105,24 +108,13 @@ struct Listener {
     broker: Broker,
     has_worked: HasWorked,
     names: Names,
-    reply: ReplyToken,
     expected: Arc<Mutex<Expected>>,
 }
 
 impl Results {
-    pub(super) fn new(
-        broker: Broker,
-        names: Names,
-        reply: ReplyToken,
-        has_worked: HasWorked,
-    ) -> Self {
-        let listener = Listener { broker, has_worked, names, reply, expected: Arc::default() };
+    pub(super) fn new(broker: Broker, names: Names, has_worked: HasWorked) -> Self {
+        let listener = Listener { broker, has_worked, names, expected: Arc::default() };
         Self { listener, state: watch::Sender::new(State::Connecting), task: Mutex::new(None) }
-    }
-
-    /// Where workers should send results.
-    pub(super) fn reply(&self) -> &ReplyToken {
-        &self.listener.reply
     }
 
     /// Waits for the result of `key` from now on.
@@ -172,16 +164,16 @@ impl Listener {
 
     /// Ends when there is nothing more to be expected.
     async fn receive_always(&self, state: &watch::Sender<State>) {
-        let mut backoff = Backoff::default();
+        let mut supervisor = Supervisor::default();
         loop {
             match self.subscribe().await {
-                Ok((connection, mut inbox)) => {
-                    backoff = Backoff::default();
+                Ok((connection, mut queue, reply)) => {
+                    supervisor.opened();
                     self.has_worked.set();
-                    state.send_replace(State::Up);
-                    self.receive(&mut inbox).await;
-                    close(&connection).await;
+                    state.send_replace(State::Up(reply));
+                    self.receive(&mut queue).await;
                     state.send_replace(State::Connecting);
+                    close(&connection).await;
                 }
                 Err(error) if self.is_final(&error) => {
                     state.send_replace(State::Failed(error));
@@ -189,64 +181,78 @@ impl Listener {
                 }
                 Err(error) => tracing::warn!(error = %Chain(&error), "can't listen for results"),
             }
-            tokio::time::sleep(backoff.pause()).await;
+            tokio::time::sleep(supervisor.pause()).await;
         }
     }
 
     fn is_final(&self, error: &ListenError) -> bool {
         let disposition = match error {
             ListenError::Connect(error) => self.has_worked.disposition(error),
-            ListenError::NoTopology { .. } | ListenError::Queue { .. } | ListenError::Closed => {
-                error.disposition()
-            }
+            ListenError::NoTopology { .. }
+            | ListenError::Queue(_)
+            | ListenError::Exchange { .. }
+            | ListenError::Closed => error.disposition(),
         };
         disposition == Disposition::GiveUp
     }
 
-    async fn subscribe(&self) -> Result<(BrokerConnection, Inbox), ListenError> {
+    async fn subscribe(
+        &self,
+    ) -> Result<(Arc<BrokerConnection>, ExclusiveQueue, ReplyToken), ListenError> {
         let connection = self.broker.connect("results").await.map_err(ListenError::Connect)?;
+        let connection = Arc::new(connection);
         match self.queue(&connection).await {
-            Ok(inbox) => Ok((connection, inbox)),
-            Err(source) => {
+            Ok((queue, reply)) => Ok((connection, queue, reply)),
+            Err(error) => {
                 close(&connection).await;
-                Err(if is_not_found(&source) {
-                    ListenError::NoTopology { exchange: self.names.results().to_string() }
-                } else {
-                    let queue = self.names.results_of(&self.reply).to_string();
-                    ListenError::Queue { queue, source }
-                })
+                Err(error)
             }
         }
     }
 
-    /// A queue of our own, which goes when the connection goes. Its name is new with every
-    /// connection: the broker may not have noticed yet that the one before is gone, and then keeps
-    /// the old queue for it. Results find it by the binding.
-    async fn queue(&self, connection: &Connection) -> Result<Inbox, lapin::Error> {
-        let channel = connection.create_channel().await?;
+    /// A queue of our own, which goes when the connection goes.
+    async fn queue(
+        &self,
+        connection: &Arc<BrokerConnection>,
+    ) -> Result<(ExclusiveQueue, ReplyToken), ListenError> {
         let exchange = self.names.results();
-        let queue = format!("{}.{}", self.names.results_of(&self.reply), unique::name('q'));
-        let queue = ShortString::from(queue);
+        self.find(connection).await.map_err(|source| match &source {
+            AskError::Broker(error) if is_not_found(error) => {
+                ListenError::NoTopology { exchange: exchange.to_string() }
+            }
+            AskError::Broker(_) | AskError::Silent { .. } | AskError::Blocked { .. } => {
+                ListenError::Exchange { exchange: exchange.to_string(), source }
+            }
+        })?;
+        let reply = reply_token();
+        let results = BoundTo { exchange, key: key(&reply, "*") };
+        let stem = self.names.results_of(&reply);
+        let queue = ExclusiveQueue::open(connection, stem, &[results], PREFETCH).await;
+        let queue = queue.map_err(ListenError::Queue)?;
+        let expected = Arc::clone(&self.expected);
+        let is_needed = move || !lock(&expected).waiting.is_empty();
+        let probed = queue.probed(connection, is_needed).await;
+        let probed = probed.map_err(|error| ListenError::Queue(ExclusiveError::Channel(error)))?;
+        Ok((probed, reply))
+    }
+
+    async fn find(&self, connection: &BrokerConnection) -> Result<(), AskError> {
+        let channel = answer(ANSWER_MAX, connection.create_channel()).await?;
         let passive = ExchangeDeclareOptions { passive: true, ..ExchangeDeclareOptions::default() };
-        let nothing = FieldTable::default;
-        channel.exchange_declare(exchange.clone(), ExchangeKind::Topic, passive, nothing()).await?;
-        let exclusive = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
-        channel.queue_declare(queue.clone(), exclusive, nothing()).await?;
-        let all = key(&self.reply, "*");
-        channel
-            .queue_bind(queue.clone(), exchange, all, QueueBindOptions::default(), nothing())
-            .await?;
-        Ok(Inbox::on(channel, queue, PREFETCH, nothing()).await?.lazy())
+        let (exchange, nothing) = (self.names.results(), FieldTable::default());
+        let declaring = channel.exchange_declare(exchange, ExchangeKind::Topic, passive, nothing);
+        answer(ANSWER_MAX, declaring).await?;
+        answer(ANSWER_MAX, channel.close(200, "done".into())).await
     }
 
     /// Hands out results until no more come.
-    async fn receive(&self, inbox: &mut Inbox) {
+    async fn receive(&self, queue: &mut ExclusiveQueue) {
         loop {
-            match inbox.next().await {
+            match queue.next().await {
                 Ok(delivery) => {
                     self.hand_out(&delivery);
-                    inbox.ack(delivery.delivery_tag);
-                    inbox.flush();
+                    queue.ack(delivery.delivery_tag);
+                    queue.flush();
                 }
                 Err(error) => {
                     tracing::warn!(error = %Chain(&error), "results may be lost: asking again");
@@ -276,6 +282,12 @@ impl Listener {
             }
         }
     }
+}
+
+/// A name for the results that come by one connection, that no other has.
+pub(super) fn reply_token() -> ReplyToken {
+    let name = unique::name('p');
+    ReplyToken::parse(&name).unwrap_or_else(|_| unreachable!("{name} has letters and digits only"))
 }
 
 /// A result to come. Dropped, it is not waited for any more.

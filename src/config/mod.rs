@@ -301,7 +301,7 @@ fn topology(draft: &mut Draft, address: Option<&Address>) -> Option<TopologyConf
         draft.explain(COMMANDS, format!("{commands}, since broker.url names {hosts}"));
     }
     // Without an address there is a complaint, and nothing comes of this.
-    let commands = forced.or(auto.map(|(commands, _)| commands)).unwrap_or_default();
+    let commands = forced.or_else(|| auto.map(|(commands, _)| commands)).unwrap_or_default();
     let settings = Settings { retention, commands };
     Some(TopologyConfig { settings, clock_margin, is_auto: forced.is_none() })
 }

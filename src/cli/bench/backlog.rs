@@ -93,9 +93,15 @@ async fn drain(
         channel.queue_bind(queue.clone(), exchange, key(&reply, "*"), bind, nothing()).await?;
         Inbox::on(channel, queue, PREFETCH, nothing()).await?.lazy()
     };
-    pile_up(place, &mut Publisher::open(&link.publishing).await?, &reply, requests, data)
-        .await
-        .context("failed to pile up requests")?;
+    pile_up(
+        place,
+        &mut Publisher::open(&link.publishing, "requests").await?,
+        &reply,
+        requests,
+        data,
+    )
+    .await
+    .context("failed to pile up requests")?;
 
     let services = place.services().await?;
     let worker = place.worker(max_in_flight).await?;
@@ -154,14 +160,15 @@ async fn pile_up(
         };
         publisher.publish(message, ());
         while publisher.outstanding() >= UNCONFIRMED_MAX {
-            confirmed(publisher.next().await.1)?;
+            confirmed(publisher.next().await?.1)?;
         }
-        while let Some(((), published)) = publisher.ready() {
+        while let Some(answered) = publisher.ready() {
+            let ((), published) = answered?;
             confirmed(published)?;
         }
     }
     while publisher.outstanding() > 0 {
-        confirmed(publisher.next().await.1)?;
+        confirmed(publisher.next().await?.1)?;
     }
     Ok(())
 }
@@ -171,6 +178,7 @@ fn confirmed(published: Published) -> anyhow::Result<()> {
         Published::Confirmed => Ok(()),
         Published::Unroutable => Err(anyhow!("no queue takes requests")),
         Published::Refused => Err(anyhow!("the broker did not take a request")),
+        Published::Unconfirmed(_) => Err(anyhow!("the broker did not confirm a request in time")),
         Published::Lost(error) => Err(error.into()),
     }
 }

@@ -104,7 +104,7 @@ pub(super) async fn echo(
 async fn serve(broker: Broker, queue: ShortString) -> anyhow::Result<()> {
     let link = broker.link().await?;
     let mut inbox = Inbox::open(&link.consuming, queue, PREFETCH, FieldTable::default()).await?;
-    let mut replies = Publisher::unconfirmed(&link.publishing).await?;
+    let mut replies = Publisher::unconfirmed(&link.publishing, "the yardstick").await?;
     let mut next = Some(inbox.next().await);
     loop {
         while let Some(message) = next {
@@ -145,7 +145,7 @@ async fn call(
     channel.queue_declare(reply_to.clone(), exclusive, FieldTable::default()).await?;
     let mut replies =
         Inbox::on(channel, reply_to.clone(), PREFETCH, FieldTable::default()).await?.lazy();
-    let mut requests = Publisher::open(&link.publishing).await?;
+    let mut requests = Publisher::open(&link.publishing, "the yardstick").await?;
     let mut calls: BTreeMap<u64, Call> = BTreeMap::new();
     let mut latencies = Latencies::new();
     let (mut number, mut counted) = (0_u64, 0_u64);
@@ -184,13 +184,15 @@ async fn call(
         };
         tokio::select! {
             reply = replies.next() => take(&mut replies, reply, |it| half_ended(it, &mut calls))?,
-            (number, published) = requests.next() => {
+            answered = requests.next() => {
+                let (number, published) = answered?;
                 confirmed(published)?;
                 half_ended(number, &mut calls);
             }
             () = tokio::time::sleep_until(ends_at) => break,
         }
-        while let Some((number, published)) = requests.ready() {
+        while let Some(answered) = requests.ready() {
+            let (number, published) = answered?;
             confirmed(published)?;
             half_ended(number, &mut calls);
         }
@@ -222,6 +224,9 @@ fn confirmed(published: Published) -> anyhow::Result<()> {
         Published::Confirmed => Ok(()),
         Published::Unroutable => Err(anyhow::anyhow!("the queue is gone")),
         Published::Refused => Err(anyhow::anyhow!("the broker did not take a message")),
+        Published::Unconfirmed(_) => {
+            Err(anyhow::anyhow!("the broker did not confirm a message in time"))
+        }
         Published::Lost(error) => Err(error.into()),
     }
 }
@@ -239,7 +244,7 @@ async fn send(broker: &Broker, queue: &ShortString, duration: Duration) -> anyho
     let link = broker.link().await?;
     let arguments = FieldTable::default();
     let mut inbox = Inbox::open(&link.consuming, queue.clone(), PREFETCH, arguments).await?;
-    let mut publisher = Publisher::open(&link.publishing).await?;
+    let mut publisher = Publisher::open(&link.publishing, "the yardstick").await?;
     let begins_at = Instant::now() + WARM_UP;
     let ends_at = begins_at + duration;
     let mut counted = 0_u64;
@@ -254,15 +259,15 @@ async fn send(broker: &Broker, queue: &ShortString, duration: Duration) -> anyho
             publisher.publish(message, ());
         }
         tokio::select! {
-            ((), published) = publisher.next() => confirmed(published)?,
+            answered = publisher.next() => confirmed(answered?.1)?,
             message = inbox.next() => {
                 inbox.ack(message?.delivery_tag);
                 counted += u64::from(Instant::now() >= begins_at);
             }
             () = tokio::time::sleep_until(ends_at) => break,
         }
-        while let Some(((), published)) = publisher.ready() {
-            confirmed(published)?;
+        while let Some(answered) = publisher.ready() {
+            confirmed(answered?.1)?;
         }
         while let Some(message) = inbox.ready() {
             inbox.ack(message?.delivery_tag);
@@ -298,8 +303,8 @@ async fn send_alone(
     let mut inbox = Inbox::open(&link.consuming, queue.clone(), PREFETCH, arguments).await?;
     let persistent = kind != QueueKind::Classic;
     let mut publisher = match persistent {
-        true => Publisher::open(&link.publishing).await?,
-        false => Publisher::unconfirmed(&link.publishing).await?,
+        true => Publisher::open(&link.publishing, "the yardstick").await?,
+        false => Publisher::unconfirmed(&link.publishing, "the yardstick").await?,
     };
     let mut latencies = Latencies::new();
     let begins_at = Instant::now() + WARM_UP;
@@ -323,8 +328,8 @@ async fn send_alone(
         }
         inbox.ack(message.delivery_tag);
         inbox.flush();
-        while let Some(((), published)) = publisher.ready() {
-            confirmed(published)?;
+        while let Some(answered) = publisher.ready() {
+            confirmed(answered?.1)?;
         }
     }
     link.close().await;

@@ -8,13 +8,18 @@
 use std::{
     io,
     ops::Deref,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
 use async_rs::TokioRuntime;
 use futures_util::{
-    AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Stream, StreamExt, future, stream,
+    AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, FutureExt, StreamExt,
+    future::{self, BoxFuture},
+    stream::FuturesUnordered,
 };
 use lapin::{
     AsyncTcpStream, Channel, Connection, ConnectionProperties, ErrorKind,
@@ -26,12 +31,16 @@ use lapin::{
 
 use crate::transport::amqp::{
     address::{Address, is_external, public},
+    bounded::{ANSWER_MAX, AskError, answer},
     error::{Disposition, is_not_found, is_refusal},
     frames::{FRAME_MAX, Filter, Returns},
     screened::{Screened, screening},
     tls::{Tls, TlsError},
     unique,
 };
+
+/// How long a host has before the next one is tried as well.
+const NEXT_HOST_AFTER: Duration = Duration::from_secs(2);
 
 /// How long a broker that has ended a connection may take to say why on another one.
 const SAYS_WHY_WITHIN: Duration = Duration::from_secs(1);
@@ -50,6 +59,56 @@ pub struct Broker {
     pub connect_timeout: Duration,
     /// Whom to trust, and who we are, for hosts whose URL begins with `amqps://`.
     pub tls: Tls,
+    /// With which host to begin.
+    rotation: Rotation,
+}
+
+/// Turns through the hosts: one that lets us in and then is of no use, as a node that is cut off
+/// from the others, is not tried again before the others.
+#[derive(Debug)]
+struct Rotation(AtomicUsize);
+
+impl Rotation {
+    /// The number of one of so many hosts.
+    fn next(&self, hosts: usize) -> usize {
+        self.0.fetch_add(1, Ordering::Relaxed) % hosts.max(1)
+    }
+}
+
+impl Default for Rotation {
+    /// Begins anywhere, so that those who start together don't all connect to the same host.
+    fn default() -> Self {
+        Self(AtomicUsize::new((unique::number() >> 32) as usize))
+    }
+}
+
+/// Each clone turns by itself, or two that take turns would each see every other host only.
+impl Clone for Rotation {
+    fn clone(&self) -> Self {
+        Self::default()
+    }
+}
+
+/// A connection, and what came back on it.
+#[derive(Debug)]
+pub struct BrokerConnection {
+    connection: Connection,
+    returns: Returns,
+}
+
+impl BrokerConnection {
+    /// The messages that came back since no queue took them.
+    pub fn returns(&self) -> &Returns {
+        &self.returns
+    }
+}
+
+impl Deref for BrokerConnection {
+    type Target = Connection;
+
+    fn deref(&self) -> &Connection {
+        &self.connection
+    }
 }
 
 /// No host let us in. It tells of the one that was tried last, or of the one that refused us.
@@ -119,6 +178,7 @@ impl Broker {
             heartbeat: Duration::from_secs(10),
             connect_timeout: Duration::from_secs(10),
             tls: Tls::default(),
+            rotation: Rotation::default(),
         }
     }
 
@@ -129,20 +189,52 @@ impl Broker {
         self
     }
 
-    /// Tries every host once, beginning with any.
+    /// Connects to one of the hosts: to any at first, and to the next one each time.
     ///
     /// # Errors
     ///
-    /// None let us in. If one refused us, that is what is said: waiting won't help.
+    /// None of the hosts lets us in. If one refuses us, its refusal is reported: waiting doesn't help.
     pub async fn connect(&self, purpose: &str) -> Result<BrokerConnection, ConnectError> {
+        self.first_that(|host| self.connect_to(host, purpose).boxed()).await
+    }
+
+    /// Connects twice to the same host, like [`Broker::connect`].
+    pub(super) async fn connect_twice(
+        &self,
+        [one, other]: [&str; 2],
+    ) -> Result<(BrokerConnection, BrokerConnection), ConnectError> {
+        let connect = |host: &AMQPUri| {
+            let host = host.clone();
+            async move {
+                future::try_join(self.connect_to(&host, one), self.connect_to(&host, other)).await
+            }
+        };
+        self.first_that(|host| connect(host).boxed()).await
+    }
+
+    /// What the first host gives that lets us in. One that has not answered within a moment, as one
+    /// that is cut off doesn't, is not waited for before the next is tried as well.
+    async fn first_that<'a, T>(
+        &'a self,
+        connect: impl Fn(&'a AMQPUri) -> BoxFuture<'a, Result<T, ConnectError>>,
+    ) -> Result<T, ConnectError> {
         let hosts = self.address.hosts();
-        let first = (unique::number() % hosts.len().max(1) as u64) as usize;
-        let mut failed = None;
-        for uri in hosts.iter().cycle().skip(first).take(hosts.len()) {
-            match self.connect_to(uri, purpose).await {
-                Ok(connection) => return Ok(connection),
-                Err(refused) if is_final(&refused) => failed = Some(refused),
-                Err(error) => failed = failed.filter(is_final).or(Some(error)),
+        let first = self.rotation.next(hosts.len());
+        let mut untried = hosts.iter().cycle().skip(first).take(hosts.len()).peekable();
+        let mut trying = FuturesUnordered::new();
+        let mut failed: Option<ConnectError> = None;
+        loop {
+            match untried.next() {
+                Some(host) => trying.push(connect(host)),
+                None if trying.is_empty() => break,
+                None => {}
+            }
+            let moment = if untried.peek().is_some() { NEXT_HOST_AFTER } else { Duration::MAX };
+            match tokio::time::timeout(moment, trying.next()).await {
+                Ok(Some(Ok(connected))) => return Ok(connected),
+                Ok(Some(Err(refused))) if is_final(&refused) => failed = Some(refused),
+                Ok(Some(Err(error))) => failed = failed.filter(is_final).or(Some(error)),
+                Ok(None) | Err(_) => {}
             }
         }
         Err(failed.unwrap_or_else(|| ConnectError::Silent {
@@ -261,36 +353,6 @@ impl Broker {
             Err(error) => Err(Failed::Amqp(io::Error::other(error).into())),
         }
     }
-
-    /// Two connections: when the broker runs out of memory or disk it stops reading from those that
-    /// publish, and what is consumed must still be acknowledged.
-    pub async fn link(&self) -> Result<Link, ConnectError> {
-        let (publishing, consuming) =
-            future::try_join(self.connect("publish"), self.connect("consume")).await?;
-        Ok(Link { publishing: Arc::new(publishing), consuming: Arc::new(consuming) })
-    }
-}
-
-/// A connection, and what came back on it.
-#[derive(Debug)]
-pub struct BrokerConnection {
-    connection: Connection,
-    returns: Returns,
-}
-
-impl BrokerConnection {
-    /// The messages that came back since no queue took them.
-    pub fn returns(&self) -> &Returns {
-        &self.returns
-    }
-}
-
-impl Deref for BrokerConnection {
-    type Target = Connection;
-
-    fn deref(&self) -> &Connection {
-        &self.connection
-    }
 }
 
 /// What one host did instead of letting us in.
@@ -315,75 +377,53 @@ fn is_final(error: &ConnectError) -> bool {
     error.disposition() == Disposition::GiveUp
 }
 
-/// The two connections of one who publishes and consumes.
-#[derive(Debug)]
-pub struct Link {
-    /// For publishing only.
-    pub publishing: Arc<BrokerConnection>,
-    /// For everything else.
-    pub consuming: Arc<BrokerConnection>,
-}
-
-/// What happens to a [`Link`].
-#[derive(Debug)]
-pub enum LinkEvent {
-    /// The broker reads no more of what is published, for this reason.
-    Blocked(String),
-    /// It does again.
-    Unblocked,
-    /// One of the two connections is gone.
-    Lost(lapin::Error),
-    /// The broker has ended a channel of one of them, for this reason. Whose it was is for those to
-    /// find out who have channels.
-    ChannelLost(lapin::Error),
-}
-
-impl Link {
-    /// What happens from now on.
-    pub fn events(&self) -> impl Stream<Item = LinkEvent> + Send + Unpin + 'static {
-        stream::select(events(&self.publishing), events(&self.consuming))
-    }
-
-    /// Whether both connections stand, as far as is known.
-    pub fn is_up(&self) -> bool {
-        self.publishing.status().connected() && self.consuming.status().connected()
-    }
-
-    /// Says goodbye. A broker that doesn't hear it will notice.
-    pub async fn close(self) {
-        for connection in [self.consuming, self.publishing] {
-            close(&connection).await;
-        }
-    }
-}
-
-/// What happens to one connection. Its consumers tell of the end of theirs. But what is published
-/// without a confirm fails only when it is with the broker, and then the channel is gone that it was
-/// written to: of that nobody would hear before the next publish.
-fn events(connection: &Connection) -> impl Stream<Item = LinkEvent> + Send + Unpin + 'static {
-    let status = connection.status().clone();
-    connection.events_listener().filter_map(move |event| {
-        future::ready(match event {
-            lapin::Event::ConnectionBlocked(reason) => Some(LinkEvent::Blocked(reason)),
-            lapin::Event::ConnectionUnblocked => Some(LinkEvent::Unblocked),
-            lapin::Event::Error(error) if status.connected() => Some(LinkEvent::ChannelLost(error)),
-            lapin::Event::Error(error) => Some(LinkEvent::Lost(error)),
-            lapin::Event::Connected | lapin::Event::SendFlow(_) | _ => None,
-        })
-    })
-}
-
 /// Closes a connection, and doesn't wait long for the answer.
 pub async fn close(connection: &Connection) {
     let closing = connection.close(200, "done".into());
     let _ = tokio::time::timeout(Duration::from_secs(2), closing).await;
 }
 
-/// A channel whose publishes are confirmed.
-pub async fn confirming_channel(connection: &Connection) -> Result<Channel, lapin::Error> {
-    let channel = connection.create_channel().await?;
-    channel.confirm_select(ConfirmSelectOptions::default()).await?;
-    Ok(channel)
+/// A channel to publish on, that knows which messages have come back.
+#[derive(Clone, Debug)]
+pub struct PublishChannel {
+    channel: Channel,
+    returns: Returns,
+}
+
+impl PublishChannel {
+    /// A new channel of `connection`, on which what is published is confirmed.
+    ///
+    /// # Errors
+    ///
+    /// The connection gives none, or not in time.
+    pub async fn open(connection: &BrokerConnection) -> Result<Self, AskError> {
+        let it = Self::unconfirmed(connection).await?;
+        let selecting = it.channel.confirm_select(ConfirmSelectOptions::default());
+        answer(ANSWER_MAX, selecting).await?;
+        Ok(it)
+    }
+
+    /// The same without confirms.
+    ///
+    /// # Errors
+    ///
+    /// The connection gives none, or not in time.
+    pub async fn unconfirmed(connection: &BrokerConnection) -> Result<Self, AskError> {
+        let channel = answer(ANSWER_MAX, connection.create_channel()).await?;
+        Ok(Self { channel, returns: connection.returns().clone() })
+    }
+
+    /// Whether the message with this id was returned on this channel. That is told once.
+    pub(super) fn was_returned(&self, message_id: &ShortString) -> bool {
+        self.returns.take(self.channel.id(), message_id.as_str())
+    }
+}
+
+impl Deref for PublishChannel {
+    type Target = Channel;
+    fn deref(&self) -> &Channel {
+        &self.channel
+    }
 }
 
 /// What the broker tells of a queue.
@@ -395,7 +435,7 @@ pub struct QueueCounts {
     pub consumers: u32,
 }
 
-/// What is known of `queue`; `None`: there is no such queue.
+/// What is known of `queue`; `None`: there is no such queue. One whose node is down is an error.
 pub async fn counts(
     connection: &Connection,
     queue: ShortString,

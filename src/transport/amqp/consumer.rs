@@ -11,7 +11,7 @@ use std::{
 
 use futures_util::{FutureExt, StreamExt, future::BoxFuture};
 use lapin::{
-    Channel, Connection,
+    Channel,
     message::Delivery,
     options::{
         BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions,
@@ -21,6 +21,7 @@ use lapin::{
 use tokio::time::{Instant, Sleep, sleep};
 
 use crate::transport::amqp::{
+    bounded::{ANSWER_MAX, AskError, answer},
     connection::{BrokerConnection, QueueCounts, counts},
     error::is_precondition_failed,
     traffic,
@@ -30,10 +31,16 @@ use crate::transport::amqp::{
 const LAZY_FOR: Duration = Duration::from_secs(1);
 
 /// How long nothing has come when the broker is asked whether it still knows the consumer.
-const LOOK_EVERY: Duration = Duration::from_secs(30);
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+
+/// How long a consumer has had nothing in hand and nothing has come when it is replaced by another one.
+const RENEW_AFTER: Duration = Duration::from_secs(6);
+
+/// How soon the broker delivers again what it believed to have delivered to the one before.
+const REQUEUED_WITHIN: Duration = Duration::from_secs(1);
 
 /// After how long it is asked again, when the answer was a bad one that may have been of a moment.
-const LOOK_AGAIN_AFTER: Duration = Duration::from_secs(5);
+const LOOK_AGAIN_AFTER: Duration = Duration::from_secs(3);
 
 /// Why there are no more deliveries.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -45,10 +52,26 @@ pub enum Closed {
         queue: String,
     },
     /// The broker has not ended it, and gives it nothing: the queue is gone, or is another.
-    #[error("the broker has forgotten the consumer of `{queue}`")]
+    #[error(
+        "the broker has forgotten the consumer of `{queue}`: nothing came for {:.1} s",
+        silent_for.as_secs_f64()
+    )]
     Forgotten {
         /// The queue.
         queue: String,
+        /// How long nothing has come.
+        silent_for: Duration,
+    },
+    /// What was published to the queue, to see whether it comes, has not come.
+    #[error(
+        "the broker has delivered nothing of `{queue}` for {:.1} s, though something is in it",
+        silent_for.as_secs_f64()
+    )]
+    Silent {
+        /// The queue.
+        queue: String,
+        /// How long nothing has come.
+        silent_for: Duration,
     },
     /// The channel or the connection is gone.
     #[error("the channel that consumed `{queue}` is lost")]
@@ -61,6 +84,16 @@ pub enum Closed {
     },
 }
 
+impl Closed {
+    /// What the broker said, if it said why.
+    pub fn broker(&self) -> Option<&lapin::Error> {
+        match self {
+            Self::Lost { source, .. } => Some(source),
+            Self::Cancelled { .. } | Self::Forgotten { .. } | Self::Silent { .. } => None,
+        }
+    }
+}
+
 /// A consumer with a channel of its own.
 #[derive(Debug)]
 pub struct Inbox {
@@ -69,8 +102,10 @@ pub struct Inbox {
     consumer: lapin::Consumer,
     tags: Tags,
     prefetch: u16,
+    arguments: FieldTable,
     lazy: Option<Lazy>,
     watch: Option<Watch>,
+    renewal: Option<Renewal>,
 }
 
 /// Acknowledgements that wait for more of them.
@@ -96,12 +131,12 @@ impl Inbox {
     /// Consumes `queue` on a new channel of `connection`; no more than `prefetch` deliveries are
     /// unacknowledged at a time.
     pub async fn open(
-        connection: &Connection,
+        connection: &BrokerConnection,
         queue: ShortString,
         prefetch: u16,
         arguments: FieldTable,
-    ) -> Result<Self, lapin::Error> {
-        let channel = connection.create_channel().await?;
+    ) -> Result<Self, AskError> {
+        let channel = answer(ANSWER_MAX, connection.create_channel()).await?;
         Self::on(channel, queue, prefetch, arguments).await
     }
 
@@ -110,14 +145,14 @@ impl Inbox {
     /// then, and if that is another queue, they get nothing any more; unless they ask to be ended
     /// instead. Quorum queues refuse to be asked: see [`Inbox::watched`].
     pub async fn open_to_end(
-        connection: &Connection,
+        connection: &BrokerConnection,
         queue: ShortString,
         prefetch: u16,
-    ) -> Result<Self, lapin::Error> {
+    ) -> Result<Self, AskError> {
         let mut arguments = FieldTable::default();
         arguments.insert("x-cancel-on-ha-failover".into(), AMQPValue::Boolean(true));
         match Self::open(connection, queue.clone(), prefetch, arguments).await {
-            Err(error) if is_precondition_failed(&error) => {
+            Err(AskError::Broker(error)) if is_precondition_failed(&error) => {
                 Self::open(connection, queue, prefetch, FieldTable::default()).await
             }
             opened => opened,
@@ -130,12 +165,38 @@ impl Inbox {
         queue: ShortString,
         prefetch: u16,
         arguments: FieldTable,
-    ) -> Result<Self, lapin::Error> {
-        channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
+    ) -> Result<Self, AskError> {
+        let begun = Self::begin(&channel, &queue, prefetch, &arguments).await;
+        let consumer = begun.inspect_err(|error| {
+            // A consumer that the broker begins too late would be given what nobody takes.
+            if error.is_silent() {
+                let channel = channel.clone();
+                tokio::spawn(async move { channel.close(200, "done".into()).await });
+            }
+        })?;
+        Ok(Self {
+            consumer,
+            queue,
+            channel,
+            tags: Tags::default(),
+            prefetch,
+            arguments,
+            lazy: None,
+            watch: None,
+            renewal: None,
+        })
+    }
+
+    async fn begin(
+        channel: &Channel,
+        queue: &ShortString,
+        prefetch: u16,
+        arguments: &FieldTable,
+    ) -> Result<lapin::Consumer, AskError> {
+        answer(ANSWER_MAX, channel.basic_qos(prefetch, BasicQosOptions::default())).await?;
         let options = BasicConsumeOptions::default();
-        let consumer = channel.basic_consume(queue.clone(), "".into(), options, arguments).await?;
-        let tags = Tags::default();
-        Ok(Self { queue, channel, consumer, tags, prefetch, lazy: None, watch: None })
+        let consuming = channel.basic_consume(queue.clone(), "".into(), options, arguments.clone());
+        answer(ANSWER_MAX, consuming).await
     }
 
     /// Acknowledges only now and then: where a queue ends with its connection, or is a stream, nobody
@@ -147,12 +208,15 @@ impl Inbox {
         Self { lazy: Some(lazy), ..self }
     }
 
-    /// Asks now and then, when nothing comes, whether the broker still has this consumer.
-    /// `connection` is the one that it is on. Not for streams.
+    /// Asks now and then, when nothing comes, whether the broker still has this consumer; and consumes
+    /// by another channel when nothing has come for a while. `connection` is the one that it is on.
+    /// Not for streams.
     #[must_use]
     pub fn watched(self, connection: &Arc<BrokerConnection>, turn: Turn) -> Self {
-        let connection = Arc::clone(connection);
-        Self { watch: Some(Watch::new(connection, self.queue.clone(), turn)), ..self }
+        let watch = Watch::new(Arc::clone(connection), self.queue.clone(), turn);
+        // What takes turns with others would lose its turn.
+        let renewal = (turn == Turn::Equal).then(|| Renewal::new(Arc::clone(connection)));
+        Self { watch: Some(watch), renewal, ..self }
     }
 
     /// The queue it consumes.
@@ -171,8 +235,14 @@ impl Inbox {
 
     /// [`Inbox::next`], for those who wait for several.
     pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Delivery, Closed>> {
-        let Poll::Ready(next) = self.consumer.poll_next_unpin(cx) else {
-            return self.poll_timers(cx).map(Err);
+        let next = loop {
+            if let Poll::Ready(next) = self.consumer.poll_next_unpin(cx) {
+                break next;
+            }
+            // What another consumer has is polled at once.
+            if !self.poll_renewal(cx) {
+                return self.poll_timers(cx).map(Err);
+            }
         };
         Poll::Ready(match next {
             Some(Ok(delivery)) => {
@@ -181,11 +251,31 @@ impl Inbox {
                 if let Some(watch) = &mut self.watch {
                     watch.has_heard = true;
                 }
+                if let Some(renewal) = &mut self.renewal {
+                    renewal.heard(&self.queue, delivery.redelivered);
+                }
                 Ok(delivery)
             }
             Some(Err(source)) => Err(Closed::Lost { queue: self.queue.to_string(), source }),
             None => Err(Closed::Cancelled { queue: self.queue.to_string() }),
         })
+    }
+
+    /// Whether another consumer has taken the place of this one.
+    fn poll_renewal(&mut self, cx: &mut Context<'_>) -> bool {
+        let is_idle = self.tags.outstanding() == 0;
+        let Some(renewal) = &mut self.renewal else { return false };
+        let (queue, arguments) = (&self.queue, &self.arguments);
+        let opened = renewal.poll(cx, is_idle, queue, self.prefetch, arguments);
+        let Some(Opened { channel, consumer }) = opened else { return false };
+        renewal.renewed_at = Some(Instant::now());
+        let old = Opened {
+            channel: std::mem::replace(&mut self.channel, channel),
+            consumer: std::mem::replace(&mut self.consumer, consumer),
+        };
+        self.tags = Tags::default();
+        old.discard();
+        true
     }
 
     /// Nothing comes: what else there is to do meanwhile.
@@ -213,6 +303,12 @@ impl Inbox {
         self.tags.settle(tag);
     }
 
+    /// The delivery is dealt with. Says so at once, and of all that were before.
+    pub fn ack_now(&mut self, tag: u64) {
+        self.ack(tag);
+        self.flush_all();
+    }
+
     /// The delivery is for another. Says so at once.
     pub fn requeue(&mut self, tag: u64) {
         self.tags.told(tag);
@@ -238,14 +334,137 @@ impl Inbox {
     }
 
     /// Takes no more deliveries; those it has stay its own. What was on its way may still come.
-    pub async fn cancel(&mut self) -> Result<(), lapin::Error> {
-        self.watch = None;
-        self.channel.basic_cancel(self.consumer.tag(), BasicCancelOptions::default()).await
+    pub async fn cancel(&mut self) -> Result<(), AskError> {
+        (self.watch, self.renewal) = (None, None);
+        let options = BasicCancelOptions::default();
+        answer(ANSWER_MAX, self.channel.basic_cancel(self.consumer.tag(), options)).await
     }
 
     /// Gives the channel up, and with it all that is unsettled.
     pub async fn close(self) {
-        let _ = self.channel.close(200, "done".into()).await;
+        let _ = answer(ANSWER_MAX, self.channel.close(200, "done".into())).await;
+    }
+}
+
+/// A consumer that is to take the place of one that gets nothing and has nothing in hand.
+///
+/// A broker may believe to have delivered what never arrived, as where a delivery was on its way
+/// between two nodes that lost each other. It has it back when the channel is closed. No question tells
+/// of it: such a message is neither ready nor lost.
+struct Renewal {
+    connection: Arc<BrokerConnection>,
+    due: Pin<Box<Sleep>>,
+    /// When something came last, or the consumer began.
+    heard_at: Instant,
+    opening: Option<BoxFuture<'static, Result<Opened, AskError>>>,
+    /// When that began.
+    opened_after: Instant,
+    /// When another consumer has taken the place of the one before, if nothing has come since.
+    renewed_at: Option<Instant>,
+}
+
+/// A channel, and the one consumer on it.
+struct Opened {
+    channel: Channel,
+    consumer: lapin::Consumer,
+}
+
+impl Opened {
+    /// Gives up what the broker has sent by it. Nobody waits for that.
+    fn discard(self) {
+        let Self { channel, consumer } = self;
+        tokio::spawn(async move {
+            // In this order: lapin cancels a consumer that is dropped, and the broker ends a
+            // connection on which a channel is spoken of that it has closed.
+            let options = BasicCancelOptions::default();
+            let cancelled = answer(ANSWER_MAX, channel.basic_cancel(consumer.tag(), options)).await;
+            if cancelled.is_ok() {
+                let _ = answer(ANSWER_MAX, channel.close(200, "done".into())).await;
+            }
+            drop(consumer);
+        });
+    }
+}
+
+impl Renewal {
+    fn new(connection: Arc<BrokerConnection>) -> Self {
+        let due = Box::pin(sleep(RENEW_AFTER));
+        Self {
+            connection,
+            due,
+            heard_at: Instant::now(),
+            opening: None,
+            opened_after: Instant::now(),
+            renewed_at: None,
+        }
+    }
+
+    /// A consumer that is to take the place of the present one. `is_idle`: that one has nothing in
+    /// hand.
+    fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        is_idle: bool,
+        queue: &ShortString,
+        prefetch: u16,
+        arguments: &FieldTable,
+    ) -> Option<Opened> {
+        loop {
+            if let Some(opening) = &mut self.opening {
+                let Poll::Ready(opened) = opening.poll_unpin(cx) else { return None };
+                self.opening = None;
+                let has_heard = self.heard_at > self.opened_after;
+                self.heard_at = Instant::now();
+                match opened {
+                    Ok(opened) if is_idle && !has_heard => return Some(opened),
+                    // Something has come by the old one after all.
+                    Ok(opened) => opened.discard(),
+                    Err(error) => tracing::debug!(%queue, %error, "no other consumer is to be had"),
+                }
+            }
+            if self.due.as_mut().poll(cx).is_pending() {
+                return None;
+            }
+            let now = Instant::now();
+            if !is_idle {
+                self.heard_at = now;
+            }
+            let due_at = self.heard_at + RENEW_AFTER;
+            if due_at > now {
+                self.due.as_mut().reset(due_at);
+            } else {
+                self.opened_after = now;
+                let connection = Arc::clone(&self.connection);
+                let (queue, arguments) = (queue.clone(), arguments.clone());
+                let opening = async move {
+                    let inbox = Inbox::open(&connection, queue, prefetch, arguments).await?;
+                    let Inbox { channel, consumer, .. } = inbox;
+                    Ok(Opened { channel, consumer })
+                };
+                self.opening = Some(opening.boxed());
+            }
+        }
+    }
+
+    /// Something has come.
+    fn heard(&mut self, queue: &ShortString, redelivered: bool) {
+        self.heard_at = Instant::now();
+        if self.renewed_at.take_if(|at| at.elapsed() >= REQUEUED_WITHIN).is_some() || !redelivered {
+            return;
+        }
+        if self.renewed_at.take().is_some() {
+            tracing::warn!(
+                "the broker had delivered a message of `{queue}` that did not arrive; it came by \
+                 another channel after nothing had come for {:.1} s",
+                RENEW_AFTER.as_secs_f64()
+            );
+        }
+    }
+}
+
+impl std::fmt::Debug for Renewal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Renewal").field("heard_at", &self.heard_at).finish_non_exhaustive()
     }
 }
 
@@ -279,9 +498,11 @@ struct Watch {
     due: Pin<Box<Sleep>>,
     /// Whether something came since the last look.
     has_heard: bool,
+    /// When something was last known to have come.
+    heard_at: Instant,
     /// Whether the last look was a bad one.
     is_suspicious: bool,
-    looking: Option<BoxFuture<'static, Result<Option<QueueCounts>, lapin::Error>>>,
+    looking: Option<BoxFuture<'static, Result<Option<QueueCounts>, AskError>>>,
 }
 
 impl Watch {
@@ -292,6 +513,7 @@ impl Watch {
             turn,
             due: Box::pin(sleep(LOOK_EVERY)),
             has_heard: false,
+            heard_at: Instant::now(),
             is_suspicious: false,
             looking: None,
         }
@@ -304,7 +526,8 @@ impl Watch {
                 let Poll::Ready(found) = looking.poll_unpin(cx) else { return Poll::Pending };
                 self.looking = None;
                 if self.is_forgotten(found.as_ref(), has_room) {
-                    return Poll::Ready(Closed::Forgotten { queue: self.queue.to_string() });
+                    let (queue, silent_for) = (self.queue.to_string(), self.heard_at.elapsed());
+                    return Poll::Ready(Closed::Forgotten { queue, silent_for });
                 }
                 let pause = if self.is_suspicious { LOOK_AGAIN_AFTER } else { LOOK_EVERY };
                 self.due.as_mut().reset(Instant::now() + pause);
@@ -313,11 +536,13 @@ impl Watch {
                 return Poll::Pending;
             }
             if std::mem::take(&mut self.has_heard) {
+                self.heard_at = Instant::now();
                 self.is_suspicious = false;
                 self.due.as_mut().reset(Instant::now() + LOOK_EVERY);
             } else {
                 let (connection, queue) = (Arc::clone(&self.connection), self.queue.clone());
-                self.looking = Some(async move { counts(&connection, queue).await }.boxed());
+                let looking = async move { answer(ANSWER_MAX, counts(&connection, queue)).await };
+                self.looking = Some(looking.boxed());
             }
         }
     }
@@ -327,7 +552,7 @@ impl Watch {
     /// queue that isn't there.
     fn is_forgotten(
         &mut self,
-        found: Result<&Option<QueueCounts>, &lapin::Error>,
+        found: Result<&Option<QueueCounts>, &AskError>,
         has_room: bool,
     ) -> bool {
         let was_suspicious = std::mem::take(&mut self.is_suspicious);

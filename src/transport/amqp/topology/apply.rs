@@ -11,7 +11,7 @@ use std::{
 };
 
 use lapin::{
-    Channel, Connection,
+    Channel,
     options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions},
     types::FieldTable,
 };
@@ -20,7 +20,7 @@ use crate::{
     protocol::time::Time,
     transport::amqp::{
         bounded::{ANSWER_MAX, AskError, DECLARE_MAX, answer},
-        connection::{Backoff, Broker, ConnectError, close},
+        connection::{Backoff, Broker, BrokerConnection, ConnectError, close},
         error::Disposition,
         names::Names,
         publisher::Published,
@@ -70,7 +70,7 @@ pub struct Begun {
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum TopologyError {
     /// No connection.
-    #[error("no connection")]
+    #[error(transparent)]
     Connect(#[from] ConnectError),
     /// The connection gives no channel.
     #[error("failed to open a channel")]
@@ -250,7 +250,7 @@ async fn attempts(
 
 /// One attempt; what it makes is added to `applied`.
 async fn apply_on(
-    connection: &Connection,
+    connection: &BrokerConnection,
     names: &Names,
     topology: &Topology,
     options: &Options,
@@ -340,7 +340,7 @@ impl Topology {
 /// Two that find it empty both write one; the first counts, and as each is written before any queue
 /// is declared that tells of a living system, the first of a new system's is that of a new system.
 async fn begin_journal(
-    connection: &Connection,
+    connection: &BrokerConnection,
     names: &Names,
     options: &Options,
     is_new: bool,
@@ -361,6 +361,7 @@ async fn begin_journal(
     match begin::begin(connection, names, complete_since).await.map_err(failed)? {
         Published::Confirmed => Ok(Some(Begun { complete_since, was_lost })),
         Published::Lost(source) => Err(failed(source.into())),
+        Published::Unconfirmed(limit) => Err(failed(AskError::Silent { limit })),
         Published::Refused | Published::Unroutable => {
             Err(TopologyError::NotTaken { journal: names.journal().to_string() })
         }
@@ -373,7 +374,7 @@ pub(super) struct Declarer {
 }
 
 impl Declarer {
-    pub(super) async fn on(connection: &Connection) -> Result<Self, TopologyError> {
+    pub(super) async fn on(connection: &BrokerConnection) -> Result<Self, TopologyError> {
         let channel = answer(ANSWER_MAX, connection.create_channel()).await;
         Ok(Self { channel: channel.map_err(TopologyError::Open)? })
     }

@@ -19,7 +19,7 @@ use crate::{
     protocol::time::Time,
     transport::amqp::{
         bounded::{ANSWER_MAX, Alarm, AskError, answer, close_channel},
-        connection::confirming_channel,
+        connection::{BrokerConnection, PublishChannel},
         error::is_out_of_reach,
         names::Names,
         publisher::{Outgoing, Published, publish},
@@ -125,7 +125,7 @@ pub(super) fn complete_since(now: Time, clock_margin: Duration, has_lived: bool)
 
 /// Writes the first record.
 pub(super) async fn begin(
-    connection: &Connection,
+    connection: &BrokerConnection,
     names: &Names,
     complete_since: Time,
 ) -> Result<Published, AskError> {
@@ -141,7 +141,7 @@ pub(super) async fn begin(
         ..Outgoing::default()
     };
     let mut alarm = Alarm::of(connection);
-    let channel = answer(ANSWER_MAX, confirming_channel(connection)).await?;
+    let channel = PublishChannel::open(connection).await?;
     let published = alarm.bound(ANSWER_MAX, publish(channel.clone(), message)).await?;
     close_channel(&channel).await;
     Ok(published)

@@ -16,7 +16,7 @@
 //! A queue that is as it should be stays as it is.
 
 use lapin::{
-    BasicProperties, Channel, Confirmation, Connection,
+    BasicProperties, Confirmation,
     message::BasicGetMessage,
     options::{
         BasicAckOptions, BasicGetOptions, BasicPublishOptions, QueueDeclareOptions,
@@ -29,7 +29,7 @@ use crate::{
     protocol::ids::ServiceName,
     transport::amqp::{
         bounded::{ANSWER_MAX, Alarm, AskError, answer},
-        connection::confirming_channel,
+        connection::{BrokerConnection, PublishChannel},
         error::Disposition,
         names::Names,
         topology::{
@@ -105,7 +105,7 @@ impl ReplaceError {
 ///
 /// They are not, or not all. Nothing is lost, and replacing again does the rest.
 pub async fn replace(
-    connection: &Connection,
+    connection: &BrokerConnection,
     names: &Names,
     service: &ServiceTopology,
     settings: &Settings,
@@ -134,8 +134,11 @@ pub async fn replace(
     Ok(replacing.replaced)
 }
 
-async fn confirming(connection: &Connection, queue: &ShortString) -> Result<Channel, ReplaceError> {
-    let opened = answer(ANSWER_MAX, confirming_channel(connection)).await;
+async fn confirming(
+    connection: &BrokerConnection,
+    queue: &ShortString,
+) -> Result<PublishChannel, ReplaceError> {
+    let opened = PublishChannel::open(connection).await;
     opened.map_err(step("open a channel for", queue))
 }
 
@@ -145,9 +148,9 @@ fn step(step: &'static str, queue: &ShortString) -> impl FnOnce(AskError) -> Rep
 }
 
 struct Replacing<'a> {
-    connection: &'a Connection,
+    connection: &'a BrokerConnection,
     alarm: Alarm,
-    channel: Channel,
+    channel: PublishChannel,
     declarer: Declarer,
     replaced: Replaced,
 }

@@ -1,0 +1,309 @@
+//! A queue that belongs to one connection: what a worker, an instance or a producer is told.
+//!
+//! **Its name is new with every connection.** The broker may not have noticed yet that the connection
+//! before is gone, or the node of the queue before may be down; then the old queue stays, locked and
+//! bound, and its name can't be declared. What is routed to the old queue as well is lost or nacked
+//! there; it reaches the new one all the same, by the new one's own bindings.
+//!
+//! **It proves that the link is alive.** Now and then a message is published to it on the link's other
+//! connection. If that doesn't arrive, the broker no longer reads from the one connection or no longer
+//! delivers on the other, and the link is of no use. No other wait could tell: a queue in which nothing
+//! is looks the same, and what is published without a confirm looks as if it had arrived.
+
+use std::{
+    fmt,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use futures_util::{Future, FutureExt};
+use lapin::{
+    message::Delivery,
+    options::{QueueBindOptions, QueueDeclareOptions},
+    types::{FieldTable, ShortString},
+};
+use tokio::time::{Instant, Sleep, sleep};
+
+use crate::transport::amqp::{
+    bounded::{ANSWER_MAX, AskError, answer},
+    connection::BrokerConnection,
+    consumer::{Closed, Inbox},
+    publisher::{Outgoing, Publisher},
+    unique,
+};
+
+/// The pause before the next probe is sent.
+const PROBE_AFTER: Duration = Duration::from_secs(2);
+
+/// How long a probe may take to arrive; and once more so long if other messages come meanwhile, which
+/// it may have to wait behind.
+const PROBE_MAX: Duration = Duration::from_secs(4);
+
+/// A timer that is later than this tells that this process has not run, as one that was frozen: then
+/// it is no wonder that nothing has arrived.
+const LATE: Duration = Duration::from_secs(1);
+
+/// The `type` property of a probe. Nobody but this file sees one.
+const PROBE: &str = "dtc.probe.v1";
+
+/// Where a queue gets its messages from: an exchange, and a routing key.
+#[derive(Clone, Debug)]
+pub struct BoundTo {
+    /// The exchange.
+    pub exchange: ShortString,
+    /// The routing key, with wildcards.
+    pub key: ShortString,
+}
+
+/// An exclusive queue could not be opened.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum ExclusiveError {
+    /// The connection gives no channel.
+    #[error("failed to open a channel")]
+    Channel(#[source] AskError),
+    /// The queue can't be declared or consumed.
+    #[error("failed to use queue `{queue}`")]
+    Queue {
+        /// Which queue.
+        queue: ShortString,
+        /// Why.
+        #[source]
+        source: AskError,
+    },
+    /// The exchange can't be bound to.
+    #[error("failed to bind queue `{queue}` to exchange `{exchange}`")]
+    Exchange {
+        /// Which queue.
+        queue: ShortString,
+        /// Which exchange.
+        exchange: ShortString,
+        /// Why.
+        #[source]
+        source: AskError,
+    },
+}
+
+impl ExclusiveError {
+    /// The answer that was not the wanted one.
+    pub fn source_error(&self) -> &AskError {
+        match self {
+            Self::Channel(source) | Self::Queue { source, .. } | Self::Exchange { source, .. } => {
+                source
+            }
+        }
+    }
+}
+
+/// An exclusive queue and its consumer.
+#[derive(Debug)]
+pub struct ExclusiveQueue {
+    inbox: Inbox,
+    probe: Option<Probe>,
+}
+
+impl ExclusiveQueue {
+    /// Declares a queue on `connection`, called `stem` and a part that no other queue has; binds it,
+    /// and consumes it. No more than `prefetch` deliveries are unacknowledged at a time.
+    ///
+    /// # Errors
+    ///
+    /// The broker refuses a step, or does not answer.
+    pub async fn open(
+        connection: &BrokerConnection,
+        stem: impl fmt::Display,
+        bindings: &[BoundTo],
+        prefetch: u16,
+    ) -> Result<Self, ExclusiveError> {
+        let queue = ShortString::from(format!("{stem}.{}", unique::name('q')));
+        let channel = answer(ANSWER_MAX, connection.create_channel()).await;
+        let channel = channel.map_err(ExclusiveError::Channel)?;
+        let failed = |source| ExclusiveError::Queue { queue: queue.clone(), source };
+        let options = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
+        let declaring = channel.queue_declare(queue.clone(), options, FieldTable::default());
+        answer(ANSWER_MAX, declaring).await.map_err(failed)?;
+        for BoundTo { exchange, key } in bindings {
+            let binding = channel.queue_bind(
+                queue.clone(),
+                exchange.clone(),
+                key.clone(),
+                QueueBindOptions::default(),
+                FieldTable::default(),
+            );
+            answer(ANSWER_MAX, binding).await.map_err(|source| ExclusiveError::Exchange {
+                queue: queue.clone(),
+                exchange: exchange.clone(),
+                source,
+            })?;
+        }
+        let inbox = Inbox::on(channel, queue.clone(), prefetch, FieldTable::default()).await;
+        Ok(Self { inbox: inbox.map_err(failed)?.lazy(), probe: None })
+    }
+
+    /// Makes sure that what is published on `publishing` still arrives here, as long as `is_needed`.
+    ///
+    /// # Errors
+    ///
+    /// `publishing` gives no channel.
+    pub async fn probed(
+        self,
+        publishing: &Arc<BrokerConnection>,
+        is_needed: impl Fn() -> bool + Send + Sync + 'static,
+    ) -> Result<Self, AskError> {
+        let queue = self.inbox.queue().clone();
+        let probe = Probe::new(publishing, queue, Box::new(is_needed)).await?;
+        Ok(Self { probe: Some(probe), ..self })
+    }
+
+    /// What it is called.
+    pub fn name(&self) -> &ShortString {
+        self.inbox.queue()
+    }
+
+    /// The next delivery, to be acknowledged by [`ExclusiveQueue::ack`].
+    ///
+    /// # Errors
+    ///
+    /// There are no more: the connection is gone, or is of no use.
+    pub async fn next(&mut self) -> Result<Delivery, Closed> {
+        std::future::poll_fn(|cx| self.poll_next(cx)).await
+    }
+
+    /// The same, if it is there by now.
+    pub fn ready(&mut self) -> Option<Result<Delivery, Closed>> {
+        self.next().now_or_never()
+    }
+
+    /// [`ExclusiveQueue::next`], for those who wait for several things.
+    pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Delivery, Closed>> {
+        loop {
+            match self.inbox.poll_next(cx) {
+                Poll::Ready(Ok(delivery)) => {
+                    let is_probe = is_probe(&delivery);
+                    if let Some(probe) = &mut self.probe {
+                        probe.heard(is_probe);
+                    }
+                    if !is_probe {
+                        return Poll::Ready(Ok(delivery));
+                    }
+                    self.inbox.ack_now(delivery.delivery_tag);
+                }
+                Poll::Ready(Err(closed)) => return Poll::Ready(Err(closed)),
+                Poll::Pending => break,
+            }
+        }
+        let Some(probe) = &mut self.probe else { return Poll::Pending };
+        if !probe.lane.is_open() {
+            tracing::debug!(queue = %probe.queue, "the link is not probed: the broker refuses it");
+            self.probe = None;
+            return Poll::Pending;
+        }
+        probe.poll(cx).map(Err)
+    }
+
+    /// The delivery is dealt with.
+    pub fn ack(&mut self, tag: u64) {
+        self.inbox.ack(tag);
+    }
+
+    /// Tells the broker of what was acknowledged.
+    pub fn flush(&mut self) {
+        self.inbox.flush();
+    }
+}
+
+fn is_probe(delivery: &Delivery) -> bool {
+    delivery.properties.kind().as_ref().is_some_and(|kind| kind.as_str() == PROBE)
+}
+
+/// What makes sure that a link is alive.
+struct Probe {
+    publishing: Arc<BrokerConnection>,
+    lane: Publisher<()>,
+    queue: ShortString,
+    is_needed: Box<dyn Fn() -> bool + Send + Sync>,
+    /// Whether something has arrived since the probe was sent.
+    has_heard: bool,
+    /// Since when a probe is on its way.
+    sent_at: Option<Instant>,
+    /// Whether it was given more time.
+    is_extended: bool,
+    timer: Pin<Box<Sleep>>,
+}
+
+impl Probe {
+    async fn new(
+        publishing: &Arc<BrokerConnection>,
+        queue: ShortString,
+        is_needed: Box<dyn Fn() -> bool + Send + Sync>,
+    ) -> Result<Self, AskError> {
+        Ok(Self {
+            lane: Publisher::unconfirmed(publishing, "probes").await?,
+            publishing: Arc::clone(publishing),
+            queue,
+            is_needed,
+            has_heard: false,
+            sent_at: None,
+            is_extended: false,
+            timer: Box::pin(sleep(PROBE_AFTER)),
+        })
+    }
+
+    /// A message has arrived.
+    fn heard(&mut self, is_probe: bool) {
+        self.has_heard = true;
+        if is_probe && self.sent_at.take().is_some() {
+            self.wait(PROBE_AFTER);
+        }
+    }
+
+    /// Ready when the link is of no use.
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Closed> {
+        while self.timer.as_mut().poll(cx).is_ready() {
+            let is_late = self.timer.deadline().elapsed() >= LATE;
+            // A broker that has an alarm reads nothing that is published, and has said so.
+            let is_blocked = self.publishing.status().blocked();
+            match self.sent_at {
+                None if is_blocked || !(self.is_needed)() => self.wait(PROBE_AFTER),
+                None => self.send(),
+                Some(_) if is_blocked => {
+                    self.sent_at = None;
+                    self.wait(PROBE_AFTER);
+                }
+                Some(_) if is_late || (self.has_heard && !self.is_extended) => {
+                    self.is_extended = true;
+                    self.wait(PROBE_MAX);
+                }
+                Some(sent_at) => {
+                    let (queue, silent_for) = (self.queue.to_string(), sent_at.elapsed());
+                    return Poll::Ready(Closed::Silent { queue, silent_for });
+                }
+            }
+        }
+        Poll::Pending
+    }
+
+    fn send(&mut self) {
+        let message = Outgoing {
+            key: self.queue.clone(),
+            message_type: PROBE,
+            expires_after: Some(PROBE_MAX * 2),
+            ..Outgoing::default()
+        };
+        self.lane.publish(message, ());
+        while self.lane.ready().is_some() {}
+        (self.sent_at, self.has_heard, self.is_extended) = (Some(Instant::now()), false, false);
+        self.wait(PROBE_MAX);
+    }
+
+    fn wait(&mut self, pause: Duration) {
+        self.timer.as_mut().reset(Instant::now() + pause);
+    }
+}
+
+impl fmt::Debug for Probe {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Probe").field("queue", &self.queue).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,104 @@
+//! When to connect again, and when to give up.
+//!
+//! Worker, service and client follow the same rules. A link that is lost is made again, after a
+//! pause that grows from try to try, and that begins small again once a link has stood for a while.
+//! Nobody gives up who has ever worked: certificates and passwords are changed while processes run,
+//! and not all at one moment. Who has never worked gives up where waiting doesn't help.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::transport::amqp::{connection::Backoff, error::Disposition};
+
+/// A link that stood for so long was a good one.
+const STEADY: Duration = Duration::from_secs(10);
+
+/// How long a broker that lets us in may take until it has all of its queues and streams.
+const STARTING_MAX: Duration = Duration::from_secs(10);
+
+/// The state of one process's tries to have a link.
+#[derive(Clone, Debug, Default)]
+pub struct Supervisor {
+    backoff: Backoff,
+    has_worked: bool,
+    opened_at: Option<Instant>,
+    missing_since: Option<Instant>,
+}
+
+impl Supervisor {
+    /// A link works.
+    pub fn opened(&mut self) {
+        self.has_worked = true;
+        self.opened_at = Some(Instant::now());
+        self.missing_since = None;
+    }
+
+    /// Something of the topology is missing: whether that has been so for longer than a broker takes
+    /// to start. One that starts lets us in before it has all of its queues and streams.
+    pub fn is_missing_for_good(&mut self) -> bool {
+        let now = Instant::now();
+        now - *self.missing_since.get_or_insert(now) >= STARTING_MAX
+    }
+
+    /// Whether a link has ever worked.
+    pub fn has_worked(&self) -> bool {
+        self.has_worked
+    }
+
+    /// Whether a failure with this disposition is final.
+    pub fn gives_up(&self, disposition: Disposition) -> bool {
+        disposition == Disposition::GiveUp && !self.has_worked
+    }
+
+    /// How long to pause before the next try, after a link was lost or could not be made.
+    pub fn pause(&mut self) -> Duration {
+        if self.opened_at.take().is_some_and(|at| at.elapsed() >= STEADY) {
+            self.backoff = Backoff::default();
+        }
+        self.backoff.pause()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::{STARTING_MAX, STEADY, Supervisor};
+    use crate::transport::amqp::error::Disposition;
+
+    #[tokio::test(start_paused = true)]
+    async fn pauses_grow_until_a_link_has_stood_for_a_while() {
+        let mut supervisor = Supervisor::default();
+        for _ in 0..10 {
+            supervisor.opened();
+            supervisor.pause();
+        }
+        assert!(supervisor.pause() >= Duration::from_millis(2500));
+        supervisor.opened();
+        tokio::time::advance(STEADY).await;
+        assert!(supervisor.pause() <= Duration::from_millis(100));
+        assert!(supervisor.pause() <= Duration::from_millis(200), "and grow from there");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_topology_that_is_missing_for_a_moment_is_a_broker_that_starts() {
+        let mut supervisor = Supervisor::default();
+        assert!(!supervisor.is_missing_for_good());
+        tokio::time::advance(STARTING_MAX / 2).await;
+        assert!(!supervisor.is_missing_for_good());
+        tokio::time::advance(STARTING_MAX / 2).await;
+        assert!(supervisor.is_missing_for_good());
+        supervisor.opened();
+        assert!(!supervisor.is_missing_for_good());
+    }
+
+    #[test]
+    fn who_has_worked_never_gives_up() {
+        let mut supervisor = Supervisor::default();
+        assert!(supervisor.gives_up(Disposition::GiveUp));
+        assert!(!supervisor.gives_up(Disposition::Retry));
+        supervisor.opened();
+        assert!(!supervisor.gives_up(Disposition::GiveUp));
+    }
+}
