@@ -371,6 +371,16 @@ pub struct Parked {
     pub parked_at: Time,
 }
 
+impl Parked {
+    /// The service whose commit is parked; `None`: the transaction itself is.
+    pub fn service(&self) -> Option<&ServiceName> {
+        match &self.matter {
+            Matter::Uncommitted { service, .. } => Some(service),
+            Matter::Undecidable(_) => None,
+        }
+    }
+}
+
 /// What a person has to see to.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub enum Matter {

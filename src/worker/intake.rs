@@ -194,7 +194,7 @@ mod tests {
             "done":true,"free":1}]"#;
         let mut message = Message::mock(1, "e".into(), "w1.a".into(), false, DONE.into());
         message.properties = properties.with_type("dtc.done.v1".into());
-        let intake = reply(&message);
+        let intake = reply(&message, None);
         assert_eq!(intake.events.len(), 0);
         assert_eq!(intake.complaints, ["the message is unreadable: too deep"]);
     }

@@ -9,10 +9,13 @@
 //! moment at which it was attached to, if something lies before that; or what its first record
 //! says.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use lapin::{
-    Channel,
     message::Delivery,
     types::{AMQPValue, FieldTable, ShortString},
 };
@@ -22,9 +25,10 @@ use crate::{
     error::Chain,
     protocol::{message::Decision, time::Time},
     transport::amqp::{
-        connection::{Backoff, BrokerConnection, confirming_channel},
+        bounded::{ANSWER_MAX, AskError, answer},
+        connection::{Backoff, BrokerConnection, PublishChannel},
         consumer::{Closed, Inbox},
-        publisher::{Outgoing, Published, publish},
+        publisher::{CONFIRM_MAX, Outgoing, Published, publish_within},
         unique,
     },
     wire::message::{JournalBegun, Kind, decode},
@@ -37,7 +41,7 @@ const PREFETCH: u16 = 1000;
 const BEGINNING_MAX: u16 = 100;
 
 /// How long a stream may show nothing though something is known to be there.
-const SILENCE_MAX: Duration = Duration::from_secs(30);
+const SILENCE_MAX: Duration = Duration::from_secs(5);
 
 /// One message of the journal.
 #[derive(Debug)]
@@ -49,7 +53,7 @@ pub(super) struct Record {
     /// Whether it is the first of its journal, and what it says.
     pub(super) begun: Option<JournalBegun>,
     /// What tells a marker from others.
-    message_id: Option<ShortString>,
+    pub(super) message_id: Option<ShortString>,
     /// What tells it from another message at the same place of another stream.
     pub(super) digest: u64,
 }
@@ -58,17 +62,39 @@ pub(super) struct Record {
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ReadError {
     #[error("failed to consume the journal")]
-    Consume(#[source] lapin::Error),
+    Consume(#[source] AskError),
+    #[error("failed to write to the journal")]
+    Mark(#[source] AskError),
     #[error("failed to read the journal on")]
     Closed(#[source] Closed),
     #[error("there is no queue `{0}`")]
     Missing(ShortString),
     #[error("the broker refuses a marker for the journal")]
     MarkerRefused,
-    #[error("the journal shows nothing of what is in it")]
+    #[error(
+        "the broker has delivered nothing of the journal for {} s, though something is in it",
+        SILENCE_MAX.as_secs()
+    )]
     Silent,
+    #[error("nobody waits for what is read")]
+    Unwanted,
     #[error("the journal is no stream: its messages have no offset")]
     NoStream,
+}
+
+impl ReadError {
+    /// What the broker said, if it said why.
+    pub(super) fn broker(&self) -> Option<&lapin::Error> {
+        match self {
+            Self::Consume(source) | Self::Mark(source) => source.broker(),
+            Self::Closed(closed) => closed.broker(),
+            Self::Missing(_)
+            | Self::MarkerRefused
+            | Self::Silent
+            | Self::Unwanted
+            | Self::NoStream => None,
+        }
+    }
 }
 
 /// A stream that is read from now on.
@@ -101,12 +127,8 @@ pub(super) struct Journal {
 }
 
 impl Tail {
-    pub(super) async fn next(&mut self) -> Result<Delivery, Closed> {
-        self.inbox.next().await
-    }
-
-    pub(super) fn ready(&mut self) -> Option<Result<Delivery, Closed>> {
-        self.inbox.ready()
+    pub(super) fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Delivery, Closed>> {
+        self.inbox.poll_next(cx)
     }
 
     /// What a delivery says. It needs no other acknowledgement.
@@ -281,7 +303,7 @@ impl Journal {
             let is_last = record.offset + 1 >= look.until;
             if !record.decisions.is_empty() {
                 let decisions = Found::Decisions(record.decisions);
-                found.send(decisions).await.map_err(|_| ReadError::Silent)?;
+                found.send(decisions).await.map_err(|_| ReadError::Unwanted)?;
             }
             if is_last {
                 break;
@@ -289,7 +311,7 @@ impl Journal {
             record = tail.record().await?;
         }
         tail.inbox.close().await;
-        found.send(Found::Ended { reaches }).await.map_err(|_| ReadError::Silent)
+        found.send(Found::Ended { reaches }).await.map_err(|_| ReadError::Unwanted)
     }
 
     /// Opens the stream where every record made at `from` or later lies behind: its first message,
@@ -335,15 +357,23 @@ impl Journal {
     /// Writes a marker, and waits until it is there.
     async fn mark(&self) -> Result<ShortString, ReadError> {
         let marker = ShortString::from(unique::name('m'));
-        let channel = confirming_channel(&self.publishing).await.map_err(ReadError::Consume)?;
-        let published = publish(channel.clone(), self.message(b"[]".into(), Some(marker.clone())));
-        let published = published.await;
-        close(&channel).await;
+        let channel = PublishChannel::open(&self.publishing).await.map_err(ReadError::Mark)?;
+        let message = self.message(b"[]".into(), Some(marker.clone()));
+        let published = publish_within(channel.clone(), message, CONFIRM_MAX).await;
+        // On a channel without an answer there will be none to this either.
+        if !matches!(published, Published::Unconfirmed(_)) {
+            let _ = answer(ANSWER_MAX, channel.close(200, "done".into())).await;
+        }
         match published {
             Published::Confirmed => Ok(marker),
             Published::Unroutable => Err(ReadError::Missing(self.queue.clone())),
             Published::Refused => Err(ReadError::MarkerRefused),
-            Published::Lost(error) => Err(ReadError::Consume(error)),
+            Published::Unconfirmed(_) if self.publishing.status().blocked() => {
+                let reason = "it has run low on memory or disk".to_owned();
+                Err(ReadError::Mark(AskError::Blocked { reason }))
+            }
+            Published::Unconfirmed(limit) => Err(ReadError::Mark(AskError::Silent { limit })),
+            Published::Lost(error) => Err(ReadError::Mark(AskError::Broker(error))),
         }
     }
 
@@ -359,8 +389,4 @@ impl Journal {
             ..Outgoing::default()
         }
     }
-}
-
-async fn close(channel: &Channel) {
-    let _ = channel.close(200, "done".into()).await;
 }

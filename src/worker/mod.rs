@@ -4,16 +4,26 @@
 //! with no configuration among them; each reads the same journal.
 //!
 //! * `session`: the life of one link to the broker.
-//! * `journal`: reading the stream of decisions.
-//! * `sources`, `intake`: what comes in.
-//! * `outbox`: what goes out.
+//! * `lasting`: what is kept from one link to the next.
+//! * `journal`, `follower`, `appender`: reading the stream of decisions, following its end, writing to
+//!   it.
+//! * `sources`, `intake`, `saturation`: what comes in, and how much of it.
+//! * `outbox`, `together`: what goes out.
+//! * `searches`: looking for services.
+//! * `anomalies`: what is said of what is unusual.
 
+mod anomalies;
+mod appender;
+mod follower;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzzing;
 mod intake;
 mod journal;
+mod lasting;
 mod outbox;
+mod saturation;
+mod searches;
 mod session;
 mod sources;
 mod together;
@@ -21,9 +31,12 @@ mod together;
 use std::time::Duration;
 
 use futures_util::FutureExt;
-use tokio::{sync::watch, time::Instant};
+use tokio::sync::watch;
 
-use self::session::{End, Lasting, Session, SessionError};
+use self::{
+    lasting::Lasting,
+    session::{End, Session, SessionError},
+};
 use crate::{
     clock::Clock,
     error::Chain,
@@ -33,9 +46,10 @@ use crate::{
         message::{Answer, Outcome},
     },
     transport::amqp::{
-        connection::{Backoff, Broker, ConnectError},
+        connection::{Broker, ConnectError},
         error::{Disposition, is_refusal},
         names::Names,
+        supervisor::Supervisor,
     },
 };
 
@@ -138,14 +152,12 @@ pub async fn run(
     let coordinator = Coordinator::new(settings.coordinator.clone());
     let clock = Clock::start();
     let mut lasting = Lasting { coordinator, clock, last_read: None, tally: Tally::default() };
-    let mut backoff = Backoff::default();
-    let mut has_worked = false;
+    let mut supervisor = Supervisor::default();
     loop {
-        let began = Instant::now();
         let failure = tokio::select! {
             opened = open(&settings, &mut lasting) => match opened {
                 Ok(session) => {
-                    has_worked = true;
+                    supervisor.opened();
                     ready();
                     settings.tell_serving(true);
                     let ran = session.run(stop.clone()).await;
@@ -159,17 +171,16 @@ pub async fn run(
             },
             () = stop.clone() => return Ok(lasting.tally),
         };
-        if !has_worked && let Some(error) = failure.refusal() {
+        if !supervisor.has_worked()
+            && let Some(error) = failure.refusal()
+        {
             return Err(error);
         }
-        failure.log(&settings);
-        lasting.tally.lost += u64::from(has_worked);
+        failure.log(&settings, &mut supervisor);
+        lasting.tally.lost += u64::from(supervisor.has_worked());
         lasting.coordinator.handle(lasting.clock.now(), Event::Disconnected, &mut Vec::new());
-        if began.elapsed() > Duration::from_secs(30) {
-            backoff = Backoff::default();
-        }
         tokio::select! {
-            () = tokio::time::sleep(backoff.pause()) => {}
+            () = tokio::time::sleep(supervisor.pause()) => {}
             () = stop.clone() => return Ok(lasting.tally),
         }
     }
@@ -217,19 +228,27 @@ impl Failure {
         }
     }
 
-    fn log(&self, settings: &Settings) {
+    fn log(&self, settings: &Settings, supervisor: &mut Supervisor) {
         match self {
             Self::Connect(error) => {
                 tracing::warn!(error = %Chain(error), "no broker yet; trying again");
             }
             Self::Session(error) if error.is_missing() => {
-                tracing::error!(
-                    error = %Chain(error), namespace = %settings.names.namespace(),
-                    "the topology is not there: `dtc topology apply` makes it; trying again"
-                );
+                let namespace = settings.names.namespace();
+                match supervisor.is_missing_for_good() {
+                    true => tracing::error!(
+                        error = %Chain(error), %namespace,
+                        "the topology is not there: run `dtc topology apply`; trying again"
+                    ),
+                    false => tracing::warn!(
+                        error = %Chain(error), %namespace,
+                        "something of the topology is not there, as while a broker starts; trying \
+                         again"
+                    ),
+                }
             }
             Self::Session(error) => {
-                tracing::warn!(error = %Chain(error), "the connection is lost; connecting again");
+                tracing::warn!(error = %Chain(error), "the link is lost; connecting again");
             }
         }
     }

@@ -4,31 +4,47 @@
 //! What may be lost is published and forgotten: the protocol says it again. What must not be lost
 //! is published until it is confirmed.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
 
-use lapin::{Connection, types::ShortString};
+use lapin::types::ShortString;
 use tokio::time::Instant;
 
 use crate::{
     protocol::{
         coordinator::Event,
         ids::{ReplyToken, ServiceName, TransactionKey, WorkerId},
-        message::{Answer, Command, Decision, Delivery, Destination, Outcome, Parked, Prepare},
+        message::{Answer, Command, Delivery, Destination, Outcome, Parked, Prepare},
     },
     transport::amqp::{
+        bounded::AskError,
+        connection::BrokerConnection,
         names::{self, ALL, ANY, NO_REPLY, Names},
-        publisher::{Outgoing, Published, Publisher},
+        publisher::{LaneLost, Outgoing, Published, Publisher},
+        reliable::ReliablePublisher,
     },
     wire::message::{Full, Item, Items, Kind, Settled},
     worker::together::{Prepares, Together},
 };
 
-/// How long to wait before something is published again that must not be lost.
-const PUBLISH_AGAIN_AFTER: Duration = Duration::from_millis(500);
+/// How long the confirm of a result may take. What one producer's queue lacks must not hold up what
+/// is done for others.
+const RESULT_CONFIRM_MAX: Duration = Duration::from_secs(4);
+
+/// For how long results under one reply token must have been failing before further ones are tried
+/// once only: their queue is gone for good, or for too long.
+const UNREACHABLE_AFTER: Duration = Duration::from_secs(8);
+
+/// Of how many reply tokens it is remembered that results under them fail.
+const UNREACHABLE_MAX: usize = 1024;
 
 /// A delivery that is acknowledged when what follows from it is safe.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Held {
+pub(super) enum Unacked {
     /// A request.
     Request(Delivery),
     /// A message from the queue of inquiries.
@@ -37,39 +53,47 @@ pub(super) enum Held {
     Reply(u64),
 }
 
-/// What is to be done when something is safe with the broker.
+/// What follows when something is safe with the broker.
 #[derive(Clone, Debug)]
-pub(super) enum Then {
+pub(super) enum OnConfirm {
     /// Tell the coordinator.
     Tell(Event),
     /// Acknowledge what it follows from.
-    Ack(Held),
-    /// Publish another, and then go on.
-    Publish(Box<Outgoing>, Box<Self>),
+    Ack(Unacked),
+    /// Tell the producer of a request that is set aside, and acknowledge the request, whether or not
+    /// that is taken: its producer can ask again.
+    Answer(Box<Outgoing>, Unacked),
     /// Nothing.
     Nothing,
 }
 
-/// What a publish is, for when its confirm comes.
+/// What follows from what became of a publish.
 #[derive(Debug)]
-pub(super) enum Ticket {
-    /// It may be lost.
-    Expendable,
+pub(super) enum Followed {
+    /// The coordinator is to be told.
+    Event(Event),
+    /// One of the things that a delivery waits for is safe.
+    Safe(Unacked),
+}
+
+/// What an answer to a publish on the lane for prepares is about.
+#[derive(Debug)]
+enum Stays {
     Prepares {
         keys: Vec<TransactionKey>,
         service: ServiceName,
     },
-    Append(Vec<Decision>),
-    Results(Vec<(TransactionKey, Delivery)>),
-    /// It must not be lost.
-    Durable(Box<Outgoing>, Then),
+    /// A command for the durable queue of a service. What gets lost is sent again.
+    Command,
 }
 
-/// What a confirm means.
+/// What an answer to a result is about.
 #[derive(Debug)]
-pub(super) enum Meaning {
-    Event(Event),
-    Ack(Held),
+enum Answered {
+    /// Results of transactions.
+    Of { reply: Option<ReplyToken>, requests: Vec<(TransactionKey, Delivery)> },
+    /// That of a request which is set aside.
+    SetAside(Unacked),
 }
 
 /// The destination of items that travel together.
@@ -87,50 +111,48 @@ struct Results {
     answered: Vec<(TransactionKey, Delivery)>,
 }
 
-/// Everything on its way out over one link.
+/// Everything on its way out over one link, but for appends.
 pub(super) struct Outbox {
     names: Names,
     worker: WorkerId,
-    prepares: Publisher<Ticket>,
-    /// What an instance is told. What gets lost is said again until it is answered, so nobody waits
+    prepares: Publisher<Stays>,
+    /// What an instance is told. What gets lost is sent again until it is answered, so nobody waits
     /// for its confirm.
-    commands: Publisher<Ticket>,
-    journal: Publisher<Ticket>,
-    results: Publisher<Ticket>,
+    commands: Publisher<()>,
+    results: Publisher<Answered>,
+    /// What must not be lost.
+    durable: ReliablePublisher<OnConfirm>,
     gathered: BTreeMap<To, Items>,
     together: Together,
     answers: BTreeMap<(Option<ReplyToken>, Outcome), Results>,
-    /// Decisions that wait for the append before them.
-    decisions: Vec<Decision>,
-    /// One append is outstanding; all that is ready by its end goes into the next.
-    is_appending: bool,
-    append_after: Option<Instant>,
-    /// What is published again, and when.
-    again: Vec<(Instant, Box<Outgoing>, Then)>,
+    /// Reply tokens under which results fail, and since when.
+    unreachable: BTreeMap<Option<ReplyToken>, Instant>,
+    followed: VecDeque<Followed>,
     /// Results that nobody takes.
     pub(super) unclaimed: u64,
 }
 
 impl Outbox {
     pub(super) async fn open(
-        connection: &Connection,
+        publishing: &Arc<BrokerConnection>,
         names: Names,
         worker: WorkerId,
-    ) -> Result<Self, lapin::Error> {
+    ) -> Result<Self, AskError> {
+        let results = Publisher::open(publishing, format!("results to `{}`", names.results()));
+        let prepares = format!("prepares to `{}`", names.prepare());
+        let commands = format!("commands to `{}`", names.finish());
         Ok(Self {
-            names,
+            results: results.await?.within(RESULT_CONFIRM_MAX),
             worker,
-            prepares: Publisher::open(connection).await?,
-            commands: Publisher::unconfirmed(connection).await?,
-            journal: Publisher::open(connection).await?,
-            results: Publisher::open(connection).await?,
+            prepares: Publisher::open(publishing, prepares).await?,
+            commands: Publisher::unconfirmed(publishing, commands).await?,
+            durable: ReliablePublisher::open(publishing, "what must not be lost").await?,
+            names,
             gathered: BTreeMap::new(),
             together: Together::default(),
             answers: BTreeMap::new(),
-            decisions: Vec::new(),
-            is_appending: false,
-            append_after: None,
-            again: Vec::new(),
+            unreachable: BTreeMap::new(),
+            followed: VecDeque::new(),
             unclaimed: 0,
         })
     }
@@ -160,10 +182,6 @@ impl Outbox {
         self.write_commands(&to, full);
     }
 
-    pub(super) fn append(&mut self, decision: Decision) {
-        self.decisions.push(decision);
-    }
-
     pub(super) fn answer(
         &mut self,
         reply: Option<ReplyToken>,
@@ -186,14 +204,14 @@ impl Outbox {
         self.result_message(reply, answer.outcome, body_of(answer))
     }
 
-    pub(super) fn park(&mut self, parked: &Parked, then: Then) {
+    pub(super) fn park(&mut self, parked: &Parked, then: OnConfirm) {
         let message = self.unresolved(Kind::Parked, body_of(parked));
-        self.durable(Box::new(message), then);
+        self.durable(message, then);
     }
 
-    pub(super) fn settle(&mut self, settled: &Settled, then: Then) {
+    pub(super) fn settle(&mut self, settled: &Settled, then: OnConfirm) {
         let message = self.unresolved(Kind::Settled, body_of(settled));
-        self.durable(Box::new(message), then);
+        self.durable(message, then);
     }
 
     fn unresolved(&self, kind: Kind, body: Vec<u8>) -> Outgoing {
@@ -208,9 +226,8 @@ impl Outbox {
     }
 
     /// Publishes `message` until it is confirmed, and then does what follows.
-    pub(super) fn durable(&mut self, message: Box<Outgoing>, then: Then) {
-        let ticket = Ticket::Durable(message.clone(), then);
-        self.results.publish(*message, ticket);
+    pub(super) fn durable(&mut self, message: Outgoing, then: OnConfirm) {
+        self.durable.publish(message, then);
     }
 
     // ---- Writing -----------------------------------------------------------------------------
@@ -226,14 +243,7 @@ impl Outbox {
         for (key, results) in std::mem::take(&mut self.answers) {
             self.write_results(&key, results);
         }
-        if !self.is_appending && self.append_after.is_none_or(|at| at <= now) {
-            self.write_decisions();
-        }
-        let (due, later) = std::mem::take(&mut self.again).into_iter().partition(|it| it.0 <= now);
-        self.again = later;
-        for (_, message, then) in due {
-            self.durable(message, then);
-        }
+        self.durable.flush(now);
     }
 
     fn write_prepares(&mut self, service: ServiceName, Prepares { items, keys }: Prepares) {
@@ -246,7 +256,7 @@ impl Outbox {
             reply_to: Some(self.reply_to()),
             ..Outgoing::default()
         };
-        self.prepares.publish(message, Ticket::Prepares { keys, service });
+        self.prepares.publish(message, Stays::Prepares { keys, service });
     }
 
     fn write_commands(&mut self, to: &To, items: Items) {
@@ -268,14 +278,17 @@ impl Outbox {
             reply_to: Some(self.reply_to()),
             ..Outgoing::default()
         };
-        let lane = if stays { &mut self.prepares } else { &mut self.commands };
-        lane.publish(message, Ticket::Expendable);
+        match stays {
+            true => self.prepares.publish(message, Stays::Command),
+            false => self.commands.publish(message, ()),
+        }
     }
 
     fn write_results(&mut self, key: &(Option<ReplyToken>, Outcome), results: Results) {
         let (reply, outcome) = key;
         let message = self.result_message(reply.as_ref(), *outcome, results.items.into_body());
-        self.results.publish(message, Ticket::Results(results.answered));
+        let answered = Answered::Of { reply: reply.clone(), requests: results.answered };
+        self.results.publish(message, answered);
     }
 
     fn result_message(
@@ -296,143 +309,143 @@ impl Outbox {
         }
     }
 
-    fn write_decisions(&mut self) {
-        let mut items = Items::new();
-        let full = self.decisions.iter().position(|decision| items.push(decision).is_err());
-        let rest = self.decisions.split_off(full.unwrap_or(self.decisions.len()));
-        let batch = std::mem::replace(&mut self.decisions, rest);
-        if batch.is_empty() {
-            return;
-        }
-        let message = Outgoing {
-            key: self.names.journal(),
-            message_type: Kind::Decision.as_type(),
-            body: items.into_body(),
-            persistent: true,
-            mandatory: true,
-            ..Outgoing::default()
-        };
-        self.is_appending = true;
-        self.append_after = None;
-        self.journal.publish(message, Ticket::Append(batch));
-    }
-
     fn reply_to(&self) -> ShortString {
         self.worker.as_str().into()
     }
 
     // ---- Confirms ----------------------------------------------------------------------------
 
-    /// The next of what is on its way of which something is known.
-    pub(super) async fn next(&mut self) -> (Ticket, Published) {
-        tokio::select! {
-            it = self.journal.next() => it,
-            it = self.results.next() => it,
-            it = self.prepares.next() => it,
-            it = self.commands.next() => it,
+    /// What follows next from what was published.
+    pub(super) fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Followed, LaneLost>> {
+        loop {
+            if let Some(followed) = self.followed.pop_front() {
+                return Poll::Ready(Ok(followed));
+            }
+            if let Poll::Ready(answered) = self.results.poll_next(cx) {
+                let (answered, published) = answered?;
+                self.result_answered(answered, &published);
+            } else if let Poll::Ready(answered) = self.prepares.poll_next(cx) {
+                let (stays, published) = answered?;
+                self.stays_answered(stays, &published);
+            } else if let Poll::Ready(safe) = self.durable.poll_next(cx) {
+                self.follow(safe?);
+            } else if let Poll::Ready(written) = self.commands.poll_next(cx) {
+                let ((), published) = written?;
+                if !matches!(published, Published::Confirmed) {
+                    tracing::debug!(fate = ?published, "a command was not written");
+                }
+            } else {
+                return Poll::Pending;
+            }
         }
     }
 
-    /// The same, if there is one now.
-    pub(super) fn ready(&mut self) -> Option<(Ticket, Published)> {
-        let lanes = [&mut self.journal, &mut self.results, &mut self.prepares, &mut self.commands];
-        lanes.into_iter().find_map(Publisher::ready)
+    fn stays_answered(&mut self, stays: Stays, published: &Published) {
+        if matches!(published, Published::Confirmed) {
+            return;
+        }
+        let Stays::Prepares { keys, service } = stays else {
+            return tracing::debug!(fate = ?published, "a command was not taken");
+        };
+        // No queue took it: as where there is none any more, and where its node has been stopped. Which
+        // of them it is, a look for the service tells.
+        self.followed.extend(keys.into_iter().map(|key| {
+            let service = service.clone();
+            Followed::Event(Event::PrepareRefused { key, service })
+        }));
+    }
+
+    fn result_answered(&mut self, answered: Answered, published: &Published) {
+        let (reply, of) = match answered {
+            Answered::Of { reply, requests } => (reply, requests),
+            Answered::SetAside(unacked) => {
+                return self.followed.push_back(Followed::Safe(unacked));
+            }
+        };
+        let is_done = match published {
+            Published::Confirmed => {
+                self.unreachable.remove(&reply);
+                true
+            }
+            Published::Unroutable => {
+                self.unreachable.remove(&reply);
+                self.unclaimed += of.len() as u64;
+                true
+            }
+            Published::Refused | Published::Unconfirmed(_) | Published::Lost(_) => {
+                let is_unreachable = self.is_unreachable(reply);
+                self.unclaimed += if is_unreachable { of.len() as u64 } else { 0 };
+                is_unreachable
+            }
+        };
+        self.followed.extend(of.into_iter().map(|(key, delivery)| {
+            Followed::Event(match is_done {
+                true => Event::ResultConfirmed { key, delivery },
+                false => Event::ResultFailed { key, delivery },
+            })
+        }));
+    }
+
+    /// A result under `reply` has failed: whether that has been so for too long.
+    fn is_unreachable(&mut self, reply: Option<ReplyToken>) -> bool {
+        let now = Instant::now();
+        if let Some(since) = self.unreachable.get(&reply) {
+            return now - *since >= UNREACHABLE_AFTER;
+        }
+        let name = reply.as_ref().map_or(NO_REPLY, ReplyToken::as_str);
+        tracing::warn!(
+            reply = name,
+            "the broker does not take results: a queue that is bound for them is full, or its node \
+             is down; their producer can ask again"
+        );
+        if self.unreachable.len() >= UNREACHABLE_MAX {
+            let oldest = self.unreachable.iter().min_by_key(|(_, since)| **since);
+            if let Some(oldest) = oldest.map(|(reply, _)| reply.clone()) {
+                self.unreachable.remove(&oldest);
+            }
+        }
+        self.unreachable.insert(reply, now);
+        false
+    }
+
+    fn follow(&mut self, then: OnConfirm) {
+        match then {
+            OnConfirm::Tell(event) => self.followed.push_back(Followed::Event(event)),
+            OnConfirm::Ack(unacked) => self.followed.push_back(Followed::Safe(unacked)),
+            OnConfirm::Answer(message, unacked) => {
+                self.results.publish(*message, Answered::SetAside(unacked));
+            }
+            OnConfirm::Nothing => {}
+        }
     }
 
     /// Whether all that is published on stands, as far as is known.
     pub(super) fn is_open(&self) -> bool {
-        [&self.journal, &self.results, &self.prepares, &self.commands]
-            .into_iter()
-            .all(Publisher::is_open)
+        self.prepares.is_open()
+            && self.commands.is_open()
+            && self.results.is_open()
+            && self.durable.is_open()
     }
 
     /// Waits until nothing is on its way.
     pub(super) async fn finish(&mut self) {
-        for lane in [&mut self.journal, &mut self.results, &mut self.prepares, &mut self.commands] {
-            lane.finish().await;
-        }
+        self.prepares.finish().await;
+        self.commands.finish().await;
+        self.results.finish().await;
+        self.durable.finish().await;
     }
 
     /// When something is to be published again.
     pub(super) fn wake_at(&self) -> Option<Instant> {
-        let again = self.again.iter().map(|(at, ..)| *at);
-        again.chain(self.append_after.filter(|_| !self.decisions.is_empty())).min()
+        self.durable.wake_at()
     }
 
     /// Whether nothing is on its way that must not be lost.
     pub(super) fn is_idle(&self) -> bool {
-        self.again.is_empty()
-            && self.decisions.is_empty()
+        self.durable.is_idle()
             && self.answers.is_empty()
-            && self.journal.outstanding() == 0
+            && self.followed.is_empty()
             && self.results.outstanding() == 0
-    }
-
-    /// What follows from the fate of a publish.
-    pub(super) fn published(
-        &mut self,
-        ticket: Ticket,
-        published: &Published,
-        now: Instant,
-        meanings: &mut Vec<Meaning>,
-    ) {
-        let is_safe = matches!(published, Published::Confirmed);
-        let is_unroutable = matches!(published, Published::Unroutable);
-        match ticket {
-            Ticket::Expendable if is_safe => {}
-            Ticket::Expendable => tracing::debug!(fate = ?published, "a command was not taken"),
-            // Whether it arrived shows: the deadline runs.
-            Ticket::Prepares { .. } if is_safe => {}
-            Ticket::Prepares { keys, service } => {
-                meanings.extend(keys.into_iter().map(|key| {
-                    let service = service.clone();
-                    Meaning::Event(match is_unroutable {
-                        true => Event::PrepareUnroutable { key, service },
-                        false => Event::PrepareRefused { key, service },
-                    })
-                }));
-            }
-            Ticket::Append(batch) => {
-                self.is_appending = false;
-                if !is_safe {
-                    tracing::warn!(fate = ?published, "the journal did not take an append");
-                    self.append_after = Some(now + PUBLISH_AGAIN_AFTER);
-                    self.decisions.splice(..0, batch);
-                }
-            }
-            Ticket::Results(answered) => {
-                if is_unroutable {
-                    self.unclaimed += answered.len() as u64;
-                }
-                meanings.extend(answered.into_iter().map(|(key, delivery)| {
-                    Meaning::Event(if is_safe || is_unroutable {
-                        Event::ResultConfirmed { key, delivery }
-                    } else {
-                        Event::ResultFailed { key, delivery }
-                    })
-                }));
-            }
-            Ticket::Durable(message, then) => {
-                // A result that nobody takes is no failure; a missing queue of ours is.
-                if is_safe || (is_unroutable && message.exchange == self.names.results()) {
-                    return self.follow(then, meanings);
-                }
-                tracing::error!(
-                    queue = %message.key, fate = ?published,
-                    "what must not be lost was not taken, and will be published again"
-                );
-                self.again.push((now + PUBLISH_AGAIN_AFTER, message, then));
-            }
-        }
-    }
-
-    fn follow(&mut self, then: Then, meanings: &mut Vec<Meaning>) {
-        match then {
-            Then::Tell(event) => meanings.push(Meaning::Event(event)),
-            Then::Ack(held) => meanings.push(Meaning::Ack(held)),
-            Then::Publish(message, then) => self.durable(message, *then),
-            Then::Nothing => {}
-        }
     }
 }
 

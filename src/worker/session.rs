@@ -1,54 +1,50 @@
-//! The life of one link to the broker: everything that is ready is handled, and then everything
-//! that follows is written.
+//! The life of one link to the broker: everything that is ready is handled, and then everything that
+//! follows is written.
 
 use std::{
     collections::BTreeMap,
-    sync::{Mutex, PoisonError},
+    future::poll_fn,
+    task::{Context, Poll, Waker},
     time::Duration,
 };
 
-use futures_util::{FutureExt, Stream, StreamExt, future::BoxFuture, stream::FuturesUnordered};
-use lapin::{
-    Connection,
-    message::Delivery as Message,
-    options::{QueueBindOptions, QueueDeclareOptions},
-    types::FieldTable,
-};
-use tokio::{
-    sync::mpsc,
-    task::JoinSet,
-    time::{Instant, timeout},
-};
+use lapin::{message::Delivery as Message, types::FieldTable};
+use tokio::time::{Instant, timeout};
 
 use crate::{
-    clock::Clock,
-    error::Chain,
     protocol::{
-        coordinator::{Anomaly, Coordinator, Effect, Event},
+        coordinator::{Effect, Event},
         ids::{ReplyToken, ServiceName, TransactionKey},
-        message::{
-            Answer, Delivery, Matter, Outcome, Reason, ReasonCode, Request, TransactionSpec,
-        },
+        message::{Answer, Delivery, Outcome, Reason, ReasonCode, Request, TransactionSpec},
     },
     transport::amqp::{
-        connection::{Backoff, Link, LinkEvent, counts},
+        bounded::AskError,
         consumer::{Closed, Inbox, Turn},
         error::is_not_found,
+        exclusive::{BoundTo, ExclusiveError, ExclusiveQueue},
+        link::{Link, LinkChange, LinkWatch},
+        lookup::Lookups,
         names,
-        publisher::Published,
+        publisher::LaneLost,
         rejected::{rejected, rejected_request},
-        unique,
     },
     wire::message::{RequestMalformed, Settled, encode_request},
     worker::{
-        Settings, Tally, intake,
-        journal::{Found, Journal, LookBack, ReadError, Record, Tail},
-        outbox::{Held, Meaning, Outbox, Then, Ticket},
+        Settings,
+        anomalies::report,
+        appender::Appender,
+        follower::{FollowError, Follower, Read, read_event},
+        intake,
+        journal::{Found, Journal, ReadError},
+        lasting::Lasting,
+        outbox::{Followed, OnConfirm, Outbox, Unacked},
+        saturation::{Saturation, Wanted},
+        searches::Searches,
         sources::Sources,
     },
 };
 
-/// How many happenings are handled before what follows from them is written, at most.
+/// How many inputs are handled before what follows from them is written, at most.
 const BATCH_MAX: usize = 1024;
 
 /// How many replies may be delivered and not yet handled.
@@ -59,20 +55,6 @@ const INQUIRIES_PREFETCH: u16 = 200;
 
 /// How long what was said last may take to be with the broker, when all else is done.
 const GOODBYE_MAX: Duration = Duration::from_secs(2);
-
-/// How long what was appended to the journal may take to be read back.
-const UNREAD_MAX: Duration = Duration::from_secs(5);
-
-/// How long most of what is in flight must have been waiting for slots before more requests are
-/// taken: longer than a worker needs to learn of its services' slots when it starts.
-const CROWDED_FOR: Duration = Duration::from_millis(250);
-
-/// How long nothing must have been waiting before fewer are taken again. The broker takes back what
-/// is on its way to a consumer that ends, and that is then looked into as if it had been begun.
-const EASED_FOR: Duration = Duration::from_secs(2);
-
-/// How long to wait before a service is looked for again.
-const LOOK_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
 /// How the work over a link has ended.
 #[derive(Debug)]
@@ -92,102 +74,88 @@ pub(super) enum SessionError {
     Open {
         what: &'static str,
         #[source]
-        source: lapin::Error,
+        source: AskError,
     },
+    #[error("failed to open the queue for replies")]
+    Replies(#[source] Box<ExclusiveError>),
     #[error("lost a queue")]
     Closed(#[source] Closed),
-    #[error("failed to read the journal")]
-    Journal(#[source] ReadError),
-    #[error("the journal does not go on where it was left")]
-    OtherJournal,
+    #[error(transparent)]
+    Journal(#[from] FollowError),
+    #[error(transparent)]
+    Lane(#[from] LaneLost),
     #[error("lost the connection")]
     Lost(#[source] lapin::Error),
+    #[error("the connection is of no use: the broker has not told it that an alarm is over")]
+    Stale,
 }
 
 impl SessionError {
     /// Whether something that `dtc topology apply` makes is not there.
     pub(super) fn is_missing(&self) -> bool {
-        matches!(self, Self::Journal(ReadError::Missing(_)))
+        matches!(self, Self::Journal(FollowError::Read(ReadError::Missing(_))))
             || self.broker_error().is_some_and(is_not_found)
     }
 
     /// What the broker said, if it was the broker.
     pub(super) fn broker_error(&self) -> Option<&lapin::Error> {
         match self {
-            Self::Open { source, .. }
-            | Self::Lost(source)
-            | Self::Closed(Closed::Lost { source, .. })
-            | Self::Journal(
-                ReadError::Consume(source) | ReadError::Closed(Closed::Lost { source, .. }),
-            ) => Some(source),
-            Self::Closed(Closed::Cancelled { .. } | Closed::Forgotten { .. })
-            | Self::Journal(_)
-            | Self::OtherJournal => None,
+            Self::Lost(source) => Some(source),
+            Self::Open { source, .. } => source.broker(),
+            Self::Replies(error) => error.source_error().broker(),
+            Self::Lane(error) => error.broker(),
+            Self::Closed(closed) | Self::Journal(FollowError::Closed(closed)) => closed.broker(),
+            Self::Journal(FollowError::Read(error)) => error.broker(),
+            Self::Journal(FollowError::OtherJournal) | Self::Stale => None,
         }
     }
 }
 
-/// What is known of the last message read from the journal.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct LastRead {
-    pub(super) offset: u64,
-    pub(super) digest: u64,
+/// Something that has happened.
+enum Input {
+    Journal(Read),
+    Appended,
+    Followed(Followed),
+    Reply(Message),
+    Inquiry(Message),
+    Request(Delivery, Message),
+    Service(Event),
+    Link(LinkChange),
 }
 
-/// What outlives a link.
-#[derive(Debug)]
-pub(super) struct Lasting {
-    pub(super) coordinator: Coordinator,
-    pub(super) clock: Clock,
-    pub(super) last_read: Option<LastRead>,
-    pub(super) tally: Tally,
-}
-
-enum Happening {
-    Journal(Result<Message, Closed>),
-    Reply(Result<Message, Closed>),
-    Inquiry(Result<Message, Closed>),
-    Request(Result<(Delivery, Message), Closed>),
-    Published(Ticket, Published),
-    LookedFor(ServiceName, Result<bool, lapin::Error>),
-    Found(Found),
-    Link(LinkEvent),
-    Awake,
-    StopRequested,
-}
+/// How many kinds of inputs take turns.
+const TURNS: usize = 7;
 
 /// One link's worth of work.
 pub(super) struct Session<'a> {
     settings: &'a Settings,
     lasting: &'a mut Lasting,
     link: Link,
-    link_events: Box<dyn Stream<Item = LinkEvent> + Send + Unpin>,
-    journal: Journal,
-    tail: Tail,
-    replies: Inbox,
+    watch: LinkWatch,
+    follower: Follower,
+    appender: Appender,
+    outbox: Outbox,
+    replies: ExclusiveQueue,
     inquiries: Inbox,
     requests: Sources,
-    outbox: Outbox,
-    looked_for: FuturesUnordered<BoxFuture<'static, (ServiceName, Result<bool, lapin::Error>)>>,
-    look_backs: JoinSet<()>,
-    found: (mpsc::Sender<Found>, mpsc::Receiver<Found>),
+    searches: Searches,
+    saturation: Saturation,
+    /// What is not acknowledged yet.
+    unsettled: Unsettled,
+    effects: Vec<Effect>,
+    /// Which kind of input is looked for first.
+    turn: usize,
+    /// Told to stop: until when what is in flight is finished.
+    drain_until: Option<Instant>,
+}
+
+/// What is known of deliveries that are not acknowledged yet.
+#[derive(Debug, Default)]
+struct Unsettled {
     /// Where the results of the requests in hand go.
     reply_of: BTreeMap<Delivery, Option<ReplyToken>>,
     /// Inquiries that are acknowledged when so many records are safe.
-    settling: BTreeMap<u64, u32>,
-    effects: Vec<Effect>,
-    meanings: Vec<Meaning>,
-    is_blocked: bool,
-    /// The broker has ended the reading of the journal, or seems to have.
-    is_cut_off: bool,
-    /// Since when something is known to be in the journal and was not read.
-    unread_since: Option<Instant>,
-    /// What comes now is handed on.
-    is_draining: bool,
-    /// Since when most of what is in flight waits for slots.
-    crowded_since: Option<Instant>,
-    /// Since when nothing does.
-    eased_since: Option<Instant>,
+    inquiries: BTreeMap<u64, u32>,
 }
 
 impl<'a> Session<'a> {
@@ -197,18 +165,19 @@ impl<'a> Session<'a> {
         lasting: &'a mut Lasting,
         link: Link,
     ) -> Result<Self, SessionError> {
-        let link_events = Box::new(link.events());
+        let watch = link.watch(settings.broker.clone());
         let names = &settings.names;
         let journal = Journal {
             queue: names.journal(),
             consuming: link.consuming.clone(),
             publishing: link.publishing.clone(),
         };
-        let tail = read_journal(&journal, settings, lasting).await?;
+        let follower = Follower::open(journal, settings, lasting).await?;
+        let channels = opening("channels to publish on");
+        let appender = Appender::open(&link.publishing, names).await.map_err(channels)?;
         let outbox = Outbox::open(&link.publishing, names.clone(), settings.worker().clone());
         let outbox = outbox.await.map_err(opening("channels to publish on"))?;
-        let replies = open_replies(settings, &link.consuming).await;
-        let replies = replies.map_err(opening("the queue for replies"))?;
+        let replies = open_replies(settings, &link).await?;
         let inquiries = Inbox::open(
             &link.consuming,
             names.inquiries(),
@@ -220,250 +189,224 @@ impl<'a> Session<'a> {
         let mut requests = Sources::new(names.requests());
         let opening_requests = requests.open(&link.consuming, settings.requests_prefetch());
         opening_requests.await.map_err(opening("the queue of requests"))?;
+        let searches = Searches::new(names.clone(), Lookups::new(settings.broker.clone()));
         Ok(Self {
             settings,
             lasting,
             link,
-            link_events,
-            journal,
-            tail,
+            watch,
+            follower,
+            appender,
+            outbox,
             replies,
             inquiries,
             requests,
-            outbox,
-            looked_for: FuturesUnordered::new(),
-            look_backs: JoinSet::new(),
-            found: mpsc::channel(64),
-            reply_of: BTreeMap::new(),
-            settling: BTreeMap::new(),
+            searches,
+            saturation: Saturation::default(),
+            unsettled: Unsettled::default(),
             effects: Vec::new(),
-            meanings: Vec::new(),
-            is_blocked: false,
-            is_cut_off: false,
-            unread_since: None,
-            is_draining: false,
-            crowded_since: None,
-            eased_since: None,
+            turn: 0,
+            drain_until: None,
         })
     }
 
-    /// Works until the link is lost, or until `stop` has ended and all that was in flight is
-    /// finished, or has had its time.
+    /// Works until the link is lost, or until `stop` has ended and all that was in flight is finished,
+    /// or has had its time.
     pub(super) async fn run(
         mut self,
+        stop: impl Future<Output = ()> + Unpin,
+    ) -> Result<End, SessionError> {
+        match self.work(stop).await {
+            Ok(end) => Ok(self.close(end).await),
+            Err(error) => {
+                // What it holds goes to other workers. Nobody waits for its goodbye: the link may be
+                // of no use for that either.
+                tokio::spawn(self.link.close());
+                Err(error)
+            }
+        }
+    }
+
+    async fn work(
+        &mut self,
         mut stop: impl Future<Output = ()> + Unpin,
     ) -> Result<End, SessionError> {
-        let mut drain_until = None;
         loop {
-            let happening = tokio::select! {
-                it = self.next() => it,
-                () = &mut stop, if drain_until.is_none() => Happening::StopRequested,
-                () = sleep_until(drain_until) => return Ok(self.close(End::DrainTimedOut).await),
-            };
-            if matches!(happening, Happening::StopRequested) {
-                drain_until = Some(Instant::now() + self.settings.drain);
-                self.drain().await?;
-            } else {
-                self.handle(happening)?;
+            let (wake_at, drain_until) = (self.wake_at(), self.drain_until);
+            tokio::select! {
+                input = poll_fn(|cx| self.poll_input(cx)) => self.handle(input?)?,
+                () = &mut stop, if drain_until.is_none() => self.drain().await?,
+                () = sleep_until(wake_at) => {}
+                () = sleep_until(drain_until) => return Ok(End::DrainTimedOut),
             }
             self.handle_what_is_ready()?;
             self.flush();
-            let is_unread = |since: Instant| since.elapsed() >= UNREAD_MAX;
-            if self.is_cut_off || self.unread_since.is_some_and(is_unread) {
+            if self.is_cut_off() {
                 // Without the journal nothing that is in flight can be finished.
+                let (last_read, drain_until) = (self.lasting.last_read, self.drain_until);
                 tokio::select! {
-                    read = self.read_on() => read?,
+                    resumed = self.follower.resume(last_read, &self.link) => resumed?,
                     () = &mut stop, if drain_until.is_none() => {
-                        return Ok(self.close(End::WithoutJournal).await);
+                        return Ok(End::WithoutJournal);
                     }
                     () = sleep_until(drain_until) => {
-                        return Ok(self.close(End::DrainTimedOut).await);
+                        return Ok(End::DrainTimedOut);
                     }
                 }
+                self.appender.read_anew();
             }
-            if drain_until.is_some() {
-                if self.lasting.coordinator.is_empty() && self.outbox.is_idle() {
-                    return Ok(self.close(End::Drained).await);
-                }
-            } else {
+            if self.drain_until.is_none() {
                 self.take_more_or_less().await?;
+            } else if self.is_drained() {
+                return Ok(End::Drained);
             }
         }
     }
 
-    /// The next thing that happens.
-    async fn next(&mut self) -> Happening {
-        if self.is_blocked {
-            return self.next_while_blocked().await;
+    /// The next input: every kind in its turn, so that none waits for all of another.
+    fn poll_input(&mut self, cx: &mut Context<'_>) -> Poll<Result<Input, SessionError>> {
+        if let Poll::Ready(change) = self.watch.poll_next(cx) {
+            return Poll::Ready(Ok(Input::Link(change)));
         }
-        let has_room = self.is_draining || self.lasting.coordinator.room() > 0;
-        let wake_at = self.wake_at();
-        tokio::select! {
-            it = self.tail.next(), if !self.is_cut_off => Happening::Journal(it),
-            (ticket, published) = self.outbox.next() => Happening::Published(ticket, published),
-            it = self.replies.next() => Happening::Reply(it),
-            it = self.inquiries.next() => Happening::Inquiry(it),
-            it = self.requests.next(), if has_room => Happening::Request(it),
-            Some((service, found)) = self.looked_for.next() => {
-                Happening::LookedFor(service, found)
+        for turn in 0..TURNS {
+            if let Poll::Ready(input) = self.poll_kind((self.turn + turn) % TURNS, cx) {
+                self.turn = (self.turn + turn + 1) % TURNS;
+                return Poll::Ready(input);
             }
-            Some(it) = self.found.1.recv() => Happening::Found(it),
-            Some(it) = self.link_events.next() => Happening::Link(it),
-            () = sleep_until(wake_at) => Happening::Awake,
+        }
+        Poll::Pending
+    }
+
+    fn poll_kind(
+        &mut self,
+        kind: usize,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<Input, SessionError>> {
+        // Nothing is sent while the broker takes nothing, so nothing is begun either.
+        let begins = !self.watch.is_blocked();
+        match kind {
+            0 => self.follower.poll_next(cx).map_ok(Input::Journal).map_err(Into::into),
+            1 => self.appender.poll_next(cx).map_ok(|()| Input::Appended).map_err(Into::into),
+            2 => self.outbox.poll_next(cx).map_ok(Input::Followed).map_err(Into::into),
+            3 => self.replies.poll_next(cx).map_ok(Input::Reply).map_err(SessionError::Closed),
+            4 if begins => {
+                self.inquiries.poll_next(cx).map_ok(Input::Inquiry).map_err(SessionError::Closed)
+            }
+            5 if begins && self.has_room() => {
+                let request = self.requests.poll_next(cx).map_err(SessionError::Closed);
+                request.map_ok(|(delivery, message)| Input::Request(delivery, message))
+            }
+            6 => self.searches.poll_next(cx).map(|found| Ok(Input::Service(found))),
+            _ => Poll::Pending,
         }
     }
 
-    /// Nothing is sent while the broker takes nothing, so nothing is begun either.
-    async fn next_while_blocked(&mut self) -> Happening {
-        loop {
-            tokio::select! {
-                Some(it) = self.link_events.next() => return Happening::Link(it),
-                it = self.replies.next() => return Happening::Reply(it),
-                () = tokio::time::sleep(Duration::from_secs(5)) => {
-                    tracing::warn!("the broker takes no messages yet");
-                }
-            }
-        }
+    fn has_room(&self) -> bool {
+        self.drain_until.is_some() || self.lasting.coordinator.room() > 0
     }
 
     fn wake_at(&self) -> Option<Instant> {
         let lasting = &self.lasting;
-        let deadline = lasting.coordinator.next_deadline();
+        // What would follow could not be sent.
+        let deadline = lasting.coordinator.next_deadline().filter(|_| !self.watch.is_blocked());
         let deadline = deadline.map(|at| lasting.clock.instant_of(at));
-        let unread = self.unread_since.map(|since| since + UNREAD_MAX);
-        let crowded = self.crowded_since.filter(|_| self.requests.taking() == 1);
-        let more = crowded.map(|since| since + CROWDED_FOR);
-        let wake_at = deadline.into_iter().chain(self.outbox.wake_at()).chain(unread);
-        wake_at.chain(more).min()
+        let saturated = self.saturation.wake_at(self.requests.taking());
+        let wake_at = deadline.into_iter().chain(self.outbox.wake_at());
+        wake_at.chain(self.appender.wake_at()).chain(saturated).min()
     }
 
     /// Whatever else can be handled before anything is written.
     fn handle_what_is_ready(&mut self) -> Result<(), SessionError> {
         for _ in 0..BATCH_MAX {
-            let mut idle = true;
-            if !self.is_cut_off
-                && let Some(it) = self.tail.ready()
-            {
-                idle = false;
-                self.handle(Happening::Journal(it))?;
-            }
-            if let Some((ticket, published)) = self.outbox.ready() {
-                idle = false;
-                self.handle(Happening::Published(ticket, published))?;
-            }
-            if let Some(it) = self.replies.ready() {
-                idle = false;
-                self.handle(Happening::Reply(it))?;
-            }
-            if let Some(it) = self.inquiries.ready() {
-                idle = false;
-                self.handle(Happening::Inquiry(it))?;
-            }
-            let has_room = self.is_draining || self.lasting.coordinator.room() > 0;
-            if has_room
-                && !self.is_blocked
-                && let Some(it) = self.requests.next().now_or_never()
-            {
-                idle = false;
-                self.handle(Happening::Request(it))?;
-            }
-            if idle {
+            let Poll::Ready(input) = self.poll_input(&mut Context::from_waker(Waker::noop()))
+            else {
                 break;
-            }
+            };
+            self.handle(input?)?;
         }
         let now = self.lasting.clock.now();
-        if self.lasting.coordinator.next_deadline().is_some_and(|at| at <= now) {
-            self.tell(Event::DeadlineReached);
+        let is_due = self.lasting.coordinator.next_deadline().is_some_and(|at| at <= now);
+        if is_due && !self.watch.is_blocked() {
+            self.dispatch(Event::DeadlineReached);
         }
         Ok(())
     }
 
-    fn handle(&mut self, happening: Happening) -> Result<(), SessionError> {
-        match happening {
-            // The stream's leader has moved, or its replica here is gone.
-            Happening::Journal(Err(Closed::Cancelled { .. })) => self.is_cut_off = true,
-            Happening::Journal(message) => self.journal_read(&message.map_err(lost)?)?,
-            Happening::Reply(message) => {
-                let message = message.map_err(lost)?;
-                self.reply_received(&message, Held::Reply(message.delivery_tag));
+    fn handle(&mut self, input: Input) -> Result<(), SessionError> {
+        match input {
+            Input::Journal(read) => self.journal_read(read),
+            Input::Appended => {}
+            Input::Followed(Followed::Event(event)) | Input::Service(event) => self.dispatch(event),
+            Input::Followed(Followed::Safe(unacked)) => self.safe(unacked),
+            Input::Reply(message) => {
+                self.reply_received(&message, Unacked::Reply(message.delivery_tag));
             }
-            Happening::Inquiry(message) => {
-                let message = message.map_err(lost)?;
-                self.reply_received(&message, Held::Inquiry(message.delivery_tag));
+            Input::Inquiry(message) => {
+                self.reply_received(&message, Unacked::Inquiry(message.delivery_tag));
             }
-            Happening::Request(request) => {
-                let (delivery, message) = request.map_err(lost)?;
-                self.request_received(delivery, &message);
-            }
-            Happening::Published(ticket, published) => self.published(ticket, published)?,
-            Happening::LookedFor(service, found) => self.looked_for(service, found),
-            Happening::Found(found) => self.found(found),
-            Happening::Link(event) => self.link_event(event)?,
-            Happening::Awake | Happening::StopRequested => {}
+            Input::Request(delivery, message) => self.request_received(delivery, &message),
+            Input::Link(change) => self.link_changed(change)?,
         }
         Ok(())
     }
 
     // ---- What comes in -----------------------------------------------------------------------
 
-    fn journal_read(&mut self, message: &Message) -> Result<(), SessionError> {
-        self.unread_since = None;
-        let record = self.tail.read(message).map_err(SessionError::Journal)?;
-        let event = read_event(self.lasting, record);
-        self.tell(event);
-        Ok(())
-    }
-
-    /// Reads the journal on from the message after the last one: nothing else is worth doing
-    /// before that.
-    async fn read_on(&mut self) -> Result<(), SessionError> {
-        let Some(LastRead { offset, digest }) = self.lasting.last_read else {
-            return Err(SessionError::OtherJournal);
-        };
-        tracing::warn!(offset, "the journal is not read any more; reading it on");
-        let mut backoff = Backoff::default();
-        while self.link.is_up() {
-            match self.journal.resume(offset, digest).await {
-                Ok(Some(tail)) => {
-                    self.tail = tail;
-                    (self.is_cut_off, self.unread_since) = (false, None);
-                    return Ok(());
-                }
-                Ok(None) => return Err(SessionError::OtherJournal),
-                Err(error) => {
-                    tracing::warn!(error = %Chain(&error), "failed to read the journal on");
-                    tokio::time::sleep(backoff.pause()).await;
-                }
+    fn journal_read(&mut self, read: Read) {
+        match read {
+            Read::Record(record) => {
+                self.appender.read_back(record.message_id.as_ref());
+                let event = read_event(self.lasting, record);
+                self.dispatch(event);
             }
+            Read::Found(Found::Decisions(decisions)) => {
+                decisions.into_iter().for_each(|it| self.dispatch(Event::HistoryRead(it)));
+            }
+            Read::Found(Found::Ended { reaches }) => {
+                self.dispatch(Event::HistoryEnded { reaches });
+            }
+            Read::CutOff => tracing::warn!("the broker has ended the journal's consumer; resuming"),
         }
-        Err(SessionError::OtherJournal)
     }
 
-    fn reply_received(&mut self, message: &Message, held: Held) {
-        let delivery = match held {
-            Held::Inquiry(tag) => Some(Delivery(tag)),
-            Held::Reply(_) | Held::Request(_) => None,
+    /// Whether the journal is not read any more.
+    fn is_cut_off(&self) -> bool {
+        let unread_for = self.appender.unread_for(Instant::now());
+        if let Some(unread_for) = unread_for {
+            tracing::warn!(
+                "the broker has delivered nothing of `{}` for {:.1} s, though it has confirmed an \
+                 append; resuming by another consumer",
+                self.settings.names.journal(),
+                unread_for.as_secs_f64()
+            );
+        }
+        unread_for.is_some() || self.follower.is_cut_off()
+    }
+
+    fn reply_received(&mut self, message: &Message, unacked: Unacked) {
+        let delivery = match unacked {
+            Unacked::Inquiry(tag) => Some(Delivery(tag)),
+            Unacked::Reply(_) | Unacked::Request(_) => None,
         };
         let intake = intake::reply(message, delivery);
         if let Some((service, prepares_max)) = intake.prepares_max {
             self.outbox.announced(service, prepares_max, Instant::now());
         }
         for event in intake.events {
-            self.tell(event);
+            self.dispatch(event);
         }
         if !intake.complaints.is_empty() {
-            let queue = match held {
-                Held::Inquiry(_) => self.settings.names.inquiries(),
-                Held::Reply(_) | Held::Request(_) => {
-                    self.settings.names.replies_of(self.settings.worker())
-                }
+            let queue = match unacked {
+                Unacked::Inquiry(_) => self.settings.names.inquiries(),
+                Unacked::Reply(_) | Unacked::Request(_) => self.replies.name().clone(),
             };
             let reason = intake.complaints.join("; ");
-            return self.reject(queue.as_str(), message, &reason, Then::Ack(held));
+            return self.set_aside(queue.as_str(), message, &reason, OnConfirm::Ack(unacked));
         }
-        let is_settling = matches!(held, Held::Inquiry(tag) if self.settling.contains_key(&tag));
+        let is_settling =
+            matches!(unacked, Unacked::Inquiry(tag) if self.unsettled.inquiries.contains_key(&tag));
         if !is_settling {
-            self.acknowledge(held);
+            self.acknowledge(unacked);
         }
     }
 
@@ -471,29 +414,27 @@ impl<'a> Session<'a> {
         match intake::request(message) {
             Ok(request) => {
                 self.lasting.tally.taken += 1;
-                self.reply_of.insert(delivery, request.reply.clone());
-                self.tell(intake::request_received(request, message, delivery));
+                self.unsettled.reply_of.insert(delivery, request.reply.clone());
+                self.dispatch(intake::request_received(request, message, delivery));
             }
             Err(malformed) => {
-                let held = Then::Ack(Held::Request(delivery));
                 let queue = self.settings.names.requests();
-                let then = self.telling_producer_of(&malformed, held);
-                self.reject(queue.as_str(), message, &malformed.reason, then);
+                let then = self.telling_producer_of(&malformed, Unacked::Request(delivery));
+                self.set_aside(queue.as_str(), message, &malformed.reason, then);
             }
         }
     }
 
-    /// Sets a message aside.
-    fn reject(&mut self, queue: &str, message: &Message, reason: &str, then: Then) {
+    fn set_aside(&mut self, queue: &str, message: &Message, reason: &str, then: OnConfirm) {
         self.lasting.tally.rejected += 1;
         tracing::warn!(queue, reason, "a message is rejected");
         let rejected = rejected(&self.settings.names, queue, message, reason);
-        self.outbox.durable(Box::new(rejected), then);
+        self.outbox.durable(rejected, then);
     }
 
     /// If it is known who sent the request that can't be understood, they are told.
-    fn telling_producer_of(&self, malformed: &RequestMalformed, then: Then) -> Then {
-        let Some(id) = malformed.id.clone() else { return then };
+    fn telling_producer_of(&self, malformed: &RequestMalformed, unacked: Unacked) -> OnConfirm {
+        let Some(id) = malformed.id.clone() else { return OnConfirm::Ack(unacked) };
         let now = self.lasting.clock.now();
         let answer = Answer {
             id,
@@ -504,95 +445,49 @@ impl<'a> Session<'a> {
             decided_at: now,
         };
         let result = self.outbox.result(malformed.reply.as_ref(), &answer);
-        Then::Publish(Box::new(result), Box::new(then))
+        OnConfirm::Answer(Box::new(result), unacked)
     }
 
-    fn published(&mut self, ticket: Ticket, published: Published) -> Result<(), SessionError> {
-        // Its channel is gone, and nothing else would come through.
-        if let Published::Lost(error) = published {
-            return Err(SessionError::Lost(error));
-        }
-        let mut meanings = std::mem::take(&mut self.meanings);
-        self.outbox.published(ticket, &published, Instant::now(), &mut meanings);
-        for meaning in meanings.drain(..) {
-            match meaning {
-                Meaning::Event(event) => self.tell(event),
-                Meaning::Ack(held) => self.safe(held),
-            }
-        }
-        self.meanings = meanings;
-        Ok(())
-    }
-
-    /// One of the things that `held` waits for is safe.
-    fn safe(&mut self, held: Held) {
-        if let Held::Inquiry(tag) = held
-            && let Some(waiting) = self.settling.get_mut(&tag)
+    /// One of the things that `unacked` waits for is safe.
+    fn safe(&mut self, unacked: Unacked) {
+        if let Unacked::Inquiry(tag) = unacked
+            && let Some(waiting) = self.unsettled.inquiries.get_mut(&tag)
         {
             *waiting -= 1;
             if *waiting > 0 {
                 return;
             }
-            self.settling.remove(&tag);
+            self.unsettled.inquiries.remove(&tag);
         }
-        self.acknowledge(held);
+        self.acknowledge(unacked);
     }
 
-    fn acknowledge(&mut self, held: Held) {
-        match held {
-            Held::Request(delivery) => {
-                self.reply_of.remove(&delivery);
+    fn acknowledge(&mut self, unacked: Unacked) {
+        match unacked {
+            Unacked::Request(delivery) => {
+                self.unsettled.reply_of.remove(&delivery);
                 self.requests.ack(delivery);
             }
-            Held::Inquiry(tag) => self.inquiries.ack(tag),
-            Held::Reply(tag) => self.replies.ack(tag),
+            Unacked::Inquiry(tag) => self.inquiries.ack(tag),
+            Unacked::Reply(tag) => self.replies.ack(tag),
         }
     }
 
-    fn looked_for(&mut self, service: ServiceName, found: Result<bool, lapin::Error>) {
-        match found {
-            Ok(true) => self.tell(Event::ServiceFound(service)),
-            Ok(false) => self.tell(Event::ServiceMissing(service)),
-            Err(error) => {
-                tracing::debug!(%service, error = %Chain(&error), "failed to look for a service");
-                self.look_for(service.clone(), LOOK_AGAIN_AFTER);
-                self.tell(Event::ServiceUnavailable(service));
-            }
+    fn link_changed(&mut self, change: LinkChange) -> Result<(), SessionError> {
+        let is_open = self.outbox.is_open() && self.appender.is_open();
+        match change {
+            LinkChange::Blocked | LinkChange::Unblocked => Ok(()),
+            LinkChange::Lost(error) => Err(SessionError::Lost(error)),
+            LinkChange::Stale => Err(SessionError::Stale),
+            LinkChange::ChannelLost(error) if !is_open => Err(SessionError::Lost(error)),
+            LinkChange::ChannelLost(_) => Ok(()),
         }
-    }
-
-    fn found(&mut self, found: Found) {
-        match found {
-            Found::Decisions(decisions) => {
-                decisions.into_iter().for_each(|it| self.tell(Event::HistoryRead(it)));
-            }
-            Found::Ended { reaches } => self.tell(Event::HistoryEnded { reaches }),
-        }
-    }
-
-    fn link_event(&mut self, event: LinkEvent) -> Result<(), SessionError> {
-        match event {
-            LinkEvent::Blocked(reason) => {
-                tracing::warn!(reason, "the broker takes no messages for now");
-                self.is_blocked = true;
-            }
-            LinkEvent::Unblocked => {
-                tracing::info!("the broker takes messages again");
-                self.is_blocked = false;
-            }
-            LinkEvent::Lost(error) => return Err(SessionError::Lost(error)),
-            LinkEvent::ChannelLost(error) if !self.outbox.is_open() => {
-                return Err(SessionError::Lost(error));
-            }
-            LinkEvent::ChannelLost(_) => {}
-        }
-        Ok(())
     }
 
     // ---- What goes out -----------------------------------------------------------------------
 
     /// Lets the coordinator handle an event, and gathers what follows.
-    fn tell(&mut self, event: Event) {
+    fn dispatch(&mut self, event: Event) {
         let now = self.lasting.clock.now();
         let mut effects = std::mem::take(&mut self.effects);
         self.lasting.coordinator.handle(now, event, &mut effects);
@@ -602,73 +497,42 @@ impl<'a> Session<'a> {
 
     fn perform(&mut self, effect: Effect) {
         match effect {
-            Effect::FindService { service, after } => self.look_for(service, after),
+            Effect::FindService { service, after } => self.searches.begin(service, after),
             Effect::SendPrepare { service, prepare, spare } => {
                 self.outbox.prepare(service, &prepare, spare);
             }
             Effect::Send { service, to, command } => self.outbox.send(service, to, &command),
-            Effect::Append(decision) => self.outbox.append(decision),
+            Effect::Append(decision) => self.appender.append(decision),
             Effect::ReadHistory { from, until } => {
-                let clock_margin = self.settings.coordinator.clock_margin;
-                let look = LookBack { from, until, clock_margin };
-                let looking = self.journal.clone().look_back(look, self.found.0.clone());
-                self.look_backs.spawn(looking);
+                self.follower.look_back(from, until, self.settings.coordinator.clock_margin);
             }
             Effect::Publish { key, delivery, answer } => {
                 self.lasting.tally.count(&answer);
-                let reply = self.reply_of.get(&delivery).cloned().flatten();
+                let reply = self.unsettled.reply_of.get(&delivery).cloned().flatten();
                 self.outbox.answer(reply, &answer, (key, delivery));
             }
-            Effect::Ack(delivery) => self.acknowledge(Held::Request(delivery)),
+            Effect::Ack(delivery) => self.acknowledge(Unacked::Request(delivery)),
             Effect::Release(delivery) => {
-                self.reply_of.remove(&delivery);
+                self.unsettled.reply_of.remove(&delivery);
                 self.requests.requeue(delivery);
             }
             Effect::Reject { request, delivery, reason } => {
                 self.reject_request(&request, delivery, reason);
             }
             Effect::Park(parked) => {
-                let service = match &parked.matter {
-                    Matter::Uncommitted { service, .. } => Some(service.clone()),
-                    Matter::Undecidable(_) => None,
-                };
+                let (key, service) = (parked.key.clone(), parked.service().cloned());
                 self.lasting.tally.parked += 1;
                 tracing::error!(
-                    transaction = %parked.key, service = service.as_ref().map(ServiceName::as_str),
-                    "a transaction needs a person: see the unresolved ones"
+                    transaction = %key, service = service.as_ref().map(ServiceName::as_str),
+                    "transaction parked: operator action needed (see `dtc.unresolved`)"
                 );
-                let key = parked.key.clone();
-                let then = Then::Tell(Event::ParkConfirmed { key, service });
-                self.outbox.park(&parked, then);
+                self.outbox.park(&parked, OnConfirm::Tell(Event::ParkConfirmed { key, service }));
             }
             Effect::Settle { key, service, ack } => self.settle(key, service, ack),
-            Effect::Report(anomaly) => self.report(&anomaly),
-        }
-    }
-
-    fn report(&mut self, anomaly: &Anomaly) {
-        match anomaly {
-            Anomaly::ResultUnclaimed { key, attempts } => {
-                self.outbox.unclaimed += 1;
-                tracing::warn!(transaction = %key, attempts,
-                    "the broker did not take a result; its producer can ask again");
+            Effect::Report(anomaly) => {
+                let names = &self.settings.names;
+                report(&anomaly, names, &self.searches, &mut self.lasting.tally);
             }
-            Anomaly::ServiceUnavailable(service) => {
-                let queue = self.settings.names.prepare_of(service);
-                tracing::warn!(%service, %queue, "a service cannot be reached");
-            }
-            Anomaly::ServiceAvailable(service) => {
-                let queue = self.settings.names.prepare_of(service);
-                tracing::info!(%service, %queue, "a service can be reached again");
-            }
-            Anomaly::DuplicateRequest(_)
-            | Anomaly::LateVote(..)
-            | Anomaly::PreparedTwice(..)
-            | Anomaly::CommitFailed { .. }
-            | Anomaly::Unanswered(..)
-            | Anomaly::Stalled(..)
-            | Anomaly::InquiryDropped(_)
-            | Anomaly::JournalGap(_) => tracing::debug!(?anomaly, "reported"),
         }
     }
 
@@ -678,14 +542,14 @@ impl<'a> Session<'a> {
         let then = match ack {
             Some(Delivery(tag)) => {
                 tracing::info!(transaction = %key, %service, "a parked commit is done");
-                *self.settling.entry(tag).or_default() += 1;
-                Then::Ack(Held::Inquiry(tag))
+                *self.unsettled.inquiries.entry(tag).or_default() += 1;
+                OnConfirm::Ack(Unacked::Inquiry(tag))
             }
             None => {
-                // As it is with most requests that are delivered again: whoever had them may have
+                // As it is with most requests that are delivered again: another worker may have
                 // parked something.
                 tracing::debug!(transaction = %key, %service, "what may have been parked is done");
-                Then::Nothing
+                OnConfirm::Nothing
             }
         };
         let settled_at = self.lasting.clock.now();
@@ -718,24 +582,15 @@ impl<'a> Session<'a> {
             decided_at: self.lasting.clock.now(),
         };
         let result = self.outbox.result(request.reply.as_ref(), &answer);
-        let ack = Then::Ack(Held::Request(delivery));
-        self.outbox.durable(Box::new(rejected), Then::Publish(Box::new(result), Box::new(ack)));
-    }
-
-    fn look_for(&mut self, service: ServiceName, after: Duration) {
-        let connection = self.link.consuming.clone();
-        let queue = self.settings.names.prepare_of(&service);
-        let looking = async move {
-            tokio::time::sleep(after).await;
-            let found = counts(&connection, queue).await;
-            (service, found.map(|found| found.is_some()))
-        };
-        self.looked_for.push(looking.boxed());
+        let then = OnConfirm::Answer(Box::new(result), Unacked::Request(delivery));
+        self.outbox.durable(rejected, then);
     }
 
     fn flush(&mut self) {
-        self.outbox.flush(Instant::now());
-        self.tail.flush();
+        let now = Instant::now();
+        self.appender.flush(now);
+        self.outbox.flush(now);
+        self.follower.flush();
         self.replies.flush();
         self.inquiries.flush();
         self.requests.flush();
@@ -747,122 +602,64 @@ impl<'a> Session<'a> {
     async fn take_more_or_less(&mut self) -> Result<(), SessionError> {
         let waiting = self.lasting.coordinator.waiting();
         let in_flight_max = self.settings.coordinator.in_flight_max;
-        let now = Instant::now();
-        let since = |holds: bool, before: Option<Instant>| holds.then(|| before.unwrap_or(now));
-        self.crowded_since = since(waiting * 2 > in_flight_max, self.crowded_since);
-        self.eased_since = since(waiting == 0, self.eased_since);
-        let has_lasted = |since: Option<Instant>, long| since.is_some_and(|it| now - it >= long);
-        if self.requests.taking() == 1 && has_lasted(self.crowded_since, CROWDED_FOR) {
-            let prefetch = self.settings.waiting_prefetch();
-            let opening_more = self.requests.open(&self.link.consuming, prefetch);
-            opening_more.await.map_err(opening("one more consumer of requests"))?;
-        } else if self.requests.taking() > 1 && has_lasted(self.eased_since, EASED_FOR) {
-            let cancelling = self.requests.cancel_all_but(1);
-            cancelling.await.map_err(opening("the queue of requests"))?;
+        let taking = self.requests.taking();
+        match self.saturation.observe(waiting, in_flight_max, taking, Instant::now()) {
+            Wanted::Same => Ok(()),
+            Wanted::More => {
+                let prefetch = self.settings.waiting_prefetch();
+                let opening_more = self.requests.open(&self.link.consuming, prefetch);
+                opening_more.await.map_err(opening("one more consumer of requests"))
+            }
+            Wanted::One => {
+                let cancelling = self.requests.cancel_all_but(1);
+                cancelling.await.map_err(opening("the queue of requests"))
+            }
         }
-        Ok(())
     }
 
     async fn drain(&mut self) -> Result<(), SessionError> {
         tracing::info!(in_flight = self.lasting.coordinator.len(), "draining");
+        self.drain_until = Some(Instant::now() + self.settings.drain);
         self.requests.cancel_all_but(0).await.map_err(opening("the queue of requests"))?;
-        self.is_draining = true;
-        self.tell(Event::DrainRequested);
+        self.dispatch(Event::DrainRequested);
         Ok(())
+    }
+
+    fn is_drained(&self) -> bool {
+        self.lasting.coordinator.is_empty() && self.outbox.is_idle() && self.appender.is_idle()
     }
 
     /// Says goodbye: what is left goes to other workers.
     async fn close(mut self, end: End) -> End {
         self.flush();
-        self.look_backs.abort_all();
         self.lasting.tally.unclaimed += self.outbox.unclaimed;
-        let _ = timeout(GOODBYE_MAX, self.outbox.finish()).await;
+        let said = async {
+            self.appender.finish().await;
+            self.outbox.finish().await;
+        };
+        if timeout(GOODBYE_MAX, said).await.is_err() {
+            tracing::debug!("the broker did not confirm all that was published last");
+        }
+        self.searches.close().await;
         self.link.close().await;
         end
     }
 }
 
-/// Reads the journal on, or from the beginning of the window.
-async fn read_journal(
-    journal: &Journal,
-    settings: &Settings,
-    lasting: &mut Lasting,
-) -> Result<Tail, SessionError> {
-    if let Some(LastRead { offset, digest }) = lasting.last_read {
-        let resuming = journal.resume(offset, digest).await.map_err(SessionError::Journal)?;
-        if let Some(tail) = resuming {
-            return Ok(tail);
-        }
-        tracing::warn!(offset, "the journal does not go on where it was left: it is read anew");
-    }
-    let started = Instant::now();
-    let now = lasting.clock.now();
-    let margin = settings.coordinator.clock_margin;
-    let from = now - settings.coordinator.window - margin;
-    let lasting = Mutex::new(lasting);
-    let mut decisions = 0_usize;
-    let tail = journal.attach(
-        from,
-        margin,
-        |next, reaches| {
-            if reaches.is_none() {
-                tracing::warn!(
-                    "the journal's beginning is missing: what was requested before now can't be \
-                     told, and will be parked"
-                );
-            }
-            // Without a word from the journal only what is still to come is certain.
-            let since = reaches.unwrap_or(now + margin);
-            let lasting = &mut **lasting.lock().unwrap_or_else(PoisonError::into_inner);
-            let event = Event::JournalAttached { next, since };
-            lasting.coordinator.handle(now, event, &mut Vec::new());
-        },
-        |record| {
-            decisions += record.decisions.len();
-            let lasting = &mut **lasting.lock().unwrap_or_else(PoisonError::into_inner);
-            let event = read_event(lasting, record);
-            let now = lasting.clock.now();
-            // Nobody is being served, so nothing follows.
-            lasting.coordinator.handle(now, event, &mut Vec::new());
-        },
-    );
-    let tail = tail.await.map_err(SessionError::Journal)?;
-    tracing::info!(
-        decisions,
-        elapsed_ms = started.elapsed().as_millis() as u64,
-        "the journal is read"
-    );
-    Ok(tail)
-}
-
-fn read_event(lasting: &mut Lasting, record: Record) -> Event {
-    let Record { offset, decisions, digest, .. } = record;
-    lasting.last_read = Some(LastRead { offset, digest });
-    Event::RecordsRead { offset, decisions }
-}
-
-/// The worker's own queue. Its name is new with every link: the broker may not have noticed yet that
-/// the link before is gone, and then keeps the old queue for it.
-async fn open_replies(settings: &Settings, connection: &Connection) -> Result<Inbox, lapin::Error> {
+/// The worker's own queue. What it gets through shows that the link is alive.
+async fn open_replies(settings: &Settings, link: &Link) -> Result<ExclusiveQueue, SessionError> {
     let Settings { names, .. } = settings;
-    let channel = connection.create_channel().await?;
-    let queue = format!("{}.{}", names.replies_of(settings.worker()), unique::name('l'));
-    let options = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
-    channel.queue_declare(queue.as_str().into(), options, FieldTable::default()).await?;
-    let binding = names::key(settings.worker(), "*");
-    let bind = QueueBindOptions::default();
-    let arguments = FieldTable::default();
-    channel.queue_bind(queue.as_str().into(), names.replies(), binding, bind, arguments).await?;
-    let nothing = FieldTable::default();
-    Ok(Inbox::on(channel, queue.as_str().into(), REPLIES_PREFETCH, nothing).await?.lazy())
+    let worker = settings.worker();
+    let replies = BoundTo { exchange: names.replies(), key: names::key(worker, "*") };
+    let stem = names.replies_of(worker);
+    let queue = ExclusiveQueue::open(&link.consuming, stem, &[replies], REPLIES_PREFETCH).await;
+    let queue = queue.map_err(|error| SessionError::Replies(Box::new(error)))?;
+    let probed = queue.probed(&link.publishing, || true).await;
+    probed.map_err(opening("a channel to probe the link on"))
 }
 
-fn opening(what: &'static str) -> impl FnOnce(lapin::Error) -> SessionError {
+fn opening(what: &'static str) -> impl FnOnce(AskError) -> SessionError {
     move |source| SessionError::Open { what, source }
-}
-
-fn lost(closed: Closed) -> SessionError {
-    SessionError::Closed(closed)
 }
 
 async fn sleep_until(moment: Option<Instant>) {

@@ -15,6 +15,7 @@ use lapin::{message::Delivery as Message, types::FieldTable, types::ShortString}
 use crate::{
     protocol::message::Delivery,
     transport::amqp::{
+        bounded::AskError,
         connection::BrokerConnection,
         consumer::{Closed, Inbox, Turn},
     },
@@ -52,7 +53,7 @@ impl Sources {
         &mut self,
         connection: &Arc<BrokerConnection>,
         prefetch: u16,
-    ) -> Result<(), lapin::Error> {
+    ) -> Result<(), AskError> {
         let opening = Inbox::open(connection, self.queue.clone(), prefetch, FieldTable::default());
         let inbox = opening.await?.watched(connection, Turn::Equal);
         let source = Source { inbox, held: 0, cancelled: false, ended: false };
@@ -70,7 +71,7 @@ impl Sources {
     }
 
     /// Takes no more by all consumers but the first `keep`.
-    pub(super) async fn cancel_all_but(&mut self, keep: usize) -> Result<(), lapin::Error> {
+    pub(super) async fn cancel_all_but(&mut self, keep: usize) -> Result<(), AskError> {
         let taking = self.sources.values_mut().filter(|source| !source.cancelled);
         for source in taking.skip(keep) {
             source.inbox.cancel().await?;
@@ -80,11 +81,10 @@ impl Sources {
     }
 
     /// The next request, from whichever consumer.
-    pub(super) async fn next(&mut self) -> Result<(Delivery, Message), Closed> {
-        std::future::poll_fn(|cx| self.poll_next(cx)).await
-    }
-
-    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<(Delivery, Message), Closed>> {
+    pub(super) fn poll_next(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<(Delivery, Message), Closed>> {
         for (&number, source) in self.sources.iter_mut().filter(|(_, source)| !source.ended) {
             match source.inbox.poll_next(cx) {
                 Poll::Ready(Ok(message)) => {

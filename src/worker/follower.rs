@@ -1,0 +1,213 @@
+//! Reading the journal's end, and further back where the coordinator asks for it; and reading on when
+//! the broker has stopped it.
+
+use std::{
+    sync::{Mutex, PoisonError},
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use lapin::message::Delivery;
+use tokio::{
+    sync::mpsc,
+    task::JoinSet,
+    time::{Instant, sleep},
+};
+
+use crate::{
+    error::Chain,
+    protocol::{coordinator::Event, time::Time},
+    transport::amqp::{connection::Backoff, consumer::Closed, link::Link},
+    worker::{
+        Settings,
+        journal::{Found, Journal, LookBack, ReadError, Record, Tail},
+        lasting::{LastRead, Lasting},
+    },
+};
+
+/// How many results of looks further back wait to be taken.
+const FOUND_MAX: usize = 64;
+
+/// How often a reading is resumed before the link is made again.
+const RESUMES_MAX: u32 = 3;
+
+/// What is read of the journal over one link.
+pub(super) struct Follower {
+    journal: Journal,
+    tail: Tail,
+    /// The broker has ended the reading.
+    is_cut_off: bool,
+    look_backs: JoinSet<()>,
+    found: (mpsc::Sender<Found>, mpsc::Receiver<Found>),
+}
+
+/// Something that was read.
+pub(super) enum Read {
+    /// At the end.
+    Record(Record),
+    /// Further back.
+    Found(Found),
+    /// Nothing more comes, until [`Follower::resume`].
+    CutOff,
+}
+
+/// The journal can't be followed any more.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum FollowError {
+    #[error("failed to read the journal")]
+    Read(#[source] ReadError),
+    #[error("lost the journal's consumer")]
+    Closed(#[source] Closed),
+    #[error("the journal no longer contains the last record read; was it declared anew?")]
+    OtherJournal,
+}
+
+impl Follower {
+    /// Reads the journal to its end: on from where it was left, or from the beginning of the window.
+    pub(super) async fn open(
+        journal: Journal,
+        settings: &Settings,
+        lasting: &mut Lasting,
+    ) -> Result<Self, FollowError> {
+        let tail = read_journal(&journal, settings, lasting).await.map_err(FollowError::Read)?;
+        Ok(Self {
+            journal,
+            tail,
+            is_cut_off: false,
+            look_backs: JoinSet::new(),
+            found: mpsc::channel(FOUND_MAX),
+        })
+    }
+
+    pub(super) fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Read, FollowError>> {
+        if !self.is_cut_off
+            && let Poll::Ready(message) = self.tail.poll_next(cx)
+        {
+            return Poll::Ready(self.read(message));
+        }
+        match self.found.1.poll_recv(cx) {
+            Poll::Ready(Some(found)) => Poll::Ready(Ok(Read::Found(found))),
+            Poll::Ready(None) | Poll::Pending => Poll::Pending,
+        }
+    }
+
+    fn read(&mut self, message: Result<Delivery, Closed>) -> Result<Read, FollowError> {
+        match message {
+            Ok(message) => self.tail.read(&message).map(Read::Record).map_err(FollowError::Read),
+            // The stream's leader has moved, or its replica here is gone.
+            Err(Closed::Cancelled { .. }) => {
+                self.is_cut_off = true;
+                Ok(Read::CutOff)
+            }
+            Err(closed) => Err(FollowError::Closed(closed)),
+        }
+    }
+
+    /// Whether nothing more comes.
+    pub(super) fn is_cut_off(&self) -> bool {
+        self.is_cut_off
+    }
+
+    /// Reads on from the message after the last one, by another consumer. Nothing else is worth doing
+    /// before that: without the journal nothing that is in flight can be finished.
+    pub(super) async fn resume(
+        &mut self,
+        last_read: Option<LastRead>,
+        link: &Link,
+    ) -> Result<(), FollowError> {
+        let Some(LastRead { offset, digest }) = last_read else {
+            return Err(FollowError::OtherJournal);
+        };
+        let mut backoff = Backoff::default();
+        for attempt in 1.. {
+            match self.journal.resume(offset, digest).await {
+                Ok(Some(tail)) => {
+                    tracing::info!(offset, "the journal is read again");
+                    self.tail = tail;
+                    self.is_cut_off = false;
+                    return Ok(());
+                }
+                Ok(None) => return Err(FollowError::OtherJournal),
+                // Perhaps it is the connection that delivers nothing.
+                Err(error @ ReadError::Silent) => return Err(FollowError::Read(error)),
+                Err(error) if attempt < RESUMES_MAX && link.is_up() => {
+                    tracing::warn!(error = %Chain(&error), "failed to read the journal; retrying");
+                    sleep(backoff.pause()).await;
+                }
+                Err(error) => return Err(FollowError::Read(error)),
+            }
+        }
+        Err(FollowError::OtherJournal)
+    }
+
+    /// Reads further back, from `from` up to the message before `until`.
+    pub(super) fn look_back(&mut self, from: Time, until: u64, clock_margin: Duration) {
+        let look = LookBack { from, until, clock_margin };
+        let looking = self.journal.clone().look_back(look, self.found.0.clone());
+        self.look_backs.spawn(looking);
+    }
+
+    /// Tells the broker of what was read.
+    pub(super) fn flush(&mut self) {
+        self.tail.flush();
+    }
+}
+
+/// What a record says to the coordinator; and that it is the last one read.
+pub(super) fn read_event(lasting: &mut Lasting, record: Record) -> Event {
+    let Record { offset, decisions, digest, .. } = record;
+    lasting.last_read = Some(LastRead { offset, digest });
+    Event::RecordsRead { offset, decisions }
+}
+
+async fn read_journal(
+    journal: &Journal,
+    settings: &Settings,
+    lasting: &mut Lasting,
+) -> Result<Tail, ReadError> {
+    if let Some(LastRead { offset, digest }) = lasting.last_read {
+        if let Some(tail) = journal.resume(offset, digest).await? {
+            return Ok(tail);
+        }
+        tracing::warn!(
+            offset,
+            "the journal no longer contains the last record read; reading it from the beginning of \
+             the window"
+        );
+    }
+    let started = Instant::now();
+    let now = lasting.clock.now();
+    let margin = settings.coordinator.clock_margin;
+    let from = now - settings.coordinator.window - margin;
+    let lasting = Mutex::new(lasting);
+    let mut decisions = 0_usize;
+    let tail = journal.attach(
+        from,
+        margin,
+        |next, reaches| {
+            if reaches.is_none() {
+                tracing::warn!(
+                    "the journal is incomplete: requests made before now cannot be resolved and will \
+                     be parked"
+                );
+            }
+            // Without a word from the journal only what is still to come is certain.
+            let since = reaches.unwrap_or(now + margin);
+            let lasting = &mut **lasting.lock().unwrap_or_else(PoisonError::into_inner);
+            let event = Event::JournalAttached { next, since };
+            lasting.coordinator.handle(now, event, &mut Vec::new());
+        },
+        |record| {
+            decisions += record.decisions.len();
+            let lasting = &mut **lasting.lock().unwrap_or_else(PoisonError::into_inner);
+            let event = read_event(lasting, record);
+            let now = lasting.clock.now();
+            // Nobody is being served, so nothing follows.
+            lasting.coordinator.handle(now, event, &mut Vec::new());
+        },
+    );
+    let tail = tail.await?;
+    let elapsed_ms = started.elapsed().as_millis() as u64;
+    tracing::info!(decisions, elapsed_ms, "the journal is read");
+    Ok(tail)
+}

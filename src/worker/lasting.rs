@@ -1,0 +1,19 @@
+//! What a worker keeps from one link to the next.
+
+use crate::{clock::Clock, protocol::coordinator::Coordinator, worker::Tally};
+
+/// What outlives a link.
+#[derive(Debug)]
+pub(super) struct Lasting {
+    pub(super) coordinator: Coordinator,
+    pub(super) clock: Clock,
+    pub(super) last_read: Option<LastRead>,
+    pub(super) tally: Tally,
+}
+
+/// What is known of the last message read from the journal.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct LastRead {
+    pub(super) offset: u64,
+    pub(super) digest: u64,
+}
