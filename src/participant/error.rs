@@ -3,8 +3,9 @@
 use crate::{
     protocol::ids::ServiceName,
     transport::amqp::{
+        bounded::AskError,
         connection::ConnectError,
-        error::{Disposition, is_not_found, is_refusal},
+        error::{Disposition, is_not_found},
         topology::apply::TopologyError,
     },
 };
@@ -47,7 +48,7 @@ pub enum OpenError {
     Connect(#[source] ConnectError),
     /// The connection gives no channel.
     #[error("failed to open a channel")]
-    Channel(#[source] lapin::Error),
+    Channel(#[source] AskError),
     /// What is to be declared can't be.
     #[error("failed to declare the service's queues")]
     Declare(#[source] Box<TopologyError>),
@@ -58,7 +59,7 @@ pub enum OpenError {
         name: String,
         /// What the broker says.
         #[source]
-        source: lapin::Error,
+        source: AskError,
     },
     /// The exchange can't be bound to, or published to.
     #[error("failed to use exchange `{name}`")]
@@ -67,7 +68,7 @@ pub enum OpenError {
         name: String,
         /// What the broker says.
         #[source]
-        source: lapin::Error,
+        source: AskError,
     },
 }
 
@@ -78,10 +79,7 @@ impl OpenError {
             Self::Connect(error) => error.disposition(),
             Self::Declare(error) => error.disposition(),
             Self::Channel(source) | Self::Queue { source, .. } | Self::Exchange { source, .. } => {
-                match is_refusal(source) {
-                    true => Disposition::GiveUp,
-                    false => Disposition::Retry,
-                }
+                source.disposition()
             }
         }
     }
@@ -90,7 +88,9 @@ impl OpenError {
     pub(super) fn is_not_found(&self) -> bool {
         match self {
             Self::Connect(_) | Self::Channel(_) | Self::Declare(_) => false,
-            Self::Queue { source, .. } | Self::Exchange { source, .. } => is_not_found(source),
+            Self::Queue { source, .. } | Self::Exchange { source, .. } => {
+                source.broker().is_some_and(is_not_found)
+            }
         }
     }
 }

@@ -9,13 +9,12 @@
 //! keeps every slot that is taken, so that what is delivered again after a reconnect doesn't exceed
 //! the cap.
 
-use std::{collections::VecDeque, pin::Pin, sync::Arc, time::Duration};
+use std::{collections::VecDeque, pin::Pin, sync::Arc};
 
 use futures_util::{
-    FutureExt, StreamExt,
+    FutureExt,
     future::{BoxFuture, FusedFuture},
 };
-use lapin::message::Delivery as Message;
 use tokio::time::{Instant, sleep_until};
 
 use crate::{
@@ -24,7 +23,6 @@ use crate::{
     participant::{
         AnyParticipant, Calls, Participant,
         error::{OpenError, ServeError},
-        inbound::Source,
         outbox::Outbox,
         session::{Lost, Numbers, Session},
         settings::ServeSettings,
@@ -33,16 +31,8 @@ use crate::{
         participant::{Effect, Event, Instance},
         time::Time,
     },
-    transport::amqp::{
-        connection::Backoff,
-        consumer::{Closed, Inbox},
-        error::Disposition,
-        topology::apply::TopologyError,
-    },
+    transport::amqp::{supervisor::Supervisor, topology::apply::TopologyError},
 };
-
-/// A session that stood for so long was a good one: the next pause begins small again.
-const STEADY: Duration = Duration::from_secs(10);
 
 /// Serves `participant` until `stop` has come and what is prepared has heard its outcome, or the
 /// time for that is over. A broker that can't be reached is tried again and again.
@@ -113,11 +103,11 @@ impl Server {
         mut self,
         mut stop: Pin<&mut (impl FusedFuture<Output = ()> + ?Sized)>,
     ) -> Result<(), ServeError> {
-        let mut backoff = Backoff::default();
-        let mut old = None;
+        let mut supervisor = Supervisor::default();
         loop {
-            let session = self.connect(old.take(), &mut backoff, stop.as_mut()).await?;
+            let session = self.connect(&mut supervisor, stop.as_mut()).await?;
             let Some(session) = session else { return Ok(()) };
+            supervisor.opened();
             let ServeSettings { service, instance, max_concurrency, .. } = &self.settings;
             tracing::info!(%service, %instance, max_concurrency, "ready");
             self.tell_serving(true);
@@ -130,12 +120,11 @@ impl Server {
                     let lost = self.unless_final(lost)?;
                     let slots_used = self.instance.slots_used();
                     tracing::warn!(error = %Chain(&lost), slots_used, "connecting again");
-                    if session.opened_at.elapsed() >= STEADY {
-                        backoff = Backoff::default();
-                    }
+                    // What it holds goes to whoever serves next. Nobody waits for its goodbye: it may
+                    // be of no use for that either.
+                    tokio::spawn(session.close());
                     self.events.push_back(Event::Disconnected);
                     self.settle(None);
-                    old = Some(*session);
                 }
             }
         }
@@ -149,7 +138,7 @@ impl Server {
         match lost.refusal() {
             Ok(source) => {
                 let name = self.settings.names.replies().to_string();
-                let source = OpenError::Exchange { name, source };
+                let source = OpenError::Exchange { name, source: source.into() };
                 Err(ServeError::Refused { service: self.settings.service.clone(), source })
             }
             Err(lost) => Ok(lost),
@@ -168,21 +157,17 @@ impl Server {
     /// do before that.
     async fn connect(
         &mut self,
-        old: Option<Session>,
-        backoff: &mut Backoff,
+        supervisor: &mut Supervisor,
         mut stop: Pin<&mut (impl FusedFuture<Output = ()> + ?Sized)>,
     ) -> Result<Option<Session>, ServeError> {
-        let has_served = old.is_some();
         let takes_prepares = self.drains_until.is_none();
         let settings = self.settings.clone();
         // Boxed, or the compiler doesn't see that this can be sent between threads.
         let mut opening: BoxFuture<'_, Result<Session, OpenError>> = Box::pin(async move {
-            if let Some(old) = old {
-                // Its queue is the broker's to give again only when its connection is gone.
-                old.close().await;
-                tokio::time::sleep(backoff.pause()).await;
+            if supervisor.has_worked() {
+                tokio::time::sleep(supervisor.pause()).await;
             }
-            open(&settings, takes_prepares, has_served, backoff).await
+            open(&settings, takes_prepares, supervisor).await
         });
         loop {
             self.settle(None);
@@ -246,7 +231,6 @@ impl Server {
         mut session: Session,
         mut stop: Pin<&mut (impl FusedFuture<Output = ()> + ?Sized)>,
     ) -> Ended {
-        let mut link_events = session.link.events();
         loop {
             self.settle(Some(&mut session));
             if let Some(until) = self.drains_until.filter(|_| self.is_drained())
@@ -256,53 +240,31 @@ impl Server {
                 return Ended::Stopped;
             }
             let wake_at = self.wake_at(session.wake_at());
-            let has_room = session.has_room();
-            let takes_prepares = has_room && session.takes_prepares;
             let (numbers, events) = (&mut self.numbers, &mut self.events);
-            let heard = tokio::select! {
+            let taken = tokio::select! {
                 biased;
                 () = stop.as_mut(), if self.drains_until.is_none() => {
                     self.begin_drain();
                     session.stop_prepares(self.settings.cap).await
                 }
-                Some(event) = link_events.next() => session.hear(event),
-                (ticket, published) = session.lanes.next() => {
-                    session.published(ticket, published)
-                }
+                taken = session.take(numbers, events) => taken,
                 ended = self.calls.next() => {
                     events.push_back(ended.event);
                     Ok(())
                 }
-                message = session.own.next(), if has_room => {
-                    session.take(Source::Own, message, numbers, events)
-                }
-                message = session.shared.next(), if has_room => {
-                    session.take(Source::Shared, message, numbers, events)
-                }
-                message = next(&mut session.prepares), if takes_prepares => {
-                    session.take(Source::Prepares, message, numbers, events)
-                }
                 () = sleep_until_some(wake_at) => Ok(()),
             };
-            if let Err(lost) = heard.and_then(|()| self.take_ready(&mut session)) {
+            if let Err(lost) = taken {
                 return Ended::Lost(Box::new(session), lost);
+            }
+            while let Some(ended) = self.calls.try_next() {
+                self.events.push_back(ended.event);
             }
         }
     }
 
     fn is_out_of_time(&self) -> bool {
         self.drains_until.is_some_and(|until| until <= Instant::now())
-    }
-
-    /// Takes in everything else that is ready.
-    fn take_ready(&mut self, session: &mut Session) -> Result<(), Lost> {
-        while let Some((ticket, published)) = session.lanes.ready() {
-            session.published(ticket, published)?;
-        }
-        while let Some(ended) = self.calls.try_next() {
-            self.events.push_back(ended.event);
-        }
-        session.take_ready(&mut self.numbers, &mut self.events)
     }
 
     // ---- The core ----------------------------------------------------------------------------
@@ -325,8 +287,7 @@ impl Server {
         for parcel in self.outbox.take() {
             session.publish(parcel);
         }
-        session.publish_again();
-        session.flush_acks();
+        session.flush();
     }
 
     fn perform(&mut self, effect: Effect, session: Option<&mut Session>) {
@@ -369,19 +330,18 @@ impl Server {
 async fn open(
     settings: &ServeSettings,
     takes_prepares: bool,
-    has_served: bool,
-    backoff: &mut Backoff,
+    supervisor: &mut Supervisor,
 ) -> Result<Session, OpenError> {
     loop {
         let error = match open_once(settings, takes_prepares).await {
             Ok(session) => return Ok(session),
             Err(error) => error,
         };
-        if error.disposition() == Disposition::GiveUp && !has_served {
+        if supervisor.gives_up(error.disposition()) {
             return Err(error);
         }
-        let pause = backoff.pause();
-        let hint = match error.is_not_found() {
+        let pause = supervisor.pause();
+        let hint = match error.is_not_found() && supervisor.is_missing_for_good() {
             true => "; has `dtc topology apply` been run?",
             false => "",
         };
@@ -393,13 +353,6 @@ async fn open(
 async fn open_once(settings: &ServeSettings, takes_prepares: bool) -> Result<Session, OpenError> {
     let link = settings.broker.link().await.map_err(OpenError::Connect)?;
     Session::open(link, settings, takes_prepares).await
-}
-
-async fn next(inbox: &mut Option<Inbox>) -> Result<Message, Closed> {
-    match inbox {
-        Some(inbox) => inbox.next().await,
-        None => std::future::pending().await,
-    }
 }
 
 async fn sleep_until_some(moment: Option<Instant>) {

@@ -5,13 +5,14 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
+    sync::Arc,
+    task::{Context, Poll, Waker},
     time::Duration,
 };
 
+use futures_util::{FutureExt, future::BoxFuture};
 use lapin::{
-    Channel, Connection,
     message::Delivery as Message,
-    options::{QueueBindOptions, QueueDeclareOptions},
     types::{FieldTable, ShortString},
 };
 use tokio::{
@@ -32,12 +33,16 @@ use crate::{
         participant::Event,
     },
     transport::amqp::{
-        connection::{Link, LinkEvent},
+        bounded::AskError,
+        connection::BrokerConnection,
         consumer::{Closed, Inbox, Turn},
-        error::is_refusal,
+        error::{is_out_of_reach, is_refusal},
+        exclusive::{BoundTo, ExclusiveError, ExclusiveQueue},
+        link::{Link, LinkChange, LinkWatch},
         names::{ALL, Names, key},
-        publisher::{Outgoing, Published, Publisher},
+        publisher::{LaneLost, Outgoing, Published, Publisher},
         rejected::rejected,
+        reliable::ReliablePublisher,
         topology::{
             self, ServiceTopology,
             apply::{Options, apply_services},
@@ -53,92 +58,98 @@ const SHARED_PREFETCH: u16 = 256;
 /// How many messages may be on their way to the broker, as far as they are counted, before no more
 /// are taken from it.
 const OUTSTANDING_MAX: usize = 4096;
-/// How many messages of each queue are taken between two flushes.
+/// The pause before a queue that can't be reached is tried again.
+const OPEN_AGAIN_AFTER: Duration = Duration::from_secs(2);
+/// How many inputs are taken between two flushes.
 const BATCH_MAX: usize = 1024;
-/// The pause before something is published again that the broker did not take.
-const REFUSED_PAUSE: Duration = Duration::from_secs(1);
 
 /// What a session is made of.
 struct Opened {
     lanes: Lanes,
-    own: Inbox,
+    own: ExclusiveQueue,
     shared: Inbox,
     prepares: Option<Inbox>,
 }
 
 /// What an instance publishes on.
 #[derive(Debug)]
-pub(super) struct Lanes {
+struct Lanes {
     /// For what must arrive.
-    lasting: Publisher<Ticket>,
+    reliable: ReliablePublisher<OnConfirm>,
     /// For what may be lost, since whoever waits for it asks again: nobody waits for its confirm.
-    passing: Publisher<Ticket>,
+    passing: Publisher<()>,
     /// Whether the broker is known to take what is said. Until then everything is confirmed.
     are_tried: bool,
 }
 
 impl Lanes {
-    async fn open(connection: &Connection) -> Result<Self, lapin::Error> {
+    async fn open(publishing: &Arc<BrokerConnection>, names: &Names) -> Result<Self, AskError> {
+        let votes = format!("votes and dones to `{}`", names.replies());
         Ok(Self {
-            lasting: Publisher::open(connection).await?,
-            passing: Publisher::unconfirmed(connection).await?,
+            reliable: ReliablePublisher::open(publishing, "what must not be lost").await?,
+            passing: Publisher::unconfirmed(publishing, votes).await?,
             are_tried: false,
         })
     }
 
     fn are_open(&self) -> bool {
-        self.lasting.is_open() && self.passing.is_open()
+        self.reliable.is_open() && self.passing.is_open()
     }
 
     /// What may be lost. The first of it has to show that it is not refused.
     fn pass(&mut self, message: Outgoing) {
-        let lane = if self.are_tried { &mut self.passing } else { &mut self.lasting };
-        lane.publish(message, Ticket::MayBeLost);
+        match self.are_tried {
+            true => self.passing.publish(message, ()),
+            false => self.reliable.publish(message, OnConfirm::Nothing),
+        }
     }
 
     /// How many messages are on their way.
     fn outstanding(&self) -> usize {
-        self.lasting.outstanding() + self.passing.outstanding()
+        self.reliable.outstanding() + self.passing.outstanding()
     }
 
     /// Waits until nothing is on its way.
     async fn finish(&mut self) {
-        self.lasting.finish().await;
+        self.reliable.finish().await;
         self.passing.finish().await;
     }
 
-    /// What became of one of them.
-    pub(super) async fn next(&mut self) -> (Ticket, Published) {
-        tokio::select! {
-            it = self.lasting.next() => it,
-            it = self.passing.next() => it,
+    /// What follows from the next message that is safe.
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<OnConfirm, LaneLost>> {
+        if let Poll::Ready(safe) = self.reliable.poll_next(cx) {
+            self.are_tried |= safe.is_ok();
+            return Poll::Ready(safe);
         }
-    }
-
-    /// The same, if it is known by now.
-    pub(super) fn ready(&mut self) -> Option<(Ticket, Published)> {
-        self.lasting.ready().or_else(|| self.passing.ready())
+        while let Poll::Ready(written) = self.passing.poll_next(cx) {
+            let ((), published) = written?;
+            if !matches!(published, Published::Confirmed) {
+                tracing::debug!("a message was not written; it will be asked for");
+            }
+        }
+        Poll::Pending
     }
 }
 
-/// One connection's worth of service.
+/// One link's worth of service.
 pub(super) struct Session {
-    pub(super) link: Link,
-    pub(super) lanes: Lanes,
-    /// `None`: it was opened to hear the rest, and takes no prepares.
-    pub(super) prepares: Option<Inbox>,
+    link: Link,
+    watch: LinkWatch,
+    lanes: Lanes,
+    /// `None`: it was opened to hear the rest, or their queue can't be reached.
+    prepares: Option<Inbox>,
+    /// Opens them, where their queue could not be reached.
+    opening_prepares: Option<BoxFuture<'static, Result<Inbox, AskError>>>,
+    prepare_queue: PrepareQueue,
     /// Whether prepares are looked at.
-    pub(super) takes_prepares: bool,
-    pub(super) own: Inbox,
-    pub(super) shared: Inbox,
+    takes_prepares: bool,
+    own: ExclusiveQueue,
+    shared: Inbox,
     names: Names,
     /// Where the deliveries came from that the core has not yet acknowledged.
     origins: BTreeMap<Delivery, Origin>,
     /// How many items of a message are not dealt with yet, where that is more than one.
     undone: BTreeMap<Origin, usize>,
-    /// What the broker did not take, and when to publish it again.
-    refused: VecDeque<(Instant, Outgoing, Ticket)>,
-    pub(super) opened_at: Instant,
 }
 
 /// A message, by the tag it has on the channel of its queue.
@@ -150,13 +161,21 @@ struct Origin {
 
 /// What follows when a message is with the broker.
 #[derive(Debug)]
-pub(super) enum Ticket {
+enum OnConfirm {
     /// Nothing: if it doesn't arrive, whoever waits for it asks again.
-    MayBeLost,
-    /// These may be acknowledged. Kept with the message, to publish it again.
-    Owed(Outgoing, Vec<Delivery>),
+    Nothing,
+    /// These may be acknowledged.
+    Ack(Vec<Delivery>),
     /// This one is among the rejected.
-    Rejected(Outgoing, Source, u64),
+    Rejected(Origin),
+}
+
+/// Something that has happened.
+#[expect(clippy::large_enum_variant, reason = "each is handled at once, and never stored")]
+enum Input {
+    Message(Source, Message),
+    Safe(OnConfirm),
+    Link(LinkChange),
 }
 
 /// The session is over: everything will be delivered again, to whomever.
@@ -164,18 +183,33 @@ pub(super) enum Ticket {
 pub(super) enum Lost {
     #[error("a connection is lost")]
     Connection(#[source] lapin::Error),
+    #[error(transparent)]
+    Publishing(LaneLost),
     #[error("the channel for publishing is lost")]
-    Publishing(#[source] lapin::Error),
+    Channel(#[source] lapin::Error),
     #[error("nothing more can be consumed")]
     Consuming(#[source] Closed),
+    #[error("failed to cancel the consumer of `{queue}`")]
+    Cancel {
+        queue: String,
+        #[source]
+        source: AskError,
+    },
+    #[error("the connection is of no use: the broker has not told it that an alarm is over")]
+    Stale,
 }
 
 impl Lost {
     /// What the broker says against what was published, if that is why.
     pub(super) fn refusal(self) -> Result<lapin::Error, Self> {
-        match self {
-            Self::Publishing(error) if is_refusal(&error) => Ok(error),
-            Self::Publishing(_) | Self::Connection(_) | Self::Consuming(_) => Err(self),
+        let refusal = match &self {
+            Self::Publishing(lost) => lost.broker(),
+            Self::Channel(error) => Some(error),
+            Self::Connection(_) | Self::Consuming(_) | Self::Cancel { .. } | Self::Stale => None,
+        };
+        match refusal.filter(|error| is_refusal(error)).cloned() {
+            Some(error) => Ok(error),
+            None => Err(self),
         }
     }
 }
@@ -188,19 +222,23 @@ impl Session {
         settings: &ServeSettings,
         takes_prepares: bool,
     ) -> Result<Self, OpenError> {
-        match Self::open_on(&link, settings, takes_prepares).await {
+        let watch = link.watch(settings.broker.clone());
+        let prepare_queue = PrepareQueue::of(settings, &link);
+        match Self::open_on(&link, settings, takes_prepares.then_some(&prepare_queue)).await {
             Ok(Opened { lanes, own, shared, prepares }) => Ok(Self {
                 link,
+                watch,
                 lanes,
+                opening_prepares: (takes_prepares && prepares.is_none())
+                    .then(|| prepare_queue.open_later()),
                 prepares,
+                prepare_queue,
                 takes_prepares,
                 own,
                 shared,
                 names: settings.names.clone(),
                 origins: BTreeMap::new(),
                 undone: BTreeMap::new(),
-                refused: VecDeque::new(),
-                opened_at: Instant::now(),
             }),
             Err(error) => {
                 link.close().await;
@@ -212,7 +250,7 @@ impl Session {
     async fn open_on(
         link: &Link,
         settings: &ServeSettings,
-        takes_prepares: bool,
+        prepare_queue: Option<&PrepareQueue>,
     ) -> Result<Opened, OpenError> {
         let ServeSettings { names, service, .. } = settings;
         let at = |what: &ShortString| {
@@ -222,62 +260,147 @@ impl Session {
         if let Some(max_wait) = settings.declare {
             declare(settings, max_wait).await?;
         }
-        let lanes = Lanes::open(&link.publishing).await.map_err(OpenError::Channel)?;
-        let own = open_own(&link.consuming, settings).await?;
-        let own = own.watched(&link.consuming, Turn::Equal);
+        let lanes = Lanes::open(&link.publishing, names).await.map_err(OpenError::Channel)?;
+        let own = open_own(link, settings).await?;
         let consuming = &link.consuming;
         let name = names.finish_any_of(service);
         let shared =
             Inbox::open(consuming, name.clone(), SHARED_PREFETCH, FieldTable::default()).await;
         let shared = shared.map_err(at(&name))?.watched(consuming, Turn::Equal);
-        if !takes_prepares {
+        let Some(prepare_queue) = prepare_queue else {
             return Ok(Opened { lanes, own, shared, prepares: None });
-        }
-        let name = names.prepare_of(service);
-        let prefetch = u16::try_from(settings.max_concurrency).unwrap_or(u16::MAX);
-        let prepares = Inbox::open_to_end(consuming, name.clone(), prefetch).await;
-        let turn = match settings.cap {
-            Cap::Instance => Turn::Equal,
-            Cap::Service => Turn::Single,
         };
-        let prepares = prepares.map_err(at(&name))?.watched(consuming, turn);
-        Ok(Opened { lanes, own, shared, prepares: Some(prepares) })
+        let prepares = match prepare_queue.open().await {
+            Ok(prepares) => Some(prepares),
+            // What was prepared must hear its outcome all the same.
+            Err(error) if is_unavailable(&error) => {
+                tracing::warn!(
+                    queue = %prepare_queue.name, %error,
+                    "prepares can't be taken; serving without them, and trying again"
+                );
+                None
+            }
+            Err(error) => return Err(at(&prepare_queue.name)(error)),
+        };
+        Ok(Opened { lanes, own, shared, prepares })
     }
 
     /// Whether as much is on its way to the broker as may be.
-    pub(super) fn has_room(&self) -> bool {
+    fn has_room(&self) -> bool {
         self.lanes.outstanding() < OUTSTANDING_MAX
     }
 
     // ---- What comes in -----------------------------------------------------------------------
 
-    /// What became of the connections.
-    pub(super) fn hear(&self, event: LinkEvent) -> Result<(), Lost> {
-        match event {
-            LinkEvent::Lost(error) => return Err(Lost::Connection(error)),
-            LinkEvent::ChannelLost(error) if !self.lanes.are_open() => {
-                return Err(Lost::Publishing(error));
-            }
-            LinkEvent::ChannelLost(_) => {}
-            LinkEvent::Blocked(reason) => {
-                tracing::warn!(reason, "the broker takes nothing more for the time being");
-            }
-            LinkEvent::Unblocked => tracing::info!("the broker takes messages again"),
+    /// Waits for something to happen, and takes in all that is there, up to a bound. What it says is
+    /// added to `events`.
+    ///
+    /// # Errors
+    ///
+    /// The session is over.
+    pub(super) async fn take(
+        &mut self,
+        numbers: &mut Numbers,
+        events: &mut VecDeque<Event>,
+    ) -> Result<(), Lost> {
+        let first = std::future::poll_fn(|cx| self.poll_input(cx)).await;
+        self.handle(first?, numbers, events)?;
+        for _ in 0..BATCH_MAX {
+            let ready = self.poll_input(&mut Context::from_waker(Waker::noop()));
+            let Poll::Ready(input) = ready else { break };
+            self.handle(input?, numbers, events)?;
         }
         Ok(())
     }
 
-    /// Takes in a message; what it says is added to `events`.
-    pub(super) fn take(
+    fn poll_input(&mut self, cx: &mut Context<'_>) -> Poll<Result<Input, Lost>> {
+        if let Poll::Ready(change) = self.watch.poll_next(cx) {
+            return Poll::Ready(Ok(Input::Link(change)));
+        }
+        if let Poll::Ready(safe) = self.lanes.poll_next(cx) {
+            return Poll::Ready(safe.map(Input::Safe).map_err(Lost::Publishing));
+        }
+        if !self.has_room() {
+            return Poll::Pending;
+        }
+        self.poll_opening(cx);
+        for source in [Source::Own, Source::Shared, Source::Prepares] {
+            let message = match source {
+                Source::Own => self.own.poll_next(cx),
+                Source::Shared => self.shared.poll_next(cx),
+                Source::Prepares => match self.prepares.as_mut() {
+                    // No vote could be sent while the broker takes nothing.
+                    Some(prepares) if self.takes_prepares && !self.watch.is_blocked() => {
+                        prepares.poll_next(cx)
+                    }
+                    Some(_) | None => Poll::Pending,
+                },
+            };
+            if let Poll::Ready(message) = message {
+                let message = message.map_err(Lost::Consuming);
+                return Poll::Ready(message.map(|message| Input::Message(source, message)));
+            }
+        }
+        Poll::Pending
+    }
+
+    /// Takes prepares as soon as their queue can be reached.
+    fn poll_opening(&mut self, cx: &mut Context<'_>) {
+        while let Some(opening) = &mut self.opening_prepares {
+            let Poll::Ready(opened) = opening.poll_unpin(cx) else { return };
+            self.opening_prepares = match opened {
+                Ok(prepares) => {
+                    tracing::info!(queue = %self.prepare_queue.name, "prepares are taken again");
+                    self.prepares = Some(prepares);
+                    None
+                }
+                Err(error) => {
+                    let queue = &self.prepare_queue.name;
+                    tracing::warn!(%queue, %error, "prepares can't be taken yet; trying again");
+                    Some(self.prepare_queue.open_later())
+                }
+            };
+        }
+    }
+
+    fn handle(
         &mut self,
-        source: Source,
-        message: Result<Message, Closed>,
+        input: Input,
         numbers: &mut Numbers,
         events: &mut VecDeque<Event>,
     ) -> Result<(), Lost> {
-        let message = message.map_err(Lost::Consuming)?;
+        match input {
+            Input::Message(source, message) => self.received(source, &message, numbers, events),
+            Input::Safe(OnConfirm::Nothing) => {}
+            Input::Safe(OnConfirm::Ack(owed)) => {
+                owed.into_iter().for_each(|delivery| self.ack(delivery));
+            }
+            Input::Safe(OnConfirm::Rejected(origin)) => self.dealt_with(origin),
+            Input::Link(change) => self.link_changed(change)?,
+        }
+        Ok(())
+    }
+
+    fn link_changed(&self, change: LinkChange) -> Result<(), Lost> {
+        match change {
+            LinkChange::Blocked | LinkChange::Unblocked => Ok(()),
+            LinkChange::Lost(error) => Err(Lost::Connection(error)),
+            LinkChange::Stale => Err(Lost::Stale),
+            LinkChange::ChannelLost(error) if !self.lanes.are_open() => Err(Lost::Channel(error)),
+            LinkChange::ChannelLost(_) => Ok(()),
+        }
+    }
+
+    /// Takes in a message; what it says is added to `events`.
+    fn received(
+        &mut self,
+        source: Source,
+        message: &Message,
+        numbers: &mut Numbers,
+        events: &mut VecDeque<Event>,
+    ) {
         let origin = Origin { source, tag: message.delivery_tag };
-        let content = read(source, &message);
+        let content = read(source, message);
         let mut undone = 0_usize;
         for told in content.items {
             let delivery = told.is_held(source).then(|| numbers.next());
@@ -289,7 +412,7 @@ impl Session {
         }
         if let Some(reason) = content.bad {
             undone += 1;
-            self.reject(origin, &message, &reason);
+            self.reject(origin, message, &reason);
         }
         match undone {
             0 => self.acknowledge(origin),
@@ -298,40 +421,19 @@ impl Session {
                 self.undone.insert(origin, more);
             }
         }
-        Ok(())
-    }
-
-    /// Takes in all that is there, up to a bound.
-    pub(super) fn take_ready(
-        &mut self,
-        numbers: &mut Numbers,
-        events: &mut VecDeque<Event>,
-    ) -> Result<(), Lost> {
-        for source in [Source::Own, Source::Shared, Source::Prepares] {
-            for _ in 0..BATCH_MAX {
-                if !self.has_room() {
-                    return Ok(());
-                }
-                let inbox = match source {
-                    Source::Own => Some(&mut self.own),
-                    Source::Shared => Some(&mut self.shared),
-                    Source::Prepares => self.prepares.as_mut().filter(|_| self.takes_prepares),
-                };
-                let Some(message) = inbox.and_then(Inbox::ready) else { break };
-                self.take(source, message, numbers, events)?;
-            }
-        }
-        Ok(())
     }
 
     /// Puts a message among the rejected ones; it is acknowledged when it is safe there.
     fn reject(&mut self, origin: Origin, message: &Message, reason: &str) {
-        let queue = self.inbox(origin.source).map(|inbox| inbox.queue().to_string());
-        let queue = queue.unwrap_or_default();
+        let queue = match origin.source {
+            Source::Own => Some(self.own.name()),
+            Source::Shared => Some(self.shared.queue()),
+            Source::Prepares => self.prepares.as_ref().map(Inbox::queue),
+        };
+        let queue = queue.map(ShortString::to_string).unwrap_or_default();
         tracing::warn!(queue, reason, "a message is rejected");
         let outgoing = rejected(&self.names, &queue, message, reason);
-        let ticket = Ticket::Rejected(outgoing.clone(), origin.source, origin.tag);
-        self.lanes.lasting.publish(outgoing, ticket);
+        self.lanes.reliable.publish(outgoing, OnConfirm::Rejected(origin));
     }
 
     // ---- What goes out -----------------------------------------------------------------------
@@ -340,60 +442,31 @@ impl Session {
     pub(super) fn publish(&mut self, parcel: Parcel) {
         let Parcel { message, owed, must_arrive } = parcel;
         if must_arrive {
-            self.lanes.lasting.publish(message.clone(), Ticket::Owed(message, owed));
+            self.lanes.reliable.publish(message, OnConfirm::Ack(owed));
         } else {
             self.lanes.pass(message);
         }
     }
 
-    /// A publish has ended.
-    pub(super) fn published(&mut self, ticket: Ticket, published: Published) -> Result<(), Lost> {
-        let is_safe = match published {
-            Published::Lost(error) => return Err(Lost::Publishing(error)),
-            Published::Confirmed => true,
-            Published::Unroutable | Published::Refused => false,
-        };
-        let is_unroutable = matches!(published, Published::Unroutable);
-        match ticket {
-            Ticket::MayBeLost if is_safe => self.lanes.are_tried = true,
-            Ticket::MayBeLost => tracing::debug!("a message did not arrive; it will be asked for"),
-            Ticket::Owed(_, owed) if is_safe => {
-                owed.into_iter().for_each(|delivery| self.ack(delivery));
-            }
-            Ticket::Rejected(_, source, tag) if is_safe => self.dealt_with(Origin { source, tag }),
-            // It would come again and again, and there is nowhere to put it.
-            Ticket::Rejected(outgoing, source, tag) if is_unroutable => {
-                tracing::error!(queue = %outgoing.key, "a rejected message is lost: no such queue");
-                self.dealt_with(Origin { source, tag });
-            }
-            Ticket::Owed(ref outgoing, _) | Ticket::Rejected(ref outgoing, _, _) => {
-                tracing::warn!(exchange = %outgoing.exchange, key = %outgoing.key, is_unroutable,
-                    "the broker did not take a message that must arrive; it is published again");
-                let again = outgoing.clone();
-                self.refused.push_back((Instant::now() + REFUSED_PAUSE, again, ticket));
-            }
-        }
-        Ok(())
-    }
-
-    /// When there is something to be said again.
+    /// When there is something to be published again.
     pub(super) fn wake_at(&self) -> Option<Instant> {
-        self.refused.front().map(|(at, _, _)| *at)
+        self.lanes.reliable.wake_at()
     }
 
-    /// Publishes again what the broker did not take, if it is time.
-    pub(super) fn publish_again(&mut self) {
-        let now = Instant::now();
-        while self.refused.front().is_some_and(|(at, _, _)| *at <= now) {
-            if let Some((_, outgoing, ticket)) = self.refused.pop_front() {
-                self.lanes.lasting.publish(outgoing, ticket);
-            }
+    /// Publishes again what the broker did not take, if it is time, and tells it of all that was
+    /// acknowledged.
+    pub(super) fn flush(&mut self) {
+        self.lanes.reliable.flush(Instant::now());
+        self.own.flush();
+        self.shared.flush();
+        if let Some(prepares) = &mut self.prepares {
+            prepares.flush();
         }
     }
 
     /// Whether nothing is on its way that must arrive.
     pub(super) fn is_quiet(&self) -> bool {
-        self.lanes.lasting.outstanding() == 0 && self.refused.is_empty()
+        self.lanes.reliable.is_idle()
     }
 
     /// Whether the broker has taken anything of what was said.
@@ -420,33 +493,14 @@ impl Session {
     }
 
     fn acknowledge(&mut self, Origin { source, tag }: Origin) {
-        if let Some(inbox) = self.inbox_mut(source) {
-            inbox.ack(tag);
-        }
-    }
-
-    /// Tells the broker of all that was acknowledged.
-    pub(super) fn flush_acks(&mut self) {
-        self.own.flush();
-        self.shared.flush();
-        if let Some(prepares) = &mut self.prepares {
-            prepares.flush();
-        }
-    }
-
-    fn inbox(&self, source: Source) -> Option<&Inbox> {
         match source {
-            Source::Own => Some(&self.own),
-            Source::Shared => Some(&self.shared),
-            Source::Prepares => self.prepares.as_ref(),
-        }
-    }
-
-    fn inbox_mut(&mut self, source: Source) -> Option<&mut Inbox> {
-        match source {
-            Source::Own => Some(&mut self.own),
-            Source::Shared => Some(&mut self.shared),
-            Source::Prepares => self.prepares.as_mut(),
+            Source::Own => self.own.ack(tag),
+            Source::Shared => self.shared.ack(tag),
+            Source::Prepares => {
+                if let Some(prepares) = &mut self.prepares {
+                    prepares.ack(tag);
+                }
+            }
         }
     }
 
@@ -456,14 +510,14 @@ impl Session {
     /// at once, unless all share one cap. Then whoever works next would exceed it as long as
     /// anything is held here, and they go when this session ends.
     pub(super) async fn stop_prepares(&mut self, cap: Cap) -> Result<(), Lost> {
-        self.takes_prepares = false;
+        (self.takes_prepares, self.opening_prepares) = (false, None);
         let Some(prepares) = self.prepares.as_mut().filter(|_| cap == Cap::Instance) else {
             return Ok(());
         };
         let cancelled = prepares.cancel().await;
         cancelled.map_err(|source| {
             let queue = prepares.queue().to_string();
-            Lost::Consuming(Closed::Lost { queue, source })
+            Lost::Cancel { queue, source }
         })?;
         while let Some(Ok(message)) = prepares.ready() {
             prepares.requeue(message.delivery_tag);
@@ -482,6 +536,53 @@ impl Session {
     pub(super) async fn close(self) {
         self.link.close().await;
     }
+}
+
+/// The queue of a service's prepares, and how it is consumed.
+struct PrepareQueue {
+    consuming: Arc<BrokerConnection>,
+    name: ShortString,
+    prefetch: u16,
+    turn: Turn,
+}
+
+impl PrepareQueue {
+    fn of(settings: &ServeSettings, link: &Link) -> Self {
+        Self {
+            consuming: Arc::clone(&link.consuming),
+            name: settings.names.prepare_of(&settings.service),
+            prefetch: u16::try_from(settings.max_concurrency).unwrap_or(u16::MAX),
+            turn: match settings.cap {
+                Cap::Instance => Turn::Equal,
+                Cap::Service => Turn::Single,
+            },
+        }
+    }
+
+    async fn open(&self) -> Result<Inbox, AskError> {
+        let opening = Inbox::open_to_end(&self.consuming, self.name.clone(), self.prefetch);
+        Ok(opening.await?.watched(&self.consuming, self.turn))
+    }
+
+    fn open_later(&self) -> BoxFuture<'static, Result<Inbox, AskError>> {
+        let Self { consuming, name, prefetch, turn } = self;
+        let again = Self {
+            consuming: Arc::clone(consuming),
+            name: name.clone(),
+            prefetch: *prefetch,
+            turn: *turn,
+        };
+        async move {
+            tokio::time::sleep(OPEN_AGAIN_AFTER).await;
+            again.open().await
+        }
+        .boxed()
+    }
+}
+
+/// Whether a queue is there, as far as is known, and can't be consumed for now.
+fn is_unavailable(error: &AskError) -> bool {
+    error.is_silent() || error.broker().is_some_and(is_out_of_reach)
 }
 
 /// Declares what the service needs to be reached and to answer.
@@ -510,31 +611,23 @@ async fn declare(settings: &ServeSettings, max_wait: Duration) -> Result<(), Ope
     Ok(())
 }
 
-/// Declares the instance's own queue, and consumes it.
-async fn open_own(consuming: &Connection, settings: &ServeSettings) -> Result<Inbox, OpenError> {
+/// The instance's own queue. What it gets through shows that the link is alive.
+async fn open_own(link: &Link, settings: &ServeSettings) -> Result<ExclusiveQueue, OpenError> {
     let ServeSettings { names, service, instance, .. } = settings;
-    let queue = names.finish_of(service, instance);
-    let exchange = names.finish();
-    let name = queue.to_string();
-    let at_queue = |source| OpenError::Queue { name: name.clone(), source };
-    let channel: Channel = consuming.create_channel().await.map_err(OpenError::Channel)?;
-    let options = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
-    let declared = channel.queue_declare(queue.clone(), options, FieldTable::default()).await;
-    declared.map_err(at_queue)?;
-    for to in [instance.as_str(), ALL] {
-        let key = key(to, service);
-        let bound = channel.queue_bind(
-            queue.clone(),
-            exchange.clone(),
-            key,
-            QueueBindOptions::default(),
-            FieldTable::default(),
-        );
-        let name = exchange.to_string();
-        bound.await.map_err(|source| OpenError::Exchange { name, source })?;
-    }
-    let inbox = Inbox::on(channel, queue, OWN_PREFETCH, FieldTable::default()).await;
-    inbox.map(Inbox::lazy).map_err(at_queue)
+    let bound = |to: &str| BoundTo { exchange: names.finish(), key: key(to, service) };
+    let bindings = [bound(instance.as_str()), bound(ALL)];
+    let stem = names.finish_of(service, instance);
+    let own = ExclusiveQueue::open(&link.consuming, stem, &bindings, OWN_PREFETCH).await;
+    let own = own.map_err(|error| match error {
+        ExclusiveError::Channel(source) => OpenError::Channel(source),
+        ExclusiveError::Queue { queue, source } => {
+            OpenError::Queue { name: queue.to_string(), source }
+        }
+        ExclusiveError::Exchange { exchange, source, .. } => {
+            OpenError::Exchange { name: exchange.to_string(), source }
+        }
+    })?;
+    own.probed(&link.publishing, || true).await.map_err(OpenError::Channel)
 }
 
 /// Numbers for deliveries: none is given twice, whatever the connection.
