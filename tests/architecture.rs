@@ -246,7 +246,7 @@ fn imports_of(files: &[(String, String)]) -> Imports {
         let own = module_of(path);
         let named = named_paths(&shipped(text), &own);
         let mut imported: BTreeSet<_> =
-            named.iter().filter_map(|path| nearest(path, &modules)).map(joined).collect();
+            named.iter().filter_map(|path| nearest(path, &modules)).map(|it| joined(it)).collect();
         imported.remove(&joined(&own));
         (joined(&own), imported)
     };
@@ -291,7 +291,7 @@ fn module_of(path: &str) -> Vec<String> {
     names
 }
 
-fn joined(module: &Vec<String>) -> String {
+fn joined(module: &[String]) -> String {
     module.join("::")
 }
 

@@ -165,7 +165,10 @@ async fn after_a_lost_connection_what_is_unanswered_is_sent_again_under_the_same
     let (desk, mut consumer) = desk.again().await;
     // The one from before, since nobody has acknowledged it; and its copy.
     let (again, copy) = (take(&mut consumer).await, take(&mut consumer).await);
-    assert_eq!([&again, &copy], [&first, &first]);
+    // Its result comes by another queue, since the one from before may still be there, and locked.
+    assert_ne!(copy.reply, first.reply);
+    let is_copy = Request { reply: first.reply.clone(), ..copy.clone() };
+    assert_eq!([&again, &is_copy], [&first, &first]);
     desk.answer(copy.reply.as_ref().unwrap().as_str(), &[answer(&copy, 0)]).await;
     assert_eq!(waiting.await.unwrap().requested_at, first.key.requested_at);
 }

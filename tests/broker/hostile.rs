@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use dtc::worker::clock::Clock;
+use dtc::clock::Clock;
 
 use crate::{
     bare::{Bare, Properties, header_called, nested_arrays, nested_tables},

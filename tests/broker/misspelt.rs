@@ -10,7 +10,7 @@ use crate::{
 };
 
 /// Far fewer than a connection may have.
-const CHANNELS_MAX: u16 = 64;
+const CHANNELS_MAX: u16 = 256;
 
 /// Nothing has been asked of `stock`.
 fn stand() -> Stand {

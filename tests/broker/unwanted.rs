@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
-use dtc::worker::clock::Clock;
+use dtc::clock::Clock;
 use lapin::BasicProperties;
 use serde_json::json;
 use tokio::time::Instant;

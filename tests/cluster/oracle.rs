@@ -14,8 +14,9 @@ use crate::{
     system::{Answer, Record, SERVICES},
 };
 
-/// The reasons for which a transaction may be aborted while nodes come and go: no time, no slot.
-const TRUE_REASONS: [&str; 2] = ["deadline", "no_slot"];
+/// The reasons for which a transaction may be aborted while nodes come and go: no time, no slot, no
+/// queue that can be reached.
+const TRUE_REASONS: [&str; 3] = ["deadline", "no_slot", "unavailable"];
 /// How many of many like complaints are told.
 const TOLD_MAX: usize = 5;
 

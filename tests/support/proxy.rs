@@ -153,6 +153,8 @@ impl Frames {
 pub(crate) enum Reach {
     /// Those that there are when it is set.
     Existing,
+    /// The channels that there are when it is set, on those that there are.
+    Channels,
     /// The one on which such a frame comes first.
     First,
     All,
@@ -176,6 +178,8 @@ struct Rule {
     reach: Reach,
     /// Connections from this number on are not meant; of [`Reach::First`], all but this one.
     boundary: Option<u64>,
+    /// Of [`Reach::Channels`], the channels that are meant.
+    channels: BTreeSet<(u64, u16)>,
     deed: Deed,
     /// How many more frames it is for.
     left: u64,
@@ -183,8 +187,9 @@ struct Rule {
 }
 
 impl Rule {
-    fn reaches(&self, connection: u64) -> bool {
+    fn reaches(&self, connection: u64, channel: u16) -> bool {
         match (self.reach, self.boundary) {
+            (Reach::Channels, _) => self.channels.contains(&(connection, channel)),
             (Reach::Existing, Some(boundary)) => connection < boundary,
             (Reach::First, Some(first)) => connection == first,
             (Reach::Existing | Reach::First, None) | (Reach::All, _) => true,
@@ -274,7 +279,11 @@ impl Proxy {
         let number = state.next_rule;
         state.next_rule += 1;
         let boundary = (reach == Reach::Existing).then_some(state.next_connection);
-        let rule = Rule { frames, reach, boundary, deed, left: count, count: 0 };
+        let channels = match reach {
+            Reach::Channels => state.all_channels(),
+            Reach::Existing | Reach::First | Reach::All => BTreeSet::new(),
+        };
+        let rule = Rule { frames, reach, boundary, channels, deed, left: count, count: 0 };
         state.rules.insert(number, rule);
         Tap { number, shared: Arc::clone(&self.shared) }
     }
@@ -282,6 +291,11 @@ impl Proxy {
     /// These frames are swallowed on the connections that there are.
     pub(crate) fn stop(&self, frames: Frames) -> Tap {
         self.rule(frames, Reach::Existing, Deed::Swallow)
+    }
+
+    /// The same on the channels that there are.
+    pub(crate) fn stop_channels(&self, frames: Frames) -> Tap {
+        self.rule(frames, Reach::Channels, Deed::Swallow)
     }
 
     /// The connections with `name` in their name fall silent in both directions, and neither end
@@ -491,6 +505,13 @@ impl Shared {
 }
 
 impl State {
+    fn all_channels(&self) -> BTreeSet<(u64, u16)> {
+        let connections = self.connections.iter();
+        connections
+            .flat_map(|(&number, it)| it.channels.keys().map(move |&id| (number, id)))
+            .collect()
+    }
+
     fn connections_named<'a>(
         &'a mut self,
         name: &'a str,
@@ -523,7 +544,7 @@ impl State {
         }
         let is_for = |rule: &&mut Rule| {
             rule.left > 0
-                && rule.reaches(number)
+                && rule.reaches(number, frame.channel)
                 && rule.frames.from == from
                 && is_named(&connection.name, &rule.frames.connection)
                 && (rule.frames.about.is_empty()

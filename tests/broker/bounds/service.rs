@@ -13,7 +13,7 @@ fn prepares_that_are_never_delivered_are_asked_for_again() {
     let stand = Stand::new();
     let prepares = stand.site.name("prepare.stock");
     let mark = stand.marked();
-    let stopped = stand.site.proxy.stop(Frames::deliveries().on(CONSUME).about(&prepares));
+    let stopped = stand.site.proxy.stop_channels(Frames::deliveries().on(CONSUME).about(&prepares));
     stand.commits_again(&mark, &stopped, &BOTH);
     stand.stock_says(&mark, &prepares);
 }
@@ -34,7 +34,7 @@ fn prepares_whose_acknowledgements_get_lost_do_not_use_up_the_slots() {
     let stand = Stand::at(Site::narrow(), &[]);
     let prepares = stand.site.name("prepare.stock");
     let mark = stand.marked();
-    let stopped = stand.site.proxy.stop(Frames::acks().on(CONSUME).about(&prepares));
+    let stopped = stand.site.proxy.stop_channels(Frames::acks().on(CONSUME).about(&prepares));
     stand.submit(&BOTH);
     stopped.wait_for(1);
     stand.commits_again(&mark, &stopped, &BOTH);

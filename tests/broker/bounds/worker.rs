@@ -57,7 +57,8 @@ fn requests_that_are_never_delivered_are_asked_for_again() {
     let stand = Stand::new();
     let requests = stand.site.name("requests");
     let mark = stand.marked();
-    let stopped = stand.site.proxy.stop(Frames::deliveries().on(CONSUME).about(&requests));
+    let deliveries = Frames::deliveries().on(CONSUME).about(&requests);
+    let stopped = stand.site.proxy.stop_channels(deliveries);
     stand.commits_again(&mark, &stopped, &BOTH);
     stand.worker_says(&mark, &requests);
 }
@@ -79,10 +80,10 @@ fn requests_whose_acknowledgements_get_lost_do_not_use_up_what_a_worker_may_hold
     let requests = stand.site.name("requests");
     let mark = stand.marked();
     let stopped = stand.site.proxy.stop(Frames::acks().on(CONSUME).about(&requests));
-    for _ in 0..2 {
+    for number in 1..=2 {
         stand.submit(&BOTH);
+        stopped.wait_for(number);
     }
-    stopped.wait_for(2);
     stand.commits_again(&mark, &stopped, &BOTH);
     stand.worker_says(&mark, &requests);
 }
@@ -94,7 +95,7 @@ fn a_publishing_connection_that_is_read_no_more_is_given_up() {
     let mark = stand.marked();
     let stopped = stand.site.proxy.stop(Frames::publishes().on(PUBLISH));
     stand.commits_again(&mark, &stopped, &BOTH);
-    stand.worker_says(&mark, "confirm");
+    stand.worker_says(&mark, &stand.site.name("replies"));
 }
 
 /// The worker has never had to do with the service.

@@ -13,7 +13,6 @@ use super::{
     READY, System,
     ledger::assert_services_hold,
     load::{Load, Plan},
-    until,
 };
 use crate::{
     broker::{Broker, place},
@@ -81,10 +80,10 @@ fn a_worker_whose_requests_are_declared_anew_while_its_channel_is_busy_notices_w
     let_go(&broker);
     let plan = Plan { services: &["payments"], total: 10, per_second: 100, timeout: None };
     let load = Load::start(&system, "t", plan);
-    until("it connects again", || worker.stderr.text().contains("connecting again"));
-    println!("{}", worker.wait_for_line("connecting again", LIMIT));
+    // It consumes by another channel, or by another connection.
     let results = load.results();
     assert_eq!(results.committed().len(), 10, "{:?}", results.counts());
+    drop(worker);
 }
 
 #[test]

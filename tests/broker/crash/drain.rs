@@ -118,7 +118,7 @@ fn a_worker_without_a_journal_stops_when_it_is_told_to() {
     // Where the broker doesn't tell that the journal is gone, it shows by what isn't read back.
     let plan = Plan { services: &["payments"], total: 1, per_second: 1, timeout: None };
     let _load = Load::start(&system, "t", plan);
-    worker.wait_for_line("the journal is not read any more", LIMIT);
+    worker.wait_for_line("the broker has ended the journal's consumer", LIMIT);
     worker.terminate();
     worker.exited(0, LIMIT);
     assert!(worker.stderr.text().contains("stopping while the journal is gone"));

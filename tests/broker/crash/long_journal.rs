@@ -1,5 +1,7 @@
 //! A worker that has much to read before it serves.
 
+use std::sync::Arc;
+
 use dtc::{
     clock::Clock,
     protocol::{
@@ -9,10 +11,12 @@ use dtc::{
         message::{Decision, Outcome},
         time::Time,
     },
-    transport::amqp::publisher::{Outgoing, Published, Publisher},
+    transport::amqp::{
+        connection::Broker,
+        publisher::{Outgoing, Published, Publisher},
+    },
     wire::message::{Items, Kind},
 };
-use lapin::{Connection, ConnectionProperties};
 use serde_json::json;
 use tokio::time::Instant;
 
@@ -59,9 +63,9 @@ fn a_worker_serves_soon_on_a_journal_of_a_million_decisions() {
 
 /// Writes the decisions as a worker does; how many bytes that are.
 async fn fill(system: &System) -> usize {
-    let properties = ConnectionProperties::default();
-    let connection = Connection::connect(&system.world.place.url, properties).await.unwrap();
-    let mut publisher = Publisher::open(&connection).await.unwrap();
+    let broker = Broker::new(system.world.place.url.parse().unwrap(), "test");
+    let connection = Arc::new(broker.connect("publish").await.unwrap());
+    let mut publisher = Publisher::open(&connection, "decisions").await.unwrap();
     let now = Clock::start().now();
     let mut bytes = 0;
     for first in (0..DECISIONS).step_by(PER_MESSAGE) {
@@ -89,7 +93,7 @@ async fn fill(system: &System) -> usize {
 }
 
 async fn confirmed(publisher: &mut Publisher<()>) {
-    let ((), published) = publisher.next().await;
+    let ((), published) = publisher.next().await.unwrap();
     assert!(matches!(published, Published::Confirmed), "{published:?}");
 }
 
