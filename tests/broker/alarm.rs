@@ -11,6 +11,7 @@ use std::{
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
+        mpsc::{self, Receiver},
     },
     thread,
     time::{Duration, Instant},
@@ -144,6 +145,8 @@ fn a_submit_under_an_alarm_names_it_when_its_time_is_over() {
 struct Hole {
     place: Place,
     is_shut: Arc<AtomicBool>,
+    /// One for each answer that was swallowed.
+    swallowed: Receiver<()>,
 }
 
 impl Hole {
@@ -152,9 +155,11 @@ impl Hole {
         let port = listener.local_addr().unwrap().port();
         let (to, is_shut) = (broker.port(), Arc::new(AtomicBool::new(false)));
         let shut = Arc::clone(&is_shut);
+        let (swallowing, swallowed) = mpsc::channel();
         thread::spawn(move || {
             for client in listener.incoming() {
                 let (mut client, shut) = (client.unwrap(), Arc::clone(&shut));
+                let swallowing = swallowing.clone();
                 let mut server = TcpStream::connect((Ipv4Addr::LOCALHOST, to)).unwrap();
                 let (mut back, mut forth) =
                     (server.try_clone().unwrap(), client.try_clone().unwrap());
@@ -164,7 +169,11 @@ impl Hole {
                     while let Ok(n) = back.read(&mut bytes) {
                         // `channel.open-ok`: what is asked on a channel stays without an answer.
                         let opened = [0, 20, 0, 11];
-                        if n == 0 || (shut.load(Ordering::Relaxed) && holds(&bytes[..n], &opened)) {
+                        if n == 0 {
+                            break;
+                        }
+                        if shut.load(Ordering::Relaxed) && holds(&bytes[..n], &opened) {
+                            let _ = swallowing.send(());
                             break;
                         }
                         if forth.write_all(&bytes[..n]).is_err() {
@@ -178,7 +187,7 @@ impl Hole {
         });
         let mut place = broker.place();
         place.url = place.url.replace(&broker.port().to_string(), &port.to_string());
-        Self { place, is_shut }
+        Self { place, is_shut, swallowed }
     }
 
     fn shut(&self) {
@@ -213,10 +222,11 @@ fn a_broker_that_answers_nothing_is_given_up_and_each_command_ends() {
         assert!(said.contains("the broker did not answer within 5 s"), "{said}");
     }
 
+    hole.swallowed.try_iter().for_each(drop);
     let mut check =
         Process::start("check", &mut world.dtc(&["topology", "check", "--services", services]));
-    // It is asking: a signal ends it all the same.
-    thread::sleep(Duration::from_millis(300));
+    hole.swallowed.recv_timeout(Duration::from_secs(10)).unwrap();
+    // It is waiting for an answer: a signal ends it all the same.
     check.terminate();
     check.exited(130, Duration::from_secs(5));
 }
