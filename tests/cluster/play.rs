@@ -42,6 +42,23 @@ const SHOWN: usize = 6;
 /// How many are kept.
 const KEPT: usize = 2000;
 
+/// What an operator does about a replica of a stream that stays down.
+#[derive(Clone, Copy)]
+enum Remedy {
+    Restart,
+    NewReplica,
+}
+
+impl Remedy {
+    /// The commands of `rabbitmq-streams`.
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Restart => "restart_stream",
+            Self::NewReplica => "delete_replica and add_replica",
+        }
+    }
+}
+
 /// A cluster, and where things are.
 pub(crate) struct Stage {
     pub(crate) network: Network,
@@ -281,27 +298,50 @@ impl Stage {
 
     /// The journal at each node.
     ///
-    /// After a partition the broker may leave a replica down for good; an operator restarts it.
+    /// After a partition the broker may leave a replica down for good. An operator restarts the
+    /// stream, and makes the replica anew if that doesn't help.
     fn read_journals(&self, system: &System, verdict: &mut Verdict) -> Result<Journals> {
-        let (journals, problem) = read_journals(system, self.quiet_within)?;
-        let Some(problem) = problem else { return Ok(journals) };
-        if !problem.contains(NO_REPLICA) {
+        let (mut journals, mut problem) = read_journals(system, self.quiet_within)?;
+        for remedy in [Remedy::Restart, Remedy::NewReplica] {
+            let Some(told) = problem.filter(|told| told.contains(NO_REPLICA)) else {
+                return Ok(journals);
+            };
+            println!("    {told}");
+            let unread: Vec<_> =
+                NODES.into_iter().filter(|it| !journals.contains_key(*it)).collect();
+            if let Err(error) = self.mend_replicas(remedy, system, &unread) {
+                println!("    {error:#}");
+            }
+            (journals, problem) = read_journals(system, self.quiet_within)?;
+            verdict.broker.push(format!(
+                "a replica of the journal stayed down for {:?} and more; {}",
+                self.quiet_within,
+                match &problem {
+                    Some(problem) => format!("{problem}, in spite of {}", remedy.name()),
+                    None => format!("it came back with {}", remedy.name()),
+                }
+            ));
+        }
+        if let Some(problem) = problem {
             println!("    the journal can't be read: {problem}");
-            return Ok(journals);
         }
-        let name = format!("{}.journal", system.namespace);
-        let words = ["restart_stream", name.as_str()];
-        let node = self.nodes.one_up()?;
-        if let Err(error) = self.nodes.tool(&self.network, node, "rabbitmq-streams", &words) {
-            println!("    {error:#}");
-        }
-        let (journals, problem) = read_journals(system, self.quiet_within)?;
-        verdict.broker.push(format!(
-            "a replica of the journal stayed down for {:?} and more; {}",
-            self.quiet_within,
-            problem.as_deref().unwrap_or("it came back with restart_stream")
-        ));
         Ok(journals)
+    }
+
+    fn mend_replicas(&self, remedy: Remedy, system: &System, nodes: &[&str]) -> Result<()> {
+        let name = format!("{}.journal", system.namespace);
+        let at = NODES.into_iter().find(|node| !nodes.contains(node));
+        let at = at.context("no node has a replica")?;
+        let streams =
+            |words: &[&str]| self.nodes.tool(&self.network, at, "rabbitmq-streams", words);
+        match remedy {
+            Remedy::Restart => streams(&["restart_stream", &name]).map(drop),
+            Remedy::NewReplica => nodes.iter().try_for_each(|node| {
+                let node = format!("rabbit@{node}");
+                streams(&["delete_replica", &name, &node])?;
+                streams(&["add_replica", &name, &node]).map(drop)
+            }),
+        }
     }
 
     /// Prints and keeps what the processes and the nodes have to say.
