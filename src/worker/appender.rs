@@ -4,6 +4,10 @@
 //! An append is done when it is confirmed *or* read back: a broker that has elected a leader may lose
 //! the confirm of what is in the stream. One that is neither is published again by the lane's own
 //! bound. What is confirmed and is not read back shows that the journal is not read any more.
+//!
+//! Nothing is decided meanwhile, so these waits begin short, and double. When a stream's writer moves to
+//! another node, what is on its way in these milliseconds is lost without a word, and so are the
+//! journal's consumers.
 
 use std::{
     collections::VecDeque,
@@ -27,8 +31,15 @@ use crate::{
     wire::message::{Items, Kind},
 };
 
-/// How long what was confirmed may take to be read back.
-const UNREAD_MAX: Duration = Duration::from_secs(3);
+/// How long an append may be unconfirmed at first.
+const CONFIRM_FIRST: Duration = Duration::from_secs(1);
+
+/// How long what was confirmed may take to be read back, at first and at most.
+const UNREAD_FIRST: Duration = Duration::from_secs(1);
+const UNREAD_MAX: Duration = Duration::from_secs(4);
+
+/// The same when the append before it was not confirmed.
+const UNREAD_AFTER_A_LOSS: Duration = Duration::from_millis(200);
 
 /// The first pause before an append is published again that the journal did not take, and the
 /// longest.
@@ -54,6 +65,8 @@ pub(super) struct Appender {
     backoff: Backoff,
     /// Appends that are confirmed and not read back, and since when.
     unread: VecDeque<(ShortString, Instant)>,
+    /// How long they may be that.
+    unread_limit: Duration,
 }
 
 /// One message of decisions.
@@ -68,9 +81,10 @@ impl Appender {
         publishing: &Arc<BrokerConnection>,
         names: &Names,
     ) -> Result<Self, AskError> {
+        let lane = Publisher::open(publishing, format!("appends to `{}`", names.journal()));
         Ok(Self {
             journal: names.journal(),
-            lane: Publisher::open(publishing, format!("appends to `{}`", names.journal())).await?,
+            lane: lane.await?.impatient(CONFIRM_FIRST),
             link: unique::name('a'),
             last_number: 0,
             decisions: Vec::new(),
@@ -78,6 +92,7 @@ impl Appender {
             again_at: None,
             backoff: first_pause(),
             unread: VecDeque::new(),
+            unread_limit: UNREAD_FIRST,
         })
     }
 
@@ -138,7 +153,12 @@ impl Appender {
             journal = %self.journal, fate = ?published, decisions = append.decisions.len(),
             "the journal did not take an append; it is published again"
         );
-        self.again_at = Some(Instant::now() + self.backoff.pause());
+        if matches!(published, Published::Unconfirmed(_)) {
+            // It has been waited for; and what is lost with the writer are its readers, too.
+            self.unread_limit = UNREAD_AFTER_A_LOSS;
+        } else {
+            self.again_at = Some(Instant::now() + self.backoff.pause());
+        }
         self.decisions.splice(..0, append.decisions);
     }
 
@@ -148,6 +168,7 @@ impl Appender {
         if let Some(place) = self.unread.iter().position(|(unread, _)| unread == id) {
             // Appends are in the journal in the order in which they were published.
             self.unread.drain(..=place);
+            self.unread_limit = UNREAD_FIRST;
         } else if self.on_its_way.as_ref() == Some(id) {
             self.on_its_way = None;
             self.backoff = first_pause();
@@ -158,17 +179,18 @@ impl Appender {
     pub(super) fn read_anew(&mut self) {
         let now = Instant::now();
         self.unread.iter_mut().for_each(|(_, since)| *since = now);
+        self.unread_limit = (self.unread_limit * 2).clamp(UNREAD_FIRST, UNREAD_MAX);
     }
 
     /// How long something confirmed has not been read back, if that is too long.
     pub(super) fn unread_for(&self, now: Instant) -> Option<Duration> {
         let (_, since) = self.unread.front()?;
-        Some(now.saturating_duration_since(*since)).filter(|unread| *unread >= UNREAD_MAX)
+        Some(now.saturating_duration_since(*since)).filter(|unread| *unread >= self.unread_limit)
     }
 
     /// When there is something to be done though nothing happens.
     pub(super) fn wake_at(&self) -> Option<Instant> {
-        let unread = self.unread.front().map(|(_, since)| *since + UNREAD_MAX);
+        let unread = self.unread.front().map(|(_, since)| *since + self.unread_limit);
         let again = self.again_at.filter(|_| !self.decisions.is_empty());
         unread.into_iter().chain(again).min()
     }

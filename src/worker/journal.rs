@@ -40,6 +40,9 @@ const PREFETCH: u16 = 1000;
 /// Among how many messages a journal's word about its beginning is looked for.
 const BEGINNING_MAX: u16 = 100;
 
+/// How long a marker may be unconfirmed at first.
+const MARKED_FIRST: Duration = Duration::from_secs(1);
+
 /// How long a stream may show nothing though something is known to be there.
 const SILENCE_MAX: Duration = Duration::from_secs(5);
 
@@ -357,14 +360,8 @@ impl Journal {
     /// Writes a marker, and waits until it is there.
     async fn mark(&self) -> Result<ShortString, ReadError> {
         let marker = ShortString::from(unique::name('m'));
-        let channel = PublishChannel::open(&self.publishing).await.map_err(ReadError::Mark)?;
         let message = self.message(b"[]".into(), Some(marker.clone()));
-        let published = publish_within(channel.clone(), message, CONFIRM_MAX).await;
-        // On a channel without an answer there will be none to this either.
-        if !matches!(published, Published::Unconfirmed(_)) {
-            let _ = answer(ANSWER_MAX, channel.close(200, "done".into())).await;
-        }
-        match published {
+        match self.publish_marker(&message).await? {
             Published::Confirmed => Ok(marker),
             Published::Unroutable => Err(ReadError::Missing(self.queue.clone())),
             Published::Refused => Err(ReadError::MarkerRefused),
@@ -374,6 +371,28 @@ impl Journal {
             }
             Published::Unconfirmed(limit) => Err(ReadError::Mark(AskError::Silent { limit })),
             Published::Lost(error) => Err(ReadError::Mark(AskError::Broker(error))),
+        }
+    }
+
+    /// Publishes a marker, by one channel after the other: it may be lost while the stream's writer
+    /// moves, which is when the journal is read anew.
+    async fn publish_marker(&self, message: &Outgoing) -> Result<Published, ReadError> {
+        let mut limit = MARKED_FIRST;
+        let mut left = CONFIRM_MAX;
+        loop {
+            let channel = PublishChannel::open(&self.publishing).await.map_err(ReadError::Mark)?;
+            let published = publish_within(channel.clone(), message.clone(), limit.min(left)).await;
+            tokio::spawn(
+                async move { answer(ANSWER_MAX, channel.close(200, "done".into())).await },
+            );
+            left = left.saturating_sub(limit);
+            limit *= 2;
+            if !matches!(published, Published::Unconfirmed(_)) {
+                return Ok(published);
+            }
+            if left.is_zero() || self.publishing.status().blocked() {
+                return Ok(Published::Unconfirmed(CONFIRM_MAX));
+            }
         }
     }
 

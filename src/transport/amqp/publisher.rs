@@ -8,7 +8,9 @@
 //! was published to it, and only those; a broker that has stopped reading from the connection, or
 //! that has lost a confirm, answers nothing at all. So a publish that is not confirmed within
 //! [`CONFIRM_MAX`] is given up by itself while others are answered. When none is, the lane takes
-//! another channel; and if the connection gives none, the lane is [lost](LaneLost).
+//! another channel; and if the connection gives none, the lane is [lost](LaneLost). Where a lost confirm
+//! holds up everything else, a lane [begins with less](Publisher::impatient), and waits for twice as long
+//! each time that the next channel confirms nothing either.
 //!
 //! **A message that comes back.** The broker returns what no queue takes just before it confirms it.
 //! lapin hands returned messages out in the order in which they came, to whichever confirm it
@@ -206,7 +208,10 @@ impl LaneLost {
 /// answered by [`Published::Unconfirmed`].
 pub struct Publisher<T> {
     what: Arc<str>,
+    /// How long a confirm may take: at first, now, and at most.
+    limit_first: Duration,
     limit: Duration,
+    limit_max: Duration,
     connection: Arc<BrokerConnection>,
     channel: PublishChannel,
     confirms: Confirms,
@@ -301,7 +306,9 @@ impl<T: Send + 'static> Publisher<T> {
     ) -> Result<Self, AskError> {
         Ok(Self {
             what,
+            limit_first: CONFIRM_MAX,
             limit: CONFIRM_MAX,
+            limit_max: CONFIRM_MAX,
             connection: Arc::clone(connection),
             channel: confirms.channel(connection).await?,
             confirms,
@@ -321,7 +328,16 @@ impl<T: Send + 'static> Publisher<T> {
     /// The same, where a confirm may take no longer than `limit`.
     #[must_use]
     pub fn within(self, limit: Duration) -> Self {
-        Self { limit, timer: Box::pin(sleep(limit)), ..self }
+        let timer = Box::pin(sleep(limit));
+        Self { limit_first: limit, limit, limit_max: limit, timer, ..self }
+    }
+
+    /// The same, where a confirm may take no longer than `limit` at first; twice as long on the next
+    /// channel if nothing was confirmed on the one before, and so on.
+    #[must_use]
+    pub fn impatient(self, limit: Duration) -> Self {
+        let limit_max = self.limit_max;
+        Self { limit_max, ..self.within(limit) }
     }
 
     /// Whether its channel stands, as far as is known.
@@ -408,6 +424,7 @@ impl<T: Send + 'static> Publisher<T> {
     /// Publish `number` is answered; `None`: it had been given up.
     fn answered(&mut self, number: u64) -> Option<T> {
         self.heard_at = Instant::now();
+        self.limit = self.limit_first;
         let index = usize::try_from(number.checked_sub(self.first)?).ok()?;
         let Some(waiting) = self.waiting.get_mut(index).and_then(Option::take) else {
             self.abandoned = self.abandoned.saturating_sub(1);
@@ -492,6 +509,7 @@ impl<T: Send + 'static> Publisher<T> {
             }
         }
         self.heard_at = Instant::now();
+        self.limit = (self.limit * 2).min(self.limit_max);
         self.timer.as_mut().reset(self.heard_at + self.limit);
         for (message, ticket) in backlog {
             self.publish(message, ticket);

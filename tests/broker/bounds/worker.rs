@@ -1,5 +1,7 @@
 //! What a worker waits for.
 
+use std::time::Duration;
+
 use crate::{
     proxy::{Deed, Frames, QUEUE_DECLARE_OK, Reach},
     stand::{BOTH, Site, Stand},
@@ -112,4 +114,19 @@ fn a_service_that_is_looked_for_in_vain_is_looked_for_again() {
     let stopped = stand.site.proxy.stop(looks);
     stand.commits_again(&mark, &stopped, &BOTH);
     stand.worker_says(&mark, &queue);
+}
+
+/// What is on its way while a stream's writer moves to another node is lost without a word, and so are
+/// the stream's consumers. It took 10 s until it was published again, and 3 s more until it was read.
+#[test]
+fn an_append_that_is_lost_with_the_readers_of_the_journal_is_repeated_and_read_in_seconds() {
+    let stand = Stand::new();
+    let (journal, proxy) = (stand.site.name("journal"), &stand.site.proxy);
+    let publishes = Frames::publishes().on("dtc worker w1").about(&journal);
+    let lost = proxy.rule_for(1, publishes, Reach::Channels, Deed::Swallow);
+    proxy.stop_channels(Frames::deliveries().on("dtc worker w1").about(&journal));
+    let answer = stand.answered(&stand.submit(&BOTH), Duration::from_secs(6));
+    println!("{answer}");
+    assert_eq!(answer["status"], "COMMITTED", "{answer}");
+    assert_eq!(lost.count(), 1);
 }
