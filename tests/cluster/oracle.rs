@@ -11,12 +11,12 @@ use std::{
 use crate::{
     journal::{Entry, decisions},
     network::NODES,
-    system::{Answer, Record, SERVICES},
+    system::{Answer, Record, SERVICES, TIMED_OUT},
 };
 
 /// The reasons for which a transaction may be aborted while nodes come and go: no time, no slot, no
-/// queue that can be reached.
-const TRUE_REASONS: [&str; 3] = ["deadline", "no_slot", "unavailable"];
+/// queue that can be reached. A prepare that comes just before its deadline is begun, and times out.
+const TRUE_REASONS: [&str; 4] = ["deadline", TIMED_OUT, "no_slot", "unavailable"];
 /// How many of many like complaints are told.
 const TOLD_MAX: usize = 5;
 

@@ -38,6 +38,8 @@ const INVOLVED: [&[&str]; 4] = [
     &["shipping"],
     &["stock", "shipping"],
 ];
+/// What an instance says of a prepare that ran out of time.
+pub(crate) const TIMED_OUT: &str = "timed out";
 /// How long a transaction's prepares may take.
 const PREPARE_MS: u64 = 5000;
 /// How long a producer waits for a result: longer than anything that is waited for here.
@@ -71,7 +73,7 @@ pub(crate) struct Answer {
     pub(crate) at: Duration,
     pub(crate) id: String,
     pub(crate) status: String,
-    /// The code of the reason, empty if there is none.
+    /// The code of the reason, empty if there is none; [`TIMED_OUT`] for a prepare that ran out of time.
     pub(crate) reason: String,
     /// The services of which the worker couldn't say that they have heard.
     pub(crate) unresolved: Vec<String>,
@@ -464,7 +466,10 @@ fn answer(line: &str, at: Duration) -> Option<Answer> {
         at,
         id: text(&value["id"]),
         status: text(&value["status"]),
-        reason: text(&value["reason"]["code"]),
+        reason: match text(&value["reason"]["message"]).as_str() {
+            TIMED_OUT => TIMED_OUT.to_owned(),
+            _ => text(&value["reason"]["code"]),
+        },
         unresolved: unresolved.iter().map(text).collect(),
     })
 }
