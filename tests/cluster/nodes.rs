@@ -127,6 +127,7 @@ impl Nodes {
              cluster_formation.peer_discovery_backend = classic_config\n\
              {peers}\
              net_ticktime = 10\n\
+             consumer_disconnected_timeout = 5000\n\
              queue_leader_locator = balanced\n\
              log.file.level = info\n\
              vm_memory_high_watermark.absolute = 1GB\n\
