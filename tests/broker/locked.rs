@@ -9,8 +9,9 @@ use serde_json::json;
 use tokio::time::Instant;
 
 use crate::{
-    broker::place,
+    broker::{Broker, place},
     crash::until,
+    proxy::{CANCEL, Frames},
     stand::{BOTH, READY, Site, Stand},
 };
 
@@ -58,4 +59,23 @@ fn a_commit_reaches_an_instance_though_its_old_queue_is_still_there() {
     stand.site.is_committed_once(&id, &BOTH);
     let ready = stand.stock.stderr.wait_for_from(said, READY, AT_ONCE);
     ready.expect("it serves again");
+}
+
+/// Nodes that lost each other delete the exclusive queues of the other side, and don't end their consumers.
+/// A producer noticed by what didn't come, up to 6 s later.
+#[test]
+fn a_results_queue_that_the_broker_does_not_know_any_more_is_replaced_at_once() {
+    let broker = Broker::start();
+    let service = |name| json!({"name": name, "max_concurrency": 8, "max_wait_ms": 10_000});
+    let site = Site::of(broker.place(), json!([service("payments"), service("stock")]));
+    let stand = Stand::at(site, &[]);
+    let cancelled = stand.site.proxy.stop(Frames::answers(CANCEL).on("dtc submit"));
+    let prefix = stand.site.name("results.");
+    let declared = broker.declared_at(&stand.site.place);
+    let queue = declared.iter().find(|it| it.starts_with(&prefix)).expect("a queue for results");
+    let (_, vhost) = stand.site.place.url.rsplit_once('/').unwrap();
+    broker.control(&["delete_queue", queue, "--vhost", vhost]);
+    cancelled.wait_for(1);
+    let answer = stand.answered(&stand.submit(&BOTH), AT_ONCE);
+    assert_eq!(answer["status"], "COMMITTED", "{answer}");
 }

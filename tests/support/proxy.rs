@@ -41,6 +41,7 @@ pub(crate) const QUEUE_BIND_OK: Method = (50, 21);
 pub(crate) const QOS_OK: Method = (60, 11);
 pub(crate) const CONSUME: Method = (60, 20);
 pub(crate) const CONSUME_OK: Method = (60, 21);
+pub(crate) const CANCEL: Method = (60, 30);
 const PUBLISH: Method = (60, 40);
 const RETURN: Method = (60, 50);
 const DELIVER: Method = (60, 60);

@@ -73,6 +73,12 @@ pub enum Closed {
         /// How long nothing has come.
         silent_for: Duration,
     },
+    /// What was published to the queue, to see whether it comes, came back.
+    #[error("the broker does not know `{queue}` any more, and has not ended its consumer")]
+    Unknown {
+        /// The queue.
+        queue: String,
+    },
     /// The channel or the connection is gone.
     #[error("the channel that consumed `{queue}` is lost")]
     Lost {
@@ -89,7 +95,10 @@ impl Closed {
     pub fn broker(&self) -> Option<&lapin::Error> {
         match self {
             Self::Lost { source, .. } => Some(source),
-            Self::Cancelled { .. } | Self::Forgotten { .. } | Self::Silent { .. } => None,
+            Self::Cancelled { .. }
+            | Self::Forgotten { .. }
+            | Self::Silent { .. }
+            | Self::Unknown { .. } => None,
         }
     }
 }

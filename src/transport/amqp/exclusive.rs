@@ -8,7 +8,9 @@
 //! **It proves that the link is alive.** Now and then a message is published to it on the link's other
 //! connection. If that doesn't arrive, the broker no longer reads from the one connection or no longer
 //! delivers on the other, and the link is of no use. No other wait could tell: a queue in which nothing
-//! is looks the same, and what is published without a confirm looks as if it had arrived.
+//! is looks the same, and what is published without a confirm looks as if it had arrived. If it comes
+//! back, the broker doesn't know the queue any more: nodes that lost each other delete the exclusive
+//! queues of the other side, and the queue's own node doesn't end its consumer for that.
 
 use std::{
     fmt,
@@ -30,12 +32,12 @@ use crate::transport::amqp::{
     bounded::{ANSWER_MAX, AskError, answer},
     connection::BrokerConnection,
     consumer::{Closed, Inbox},
-    publisher::{Outgoing, Publisher},
+    publisher::{Outgoing, Published, Publisher},
     unique,
 };
 
 /// The pause before the next probe is sent.
-const PROBE_AFTER: Duration = Duration::from_secs(2);
+const PROBE_AFTER: Duration = Duration::from_secs(1);
 
 /// How long a probe may take to arrive; and once more so long if other messages come meanwhile, which
 /// it may have to wait behind.
@@ -239,7 +241,7 @@ impl Probe {
         is_needed: Box<dyn Fn() -> bool + Send + Sync>,
     ) -> Result<Self, AskError> {
         Ok(Self {
-            lane: Publisher::unconfirmed(publishing, "probes").await?,
+            lane: Publisher::open(publishing, "probes").await?,
             publishing: Arc::clone(publishing),
             queue,
             is_needed,
@@ -260,6 +262,12 @@ impl Probe {
 
     /// Ready when the link is of no use.
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Closed> {
+        // How its channel ends, others find out.
+        while let Poll::Ready(Ok(((), published))) = self.lane.poll_next(cx) {
+            if matches!(published, Published::Unroutable) {
+                return Poll::Ready(Closed::Unknown { queue: self.queue.to_string() });
+            }
+        }
         while self.timer.as_mut().poll(cx).is_ready() {
             let is_late = self.timer.deadline().elapsed() >= LATE;
             // A broker that has an alarm reads nothing that is published, and has said so.
@@ -289,10 +297,10 @@ impl Probe {
             key: self.queue.clone(),
             message_type: PROBE,
             expires_after: Some(PROBE_MAX * 2),
+            mandatory: true,
             ..Outgoing::default()
         };
         self.lane.publish(message, ());
-        while self.lane.ready().is_some() {}
         (self.sent_at, self.has_heard, self.is_extended) = (Some(Instant::now()), false, false);
         self.wait(PROBE_MAX);
     }
