@@ -10,6 +10,10 @@ use std::{
     time::Duration,
 };
 
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -85,8 +89,9 @@ impl Drop for Watchdog {
 
 /// Sends a signal to a process.
 pub(crate) fn signal(id: u32, name: &str) {
-    let sent = Command::new("kill").args([format!("-{name}"), id.to_string()]).status().unwrap();
-    assert!(sent.success(), "there is no process {id} to signal");
+    let signal: Signal = format!("SIG{name}").parse().unwrap();
+    let process = Pid::from_raw(id.try_into().unwrap());
+    kill(process, signal).unwrap_or_else(|error| panic!("{signal} to process {id}: {error}"));
 }
 
 /// A process that has ended.
