@@ -72,23 +72,24 @@ fn prepares_max(message: &Message) -> u16 {
 
 /// The request that `message` is.
 pub(super) fn request(message: &Message) -> Result<Request, RequestMalformed> {
-    if let Some(reason) = unreadable(message) {
-        // Its producer is told, if the body says who that is.
-        return Err(match decode_request(&message.data, *message.properties.timestamp()) {
-            Ok(Request { key, reply, .. }) => {
-                let (id, requested_at) = (Some(key.id), Some(key.requested_at));
-                RequestMalformed { reason, id, requested_at, reply }
-            }
-            Err(malformed) => RequestMalformed { reason, ..malformed },
-        });
-    }
+    let decoded = decode_request(&message.data, *message.properties.timestamp());
     let kind = message.properties.kind();
-    // A producer who names no type means a request: nothing else is sent here.
-    if kind.is_some() && kind_of(message) != Some(Kind::Request) {
-        let reason = unexpected(message, kind_of(message));
-        return Err(RequestMalformed { reason, id: None, requested_at: None, reply: None });
-    }
-    decode_request(&message.data, *message.properties.timestamp())
+    let reason = match unreadable(message) {
+        Some(reason) => reason,
+        // A producer who names no type means a request: nothing else is sent here.
+        None if kind.is_some() && kind_of(message) != Some(Kind::Request) => {
+            unexpected(message, kind_of(message))
+        }
+        None => return decoded,
+    };
+    // Its producer is told, if the body says who that is.
+    Err(match decoded {
+        Ok(Request { key, reply, .. }) => {
+            let (id, requested_at) = (Some(key.id), Some(key.requested_at));
+            RequestMalformed { reason, id, requested_at, reply }
+        }
+        Err(malformed) => RequestMalformed { reason, ..malformed },
+    })
 }
 
 /// [`Event::RequestReceived`] for it.
@@ -174,6 +175,21 @@ mod tests {
         message.properties = BasicProperties::default().with_type("\u{1}".repeat(255).into());
         let reason = request(&message).unwrap_err().reason;
         assert!(reason.len() <= 1024 && reason.starts_with(r"type `\u{1}\u{1}"), "{reason}");
+    }
+
+    #[test]
+    fn a_request_of_a_foreign_type_names_the_producer_that_is_to_be_told() {
+        const BODY: &str = r#"{"id":"t1","involved_services":["a"],"data":{},"reply":"r1"}"#;
+        for kind in ["OrderPlaced, Shop.Api", "dtc.request.v2", "dtc.vote.v1"] {
+            let mut message = Message::mock(1, "e".into(), "request".into(), false, BODY.into());
+            message.properties =
+                BasicProperties::default().with_timestamp(7).with_type(kind.into());
+            let malformed = request(&message).unwrap_err();
+            assert!(malformed.reason.contains(kind), "{}", malformed.reason);
+            assert_eq!(malformed.id.unwrap().as_str(), "t1");
+            assert_eq!(malformed.reply.unwrap().as_str(), "r1");
+            assert_eq!(malformed.requested_at.unwrap().as_millis(), 7000);
+        }
     }
 
     #[test]
