@@ -11,6 +11,7 @@ mod config;
 mod input;
 mod moment;
 mod output;
+mod plain;
 mod progress;
 mod ready;
 mod report_file;
@@ -122,7 +123,12 @@ pub fn main() -> ExitCode {
         Command::Submit(arguments) => submit::run(&arguments),
     };
     let exit = ended.unwrap_or_else(|failure| {
-        tell(&format!("{failure}\n"));
+        let said = format!("{failure}\n");
+        if is_daemon {
+            tell_in_passing(said)
+        } else {
+            tell(&said)
+        }
         failure.exit
     });
     ExitCode::from(exit.code())
@@ -130,5 +136,5 @@ pub fn main() -> ExitCode {
 
 /// Says something on stderr. If nobody can hear it that is no reason to fail.
 fn tell(text: &str) {
-    let _ = io::stderr().write_all(text.as_bytes());
+    let _ = io::stderr().write_all(plain::lines(text).as_bytes());
 }

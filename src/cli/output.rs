@@ -11,6 +11,7 @@ use clap::ValueEnum;
 use serde_json::{Value, json};
 
 use crate::{
+    cli::plain,
     embedded::{Concluded, Report, ServiceReport},
     wire::{
         result::{Answered, Brief, Detailed},
@@ -128,7 +129,7 @@ impl<W: Write> Printer<W> {
                 let _ = write!(row, "unresolved: {service} ");
             }
         }
-        writeln!(self.out, "{}", row.trim_end())
+        writeln!(self.out, "{}", plain::line(row.trim_end()))
     }
 
     pub(super) fn flush(&mut self) -> io::Result<()> {
@@ -221,4 +222,39 @@ fn widest(title: &str, widths: impl Iterator<Item = usize>) -> usize {
 
 fn millis(duration: Duration) -> f64 {
     duration.as_micros() as f64 / 1000.0
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeMap, time::Duration};
+
+    use super::{Detail, Form, Printer};
+    use crate::{
+        embedded::Concluded,
+        protocol::{
+            ids::TransactionId,
+            message::{Answer, Outcome, Reason, ReasonCode},
+            time::Time,
+        },
+    };
+
+    /// A refusal could print a row of its own, and colours.
+    #[test]
+    fn what_a_service_says_stays_in_its_row() {
+        let message = "no \u{1b}[31mmoney\ntx-2                     COMMITTED";
+        let answer = Answer {
+            id: TransactionId::parse("tx-1").unwrap(),
+            requested_at: Time::EPOCH,
+            outcome: Outcome::Aborted,
+            reason: Some(Reason::because(ReasonCode::Refused, message)),
+            unresolved: Vec::new(),
+            decided_at: Time::EPOCH,
+        };
+        let concluded = Concluded { answer, attempts: BTreeMap::new(), took: Duration::ZERO };
+        let mut out = Vec::new();
+        Printer::new(&mut out, Form::Table, Detail::Times).print(&concluded).unwrap();
+        let text = String::from_utf8(out).unwrap();
+        assert_eq!(text.lines().count(), 2, "a title and a row: {text}");
+        assert!(text.contains(r"no \u{1b}[31mmoney\ntx-2"), "{text}");
+    }
 }

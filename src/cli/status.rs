@@ -15,7 +15,7 @@ use crate::{
         Exit, Failure,
         broker::{self, BrokerArguments, exit_of},
         moment::shown,
-        progress, stages,
+        plain, progress, stages,
     },
     client::history::{self, History, HistoryError, Past, Since},
     config::duration,
@@ -154,7 +154,7 @@ fn one(text: &mut String, key: &TransactionKey, past: &Past) {
                 let service = reason.service.as_ref().map_or("", |name| name.as_str());
                 let message = reason.message.as_deref().unwrap_or_default();
                 let reason = format!("{} {service} {message}", reason.code);
-                let _ = writeln!(text, "  reason: {}", reason.trim_end());
+                let _ = writeln!(text, "  reason: {}", plain::line(reason.trim_end()));
             }
             for (service, branch) in &decision.branches {
                 let _ = writeln!(text, "  {service}: branch {branch}");
@@ -174,7 +174,7 @@ fn one(text: &mut String, key: &TransactionKey, past: &Past) {
         let at = shown(parked.parked_at);
         let _ = match &parked.matter {
             Matter::Uncommitted { service, error, .. } => {
-                let error = error.as_deref().unwrap_or("no answer");
+                let error = plain::line(error.as_deref().unwrap_or("no answer"));
                 let end = match settled_at(past, parked) {
                     Some(moment) => format!("settled at {}", shown(moment)),
                     None => "not settled".to_owned(),

@@ -16,7 +16,7 @@ use crate::{
     cli::{
         Exit, Failure,
         broker::{self, BrokerArguments, ConfigArgument, NamespaceArgument, exit_of, flag},
-        stages, tell,
+        plain, stages, tell,
     },
     clock::Clock,
     config::{Config, Flag, duration},
@@ -236,7 +236,7 @@ pub(super) fn run(arguments: &TopologyArguments) -> Result<Exit, Failure> {
             let config = arguments.config.load(flags)?;
             let topology = arguments.what.topology(&broker::names(&config), &config)?;
             print(&match arguments.output {
-                Form::Text => text(&topology),
+                Form::Text => plain::lines(&text(&topology)).into_owned(),
                 Form::Json => format!("{:#}\n", topology_json(&topology)),
             })
         }
@@ -268,7 +268,7 @@ fn run_apply(arguments: &ApplyArguments) -> Result<Exit, Failure> {
             if text.is_empty() && applied.unavailable.is_empty() {
                 tell("nothing was missing\n");
             }
-            print(&text)?
+            print(&plain::lines(&text))?
         }
         Form::Json => print(&format!("{:#}\n", applied_json(&replaced, &applied)))?,
     };
@@ -439,7 +439,10 @@ fn run_check(arguments: &CheckArguments) -> Result<Exit, Failure> {
     })?;
     explain_kind(&findings, &config);
     print(&match arguments.output {
-        Form::Text => findings.iter().map(|finding| format!("{finding}\n")).collect(),
+        Form::Text => {
+            let lines = findings.iter().map(ToString::to_string);
+            lines.map(|finding| format!("{}\n", plain::line(&finding))).collect()
+        }
         Form::Json => {
             let findings: Vec<_> = findings.iter().map(finding_json).collect();
             format!("{:#}\n", Value::Array(findings))

@@ -1,0 +1,62 @@
+//! Foreign text as it may be printed: what would begin a line, or control a terminal, is shown as text.
+//!
+//! Services, brokers and files may say what they like. On a terminal, or in a table, their words must
+//! not look like ours (CWE-150).
+
+use std::borrow::Cow;
+
+/// Text that is to stay on its line.
+pub(super) fn line(text: &str) -> Cow<'_, str> {
+    escaped(text, is_harmful)
+}
+
+/// Text of ours, of several lines, in which foreign text may be.
+pub(super) fn lines(text: &str) -> Cow<'_, str> {
+    escaped(text, |it| it != '\n' && is_harmful(it))
+}
+
+fn escaped(text: &str, is_harmful: impl Fn(char) -> bool) -> Cow<'_, str> {
+    if !text.contains(&is_harmful) {
+        return Cow::Borrowed(text);
+    }
+    let mut plain = String::with_capacity(text.len() + 16);
+    for it in text.chars() {
+        match it {
+            '\n' | '\r' | '\t' if is_harmful(it) => plain.extend(it.escape_default()),
+            _ if is_harmful(it) => plain.extend(it.escape_unicode()),
+            _ => plain.push(it),
+        }
+    }
+    Cow::Owned(plain)
+}
+
+/// Whether it ends a line, controls a terminal, or turns the order of what follows.
+fn is_harmful(it: char) -> bool {
+    const LINE_SEPARATORS: [char; 2] = ['\u{2028}', '\u{2029}'];
+    it.is_control()
+        || LINE_SEPARATORS.contains(&it)
+        || ('\u{202a}'..='\u{202e}').contains(&it)
+        || ('\u{2066}'..='\u{2069}').contains(&it)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::borrow::Cow;
+
+    use super::{line, lines};
+
+    #[test]
+    fn what_controls_a_terminal_is_shown_as_text() {
+        assert_eq!(line("no \u{1b}[31mmoney\r\n\u{9b}1m\u{202e}x"), {
+            r"no \u{1b}[31mmoney\r\n\u{9b}1m\u{202e}x"
+        });
+        assert_eq!(lines("a\nb\u{7}\tc"), "a\nb\\u{7}\\tc");
+    }
+
+    #[test]
+    fn other_text_stays_as_it_is() {
+        for text in ["", "München 東京 🦀", r"C:\new \u{1b}"] {
+            assert!(matches!(line(text), Cow::Borrowed(same) if same == text));
+        }
+    }
+}
