@@ -94,7 +94,7 @@ pub(super) fn run(arguments: &ServiceArguments) -> Result<Exit, Failure> {
     let spec = spec(arguments)?;
     let mut settings = settings(arguments, &spec)?;
     let report = ReportFile::create(arguments.report.as_deref())?;
-    let (runtime, interrupt) = stages::runtime()?;
+    let (runtime, interrupt) = stages::daemon_runtime()?;
     progress::log_above(&ProgressBar::hidden(), level);
 
     let state = match &arguments.state {

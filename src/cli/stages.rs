@@ -23,7 +23,7 @@ use crate::{
         Exit, Failure,
         input::Source,
         output::{Detail, Form, Printer},
-        signals,
+        signals::{self, Hangup},
     },
     embedded::Concluded,
     protocol::{ids::TransactionId, message::TransactionSpec},
@@ -43,12 +43,21 @@ const AHEAD_MAX: usize = 1_000_000;
 /// A runtime, and who hears signals. To be called before anything is read: what is read may be a
 /// terminal, or a pipe that never ends.
 pub(super) fn runtime() -> Result<(Runtime, watch::Sender<bool>), Failure> {
+    runtime_and(Hangup::Ends)
+}
+
+/// The same for a process that serves until it is told to stop.
+pub(super) fn daemon_runtime() -> Result<(Runtime, watch::Sender<bool>), Failure> {
+    runtime_and(Hangup::Ignored)
+}
+
+fn runtime_and(hangup: Hangup) -> Result<(Runtime, watch::Sender<bool>), Failure> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .context("failed to start the runtime")
         .map_err(|error| Failure::new(Exit::Incomplete, error))?;
-    let interrupt = signals::watch(&runtime)
+    let interrupt = signals::watch(&runtime, hangup)
         .context("failed to listen for signals")
         .map_err(|error| Failure::new(Exit::Incomplete, error))?;
     Ok((runtime, interrupt))

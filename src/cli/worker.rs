@@ -73,7 +73,7 @@ pub(super) fn run(arguments: &WorkerArguments) -> Result<Exit, Failure> {
     let level = level.map_err(|error| Failure::new(Exit::Usage, error))?;
     let mut settings = settings(arguments)?;
     let report = ReportFile::create(arguments.report.as_deref())?;
-    let (runtime, interrupt) = stages::runtime()?;
+    let (runtime, interrupt) = stages::daemon_runtime()?;
     progress::log_above(&ProgressBar::hidden(), level);
 
     let name = settings.coordinator.worker.clone();

@@ -24,6 +24,7 @@ mod lines;
 mod locked;
 mod misspelt;
 mod node;
+mod operated;
 #[path = "../support/processes.rs"]
 mod processes;
 #[path = "../support/proxy.rs"]

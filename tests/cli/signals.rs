@@ -3,7 +3,7 @@
 use crate::world::{Talk, World, transaction};
 use serde_json::{Value, json};
 
-const SIGNALS: [&str; 2] = ["INT", "TERM"];
+const SIGNALS: [&str; 4] = ["INT", "TERM", "QUIT", "HUP"];
 
 /// What is said when the first signal is heard.
 const HEARD: &str = "interrupted: what has begun is finished; once more to stop at once\n";
@@ -71,6 +71,21 @@ fn a_second_signal_ends_the_run_at_once() {
         talk.signal(second);
         assert_eq!(talk.end().exited(130).stdout, "");
     }
+}
+
+#[test]
+fn a_signal_that_asks_for_nothing_changes_nothing() {
+    let world = World::new(&json!([{"name": "a", "max_concurrency": 1}]));
+    let mut talk = Talk::with(&mut world.run_over("-"));
+    for (number, signal) in ["USR1", "USR2", "ALRM"].into_iter().enumerate() {
+        talk.say(&format!("{}\n", transaction(&format!("TX{number}"), &["a"])));
+        assert_eq!(talk.hear(), format!("{{\"id\":\"TX{number}\",\"status\":\"COMMITTED\"}}\n"));
+        talk.signal(signal);
+    }
+    talk.say(&format!("{}\n", transaction("last", &["a"])));
+    assert_eq!(talk.hear(), "{\"id\":\"last\",\"status\":\"COMMITTED\"}\n");
+    talk.close_stdin();
+    talk.end().exited(0);
 }
 
 #[test]
