@@ -29,11 +29,17 @@ use std::{
     fmt,
     io::{self, Write as _},
     process::ExitCode,
+    sync::mpsc,
+    thread,
+    time::Duration,
 };
 
 use clap::{Parser, Subcommand};
 
 use crate::error::Chain;
+
+/// How long the last words of a process may wait for somebody to read them.
+const TOLD_WITHIN: Duration = Duration::from_secs(1);
 
 /// Commits a transaction at every service involved, or at none.
 #[derive(Debug, Parser)]
@@ -112,6 +118,7 @@ impl fmt::Display for Failure {
 /// Does what the command line asks for.
 pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    let is_daemon = matches!(arguments.command, Command::Worker(_) | Command::Service(_));
     let ended = match arguments.command {
         Command::Run(arguments) => run::run(&arguments),
         Command::Worker(arguments) => worker::run(&arguments),
@@ -137,4 +144,14 @@ pub fn main() -> ExitCode {
 /// Says something on stderr. If nobody can hear it that is no reason to fail.
 fn tell(text: &str) {
     let _ = io::stderr().write_all(plain::lines(text).as_bytes());
+}
+
+/// The same, of a process that must end though nobody reads what it says.
+fn tell_in_passing(text: String) {
+    let (telling, told) = mpsc::channel();
+    thread::spawn(move || {
+        tell(&text);
+        let _ = telling.send(());
+    });
+    let _ = told.recv_timeout(TOLD_WITHIN);
 }

@@ -15,6 +15,11 @@ pub(super) fn lines(text: &str) -> Cow<'_, str> {
     escaped(text, |it| it != '\n' && is_harmful(it))
 }
 
+/// Text of several lines in which the colours are ours.
+pub(super) fn coloured_line(text: &str) -> Cow<'_, str> {
+    escaped(text, |it| it != '\u{1b}' && is_harmful(it))
+}
+
 fn escaped(text: &str, is_harmful: impl Fn(char) -> bool) -> Cow<'_, str> {
     if !text.contains(&is_harmful) {
         return Cow::Borrowed(text);
@@ -43,7 +48,7 @@ fn is_harmful(it: char) -> bool {
 mod tests {
     use std::borrow::Cow;
 
-    use super::{line, lines};
+    use super::{coloured_line, line, lines};
 
     #[test]
     fn what_controls_a_terminal_is_shown_as_text() {
@@ -51,6 +56,7 @@ mod tests {
             r"no \u{1b}[31mmoney\r\n\u{9b}1m\u{202e}x"
         });
         assert_eq!(lines("a\nb\u{7}\tc"), "a\nb\\u{7}\\tc");
+        assert_eq!(coloured_line("\u{1b}[2mnow\u{1b}[0m\n"), "\u{1b}[2mnow\u{1b}[0m\\n");
     }
 
     #[test]

@@ -3,12 +3,22 @@
 use std::{
     env,
     io::{self, IsTerminal, Write},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
 use anyhow::Context as _;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::{EnvFilter, filter::LevelFilter, fmt::MakeWriter};
+
+use crate::cli::plain;
+
+/// How many lines of the log may wait for somebody to read those before.
+const WAITING_MAX: usize = 4096;
 
 /// The environment variable that says what to log.
 const DTC_LOG: &str = "DTC_LOG";
@@ -47,9 +57,25 @@ pub(super) fn log_level(default: LevelFilter) -> anyhow::Result<LevelFilter> {
     })
 }
 
+/// As long as this is there, what is logged is written; before it goes, what is waiting is written,
+/// if somebody reads it.
+#[must_use]
+pub(super) struct Logging(
+    #[expect(dead_code, reason = "what counts is when it is dropped")] WorkerGuard,
+);
+
 /// Logs to stderr, above `bar`.
-pub(super) fn log_above(bar: &ProgressBar, level: LevelFilter) {
-    let writer = Above { bar: bar.clone() };
+///
+/// A thread of its own writes: stderr may be a pipe that nobody reads, and work must go on. Lines for
+/// which there is no room any more are dropped, and counted.
+pub(super) fn log_above(bar: &ProgressBar, level: LevelFilter) -> Logging {
+    let above = Above { bar: bar.clone(), has_colours: io::stderr().is_terminal() };
+    let (waiting, guard) = NonBlockingBuilder::default()
+        .lossy(true)
+        .buffered_lines_limit(WAITING_MAX)
+        .thread_name("log")
+        .finish(above);
+    let writer = Lossy { lost: waiting.error_counter(), waiting, told: Arc::default() };
     // The libraries below have their own opinion of what is an error, and lapin would show what it
     // sends, passwords included.
     let filter = EnvFilter::new(format!("off,dtc={level}"));
@@ -63,22 +89,58 @@ pub(super) fn log_above(bar: &ProgressBar, level: LevelFilter) {
         .finish();
     // A second subscriber can't be set; the first one serves.
     let _ = tracing::subscriber::set_global_default(subscriber);
+    Logging(guard)
 }
 
-struct Above {
-    bar: ProgressBar,
+/// Hands lines over to the thread that writes them.
+#[derive(Clone)]
+struct Lossy {
+    waiting: NonBlocking,
+    lost: ErrorCounter,
+    /// How many lost lines have been told of.
+    told: Arc<AtomicUsize>,
 }
 
-impl MakeWriter<'_> for Above {
+impl MakeWriter<'_> for Lossy {
     type Writer = Self;
     fn make_writer(&self) -> Self {
-        Self { bar: self.bar.clone() }
+        self.clone()
     }
+}
+
+impl Write for Lossy {
+    fn write(&mut self, text: &[u8]) -> io::Result<usize> {
+        let lost = self.lost.dropped_lines();
+        let told = self.told.load(Ordering::Relaxed);
+        if lost > told {
+            let said = format!("{} lines of the log are lost: nobody read them\n", lost - told);
+            self.waiting.write_all(said.as_bytes())?;
+            if self.lost.dropped_lines() == lost {
+                self.told.store(lost, Ordering::Relaxed);
+            }
+        }
+        self.waiting.write(text)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Writes lines to stderr.
+struct Above {
+    bar: ProgressBar,
+    has_colours: bool,
 }
 
 impl Write for Above {
     fn write(&mut self, text: &[u8]) -> io::Result<usize> {
-        self.bar.suspend(|| io::stderr().write(text))
+        let said = String::from_utf8_lossy(text);
+        let said = said.trim_end_matches('\n');
+        let plain = if self.has_colours { plain::coloured_line(said) } else { plain::line(said) };
+        let plain = format!("{plain}\n");
+        self.bar.suspend(|| io::stderr().write_all(plain.as_bytes()))?;
+        Ok(text.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {

@@ -129,7 +129,7 @@ pub(super) fn run(arguments: &RunArguments) -> Result<Exit, Failure> {
     let report_file = ReportFile::create(arguments.report.as_deref())?;
 
     let bar = progress::bar(stages::total(&transactions));
-    progress::log_above(&bar, log_level);
+    let _logging = progress::log_above(&bar, log_level);
     let form = arguments.output.unwrap_or_else(|| Form::like(&transactions));
     let stages = Stages { bar: &bar, runtime: &runtime, interrupt: &interrupt, heard: HEARD };
     let ran = match broker {

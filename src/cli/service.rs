@@ -95,7 +95,7 @@ pub(super) fn run(arguments: &ServiceArguments) -> Result<Exit, Failure> {
     let mut settings = settings(arguments, &spec)?;
     let report = ReportFile::create(arguments.report.as_deref())?;
     let (runtime, interrupt) = stages::daemon_runtime()?;
-    progress::log_above(&ProgressBar::hidden(), level);
+    let _logging = progress::log_above(&ProgressBar::hidden(), level);
 
     let state = match &arguments.state {
         Some(directory) => State::open(directory, &spec.name, &settings.instance)

@@ -78,7 +78,7 @@ pub(super) fn run(arguments: &StatusArguments) -> Result<Exit, Failure> {
     let config = arguments.broker.load([])?;
     let (broker, names) = (broker::broker(&config, "dtc status"), broker::names(&config));
     let (runtime, _interrupt) = stages::runtime()?;
-    progress::log_above(&indicatif::ProgressBar::hidden(), log_level);
+    let _logging = progress::log_above(&indicatif::ProgressBar::hidden(), log_level);
     let ids: BTreeSet<_> = arguments.ids.iter().cloned().collect();
     let looked_up = runtime.block_on(history::look_up(&broker, &names, &ids, arguments.since));
     let history = looked_up.map_err(|error| Failure::new(exit_for(&error), error))?;

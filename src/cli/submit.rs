@@ -85,7 +85,7 @@ pub(super) fn run(arguments: &SubmitArguments) -> Result<Exit, Failure> {
     check_sizes(&client, &transactions)?;
 
     let bar = progress::bar(stages::total(&transactions));
-    progress::log_above(&bar, log_level);
+    let _logging = progress::log_above(&bar, log_level);
     runtime.block_on(client.open()).map_err(no_connection)?;
     let printing = arguments.wait.then(|| {
         let form = arguments.output.unwrap_or_else(|| Form::like(&transactions));

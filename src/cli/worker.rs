@@ -74,7 +74,7 @@ pub(super) fn run(arguments: &WorkerArguments) -> Result<Exit, Failure> {
     let mut settings = settings(arguments)?;
     let report = ReportFile::create(arguments.report.as_deref())?;
     let (runtime, interrupt) = stages::daemon_runtime()?;
-    progress::log_above(&ProgressBar::hidden(), level);
+    let _logging = progress::log_above(&ProgressBar::hidden(), level);
 
     let name = settings.coordinator.worker.clone();
     let max_in_flight = settings.coordinator.in_flight_max;

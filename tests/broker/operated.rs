@@ -2,15 +2,108 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
-use std::time::Duration;
+#![allow(clippy::disallowed_methods, reason = "how long a process takes to end")]
+
+use std::{
+    io::{self, BufRead, BufReader, PipeReader},
+    process::{Child, Stdio},
+    sync::mpsc,
+    thread,
+    time::{Duration, Instant},
+};
 
 use lapin::BasicProperties;
-use nix::sys::signal::Signal;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 
 use crate::{
     processes::LIMIT,
-    stand::{BOTH, Stand},
+    stand::{BOTH, Site, Stand},
 };
+
+/// Their log fills a pipe several times.
+const MALFORMED: usize = 2000;
+
+/// Their log is more than waits for somebody to read it.
+const TOO_MANY: usize = 6000;
+
+/// A worker whose log goes into a pipe, which is gone with this.
+struct Logging(Child);
+
+impl Logging {
+    /// What it logs, and the worker.
+    fn worker(site: &Site) -> (PipeReader, Self) {
+        let (log, writing) = io::pipe().unwrap();
+        let mut command = site.world.dtc(&["worker", "--name", "w1"]);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(writing);
+        (log, Self(command.spawn().unwrap()))
+    }
+
+    fn ends_when_told(mut self) {
+        kill(Pid::from_raw(self.0.id().try_into().unwrap()), Signal::SIGTERM).unwrap();
+        let began = Instant::now();
+        while self.0.try_wait().unwrap().is_none() {
+            assert!(began.elapsed() < LIMIT, "it doesn't end in {LIMIT:?}");
+            thread::yield_now();
+        }
+        assert!(self.0.wait().unwrap().success());
+    }
+}
+
+impl Drop for Logging {
+    fn drop(&mut self) {
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
+}
+
+fn malformed(site: &Site, count: usize) {
+    for _ in 0..count {
+        site.direct.publish(&site.name("requests"), "request", BasicProperties::default(), "{}");
+    }
+}
+
+/// The worker wrote its log in the loop that does the work: it stood still, and didn't hear SIGTERM.
+#[test]
+fn a_worker_whose_log_nobody_reads_goes_on_and_ends_when_told() {
+    let site = Site::new();
+    let services = BOTH.map(|name| site.service(name));
+    let (log, worker) = Logging::worker(&site);
+    malformed(&site, MALFORMED);
+    site.direct.until_holds(&site.name("rejected"), MALFORMED);
+    let producer = site.producer();
+    let answer = producer.answered(&producer.submit(&BOTH), LIMIT);
+    assert_eq!(answer["status"], "COMMITTED", "{answer}");
+    worker.ends_when_told();
+    drop((log, producer, services));
+}
+
+#[test]
+fn who_reads_a_log_late_is_told_how_many_lines_are_lost() {
+    let site = Site::new();
+    let (log, worker) = Logging::worker(&site);
+    malformed(&site, TOO_MANY);
+    site.direct.until_holds(&site.name("rejected"), TOO_MANY);
+    let (telling, told) = mpsc::channel();
+    let reading = thread::spawn(move || {
+        let lines = BufReader::new(log).lines().map(Result::unwrap);
+        lines.filter(|line| line.contains("are lost")).for_each(|line| drop(telling.send(line)));
+    });
+    let began = Instant::now();
+    let line = loop {
+        malformed(&site, 1);
+        if let Ok(line) = told.recv_timeout(Duration::from_millis(100)) {
+            break line;
+        }
+        assert!(began.elapsed() < LIMIT, "nobody is told");
+    };
+    println!("{line}");
+    assert!(line.ends_with(" lines of the log are lost: nobody read them"), "{line}");
+    worker.ends_when_told();
+    reading.join().unwrap();
+}
 
 /// Each of them ended a worker at once, and whatever it had begun was left to others.
 #[test]

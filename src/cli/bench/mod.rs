@@ -129,7 +129,7 @@ pub(super) fn run(arguments: &BenchArguments) -> Result<Exit, Failure> {
             .map_err(|error| Failure::new(Exit::Usage, error))?;
     }
     let (runtime, interrupt) = stages::runtime()?;
-    progress::log_above(&ProgressBar::hidden(), level);
+    let _logging = progress::log_above(&ProgressBar::hidden(), level);
     let _held = interrupt.subscribe();
     let stop = signals::heard(&interrupt);
     let measured = runtime.block_on(async {
