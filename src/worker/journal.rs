@@ -68,6 +68,13 @@ pub(super) enum ReadError {
     Consume(#[source] AskError),
     #[error("failed to write to the journal")]
     Mark(#[source] AskError),
+    #[error(
+        "the journal has taken nothing for {} s: too few of its replicas are up \
+         (`rabbitmq-streams stream_status {queue}` shows them; where all nodes are up and that lasts, \
+         `rabbitmq-streams restart_stream {queue}` starts them)",
+        CONFIRM_MAX.as_secs()
+    )]
+    Unwritable { queue: ShortString },
     #[error("failed to read the journal on")]
     Closed(#[source] Closed),
     #[error("there is no queue `{0}`")]
@@ -92,6 +99,7 @@ impl ReadError {
             Self::Consume(source) | Self::Mark(source) => source.broker(),
             Self::Closed(closed) => closed.broker(),
             Self::Missing(_)
+            | Self::Unwritable { .. }
             | Self::MarkerRefused
             | Self::Silent
             | Self::Unwanted
@@ -369,7 +377,7 @@ impl Journal {
                 let reason = "it has run low on memory or disk".to_owned();
                 Err(ReadError::Mark(AskError::Blocked { reason }))
             }
-            Published::Unconfirmed(limit) => Err(ReadError::Mark(AskError::Silent { limit })),
+            Published::Unconfirmed(_) => Err(ReadError::Unwritable { queue: self.queue.clone() }),
             Published::Lost(error) => Err(ReadError::Mark(AskError::Broker(error))),
         }
     }

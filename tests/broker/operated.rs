@@ -1,7 +1,6 @@
 //! What whoever runs a worker does to it without meaning any harm.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
-
 #![allow(clippy::disallowed_methods, reason = "how long a process takes to end")]
 
 use std::{

@@ -84,6 +84,8 @@ pub(crate) struct Verdict {
     pub(crate) late: Option<String>,
     /// What the broker did, and `dtc` can't help: told, and no failure.
     pub(crate) broker: Vec<String>,
+    /// The broker had left the journal without a majority of its replicas, so nothing could go on.
+    pub(crate) is_journal_down: bool,
     /// Why the scenario couldn't be played to its end.
     pub(crate) broken: Option<String>,
     pub(crate) times: Times,
@@ -226,7 +228,10 @@ impl Stage {
         println!("    before it {}", places(&queues));
 
         let limit = (healed + self.quiet_within).saturating_sub(system.now());
-        let waiting = wait_until_quiet(network, nodes, system, limit)?;
+        let mut waiting = wait_until_quiet(network, nodes, system, limit)?;
+        if !waiting.is_empty() && self.restart_journal(system, verdict)? {
+            waiting = wait_until_quiet(&self.network, &self.nodes, system, self.quiet_within)?;
+        }
         if waiting.is_empty() {
             verdict.quiet_after = Some(system.now() - healed);
         } else {
@@ -244,7 +249,7 @@ impl Stage {
         verdict.violations.extend(system.end());
         let submitted = locked(&system.record).submitted.len() as u64;
         let published = system.results_published();
-        if published > submitted * PUBLISHED_MAX {
+        if published > submitted * PUBLISHED_MAX && !verdict.is_journal_down {
             let told = format!("{published} results were published for {submitted} transactions");
             verdict.violations.push(told);
         }
@@ -254,11 +259,33 @@ impl Stage {
         verdict.violations.extend(oracle::violations(&record, &facts));
         verdict.times = oracle::times(&record, fault, healed);
         drop(record);
-        judge_times(scenario, verdict);
+        if !verdict.is_journal_down {
+            judge_times(scenario, verdict);
+        }
         if let Err(error) = system.delete(network, CLIENTS, &urls) {
             println!("    what was declared is left behind: {error:#}");
         }
         Ok(())
+    }
+
+    /// Restarts the journal as an operator must if the broker has left a majority of its replicas down:
+    /// no client could do anything about that.
+    fn restart_journal(&self, system: &System, verdict: &mut Verdict) -> Result<bool> {
+        let (journals, problem) = read_journals(system, Duration::ZERO)?;
+        let is_down = problem.is_some_and(|told| told.contains(NO_REPLICA));
+        let majority = NODES.len() / 2 + 1;
+        if !is_down || journals.len() >= majority {
+            return Ok(false);
+        }
+        println!("    the journal can be read at {} of {} nodes", journals.len(), NODES.len());
+        self.mend_replicas(Remedy::Restart, system, &[])?;
+        verdict.is_journal_down = true;
+        verdict.broker.push(format!(
+            "the journal had no majority of its replicas for {:?} after healing, and nothing could be \
+             decided; it was restarted",
+            self.quiet_within
+        ));
+        Ok(true)
     }
 
     /// Tells what is stuck, closes all connections, and tells whether that helped.
