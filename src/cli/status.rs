@@ -80,7 +80,9 @@ pub(super) fn run(arguments: &StatusArguments) -> Result<Exit, Failure> {
     let (runtime, _interrupt) = stages::runtime()?;
     let _logging = progress::log_above(&indicatif::ProgressBar::hidden(), log_level);
     let ids: BTreeSet<_> = arguments.ids.iter().cloned().collect();
-    let looked_up = runtime.block_on(history::look_up(&broker, &names, &ids, arguments.since));
+    let margin = config.topology.clock_margin;
+    let looking_up = history::look_up(&broker, &names, &ids, arguments.since, margin);
+    let looked_up = runtime.block_on(looking_up);
     let history = looked_up.map_err(|error| Failure::new(exit_for(&error), error))?;
     if history.n_unreadable > 0 {
         super::tell(&format!("{} records can't be understood\n", history.n_unreadable));

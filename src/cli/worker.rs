@@ -133,6 +133,7 @@ fn settings(arguments: &WorkerArguments) -> Result<Settings, Failure> {
     settings.coordinator.in_flight_max = config.worker.max_in_flight.into();
     settings.coordinator.prepare_timeout = config.worker.prepare_timeout;
     settings.coordinator.window = config.worker.window;
+    settings.coordinator.clock_margin = config.topology.clock_margin;
     settings.coordinator.seed = unique::number();
     Ok(settings)
 }

@@ -30,9 +30,6 @@ use crate::{
     wire::message::{Item, JournalBegun, Kind, Malformed, Settled, decode},
 };
 
-/// How far any two clocks of the system may differ.
-pub const CLOCK_MARGIN: Duration = Duration::from_secs(60);
-
 /// For how long a look that failed is repeated, where the next one may succeed: a broker that has just
 /// started doesn't know yet who serves a stream, and ends the connection of who reads it.
 const AGAIN_FOR: Duration = Duration::from_secs(8);
@@ -99,8 +96,8 @@ impl HistoryError {
     }
 }
 
-/// Looks up all transactions that have one of `ids`. What fails and may pass is tried again for some
-/// seconds.
+/// Looks up all transactions that have one of `ids`, where no two clocks of the system differ by more
+/// than `clock_margin`. What fails and may pass is tried again for some seconds.
 ///
 /// # Errors
 ///
@@ -110,11 +107,12 @@ pub async fn look_up(
     names: &Names,
     ids: &BTreeSet<TransactionId>,
     since: Since,
+    clock_margin: Duration,
 ) -> Result<History, HistoryError> {
     let until = Instant::now() + AGAIN_FOR;
     let mut backoff = Backoff::default();
     loop {
-        let error = match look_up_once(broker, names, ids, since).await {
+        let error = match look_up_once(broker, names, ids, since, clock_margin).await {
             Ok(history) => return Ok(history),
             Err(error) => error,
         };
@@ -132,9 +130,10 @@ async fn look_up_once(
     names: &Names,
     ids: &BTreeSet<TransactionId>,
     since: Since,
+    clock_margin: Duration,
 ) -> Result<History, HistoryError> {
     let connection = broker.connect("status").await.map_err(HistoryError::Connect)?;
-    let mut reading = Reading { ids, history: History::default(), next: None };
+    let mut reading = Reading { ids, clock_margin, history: History::default(), next: None };
     let read = reading.read(&connection, names, since).await;
     close(&connection).await;
     read?;
@@ -143,6 +142,7 @@ async fn look_up_once(
 
 struct Reading<'a> {
     ids: &'a BTreeSet<TransactionId>,
+    clock_margin: Duration,
     history: History,
     /// The offset that comes next in the journal, if it isn't the first.
     next: Option<u64>,
@@ -161,7 +161,7 @@ impl Reading<'_> {
                 let cutoff = Clock::start().now() - duration;
                 let head = self.head(connection, names.journal()).await?;
                 self.history.complete_since = head.map(|head| head.max(cutoff));
-                From::Moment((cutoff - CLOCK_MARGIN).as_millis() / 1000)
+                From::Moment((cutoff - self.clock_margin).as_millis() / 1000)
             }
         };
         // What is parked was decided before: so the decision of whatever is found here is there.
@@ -185,7 +185,9 @@ impl Reading<'_> {
         journal: ShortString,
     ) -> Result<Option<Time>, ScanError> {
         let nothing = BTreeSet::new();
-        let mut reading = Reading { ids: &nothing, history: History::default(), next: None };
+        let clock_margin = self.clock_margin;
+        let history = History::default();
+        let mut reading = Reading { ids: &nothing, clock_margin, history, next: None };
         let mut scan = Scan::open(connection, journal, From::First).await?;
         while reading.history.complete_since.is_none()
             && let Some((offset, delivery)) = scan.next().await?
@@ -222,7 +224,7 @@ impl Reading<'_> {
         let History { complete_since, transactions, n_records, .. } = &mut self.history;
         *n_records += 1;
         // Before the first record that is there others may have been, made later by another clock.
-        let complete_since = *complete_since.get_or_insert(decision.decided_at + CLOCK_MARGIN);
+        let complete_since = *complete_since.get_or_insert(decision.decided_at + self.clock_margin);
         if !self.ids.contains(&decision.key.id) {
             return;
         }
@@ -230,7 +232,7 @@ impl Reading<'_> {
         if past.decision.is_some() {
             past.n_void += 1;
         } else {
-            past.is_certain = complete_since <= decision.key.requested_at - CLOCK_MARGIN;
+            past.is_certain = complete_since <= decision.key.requested_at - self.clock_margin;
             past.decision = Some(decision);
         }
     }

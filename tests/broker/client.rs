@@ -43,6 +43,9 @@ use crate::{
     processes::World,
 };
 
+/// The default of `topology.clock_margin`.
+const CLOCK_MARGIN: Duration = Duration::from_secs(60);
+
 /// Longer than anything here takes on a machine that is busy.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -378,7 +381,7 @@ async fn a_journal_without_its_beginning_is_complete_a_margin_after_its_first_re
     desk.write(&[record]).await;
     let both = status(&world, &["TX1", "TX9"], 1);
     assert_eq!((&both[0]["outcome"], &both[0]["certain"]), (&json!("COMMITTED"), &json!(false)));
-    let since = (decided_at + history::CLOCK_MARGIN).as_millis();
+    let since = (decided_at + CLOCK_MARGIN).as_millis();
     assert_eq!(both[1]["not_found_since"], since);
 }
 
@@ -408,7 +411,8 @@ async fn a_long_journal_is_read_to_its_end() {
         ["TX0", &last, "TX"].iter().map(|id| TransactionId::parse(id).unwrap()).collect();
     let began = tokio::time::Instant::now();
     let (address, names) = address(&desk.place);
-    let history = history::look_up(&address, &names, &ids, history::Since::Always).await.unwrap();
+    let looking_up = history::look_up(&address, &names, &ids, history::Since::Always, CLOCK_MARGIN);
+    let history = looking_up.await.unwrap();
     let took = began.elapsed();
     println!("{MESSAGES} records read in {took:?}: {:.0}/s", MESSAGES as f64 / took.as_secs_f64());
     assert_eq!((history.n_records, history.n_unreadable), (MESSAGES as u64, 0));
@@ -494,7 +498,7 @@ impl Desk {
     async fn new(place: Place) -> Self {
         let (address, names) = address(&place);
         let now = Clock::start().now();
-        let clock_margin = history::CLOCK_MARGIN;
+        let clock_margin = CLOCK_MARGIN;
         let options = Options { settings: Settings::default(), now, clock_margin };
         let applied = apply(&address, &names, &[], &options).await.unwrap();
         let begun_at = applied.begun.unwrap().complete_since;

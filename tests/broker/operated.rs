@@ -11,6 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use dtc::clock::Clock;
 use lapin::BasicProperties;
 use nix::{
     sys::signal::{Signal, kill},
@@ -18,8 +19,8 @@ use nix::{
 };
 
 use crate::{
-    processes::LIMIT,
-    stand::{BOTH, Site, Stand},
+    processes::{LIMIT, Process},
+    stand::{BOTH, READY, Site, Stand},
 };
 
 /// Their log fills a pipe several times.
@@ -134,4 +135,23 @@ fn a_request_of_a_foreign_type_is_answered_as_invalid() {
     println!("{told}");
     assert!(told.contains("ABORTED") && told.contains("invalid"), "{told}");
     assert!(told.contains("OrderPlaced, Shop.Api"), "{told}");
+}
+
+/// Workers took 60 s, whatever was configured.
+#[test]
+fn a_request_from_a_clock_that_is_ahead_by_less_than_the_margin_is_served() {
+    let site = Site::new();
+    let services = BOTH.map(|name| site.service(name));
+    let mut command = site.world.dtc(&["worker", "--name", "w1"]);
+    let worker = Process::start("w1", command.env("DTC__TOPOLOGY__CLOCK_MARGIN", "10min"));
+    worker.wait_for_line(READY, LIMIT);
+    let (queue, results) = (site.name("told"), site.name("results"));
+    site.direct.open_queue(&queue, &results, "tk.*");
+    let ahead = Clock::start().now() + Duration::from_secs(180);
+    let properties = BasicProperties::default().with_timestamp(ahead.as_millis() / 1000);
+    let body = r#"{"id":"ahead","involved_services":["stock"],"data":{},"reply":"tk"}"#;
+    site.direct.publish(&site.name("requests"), "request", properties, body);
+    let told = site.direct.next_of(&queue, "ahead", LIMIT).expect("it is answered");
+    assert!(told.contains("COMMITTED"), "{told}");
+    drop((worker, services));
 }
