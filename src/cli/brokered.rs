@@ -26,7 +26,7 @@ use crate::{
         broker::exit_of,
         input::Source,
         output::{Detail, Form},
-        sender::{AttemptsOf, Sender},
+        sender::{AttemptsOf, Sender, check_sizes},
         signals,
         stages::{Ended, Ran, Stages},
         tell,
@@ -115,14 +115,15 @@ fn run_at(
     stages: &Stages<'_>,
     stop: impl Future<Output = ()>,
 ) -> Result<Ran<Report>, Failure> {
-    let started = stages.runtime.block_on(System::start(plan, place, stop));
-    let mut system = started?.ok_or_else(interrupted)?;
     let in_flight_max = plan.max_in_flight;
     let client = {
         let _entered = stages.runtime.enter();
         let settings = Settings { in_flight_max, ..Settings::default() };
         Client::with(plan.broker.clone(), place.names.clone(), settings)
     };
+    check_sizes(&client, &transactions)?;
+    let started = stages.runtime.block_on(System::start(plan, place, stop));
+    let mut system = started?.ok_or_else(interrupted)?;
     let sender = Sender {
         client: client.clone(),
         waits: true,

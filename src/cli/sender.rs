@@ -17,7 +17,7 @@ use crate::{
         message::TransactionSpec,
         time::Time,
     },
-    wire::result::Attempts,
+    wire::{result::Attempts, transactions::Transactions},
 };
 
 /// How many of those that failed are named.
@@ -77,6 +77,7 @@ impl Sender {
         let mut in_flight: FuturesUnordered<Sending> = FuturesUnordered::new();
         let mut backlog = Vec::new().into_iter();
         let mut open = true;
+        let mut unsendable = None;
         let mut stopped = false;
         let mut drained_by = None;
         let began_at = self.clock.read().elapsed;
@@ -84,6 +85,14 @@ impl Sender {
             while in_flight.len() < self.in_flight_max
                 && let Some(spec) = backlog.next()
             {
+                if let Err(error) = self.client.check(&spec) {
+                    // No more is sent, and what was sent is waited for, as where a line is no JSON.
+                    unsendable = Some(Failure::new(Exit::BadData, error));
+                    open = false;
+                    backlog = Vec::new().into_iter();
+                    requests.close();
+                    break;
+                }
                 sent.n_begun += 1;
                 in_flight.push(self.send(spec));
             }
@@ -126,6 +135,7 @@ impl Sender {
                 },
             }
         }
+        sent.fatal = sent.fatal.or(unsendable);
         sent
     }
 
@@ -151,6 +161,16 @@ impl Sender {
             (key, ended)
         })
     }
+}
+
+/// What is checked as a whole is sent as a whole: nothing in it may be too large for a message.
+pub(super) fn check_sizes<R>(
+    client: &Client,
+    transactions: &Transactions<R>,
+) -> Result<(), Failure> {
+    let Transactions::Array(specs) = transactions else { return Ok(()) };
+    let checked = specs.iter().try_for_each(|spec| client.check(spec));
+    checked.map_err(|error| Failure::new(Exit::BadData, error))
 }
 
 /// Is over at `moment`, if there is one.

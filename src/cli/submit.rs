@@ -12,7 +12,7 @@ use crate::{
         input::{bad_data, name, open},
         output::{Detail, Form},
         progress,
-        sender::Sender,
+        sender::{Sender, check_sizes},
         stages::{self, Ended, Ran, Stages},
     },
     client::{Client, Settings},
@@ -114,13 +114,6 @@ pub(super) fn run(arguments: &SubmitArguments) -> Result<Exit, Failure> {
         return Err(failure);
     }
     Ended { is_incomplete: sent.n_failed > 0, ..ended }.exit()
-}
-
-/// What is checked as a whole is sent as a whole: nothing in it may be too large for a message.
-fn check_sizes<R>(client: &Client, transactions: &Transactions<R>) -> Result<(), Failure> {
-    let Transactions::Array(specs) = transactions else { return Ok(()) };
-    let checked = specs.iter().try_for_each(|spec| client.check(spec));
-    checked.map_err(|error| Failure::new(Exit::BadData, error))
 }
 
 pub(super) fn no_connection(error: PublishError) -> Failure {

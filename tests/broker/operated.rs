@@ -17,9 +17,11 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
+use serde_json::json;
 
 use crate::{
-    processes::{LIMIT, Process},
+    broker::place,
+    processes::{LIMIT, Process, World},
     stand::{BOTH, READY, Site, Stand},
 };
 
@@ -141,9 +143,16 @@ fn a_request_of_a_foreign_type_is_answered_as_invalid() {
 #[test]
 fn a_request_from_a_clock_that_is_ahead_by_less_than_the_margin_is_served() {
     let site = Site::new();
+    let wide = |words: &[&str]| {
+        let mut command = site.world.dtc(words);
+        Process::start(words[0], command.env("DTC__TOPOLOGY__CLOCK_MARGIN", "10min"))
+    };
+    // How far back a journal reaches when it begins depends on the margin, too.
+    let file = site.services.to_str().unwrap();
+    wide(&["topology", "delete", "--services", file, "--yes"]).succeeded(LIMIT);
+    wide(&["topology", "apply", "--services", file]).succeeded(LIMIT);
     let services = BOTH.map(|name| site.service(name));
-    let mut command = site.world.dtc(&["worker", "--name", "w1"]);
-    let worker = Process::start("w1", command.env("DTC__TOPOLOGY__CLOCK_MARGIN", "10min"));
+    let worker = wide(&["worker", "--name", "w1"]);
     worker.wait_for_line(READY, LIMIT);
     let (queue, results) = (site.name("told"), site.name("results"));
     site.direct.open_queue(&queue, &results, "tk.*");
@@ -154,4 +163,48 @@ fn a_request_from_a_clock_that_is_ahead_by_less_than_the_margin_is_served() {
     let told = site.direct.next_of(&queue, "ahead", LIMIT).expect("it is answered");
     assert!(told.contains("COMMITTED"), "{told}");
     drop((worker, services));
+}
+
+/// A line that no message has room for ended the run with everything in flight, and what was committed
+/// was not told.
+#[test]
+fn a_line_that_is_too_large_to_be_sent_loses_no_results_of_those_before_it() {
+    const GOOD: usize = 20;
+    let service = json!([{"name": "stock", "max_concurrency": 20, "prepare": {"latency_ms": 600}}]);
+    let site = Site::of(place(), service);
+    let running = (site.service("stock"), site.worker(&[]));
+    let line = |id: &str, services: &[String]| {
+        format!("{}\n", json!({"id": id, "involved_services": services, "data": {}}))
+    };
+    let mut lines: String =
+        (0..GOOD).map(|number| line(&format!("t-{number}"), &["stock".to_owned()])).collect();
+    let many: Vec<_> = (0..1001).map(|number| format!("s{number}")).collect();
+    lines += &line("bad", &many);
+    let mut command = site.world.dtc(&["submit", "-", "--wait", "--output", "ndjson"]);
+    let mut submit = Process::start_given("submit", &mut command, lines);
+    submit.exited(65, LIMIT);
+    assert_eq!(submit.stdout.all().len(), GOOD, "{}", submit.stderr.text());
+    let said = submit.stderr.text();
+    assert!(said.contains(&format!("{GOOD} committed")) && said.contains("1000"), "{said}");
+    drop(running);
+}
+
+/// It had begun others when it found that.
+#[test]
+fn an_array_with_a_transaction_that_is_too_large_for_a_message_begins_nothing() {
+    let world = World::at(place());
+    let services = world.file("services.json", &json!([{"name": "stock", "max_concurrency": 5}]));
+    let large = json!({"x": "y".repeat(255 * 1024)});
+    let transactions = world.file(
+        "transactions.json",
+        &json!([{"id": "small", "involved_services": ["stock"], "data": {}},
+                {"id": "large", "involved_services": ["stock"], "data": large}]),
+    );
+    let mut command = world.dtc_at_broker(&["run"]);
+    command.arg("--services").arg(services).arg("--transactions").arg(transactions);
+    let mut run = Process::start("run", &mut command);
+    run.exited(65, LIMIT);
+    let said = run.stderr.text();
+    assert!(said.contains("large") && said.contains("261120"), "{said}");
+    assert_eq!(run.stdout.text(), "");
 }

@@ -55,7 +55,7 @@ pub(crate) struct Site {
     /// The same place, straight.
     pub(crate) place: Place,
     pub(crate) direct: Direct,
-    services: PathBuf,
+    pub(crate) services: PathBuf,
     _leftovers: Leftovers,
 }
 
