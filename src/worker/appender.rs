@@ -31,8 +31,10 @@ use crate::{
     wire::message::{Items, Kind},
 };
 
-/// How long an append may be unconfirmed at first.
+/// How long an append may be unconfirmed at first, and at most. A stream that elects a leader takes
+/// 10 s and more, and then what is published first.
 const CONFIRM_FIRST: Duration = Duration::from_secs(1);
+const CONFIRM_MAX: Duration = Duration::from_secs(2);
 
 /// How long what was confirmed may take to be read back, at first and at most.
 const UNREAD_FIRST: Duration = Duration::from_secs(1);
@@ -67,6 +69,8 @@ pub(super) struct Appender {
     unread: VecDeque<(ShortString, Instant)>,
     /// How long they may be that.
     unread_limit: Duration,
+    /// The journal did not take the last append, and nothing was read back since.
+    is_untaken: bool,
 }
 
 /// One message of decisions.
@@ -84,7 +88,7 @@ impl Appender {
         let lane = Publisher::open(publishing, format!("appends to `{}`", names.journal()));
         Ok(Self {
             journal: names.journal(),
-            lane: lane.await?.impatient(CONFIRM_FIRST),
+            lane: lane.await?.impatient(CONFIRM_FIRST, CONFIRM_MAX),
             link: unique::name('a'),
             last_number: 0,
             decisions: Vec::new(),
@@ -93,6 +97,7 @@ impl Appender {
             backoff: first_pause(),
             unread: VecDeque::new(),
             unread_limit: UNREAD_FIRST,
+            is_untaken: false,
         })
     }
 
@@ -149,10 +154,15 @@ impl Appender {
             }
             return;
         }
-        tracing::warn!(
-            journal = %self.journal, fate = ?published, decisions = append.decisions.len(),
-            "the journal did not take an append; it is published again"
-        );
+        let is_known = std::mem::replace(&mut self.is_untaken, true);
+        if is_known {
+            tracing::debug!(fate = ?published, "the journal did not take an append again");
+        } else {
+            tracing::warn!(
+                journal = %self.journal, fate = ?published, decisions = append.decisions.len(),
+                "the journal did not take an append; it is published again until it does"
+            );
+        }
         if matches!(published, Published::Unconfirmed(_)) {
             // It has been waited for; and what is lost with the writer are its readers, too.
             self.unread_limit = UNREAD_AFTER_A_LOSS;
@@ -169,9 +179,11 @@ impl Appender {
             // Appends are in the journal in the order in which they were published.
             self.unread.drain(..=place);
             self.unread_limit = UNREAD_FIRST;
+            self.is_untaken = false;
         } else if self.on_its_way.as_ref() == Some(id) {
             self.on_its_way = None;
             self.backoff = first_pause();
+            self.is_untaken = false;
         }
     }
 

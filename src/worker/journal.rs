@@ -40,8 +40,8 @@ const PREFETCH: u16 = 1000;
 /// Among how many messages a journal's word about its beginning is looked for.
 const BEGINNING_MAX: u16 = 100;
 
-/// How long a marker may be unconfirmed at first.
-const MARKED_FIRST: Duration = Duration::from_secs(1);
+/// How long a marker may be unconfirmed before it is published again.
+const MARKED_MAX: Duration = Duration::from_secs(1);
 
 /// How long a stream may show nothing though something is known to be there.
 const SILENCE_MAX: Duration = Duration::from_secs(5);
@@ -385,16 +385,14 @@ impl Journal {
     /// Publishes a marker, by one channel after the other: it may be lost while the stream's writer
     /// moves, which is when the journal is read anew.
     async fn publish_marker(&self, message: &Outgoing) -> Result<Published, ReadError> {
-        let mut limit = MARKED_FIRST;
         let mut left = CONFIRM_MAX;
         loop {
             let channel = PublishChannel::open(&self.publishing).await.map_err(ReadError::Mark)?;
-            let published = publish_within(channel.clone(), message.clone(), limit.min(left)).await;
+            let published = publish_within(channel.clone(), message.clone(), MARKED_MAX).await;
             tokio::spawn(
                 async move { answer(ANSWER_MAX, channel.close(200, "done".into())).await },
             );
-            left = left.saturating_sub(limit);
-            limit *= 2;
+            left = left.saturating_sub(MARKED_MAX);
             if !matches!(published, Published::Unconfirmed(_)) {
                 return Ok(published);
             }

@@ -333,10 +333,9 @@ impl<T: Send + 'static> Publisher<T> {
     }
 
     /// The same, where a confirm may take no longer than `limit` at first; twice as long on the next
-    /// channel if nothing was confirmed on the one before, and so on.
+    /// channel if nothing was confirmed on the one before, and so on up to `limit_max`.
     #[must_use]
-    pub fn impatient(self, limit: Duration) -> Self {
-        let limit_max = self.limit_max;
+    pub fn impatient(self, limit: Duration, limit_max: Duration) -> Self {
         Self { limit_max, ..self.within(limit) }
     }
 
@@ -473,12 +472,18 @@ impl<T: Send + 'static> Publisher<T> {
 
     /// Gives up all that is on its way, and opens another channel.
     fn renew(&mut self, silent_for: Duration) {
-        tracing::warn!(
-            outstanding = self.outstanding,
-            "the broker has confirmed nothing on the channel for {} for {:.1} s; opening another one",
-            self.what,
-            silent_for.as_secs_f64()
-        );
+        let (what, outstanding) = (&*self.what, self.outstanding);
+        if self.limit > self.limit_first {
+            // That has been said.
+            tracing::debug!(what, outstanding, "nothing is confirmed on this channel either");
+        } else {
+            tracing::warn!(
+                outstanding,
+                "the broker has confirmed nothing on the channel for {what} for {:.1} s; opening \
+                 another one",
+                silent_for.as_secs_f64()
+            );
+        }
         let waiting = std::mem::take(&mut self.waiting).into_iter().flatten();
         self.given_up.extend(waiting.map(|waiting| (waiting.ticket, silent_for)));
         (self.outstanding, self.abandoned, self.first) = (0, 0, 0);
