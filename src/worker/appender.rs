@@ -5,7 +5,7 @@
 //! the confirm of what is in the stream. One that is neither is published again by the lane's own
 //! bound. What is confirmed and is not read back shows that the journal is not read any more.
 //!
-//! Nothing is decided meanwhile, so these waits begin short, and double. When a stream's writer moves to
+//! Nothing is decided meanwhile, so these waits are short. When a stream's writer moves to
 //! another node, what is on its way in these milliseconds is lost without a word, and so are the
 //! journal's consumers.
 
