@@ -379,8 +379,6 @@ fn replace(
     for queue in nodes.queues(network, &system.namespace)? {
         if queue.kind == "stream" {
             let stream = format!("{}.{}", system.namespace, queue.name);
-            // It is the name of one that has a replica, and has lost it.
-            nodes.tool(network, other, "rabbitmq-streams", &["delete_replica", &stream, &name])?;
             nodes.tool(network, other, "rabbitmq-streams", &["add_replica", &stream, &name])?;
         }
     }
