@@ -15,7 +15,7 @@ pub(super) fn lines(text: &str) -> Cow<'_, str> {
     escaped(text, |it| it != '\n' && is_harmful(it))
 }
 
-/// Text of several lines in which the colours are ours.
+/// Text that is to stay on its line, in which the colours are ours.
 pub(super) fn coloured_line(text: &str) -> Cow<'_, str> {
     escaped(text, |it| it != '\u{1b}' && is_harmful(it))
 }
