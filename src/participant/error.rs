@@ -45,7 +45,7 @@ pub enum ServeError {
 pub enum OpenError {
     /// No connection.
     #[error("failed to connect")]
-    Connect(#[source] ConnectError),
+    Connect(#[from] ConnectError),
     /// The connection gives no channel.
     #[error("failed to open a channel")]
     Channel(#[source] AskError),

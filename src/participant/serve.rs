@@ -24,14 +24,14 @@ use crate::{
         AnyParticipant, Calls, Participant,
         error::{OpenError, ServeError},
         outbox::Outbox,
-        session::{Lost, Numbers, Session},
+        session::{Lost, Numbers, Session, declare, open_own},
         settings::ServeSettings,
     },
     protocol::{
         participant::{Effect, Event, Instance},
         time::Time,
     },
-    transport::amqp::{supervisor::Supervisor, topology::apply::TopologyError},
+    transport::amqp::{error::Disposition, supervisor::Supervisor, topology::apply::TopologyError},
 };
 
 /// Serves `participant` until `stop` has come and what is prepared has heard its outcome, or the
@@ -351,8 +351,16 @@ async fn open(
 }
 
 async fn open_once(settings: &ServeSettings, takes_prepares: bool) -> Result<Session, OpenError> {
-    let link = settings.broker.link().await.map_err(OpenError::Connect)?;
-    Session::open(link, settings, takes_prepares).await
+    if let Some(max_wait) = settings.declare {
+        declare(settings, max_wait).await?;
+    }
+    let own = |link| async move {
+        let own = open_own(&link, settings).await?;
+        Ok((link, own))
+    };
+    let is_final = |error: &OpenError| error.disposition() == Disposition::GiveUp;
+    let (link, own) = settings.broker.link_with(own, is_final).await?;
+    Session::open(link, own, settings, takes_prepares).await
 }
 
 async fn sleep_until_some(moment: Option<Instant>) {

@@ -66,7 +66,6 @@ const BATCH_MAX: usize = 1024;
 /// What a session is made of.
 struct Opened {
     lanes: Lanes,
-    own: ExclusiveQueue,
     shared: Inbox,
     prepares: Option<Inbox>,
 }
@@ -215,17 +214,18 @@ impl Lost {
 }
 
 impl Session {
-    /// Takes its place on `link`: the instance's own queue first, so that it hears of outcomes
-    /// before it takes what they will be about.
+    /// Takes its place on `link`, where the instance's own queue is open: it hears of outcomes before
+    /// it takes what they will be about.
     pub(super) async fn open(
         link: Link,
+        own: ExclusiveQueue,
         settings: &ServeSettings,
         takes_prepares: bool,
     ) -> Result<Self, OpenError> {
         let watch = link.watch(settings.broker.clone());
         let prepare_queue = PrepareQueue::of(settings, &link);
         match Self::open_on(&link, settings, takes_prepares.then_some(&prepare_queue)).await {
-            Ok(Opened { lanes, own, shared, prepares }) => Ok(Self {
+            Ok(Opened { lanes, shared, prepares }) => Ok(Self {
                 link,
                 watch,
                 lanes,
@@ -257,18 +257,14 @@ impl Session {
             let name = what.to_string();
             move |source| OpenError::Queue { name, source }
         };
-        if let Some(max_wait) = settings.declare {
-            declare(settings, max_wait).await?;
-        }
         let lanes = Lanes::open(&link.publishing, names).await.map_err(OpenError::Channel)?;
-        let own = open_own(link, settings).await?;
         let consuming = &link.consuming;
         let name = names.finish_any_of(service);
         let shared =
             Inbox::open(consuming, name.clone(), SHARED_PREFETCH, FieldTable::default()).await;
         let shared = shared.map_err(at(&name))?.watched(consuming, Turn::Equal);
         let Some(prepare_queue) = prepare_queue else {
-            return Ok(Opened { lanes, own, shared, prepares: None });
+            return Ok(Opened { lanes, shared, prepares: None });
         };
         let prepares = match prepare_queue.open().await {
             Ok(prepares) => Some(prepares),
@@ -282,7 +278,7 @@ impl Session {
             }
             Err(error) => return Err(at(&prepare_queue.name)(error)),
         };
-        Ok(Opened { lanes, own, shared, prepares })
+        Ok(Opened { lanes, shared, prepares })
     }
 
     /// Whether as much is on its way to the broker as may be.
@@ -586,7 +582,7 @@ fn is_unavailable(error: &AskError) -> bool {
 }
 
 /// Declares what the service needs to be reached and to answer.
-async fn declare(settings: &ServeSettings, max_wait: Duration) -> Result<(), OpenError> {
+pub(super) async fn declare(settings: &ServeSettings, max_wait: Duration) -> Result<(), OpenError> {
     let ServeSettings { broker, names, service, cap, .. } = settings.clone();
     let service = ServiceTopology { name: service, max_wait, cap };
     let options = Options {
@@ -611,8 +607,12 @@ async fn declare(settings: &ServeSettings, max_wait: Duration) -> Result<(), Ope
     Ok(())
 }
 
-/// The instance's own queue. What it gets through shows that the link is alive.
-async fn open_own(link: &Link, settings: &ServeSettings) -> Result<ExclusiveQueue, OpenError> {
+/// The instance's own queue: opened before anything else, it shows that the node is of use. What it
+/// gets through shows that the link is alive.
+pub(super) async fn open_own(
+    link: &Link,
+    settings: &ServeSettings,
+) -> Result<ExclusiveQueue, OpenError> {
     let ServeSettings { names, service, instance, .. } = settings;
     let bound = |to: &str| BoundTo { exchange: names.finish(), key: key(to, service) };
     let bindings = [bound(instance.as_str()), bound(ALL)];

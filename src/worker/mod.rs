@@ -35,7 +35,7 @@ use tokio::sync::watch;
 
 use self::{
     lasting::Lasting,
-    session::{End, Session, SessionError},
+    session::{End, Session, SessionError, open_replies},
 };
 use crate::{
     clock::Clock,
@@ -190,8 +190,13 @@ async fn open<'a>(
     settings: &'a Settings,
     lasting: &'a mut Lasting,
 ) -> Result<Session<'a>, Failure> {
-    let link = settings.broker.link().await.map_err(Failure::Connect)?;
-    Session::open(settings, lasting, link).await.map_err(Failure::Session)
+    let replies = |link| async move {
+        let replies = open_replies(settings, &link).await?;
+        Ok((link, replies))
+    };
+    let is_final = |failure: &Failure| failure.refusal().is_some();
+    let (link, replies) = settings.broker.link_with(replies, is_final).await?;
+    Session::open(settings, lasting, link, replies).await.map_err(Failure::Session)
 }
 
 fn ended(end: &End, lasting: &Lasting) -> Tally {
@@ -213,6 +218,18 @@ fn ended(end: &End, lasting: &Lasting) -> Tally {
 enum Failure {
     Connect(ConnectError),
     Session(SessionError),
+}
+
+impl From<ConnectError> for Failure {
+    fn from(error: ConnectError) -> Self {
+        Self::Connect(error)
+    }
+}
+
+impl From<SessionError> for Failure {
+    fn from(error: SessionError) -> Self {
+        Self::Session(error)
+    }
 }
 
 impl Failure {

@@ -164,6 +164,7 @@ impl<'a> Session<'a> {
         settings: &'a Settings,
         lasting: &'a mut Lasting,
         link: Link,
+        replies: ExclusiveQueue,
     ) -> Result<Self, SessionError> {
         let watch = link.watch(settings.broker.clone());
         let names = &settings.names;
@@ -177,7 +178,6 @@ impl<'a> Session<'a> {
         let appender = Appender::open(&link.publishing, names).await.map_err(channels)?;
         let outbox = Outbox::open(&link.publishing, names.clone(), settings.worker().clone());
         let outbox = outbox.await.map_err(opening("channels to publish on"))?;
-        let replies = open_replies(settings, &link).await?;
         let inquiries = Inbox::open(
             &link.consuming,
             names.inquiries(),
@@ -647,7 +647,11 @@ impl<'a> Session<'a> {
 }
 
 /// The worker's own queue. What it gets through shows that the link is alive.
-async fn open_replies(settings: &Settings, link: &Link) -> Result<ExclusiveQueue, SessionError> {
+/// The queue that replies come to: opened before anything else, it shows that the node is of use.
+pub(super) async fn open_replies(
+    settings: &Settings,
+    link: &Link,
+) -> Result<ExclusiveQueue, SessionError> {
     let Settings { names, .. } = settings;
     let worker = settings.worker();
     let replies = BoundTo { exchange: names.replies(), key: names::key(worker, "*") };

@@ -9,7 +9,7 @@ use std::{
     io,
     ops::Deref,
     sync::{
-        Mutex, PoisonError,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
@@ -17,8 +17,7 @@ use std::{
 
 use async_rs::TokioRuntime;
 use futures_util::{
-    AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, FutureExt, StreamExt,
-    future::{self, BoxFuture},
+    AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, FutureExt, StreamExt, future::BoxFuture,
     stream::FuturesUnordered,
 };
 use lapin::{
@@ -195,55 +194,75 @@ impl Broker {
     ///
     /// None of the hosts lets us in. If one refuses us, its refusal is reported: waiting doesn't help.
     pub async fn connect(&self, purpose: &str) -> Result<BrokerConnection, ConnectError> {
-        self.first_that(|host| self.connect_to(host, purpose).boxed()).await
+        let is_final = |error: &ConnectError| error.disposition() == Disposition::GiveUp;
+        self.first_that(|host| self.connect_to(host, purpose).boxed(), is_final).await
     }
 
-    /// Connects twice to the same host, like [`Broker::connect`].
-    pub(super) async fn connect_twice(
+    /// Connects to one of the hosts, and opens there what `open` says, like [`Broker::link_with`].
+    ///
+    /// # Errors
+    ///
+    /// None of the hosts does that. The failure of one that `is_final` is reported before others.
+    pub async fn connect_with<T, E, F>(
         &self,
-        [one, other]: [&str; 2],
-    ) -> Result<(BrokerConnection, BrokerConnection), ConnectError> {
-        let connect = |host: &AMQPUri| {
-            let host = host.clone();
-            async move {
-                future::try_join(self.connect_to(&host, one), self.connect_to(&host, other)).await
-            }
+        purpose: &str,
+        open: impl Fn(Arc<BrokerConnection>) -> F + Sync,
+        is_final: impl Fn(&E) -> bool,
+    ) -> Result<T, E>
+    where
+        T: Send,
+        E: From<ConnectError> + Send,
+        F: Future<Output = Result<T, E>> + Send,
+    {
+        let open = &open;
+        let open_at = |host| {
+            async move { open(Arc::new(self.connect_to(host, purpose).await?)).await }.boxed()
         };
-        self.first_that(|host| connect(host).boxed()).await
+        self.first_that(open_at, is_final).await
     }
 
-    /// What the first host gives that lets us in. One that has not answered within a moment, as one
-    /// that is cut off doesn't, is not waited for before the next is tried as well.
-    async fn first_that<'a, T>(
+    /// What the first host gives that does all of what `open` asks. One that has not done so within a
+    /// moment is not waited for before the next is tried as well: it may not answer at all, or let us
+    /// in and be of no use, as a node that is cut off from the others.
+    pub(super) async fn first_that<'a, T, E: From<ConnectError>>(
         &'a self,
-        connect: impl Fn(&'a AMQPUri) -> BoxFuture<'a, Result<T, ConnectError>>,
-    ) -> Result<T, ConnectError> {
+        open: impl Fn(&'a AMQPUri) -> BoxFuture<'a, Result<T, E>>,
+        is_final: impl Fn(&E) -> bool,
+    ) -> Result<T, E> {
         let hosts = self.address.hosts();
         let first = self.rotation.next(hosts.len());
         let mut untried = hosts.iter().cycle().skip(first).take(hosts.len()).peekable();
         let mut trying = FuturesUnordered::new();
-        let mut failed: Option<ConnectError> = None;
+        let mut failed: Option<E> = None;
         loop {
-            match untried.next() {
-                Some(host) => trying.push(connect(host)),
+            let tried = untried.next();
+            match tried {
+                Some(host) => trying.push(open(host)),
                 None if trying.is_empty() => break,
                 None => {}
             }
             let moment = if untried.peek().is_some() { NEXT_HOST_AFTER } else { Duration::MAX };
             match tokio::time::timeout(moment, trying.next()).await {
-                Ok(Some(Ok(connected))) => return Ok(connected),
-                Ok(Some(Err(refused))) if is_final(&refused) => failed = Some(refused),
-                Ok(Some(Err(error))) => failed = failed.filter(is_final).or(Some(error)),
-                Ok(None) | Err(_) => {}
+                Ok(Some(Ok(opened))) => return Ok(opened),
+                Ok(Some(Err(error))) if is_final(&error) => failed = Some(error),
+                Ok(Some(Err(error))) => failed = failed.filter(&is_final).or(Some(error)),
+                Ok(None) => {}
+                Err(_) => tracing::warn!(
+                    host = tried.map(public),
+                    "the broker has not let this process begin its work within {} s; trying the next \
+                     host as well",
+                    NEXT_HOST_AFTER.as_secs()
+                ),
             }
         }
-        Err(failed.unwrap_or_else(|| ConnectError::Silent {
-            host: self.address.to_string(),
-            limit: Duration::ZERO,
+        Err(failed.unwrap_or_else(|| {
+            let (host, limit) = (self.address.to_string(), Duration::ZERO);
+            ConnectError::Silent { host, limit }.into()
         }))
     }
 
-    async fn connect_to(
+    /// Connects to one host.
+    pub(super) async fn connect_to(
         &self,
         uri: &AMQPUri,
         purpose: &str,
@@ -371,10 +390,6 @@ async fn wants_tls(stream: &mut (impl AsyncRead + AsyncWrite + Unpin)) -> bool {
     stream.write_all(b"AMQP\0").await.is_ok()
         && stream.read_exact(&mut answer).await.is_ok()
         && answer == [ALERT]
-}
-
-fn is_final(error: &ConnectError) -> bool {
-    error.disposition() == Disposition::GiveUp
 }
 
 /// Closes a connection, and doesn't wait long for the answer.

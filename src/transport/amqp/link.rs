@@ -23,6 +23,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::transport::amqp::{
     connection::{Broker, BrokerConnection, ConnectError, PublishChannel, close},
+    error::Disposition,
     publisher::{Outgoing, Published, publish_within},
 };
 
@@ -48,8 +49,38 @@ impl Broker {
     ///
     /// None of the hosts lets us in. If one refuses us, its refusal is reported: waiting doesn't help.
     pub async fn link(&self) -> Result<Link, ConnectError> {
-        let (publishing, consuming) = self.connect_twice(["publish", "consume"]).await?;
-        Ok(Link { publishing: Arc::new(publishing), consuming: Arc::new(consuming) })
+        let is_final = |error: &ConnectError| error.disposition() == Disposition::GiveUp;
+        self.link_with(|link| future::ready(Ok(link)), is_final).await
+    }
+
+    /// Connects twice to one host, and opens there what `open` says. A host that does not do that
+    /// within a moment is not waited for before the next is tried as well: a node that is cut off from
+    /// the others lets us in, and declares nothing.
+    ///
+    /// # Errors
+    ///
+    /// None of the hosts does that. The failure of one that `is_final` is reported before others.
+    pub async fn link_with<T, E, F>(
+        &self,
+        open: impl Fn(Link) -> F + Sync,
+        is_final: impl Fn(&E) -> bool,
+    ) -> Result<T, E>
+    where
+        T: Send,
+        E: From<ConnectError> + Send,
+        F: Future<Output = Result<T, E>> + Send,
+    {
+        let open = &open;
+        let open_at = |host| {
+            async move {
+                let publishing = self.connect_to(host, "publish");
+                let consuming = self.connect_to(host, "consume");
+                let (publishing, consuming) = future::try_join(publishing, consuming).await?;
+                open(Link { publishing: publishing.into(), consuming: consuming.into() }).await
+            }
+            .boxed()
+        };
+        self.first_that(open_at, is_final).await
     }
 
     /// Whether the broker takes what is published, on a connection of its own.

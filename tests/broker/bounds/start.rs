@@ -76,6 +76,24 @@ starts! {
         stock, Frames::answers(QUEUE_BIND_OK).on("dtc service stock");
 }
 
+/// A node that is cut off from the others lets everybody in, and declares nothing.
+#[test]
+fn who_is_let_in_by_a_host_that_declares_nothing_begins_at_the_next_one_before_giving_that_up() {
+    for start in [worker, stock] {
+        let mut site = Site::new();
+        let url = site.world.place.url.clone();
+        site.world.place.url = format!("{url},{url}");
+        let frames = Frames::answers(QUEUE_DECLARE_OK);
+        let stopped = site.proxy.rule(frames, Reach::First, Deed::Swallow);
+        let process = start(&site);
+        assert!(stopped.has_come(1, WITHIN), "nothing was stopped");
+        process.wait_for_line(READY, WITHIN);
+        let said = process.stderr.text();
+        assert!(said.contains("trying the next host as well"), "{said}");
+        assert!(!said.contains("failed to"), "the first host was waited for:\n{said}");
+    }
+}
+
 #[test]
 fn a_producer_whose_consumer_is_never_begun_asks_again() {
     asks_again(Frames::answers(CONSUME_OK));
