@@ -4,16 +4,21 @@
 //! by: the broker may still have the queue of the connection before, and where that can't take
 //! results any more, they must not be sent there as well. Whoever listens again has missed what came
 //! in between: [`State`] changes, and those who wait ask again, with the new token.
+//!
+//! **A queue that nothing comes to is given up**, too, after a while that doubles from one to the next:
+//! where services take long, that costs a connection and a copy of each request now and then.
 
 use std::{
     collections::{BTreeMap, VecDeque},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use lapin::{ExchangeKind, message::Delivery, options::ExchangeDeclareOptions, types::FieldTable};
 use tokio::{
     sync::{oneshot, watch},
     task::JoinHandle,
+    time::{Instant, sleep_until},
 };
 
 use crate::{
@@ -37,6 +42,11 @@ use crate::{
     wire::message::decode,
 };
 
+/// How long no result may come while some are waited for, before another connection takes the place of
+/// this one; then twice as long, and so on until one comes. A node that the other nodes have lost sight
+/// of keeps its connections and its queues, and its clients can't tell: only the results don't come.
+const PATIENCE_MIN: Duration = Duration::from_secs(8);
+
 /// How many results may be unacknowledged.
 const PREFETCH: u16 = 1000;
 
@@ -59,7 +69,7 @@ pub(super) enum State {
 pub enum ListenError {
     /// No connection.
     #[error("no connection to listen on")]
-    Connect(#[source] ConnectError),
+    Connect(#[from] ConnectError),
     /// The exchange for results doesn't exist: `dtc topology apply` has yet to be run.
     #[error("there is no exchange `{exchange}`: run `dtc topology apply`")]
     NoTopology {
@@ -165,13 +175,14 @@ impl Listener {
     /// Ends when there is nothing more to be expected.
     async fn receive_always(&self, state: &watch::Sender<State>) {
         let mut supervisor = Supervisor::default();
+        let mut patience = PATIENCE_MIN;
         loop {
             match self.subscribe().await {
-                Ok((connection, mut queue, reply)) => {
+                Ok((connection, (mut queue, reply))) => {
                     supervisor.opened();
                     self.has_worked.set();
                     state.send_replace(State::Up(reply));
-                    self.receive(&mut queue).await;
+                    self.receive(&mut queue, &mut patience).await;
                     state.send_replace(State::Connecting);
                     close(&connection).await;
                 }
@@ -198,16 +209,12 @@ impl Listener {
 
     async fn subscribe(
         &self,
-    ) -> Result<(Arc<BrokerConnection>, ExclusiveQueue, ReplyToken), ListenError> {
-        let connection = self.broker.connect("results").await.map_err(ListenError::Connect)?;
-        let connection = Arc::new(connection);
-        match self.queue(&connection).await {
-            Ok((queue, reply)) => Ok((connection, queue, reply)),
-            Err(error) => {
-                close(&connection).await;
-                Err(error)
-            }
-        }
+    ) -> Result<(Arc<BrokerConnection>, (ExclusiveQueue, ReplyToken)), ListenError> {
+        let queue = |connection| async move {
+            let queue = self.queue(&connection).await?;
+            Ok((connection, queue))
+        };
+        self.broker.connect_with("results", queue, |error| self.is_final(error)).await
     }
 
     /// A queue of our own, which goes when the connection goes.
@@ -245,17 +252,41 @@ impl Listener {
         answer(ANSWER_MAX, channel.close(200, "done".into())).await
     }
 
-    /// Hands out results until no more come.
-    async fn receive(&self, queue: &mut ExclusiveQueue) {
+    /// Hands out results until no more come, or none that is waited for has come for as long as
+    /// `patience`, which doubles then.
+    async fn receive(&self, queue: &mut ExclusiveQueue, patience: &mut Duration) {
+        let mut heard_at = Instant::now();
+        let mut look_at = heard_at + *patience;
         loop {
-            match queue.next().await {
-                Ok(delivery) => {
-                    self.hand_out(&delivery);
-                    queue.ack(delivery.delivery_tag);
-                    queue.flush();
-                }
-                Err(error) => {
-                    tracing::warn!(error = %Chain(&error), "results may be lost: asking again");
+            tokio::select! {
+                biased;
+                delivery = queue.next() => match delivery {
+                    Ok(delivery) => {
+                        (heard_at, *patience) = (Instant::now(), PATIENCE_MIN);
+                        self.hand_out(&delivery);
+                        queue.ack(delivery.delivery_tag);
+                        queue.flush();
+                    }
+                    Err(error) => {
+                        tracing::warn!(error = %Chain(&error), "results may be lost: asking again");
+                        return;
+                    }
+                },
+                () = sleep_until(look_at) => {
+                    let now = Instant::now();
+                    let expected = lock(&self.expected);
+                    let silent_since = expected.oldest().map_or(now, |oldest| oldest.max(heard_at));
+                    look_at = silent_since + *patience;
+                    if look_at > now {
+                        continue;
+                    }
+                    tracing::warn!(
+                        seconds = patience.as_secs(),
+                        expected = expected.waiting.len(),
+                        "no result has come for a while: listening on another connection, and asking \
+                         again"
+                    );
+                    *patience *= 2;
                     return;
                 }
             }
@@ -337,6 +368,7 @@ struct Expected {
 #[derive(Debug)]
 struct Waiting {
     number: u64,
+    since: Instant,
     requested_at: Time,
     hash: RequestHash,
     answer: oneshot::Sender<Answer>,
@@ -351,7 +383,8 @@ impl Expected {
     ) -> u64 {
         self.last_number += 1;
         let TransactionKey { id, requested_at } = key.clone();
-        let waiting = Waiting { number: self.last_number, requested_at, hash, answer };
+        let (number, since) = (self.last_number, Instant::now());
+        let waiting = Waiting { number, since, requested_at, hash, answer };
         self.waiting.entry(id).or_default().push(waiting);
         if self.asked.insert(key.clone(), hash).is_none() {
             self.asked_in_order.push_back(key.clone());
@@ -362,6 +395,11 @@ impl Expected {
             self.asked.remove(&oldest);
         }
         self.last_number
+    }
+
+    /// Since when somebody waits.
+    fn oldest(&self) -> Option<Instant> {
+        self.waiting.values().flatten().map(|it| it.since).min()
     }
 
     fn remove(&mut self, id: &TransactionId, number: u64) {

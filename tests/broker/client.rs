@@ -136,7 +136,7 @@ async fn what_is_not_answered_in_time_can_be_asked_for_again_under_the_same_key(
     let request = take(&mut consumer).await;
     desk.answer(request.reply.as_ref().unwrap().as_str(), &[answer(&request, 0)]).await;
     warm.await.unwrap();
-    let error = client.submit_and_wait(transaction("TX1"), Duration::from_secs(10)).await;
+    let error = client.submit_and_wait(transaction("TX1"), Duration::from_secs(5)).await;
     let WaitError::Unanswered { key, source: None, .. } = error.unwrap_err() else {
         panic!("it was confirmed, and not answered");
     };
@@ -172,6 +172,22 @@ async fn after_a_lost_connection_what_is_unanswered_is_sent_again_under_the_same
     assert_ne!(copy.reply, first.reply);
     let is_copy = Request { reply: first.reply.clone(), ..copy.clone() };
     assert_eq!([&again, &is_copy], [&first, &first]);
+    desk.answer(copy.reply.as_ref().unwrap().as_str(), &[answer(&copy, 0)]).await;
+    assert_eq!(waiting.await.unwrap().requested_at, first.key.requested_at);
+}
+
+/// A node that the others have lost sight of keeps its clients' queues, which no result reaches.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_result_that_does_not_come_is_asked_for_by_another_queue() {
+    let desk = Desk::new(place()).await;
+    let client = desk.client();
+    let waiting = tokio::spawn(async move {
+        client.submit_and_wait(transaction("TX1"), Duration::from_secs(120)).await.unwrap()
+    });
+    let mut consumer = desk.consume().await;
+    let (first, copy) = (take(&mut consumer).await, take(&mut consumer).await);
+    assert_ne!(copy.reply, first.reply, "the same queue was to take the result");
+    assert_eq!(copy.key, first.key);
     desk.answer(copy.reply.as_ref().unwrap().as_str(), &[answer(&copy, 0)]).await;
     assert_eq!(waiting.await.unwrap().requested_at, first.key.requested_at);
 }
