@@ -4,23 +4,15 @@ use std::{fmt, net::Ipv6Addr, str::FromStr};
 
 use lapin::uri::{AMQPScheme, AMQPUri, SASLMechanism};
 
-/// Parameters by which URLs of other clients set TLS. Taken for granted, they would be missed.
-const OF_TLS: [&str; 8] = [
-    "cacertfile",
-    "certfile",
-    "keyfile",
-    "password",
-    "verify",
-    "fail_if_no_peer_cert",
-    "server_name_indication",
-    "depth",
-];
+/// The parameters of a URL that have an effect here.
+const PARAMETERS: [&str; 3] = ["auth_mechanism", "channel_max", "frame_max"];
 
 /// One or more hosts of one cluster.
 ///
 /// As text: AMQP URLs separated by commas, `amqp://user:password@host:port/vhost`, or `amqps://` for
 /// TLS. What is left out is what the AMQP URI specification of RabbitMQ says: user `guest`, port
-/// 5672 (5671), virtual host `/`. With `?auth_mechanism=external` the user is who the client
+/// 5672 (5671), virtual host `/`. Of its query, `auth_mechanism`, `channel_max` and `frame_max` have an
+/// effect, and others are refused. With `?auth_mechanism=external` the user is who the client
 /// certificate says, and there is no password.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Address {
@@ -124,11 +116,31 @@ fn ipv6(url: &str) -> Option<&str> {
     host.strip_prefix('[')?.split_once(']').map(|(address, _)| address)
 }
 
-/// A parameter that would be there for nothing.
-fn parameter_of_tls(url: &str) -> Option<&'static str> {
+/// What is wrong with a parameter that would be there for nothing, as those are by which URLs of other
+/// clients set TLS.
+fn idle_parameter(url: &str) -> Option<String> {
     let (_, query) = url.split_once('?')?;
-    let names = query.split('&').map(|pair| pair.split('=').next().unwrap_or_default());
-    names.into_iter().find_map(|name| OF_TLS.into_iter().find(|known| *known == name))
+    let query = query.split('#').next().unwrap_or_default();
+    let mut names = query.split('&').map(|pair| pair.split('=').next().unwrap_or_default());
+    let idle = names.find(|name| !name.is_empty() && !PARAMETERS.contains(name))?;
+    Some(match idle {
+        "heartbeat" => "`heartbeat` is not set in a URL, but as `broker.heartbeat`".to_owned(),
+        "connection_timeout" => {
+            "`connection_timeout` is not set: each host has 10 s to let a process in".to_owned()
+        }
+        "cacertfile"
+        | "certfile"
+        | "keyfile"
+        | "password"
+        | "verify"
+        | "fail_if_no_peer_cert"
+        | "server_name_indication"
+        | "depth" => {
+            format!("`{idle}` is not set in a URL, but under `broker.tls`")
+        }
+        // It may be the rest of a password.
+        _ => format!("it has a parameter other than {}", PARAMETERS.join(", ")),
+    })
 }
 
 impl FromStr for Address {
@@ -137,24 +149,40 @@ impl FromStr for Address {
     fn from_str(text: &str) -> Result<Self, InvalidAddress> {
         let parts = text.split(',').map(str::trim).filter(|part| !part.is_empty());
         let has_password = parts.clone().map(has_password).collect();
-        let hosts: Result<Vec<AMQPUri>, InvalidAddress> = parts
-            .enumerate()
+        // What follows a `,` that ends no URL tells more than what stands before it.
+        let is_url = |part: &str| part.starts_with("amqp://") || part.starts_with("amqps://");
+        let (urls, others) = parts.enumerate().partition::<Vec<_>, _>(|(_, part)| is_url(part));
+        let hosts: Result<Vec<AMQPUri>, InvalidAddress> = others
+            .into_iter()
+            .chain(urls)
             .map(|(index, part)| {
                 let refuse = |rule: String| InvalidAddress::NotAnUrl { number: index + 1, rule };
-                if !part.starts_with("amqp://") && !part.starts_with("amqps://") {
-                    return Err(refuse("must begin with amqp:// or amqps://".to_owned()));
+                if !is_url(part) {
+                    let rule = match index {
+                        0 => "must begin with amqp:// or amqps://",
+                        _ => {
+                            "must begin with amqp:// or amqps:// (a `,` that ends no URL must be \
+                             written as %2C)"
+                        }
+                    };
+                    return Err(refuse(rule.to_owned()));
                 }
                 if has_late_at(part) {
                     let rule = "a `/` before its `@` must be written as %2F (and `?` as %3F, `#` \
                                 as %23), an `@` after the host as %40";
                     return Err(refuse(rule.to_owned()));
                 }
-                if let Some(name) = parameter_of_tls(part) {
-                    return Err(refuse(format!("`{name}` is not set in a URL")));
+                if let Some(rule) = idle_parameter(part) {
+                    return Err(refuse(rule));
                 }
                 let parsed = part.parse::<AMQPUri>();
                 let mut uri =
                     parsed.map_err(|_| refuse("see RabbitMQ's URI specification".to_owned()))?;
+                if uri.vhost.is_empty() {
+                    let rule = "a `/` at its end names a virtual host without a name: leave it away \
+                                for the virtual host `/`";
+                    return Err(refuse(rule.to_owned()));
+                }
                 if let Some(address) = ipv6(part) {
                     address.clone_into(&mut uri.authority.host);
                 }
@@ -255,16 +283,46 @@ mod tests {
         let address: Address = "amqps://a/v?auth_mechanism=EXTERNAL".parse().unwrap();
         assert!(address.is_external() && address.is_secure());
         assert_eq!(address.masked(), "amqps://a:5671/v?auth_mechanism=external");
-        let address: Address = "amqp://a,amqps://b?heartbeat=1".parse().unwrap();
+        let address: Address = "amqp://a,amqps://b?frame_max=8192".parse().unwrap();
         assert!(address.is_secure() && !address.is_external());
         let complaint = "amqp://a?auth_mechanism=external".parse::<Address>().unwrap_err();
         assert!(complaint.to_string().ends_with("wants amqps://"), "{complaint}");
     }
 
     #[test]
-    fn a_parameter_that_would_be_missed_is_refused() {
-        let complaint = "amqps://a?heartbeat=1&cacertfile=/ca.pem".parse::<Address>().unwrap_err();
-        assert!(complaint.to_string().ends_with("`cacertfile` is not set in a URL"), "{complaint}");
+    fn a_parameter_that_would_have_no_effect_is_refused() {
+        for (query, rule) in [
+            ("frame_max=8192&cacertfile=/ca.pem", "not set in a URL, but under `broker.tls`"),
+            ("heartbeat=0", "`heartbeat` is not set in a URL, but as `broker.heartbeat`"),
+            ("connection_timeout=1", "each host has 10 s to let a process in"),
+            ("secret=1", "a parameter other than auth_mechanism, channel_max, frame_max"),
+        ] {
+            let complaint = format!("amqps://a?{query}").parse::<Address>().unwrap_err();
+            assert!(complaint.to_string().ends_with(rule), "{query}: {complaint}");
+            assert!(!complaint.to_string().contains("secret"), "{complaint}");
+        }
+    }
+
+    #[test]
+    fn a_virtual_host_without_a_name_is_refused_with_the_way_to_the_usual_one() {
+        for url in ["amqp://a/", "amqp://me:secret@a:1/?frame_max=8192"] {
+            let complaint = url.parse::<Address>().unwrap_err().to_string();
+            assert!(complaint.ends_with("leave it away for the virtual host `/`"), "{complaint}");
+        }
+        for url in ["amqp://a", "amqp://a/%2f"] {
+            assert_eq!(url.parse::<Address>().unwrap().hosts()[0].vhost, "/");
+        }
+    }
+
+    #[test]
+    fn a_comma_in_a_password_is_pointed_out() {
+        for url in ["amqp://me:se,cret@a", "amqp://me:1,cret@a/v"] {
+            let complaint = url.parse::<Address>().unwrap_err().to_string();
+            assert!(complaint.contains("must be written as %2C"), "{complaint}");
+            assert!(!complaint.contains("cret"), "{complaint}");
+        }
+        let address: Address = "amqp://me:se%2Ccret@a".parse().unwrap();
+        assert_eq!(address.hosts()[0].authority.userinfo.password, "se,cret");
     }
 
     #[test]
@@ -295,7 +353,8 @@ mod tests {
         let complaint = "amqp://a,http://me:secret@b".parse::<Address>().unwrap_err().to_string();
         assert_eq!(
             complaint,
-            "part 2 of the broker's address is no AMQP URL: must begin with amqp:// or amqps://"
+            "part 2 of the broker's address is no AMQP URL: must begin with amqp:// or amqps:// (a \
+             `,` that ends no URL must be written as %2C)"
         );
         assert!("amqp://me:se cret@b:x/".parse::<Address>().unwrap_err().to_string().len() < 100);
         assert!("".parse::<Address>().is_err());
