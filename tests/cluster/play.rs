@@ -168,6 +168,8 @@ impl Stage {
             let played = self.play_in(scenario, number, &mut system, &mut verdict);
             if played.is_err() || !verdict.is_good() {
                 self.explain(scenario, number, &system);
+            } else if verdict.late.is_some() {
+                self.keep_logs(scenario, number, &system);
             }
             drop(system);
             played
@@ -376,6 +378,11 @@ impl Stage {
         for (name, lines) in system.logs(SHOWN) {
             println!("    --- {name}\n{lines}");
         }
+        self.keep_logs(scenario, number, system);
+    }
+
+    /// Keeps what the processes and the nodes have to say.
+    fn keep_logs(&self, scenario: &Scenario, number: usize, system: &System) {
         let kept = self.kept.join(format!("{}-{number}", scenario.name));
         if let Err(error) = self.keep(&kept, system) {
             println!("    the logs can't be kept in {}: {error:#}", kept.display());

@@ -33,13 +33,17 @@ use crate::transport::amqp::{
     bounded::{ANSWER_MAX, AskError, answer},
     error::{Disposition, is_not_found, is_refusal},
     frames::{FRAME_MAX, Filter, Returns},
-    screened::{Screened, screening},
+    screened::{Connected, Screened, screening},
     tls::{Tls, TlsError},
     unique,
 };
 
 /// How long a host has before the next one is tried as well.
 const NEXT_HOST_AFTER: Duration = Duration::from_secs(2);
+
+/// How long one address may take to answer at all. A packet that was lost is sent again by then, once:
+/// by the system's own pauses, an address that can be reached again is tried only seconds later.
+const REACH_MAX: Duration = Duration::from_secs(2);
 
 /// How long a broker that has ended a connection may take to say why on another one.
 const SAYS_WHY_WITHIN: Duration = Duration::from_secs(1);
@@ -308,8 +312,7 @@ impl Broker {
             }
         };
         let reach = async || {
-            let addresses = runtime.to_socket_addrs((host.clone(), port));
-            let stream = AsyncTcpStream::connect(&runtime, addresses).await?;
+            let stream = reach(&runtime, &host, port).await?;
             match &secure {
                 Some((connector, name)) => stream.into_rustls(connector, name).await,
                 None => Ok(stream),
@@ -380,6 +383,27 @@ enum Failed {
     /// It wants TLS.
     Plain,
     Amqp(lapin::Error),
+}
+
+/// The first address of `host` that answers.
+async fn reach(
+    runtime: &TokioRuntime,
+    host: &str,
+    port: u16,
+) -> io::Result<AsyncTcpStream<Connected>> {
+    let mut failed = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    for address in tokio::net::lookup_host((host, port)).await? {
+        let connecting = AsyncTcpStream::connect(runtime, address);
+        match tokio::time::timeout(REACH_MAX, connecting).await {
+            Ok(Ok(stream)) => return Ok(stream),
+            Ok(Err(error)) => failed = error,
+            Err(_) => {
+                let told = format!("{address} did not answer within {} s", REACH_MAX.as_secs());
+                failed = io::Error::new(io::ErrorKind::TimedOut, told);
+            }
+        }
+    }
+    Err(failed)
 }
 
 /// Whether what is said in plain is answered by an alert of TLS. A broker that speaks AMQP waits for
@@ -500,9 +524,27 @@ impl Default for Backoff {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::{
+        net::{TcpListener, TcpStream},
+        time::Duration,
+    };
 
-    use super::Backoff;
+    use super::{Backoff, Broker};
+    use crate::error::Chain;
+
+    /// A system whose listener has no room answers nothing, like one that is cut off.
+    #[tokio::test]
+    async fn an_address_that_answers_nothing_is_given_up_before_the_system_would() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let connect = |_| TcpStream::connect_timeout(&address, Duration::from_millis(300)).ok();
+        let waiting: Vec<_> = (0..10_000).map_while(connect).collect();
+        assert!(waiting.len() < 10_000, "the listener has room for all of them");
+        let broker = Broker::new(format!("amqp://{address}").parse().unwrap(), "test");
+        let error = broker.connect("test").await.unwrap_err();
+        let told = Chain(&error).to_string();
+        assert!(told.ends_with(&format!("{address} did not answer within 2 s")), "{told}");
+    }
 
     #[test]
     fn pauses_grow_to_their_bound_and_are_never_shorter_than_half() {

@@ -21,7 +21,7 @@ use crate::transport::amqp::frames::{FRAME_MAX, Filter, Returns, Step};
 const READ_SIZE: usize = 64 * 1024;
 
 /// What tokio connects with.
-type Connected = <Tokio as Reactor>::TcpStream;
+pub(super) type Connected = <Tokio as Reactor>::TcpStream;
 
 /// A stream whose reader sees nothing that lapin could not parse.
 pub(super) struct Screened<S> {
