@@ -33,8 +33,8 @@ pub const VALUES_MAX: usize = 4096;
 /// The frame size that we agree to: RabbitMQ's own default.
 pub const FRAME_MAX: u32 = 131_072;
 
-/// The smallest frame size that two peers may agree to.
-const FRAME_MAX_MIN: u32 = 4096;
+/// The smallest frame size that lapin agrees to.
+const FRAME_MAX_MIN: u32 = lapin::protocol::constants::FRAME_MIN_SIZE;
 
 /// Type, channel and size of a frame.
 const HEAD: usize = 7;
@@ -65,6 +65,7 @@ const APP_ID_FLAG: u16 = 1 << 3;
 const COMPACT: usize = HEAD + BEFORE_PROPERTIES + FLAGS + 4 + MARKER_MIN + TOO_LARGE.len() + 1;
 
 const TOO_LARGE: &str = "its properties are larger than a frame may be";
+const TOO_NARROW: &str = "its `frame_max` is less than 8192 bytes: set it to 8192 or more";
 const TOO_DEEP: &str = "its headers nest more than 64 levels deep";
 const TOO_MANY: &str = "its headers have more than 4096 values";
 const MALFORMED_HEADERS: &str = "its headers are not a table as AMQP has it";
@@ -230,8 +231,11 @@ impl Filter {
             (10, 41 | 60) => &[ShortString],
             (10, 50) | (20, 40) => &[Short, ShortString, Short, Short],
             (10, 30) => {
-                let theirs = u32_at(payload, 6).filter(|theirs| *theirs > 0);
-                self.frame_max = self.frame_max.min(theirs.unwrap_or(u32::MAX)).max(FRAME_MAX_MIN);
+                let theirs = u32_at(payload, 6).filter(|theirs| *theirs > 0).unwrap_or(u32::MAX);
+                if theirs < FRAME_MAX_MIN {
+                    return Err(TOO_NARROW);
+                }
+                self.frame_max = self.frame_max.min(theirs);
                 &[Short, Long, Short]
             }
             // channel: open-ok
@@ -632,8 +636,8 @@ mod tests {
     };
 
     use super::{
-        BODY, DEPTH_MAX, END, FRAME_MAX, Filter, HEADER, METHOD, Returns, Step, UNREADABLE,
-        VALUES_MAX,
+        BODY, DEPTH_MAX, END, FRAME_MAX, Filter, HEADER, METHOD, Returns, Step, TOO_NARROW,
+        UNREADABLE, VALUES_MAX,
     };
 
     /// What is passed on of bytes that come in pieces of these sizes, again and again.
@@ -832,6 +836,17 @@ mod tests {
         let passed = screened(&bytes);
         let passed = passed.get(tune.len() + 8..).unwrap();
         assert!(why(&properties(passed)).is_some());
+    }
+
+    /// lapin would ask for 8192 all the same, and the broker end the connection without a word.
+    #[test]
+    fn a_broker_that_allows_smaller_frames_than_lapin_has_is_told_what_to_set() {
+        for (frame_max, is_refused) in [(0_u32, false), (4096, true), (8191, true), (8192, false)] {
+            let tune = [&[0, 10, 0, 30, 0, 9][..], &frame_max.to_be_bytes(), &[0, 60]].concat();
+            let mut tune = frame(1, 0, &tune);
+            let step = filter().step(&mut tune);
+            assert_eq!(matches!(step, Step::Refuse(why) if why == TOO_NARROW), is_refused);
+        }
     }
 
     #[test]
