@@ -35,7 +35,7 @@ use crate::{
         error::{Disposition, is_not_found},
         exclusive::{BoundTo, ExclusiveError, ExclusiveQueue},
         names::{Names, key},
-        rejected::unreadable,
+        rejected::{undecodable, unreadable},
         supervisor::Supervisor,
         unique,
     },
@@ -301,7 +301,7 @@ impl Listener {
         let answers = match decode::<Answer>(&delivery.data) {
             Ok(answers) => answers,
             Err(error) => {
-                tracing::warn!(%error, "not a result");
+                tracing::warn!(error = undecodable(delivery, &error), "not a result");
                 return;
             }
         };

@@ -11,7 +11,7 @@ use crate::{
         message::{Delivery, Finish, Prepare, Query},
         participant::Event,
     },
-    transport::amqp::rejected::{shown, unreadable},
+    transport::amqp::rejected::{shown, undecodable, unreadable},
     wire::message::{Cancel, Item, Kind, decode, sorted_out},
 };
 
@@ -122,7 +122,7 @@ fn read_items<T: Item, W: Clone>(
     let (worker, items) = match (worker, decode::<T>(&message.data)) {
         (Ok(worker), Ok(items)) => (worker, items),
         (Err(reason), Ok(_)) => return bad(reason),
-        (_, Err(malformed)) => return bad(malformed.to_string()),
+        (_, Err(malformed)) => return bad(undecodable(message, &malformed)),
     };
     let (items, complaints) = sorted_out(items, |item| Ok(told(worker.clone(), item)));
     Read { items, bad: (!complaints.is_empty()).then(|| complaints.join("\n")) }

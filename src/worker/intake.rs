@@ -13,7 +13,7 @@ use crate::{
     },
     transport::amqp::{
         names::{self, PREPARES_MAX},
-        rejected::{shown, unreadable},
+        rejected::{shown, undecodable, unreadable},
     },
     wire::message::{Item, Kind, RequestMalformed, decode, decode_request, sorted_out},
 };
@@ -80,7 +80,12 @@ pub(super) fn request(message: &Message) -> Result<Request, RequestMalformed> {
         None if kind.is_some() && kind_of(message) != Some(Kind::Request) => {
             unexpected(message, kind_of(message))
         }
-        None => return decoded,
+        None => {
+            return decoded.map_err(|malformed| {
+                let reason = undecodable(message, &malformed.reason);
+                RequestMalformed { reason, ..malformed }
+            });
+        }
     };
     // Its producer is told, if the body says who that is.
     Err(match decoded {
@@ -152,7 +157,7 @@ impl Intake {
     fn items<T: Item>(&mut self, message: &Message, event: impl Fn(T) -> Result<Event, String>) {
         let items = match decode::<T>(&message.data) {
             Ok(items) => items,
-            Err(error) => return self.complaints.push(error.to_string()),
+            Err(error) => return self.complaints.push(undecodable(message, &error)),
         };
         (self.events, self.complaints) = sorted_out(items, event);
     }
@@ -190,6 +195,20 @@ mod tests {
             assert_eq!(malformed.reply.unwrap().as_str(), "r1");
             assert_eq!(malformed.requested_at.unwrap().as_millis(), 7000);
         }
+    }
+
+    #[test]
+    fn a_compressed_body_is_rejected_by_the_name_of_its_encoding() {
+        let mut message =
+            Message::mock(1, "e".into(), "request".into(), false, vec![0x1f, 0x8b, 8, 0]);
+        let properties = BasicProperties::default().with_timestamp(7);
+        message.properties = properties.clone().with_content_encoding("gzip".into());
+        let reason = request(&message).unwrap_err().reason;
+        assert!(
+            reason.starts_with("content encoding `gzip` is not known: a body must be plain JSON")
+        );
+        message.properties = properties.with_content_encoding("UTF-8".into());
+        assert!(!request(&message).unwrap_err().reason.contains("encoding"));
     }
 
     #[test]

@@ -3,6 +3,8 @@
 //! The message goes as it came to the queue of rejected ones; headers say why, and where it came
 //! from.
 
+use std::fmt;
+
 use lapin::{
     message::Delivery,
     types::{AMQPValue, FieldTable, ShortString},
@@ -22,6 +24,9 @@ pub fn rejected(names: &Names, queue: &str, delivery: &Delivery, reason: &str) -
     put(&mut headers, "routing_key", delivery.routing_key.as_str());
     if let Some(kind) = delivery.properties.kind() {
         put(&mut headers, "type", kind.as_str());
+    }
+    if let Some(encoding) = delivery.properties.content_encoding() {
+        put(&mut headers, "content_encoding", encoding.as_str());
     }
     Outgoing {
         body: delivery.data.clone(),
@@ -51,6 +56,17 @@ pub fn unreadable(delivery: &Delivery) -> Option<String> {
     let why = headers.inner().get(UNREADABLE)?.as_long_string();
     let why = why.map(|why| shown(why.to_string().trim_end())).unwrap_or_default();
     Some(format!("the message is unreadable: {why}"))
+}
+
+/// What is wrong with the body of `delivery`, by `error`; and that it is encoded, if its sender says so.
+pub fn undecodable(delivery: &Delivery, error: &dyn fmt::Display) -> String {
+    const PLAIN: [&str; 4] = ["", "utf-8", "utf8", "identity"];
+    let encoding = delivery.properties.content_encoding().as_ref().map_or("", |it| it.as_str());
+    if PLAIN.iter().any(|plain| encoding.eq_ignore_ascii_case(plain)) {
+        return error.to_string();
+    }
+    let encoding = shown(encoding);
+    format!("content encoding `{encoding}` is not known: a body must be plain JSON; {error}")
 }
 
 /// What a sender has called something, short and on one line, as a reason has it.
