@@ -5,6 +5,7 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
+    fs::File,
     io::{self, BufWriter},
     pin::Pin,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
@@ -40,6 +41,10 @@ const BATCH_MAX: usize = 512;
 /// are printed in order.
 const AHEAD_MAX: usize = 1_000_000;
 
+/// How many files a process must be able to open besides those that it was given: tokio panics where it
+/// can't make the pair of sockets by which it hears of signals.
+const FILES_MIN: usize = 8;
+
 /// A runtime, and who hears signals. To be called before anything is read: what is read may be a
 /// terminal, or a pipe that never ends.
 pub(super) fn runtime() -> Result<(Runtime, watch::Sender<bool>), Failure> {
@@ -52,6 +57,9 @@ pub(super) fn daemon_runtime() -> Result<(Runtime, watch::Sender<bool>), Failure
 }
 
 fn runtime_and(hangup: Hangup) -> Result<(Runtime, watch::Sender<bool>), Failure> {
+    let room: io::Result<Vec<File>> = (0..FILES_MIN).map(|_| File::open("/dev/null")).collect();
+    room.with_context(|| format!("failed to open {FILES_MIN} files at once: raise `ulimit -n`"))
+        .map_err(|error| Failure::new(Exit::Incomplete, error))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()

@@ -1,8 +1,8 @@
 //! Files that are not as they should be, and odd ones that are.
 
-use crate::world::{World, output, output_given, transaction};
+use crate::world::{World, dtc, output, output_given, transaction};
 use serde_json::{Value, json};
-use std::fs;
+use std::{fs, process::Command};
 
 const SERVICES: &str = r#"[{"name": "a", "max_concurrency": 2}]"#;
 
@@ -236,4 +236,20 @@ fn a_long_list_of_complaints_is_cut_and_counted() {
     let ended = output(&mut world.run()).exited(65).silent();
     assert_eq!(ended.stderr.lines().count(), 101);
     assert_eq!(ended.stderr.lines().last(), Some("and 50 more"));
+}
+
+/// tokio panics where it can't make the sockets by which it hears of signals.
+#[test]
+fn a_limit_of_open_files_that_is_too_low_is_told_and_no_panic() {
+    for limit in 3..20 {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", &format!("ulimit -n {limit}; exec \"$0\" \"$@\"")]);
+        shell.arg(dtc().get_program()).args(["run", "--services", "deploy/examples/services.json"]);
+        shell.args(["--transactions", "deploy/examples/transactions.json"]);
+        let ended = output(shell.current_dir(env!("CARGO_MANIFEST_DIR")));
+        assert!(!ended.stderr.contains("panicked"), "{limit}: {}", ended.stderr);
+        // With too few for libraries to be loaded, nobody but the system can say anything.
+        let is_told = ended.stderr.to_lowercase().contains("open ");
+        assert!(ended.status.success() || is_told, "{limit}: {}", ended.stderr);
+    }
 }
