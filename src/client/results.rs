@@ -184,7 +184,8 @@ impl Listener {
                     state.send_replace(State::Up(reply));
                     self.receive(&mut queue, &mut patience).await;
                     state.send_replace(State::Connecting);
-                    close(&connection).await;
+                    // Nobody waits for its goodbye: it may be of no use for that either.
+                    tokio::spawn(async move { close(&connection).await });
                 }
                 Err(error) if self.is_final(&error) => {
                     state.send_replace(State::Failed(error));

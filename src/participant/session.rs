@@ -241,7 +241,8 @@ impl Session {
                 undone: BTreeMap::new(),
             }),
             Err(error) => {
-                link.close().await;
+                // Nobody waits for its goodbye: it may be of no use for that either.
+                tokio::spawn(link.close());
                 Err(error)
             }
         }

@@ -6,6 +6,7 @@ use std::{sync::Arc, time::Duration};
 
 use dtc::transport::amqp::{
     connection::{Broker as Address, close},
+    pool::Channels,
     publisher::{LaneLost, Outgoing, Publisher},
 };
 use lapin::{
@@ -14,7 +15,10 @@ use lapin::{
     types::{FieldTable, ShortString},
 };
 
-use crate::broker::{Place, place};
+use crate::{
+    broker::{Place, place},
+    proxy::{Frames, Proxy},
+};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -33,6 +37,28 @@ fn address(place: &Place) -> Address {
 
 fn large(key: &ShortString) -> Outgoing {
     Outgoing { key: key.clone(), body: vec![b'x'; 1024 * 1024], ..Outgoing::default() }
+}
+
+/// As those of a producer that asks again whenever it listens by another queue: none of its publishes is
+/// waited for as long as it takes to tell that the broker is silent.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_that_confirms_nothing_is_given_up_though_nobody_waits_for_long() {
+    let place = place();
+    let (_channel, queue) = queue(&place).await;
+    let proxy = Proxy::to(&place.url);
+    let broker = Address::new(proxy.url(&place.url).parse().unwrap(), "test");
+    let channels = Channels::new(broker, 1);
+    let message = || Outgoing { key: queue.clone(), ..Outgoing::default() };
+    channels.publish(message()).await.unwrap();
+    let stopped = proxy.stop(Frames::confirms());
+    for _ in 0..30 {
+        let publishing = channels.publish(message());
+        if let Ok(Ok(())) = tokio::time::timeout(Duration::from_secs(1), publishing).await {
+            assert!(stopped.count() > 0, "nothing was stopped");
+            return;
+        }
+    }
+    panic!("the broker was silent on one connection, and no other was made");
 }
 
 #[tokio::test]

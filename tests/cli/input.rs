@@ -116,7 +116,7 @@ fn the_services_may_come_from_stdin() {
     command.args(["--output", "ndjson"]);
     let ended = output_given(&mut command, SERVICES.as_bytes()).exited(65).silent();
     assert!(ended.stderr.contains("must have at least one service"), "{}", ended.stderr);
-    let mut command = crate::world::dtc();
+    let mut command = dtc();
     let transactions = world.path("transactions.json");
     command.args(["run", "--services", "-", "--transactions"]).arg(transactions);
     let ended = output_given(&mut command, SERVICES.as_bytes()).exited(0);

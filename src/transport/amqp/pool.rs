@@ -5,14 +5,14 @@
 //! message; its confirm is awaited apart, so that a few channels serve any number of publishers.
 
 use std::{
-    sync::{Arc, Mutex as StdMutex, PoisonError},
+    sync::{Arc, Mutex as StdMutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use deadpool::managed::{Manager, Metrics, Pool, PoolError, RecycleError, RecycleResult};
 use futures_util::StreamExt as _;
 use lapin::{Event, types::ShortString};
-use tokio::sync::Mutex;
+use tokio::{sync::Mutex, time::Instant};
 
 use crate::transport::amqp::{
     bounded::{ANSWER_MAX, AskError, answer},
@@ -102,7 +102,17 @@ impl Channels {
     pub async fn publish(&self, message: Outgoing) -> Result<(), PublishError> {
         let (exchange, key) = (message.exchange.clone(), message.key.clone());
         let Pooled { channel, connection } = self.channel().await?;
-        match publish_within(channel, message, CONFIRM_MAX).await {
+        let published = match connection.is_silent() {
+            false => {
+                connection.asked();
+                publish_within(channel, message, CONFIRM_MAX).await
+            }
+            true => Published::Unconfirmed(CONFIRM_MAX),
+        };
+        if !matches!(published, Published::Unconfirmed(_)) {
+            connection.answered();
+        }
+        match published {
             Published::Confirmed => Ok(()),
             Published::Unconfirmed(_) => {
                 if let Some(blocked) = self.blocked() {
@@ -135,7 +145,8 @@ impl Channels {
         self.open().await?;
         let connection = self.pool.manager().connection.lock().await.clone();
         let Some(connection) = connection else { return Err(PublishError::Closed) };
-        answer(ANSWER_MAX, counts(&connection, queue)).await.map_err(PublishError::Open)
+        let asking = counts(&connection.connection, queue);
+        answer(ANSWER_MAX, asking).await.map_err(PublishError::Open)
     }
 
     /// One of the channels; others may be using it too.
@@ -156,7 +167,7 @@ impl Channels {
     pub async fn close(&self) {
         self.pool.close();
         if let Some(connection) = self.pool.manager().connection.lock().await.take() {
-            close(&connection).await;
+            close(&connection.connection).await;
         }
     }
 }
@@ -165,20 +176,43 @@ impl Channels {
 #[derive(Clone, Debug)]
 struct Pooled {
     channel: PublishChannel,
-    connection: Arc<BrokerConnection>,
+    connection: Arc<Standing>,
+}
+
+/// A connection, and whether it answers: those who published on it may be gone before they could
+/// tell.
+#[derive(Debug)]
+struct Standing {
+    connection: BrokerConnection,
+    /// When the first message was published since the broker has answered.
+    unanswered_since: Arc<StdMutex<Option<Instant>>>,
+}
+
+impl Standing {
+    fn asked(&self) {
+        lock(&self.unanswered_since).get_or_insert_with(Instant::now);
+    }
+
+    fn answered(&self) {
+        *lock(&self.unanswered_since) = None;
+    }
+
+    fn is_silent(&self) -> bool {
+        lock(&self.unanswered_since).is_some_and(|since| since.elapsed() >= CONFIRM_MAX)
+    }
 }
 
 /// Opens channels, on a connection that it makes when there is none.
 #[derive(Debug)]
 struct Opener {
     broker: Broker,
-    connection: Mutex<Option<Arc<BrokerConnection>>>,
+    connection: Mutex<Option<Arc<Standing>>>,
     alarm: Arc<StdMutex<Option<String>>>,
 }
 
 impl Opener {
     /// The broker gives no answers on `silent`: another connection takes its place.
-    async fn discard(&self, silent: Arc<BrokerConnection>, exchange: &ShortString) {
+    async fn discard(&self, silent: Arc<Standing>, exchange: &ShortString) {
         let mut standing = self.connection.lock().await;
         if standing.take_if(|it| Arc::ptr_eq(it, &silent)).is_some() {
             tracing::warn!(
@@ -187,14 +221,16 @@ impl Opener {
                 CONFIRM_MAX.as_secs()
             );
             // Its channels are of no use from here on. Nobody waits for its goodbye.
-            tokio::spawn(async move { close(&silent).await });
+            tokio::spawn(async move { close(&silent.connection).await });
         }
     }
 
-    async fn connect(&self) -> Result<BrokerConnection, PublishError> {
+    async fn connect(&self) -> Result<Standing, PublishError> {
         let connection = self.broker.connect("publish").await.map_err(PublishError::Connect)?;
         let (mut events, alarm) = (Box::pin(connection.events_listener()), self.alarm.clone());
         *lock(&alarm) = None;
+        let unanswered_since = Arc::new(StdMutex::new(None));
+        let unanswered = Arc::clone(&unanswered_since);
         // It ends with the connection.
         tokio::spawn(async move {
             while let Some(event) = events.next().await {
@@ -203,17 +239,19 @@ impl Opener {
                         tracing::warn!(reason, "the broker takes no messages for now");
                         *lock(&alarm) = Some(reason);
                     }
-                    Event::ConnectionUnblocked => *lock(&alarm) = None,
+                    Event::ConnectionUnblocked => {
+                        (*lock(&alarm), *lock(&unanswered)) = (None, None);
+                    }
                     Event::Connected | Event::SendFlow(_) | Event::Error(_) | _ => {}
                 }
             }
         });
-        Ok(connection)
+        Ok(Standing { connection, unanswered_since })
     }
 }
 
-fn lock(alarm: &StdMutex<Option<String>>) -> std::sync::MutexGuard<'_, Option<String>> {
-    alarm.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock<T>(mutex: &StdMutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Manager for Opener {
@@ -222,12 +260,12 @@ impl Manager for Opener {
 
     async fn create(&self) -> Result<Pooled, PublishError> {
         let mut connection = self.connection.lock().await;
-        let standing = connection.take().filter(|it| it.status().connected());
+        let standing = connection.take().filter(|it| it.connection.status().connected());
         let standing = match standing {
             Some(standing) => standing,
             None => Arc::new(self.connect().await?),
         };
-        let opened = PublishChannel::open(&standing).await;
+        let opened = PublishChannel::open(&standing.connection).await;
         // One that answers nothing is not asked again.
         if !opened.as_ref().is_err_and(AskError::is_silent) {
             *connection = Some(Arc::clone(&standing));
@@ -237,7 +275,8 @@ impl Manager for Opener {
     }
 
     async fn recycle(&self, pooled: &mut Pooled, _: &Metrics) -> RecycleResult<PublishError> {
-        if pooled.channel.status().connected() && pooled.connection.status().connected() {
+        if pooled.channel.status().connected() && pooled.connection.connection.status().connected()
+        {
             return Ok(());
         }
         Err(RecycleError::message("the channel is closed"))
