@@ -6,6 +6,7 @@
 //! are believed to go on, and acknowledge what is no longer held.
 
 use std::{
+    collections::VecDeque,
     io,
     ops::Deref,
     sync::{
@@ -27,6 +28,7 @@ use lapin::{
     types::{FieldTable, ShortString},
     uri::{AMQPScheme, AMQPUri},
 };
+use tokio::time::{Instant, timeout_at};
 
 use crate::transport::amqp::{
     address::{Address, is_external, public},
@@ -40,6 +42,9 @@ use crate::transport::amqp::{
 
 /// How long a host has before the next one is tried as well.
 const NEXT_HOST_AFTER: Duration = Duration::from_secs(2);
+
+/// How many hosts that have failed are tried again while another one is silent.
+const RETRIES_MAX: u32 = 4;
 
 /// How long one address may take to answer at all. A packet that was lost is sent again by then, once:
 /// by the system's own pauses, an address that can be reached again is tried only seconds later.
@@ -227,7 +232,8 @@ impl Broker {
 
     /// What the first host gives that does all of what `open` asks. One that has not done so within a
     /// moment is not waited for before the next is tried as well: it may not answer at all, or let us
-    /// in and be of no use, as a node that is cut off from the others.
+    /// in and be of no use, as a node that is cut off from the others. While one is still silent, those
+    /// that have failed are tried again.
     pub(super) async fn first_that<'a, T, E: From<ConnectError>>(
         &'a self,
         open: impl Fn(&'a AMQPUri) -> BoxFuture<'a, Result<T, E>>,
@@ -235,28 +241,48 @@ impl Broker {
     ) -> Result<T, E> {
         let hosts = self.address.hosts();
         let first = self.rotation.next(hosts.len());
-        let mut untried = hosts.iter().cycle().skip(first).take(hosts.len()).peekable();
+        let in_turn = hosts.iter().cycle().skip(first).take(hosts.len());
+        // From when on each is to be tried.
+        let mut untried: VecDeque<_> = in_turn.map(|host| (Instant::now(), host)).collect();
+        let mut retries_left = RETRIES_MAX;
         let mut trying = FuturesUnordered::new();
         let mut failed: Option<E> = None;
         loop {
-            let tried = untried.next();
+            let now = Instant::now();
+            let tried = untried.pop_front_if(|(from, _)| *from <= now).map(|(_, host)| host);
             match tried {
-                Some(host) => trying.push(open(host)),
+                Some(host) => trying.push(open(host).map(move |opened| (host, opened))),
                 None if trying.is_empty() => break,
                 None => {}
             }
-            let moment = if untried.peek().is_some() { NEXT_HOST_AFTER } else { Duration::MAX };
-            match tokio::time::timeout(moment, trying.next()).await {
-                Ok(Some(Ok(opened))) => return Ok(opened),
-                Ok(Some(Err(error))) if is_final(&error) => failed = Some(error),
-                Ok(Some(Err(error))) => failed = failed.filter(&is_final).or(Some(error)),
+            let next = untried.front().map(|(from, _)| (*from).max(now + NEXT_HOST_AFTER));
+            let ended = match next {
+                Some(next) => timeout_at(next, trying.next()).await,
+                None => Ok(trying.next().await),
+            };
+            match ended {
+                Ok(Some((_, Ok(opened)))) => return Ok(opened),
+                Ok(Some((host, Err(error)))) => {
+                    failed = match is_final(&error) {
+                        true => Some(error),
+                        false => failed.filter(&is_final).or(Some(error)),
+                    };
+                    if retries_left > 0 {
+                        retries_left -= 1;
+                        untried.push_back((Instant::now() + NEXT_HOST_AFTER, host));
+                    }
+                }
                 Ok(None) => {}
-                Err(_) => tracing::warn!(
-                    host = tried.map(public),
-                    "the broker has not let this process begin its work within {} s; trying the next \
-                     host as well",
-                    NEXT_HOST_AFTER.as_secs()
-                ),
+                Err(_) => {
+                    if let Some(host) = tried {
+                        tracing::warn!(
+                            host = public(host),
+                            "the broker has not let this process begin its work within {} s; trying \
+                             the next host as well",
+                            NEXT_HOST_AFTER.as_secs()
+                        );
+                    }
+                }
             }
         }
         Err(failed.unwrap_or_else(|| {
@@ -526,11 +552,33 @@ impl Default for Backoff {
 mod tests {
     use std::{
         net::{TcpListener, TcpStream},
+        sync::atomic::AtomicUsize,
         time::Duration,
     };
 
-    use super::{Backoff, Broker};
+    use super::{Backoff, Broker, Rotation};
     use crate::error::Chain;
+
+    /// As when all hosts were cut off, and one of them has let us in and answers nothing more.
+    #[tokio::test]
+    async fn a_host_that_failed_is_tried_again_while_another_one_is_silent() {
+        let [failing, silent] = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
+        let url = |at: &TcpListener| format!("amqp://{}", at.local_addr().unwrap());
+        let address = format!("{},{}", url(&failing), url(&silent)).parse().unwrap();
+        let rotation = Rotation(AtomicUsize::new(0));
+        let broker = Broker { rotation, ..Broker::new(address, "test") };
+        let connecting = tokio::spawn(async move { broker.connect("test").await });
+        let trying = tokio::task::spawn_blocking(move || {
+            // It is asked twice: once more for what is wrong.
+            (0..2).for_each(|_| drop(failing.accept().unwrap()));
+            let waiting = silent.accept().unwrap();
+            drop(failing.accept().unwrap());
+            waiting
+        });
+        let waiting = tokio::time::timeout(Duration::from_secs(9), trying).await;
+        drop(waiting.expect("it is not tried again").unwrap());
+        connecting.abort();
+    }
 
     /// A system whose listener has no room answers nothing, like one that is cut off.
     #[tokio::test]
