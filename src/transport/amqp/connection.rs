@@ -568,15 +568,21 @@ mod tests {
         let rotation = Rotation(AtomicUsize::new(0));
         let broker = Broker { rotation, ..Broker::new(address, "test") };
         let connecting = tokio::spawn(async move { broker.connect("test").await });
-        let trying = tokio::task::spawn_blocking(move || {
-            // It is asked twice: once more for what is wrong.
-            (0..2).for_each(|_| drop(failing.accept().unwrap()));
-            let waiting = silent.accept().unwrap();
-            drop(failing.accept().unwrap());
-            waiting
+        let [failing, silent] = [failing, silent].map(|listener| {
+            listener.set_nonblocking(true).unwrap();
+            tokio::net::TcpListener::from_std(listener).unwrap()
         });
-        let waiting = tokio::time::timeout(Duration::from_secs(9), trying).await;
-        drop(waiting.expect("it is not tried again").unwrap());
+        let trying = async {
+            // It is asked twice: once more for what is wrong.
+            for _ in 0..2 {
+                drop(failing.accept().await.unwrap());
+            }
+            let waiting = silent.accept().await.unwrap();
+            drop(failing.accept().await.unwrap());
+            waiting
+        };
+        let tried = tokio::time::timeout(Duration::from_secs(9), trying).await;
+        assert!(tried.is_ok(), "it is not tried again");
         connecting.abort();
     }
 
