@@ -102,12 +102,15 @@ pub(super) fn request_received(request: Request, message: &Message, delivery: De
     Event::RequestReceived { request, delivery, deliveries: deliveries(message) }
 }
 
-/// How often it has been delivered, this time included.
+/// How often it has been delivered, this time included. What has not been delivered before was not
+/// counted by the broker, whatever its headers say: tools that move messages keep headers.
 fn deliveries(message: &Message) -> u32 {
+    if !message.redelivered {
+        return 1;
+    }
     let headers = message.properties.headers().as_ref();
     let earlier = headers.and_then(|headers| number(headers, "x-delivery-count"));
-    let at_least = u64::from(message.redelivered);
-    let earlier = earlier.unwrap_or(0).max(at_least);
+    let earlier = earlier.unwrap_or(0).max(1);
     u32::try_from(earlier).unwrap_or(u32::MAX).saturating_add(1)
 }
 
@@ -171,7 +174,7 @@ mod tests {
         types::{AMQPValue, FieldTable},
     };
 
-    use super::{reply, request};
+    use super::{deliveries, reply, request};
     use crate::transport::amqp::frames::UNREADABLE;
 
     #[test]
@@ -194,6 +197,19 @@ mod tests {
             assert_eq!(malformed.id.unwrap().as_str(), "t1");
             assert_eq!(malformed.reply.unwrap().as_str(), "r1");
             assert_eq!(malformed.requested_at.unwrap().as_millis(), 7000);
+        }
+    }
+
+    #[test]
+    fn a_count_of_deliveries_that_came_with_the_message_is_not_the_brokers() {
+        let mut headers = FieldTable::default();
+        headers.insert("x-delivery-count".into(), AMQPValue::LongLongInt(25));
+        let properties = BasicProperties::default().with_headers(headers);
+        for (redelivered, counted) in [(false, 1), (true, 26)] {
+            let mut message =
+                Message::mock(1, "e".into(), "request".into(), redelivered, Vec::new());
+            message.properties = properties.clone();
+            assert_eq!(deliveries(&message), counted);
         }
     }
 
