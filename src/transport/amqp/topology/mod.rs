@@ -48,6 +48,16 @@ pub const CONSUMER_TIMEOUT: Duration = Duration::from_secs(2 * 24 * 60 * 60);
 /// How long the journal is kept unless it is said otherwise.
 pub const RETENTION: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
+/// How long it is kept what was handed to people, and what operators did.
+const RECORDS_KEPT: Duration = Duration::from_secs(90 * 24 * 60 * 60);
+
+/// How large a piece of such a stream is. A stream is trimmed by whole pieces, and by default one has
+/// 500 MB, which theirs would not fill for years.
+const RECORDS_SEGMENT: u64 = 16_000_000;
+
+/// How long it is kept what nobody could make sense of.
+const REJECTED_KEPT: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+
 /// Everything that must be at the broker.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Topology {
@@ -185,10 +195,11 @@ impl Topology {
         let retention = Argument::Text(age(settings.retention));
         let journal = Queue::stream(names.journal()).with([("x-max-age", retention)]);
         topology.queues.insert(0, journal);
+        let kept = u64::try_from(REJECTED_KEPT.as_millis()).unwrap_or(u64::MAX);
         topology.queues.extend([
-            Queue::stream(names.unresolved()),
-            Queue::stream(names.audit()),
-            Queue::quorum(names.rejected()),
+            Queue::records(names.unresolved()),
+            Queue::records(names.audit()),
+            Queue::quorum(names.rejected()).with([("x-message-ttl", Argument::Number(kept))]),
             Queue::quorum(names.requests()),
         ]);
         topology.exchanges.extend([
@@ -273,6 +284,14 @@ impl Queue {
     fn stream(name: ShortString) -> Self {
         let queue = Self { kind: QueueKind::Stream, ..Self::classic(name) };
         queue.with([("x-queue-leader-locator", Argument::Text("balanced".to_owned()))])
+    }
+
+    /// A stream of few records, each of which may matter for long.
+    fn records(name: ShortString) -> Self {
+        Self::stream(name).with([
+            ("x-max-age", Argument::Text(age(RECORDS_KEPT))),
+            ("x-stream-max-segment-size-bytes", Argument::Number(RECORDS_SEGMENT)),
+        ])
     }
 
     fn with<const N: usize>(mut self, arguments: [(&str, Argument); N]) -> Self {
