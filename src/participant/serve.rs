@@ -333,7 +333,7 @@ async fn open(
     supervisor: &mut Supervisor,
 ) -> Result<Session, OpenError> {
     loop {
-        let error = match open_once(settings, takes_prepares).await {
+        let error = match open_once(settings, takes_prepares, supervisor.has_worked()).await {
             Ok(session) => return Ok(session),
             Err(error) => error,
         };
@@ -350,7 +350,11 @@ async fn open(
     }
 }
 
-async fn open_once(settings: &ServeSettings, takes_prepares: bool) -> Result<Session, OpenError> {
+async fn open_once(
+    settings: &ServeSettings,
+    takes_prepares: bool,
+    has_served: bool,
+) -> Result<Session, OpenError> {
     if let Some(max_wait) = settings.declare {
         declare(settings, max_wait).await?;
     }
@@ -360,7 +364,7 @@ async fn open_once(settings: &ServeSettings, takes_prepares: bool) -> Result<Ses
     };
     let is_final = |error: &OpenError| error.disposition() == Disposition::GiveUp;
     let (link, own) = settings.broker.link_with(own, is_final).await?;
-    Session::open(link, own, settings, takes_prepares).await
+    Session::open(link, own, settings, takes_prepares, has_served).await
 }
 
 async fn sleep_until_some(moment: Option<Instant>) {

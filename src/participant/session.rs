@@ -36,7 +36,7 @@ use crate::{
         bounded::AskError,
         connection::BrokerConnection,
         consumer::{Closed, Inbox, Turn},
-        error::{is_out_of_reach, is_refusal},
+        error::{is_not_found, is_out_of_reach, is_refusal},
         exclusive::{BoundTo, ExclusiveError, ExclusiveQueue},
         link::{Link, LinkChange, LinkWatch},
         names::{ALL, Names, key},
@@ -221,10 +221,12 @@ impl Session {
         own: ExclusiveQueue,
         settings: &ServeSettings,
         takes_prepares: bool,
+        has_served: bool,
     ) -> Result<Self, OpenError> {
         let watch = link.watch(settings.broker.clone());
         let prepare_queue = PrepareQueue::of(settings, &link);
-        match Self::open_on(&link, settings, takes_prepares.then_some(&prepare_queue)).await {
+        let prepares = takes_prepares.then_some(&prepare_queue);
+        match Self::open_on(&link, settings, prepares, has_served).await {
             Ok(Opened { lanes, shared, prepares }) => Ok(Self {
                 link,
                 watch,
@@ -252,6 +254,7 @@ impl Session {
         link: &Link,
         settings: &ServeSettings,
         prepare_queue: Option<&PrepareQueue>,
+        has_served: bool,
     ) -> Result<Opened, OpenError> {
         let ServeSettings { names, service, .. } = settings;
         let at = |what: &ShortString| {
@@ -270,7 +273,7 @@ impl Session {
         let prepares = match prepare_queue.open().await {
             Ok(prepares) => Some(prepares),
             // What was prepared must hear its outcome all the same.
-            Err(error) if is_unavailable(&error) => {
+            Err(error) if is_unavailable(&error) || (has_served && is_missing(&error)) => {
                 tracing::warn!(
                     queue = %prepare_queue.name, %error,
                     "prepares can't be taken; serving without them, and trying again"
@@ -580,6 +583,11 @@ impl PrepareQueue {
 /// Whether a queue is there, as far as is known, and can't be consumed for now.
 fn is_unavailable(error: &AskError) -> bool {
     error.is_silent() || error.broker().is_some_and(is_out_of_reach)
+}
+
+/// Whether the broker says that there is no such queue.
+fn is_missing(error: &AskError) -> bool {
+    error.broker().is_some_and(is_not_found)
 }
 
 /// Declares what the service needs to be reached and to answer.

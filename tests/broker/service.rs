@@ -38,7 +38,11 @@ use lapin::{
 };
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use tokio::{sync::oneshot, task::JoinHandle, time::timeout};
+use tokio::{
+    sync::{oneshot, watch},
+    task::JoinHandle,
+    time::timeout,
+};
 
 use crate::{
     broker::{Broker, Place, place, until_served},
@@ -402,6 +406,31 @@ async fn a_queue_that_is_deleted_is_consumed_again_when_it_is_back() {
     world.prepare(&[1]).await;
     let vote = world.hear("vote").await;
     world.commit(&vote).await;
+    world.hear("done").await;
+    service.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_instance_holds_is_committed_while_its_prepare_queue_is_missing() {
+    let world = World::new(place(), PATIENT).await;
+    let (told, mut serving) = watch::channel(false);
+    let service = world.serve(r#""max_concurrency": 2"#, |settings| ServeSettings {
+        serving: Some(told.clone()),
+        ..settings
+    });
+    world.prepare(&[1]).await;
+    let vote = world.hear("vote").await;
+    let queue = world.names.prepare_of(&world.service);
+    world.channel.queue_delete(queue, QueueDeleteOptions::default()).await.unwrap();
+    for serves in [false, true] {
+        timeout(PATIENCE, serving.wait_for(|now| *now == serves)).await.unwrap().unwrap();
+    }
+    world.commit(&vote).await;
+    world.hear("done").await;
+    assert_eq!(world.committed(), [1]);
+    world.apply(PATIENT).await;
+    world.prepare(&[2]).await;
+    world.commit(&world.hear("vote").await).await;
     world.hear("done").await;
     service.stop().await.unwrap();
 }
