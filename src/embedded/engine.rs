@@ -424,6 +424,8 @@ impl Engine {
             Effect::Settle { key, service, .. } => {
                 tracing::info!(%key, %service, "a parked commit was applied");
             }
+            // Every service is in this process.
+            Effect::CheckService(_) => {}
             Effect::Report(anomaly) => report(&anomaly),
         }
     }
@@ -834,7 +836,10 @@ fn report(anomaly: &Anomaly) {
         Anomaly::JournalGap(offset) => tracing::error!(offset, "the journal has a gap"),
         // Every result is taken at once, and every service is in this process.
         Anomaly::ResultUnclaimed { key, .. } => tracing::debug!(%key, "a result was not taken"),
-        Anomaly::ServiceUnavailable(service) | Anomaly::ServiceAvailable(service) => {
+        Anomaly::ServiceUnavailable(service)
+        | Anomaly::ServiceAvailable(service)
+        | Anomaly::ServiceUnserved(service)
+        | Anomaly::ServiceServed(service) => {
             tracing::debug!(%service, "whether a service can be reached has changed");
         }
     }

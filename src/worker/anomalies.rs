@@ -27,6 +27,19 @@ pub(super) fn report(anomaly: &Anomaly, names: &Names, searches: &Searches, tall
             let queue = names.prepare_of(service);
             tracing::info!(%service, %queue, "a service can be reached again");
         }
+        Anomaly::ServiceUnserved(service) => {
+            let queue = names.prepare_of(service);
+            tracing::warn!(
+                %service, %queue,
+                "no instance serves a service: its queue has no consumer, and its transactions abort \
+                 (`no_slot`) until there is one; start an instance, or see in its log why it takes \
+                 nothing"
+            );
+        }
+        Anomaly::ServiceServed(service) => {
+            let queue = names.prepare_of(service);
+            tracing::info!(%service, %queue, "a service is served again");
+        }
         Anomaly::DuplicateRequest(_)
         | Anomaly::LateVote(..)
         | Anomaly::PreparedTwice(..)

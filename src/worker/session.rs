@@ -390,10 +390,13 @@ impl<'a> Session<'a> {
         };
         let intake = intake::reply(message, delivery);
         if let Some((service, prepares_max)) = intake.prepares_max {
+            self.searches.heard(&service);
             self.outbox.announced(service, prepares_max, Instant::now());
         }
         for event in intake.events {
-            self.dispatch(event);
+            if let Some(event) = self.searches.sift(event) {
+                self.dispatch(event);
+            }
         }
         if !intake.complaints.is_empty() {
             let queue = match unacked {
@@ -498,6 +501,7 @@ impl<'a> Session<'a> {
     fn perform(&mut self, effect: Effect) {
         match effect {
             Effect::FindService { service, after } => self.searches.begin(service, after),
+            Effect::CheckService(service) => self.searches.check(&service),
             Effect::SendPrepare { service, prepare, spare } => {
                 self.outbox.prepare(service, &prepare, spare);
             }

@@ -794,7 +794,7 @@ impl World {
             Effect::Settle { key, service, .. } => {
                 self.told.change(|told| told.settled.insert((key, service)));
             }
-            Effect::Report(_) => {}
+            Effect::CheckService(_) | Effect::Report(_) => {}
         }
         None
     }

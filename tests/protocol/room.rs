@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use dtc::protocol::{
     coordinator::{Coordinator, Effect, Event, Settings},
     ids::{RequestHash, ServiceName, TransactionId, TransactionKey, WorkerId},
-    message::{Decision, Delivery, Payload, ReasonCode, Request},
+    message::{Decision, Delivery, Payload, Reason, ReasonCode, Request},
     time::Time,
 };
 
@@ -53,9 +53,9 @@ fn what_is_taken_over_and_held_by_nobody_leaves_room_for_more() {
     assert_eq!((coordinator.room(), coordinator.waiting()), (2, 2));
 }
 
-/// A service whose queue can't be reached holds up nobody who doesn't need it, however many wait.
-#[test]
-fn a_worker_full_of_waiters_for_an_unavailable_service_serves_the_others() {
+/// Whoever needs a service that is out of reach, as `begins` says, holds up nobody who doesn't,
+/// however many they are.
+fn others_are_served_while_many_wait(begins: impl FnOnce(ServiceName) -> Event) -> Vec<Reason> {
     let (in_flight_max, waiting_max) = (2, 8);
     let worker = WorkerId::parse("w").unwrap();
     let settings = Settings { in_flight_max, waiting_max, ..Settings::new(worker) };
@@ -72,11 +72,10 @@ fn a_worker_full_of_waiters_for_an_unavailable_service_serves_the_others() {
     };
     tell(Event::JournalAttached { next: 0, since: Time::EPOCH });
     tell(received(0, "payments"));
-    tell(Event::ServiceUnavailable(ServiceName::parse("payments").unwrap()));
+    tell(begins(ServiceName::parse("payments").unwrap()));
     let mut aborted: Vec<Decision> = Vec::new();
     for number in 1..100 {
-        let (effects, room, waiting) = tell(received(number, "payments"));
-        assert!(room > 0 && waiting <= waiting_max / 2, "{number}: {room}, {waiting}");
+        let (effects, ..) = tell(received(number, "payments"));
         for effect in effects {
             if let Effect::Append(decision) = effect {
                 let offset = aborted.len() as u64;
@@ -88,12 +87,32 @@ fn a_worker_full_of_waiters_for_an_unavailable_service_serves_the_others() {
                 aborted.push(decision);
             }
         }
+        let (_, room, waiting) = tell(Event::DeadlineReached);
+        assert!(room > 0 && waiting <= waiting_max / 2, "{number}: {room}, {waiting}");
     }
-    assert_eq!(aborted.len(), 96, "as many wait as may, and the others have ended");
-    let reason = |it: &Decision| it.reason.as_ref().map(|reason| reason.code);
-    assert!(aborted.iter().all(|it| reason(it) == Some(ReasonCode::Unavailable)));
 
     tell(received(100, "stock"));
     let (effects, ..) = tell(Event::ServiceFound(ServiceName::parse("stock").unwrap()));
     assert!(matches!(effects[..], [Effect::SendPrepare { .. }]), "{effects:?}");
+    aborted.into_iter().filter_map(|it| it.reason).collect()
+}
+
+/// A service whose queue can't be reached holds up nobody who doesn't need it, however many wait.
+#[test]
+fn a_worker_full_of_waiters_for_an_unavailable_service_serves_the_others() {
+    let reasons = others_are_served_while_many_wait(Event::ServiceUnavailable);
+    assert_eq!(reasons.len(), 96, "as many wait as may, and the others have ended");
+    assert!(reasons.iter().all(|it| it.code == ReasonCode::Unavailable), "{reasons:?}");
+}
+
+/// One prepare waits at its queue; those who wait in the worker are no more than may.
+#[test]
+fn a_worker_full_of_waiters_for_a_service_that_nobody_serves_serves_the_others() {
+    let reasons = others_are_served_while_many_wait(Event::ServiceUnserved);
+    assert_eq!(reasons.len(), 95, "as many wait as may, and the others have ended");
+    let says_why = |it: &Reason| {
+        let message = it.message.as_deref().unwrap_or_default();
+        it.code == ReasonCode::NoSlot && message.starts_with("no instance serves it")
+    };
+    assert!(reasons.iter().all(says_why), "{reasons:?}");
 }

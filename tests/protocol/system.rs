@@ -317,7 +317,7 @@ impl System {
             Effect::Settle { key, service, .. } => {
                 return self.settled.push((index_of(&key), self.site_of(&service).unwrap()));
             }
-            Effect::Report(_) => return,
+            Effect::CheckService(_) | Effect::Report(_) => return,
             Effect::ReadHistory { .. } | Effect::Release(_) | Effect::Reject { .. } => {
                 panic!("{effect:?} has no cause")
             }

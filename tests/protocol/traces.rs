@@ -56,6 +56,7 @@ stories! {
         first_of_two_careless_retries_that_is_in_sight_answers
         full_worker_begins_no_more_until_one_ends
         half_of_those_who_may_wait_wait_for_a_service_that_is_unavailable
+        half_of_those_who_may_wait_wait_for_a_service_that_nobody_serves
         inquiry_about_a_transaction_in_flight_asks_for_the_vote
         inquiry_before_the_deadline_is_left_and_after_it_decides
         inquiry_from_the_future_is_left
@@ -89,6 +90,10 @@ stories! {
         same_transaction_with_other_content_is_rejected
         saturated_service_holds_up_only_who_needs_it
         service_deleted_since_it_was_found
+        service_is_served_again_and_who_waited_is_asked_for
+        service_that_is_not_served_any_more_is_the_reason
+        service_that_nobody_serves_says_so_and_one_at_a_time_waits_there
+        service_whose_instances_died_with_all_slots_is_known_to_be_served_by_nobody
         service_that_refuses_whenever_it_is_found_is_looked_for_with_growing_pauses
         settled_records_name_the_delivery_that_they_follow_from
         silence_until_the_deadline_aborts

@@ -132,6 +132,7 @@ impl Workers {
                 Event::PrepareUnroutable { key: key(&line.word()), service: service(&line.word()) }
             }
             "unavailable" => Event::ServiceUnavailable(service(&line.word())),
+            "unserved" => Event::ServiceUnserved(service(&line.word())),
             "nacked" => {
                 Event::PrepareRefused { key: key(&line.word()), service: service(&line.word()) }
             }
@@ -357,6 +358,7 @@ impl Workers {
             }
             Effect::Append(_)
             | Effect::FindService { .. }
+            | Effect::CheckService(_)
             | Effect::SendPrepare { .. }
             | Effect::Send { .. }
             | Effect::ReadHistory { .. }
@@ -470,6 +472,7 @@ fn show_effect(effect: &Effect) -> String {
             let ack = ack.map_or_else(String::new, |it| format!(", acks d{}", it.0));
             format!("settle  {} {service}{ack}", show_key(key))
         }
+        Effect::CheckService(service) => format!("check   {service}"),
         Effect::Report(anomaly) => format!("report  {}", show_anomaly(anomaly)),
     }
 }
@@ -493,5 +496,7 @@ fn show_anomaly(anomaly: &Anomaly) -> String {
         }
         Anomaly::ServiceUnavailable(service) => format!("unavailable {service}"),
         Anomaly::ServiceAvailable(service) => format!("available {service}"),
+        Anomaly::ServiceUnserved(service) => format!("unserved {service}"),
+        Anomaly::ServiceServed(service) => format!("served {service}"),
     }
 }

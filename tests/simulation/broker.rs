@@ -231,6 +231,11 @@ impl World {
                 let looks = Happening::LooksAgain { worker, life, service };
                 self.after(after.as_millis() as u64, looks);
             }
+            Effect::CheckService(service) => {
+                if !is_lost {
+                    self.look_whether_served(worker, &service);
+                }
+            }
             Effect::SendPrepare { service, prepare, .. } => {
                 if !is_lost {
                     self.send_prepare(worker, service, &prepare);
@@ -557,6 +562,9 @@ impl World {
             .position(|node| node.is_connected && to.as_ref().is_some_and(|to| node.id == *to));
         match node {
             Some(worker) => {
+                if let Brought::Returned(_, service) = &brought {
+                    self.look_whether_served(worker, service);
+                }
                 let life = self.workers[worker].life;
                 self.deliver_to_worker(worker, life, brought.into_event());
             }

@@ -7,7 +7,7 @@ use dtc::protocol::{coordinator, ids::ServiceName, message::Decision};
 use crate::{
     bugs::Bug,
     rules::Kind,
-    world::{Happening, Life, World, tell},
+    world::{Happening, InstanceNode, Life, World, tell},
 };
 
 /// How long a confirm of an append may take before the link is made anew. (Real drivers: 5 s.)
@@ -21,6 +21,9 @@ const LINK_BOUND: u64 = 3_000;
 
 /// How long a driver waits before it looks again for a service that could not be reached.
 const LOOK_AGAIN: u64 = 100;
+
+/// The same for one that nobody serves.
+const UNSERVED_LOOK_AGAIN: u64 = 1_000;
 
 /// A driver's bug.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -215,10 +218,51 @@ impl World {
                 self.after(LOOK_AGAIN, again);
                 coordinator::Event::ServiceUnavailable(service)
             }
+            Some(_) if self.is_known_unserved(&service) => {
+                return self.service_is_unserved(worker, service);
+            }
             Some(_) => coordinator::Event::ServiceFound(service),
             None => coordinator::Event::ServiceMissing(service),
         };
         self.deliver_to_worker(worker, life, event);
+    }
+
+    /// A prepare has come back: whether anybody serves its service is told first.
+    pub(crate) fn look_whether_served(&mut self, worker: usize, service: &ServiceName) {
+        if self.is_known_unserved(service) {
+            self.service_is_unserved(worker, service.clone());
+        }
+    }
+
+    pub(crate) fn look_again_whether_served(&mut self, worker: usize, service: ServiceName) {
+        if self.is_known_unserved(&service) {
+            self.watch_unserved(worker, service);
+        } else {
+            self.find_service(worker, service);
+        }
+    }
+
+    fn service_is_unserved(&mut self, worker: usize, service: ServiceName) {
+        let life = self.workers[worker].life;
+        let event = coordinator::Event::ServiceUnserved(service.clone());
+        self.deliver_to_worker(worker, life, event);
+        self.watch_unserved(worker, service);
+    }
+
+    fn watch_unserved(&mut self, worker: usize, service: ServiceName) {
+        let life = self.workers[worker].life;
+        let again = Happening::LooksWhetherServed { worker, life, service };
+        self.after(UNSERVED_LOOK_AGAIN, again);
+    }
+
+    /// Whether the service is there, nobody takes its prepares, and drivers can tell.
+    fn is_known_unserved(&self, service: &ServiceName) -> bool {
+        let takes = |node: &InstanceNode| {
+            node.is_connected && self.services[node.service].plan.name == *service
+        };
+        let is_there =
+            self.bound_service(service).is_some_and(|found| !found.is_unreachable(self.now));
+        self.plan.tells_unserved && is_there && !self.instances.iter().any(takes)
     }
 
     // ---- The producer ------------------------------------------------------------------------

@@ -35,6 +35,8 @@ pub(crate) struct Plan {
     pub(crate) prefetch: usize,
     /// Whether a request handed back counts as delivered.
     pub(crate) release_counts: bool,
+    /// Whether drivers find out that nobody serves a service.
+    pub(crate) tells_unserved: bool,
 }
 
 /// How often a message meets a mishap, in a thousand.
@@ -131,6 +133,8 @@ impl Plan {
             chaos,
             prefetch: rng.pick(&[1, 3, 10]),
             release_counts: rng.chance(500),
+            // None of those that found something before they could.
+            tells_unserved: seed % 5 == 3,
         }
     }
 }

@@ -177,6 +177,11 @@ pub(crate) enum Happening {
         life: Life,
         service: ServiceName,
     },
+    LooksWhetherServed {
+        worker: usize,
+        life: Life,
+        service: ServiceName,
+    },
     ServiceIsBack {
         service: usize,
     },
@@ -607,6 +612,12 @@ impl World {
                 let node = &self.workers[worker];
                 if node.life == life && node.process.is_some() && !node.is_stuck {
                     self.find_service(worker, service);
+                }
+            }
+            Happening::LooksWhetherServed { worker, life, service } => {
+                let node = &self.workers[worker];
+                if node.life == life && node.process.is_some() && !node.is_stuck {
+                    self.look_again_whether_served(worker, service);
                 }
             }
             Happening::ServiceIsBack { service } => self.serve_prepares(service),
@@ -1359,6 +1370,7 @@ impl Happening {
                 | Self::ConfirmIsDue { .. }
                 | Self::ReadBackIsDue { .. }
                 | Self::LooksAgain { .. }
+                | Self::LooksWhetherServed { .. }
                 | Self::ServiceIsBack { .. }
                 | Self::Goes(_)
         )

@@ -48,7 +48,8 @@ pub enum Event {
         /// How often it has been delivered, this time included.
         deliveries: u32,
     },
-    /// The service that [`Effect::FindService`] asked for exists.
+    /// The service that [`Effect::FindService`] asked for exists; or nobody served it, as
+    /// [`Event::ServiceUnserved`] said, and somebody does now.
     ServiceFound(ServiceName),
     /// It doesn't.
     ServiceMissing(ServiceName),
@@ -56,6 +57,11 @@ pub enum Event {
     /// but the queue's node is down, or the broker does not answer. The driver keeps looking, and
     /// reports [`Event::ServiceFound`] or [`Event::ServiceMissing`] later.
     ServiceUnavailable(ServiceName),
+    /// The service exists, and nobody takes what is sent to it: no instance runs, or none that
+    /// works. An answer to [`Effect::FindService`] or [`Effect::CheckService`], or found out when a
+    /// prepare came back. The driver keeps looking, and reports [`Event::ServiceFound`] or
+    /// [`Event::ServiceMissing`] when that is over.
+    ServiceUnserved(ServiceName),
     /// A service's vote came in.
     VoteReceived(Vote),
     /// The transport brought a prepare back: no slot became free within the service's `max_wait`.
@@ -133,6 +139,7 @@ impl Event {
             Self::ServiceFound(_) => "ServiceFound",
             Self::ServiceMissing(_) => "ServiceMissing",
             Self::ServiceUnavailable(_) => "ServiceUnavailable",
+            Self::ServiceUnserved(_) => "ServiceUnserved",
             Self::VoteReceived(_) => "VoteReceived",
             Self::PrepareReturned { .. } => "PrepareReturned",
             Self::PrepareUnroutable { .. } => "PrepareUnroutable",
@@ -174,6 +181,7 @@ impl Event {
             | Self::ServiceFound(_)
             | Self::ServiceMissing(_)
             | Self::ServiceUnavailable(_)
+            | Self::ServiceUnserved(_)
             | Self::DeadlineReached
             | Self::Disconnected
             | Self::DrainRequested => None,
@@ -194,15 +202,19 @@ impl Event {
 ///   committed, or the [`Event::ParkConfirmed`] of the one that did not.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub enum Effect {
-    /// Find out whether a service exists: answered by [`Event::ServiceFound`] or
-    /// [`Event::ServiceMissing`], and before that by [`Event::ServiceUnavailable`] while that can't
-    /// be told.
+    /// Find out whether a service exists: answered by [`Event::ServiceFound`],
+    /// [`Event::ServiceUnserved`] or [`Event::ServiceMissing`], and before that by
+    /// [`Event::ServiceUnavailable`] while that can't be told.
     FindService {
         /// The service.
         service: ServiceName,
         /// How long to wait before looking: its queue refused a prepare just now.
         after: Duration,
     },
+    /// Find out whether anybody serves a service, of which too long nothing was heard:
+    /// [`Event::ServiceUnserved`] if nobody does, and else nothing. Asked for as often as
+    /// something isn't answered: how often to look is the driver's business.
+    CheckService(ServiceName),
     /// Send a prepare to the queue of a service.
     SendPrepare {
         /// The service.
@@ -310,4 +322,8 @@ pub enum Anomaly {
     ServiceUnavailable(ServiceName),
     /// That service can be reached again. Reported once.
     ServiceAvailable(ServiceName),
+    /// Nobody serves a service. Reported once, when that begins.
+    ServiceUnserved(ServiceName),
+    /// Somebody serves that service again. Reported once.
+    ServiceServed(ServiceName),
 }

@@ -10,7 +10,8 @@ use std::{
 
 use crate::protocol::{
     coordinator::{Slots, transaction::backoff},
-    ids::{InstanceId, TransactionKey},
+    ids::{InstanceId, ServiceName, TransactionKey},
+    message::{Reason, ReasonCode},
     time::Time,
 };
 
@@ -28,6 +29,9 @@ const FORGOTTEN_AFTER: Duration = Duration::from_secs(60);
 /// How many prepares may at most be sent to a service that returned the last one: what waits for a
 /// service that never has a slot is answered in rounds that double up to this.
 const PROBES_MAX: u32 = 256;
+
+/// What is said of a transaction that got no slot of a service that nobody serves.
+const UNSERVED: &str = "no instance serves it: start one, or see in its log why it takes nothing";
 
 /// The longest pause before a service whose queue has refused prepares is looked for again: a small
 /// part of the usual prepare timeout, as those that wait for it have no more.
@@ -60,6 +64,8 @@ pub(super) struct Flow {
     refusals: u32,
     /// Whether its unavailability was reported, and not yet its end.
     is_reported: bool,
+    /// Whether nobody takes what is sent to it, as far as is known.
+    is_unserved: bool,
     patience: Patience,
     /// Whether no other worker uses its slots.
     is_own: bool,
@@ -103,6 +109,7 @@ impl Flow {
             existence: Existence::Sought,
             refusals: 0,
             is_reported: false,
+            is_unserved: false,
             patience,
             is_own: own.is_some(),
             silence_max: own.map_or(Duration::ZERO, |slots| slots.max_wait / 4),
@@ -130,6 +137,40 @@ impl Flow {
     pub(super) fn found(&mut self) -> bool {
         self.existence = Existence::Found;
         self.refusals == 0 && std::mem::take(&mut self.is_reported)
+    }
+
+    /// Somebody takes what is sent to it. Whether that is to be reported.
+    pub(super) fn served(&mut self) -> bool {
+        std::mem::take(&mut self.is_unserved)
+    }
+
+    /// Nobody takes what is sent to it: there are no slots. Whether that is to be reported.
+    pub(super) fn unserved(&mut self) -> bool {
+        self.forget_slots();
+        !std::mem::replace(&mut self.is_unserved, true)
+    }
+
+    pub(super) fn is_unserved(&self) -> bool {
+        self.is_unserved
+    }
+
+    /// Whether whoever waits for it may wait in vain: it can't be reached, or nobody serves it.
+    pub(super) fn is_out_of_reach(&self) -> bool {
+        self.is_unavailable() || self.is_unserved
+    }
+
+    /// Why those abort that waited for it, which is called `service`, in vain.
+    pub(super) fn why_out_of_reach(&self, service: &ServiceName) -> Option<Reason> {
+        if self.is_unavailable() {
+            return Some(Reason::at(service, ReasonCode::Unavailable));
+        }
+        self.is_unserved.then(|| self.no_slot(service))
+    }
+
+    /// Why those abort that got no slot of it, which is called `service`.
+    pub(super) fn no_slot(&self, service: &ServiceName) -> Reason {
+        let message = self.is_unserved.then(|| UNSERVED.into());
+        Reason { message, ..Reason::at(service, ReasonCode::NoSlot) }
     }
 
     /// The service is gone: it must be found again.
@@ -167,7 +208,7 @@ impl Flow {
     /// Whether it was of use, but not for `FORGOTTEN_AFTER`: forgetting it costs a question.
     pub(super) fn is_stale(&self, now: Time) -> bool {
         let was_used = self.reported_at > Time::EPOCH;
-        let is_forgettable = self.is_idle() && !self.is_unavailable();
+        let is_forgettable = self.is_idle() && !self.is_unavailable() && !self.is_unserved;
         was_used && self.reported_at + FORGOTTEN_AFTER < now && is_forgettable
     }
 
@@ -197,6 +238,10 @@ impl Flow {
     }
 
     fn spare_or_kept(&self) -> u32 {
+        if self.is_unserved {
+            // Whoever reports now takes nothing new, as an instance that is stopping.
+            return 0;
+        }
         let unused = self.capacity.saturating_sub(self.holding).saturating_sub(self.outstanding);
         if self.free.is_empty() { unused } else { self.reported_free().min(unused) }
     }
@@ -220,6 +265,8 @@ impl Flow {
         };
         let probes = match self.patience {
             Patience::Returns => return true,
+            // One waits there for the first instance that comes; more would hold up the worker.
+            _ if self.is_unserved => 1,
             Patience::Unknown => self.probes.max(1),
             // While a transaction of this worker's holds a slot, its done will tell of a free one.
             // Where nobody else's would, it may not be silent for ever.
@@ -298,10 +345,14 @@ impl Flow {
             self.patience = Patience::Waits;
             self.probes = self.probes.max(1).saturating_mul(2).min(PROBES_MAX);
         }
+        self.forget_slots();
+        self.contended_until = now + contended_for;
+    }
+
+    fn forget_slots(&mut self) {
         self.free.clear();
         self.free_in_all = 0;
         self.capacity = 0;
-        self.contended_until = now + contended_for;
     }
 
     pub(super) fn took_slot(&mut self) {

@@ -23,7 +23,8 @@
 //! [`Settings::result_retries`] repetitions it counts as unclaimed: the request is acknowledged, and
 //! its producer can ask again with the same key. A transaction that waits for a service that can't
 //! be reached is aborted (`unavailable`) when its prepare timeout is over; until then it doesn't
-//! count as in flight unless it holds something elsewhere.
+//! count as in flight unless it holds something elsewhere. One that waits for a service that nobody
+//! serves is too (`no_slot`, and a message says why), and only one at a time has its prepare there.
 
 mod event;
 mod flow;
@@ -97,7 +98,8 @@ pub struct Settings {
     pub digests_max: usize,
     /// How many transactions are worked on at once.
     pub in_flight_max: usize,
-    /// How many more may wait for slots; half as many for services that can't be reached.
+    /// How many more may wait for slots; half as many for services that can't be reached, or that
+    /// nobody serves.
     pub waiting_max: usize,
     /// A request delivered more often than this is aborted.
     pub deliveries_max: u32,
@@ -238,6 +240,7 @@ impl Coordinator {
             Event::ServiceUnavailable(service) => {
                 self.service_unavailable(now, &service, false, effects);
             }
+            Event::ServiceUnserved(service) => self.service_unserved(now, &service, effects),
             Event::VoteReceived(vote) => self.vote_received(now, vote, effects),
             Event::PrepareReturned { key, service } => {
                 self.with(now, &key, effects, |it, cx| it.prepare_returned(&service, cx));
@@ -533,6 +536,31 @@ impl Coordinator {
         if flow.found() {
             effects.push(Effect::Report(Anomaly::ServiceAvailable(service.clone())));
         }
+        if flow.served() {
+            effects.push(Effect::Report(Anomaly::ServiceServed(service.clone())));
+        }
+        self.try_all_anew(now, service, effects);
+    }
+
+    /// The service exists, and nobody serves it. Who waits for it does so from now on with a
+    /// deadline, and only so many.
+    fn service_unserved(&mut self, now: Time, service: &ServiceName, effects: &mut Vec<Effect>) {
+        let Some(flow) = self.shared.flows.get_mut(service) else { return };
+        if flow.is_found() && flow.is_unserved() {
+            return;
+        }
+        if flow.found() {
+            effects.push(Effect::Report(Anomaly::ServiceAvailable(service.clone())));
+        }
+        if flow.unserved() {
+            effects.push(Effect::Report(Anomaly::ServiceUnserved(service.clone())));
+        }
+        self.try_all_anew(now, service, effects);
+    }
+
+    /// What those who wait for the service go by is another now.
+    fn try_all_anew(&mut self, now: Time, service: &ServiceName, effects: &mut Vec<Effect>) {
+        let Some(flow) = self.shared.flows.get_mut(service) else { return };
         let waiters: Vec<_> = flow.dequeue_all().collect();
         for key in waiters {
             self.with(now, &key, effects, |it, cx| it.dequeued(service, cx));
@@ -570,10 +598,7 @@ impl Coordinator {
         if flow.unavailable() {
             effects.push(Effect::Report(Anomaly::ServiceUnavailable(service.clone())));
         }
-        let waiters: Vec<_> = flow.dequeue_all().collect();
-        for key in waiters {
-            self.with(now, &key, effects, |it, cx| it.dequeued(service, cx));
-        }
+        self.try_all_anew(now, service, effects);
     }
 
     /// The service is gone since it was found.
@@ -847,17 +872,25 @@ impl Context<'_> {
         self.shared.active >= self.shared.settings.in_flight_max
     }
 
-    /// Whether as many wait for services that can't be reached as may: with more, requests that
-    /// need none of these would soon not be taken in.
-    fn is_full_of_unavailable(&self) -> bool {
-        let unavailable = self.shared.flows.values().filter(|flow| flow.is_unavailable());
-        let waiters: usize = unavailable.map(Flow::waiters).sum();
+    /// Whether as many wait for services that can't be reached, or that nobody serves, as may: with
+    /// more, requests that need none of these would soon not be taken in.
+    fn is_full_of_stranded(&self) -> bool {
+        let out_of_reach = self.shared.flows.values().filter(|flow| flow.is_out_of_reach());
+        let waiters: usize = out_of_reach.map(Flow::waiters).sum();
         waiters >= (self.shared.settings.waiting_max / 2).max(1)
     }
 
     /// What is known of `service`, if it is remembered.
     fn known_flow(&mut self, service: &ServiceName) -> Option<&mut Flow> {
         self.shared.flows.get_mut(service)
+    }
+
+    /// Something was sent to `service` and not answered in time: perhaps nobody serves it.
+    fn check(&mut self, service: &ServiceName) {
+        let is_of_use = |flow: &&Flow| flow.is_found() && !flow.is_unserved() && !flow.is_own();
+        if self.shared.flows.get(service).filter(is_of_use).is_some() {
+            self.effects.push(Effect::CheckService(service.clone()));
+        }
     }
 
     /// What is known of `service`; it is looked for if it is new.

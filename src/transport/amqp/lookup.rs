@@ -1,4 +1,5 @@
-//! Whether queues exist, asked over and over without using anything up.
+//! Whether queues exist, and whether anybody takes from them, asked over and over without using
+//! anything up.
 //!
 //! AMQP tells it by a passive declaration, and closes the channel where there is no such queue. lapin
 //! never gives the number of such a channel out again, so a connection can take only so many of
@@ -43,7 +44,10 @@ const QUESTIONS_MAX: usize = 16;
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Existence {
     /// It exists, and can be used.
-    Found,
+    Found {
+        /// How many take from it.
+        consumers: u32,
+    },
     /// There is no such queue.
     Missing,
     /// It may exist, and can't be used now: for this reason.
@@ -98,7 +102,7 @@ impl Lookups {
         Self { shared: Arc::new(shared) }
     }
 
-    /// Whether `queue` exists.
+    /// Whether `queue` exists, and how many take from it.
     ///
     /// # Errors
     ///
@@ -111,7 +115,7 @@ impl Lookups {
         }
         let asked = self.shared.connected().await?;
         Ok(match answer(ANSWER_MAX, counts(&asked.connection, queue.clone())).await {
-            Ok(Some(_)) => Existence::Found,
+            Ok(Some(counts)) => Existence::Found { consumers: counts.consumers },
             Ok(None) => {
                 asked.use_up();
                 self.shared.remember_missing(queue);

@@ -129,10 +129,11 @@ impl World {
             }
             17 => {
                 let service = any_service(source)?;
-                self.tell(match source.int_in_range(0..=2)? {
+                self.tell(match source.int_in_range(0..=3)? {
                     0 => Event::ServiceFound(service),
                     1 => Event::ServiceMissing(service),
-                    _ => Event::ServiceUnavailable(service),
+                    2 => Event::ServiceUnavailable(service),
+                    _ => Event::ServiceUnserved(service),
                 });
                 Ok(())
             }
@@ -216,6 +217,7 @@ impl World {
             | Effect::Release(_)
             | Effect::Reject { .. }
             | Effect::Settle { .. }
+            | Effect::CheckService(_)
             | Effect::Report(_) => {}
         }
         Ok(())
@@ -547,6 +549,7 @@ impl World {
             | Effect::ReadHistory { .. }
             | Effect::Park(_)
             | Effect::Settle { .. }
+            | Effect::CheckService(_)
             | Effect::Report(_) => {}
         }
     }

@@ -10,7 +10,7 @@ use crate::protocol::{
         transaction::{Part, Phase, Standing, Transaction},
     },
     ids::ServiceName,
-    message::{Outcome, Prepare, Reason, ReasonCode},
+    message::{Outcome, Prepare},
     time::Time,
 };
 
@@ -47,7 +47,7 @@ impl Transaction {
             return;
         }
         let services = Arc::clone(&self.request.services);
-        let (mut is_plenty, mut first) = (true, None);
+        let (mut is_plenty, mut first, mut unserved) = (true, None, None);
         for (index, service) in services.iter().enumerate() {
             if !self.parts[index].standing.is_to_be_asked() {
                 continue;
@@ -59,11 +59,21 @@ impl Transaction {
                 return self.queue(index, cx);
             }
             is_plenty &= flow.is_plenty(now);
+            if flow.is_unserved() {
+                unserved = unserved.or(Some(index));
+            }
         }
-        let Some(first) = first else { return };
+        let Some(first) = unserved.or(first) else { return };
         if !self.begun && cx.is_at_capacity() {
             cx.shared.gated = true;
             return self.queue(first, cx);
+        }
+        if unserved.is_some() && self.holds_nothing() {
+            // It is likely to end there: no slot of another service is taken before that is known.
+            return match has_room(&services[first], turn, self.begun, cx) {
+                true => self.ask(first, cx),
+                false => self.queue(first, cx),
+            };
         }
         if is_plenty {
             return self.ask_all(cx);
@@ -202,10 +212,9 @@ impl Transaction {
     fn queue(&mut self, index: usize, cx: &mut Context<'_>) {
         let services = Arc::clone(&self.request.services);
         let service = &services[index];
-        if cx.flow(service).is_unavailable() {
-            if !self.begun && cx.is_full_of_unavailable() {
-                let code = ReasonCode::Unavailable;
-                self.reason.get_or_insert_with(|| Reason::at(service, code));
+        if let Some(reason) = cx.flow(service).why_out_of_reach(service) {
+            if !self.begun && cx.is_full_of_stranded() {
+                self.reason.get_or_insert(reason);
                 return self.propose(Outcome::Aborted, cx);
             }
             self.limit_wait(cx);
@@ -257,7 +266,8 @@ impl Transaction {
         deadline
     }
 
-    /// A service that can't be reached is not waited for without end, even before any is asked.
+    /// A service that can't be reached, or that nobody serves, is not waited for without end, even
+    /// before any is asked.
     fn limit_wait(&mut self, cx: &mut Context<'_>) {
         let at = cx.now + self.timeout(cx);
         let until = match self.deadline {

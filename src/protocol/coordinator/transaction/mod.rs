@@ -399,7 +399,11 @@ impl Transaction {
             let stalled = Anomaly::Stalled(self.request.key.clone(), service.clone());
             cx.effects.push(Effect::Report(stalled));
         }
-        self.decline(index, ReasonCode::NoSlot, cx);
+        let reason = match cx.known_flow(service) {
+            Some(flow) => flow.no_slot(service),
+            None => Reason::at(service, ReasonCode::NoSlot),
+        };
+        self.decline(index, reason, cx);
     }
 
     /// There is no such service.
@@ -407,7 +411,7 @@ impl Transaction {
         let Some(index) = self.part_of(service) else { return };
         if matches!(self.parts[index].standing, Standing::Asked { .. } | Standing::Queued) {
             self.begin(cx);
-            self.decline(index, ReasonCode::UnknownService, cx);
+            self.decline(index, Reason::at(service, ReasonCode::UnknownService), cx);
         }
     }
 
@@ -430,10 +434,10 @@ impl Transaction {
         self.advance(None, cx);
     }
 
-    fn decline(&mut self, index: usize, code: ReasonCode, cx: &mut Context<'_>) {
+    fn decline(&mut self, index: usize, reason: Reason, cx: &mut Context<'_>) {
         self.unask(index, false, cx);
         self.parts[index].standing = Standing::Declined;
-        self.reason.get_or_insert_with(|| Reason::at(&self.request.services[index], code));
+        self.reason.get_or_insert(reason);
         if self.is_undecided() && self.phase != Phase::Deciding {
             self.evaluate(cx);
         }
@@ -631,7 +635,8 @@ impl Transaction {
         }
     }
 
-    /// Time is over. If a service that has not voted can't be reached, that is the reason.
+    /// Time is over. If a service that has not voted can't be reached, or nobody serves it, that is
+    /// the reason.
     fn give_up_preparing(&mut self, cx: &mut Context<'_>) {
         let is_silent = |part: &Part| {
             part.standing.is_to_be_asked()
@@ -640,15 +645,18 @@ impl Transaction {
         let silent: Vec<_> = (self.parts.iter().zip(&*self.request.services))
             .filter_map(|(part, service)| is_silent(part).then_some(service))
             .collect();
-        let is_unavailable =
-            |service: &&&ServiceName| cx.known_flow(service).is_some_and(|it| it.is_unavailable());
-        let reason = match silent.iter().find(is_unavailable) {
-            Some(service) => Reason::at(service, ReasonCode::Unavailable),
-            None => {
-                let service = silent.first().map(|&service| service.clone());
-                Reason { code: ReasonCode::Deadline, service, message: None }
+        let mut out_of_reach = silent.iter().filter_map(|service| {
+            cx.known_flow(service).and_then(|flow| flow.why_out_of_reach(service))
+        });
+        let reason = out_of_reach.next().unwrap_or_else(|| {
+            let service = silent.first().map(|&service| service.clone());
+            Reason { code: ReasonCode::Deadline, service, message: None }
+        });
+        for (part, service) in self.parts.iter().zip(&*self.request.services) {
+            if matches!(part.standing, Standing::Asked { .. }) {
+                cx.check(service);
             }
-        };
+        }
         self.reason.get_or_insert(reason);
         self.propose(Outcome::Aborted, cx);
     }

@@ -272,6 +272,7 @@ impl Transaction {
                 let (key, service) = (self.request.key.clone(), &self.request.services[index]);
                 let unanswered = Anomaly::Unanswered(key, service.clone());
                 cx.effects.push(Effect::Report(unanswered));
+                cx.check(service);
                 if self.phase == Phase::Committing && silences >= cx.settings().commit_retries {
                     self.park_commit(index, None, cx);
                 } else {
