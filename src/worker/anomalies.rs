@@ -1,9 +1,38 @@
 //! What a worker says of what is unusual and dealt with by itself.
 
 use crate::{
-    protocol::coordinator::Anomaly, transport::amqp::names::Names, worker::Tally,
+    protocol::{
+        coordinator::Anomaly,
+        message::{Matter, Parked},
+    },
+    transport::amqp::names::Names,
+    worker::Tally,
     worker::searches::Searches,
 };
+
+/// Says what is parked, who goes on with it, and what a person can do.
+pub(super) fn tell_parked(parked: &Parked, names: &Names) {
+    let Parked { key, matter, .. } = parked;
+    match matter {
+        Matter::Uncommitted { service, error: Some(error), .. } => tracing::error!(
+            transaction = %key, %service, %error,
+            "commit parked: the transaction is committed, but this service has failed to apply it; \
+             its instances go on trying, with pauses, until one succeeds: mend what the error says"
+        ),
+        Matter::Uncommitted { service, error: None, .. } => tracing::error!(
+            transaction = %key, %service,
+            "commit parked: the transaction is committed, but no instance of this service answers; \
+             the commit waits in queue `{}`: start an instance, or find out why none answers",
+            names.finish_any_of(service)
+        ),
+        Matter::Undecidable(_) => tracing::error!(
+            transaction = %key,
+            "transaction parked: the journal doesn't reach back to where it began, so its outcome \
+             can't be told, and a person has to see to it; its request is in `{}`",
+            names.unresolved()
+        ),
+    }
+}
 
 /// Logs `anomaly`, or counts it.
 pub(super) fn report(anomaly: &Anomaly, names: &Names, searches: &Searches, tally: &mut Tally) {

@@ -31,7 +31,7 @@ use crate::{
     wire::message::{RequestMalformed, Settled, encode_request},
     worker::{
         Settings,
-        anomalies::report,
+        anomalies::{report, tell_parked},
         appender::Appender,
         follower::{FollowError, Follower, Read, read_event},
         intake,
@@ -526,13 +526,24 @@ impl<'a> Session<'a> {
             Effect::Park(parked) => {
                 let (key, service) = (parked.key.clone(), parked.service().cloned());
                 self.lasting.tally.parked += 1;
-                tracing::error!(
-                    transaction = %key, service = service.as_ref().map(ServiceName::as_str),
-                    "transaction parked: operator action needed (see `dtc.unresolved`)"
-                );
+                tell_parked(&parked, &self.settings.names);
                 self.outbox.park(&parked, OnConfirm::Tell(Event::ParkConfirmed { key, service }));
             }
-            Effect::Settle { key, service, ack } => self.settle(key, service, ack),
+            Effect::Settle { key, service, ack, was_parked } => {
+                if was_parked {
+                    tracing::info!(
+                        transaction = %key, %service,
+                        "a parked commit is settled: the service has applied it"
+                    );
+                } else {
+                    // As it is with most requests that are delivered again: another worker may have
+                    // parked something.
+                    tracing::debug!(
+                        transaction = %key, %service, "what may have been parked is done"
+                    );
+                }
+                self.settle(key, service, ack);
+            }
             Effect::Report(anomaly) => {
                 let names = &self.settings.names;
                 report(&anomaly, names, &self.searches, &mut self.lasting.tally);
@@ -545,16 +556,10 @@ impl<'a> Session<'a> {
     fn settle(&mut self, key: TransactionKey, service: ServiceName, ack: Option<Delivery>) {
         let then = match ack {
             Some(Delivery(tag)) => {
-                tracing::info!(transaction = %key, %service, "a parked commit is done");
                 *self.unsettled.inquiries.entry(tag).or_default() += 1;
                 OnConfirm::Ack(Unacked::Inquiry(tag))
             }
-            None => {
-                // As it is with most requests that are delivered again: another worker may have
-                // parked something.
-                tracing::debug!(transaction = %key, %service, "what may have been parked is done");
-                OnConfirm::Nothing
-            }
+            None => OnConfirm::Nothing,
         };
         let settled_at = self.lasting.clock.now();
         let worker = self.settings.worker().clone();

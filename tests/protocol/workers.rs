@@ -468,9 +468,10 @@ fn show_effect(effect: &Effect) -> String {
             };
             format!("park    {}: {matter}", show_key(&parked.key))
         }
-        Effect::Settle { key, service, ack } => {
+        Effect::Settle { key, service, ack, was_parked } => {
             let ack = ack.map_or_else(String::new, |it| format!(", acks d{}", it.0));
-            format!("settle  {} {service}{ack}", show_key(key))
+            let perhaps = if *was_parked { "" } else { ", if it was parked" };
+            format!("settle  {} {service}{ack}{perhaps}", show_key(key))
         }
         Effect::CheckService(service) => format!("check   {service}"),
         Effect::Report(anomaly) => format!("report  {}", show_anomaly(anomaly)),

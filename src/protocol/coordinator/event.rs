@@ -278,6 +278,8 @@ pub enum Effect {
         /// The delivery of the [`Event::DoneReceived`] that this follows from. It may be
         /// acknowledged when this record is safe, and that of every other effect that names it.
         ack: Option<Delivery>,
+        /// Whether it is known to have been parked. If not, a worker that is gone may have done so.
+        was_parked: bool,
     },
     /// Worth a line in the log or a count, nothing more.
     Report(Anomaly),

@@ -660,7 +660,8 @@ impl Coordinator {
         self.with(now, &done.key, effects, |it, cx| it.record_done(&done, delivery, cx));
         self.learn(&done.service);
         if done.parked && done.applied.is_ok() {
-            effects.push(Effect::Settle { key: done.key, service: done.service, ack: delivery });
+            let Done { key, service, .. } = done;
+            effects.push(Effect::Settle { key, service, ack: delivery, was_parked: true });
         }
     }
 

@@ -142,7 +142,8 @@ impl Transaction {
 
     fn settle(&self, index: usize, ack: Option<Delivery>, cx: &mut Context<'_>) {
         let (key, service) = (self.request.key.clone(), self.request.services[index].clone());
-        cx.effects.push(Effect::Settle { key, service, ack });
+        let was_parked = matches!(self.parts[index].duty, Duty::Parking { .. });
+        cx.effects.push(Effect::Settle { key, service, ack, was_parked });
     }
 
     /// A request was delivered again of what has committed in part or as a whole.
