@@ -43,7 +43,8 @@ use crate::{
 /// synced to the disk: it survives kill -9, but not a power cut.
 ///
 /// SIGTERM or Ctrl-C: takes no more prepares, waits for the outcomes of what is prepared for up to
-/// --drain, and ends with 0. Once more: stops at once.
+/// --drain, and ends with 0. Commits that are parked are not waited for: it says which, and the next
+/// instance goes on with them. Once more: stops at once.
 #[derive(Debug, Args)]
 #[command(about = "Serve a simulated service on RabbitMQ; any number of instances share its work")]
 pub(super) struct ServiceArguments {

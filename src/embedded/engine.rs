@@ -670,7 +670,11 @@ impl Engine {
         let service = match &parked.matter {
             Matter::Uncommitted { service, error, .. } => {
                 let error = error.as_deref().unwrap_or("no answer");
-                tracing::error!(%key, %service, error, "parked: the service did not commit");
+                tracing::error!(
+                    %key, %service, error,
+                    "parked: the transaction is committed, but this service has not applied it; it \
+                     is tried again"
+                );
                 Some(service.clone())
             }
             Matter::Undecidable(_) => {
@@ -796,7 +800,8 @@ fn ended(event: &participant::Event) -> Option<&TransactionKey> {
         | Event::FinishReceived { .. }
         | Event::StoreScanned(_)
         | Event::DeadlineReached
-        | Event::Disconnected => None,
+        | Event::Disconnected
+        | Event::DrainRequested => None,
     }
 }
 

@@ -11,6 +11,7 @@ pub mod error;
 pub mod fuzzing;
 mod inbound;
 mod outbox;
+mod parked;
 pub mod serve;
 mod service;
 mod session;

@@ -9,7 +9,7 @@
 //! keeps every slot that is taken, so that what is delivered again after a reconnect doesn't exceed
 //! the cap.
 
-use std::{collections::VecDeque, pin::Pin, sync::Arc};
+use std::{collections::VecDeque, pin::Pin, sync::Arc, time::Duration};
 
 use futures_util::{
     FutureExt,
@@ -24,6 +24,7 @@ use crate::{
         AnyParticipant, Calls, Participant,
         error::{OpenError, ServeError},
         outbox::Outbox,
+        parked::ParkedLog,
         session::{Lost, Numbers, Session, declare, open_own},
         settings::ServeSettings,
     },
@@ -59,12 +60,14 @@ struct Server {
     settings: ServeSettings,
     clock: Clock,
     instance: Instance,
+    retry_parked_every: Duration,
     calls: Calls,
     outbox: Outbox,
     numbers: Numbers,
     /// What the core has yet to be told.
     events: VecDeque<Event>,
     effects: Vec<Effect>,
+    parked: ParkedLog,
     /// Told to stop: until when outcomes are waited for.
     drains_until: Option<Instant>,
     /// Whether a broker has ever taken what was said.
@@ -80,10 +83,12 @@ enum Ended {
 impl Server {
     fn new(participant: Arc<dyn AnyParticipant>, settings: ServeSettings) -> Self {
         let clock = Clock::start();
+        let core = settings.of_core();
         Self {
             participant,
             clock,
-            instance: Instance::new(clock.now(), settings.of_core()),
+            retry_parked_every: core.retry_parked_every,
+            instance: Instance::new(clock.now(), core),
             calls: Calls::new(clock, settings.finish_timeout),
             outbox: Outbox::new(
                 &settings.names,
@@ -93,6 +98,7 @@ impl Server {
             numbers: Numbers::default(),
             events: VecDeque::new(),
             effects: Vec::new(),
+            parked: ParkedLog::default(),
             drains_until: None,
             was_heard: false,
             settings,
@@ -106,7 +112,7 @@ impl Server {
         let mut supervisor = Supervisor::default();
         loop {
             let session = self.connect(&mut supervisor, stop.as_mut()).await?;
-            let Some(session) = session else { return Ok(()) };
+            let Some(session) = session else { return Ok(self.tell_what_is_left()) };
             supervisor.opened();
             let ServeSettings { service, instance, max_concurrency, .. } = &self.settings;
             tracing::info!(%service, %instance, max_concurrency, "ready");
@@ -114,7 +120,7 @@ impl Server {
             let ended = self.work(session, stop.as_mut()).await;
             self.tell_serving(false);
             match ended {
-                Ended::Stopped => return Ok(()),
+                Ended::Stopped => return Ok(self.tell_what_is_left()),
                 Ended::Lost(session, lost) => {
                     self.was_heard |= session.was_heard();
                     let lost = self.unless_final(lost)?;
@@ -207,10 +213,12 @@ impl Server {
         Ok(Some(session))
     }
 
-    /// Whether it was told to stop, and has no more to do or no more time.
+    /// Whether it was told to stop, and has no more to do or no more time. What is parked may take
+    /// days, and is as safe with whoever comes next.
     fn is_drained(&self) -> bool {
         let Some(until) = self.drains_until else { return false };
-        let is_idle = self.instance.slots_used() == 0 && self.calls.is_idle();
+        let awaited = self.instance.slots_used() - self.instance.slots_parked();
+        let is_idle = awaited == 0 && self.calls.is_idle();
         if !is_idle && until <= Instant::now() {
             let slots_used = self.instance.slots_used();
             tracing::warn!(slots_used, "stopping with transactions that have heard no outcome");
@@ -220,8 +228,21 @@ impl Server {
     }
 
     fn begin_drain(&mut self) {
-        tracing::info!(slots_used = self.instance.slots_used(), "stopping");
+        let parked = self.instance.slots_parked();
+        tracing::info!(slots_used = self.instance.slots_used(), parked, "stopping");
         self.drains_until = Some(Instant::now() + self.settings.drain);
+        self.events.push_back(Event::DrainRequested);
+    }
+
+    fn tell_what_is_left(&self) {
+        if let Some(transactions) = self.parked.left(&self.instance) {
+            let service = &self.settings.service;
+            tracing::warn!(
+                %service, transactions,
+                "stopping though the outcomes of some transactions could not be applied: the next \
+                 instance that has this store, or another that runs, goes on with them"
+            );
+        }
     }
 
     // ---- Connected ---------------------------------------------------------------------------
@@ -277,7 +298,11 @@ impl Server {
         }
         while let Some(event) = self.events.pop_front() {
             let mut effects = std::mem::take(&mut self.effects);
+            let tried = self.parked.before(&event);
             self.instance.handle(self.clock.now(), event, &mut effects);
+            if let Some(tried) = tried {
+                self.parked.after(tried, &self.instance, self.retry_parked_every);
+            }
             for effect in effects.drain(..) {
                 self.perform(effect, session.as_deref_mut());
             }

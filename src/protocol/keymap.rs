@@ -122,6 +122,13 @@ impl<V> KeyMap<V> {
         keys
     }
 
+    /// All values, in no order that may be relied on.
+    pub(crate) fn values(&self) -> impl Iterator<Item = &V> {
+        #[expect(clippy::disallowed_methods, reason = "whoever uses it treats each alike")]
+        let all = self.of.values();
+        all.flat_map(|it| std::iter::once(&it.first).chain(&it.others)).map(|(_, value)| value)
+    }
+
     /// All values, in no order that may be relied on: only for what treats each alike.
     pub(crate) fn for_each(&mut self, mut change: impl FnMut(&mut V)) {
         for same_id in self.of.values_mut() {

@@ -25,6 +25,7 @@ mod locked;
 mod misspelt;
 mod node;
 mod operated;
+mod parked;
 #[path = "../support/processes.rs"]
 mod processes;
 #[path = "../support/proxy.rs"]

@@ -22,6 +22,7 @@ pub(crate) struct Bench {
     deliveries: u64,
     stages: BTreeMap<TransactionKey, String>,
     due: Option<Time>,
+    parked: u32,
     output: Vec<String>,
 }
 
@@ -34,6 +35,7 @@ impl Bench {
             deliveries: 0,
             stages: BTreeMap::new(),
             due: None,
+            parked: 0,
             output: Vec::new(),
         }
     }
@@ -159,6 +161,7 @@ impl Bench {
         let instance = self.instance();
         instance.handle(now, event, &mut effects);
         let (due, slots) = (instance.next_deadline(), instance.slots_used());
+        let parked = instance.slots_parked();
         for (key, before) in &mut self.stages {
             let stage = self.instance.as_ref().and_then(|it| it.stage_of(key));
             let after = stage.map_or_else(|| "-".to_owned(), |stage| format!("{stage:?}"));
@@ -168,6 +171,10 @@ impl Bench {
             }
         }
         assert!(slots <= self.settings.max_concurrency, "the cap holds");
+        if parked != self.parked {
+            self.parked = parked;
+            self.output.push(format!("parked  {parked} of {slots} slots"));
+        }
         self.output.extend(effects.iter().map(show_effect));
         if due != self.due {
             self.due = due;

@@ -131,6 +131,7 @@ stories! {
         disconnect_and_the_outcome_comes_before_the_delivery
         disconnect_keeps_the_slot
         disconnected_it_looks_first_whether_others_have_finished_it
+        drain_leaves_what_is_parked_and_waits_for_the_rest
         failed_commit_is_reported_and_stays_prepared
         failed_keeps_the_slot_until_the_abort
         finish_twice_while_it_is_applied_is_done_once
@@ -146,6 +147,8 @@ stories! {
         parked_commit_from_the_store_is_retried_until_it_succeeds
         parked_commit_is_looked_into_however_many_are
         parked_commit_is_retried_until_it_succeeds
+        parked_commit_that_another_instance_has_applied_is_not_called_again
+        parked_commit_that_nobody_tells_of_is_known_by_the_silence
         prepare_after_a_cancel_is_refused
         prepare_after_its_deadline_is_refused
         prepare_after_the_outcome_hears_it

@@ -97,6 +97,8 @@ pub enum Event {
     DeadlineReached,
     /// The connection is lost: every delivery will come again, to whichever instance.
     Disconnected,
+    /// The process is going to end: what is parked is left to whoever comes next.
+    DrainRequested,
 }
 
 impl Event {
@@ -113,6 +115,7 @@ impl Event {
             Self::StoreScanned(_) => "StoreScanned",
             Self::DeadlineReached => "DeadlineReached",
             Self::Disconnected => "Disconnected",
+            Self::DrainRequested => "DrainRequested",
         }
     }
 
@@ -126,7 +129,10 @@ impl Event {
             | Self::PrepareEnded { key, .. }
             | Self::FinishEnded { key, .. }
             | Self::StoreRead { key, .. } => Some(key),
-            Self::StoreScanned(_) | Self::DeadlineReached | Self::Disconnected => None,
+            Self::StoreScanned(_)
+            | Self::DeadlineReached
+            | Self::Disconnected
+            | Self::DrainRequested => None,
         }
     }
 }

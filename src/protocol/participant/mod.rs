@@ -146,6 +146,9 @@ struct Holding {
     /// What is still to be called for it; the first is running in [`Stage::Finishing`].
     calls: VecDeque<(Branch, Outcome)>,
     failures: u32,
+    /// Whether its commit is parked, as far as this instance can tell: no worker says when to try
+    /// again.
+    is_parked: bool,
     /// When to inquire, or to try again.
     wake_at: Option<Time>,
     due: Option<Time>,
@@ -181,6 +184,7 @@ pub struct Instance {
     doubted: BTreeMap<(TransactionKey, Branch), Time>,
     scan_at: Option<Time>,
     branches: u64,
+    draining: bool,
 }
 
 impl Instance {
@@ -195,6 +199,7 @@ impl Instance {
             doubted: BTreeMap::new(),
             scan_at: settings.has_store.then_some(now),
             branches: 0,
+            draining: false,
             settings,
         }
     }
@@ -221,6 +226,7 @@ impl Instance {
             Event::StoreScanned(held) => self.store_scanned(now, held, effects),
             Event::DeadlineReached => self.deadline_reached(now, effects),
             Event::Disconnected => self.disconnected(),
+            Event::DrainRequested => self.draining = true,
         }
     }
 
@@ -237,6 +243,20 @@ impl Instance {
     /// How many transactions hold a slot.
     pub fn slots_used(&self) -> u32 {
         self.slots_used
+    }
+
+    /// Whether the outcome of a transaction is known and this instance could not apply it. No worker
+    /// waits for it any more; it is tried again now and then, and whoever has the store can do it as
+    /// well.
+    pub fn is_parked(&self, key: &TransactionKey) -> bool {
+        self.holdings.get(key).is_some_and(|it| it.is_stuck())
+    }
+
+    /// How many of the transactions that hold a slot are parked.
+    pub fn slots_parked(&self) -> u32 {
+        let holds = |it: &&Holding| it.slot != Slot::None && it.is_stuck();
+        let parked = self.holdings.values().map(|it| &**it).filter(holds).count();
+        u32::try_from(parked).unwrap_or(u32::MAX)
     }
 
     /// Slots that neither are held nor will be taken by what has been delivered.
@@ -539,6 +559,7 @@ impl Instance {
         let key = finisher.finish.key.clone();
         if let Some(holding) = self.holdings.get_mut(&key) {
             let is_parked = finisher.delivery.is_some();
+            holding.is_parked |= is_parked;
             holding.finishers.push(finisher);
             return match holding.stage {
                 // It has just failed as often as it was to be tried.
@@ -569,6 +590,7 @@ impl Instance {
             return self.done(finisher, applied, effects);
         }
         let mut visiting = Holding::visiting(None, Time::EPOCH);
+        visiting.is_parked = finisher.delivery.is_some();
         visiting.finishers.push(finisher);
         self.look_up(&key, visiting, effects);
     }
@@ -670,6 +692,8 @@ impl Instance {
         let Some(holding) = self.holdings.get_mut(key) else { return };
         let failed = std::mem::take(&mut holding.calls).pop_front().map(|(branch, _)| branch);
         holding.failures = holding.failures.saturating_add(1);
+        // When it is told again, others may have been told too: what is parked goes to any instance.
+        holding.asked_by = None;
         let (parked, told): (Vec<_>, Vec<_>) = std::mem::take(&mut holding.finishers)
             .into_iter()
             .partition(|it| it.delivery.is_some());
@@ -890,9 +914,16 @@ impl Instance {
                 else {
                     return;
                 };
+                // Its outcome was told and could not be applied, and since then nobody has said a word:
+                // whoever told it has given up.
+                holding.is_parked |= holding.failures > 0;
+                if self.draining && holding.is_stuck() {
+                    return;
+                }
                 effects.push(self.inquiry(key.clone(), request_hash, branch, deadline));
                 self.inquire_later(now, key);
             }
+            Stage::BackingOff if self.draining => {}
             Stage::BackingOff if holding.branch.is_some() => self.apply(now, key, effects),
             Stage::BackingOff => {
                 holding.stage = Stage::Recalling;
@@ -950,9 +981,15 @@ impl Holding {
             finishers: Vec::new(),
             calls: VecDeque::new(),
             failures: 0,
+            is_parked: false,
             wake_at: None,
             due: None,
         }
+    }
+
+    /// Whether it was told, could not be applied, and nobody waits for it any more.
+    fn is_stuck(&self) -> bool {
+        self.is_parked && self.failures > 0
     }
 
     /// Whether it is, or may be, for a request with this digest.
