@@ -709,7 +709,9 @@ impl Engine {
                 self.count(number, &effect);
                 self.calls.push((number, effect));
             }
-            Effect::ReadStore(_) | Effect::ScanStore => self.calls.push((number, effect)),
+            Effect::ReadStore(_) | Effect::LookUpCommit { .. } | Effect::ScanStore => {
+                self.calls.push((number, effect));
+            }
             Effect::Vote { vote, .. } => {
                 self.for_worker.push_back(coordinator::Event::VoteReceived(vote));
             }
@@ -753,6 +755,7 @@ impl Engine {
                 key
             }
             Effect::ReadStore(_)
+            | Effect::LookUpCommit { .. }
             | Effect::ScanStore
             | Effect::Vote { .. }
             | Effect::Done { .. }
@@ -791,7 +794,8 @@ fn ended(event: &participant::Event) -> Option<&TransactionKey> {
     match event {
         Event::PrepareEnded { key, .. }
         | Event::FinishEnded { key, applied: Ok(()), .. }
-        | Event::StoreRead { key, .. } => Some(key),
+        | Event::StoreRead { key, .. }
+        | Event::CommitLookedUp { key, .. } => Some(key),
         // Its store holds it still, whatever the instance does.
         Event::FinishEnded { applied: Err(_), .. } => None,
         Event::PrepareReceived { .. }
@@ -913,6 +917,7 @@ mod tests {
                 (key.clone(), participant::Event::FinishEnded { key, branch, applied: Ok(()) })
             }
             Effect::ReadStore(_)
+            | Effect::LookUpCommit { .. }
             | Effect::ScanStore
             | Effect::Vote { .. }
             | Effect::Done { .. }

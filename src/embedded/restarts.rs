@@ -136,7 +136,11 @@ impl World {
                 Event::StoreRead { key, held }
             }
             Effect::ScanStore => Event::StoreScanned(self.held_by(number).cloned().collect()),
-            Effect::Vote { .. } | Effect::Done { .. } | Effect::Inquire(_) | Effect::Ack(_) => {
+            Effect::LookUpCommit { .. }
+            | Effect::Vote { .. }
+            | Effect::Done { .. }
+            | Effect::Inquire(_)
+            | Effect::Ack(_) => {
                 panic!("not a call")
             }
         }

@@ -89,6 +89,16 @@ impl Calls {
                 });
                 None
             }
+            Effect::LookUpCommit { key, branch } => {
+                let patience = self.finish_timeout;
+                self.running.spawn(async move {
+                    let call = Finish { key: key.clone(), branch: branch.clone() };
+                    let is_known = knows_branch(participant, call, patience).await;
+                    let event = Event::CommitLookedUp { key, branch, is_known };
+                    Ended { participant: number, event }
+                });
+                None
+            }
             Effect::ScanStore => {
                 let patience = self.finish_timeout;
                 self.running.spawn(async move {
@@ -202,15 +212,45 @@ async fn read_store(
     of: Option<TransactionKey>,
     patience: Duration,
 ) -> Vec<InDoubt> {
-    let mut pause = Duration::from_millis(100);
-    loop {
-        let deadline = Instant::now() + patience;
+    let ask = || {
         let (reader, key) = (Arc::clone(&participant), of.clone());
         // Within the future, since the call may panic before it has made its own.
-        match guarded(deadline, async move { reader.in_doubt(key).await }).await {
-            Ok(held) => return held,
+        async move { reader.in_doubt(key).await }
+    };
+    until_told(ask, "failed to read what the store holds in doubt", patience).await
+}
+
+/// Whether the store holds the branch, or has committed it.
+async fn knows_branch(
+    participant: Arc<dyn AnyParticipant>,
+    call: Finish,
+    patience: Duration,
+) -> bool {
+    let ask = || {
+        let (reader, call) = (Arc::clone(&participant), call.clone());
+        async move {
+            // In this order: what is committed in between is seen by the second look.
+            let held = Arc::clone(&reader).in_doubt(Some(call.key.clone())).await?;
+            match held.iter().any(|it| it.branch == call.branch) {
+                true => Ok(true),
+                false => reader.has_committed(call).await,
+            }
+        }
+    };
+    until_told(ask, "failed to read what the store has committed", patience).await
+}
+
+/// Asks until there is an answer. `failed`: what to say of each time there is none.
+async fn until_told<T, F>(ask: impl Fn() -> F, failed: &str, patience: Duration) -> T
+where
+    F: Future<Output = Result<T, Error>>,
+{
+    let mut pause = Duration::from_millis(100);
+    loop {
+        match guarded(Instant::now() + patience, ask()).await {
+            Ok(told) => return told,
             Err(error) => {
-                tracing::warn!(%error, "failed to read what the store holds in doubt");
+                tracing::warn!(%error, "{failed}");
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(patience);
             }

@@ -50,7 +50,8 @@ pub trait Participant: Send + Sync + 'static {
     fn prepare(&self, call: Prepare) -> impl Future<Output = Result<Verdict, Error>> + Send;
 
     /// Makes what was prepared under [`Finish::branch`] last. Must be idempotent: a branch that is
-    /// committed already, or that the store does not know, is a success.
+    /// committed already is a success. So is one that the store does not know, unless it can tell
+    /// that it has never committed it: that is an error.
     fn commit(&self, call: Finish) -> impl Future<Output = Result<(), Error>> + Send;
 
     /// Undoes what was prepared under [`Finish::branch`], or may have been. Must be idempotent.
@@ -75,6 +76,21 @@ pub trait Participant: Send + Sync + 'static {
     ) -> impl Future<Output = Result<Vec<InDoubt>, Error>> + Send {
         let _ = of;
         std::future::ready(Ok(Vec::new()))
+    }
+
+    /// Whether [`Participant::has_committed`] tells what the store has committed. Then a commit of a
+    /// branch that the store neither holds nor has committed is an error, and is tried elsewhere: it
+    /// was prepared in another store. Without it, which is the default, such a commit counts as
+    /// applied, and two instances that don't share their store lose commits.
+    fn remembers_commits(&self) -> bool {
+        false
+    }
+
+    /// Whether the store has committed [`Finish::branch`], by whichever instance. It is asked only
+    /// about what [`Participant::in_doubt`] does not name.
+    fn has_committed(&self, call: Finish) -> impl Future<Output = Result<bool, Error>> + Send {
+        let _ = call;
+        std::future::ready(Ok(true))
     }
 }
 
@@ -146,6 +162,15 @@ pub(crate) trait AnyParticipant: Send + Sync {
         of: Option<TransactionKey>,
     ) -> BoxFuture<'static, Result<Vec<InDoubt>, Error>>;
     fn has_store(&self) -> bool;
+
+    fn has_committed(self: Arc<Self>, call: Finish) -> BoxFuture<'static, Result<bool, Error>> {
+        let _ = call;
+        Box::pin(std::future::ready(Ok(true)))
+    }
+
+    fn remembers_commits(&self) -> bool {
+        false
+    }
 }
 
 impl<P: Participant> AnyParticipant for P {
@@ -168,8 +193,16 @@ impl<P: Participant> AnyParticipant for P {
         Box::pin(async move { Participant::in_doubt(&*self, of).await })
     }
 
+    fn has_committed(self: Arc<Self>, call: Finish) -> BoxFuture<'static, Result<bool, Error>> {
+        Box::pin(async move { Participant::has_committed(&*self, call).await })
+    }
+
     fn has_store(&self) -> bool {
         Participant::has_store(self)
+    }
+
+    fn remembers_commits(&self) -> bool {
+        Participant::remembers_commits(self)
     }
 }
 

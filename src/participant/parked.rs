@@ -30,15 +30,27 @@ struct Tries {
 #[derive(Debug)]
 pub(super) struct Tried {
     key: TransactionKey,
-    /// What the service's code said.
-    failed: Option<Arc<str>>,
+    failed: Option<Failure>,
+}
+
+#[derive(Debug)]
+enum Failure {
+    /// The service's code says this.
+    Code(Arc<str>),
+    /// The store does not know this branch.
+    Unknown(String),
 }
 
 impl ParkedLog {
     /// What `event` may change, to be said when the core has handled it.
     pub(super) fn before(&self, event: &Event) -> Option<Tried> {
         let failed = match event {
-            Event::FinishEnded { applied: Err(error), .. } => Some(Arc::clone(error)),
+            Event::FinishEnded { applied: Err(error), .. } => {
+                Some(Failure::Code(Arc::clone(error)))
+            }
+            Event::CommitLookedUp { branch, is_known: false, .. } => {
+                Some(Failure::Unknown(branch.to_string()))
+            }
             _ if self.tries.is_empty() => return None,
             _ => None,
         };
@@ -51,9 +63,26 @@ impl ParkedLog {
     pub(super) fn after(&mut self, tried: Tried, instance: &Instance, every: Duration) {
         let Tried { key, failed } = tried;
         let is_held = instance.stage_of(&key).is_some();
-        if let Some(error) = failed {
-            tracing::debug!(transaction = %key, %error, "an outcome was not applied");
-            self.failed(&key, is_held, error);
+        let unknown = match failed {
+            Some(Failure::Code(error)) => {
+                tracing::debug!(transaction = %key, %error, "an outcome was not applied");
+                self.failed(&key, is_held, error);
+                None
+            }
+            Some(Failure::Unknown(branch)) => {
+                let is_told = self.tries.get(&key).is_some_and(|tries| tries.is_told);
+                self.failed(&key, is_held, format!("branch {branch} is unknown").into());
+                Some(branch).filter(|_| !is_told)
+            }
+            None => None,
+        };
+        if let Some(branch) = &unknown {
+            tracing::error!(
+                transaction = %key, branch,
+                "told to commit a branch that this instance's store has neither prepared nor \
+                 committed, so nothing is committed here: all instances of a service must share \
+                 one store; give this instance the store of the one that made the branch"
+            );
         }
         if !is_held {
             if let Some(Tries { failures, .. }) =
@@ -71,13 +100,15 @@ impl ParkedLog {
             return;
         }
         tries.is_told = true;
-        let error = &tries.error;
-        tracing::warn!(
-            transaction = %key, %error,
-            "an outcome is parked: the service's code has failed to apply it, and no worker \
-             waits for it any more; it is tried every {every:?} until it succeeds, here or at \
-             another instance; mend what the error says"
-        );
+        if unknown.is_none() {
+            let error = &tries.error;
+            tracing::warn!(
+                transaction = %key, %error,
+                "an outcome is parked: the service's code has failed to apply it, and no worker \
+                 waits for it any more; it is tried every {every:?} until it succeeds, here or at \
+                 another instance; mend what the error says"
+            );
+        }
     }
 
     /// It was tried, and the instance goes on holding it or not.

@@ -29,7 +29,7 @@ use crate::{
         settings::ServeSettings,
     },
     protocol::{
-        participant::{Effect, Event, Instance},
+        participant::{self, Effect, Event, Instance},
         time::Time,
     },
     transport::amqp::{error::Disposition, supervisor::Supervisor, topology::apply::TopologyError},
@@ -83,7 +83,10 @@ enum Ended {
 impl Server {
     fn new(participant: Arc<dyn AnyParticipant>, settings: ServeSettings) -> Self {
         let clock = Clock::start();
-        let core = settings.of_core();
+        let core = participant::Settings {
+            remembers_commits: participant.remembers_commits(),
+            ..settings.of_core()
+        };
         Self {
             participant,
             clock,
@@ -321,6 +324,7 @@ impl Server {
             | Effect::CallCommit { .. }
             | Effect::CallAbort { .. }
             | Effect::ReadStore(_)
+            | Effect::LookUpCommit { .. }
             | Effect::ScanStore => {
                 let ended = self.calls.start(0, &self.participant, effect);
                 self.events.extend(ended.map(|ended| ended.event));

@@ -221,6 +221,15 @@ impl Participant for Simulated {
         self.state.is_some()
     }
 
+    fn remembers_commits(&self) -> bool {
+        self.state.as_ref().is_some_and(State::remembers_commits)
+    }
+
+    async fn has_committed(&self, call: Finish) -> Result<bool, Error> {
+        let committed = self.state.as_ref().map(|state| state.has_committed(&call));
+        Ok(committed.transpose()?.unwrap_or(true))
+    }
+
     async fn in_doubt(&self, of: Option<TransactionKey>) -> Result<Vec<InDoubt>, Error> {
         let held = self.state.as_ref().map(|state| state.in_doubt(of.as_ref()));
         Ok(held.transpose()?.unwrap_or_default())

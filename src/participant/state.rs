@@ -42,6 +42,9 @@ use crate::{
 /// The pause before looking again at a branch that another instance is at.
 const LOCKED_PAUSE: Duration = Duration::from_millis(1);
 
+/// How many bytes of a log are looked through at a time.
+const LOOK_BACK: u64 = 64 * 1024;
+
 /// What a simulated service holds.
 #[derive(Debug)]
 pub struct State(Kept);
@@ -112,7 +115,21 @@ impl State {
         }
     }
 
-    /// Makes a branch last, or undoes it; one that isn't held has been finished already.
+    /// Whether it can tell what it has committed.
+    pub(super) fn remembers_commits(&self) -> bool {
+        matches!(self.0, Kept::Files(_))
+    }
+
+    /// Whether the branch is committed, as far as that can be told.
+    pub(super) fn has_committed(&self, call: &Finish) -> io::Result<bool> {
+        match &self.0 {
+            Kept::Memory(_) => Ok(true),
+            Kept::Files(files) => files.committed.has(&start_of_line(call)),
+        }
+    }
+
+    /// Makes a branch last, or undoes it; one that isn't held has been finished already. The files
+    /// can tell, and one that is to be committed and never was in this directory is an error.
     pub(super) async fn finish(&self, call: &Finish, outcome: Outcome) -> io::Result<()> {
         match &self.0 {
             Kept::Memory(memory) => {
@@ -264,7 +281,15 @@ impl Files {
         let path = self.path_of(&call.key, &call.branch);
         let mut file = match OpenOptions::new().read(true).append(true).open(&path) {
             Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return match outcome {
+                    Outcome::Committed if !self.committed.has(&start_of_line(call))? => {
+                        let directory = self.prepared.display();
+                        Err(io::Error::other(format!("`{directory}` has never held this branch")))
+                    }
+                    Outcome::Committed | Outcome::Aborted => Ok(true),
+                };
+            }
             Err(error) => return Err(error),
         };
         match file.try_lock() {
@@ -281,7 +306,7 @@ impl Files {
         };
         let mut text = String::new();
         file.read_to_string(&mut text)?;
-        let line = format!("{} {} ", name_of(&call.key, ' '), call.branch);
+        let line = start_of_line(call);
         // Somebody was killed in the middle of this.
         let is_noted = text.lines().any(|note| note == outcome.as_str());
         if !is_noted {
@@ -374,10 +399,34 @@ impl Log {
         writeln_at_once(&self.file, line)
     }
 
-    /// Whether a line begins with `start`.
+    /// Whether a line begins with `start`. It is looked for from the end, since what is asked for is
+    /// nearly always among the last.
     fn has(&self, start: &str) -> io::Result<bool> {
-        Ok(fs::read_to_string(&self.path)?.lines().any(|line| line.starts_with(start)))
+        let mut file = File::open(&self.path)?;
+        let mut from = file.metadata()?.len();
+        // What was read of the line that begins further ahead.
+        let mut rest = Vec::new();
+        while from > 0 {
+            let length = from.min(LOOK_BACK);
+            from -= length;
+            file.seek(SeekFrom::Start(from))?;
+            let mut read = Vec::new();
+            (&mut file).take(length).read_to_end(&mut read)?;
+            read.append(&mut rest);
+            let mut lines = read.split(|byte| *byte == b'\n');
+            let first = lines.next().unwrap_or_default();
+            if lines.any(|line| line.starts_with(start.as_bytes())) {
+                return Ok(true);
+            }
+            rest = first.to_vec();
+        }
+        Ok(rest.starts_with(start.as_bytes()))
     }
+}
+
+/// What the line of a finished branch begins with, in the log of its outcome.
+fn start_of_line(call: &Finish) -> String {
+    format!("{} {} ", name_of(&call.key, ' '), call.branch)
 }
 
 /// Ends the last line, if a kill has torn it: it may, where a line goes over the end of a page.
@@ -459,6 +508,51 @@ mod tests {
         assert!(one.in_doubt(None).unwrap().is_empty());
         assert_eq!(lines(directory.path(), "committed.log"), 1);
         assert_eq!(lines(directory.path(), "aborted.log"), 1);
+    }
+
+    #[test]
+    fn what_a_directory_never_held_is_not_committed_there() {
+        let (here, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let (one, other) = (state(here.path(), "i1"), state(elsewhere.path(), "i2"));
+        let call = prepare("t1", "i1");
+        one.prepare(&call).unwrap();
+        let error = block_on(other.finish(&finish(&call), Outcome::Committed)).unwrap_err();
+        assert!(error.to_string().contains("has never held this branch"), "{error}");
+        assert!(!other.has_committed(&finish(&call)).unwrap());
+        // An abort of something never prepared is done.
+        block_on(other.finish(&finish(&call), Outcome::Aborted)).unwrap();
+        for _ in 0..2 {
+            block_on(one.finish(&finish(&call), Outcome::Committed)).unwrap();
+            assert!(one.has_committed(&finish(&call)).unwrap());
+        }
+        let undone = prepare("t2", "i1");
+        one.prepare(&undone).unwrap();
+        block_on(one.finish(&finish(&undone), Outcome::Aborted)).unwrap();
+        assert!(!one.has_committed(&finish(&undone)).unwrap());
+    }
+
+    #[test]
+    fn a_line_is_found_wherever_it_stands_in_a_long_log() {
+        let directory = tempfile::tempdir().unwrap();
+        let state = state(directory.path(), "i1");
+        let called = |n: u32| Finish {
+            key: prepare(&format!("t{n}"), "i1").key,
+            branch: Branch::of(&InstanceId::parse("i1").unwrap(), 3),
+        };
+        // Several times what is read at once, in lines of changing length.
+        let lines: String =
+            (0..20_000_u64).map(|n| format!("t{n} 7 i1.3 {} i1\n", n.pow(3))).collect();
+        assert!(lines.len() > 5 * 64 * 1024);
+        fs::write(directory.path().join("payments/committed.log"), &lines).unwrap();
+        for n in [0, 1, 2000, 2345, 6789, 19_998, 19_999] {
+            assert!(state.has_committed(&called(n)).unwrap(), "{n}");
+        }
+        for n in (0..20_000).step_by(997) {
+            assert!(state.has_committed(&called(n)).unwrap(), "{n}");
+        }
+        assert!(!state.has_committed(&called(20_000)).unwrap());
+        fs::write(directory.path().join("payments/committed.log"), "").unwrap();
+        assert!(!state.has_committed(&called(1)).unwrap());
     }
 
     #[test]

@@ -301,6 +301,42 @@ async fn commands_for_an_instance_that_is_gone_are_applied_by_another() {
     assert_eq!(world.committed(), [1]);
 }
 
+/// It said that it was done, since it holds nothing of it; and nobody ever committed it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_that_reaches_another_store_is_an_error_and_waits_for_the_right_one() {
+    let world = World::new(place(), PATIENT).await;
+    let mut killed = world.start_process(r#""max_concurrency": 2"#);
+    world.prepare(&[1]).await;
+    let vote = world.hear("vote").await;
+    killed.child.kill().unwrap();
+    killed.child.wait().unwrap();
+    world.drop_prepares().await;
+    let elsewhere = tempfile::tempdir().unwrap();
+    let mut other = world.start_process_with(elsewhere.path(), r#""max_concurrency": 2"#);
+
+    world.tell("all", "dtc.finish.v1", &[commit_of(&vote, false)]).await;
+    let done = world.hear("done").await;
+    println!("{done}");
+    assert_eq!((id(&done), &done["done"]), (1, &json!(false)));
+    assert!(done["error"].as_str().unwrap().contains("share one store"), "{done}");
+    let said = other.printed.wait_for("ERROR", PATIENCE).expect("it is an error");
+    println!("{said}");
+    assert!(said.contains(vote["branch"].as_str().unwrap()), "{said}");
+
+    // Parked, it stays with the wrong instance for as long as that is there.
+    world.tell("gone", "dtc.finish.v1", &[commit_of(&vote, true)]).await;
+    let queue = world.names.finish_any_of(&world.service);
+    world.waits_in(&queue, 0).await;
+    other.child.kill().unwrap();
+    other.child.wait().unwrap();
+    world.waits_in(&queue, 1).await;
+    let right = world.serve(r#""max_concurrency": 2"#, |settings| settings);
+    let done = world.hear("done").await;
+    assert_eq!((&done["done"], &done["parked"]), (&json!(true), &json!(true)));
+    right.stop().await.unwrap();
+    assert_eq!(world.committed(), [1]);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restart_of_the_broker_changes_neither_what_is_held_nor_the_cap() {
     let broker = Broker::start();
@@ -537,7 +573,6 @@ impl Running {
 /// An instance that serves in a process of its own.
 struct Process {
     child: Child,
-    #[expect(dead_code, reason = "it keeps the pipe read")]
     printed: Lines,
 }
 
@@ -649,6 +684,11 @@ impl World {
 
     /// Serves the service in a process of its own, and returns when it is ready.
     fn start_process(&self, fields: &str) -> Process {
+        self.start_process_with(self.directory.path(), fields)
+    }
+
+    /// The same with its state in `state`.
+    fn start_process_with(&self, state: &Path, fields: &str) -> Process {
         let services = self.directory.path().join("services.json");
         fs::write(&services, self.spec(fields)).unwrap();
         let mut child = Command::new(env!("CARGO_BIN_EXE_dtc"))
@@ -657,7 +697,7 @@ impl World {
             .arg("--services")
             .arg(services)
             .arg("--state")
-            .arg(self.directory.path())
+            .arg(state)
             .env("DTC__BROKER__URL", &self.place.url)
             .stderr(Stdio::piped())
             .spawn()

@@ -1013,6 +1013,11 @@ impl World {
                 }
                 self.send(Message::ToMember { member, event });
             }
+            Effect::LookUpCommit { key, branch } => {
+                let is_known =
+                    self.stores[service].executed.contains(&(key.clone(), branch.clone()));
+                return Some(Event::CommitLookedUp { key, branch, is_known });
+            }
             Effect::ScanStore => return Some(Event::StoreScanned(self.in_doubt(service))),
             Effect::Vote { to, vote } => {
                 let said = match &vote.ballot {

@@ -64,6 +64,7 @@ impl Bench {
         match name {
             "max_concurrency" => self.settings.max_concurrency = value.parse().unwrap(),
             "has_store" => self.settings.has_store = value == "yes",
+            "remembers_commits" => self.settings.remembers_commits = value == "yes",
             "visitors_max" => self.settings.visitors_max = value.parse().unwrap(),
             "remembered_max" => self.settings.remembered_max = value.parse().unwrap(),
             other => panic!("{other} is no setting of these traces"),
@@ -127,8 +128,15 @@ impl Bench {
                 assert!(held.iter().all(|it| it.key == key));
                 Event::StoreRead { key, held }
             }
+            "looked-up" => {
+                let (key, branch) = (key(&line.word()), branch(&line.word()));
+                let is_known = line.flag("known");
+                assert!(is_known || line.flag("unknown"));
+                Event::CommitLookedUp { key, branch, is_known }
+            }
             "scanned" => Event::StoreScanned(held(line, &data)),
             "disconnect" => Event::Disconnected,
+            "drain" => Event::DrainRequested,
             other => panic!("{other} is no word of these traces"),
         }
     }
@@ -217,6 +225,9 @@ fn show_effect(effect: &Effect) -> String {
         Effect::CallCommit { key, branch } => format!("call    commit {} {branch}", show_key(key)),
         Effect::CallAbort { key, branch } => format!("call    abort {} {branch}", show_key(key)),
         Effect::ReadStore(key) => format!("look    {}", show_key(key)),
+        Effect::LookUpCommit { key, branch } => {
+            format!("look    {}: was {branch} committed?", show_key(key))
+        }
         Effect::ScanStore => "look    through the store".to_owned(),
         Effect::Vote { to, vote } => format!("vote    to {to}: {}", show_vote(vote)),
         Effect::Done { to, done, ack } => {

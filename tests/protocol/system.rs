@@ -113,6 +113,7 @@ impl System {
                 let id = instance(&format!("s{index}-{number}"));
                 let settings = participant::Settings {
                     has_store: it.has_store,
+                    remembers_commits: it.has_store,
                     ..participant::Settings::new(name.clone(), id, it.max_concurrency)
                 };
                 Instance::new(BEGINNING, settings)
@@ -404,6 +405,11 @@ impl System {
             Effect::ReadStore(key) => {
                 let held = self.sites[site].store.iter().filter(|it| it.key == key);
                 Event::StoreRead { held: held.cloned().collect(), key }
+            }
+            Effect::LookUpCommit { key, branch } => {
+                let is_known = self.sites[site].committed.contains(&branch);
+                assert!(is_known, "nobody is told to commit what was never prepared");
+                Event::CommitLookedUp { key, branch, is_known }
             }
             Effect::ScanStore => {
                 Event::StoreScanned(self.sites[site].store.iter().cloned().collect())

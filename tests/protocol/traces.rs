@@ -124,6 +124,8 @@ stories! {
         cancelled_while_the_store_is_read
         cap_holds_when_more_is_delivered
         commit_from_the_store_fails_though_the_slot_is_held
+        commit_of_a_branch_that_the_store_never_had_is_an_error
+        commit_of_a_branch_that_the_store_never_had_undoes_the_own_one
         commit_of_anothers_branch_without_a_store_is_not_applied
         commit_of_what_only_the_store_holds
         commit_of_anothers_branch_undoes_the_own_one_and_is_not_applied_without_a_store
@@ -147,6 +149,7 @@ stories! {
         parked_commit_from_the_store_is_retried_until_it_succeeds
         parked_commit_is_looked_into_however_many_are
         parked_commit_is_retried_until_it_succeeds
+        parked_commit_of_a_branch_that_the_store_never_had_is_tried_again
         parked_commit_that_another_instance_has_applied_is_not_called_again
         parked_commit_that_nobody_tells_of_is_known_by_the_silence
         prepare_after_a_cancel_is_refused

@@ -841,6 +841,7 @@ impl World {
             Effect::CallCommit { key, branch } => self.call_commit(instance, key, branch),
             Effect::CallAbort { key, branch } => self.call_abort(instance, key, branch),
             Effect::ReadStore(key) => self.read_store(instance, Some(key)),
+            Effect::LookUpCommit { key, branch } => self.look_up_commit(instance, key, branch),
             Effect::ScanStore => self.read_store(instance, None),
             Effect::Vote { to, vote } => {
                 let store = &self.services[self.instances[instance].service].store;

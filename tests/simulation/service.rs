@@ -80,6 +80,10 @@ pub(crate) enum Call {
     ScanStore {
         held: Option<Vec<InDoubt>>,
     },
+    LookUpCommit {
+        key: TransactionKey,
+        branch: Branch,
+    },
 }
 
 impl Service {
@@ -278,6 +282,11 @@ impl World {
         self.begin_call(instance, latency, call);
     }
 
+    pub(crate) fn look_up_commit(&mut self, instance: usize, key: TransactionKey, branch: Branch) {
+        let latency = self.call_latency(instance).min(10);
+        self.begin_call(instance, latency, Call::LookUpCommit { key, branch });
+    }
+
     pub(crate) fn end_call(&mut self, instance: usize, incarnation: u32, call: Call) {
         let is_alive = self.instances[instance].life.incarnation == incarnation
             && self.is_instance_alive(instance);
@@ -324,6 +333,12 @@ impl World {
             Call::ReadStore { key, held } => {
                 let held = held.unwrap_or_else(|| self.services[index].store.read(&key));
                 Event::StoreRead { key, held }
+            }
+            Call::LookUpCommit { key, branch } => {
+                let store = &self.services[index].store;
+                let is_known =
+                    store.holds(&key, &branch) || store.committed(&key).contains(&branch);
+                Event::CommitLookedUp { key, branch, is_known }
             }
             Call::ScanStore { held } => {
                 let held = held.unwrap_or_else(|| self.services[index].store.scan());

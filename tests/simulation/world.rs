@@ -918,6 +918,7 @@ impl World {
         node.id = InstanceId::parse(&text).expect("a valid id");
         let settings = participant::Settings {
             has_store: !service.plan.in_memory,
+            remembers_commits: !service.plan.in_memory,
             inquire_after: service.plan.inquire_after,
             scan_every: service.plan.scan_every,
             retry_parked_every: Duration::from_secs(1),

@@ -91,6 +91,15 @@ pub enum Event {
         /// Its branches.
         held: Vec<InDoubt>,
     },
+    /// Whether the store knows the branch that is to be committed: holds it, or has committed it.
+    CommitLookedUp {
+        /// Which transaction.
+        key: TransactionKey,
+        /// Which branch.
+        branch: Branch,
+        /// Whether it does.
+        is_known: bool,
+    },
     /// All that the store holds.
     StoreScanned(Vec<InDoubt>),
     /// The moment of [`Instance::next_deadline`](super::Instance::next_deadline) has come.
@@ -112,6 +121,7 @@ impl Event {
             Self::PrepareEnded { .. } => "PrepareEnded",
             Self::FinishEnded { .. } => "FinishEnded",
             Self::StoreRead { .. } => "StoreRead",
+            Self::CommitLookedUp { .. } => "CommitLookedUp",
             Self::StoreScanned(_) => "StoreScanned",
             Self::DeadlineReached => "DeadlineReached",
             Self::Disconnected => "Disconnected",
@@ -128,7 +138,8 @@ impl Event {
             Self::CancelReceived(key)
             | Self::PrepareEnded { key, .. }
             | Self::FinishEnded { key, .. }
-            | Self::StoreRead { key, .. } => Some(key),
+            | Self::StoreRead { key, .. }
+            | Self::CommitLookedUp { key, .. } => Some(key),
             Self::StoreScanned(_)
             | Self::DeadlineReached
             | Self::Disconnected
@@ -174,6 +185,17 @@ pub enum Effect {
     },
     /// Find out what the store holds of a transaction: answered by [`Event::StoreRead`].
     ReadStore(TransactionKey),
+    /// Find out whether the store knows the branch that is to be committed, and that it was not seen
+    /// to hold: answered by [`Event::CommitLookedUp`]. Only where [`Settings::remembers_commits`] is
+    /// set.
+    ///
+    /// [`Settings::remembers_commits`]: super::Settings::remembers_commits
+    LookUpCommit {
+        /// Which transaction.
+        key: TransactionKey,
+        /// Which branch.
+        branch: Branch,
+    },
     /// Find out all that the store holds: answered by [`Event::StoreScanned`].
     ScanStore,
     /// Send a vote.

@@ -35,6 +35,10 @@ use crate::protocol::{
     time::Time,
 };
 
+/// What a worker is told of a commit that this instance's store can't have prepared.
+const UNKNOWN_BRANCH: &str = "the instance's store has neither prepared nor committed this branch: \
+    do all instances of the service share one store?";
+
 /// Who an instance is, and how patient.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Settings {
@@ -48,6 +52,9 @@ pub struct Settings {
     /// Whether the service can tell what its store holds. Without it this instance's memory is all
     /// there is.
     pub has_store: bool,
+    /// Whether the service can tell what its store has committed. Then a commit of a branch that the
+    /// store does not know is an error; else it is taken for one that was committed before.
+    pub remembers_commits: bool,
     /// How long to wait for the outcome before asking, and again between asking.
     pub inquire_after: Duration,
     /// How long between two looks through the whole store.
@@ -71,6 +78,7 @@ impl Settings {
             instance,
             max_concurrency,
             has_store: false,
+            remembers_commits: false,
             inquire_after: Duration::from_secs(10),
             scan_every: Duration::from_secs(30),
             retry_parked_every: Duration::from_secs(10),
@@ -149,6 +157,10 @@ struct Holding {
     /// Whether its commit is parked, as far as this instance can tell: no worker says when to try
     /// again.
     is_parked: bool,
+    /// The branch that the store is asked about, since it is to be committed and not held.
+    looked_up: Option<Branch>,
+    /// Whether the store does not know the branch that is to be committed.
+    is_unknown: bool,
     /// When to inquire, or to try again.
     wake_at: Option<Time>,
     due: Option<Time>,
@@ -223,6 +235,9 @@ impl Instance {
                 self.finish_ended(now, &key, &branch, applied, effects);
             }
             Event::StoreRead { key, held } => self.store_read(now, &key, held, effects),
+            Event::CommitLookedUp { key, branch, is_known } => {
+                self.commit_looked_up(now, &key, &branch, is_known, effects);
+            }
             Event::StoreScanned(held) => self.store_scanned(now, held, effects),
             Event::DeadlineReached => self.deadline_reached(now, effects),
             Event::Disconnected => self.disconnected(),
@@ -675,8 +690,11 @@ impl Instance {
 
     /// Everything that the outcome means here is done.
     fn applied(&mut self, now: Time, key: &TransactionKey, effects: &mut Vec<Effect>) {
-        let outcome = self.holdings.get(key).and_then(|it| it.finishers.first());
-        let Some(outcome) = outcome.map(|finisher| finisher.finish.outcome) else { return };
+        let Some(holding) = self.holdings.get(key) else { return };
+        let Some(outcome) = holding.finishers.first().map(|it| it.finish.outcome) else { return };
+        if holding.is_unknown {
+            return self.commits_unknown(now, key, effects);
+        }
         self.nothing_held(now, key, Remembered::Cancelled, Ballot::Finished(outcome), effects);
     }
 
@@ -694,6 +712,7 @@ impl Instance {
         holding.failures = holding.failures.saturating_add(1);
         // When it is told again, others may have been told too: what is parked goes to any instance.
         holding.asked_by = None;
+        holding.is_unknown = false;
         let (parked, told): (Vec<_>, Vec<_>) = std::mem::take(&mut holding.finishers)
             .into_iter()
             .partition(|it| it.delivery.is_some());
@@ -715,6 +734,37 @@ impl Instance {
         }
         for finisher in told {
             self.done(finisher, Err(Arc::clone(error)), effects);
+        }
+        self.admit_waiting(now, effects);
+    }
+
+    /// The store does not know the branch that is to be committed, so this instance can't do it, and
+    /// must not say that it is done. It holds nothing of the transaction any more.
+    fn commits_unknown(&mut self, now: Time, key: &TransactionKey, effects: &mut Vec<Effect>) {
+        let Some(holding) = self.remove(key) else { return };
+        if let Some(Finisher { finish, .. }) = holding.finishers.first() {
+            let outcome = finish.outcome;
+            self.memory.remember(key, Remembered::finished(finish, false));
+            for (worker, request_hash) in holding.voters {
+                self.vote(worker, key, request_hash, Ballot::Finished(outcome), effects);
+            }
+        }
+        if let Slot::Held(delivery) = holding.slot {
+            effects.push(Effect::Ack(delivery));
+        }
+        let (parked, told): (Vec<_>, Vec<_>) =
+            holding.finishers.into_iter().partition(|it| it.delivery.is_some());
+        for finisher in told {
+            let error = UNKNOWN_BRANCH.into();
+            self.done(finisher, Err(error), effects);
+        }
+        if !parked.is_empty() {
+            let mut visiting = Holding::visiting(None, Time::EPOCH);
+            visiting.finishers = parked;
+            visiting.is_parked = true;
+            visiting.failures = holding.failures.saturating_add(1);
+            self.holdings.insert(key, Box::new(visiting));
+            self.try_parked_later(now, key);
         }
         self.admit_waiting(now, effects);
     }
@@ -835,7 +885,34 @@ impl Instance {
             Outcome::Committed | Outcome::Aborted => Outcome::Aborted,
         };
         holding.prepare = None;
+        holding.is_unknown = false;
+        let wanted = finish.branch.clone().filter(|_| finish.outcome == Outcome::Committed);
+        let not_seen = wanted.filter(|it| !branches.contains(it));
         holding.calls = branches.into_iter().map(|it| (it.clone(), outcome_of(&it))).collect();
+        match not_seen {
+            // It was committed before, or this is not the store that it was prepared in.
+            Some(branch) if self.settings.remembers_commits => {
+                holding.looked_up = Some(branch.clone());
+                effects.push(Effect::LookUpCommit { key: key.clone(), branch });
+            }
+            Some(_) | None => self.call_next(now, key, effects),
+        }
+    }
+
+    fn commit_looked_up(
+        &mut self,
+        now: Time,
+        key: &TransactionKey,
+        branch: &Branch,
+        is_known: bool,
+        effects: &mut Vec<Effect>,
+    ) {
+        let Some(holding) = self.holdings.get_mut(key) else { return };
+        let is_awaited = holding.looked_up.take_if(|it| it == branch).is_some();
+        if holding.stage != Stage::Recalling || !is_awaited {
+            return;
+        }
+        holding.is_unknown = !is_known;
         self.call_next(now, key, effects);
     }
 
@@ -982,6 +1059,8 @@ impl Holding {
             calls: VecDeque::new(),
             failures: 0,
             is_parked: false,
+            looked_up: None,
+            is_unknown: false,
             wake_at: None,
             due: None,
         }

@@ -44,6 +44,8 @@ struct World {
     running: BTreeMap<TransactionKey, Effect>,
     /// Looks into the store that are not answered: of one transaction, or of all.
     looks: Vec<Option<TransactionKey>>,
+    /// Branches that are to be committed, and that the store is asked about.
+    lookups: Vec<(TransactionKey, Branch)>,
     outcomes: BTreeMap<TransactionKey, (Outcome, Option<Branch>)>,
     /// Whom the instance heard them from.
     finished_by: BTreeSet<(TransactionKey, WorkerId)>,
@@ -59,6 +61,7 @@ impl World {
         let has_store = source.arbitrary()?;
         let settings = Settings {
             has_store,
+            remembers_commits: has_store,
             remembered_max: source.int_in_range(0..=4)?,
             visitors_max: source.int_in_range(0..=3)?,
             seed: source.arbitrary()?,
@@ -73,6 +76,7 @@ impl World {
             ever_stored: BTreeSet::new(),
             running: BTreeMap::new(),
             looks: Vec::new(),
+            lookups: Vec::new(),
             outcomes: BTreeMap::new(),
             finished_by: BTreeSet::new(),
             deliveries: BTreeSet::new(),
@@ -213,6 +217,11 @@ impl World {
     }
 
     fn answer_look(&mut self, source: &mut Unstructured<'_>) -> Result<()> {
+        if let Some((key, branch)) = self.lookups.pop() {
+            let is_known = self.ever_stored.contains(&branch);
+            self.tell(Event::CommitLookedUp { key, branch, is_known });
+            return Ok(());
+        }
         if self.looks.is_empty() {
             return Ok(());
         }
@@ -310,6 +319,12 @@ impl World {
             Effect::ReadStore(key) => {
                 assert!(self.has_store);
                 self.looks.push(Some(key.clone()));
+            }
+            Effect::LookUpCommit { key, branch } => {
+                let committed = (Outcome::Committed, Some(branch.clone()));
+                assert_eq!(self.outcomes.get(key), Some(&committed));
+                assert!(self.has_store);
+                self.lookups.push((key.clone(), branch.clone()));
             }
             Effect::ScanStore => {
                 assert!(self.has_store);

@@ -38,6 +38,7 @@ impl NecessaryCalls {
             Effect::CallCommit { .. }
             | Effect::CallAbort { .. }
             | Effect::ReadStore(_)
+            | Effect::LookUpCommit { .. }
             | Effect::ScanStore
             | Effect::Vote { .. }
             | Effect::Done { .. }
