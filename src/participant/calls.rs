@@ -19,7 +19,7 @@ use crate::{
     clock::Clock,
     participant::{AnyParticipant, Error, Finish, InDoubt, Prepare, Verdict},
     protocol::{
-        ids::{Branch, TransactionKey},
+        ids::{Branch, StoreId, TransactionKey},
         participant::{Effect, Event},
         time::Time,
     },
@@ -218,6 +218,18 @@ async fn read_store(
         async move { reader.in_doubt(key).await }
     };
     until_told(ask, "failed to read what the store holds in doubt", patience).await
+}
+
+/// What the store is called, as soon as it can tell.
+pub(super) async fn name_of_store(
+    participant: Arc<dyn AnyParticipant>,
+    patience: Duration,
+) -> Option<StoreId> {
+    let ask = || {
+        let reader = Arc::clone(&participant);
+        async move { reader.store_id().await }
+    };
+    until_told(ask, "failed to read the id of the store; it is tried again", patience).await
 }
 
 /// Whether the store holds the branch, or has committed it.

@@ -29,6 +29,20 @@ pub enum ServeError {
         #[source]
         source: OpenError,
     },
+    /// Other instances of the service serve with another store.
+    #[error(
+        "the store of this instance of service `{service}` is `{own}`, and other instances serve with \
+         store `{other}`: all instances of a service share one store, or they lose commits; give \
+         this one theirs, or, if it is the right one, stop them first"
+    )]
+    OtherStore {
+        /// Which service.
+        service: ServiceName,
+        /// The id of this instance's store.
+        own: String,
+        /// The id of the others' store.
+        other: String,
+    },
     /// What is to be declared is there, but another.
     #[error("the queues of service `{service}` are not as they should be")]
     Mismatch {
@@ -52,6 +66,14 @@ pub enum OpenError {
     /// What is to be declared can't be.
     #[error("failed to declare the service's queues")]
     Declare(#[source] Box<TopologyError>),
+    /// Other instances, which are there, have another store.
+    #[error("this instance's store is `{own}`, and other instances serve with store `{other}`")]
+    OtherStore {
+        /// The id of this instance's store.
+        own: String,
+        /// The id of the others' store.
+        other: String,
+    },
     /// The queue can't be consumed or declared.
     #[error("failed to use queue `{name}`")]
     Queue {
@@ -78,6 +100,7 @@ impl OpenError {
         match self {
             Self::Connect(error) => error.disposition(),
             Self::Declare(error) => error.disposition(),
+            Self::OtherStore { .. } => Disposition::GiveUp,
             Self::Channel(source) | Self::Queue { source, .. } | Self::Exchange { source, .. } => {
                 source.disposition()
             }
@@ -87,7 +110,9 @@ impl OpenError {
     /// Whether a queue or exchange is missing: the topology was not applied, or not yet.
     pub(super) fn is_not_found(&self) -> bool {
         match self {
-            Self::Connect(_) | Self::Channel(_) | Self::Declare(_) => false,
+            Self::Connect(_) | Self::Channel(_) | Self::Declare(_) | Self::OtherStore { .. } => {
+                false
+            }
             Self::Queue { source, .. } | Self::Exchange { source, .. } => {
                 source.broker().is_some_and(is_not_found)
             }

@@ -28,7 +28,7 @@ pub(crate) use self::calls::{Calls, Ended};
 pub use self::service::Service;
 pub use crate::protocol::participant::{InDoubt, Verdict};
 use crate::protocol::{
-    ids::{Branch, RequestHash, TransactionKey},
+    ids::{Branch, RequestHash, StoreId, TransactionKey},
     message::Payload,
     time::Time,
 };
@@ -76,6 +76,14 @@ pub trait Participant: Send + Sync + 'static {
     ) -> impl Future<Output = Result<Vec<InDoubt>, Error>> + Send {
         let _ = of;
         std::future::ready(Ok(Vec::new()))
+    }
+
+    /// What the store is called, if it has a name: an id that was made with the store and is kept in
+    /// it, so that every instance with this store says the same, and one with another store another.
+    /// An instance does not serve while others serve with another store. Without it, which is the
+    /// default, nobody notices two instances that don't share their store.
+    fn store_id(&self) -> impl Future<Output = Result<Option<StoreId>, Error>> + Send {
+        std::future::ready(Ok(None))
     }
 
     /// Whether [`Participant::has_committed`] tells what the store has committed. Then a commit of a
@@ -171,6 +179,10 @@ pub(crate) trait AnyParticipant: Send + Sync {
     fn remembers_commits(&self) -> bool {
         false
     }
+
+    fn store_id(self: Arc<Self>) -> BoxFuture<'static, Result<Option<StoreId>, Error>> {
+        Box::pin(std::future::ready(Ok(None)))
+    }
 }
 
 impl<P: Participant> AnyParticipant for P {
@@ -203,6 +215,10 @@ impl<P: Participant> AnyParticipant for P {
 
     fn remembers_commits(&self) -> bool {
         Participant::remembers_commits(self)
+    }
+
+    fn store_id(self: Arc<Self>) -> BoxFuture<'static, Result<Option<StoreId>, Error>> {
+        Box::pin(async move { Participant::store_id(&*self).await })
     }
 }
 

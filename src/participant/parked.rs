@@ -44,15 +44,14 @@ enum Failure {
 impl ParkedLog {
     /// What `event` may change, to be said when the core has handled it.
     pub(super) fn before(&self, event: &Event) -> Option<Tried> {
-        let failed = match event {
-            Event::FinishEnded { applied: Err(error), .. } => {
-                Some(Failure::Code(Arc::clone(error)))
-            }
-            Event::CommitLookedUp { branch, is_known: false, .. } => {
-                Some(Failure::Unknown(branch.to_string()))
-            }
-            _ if self.tries.is_empty() => return None,
-            _ => None,
+        let failed = if let Event::FinishEnded { applied: Err(error), .. } = event {
+            Some(Failure::Code(Arc::clone(error)))
+        } else if let Event::CommitLookedUp { branch, is_known: false, .. } = event {
+            Some(Failure::Unknown(branch.to_string()))
+        } else if self.tries.is_empty() {
+            return None;
+        } else {
+            None
         };
         let key = event.key()?;
         (failed.is_some() || self.tries.contains_key(key))

@@ -22,6 +22,7 @@ use crate::{
     error::Chain,
     participant::{
         AnyParticipant, Calls, Participant,
+        calls::name_of_store,
         error::{OpenError, ServeError},
         outbox::Outbox,
         parked::ParkedLog,
@@ -29,6 +30,7 @@ use crate::{
         settings::ServeSettings,
     },
     protocol::{
+        ids::StoreId,
         participant::{self, Effect, Event, Instance},
         time::Time,
     },
@@ -50,14 +52,21 @@ pub async fn serve(
     if !Participant::has_store(&participant) {
         return Err(ServeError::NoStore { service: settings.service });
     }
-    let stop = std::pin::pin!(stop.fuse());
-    Server::new(Arc::new(participant), settings).run(stop).await
+    let mut stop = std::pin::pin!(stop.fuse());
+    let participant: Arc<dyn AnyParticipant> = Arc::new(participant);
+    let store = tokio::select! {
+        biased;
+        () = stop.as_mut() => return Ok(()),
+        id = name_of_store(Arc::clone(&participant), settings.finish_timeout) => id,
+    };
+    Server::new(participant, settings, store).run(stop).await
 }
 
 /// One instance, whether connected or not.
 struct Server {
     participant: Arc<dyn AnyParticipant>,
     settings: ServeSettings,
+    store: Option<StoreId>,
     clock: Clock,
     instance: Instance,
     retry_parked_every: Duration,
@@ -81,7 +90,11 @@ enum Ended {
 }
 
 impl Server {
-    fn new(participant: Arc<dyn AnyParticipant>, settings: ServeSettings) -> Self {
+    fn new(
+        participant: Arc<dyn AnyParticipant>,
+        settings: ServeSettings,
+        store: Option<StoreId>,
+    ) -> Self {
         let clock = Clock::start();
         let core = participant::Settings {
             remembers_commits: participant.remembers_commits(),
@@ -89,6 +102,7 @@ impl Server {
         };
         Self {
             participant,
+            store,
             clock,
             retry_parked_every: core.retry_parked_every,
             instance: Instance::new(clock.now(), core),
@@ -110,12 +124,21 @@ impl Server {
 
     async fn run(
         mut self,
+        stop: Pin<&mut (impl FusedFuture<Output = ()> + ?Sized)>,
+    ) -> Result<(), ServeError> {
+        self.run_until_stopped(stop).await?;
+        self.tell_what_is_left();
+        Ok(())
+    }
+
+    async fn run_until_stopped(
+        &mut self,
         mut stop: Pin<&mut (impl FusedFuture<Output = ()> + ?Sized)>,
     ) -> Result<(), ServeError> {
         let mut supervisor = Supervisor::default();
         loop {
             let session = self.connect(&mut supervisor, stop.as_mut()).await?;
-            let Some(session) = session else { return Ok(self.tell_what_is_left()) };
+            let Some(session) = session else { return Ok(()) };
             supervisor.opened();
             let ServeSettings { service, instance, max_concurrency, .. } = &self.settings;
             tracing::info!(%service, %instance, max_concurrency, "ready");
@@ -123,7 +146,7 @@ impl Server {
             let ended = self.work(session, stop.as_mut()).await;
             self.tell_serving(false);
             match ended {
-                Ended::Stopped => return Ok(self.tell_what_is_left()),
+                Ended::Stopped => return Ok(()),
                 Ended::Lost(session, lost) => {
                     self.was_heard |= session.was_heard();
                     let lost = self.unless_final(lost)?;
@@ -170,13 +193,13 @@ impl Server {
         mut stop: Pin<&mut (impl FusedFuture<Output = ()> + ?Sized)>,
     ) -> Result<Option<Session>, ServeError> {
         let takes_prepares = self.drains_until.is_none();
-        let settings = self.settings.clone();
+        let (settings, store) = (self.settings.clone(), self.store.clone());
         // Boxed, or the compiler doesn't see that this can be sent between threads.
         let mut opening: BoxFuture<'_, Result<Session, OpenError>> = Box::pin(async move {
             if supervisor.has_worked() {
                 tokio::time::sleep(supervisor.pause()).await;
             }
-            open(&settings, takes_prepares, supervisor).await
+            open(&settings, store.as_ref(), takes_prepares, supervisor).await
         });
         loop {
             self.settle(None);
@@ -203,6 +226,7 @@ impl Server {
             OpenError::Declare(source) if matches!(*source, TopologyError::Mismatch(_)) => {
                 ServeError::Mismatch { service, source }
             }
+            OpenError::OtherStore { own, other } => ServeError::OtherStore { service, own, other },
             OpenError::Connect(_)
             | OpenError::Channel(_)
             | OpenError::Declare(_)
@@ -358,14 +382,16 @@ impl Server {
 /// doesn't help.
 async fn open(
     settings: &ServeSettings,
+    store: Option<&StoreId>,
     takes_prepares: bool,
     supervisor: &mut Supervisor,
 ) -> Result<Session, OpenError> {
     loop {
-        let error = match open_once(settings, takes_prepares, supervisor.has_worked()).await {
-            Ok(session) => return Ok(session),
-            Err(error) => error,
-        };
+        let error =
+            match open_once(settings, (store, supervisor.has_worked()), takes_prepares).await {
+                Ok(session) => return Ok(session),
+                Err(error) => error,
+            };
         if supervisor.gives_up(error.disposition()) {
             return Err(error);
         }
@@ -381,8 +407,8 @@ async fn open(
 
 async fn open_once(
     settings: &ServeSettings,
+    store: (Option<&StoreId>, bool),
     takes_prepares: bool,
-    has_served: bool,
 ) -> Result<Session, OpenError> {
     if let Some(max_wait) = settings.declare {
         declare(settings, max_wait).await?;
@@ -393,7 +419,7 @@ async fn open_once(
     };
     let is_final = |error: &OpenError| error.disposition() == Disposition::GiveUp;
     let (link, own) = settings.broker.link_with(own, is_final).await?;
-    Session::open(link, own, settings, takes_prepares, has_served).await
+    Session::open(link, own, settings, store, takes_prepares).await
 }
 
 async fn sleep_until_some(moment: Option<Instant>) {

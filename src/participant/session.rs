@@ -22,6 +22,7 @@ use tokio::{
 
 use crate::{
     clock::Clock,
+    error::Chain,
     participant::{
         error::OpenError,
         inbound::{Source, Told, read},
@@ -29,10 +30,12 @@ use crate::{
         settings::ServeSettings,
     },
     protocol::{
+        ids::StoreId,
         message::{Cap, Delivery},
         participant::Event,
     },
     transport::amqp::{
+        agreed::{Agreed, AgreedError},
         bounded::AskError,
         connection::BrokerConnection,
         consumer::{Closed, Inbox, Turn},
@@ -63,8 +66,12 @@ const OPEN_AGAIN_AFTER: Duration = Duration::from_secs(2);
 /// How many inputs are taken between two flushes.
 const BATCH_MAX: usize = 1024;
 
+/// The instance's part in an agreement: what counts is that it is there.
+type Kept = Option<Box<dyn Send + Sync>>;
+
 /// What a session is made of.
 struct Opened {
+    agreed: Kept,
     lanes: Lanes,
     shared: Inbox,
     prepares: Option<Inbox>,
@@ -132,6 +139,8 @@ impl Lanes {
 
 /// One link's worth of service.
 pub(super) struct Session {
+    /// As long as it is there, nobody begins to serve with another store.
+    _agreed: Kept,
     link: Link,
     watch: LinkWatch,
     lanes: Lanes,
@@ -215,19 +224,21 @@ impl Lost {
 
 impl Session {
     /// Takes its place on `link`, where the instance's own queue is open: it hears of outcomes before
-    /// it takes what they will be about.
+    /// it takes what they will be about. `store`: what its store is called, and whether it has served
+    /// before.
     pub(super) async fn open(
         link: Link,
         own: ExclusiveQueue,
         settings: &ServeSettings,
+        store: (Option<&StoreId>, bool),
         takes_prepares: bool,
-        has_served: bool,
     ) -> Result<Self, OpenError> {
         let watch = link.watch(settings.broker.clone());
         let prepare_queue = PrepareQueue::of(settings, &link);
         let prepares = takes_prepares.then_some(&prepare_queue);
-        match Self::open_on(&link, settings, prepares, has_served).await {
-            Ok(Opened { lanes, shared, prepares }) => Ok(Self {
+        match Self::open_on(&link, settings, store, prepares).await {
+            Ok(Opened { agreed, lanes, shared, prepares }) => Ok(Self {
+                _agreed: agreed,
                 link,
                 watch,
                 lanes,
@@ -253,8 +264,8 @@ impl Session {
     async fn open_on(
         link: &Link,
         settings: &ServeSettings,
+        (store, has_served): (Option<&StoreId>, bool),
         prepare_queue: Option<&PrepareQueue>,
-        has_served: bool,
     ) -> Result<Opened, OpenError> {
         let ServeSettings { names, service, .. } = settings;
         let at = |what: &ShortString| {
@@ -262,13 +273,14 @@ impl Session {
             move |source| OpenError::Queue { name, source }
         };
         let lanes = Lanes::open(&link.publishing, names).await.map_err(OpenError::Channel)?;
+        let agreed = agree_on_store(link, settings, store, has_served).await?;
         let consuming = &link.consuming;
         let name = names.finish_any_of(service);
         let shared =
             Inbox::open(consuming, name.clone(), SHARED_PREFETCH, FieldTable::default()).await;
         let shared = shared.map_err(at(&name))?.watched(consuming, Turn::Equal);
         let Some(prepare_queue) = prepare_queue else {
-            return Ok(Opened { lanes, shared, prepares: None });
+            return Ok(Opened { agreed, lanes, shared, prepares: None });
         };
         let prepares = match prepare_queue.open().await {
             Ok(prepares) => Some(prepares),
@@ -282,7 +294,7 @@ impl Session {
             }
             Err(error) => return Err(at(&prepare_queue.name)(error)),
         };
-        Ok(Opened { lanes, shared, prepares })
+        Ok(Opened { agreed, lanes, shared, prepares })
     }
 
     /// Whether as much is on its way to the broker as may be.
@@ -614,6 +626,48 @@ pub(super) async fn declare(settings: &ServeSettings, max_wait: Duration) -> Res
         tracing::info!("declared {created}");
     }
     Ok(())
+}
+
+/// Makes sure that whoever serves beside us has the same store. Where the broker can't tell, it serves
+/// all the same: what is told to commit what its store doesn't know says so. Who has served before
+/// doesn't wait for it, and is not kept out by whoever has begun meanwhile.
+async fn agree_on_store(
+    link: &Link,
+    settings: &ServeSettings,
+    store: Option<&StoreId>,
+    has_served: bool,
+) -> Result<Kept, OpenError> {
+    let Some(store) = store.cloned() else { return Ok(None) };
+    let (service, queue) = (settings.service.clone(), settings.names.store_of(&settings.service));
+    let (connection, own) = (Arc::clone(&link.consuming), store.to_string());
+    let agreeing = async move {
+        match Agreed::on(&connection, &queue, store.as_str()).await {
+            Ok(agreed) => Ok(Some(agreed)),
+            Err(AgreedError::Differs { other, .. }) => Err(other),
+            Err(error @ AgreedError::Unknown { .. }) => {
+                tracing::warn!(
+                    %service, error = %Chain(&error),
+                    "serving without knowing whether all instances of this service have one store"
+                );
+                Ok(None)
+            }
+        }
+    };
+    if !has_served {
+        let agreed = agreeing.await.map_err(|other| OpenError::OtherStore { own, other })?;
+        return Ok(agreed.map(|agreed| Box::new(agreed) as _));
+    }
+    let service = settings.service.clone();
+    Ok(Some(Box::new(tokio::spawn(async move {
+        agreeing.await.unwrap_or_else(|other| {
+            tracing::error!(
+                %service, store = own, other_store = other,
+                "other instances of this service have begun to serve with another store while this \
+                 one was not connected: all of them must share one; stop those with the wrong one"
+            );
+            None
+        })
+    }))))
 }
 
 /// The instance's own queue: opened before anything else, it shows that the node is of use. What it

@@ -16,7 +16,7 @@ use std::{
 use crate::{
     participant::{Error, Finish, InDoubt, Participant, Prepare, Verdict, state::State},
     protocol::{
-        ids::{ServiceName, TransactionId, TransactionKey, fnv1a},
+        ids::{ServiceName, StoreId, TransactionId, TransactionKey, fnv1a},
         message::Outcome,
     },
     wire::services::{Behaviour, Latency, ServiceSpec},
@@ -219,6 +219,10 @@ impl Participant for Simulated {
 
     fn has_store(&self) -> bool {
         self.state.is_some()
+    }
+
+    async fn store_id(&self) -> Result<Option<StoreId>, Error> {
+        Ok(self.state.as_ref().and_then(State::id).cloned())
     }
 
     fn remembers_commits(&self) -> bool {

@@ -5,6 +5,7 @@
 //! DIR/<service>/writing/                                such files, until they are whole
 //! DIR/<service>/committed.log                           <id> <requested_at> <branch> <ms> <instance>
 //! DIR/<service>/aborted.log                             the same
+//! DIR/<service>/store-id                                names this directory, and none other
 //! DIR/<service>/calls.log                               <ns> start|end <call> <id> <requested_at> <branch> <instance> [<ending>]
 //! ```
 //!
@@ -33,14 +34,20 @@ use crate::{
     clock::Clock,
     participant::{Finish, InDoubt, Prepare},
     protocol::{
-        ids::{Branch, InstanceId, RequestHash, ServiceName, TransactionId, TransactionKey},
+        ids::{
+            Branch, InstanceId, RequestHash, ServiceName, StoreId, TransactionId, TransactionKey,
+        },
         message::Outcome,
         time::Time,
     },
+    transport::amqp::unique,
 };
 
 /// The pause before looking again at a branch that another instance is at.
 const LOCKED_PAUSE: Duration = Duration::from_millis(1);
+
+/// How often a store's id is looked for that is not written to its end.
+const ID_LOOKS_MAX: usize = 1000;
 
 /// How many bytes of a log are looked through at a time.
 const LOOK_BACK: u64 = 64 * 1024;
@@ -62,6 +69,15 @@ pub enum StateError {
     #[error("failed to create directory `{path}`")]
     Directory {
         /// What.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Its id can't be read or made.
+    #[error("failed to read, or make, the store's id in `{path}`")]
+    Id {
+        /// Where it is kept.
         path: PathBuf,
         /// Why.
         #[source]
@@ -112,6 +128,14 @@ impl State {
                 Ok(())
             }
             Kept::Files(files) => files.prepare(&held),
+        }
+    }
+
+    /// What names it, if it is one that others may share.
+    pub(super) fn id(&self) -> Option<&StoreId> {
+        match &self.0 {
+            Kept::Memory(_) => None,
+            Kept::Files(files) => Some(&files.id),
         }
     }
 
@@ -224,6 +248,7 @@ const WRITING_MAX: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 struct Files {
     instance: InstanceId,
+    id: StoreId,
     clock: Clock,
     prepared: PathBuf,
     writing: PathBuf,
@@ -253,8 +278,10 @@ impl Files {
         if let Err(error) = remove_unfinished(&writing, &clock) {
             tracing::warn!(%error, directory = %writing.display(), "failed to tidy up");
         }
+        let path = directory.join("store-id");
         Ok(Self {
             instance,
+            id: store_id(&path).map_err(|source| StateError::Id { path, source })?,
             clock,
             committed: Log::open(directory.join("committed.log"))?,
             aborted: Log::open(directory.join("aborted.log"))?,
@@ -341,6 +368,26 @@ impl Files {
     fn note(&self, what: &str) -> io::Result<()> {
         self.calls.add(&format!("{} {what}", self.clock.since_epoch().as_nanos()))
     }
+}
+
+/// The id that is kept at `path`; whoever comes first makes it.
+fn store_id(path: &Path) -> io::Result<StoreId> {
+    match OpenOptions::new().write(true).create_new(true).open(path) {
+        Ok(file) => writeln_at_once(&file, &unique::name('s'))?,
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        Err(error) => return Err(error),
+    }
+    // Whoever comes first may not have written it yet, and never will if it was killed at it.
+    let mut text = fs::read_to_string(path)?;
+    for _ in 0..ID_LOOKS_MAX {
+        if text.ends_with('\n') {
+            break;
+        }
+        std::thread::sleep(LOCKED_PAUSE);
+        text = fs::read_to_string(path)?;
+    }
+    let bad = "it holds no id; if no other instance is being started, remove it";
+    StoreId::parse(text.trim_end()).map_err(|_| io::Error::new(io::ErrorKind::InvalidData, bad))
 }
 
 /// Removes what nobody will finish writing.
@@ -453,7 +500,7 @@ mod tests {
         time::{Duration, UNIX_EPOCH},
     };
 
-    use super::State;
+    use super::{State, StateError};
     use crate::{
         participant::{Finish, Prepare},
         protocol::{
@@ -508,6 +555,27 @@ mod tests {
         assert!(one.in_doubt(None).unwrap().is_empty());
         assert_eq!(lines(directory.path(), "committed.log"), 1);
         assert_eq!(lines(directory.path(), "aborted.log"), 1);
+    }
+
+    #[test]
+    fn a_directory_has_one_id_whoever_opens_it_and_no_two_have_the_same() {
+        let (here, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let ids: BTreeSet<_> = thread::scope(|scope| {
+            let opening: Vec<_> = (0..8)
+                .map(|_| scope.spawn(|| state(here.path(), "i1").id().cloned().unwrap()))
+                .collect();
+            opening.into_iter().map(|id| id.join().unwrap()).collect()
+        });
+        assert_eq!(ids.len(), 1);
+        assert!(!ids.contains(state(elsewhere.path(), "i1").id().unwrap()));
+        assert!(State::in_memory().id().is_none());
+        let file = here.path().join("payments/store-id");
+        fs::write(&file, "").unwrap();
+        let service = ServiceName::parse("payments").unwrap();
+        let error = State::open(here.path(), &service, &InstanceId::parse("i2").unwrap());
+        let StateError::Id { path, source } = error.unwrap_err() else { panic!("it is the id") };
+        assert_eq!(path, file);
+        assert!(source.to_string().contains("remove it"), "{source}");
     }
 
     #[test]

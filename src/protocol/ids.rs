@@ -191,6 +191,8 @@ names! {
     InstanceId(Shared): "instance id", 64, "_-";
     /// One process of the coordinator.
     WorkerId(Shared): "worker id", 64, "_-";
+    /// What a service keeps its branches in. All its instances share one, so all name the same.
+    StoreId(Shared): "store id", 64, "_-";
     /// Where a producer wants its result: a token of its own, never a queue name.
     ReplyToken(Shared): "reply token", 64, "_-";
 }

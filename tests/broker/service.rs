@@ -301,6 +301,51 @@ async fn commands_for_an_instance_that_is_gone_are_applied_by_another() {
     assert_eq!(world.committed(), [1]);
 }
 
+/// Both served, and each was told to commit what the other one had prepared.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_instance_with_another_store_does_not_serve_beside_those_that_share_one() {
+    let world = World::new(place(), PATIENT).await;
+    let (one, elsewhere) = (r#""max_concurrency": 1"#, tempfile::tempdir().unwrap());
+    let first = world.serve(one, |settings| settings);
+    world.prepare(&[1]).await;
+    let vote = world.hear("vote").await;
+    let second = world.start_process(one);
+    let mut other = world.start(elsewhere.path(), one);
+    let code = other.child.wait().unwrap().code();
+    let said = other.printed.wait_for("all instances of a service share one store", PATIENCE);
+    println!("{}", said.unwrap_or_else(|| other.printed.text()));
+    assert_eq!(code, Some(78));
+    world.commit(&vote).await;
+    world.hear("done").await;
+    first.stop().await.unwrap();
+    drop(second);
+    assert_eq!(world.committed(), [1]);
+    // Nobody is left who would differ.
+    drop(world.start_process_with(elsewhere.path(), one));
+}
+
+/// It was left by a node that was down when its last user went.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_left_of_a_store_that_nobody_serves_with_keeps_out_no_one() {
+    let world = World::new(place(), PATIENT).await;
+    let queue = world.names.store_of(&world.service);
+    let options =
+        QueueDeclareOptions { durable: true, auto_delete: true, ..QueueDeclareOptions::default() };
+    let mut arguments = FieldTable::default();
+    for (name, value) in [
+        ("x-queue-type", "classic"),
+        ("x-dead-letter-exchange", ""),
+        ("x-dead-letter-routing-key", "gone"),
+    ] {
+        arguments.insert(name.into(), AMQPValue::LongString(value.into()));
+    }
+    world.channel.queue_declare(queue.clone(), options, arguments).await.unwrap();
+    let service = world.serve(r#""max_concurrency": 1"#, |settings| settings);
+    world.wait_for_consumer().await;
+    world.until_counts(queue.as_str(), |(_, consumers)| consumers == 1).await;
+    service.stop().await.unwrap();
+}
+
 /// It said that it was done, since it holds nothing of it; and nobody ever committed it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_commit_that_reaches_another_store_is_an_error_and_waits_for_the_right_one() {
@@ -689,6 +734,14 @@ impl World {
 
     /// The same with its state in `state`.
     fn start_process_with(&self, state: &Path, fields: &str) -> Process {
+        let process = self.start(state, fields);
+        let ready = process.printed.wait_for("ready", PATIENCE);
+        assert!(ready.is_some(), "{}", process.printed.text());
+        process
+    }
+
+    /// The same, and returns at once.
+    fn start(&self, state: &Path, fields: &str) -> Process {
         let services = self.directory.path().join("services.json");
         fs::write(&services, self.spec(fields)).unwrap();
         let mut child = Command::new(env!("CARGO_BIN_EXE_dtc"))
@@ -703,8 +756,6 @@ impl World {
             .spawn()
             .unwrap();
         let printed = Lines::of(child.stderr.take().unwrap());
-        let ready = printed.wait_for("ready", PATIENCE);
-        assert!(ready.is_some(), "{}", printed.text());
         Process { child, printed }
     }
 

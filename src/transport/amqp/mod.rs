@@ -1,6 +1,7 @@
 //! Moving messages through RabbitMQ.
 //!
 //! * [`address`]: where the brokers are, and who we are to them.
+//! * [`agreed`]: a word that all who serve one thing must agree on.
 //! * [`bounded`]: questions to the broker that end, whatever the broker does.
 //! * [`connection`]: connecting, and connecting again.
 //! * [`error`]: what a failure means.
@@ -32,6 +33,7 @@
 //! no queue is told apart from one that did.
 
 pub mod address;
+pub mod agreed;
 pub mod bounded;
 pub mod connection;
 pub mod consumer;

@@ -137,6 +137,11 @@ impl Names {
         self.name(format_args!("finish.{service}"))
     }
 
+    /// What keeps the id of the store that the instances of a service share, while any is there.
+    pub fn store_of(&self, service: &ServiceName) -> ShortString {
+        self.name(format_args!("store.{service}"))
+    }
+
     /// Where such wait while that queue is replaced.
     pub fn moving(&self, service: &ServiceName) -> ShortString {
         self.name(format_args!("moving.{service}"))

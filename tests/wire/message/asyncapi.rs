@@ -516,7 +516,9 @@ fn what_is_declared_is_what_is_described() {
         let mut what = what.clone();
         what["name"] = json!(name);
         let arguments = channel.get("x-arguments").cloned().unwrap_or_else(|| json!({}));
-        (what.get("exclusive") != Some(&json!(true))).then(|| json!([what, arguments]).to_string())
+        // What its users declare for as long as they are there is not part of the topology.
+        let goes = ["exclusive", "autoDelete"].iter().any(|it| what.get(it) == Some(&json!(true)));
+        (!goes).then(|| json!([what, arguments]).to_string())
     });
     let mut described: Vec<_> = described.collect();
     declared.sort();

@@ -77,7 +77,7 @@ impl Difference {
     /// … inequivalent arg 'x-max-length' for …: received none but current is the value '4' of …
     /// … inequivalent arg 'durable' for …: received 'true' but current is 'false'
     /// ```
-    pub(super) fn parse(text: &str) -> Option<Self> {
+    pub(in crate::transport::amqp) fn parse(text: &str) -> Option<Self> {
         let (_, rest) = text.split_once("inequivalent arg '")?;
         let (argument, rest) = rest.split_once("' for ")?;
         let (_, rest) = rest.split_once("received ")?;
