@@ -133,6 +133,7 @@ impl World {
                                 request_hash: prepare.request_hash,
                                 service,
                                 instance: self.instance.clone(),
+                                store: None,
                                 ballot: Ballot::Prepared { branch: self.branch.clone() },
                                 free: 1000,
                             }));
@@ -143,6 +144,7 @@ impl World {
                                 key: finish.key,
                                 service,
                                 instance: self.instance.clone(),
+                                store: None,
                                 applied: Ok(()),
                                 parked: false,
                                 free: 1000,

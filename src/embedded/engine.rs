@@ -848,7 +848,8 @@ fn report(anomaly: &Anomaly) {
         Anomaly::ServiceUnavailable(service)
         | Anomaly::ServiceAvailable(service)
         | Anomaly::ServiceUnserved(service)
-        | Anomaly::ServiceServed(service) => {
+        | Anomaly::ServiceServed(service)
+        | Anomaly::StoresDiffer { service, .. } => {
             tracing::debug!(%service, "whether a service can be reached has changed");
         }
     }

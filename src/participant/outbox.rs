@@ -176,6 +176,7 @@ mod tests {
             key: TransactionKey { id, requested_at: Time::EPOCH },
             service: ServiceName::parse("payments").unwrap(),
             instance: InstanceId::parse("i1").unwrap(),
+            store: None,
             applied,
             parked: false,
             free: 1,

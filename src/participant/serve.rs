@@ -98,6 +98,7 @@ impl Server {
         let clock = Clock::start();
         let core = participant::Settings {
             remembers_commits: participant.remembers_commits(),
+            store: store.clone(),
             ..settings.of_core()
         };
         Self {

@@ -7,8 +7,8 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use crate::protocol::{
     ids::{
-        Branch, InstanceId, ReplyToken, RequestHash, ServiceName, TransactionId, TransactionKey,
-        WorkerId,
+        Branch, InstanceId, ReplyToken, RequestHash, ServiceName, StoreId, TransactionId,
+        TransactionKey, WorkerId,
     },
     time::Time,
 };
@@ -252,6 +252,8 @@ pub struct Vote {
     pub service: ServiceName,
     /// The instance that votes for it.
     pub instance: InstanceId,
+    /// The store that this instance has, if it has a name: all instances of a service name the same.
+    pub store: Option<StoreId>,
     /// What it says.
     pub ballot: Ballot,
     /// Its free slots as of now.
@@ -290,6 +292,8 @@ pub struct Done {
     pub service: ServiceName,
     /// The instance that answers for it.
     pub instance: InstanceId,
+    /// The store that this instance has, if it has a name: all instances of a service name the same.
+    pub store: Option<StoreId>,
     /// Whether the outcome is applied; if not, what the service's code said.
     pub applied: Result<(), Arc<str>>,
     /// Copied from the finish: see [`Finish::parked`].

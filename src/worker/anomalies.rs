@@ -44,6 +44,14 @@ pub(super) fn report(anomaly: &Anomaly, names: &Names, searches: &Searches, tall
                 "the broker did not take a result, and it is given up; its producer can ask again"
             );
         }
+        Anomaly::StoresDiffer { service, before, now } => {
+            let ((other_instance, other_store), (instance, store)) = (before, now);
+            tracing::error!(
+                %service, %instance, %store, %other_instance, %other_store,
+                "instances of a service name different stores, and what one has prepared the others \
+                 can't commit: all of them must share one; stop those with the wrong one"
+            );
+        }
         Anomaly::ServiceUnavailable(service) => {
             let queue = names.prepare_of(service);
             let why = searches.why_unavailable(service).unwrap_or("the broker refused a prepare");

@@ -691,6 +691,7 @@ impl World {
                                 request_hash: prepare.request_hash,
                                 service,
                                 instance,
+                                store: None,
                                 ballot: Ballot::ReadOnly,
                                 free: free(scenario),
                             }));

@@ -48,6 +48,7 @@ stories! {
         decision_without_a_service_undoes_what_it_prepared
         delivered_too_often_is_aborted
         disconnect_forgets_all_but_the_journal
+        done_from_another_store_than_the_one_that_prepared_does_not_count
         drain_finishes_what_has_begun_and_hands_back_the_rest
         duplicate_request_after_the_result
         duplicate_request_gets_the_same_answer
@@ -58,6 +59,7 @@ stories! {
         half_of_those_who_may_wait_wait_for_a_service_that_is_unavailable
         half_of_those_who_may_wait_wait_for_a_service_that_nobody_serves
         inquiry_about_a_transaction_in_flight_asks_for_the_vote
+        instances_that_name_different_stores_are_reported_once_in_a_while
         inquiry_before_the_deadline_is_left_and_after_it_decides
         inquiry_from_the_future_is_left
         inquiry_is_not_answered_by_a_record_that_may_not_be_the_first

@@ -11,7 +11,7 @@ use std::{
 
 use dtc::protocol::{
     coordinator::{Anomaly, Coordinator, Effect, Event, Settings},
-    ids::{ServiceName, TransactionKey, WorkerId},
+    ids::{ServiceName, StoreId, TransactionKey, WorkerId},
     message::{
         Ballot, Decision, Delivery, Done, Inquiry, Matter, Payload, Reason, ReasonCode, Request,
         Vote,
@@ -218,6 +218,7 @@ impl Workers {
             key,
             service,
             instance: instance(&line.option("from").unwrap_or(from)),
+            store: store(line),
             ballot,
             free: free(line),
         }
@@ -408,6 +409,10 @@ fn free(line: &mut Line) -> u32 {
     line.option("free").map_or(3, |free| free.parse().unwrap())
 }
 
+fn store(line: &mut Line) -> Option<StoreId> {
+    line.option("store").map(|store| StoreId::parse(&store).unwrap())
+}
+
 fn done(line: &mut Line) -> Done {
     let key = key(&line.word());
     let service = service(&line.word());
@@ -416,6 +421,7 @@ fn done(line: &mut Line) -> Done {
         key,
         service,
         instance: instance(&from),
+        store: store(line),
         applied: if line.flag("failed") { Err(line.word().into()) } else { Ok(()) },
         parked: line.flag("parked"),
         free: free(line),
@@ -494,6 +500,9 @@ fn show_anomaly(anomaly: &Anomaly) -> String {
         Anomaly::JournalGap(offset) => format!("journal gap before record {offset}"),
         Anomaly::ResultUnclaimed { key, attempts } => {
             format!("result unclaimed {}, attempt {attempts}", show_key(key))
+        }
+        Anomaly::StoresDiffer { service, before, now } => {
+            format!("{service}: {} has store {}, {} has {}", now.0, now.1, before.0, before.1)
         }
         Anomaly::ServiceUnavailable(service) => format!("unavailable {service}"),
         Anomaly::ServiceAvailable(service) => format!("available {service}"),

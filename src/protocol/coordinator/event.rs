@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use crate::protocol::{
-    ids::{ServiceName, TransactionKey},
+    ids::{InstanceId, ServiceName, StoreId, TransactionKey},
     message::{
         Answer, Command, Decision, Delivery, Destination, Done, Inquiry, Parked, Prepare, Reason,
         Request, Vote,
@@ -319,6 +319,16 @@ pub enum Anomaly {
         key: TransactionKey,
         /// How often it was published.
         attempts: u32,
+    },
+    /// Two instances of a service name different stores, though they should share one: what one has
+    /// prepared the other can't commit. Reported once in a while, as long as it is so.
+    StoresDiffer {
+        /// Which service.
+        service: ServiceName,
+        /// Who named which store before.
+        before: (InstanceId, StoreId),
+        /// Who names which now.
+        now: (InstanceId, StoreId),
     },
     /// A service can't be reached. Reported once, when that begins.
     ServiceUnavailable(ServiceName),

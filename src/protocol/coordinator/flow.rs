@@ -10,7 +10,7 @@ use std::{
 
 use crate::protocol::{
     coordinator::{Slots, transaction::backoff},
-    ids::{InstanceId, ServiceName, TransactionKey},
+    ids::{InstanceId, ServiceName, StoreId, TransactionKey},
     message::{Reason, ReasonCode},
     time::Time,
 };
@@ -25,6 +25,9 @@ const INSTANCES_MAX: usize = 64;
 /// How long a service that is not heard of is remembered where memory is short. Whoever is about to
 /// use one has it found, and asked, within a tenth of this.
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(60);
+
+/// The pause before it is reported again that instances of one service have different stores.
+const STORES_DIFFER_EVERY: Duration = Duration::from_secs(60);
 
 /// How many prepares may at most be sent to a service that returned the last one: what waits for a
 /// service that never has a slot is answered in rounds that double up to this.
@@ -81,6 +84,10 @@ pub(super) struct Flow {
     most_free: u32,
     /// The most slots that were seen: free, or held by this worker's transactions.
     capacity: u32,
+    /// Who named a store last, and which.
+    store: Option<(InstanceId, StoreId)>,
+    /// When it was last reported that two instances name different ones.
+    stores_differed_at: Option<Time>,
     /// Prepares sent and not answered.
     outstanding: u32,
     /// Slots that this worker's transactions hold.
@@ -118,6 +125,8 @@ impl Flow {
             free_in_all: 0,
             most_free: 0,
             capacity: own.map_or(0, |slots| slots.max_concurrency),
+            store: None,
+            stores_differed_at: None,
             outstanding: 0,
             holding: 0,
             reserved: 0,
@@ -375,6 +384,25 @@ impl Flow {
             return;
         };
         self.free_in_all = self.free_in_all - u64::from(before) + u64::from(free);
+    }
+
+    /// An instance names its store. Who named another one before, if that is to be reported.
+    pub(super) fn named_store(
+        &mut self,
+        now: Time,
+        instance: &InstanceId,
+        store: &StoreId,
+    ) -> Option<(InstanceId, StoreId)> {
+        if self.store.as_ref().is_some_and(|(_, known)| known == store) {
+            return None;
+        }
+        let before = self.store.replace((instance.clone(), store.clone()))?;
+        let is_new = |at: Time| now.since(at) >= STORES_DIFFER_EVERY;
+        if !self.stores_differed_at.is_none_or(is_new) {
+            return None;
+        }
+        self.stores_differed_at = Some(now);
+        Some(before)
     }
 
     /// The report is dealt with: what it says of all slots can be told.

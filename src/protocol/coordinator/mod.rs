@@ -43,7 +43,7 @@ pub use self::{
 use self::{flow::Flow, transaction::Transaction};
 use crate::protocol::{
     deadlines::Deadlines,
-    ids::{InstanceId, RequestHash, ServiceName, TransactionKey, WorkerId},
+    ids::{InstanceId, RequestHash, ServiceName, StoreId, TransactionKey, WorkerId},
     jitter::jitter,
     journal::{JournalView, Recall},
     keymap::KeyMap,
@@ -620,6 +620,7 @@ impl Coordinator {
 
     fn vote_received(&mut self, now: Time, vote: Vote, effects: &mut Vec<Effect>) {
         self.hint(now, &vote.service, &vote.instance, vote.free);
+        self.compare_stores(now, &vote.service, &vote.instance, vote.store.as_ref(), effects);
         let (key, service) = (vote.key.clone(), vote.service.clone());
         let mut vote = Some(vote);
         self.with(now, &key, effects, |it, cx| {
@@ -657,6 +658,7 @@ impl Coordinator {
         effects: &mut Vec<Effect>,
     ) {
         self.hint(now, &done.service, &done.instance, done.free);
+        self.compare_stores(now, &done.service, &done.instance, done.store.as_ref(), effects);
         self.with(now, &done.key, effects, |it, cx| it.record_done(&done, delivery, cx));
         self.learn(&done.service);
         if done.parked && done.applied.is_ok() {
@@ -671,6 +673,22 @@ impl Coordinator {
         flow.reported(now, instance, free);
         if flow.has_waiters() {
             touched.insert(service.clone());
+        }
+    }
+
+    /// All instances of a service should share one store.
+    fn compare_stores(
+        &mut self,
+        now: Time,
+        service: &ServiceName,
+        instance: &InstanceId,
+        store: Option<&StoreId>,
+        effects: &mut Vec<Effect>,
+    ) {
+        let (Some(flow), Some(store)) = (self.shared.flows.get_mut(service), store) else { return };
+        if let Some(before) = flow.named_store(now, instance, store) {
+            let (service, now) = (service.clone(), (instance.clone(), store.clone()));
+            effects.push(Effect::Report(Anomaly::StoresDiffer { service, before, now }));
         }
     }
 

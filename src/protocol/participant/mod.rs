@@ -26,7 +26,7 @@ pub use self::event::{Effect, Event, InDoubt, Verdict};
 use self::memory::{Memory, Remembered, has_namesake};
 use crate::protocol::{
     deadlines::Deadlines,
-    ids::{Branch, InstanceId, RequestHash, ServiceName, TransactionKey, WorkerId},
+    ids::{Branch, InstanceId, RequestHash, ServiceName, StoreId, TransactionKey, WorkerId},
     jitter::jitter,
     keymap::KeyMap,
     message::{
@@ -55,6 +55,8 @@ pub struct Settings {
     /// Whether the service can tell what its store has committed. Then a commit of a branch that the
     /// store does not know is an error; else it is taken for one that was committed before.
     pub remembers_commits: bool,
+    /// What the store is called, if it has a name.
+    pub store: Option<StoreId>,
     /// How long to wait for the outcome before asking, and again between asking.
     pub inquire_after: Duration,
     /// How long between two looks through the whole store.
@@ -79,6 +81,7 @@ impl Settings {
             max_concurrency,
             has_store: false,
             remembers_commits: false,
+            store: None,
             inquire_after: Duration::from_secs(10),
             scan_every: Duration::from_secs(30),
             retry_parked_every: Duration::from_secs(10),
@@ -547,12 +550,13 @@ impl Instance {
         ballot: Ballot,
         effects: &mut Vec<Effect>,
     ) {
-        let Settings { service, instance, .. } = &self.settings;
+        let Settings { service, instance, store, .. } = &self.settings;
         let vote = Vote {
             key: key.clone(),
             request_hash,
             service: service.clone(),
             instance: instance.clone(),
+            store: store.clone(),
             ballot,
             free: self.free(),
         };
@@ -778,11 +782,12 @@ impl Instance {
     }
 
     fn done(&self, finisher: Finisher, applied: Result<(), Arc<str>>, effects: &mut Vec<Effect>) {
-        let Settings { service, instance, .. } = &self.settings;
+        let Settings { service, instance, store, .. } = &self.settings;
         let done = Done {
             key: finisher.finish.key,
             service: service.clone(),
             instance: instance.clone(),
+            store: store.clone(),
             applied,
             parked: finisher.finish.parked,
             free: self.free(),

@@ -51,11 +51,14 @@ impl Item for Vote {
 
 impl Sealed for Vote {
     fn write(&self, object: &mut Object<'_>) {
-        let Self { key, request_hash, service, instance, ballot, free } = self;
+        let Self { key, request_hash, service, instance, store, ballot, free } = self;
         object.key(key);
         object.request_hash(request_hash);
         object.word("service", service.as_str());
         object.word("instance", instance.as_str());
+        if let Some(store) = store {
+            object.word("store", store.as_str());
+        }
         object.word("vote", Word::of(ballot).as_str());
         match ballot {
             Ballot::Prepared { branch } => object.branch("branch", branch),
@@ -77,6 +80,7 @@ impl Sealed for Vote {
             request_hash,
             service,
             instance,
+            store,
             vote,
             branch,
             outcome,
@@ -90,6 +94,7 @@ impl Sealed for Vote {
                 "request_hash",
                 "service",
                 "instance",
+                "store",
                 "vote",
                 "branch",
                 "outcome",
@@ -101,6 +106,7 @@ impl Sealed for Vote {
         let request_hash = reader.need(place, request_hash, Reader::request_hash);
         let service = reader.need(place, service, Reader::service);
         let instance = reader.need(place, instance, Reader::instance);
+        let store = reader.may(place, store, Reader::store);
         let word = reader.need(place, vote, |reader, path, value| {
             reader.one_of(path, value, Word::ALL, Word::as_str)
         });
@@ -135,6 +141,7 @@ impl Sealed for Vote {
             request_hash: request_hash?,
             service: service?,
             instance: instance?,
+            store: store?,
             ballot: ballot?,
             free: free?,
         })
@@ -147,10 +154,13 @@ impl Item for Done {
 
 impl Sealed for Done {
     fn write(&self, object: &mut Object<'_>) {
-        let Self { key, service, instance, applied, parked, free } = self;
+        let Self { key, service, instance, store, applied, parked, free } = self;
         object.key(key);
         object.word("service", service.as_str());
         object.word("instance", instance.as_str());
+        if let Some(store) = store {
+            object.word("store", store.as_str());
+        }
         object.flag("done", applied.is_ok());
         if let Err(error) = applied {
             object.text("error", error);
@@ -162,13 +172,23 @@ impl Sealed for Done {
     }
 
     fn read(reader: &mut Reader, place: &Place<'_, '_, '_>) -> Option<Self> {
-        let known =
-            ["id", "requested_at", "service", "instance", "done", "error", "parked", "free"];
-        let [id, requested_at, service, instance, done, error, parked, free] =
+        let known = [
+            "id",
+            "requested_at",
+            "service",
+            "instance",
+            "store",
+            "done",
+            "error",
+            "parked",
+            "free",
+        ];
+        let [id, requested_at, service, instance, store, done, error, parked, free] =
             reader.fields(place, known)?;
         let key = reader.key(place, id, requested_at);
         let service = reader.need(place, service, Reader::service);
         let instance = reader.need(place, instance, Reader::instance);
+        let store = reader.may(place, store, Reader::store);
         let done = reader.need(place, done, Reader::flag);
         let error = reader.may(place, error, Reader::text);
         let parked = reader.may(place, parked, Reader::flag);
@@ -178,6 +198,7 @@ impl Sealed for Done {
             key: key?,
             service: service?,
             instance: instance?,
+            store: store?,
             applied: if done? { Ok(()) } else { Err(error) },
             parked: parked?.unwrap_or_default(),
             free: free?,

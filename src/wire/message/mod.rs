@@ -11,8 +11,8 @@
 //! | query | `id`, `requested_at`, `request_hash` |
 //! | cancel | `id`, `requested_at` |
 //! | finish | `id`, `requested_at`, `outcome`, `branch`?, `parked`? |
-//! | vote | `id`, `requested_at`, `request_hash`, `service`, `instance`, `vote`, `branch`?, `outcome`?, `reason`?, `free` |
-//! | done | `id`, `requested_at`, `service`, `instance`, `done`, `error`?, `parked`?, `free` |
+//! | vote | `id`, `requested_at`, `request_hash`, `service`, `instance`, `store`?, `vote`, `branch`?, `outcome`?, `reason`?, `free` |
+//! | done | `id`, `requested_at`, `service`, `instance`, `store`?, `done`, `error`?, `parked`?, `free` |
 //! | inquiry | `id`, `requested_at`, `request_hash`, `service`, `instance`, `branch`, `deadline` |
 //! | decision | `id`, `requested_at`, `request_hash`, `outcome`, `branches`, `reason`?, `decided_at`, `worker` |
 //! | result | `id`, `status`, `reason`?, `unresolved`?, `requested_at`, `decided_at` |
@@ -26,7 +26,7 @@
 //! | `requested_at` | whole seconds since the Unix epoch, up to the end of the year 9999 | |
 //! | `deadline`, `decided_at`, `parked_at`, `settled_at`, `complete_since` | whole milliseconds since the Unix epoch, up to the end of the year 9999 | |
 //! | `request_hash` | 32 lower-case hexadecimal digits: see [`hash`](crate::wire::hash) | |
-//! | `service`, `instance`, `worker`, `reply`, each of `involved_services` and `unresolved` | `[A-Za-z0-9_-]{1,64}` | `unresolved`: none; `reply`: `none` |
+//! | `service`, `instance`, `store`, `worker`, `reply`, each of `involved_services` and `unresolved` | `[A-Za-z0-9_-]{1,64}` | `unresolved`: none; `reply`: `none` |
 //! | `involved_services` | array of 1 to [`SERVICES_MAX`] names; one named twice counts once | |
 //! | `data` | any object, in which no field is given twice | |
 //! | `timeout_ms` | whole number from 1 to 86400000 (a day) | the worker's own |

@@ -6,7 +6,7 @@ use std::{mem, ops::RangeInclusive, sync::Arc};
 use crate::{
     protocol::{
         ids::{
-            Branch, InstanceId, InvalidName, RequestHash, ServiceName, TransactionId,
+            Branch, InstanceId, InvalidName, RequestHash, ServiceName, StoreId, TransactionId,
             TransactionKey, WorkerId,
         },
         message::{Outcome, Reason, ReasonCode},
@@ -41,6 +41,7 @@ pub struct Reader {
     /// Names that were read last: the items of one body mostly share them.
     service: Option<ServiceName>,
     instance: Option<InstanceId>,
+    store: Option<StoreId>,
     worker: Option<WorkerId>,
 }
 
@@ -67,6 +68,7 @@ impl Reader {
             buffer: String::new(),
             service: None,
             instance: None,
+            store: None,
             worker: None,
         }
     }
@@ -140,6 +142,12 @@ impl Reader {
         let text = self.check.string(path, value)?;
         let read = known(&mut self.instance, text, InstanceId::as_str, InstanceId::parse);
         self.matching(path, value, InstanceId::RULE, read)
+    }
+
+    pub(super) fn store(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<StoreId> {
+        let text = self.check.string(path, value)?;
+        let read = known(&mut self.store, text, StoreId::as_str, StoreId::parse);
+        self.matching(path, value, StoreId::RULE, read)
     }
 
     pub(super) fn worker(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<WorkerId> {

@@ -13,7 +13,10 @@ use std::{
 use arbitrary::{Result, Unstructured};
 use dtc::protocol::{
     coordinator::{Anomaly, Coordinator, Effect, Event, Settings, Slots},
-    ids::{Branch, InstanceId, RequestHash, ServiceName, TransactionId, TransactionKey, WorkerId},
+    ids::{
+        Branch, InstanceId, RequestHash, ServiceName, StoreId, TransactionId, TransactionKey,
+        WorkerId,
+    },
     message::{
         Ballot, Command, Decision, Delivery, Done, Finish, Inquiry, Outcome, Payload, Prepare,
         Reason, ReasonCode, Request, Vote,
@@ -233,7 +236,8 @@ impl World {
         let free = source.int_in_range(0..=3)?;
         let ballot = ballot(source, &instance)?;
         let (key, request_hash) = (prepare.key, prepare.request_hash);
-        self.cast(Vote { key, request_hash, service, instance, ballot, free });
+        let store = store(source)?;
+        self.cast(Vote { key, request_hash, service, instance, store, ballot, free });
         Ok(())
     }
 
@@ -250,11 +254,13 @@ impl World {
             Command::Query(query) => {
                 let ballot = ballot(source, &instance)?;
                 let (key, request_hash) = (query.key, query.request_hash);
-                self.cast(Vote { key, request_hash, service, instance, ballot, free });
+                let store = store(source)?;
+                self.cast(Vote { key, request_hash, service, instance, store, ballot, free });
             }
             Command::Finish(Finish { key, parked, .. }) => {
                 let applied = if source.ratio(3, 4)? { Ok(()) } else { Err("no".into()) };
-                self.report(Done { key, service, instance, applied, parked, free });
+                let store = store(source)?;
+                self.report(Done { key, service, instance, store, applied, parked, free });
             }
             Command::Cancel(_) => {}
         }
@@ -267,7 +273,8 @@ impl World {
         let request_hash = RequestHash([source.int_in_range(1..=4)?; 16]);
         let (key, service) = (key(source)?, any_service(source)?);
         let free = if source.ratio(1, 8)? { u32::MAX } else { source.int_in_range(0..=3)? };
-        self.cast(Vote { key, request_hash, service, instance, ballot, free });
+        let store = store(source)?;
+        self.cast(Vote { key, request_hash, service, instance, store, ballot, free });
         Ok(())
     }
 
@@ -291,6 +298,7 @@ impl World {
             key: key(source)?,
             service: any_service(source)?,
             instance: instance(source)?,
+            store: store(source)?,
             applied,
             parked: source.arbitrary()?,
             free: source.arbitrary()?,
@@ -615,6 +623,11 @@ fn any_service(source: &mut Unstructured<'_>) -> Result<ServiceName> {
 fn instance(source: &mut Unstructured<'_>) -> Result<InstanceId> {
     let name = *source.choose(&["i1", "i2", "i3"])?;
     Ok(InstanceId::parse(name).expect("a name"))
+}
+
+fn store(source: &mut Unstructured<'_>) -> Result<Option<StoreId>> {
+    let name = *source.choose(&["", "s1", "s2"])?;
+    Ok(StoreId::parse(name).ok())
 }
 
 fn key(source: &mut Unstructured<'_>) -> Result<TransactionKey> {

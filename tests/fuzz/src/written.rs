@@ -7,7 +7,8 @@ use arbitrary::{Result, Unstructured};
 use dtc::{
     protocol::{
         ids::{
-            Branch, InstanceId, RequestHash, ServiceName, TransactionId, TransactionKey, WorkerId,
+            Branch, InstanceId, RequestHash, ServiceName, StoreId, TransactionId, TransactionKey,
+            WorkerId,
         },
         message::{
             Answer, Ballot, Decision, Done, Finish, Inquiry, Matter, Outcome, Parked, Payload,
@@ -85,6 +86,13 @@ impl Draw<'_> {
 
     fn instance(&mut self) -> Result<InstanceId> {
         Ok(InstanceId::parse(&self.name(64, "_-")?).expect("of its letters"))
+    }
+
+    fn store(&mut self) -> Result<Option<StoreId>> {
+        Ok(match self.0.arbitrary()? {
+            true => Some(StoreId::parse(&self.name(64, "_-")?).expect("of its letters")),
+            false => None,
+        })
     }
 
     fn worker(&mut self) -> Result<WorkerId> {
@@ -206,6 +214,7 @@ impl Draw<'_> {
             request_hash: self.hash()?,
             service: self.service()?,
             instance: self.instance()?,
+            store: self.store()?,
             ballot,
             free: self.0.arbitrary()?,
         })
@@ -217,6 +226,7 @@ impl Draw<'_> {
             key: self.key()?,
             service: self.service()?,
             instance: self.instance()?,
+            store: self.store()?,
             applied,
             parked: self.0.arbitrary()?,
             free: self.0.arbitrary()?,

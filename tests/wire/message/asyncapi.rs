@@ -70,8 +70,9 @@ fn samples() -> Vec<Sample> {
         vote(Ballot::ReadOnly),
         vote(Ballot::Refused(sold_out())),
         vote(failed),
-        vote(Ballot::Finished(Outcome::Aborted)),
+        Vote { store: StoreId::parse("s1").ok(), ..vote(Ballot::Finished(Outcome::Aborted)) },
     ];
+    let done = Done { store: StoreId::parse("s1").ok(), ..done(Err("no disk".into()), true) };
     let aborted = Decision { reason: Some(sold_out()), ..committed() };
     let unresolved =
         Answer { reason: Some(sold_out()), unresolved: vec![service("a")], ..answer() };
@@ -96,7 +97,7 @@ fn samples() -> Vec<Sample> {
         sample(&[Cancel(key())]),
         sample(&[finish]),
         sample(&votes),
-        sample(&[done(Err("no disk".into()), true)]),
+        sample(&[done]),
         sample(&[inquiry()]),
         sample(&[aborted]),
         sample(&[unresolved]),

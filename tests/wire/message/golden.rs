@@ -73,6 +73,21 @@ fn each_vote() {
 }
 
 #[test]
+fn whoever_has_a_store_that_has_a_name_says_it() {
+    let store = StoreId::parse("store-1").ok();
+    is(
+        Kind::Vote,
+        Vote { store: store.clone(), ..vote(Ballot::ReadOnly) },
+        r#"{"id":"TX1","requested_at":1700000000,"request_hash":"000123456789abcdeffffe100708090a","service":"stock","instance":"stock-1","store":"store-1","vote":"read_only","free":7}"#,
+    );
+    is(
+        Kind::Done,
+        Done { store, ..done(Ok(()), false) },
+        r#"{"id":"TX1","requested_at":1700000000,"service":"stock","instance":"stock-1","store":"store-1","done":true,"free":7}"#,
+    );
+}
+
+#[test]
 fn a_done() {
     is(
         Kind::Done,

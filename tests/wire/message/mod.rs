@@ -13,7 +13,7 @@ use std::{fmt::Debug, sync::Arc};
 use dtc::{
     protocol::{
         ids::{
-            Branch, InstanceId, ReplyToken, RequestHash, ServiceName, TransactionId,
+            Branch, InstanceId, ReplyToken, RequestHash, ServiceName, StoreId, TransactionId,
             TransactionKey, WorkerId,
         },
         message::{
@@ -98,12 +98,12 @@ fn sold_out() -> Reason {
 
 fn vote(ballot: Ballot) -> Vote {
     let (service, instance) = (service("stock"), instance());
-    Vote { key: key(), request_hash: hash(), service, instance, ballot, free: 7 }
+    Vote { key: key(), request_hash: hash(), service, instance, store: None, ballot, free: 7 }
 }
 
 fn done(applied: Result<(), Arc<str>>, parked: bool) -> Done {
     let (service, instance) = (service("stock"), instance());
-    Done { key: key(), service, instance, applied, parked, free: 7 }
+    Done { key: key(), service, instance, store: None, applied, parked, free: 7 }
 }
 
 fn prepare(data: &str) -> Prepare {

@@ -85,6 +85,7 @@ fn a_field_that_is_not_as_it_should_be_is_named_with_its_value_and_rule() {
         ("request_hash", r#""000123456789abcdeffffe100708090aa0""#, "must match [0-9a-f]{32}"),
         ("service", r#""a.b""#, name),
         ("instance", r#""""#, name),
+        ("store", r#""a b""#, name),
         (
             "vote",
             r#""maybe""#,

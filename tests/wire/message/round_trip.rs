@@ -31,6 +31,10 @@ fn an_instance() -> impl Strategy<Value = InstanceId> {
     "[A-Za-z0-9_-]{1,64}|[ab]".prop_map(|name| InstanceId::parse(&name).unwrap())
 }
 
+fn a_store() -> impl Strategy<Value = Option<StoreId>> {
+    prop::option::of("[A-Za-z0-9_-]{1,64}".prop_map(|name| StoreId::parse(&name).unwrap()))
+}
+
 fn a_worker() -> impl Strategy<Value = WorkerId> {
     "[A-Za-z0-9_-]{1,64}".prop_map(|name| WorkerId::parse(&name).unwrap())
 }
@@ -100,12 +104,13 @@ fn a_vote() -> impl Strategy<Value = Vote> {
         (a_branch(), a_reason()).prop_map(|(branch, reason)| Ballot::Failed { branch, reason }),
         an_outcome().prop_map(Ballot::Finished),
     ];
-    let parts = (a_key(), a_hash(), a_service(), an_instance(), ballot, any::<u32>());
-    parts.prop_map(|(key, request_hash, service, instance, ballot, free)| Vote {
+    let parts = (a_key(), a_hash(), a_service(), an_instance(), a_store(), ballot, any::<u32>());
+    parts.prop_map(|(key, request_hash, service, instance, store, ballot, free)| Vote {
         key,
         request_hash,
         service,
         instance,
+        store,
         ballot,
         free,
     })
@@ -113,11 +118,13 @@ fn a_vote() -> impl Strategy<Value = Vote> {
 
 fn a_done() -> impl Strategy<Value = Done> {
     let applied = prop_oneof![Just(Ok(())), a_text().prop_map(Err)];
-    let parts = (a_key(), a_service(), an_instance(), applied, any::<bool>(), any::<u32>());
-    parts.prop_map(|(key, service, instance, applied, parked, free)| Done {
+    let parts =
+        (a_key(), a_service(), an_instance(), a_store(), applied, any::<bool>(), any::<u32>());
+    parts.prop_map(|(key, service, instance, store, applied, parked, free)| Done {
         key,
         service,
         instance,
+        store,
         applied,
         parked,
         free,

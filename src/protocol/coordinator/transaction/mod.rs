@@ -16,7 +16,7 @@ use crate::protocol::{
         transaction::{answering::Requester, telling::Duty},
     },
     deadlines::Deadlines,
-    ids::{Branch, InstanceId, ServiceName},
+    ids::{Branch, InstanceId, ServiceName, StoreId},
     message::{
         Ballot, Command, Decision, Delivery, Destination, Matter, Outcome, Parked, Query, Reason,
         ReasonCode, Request, Vote,
@@ -129,6 +129,8 @@ impl Standing {
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 struct Part {
     standing: Standing,
+    /// The store that holds what is prepared, if whoever voted for it has named one.
+    store: Option<StoreId>,
     /// Whether a prepare was refused by the broker, and may have arrived all the same.
     was_refused: bool,
     /// Whether it counts as a slot held in the service's flow.
@@ -174,6 +176,7 @@ impl Transaction {
     pub(super) fn new(request: Request, delivery: Delivery, deliveries: u32, many: u32) -> Self {
         let part = Part {
             standing: Standing::Unasked,
+            store: None,
             was_refused: false,
             holds_slot: false,
             duty: Duty::None,
@@ -332,6 +335,12 @@ impl Transaction {
     fn apply_vote(&mut self, index: usize, vote: Vote, cx: &mut Context<'_>) {
         self.unask(index, true, cx);
         let instance = vote.instance;
+        let held = match &vote.ballot {
+            Ballot::Prepared { branch } => vote.store.map(|store| (branch.clone(), store)),
+            Ballot::ReadOnly | Ballot::Refused(_) | Ballot::Failed { .. } | Ballot::Finished(_) => {
+                None
+            }
+        };
         let standing = std::mem::replace(&mut self.parts[index].standing, Standing::Unasked);
         let next = match (vote.ballot, standing) {
             (Ballot::Prepared { branch }, Standing::Prepared { branch: known, holder }) => {
@@ -382,6 +391,11 @@ impl Transaction {
                 Standing::Declined
             }
         };
+        if let (Standing::Prepared { branch, .. }, Some((held, store))) = (&next, held)
+            && *branch == held
+        {
+            self.parts[index].store = Some(store);
+        }
         self.parts[index].standing = next;
     }
 

@@ -112,7 +112,7 @@ impl Transaction {
         cx: &mut Context<'_>,
     ) {
         let Some(index) = self.part_of(&done.service) else { return };
-        match &done.applied {
+        match &self.applied(index, done) {
             Ok(()) => {
                 // What was parked is settled by the parked command's own done; what may have been,
                 // by nothing but this.
@@ -127,6 +127,23 @@ impl Transaction {
             Err(error) => self.record_failure(index, error, cx),
         }
         self.answer_if_complete(cx);
+    }
+
+    /// What a done says of a commit, if its instance can know: not if it has another store than the one
+    /// that holds the branch.
+    fn applied(&self, index: usize, done: &Done) -> Result<(), Arc<str>> {
+        done.applied.clone()?;
+        match (self.phase, &done.store, &self.parts[index].store) {
+            (Phase::Committing, Some(named), Some(holding)) if named != holding => {
+                let instance = &done.instance;
+                let elsewhere = format!(
+                    "{instance}, which has store {named}, says that it is committed, but it was \
+                     prepared in store {holding}"
+                );
+                Err(elsewhere.into())
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Whether a record may say that this service's commit, which is owed, is parked.
