@@ -1,4 +1,4 @@
-//! Moments as people read them: `2026-08-24T12:31:05.123Z`.
+//! Moments as people read and write them: `2026-08-24T12:31:05.123Z`.
 
 use crate::protocol::time::Time;
 
@@ -10,6 +10,51 @@ pub(super) fn shown(moment: Time) -> String {
     let (hour, minute) = (in_day / 3_600_000, in_day / 60_000 % 60);
     let (second, milli) = (in_day / 1000 % 60, in_day % 1000);
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{milli:03}Z")
+}
+
+/// The moment that `text` says, in UTC: `2026-08-24`, `2026-08-24T12:31Z`, `2026-08-24T12:31:05Z` or
+/// `2026-08-24T12:31:05.123Z`.
+pub(super) fn parse(text: &str) -> Option<Time> {
+    let (date, time) = match text.split_once('T') {
+        Some((date, time)) => (date, time.strip_suffix('Z')?),
+        None => (text, "00:00"),
+    };
+    let [year, month, day] = numbers(date, '-', [4, 2, 2])?;
+    let (time, millis) = match time.split_once('.') {
+        Some((time, millis)) => (time, numbers(millis, '.', [3])?[0]),
+        None => (time, 0),
+    };
+    let [hour, minute, second] = match numbers(time, ':', [2, 2, 2]) {
+        Some(all) => all,
+        None => numbers(time, ':', [2, 2]).map(|[hour, minute]| [hour, minute, 0])?,
+    };
+    if hour > 23 || minute > 59 || second > 59 {
+        return None;
+    }
+    let days = days_of(year, month, day)?;
+    let seconds = ((days * 24 + hour) * 60 + minute) * 60 + second;
+    Some(Time::from_millis(seconds * 1000 + millis))
+}
+
+/// Numbers of so many digits, with `separator` between them.
+fn numbers<const N: usize>(text: &str, separator: char, digits: [usize; N]) -> Option<[u64; N]> {
+    let mut parts = text.split(separator);
+    let mut numbers = [0; N];
+    for (number, digits) in numbers.iter_mut().zip(digits) {
+        let part = parts.next()?;
+        if part.len() != digits || !part.bytes().all(|byte| byte.is_ascii_digit()) {
+            return None;
+        }
+        *number = part.parse().ok()?;
+    }
+    parts.next().is_none().then_some(numbers)
+}
+
+/// How many days after the first of January 1970 that date is, if there is one.
+fn days_of(year: u64, month: u64, day: u64) -> Option<u64> {
+    // No year has more than 366 days or fewer than 365, so the date lies among these.
+    let years = year.checked_sub(1970)?;
+    (years * 365..=years * 366 + 366).find(|&days| civil(days) == (year, month, day))
 }
 
 /// The date so many days after the first of January 1970: (year, month, day).
@@ -29,7 +74,7 @@ fn civil(days: u64) -> (u64, u64, u64) {
 
 #[cfg(test)]
 mod tests {
-    use super::shown;
+    use super::{parse, shown};
     use crate::protocol::time::Time;
 
     #[test]
@@ -43,6 +88,39 @@ mod tests {
             (253_402_300_799_999, "9999-12-31T23:59:59.999Z"),
         ] {
             assert_eq!(shown(Time::from_millis(millis)), text);
+            assert_eq!(parse(text), Some(Time::from_millis(millis)));
+        }
+    }
+
+    #[test]
+    fn a_moment_may_be_written_without_what_is_zero() {
+        let midnight = Time::from_millis(1_787_529_600_000);
+        for text in ["2026-08-24", "2026-08-24T00:00Z", "2026-08-24T00:00:00Z"] {
+            assert_eq!(parse(text), Some(midnight), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_moment_in_utc_is_none() {
+        for text in [
+            "",
+            "24h",
+            "2026",
+            "2026-8-24",
+            "2026-02-29",
+            "2026-13-01",
+            "1969-12-31",
+            "0000-00-00",
+            "2026-08-24T12:31",
+            "2026-08-24T12:31:05",
+            "2026-08-24T24:00Z",
+            "2026-08-24T12:60Z",
+            "2026-08-24T12:31:05+02:00",
+            "2026-08-24T12:31:05.1Z",
+            "2026-08-24 12:31Z",
+            "+026-08-24",
+        ] {
+            assert_eq!(parse(text), None, "{text}");
         }
     }
 }

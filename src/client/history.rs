@@ -34,18 +34,35 @@ use crate::{
 /// started doesn't know yet who serves a stream, and ends the connection of who reads it.
 const AGAIN_FOR: Duration = Duration::from_secs(8);
 
+/// How far back [`Since::Recent`] looks, one step after the other: to look for what was decided a
+/// moment ago costs little, however long the journal is.
+const STEPS: [Duration; 3] = [
+    Duration::from_secs(15 * 60),
+    Duration::from_secs(2 * 60 * 60),
+    Duration::from_secs(24 * 60 * 60),
+];
+
 /// How far back to look.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Since {
     /// As far as the journal goes.
     Always,
+    /// Until a certain outcome is found for every id, and for a day at most. Others of the same id
+    /// that are older than that are not found.
+    Recent,
     /// So long ago.
     Ago(Duration),
+    /// This moment.
+    Moment(Time),
 }
 
 /// What was found.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct History {
+    /// From when on was looked; `None`: from the journal's beginning.
+    pub looked_since: Option<Time>,
+    /// Whether the journal has nothing that is older.
+    pub is_whole: bool,
     /// From when on nothing is missing in what was read; `None`: the journal has no records.
     pub complete_since: Option<Time>,
     /// What is known of each transaction that has one of the ids.
@@ -82,6 +99,24 @@ pub enum HistoryError {
     Scan(#[from] ScanError),
 }
 
+impl History {
+    /// What was found for `id`, the earliest first.
+    pub fn of_id<'a>(
+        &'a self,
+        id: &TransactionId,
+    ) -> impl Iterator<Item = (&'a TransactionKey, &'a Past)> {
+        let from = TransactionKey { id: id.clone(), requested_at: Time::EPOCH };
+        let id = id.clone();
+        self.transactions.range(from..).take_while(move |(key, _)| key.id == id)
+    }
+
+    /// Whether an outcome of `id` was found, and no earlier record can change that.
+    fn is_certain_of(&self, id: &TransactionId) -> bool {
+        let mut found = self.of_id(id).peekable();
+        found.peek().is_some() && found.all(|(_, past)| past.decision.is_some() && past.is_certain)
+    }
+}
+
 impl HistoryError {
     /// Whether it may be otherwise soon, without anybody's doing.
     fn may_pass(&self) -> bool {
@@ -109,10 +144,38 @@ pub async fn look_up(
     since: Since,
     clock_margin: Duration,
 ) -> Result<History, HistoryError> {
+    let now = Clock::start().now();
+    let cutoff = match since {
+        Since::Always => None,
+        Since::Ago(duration) => Some(now - duration),
+        Since::Moment(moment) => Some(moment),
+        Since::Recent => {
+            let [steps @ .., last] = STEPS;
+            for step in steps {
+                let history =
+                    look_since(broker, names, ids, Some(now - step), clock_margin).await?;
+                if history.is_whole || ids.iter().all(|id| history.is_certain_of(id)) {
+                    return Ok(history);
+                }
+            }
+            Some(now - last)
+        }
+    };
+    look_since(broker, names, ids, cutoff, clock_margin).await
+}
+
+/// The same, for what was decided at `cutoff` or later.
+async fn look_since(
+    broker: &Broker,
+    names: &Names,
+    ids: &BTreeSet<TransactionId>,
+    cutoff: Option<Time>,
+    clock_margin: Duration,
+) -> Result<History, HistoryError> {
     let until = Instant::now() + AGAIN_FOR;
     let mut backoff = Backoff::default();
     loop {
-        let error = match look_up_once(broker, names, ids, since, clock_margin).await {
+        let error = match look_up_once(broker, names, ids, cutoff, clock_margin).await {
             Ok(history) => return Ok(history),
             Err(error) => error,
         };
@@ -129,12 +192,13 @@ async fn look_up_once(
     broker: &Broker,
     names: &Names,
     ids: &BTreeSet<TransactionId>,
-    since: Since,
+    cutoff: Option<Time>,
     clock_margin: Duration,
 ) -> Result<History, HistoryError> {
     let connection = broker.connect("status").await.map_err(HistoryError::Connect)?;
-    let mut reading = Reading { ids, clock_margin, history: History::default(), next: None };
-    let read = reading.read(&connection, names, since).await;
+    let history = History { looked_since: cutoff, ..History::default() };
+    let mut reading = Reading { ids, clock_margin, history, next: None };
+    let read = reading.read(&connection, names, cutoff).await;
     close(&connection).await;
     read?;
     Ok(reading.history)
@@ -153,19 +217,23 @@ impl Reading<'_> {
         &mut self,
         connection: &Connection,
         names: &Names,
-        since: Since,
+        cutoff: Option<Time>,
     ) -> Result<(), ScanError> {
-        let from = match since {
-            Since::Always => From::First,
-            Since::Ago(duration) => {
-                let cutoff = Clock::start().now() - duration;
+        let from = match cutoff {
+            None => {
+                self.history.is_whole = true;
+                From::First
+            }
+            Some(cutoff) => {
                 let head = self.head(connection, names.journal()).await?;
+                self.history.is_whole = head.is_none_or(|head| head > cutoff);
                 self.history.complete_since = head.map(|head| head.max(cutoff));
                 From::Moment((cutoff - self.clock_margin).as_millis() / 1000)
             }
         };
-        // What is parked was decided before: so the decision of whatever is found here is there.
-        let mut unresolved = Scan::open(connection, names.unresolved(), From::First).await?;
+        // What is parked was decided before: so the decision of whatever is found here is there, and
+        // what was parked of a later decision lies behind the same moment.
+        let mut unresolved = Scan::open(connection, names.unresolved(), from).await?;
         while let Some((_, delivery)) = unresolved.next().await? {
             self.take_unresolved(&delivery);
         }

@@ -6,7 +6,10 @@ use std::{collections::BTreeSet, fs, time::Duration};
 
 use dtc::{
     Client, Outcome, Submission,
-    client::{SubmitError, WaitError, history},
+    client::{
+        SubmitError, WaitError,
+        history::{self, Since},
+    },
     clock::Clock,
     protocol::{
         ids::{
@@ -372,7 +375,9 @@ async fn what_is_not_found_is_said_as_of_when_the_journal_is_complete() {
     let desk = Desk::new(place()).await;
     let world = World::at(desk.place.clone());
     let begun_at = desk.begun_at.as_millis();
-    let missing = json!([{"id": "TX9", "found": false, "not_found_since": begun_at}]);
+    let missing = json!([
+        {"id": "TX9", "found": false, "not_found_since": begun_at, "looked_since": null},
+    ]);
     assert_eq!(json!(status(&world, &["TX9"], 1)), missing);
     let now = Clock::start().now();
     desk.write(&[decision("TX1", now, Outcome::Aborted, "w1")]).await;
@@ -402,6 +407,70 @@ async fn a_journal_without_its_beginning_is_complete_a_margin_after_its_first_re
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn status_looks_back_until_it_has_found_and_a_day_at_most_and_says_how_far() {
+    let desk = Desk::bare(place()).await;
+    desk.stream(&desk.names.journal()).await;
+    desk.stream(&desk.names.unresolved()).await;
+    let now = Clock::start().now();
+    let day = Duration::from_secs(24 * 60 * 60);
+    let old = decision("TX0", now - day * 2, Outcome::Aborted, "w1");
+    desk.write(&[old, decision("TX1", now, Outcome::Committed, "w1")]).await;
+    let world = World::at(desk.place.clone());
+    let back = |found: &Value| {
+        let since = Time::from_millis(found["looked_since"].as_u64().unwrap());
+        Clock::start().now().since(since)
+    };
+    let near = |back: Duration, wanted: Duration| back >= wanted && back < wanted + PATIENCE;
+
+    let found = status(&world, &["TX1"], 0).remove(0);
+    assert_eq!((&found["outcome"], &found["certain"]), (&json!("COMMITTED"), &json!(true)));
+    assert!(near(back(&found), Duration::from_secs(15 * 60)), "{found}");
+    let missing = status(&world, &["TX1", "TX9"], 1).remove(1);
+    assert!(near(back(&missing), day), "{missing}");
+    assert_eq!(missing["not_found_since"], missing["looked_since"]);
+    let missing = status(&world, &["TX9", "--since", "36h"], 1).remove(0);
+    assert!(near(back(&missing), day * 3 / 2), "{missing}");
+    let missing = status(&world, &["TX9", "--since", "2026-01-02T03:04:05Z"], 1).remove(0);
+    assert_eq!(missing["looked_since"], Value::Null, "the journal begins later");
+    assert_eq!(status(&world, &["TX9", "--all"], 1)[0]["looked_since"], Value::Null);
+
+    let mut command = world.dtc(&["status", "TX9"]);
+    let mut process = crate::processes::Process::start("status", &mut command);
+    process.exited(1, PATIENCE);
+    let said = process.stdout.text();
+    assert!(said.starts_with("TX9  not found since 20"), "{said}");
+    assert!(said.contains("\nlooked back to 20"), "{said}");
+    assert!(said.trim_end().ends_with("; --since or --all looks further"), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_broker_was_told_before_it_is_looked_at_is_not_read() {
+    let desk = Desk::new(place()).await;
+    let now = Clock::start().now();
+    for number in 0..100 {
+        desk.write(&[decision(&format!("TX{number}"), now, Outcome::Committed, "w1")]).await;
+    }
+    let key = decision("TX1", now, Outcome::Committed, "w1").key;
+    let service = ServiceName::parse("payments").unwrap();
+    let branch = Branch::of(&InstanceId::parse("i1").unwrap(), 7);
+    let matter = Matter::Uncommitted { service, branch, error: None };
+    let parked = Parked { key: key.clone(), matter, parked_at: now };
+    desk.write_to(&desk.names.unresolved(), &[parked]).await;
+    let ids = BTreeSet::from([key.id]);
+    let (address, names) = address(&desk.place);
+    for (since, n_read, n_found) in [
+        (Since::Always, 100, 1),
+        (Since::Ago(Duration::ZERO), 100, 1),
+        (Since::Moment(now + CLOCK_MARGIN * 2), 0, 0),
+    ] {
+        let looking_up = history::look_up(&address, &names, &ids, since, CLOCK_MARGIN);
+        let history = looking_up.await.unwrap();
+        let read = (history.n_records, history.transactions.len());
+        assert_eq!(read, (n_read, n_found), "{since:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn status_without_a_topology_is_a_matter_of_configuration() {
     let world = World::at(place());
     let status = crate::processes::Process::start("status", &mut world.dtc(&["status", "TX1"]));
@@ -427,7 +496,7 @@ async fn a_long_journal_is_read_to_its_end() {
         ["TX0", &last, "TX"].iter().map(|id| TransactionId::parse(id).unwrap()).collect();
     let began = tokio::time::Instant::now();
     let (address, names) = address(&desk.place);
-    let looking_up = history::look_up(&address, &names, &ids, history::Since::Always, CLOCK_MARGIN);
+    let looking_up = history::look_up(&address, &names, &ids, Since::Always, CLOCK_MARGIN);
     let history = looking_up.await.unwrap();
     let took = began.elapsed();
     println!("{MESSAGES} records read in {took:?}: {:.0}/s", MESSAGES as f64 / took.as_secs_f64());
