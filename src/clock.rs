@@ -6,13 +6,20 @@ use tokio::time::Instant;
 
 use crate::protocol::time::Time;
 
-/// Tells the time: the machine's wall clock when it was made, and from then on steadily forward,
-/// whatever happens to the wall clock.
+/// From how far on a clock that was set is worth to be spoken of.
+const STEP_MIN: Duration = Duration::from_secs(1);
+
+/// Tells the time.
+///
+/// It shows what the machine's wall clock shows at that moment, not what it would have shown if
+/// nobody had set it and the machine had never been suspended. So it may go backwards: see
+/// [`Steps`]. A [`Clock::steady`] one doesn't.
 #[derive(Debug, Clone, Copy)]
 pub struct Clock {
     started_at: Time,
     since_epoch: Duration,
     started: Instant,
+    is_steady: bool,
 }
 
 /// What a [`Clock`] shows.
@@ -20,27 +27,32 @@ pub struct Clock {
 pub struct Reading {
     /// The moment.
     pub time: Time,
-    /// How long the clock has been running.
+    /// How long the clock has been running, whatever the wall clock has shown since.
     pub elapsed: Duration,
 }
 
 impl Clock {
-    /// A clock set by the machine's wall clock.
-    #[expect(clippy::disallowed_methods, reason = "this is the one clock that all others ask")]
+    /// A clock that shows what the machine's wall clock shows.
     pub fn start() -> Self {
-        let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let millis = u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX);
-        let started_at = Time::from_millis(millis);
-        Self { started_at, since_epoch, started: Instant::now() }
+        let since_epoch = since_epoch();
+        let started_at = time_at(since_epoch);
+        Self { started_at, since_epoch, started: Instant::now(), is_steady: false }
     }
 
-    /// The same clock, put forward to `moment` if it shows an earlier one.
+    /// A clock that shows what the wall clock shows now, and from then on goes steadily forward,
+    /// whatever happens to the wall clock: for one whose moments nobody compares with another
+    /// clock's.
+    pub fn steady() -> Self {
+        Self { is_steady: true, ..Self::start() }
+    }
+
+    /// The same steady clock, put forward to `moment` if it shows an earlier one.
     #[must_use]
     pub fn not_before(self, moment: Time) -> Self {
         Self { started_at: self.started_at.max(moment), ..self }
     }
 
-    /// How long the epoch is past, as finely as the machine tells.
+    /// How long the epoch is past, as finely as the machine tells. It never goes backwards.
     pub fn since_epoch(&self) -> Duration {
         self.since_epoch + self.started.elapsed()
     }
@@ -53,11 +65,80 @@ impl Clock {
     /// The moment it is now, and finer than [`Time`] tells.
     pub fn read(&self) -> Reading {
         let elapsed = self.started.elapsed();
-        Reading { time: self.started_at + elapsed, elapsed }
+        let time = if self.is_steady { self.started_at + elapsed } else { time_at(since_epoch()) };
+        Reading { time, elapsed }
     }
 
     /// When to be woken for `moment`.
     pub fn instant_of(&self, moment: Time) -> Instant {
-        self.started + moment.since(self.started_at)
+        let Reading { time, elapsed } = self.read();
+        self.started + elapsed + moment.since(time)
+    }
+}
+
+#[expect(clippy::disallowed_methods, reason = "this is the one clock that all others ask")]
+fn since_epoch() -> Duration {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
+}
+
+fn time_at(since_epoch: Duration) -> Time {
+    Time::from_millis(u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX))
+}
+
+/// How a clock was moved, other than by going on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// It was set back by so much.
+    Back(Duration),
+    /// It was set forward by so much, or the machine was suspended for so long.
+    Forward(Duration),
+}
+
+/// Notices when a clock is set, or the machine was suspended.
+#[derive(Debug, Clone, Copy)]
+pub struct Steps(Reading);
+
+impl Steps {
+    /// From `reading` on.
+    pub fn since(reading: Reading) -> Self {
+        Self(reading)
+    }
+
+    /// Whether the clock was moved since it was last looked at, by a second or more.
+    pub fn look(&mut self, reading: Reading) -> Option<Step> {
+        let before = std::mem::replace(&mut self.0, reading);
+        let expected = before.time + reading.elapsed.saturating_sub(before.elapsed);
+        let step = match reading.time < expected {
+            true => Step::Back(expected.since(reading.time)),
+            false => Step::Forward(reading.time.since(expected)),
+        };
+        let (Step::Back(by) | Step::Forward(by)) = step;
+        (by >= STEP_MIN).then_some(step)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::{Reading, Step, Steps};
+    use crate::protocol::time::Time;
+
+    fn shown(time_ms: u64, elapsed_ms: u64) -> Reading {
+        let (time, elapsed) = (Time::from_millis(time_ms), Duration::from_millis(elapsed_ms));
+        Reading { time, elapsed }
+    }
+
+    #[test]
+    fn a_clock_that_was_set_is_noticed_once_and_one_that_drifts_is_not() {
+        let mut steps = Steps::since(shown(1_000_000, 0));
+        assert_eq!(steps.look(shown(1_005_000, 5000)), None);
+        assert_eq!(steps.look(shown(1_010_100, 10_000)), None, "it goes a little fast");
+        let back = Step::Back(Duration::from_millis(30_100));
+        assert_eq!(steps.look(shown(981_000, 11_000)), Some(back));
+        assert_eq!(steps.look(shown(982_000, 12_000)), None);
+        let forward = Step::Forward(Duration::from_secs(600));
+        assert_eq!(steps.look(shown(1_583_000, 13_000)), Some(forward), "suspended");
+        assert_eq!(steps.look(shown(1_584_000, 14_000)), None);
     }
 }

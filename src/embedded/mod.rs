@@ -369,7 +369,8 @@ impl Embedded {
         concluded: mpsc::Sender<Vec<Concluded>>,
         stop: impl Future<Output = ()>,
     ) -> Result<Report, JournalError> {
-        let mut clock = Clock::start();
+        // Nobody else's moments are compared with those of this process.
+        let mut clock = Clock::steady();
         let (mut writer, mut log) = (None, None);
         if let Some(opened) = self.open_journal(clock.now()).await? {
             clock = clock.not_before(opened.latest);

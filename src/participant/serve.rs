@@ -18,7 +18,7 @@ use futures_util::{
 use tokio::time::{Instant, sleep_until};
 
 use crate::{
-    clock::Clock,
+    clock::{Clock, Step, Steps},
     error::Chain,
     participant::{
         AnyParticipant, Calls, Participant,
@@ -68,6 +68,7 @@ struct Server {
     settings: ServeSettings,
     store: Option<StoreId>,
     clock: Clock,
+    steps: Steps,
     instance: Instance,
     retry_parked_every: Duration,
     calls: Calls,
@@ -105,6 +106,7 @@ impl Server {
             participant,
             store,
             clock,
+            steps: Steps::since(clock.read()),
             retry_parked_every: core.retry_parked_every,
             instance: Instance::new(clock.now(), core),
             calls: Calls::new(clock, settings.finish_timeout),
@@ -320,6 +322,7 @@ impl Server {
 
     /// Lets the core handle all that has happened, and says what it has to say.
     fn settle(&mut self, mut session: Option<&mut Session>) {
+        self.look_at_clock();
         let now = self.clock.now();
         if self.instance.next_deadline().is_some_and(|at| at <= now) {
             self.events.push_back(Event::DeadlineReached);
@@ -341,6 +344,26 @@ impl Server {
             session.publish(parcel);
         }
         session.flush();
+    }
+
+    /// What is to be done after a while is done after that while, also when the clock is set back.
+    fn look_at_clock(&mut self) {
+        let ServeSettings { service, instance, .. } = &self.settings;
+        match self.steps.look(self.clock.read()) {
+            Some(Step::Back(by)) => {
+                let by_s = by.as_secs_f64();
+                tracing::warn!(%service, %instance, by_s, "the clock was set back");
+                self.instance.clock_set_back(by);
+            }
+            Some(Step::Forward(by)) => {
+                let by_s = by.as_secs_f64();
+                tracing::warn!(
+                    %service, %instance, by_s,
+                    "the clock was set forward, or the machine was suspended"
+                );
+            }
+            None => {}
+        }
     }
 
     fn perform(&mut self, effect: Effect, session: Option<&mut Session>) {

@@ -1,6 +1,6 @@
 //! What is due when.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Duration};
 
 use crate::protocol::{ids::TransactionKey, time::Time};
 
@@ -32,6 +32,12 @@ impl Deadlines {
         if let Some(at) = due.take() {
             self.0.remove(&(at, key.clone()));
         }
+    }
+
+    /// All were armed by a clock that was then set back `by` so much. The handles are their owners'
+    /// to put back.
+    pub(crate) fn put_back(&mut self, by: Duration) {
+        self.0 = std::mem::take(&mut self.0).into_iter().map(|(at, key)| (at - by, key)).collect();
     }
 
     /// Takes out all that is due at `now`, soonest first.

@@ -51,6 +51,11 @@ impl Bench {
                 }
             }
             "wait" => self.wait(duration(&line.word())),
+            "clock-back" => {
+                let by = duration(&line.word());
+                self.now = self.now - by;
+                self.instance().clock_set_back(by);
+            }
             verb => {
                 let event = self.event(verb, &mut line);
                 self.handle(event);

@@ -125,6 +125,7 @@ stories! {
         cancelled_while_a_query_is_looked_up
         cancelled_while_the_store_is_read
         cap_holds_when_more_is_delivered
+        clock_set_back_delays_no_inquiry
         commit_from_the_store_fails_though_the_slot_is_held
         commit_of_a_branch_that_the_store_never_had_is_an_error
         commit_of_a_branch_that_the_store_never_had_undoes_the_own_one

@@ -248,6 +248,18 @@ impl Instance {
         }
     }
 
+    /// The clock was set back `by` so much: what is to be done after a while is put back with it, or
+    /// it would be done that much later.
+    pub fn clock_set_back(&mut self, by: Duration) {
+        self.deadlines.put_back(by);
+        self.holdings.for_each(|holding| {
+            holding.due = holding.due.map(|at| at - by);
+            holding.wake_at = holding.wake_at.map(|at| at - by);
+        });
+        self.scan_at = self.scan_at.map(|at| at - by);
+        self.doubted.values_mut().for_each(|since| *since = *since - by);
+    }
+
     /// The next moment at which [`Event::DeadlineReached`] should be delivered, if there is one.
     pub fn next_deadline(&self) -> Option<Time> {
         self.deadlines.next().into_iter().chain(self.scan_at).min()
