@@ -152,21 +152,14 @@ impl Tail {
         self.inbox.flush();
     }
 
-    /// The same for one who has read what there was, and waits for what comes.
-    fn following(self) -> Self {
-        Self { inbox: self.inbox.lazy() }
-    }
-
     async fn record(&mut self) -> Result<Record, ReadError> {
         let delivery = match self.inbox.ready() {
             Some(delivery) => delivery,
-            None => {
-                // Nothing more is ready, so this is the moment to ask for more.
-                self.inbox.flush();
-                timeout(SILENCE_MAX, self.inbox.next()).await.map_err(|_| ReadError::Silent)?
-            }
+            None => timeout(SILENCE_MAX, self.inbox.next()).await.map_err(|_| ReadError::Silent)?,
         };
-        self.read(&delivery.map_err(ReadError::Closed)?)
+        let record = self.read(&delivery.map_err(ReadError::Closed)?);
+        self.inbox.flush();
+        record
     }
 }
 
@@ -232,7 +225,9 @@ impl Journal {
         let mut arguments = FieldTable::default();
         arguments.insert("x-stream-offset".into(), from);
         let opening = Inbox::open(&self.consuming, self.queue.clone(), prefetch, arguments);
-        Ok(Tail { inbox: opening.await.map_err(ReadError::Consume)? })
+        // Each acknowledgement lets the broker send as many more as it speaks of. Told of every few,
+        // as they are read, it would go through the stream a few at a time.
+        Ok(Tail { inbox: opening.await.map_err(ReadError::Consume)?.lazy() })
     }
 
     /// Reads everything that is in the journal since `from`, and then stays at its end.
@@ -256,7 +251,7 @@ impl Journal {
             is_end = record.is_marker(&marker);
             read(record);
         }
-        Ok(tail.following())
+        Ok(tail)
     }
 
     /// Goes on after the message at `offset`, if that is still the one with this `digest`.
@@ -269,7 +264,7 @@ impl Journal {
         let mut tail = self.open(AMQPValue::LongLongInt(at), PREFETCH).await?;
         let first = tail.record().await?;
         if first.offset == offset && first.digest == digest {
-            return Ok(Some(tail.following()));
+            return Ok(Some(tail));
         }
         tail.inbox.close().await;
         Ok(None)

@@ -26,21 +26,35 @@ use super::{
 };
 use crate::{broker::place, processes::LIMIT};
 
-/// Without optimisation it is the same with fewer.
-const DECISIONS: usize = if cfg!(debug_assertions) { 100_000 } else { 1_000_000 };
-/// So many travel together under load.
-const PER_MESSAGE: usize = 200;
-/// How many messages are on their way at a time.
-const OUTSTANDING: usize = 50;
+/// What is in a journal, without optimisation a tenth of that.
+struct Content {
+    decisions: usize,
+    per_message: usize,
+    /// How many messages are on their way at a time: so many are at most a chunk of the stream.
+    outstanding: usize,
+}
 
 #[test]
 fn a_worker_serves_soon_on_a_journal_of_a_million_decisions() {
+    // So many travel together under load.
+    serves_soon(Content { decisions: 1_000_000, per_message: 200, outstanding: 50 });
+}
+
+#[test]
+fn a_worker_serves_soon_on_a_journal_of_messages_of_one_decision() {
+    // One after the other, as where few transactions are under way: each is a chunk of the stream.
+    serves_soon(Content { decisions: 20_000, per_message: 1, outstanding: 1 });
+}
+
+fn serves_soon(content: Content) {
+    let decisions = content.decisions / if cfg!(debug_assertions) { 10 } else { 1 };
+    let content = Content { decisions, ..content };
     let service = |name| json!({"name": name, "max_concurrency": 10});
     let system = System::new(place(), json!([service("payments"), service("stock")]));
     let instances = ["payments", "stock"].map(|it| system.instance(it, it, &[]));
     let begun = Instant::now();
-    let bytes = system.runtime.block_on(fill(&system));
-    println!("{DECISIONS} decisions, {} MB, written in {:.1?}", bytes >> 20, begun.elapsed());
+    let bytes = system.runtime.block_on(fill(&system, &content));
+    println!("{decisions} decisions, {} MB, written in {:.1?}", bytes >> 20, begun.elapsed());
 
     let started = Instant::now();
     let worker = system.start_worker("w1", &[]);
@@ -57,20 +71,21 @@ fn a_worker_serves_soon_on_a_journal_of_a_million_decisions() {
         started.elapsed()
     );
     assert_eq!(results.committed().len(), 1);
-    assert!(read.contains(&format!("decisions={DECISIONS} ")), "{read}");
+    assert!(read.contains(&format!("decisions={decisions} ")), "{read}");
     drop(instances);
 }
 
 /// Writes the decisions as a worker does; how many bytes that are.
-async fn fill(system: &System) -> usize {
+async fn fill(system: &System, content: &Content) -> usize {
+    let &Content { decisions, per_message, outstanding } = content;
     let broker = Broker::new(system.world.place.url.parse().unwrap(), "test");
     let connection = Arc::new(broker.connect("publish").await.unwrap());
     let mut publisher = Publisher::open(&connection, "decisions").await.unwrap();
     let now = Clock::start().now();
     let mut bytes = 0;
-    for first in (0..DECISIONS).step_by(PER_MESSAGE) {
+    for first in (0..decisions).step_by(per_message) {
         let mut items = Items::new();
-        (first..first + PER_MESSAGE).for_each(|number| items.push(&decision(number, now)).unwrap());
+        (first..first + per_message).for_each(|number| items.push(&decision(number, now)).unwrap());
         bytes += items.size();
         let message = Outgoing {
             key: system.names.journal(),
@@ -81,7 +96,7 @@ async fn fill(system: &System) -> usize {
             ..Outgoing::default()
         };
         publisher.publish(message, ());
-        while publisher.outstanding() >= OUTSTANDING {
+        while publisher.outstanding() >= outstanding {
             confirmed(&mut publisher).await;
         }
     }
