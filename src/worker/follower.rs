@@ -15,11 +15,13 @@ use tokio::{
 };
 
 use crate::{
+    clock::Clock,
     error::Chain,
     protocol::{coordinator::Event, time::Time},
     transport::amqp::{connection::Backoff, consumer::Closed, link::Link},
     worker::{
         Settings,
+        clocks::Standing,
         journal::{Found, Journal, LookBack, ReadError, Record, Tail},
         lasting::{LastRead, Lasting},
     },
@@ -147,6 +149,23 @@ impl Follower {
         self.look_backs.spawn(looking);
     }
 
+    /// Compares the clocks; `None`: the broker can't tell now.
+    pub(super) fn compare(
+        &self,
+        clock: Clock,
+        clock_margin: Duration,
+    ) -> impl Future<Output = Option<Standing>> + use<> {
+        let journal = self.journal.clone();
+        async move {
+            let compared = journal.compare(clock, clock_margin).await;
+            compared
+                .inspect_err(|error| {
+                    tracing::warn!(error = %Chain(error), "failed to compare clocks with the broker");
+                })
+                .ok()
+        }
+    }
+
     /// Tells the broker of what was read.
     pub(super) fn flush(&mut self) {
         self.tail.flush();
@@ -156,6 +175,11 @@ impl Follower {
 /// What a record says to the coordinator; and that it is the last one read.
 pub(super) fn read_event(lasting: &mut Lasting, record: Record) -> Event {
     let Record { offset, decisions, digest, .. } = record;
+    let now = lasting.clock.read();
+    // Of a message all records are one worker's, and were made at about the same moment.
+    if let Some(decision) = decisions.last() {
+        lasting.clocks.record(now, decision);
+    }
     lasting.last_read = Some(LastRead { offset, digest });
     Event::RecordsRead { offset, decisions }
 }
@@ -200,10 +224,15 @@ async fn read_journal(
         |record| {
             decisions += record.decisions.len();
             let lasting = &mut **lasting.lock().unwrap_or_else(PoisonError::into_inner);
-            let event = read_event(lasting, record);
-            let now = lasting.clock.now();
+            let Record { offset, decisions, digest, .. } = record;
+            let now = lasting.clock.read();
+            if let Some(decision) = decisions.last() {
+                lasting.clocks.past_record(now, decision);
+            }
+            lasting.last_read = Some(LastRead { offset, digest });
+            let event = Event::RecordsRead { offset, decisions };
             // Nobody is being served, so nothing follows.
-            lasting.coordinator.handle(now, event, &mut Vec::new());
+            lasting.coordinator.handle(now.time, event, &mut Vec::new());
         },
     );
     let tail = tail.await?;

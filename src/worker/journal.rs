@@ -22,6 +22,7 @@ use lapin::{
 use tokio::{sync::mpsc, time::timeout};
 
 use crate::{
+    clock::Clock,
     error::Chain,
     protocol::{message::Decision, time::Time},
     transport::amqp::{
@@ -29,9 +30,11 @@ use crate::{
         connection::{Backoff, BrokerConnection, PublishChannel},
         consumer::{Closed, Inbox},
         publisher::{CONFIRM_MAX, Outgoing, Published, publish_within},
+        stream::{From, Scan, ScanError},
         unique,
     },
     wire::message::{JournalBegun, Kind, decode},
+    worker::clocks::Standing,
 };
 
 /// How many messages are on their way to a reader.
@@ -90,6 +93,8 @@ pub(super) enum ReadError {
     Unwanted,
     #[error("the journal is no stream: its messages have no offset")]
     NoStream,
+    #[error("failed to look for what was written last")]
+    Compare(#[source] ScanError),
 }
 
 impl ReadError {
@@ -103,7 +108,8 @@ impl ReadError {
             | Self::MarkerRefused
             | Self::Silent
             | Self::Unwanted
-            | Self::NoStream => None,
+            | Self::NoStream
+            | Self::Compare(_) => None,
         }
     }
 }
@@ -358,6 +364,38 @@ impl Journal {
         }
         head.inbox.close().await;
         Ok((first, record.begun))
+    }
+
+    /// How `clock` stands to that of the broker, which stamps what is written: by whether what was
+    /// written just now lies behind a moment.
+    pub(super) async fn compare(
+        &self,
+        clock: Clock,
+        clock_margin: Duration,
+    ) -> Result<Standing, ReadError> {
+        let before = clock.now();
+        self.mark().await?;
+        let after = clock.now();
+        let mut tail = self.open(AMQPValue::LongString("last".into()), PREFETCH).await?;
+        let end = tail.record().await?.offset;
+        tail.inbox.close().await;
+        if self.has_after((after + clock_margin).as_millis() / 1000 + 1, end).await? {
+            return Ok(Standing::Behind);
+        }
+        match self.has_after((before - clock_margin).as_millis() / 1000, end).await? {
+            true => Ok(Standing::Fits),
+            false => Ok(Standing::Ahead),
+        }
+    }
+
+    /// Whether anything up to the offset `end` was written at that second or later, by the broker's
+    /// clock. Whoever asks for a moment that is still to come is given what is written next.
+    async fn has_after(&self, second: u64, end: u64) -> Result<bool, ReadError> {
+        let opening = Scan::open(&self.consuming, self.queue.clone(), From::Moment(second));
+        let mut scan = opening.await.map_err(ReadError::Compare)?;
+        let first = scan.next().await.map_err(ReadError::Compare)?;
+        scan.close().await;
+        Ok(first.is_some_and(|(offset, _)| offset <= end))
     }
 
     /// Writes a marker, and waits until it is there.

@@ -1,12 +1,18 @@
 //! What a worker keeps from one link to the next.
 
-use crate::{clock::Clock, protocol::coordinator::Coordinator, worker::Tally};
+use crate::{
+    clock::Clock,
+    protocol::coordinator::Coordinator,
+    worker::{Tally, clocks::Clocks},
+};
 
 /// What outlives a link.
 #[derive(Debug)]
 pub(super) struct Lasting {
     pub(super) coordinator: Coordinator,
     pub(super) clock: Clock,
+    /// What is known of others' clocks.
+    pub(super) clocks: Clocks,
     pub(super) last_read: Option<LastRead>,
     pub(super) tally: Tally,
 }

@@ -10,10 +10,12 @@
 //! * `sources`, `intake`, `saturation`: what comes in, and how much of it.
 //! * `outbox`, `together`: what goes out.
 //! * `searches`: looking for services.
+//! * `clocks`: whether this worker's clock fits those of the others.
 //! * `anomalies`: what is said of what is unusual.
 
 mod anomalies;
 mod appender;
+mod clocks;
 mod follower;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
@@ -34,6 +36,7 @@ use futures_util::FutureExt;
 use tokio::sync::watch;
 
 use self::{
+    clocks::Clocks,
     lasting::Lasting,
     session::{End, Session, SessionError, open_replies},
 };
@@ -65,7 +68,7 @@ pub struct Settings {
     /// How long it may go on finishing what it has begun when it is told to stop.
     pub drain: Duration,
     /// Is told `true` whenever the worker begins to take requests, and `false` when its connection
-    /// is lost or it has ended.
+    /// is lost, its clock doesn't fit those of the others, or it has ended.
     pub serving: Option<watch::Sender<bool>>,
 }
 
@@ -151,7 +154,9 @@ pub async fn run(
     let stop = Box::pin(stop).shared();
     let coordinator = Coordinator::new(settings.coordinator.clone());
     let clock = Clock::start();
-    let mut lasting = Lasting { coordinator, clock, last_read: None, tally: Tally::default() };
+    let clocks = Clocks::new(settings.worker().clone(), settings.coordinator.clock_margin);
+    let tally = Tally::default();
+    let mut lasting = Lasting { coordinator, clock, clocks, last_read: None, tally };
     let mut supervisor = Supervisor::default();
     loop {
         let failure = tokio::select! {
@@ -177,7 +182,12 @@ pub async fn run(
             return Err(error);
         }
         failure.log(&settings, &mut supervisor);
-        lasting.tally.lost += u64::from(supervisor.has_worked());
+        if failure.is_of_clock() {
+            // What was read by a wrong clock is read anew.
+            lasting.last_read = None;
+        } else {
+            lasting.tally.lost += u64::from(supervisor.has_worked());
+        }
         lasting.coordinator.handle(lasting.clock.now(), Event::Disconnected, &mut Vec::new());
         tokio::select! {
             () = tokio::time::sleep(supervisor.pause()) => {}
@@ -245,8 +255,32 @@ impl Failure {
         }
     }
 
+    /// Whether the link was given up since the clock is off, or was set.
+    fn is_of_clock(&self) -> bool {
+        matches!(
+            self,
+            Self::Session(
+                SessionError::ClockOff(_) | SessionError::ClockStillOff | SessionError::ClockSet(_)
+            )
+        )
+    }
+
     fn log(&self, settings: &Settings, supervisor: &mut Supervisor) {
         match self {
+            Self::Session(error @ SessionError::ClockOff(_)) => {
+                tracing::error!(
+                    error = %Chain(error), margin = ?settings.coordinator.clock_margin,
+                    "not ready until the clocks fit: this worker would take requests for ones from \
+                     the future, or make records that are. Set the clock of this machine \
+                     (`timedatectl` shows whether it is kept right), or of those named"
+                );
+            }
+            Self::Session(error @ SessionError::ClockStillOff) => {
+                tracing::debug!(error = %Chain(error), "not ready; comparing again");
+            }
+            Self::Session(error @ SessionError::ClockSet(_)) => {
+                tracing::warn!(error = %Chain(error), "beginning anew, by the new time");
+            }
             Self::Connect(error) => {
                 tracing::warn!(error = %Chain(error), "no broker yet; trying again");
             }

@@ -8,10 +8,12 @@ use std::{
     time::Duration,
 };
 
+use futures_util::{FutureExt, future::BoxFuture};
 use lapin::{message::Delivery as Message, types::FieldTable};
 use tokio::time::{Instant, timeout};
 
 use crate::{
+    clock::{Step, Steps},
     protocol::{
         coordinator::{Effect, Event},
         ids::{ReplyToken, ServiceName, TransactionKey},
@@ -33,6 +35,7 @@ use crate::{
         Settings,
         anomalies::{report, tell_parked},
         appender::Appender,
+        clocks::{Off, Standing},
         follower::{FollowError, Follower, Read, read_event},
         intake,
         journal::{Found, Journal, ReadError},
@@ -88,6 +91,22 @@ pub(super) enum SessionError {
     Lost(#[source] lapin::Error),
     #[error("the connection is of no use: the broker has not told it that an alarm is over")]
     Stale,
+    #[error("this worker's clock is {0}")]
+    ClockOff(Off),
+    #[error("this worker's clock still doesn't fit that of the broker")]
+    ClockStillOff,
+    #[error("{}", told(*.0))]
+    ClockSet(Step),
+}
+
+fn told(step: Step) -> String {
+    match step {
+        Step::Back(by) => format!("the clock was set back by {:.1} s", by.as_secs_f64()),
+        Step::Forward(by) => {
+            let by = by.as_secs_f64();
+            format!("the clock was set forward by {by:.1} s, or the machine was suspended")
+        }
+    }
 }
 
 impl SessionError {
@@ -106,7 +125,11 @@ impl SessionError {
             Self::Lane(error) => error.broker(),
             Self::Closed(closed) | Self::Journal(FollowError::Closed(closed)) => closed.broker(),
             Self::Journal(FollowError::Read(error)) => error.broker(),
-            Self::Journal(FollowError::OtherJournal) | Self::Stale => None,
+            Self::Journal(FollowError::OtherJournal)
+            | Self::Stale
+            | Self::ClockOff(_)
+            | Self::ClockStillOff
+            | Self::ClockSet(_) => None,
         }
     }
 }
@@ -121,10 +144,11 @@ enum Input {
     Request(Delivery, Message),
     Service(Event),
     Link(LinkChange),
+    ClocksCompared(Option<Standing>),
 }
 
 /// How many kinds of inputs take turns.
-const TURNS: usize = 7;
+const TURNS: usize = 8;
 
 /// One link's worth of work.
 pub(super) struct Session<'a> {
@@ -142,6 +166,10 @@ pub(super) struct Session<'a> {
     saturation: Saturation,
     /// What is not acknowledged yet.
     unsettled: Unsettled,
+    /// Requests from the future, until it is known whether it is this worker's clock that is off.
+    doubtful: Vec<(Delivery, Message)>,
+    comparing: Option<BoxFuture<'static, Option<Standing>>>,
+    steps: Steps,
     effects: Vec<Effect>,
     /// Which kind of input is looked for first.
     turn: usize,
@@ -173,7 +201,41 @@ impl<'a> Session<'a> {
             consuming: link.consuming.clone(),
             publishing: link.publishing.clone(),
         };
-        let follower = Follower::open(journal, settings, lasting).await?;
+        if lasting.clocks.is_off() {
+            let margin = settings.coordinator.clock_margin;
+            let standing = journal.compare(lasting.clock, margin).await;
+            let standing = standing.map_err(FollowError::Read)?;
+            lasting.clocks.broker(lasting.clock.read(), Some(standing));
+            if lasting.clocks.is_off() {
+                tokio::spawn(link.close());
+                return Err(SessionError::ClockStillOff);
+            }
+            tracing::info!("this worker's clock fits that of the broker again");
+        }
+        let steps = Steps::since(lasting.clock.read());
+        let follower = match Follower::open(journal.clone(), settings, lasting).await {
+            Err(error @ FollowError::Read(ReadError::Silent)) => {
+                // It is read from a moment on that may still be to come.
+                let margin = settings.coordinator.clock_margin;
+                let standing = journal.compare(lasting.clock, margin).await.ok();
+                let now = lasting.clock.read();
+                lasting.clocks.broker(now, standing);
+                let off = lasting.clocks.journal_is_silent(now);
+                tokio::spawn(link.close());
+                return Err(off.map_or_else(|| error.into(), SessionError::ClockOff));
+            }
+            opened => opened?,
+        };
+        if lasting.clocks.is_in_doubt(lasting.clock.read()) {
+            let margin = settings.coordinator.clock_margin;
+            let standing = follower.compare(lasting.clock, margin).await;
+            let now = lasting.clock.read();
+            lasting.clocks.broker(now, standing);
+            if let Some(off) = lasting.clocks.verdict(now) {
+                tokio::spawn(link.close());
+                return Err(SessionError::ClockOff(off));
+            }
+        }
         let channels = opening("channels to publish on");
         let appender = Appender::open(&link.publishing, names).await.map_err(channels)?;
         let outbox = Outbox::open(&link.publishing, names.clone(), settings.worker().clone());
@@ -204,6 +266,9 @@ impl<'a> Session<'a> {
             searches,
             saturation: Saturation::default(),
             unsettled: Unsettled::default(),
+            doubtful: Vec::new(),
+            comparing: None,
+            steps,
             effects: Vec::new(),
             turn: 0,
             drain_until: None,
@@ -240,6 +305,7 @@ impl<'a> Session<'a> {
                 () = sleep_until(drain_until) => return Ok(End::DrainTimedOut),
             }
             self.handle_what_is_ready()?;
+            self.look_at_clock()?;
             self.flush();
             if self.is_cut_off() {
                 // Without the journal nothing that is in flight can be finished.
@@ -297,6 +363,10 @@ impl<'a> Session<'a> {
                 request.map_ok(|(delivery, message)| Input::Request(delivery, message))
             }
             6 => self.searches.poll_next(cx).map(|found| Ok(Input::Service(found))),
+            7 => match &mut self.comparing {
+                Some(comparing) => comparing.poll_unpin(cx).map(Input::ClocksCompared).map(Ok),
+                None => Poll::Pending,
+            },
             _ => Poll::Pending,
         }
     }
@@ -344,7 +414,8 @@ impl<'a> Session<'a> {
             Input::Inquiry(message) => {
                 self.reply_received(&message, Unacked::Inquiry(message.delivery_tag));
             }
-            Input::Request(delivery, message) => self.request_received(delivery, &message),
+            Input::Request(delivery, message) => self.request_received(delivery, message),
+            Input::ClocksCompared(standing) => self.clocks_compared(standing)?,
             Input::Link(change) => self.link_changed(change)?,
         }
         Ok(())
@@ -413,19 +484,68 @@ impl<'a> Session<'a> {
         }
     }
 
-    fn request_received(&mut self, delivery: Delivery, message: &Message) {
-        match intake::request(message) {
+    fn request_received(&mut self, delivery: Delivery, message: Message) {
+        match intake::request(&message) {
             Ok(request) => {
+                let now = self.lasting.clock.read();
+                let is_future = self.lasting.clocks.request(now, request.key.requested_at);
+                if is_future && self.drain_until.is_none() && self.is_clock_in_doubt() {
+                    return self.doubtful.push((delivery, message));
+                }
                 self.lasting.tally.taken += 1;
                 self.unsettled.reply_of.insert(delivery, request.reply.clone());
-                self.dispatch(intake::request_received(request, message, delivery));
+                self.dispatch(intake::request_received(request, &message, delivery));
             }
             Err(malformed) => {
                 let queue = self.settings.names.requests();
                 let then = self.telling_producer_of(&malformed, Unacked::Request(delivery));
-                self.set_aside(queue.as_str(), message, &malformed.reason, then);
+                self.set_aside(queue.as_str(), &message, &malformed.reason, then);
             }
         }
+    }
+
+    // ---- Clocks ------------------------------------------------------------------------------
+
+    fn is_clock_in_doubt(&self) -> bool {
+        self.comparing.is_some() || self.lasting.clocks.is_in_doubt(self.lasting.clock.read())
+    }
+
+    /// Whether it was set, or somebody is against it.
+    fn look_at_clock(&mut self) -> Result<(), SessionError> {
+        let margin = self.settings.coordinator.clock_margin;
+        let now = self.lasting.clock.read();
+        match self.steps.look(now) {
+            // What is to be done after a while would be done that much later.
+            Some(step @ Step::Back(_)) => return Err(SessionError::ClockSet(step)),
+            // From when on the journal was said to be complete, a wrong clock may have told.
+            Some(step @ Step::Forward(by)) if by > margin => {
+                return Err(SessionError::ClockSet(step));
+            }
+            Some(step @ Step::Forward(_)) => {
+                tracing::warn!("{}; what was due meanwhile is due now", told(step));
+            }
+            None => {}
+        }
+        // An answer needs a broker that takes messages.
+        let may_ask = self.comparing.is_none() && !self.watch.is_blocked();
+        if may_ask && self.lasting.clocks.is_in_doubt(now) {
+            self.comparing = Some(self.follower.compare(self.lasting.clock, margin).boxed());
+        }
+        Ok(())
+    }
+
+    fn clocks_compared(&mut self, standing: Option<Standing>) -> Result<(), SessionError> {
+        self.comparing = None;
+        let now = self.lasting.clock.read();
+        self.lasting.clocks.broker(now, standing);
+        if let Some(off) = self.lasting.clocks.verdict(now) {
+            // What it holds goes to workers whose clocks fit.
+            return Err(SessionError::ClockOff(off));
+        }
+        for (delivery, message) in std::mem::take(&mut self.doubtful) {
+            self.request_received(delivery, message);
+        }
+        Ok(())
     }
 
     fn set_aside(&mut self, queue: &str, message: &Message, reason: &str, then: OnConfirm) {
@@ -631,6 +751,9 @@ impl<'a> Session<'a> {
         self.drain_until = Some(Instant::now() + self.settings.drain);
         self.requests.cancel_all_but(0).await.map_err(opening("the queue of requests"))?;
         self.dispatch(Event::DrainRequested);
+        for (delivery, _) in std::mem::take(&mut self.doubtful) {
+            self.requests.requeue(delivery);
+        }
         Ok(())
     }
 

@@ -8,6 +8,7 @@
 
 mod anew;
 mod blocked;
+mod clocks;
 mod drain;
 mod frozen;
 mod instances;

@@ -1,0 +1,423 @@
+//! Whether this worker's clock fits the others'.
+//!
+//! A worker whose clock is behind by more than the margin takes every request for one from the
+//! future; one whose clock is ahead makes records from the future. It can't see that by itself, but it
+//! hears of other clocks: of other workers' by their records in the journal, of the producers' by
+//! their requests, and of the broker's when it asks.
+//!
+//! **None of them is believed alone.** Each worker, all producers together, the broker and this worker
+//! itself have one voice. A clock is off only if more voices are against it than for it; so a
+//! producer, or another worker, whose clock is wrong makes no worker stop. The broker is asked
+//! when another voice is against this clock, and not before.
+//!
+//! What was heard late speaks of a clock that is further ahead than it seems. So only what comes from
+//! the future is proof by itself, and a clock is said to be ahead only if the broker agrees.
+
+use std::{collections::BTreeMap, fmt, time::Duration};
+
+use crate::{
+    clock::Reading,
+    protocol::{ids::WorkerId, message::Decision, time::Time},
+};
+
+/// For how long it counts what was heard.
+const HEARD_FOR: Duration = Duration::from_secs(60);
+
+/// For how long the broker isn't asked again.
+const TOLD_FOR: Duration = Duration::from_secs(10);
+
+/// The clocks of how many other workers are known.
+const WORKERS_MAX: usize = 64;
+
+/// How this worker's clock stands to another.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Standing {
+    Behind,
+    Fits,
+    Ahead,
+}
+
+/// What another clock showed, by its own word.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Heard {
+    shown: Time,
+    /// When that was heard, by what no clock can move.
+    at: Duration,
+    /// Whether it may have been long ago that it was said.
+    is_old: bool,
+}
+
+impl Heard {
+    fn counts(&self, now: Reading) -> bool {
+        now.elapsed.saturating_sub(self.at) <= HEARD_FOR
+    }
+
+    /// What that clock shows now, if it was heard at once.
+    fn shows(&self, now: Reading) -> Time {
+        self.shown + now.elapsed.saturating_sub(self.at)
+    }
+
+    fn standing(&self, now: Reading, margin: Duration) -> Option<Standing> {
+        let shows = self.shows(now);
+        if shows > now.time + margin {
+            return Some(Standing::Behind);
+        }
+        match shows + margin < now.time {
+            _ if self.is_old => None,
+            true => Some(Standing::Ahead),
+            false => Some(Standing::Fits),
+        }
+    }
+}
+
+/// This worker's clock is off.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Off {
+    is_behind: bool,
+    /// By how much at least.
+    by: Duration,
+    /// Who says so.
+    witnesses: Vec<String>,
+}
+
+impl fmt::Display for Off {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let which = if self.is_behind { "behind" } else { "ahead of" };
+        let by = self.by.as_secs();
+        write!(f, "{which} the clock of {} by {by} s or more", self.witnesses.join(", of "))
+    }
+}
+
+/// What is known of others' clocks.
+#[derive(Debug)]
+pub(super) struct Clocks {
+    worker: WorkerId,
+    margin: Duration,
+    workers: BTreeMap<WorkerId, Heard>,
+    /// A request that fits, and one from the future.
+    fitting: Option<Heard>,
+    future: Option<Heard>,
+    /// What the broker said, if it could be asked, and when it was.
+    broker: Option<(Option<Standing>, Duration)>,
+    /// This clock was found to be off, and has not fitted since.
+    is_off: bool,
+}
+
+impl Clocks {
+    /// For `worker`, of whose system no two clocks may differ by more than `margin`.
+    pub(super) fn new(worker: WorkerId, margin: Duration) -> Self {
+        Self {
+            worker,
+            margin,
+            workers: BTreeMap::new(),
+            fitting: None,
+            future: None,
+            broker: None,
+            is_off: false,
+        }
+    }
+
+    /// A record was read that was made before this worker read the journal for the first time, by
+    /// whomever: an earlier life under the same name is another.
+    pub(super) fn past_record(&mut self, now: Reading, record: &Decision) {
+        // Nothing else in the past says anything.
+        if record.decided_at > now.time + self.margin {
+            self.hear_worker(now, record, true);
+        }
+    }
+
+    /// A record was read at the journal's end.
+    pub(super) fn record(&mut self, now: Reading, record: &Decision) {
+        if record.worker != self.worker {
+            self.hear_worker(now, record, false);
+        }
+    }
+
+    fn hear_worker(&mut self, now: Reading, record: &Decision, is_old: bool) {
+        let heard = Heard { shown: record.decided_at, at: now.elapsed, is_old };
+        if let Some(known) = self.workers.get_mut(&record.worker) {
+            *known = heard;
+            return;
+        }
+        if self.workers.len() >= WORKERS_MAX {
+            let oldest = self.workers.iter().min_by_key(|(_, heard)| heard.at);
+            if let Some(oldest) = oldest.map(|(worker, _)| worker.clone()) {
+                self.workers.remove(&oldest);
+            }
+        }
+        self.workers.insert(record.worker.clone(), heard);
+    }
+
+    /// A request came: whether it is from the future.
+    pub(super) fn request(&mut self, now: Reading, requested_at: Time) -> bool {
+        let heard = Heard { shown: requested_at, at: now.elapsed, is_old: false };
+        match heard.standing(now, self.margin) {
+            Some(Standing::Behind) => self.future = Some(heard),
+            Some(Standing::Fits) => self.fitting = Some(heard),
+            // It has waited, or is one that is asked again.
+            Some(Standing::Ahead) | None => {}
+        }
+        heard.standing(now, self.margin) == Some(Standing::Behind)
+    }
+
+    /// The broker was asked; `None`: in vain.
+    pub(super) fn broker(&mut self, now: Reading, standing: Option<Standing>) {
+        self.broker = Some((standing, now.elapsed));
+        if standing == Some(Standing::Fits) {
+            self.is_off = false;
+        }
+    }
+
+    /// Whether somebody is against this clock, and the broker should be asked.
+    pub(super) fn is_in_doubt(&self, now: Reading) -> bool {
+        let is_told = self.told(now).is_some();
+        let against = |heard: &Heard| {
+            heard.counts(now)
+                && matches!(
+                    heard.standing(now, self.margin),
+                    Some(Standing::Behind | Standing::Ahead)
+                )
+        };
+        !is_told && (self.workers.values().any(against) || self.future.iter().any(against))
+    }
+
+    /// What the broker said, if it was asked a moment ago.
+    fn told(&self, now: Reading) -> Option<Option<Standing>> {
+        let (standing, at) = self.broker?;
+        (now.elapsed.saturating_sub(at) <= TOLD_FOR).then_some(standing)
+    }
+
+    /// Whether the clock was found to be off, and has not fitted since.
+    pub(super) fn is_off(&self) -> bool {
+        self.is_off
+    }
+
+    /// Whether the clock is off, by all that is known. Then it is until the broker's clock fits.
+    pub(super) fn verdict(&mut self, now: Reading) -> Option<Off> {
+        let off = self.count(now, Standing::Behind).or_else(|| self.count(now, Standing::Ahead));
+        self.is_off |= off.is_some();
+        off
+    }
+
+    /// The journal shows nothing from where it should be read on: whether the broker, asked a moment
+    /// ago, says that the moment is still to come. Here it is believed alone: without the journal
+    /// there is nothing to be done anyway.
+    pub(super) fn journal_is_silent(&mut self, now: Reading) -> Option<Off> {
+        if self.told(now) != Some(Some(Standing::Ahead)) {
+            return None;
+        }
+        self.is_off = true;
+        Some(Off { is_behind: false, by: self.margin, witnesses: vec!["the broker".to_owned()] })
+    }
+
+    fn count(&self, now: Reading, against: Standing) -> Option<Off> {
+        let broker = self.told(now).flatten();
+        let (mut n_for, mut by, mut witnesses) = (1, Duration::MAX, Vec::new());
+        let heard = self.workers.iter().filter(|(_, heard)| heard.counts(now));
+        for (worker, heard) in heard {
+            let shows = heard.shows(now);
+            match heard.standing(now, self.margin) {
+                Some(standing) if standing == against => {
+                    by = by.min(shows.since(now.time).max(now.time.since(shows)));
+                    witnesses.push(format!("worker {worker}"));
+                }
+                Some(Standing::Fits) => n_for += 1,
+                Some(_) | None => {}
+            }
+        }
+        let fitting = self.fitting.iter().any(|heard| heard.counts(now));
+        let future = self.future.filter(|heard| heard.counts(now));
+        // Where some fit and some don't, the producers say nothing.
+        match future {
+            Some(heard) if !fitting && against == Standing::Behind => {
+                by = by.min(heard.shows(now).since(now.time));
+                witnesses.push("producers".to_owned());
+            }
+            None if fitting => n_for += 1,
+            Some(_) | None => {}
+        }
+        match broker {
+            Some(standing) if standing == against => witnesses.push("the broker".to_owned()),
+            _ if against == Standing::Ahead => return None,
+            Some(Standing::Fits) => n_for += 1,
+            Some(_) | None => {}
+        }
+        let is_behind = against == Standing::Behind;
+        let by = if by == Duration::MAX { self.margin } else { by };
+        (witnesses.len() > n_for).then_some(Off { is_behind, by, witnesses })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::{Clocks, HEARD_FOR, Standing, TOLD_FOR};
+    use crate::{
+        clock::Reading,
+        protocol::{
+            ids::{RequestHash, TransactionId, TransactionKey, WorkerId},
+            message::{Decision, Outcome},
+            time::Time,
+        },
+    };
+
+    const NOW: Time = Time::from_millis(1_000_000_000);
+    const MARGIN: Duration = Duration::from_secs(60);
+    const OFF: Duration = Duration::from_secs(90);
+
+    /// The moment it is `after` so long, by a clock that nobody sets.
+    fn now(after: Duration) -> Reading {
+        Reading { time: NOW + after, elapsed: after }
+    }
+
+    const START: Duration = Duration::ZERO;
+
+    fn clocks() -> Clocks {
+        Clocks::new(WorkerId::parse("me").unwrap(), MARGIN)
+    }
+
+    fn record(worker: &str, decided_at: Time) -> Decision {
+        let id = TransactionId::parse("t1").unwrap();
+        Decision {
+            key: TransactionKey { id, requested_at: decided_at },
+            request_hash: RequestHash([0; 16]),
+            outcome: Outcome::Aborted,
+            branches: Vec::new(),
+            reason: None,
+            decided_at,
+            worker: WorkerId::parse(worker).unwrap(),
+        }
+    }
+
+    #[test]
+    fn another_worker_and_the_broker_find_a_clock_that_is_behind() {
+        let mut clocks = clocks();
+        assert!(!clocks.is_in_doubt(now(START)));
+        clocks.record(now(START), &record("other", NOW + OFF));
+        assert!(clocks.is_in_doubt(now(START)));
+        assert_eq!(clocks.verdict(now(START)), None, "one against one");
+        clocks.broker(now(START), Some(Standing::Behind));
+        let off = clocks.verdict(now(START)).unwrap();
+        let said = "behind the clock of worker other, of the broker by 90 s or more";
+        assert_eq!(off.to_string(), said);
+        assert!(clocks.is_off());
+    }
+
+    #[test]
+    fn producers_and_the_broker_find_the_clock_of_the_only_worker() {
+        let mut clocks = clocks();
+        assert!(clocks.request(now(START), NOW + OFF));
+        assert!(clocks.is_in_doubt(now(START)));
+        clocks.broker(now(START), Some(Standing::Behind));
+        assert!(clocks.verdict(now(START)).is_some());
+    }
+
+    #[test]
+    fn a_record_from_before_the_start_counts_if_it_is_from_the_future() {
+        let mut clocks = clocks();
+        clocks.past_record(now(START), &record("other", NOW - OFF * 10));
+        assert!(!clocks.is_in_doubt(now(START)), "it was made long ago");
+        clocks.past_record(now(START), &record("me", NOW + OFF));
+        assert!(clocks.is_in_doubt(now(START)), "an earlier life's");
+        clocks.broker(now(START), Some(Standing::Behind));
+        assert!(clocks.verdict(now(START)).is_some());
+    }
+
+    #[test]
+    fn nobody_is_believed_alone() {
+        let ahead = record("other", NOW + OFF);
+        // A wrong producer, or a wrong worker, where the broker's clock fits.
+        let mut clocks = clocks();
+        clocks.request(now(START), NOW + OFF);
+        clocks.broker(now(START), Some(Standing::Fits));
+        assert_eq!(clocks.verdict(now(START)), None);
+        clocks.record(now(START), &ahead);
+        assert_eq!(clocks.verdict(now(START)), None, "a producer and a worker: two against two");
+
+        // Producers of whom only one is wrong, and a broker that is wrong too.
+        let mut clocks = self::clocks();
+        clocks.request(now(START), NOW);
+        clocks.request(now(START), NOW + OFF);
+        clocks.broker(now(START), Some(Standing::Behind));
+        assert_eq!(clocks.verdict(now(START)), None);
+
+        // A broker that is wrong, and one worker; the others fit.
+        let mut clocks = self::clocks();
+        clocks.record(now(START), &ahead);
+        clocks.record(now(START), &record("third", NOW));
+        clocks.broker(now(START), Some(Standing::Behind));
+        assert_eq!(clocks.verdict(now(START)), None);
+
+        // Its own records say nothing new.
+        let mut clocks = self::clocks();
+        clocks.record(now(START), &record("me", NOW + OFF));
+        assert!(!clocks.is_in_doubt(now(START)));
+    }
+
+    #[test]
+    fn a_clock_is_ahead_only_if_the_broker_says_so_since_records_may_come_late() {
+        let mut clocks = clocks();
+        for worker in ["a", "b", "c"] {
+            clocks.record(now(START), &record(worker, NOW - OFF));
+        }
+        assert!(clocks.is_in_doubt(now(START)));
+        clocks.broker(now(START), None);
+        assert_eq!(clocks.verdict(now(START)), None);
+        clocks.broker(now(START), Some(Standing::Fits));
+        assert_eq!(clocks.verdict(now(START)), None);
+        clocks.broker(now(START), Some(Standing::Ahead));
+        let said = "ahead of the clock of worker a, of worker b, of worker c, of the broker by 90 s \
+                    or more";
+        assert_eq!(clocks.verdict(now(START)).unwrap().to_string(), said);
+    }
+
+    #[test]
+    fn where_the_journal_shows_nothing_the_broker_is_believed() {
+        let mut clocks = clocks();
+        assert_eq!(clocks.journal_is_silent(now(START)), None);
+        clocks.broker(now(START), Some(Standing::Fits));
+        assert_eq!(clocks.journal_is_silent(now(START)), None);
+        clocks.broker(now(START), Some(Standing::Ahead));
+        assert!(clocks.journal_is_silent(now(START)).is_some() && clocks.is_off());
+    }
+
+    #[test]
+    fn a_clock_that_was_put_right_fits_what_was_heard_before_and_is_off_until_the_broker_says_so() {
+        let mut clocks = clocks();
+        clocks.record(now(START), &record("other", NOW + OFF));
+        clocks.broker(now(START), Some(Standing::Behind));
+        assert!(clocks.verdict(now(START)).is_some());
+        let later = Duration::from_secs(5);
+        let right = Reading { time: NOW + OFF + later, elapsed: later };
+        assert!(clocks.is_off());
+        clocks.broker(right, Some(Standing::Fits));
+        assert!(!clocks.is_off());
+        assert_eq!(clocks.verdict(right), None);
+        let much_later = Duration::from_secs(30);
+        let right = Reading { time: NOW + OFF + much_later, elapsed: much_later };
+        assert!(!clocks.is_in_doubt(right));
+    }
+
+    #[test]
+    fn what_was_heard_counts_for_a_while_and_the_broker_is_not_asked_again_at_once() {
+        let mut clocks = clocks();
+        clocks.record(now(START), &record("other", NOW + OFF));
+        clocks.broker(now(START), Some(Standing::Fits));
+        assert!(!clocks.is_in_doubt(now(TOLD_FOR)));
+        let moment = Duration::from_millis(1);
+        assert!(clocks.is_in_doubt(now(TOLD_FOR + moment)));
+        assert!(!clocks.is_in_doubt(now(HEARD_FOR + moment)));
+    }
+
+    #[test]
+    fn however_many_workers_there_are_few_are_remembered_and_the_newest() {
+        let mut clocks = clocks();
+        for number in 0..1000_u64 {
+            let at = Duration::from_millis(number);
+            clocks.record(now(at), &record(&format!("w{number}"), NOW));
+        }
+        assert_eq!(clocks.workers.len(), super::WORKERS_MAX);
+        assert!(clocks.workers.contains_key(&WorkerId::parse("w999").unwrap()));
+    }
+}
