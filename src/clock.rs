@@ -9,6 +9,10 @@ use crate::protocol::time::Time;
 /// From how far on a clock that was set is worth to be spoken of.
 const STEP_MIN: Duration = Duration::from_secs(1);
 
+/// How far apart two looks may be that are of one moment, and how often they are tried.
+const AT_ONCE: Duration = Duration::from_millis(100);
+const LOOKS_MAX: u32 = 10;
+
 /// Tells the time.
 ///
 /// It shows what the machine's wall clock shows at that moment, not what it would have shown if
@@ -69,6 +73,18 @@ impl Clock {
         Reading { time, elapsed }
     }
 
+    /// The same, of which both parts are of one moment: whoever is frozen in between looks again.
+    fn read_at_once(&self) -> Reading {
+        let mut reading = self.read();
+        for _ in 0..LOOKS_MAX {
+            if self.started.elapsed().saturating_sub(reading.elapsed) < AT_ONCE {
+                break;
+            }
+            reading = self.read();
+        }
+        reading
+    }
+
     /// When to be woken for `moment`.
     pub fn instant_of(&self, moment: Time) -> Instant {
         let Reading { time, elapsed } = self.read();
@@ -99,13 +115,17 @@ pub enum Step {
 pub struct Steps(Reading);
 
 impl Steps {
-    /// From `reading` on.
-    pub fn since(reading: Reading) -> Self {
-        Self(reading)
+    /// Those of `clock` from now on.
+    pub fn of(clock: &Clock) -> Self {
+        Self(clock.read_at_once())
     }
 
-    /// Whether the clock was moved since it was last looked at, by a second or more.
-    pub fn look(&mut self, reading: Reading) -> Option<Step> {
+    /// Whether `clock` was moved since it was last looked at, by a second or more.
+    pub fn look(&mut self, clock: &Clock) -> Option<Step> {
+        self.observe(clock.read_at_once())
+    }
+
+    fn observe(&mut self, reading: Reading) -> Option<Step> {
         let before = std::mem::replace(&mut self.0, reading);
         let expected = before.time + reading.elapsed.saturating_sub(before.elapsed);
         let step = match reading.time < expected {
@@ -131,14 +151,14 @@ mod tests {
 
     #[test]
     fn a_clock_that_was_set_is_noticed_once_and_one_that_drifts_is_not() {
-        let mut steps = Steps::since(shown(1_000_000, 0));
-        assert_eq!(steps.look(shown(1_005_000, 5000)), None);
-        assert_eq!(steps.look(shown(1_010_100, 10_000)), None, "it goes a little fast");
+        let mut steps = Steps(shown(1_000_000, 0));
+        assert_eq!(steps.observe(shown(1_005_000, 5000)), None);
+        assert_eq!(steps.observe(shown(1_010_100, 10_000)), None, "it goes a little fast");
         let back = Step::Back(Duration::from_millis(30_100));
-        assert_eq!(steps.look(shown(981_000, 11_000)), Some(back));
-        assert_eq!(steps.look(shown(982_000, 12_000)), None);
+        assert_eq!(steps.observe(shown(981_000, 11_000)), Some(back));
+        assert_eq!(steps.observe(shown(982_000, 12_000)), None);
         let forward = Step::Forward(Duration::from_secs(600));
-        assert_eq!(steps.look(shown(1_583_000, 13_000)), Some(forward), "suspended");
-        assert_eq!(steps.look(shown(1_584_000, 14_000)), None);
+        assert_eq!(steps.observe(shown(1_583_000, 13_000)), Some(forward), "suspended");
+        assert_eq!(steps.observe(shown(1_584_000, 14_000)), None);
     }
 }

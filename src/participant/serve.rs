@@ -106,7 +106,7 @@ impl Server {
             participant,
             store,
             clock,
-            steps: Steps::since(clock.read()),
+            steps: Steps::of(&clock),
             retry_parked_every: core.retry_parked_every,
             instance: Instance::new(clock.now(), core),
             calls: Calls::new(clock, settings.finish_timeout),
@@ -349,7 +349,7 @@ impl Server {
     /// What is to be done after a while is done after that while, also when the clock is set back.
     fn look_at_clock(&mut self) {
         let ServeSettings { service, instance, .. } = &self.settings;
-        match self.steps.look(self.clock.read()) {
+        match self.steps.look(&self.clock) {
             Some(Step::Back(by)) => {
                 let by_s = by.as_secs_f64();
                 tracing::warn!(%service, %instance, by_s, "the clock was set back");

@@ -212,7 +212,7 @@ impl<'a> Session<'a> {
             }
             tracing::info!("this worker's clock fits that of the broker again");
         }
-        let steps = Steps::since(lasting.clock.read());
+        let steps = Steps::of(&lasting.clock);
         let follower = match Follower::open(journal.clone(), settings, lasting).await {
             Err(error @ FollowError::Read(ReadError::Silent)) => {
                 // It is read from a moment on that may still be to come.
@@ -514,7 +514,7 @@ impl<'a> Session<'a> {
     fn look_at_clock(&mut self) -> Result<(), SessionError> {
         let margin = self.settings.coordinator.clock_margin;
         let now = self.lasting.clock.read();
-        match self.steps.look(now) {
+        match self.steps.look(&self.lasting.clock) {
             // What is to be done after a while would be done that much later.
             Some(step @ Step::Back(_)) => return Err(SessionError::ClockSet(step)),
             // From when on the journal was said to be complete, a wrong clock may have told.
