@@ -145,7 +145,6 @@ impl Server {
             supervisor.opened();
             let ServeSettings { service, instance, max_concurrency, .. } = &self.settings;
             tracing::info!(%service, %instance, max_concurrency, "ready");
-            self.tell_serving(true);
             let ended = self.work(session, stop.as_mut()).await;
             self.tell_serving(false);
             match ended {
@@ -182,7 +181,7 @@ impl Server {
 
     fn tell_serving(&self, serves: bool) {
         if let Some(serving) = &self.settings.serving {
-            serving.send_replace(serves);
+            serving.send_if_modified(|told| std::mem::replace(told, serves) != serves);
         }
     }
 
@@ -284,6 +283,7 @@ impl Server {
     ) -> Ended {
         loop {
             self.settle(Some(&mut session));
+            self.tell_serving(session.is_ready());
             if let Some(until) = self.drains_until.filter(|_| self.is_drained())
                 && (session.is_quiet() || self.is_out_of_time())
             {

@@ -297,6 +297,11 @@ impl Session {
         Ok(Opened { agreed, lanes, shared, prepares })
     }
 
+    /// Whether transactions would go through.
+    pub(super) fn is_ready(&self) -> bool {
+        !self.watch.is_blocked() && (self.prepares.is_some() || !self.takes_prepares)
+    }
+
     /// Whether as much is on its way to the broker as may be.
     fn has_room(&self) -> bool {
         self.lanes.outstanding() < OUTSTANDING_MAX

@@ -68,7 +68,8 @@ pub struct Settings {
     /// How long it may go on finishing what it has begun when it is told to stop.
     pub drain: Duration,
     /// Is told `true` whenever the worker begins to take requests, and `false` when its connection
-    /// is lost, its clock doesn't fit those of the others, or it has ended.
+    /// is lost, its clock doesn't fit those of the others, the journal can't be read for longer than a
+    /// moment, the broker takes no messages, or it has ended.
     pub serving: Option<watch::Sender<bool>>,
 }
 
@@ -85,7 +86,7 @@ impl Settings {
 
     fn tell_serving(&self, serves: bool) {
         if let Some(serving) = &self.serving {
-            serving.send_replace(serves);
+            serving.send_if_modified(|told| std::mem::replace(told, serves) != serves);
         }
     }
 
@@ -164,7 +165,7 @@ pub async fn run(
                 Ok(session) => {
                     supervisor.opened();
                     ready();
-                    settings.tell_serving(true);
+                    session.tell_ready();
                     let ran = session.run(stop.clone()).await;
                     settings.tell_serving(false);
                     match ran {

@@ -147,6 +147,9 @@ enum Input {
     ClocksCompared(Option<Standing>),
 }
 
+/// How long the journal may not be read before the worker isn't ready.
+const READ_AGAIN_SOON: Duration = Duration::from_secs(2);
+
 /// How many kinds of inputs take turns.
 const TURNS: usize = 8;
 
@@ -310,8 +313,10 @@ impl<'a> Session<'a> {
             if self.is_cut_off() {
                 // Without the journal nothing that is in flight can be finished.
                 let (last_read, drain_until) = (self.lasting.last_read, self.drain_until);
+                let settings = self.settings;
+                let resuming = self.follower.resume(last_read, &self.link);
                 tokio::select! {
-                    resumed = self.follower.resume(last_read, &self.link) => resumed?,
+                    resumed = not_ready_if_long(settings, resuming) => resumed?,
                     () = &mut stop, if drain_until.is_none() => {
                         return Ok(End::WithoutJournal);
                     }
@@ -320,6 +325,7 @@ impl<'a> Session<'a> {
                     }
                 }
                 self.appender.read_anew();
+                self.tell_ready();
             }
             if self.drain_until.is_none() {
                 self.take_more_or_less().await?;
@@ -327,6 +333,11 @@ impl<'a> Session<'a> {
                 return Ok(End::Drained);
             }
         }
+    }
+
+    /// Tells whether transactions would go through.
+    pub(super) fn tell_ready(&self) {
+        self.settings.tell_serving(!self.watch.is_blocked());
     }
 
     /// The next input: every kind in its turn, so that none waits for all of another.
@@ -599,7 +610,10 @@ impl<'a> Session<'a> {
     fn link_changed(&mut self, change: LinkChange) -> Result<(), SessionError> {
         let is_open = self.outbox.is_open() && self.appender.is_open();
         match change {
-            LinkChange::Blocked | LinkChange::Unblocked => Ok(()),
+            LinkChange::Blocked | LinkChange::Unblocked => {
+                self.tell_ready();
+                Ok(())
+            }
             LinkChange::Lost(error) => Err(SessionError::Lost(error)),
             LinkChange::Stale => Err(SessionError::Stale),
             LinkChange::ChannelLost(error) if !is_open => Err(SessionError::Lost(error)),
@@ -792,6 +806,16 @@ pub(super) async fn open_replies(
     let queue = queue.map_err(|error| SessionError::Replies(Box::new(error)))?;
     let probed = queue.probed(&link.publishing, || true).await;
     probed.map_err(opening("a channel to probe the link on"))
+}
+
+/// Waits for the journal to be read again; if that takes longer than a moment, the worker isn't ready.
+async fn not_ready_if_long<T>(settings: &Settings, resuming: impl Future<Output = T>) -> T {
+    let mut resuming = std::pin::pin!(resuming);
+    if let Ok(resumed) = timeout(READ_AGAIN_SOON, &mut resuming).await {
+        return resumed;
+    }
+    settings.tell_serving(false);
+    resuming.await
 }
 
 fn opening(what: &'static str) -> impl FnOnce(AskError) -> SessionError {

@@ -93,6 +93,37 @@ fn an_apply_under_an_alarm_says_so_in_time_and_goes_on_when_it_is_over() {
 }
 
 #[test]
+fn neither_worker_nor_instance_is_ready_while_the_broker_takes_no_messages() {
+    let broker = Broker::start();
+    let world = World::at(broker.place());
+    let services = services(&world);
+    world.apply_topology(Some(&services));
+    let (worker, instance) = (world.path("worker.ready"), world.path("instance.ready"));
+    let mut command = world.dtc(&["worker", "--name", "w1", "--ready-file"]);
+    let _w1 = Process::start("w1", command.arg(&worker));
+    let mut command = world.dtc(&["service", "--name", "stock", "--services"]);
+    command.arg(&services).arg("--state").arg(world.path("state"));
+    let _stock = Process::start("stock", command.arg("--ready-file").arg(&instance));
+    let until_ready_is = |wanted: bool| {
+        let began = Instant::now();
+        while [&worker, &instance].iter().any(|file| file.exists() != wanted) {
+            assert!(
+                began.elapsed() < LIMIT,
+                "ready files: {}, {}",
+                worker.exists(),
+                instance.exists()
+            );
+            thread::yield_now();
+        }
+    };
+    until_ready_is(true);
+    alarm(&broker, true);
+    until_ready_is(false);
+    alarm(&broker, false);
+    until_ready_is(true);
+}
+
+#[test]
 fn a_run_under_an_alarm_says_so_and_leaves_nothing_behind() {
     let broker = Broker::start();
     let world = World::at(broker.place());
