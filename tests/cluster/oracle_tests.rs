@@ -26,6 +26,7 @@ pub(crate) const ALL: &[(&str, fn())] = &[
     ("oracle::a_replica_that_is_behind_is_seen", replica_behind),
     ("oracle::a_gap_in_the_journal_is_seen", gap),
     ("oracle::a_journal_that_nobody_could_read_is_seen", no_journal),
+    ("oracle::a_journal_that_less_than_a_majority_has_is_seen", few_replicas),
     ("oracle::only_a_new_transaction_ends_the_wait_for_a_commit", new_commits),
 ];
 
@@ -151,6 +152,14 @@ fn gap() {
 fn no_journal() {
     let mut run = Run::good();
     run.facts.journals.clear();
+    run.has_one_complaint("the journal can't be read");
+}
+
+fn few_replicas() {
+    let mut run = Run::good();
+    run.facts.journals.pop_first();
+    assert_eq!(violations(&run.record, &run.facts), [""; 0]);
+    run.facts.journals.pop_first();
     run.has_one_complaint("the journal can't be read");
 }
 
