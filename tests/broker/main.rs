@@ -41,5 +41,6 @@ mod stand;
 mod system;
 mod tls;
 mod topology;
+mod unserved;
 mod unwanted;
 mod watched;

@@ -62,6 +62,7 @@ async fn without_patience_no_slot_is_told_at_once() {
         latencies.push(began.elapsed());
         let reason = answer.reason.expect("a reason");
         assert_eq!((answer.outcome, reason.code), (Outcome::Aborted, ReasonCode::NoSlot));
+        assert_eq!(reason.message, None, "it is served, and busy");
         assert_eq!(reason.service.unwrap().as_str(), "tight");
         // Whoever else uses the machine slows this one down as well.
         let began = Instant::now();
@@ -118,7 +119,8 @@ async fn patience_has_an_end() {
     let answer = system.run("t", &["open", "tight"], json!({})).await;
     let took = began.elapsed();
     println!("{:?} after {took:.1?}", answer.reason.as_ref().map(|reason| reason.code));
-    assert_eq!(answer.reason.expect("a reason").code, ReasonCode::NoSlot);
+    let reason = answer.reason.expect("a reason");
+    assert_eq!((reason.code, reason.message), (ReasonCode::NoSlot, None), "it is served, and busy");
     assert!(took >= max_wait && took < LIMIT);
     gate.open();
     assert_eq!(holder.await.unwrap(), Outcome::Committed);
