@@ -115,16 +115,23 @@ impl Scan {
         let mut tail = consume(&channel, &stream, end).await.map_err(broker)?;
         let (last, early, unacknowledged) = (None, None, 0);
         let mut scan = Self { stream, channel, consumer, last, early, unacknowledged };
-        match tokio::time::timeout(patience, tail.next()).await {
-            Ok(first) => {
-                scan.last = offset(&scan.delivered(first)?);
-                scan.find_last(&mut tail).await?;
-                if from != From::First {
-                    scan.find_first().await?;
-                }
+        let first = match tokio::time::timeout(patience, tail.next()).await {
+            Ok(first) => Some(first),
+            Err(_) if patience == EMPTY_AFTER => {
+                // It may be this process that had no time.
+                scan.fence().await?;
+                tail.next().now_or_never()
             }
-            Err(_) if patience == EMPTY_AFTER => scan.cancel(&tail).await?,
             Err(_) => return Err(scan.silent()),
+        };
+        let Some(first) = first else {
+            scan.cancel(&tail).await?;
+            return Ok(scan);
+        };
+        scan.last = offset(&scan.delivered(first)?);
+        scan.find_last(&mut tail).await?;
+        if from != From::First {
+            scan.find_first().await?;
         }
         Ok(scan)
     }
