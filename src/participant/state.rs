@@ -18,6 +18,9 @@
 //! `read_only`, `refused`, `failed`, `done`, or `dropped` for what took too long or panicked.
 //! `<requested_at>` is in seconds.
 //!
+//! `committed.log` is also how the state can tell what it has never committed: whoever empties it makes
+//! commits that are told once more fail.
+//!
 //! **What this survives:** the end of its processes, `kill -9` included. Nothing is synced to the
 //! disk, so it doesn't survive the machine: it is for trying things out.
 
