@@ -5,8 +5,10 @@
 //! results any more, they must not be sent there as well. Whoever listens again has missed what came
 //! in between: [`State`] changes, and those who wait ask again, with the new token.
 //!
-//! **A queue that nothing comes to is given up**, too, after a while that doubles from one to the next:
-//! where services take long, that costs a connection and a copy of each request now and then.
+//! **Beside a queue that nothing comes to** another one is opened, at another host, after a while that
+//! doubles from one to the next, and results are asked for by that: where services take long, that
+//! costs a connection and a copy of each request now and then. The one before is listened on for a
+//! minute more.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -17,8 +19,8 @@ use std::{
 use lapin::{ExchangeKind, message::Delivery, options::ExchangeDeclareOptions, types::FieldTable};
 use tokio::{
     sync::{oneshot, watch},
-    task::JoinHandle,
-    time::{Instant, sleep_until},
+    task::{JoinHandle, JoinSet},
+    time::{Instant, sleep_until, timeout},
 };
 
 use crate::{
@@ -46,6 +48,9 @@ use crate::{
 /// this one; then twice as long, and so on until one comes. A node that the other nodes have lost sight
 /// of keeps its connections and its queues, and its clients can't tell: only the results don't come.
 const PATIENCE_MIN: Duration = Duration::from_secs(8);
+
+/// How long results are still taken from a queue that another has taken the place of.
+const DOUBTED_MAX: Duration = Duration::from_secs(60);
 
 /// How many results may be unacknowledged.
 const PREFETCH: u16 = 1000;
@@ -162,6 +167,14 @@ impl Drop for Results {
     }
 }
 
+/// Why a queue is not listened on alone any more.
+enum Ended {
+    /// It is gone, or of no use.
+    Lost,
+    /// No result has come by it for long.
+    Doubted,
+}
+
 impl Listener {
     async fn listen(self, state: watch::Sender<State>) {
         let mut closed = state.subscribe();
@@ -176,16 +189,26 @@ impl Listener {
     async fn receive_always(&self, state: &watch::Sender<State>) {
         let mut supervisor = Supervisor::default();
         let mut patience = PATIENCE_MIN;
+        let mut doubted = JoinSet::new();
         loop {
             match self.subscribe().await {
                 Ok((connection, (mut queue, reply))) => {
                     supervisor.opened();
                     self.has_worked.set();
                     state.send_replace(State::Up(reply));
-                    self.receive(&mut queue, &mut patience).await;
-                    state.send_replace(State::Connecting);
-                    // Nobody waits for its goodbye: it may be of no use for that either.
-                    tokio::spawn(async move { close(&connection).await });
+                    match self.receive(&mut queue, &mut patience).await {
+                        Ended::Lost => {
+                            state.send_replace(State::Connecting);
+                            // Nobody waits for its goodbye: it may be of no use for that either.
+                            tokio::spawn(async move { close(&connection).await });
+                        }
+                        // Until there is another one, results are asked for by this one.
+                        Ended::Doubted => {
+                            let listener = self.clone();
+                            doubted.spawn(listener.receive_for_a_while(connection, queue));
+                        }
+                    }
+                    while doubted.try_join_next().is_some() {}
                 }
                 Err(error) if self.is_final(&error) => {
                     state.send_replace(State::Failed(error));
@@ -255,7 +278,7 @@ impl Listener {
 
     /// Hands out results until no more come, or none that is waited for has come for as long as
     /// `patience`, which doubles then.
-    async fn receive(&self, queue: &mut ExclusiveQueue, patience: &mut Duration) {
+    async fn receive(&self, queue: &mut ExclusiveQueue, patience: &mut Duration) -> Ended {
         let mut heard_at = Instant::now();
         let mut look_at = heard_at + *patience;
         loop {
@@ -264,13 +287,11 @@ impl Listener {
                 delivery = queue.next() => match delivery {
                     Ok(delivery) => {
                         (heard_at, *patience) = (Instant::now(), PATIENCE_MIN);
-                        self.hand_out(&delivery);
-                        queue.ack(delivery.delivery_tag);
-                        queue.flush();
+                        self.take(queue, &delivery);
                     }
                     Err(error) => {
                         tracing::warn!(error = %Chain(&error), "results may be lost: asking again");
-                        return;
+                        return Ended::Lost;
                     }
                 },
                 () = sleep_until(look_at) => {
@@ -288,10 +309,33 @@ impl Listener {
                          again"
                     );
                     *patience *= 2;
-                    return;
+                    return Ended::Doubted;
                 }
             }
         }
+    }
+
+    /// Hands out what comes by a queue that was doubted: it may be that nothing was ready, and what is
+    /// on its way to it would have to wait until its worker gives it up.
+    async fn receive_for_a_while(
+        self,
+        connection: Arc<BrokerConnection>,
+        mut queue: ExclusiveQueue,
+    ) {
+        let receiving = async {
+            while let Ok(delivery) = queue.next().await {
+                self.take(&mut queue, &delivery);
+            }
+        };
+        // How it ends doesn't matter: results are asked for by another one.
+        let _ = timeout(DOUBTED_MAX, receiving).await;
+        close(&connection).await;
+    }
+
+    fn take(&self, queue: &mut ExclusiveQueue, delivery: &Delivery) {
+        self.hand_out(delivery);
+        queue.ack(delivery.delivery_tag);
+        queue.flush();
     }
 
     fn hand_out(&self, delivery: &Delivery) {
