@@ -99,10 +99,10 @@ fn neither_worker_nor_instance_is_ready_while_the_broker_takes_no_messages() {
     let services = services(&world);
     world.apply_topology(Some(&services));
     let (worker, instance) = (world.path("worker.ready"), world.path("instance.ready"));
-    let mut command = world.dtc(&["worker", "--name", "w1", "--ready-file"]);
-    let _w1 = Process::start("w1", command.arg(&worker));
-    let mut command = world.dtc(&["service", "--name", "stock", "--services"]);
-    command.arg(&services).arg("--state").arg(world.path("state"));
+    let mut command = world.dtc(&["worker", "--name", "w1"]);
+    let _w1 = Process::start("w1", command.arg("--ready-file").arg(&worker));
+    let mut command = world.dtc(&["service", "--name", "stock"]);
+    command.arg("--services").arg(&services).arg("--state").arg(world.path("state"));
     let _stock = Process::start("stock", command.arg("--ready-file").arg(&instance));
     let until_ready_is = |wanted: bool| {
         let began = Instant::now();
