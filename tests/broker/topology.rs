@@ -175,6 +175,7 @@ async fn each_difference_is_named_with_what_is_wanted_and_found_and_nothing_is_m
         format!("queue `{ns}.prepare.stock`: x-single-active-consumer: wanted none, found true"),
         format!("queue `{ns}.rejected`: x-delivery-limit: wanted 1000000, found 20"),
         format!("queue `{ns}.rejected`: x-queue-leader-locator: wanted balanced, found none"),
+        format!("queue `{ns}.rejected`: x-message-ttl: wanted 2592000000, found none"),
         format!("queue `{ns}.requests`: x-queue-type: wanted quorum, found classic"),
     ]
     .into();
