@@ -102,13 +102,8 @@ impl Channels {
     pub async fn publish(&self, message: Outgoing) -> Result<(), PublishError> {
         let (exchange, key) = (message.exchange.clone(), message.key.clone());
         let Pooled { channel, connection } = self.channel().await?;
-        let published = match connection.is_silent() {
-            false => {
-                connection.asked();
-                publish_within(channel, message, CONFIRM_MAX).await
-            }
-            true => Published::Unconfirmed(CONFIRM_MAX),
-        };
+        connection.asked(&exchange);
+        let published = publish_within(channel, message, CONFIRM_MAX).await;
         if !matches!(published, Published::Unconfirmed(_)) {
             connection.answered();
         }
@@ -186,11 +181,14 @@ struct Standing {
     connection: BrokerConnection,
     /// When the first message was published since the broker has answered.
     unanswered_since: Arc<StdMutex<Option<Instant>>>,
+    /// Where the last one was published to.
+    published_to: StdMutex<ShortString>,
 }
 
 impl Standing {
-    fn asked(&self) {
+    fn asked(&self, exchange: &ShortString) {
         lock(&self.unanswered_since).get_or_insert_with(Instant::now);
+        lock(&self.published_to).clone_from(exchange);
     }
 
     fn answered(&self) {
@@ -215,14 +213,14 @@ impl Opener {
     async fn discard(&self, silent: Arc<Standing>, exchange: &ShortString) {
         let mut standing = self.connection.lock().await;
         if standing.take_if(|it| Arc::ptr_eq(it, &silent)).is_some() {
-            tracing::warn!(
-                "the broker has not confirmed what was published to `{exchange}` for {} s; connecting \
-                 again",
-                CONFIRM_MAX.as_secs()
-            );
-            // Its channels are of no use from here on. Nobody waits for its goodbye.
-            tokio::spawn(async move { close(&silent.connection).await });
+            give_up(silent, exchange.as_str());
         }
+    }
+
+    /// Whether the broker has confirmed nothing for long that was published there, and has not said
+    /// that it takes nothing.
+    fn is_given_up(&self, standing: &Standing) -> bool {
+        standing.is_silent() && lock(&self.alarm).is_none()
     }
 
     async fn connect(&self) -> Result<Standing, PublishError> {
@@ -246,8 +244,17 @@ impl Opener {
                 }
             }
         });
-        Ok(Standing { connection, unanswered_since })
+        Ok(Standing { connection, unanswered_since, published_to: StdMutex::default() })
     }
+}
+
+/// Its channels are of no use from here on. Nobody waits for its goodbye.
+fn give_up(silent: Arc<Standing>, to: &str) {
+    tracing::warn!(
+        "the broker has not confirmed what was published to `{to}` for {} s; connecting again",
+        CONFIRM_MAX.as_secs()
+    );
+    tokio::spawn(async move { close(&silent.connection).await });
 }
 
 fn lock<T>(mutex: &StdMutex<T>) -> MutexGuard<'_, T> {
@@ -262,6 +269,11 @@ impl Manager for Opener {
         let mut connection = self.connection.lock().await;
         let standing = connection.take().filter(|it| it.connection.status().connected());
         let standing = match standing {
+            Some(silent) if self.is_given_up(&silent) => {
+                let to = lock(&silent.published_to).clone();
+                give_up(silent, to.as_str());
+                Arc::new(self.connect().await?)
+            }
             Some(standing) => standing,
             None => Arc::new(self.connect().await?),
         };
