@@ -29,6 +29,10 @@ const ACK_EVERY: u64 = 250;
 /// broker's counts lag by some seconds; a message that is there comes within milliseconds.
 const EMPTY_AFTER: Duration = Duration::from_secs(1);
 
+/// How long the first message may take from a moment on, if there is one: it comes within milliseconds,
+/// but for a broker that has much else to do.
+const FIRST_AFTER: Duration = Duration::from_millis(500);
+
 /// How long any other stream may take until its next message is there.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -169,12 +173,12 @@ impl Scan {
         cancelled.map_err(|error| self.broker(error))
     }
 
-    /// Whether there is anything at all from where it began.
+    /// Whether there is anything at all from where it began. The stream's own process tells the channel
+    /// of the first chunk, so that may come after the answer to a further question.
     async fn find_first(&mut self) -> Result<(), ScanError> {
-        self.fence().await?;
-        match self.consumer.next().now_or_never() {
-            Some(next) => self.early = Some(self.delivered(next)?),
-            None => self.last = None,
+        match tokio::time::timeout(FIRST_AFTER, self.consumer.next()).await {
+            Ok(next) => self.early = Some(self.delivered(next)?),
+            Err(_) => self.last = None,
         }
         Ok(())
     }
