@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use crate::{
     broker::{Broker, place},
     crash::until,
-    proxy::{CANCEL, Frames},
+    proxy::{CANCEL, Deed, Frames, Reach},
     stand::{BOTH, READY, Site, Stand},
 };
 
@@ -48,9 +48,13 @@ fn a_commit_reaches_an_instance_though_its_old_queue_is_still_there() {
     let stock = json!({"name": "stock", "max_concurrency": 8, "max_wait_ms": 10_000});
     let stand = Stand::at(Site::of(place(), json!([payments, stock])), &[]);
     let prepared = stand.site.world.path("state/stock/prepared");
+    let replies = Frames::publishes().on(STOCK).about(&stand.site.name("replies/"));
+    let votes = stand.site.proxy.rule(replies, Reach::Existing, Deed::Count);
     let id = stand.submit(&BOTH);
     let is_prepared = || std::fs::read_dir(&prepared).is_ok_and(|it| it.count() > 0);
     until("`stock` prepares", is_prepared);
+    // A vote that is lost with the link ends the transaction by its deadline.
+    votes.wait_for(1);
     let said = stand.stock.stderr.count();
     stand.site.proxy.sever(STOCK);
     let answer = stand.answered(&id, Duration::from_secs(12));

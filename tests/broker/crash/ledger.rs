@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
     path::Path,
+    time::Duration,
 };
 
 use super::text_of;
@@ -30,6 +31,14 @@ pub(super) struct Call {
     pub(super) instance: String,
     pub(super) ending: String,
     line: String,
+}
+
+impl Call {
+    /// When it began or ended, since the Unix epoch.
+    pub(super) fn at(&self) -> Duration {
+        let nanoseconds = self.line.split(' ').next().unwrap();
+        Duration::from_nanos(nanoseconds.parse().unwrap())
+    }
 }
 
 impl Ledger {
