@@ -179,7 +179,7 @@ impl FromStr for Address {
                 let mut uri =
                     parsed.map_err(|_| refuse("see RabbitMQ's URI specification".to_owned()))?;
                 if uri.vhost.is_empty() {
-                    let rule = "a `/` at its end names a virtual host without a name: leave it away \
+                    let rule = "a `/` at its end names a virtual host without a name: leave it off \
                                 for the virtual host `/`";
                     return Err(refuse(rule.to_owned()));
                 }
@@ -307,7 +307,7 @@ mod tests {
     fn a_virtual_host_without_a_name_is_refused_with_the_way_to_the_usual_one() {
         for url in ["amqp://a/", "amqp://me:secret@a:1/?frame_max=8192"] {
             let complaint = url.parse::<Address>().unwrap_err().to_string();
-            assert!(complaint.ends_with("leave it away for the virtual host `/`"), "{complaint}");
+            assert!(complaint.ends_with("leave it off for the virtual host `/`"), "{complaint}");
         }
         for url in ["amqp://a", "amqp://a/%2f"] {
             assert_eq!(url.parse::<Address>().unwrap().hosts()[0].vhost, "/");
