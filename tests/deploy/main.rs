@@ -6,11 +6,11 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
-#[path = "support/broker.rs"]
+#[path = "../support/broker.rs"]
 mod broker;
-#[path = "support/lines.rs"]
+#[path = "../support/lines.rs"]
 mod lines;
-#[path = "support/processes.rs"]
+#[path = "../support/processes.rs"]
 mod processes;
 
 use std::{
