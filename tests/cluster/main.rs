@@ -32,6 +32,7 @@ mod scenarios;
 mod switch;
 mod system;
 mod table;
+mod watchers;
 
 use std::{
     env,

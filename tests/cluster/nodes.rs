@@ -34,6 +34,9 @@ pub(crate) const PORT: u16 = 5672;
 /// More than one run makes.
 const SIZE: &str = "size=6g";
 const BIN: &str = "/usr/lib/rabbitmq/bin";
+/// What an operator runs beside each node, and what the nodes know it by.
+const WATCHER: &str = include_str!("../../deploy/watch-streams.sh");
+const WATCHER_FILE: &str = "watch-streams.sh";
 
 /// The nodes.
 pub(crate) struct Nodes {
@@ -79,6 +82,7 @@ impl Nodes {
         mount(&["-o", "remount,bind,ro"], chroot, &root)?;
         mount(&["--rbind"], Path::new("/proc"), &root.join("proc"))?;
         mount(&["--rbind"], Path::new("/dev"), &root.join("dev"))?;
+        fs::write(data.join(WATCHER_FILE), WATCHER)?;
         mount(&["--bind"], &data, &root.join("mnt"))?;
         mount(&["--bind"], &hosts, &root.join("etc/hosts"))?;
         mount(&["-t", "tmpfs"], Path::new("tmpfs"), &root.join("tmp"))?;
@@ -140,7 +144,7 @@ impl Nodes {
     fn at(&self, network: &Network, name: &str, program: &str) -> Command {
         let mnt = format!("/mnt/{name}");
         let variables = [
-            ("PATH", "/usr/sbin:/usr/bin:/sbin:/bin".to_owned()),
+            ("PATH", format!("{BIN}:/usr/sbin:/usr/bin:/sbin:/bin")),
             ("LANG", "C.UTF-8".to_owned()),
             ("HOME", format!("{mnt}/home")),
             ("RABBITMQ_NODENAME", format!("rabbit@{name}")),
@@ -264,6 +268,13 @@ impl Nodes {
             bail!("`{tool} {words}` at {name} {ended}: {complaint}{}", tail(&printed, 3));
         }
         Ok(printed)
+    }
+
+    /// A watcher of a stream beside a node, in a process group of its own.
+    pub(crate) fn watcher(&self, network: &Network, name: &str, stream: &str) -> Command {
+        let mut command = self.at(network, name, "sh");
+        command.arg(format!("/mnt/{WATCHER_FILE}")).arg(stream).process_group(0);
+        command
     }
 
     /// The queues of a namespace, as the first node that is up sees them.

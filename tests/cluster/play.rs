@@ -16,6 +16,7 @@ use crate::{
     oracle::{self, Facts, Journals, Times},
     scenarios::{Scenario, any_of, close_connections},
     system::{SERVICES, System, locked},
+    watchers::Watchers,
 };
 
 /// How many transactions are submitted in a second.
@@ -201,6 +202,8 @@ impl Stage {
         let (network, nodes) = (&self.network, &mut self.nodes);
         let urls = any_of(&NODES);
         system.declare(network, CLIENTS, &urls, scenario.commands.name())?;
+        let journal = journal_of(system);
+        let watchers = Watchers::start(network, nodes, &journal, system.directory())?;
         let queues = nodes.queues(network, &system.namespace)?;
         scenario.clients.start(network, system, &queues, RATE)?;
         let warm = until(WARM_IN, || Ok(system.answered() >= WARM))?;
@@ -244,6 +247,9 @@ impl Stage {
                 verdict.hang = Some(told);
             }
         }
+        let restarts = watchers.restarts().into_iter().map(|it| format!("a watcher said: {it}"));
+        verdict.broker.extend(restarts);
+        drop(watchers);
         let (network, nodes) = (&self.network, &self.nodes);
         verdict.violations.extend(system.died().into_iter().map(|it| format!("died: {it}")));
         let journals = self.read_journals(system, verdict)?;
@@ -358,7 +364,7 @@ impl Stage {
     }
 
     fn mend_replicas(&self, remedy: Remedy, system: &System, nodes: &[&str]) -> Result<()> {
-        let name = format!("{}.journal", system.namespace);
+        let name = journal_of(system);
         let at = NODES.into_iter().find(|node| !nodes.contains(node));
         let at = at.context("no node has a replica")?;
         let streams =
@@ -418,6 +424,11 @@ impl Stage {
         });
         Ok(fs::write(kept.join("results"), results.collect::<String>())?)
     }
+}
+
+/// The name of a system's journal.
+fn journal_of(system: &System) -> String {
+    format!("{}.journal", system.namespace)
 }
 
 /// What is still waited for after a limited time; empty if everything is answered and quiet.
