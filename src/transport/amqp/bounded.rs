@@ -19,9 +19,10 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::transport::amqp::error::{Disposition, is_refusal, may_pass};
 
-/// How long the broker has for one answer. A healthy one takes milliseconds, a cluster that elects a
-/// leader up to some seconds.
-pub const ANSWER_MAX: Duration = Duration::from_secs(5);
+/// How long the broker has for one answer. A healthy one takes milliseconds. A node that needs another
+/// one takes 7 s to find that it can't be reached (Erlang's `net_setuptime`), and then goes on without
+/// it; asked again before that, it begins to wait anew.
+pub const ANSWER_MAX: Duration = Duration::from_secs(8);
 
 /// How long the broker has to make a queue. One on several nodes has to elect a leader first.
 pub const DECLARE_MAX: Duration = Duration::from_secs(15);
