@@ -6,8 +6,9 @@ use std::{
     collections::BTreeSet,
     env, fs,
     io::{BufRead, BufReader},
+    os::unix::process::CommandExt,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{Child, Command, Stdio},
     time::Duration,
 };
 
@@ -19,6 +20,10 @@ use lapin::{
         ConfirmSelectOptions, QueueDeclareOptions,
     },
     types::{AMQPValue, FieldTable},
+};
+use nix::{
+    sys::signal::{Signal, killpg},
+    unistd::Pid,
 };
 
 use crate::broker::{self, Broker, until_served};
@@ -49,6 +54,22 @@ fn a_node_starts_tells_its_version_and_leaves_nothing_behind() {
 
 #[test]
 fn a_node_dies_with_the_process_that_started_it() {
+    dies_with_its_starter("a_node_dies_with_the_process_that_started_it", |child| {
+        child.kill().unwrap();
+    });
+}
+
+/// Ctrl-C at a terminal is sent to every process of the group in the foreground.
+#[test]
+fn a_node_dies_when_ctrl_c_ends_the_process_that_started_it() {
+    dies_with_its_starter("a_node_dies_when_ctrl_c_ends_the_process_that_started_it", |child| {
+        let group = Pid::from_raw(i32::try_from(child.id()).unwrap());
+        killpg(group, Signal::SIGINT).unwrap();
+    });
+}
+
+/// Runs the test called `name` again, as a process that starts a node, and has `end` end it.
+fn dies_with_its_starter(name: &str, end: fn(&mut Child)) {
     if env::var_os(CHILD).is_some() {
         let broker = Broker::start();
         println!("\nport {}\ndirectory {}", broker.port(), broker.directory().display());
@@ -56,8 +77,9 @@ fn a_node_dies_with_the_process_that_started_it() {
         return;
     }
     let mut child = Command::new(env::current_exe().unwrap())
-        .args(["--exact", "node::a_node_dies_with_the_process_that_started_it", "--nocapture"])
+        .args(["--exact", &format!("node::{name}"), "--nocapture"])
         .env(CHILD, "1")
+        .process_group(0)
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
@@ -70,7 +92,7 @@ fn a_node_dies_with_the_process_that_started_it() {
     let processes = processes_of(port);
     assert!(processes.len() >= 2, "{processes:?}");
 
-    child.kill().unwrap();
+    end(&mut child);
     child.wait().unwrap();
     for process in processes {
         wait_until_gone(&Path::new("/proc").join(process.to_string()));

@@ -21,7 +21,7 @@ use std::{
     hash::{BuildHasher, RandomState},
     io::{self, Read, Write},
     net::{Ipv4Addr, TcpListener, TcpStream},
-    os::unix::fs::PermissionsExt,
+    os::unix::{fs::PermissionsExt, process::CommandExt},
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, Stdio},
     sync::{
@@ -460,6 +460,8 @@ impl Setup {
             .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/broker.sh"))
             .arg(self.directory.path())
             .arg(self.root.as_deref().unwrap_or_else(|| Path::new("")))
+            // Ctrl-C must not end it: it is there to end the node.
+            .process_group(0)
             .env_clear()
             .envs(self.environment());
         command
