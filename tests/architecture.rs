@@ -31,8 +31,6 @@ const ROOMS: [&str; 3] = ["worker", "participant", "client"];
 
 /// What would let the world into the protocol: a runtime, a broker, a format, a log, a clock,
 /// chance, or an order that differs from run to run.
-///
-/// [`HIDES_ITS_TABLE`] may name a hash table, since it lets nobody see its order.
 const BANNED_IN_PROTOCOL: [&str; 10] = [
     "tokio",
     "lapin",
@@ -45,8 +43,6 @@ const BANNED_IN_PROTOCOL: [&str; 10] = [
     "HashMap",
     "HashSet",
 ];
-
-const HIDES_ITS_TABLE: &str = "src/protocol/keymap.rs";
 
 #[test]
 fn no_floor_imports_from_a_higher_one() {
@@ -139,9 +135,6 @@ fn the_protocol_knows_no_runtime_clock_or_chance() {
     for file in source_files().iter().filter(|file| file.module == "protocol") {
         for (number, line) in file.code() {
             for banned in BANNED_IN_PROTOCOL.iter().filter(|word| has_word(line, word)) {
-                if file.path == HIDES_ITS_TABLE && *banned == "HashMap" {
-                    continue;
-                }
                 complaints.push(format!("{}:{number}: mentions `{}`", file.path, banned.trim()));
             }
         }

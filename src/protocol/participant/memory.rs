@@ -53,15 +53,17 @@ impl Memory {
     }
 
     pub(super) fn remember(&mut self, key: &TransactionKey, what: Remembered) {
-        if self.of.insert(key, what).is_some() {
+        if let Some(known) = self.of.get_mut(key) {
+            *known = what;
             return;
         }
-        self.order.push_back(key.clone());
-        while self.order.len() > self.max {
-            if let Some(oldest) = self.order.pop_front() {
-                self.of.remove(&oldest);
-            }
+        // The oldest goes first: for one more than the maximum, a queue takes twice the memory.
+        while self.order.len() >= self.max {
+            let Some(oldest) = self.order.pop_front() else { return };
+            self.of.remove(&oldest);
         }
+        self.of.insert(key, what);
+        self.order.push_back(key.clone());
     }
 }
 
@@ -92,6 +94,18 @@ mod tests {
         }
         assert_eq!(memory.of(&key("t1", 0)), None);
         assert!(memory.of(&key("t2", 0)).is_some() && memory.of(&key("t3", 0)).is_some());
+    }
+
+    #[test]
+    fn a_full_memory_has_room_for_no_more_than_it_remembers() {
+        for max in [0, 1, 64] {
+            let mut memory = Memory::new(max);
+            for number in 0..1000 {
+                memory.remember(&key(&format!("t{number}"), 0), Remembered::Cancelled);
+            }
+            assert_eq!((memory.order.len(), memory.of.len()), (max, max));
+            assert!(memory.order.capacity() <= max.max(4), "{}", memory.order.capacity());
+        }
     }
 
     #[test]
