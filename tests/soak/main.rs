@@ -1,0 +1,156 @@
+//! A soak: a whole system under a steady load for a long time, and whether its memory stays flat.
+//!
+//! ```text
+//! cargo test --profile optimised --test soak -- --minutes N [--rate N] [--table FILE]
+//!
+//!   --minutes N    how long; without it only the soak's own verdicts are checked
+//!   --rate N       how many transactions a second (200)
+//!   --table FILE   where the table is written
+//! ```
+//!
+//! `DTC_TEST_RABBITMQ`: the root of a file system whose RabbitMQ is to be run instead of the
+//! machine's.
+//!
+//! One RabbitMQ node, two workers, three services and a producer, each a process of its own. None of
+//! them outlives this process, however that one ends. An hour at 200 transactions a second takes
+//! 1.5 GB of the directory for temporary files, most of it for what the services note of their calls.
+
+#![allow(clippy::disallowed_methods, reason = "a test measures how long things take")]
+
+#[path = "../support/broker.rs"]
+mod broker;
+mod fleet;
+mod ledger;
+#[path = "../support/lines.rs"]
+mod lines;
+mod load;
+mod memory;
+mod signals;
+mod soak;
+mod table;
+mod table_tests;
+
+use std::{
+    env, fmt,
+    io::{self, Write},
+    panic,
+    path::PathBuf,
+    process::ExitCode,
+    time::Instant,
+};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::soak::{Ended, Plan};
+
+/// How many transactions a second, unless it is said.
+const RATE: u32 = 200;
+/// What a process ends with that a signal has ended.
+const INTERRUPTED: u8 = 130;
+/// What a test target ends with that has failed.
+const FAILED: u8 = 101;
+
+/// What is asked for.
+#[derive(Debug, Default)]
+struct Wanted {
+    minutes: Option<u32>,
+    rate: Option<u32>,
+    table: Option<PathBuf>,
+}
+
+fn main() -> ExitCode {
+    let arguments: Vec<_> = env::args().skip(1).collect();
+    let ended = Wanted::parse(&arguments).and_then(|wanted| match wanted.minutes {
+        Some(minutes) => soaked(minutes, &wanted),
+        None => Ok(ExitCode::from(if checked() { 0 } else { FAILED })),
+    });
+    ended.unwrap_or_else(|error| {
+        tell(format_args!("{error:#}"));
+        ExitCode::from(FAILED)
+    })
+}
+
+impl Wanted {
+    fn parse(arguments: &[String]) -> Result<Self> {
+        let mut wanted = Self::default();
+        let mut arguments = arguments.iter();
+        while let Some(argument) = arguments.next() {
+            let mut value = || arguments.next().with_context(|| format!("{argument} of what?"));
+            match argument.as_str() {
+                "--minutes" => wanted.minutes = Some(number(argument, value()?)?),
+                "--rate" => wanted.rate = Some(number(argument, value()?)?),
+                "--table" => wanted.table = Some(value()?.into()),
+                // What every other test target takes.
+                _ => {}
+            }
+        }
+        Ok(wanted)
+    }
+}
+
+fn number(flag: &str, text: &str) -> Result<u32> {
+    let number = text.parse().with_context(|| format!("{flag} wants a number, not `{text}`"))?;
+    ensure!(number > 0, "{flag} wants a number above 0");
+    Ok(number)
+}
+
+/// That the verdicts see what they are there for.
+fn checked() -> bool {
+    let mut failed = 0;
+    let all = table_tests::ALL.iter().chain(ledger::CHECKS);
+    let count = all.clone().count();
+    tell(format_args!("\nrunning {count} tests"));
+    for (name, check) in all {
+        let good = panic::catch_unwind(check).is_ok();
+        tell(format_args!("test {name} ... {}", if good { "ok" } else { "FAILED" }));
+        failed += usize::from(!good);
+    }
+    closing(count - failed, failed);
+    failed == 0
+}
+
+/// The soak itself.
+fn soaked(minutes: u32, wanted: &Wanted) -> Result<ExitCode> {
+    let began = Instant::now();
+    let plan = Plan::new(minutes, wanted.rate.unwrap_or(RATE));
+    let report = match soak::soak(&plan)? {
+        Ended::Interrupted(signal) => {
+            tell(format_args!("{signal} after {:.0?}: no verdict", began.elapsed()));
+            return Ok(ExitCode::from(INTERRUPTED));
+        }
+        Ended::Over(report) => report,
+    };
+    let text = report.text();
+    tell(format_args!("\n{text}"));
+    if let Some(path) = &wanted.table {
+        std::fs::write(path, text)
+            .with_context(|| format!("{} can't be written", path.display()))?;
+    }
+    let checks = report.checks();
+    let mut failed = 0;
+    for check in &checks {
+        let word = if check.problems.is_empty() { "ok" } else { "FAILED" };
+        tell(format_args!("test {} ... {word}", check.name));
+        check.problems.iter().for_each(|problem| tell(format_args!("    * {problem}")));
+        failed += usize::from(!check.problems.is_empty());
+    }
+    closing(checks.len() - failed, failed);
+    tell(format_args!("in {:.0?}", began.elapsed()));
+    Ok(ExitCode::from(if failed == 0 { 0 } else { FAILED }))
+}
+
+/// The line that says how many did what, as every test target has it.
+fn closing(passed: usize, failed: usize) {
+    let word = if failed == 0 { "ok" } else { "FAILED" };
+    tell(format_args!(
+        "\ntest result: {word}. {passed} passed; {failed} failed; 0 ignored; 0 measured; 0 filtered \
+         out"
+    ));
+}
+
+/// Prints a line. Ctrl-C may have taken whoever reads it: that is no reason to end otherwise than
+/// one would have.
+fn tell(line: fmt::Arguments<'_>) {
+    let mut stdout = io::stdout();
+    let _ = writeln!(stdout, "{line}").and_then(|()| stdout.flush());
+}
