@@ -29,7 +29,10 @@ use std::{
     fs::{self, File, OpenOptions, TryLockError},
     io::{self, Read as _, Seek as _, SeekFrom, Write as _},
     path::{Path, PathBuf},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, UNIX_EPOCH},
 };
 
@@ -258,6 +261,7 @@ struct Files {
     committed: Log,
     aborted: Log,
     calls: Log,
+    stray_is_told: AtomicBool,
 }
 
 /// A file to which lines are added.
@@ -291,6 +295,7 @@ impl Files {
             calls: Log::open(directory.join("calls.log"))?,
             prepared,
             writing,
+            stray_is_told: AtomicBool::new(false),
         })
     }
 
@@ -354,10 +359,15 @@ impl Files {
         let prefix = of.map(|key| format!("{}@", name_of(key, '@'))).unwrap_or_default();
         let mut held = Vec::new();
         for entry in fs::read_dir(&self.prepared)? {
-            let name = entry?.file_name();
+            let entry = entry?;
+            let name = entry.file_name();
             let Some(name) = name.to_str().filter(|name| name.starts_with(&prefix)) else {
                 continue;
             };
+            if entry.file_type()?.is_dir() {
+                self.tell_stray(&entry.path());
+                continue;
+            }
             match fs::read_to_string(self.prepared.join(name)) {
                 Ok(text) => held.extend(parse(name, &text)),
                 // It was finished meanwhile.
@@ -366,6 +376,14 @@ impl Files {
             }
         }
         Ok(held)
+    }
+
+    /// What nobody of us has put there holds nothing up; it is named once.
+    fn tell_stray(&self, path: &Path) {
+        if !self.stray_is_told.swap(true, Ordering::Relaxed) {
+            let path = path.display();
+            tracing::warn!(%path, "a directory among the prepared branches is left alone");
+        }
     }
 
     fn note(&self, what: &str) -> io::Result<()> {
@@ -698,6 +716,20 @@ mod tests {
             fs::write(directory.path().join("payments/prepared/t1@7@i1.3"), text).unwrap();
             assert!(state.in_doubt(None).unwrap().is_empty(), "{text:?}");
         }
+    }
+
+    /// No instance could see what it held: each look into the store ended with `Is a directory`.
+    #[test]
+    fn a_directory_among_the_prepared_hides_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let state = state(directory.path(), "i1");
+        let call = prepare("t1", "i1");
+        state.prepare(&call).unwrap();
+        for name in ["lost+found", "t1@7@i1.4"] {
+            fs::create_dir(directory.path().join("payments/prepared").join(name)).unwrap();
+        }
+        assert_eq!(state.in_doubt(None).unwrap().len(), 1);
+        assert_eq!(state.in_doubt(Some(&call.key)).unwrap().len(), 1);
     }
 
     #[test]
