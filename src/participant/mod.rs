@@ -9,6 +9,7 @@ pub mod error;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzzing;
+mod health;
 mod inbound;
 mod outbox;
 mod parked;

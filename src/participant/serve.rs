@@ -24,6 +24,7 @@ use crate::{
         AnyParticipant, Calls, Participant,
         calls::name_of_store,
         error::{OpenError, ServeError},
+        health::{Change, Health},
         outbox::Outbox,
         parked::ParkedLog,
         session::{Lost, Numbers, Session, declare, open_own},
@@ -78,6 +79,7 @@ struct Server {
     events: VecDeque<Event>,
     effects: Vec<Effect>,
     parked: ParkedLog,
+    health: Health,
     /// Told to stop: until when outcomes are waited for.
     drains_until: Option<Instant>,
     /// Whether a broker has ever taken what was said.
@@ -119,6 +121,7 @@ impl Server {
             events: VecDeque::new(),
             effects: Vec::new(),
             parked: ParkedLog::default(),
+            health: Health::default(),
             drains_until: None,
             was_heard: false,
             settings,
@@ -283,7 +286,7 @@ impl Server {
     ) -> Ended {
         loop {
             self.settle(Some(&mut session));
-            self.tell_serving(session.is_ready());
+            self.tell_serving(session.is_ready() && self.health.is_good());
             if let Some(until) = self.drains_until.filter(|_| self.is_drained())
                 && (session.is_quiet() || self.is_out_of_time())
             {
@@ -329,6 +332,9 @@ impl Server {
         }
         while let Some(event) = self.events.pop_front() {
             let mut effects = std::mem::take(&mut self.effects);
+            if let Some(change) = self.health.see(&event) {
+                self.tell_health(&change);
+            }
             let tried = self.parked.before(&event);
             self.instance.handle(self.clock.now(), event, &mut effects);
             if let Some(tried) = tried {
@@ -344,6 +350,17 @@ impl Server {
             session.publish(parcel);
         }
         session.flush();
+    }
+
+    fn tell_health(&self, change: &Change) {
+        let ServeSettings { service, instance, .. } = &self.settings;
+        match change {
+            Change::Fails(error) => tracing::warn!(
+                %service, %instance, %error,
+                "one prepare after the other fails: not ready until one succeeds"
+            ),
+            Change::Works => tracing::info!(%service, %instance, "prepares succeed again"),
+        }
     }
 
     /// What is to be done after a while is done after that while, also when the clock is set back.
