@@ -154,6 +154,11 @@ impl Appender {
         })
     }
 
+    /// What the ids of its appends begin with.
+    pub(super) fn link(&self) -> &str {
+        &self.pending.link
+    }
+
     pub(super) fn append(&mut self, decision: Decision) {
         self.pending.decisions.push(decision);
     }

@@ -3,7 +3,7 @@
 use crate::{
     clock::Clock,
     protocol::coordinator::Coordinator,
-    worker::{Tally, clocks::Clocks},
+    worker::{Tally, clocks::Clocks, namesakes::Namesakes},
 };
 
 /// What outlives a link.
@@ -13,6 +13,8 @@ pub(super) struct Lasting {
     pub(super) clock: Clock,
     /// What is known of others' clocks.
     pub(super) clocks: Clocks,
+    /// What is known of others under this worker's name.
+    pub(super) namesakes: Namesakes,
     pub(super) last_read: Option<LastRead>,
     pub(super) tally: Tally,
 }

@@ -23,6 +23,7 @@ pub mod fuzzing;
 mod intake;
 mod journal;
 mod lasting;
+mod namesakes;
 mod outbox;
 mod saturation;
 mod searches;
@@ -38,6 +39,7 @@ use tokio::sync::watch;
 use self::{
     clocks::Clocks,
     lasting::Lasting,
+    namesakes::Namesakes,
     session::{End, Session, SessionError, open_replies},
 };
 use crate::{
@@ -157,7 +159,15 @@ pub async fn run(
     let clock = Clock::start();
     let clocks = Clocks::new(settings.worker().clone(), settings.coordinator.clock_margin);
     let tally = Tally::default();
-    let mut lasting = Lasting { coordinator, clock, clocks, last_read: None, tally };
+    let namesakes = Namesakes::default();
+    let mut lasting = Lasting {
+        coordinator,
+        clock,
+        clocks,
+        namesakes,
+        last_read: None,
+        tally,
+    };
     let mut supervisor = Supervisor::default();
     loop {
         let failure = tokio::select! {

@@ -9,7 +9,10 @@ use std::{
 };
 
 use futures_util::{FutureExt, future::BoxFuture};
-use lapin::{message::Delivery as Message, types::FieldTable};
+use lapin::{
+    message::Delivery as Message,
+    types::{FieldTable, ShortString},
+};
 use tokio::time::{Instant, timeout};
 
 use crate::{
@@ -38,7 +41,7 @@ use crate::{
         clocks::{Off, Standing},
         follower::{FollowError, Follower, Read, read_event},
         intake,
-        journal::{Found, Journal, ReadError},
+        journal::{Found, Journal, ReadError, Record},
         lasting::Lasting,
         outbox::{Followed, OnConfirm, Outbox, Unacked},
         saturation::{Saturation, Wanted},
@@ -241,6 +244,7 @@ impl<'a> Session<'a> {
         }
         let channels = opening("channels to publish on");
         let appender = Appender::open(&link.publishing, names).await.map_err(channels)?;
+        lasting.namesakes.begin(appender.link());
         let outbox = Outbox::open(&link.publishing, names.clone(), settings.worker().clone());
         let outbox = outbox.await.map_err(opening("channels to publish on"))?;
         let inquiries = Inbox::open(
@@ -438,6 +442,7 @@ impl<'a> Session<'a> {
         match read {
             Read::Record(record) => {
                 self.appender.read_back(record.message_id.as_ref());
+                self.look_for_namesakes(&record);
                 let event = read_event(self.lasting, record);
                 self.dispatch(event);
             }
@@ -448,6 +453,20 @@ impl<'a> Session<'a> {
                 self.dispatch(Event::HistoryEnded { reaches });
             }
             Read::CutOff => tracing::warn!("the broker has ended the journal's consumer; resuming"),
+        }
+    }
+
+    fn look_for_namesakes(&mut self, record: &Record) {
+        let worker = self.settings.worker();
+        // Of a message all records are one worker's.
+        let is_own_name = record.decisions.first().is_some_and(|it| it.worker == *worker);
+        let append = record.message_id.as_ref().map(ShortString::as_str);
+        if is_own_name && self.lasting.namesakes.read(append) {
+            tracing::warn!(
+                %worker,
+                "another worker writes to the journal under this one's name, and their clocks are not \
+                 compared; give each worker a name of its own (`--name`)"
+            );
         }
     }
 

@@ -4,6 +4,7 @@
 #![allow(clippy::disallowed_methods, reason = "how long a process takes to end")]
 
 use std::{
+    fs,
     io::{self, BufRead, BufReader, PipeReader},
     process::{Child, Stdio},
     sync::mpsc,
@@ -58,6 +59,15 @@ impl Drop for Logging {
     fn drop(&mut self) {
         drop(self.0.kill());
         drop(self.0.wait());
+    }
+}
+
+#[track_caller]
+fn until(what: &str, is_so: impl Fn() -> bool) {
+    let began = Instant::now();
+    while !is_so() {
+        assert!(began.elapsed() < LIMIT, "not {what} within {LIMIT:?}");
+        thread::yield_now();
     }
 }
 
@@ -207,4 +217,56 @@ fn an_array_with_a_transaction_that_is_too_large_for_a_message_begins_nothing() 
     let said = run.stderr.text();
     assert!(said.contains("large") && said.contains("261120"), "{said}");
     assert_eq!(run.stdout.text(), "");
+}
+
+/// Nobody noticed, and each took the other's records for its own when it compared clocks.
+#[test]
+fn two_workers_of_one_name_are_told_of() {
+    let site = Site::new();
+    let services = BOTH.map(|name| site.service(name));
+    let twins = [(); 2].map(|()| site.world.worker("twin"));
+    let transactions: Vec<_> = (0..200)
+        .map(|number| json!({"id": format!("t{number}"), "involved_services": BOTH, "data": {}}))
+        .collect();
+    site.world.submit_given(&json!(transactions), &["--wait"]).succeeded(LIMIT);
+    for twin in &twins {
+        let line = twin.wait_for_line("writes to the journal under this one's name", LIMIT);
+        assert!(line.contains("WARN") && line.contains("worker=twin"), "{line}");
+    }
+    drop(services);
+}
+
+/// Its ready file stayed while every transaction was aborted.
+#[test]
+fn an_instance_whose_store_takes_nothing_is_not_ready_until_it_does() {
+    let site = Site::new();
+    let (state, ready) = (site.world.path("state"), site.world.path("ready"));
+    let mut command = site.world.dtc(&["service", "--name", "stock", "--services"]);
+    command.arg(&site.services).arg("--state").arg(&state).arg("--ready-file").arg(&ready);
+    let (stock, worker) = (Process::start("stock", &mut command), site.world.worker("w1"));
+    until("ready", || ready.exists());
+    let outcome = |id: &str| {
+        let transactions = json!([{"id": id, "involved_services": ["stock"], "data": {}}]);
+        let submit = site.world.submit_given(&transactions, &["--wait", "--detail"]);
+        submit.succeeded(LIMIT).concat()
+    };
+    // Where it writes is no directory any more.
+    let writing = state.join("stock/writing");
+    fs::remove_dir(&writing).unwrap();
+    fs::write(&writing, "").unwrap();
+    for id in ["t1", "t2", "t3"] {
+        let told = outcome(id);
+        assert!(told.contains("ABORTED") && told.contains("failed"), "{told}");
+    }
+    let line = stock.wait_for_line("not ready until one succeeds", LIMIT);
+    assert!(line.contains("WARN") && line.contains("Not a directory"), "{line}");
+    until("not ready", || !ready.exists());
+
+    fs::remove_file(&writing).unwrap();
+    fs::create_dir(&writing).unwrap();
+    let told = outcome("t4");
+    assert!(told.contains("COMMITTED"), "{told}");
+    stock.wait_for_line("prepares succeed again", LIMIT);
+    until("ready again", || ready.exists());
+    drop(worker);
 }
