@@ -18,7 +18,7 @@ use crate::{
     clock::Clock,
     error::Chain,
     protocol::{coordinator::Event, time::Time},
-    transport::amqp::{connection::Backoff, consumer::Closed, link::Link},
+    transport::amqp::{bounded::ANSWER_MAX, connection::Backoff, consumer::Closed, link::Link},
     worker::{
         Settings,
         clocks::Standing,
@@ -67,11 +67,14 @@ pub(super) enum FollowError {
 impl Follower {
     /// Reads the journal to its end: on from where it was left, or from the beginning of the window.
     pub(super) async fn open(
-        journal: Journal,
+        mut journal: Journal,
         settings: &Settings,
         lasting: &mut Lasting,
     ) -> Result<Self, FollowError> {
-        let tail = read_journal(&journal, settings, lasting).await.map_err(FollowError::Read)?;
+        let opened = read_journal(&journal, settings, lasting).await;
+        let opened = opened.inspect_err(|error| journal.be_patient(error));
+        lasting.begin_max = if opened.is_ok() { ANSWER_MAX } else { journal.begin_max };
+        let tail = opened.map_err(FollowError::Read)?;
         Ok(Self {
             journal,
             tail,
@@ -122,7 +125,8 @@ impl Follower {
         };
         let mut backoff = Backoff::default();
         for attempt in 1.. {
-            match self.journal.resume(offset, digest).await {
+            let resumed = self.journal.resume(offset, digest).await;
+            match resumed.inspect_err(|error| self.journal.be_patient(error)) {
                 Ok(Some(tail)) => {
                     tracing::info!(offset, "the journal is read again");
                     self.tail = tail;

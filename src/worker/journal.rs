@@ -15,6 +15,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::future::try_join;
 use lapin::{
     message::Delivery,
     types::{AMQPValue, FieldTable, ShortString},
@@ -26,7 +27,7 @@ use crate::{
     error::Chain,
     protocol::{message::Decision, time::Time},
     transport::amqp::{
-        bounded::{ANSWER_MAX, AskError, answer},
+        bounded::{ANSWER_MAX, AskError, STREAM_MAX, answer},
         connection::{Backoff, BrokerConnection, PublishChannel},
         consumer::{Closed, Inbox},
         publisher::{CONFIRM_MAX, Outgoing, Published, publish_within},
@@ -141,6 +142,8 @@ pub(super) struct Journal {
     pub(super) queue: ShortString,
     pub(super) consuming: Arc<BrokerConnection>,
     pub(super) publishing: Arc<BrokerConnection>,
+    /// How long the broker has to begin a consumer.
+    pub(super) begin_max: Duration,
 }
 
 impl Tail {
@@ -230,7 +233,8 @@ impl Journal {
     async fn open(&self, from: AMQPValue, prefetch: u16) -> Result<Tail, ReadError> {
         let mut arguments = FieldTable::default();
         arguments.insert("x-stream-offset".into(), from);
-        let opening = Inbox::open(&self.consuming, self.queue.clone(), prefetch, arguments);
+        let (limit, queue) = (self.begin_max, self.queue.clone());
+        let opening = Inbox::open_within(limit, &self.consuming, queue, prefetch, arguments);
         // Each acknowledgement lets the broker send as many more as it speaks of. Told of every few,
         // as they are read, it would go through the stream a few at a time.
         Ok(Tail { inbox: opening.await.map_err(ReadError::Consume)?.lazy() })
@@ -264,10 +268,13 @@ impl Journal {
     pub(super) async fn resume(&self, offset: u64, digest: u64) -> Result<Option<Tail>, ReadError> {
         let marker = self.mark().await?;
         let Ok(at) = i64::try_from(offset) else { return Ok(None) };
-        if !self.reaches(offset, &marker).await? {
+        // At once: a broker that misses a node takes its time for each.
+        let opening = self.open(AMQPValue::LongLongInt(at), PREFETCH);
+        let (reaches, mut tail) = try_join(self.reaches(offset, &marker), opening).await?;
+        if !reaches {
+            tail.inbox.close().await;
             return Ok(None);
         }
-        let mut tail = self.open(AMQPValue::LongLongInt(at), PREFETCH).await?;
         let first = tail.record().await?;
         if first.offset == offset && first.digest == digest {
             return Ok(Some(tail));
@@ -335,11 +342,12 @@ impl Journal {
         clock_margin: Duration,
         marker: &ShortString,
     ) -> Result<(Tail, Record, Option<Time>), ReadError> {
-        let (head, begun) = self.beginning(marker).await?;
         // The broker's clock says when a record arrived, which by that of its worker may be as much
         // as the margin earlier than it was made.
         let seconds = (from - clock_margin).as_millis() / 1000;
-        let mut tail = self.open(AMQPValue::Timestamp(seconds), PREFETCH).await?;
+        // At once: a broker that misses a node takes its time for each.
+        let opening = self.open(AMQPValue::Timestamp(seconds), PREFETCH);
+        let ((head, begun), mut tail) = try_join(self.beginning(marker), opening).await?;
         let first = tail.record().await?;
         // Where something older is still there, nothing younger is gone.
         let is_after_others = first.offset > head;
@@ -396,6 +404,13 @@ impl Journal {
         let first = scan.next().await.map_err(ReadError::Compare)?;
         scan.close().await;
         Ok(first.is_some_and(|(offset, _)| offset <= end))
+    }
+
+    /// Gives the broker longer from now on, if that is what it lacked.
+    pub(super) fn be_patient(&mut self, error: &ReadError) {
+        if matches!(error, ReadError::Consume(AskError::Silent { .. })) {
+            self.begin_max = STREAM_MAX;
+        }
     }
 
     /// Writes a marker, and waits until it is there.

@@ -1,5 +1,7 @@
 //! What a worker keeps from one link to the next.
 
+use std::time::Duration;
+
 use crate::{
     clock::Clock,
     protocol::coordinator::Coordinator,
@@ -16,6 +18,8 @@ pub(super) struct Lasting {
     /// What is known of others under this worker's name.
     pub(super) namesakes: Namesakes,
     pub(super) last_read: Option<LastRead>,
+    /// How long the broker has to begin a consumer of the journal.
+    pub(super) begin_max: Duration,
     pub(super) tally: Tally,
 }
 

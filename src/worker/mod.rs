@@ -51,6 +51,7 @@ use crate::{
         message::{Answer, Outcome},
     },
     transport::amqp::{
+        bounded::ANSWER_MAX,
         connection::{Broker, ConnectError},
         error::{Disposition, is_refusal},
         names::Names,
@@ -166,6 +167,7 @@ pub async fn run(
         clocks,
         namesakes,
         last_read: None,
+        begin_max: ANSWER_MAX,
         tally,
     };
     let mut supervisor = Supervisor::default();

@@ -206,6 +206,7 @@ impl<'a> Session<'a> {
             queue: names.journal(),
             consuming: link.consuming.clone(),
             publishing: link.publishing.clone(),
+            begin_max: lasting.begin_max,
         };
         if lasting.clocks.is_off() {
             let margin = settings.coordinator.clock_margin;

@@ -19,10 +19,15 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::transport::amqp::error::{Disposition, is_refusal, may_pass};
 
-/// How long the broker has for one answer. A healthy one takes milliseconds. A node that needs another
-/// one takes 7 s to find that it can't be reached (Erlang's `net_setuptime`), and then goes on without
-/// it; asked again before that, it begins to wait anew.
-pub const ANSWER_MAX: Duration = Duration::from_secs(8);
+/// How long the broker has for one answer. A healthy one takes milliseconds, a cluster that elects a
+/// leader up to some seconds.
+pub const ANSWER_MAX: Duration = Duration::from_secs(5);
+
+/// How long it has to begin a stream's consumer that it has not begun in [`ANSWER_MAX`]. RabbitMQ 4
+/// asks its nodes twice, one after the other, and takes 7 s each time to find that one of them can't be
+/// reached (Erlang's `net_setuptime`). Asked again before that it begins anew, for as long as the node
+/// can't be reached.
+pub const STREAM_MAX: Duration = Duration::from_secs(16);
 
 /// How long the broker has to make a queue. One on several nodes has to elect a leader first.
 pub const DECLARE_MAX: Duration = Duration::from_secs(15);

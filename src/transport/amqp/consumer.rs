@@ -145,8 +145,19 @@ impl Inbox {
         prefetch: u16,
         arguments: FieldTable,
     ) -> Result<Self, AskError> {
+        Self::open_within(ANSWER_MAX, connection, queue, prefetch, arguments).await
+    }
+
+    /// The same, where the broker may take so long to begin.
+    pub async fn open_within(
+        limit: Duration,
+        connection: &BrokerConnection,
+        queue: ShortString,
+        prefetch: u16,
+        arguments: FieldTable,
+    ) -> Result<Self, AskError> {
         let channel = answer(ANSWER_MAX, connection.create_channel()).await?;
-        Self::on(channel, queue, prefetch, arguments).await
+        Self::begun_within(limit, channel, queue, prefetch, arguments).await
     }
 
     /// The same for a durable queue that may be declared anew while it is consumed. When the process
@@ -175,7 +186,17 @@ impl Inbox {
         prefetch: u16,
         arguments: FieldTable,
     ) -> Result<Self, AskError> {
-        let begun = Self::begin(&channel, &queue, prefetch, &arguments).await;
+        Self::begun_within(ANSWER_MAX, channel, queue, prefetch, arguments).await
+    }
+
+    async fn begun_within(
+        limit: Duration,
+        channel: Channel,
+        queue: ShortString,
+        prefetch: u16,
+        arguments: FieldTable,
+    ) -> Result<Self, AskError> {
+        let begun = Self::begin(limit, &channel, &queue, prefetch, &arguments).await;
         let consumer = begun.inspect_err(|error| {
             // A consumer that the broker begins too late would be given what nobody takes.
             if error.is_silent() {
@@ -197,6 +218,7 @@ impl Inbox {
     }
 
     async fn begin(
+        limit: Duration,
         channel: &Channel,
         queue: &ShortString,
         prefetch: u16,
@@ -205,7 +227,7 @@ impl Inbox {
         answer(ANSWER_MAX, channel.basic_qos(prefetch, BasicQosOptions::default())).await?;
         let options = BasicConsumeOptions::default();
         let consuming = channel.basic_consume(queue.clone(), "".into(), options, arguments.clone());
-        answer(ANSWER_MAX, consuming).await
+        answer(limit, consuming).await
     }
 
     /// Acknowledges only now and then: where a queue ends with its connection, or is a stream, nobody

@@ -19,7 +19,7 @@ use lapin::{
     types::{AMQPValue, FieldTable, ShortString},
 };
 
-use crate::transport::amqp::bounded::{ANSWER_MAX, AskError, answer, close_channel};
+use crate::transport::amqp::bounded::{ANSWER_MAX, AskError, STREAM_MAX, answer, close_channel};
 
 /// How many messages may be unacknowledged; and how many are acknowledged at once.
 const PREFETCH: u16 = 1000;
@@ -262,7 +262,7 @@ async fn consume(
     arguments.insert("x-stream-offset".into(), start);
     let options = BasicConsumeOptions::default();
     let consuming = channel.basic_consume(stream.clone(), "".into(), options, arguments);
-    answer(ANSWER_MAX, consuming).await
+    answer(STREAM_MAX, consuming).await
 }
 
 fn offset(delivery: &Delivery) -> Option<u64> {
