@@ -157,7 +157,7 @@ impl Nodes {
             // Three nodes share few cores: none may spin while it has nothing to do.
             (
                 "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS",
-                "+sbwt none +sbwtdcpu none +sbwtdio none +S 2:2".to_owned(),
+                "+sbwt none +sbwtdcpu none +sbwtdio none +S 2:2 -kernel net_setuptime 2".to_owned(),
             ),
             ("RABBITMQ_CTL_ERL_ARGS", "+sbwt none +S 1:1".to_owned()),
         ];
