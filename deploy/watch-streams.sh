@@ -9,17 +9,16 @@ usage: watch-streams.sh [--every SECONDS] [--vhost NAME] [--once] [STREAM]...
 
 Run it beside each node of a RabbitMQ cluster, as the node's user, where RabbitMQ's tools and the
 node's Erlang cookie are: as a service of the host, or as a container of the same image beside the
-node's. It needs nothing of dtc's, and costs next to nothing: the node itself looks, at the request
-of one `rabbitmqctl eval` every ten minutes.
+node's. It needs nothing of dtc's. A look costs what any call of `rabbitmqctl` costs, some 0.7 s of CPU.
 
-A replica of a stream is down if its node runs and it does not. One that is down three looks in a row
+A replica of a stream is down if its node runs and it does not. One that is down two looks in a row
 is started by `rabbitmq-streams restart_stream`, which stops writes for about a second. If that
 doesn't help, it is done again after 1, 2, 4, 8 and then every 16 minutes. The second node's watcher
 waits one look more, and the third's two: so one of them restarts the stream and not all.
 
   STREAM            the streams to be watched (dtc.journal dtc.unresolved dtc.audit); one that doesn't
                     exist is left alone
-  --every SECONDS   how long to wait between two looks (5)
+  --every SECONDS   how long to wait between two looks (15)
   --vhost NAME      where the streams are (/)
   --once            looks once, prints the replicas that are down, and ends: 0 if there are none, 1 if
                     there are some, 69 if the node doesn't tell
@@ -30,19 +29,15 @@ rabbit@<this host>.
 HELP
 }
 
-every=5
+every=15
 vhost=/
 once=
-# How many looks in a row must find the same replica down.
-looks=3
-# For how many seconds a node looks by itself.
-turn=600
-# How often it must have found none after a restart for that to have helped.
-whole=3
+# How many looks in a row must find the same replicas down.
+looks=2
 # The first pause between two restarts that didn't help, and the longest, in seconds.
 pause_first=60
 pause_max=960
-# How long one of RabbitMQ's tools may take besides, in seconds.
+# How long one of RabbitMQ's tools may take, in seconds.
 limit=60
 
 wrong() {
@@ -115,15 +110,14 @@ rest() {
     child=
 }
 
-# looked LOOKS TURNS: a line `down STREAM NODE` for each replica that was down in so many looks, once
-# there are some or after so many turns; and a line `looked` at the end.
+# Has the node look: $told has a line `down STREAM NODE` for each replica that is down, and then a line
+# `looked BEFORE`, with how many nodes that run come before this one.
 #
 # The node is asked what `rabbitmq-streams stream_status` asks it. One that can't tell, since it doesn't
 # see the others, knows of none that is down.
-looked() {
-    tool $((limit + $2 * every)) rabbitmqctl --quiet eval "
-        Before = length([N || N <- rabbit_nodes:list_running(), N < node()]),
-        Enough = case $1 of 1 -> 1; _ -> $1 + Before end,
+look() {
+    tool "$limit" rabbitmqctl --quiet eval "
+        Running = rabbit_nodes:list_running(),
         Down = fun(Stream) ->
             case rabbit_amqqueue:lookup(rabbit_misc:r(<<\"$vhost\">>, queue, Stream)) of
                 {ok, Q} ->
@@ -131,25 +125,14 @@ looked() {
                     case catch rabbit_stream_queue:status(<<\"$vhost\">>, Stream) of
                         Replicas when is_list(Replicas) ->
                             Up = [proplists:get_value(node, Replica) || Replica <- Replicas],
-                            Running = rabbit_nodes:list_running(),
-                            [{Stream, N} || N <- Members, lists:member(N, Running),
-                                not lists:member(N, Up)];
+                            [N || N <- Members, lists:member(N, Running), not lists:member(N, Up)];
                         _ -> []
                     end;
                 _ -> []
             end
         end,
-        Look = fun Look(Last, Count, Turns) ->
-            Found = lists:append([Down(Stream) || Stream <- [$listed]]),
-            Same = case Found of Last -> Count + 1; _ -> 1 end,
-            if
-                Found =/= [], Same >= Enough -> Found;
-                Turns =< 1 -> [];
-                true -> timer:sleep($every * 1000), Look(Found, Same, Turns - 1)
-            end
-        end,
-        [io:format(\"down ~s ~s~n\", [Stream, N]) || {Stream, N} <- Look([], 0, $2)],
-        io:format(\"looked~n\").
+        [io:format(\"down ~s ~s~n\", [Stream, N]) || Stream <- [$listed], N <- Down(Stream)],
+        io:format(\"looked ~b~n\", [length([N || N <- Running, N < node()])]).
     "
 }
 
@@ -158,11 +141,11 @@ down() {
 }
 
 has_looked() {
-    grep -qx looked "$told"
+    grep -q '^looked [0-9]' "$told"
 }
 
 if [ -n "$once" ]; then
-    looked 1 1
+    look
     if ! has_looked; then
         echo "watch-streams.sh: the node doesn't tell which replicas run: $(head -n 1 "$told")" >&2
         exit 69
@@ -173,30 +156,35 @@ if [ -n "$once" ]; then
 fi
 
 say "INFO watching $*, every $every s"
-turns=$((turn / every))
-if [ "$turns" -lt "$whole" ]; then turns=$whole; fi
-next=$turns
+# What the last look found, and in how many looks.
+found=
+count=0
+# The last pause after a restart, and when it is over.
 pause=0
 wait_until=0
 unable=
 while :; do
-    looked "$looks" "$next"
+    look
     if ! has_looked; then
         if [ -z "$unable" ]; then
             say "WARN the node doesn't tell which replicas run; it is asked again: $(head -n 1 "$told")"
         fi
-        unable=yes
+        unable=yes count=0 found=
         rest
         continue
     fi
+    if [ -n "$unable" ]; then say 'INFO the node tells again which replicas run'; fi
     unable=
+    if [ "$(down)" = "$found" ]; then count=$((count + 1)); else count=1; fi
     found=$(down)
     if [ -z "$found" ]; then
         if [ "$pause" -gt 0 ]; then say 'INFO all replicas run again'; fi
-        next=$turns pause=0 wait_until=0
+        pause=0 wait_until=0
+        rest
         continue
     fi
-    if [ "$(date +%s)" -lt "$wait_until" ]; then
+    before=$(sed -n 's/^looked //p' "$told")
+    if [ "$count" -lt $((looks + before)) ] || [ "$(date +%s)" -lt "$wait_until" ]; then
         rest
         continue
     fi
@@ -210,5 +198,5 @@ while :; do
     if [ "$pause" -lt "$pause_first" ]; then pause=$pause_first; fi
     if [ "$pause" -gt "$pause_max" ]; then pause=$pause_max; fi
     wait_until=$(($(date +%s) + pause))
-    next=$whole
+    rest
 done

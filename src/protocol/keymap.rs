@@ -127,7 +127,10 @@ impl<V> KeyMap<V> {
 
     /// All values, in no order that may be relied on.
     pub(crate) fn values(&self) -> impl Iterator<Item = &V> {
-        self.of.values().flat_map(|it| std::iter::once(&it.first).chain(&it.others)).map(|(_, value)| value)
+        self.of
+            .values()
+            .flat_map(|it| std::iter::once(&it.first).chain(&it.others))
+            .map(|(_, value)| value)
     }
 
     /// All values, in no order that may be relied on: only for what treats each alike.

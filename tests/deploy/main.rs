@@ -12,6 +12,7 @@ mod broker;
 mod lines;
 #[path = "../support/processes.rs"]
 mod processes;
+mod watcher;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
