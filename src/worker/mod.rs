@@ -8,7 +8,7 @@
 //! * `journal`, `follower`, `appender`: reading the stream of decisions, following its end, writing to
 //!   it.
 //! * `sources`, `intake`, `saturation`: what comes in, and how much of it.
-//! * `outbox`, `together`: what goes out.
+//! * `outbox`, `together`, `parking`: what goes out.
 //! * `searches`: looking for services.
 //! * `clocks`: whether this worker's clock fits those of the others.
 //! * `anomalies`: what is said of what is unusual.
@@ -24,6 +24,7 @@ mod intake;
 mod journal;
 mod lasting;
 mod outbox;
+mod parking;
 mod saturation;
 mod searches;
 mod session;

@@ -17,7 +17,9 @@ use crate::{
     protocol::{
         coordinator::{Effect, Event},
         ids::{ReplyToken, ServiceName, TransactionKey},
-        message::{Answer, Delivery, Outcome, Reason, ReasonCode, Request, TransactionSpec},
+        message::{
+            Answer, Delivery, Destination, Outcome, Reason, ReasonCode, Request, TransactionSpec,
+        },
     },
     transport::amqp::{
         bounded::AskError,
@@ -639,6 +641,8 @@ impl<'a> Session<'a> {
             Effect::SendPrepare { service, prepare, spare } => {
                 self.outbox.prepare(service, &prepare, spare);
             }
+            // A parked commit's command went out before its record.
+            Effect::Send { to: Destination::AnyInstance, .. } => {}
             Effect::Send { service, to, command } => self.outbox.send(service, to, &command),
             Effect::Append(decision) => self.appender.append(decision),
             Effect::ReadHistory { from, until } => {
@@ -658,25 +662,22 @@ impl<'a> Session<'a> {
                 self.reject_request(&request, delivery, reason);
             }
             Effect::Park(parked) => {
-                let (key, service) = (parked.key.clone(), parked.service().cloned());
                 self.lasting.tally.parked += 1;
                 tell_parked(&parked, &self.settings.names);
-                self.outbox.park(&parked, OnConfirm::Tell(Event::ParkConfirmed { key, service }));
+                self.outbox.park(parked);
             }
-            Effect::Settle { key, service, ack, was_parked } => {
-                if was_parked {
-                    tracing::info!(
-                        transaction = %key, %service,
-                        "a parked commit is settled: the service has applied it"
-                    );
-                } else {
-                    // As it is with most requests that are delivered again: another worker may have
-                    // parked something.
-                    tracing::debug!(
-                        transaction = %key, %service, "what may have been parked is done"
-                    );
-                }
+            Effect::Settle { key, service, ack, was_parked: true } => {
+                tracing::info!(
+                    transaction = %key, %service,
+                    "a parked commit is settled: the service has applied it"
+                );
                 self.settle(key, service, ack);
+            }
+            // As it is with every request that is delivered again: another worker may have parked
+            // something. If it has, the parked command is in the queue of its service, and its done
+            // will settle it: see `parking`.
+            Effect::Settle { key, service, was_parked: false, .. } => {
+                tracing::debug!(transaction = %key, %service, "what may have been parked is done");
             }
             Effect::Report(anomaly) => {
                 let names = &self.settings.names;
