@@ -3,7 +3,7 @@
 use crate::{
     clock::Clock,
     protocol::coordinator::Coordinator,
-    worker::{Tally, clocks::Clocks},
+    worker::{Tally, clocks::Clocks, suspects::Tries},
 };
 
 /// What outlives a link.
@@ -14,6 +14,8 @@ pub(super) struct Lasting {
     /// What is known of others' clocks.
     pub(super) clocks: Clocks,
     pub(super) last_read: Option<LastRead>,
+    /// What was read of requests that workers may die of.
+    pub(super) tries: Tries,
     pub(super) tally: Tally,
 }
 

@@ -8,6 +8,7 @@
 //! * `journal`, `follower`, `appender`: reading the stream of decisions, following its end, writing to
 //!   it.
 //! * `sources`, `intake`, `saturation`: what comes in, and how much of it.
+//! * `suspects`: requests that workers may die of.
 //! * `outbox`, `together`, `parking`: what goes out.
 //! * `searches`: looking for services.
 //! * `clocks`: whether this worker's clock fits those of the others.
@@ -29,6 +30,7 @@ mod saturation;
 mod searches;
 mod session;
 mod sources;
+mod suspects;
 mod together;
 
 use std::time::Duration;
@@ -40,6 +42,7 @@ use self::{
     clocks::Clocks,
     lasting::Lasting,
     session::{End, Session, SessionError, open_replies},
+    suspects::Tries,
 };
 use crate::{
     clock::Clock,
@@ -158,7 +161,8 @@ pub async fn run(
     let clock = Clock::start();
     let clocks = Clocks::new(settings.worker().clone(), settings.coordinator.clock_margin);
     let tally = Tally::default();
-    let mut lasting = Lasting { coordinator, clock, clocks, last_read: None, tally };
+    let tries = Tries::default();
+    let mut lasting = Lasting { coordinator, clock, clocks, last_read: None, tries, tally };
     let mut supervisor = Supervisor::default();
     loop {
         let failure = tokio::select! {

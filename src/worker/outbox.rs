@@ -28,10 +28,12 @@ use crate::{
         names::{self, ALL, ANY, NO_REPLY, Names},
         publisher::{LaneLost, Outgoing, Published, Publisher},
         reliable::ReliablePublisher,
+        unique,
     },
     wire::message::{Full, Item, Items, Kind, Settled},
     worker::{
         parking::{Next, Parking},
+        suspects::Try,
         together::{Prepares, Together},
     },
 };
@@ -70,6 +72,8 @@ pub(super) enum OnConfirm {
     Answer(Box<Outgoing>, Unacked),
     /// Write the record of a commit whose command is safe now.
     Record(Box<Parked>),
+    /// Try the suspect that this is.
+    Try(TransactionKey),
     /// Nothing.
     Nothing,
 }
@@ -81,6 +85,8 @@ pub(super) enum Followed {
     Event(Event),
     /// One of the things that a delivery waits for is safe.
     Safe(Unacked),
+    /// That this suspect is tried is written down.
+    MayTry(TransactionKey),
 }
 
 /// What an answer to a message of prepares is about.
@@ -244,6 +250,22 @@ impl Outbox {
 
     pub(super) fn settle(&mut self, settled: &Settled, then: OnConfirm) {
         let message = self.unresolved(Kind::Settled, body_of(settled));
+        self.durable(message, then);
+    }
+
+    /// Writes down, in the journal, that a suspect is tried or that this is over.
+    pub(super) fn write_down(&mut self, it: &Try, then: OnConfirm) {
+        let message = Outgoing {
+            key: self.names.journal(),
+            message_type: Kind::Decision.as_type(),
+            body: Items::new().into_body(),
+            persistent: true,
+            mandatory: true,
+            // The same one when it is published again.
+            message_id: Some(unique::name('t').into()),
+            headers: Some(it.headers()),
+            ..Outgoing::default()
+        };
         self.durable(message, then);
     }
 
@@ -455,6 +477,7 @@ impl Outbox {
                 }
             }
             OnConfirm::Ack(unacked) => self.followed.push_back(Followed::Safe(unacked)),
+            OnConfirm::Try(key) => self.followed.push_back(Followed::MayTry(key)),
             OnConfirm::Answer(message, unacked) => {
                 self.results.publish(*message, Answered::SetAside(unacked));
             }

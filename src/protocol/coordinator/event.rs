@@ -45,7 +45,8 @@ pub enum Event {
         request: Request,
         /// What to settle when its result is confirmed.
         delivery: Delivery,
-        /// How often it has been delivered, this time included.
+        /// How often it has been delivered, this time included; or less, if it is more than
+        /// [`deliveries_max`](super::Settings::deliveries_max) and still to be tried.
         deliveries: u32,
     },
     /// The service that [`Effect::FindService`] asked for exists; or nobody served it, as
