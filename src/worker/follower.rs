@@ -24,6 +24,7 @@ use crate::{
         clocks::Standing,
         journal::{Found, Journal, LookBack, ReadError, Record, Tail},
         lasting::{LastRead, Lasting},
+        suspects::Tries,
     },
 };
 
@@ -178,7 +179,8 @@ impl Follower {
 
 /// What a record says to the coordinator; and that it is the last one read.
 pub(super) fn read_event(lasting: &mut Lasting, record: Record) -> Event {
-    let Record { offset, decisions, digest, .. } = record;
+    let Record { offset, decisions, digest, tried, message_id, .. } = record;
+    lasting.tries.read(tried, message_id.as_ref(), &decisions);
     let now = lasting.clock.read();
     // Of a message all records are one worker's, and were made at about the same moment.
     if let Some(decision) = decisions.last() {
@@ -222,13 +224,15 @@ async fn read_journal(
             // Without a word from the journal only what is still to come is certain.
             let since = reaches.unwrap_or(now + margin);
             let lasting = &mut **lasting.lock().unwrap_or_else(PoisonError::into_inner);
+            lasting.tries = Tries::default();
             let event = Event::JournalAttached { next, since };
             lasting.coordinator.handle(now, event, &mut Vec::new());
         },
         |record| {
             decisions += record.decisions.len();
             let lasting = &mut **lasting.lock().unwrap_or_else(PoisonError::into_inner);
-            let Record { offset, decisions, digest, .. } = record;
+            let Record { offset, decisions, digest, tried, message_id, .. } = record;
+            lasting.tries.read(tried, message_id.as_ref(), &decisions);
             let now = lasting.clock.read();
             if let Some(decision) = decisions.last() {
                 lasting.clocks.past_record(now, decision);

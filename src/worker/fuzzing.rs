@@ -26,7 +26,9 @@ pub fn reply(message: &Message, delivery: Option<Delivery>) -> (Vec<Event>, Vec<
 ///
 /// It can't be understood.
 pub fn request(message: &Message, delivery: Delivery) -> Result<Event, RequestMalformed> {
-    intake::request(message).map(|request| intake::request_received(request, message, delivery))
+    let deliveries = intake::deliveries(message);
+    let received = |request| Event::RequestReceived { request, delivery, deliveries };
+    intake::request(message).map(received)
 }
 
 /// What a message of the journal says; `None`: it is from no stream.

@@ -97,14 +97,9 @@ pub(super) fn request(message: &Message) -> Result<Request, RequestMalformed> {
     })
 }
 
-/// [`Event::RequestReceived`] for it.
-pub(super) fn request_received(request: Request, message: &Message, delivery: Delivery) -> Event {
-    Event::RequestReceived { request, delivery, deliveries: deliveries(message) }
-}
-
 /// How often it has been delivered, this time included. What has not been delivered before was not
 /// counted by the broker, whatever its headers say: tools that move messages keep headers.
-fn deliveries(message: &Message) -> u32 {
+pub(super) fn deliveries(message: &Message) -> u32 {
     if !message.redelivered {
         return 1;
     }

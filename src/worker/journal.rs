@@ -35,7 +35,7 @@ use crate::{
         unique,
     },
     wire::message::{JournalBegun, Kind, decode},
-    worker::clocks::Standing,
+    worker::{clocks::Standing, suspects::Try},
 };
 
 /// How many messages are on their way to a reader.
@@ -59,6 +59,8 @@ pub(super) struct Record {
     pub(super) decisions: Vec<Arc<Decision>>,
     /// Whether it is the first of its journal, and what it says.
     pub(super) begun: Option<JournalBegun>,
+    /// What a worker has written down about a request that workers may die of.
+    pub(super) tried: Option<Try>,
     /// What tells a marker from others.
     pub(super) message_id: Option<ShortString>,
     /// What tells it from another message at the same place of another stream.
@@ -187,11 +189,13 @@ impl Record {
             offset,
             decisions: Vec::new(),
             begun: None,
+            tried: None,
             message_id: properties.message_id().clone(),
             digest: digest(&delivery.data),
         };
         if kind == Some(Kind::Decision) {
             record.decisions = items::<Decision>(offset, &delivery.data).map(Arc::new).collect();
+            record.tried = properties.headers().as_ref().and_then(Try::of);
         } else if kind == Some(Kind::JournalBegun) {
             record.begun = items::<JournalBegun>(offset, &delivery.data).next();
         } else {

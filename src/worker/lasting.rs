@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::{
     clock::Clock,
     protocol::coordinator::Coordinator,
-    worker::{Tally, clocks::Clocks, namesakes::Namesakes},
+    worker::{Tally, clocks::Clocks, namesakes::Namesakes, suspects::Tries},
 };
 
 /// What outlives a link.
@@ -20,6 +20,8 @@ pub(super) struct Lasting {
     pub(super) last_read: Option<LastRead>,
     /// How long the broker has to begin a consumer of the journal.
     pub(super) begin_max: Duration,
+    /// What was read of requests that workers may die of.
+    pub(super) tries: Tries,
     pub(super) tally: Tally,
 }
 

@@ -8,7 +8,8 @@
 //! * `journal`, `follower`, `appender`: reading the stream of decisions, following its end, writing to
 //!   it.
 //! * `sources`, `intake`, `saturation`: what comes in, and how much of it.
-//! * `outbox`, `together`: what goes out.
+//! * `suspects`: requests that workers may die of.
+//! * `outbox`, `together`, `parking`: what goes out.
 //! * `searches`: looking for services.
 //! * `clocks`: whether this worker's clock fits those of the others.
 //! * `anomalies`: what is said of what is unusual.
@@ -25,10 +26,12 @@ mod journal;
 mod lasting;
 mod namesakes;
 mod outbox;
+mod parking;
 mod saturation;
 mod searches;
 mod session;
 mod sources;
+mod suspects;
 mod together;
 
 use std::time::Duration;
@@ -41,6 +44,7 @@ use self::{
     lasting::Lasting,
     namesakes::Namesakes,
     session::{End, Session, SessionError, open_replies},
+    suspects::Tries,
 };
 use crate::{
     clock::Clock,
@@ -168,6 +172,7 @@ pub async fn run(
         namesakes,
         last_read: None,
         begin_max: ANSWER_MAX,
+        tries: Tries::default(),
         tally,
     };
     let mut supervisor = Supervisor::default();

@@ -18,7 +18,9 @@ use crate::{
     protocol::{
         coordinator::Event,
         ids::{ReplyToken, ServiceName, TransactionKey, WorkerId},
-        message::{Answer, Command, Delivery, Destination, Outcome, Parked, Prepare},
+        message::{
+            Answer, Command, Delivery, Destination, Finish, Matter, Outcome, Parked, Prepare,
+        },
     },
     transport::amqp::{
         bounded::AskError,
@@ -26,9 +28,14 @@ use crate::{
         names::{self, ALL, ANY, NO_REPLY, Names},
         publisher::{LaneLost, Outgoing, Published, Publisher},
         reliable::ReliablePublisher,
+        unique,
     },
     wire::message::{Full, Item, Items, Kind, Settled},
-    worker::together::{Prepares, Together},
+    worker::{
+        parking::{Next, Parking},
+        suspects::Try,
+        together::{Prepares, Together},
+    },
 };
 
 /// How long the confirm of a result may take. What one producer's queue lacks must not hold up what
@@ -63,6 +70,10 @@ pub(super) enum OnConfirm {
     /// Tell the producer of a request that is set aside, and acknowledge the request, whether or not
     /// that is taken: its producer can ask again.
     Answer(Box<Outgoing>, Unacked),
+    /// Write the record of a commit whose command is safe now.
+    Record(Box<Parked>),
+    /// Try the suspect that this is.
+    Try(TransactionKey),
     /// Nothing.
     Nothing,
 }
@@ -74,17 +85,15 @@ pub(super) enum Followed {
     Event(Event),
     /// One of the things that a delivery waits for is safe.
     Safe(Unacked),
+    /// That this suspect is tried is written down.
+    MayTry(TransactionKey),
 }
 
-/// What an answer to a publish on the lane for prepares is about.
+/// What an answer to a message of prepares is about.
 #[derive(Debug)]
-enum Stays {
-    Prepares {
-        keys: Vec<TransactionKey>,
-        service: ServiceName,
-    },
-    /// A command for the durable queue of a service. What gets lost is sent again.
-    Command,
+struct Asked {
+    keys: Vec<TransactionKey>,
+    service: ServiceName,
 }
 
 /// What an answer to a result is about.
@@ -115,13 +124,14 @@ struct Results {
 pub(super) struct Outbox {
     names: Names,
     worker: WorkerId,
-    prepares: Publisher<Stays>,
+    prepares: Publisher<Asked>,
     /// What an instance is told. What gets lost is sent again until it is answered, so nobody waits
     /// for its confirm.
     commands: Publisher<()>,
     results: Publisher<Answered>,
     /// What must not be lost.
     durable: ReliablePublisher<OnConfirm>,
+    parking: Parking,
     gathered: BTreeMap<To, Items>,
     together: Together,
     answers: BTreeMap<(Option<ReplyToken>, Outcome), Results>,
@@ -148,6 +158,7 @@ impl Outbox {
             commands: Publisher::unconfirmed(publishing, commands).await?,
             durable: ReliablePublisher::open(publishing, "what must not be lost").await?,
             names,
+            parking: Parking::default(),
             gathered: BTreeMap::new(),
             together: Together::default(),
             answers: BTreeMap::new(),
@@ -204,13 +215,57 @@ impl Outbox {
         self.result_message(reply, answer.outcome, body_of(answer))
     }
 
-    pub(super) fn park(&mut self, parked: &Parked, then: OnConfirm) {
+    /// Hands something to people. A commit's command goes to the durable queue of its service first,
+    /// and is not sent once more when the record is safe.
+    pub(super) fn park(&mut self, parked: Parked) {
+        let Matter::Uncommitted { service, branch, .. } = &parked.matter else {
+            return self.record(&parked);
+        };
+        match self.parking.asked(&parked.key, service) {
+            Next::Queue => {
+                let finish = Finish {
+                    key: parked.key.clone(),
+                    outcome: Outcome::Committed,
+                    branch: Some(branch.clone()),
+                    parked: true,
+                };
+                let to = To {
+                    service: service.clone(),
+                    destination: Destination::AnyInstance,
+                    kind: Kind::Finish,
+                };
+                let command = self.command(&to, body_of(&finish));
+                self.durable(command, OnConfirm::Record(Box::new(parked)));
+            }
+            Next::Record => self.record(&parked),
+            Next::Wait => {}
+        }
+    }
+
+    fn record(&mut self, parked: &Parked) {
         let message = self.unresolved(Kind::Parked, body_of(parked));
-        self.durable(message, then);
+        let (key, service) = (parked.key.clone(), parked.service().cloned());
+        self.durable(message, OnConfirm::Tell(Event::ParkConfirmed { key, service }));
     }
 
     pub(super) fn settle(&mut self, settled: &Settled, then: OnConfirm) {
         let message = self.unresolved(Kind::Settled, body_of(settled));
+        self.durable(message, then);
+    }
+
+    /// Writes down, in the journal, that a suspect is tried or that this is over.
+    pub(super) fn write_down(&mut self, it: &Try, then: OnConfirm) {
+        let message = Outgoing {
+            key: self.names.journal(),
+            message_type: Kind::Decision.as_type(),
+            body: Items::new().into_body(),
+            persistent: true,
+            mandatory: true,
+            // The same one when it is published again.
+            message_id: Some(unique::name('t').into()),
+            headers: Some(it.headers()),
+            ..Outgoing::default()
+        };
         self.durable(message, then);
     }
 
@@ -256,10 +311,15 @@ impl Outbox {
             reply_to: Some(self.reply_to()),
             ..Outgoing::default()
         };
-        self.prepares.publish(message, Stays::Prepares { keys, service });
+        self.prepares.publish(message, Asked { keys, service });
     }
 
     fn write_commands(&mut self, to: &To, items: Items) {
+        self.commands.publish(self.command(to, items.into_body()), ());
+    }
+
+    /// Commands, whatever they are. What is for any instance stays until one has taken it.
+    fn command(&self, to: &To, body: Vec<u8>) -> Outgoing {
         let To { service, destination, kind } = to;
         let (exchange, key, stays) = match destination {
             Destination::Instance(instance) => {
@@ -268,19 +328,15 @@ impl Outbox {
             Destination::AllInstances => (self.names.finish(), names::key(ALL, service), false),
             Destination::AnyInstance => (self.names.finish_any(), names::key(ANY, service), true),
         };
-        let message = Outgoing {
+        Outgoing {
             exchange,
             key,
             message_type: kind.as_type(),
-            body: items.into_body(),
+            body,
             persistent: stays,
             mandatory: stays,
             reply_to: Some(self.reply_to()),
             ..Outgoing::default()
-        };
-        match stays {
-            true => self.prepares.publish(message, Stays::Command),
-            false => self.commands.publish(message, ()),
         }
     }
 
@@ -325,8 +381,8 @@ impl Outbox {
                 let (answered, published) = answered?;
                 self.result_answered(answered, &published);
             } else if let Poll::Ready(answered) = self.prepares.poll_next(cx) {
-                let (stays, published) = answered?;
-                self.stays_answered(stays, &published);
+                let (asked, published) = answered?;
+                self.prepares_answered(asked, &published);
             } else if let Poll::Ready(safe) = self.durable.poll_next(cx) {
                 self.follow(safe?);
             } else if let Poll::Ready(written) = self.commands.poll_next(cx) {
@@ -340,13 +396,11 @@ impl Outbox {
         }
     }
 
-    fn stays_answered(&mut self, stays: Stays, published: &Published) {
+    fn prepares_answered(&mut self, asked: Asked, published: &Published) {
         if matches!(published, Published::Confirmed) {
             return;
         }
-        let Stays::Prepares { keys, service } = stays else {
-            return tracing::debug!(fate = ?published, "a command was not taken");
-        };
+        let Asked { keys, service } = asked;
         // No queue took it: as where there is none any more, and where its node has been stopped. Which
         // of them it is, a look for the service tells.
         self.followed.extend(keys.into_iter().map(|key| {
@@ -410,8 +464,20 @@ impl Outbox {
 
     fn follow(&mut self, then: OnConfirm) {
         match then {
-            OnConfirm::Tell(event) => self.followed.push_back(Followed::Event(event)),
+            OnConfirm::Tell(event) => {
+                if let Event::ParkConfirmed { key, service: Some(service) } = &event {
+                    self.parking.recorded(key, service);
+                }
+                self.followed.push_back(Followed::Event(event));
+            }
+            OnConfirm::Record(parked) => {
+                let next = parked.service().map(|it| self.parking.queued(&parked.key, it));
+                if next == Some(Next::Record) {
+                    self.record(&parked);
+                }
+            }
             OnConfirm::Ack(unacked) => self.followed.push_back(Followed::Safe(unacked)),
+            OnConfirm::Try(key) => self.followed.push_back(Followed::MayTry(key)),
             OnConfirm::Answer(message, unacked) => {
                 self.results.publish(*message, Answered::SetAside(unacked));
             }

@@ -20,7 +20,9 @@ use crate::{
     protocol::{
         coordinator::{Effect, Event},
         ids::{ReplyToken, ServiceName, TransactionKey},
-        message::{Answer, Delivery, Outcome, Reason, ReasonCode, Request, TransactionSpec},
+        message::{
+            Answer, Delivery, Destination, Outcome, Reason, ReasonCode, Request, TransactionSpec,
+        },
     },
     transport::amqp::{
         bounded::AskError,
@@ -47,6 +49,7 @@ use crate::{
         saturation::{Saturation, Wanted},
         searches::Searches,
         sources::Sources,
+        suspects::{Next, Suspect, Suspects, Try},
     },
 };
 
@@ -170,6 +173,7 @@ pub(super) struct Session<'a> {
     requests: Sources,
     searches: Searches,
     saturation: Saturation,
+    suspects: Suspects,
     /// What is not acknowledged yet.
     unsettled: Unsettled,
     /// Requests from the future, until it is known whether it is this worker's clock that is off.
@@ -273,6 +277,7 @@ impl<'a> Session<'a> {
             requests,
             searches,
             saturation: Saturation::default(),
+            suspects: Suspects::new(settings.coordinator.deliveries_max),
             unsettled: Unsettled::default(),
             doubtful: Vec::new(),
             comparing: None,
@@ -394,11 +399,13 @@ impl<'a> Session<'a> {
     fn wake_at(&self) -> Option<Instant> {
         let lasting = &self.lasting;
         // What would follow could not be sent.
-        let deadline = lasting.coordinator.next_deadline().filter(|_| !self.watch.is_blocked());
+        let is_blocked = self.watch.is_blocked();
+        let deadline = lasting.coordinator.next_deadline().filter(|_| !is_blocked);
         let deadline = deadline.map(|at| lasting.clock.instant_of(at));
         let saturated = self.saturation.wake_at(self.requests.taking());
         let wake_at = deadline.into_iter().chain(self.outbox.wake_at());
-        wake_at.chain(self.appender.wake_at()).chain(saturated).min()
+        let wake_at = wake_at.chain(self.appender.wake_at()).chain(saturated);
+        wake_at.chain(self.suspects.wake_at().filter(|_| !is_blocked)).min()
     }
 
     /// Whatever else can be handled before anything is written.
@@ -415,6 +422,7 @@ impl<'a> Session<'a> {
         if is_due && !self.watch.is_blocked() {
             self.dispatch(Event::DeadlineReached);
         }
+        self.try_suspects();
         Ok(())
     }
 
@@ -424,6 +432,11 @@ impl<'a> Session<'a> {
             Input::Appended => {}
             Input::Followed(Followed::Event(event)) | Input::Service(event) => self.dispatch(event),
             Input::Followed(Followed::Safe(unacked)) => self.safe(unacked),
+            Input::Followed(Followed::MayTry(key)) => {
+                if let Some(suspect) = self.suspects.recorded(&key, Instant::now()) {
+                    self.dispatch_request(suspect);
+                }
+            }
             Input::Reply(message) => {
                 self.reply_received(&message, Unacked::Reply(message.delivery_tag));
             }
@@ -525,12 +538,44 @@ impl<'a> Session<'a> {
                 }
                 self.lasting.tally.taken += 1;
                 self.unsettled.reply_of.insert(delivery, request.reply.clone());
-                self.dispatch(intake::request_received(request, &message, delivery));
+                let deliveries = intake::deliveries(&message);
+                let suspect = Suspect { request, delivery, deliveries };
+                // While it drains, the coordinator gives back all that comes.
+                let sifted = match self.drain_until {
+                    Some(_) => Some(suspect),
+                    None => self.suspects.sift(suspect, &self.lasting.tries),
+                };
+                if let Some(request) = sifted {
+                    self.dispatch_request(request);
+                }
             }
             Err(malformed) => {
                 let queue = self.settings.names.requests();
                 let then = self.telling_producer_of(&malformed, Unacked::Request(delivery));
                 self.set_aside(queue.as_str(), &message, &malformed.reason, then);
+            }
+        }
+    }
+
+    fn dispatch_request(&mut self, it: Suspect) {
+        let Suspect { request, delivery, deliveries } = it;
+        self.dispatch(Event::RequestReceived { request, delivery, deliveries });
+    }
+
+    /// Goes on with requests that workers may die of.
+    fn try_suspects(&mut self) {
+        // Nothing can be written down while the broker takes nothing.
+        while !self.watch.is_blocked() && self.drain_until.is_none() {
+            let Lasting { coordinator, tries, .. } = &*self.lasting;
+            let next = self.suspects.next(tries, Instant::now(), |key| coordinator.phase_of(key));
+            match next {
+                Some(Next::Record(it @ Try { begins: true, .. })) => {
+                    let then = OnConfirm::Try(it.key.clone());
+                    self.outbox.write_down(&it, then);
+                }
+                Some(Next::Record(it)) => self.outbox.write_down(&it, OnConfirm::Nothing),
+                Some(Next::Dispatch(given_up)) => self.dispatch_request(given_up),
+                None => return,
             }
         }
     }
@@ -657,8 +702,13 @@ impl<'a> Session<'a> {
             Effect::FindService { service, after } => self.searches.begin(service, after),
             Effect::CheckService(service) => self.searches.check(&service),
             Effect::SendPrepare { service, prepare, spare } => {
+                if let Some(it) = self.suspects.asked(&prepare.key) {
+                    self.outbox.write_down(&it, OnConfirm::Nothing);
+                }
                 self.outbox.prepare(service, &prepare, spare);
             }
+            // A parked commit's command went out before its record.
+            Effect::Send { to: Destination::AnyInstance, .. } => {}
             Effect::Send { service, to, command } => self.outbox.send(service, to, &command),
             Effect::Append(decision) => self.appender.append(decision),
             Effect::ReadHistory { from, until } => {
@@ -678,25 +728,22 @@ impl<'a> Session<'a> {
                 self.reject_request(&request, delivery, reason);
             }
             Effect::Park(parked) => {
-                let (key, service) = (parked.key.clone(), parked.service().cloned());
                 self.lasting.tally.parked += 1;
                 tell_parked(&parked, &self.settings.names);
-                self.outbox.park(&parked, OnConfirm::Tell(Event::ParkConfirmed { key, service }));
+                self.outbox.park(parked);
             }
-            Effect::Settle { key, service, ack, was_parked } => {
-                if was_parked {
-                    tracing::info!(
-                        transaction = %key, %service,
-                        "a parked commit is settled: the service has applied it"
-                    );
-                } else {
-                    // As it is with most requests that are delivered again: another worker may have
-                    // parked something.
-                    tracing::debug!(
-                        transaction = %key, %service, "what may have been parked is done"
-                    );
-                }
+            Effect::Settle { key, service, ack, was_parked: true } => {
+                tracing::info!(
+                    transaction = %key, %service,
+                    "a parked commit is settled: the service has applied it"
+                );
                 self.settle(key, service, ack);
+            }
+            // As it is with every request that is delivered again: another worker may have parked
+            // something. If it has, the parked command is in the queue of its service, and its done
+            // will settle it: see `parking`.
+            Effect::Settle { key, service, was_parked: false, .. } => {
+                tracing::debug!(transaction = %key, %service, "what may have been parked is done");
             }
             Effect::Report(anomaly) => {
                 let names = &self.settings.names;
@@ -763,7 +810,7 @@ impl<'a> Session<'a> {
 
     /// Requests that wait in the worker for a full service must not keep out others.
     async fn take_more_or_less(&mut self) -> Result<(), SessionError> {
-        let waiting = self.lasting.coordinator.waiting();
+        let waiting = self.lasting.coordinator.waiting() + self.suspects.len();
         let in_flight_max = self.settings.coordinator.in_flight_max;
         let taking = self.requests.taking();
         match self.saturation.observe(waiting, in_flight_max, taking, Instant::now()) {
@@ -786,6 +833,10 @@ impl<'a> Session<'a> {
         self.requests.cancel_all_but(0).await.map_err(opening("the queue of requests"))?;
         self.dispatch(Event::DrainRequested);
         for (delivery, _) in std::mem::take(&mut self.doubtful) {
+            self.requests.requeue(delivery);
+        }
+        for delivery in self.suspects.give_back() {
+            self.unsettled.reply_of.remove(&delivery);
             self.requests.requeue(delivery);
         }
         Ok(())

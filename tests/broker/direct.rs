@@ -60,6 +60,13 @@ impl Direct {
         self.runtime.block_on(async { deleting.await.unwrap() });
     }
 
+    /// What is published to `exchange` under `key` doesn't come to `queue` any more.
+    pub(crate) fn unbind(&self, queue: &str, exchange: &str, key: &str) {
+        let (exchange, key, nothing) = (exchange.into(), key.into(), FieldTable::default());
+        let unbinding = self.channel.queue_unbind(queue.into(), exchange, key, nothing);
+        self.runtime.block_on(async { unbinding.await.unwrap() });
+    }
+
     /// A queue bound to `exchange` that takes whatever comes.
     pub(crate) fn open_queue(&self, name: &str, exchange: &str, key: &str) {
         self.queue(name, exchange, key, FieldTable::default());

@@ -2,14 +2,22 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
-use std::time::Duration;
+use std::{fs, time::Duration};
 
+use dtc::{
+    transport::amqp::stream::{From, Scan},
+    wire::message::Kind,
+};
+use lapin::{Connection, ConnectionProperties};
 use serde_json::{Value, json};
+use tokio::runtime::Runtime;
 
 use crate::{
     broker::place,
+    crash::until,
     processes::{LIMIT, Process},
-    stand::{Producer, READY, Site},
+    proxy::{Deed, Frames, Reach},
+    stand::{BOTH, Producer, READY, Site},
 };
 
 /// What the worker says when it is over.
@@ -95,4 +103,125 @@ fn what_a_broken_instance_holds_is_applied_by_a_mended_one_and_settled() {
     println!("{}", parked.worker.wait_for_line(SETTLED, LIMIT));
     println!("{}", parked.stock.wait_for_line("a parked outcome is applied", LIMIT));
     drop((parked, mended));
+}
+
+/// How many records of each kind there are of what was handed to people.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Records {
+    parked: usize,
+    settled: usize,
+}
+
+impl Records {
+    fn at(site: &Site) -> Self {
+        let (url, stream) = (site.place.url.clone(), site.name("unresolved"));
+        Runtime::new().unwrap().block_on(async {
+            let connecting = Connection::connect(&url, ConnectionProperties::default());
+            let connection = connecting.await.unwrap();
+            let mut scan = Scan::open(&connection, stream.into(), From::First).await.unwrap();
+            let mut records = Self::default();
+            while let Some((_, message)) = scan.next().await.unwrap() {
+                let kind = message.properties.kind().as_ref().unwrap();
+                match Kind::parse_type(kind.as_str()) {
+                    Some(Kind::Parked) => records.parked += 1,
+                    Some(Kind::Settled) => records.settled += 1,
+                    other => panic!("{other:?}"),
+                }
+            }
+            scan.close().await;
+            connection.close(200, "".into()).await.unwrap();
+            records
+        })
+    }
+}
+
+fn commits_of(site: &Site, service: &str) -> usize {
+    let path = site.world.path("state").join(service).join("committed.log");
+    fs::read_to_string(path).unwrap_or_default().lines().count()
+}
+
+/// Each request that was in the hands of the killed worker left a `settled` record for each of its
+/// services, though nothing was parked; and each look at what is parked reads all of them.
+#[test]
+fn a_worker_killed_with_hundreds_of_requests_in_hand_leaves_no_records_of_what_was_not_parked() {
+    const TOTAL: usize = 1500;
+    let service = |name| json!({"name": name, "max_concurrency": 20, "max_wait_ms": 60_000});
+    let site = Site::of(place(), json!(BOTH.map(service)));
+    let services = BOTH.map(|name| site.service(name));
+    let lines = (0..TOTAL).map(|number| {
+        json!({"id": format!("t-{number}"), "involved_services": BOTH, "data": {}}).to_string()
+    });
+    let lines = lines.collect::<Vec<_>>().join("\n");
+    let flags = ["submit", "-", "--wait", "--output", "ndjson"];
+    let producer = Process::start_given("producer", &mut site.world.dtc(&flags), lines);
+    let requests = site.name("requests");
+    site.direct.until_holds(&requests, 1000);
+
+    let mut killed = site.worker(&[]);
+    until("some are committed", || commits_of(&site, "stock") >= 100);
+    killed.kill9();
+    let before = commits_of(&site, "stock");
+    assert!(before < TOTAL - 300, "{before} were committed before the worker was killed");
+    let mut next = Process::start("w2", &mut site.world.dtc(&["worker", "--name", "w2"]));
+    let answers = producer.succeeded(LIMIT);
+
+    let committed = answers.iter().filter(|answer| answer.contains("COMMITTED")).count();
+    assert_eq!(committed, TOTAL);
+    // What it writes down is safe when it has drained.
+    next.terminate();
+    next.exited(0, LIMIT);
+    assert_eq!(Records::at(&site), Records::default());
+    drop(services);
+}
+
+/// A worker that dies in the moment in which it has parked a commit has not told anybody: whoever
+/// takes over can't know. That it was settled was left to a record for each request that comes again.
+#[test]
+fn a_commit_that_a_worker_parks_and_dies_is_settled_once() {
+    // The first time, and three more; the next one is that of the parked command.
+    let service = json!([{"name": "stock", "max_concurrency": 2, "commit": {"fail_first": 4}}]);
+    let site = Site::of(place(), service);
+    let (stock, mut killed, producer) = (site.service("stock"), site.worker(&[]), site.producer());
+    let unresolved = Frames::confirms().on("w1").about(&site.name("unresolved"));
+    let parked = site.proxy.rule(unresolved, Reach::All, Deed::Swallow);
+    let id = producer.submit(&["stock"]);
+    parked.wait_for(1);
+    killed.kill9();
+    assert_eq!(Records::at(&site), Records { parked: 1, settled: 0 });
+
+    let mut next = Process::start("w2", &mut site.world.dtc(&["worker", "--name", "w2"]));
+    let answer = producer.answered(&id, LIMIT);
+    assert_eq!((&answer["status"], &answer["unresolved"]), (&json!("COMMITTED"), &json!([])));
+    println!("{}", next.wait_for_line(SETTLED, LIMIT));
+    site.is_committed_once(&id, &["stock"]);
+    next.terminate();
+    next.exited(0, LIMIT);
+    assert_eq!(Records::at(&site), Records { parked: 1, settled: 1 });
+    drop((producer, stock));
+}
+
+/// A parked command is made safe before it is recorded. If no queue takes it, that may hold up neither
+/// the record nor the result; and it was lost then.
+#[test]
+fn a_parked_commit_that_no_queue_takes_holds_up_no_result_and_gets_there_later() {
+    let service = json!([{"name": "stock", "max_concurrency": 2, "commit": {"fail_first": 4}}]);
+    let site = Site::of(place(), service);
+    let (stock, mut worker, producer) = (site.service("stock"), site.worker(&[]), site.producer());
+    site.direct.unbind(&site.name("finish.stock"), &site.name("finish.any"), "*.stock");
+    let id = producer.submit(&["stock"]);
+    println!("{}", worker.wait_for_line("has not taken a parked commit", LIMIT));
+    let answer = producer.answered(&id, LIMIT);
+    assert_eq!(
+        (&answer["status"], &answer["unresolved"]),
+        (&json!("COMMITTED"), &json!(["stock"]))
+    );
+    assert_eq!(Records::at(&site), Records { parked: 1, settled: 0 });
+
+    site.world.apply_topology(Some(&site.services));
+    println!("{}", worker.wait_for_line(SETTLED, LIMIT));
+    site.is_committed_once(&id, &["stock"]);
+    worker.terminate();
+    worker.exited(0, LIMIT);
+    assert_eq!(Records::at(&site), Records { parked: 1, settled: 1 });
+    drop((producer, stock));
 }

@@ -45,7 +45,8 @@ pub enum Event {
         request: Request,
         /// What to settle when its result is confirmed.
         delivery: Delivery,
-        /// How often it has been delivered, this time included.
+        /// How often it has been delivered, this time included; or less, if it is more than
+        /// [`deliveries_max`](super::Settings::deliveries_max) and still to be tried.
         deliveries: u32,
     },
     /// The service that [`Effect::FindService`] asked for exists; or nobody served it, as
@@ -265,7 +266,9 @@ pub enum Effect {
         /// What is wrong with it.
         reason: Reason,
     },
-    /// Write it down for a person, durably, and answer with [`Event::ParkConfirmed`].
+    /// Write it down for a person, durably, and answer with [`Event::ParkConfirmed`]. The parked
+    /// finish of a commit is sent after that; a driver may have made it safe before it wrote the
+    /// record, and then sends no other.
     Park(Parked),
     /// Write down, durably, that a parked commit was applied after all. That is final: a parked
     /// record of it that comes later, as one of a worker that died meanwhile may, changes nothing;
@@ -278,7 +281,9 @@ pub enum Effect {
         /// The delivery of the [`Event::DoneReceived`] that this follows from. It may be
         /// acknowledged when this record is safe, and that of every other effect that names it.
         ack: Option<Delivery>,
-        /// Whether it is known to have been parked. If not, a worker that is gone may have done so.
+        /// Whether it is known to have been parked. If not, a worker that is gone may have done so,
+        /// and not have sent the parked finish. A system in which each worker makes that safe before
+        /// the record needs no such record: the done of that finish will settle it.
         was_parked: bool,
     },
     /// Worth a line in the log or a count, nothing more.

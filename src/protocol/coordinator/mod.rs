@@ -101,7 +101,8 @@ pub struct Settings {
     /// How many more may wait for slots; half as many for services that can't be reached, or that
     /// nobody serves.
     pub waiting_max: usize,
-    /// A request delivered more often than this is aborted.
+    /// A request delivered more often than this is aborted. A driver that tries such requests apart
+    /// from others tells of no more deliveries than this, until it gives one up.
     pub deliveries_max: u32,
     /// How many inquiries about transactions of other workers are looked into at once.
     pub inquiries_max: usize,

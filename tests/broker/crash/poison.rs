@@ -1,64 +1,140 @@
-//! A request that no worker survives.
-
-use std::time::Duration;
+//! A request that no worker survives, and others that only look so.
 
 use dtc::protocol::message::{Outcome, ReasonCode};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{
     System,
-    ledger::assert_none_called_again,
-    load::{Load, Plan},
-    stream::{Watch, waiting_in},
+    ledger::{assert_none_called_again, assert_services_hold},
+    stream::{Watch, look_into, waiting_in},
     until,
 };
-use crate::broker::place;
+use crate::{
+    broker::place,
+    processes::{LIMIT, Process},
+};
 
-/// So many workers die of it.
-const CRASHES: usize = 25;
-/// So many times a request may be delivered before it is given up.
-const DELIVERIES_MAX: usize = 20;
+/// So many workers die at most.
+const CRASHES_MAX: usize = 40;
+/// So many times a request may be delivered before it is tried alone.
+const SUSPECT_AFTER: usize = 20;
+/// So many workers may die while they try it alone.
+const TRIES_MAX: usize = 5;
+/// So many may be killed while they look for the service: then they were not trying it.
+const LOOKING_MAX: usize = 5;
 
-#[test]
-fn a_request_that_25_workers_die_of_ends_aborted() {
-    let hangs = json!({"name": "payments", "max_concurrency": 3, "prepare": {"hang_rate": 1}});
-    let system = System::new(place(), json!([hangs]));
-    let instance = system.instance("payments", "payments", &[]);
-    let journal = Watch::journal(&system);
-    let commands = Watch::commands(&system);
-    let timeout = Some(Duration::from_secs(3600));
-    let plan = Plan { services: &["payments"], total: 1, per_second: 100, timeout };
-    let load = Load::start(&system, "t", plan);
+/// Submits these transactions, once each, and waits for no results: who waits for one publishes again.
+fn submit(system: &System, transactions: &[Value]) {
+    let lines: Vec<_> = transactions.iter().map(Value::to_string).collect();
+    let mut command = system.world.dtc(&["submit", "-"]);
+    Process::start_given("producer", &mut command, lines.join("\n")).succeeded(LIMIT);
+}
 
-    // Whoever has taken it asks the service, or gives it up for good.
+fn transaction(id: &str, service: &str) -> Value {
+    json!({"id": id, "involved_services": [service], "data": {}, "timeout_ms": 3_600_000})
+}
+
+/// Starts one worker after the other, and kills each when it has asked for `id`, or shows that it will not:
+/// how many have asked until it was decided.
+fn die_of(system: &System, id: &str, journal: &Watch, commands: &Watch) -> usize {
+    let decided = || !journal.decisions(id).is_empty();
     let mut asked = 0;
-    for number in 0..CRASHES {
+    for number in 0..CRASHES_MAX {
         let name = format!("w{number}");
         let mut worker = system.worker(&name, &[]);
-        let decided = || !journal.decisions("t-0").is_empty();
-        until("it takes the request", || commands.has_asked(&name) || decided());
-        asked += usize::from(commands.has_asked(&name));
+        until("it takes the request", || commands.has_asked(&name, id) || decided());
+        if decided() {
+            worker.terminate();
+            worker.exited(0, LIMIT);
+            return asked;
+        }
+        asked += 1;
         worker.kill9();
     }
-    let worker = system.worker("survivor", &[]);
-    let results = load.results();
-    until("the request is gone", || waiting_in(&system, system.names.requests()) == 0);
+    panic!("{asked} workers have died of it, and it isn't given up")
+}
 
-    let answer = &results.0[0].answer;
-    let reason = answer.reason.clone().unwrap();
-    println!(
-        "{CRASHES} workers crashed; {asked} deliveries in vain, and the next one ended it: {} \
-        ({}: {})",
-        answer.outcome,
-        reason.code,
-        reason.message.as_deref().unwrap_or_default()
-    );
-    assert_eq!((answer.outcome, reason.code), (Outcome::Aborted, ReasonCode::Failed));
-    assert_eq!(asked, DELIVERIES_MAX);
-    let decisions = journal.decisions("t-0");
+/// Each of the workers dies of one request, which is given up; those beside it, which were delivered as
+/// often, are carried out.
+#[test]
+fn a_request_that_each_worker_dies_of_ends_aborted_and_its_neighbours_committed() {
+    let hangs = json!({"name": "payments", "max_concurrency": 3, "prepare": {"hang_rate": 1}});
+    let slow = json!({"name": "stock", "max_concurrency": 1, "max_wait_ms": 86_400_000,
+        "prepare": {"latency_ms": 8000}});
+    let system = System::new(place(), json!([hangs, slow]));
+    let instances = ["payments", "stock"].map(|name| system.instance(name, name, &[]));
+    let (journal, commands) = (Watch::journal(&system), Watch::commands(&system));
+    let neighbours = ["n-0", "n-1", "n-2"];
+    submit(&system, &[transaction("poison", "payments")]);
+    submit(&system, &neighbours.map(|id| transaction(id, "stock")));
+
+    let asked = die_of(&system, "poison", &journal, &commands);
+    let decisions = journal.decisions("poison");
     assert!(decisions.iter().all(|it| it.outcome == Outcome::Aborted), "{decisions:?}");
+    let reason = decisions[0].reason.as_ref().unwrap();
+    let message = reason.message.as_deref().unwrap_or_default();
+    println!("{asked} workers died, and the next one gave it up ({}: {message})", reason.code);
+    assert_eq!(reason.code, ReasonCode::Failed);
+    let fewest = SUSPECT_AFTER + TRIES_MAX;
+    assert!((fewest..=fewest + LOOKING_MAX).contains(&asked), "{asked} died of it");
+
+    let worker = system.worker("survivor", &[]);
+    until("the neighbours are decided", || {
+        neighbours.iter().all(|id| !journal.decisions(id).is_empty())
+    });
+    until("the requests are gone", || waiting_in(&system, system.names.requests()) == 0);
+    system.wait_until_nothing_is_prepared();
     let ledgers = system.ledgers();
     assert_eq!(ledgers[0].started("prepare"), 1, "whatever dies, the service is called once");
     assert_none_called_again(&ledgers);
+    assert_services_hold(&ledgers[1..], &neighbours.map(str::to_owned).into());
+    drop((instances, worker));
+}
+
+/// It was aborted as "delivered too often", though nobody had tried it.
+#[test]
+fn a_request_that_somebody_has_looked_at_25_times_is_carried_out() {
+    let system = System::new(place(), json!([{"name": "stock", "max_concurrency": 1}]));
+    let instance = system.instance("stock", "stock", &[]);
+    let journal = Watch::journal(&system);
+    submit(&system, &[transaction("t-0", "stock")]);
+    look_into(&system, &system.names.requests(), 25);
+
+    let worker = system.worker("w1", &[]);
+    println!("{}", worker.wait_for_line("it is tried alone", LIMIT));
+    until("it is decided", || !journal.decisions("t-0").is_empty());
+    assert_eq!(journal.decisions("t-0")[0].outcome, Outcome::Committed);
+    system.wait_until_nothing_is_prepared();
+    assert_services_hold(&system.ledgers(), &["t-0".to_owned()].into());
+    drop((instance, worker));
+}
+
+/// All of them were aborted as "delivered too often", also those that had waited all the time.
+#[test]
+fn requests_that_wait_for_a_slot_while_22_workers_are_killed_are_carried_out() {
+    const KILLS: usize = 22;
+    let slow = json!({"name": "stock", "max_concurrency": 1, "max_wait_ms": 86_400_000,
+        "prepare": {"latency_ms": 10_000}});
+    let system = System::new(place(), json!([slow]));
+    let instance = system.instance("stock", "stock", &[]);
+    let (journal, commands) = (Watch::journal(&system), Watch::commands(&system));
+    let ids = ["t-0", "t-1", "t-2"];
+    submit(&system, &ids.map(|id| transaction(id, "stock")));
+
+    for number in 0..KILLS {
+        let name = format!("w{number}");
+        let mut worker = system.worker(&name, &[]);
+        until("it takes a request", || ids.iter().any(|id| commands.has_asked(&name, id)));
+        worker.kill9();
+    }
+    let left = ids.iter().filter(|id| journal.decisions(id).is_empty()).count();
+    println!("{left} of {} wait after {KILLS} kills", ids.len());
+    let worker = system.worker("survivor", &[]);
+    for id in ids {
+        until("it is decided", || !journal.decisions(id).is_empty());
+        assert_eq!(journal.decisions(id)[0].outcome, Outcome::Committed);
+    }
+    system.wait_until_nothing_is_prepared();
+    assert_services_hold(&system.ledgers(), &ids.map(str::to_owned).into());
     drop((instance, worker));
 }

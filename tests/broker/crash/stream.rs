@@ -11,8 +11,8 @@ use lapin::{
     Channel, Connection, ConnectionProperties,
     message::Delivery,
     options::{
-        BasicAckOptions, BasicConsumeOptions, BasicQosOptions, QueueBindOptions,
-        QueueDeclareOptions, QueueDeleteOptions,
+        BasicAckOptions, BasicConsumeOptions, BasicGetOptions, BasicNackOptions, BasicQosOptions,
+        QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions,
     },
     types::{AMQPValue, FieldTable, ShortString},
 };
@@ -83,10 +83,12 @@ impl Watch {
         items.map(Result::unwrap).filter(|it: &Decision| it.key.id.as_str() == id).collect()
     }
 
-    /// Whether `worker` has asked a service to prepare something, or whether it holds it.
-    pub(super) fn has_asked(&self, worker: &str) -> bool {
+    /// Whether `worker` has asked a service to prepare transaction `id`, or whether it holds it.
+    pub(super) fn has_asked(&self, worker: &str, id: &str) -> bool {
+        let id = format!("\"id\":\"{id}\"");
         let is_its = |it: &Delivery| {
             matches!(kind_of(it), Some(Kind::Prepare | Kind::Query))
+                && String::from_utf8_lossy(&it.data).contains(&id)
                 && it.properties.reply_to().as_ref().is_some_and(|to| to.as_str() == worker)
         };
         lock(&self.seen).iter().any(is_its)
@@ -108,6 +110,20 @@ async fn connect(system: &System) -> (Connection, Channel) {
     let channel = connection.create_channel().await.unwrap();
     channel.basic_qos(1000, BasicQosOptions::default()).await.unwrap();
     (connection, channel)
+}
+
+/// Takes the next message out of `queue` and puts it back, as somebody does who looks into it.
+pub(super) fn look_into(system: &System, queue: &ShortString, times: usize) {
+    system.runtime.block_on(async {
+        let (connection, channel) = connect(system).await;
+        for _ in 0..times {
+            let getting = channel.basic_get(queue.clone(), BasicGetOptions::default());
+            let message = getting.await.unwrap().expect("a message in the queue");
+            let back = BasicNackOptions { requeue: true, ..Default::default() };
+            message.acker.nack(back).await.unwrap();
+        }
+        connection.close(200, "".into()).await.unwrap();
+    });
 }
 
 /// How many messages wait in `queue`, those not counted that somebody has.

@@ -1,0 +1,485 @@
+//! Requests that may be what workers die of.
+//!
+//! The broker counts how often it delivers a request, and most of that says nothing of it: somebody
+//! has looked into the queue, a connection was lost, or a worker died of something else while this one
+//! waited for a slot. So one that was delivered more often than the coordinator would
+//! [try it](crate::protocol::coordinator::Settings::deliveries_max) is not given up: it is a *suspect*,
+//! and the coordinator is told of no more deliveries than that. Suspects are tried one at a time, and
+//! before one is tried that is written down in the journal, which every worker reads. When
+//! [`TRIES_MAX`] tries of it were not survived, it is given up.
+//!
+//! * A try is survived when its transaction has an outcome, or waits for a slot: then nothing of it
+//!   has begun. The latter is written down too, and so is that it begins after all. It doesn't begin
+//!   alone then, and that is written in the moment in which it begins.
+//! * What takes longer than [`ALONE_MAX`] makes room for the next suspect, and stays written down.
+//! * What is written down is an empty message of decisions with a header: whoever doesn't know of tries
+//!   takes it for a marker, and passes it over. It counts for as long as workers look back
+//!   ([`window`](crate::protocol::coordinator::Settings::window)) when they start.
+//! * A request that workers die of before they have written anything down, or so seldom that it is
+//!   forgotten, is given up when it was delivered [`DELIVERIES_MAX`] times.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
+
+use lapin::types::{AMQPValue, FieldTable, ShortString};
+use tokio::time::Instant;
+
+use crate::protocol::{
+    coordinator::Phase,
+    ids::{TransactionId, TransactionKey},
+    message::{Decision, Delivery, Request},
+    time::Time,
+};
+
+/// One of which so many tries were not survived is given up.
+const TRIES_MAX: u32 = 5;
+
+/// One that was delivered more often is given up, whatever is known of it.
+const DELIVERIES_MAX: u32 = 1000;
+
+/// How long others wait for the one that is being tried.
+const ALONE_MAX: Duration = Duration::from_secs(10);
+
+/// Of how many transactions tries are remembered.
+const REMEMBERED_MAX: usize = 4096;
+
+/// The headers of what is written down.
+const TRY: &str = "try";
+const TRY_ID: &str = "try-id";
+const TRY_REQUESTED_AT: &str = "try-requested-at";
+const BEGUN: &str = "begun";
+const OVER: &str = "over";
+
+/// What is written down of one suspect.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Try {
+    pub(super) key: TransactionKey,
+    /// Whether it begins; or is over, and the worker lives.
+    pub(super) begins: bool,
+}
+
+/// A request, and how often it was delivered.
+#[derive(Debug)]
+pub(super) struct Suspect {
+    pub(super) request: Request,
+    pub(super) delivery: Delivery,
+    pub(super) deliveries: u32,
+}
+
+/// The suspects in hand.
+#[derive(Debug)]
+pub(super) struct Suspects {
+    /// A request that was delivered more often is one.
+    deliveries_max: u32,
+    waiting: VecDeque<Suspect>,
+    lane: Lane,
+    /// Those that the coordinator has, and that wait for slots.
+    unbegun: BTreeSet<TransactionKey>,
+}
+
+#[derive(Debug, Default)]
+enum Lane {
+    #[default]
+    Free,
+    /// That it is tried is being written down.
+    Recording(Suspect),
+    Trying {
+        key: TransactionKey,
+        until: Instant,
+    },
+}
+
+/// How many tries of each transaction were not survived, as far as the journal was read.
+#[derive(Debug, Default)]
+pub(super) struct Tries {
+    of: BTreeMap<TransactionKey, Known>,
+    heard: u64,
+}
+
+/// What is known of the tries of one transaction.
+#[derive(Debug, Default)]
+struct Known {
+    tries: u32,
+    /// The id of the message that was heard last, which may come twice; and its number.
+    last: Option<ShortString>,
+    heard: u64,
+}
+
+/// What is to be done about a request.
+#[derive(Debug)]
+pub(super) enum Next {
+    /// Write this down; [`Suspects::recorded`] says what follows.
+    Record(Try),
+    /// The coordinator is to have it, as one that was delivered so often.
+    Dispatch(Suspect),
+}
+
+impl Suspect {
+    /// One that was published twice is a suspect as a whole.
+    fn is_suspect(&self, deliveries_max: u32, tries: &Tries) -> bool {
+        self.deliveries > deliveries_max || tries.of(&self.request.key) > 0
+    }
+
+    /// To be tried once more, however often it was delivered.
+    fn tried(self, deliveries_max: u32) -> Self {
+        Self { deliveries: self.deliveries.min(deliveries_max), ..self }
+    }
+
+    /// Not to be tried again.
+    fn given_up(self) -> Self {
+        Self { deliveries: u32::MAX, ..self }
+    }
+}
+
+impl Suspects {
+    pub(super) fn new(deliveries_max: u32) -> Self {
+        let (waiting, lane, unbegun) = (VecDeque::new(), Lane::Free, BTreeSet::new());
+        Self { deliveries_max, waiting, lane, unbegun }
+    }
+
+    /// A request has come: it is the coordinator's at once, unless it is a suspect.
+    pub(super) fn sift(&mut self, suspect: Suspect, tries: &Tries) -> Option<Suspect> {
+        if !suspect.is_suspect(self.deliveries_max, tries) {
+            return Some(suspect);
+        }
+        if suspect.deliveries > DELIVERIES_MAX {
+            return Some(suspect.given_up());
+        }
+        self.waiting.push_back(suspect);
+        None
+    }
+
+    /// What is to be done next, if anything is; `phase_of` tells where a transaction stands.
+    pub(super) fn next(
+        &mut self,
+        tries: &Tries,
+        now: Instant,
+        phase_of: impl Fn(&TransactionKey) -> Option<Phase>,
+    ) -> Option<Next> {
+        self.unbegun.retain(|key| phase_of(key).is_some());
+        if let Lane::Trying { key, until } = &self.lane {
+            match phase_of(key) {
+                Some(Phase::Waiting) => {
+                    let key = key.clone();
+                    self.lane = Lane::Free;
+                    self.unbegun.insert(key.clone());
+                    return Some(Next::Record(Try { key, begins: false }));
+                }
+                Some(_) if *until > now => return None,
+                Some(_) | None => self.lane = Lane::Free,
+            }
+        }
+        if !matches!(self.lane, Lane::Free) {
+            return None;
+        }
+        let suspect = self.waiting.pop_front()?;
+        let key = suspect.request.key.clone();
+        if tries.of(&key) >= TRIES_MAX {
+            return Some(Next::Dispatch(suspect.given_up()));
+        }
+        tracing::warn!(
+            transaction = %key, deliveries = suspect.deliveries, tries = tries.of(&key),
+            "a request has been delivered so often that it may be what workers die of; it is tried \
+             alone"
+        );
+        self.lane = Lane::Recording(suspect);
+        Some(Next::Record(Try { key, begins: true }))
+    }
+
+    /// That `key` is tried is written down: now it may be.
+    pub(super) fn recorded(&mut self, key: &TransactionKey, now: Instant) -> Option<Suspect> {
+        let next = Lane::Trying { key: key.clone(), until: now + ALONE_MAX };
+        match std::mem::replace(&mut self.lane, next) {
+            Lane::Recording(suspect) if suspect.request.key == *key => {
+                Some(suspect.tried(self.deliveries_max))
+            }
+            other @ (Lane::Free | Lane::Recording(_) | Lane::Trying { .. }) => {
+                self.lane = other;
+                None
+            }
+        }
+    }
+
+    /// A service is asked to prepare `key`: what is to be written down, if it is a suspect that has
+    /// waited for that.
+    pub(super) fn asked(&mut self, key: &TransactionKey) -> Option<Try> {
+        let key = self.unbegun.take(key)?;
+        Some(Try { key, begins: true })
+    }
+
+    /// When to look again though nothing happens.
+    pub(super) fn wake_at(&self) -> Option<Instant> {
+        match &self.lane {
+            Lane::Trying { until, .. } if !self.waiting.is_empty() => Some(*until),
+            Lane::Trying { .. } | Lane::Recording(_) | Lane::Free => None,
+        }
+    }
+
+    /// How many wait to be tried.
+    pub(super) fn len(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Those that the coordinator doesn't have, which are for other workers now.
+    pub(super) fn give_back(&mut self) -> impl Iterator<Item = Delivery> + use<> {
+        let recording = match std::mem::take(&mut self.lane) {
+            Lane::Recording(suspect) => Some(suspect),
+            Lane::Trying { .. } | Lane::Free => None,
+        };
+        let waiting = std::mem::take(&mut self.waiting);
+        recording.into_iter().chain(waiting).map(|suspect| suspect.delivery)
+    }
+}
+
+impl Tries {
+    /// How many of `key` were not survived; that which is under way counts.
+    fn of(&self, key: &TransactionKey) -> u32 {
+        self.of.get(key).map_or(0, |known| known.tries)
+    }
+
+    /// A message of the journal was read.
+    pub(super) fn read(
+        &mut self,
+        tried: Option<Try>,
+        message_id: Option<&ShortString>,
+        decisions: &[Arc<Decision>],
+    ) {
+        if let Some(it) = tried {
+            self.heard(it, message_id);
+        }
+        // Nobody will try again what has an outcome.
+        if !self.of.is_empty() {
+            for decision in decisions {
+                self.of.remove(&decision.key);
+            }
+        }
+    }
+
+    fn heard(&mut self, it: Try, message_id: Option<&ShortString>) {
+        let is_new = !self.of.contains_key(&it.key);
+        if is_new && !it.begins {
+            return;
+        }
+        if is_new && self.of.len() >= REMEMBERED_MAX {
+            let oldest = self.of.iter().min_by_key(|(_, known)| known.heard);
+            if let Some(oldest) = oldest.map(|(key, _)| key.clone()) {
+                self.of.remove(&oldest);
+            }
+        }
+        let known = self.of.entry(it.key).or_default();
+        // What was not confirmed in time is published again.
+        if message_id.is_some() && known.last.as_ref() == message_id {
+            return;
+        }
+        self.heard += 1;
+        known.heard = self.heard;
+        known.last = message_id.cloned();
+        known.tries = match it.begins {
+            true => known.tries.saturating_add(1),
+            false => known.tries.saturating_sub(1),
+        };
+    }
+}
+
+impl Try {
+    /// As the headers of an empty message of decisions.
+    pub(super) fn headers(&self) -> FieldTable {
+        let TransactionKey { id, requested_at } = &self.key;
+        let millis = i64::try_from(requested_at.as_millis()).unwrap_or(i64::MAX);
+        let what = if self.begins { BEGUN } else { OVER };
+        let mut headers = FieldTable::default();
+        headers.insert(TRY.into(), AMQPValue::LongString(what.into()));
+        headers.insert(TRY_ID.into(), AMQPValue::LongString(id.as_str().into()));
+        headers.insert(TRY_REQUESTED_AT.into(), AMQPValue::LongLongInt(millis));
+        headers
+    }
+
+    /// What headers say, if it is that.
+    pub(super) fn of(headers: &FieldTable) -> Option<Self> {
+        let text = |name| match headers.inner().get(name) {
+            Some(AMQPValue::LongString(text)) => std::str::from_utf8(text.as_bytes()).ok(),
+            Some(_) | None => None,
+        };
+        let begins = match text(TRY)? {
+            BEGUN => true,
+            OVER => false,
+            _ => return None,
+        };
+        let id = TransactionId::parse(text(TRY_ID)?).ok()?;
+        let AMQPValue::LongLongInt(millis) = headers.inner().get(TRY_REQUESTED_AT)? else {
+            return None;
+        };
+        let millis = u64::try_from(*millis).ok()?;
+        let requested_at = Time::from_millis(millis);
+        Some(Self { key: TransactionKey { id, requested_at }, begins })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use tokio::time::Instant;
+
+    use super::{
+        ALONE_MAX, DELIVERIES_MAX, Next, REMEMBERED_MAX, Suspect, Suspects, TRIES_MAX, Tries, Try,
+    };
+    use crate::protocol::{
+        coordinator::Phase,
+        ids::{RequestHash, ServiceName, TransactionId, TransactionKey, WorkerId},
+        message::{Decision, Delivery, Outcome, Payload, Request},
+        time::Time,
+    };
+
+    const SUSPECT_AFTER: u32 = 20;
+
+    fn key(number: usize) -> TransactionKey {
+        let id = TransactionId::parse(&format!("t{number}")).unwrap();
+        TransactionKey { id, requested_at: Time::from_millis(1000) }
+    }
+
+    fn suspect(number: usize, deliveries: u32) -> Suspect {
+        let request = Request {
+            key: key(number),
+            services: Arc::new([ServiceName::parse("stock").unwrap()]),
+            data: Payload::new("{}"),
+            request_hash: RequestHash([0; 16]),
+            timeout: None,
+            reply: None,
+        };
+        Suspect { request, delivery: Delivery(number as u64), deliveries }
+    }
+
+    /// What each of the next steps is, until there is none.
+    fn steps(suspects: &mut Suspects, tries: &Tries, phase: Option<Phase>) -> Vec<String> {
+        let mut next = || suspects.next(tries, Instant::now(), |_| phase);
+        let said = |next| match next {
+            Next::Record(Try { key, begins: true }) => format!("{} begins", key.id),
+            Next::Record(Try { key, begins: false }) => format!("{} is over", key.id),
+            Next::Dispatch(it) => format!("{} came {} times", it.request.key.id, it.deliveries),
+        };
+        std::iter::from_fn(|| next().map(said)).collect()
+    }
+
+    fn begun(tries: &mut Tries, number: usize) {
+        tries.read(Some(Try { key: key(number), begins: true }), None, &[]);
+    }
+
+    #[test]
+    fn one_is_tried_at_a_time_and_none_before_that_is_written_down() {
+        let (mut suspects, tries) = (Suspects::new(SUSPECT_AFTER), Tries::default());
+        assert!(suspects.sift(suspect(1, SUSPECT_AFTER), &tries).is_some(), "it is none");
+        assert!(suspects.sift(suspect(2, SUSPECT_AFTER + 1), &tries).is_none());
+        assert!(suspects.sift(suspect(3, SUSPECT_AFTER + 5), &tries).is_none());
+        assert_eq!(steps(&mut suspects, &tries, None), ["t2 begins"]);
+        assert!(suspects.recorded(&key(3), Instant::now()).is_none());
+        let tried = suspects.recorded(&key(2), Instant::now()).unwrap();
+        assert_eq!(tried.deliveries, SUSPECT_AFTER);
+        assert!(steps(&mut suspects, &tries, Some(Phase::Preparing)).is_empty());
+        // It has an outcome, and is forgotten.
+        assert_eq!(steps(&mut suspects, &tries, None), ["t3 begins"]);
+    }
+
+    #[test]
+    fn one_that_waits_for_a_slot_has_survived_and_is_written_down_again_when_it_begins() {
+        let (mut suspects, mut tries) = (Suspects::new(SUSPECT_AFTER), Tries::default());
+        suspects.sift(suspect(1, 30), &tries);
+        suspects.sift(suspect(2, 30), &tries);
+        steps(&mut suspects, &tries, None);
+        suspects.recorded(&key(1), Instant::now());
+        begun(&mut tries, 1);
+        assert!(suspects.sift(suspect(1, 1), &tries).is_none(), "however it comes");
+        suspects.waiting.pop_back();
+        let waiting = Some(Phase::Waiting);
+        assert_eq!(steps(&mut suspects, &tries, waiting), ["t1 is over", "t2 begins"]);
+        tries.read(Some(Try { key: key(1), begins: false }), None, &[]);
+        assert_eq!(tries.of(&key(1)), 0);
+        assert_eq!(suspects.asked(&key(1)), Some(Try { key: key(1), begins: true }));
+        assert_eq!(suspects.asked(&key(1)), None, "once");
+        assert_eq!(suspects.asked(&key(9)), None);
+    }
+
+    #[test]
+    fn one_that_workers_died_of_is_given_up_and_its_neighbours_are_not() {
+        let (mut suspects, mut tries) = (Suspects::new(SUSPECT_AFTER), Tries::default());
+        (0..TRIES_MAX).for_each(|_| begun(&mut tries, 1));
+        (1..TRIES_MAX).for_each(|_| begun(&mut tries, 2));
+        suspects.sift(suspect(1, 30), &tries);
+        suspects.sift(suspect(2, 30), &tries);
+        let given_up = format!("t1 came {} times", u32::MAX);
+        assert_eq!(steps(&mut suspects, &tries, None), [given_up.as_str(), "t2 begins"]);
+    }
+
+    #[test]
+    fn one_that_is_delivered_without_end_is_given_up_whatever_is_written_down() {
+        let (mut suspects, tries) = (Suspects::new(SUSPECT_AFTER), Tries::default());
+        assert!(suspects.sift(suspect(1, DELIVERIES_MAX), &tries).is_none());
+        assert_eq!(
+            suspects.sift(suspect(1, DELIVERIES_MAX + 1), &tries).unwrap().deliveries,
+            u32::MAX
+        );
+    }
+
+    #[test]
+    fn one_that_takes_long_makes_room_for_the_next() {
+        let (mut suspects, tries) = (Suspects::new(SUSPECT_AFTER), Tries::default());
+        suspects.sift(suspect(1, 30), &tries);
+        suspects.sift(suspect(2, 30), &tries);
+        steps(&mut suspects, &tries, None);
+        let now = Instant::now();
+        suspects.recorded(&key(1), now);
+        assert_eq!(suspects.wake_at(), Some(now + ALONE_MAX));
+        let preparing = |_: &TransactionKey| Some(Phase::Preparing);
+        assert!(suspects.next(&tries, now, preparing).is_none());
+        assert!(suspects.next(&tries, now + ALONE_MAX, preparing).is_some());
+    }
+
+    #[test]
+    fn what_is_not_tried_yet_goes_to_others_when_this_worker_stops() {
+        let (mut suspects, tries) = (Suspects::new(SUSPECT_AFTER), Tries::default());
+        suspects.sift(suspect(1, 30), &tries);
+        suspects.sift(suspect(2, 30), &tries);
+        steps(&mut suspects, &tries, None);
+        let back: Vec<_> = suspects.give_back().collect();
+        assert_eq!(back, [Delivery(1), Delivery(2)]);
+        assert!(suspects.recorded(&key(1), Instant::now()).is_none());
+    }
+
+    #[test]
+    fn tries_of_what_is_decided_are_forgotten_and_so_are_the_oldest_of_too_many() {
+        let mut tries = Tries::default();
+        begun(&mut tries, 1);
+        let decision = Decision {
+            key: key(1),
+            request_hash: RequestHash([0; 16]),
+            outcome: Outcome::Aborted,
+            branches: Vec::new(),
+            reason: None,
+            decided_at: Time::EPOCH,
+            worker: WorkerId::parse("w1").unwrap(),
+        };
+        tries.read(None, None, &[Arc::new(decision)]);
+        assert_eq!(tries.of(&key(1)), 0);
+        let twice = || Some(Try { key: key(2), begins: true });
+        tries.read(twice(), Some(&"m1".into()), &[]);
+        tries.read(twice(), Some(&"m1".into()), &[]);
+        assert_eq!(tries.of(&key(2)), 1, "one message that came twice");
+        (0..=REMEMBERED_MAX).for_each(|number| begun(&mut tries, number));
+        assert_eq!((tries.of.len(), tries.of(&key(0))), (REMEMBERED_MAX, 0));
+    }
+
+    #[test]
+    fn what_is_written_down_is_read_again_and_other_headers_are_none_of_it() {
+        for begins in [true, false] {
+            let it = Try { key: key(7), begins };
+            assert_eq!(Try::of(&it.headers()), Some(it));
+        }
+        let mut headers = Try { key: key(7), begins: true }.headers();
+        headers.insert("try".into(), lapin::types::AMQPValue::LongString("later".into()));
+        assert_eq!(Try::of(&headers), None);
+        assert_eq!(Try::of(&lapin::types::FieldTable::default()), None);
+    }
+}
