@@ -10,7 +10,7 @@ use tracing_subscriber::filter::LevelFilter;
 
 use crate::{
     cli::{
-        Exit, Failure,
+        Exit, Failure, asleep,
         broker::{self, BrokerArguments, flag},
         input::{bad_data, name, open},
         progress,
@@ -111,6 +111,7 @@ pub(super) fn run(arguments: &ServiceArguments) -> Result<Exit, Failure> {
         service = %settings.service, instance = %settings.instance,
         broker = %settings.broker.address, namespace = %settings.names.namespace(), "starting"
     );
+    asleep::watch(&runtime);
     let stop = signals::heard(&interrupt);
     let file = ReadyFile::at(arguments.ready_file.as_deref(), &runtime)?;
     settings.serving = file.serving();
