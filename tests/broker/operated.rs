@@ -208,3 +208,27 @@ fn an_array_with_a_transaction_that_is_too_large_for_a_message_begins_nothing() 
     assert!(said.contains("large") && said.contains("261120"), "{said}");
     assert_eq!(run.stdout.text(), "");
 }
+
+/// Its services.json said that all instances share one cap, and each of them had slots of its own: the
+/// queue was as an older services.json made it, and nobody said so.
+#[test]
+fn an_instance_whose_services_json_is_not_that_of_its_queue_says_so() {
+    let site = Site::new();
+    let newer = json!([
+        {"name": "stock", "max_concurrency": 8, "max_wait_ms": 500, "cap": "service"},
+    ]);
+    let newer = site.world.file("newer.json", &newer);
+    let instance =
+        |services| site.world.service(services, "stock", Some(&site.world.path("state")));
+    let (same, another) = (instance(&site.services), instance(&newer));
+    for told in [
+        r#"field="max_wait_ms" services_json="500" queue="10000""#,
+        r#"field="cap" services_json="service" queue="instance""#,
+    ] {
+        let line = another.wait_for_line(told, LIMIT);
+        assert!(line.contains("was made from another services.json"), "{line}");
+    }
+    drop(another);
+    // The one that has the same as the queue was served all the while, and had nothing to say.
+    assert!(!same.stderr.all().iter().any(|line| line.contains("another services.json")));
+}
