@@ -232,3 +232,17 @@ fn an_instance_whose_services_json_is_not_that_of_its_queue_says_so() {
     // The one that has the same as the queue was served all the while, and had nothing to say.
     assert!(!same.stderr.all().iter().any(|line| line.contains("another services.json")));
 }
+
+/// The broker's own words were all: `NOT_FOUND - no queue 'dtc.journal' in vhost '/'`.
+#[test]
+fn a_status_where_there_is_no_journal_says_what_makes_one() {
+    let site = Site::new();
+    let mut command = site.world.dtc_at_broker(&["status", "TX1", "--namespace", "nobodys"]);
+    let mut status = Process::start("status", &mut command);
+    status.exited(78, LIMIT);
+    status.wait_for_line(
+        "there is no stream `nobodys.journal`: run `dtc topology apply`, or give the broker and the \
+         namespace that were given there",
+        LIMIT,
+    );
+}
