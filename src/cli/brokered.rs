@@ -144,7 +144,7 @@ fn run_at(
         // What was given up won't end in a little more time either.
         system.stop(if sent.is_given_up { ANSWER_MAX } else { STOP_MAX }).await;
     });
-    tell(&sent.missing(true));
+    tell(&(sent.before() + &sent.missing(true)));
     if let Some(failure) = sent.fatal {
         return Err(failure);
     }

@@ -4,6 +4,7 @@
 //! 2 usage; 65 bad data; 69 broker unavailable; 77 refused by the broker; 78 bad configuration;
 //! 130 interrupted.
 
+mod asleep;
 mod bench;
 mod broker;
 mod brokered;

@@ -174,9 +174,12 @@ pub(super) fn report_json(report: &Report) -> Value {
     })
 }
 
+/// How many causes of aborts are named.
+const CAUSES_NAMED: usize = 5;
+
 /// What became of the transactions of a report, as it is shown to a person.
 pub(super) fn totals(report: &Report) -> String {
-    format!(
+    let mut text = format!(
         "{} committed, {} aborted, {} unresolved; {:.0} tx/s, p50 {:.1} ms, p99 {:.1} ms\n",
         report.committed,
         report.aborted,
@@ -184,7 +187,18 @@ pub(super) fn totals(report: &Report) -> String {
         report.rate(),
         millis(report.percentile(50.0)),
         millis(report.percentile(99.0)),
-    )
+    );
+    let causes = report.causes();
+    if !causes.is_empty() {
+        let named = causes.iter().take(CAUSES_NAMED).map(|(word, service, count)| {
+            let service = service.map_or_else(String::new, |name| format!(" {name}"));
+            format!("{count} {word}{service}")
+        });
+        let named: Vec<_> = named.collect();
+        let more = if causes.len() > CAUSES_NAMED { ", …" } else { "" };
+        let _ = writeln!(text, "why aborted: {}{more}", named.join(", "));
+    }
+    text
 }
 
 /// The report as it is shown to a person.
@@ -228,11 +242,11 @@ fn millis(duration: Duration) -> f64 {
 mod tests {
     use std::{collections::BTreeMap, time::Duration};
 
-    use super::{Detail, Form, Printer};
+    use super::{Detail, Form, Printer, totals};
     use crate::{
-        embedded::Concluded,
+        embedded::{Concluded, Report},
         protocol::{
-            ids::TransactionId,
+            ids::{ServiceName, TransactionId},
             message::{Answer, Outcome, Reason, ReasonCode},
             time::Time,
         },
@@ -256,5 +270,42 @@ mod tests {
         let text = String::from_utf8(out).unwrap();
         assert_eq!(text.lines().count(), 2, "a title and a row: {text}");
         assert!(text.contains(r"no \u{1b}[31mmoney\ntx-2"), "{text}");
+    }
+
+    fn aborted(code: ReasonCode, service: &str) -> Concluded {
+        let answer = Answer {
+            id: TransactionId::parse("tx-1").unwrap(),
+            requested_at: Time::EPOCH,
+            outcome: Outcome::Aborted,
+            reason: Some(Reason::at(&ServiceName::parse(service).unwrap(), code)),
+            unresolved: Vec::new(),
+            decided_at: Time::EPOCH,
+        };
+        Concluded { answer, attempts: BTreeMap::new(), took: Duration::ZERO }
+    }
+
+    /// A service's name in lower case made everything abort, and the summary said that it had.
+    #[test]
+    fn a_summary_says_why_transactions_aborted() {
+        let mut report = Report::new();
+        assert_eq!(totals(&report).lines().count(), 1);
+        report.count(&aborted(ReasonCode::NoSlot, "ServiceB"));
+        for _ in 0..2 {
+            report.count(&aborted(ReasonCode::UnknownService, "serviceA"));
+        }
+        let text = totals(&report);
+        let why = "why aborted: 2 unknown_service serviceA, 1 no_slot ServiceB";
+        assert_eq!(text.lines().nth(1), Some(why), "{text}");
+    }
+
+    #[test]
+    fn a_stream_that_names_ever_new_services_fills_no_memory() {
+        let mut report = Report::new();
+        for n in 0..1000 {
+            report.count(&aborted(ReasonCode::UnknownService, &format!("s{n}")));
+        }
+        assert_eq!(report.causes().len(), 257);
+        assert_eq!(report.causes()[0], ("unknown_service", None, 744));
+        assert!(totals(&report).ends_with(", …\n"));
     }
 }

@@ -7,7 +7,7 @@ use indicatif::ProgressBar;
 use tokio::{sync::mpsc, time::Instant};
 
 use crate::{
-    cli::{Exit, Failure, output, stages::Stop},
+    cli::{Exit, Failure, moment, output, stages::Stop},
     client::{Client, ListenError, SubmitError, WaitError},
     clock::Clock,
     embedded::{Concluded, Report},
@@ -57,6 +57,9 @@ pub(super) struct Sent {
     /// Those that failed first.
     failed: Vec<TransactionKey>,
     pub(super) n_failed: u64,
+    /// Those that were first answered as an earlier request: which it was.
+    recalled: Vec<TransactionKey>,
+    n_recalled: u64,
     /// What the broker did with the first that failed, where that is known.
     cause: Option<String>,
     /// Whether what was sent was not waited for to its end.
@@ -189,6 +192,8 @@ impl Sent {
             report: Report::new(),
             failed: Vec::new(),
             n_failed: 0,
+            recalled: Vec::new(),
+            n_recalled: 0,
             cause: None,
             is_given_up: false,
             fatal: None,
@@ -203,7 +208,10 @@ impl Sent {
         match ended {
             Ok(concluded) => {
                 self.n_ended += 1;
-                concluded.iter().for_each(|concluded| self.report.count(concluded));
+                if let Some(concluded) = &concluded {
+                    self.report.count(concluded);
+                    self.recall(&key, concluded.answer.requested_at);
+                }
                 return concluded.into_iter().collect();
             }
             Err(
@@ -226,6 +234,18 @@ impl Sent {
         Vec::new()
     }
 
+    /// Takes in that `key` was answered as what was requested at `requested_at`.
+    fn recall(&mut self, key: &TransactionKey, requested_at: Time) {
+        // Whoever asks, asks for a second.
+        if requested_at.as_millis() / 1000 == key.requested_at.as_millis() / 1000 {
+            return;
+        }
+        self.n_recalled += 1;
+        if self.recalled.len() < NAMED_MAX {
+            self.recalled.push(TransactionKey { id: key.id.clone(), requested_at });
+        }
+    }
+
     /// What became of them, as it is shown to a person.
     pub(super) fn summary(&self, waited: bool) -> String {
         let mut text = if waited {
@@ -233,8 +253,27 @@ impl Sent {
         } else {
             format!("{} submitted\n", self.n_ended)
         };
+        text += &self.before();
         text += &self.missing(waited);
         text
+    }
+
+    /// Which results are those of earlier requests; empty if none is. They look like new ones, and say
+    /// what was true then: that no instance serves a service, for example.
+    pub(super) fn before(&self) -> String {
+        if self.n_recalled == 0 {
+            return String::new();
+        }
+        let named = self.recalled.iter().map(|key| format!("{} of {}", key.id, shown_at(key)));
+        let named: Vec<_> = named.collect();
+        let more = if self.n_recalled > named.len() as u64 { ", …" } else { "" };
+        format!(
+            "{} of {} are results of earlier requests with the same id and content, which the \
+             workers remember; nobody was called again: {}{more}. To try again, use new ids\n",
+            self.n_recalled,
+            self.n_ended,
+            named.join(", "),
+        )
     }
 
     /// What was not confirmed, or not answered; empty if nothing is.
@@ -258,6 +297,10 @@ impl Sent {
     }
 }
 
+fn shown_at(key: &TransactionKey) -> String {
+    moment::shown(key.requested_at)
+}
+
 fn shown(TransactionKey { id, requested_at }: &TransactionKey) -> String {
     format!("{id} (--requested-at {})", requested_at.as_millis() / 1000)
 }
@@ -278,5 +321,51 @@ fn exit_for(error: &WaitError) -> Exit {
         WaitError::Submit(SubmitError::Unconfirmed { .. }) | WaitError::Unanswered { .. } => {
             Exit::Incomplete
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeMap, time::Duration};
+
+    use super::Sent;
+    use crate::{
+        embedded::Concluded,
+        protocol::{
+            ids::{TransactionId, TransactionKey},
+            message::{Answer, Outcome},
+            time::Time,
+        },
+    };
+
+    fn answered(sent: &mut Sent, asked: u64, answered: u64) {
+        let id = TransactionId::parse("TX1").unwrap();
+        let key = TransactionKey { id: id.clone(), requested_at: Time::from_millis(asked) };
+        let answer = Answer {
+            id,
+            requested_at: Time::from_millis(answered),
+            outcome: Outcome::Aborted,
+            reason: None,
+            unresolved: Vec::new(),
+            decided_at: Time::from_millis(answered),
+        };
+        let (attempts, took) = (BTreeMap::new(), Duration::ZERO);
+        sent.take((key, Ok(Some(Concluded { answer, attempts, took }))));
+    }
+
+    /// Who had forgotten a service, started it and submitted the file again, was told once more that no
+    /// instance serves it, as if it were so.
+    #[test]
+    fn a_result_of_an_earlier_request_is_said_to_be_one() {
+        let mut sent = Sent::new();
+        answered(&mut sent, 90_500, 90_000);
+        assert_eq!(sent.before(), "", "a request is of a second");
+        answered(&mut sent, 90_500, 60_000);
+        assert_eq!(
+            sent.before(),
+            "1 of 2 are results of earlier requests with the same id and content, which the workers \
+             remember; nobody was called again: TX1 of 1970-01-01T00:01:00.000Z. To try again, use \
+             new ids\n"
+        );
     }
 }

@@ -1,16 +1,17 @@
 //! `dtc service`: one instance of a simulated service, until it is told to stop.
 
-use std::{io::Read as _, path::PathBuf};
+use std::{convert::Infallible, io::Read as _, path::PathBuf};
 
 use anyhow::{Context as _, anyhow};
 use clap::Args;
 use indicatif::ProgressBar;
 use serde_json::json;
+use tokio::sync::watch;
 use tracing_subscriber::filter::LevelFilter;
 
 use crate::{
     cli::{
-        Exit, Failure,
+        Exit, Failure, asleep,
         broker::{self, BrokerArguments, flag},
         input::{bad_data, name, open},
         progress,
@@ -26,7 +27,15 @@ use crate::{
         state::State,
     },
     protocol::ids::ServiceName,
-    transport::amqp::traffic::Traffic,
+    transport::amqp::{
+        connection::{Broker, close},
+        names::Names,
+        topology::{
+            ServiceTopology,
+            check::{self, Term},
+        },
+        traffic::Traffic,
+    },
     wire::services::{self, ServiceSpec},
 };
 
@@ -102,7 +111,10 @@ pub(super) fn run(arguments: &ServiceArguments) -> Result<Exit, Failure> {
         Some(directory) => State::open(directory, &spec.name, &settings.instance)
             .map_err(|error| Failure::new(Exit::BadConfiguration, error))?,
         None => {
-            tracing::warn!("without --state, what the service holds ends with this process");
+            tracing::warn!(
+                "without --state, what the service holds is in this process alone: it ends with it, \
+                 and no other instance can finish it; give all instances of a service one --state"
+            );
             State::in_memory()
         }
     };
@@ -111,10 +123,24 @@ pub(super) fn run(arguments: &ServiceArguments) -> Result<Exit, Failure> {
         service = %settings.service, instance = %settings.instance,
         broker = %settings.broker.address, namespace = %settings.names.namespace(), "starting"
     );
+    asleep::watch(&runtime);
     let stop = signals::heard(&interrupt);
     let file = ReadyFile::at(arguments.ready_file.as_deref(), &runtime)?;
-    settings.serving = file.serving();
-    let ended = runtime.block_on(serve::serve(participant, settings, stop));
+    let serving = file.serving().unwrap_or_else(|| watch::Sender::new(false));
+    let comparing = compare(
+        settings.broker.clone(),
+        settings.names.clone(),
+        ServiceTopology::from(&spec),
+        serving.subscribe(),
+    );
+    settings.serving = Some(serving);
+    let ended = runtime.block_on(async {
+        tokio::select! {
+            biased;
+            ended = serve::serve(participant, settings, stop) => ended,
+            never = comparing => match never {},
+        }
+    });
     file.end(&runtime);
     ended.map_err(failure)?;
     tracing::info!("stopped");
@@ -140,6 +166,48 @@ fn settings(arguments: &ServiceArguments, spec: &ServiceSpec) -> Result<ServeSet
         declare: arguments.declare.then_some(spec.max_wait),
         ..ServeSettings::new(broker, names, spec.name.clone(), spec.max_concurrency)
     })
+}
+
+/// Says, whenever the instance begins to serve, in what the queue of its prepares is another than its
+/// services.json says: it is the queue that counts, and it was made from another services.json.
+///
+/// What can't be found out is no reason not to serve: a user who may declare nothing, for example.
+async fn compare(
+    broker: Broker,
+    names: Names,
+    service: ServiceTopology,
+    mut serving: watch::Receiver<bool>,
+) -> Infallible {
+    while serving.wait_for(|serves| *serves).await.is_ok() {
+        match terms(&broker, &names, &service).await {
+            Ok(terms) => terms.iter().for_each(|Term { field, wanted, found }| {
+                tracing::warn!(
+                    service = %service.name, field, services_json = wanted, queue = found,
+                    "the queue was made from another services.json than this instance has, and what \
+                     the queue says holds: give all instances the services.json that was applied, or \
+                     run `dtc topology apply --replace` for this service with the new one"
+                );
+            }),
+            Err(error) => {
+                tracing::debug!("not known whether the queue is as services.json says: {error:#}");
+            }
+        }
+        if serving.wait_for(|serves| !*serves).await.is_err() {
+            break;
+        }
+    }
+    std::future::pending().await
+}
+
+async fn terms(
+    broker: &Broker,
+    names: &Names,
+    service: &ServiceTopology,
+) -> anyhow::Result<Vec<Term>> {
+    let connection = broker.connect("services.json").await?;
+    let terms = check::terms(&connection, names, service).await;
+    close(&connection).await;
+    Ok(terms?)
 }
 
 /// The service that is to be served.

@@ -6,6 +6,7 @@ use std::{
     io::{self, Write as _},
 };
 
+use anyhow::anyhow;
 use clap::{Args, ValueEnum};
 use serde_json::{Map, Value, json};
 use tracing_subscriber::filter::LevelFilter;
@@ -96,7 +97,7 @@ pub(super) fn run(arguments: &StatusArguments) -> Result<Exit, Failure> {
     let since = since.unwrap_or(Since::Recent);
     let looking_up = history::look_up(&broker, &names, &ids, since, margin);
     let looked_up = runtime.block_on(looking_up);
-    let history = looked_up.map_err(|error| Failure::new(exit_for(&error), error))?;
+    let history = looked_up.map_err(failure)?;
     if history.n_unreadable > 0 {
         super::tell(&format!("{} records can't be understood\n", history.n_unreadable));
     }
@@ -115,6 +116,20 @@ pub(super) fn run(arguments: &StatusArguments) -> Result<Exit, Failure> {
             anyhow::Error::new(error).context("failed to print"),
         )),
     }
+}
+
+fn failure(error: HistoryError) -> Failure {
+    let exit = exit_for(&error);
+    if let HistoryError::Scan(ScanError::Broker { stream, .. }) = &error
+        && exit == Exit::BadConfiguration
+    {
+        let error = anyhow!(
+            "there is no stream `{stream}`: run `dtc topology apply`, or give the broker and the \
+             namespace that were given there"
+        );
+        return Failure::new(exit, error);
+    }
+    Failure::new(exit, error)
 }
 
 fn exit_for(error: &HistoryError) -> Exit {

@@ -62,10 +62,19 @@ pub(super) struct SubmitArguments {
     #[arg(long, requires = "wait")]
     detail: bool,
     /// When the transactions were first requested, in seconds since 1970 [default: now]
-    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(..=SECONDS_MAX))]
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     requested_at: Option<u64>,
     #[command(flatten)]
     broker: BrokerArguments,
+}
+
+fn seconds(text: &str) -> Result<u64, String> {
+    let seconds = text.parse().ok().filter(|seconds| *seconds <= SECONDS_MAX);
+    seconds.ok_or_else(|| {
+        format!(
+            "must be a whole number of seconds since 1970, up to {SECONDS_MAX}, as `date +%s` tells"
+        )
+    })
 }
 
 pub(super) fn run(arguments: &SubmitArguments) -> Result<Exit, Failure> {

@@ -16,7 +16,7 @@ use crate::{
     cli::{
         Exit, Failure,
         broker::{self, BrokerArguments, ConfigArgument, NamespaceArgument, exit_of, flag},
-        plain, stages, tell,
+        moment, plain, stages, tell,
     },
     clock::Clock,
     config::{Config, Flag, duration},
@@ -36,6 +36,10 @@ use crate::{
     },
     wire::services,
 };
+
+/// What is said where only half of it can be seen to.
+const NO_SERVICES: &str = "no service is named: only what all services share was looked at; name them by \
+                           --services FILE\n";
 
 /// For how long a check is made again whose connection the broker has ended.
 const STARTING_MAX: Duration = Duration::from_secs(5);
@@ -253,12 +257,16 @@ fn run_apply(arguments: &ApplyArguments) -> Result<Exit, Failure> {
         broker: broker::broker(&config, "dtc topology"),
         replace: named(&services, &arguments.replace)?,
         topology: Topology::of(&names, &services, &config.topology.settings),
+        services: &services,
         config: &config,
         names: &names,
         clock: Clock::start(),
     };
     let (replaced, applied) = runtime.block_on(applying.apply(arguments.wait))?;
     warn(&applied, &names, config.topology.clock_margin);
+    if services.is_empty() {
+        tell(NO_SERVICES);
+    }
     for finding in &applied.unavailable {
         tell(&format!("{finding}: neither compared nor declared\n"));
     }
@@ -281,6 +289,7 @@ struct Applying<'a> {
     config: &'a Config,
     names: &'a Names,
     topology: Topology,
+    services: &'a [ServiceTopology],
     replace: Vec<&'a ServiceTopology>,
     clock: Clock,
 }
@@ -324,10 +333,12 @@ impl Applying<'_> {
         let options = Options { settings, now: self.clock.now(), clock_margin };
         let applied = apply_topology(&self.broker, self.names, &self.topology, &options).await;
         applied.map_err(|error| {
-            if let TopologyError::Mismatch(findings) = &error {
-                explain_kind(findings, self.config);
+            let TopologyError::Mismatch(findings) = &error else { return not_applied(error) };
+            explain_kind(findings, self.config);
+            match way_out(findings, self.services, self.names) {
+                Some(way_out) => Failure::new(Exit::Incomplete, anyhow!("{error}\n{way_out}")),
+                None => not_applied(error),
             }
-            not_applied(error)
         })
     }
 }
@@ -381,6 +392,35 @@ fn explain_kind(findings: &[Finding], config: &Config) {
     }
 }
 
+/// What there is to do where services have queues of another `max_wait` or `cap`.
+fn way_out(findings: &[Finding], services: &[ServiceTopology], names: &Names) -> Option<String> {
+    let is_term = |fault: &Fault| match fault {
+        Fault::Differs(difference) => {
+            matches!(difference.argument.as_str(), "x-message-ttl" | "x-single-active-consumer")
+        }
+        Fault::Missing
+        | Fault::Refused(_)
+        | Fault::NotBegun(_)
+        | Fault::LeftOver
+        | Fault::Unavailable(_) => false,
+    };
+    let is_another = |service: &&ServiceTopology| {
+        let queue = names.prepare_of(&service.name);
+        let mut of_it = findings.iter().filter(|it| it.subject.name() == queue.as_str());
+        of_it.any(|finding| is_term(&finding.fault))
+    };
+    let services: Vec<_> = services.iter().filter(is_another).map(|it| it.name.as_str()).collect();
+    (!services.is_empty()).then(|| {
+        format!(
+            "the queue of `{}` was made from another max_wait_ms (x-message-ttl) or cap \
+             (x-single-active-consumer): give the services.json it was made from, or change it by \
+             `dtc topology apply --replace {}`, which loses nothing",
+            services.join("`, `"),
+            services.join(" --replace "),
+        )
+    })
+}
+
 /// Those of `services` that are called by `names`.
 fn named<'a>(
     services: &'a [ServiceTopology],
@@ -389,7 +429,12 @@ fn named<'a>(
     let named = names.iter().map(|name| {
         let service = services.iter().find(|service| service.name == *name);
         let service = service.with_context(|| {
-            format!("neither --services nor the configuration has a service `{name}`")
+            let named: Vec<_> = services.iter().map(|it| it.name.as_str()).collect();
+            let there_are = match named.is_empty() {
+                true => "they name none".to_owned(),
+                false => format!("there are `{}`", named.join("`, `")),
+            };
+            format!("neither --services nor the configuration has a service `{name}`; {there_are}")
         });
         service.map_err(|error| Failure::new(Exit::Usage, error))
     });
@@ -414,7 +459,8 @@ fn run_check(arguments: &CheckArguments) -> Result<Exit, Failure> {
     let (runtime, _interrupt) = stages::runtime()?;
     let config = arguments.broker.load(arguments.what.flags())?;
     let (broker, names) = (broker::broker(&config, "dtc topology"), broker::names(&config));
-    let topology = arguments.what.topology(&names, &config)?;
+    let services = arguments.what.services(&config)?;
+    let topology = Topology::of(&names, &services, &config.topology.settings);
     let findings = runtime.block_on(async {
         let mut again = Again::within(arguments.wait);
         // A broker that has just started may end the connection of who asks.
@@ -448,6 +494,12 @@ fn run_check(arguments: &CheckArguments) -> Result<Exit, Failure> {
             format!("{:#}\n", Value::Array(findings))
         }
     })?;
+    if services.is_empty() {
+        tell(NO_SERVICES);
+    }
+    if let Some(way_out) = way_out(&findings, &services, &names) {
+        tell(&format!("{way_out}\n"));
+    }
     Ok(if findings.is_empty() { Exit::Done } else { Exit::Incomplete })
 }
 
@@ -492,10 +544,10 @@ fn warn(applied: &Applied, names: &Names, clock_margin: Duration) {
         let until = complete_since + clock_margin;
         tell(&format!(
             "warning: the journal `{}` was missing or empty though this system has been at work: \
-             its decisions are lost. What was or will be requested before {} ms since the epoch \
-             is not decided but handed to a person.\n",
+             its decisions are lost. What was or will be requested before {} is not decided but \
+             handed to a person.\n",
             names.journal(),
-            until.as_millis(),
+            moment::shown(until),
         ));
     }
 }
@@ -519,9 +571,9 @@ fn applied_text(applied: &Applied, names: &Names) -> String {
         let _ = writeln!(text, "created {subject}");
     }
     if let Some(begun) = applied.begun {
-        let millis = begun.complete_since.as_millis();
+        let since = moment::shown(begun.complete_since);
         let journal = names.journal();
-        let _ = writeln!(text, "began journal `{journal}`, complete since {millis}");
+        let _ = writeln!(text, "began journal `{journal}`, complete since {since}");
     }
     text
 }

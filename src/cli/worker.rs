@@ -9,7 +9,7 @@ use tracing_subscriber::filter::LevelFilter;
 
 use crate::{
     cli::{
-        Exit, Failure,
+        Exit, Failure, asleep,
         broker::{self, BrokerArguments, flag},
         progress,
         ready::ReadyFile,
@@ -82,6 +82,7 @@ pub(super) fn run(arguments: &WorkerArguments) -> Result<Exit, Failure> {
         worker = %name, broker = %settings.broker.address,
         namespace = %settings.names.namespace(), max_in_flight, "starting"
     );
+    asleep::watch(&runtime);
     let stop = signals::heard(&interrupt);
     let ready = || tracing::info!(worker = %name, "ready");
     let file = ReadyFile::at(arguments.ready_file.as_deref(), &runtime)?;

@@ -6,13 +6,20 @@
 //!
 //! Values of secrets, and of keys that nobody knows, never get into a complaint.
 
-use std::{collections::BTreeMap, ffi::OsString, fs, io::Read as _, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ffi::OsString,
+    fs,
+    io::Read as _,
+    path::Path,
+};
 
 use ::config::{Environment, File, FileFormat, Map, Source as _, Value, ValueKind};
 
 use crate::config::{
     Flag, Given,
     complaint::{Complaint, Source},
+    spelling,
 };
 
 /// What holds where nothing is said.
@@ -31,9 +38,13 @@ pub(super) struct Draft {
     said: BTreeMap<String, Said>,
     /// The services that have a section, and where.
     services: BTreeMap<String, Source>,
+    /// Variables that say something, and are none of ours by their names: `DTC_BROKER_URL`.
+    alike: Vec<String>,
     pub(super) complaints: Vec<Complaint>,
     /// What was taken, in that order.
     pub(super) entries: Vec<Entry>,
+    /// The keys that there are, as far as somebody has asked for them.
+    known: BTreeSet<String>,
 }
 
 /// A value as it was said.
@@ -68,8 +79,10 @@ impl Draft {
         let mut draft = Self {
             said: BTreeMap::new(),
             services: BTreeMap::new(),
+            alike: Vec::new(),
             complaints: Vec::new(),
             entries: Vec::new(),
+            known: BTreeSet::new(),
         };
         draft.lay_file(DEFAULTS, &Source::Default);
         if let Some(path) = &given.file {
@@ -136,6 +149,9 @@ impl Draft {
         for (name, value) in variables {
             let name = name.to_string_lossy();
             if !name.starts_with(PREFIX) {
+                if spelling::begins_alike(&name) && !value.is_empty() {
+                    self.alike.push(name.into_owned());
+                }
                 continue;
             }
             let source = Source::Variable(name.to_string());
@@ -226,6 +242,7 @@ impl Draft {
         key: &str,
         read: impl Fn(&str) -> Result<T, String>,
     ) -> Option<Option<T>> {
+        self.known.insert(key.to_owned());
         let Some(Said { text, source }) = self.said.remove(key) else {
             self.entries.push(Entry { key: key.to_owned(), value: None, meaning: None });
             return Some(None);
@@ -295,6 +312,7 @@ impl Draft {
         mask: impl Fn(&T) -> String,
     ) -> Option<Option<T>> {
         let file = format!("{key}_file");
+        self.known.extend([key.to_owned(), file.clone()]);
         let (direct, by_file) = (self.said.remove(key), self.said.remove(&file));
         let is_by_file = direct.is_none();
         let Some(Said { text, source }) = direct.or(by_file) else {
@@ -342,10 +360,36 @@ impl Draft {
         self.said.retain(|key, _| !key.starts_with(&prefix));
     }
 
-    /// Complains about everything that nobody has taken.
+    /// Complains about everything that nobody has taken, and says what may be meant.
+    ///
+    /// A variable that is ours but for its underscores or its case would be read by nobody, and the
+    /// default hold in silence. It may be there for others as well, who set ours by it.
     pub(super) fn refuse_the_rest(&mut self) {
+        let keys: Vec<_> = std::mem::take(&mut self.known).into_iter().collect();
         for (key, said) in std::mem::take(&mut self.said) {
-            self.complain(&key, said.source, "is no key of the configuration".to_owned());
+            let is_variable = matches!(said.source, Source::Variable(_));
+            let meant = spelling::meant(&key, &keys).into_iter();
+            let meant = meant.map(|meant| if is_variable { variable(&meant) } else { meant });
+            let meant: Vec<_> = meant.map(|meant| format!("`{meant}`")).collect();
+            let hint = match meant.is_empty() {
+                true => "`dtc config --defaults` prints them all".to_owned(),
+                false => format!("is {} meant?", meant.join(" or ")),
+            };
+            self.complain(&key, said.source, format!("is no key of the configuration; {hint}"));
+        }
+        for name in std::mem::take(&mut self.alike) {
+            let Some(key) = keys.iter().find(|key| spelling::is_same(&name, &variable(key))) else {
+                continue;
+            };
+            let ours = variable(key);
+            let is_unset = self.entries.iter().any(|entry| {
+                let said_by = entry.value.as_ref().map(|(_, source)| source);
+                entry.key == *key && said_by.is_none_or(|source| *source == Source::Default)
+            });
+            if is_unset {
+                let rule = format!("is read by nobody: the variable is called `{ours}`");
+                self.complain(key, Source::Variable(name), rule);
+            }
         }
     }
 }

@@ -10,6 +10,7 @@
 mod complaint;
 mod draft;
 pub mod duration;
+mod spelling;
 
 use std::{ffi::OsString, fmt, path::PathBuf, time::Duration};
 
@@ -38,7 +39,7 @@ const HEARTBEAT_MAX: Duration = Duration::from_secs(18 * 60 * 60);
 pub struct Given {
     /// The file that is named, if one is.
     pub file: Option<PathBuf>,
-    /// The environment; only what begins with `DTC__` is looked at.
+    /// The environment; only what begins with `DTC__`, or nearly so, is looked at.
     pub environment: Vec<(OsString, OsString)>,
     /// The flags that set a key.
     pub flags: Vec<Flag>,
@@ -456,13 +457,43 @@ mod tests {
         assert_eq!(
             complaints(file, &variables),
             "`worker.drain` must be written in upper case\n\
-             `.` is no key of the configuration\n\
-             `broker.port` is no key of the configuration\n\
-             `colour.red` is no key of the configuration\n\
-             `top` is no key of the configuration\n\
-             `worker` is no key of the configuration\n\
-             `worker.drain.min` is no key of the configuration\n"
+             `.` is no key of the configuration; `dtc config --defaults` prints them all\n\
+             `broker.port` is no key of the configuration; `dtc config --defaults` prints them all\n\
+             `colour.red` is no key of the configuration; `dtc config --defaults` prints them all\n\
+             `top` is no key of the configuration; `dtc config --defaults` prints them all\n\
+             `worker` is no key of the configuration; `dtc config --defaults` prints them all\n\
+             `worker.drain.min` is no key of the configuration; is `worker.drain` meant?\n"
         );
+    }
+
+    #[test]
+    fn a_key_with_a_typo_is_refused_with_the_one_that_may_be_meant() {
+        let file = "[worker]\ndrian = \"1s\"\n[services.stock]\nmax_wait_ms = 5";
+        let variables = [("DTC__BROKER__ULR", "amqp://there"), ("DTC__BROKER_NAMESPACE", "shop")];
+        assert_eq!(
+            complaints(file, &variables),
+            "`broker.ulr` is no key of the configuration; is `DTC__BROKER__URL` meant?\n\
+             `broker_namespace` is no key of the configuration; is `DTC__BROKER__NAMESPACE` meant?\n\
+             `services.stock.max_wait_ms` is no key of the configuration; is \
+             `services.stock.max_wait` meant?\n\
+             `worker.drian` is no key of the configuration; is `worker.drain` meant?\n"
+        );
+    }
+
+    /// Nobody read it, and the command went to the broker on its own machine.
+    #[test]
+    fn a_variable_with_one_underscore_too_few_is_not_passed_over_in_silence() {
+        for name in ["DTC_BROKER_URL", "DTC_BROKER__URL", "dtc__broker__url"] {
+            assert_eq!(
+                complaints("", &[(name, "amqp://there")]),
+                "`broker.url` is read by nobody: the variable is called `DTC__BROKER__URL`\n",
+                "{name}"
+            );
+        }
+        let others = [("DTC_BROKER_URL", ""), ("DTC_SERVICE_PORT", "1"), ("DTC_LOG", "info")];
+        assert!(loaded("", &others).is_ok(), "these are not ours, or say nothing");
+        let both = [("DTC_BROKER_URL", "amqp://here"), ("DTC__BROKER__URL", "amqp://there")];
+        assert!(loaded("", &both).is_ok(), "somebody has put one into the other");
     }
 
     #[test]
@@ -483,7 +514,7 @@ mod tests {
             "`services.c.cap` services are set in a file only\n\
              `services.a.b` the name must match [A-Za-z0-9_-]{1,64}\n\
              `services.c.cap` is `all` must be `instance` or `service`\n\
-             `services.x` is no key of the configuration\n"
+             `services.x` is no key of the configuration; `dtc config --defaults` prints them all\n"
         );
     }
 
@@ -520,7 +551,7 @@ mod tests {
              amqps://\n\
              `broker.password` must be a single value\n\
              `broker.heartbeat` is `1ms` must be from 1s to 18h, in whole seconds\n\
-             `broker.pasword` is no key of the configuration\n"
+             `broker.pasword` is no key of the configuration; is `broker.password` meant?\n"
         );
         let missing = complaints("[broker]\nurl_file = \"/nowhere/at all\"", &[]);
         assert!(missing.starts_with("`broker.url_file` is `/nowhere/at all` can't be read: "));

@@ -52,7 +52,16 @@ pub struct Report {
     /// Each service, in the order in which they were given.
     pub services: Vec<ServiceReport>,
     latencies: Latencies,
+    /// Why transactions aborted, and how many.
+    causes: BTreeMap<Cause, u64>,
 }
+
+/// The word for why a transaction aborted, and the service it happened at.
+type Cause = (&'static str, Option<ServiceName>);
+
+/// How many causes are told apart by their service: a stream may name any number of services that
+/// don't exist.
+const CAUSES_MAX: usize = 256;
 
 /// How a run went for one service.
 #[derive(Debug, Clone)]
@@ -79,6 +88,7 @@ impl Report {
             took: Duration::ZERO,
             services: Vec::new(),
             latencies: Latencies::new(),
+            causes: BTreeMap::new(),
         }
     }
 
@@ -89,6 +99,22 @@ impl Report {
         }
         self.unresolved += u64::from(!concluded.answer.unresolved.is_empty());
         self.latencies.record(concluded.took);
+        if let Some(reason) = &concluded.answer.reason {
+            let mut cause = (reason.code.as_str(), reason.service.clone());
+            if self.causes.len() >= CAUSES_MAX && !self.causes.contains_key(&cause) {
+                cause.1 = None;
+            }
+            *self.causes.entry(cause).or_default() += 1;
+        }
+    }
+
+    /// Why transactions aborted, the most frequent cause first: its word, the service it happened at,
+    /// and how many.
+    pub(crate) fn causes(&self) -> Vec<(&'static str, Option<&ServiceName>, u64)> {
+        let causes = self.causes.iter().map(|((word, at), count)| (*word, at.as_ref(), *count));
+        let mut causes: Vec<_> = causes.collect();
+        causes.sort_by_key(|(.., count)| std::cmp::Reverse(*count));
+        causes
     }
 
     /// Transactions per second.

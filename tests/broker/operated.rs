@@ -270,3 +270,41 @@ fn an_instance_whose_store_takes_nothing_is_not_ready_until_it_does() {
     until("ready again", || ready.exists());
     drop(worker);
 }
+
+/// Its services.json said that all instances share one cap, and each of them had slots of its own: the
+/// queue was as an older services.json made it, and nobody said so.
+#[test]
+fn an_instance_whose_services_json_is_not_that_of_its_queue_says_so() {
+    let site = Site::new();
+    let newer = json!([
+        {"name": "stock", "max_concurrency": 8, "max_wait_ms": 500, "cap": "service"},
+    ]);
+    let newer = site.world.file("newer.json", &newer);
+    let instance =
+        |services| site.world.service(services, "stock", Some(&site.world.path("state")));
+    let (same, another) = (instance(&site.services), instance(&newer));
+    for told in [
+        r#"field="max_wait_ms" services_json="500" queue="10000""#,
+        r#"field="cap" services_json="service" queue="instance""#,
+    ] {
+        let line = another.wait_for_line(told, LIMIT);
+        assert!(line.contains("was made from another services.json"), "{line}");
+    }
+    drop(another);
+    // The one that has the same as the queue was served all the while, and had nothing to say.
+    assert!(!same.stderr.all().iter().any(|line| line.contains("another services.json")));
+}
+
+/// The broker's own words were all: `NOT_FOUND - no queue 'dtc.journal' in vhost '/'`.
+#[test]
+fn a_status_where_there_is_no_journal_says_what_makes_one() {
+    let site = Site::new();
+    let mut command = site.world.dtc_at_broker(&["status", "TX1", "--namespace", "nobodys"]);
+    let mut status = Process::start("status", &mut command);
+    status.exited(78, LIMIT);
+    status.wait_for_line(
+        "there is no stream `nobodys.journal`: run `dtc topology apply`, or give the broker and the \
+         namespace that were given there",
+        LIMIT,
+    );
+}

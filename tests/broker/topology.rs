@@ -180,14 +180,16 @@ async fn each_difference_is_named_with_what_is_wanted_and_found_and_nothing_is_m
     ]
     .into();
     let lines = |text: &str| text.lines().map(str::to_owned).collect::<BTreeSet<_>>();
-    let found = world.check().exited(1).said("");
+    let way_out = way_out("stock");
+    let found = world.check().exited(1).said(&format!("{way_out}\n"));
     let differ: BTreeSet<_> =
         lines(&found).into_iter().filter(|line| !line.ends_with(": missing")).collect();
     println!("RabbitMQ {}: {found}", broker::version());
     assert_eq!(differ, expected);
 
     let ended = world.apply().exited(1);
-    assert_eq!((ended.stdout.as_str(), lines(&ended.stderr)), ("", expected));
+    let said = expected.into_iter().chain([way_out]).collect();
+    assert_eq!((ended.stdout.as_str(), lines(&ended.stderr)), ("", said));
     assert_eq!(world.check().exited(1).stdout, found, "nothing was made");
 
     let json = run(world.topology("check").args(["--output", "json"])).exited(1).stdout;
@@ -208,7 +210,8 @@ async fn prepares_that_wait_and_instances_that_hold_some_survive_a_replacement()
     world.services(&waiting_for(50_000));
     let refused = world.apply().exited(1).stderr;
     let queue = format!("{}.prepare.stock", world.ns());
-    assert_eq!(refused, format!("queue `{queue}`: x-message-ttl: wanted 50000, found 60000\n"));
+    let differs = format!("queue `{queue}`: x-message-ttl: wanted 50000, found 60000");
+    assert_eq!(refused, format!("{differs}\n{}\n", way_out("stock")));
     let replaced = world.replace(&[]).exited(0).said("");
     assert_eq!(replaced, format!("replaced queue `{queue}`\nmoved 18 prepares and 0 finishes\n"));
 
@@ -557,6 +560,16 @@ fn table<const N: usize>(arguments: [(&str, AMQPValue); N]) -> FieldTable {
 fn now_ms() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
     u64::try_from(now.as_millis()).unwrap()
+}
+
+/// What `apply` and `check` say there is to do. Nothing did: whoever had changed `max_wait_ms` was told
+/// of an argument of a queue, and not of `--replace`.
+fn way_out(service: &str) -> String {
+    format!(
+        "the queue of `{service}` was made from another max_wait_ms (x-message-ttl) or cap \
+         (x-single-active-consumer): give the services.json it was made from, or change it by `dtc \
+         topology apply --replace {service}`, which loses nothing"
+    )
 }
 
 /// A command that has ended.

@@ -112,8 +112,9 @@ fn everything_that_is_wrong_is_said_at_once_by_every_command() {
              min, h or d\n\
              `worker.max_in_flight` is `0` (from DTC__WORKER__MAX_IN_FLIGHT): must be a whole \
              number from 1 to 65535\n\
-             `broker.pasword` (from DTC__BROKER__PASWORD): is no key of the configuration\n\
-             `worker.drian` (from {path}): is no key of the configuration\n"
+             `broker.pasword` (from DTC__BROKER__PASWORD): is no key of the configuration; is \
+             `DTC__BROKER__PASSWORD` meant?\n\
+             `worker.drian` (from {path}): is no key of the configuration; is `worker.drain` meant?\n"
         ));
     }
 }

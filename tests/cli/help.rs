@@ -64,6 +64,16 @@ fn a_value_that_is_none_is_refused_with_its_rule() {
     }
 }
 
+/// What was said was `invalid digit found in string`.
+#[test]
+fn a_moment_that_is_no_number_of_seconds_is_refused_with_its_rule() {
+    for value in ["tomorrow", "1.5", "253402300800"] {
+        let ended = output(dtc().args(["submit", "-", "--requested-at", value])).exited(2).silent();
+        let rule = "must be a whole number of seconds since 1970, up to 253402300799";
+        assert!(ended.stderr.contains(rule), "{value}: {}", ended.stderr);
+    }
+}
+
 #[test]
 fn both_files_from_stdin_is_a_usage_error() {
     output(dtc().args(["run", "--services", "-", "--transactions", "-"]))

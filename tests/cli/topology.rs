@@ -34,9 +34,11 @@ fn a_value_that_is_none_is_refused_with_its_rule() {
 fn a_service_to_be_replaced_must_be_among_the_services() {
     let services = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/examples/services.json");
     let arguments = ["topology", "apply", "--services", services, "--replace", "stock"];
-    let complaint = "neither --services nor the configuration has a service `stock`\n";
-    output(dtc().args(arguments)).exited(2).silent().saying(complaint);
-    output(dtc().args(["topology", "apply", "--replace", "stock"])).exited(2).saying(complaint);
+    let complaint = "neither --services nor the configuration has a service `stock`";
+    let there_are = format!("{complaint}; there are `ServiceA`, `ServiceB`\n");
+    output(dtc().args(arguments)).exited(2).silent().saying(&there_are);
+    let none = format!("{complaint}; they name none\n");
+    output(dtc().args(["topology", "apply", "--replace", "stock"])).exited(2).saying(&none);
 }
 
 #[test]

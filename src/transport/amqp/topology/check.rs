@@ -12,8 +12,8 @@ use crate::transport::amqp::{
     error::{Disposition, may_pass},
     names::Names,
     topology::{
-        Topology, begin,
-        finding::{Fault, Finding, Subject, listed},
+        ServiceTopology, Settings, Topology, begin,
+        finding::{Difference, Fault, Finding, Subject, listed},
         probe::{Presence, Prober, unavailable},
     },
 };
@@ -108,6 +108,60 @@ pub(super) async fn compare(
         comparing.take(subject, found)?;
     }
     Ok(comparing.findings)
+}
+
+/// What a service's queue says of a field of services.json, where that says something else.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Term {
+    /// The field.
+    pub field: &'static str,
+    /// What services.json says.
+    pub wanted: String,
+    /// What the queue says.
+    pub found: String,
+}
+
+impl Term {
+    fn of(finding: &Finding) -> Option<Self> {
+        let Fault::Differs(Difference { argument, wanted, found, .. }) = &finding.fault else {
+            return None;
+        };
+        let (field, told): (_, fn(Option<&str>) -> String) = match argument.as_str() {
+            "x-message-ttl" => ("max_wait_ms", max_wait),
+            "x-single-active-consumer" => ("cap", cap),
+            _ => return None,
+        };
+        Some(Self { field, wanted: told(wanted.as_deref()), found: told(found.as_deref()) })
+    }
+}
+
+fn max_wait(value: Option<&str>) -> String {
+    value.unwrap_or("any").to_owned()
+}
+
+fn cap(value: Option<&str>) -> String {
+    match value {
+        Some("true") => "service".to_owned(),
+        Some(_) | None => "instance".to_owned(),
+    }
+}
+
+/// Compares the queue of a service's prepares with `service`, whatever kind of queue it is. A queue that
+/// isn't there says nothing.
+///
+/// # Errors
+///
+/// The broker couldn't be asked.
+pub async fn terms(
+    connection: &Connection,
+    names: &Names,
+    service: &ServiceTopology,
+) -> Result<Vec<Term>, CheckError> {
+    let (_, queue) = service.queues(names, &Settings::default());
+    let subject = Subject::Queue(queue.name.to_string());
+    let found = Prober::on(connection).queue(&queue).await;
+    let findings = found.map_err(|source| CheckError::Ask { subject, source })?;
+    Ok(findings.iter().filter_map(Term::of).collect())
 }
 
 struct Comparing<'a> {

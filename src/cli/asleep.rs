@@ -1,0 +1,83 @@
+//! Says when this process did not run for a while.
+//!
+//! To a process that was stopped, or whose machine was suspended, it looks as if the broker had fallen
+//! silent: without a word of this, the log blames the broker and the network.
+
+use std::time::Duration;
+
+use tokio::runtime::Runtime;
+
+use crate::clock::{Clock, Reading, Step, Steps};
+
+/// How often it is looked.
+const EVERY: Duration = Duration::from_secs(1);
+
+/// What is shorter is not worth a word: nothing is given up for it.
+const WORTH_A_WORD: Duration = Duration::from_secs(4);
+
+/// Watches this process from now on.
+pub(super) fn watch(runtime: &Runtime) {
+    let clock = Clock::start();
+    let mut steps = Steps::of(&clock);
+    let mut last = clock.read();
+    runtime.spawn(async move {
+        loop {
+            tokio::time::sleep(EVERY).await;
+            let (before, step) = (last, steps.look(&clock));
+            last = clock.read();
+            if let Some((gap, why)) = gap(before, last, step) {
+                tracing::warn!(seconds = gap.as_secs(), "{why}");
+            }
+        }
+    });
+}
+
+/// What this process has missed between two looks, and what may have been the cause, if that is worth
+/// a word.
+///
+/// A process's own clock goes on while it is stopped, and stands still while its machine is suspended;
+/// then the wall clock is found to be ahead.
+fn gap(before: Reading, now: Reading, step: Option<Step>) -> Option<(Duration, &'static str)> {
+    let late = now.elapsed.saturating_sub(before.elapsed).saturating_sub(EVERY);
+    match step {
+        _ if late >= WORTH_A_WORD => Some((
+            late,
+            "this process did not run for a while: it was stopped, or the machine had no time for \
+             it; that the broker fell silent, or a deadline passed, may come of that",
+        )),
+        Some(Step::Forward(by)) if by >= WORTH_A_WORD => Some((
+            by,
+            "the machine was suspended, or its clock was set forward; that the broker fell silent, \
+             or a deadline passed, may come of that",
+        )),
+        Some(Step::Forward(_) | Step::Back(_)) | None => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::gap;
+    use crate::{
+        clock::{Reading, Step},
+        protocol::time::Time,
+    };
+
+    fn at(seconds: u64) -> Reading {
+        Reading { time: Time::from_millis(seconds * 1000), elapsed: Duration::from_secs(seconds) }
+    }
+
+    /// A service that was stopped for 70 s said only that no heartbeat had come from the server.
+    #[test]
+    fn a_process_that_was_stopped_or_suspended_says_so_and_one_that_is_late_does_not() {
+        let missed = |before, now, step| gap(before, now, step).map(|(gap, _)| gap.as_secs());
+        assert_eq!(missed(at(10), at(11), None), None);
+        assert_eq!(missed(at(10), at(14), None), None, "a busy machine");
+        assert_eq!(missed(at(10), at(81), None), Some(70), "stopped");
+        let suspended = Some(Step::Forward(Duration::from_secs(600)));
+        assert_eq!(missed(at(10), at(11), suspended), Some(600));
+        let set_back = Some(Step::Back(Duration::from_secs(600)));
+        assert_eq!(missed(at(10), at(11), set_back), None, "nothing was missed");
+    }
+}

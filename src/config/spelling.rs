@@ -1,0 +1,111 @@
+//! What may be meant by a name that doesn't exist.
+
+use std::collections::BTreeSet;
+
+/// How many letters of a name may be wrong.
+const WRONG_MAX: usize = 2;
+
+/// Those of `keys` that `key` may be meant for; all that are as near as the nearest one.
+///
+/// ```text
+/// broker.ulr, brokr.url, broker_url            broker.url
+/// drain                                        service.drain, worker.drain
+/// services.payments.max_wait_ms                services.payments.max_wait
+/// ```
+pub(super) fn meant(key: &str, keys: &[String]) -> Vec<String> {
+    let services: Vec<String> = match *key.split('.').collect::<Vec<_>>() {
+        [_, service, _] => ["max_wait", "cap"].map(|it| format!("services.{service}.{it}")).into(),
+        _ => Vec::new(),
+    };
+    let rated = keys.iter().chain(&services).filter_map(|known| Some((rate(key, known)?, known)));
+    let rated: BTreeSet<_> = rated.collect();
+    let best = rated.first().map(|(rating, _)| *rating);
+    let nearest = rated.iter().filter(|(rating, _)| Some(*rating) == best);
+    nearest.map(|(_, known)| (*known).clone()).collect()
+}
+
+/// Whether a variable begins like ours, but for underscores and case.
+pub(super) fn begins_alike(name: &str) -> bool {
+    name.get(..4).is_some_and(|start| start.eq_ignore_ascii_case("DTC_"))
+}
+
+/// Whether two names differ in nothing but what is between their words, and in case.
+pub(super) fn is_same(one: &str, other: &str) -> bool {
+    letters(one) == letters(other)
+}
+
+/// How far `key` is from a key that exists, if that may be meant.
+fn rate(key: &str, known: &str) -> Option<usize> {
+    let (said, meant) = (letters(key), letters(known));
+    let last = known.rsplit('.').next().map(letters);
+    if last.as_ref() == Some(&said) || is_begun_by(&said, &meant) || is_begun_by(&meant, &said) {
+        return Some(WRONG_MAX);
+    }
+    Some(distance(&said, &meant)).filter(|&distance| distance <= WRONG_MAX)
+}
+
+/// Whether `name` is `start` and some more, where that says enough.
+fn is_begun_by(name: &[char], start: &[char]) -> bool {
+    const ENOUGH: usize = 8;
+    start.len() >= ENOUGH && name.starts_with(start)
+}
+
+fn letters(name: &str) -> Vec<char> {
+    let is_letter = |letter: &char| !matches!(letter, '.' | '_' | '-');
+    name.chars().filter(is_letter).map(|letter| letter.to_ascii_lowercase()).collect()
+}
+
+/// How many letters must be put in, taken out or replaced to make `one` of `other`.
+fn distance(one: &[char], other: &[char]) -> usize {
+    let mut row: Vec<_> = (0..=other.len()).collect();
+    for (n, letter) in one.iter().enumerate() {
+        let mut next = vec![n + 1];
+        for (m, candidate) in other.iter().enumerate() {
+            let replaced = row[m] + usize::from(letter != candidate);
+            next.push(replaced.min(row[m + 1] + 1).min(next[m] + 1));
+        }
+        row = next;
+    }
+    row[other.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{distance, letters, meant};
+
+    #[test]
+    fn a_key_with_a_typo_finds_the_one_that_is_meant() {
+        let keys = [
+            "broker.url",
+            "broker.tls.ca_file",
+            "worker.max_in_flight",
+            "worker.drain",
+            "service.drain",
+            "topology.commands",
+        ]
+        .map(str::to_owned);
+        for (said, wanted) in [
+            ("broker.ulr", "broker.url"),
+            ("brokr.url", "broker.url"),
+            ("broker_url", "broker.url"),
+            ("broker.tls.ca", "broker.tls.ca_file"),
+            ("worker.max-in-flight", "worker.max_in_flight"),
+            ("worker.drian", "worker.drain"),
+            ("drain", "service.drain worker.drain"),
+            ("services.payments.max_wait_ms", "services.payments.max_wait"),
+            ("service.payments.cap", "services.payments.cap"),
+            ("services.payments.max_concurrency", ""),
+            ("colour", ""),
+        ] {
+            assert_eq!(meant(said, &keys).join(" "), wanted, "{said}");
+        }
+    }
+
+    #[test]
+    fn a_distance_counts_letters() {
+        for (one, other, wanted) in [("", "", 0), ("", "ab", 2), ("ulr", "url", 2), ("ab", "b", 1)]
+        {
+            assert_eq!(distance(&letters(one), &letters(other)), wanted, "{one} {other}");
+        }
+    }
+}
