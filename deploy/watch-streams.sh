@@ -113,21 +113,22 @@ rest() {
 # Has the node look: $told has a line `down STREAM NODE` for each replica that is down, and then a line
 # `looked BEFORE`, with how many nodes that run come before this one.
 #
-# The node is asked what `rabbitmq-streams stream_status` asks it. One that can't tell, since it doesn't
-# see the others, knows of none that is down.
+# Each node that runs is asked what it asks itself when somebody consumes the stream there: whether it
+# knows of a replica of its own that runs. One that can't answer now is no node whose replica is down.
 look() {
     tool "$limit" rabbitmqctl --quiet eval "
         Running = rabbit_nodes:list_running(),
         Down = fun(Stream) ->
             case rabbit_amqqueue:lookup(rabbit_misc:r(<<\"$vhost\">>, queue, Stream)) of
                 {ok, Q} ->
-                    #{nodes := Members} = amqqueue:get_type_state(Q),
-                    case catch rabbit_stream_queue:status(<<\"$vhost\">>, Stream) of
-                        Replicas when is_list(Replicas) ->
-                            Up = [proplists:get_value(node, Replica) || Replica <- Replicas],
-                            [N || N <- Members, lists:member(N, Running), not lists:member(N, Up)];
-                        _ -> []
-                    end;
+                    #{name := Id, nodes := Members} = amqqueue:get_type_state(Q),
+                    IsDown = fun(N) ->
+                        case catch erpc:call(N, rabbit_stream_coordinator, local_pid, [Id], 10000) of
+                            {error, _} -> true;
+                            _ -> false
+                        end
+                    end,
+                    [N || N <- Members, lists:member(N, Running), IsDown(N)];
                 _ -> []
             end
         end,

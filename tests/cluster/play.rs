@@ -169,7 +169,7 @@ impl Stage {
             let played = self.play_in(scenario, number, &mut system, &mut verdict);
             if played.is_err() || !verdict.is_good() {
                 self.explain(scenario, number, &system);
-            } else if verdict.late.is_some() {
+            } else if verdict.late.is_some() || !verdict.broker.is_empty() {
                 self.keep_logs(scenario, number, &system);
             }
             drop(system);
@@ -247,12 +247,13 @@ impl Stage {
                 verdict.hang = Some(told);
             }
         }
-        let restarts = watchers.restarts().into_iter().map(|it| format!("a watcher said: {it}"));
-        verdict.broker.extend(restarts);
-        drop(watchers);
         let (network, nodes) = (&self.network, &self.nodes);
         verdict.violations.extend(system.died().into_iter().map(|it| format!("died: {it}")));
         let journals = self.read_journals(system, verdict)?;
+        // Until then they may mend what nobody else does.
+        let restarts = watchers.restarts().into_iter().map(|it| format!("a watcher said: {it}"));
+        verdict.broker.extend(restarts);
+        drop(watchers);
         verdict.violations.extend(set_aside(nodes, network, system));
         verdict.violations.extend(system.end());
         let submitted = locked(&system.record).submitted.len() as u64;
