@@ -241,8 +241,9 @@ fn two_workers_of_one_name_are_told_of() {
 fn an_instance_whose_store_takes_nothing_is_not_ready_until_it_does() {
     let site = Site::new();
     let (state, ready) = (site.world.path("state"), site.world.path("ready"));
-    let mut command = site.world.dtc(&["service", "--name", "stock", "--services"]);
-    command.arg(&site.services).arg("--state").arg(&state).arg("--ready-file").arg(&ready);
+    let mut command = site.world.dtc(&["service", "--name", "stock"]);
+    command.arg("--services").arg(&site.services);
+    command.arg("--state").arg(&state).arg("--ready-file").arg(&ready);
     let (stock, worker) = (Process::start("stock", &mut command), site.world.worker("w1"));
     until("ready", || ready.exists());
     let outcome = |id: &str| {

@@ -100,8 +100,8 @@ fn a_request_that_somebody_has_looked_at_25_times_is_carried_out() {
     submit(&system, &[transaction("t-0", "stock")]);
     look_into(&system, &system.names.requests(), 25);
 
+    // RabbitMQ 3.10 counts these as deliveries; 4.3 does not.
     let worker = system.worker("w1", &[]);
-    println!("{}", worker.wait_for_line("it is tried alone", LIMIT));
     until("it is decided", || !journal.decisions("t-0").is_empty());
     assert_eq!(journal.decisions("t-0")[0].outcome, Outcome::Committed);
     system.wait_until_nothing_is_prepared();
