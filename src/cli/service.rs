@@ -31,7 +31,7 @@ use crate::{
         connection::{Broker, close},
         names::Names,
         topology::{
-            ServiceTopology,
+            self, ServiceTopology,
             check::{self, Term},
         },
         traffic::Traffic,
@@ -102,7 +102,7 @@ pub(super) fn run(arguments: &ServiceArguments) -> Result<Exit, Failure> {
     let level = progress::log_level(LevelFilter::INFO);
     let level = level.map_err(|error| Failure::new(Exit::Usage, error))?;
     let spec = spec(arguments)?;
-    let mut settings = settings(arguments, &spec)?;
+    let (mut settings, declared) = settings(arguments, &spec)?;
     let report = ReportFile::create(arguments.report.as_deref())?;
     let (runtime, interrupt) = stages::daemon_runtime()?;
     let _logging = progress::log_above(&ProgressBar::hidden(), level);
@@ -130,7 +130,7 @@ pub(super) fn run(arguments: &ServiceArguments) -> Result<Exit, Failure> {
     let comparing = compare(
         settings.broker.clone(),
         settings.names.clone(),
-        ServiceTopology::from(&spec),
+        (ServiceTopology::from(&spec), declared),
         serving.subscribe(),
     );
     settings.serving = Some(serving);
@@ -149,7 +149,11 @@ pub(super) fn run(arguments: &ServiceArguments) -> Result<Exit, Failure> {
     Ok(Exit::Done)
 }
 
-fn settings(arguments: &ServiceArguments, spec: &ServiceSpec) -> Result<ServeSettings, Failure> {
+/// How to serve, and how queues are declared here.
+fn settings(
+    arguments: &ServiceArguments,
+    spec: &ServiceSpec,
+) -> Result<(ServeSettings, topology::Settings), Failure> {
     let config = arguments.broker.load([
         flag("service.instance", "--instance", arguments.instance.as_ref()),
         flag("service.inquire_after", "--inquire-after", arguments.inquire_after.as_ref()),
@@ -158,14 +162,15 @@ fn settings(arguments: &ServiceArguments, spec: &ServiceSpec) -> Result<ServeSet
     let instance = settings::new_instance(config.service.instance.as_ref());
     let broker = broker::broker(&config, format!("dtc service {} {instance}", spec.name));
     let names = broker::names(&config);
-    Ok(ServeSettings {
+    let settings = ServeSettings {
         instance,
         cap: spec.cap,
         inquire_after: config.service.inquire_after,
         drain: config.service.drain,
         declare: arguments.declare.then_some(spec.max_wait),
         ..ServeSettings::new(broker, names, spec.name.clone(), spec.max_concurrency)
-    })
+    };
+    Ok((settings, config.topology.settings))
 }
 
 /// Says, whenever the instance begins to serve, in what the queue of its prepares is another than its
@@ -175,11 +180,11 @@ fn settings(arguments: &ServiceArguments, spec: &ServiceSpec) -> Result<ServeSet
 async fn compare(
     broker: Broker,
     names: Names,
-    service: ServiceTopology,
+    (service, declared): (ServiceTopology, topology::Settings),
     mut serving: watch::Receiver<bool>,
 ) -> Infallible {
     while serving.wait_for(|serves| *serves).await.is_ok() {
-        match terms(&broker, &names, &service).await {
+        match terms(&broker, &names, &service, &declared).await {
             Ok(terms) => terms.iter().for_each(|Term { field, wanted, found }| {
                 tracing::warn!(
                     service = %service.name, field, services_json = wanted, queue = found,
@@ -203,9 +208,10 @@ async fn terms(
     broker: &Broker,
     names: &Names,
     service: &ServiceTopology,
+    declared: &topology::Settings,
 ) -> anyhow::Result<Vec<Term>> {
     let connection = broker.connect("services.json").await?;
-    let terms = check::terms(&connection, names, service).await;
+    let terms = check::terms(&connection, names, service, declared).await;
     close(&connection).await;
     Ok(terms?)
 }

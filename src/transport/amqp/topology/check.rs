@@ -146,7 +146,8 @@ fn cap(value: Option<&str>) -> String {
     }
 }
 
-/// Compares the queue of a service's prepares with `service`, whatever kind of queue it is. A queue that
+/// Compares the queue of a service's prepares with `service`, whatever kind of queue it is: but each
+/// difference from `settings`, too, costs a question that the broker writes into its log. A queue that
 /// isn't there says nothing.
 ///
 /// # Errors
@@ -156,8 +157,9 @@ pub async fn terms(
     connection: &Connection,
     names: &Names,
     service: &ServiceTopology,
+    settings: &Settings,
 ) -> Result<Vec<Term>, CheckError> {
-    let (_, queue) = service.queues(names, &Settings::default());
+    let (_, queue) = service.queues(names, settings);
     let subject = Subject::Queue(queue.name.to_string());
     let found = Prober::on(connection).queue(&queue).await;
     let findings = found.map_err(|source| CheckError::Ask { subject, source })?;
