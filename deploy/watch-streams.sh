@@ -10,6 +10,7 @@ usage: watch-streams.sh [--every SECONDS] [--vhost NAME] [--once] [STREAM]...
 Run it beside each node of a RabbitMQ cluster, as the node's user, where RabbitMQ's tools and the
 node's Erlang cookie are: as a service of the host, or as a container of the same image beside the
 node's. It needs nothing of dtc's. A look costs what any call of `rabbitmqctl` costs, some 0.7 s of CPU.
+It asks by `rabbitmqctl eval` what no command of the tools tells, and was tried with RabbitMQ 4.3.6.
 
 A replica of a stream is down if its node runs and it does not. One that is down two looks in a row
 is started by `rabbitmq-streams restart_stream`, which stops writes for about a second. If that

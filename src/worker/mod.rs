@@ -12,6 +12,7 @@
 //! * `outbox`, `together`, `parking`: what goes out.
 //! * `searches`: looking for services.
 //! * `clocks`: whether this worker's clock fits those of the others.
+//! * `namesakes`: whether another worker has this one's name.
 //! * `anomalies`: what is said of what is unusual.
 
 mod anomalies;
