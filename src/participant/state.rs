@@ -271,6 +271,21 @@ struct Log {
     file: File,
 }
 
+/// An error that names the file it is about.
+trait Named<T> {
+    /// It was to `act` on `path`.
+    fn named(self, act: &str, path: &Path) -> io::Result<T>;
+}
+
+impl<T> Named<T> for io::Result<T> {
+    fn named(self, act: &str, path: &Path) -> Self {
+        self.map_err(|error| {
+            let told = format!("failed to {act} `{}`: {error}", path.display());
+            io::Error::new(error.kind(), told)
+        })
+    }
+}
+
 impl Files {
     fn open(directory: &Path, instance: InstanceId) -> Result<Self, StateError> {
         let clock = Clock::start();
@@ -307,8 +322,8 @@ impl Files {
         let text = format!("{} {}\n", held.request_hash, held.deadline.as_millis());
         let path = self.path_of(&held.key, &held.branch);
         let unfinished = self.writing.join(path.file_name().unwrap_or_default());
-        fs::write(&unfinished, text)?;
-        fs::rename(&unfinished, &path)
+        fs::write(&unfinished, text).named("write", &unfinished)?;
+        fs::rename(&unfinished, &path).named("make", &path)
     }
 
     /// Whether it is done; if not, another instance is at it.
@@ -325,14 +340,14 @@ impl Files {
                     Outcome::Committed | Outcome::Aborted => Ok(true),
                 };
             }
-            Err(error) => return Err(error),
+            Err(error) => return Err(error).named("open", &path),
         };
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => return Ok(false),
-            Err(TryLockError::Error(error)) => return Err(error),
+            Err(TryLockError::Error(error)) => return Err(error).named("lock", &path),
         }
-        if !path.try_exists()? {
+        if !path.try_exists().named("look for", &path)? {
             return Ok(true);
         }
         let log = match outcome {
@@ -340,39 +355,40 @@ impl Files {
             Outcome::Aborted => &self.aborted,
         };
         let mut text = String::new();
-        file.read_to_string(&mut text)?;
+        file.read_to_string(&mut text).named("read", &path)?;
         let line = start_of_line(call);
         // Somebody was killed in the middle of this.
         let is_noted = text.lines().any(|note| note == outcome.as_str());
         if !is_noted {
-            writeln_at_once(&file, outcome.as_str())?;
+            writeln_at_once(&file, outcome.as_str()).named("write to", &path)?;
         }
         if !is_noted || !log.has(&line)? {
             let millis = self.clock.now().as_millis();
             log.add(&format!("{line}{millis} {}", self.instance))?;
         }
-        fs::remove_file(&path)?;
+        fs::remove_file(&path).named("remove", &path)?;
         Ok(true)
     }
 
     fn in_doubt(&self, of: Option<&TransactionKey>) -> io::Result<Vec<InDoubt>> {
         let prefix = of.map(|key| format!("{}@", name_of(key, '@'))).unwrap_or_default();
         let mut held = Vec::new();
-        for entry in fs::read_dir(&self.prepared)? {
-            let entry = entry?;
+        for entry in fs::read_dir(&self.prepared).named("read", &self.prepared)? {
+            let entry = entry.named("read", &self.prepared)?;
             let name = entry.file_name();
             let Some(name) = name.to_str().filter(|name| name.starts_with(&prefix)) else {
                 continue;
             };
-            if entry.file_type()?.is_dir() {
-                self.tell_stray(&entry.path());
+            let path = entry.path();
+            if entry.file_type().named("look at", &path)?.is_dir() {
+                self.tell_stray(&path);
                 continue;
             }
-            match fs::read_to_string(self.prepared.join(name)) {
+            match fs::read_to_string(&path) {
                 Ok(text) => held.extend(parse(name, &text)),
                 // It was finished meanwhile.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(error),
+                Err(error) => return Err(error).named("read", &path),
             }
         }
         Ok(held)
@@ -464,12 +480,16 @@ impl Log {
     }
 
     fn add(&self, line: &str) -> io::Result<()> {
-        writeln_at_once(&self.file, line)
+        writeln_at_once(&self.file, line).named("write to", &self.path)
     }
 
     /// Whether a line begins with `start`. It is looked for from the end, since what is asked for is
     /// nearly always among the last.
     fn has(&self, start: &str) -> io::Result<bool> {
+        self.try_has(start).named("read", &self.path)
+    }
+
+    fn try_has(&self, start: &str) -> io::Result<bool> {
         let mut file = File::open(&self.path)?;
         let mut from = file.metadata()?.len();
         // What was read of the line that begins further ahead.
@@ -730,6 +750,24 @@ mod tests {
         }
         assert_eq!(state.in_doubt(None).unwrap().len(), 1);
         assert_eq!(state.in_doubt(Some(&call.key)).unwrap().len(), 1);
+    }
+
+    /// `No such file or directory` was all that was said of a store that had been removed.
+    #[test]
+    fn what_fails_at_a_store_names_the_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let state = state(directory.path(), "i1");
+        let call = prepare("t1", "i1");
+        fs::remove_dir_all(directory.path().join("payments/prepared")).unwrap();
+        let failures = [
+            (state.prepare(&call), "failed to make", "prepared/t1@7@i1.3"),
+            (state.in_doubt(None).map(drop), "failed to read", "prepared"),
+        ];
+        for (failure, act, file) in failures {
+            let said = failure.unwrap_err().to_string();
+            let path = directory.path().join("payments").join(file);
+            assert!(said.starts_with(&format!("{act} `{}`: ", path.display())), "{said}");
+        }
     }
 
     #[test]
