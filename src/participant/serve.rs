@@ -437,11 +437,24 @@ async fn open(
             return Err(error);
         }
         let pause = supervisor.pause();
-        let hint = match error.is_not_found() && supervisor.is_missing_for_good() {
-            true => "; has `dtc topology apply` been run?",
-            false => "",
-        };
-        tracing::warn!("not connected, trying again in {pause:.1?}: {}{hint}", Chain(&error));
+        let service = &settings.service;
+        if !error.is_not_found() {
+            tracing::warn!(
+                %service, error = %Chain(&error), "not connected; trying again in {pause:.1?}"
+            );
+        } else if supervisor.is_missing_for_good() {
+            tracing::error!(
+                %service, error = %Chain(&error),
+                "the topology of this service is not there: run `dtc topology apply`; trying again \
+                 in {pause:.1?}"
+            );
+        } else {
+            tracing::warn!(
+                %service, error = %Chain(&error),
+                "something of the topology is not there, as while a broker starts; trying again in \
+                 {pause:.1?}"
+            );
+        }
         tokio::time::sleep(pause).await;
     }
 }

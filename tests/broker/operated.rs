@@ -309,3 +309,19 @@ fn a_status_where_there_is_no_journal_says_what_makes_one() {
         LIMIT,
     );
 }
+
+/// An instance said `not connected`, as where there is no broker.
+#[test]
+fn a_service_without_its_topology_says_what_makes_it_and_serves_once_it_is_made() {
+    let site = Site::new();
+    site.direct.delete_queue(&site.name("finish.stock"));
+    let instance = site.start_service("stock");
+    for told in [
+        "something of the topology is not there",
+        "the topology of this service is not there: run `dtc topology apply`",
+    ] {
+        println!("{}", instance.wait_for_line(told, LIMIT));
+    }
+    site.world.apply_topology(Some(&site.services));
+    instance.wait_for_line(READY, LIMIT);
+}
