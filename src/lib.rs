@@ -31,6 +31,7 @@
 //!
 //! Beside the stairs stands [`config`](mod@config), which only [`cli`] knows.
 
+mod anomalies;
 pub mod cli;
 pub mod client;
 pub mod clock;

@@ -12,6 +12,7 @@ use std::{
 };
 
 use crate::{
+    anomalies,
     clock::Reading,
     embedded::report::{Calls, Concluded},
     embedded::{
@@ -21,7 +22,7 @@ use crate::{
         report::ServiceReport,
     },
     protocol::{
-        coordinator::{self, Anomaly, Coordinator},
+        coordinator::{self, Coordinator},
         ids::{InstanceId, ServiceName, TransactionKey, WorkerId},
         message::{
             Answer, Command, Decision, Delivery, Destination, Inquiry, Matter, Outcome, Parked,
@@ -426,7 +427,7 @@ impl Engine {
             }
             // Every service is in this process.
             Effect::CheckService(_) => {}
-            Effect::Report(anomaly) => report(&anomaly),
+            Effect::Report(anomaly) => anomalies::log(&anomaly),
         }
     }
 
@@ -629,7 +630,8 @@ impl Engine {
                 (None, Maker::Stranger) => {
                     tracing::error!(
                         %key, %service, %branch,
-                        "left in doubt: it was prepared under another journal than this"
+                        "left in doubt: it was prepared under another journal than this, which alone \
+                         knows its outcome; run with that journal to finish it"
                     );
                     return false;
                 }
@@ -822,36 +824,6 @@ fn rejected(now: Time, key: &TransactionKey, reason: Reason) -> Answer {
         reason: Some(reason),
         unresolved: Vec::new(),
         decided_at: now,
-    }
-}
-
-fn report(anomaly: &Anomaly) {
-    match anomaly {
-        Anomaly::CommitFailed { key, service, failures, error } => {
-            tracing::warn!(%key, %service, failures, %error, "a service failed to finish");
-        }
-        Anomaly::Unanswered(key, service) => {
-            tracing::warn!(%key, %service, "a command was not answered and is sent again");
-        }
-        Anomaly::PreparedTwice(key, service) => {
-            tracing::warn!(%key, %service, "a service has prepared twice");
-        }
-        Anomaly::DuplicateRequest(key) => tracing::debug!(%key, "a request came twice"),
-        Anomaly::LateVote(key, service) => tracing::debug!(%key, %service, "a vote came late"),
-        Anomaly::Stalled(key, service) => {
-            tracing::debug!(%key, %service, "a transaction that holds slots got none in time");
-        }
-        Anomaly::InquiryDropped(key) => tracing::warn!(%key, "too many inquiries"),
-        Anomaly::JournalGap(offset) => tracing::error!(offset, "the journal has a gap"),
-        // Every result is taken at once, and every service is in this process.
-        Anomaly::ResultUnclaimed { key, .. } => tracing::debug!(%key, "a result was not taken"),
-        Anomaly::ServiceUnavailable(service)
-        | Anomaly::ServiceAvailable(service)
-        | Anomaly::ServiceUnserved(service)
-        | Anomaly::ServiceServed(service)
-        | Anomaly::StoresDiffer { service, .. } => {
-            tracing::debug!(%service, "whether a service can be reached has changed");
-        }
     }
 }
 

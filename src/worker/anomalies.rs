@@ -1,6 +1,7 @@
 //! What a worker says of what is unusual and dealt with by itself.
 
 use crate::{
+    anomalies,
     protocol::{
         coordinator::Anomaly,
         message::{Matter, Parked},
@@ -84,6 +85,6 @@ pub(super) fn report(anomaly: &Anomaly, names: &Names, searches: &Searches, tall
         | Anomaly::Unanswered(..)
         | Anomaly::Stalled(..)
         | Anomaly::InquiryDropped(_)
-        | Anomaly::JournalGap(_) => tracing::debug!(?anomaly, "reported"),
+        | Anomaly::JournalGap(_) => anomalies::log(anomaly),
     }
 }

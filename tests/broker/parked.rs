@@ -75,6 +75,22 @@ fn a_parked_commit_is_said_to_be_tried_on_and_to_be_settled() {
     drop(parked.producer);
 }
 
+/// At the default level, the worker's log had nothing of it until the commit was parked.
+#[test]
+fn each_failure_of_a_commit_is_warned_of_by_the_worker() {
+    let parked = Parked::new(json!({"fail_first": 5}));
+    parked.worker.wait_for_line("commit parked", LIMIT);
+    let lines = parked.worker.stderr.all();
+    let warned = lines.iter().filter(|line| line.contains("failed to apply an outcome"));
+    let warned: Vec<_> = warned.inspect(|line| println!("{line}")).collect();
+    assert_eq!(warned.len(), 4, "the first, and three retries");
+    for (line, failures) in warned.iter().zip(1..) {
+        assert!(line.contains("WARN") && line.contains("simulated error"), "{line}");
+        assert!(line.contains("t-0@") && line.contains("service=stock"), "{line}");
+        assert!(line.contains(&format!("failures={failures}")), "{line}");
+    }
+}
+
 /// It waited for the whole drain, and for nothing.
 #[test]
 fn an_instance_that_stops_leaves_what_is_parked_to_the_next() {

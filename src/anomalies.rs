@@ -1,0 +1,48 @@
+//! How loudly a coordinator's anomalies are logged, and in which words: the same for a worker and for
+//! the embedded coordinator.
+//!
+//! What an operator should look into is WARN, what costs somebody an outcome is ERROR. What the
+//! protocol expects and mends by itself is DEBUG, however rare.
+
+use crate::protocol::coordinator::Anomaly;
+
+/// Logs an anomaly in which no queue is involved.
+pub(crate) fn log(anomaly: &Anomaly) {
+    match anomaly {
+        Anomaly::CommitFailed { key, service, failures, error } => tracing::warn!(
+            transaction = %key, %service, failures, %error,
+            "a service failed to apply an outcome; it is asked again, and a commit that keeps failing \
+             is parked"
+        ),
+        Anomaly::JournalGap(offset) => tracing::error!(
+            offset,
+            "the journal has a gap before this offset: transactions requested before it was written \
+             can't be resolved and will be parked; was the journal deleted or cut off?"
+        ),
+        Anomaly::Unanswered(key, service) => tracing::debug!(
+            transaction = %key, %service, "no answer to a command; it is sent again"
+        ),
+        Anomaly::PreparedTwice(key, service) => tracing::debug!(
+            transaction = %key, %service, "two branches of one transaction are prepared; one is undone"
+        ),
+        Anomaly::DuplicateRequest(key) => {
+            tracing::debug!(transaction = %key, "a request came twice");
+        }
+        Anomaly::LateVote(key, service) => {
+            tracing::debug!(transaction = %key, %service, "a vote came late");
+        }
+        Anomaly::Stalled(key, service) => tracing::debug!(
+            transaction = %key, %service,
+            "a transaction that holds slots of other services got none of this one in time"
+        ),
+        Anomaly::InquiryDropped(key) => tracing::debug!(
+            transaction = %key, "too many inquiries at once; this one is dropped and will come again"
+        ),
+        Anomaly::ResultUnclaimed { .. }
+        | Anomaly::ServiceUnavailable(_)
+        | Anomaly::ServiceAvailable(_)
+        | Anomaly::ServiceUnserved(_)
+        | Anomaly::ServiceServed(_)
+        | Anomaly::StoresDiffer { .. } => tracing::debug!(?anomaly, "reported"),
+    }
+}
