@@ -174,8 +174,10 @@ fn inside(arguments: impl IntoIterator<Item = OsString>) -> Command {
     if !nix::unistd::Uid::effective().is_root() {
         command.arg("--map-root-user");
     }
-    // What is the first process of a namespace ends all others of it when it ends.
+    // What is the first process of a namespace ends all others of it when it ends. Whoever loses its
+    // parent there becomes its child, and stays a zombie unless it waits for all, as a shell does.
     command.args(["--mount", "--net", "--pid", "--fork", "--kill-child=KILL", "--mount-proc"]);
+    command.args(["sh", "-c", r#""$@" & wait "$!""#, "sh"]);
     command.arg(env::current_exe().unwrap_or_default()).args(arguments);
     command
 }
