@@ -9,7 +9,7 @@
 //!   it.
 //! * `sources`, `intake`, `saturation`: what comes in, and how much of it.
 //! * `suspects`: requests that workers may die of.
-//! * `outbox`, `together`, `parking`: what goes out.
+//! * `outbox`, `prepare_batcher`, `parking`: what goes out.
 //! * `searches`: looking for services.
 //! * `clocks`: whether this worker's clock fits those of the others.
 //! * `namesakes`: whether another worker has this one's name.
@@ -28,12 +28,12 @@ mod lasting;
 mod namesakes;
 mod outbox;
 mod parking;
+mod prepare_batcher;
 mod saturation;
 mod searches;
 mod session;
 mod sources;
 mod suspects;
-mod together;
 
 use std::time::Duration;
 

@@ -33,8 +33,8 @@ use crate::{
     wire::message::{Full, Item, Items, Kind, Settled},
     worker::{
         parking::{Next, Parking},
+        prepare_batcher::{PrepareBatcher, Prepares},
         suspects::Try,
-        together::{Prepares, Together},
     },
 };
 
@@ -105,7 +105,7 @@ enum Answered {
     SetAside(Unacked),
 }
 
-/// The destination of items that travel together.
+/// The destination of items that travel prepare_batcher.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
 struct To {
     service: ServiceName,
@@ -113,7 +113,7 @@ struct To {
     kind: Kind,
 }
 
-/// Results that travel together.
+/// Results that travel prepare_batcher.
 #[derive(Debug, Default)]
 struct Results {
     items: Items,
@@ -133,7 +133,7 @@ pub(super) struct Outbox {
     durable: ReliablePublisher<OnConfirm>,
     parking: Parking,
     gathered: BTreeMap<To, Items>,
-    together: Together,
+    prepare_batcher: PrepareBatcher,
     answers: BTreeMap<(Option<ReplyToken>, Outcome), Results>,
     /// Reply tokens under which results fail, and since when.
     unreachable: BTreeMap<Option<ReplyToken>, Instant>,
@@ -160,7 +160,7 @@ impl Outbox {
             names,
             parking: Parking::default(),
             gathered: BTreeMap::new(),
-            together: Together::default(),
+            prepare_batcher: PrepareBatcher::default(),
             answers: BTreeMap::new(),
             unreachable: BTreeMap::new(),
             followed: VecDeque::new(),
@@ -172,12 +172,12 @@ impl Outbox {
 
     /// An instance takes so many prepares in one message.
     pub(super) fn announced(&mut self, service: ServiceName, prepares_max: u16, now: Instant) {
-        self.together.announced(service, prepares_max, now);
+        self.prepare_batcher.announced(service, prepares_max, now);
     }
 
     /// A prepare for a service that has so many slots free, as far as is known.
     pub(super) fn prepare(&mut self, service: ServiceName, prepare: &Prepare, spare: u32) {
-        if let Some(prepares) = self.together.add(&service, prepare, spare) {
+        if let Some(prepares) = self.prepare_batcher.add(&service, prepare, spare) {
             self.write_prepares(service, prepares);
         }
     }
@@ -289,7 +289,7 @@ impl Outbox {
 
     /// Writes what was gathered.
     pub(super) fn flush(&mut self, now: Instant) {
-        for (service, prepares) in self.together.take() {
+        for (service, prepares) in self.prepare_batcher.take() {
             self.write_prepares(service, prepares);
         }
         for (to, items) in std::mem::take(&mut self.gathered) {

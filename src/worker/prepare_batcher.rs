@@ -1,4 +1,4 @@
-//! Prepares that travel together.
+//! Prepares that travel batcher.
 //!
 //! A prepare takes a slot. While the broker is to see to it that there is one, each is a message of
 //! its own; where slots abound, as far as is known, several go in one message, which costs the broker
@@ -64,12 +64,12 @@ struct Room {
 
 /// What waits for more of its kind until the next flush.
 #[derive(Debug, Default)]
-pub(super) struct Together {
+pub(super) struct PrepareBatcher {
     rooms: BTreeMap<ServiceName, Room>,
     gathered: BTreeMap<ServiceName, Prepares>,
 }
 
-impl Together {
+impl PrepareBatcher {
     /// An instance of `service` takes so many prepares in one message.
     pub(super) fn announced(&mut self, service: ServiceName, prepares_max: u16, now: Instant) {
         let said = Room { prepares_max, said_at: now };
@@ -115,7 +115,7 @@ mod tests {
 
     use tokio::time::Instant;
 
-    use super::{FEWER_FOR, Together};
+    use super::{FEWER_FOR, PrepareBatcher};
     use crate::{
         protocol::{
             ids::{RequestHash, ServiceName, TransactionId, TransactionKey},
@@ -142,23 +142,23 @@ mod tests {
         }
     }
 
-    fn announced(prepares_max: u16) -> Together {
-        let mut together = Together::default();
-        together.announced(service(), prepares_max, Instant::now());
-        together
+    fn announced(prepares_max: u16) -> PrepareBatcher {
+        let mut batcher = PrepareBatcher::default();
+        batcher.announced(service(), prepares_max, Instant::now());
+        batcher
     }
 
     /// How many prepares the messages hold that are written for so many.
-    fn written(together: &mut Together, n: usize, spare: u32) -> Vec<usize> {
-        let at_once = (0..n).filter_map(|it| together.add(&service(), &prepare(it), spare));
+    fn written(batcher: &mut PrepareBatcher, n: usize, spare: u32) -> Vec<usize> {
+        let at_once = (0..n).filter_map(|it| batcher.add(&service(), &prepare(it), spare));
         let mut written: Vec<_> = at_once.map(|it| it.keys.len()).collect();
-        written.extend(together.take().into_values().map(|it| it.keys.len()));
+        written.extend(batcher.take().into_values().map(|it| it.keys.len()));
         written
     }
 
     #[test]
     fn until_an_instance_has_said_that_it_takes_more_prepares_go_singly() {
-        assert_eq!(written(&mut Together::default(), 3, PLENTY), [1, 1, 1]);
+        assert_eq!(written(&mut PrepareBatcher::default(), 3, PLENTY), [1, 1, 1]);
         assert_eq!(written(&mut announced(1), 3, PLENTY), [1, 1, 1]);
         assert_eq!(written(&mut announced(4), 10, PLENTY), [4, 4, 2]);
     }
@@ -171,33 +171,33 @@ mod tests {
 
     #[test]
     fn the_instance_that_takes_fewest_counts_for_a_while() {
-        let mut together = announced(16);
+        let mut batcher = announced(16);
         let now = Instant::now();
-        together.announced(service(), 1, now);
-        together.announced(service(), 16, now + FEWER_FOR - Duration::from_secs(1));
-        assert_eq!(written(&mut together, 2, PLENTY), [1, 1]);
-        together.announced(service(), 16, now + FEWER_FOR);
-        assert_eq!(written(&mut together, 2, PLENTY), [2]);
+        batcher.announced(service(), 1, now);
+        batcher.announced(service(), 16, now + FEWER_FOR - Duration::from_secs(1));
+        assert_eq!(written(&mut batcher, 2, PLENTY), [1, 1]);
+        batcher.announced(service(), 16, now + FEWER_FOR);
+        assert_eq!(written(&mut batcher, 2, PLENTY), [2]);
     }
 
     #[test]
     fn what_may_have_been_prepared_before_goes_alone() {
-        let mut together = announced(16);
+        let mut batcher = announced(16);
         let repeated = Prepare { repeated: true, ..prepare(1) };
-        let alone = together.add(&service(), &repeated, PLENTY).unwrap();
+        let alone = batcher.add(&service(), &repeated, PLENTY).unwrap();
         assert_eq!(alone.keys, [repeated.key]);
     }
 
     #[test]
     fn a_message_holds_no_more_than_fits_and_loses_none() {
-        let mut together = announced(16);
+        let mut batcher = announced(16);
         let data = format!(r#"{{"x":"{}"}}"#, "x".repeat(BODY_MAX / 3));
         let mut messages = Vec::new();
         for number in 0..5 {
             let large = Prepare { data: Payload::new(data.as_str()), ..prepare(number) };
-            messages.extend(together.add(&service(), &large, PLENTY));
+            messages.extend(batcher.add(&service(), &large, PLENTY));
         }
-        messages.extend(together.take().into_values());
+        messages.extend(batcher.take().into_values());
         let keys: Vec<_> = messages.iter().flat_map(|it| it.keys.clone()).collect();
         assert_eq!(keys, (0..5).map(|number| prepare(number).key).collect::<Vec<_>>());
         for message in messages {
