@@ -29,10 +29,10 @@ mod namesakes;
 mod outbox;
 mod parking;
 mod prepare_batcher;
+mod request_consumers;
 mod saturation;
 mod searches;
 mod session;
-mod sources;
 mod suspects;
 
 use std::time::Duration;

@@ -46,9 +46,9 @@ use crate::{
         journal::{Found, Journal, ReadError, Record},
         lasting::Lasting,
         outbox::{Followed, OnConfirm, Outbox, Unacked},
+        request_consumers::RequestConsumers,
         saturation::{Saturation, Wanted},
         searches::Searches,
-        sources::Sources,
         suspects::{Next, Suspect, Suspects, Try},
     },
 };
@@ -170,7 +170,7 @@ pub(super) struct Session<'a> {
     outbox: Outbox,
     replies: ExclusiveQueue,
     inquiries: Inbox,
-    requests: Sources,
+    requests: RequestConsumers,
     searches: Searches,
     saturation: Saturation,
     suspects: Suspects,
@@ -260,7 +260,7 @@ impl<'a> Session<'a> {
         );
         let inquiries = inquiries.await.map_err(opening("the queue of inquiries"))?;
         let inquiries = inquiries.watched(&link.consuming, Turn::Equal);
-        let mut requests = Sources::new(names.requests());
+        let mut requests = RequestConsumers::new(names.requests());
         let opening_requests = requests.open(&link.consuming, settings.requests_prefetch());
         opening_requests.await.map_err(opening("the queue of requests"))?;
         let searches = Searches::new(names.clone(), Lookups::new(settings.broker.clone()));

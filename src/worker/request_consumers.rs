@@ -36,13 +36,13 @@ struct Source {
 
 /// The consumers of one queue on one connection.
 #[derive(Debug)]
-pub(super) struct Sources {
+pub(super) struct RequestConsumers {
     queue: ShortString,
     sources: BTreeMap<u16, Source>,
     next: u16,
 }
 
-impl Sources {
+impl RequestConsumers {
     /// None yet.
     pub(super) fn new(queue: ShortString) -> Self {
         Self { queue, sources: BTreeMap::new(), next: 0 }
