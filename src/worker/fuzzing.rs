@@ -11,12 +11,12 @@ use crate::{
         message::{Decision, Delivery},
     },
     wire::message::{JournalBegun, RequestMalformed},
-    worker::{intake, journal},
+    worker::{inbound, journal},
 };
 
 /// What a message from the queue of replies or that of inquiries says, and what is wrong with it.
 pub fn reply(message: &Message, delivery: Option<Delivery>) -> (Vec<Event>, Vec<String>) {
-    let intake::Intake { events, complaints, prepares_max: _ } = intake::reply(message, delivery);
+    let inbound::Intake { events, complaints, prepares_max: _ } = inbound::reply(message, delivery);
     (events, complaints)
 }
 
@@ -26,9 +26,9 @@ pub fn reply(message: &Message, delivery: Option<Delivery>) -> (Vec<Event>, Vec<
 ///
 /// It can't be understood.
 pub fn request(message: &Message, delivery: Delivery) -> Result<Event, RequestMalformed> {
-    let deliveries = intake::deliveries(message);
+    let deliveries = inbound::deliveries(message);
     let received = |request| Event::RequestReceived { request, delivery, deliveries };
-    intake::request(message).map(received)
+    inbound::request(message).map(received)
 }
 
 /// What a message of the journal says; `None`: it is from no stream.

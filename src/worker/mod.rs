@@ -7,7 +7,7 @@
 //! * `lasting`: what is kept from one link to the next.
 //! * `journal`, `follower`, `appender`: reading the stream of decisions, following its end, writing to
 //!   it.
-//! * `sources`, `intake`, `saturation`: what comes in, and how much of it.
+//! * `sources`, `inbound`, `saturation`: what comes in, and how much of it.
 //! * `suspects`: requests that workers may die of.
 //! * `outbox`, `prepare_batcher`, `parking`: what goes out.
 //! * `searches`: looking for services.
@@ -22,7 +22,7 @@ mod follower;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzzing;
-mod intake;
+mod inbound;
 mod journal;
 mod lasting;
 mod namesakes;

@@ -42,7 +42,7 @@ use crate::{
         appender::Appender,
         clocks::{Off, Standing},
         follower::{FollowError, Follower, Read, read_event},
-        intake,
+        inbound,
         journal::{Found, Journal, ReadError, Record},
         lasting::Lasting,
         outbox::{Followed, OnConfirm, Outbox, Unacked},
@@ -503,22 +503,22 @@ impl<'a> Session<'a> {
             Unacked::Inquiry(tag) => Some(Delivery(tag)),
             Unacked::Reply(_) | Unacked::Request(_) => None,
         };
-        let intake = intake::reply(message, delivery);
-        if let Some((service, prepares_max)) = intake.prepares_max {
+        let inbound = inbound::reply(message, delivery);
+        if let Some((service, prepares_max)) = inbound.prepares_max {
             self.searches.heard(&service);
             self.outbox.announced(service, prepares_max, Instant::now());
         }
-        for event in intake.events {
+        for event in inbound.events {
             if let Some(event) = self.searches.sift(event) {
                 self.dispatch(event);
             }
         }
-        if !intake.complaints.is_empty() {
+        if !inbound.complaints.is_empty() {
             let queue = match unacked {
                 Unacked::Inquiry(_) => self.settings.names.inquiries(),
                 Unacked::Reply(_) | Unacked::Request(_) => self.replies.name().clone(),
             };
-            let reason = intake.complaints.join("; ");
+            let reason = inbound.complaints.join("; ");
             return self.set_aside(queue.as_str(), message, &reason, OnConfirm::Ack(unacked));
         }
         let is_settling =
@@ -529,7 +529,7 @@ impl<'a> Session<'a> {
     }
 
     fn request_received(&mut self, delivery: Delivery, message: Message) {
-        match intake::request(&message) {
+        match inbound::request(&message) {
             Ok(request) => {
                 let now = self.lasting.clock.read();
                 let is_future = self.lasting.clocks.request(now, request.key.requested_at);
@@ -538,7 +538,7 @@ impl<'a> Session<'a> {
                 }
                 self.lasting.tally.taken += 1;
                 self.unsettled.reply_of.insert(delivery, request.reply.clone());
-                let deliveries = intake::deliveries(&message);
+                let deliveries = inbound::deliveries(&message);
                 let suspect = Suspect { request, delivery, deliveries };
                 // While it drains, the coordinator gives back all that comes.
                 let sifted = match self.drain_until {

@@ -30,38 +30,38 @@ pub(super) struct Intake {
 /// What `message`, from the queue of replies or that of inquiries, says. `delivery`: what it is
 /// called, if it may not be acknowledged before what follows from it is safe.
 pub(super) fn reply(message: &Message, delivery: Option<Delivery>) -> Intake {
-    let mut intake = Intake::default();
+    let mut inbound = Intake::default();
     if let Some(reason) = unreadable(message) {
-        intake.complaints.push(reason);
-        return intake;
+        inbound.complaints.push(reason);
+        return inbound;
     }
     let key = message.routing_key.as_str();
     let service = names::parts(key).and_then(|(_, service)| ServiceName::parse(service).ok());
     let Some(service) = service else {
-        intake.complaints.push(format!("routing key `{}` must read <to>.<service>", shown(key)));
-        return intake;
+        inbound.complaints.push(format!("routing key `{}` must read <to>.<service>", shown(key)));
+        return inbound;
     };
     // Who may write under which key is what a broker's permissions decide, so the key is believed.
     match kind_of(message) {
-        Some(Kind::Vote) => intake.items(message, |vote: Vote| {
+        Some(Kind::Vote) => inbound.items(message, |vote: Vote| {
             of(&service, &vote.service).map(|()| Event::VoteReceived(vote))
         }),
-        Some(Kind::Done) => intake.items(message, |done: Done| {
+        Some(Kind::Done) => inbound.items(message, |done: Done| {
             of(&service, &done.service).map(|()| Event::DoneReceived { done, delivery })
         }),
-        Some(Kind::Inquiry) => intake.items(message, |inquiry: Inquiry| {
+        Some(Kind::Inquiry) => inbound.items(message, |inquiry: Inquiry| {
             of(&service, &inquiry.service).map(|()| Event::InquiryReceived(inquiry))
         }),
         // The broker found no slot for it in time.
-        Some(Kind::Prepare) => intake.items(message, |prepare: Prepare| {
+        Some(Kind::Prepare) => inbound.items(message, |prepare: Prepare| {
             Ok(Event::PrepareReturned { key: prepare.key, service: service.clone() })
         }),
-        other => intake.complaints.push(unexpected(message, other)),
+        other => inbound.complaints.push(unexpected(message, other)),
     }
     if let Some(Kind::Vote | Kind::Done) = kind_of(message) {
-        intake.prepares_max = Some((service, prepares_max(message)));
+        inbound.prepares_max = Some((service, prepares_max(message)));
     }
-    intake
+    inbound
 }
 
 fn prepares_max(message: &Message) -> u16 {
@@ -240,9 +240,9 @@ mod tests {
             "done":true,"free":1}]"#;
         let mut message = Message::mock(1, "e".into(), "w1.a".into(), false, DONE.into());
         message.properties = properties.with_type("dtc.done.v1".into());
-        let intake = reply(&message, None);
-        assert_eq!(intake.events.len(), 0);
-        assert_eq!(intake.complaints, ["the message is unreadable: too deep"]);
+        let inbound = reply(&message, None);
+        assert_eq!(inbound.events.len(), 0);
+        assert_eq!(inbound.complaints, ["the message is unreadable: too deep"]);
     }
 
     #[test]
@@ -253,10 +253,10 @@ mod tests {
         let mut message =
             Message::mock(1, "e".into(), "w1.payments".into(), false, body.into_bytes());
         message.properties = BasicProperties::default().with_type("dtc.done.v1".into());
-        let intake = reply(&message, None);
-        assert_eq!(intake.events.len(), 1);
-        assert_eq!(intake.complaints.len(), 11);
-        assert_eq!(intake.complaints.first().unwrap(), "done: $[0] is 5: must be an object");
-        assert_eq!(intake.complaints.last().unwrap(), "and 99991 more items");
+        let inbound = reply(&message, None);
+        assert_eq!(inbound.events.len(), 1);
+        assert_eq!(inbound.complaints.len(), 11);
+        assert_eq!(inbound.complaints.first().unwrap(), "done: $[0] is 5: must be an object");
+        assert_eq!(inbound.complaints.last().unwrap(), "and 99991 more items");
     }
 }
