@@ -23,7 +23,7 @@ use crate::{
         Settings,
         clocks::Standing,
         journal::{Found, Journal, LookBack, ReadError, Record, Tail},
-        lasting::{LastRead, Lasting},
+        state::{LastRead, WorkerState},
         suspects::Tries,
     },
 };
@@ -70,11 +70,11 @@ impl Follower {
     pub(super) async fn open(
         mut journal: Journal,
         settings: &Settings,
-        lasting: &mut Lasting,
+        state: &mut WorkerState,
     ) -> Result<Self, FollowError> {
-        let opened = read_journal(&journal, settings, lasting).await;
+        let opened = read_journal(&journal, settings, state).await;
         let opened = opened.inspect_err(|error| journal.be_patient(error));
-        lasting.begin_max = if opened.is_ok() { ANSWER_MAX } else { journal.begin_max };
+        state.begin_max = if opened.is_ok() { ANSWER_MAX } else { journal.begin_max };
         let tail = opened.map_err(FollowError::Read)?;
         Ok(Self {
             journal,
@@ -178,24 +178,24 @@ impl Follower {
 }
 
 /// What a record says to the coordinator; and that it is the last one read.
-pub(super) fn read_event(lasting: &mut Lasting, record: Record) -> Event {
+pub(super) fn read_event(state: &mut WorkerState, record: Record) -> Event {
     let Record { offset, decisions, digest, tried, message_id, .. } = record;
-    lasting.tries.read(tried, message_id.as_ref(), &decisions);
-    let now = lasting.clock.read();
+    state.tries.read(tried, message_id.as_ref(), &decisions);
+    let now = state.clock.read();
     // Of a message all records are one worker's, and were made at about the same moment.
     if let Some(decision) = decisions.last() {
-        lasting.clocks.record(now, decision);
+        state.clocks.record(now, decision);
     }
-    lasting.last_read = Some(LastRead { offset, digest });
+    state.last_read = Some(LastRead { offset, digest });
     Event::RecordsRead { offset, decisions }
 }
 
 async fn read_journal(
     journal: &Journal,
     settings: &Settings,
-    lasting: &mut Lasting,
+    state: &mut WorkerState,
 ) -> Result<Tail, ReadError> {
-    if let Some(LastRead { offset, digest }) = lasting.last_read {
+    if let Some(LastRead { offset, digest }) = state.last_read {
         if let Some(tail) = journal.resume(offset, digest).await? {
             return Ok(tail);
         }
@@ -206,10 +206,10 @@ async fn read_journal(
         );
     }
     let started = Instant::now();
-    let now = lasting.clock.now();
+    let now = state.clock.now();
     let margin = settings.coordinator.clock_margin;
     let from = now - settings.coordinator.window - margin;
-    let lasting = Mutex::new(lasting);
+    let state = Mutex::new(state);
     let mut decisions = 0_usize;
     let tail = journal.attach(
         from,
@@ -223,24 +223,24 @@ async fn read_journal(
             }
             // Without a word from the journal only what is still to come is certain.
             let since = reaches.unwrap_or(now + margin);
-            let lasting = &mut **lasting.lock().unwrap_or_else(PoisonError::into_inner);
-            lasting.tries = Tries::default();
+            let state = &mut **state.lock().unwrap_or_else(PoisonError::into_inner);
+            state.tries = Tries::default();
             let event = Event::JournalAttached { next, since };
-            lasting.coordinator.handle(now, event, &mut Vec::new());
+            state.coordinator.handle(now, event, &mut Vec::new());
         },
         |record| {
             decisions += record.decisions.len();
-            let lasting = &mut **lasting.lock().unwrap_or_else(PoisonError::into_inner);
+            let state = &mut **state.lock().unwrap_or_else(PoisonError::into_inner);
             let Record { offset, decisions, digest, tried, message_id, .. } = record;
-            lasting.tries.read(tried, message_id.as_ref(), &decisions);
-            let now = lasting.clock.read();
+            state.tries.read(tried, message_id.as_ref(), &decisions);
+            let now = state.clock.read();
             if let Some(decision) = decisions.last() {
-                lasting.clocks.past_record(now, decision);
+                state.clocks.past_record(now, decision);
             }
-            lasting.last_read = Some(LastRead { offset, digest });
+            state.last_read = Some(LastRead { offset, digest });
             let event = Event::RecordsRead { offset, decisions };
             // Nobody is being served, so nothing follows.
-            lasting.coordinator.handle(now.time, event, &mut Vec::new());
+            state.coordinator.handle(now.time, event, &mut Vec::new());
         },
     );
     let tail = tail.await?;

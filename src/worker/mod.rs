@@ -4,7 +4,7 @@
 //! with no configuration among them; each reads the same journal.
 //!
 //! * `session`: the life of one link to the broker.
-//! * `lasting`: what is kept from one link to the next.
+//! * `state`: what is kept from one link to the next.
 //! * `journal`, `follower`, `appender`: reading the stream of decisions, following its end, writing to
 //!   it.
 //! * `sources`, `inbound`, `saturation`: what comes in, and how much of it.
@@ -24,7 +24,6 @@ mod follower;
 pub mod fuzzing;
 mod inbound;
 mod journal;
-mod lasting;
 mod namesakes;
 mod outbox;
 mod parking;
@@ -33,6 +32,7 @@ mod request_consumers;
 mod saturation;
 mod searches;
 mod session;
+mod state;
 mod suspects;
 
 use std::time::Duration;
@@ -42,9 +42,9 @@ use tokio::sync::watch;
 
 use self::{
     clocks::Clocks,
-    lasting::Lasting,
     namesakes::Namesakes,
     session::{End, Session, SessionError, open_replies},
+    state::WorkerState,
     suspects::Tries,
 };
 use crate::{
@@ -166,7 +166,7 @@ pub async fn run(
     let clocks = Clocks::new(settings.worker().clone(), settings.coordinator.clock_margin);
     let tally = Tally::default();
     let namesakes = Namesakes::default();
-    let mut lasting = Lasting {
+    let mut state = WorkerState {
         coordinator,
         clock,
         clocks,
@@ -179,7 +179,7 @@ pub async fn run(
     let mut supervisor = Supervisor::default();
     loop {
         let failure = tokio::select! {
-            opened = open(&settings, &mut lasting) => match opened {
+            opened = open(&settings, &mut state) => match opened {
                 Ok(session) => {
                     supervisor.opened();
                     ready();
@@ -187,13 +187,13 @@ pub async fn run(
                     let ran = session.run(stop.clone()).await;
                     settings.tell_serving(false);
                     match ran {
-                        Ok(end) => return Ok(ended(&end, &lasting)),
+                        Ok(end) => return Ok(ended(&end, &state)),
                         Err(error) => Failure::Session(error),
                     }
                 }
                 Err(failure) => failure,
             },
-            () = stop.clone() => return Ok(lasting.tally),
+            () = stop.clone() => return Ok(state.tally),
         };
         if !supervisor.has_worked()
             && let Some(error) = failure.refusal()
@@ -203,21 +203,21 @@ pub async fn run(
         failure.log(&settings, &mut supervisor);
         if failure.is_of_clock() {
             // What was read by a wrong clock is read anew.
-            lasting.last_read = None;
+            state.last_read = None;
         } else {
-            lasting.tally.lost += u64::from(supervisor.has_worked());
+            state.tally.lost += u64::from(supervisor.has_worked());
         }
-        lasting.coordinator.handle(lasting.clock.now(), Event::Disconnected, &mut Vec::new());
+        state.coordinator.handle(state.clock.now(), Event::Disconnected, &mut Vec::new());
         tokio::select! {
             () = tokio::time::sleep(supervisor.pause()) => {}
-            () = stop.clone() => return Ok(lasting.tally),
+            () = stop.clone() => return Ok(state.tally),
         }
     }
 }
 
 async fn open<'a>(
     settings: &'a Settings,
-    lasting: &'a mut Lasting,
+    state: &'a mut WorkerState,
 ) -> Result<Session<'a>, Failure> {
     let replies = |link| async move {
         let replies = open_replies(settings, &link).await?;
@@ -225,22 +225,22 @@ async fn open<'a>(
     };
     let is_final = |failure: &Failure| failure.refusal().is_some();
     let (link, replies) = settings.broker.link_with(replies, is_final).await?;
-    Session::open(settings, lasting, link, replies).await.map_err(Failure::Session)
+    Session::open(settings, state, link, replies).await.map_err(Failure::Session)
 }
 
-fn ended(end: &End, lasting: &Lasting) -> Tally {
+fn ended(end: &End, state: &WorkerState) -> Tally {
     match end {
         End::Drained => tracing::info!("drained: nothing is left behind"),
         End::DrainTimedOut => tracing::warn!(
-            in_flight = lasting.coordinator.len(),
+            in_flight = state.coordinator.len(),
             "the time to drain is over: what is in flight goes to other workers"
         ),
         End::WithoutJournal => tracing::warn!(
-            in_flight = lasting.coordinator.len(),
+            in_flight = state.coordinator.len(),
             "stopping while the journal is gone: what is in flight goes to other workers"
         ),
     }
-    lasting.tally
+    state.tally
 }
 
 /// Why there is no link, or no longer.

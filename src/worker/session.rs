@@ -44,11 +44,11 @@ use crate::{
         follower::{FollowError, Follower, Read, read_event},
         inbound,
         journal::{Found, Journal, ReadError, Record},
-        lasting::Lasting,
         outbox::{Followed, OnConfirm, Outbox, Unacked},
         request_consumers::RequestConsumers,
         saturation::{Saturation, Wanted},
         searches::Searches,
+        state::WorkerState,
         suspects::{Next, Suspect, Suspects, Try},
     },
 };
@@ -162,7 +162,7 @@ const TURNS: usize = 8;
 /// One link's worth of work.
 pub(super) struct Session<'a> {
     settings: &'a Settings,
-    lasting: &'a mut Lasting,
+    state: &'a mut WorkerState,
     link: Link,
     watch: LinkWatch,
     follower: Follower,
@@ -200,7 +200,7 @@ impl<'a> Session<'a> {
     /// Opens everything that is worked with, and reads the journal to its end.
     pub(super) async fn open(
         settings: &'a Settings,
-        lasting: &'a mut Lasting,
+        state: &'a mut WorkerState,
         link: Link,
         replies: ExclusiveQueue,
     ) -> Result<Self, SessionError> {
@@ -210,46 +210,46 @@ impl<'a> Session<'a> {
             queue: names.journal(),
             consuming: link.consuming.clone(),
             publishing: link.publishing.clone(),
-            begin_max: lasting.begin_max,
+            begin_max: state.begin_max,
         };
-        if lasting.clocks.is_off() {
+        if state.clocks.is_off() {
             let margin = settings.coordinator.clock_margin;
-            let standing = journal.compare(lasting.clock, margin).await;
+            let standing = journal.compare(state.clock, margin).await;
             let standing = standing.map_err(FollowError::Read)?;
-            lasting.clocks.broker(lasting.clock.read(), Some(standing));
-            if lasting.clocks.is_off() {
+            state.clocks.broker(state.clock.read(), Some(standing));
+            if state.clocks.is_off() {
                 tokio::spawn(link.close());
                 return Err(SessionError::ClockStillOff);
             }
             tracing::info!("this worker's clock fits that of the broker again");
         }
-        let steps = Steps::of(&lasting.clock);
-        let follower = match Follower::open(journal.clone(), settings, lasting).await {
+        let steps = Steps::of(&state.clock);
+        let follower = match Follower::open(journal.clone(), settings, state).await {
             Err(error @ FollowError::Read(ReadError::Silent)) => {
                 // It is read from a moment on that may still be to come.
                 let margin = settings.coordinator.clock_margin;
-                let standing = journal.compare(lasting.clock, margin).await.ok();
-                let now = lasting.clock.read();
-                lasting.clocks.broker(now, standing);
-                let off = lasting.clocks.journal_is_silent(now);
+                let standing = journal.compare(state.clock, margin).await.ok();
+                let now = state.clock.read();
+                state.clocks.broker(now, standing);
+                let off = state.clocks.journal_is_silent(now);
                 tokio::spawn(link.close());
                 return Err(off.map_or_else(|| error.into(), SessionError::ClockOff));
             }
             opened => opened?,
         };
-        if lasting.clocks.is_in_doubt(lasting.clock.read()) {
+        if state.clocks.is_in_doubt(state.clock.read()) {
             let margin = settings.coordinator.clock_margin;
-            let standing = follower.compare(lasting.clock, margin).await;
-            let now = lasting.clock.read();
-            lasting.clocks.broker(now, standing);
-            if let Some(off) = lasting.clocks.verdict(now) {
+            let standing = follower.compare(state.clock, margin).await;
+            let now = state.clock.read();
+            state.clocks.broker(now, standing);
+            if let Some(off) = state.clocks.verdict(now) {
                 tokio::spawn(link.close());
                 return Err(SessionError::ClockOff(off));
             }
         }
         let channels = opening("channels to publish on");
         let appender = Appender::open(&link.publishing, names).await.map_err(channels)?;
-        lasting.namesakes.begin(appender.link());
+        state.namesakes.begin(appender.link());
         let outbox = Outbox::open(&link.publishing, names.clone(), settings.worker().clone());
         let outbox = outbox.await.map_err(opening("channels to publish on"))?;
         let inquiries = Inbox::open(
@@ -266,7 +266,7 @@ impl<'a> Session<'a> {
         let searches = Searches::new(names.clone(), Lookups::new(settings.broker.clone()));
         Ok(Self {
             settings,
-            lasting,
+            state,
             link,
             watch,
             follower,
@@ -322,7 +322,7 @@ impl<'a> Session<'a> {
             self.flush();
             if self.is_cut_off() {
                 // Without the journal nothing that is in flight can be finished.
-                let (last_read, drain_until) = (self.lasting.last_read, self.drain_until);
+                let (last_read, drain_until) = (self.state.last_read, self.drain_until);
                 let settings = self.settings;
                 let resuming = self.follower.resume(last_read, &self.link);
                 tokio::select! {
@@ -393,15 +393,15 @@ impl<'a> Session<'a> {
     }
 
     fn has_room(&self) -> bool {
-        self.drain_until.is_some() || self.lasting.coordinator.room() > 0
+        self.drain_until.is_some() || self.state.coordinator.room() > 0
     }
 
     fn wake_at(&self) -> Option<Instant> {
-        let lasting = &self.lasting;
+        let state = &self.state;
         // What would follow could not be sent.
         let is_blocked = self.watch.is_blocked();
-        let deadline = lasting.coordinator.next_deadline().filter(|_| !is_blocked);
-        let deadline = deadline.map(|at| lasting.clock.instant_of(at));
+        let deadline = state.coordinator.next_deadline().filter(|_| !is_blocked);
+        let deadline = deadline.map(|at| state.clock.instant_of(at));
         let saturated = self.saturation.wake_at(self.requests.taking());
         let wake_at = deadline.into_iter().chain(self.outbox.wake_at());
         let wake_at = wake_at.chain(self.appender.wake_at()).chain(saturated);
@@ -417,8 +417,8 @@ impl<'a> Session<'a> {
             };
             self.handle(input?)?;
         }
-        let now = self.lasting.clock.now();
-        let is_due = self.lasting.coordinator.next_deadline().is_some_and(|at| at <= now);
+        let now = self.state.clock.now();
+        let is_due = self.state.coordinator.next_deadline().is_some_and(|at| at <= now);
         if is_due && !self.watch.is_blocked() {
             self.dispatch(Event::DeadlineReached);
         }
@@ -457,7 +457,7 @@ impl<'a> Session<'a> {
             Read::Record(record) => {
                 self.appender.read_back(record.message_id.as_ref());
                 self.look_for_namesakes(&record);
-                let event = read_event(self.lasting, record);
+                let event = read_event(self.state, record);
                 self.dispatch(event);
             }
             Read::Found(Found::Decisions(decisions)) => {
@@ -475,7 +475,7 @@ impl<'a> Session<'a> {
         // Of a message all records are one worker's.
         let is_own_name = record.decisions.first().is_some_and(|it| it.worker == *worker);
         let append = record.message_id.as_ref().map(ShortString::as_str);
-        if is_own_name && self.lasting.namesakes.read(append) {
+        if is_own_name && self.state.namesakes.read(append) {
             tracing::warn!(
                 %worker,
                 "another worker writes to the journal under this one's name, and their clocks are not \
@@ -531,19 +531,19 @@ impl<'a> Session<'a> {
     fn request_received(&mut self, delivery: Delivery, message: Message) {
         match inbound::request(&message) {
             Ok(request) => {
-                let now = self.lasting.clock.read();
-                let is_future = self.lasting.clocks.request(now, request.key.requested_at);
+                let now = self.state.clock.read();
+                let is_future = self.state.clocks.request(now, request.key.requested_at);
                 if is_future && self.drain_until.is_none() && self.is_clock_in_doubt() {
                     return self.doubtful.push((delivery, message));
                 }
-                self.lasting.tally.taken += 1;
+                self.state.tally.taken += 1;
                 self.unsettled.reply_of.insert(delivery, request.reply.clone());
                 let deliveries = inbound::deliveries(&message);
                 let suspect = Suspect { request, delivery, deliveries };
                 // While it drains, the coordinator gives back all that comes.
                 let sifted = match self.drain_until {
                     Some(_) => Some(suspect),
-                    None => self.suspects.sift(suspect, &self.lasting.tries),
+                    None => self.suspects.sift(suspect, &self.state.tries),
                 };
                 if let Some(request) = sifted {
                     self.dispatch_request(request);
@@ -566,7 +566,7 @@ impl<'a> Session<'a> {
     fn try_suspects(&mut self) {
         // Nothing can be written down while the broker takes nothing.
         while !self.watch.is_blocked() && self.drain_until.is_none() {
-            let Lasting { coordinator, tries, .. } = &*self.lasting;
+            let WorkerState { coordinator, tries, .. } = &*self.state;
             let next = self.suspects.next(tries, Instant::now(), |key| coordinator.phase_of(key));
             match next {
                 Some(Next::Record(it @ Try { begins: true, .. })) => {
@@ -583,14 +583,14 @@ impl<'a> Session<'a> {
     // ---- Clocks ------------------------------------------------------------------------------
 
     fn is_clock_in_doubt(&self) -> bool {
-        self.comparing.is_some() || self.lasting.clocks.is_in_doubt(self.lasting.clock.read())
+        self.comparing.is_some() || self.state.clocks.is_in_doubt(self.state.clock.read())
     }
 
     /// Whether it was set, or somebody is against it.
     fn look_at_clock(&mut self) -> Result<(), SessionError> {
         let margin = self.settings.coordinator.clock_margin;
-        let now = self.lasting.clock.read();
-        match self.steps.look(&self.lasting.clock) {
+        let now = self.state.clock.read();
+        match self.steps.look(&self.state.clock) {
             // What is to be done after a while would be done that much later.
             Some(step @ Step::Back(_)) => return Err(SessionError::ClockSet(step)),
             // From when on the journal was said to be complete, a wrong clock may have told.
@@ -604,17 +604,17 @@ impl<'a> Session<'a> {
         }
         // An answer needs a broker that takes messages.
         let may_ask = self.comparing.is_none() && !self.watch.is_blocked();
-        if may_ask && self.lasting.clocks.is_in_doubt(now) {
-            self.comparing = Some(self.follower.compare(self.lasting.clock, margin).boxed());
+        if may_ask && self.state.clocks.is_in_doubt(now) {
+            self.comparing = Some(self.follower.compare(self.state.clock, margin).boxed());
         }
         Ok(())
     }
 
     fn clocks_compared(&mut self, standing: Option<Standing>) -> Result<(), SessionError> {
         self.comparing = None;
-        let now = self.lasting.clock.read();
-        self.lasting.clocks.broker(now, standing);
-        if let Some(off) = self.lasting.clocks.verdict(now) {
+        let now = self.state.clock.read();
+        self.state.clocks.broker(now, standing);
+        if let Some(off) = self.state.clocks.verdict(now) {
             // What it holds goes to workers whose clocks fit.
             return Err(SessionError::ClockOff(off));
         }
@@ -625,7 +625,7 @@ impl<'a> Session<'a> {
     }
 
     fn set_aside(&mut self, queue: &str, message: &Message, reason: &str, then: OnConfirm) {
-        self.lasting.tally.rejected += 1;
+        self.state.tally.rejected += 1;
         tracing::warn!(queue, reason, "a message is rejected");
         let rejected = rejected(&self.settings.names, queue, message, reason);
         self.outbox.durable(rejected, then);
@@ -634,7 +634,7 @@ impl<'a> Session<'a> {
     /// If it is known who sent the request that can't be understood, they are told.
     fn telling_producer_of(&self, malformed: &RequestMalformed, unacked: Unacked) -> OnConfirm {
         let Some(id) = malformed.id.clone() else { return OnConfirm::Ack(unacked) };
-        let now = self.lasting.clock.now();
+        let now = self.state.clock.now();
         let answer = Answer {
             id,
             requested_at: malformed.requested_at.unwrap_or(now),
@@ -690,9 +690,9 @@ impl<'a> Session<'a> {
 
     /// Lets the coordinator handle an event, and gathers what follows.
     fn dispatch(&mut self, event: Event) {
-        let now = self.lasting.clock.now();
+        let now = self.state.clock.now();
         let mut effects = std::mem::take(&mut self.effects);
-        self.lasting.coordinator.handle(now, event, &mut effects);
+        self.state.coordinator.handle(now, event, &mut effects);
         effects.drain(..).for_each(|effect| self.perform(effect));
         self.effects = effects;
     }
@@ -715,7 +715,7 @@ impl<'a> Session<'a> {
                 self.follower.look_back(from, until, self.settings.coordinator.clock_margin);
             }
             Effect::Publish { key, delivery, answer } => {
-                self.lasting.tally.count(&answer);
+                self.state.tally.count(&answer);
                 let reply = self.unsettled.reply_of.get(&delivery).cloned().flatten();
                 self.outbox.answer(reply, &answer, (key, delivery));
             }
@@ -728,7 +728,7 @@ impl<'a> Session<'a> {
                 self.reject_request(&request, delivery, reason);
             }
             Effect::Park(parked) => {
-                self.lasting.tally.parked += 1;
+                self.state.tally.parked += 1;
                 tell_parked(&parked, &self.settings.names);
                 self.outbox.park(parked);
             }
@@ -747,7 +747,7 @@ impl<'a> Session<'a> {
             }
             Effect::Report(anomaly) => {
                 let names = &self.settings.names;
-                report(&anomaly, names, &self.searches, &mut self.lasting.tally);
+                report(&anomaly, names, &self.searches, &mut self.state.tally);
             }
         }
     }
@@ -762,7 +762,7 @@ impl<'a> Session<'a> {
             }
             None => OnConfirm::Nothing,
         };
-        let settled_at = self.lasting.clock.now();
+        let settled_at = self.state.clock.now();
         let worker = self.settings.worker().clone();
         self.outbox.settle(&Settled { key, service, settled_at, worker }, then);
     }
@@ -771,7 +771,7 @@ impl<'a> Session<'a> {
     fn reject_request(&mut self, request: &Request, delivery: Delivery, reason: Reason) {
         let text = reason.message.as_deref().unwrap_or(reason.code.as_str());
         let text = format!("{}: {text}", reason.code);
-        self.lasting.tally.rejected += 1;
+        self.state.tally.rejected += 1;
         tracing::warn!(transaction = %request.key, reason = text, "a request is rejected");
         let spec = TransactionSpec {
             id: request.key.id.clone(),
@@ -789,7 +789,7 @@ impl<'a> Session<'a> {
             outcome: Outcome::Aborted,
             reason: Some(reason),
             unresolved: Vec::new(),
-            decided_at: self.lasting.clock.now(),
+            decided_at: self.state.clock.now(),
         };
         let result = self.outbox.result(request.reply.as_ref(), &answer);
         let then = OnConfirm::Answer(Box::new(result), Unacked::Request(delivery));
@@ -810,7 +810,7 @@ impl<'a> Session<'a> {
 
     /// Requests that wait in the worker for a full service must not keep out others.
     async fn take_more_or_less(&mut self) -> Result<(), SessionError> {
-        let waiting = self.lasting.coordinator.waiting() + self.suspects.len();
+        let waiting = self.state.coordinator.waiting() + self.suspects.len();
         let in_flight_max = self.settings.coordinator.in_flight_max;
         let taking = self.requests.taking();
         match self.saturation.observe(waiting, in_flight_max, taking, Instant::now()) {
@@ -828,7 +828,7 @@ impl<'a> Session<'a> {
     }
 
     async fn drain(&mut self) -> Result<(), SessionError> {
-        tracing::info!(in_flight = self.lasting.coordinator.len(), "draining");
+        tracing::info!(in_flight = self.state.coordinator.len(), "draining");
         self.drain_until = Some(Instant::now() + self.settings.drain);
         self.requests.cancel_all_but(0).await.map_err(opening("the queue of requests"))?;
         self.dispatch(Event::DrainRequested);
@@ -843,13 +843,13 @@ impl<'a> Session<'a> {
     }
 
     fn is_drained(&self) -> bool {
-        self.lasting.coordinator.is_empty() && self.outbox.is_idle() && self.appender.is_idle()
+        self.state.coordinator.is_empty() && self.outbox.is_idle() && self.appender.is_idle()
     }
 
     /// Says goodbye: what is left goes to other workers.
     async fn close(mut self, end: End) -> End {
         self.flush();
-        self.lasting.tally.unclaimed += self.outbox.unclaimed;
+        self.state.tally.unclaimed += self.outbox.unclaimed;
         let said = async {
             self.appender.finish().await;
             self.outbox.finish().await;

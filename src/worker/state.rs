@@ -10,7 +10,7 @@ use crate::{
 
 /// What outlives a link.
 #[derive(Debug)]
-pub(super) struct Lasting {
+pub(super) struct WorkerState {
     pub(super) coordinator: Coordinator,
     pub(super) clock: Clock,
     /// What is known of others' clocks.
