@@ -38,7 +38,7 @@ use crate::{
         agreed::{Agreed, AgreedError},
         bounded::AskError,
         connection::BrokerConnection,
-        consumer::{Closed, Inbox, Turn},
+        consumer::{Closed, ConsumerMode, Inbox},
         error::{is_not_found, is_out_of_reach, is_refusal},
         exclusive::{BoundTo, ExclusiveError, ExclusiveQueue},
         link::{Link, LinkChange, LinkWatch},
@@ -278,7 +278,7 @@ impl Session {
         let name = names.finish_any_of(service);
         let shared =
             Inbox::open(consuming, name.clone(), SHARED_PREFETCH, FieldTable::default()).await;
-        let shared = shared.map_err(at(&name))?.watched(consuming, Turn::Equal);
+        let shared = shared.map_err(at(&name))?.watched(consuming, ConsumerMode::Competing);
         let Some(prepare_queue) = prepare_queue else {
             return Ok(Opened { agreed, lanes, shared, prepares: None });
         };
@@ -560,7 +560,7 @@ struct PrepareQueue {
     consuming: Arc<BrokerConnection>,
     name: ShortString,
     prefetch: u16,
-    turn: Turn,
+    turn: ConsumerMode,
 }
 
 impl PrepareQueue {
@@ -570,8 +570,8 @@ impl PrepareQueue {
             name: settings.names.prepare_of(&settings.service),
             prefetch: u16::try_from(settings.max_concurrency).unwrap_or(u16::MAX),
             turn: match settings.cap {
-                Cap::Instance => Turn::Equal,
-                Cap::Service => Turn::Single,
+                Cap::Instance => ConsumerMode::Competing,
+                Cap::Service => ConsumerMode::SingleActive,
             },
         }
     }

@@ -17,7 +17,7 @@ use crate::{
     transport::amqp::{
         bounded::AskError,
         connection::BrokerConnection,
-        consumer::{Closed, Inbox, Turn},
+        consumer::{Closed, ConsumerMode, Inbox},
     },
 };
 
@@ -55,7 +55,7 @@ impl RequestConsumers {
         prefetch: u16,
     ) -> Result<(), AskError> {
         let opening = Inbox::open(connection, self.queue.clone(), prefetch, FieldTable::default());
-        let inbox = opening.await?.watched(connection, Turn::Equal);
+        let inbox = opening.await?.watched(connection, ConsumerMode::Competing);
         let source = Source { inbox, held: 0, cancelled: false, ended: false };
         while self.sources.contains_key(&self.next) {
             self.next = self.next.wrapping_add(1);

@@ -26,7 +26,7 @@ use crate::{
     },
     transport::amqp::{
         bounded::AskError,
-        consumer::{Closed, Inbox, Turn},
+        consumer::{Closed, ConsumerMode, Inbox},
         error::is_not_found,
         exclusive::{BoundTo, ExclusiveError, ExclusiveQueue},
         link::{Link, LinkChange, LinkWatch},
@@ -259,7 +259,7 @@ impl<'a> Session<'a> {
             FieldTable::default(),
         );
         let inquiries = inquiries.await.map_err(opening("the queue of inquiries"))?;
-        let inquiries = inquiries.watched(&link.consuming, Turn::Equal);
+        let inquiries = inquiries.watched(&link.consuming, ConsumerMode::Competing);
         let mut requests = RequestConsumers::new(names.requests());
         let opening_requests = requests.open(&link.consuming, settings.requests_prefetch());
         opening_requests.await.map_err(opening("the queue of requests"))?;

@@ -243,10 +243,11 @@ impl Inbox {
     /// by another channel when nothing has come for a while. `connection` is the one that it is on.
     /// Not for streams.
     #[must_use]
-    pub fn watched(self, connection: &Arc<BrokerConnection>, turn: Turn) -> Self {
+    pub fn watched(self, connection: &Arc<BrokerConnection>, turn: ConsumerMode) -> Self {
         let watch = Watch::new(Arc::clone(connection), self.queue.clone(), turn);
         // What takes turns with others would lose its turn.
-        let renewal = (turn == Turn::Equal).then(|| Renewal::new(Arc::clone(connection)));
+        let renewal =
+            (turn == ConsumerMode::Competing).then(|| Renewal::new(Arc::clone(connection)));
         Self { watch: Some(watch), renewal, ..self }
     }
 
@@ -506,11 +507,11 @@ fn few(prefetch: u16) -> usize {
 
 /// When a consumer gets what is in its queue.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Turn {
+pub enum ConsumerMode {
     /// As soon as it has room for it, in its turn.
-    Equal,
+    Competing,
     /// When it alone is active, of all that there are.
-    Single,
+    SingleActive,
 }
 
 /// Whether the broker still gives a consumer what it should get. A quorum queue that is deleted, and
@@ -524,7 +525,7 @@ pub enum Turn {
 struct Watch {
     connection: Arc<BrokerConnection>,
     queue: ShortString,
-    turn: Turn,
+    turn: ConsumerMode,
     /// When to look next.
     due: Pin<Box<Sleep>>,
     /// Whether something came since the last look.
@@ -537,7 +538,7 @@ struct Watch {
 }
 
 impl Watch {
-    fn new(connection: Arc<BrokerConnection>, queue: ShortString, turn: Turn) -> Self {
+    fn new(connection: Arc<BrokerConnection>, queue: ShortString, turn: ConsumerMode) -> Self {
         Self {
             connection,
             queue,
@@ -590,7 +591,7 @@ impl Watch {
         // How a connection is, others find out.
         let Ok(found) = found else { return false };
         let Some(QueueCounts { messages, consumers }) = found else { return true };
-        let is_passed_over = *messages > 0 && has_room && self.turn == Turn::Equal;
+        let is_passed_over = *messages > 0 && has_room && self.turn == ConsumerMode::Competing;
         self.is_suspicious = !self.has_heard && (*consumers == 0 || is_passed_over);
         was_suspicious && self.is_suspicious
     }
