@@ -113,7 +113,7 @@ pub struct Inbox {
     prefetch: u16,
     arguments: FieldTable,
     lazy: Option<Lazy>,
-    watch: Option<Watch>,
+    watch: Option<LivenessProbe>,
     renewal: Option<Renewal>,
 }
 
@@ -244,7 +244,7 @@ impl Inbox {
     /// Not for streams.
     #[must_use]
     pub fn watched(self, connection: &Arc<BrokerConnection>, turn: ConsumerMode) -> Self {
-        let watch = Watch::new(Arc::clone(connection), self.queue.clone(), turn);
+        let watch = LivenessProbe::new(Arc::clone(connection), self.queue.clone(), turn);
         // What takes turns with others would lose its turn.
         let renewal =
             (turn == ConsumerMode::Competing).then(|| Renewal::new(Arc::clone(connection)));
@@ -522,7 +522,7 @@ pub enum ConsumerMode {
 /// they are, and how many messages lie in it, and not how many are on somebody's way. So what is
 /// missed is a consumer that has not yet been sent as much as it may hold, or that has others
 /// beside it which take everything. It is found out when more comes than that.
-struct Watch {
+struct LivenessProbe {
     connection: Arc<BrokerConnection>,
     queue: ShortString,
     turn: ConsumerMode,
@@ -537,7 +537,7 @@ struct Watch {
     looking: Option<BoxFuture<'static, Result<Option<QueueCounts>, AskError>>>,
 }
 
-impl Watch {
+impl LivenessProbe {
     fn new(connection: Arc<BrokerConnection>, queue: ShortString, turn: ConsumerMode) -> Self {
         Self {
             connection,
@@ -597,9 +597,9 @@ impl Watch {
     }
 }
 
-impl std::fmt::Debug for Watch {
+impl std::fmt::Debug for LivenessProbe {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Watch").field("queue", &self.queue).finish_non_exhaustive()
+        f.debug_struct("LivenessProbe").field("queue", &self.queue).finish_non_exhaustive()
     }
 }
 
