@@ -36,7 +36,7 @@ type Bodies = Vec<Items>;
 
 /// Something to publish; `owed` may be acknowledged once it is safe with the broker.
 #[derive(Debug)]
-pub(super) struct Parcel {
+pub(super) struct OutboundMessage {
     pub(super) message: Outgoing,
     pub(super) owed: Vec<Delivery>,
     /// Whether it must not be lost: else whoever waits for it asks again.
@@ -93,7 +93,7 @@ impl Outbox {
     }
 
     /// Takes out all there is to publish.
-    pub(super) fn take(&mut self) -> Vec<Parcel> {
+    pub(super) fn take(&mut self) -> Vec<OutboundMessage> {
         let mut parcels = Vec::new();
         // A slot is free before it is taken again.
         let to_workers = std::mem::take(&mut self.dones)
@@ -101,19 +101,19 @@ impl Outbox {
             .chain(std::mem::take(&mut self.votes))
             .flat_map(|(to, bodies)| bodies.into_iter().map(move |body| (to.clone(), body)));
         for (to, body) in to_workers {
-            parcels.push(self.parcel(to.as_str(), body, None));
+            parcels.push(self.outbound(to.as_str(), body, None));
         }
         for body in std::mem::take(&mut self.inquiries) {
-            parcels.push(self.parcel(ANY, body, None));
+            parcels.push(self.outbound(ANY, body, None));
         }
         for (number, body) in std::mem::take(&mut self.settled).into_iter().enumerate() {
             let owed = self.owed.remove(&number).unwrap_or_default();
-            parcels.push(self.parcel(ANY, body, Some(owed)));
+            parcels.push(self.outbound(ANY, body, Some(owed)));
         }
         parcels
     }
 
-    fn parcel(&self, to: &str, body: Items, owed: Option<Vec<Delivery>>) -> Parcel {
+    fn outbound(&self, to: &str, body: Items, owed: Option<Vec<Delivery>>) -> OutboundMessage {
         let must_arrive = owed.is_some();
         let kind = body.kind();
         let message = Outgoing {
@@ -126,7 +126,7 @@ impl Outbox {
             headers: self.headers.clone().filter(|_| kind != Some(Kind::Inquiry)),
             ..Outgoing::default()
         };
-        Parcel { message, owed: owed.unwrap_or_default(), must_arrive }
+        OutboundMessage { message, owed: owed.unwrap_or_default(), must_arrive }
     }
 }
 
@@ -244,12 +244,14 @@ mod tests {
             outbox.settle(&done(number, error), Some(Delivery(number as u64)));
         }
         let mut owed = Vec::new();
-        for parcel in outbox.take() {
-            assert!(parcel.must_arrive && parcel.message.persistent && parcel.message.mandatory);
-            assert_eq!(parcel.message.key.as_str(), "any.payments");
-            let dones = decode::<Done>(&parcel.message.body).unwrap();
-            assert_eq!(parcel.owed.len(), dones.len());
-            owed.extend(parcel.owed);
+        for outbound in outbox.take() {
+            assert!(
+                outbound.must_arrive && outbound.message.persistent && outbound.message.mandatory
+            );
+            assert_eq!(outbound.message.key.as_str(), "any.payments");
+            let dones = decode::<Done>(&outbound.message.body).unwrap();
+            assert_eq!(outbound.owed.len(), dones.len());
+            owed.extend(outbound.owed);
         }
         assert_eq!(owed, (0..1000).map(Delivery).collect::<Vec<_>>());
     }

@@ -27,7 +27,7 @@ use crate::{
         health::{Change, Health},
         outbox::Outbox,
         parked::ParkedLog,
-        session::{Lost, Numbers, Session, declare, open_own},
+        session::{DeliveryIds, Lost, Session, declare, open_own},
         settings::ServeSettings,
     },
     protocol::{
@@ -74,7 +74,7 @@ struct Server {
     retry_parked_every: Duration,
     calls: Calls,
     outbox: Outbox,
-    numbers: Numbers,
+    delivery_ids: DeliveryIds,
     /// What the core has yet to be told.
     events: VecDeque<Event>,
     effects: Vec<Effect>,
@@ -117,7 +117,7 @@ impl Server {
                 settings.service.clone(),
                 settings.prepares_announced(),
             ),
-            numbers: Numbers::default(),
+            delivery_ids: DeliveryIds::default(),
             events: VecDeque::new(),
             effects: Vec::new(),
             parked: ParkedLog::default(),
@@ -294,14 +294,14 @@ impl Server {
                 return Ended::Stopped;
             }
             let wake_at = self.wake_at(session.wake_at());
-            let (numbers, events) = (&mut self.numbers, &mut self.events);
+            let (delivery_ids, events) = (&mut self.delivery_ids, &mut self.events);
             let taken = tokio::select! {
                 biased;
                 () = stop.as_mut(), if self.drains_until.is_none() => {
                     self.begin_drain();
                     session.stop_prepares(self.settings.cap).await
                 }
-                taken = session.take(numbers, events) => taken,
+                taken = session.take(delivery_ids, events) => taken,
                 ended = self.calls.next() => {
                     events.push_back(ended.event);
                     Ok(())
@@ -346,8 +346,8 @@ impl Server {
             self.effects = effects;
         }
         let Some(session) = session else { return self.outbox.clear() };
-        for parcel in self.outbox.take() {
-            session.publish(parcel);
+        for outbound in self.outbox.take() {
+            session.publish(outbound);
         }
         session.flush();
     }

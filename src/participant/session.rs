@@ -26,7 +26,7 @@ use crate::{
     participant::{
         error::OpenError,
         inbound::{Source, Told, read},
-        outbox::Parcel,
+        outbox::OutboundMessage,
         settings::ServeSettings,
     },
     protocol::{
@@ -72,14 +72,14 @@ type Kept = Option<Box<dyn Send + Sync>>;
 /// What a session is made of.
 struct Opened {
     agreed: Kept,
-    lanes: Lanes,
+    publishers: Publishers,
     shared: Inbox,
     prepares: Option<Inbox>,
 }
 
 /// What an instance publishes on.
 #[derive(Debug)]
-struct Lanes {
+struct Publishers {
     /// For what must arrive.
     reliable: ReliablePublisher<OnConfirm>,
     /// For what may be lost, since whoever waits for it asks again: nobody waits for its confirm.
@@ -88,7 +88,7 @@ struct Lanes {
     are_tried: bool,
 }
 
-impl Lanes {
+impl Publishers {
     async fn open(publishing: &Arc<BrokerConnection>, names: &Names) -> Result<Self, AskError> {
         let votes = format!("votes and dones to `{}`", names.replies());
         Ok(Self {
@@ -143,7 +143,7 @@ pub(super) struct Session {
     _agreed: Kept,
     link: Link,
     watch: LinkWatch,
-    lanes: Lanes,
+    publishers: Publishers,
     /// `None`: it was opened to hear the rest, or their queue can't be reached.
     prepares: Option<Inbox>,
     /// Opens them, where their queue could not be reached.
@@ -237,11 +237,11 @@ impl Session {
         let prepare_queue = PrepareQueue::of(settings, &link);
         let prepares = takes_prepares.then_some(&prepare_queue);
         match Self::open_on(&link, settings, store, prepares).await {
-            Ok(Opened { agreed, lanes, shared, prepares }) => Ok(Self {
+            Ok(Opened { agreed, publishers, shared, prepares }) => Ok(Self {
                 _agreed: agreed,
                 link,
                 watch,
-                lanes,
+                publishers,
                 opening_prepares: (takes_prepares && prepares.is_none())
                     .then(|| prepare_queue.open_later()),
                 prepares,
@@ -272,7 +272,8 @@ impl Session {
             let name = what.to_string();
             move |source| OpenError::Queue { name, source }
         };
-        let lanes = Lanes::open(&link.publishing, names).await.map_err(OpenError::Channel)?;
+        let publishers =
+            Publishers::open(&link.publishing, names).await.map_err(OpenError::Channel)?;
         let agreed = agree_on_store(link, settings, store, has_served).await?;
         let consuming = &link.consuming;
         let name = names.finish_any_of(service);
@@ -280,7 +281,7 @@ impl Session {
             Inbox::open(consuming, name.clone(), SHARED_PREFETCH, FieldTable::default()).await;
         let shared = shared.map_err(at(&name))?.watched(consuming, ConsumerMode::Competing);
         let Some(prepare_queue) = prepare_queue else {
-            return Ok(Opened { agreed, lanes, shared, prepares: None });
+            return Ok(Opened { agreed, publishers, shared, prepares: None });
         };
         let prepares = match prepare_queue.open().await {
             Ok(prepares) => Some(prepares),
@@ -294,7 +295,7 @@ impl Session {
             }
             Err(error) => return Err(at(&prepare_queue.name)(error)),
         };
-        Ok(Opened { agreed, lanes, shared, prepares })
+        Ok(Opened { agreed, publishers, shared, prepares })
     }
 
     /// Whether transactions would go through.
@@ -304,7 +305,7 @@ impl Session {
 
     /// Whether as much is on its way to the broker as may be.
     fn has_room(&self) -> bool {
-        self.lanes.outstanding() < OUTSTANDING_MAX
+        self.publishers.outstanding() < OUTSTANDING_MAX
     }
 
     // ---- What comes in -----------------------------------------------------------------------
@@ -317,15 +318,15 @@ impl Session {
     /// The session is over.
     pub(super) async fn take(
         &mut self,
-        numbers: &mut Numbers,
+        delivery_ids: &mut DeliveryIds,
         events: &mut VecDeque<Event>,
     ) -> Result<(), Lost> {
         let first = std::future::poll_fn(|cx| self.poll_input(cx)).await;
-        self.handle(first?, numbers, events)?;
+        self.handle(first?, delivery_ids, events)?;
         for _ in 0..BATCH_MAX {
             let ready = self.poll_input(&mut Context::from_waker(Waker::noop()));
             let Poll::Ready(input) = ready else { break };
-            self.handle(input?, numbers, events)?;
+            self.handle(input?, delivery_ids, events)?;
         }
         Ok(())
     }
@@ -334,7 +335,7 @@ impl Session {
         if let Poll::Ready(change) = self.watch.poll_next(cx) {
             return Poll::Ready(Ok(Input::Link(change)));
         }
-        if let Poll::Ready(safe) = self.lanes.poll_next(cx) {
+        if let Poll::Ready(safe) = self.publishers.poll_next(cx) {
             return Poll::Ready(safe.map(Input::Safe).map_err(Lost::Publishing));
         }
         if !self.has_room() {
@@ -383,11 +384,13 @@ impl Session {
     fn handle(
         &mut self,
         input: Input,
-        numbers: &mut Numbers,
+        delivery_ids: &mut DeliveryIds,
         events: &mut VecDeque<Event>,
     ) -> Result<(), Lost> {
         match input {
-            Input::Message(source, message) => self.received(source, &message, numbers, events),
+            Input::Message(source, message) => {
+                self.received(source, &message, delivery_ids, events)
+            }
             Input::Safe(OnConfirm::Nothing) => {}
             Input::Safe(OnConfirm::Ack(owed)) => {
                 owed.into_iter().for_each(|delivery| self.ack(delivery));
@@ -403,7 +406,9 @@ impl Session {
             LinkChange::Blocked | LinkChange::Unblocked => Ok(()),
             LinkChange::Lost(error) => Err(Lost::Connection(error)),
             LinkChange::Stale => Err(Lost::Stale),
-            LinkChange::ChannelLost(error) if !self.lanes.are_open() => Err(Lost::Channel(error)),
+            LinkChange::ChannelLost(error) if !self.publishers.are_open() => {
+                Err(Lost::Channel(error))
+            }
             LinkChange::ChannelLost(_) => Ok(()),
         }
     }
@@ -413,14 +418,14 @@ impl Session {
         &mut self,
         source: Source,
         message: &Message,
-        numbers: &mut Numbers,
+        delivery_ids: &mut DeliveryIds,
         events: &mut VecDeque<Event>,
     ) {
         let origin = Origin { source, tag: message.delivery_tag };
         let content = read(source, message);
         let mut undone = 0_usize;
         for told in content.items {
-            let delivery = told.is_held(source).then(|| numbers.next());
+            let delivery = told.is_held(source).then(|| delivery_ids.next());
             if let Some(delivery) = delivery {
                 undone += 1;
                 self.origins.insert(delivery, origin);
@@ -450,30 +455,30 @@ impl Session {
         let queue = queue.map(ShortString::to_string).unwrap_or_default();
         tracing::warn!(queue, reason, "a message is rejected");
         let outgoing = rejected(&self.names, &queue, message, reason);
-        self.lanes.reliable.publish(outgoing, OnConfirm::Rejected(origin));
+        self.publishers.reliable.publish(outgoing, OnConfirm::Rejected(origin));
     }
 
     // ---- What goes out -----------------------------------------------------------------------
 
     /// Publishes, and acknowledges later what is owed to it.
-    pub(super) fn publish(&mut self, parcel: Parcel) {
-        let Parcel { message, owed, must_arrive } = parcel;
+    pub(super) fn publish(&mut self, outbound: OutboundMessage) {
+        let OutboundMessage { message, owed, must_arrive } = outbound;
         if must_arrive {
-            self.lanes.reliable.publish(message, OnConfirm::Ack(owed));
+            self.publishers.reliable.publish(message, OnConfirm::Ack(owed));
         } else {
-            self.lanes.pass(message);
+            self.publishers.pass(message);
         }
     }
 
     /// When there is something to be published again.
     pub(super) fn wake_at(&self) -> Option<Instant> {
-        self.lanes.reliable.wake_at()
+        self.publishers.reliable.wake_at()
     }
 
     /// Publishes again what the broker did not take, if it is time, and tells it of all that was
     /// acknowledged.
     pub(super) fn flush(&mut self) {
-        self.lanes.reliable.flush(Instant::now());
+        self.publishers.reliable.flush(Instant::now());
         self.own.flush();
         self.shared.flush();
         if let Some(prepares) = &mut self.prepares {
@@ -483,12 +488,12 @@ impl Session {
 
     /// Whether nothing is on its way that must arrive.
     pub(super) fn is_quiet(&self) -> bool {
-        self.lanes.reliable.is_idle()
+        self.publishers.reliable.is_idle()
     }
 
     /// Whether the broker has taken anything of what was said.
     pub(super) fn was_heard(&self) -> bool {
-        self.lanes.are_tried
+        self.publishers.are_tried
     }
 
     /// The core is done with a delivery. One from an earlier session will come again.
@@ -545,7 +550,7 @@ impl Session {
     /// Waits until all that was said is with the broker, but no longer than `until`; and then gives
     /// everything back.
     pub(super) async fn finish(mut self, until: Instant) {
-        let _ = timeout_at(until, self.lanes.finish()).await;
+        let _ = timeout_at(until, self.publishers.finish()).await;
         self.close().await;
     }
 
@@ -698,11 +703,11 @@ pub(super) async fn open_own(
     own.probed(&link.publishing, || true).await.map_err(OpenError::Channel)
 }
 
-/// Numbers for deliveries: none is given twice, whatever the connection.
+/// Makes ids for deliveries: none is given twice, whatever the connection.
 #[derive(Debug, Default)]
-pub(super) struct Numbers(u64);
+pub(super) struct DeliveryIds(u64);
 
-impl Numbers {
+impl DeliveryIds {
     fn next(&mut self) -> Delivery {
         self.0 += 1;
         Delivery(self.0)
