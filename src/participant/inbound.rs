@@ -29,21 +29,21 @@ pub(super) enum Source {
 /// What was in a message.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Read {
-    pub(super) items: Vec<Told>,
+    pub(super) items: Vec<Inbound>,
     /// Why it is, or some of its items are, to be rejected.
     pub(super) bad: Option<String>,
 }
 
 /// One item of a message.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Told {
+pub(super) enum Inbound {
     Prepare { worker: WorkerId, redelivered: bool, prepare: Prepare },
     Query { worker: WorkerId, query: Query },
     Cancel(Cancel),
     Finish { worker: WorkerId, finish: Finish },
 }
 
-impl Told {
+impl Inbound {
     /// The event for the core. `delivery` is what to acknowledge when it is dealt with, if that
     /// isn't at once.
     pub(super) fn into_event(self, delivery: Option<Delivery>) -> Option<Event> {
@@ -79,14 +79,14 @@ pub(super) fn read(source: Source, message: &Message) -> Read {
     match (source, known) {
         (Source::Prepares, Some(Kind::Prepare)) => read_prepares(message),
         (Source::Own | Source::Shared, Some(Kind::Query)) => {
-            read_items(message, worker(), |worker, query| Told::Query { worker, query })
+            read_items(message, worker(), |worker, query| Inbound::Query { worker, query })
         }
         (Source::Own | Source::Shared, Some(Kind::Finish)) => {
-            read_items(message, worker(), |worker, finish| Told::Finish { worker, finish })
+            read_items(message, worker(), |worker, finish| Inbound::Finish { worker, finish })
         }
         // Nobody waits for an answer to a cancel.
         (Source::Own | Source::Shared, Some(Kind::Cancel)) => {
-            read_items(message, Ok(()), |(), cancel| Told::Cancel(cancel))
+            read_items(message, Ok(()), |(), cancel| Inbound::Cancel(cancel))
         }
         (Source::Prepares | Source::Own | Source::Shared, _) => {
             let kind =
@@ -103,7 +103,7 @@ fn bad(reason: String) -> Read {
 /// A message stands for a slot, and so does each prepare in it.
 fn read_prepares(message: &Message) -> Read {
     let redelivered = message.redelivered;
-    let read = read_items(message, worker_of(message), |worker, prepare| Told::Prepare {
+    let read = read_items(message, worker_of(message), |worker, prepare| Inbound::Prepare {
         worker,
         redelivered,
         prepare,
@@ -117,7 +117,7 @@ fn read_prepares(message: &Message) -> Read {
 fn read_items<T: Item, W: Clone>(
     message: &Message,
     worker: Result<W, String>,
-    told: impl Fn(W, T) -> Told,
+    told: impl Fn(W, T) -> Inbound,
 ) -> Read {
     let (worker, items) = match (worker, decode::<T>(&message.data)) {
         (Ok(worker), Ok(items)) => (worker, items),
@@ -145,7 +145,7 @@ mod tests {
         types::{AMQPValue, FieldTable},
     };
 
-    use super::{Read, Source, Told, read};
+    use super::{Inbound, Read, Source, read};
     use crate::transport::amqp::frames::UNREADABLE;
 
     const QUERY: &str =
@@ -169,7 +169,7 @@ mod tests {
         let body = format!(r#"[{QUERY},{{"id":"t 2"}},{QUERY}]"#);
         let read = read(Source::Own, &message("dtc.query.v1", body));
         assert_eq!(read.items.len(), 2);
-        assert!(matches!(read.items[0], Told::Query { .. }));
+        assert!(matches!(read.items[0], Inbound::Query { .. }));
         assert!(reason(&read).contains("$[1]"), "{read:?}");
     }
 

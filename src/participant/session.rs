@@ -25,7 +25,7 @@ use crate::{
     error::Chain,
     participant::{
         error::OpenError,
-        inbound::{Source, Told, read},
+        inbound::{Inbound, Source, read},
         outbox::OutboundMessage,
         settings::ServeSettings,
     },
@@ -430,7 +430,7 @@ impl Session {
                 undone += 1;
                 self.origins.insert(delivery, origin);
             }
-            events.extend(Told::into_event(told, delivery));
+            events.extend(Inbound::into_event(told, delivery));
         }
         if let Some(reason) = content.bad {
             undone += 1;
