@@ -27,7 +27,7 @@ use crate::{
         health::{Change, Health},
         outbox::Outbox,
         parked::ParkedLog,
-        session::{DeliveryIds, Lost, Session, declare, open_own},
+        session::{DeliveryIds, Session, SessionError, declare, open_own},
         settings::ServeSettings,
     },
     protocol::{
@@ -89,7 +89,7 @@ struct Server {
 /// Why an instance works no more.
 enum Ended {
     Stopped,
-    Lost(Box<Session>, Lost),
+    Lost(Box<Session>, SessionError),
 }
 
 impl Server {
@@ -168,7 +168,7 @@ impl Server {
     }
 
     /// An instance that was never heard, since it may not say anything, will not be heard next time.
-    fn unless_final(&self, lost: Lost) -> Result<Lost, ServeError> {
+    fn unless_final(&self, lost: SessionError) -> Result<SessionError, ServeError> {
         if self.was_heard {
             return Ok(lost);
         }

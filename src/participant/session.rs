@@ -188,7 +188,7 @@ enum Input {
 
 /// The session is over: everything will be delivered again, to whomever.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum Lost {
+pub(super) enum SessionError {
     #[error("a connection is lost")]
     Connection(#[source] lapin::Error),
     #[error(transparent)]
@@ -207,7 +207,7 @@ pub(super) enum Lost {
     Stale,
 }
 
-impl Lost {
+impl SessionError {
     /// What the broker says against what was published, if that is why.
     pub(super) fn refusal(self) -> Result<lapin::Error, Self> {
         let refusal = match &self {
@@ -320,7 +320,7 @@ impl Session {
         &mut self,
         delivery_ids: &mut DeliveryIds,
         events: &mut VecDeque<Event>,
-    ) -> Result<(), Lost> {
+    ) -> Result<(), SessionError> {
         let first = std::future::poll_fn(|cx| self.poll_input(cx)).await;
         self.handle(first?, delivery_ids, events)?;
         for _ in 0..BATCH_MAX {
@@ -331,12 +331,12 @@ impl Session {
         Ok(())
     }
 
-    fn poll_input(&mut self, cx: &mut Context<'_>) -> Poll<Result<Input, Lost>> {
+    fn poll_input(&mut self, cx: &mut Context<'_>) -> Poll<Result<Input, SessionError>> {
         if let Poll::Ready(change) = self.watch.poll_next(cx) {
             return Poll::Ready(Ok(Input::Link(change)));
         }
         if let Poll::Ready(safe) = self.publishers.poll_next(cx) {
-            return Poll::Ready(safe.map(Input::Safe).map_err(Lost::Publishing));
+            return Poll::Ready(safe.map(Input::Safe).map_err(SessionError::Publishing));
         }
         if !self.has_room() {
             return Poll::Pending;
@@ -355,7 +355,7 @@ impl Session {
                 },
             };
             if let Poll::Ready(message) = message {
-                let message = message.map_err(Lost::Consuming);
+                let message = message.map_err(SessionError::Consuming);
                 return Poll::Ready(message.map(|message| Input::Message(source, message)));
             }
         }
@@ -386,7 +386,7 @@ impl Session {
         input: Input,
         delivery_ids: &mut DeliveryIds,
         events: &mut VecDeque<Event>,
-    ) -> Result<(), Lost> {
+    ) -> Result<(), SessionError> {
         match input {
             Input::Message(source, message) => {
                 self.received(source, &message, delivery_ids, events)
@@ -401,13 +401,13 @@ impl Session {
         Ok(())
     }
 
-    fn link_changed(&self, change: LinkChange) -> Result<(), Lost> {
+    fn link_changed(&self, change: LinkChange) -> Result<(), SessionError> {
         match change {
             LinkChange::Blocked | LinkChange::Unblocked => Ok(()),
-            LinkChange::Lost(error) => Err(Lost::Connection(error)),
-            LinkChange::Stale => Err(Lost::Stale),
+            LinkChange::Lost(error) => Err(SessionError::Connection(error)),
+            LinkChange::Stale => Err(SessionError::Stale),
             LinkChange::ChannelLost(error) if !self.publishers.are_open() => {
-                Err(Lost::Channel(error))
+                Err(SessionError::Channel(error))
             }
             LinkChange::ChannelLost(_) => Ok(()),
         }
@@ -531,7 +531,7 @@ impl Session {
     /// Takes no more prepares. Those that were delivered and not looked at go to other instances:
     /// at once, unless all share one cap. Then whoever works next would exceed it as long as
     /// anything is held here, and they go when this session ends.
-    pub(super) async fn stop_prepares(&mut self, cap: Cap) -> Result<(), Lost> {
+    pub(super) async fn stop_prepares(&mut self, cap: Cap) -> Result<(), SessionError> {
         (self.takes_prepares, self.opening_prepares) = (false, None);
         let Some(prepares) = self.prepares.as_mut().filter(|_| cap == Cap::Instance) else {
             return Ok(());
@@ -539,7 +539,7 @@ impl Session {
         let cancelled = prepares.cancel().await;
         cancelled.map_err(|source| {
             let queue = prepares.queue().to_string();
-            Lost::Cancel { queue, source }
+            SessionError::Cancel { queue, source }
         })?;
         while let Some(Ok(message)) = prepares.ready() {
             prepares.requeue(message.delivery_tag);
