@@ -231,11 +231,28 @@ impl Nodes {
         self.nodes.iter_mut().all(running)
             && NODES.iter().all(|name| is_up(name))
             && self.knows_all(network)
+            && self.all_coordinate_streams(network)
     }
 
     /// Whether the first node sees the others.
     fn knows_all(&self, network: &Network) -> bool {
         self.ctl(network, NODES[0], &["await_online_nodes", "3", "-t", "10"]).is_ok()
+    }
+
+    /// Whether all nodes have a part in what coordinates streams. One that replaces a lost node gets
+    /// its part minutes later (RabbitMQ 4.3.6), and until then all streams stop with any other node.
+    fn all_coordinate_streams(&self, network: &Network) -> bool {
+        let asked = self.tool(network, NODES[0], "rabbitmq-streams", &["coordinator_status"]);
+        // There is none until the first stream is declared.
+        asked.map_or(true, |table| {
+            let has_part = |name: &&str| {
+                let node = format!("rabbit@{name} ");
+                let states = ["leader", "follower"];
+                let has_state = |line: &str| states.iter().any(|state| line.contains(state));
+                table.lines().any(|line| line.contains(&node) && has_state(line))
+            };
+            NODES.iter().all(has_part)
+        })
     }
 
     /// `rabbitmqctl` at a node.
