@@ -357,7 +357,7 @@ impl Server {
         match change {
             Change::Fails(error) => tracing::warn!(
                 %service, %instance, %error,
-                "one prepare after the other fails: not ready until one succeeds"
+                "several prepares in a row failed: not ready until one succeeds"
             ),
             Change::Works => tracing::info!(%service, %instance, "prepares succeed again"),
         }

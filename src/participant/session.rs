@@ -203,7 +203,7 @@ pub(super) enum SessionError {
         #[source]
         source: AskError,
     },
-    #[error("the connection is of no use: the broker has not told it that an alarm is over")]
+    #[error("the broker takes messages again, but did not unblock this connection after an alarm")]
     Stale,
 }
 
@@ -289,7 +289,8 @@ impl Session {
             Err(error) if is_unavailable(&error) || (has_served && is_missing(&error)) => {
                 tracing::warn!(
                     queue = %prepare_queue.name, %error,
-                    "prepares can't be taken; serving without them, and trying again"
+                    "the prepare queue can't be consumed: this instance applies outcomes only, and \
+                     tries again"
                 );
                 None
             }
@@ -368,13 +369,16 @@ impl Session {
             let Poll::Ready(opened) = opening.poll_unpin(cx) else { return };
             self.opening_prepares = match opened {
                 Ok(prepares) => {
-                    tracing::info!(queue = %self.prepare_queue.name, "prepares are taken again");
+                    let queue = &self.prepare_queue.name;
+                    tracing::info!(%queue, "the prepare queue is consumed again");
                     self.prepares = Some(prepares);
                     None
                 }
                 Err(error) => {
                     let queue = &self.prepare_queue.name;
-                    tracing::warn!(%queue, %error, "prepares can't be taken yet; trying again");
+                    tracing::warn!(
+                        %queue, %error, "the prepare queue still can't be consumed; trying again"
+                    );
                     Some(self.prepare_queue.open_later())
                 }
             };

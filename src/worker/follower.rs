@@ -61,7 +61,7 @@ pub(super) enum FollowError {
     Read(#[source] ReadError),
     #[error("lost the journal's consumer")]
     Closed(#[source] Closed),
-    #[error("the journal no longer contains the last record read; was it declared anew?")]
+    #[error("the journal no longer contains the last record read; was it recreated?")]
     OtherJournal,
 }
 

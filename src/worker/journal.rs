@@ -81,7 +81,7 @@ pub(super) enum ReadError {
         CONFIRM_MAX.as_secs()
     )]
     Unwritable { queue: ShortString },
-    #[error("failed to read the journal on")]
+    #[error("failed to continue reading the journal")]
     Closed(#[source] Closed),
     #[error("there is no queue `{0}`")]
     Missing(ShortString),

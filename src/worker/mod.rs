@@ -298,7 +298,7 @@ impl Failure {
                 tracing::debug!(error = %Chain(error), "not ready; comparing again");
             }
             Self::Session(error @ SessionError::ClockSet(_)) => {
-                tracing::warn!(error = %Chain(error), "beginning anew, by the new time");
+                tracing::warn!(error = %Chain(error), "starting over by the new time");
             }
             Self::Connect(error) => {
                 tracing::warn!(error = %Chain(error), "no broker yet; trying again");

@@ -95,7 +95,7 @@ pub(super) enum SessionError {
     Lane(#[from] LaneLost),
     #[error("lost the connection")]
     Lost(#[source] lapin::Error),
-    #[error("the connection is of no use: the broker has not told it that an alarm is over")]
+    #[error("the broker takes messages again, but did not unblock this connection after an alarm")]
     Stale,
     #[error("this worker's clock is {0}")]
     ClockOff(Off),

@@ -125,7 +125,7 @@ fn what_is_wrong_with_flags_only_is_an_error_of_usage() {
         .exited(2)
         .silent()
         .saying(
-            "`broker.url` (from --broker): part 1 of the broker's address is no AMQP URL: must \
+            "`broker.url` (from --broker): part 1 of the broker's address is not an AMQP URL: must \
              begin with amqp:// or amqps://\n\
              `worker.drain` is `soon` (from --drain): must be a whole number with a unit: ms, s, \
              min, h or d\n",

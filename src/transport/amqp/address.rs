@@ -27,7 +27,7 @@ pub enum InvalidAddress {
     /// It names no host.
     #[error("no broker is named: must be one or more AMQP URLs separated by commas")]
     Empty,
-    /// One part is no AMQP URL. The part itself is not repeated, as it may hold a password.
+    /// One part is not an AMQP URL. The part itself is not repeated, as it may hold a password.
     #[error("part {number} of the broker's address is no AMQP URL: {rule}")]
     NotAnUrl {
         /// Which, from 1.

@@ -59,13 +59,13 @@ pub enum ScanError {
         source: AskError,
     },
     /// The broker has ended it: the stream is gone, or its leader.
-    #[error("the broker has stopped the reading of the stream `{stream}`")]
+    #[error("the broker has cancelled the consumer of the stream `{stream}`")]
     Cancelled {
         /// The stream.
         stream: String,
     },
     /// Nothing more comes, though there is something.
-    #[error("nothing came of the stream `{stream}` within {} s", PATIENCE.as_secs())]
+    #[error("no message of the stream `{stream}` arrived within {} s", PATIENCE.as_secs())]
     Silent {
         /// The stream.
         stream: String,

@@ -144,7 +144,7 @@ pub enum TlsError {
     #[error("it gives up the handshake: {0}")]
     GivenUp(String),
     /// It ends the connection where it should have taken our certificate for a user's.
-    #[error("it takes no certificate for a user's; has it the mechanism EXTERNAL?")]
+    #[error("it does not accept a certificate as a login; does it offer the mechanism EXTERNAL?")]
     NoUser,
     /// What answers there doesn't speak TLS, or speaks it in a way of its own.
     #[error("what answers there does not speak TLS as it should: {0}")]
