@@ -15,32 +15,33 @@ use lapin::{
 };
 use tokio::time::{Instant, timeout};
 
+mod clocks;
+mod error;
+mod rejections;
+
+pub(super) use self::error::SessionError;
+
+use self::{clocks::fits_again, error::opening};
 use crate::{
-    clock::{Step, Steps},
+    clock::Steps,
     protocol::{
         coordinator::{Effect, Event},
         ids::{ReplyToken, ServiceName, TransactionKey},
-        message::{
-            Answer, Delivery, Destination, Outcome, Reason, ReasonCode, Request, TransactionSpec,
-        },
+        message::{Delivery, Destination},
     },
     transport::amqp::{
-        bounded::AskError,
-        consumer::{Closed, ConsumerMode, Inbox},
-        error::is_not_found,
-        exclusive::{BoundTo, ExclusiveError, ExclusiveQueue},
+        consumer::{ConsumerMode, Inbox},
+        exclusive::{BoundTo, ExclusiveQueue},
         link::{Link, LinkChange, LinkWatch},
         lookup::Lookups,
         names,
-        publisher::LaneLost,
-        rejected::{rejected, rejected_request},
     },
-    wire::message::{RequestMalformed, Settled, encode_request},
+    wire::message::Settled,
     worker::{
         Settings,
         anomalies::{report, tell_parked},
         appender::Appender,
-        clocks::{Off, Standing},
+        clocks::Standing,
         follower::{FollowError, Follower, Read, read_event},
         inbound,
         journal::{Found, Journal, ReadError, Record},
@@ -74,70 +75,6 @@ pub(super) enum End {
     DrainTimedOut,
     /// Nothing could be finished: the journal was not there.
     WithoutJournal,
-}
-
-/// The work over a link can't go on.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum SessionError {
-    #[error("failed to open {what}")]
-    Open {
-        what: &'static str,
-        #[source]
-        source: AskError,
-    },
-    #[error("failed to open the queue for replies")]
-    Replies(#[source] Box<ExclusiveError>),
-    #[error("lost a queue")]
-    Closed(#[source] Closed),
-    #[error(transparent)]
-    Journal(#[from] FollowError),
-    #[error(transparent)]
-    Lane(#[from] LaneLost),
-    #[error("lost the connection")]
-    Lost(#[source] lapin::Error),
-    #[error("the broker takes messages again, but did not unblock this connection after an alarm")]
-    Stale,
-    #[error("this worker's clock is {0}")]
-    ClockOff(Off),
-    #[error("this worker's clock still doesn't fit that of the broker")]
-    ClockStillOff,
-    #[error("{}", told(*.0))]
-    ClockSet(Step),
-}
-
-fn told(step: Step) -> String {
-    match step {
-        Step::Back(by) => format!("the clock was set back by {:.1} s", by.as_secs_f64()),
-        Step::Forward(by) => {
-            let by = by.as_secs_f64();
-            format!("the clock was set forward by {by:.1} s, or the machine was suspended")
-        }
-    }
-}
-
-impl SessionError {
-    /// Whether something that `dtc topology apply` makes is not there.
-    pub(super) fn is_missing(&self) -> bool {
-        matches!(self, Self::Journal(FollowError::Read(ReadError::Missing(_))))
-            || self.broker_error().is_some_and(is_not_found)
-    }
-
-    /// What the broker said, if it was the broker.
-    pub(super) fn broker_error(&self) -> Option<&lapin::Error> {
-        match self {
-            Self::Lost(source) => Some(source),
-            Self::Open { source, .. } => source.broker(),
-            Self::Replies(error) => error.source_error().broker(),
-            Self::Lane(error) => error.broker(),
-            Self::Closed(closed) | Self::Journal(FollowError::Closed(closed)) => closed.broker(),
-            Self::Journal(FollowError::Read(error)) => error.broker(),
-            Self::Journal(FollowError::OtherJournal)
-            | Self::Stale
-            | Self::ClockOff(_)
-            | Self::ClockStillOff
-            | Self::ClockSet(_) => None,
-        }
-    }
 }
 
 /// Something that has happened.
@@ -212,16 +149,9 @@ impl<'a> Session<'a> {
             publishing: link.publishing.clone(),
             begin_max: state.begin_max,
         };
-        if state.clocks.is_off() {
-            let margin = settings.coordinator.clock_margin;
-            let standing = journal.compare(state.clock, margin).await;
-            let standing = standing.map_err(FollowError::Read)?;
-            state.clocks.broker(state.clock.read(), Some(standing));
-            if state.clocks.is_off() {
-                tokio::spawn(link.close());
-                return Err(SessionError::ClockStillOff);
-            }
-            tracing::info!("this worker's clock fits that of the broker again");
+        if state.clocks.is_off() && !fits_again(&journal, settings, state).await? {
+            tokio::spawn(link.close());
+            return Err(SessionError::ClockStillOff);
         }
         let steps = Steps::of(&state.clock);
         let follower = match Follower::open(journal.clone(), settings, state).await {
@@ -580,73 +510,6 @@ impl<'a> Session<'a> {
         }
     }
 
-    // ---- Clocks ------------------------------------------------------------------------------
-
-    fn is_clock_in_doubt(&self) -> bool {
-        self.comparing.is_some() || self.state.clocks.is_in_doubt(self.state.clock.read())
-    }
-
-    /// Whether it was set, or somebody is against it.
-    fn look_at_clock(&mut self) -> Result<(), SessionError> {
-        let margin = self.settings.coordinator.clock_margin;
-        let now = self.state.clock.read();
-        match self.steps.look(&self.state.clock) {
-            // What is to be done after a while would be done that much later.
-            Some(step @ Step::Back(_)) => return Err(SessionError::ClockSet(step)),
-            // From when on the journal was said to be complete, a wrong clock may have told.
-            Some(step @ Step::Forward(by)) if by > margin => {
-                return Err(SessionError::ClockSet(step));
-            }
-            Some(step @ Step::Forward(_)) => {
-                tracing::warn!("{}; what was due meanwhile is due now", told(step));
-            }
-            None => {}
-        }
-        // An answer needs a broker that takes messages.
-        let may_ask = self.comparing.is_none() && !self.watch.is_blocked();
-        if may_ask && self.state.clocks.is_in_doubt(now) {
-            self.comparing = Some(self.follower.compare(self.state.clock, margin).boxed());
-        }
-        Ok(())
-    }
-
-    fn clocks_compared(&mut self, standing: Option<Standing>) -> Result<(), SessionError> {
-        self.comparing = None;
-        let now = self.state.clock.read();
-        self.state.clocks.broker(now, standing);
-        if let Some(off) = self.state.clocks.verdict(now) {
-            // What it holds goes to workers whose clocks fit.
-            return Err(SessionError::ClockOff(off));
-        }
-        for (delivery, message) in std::mem::take(&mut self.doubtful) {
-            self.request_received(delivery, message);
-        }
-        Ok(())
-    }
-
-    fn set_aside(&mut self, queue: &str, message: &Message, reason: &str, then: OnConfirm) {
-        self.state.tally.rejected += 1;
-        tracing::warn!(queue, reason, "a message is rejected");
-        let rejected = rejected(&self.settings.names, queue, message, reason);
-        self.outbox.durable(rejected, then);
-    }
-
-    /// If it is known who sent the request that can't be understood, they are told.
-    fn telling_producer_of(&self, malformed: &RequestMalformed, unacked: Unacked) -> OnConfirm {
-        let Some(id) = malformed.id.clone() else { return OnConfirm::Ack(unacked) };
-        let now = self.state.clock.now();
-        let answer = Answer {
-            id,
-            requested_at: malformed.requested_at.unwrap_or(now),
-            outcome: Outcome::Aborted,
-            reason: Some(Reason::because(ReasonCode::Invalid, malformed.reason.as_str())),
-            unresolved: Vec::new(),
-            decided_at: now,
-        };
-        let result = self.outbox.result(malformed.reply.as_ref(), &answer);
-        OnConfirm::Answer(Box::new(result), unacked)
-    }
-
     /// One of the things that `unacked` waits for is safe.
     fn safe(&mut self, unacked: Unacked) {
         if let Unacked::Inquiry(tag) = unacked
@@ -767,35 +630,6 @@ impl<'a> Session<'a> {
         self.outbox.settle(&Settled { key, service, settled_at, worker }, then);
     }
 
-    /// A request that was understood, and can't be served.
-    fn reject_request(&mut self, request: &Request, delivery: Delivery, reason: Reason) {
-        let text = reason.message.as_deref().unwrap_or(reason.code.as_str());
-        let text = format!("{}: {text}", reason.code);
-        self.state.tally.rejected += 1;
-        tracing::warn!(transaction = %request.key, reason = text, "a request is rejected");
-        let spec = TransactionSpec {
-            id: request.key.id.clone(),
-            services: request.services.clone(),
-            data: request.data.clone(),
-            request_hash: request.request_hash,
-            timeout: request.timeout,
-        };
-        let body = encode_request(&spec, request.reply.as_ref()).unwrap_or_default();
-        let seconds = request.key.requested_at.as_millis() / 1000;
-        let rejected = rejected_request(&self.settings.names, body, seconds, &text);
-        let answer = Answer {
-            id: request.key.id.clone(),
-            requested_at: request.key.requested_at,
-            outcome: Outcome::Aborted,
-            reason: Some(reason),
-            unresolved: Vec::new(),
-            decided_at: self.state.clock.now(),
-        };
-        let result = self.outbox.result(request.reply.as_ref(), &answer);
-        let then = OnConfirm::Answer(Box::new(result), Unacked::Request(delivery));
-        self.outbox.durable(rejected, then);
-    }
-
     fn flush(&mut self) {
         let now = Instant::now();
         self.appender.flush(now);
@@ -863,8 +697,8 @@ impl<'a> Session<'a> {
     }
 }
 
-/// The worker's own queue. What it gets through shows that the link is alive.
-/// The queue that replies come to: opened before anything else, it shows that the node is of use.
+/// The queue that replies come to: opened before anything else, it shows that the node is of use. What
+/// it gets through shows that the link is alive.
 pub(super) async fn open_replies(
     settings: &Settings,
     link: &Link,
@@ -887,10 +721,6 @@ async fn not_ready_if_long<T>(settings: &Settings, resuming: impl Future<Output 
     }
     settings.tell_serving(false);
     resuming.await
-}
-
-fn opening(what: &'static str) -> impl FnOnce(AskError) -> SessionError {
-    move |source| SessionError::Open { what, source }
 }
 
 async fn sleep_until(moment: Option<Instant>) {

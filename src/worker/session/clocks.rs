@@ -1,0 +1,80 @@
+//! Whether this worker's clock can be trusted: it is looked at again and again, and compared with the
+//! broker's where others are against it.
+
+use futures_util::FutureExt as _;
+
+use crate::{
+    clock::Step,
+    worker::{
+        Settings,
+        clocks::Standing,
+        follower::FollowError,
+        journal::Journal,
+        session::{Session, SessionError, error::describe},
+        state::WorkerState,
+    },
+};
+
+/// Whether the clock, which was off, fits the broker's again.
+pub(super) async fn fits_again(
+    journal: &Journal,
+    settings: &Settings,
+    state: &mut WorkerState,
+) -> Result<bool, SessionError> {
+    let margin = settings.coordinator.clock_margin;
+    let standing = journal.compare(state.clock, margin).await;
+    let standing = standing.map_err(FollowError::Read)?;
+    state.clocks.broker(state.clock.read(), Some(standing));
+    if state.clocks.is_off() {
+        return Ok(false);
+    }
+    tracing::info!("this worker's clock fits that of the broker again");
+    Ok(true)
+}
+
+impl Session<'_> {
+    pub(super) fn is_clock_in_doubt(&self) -> bool {
+        self.comparing.is_some() || self.state.clocks.is_in_doubt(self.state.clock.read())
+    }
+
+    /// Whether it was set, or somebody is against it.
+    pub(super) fn look_at_clock(&mut self) -> Result<(), SessionError> {
+        let margin = self.settings.coordinator.clock_margin;
+        let now = self.state.clock.read();
+        match self.steps.look(&self.state.clock) {
+            // What is to be done after a while would be done that much later.
+            Some(step @ Step::Back(_)) => return Err(SessionError::ClockSet(step)),
+            // From when on the journal was said to be complete, a wrong clock may have told.
+            Some(step @ Step::Forward(by)) if by > margin => {
+                return Err(SessionError::ClockSet(step));
+            }
+            Some(step @ Step::Forward(_)) => {
+                tracing::warn!("{}; what was due meanwhile is due now", describe(step));
+            }
+            None => {}
+        }
+        // An answer needs a broker that takes messages.
+        let may_ask = self.comparing.is_none() && !self.watch.is_blocked();
+        if may_ask && self.state.clocks.is_in_doubt(now) {
+            self.comparing = Some(self.follower.compare(self.state.clock, margin).boxed());
+        }
+        Ok(())
+    }
+
+    pub(super) fn clocks_compared(
+        &mut self,
+        standing: Option<Standing>,
+    ) -> Result<(), SessionError> {
+        self.comparing = None;
+        let now = self.state.clock.read();
+        self.state.clocks.broker(now, standing);
+        if let Some(off) = self.state.clocks.verdict(now) {
+            // What it holds goes to workers whose clocks fit.
+            return Err(SessionError::ClockOff(off));
+        }
+        for (delivery, message) in std::mem::take(&mut self.doubtful) {
+            self.request_received(delivery, message);
+        }
+        Ok(())
+    }
+}

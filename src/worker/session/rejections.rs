@@ -1,0 +1,78 @@
+//! Messages that can't be served: they are set aside with the reason, and who sent them is answered.
+
+use lapin::message::Delivery as Message;
+
+use crate::{
+    protocol::message::{Answer, Delivery, Outcome, Reason, ReasonCode, Request, TransactionSpec},
+    transport::amqp::rejected::{rejected, rejected_request},
+    wire::message::{RequestMalformed, encode_request},
+    worker::{
+        outbox::{OnConfirm, Unacked},
+        session::Session,
+    },
+};
+
+impl Session<'_> {
+    /// A message that can't be understood, or not as a whole.
+    pub(super) fn set_aside(
+        &mut self,
+        queue: &str,
+        message: &Message,
+        reason: &str,
+        then: OnConfirm,
+    ) {
+        self.state.tally.rejected += 1;
+        tracing::warn!(queue, reason, "a message is rejected");
+        let rejected = rejected(&self.settings.names, queue, message, reason);
+        self.outbox.durable(rejected, then);
+    }
+
+    /// If it is known who sent the request that can't be understood, they are told.
+    pub(super) fn telling_producer_of(
+        &self,
+        malformed: &RequestMalformed,
+        unacked: Unacked,
+    ) -> OnConfirm {
+        let Some(id) = malformed.id.clone() else { return OnConfirm::Ack(unacked) };
+        let now = self.state.clock.now();
+        let answer = Answer {
+            id,
+            requested_at: malformed.requested_at.unwrap_or(now),
+            outcome: Outcome::Aborted,
+            reason: Some(Reason::because(ReasonCode::Invalid, malformed.reason.as_str())),
+            unresolved: Vec::new(),
+            decided_at: now,
+        };
+        let result = self.outbox.result(malformed.reply.as_ref(), &answer);
+        OnConfirm::Answer(Box::new(result), unacked)
+    }
+
+    /// A request that was understood, and can't be served.
+    pub(super) fn reject_request(&mut self, request: &Request, delivery: Delivery, reason: Reason) {
+        let text = reason.message.as_deref().unwrap_or(reason.code.as_str());
+        let text = format!("{}: {text}", reason.code);
+        self.state.tally.rejected += 1;
+        tracing::warn!(transaction = %request.key, reason = text, "a request is rejected");
+        let spec = TransactionSpec {
+            id: request.key.id.clone(),
+            services: request.services.clone(),
+            data: request.data.clone(),
+            request_hash: request.request_hash,
+            timeout: request.timeout,
+        };
+        let body = encode_request(&spec, request.reply.as_ref()).unwrap_or_default();
+        let seconds = request.key.requested_at.as_millis() / 1000;
+        let rejected = rejected_request(&self.settings.names, body, seconds, &text);
+        let answer = Answer {
+            id: request.key.id.clone(),
+            requested_at: request.key.requested_at,
+            outcome: Outcome::Aborted,
+            reason: Some(reason),
+            unresolved: Vec::new(),
+            decided_at: self.state.clock.now(),
+        };
+        let result = self.outbox.result(request.reply.as_ref(), &answer);
+        let then = OnConfirm::Answer(Box::new(result), Unacked::Request(delivery));
+        self.outbox.durable(rejected, then);
+    }
+}
