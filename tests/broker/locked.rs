@@ -5,12 +5,19 @@
 
 use std::time::Duration;
 
+use dtc::transport::amqp::connection::Broker as AmqpBroker;
+use futures_util::FutureExt as _;
+use lapin::{
+    options::{BasicConsumeOptions, QueueDeclareOptions},
+    types::{FieldTable, ShortString},
+};
 use serde_json::json;
 use tokio::time::Instant;
 
 use crate::{
     broker::{Broker, place},
     crash::until,
+    processes::LIMIT,
     proxy::{CANCEL, Deed, Frames, Reach},
     stand::{BOTH, READY, Site, Stand},
 };
@@ -63,6 +70,38 @@ fn a_commit_reaches_an_instance_though_its_old_queue_is_still_there() {
     stand.site.is_committed_once(&id, &BOTH);
     let ready = stand.stock.stderr.wait_for_from(said, READY, AT_ONCE);
     ready.expect("it serves again");
+}
+
+/// Where a host was tried beside one that was slow, and lost, the broker kept its connection and its
+/// consumer: an instance's commands were given to both, and 170 of them lay unacknowledged for good.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_that_is_let_go_while_a_consumer_begins_is_closed() {
+    let place = place();
+    let broker = AmqpBroker::new(place.url.parse().unwrap(), "test");
+    let other = broker.connect("another").await.unwrap();
+    let queue = ShortString::from(format!("{}.let-go", place.namespace));
+    {
+        let connection = broker.connect("let go").await.unwrap();
+        let channel = connection.create_channel().await.unwrap();
+        let exclusive = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
+        channel.queue_declare(queue.clone(), exclusive, FieldTable::default()).await.unwrap();
+        let options = BasicConsumeOptions::default();
+        let beginning =
+            channel.basic_consume(queue.clone(), "".into(), options, FieldTable::default());
+        assert!(beginning.now_or_never().is_none(), "it is begun before the broker has answered");
+    }
+    let end = Instant::now() + LIMIT;
+    loop {
+        let channel = other.create_channel().await.unwrap();
+        let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+        let looked = channel.queue_declare(queue.clone(), passive, FieldTable::default()).await;
+        let said = looked.unwrap_err().to_string();
+        if said.contains("NOT_FOUND") {
+            break;
+        }
+        assert!(said.contains("RESOURCE_LOCKED"), "{said}");
+        assert!(Instant::now() < end, "the connection is still there: {said}");
+    }
 }
 
 /// Nodes that lost each other delete the exclusive queues of the other side, and don't end their consumers.

@@ -10,6 +10,7 @@
 
 use std::{
     pin::{Pin, pin},
+    task::{Context, Waker},
     time::Duration,
 };
 
@@ -99,6 +100,11 @@ pub async fn answer<T>(
         Ok(answered) => Ok(answered?),
         Err(_) => Err(AskError::Silent { limit }),
     }
+}
+
+/// Writes a frame whose fate nobody waits for: if the channel is gone, whoever consumes on it is told.
+pub fn write_now(writing: impl Future<Output = Result<(), lapin::Error>>) {
+    let _ = pin!(writing).poll(&mut Context::from_waker(Waker::noop()));
 }
 
 /// Closes a channel, and doesn't wait long for the answer.

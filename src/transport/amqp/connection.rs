@@ -32,7 +32,7 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::transport::amqp::{
     address::{Address, is_external, public},
-    bounded::{ANSWER_MAX, AskError, answer},
+    bounded::{ANSWER_MAX, AskError, answer, write_now},
     error::{Disposition, is_not_found, is_refusal},
     frames::{FRAME_MAX, Filter, Returns},
     screened::{Connected, Screened, screening},
@@ -108,6 +108,17 @@ impl BrokerConnection {
     /// The messages that came back since no queue took them.
     pub fn returns(&self) -> &Returns {
         &self.returns
+    }
+}
+
+/// It ends with its last owner, whatever is under way on its channels. lapin ends a connection with the
+/// last handle of a channel; but where a consumer is being begun when its owner goes, lapin keeps a
+/// handle itself, and the broker goes on delivering to a consumer that nobody has.
+impl Drop for BrokerConnection {
+    fn drop(&mut self) {
+        if self.connection.status().connected() {
+            write_now(self.connection.close(200, "done".into()));
+        }
     }
 }
 

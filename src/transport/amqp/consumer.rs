@@ -3,9 +3,9 @@
 use std::{
     collections::BTreeSet,
     future::Future,
-    pin::{Pin, pin},
+    pin::Pin,
     sync::Arc,
-    task::{Context, Poll, Waker},
+    task::{Context, Poll},
     time::Duration,
 };
 
@@ -21,7 +21,7 @@ use lapin::{
 use tokio::time::{Instant, Sleep, sleep};
 
 use crate::transport::amqp::{
-    bounded::{ANSWER_MAX, AskError, answer},
+    bounded::{ANSWER_MAX, AskError, answer, write_now},
     connection::{BrokerConnection, QueueCounts, counts},
     error::is_precondition_failed,
     traffic,
@@ -601,11 +601,6 @@ impl std::fmt::Debug for LivenessProbe {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("LivenessProbe").field("queue", &self.queue).finish_non_exhaustive()
     }
-}
-
-/// Writes a frame whose fate nobody waits for: if the channel is gone, its consumer says so.
-fn write_now(writing: impl Future<Output = Result<(), lapin::Error>>) {
-    let _ = pin!(writing).poll(&mut Context::from_waker(Waker::noop()));
 }
 
 /// Which delivery tags of a channel are settled: they count from 1.
