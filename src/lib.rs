@@ -21,6 +21,8 @@
 //!
 //! * [`protocol`]: the commit protocol as pure state machines.
 //! * [`clock`]: the one clock of a process. [`error`]: an error with all that caused it.
+//! * [`complaint`]: what is wrong with what was read, where, and by which rule. `json`: reading JSON,
+//!   with a complaint for each value that is not as it should be.
 //! * [`wire`]: JSON as promised to others.
 //! * [`transport`]: moving messages, at least once.
 //! * [`worker`]: what drives a coordinator on a broker.
@@ -35,9 +37,11 @@ mod anomalies;
 pub mod cli;
 pub mod client;
 pub mod clock;
+pub mod complaint;
 pub mod config;
 pub mod embedded;
 pub mod error;
+mod json;
 pub mod participant;
 pub mod protocol;
 pub mod transport;

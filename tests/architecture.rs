@@ -12,9 +12,10 @@ use std::{
 };
 
 /// The stairs, ground floor first. Who stands on one step knows only the steps below it.
-const FLOORS: [&[&str]; 7] = [
+const FLOORS: [&[&str]; 8] = [
     &["protocol"],
-    &["clock", "error"],
+    &["anomalies", "clock", "complaint", "error"],
+    &["json"],
     &["wire"],
     &["transport"],
     &["worker", "participant", "client"],

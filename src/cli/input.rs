@@ -10,7 +10,7 @@ use anyhow::{Context as _, anyhow};
 
 use crate::{
     cli::{Exit, Failure},
-    wire::complaint::Complaints,
+    complaint::Complaints,
 };
 
 /// What transactions are read from.

@@ -26,12 +26,10 @@ use crate::{
         output::{Detail, Form, Printer},
         signals::{self, Hangup},
     },
+    complaint::Complaints,
     embedded::Concluded,
     protocol::{ids::TransactionId, message::TransactionSpec},
-    wire::{
-        complaint::Complaints,
-        transactions::{Lines, Transactions},
-    },
+    wire::transactions::{Lines, Transactions},
 };
 
 /// How many transactions travel from thread to thread in one piece, at most.

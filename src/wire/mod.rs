@@ -5,7 +5,6 @@
 //! * [`message`]: the bodies of all messages between producers, workers and services.
 //! * [`result`]: what is said about a transaction when it has ended.
 //! * [`hash`]: the digest that tells a retry from another request under the same id.
-//! * [`complaint`]: what is wrong with a file, where, and by which rule.
 //!
 //! Types of the protocol never become JSON by themselves: every shape has a type of its own here,
 //! so that a change inside can't change a promise.
@@ -16,10 +15,7 @@
 //!
 //! **Invariant:** no text, however broken, makes anything here panic; it makes complaints.
 
-mod check;
-pub mod complaint;
 pub mod hash;
-mod json;
 pub mod message;
 pub mod result;
 pub mod services;

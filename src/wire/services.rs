@@ -31,14 +31,14 @@ use std::{
 };
 
 use crate::{
+    complaint::{Complaints, Position},
+    json::{
+        Kind, Value,
+        check::{Check, DAY_MS, Path, without_byte_order_mark},
+    },
     protocol::{
         ids::{ServiceName, TransactionId},
         message::Cap,
-    },
-    wire::{
-        check::{Check, DAY_MS, Path, without_byte_order_mark},
-        complaint::{Complaints, Position},
-        json::{Kind, Value},
     },
 };
 

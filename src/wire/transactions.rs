@@ -28,16 +28,16 @@ use std::{
 };
 
 use crate::{
+    complaint::{Complaint, Complaints, Place, Position},
+    json::{
+        Kind, Value,
+        check::{BYTE_ORDER_MARK, Check, DAY_MS, Path, without_byte_order_mark},
+    },
     protocol::{
         ids::{ServiceName, TransactionId},
         message::{Payload, TransactionSpec},
     },
-    wire::{
-        check::{BYTE_ORDER_MARK, Check, DAY_MS, Path, without_byte_order_mark},
-        complaint::{Complaint, Complaints, Place, Position},
-        hash::request_hash,
-        json::{Kind, Value},
-    },
+    wire::hash::request_hash,
 };
 
 /// How many bytes one transaction may have: 256 KiB.

@@ -8,7 +8,7 @@ mod message;
 mod services;
 mod transactions;
 
-use dtc::wire::complaint::{Complaint, Complaints, Place};
+use dtc::complaint::{Complaint, Complaints, Place};
 use proptest::prelude::{Strategy, any, prop, prop_oneof};
 use serde_json::{Map, Value, json};
 

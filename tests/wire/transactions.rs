@@ -3,9 +3,9 @@
 use std::{collections::BTreeSet, io::BufReader, time::Duration};
 
 use dtc::{
+    complaint::Complaints,
     protocol::{ids::ServiceName, message::TransactionSpec},
     wire::{
-        complaint::Complaints,
         hash::{canonical, request_hash},
         transactions::{Transactions, read_all},
     },

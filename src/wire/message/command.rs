@@ -1,18 +1,16 @@
 //! What a worker tells a service.
 
 use crate::{
+    json,
     protocol::{
         ids::TransactionKey,
         message::{Finish, Payload, Prepare, Query},
     },
-    wire::{
-        json,
-        message::{
-            Item, Kind,
-            read::{Place, Reader},
-            sealed::Sealed,
-            write::Object,
-        },
+    wire::message::{
+        Item, Kind,
+        read::{Place, Reader},
+        sealed::Sealed,
+        write::Object,
     },
 };
 

@@ -16,14 +16,14 @@
 use std::{sync::Arc, time::Duration};
 
 use crate::{
+    complaint::Complaints,
+    json::check::Path,
     protocol::{
         ids::{ServiceName, WorkerId},
         message::{Decision, Payload, Request},
         time::Time,
     },
     wire::{
-        check::Path,
-        complaint::Complaints,
         hash::request_hash,
         message::{
             read::{Place, Reader},

@@ -61,11 +61,9 @@ mod request;
 mod write;
 
 use crate::{
+    complaint::Complaints,
+    json::check::{Path, without_byte_order_mark},
     protocol::message::Command,
-    wire::{
-        check::{Path, without_byte_order_mark},
-        complaint::Complaints,
-    },
 };
 
 pub use self::{

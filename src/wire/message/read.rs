@@ -4,6 +4,12 @@
 use std::{mem, ops::RangeInclusive, sync::Arc};
 
 use crate::{
+    complaint::{Complaints, Position},
+    json::{
+        Kind, Value,
+        check::{Check, Path, TWICE, number},
+        parse_wrapped,
+    },
     protocol::{
         ids::{
             Branch, InstanceId, InvalidName, RequestHash, ServiceName, StoreId, TransactionId,
@@ -12,12 +18,7 @@ use crate::{
         message::{Outcome, Reason, ReasonCode},
         time::Time,
     },
-    wire::{
-        check::{Check, Path, TWICE, number},
-        complaint::{Complaints, Position},
-        json::{Kind, Value, parse_wrapped},
-        message::{TIME_MAX_SECONDS, cut},
-    },
+    wire::message::{TIME_MAX_SECONDS, cut},
 };
 
 const CODES: [ReasonCode; 9] = [

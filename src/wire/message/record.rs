@@ -1,21 +1,18 @@
 //! What is written down: decisions in the journal, and what is handed to a person.
 
 use crate::{
+    json::{self, Value, check::Path},
     protocol::{
         ids::{ServiceName, TransactionKey, WorkerId},
         message::{Decision, Matter, Parked, Request},
         time::Time,
     },
-    wire::{
-        check::Path,
-        json::{self, Value},
-        message::{
-            Item, Kind,
-            read::{Place, Reader},
-            request,
-            sealed::Sealed,
-            write::Object,
-        },
+    wire::message::{
+        Item, Kind,
+        read::{Place, Reader},
+        request,
+        sealed::Sealed,
+        write::Object,
     },
 };
 

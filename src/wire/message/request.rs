@@ -6,16 +6,18 @@
 use std::{sync::Arc, time::Duration};
 
 use crate::{
+    complaint::{Complaints, Position},
+    json::{
+        self, Value,
+        check::{DAY_MS, Path, without_byte_order_mark},
+    },
     protocol::{
         ids::{ReplyToken, RequestHash, ServiceName, TransactionId, TransactionKey},
         message::{Payload, Request, TransactionSpec},
         time::Time,
     },
     wire::{
-        check::{DAY_MS, Path, without_byte_order_mark},
-        complaint::{Complaints, Position},
         hash::request_hash,
-        json::{self, Value},
         message::{
             BODY_MAX, Kind, TIME_MAX_SECONDS,
             read::{Place, Reader},

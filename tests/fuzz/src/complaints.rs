@@ -1,9 +1,9 @@
 //! What is asked of every complaint: that it says where and by which rule, on one line, and that
 //! there are no more, nor longer ones, than somebody would read.
 
-use dtc::wire::{
+use dtc::{
     complaint::{Complaint, Complaints, Place, Position},
-    message::{BODY_MAX, Malformed},
+    wire::message::{BODY_MAX, Malformed},
 };
 
 /// A path has a step for each of at most 108 levels, none longer than a shortened name.

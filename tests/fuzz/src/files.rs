@@ -7,8 +7,8 @@ use std::{
 
 use dtc::{
     protocol::message::TransactionSpec,
+    complaint::Complaints,
     wire::{
-        complaint::Complaints,
         hash::request_hash,
         message::{decode_request, encode_request},
         services::{self, Behaviour, ServiceSpec},

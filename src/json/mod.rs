@@ -5,24 +5,26 @@
 //! value stood. Here every value keeps its text, every field is kept, and numbers are never converted. What
 //! counts as JSON is the same; only the nesting is limited more tightly.
 
+pub(crate) mod check;
+
 use std::borrow::Cow;
 
 /// Deeper nesting is refused: `serde_json` reads 127 levels, and what is read here is wrapped in
 /// others before it reaches the service that reads it with that.
-pub(super) const DEPTH_MAX: usize = 100;
+pub(crate) const DEPTH_MAX: usize = 100;
 
 /// How deep [`parse_wrapped`] reads: what [`DEPTH_MAX`] allows, and what messages wrap it in.
 const WRAPPED_DEPTH_MAX: usize = DEPTH_MAX + 8;
 
 /// A JSON value, and the text it was read from.
 #[derive(Debug)]
-pub(super) struct Value<'a> {
-    pub(super) text: &'a str,
-    pub(super) kind: Kind<'a>,
+pub(crate) struct Value<'a> {
+    pub(crate) text: &'a str,
+    pub(crate) kind: Kind<'a>,
 }
 
 #[derive(Debug)]
-pub(super) enum Kind<'a> {
+pub(crate) enum Kind<'a> {
     Null,
     Bool(bool),
     /// A number, as its text says.
@@ -35,20 +37,20 @@ pub(super) enum Kind<'a> {
 
 /// Why a text is not JSON.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct SyntaxError {
+pub(crate) struct SyntaxError {
     /// How many bytes before the offending character.
-    pub(super) at: usize,
+    pub(crate) at: usize,
     /// What is wrong.
-    pub(super) message: String,
+    pub(crate) message: String,
 }
 
 /// Reads `text`, which is a whole `what` (for the messages: `file`, `line` or `body`).
-pub(super) fn parse<'a>(text: &'a str, what: &'static str) -> Result<Value<'a>, SyntaxError> {
+pub(crate) fn parse<'a>(text: &'a str, what: &'static str) -> Result<Value<'a>, SyntaxError> {
     parse_nested(text, what, DEPTH_MAX)
 }
 
 /// Reads `text`, which holds what [`parse`] has read before, wrapped in a message of our own.
-pub(super) fn parse_wrapped<'a>(
+pub(crate) fn parse_wrapped<'a>(
     text: &'a str,
     what: &'static str,
 ) -> Result<Value<'a>, SyntaxError> {
@@ -283,7 +285,7 @@ impl<'a> Reader<'a> {
 impl Value<'_> {
     /// Appends the value in its canonical form: the fields in order, without whitespace, and with
     /// no more escapes than needed.
-    pub(super) fn write(&self, out: &mut String) {
+    pub(crate) fn write(&self, out: &mut String) {
         match &self.kind {
             Kind::Null | Kind::Bool(_) | Kind::Number => out.push_str(self.text),
             // Read from a text without escapes, so it needs none.
@@ -314,7 +316,7 @@ impl Value<'_> {
 }
 
 /// `string` as JSON.
-pub(super) fn quoted(string: &str) -> String {
+pub(crate) fn quoted(string: &str) -> String {
     serde_json::Value::from(string).to_string()
 }
 

@@ -3,24 +3,24 @@
 
 use std::{fmt, ops::RangeInclusive, sync::Arc};
 
-use crate::wire::{
+use crate::{
     complaint::{Collected, Complaint, Place, Position, shortened},
     json::{self, Kind, SyntaxError, Value},
 };
 
 /// No time in a file is longer than a day: what is longer was meant to be something else.
-pub(super) const DAY_MS: u32 = 24 * 60 * 60 * 1000;
+pub(crate) const DAY_MS: u32 = 24 * 60 * 60 * 1000;
 
 /// What some editors write at the beginning of every file.
-pub(super) const BYTE_ORDER_MARK: &[u8] = b"\xEF\xBB\xBF";
+pub(crate) const BYTE_ORDER_MARK: &[u8] = b"\xEF\xBB\xBF";
 
-pub(super) fn without_byte_order_mark(text: &[u8]) -> &[u8] {
+pub(crate) fn without_byte_order_mark(text: &[u8]) -> &[u8] {
     text.strip_prefix(BYTE_ORDER_MARK).unwrap_or(text)
 }
 
 /// Where a value stands, from the top of its JSON text.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Path<'p> {
+pub(crate) struct Path<'p> {
     above: Option<&'p Self>,
     step: Step<'p>,
 }
@@ -33,13 +33,13 @@ enum Step<'p> {
 }
 
 impl<'p> Path<'p> {
-    pub(super) const TOP: Path<'static> = Path { above: None, step: Step::Top };
+    pub(crate) const TOP: Path<'static> = Path { above: None, step: Step::Top };
 
-    pub(super) fn element(&'p self, index: usize) -> Self {
+    pub(crate) fn element(&'p self, index: usize) -> Self {
         Self { above: Some(self), step: Step::Element(index) }
     }
 
-    pub(super) fn field(&'p self, name: &'p str) -> Self {
+    pub(crate) fn field(&'p self, name: &'p str) -> Self {
         Self { above: Some(self), step: Step::Field(name) }
     }
 }
@@ -65,17 +65,17 @@ fn is_plain(name: &str) -> bool {
 
 /// The checking of one JSON text: a file, or a line of one.
 #[derive(Debug)]
-pub(super) struct Check {
+pub(crate) struct Check {
     file: Arc<str>,
     /// The line, if the text is one of many in its file.
     line: Option<u64>,
     /// Whether fields that nobody knows are passed over.
     is_lenient: bool,
-    pub(super) complaints: Collected,
+    pub(crate) complaints: Collected,
 }
 
 impl Check {
-    pub(super) fn of_file(file: &Arc<str>) -> Self {
+    pub(crate) fn of_file(file: &Arc<str>) -> Self {
         Self {
             file: Arc::clone(file),
             line: None,
@@ -86,16 +86,16 @@ impl Check {
 
     /// The checking of a message, or of one item of it; complaints call it `kind`. Fields that
     /// nobody knows are passed over.
-    pub(super) fn of_message(kind: &Arc<str>) -> Self {
+    pub(crate) fn of_message(kind: &Arc<str>) -> Self {
         Self { is_lenient: true, ..Self::of_file(kind) }
     }
 
-    pub(super) fn of_line(file: &Arc<str>, line: u64) -> Self {
+    pub(crate) fn of_line(file: &Arc<str>, line: u64) -> Self {
         Self { line: Some(line), ..Self::of_file(file) }
     }
 
     /// Complains about `value`, which stands at `path`.
-    pub(super) fn complain(&mut self, path: &Path<'_>, value: &Value<'_>, rule: impl Into<String>) {
+    pub(crate) fn complain(&mut self, path: &Path<'_>, value: &Value<'_>, rule: impl Into<String>) {
         let path = path.to_string();
         let place = match self.line {
             None => Place::Path(path),
@@ -111,7 +111,7 @@ impl Check {
     }
 
     /// Complains about the character at `position`.
-    pub(super) fn complain_at(&mut self, position: Position, rule: impl Into<String>) {
+    pub(crate) fn complain_at(&mut self, position: Position, rule: impl Into<String>) {
         self.complaints.add(Complaint {
             file: Arc::clone(&self.file),
             place: Place::Position(position),
@@ -121,12 +121,12 @@ impl Check {
     }
 
     /// The JSON value that `text` is, if it is; it begins at `start` of its file.
-    pub(super) fn json<'a>(&mut self, start: Position, text: &'a [u8]) -> Option<Value<'a>> {
+    pub(crate) fn json<'a>(&mut self, start: Position, text: &'a [u8]) -> Option<Value<'a>> {
         self.json_by(start, text, json::parse)
     }
 
     /// [`Check::json`], read by `parse`.
-    pub(super) fn json_by<'a>(
+    pub(crate) fn json_by<'a>(
         &mut self,
         start: Position,
         text: &'a [u8],
@@ -151,7 +151,7 @@ impl Check {
 
     /// The values of the fields that are `known`, in that order; complains about those given twice
     /// and, unless this is a message, about others.
-    pub(super) fn fields<'v, 'a, const N: usize>(
+    pub(crate) fn fields<'v, 'a, const N: usize>(
         &mut self,
         path: &Path<'_>,
         value: &'v Value<'a>,
@@ -176,7 +176,7 @@ impl Check {
     }
 
     /// `field`, which `value` must have under `name`.
-    pub(super) fn required<T>(
+    pub(crate) fn required<T>(
         &mut self,
         path: &Path<'_>,
         value: &Value<'_>,
@@ -190,7 +190,7 @@ impl Check {
     }
 
     /// The text that `value` is.
-    pub(super) fn string<'v>(&mut self, path: &Path<'_>, value: &'v Value<'_>) -> Option<&'v str> {
+    pub(crate) fn string<'v>(&mut self, path: &Path<'_>, value: &'v Value<'_>) -> Option<&'v str> {
         if let Kind::String(string) = &value.kind {
             return Some(string);
         }
@@ -199,7 +199,7 @@ impl Check {
     }
 
     /// The name that `parse` finds in `value`; `rule` is its characters and how many.
-    pub(super) fn name<T, E>(
+    pub(crate) fn name<T, E>(
         &mut self,
         path: &Path<'_>,
         value: &Value<'_>,
@@ -214,7 +214,7 @@ impl Check {
     }
 
     /// The elements of `value`, which must be `what`.
-    pub(super) fn elements<'v, 'a>(
+    pub(crate) fn elements<'v, 'a>(
         &mut self,
         path: &Path<'_>,
         value: &'v Value<'a>,
@@ -228,7 +228,7 @@ impl Check {
     }
 
     /// `true` or `false`.
-    pub(super) fn boolean(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<bool> {
+    pub(crate) fn boolean(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<bool> {
         if let Kind::Bool(boolean) = value.kind {
             return Some(boolean);
         }
@@ -237,7 +237,7 @@ impl Check {
     }
 
     /// The whole number that `value` is, if it lies in `range`.
-    pub(super) fn whole_number(
+    pub(crate) fn whole_number(
         &mut self,
         path: &Path<'_>,
         value: &Value<'_>,
@@ -255,7 +255,7 @@ impl Check {
     }
 
     /// The number that `value` is, if it lies between 0 and `max`; `rule` says so.
-    pub(super) fn number(
+    pub(crate) fn number(
         &mut self,
         path: &Path<'_>,
         value: &Value<'_>,
@@ -270,7 +270,7 @@ impl Check {
     }
 
     /// Complains about every field within `value` that stands twice in its object.
-    pub(super) fn refuse_doubles(&mut self, path: &Path<'_>, value: &Value<'_>) {
+    pub(crate) fn refuse_doubles(&mut self, path: &Path<'_>, value: &Value<'_>) {
         match &value.kind {
             Kind::Array(elements) => {
                 for (index, element) in elements.iter().enumerate() {
@@ -293,10 +293,10 @@ impl Check {
     }
 }
 
-pub(super) const TWICE: &str = "must be given once in its object";
+pub(crate) const TWICE: &str = "must be given once in its object";
 
 /// The number that `value` is, if it is one.
-pub(super) fn number(value: &Value<'_>) -> Option<f64> {
+pub(crate) fn number(value: &Value<'_>) -> Option<f64> {
     match value.kind {
         Kind::Number => value.text.parse().ok(),
         Kind::Null | Kind::Bool(_) | Kind::String(_) | Kind::Array(_) | Kind::Object(_) => None,

@@ -54,7 +54,7 @@ impl Position {
     pub const START: Self = Self { line: 1, column: 1 };
 
     /// Where a text that begins here has got to when `text` of it is past.
-    pub(super) fn after(self, text: &str) -> Self {
+    pub(crate) fn after(self, text: &str) -> Self {
         let newlines = text.bytes().filter(|byte| *byte == b'\n').count() as u64;
         let last_line = text.rsplit('\n').next().unwrap_or_default().chars().count() as u64;
         let column = if newlines == 0 { self.column } else { 1 };
@@ -125,13 +125,13 @@ impl std::error::Error for Complaints {}
 
 /// Complaints that are still being collected; perhaps there will be none.
 #[derive(Debug, Default)]
-pub(super) struct Collected {
+pub(crate) struct Collected {
     listed: Vec<Complaint>,
     unlisted: usize,
 }
 
 impl Collected {
-    pub(super) fn add(&mut self, complaint: Complaint) {
+    pub(crate) fn add(&mut self, complaint: Complaint) {
         if self.listed.len() < Complaints::LISTED_MAX {
             self.listed.push(complaint);
         } else {
@@ -140,7 +140,7 @@ impl Collected {
     }
 
     /// What was read, if it was read without complaints.
-    pub(super) fn or<T>(self, read: Option<T>) -> Result<T, Complaints> {
+    pub(crate) fn or<T>(self, read: Option<T>) -> Result<T, Complaints> {
         let Self { listed, unlisted } = self;
         match read {
             Some(read) if listed.is_empty() => Ok(read),
@@ -150,7 +150,7 @@ impl Collected {
 }
 
 /// `text` on one line, and cut after 64 characters.
-pub(super) fn shortened(text: &str) -> String {
+pub(crate) fn shortened(text: &str) -> String {
     const MAX: usize = 64;
     let mut characters = text.chars().map(|it| if it.is_control() { ' ' } else { it });
     let mut short: String = characters.by_ref().take(MAX - 1).collect();
