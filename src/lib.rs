@@ -28,6 +28,7 @@
 //! * [`worker`]: what drives a coordinator on a broker.
 //! * [`participant`]: the SDK for services.
 //! * [`client`]: for producers.
+//! * [`input`]: the files of the `dtc` command.
 //! * [`embedded`]: both sides in one process.
 //! * [`cli`]: the `dtc` command.
 //!
@@ -41,6 +42,7 @@ pub mod complaint;
 pub mod config;
 pub mod embedded;
 pub mod error;
+pub mod input;
 mod json;
 pub mod participant;
 pub mod protocol;

@@ -12,12 +12,13 @@ use std::{
 };
 
 /// The stairs, ground floor first. Who stands on one step knows only the steps below it.
-const FLOORS: [&[&str]; 8] = [
+const FLOORS: [&[&str]; 9] = [
     &["protocol"],
     &["anomalies", "clock", "complaint", "error"],
     &["json"],
     &["wire"],
     &["transport"],
+    &["input"],
     &["worker", "participant", "client"],
     &["embedded"],
     &["cli", "main"],

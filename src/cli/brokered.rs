@@ -34,6 +34,7 @@ use crate::{
     client::{Client, Settings},
     clock::Clock,
     embedded::{Calls, Report, ServiceReport},
+    input::{services::ServiceSpec, transactions::Transactions},
     participant::{
         Error, Finish, InDoubt, Participant, Prepare, Verdict, error::ServeError, serve::serve,
         settings::ServeSettings, simulated::Simulated, state::State,
@@ -51,7 +52,7 @@ use crate::{
         },
         unique,
     },
-    wire::{result::Attempts, services::ServiceSpec, transactions::Transactions},
+    wire::result::Attempts,
     worker::{self, WorkerError},
 };
 

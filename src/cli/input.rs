@@ -11,6 +11,8 @@ use anyhow::{Context as _, anyhow};
 use crate::{
     cli::{Exit, Failure},
     complaint::Complaints,
+    input::services::ServiceSpec,
+    transport::amqp::topology::ServiceTopology,
 };
 
 /// What transactions are read from.
@@ -42,4 +44,10 @@ pub(super) fn open(path: &Path) -> Result<Source, Failure> {
         return Err(Failure::new(Exit::BadData, error));
     }
     Ok(BufReader::with_capacity(1 << 16, Box::new(file)))
+}
+
+impl From<&ServiceSpec> for ServiceTopology {
+    fn from(spec: &ServiceSpec) -> Self {
+        Self { name: spec.name.clone(), max_wait: spec.max_wait, cap: spec.cap }
+    }
 }

@@ -13,10 +13,8 @@ use serde_json::{Value, json};
 use crate::{
     cli::plain,
     embedded::{Concluded, Report, ServiceReport},
-    wire::{
-        result::{Answered, Brief, Detailed},
-        transactions::Transactions,
-    },
+    input::transactions::Transactions,
+    wire::result::{Answered, Brief, Detailed},
 };
 
 /// The form in which results are printed.

@@ -24,6 +24,10 @@ use crate::{
     clock::Clock,
     config::duration,
     embedded::{Embedded, Report},
+    input::{
+        services::{self, ServiceSpec},
+        transactions::Transactions,
+    },
     participant::{Service, simulated::Simulated, state::State},
     transport::{
         amqp::connection::Broker,
@@ -31,10 +35,6 @@ use crate::{
             faults,
             file::{self, JournalError, Opened, Options},
         },
-    },
-    wire::{
-        services::{self, ServiceSpec},
-        transactions::Transactions,
     },
 };
 

@@ -12,12 +12,13 @@ use crate::{
     clock::Clock,
     embedded::{Concluded, Report},
     error::Chain,
+    input::transactions::Transactions,
     protocol::{
         ids::{ServiceName, TransactionKey},
         message::TransactionSpec,
         time::Time,
     },
-    wire::{result::Attempts, transactions::Transactions},
+    wire::result::Attempts,
 };
 
 /// How many of those that failed are named.

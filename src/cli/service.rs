@@ -19,6 +19,7 @@ use crate::{
         report_file::ReportFile,
         signals, stages,
     },
+    input::services::{self, ServiceSpec},
     participant::{
         error::ServeError,
         serve,
@@ -36,7 +37,6 @@ use crate::{
         },
         traffic::Traffic,
     },
-    wire::services::{self, ServiceSpec},
 };
 
 /// Serve a simulated service on RabbitMQ; any number of instances share its work.

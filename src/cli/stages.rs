@@ -28,8 +28,8 @@ use crate::{
     },
     complaint::Complaints,
     embedded::Concluded,
+    input::transactions::{Lines, Transactions},
     protocol::{ids::TransactionId, message::TransactionSpec},
-    wire::transactions::{Lines, Transactions},
 };
 
 /// How many transactions travel from thread to thread in one piece, at most.

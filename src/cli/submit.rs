@@ -18,9 +18,9 @@ use crate::{
     client::{Client, Settings},
     clock::Clock,
     config::duration,
+    input::transactions::Transactions,
     protocol::time::Time,
     transport::amqp::pool::PublishError,
-    wire::transactions::Transactions,
 };
 
 /// How many requests may be without a confirm, or without a result where that is waited for.

@@ -20,6 +20,7 @@ use crate::{
     },
     clock::Clock,
     config::{Config, Flag, duration},
+    input::services,
     protocol::ids::ServiceName,
     transport::amqp::{
         connection::{Backoff, Broker, ConnectError, close},
@@ -34,7 +35,6 @@ use crate::{
             replace::{self, ReplaceError, Replaced},
         },
     },
-    wire::services,
 };
 
 /// What is said where only half of it can be seen to.

@@ -17,6 +17,7 @@ use std::{ffi::OsString, fmt, path::PathBuf, time::Duration};
 pub use self::complaint::{Complaint, Complaints, Source};
 use crate::{
     config::draft::{Draft, Entry},
+    input::services::MAX_WAIT,
     protocol::{
         ids::{InstanceId, ServiceName, WorkerId},
         message::Cap,
@@ -27,7 +28,6 @@ use crate::{
         tls::{Identity, InvalidIdentity, InvalidPem, Pem, Tls},
         topology::{Commands, ServiceTopology, Settings},
     },
-    wire::services::MAX_WAIT,
 };
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);

@@ -14,12 +14,12 @@ use std::{
 };
 
 use crate::{
+    input::services::{Behaviour, Latency, ServiceSpec},
     participant::{Error, Finish, InDoubt, Participant, Prepare, Verdict, state::State},
     protocol::{
         ids::{ServiceName, StoreId, TransactionId, TransactionKey, fnv1a},
         message::Outcome,
     },
-    wire::services::{Behaviour, Latency, ServiceSpec},
 };
 
 /// Of how many transactions the calls are counted. More are over, or finished by other instances.

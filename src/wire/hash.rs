@@ -17,7 +17,7 @@ use crate::protocol::{
 
 /// The canonical text of `data`, as [`request_hash`] wants it.
 ///
-/// What [`transactions`](crate::wire::transactions) reads is in that form already.
+/// What [`transactions`](crate::input::transactions) reads is in that form already.
 pub fn canonical(data: Map<String, Value>) -> Payload {
     // This map keeps its keys sorted, and is written without whitespace: a test holds it to that.
     Payload::new(Value::Object(data).to_string())

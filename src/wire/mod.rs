@@ -1,7 +1,5 @@
-//! JSON as promised to others: what is read from files, what is written for a result.
+//! JSON as promised to others: what is in a message, what is written for a result.
 //!
-//! * [`services`]: the services of `dtc run`, from `services.json`.
-//! * [`transactions`]: its transactions, as one array or as lines.
 //! * [`message`]: the bodies of all messages between producers, workers and services.
 //! * [`result`]: what is said about a transaction when it has ended.
 //! * [`hash`]: the digest that tells a retry from another request under the same id.
@@ -9,14 +7,11 @@
 //! Types of the protocol never become JSON by themselves: every shape has a type of its own here,
 //! so that a change inside can't change a promise.
 //!
-//! **Unknown fields.** A file is written by the person who runs the command, who wants to hear of a
-//! misspelt field: files refuse unknown fields. A message between services may come from a newer
-//! release: messages ignore them.
+//! **Unknown fields.** A message may come from a newer release: messages ignore them.
 //!
 //! **Invariant:** no text, however broken, makes anything here panic; it makes complaints.
 
 pub mod hash;
 pub mod message;
 pub mod result;
-pub mod services;
-pub mod transactions;
+pub(crate) mod transaction;

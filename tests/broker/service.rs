@@ -12,6 +12,7 @@ use std::{
 
 use dtc::{
     Participant, Verdict,
+    input::services,
     participant::{
         Error, Finish, Prepare, error::ServeError, serve::serve, settings::ServeSettings,
         simulated::Simulated, state::State,
@@ -25,7 +26,6 @@ use dtc::{
             apply::{Options, apply},
         },
     },
-    wire::services,
 };
 use futures_util::StreamExt;
 use lapin::{

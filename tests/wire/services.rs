@@ -3,8 +3,8 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use dtc::{
+    input::services::{Behaviour, read},
     protocol::message::Cap,
-    wire::services::{Behaviour, read},
 };
 use proptest::prelude::{Just, Strategy, any, prop, prop_oneof, proptest};
 use serde_json::{Map, Value, json};

@@ -4,11 +4,9 @@ use std::{collections::BTreeSet, io::BufReader, time::Duration};
 
 use dtc::{
     complaint::Complaints,
+    input::transactions::{Transactions, read_all},
     protocol::{ids::ServiceName, message::TransactionSpec},
-    wire::{
-        hash::{canonical, request_hash},
-        transactions::{Transactions, read_all},
-    },
+    wire::hash::{canonical, request_hash},
 };
 use proptest::prelude::{Strategy, any, prop, proptest};
 use serde_json::{Value, json};

@@ -23,6 +23,7 @@ use tokio::{
 
 use crate::{
     clock::Clock,
+    input::services::MAX_WAIT,
     protocol::{ids::ServiceName, message::Cap},
     transport::amqp::{
         connection::{Broker, close},
@@ -34,7 +35,6 @@ use crate::{
         },
         unique,
     },
-    wire::services::MAX_WAIT,
 };
 
 /// The services of every transaction.

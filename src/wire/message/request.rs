@@ -1,6 +1,6 @@
 //! Requests: what producers publish, and what they hear if it can't be understood.
 //!
-//! Fields are checked as in the files of [`transactions`](crate::wire::transactions), except that
+//! Fields are checked as in the files of [`transactions`](crate::input::transactions), except that
 //! unknown ones are ignored.
 
 use std::{sync::Arc, time::Duration};
@@ -23,7 +23,7 @@ use crate::{
             read::{Place, Reader},
             write::Object,
         },
-        transactions::{read_data, read_services},
+        transaction::{read_data, read_services},
     },
 };
 

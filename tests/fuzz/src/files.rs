@@ -8,11 +8,10 @@ use std::{
 use dtc::{
     protocol::message::TransactionSpec,
     complaint::Complaints,
+    input::{services::{self, Behaviour, ServiceSpec}, transactions::{SIZE_MAX, Transactions, read_all}},
     wire::{
         hash::request_hash,
         message::{decode_request, encode_request},
-        services::{self, Behaviour, ServiceSpec},
-        transactions::{SIZE_MAX, Transactions, read_all},
     },
 };
 

@@ -34,7 +34,6 @@ use crate::{
         address::Address,
         names::{Names, REQUEST},
     },
-    wire::services::ServiceSpec,
 };
 
 /// How often a quorum queue delivers a message before it gives it up: as good as for ever. Left
@@ -147,12 +146,6 @@ pub struct ServiceTopology {
     pub max_wait: Duration,
     /// Whose its slots are.
     pub cap: Cap,
-}
-
-impl From<&ServiceSpec> for ServiceTopology {
-    fn from(spec: &ServiceSpec) -> Self {
-        Self { name: spec.name.clone(), max_wait: spec.max_wait, cap: spec.cap }
-    }
 }
 
 /// What all queues depend on.

@@ -30,14 +30,14 @@ use std::{
 use crate::{
     complaint::{Complaint, Complaints, Place, Position},
     json::{
-        Kind, Value,
+        Value,
         check::{BYTE_ORDER_MARK, Check, DAY_MS, Path, without_byte_order_mark},
     },
-    protocol::{
-        ids::{ServiceName, TransactionId},
-        message::{Payload, TransactionSpec},
+    protocol::{ids::TransactionId, message::TransactionSpec},
+    wire::{
+        hash::request_hash,
+        transaction::{read_data, read_services},
     },
-    wire::hash::request_hash,
 };
 
 /// How many bytes one transaction may have: 256 KiB.
@@ -202,43 +202,6 @@ fn read_transaction(
     let (services, data) = (services?, data?);
     let request_hash = request_hash(&services, &data);
     Some(TransactionSpec { id: id?, services, data, request_hash, timeout })
-}
-
-/// The services that `value` names: each once, in name order.
-pub(super) fn read_services(
-    check: &mut Check,
-    path: &Path<'_>,
-    value: &Value<'_>,
-) -> Option<Arc<[ServiceName]>> {
-    let elements = check.elements(path, value, "an array of service names")?;
-    if elements.is_empty() {
-        check.complain(path, value, "must name at least one service");
-    }
-    let mut services = Vec::with_capacity(elements.len());
-    for (index, element) in elements.iter().enumerate() {
-        let path = path.element(index);
-        services.extend(check.name(&path, element, ServiceName::RULE, ServiceName::parse));
-    }
-    services.sort();
-    services.dedup();
-    Some(services.into())
-}
-
-/// `value` in its canonical form; `buffer` is space to work in.
-pub(super) fn read_data(
-    check: &mut Check,
-    path: &Path<'_>,
-    value: &Value<'_>,
-    buffer: &mut String,
-) -> Option<Payload> {
-    let Kind::Object(_) = value.kind else {
-        check.complain(path, value, "must be an object");
-        return None;
-    };
-    check.refuse_doubles(path, value);
-    buffer.clear();
-    value.write(buffer);
-    Some(Payload::new(buffer.as_str()))
 }
 
 fn too_long() -> String {

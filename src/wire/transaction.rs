@@ -1,0 +1,48 @@
+//! What a request and a transaction in a file have in common: which services, and what data.
+
+use std::sync::Arc;
+
+use crate::{
+    json::{
+        Kind, Value,
+        check::{Check, Path},
+    },
+    protocol::{ids::ServiceName, message::Payload},
+};
+
+/// The services that `value` names: each once, in name order.
+pub(crate) fn read_services(
+    check: &mut Check,
+    path: &Path<'_>,
+    value: &Value<'_>,
+) -> Option<Arc<[ServiceName]>> {
+    let elements = check.elements(path, value, "an array of service names")?;
+    if elements.is_empty() {
+        check.complain(path, value, "must name at least one service");
+    }
+    let mut services = Vec::with_capacity(elements.len());
+    for (index, element) in elements.iter().enumerate() {
+        let path = path.element(index);
+        services.extend(check.name(&path, element, ServiceName::RULE, ServiceName::parse));
+    }
+    services.sort();
+    services.dedup();
+    Some(services.into())
+}
+
+/// `value` in its canonical form; `buffer` is space to work in.
+pub(crate) fn read_data(
+    check: &mut Check,
+    path: &Path<'_>,
+    value: &Value<'_>,
+    buffer: &mut String,
+) -> Option<Payload> {
+    let Kind::Object(_) = value.kind else {
+        check.complain(path, value, "must be an object");
+        return None;
+    };
+    check.refuse_doubles(path, value);
+    buffer.clear();
+    value.write(buffer);
+    Some(Payload::new(buffer.as_str()))
+}
