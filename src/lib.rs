@@ -30,6 +30,7 @@
 //! * [`client`]: for producers.
 //! * [`input`]: the files of the `dtc` command.
 //! * [`embedded`]: both sides in one process.
+//! * [`simulated`]: services that behave as services.json says.
 //! * [`cli`]: the `dtc` command.
 //!
 //! Beside the stairs stands [`config`](mod@config), which only [`cli`] knows.
@@ -46,6 +47,7 @@ pub mod input;
 mod json;
 pub mod participant;
 pub mod protocol;
+pub mod simulated;
 pub mod transport;
 pub mod wire;
 pub mod worker;

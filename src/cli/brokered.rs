@@ -37,9 +37,10 @@ use crate::{
     input::{services::ServiceSpec, transactions::Transactions},
     participant::{
         Error, Finish, InDoubt, Participant, Prepare, Verdict, error::ServeError, serve::serve,
-        settings::ServeSettings, simulated::Simulated, state::State,
+        settings::ServeSettings,
     },
     protocol::ids::{ServiceName, TransactionKey, WorkerId},
+    simulated::{service::Simulated, store::State},
     transport::amqp::{
         bounded::{ANSWER_MAX, answer},
         connection::{Broker, ConnectError, close, counts},

@@ -28,7 +28,8 @@ use crate::{
         services::{self, ServiceSpec},
         transactions::Transactions,
     },
-    participant::{Service, simulated::Simulated, state::State},
+    participant::Service,
+    simulated::{service::Simulated, store::State},
     transport::{
         amqp::connection::Broker,
         embedded::{

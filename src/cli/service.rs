@@ -24,10 +24,9 @@ use crate::{
         error::ServeError,
         serve,
         settings::{self, ServeSettings},
-        simulated::Simulated,
-        state::State,
     },
     protocol::ids::ServiceName,
+    simulated::{service::Simulated, store::State},
     transport::amqp::{
         connection::{Broker, close},
         names::Names,

@@ -17,8 +17,6 @@ pub mod serve;
 mod service;
 mod session;
 pub mod settings;
-pub mod simulated;
-pub mod state;
 
 use std::{fmt, future::Future, sync::Arc};
 

@@ -15,9 +15,9 @@ use dtc::{
     input::services,
     participant::{
         Error, Finish, Prepare, error::ServeError, serve::serve, settings::ServeSettings,
-        simulated::Simulated, state::State,
     },
     protocol::{ids::ServiceName, message::Cap, time::Time},
+    simulated::{service::Simulated, store::State},
     transport::amqp::{
         connection::Broker as Address,
         names::{Names, Namespace, key},

@@ -1,4 +1,4 @@
-//! What a simulated service holds, as its directory tells: see `participant::state`.
+//! What a simulated service holds, as its directory tells: see `simulated::store`.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -15,11 +15,12 @@ use std::{
 
 use crate::{
     input::services::{Behaviour, Latency, ServiceSpec},
-    participant::{Error, Finish, InDoubt, Participant, Prepare, Verdict, state::State},
+    participant::{Error, Finish, InDoubt, Participant, Prepare, Verdict},
     protocol::{
         ids::{ServiceName, StoreId, TransactionId, TransactionKey, fnv1a},
         message::Outcome,
     },
+    simulated::store::State,
 };
 
 /// Of how many transactions the calls are counted. More are over, or finished by other instances.
