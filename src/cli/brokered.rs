@@ -40,7 +40,7 @@ use crate::{
         settings::ServeSettings,
     },
     protocol::ids::{ServiceName, TransactionKey, WorkerId},
-    simulated::{service::Simulated, store::State},
+    simulated::{service::Simulated, store::SimulatedStore},
     transport::amqp::{
         bounded::{ANSWER_MAX, answer},
         connection::{Broker, ConnectError, close, counts},
@@ -280,7 +280,7 @@ impl System {
         let (stop, stop_services) = (watch::Sender::new(false), watch::Sender::new(false));
         let tally = Arc::new(Tally::new(plan.counts_attempts));
         let services = plan.services.iter().map(|spec| {
-            let inner = Simulated::new(spec, plan.seed).with_state(State::in_memory());
+            let inner = Simulated::new(spec, plan.seed).with_store(SimulatedStore::in_memory());
             let counted = Counted { inner, service: spec.name.clone(), tally: Arc::clone(&tally) };
             let (broker, names) = (plan.broker.clone(), place.names.clone());
             let settings = ServeSettings {

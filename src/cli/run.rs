@@ -29,7 +29,7 @@ use crate::{
         transactions::Transactions,
     },
     participant::Service,
-    simulated::{service::Simulated, store::State},
+    simulated::{service::Simulated, store::SimulatedStore},
     transport::{
         amqp::connection::Broker,
         embedded::{
@@ -188,9 +188,9 @@ fn run_embedded(
     for spec in services {
         let mut participant = Simulated::new(&spec, arguments.seed);
         if let (Some(directory), Some(opened)) = (&arguments.state, &opened) {
-            let state = State::open(directory, &spec.name, &opened.instance)
+            let store = SimulatedStore::open(directory, &spec.name, &opened.instance)
                 .map_err(|error| Failure::new(Exit::BadConfiguration, error))?;
-            participant = participant.with_state(state);
+            participant = participant.with_store(store);
         }
         let service =
             Service::from_participant(spec.name.as_str(), spec.max_concurrency, participant);

@@ -26,7 +26,7 @@ use crate::{
         settings::{self, ServeSettings},
     },
     protocol::ids::ServiceName,
-    simulated::{service::Simulated, store::State},
+    simulated::{service::Simulated, store::SimulatedStore},
     transport::amqp::{
         connection::{Broker, close},
         names::Names,
@@ -106,18 +106,18 @@ pub(super) fn run(arguments: &ServiceArguments) -> Result<Exit, Failure> {
     let (runtime, interrupt) = stages::daemon_runtime()?;
     let _logging = progress::log_above(&ProgressBar::hidden(), level);
 
-    let state = match &arguments.state {
-        Some(directory) => State::open(directory, &spec.name, &settings.instance)
+    let store = match &arguments.state {
+        Some(directory) => SimulatedStore::open(directory, &spec.name, &settings.instance)
             .map_err(|error| Failure::new(Exit::BadConfiguration, error))?,
         None => {
             tracing::warn!(
                 "without --state, what the service holds is in this process alone: it ends with it, \
                  and no other instance can finish it; give all instances of a service one --state"
             );
-            State::in_memory()
+            SimulatedStore::in_memory()
         }
     };
-    let participant = Simulated::new(&spec, arguments.seed).with_state(state);
+    let participant = Simulated::new(&spec, arguments.seed).with_store(store);
     tracing::info!(
         service = %settings.service, instance = %settings.instance,
         broker = %settings.broker.address, namespace = %settings.names.namespace(), "starting"

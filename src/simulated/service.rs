@@ -20,7 +20,7 @@ use crate::{
         ids::{ServiceName, StoreId, TransactionId, TransactionKey, fnv1a},
         message::Outcome,
     },
-    simulated::store::State,
+    simulated::store::SimulatedStore,
 };
 
 /// Of how many transactions the calls are counted. More are over, or finished by other instances.
@@ -37,7 +37,7 @@ pub struct Simulated {
     /// How often each call was made for each transaction that is not over.
     attempts: Mutex<BTreeMap<TransactionId, [u32; 3]>>,
     /// What it holds. Without it, it holds nothing that could be asked for.
-    state: Option<State>,
+    store: Option<SimulatedStore>,
 }
 
 #[derive(Clone, Copy)]
@@ -65,14 +65,14 @@ impl Simulated {
             abort: spec.abort.clone(),
             seed,
             attempts: Mutex::new(BTreeMap::new()),
-            state: None,
+            store: None,
         }
     }
 
-    /// The same, holding what it prepares in `state`.
+    /// The same, holding what it prepares in `store`.
     #[must_use]
-    pub fn with_state(mut self, state: State) -> Self {
-        self.state = Some(state);
+    pub fn with_store(mut self, store: SimulatedStore) -> Self {
+        self.store = Some(store);
         self
     }
 
@@ -134,15 +134,15 @@ impl Simulated {
     }
 
     async fn finish(&self, call: Finish, kind: Call) -> Result<(), Error> {
-        let Some(state) = &self.state else { return self.finish_code(&call, kind).await };
+        let Some(store) = &self.store else { return self.finish_code(&call, kind).await };
         let (name, outcome) = match kind {
             Call::Prepare | Call::Commit => ("commit", Outcome::Committed),
             Call::Abort => ("abort", Outcome::Aborted),
         };
-        let called = state.called(name, &call.key, &call.branch)?;
+        let called = store.called(name, &call.key, &call.branch)?;
         let mut ended = self.finish_code(&call, kind).await;
         if ended.is_ok() {
-            ended = state.finish(&call, outcome).await.map_err(Error::from);
+            ended = store.finish(&call, outcome).await.map_err(Error::from);
         }
         called.ended(if ended.is_ok() { "done" } else { "failed" });
         ended
@@ -198,11 +198,11 @@ fn word(verdict: &Result<Verdict, Error>) -> &'static str {
 
 impl Participant for Simulated {
     async fn prepare(&self, call: Prepare) -> Result<Verdict, Error> {
-        let Some(state) = &self.state else { return self.decide(&call).await };
-        let called = state.called("prepare", &call.key, &call.branch)?;
+        let Some(store) = &self.store else { return self.decide(&call).await };
+        let called = store.called("prepare", &call.key, &call.branch)?;
         let mut verdict = self.decide(&call).await;
         if let Ok(Verdict::Prepared) = verdict
-            && let Err(error) = state.prepare(&call)
+            && let Err(error) = store.prepare(&call)
         {
             verdict = Err(error.into());
         }
@@ -219,24 +219,24 @@ impl Participant for Simulated {
     }
 
     fn has_store(&self) -> bool {
-        self.state.is_some()
+        self.store.is_some()
     }
 
     async fn store_id(&self) -> Result<Option<StoreId>, Error> {
-        Ok(self.state.as_ref().and_then(State::id).cloned())
+        Ok(self.store.as_ref().and_then(SimulatedStore::id).cloned())
     }
 
     fn remembers_commits(&self) -> bool {
-        self.state.as_ref().is_some_and(State::remembers_commits)
+        self.store.as_ref().is_some_and(SimulatedStore::remembers_commits)
     }
 
     async fn has_committed(&self, call: Finish) -> Result<bool, Error> {
-        let committed = self.state.as_ref().map(|state| state.has_committed(&call));
+        let committed = self.store.as_ref().map(|store| store.has_committed(&call));
         Ok(committed.transpose()?.unwrap_or(true))
     }
 
     async fn in_doubt(&self, of: Option<TransactionKey>) -> Result<Vec<InDoubt>, Error> {
-        let held = self.state.as_ref().map(|state| state.in_doubt(of.as_ref()));
+        let held = self.store.as_ref().map(|store| store.in_doubt(of.as_ref()));
         Ok(held.transpose()?.unwrap_or_default())
     }
 }

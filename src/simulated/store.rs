@@ -18,7 +18,7 @@
 //! `read_only`, `refused`, `failed`, `done`, or `dropped` for what took too long or panicked.
 //! `<requested_at>` is in seconds.
 //!
-//! `committed.log` is also how the state can tell what it has never committed: whoever empties it makes
+//! `committed.log` is also how the store can tell what it has never committed: whoever empties it makes
 //! commits that are told once more fail.
 //!
 //! **What this survives:** the end of its processes, `kill -9` included. Nothing is synced to the
@@ -60,7 +60,7 @@ const LOOK_BACK: u64 = 64 * 1024;
 
 /// What a simulated service holds.
 #[derive(Debug)]
-pub struct State(Kept);
+pub struct SimulatedStore(Kept);
 
 #[derive(Debug)]
 enum Kept {
@@ -68,9 +68,9 @@ enum Kept {
     Files(Box<Files>),
 }
 
-/// The directory that is to keep a state can't be used.
+/// The directory that is to keep a store can't be used.
 #[derive(Debug, thiserror::Error)]
-pub enum StateError {
+pub enum StoreError {
     /// It, or something in it, can't be made.
     #[error("failed to create directory `{path}`")]
     Directory {
@@ -100,13 +100,13 @@ pub enum StateError {
     },
 }
 
-impl State {
-    /// A state that ends with the process.
+impl SimulatedStore {
+    /// A store that ends with the process.
     pub fn in_memory() -> Self {
         Self(Kept::Memory(Mutex::new(BTreeMap::new())))
     }
 
-    /// The state of `service` in `directory`, for this instance of it.
+    /// The store of `service` in `directory`, for this instance of it.
     ///
     /// # Errors
     ///
@@ -115,7 +115,7 @@ impl State {
         directory: &Path,
         service: &ServiceName,
         instance: &InstanceId,
-    ) -> Result<Self, StateError> {
+    ) -> Result<Self, StoreError> {
         Files::open(&directory.join(service.as_str()), instance.clone())
             .map(|files| Self(Kept::Files(Box::new(files))))
     }
@@ -287,13 +287,13 @@ impl<T> Named<T> for io::Result<T> {
 }
 
 impl Files {
-    fn open(directory: &Path, instance: InstanceId) -> Result<Self, StateError> {
+    fn open(directory: &Path, instance: InstanceId) -> Result<Self, StoreError> {
         let clock = Clock::start();
         let made = |name| {
             let path = directory.join(name);
             match fs::create_dir_all(&path) {
                 Ok(()) => Ok(path),
-                Err(source) => Err(StateError::Directory { path, source }),
+                Err(source) => Err(StoreError::Directory { path, source }),
             }
         };
         let (prepared, writing) = (made("prepared")?, made("writing")?);
@@ -303,7 +303,7 @@ impl Files {
         let path = directory.join("store-id");
         Ok(Self {
             instance,
-            id: store_id(&path).map_err(|source| StateError::Id { path, source })?,
+            id: store_id(&path).map_err(|source| StoreError::Id { path, source })?,
             clock,
             committed: Log::open(directory.join("committed.log"))?,
             aborted: Log::open(directory.join("aborted.log"))?,
@@ -471,11 +471,11 @@ fn hash_of(text: &str) -> Option<RequestHash> {
 }
 
 impl Log {
-    fn open(path: PathBuf) -> Result<Self, StateError> {
+    fn open(path: PathBuf) -> Result<Self, StoreError> {
         let opened = OpenOptions::new().create(true).read(true).append(true).open(&path);
         match opened.and_then(|file| end_line(&file).map(|()| file)) {
             Ok(file) => Ok(Self { path, file }),
-            Err(source) => Err(StateError::Log { path, source }),
+            Err(source) => Err(StoreError::Log { path, source }),
         }
     }
 
@@ -541,7 +541,7 @@ mod tests {
         time::{Duration, UNIX_EPOCH},
     };
 
-    use super::{State, StateError};
+    use super::{SimulatedStore, StoreError};
     use crate::{
         participant::{Finish, Prepare},
         protocol::{
@@ -551,9 +551,9 @@ mod tests {
         },
     };
 
-    fn state(directory: &std::path::Path, instance: &str) -> State {
+    fn store(directory: &std::path::Path, instance: &str) -> SimulatedStore {
         let service = ServiceName::parse("payments").unwrap();
-        State::open(directory, &service, &InstanceId::parse(instance).unwrap()).unwrap()
+        SimulatedStore::open(directory, &service, &InstanceId::parse(instance).unwrap()).unwrap()
     }
 
     fn prepare(id: &str, instance: &str) -> Prepare {
@@ -580,7 +580,7 @@ mod tests {
     #[test]
     fn what_one_instance_prepares_another_finds_and_finishes() {
         let directory = tempfile::tempdir().unwrap();
-        let (one, other) = (state(directory.path(), "i1"), state(directory.path(), "i2"));
+        let (one, other) = (store(directory.path(), "i1"), store(directory.path(), "i2"));
         let (call, beside) = (prepare("a:1", "i1"), prepare("a:12", "i1"));
         one.prepare(&call).unwrap();
         one.prepare(&beside).unwrap();
@@ -603,18 +603,18 @@ mod tests {
         let (here, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let ids: BTreeSet<_> = thread::scope(|scope| {
             let opening: Vec<_> = (0..8)
-                .map(|_| scope.spawn(|| state(here.path(), "i1").id().cloned().unwrap()))
+                .map(|_| scope.spawn(|| store(here.path(), "i1").id().cloned().unwrap()))
                 .collect();
             opening.into_iter().map(|id| id.join().unwrap()).collect()
         });
         assert_eq!(ids.len(), 1);
-        assert!(!ids.contains(state(elsewhere.path(), "i1").id().unwrap()));
-        assert!(State::in_memory().id().is_none());
+        assert!(!ids.contains(store(elsewhere.path(), "i1").id().unwrap()));
+        assert!(SimulatedStore::in_memory().id().is_none());
         let file = here.path().join("payments/store-id");
         fs::write(&file, "").unwrap();
         let service = ServiceName::parse("payments").unwrap();
-        let error = State::open(here.path(), &service, &InstanceId::parse("i2").unwrap());
-        let StateError::Id { path, source } = error.unwrap_err() else { panic!("it is the id") };
+        let error = SimulatedStore::open(here.path(), &service, &InstanceId::parse("i2").unwrap());
+        let StoreError::Id { path, source } = error.unwrap_err() else { panic!("it is the id") };
         assert_eq!(path, file);
         assert!(source.to_string().contains("remove it"), "{source}");
     }
@@ -622,7 +622,7 @@ mod tests {
     #[test]
     fn what_a_directory_never_held_is_not_committed_there() {
         let (here, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        let (one, other) = (state(here.path(), "i1"), state(elsewhere.path(), "i2"));
+        let (one, other) = (store(here.path(), "i1"), store(elsewhere.path(), "i2"));
         let call = prepare("t1", "i1");
         one.prepare(&call).unwrap();
         let error = block_on(other.finish(&finish(&call), Outcome::Committed)).unwrap_err();
@@ -643,7 +643,7 @@ mod tests {
     #[test]
     fn a_line_is_found_wherever_it_stands_in_a_long_log() {
         let directory = tempfile::tempdir().unwrap();
-        let state = state(directory.path(), "i1");
+        let store = store(directory.path(), "i1");
         let called = |n: u32| Finish {
             key: prepare(&format!("t{n}"), "i1").key,
             branch: Branch::of(&InstanceId::parse("i1").unwrap(), 3),
@@ -654,29 +654,29 @@ mod tests {
         assert!(lines.len() > 5 * 64 * 1024);
         fs::write(directory.path().join("payments/committed.log"), &lines).unwrap();
         for n in [0, 1, 2000, 2345, 6789, 19_998, 19_999] {
-            assert!(state.has_committed(&called(n)).unwrap(), "{n}");
+            assert!(store.has_committed(&called(n)).unwrap(), "{n}");
         }
         for n in (0..20_000).step_by(997) {
-            assert!(state.has_committed(&called(n)).unwrap(), "{n}");
+            assert!(store.has_committed(&called(n)).unwrap(), "{n}");
         }
-        assert!(!state.has_committed(&called(20_000)).unwrap());
+        assert!(!store.has_committed(&called(20_000)).unwrap());
         fs::write(directory.path().join("payments/committed.log"), "").unwrap();
-        assert!(!state.has_committed(&called(1)).unwrap());
+        assert!(!store.has_committed(&called(1)).unwrap());
     }
 
     #[test]
     fn instances_that_finish_one_branch_at_once_do_it_once() {
         let directory = tempfile::tempdir().unwrap();
         let calls: Vec<_> = (0..200).map(|n| prepare(&format!("t{n}"), "i1")).collect();
-        let one = state(directory.path(), "i1");
+        let one = store(directory.path(), "i1");
         calls.iter().for_each(|call| one.prepare(call).unwrap());
         thread::scope(|scope| {
             for instance in ["i1", "i2", "i3", "i4"] {
-                let state = state(directory.path(), instance);
+                let store = store(directory.path(), instance);
                 let calls = &calls;
                 scope.spawn(move || {
                     for call in calls {
-                        block_on(state.finish(&finish(call), Outcome::Committed)).unwrap();
+                        block_on(store.finish(&finish(call), Outcome::Committed)).unwrap();
                     }
                 });
             }
@@ -687,11 +687,11 @@ mod tests {
     #[test]
     fn whoever_is_killed_in_the_middle_of_a_finish_leaves_one_line() {
         let directory = tempfile::tempdir().unwrap();
-        let state = state(directory.path(), "i1");
+        let store = store(directory.path(), "i1");
         let (noted, added) = (prepare("t1", "i1"), prepare("t2", "i1"));
         let log = directory.path().join("payments/committed.log");
         for (call, line) in [(&noted, None), (&added, Some("t2 7 i1.3 1 i1\n"))] {
-            state.prepare(call).unwrap();
+            store.prepare(call).unwrap();
             let path = directory.path().join(format!("payments/prepared/{}@7@i1.3", call.id()));
             let text = fs::read_to_string(&path).unwrap();
             fs::write(&path, format!("{text}COMMITTED\n")).unwrap();
@@ -699,42 +699,42 @@ mod tests {
                 let before = fs::read_to_string(&log).unwrap();
                 fs::write(&log, format!("{before}{line}")).unwrap();
             }
-            assert_eq!(state.in_doubt(Some(&call.key)).unwrap().len(), 1);
-            block_on(state.finish(&finish(call), Outcome::Committed)).unwrap();
+            assert_eq!(store.in_doubt(Some(&call.key)).unwrap().len(), 1);
+            block_on(store.finish(&finish(call), Outcome::Committed)).unwrap();
         }
         assert_eq!(lines(directory.path(), "committed.log"), 2);
-        assert!(state.in_doubt(None).unwrap().is_empty());
+        assert!(store.in_doubt(None).unwrap().is_empty());
     }
 
     #[test]
     fn a_line_that_a_kill_has_torn_does_not_take_the_next_one_with_it() {
         let directory = tempfile::tempdir().unwrap();
         let (torn, next) = (prepare("t1", "i1"), prepare("t2", "i1"));
-        let before = state(directory.path(), "i1");
+        let before = store(directory.path(), "i1");
         [&torn, &next].into_iter().for_each(|call| before.prepare(call).unwrap());
         // Killed while it wrote the line of t1.
         let held = directory.path().join("payments/prepared/t1@7@i1.3");
         fs::write(&held, format!("{}COMMITTED\n", fs::read_to_string(&held).unwrap())).unwrap();
         let log = directory.path().join("payments/committed.log");
         fs::write(&log, "t1 7 i1.3 17").unwrap();
-        let after = state(directory.path(), "i2");
+        let after = store(directory.path(), "i2");
         for call in [&next, &torn] {
             block_on(after.finish(&finish(call), Outcome::Committed)).unwrap();
         }
         let text = fs::read_to_string(&log).unwrap();
         let ids: Vec<_> = text.lines().filter_map(|line| line.split(' ').next()).collect();
         assert_eq!(ids, ["t1", "t2"]);
-        drop(state(directory.path(), "i3"));
+        drop(store(directory.path(), "i3"));
         assert_eq!(fs::read_to_string(&log).unwrap(), text, "what is whole is left as it is");
     }
 
     #[test]
     fn what_was_not_written_to_its_end_is_not_held() {
         let directory = tempfile::tempdir().unwrap();
-        let state = state(directory.path(), "i1");
+        let store = store(directory.path(), "i1");
         for text in ["", "abababababababababababababababab", "x 1\n"] {
             fs::write(directory.path().join("payments/prepared/t1@7@i1.3"), text).unwrap();
-            assert!(state.in_doubt(None).unwrap().is_empty(), "{text:?}");
+            assert!(store.in_doubt(None).unwrap().is_empty(), "{text:?}");
         }
     }
 
@@ -742,26 +742,26 @@ mod tests {
     #[test]
     fn a_directory_among_the_prepared_hides_nothing() {
         let directory = tempfile::tempdir().unwrap();
-        let state = state(directory.path(), "i1");
+        let store = store(directory.path(), "i1");
         let call = prepare("t1", "i1");
-        state.prepare(&call).unwrap();
+        store.prepare(&call).unwrap();
         for name in ["lost+found", "t1@7@i1.4"] {
             fs::create_dir(directory.path().join("payments/prepared").join(name)).unwrap();
         }
-        assert_eq!(state.in_doubt(None).unwrap().len(), 1);
-        assert_eq!(state.in_doubt(Some(&call.key)).unwrap().len(), 1);
+        assert_eq!(store.in_doubt(None).unwrap().len(), 1);
+        assert_eq!(store.in_doubt(Some(&call.key)).unwrap().len(), 1);
     }
 
     /// `No such file or directory` was all that was said of a store that had been removed.
     #[test]
     fn what_fails_at_a_store_names_the_file() {
         let directory = tempfile::tempdir().unwrap();
-        let state = state(directory.path(), "i1");
+        let store = store(directory.path(), "i1");
         let call = prepare("t1", "i1");
         fs::remove_dir_all(directory.path().join("payments/prepared")).unwrap();
         let failures = [
-            (state.prepare(&call), "failed to make", "prepared/t1@7@i1.3"),
-            (state.in_doubt(None).map(drop), "failed to read", "prepared"),
+            (store.prepare(&call), "failed to make", "prepared/t1@7@i1.3"),
+            (store.in_doubt(None).map(drop), "failed to read", "prepared"),
         ];
         for (failure, act, file) in failures {
             let said = failure.unwrap_err().to_string();
@@ -773,7 +773,7 @@ mod tests {
     #[test]
     fn what_an_instance_was_killed_in_the_middle_of_preparing_is_not_left_among_the_prepared() {
         let directory = tempfile::tempdir().unwrap();
-        let before = state(directory.path(), "i1");
+        let before = store(directory.path(), "i1");
         before.prepare(&prepare("t1", "i1")).unwrap();
         let list = |name: &str| {
             let entries = fs::read_dir(directory.path().join("payments").join(name)).unwrap();
@@ -786,7 +786,7 @@ mod tests {
             let file = File::create(directory.path().join("payments/writing").join(name)).unwrap();
             began.into_iter().for_each(|began| file.set_modified(began).unwrap());
         }
-        let after = state(directory.path(), "i2");
+        let after = store(directory.path(), "i2");
         assert_eq!(list("prepared"), ["t1@7@i1.3".to_owned()].into());
         assert_eq!(after.in_doubt(None).unwrap().len(), 1);
         assert_eq!(list("writing"), ["t3@7@i1.5".to_owned()].into(), "it may yet be finished");

@@ -17,7 +17,7 @@ use dtc::{
         Error, Finish, Prepare, error::ServeError, serve::serve, settings::ServeSettings,
     },
     protocol::{ids::ServiceName, message::Cap, time::Time},
-    simulated::{service::Simulated, store::State},
+    simulated::{service::Simulated, store::SimulatedStore},
     transport::amqp::{
         connection::Broker as Address,
         names::{Names, Namespace, key},
@@ -721,8 +721,9 @@ impl World {
             spec.max_concurrency,
         );
         let settings = change(settings);
-        let state = State::open(self.directory.path(), &self.service, &settings.instance).unwrap();
-        let participant = Simulated::new(&spec, 0).with_state(state);
+        let store =
+            SimulatedStore::open(self.directory.path(), &self.service, &settings.instance).unwrap();
+        let participant = Simulated::new(&spec, 0).with_store(store);
         let (stop, stopped) = oneshot::channel();
         let stopped = async move { stopped.await.unwrap_or(()) };
         let task = tokio::spawn(serve(participant, settings, stopped));
