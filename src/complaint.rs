@@ -1,33 +1,53 @@
-//! What is wrong with a file: where, with which value, and by which rule.
+//! What is wrong with what was read: where, with which value, and by which rule.
 //!
-//! A file is checked to its end, and every complaint about it is made at once.
+//! A file, a message or a configuration is checked to its end, and every complaint about it is made
+//! at once.
 
 use std::{fmt, sync::Arc};
 
-/// One thing that is wrong with a file.
+/// One thing that is wrong with a file, a message or a configuration.
 ///
 /// ```text
 /// services.json: $[0].max_concurrency is 0: must be a whole number from 1 to 4294967295
 /// transactions.ndjson:17: $.id is "a b": must match [A-Za-z0-9._:-]{1,128}
 /// transactions.json:3:14: not JSON: found `}` where a value should be
+/// `worker.drain` is `soon` (from DTC__WORKER__DRAIN): must be a whole number with a unit: ms, s, min, h or d
 /// ```
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Complaint {
-    /// The file, by the name the caller gave it.
-    pub file: Arc<str>,
-    /// Where in the file.
+    /// Where it is.
     pub place: Place,
-    /// The offending value as it stands in the file, shortened to one line of at most 64
-    /// characters; `None` where there is no value to show, as in what is not JSON at all.
+    /// The offending value. Of a text: as it stands there, shortened to one line of at most 64
+    /// characters. `None` where there is no value to show, as in what is not JSON at all, or where it
+    /// may be a secret.
     pub value: Option<String>,
     /// What should have been: lower case, without a full stop.
     pub rule: String,
 }
 
-/// Where in a file something is.
+/// Where something is.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Place {
-    /// A value in a file that is one JSON text, by its path: `$[3].max_concurrency`.
+    /// In a file, or in a message.
+    Text {
+        /// The file, by the name the caller gave it; the kind of the message.
+        name: Arc<str>,
+        /// Where in there.
+        at: At,
+    },
+    /// In a configuration.
+    Key {
+        /// The key, with its sections; empty, if the whole source is meant.
+        key: String,
+        /// Where its value comes from.
+        source: Source,
+    },
+}
+
+/// Where in a text something is.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum At {
+    /// A value in what is one JSON text, by its path: `$[3].max_concurrency`.
     Path(String),
     /// A value in a file of lines, by its line and its path in there.
     Line {
@@ -62,25 +82,95 @@ impl Position {
     }
 }
 
+/// Where a value of a configuration comes from; the later ones hide the earlier ones.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// The file that is compiled in.
+    Default,
+    /// A file, by the name it was given.
+    File(String),
+    /// A variable of the environment.
+    Variable(String),
+    /// A flag of the command line.
+    Flag(String),
+    /// A file that holds nothing but the value.
+    SecretFile {
+        /// The file.
+        path: String,
+        /// Where that file is named.
+        named_by: Box<Self>,
+    },
+}
+
+impl Source {
+    /// Whether it is a flag of the command line.
+    pub fn is_flag(&self) -> bool {
+        match self {
+            Self::Flag(_) => true,
+            Self::SecretFile { .. } | Self::Default | Self::File(_) | Self::Variable(_) => false,
+        }
+    }
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Default => f.write_str("default"),
+            Self::File(path) => f.write_str(&one_line(path)),
+            Self::Variable(name) | Self::Flag(name) => f.write_str(&one_line(name)),
+            Self::SecretFile { path, named_by } => {
+                write!(f, "{}, named by {named_by}", one_line(path))
+            }
+        }
+    }
+}
+
 impl fmt::Display for Complaint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.file)?;
         match &self.place {
-            Place::Path(path) => write!(f, ": {path}")?,
-            Place::Line { line, path } => write!(f, ":{line}: {path}")?,
-            Place::Position(Position { line, column }) => write!(f, ":{line}:{column}")?,
-        }
-        if let Some(value) = &self.value {
-            write!(f, " is {value}")?;
+            Place::Text { name, at } => {
+                write!(f, "{name}{at}")?;
+                if let Some(value) = &self.value {
+                    write!(f, " is {value}")?;
+                }
+            }
+            Place::Key { key, source } => {
+                if !key.is_empty() {
+                    write!(f, "`{}`", one_line(key))?;
+                    if let Some(value) = &self.value {
+                        write!(f, " is `{}`", one_line(value))?;
+                    }
+                    f.write_str(" ")?;
+                }
+                write!(f, "(from {source})")?;
+            }
         }
         write!(f, ": {}", self.rule)
     }
 }
 
-/// All that is wrong with a file, or with one line of a stream: never nothing.
+impl fmt::Display for At {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Path(path) => write!(f, ": {path}"),
+            Self::Line { line, path } => write!(f, ":{line}: {path}"),
+            Self::Position(Position { line, column }) => write!(f, ":{line}:{column}"),
+        }
+    }
+}
+
+/// Text from outside, made safe to print on a terminal: on one line, without control characters.
+fn one_line(text: &str) -> String {
+    const CHARS_MAX: usize = 128;
+    let shown = text.chars().take(CHARS_MAX).collect::<String>().escape_debug().to_string();
+    let shown = shown.replace("\\\"", "\"").replace("\\'", "'");
+    if text.chars().count() > CHARS_MAX { shown + "…" } else { shown }
+}
+
+/// All that is wrong with a file, a message, a configuration, or one line of a stream: never nothing.
 ///
-/// Displayed one a line, without a newline after the last. The first [`Complaints::LISTED_MAX`]
-/// are listed, the rest are counted.
+/// Displayed one a line, without a newline after the last. Of a text the first
+/// [`Complaints::LISTED_MAX`] are listed, and the rest are counted.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Complaints {
     listed: Vec<Complaint>,
@@ -90,6 +180,11 @@ pub struct Complaints {
 impl Complaints {
     /// More complaints than these are only counted: who reads them has enough to do.
     pub const LISTED_MAX: usize = 100;
+
+    /// All of these, which are some.
+    pub(crate) fn all(listed: Vec<Complaint>) -> Self {
+        Self { listed, unlisted: 0 }
+    }
 
     /// The complaints that are listed, in the order in which they were found.
     pub fn listed(&self) -> &[Complaint] {
@@ -104,7 +199,7 @@ impl Complaints {
 
 impl From<Complaint> for Complaints {
     fn from(complaint: Complaint) -> Self {
-        Self { listed: vec![complaint], unlisted: 0 }
+        Self::all(vec![complaint])
     }
 }
 
@@ -164,26 +259,43 @@ pub(crate) fn shortened(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{Collected, Complaint, Place, Position, shortened};
+    use super::{At, Collected, Complaint, Place, Position, Source, shortened};
 
     #[test]
     fn each_kind_of_place_has_its_form() {
-        let complaint = |place, value: Option<&str>| {
-            let (file, rule) = ("f.json".into(), "must be good".to_owned());
-            Complaint { file, place, value: value.map(str::to_owned), rule }.to_string()
+        let complaint = |at, value: Option<&str>| {
+            let place = Place::Text { name: "f.json".into(), at };
+            let rule = "must be good".to_owned();
+            Complaint { place, value: value.map(str::to_owned), rule }.to_string()
         };
         assert_eq!(
-            complaint(Place::Path("$[0].a".to_owned()), Some("0")),
+            complaint(At::Path("$[0].a".to_owned()), Some("0")),
             "f.json: $[0].a is 0: must be good"
         );
         assert_eq!(
-            complaint(Place::Line { line: 17, path: "$.id".to_owned() }, Some("\"\"")),
+            complaint(At::Line { line: 17, path: "$.id".to_owned() }, Some("\"\"")),
             "f.json:17: $.id is \"\": must be good"
         );
         assert_eq!(
-            complaint(Place::Position(Position { line: 3, column: 14 }), None),
+            complaint(At::Position(Position { line: 3, column: 14 }), None),
             "f.json:3:14: must be good"
         );
+    }
+
+    #[test]
+    fn a_complaint_about_a_key_names_its_source() {
+        let complaint = |key: &str, value: Option<&str>| {
+            let source = Source::Variable("DTC__A__B".to_owned());
+            let place = Place::Key { key: key.to_owned(), source };
+            let rule = "must be good".to_owned();
+            Complaint { place, value: value.map(str::to_owned), rule }.to_string()
+        };
+        assert_eq!(
+            complaint("a.b", Some("x\ny")),
+            "`a.b` is `x\\ny` (from DTC__A__B): must be good"
+        );
+        assert_eq!(complaint("a.b", None), "`a.b` (from DTC__A__B): must be good");
+        assert_eq!(complaint("", None), "(from DTC__A__B): must be good");
     }
 
     #[test]
@@ -191,8 +303,7 @@ mod tests {
         let mut collected = Collected::default();
         for index in 0..250 {
             collected.add(Complaint {
-                file: "f".into(),
-                place: Place::Path(format!("$[{index}]")),
+                place: Place::Text { name: "f".into(), at: At::Path(format!("$[{index}]")) },
                 value: None,
                 rule: "no".to_owned(),
             });

@@ -9,7 +9,8 @@ use clap::Args;
 
 use crate::{
     cli::{Exit, Failure},
-    config::{self, Complaints, Config, Flag, Given},
+    complaint::{Complaint, Complaints, Place},
+    config::{self, Config, Flag, Given},
     transport::amqp::{
         connection::{Broker, ConnectError},
         error::Disposition,
@@ -55,7 +56,11 @@ pub(super) fn flag(
 
 /// What is wrong with nothing but the command line is an error of usage.
 fn bad_configuration(complaints: Complaints) -> Failure {
-    let is_usage = complaints.0.iter().all(|complaint| complaint.source.is_flag());
+    let is_of_flag = |complaint: &Complaint| match &complaint.place {
+        Place::Key { source, .. } => source.is_flag(),
+        Place::Text { .. } => false,
+    };
+    let is_usage = complaints.listed().iter().all(is_of_flag);
     Failure::new(if is_usage { Exit::Usage } else { Exit::BadConfiguration }, complaints)
 }
 

@@ -16,10 +16,9 @@ use std::{
 
 use ::config::{Environment, File, FileFormat, Map, Source as _, Value, ValueKind};
 
-use crate::config::{
-    Flag, Given,
-    complaint::{Complaint, Source},
-    spelling,
+use crate::{
+    complaint::{Complaint, Place, Source},
+    config::{Flag, Given, spelling},
 };
 
 /// What holds where nothing is said.
@@ -219,7 +218,13 @@ impl Draft {
     }
 
     pub(super) fn complain(&mut self, key: &str, source: Source, rule: String) {
-        self.complaints.push(Complaint { key: key.to_owned(), value: None, source, rule });
+        self.complain_of(key, None, source, rule);
+    }
+
+    /// Complains about a value that is no secret.
+    fn complain_of(&mut self, key: &str, value: Option<String>, source: Source, rule: String) {
+        let place = Place::Key { key: key.to_owned(), source };
+        self.complaints.push(Complaint { place, value, rule });
     }
 
     /// The value of a key that always has one; `None` after a complaint.
@@ -258,8 +263,7 @@ impl Draft {
                 Some(Some(value))
             }
             Err(rule) => {
-                let (key, value) = (key.to_owned(), Some(text));
-                self.complaints.push(Complaint { key, value, source, rule });
+                self.complain_of(key, Some(text), source, rule);
                 None
             }
         }
@@ -288,8 +292,7 @@ impl Draft {
         let entry = self.entries.iter().find(|entry| entry.key == key);
         let source = entry.and_then(|entry| entry.value.as_ref()).map(|(_, source)| source.clone());
         let source = source.unwrap_or(Source::Default);
-        let (key, rule) = (key.to_owned(), rule.to_owned());
-        self.complaints.push(Complaint { key, value, source, rule });
+        self.complain_of(key, value, source, rule.to_owned());
     }
 
     fn show(&mut self, key: &str, shown: String, source: Source) {
@@ -329,8 +332,7 @@ impl Draft {
                     (secret, Source::SecretFile { path: text, named_by: Box::new(source) })
                 }
                 Err(rule) => {
-                    let complaint = Complaint { key: file, value: Some(text), source, rule };
-                    self.complaints.push(complaint);
+                    self.complain_of(&file, Some(text), source, rule);
                     return None;
                 }
             }

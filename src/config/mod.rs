@@ -5,17 +5,16 @@
 //! environment; flags. Everything that is wrong is found at once. Nothing here starts anything, and
 //! the environment is a parameter.
 //!
-//! **Invariant:** a secret is in no [`Complaint`], and not in what [`Config`] shows of itself.
+//! **Invariant:** a secret is in no [`Complaint`](crate::complaint::Complaint), and not in what [`Config`] shows of itself.
 
-mod complaint;
 mod draft;
 pub mod duration;
 mod spelling;
 
 use std::{ffi::OsString, fmt, path::PathBuf, time::Duration};
 
-pub use self::complaint::{Complaint, Complaints, Source};
 use crate::{
+    complaint::{Complaints, Source},
     config::draft::{Draft, Entry},
     input::services::MAX_WAIT,
     protocol::{
@@ -153,7 +152,7 @@ pub fn load(given: &Given) -> Result<Config, Complaints> {
         (Some(broker), Some(worker), Some(service), Some(topology)) if complaints.is_empty() => {
             Ok(Config { broker, worker, service, topology, services, entries })
         }
-        _ => Err(Complaints(complaints)),
+        _ => Err(Complaints::all(complaints)),
     }
 }
 
@@ -403,7 +402,7 @@ mod tests {
 
     fn complaints(file: &str, environment: &[(&str, &str)]) -> String {
         let complaints = loaded(file, environment).unwrap_err();
-        let lines = complaints.0.iter().map(|complaint| {
+        let lines = complaints.listed().iter().map(|complaint| {
             let said = complaint.to_string();
             said.split_once("(from ").map_or_else(
                 || said.clone(),

@@ -4,7 +4,7 @@
 use std::{fmt, ops::RangeInclusive, sync::Arc};
 
 use crate::{
-    complaint::{Collected, Complaint, Place, Position, shortened},
+    complaint::{At, Collected, Complaint, Place, Position, shortened},
     json::{self, Kind, SyntaxError, Value},
 };
 
@@ -97,27 +97,21 @@ impl Check {
     /// Complains about `value`, which stands at `path`.
     pub(crate) fn complain(&mut self, path: &Path<'_>, value: &Value<'_>, rule: impl Into<String>) {
         let path = path.to_string();
-        let place = match self.line {
-            None => Place::Path(path),
-            Some(line) => Place::Line { line, path },
+        let at = match self.line {
+            None => At::Path(path),
+            Some(line) => At::Line { line, path },
         };
-        let value = Some(shortened(value.text));
-        self.complaints.add(Complaint {
-            file: Arc::clone(&self.file),
-            place,
-            value,
-            rule: rule.into(),
-        });
+        self.add(at, Some(shortened(value.text)), rule.into());
     }
 
     /// Complains about the character at `position`.
     pub(crate) fn complain_at(&mut self, position: Position, rule: impl Into<String>) {
-        self.complaints.add(Complaint {
-            file: Arc::clone(&self.file),
-            place: Place::Position(position),
-            value: None,
-            rule: rule.into(),
-        });
+        self.add(At::Position(position), None, rule.into());
+    }
+
+    fn add(&mut self, at: At, value: Option<String>, rule: String) {
+        let place = Place::Text { name: Arc::clone(&self.file), at };
+        self.complaints.add(Complaint { place, value, rule });
     }
 
     /// The JSON value that `text` is, if it is; it begins at `start` of its file.

@@ -8,7 +8,7 @@ mod message;
 mod services;
 mod transactions;
 
-use dtc::complaint::{Complaint, Complaints, Place};
+use dtc::complaint::{At, Complaint, Complaints, Place};
 use proptest::prelude::{Strategy, any, prop, prop_oneof};
 use serde_json::{Map, Value, json};
 
@@ -57,10 +57,10 @@ fn damage() -> impl Strategy<Value = Damage> {
 /// The one complaint there is, and the path it is about.
 fn only(complaints: &Complaints) -> (&Complaint, &str) {
     let [complaint] = complaints.listed() else { panic!("more than one:\n{complaints}") };
-    match &complaint.place {
-        Place::Path(path) | Place::Line { path, .. } => (complaint, path),
-        Place::Position(position) => panic!("no path, but {position:?}"),
-    }
+    let Place::Text { at: At::Path(path) | At::Line { path, .. }, .. } = &complaint.place else {
+        panic!("no path:\n{complaint}")
+    };
+    (complaint, path)
 }
 
 /// Asserts that there is something to say, and that it is said on one line each, with the file.

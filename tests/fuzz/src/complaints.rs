@@ -2,7 +2,7 @@
 //! there are no more, nor longer ones, than somebody would read.
 
 use dtc::{
-    complaint::{Complaint, Complaints, Place, Position},
+    complaint::{At, Complaint, Complaints, Place, Position},
     wire::message::{BODY_MAX, Malformed},
 };
 
@@ -30,15 +30,16 @@ pub fn are_good(complaints: &Complaints, file: &str) {
 }
 
 fn is_good(complaint: &Complaint, file: &str) {
-    let Complaint { file: named, place, value, rule } = complaint;
-    assert_eq!(&**named, file);
-    match place {
-        Place::Path(path) => is_path(path),
-        Place::Line { line, path } => {
+    let Complaint { place, value, rule } = complaint;
+    let Place::Text { name, at } = place else { panic!("{complaint}") };
+    assert_eq!(&**name, file);
+    match at {
+        At::Path(path) => is_path(path),
+        At::Line { line, path } => {
             assert!(*line >= 1);
             is_path(path);
         }
-        Place::Position(Position { line, column }) => assert!(*line >= 1 && *column >= 1),
+        At::Position(Position { line, column }) => assert!(*line >= 1 && *column >= 1),
     }
     if let Some(value) = value {
         assert!(value.chars().count() <= 64, "{complaint}");

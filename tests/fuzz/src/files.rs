@@ -6,9 +6,12 @@ use std::{
 };
 
 use dtc::{
-    protocol::message::TransactionSpec,
     complaint::Complaints,
-    input::{services::{self, Behaviour, ServiceSpec}, transactions::{SIZE_MAX, Transactions, read_all}},
+    input::{
+        services::{self, Behaviour, ServiceSpec},
+        transactions::{SIZE_MAX, Transactions, read_all},
+    },
+    protocol::message::TransactionSpec,
     wire::{
         hash::request_hash,
         message::{decode_request, encode_request},
