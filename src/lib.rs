@@ -20,11 +20,12 @@
 //! From the ground up; nothing imports from above itself.
 //!
 //! * [`protocol`]: the commit protocol as pure state machines.
-//! * [`clock`]: the one clock of a process. [`error`]: an error with all that caused it.
+//! * [`clock`]: the one clock of a process. [`error`]: an error with all that caused it. [`unique`]:
+//!   names that nobody else has.
 //! * [`complaint`]: what is wrong with what was read, where, and by which rule. `json`: reading JSON,
 //!   with a complaint for each value that is not as it should be.
 //! * [`wire`]: JSON as promised to others.
-//! * [`transport`]: moving messages, at least once.
+//! * [`transport`]: moving messages, at least once. [`journal`]: the journal of one process.
 //! * [`worker`]: what drives a coordinator on a broker.
 //! * [`participant`]: the SDK for services.
 //! * [`client`]: for producers.
@@ -44,11 +45,13 @@ pub mod config;
 pub mod embedded;
 pub mod error;
 pub mod input;
+pub mod journal;
 mod json;
 pub mod participant;
 pub mod protocol;
 pub mod simulated;
 pub mod transport;
+pub mod unique;
 pub mod wire;
 pub mod worker;
 
@@ -57,14 +60,12 @@ pub use crate::{
     embedded::{
         Embedded, InvalidService, InvalidTransaction, RunError, Transaction, TransactionResult, run,
     },
+    journal::file::JournalError,
     participant::{Participant, Service, Verdict, serve::serve, settings::ServeSettings},
     protocol::message::{Outcome, Reason, ReasonCode},
-    transport::{
-        amqp::{
-            connection::Broker,
-            names::{Names, Namespace},
-            tls::{Identity, Pem, Tls},
-        },
-        embedded::file::JournalError,
+    transport::amqp::{
+        connection::Broker,
+        names::{Names, Namespace},
+        tls::{Identity, Pem, Tls},
     },
 };

@@ -15,10 +15,10 @@ use std::{
 /// one step know nothing of each other.
 const FLOORS: [&[&str]; 8] = [
     &["protocol"],
-    &["anomalies", "clock", "complaint", "error"],
+    &["anomalies", "clock", "complaint", "error", "unique"],
     &["json"],
     &["wire"],
-    &["transport"],
+    &["transport", "journal"],
     &["worker", "participant", "client", "input"],
     &["embedded", "simulated"],
     &["cli", "main"],
@@ -48,15 +48,13 @@ fn no_floor_imports_from_a_higher_one() {
     let mut complaints = Vec::new();
     for file in source_files() {
         let Some(own) = floor_of(&file.module) else { continue };
-        for (number, line) in file.code() {
-            for imported in crate_paths(line) {
-                let is_above = match floor_of(imported) {
-                    Some(floor) => floor > own,
-                    None => BESIDE.contains(&imported) && own < TOP,
-                };
-                if is_above {
-                    complaints.push(format!("{}:{number}: imports {imported}", file.path));
-                }
+        for (number, imported) in rooms_named(&file.text) {
+            let is_above = match floor_of(&imported) {
+                Some(floor) => floor > own,
+                None => BESIDE.contains(&imported.as_str()) && own < TOP,
+            };
+            if is_above {
+                complaints.push(format!("{}:{number}: imports {imported}", file.path));
             }
         }
     }
@@ -211,16 +209,25 @@ fn the_code_map_names_every_directory() {
 
 #[test]
 fn imports_are_seen_however_they_are_written() {
-    for (line, imported) in [
-        ("use crate::wire::Body;", vec!["wire"]),
-        ("    let it = crate::cli::run();", vec!["cli"]),
-        ("use crate::{ids::{Branch, InstanceId}, wire::Body};", vec!["ids", "wire"]),
-        ("use dtc::{worker, wire::Body};", vec!["worker", "wire"]),
-        ("    worker::{", vec!["worker"]),
-        ("    transport::{embedded::Broker, Port},", vec!["transport"]),
-        ("let worker = 1;", vec![]),
+    for (text, imported) in [
+        ("use crate::wire::Body;", vec![(1, "wire")]),
+        ("    let it = crate::cli::run();", vec![(1, "cli")]),
+        (
+            "use crate::{ids::{Branch, InstanceId}, wire::Body};",
+            vec![(1, "ids"), (1, "ids"), (1, "wire")],
+        ),
+        ("use dtc::{worker, wire::Body};", vec![(1, "worker"), (1, "wire")]),
+        (
+            "//!\nuse crate::{\n    worker::{\n        a,\n    },\n    wire,\n};",
+            vec![(2, "worker"), (2, "wire")],
+        ),
+        ("    use crate::{\n        a::B,\n    };", vec![(1, "a")]),
+        ("use crate::protocol::{\n    wire::Body,\n};", vec![(1, "protocol")]),
+        ("let worker = 1; // crate::cli", vec![]),
     ] {
-        assert_eq!(crate_paths(line), imported, "{line}");
+        let found = rooms_named(text);
+        let found: Vec<_> = found.iter().map(|(line, room)| (*line, room.as_str())).collect();
+        assert_eq!(found, imported, "{text}");
     }
     assert!(has_word("use rand::Rng;", "rand") && !has_word("let operand = 1;", "rand"));
 }
@@ -292,9 +299,19 @@ fn joined(module: &[String]) -> String {
 
 /// Without comments, and without unit tests.
 fn shipped(text: &str) -> String {
-    let code = text.split("#[cfg(test)]\nmod tests").next().unwrap();
+    without_comments(text.split("#[cfg(test)]\nmod tests").next().unwrap())
+}
+
+fn without_comments(text: &str) -> String {
     let without_comment = |line: &str| line.split("//").next().unwrap().to_owned();
-    code.lines().map(without_comment).collect::<Vec<_>>().join("\n")
+    text.lines().map(without_comment).collect::<Vec<_>>().join("\n")
+}
+
+/// Where in `code` a path begins with `beginning`.
+fn beginnings(code: &str, beginning: &str) -> Vec<usize> {
+    let is_part = |it: char| it.is_alphanumeric() || it == '_' || it == ':';
+    let is_whole = |at: &usize| !code[..*at].chars().next_back().is_some_and(is_part);
+    code.match_indices(beginning).map(|(at, _)| at).filter(is_whole).collect()
 }
 
 /// The deepest module on the way to what `path` names.
@@ -307,12 +324,8 @@ fn named_paths(code: &str, own: &[String]) -> Vec<Vec<String>> {
     let mut paths = Vec::new();
     let parent = &own[..own.len().saturating_sub(1)];
     for (beginning, base) in [("crate::", &[][..]), ("self::", own), ("super::", parent)] {
-        for (at, _) in code.match_indices(beginning) {
-            let before = code[..at].chars().next_back();
-            let is_part = |it: char| it.is_alphanumeric() || it == '_' || it == ':';
-            if !before.is_some_and(is_part) {
-                read_tree(&code[at + beginning.len()..], base.to_vec(), &mut paths);
-            }
+        for at in beginnings(code, beginning) {
+            read_tree(&code[at + beginning.len()..], base.to_vec(), &mut paths);
         }
     }
     paths
@@ -416,32 +429,21 @@ fn floor_of(module: &str) -> Option<usize> {
     FLOORS.iter().position(|floor| floor.contains(&module))
 }
 
-/// The modules that a line names by a path from the crate's root.
-fn crate_paths(line: &str) -> Vec<&str> {
-    let paths = ["crate::", "dtc::"].into_iter().flat_map(|root| line.split(root).skip(1));
-    paths.flat_map(names_at_root).chain(grouped(line).map(first_name)).collect()
-}
-
-/// `ids` of `ids::Branch`; `ids` and `time` of `{ids::{Branch, InstanceId}, time::Time}`.
-fn names_at_root(path: &str) -> Vec<&str> {
-    let Some(group) = path.strip_prefix('{') else { return vec![first_name(path)] };
-    let mut depth = 0;
-    let at_root = |character: char| {
-        match character {
-            '{' => depth += 1,
-            '}' => depth -= 1,
-            _ => {}
+/// The modules that `text` names by a path from the crate's root, each with the line where the path
+/// begins.
+fn rooms_named(text: &str) -> Vec<(usize, String)> {
+    let code = without_comments(text);
+    let mut named = Vec::new();
+    for beginning in ["crate::", "dtc::"] {
+        for at in beginnings(&code, beginning) {
+            let mut paths = Vec::new();
+            read_tree(&code[at + beginning.len()..], Vec::new(), &mut paths);
+            let line = code[..at].matches('\n').count() + 1;
+            let rooms = paths.into_iter().filter_map(|path| path.into_iter().next());
+            named.extend(rooms.map(|room| (line, room)));
         }
-        character == ',' && depth == 0
-    };
-    group.split(at_root).map(|path| first_name(path.trim())).collect()
-}
-
-/// Where rustfmt has broken `use crate::{…}` over lines, each module begins one: `    ids::{`.
-fn grouped(line: &str) -> Option<&str> {
-    let inner = line.strip_prefix("    ").filter(|rest| !rest.starts_with(' '))?;
-    let is_import = inner.contains("::") && (inner.ends_with('{') || inner.ends_with(','));
-    is_import.then_some(inner)
+    }
+    named
 }
 
 fn first_name(path: &str) -> &str {

@@ -28,15 +28,13 @@ use crate::{
         services::{self, ServiceSpec},
         transactions::Transactions,
     },
+    journal::{
+        faults,
+        file::{self, JournalError, Opened, Options},
+    },
     participant::Service,
     simulated::{service::Simulated, store::SimulatedStore},
-    transport::{
-        amqp::connection::Broker,
-        embedded::{
-            faults,
-            file::{self, JournalError, Opened, Options},
-        },
-    },
+    transport::amqp::connection::Broker,
 };
 
 /// What is said when the first signal is heard.

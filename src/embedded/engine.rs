@@ -17,9 +17,13 @@ use crate::{
     embedded::report::{Calls, Concluded},
     embedded::{
         Settings,
-        log::{Earlier, Log, Maker, answer_of},
+        journal_writer::{Earlier, Log, Maker, answer_of},
         recovery::{Recovery, Step},
         report::ServiceReport,
+    },
+    journal::{
+        file::{Batch, JournalError, Unfinished},
+        memory::MemoryJournal,
     },
     protocol::{
         coordinator::{self, Coordinator},
@@ -31,10 +35,7 @@ use crate::{
         participant::{self, InDoubt, Instance},
         time::Time,
     },
-    transport::embedded::{
-        MemoryJournal, PrepareQueue, RequestQueue,
-        file::{Batch, JournalError, Unfinished},
-    },
+    transport::embedded::{PrepareQueue, RequestQueue},
     wire::result::Attempts,
 };
 

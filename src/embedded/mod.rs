@@ -6,7 +6,7 @@
 //! that ends is lost.
 
 mod engine;
-mod log;
+mod journal_writer;
 mod recovery;
 mod remembered;
 mod report;
@@ -20,19 +20,19 @@ use tokio::sync::mpsc;
 
 pub use self::report::{Calls, Report, ServiceReport};
 pub(crate) use self::report::{Concluded, Latencies};
-use self::{engine::Engine, log::Log, remembered::Remembered};
+use self::{engine::Engine, journal_writer::Log, remembered::Remembered};
 use crate::{
     clock::Clock,
+    journal::{
+        faults,
+        file::{self, JournalError, Opened, Options, Unfinished, Writer},
+    },
     participant::{self, AnyParticipant, Ended, Service},
     protocol::{
         coordinator,
         ids::{InstanceId, InvalidName, ServiceName, TransactionId},
         message::{Outcome, Reason, TransactionSpec},
         time::Time,
-    },
-    transport::embedded::{
-        faults,
-        file::{self, JournalError, Opened, Options, Unfinished, Writer},
     },
     wire::hash,
 };

@@ -14,12 +14,12 @@ use std::{
 };
 
 use crate::{
+    journal::file::Unfinished,
     protocol::{
         ids::{RequestHash, TransactionId, TransactionKey},
         participant::InDoubt,
         time::Time,
     },
-    transport::embedded::file::Unfinished,
 };
 
 /// How many branches are asked about at once.

@@ -13,13 +13,13 @@ use std::{
 use futures_util::future::BoxFuture;
 
 use crate::{
+    journal::file::Unfinished,
     participant::{AnyParticipant, Error, Finish, InDoubt, Prepare, Verdict},
     protocol::{
         ids::{Branch, InstanceId, ServiceName, TransactionKey},
         message::Outcome,
         time::Time,
     },
-    transport::embedded::file::Unfinished,
 };
 
 type Held = BTreeMap<TransactionKey, Vec<InDoubt>>;

@@ -16,16 +16,16 @@ use tempfile::TempDir;
 use super::{Concluded, Embedded, Transaction, engine::Engine};
 use crate::{
     clock::Reading,
+    journal::file::{
+        self, Options, Writer,
+        frames::{Frames, Next},
+    },
     participant::{Service, Verdict},
     protocol::{
         ids::{Branch, ServiceName, TransactionKey},
         message::{Outcome, ReasonCode},
         participant::{Effect, Event, InDoubt},
         time::Time,
-    },
-    transport::embedded::file::{
-        self, Options, Writer,
-        frames::{Frames, Next},
     },
     wire::message::Entry,
 };

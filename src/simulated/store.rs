@@ -46,7 +46,7 @@ use crate::{
         message::Outcome,
         time::Time,
     },
-    transport::amqp::unique,
+    unique,
 };
 
 /// The pause before looking again at a branch that another instance is at.

@@ -21,7 +21,6 @@
 //! * [`tls`]: whom to trust over `amqps://`, and who we are to them.
 //! * [`topology`]: every exchange and queue, and making a broker's be the same.
 //! * [`traffic`]: how many messages went out and came in.
-//! * [`unique`]: names that nobody else has.
 //!
 //! Nothing here knows the protocol: what is in a message, and what follows from it, is said above.
 //!
@@ -53,4 +52,5 @@ pub mod supervisor;
 pub mod tls;
 pub mod topology;
 pub mod traffic;
-pub mod unique;
+
+pub use crate::unique;

@@ -4,12 +4,12 @@
 use std::io::Cursor;
 
 use dtc::{
-    protocol::time::Time,
-    transport::embedded::file::{
+    journal::file::{
         Replay, ReplayError,
         frames::{HEADER, write},
         replay,
     },
+    protocol::time::Time,
 };
 
 /// The first two bytes say where it is cut off, the third whether a byte is damaged; a line of the

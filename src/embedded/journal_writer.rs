@@ -12,12 +12,12 @@ use std::{
 };
 
 use crate::{
+    journal::file::{Batch, Endings, Incarnation, JournalError, Unfinished},
     protocol::{
         ids::{Branch, RequestHash, ServiceName, TransactionId, TransactionKey, WorkerId},
         message::{Answer, Decision, Request, TransactionSpec},
         time::Time,
     },
-    transport::embedded::file::{Batch, Endings, Incarnation, JournalError, Unfinished},
     wire::message::{Begun, Entry, Finished},
 };
 

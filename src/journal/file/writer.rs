@@ -21,11 +21,11 @@ use std::{
 use tokio::sync::watch;
 
 use crate::{
-    protocol::time::Time,
-    transport::embedded::{
+    journal::{
         faults,
         file::{JournalError, frames},
     },
+    protocol::time::Time,
     wire::message::Entry,
 };
 

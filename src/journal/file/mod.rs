@@ -50,11 +50,11 @@ pub use self::{
 };
 use crate::{
     error::Chain,
+    journal::faults,
     protocol::{
         ids::{InstanceId, TransactionId, TransactionKey, WorkerId},
         time::Time,
     },
-    transport::embedded::faults,
     wire::message::{Begun, Entry, Finished},
 };
 

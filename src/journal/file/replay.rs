@@ -9,15 +9,13 @@ use std::{
 };
 
 use crate::{
+    journal::file::frames::{Frames, HEADER, Next},
     protocol::{
         ids::{InstanceId, ServiceName, TransactionId, TransactionKey, WorkerId},
         message::{Decision, Payload, Request},
         time::Time,
     },
-    transport::{
-        amqp::unique,
-        embedded::file::frames::{Frames, HEADER, Next},
-    },
+    unique,
     wire::message::{Begun, Entry, EntryMalformed, Finished},
 };
 
@@ -268,12 +266,12 @@ mod tests {
 
     use super::{Incarnation, Replay, ReplayError, replay};
     use crate::{
+        journal::file::frames::{self, HEADER},
         protocol::{
             ids::{Branch, ServiceName, TransactionId, TransactionKey},
             message::{Decision, Outcome, Payload, Request},
             time::Time,
         },
-        transport::embedded::file::frames::{self, HEADER},
         wire::{
             hash::request_hash,
             message::{Begun, Entry, Finished},
