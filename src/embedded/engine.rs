@@ -17,7 +17,7 @@ use crate::{
     embedded::report::{Calls, Concluded},
     embedded::{
         Settings,
-        journal_writer::{Earlier, Log, Maker, answer_of},
+        journal_writer::{Earlier, JournalWriter, Maker, answer_of},
         recovery::{Recovery, Step},
         report::ServiceReport,
     },
@@ -47,7 +47,7 @@ pub(crate) struct Engine {
     numbers: BTreeMap<ServiceName, usize>,
     journal: MemoryJournal,
     /// What is written to a file, where the journal is kept in one.
-    log: Option<Box<Log>>,
+    log: Option<Box<JournalWriter>>,
     recovery: Option<Recovery>,
     /// What was appended and not read back yet: together it is the journal's next message.
     appended: Vec<Arc<Decision>>,
@@ -97,7 +97,7 @@ impl Engine {
         now: Time,
         mut settings: Settings,
         services: impl IntoIterator<Item = (ServiceName, u32, Duration, bool)>,
-        log: Option<(Log, Vec<Unfinished>)>,
+        log: Option<(JournalWriter, Vec<Unfinished>)>,
     ) -> Self {
         let worker = settings.coordinator.worker.clone();
         let mut members = Vec::new();

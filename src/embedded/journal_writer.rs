@@ -43,7 +43,8 @@ pub(super) enum Earlier {
     Another(TransactionKey),
 }
 
-pub(super) struct Log {
+/// Gathers what is to be written, and tells what the file says.
+pub(super) struct JournalWriter {
     own: Incarnation,
     worker: WorkerId,
     endings: Endings,
@@ -84,7 +85,7 @@ struct Inherited {
     ended: Option<Finished>,
 }
 
-impl Log {
+impl JournalWriter {
     pub(super) fn new(
         own: Incarnation,
         worker: WorkerId,

@@ -20,7 +20,7 @@ use tokio::sync::mpsc;
 
 pub use self::report::{Calls, Report, ServiceReport};
 pub(crate) use self::report::{Concluded, Latencies};
-use self::{engine::Engine, journal_writer::Log, remembered::Remembered};
+use self::{engine::Engine, journal_writer::JournalWriter, remembered::Remembered};
 use crate::{
     clock::Clock,
     journal::{
@@ -464,9 +464,9 @@ impl Embedded {
     fn take_over(
         &mut self,
         opened: Opened,
-    ) -> Result<(Writer, (Log, Vec<Unfinished>)), JournalError> {
+    ) -> Result<(Writer, (JournalWriter, Vec<Unfinished>)), JournalError> {
         let Opened { unfinished, endings, tail, own, worker, .. } = opened;
-        let log = Log::new(own, worker.clone(), endings, &unfinished, tail.end());
+        let log = JournalWriter::new(own, worker.clone(), endings, &unfinished, tail.end());
         self.settings.instance = opened.instance;
         let coordinator = &mut self.settings.coordinator;
         coordinator.worker = worker;
