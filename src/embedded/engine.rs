@@ -5,7 +5,7 @@
 //! out, and their endings handed back in.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
+    collections::{BTreeMap, VecDeque},
     panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
     time::Duration,
@@ -14,17 +14,12 @@ use std::{
 use crate::{
     anomalies,
     clock::Reading,
-    embedded::report::{Calls, Concluded},
     embedded::{
-        Settings,
-        journal_writer::{Earlier, JournalWriter, Maker, answer_of},
-        recovery::{Recovery, Step},
-        report::ServiceReport,
+        MemberSettings, Settings,
+        backend::{Admission, Backend, LookUp, Task},
+        report::{Calls, Concluded, ServiceReport},
     },
-    journal::{
-        file::{Batch, JournalError, Unfinished},
-        memory::MemoryJournal,
-    },
+    journal::file::{Batch, JournalError},
     protocol::{
         coordinator::{self, Coordinator},
         ids::{InstanceId, ServiceName, TransactionKey, WorkerId},
@@ -32,7 +27,7 @@ use crate::{
             Answer, Command, Decision, Delivery, Destination, Inquiry, Matter, Outcome, Parked,
             Prepare, Reason, ReasonCode, Request, TransactionSpec,
         },
-        participant::{self, InDoubt, Instance},
+        participant::{self, Instance},
         time::Time,
     },
     transport::embedded::{PrepareQueue, RequestQueue},
@@ -45,10 +40,7 @@ pub(crate) struct Engine {
     coordinator: Coordinator,
     members: Vec<Member>,
     numbers: BTreeMap<ServiceName, usize>,
-    journal: MemoryJournal,
-    /// What is written to a file, where the journal is kept in one.
-    log: Option<Box<JournalWriter>>,
-    recovery: Option<Recovery>,
+    backend: Box<dyn Backend>,
     /// What was appended and not read back yet: together it is the journal's next message.
     appended: Vec<Arc<Decision>>,
     /// How many messages of the journal the coordinator has read: the offset of its next one.
@@ -96,14 +88,13 @@ impl Engine {
     pub(crate) fn new(
         now: Time,
         mut settings: Settings,
-        services: impl IntoIterator<Item = (ServiceName, u32, Duration, bool)>,
-        log: Option<(JournalWriter, Vec<Unfinished>)>,
+        services: impl IntoIterator<Item = MemberSettings>,
+        backend: impl Backend + 'static,
     ) -> Self {
         let worker = settings.coordinator.worker.clone();
         let mut members = Vec::new();
         let mut numbers = BTreeMap::new();
-        let mut with_stores = BTreeSet::new();
-        for (name, max_concurrency, max_wait, has_store) in services {
+        for MemberSettings { name, max_concurrency, max_wait, has_store } in services {
             let instance = settings.instance.clone();
             let instance_settings = participant::Settings {
                 has_store,
@@ -116,9 +107,6 @@ impl Engine {
             let slots = coordinator::Slots { max_concurrency, max_wait };
             settings.coordinator.own_services.insert(name.clone(), slots);
             numbers.insert(name.clone(), members.len());
-            if has_store {
-                with_stores.insert(members.len());
-            }
             members.push(Member {
                 name,
                 instance: Instance::new(now, instance_settings),
@@ -134,10 +122,8 @@ impl Engine {
             worker,
             members,
             numbers,
-            journal: MemoryJournal::default(),
-            log: None,
-            recovery: None,
-            appended: Vec::new(),
+            appended: backend.history(),
+            backend: Box::new(backend),
             messages_read: 0,
             requests: RequestQueue::default(),
             in_flight: BTreeMap::new(),
@@ -151,58 +137,31 @@ impl Engine {
             to_any_instance: 0,
         };
         engine.attach_journal();
-        if let Some((log, unfinished)) = log {
-            engine.log = Some(Box::new(log));
-            engine.replay(&unfinished);
-            let patience = 4 * engine.settings.coordinator.finish_timeout;
-            engine.recovery = Some(Recovery::new(now, patience, unfinished, with_stores));
-        }
         engine
     }
 
     /// How many more requests it can take now.
     pub(crate) fn room(&self) -> usize {
-        match &self.recovery {
-            Some(recovery) if recovery.is_looking() => 0,
-            Some(_) | None => self.coordinator.room(),
-        }
+        if self.backend.is_looking() { 0 } else { self.coordinator.room() }
     }
 
     /// Whether nothing is in flight.
     pub(crate) fn is_idle(&self) -> bool {
-        self.coordinator.is_empty() && self.recovery.is_none()
+        self.coordinator.is_empty() && self.backend.is_idle()
     }
 
     /// Takes in a transaction: that it is asked for now is its `requested_at`, unless the journal
     /// knows better.
     pub(crate) fn submit(&mut self, now: Reading, spec: TransactionSpec) {
-        let mut requested_at = now.time;
-        let mut deliveries = 1;
-        if let Some(log) = &mut self.log {
-            // As on the wire, and in every store.
-            requested_at = Time::from_millis(now.time.as_millis() / 1000 * 1000);
-            match log.earlier(&spec) {
-                Earlier::Nothing if log.has_failed() => return,
-                Earlier::Nothing => {
-                    let recovery = self.recovery.as_mut();
-                    let since = recovery.and_then(|it| it.adopt(&spec.id, spec.request_hash));
-                    if let Some(since) = since {
-                        // Its request was lost, and what was prepared for it was not.
-                        (requested_at, deliveries) = (since, 2);
-                        let key = TransactionKey { id: spec.id.clone(), requested_at };
-                        log.inherit(&key, spec.request_hash);
-                    }
-                }
-                Earlier::InFlight(since) => requested_at = since,
-                Earlier::Over(finished) => {
-                    return self.concluded.push(Concluded::at_once(answer_of(&finished)));
-                }
-                Earlier::Another(key) => {
-                    let answer = rejected(now.time, &key, id_reused());
-                    return self.concluded.push(Concluded::at_once(answer));
-                }
+        let (requested_at, deliveries) = match self.backend.admit(now.time, &spec) {
+            Admission::Request { requested_at, deliveries } => (requested_at, deliveries),
+            Admission::Over(answer) => return self.concluded.push(Concluded::at_once(answer)),
+            Admission::Another(key) => {
+                let answer = rejected(now.time, &key, id_reused());
+                return self.concluded.push(Concluded::at_once(answer));
             }
-        }
+            Admission::Unknown => return,
+        };
         let request = Request {
             key: TransactionKey { id: spec.id, requested_at },
             request_hash: spec.request_hash,
@@ -211,9 +170,7 @@ impl Engine {
             timeout: spec.timeout,
             reply: None,
         };
-        if let Some(log) = &mut self.log {
-            log.take_in(&request);
-        }
+        self.backend.take_in(&request);
         let delivery = self.requests.deliver(&request);
         let in_flight = InFlight { since: now.elapsed, attempts: BTreeMap::new(), ended: None };
         self.in_flight.insert(request.key.clone(), in_flight);
@@ -227,13 +184,8 @@ impl Engine {
 
     /// A call of a service's code has ended.
     pub(crate) fn call_ended(&mut self, member: usize, event: participant::Event) {
-        if let (Some(recovery), participant::Event::StoreScanned(held)) =
-            (&mut self.recovery, &event)
-        {
-            // What this process has made, it knows of.
-            let own = &self.settings.instance;
-            let of_others = held.iter().filter(|it| it.branch.instance() != own);
-            recovery.heard(member, of_others.cloned());
+        if let participant::Event::StoreScanned(held) = &event {
+            self.backend.heard(member, held);
         }
         self.for_members.push_back((member, event));
     }
@@ -265,21 +217,17 @@ impl Engine {
 
     /// What is to be written to the journal's file now.
     pub(crate) fn take_batch(&mut self) -> Option<Batch> {
-        self.log.as_mut()?.take_batch()
+        self.backend.take_batch()
     }
 
     /// Why the journal can't be used any more.
     pub(crate) fn take_failure(&mut self) -> Option<JournalError> {
-        self.log.as_mut()?.take_failure()
+        self.backend.take_failure()
     }
 
     /// So many of the entries that were taken are on the disk.
     pub(crate) fn safe(&mut self, n_safe: u64) {
-        let Some(log) = &mut self.log else { return };
-        for decision in log.safe(n_safe) {
-            self.journal.append(Arc::clone(&decision), |key| log.is_open(key));
-            self.appended.push(decision);
-        }
+        self.appended.extend(self.backend.safe(n_safe));
     }
 
     /// When [`Engine::settle`] should be called again though nothing has happened.
@@ -287,9 +235,8 @@ impl Engine {
         let members = self.members.iter().flat_map(|member| {
             member.instance.next_deadline().into_iter().chain(member.queue.next_expiry())
         });
-        let is_idle = self.coordinator.is_empty();
-        let recovery = self.recovery.as_ref().and_then(|it| it.next_deadline(is_idle));
-        members.chain(self.coordinator.next_deadline()).chain(recovery).min()
+        let task = self.backend.next_deadline(self.coordinator.is_empty());
+        members.chain(self.coordinator.next_deadline()).chain(task).min()
     }
 
     /// What is to be said of each service, in the order in which they were given.
@@ -360,7 +307,7 @@ impl Engine {
         self.coordinator = Coordinator::new(self.settings.coordinator.clone());
         self.for_worker.clear();
         self.attach_journal();
-        self.appended = self.journal.replay();
+        self.appended = self.backend.history();
         self.read_back();
         for (delivery, request, deliveries) in self.requests.redeliver() {
             let event = coordinator::Event::RequestReceived { request, delivery, deliveries };
@@ -396,19 +343,15 @@ impl Engine {
                 self.send_prepare(now.time, service, prepare);
             }
             Effect::Send { service, to, command } => self.send(&service, &to, command),
-            Effect::Append(decision) if let Some(log) = &mut self.log => {
-                let is_worked_on = self.coordinator.phase_of(&decision.key).is_some();
-                let decision = Arc::new(decision);
-                if is_worked_on { log.propose(decision) } else { log.propose_to_asker(decision) }
-            }
             Effect::Append(decision) => {
+                let is_worked_on = self.coordinator.phase_of(&decision.key).is_some();
+                let is_in_flight = |key: &TransactionKey| self.in_flight.contains_key(key);
                 let decision = Arc::new(decision);
-                let in_flight = &self.in_flight;
-                self.journal.append(Arc::clone(&decision), |key| in_flight.contains_key(key));
-                self.appended.push(decision);
+                let decided = self.backend.append(decision, is_worked_on, &is_in_flight);
+                self.appended.extend(decided);
             }
             Effect::ReadHistory { .. } => {
-                for decision in self.journal.replay() {
+                for decision in self.backend.history() {
                     self.for_worker.push_back(Event::HistoryRead(decision));
                 }
                 self.for_worker.push_back(Event::HistoryEnded { reaches: Some(Time::EPOCH) });
@@ -437,9 +380,7 @@ impl Engine {
             let event = coordinator::Event::PrepareUnroutable { key: prepare.key, service };
             return self.for_worker.push_back(event);
         };
-        if let Some(log) = &mut self.log {
-            log.begin(&prepare.key);
-        }
+        self.backend.begin(&prepare.key);
         self.members[number].queue.publish(now, prepare);
         self.deliver(now, number);
     }
@@ -486,20 +427,7 @@ impl Engine {
     }
 
     fn conclude(&mut self, now: Reading, key: &TransactionKey, answer: Answer) {
-        match (&mut self.log, answer.outcome) {
-            (None, _) => self.journal.release(key),
-            (Some(log), Outcome::Committed) => {
-                log.finish(key, &answer.unresolved);
-                self.journal.release(key);
-                // Nobody waits for what is parked.
-                if let Some(recovery) = &mut self.recovery {
-                    let parked = answer.unresolved.iter().filter_map(|it| self.numbers.get(it));
-                    parked.for_each(|number| recovery.done(now.time, *number, key));
-                }
-            }
-            // A result is out before the services have heard of an abort.
-            (Some(log), Outcome::Aborted) => log.aborted(key),
-        }
+        self.backend.conclude(now.time, key, &answer);
         let Some(in_flight) = self.in_flight.get_mut(key) else { return };
         let took = now.elapsed.saturating_sub(in_flight.since);
         in_flight.ended = Some((answer, took));
@@ -516,156 +444,61 @@ impl Engine {
         self.conclude(now, &request.key, answer);
     }
 
-    // ---- The journal's file ------------------------------------------------------------------
+    // ---- What earlier processes have left ----------------------------------------------------
 
-    /// Reads what earlier processes have decided and not finished.
-    fn replay(&mut self, unfinished: &[Unfinished]) {
-        for decision in unfinished.iter().filter_map(|it| it.decision.as_ref()) {
-            self.journal.append(Arc::clone(decision), |_| true);
-            self.appended.push(Arc::clone(decision));
-        }
-    }
-
-    /// Goes on with what earlier processes have left. Whether that has led to anything.
+    /// Does what is next. Whether that has led to anything.
     fn recover(&mut self, now: Time) -> bool {
-        let Some(recovery) = &mut self.recovery else { return false };
-        match recovery.step(now, self.coordinator.is_empty()) {
-            Step::Wait => false,
-            Step::Request { unfinished, silent } => {
-                for number in silent {
-                    let service = &self.members[number].name;
-                    tracing::error!(%service, "it doesn't tell what it holds in doubt");
+        match self.backend.next_task(now, self.coordinator.is_empty()) {
+            None => return false,
+            Some(Task::Request(requests)) => {
+                for (request, deliveries) in requests {
+                    let delivery = self.requests.deliver(&request);
+                    let event =
+                        coordinator::Event::RequestReceived { request, delivery, deliveries };
+                    self.for_worker.push_back(event);
                 }
-                unfinished.into_iter().for_each(|it| self.request_again(it));
-                true
             }
-            Step::Ask(number, doubt) if self.may_be_asked_for(&doubt) => {
-                if let Some(recovery) = &mut self.recovery {
-                    recovery.defer(number, doubt);
+            Some(Task::Ask(number, inquiry)) => {
+                let key = inquiry.key.clone();
+                if !self.inquire(inquiry) {
+                    self.backend.leave(now, number, &key);
                 }
-                true
-            }
-            Step::Ask(number, doubt) | Step::GiveUp(number, doubt) => {
-                let InDoubt { key, request_hash, branch, deadline } = doubt;
-                let (service, instance) =
-                    (self.members[number].name.clone(), self.settings.instance.clone());
-                let inquiry =
-                    Inquiry { key: key.clone(), request_hash, service, instance, branch, deadline };
-                let is_answered = self.inquire(inquiry);
-                if let Some(recovery) = self.recovery.as_mut().filter(|_| !is_answered) {
-                    recovery.leave(now, number, &key);
-                }
-                true
-            }
-            Step::End { n_left } => {
-                if n_left > 0 {
-                    tracing::error!(n_left, "branches are left in doubt until the next start");
-                }
-                self.recovery = None;
-                false
             }
         }
-    }
-
-    /// Whether nothing is known of what an earlier process has begun, so that it may be requested
-    /// once more.
-    fn may_be_asked_for(&mut self, doubt: &InDoubt) -> bool {
-        let Some(log) = &mut self.log else { return false };
-        let key = &doubt.key;
-        !log.is_open(key)
-            && matches!(log.maker_of(&doubt.branch), Maker::Earlier)
-            && log.ending_of(key).is_none()
-            && !log.has_failed()
+        true
     }
 
     /// No more requests come: what nobody has asked for by now is given up.
     pub(crate) fn requests_ended(&mut self) {
-        if let Some(recovery) = &mut self.recovery {
-            recovery.requests_ended();
-        }
-    }
-
-    /// What an earlier process has begun is treated like a request that is delivered again.
-    fn request_again(&mut self, unfinished: Unfinished) {
-        let Unfinished { request, begun_by, .. } = unfinished;
-        let deliveries = self.log.as_ref().map_or(2, |log| log.deliveries_of(&begun_by));
-        let delivery = self.requests.deliver(&request);
-        let event = coordinator::Event::RequestReceived { request, delivery, deliveries };
-        self.for_worker.push_back(event);
+        self.backend.requests_ended();
     }
 
     /// An instance asks what became of a branch: whether it will be told.
     fn inquire(&mut self, mut inquiry: Inquiry) -> bool {
         let key = &inquiry.key;
-        // What is decided and not over is in the journal, however much was decided since.
-        if let Some(log) = &mut self.log
-            && self.coordinator.phase_of(key).is_none()
-            && self.coordinator.view().earliest_seen(key).is_none()
-            && log.decision_of(key).is_none()
-        {
-            let (service, branch) = (&inquiry.service, &inquiry.branch);
-            let maker = log.maker_of(branch);
-            let ending = match maker {
-                Maker::Own => log.own_ending_of(key),
-                Maker::Earlier => log.ending_of(key),
-                Maker::Stranger => None,
-            };
-            match (ending, maker) {
-                (Some(decision), _) => {
-                    // It was over, and isn't: it has to be told again.
-                    tracing::warn!(%key, %service, %branch, "what was finished is in doubt");
-                    self.appended.push(decision);
-                    self.read_back();
-                }
-                (None, Maker::Own | Maker::Earlier) if log.has_failed() => return false,
-                // Whoever has begun it is gone, and nobody else has this journal: nothing will be
-                // decided any more unless it is now.
-                (None, Maker::Earlier) => inquiry.deadline = Time::EPOCH,
-                (None, Maker::Own) => {
-                    tracing::error!(
-                        %key, %service, %branch,
-                        "left in doubt until the next start: it was finished too long ago"
-                    );
-                    return false;
-                }
-                (None, Maker::Stranger) => {
-                    tracing::error!(
-                        %key, %service, %branch,
-                        "left in doubt: it was prepared under another journal than this, which alone \
-                         knows its outcome; run with that journal to finish it"
-                    );
-                    return false;
-                }
+        let is_seen = self.coordinator.phase_of(key).is_some()
+            || self.coordinator.view().earliest_seen(key).is_some();
+        let found = if is_seen { LookUp::Nothing } else { self.backend.look_up(&inquiry) };
+        match found {
+            LookUp::Nothing => {}
+            LookUp::Decided(decision) => {
+                self.appended.push(decision);
+                self.read_back();
             }
+            LookUp::Undecided => inquiry.deadline = Time::EPOCH,
+            LookUp::Unknown => return false,
         }
         self.for_worker.push_back(coordinator::Event::InquiryReceived(inquiry));
         true
     }
 
-    /// Of what is aborted, that is over of which everyone has been told. The coordinator gives up
-    /// telling it after a while; a service that holds it still asks then, and the journal must know.
+    /// Notes the aborts that are over.
     fn note_aborted(&mut self, now: Time) {
-        let Some(log) = &mut self.log else { return };
-        for key in log.take_aborted(|key| self.coordinator.phase_of(key).is_none()) {
-            let mut is_held = false;
-            for (number, member) in self.members.iter().enumerate() {
-                if member.instance.stage_of(&key).is_some() {
-                    is_held = true;
-                } else if let Some(recovery) = &mut self.recovery
-                    && recovery.awaits(number, &key)
-                {
-                    // Only its store holds it: nobody but this will ask again soon.
-                    is_held = true;
-                    recovery.failed(now, number, &key);
-                }
-            }
-            if is_held {
-                log.keep_untold(key);
-            } else {
-                log.finish(&key, &[]);
-                self.journal.release(&key);
-            }
-        }
+        let (coordinator, members) = (&self.coordinator, &self.members);
+        let is_over = |key: &TransactionKey| coordinator.phase_of(key).is_none();
+        let is_held_at =
+            |number: usize, key: &TransactionKey| members[number].instance.stage_of(key).is_some();
+        self.backend.note_aborted(now, &is_over, &is_held_at);
     }
 
     fn park(&mut self, parked: &Parked) {
@@ -692,8 +525,8 @@ impl Engine {
     // ---- The services' side ------------------------------------------------------------------
 
     fn handle_at_member(&mut self, now: Time, number: usize, event: participant::Event) {
-        if let (Some(log), Some(key)) = (&mut self.log, ended(&event)) {
-            log.look_again(key);
+        if let Some(key) = ended(&event) {
+            self.backend.look_again(key);
         }
         let mut effects = std::mem::take(&mut self.member_effects);
         let member = &mut self.members[number];
@@ -719,13 +552,11 @@ impl Engine {
                 self.for_worker.push_back(coordinator::Event::VoteReceived(vote));
             }
             Effect::Done { done, .. } => {
-                if let Some(recovery) = &mut self.recovery {
-                    match &done.applied {
-                        Ok(()) => recovery.done(now, number, &done.key),
-                        // What is worked on is told again.
-                        Err(_) if self.coordinator.phase_of(&done.key).is_some() => {}
-                        Err(_) => recovery.failed(now, number, &done.key),
-                    }
+                match &done.applied {
+                    Ok(()) => self.backend.done(now, number, &done.key),
+                    // What is worked on is told again.
+                    Err(_) if self.coordinator.phase_of(&done.key).is_some() => {}
+                    Err(_) => self.backend.failed(now, number, &done.key),
                 }
                 let event = coordinator::Event::DoneReceived { done, delivery: None };
                 self.for_worker.push_back(event);
@@ -832,7 +663,7 @@ fn rejected(now: Time, key: &TransactionKey, reason: Reason) -> Answer {
 mod tests {
     use super::*;
     use crate::{
-        embedded::{Embedded, Transaction},
+        embedded::{Embedded, Transaction, backend::MemoryBackend},
         participant::{Service, Verdict},
         protocol::participant::Effect,
     };
@@ -848,8 +679,14 @@ mod tests {
     fn engine() -> Engine {
         let services = [Service::new("A", 3), Service::new("B", 3)];
         let settings = Embedded::new(services).unwrap().settings;
-        let member = |name| (ServiceName::parse(name).unwrap(), 3, Duration::from_secs(1), false);
-        let mut engine = Engine::new(NOW, settings, ["A", "B"].map(member), None);
+        let member = |name| MemberSettings {
+            name: ServiceName::parse(name).unwrap(),
+            max_concurrency: 3,
+            max_wait: Duration::from_secs(1),
+            has_store: false,
+        };
+        let members = ["A", "B"].map(member);
+        let mut engine = Engine::new(NOW, settings, members, MemoryBackend::default());
         engine.settle(at(NOW));
         for n in 0..12 {
             let services: &[&str] = [&["A", "B"][..], &["A"], &["B"]][n % 3];

@@ -5,6 +5,7 @@
 //! Without a [journal](Embedded::journal) it does not survive its process: what was in flight when
 //! that ends is lost.
 
+mod backend;
 mod engine;
 mod journal_writer;
 mod recovery;
@@ -20,7 +21,12 @@ use tokio::sync::mpsc;
 
 pub use self::report::{Calls, Report, ServiceReport};
 pub(crate) use self::report::{Concluded, Latencies};
-use self::{engine::Engine, journal_writer::JournalWriter, remembered::Remembered};
+use self::{
+    backend::{FileBackend, MemoryBackend},
+    engine::Engine,
+    journal_writer::JournalWriter,
+    remembered::Remembered,
+};
 use crate::{
     clock::Clock,
     journal::{
@@ -190,6 +196,15 @@ pub(crate) struct Settings {
     pub(crate) instance: InstanceId,
     pub(crate) inquire_after: Duration,
     pub(crate) counts_attempts: bool,
+}
+
+/// What an engine is told of one service.
+#[derive(Debug, Clone)]
+struct MemberSettings {
+    name: ServiceName,
+    max_concurrency: u32,
+    max_wait: Duration,
+    has_store: bool,
 }
 
 /// A coordinator in one process, and its services.
@@ -371,15 +386,22 @@ impl Embedded {
     ) -> Result<Report, JournalError> {
         // Nobody else's moments are compared with those of this process.
         let mut clock = Clock::steady();
-        let (mut writer, mut log) = (None, None);
+        let (mut writer, mut kept) = (None, None);
         if let Some(opened) = self.open_journal(clock.now()).await? {
             clock = clock.not_before(opened.latest);
-            let (started, kept) = self.take_over(opened)?;
-            (writer, log) = (Some(started), Some(kept));
+            let (started, journal) = self.take_over(opened)?;
+            (writer, kept) = (Some(started), Some(journal));
         }
-        let unfinished = log.as_ref().map(|(_, unfinished): &(_, Vec<_>)| unfinished.as_slice());
-        let (services, participants) = self.members(unfinished);
-        let mut engine = Engine::new(clock.now(), self.settings.clone(), services, log);
+        let unfinished = kept.as_ref().map(|(_, unfinished): &(_, Vec<_>)| unfinished.as_slice());
+        let (members, participants) = self.members(unfinished);
+        let (now, settings) = (clock.now(), self.settings.clone());
+        let mut engine = match kept {
+            None => Engine::new(now, settings, members, MemoryBackend::default()),
+            Some((entries, unfinished)) => {
+                let backend = FileBackend::new(now, &settings, &members, entries, unfinished);
+                Engine::new(now, settings, members, backend)
+            }
+        };
         let mut calls = participant::Calls::new(clock, self.settings.coordinator.finish_timeout);
         let mut backlog = Vec::new().into_iter();
         let mut report = Report::new();
@@ -466,7 +488,7 @@ impl Embedded {
         opened: Opened,
     ) -> Result<(Writer, (JournalWriter, Vec<Unfinished>)), JournalError> {
         let Opened { unfinished, endings, tail, own, worker, .. } = opened;
-        let log = JournalWriter::new(own, worker.clone(), endings, &unfinished, tail.end());
+        let entries = JournalWriter::new(own, worker.clone(), endings, &unfinished, tail.end());
         self.settings.instance = opened.instance;
         let coordinator = &mut self.settings.coordinator;
         coordinator.worker = worker;
@@ -474,21 +496,25 @@ impl Embedded {
         coordinator.digests_max = 262_144;
         // A record is safe, or it is an error: none is lost.
         coordinator.append_timeout = Duration::from_secs(24 * 60 * 60);
-        Ok((Writer::start(tail)?, (log, unfinished)))
+        Ok((Writer::start(tail)?, (entries, unfinished)))
     }
 
-    #[expect(clippy::type_complexity, reason = "what the engine takes, and what the calls take")]
     fn members(
         &self,
         unfinished: Option<&[Unfinished]>,
-    ) -> (Vec<(ServiceName, u32, Duration, bool)>, Vec<Arc<dyn AnyParticipant>>) {
+    ) -> (Vec<MemberSettings>, Vec<Arc<dyn AnyParticipant>>) {
         let member = |(name, service): &(ServiceName, Service)| {
             let mut participant = service.clone().participant();
             if let Some(unfinished) = unfinished.filter(|_| !participant.has_store()) {
                 participant = Arc::new(Remembered::new(participant, name, unfinished));
             }
-            let has_store = participant.has_store();
-            ((name.clone(), service.max_concurrency, service.max_wait, has_store), participant)
+            let settings = MemberSettings {
+                name: name.clone(),
+                max_concurrency: service.max_concurrency,
+                max_wait: service.max_wait,
+                has_store: participant.has_store(),
+            };
+            (settings, participant)
         };
         self.services.iter().map(member).unzip()
     }

@@ -13,7 +13,9 @@ use std::{
 use serde_json::json;
 use tempfile::TempDir;
 
-use super::{Concluded, Embedded, Transaction, engine::Engine};
+use super::{
+    Concluded, Embedded, MemberSettings, Transaction, backend::FileBackend, engine::Engine,
+};
 use crate::{
     clock::Reading,
     journal::file::{
@@ -81,10 +83,17 @@ impl World {
         let opened = file::open(&self.directory.path().join("journal"), &options).unwrap();
         let services = NAMES.map(|name| Service::new(name, self.slots));
         let mut embedded = Embedded::new(services).unwrap().max_in_flight(1000);
-        let (writer, log) = embedded.take_over(opened).unwrap();
+        let (writer, journal) = embedded.take_over(opened).unwrap();
         let wait = Duration::from_secs(1);
-        let members = NAMES.map(|name| (ServiceName::parse(name).unwrap(), self.slots, wait, true));
-        let engine = Engine::new(self.now, embedded.settings, members, Some(log));
+        let members = NAMES.map(|name| MemberSettings {
+            name: ServiceName::parse(name).unwrap(),
+            max_concurrency: self.slots,
+            max_wait: wait,
+            has_store: true,
+        });
+        let (settings, (entries, unfinished)) = (embedded.settings, journal);
+        let backend = FileBackend::new(self.now, &settings, &members, entries, unfinished);
+        let engine = Engine::new(self.now, settings, members, backend);
         Process { engine, writer, calls: Vec::new() }
     }
 
