@@ -1,4 +1,4 @@
-"""A service of `dtc` in Python, written from deploy/PROTOCOL.md alone: its rules are quoted by number.
+"""A service of `dtc` in Python, written from docs/protocol.md alone: its rules are quoted by number.
 
 What it keeps is an SQLite file that all its instances share. What it does with a transaction is told
 by the field of the transaction's data that has the service's name, so that tests can have it refuse,
