@@ -25,6 +25,8 @@ mod locked;
 mod misspelt;
 mod node;
 mod operated;
+#[path = "../support/pages.rs"]
+mod pages;
 mod parked;
 #[path = "../support/processes.rs"]
 mod processes;

@@ -12,7 +12,10 @@ use std::{
     time::Duration,
 };
 
-use crate::world::{Ended, Talk, World, dtc, output, repository, transaction};
+use crate::{
+    pages::{page, script},
+    world::{Ended, Talk, World, dtc, output, transaction},
+};
 use serde_json::{Value, json};
 
 /// `SIGABRT`: how a process ends at its fault point.
@@ -734,24 +737,15 @@ fn a_journal_wants_services_that_keep_what_they_hold() {
     output(run(&world).args(["--retention", "soon"])).exited(2).silent();
 }
 
-// ---- The README --------------------------------------------------------------------------------
-
-const SECTION: &str = "### A run that survives its process";
-
-/// What stands in the first block of a kind in the README's section.
-fn block(kind: &str) -> String {
-    let readme = fs::read_to_string(repository().join("README.md")).unwrap();
-    let section = readme.split(SECTION).nth(1).expect("the README has the section");
-    let opened = section.split(&format!("```{kind}\n")).nth(1).expect("it has the block");
-    opened.split("```\n").next().unwrap().to_owned()
-}
+// ---- The documentation -------------------------------------------------------------------------
 
 #[test]
-fn a_newcomer_who_follows_the_readme_kills_a_run_and_loses_nothing() {
+fn a_newcomer_who_follows_the_page_kills_a_run_and_loses_nothing() {
     let world = World::new(&json!([]));
+    let (script, printed) = script(&page("docs/embedded.md"), "## A run that survives its process");
     let mut shell = Command::new("bash");
     // Whatever it has started ends with it.
-    let script = format!("trap 'kill -9 $(jobs -p) 2> /dev/null || true' EXIT\n{}", block("sh"));
+    let script = format!("trap 'kill -9 $(jobs -p) 2> /dev/null || true' EXIT\n{script}");
     shell.args(["-euc", &script]).current_dir(world.path("")).env_remove("DTC_LOG");
     let mut path = dtc().get_program().to_owned();
     path = Path::new(&path).parent().unwrap().as_os_str().to_owned();
@@ -762,6 +756,6 @@ fn a_newcomer_who_follows_the_readme_kills_a_run_and_loses_nothing() {
     let n_told = fs::read_to_string(world.path("first.ndjson")).unwrap().matches('\n').count();
     assert!((1..5000).contains(&n_told), "{n_told} were told: the first run was not killed");
     assert!(ended.stderr.contains("j: to be finished: "), "{}", ended.stderr);
-    let wanted = block("text").replace('…', &n_told.to_string());
-    assert_eq!(ended.stdout, wanted, "{}", ended.stderr);
+    let wanted = printed.join("\n").replace('…', &n_told.to_string());
+    assert_eq!(ended.stdout, format!("{wanted}\n"), "{}", ended.stderr);
 }

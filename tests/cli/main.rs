@@ -12,6 +12,8 @@ mod forms;
 mod help;
 mod input;
 mod journal;
+#[path = "../support/pages.rs"]
+mod pages;
 mod readme;
 mod signals;
 mod streams;

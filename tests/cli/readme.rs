@@ -1,15 +1,18 @@
-//! The README's commands print what the README says they print.
+//! The commands of the documentation print what it says they print, on every page.
 //!
 //! A command stands in a fenced block of kind `console`, on a line of its own after `$ `, and what
 //! it prints on stdout stands below it, up to the next command or the end of the block. It goes on
 //! after a line that ends in `\`. A line that is `…` stands for any lines. What goes to stderr, with
-//! its timings, is not part of such a block; a README shows it in a block of kind `text`.
+//! its timings, is not part of such a block; a page shows it in a block of kind `text`.
 //!
-//! Commands that begin with `cargo run --release -- `, or `dtc `, are run, by a shell, in the
+//! Commands begin with `cargo run --release -- `, or `dtc `; they are run, by a shell, in the
 //! repository, with the binary that was built for the tests.
 
-use crate::world::{output, repository};
-use std::{env, fs, path::Path, process::Command};
+use crate::{
+    pages::{blocks, pages},
+    world::{output, repository},
+};
+use std::{env, path::Path, process::Command};
 
 const CARGO_RUN: &str = "cargo run --release -- ";
 const DTC: &str = "dtc ";
@@ -21,23 +24,25 @@ struct Example {
 }
 
 #[test]
-fn the_readmes_commands_print_what_it_says() {
-    let readme = fs::read_to_string(repository().join("README.md"))
-        .expect("the repository has a README.md whose first command is run here");
-    let examples = examples(&readme);
-    let first = examples.first().map(|example| example.command.as_str());
+fn the_commands_of_every_page_print_what_it_says() {
+    let examples: Vec<_> = pages()
+        .into_iter()
+        .flat_map(|page| examples(&page.text).into_iter().map(move |it| (page.path.clone(), it)))
+        .collect();
+    let first = examples.first().map(|(path, example)| (path.as_str(), example.command.as_str()));
     let wanted = format!("{CARGO_RUN}run --services deploy/examples/");
     assert!(
-        first.is_some_and(|first| first.starts_with(&wanted)),
+        first.is_some_and(|(path, first)| path == "README.md" && first.starts_with(&wanted)),
         "the first command of README.md in a block ```console must be `$ {wanted}…`, and is {first:?}"
     );
-    for example in examples {
-        let Some(command) = runnable(&example.command) else { continue };
+    for (path, example) in examples {
+        let command = runnable(&example.command);
+        let command = command.unwrap_or_else(|| panic!("{path}: `{}` is not run", example.command));
         let ended = output(&mut shell(&command)).exited(0);
         let printed: Vec<_> = ended.stdout.lines().collect();
         assert!(
             matches(&example.printed, &printed),
-            "`{}` prints\n{}\nand README.md says\n{}",
+            "`{}` prints\n{}\nand {path} says\n{}",
             example.command,
             ended.stdout,
             example.printed.join("\n")
@@ -73,28 +78,25 @@ fn an_ellipsis_stands_for_any_lines() {
 
 fn examples(text: &str) -> Vec<Example> {
     let mut examples: Vec<Example> = Vec::new();
-    let mut lines = text.lines();
-    let mut in_block = false;
-    while let Some(line) = lines.next() {
-        if !in_block {
-            in_block = line == "```console";
-        } else if line == "```" {
-            in_block = false;
-        } else if let Some(command) = line.strip_prefix("$ ") {
-            let mut command = command.to_owned();
-            while command.ends_with('\\') {
-                command.pop();
-                command.push_str(lines.next().unwrap_or_default());
+    for block in blocks(text).iter().filter(|block| block.kind == "console") {
+        let mut lines = block.lines.iter();
+        while let Some(line) = lines.next() {
+            if let Some(command) = line.strip_prefix("$ ") {
+                let mut command = command.to_owned();
+                while command.ends_with('\\') {
+                    command.pop();
+                    command.push_str(lines.next().map_or("", String::as_str));
+                }
+                examples.push(Example { command, printed: Vec::new() });
+            } else if let Some(example) = examples.last_mut() {
+                example.printed.push(line.to_owned());
             }
-            examples.push(Example { command, printed: Vec::new() });
-        } else if let Some(example) = examples.last_mut() {
-            example.printed.push(line.to_owned());
         }
     }
     examples
 }
 
-/// The command with the binary in place of what builds it; `None`: it is not ours to run.
+/// The command with the binary in place of what builds it; `None`: it is not one of ours.
 fn runnable(command: &str) -> Option<String> {
     let arguments = command.strip_prefix(CARGO_RUN).or_else(|| command.strip_prefix(DTC))?;
     Some(format!("{DTC}{arguments}"))
