@@ -1,0 +1,121 @@
+//! The documentation holds together: every link and anchor has a target, every block is run or says
+//! that it isn't, every page is listed and says what it is for.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
+
+mod links;
+#[path = "../support/pages.rs"]
+mod pages;
+mod service;
+
+use std::fs;
+
+use pages::{SCRIPTS, blocks, blocks_under, page, pages, root};
+
+/// The kinds of blocks that nothing is asked of.
+const SHOWN: [&str; 2] = ["text", "json"];
+
+/// Whose blocks of Rust are compiled, and where.
+const COMPILED: [(&str, &str); 3] = [
+    ("README.md", "src/embedded/mod.rs"),
+    ("docs/producers.md", "src/client/mod.rs"),
+    ("docs/services.md", "tests/docs/service.rs"),
+];
+
+/// How many lines the front page has at most.
+const FRONT_PAGE_MAX: usize = 150;
+
+#[test]
+fn every_block_is_run_or_compiled_or_says_that_it_is_shown_only() {
+    let mut complaints = Vec::new();
+    for page in pages() {
+        for block in blocks(&page.text) {
+            let is_run = match block.kind.as_str() {
+                // tests/cli/readme.rs runs all of them, on every page.
+                "console" => block.lines.iter().any(|line| line.starts_with("$ ")),
+                "sh" => SCRIPTS.iter().any(|(path, heading, _)| {
+                    *path == page.path && block.under.iter().any(|under| under == heading)
+                }),
+                "rust" | "rust,no_run" => COMPILED.iter().any(|(path, _)| *path == page.path),
+                kind => SHOWN.contains(&kind),
+            };
+            if !is_run {
+                let (path, line, kind) = (&page.path, block.line, &block.kind);
+                complaints.push(format!("{path}:{line}: no test runs this block of kind `{kind}`"));
+            }
+        }
+    }
+    assert_none(&complaints);
+}
+
+#[test]
+fn what_runs_a_pages_blocks_is_there() {
+    let mut complaints = Vec::new();
+    let runs = SCRIPTS.iter().map(|(path, _, runner)| (*path, *runner));
+    for (path, runner) in runs.chain(COMPILED) {
+        if !fs::read_to_string(root().join(runner)).unwrap().contains(path) {
+            complaints.push(format!("{runner} does not name {path}"));
+        }
+    }
+    for (path, heading, _) in SCRIPTS {
+        let under = blocks_under(&page(path), heading);
+        if !under.iter().any(|block| block.kind == "sh") {
+            complaints.push(format!("{path}: `{heading}` has no block of kind `sh`"));
+        }
+    }
+    assert_none(&complaints);
+}
+
+#[test]
+fn the_service_that_the_page_shows_is_the_one_that_compiles() {
+    let compiled = fs::read_to_string(root().join("tests/docs/service.rs")).unwrap();
+    let (_, compiled) = compiled.split_once("// ---- docs/services.md ----\n\n").unwrap();
+    let page = page("docs/services.md");
+    let shown: Vec<_> = blocks(&page.text).into_iter().filter(|it| it.kind == "rust").collect();
+    assert_eq!(shown.len(), 1, "one block of Rust");
+    assert_eq!(shown[0].lines.join("\n"), compiled.trim_end());
+}
+
+#[test]
+fn the_front_page_is_read_in_one_sitting() {
+    let lines = page("README.md").text.lines().count();
+    assert!(lines <= FRONT_PAGE_MAX, "README.md has {lines} lines, and {FRONT_PAGE_MAX} at most");
+}
+
+#[test]
+fn every_page_begins_with_what_its_reader_can_do_after_it_and_is_listed() {
+    let index = page("docs/README.md");
+    let mut complaints = Vec::new();
+    for page in pages() {
+        let Some(name) = page.path.strip_prefix("docs/").filter(|name| *name != "README.md") else {
+            continue;
+        };
+        let mut lines = page.text.lines();
+        let is_title = lines.next().is_some_and(|line| line.starts_with("# "));
+        let says_why = lines.nth(1).is_some_and(|line| line.starts_with("After this page you "));
+        if !is_title || !says_why {
+            complaints
+                .push(format!("{}: `# Title`, a blank line, `After this page you …`", page.path));
+        }
+        if !index.text.contains(&format!("]({name})")) {
+            complaints.push(format!("docs/README.md does not list {name}"));
+        }
+    }
+    assert_none(&complaints);
+}
+
+#[test]
+fn the_light_picture_and_the_dark_one_differ_in_colours_only() {
+    let without_colours = |path: &str| {
+        let text = fs::read_to_string(root().join(path)).unwrap();
+        let mut parts = text.split("\"#");
+        let mut rest = parts.next().unwrap().to_owned();
+        rest.extend(parts.map(|part| part.trim_start_matches(|it: char| it.is_ascii_hexdigit())));
+        rest
+    };
+    assert_eq!(without_colours("docs/flow-light.svg"), without_colours("docs/flow-dark.svg"));
+}
+
+fn assert_none(complaints: &[String]) {
+    assert!(complaints.is_empty(), "\n{}\n", complaints.join("\n"));
+}
