@@ -22,6 +22,11 @@ pub mod history;
 mod results;
 mod submission;
 
+// The page's program is an example of the documentation: it is compiled as one.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/producers.md")]
+mod producers {}
+
 use std::{
     convert::Infallible,
     sync::{

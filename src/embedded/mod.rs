@@ -14,6 +14,11 @@ mod report;
 #[cfg(test)]
 mod restarts;
 
+// The front page's program is an example of the documentation: it is compiled and run as one.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+mod front_page {}
+
 use std::{collections::BTreeSet, path::PathBuf, sync::Arc, time::Duration};
 
 use serde_json::Value;
