@@ -15,6 +15,19 @@
 //! All of them are told where the [`Broker`] is, and by which [`Names`] to go there; [`Tls`] is
 //! whom to trust on the way.
 //!
+//! # Features
+//!
+//! | feature | what it is for |
+//! |---|---|
+//! | `client` | submitting transactions: [`Client`] |
+//! | `service` | running an instance of a service: [`serve`] |
+//! | `worker` | running a worker in a program of one's own: [`worker::run`] |
+//! | `embedded` | transactions in one process, without RabbitMQ: [`Embedded`] |
+//! | `cli` | the `dtc` command, and all of the above; this is the default |
+//!
+//! A program names those that it uses, and compiles nothing of the others. A producer depends on
+//! `dtc` with `default-features = false, features = ["client"]`.
+//!
 //! # Layout
 //!
 //! From the ground up; nothing imports from above itself.
@@ -29,43 +42,62 @@
 //! * [`worker`]: what drives a coordinator on a broker.
 //! * [`participant`]: the SDK for services.
 //! * [`client`]: for producers.
-//! * [`input`]: the files of the `dtc` command.
+//! * `input`: the files of the `dtc` command.
 //! * [`embedded`]: both sides in one process.
-//! * [`simulated`]: services that behave as services.json says.
-//! * [`cli`]: the `dtc` command.
+//! * `simulated`: services that behave as services.json says.
+//! * `cli`: the `dtc` command.
 //!
-//! Beside the stairs stands [`config`](mod@config), which only [`cli`] knows.
+//! Beside the stairs stands `config`, which only `cli` knows. Neither is meant for other programs.
 
+#[cfg(any(feature = "worker", feature = "embedded"))]
 mod anomalies;
+#[cfg(feature = "cli")]
+#[doc(hidden)]
 pub mod cli;
+#[cfg(feature = "client")]
 pub mod client;
 pub mod clock;
 pub mod complaint;
+#[cfg(feature = "cli")]
+#[doc(hidden)]
 pub mod config;
+#[cfg(feature = "embedded")]
 pub mod embedded;
 pub mod error;
+#[cfg(feature = "cli")]
 pub mod input;
+#[cfg(feature = "embedded")]
 pub mod journal;
 mod json;
+#[cfg(any(feature = "service", feature = "embedded"))]
 pub mod participant;
 pub mod protocol;
+#[cfg(feature = "cli")]
 pub mod simulated;
 pub mod transport;
 pub mod unique;
 pub mod wire;
+#[cfg(feature = "worker")]
 pub mod worker;
 
+#[cfg(feature = "client")]
+pub use crate::client::{Client, Submission};
+#[cfg(any(feature = "service", feature = "embedded"))]
+pub use crate::participant::{Participant, Verdict};
+#[cfg(feature = "service")]
+pub use crate::participant::{serve::serve, settings::ServeSettings};
+pub use crate::protocol::message::{Outcome, Reason, ReasonCode};
+#[cfg(feature = "amqp")]
+pub use crate::transport::amqp::{
+    connection::Broker,
+    names::{Names, Namespace},
+    tls::{Identity, Pem, Tls},
+};
+#[cfg(feature = "embedded")]
 pub use crate::{
-    client::{Client, Submission},
     embedded::{
         Embedded, InvalidService, InvalidTransaction, RunError, Transaction, TransactionResult, run,
     },
     journal::file::JournalError,
-    participant::{Participant, Service, Verdict, serve::serve, settings::ServeSettings},
-    protocol::message::{Outcome, Reason, ReasonCode},
-    transport::amqp::{
-        connection::Broker,
-        names::{Names, Namespace},
-        tls::{Identity, Pem, Tls},
-    },
+    participant::Service,
 };

@@ -41,7 +41,7 @@ use tokio::{
     time::Instant,
 };
 
-use self::results::{Results, State, reply_token};
+use self::results::{Results, State};
 pub use self::{
     results::ListenError,
     submission::{InvalidSubmission, Submission},
@@ -398,8 +398,9 @@ impl Client {
     }
 
     /// Whether `spec` fits into a message.
+    #[cfg(feature = "cli")]
     pub(crate) fn check(&self, spec: &TransactionSpec) -> Result<(), InvalidSubmission> {
-        self.request(spec, Time::EPOCH, Some(&reply_token())).map(drop)
+        self.request(spec, Time::EPOCH, Some(&results::reply_token())).map(drop)
     }
 
     fn request(

@@ -24,8 +24,10 @@ use std::{collections::BTreeSet, path::PathBuf, sync::Arc, time::Duration};
 use serde_json::Value;
 use tokio::sync::mpsc;
 
+pub(crate) use self::report::Concluded;
+#[cfg(feature = "cli")]
+pub(crate) use self::report::Latencies;
 pub use self::report::{Calls, Report, ServiceReport};
-pub(crate) use self::report::{Concluded, Latencies};
 use self::{
     backend::{FileBackend, MemoryBackend},
     engine::Engine,
@@ -230,6 +232,7 @@ pub struct Embedded {
 #[derive(Debug)]
 enum Journal {
     At(PathBuf),
+    #[cfg(feature = "cli")]
     Opened(Box<Opened>),
 }
 
@@ -329,12 +332,14 @@ impl Embedded {
     }
 
     /// Keeps the journal in a file that is open already.
+    #[cfg(feature = "cli")]
     pub(crate) fn with_journal(mut self, opened: Opened) -> Self {
         self.journal = Some(Journal::Opened(Box::new(opened)));
         self
     }
 
     /// Counts the calls made for each transaction.
+    #[cfg(feature = "cli")]
     pub(crate) fn counting_attempts(mut self) -> Self {
         self.settings.counts_attempts = true;
         self
@@ -475,6 +480,7 @@ impl Embedded {
     async fn open_journal(&mut self, now: Time) -> Result<Option<Opened>, JournalError> {
         let path = match self.journal.take() {
             None => return Ok(None),
+            #[cfg(feature = "cli")]
             Some(Journal::Opened(opened)) => return Ok(Some(*opened)),
             Some(Journal::At(path)) => path,
         };

@@ -27,6 +27,7 @@ pub struct Calls {
 #[derive(Debug)]
 pub(crate) struct Concluded {
     pub(crate) answer: Answer,
+    #[cfg_attr(not(feature = "cli"), expect(dead_code, reason = "`dtc run` alone shows them"))]
     pub(crate) attempts: BTreeMap<ServiceName, Attempts>,
     pub(crate) took: Duration,
 }
@@ -110,6 +111,7 @@ impl Report {
 
     /// Why transactions aborted, the most frequent cause first: its word, the service it happened at,
     /// and how many.
+    #[cfg(feature = "cli")]
     pub(crate) fn causes(&self) -> Vec<(&'static str, Option<&ServiceName>, u64)> {
         let causes = self.causes.iter().map(|((word, at), count)| (*word, at.as_ref(), *count));
         let mut causes: Vec<_> = causes.collect();

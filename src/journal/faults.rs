@@ -17,6 +17,7 @@ static PASSED: AtomicU64 = AtomicU64::new(0);
 static FATAL: OnceLock<u64> = OnceLock::new();
 
 /// From now on the process is to end where the environment says.
+#[cfg(feature = "cli")]
 pub(crate) fn arm() {
     let fatal = std::env::var("DTC_FAULT_POINT").ok().and_then(|point| point.parse().ok());
     if let Some(fatal) = fatal {

@@ -15,11 +15,13 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
+#[cfg(feature = "service")]
+use crate::protocol::ids::StoreId;
 use crate::{
     clock::Clock,
     participant::{AnyParticipant, Error, Finish, InDoubt, Prepare, Verdict},
     protocol::{
-        ids::{Branch, StoreId, TransactionKey},
+        ids::{Branch, TransactionKey},
         participant::{Effect, Event},
         time::Time,
     },
@@ -31,6 +33,7 @@ const VOTE_TIME_MAX: Duration = Duration::from_millis(50);
 
 /// A call that has ended, at the participant with this number.
 pub(crate) struct Ended {
+    #[cfg_attr(not(feature = "embedded"), expect(dead_code, reason = "an instance calls one"))]
     pub(crate) participant: usize,
     pub(crate) event: Event,
 }
@@ -221,6 +224,7 @@ async fn read_store(
 }
 
 /// What the store is called, as soon as it can tell.
+#[cfg(feature = "service")]
 pub(super) async fn name_of_store(
     participant: Arc<dyn AnyParticipant>,
     patience: Duration,

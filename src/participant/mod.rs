@@ -5,17 +5,26 @@
 //! [`protocol::participant`](crate::protocol::participant) and of the loop that drives it.
 
 mod calls;
+#[cfg(feature = "service")]
 pub mod error;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzzing;
+#[cfg(feature = "service")]
 mod health;
+#[cfg(feature = "service")]
 mod inbound;
+#[cfg(feature = "service")]
 mod outbox;
+#[cfg(feature = "service")]
 mod parked;
+#[cfg(feature = "service")]
 pub mod serve;
+#[cfg(feature = "embedded")]
 mod service;
+#[cfg(feature = "service")]
 mod session;
+#[cfg(feature = "service")]
 pub mod settings;
 
 use std::{fmt, future::Future, sync::Arc};
@@ -23,7 +32,10 @@ use std::{fmt, future::Future, sync::Arc};
 use futures_util::future::BoxFuture;
 use serde::de::DeserializeOwned;
 
-pub(crate) use self::calls::{Calls, Ended};
+pub(crate) use self::calls::Calls;
+#[cfg(feature = "embedded")]
+pub(crate) use self::calls::Ended;
+#[cfg(feature = "embedded")]
 pub use self::service::Service;
 pub use crate::protocol::participant::{InDoubt, Verdict};
 use crate::protocol::{
@@ -175,10 +187,12 @@ pub(crate) trait AnyParticipant: Send + Sync {
         Box::pin(std::future::ready(Ok(true)))
     }
 
+    #[cfg(feature = "service")]
     fn remembers_commits(&self) -> bool {
         false
     }
 
+    #[cfg(feature = "service")]
     fn store_id(self: Arc<Self>) -> BoxFuture<'static, Result<Option<StoreId>, Error>> {
         Box::pin(std::future::ready(Ok(None)))
     }
@@ -212,10 +226,12 @@ impl<P: Participant> AnyParticipant for P {
         Participant::has_store(self)
     }
 
+    #[cfg(feature = "service")]
     fn remembers_commits(&self) -> bool {
         Participant::remembers_commits(self)
     }
 
+    #[cfg(feature = "service")]
     fn store_id(self: Arc<Self>) -> BoxFuture<'static, Result<Option<StoreId>, Error>> {
         Box::pin(async move { Participant::store_id(&*self).await })
     }

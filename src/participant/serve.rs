@@ -50,11 +50,11 @@ pub async fn serve(
     settings: ServeSettings,
     stop: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
-    if !Participant::has_store(&participant) {
+    let participant: Arc<dyn AnyParticipant> = Arc::new(participant);
+    if !participant.has_store() {
         return Err(ServeError::NoStore { service: settings.service });
     }
     let mut stop = std::pin::pin!(stop.fuse());
-    let participant: Arc<dyn AnyParticipant> = Arc::new(participant);
     let store = tokio::select! {
         biased;
         () = stop.as_mut() => return Ok(()),

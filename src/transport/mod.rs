@@ -8,5 +8,7 @@
 //! It does *not* promise that a message comes once, or in order, or that a command reaches an
 //! instance that is just going: the protocol needs none of that.
 
+#[cfg(feature = "amqp")]
 pub mod amqp;
+#[cfg(feature = "embedded")]
 pub mod embedded;

@@ -335,6 +335,7 @@ pub fn decode<T: Item>(body: &[u8]) -> Result<Vec<Result<T, Malformed>>, Malform
 
 /// What `understand` makes of the good items of a message, and what is said of the bad ones. More
 /// than ten are only counted: a message of nothing but commas would make a log of its own.
+#[cfg(any(feature = "service", feature = "worker"))]
 pub(crate) fn sorted_out<T, U>(
     items: Vec<Result<T, Malformed>>,
     understand: impl Fn(T) -> Result<U, String>,

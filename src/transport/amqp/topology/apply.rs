@@ -194,6 +194,7 @@ pub async fn apply_topology(
 /// # Errors
 ///
 /// As for [`apply`].
+#[cfg(feature = "cli")]
 pub(crate) async fn apply_until(
     stop: impl Future<Output = ()>,
     broker: &Broker,
