@@ -86,7 +86,11 @@ pub use crate::client::{Client, Submission};
 pub use crate::participant::{Participant, Verdict};
 #[cfg(feature = "service")]
 pub use crate::participant::{serve::serve, settings::ServeSettings};
-pub use crate::protocol::message::{Outcome, Reason, ReasonCode};
+pub use crate::protocol::{
+    ids::{Branch, InvalidName, RequestHash, ServiceName, TransactionKey},
+    message::{Outcome, Reason, ReasonCode},
+    time::Time,
+};
 #[cfg(feature = "amqp")]
 pub use crate::transport::amqp::{
     connection::Broker,

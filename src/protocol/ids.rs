@@ -2,6 +2,29 @@
 //!
 //! A name never says more than which thing is meant. Nothing here makes names up; who needs a new
 //! one (an instance its branches, a worker its own id) is given it or counts.
+//!
+//! # What a service stores
+//!
+//! A service stores what it prepares under its [`TransactionKey`] and its [`Branch`], with its
+//! [`RequestHash`] and its deadline, a [`Time`]; and it must tell them again after a restart. Each has
+//! one text: `to_string` writes it, `parse` reads it and nothing else. These texts are stable: a later
+//! version of this crate writes the same, and reads what an earlier one has written.
+//!
+//! ```
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use dtc::{Branch, RequestHash, Time, TransactionKey};
+//!
+//! let key: TransactionKey = "order-17@1764497314000".parse()?;
+//! let branch: Branch = "i4f0x9k2m1q7z3w8.12".parse()?;
+//! let request_hash: RequestHash = "0f1e2d3c4b5a69788796a5b4c3d2e1f0".parse()?;
+//! let deadline: Time = "1764497319000".parse()?;
+//!
+//! assert_eq!(key.id.as_str(), "order-17");
+//! assert_eq!(key.to_string(), "order-17@1764497314000");
+//! # let _ = (branch, request_hash, deadline);
+//! # Ok(())
+//! # }
+//! ```
 
 use std::{
     cmp::Ordering,
@@ -21,6 +44,12 @@ pub struct InvalidName {
     pub value: String,
     /// The rule it breaks.
     pub rule: &'static str,
+}
+
+impl InvalidName {
+    fn of(what: &'static str, text: &str, rule: &'static str) -> Self {
+        Self { what, value: text.chars().take(64).collect(), rule }
+    }
 }
 
 impl fmt::Display for InvalidName {
@@ -150,8 +179,7 @@ macro_rules! names {
                 if (1..=$max).contains(&text.len()) && text.bytes().all(allowed) {
                     return Ok(Self(text.into()));
                 }
-                let value = text.chars().take(64).collect();
-                Err(InvalidName { what: $what, value, rule: Self::RULE })
+                Err(InvalidName::of($what, text, Self::RULE))
             }
 
             /// The name as text.
@@ -205,7 +233,10 @@ impl TransactionId {
 }
 
 /// One run of a service's prepare for a transaction. Made by the instance that runs it, stored with
-/// what it prepared, and named by the decision that commits it. As text: `<instance>.<number>`.
+/// what it prepared, and named by the decision that commits it.
+///
+/// As text it is `<instance>.<number>`, the number in decimal and without leading zeros. This form is
+/// stable.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Branch {
     instance: InstanceId,
@@ -229,8 +260,7 @@ impl Branch {
             let number = number.parse().ok().filter(|_| canonical)?;
             Some(Self { instance: InstanceId::parse(instance).ok()?, number })
         });
-        let value = || text.chars().take(64).collect();
-        parts.ok_or_else(|| InvalidName { what: "branch", value: value(), rule: Self::RULE })
+        parts.ok_or_else(|| InvalidName::of("branch", text, Self::RULE))
     }
 
     /// The instance that made it.
@@ -250,6 +280,14 @@ impl fmt::Display for Branch {
     }
 }
 
+impl std::str::FromStr for Branch {
+    type Err = InvalidName;
+
+    fn from_str(text: &str) -> Result<Self, InvalidName> {
+        Self::parse(text)
+    }
+}
+
 impl fmt::Debug for Branch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
@@ -257,6 +295,9 @@ impl fmt::Debug for Branch {
 }
 
 /// What names a transaction everywhere and in every message.
+///
+/// As text it is `<id>@<requested_at>`, the moment in milliseconds since the Unix epoch, in decimal and
+/// without leading zeros. No id has an `@`. This form is stable.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TransactionKey {
     /// What the producer calls it.
@@ -265,9 +306,35 @@ pub struct TransactionKey {
     pub requested_at: Time,
 }
 
+impl TransactionKey {
+    /// What a transaction's key looks like.
+    pub const RULE: &'static str = "[A-Za-z0-9._:-]{1,128}@(0|[1-9][0-9]{0,19})";
+
+    /// Checks `text` against [`Self::RULE`].
+    ///
+    /// # Errors
+    ///
+    /// The text is not that of a key.
+    pub fn parse(text: &str) -> Result<Self, InvalidName> {
+        let parts = text.split_once('@').and_then(|(id, requested_at)| {
+            let requested_at = Time::parse(requested_at).ok()?;
+            Some(Self { id: TransactionId::parse(id).ok()?, requested_at })
+        });
+        parts.ok_or_else(|| InvalidName::of("transaction key", text, Self::RULE))
+    }
+}
+
 impl fmt::Display for TransactionKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}@{}", self.id, self.requested_at.as_millis())
+        write!(f, "{}@{}", self.id, self.requested_at)
+    }
+}
+
+impl std::str::FromStr for TransactionKey {
+    type Err = InvalidName;
+
+    fn from_str(text: &str) -> Result<Self, InvalidName> {
+        Self::parse(text)
     }
 }
 
@@ -279,8 +346,50 @@ impl fmt::Debug for TransactionKey {
 
 /// A digest of a request's services and data: what tells a retry from another request under the
 /// same id.
+///
+/// As text it is 32 hexadecimal digits in lower case. This form is stable.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RequestHash(pub [u8; 16]);
+
+impl RequestHash {
+    /// What a digest looks like.
+    pub const RULE: &'static str = "[0-9a-f]{32}";
+
+    /// Checks `text` against [`Self::RULE`].
+    ///
+    /// # Errors
+    ///
+    /// The text is not that of a digest.
+    pub fn parse(text: &str) -> Result<Self, InvalidName> {
+        digits_of(text).map(Self).ok_or_else(|| InvalidName::of("request hash", text, Self::RULE))
+    }
+}
+
+/// The bytes that `text` writes in hexadecimal, each with two digits.
+fn digits_of(text: &str) -> Option<[u8; 16]> {
+    let nibble = |byte: u8| match byte {
+        b'0'..=b'9' => Some(byte - b'0'),
+        b'a'..=b'f' => Some(byte - b'a' + 10),
+        _ => None,
+    };
+    let mut bytes = [0; 16];
+    let (pairs, rest) = text.as_bytes().as_chunks::<2>();
+    if pairs.len() != bytes.len() || !rest.is_empty() {
+        return None;
+    }
+    for (byte, [high, low]) in bytes.iter_mut().zip(pairs) {
+        *byte = nibble(*high)? << 4 | nibble(*low)?;
+    }
+    Some(bytes)
+}
+
+impl std::str::FromStr for RequestHash {
+    type Err = InvalidName;
+
+    fn from_str(text: &str) -> Result<Self, InvalidName> {
+        Self::parse(text)
+    }
+}
 
 impl fmt::Display for RequestHash {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -296,7 +405,9 @@ impl fmt::Debug for RequestHash {
 
 #[cfg(test)]
 mod tests {
-    use super::{Branch, InstanceId, ServiceName, TransactionId};
+    use super::{
+        Branch, InstanceId, RequestHash, ServiceName, Time, TransactionId, TransactionKey,
+    };
 
     #[test]
     fn names_keep_to_their_characters_and_lengths() {
@@ -327,5 +438,70 @@ mod tests {
         {
             assert!(Branch::parse(bad).is_err(), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn a_key_and_its_text_are_one() {
+        for id in ["a", "order:17.b-2_c", &"x".repeat(128)] {
+            for millis in [0, 1_764_497_314_000, u64::MAX] {
+                let id = TransactionId::parse(id).unwrap();
+                let key = TransactionKey { id, requested_at: Time::from_millis(millis) };
+                assert_eq!(TransactionKey::parse(&key.to_string()), Ok(key));
+            }
+        }
+        for bad in ["", "a", "a@", "@1", "a@01", "a@+1", "a@1@2", "a b@1", "a@1ms", "a@1 "] {
+            assert!(TransactionKey::parse(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_request_hash_and_its_text_are_one() {
+        for byte in 0..=u8::MAX {
+            let mut hash = RequestHash([byte; 16]);
+            hash.0[0] = 0x0f;
+            assert_eq!(RequestHash::parse(&hash.to_string()), Ok(hash));
+        }
+        let good = "0f1e2d3c4b5a69788796a5b4c3d2e1f0";
+        assert!(RequestHash::parse(good).is_ok());
+        let bad =
+            [&good[1..], &good.replace('f', "F"), &good.replace('f', "g"), "", &good.repeat(2)];
+        for bad in bad {
+            assert!(RequestHash::parse(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn the_texts_that_services_have_stored_are_written_and_read_as_ever() {
+        for key in ["order-17@1764497314000", "a.b:c_d@0"] {
+            assert_eq!(key.parse::<TransactionKey>().map(|it| it.to_string()).as_deref(), Ok(key));
+        }
+        let branch = "i4f0x9k2m1q7z3w8.12";
+        assert_eq!(branch.parse::<Branch>().map(|it| it.to_string()).as_deref(), Ok(branch));
+        let hash = "0f1e2d3c4b5a69788796a5b4c3d2e1f0";
+        assert_eq!(hash.parse::<RequestHash>().map(|it| it.to_string()).as_deref(), Ok(hash));
+        let key = TransactionKey {
+            id: TransactionId::parse("order-17").unwrap(),
+            requested_at: Time::from_millis(1_764_497_314_000),
+        };
+        assert_eq!(key.to_string(), "order-17@1764497314000");
+        assert_eq!(Branch::of(&InstanceId::parse("i").unwrap(), 12).to_string(), "i.12");
+        assert_eq!(RequestHash([0xa0; 16]).to_string(), "a0".repeat(16));
+    }
+
+    #[test]
+    fn a_text_that_is_no_key_branch_or_hash_is_shown_with_the_rule() {
+        let complaints = [
+            TransactionKey::parse("order-17").unwrap_err(),
+            Branch::parse("i-12").unwrap_err(),
+            RequestHash::parse("0F").unwrap_err(),
+        ];
+        assert_eq!(
+            complaints.map(|it| it.to_string()),
+            [
+                r#"transaction key "order-17" must match [A-Za-z0-9._:-]{1,128}@(0|[1-9][0-9]{0,19})"#,
+                r#"branch "i-12" must match [A-Za-z0-9_-]{1,64}[.](0|[1-9][0-9]{0,19})"#,
+                r#"request hash "0F" must match [0-9a-f]{32}"#,
+            ]
+        );
     }
 }

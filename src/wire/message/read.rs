@@ -209,8 +209,8 @@ impl Reader {
         path: &Path<'_>,
         value: &Value<'_>,
     ) -> Option<RequestHash> {
-        let hash = hash_of(self.check.string(path, value)?);
-        self.matching(path, value, "[0-9a-f]{32}", hash)
+        let hash = RequestHash::parse(self.check.string(path, value)?).ok();
+        self.matching(path, value, RequestHash::RULE, hash)
     }
 
     pub(super) fn outcome(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<Outcome> {
@@ -326,21 +326,4 @@ fn known<T: Clone>(
             Some(name)
         }
     }
-}
-
-fn hash_of(text: &str) -> Option<RequestHash> {
-    let nibble = |byte: u8| match byte {
-        b'0'..=b'9' => Some(byte - b'0'),
-        b'a'..=b'f' => Some(byte - b'a' + 10),
-        _ => None,
-    };
-    let mut hash = [0; 16];
-    let (pairs, rest) = text.as_bytes().as_chunks::<2>();
-    if pairs.len() != hash.len() || !rest.is_empty() {
-        return None;
-    }
-    for (byte, [high, low]) in hash.iter_mut().zip(pairs) {
-        *byte = nibble(*high)? << 4 | nibble(*low)?;
-    }
-    Some(RequestHash(hash))
 }
