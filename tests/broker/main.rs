@@ -16,6 +16,7 @@ mod client;
 mod coming_up;
 mod crash;
 mod direct;
+mod examples;
 mod frames;
 mod hostile;
 mod journal;
