@@ -249,7 +249,9 @@ impl JournalWriter {
     /// The first `n_safe` entries are on the disk: what is decided by that.
     pub(super) fn safe(&mut self, n_safe: u64) -> Vec<Arc<Decision>> {
         let mut decided = Vec::new();
-        while let Some((_, decision)) = self.awaited.pop_front_if(|(n, _)| *n <= n_safe) {
+        while self.awaited.front().is_some_and(|(n, _)| *n <= n_safe)
+            && let Some((_, decision)) = self.awaited.pop_front()
+        {
             if let Some(open) = self.open.get_mut(&decision.key) {
                 open.decision.get_or_insert_with(|| Arc::clone(&decision));
             }

@@ -260,7 +260,8 @@ impl Broker {
         let mut failed: Option<E> = None;
         loop {
             let now = Instant::now();
-            let tried = untried.pop_front_if(|(from, _)| *from <= now).map(|(_, host)| host);
+            let is_due = untried.front().is_some_and(|(from, _)| *from <= now);
+            let tried = is_due.then(|| untried.pop_front()).flatten().map(|(_, host)| host);
             match tried {
                 Some(host) => trying.push(open(host).map(move |opened| (host, opened))),
                 None if trying.is_empty() => break,

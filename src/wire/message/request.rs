@@ -147,7 +147,10 @@ fn lines(complaints: &Complaints) -> Vec<String> {
 
 fn shortened(mut reason: String) -> String {
     if reason.len() > REASON_MAX {
-        let end = reason.floor_char_boundary(REASON_MAX - '…'.len_utf8());
+        let mut end = REASON_MAX - '…'.len_utf8();
+        while !reason.is_char_boundary(end) {
+            end -= 1;
+        }
         reason.truncate(end);
         reason.push('…');
     }
