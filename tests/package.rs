@@ -1,9 +1,13 @@
-//! What this crate is to who depends on it: what each of its features brings along, and what is in
-//! its package.
+//! What this crate is to who depends on it: what each of its features brings along, what is in its
+//! package, and which version it says it is.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
-use std::{collections::BTreeSet, process::Command};
+use std::{collections::BTreeSet, fs, path::Path, process::Command};
+
+#[path = "../build.rs"]
+#[expect(dead_code, clippy::print_stdout, reason = "cargo runs it, and listens to what it prints")]
+mod build;
 
 /// What only the command needs.
 const OF_THE_COMMAND: [&str; 7] =
@@ -39,6 +43,87 @@ fn who_asks_for_nothing_gets_everything() {
     for all in [&OF_THE_COMMAND[..], &OF_THE_BROKER, &OF_EMBEDDED] {
         assert_eq!(among(&brought, all), all);
     }
+}
+
+#[test]
+fn the_package_has_what_it_is_built_from_and_nothing_that_tests_it() {
+    let listed = cargo(&["package", "--list", "--allow-dirty"]);
+    let packaged: BTreeSet<&str> = listed.lines().collect();
+    let at_the_top: Vec<_> = packaged.iter().copied().filter(|path| !path.contains('/')).collect();
+    let of_cargo = [".cargo_vcs_info.json", "Cargo.toml.orig"];
+    let wanted =
+        ["Cargo.lock", "Cargo.toml", "LICENSE-APACHE", "LICENSE-MIT", "README.md", "build.rs"];
+    let unexpected: Vec<_> = at_the_top
+        .into_iter()
+        .filter(|path| !of_cargo.contains(path) && !wanted.contains(path))
+        .collect();
+    assert_eq!(unexpected, [""; 0]);
+    for path in wanted.iter().chain(&["deploy/dtc.toml", "src/lib.rs", "src/main.rs"]) {
+        assert!(packaged.contains(path), "{path} is missing");
+    }
+    let directories: BTreeSet<_> =
+        packaged.iter().filter_map(|path| path.split_once('/')).collect();
+    let directories: BTreeSet<_> =
+        directories.into_iter().map(|(directory, _)| directory).collect();
+    assert_eq!(directories, BTreeSet::from(["deploy", "examples", "src"]));
+}
+
+#[test]
+fn the_oldest_compiler_is_stated_once_and_no_newer_than_the_one_in_use() {
+    let stated = |file: &str, before: &str| {
+        let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(file)).unwrap();
+        let (_, after) = text.split_once(before).unwrap();
+        let version = after.split('"').next().unwrap();
+        version.split('.').map(|number| number.parse().unwrap()).collect::<Vec<u32>>()
+    };
+    let oldest = stated("Cargo.toml", "\nrust-version = \"");
+    assert_eq!(stated("tests/fuzz/Cargo.toml", "\nrust-version = \""), oldest);
+    assert!(oldest <= stated("rust-toolchain.toml", "\nchannel = \""), "{oldest:?}");
+}
+
+#[test]
+fn a_version_names_the_commit_that_is_given_packaged_or_checked_out() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let version = |given| build::version("1.2.3", directory, given);
+    assert_eq!(version(None), "1.2.3", "nobody knows");
+    assert_eq!(version(Some("")), "1.2.3", "an image that was built without being told");
+    assert_eq!(version(Some("abc123")), "1.2.3 (abc123)");
+
+    let info = "{\n  \"git\": {\n    \"sha1\": \"0123456789abcdef0123\"\n  }\n}";
+    fs::write(directory.join(".cargo_vcs_info.json"), info).unwrap();
+    assert_eq!(version(None), "1.2.3 (0123456789ab)");
+    fs::remove_file(directory.join(".cargo_vcs_info.json")).unwrap();
+
+    // Then nobody knows.
+    if Command::new("git").arg("--version").output().is_err() {
+        return;
+    }
+    fs::create_dir(directory.join("src")).unwrap();
+    fs::write(directory.join("src/lib.rs"), "").unwrap();
+    let git = |arguments: &[&str]| {
+        let mut command = Command::new("git");
+        command.args(["-c", "user.name=n", "-c", "user.email=e"]).args(arguments);
+        let output = command.current_dir(directory).output().unwrap();
+        assert!(output.status.success(), "{command:?}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    git(&["init", "--quiet"]);
+    assert_eq!(version(None), "1.2.3", "nothing is committed yet");
+    git(&["add", "."]);
+    git(&["commit", "--quiet", "--no-gpg-sign", "-m", "first"]);
+    let commit = git(&["rev-parse", "HEAD"])[..12].to_owned();
+    assert_eq!(version(None), format!("1.2.3 ({commit})"));
+    fs::write(directory.join("notes"), "no source").unwrap();
+    assert_eq!(version(None), format!("1.2.3 ({commit})"));
+    fs::write(directory.join("src/lib.rs"), "//!").unwrap();
+    assert_eq!(version(None), format!("1.2.3 ({commit}, modified)"));
+    let vendored = directory.join("src");
+    assert_eq!(
+        build::version("1.2.3", &vendored, None),
+        "1.2.3",
+        "the commit is of something else"
+    );
 }
 
 /// The crates that are compiled for who depends on this one with these flags.

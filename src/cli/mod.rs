@@ -44,7 +44,8 @@ const TOLD_WITHIN: Duration = Duration::from_secs(1);
 
 /// Commits a transaction at every service involved, or at none.
 #[derive(Debug, Parser)]
-#[command(name = "dtc", version, arg_required_else_help = true, max_term_width = 100)]
+#[command(name = "dtc", version = env!("DTC_VERSION"))]
+#[command(arg_required_else_help = true, max_term_width = 100)]
 #[command(
     after_help = "Exit codes: 0 done, whatever the statuses; 1 not everything could be done; \
                         2 usage; 65 bad data; 69 broker unavailable; 77 refused by the broker; \

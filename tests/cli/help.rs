@@ -1,5 +1,7 @@
 //! What the command says about itself, and about being called wrongly.
 
+use std::process::Command;
+
 use crate::world::{World, assert_golden, dtc, output, transaction};
 use serde_json::json;
 
@@ -23,9 +25,26 @@ fn without_arguments_the_help_is_shown_as_an_error() {
 }
 
 #[test]
-fn the_version_is_the_crates() {
+fn the_version_is_the_crates_and_names_the_commit_where_there_is_one() {
     let ended = output(dtc().arg("--version")).exited(0).saying("");
-    assert_eq!(ended.stdout, format!("dtc {}\n", env!("CARGO_PKG_VERSION")));
+    let own = format!("dtc {}", env!("CARGO_PKG_VERSION"));
+    let Some(named) = ended.stdout.trim_end().strip_prefix(&own) else {
+        panic!("{}", ended.stdout)
+    };
+    let git = |arguments: &[&str]| {
+        let repository = env!("CARGO_MANIFEST_DIR");
+        Command::new("git").args(arguments).current_dir(repository).output()
+    };
+    // Nothing but a clone knows, and nobody but git.
+    let is_known = git(&["rev-parse", "--verify", "HEAD"]).is_ok_and(|it| it.status.success());
+    if !is_known {
+        assert_eq!(named, "");
+        return;
+    }
+    let commit =
+        named.trim_start_matches(" (").trim_end_matches(')').trim_end_matches(", modified");
+    let found = git(&["rev-parse", "--verify", &format!("{commit}^{{commit}}")]).unwrap();
+    assert!(commit.len() == 12 && found.status.success(), "`{named}` names no commit");
 }
 
 #[test]
