@@ -13,7 +13,11 @@ use std::{
 use anyhow::Context as _;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard};
-use tracing_subscriber::{EnvFilter, filter::LevelFilter, fmt::MakeWriter};
+use tracing_subscriber::{
+    filter::{LevelFilter, Targets},
+    fmt::{self, MakeWriter},
+    layer::SubscriberExt as _,
+};
 
 use crate::cli::plain;
 
@@ -78,15 +82,14 @@ pub(super) fn log_above(bar: &ProgressBar, level: LevelFilter) -> Logging {
     let writer = Lossy { lost: waiting.error_counter(), waiting, told: Arc::default() };
     // The libraries below have their own opinion of what is an error, and lapin would show what it
     // sends, passwords included.
-    let filter = EnvFilter::new(format!("off,dtc={level}"));
-    let subscriber = tracing_subscriber::fmt()
-        .with_env_filter(filter)
+    let filter = Targets::new().with_target("dtc", level);
+    let lines = fmt::layer()
         .with_writer(writer)
         .with_ansi(io::stderr().is_terminal())
         .with_target(false)
         // It would say that stderr is gone on stderr, and panic.
-        .log_internal_errors(false)
-        .finish();
+        .log_internal_errors(false);
+    let subscriber = tracing_subscriber::registry().with(filter).with(lines);
     // A second subscriber can't be set; the first one serves.
     let _ = tracing::subscriber::set_global_default(subscriber);
     Logging(guard)
