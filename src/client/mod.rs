@@ -133,6 +133,7 @@ impl HasWorked {
 
 /// A request was not handed over, as far as is known.
 #[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
 pub enum SubmitError {
     /// It can't be sent as it is.
     #[error("invalid transaction")]
@@ -168,6 +169,7 @@ pub enum SubmitError {
 
 /// There is no answer.
 #[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
 pub enum WaitError {
     /// The request was not handed over.
     #[error(transparent)]

@@ -71,6 +71,7 @@ pub(super) enum State {
 
 /// Results can't be listened for.
 #[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ListenError {
     /// No connection.
     #[error("no connection to listen on")]

@@ -31,6 +31,7 @@ pub struct Submission {
 
 /// A transaction that can't be sent as it is.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum InvalidSubmission {
     /// Its id or one of its services has a name that is not one.
     #[error(transparent)]

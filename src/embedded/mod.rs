@@ -107,6 +107,7 @@ pub struct TransactionResult {
 
 /// A transaction that can't be run as it is.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum InvalidTransaction {
     /// Its id or one of its services has a name that is not one.
     #[error(transparent)]
@@ -133,6 +134,7 @@ pub enum InvalidTransaction {
 
 /// A service that can't be used as it is.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum InvalidService {
     /// Its name is not one.
     #[error(transparent)]
@@ -153,6 +155,7 @@ pub enum InvalidService {
 
 /// A run that can't begin, or can't go on.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum RunError {
     /// A service can't be used as it is.
     #[error("invalid service")]

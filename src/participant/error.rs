@@ -12,6 +12,7 @@ use crate::{
 
 /// Why a service can't be served.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ServeError {
     /// The participant has no store: what it prepares would end with its process, while the broker
     /// and the workers rely on it.
@@ -56,6 +57,7 @@ pub enum ServeError {
 
 /// An instance could not take its place at the broker.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum OpenError {
     /// No connection.
     #[error("failed to connect")]

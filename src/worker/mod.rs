@@ -137,6 +137,7 @@ impl Tally {
 
 /// A worker can't work.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum WorkerError {
     /// The broker doesn't let it in.
     #[error("the broker refuses this worker")]

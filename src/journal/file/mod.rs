@@ -77,6 +77,7 @@ const TRIES: usize = 100;
 
 /// A journal can't be kept in a file.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum JournalError {
     /// There is no such file, and none can be made; or it may not be written.
     #[error("failed to open the journal `{}`", path.display())]

@@ -132,6 +132,7 @@ impl Deref for BrokerConnection {
 
 /// No host let us in. It tells of the one that was tried last, or of the one that refused us.
 #[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ConnectError {
     /// The broker refuses this user, or this virtual host.
     #[error("refused by the broker at {host}")]

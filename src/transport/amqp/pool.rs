@@ -34,6 +34,7 @@ pub struct Channels {
 
 /// A message could not be handed to the broker.
 #[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
 pub enum PublishError {
     /// No connection.
     #[error("no connection to publish on")]

@@ -84,6 +84,7 @@ fn place(file: Option<&Path>) -> String {
 
 /// An [`Identity`] that shows nothing.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum InvalidIdentity {
     /// The certificate can't be had.
     #[error("unusable client certificate")]
@@ -95,6 +96,7 @@ pub enum InvalidIdentity {
 
 /// There is no connection over TLS that could be trusted, or none that the broker wants.
 #[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum TlsError {
     /// The CAs to be trusted can't be had.
     #[error("unusable CA certificates")]

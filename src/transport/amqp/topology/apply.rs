@@ -68,6 +68,7 @@ pub struct Begun {
 
 /// The topology was not applied, or not as a whole.
 #[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum TopologyError {
     /// No connection.
     #[error(transparent)]
