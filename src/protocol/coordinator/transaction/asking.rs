@@ -6,7 +6,7 @@ use std::{sync::Arc, time::Duration};
 use crate::protocol::{
     coordinator::{
         Anomaly, Context, Effect,
-        flow::Flow,
+        admission::Flow,
         transaction::{Part, Phase, Standing, Transaction},
     },
     ids::ServiceName,

@@ -1,0 +1,89 @@
+//! What becomes of a request when it comes: it is rejected, joins a transaction in flight, is
+//! answered with what the journal says, or begins a transaction.
+
+use crate::protocol::{
+    coordinator::{Anomaly, Coordinator, Effect, Settings, reject, transaction::Transaction},
+    ids::TransactionKey,
+    journal::Recall,
+    message::{Delivery, ReasonCode, Request},
+    time::Time,
+};
+
+impl Coordinator {
+    pub(super) fn request_received(
+        &mut self,
+        now: Time,
+        request: Request,
+        delivery: Delivery,
+        deliveries: u32,
+        effects: &mut Vec<Effect>,
+    ) {
+        if self.draining {
+            return effects.push(Effect::Release(delivery));
+        }
+        let Settings { clock_margin, deliveries_max, .. } = self.shared.settings;
+        if request.key.requested_at > now + clock_margin {
+            return reject(request, delivery, ReasonCode::Invalid, effects);
+        }
+        let key = request.key.clone();
+        let in_flight = self.same_id_in_flight(&key);
+        if in_flight.as_ref() == Some(&key) {
+            return self.attach(now, &key, request, (delivery, deliveries), effects);
+        }
+        let (recall, earlier) = self.view.recall_or_namesake(&key, clock_margin);
+        // What has an outcome of its own, or may have one, is no retry of another's.
+        if recall == Recall::Absent
+            && let Some(earlier) = in_flight
+        {
+            // What others have done for the earlier one they did for its own requests.
+            return self.attach(now, &earlier, request, (delivery, 1), effects);
+        }
+        let decided = match &recall {
+            Recall::Found(first) => Some(first),
+            Recall::Absent | Recall::OutOfSight => earlier.as_ref(),
+        };
+        if decided.is_some_and(|first| first.request_hash != request.request_hash) {
+            return reject(request, delivery, ReasonCode::IdReused, effects);
+        }
+        let transaction = Transaction::new(request, delivery, deliveries, deliveries_max);
+        self.transactions.insert(&key, Box::new(transaction));
+        match (recall, earlier) {
+            (Recall::Found(first), _) => {
+                self.with(now, &key, effects, |it, cx| it.adopt(&first, cx));
+            }
+            (Recall::Absent, Some(earlier)) => {
+                self.with(now, &key, effects, |it, cx| it.answer_as(&earlier, cx));
+            }
+            (Recall::Absent, None) => self.with(now, &key, effects, Transaction::start),
+            (Recall::OutOfSight, _) => self.look_further_back(&key, effects),
+        }
+    }
+
+    /// The transaction in flight under this id: this very one, or else one that this is a careless
+    /// retry of.
+    fn same_id_in_flight(&self, key: &TransactionKey) -> Option<TransactionKey> {
+        let mut times = self.transactions.of_id(&key.id).map(|(requested_at, _)| requested_at);
+        let first = times.next()?;
+        let exact = first == key.requested_at || times.any(|at| at == key.requested_at);
+        let requested_at = if exact { key.requested_at } else { first };
+        Some(TransactionKey { id: key.id.clone(), requested_at })
+    }
+
+    fn attach(
+        &mut self,
+        now: Time,
+        to: &TransactionKey,
+        request: Request,
+        (delivery, deliveries): (Delivery, u32),
+        effects: &mut Vec<Effect>,
+    ) {
+        self.with(now, to, effects, |it, cx| {
+            if it.request().request_hash == request.request_hash {
+                cx.effects.push(Effect::Report(Anomaly::DuplicateRequest(request.key)));
+                it.attach(delivery, deliveries, cx);
+            } else {
+                reject(request, delivery, ReasonCode::IdReused, cx.effects);
+            }
+        });
+    }
+}
