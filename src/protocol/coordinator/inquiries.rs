@@ -1,37 +1,139 @@
-//! Inquiries about transactions that this worker doesn't work on.
+//! Inquiries about transactions that this worker doesn't work on. Asking is deciding: what nobody has
+//! decided by its deadline is aborted.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::protocol::{
-    coordinator::{Anomaly, Context, Coordinator, Effect, Shared},
+    coordinator::{Anomaly, Context, Effect, Work},
+    deadlines::Deadlines,
     ids::{InstanceId, RequestHash, ServiceName, TransactionKey},
     journal::Recall,
     message::{Decision, Inquiry, Outcome, Reason, ReasonCode},
     time::Time,
 };
 
-/// An inquiry about a transaction that this worker doesn't work on.
-#[derive(Clone, PartialEq, Eq, Hash, Debug)]
-pub(super) struct Inquest {
-    request_hash: RequestHash,
-    askers: BTreeSet<(ServiceName, InstanceId)>,
-    pub(super) deadline: Time,
-    /// When to propose again; `None`: it is being looked up.
-    pub(super) propose_at: Option<Time>,
-    pub(super) due: Option<Time>,
+/// The inquiries that wait for an answer.
+#[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
+pub(super) struct Inquiries {
+    pending: BTreeMap<TransactionKey, PendingInquiry>,
+    deadlines: Deadlines,
 }
 
-impl Coordinator {
-    pub(super) fn inquiry_received(
+/// What has been asked about one transaction.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+struct PendingInquiry {
+    request_hash: RequestHash,
+    askers: BTreeSet<(ServiceName, InstanceId)>,
+    deadline: Time,
+    /// Whether an abort was proposed; if not, it is being looked up.
+    is_proposed: bool,
+    /// When to propose again: its entry among the deadlines.
+    due: Option<Time>,
+}
+
+impl Inquiries {
+    /// The soonest moment at which one of them wants to be looked at again.
+    pub(super) fn next_deadline(&self) -> Option<Time> {
+        self.deadlines.next()
+    }
+
+    /// Whether this is the first that is asked about the transaction.
+    fn open(&mut self, inquiry: Inquiry, cx: &mut Context<'_>) -> bool {
+        let asker = (inquiry.service, inquiry.instance);
+        let inquiries_max = cx.settings().inquiries_max;
+        if let Some(pending) = self.pending.get_mut(&inquiry.key) {
+            // What few instances hold one transaction is bounded by its services; a flood is not.
+            if pending.askers.len() < inquiries_max {
+                pending.askers.insert(asker);
+            }
+            return false;
+        }
+        if self.pending.len() >= inquiries_max {
+            cx.effects.push(Effect::Report(Anomaly::InquiryDropped(inquiry.key)));
+            return false;
+        }
+        let pending = PendingInquiry {
+            request_hash: inquiry.request_hash,
+            askers: BTreeSet::from([asker]),
+            deadline: inquiry.deadline,
+            is_proposed: false,
+            due: None,
+        };
+        self.pending.insert(inquiry.key, pending);
+        true
+    }
+
+    fn propose_abort(&mut self, key: &TransactionKey, cx: &mut Context<'_>) {
+        let Some(pending) = self.pending.get_mut(key) else { return };
+        pending.is_proposed = true;
+        let at = cx.now + cx.settings().append_timeout;
+        self.deadlines.wake_by(key, &mut pending.due, at);
+        cx.effects.push(Effect::Append(Decision {
+            key: key.clone(),
+            request_hash: pending.request_hash,
+            outcome: Outcome::Aborted,
+            branches: Vec::new(),
+            reason: Some(Reason { code: ReasonCode::Deadline, service: None, message: None }),
+            decided_at: cx.now,
+            worker: cx.settings().worker.clone(),
+        }));
+    }
+
+    /// The first record of a transaction was read.
+    pub(super) fn first_read(&mut self, first: &Decision, cx: &mut Context<'_>) {
+        // Until it has been looked up, an earlier record may be the outcome.
+        if self.pending.get(&first.key).is_some_and(|it| it.is_proposed) {
+            self.answer(first, cx);
+        }
+    }
+
+    /// The transaction was looked up further back. `is_complete`: without a gap, so that `first` is
+    /// its first record, if it has one.
+    pub(super) fn recalled(
         &mut self,
-        now: Time,
-        inquiry: Inquiry,
-        effects: &mut Vec<Effect>,
+        key: &TransactionKey,
+        first: Option<&Decision>,
+        is_complete: bool,
+        cx: &mut Context<'_>,
     ) {
+        let Some(pending) = self.pending.get(key).filter(|it| !it.is_proposed) else { return };
+        let is_due = pending.deadline < cx.now;
+        match first {
+            Some(first) => self.answer(first, cx),
+            None if is_complete && is_due => self.propose_abort(key, cx),
+            None => drop(self.close(key)),
+        }
+    }
+
+    fn answer(&mut self, first: &Decision, cx: &mut Context<'_>) {
+        let Some(pending) = self.close(&first.key) else { return };
+        for (service, instance) in pending.askers {
+            cx.tell(first, &service, instance);
+        }
+    }
+
+    fn close(&mut self, key: &TransactionKey) -> Option<PendingInquiry> {
+        let mut pending = self.pending.remove(key)?;
+        self.deadlines.disarm(key, &mut pending.due);
+        Some(pending)
+    }
+
+    pub(super) fn deadline_reached(&mut self, cx: &mut Context<'_>) {
+        for key in self.deadlines.take_due(cx.now) {
+            if let Some(pending) = self.pending.get_mut(&key) {
+                pending.due = None;
+                self.propose_abort(&key, cx);
+            }
+        }
+    }
+}
+
+impl Work {
+    pub(super) fn inquiry_received(&mut self, inquiry: Inquiry, cx: &mut Context<'_>) {
         let key = inquiry.key.clone();
         if let Some(it) = self.transactions.get(&key) {
             let is_ours = it.request().request_hash == inquiry.request_hash;
-            return self.with(now, &key, effects, |it, cx| match it.is_undecided() {
+            return self.with(&key, cx, |it, cx| match it.is_undecided() {
                 // It holds something. Whether that is prepared, or what a failed prepare has left,
                 // only its vote can say.
                 true if is_ours => it.query(&inquiry.service, inquiry.instance, cx),
@@ -39,92 +141,24 @@ impl Coordinator {
                 false => it.answer_inquiry(inquiry, cx),
             });
         }
-        let cx = &mut Context { now, shared: &mut self.shared, effects };
         let margin = cx.settings().clock_margin;
         // Nobody can hold it yet. A record of it, made before those who look for one begin to read,
         // would be missed by them.
-        let is_ahead = key.requested_at > now + margin;
+        let is_ahead = key.requested_at > cx.now + margin;
         match self.view.recall(&key, margin) {
             Recall::Found(first) => cx.tell(&first, &inquiry.service, inquiry.instance),
             Recall::Absent | Recall::OutOfSight if is_ahead => {}
-            Recall::Absent if now <= inquiry.deadline => {}
+            Recall::Absent if cx.now <= inquiry.deadline => {}
             Recall::Absent => {
-                if self.open_inquest(inquiry, effects) {
-                    self.propose_abort(now, &key, effects);
+                if self.inquiries.open(inquiry, cx) {
+                    self.inquiries.propose_abort(&key, cx);
                 }
             }
             Recall::OutOfSight => {
-                if self.open_inquest(inquiry, effects) {
-                    self.look_further_back(&key, effects);
+                if self.inquiries.open(inquiry, cx) {
+                    self.history.look_for(&key, &self.view, cx);
                 }
             }
         }
-    }
-
-    /// Whether this is the first that is asked about the transaction.
-    fn open_inquest(&mut self, inquiry: Inquiry, effects: &mut Vec<Effect>) -> bool {
-        let asker = (inquiry.service, inquiry.instance);
-        if let Some(inquest) = self.inquests.get_mut(&inquiry.key) {
-            // What few instances hold one transaction is bounded by its services; a flood is not.
-            if inquest.askers.len() < self.shared.settings.inquiries_max {
-                inquest.askers.insert(asker);
-            }
-            return false;
-        }
-        if self.inquests.len() >= self.shared.settings.inquiries_max {
-            effects.push(Effect::Report(Anomaly::InquiryDropped(inquiry.key)));
-            return false;
-        }
-        let inquest = Inquest {
-            request_hash: inquiry.request_hash,
-            askers: BTreeSet::from([asker]),
-            deadline: inquiry.deadline,
-            propose_at: None,
-            due: None,
-        };
-        self.inquests.insert(inquiry.key, inquest);
-        true
-    }
-
-    /// Asking is deciding: a transaction past its deadline that nobody has decided is aborted.
-    pub(super) fn propose_abort(
-        &mut self,
-        now: Time,
-        key: &TransactionKey,
-        effects: &mut Vec<Effect>,
-    ) {
-        let Some(inquest) = self.inquests.get_mut(key) else { return };
-        let Shared { settings, inquest_deadlines, .. } = &mut self.shared;
-        let at = now + settings.append_timeout;
-        inquest.propose_at = Some(at);
-        inquest_deadlines.wake_by(key, &mut inquest.due, at);
-        effects.push(Effect::Append(Decision {
-            key: key.clone(),
-            request_hash: inquest.request_hash,
-            outcome: Outcome::Aborted,
-            branches: Vec::new(),
-            reason: Some(Reason { code: ReasonCode::Deadline, service: None, message: None }),
-            decided_at: now,
-            worker: settings.worker.clone(),
-        }));
-    }
-
-    pub(super) fn answer_inquest(
-        &mut self,
-        now: Time,
-        first: &Decision,
-        effects: &mut Vec<Effect>,
-    ) {
-        let Some(inquest) = self.drop_inquest(&first.key) else { return };
-        let cx = &mut Context { now, shared: &mut self.shared, effects };
-        for (service, instance) in inquest.askers {
-            cx.tell(first, &service, instance);
-        }
-    }
-
-    pub(super) fn drop_inquest(&mut self, key: &TransactionKey) -> Option<Inquest> {
-        let mut inquest = self.inquests.remove(key)?;
-        self.shared.inquest_deadlines.disarm(key, &mut inquest.due);
-        Some(inquest)
     }
 }

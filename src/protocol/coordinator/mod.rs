@@ -40,7 +40,7 @@ use std::{
     time::Duration,
 };
 
-use self::{admission::Flow, history::History, inquiries::Inquest, transaction::Transaction};
+use self::{admission::Flow, history::History, inquiries::Inquiries, transaction::Transaction};
 pub use self::{
     event::{Anomaly, Effect, Event},
     settings::{Settings, Slots},
@@ -63,13 +63,19 @@ use crate::protocol::{
 /// journal.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Coordinator {
+    work: Work,
+    shared: Shared,
+}
+
+/// What a worker works on, one room each. It is apart from [`Shared`] so that a [`Context`] can lend
+/// that to whichever of these handles an event.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+struct Work {
     view: JournalView,
     /// Boxed: a map moves its values about.
     transactions: KeyMap<Box<Transaction>>,
-    inquests: BTreeMap<TransactionKey, Inquest>,
+    inquiries: Inquiries,
     history: History,
-    shared: Shared,
-    draining: bool,
 }
 
 /// What all transactions of a worker share.
@@ -78,16 +84,17 @@ struct Shared {
     settings: Settings,
     flows: BTreeMap<ServiceName, Flow>,
     deadlines: Deadlines,
-    inquest_deadlines: Deadlines,
     /// Transactions that have begun.
     active: usize,
     /// Whether one that could have begun was kept back because too many have.
     gated: bool,
     /// Services at which a slot, or the right to ask for one, may have become free.
     touched: BTreeSet<ServiceName>,
+    draining: bool,
 }
 
-/// What a transaction may use while it handles an event.
+/// What the handling of an event may use, besides what the event is about: the moment, what all
+/// transactions share, and the list to which whatever must be done is appended.
 struct Context<'a> {
     now: Time,
     shared: &'a mut Shared,
@@ -97,153 +104,160 @@ struct Context<'a> {
 impl Coordinator {
     /// A worker with nothing to do, that has read nothing.
     pub fn new(settings: Settings) -> Self {
-        Self {
-            view: JournalView::new(settings.records_max, settings.window)
-                .with_digests(settings.digests_max),
-            transactions: KeyMap::new(),
-            inquests: BTreeMap::new(),
-            history: History::default(),
-            shared: Shared {
-                settings,
-                flows: BTreeMap::new(),
-                deadlines: Deadlines::default(),
-                inquest_deadlines: Deadlines::default(),
-                active: 0,
-                gated: false,
-                touched: BTreeSet::new(),
-            },
-            draining: false,
-        }
+        let view = JournalView::new(settings.records_max, settings.window)
+            .with_digests(settings.digests_max);
+        Self { work: Work::new(view), shared: Shared::new(settings) }
     }
 
     /// Takes in one event and appends what must now be done, in order, to `effects`.
     pub fn handle(&mut self, now: Time, event: Event, effects: &mut Vec<Effect>) {
-        match event {
-            Event::JournalAttached { next, since } => self.view.attach(next, since),
-            Event::RecordsRead { offset, decisions } => {
-                self.records_read(now, offset, decisions, effects);
-            }
-            Event::HistoryRead(decision) => self.history.read(decision),
-            Event::HistoryEnded { reaches } => self.history_ended(now, reaches, effects),
-            Event::RequestReceived { request, delivery, deliveries } => {
-                self.request_received(now, request, delivery, deliveries, effects);
-            }
-            Event::ServiceFound(service) => self.service_found(now, &service, effects),
-            Event::ServiceMissing(service) => self.service_missing(now, &service, effects),
-            Event::ServiceUnavailable(service) => {
-                self.service_unavailable(now, &service, false, effects);
-            }
-            Event::ServiceUnserved(service) => self.service_unserved(now, &service, effects),
-            Event::VoteReceived(vote) => self.vote_received(now, vote, effects),
-            Event::PrepareReturned { key, service } => {
-                self.with(now, &key, effects, |it, cx| it.prepare_returned(&service, cx));
-            }
-            Event::PrepareUnroutable { key, service } => {
-                self.prepare_unroutable(now, &key, &service, effects);
-            }
-            Event::PrepareRefused { key, service } => {
-                self.service_unavailable(now, &service, true, effects);
-                self.with(now, &key, effects, |it, cx| it.prepare_refused(&service, cx));
-            }
-            Event::DoneReceived { done, delivery } => {
-                self.done_received(now, done, delivery, effects);
-            }
-            Event::InquiryReceived(inquiry) => self.inquiry_received(now, inquiry, effects),
-            Event::ResultConfirmed { key, delivery } => {
-                self.with(now, &key, effects, |it, cx| it.result_confirmed(delivery, cx));
-            }
-            Event::ResultFailed { key, delivery } => {
-                self.with(now, &key, effects, |it, cx| it.result_failed(delivery, cx));
-            }
-            Event::ParkConfirmed { key, service } => {
-                self.with(now, &key, effects, |it, cx| it.park_confirmed(service.as_ref(), cx));
-            }
-            Event::DeadlineReached => self.deadline_reached(now, effects),
-            Event::Disconnected => self.disconnected(),
-            Event::DrainRequested => self.drain(now, effects),
-        }
-        self.serve_waiters(now, effects);
+        let cx = &mut Context { now, shared: &mut self.shared, effects };
+        self.work.handle(event, cx);
+        self.work.serve_waiters(cx);
     }
 
     /// The next moment at which [`Event::DeadlineReached`] should be delivered, if there is one.
     pub fn next_deadline(&self) -> Option<Time> {
-        let shared = &self.shared;
-        shared.deadlines.next().into_iter().chain(shared.inquest_deadlines.next()).min()
+        let inquiries = self.work.inquiries.next_deadline();
+        self.shared.deadlines.next().into_iter().chain(inquiries).min()
     }
 
     /// How many more requests it can take now.
     pub fn room(&self) -> usize {
         let Settings { in_flight_max, waiting_max, .. } = self.shared.settings;
-        if self.draining {
+        if self.shared.draining {
             return 0;
         }
         let begin = in_flight_max.saturating_sub(self.shared.active);
-        begin.min((in_flight_max + waiting_max).saturating_sub(self.transactions.len()))
+        begin.min((in_flight_max + waiting_max).saturating_sub(self.work.transactions.len()))
     }
 
     /// How many transactions it has not finished, begun or not.
     pub fn len(&self) -> usize {
-        self.transactions.len()
+        self.work.transactions.len()
     }
 
     /// How many of these wait for a slot before they begin.
     pub fn waiting(&self) -> usize {
-        self.transactions.len() - self.shared.active
+        self.work.transactions.len() - self.shared.active
     }
 
     /// Whether it has nothing to do.
     pub fn is_empty(&self) -> bool {
-        self.transactions.is_empty()
+        self.work.transactions.is_empty()
     }
 
     /// Where a transaction stands, if it is worked on here.
     pub fn phase_of(&self, key: &TransactionKey) -> Option<Phase> {
-        self.transactions.get(key).map(|it| it.phase())
+        self.work.transactions.get(key).map(|it| it.phase())
     }
 
     /// The offset from which to read the journal on after a break.
     pub fn next_offset(&self) -> u64 {
-        self.view.next_offset()
+        self.work.view.next_offset()
     }
 
     /// What this worker has read of the journal.
     pub fn view(&self) -> &JournalView {
-        &self.view
+        &self.work.view
+    }
+}
+
+impl Shared {
+    fn new(settings: Settings) -> Self {
+        Self {
+            settings,
+            flows: BTreeMap::new(),
+            deadlines: Deadlines::default(),
+            active: 0,
+            gated: false,
+            touched: BTreeSet::new(),
+            draining: false,
+        }
+    }
+}
+
+impl Work {
+    fn new(view: JournalView) -> Self {
+        Self {
+            view,
+            transactions: KeyMap::new(),
+            inquiries: Inquiries::default(),
+            history: History::default(),
+        }
+    }
+
+    fn handle(&mut self, event: Event, cx: &mut Context<'_>) {
+        match event {
+            Event::JournalAttached { next, since } => self.view.attach(next, since),
+            Event::RecordsRead { offset, decisions } => self.records_read(offset, decisions, cx),
+            Event::HistoryRead(decision) => self.history.read(decision),
+            Event::HistoryEnded { reaches } => self.history_ended(reaches, cx),
+            Event::RequestReceived { request, delivery, deliveries } => {
+                self.request_received(request, delivery, deliveries, cx);
+            }
+            Event::ServiceFound(service) => self.service_found(&service, cx),
+            Event::ServiceMissing(service) => self.service_missing(&service, cx),
+            Event::ServiceUnavailable(service) => self.service_unavailable(&service, false, cx),
+            Event::ServiceUnserved(service) => self.service_unserved(&service, cx),
+            Event::VoteReceived(vote) => self.vote_received(vote, cx),
+            Event::PrepareReturned { key, service } => {
+                self.with(&key, cx, |it, cx| it.prepare_returned(&service, cx));
+            }
+            Event::PrepareUnroutable { key, service } => {
+                self.prepare_unroutable(&key, &service, cx);
+            }
+            Event::PrepareRefused { key, service } => {
+                self.service_unavailable(&service, true, cx);
+                self.with(&key, cx, |it, cx| it.prepare_refused(&service, cx));
+            }
+            Event::DoneReceived { done, delivery } => self.done_received(done, delivery, cx),
+            Event::InquiryReceived(inquiry) => self.inquiry_received(inquiry, cx),
+            Event::ResultConfirmed { key, delivery } => {
+                self.with(&key, cx, |it, cx| it.result_confirmed(delivery, cx));
+            }
+            Event::ResultFailed { key, delivery } => {
+                self.with(&key, cx, |it, cx| it.result_failed(delivery, cx));
+            }
+            Event::ParkConfirmed { key, service } => {
+                self.with(&key, cx, |it, cx| it.park_confirmed(service.as_ref(), cx));
+            }
+            Event::DeadlineReached => self.deadline_reached(cx),
+            Event::Disconnected => self.disconnected(cx),
+            Event::DrainRequested => self.drain(cx),
+        }
     }
 
     /// Lets a transaction handle an event, and forgets it if that was the last it had to do.
     fn with(
         &mut self,
-        now: Time,
         key: &TransactionKey,
-        effects: &mut Vec<Effect>,
+        cx: &mut Context<'_>,
         handle: impl FnOnce(&mut Transaction, &mut Context<'_>),
     ) {
         let Some(transaction) = self.transactions.get_mut(key) else { return };
-        let cx = &mut Context { now, shared: &mut self.shared, effects };
         handle(transaction, cx);
         if transaction.is_finished() {
             transaction.withdraw(cx);
-            self.forget(key);
+            self.forget(key, cx);
         }
     }
 
-    fn forget(&mut self, key: &TransactionKey) {
+    fn forget(&mut self, key: &TransactionKey, cx: &mut Context<'_>) {
         let Some(mut transaction) = self.transactions.remove(key) else { return };
-        self.shared.deadlines.disarm(key, &mut transaction.due);
+        cx.shared.deadlines.disarm(key, &mut transaction.due);
         if transaction.has_begun() {
-            self.shared.active -= 1;
+            cx.shared.active -= 1;
         }
     }
 
-    // ---- Votes and dones -------------------------------------------------------------------------
+    // ---- Votes and dones ---------------------------------------------------------------------
 
-    fn vote_received(&mut self, now: Time, vote: Vote, effects: &mut Vec<Effect>) {
-        self.hint(now, &vote.service, &vote.instance, vote.free);
-        self.compare_stores(now, &vote.service, &vote.instance, vote.store.as_ref(), effects);
+    fn vote_received(&mut self, vote: Vote, cx: &mut Context<'_>) {
+        cx.reported(&vote.service, &vote.instance, vote.free, vote.store.as_ref());
         let (key, service) = (vote.key.clone(), vote.service.clone());
         let mut vote = Some(vote);
-        self.with(now, &key, effects, |it, cx| {
+        self.with(&key, cx, |it, cx| {
             let Some(vote) = vote.take() else { return };
             if it.request().request_hash == vote.request_hash {
                 it.record_vote(vote, cx);
@@ -253,15 +267,14 @@ impl Coordinator {
             }
         });
         if let Some(vote) = vote {
-            self.late_vote(now, vote, effects);
+            self.late_vote(vote, cx);
         }
-        self.learn(&service);
+        cx.learn(&service);
     }
 
     /// A vote for a transaction that isn't worked on here: whoever voted for a decided one is told
     /// how it ended. Who voted for another will inquire.
-    fn late_vote(&mut self, now: Time, vote: Vote, effects: &mut Vec<Effect>) {
-        let cx = &mut Context { now, shared: &mut self.shared, effects };
+    fn late_vote(&self, vote: Vote, cx: &mut Context<'_>) {
         let holds = matches!(vote.ballot, Ballot::Prepared { .. } | Ballot::Failed { .. });
         let margin = cx.settings().clock_margin;
         if let (true, Recall::Found(first)) = (holds, self.view.recall(&vote.key, margin)) {
@@ -270,61 +283,48 @@ impl Coordinator {
         cx.effects.push(Effect::Report(Anomaly::LateVote(vote.key, vote.service)));
     }
 
-    fn done_received(
-        &mut self,
-        now: Time,
-        done: Done,
-        delivery: Option<Delivery>,
-        effects: &mut Vec<Effect>,
-    ) {
-        self.hint(now, &done.service, &done.instance, done.free);
-        self.compare_stores(now, &done.service, &done.instance, done.store.as_ref(), effects);
-        self.with(now, &done.key, effects, |it, cx| it.record_done(&done, delivery, cx));
-        self.learn(&done.service);
+    fn done_received(&mut self, done: Done, delivery: Option<Delivery>, cx: &mut Context<'_>) {
+        cx.reported(&done.service, &done.instance, done.free, done.store.as_ref());
+        self.with(&done.key, cx, |it, cx| it.record_done(&done, delivery, cx));
+        cx.learn(&done.service);
         if done.parked && done.applied.is_ok() {
             let Done { key, service, .. } = done;
-            effects.push(Effect::Settle { key, service, ack: delivery, was_parked: true });
+            cx.effects.push(Effect::Settle { key, service, ack: delivery, was_parked: true });
         }
     }
 
     // ---- Time, and the ends of things --------------------------------------------------------
 
-    fn deadline_reached(&mut self, now: Time, effects: &mut Vec<Effect>) {
+    fn deadline_reached(&mut self, cx: &mut Context<'_>) {
         // What is armed meanwhile waits for the next time, even if it is due at once.
-        for key in self.shared.deadlines.take_due(now) {
-            self.with(now, &key, effects, |it, cx| {
+        for key in cx.shared.deadlines.take_due(cx.now) {
+            self.with(&key, cx, |it, cx| {
                 it.due = None;
                 it.wake(cx);
             });
         }
-        for key in self.shared.inquest_deadlines.take_due(now) {
-            if let Some(inquest) = self.inquests.get_mut(&key) {
-                inquest.due = None;
-                self.propose_abort(now, &key, effects);
-            }
-        }
+        self.inquiries.deadline_reached(cx);
     }
 
     /// All that was delivered will be delivered again, so all that came of it is forgotten.
-    fn disconnected(&mut self) {
-        let settings = self.shared.settings.clone();
+    fn disconnected(&mut self, cx: &mut Context<'_>) {
         let view = std::mem::replace(&mut self.view, JournalView::new(0, Duration::ZERO));
-        let draining = self.draining;
-        *self = Self { view, draining, ..Self::new(settings) };
+        *self = Self::new(view);
+        let Shared { settings, draining, .. } = &*cx.shared;
+        *cx.shared = Shared { draining: *draining, ..Shared::new(settings.clone()) };
     }
 
-    fn drain(&mut self, now: Time, effects: &mut Vec<Effect>) {
-        self.draining = true;
+    fn drain(&mut self, cx: &mut Context<'_>) {
+        cx.shared.draining = true;
         let transactions = &self.transactions;
         let is_leaving =
             |key: &TransactionKey| transactions.get(key).is_some_and(|it| it.is_unbegun());
-        self.shared.flows.values_mut().for_each(|flow| flow.remove_all(is_leaving));
-        let keys = self.transactions.keys();
-        for key in keys {
+        cx.shared.flows.values_mut().for_each(|flow| flow.remove_all(is_leaving));
+        for key in self.transactions.keys() {
             let mut released = false;
-            self.with(now, &key, effects, |it, cx| released = it.release_unbegun(cx));
+            self.with(&key, cx, |it, cx| released = it.release_unbegun(cx));
             if released {
-                self.forget(&key);
+                self.forget(&key, cx);
             }
         }
     }
@@ -363,19 +363,20 @@ impl Context<'_> {
     fn jitter(&self, key: &TransactionKey, bound: Duration) -> Duration {
         jitter(self.settings().seed, self.now, key, bound)
     }
-}
 
-fn reject(request: Request, delivery: Delivery, code: ReasonCode, effects: &mut Vec<Effect>) {
-    let message = match code {
-        ReasonCode::IdReused => "another request has this id",
-        ReasonCode::Invalid => "requested_at lies further ahead than clocks may differ",
-        ReasonCode::Refused
-        | ReasonCode::Failed
-        | ReasonCode::NoSlot
-        | ReasonCode::UnknownService
-        | ReasonCode::Deadline
-        | ReasonCode::Unavailable
-        | ReasonCode::Cancelled => code.as_str(),
-    };
-    effects.push(Effect::Reject { request, delivery, reason: Reason::because(code, message) });
+    fn reject(&mut self, request: Request, delivery: Delivery, code: ReasonCode) {
+        let message = match code {
+            ReasonCode::IdReused => "another request has this id",
+            ReasonCode::Invalid => "requested_at lies further ahead than clocks may differ",
+            ReasonCode::Refused
+            | ReasonCode::Failed
+            | ReasonCode::NoSlot
+            | ReasonCode::UnknownService
+            | ReasonCode::Deadline
+            | ReasonCode::Unavailable
+            | ReasonCode::Cancelled => code.as_str(),
+        };
+        let reason = Reason::because(code, message);
+        self.effects.push(Effect::Reject { request, delivery, reason });
+    }
 }

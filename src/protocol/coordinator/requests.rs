@@ -2,33 +2,31 @@
 //! answered with what the journal says, or begins a transaction.
 
 use crate::protocol::{
-    coordinator::{Anomaly, Coordinator, Effect, Settings, reject, transaction::Transaction},
+    coordinator::{Anomaly, Context, Effect, Settings, Work, transaction::Transaction},
     ids::TransactionKey,
     journal::Recall,
     message::{Delivery, ReasonCode, Request},
-    time::Time,
 };
 
-impl Coordinator {
+impl Work {
     pub(super) fn request_received(
         &mut self,
-        now: Time,
         request: Request,
         delivery: Delivery,
         deliveries: u32,
-        effects: &mut Vec<Effect>,
+        cx: &mut Context<'_>,
     ) {
-        if self.draining {
-            return effects.push(Effect::Release(delivery));
+        if cx.shared.draining {
+            return cx.effects.push(Effect::Release(delivery));
         }
-        let Settings { clock_margin, deliveries_max, .. } = self.shared.settings;
-        if request.key.requested_at > now + clock_margin {
-            return reject(request, delivery, ReasonCode::Invalid, effects);
+        let Settings { clock_margin, deliveries_max, .. } = *cx.settings();
+        if request.key.requested_at > cx.now + clock_margin {
+            return cx.reject(request, delivery, ReasonCode::Invalid);
         }
         let key = request.key.clone();
         let in_flight = self.same_id_in_flight(&key);
         if in_flight.as_ref() == Some(&key) {
-            return self.attach(now, &key, request, (delivery, deliveries), effects);
+            return self.attach(&key, request, (delivery, deliveries), cx);
         }
         let (recall, earlier) = self.view.recall_or_namesake(&key, clock_margin);
         // What has an outcome of its own, or may have one, is no retry of another's.
@@ -36,26 +34,24 @@ impl Coordinator {
             && let Some(earlier) = in_flight
         {
             // What others have done for the earlier one they did for its own requests.
-            return self.attach(now, &earlier, request, (delivery, 1), effects);
+            return self.attach(&earlier, request, (delivery, 1), cx);
         }
         let decided = match &recall {
             Recall::Found(first) => Some(first),
             Recall::Absent | Recall::OutOfSight => earlier.as_ref(),
         };
         if decided.is_some_and(|first| first.request_hash != request.request_hash) {
-            return reject(request, delivery, ReasonCode::IdReused, effects);
+            return cx.reject(request, delivery, ReasonCode::IdReused);
         }
         let transaction = Transaction::new(request, delivery, deliveries, deliveries_max);
         self.transactions.insert(&key, Box::new(transaction));
         match (recall, earlier) {
-            (Recall::Found(first), _) => {
-                self.with(now, &key, effects, |it, cx| it.adopt(&first, cx));
-            }
+            (Recall::Found(first), _) => self.with(&key, cx, |it, cx| it.adopt(&first, cx)),
             (Recall::Absent, Some(earlier)) => {
-                self.with(now, &key, effects, |it, cx| it.answer_as(&earlier, cx));
+                self.with(&key, cx, |it, cx| it.answer_as(&earlier, cx));
             }
-            (Recall::Absent, None) => self.with(now, &key, effects, Transaction::start),
-            (Recall::OutOfSight, _) => self.look_further_back(&key, effects),
+            (Recall::Absent, None) => self.with(&key, cx, Transaction::start),
+            (Recall::OutOfSight, _) => self.history.look_for(&key, &self.view, cx),
         }
     }
 
@@ -71,18 +67,17 @@ impl Coordinator {
 
     fn attach(
         &mut self,
-        now: Time,
         to: &TransactionKey,
         request: Request,
         (delivery, deliveries): (Delivery, u32),
-        effects: &mut Vec<Effect>,
+        cx: &mut Context<'_>,
     ) {
-        self.with(now, to, effects, |it, cx| {
+        self.with(to, cx, |it, cx| {
             if it.request().request_hash == request.request_hash {
                 cx.effects.push(Effect::Report(Anomaly::DuplicateRequest(request.key)));
                 it.attach(delivery, deliveries, cx);
             } else {
-                reject(request, delivery, ReasonCode::IdReused, cx.effects);
+                cx.reject(request, delivery, ReasonCode::IdReused);
             }
         });
     }

@@ -4,67 +4,51 @@
 use std::time::Duration;
 
 use crate::protocol::{
-    coordinator::{Anomaly, Context, Coordinator, Effect, Settings, Shared, admission::Flow},
+    coordinator::{Anomaly, Context, Effect, Shared, Work, admission::Flow},
     ids::{InstanceId, ServiceName, StoreId, TransactionKey},
-    time::Time,
 };
 
-impl Coordinator {
-    pub(super) fn service_found(
-        &mut self,
-        now: Time,
-        service: &ServiceName,
-        effects: &mut Vec<Effect>,
-    ) {
-        let Some(flow) = self.shared.flows.get_mut(service) else { return };
+impl Work {
+    pub(super) fn service_found(&mut self, service: &ServiceName, cx: &mut Context<'_>) {
+        let Some(flow) = cx.shared.flows.get_mut(service) else { return };
         if flow.found() {
-            effects.push(Effect::Report(Anomaly::ServiceAvailable(service.clone())));
+            cx.effects.push(Effect::Report(Anomaly::ServiceAvailable(service.clone())));
         }
         if flow.served() {
-            effects.push(Effect::Report(Anomaly::ServiceServed(service.clone())));
+            cx.effects.push(Effect::Report(Anomaly::ServiceServed(service.clone())));
         }
-        self.try_all_anew(now, service, effects);
+        self.try_all_anew(service, cx);
     }
 
     /// The service exists, and nobody serves it. Who waits for it does so from now on with a
     /// deadline, and only so many.
-    pub(super) fn service_unserved(
-        &mut self,
-        now: Time,
-        service: &ServiceName,
-        effects: &mut Vec<Effect>,
-    ) {
-        let Some(flow) = self.shared.flows.get_mut(service) else { return };
+    pub(super) fn service_unserved(&mut self, service: &ServiceName, cx: &mut Context<'_>) {
+        let Some(flow) = cx.shared.flows.get_mut(service) else { return };
         if flow.is_found() && flow.is_unserved() {
             return;
         }
         if flow.found() {
-            effects.push(Effect::Report(Anomaly::ServiceAvailable(service.clone())));
+            cx.effects.push(Effect::Report(Anomaly::ServiceAvailable(service.clone())));
         }
         if flow.unserved() {
-            effects.push(Effect::Report(Anomaly::ServiceUnserved(service.clone())));
+            cx.effects.push(Effect::Report(Anomaly::ServiceUnserved(service.clone())));
         }
-        self.try_all_anew(now, service, effects);
+        self.try_all_anew(service, cx);
     }
 
     /// What those who wait for the service go by is another now.
-    fn try_all_anew(&mut self, now: Time, service: &ServiceName, effects: &mut Vec<Effect>) {
-        let Some(flow) = self.shared.flows.get_mut(service) else { return };
+    fn try_all_anew(&mut self, service: &ServiceName, cx: &mut Context<'_>) {
+        let Some(flow) = cx.shared.flows.get_mut(service) else { return };
         let waiters: Vec<_> = flow.dequeue_all().collect();
         for key in waiters {
-            self.with(now, &key, effects, |it, cx| it.dequeued(service, cx));
+            self.with(&key, cx, |it, cx| it.dequeued(service, cx));
         }
     }
 
-    pub(super) fn service_missing(
-        &mut self,
-        now: Time,
-        service: &ServiceName,
-        effects: &mut Vec<Effect>,
-    ) {
-        let Some(mut flow) = self.shared.flows.remove(service) else { return };
+    pub(super) fn service_missing(&mut self, service: &ServiceName, cx: &mut Context<'_>) {
+        let Some(mut flow) = cx.shared.flows.remove(service) else { return };
         for key in flow.dequeue_all() {
-            self.with(now, &key, effects, |it, cx| it.service_missing(service, cx));
+            self.with(&key, cx, |it, cx| it.service_missing(service, cx));
         }
     }
 
@@ -72,16 +56,15 @@ impl Coordinator {
     /// does so from now on with a deadline, and only so many.
     pub(super) fn service_unavailable(
         &mut self,
-        now: Time,
         service: &ServiceName,
         refused: bool,
-        effects: &mut Vec<Effect>,
+        cx: &mut Context<'_>,
     ) {
-        let Some(flow) = self.shared.flows.get_mut(service) else { return };
+        let Shared { flows, settings, .. } = &mut *cx.shared;
+        let Some(flow) = flows.get_mut(service) else { return };
         if flow.is_found() {
-            let Settings { backoff_first, .. } = self.shared.settings;
-            let after = if refused { flow.refused(backoff_first) } else { Duration::ZERO };
-            effects.push(Effect::FindService { service: service.clone(), after });
+            let after = if refused { flow.refused(settings.backoff_first) } else { Duration::ZERO };
+            cx.effects.push(Effect::FindService { service: service.clone(), after });
         }
         if !refused {
             flow.unreached();
@@ -90,56 +73,87 @@ impl Coordinator {
             return;
         }
         if flow.unavailable() {
-            effects.push(Effect::Report(Anomaly::ServiceUnavailable(service.clone())));
+            cx.effects.push(Effect::Report(Anomaly::ServiceUnavailable(service.clone())));
         }
-        self.try_all_anew(now, service, effects);
+        self.try_all_anew(service, cx);
     }
 
     /// The service is gone since it was found.
     pub(super) fn prepare_unroutable(
         &mut self,
-        now: Time,
         key: &TransactionKey,
         service: &ServiceName,
-        effects: &mut Vec<Effect>,
+        cx: &mut Context<'_>,
     ) {
-        self.with(now, key, effects, |it, cx| it.service_missing(service, cx));
+        self.with(key, cx, |it, cx| it.service_missing(service, cx));
         // One that is not found is being looked for already.
-        if let Some(flow) = self.shared.flows.get_mut(service).filter(|flow| flow.is_found()) {
+        if let Some(flow) = cx.shared.flows.get_mut(service).filter(|flow| flow.is_found()) {
             flow.lost();
             let service = service.clone();
-            effects.push(Effect::FindService { service, after: Duration::ZERO });
+            cx.effects.push(Effect::FindService { service, after: Duration::ZERO });
         }
     }
 
-    pub(super) fn hint(
+    /// Lets those go on who waited for what has become free.
+    pub(super) fn serve_waiters(&mut self, cx: &mut Context<'_>) {
+        if cx.shared.gated && !cx.is_at_capacity() {
+            cx.shared.gated = false;
+            let waiting = cx.shared.flows.iter().filter(|(_, flow)| flow.has_waiters());
+            let services: Vec<_> = waiting.map(|(service, _)| service.clone()).collect();
+            cx.shared.touched.extend(services);
+        }
+        while let Some(service) = cx.shared.touched.pop_first() {
+            while let Some(key) = self.next_waiter(&service, cx) {
+                self.with(&key, cx, |it, cx| it.dequeued(&service, cx));
+            }
+        }
+    }
+
+    fn next_waiter(
         &mut self,
-        now: Time,
+        service: &ServiceName,
+        cx: &mut Context<'_>,
+    ) -> Option<TransactionKey> {
+        let may_begin = !cx.is_at_capacity();
+        let Shared { flows, deadlines, gated, .. } = &mut *cx.shared;
+        let flow = flows.get_mut(service).filter(|flow| flow.is_found())?;
+        if !flow.admits(cx.now, flow.has_begun_waiters()) {
+            if let (Some(at), Some(first)) = (flow.to_be_tried_at(cx.now), flow.first_waiter())
+                && let Some(it) = self.transactions.get_mut(first)
+            {
+                it.wake_by(at, deadlines);
+            }
+            return None;
+        }
+        let next = flow.dequeue(may_begin);
+        if next.is_none() && flow.has_waiters() {
+            *gated = true;
+        }
+        next
+    }
+}
+
+impl Context<'_> {
+    /// An instance has reported its free slots, and which store it has.
+    pub(super) fn reported(
+        &mut self,
         service: &ServiceName,
         instance: &InstanceId,
         free: u32,
+        store: Option<&StoreId>,
     ) {
-        let Shared { flows, touched, .. } = &mut self.shared;
+        let Shared { flows, touched, .. } = &mut *self.shared;
         let Some(flow) = flows.get_mut(service) else { return };
-        flow.reported(now, instance, free);
+        flow.reported(self.now, instance, free);
         if flow.has_waiters() {
             touched.insert(service.clone());
         }
-    }
-
-    /// All instances of a service should share one store.
-    pub(super) fn compare_stores(
-        &mut self,
-        now: Time,
-        service: &ServiceName,
-        instance: &InstanceId,
-        store: Option<&StoreId>,
-        effects: &mut Vec<Effect>,
-    ) {
-        let (Some(flow), Some(store)) = (self.shared.flows.get_mut(service), store) else { return };
-        if let Some(before) = flow.named_store(now, instance, store) {
+        // All instances of a service should share one store.
+        if let Some(store) = store
+            && let Some(before) = flow.named_store(self.now, instance, store)
+        {
             let (service, now) = (service.clone(), (instance.clone(), store.clone()));
-            effects.push(Effect::Report(Anomaly::StoresDiffer { service, before, now }));
+            self.effects.push(Effect::Report(Anomaly::StoresDiffer { service, before, now }));
         }
     }
 
@@ -150,41 +164,6 @@ impl Coordinator {
         }
     }
 
-    /// Lets those go on who waited for what has become free.
-    pub(super) fn serve_waiters(&mut self, now: Time, effects: &mut Vec<Effect>) {
-        if self.shared.gated && self.shared.active < self.shared.settings.in_flight_max {
-            self.shared.gated = false;
-            let waiting = self.shared.flows.iter().filter(|(_, flow)| flow.has_waiters());
-            let services: Vec<_> = waiting.map(|(service, _)| service.clone()).collect();
-            self.shared.touched.extend(services);
-        }
-        while let Some(service) = self.shared.touched.pop_first() {
-            while let Some(key) = self.next_waiter(now, &service) {
-                self.with(now, &key, effects, |it, cx| it.dequeued(&service, cx));
-            }
-        }
-    }
-
-    fn next_waiter(&mut self, now: Time, service: &ServiceName) -> Option<TransactionKey> {
-        let may_begin = self.shared.active < self.shared.settings.in_flight_max;
-        let flow = self.shared.flows.get_mut(service).filter(|flow| flow.is_found())?;
-        if !flow.admits(now, flow.has_begun_waiters()) {
-            if let (Some(at), Some(first)) = (flow.to_be_tried_at(now), flow.first_waiter())
-                && let Some(it) = self.transactions.get_mut(first)
-            {
-                it.wake_by(at, &mut self.shared.deadlines);
-            }
-            return None;
-        }
-        let next = flow.dequeue(may_begin);
-        if next.is_none() && flow.has_waiters() {
-            self.shared.gated = true;
-        }
-        next
-    }
-}
-
-impl Context<'_> {
     pub(super) fn is_at_capacity(&self) -> bool {
         self.shared.active >= self.shared.settings.in_flight_max
     }

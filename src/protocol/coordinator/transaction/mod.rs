@@ -12,7 +12,6 @@ use crate::protocol::{
     coordinator::{
         Context,
         event::{Anomaly, Effect},
-        reject,
         transaction::{answering::Requester, telling::Duty},
     },
     deadlines::Deadlines,
@@ -554,7 +553,7 @@ impl Transaction {
         }
         for requester in std::mem::take(&mut self.requesters) {
             let (request, delivery) = (self.request.clone(), requester.delivery);
-            reject(request, delivery, ReasonCode::IdReused, cx.effects);
+            cx.reject(request, delivery, ReasonCode::IdReused);
         }
     }
 
