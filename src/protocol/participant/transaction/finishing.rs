@@ -1,15 +1,14 @@
-//! From the outcome to where it is applied, or parked; and cancels.
+//! From the outcome to where it is applied, or parked.
 
 use std::{collections::VecDeque, sync::Arc};
 
 use crate::protocol::{
-    ids::{Branch, TransactionKey},
-    jitter::jitter,
+    ids::Branch,
     message::{Ballot, Finish, Outcome},
     participant::{
-        Effect, Instance, Settings,
+        Context, Effect, Holdings,
         memory::Remembered,
-        transaction::{Finisher, Holding, Slot, Stage},
+        transaction::{Calls, Fate, Finisher, HeldBranch, HeldTransaction, Progress},
     },
     time::Time,
 };
@@ -18,69 +17,44 @@ use crate::protocol::{
 const UNKNOWN_BRANCH: &str = "the instance's store has neither prepared nor committed this branch: \
     do all instances of the service share one store?";
 
-impl Instance {
-    /// A cancel never touches what is prepared: it only keeps a prepare from being started.
-    pub(in super::super) fn cancel_received(&mut self, key: &TransactionKey) {
-        let has_started =
-            self.holdings.get(key).is_some_and(|it| it.slot != Slot::None && it.prepare.is_none());
-        if !has_started && self.memory.of(key).is_none() {
-            self.memory.remember(key, Remembered::Cancelled);
-        }
-    }
-
-    pub(in super::super) fn finish_received(
-        &mut self,
-        now: Time,
-        finisher: Finisher,
-        effects: &mut Vec<Effect>,
-    ) {
+impl Holdings {
+    pub(in super::super) fn finish_received(&mut self, finisher: Finisher, cx: &mut Context<'_>) {
         let key = finisher.finish.key.clone();
-        if let Some(holding) = self.holdings.get_mut(&key) {
-            let is_parked = finisher.delivery.is_some();
-            holding.is_parked |= is_parked;
-            holding.finishers.push(finisher);
-            return match holding.stage {
-                // It has just failed as often as it was to be tried.
-                Stage::Prepared | Stage::Failed if is_parked && holding.failures > 0 => {
-                    self.try_parked_later(now, &key);
-                }
-                Stage::Prepared | Stage::Failed | Stage::BackingOff => {
-                    self.apply(now, &key, effects)
-                }
-                Stage::Recalling | Stage::Preparing | Stage::Finishing => {}
-            };
+        if self.transactions.contains_key(&key) {
+            return self.with(&key, cx, |it, cx| it.finish_received(finisher, cx));
         }
         let finish = &finisher.finish;
         // What was finished here may have left something in the store all the same: another
         // instance's branch, or what was stored after its prepare was given up.
-        let is_seen_held = self.doubted.keys().any(|(doubted, _)| *doubted == key);
-        let is_applied = match self.memory.of(&key) {
-            _ if is_seen_held => false,
+        let is_applied = match cx.resources.memory.of(&key) {
+            _ if self.scans.has_in_doubt(&key) => false,
             Some(Remembered::Finished { applied, .. }) => {
                 finish.branch.is_none() || *applied == finish.branch
             }
             Some(Remembered::ReadOnly(_) | Remembered::Refused(_) | Remembered::Cancelled)
             | None => false,
         };
-        if is_applied || !self.settings.has_store {
-            let applied = self.can_answer_for(finish);
-            self.memory.remember(&key, Remembered::finished(finish, applied.is_ok()));
-            return self.done(finisher, applied, effects);
+        if is_applied || !cx.settings().has_store {
+            let applied = cx.can_answer_for(finish);
+            cx.resources.memory.remember(&key, Remembered::finished(finish, applied.is_ok()));
+            return cx.done(finisher, applied);
         }
-        let mut visiting = Holding::visiting(None, Time::EPOCH);
+        let mut visiting = HeldTransaction::visiting(key, None, Time::EPOCH);
         visiting.is_parked = finisher.delivery.is_some();
         visiting.finishers.push(finisher);
-        self.look_up(&key, visiting, effects);
+        self.look_up(visiting, cx);
     }
+}
 
+impl Context<'_> {
     /// Whether this instance can tell that `finish` is applied, where it holds nothing of the
     /// transaction any more. Without a store it knows only of what it made itself.
-    pub(in super::super) fn can_answer_for(&self, finish: &Finish) -> Result<(), Arc<str>> {
-        let own = &self.settings.instance;
+    pub(super) fn can_answer_for(&self, finish: &Finish) -> Result<(), Arc<str>> {
+        let own = &self.settings().instance;
         match &finish.branch {
             Some(branch)
                 if finish.outcome == Outcome::Committed
-                    && !self.settings.has_store
+                    && !self.settings().has_store
                     && branch.instance() != own =>
             {
                 let maker = branch.instance();
@@ -89,174 +63,161 @@ impl Instance {
             Some(_) | None => Ok(()),
         }
     }
+}
 
-    /// Does what the outcome means for what this instance holds.
-    pub(in super::super) fn apply(
-        &mut self,
-        now: Time,
-        key: &TransactionKey,
-        effects: &mut Vec<Effect>,
-    ) {
-        let Some(holding) = self.holdings.get_mut(key) else { return };
-        let Some(Finisher { worker, finish, .. }) = holding.finishers.first() else { return };
-        let Some(own) = holding.branch.clone() else { return };
-        // What a failed prepare has left is undone whatever the store says.
-        let may_be_finished =
-            holding.why_failed.is_none() && holding.asked_by.as_ref() != Some(worker);
-        if self.settings.has_store && may_be_finished {
-            holding.stage = Stage::Recalling;
-            return effects.push(Effect::ReadStore(key.clone()));
-        }
-        let outcome = match finish.outcome {
-            Outcome::Committed if finish.branch.as_ref() == Some(&own) => Outcome::Committed,
-            // Another branch is the one that commits. Whoever holds it may be gone: what the store
-            // says of both comes first.
-            Outcome::Committed if self.settings.has_store && finish.branch.is_some() => {
-                holding.stage = Stage::Recalling;
-                return effects.push(Effect::ReadStore(key.clone()));
+impl HeldTransaction {
+    fn finish_received(&mut self, finisher: Finisher, cx: &mut Context<'_>) -> Fate {
+        let is_parked = finisher.delivery.is_some();
+        self.is_parked |= is_parked;
+        self.finishers.push(finisher);
+        match self.progress {
+            // It has just failed as often as it was to be tried.
+            Progress::InDoubt if is_parked && self.failures > 0 => {
+                self.try_parked_later(cx);
+                Fate::Held
             }
-            Outcome::Committed | Outcome::Aborted => Outcome::Aborted,
-        };
-        holding.calls = VecDeque::from([(own, outcome)]);
-        self.call_next(now, key, effects);
+            Progress::InDoubt | Progress::BackingOff => self.apply(cx),
+            Progress::Recalling(_)
+            | Progress::LookingUp { .. }
+            | Progress::Preparing(_)
+            | Progress::Finishing { .. } => Fate::Held,
+        }
     }
 
-    pub(in super::super) fn call_next(
-        &mut self,
-        now: Time,
-        key: &TransactionKey,
-        effects: &mut Vec<Effect>,
-    ) {
-        let Some(holding) = self.holdings.get_mut(key) else { return };
-        let Some((branch, outcome)) = holding.calls.front().cloned() else {
-            return self.applied(now, key, effects);
+    /// Does what the outcome means for what this instance holds.
+    pub(super) fn apply(&mut self, cx: &mut Context<'_>) -> Fate {
+        let Some(Finisher { worker, finish, .. }) = self.finishers.first() else {
+            return Fate::Held;
         };
-        holding.stage = Stage::Finishing;
-        let key = key.clone();
-        effects.push(match outcome {
+        let Some(held) = &self.held else { return Fate::Held };
+        // What a failed prepare has left is undone whatever the store says.
+        let may_be_finished =
+            matches!(held, HeldBranch::Prepared(_)) && self.asked_by.as_ref() != Some(worker);
+        let has_store = cx.settings().has_store;
+        let own = held.branch();
+        let outcome = match finish.outcome {
+            _ if has_store && may_be_finished => None,
+            Outcome::Committed if finish.branch.as_ref() == Some(own) => Some(Outcome::Committed),
+            // Another branch is the one that commits. Whoever holds it may be gone: what the store
+            // says of both comes first.
+            Outcome::Committed if has_store && finish.branch.is_some() => None,
+            Outcome::Committed | Outcome::Aborted => Some(Outcome::Aborted),
+        };
+        let Some(outcome) = outcome else {
+            self.ask_store(cx);
+            return Fate::Held;
+        };
+        let calls = VecDeque::from([(own.clone(), outcome)]);
+        self.call_next(calls, false, cx)
+    }
+
+    /// Calls the service's code for the first of `calls`.
+    pub(super) fn call_next(
+        &mut self,
+        calls: Calls,
+        is_unknown: bool,
+        cx: &mut Context<'_>,
+    ) -> Fate {
+        let Some((branch, outcome)) = calls.front().cloned() else {
+            return self.applied(is_unknown, cx);
+        };
+        self.progress = Progress::Finishing { calls, is_unknown };
+        let key = self.key.clone();
+        cx.effects.push(match outcome {
             Outcome::Committed => Effect::CallCommit { key, branch },
             Outcome::Aborted => Effect::CallAbort { key, branch },
         });
+        Fate::Held
     }
 
     pub(in super::super) fn finish_ended(
         &mut self,
-        now: Time,
-        key: &TransactionKey,
-        branch: &Branch,
+        branch: Branch,
         applied: Result<(), Arc<str>>,
-        effects: &mut Vec<Effect>,
-    ) {
-        let Some(holding) = self.holdings.get_mut(key) else { return };
-        let is_running = holding.calls.front().is_some_and(|(running, _)| running == branch);
-        if holding.stage != Stage::Finishing || !is_running {
-            return;
+        cx: &mut Context<'_>,
+    ) -> Fate {
+        let Progress::Finishing { calls, is_unknown } = &mut self.progress else {
+            return Fate::Held;
+        };
+        if calls.front().is_none_or(|(running, _)| *running != branch) {
+            return Fate::Held;
         }
         match applied {
             Ok(()) => {
-                holding.calls.pop_front();
-                self.call_next(now, key, effects);
+                calls.pop_front();
+                let (rest, is_unknown) = (std::mem::take(calls), *is_unknown);
+                self.call_next(rest, is_unknown, cx)
             }
-            Err(error) => self.not_applied(now, key, &error, effects),
+            Err(error) => self.not_applied(branch, &error, cx),
         }
     }
 
     /// Everything that the outcome means here is done.
-    pub(in super::super) fn applied(
-        &mut self,
-        now: Time,
-        key: &TransactionKey,
-        effects: &mut Vec<Effect>,
-    ) {
-        let Some(holding) = self.holdings.get(key) else { return };
-        let Some(outcome) = holding.finishers.first().map(|it| it.finish.outcome) else { return };
-        if holding.is_unknown {
-            return self.commits_unknown(now, key, effects);
+    fn applied(&mut self, is_unknown: bool, cx: &mut Context<'_>) -> Fate {
+        let Some(outcome) = self.finishers.first().map(|it| it.finish.outcome) else {
+            return Fate::Held;
+        };
+        if is_unknown {
+            return self.commits_unknown(cx);
         }
-        self.nothing_held(now, key, Remembered::Cancelled, Ballot::Finished(outcome), effects);
+        self.conclude(Remembered::Cancelled, &Ballot::Finished(outcome), cx)
     }
 
     /// The service's code could not do it. Workers are told, and will say when to try again; what
     /// is parked is tried again until it succeeds.
-    pub(in super::super) fn not_applied(
-        &mut self,
-        now: Time,
-        key: &TransactionKey,
-        error: &Arc<str>,
-        effects: &mut Vec<Effect>,
-    ) {
-        let Some(holding) = self.holdings.get_mut(key) else { return };
-        let failed = std::mem::take(&mut holding.calls).pop_front().map(|(branch, _)| branch);
-        holding.failures = holding.failures.saturating_add(1);
+    fn not_applied(&mut self, failed: Branch, error: &Arc<str>, cx: &mut Context<'_>) -> Fate {
+        self.failures = self.failures.saturating_add(1);
         // When it is told again, others may have been told too: what is parked goes to any instance.
-        holding.asked_by = None;
-        holding.is_unknown = false;
-        let (parked, told): (Vec<_>, Vec<_>) = std::mem::take(&mut holding.finishers)
-            .into_iter()
-            .partition(|it| it.delivery.is_some());
+        self.asked_by = None;
+        let (parked, told): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.finishers).into_iter().partition(|it| it.delivery.is_some());
         let is_parked = !parked.is_empty();
-        holding.finishers = parked;
-        if is_parked {
-            self.try_parked_later(now, key);
-        } else if holding.slot == Slot::None {
-            // The store still holds it, and the next look through it will ask again.
-            self.remove(key);
-        } else {
+        self.finishers = parked;
+        let fate = if is_parked {
+            self.try_parked_later(cx);
+            Fate::Yielded
+        } else if self.has_slot() {
             // What was found in the store is held like an own one: asked about, and tried again.
-            holding.branch = holding.branch.take().or(failed);
-            holding.stage = match holding.why_failed {
-                None => Stage::Prepared,
-                Some(_) => Stage::Failed,
-            };
-            self.inquire_later(now, key);
-        }
+            self.held.get_or_insert(HeldBranch::Prepared(failed));
+            self.progress = Progress::InDoubt;
+            self.inquire_later(cx);
+            Fate::Yielded
+        } else {
+            // The store still holds it, and the next look through it will ask again.
+            Fate::Over
+        };
         for finisher in told {
-            self.done(finisher, Err(Arc::clone(error)), effects);
+            cx.done(finisher, Err(Arc::clone(error)));
         }
-        self.admit_waiting(now, effects);
+        fate
     }
 
     /// The store does not know the branch that is to be committed, so this instance can't do it, and
     /// must not say that it is done. It holds nothing of the transaction any more.
-    pub(in super::super) fn commits_unknown(
-        &mut self,
-        now: Time,
-        key: &TransactionKey,
-        effects: &mut Vec<Effect>,
-    ) {
-        let Some(holding) = self.remove(key) else { return };
-        if let Some(Finisher { finish, .. }) = holding.finishers.first() {
+    fn commits_unknown(&mut self, cx: &mut Context<'_>) -> Fate {
+        let delivery = self.free_slot(cx);
+        if let Some(Finisher { finish, .. }) = self.finishers.first() {
             let outcome = finish.outcome;
-            self.memory.remember(key, Remembered::finished(finish, false));
-            for (worker, request_hash) in holding.voters {
-                self.vote(worker, key, request_hash, Ballot::Finished(outcome), effects);
-            }
+            cx.resources.memory.remember(&self.key, Remembered::finished(finish, false));
+            self.answer_voters(&Ballot::Finished(outcome), cx);
         }
-        if let Slot::Held(delivery) = holding.slot {
-            effects.push(Effect::Ack(delivery));
-        }
+        cx.effects.extend(delivery.map(Effect::Ack));
         let (parked, told): (Vec<_>, Vec<_>) =
-            holding.finishers.into_iter().partition(|it| it.delivery.is_some());
+            std::mem::take(&mut self.finishers).into_iter().partition(|it| it.delivery.is_some());
         for finisher in told {
-            let error = UNKNOWN_BRANCH.into();
-            self.done(finisher, Err(error), effects);
+            cx.done(finisher, Err(UNKNOWN_BRANCH.into()));
         }
-        if !parked.is_empty() {
-            let mut visiting = Holding::visiting(None, Time::EPOCH);
-            visiting.finishers = parked;
-            visiting.is_parked = true;
-            visiting.failures = holding.failures.saturating_add(1);
-            self.holdings.insert(key, Box::new(visiting));
-            self.try_parked_later(now, key);
+        if parked.is_empty() {
+            return Fate::Over;
         }
-        self.admit_waiting(now, effects);
-    }
-
-    pub(in super::super) fn try_parked_later(&mut self, now: Time, key: &TransactionKey) {
-        let Settings { retry_parked_every: pause, seed, .. } = self.settings;
-        if let Some(holding) = self.holdings.get_mut(key) {
-            holding.stage = Stage::BackingOff;
-        }
-        self.wake_at(key, now + (pause - jitter(seed, now, key, pause / 4)));
+        self.disarm(cx);
+        *self = Self {
+            finishers: parked,
+            is_parked: true,
+            failures: self.failures.saturating_add(1),
+            ..Self::visiting(self.key.clone(), None, Time::EPOCH)
+        };
+        self.try_parked_later(cx);
+        Fate::Yielded
     }
 }

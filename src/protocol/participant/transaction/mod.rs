@@ -1,16 +1,17 @@
-//! One transaction as an instance sees it: its stage, its slot, and who waits for what. In
-//! [`preparing`] what leads to a vote, in [`lookup`] what the store is asked, and in [`finishing`]
-//! what follows from the outcome.
+//! One transaction as an instance sees it: how far it is, its slot, and who waits for what; and what
+//! it does when time passes. In [`preparing`] is what leads to a vote, in [`lookup`] what the store
+//! is asked, and in [`finishing`] what follows from the outcome.
 
 mod finishing;
 mod lookup;
 mod preparing;
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use crate::protocol::{
-    ids::{Branch, RequestHash, WorkerId},
+    ids::{Branch, RequestHash, TransactionKey, WorkerId},
     message::{Delivery, Finish, Outcome, Prepare},
+    participant::{Context, Effect, InDoubt},
     time::Time,
 };
 
@@ -43,9 +44,52 @@ impl Stage {
     ];
 }
 
+/// How far a transaction is, with what it has at no other stage. What a [`Stage`] is to others.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+enum Progress {
+    /// The store is asked what it holds of it, on behalf of this prepare, or of whoever waits for
+    /// the vote or for the outcome to be applied.
+    Recalling(Option<Prepare>),
+    /// The store is asked whether it has committed `branch`, which is to be committed and which it
+    /// does not hold. What it does hold waits to be finished.
+    LookingUp { branch: Branch, calls: Calls },
+    /// The service's prepare runs, to be stored under this branch.
+    Preparing(Branch),
+    /// The outcome of what is held is awaited.
+    InDoubt,
+    /// The first of these runs. `is_unknown`: the store does not know the branch that is to be
+    /// committed.
+    Finishing { calls: Calls, is_unknown: bool },
+    /// A parked commit failed and will be tried again.
+    BackingOff,
+}
+
+/// The branches that are still to be committed or undone for a transaction.
+type Calls = VecDeque<(Branch, Outcome)>;
+
+/// What this instance holds: what its own prepare has left, or what was found in the store and is
+/// treated like that.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+enum HeldBranch {
+    Prepared(Branch),
+    /// Something may be stored under it.
+    Failed {
+        branch: Branch,
+        why: Arc<str>,
+    },
+}
+
+impl HeldBranch {
+    fn branch(&self) -> &Branch {
+        match self {
+            Self::Prepared(branch) | Self::Failed { branch, .. } => branch,
+        }
+    }
+}
+
 /// Whether a transaction counts against the cap.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub(super) enum Slot {
+enum Slot {
     /// It doesn't: another instance holds it, or nobody.
     None,
     Held(Delivery),
@@ -53,44 +97,7 @@ pub(super) enum Slot {
     Detached,
 }
 
-/// A transaction that this instance has to do with.
-#[derive(Clone, PartialEq, Eq, Hash, Debug)]
-pub(super) struct Holding {
-    pub(super) stage: Stage,
-    pub(super) slot: Slot,
-    /// `None`: it is looked into because of a finish, which doesn't say.
-    pub(super) request_hash: Option<RequestHash>,
-    pub(super) deadline: Time,
-    /// What this instance's own prepare is, or was found to be, stored under.
-    pub(super) branch: Option<Branch>,
-    /// The worker that alone has asked for the vote, and over a connection that still stands: nobody
-    /// else tells of the outcome, so no other instance has been told. `None`: others may have
-    /// finished it.
-    pub(super) asked_by: Option<WorkerId>,
-    /// The prepare that waits for what the store says.
-    pub(super) prepare: Option<Prepare>,
-    /// Whether `prepare` came from an instance that is gone: then what it left is ours.
-    pub(super) redelivered: bool,
-    pub(super) why_failed: Option<Arc<str>>,
-    /// Who waits for the vote.
-    pub(super) voters: Vec<(WorkerId, RequestHash)>,
-    /// Who waits for the outcome to be applied.
-    pub(super) finishers: Vec<Finisher>,
-    /// What is still to be called for it; the first is running in [`Stage::Finishing`].
-    pub(super) calls: VecDeque<(Branch, Outcome)>,
-    pub(super) failures: u32,
-    /// Whether its commit is parked, as far as this instance can tell: no worker says when to try
-    /// again.
-    pub(super) is_parked: bool,
-    /// The branch that the store is asked about, since it is to be committed and not held.
-    pub(super) looked_up: Option<Branch>,
-    /// Whether the store does not know the branch that is to be committed.
-    pub(super) is_unknown: bool,
-    /// When to inquire, or to try again.
-    pub(super) wake_at: Option<Time>,
-    pub(super) due: Option<Time>,
-}
-
+/// A command to finish a transaction, and who waits for the answer.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub(super) struct Finisher {
     pub(super) worker: WorkerId,
@@ -98,38 +105,93 @@ pub(super) struct Finisher {
     pub(super) delivery: Option<Delivery>,
 }
 
-/// A prepare that was delivered and can't be looked at yet.
-#[derive(Clone, PartialEq, Eq, Hash, Debug)]
-pub(super) struct Waiting {
-    pub(super) worker: WorkerId,
-    pub(super) delivery: Delivery,
-    pub(super) redelivered: bool,
-    pub(super) prepare: Prepare,
+/// What becomes of a transaction that has handled an event.
+#[must_use]
+pub(super) enum Fate {
+    /// It goes on.
+    Held,
+    /// It goes on, and has let go of something that delivered prepares may have waited for.
+    Yielded,
+    /// It is to be forgotten.
+    Over,
 }
 
-impl Holding {
+/// A transaction that this instance has to do with.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub(super) struct HeldTransaction {
+    key: TransactionKey,
+    progress: Progress,
+    slot: Slot,
+    /// `None`: it is looked into because of a finish, which doesn't say.
+    request_hash: Option<RequestHash>,
+    deadline: Time,
+    held: Option<HeldBranch>,
+    /// The worker that alone has asked for the vote, and over a connection that still stands: nobody
+    /// else tells of the outcome, so no other instance has been told. `None`: others may have
+    /// finished it.
+    asked_by: Option<WorkerId>,
+    /// Whether its prepare came from an instance that is gone: then what it left is ours.
+    redelivered: bool,
+    /// Who waits for the vote.
+    voters: Vec<(WorkerId, RequestHash)>,
+    /// Who waits for the outcome to be applied.
+    finishers: Vec<Finisher>,
+    failures: u32,
+    /// Whether its commit is parked, as far as this instance can tell: no worker says when to try
+    /// again.
+    is_parked: bool,
+    /// When to inquire, or to try again.
+    wake_at: Option<Time>,
+    /// Its entry among the deadlines.
+    due: Option<Time>,
+}
+
+impl HeldTransaction {
     /// A transaction that is looked into and holds no slot.
-    pub(super) fn visiting(request_hash: Option<RequestHash>, deadline: Time) -> Self {
+    fn visiting(key: TransactionKey, request_hash: Option<RequestHash>, deadline: Time) -> Self {
         Self {
-            stage: Stage::Recalling,
+            key,
+            progress: Progress::Recalling(None),
             slot: Slot::None,
             request_hash,
             deadline,
-            branch: None,
+            held: None,
             asked_by: None,
-            prepare: None,
             redelivered: false,
-            why_failed: None,
             voters: Vec::new(),
             finishers: Vec::new(),
-            calls: VecDeque::new(),
             failures: 0,
             is_parked: false,
-            looked_up: None,
-            is_unknown: false,
             wake_at: None,
             due: None,
         }
+    }
+
+    pub(super) fn stage(&self) -> Stage {
+        match (&self.progress, &self.held) {
+            (Progress::Recalling(_) | Progress::LookingUp { .. }, _) => Stage::Recalling,
+            (Progress::Preparing(_), _) => Stage::Preparing,
+            (Progress::InDoubt, Some(HeldBranch::Failed { .. })) => Stage::Failed,
+            (Progress::InDoubt, Some(HeldBranch::Prepared(_)) | None) => Stage::Prepared,
+            (Progress::Finishing { .. }, _) => Stage::Finishing,
+            (Progress::BackingOff, _) => Stage::BackingOff,
+        }
+    }
+
+    /// What its prepare here is, or was found to be, stored under.
+    pub(super) fn branch(&self) -> Option<&Branch> {
+        match &self.progress {
+            Progress::Preparing(branch) => Some(branch),
+            Progress::Recalling(_)
+            | Progress::LookingUp { .. }
+            | Progress::InDoubt
+            | Progress::Finishing { .. }
+            | Progress::BackingOff => self.held.as_ref().map(HeldBranch::branch),
+        }
+    }
+
+    pub(super) fn has_slot(&self) -> bool {
+        self.slot != Slot::None
     }
 
     /// Whether it was told, could not be applied, and nobody waits for it any more.
@@ -138,7 +200,96 @@ impl Holding {
     }
 
     /// Whether it is, or may be, for a request with this digest.
-    pub(super) fn is_about(&self, request_hash: RequestHash) -> bool {
+    fn is_about(&self, request_hash: RequestHash) -> bool {
         self.request_hash.is_none_or(|own| own == request_hash)
+    }
+
+    /// Frees its slot, and says which delivery is to be acknowledged for that.
+    pub(super) fn free_slot(&mut self, cx: &mut Context<'_>) -> Option<Delivery> {
+        if self.has_slot() {
+            cx.resources.slots_used -= 1;
+        }
+        match std::mem::replace(&mut self.slot, Slot::None) {
+            Slot::Held(delivery) => Some(delivery),
+            Slot::None | Slot::Detached => None,
+        }
+    }
+
+    fn ask_store(&mut self, cx: &mut Context<'_>) {
+        self.progress = Progress::Recalling(None);
+        cx.effects.push(Effect::ReadStore(self.key.clone()));
+    }
+
+    // ---- Time, and the ends of things --------------------------------------------------------
+
+    fn inquire_later(&mut self, cx: &mut Context<'_>) {
+        let after = cx.settings().inquire_after;
+        self.wake_at(cx.now + after + cx.jitter(&self.key, after / 4), cx);
+    }
+
+    fn try_parked_later(&mut self, cx: &mut Context<'_>) {
+        self.progress = Progress::BackingOff;
+        let pause = cx.settings().retry_parked_every;
+        self.wake_at(cx.now + (pause - cx.jitter(&self.key, pause / 4)), cx);
+    }
+
+    fn wake_at(&mut self, at: Time, cx: &mut Context<'_>) {
+        self.wake_at = Some(at);
+        cx.resources.deadlines.wake_by(&self.key, &mut self.due, at);
+    }
+
+    /// Takes its entry among the deadlines out.
+    pub(super) fn disarm(&mut self, cx: &mut Context<'_>) {
+        cx.resources.deadlines.disarm(&self.key, &mut self.due);
+    }
+
+    /// Its entry among the deadlines was due, and is taken out.
+    pub(super) fn wake(&mut self, cx: &mut Context<'_>) -> Fate {
+        self.due = None;
+        let Some(at) = self.wake_at else { return Fate::Held };
+        if at > cx.now {
+            self.wake_at(at, cx);
+            return Fate::Held;
+        }
+        self.wake_at = None;
+        match self.progress {
+            Progress::InDoubt => self.inquire(cx),
+            Progress::BackingOff if cx.resources.draining => {}
+            Progress::BackingOff if self.held.is_some() => return self.apply(cx),
+            Progress::BackingOff => self.ask_store(cx),
+            Progress::Recalling(_)
+            | Progress::LookingUp { .. }
+            | Progress::Preparing(_)
+            | Progress::Finishing { .. } => {}
+        }
+        Fate::Held
+    }
+
+    fn inquire(&mut self, cx: &mut Context<'_>) {
+        let (Some(held), Some(request_hash)) = (&self.held, self.request_hash) else { return };
+        // Its outcome was told and could not be applied, and since then nobody has said a word:
+        // whoever told it has given up.
+        self.is_parked |= self.failures > 0;
+        if cx.resources.draining && self.is_stuck() {
+            return;
+        }
+        let (key, branch) = (self.key.clone(), held.branch().clone());
+        cx.inquire(InDoubt { key, request_hash, branch, deadline: self.deadline });
+        self.inquire_later(cx);
+    }
+
+    pub(super) fn disconnected(&mut self) {
+        if let Slot::Held(_) = self.slot {
+            self.slot = Slot::Detached;
+        }
+        self.asked_by = None;
+        for finisher in &mut self.finishers {
+            finisher.delivery = None;
+        }
+    }
+
+    pub(super) fn clock_set_back(&mut self, by: Duration) {
+        self.due = self.due.map(|at| at - by);
+        self.wake_at = self.wake_at.map(|at| at - by);
     }
 }

@@ -1,62 +1,78 @@
-//! From a prepare to the vote.
-
-use std::sync::Arc;
+//! From a prepare to the vote; and a transaction's end, where nothing is held.
 
 use crate::protocol::{
     ids::{Branch, RequestHash, TransactionKey, WorkerId},
     message::{Ballot, Outcome, Prepare, Reason, ReasonCode},
     participant::{
-        Effect, Instance, Verdict,
+        Context, DeliveredPrepare, Effect, Holdings, Verdict,
         memory::{Remembered, has_namesake},
-        transaction::{Finisher, Holding, Slot, Stage, Waiting},
+        transaction::{Fate, Finisher, HeldBranch, HeldTransaction, Progress, Slot},
     },
-    time::Time,
 };
 
-impl Instance {
+impl Holdings {
     pub(in super::super) fn prepare_received(
         &mut self,
-        now: Time,
-        it: Waiting,
-        effects: &mut Vec<Effect>,
+        it: DeliveredPrepare,
+        cx: &mut Context<'_>,
     ) {
-        let key = it.prepare.key.clone();
-        if self.holdings.contains_key(&key) {
-            return self.prepare_again(it, effects);
+        let key = &it.prepare.key;
+        if let Some(held) = self.transactions.get_mut(key) {
+            return held.prepare_again(it, cx);
         }
         // What the store holds is held, however late the prepare is and whatever was cancelled.
-        let look = self.settings.has_store && (it.prepare.repeated || it.redelivered);
+        let look = cx.settings().has_store && (it.prepare.repeated || it.redelivered);
         let ballot = match look {
-            true => self.ballot_from_memory(&it.prepare),
-            false => self.ballot_without_code(now, &it.prepare),
+            true => cx.ballot_from_memory(&it.prepare),
+            false => cx.ballot_without_code(&it.prepare, self.has_namesake(key)),
         };
         if let Some(ballot) = ballot {
-            self.vote(it.worker, &key, it.prepare.request_hash, ballot, effects);
-            return effects.push(Effect::Ack(it.delivery));
+            cx.vote(it.worker, key, it.prepare.request_hash, ballot);
+            return cx.effects.push(Effect::Ack(it.delivery));
         }
-        if self.slots_used >= self.settings.max_concurrency {
-            return self.waiting.push_back(it);
+        if cx.resources.slots_used >= cx.settings().max_concurrency {
+            return cx.resources.waiting.push_back(it);
         }
-        self.slots_used += 1;
-        let mut holding = Holding {
+        cx.resources.slots_used += 1;
+        let key = key.clone();
+        let mut transaction = HeldTransaction {
             slot: Slot::Held(it.delivery),
             redelivered: it.redelivered,
             asked_by: (!look).then(|| it.worker.clone()),
             voters: vec![(it.worker, it.prepare.request_hash)],
-            ..Holding::visiting(Some(it.prepare.request_hash), it.prepare.deadline)
+            ..HeldTransaction::visiting(
+                key.clone(),
+                Some(it.prepare.request_hash),
+                it.prepare.deadline,
+            )
         };
         if look {
-            effects.push(Effect::ReadStore(key.clone()));
-            holding.prepare = Some(it.prepare);
+            transaction.progress = Progress::Recalling(Some(it.prepare));
+            cx.effects.push(Effect::ReadStore(key.clone()));
         } else {
-            self.call_prepare(&mut holding, it.prepare, effects);
+            transaction.call_prepare(it.prepare, cx);
         }
-        self.holdings.insert(&key, Box::new(holding));
+        self.transactions.insert(&key, Box::new(transaction));
     }
 
+    /// Whether another transaction of this id is held.
+    pub(super) fn has_namesake(&self, key: &TransactionKey) -> bool {
+        has_namesake(&self.transactions, key)
+    }
+
+    /// A cancel never touches what is prepared: it only keeps a prepare from being started.
+    pub(in super::super) fn cancel_received(&self, key: &TransactionKey, cx: &mut Context<'_>) {
+        let has_started = self.transactions.get(key).is_some_and(|it| it.has_started());
+        if !has_started && cx.resources.memory.of(key).is_none() {
+            cx.resources.memory.remember(key, Remembered::Cancelled);
+        }
+    }
+}
+
+impl Context<'_> {
     /// What was said before to this prepare, or came of it.
-    pub(in super::super) fn ballot_from_memory(&self, prepare: &Prepare) -> Option<Ballot> {
-        match self.memory.of(&prepare.key)? {
+    fn ballot_from_memory(&self, prepare: &Prepare) -> Option<Ballot> {
+        match self.resources.memory.of(&prepare.key)? {
             Remembered::Finished { outcome, .. } => Some(Ballot::Finished(*outcome)),
             Remembered::ReadOnly(seen) if *seen == prepare.request_hash => Some(Ballot::ReadOnly),
             Remembered::ReadOnly(_) => Some(self.refused(ReasonCode::IdReused)),
@@ -66,80 +82,76 @@ impl Instance {
     }
 
     /// What can be said to a prepare without asking the service's code, where nothing is held.
-    pub(in super::super) fn ballot_without_code(
+    pub(super) fn ballot_without_code(
         &self,
-        now: Time,
         prepare: &Prepare,
+        has_namesake: bool,
     ) -> Option<Ballot> {
         if let Some(ballot) = self.ballot_from_memory(prepare) {
             return Some(ballot);
         }
-        let key = &prepare.key;
-        if self.memory.of(key).is_some() {
+        let (key, memory) = (&prepare.key, &self.resources.memory);
+        if memory.of(key).is_some() {
             Some(self.refused(ReasonCode::Cancelled))
-        } else if self.memory.has_namesake(key) || has_namesake(&self.holdings, key) {
+        } else if memory.has_namesake(key) || has_namesake {
             Some(self.refused(ReasonCode::IdReused))
-        } else if now > prepare.deadline {
+        } else if self.now > prepare.deadline {
             Some(self.refused(ReasonCode::Deadline))
         } else {
             None
         }
     }
+}
 
-    pub(in super::super) fn refused(&self, code: ReasonCode) -> Ballot {
-        Ballot::Refused(Reason::at(&self.settings.service, code))
+impl HeldTransaction {
+    /// Whether it is this instance's to prepare, and no longer to be kept from it.
+    fn has_started(&self) -> bool {
+        self.has_slot() && !matches!(self.progress, Progress::Recalling(Some(_)))
     }
 
     /// A prepare of what this instance has to do with already.
-    pub(in super::super) fn prepare_again(&mut self, it: Waiting, effects: &mut Vec<Effect>) {
-        let key = it.prepare.key.clone();
-        let Some(holding) = self.holdings.get_mut(&key) else { return };
-        match holding.slot {
+    fn prepare_again(&mut self, it: DeliveredPrepare, cx: &mut Context<'_>) {
+        match self.slot {
             // It is only being looked into, on behalf of others: that comes first.
-            Slot::None => return self.waiting.push_back(it),
-            Slot::Detached if holding.is_about(it.prepare.request_hash) => {
-                holding.slot = Slot::Held(it.delivery);
+            Slot::None => return cx.resources.waiting.push_back(it),
+            Slot::Detached if self.is_about(it.prepare.request_hash) => {
+                self.slot = Slot::Held(it.delivery);
             }
-            Slot::Detached | Slot::Held(_) => effects.push(Effect::Ack(it.delivery)),
+            Slot::Detached | Slot::Held(_) => cx.effects.push(Effect::Ack(it.delivery)),
         }
-        self.vote_on_held(it.worker, &key, it.prepare.request_hash, effects);
+        self.vote_on_held(it.worker, it.prepare.request_hash, cx);
     }
 
     /// Votes again on what is held, or once it can be told.
-    pub(in super::super) fn vote_on_held(
+    pub(super) fn vote_on_held(
         &mut self,
         to: WorkerId,
-        key: &TransactionKey,
         request_hash: RequestHash,
-        effects: &mut Vec<Effect>,
+        cx: &mut Context<'_>,
     ) {
-        let Some(holding) = self.holdings.get_mut(key) else { return };
-        if !holding.is_about(request_hash) {
-            let reused = Reason::at(&self.settings.service, ReasonCode::IdReused);
-            return self.vote(to, key, request_hash, Ballot::Refused(reused), effects);
+        if !self.is_about(request_hash) {
+            return cx.vote(to, &self.key, request_hash, cx.refused(ReasonCode::IdReused));
         }
-        holding.asked_by.take_if(|worker| *worker != to);
-        match holding.stage {
-            Stage::Prepared | Stage::Failed => self.vote_again(to, key, request_hash, effects),
-            Stage::Recalling | Stage::Preparing | Stage::Finishing | Stage::BackingOff => {
-                if !holding.voters.contains(&(to.clone(), request_hash)) {
-                    holding.voters.push((to, request_hash));
+        self.asked_by.take_if(|worker| *worker != to);
+        match self.progress {
+            Progress::InDoubt => self.vote_again(to, request_hash, cx),
+            Progress::Recalling(_)
+            | Progress::LookingUp { .. }
+            | Progress::Preparing(_)
+            | Progress::Finishing { .. }
+            | Progress::BackingOff => {
+                if !self.voters.contains(&(to.clone(), request_hash)) {
+                    self.voters.push((to, request_hash));
                 }
             }
         }
     }
 
-    pub(in super::super) fn call_prepare(
-        &mut self,
-        holding: &mut Holding,
-        prepare: Prepare,
-        effects: &mut Vec<Effect>,
-    ) {
-        self.branches += 1;
-        let branch = Branch::of(&self.settings.instance, self.branches);
-        holding.stage = Stage::Preparing;
-        holding.branch = Some(branch.clone());
-        effects.push(Effect::CallPrepare {
+    pub(super) fn call_prepare(&mut self, prepare: Prepare, cx: &mut Context<'_>) {
+        cx.resources.branches += 1;
+        let branch = Branch::of(&cx.settings().instance, cx.resources.branches);
+        self.progress = Progress::Preparing(branch.clone());
+        cx.effects.push(Effect::CallPrepare {
             key: prepare.key,
             branch,
             request_hash: prepare.request_hash,
@@ -150,102 +162,98 @@ impl Instance {
 
     pub(in super::super) fn prepare_ended(
         &mut self,
-        now: Time,
-        key: &TransactionKey,
-        branch: &Branch,
+        branch: Branch,
         verdict: Verdict,
-        effects: &mut Vec<Effect>,
-    ) {
-        let service = self.settings.service.clone();
-        let Some(holding) = self.holdings.get_mut(key) else { return };
-        if holding.stage != Stage::Preparing || holding.branch.as_ref() != Some(branch) {
-            return;
+        cx: &mut Context<'_>,
+    ) -> Fate {
+        if !matches!(&self.progress, Progress::Preparing(running) if *running == branch) {
+            return Fate::Held;
         }
         let holds_nothing = matches!(verdict, Verdict::ReadOnly | Verdict::Refused(_));
         let commits =
             |it: &Finisher| it.finish.outcome == Outcome::Committed && it.finish.branch.is_some();
-        if holds_nothing && self.settings.has_store && holding.finishers.iter().any(commits) {
+        if holds_nothing && cx.settings().has_store && self.finishers.iter().any(commits) {
             // Another run's branch is the one that commits, and whoever holds it may be gone.
-            holding.branch = None;
-            holding.stage = Stage::Recalling;
-            return effects.push(Effect::ReadStore(key.clone()));
+            self.ask_store(cx);
+            return Fate::Held;
         }
         match verdict {
-            Verdict::Prepared => holding.stage = Stage::Prepared,
-            Verdict::Failed(why) => {
-                holding.stage = Stage::Failed;
-                holding.why_failed = Some(why);
-            }
+            Verdict::Prepared => self.hold(HeldBranch::Prepared(branch), cx),
+            Verdict::Failed(why) => self.hold(HeldBranch::Failed { branch, why }, cx),
             Verdict::ReadOnly => {
-                let seen = holding.request_hash;
+                let seen = self.request_hash;
                 let remembered = seen.map_or(Remembered::Cancelled, Remembered::ReadOnly);
-                return self.nothing_held(now, key, remembered, Ballot::ReadOnly, effects);
+                self.conclude(remembered, &Ballot::ReadOnly, cx)
             }
             Verdict::Refused(message) => {
-                let code = ReasonCode::Refused;
-                let reason = Reason { code, service: Some(service), message };
+                let service = Some(cx.settings().service.clone());
+                let reason = Reason { code: ReasonCode::Refused, service, message };
                 let ballot = Ballot::Refused(reason.clone());
-                return self.nothing_held(now, key, Remembered::Refused(reason), ballot, effects);
+                self.conclude(Remembered::Refused(reason), &ballot, cx)
             }
-        }
-        if holding.finishers.is_empty() {
-            for (worker, request_hash) in std::mem::take(&mut holding.voters) {
-                self.vote_again(worker, key, request_hash, effects);
-            }
-            self.inquire_later(now, key);
-        } else {
-            self.apply(now, key, effects);
         }
     }
 
-    /// The transaction is none of this instance's business any more: say so, and free the slot.
-    pub(in super::super) fn nothing_held(
-        &mut self,
-        now: Time,
-        key: &TransactionKey,
-        remembered: Remembered,
-        ballot: Ballot,
-        effects: &mut Vec<Effect>,
-    ) {
-        let Some(holding) = self.remove(key) else { return };
-        match holding.finishers.first() {
-            Some(Finisher { finish, .. }) => {
-                let is_applied = self.can_answer_for(finish).is_ok();
-                self.memory.remember(key, Remembered::finished(finish, is_applied));
-            }
-            None => self.memory.remember(key, remembered),
+    /// Something is, or may be, stored: the outcome is awaited, unless it is known.
+    fn hold(&mut self, held: HeldBranch, cx: &mut Context<'_>) -> Fate {
+        self.held = Some(held);
+        self.progress = Progress::InDoubt;
+        if !self.finishers.is_empty() {
+            return self.apply(cx);
         }
-        for (worker, request_hash) in holding.voters {
-            self.vote(worker, key, request_hash, ballot.clone(), effects);
-        }
-        for finisher in holding.finishers {
-            let applied = self.can_answer_for(&finisher.finish);
-            self.done(finisher, applied, effects);
-        }
-        if let Slot::Held(delivery) = holding.slot {
-            effects.push(Effect::Ack(delivery));
-        }
-        self.admit_waiting(now, effects);
+        self.vote_to_all(cx);
+        self.inquire_later(cx);
+        Fate::Held
     }
 
-    pub(in super::super) fn vote_again(
-        &self,
-        to: WorkerId,
-        key: &TransactionKey,
-        request_hash: RequestHash,
-        effects: &mut Vec<Effect>,
-    ) {
-        let Some(holding) = self.holdings.get(key) else { return };
-        let Some(branch) = holding.branch.clone() else { return };
-        let ballot = match &holding.why_failed {
-            None => Ballot::Prepared { branch },
-            Some(why) => {
-                let service = Some(self.settings.service.clone());
-                let message = Some(Arc::clone(why));
+    /// Votes on what is held, to all who wait for that.
+    pub(super) fn vote_to_all(&mut self, cx: &mut Context<'_>) {
+        for (worker, request_hash) in std::mem::take(&mut self.voters) {
+            self.vote_again(worker, request_hash, cx);
+        }
+    }
+
+    fn vote_again(&self, to: WorkerId, request_hash: RequestHash, cx: &mut Context<'_>) {
+        let Some(held) = &self.held else { return };
+        let ballot = match held.clone() {
+            HeldBranch::Prepared(branch) => Ballot::Prepared { branch },
+            HeldBranch::Failed { branch, why } => {
+                let (service, message) = (Some(cx.settings().service.clone()), Some(why));
                 let reason = Reason { code: ReasonCode::Failed, service, message };
                 Ballot::Failed { branch, reason }
             }
         };
-        self.vote(to, key, request_hash, ballot, effects);
+        cx.vote(to, &self.key, request_hash, ballot);
+    }
+
+    /// The transaction is none of this instance's business any more: say so, and free the slot.
+    pub(super) fn conclude(
+        &mut self,
+        remembered: Remembered,
+        ballot: &Ballot,
+        cx: &mut Context<'_>,
+    ) -> Fate {
+        let delivery = self.free_slot(cx);
+        let remembered = match self.finishers.first() {
+            Some(Finisher { finish, .. }) => {
+                Remembered::finished(finish, cx.can_answer_for(finish).is_ok())
+            }
+            None => remembered,
+        };
+        cx.resources.memory.remember(&self.key, remembered);
+        self.answer_voters(ballot, cx);
+        for finisher in std::mem::take(&mut self.finishers) {
+            let applied = cx.can_answer_for(&finisher.finish);
+            cx.done(finisher, applied);
+        }
+        cx.effects.extend(delivery.map(Effect::Ack));
+        Fate::Over
+    }
+
+    /// Says the same to all who wait for the vote.
+    pub(super) fn answer_voters(&mut self, ballot: &Ballot, cx: &mut Context<'_>) {
+        for (worker, request_hash) in std::mem::take(&mut self.voters) {
+            cx.vote(worker, &self.key, request_hash, ballot.clone());
+        }
     }
 }
