@@ -61,7 +61,7 @@ enum Patience {
 }
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
-pub(super) struct Flow {
+pub(super) struct ServiceLoad {
     existence: Existence,
     /// How often it was found and then refused a prepare, since a prepare last got through.
     refusals: u32,
@@ -104,7 +104,7 @@ pub(super) struct Flow {
     waiting: VecDeque<TransactionKey>,
 }
 
-impl Flow {
+impl ServiceLoad {
     /// A service of which is known what `own` says, if no other worker uses it.
     pub(super) fn new(own: Option<&Slots>) -> Self {
         let patience = match own {
@@ -466,7 +466,7 @@ impl Flow {
 mod tests {
     use std::time::Duration;
 
-    use super::{Flow, IMPATIENT_BELOW, PROBES_MAX};
+    use super::{IMPATIENT_BELOW, PROBES_MAX, ServiceLoad};
     use crate::protocol::{
         ids::{InstanceId, TransactionId, TransactionKey},
         time::Time,
@@ -483,24 +483,24 @@ mod tests {
         TransactionKey { id: TransactionId::parse(id).unwrap(), requested_at: Time::EPOCH }
     }
 
-    fn found() -> Flow {
-        let mut flow = Flow::new(None);
-        flow.found();
-        flow
+    fn found() -> ServiceLoad {
+        let mut load = ServiceLoad::new(None);
+        load.found();
+        load
     }
 
-    fn report(flow: &mut Flow, from: &str, free: u32) {
-        flow.reported(NOW, &instance(from), free);
-        flow.learn();
+    fn report(load: &mut ServiceLoad, from: &str, free: u32) {
+        load.reported(NOW, &instance(from), free);
+        load.learn();
     }
 
     /// How many prepares can be sent before one is answered.
-    fn admitted_at_once(mut flow: Flow) -> u32 {
+    fn admitted_at_once(mut load: ServiceLoad) -> u32 {
         for sent in 0..1000 {
-            if !flow.admits(NOW, false) {
+            if !load.admits(NOW, false) {
                 return sent;
             }
-            flow.asked();
+            load.asked();
         }
         1000
     }
@@ -513,21 +513,21 @@ mod tests {
 
     #[test]
     fn reported_slots_are_asked_for_and_no_more() {
-        let mut flow = found();
-        report(&mut flow, "p1", 3);
-        report(&mut flow, "p2", 2);
-        assert_eq!(admitted_at_once(flow.clone()), 5);
-        report(&mut flow, "p2", 0);
-        assert_eq!(admitted_at_once(flow), 3);
+        let mut load = found();
+        report(&mut load, "p1", 3);
+        report(&mut load, "p2", 2);
+        assert_eq!(admitted_at_once(load.clone()), 5);
+        report(&mut load, "p2", 0);
+        assert_eq!(admitted_at_once(load), 3);
     }
 
     #[test]
     fn plenty_is_a_quarter_of_the_most_and_at_least_two() {
         let with_free = |free| {
-            let mut flow = found();
-            report(&mut flow, "p1", 100);
-            report(&mut flow, "p1", free);
-            flow.is_plenty(NOW)
+            let mut load = found();
+            report(&mut load, "p1", 100);
+            report(&mut load, "p1", free);
+            load.is_plenty(NOW)
         };
         assert_eq!([0, 24, 25, 100].map(with_free), [false, false, true, true]);
         let mut small = found();
@@ -541,68 +541,68 @@ mod tests {
 
     #[test]
     fn a_return_makes_it_contended_for_a_while_and_its_slots_unknown() {
-        let mut flow = found();
-        report(&mut flow, "p1", 9);
-        flow.returned(NOW, MAX_WAIT, Duration::from_millis(300));
-        report(&mut flow, "p1", 9);
-        assert!(!flow.is_plenty(NOW + Duration::from_millis(299)));
-        assert!(flow.is_plenty(NOW + Duration::from_millis(300)));
+        let mut load = found();
+        report(&mut load, "p1", 9);
+        load.returned(NOW, MAX_WAIT, Duration::from_millis(300));
+        report(&mut load, "p1", 9);
+        assert!(!load.is_plenty(NOW + Duration::from_millis(299)));
+        assert!(load.is_plenty(NOW + Duration::from_millis(300)));
     }
 
     #[test]
     fn what_returns_at_once_is_never_held_back_from() {
-        let mut flow = found();
-        flow.returned(NOW, IMPATIENT_BELOW - Duration::from_millis(1), Duration::ZERO);
-        assert_eq!(admitted_at_once(flow), 1000);
+        let mut load = found();
+        load.returned(NOW, IMPATIENT_BELOW - Duration::from_millis(1), Duration::ZERO);
+        assert_eq!(admitted_at_once(load), 1000);
     }
 
     #[test]
     fn a_service_that_returns_after_waiting_is_probed_in_doubling_rounds() {
-        let mut flow = found();
+        let mut load = found();
         let mut rounds = Vec::new();
         for _ in 0..10 {
-            flow.returned(NOW, MAX_WAIT, Duration::ZERO);
-            rounds.push(admitted_at_once(flow.clone()));
+            load.returned(NOW, MAX_WAIT, Duration::ZERO);
+            rounds.push(admitted_at_once(load.clone()));
         }
         assert_eq!(rounds[..4], [2, 4, 8, 16]);
         assert_eq!(rounds[9], PROBES_MAX);
-        flow.admitted(false);
-        assert_eq!(admitted_at_once(flow), 1, "a slot was free after all");
+        load.admitted(false);
+        assert_eq!(admitted_at_once(load), 1, "a slot was free after all");
     }
 
     #[test]
     fn while_an_own_transaction_holds_a_slot_of_a_full_patient_service_nobody_is_sent() {
-        let mut flow = found();
-        report(&mut flow, "p1", 0);
-        flow.took_slot();
-        assert!(flow.looks_full());
-        flow.admitted(true);
-        assert!(!flow.admits(NOW, false));
-        flow.freed_slot();
-        assert_eq!(admitted_at_once(flow), 1, "nobody's done would tell");
+        let mut load = found();
+        report(&mut load, "p1", 0);
+        load.took_slot();
+        assert!(load.looks_full());
+        load.admitted(true);
+        assert!(!load.admits(NOW, false));
+        load.freed_slot();
+        assert_eq!(admitted_at_once(load), 1, "nobody's done would tell");
     }
 
     #[test]
     fn who_has_begun_goes_first_and_the_others_only_if_they_may() {
-        let mut flow = found();
-        flow.enqueue(&key("new"), false);
-        flow.enqueue(&key("begun"), true);
-        assert!(flow.has_waiters_before(false) && flow.has_waiters_before(true));
-        assert_eq!(flow.dequeue(false), Some(key("begun")));
-        assert!(flow.has_waiters_before(false) && !flow.has_waiters_before(true));
-        assert_eq!(flow.dequeue(false), None);
-        assert_eq!(flow.dequeue(true), Some(key("new")));
-        assert!(!flow.has_waiters());
+        let mut load = found();
+        load.enqueue(&key("new"), false);
+        load.enqueue(&key("begun"), true);
+        assert!(load.has_waiters_before(false) && load.has_waiters_before(true));
+        assert_eq!(load.dequeue(false), Some(key("begun")));
+        assert!(load.has_waiters_before(false) && !load.has_waiters_before(true));
+        assert_eq!(load.dequeue(false), None);
+        assert_eq!(load.dequeue(true), Some(key("new")));
+        assert!(!load.has_waiters());
     }
 
     #[test]
     fn who_gives_up_waits_no_more() {
-        let mut flow = found();
-        flow.enqueue(&key("t1"), false);
-        flow.enqueue(&key("t2"), true);
-        assert!(!flow.is_idle());
-        flow.remove(&key("t1"));
-        flow.remove(&key("t2"));
-        assert!(flow.is_idle());
+        let mut load = found();
+        load.enqueue(&key("t1"), false);
+        load.enqueue(&key("t2"), true);
+        assert!(!load.is_idle());
+        load.remove(&key("t1"));
+        load.remove(&key("t2"));
+        assert!(load.is_idle());
     }
 }

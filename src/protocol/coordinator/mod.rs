@@ -40,7 +40,9 @@ use std::{
     time::Duration,
 };
 
-use self::{admission::Flow, history::History, inquiries::Inquiries, transaction::Transaction};
+use self::{
+    admission::ServiceLoad, history::History, inquiries::Inquiries, transaction::Transaction,
+};
 pub use self::{
     event::{Anomaly, Effect, Event},
     settings::{Settings, Slots},
@@ -82,7 +84,7 @@ struct Work {
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 struct Shared {
     settings: Settings,
-    flows: BTreeMap<ServiceName, Flow>,
+    loads: BTreeMap<ServiceName, ServiceLoad>,
     deadlines: Deadlines,
     /// Transactions that have begun.
     active: usize,
@@ -167,7 +169,7 @@ impl Shared {
     fn new(settings: Settings) -> Self {
         Self {
             settings,
-            flows: BTreeMap::new(),
+            loads: BTreeMap::new(),
             deadlines: Deadlines::default(),
             active: 0,
             gated: false,
@@ -319,7 +321,7 @@ impl Work {
         let transactions = &self.transactions;
         let is_leaving =
             |key: &TransactionKey| transactions.get(key).is_some_and(|it| it.is_unbegun());
-        cx.shared.flows.values_mut().for_each(|flow| flow.remove_all(is_leaving));
+        cx.shared.loads.values_mut().for_each(|load| load.remove_all(is_leaving));
         for key in self.transactions.keys() {
             let mut released = false;
             self.with(&key, cx, |it, cx| released = it.release_unbegun(cx));

@@ -4,17 +4,17 @@
 use std::time::Duration;
 
 use crate::protocol::{
-    coordinator::{Anomaly, Context, Effect, Shared, Work, admission::Flow},
+    coordinator::{Anomaly, Context, Effect, Shared, Work, admission::ServiceLoad},
     ids::{InstanceId, ServiceName, StoreId, TransactionKey},
 };
 
 impl Work {
     pub(super) fn service_found(&mut self, service: &ServiceName, cx: &mut Context<'_>) {
-        let Some(flow) = cx.shared.flows.get_mut(service) else { return };
-        if flow.found() {
+        let Some(load) = cx.shared.loads.get_mut(service) else { return };
+        if load.found() {
             cx.effects.push(Effect::Report(Anomaly::ServiceAvailable(service.clone())));
         }
-        if flow.served() {
+        if load.served() {
             cx.effects.push(Effect::Report(Anomaly::ServiceServed(service.clone())));
         }
         self.try_all_anew(service, cx);
@@ -23,14 +23,14 @@ impl Work {
     /// The service exists, and nobody serves it. Who waits for it does so from now on with a
     /// deadline, and only so many.
     pub(super) fn service_unserved(&mut self, service: &ServiceName, cx: &mut Context<'_>) {
-        let Some(flow) = cx.shared.flows.get_mut(service) else { return };
-        if flow.is_found() && flow.is_unserved() {
+        let Some(load) = cx.shared.loads.get_mut(service) else { return };
+        if load.is_found() && load.is_unserved() {
             return;
         }
-        if flow.found() {
+        if load.found() {
             cx.effects.push(Effect::Report(Anomaly::ServiceAvailable(service.clone())));
         }
-        if flow.unserved() {
+        if load.unserved() {
             cx.effects.push(Effect::Report(Anomaly::ServiceUnserved(service.clone())));
         }
         self.try_all_anew(service, cx);
@@ -38,16 +38,16 @@ impl Work {
 
     /// What those who wait for the service go by is another now.
     fn try_all_anew(&mut self, service: &ServiceName, cx: &mut Context<'_>) {
-        let Some(flow) = cx.shared.flows.get_mut(service) else { return };
-        let waiters: Vec<_> = flow.dequeue_all().collect();
+        let Some(load) = cx.shared.loads.get_mut(service) else { return };
+        let waiters: Vec<_> = load.dequeue_all().collect();
         for key in waiters {
             self.with(&key, cx, |it, cx| it.dequeued(service, cx));
         }
     }
 
     pub(super) fn service_missing(&mut self, service: &ServiceName, cx: &mut Context<'_>) {
-        let Some(mut flow) = cx.shared.flows.remove(service) else { return };
-        for key in flow.dequeue_all() {
+        let Some(mut load) = cx.shared.loads.remove(service) else { return };
+        for key in load.dequeue_all() {
             self.with(&key, cx, |it, cx| it.service_missing(service, cx));
         }
     }
@@ -60,19 +60,19 @@ impl Work {
         refused: bool,
         cx: &mut Context<'_>,
     ) {
-        let Shared { flows, settings, .. } = &mut *cx.shared;
-        let Some(flow) = flows.get_mut(service) else { return };
-        if flow.is_found() {
-            let after = if refused { flow.refused(settings.backoff_first) } else { Duration::ZERO };
+        let Shared { loads, settings, .. } = &mut *cx.shared;
+        let Some(load) = loads.get_mut(service) else { return };
+        if load.is_found() {
+            let after = if refused { load.refused(settings.backoff_first) } else { Duration::ZERO };
             cx.effects.push(Effect::FindService { service: service.clone(), after });
         }
         if !refused {
-            flow.unreached();
+            load.unreached();
         }
-        if flow.is_unavailable() {
+        if load.is_unavailable() {
             return;
         }
-        if flow.unavailable() {
+        if load.unavailable() {
             cx.effects.push(Effect::Report(Anomaly::ServiceUnavailable(service.clone())));
         }
         self.try_all_anew(service, cx);
@@ -87,8 +87,8 @@ impl Work {
     ) {
         self.with(key, cx, |it, cx| it.service_missing(service, cx));
         // One that is not found is being looked for already.
-        if let Some(flow) = cx.shared.flows.get_mut(service).filter(|flow| flow.is_found()) {
-            flow.lost();
+        if let Some(load) = cx.shared.loads.get_mut(service).filter(|load| load.is_found()) {
+            load.lost();
             let service = service.clone();
             cx.effects.push(Effect::FindService { service, after: Duration::ZERO });
         }
@@ -98,7 +98,7 @@ impl Work {
     pub(super) fn serve_waiters(&mut self, cx: &mut Context<'_>) {
         if cx.shared.gated && !cx.is_at_capacity() {
             cx.shared.gated = false;
-            let waiting = cx.shared.flows.iter().filter(|(_, flow)| flow.has_waiters());
+            let waiting = cx.shared.loads.iter().filter(|(_, load)| load.has_waiters());
             let services: Vec<_> = waiting.map(|(service, _)| service.clone()).collect();
             cx.shared.touched.extend(services);
         }
@@ -115,18 +115,18 @@ impl Work {
         cx: &mut Context<'_>,
     ) -> Option<TransactionKey> {
         let may_begin = !cx.is_at_capacity();
-        let Shared { flows, deadlines, gated, .. } = &mut *cx.shared;
-        let flow = flows.get_mut(service).filter(|flow| flow.is_found())?;
-        if !flow.admits(cx.now, flow.has_begun_waiters()) {
-            if let (Some(at), Some(first)) = (flow.to_be_tried_at(cx.now), flow.first_waiter())
+        let Shared { loads, deadlines, gated, .. } = &mut *cx.shared;
+        let load = loads.get_mut(service).filter(|load| load.is_found())?;
+        if !load.admits(cx.now, load.has_begun_waiters()) {
+            if let (Some(at), Some(first)) = (load.to_be_tried_at(cx.now), load.first_waiter())
                 && let Some(it) = self.transactions.get_mut(first)
             {
                 it.wake_by(at, deadlines);
             }
             return None;
         }
-        let next = flow.dequeue(may_begin);
-        if next.is_none() && flow.has_waiters() {
+        let next = load.dequeue(may_begin);
+        if next.is_none() && load.has_waiters() {
             *gated = true;
         }
         next
@@ -142,15 +142,15 @@ impl Context<'_> {
         free: u32,
         store: Option<&StoreId>,
     ) {
-        let Shared { flows, touched, .. } = &mut *self.shared;
-        let Some(flow) = flows.get_mut(service) else { return };
-        flow.reported(self.now, instance, free);
-        if flow.has_waiters() {
+        let Shared { loads, touched, .. } = &mut *self.shared;
+        let Some(load) = loads.get_mut(service) else { return };
+        load.reported(self.now, instance, free);
+        if load.has_waiters() {
             touched.insert(service.clone());
         }
         // All instances of a service should share one store.
         if let Some(store) = store
-            && let Some(before) = flow.named_store(self.now, instance, store)
+            && let Some(before) = load.named_store(self.now, instance, store)
         {
             let (service, now) = (service.clone(), (instance.clone(), store.clone()));
             self.effects.push(Effect::Report(Anomaly::StoresDiffer { service, before, now }));
@@ -159,8 +159,8 @@ impl Context<'_> {
 
     /// What the service reported with what was just handled.
     pub(super) fn learn(&mut self, service: &ServiceName) {
-        if let Some(flow) = self.shared.flows.get_mut(service) {
-            flow.learn();
+        if let Some(load) = self.shared.loads.get_mut(service) {
+            load.learn();
         }
     }
 
@@ -171,44 +171,45 @@ impl Context<'_> {
     /// Whether as many wait for services that can't be reached, or that nobody serves, as may: with
     /// more, requests that need none of these would soon not be taken in.
     pub(super) fn is_full_of_stranded(&self) -> bool {
-        let out_of_reach = self.shared.flows.values().filter(|flow| flow.is_out_of_reach());
-        let waiters: usize = out_of_reach.map(Flow::waiters).sum();
+        let out_of_reach = self.shared.loads.values().filter(|load| load.is_out_of_reach());
+        let waiters: usize = out_of_reach.map(ServiceLoad::waiters).sum();
         waiters >= (self.shared.settings.waiting_max / 2).max(1)
     }
 
     /// What is known of `service`, if it is remembered.
-    pub(super) fn known_flow(&mut self, service: &ServiceName) -> Option<&mut Flow> {
-        self.shared.flows.get_mut(service)
+    pub(super) fn known_load(&mut self, service: &ServiceName) -> Option<&mut ServiceLoad> {
+        self.shared.loads.get_mut(service)
     }
 
     /// Something was sent to `service` and not answered in time: perhaps nobody serves it.
     pub(super) fn check(&mut self, service: &ServiceName) {
-        let is_of_use = |flow: &&Flow| flow.is_found() && !flow.is_unserved() && !flow.is_own();
-        if self.shared.flows.get(service).filter(is_of_use).is_some() {
+        let is_of_use =
+            |load: &&ServiceLoad| load.is_found() && !load.is_unserved() && !load.is_own();
+        if self.shared.loads.get(service).filter(is_of_use).is_some() {
             self.effects.push(Effect::CheckService(service.clone()));
         }
     }
 
     /// What is known of `service`; it is looked for if it is new.
-    pub(super) fn flow(&mut self, service: &ServiceName) -> &mut Flow {
-        let Shared { flows, settings, .. } = &mut *self.shared;
-        if flows.len() >= settings.services_max && !flows.contains_key(service) {
+    pub(super) fn load(&mut self, service: &ServiceName) -> &mut ServiceLoad {
+        let Shared { loads, settings, .. } = &mut *self.shared;
+        if loads.len() >= settings.services_max && !loads.contains_key(service) {
             let now = self.now;
-            flows.retain(|_, flow| !flow.is_stale(now));
+            loads.retain(|_, load| !load.is_stale(now));
         }
-        flows.entry(service.clone()).or_insert_with(|| {
+        loads.entry(service.clone()).or_insert_with(|| {
             let (service, after) = (service.clone(), Duration::ZERO);
             let own = settings.own_services.get(&service);
             self.effects.push(Effect::FindService { service, after });
-            Flow::new(own)
+            ServiceLoad::new(own)
         })
     }
 
-    /// Tells the flow of `service` something that may let waiters go on.
-    pub(super) fn relieve(&mut self, service: &ServiceName, tell: impl FnOnce(&mut Flow)) {
-        let Some(flow) = self.shared.flows.get_mut(service) else { return };
-        tell(flow);
-        if flow.has_waiters() {
+    /// Notes in the load of `service` something that may let waiters go on.
+    pub(super) fn relieve(&mut self, service: &ServiceName, tell: impl FnOnce(&mut ServiceLoad)) {
+        let Some(load) = self.shared.loads.get_mut(service) else { return };
+        tell(load);
+        if load.has_waiters() {
             self.shared.touched.insert(service.clone());
         }
     }

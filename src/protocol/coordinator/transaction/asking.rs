@@ -1,12 +1,12 @@
 //! Asking the services for their votes: whom, and when, so that no transaction stands in another's
-//! way; and what their flows are told of it.
+//! way; and what is noted of that in each ServiceLoad.
 
 use std::{sync::Arc, time::Duration};
 
 use crate::protocol::{
     coordinator::{
         Anomaly, Context, Effect,
-        admission::Flow,
+        admission::ServiceLoad,
         transaction::{Part, Phase, Standing, Transaction},
     },
     ids::ServiceName,
@@ -34,8 +34,8 @@ fn has_room(
     cx: &mut Context<'_>,
 ) -> bool {
     let now = cx.now;
-    let flow = cx.flow(service);
-    flow.admits(now, begun) && (turn == Some(service) || !flow.has_waiters_before(begun))
+    let load = cx.load(service);
+    load.admits(now, begun) && (turn == Some(service) || !load.has_waiters_before(begun))
 }
 
 impl Transaction {
@@ -54,12 +54,12 @@ impl Transaction {
             }
             first = first.or(Some(index));
             let now = cx.now;
-            let flow = cx.flow(service);
-            if !flow.is_found() {
+            let load = cx.load(service);
+            if !load.is_found() {
                 return self.queue(index, cx);
             }
-            is_plenty &= flow.is_plenty(now);
-            if flow.is_unserved() {
+            is_plenty &= load.is_plenty(now);
+            if load.is_unserved() {
                 unserved = unserved.or(Some(index));
             }
         }
@@ -99,13 +99,13 @@ impl Transaction {
             if !self.parts[index].standing.is_to_be_asked() {
                 continue;
             }
-            let flow = cx.flow(service);
-            if !flow.has_spare() && flow.returns_at_once() {
+            let load = cx.load(service);
+            if !load.has_spare() && load.returns_at_once() {
                 // It is likely to say no, and then the others need not be called.
                 return self.ask(index, cx);
             }
-            is_own &= flow.is_own();
-            is_sure &= flow.has_spare();
+            is_own &= load.is_own();
+            is_sure &= load.has_spare();
         }
         if is_own && is_sure {
             return self.ask_all(cx);
@@ -132,8 +132,8 @@ impl Transaction {
                 return;
             }
             let is_reserved = self.parts[index].standing == Standing::Reserved;
-            let flow = cx.flow(service);
-            if !is_reserved && !flow.is_own() && flow.is_plenty(now) {
+            let load = cx.load(service);
+            if !is_reserved && !load.is_own() && load.is_plenty(now) {
                 // It can wait until the contended ones are had.
                 continue;
             }
@@ -165,15 +165,15 @@ impl Transaction {
             if !to_be_asked || has_room(service, turn, self.begun, cx) {
                 continue;
             }
-            let flow = cx.flow(service);
-            let waiters = flow.waiters();
-            may_hold &= turn.is_some_and(|turn| turn < service) && !flow.has_begun_waiters();
+            let load = cx.load(service);
+            let waiters = load.waiters();
+            may_hold &= turn.is_some_and(|turn| turn < service) && !load.has_begun_waiters();
             if scarcest.is_none_or(|(most, _)| waiters > most) {
                 scarcest = Some((waiters, index));
             }
         }
         let Some((waiters, index)) = scarcest else { return Scarcity::None };
-        let waiters_here = turn.map_or(0, |turn| cx.flow(turn).waiters());
+        let waiters_here = turn.map_or(0, |turn| cx.load(turn).waiters());
         if self.detours >= DETOURS_MAX || may_hold && waiters_here >= waiters {
             Scarcity::TakeInOrder
         } else {
@@ -194,7 +194,7 @@ impl Transaction {
         for index in 0..self.parts.len() {
             if self.parts[index].standing == Standing::Unasked {
                 self.parts[index].standing = Standing::Reserved;
-                cx.flow(&self.request.services[index]).reserve();
+                cx.load(&self.request.services[index]).reserve();
             }
         }
     }
@@ -212,7 +212,7 @@ impl Transaction {
     fn queue(&mut self, index: usize, cx: &mut Context<'_>) {
         let services = Arc::clone(&self.request.services);
         let service = &services[index];
-        if let Some(reason) = cx.flow(service).why_out_of_reach(service) {
+        if let Some(reason) = cx.load(service).why_out_of_reach(service) {
             if !self.begun && cx.is_full_of_stranded() {
                 self.reason.get_or_insert(reason);
                 return self.propose(Outcome::Aborted, cx);
@@ -220,14 +220,14 @@ impl Transaction {
             self.limit_wait(cx);
         }
         let now = cx.now;
-        let flow = cx.flow(service);
+        let load = cx.load(service);
         if self.parts[index].standing == Standing::Reserved {
-            flow.unreserve();
+            load.unreserve();
         }
         self.parts[index].standing = Standing::Queued;
-        flow.enqueue(&self.request.key, self.begun);
+        load.enqueue(&self.request.key, self.begun);
         // Who stands before it may only wait for fewer to be in flight.
-        if flow.admits(now, self.begun) || flow.is_own() {
+        if load.admits(now, self.begun) || load.is_own() {
             cx.shared.touched.insert(service.clone());
         }
     }
@@ -237,14 +237,14 @@ impl Transaction {
         self.phase = Phase::Preparing;
         let deadline = self.start_deadline(cx);
         let at = cx.now;
-        let flow = cx.flow(&self.request.services[index]);
+        let load = cx.load(&self.request.services[index]);
         if self.parts[index].standing == Standing::Reserved {
-            flow.unreserve();
+            load.unreserve();
         }
-        let looked_full = flow.looks_full();
-        let sure = flow.is_own() && flow.has_spare();
-        flow.asked();
-        let spare = flow.spare();
+        let looked_full = load.looks_full();
+        let sure = load.is_own() && load.has_spare();
+        load.asked();
+        let spare = load.spare();
         let part = &mut self.parts[index];
         part.standing = Standing::Asked { at, looked_full, sure };
         let prepare = Prepare {
@@ -285,8 +285,8 @@ impl Transaction {
     pub(super) fn hold(&mut self, index: usize, cx: &mut Context<'_>) {
         if !self.parts[index].holds_slot {
             self.parts[index].holds_slot = true;
-            if let Some(flow) = cx.known_flow(&self.request.services[index]) {
-                flow.took_slot();
+            if let Some(load) = cx.known_load(&self.request.services[index]) {
+                load.took_slot();
             }
         }
     }
@@ -294,7 +294,7 @@ impl Transaction {
     pub(super) fn release(&mut self, index: usize, cx: &mut Context<'_>) {
         if self.parts[index].holds_slot {
             self.parts[index].holds_slot = false;
-            cx.relieve(&self.request.services[index], Flow::freed_slot);
+            cx.relieve(&self.request.services[index], ServiceLoad::freed_slot);
         }
     }
 
@@ -305,13 +305,13 @@ impl Transaction {
         match *standing {
             Standing::Asked { looked_full, .. } => {
                 *standing = Standing::Unasked;
-                cx.relieve(service, |flow| {
-                    flow.answered();
+                cx.relieve(service, |load| {
+                    load.answered();
                     if admitted {
-                        flow.admitted(looked_full);
+                        load.admitted(looked_full);
                     }
                 });
-                if admitted && cx.known_flow(service).is_some_and(Flow::is_reachable_again) {
+                if admitted && cx.known_load(service).is_some_and(ServiceLoad::is_reachable_again) {
                     let available = Anomaly::ServiceAvailable(service.clone());
                     cx.effects.push(Effect::Report(available));
                 }
@@ -319,13 +319,13 @@ impl Transaction {
             Standing::Queued => {
                 *standing = Standing::Unasked;
                 self.waits_until = None;
-                if let Some(flow) = cx.known_flow(service) {
-                    flow.remove(&self.request.key);
+                if let Some(load) = cx.known_load(service) {
+                    load.remove(&self.request.key);
                 }
             }
             Standing::Reserved => {
                 *standing = Standing::Unasked;
-                cx.relieve(service, Flow::unreserve);
+                cx.relieve(service, ServiceLoad::unreserve);
             }
             Standing::Unasked
             | Standing::Queried
@@ -343,7 +343,7 @@ impl Transaction {
         }
     }
 
-    /// Takes back all it has told the flows.
+    /// Takes back all it has noted in the loads of services.
     pub(in super::super) fn withdraw(&mut self, cx: &mut Context<'_>) {
         for index in 0..self.parts.len() {
             self.unask(index, false, cx);

@@ -74,9 +74,9 @@ impl Phase {
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 enum Standing {
     Unasked,
-    /// It will be asked when those before it have voted; its flow keeps a place until then.
+    /// It will be asked when those before it have voted; a place is kept for it until then.
     Reserved,
-    /// It will be asked when its flow has room.
+    /// It will be asked when it has room.
     Queued,
     Queried,
     Asked {
@@ -132,7 +132,7 @@ struct Part {
     store: Option<StoreId>,
     /// Whether a prepare was refused by the broker, and may have arrived all the same.
     was_refused: bool,
-    /// Whether it counts as a slot held in the service's flow.
+    /// Whether it counts as a slot held in the service's load.
     holds_slot: bool,
     duty: Duty,
 }
@@ -405,15 +405,15 @@ impl Transaction {
         let waited = cx.now.since(at);
         let contended_for = cx.jitter(&self.request.key, cx.settings().prepare_timeout / 10);
         let now = cx.now;
-        if let Some(flow) = cx.known_flow(service) {
-            flow.returned(now, waited, contended_for);
+        if let Some(load) = cx.known_load(service) {
+            load.returned(now, waited, contended_for);
         }
         if self.parts.iter().any(|part| part.holds_slot) {
             let stalled = Anomaly::Stalled(self.request.key.clone(), service.clone());
             cx.effects.push(Effect::Report(stalled));
         }
-        let reason = match cx.known_flow(service) {
-            Some(flow) => flow.no_slot(service),
+        let reason = match cx.known_load(service) {
+            Some(load) => load.no_slot(service),
             None => Reason::at(service, ReasonCode::NoSlot),
         };
         self.decline(index, reason, cx);
@@ -659,7 +659,7 @@ impl Transaction {
             .filter_map(|(part, service)| is_silent(part).then_some(service))
             .collect();
         let mut out_of_reach = silent.iter().filter_map(|service| {
-            cx.known_flow(service).and_then(|flow| flow.why_out_of_reach(service))
+            cx.known_load(service).and_then(|load| load.why_out_of_reach(service))
         });
         let reason = out_of_reach.next().unwrap_or_else(|| {
             let service = silent.first().map(|&service| service.clone());
