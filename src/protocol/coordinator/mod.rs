@@ -89,9 +89,9 @@ struct Shared {
     /// Transactions that have begun.
     active: usize,
     /// Whether one that could have begun was kept back because too many have.
-    gated: bool,
+    was_at_capacity: bool,
     /// Services at which a slot, or the right to ask for one, may have become free.
-    touched: BTreeSet<ServiceName>,
+    dirty_services: BTreeSet<ServiceName>,
     draining: bool,
 }
 
@@ -172,8 +172,8 @@ impl Shared {
             loads: BTreeMap::new(),
             deadlines: Deadlines::default(),
             active: 0,
-            gated: false,
-            touched: BTreeSet::new(),
+            was_at_capacity: false,
+            dirty_services: BTreeSet::new(),
             draining: false,
         }
     }

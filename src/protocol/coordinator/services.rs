@@ -96,13 +96,13 @@ impl Work {
 
     /// Lets those go on who waited for what has become free.
     pub(super) fn serve_waiters(&mut self, cx: &mut Context<'_>) {
-        if cx.shared.gated && !cx.is_at_capacity() {
-            cx.shared.gated = false;
+        if cx.shared.was_at_capacity && !cx.is_at_capacity() {
+            cx.shared.was_at_capacity = false;
             let waiting = cx.shared.loads.iter().filter(|(_, load)| load.has_waiters());
             let services: Vec<_> = waiting.map(|(service, _)| service.clone()).collect();
-            cx.shared.touched.extend(services);
+            cx.shared.dirty_services.extend(services);
         }
-        while let Some(service) = cx.shared.touched.pop_first() {
+        while let Some(service) = cx.shared.dirty_services.pop_first() {
             while let Some(key) = self.next_waiter(&service, cx) {
                 self.with(&key, cx, |it, cx| it.dequeued(&service, cx));
             }
@@ -115,7 +115,7 @@ impl Work {
         cx: &mut Context<'_>,
     ) -> Option<TransactionKey> {
         let may_begin = !cx.is_at_capacity();
-        let Shared { loads, deadlines, gated, .. } = &mut *cx.shared;
+        let Shared { loads, deadlines, was_at_capacity, .. } = &mut *cx.shared;
         let load = loads.get_mut(service).filter(|load| load.is_found())?;
         if !load.admits(cx.now, load.has_begun_waiters()) {
             if let (Some(at), Some(first)) = (load.to_be_tried_at(cx.now), load.first_waiter())
@@ -127,7 +127,7 @@ impl Work {
         }
         let next = load.dequeue(may_begin);
         if next.is_none() && load.has_waiters() {
-            *gated = true;
+            *was_at_capacity = true;
         }
         next
     }
@@ -142,11 +142,11 @@ impl Context<'_> {
         free: u32,
         store: Option<&StoreId>,
     ) {
-        let Shared { loads, touched, .. } = &mut *self.shared;
+        let Shared { loads, dirty_services, .. } = &mut *self.shared;
         let Some(load) = loads.get_mut(service) else { return };
         load.reported(self.now, instance, free);
         if load.has_waiters() {
-            touched.insert(service.clone());
+            dirty_services.insert(service.clone());
         }
         // All instances of a service should share one store.
         if let Some(store) = store
@@ -210,7 +210,7 @@ impl Context<'_> {
         let Some(load) = self.shared.loads.get_mut(service) else { return };
         tell(load);
         if load.has_waiters() {
-            self.shared.touched.insert(service.clone());
+            self.shared.dirty_services.insert(service.clone());
         }
     }
 }

@@ -65,7 +65,7 @@ impl Transaction {
         }
         let Some(first) = unserved.or(first) else { return };
         if !self.begun && cx.is_at_capacity() {
-            cx.shared.gated = true;
+            cx.shared.was_at_capacity = true;
             return self.queue(first, cx);
         }
         if unserved.is_some() && self.holds_nothing() {
@@ -228,7 +228,7 @@ impl Transaction {
         load.enqueue(&self.request.key, self.begun);
         // Who stands before it may only wait for fewer to be in flight.
         if load.admits(now, self.begun) || load.is_own() {
-            cx.shared.touched.insert(service.clone());
+            cx.shared.dirty_services.insert(service.clone());
         }
     }
 

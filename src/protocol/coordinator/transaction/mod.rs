@@ -601,7 +601,7 @@ impl Transaction {
         for index in 0..self.parts.len() {
             self.wake_duty(index, cx);
             if self.parts[index].standing == Standing::Queued {
-                cx.shared.touched.insert(self.request.services[index].clone());
+                cx.shared.dirty_services.insert(self.request.services[index].clone());
             }
         }
         for index in 0..self.requesters.len() {
