@@ -1,10 +1,10 @@
 //! One transaction as a worker sees it: its phase, what each service has said, and one method for
-//! each way on: here from the start to the decision, in [`asking`] how votes are asked for, in
-//! [`telling`] what follows from the decision, and in [`answering`] who is told the result.
+//! each way on: here from the start to the decision, in [`voting`] how votes are asked for, in
+//! [`finishing`] what follows from the decision, and in [`result`] who is told the result.
 
-mod answering;
-mod asking;
-mod telling;
+mod finishing;
+mod result;
+mod voting;
 
 use std::{sync::Arc, time::Duration};
 
@@ -12,7 +12,7 @@ use crate::protocol::{
     coordinator::{
         Context,
         event::{Anomaly, Effect},
-        transaction::{answering::Requester, telling::Duty},
+        transaction::{finishing::Duty, result::Requester},
     },
     deadlines::Deadlines,
     ids::{Branch, InstanceId, ServiceName, StoreId},

@@ -6,7 +6,7 @@ use crate::protocol::{
     coordinator::{
         Context,
         event::{Anomaly, Effect},
-        transaction::{Part, Phase, Transaction, telling::Duty},
+        transaction::{Part, Phase, Transaction, finishing::Duty},
     },
     ids::ServiceName,
     message::{Answer, Decision, Delivery},
