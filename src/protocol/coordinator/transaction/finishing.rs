@@ -7,7 +7,7 @@ use crate::protocol::{
     coordinator::{
         Context,
         event::{Anomaly, Effect},
-        transaction::{Phase, Standing, Transaction},
+        transaction::{Phase, Transaction, VoteState},
     },
     ids::{Branch, InstanceId, ServiceName},
     message::{
@@ -61,10 +61,10 @@ impl Transaction {
     }
 
     pub(super) fn owe_abort(&mut self, index: usize, cx: &mut Context<'_>) {
-        let standing = &self.parts[index].standing;
-        let is_silent = standing.is_to_be_asked() || *standing == Standing::Queried;
+        let vote_state = &self.parts[index].vote_state;
+        let is_silent = vote_state.is_to_be_asked() || *vote_state == VoteState::Queried;
         let may_hold = self.repeated || self.parts[index].was_refused;
-        if standing.held().is_some() {
+        if vote_state.held().is_some() {
             self.owe(index, 0, 0, false, cx);
         } else if is_silent && may_hold {
             let finish = self.finish(Outcome::Aborted, None);
@@ -74,7 +74,7 @@ impl Transaction {
 
     /// What a service is to be told of the outcome, and who has the slot, if that is known.
     fn telling(&self, index: usize, decision: &Decision) -> (Finish, Option<InstanceId>) {
-        let (held, holder) = self.parts[index].standing.held().unzip();
+        let (held, holder) = self.parts[index].vote_state.held().unzip();
         let branch = match decision.outcome {
             Outcome::Committed => decision.branch_of(&self.request.services[index]),
             Outcome::Aborted => held,
@@ -250,7 +250,7 @@ impl Transaction {
                         if self.parts[index].duty == Duty::None && self.until.is_some() =>
                     {
                         let holder = Some(vote.instance);
-                        self.parts[index].standing = Standing::Failed { branch, holder };
+                        self.parts[index].vote_state = VoteState::Failed { branch, holder };
                         self.owe(index, 0, 0, false, cx);
                     }
                     Outcome::Aborted => {
@@ -279,7 +279,7 @@ impl Transaction {
     fn is_with_holder(&self, index: usize, branch: &Branch, instance: &InstanceId) -> bool {
         let part = &self.parts[index];
         let (Duty::Owed(telling) | Duty::BackingOff(telling)) = &part.duty else { return false };
-        let Some((held, Some(holder))) = part.standing.held() else { return false };
+        let Some((held, Some(holder))) = part.vote_state.held() else { return false };
         !telling.all && held == branch && holder != instance
     }
 

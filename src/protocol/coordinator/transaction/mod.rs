@@ -72,7 +72,7 @@ impl Phase {
 
 /// What one service has said so far.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
-enum Standing {
+enum VoteState {
     Unasked,
     /// It will be asked when those before it have voted; a place is kept for it until then.
     Reserved,
@@ -102,7 +102,7 @@ enum Standing {
     Heard,
 }
 
-impl Standing {
+impl VoteState {
     fn is_to_be_asked(&self) -> bool {
         matches!(self, Self::Unasked | Self::Reserved)
     }
@@ -127,7 +127,7 @@ impl Standing {
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 struct Part {
-    standing: Standing,
+    vote_state: VoteState,
     /// The store that holds what is prepared, if whoever voted for it has named one.
     store: Option<StoreId>,
     /// Whether a prepare was refused by the broker, and may have arrived all the same.
@@ -174,7 +174,7 @@ pub(super) struct Transaction {
 impl Transaction {
     pub(super) fn new(request: Request, delivery: Delivery, deliveries: u32, many: u32) -> Self {
         let part = Part {
-            standing: Standing::Unasked,
+            vote_state: VoteState::Unasked,
             store: None,
             was_refused: false,
             holds_slot: false,
@@ -241,7 +241,7 @@ impl Transaction {
             self.begin(cx);
             self.phase = Phase::Querying;
             for part in 0..self.parts.len() {
-                self.parts[part].standing = Standing::Queried;
+                self.parts[part].vote_state = VoteState::Queried;
                 self.send(part, Destination::AllInstances, self.query_command(), cx);
             }
             self.wake_at(cx.now + cx.settings().query_timeout, cx);
@@ -256,7 +256,7 @@ impl Transaction {
     pub(super) fn recall_again(&mut self, cx: &mut Context<'_>) {
         self.withdraw(cx);
         for part in &mut self.parts {
-            part.standing = Standing::Unasked;
+            part.vote_state = VoteState::Unasked;
         }
         self.phase = Phase::Recalling;
         self.repeated = true;
@@ -340,9 +340,9 @@ impl Transaction {
                 None
             }
         };
-        let standing = std::mem::replace(&mut self.parts[index].standing, Standing::Unasked);
-        let next = match (vote.ballot, standing) {
-            (Ballot::Prepared { branch }, Standing::Prepared { branch: known, holder }) => {
+        let vote_state = std::mem::replace(&mut self.parts[index].vote_state, VoteState::Unasked);
+        let next = match (vote.ballot, vote_state) {
+            (Ballot::Prepared { branch }, VoteState::Prepared { branch: known, holder }) => {
                 let holder = if branch != known {
                     let twice = Anomaly::PreparedTwice(vote.key, vote.service);
                     cx.effects.push(Effect::Report(twice));
@@ -353,55 +353,55 @@ impl Transaction {
                 } else {
                     holder.filter(|holder| holder == known.instance() || *holder == instance)
                 };
-                Standing::Prepared { branch: known, holder }
+                VoteState::Prepared { branch: known, holder }
             }
-            (Ballot::Prepared { branch }, Standing::Failed { .. }) => {
-                Standing::Prepared { branch, holder: None }
+            (Ballot::Prepared { branch }, VoteState::Failed { .. }) => {
+                VoteState::Prepared { branch, holder: None }
             }
             (Ballot::Prepared { branch }, _) => {
                 self.hold(index, cx);
-                Standing::Prepared { branch, holder: Some(instance) }
+                VoteState::Prepared { branch, holder: Some(instance) }
             }
-            (Ballot::Failed { reason, .. }, Standing::Prepared { branch, .. }) => {
+            (Ballot::Failed { reason, .. }, VoteState::Prepared { branch, .. }) => {
                 self.reason.get_or_insert(reason);
-                Standing::Prepared { branch, holder: None }
+                VoteState::Prepared { branch, holder: None }
             }
             (Ballot::Failed { branch, reason }, _) => {
                 self.reason.get_or_insert(reason);
                 self.hold(index, cx);
-                Standing::Failed { branch, holder: Some(instance) }
+                VoteState::Failed { branch, holder: Some(instance) }
             }
-            (Ballot::Finished(outcome), standing) => {
+            (Ballot::Finished(outcome), vote_state) => {
                 self.heard.get_or_insert(outcome);
-                if matches!(standing, Standing::Prepared { .. } | Standing::Failed { .. }) {
-                    standing
+                if matches!(vote_state, VoteState::Prepared { .. } | VoteState::Failed { .. }) {
+                    vote_state
                 } else {
-                    Standing::Heard
+                    VoteState::Heard
                 }
             }
             // What is held outweighs what another instance says of itself.
             (
                 Ballot::ReadOnly | Ballot::Refused(_),
-                standing @ (Standing::Prepared { .. } | Standing::Failed { .. }),
-            ) => standing,
-            (Ballot::ReadOnly, _) => Standing::ReadOnly,
+                vote_state @ (VoteState::Prepared { .. } | VoteState::Failed { .. }),
+            ) => vote_state,
+            (Ballot::ReadOnly, _) => VoteState::ReadOnly,
             (Ballot::Refused(reason), _) => {
                 self.reason.get_or_insert(reason);
-                Standing::Declined
+                VoteState::Declined
             }
         };
-        if let (Standing::Prepared { branch, .. }, Some((held, store))) = (&next, held)
+        if let (VoteState::Prepared { branch, .. }, Some((held, store))) = (&next, held)
             && *branch == held
         {
             self.parts[index].store = Some(store);
         }
-        self.parts[index].standing = next;
+        self.parts[index].vote_state = next;
     }
 
     /// The transport brought the prepare back.
     pub(super) fn prepare_returned(&mut self, service: &ServiceName, cx: &mut Context<'_>) {
         let Some(index) = self.part_of(service) else { return };
-        let Standing::Asked { at, .. } = self.parts[index].standing else { return };
+        let VoteState::Asked { at, .. } = self.parts[index].vote_state else { return };
         let waited = cx.now.since(at);
         let contended_for = cx.jitter(&self.request.key, cx.settings().prepare_timeout / 10);
         let now = cx.now;
@@ -422,7 +422,7 @@ impl Transaction {
     /// There is no such service.
     pub(super) fn service_missing(&mut self, service: &ServiceName, cx: &mut Context<'_>) {
         let Some(index) = self.part_of(service) else { return };
-        if matches!(self.parts[index].standing, Standing::Asked { .. } | Standing::Queued) {
+        if matches!(self.parts[index].vote_state, VoteState::Asked { .. } | VoteState::Queued) {
             self.begin(cx);
             self.decline(index, Reason::at(service, ReasonCode::UnknownService), cx);
         }
@@ -432,13 +432,13 @@ impl Transaction {
     /// then holds up nobody unless something is held elsewhere.
     pub(super) fn prepare_refused(&mut self, service: &ServiceName, cx: &mut Context<'_>) {
         let Some(index) = self.part_of(service) else { return };
-        let is_asked = matches!(self.parts[index].standing, Standing::Asked { .. });
+        let is_asked = matches!(self.parts[index].vote_state, VoteState::Asked { .. });
         if self.phase != Phase::Preparing || !is_asked {
             return;
         }
         self.unask(index, false, cx);
         self.parts[index].was_refused = true;
-        let holds = |it: &Part| it.holds_slot || matches!(it.standing, Standing::Asked { .. });
+        let holds = |it: &Part| it.holds_slot || matches!(it.vote_state, VoteState::Asked { .. });
         if !self.parts.iter().any(holds) {
             self.withdraw_prepares(cx);
             self.phase = Phase::Waiting;
@@ -449,7 +449,7 @@ impl Transaction {
 
     fn decline(&mut self, index: usize, reason: Reason, cx: &mut Context<'_>) {
         self.unask(index, false, cx);
-        self.parts[index].standing = Standing::Declined;
+        self.parts[index].vote_state = VoteState::Declined;
         self.reason.get_or_insert(reason);
         if self.is_undecided() && self.phase != Phase::Deciding {
             self.evaluate(cx);
@@ -458,8 +458,9 @@ impl Transaction {
 
     /// Proposes an outcome if the votes allow one, and else goes on asking.
     fn evaluate(&mut self, cx: &mut Context<'_>) {
-        let in_favour =
-            |part: &Part| matches!(part.standing, Standing::Prepared { .. } | Standing::ReadOnly);
+        let in_favour = |part: &Part| {
+            matches!(part.vote_state, VoteState::Prepared { .. } | VoteState::ReadOnly)
+        };
         if let Some(outcome) = self.heard {
             self.propose(outcome, cx);
         } else if self.reason.is_some() {
@@ -474,14 +475,14 @@ impl Transaction {
     fn propose(&mut self, outcome: Outcome, cx: &mut Context<'_>) {
         self.begin(cx);
         for index in 0..self.parts.len() {
-            if self.parts[index].standing == Standing::Queued {
+            if self.parts[index].vote_state == VoteState::Queued {
                 self.unask(index, false, cx);
             }
         }
         self.phase = Phase::Deciding;
         self.proposal = Some(outcome);
         let named = |(part, service): (&Part, &ServiceName)| {
-            let Standing::Prepared { branch, .. } = &part.standing else { return None };
+            let VoteState::Prepared { branch, .. } = &part.vote_state else { return None };
             Some((service.clone(), branch.clone()))
         };
         let (branches, reason) = match outcome {
@@ -508,7 +509,7 @@ impl Transaction {
     pub(super) fn adopt(&mut self, decision: &Arc<Decision>, cx: &mut Context<'_>) {
         self.begin(cx);
         for index in 0..self.parts.len() {
-            if matches!(self.parts[index].standing, Standing::Asked { .. }) {
+            if matches!(self.parts[index].vote_state, VoteState::Asked { .. }) {
                 let cancel = Command::Cancel(self.request.key.clone());
                 self.send(index, Destination::AllInstances, cancel, cx);
             }
@@ -600,7 +601,7 @@ impl Transaction {
         }
         for index in 0..self.parts.len() {
             self.wake_duty(index, cx);
-            if self.parts[index].standing == Standing::Queued {
+            if self.parts[index].vote_state == VoteState::Queued {
                 cx.shared.dirty_services.insert(self.request.services[index].clone());
             }
         }
@@ -618,14 +619,14 @@ impl Transaction {
         self.phase = Phase::Preparing;
         self.until = None;
         for part in &mut self.parts {
-            if part.standing == Standing::Queried {
-                part.standing = Standing::Unasked;
+            if part.vote_state == VoteState::Queried {
+                part.vote_state = VoteState::Unasked;
             }
         }
         if self.parts.iter().any(|part| part.holds_slot) {
             self.start_deadline(cx);
         }
-        if self.parts.iter().all(|part| part.standing == Standing::Unasked) {
+        if self.parts.iter().all(|part| part.vote_state == VoteState::Unasked) {
             // Nobody holds any of it. It waits like a new one, and doesn't keep out those of which
             // something is held: they have slots that others wait for.
             self.phase = Phase::Waiting;
@@ -652,8 +653,8 @@ impl Transaction {
     /// the reason.
     fn give_up_preparing(&mut self, cx: &mut Context<'_>) {
         let is_silent = |part: &Part| {
-            part.standing.is_to_be_asked()
-                || matches!(part.standing, Standing::Queued | Standing::Asked { .. })
+            part.vote_state.is_to_be_asked()
+                || matches!(part.vote_state, VoteState::Queued | VoteState::Asked { .. })
         };
         let silent: Vec<_> = (self.parts.iter().zip(&*self.request.services))
             .filter_map(|(part, service)| is_silent(part).then_some(service))
@@ -666,7 +667,7 @@ impl Transaction {
             Reason { code: ReasonCode::Deadline, service, message: None }
         });
         for (part, service) in self.parts.iter().zip(&*self.request.services) {
-            if matches!(part.standing, Standing::Asked { .. }) {
+            if matches!(part.vote_state, VoteState::Asked { .. }) {
                 cx.check(service);
             }
         }

@@ -7,7 +7,7 @@ use crate::protocol::{
     coordinator::{
         Anomaly, Context, Effect,
         admission::ServiceLoad,
-        transaction::{Part, Phase, Standing, Transaction},
+        transaction::{Part, Phase, Transaction, VoteState},
     },
     ids::ServiceName,
     message::{Outcome, Prepare},
@@ -43,13 +43,13 @@ impl Transaction {
     /// transaction's way. `turn`: the service whose queue it was just taken from.
     pub(in super::super) fn advance(&mut self, turn: Option<&ServiceName>, cx: &mut Context<'_>) {
         debug_assert!(matches!(self.phase, Phase::Waiting | Phase::Preparing));
-        if self.parts.iter().any(|part| part.standing == Standing::Queued) {
+        if self.parts.iter().any(|part| part.vote_state == VoteState::Queued) {
             return;
         }
         let services = Arc::clone(&self.request.services);
         let (mut is_plenty, mut first, mut unserved) = (true, None, None);
         for (index, service) in services.iter().enumerate() {
-            if !self.parts[index].standing.is_to_be_asked() {
+            if !self.parts[index].vote_state.is_to_be_asked() {
                 continue;
             }
             first = first.or(Some(index));
@@ -96,7 +96,7 @@ impl Transaction {
         let services = Arc::clone(&self.request.services);
         let (mut is_own, mut is_sure) = (true, true);
         for (index, service) in services.iter().enumerate() {
-            if !self.parts[index].standing.is_to_be_asked() {
+            if !self.parts[index].vote_state.is_to_be_asked() {
                 continue;
             }
             let load = cx.load(service);
@@ -124,14 +124,15 @@ impl Transaction {
         let services = Arc::clone(&self.request.services);
         let now = cx.now;
         for (index, service) in services.iter().enumerate() {
-            if !self.parts[index].standing.is_to_be_asked() {
+            if !self.parts[index].vote_state.is_to_be_asked() {
                 continue;
             }
-            let waits = |part: &Part| matches!(part.standing, Standing::Asked { sure: false, .. });
+            let waits =
+                |part: &Part| matches!(part.vote_state, VoteState::Asked { sure: false, .. });
             if self.parts.iter().any(waits) {
                 return;
             }
-            let is_reserved = self.parts[index].standing == Standing::Reserved;
+            let is_reserved = self.parts[index].vote_state == VoteState::Reserved;
             let load = cx.load(service);
             if !is_reserved && !load.is_own() && load.is_plenty(now) {
                 // It can wait until the contended ones are had.
@@ -148,7 +149,7 @@ impl Transaction {
     fn holds_nothing(&self) -> bool {
         self.parts.iter().all(|part| {
             !part.holds_slot
-                && !matches!(part.standing, Standing::Asked { .. } | Standing::Reserved)
+                && !matches!(part.vote_state, VoteState::Asked { .. } | VoteState::Reserved)
         })
     }
 
@@ -161,7 +162,7 @@ impl Transaction {
         let mut scarcest = None;
         let mut may_hold = turn.is_some();
         for (index, service) in services.iter().enumerate() {
-            let to_be_asked = self.parts[index].standing.is_to_be_asked();
+            let to_be_asked = self.parts[index].vote_state.is_to_be_asked();
             if !to_be_asked || has_room(service, turn, self.begun, cx) {
                 continue;
             }
@@ -183,7 +184,7 @@ impl Transaction {
 
     fn ask_all(&mut self, cx: &mut Context<'_>) {
         for index in 0..self.parts.len() {
-            if self.parts[index].standing.is_to_be_asked() {
+            if self.parts[index].vote_state.is_to_be_asked() {
                 self.ask(index, cx);
             }
         }
@@ -192,8 +193,8 @@ impl Transaction {
     /// Keeps a place at every service that is to be asked, until it is.
     fn reserve_all(&mut self, cx: &mut Context<'_>) {
         for index in 0..self.parts.len() {
-            if self.parts[index].standing == Standing::Unasked {
-                self.parts[index].standing = Standing::Reserved;
+            if self.parts[index].vote_state == VoteState::Unasked {
+                self.parts[index].vote_state = VoteState::Reserved;
                 cx.load(&self.request.services[index]).reserve();
             }
         }
@@ -202,8 +203,8 @@ impl Transaction {
     /// Back from the queue of `service`.
     pub(in super::super) fn dequeued(&mut self, service: &ServiceName, cx: &mut Context<'_>) {
         let Some(index) = self.part_of(service) else { return };
-        if self.parts[index].standing == Standing::Queued {
-            self.parts[index].standing = Standing::Unasked;
+        if self.parts[index].vote_state == VoteState::Queued {
+            self.parts[index].vote_state = VoteState::Unasked;
             self.waits_until = None;
             self.advance(Some(service), cx);
         }
@@ -221,10 +222,10 @@ impl Transaction {
         }
         let now = cx.now;
         let load = cx.load(service);
-        if self.parts[index].standing == Standing::Reserved {
+        if self.parts[index].vote_state == VoteState::Reserved {
             load.unreserve();
         }
-        self.parts[index].standing = Standing::Queued;
+        self.parts[index].vote_state = VoteState::Queued;
         load.enqueue(&self.request.key, self.begun);
         // Who stands before it may only wait for fewer to be in flight.
         if load.admits(now, self.begun) || load.is_own() {
@@ -238,7 +239,7 @@ impl Transaction {
         let deadline = self.start_deadline(cx);
         let at = cx.now;
         let load = cx.load(&self.request.services[index]);
-        if self.parts[index].standing == Standing::Reserved {
+        if self.parts[index].vote_state == VoteState::Reserved {
             load.unreserve();
         }
         let looked_full = load.looks_full();
@@ -246,7 +247,7 @@ impl Transaction {
         load.asked();
         let spare = load.spare();
         let part = &mut self.parts[index];
-        part.standing = Standing::Asked { at, looked_full, sure };
+        part.vote_state = VoteState::Asked { at, looked_full, sure };
         let prepare = Prepare {
             key: self.request.key.clone(),
             request_hash: self.request.request_hash,
@@ -301,10 +302,10 @@ impl Transaction {
     /// No prepare of this service is waited for any more.
     pub(super) fn unask(&mut self, index: usize, admitted: bool, cx: &mut Context<'_>) {
         let service = &self.request.services[index];
-        let standing = &mut self.parts[index].standing;
-        match *standing {
-            Standing::Asked { looked_full, .. } => {
-                *standing = Standing::Unasked;
+        let vote_state = &mut self.parts[index].vote_state;
+        match *vote_state {
+            VoteState::Asked { looked_full, .. } => {
+                *vote_state = VoteState::Unasked;
                 cx.relieve(service, |load| {
                     load.answered();
                     if admitted {
@@ -316,24 +317,24 @@ impl Transaction {
                     cx.effects.push(Effect::Report(available));
                 }
             }
-            Standing::Queued => {
-                *standing = Standing::Unasked;
+            VoteState::Queued => {
+                *vote_state = VoteState::Unasked;
                 self.waits_until = None;
                 if let Some(load) = cx.known_load(service) {
                     load.remove(&self.request.key);
                 }
             }
-            Standing::Reserved => {
-                *standing = Standing::Unasked;
+            VoteState::Reserved => {
+                *vote_state = VoteState::Unasked;
                 cx.relieve(service, ServiceLoad::unreserve);
             }
-            Standing::Unasked
-            | Standing::Queried
-            | Standing::Prepared { .. }
-            | Standing::ReadOnly
-            | Standing::Declined
-            | Standing::Failed { .. }
-            | Standing::Heard => {}
+            VoteState::Unasked
+            | VoteState::Queried
+            | VoteState::Prepared { .. }
+            | VoteState::ReadOnly
+            | VoteState::Declined
+            | VoteState::Failed { .. }
+            | VoteState::Heard => {}
         }
     }
 
