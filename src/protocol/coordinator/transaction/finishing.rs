@@ -1,4 +1,4 @@
-//! Telling the services the outcome, each for itself, until it has answered or is parked; and
+//! Sending the services the outcome, each for itself, until it has answered or is parked; and to
 //! whoever asks for it.
 
 use std::sync::Arc;
@@ -19,12 +19,12 @@ use crate::protocol::{
 
 /// What is still to be done about one service once the outcome is known.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
-pub(super) enum Duty {
+pub(super) enum FinishState {
     None,
     /// A finish was sent and is not answered; sent again at `due`.
-    Owed(Telling),
+    Sent(FinishAttempts),
     /// The service's code failed; called again at `due`.
-    BackingOff(Telling),
+    BackingOff(FinishAttempts),
     /// A parked record is not confirmed; written again at `due`.
     Parking {
         error: Option<Arc<str>>,
@@ -33,9 +33,9 @@ pub(super) enum Duty {
     Parked,
 }
 
-/// How far it has come with telling a service the outcome.
+/// How a finish has been sent so far, and when to send it again.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub(super) struct Telling {
+pub(super) struct FinishAttempts {
     pub(super) due: Time,
     /// Whether all instances are told, though one is known to have the slot.
     all: bool,
@@ -48,9 +48,9 @@ impl Transaction {
         Finish { key: self.request.key.clone(), outcome, branch, parked: false }
     }
 
-    pub(super) fn owe_commit(&mut self, index: usize, decision: &Decision, cx: &mut Context<'_>) {
+    pub(super) fn send_commit(&mut self, index: usize, decision: &Decision, cx: &mut Context<'_>) {
         if decision.branch_of(&self.request.services[index]).is_some() {
-            self.owe(index, 0, 0, false, cx);
+            self.send_finish(index, 0, 0, false, cx);
         } else if self.parts[index].holds_slot {
             // Somebody else decided without this service's branch: it is undone. Lost, it will be
             // asked for.
@@ -60,12 +60,12 @@ impl Transaction {
         }
     }
 
-    pub(super) fn owe_abort(&mut self, index: usize, cx: &mut Context<'_>) {
+    pub(super) fn send_abort(&mut self, index: usize, cx: &mut Context<'_>) {
         let vote_state = &self.parts[index].vote_state;
         let is_silent = vote_state.is_to_be_asked() || *vote_state == VoteState::Queried;
         let may_hold = self.repeated || self.parts[index].was_refused;
         if vote_state.held().is_some() {
-            self.owe(index, 0, 0, false, cx);
+            self.send_finish(index, 0, 0, false, cx);
         } else if is_silent && may_hold {
             let finish = self.finish(Outcome::Aborted, None);
             self.send(index, Destination::AllInstances, Command::Finish(finish), cx);
@@ -73,7 +73,7 @@ impl Transaction {
     }
 
     /// What a service is to be told of the outcome, and who has the slot, if that is known.
-    fn telling(&self, index: usize, decision: &Decision) -> (Finish, Option<InstanceId>) {
+    fn finish_and_holder(&self, index: usize, decision: &Decision) -> (Finish, Option<InstanceId>) {
         let (held, holder) = self.parts[index].vote_state.held().unzip();
         let branch = match decision.outcome {
             Outcome::Committed => decision.branch_of(&self.request.services[index]),
@@ -90,9 +90,16 @@ impl Transaction {
     }
 
     /// Tells a service the outcome, and goes on until it has answered.
-    fn owe(&mut self, index: usize, silences: u32, failures: u32, all: bool, cx: &mut Context<'_>) {
+    fn send_finish(
+        &mut self,
+        index: usize,
+        silences: u32,
+        failures: u32,
+        all: bool,
+        cx: &mut Context<'_>,
+    ) {
         let Some(decision) = &self.decision else { return };
-        let (finish, holder) = self.telling(index, decision);
+        let (finish, holder) = self.finish_and_holder(index, decision);
         let patience = match decision.outcome {
             Outcome::Committed => cx.settings().finish_timeout,
             Outcome::Aborted => cx.settings().finish_timeout / 4,
@@ -100,7 +107,8 @@ impl Transaction {
         let to = holder.filter(|_| !all).map_or(Destination::AllInstances, Destination::Instance);
         self.send(index, to, Command::Finish(finish), cx);
         let due = cx.now + patience;
-        self.parts[index].duty = Duty::Owed(Telling { due, all, silences, failures });
+        self.parts[index].finish_state =
+            FinishState::Sent(FinishAttempts { due, all, silences, failures });
         cx.wake(&self.request.key, &mut self.due, due);
     }
 
@@ -119,8 +127,11 @@ impl Transaction {
                 if self.may_be_listed(index) && !done.parked {
                     self.settle(index, delivery, cx);
                 }
-                if !matches!(self.parts[index].duty, Duty::None | Duty::Parked) {
-                    self.parts[index].duty = Duty::None;
+                if !matches!(
+                    self.parts[index].finish_state,
+                    FinishState::None | FinishState::Parked
+                ) {
+                    self.parts[index].finish_state = FinishState::None;
                     self.release(index, cx);
                 }
             }
@@ -146,20 +157,20 @@ impl Transaction {
         }
     }
 
-    /// Whether a record may say that this service's commit, which is owed, is parked.
+    /// Whether a record may say that this service's commit, which is not done, is parked.
     fn may_be_listed(&self, index: usize) -> bool {
-        match self.parts[index].duty {
-            Duty::Parking { .. } => true,
-            Duty::Owed(_) | Duty::BackingOff(_) => {
+        match self.parts[index].finish_state {
+            FinishState::Parking { .. } => true,
+            FinishState::Sent(_) | FinishState::BackingOff(_) => {
                 self.redelivered && self.phase == Phase::Committing
             }
-            Duty::None | Duty::Parked => false,
+            FinishState::None | FinishState::Parked => false,
         }
     }
 
     fn settle(&self, index: usize, ack: Option<Delivery>, cx: &mut Context<'_>) {
         let (key, service) = (self.request.key.clone(), self.request.services[index].clone());
-        let was_parked = matches!(self.parts[index].duty, Duty::Parking { .. });
+        let was_parked = matches!(self.parts[index].finish_state, FinishState::Parking { .. });
         cx.effects.push(Effect::Settle { key, service, ack, was_parked });
     }
 
@@ -167,7 +178,9 @@ impl Transaction {
     pub(super) fn settle_committed(&self, cx: &mut Context<'_>) {
         let Some(decision) = self.own_decision() else { return };
         for (index, service) in self.request.services.iter().enumerate() {
-            if self.parts[index].duty == Duty::None && decision.branch_of(service).is_some() {
+            if self.parts[index].finish_state == FinishState::None
+                && decision.branch_of(service).is_some()
+            {
                 self.settle(index, None, cx);
             }
         }
@@ -176,8 +189,8 @@ impl Transaction {
     /// A service's code failed to finish. Only the answer that is waited for counts: several
     /// instances may report the same attempt.
     fn record_failure(&mut self, index: usize, error: &Arc<str>, cx: &mut Context<'_>) {
-        let Duty::Owed(telling) = self.parts[index].duty else { return };
-        let failures = telling.failures + 1;
+        let FinishState::Sent(attempts) = self.parts[index].finish_state else { return };
+        let failures = attempts.failures + 1;
         cx.effects.push(Effect::Report(Anomaly::CommitFailed {
             key: self.request.key.clone(),
             service: self.request.services[index].clone(),
@@ -188,7 +201,8 @@ impl Transaction {
             return self.park_commit(index, Some(Arc::clone(error)), cx);
         }
         let due = cx.now + cx.backoff(&self.request.key, failures);
-        self.parts[index].duty = Duty::BackingOff(Telling { due, failures, ..telling });
+        self.parts[index].finish_state =
+            FinishState::BackingOff(FinishAttempts { due, failures, ..attempts });
         cx.wake(&self.request.key, &mut self.due, due);
     }
 
@@ -200,7 +214,7 @@ impl Transaction {
         let parked = Parked { key: self.request.key.clone(), matter, parked_at: cx.now };
         cx.effects.push(Effect::Park(parked));
         let due = cx.now + cx.settings().finish_timeout;
-        self.parts[index].duty = Duty::Parking { error, due };
+        self.parts[index].finish_state = FinishState::Parking { error, due };
         cx.wake(&self.request.key, &mut self.due, due);
     }
 
@@ -219,11 +233,13 @@ impl Transaction {
             return;
         };
         let Some(index) = self.part_of(service) else { return };
-        if let (Duty::Parking { .. }, Some(decision)) = (&self.parts[index].duty, &self.decision) {
-            let (finish, _) = self.telling(index, decision);
+        if let (FinishState::Parking { .. }, Some(decision)) =
+            (&self.parts[index].finish_state, &self.decision)
+        {
+            let (finish, _) = self.finish_and_holder(index, decision);
             let finish = Finish { parked: true, ..finish };
             self.send(index, Destination::AnyInstance, Command::Finish(finish), cx);
-            self.parts[index].duty = Duty::Parked;
+            self.parts[index].finish_state = FinishState::Parked;
             self.release(index, cx);
             self.answer_if_complete(cx);
         }
@@ -247,11 +263,12 @@ impl Transaction {
                     }
                     // Once everyone has been given up on, nobody would end the repetitions.
                     Outcome::Aborted
-                        if self.parts[index].duty == Duty::None && self.until.is_some() =>
+                        if self.parts[index].finish_state == FinishState::None
+                            && self.until.is_some() =>
                     {
                         let holder = Some(vote.instance);
                         self.parts[index].vote_state = VoteState::Failed { branch, holder };
-                        self.owe(index, 0, 0, false, cx);
+                        self.send_finish(index, 0, 0, false, cx);
                     }
                     Outcome::Aborted => {
                         let finish = self.finish(Outcome::Aborted, Some(branch));
@@ -278,15 +295,18 @@ impl Transaction {
     /// has seen the branch in the store: told as well, both would call the service's code.
     fn is_with_holder(&self, index: usize, branch: &Branch, instance: &InstanceId) -> bool {
         let part = &self.parts[index];
-        let (Duty::Owed(telling) | Duty::BackingOff(telling)) = &part.duty else { return false };
+        let (FinishState::Sent(attempts) | FinishState::BackingOff(attempts)) = &part.finish_state
+        else {
+            return false;
+        };
         let Some((held, Some(holder))) = part.vote_state.held() else { return false };
-        !telling.all && held == branch && holder != instance
+        !attempts.all && held == branch && holder != instance
     }
 
-    pub(super) fn wake_duty(&mut self, index: usize, cx: &mut Context<'_>) {
-        match &self.parts[index].duty {
-            Duty::Owed(telling) if telling.due <= cx.now => {
-                let Telling { silences, failures, .. } = *telling;
+    pub(super) fn wake_finish(&mut self, index: usize, cx: &mut Context<'_>) {
+        match &self.parts[index].finish_state {
+            FinishState::Sent(attempts) if attempts.due <= cx.now => {
+                let FinishAttempts { silences, failures, .. } = *attempts;
                 let (key, service) = (self.request.key.clone(), &self.request.services[index]);
                 let unanswered = Anomaly::Unanswered(key, service.clone());
                 cx.effects.push(Effect::Report(unanswered));
@@ -294,22 +314,22 @@ impl Transaction {
                 if self.phase == Phase::Committing && silences >= cx.settings().commit_retries {
                     self.park_commit(index, None, cx);
                 } else {
-                    self.owe(index, silences + 1, failures, true, cx);
+                    self.send_finish(index, silences + 1, failures, true, cx);
                 }
             }
-            Duty::BackingOff(telling) if telling.due <= cx.now => {
-                let Telling { silences, failures, all, .. } = *telling;
-                self.owe(index, silences, failures, all, cx);
+            FinishState::BackingOff(attempts) if attempts.due <= cx.now => {
+                let FinishAttempts { silences, failures, all, .. } = *attempts;
+                self.send_finish(index, silences, failures, all, cx);
             }
-            Duty::Parking { error, due } if *due <= cx.now => {
+            FinishState::Parking { error, due } if *due <= cx.now => {
                 let error = error.clone();
                 self.park_commit(index, error, cx);
             }
-            Duty::None
-            | Duty::Owed(_)
-            | Duty::BackingOff(_)
-            | Duty::Parking { .. }
-            | Duty::Parked => {}
+            FinishState::None
+            | FinishState::Sent(_)
+            | FinishState::BackingOff(_)
+            | FinishState::Parking { .. }
+            | FinishState::Parked => {}
         }
     }
 }

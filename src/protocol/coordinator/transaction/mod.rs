@@ -12,7 +12,7 @@ use crate::protocol::{
     coordinator::{
         Context,
         event::{Anomaly, Effect},
-        transaction::{finishing::Duty, result::Requester},
+        transaction::{finishing::FinishState, result::Requester},
     },
     deadlines::Deadlines,
     ids::{Branch, InstanceId, ServiceName, StoreId},
@@ -134,7 +134,7 @@ struct Part {
     was_refused: bool,
     /// Whether it counts as a slot held in the service's load.
     holds_slot: bool,
-    duty: Duty,
+    finish_state: FinishState,
 }
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
@@ -178,7 +178,7 @@ impl Transaction {
             store: None,
             was_refused: false,
             holds_slot: false,
-            duty: Duty::None,
+            finish_state: FinishState::None,
         };
         Self {
             parts: vec![part; request.services.len()],
@@ -221,7 +221,10 @@ impl Transaction {
     pub(super) fn is_finished(&self) -> bool {
         self.phase.is_decided()
             && self.requesters.is_empty()
-            && self.parts.iter().all(|part| matches!(part.duty, Duty::None | Duty::Parked))
+            && self
+                .parts
+                .iter()
+                .all(|part| matches!(part.finish_state, FinishState::None | FinishState::Parked))
     }
 
     fn part_of(&self, service: &ServiceName) -> Option<usize> {
@@ -524,7 +527,7 @@ impl Transaction {
             Outcome::Committed => {
                 self.phase = Phase::Committing;
                 for index in 0..self.parts.len() {
-                    self.owe_commit(index, decision, cx);
+                    self.send_commit(index, decision, cx);
                 }
                 self.answer_if_complete(cx);
             }
@@ -533,7 +536,7 @@ impl Transaction {
                 self.until = Some(cx.now + cx.settings().finish_timeout);
                 self.publish_to_all(cx);
                 for index in 0..self.parts.len() {
-                    self.owe_abort(index, cx);
+                    self.send_abort(index, cx);
                 }
                 self.rearm(cx);
             }
@@ -584,7 +587,7 @@ impl Transaction {
             Phase::Aborting if is_due => {
                 // What did not hear it by now asks for it.
                 for index in 0..self.parts.len() {
-                    self.parts[index].duty = Duty::None;
+                    self.parts[index].finish_state = FinishState::None;
                     self.release(index, cx);
                 }
                 self.until = None;
@@ -600,7 +603,7 @@ impl Transaction {
             | Phase::Parking => {}
         }
         for index in 0..self.parts.len() {
-            self.wake_duty(index, cx);
+            self.wake_finish(index, cx);
             if self.parts[index].vote_state == VoteState::Queued {
                 cx.shared.dirty_services.insert(self.request.services[index].clone());
             }
@@ -686,13 +689,13 @@ impl Transaction {
     }
 
     fn rearm(&mut self, cx: &mut Context<'_>) {
-        let duties = self.parts.iter().filter_map(|part| match &part.duty {
-            Duty::Owed(telling) | Duty::BackingOff(telling) => Some(telling.due),
-            Duty::Parking { due, .. } => Some(*due),
-            Duty::None | Duty::Parked => None,
+        let finishes = self.parts.iter().filter_map(|part| match &part.finish_state {
+            FinishState::Sent(attempts) | FinishState::BackingOff(attempts) => Some(attempts.due),
+            FinishState::Parking { due, .. } => Some(*due),
+            FinishState::None | FinishState::Parked => None,
         });
         let answers = self.requesters.iter().filter_map(|requester| requester.republish_at);
-        let soonest = duties.chain(answers).chain(self.gives_up_at()).chain(self.until).min();
+        let soonest = finishes.chain(answers).chain(self.gives_up_at()).chain(self.until).min();
         if let (false, Some(at)) = (self.is_finished(), soonest) {
             cx.wake(&self.request.key, &mut self.due, at);
         }

@@ -6,7 +6,7 @@ use crate::protocol::{
     coordinator::{
         Context,
         event::{Anomaly, Effect},
-        transaction::{Part, Phase, Transaction, finishing::Duty},
+        transaction::{Part, Phase, Transaction, finishing::FinishState},
     },
     ids::ServiceName,
     message::{Answer, Decision, Delivery},
@@ -63,7 +63,8 @@ impl Transaction {
     }
 
     pub(super) fn answer_if_complete(&mut self, cx: &mut Context<'_>) {
-        let is_complete = |part: &Part| matches!(part.duty, Duty::None | Duty::Parked);
+        let is_complete =
+            |part: &Part| matches!(part.finish_state, FinishState::None | FinishState::Parked);
         if self.phase == Phase::Committing && self.parts.iter().all(is_complete) {
             self.phase = Phase::Answering;
             self.publish_to_all(cx);
@@ -81,7 +82,7 @@ impl Transaction {
         let requester = &mut self.requesters[index];
         requester.republish_at = None;
         let parked = |(part, service): (&Part, &ServiceName)| {
-            (part.duty == Duty::Parked).then(|| service.clone())
+            (part.finish_state == FinishState::Parked).then(|| service.clone())
         };
         let answer = Answer {
             id: self.request.key.id.clone(),
