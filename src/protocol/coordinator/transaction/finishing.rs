@@ -51,7 +51,7 @@ impl Transaction {
     pub(super) fn send_commit(&mut self, index: usize, decision: &Decision, cx: &mut Context<'_>) {
         if decision.branch_of(&self.request.services[index]).is_some() {
             self.send_finish(index, 0, 0, false, cx);
-        } else if self.parts[index].holds_slot {
+        } else if self.enlistments[index].holds_slot {
             // Somebody else decided without this service's branch: it is undone. Lost, it will be
             // asked for.
             let finish = self.finish(Outcome::Committed, None);
@@ -61,9 +61,9 @@ impl Transaction {
     }
 
     pub(super) fn send_abort(&mut self, index: usize, cx: &mut Context<'_>) {
-        let vote_state = &self.parts[index].vote_state;
+        let vote_state = &self.enlistments[index].vote_state;
         let is_silent = vote_state.is_to_be_asked() || *vote_state == VoteState::Queried;
-        let may_hold = self.repeated || self.parts[index].was_refused;
+        let may_hold = self.repeated || self.enlistments[index].was_refused;
         if vote_state.held().is_some() {
             self.send_finish(index, 0, 0, false, cx);
         } else if is_silent && may_hold {
@@ -74,7 +74,7 @@ impl Transaction {
 
     /// What a service is to be told of the outcome, and who has the slot, if that is known.
     fn finish_and_holder(&self, index: usize, decision: &Decision) -> (Finish, Option<InstanceId>) {
-        let (held, holder) = self.parts[index].vote_state.held().unzip();
+        let (held, holder) = self.enlistments[index].vote_state.held().unzip();
         let branch = match decision.outcome {
             Outcome::Committed => decision.branch_of(&self.request.services[index]),
             Outcome::Aborted => held,
@@ -107,7 +107,7 @@ impl Transaction {
         let to = holder.filter(|_| !all).map_or(Destination::AllInstances, Destination::Instance);
         self.send(index, to, Command::Finish(finish), cx);
         let due = cx.now + patience;
-        self.parts[index].finish_state =
+        self.enlistments[index].finish_state =
             FinishState::Sent(FinishAttempts { due, all, silences, failures });
         cx.wake(&self.request.key, &mut self.due, due);
     }
@@ -119,7 +119,7 @@ impl Transaction {
         delivery: Option<Delivery>,
         cx: &mut Context<'_>,
     ) {
-        let Some(index) = self.part_of(&done.service) else { return };
+        let Some(index) = self.index_of(&done.service) else { return };
         match &self.applied(index, done) {
             Ok(()) => {
                 // What was parked is settled by the parked command's own done; what may have been,
@@ -128,10 +128,10 @@ impl Transaction {
                     self.settle(index, delivery, cx);
                 }
                 if !matches!(
-                    self.parts[index].finish_state,
+                    self.enlistments[index].finish_state,
                     FinishState::None | FinishState::Parked
                 ) {
-                    self.parts[index].finish_state = FinishState::None;
+                    self.enlistments[index].finish_state = FinishState::None;
                     self.release(index, cx);
                 }
             }
@@ -144,7 +144,7 @@ impl Transaction {
     /// that holds the branch.
     fn applied(&self, index: usize, done: &Done) -> Result<(), Arc<str>> {
         done.applied.clone()?;
-        match (self.phase, &done.store, &self.parts[index].store) {
+        match (self.phase, &done.store, &self.enlistments[index].store) {
             (Phase::Committing, Some(named), Some(holding)) if named != holding => {
                 let instance = &done.instance;
                 let elsewhere = format!(
@@ -159,7 +159,7 @@ impl Transaction {
 
     /// Whether a record may say that this service's commit, which is not done, is parked.
     fn may_be_listed(&self, index: usize) -> bool {
-        match self.parts[index].finish_state {
+        match self.enlistments[index].finish_state {
             FinishState::Parking { .. } => true,
             FinishState::Sent(_) | FinishState::BackingOff(_) => {
                 self.redelivered && self.phase == Phase::Committing
@@ -170,7 +170,8 @@ impl Transaction {
 
     fn settle(&self, index: usize, ack: Option<Delivery>, cx: &mut Context<'_>) {
         let (key, service) = (self.request.key.clone(), self.request.services[index].clone());
-        let was_parked = matches!(self.parts[index].finish_state, FinishState::Parking { .. });
+        let was_parked =
+            matches!(self.enlistments[index].finish_state, FinishState::Parking { .. });
         cx.effects.push(Effect::Settle { key, service, ack, was_parked });
     }
 
@@ -178,7 +179,7 @@ impl Transaction {
     pub(super) fn settle_committed(&self, cx: &mut Context<'_>) {
         let Some(decision) = self.own_decision() else { return };
         for (index, service) in self.request.services.iter().enumerate() {
-            if self.parts[index].finish_state == FinishState::None
+            if self.enlistments[index].finish_state == FinishState::None
                 && decision.branch_of(service).is_some()
             {
                 self.settle(index, None, cx);
@@ -189,7 +190,7 @@ impl Transaction {
     /// A service's code failed to finish. Only the answer that is waited for counts: several
     /// instances may report the same attempt.
     fn record_failure(&mut self, index: usize, error: &Arc<str>, cx: &mut Context<'_>) {
-        let FinishState::Sent(attempts) = self.parts[index].finish_state else { return };
+        let FinishState::Sent(attempts) = self.enlistments[index].finish_state else { return };
         let failures = attempts.failures + 1;
         cx.effects.push(Effect::Report(Anomaly::CommitFailed {
             key: self.request.key.clone(),
@@ -201,7 +202,7 @@ impl Transaction {
             return self.park_commit(index, Some(Arc::clone(error)), cx);
         }
         let due = cx.now + cx.backoff(&self.request.key, failures);
-        self.parts[index].finish_state =
+        self.enlistments[index].finish_state =
             FinishState::BackingOff(FinishAttempts { due, failures, ..attempts });
         cx.wake(&self.request.key, &mut self.due, due);
     }
@@ -214,7 +215,7 @@ impl Transaction {
         let parked = Parked { key: self.request.key.clone(), matter, parked_at: cx.now };
         cx.effects.push(Effect::Park(parked));
         let due = cx.now + cx.settings().finish_timeout;
-        self.parts[index].finish_state = FinishState::Parking { error, due };
+        self.enlistments[index].finish_state = FinishState::Parking { error, due };
         cx.wake(&self.request.key, &mut self.due, due);
     }
 
@@ -232,14 +233,14 @@ impl Transaction {
             }
             return;
         };
-        let Some(index) = self.part_of(service) else { return };
+        let Some(index) = self.index_of(service) else { return };
         if let (FinishState::Parking { .. }, Some(decision)) =
-            (&self.parts[index].finish_state, &self.decision)
+            (&self.enlistments[index].finish_state, &self.decision)
         {
             let (finish, _) = self.finish_and_holder(index, decision);
             let finish = Finish { parked: true, ..finish };
             self.send(index, Destination::AnyInstance, Command::Finish(finish), cx);
-            self.parts[index].finish_state = FinishState::Parked;
+            self.enlistments[index].finish_state = FinishState::Parked;
             self.release(index, cx);
             self.answer_if_complete(cx);
         }
@@ -263,11 +264,11 @@ impl Transaction {
                     }
                     // Once everyone has been given up on, nobody would end the repetitions.
                     Outcome::Aborted
-                        if self.parts[index].finish_state == FinishState::None
+                        if self.enlistments[index].finish_state == FinishState::None
                             && self.until.is_some() =>
                     {
                         let holder = Some(vote.instance);
-                        self.parts[index].vote_state = VoteState::Failed { branch, holder };
+                        self.enlistments[index].vote_state = VoteState::Failed { branch, holder };
                         self.send_finish(index, 0, 0, false, cx);
                     }
                     Outcome::Aborted => {
@@ -282,7 +283,7 @@ impl Transaction {
 
     /// An instance that holds the transaction, or has found it in the store, asks what became of it.
     pub(in super::super) fn answer_inquiry(&self, inquiry: Inquiry, cx: &mut Context<'_>) {
-        let index = self.part_of(&inquiry.service);
+        let index = self.index_of(&inquiry.service);
         if index.is_some_and(|it| self.is_with_holder(it, &inquiry.branch, &inquiry.instance)) {
             return;
         }
@@ -294,17 +295,18 @@ impl Transaction {
     /// Whether the holder of `branch` is being told the outcome, and `instance` is another one that
     /// has seen the branch in the store: told as well, both would call the service's code.
     fn is_with_holder(&self, index: usize, branch: &Branch, instance: &InstanceId) -> bool {
-        let part = &self.parts[index];
-        let (FinishState::Sent(attempts) | FinishState::BackingOff(attempts)) = &part.finish_state
+        let enlistment = &self.enlistments[index];
+        let (FinishState::Sent(attempts) | FinishState::BackingOff(attempts)) =
+            &enlistment.finish_state
         else {
             return false;
         };
-        let Some((held, Some(holder))) = part.vote_state.held() else { return false };
+        let Some((held, Some(holder))) = enlistment.vote_state.held() else { return false };
         !attempts.all && held == branch && holder != instance
     }
 
     pub(super) fn wake_finish(&mut self, index: usize, cx: &mut Context<'_>) {
-        match &self.parts[index].finish_state {
+        match &self.enlistments[index].finish_state {
             FinishState::Sent(attempts) if attempts.due <= cx.now => {
                 let FinishAttempts { silences, failures, .. } = *attempts;
                 let (key, service) = (self.request.key.clone(), &self.request.services[index]);

@@ -125,8 +125,9 @@ impl VoteState {
     }
 }
 
+/// One service's part in a transaction.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
-struct Part {
+struct Enlistment {
     vote_state: VoteState,
     /// The store that holds what is prepared, if whoever voted for it has named one.
     store: Option<StoreId>,
@@ -143,7 +144,7 @@ pub(super) struct Transaction {
     requesters: Vec<Requester>,
     phase: Phase,
     /// What each of `request.services` has said, in that order.
-    parts: Vec<Part>,
+    enlistments: Vec<Enlistment>,
     /// Whether it counts as in flight.
     begun: bool,
     /// Whether another worker may have begun it.
@@ -173,7 +174,7 @@ pub(super) struct Transaction {
 
 impl Transaction {
     pub(super) fn new(request: Request, delivery: Delivery, deliveries: u32, many: u32) -> Self {
-        let part = Part {
+        let enlistment = Enlistment {
             vote_state: VoteState::Unasked,
             store: None,
             was_refused: false,
@@ -181,7 +182,7 @@ impl Transaction {
             finish_state: FinishState::None,
         };
         Self {
-            parts: vec![part; request.services.len()],
+            enlistments: vec![enlistment; request.services.len()],
             requesters: vec![Requester::new(delivery)],
             phase: Phase::Recalling,
             begun: false,
@@ -221,13 +222,12 @@ impl Transaction {
     pub(super) fn is_finished(&self) -> bool {
         self.phase.is_decided()
             && self.requesters.is_empty()
-            && self
-                .parts
-                .iter()
-                .all(|part| matches!(part.finish_state, FinishState::None | FinishState::Parked))
+            && self.enlistments.iter().all(|enlistment| {
+                matches!(enlistment.finish_state, FinishState::None | FinishState::Parked)
+            })
     }
 
-    fn part_of(&self, service: &ServiceName) -> Option<usize> {
+    fn index_of(&self, service: &ServiceName) -> Option<usize> {
         self.request.services.iter().position(|name| name == service)
     }
 
@@ -243,9 +243,9 @@ impl Transaction {
         } else if self.repeated {
             self.begin(cx);
             self.phase = Phase::Querying;
-            for part in 0..self.parts.len() {
-                self.parts[part].vote_state = VoteState::Queried;
-                self.send(part, Destination::AllInstances, self.query_command(), cx);
+            for index in 0..self.enlistments.len() {
+                self.enlistments[index].vote_state = VoteState::Queried;
+                self.send(index, Destination::AllInstances, self.query_command(), cx);
             }
             self.wake_at(cx.now + cx.settings().query_timeout, cx);
         } else {
@@ -258,8 +258,8 @@ impl Transaction {
     /// it has been looked up.
     pub(super) fn recall_again(&mut self, cx: &mut Context<'_>) {
         self.withdraw(cx);
-        for part in &mut self.parts {
-            part.vote_state = VoteState::Unasked;
+        for enlistment in &mut self.enlistments {
+            enlistment.vote_state = VoteState::Unasked;
         }
         self.phase = Phase::Recalling;
         self.repeated = true;
@@ -301,13 +301,13 @@ impl Transaction {
 
     /// Asks one instance that is known to hold something for its vote.
     pub(super) fn query(&self, service: &ServiceName, to: InstanceId, cx: &mut Context<'_>) {
-        if let Some(index) = self.part_of(service) {
+        if let Some(index) = self.index_of(service) {
             self.send(index, Destination::Instance(to), self.query_command(), cx);
         }
     }
 
     pub(super) fn record_vote(&mut self, vote: Vote, cx: &mut Context<'_>) {
-        let Some(index) = self.part_of(&vote.service) else {
+        let Some(index) = self.index_of(&vote.service) else {
             let late = Anomaly::LateVote(vote.key, vote.service);
             return cx.effects.push(Effect::Report(late));
         };
@@ -343,7 +343,8 @@ impl Transaction {
                 None
             }
         };
-        let vote_state = std::mem::replace(&mut self.parts[index].vote_state, VoteState::Unasked);
+        let vote_state =
+            std::mem::replace(&mut self.enlistments[index].vote_state, VoteState::Unasked);
         let next = match (vote.ballot, vote_state) {
             (Ballot::Prepared { branch }, VoteState::Prepared { branch: known, holder }) => {
                 let holder = if branch != known {
@@ -396,22 +397,22 @@ impl Transaction {
         if let (VoteState::Prepared { branch, .. }, Some((held, store))) = (&next, held)
             && *branch == held
         {
-            self.parts[index].store = Some(store);
+            self.enlistments[index].store = Some(store);
         }
-        self.parts[index].vote_state = next;
+        self.enlistments[index].vote_state = next;
     }
 
     /// The transport brought the prepare back.
     pub(super) fn prepare_returned(&mut self, service: &ServiceName, cx: &mut Context<'_>) {
-        let Some(index) = self.part_of(service) else { return };
-        let VoteState::Asked { at, .. } = self.parts[index].vote_state else { return };
+        let Some(index) = self.index_of(service) else { return };
+        let VoteState::Asked { at, .. } = self.enlistments[index].vote_state else { return };
         let waited = cx.now.since(at);
         let contended_for = cx.jitter(&self.request.key, cx.settings().prepare_timeout / 10);
         let now = cx.now;
         if let Some(load) = cx.known_load(service) {
             load.returned(now, waited, contended_for);
         }
-        if self.parts.iter().any(|part| part.holds_slot) {
+        if self.enlistments.iter().any(|enlistment| enlistment.holds_slot) {
             let stalled = Anomaly::Stalled(self.request.key.clone(), service.clone());
             cx.effects.push(Effect::Report(stalled));
         }
@@ -424,8 +425,9 @@ impl Transaction {
 
     /// There is no such service.
     pub(super) fn service_missing(&mut self, service: &ServiceName, cx: &mut Context<'_>) {
-        let Some(index) = self.part_of(service) else { return };
-        if matches!(self.parts[index].vote_state, VoteState::Asked { .. } | VoteState::Queued) {
+        let Some(index) = self.index_of(service) else { return };
+        if matches!(self.enlistments[index].vote_state, VoteState::Asked { .. } | VoteState::Queued)
+        {
             self.begin(cx);
             self.decline(index, Reason::at(service, ReasonCode::UnknownService), cx);
         }
@@ -434,15 +436,16 @@ impl Transaction {
     /// The broker refused the prepare. It is sent again when the service is found again, and until
     /// then holds up nobody unless something is held elsewhere.
     pub(super) fn prepare_refused(&mut self, service: &ServiceName, cx: &mut Context<'_>) {
-        let Some(index) = self.part_of(service) else { return };
-        let is_asked = matches!(self.parts[index].vote_state, VoteState::Asked { .. });
+        let Some(index) = self.index_of(service) else { return };
+        let is_asked = matches!(self.enlistments[index].vote_state, VoteState::Asked { .. });
         if self.phase != Phase::Preparing || !is_asked {
             return;
         }
         self.unask(index, false, cx);
-        self.parts[index].was_refused = true;
-        let holds = |it: &Part| it.holds_slot || matches!(it.vote_state, VoteState::Asked { .. });
-        if !self.parts.iter().any(holds) {
+        self.enlistments[index].was_refused = true;
+        let holds =
+            |it: &Enlistment| it.holds_slot || matches!(it.vote_state, VoteState::Asked { .. });
+        if !self.enlistments.iter().any(holds) {
             self.withdraw_prepares(cx);
             self.phase = Phase::Waiting;
             self.unbegin(cx);
@@ -452,7 +455,7 @@ impl Transaction {
 
     fn decline(&mut self, index: usize, reason: Reason, cx: &mut Context<'_>) {
         self.unask(index, false, cx);
-        self.parts[index].vote_state = VoteState::Declined;
+        self.enlistments[index].vote_state = VoteState::Declined;
         self.reason.get_or_insert(reason);
         if self.is_undecided() && self.phase != Phase::Deciding {
             self.evaluate(cx);
@@ -461,14 +464,14 @@ impl Transaction {
 
     /// Proposes an outcome if the votes allow one, and else goes on asking.
     fn evaluate(&mut self, cx: &mut Context<'_>) {
-        let in_favour = |part: &Part| {
-            matches!(part.vote_state, VoteState::Prepared { .. } | VoteState::ReadOnly)
+        let in_favour = |enlistment: &Enlistment| {
+            matches!(enlistment.vote_state, VoteState::Prepared { .. } | VoteState::ReadOnly)
         };
         if let Some(outcome) = self.heard {
             self.propose(outcome, cx);
         } else if self.reason.is_some() {
             self.propose(Outcome::Aborted, cx);
-        } else if self.parts.iter().all(in_favour) {
+        } else if self.enlistments.iter().all(in_favour) {
             self.propose(Outcome::Committed, cx);
         } else if self.phase != Phase::Querying {
             self.advance(None, cx);
@@ -477,21 +480,22 @@ impl Transaction {
 
     fn propose(&mut self, outcome: Outcome, cx: &mut Context<'_>) {
         self.begin(cx);
-        for index in 0..self.parts.len() {
-            if self.parts[index].vote_state == VoteState::Queued {
+        for index in 0..self.enlistments.len() {
+            if self.enlistments[index].vote_state == VoteState::Queued {
                 self.unask(index, false, cx);
             }
         }
         self.phase = Phase::Deciding;
         self.proposal = Some(outcome);
-        let named = |(part, service): (&Part, &ServiceName)| {
-            let VoteState::Prepared { branch, .. } = &part.vote_state else { return None };
+        let named = |(enlistment, service): (&Enlistment, &ServiceName)| {
+            let VoteState::Prepared { branch, .. } = &enlistment.vote_state else { return None };
             Some((service.clone(), branch.clone()))
         };
         let (branches, reason) = match outcome {
-            Outcome::Committed => {
-                (self.parts.iter().zip(&*self.request.services).filter_map(named).collect(), None)
-            }
+            Outcome::Committed => (
+                self.enlistments.iter().zip(&*self.request.services).filter_map(named).collect(),
+                None,
+            ),
             Outcome::Aborted => (Vec::new(), self.reason.clone()),
         };
         cx.effects.push(Effect::Append(Decision {
@@ -511,8 +515,8 @@ impl Transaction {
     /// The outcome was read back: nothing but this makes anyone commit, abort or hear a result.
     pub(super) fn adopt(&mut self, decision: &Arc<Decision>, cx: &mut Context<'_>) {
         self.begin(cx);
-        for index in 0..self.parts.len() {
-            if matches!(self.parts[index].vote_state, VoteState::Asked { .. }) {
+        for index in 0..self.enlistments.len() {
+            if matches!(self.enlistments[index].vote_state, VoteState::Asked { .. }) {
                 let cancel = Command::Cancel(self.request.key.clone());
                 self.send(index, Destination::AllInstances, cancel, cx);
             }
@@ -526,7 +530,7 @@ impl Transaction {
         match decision.outcome {
             Outcome::Committed => {
                 self.phase = Phase::Committing;
-                for index in 0..self.parts.len() {
+                for index in 0..self.enlistments.len() {
                     self.send_commit(index, decision, cx);
                 }
                 self.answer_if_complete(cx);
@@ -535,7 +539,7 @@ impl Transaction {
                 self.phase = Phase::Aborting;
                 self.until = Some(cx.now + cx.settings().finish_timeout);
                 self.publish_to_all(cx);
-                for index in 0..self.parts.len() {
+                for index in 0..self.enlistments.len() {
                     self.send_abort(index, cx);
                 }
                 self.rearm(cx);
@@ -547,8 +551,8 @@ impl Transaction {
     /// what was prepared for it is undone.
     fn yield_to_other_content(&mut self, decision: &Decision, cx: &mut Context<'_>) {
         self.phase = Phase::Answering;
-        for index in 0..self.parts.len() {
-            if self.parts[index].holds_slot {
+        for index in 0..self.enlistments.len() {
+            if self.enlistments[index].holds_slot {
                 let branch = decision.branch_of(&self.request.services[index]).cloned();
                 let finish = self.finish(decision.outcome, branch);
                 self.send(index, Destination::AllInstances, Command::Finish(finish), cx);
@@ -586,8 +590,8 @@ impl Transaction {
             Phase::Parking if is_due => self.park(cx),
             Phase::Aborting if is_due => {
                 // What did not hear it by now asks for it.
-                for index in 0..self.parts.len() {
-                    self.parts[index].finish_state = FinishState::None;
+                for index in 0..self.enlistments.len() {
+                    self.enlistments[index].finish_state = FinishState::None;
                     self.release(index, cx);
                 }
                 self.until = None;
@@ -602,9 +606,9 @@ impl Transaction {
             | Phase::Answering
             | Phase::Parking => {}
         }
-        for index in 0..self.parts.len() {
+        for index in 0..self.enlistments.len() {
             self.wake_finish(index, cx);
-            if self.parts[index].vote_state == VoteState::Queued {
+            if self.enlistments[index].vote_state == VoteState::Queued {
                 cx.shared.dirty_services.insert(self.request.services[index].clone());
             }
         }
@@ -621,15 +625,15 @@ impl Transaction {
     fn end_query(&mut self, cx: &mut Context<'_>) {
         self.phase = Phase::Preparing;
         self.until = None;
-        for part in &mut self.parts {
-            if part.vote_state == VoteState::Queried {
-                part.vote_state = VoteState::Unasked;
+        for enlistment in &mut self.enlistments {
+            if enlistment.vote_state == VoteState::Queried {
+                enlistment.vote_state = VoteState::Unasked;
             }
         }
-        if self.parts.iter().any(|part| part.holds_slot) {
+        if self.enlistments.iter().any(|enlistment| enlistment.holds_slot) {
             self.start_deadline(cx);
         }
-        if self.parts.iter().all(|part| part.vote_state == VoteState::Unasked) {
+        if self.enlistments.iter().all(|enlistment| enlistment.vote_state == VoteState::Unasked) {
             // Nobody holds any of it. It waits like a new one, and doesn't keep out those of which
             // something is held: they have slots that others wait for.
             self.phase = Phase::Waiting;
@@ -655,12 +659,12 @@ impl Transaction {
     /// Time is over. If a service that has not voted can't be reached, or nobody serves it, that is
     /// the reason.
     fn give_up_preparing(&mut self, cx: &mut Context<'_>) {
-        let is_silent = |part: &Part| {
-            part.vote_state.is_to_be_asked()
-                || matches!(part.vote_state, VoteState::Queued | VoteState::Asked { .. })
+        let is_silent = |enlistment: &Enlistment| {
+            enlistment.vote_state.is_to_be_asked()
+                || matches!(enlistment.vote_state, VoteState::Queued | VoteState::Asked { .. })
         };
-        let silent: Vec<_> = (self.parts.iter().zip(&*self.request.services))
-            .filter_map(|(part, service)| is_silent(part).then_some(service))
+        let silent: Vec<_> = (self.enlistments.iter().zip(&*self.request.services))
+            .filter_map(|(enlistment, service)| is_silent(enlistment).then_some(service))
             .collect();
         let mut out_of_reach = silent.iter().filter_map(|service| {
             cx.known_load(service).and_then(|load| load.why_out_of_reach(service))
@@ -669,8 +673,8 @@ impl Transaction {
             let service = silent.first().map(|&service| service.clone());
             Reason { code: ReasonCode::Deadline, service, message: None }
         });
-        for (part, service) in self.parts.iter().zip(&*self.request.services) {
-            if matches!(part.vote_state, VoteState::Asked { .. }) {
+        for (enlistment, service) in self.enlistments.iter().zip(&*self.request.services) {
+            if matches!(enlistment.vote_state, VoteState::Asked { .. }) {
                 cx.check(service);
             }
         }
@@ -689,11 +693,14 @@ impl Transaction {
     }
 
     fn rearm(&mut self, cx: &mut Context<'_>) {
-        let finishes = self.parts.iter().filter_map(|part| match &part.finish_state {
-            FinishState::Sent(attempts) | FinishState::BackingOff(attempts) => Some(attempts.due),
-            FinishState::Parking { due, .. } => Some(*due),
-            FinishState::None | FinishState::Parked => None,
-        });
+        let finishes =
+            self.enlistments.iter().filter_map(|enlistment| match &enlistment.finish_state {
+                FinishState::Sent(attempts) | FinishState::BackingOff(attempts) => {
+                    Some(attempts.due)
+                }
+                FinishState::Parking { due, .. } => Some(*due),
+                FinishState::None | FinishState::Parked => None,
+            });
         let answers = self.requesters.iter().filter_map(|requester| requester.republish_at);
         let soonest = finishes.chain(answers).chain(self.gives_up_at()).chain(self.until).min();
         if let (false, Some(at)) = (self.is_finished(), soonest) {

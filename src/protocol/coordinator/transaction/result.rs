@@ -6,7 +6,7 @@ use crate::protocol::{
     coordinator::{
         Context,
         event::{Anomaly, Effect},
-        transaction::{Part, Phase, Transaction, finishing::FinishState},
+        transaction::{Enlistment, Phase, Transaction, finishing::FinishState},
     },
     ids::ServiceName,
     message::{Answer, Decision, Delivery},
@@ -63,9 +63,10 @@ impl Transaction {
     }
 
     pub(super) fn answer_if_complete(&mut self, cx: &mut Context<'_>) {
-        let is_complete =
-            |part: &Part| matches!(part.finish_state, FinishState::None | FinishState::Parked);
-        if self.phase == Phase::Committing && self.parts.iter().all(is_complete) {
+        let is_complete = |enlistment: &Enlistment| {
+            matches!(enlistment.finish_state, FinishState::None | FinishState::Parked)
+        };
+        if self.phase == Phase::Committing && self.enlistments.iter().all(is_complete) {
             self.phase = Phase::Answering;
             self.publish_to_all(cx);
         }
@@ -81,15 +82,20 @@ impl Transaction {
         let Some(decision) = &self.decision else { return };
         let requester = &mut self.requesters[index];
         requester.republish_at = None;
-        let parked = |(part, service): (&Part, &ServiceName)| {
-            (part.finish_state == FinishState::Parked).then(|| service.clone())
+        let parked = |(enlistment, service): (&Enlistment, &ServiceName)| {
+            (enlistment.finish_state == FinishState::Parked).then(|| service.clone())
         };
         let answer = Answer {
             id: self.request.key.id.clone(),
             requested_at: decision.key.requested_at,
             outcome: decision.outcome,
             reason: decision.reason.clone(),
-            unresolved: self.parts.iter().zip(&*self.request.services).filter_map(parked).collect(),
+            unresolved: self
+                .enlistments
+                .iter()
+                .zip(&*self.request.services)
+                .filter_map(parked)
+                .collect(),
             decided_at: decision.decided_at,
         };
         let (key, delivery) = (self.request.key.clone(), requester.delivery);

@@ -7,7 +7,7 @@ use crate::protocol::{
     coordinator::{
         Anomaly, Context, Effect,
         admission::ServiceLoad,
-        transaction::{Part, Phase, Transaction, VoteState},
+        transaction::{Enlistment, Phase, Transaction, VoteState},
     },
     ids::ServiceName,
     message::{Outcome, Prepare},
@@ -43,13 +43,13 @@ impl Transaction {
     /// transaction's way. `turn`: the service whose queue it was just taken from.
     pub(in super::super) fn advance(&mut self, turn: Option<&ServiceName>, cx: &mut Context<'_>) {
         debug_assert!(matches!(self.phase, Phase::Waiting | Phase::Preparing));
-        if self.parts.iter().any(|part| part.vote_state == VoteState::Queued) {
+        if self.enlistments.iter().any(|enlistment| enlistment.vote_state == VoteState::Queued) {
             return;
         }
         let services = Arc::clone(&self.request.services);
         let (mut is_plenty, mut first, mut unserved) = (true, None, None);
         for (index, service) in services.iter().enumerate() {
-            if !self.parts[index].vote_state.is_to_be_asked() {
+            if !self.enlistments[index].vote_state.is_to_be_asked() {
                 continue;
             }
             first = first.or(Some(index));
@@ -96,7 +96,7 @@ impl Transaction {
         let services = Arc::clone(&self.request.services);
         let (mut is_own, mut is_sure) = (true, true);
         for (index, service) in services.iter().enumerate() {
-            if !self.parts[index].vote_state.is_to_be_asked() {
+            if !self.enlistments[index].vote_state.is_to_be_asked() {
                 continue;
             }
             let load = cx.load(service);
@@ -124,15 +124,16 @@ impl Transaction {
         let services = Arc::clone(&self.request.services);
         let now = cx.now;
         for (index, service) in services.iter().enumerate() {
-            if !self.parts[index].vote_state.is_to_be_asked() {
+            if !self.enlistments[index].vote_state.is_to_be_asked() {
                 continue;
             }
-            let waits =
-                |part: &Part| matches!(part.vote_state, VoteState::Asked { sure: false, .. });
-            if self.parts.iter().any(waits) {
+            let waits = |enlistment: &Enlistment| {
+                matches!(enlistment.vote_state, VoteState::Asked { sure: false, .. })
+            };
+            if self.enlistments.iter().any(waits) {
                 return;
             }
-            let is_reserved = self.parts[index].vote_state == VoteState::Reserved;
+            let is_reserved = self.enlistments[index].vote_state == VoteState::Reserved;
             let load = cx.load(service);
             if !is_reserved && !load.is_own() && load.is_plenty(now) {
                 // It can wait until the contended ones are had.
@@ -147,9 +148,9 @@ impl Transaction {
     }
 
     fn holds_nothing(&self) -> bool {
-        self.parts.iter().all(|part| {
-            !part.holds_slot
-                && !matches!(part.vote_state, VoteState::Asked { .. } | VoteState::Reserved)
+        self.enlistments.iter().all(|enlistment| {
+            !enlistment.holds_slot
+                && !matches!(enlistment.vote_state, VoteState::Asked { .. } | VoteState::Reserved)
         })
     }
 
@@ -162,7 +163,7 @@ impl Transaction {
         let mut scarcest = None;
         let mut may_hold = turn.is_some();
         for (index, service) in services.iter().enumerate() {
-            let to_be_asked = self.parts[index].vote_state.is_to_be_asked();
+            let to_be_asked = self.enlistments[index].vote_state.is_to_be_asked();
             if !to_be_asked || has_room(service, turn, self.begun, cx) {
                 continue;
             }
@@ -183,8 +184,8 @@ impl Transaction {
     }
 
     fn ask_all(&mut self, cx: &mut Context<'_>) {
-        for index in 0..self.parts.len() {
-            if self.parts[index].vote_state.is_to_be_asked() {
+        for index in 0..self.enlistments.len() {
+            if self.enlistments[index].vote_state.is_to_be_asked() {
                 self.ask(index, cx);
             }
         }
@@ -192,9 +193,9 @@ impl Transaction {
 
     /// Keeps a place at every service that is to be asked, until it is.
     fn reserve_all(&mut self, cx: &mut Context<'_>) {
-        for index in 0..self.parts.len() {
-            if self.parts[index].vote_state == VoteState::Unasked {
-                self.parts[index].vote_state = VoteState::Reserved;
+        for index in 0..self.enlistments.len() {
+            if self.enlistments[index].vote_state == VoteState::Unasked {
+                self.enlistments[index].vote_state = VoteState::Reserved;
                 cx.load(&self.request.services[index]).reserve();
             }
         }
@@ -202,9 +203,9 @@ impl Transaction {
 
     /// Back from the queue of `service`.
     pub(in super::super) fn dequeued(&mut self, service: &ServiceName, cx: &mut Context<'_>) {
-        let Some(index) = self.part_of(service) else { return };
-        if self.parts[index].vote_state == VoteState::Queued {
-            self.parts[index].vote_state = VoteState::Unasked;
+        let Some(index) = self.index_of(service) else { return };
+        if self.enlistments[index].vote_state == VoteState::Queued {
+            self.enlistments[index].vote_state = VoteState::Unasked;
             self.waits_until = None;
             self.advance(Some(service), cx);
         }
@@ -222,10 +223,10 @@ impl Transaction {
         }
         let now = cx.now;
         let load = cx.load(service);
-        if self.parts[index].vote_state == VoteState::Reserved {
+        if self.enlistments[index].vote_state == VoteState::Reserved {
             load.unreserve();
         }
-        self.parts[index].vote_state = VoteState::Queued;
+        self.enlistments[index].vote_state = VoteState::Queued;
         load.enqueue(&self.request.key, self.begun);
         // Who stands before it may only wait for fewer to be in flight.
         if load.admits(now, self.begun) || load.is_own() {
@@ -239,21 +240,21 @@ impl Transaction {
         let deadline = self.start_deadline(cx);
         let at = cx.now;
         let load = cx.load(&self.request.services[index]);
-        if self.parts[index].vote_state == VoteState::Reserved {
+        if self.enlistments[index].vote_state == VoteState::Reserved {
             load.unreserve();
         }
         let looked_full = load.looks_full();
         let sure = load.is_own() && load.has_spare();
         load.asked();
         let spare = load.spare();
-        let part = &mut self.parts[index];
-        part.vote_state = VoteState::Asked { at, looked_full, sure };
+        let enlistment = &mut self.enlistments[index];
+        enlistment.vote_state = VoteState::Asked { at, looked_full, sure };
         let prepare = Prepare {
             key: self.request.key.clone(),
             request_hash: self.request.request_hash,
             data: self.request.data.clone(),
             deadline,
-            repeated: self.repeated || part.was_refused,
+            repeated: self.repeated || enlistment.was_refused,
         };
         let service = self.request.services[index].clone();
         cx.effects.push(Effect::SendPrepare { service, prepare, spare });
@@ -284,8 +285,8 @@ impl Transaction {
     }
 
     pub(super) fn hold(&mut self, index: usize, cx: &mut Context<'_>) {
-        if !self.parts[index].holds_slot {
-            self.parts[index].holds_slot = true;
+        if !self.enlistments[index].holds_slot {
+            self.enlistments[index].holds_slot = true;
             if let Some(load) = cx.known_load(&self.request.services[index]) {
                 load.took_slot();
             }
@@ -293,8 +294,8 @@ impl Transaction {
     }
 
     pub(super) fn release(&mut self, index: usize, cx: &mut Context<'_>) {
-        if self.parts[index].holds_slot {
-            self.parts[index].holds_slot = false;
+        if self.enlistments[index].holds_slot {
+            self.enlistments[index].holds_slot = false;
             cx.relieve(&self.request.services[index], ServiceLoad::freed_slot);
         }
     }
@@ -302,7 +303,7 @@ impl Transaction {
     /// No prepare of this service is waited for any more.
     pub(super) fn unask(&mut self, index: usize, admitted: bool, cx: &mut Context<'_>) {
         let service = &self.request.services[index];
-        let vote_state = &mut self.parts[index].vote_state;
+        let vote_state = &mut self.enlistments[index].vote_state;
         match *vote_state {
             VoteState::Asked { looked_full, .. } => {
                 *vote_state = VoteState::Unasked;
@@ -339,14 +340,14 @@ impl Transaction {
     }
 
     pub(super) fn withdraw_prepares(&mut self, cx: &mut Context<'_>) {
-        for index in 0..self.parts.len() {
+        for index in 0..self.enlistments.len() {
             self.unask(index, false, cx);
         }
     }
 
     /// Takes back all it has noted in the loads of services.
     pub(in super::super) fn withdraw(&mut self, cx: &mut Context<'_>) {
-        for index in 0..self.parts.len() {
+        for index in 0..self.enlistments.len() {
             self.unask(index, false, cx);
             self.release(index, cx);
         }
