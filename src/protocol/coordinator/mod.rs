@@ -320,11 +320,11 @@ impl Work {
         cx.shared.draining = true;
         let transactions = &self.transactions;
         let is_leaving =
-            |key: &TransactionKey| transactions.get(key).is_some_and(|it| it.is_unbegun());
+            |key: &TransactionKey| transactions.get(key).is_some_and(|it| it.is_not_begun());
         cx.shared.loads.values_mut().for_each(|load| load.remove_all(is_leaving));
         for key in self.transactions.keys() {
             let mut released = false;
-            self.with(&key, cx, |it, cx| released = it.release_unbegun(cx));
+            self.with(&key, cx, |it, cx| released = it.release_if_not_begun(cx));
             if released {
                 self.forget(&key, cx);
             }

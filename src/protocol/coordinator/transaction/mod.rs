@@ -287,7 +287,9 @@ impl Transaction {
         }
     }
 
-    fn unbegin(&mut self, cx: &mut Context<'_>) {
+    /// It waits like a new one, and doesn't count as in flight.
+    fn wait_again(&mut self, cx: &mut Context<'_>) {
+        self.phase = Phase::Waiting;
         if self.begun {
             self.begun = false;
             cx.shared.active -= 1;
@@ -447,8 +449,7 @@ impl Transaction {
             |it: &Enlistment| it.holds_slot || matches!(it.vote_state, VoteState::Asked { .. });
         if !self.enlistments.iter().any(holds) {
             self.withdraw_prepares(cx);
-            self.phase = Phase::Waiting;
-            self.unbegin(cx);
+            self.wait_again(cx);
         }
         self.advance(None, cx);
     }
@@ -634,10 +635,9 @@ impl Transaction {
             self.start_deadline(cx);
         }
         if self.enlistments.iter().all(|enlistment| enlistment.vote_state == VoteState::Unasked) {
-            // Nobody holds any of it. It waits like a new one, and doesn't keep out those of which
-            // something is held: they have slots that others wait for.
-            self.phase = Phase::Waiting;
-            self.unbegin(cx);
+            // Nobody holds any of it, so it doesn't keep out those of which something is held: they
+            // have slots that others wait for.
+            self.wait_again(cx);
         }
         self.advance(None, cx);
     }

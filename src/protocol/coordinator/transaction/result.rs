@@ -138,13 +138,13 @@ impl Transaction {
     }
 
     /// Whether nothing was asked for it yet.
-    pub(in super::super) fn is_unbegun(&self) -> bool {
+    pub(in super::super) fn is_not_begun(&self) -> bool {
         !self.begun && matches!(self.phase, Phase::Waiting | Phase::Recalling)
     }
 
     /// Hands the requests back, if nothing was begun.
-    pub(in super::super) fn release_unbegun(&mut self, cx: &mut Context<'_>) -> bool {
-        if !self.is_unbegun() {
+    pub(in super::super) fn release_if_not_begun(&mut self, cx: &mut Context<'_>) -> bool {
+        if !self.is_not_begun() {
             return false;
         }
         self.withdraw(cx);
