@@ -273,7 +273,7 @@ pub fn worker_disconnects() -> Scenario {
 }
 
 /// A request that was delivered too often is aborted, whatever the first taker does.
-pub fn hopeless_request() -> Scenario {
+pub fn poison_request() -> Scenario {
     Scenario {
         faults: Faults { redeliveries: 1, member_timeouts: 1, ..NONE },
         deliveries_max: 1,

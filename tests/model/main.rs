@@ -159,7 +159,7 @@ searches! {
     nor_does_it_with_prepares_in_parallel: frozen_worker_with_plenty, 1_071_096;
     three_services_agree: three_services, 671_054;
     a_request_published_twice_is_one_transaction: duplicate_request, 72_645;
-    a_request_delivered_too_often_is_aborted: hopeless_request, 93_888;
+    a_request_delivered_too_often_is_aborted: poison_request, 93_888;
     a_reader_that_comes_late_looks_back: late_reader, 12_225;
     a_reader_that_comes_late_answers_inquiries: late_inquiry, 8_710;
     a_truncated_journal_is_not_guessed: truncated_journal, 43_008;

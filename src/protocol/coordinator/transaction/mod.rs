@@ -154,8 +154,8 @@ pub(super) struct Transaction {
     redelivered: bool,
     /// How often it went from the queue of one service to that of another without being asked for.
     detours: u32,
-    /// Delivered too often to be tried again.
-    hopeless: bool,
+    /// Whether it was delivered too often to be tried again.
+    is_poison: bool,
     /// Set by the first service that says no.
     reason: Option<Reason>,
     /// What a service has already heard.
@@ -189,7 +189,7 @@ impl Transaction {
             repeated: deliveries > 1,
             redelivered: deliveries > 1,
             detours: 0,
-            hopeless: deliveries > many,
+            is_poison: deliveries > many,
             reason: None,
             heard: None,
             deadline: None,
@@ -236,7 +236,7 @@ impl Transaction {
     /// The journal holds no decision: ask who holds it, if another worker may have begun it, and
     /// else the services for their votes.
     pub(super) fn start(&mut self, cx: &mut Context<'_>) {
-        if self.hopeless {
+        if self.is_poison {
             self.reason = Some(Reason::because(ReasonCode::Failed, "delivered too often"));
             self.begin(cx);
             self.propose(Outcome::Aborted, cx);
