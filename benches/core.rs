@@ -18,7 +18,7 @@ use dtc::protocol::{
     coordinator::{self, Coordinator},
     ids::{Branch, InstanceId, RequestHash, ServiceName, TransactionId, TransactionKey, WorkerId},
     message::{
-        Ballot, Command, Decision, Delivery, Destination, Done, Outcome, Payload, Request, Vote,
+        Command, Decision, Delivery, Destination, Done, Outcome, Payload, Request, Vote, VoteKind,
     },
     participant::{self, Instance, Verdict},
     time::Time,
@@ -134,7 +134,7 @@ impl World {
                                 service,
                                 instance: self.instance.clone(),
                                 store: None,
-                                ballot: Ballot::Prepared { branch: self.branch.clone() },
+                                kind: VoteKind::Prepared { branch: self.branch.clone() },
                                 free: 1000,
                             }));
                         }

@@ -255,14 +255,14 @@ pub struct Vote {
     /// The store that this instance has, if it has a name: all instances of a service name the same.
     pub store: Option<StoreId>,
     /// What it says.
-    pub ballot: Ballot,
+    pub kind: VoteKind,
     /// Its free slots as of now.
     pub free: u32,
 }
 
 /// What a service answers.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
-pub enum Ballot {
+pub enum VoteKind {
     /// Stored, and kept until the outcome is heard.
     Prepared {
         /// What a decision must name to commit it.

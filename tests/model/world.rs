@@ -10,8 +10,8 @@ use dtc::protocol::{
     coordinator::{self, Effect, Event},
     ids::{Branch, InstanceId, RequestHash, ServiceName, TransactionKey, WorkerId},
     message::{
-        self, Ballot, Command, Decision, Delivery, Destination, Finish, Inquiry, Matter, Outcome,
-        Prepare, Vote,
+        self, Command, Decision, Delivery, Destination, Finish, Inquiry, Matter, Outcome, Prepare,
+        Vote, VoteKind,
     },
     participant::{self, InDoubt, Verdict},
     time::Time,
@@ -692,7 +692,7 @@ impl World {
                                 service,
                                 instance,
                                 store: None,
-                                ballot: Ballot::ReadOnly,
+                                kind: VoteKind::ReadOnly,
                                 free: free(scenario),
                             }));
                         }
@@ -1021,10 +1021,10 @@ impl World {
             }
             Effect::ScanStore => return Some(Event::StoreScanned(self.in_doubt(service))),
             Effect::Vote { to, vote } => {
-                let said = match &vote.ballot {
-                    Ballot::Prepared { branch } => Some(Some(branch.clone())),
-                    Ballot::ReadOnly => Some(None),
-                    Ballot::Refused(_) | Ballot::Failed { .. } | Ballot::Finished(_) => None,
+                let said = match &vote.kind {
+                    VoteKind::Prepared { branch } => Some(Some(branch.clone())),
+                    VoteKind::ReadOnly => Some(None),
+                    VoteKind::Refused(_) | VoteKind::Failed { .. } | VoteKind::Finished(_) => None,
                 };
                 if let Some(said) = said {
                     let service = vote.service.clone();

@@ -5,8 +5,8 @@ use std::time::Duration;
 use dtc::protocol::{
     ids::{Branch, InstanceId, RequestHash, ServiceName, TransactionId, TransactionKey},
     message::{
-        Ballot, Command, Decision, Destination, Done, Finish, Outcome, Prepare, Reason, ReasonCode,
-        Vote,
+        Command, Decision, Destination, Done, Finish, Outcome, Prepare, Reason, ReasonCode, Vote,
+        VoteKind,
     },
     time::Time,
 };
@@ -205,14 +205,14 @@ fn show_finish(finish: &Finish) -> String {
 }
 
 pub(crate) fn show_vote(vote: &Vote) -> String {
-    let ballot = match &vote.ballot {
-        Ballot::Prepared { branch } => format!("prepared {branch}"),
-        Ballot::ReadOnly => "read_only".to_owned(),
-        Ballot::Refused(reason) => format!("refused {}", show_reason(reason)),
-        Ballot::Failed { branch, reason } => format!("failed {branch} {}", show_reason(reason)),
-        Ballot::Finished(outcome) => format!("finished {outcome}"),
+    let kind = match &vote.kind {
+        VoteKind::Prepared { branch } => format!("prepared {branch}"),
+        VoteKind::ReadOnly => "read_only".to_owned(),
+        VoteKind::Refused(reason) => format!("refused {}", show_reason(reason)),
+        VoteKind::Failed { branch, reason } => format!("failed {branch} {}", show_reason(reason)),
+        VoteKind::Finished(outcome) => format!("finished {outcome}"),
     };
-    format!("{} {ballot} free={}", show_key(&vote.key), vote.free)
+    format!("{} {kind} free={}", show_key(&vote.key), vote.free)
 }
 
 pub(crate) fn show_done(done: &Done) -> String {

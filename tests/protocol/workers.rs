@@ -13,8 +13,8 @@ use dtc::protocol::{
     coordinator::{Anomaly, Coordinator, Effect, Event, Settings},
     ids::{ServiceName, StoreId, TransactionKey, WorkerId},
     message::{
-        Ballot, Decision, Delivery, Done, Inquiry, Matter, Payload, Reason, ReasonCode, Request,
-        Vote,
+        Decision, Delivery, Done, Inquiry, Matter, Payload, Reason, ReasonCode, Request, Vote,
+        VoteKind,
     },
     time::Time,
 };
@@ -191,26 +191,26 @@ impl Workers {
             (named.split('.').next().unwrap().to_owned(), branch(&named))
         };
         let mut from = format!("{}1", &service.as_str()[..1]);
-        let ballot = match verdict.as_str() {
+        let kind = match verdict.as_str() {
             "prepared" => {
                 let (holder, branch) = branch_named();
                 from = holder;
-                Ballot::Prepared { branch }
+                VoteKind::Prepared { branch }
             }
             "failed" => {
                 let (holder, branch) = branch_named();
                 from = holder;
                 let (code, message) = (ReasonCode::Failed, Some(line.word().into()));
                 let reason = Reason { code, service: Some(service.clone()), message };
-                Ballot::Failed { branch, reason }
+                VoteKind::Failed { branch, reason }
             }
             "refused" => {
                 let code = line.option("code").map_or(ReasonCode::Refused, |it| reason_code(&it));
                 let message = line.optional_word().map(Into::into);
-                Ballot::Refused(Reason { code, service: Some(service.clone()), message })
+                VoteKind::Refused(Reason { code, service: Some(service.clone()), message })
             }
-            "read_only" => Ballot::ReadOnly,
-            "finished" => Ballot::Finished(outcome(&line.word())),
+            "read_only" => VoteKind::ReadOnly,
+            "finished" => VoteKind::Finished(outcome(&line.word())),
             other => panic!("{other} is no vote"),
         };
         Vote {
@@ -219,7 +219,7 @@ impl Workers {
             service,
             instance: instance(&line.option("from").unwrap_or(from)),
             store: store(line),
-            ballot,
+            kind,
             free: free(line),
         }
     }

@@ -19,7 +19,8 @@ use dtc::protocol::{
     coordinator::{self, Coordinator},
     ids::{Branch, RequestHash, ServiceName, TransactionKey, WorkerId},
     message::{
-        Answer, Ballot, Command, Decision, Delivery, Destination, Finish, Outcome, ReasonCode, Vote,
+        Answer, Command, Decision, Delivery, Destination, Finish, Outcome, ReasonCode, Vote,
+        VoteKind,
     },
     participant::{self, Instance, Verdict},
     time::Time,
@@ -246,11 +247,11 @@ impl Worker {
                 pending.push_back(ended);
             }
             (Bug::RefusalIsReadOnly, Event::VoteReceived(vote)) => {
-                let ballot = match vote.ballot {
-                    Ballot::Refused(_) => Ballot::ReadOnly,
+                let kind = match vote.kind {
+                    VoteKind::Refused(_) => VoteKind::ReadOnly,
                     other => other,
                 };
-                pending.push_back(Event::VoteReceived(Vote { ballot, ..vote }));
+                pending.push_back(Event::VoteReceived(Vote { kind, ..vote }));
             }
             (Bug::VoteForOtherContent, Event::VoteReceived(mut vote)) => {
                 if let Some((request_hash, _)) = self.requests.get(&vote.key) {
@@ -315,7 +316,7 @@ impl Worker {
                 self.latest.extend(latest);
             }
             (Bug::MissingVoteIsYes, Event::VoteReceived(vote)) => {
-                if let Ballot::Prepared { branch } = &vote.ballot {
+                if let VoteKind::Prepared { branch } = &vote.kind {
                     let votes = self.votes.entry(vote.key.clone()).or_default();
                     votes.insert(vote.service.clone(), branch.clone());
                 }
@@ -535,11 +536,11 @@ impl Member {
                 Bug::CommitWhateverIsHeld | Bug::CancelUndoesPrepared | Bug::DecideAlone,
                 Effect::Vote { to, vote },
             ) => {
-                match &vote.ballot {
-                    Ballot::Prepared { branch } => {
+                match &vote.kind {
+                    VoteKind::Prepared { branch } => {
                         self.held.insert(vote.key.clone(), (branch.clone(), to.clone()));
                     }
-                    Ballot::Finished(_) => drop(self.held.remove(&vote.key)),
+                    VoteKind::Finished(_) => drop(self.held.remove(&vote.key)),
                     _ => {}
                 }
                 effects.push(Effect::Vote { to, vote });
@@ -554,7 +555,7 @@ impl Member {
                 effects.push(Effect::Done { to, done, ack });
             }
             (Bug::FreeSlotAtVote, Effect::Vote { to, vote }) => {
-                let is_prepared = matches!(vote.ballot, Ballot::Prepared { .. });
+                let is_prepared = matches!(vote.kind, VoteKind::Prepared { .. });
                 let slot = self.slots.get(&vote.key).filter(|_| is_prepared).copied();
                 effects.push(Effect::Vote { to, vote });
                 effects.extend(slot.filter(|slot| self.freed.insert(*slot)).map(Effect::Ack));
@@ -574,7 +575,7 @@ impl Member {
             }
             (Bug::NeverInquire, Effect::Inquire(_)) => {}
             (Bug::FreshBranchInEveryVote, Effect::Vote { to, mut vote }) => {
-                if let Ballot::Prepared { branch } = &mut vote.ballot {
+                if let VoteKind::Prepared { branch } = &mut vote.kind {
                     match self.held.get(&vote.key) {
                         Some((held, _)) if held == branch => {
                             let again = format!("{branch}0");

@@ -55,8 +55,8 @@ use crate::protocol::{
     journal::{JournalView, Recall},
     keymap::KeyMap,
     message::{
-        Ballot, Command, Decision, Delivery, Destination, Done, Finish, Reason, ReasonCode,
-        Request, Vote,
+        Command, Decision, Delivery, Destination, Done, Finish, Reason, ReasonCode, Request, Vote,
+        VoteKind,
     },
     time::Time,
 };
@@ -277,7 +277,7 @@ impl Work {
     /// A vote for a transaction that isn't worked on here: whoever voted for a decided one is told
     /// how it ended. Who voted for another will inquire.
     fn late_vote(&self, vote: Vote, cx: &mut Context<'_>) {
-        let holds = matches!(vote.ballot, Ballot::Prepared { .. } | Ballot::Failed { .. });
+        let holds = matches!(vote.kind, VoteKind::Prepared { .. } | VoteKind::Failed { .. });
         let margin = cx.settings().clock_margin;
         if let (true, Recall::Found(first)) = (holds, self.view.recall(&vote.key, margin)) {
             cx.tell(&first, &vote.service, vote.instance);

@@ -36,7 +36,7 @@ use crate::protocol::{
     ids::{RequestHash, TransactionKey, WorkerId},
     jitter::jitter,
     keymap::KeyMap,
-    message::{Ballot, Delivery, Done, Inquiry, Prepare, Reason, ReasonCode, Vote},
+    message::{Delivery, Done, Inquiry, Prepare, Reason, ReasonCode, Vote, VoteKind},
     time::Time,
 };
 
@@ -244,7 +244,7 @@ impl Context<'_> {
         to: WorkerId,
         key: &TransactionKey,
         request_hash: RequestHash,
-        ballot: Ballot,
+        kind: VoteKind,
     ) {
         let Settings { service, instance, store, .. } = self.settings();
         let vote = Vote {
@@ -253,14 +253,14 @@ impl Context<'_> {
             service: service.clone(),
             instance: instance.clone(),
             store: store.clone(),
-            ballot,
+            kind,
             free: self.free(),
         };
         self.effects.push(Effect::Vote { to, vote });
     }
 
-    fn refused(&self, code: ReasonCode) -> Ballot {
-        Ballot::Refused(Reason::at(&self.settings().service, code))
+    fn refused(&self, code: ReasonCode) -> VoteKind {
+        VoteKind::Refused(Reason::at(&self.settings().service, code))
     }
 
     fn done(&mut self, finisher: Finisher, applied: Result<(), Arc<str>>) {

@@ -1,7 +1,7 @@
 //! What is answered and asked: votes, dones and inquiries of services, results for producers.
 
 use crate::{
-    protocol::message::{Answer, Ballot, Done, Inquiry, Reason, ReasonCode, Vote},
+    protocol::message::{Answer, Done, Inquiry, Reason, ReasonCode, Vote, VoteKind},
     wire::message::{
         Item, Kind,
         read::{Place, Reader},
@@ -34,13 +34,13 @@ impl Word {
         }
     }
 
-    const fn of(ballot: &Ballot) -> Self {
-        match ballot {
-            Ballot::Prepared { .. } => Self::Prepared,
-            Ballot::ReadOnly => Self::ReadOnly,
-            Ballot::Refused(_) => Self::Refused,
-            Ballot::Failed { .. } => Self::Failed,
-            Ballot::Finished(_) => Self::Finished,
+    const fn of(kind: &VoteKind) -> Self {
+        match kind {
+            VoteKind::Prepared { .. } => Self::Prepared,
+            VoteKind::ReadOnly => Self::ReadOnly,
+            VoteKind::Refused(_) => Self::Refused,
+            VoteKind::Failed { .. } => Self::Failed,
+            VoteKind::Finished(_) => Self::Finished,
         }
     }
 }
@@ -51,7 +51,7 @@ impl Item for Vote {
 
 impl Sealed for Vote {
     fn write(&self, object: &mut Object<'_>) {
-        let Self { key, request_hash, service, instance, store, ballot, free } = self;
+        let Self { key, request_hash, service, instance, store, kind, free } = self;
         object.key(key);
         object.request_hash(request_hash);
         object.word("service", service.as_str());
@@ -59,16 +59,16 @@ impl Sealed for Vote {
         if let Some(store) = store {
             object.word("store", store.as_str());
         }
-        object.word("vote", Word::of(ballot).as_str());
-        match ballot {
-            Ballot::Prepared { branch } => object.branch("branch", branch),
-            Ballot::ReadOnly => {}
-            Ballot::Refused(reason) => object.reason(reason),
-            Ballot::Failed { branch, reason } => {
+        object.word("vote", Word::of(kind).as_str());
+        match kind {
+            VoteKind::Prepared { branch } => object.branch("branch", branch),
+            VoteKind::ReadOnly => {}
+            VoteKind::Refused(reason) => object.reason(reason),
+            VoteKind::Failed { branch, reason } => {
                 object.branch("branch", branch);
                 object.reason(reason);
             }
-            Ballot::Finished(outcome) => object.outcome("outcome", *outcome),
+            VoteKind::Finished(outcome) => object.outcome("outcome", *outcome),
         }
         object.number("free", (*free).into());
     }
@@ -127,14 +127,14 @@ impl Sealed for Vote {
             true => reader.need(place, outcome, Reader::outcome).map(Some),
             false => reader.may(place, outcome, Reader::outcome),
         };
-        let ballot = match word? {
-            Word::Prepared => branch?.map(|branch| Ballot::Prepared { branch }),
-            Word::ReadOnly => Some(Ballot::ReadOnly),
-            Word::Refused => reason_or(ReasonCode::Refused).map(Ballot::Refused),
+        let kind = match word? {
+            Word::Prepared => branch?.map(|branch| VoteKind::Prepared { branch }),
+            Word::ReadOnly => Some(VoteKind::ReadOnly),
+            Word::Refused => reason_or(ReasonCode::Refused).map(VoteKind::Refused),
             Word::Failed => branch?
                 .zip(reason_or(ReasonCode::Failed))
-                .map(|(branch, reason)| Ballot::Failed { branch, reason }),
-            Word::Finished => outcome?.map(Ballot::Finished),
+                .map(|(branch, reason)| VoteKind::Failed { branch, reason }),
+            Word::Finished => outcome?.map(VoteKind::Finished),
         };
         Some(Self {
             key: key?,
@@ -142,7 +142,7 @@ impl Sealed for Vote {
             service: service?,
             instance: instance?,
             store: store?,
-            ballot: ballot?,
+            kind: kind?,
             free: free?,
         })
     }

@@ -9,8 +9,8 @@ use dtc::{
     protocol::{
         ids::{Branch, ServiceName, TransactionKey},
         message::{
-            Answer, Ballot, Decision, Done, Finish, Inquiry, Matter, Parked, Prepare, Query,
-            Reason, Request, TransactionSpec, Vote,
+            Answer, Decision, Done, Finish, Inquiry, Matter, Parked, Prepare, Query, Reason,
+            Request, TransactionSpec, Vote, VoteKind,
         },
         time::Time,
     },
@@ -207,9 +207,9 @@ impl Checked for Finish {
 impl Checked for Vote {
     fn check(&self) {
         is_key(&self.key);
-        match &self.ballot {
-            Ballot::Refused(reason) | Ballot::Failed { reason, .. } => is_reason(reason),
-            Ballot::Prepared { .. } | Ballot::ReadOnly | Ballot::Finished(_) => {}
+        match &self.kind {
+            VoteKind::Refused(reason) | VoteKind::Failed { reason, .. } => is_reason(reason),
+            VoteKind::Prepared { .. } | VoteKind::ReadOnly | VoteKind::Finished(_) => {}
         }
     }
 }

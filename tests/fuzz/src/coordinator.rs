@@ -18,8 +18,8 @@ use dtc::protocol::{
         WorkerId,
     },
     message::{
-        Ballot, Command, Decision, Delivery, Done, Finish, Inquiry, Outcome, Payload, Prepare,
-        Reason, ReasonCode, Request, Vote,
+        Command, Decision, Delivery, Done, Finish, Inquiry, Outcome, Payload, Prepare, Reason,
+        ReasonCode, Request, Vote, VoteKind,
     },
     time::Time,
 };
@@ -234,10 +234,10 @@ impl World {
     ) -> Result<()> {
         let instance = instance(source)?;
         let free = source.int_in_range(0..=3)?;
-        let ballot = ballot(source, &instance)?;
+        let kind = vote_kind(source, &instance)?;
         let (key, request_hash) = (prepare.key, prepare.request_hash);
         let store = store(source)?;
-        self.cast(Vote { key, request_hash, service, instance, store, ballot, free });
+        self.cast(Vote { key, request_hash, service, instance, store, kind, free });
         Ok(())
     }
 
@@ -252,10 +252,10 @@ impl World {
         let free = source.int_in_range(0..=3)?;
         match command {
             Command::Query(query) => {
-                let ballot = ballot(source, &instance)?;
+                let kind = vote_kind(source, &instance)?;
                 let (key, request_hash) = (query.key, query.request_hash);
                 let store = store(source)?;
-                self.cast(Vote { key, request_hash, service, instance, store, ballot, free });
+                self.cast(Vote { key, request_hash, service, instance, store, kind, free });
             }
             Command::Finish(Finish { key, parked, .. }) => {
                 let applied = if source.ratio(3, 4)? { Ok(()) } else { Err("no".into()) };
@@ -269,25 +269,25 @@ impl World {
 
     fn vote(&mut self, source: &mut Unstructured<'_>) -> Result<()> {
         let instance = instance(source)?;
-        let ballot = ballot(source, &instance)?;
+        let kind = vote_kind(source, &instance)?;
         let request_hash = RequestHash([source.int_in_range(1..=4)?; 16]);
         let (key, service) = (key(source)?, any_service(source)?);
         let free = if source.ratio(1, 8)? { u32::MAX } else { source.int_in_range(0..=3)? };
         let store = store(source)?;
-        self.cast(Vote { key, request_hash, service, instance, store, ballot, free });
+        self.cast(Vote { key, request_hash, service, instance, store, kind, free });
         Ok(())
     }
 
     fn cast(&mut self, vote: Vote) {
         let voter = (vote.key.clone(), vote.request_hash, vote.service.clone());
-        match &vote.ballot {
-            Ballot::Prepared { branch } => {
+        match &vote.kind {
+            VoteKind::Prepared { branch } => {
                 self.prepared.entry(voter).or_default().insert(branch.clone());
             }
             // A branch that failed may be named where another instance prepared it.
-            Ballot::Failed { .. } | Ballot::Refused(_) => {}
-            Ballot::ReadOnly => drop(self.read_only.insert(voter)),
-            Ballot::Finished(outcome) => drop(self.heard.insert((vote.key.clone(), *outcome))),
+            VoteKind::Failed { .. } | VoteKind::Refused(_) => {}
+            VoteKind::ReadOnly => drop(self.read_only.insert(voter)),
+            VoteKind::Finished(outcome) => drop(self.heard.insert((vote.key.clone(), *outcome))),
         }
         self.tell(Event::VoteReceived(vote));
     }
@@ -643,19 +643,19 @@ fn outcome(source: &mut Unstructured<'_>) -> Result<Outcome> {
     Ok(if source.arbitrary()? { Outcome::Committed } else { Outcome::Aborted })
 }
 
-fn ballot(source: &mut Unstructured<'_>, instance: &InstanceId) -> Result<Ballot> {
+fn vote_kind(source: &mut Unstructured<'_>, instance: &InstanceId) -> Result<VoteKind> {
     let reason = |code| Reason { code, service: None, message: None };
     Ok(match source.int_in_range(0..=9)? {
         0..=5 => {
             let branch = Branch::of(instance, source.int_in_range(0..=2)?);
-            Ballot::Prepared { branch }
+            VoteKind::Prepared { branch }
         }
-        6 => Ballot::ReadOnly,
-        7 => Ballot::Refused(reason(ReasonCode::Refused)),
+        6 => VoteKind::ReadOnly,
+        7 => VoteKind::Refused(reason(ReasonCode::Refused)),
         8 => {
             let branch = Branch::of(instance, source.int_in_range(0..=2)?);
-            Ballot::Failed { branch, reason: reason(ReasonCode::Failed) }
+            VoteKind::Failed { branch, reason: reason(ReasonCode::Failed) }
         }
-        _ => Ballot::Finished(outcome(source)?),
+        _ => VoteKind::Finished(outcome(source)?),
     })
 }

@@ -12,7 +12,7 @@ use std::{
 use arbitrary::{Result, Unstructured};
 use dtc::protocol::{
     ids::{Branch, InstanceId, RequestHash, ServiceName, TransactionId, TransactionKey, WorkerId},
-    message::{Ballot, Delivery, Finish, Outcome, Payload, Prepare, Query},
+    message::{Delivery, Finish, Outcome, Payload, Prepare, Query, VoteKind},
     participant::{Effect, Event, InDoubt, Instance, Settings, Verdict},
     time::Time,
 };
@@ -330,15 +330,15 @@ impl World {
                 assert!(self.has_store);
                 self.looks.push(None);
             }
-            Effect::Vote { vote, .. } => match &vote.ballot {
-                Ballot::Prepared { branch } | Ballot::Failed { branch, .. } => {
+            Effect::Vote { vote, .. } => match &vote.kind {
+                VoteKind::Prepared { branch } | VoteKind::Failed { branch, .. } => {
                     assert!(self.ever_stored.contains(branch), "{branch} was never prepared");
                 }
-                Ballot::Finished(outcome) => {
+                VoteKind::Finished(outcome) => {
                     let heard = self.outcomes.get(&vote.key).map(|(outcome, _)| *outcome);
                     assert_eq!(heard, Some(*outcome));
                 }
-                Ballot::ReadOnly | Ballot::Refused(_) => {}
+                VoteKind::ReadOnly | VoteKind::Refused(_) => {}
             },
             Effect::Done { to, done, ack } => {
                 if let Some(delivery) = ack {

@@ -11,8 +11,8 @@ use dtc::{
             WorkerId,
         },
         message::{
-            Answer, Ballot, Decision, Done, Finish, Inquiry, Matter, Outcome, Parked, Payload,
-            Prepare, Query, Reason, ReasonCode, Vote,
+            Answer, Decision, Done, Finish, Inquiry, Matter, Outcome, Parked, Payload, Prepare,
+            Query, Reason, ReasonCode, Vote, VoteKind,
         },
         time::Time,
     },
@@ -202,12 +202,12 @@ impl Draw<'_> {
     }
 
     fn vote(&mut self) -> Result<Vote> {
-        let ballot = match self.0.int_in_range(0..=4)? {
-            0 => Ballot::Prepared { branch: self.branch()? },
-            1 => Ballot::ReadOnly,
-            2 => Ballot::Refused(self.reason()?),
-            3 => Ballot::Failed { branch: self.branch()?, reason: self.reason()? },
-            _ => Ballot::Finished(self.outcome()?),
+        let kind = match self.0.int_in_range(0..=4)? {
+            0 => VoteKind::Prepared { branch: self.branch()? },
+            1 => VoteKind::ReadOnly,
+            2 => VoteKind::Refused(self.reason()?),
+            3 => VoteKind::Failed { branch: self.branch()?, reason: self.reason()? },
+            _ => VoteKind::Finished(self.outcome()?),
         };
         Ok(Vote {
             key: self.key()?,
@@ -215,7 +215,7 @@ impl Draw<'_> {
             service: self.service()?,
             instance: self.instance()?,
             store: self.store()?,
-            ballot,
+            kind,
             free: self.0.arbitrary()?,
         })
     }

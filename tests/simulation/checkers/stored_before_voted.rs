@@ -1,6 +1,6 @@
 //! A vote of prepared leaves only when the branch it names is stored, or was.
 
-use dtc::protocol::message::{Ballot, Vote};
+use dtc::protocol::message::{Vote, VoteKind};
 
 use super::Checked;
 
@@ -9,14 +9,14 @@ pub(crate) fn voting(
     vote: &Vote,
     was_stored: impl Fn(&dtc::protocol::ids::Branch) -> bool,
 ) -> Checked {
-    match &vote.ballot {
-        Ballot::Prepared { branch } if !was_stored(branch) => {
+    match &vote.kind {
+        VoteKind::Prepared { branch } if !was_stored(branch) => {
             Err(format!("{} votes for a branch that it never stored: {vote:?}", vote.service))
         }
-        Ballot::Prepared { .. }
-        | Ballot::ReadOnly
-        | Ballot::Refused(_)
-        | Ballot::Failed { .. }
-        | Ballot::Finished(_) => Ok(()),
+        VoteKind::Prepared { .. }
+        | VoteKind::ReadOnly
+        | VoteKind::Refused(_)
+        | VoteKind::Failed { .. }
+        | VoteKind::Finished(_) => Ok(()),
     }
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use dtc::protocol::{
     ids::{Branch, RequestHash, ServiceName, TransactionKey},
-    message::{Ballot, Decision, Outcome, Vote},
+    message::{Decision, Outcome, Vote, VoteKind},
 };
 
 use super::Checked;
@@ -21,10 +21,10 @@ pub(crate) struct Unanimity {
 
 impl Unanimity {
     pub(crate) fn voted(&mut self, vote: &Vote) {
-        let branch = match &vote.ballot {
-            Ballot::Prepared { branch } => Some(branch.clone()),
-            Ballot::ReadOnly => None,
-            Ballot::Refused(_) | Ballot::Failed { .. } | Ballot::Finished(_) => return,
+        let branch = match &vote.kind {
+            VoteKind::Prepared { branch } => Some(branch.clone()),
+            VoteKind::ReadOnly => None,
+            VoteKind::Refused(_) | VoteKind::Failed { .. } | VoteKind::Finished(_) => return,
         };
         let votes = self.in_favour.entry((vote.key.clone(), vote.request_hash)).or_default();
         votes.push((vote.service.clone(), branch));

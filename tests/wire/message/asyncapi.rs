@@ -64,13 +64,13 @@ fn sample<T: Item + Debug>(items: &[T]) -> Sample {
 fn samples() -> Vec<Sample> {
     let finish =
         Finish { key: key(), outcome: Outcome::Committed, branch: Some(branch()), parked: true };
-    let failed = Ballot::Failed { branch: branch(), reason: sold_out() };
+    let failed = VoteKind::Failed { branch: branch(), reason: sold_out() };
     let votes = [
-        vote(Ballot::Prepared { branch: branch() }),
-        vote(Ballot::ReadOnly),
-        vote(Ballot::Refused(sold_out())),
+        vote(VoteKind::Prepared { branch: branch() }),
+        vote(VoteKind::ReadOnly),
+        vote(VoteKind::Refused(sold_out())),
         vote(failed),
-        Vote { store: StoreId::parse("s1").ok(), ..vote(Ballot::Finished(Outcome::Aborted)) },
+        Vote { store: StoreId::parse("s1").ok(), ..vote(VoteKind::Finished(Outcome::Aborted)) },
     ];
     let done = Done { store: StoreId::parse("s1").ok(), ..done(Err("no disk".into()), true) };
     let aborted = Decision { reason: Some(sold_out()), ..committed() };

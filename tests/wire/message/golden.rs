@@ -58,17 +58,17 @@ fn each_vote() {
     let head = r#"{"id":"TX1","requested_at":1700000000,"request_hash":"000123456789abcdeffffe100708090a","service":"stock","instance":"stock-1","vote":"#;
     let reason =
         r#""reason":{"service":"stock","code":"refused","message":"sold \"out\"\n\u0001\\ é"}"#;
-    for (ballot, json) in [
-        (Ballot::Prepared { branch: branch() }, r#""prepared","branch":"stock-1.42""#.to_owned()),
-        (Ballot::ReadOnly, r#""read_only""#.to_owned()),
-        (Ballot::Refused(sold_out()), format!(r#""refused",{reason}"#)),
+    for (kind, json) in [
+        (VoteKind::Prepared { branch: branch() }, r#""prepared","branch":"stock-1.42""#.to_owned()),
+        (VoteKind::ReadOnly, r#""read_only""#.to_owned()),
+        (VoteKind::Refused(sold_out()), format!(r#""refused",{reason}"#)),
         (
-            Ballot::Failed { branch: branch(), reason: sold_out() },
+            VoteKind::Failed { branch: branch(), reason: sold_out() },
             format!(r#""failed","branch":"stock-1.42",{reason}"#),
         ),
-        (Ballot::Finished(Outcome::Aborted), r#""finished","outcome":"ABORTED""#.to_owned()),
+        (VoteKind::Finished(Outcome::Aborted), r#""finished","outcome":"ABORTED""#.to_owned()),
     ] {
-        is(Kind::Vote, vote(ballot), &format!(r#"{head}{json},"free":7}}"#));
+        is(Kind::Vote, vote(kind), &format!(r#"{head}{json},"free":7}}"#));
     }
 }
 
@@ -77,7 +77,7 @@ fn whoever_has_a_store_that_has_a_name_says_it() {
     let store = StoreId::parse("store-1").ok();
     is(
         Kind::Vote,
-        Vote { store: store.clone(), ..vote(Ballot::ReadOnly) },
+        Vote { store: store.clone(), ..vote(VoteKind::ReadOnly) },
         r#"{"id":"TX1","requested_at":1700000000,"request_hash":"000123456789abcdeffffe100708090a","service":"stock","instance":"stock-1","store":"store-1","vote":"read_only","free":7}"#,
     );
     is(

@@ -44,10 +44,10 @@ fn a_body_has_at_most_256_kib() {
 #[test]
 fn a_full_body_takes_no_more_and_is_as_it_was() {
     let mut items = Items::new();
-    while items.push(&vote(Ballot::ReadOnly)).is_ok() {}
+    while items.push(&vote(VoteKind::ReadOnly)).is_ok() {}
     let (len, size) = (items.len(), items.size());
-    assert!(size <= BODY_MAX && size + body(&[vote(Ballot::ReadOnly)]).len() > BODY_MAX);
-    assert_eq!(items.push(&vote(Ballot::ReadOnly)).unwrap_err().len, len);
+    assert!(size <= BODY_MAX && size + body(&[vote(VoteKind::ReadOnly)]).len() > BODY_MAX);
+    assert_eq!(items.push(&vote(VoteKind::ReadOnly)).unwrap_err().len, len);
     assert_eq!((items.len(), items.size()), (len, size));
     assert_eq!(all_good(decode::<Vote>(&items.into_body()).unwrap()).len(), len);
 }
@@ -124,7 +124,7 @@ fn a_decision_of_the_most_services_fits_into_a_body() {
         unresolved: services,
         decided_at: LAST,
     };
-    let vote = vote(Ballot::Failed { branch, reason: longest_reason() });
+    let vote = vote(VoteKind::Failed { branch, reason: longest_reason() });
     let sizes = [size(&decision), size(&answer), size(&vote)];
     assert!(sizes.iter().all(|size| *size <= BODY_MAX), "{sizes:?}");
     assert_eq!(all_good(decode::<Decision>(&body(&[decision])).unwrap()).len(), 1);
@@ -143,9 +143,9 @@ fn texts_are_cut_at_a_character_when_written_and_when_read() {
             assert_eq!(read, [done(Err(cut.clone()), false)]);
         }
         let reason = Reason { message: Some(long), ..sold_out() };
-        let read = all_good(decode::<Vote>(&body(&[vote(Ballot::Refused(reason))])).unwrap());
+        let read = all_good(decode::<Vote>(&body(&[vote(VoteKind::Refused(reason))])).unwrap());
         let reason = Reason { message: Some(cut), ..sold_out() };
-        assert_eq!(read, [vote(Ballot::Refused(reason))]);
+        assert_eq!(read, [vote(VoteKind::Refused(reason))]);
     }
 }
 

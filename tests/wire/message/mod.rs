@@ -17,8 +17,8 @@ use dtc::{
             TransactionKey, WorkerId,
         },
         message::{
-            Answer, Ballot, Command, Decision, Done, Finish, Inquiry, Matter, Outcome, Parked,
-            Payload, Prepare, Query, Reason, ReasonCode, Request, Vote,
+            Answer, Command, Decision, Done, Finish, Inquiry, Matter, Outcome, Parked, Payload,
+            Prepare, Query, Reason, ReasonCode, Request, Vote, VoteKind,
         },
         time::Time,
     },
@@ -96,9 +96,9 @@ fn sold_out() -> Reason {
     Reason { code: ReasonCode::Refused, service: Some(service("stock")), message }
 }
 
-fn vote(ballot: Ballot) -> Vote {
+fn vote(kind: VoteKind) -> Vote {
     let (service, instance) = (service("stock"), instance());
-    Vote { key: key(), request_hash: hash(), service, instance, store: None, ballot, free: 7 }
+    Vote { key: key(), request_hash: hash(), service, instance, store: None, kind, free: 7 }
 }
 
 fn done(applied: Result<(), Arc<str>>, parked: bool) -> Done {

@@ -41,11 +41,11 @@ fn every_field_is_missed_unless_it_may_be() {
     let finish =
         Finish { key: key(), outcome: Outcome::Aborted, branch: Some(branch()), parked: true };
     misses(&finish, &["branch", "parked"]);
-    misses(&vote(Ballot::Prepared { branch: branch() }), &[]);
-    misses(&vote(Ballot::ReadOnly), &[]);
-    misses(&vote(Ballot::Refused(sold_out())), &["reason"]);
-    misses(&vote(Ballot::Failed { branch: branch(), reason: sold_out() }), &["reason"]);
-    misses(&vote(Ballot::Finished(Outcome::Aborted)), &[]);
+    misses(&vote(VoteKind::Prepared { branch: branch() }), &[]);
+    misses(&vote(VoteKind::ReadOnly), &[]);
+    misses(&vote(VoteKind::Refused(sold_out())), &["reason"]);
+    misses(&vote(VoteKind::Failed { branch: branch(), reason: sold_out() }), &["reason"]);
+    misses(&vote(VoteKind::Finished(Outcome::Aborted)), &[]);
     misses(&done(Err("no".into()), true), &["error", "parked"]);
     misses(&inquiry(), &[]);
     misses(&Decision { reason: Some(sold_out()), ..committed() }, &["reason"]);
@@ -66,7 +66,7 @@ fn refuses<T: Item + Debug>(item: &T, kind: &str, name: &str, value: &str, rule:
 
 #[test]
 fn a_field_that_is_not_as_it_should_be_is_named_with_its_value_and_rule() {
-    let prepared = vote(Ballot::Prepared { branch: branch() });
+    let prepared = vote(VoteKind::Prepared { branch: branch() });
     let seconds = format!("{WHOLE} 253402300799");
     let millis = format!("{WHOLE} 253402300799999");
     let slots = format!("{WHOLE} 4294967295");
@@ -103,7 +103,7 @@ fn a_field_that_is_not_as_it_should_be_is_named_with_its_value_and_rule() {
     refuses(&prepare("{}"), "prepare", "deadline", "253402300800000", &millis);
     refuses(&prepare("{}"), "prepare", "data", "[]", "must be an object");
     refuses(&prepare("{}"), "prepare", "repeated", "1", "must be true or false");
-    let finished = vote(Ballot::Finished(Outcome::Aborted));
+    let finished = vote(VoteKind::Finished(Outcome::Aborted));
     let outcomes = "must be one of `COMMITTED`, `ABORTED`";
     refuses(&finished, "vote", "outcome", r#""committed""#, outcomes);
     refuses(&answer(), "result", "status", r#""UNKNOWN""#, outcomes);
@@ -182,14 +182,18 @@ fn a_bad_item_does_not_spoil_the_good_ones() {
 #[test]
 fn a_bare_vote_says_its_word_at_its_service() {
     for (word, code) in [("refused", ReasonCode::Refused), ("failed", ReasonCode::Failed)] {
-        let mut bare = good(&vote(Ballot::Prepared { branch: branch() }));
+        let mut bare = good(&vote(VoteKind::Prepared { branch: branch() }));
         bare["vote"] = json!(word);
         let items = all_good(decode::<Vote>(json!([bare]).to_string().as_bytes()).unwrap());
         let reason = Reason::at(&service("stock"), code);
-        match &items[0].ballot {
-            Ballot::Refused(found) => assert_eq!((found, word), (&reason, "refused")),
-            Ballot::Failed { reason: found, .. } => assert_eq!((found, word), (&reason, "failed")),
-            Ballot::Prepared { .. } | Ballot::ReadOnly | Ballot::Finished(_) => panic!("{items:?}"),
+        match &items[0].kind {
+            VoteKind::Refused(found) => assert_eq!((found, word), (&reason, "refused")),
+            VoteKind::Failed { reason: found, .. } => {
+                assert_eq!((found, word), (&reason, "failed"))
+            }
+            VoteKind::Prepared { .. } | VoteKind::ReadOnly | VoteKind::Finished(_) => {
+                panic!("{items:?}")
+            }
         }
     }
 }

@@ -97,21 +97,21 @@ fn a_finish() -> impl Strategy<Value = Finish> {
 }
 
 fn a_vote() -> impl Strategy<Value = Vote> {
-    let ballot = prop_oneof![
-        a_branch().prop_map(|branch| Ballot::Prepared { branch }),
-        Just(Ballot::ReadOnly),
-        a_reason().prop_map(Ballot::Refused),
-        (a_branch(), a_reason()).prop_map(|(branch, reason)| Ballot::Failed { branch, reason }),
-        an_outcome().prop_map(Ballot::Finished),
+    let kind = prop_oneof![
+        a_branch().prop_map(|branch| VoteKind::Prepared { branch }),
+        Just(VoteKind::ReadOnly),
+        a_reason().prop_map(VoteKind::Refused),
+        (a_branch(), a_reason()).prop_map(|(branch, reason)| VoteKind::Failed { branch, reason }),
+        an_outcome().prop_map(VoteKind::Finished),
     ];
-    let parts = (a_key(), a_hash(), a_service(), an_instance(), a_store(), ballot, any::<u32>());
-    parts.prop_map(|(key, request_hash, service, instance, store, ballot, free)| Vote {
+    let parts = (a_key(), a_hash(), a_service(), an_instance(), a_store(), kind, any::<u32>());
+    parts.prop_map(|(key, request_hash, service, instance, store, kind, free)| Vote {
         key,
         request_hash,
         service,
         instance,
         store,
-        ballot,
+        kind,
         free,
     })
 }

@@ -11,8 +11,8 @@ use crate::protocol::{
     },
     ids::{Branch, InstanceId, ServiceName},
     message::{
-        Ballot, Command, Decision, Delivery, Destination, Done, Finish, Inquiry, Matter, Outcome,
-        Parked, Vote,
+        Command, Decision, Delivery, Destination, Done, Finish, Inquiry, Matter, Outcome, Parked,
+        Vote, VoteKind,
     },
     time::Time,
 };
@@ -248,8 +248,8 @@ impl Transaction {
 
     pub(super) fn answer_late_vote(&mut self, index: usize, vote: Vote, cx: &mut Context<'_>) {
         let Some(decision) = self.own_decision() else { return };
-        match vote.ballot {
-            Ballot::Prepared { branch } | Ballot::Failed { branch, .. } => {
+        match vote.kind {
+            VoteKind::Prepared { branch } | VoteKind::Failed { branch, .. } => {
                 let late = Anomaly::LateVote(vote.key, vote.service);
                 cx.effects.push(Effect::Report(late));
                 if self.is_with_holder(index, &branch, &vote.instance) {
@@ -277,7 +277,7 @@ impl Transaction {
                     }
                 }
             }
-            Ballot::ReadOnly | Ballot::Refused(_) | Ballot::Finished(_) => {}
+            VoteKind::ReadOnly | VoteKind::Refused(_) | VoteKind::Finished(_) => {}
         }
     }
 

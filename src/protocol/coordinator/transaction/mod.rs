@@ -17,8 +17,8 @@ use crate::protocol::{
     deadlines::Deadlines,
     ids::{Branch, InstanceId, ServiceName, StoreId},
     message::{
-        Ballot, Command, Decision, Delivery, Destination, Matter, Outcome, Parked, Query, Reason,
-        ReasonCode, Request, Vote,
+        Command, Decision, Delivery, Destination, Matter, Outcome, Parked, Query, Reason,
+        ReasonCode, Request, Vote, VoteKind,
     },
     time::Time,
 };
@@ -339,16 +339,17 @@ impl Transaction {
     fn apply_vote(&mut self, index: usize, vote: Vote, cx: &mut Context<'_>) {
         self.unask(index, true, cx);
         let instance = vote.instance;
-        let held = match &vote.ballot {
-            Ballot::Prepared { branch } => vote.store.map(|store| (branch.clone(), store)),
-            Ballot::ReadOnly | Ballot::Refused(_) | Ballot::Failed { .. } | Ballot::Finished(_) => {
-                None
-            }
+        let held = match &vote.kind {
+            VoteKind::Prepared { branch } => vote.store.map(|store| (branch.clone(), store)),
+            VoteKind::ReadOnly
+            | VoteKind::Refused(_)
+            | VoteKind::Failed { .. }
+            | VoteKind::Finished(_) => None,
         };
         let vote_state =
             std::mem::replace(&mut self.enlistments[index].vote_state, VoteState::Unasked);
-        let next = match (vote.ballot, vote_state) {
-            (Ballot::Prepared { branch }, VoteState::Prepared { branch: known, holder }) => {
+        let next = match (vote.kind, vote_state) {
+            (VoteKind::Prepared { branch }, VoteState::Prepared { branch: known, holder }) => {
                 let holder = if branch != known {
                     let twice = Anomaly::PreparedTwice(vote.key, vote.service);
                     cx.effects.push(Effect::Report(twice));
@@ -361,23 +362,23 @@ impl Transaction {
                 };
                 VoteState::Prepared { branch: known, holder }
             }
-            (Ballot::Prepared { branch }, VoteState::Failed { .. }) => {
+            (VoteKind::Prepared { branch }, VoteState::Failed { .. }) => {
                 VoteState::Prepared { branch, holder: None }
             }
-            (Ballot::Prepared { branch }, _) => {
+            (VoteKind::Prepared { branch }, _) => {
                 self.hold(index, cx);
                 VoteState::Prepared { branch, holder: Some(instance) }
             }
-            (Ballot::Failed { reason, .. }, VoteState::Prepared { branch, .. }) => {
+            (VoteKind::Failed { reason, .. }, VoteState::Prepared { branch, .. }) => {
                 self.reason.get_or_insert(reason);
                 VoteState::Prepared { branch, holder: None }
             }
-            (Ballot::Failed { branch, reason }, _) => {
+            (VoteKind::Failed { branch, reason }, _) => {
                 self.reason.get_or_insert(reason);
                 self.hold(index, cx);
                 VoteState::Failed { branch, holder: Some(instance) }
             }
-            (Ballot::Finished(outcome), vote_state) => {
+            (VoteKind::Finished(outcome), vote_state) => {
                 self.heard.get_or_insert(outcome);
                 if matches!(vote_state, VoteState::Prepared { .. } | VoteState::Failed { .. }) {
                     vote_state
@@ -387,11 +388,11 @@ impl Transaction {
             }
             // What is held outweighs what another instance says of itself.
             (
-                Ballot::ReadOnly | Ballot::Refused(_),
+                VoteKind::ReadOnly | VoteKind::Refused(_),
                 vote_state @ (VoteState::Prepared { .. } | VoteState::Failed { .. }),
             ) => vote_state,
-            (Ballot::ReadOnly, _) => VoteState::ReadOnly,
-            (Ballot::Refused(reason), _) => {
+            (VoteKind::ReadOnly, _) => VoteState::ReadOnly,
+            (VoteKind::Refused(reason), _) => {
                 self.reason.get_or_insert(reason);
                 VoteState::Declined
             }

@@ -4,7 +4,7 @@ use std::{collections::VecDeque, sync::Arc};
 
 use crate::protocol::{
     ids::Branch,
-    message::{Ballot, Finish, Outcome},
+    message::{Finish, Outcome, VoteKind},
     participant::{
         Context, Effect, Holdings,
         memory::Remembered,
@@ -160,7 +160,7 @@ impl HeldTransaction {
         if is_unknown {
             return self.commits_unknown(cx);
         }
-        self.conclude(Remembered::Cancelled, &Ballot::Finished(outcome), cx)
+        self.conclude(Remembered::Cancelled, &VoteKind::Finished(outcome), cx)
     }
 
     /// The service's code could not do it. Workers are told, and will say when to try again; what
@@ -199,7 +199,7 @@ impl HeldTransaction {
         if let Some(Finisher { finish, .. }) = self.finishers.first() {
             let outcome = finish.outcome;
             cx.resources.memory.remember(&self.key, Remembered::finished(finish, false));
-            self.answer_voters(&Ballot::Finished(outcome), cx);
+            self.answer_voters(&VoteKind::Finished(outcome), cx);
         }
         cx.effects.extend(delivery.map(Effect::Ack));
         let (parked, told): (Vec<_>, Vec<_>) =

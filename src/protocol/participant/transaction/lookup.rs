@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use crate::protocol::{
     ids::{Branch, TransactionKey, WorkerId},
-    message::{Ballot, Outcome, Prepare, Query, ReasonCode},
+    message::{Outcome, Prepare, Query, ReasonCode, VoteKind},
     participant::{
         Context, Effect, Holdings, InDoubt,
         memory::Remembered,
@@ -24,11 +24,11 @@ impl Holdings {
         if let Some(held) = self.transactions.get_mut(&key) {
             return held.vote_on_held(worker, request_hash, cx);
         }
-        let ballot = match cx.resources.memory.of(&key) {
-            Some(Remembered::Finished { outcome, .. }) => Ballot::Finished(*outcome),
-            Some(Remembered::ReadOnly(seen)) if *seen == request_hash => Ballot::ReadOnly,
+        let kind = match cx.resources.memory.of(&key) {
+            Some(Remembered::Finished { outcome, .. }) => VoteKind::Finished(*outcome),
+            Some(Remembered::ReadOnly(seen)) if *seen == request_hash => VoteKind::ReadOnly,
             Some(Remembered::ReadOnly(_)) => cx.refused(ReasonCode::IdReused),
-            Some(Remembered::Refused(reason)) => Ballot::Refused(reason.clone()),
+            Some(Remembered::Refused(reason)) => VoteKind::Refused(reason.clone()),
             // It holds nothing, but others may.
             Some(Remembered::Cancelled) | None => {
                 let mut visiting = HeldTransaction::visiting(key, Some(request_hash), Time::EPOCH);
@@ -36,7 +36,7 @@ impl Holdings {
                 return self.look_up(visiting, cx);
             }
         };
-        cx.vote(worker, &key, request_hash, ballot);
+        cx.vote(worker, &key, request_hash, kind);
     }
 
     /// Asks the store on behalf of somebody who takes no slot here.
@@ -90,16 +90,16 @@ impl HeldTransaction {
                 Fate::Held
             }
             // Another instance holds it, or held it and is gone: voted on from the store.
-            (Some(found), _) => self.end_visit(&Ballot::Prepared { branch: found.branch }, cx),
+            (Some(found), _) => self.end_visit(&VoteKind::Prepared { branch: found.branch }, cx),
             (None, Some(prepare)) => self.prepare_after_look(prepare, has_namesake, cx),
             (None, None) => Fate::Over,
         }
     }
 
     /// What the store says is all that this instance has to say.
-    fn end_visit(&mut self, ballot: &Ballot, cx: &mut Context<'_>) -> Fate {
+    fn end_visit(&mut self, kind: &VoteKind, cx: &mut Context<'_>) -> Fate {
         let delivery = self.free_slot(cx);
-        self.answer_voters(ballot, cx);
+        self.answer_voters(kind, cx);
         cx.effects.extend(delivery.map(Effect::Ack));
         Fate::Over
     }
@@ -110,12 +110,12 @@ impl HeldTransaction {
         has_namesake: bool,
         cx: &mut Context<'_>,
     ) -> Fate {
-        let Some(ballot) = cx.ballot_without_code(&prepare, has_namesake) else {
+        let Some(kind) = cx.vote_without_code(&prepare, has_namesake) else {
             self.call_prepare(prepare, cx);
             return Fate::Held;
         };
         let remembered = cx.resources.memory.of(&self.key).cloned();
-        self.conclude(remembered.unwrap_or(Remembered::Cancelled), &ballot, cx)
+        self.conclude(remembered.unwrap_or(Remembered::Cancelled), &kind, cx)
     }
 
     /// Does what the outcome means for all that the store holds of the transaction.

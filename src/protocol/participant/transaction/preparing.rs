@@ -2,7 +2,7 @@
 
 use crate::protocol::{
     ids::{Branch, RequestHash, TransactionKey, WorkerId},
-    message::{Ballot, Outcome, Prepare, Reason, ReasonCode},
+    message::{Outcome, Prepare, Reason, ReasonCode, VoteKind},
     participant::{
         Context, DeliveredPrepare, Effect, Holdings, Verdict,
         memory::{Remembered, has_namesake},
@@ -22,12 +22,12 @@ impl Holdings {
         }
         // What the store holds is held, however late the prepare is and whatever was cancelled.
         let look = cx.settings().has_store && (it.prepare.repeated || it.redelivered);
-        let ballot = match look {
-            true => cx.ballot_from_memory(&it.prepare),
-            false => cx.ballot_without_code(&it.prepare, self.has_namesake(key)),
+        let kind = match look {
+            true => cx.vote_from_memory(&it.prepare),
+            false => cx.vote_without_code(&it.prepare, self.has_namesake(key)),
         };
-        if let Some(ballot) = ballot {
-            cx.vote(it.worker, key, it.prepare.request_hash, ballot);
+        if let Some(kind) = kind {
+            cx.vote(it.worker, key, it.prepare.request_hash, kind);
             return cx.effects.push(Effect::Ack(it.delivery));
         }
         if cx.resources.slots_used >= cx.settings().max_concurrency {
@@ -71,24 +71,24 @@ impl Holdings {
 
 impl Context<'_> {
     /// What was said before to this prepare, or came of it.
-    fn ballot_from_memory(&self, prepare: &Prepare) -> Option<Ballot> {
+    fn vote_from_memory(&self, prepare: &Prepare) -> Option<VoteKind> {
         match self.resources.memory.of(&prepare.key)? {
-            Remembered::Finished { outcome, .. } => Some(Ballot::Finished(*outcome)),
-            Remembered::ReadOnly(seen) if *seen == prepare.request_hash => Some(Ballot::ReadOnly),
+            Remembered::Finished { outcome, .. } => Some(VoteKind::Finished(*outcome)),
+            Remembered::ReadOnly(seen) if *seen == prepare.request_hash => Some(VoteKind::ReadOnly),
             Remembered::ReadOnly(_) => Some(self.refused(ReasonCode::IdReused)),
-            Remembered::Refused(reason) => Some(Ballot::Refused(reason.clone())),
+            Remembered::Refused(reason) => Some(VoteKind::Refused(reason.clone())),
             Remembered::Cancelled => None,
         }
     }
 
     /// What can be said to a prepare without asking the service's code, where nothing is held.
-    pub(super) fn ballot_without_code(
+    pub(super) fn vote_without_code(
         &self,
         prepare: &Prepare,
         has_namesake: bool,
-    ) -> Option<Ballot> {
-        if let Some(ballot) = self.ballot_from_memory(prepare) {
-            return Some(ballot);
+    ) -> Option<VoteKind> {
+        if let Some(kind) = self.vote_from_memory(prepare) {
+            return Some(kind);
         }
         let (key, memory) = (&prepare.key, &self.resources.memory);
         if memory.of(key).is_some() {
@@ -183,13 +183,13 @@ impl HeldTransaction {
             Verdict::ReadOnly => {
                 let seen = self.request_hash;
                 let remembered = seen.map_or(Remembered::Cancelled, Remembered::ReadOnly);
-                self.conclude(remembered, &Ballot::ReadOnly, cx)
+                self.conclude(remembered, &VoteKind::ReadOnly, cx)
             }
             Verdict::Refused(message) => {
                 let service = Some(cx.settings().service.clone());
                 let reason = Reason { code: ReasonCode::Refused, service, message };
-                let ballot = Ballot::Refused(reason.clone());
-                self.conclude(Remembered::Refused(reason), &ballot, cx)
+                let kind = VoteKind::Refused(reason.clone());
+                self.conclude(Remembered::Refused(reason), &kind, cx)
             }
         }
     }
@@ -215,22 +215,22 @@ impl HeldTransaction {
 
     fn vote_again(&self, to: WorkerId, request_hash: RequestHash, cx: &mut Context<'_>) {
         let Some(held) = &self.held else { return };
-        let ballot = match held.clone() {
-            HeldBranch::Prepared(branch) => Ballot::Prepared { branch },
+        let kind = match held.clone() {
+            HeldBranch::Prepared(branch) => VoteKind::Prepared { branch },
             HeldBranch::Failed { branch, why } => {
                 let (service, message) = (Some(cx.settings().service.clone()), Some(why));
                 let reason = Reason { code: ReasonCode::Failed, service, message };
-                Ballot::Failed { branch, reason }
+                VoteKind::Failed { branch, reason }
             }
         };
-        cx.vote(to, &self.key, request_hash, ballot);
+        cx.vote(to, &self.key, request_hash, kind);
     }
 
     /// The transaction is none of this instance's business any more: say so, and free the slot.
     pub(super) fn conclude(
         &mut self,
         remembered: Remembered,
-        ballot: &Ballot,
+        kind: &VoteKind,
         cx: &mut Context<'_>,
     ) -> Fate {
         let delivery = self.free_slot(cx);
@@ -241,7 +241,7 @@ impl HeldTransaction {
             None => remembered,
         };
         cx.resources.memory.remember(&self.key, remembered);
-        self.answer_voters(ballot, cx);
+        self.answer_voters(kind, cx);
         for finisher in std::mem::take(&mut self.finishers) {
             let applied = cx.can_answer_for(&finisher.finish);
             cx.done(finisher, applied);
@@ -251,9 +251,9 @@ impl HeldTransaction {
     }
 
     /// Says the same to all who wait for the vote.
-    pub(super) fn answer_voters(&mut self, ballot: &Ballot, cx: &mut Context<'_>) {
+    pub(super) fn answer_voters(&mut self, kind: &VoteKind, cx: &mut Context<'_>) {
         for (worker, request_hash) in std::mem::take(&mut self.voters) {
-            cx.vote(worker, &self.key, request_hash, ballot.clone());
+            cx.vote(worker, &self.key, request_hash, kind.clone());
         }
     }
 }
