@@ -22,7 +22,7 @@ use crate::{
     config::duration,
     protocol::{
         ids::{TransactionId, TransactionKey},
-        message::{Matter, Parked},
+        message::{Parked, ParkedCause},
         time::Time,
     },
     transport::amqp::{
@@ -196,8 +196,8 @@ fn one(text: &mut String, key: &TransactionKey, past: &Past) {
     }
     for parked in &past.parked {
         let at = shown(parked.parked_at);
-        let _ = match &parked.matter {
-            Matter::Uncommitted { service, error, .. } => {
+        let _ = match &parked.cause {
+            ParkedCause::Uncommitted { service, error, .. } => {
                 let error = plain::line(error.as_deref().unwrap_or("no answer"));
                 let end = match settled_at(past, parked) {
                     Some(moment) => format!("settled at {}", shown(moment)),
@@ -205,7 +205,7 @@ fn one(text: &mut String, key: &TransactionKey, past: &Past) {
                 };
                 writeln!(text, "  {service}: commit parked at {at} ({error}), {end}")
             }
-            Matter::Undecidable(_) => {
+            ParkedCause::Undecidable(_) => {
                 writeln!(text, "  parked at {at}: the journal doesn't tell its outcome")
             }
         };
@@ -214,7 +214,9 @@ fn one(text: &mut String, key: &TransactionKey, past: &Past) {
 
 /// When the service caught up.
 fn settled_at(past: &Past, parked: &Parked) -> Option<Time> {
-    let Matter::Uncommitted { service: parked_service, .. } = &parked.matter else { return None };
+    let ParkedCause::Uncommitted { service: parked_service, .. } = &parked.cause else {
+        return None;
+    };
     let settled = past.settled.iter().find(|settled| settled.service == *parked_service);
     settled.map(|settled| settled.settled_at)
 }
@@ -267,11 +269,11 @@ fn found(history: &History, key: &TransactionKey, past: &Past) -> Value {
 }
 
 fn parked_json(past: &Past, parked: &Parked) -> Value {
-    let (service, branch, error) = match &parked.matter {
-        Matter::Uncommitted { service, branch, error } => {
+    let (service, branch, error) = match &parked.cause {
+        ParkedCause::Uncommitted { service, branch, error } => {
             (Some(service.as_str()), Some(branch.to_string()), error.as_deref())
         }
-        Matter::Undecidable(_) => (None, None, None),
+        ParkedCause::Undecidable(_) => (None, None, None),
     };
     json!({
         "service": service,

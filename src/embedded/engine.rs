@@ -24,8 +24,8 @@ use crate::{
         coordinator::{self, Coordinator},
         ids::{InstanceId, ServiceName, TransactionKey, WorkerId},
         message::{
-            Answer, Command, Decision, Delivery, Destination, Inquiry, Matter, Outcome, Parked,
-            Prepare, Reason, ReasonCode, Request, TransactionSpec,
+            Answer, Command, Decision, Delivery, Destination, Inquiry, Outcome, Parked,
+            ParkedCause, Prepare, Reason, ReasonCode, Request, TransactionSpec,
         },
         participant::{self, Instance},
         time::Time,
@@ -503,8 +503,8 @@ impl Engine {
 
     fn park(&mut self, parked: &Parked) {
         let key = &parked.key;
-        let service = match &parked.matter {
-            Matter::Uncommitted { service, error, .. } => {
+        let service = match &parked.cause {
+            ParkedCause::Uncommitted { service, error, .. } => {
                 let error = error.as_deref().unwrap_or("no answer");
                 tracing::error!(
                     %key, %service, error,
@@ -513,7 +513,7 @@ impl Engine {
                 );
                 Some(service.clone())
             }
-            Matter::Undecidable(_) => {
+            ParkedCause::Undecidable(_) => {
                 tracing::error!(%key, "parked: the outcome can't be told");
                 None
             }

@@ -369,8 +369,8 @@ pub struct Answer {
 pub struct Parked {
     /// Which transaction.
     pub key: TransactionKey,
-    /// What is the matter with it.
-    pub matter: Matter,
+    /// Why it is parked.
+    pub cause: ParkedCause,
     /// When it was parked.
     pub parked_at: Time,
 }
@@ -378,16 +378,16 @@ pub struct Parked {
 impl Parked {
     /// The service whose commit is parked; `None`: the transaction itself is.
     pub fn service(&self) -> Option<&ServiceName> {
-        match &self.matter {
-            Matter::Uncommitted { service, .. } => Some(service),
-            Matter::Undecidable(_) => None,
+        match &self.cause {
+            ParkedCause::Uncommitted { service, .. } => Some(service),
+            ParkedCause::Undecidable(_) => None,
         }
     }
 }
 
-/// What a person has to see to.
+/// Why something is parked: what an operator has to resolve.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
-pub enum Matter {
+pub enum ParkedCause {
     /// `service` did not commit `branch`, though the transaction is committed.
     Uncommitted {
         /// The service that did not commit.

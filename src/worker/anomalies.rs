@@ -4,7 +4,7 @@ use crate::{
     anomalies,
     protocol::{
         coordinator::Anomaly,
-        message::{Matter, Parked},
+        message::{Parked, ParkedCause},
     },
     transport::amqp::names::Names,
     worker::Tally,
@@ -13,20 +13,20 @@ use crate::{
 
 /// Says what is parked, who goes on with it, and what a person can do.
 pub(super) fn tell_parked(parked: &Parked, names: &Names) {
-    let Parked { key, matter, .. } = parked;
-    match matter {
-        Matter::Uncommitted { service, error: Some(error), .. } => tracing::error!(
+    let Parked { key, cause, .. } = parked;
+    match cause {
+        ParkedCause::Uncommitted { service, error: Some(error), .. } => tracing::error!(
             transaction = %key, %service, %error,
             "commit parked: the transaction is committed, but this service has failed to apply it; \
              its instances go on trying, with pauses, until one succeeds: mend what the error says"
         ),
-        Matter::Uncommitted { service, error: None, .. } => tracing::error!(
+        ParkedCause::Uncommitted { service, error: None, .. } => tracing::error!(
             transaction = %key, %service,
             "commit parked: the transaction is committed, but no instance of this service answers; \
              the commit waits in queue `{}`: start an instance, or find out why none answers",
             names.finish_any_of(service)
         ),
-        Matter::Undecidable(_) => tracing::error!(
+        ParkedCause::Undecidable(_) => tracing::error!(
             transaction = %key,
             "transaction parked: the journal doesn't reach back to where it began, so its outcome \
              can't be told, and a person has to see to it; its request is in `{}`",

@@ -19,7 +19,7 @@ use crate::{
         coordinator::Event,
         ids::{ReplyToken, ServiceName, TransactionKey, WorkerId},
         message::{
-            Answer, Command, Delivery, Destination, Finish, Matter, Outcome, Parked, Prepare,
+            Answer, Command, Delivery, Destination, Finish, Outcome, Parked, ParkedCause, Prepare,
         },
     },
     transport::amqp::{
@@ -218,7 +218,7 @@ impl Outbox {
     /// Hands something to people. A commit's command goes to the durable queue of its service first,
     /// and is not sent once more when the record is safe.
     pub(super) fn park(&mut self, parked: Parked) {
-        let Matter::Uncommitted { service, branch, .. } = &parked.matter else {
+        let ParkedCause::Uncommitted { service, branch, .. } = &parked.cause else {
             return self.record(&parked);
         };
         match self.parking.asked(&parked.key, service) {

@@ -19,7 +19,7 @@ use dtc::{
         ids::{
             Branch, InstanceId, RequestHash, ServiceName, TransactionId, TransactionKey, WorkerId,
         },
-        message::{Answer, Decision, Matter, Parked, Request},
+        message::{Answer, Decision, Parked, ParkedCause, Request},
         time::Time,
     },
     transport::amqp::{
@@ -358,16 +358,13 @@ async fn status_tells_the_first_record_of_every_transaction_with_the_id() {
     desk.write::<Decision>(&[]).await;
     desk.write(&[void, other]).await;
     let parked_at = now + Duration::from_secs(1);
-    let matter = Matter::Uncommitted {
+    let cause = ParkedCause::Uncommitted {
         service: payments.clone(),
         branch: branch.clone(),
         error: Some("disk full".into()),
     };
-    desk.write_to(
-        &desk.names.unresolved(),
-        &[Parked { key: first.key.clone(), matter, parked_at }],
-    )
-    .await;
+    desk.write_to(&desk.names.unresolved(), &[Parked { key: first.key.clone(), cause, parked_at }])
+        .await;
 
     let world = World::at(desk.place.clone());
     let [one, two]: [Value; 2] = status(&world, &["TX1"], 0).try_into().unwrap();
@@ -469,8 +466,8 @@ async fn what_the_broker_was_told_before_it_is_looked_at_is_not_read() {
     let key = decision("TX1", now, Outcome::Committed, "w1").key;
     let service = ServiceName::parse("payments").unwrap();
     let branch = Branch::of(&InstanceId::parse("i1").unwrap(), 7);
-    let matter = Matter::Uncommitted { service, branch, error: None };
-    let parked = Parked { key: key.clone(), matter, parked_at: now };
+    let cause = ParkedCause::Uncommitted { service, branch, error: None };
+    let parked = Parked { key: key.clone(), cause, parked_at: now };
     desk.write_to(&desk.names.unresolved(), &[parked]).await;
     let ids = BTreeSet::from([key.id]);
     let (address, names) = address(&desk.place);

@@ -10,8 +10,8 @@ use dtc::protocol::{
     coordinator::{self, Effect, Event},
     ids::{Branch, InstanceId, RequestHash, ServiceName, TransactionKey, WorkerId},
     message::{
-        self, Command, Decision, Delivery, Destination, Finish, Inquiry, Matter, Outcome, Prepare,
-        Vote, VoteKind,
+        self, Command, Decision, Delivery, Destination, Finish, Inquiry, Outcome, ParkedCause,
+        Prepare, Vote, VoteKind,
     },
     participant::{self, InDoubt, Verdict},
     time::Time,
@@ -783,9 +783,9 @@ impl World {
             Effect::Release(delivery) => self.settle(worker, delivery, QueueState::Ready),
             Effect::Reject { delivery, .. } => self.settle(worker, delivery, QueueState::Rejected),
             Effect::Park(parked) => {
-                let service = match parked.matter {
-                    Matter::Uncommitted { service, .. } => Some(service),
-                    Matter::Undecidable(_) => None,
+                let service = match parked.cause {
+                    ParkedCause::Uncommitted { service, .. } => Some(service),
+                    ParkedCause::Undecidable(_) => None,
                 };
                 let entry = (parked.key.clone(), service.clone());
                 self.told.change(|told| told.parked.insert(entry));

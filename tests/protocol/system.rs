@@ -13,7 +13,7 @@ use dtc::protocol::{
     coordinator::{self, Coordinator},
     ids::{Branch, RequestHash, ServiceName, TransactionKey, WorkerId},
     message::{
-        Answer, Command, Decision, Delivery, Destination, Matter, Outcome, Payload, Prepare,
+        Answer, Command, Decision, Delivery, Destination, Outcome, ParkedCause, Payload, Prepare,
         Request,
     },
     participant::{self, InDoubt, Instance, Verdict},
@@ -309,7 +309,7 @@ impl System {
                 return;
             }
             Effect::Park(parked) => {
-                let Matter::Uncommitted { service, .. } = parked.matter else {
+                let ParkedCause::Uncommitted { service, .. } = parked.cause else {
                     panic!("every outcome can be told");
                 };
                 self.parked.push((index_of(&parked.key), self.site_of(&service).unwrap()));

@@ -13,7 +13,7 @@ use dtc::protocol::{
     coordinator::{Anomaly, Coordinator, Effect, Event, Settings},
     ids::{ServiceName, StoreId, TransactionKey, WorkerId},
     message::{
-        Decision, Delivery, Done, Inquiry, Matter, Payload, Reason, ReasonCode, Request, Vote,
+        Decision, Delivery, Done, Inquiry, ParkedCause, Payload, Reason, ReasonCode, Request, Vote,
         VoteKind,
     },
     time::Time,
@@ -465,14 +465,14 @@ fn show_effect(effect: &Effect) -> String {
             format!("reject  d{} {} {}", delivery.0, show_key(&request.key), show_reason(reason))
         }
         Effect::Park(parked) => {
-            let matter = match &parked.matter {
-                Matter::Uncommitted { service, branch, error } => {
+            let cause = match &parked.cause {
+                ParkedCause::Uncommitted { service, branch, error } => {
                     let error = error.as_ref().map_or("no answer", |error| error);
                     format!("{service} has not committed {branch} ({error})")
                 }
-                Matter::Undecidable(_) => "its outcome can't be told".to_owned(),
+                ParkedCause::Undecidable(_) => "its outcome can't be told".to_owned(),
             };
-            format!("park    {}: {matter}", show_key(&parked.key))
+            format!("park    {}: {cause}", show_key(&parked.key))
         }
         Effect::Settle { key, service, ack, was_parked } => {
             let ack = ack.map_or_else(String::new, |it| format!(", acks d{}", it.0));

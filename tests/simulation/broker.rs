@@ -13,7 +13,7 @@ use dtc::protocol::{
     coordinator,
     ids::{RequestHash, ServiceName, TransactionId, TransactionKey, WorkerId},
     message::{
-        self, Answer, Decision, Delivery, Destination, Done, Inquiry, Matter, Outcome, Parked,
+        self, Answer, Decision, Delivery, Destination, Done, Inquiry, Outcome, Parked, ParkedCause,
         Prepare, Vote,
     },
     participant,
@@ -441,12 +441,12 @@ impl World {
             return;
         }
         tell!(self, "unresolved: {parked:?}");
-        let service = match parked.matter {
-            Matter::Uncommitted { service, .. } => {
+        let service = match parked.cause {
+            ParkedCause::Uncommitted { service, .. } => {
                 self.parked.listed(&parked.key, &service);
                 Some(service)
             }
-            Matter::Undecidable(_) => {
+            ParkedCause::Undecidable(_) => {
                 let began = parked.key.requested_at - self.plan.clock_margin;
                 let reaches = self.journal.complete_from <= began;
                 let was_lost = self.rules.counts[Kind::LostHistory as usize] > 0;

@@ -4,7 +4,7 @@ use crate::{
     json::{self, Value, check::Path},
     protocol::{
         ids::{ServiceName, TransactionKey, WorkerId},
-        message::{Decision, Matter, Parked, Request},
+        message::{Decision, Parked, ParkedCause, Request},
         time::Time,
     },
     wire::message::{
@@ -94,17 +94,17 @@ impl Item for Parked {
 
 impl Sealed for Parked {
     fn write(&self, object: &mut Object<'_>) {
-        let Self { key, matter, parked_at } = self;
+        let Self { key, cause, parked_at } = self;
         object.key(key);
-        match matter {
-            Matter::Uncommitted { service, branch, error } => {
+        match cause {
+            ParkedCause::Uncommitted { service, branch, error } => {
                 object.word("service", service.as_str());
                 object.branch("branch", branch);
                 if let Some(error) = error {
                     object.text("error", error);
                 }
             }
-            Matter::Undecidable(request) => {
+            ParkedCause::Undecidable(request) => {
                 object.request_hash(&request.request_hash);
                 let mut inner = object.object("request");
                 request::write(&mut inner, &request::Parts::of(request));
@@ -133,30 +133,29 @@ impl Sealed for Parked {
         let parked_at = reader.need(place, parked_at, Reader::moment);
         let is_undecidable = request.value.is_some_and(|it| !matches!(it.kind, json::Kind::Null));
         let error = reader.may(place, error, Reader::text);
-        let matter =
-            if is_undecidable {
-                let path = place.path.field(request.name);
-                let request = request.value.zip(key.clone()).and_then(|(value, key)| {
-                    let request = read_request(reader, &path, value, key)?;
-                    let hash = reader.need(place, request_hash, Reader::request_hash)?;
-                    if hash != request.request_hash {
-                        reader.check.complain(&path, value, "must be what `request_hash` says");
-                    }
-                    Some(request)
-                });
-                // What isn't wanted may be there, as long as it is what it is called.
-                reader.may(place, service, Reader::service);
-                reader.may(place, branch, Reader::branch);
-                request.map(Matter::Undecidable)
-            } else {
-                let service = reader.need(place, service, Reader::service);
-                let branch = reader.need(place, branch, Reader::branch);
-                reader.may(place, request_hash, Reader::request_hash);
-                service.zip(branch).zip(error).map(|((service, branch), error)| {
-                    Matter::Uncommitted { service, branch, error }
-                })
-            };
-        Some(Self { key: key?, matter: matter?, parked_at: parked_at? })
+        let cause = if is_undecidable {
+            let path = place.path.field(request.name);
+            let request = request.value.zip(key.clone()).and_then(|(value, key)| {
+                let request = read_request(reader, &path, value, key)?;
+                let hash = reader.need(place, request_hash, Reader::request_hash)?;
+                if hash != request.request_hash {
+                    reader.check.complain(&path, value, "must be what `request_hash` says");
+                }
+                Some(request)
+            });
+            // What isn't wanted may be there, as long as it is what it is called.
+            reader.may(place, service, Reader::service);
+            reader.may(place, branch, Reader::branch);
+            request.map(ParkedCause::Undecidable)
+        } else {
+            let service = reader.need(place, service, Reader::service);
+            let branch = reader.need(place, branch, Reader::branch);
+            reader.may(place, request_hash, Reader::request_hash);
+            service.zip(branch).zip(error).map(|((service, branch), error)| {
+                ParkedCause::Uncommitted { service, branch, error }
+            })
+        };
+        Some(Self { key: key?, cause: cause?, parked_at: parked_at? })
     }
 }
 

@@ -9,7 +9,7 @@ use dtc::{
     protocol::{
         ids::{Branch, ServiceName, TransactionKey},
         message::{
-            Answer, Decision, Done, Finish, Inquiry, Matter, Parked, Prepare, Query, Reason,
+            Answer, Decision, Done, Finish, Inquiry, Parked, ParkedCause, Prepare, Query, Reason,
             Request, TransactionSpec, Vote, VoteKind,
         },
         time::Time,
@@ -137,8 +137,8 @@ pub fn follows(request: &Request, size: usize) {
         repeated: false,
     };
     are_read_as_written(&[prepare]);
-    let matter = Matter::Undecidable(request.clone());
-    are_read_as_written(&[Parked { key, matter, parked_at: Time::EPOCH }]);
+    let cause = ParkedCause::Undecidable(request.clone());
+    are_read_as_written(&[Parked { key, cause, parked_at: Time::EPOCH }]);
 }
 
 fn is_request(request: &Request) {
@@ -249,9 +249,9 @@ impl Checked for Parked {
     fn check(&self) {
         is_key(&self.key);
         is_moment(self.parked_at);
-        match &self.matter {
-            Matter::Uncommitted { error, .. } => error.iter().for_each(|it| is_text(it)),
-            Matter::Undecidable(request) => {
+        match &self.cause {
+            ParkedCause::Uncommitted { error, .. } => error.iter().for_each(|it| is_text(it)),
+            ParkedCause::Undecidable(request) => {
                 assert_eq!(request.key, self.key);
                 is_request(request);
             }

@@ -204,9 +204,11 @@ impl World {
                 self.tell(Event::ResultFailed { key, delivery });
             }
             Effect::Park(parked) if succeeds => {
-                let service = match parked.matter {
-                    dtc::protocol::message::Matter::Uncommitted { service, .. } => Some(service),
-                    dtc::protocol::message::Matter::Undecidable(_) => None,
+                let service = match parked.cause {
+                    dtc::protocol::message::ParkedCause::Uncommitted { service, .. } => {
+                        Some(service)
+                    }
+                    dtc::protocol::message::ParkedCause::Undecidable(_) => None,
                 };
                 self.park_confirmed(parked.key, service);
             }

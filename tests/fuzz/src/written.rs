@@ -11,8 +11,8 @@ use dtc::{
             WorkerId,
         },
         message::{
-            Answer, Decision, Done, Finish, Inquiry, Matter, Outcome, Parked, Payload, Prepare,
-            Query, Reason, ReasonCode, Vote, VoteKind,
+            Answer, Decision, Done, Finish, Inquiry, Outcome, Parked, ParkedCause, Payload,
+            Prepare, Query, Reason, ReasonCode, Vote, VoteKind,
         },
         time::Time,
     },
@@ -275,9 +275,9 @@ impl Draw<'_> {
 
     fn parked(&mut self) -> Result<Parked> {
         let (mut key, parked_at) = (self.key()?, self.moment()?);
-        let matter = if self.0.arbitrary()? {
+        let cause = if self.0.arbitrary()? {
             let error = if self.0.arbitrary()? { Some(self.text()?) } else { None };
-            Matter::Uncommitted { service: self.service()?, branch: self.branch()?, error }
+            ParkedCause::Uncommitted { service: self.service()?, branch: self.branch()?, error }
         } else {
             let (id, service, data) = (&key.id, self.service()?, self.data()?);
             let data = data.as_str();
@@ -289,9 +289,9 @@ impl Draw<'_> {
             let request = decode_request(body.as_bytes(), Some(seconds))
                 .map_err(|_| arbitrary::Error::IncorrectFormat)?;
             key = request.key.clone();
-            Matter::Undecidable(request)
+            ParkedCause::Undecidable(request)
         };
-        Ok(Parked { key, matter, parked_at })
+        Ok(Parked { key, cause, parked_at })
     }
 
     fn settled(&mut self) -> Result<Settled> {

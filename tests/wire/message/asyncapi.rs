@@ -81,7 +81,7 @@ fn samples() -> Vec<Sample> {
         reply: Some(ReplyToken::parse("r-1").unwrap()),
         ..request()
     };
-    let undecidable = parked(Matter::Undecidable(full));
+    let undecidable = parked(ParkedCause::Undecidable(full));
     let asked = sample(std::slice::from_ref(&undecidable)).items[0]["request"].clone();
     vec![
         Sample {

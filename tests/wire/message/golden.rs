@@ -155,7 +155,7 @@ fn what_is_parked() {
     let hash = request.request_hash;
     is(
         Kind::Parked,
-        parked(Matter::Undecidable(request)),
+        parked(ParkedCause::Undecidable(request)),
         &format!(
             r#"{{"id":"TX1","requested_at":1700000000,"request_hash":"{hash}","request":{{"id":"TX1","involved_services":["payments","stock"],"data":{{"amount":100}},"timeout_ms":500,"reply":"r-1"}},"parked_at":1700000005123}}"#
         ),

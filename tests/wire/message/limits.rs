@@ -76,8 +76,11 @@ fn what_follows_from_the_largest_request_fits_into_a_body() {
         deadline: LAST,
         repeated: false,
     };
-    let parked =
-        Parked { key: request.key.clone(), matter: Matter::Undecidable(request), parked_at: LAST };
+    let parked = Parked {
+        key: request.key.clone(),
+        cause: ParkedCause::Undecidable(request),
+        parked_at: LAST,
+    };
     for size in [size(&prepare), size(&parked)] {
         assert!(size <= BODY_MAX, "{size}");
     }
@@ -176,8 +179,11 @@ fn the_deepest_request_is_read_again_in_what_follows_from_it() {
         all_good(decode::<Prepare>(&super::body(std::slice::from_ref(&prepare))).unwrap()),
         [prepare]
     );
-    let parked =
-        Parked { key: request.key.clone(), matter: Matter::Undecidable(request), parked_at: LAST };
+    let parked = Parked {
+        key: request.key.clone(),
+        cause: ParkedCause::Undecidable(request),
+        parked_at: LAST,
+    };
     assert_eq!(
         all_good(decode::<Parked>(&super::body(std::slice::from_ref(&parked))).unwrap()),
         [parked]

@@ -17,8 +17,8 @@ use dtc::{
             TransactionKey, WorkerId,
         },
         message::{
-            Answer, Command, Decision, Done, Finish, Inquiry, Matter, Outcome, Parked, Payload,
-            Prepare, Query, Reason, ReasonCode, Request, Vote, VoteKind,
+            Answer, Command, Decision, Done, Finish, Inquiry, Outcome, Parked, ParkedCause,
+            Payload, Prepare, Query, Reason, ReasonCode, Request, Vote, VoteKind,
         },
         time::Time,
     },
@@ -158,13 +158,13 @@ fn request() -> Request {
     }
 }
 
-fn parked(matter: Matter) -> Parked {
-    Parked { key: key(), matter, parked_at: moment() }
+fn parked(cause: ParkedCause) -> Parked {
+    Parked { key: key(), cause, parked_at: moment() }
 }
 
 fn uncommitted(error: Option<&str>) -> Parked {
     let error = error.map(Arc::from);
-    parked(Matter::Uncommitted { service: service("stock"), branch: branch(), error })
+    parked(ParkedCause::Uncommitted { service: service("stock"), branch: branch(), error })
 }
 
 fn settled() -> Settled {

@@ -200,7 +200,7 @@ fn a_bare_vote_says_its_word_at_its_service() {
 
 #[test]
 fn a_parked_request_must_be_that_of_its_transaction() {
-    let mut item = good(&parked(Matter::Undecidable(request())));
+    let mut item = good(&parked(ParkedCause::Undecidable(request())));
     item["request"]["id"] = json!("TX2");
     let found = complaint::<Parked>(&item.to_string());
     assert!(found.ends_with(": must be of the transaction `TX1`"), "{found}");

@@ -188,12 +188,12 @@ fn a_request() -> impl Strategy<Value = Request> {
 
 fn a_parked() -> impl Strategy<Value = Parked> {
     let uncommitted = (a_key(), a_service(), a_branch(), prop::option::of(a_text())).prop_map(
-        |(key, service, branch, error)| (key, Matter::Uncommitted { service, branch, error }),
+        |(key, service, branch, error)| (key, ParkedCause::Uncommitted { service, branch, error }),
     );
     let undecidable =
-        a_request().prop_map(|request| (request.key.clone(), Matter::Undecidable(request)));
+        a_request().prop_map(|request| (request.key.clone(), ParkedCause::Undecidable(request)));
     (prop_oneof![uncommitted, undecidable], a_moment())
-        .prop_map(|((key, matter), parked_at)| Parked { key, matter, parked_at })
+        .prop_map(|((key, cause), parked_at)| Parked { key, cause, parked_at })
 }
 
 fn a_settled() -> impl Strategy<Value = Settled> {

@@ -11,8 +11,8 @@ use crate::protocol::{
     },
     ids::{Branch, InstanceId, ServiceName},
     message::{
-        Command, Decision, Delivery, Destination, Done, Finish, Inquiry, Matter, Outcome, Parked,
-        Vote, VoteKind,
+        Command, Decision, Delivery, Destination, Done, Finish, Inquiry, Outcome, Parked,
+        ParkedCause, Vote, VoteKind,
     },
     time::Time,
 };
@@ -211,8 +211,8 @@ impl Transaction {
         let service = self.request.services[index].clone();
         let decided = self.decision.as_ref().and_then(|decision| decision.branch_of(&service));
         let Some(branch) = decided.cloned() else { return };
-        let matter = Matter::Uncommitted { service, branch, error: error.clone() };
-        let parked = Parked { key: self.request.key.clone(), matter, parked_at: cx.now };
+        let cause = ParkedCause::Uncommitted { service, branch, error: error.clone() };
+        let parked = Parked { key: self.request.key.clone(), cause, parked_at: cx.now };
         cx.effects.push(Effect::Park(parked));
         let due = cx.now + cx.settings().finish_timeout;
         self.enlistments[index].finish_state = FinishState::Parking { error, due };

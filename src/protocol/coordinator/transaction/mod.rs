@@ -17,7 +17,7 @@ use crate::protocol::{
     deadlines::Deadlines,
     ids::{Branch, InstanceId, ServiceName, StoreId},
     message::{
-        Command, Decision, Delivery, Destination, Matter, Outcome, Parked, Query, Reason,
+        Command, Decision, Delivery, Destination, Outcome, Parked, ParkedCause, Query, Reason,
         ReasonCode, Request, Vote, VoteKind,
     },
     time::Time,
@@ -274,8 +274,8 @@ impl Transaction {
     /// The outcome can't be told: hand it to a person.
     pub(super) fn park(&mut self, cx: &mut Context<'_>) {
         self.phase = Phase::Parking;
-        let matter = Matter::Undecidable(self.request.clone());
-        let parked = Parked { key: self.request.key.clone(), matter, parked_at: cx.now };
+        let cause = ParkedCause::Undecidable(self.request.clone());
+        let parked = Parked { key: self.request.key.clone(), cause, parked_at: cx.now };
         cx.effects.push(Effect::Park(parked));
         self.wake_at(cx.now + cx.settings().finish_timeout, cx);
     }
