@@ -10,7 +10,7 @@
 //! what became of a request asks again with both: then it is the same transaction, executed once,
 //! and the answer is the same. Errors say under which [key](TransactionKey) a request went out, for
 //! that purpose. Under another moment it is another transaction, of which only the workers' memory
-//! of the last minutes knows that it was a careless retry.
+//! of the last minutes knows that it was a retry under a new timestamp.
 //!
 //! It does not keep anything beyond its process: a producer that must not forget to ask again
 //! writes down the key before it submits.

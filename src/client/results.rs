@@ -399,8 +399,8 @@ fn lock(expected: &Mutex<Expected>) -> MutexGuard<'_, Expected> {
 
 /// Who waits for what.
 ///
-/// A result names the transaction that was decided. Where ours was a careless retry, that is an
-/// earlier one of the same id: so a result that fits nobody exactly is for the one who waits longest
+/// A result names the transaction that was decided. Where ours was a retry under a new timestamp,
+/// that is an earlier one of the same id: so a result that fits nobody exactly is for the one who waits longest
 /// under its id. Unless it is known to be about other content, then it is a late copy of a result
 /// that was handed out before.
 #[derive(Debug, Default)]
@@ -525,7 +525,7 @@ mod tests {
     }
 
     #[test]
-    fn the_answer_to_a_careless_retry_names_the_earlier_transaction() {
+    fn the_answer_to_a_retry_under_a_new_timestamp_names_the_earlier_transaction() {
         let mut expected = Expected::default();
         let mut retry = add(&mut expected, "a", 2, ONE);
         expected.hand_out(&answer("b", 1));

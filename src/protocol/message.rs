@@ -352,7 +352,7 @@ pub struct Answer {
     /// The id the producer asked under.
     pub id: TransactionId,
     /// The `requested_at` of the transaction that was decided. Not the request's own where that was
-    /// a careless retry of an earlier one.
+    /// a retry of an earlier one under a new timestamp.
     pub requested_at: Time,
     /// The outcome.
     pub outcome: Outcome,

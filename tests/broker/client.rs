@@ -116,7 +116,7 @@ async fn results_find_their_requests_in_whatever_order_they_come() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_answer_to_a_careless_retry_names_the_earlier_transaction() {
+async fn the_answer_to_a_retry_under_a_new_timestamp_names_the_earlier_transaction() {
     let desk = Desk::new(place()).await;
     let client = desk.client();
     let waiting =

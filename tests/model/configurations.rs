@@ -233,12 +233,12 @@ pub fn three_services() -> Scenario {
 }
 
 /// A producer asks again under the same id, but as of another time.
-pub fn careless_retry() -> Scenario {
+pub fn retry_under_a_new_timestamp() -> Scenario {
     Scenario {
         faults: Faults { redeliveries: 1, worker_timeouts: 1, ..NONE },
         reaches: &[Sight::Commits, Sight::Aborts],
         ..Scenario::new(
-            "a careless retry",
+            "a retry under a new timestamp",
             vec![service("a")],
             vec![request_at("t", 50, &["a"]), request_at("t", 51, &["a"])],
         )

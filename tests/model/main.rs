@@ -171,7 +171,7 @@ searches! {
     every_answer_to_a_prepare_counts: votes, 984_049;
     no_slot_aborts: no_slot, 40_548;
     an_inquiry_decides: inquiries, 1_093_660;
-    a_careless_retry_gets_its_own_or_the_earlier_outcome: careless_retry, 55_427;
+    a_retry_under_a_new_timestamp_gets_its_own_or_the_earlier_outcome: retry_under_a_new_timestamp, 55_427;
     other_content_under_the_same_key_is_rejected: other_content, 808_065;
     other_content_is_rejected_after_a_crash: other_content_after_crash, 85_370;
     a_lost_connection_is_taken_over: worker_disconnects, 323_943;

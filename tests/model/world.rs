@@ -101,8 +101,8 @@ pub struct Queued {
     pub is_answered: bool,
 }
 
-/// A result. It names the transaction it is about by its `requested_at`: the answer to a careless
-/// retry may be about an earlier one.
+/// A result. It names the transaction it is about by its `requested_at`: the answer to a retry under
+/// a new timestamp may be about an earlier one.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct ProducerTold {
     pub requested_at: Time,

@@ -37,8 +37,6 @@ stories! {
         aborts_are_repeated_until_answered_or_given_up
         all_prepare_and_all_commit
         all_read_only_commits_without_telling_anyone
-        careless_retry_in_flight_waits_for_the_earlier_one
-        careless_retry_is_answered_with_the_earlier_outcome
         commit_fails_twice_and_then_succeeds
         commit_that_fails_for_good_is_parked
         committed_after_all_while_the_parked_record_is_being_written
@@ -54,7 +52,7 @@ stories! {
         duplicate_request_gets_the_same_answer
         failed_is_told_to_abort_too
         finished_vote_proposes_what_was_heard
-        first_of_two_careless_retries_that_is_in_sight_answers
+        first_of_two_retries_under_new_timestamps_that_is_in_sight_answers
         full_worker_begins_no_more_until_one_ends
         half_of_those_who_may_wait_wait_for_a_service_that_is_unavailable
         half_of_those_who_may_wait_wait_for_a_service_that_nobody_serves
@@ -87,6 +85,8 @@ stories! {
         refused_prepares_of_a_service_that_stays_unavailable_abort
         request_from_the_future_is_rejected
         result_that_is_refused_for_good_counts_as_unclaimed
+        retry_under_a_new_timestamp_in_flight_waits_for_the_earlier_one
+        retry_under_a_new_timestamp_is_answered_with_the_earlier_outcome
         returned_prepare_makes_the_service_contended
         same_id_with_other_content_is_rejected_within_the_window
         same_transaction_with_other_content_is_rejected

@@ -285,7 +285,7 @@ fn requests(
             requests.push((later, request.clone()));
         }
         if rng.chance(if is_thorny { 800 } else { 180 }) {
-            // A careless retry: the same id and content, asked for anew.
+            // A retry under a new timestamp: the same id and content.
             let after = millis(rng, &[1, 40, 400, 3_000]);
             let key = TransactionKey { requested_at: requested_at + after, ..request.key.clone() };
             requests.push((at + after, Request { key: key.clone(), ..request.clone() }));

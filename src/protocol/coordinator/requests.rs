@@ -55,8 +55,8 @@ impl Work {
         }
     }
 
-    /// The transaction in flight under this id: this very one, or else one that this is a careless
-    /// retry of.
+    /// The transaction in flight under this id: this very one, or else one that this is a retry of
+    /// under a new timestamp.
     fn same_id_in_flight(&self, key: &TransactionKey) -> Option<TransactionKey> {
         let mut times = self.transactions.of_id(&key.id).map(|(requested_at, _)| requested_at);
         let first = times.next()?;

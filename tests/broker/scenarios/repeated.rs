@@ -64,7 +64,7 @@ async fn the_same_request_of_two_producers_is_executed_once_and_answered_twice()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn careless_retry_within_the_window_gets_the_same_answer() {
+async fn retry_under_a_new_timestamp_within_the_window_gets_the_same_answer() {
     let (a, b) = (Watched::willing(), Watched::willing());
     let services = [Served::new("a", 4, &a), Served::new("b", 4, &b)];
     let system = Setup::new(services).workers(2).start().await;
@@ -218,7 +218,7 @@ async fn two_producers_at_once_with_other_content_execute_one_of_them_at_most() 
 
 /// Neither is known to be the other's retry when both come to different workers.
 #[tokio::test(flavor = "multi_thread")]
-async fn careless_retry_at_once_executes_one_of_them_at_most() {
+async fn retry_under_a_new_timestamp_at_once_executes_one_of_them_at_most() {
     const COUNT: usize = 50;
     let (a, b) = (Watched::willing(), Watched::willing());
     let services = [Served::new("a", 4, &a), Served::new("b", 4, &b)];

@@ -567,8 +567,8 @@ impl Transaction {
         }
     }
 
-    /// What the journal says of this very transaction: a careless retry is answered with another's
-    /// decision, which is about nothing that was prepared for this one.
+    /// What the journal says of this very transaction: a retry under a new timestamp is answered with
+    /// another's decision, which is about nothing that was prepared for this one.
     fn own_decision(&self) -> Option<Arc<Decision>> {
         self.decision.clone().filter(|decision| decision.key == self.request.key)
     }
