@@ -265,7 +265,7 @@ impl Transaction {
                     // Once everyone has been given up on, nobody would end the repetitions.
                     Outcome::Aborted
                         if self.enlistments[index].finish_state == FinishState::None
-                            && self.until.is_some() =>
+                            && self.phase_timer.is_some() =>
                     {
                         let holder = Some(vote.instance);
                         self.enlistments[index].vote_state = VoteState::Failed { branch, holder };

@@ -161,11 +161,11 @@ pub(super) struct Transaction {
     /// What a service has already heard.
     heard: Option<Outcome>,
     /// When to give up preparing; set when the first prepare is sent.
-    deadline: Option<Time>,
-    /// When to give up waiting for a service that can't be reached, where no deadline is set.
-    waits_until: Option<Time>,
-    /// When the phase wants to be looked at again.
-    until: Option<Time>,
+    prepare_deadline: Option<Time>,
+    /// When to give up waiting for a service that is out of reach, where no prepare deadline is set.
+    wait_deadline: Option<Time>,
+    /// When to end the query, to append or park again, or to stop repeating aborts: by its phase.
+    phase_timer: Option<Time>,
     proposal: Option<Outcome>,
     decision: Option<Arc<Decision>>,
     /// Its entry among the deadlines.
@@ -192,9 +192,9 @@ impl Transaction {
             is_poison: deliveries > many,
             reason: None,
             heard: None,
-            deadline: None,
-            waits_until: None,
-            until: None,
+            prepare_deadline: None,
+            wait_deadline: None,
+            phase_timer: None,
             proposal: None,
             decision: None,
             due: None,
@@ -265,9 +265,9 @@ impl Transaction {
         self.repeated = true;
         self.reason = None;
         self.heard = None;
-        self.deadline = None;
-        self.waits_until = None;
-        self.until = None;
+        self.prepare_deadline = None;
+        self.wait_deadline = None;
+        self.phase_timer = None;
         self.proposal = None;
     }
 
@@ -525,7 +525,7 @@ impl Transaction {
         }
         self.withdraw_prepares(cx);
         self.decision = Some(Arc::clone(decision));
-        self.until = None;
+        self.phase_timer = None;
         if decision.request_hash != self.request.request_hash {
             return self.yield_to_other_content(decision, cx);
         }
@@ -539,7 +539,7 @@ impl Transaction {
             }
             Outcome::Aborted => {
                 self.phase = Phase::Aborting;
-                self.until = Some(cx.now + cx.settings().finish_timeout);
+                self.phase_timer = Some(cx.now + cx.settings().finish_timeout);
                 self.publish_to_all(cx);
                 for index in 0..self.enlistments.len() {
                     self.send_abort(index, cx);
@@ -577,7 +577,7 @@ impl Transaction {
 
     /// The moment has come that it wanted to be looked at again.
     pub(super) fn wake(&mut self, cx: &mut Context<'_>) {
-        let is_due = self.until.is_some_and(|until| until <= cx.now);
+        let is_due = self.phase_timer.is_some_and(|at| at <= cx.now);
         match self.phase {
             Phase::Querying if is_due => self.end_query(cx),
             Phase::Waiting | Phase::Preparing
@@ -596,7 +596,7 @@ impl Transaction {
                     self.enlistments[index].finish_state = FinishState::None;
                     self.release(index, cx);
                 }
-                self.until = None;
+                self.phase_timer = None;
             }
             Phase::Recalling
             | Phase::Waiting
@@ -626,7 +626,7 @@ impl Transaction {
     /// Whoever has not answered the query doesn't hold it: ask for a vote.
     fn end_query(&mut self, cx: &mut Context<'_>) {
         self.phase = Phase::Preparing;
-        self.until = None;
+        self.phase_timer = None;
         for enlistment in &mut self.enlistments {
             if enlistment.vote_state == VoteState::Queried {
                 enlistment.vote_state = VoteState::Unasked;
@@ -646,7 +646,7 @@ impl Transaction {
     /// When to give up preparing, or waiting for a service that can't be reached.
     fn gives_up_at(&self) -> Option<Time> {
         match self.phase {
-            Phase::Waiting | Phase::Preparing => self.deadline.or(self.waits_until),
+            Phase::Waiting | Phase::Preparing => self.prepare_deadline.or(self.wait_deadline),
             Phase::Recalling
             | Phase::Querying
             | Phase::Deciding
@@ -689,7 +689,7 @@ impl Transaction {
     }
 
     fn wake_at(&mut self, at: Time, cx: &mut Context<'_>) {
-        self.until = Some(at);
+        self.phase_timer = Some(at);
         cx.wake(&self.request.key, &mut self.due, at);
     }
 
@@ -703,7 +703,8 @@ impl Transaction {
                 FinishState::None | FinishState::Parked => None,
             });
         let answers = self.requesters.iter().filter_map(|requester| requester.republish_at);
-        let soonest = finishes.chain(answers).chain(self.gives_up_at()).chain(self.until).min();
+        let soonest =
+            finishes.chain(answers).chain(self.gives_up_at()).chain(self.phase_timer).min();
         if let (false, Some(at)) = (self.is_finished(), soonest) {
             cx.wake(&self.request.key, &mut self.due, at);
         }

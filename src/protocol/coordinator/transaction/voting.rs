@@ -206,7 +206,7 @@ impl Transaction {
         let Some(index) = self.index_of(service) else { return };
         if self.enlistments[index].vote_state == VoteState::Queued {
             self.enlistments[index].vote_state = VoteState::Unasked;
-            self.waits_until = None;
+            self.wait_deadline = None;
             self.advance(Some(service), cx);
         }
     }
@@ -263,7 +263,7 @@ impl Transaction {
     /// From the first slot that is asked for or held, others may wait for it.
     pub(super) fn start_deadline(&mut self, cx: &mut Context<'_>) -> Time {
         let at = cx.now + self.timeout(cx);
-        let deadline = *self.deadline.get_or_insert(at);
+        let deadline = *self.prepare_deadline.get_or_insert(at);
         cx.wake(&self.request.key, &mut self.due, deadline);
         deadline
     }
@@ -272,9 +272,9 @@ impl Transaction {
     /// before any is asked.
     fn limit_wait(&mut self, cx: &mut Context<'_>) {
         let at = cx.now + self.timeout(cx);
-        let until = match self.deadline {
+        let until = match self.prepare_deadline {
             Some(deadline) => deadline,
-            None => *self.waits_until.get_or_insert(at),
+            None => *self.wait_deadline.get_or_insert(at),
         };
         cx.wake(&self.request.key, &mut self.due, until);
     }
@@ -320,7 +320,7 @@ impl Transaction {
             }
             VoteState::Queued => {
                 *vote_state = VoteState::Unasked;
-                self.waits_until = None;
+                self.wait_deadline = None;
                 if let Some(load) = cx.known_load(service) {
                     load.remove(&self.request.key);
                 }
