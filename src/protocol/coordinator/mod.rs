@@ -18,6 +18,11 @@
 //! **Invariant:** nothing that a crash may lose is needed again: a request that comes once more is
 //! treated like a new one.
 //!
+//! The rooms: `requests`, what becomes of a request when it comes; `transaction`, each one that is
+//! worked on; `history`, what is read of the journal and looked up further back in it; `inquiries`,
+//! about transactions of other workers; `services`, who may go on when one is found or has a free
+//! slot; `admission`, what is known of one service's slots.
+//!
 //! **Nothing that one producer or service lacks holds this worker's capacity without a bound.** A
 //! result that can't be delivered is published again with a growing pause, and after
 //! [`Settings::result_retries`] repetitions it counts as unclaimed: the request is acknowledged, and

@@ -42,9 +42,8 @@ pub struct Settings {
     pub window: Duration,
     /// How many decisions stay in view at most, at some 600 bytes each.
     pub records_max: usize,
-    /// Of how many decisions that have gone out of view digests are kept, at 11 bytes each: of what
-    /// was requested since the first of these was made, only what has a digest is looked for
-    /// further back.
+    /// How many digests of decisions that have gone out of view are kept, at 11 bytes each. A
+    /// request newer than the oldest of them is looked for further back only if its digest is there.
     pub digests_max: usize,
     /// How many transactions are worked on at once.
     pub in_flight_max: usize,

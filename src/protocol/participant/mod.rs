@@ -9,6 +9,10 @@
 //!                                                   └──> Failed ────┴─> Finishing ──> (remembered)
 //! ```
 //!
+//! The rooms: `transaction`, each one that this instance has to do with, and how it is prepared,
+//! looked up in the store and finished; `memory`, how the last ones left; `scan`, the looks through
+//! the whole store.
+//!
 //! **Invariant:** no more than `max_concurrency` transactions hold a slot here.
 //!
 //! **Invariant:** at most one call into the service's code is in progress per transaction.

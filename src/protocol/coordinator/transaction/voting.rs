@@ -15,8 +15,8 @@ use crate::protocol::{
 };
 
 /// How often a transaction goes from the queue of one service to that of another before it takes
-/// what it can get: often enough that a scarce service is seen to be, and not so often that those
-/// who need but one are served for ever first.
+/// what it can get: high enough to discover which service is scarce, low enough that transactions
+/// of a single service cannot starve it.
 const DETOURS_MAX: u32 = 2;
 
 /// Whether a transaction that holds nothing can have all it needs.
@@ -228,7 +228,7 @@ impl Transaction {
         }
         self.enlistments[index].vote_state = VoteState::Queued;
         load.enqueue(&self.request.key, self.begun);
-        // Who stands before it may only wait for fewer to be in flight.
+        // The waiters ahead of it may be blocked by the in-flight limit alone.
         if load.admits(now, self.begun) || load.is_own() {
             cx.shared.dirty_services.insert(service.clone());
         }
