@@ -19,7 +19,8 @@
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use crate::protocol::{
-    forgotten::Forgotten, ids::TransactionKey, keymap::KeyMap, message::Decision, time::Time,
+    evicted_digests::EvictedDigests, ids::TransactionKey, keymap::KeyMap, message::Decision,
+    time::Time,
 };
 
 /// What the read part of the journal says of a transaction.
@@ -48,7 +49,7 @@ pub struct JournalView {
     /// What is in `first`, in journal order.
     order: VecDeque<(u64, Arc<Decision>)>,
     /// What was in `first` and is no more.
-    forgotten: Forgotten,
+    evicted: EvictedDigests,
 }
 
 impl JournalView {
@@ -63,14 +64,14 @@ impl JournalView {
             next: 0,
             first: KeyMap::new(),
             order: VecDeque::new(),
-            forgotten: Forgotten::new(0, Time::EPOCH),
+            evicted: EvictedDigests::new(0, Time::EPOCH),
         }
     }
 
     /// Keeps digests of the last `digests_max` transactions that it forgets. They are dropped the
     /// oldest first, an eighth of them or less at a time.
     pub fn with_digests(mut self, digests_max: usize) -> Self {
-        self.forgotten = Forgotten::new(digests_max, self.forgotten.since());
+        self.evicted = EvictedDigests::new(digests_max, self.evicted.since());
         self
     }
 
@@ -81,7 +82,7 @@ impl JournalView {
             next,
             oldest: next,
             since: Some(since),
-            forgotten: Forgotten::new(self.forgotten.max(), since),
+            evicted: EvictedDigests::new(self.evicted.max(), since),
             ..Self::new(self.records_max, self.window)
         };
     }
@@ -175,9 +176,7 @@ impl JournalView {
     fn sees(&self, key: &TransactionKey, clock_margin: Duration) -> bool {
         let began = key.requested_at - clock_margin;
         self.since.is_some_and(|since| since <= began)
-            || self.since.is_some()
-                && self.forgotten.since() <= began
-                && !self.forgotten.contains(key)
+            || self.since.is_some() && self.evicted.since() <= began && !self.evicted.contains(key)
     }
 
     /// Whether the record is the first of its transaction.
@@ -200,7 +199,7 @@ impl JournalView {
             self.oldest = offset + 1;
             self.since = self.since.max(Some(made_at + Duration::from_millis(1)));
             self.first.remove(&oldest.key);
-            self.forgotten.insert(&oldest.key, made_at);
+            self.evicted.insert(&oldest.key, made_at);
             self.order.pop_front();
         }
     }

@@ -37,7 +37,7 @@
 
 pub mod coordinator;
 mod deadlines;
-mod forgotten;
+mod evicted_digests;
 pub mod ids;
 mod jitter;
 pub mod journal;

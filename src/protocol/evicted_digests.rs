@@ -3,7 +3,7 @@
 //!
 //! It can't tell what the record says, nor two transactions with one digest from each other: who is
 //! found here may be another. Who is not found has no forgotten record made at
-//! [`Forgotten::since`] or later.
+//! [`EvictedDigests::since`] or later.
 //!
 //! A digest takes 8 bytes in tables that are three quarters full at most. The oldest are dropped a
 //! table at a time, an eighth of all or less.
@@ -19,7 +19,7 @@ use crate::protocol::{ids::TransactionKey, time::Time};
 
 /// At most so many digests, the latest.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
-pub(crate) struct Forgotten {
+pub(crate) struct EvictedDigests {
     max: usize,
     since: Time,
     /// Oldest first; the last one is being filled.
@@ -37,7 +37,7 @@ struct Block {
     newest: Time,
 }
 
-impl Forgotten {
+impl EvictedDigests {
     /// Nothing; and nothing made at `since` or later is missing.
     pub(crate) fn new(max: usize, since: Time) -> Self {
         Self { max, since, blocks: VecDeque::new() }
@@ -142,7 +142,7 @@ impl fmt::Debug for Block {
 
 #[cfg(test)]
 mod tests {
-    use super::Forgotten;
+    use super::EvictedDigests;
     use crate::protocol::{
         ids::{TransactionId, TransactionKey},
         time::Time,
@@ -156,24 +156,24 @@ mod tests {
     #[test]
     fn nothing_made_since_is_missing_and_no_more_than_the_maximum_is_kept() {
         for max in [0, 1, 2, 3, 7, 8, 9, 31, 100, 1_000, 12_345] {
-            let mut forgotten = Forgotten::new(max, Time::EPOCH);
+            let mut evicted = EvictedDigests::new(max, Time::EPOCH);
             for number in 0..30_000 {
-                forgotten.insert(&key(number), Time::from_millis(number));
+                evicted.insert(&key(number), Time::from_millis(number));
             }
-            let since = forgotten.since().as_millis();
-            assert!((since..30_000).all(|number| forgotten.contains(&key(number))));
-            let kept: usize = forgotten.blocks.iter().map(|block| block.len).sum();
+            let since = evicted.since().as_millis();
+            assert!((since..30_000).all(|number| evicted.contains(&key(number))));
+            let kept: usize = evicted.blocks.iter().map(|block| block.len).sum();
             assert!(kept <= max, "{kept} of {max}");
             assert!(kept >= max - max / 2, "{kept} of {max}");
-            let strangers = (0..since).filter(|number| forgotten.contains(&key(*number)));
+            let strangers = (0..since).filter(|number| evicted.contains(&key(*number)));
             assert_eq!(strangers.count(), 0, "digests are rarely alike");
         }
     }
 
     #[test]
     fn the_default_takes_less_than_sixteen_bytes_each() {
-        let forgotten = Forgotten::new(8_000_000, Time::EPOCH);
-        let (size, max_len) = forgotten.block_size();
+        let evicted = EvictedDigests::new(8_000_000, Time::EPOCH);
+        let (size, max_len) = evicted.block_size();
         let blocks = 8_000_000 / max_len;
         assert!(size * blocks * 8 < 8_000_000 * 12, "{blocks} tables of {size}");
         assert!(max_len * blocks > 7_500_000, "{blocks} tables of {max_len}");
