@@ -7,7 +7,8 @@ use crate::protocol::{ids::TransactionKey, time::Time};
 /// The moments at which transactions want to be looked at again, soonest first.
 ///
 /// A transaction has one entry at most, and keeps the handle to it in a `due: Option<Time>` of its
-/// own. An entry may be early: whoever is woken looks at what is really due, and arms again.
+/// own. An entry may be early: the transaction that is woken looks at what is really due, and arms
+/// again.
 #[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
 pub(crate) struct Deadlines(BTreeSet<(Time, TransactionKey)>);
 

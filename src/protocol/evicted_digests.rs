@@ -1,8 +1,8 @@
 //! What a view of the journal has forgotten: a digest of each transaction, so that one that has no
 //! record can be told from one whose record is out of sight.
 //!
-//! It can't tell what the record says, nor two transactions with one digest from each other: who is
-//! found here may be another. Who is not found has no forgotten record made at
+//! It doesn't know what the record says, and takes two transactions with one digest for the same: what
+//! is found here may be another. What is not found has no forgotten record made at
 //! [`EvictedDigests::since`] or later.
 //!
 //! A digest takes 8 bytes in tables that are three quarters full at most. The oldest are dropped a

@@ -8,11 +8,11 @@
 //! one, lies in the part that was read without a gap. Where that isn't so the answer is
 //! [`Recall::OutOfSight`], and the caller reads further back or hands the matter to a person.
 //!
-//! Of what it forgets a view keeps a digest, if it is told to. So it still knows for long that most
+//! Of what it forgets a view keeps a digest, if it is set to. So it still knows for long that most
 //! of what it is asked about has no record, and only what has one, or shares its digest with one,
 //! must be looked for.
 //!
-//! Whether a record can lie before that part is told by clocks: no record is made earlier than
+//! Clocks say whether a record can lie before that part: no record is made earlier than
 //! `requested_at` − `clock_margin` of its transaction, since `clock_margin` bounds how far any two
 //! clocks of the system differ.
 
@@ -30,7 +30,7 @@ pub enum Recall {
     Found(Arc<Decision>),
     /// It has none.
     Absent,
-    /// It can't be told: the read part begins too late, or the record is forgotten.
+    /// It is not known: the read part begins too late, or the record is forgotten.
     OutOfSight,
 }
 
@@ -75,7 +75,7 @@ impl JournalView {
         self
     }
 
-    /// Starts anew at offset `next`: every record made at `since` or later has that offset or a
+    /// Starts again at offset `next`: every record made at `since` or later has that offset or a
     /// higher one.
     pub fn attach(&mut self, next: u64, since: Time) {
         *self = Self {

@@ -1,4 +1,4 @@
-//! What is said between producers, workers, services and the journal.
+//! The messages between producers, workers, services and the journal.
 //!
 //! These are the words of the protocol, not their form on the wire: that is `wire`'s. One type is
 //! one item; how many items travel in one message is the transport's business.
@@ -180,7 +180,7 @@ pub struct Request {
 /// What a worker tells the instances of a service.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub enum Command {
-    /// Whoever holds this transaction: vote again.
+    /// If you hold this transaction, vote again.
     Query(Query),
     /// The outcome: commit or undo.
     Finish(Finish),
@@ -232,8 +232,8 @@ pub struct Finish {
     pub key: TransactionKey,
     /// What to do with it.
     pub outcome: Outcome,
-    /// The branch that `outcome` is about. Whoever holds another branch of a committed transaction
-    /// undoes it; `None` with [`Outcome::Committed`] means that nothing of this service's is part
+    /// The branch that `outcome` is about. An instance that holds another branch of a committed
+    /// transaction undoes it; `None` with [`Outcome::Committed`] means that nothing of this service's is part
     /// of the transaction.
     pub branch: Option<Branch>,
     /// Whether the coordinator has parked this command: its done settles the matter.
@@ -346,7 +346,7 @@ impl Decision {
     }
 }
 
-/// What a producer is told.
+/// The result that a producer receives.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Answer {
     /// The id the producer asked under.
@@ -397,6 +397,6 @@ pub enum ParkedCause {
         /// What its code said last; `None`: it never answered.
         error: Option<Arc<str>>,
     },
-    /// The journal doesn't reach back to where the transaction began: its outcome can't be told.
+    /// The journal doesn't reach back to where the transaction began: its outcome can't be determined.
     Undecidable(Request),
 }

@@ -22,8 +22,8 @@ const IMPATIENT_BELOW: Duration = Duration::from_millis(20);
 /// How many instances' free slots are remembered. More than that are asked without a hint.
 const INSTANCES_MAX: usize = 64;
 
-/// How long a service that is not heard of is remembered where memory is short. Whoever is about to
-/// use one has it found, and asked, within a tenth of this.
+/// How long a service that is not heard of is remembered where memory is short. A
+/// transaction that is about to use one has it found, and asked, within a tenth of this.
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(60);
 
 /// The pause before it is reported again that instances of one service have different stores.
@@ -33,7 +33,7 @@ const STORES_DIFFER_EVERY: Duration = Duration::from_secs(60);
 /// service that never has a slot is answered in rounds that double up to this.
 const PROBES_MAX: u32 = 256;
 
-/// What is said of a transaction that got no slot of a service that nobody serves.
+/// Why a transaction got no slot of a service that nobody serves.
 const UNSERVED: &str = "no instance serves it: start one, or see in its log why it takes nothing";
 
 /// The longest pause before a service whose queue has refused prepares is looked for again: a small
@@ -73,7 +73,7 @@ pub(super) struct ServiceLoad {
     /// Whether no other worker uses its slots.
     is_own: bool,
     /// How long a service of this worker's own may be silent before somebody tries whether it has a
-    /// slot after all: the coordinator would rather wait for a slot than be told that there is none.
+    /// slot after all: it is better to wait for a slot than to be refused one.
     silence_max: Duration,
     /// When it reported last.
     reported_at: Time,
@@ -163,7 +163,7 @@ impl ServiceLoad {
         self.is_unserved
     }
 
-    /// Whether whoever waits for it may wait in vain: it can't be reached, or nobody serves it.
+    /// Whether those who wait for it may wait in vain: it can't be reached, or nobody serves it.
     pub(super) fn is_out_of_reach(&self) -> bool {
         self.is_unavailable() || self.is_unserved
     }
@@ -248,7 +248,7 @@ impl ServiceLoad {
 
     fn spare_or_kept(&self) -> u32 {
         if self.is_unserved {
-            // Whoever reports now takes nothing new, as an instance that is stopping.
+            // An instance that reports now takes nothing new: it is stopping, for example.
             return 0;
         }
         let unused = self.capacity.saturating_sub(self.holding).saturating_sub(self.outstanding);
@@ -405,7 +405,7 @@ impl ServiceLoad {
         Some(before)
     }
 
-    /// The report is dealt with: what it says of all slots can be told.
+    /// The report is dealt with: now it says how many slots there are.
     pub(super) fn learn(&mut self) {
         let seen = self.reported_free().saturating_add(self.holding);
         self.capacity = self.capacity.max(seen);
@@ -450,7 +450,7 @@ impl ServiceLoad {
         std::mem::take(&mut self.begun).into_iter().chain(std::mem::take(&mut self.waiting))
     }
 
-    /// Takes out all at once of whom `is_leaving` is true: one by one, each would be searched for.
+    /// Takes out every waiter for which `is_leaving` is true, in one pass.
     pub(super) fn remove_all(&mut self, is_leaving: impl Fn(&TransactionKey) -> bool) {
         self.begun.retain(|waiter| !is_leaving(waiter));
         self.waiting.retain(|waiter| !is_leaving(waiter));

@@ -11,7 +11,7 @@ use crate::protocol::{
     time::Time,
 };
 
-/// A fact that the coordinator is told. Any of them may come twice, late, or out of order.
+/// A fact that the coordinator learns. Any of them may come twice, late, or out of order.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub enum Event {
     /// The journal is read from offset `next` on; every record made at `since` or later has that
@@ -121,8 +121,8 @@ pub enum Event {
     /// The moment of [`Coordinator::next_deadline`](super::Coordinator::next_deadline) has come.
     /// Late or needless, it does no harm.
     DeadlineReached,
-    /// The connection is lost: every delivery will come again, to whomever. Nothing in flight is
-    /// worth keeping.
+    /// The connection is lost: every delivery will come again, to any worker. Nothing in flight
+    /// is worth keeping.
     Disconnected,
     /// Take no new work; hand back what has not begun.
     DrainRequested,
@@ -205,7 +205,7 @@ impl Event {
 pub enum Effect {
     /// Find out whether a service exists: answered by [`Event::ServiceFound`],
     /// [`Event::ServiceUnserved`] or [`Event::ServiceMissing`], and before that by
-    /// [`Event::ServiceUnavailable`] while that can't be told.
+    /// [`Event::ServiceUnavailable`] while that is not known.
     FindService {
         /// The service.
         service: ServiceName,

@@ -279,8 +279,8 @@ impl Work {
         cx.learn(&service);
     }
 
-    /// A vote for a transaction that isn't worked on here: whoever voted for a decided one is told
-    /// how it ended. Who voted for another will inquire.
+    /// A vote for a transaction that isn't worked on here. If it is decided, the instance that voted
+    /// hears how it ended; if not, the instance will inquire.
     fn late_vote(&self, vote: Vote, cx: &mut Context<'_>) {
         let holds = matches!(vote.kind, VoteKind::Prepared { .. } | VoteKind::Failed { .. });
         let margin = cx.settings().clock_margin;

@@ -17,7 +17,7 @@ impl Work {
         if load.served() {
             cx.effects.push(Effect::Report(Anomaly::ServiceServed(service.clone())));
         }
-        self.try_all_anew(service, cx);
+        self.retry_waiters(service, cx);
     }
 
     /// The service exists, and nobody serves it. Who waits for it does so from now on with a
@@ -33,11 +33,11 @@ impl Work {
         if load.unserved() {
             cx.effects.push(Effect::Report(Anomaly::ServiceUnserved(service.clone())));
         }
-        self.try_all_anew(service, cx);
+        self.retry_waiters(service, cx);
     }
 
-    /// What those who wait for the service go by is another now.
-    fn try_all_anew(&mut self, service: &ServiceName, cx: &mut Context<'_>) {
+    /// What is known of the service has changed: each waiter tries again.
+    fn retry_waiters(&mut self, service: &ServiceName, cx: &mut Context<'_>) {
         let Some(load) = cx.shared.loads.get_mut(service) else { return };
         let waiters: Vec<_> = load.dequeue_all().collect();
         for key in waiters {
@@ -75,7 +75,7 @@ impl Work {
         if load.unavailable() {
             cx.effects.push(Effect::Report(Anomaly::ServiceUnavailable(service.clone())));
         }
-        self.try_all_anew(service, cx);
+        self.retry_waiters(service, cx);
     }
 
     /// The service is gone since it was found.

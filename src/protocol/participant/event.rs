@@ -34,7 +34,7 @@ pub enum Verdict {
     Failed(Arc<str>),
 }
 
-/// A fact that an instance is told. Any of them may come twice, late, or out of order.
+/// A fact that an instance learns. Any of them may come twice, late, or out of order.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub enum Event {
     /// A prepare was taken from the service's queue.
@@ -104,9 +104,9 @@ pub enum Event {
     StoreScanned(Vec<InDoubt>),
     /// The moment of [`Instance::next_deadline`](super::Instance::next_deadline) has come.
     DeadlineReached,
-    /// The connection is lost: every delivery will come again, to whichever instance.
+    /// The connection is lost: every delivery will come again, to any instance.
     Disconnected,
-    /// The process is going to end: what is parked is left to whoever comes next.
+    /// The process is going to end: what is parked is left to the next one.
     DrainRequested,
 }
 

@@ -109,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_remembered_anew_takes_no_second_place() {
+    fn what_is_remembered_again_takes_no_second_place() {
         let mut memory = Memory::new(2);
         let finished = Remembered::Finished { outcome: Outcome::Aborted, applied: None };
         memory.remember(&key("t1", 0), Remembered::Cancelled);

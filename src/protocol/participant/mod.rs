@@ -1,7 +1,8 @@
 //! The service's side of the protocol: [`Event`]s in, [`Effect`]s out.
 //!
 //! One instance of one service. It calls the service's code no more often than needed, keeps what
-//! is prepared until it hears the outcome, and never decides by itself: whoever hears nothing asks.
+//! is prepared until it hears the outcome, and never decides by itself: an instance that hears
+//! nothing inquires.
 //!
 //! ```text
 //!            ┌─> Recalling ─┐                       ┌──> (refused, read only: forgotten)
@@ -142,8 +143,8 @@ impl Instance {
     }
 
     /// Whether the outcome of a transaction is known and this instance could not apply it. No worker
-    /// waits for it any more; it is tried again now and then, and whoever has the store can do it as
-    /// well.
+    /// waits for it any more; it is tried again now and then, and any instance that has the
+    /// store can apply it as well.
     pub fn is_parked(&self, key: &TransactionKey) -> bool {
         self.holdings.transactions.get(key).is_some_and(|it| it.is_stuck())
     }

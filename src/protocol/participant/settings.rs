@@ -9,8 +9,8 @@ use crate::protocol::ids::{InstanceId, ServiceName, StoreId};
 pub struct Settings {
     /// The service.
     pub service: ServiceName,
-    /// This instance of it. A process that starts anew takes a new one, since its branches are
-    /// counted from here.
+    /// This instance of it. A new process takes a new one, since its branches are counted from
+    /// here.
     pub instance: InstanceId,
     /// How many transactions may hold a slot at once.
     pub max_concurrency: u32,

@@ -1,5 +1,4 @@
-//! Sending the services the outcome, each for itself, until it has answered or is parked; and to
-//! whoever asks for it.
+//! Sending each service the outcome until it has answered or is parked, and instances that inquire.
 
 use std::sync::Arc;
 
@@ -37,7 +36,7 @@ pub(super) enum FinishState {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub(super) struct FinishAttempts {
     pub(super) due: Time,
-    /// Whether all instances are told, though one is known to have the slot.
+    /// Whether it goes to all instances, though one is known to have the slot.
     all: bool,
     silences: u32,
     failures: u32,
@@ -72,7 +71,7 @@ impl Transaction {
         }
     }
 
-    /// What a service is to be told of the outcome, and who has the slot, if that is known.
+    /// The finish for a service, and the instance that has the slot, if that is known.
     fn finish_and_holder(&self, index: usize, decision: &Decision) -> (Finish, Option<InstanceId>) {
         let (held, holder) = self.enlistments[index].vote_state.held().unzip();
         let branch = match decision.outcome {
@@ -292,8 +291,8 @@ impl Transaction {
         }
     }
 
-    /// Whether the holder of `branch` is being told the outcome, and `instance` is another one that
-    /// has seen the branch in the store: told as well, both would call the service's code.
+    /// Whether a finish is on its way to the holder of `branch`, and `instance` is another one that
+    /// has seen the branch in the store: if both got one, both would call the service's code.
     fn is_with_holder(&self, index: usize, branch: &Branch, instance: &InstanceId) -> bool {
         let enlistment = &self.enlistments[index];
         let (FinishState::Sent(attempts) | FinishState::BackingOff(attempts)) =

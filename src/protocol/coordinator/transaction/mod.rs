@@ -1,6 +1,7 @@
 //! One transaction as a worker sees it: its phase, what each service has said, and one method for
 //! each way on: here from the start to the decision, in [`voting`] how votes are asked for, in
-//! [`finishing`] what follows from the decision, and in [`result`] who is told the result.
+//! [`finishing`] what follows from the decision, and in [`result`] how the result gets to
+//! those who asked.
 
 mod finishing;
 mod result;
@@ -36,13 +37,13 @@ pub enum Phase {
     Preparing,
     /// An outcome was proposed and not yet read back.
     Deciding,
-    /// The outcome is `COMMITTED`: services are told until each has committed or is parked.
+    /// The outcome is `COMMITTED`: each service is sent its commit until it has committed or is parked.
     Committing,
-    /// The outcome is `ABORTED`: the result is on its way, and who holds something is told.
+    /// The outcome is `ABORTED`: the result is on its way, and an abort to each holder.
     Aborting,
     /// Everything is done but the confirmation of the result.
     Answering,
-    /// Its outcome can't be told: it is being handed to a person.
+    /// Its outcome can't be determined: it is being handed to a person.
     Parking,
 }
 
@@ -86,7 +87,7 @@ enum VoteState {
         /// Whether it is known to get a slot.
         sure: bool,
     },
-    /// `holder`: who has the slot; `None`: not known for certain, so all are told.
+    /// `holder`: who has the slot; `None`: not known for certain, so a finish goes to all.
     Prepared {
         branch: Branch,
         holder: Option<InstanceId>,
@@ -129,7 +130,7 @@ impl VoteState {
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 struct Enlistment {
     vote_state: VoteState,
-    /// The store that holds what is prepared, if whoever voted for it has named one.
+    /// The store that holds what is prepared, if the instance that voted has named one.
     store: Option<StoreId>,
     /// Whether a prepare was refused by the broker, and may have arrived all the same.
     was_refused: bool,
@@ -149,8 +150,8 @@ pub(super) struct Transaction {
     begun: bool,
     /// Whether another worker may have begun it.
     repeated: bool,
-    /// Whether one of its requests was delivered before: whoever had it then may have parked a
-    /// commit, and not lived to know that the record is safe.
+    /// Whether one of its requests was delivered before: the worker that had it then may have
+    /// parked a commit, and not lived to know that the record is safe.
     redelivered: bool,
     /// How often it went from the queue of one service to that of another without being asked for.
     detours: u32,
@@ -271,7 +272,7 @@ impl Transaction {
         self.proposal = None;
     }
 
-    /// The outcome can't be told: hand it to a person.
+    /// The outcome can't be determined: hand it to a person.
     pub(super) fn park(&mut self, cx: &mut Context<'_>) {
         self.phase = Phase::Parking;
         let cause = ParkedCause::Undecidable(self.request.clone());
@@ -623,7 +624,7 @@ impl Transaction {
         self.rearm(cx);
     }
 
-    /// Whoever has not answered the query doesn't hold it: ask for a vote.
+    /// The services that have not answered the query don't hold it: ask them for their votes.
     fn end_query(&mut self, cx: &mut Context<'_>) {
         self.phase = Phase::Preparing;
         self.phase_timer = None;

@@ -111,7 +111,7 @@ impl Transaction {
             return self.ask_all(cx);
         }
         if is_sure {
-            // Not where one may have to wait: for whoever waits in turn for what would be kept.
+            // Not where it may have to wait: others would wait for the places that it keeps.
             self.reserve_all(cx);
         }
         self.ask_in_order(turn, cx);

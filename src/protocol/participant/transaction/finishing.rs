@@ -13,7 +13,7 @@ use crate::protocol::{
     time::Time,
 };
 
-/// What a worker is told of a commit that this instance's store can't have prepared.
+/// The answer to a commit that this instance's store can't have prepared.
 const UNKNOWN_BRANCH: &str = "the instance's store has neither prepared nor committed this branch: \
     do all instances of the service share one store?";
 
@@ -98,8 +98,8 @@ impl HeldTransaction {
         let outcome = match finish.outcome {
             _ if has_store && may_be_finished => None,
             Outcome::Committed if finish.branch.as_ref() == Some(own) => Some(Outcome::Committed),
-            // Another branch is the one that commits. Whoever holds it may be gone: what the store
-            // says of both comes first.
+            // Another branch is the one that commits, and its holder may be gone: what the store says
+            // of both comes first.
             Outcome::Committed if has_store && finish.branch.is_some() => None,
             Outcome::Committed | Outcome::Aborted => Some(Outcome::Aborted),
         };
@@ -163,11 +163,11 @@ impl HeldTransaction {
         self.conclude(Remembered::Cancelled, &VoteKind::Finished(outcome), cx)
     }
 
-    /// The service's code could not do it. Workers are told, and will say when to try again; what
-    /// is parked is tried again until it succeeds.
+    /// The service's code could not do it. Workers get the error, and send the command again when
+    /// it is time; what is parked is tried again until it succeeds.
     fn not_applied(&mut self, failed: Branch, error: &Arc<str>, cx: &mut Context<'_>) -> Fate {
         self.failures = self.failures.saturating_add(1);
-        // When it is told again, others may have been told too: what is parked goes to any instance.
+        // When the finish comes again, others may have it too: what is parked goes to any instance.
         self.asked_by = None;
         let (parked, told): (Vec<_>, Vec<_>) =
             std::mem::take(&mut self.finishers).into_iter().partition(|it| it.delivery.is_some());

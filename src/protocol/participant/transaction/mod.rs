@@ -47,8 +47,8 @@ impl Stage {
 /// How far a transaction is, with what it has at no other stage. What a [`Stage`] is to others.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 enum Progress {
-    /// The store is asked what it holds of it, on behalf of this prepare, or of whoever waits for
-    /// the vote or for the outcome to be applied.
+    /// The store is asked what it holds of it, on behalf of this prepare, or of those who wait
+    /// for the vote or for the outcome to be applied.
     Recalling(Option<Prepare>),
     /// The store is asked whether it has committed `branch`, which is to be committed and which it
     /// does not hold. What it does hold waits to be finished.
@@ -267,8 +267,8 @@ impl HeldTransaction {
 
     fn inquire(&mut self, cx: &mut Context<'_>) {
         let (Some(held), Some(request_hash)) = (&self.held, self.request_hash) else { return };
-        // Its outcome was told and could not be applied, and since then nobody has said a word:
-        // whoever told it has given up.
+        // Its outcome came and could not be applied, and nobody has sent it again: the worker has
+        // given up.
         self.is_parked |= self.failures > 0;
         if cx.resources.draining && self.is_stuck() {
             return;

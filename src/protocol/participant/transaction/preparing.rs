@@ -122,7 +122,7 @@ impl HeldTransaction {
         self.vote_on_held(it.worker, it.prepare.request_hash, cx);
     }
 
-    /// Votes again on what is held, or once it can be told.
+    /// Votes again on what is held, or once that is known.
     pub(super) fn vote_on_held(
         &mut self,
         to: WorkerId,
@@ -173,7 +173,7 @@ impl HeldTransaction {
         let commits =
             |it: &Finisher| it.finish.outcome == Outcome::Committed && it.finish.branch.is_some();
         if holds_nothing && cx.settings().has_store && self.finishers.iter().any(commits) {
-            // Another run's branch is the one that commits, and whoever holds it may be gone.
+            // Another run's branch is the one that commits, and its holder may be gone.
             self.ask_store(cx);
             return Fate::Held;
         }
