@@ -18,7 +18,7 @@ use crate::protocol::{
 
 /// The look further back in the journal: one at a time serves all who wait for it.
 #[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
-pub(super) struct History {
+pub(super) struct HistorySearch {
     /// Whom the look under way serves; it has begun early enough for all of them.
     serving: BTreeSet<TransactionKey>,
     /// The first record it has found of each.
@@ -29,7 +29,7 @@ pub(super) struct History {
     next: BTreeSet<TransactionKey>,
 }
 
-impl History {
+impl HistorySearch {
     /// The next look is for `key` too. It begins at once if none is under way.
     pub(super) fn look_for(
         &mut self,

@@ -46,7 +46,7 @@ use std::{
 };
 
 use self::{
-    admission::ServiceLoad, history::History, inquiries::Inquiries, transaction::Transaction,
+    admission::ServiceLoad, history::HistorySearch, inquiries::Inquiries, transaction::Transaction,
 };
 pub use self::{
     event::{Anomaly, Effect, Event},
@@ -71,23 +71,23 @@ use crate::protocol::{
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Coordinator {
     work: Work,
-    shared: Shared,
+    shared: SharedState,
 }
 
-/// What a worker works on, one room each. It is apart from [`Shared`] so that a [`Context`] can lend
-/// that to whichever of these handles an event.
+/// What a worker works on, one room each. It is apart from [`SharedState`] so that a [`Context`] can
+/// lend that to whichever of these handles an event.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 struct Work {
     view: JournalView,
     /// Boxed: a map moves its values about.
     transactions: KeyMap<Box<Transaction>>,
     inquiries: Inquiries,
-    history: History,
+    history: HistorySearch,
 }
 
 /// What all transactions of a worker share.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
-struct Shared {
+struct SharedState {
     settings: Settings,
     loads: BTreeMap<ServiceName, ServiceLoad>,
     deadlines: Deadlines,
@@ -104,7 +104,7 @@ struct Shared {
 /// transactions share, and the list to which whatever must be done is appended.
 struct Context<'a> {
     now: Time,
-    shared: &'a mut Shared,
+    shared: &'a mut SharedState,
     effects: &'a mut Vec<Effect>,
 }
 
@@ -113,7 +113,7 @@ impl Coordinator {
     pub fn new(settings: Settings) -> Self {
         let view = JournalView::new(settings.records_max, settings.window)
             .with_digests(settings.digests_max);
-        Self { work: Work::new(view), shared: Shared::new(settings) }
+        Self { work: Work::new(view), shared: SharedState::new(settings) }
     }
 
     /// Takes in one event and appends what must now be done, in order, to `effects`.
@@ -170,7 +170,7 @@ impl Coordinator {
     }
 }
 
-impl Shared {
+impl SharedState {
     fn new(settings: Settings) -> Self {
         Self {
             settings,
@@ -190,7 +190,7 @@ impl Work {
             view,
             transactions: KeyMap::new(),
             inquiries: Inquiries::default(),
-            history: History::default(),
+            history: HistorySearch::default(),
         }
     }
 
@@ -317,8 +317,8 @@ impl Work {
     fn disconnected(&mut self, cx: &mut Context<'_>) {
         let view = std::mem::replace(&mut self.view, JournalView::new(0, Duration::ZERO));
         *self = Self::new(view);
-        let Shared { settings, draining, .. } = &*cx.shared;
-        *cx.shared = Shared { draining: *draining, ..Shared::new(settings.clone()) };
+        let SharedState { settings, draining, .. } = &*cx.shared;
+        *cx.shared = SharedState { draining: *draining, ..SharedState::new(settings.clone()) };
     }
 
     fn drain(&mut self, cx: &mut Context<'_>) {

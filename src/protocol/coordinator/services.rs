@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use crate::protocol::{
-    coordinator::{Anomaly, Context, Effect, Shared, Work, admission::ServiceLoad},
+    coordinator::{Anomaly, Context, Effect, SharedState, Work, admission::ServiceLoad},
     ids::{InstanceId, ServiceName, StoreId, TransactionKey},
 };
 
@@ -60,7 +60,7 @@ impl Work {
         refused: bool,
         cx: &mut Context<'_>,
     ) {
-        let Shared { loads, settings, .. } = &mut *cx.shared;
+        let SharedState { loads, settings, .. } = &mut *cx.shared;
         let Some(load) = loads.get_mut(service) else { return };
         if load.is_found() {
             let after = if refused { load.refused(settings.backoff_first) } else { Duration::ZERO };
@@ -115,7 +115,7 @@ impl Work {
         cx: &mut Context<'_>,
     ) -> Option<TransactionKey> {
         let may_begin = !cx.is_at_capacity();
-        let Shared { loads, deadlines, was_at_capacity, .. } = &mut *cx.shared;
+        let SharedState { loads, deadlines, was_at_capacity, .. } = &mut *cx.shared;
         let load = loads.get_mut(service).filter(|load| load.is_found())?;
         if !load.admits(cx.now, load.has_begun_waiters()) {
             if let (Some(at), Some(first)) = (load.to_be_tried_at(cx.now), load.first_waiter())
@@ -142,7 +142,7 @@ impl Context<'_> {
         free: u32,
         store: Option<&StoreId>,
     ) {
-        let Shared { loads, dirty_services, .. } = &mut *self.shared;
+        let SharedState { loads, dirty_services, .. } = &mut *self.shared;
         let Some(load) = loads.get_mut(service) else { return };
         load.reported(self.now, instance, free);
         if load.has_waiters() {
@@ -192,7 +192,7 @@ impl Context<'_> {
 
     /// What is known of `service`; it is looked for if it is new.
     pub(super) fn load(&mut self, service: &ServiceName) -> &mut ServiceLoad {
-        let Shared { loads, settings, .. } = &mut *self.shared;
+        let SharedState { loads, settings, .. } = &mut *self.shared;
         if loads.len() >= settings.services_max && !loads.contains_key(service) {
             let now = self.now;
             loads.retain(|_, load| !load.is_stale(now));

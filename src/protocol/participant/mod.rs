@@ -34,7 +34,7 @@ pub use self::{
 use self::{
     memory::Memory,
     scan::StoreScans,
-    transaction::{Fate, Finisher, HeldTransaction},
+    transaction::{AfterEvent, Finisher, HeldTransaction},
 };
 use crate::protocol::{
     deadlines::Deadlines,
@@ -191,13 +191,13 @@ impl Holdings {
         &mut self,
         key: &TransactionKey,
         cx: &mut Context<'_>,
-        handle: impl FnOnce(&mut HeldTransaction, &mut Context<'_>) -> Fate,
+        handle: impl FnOnce(&mut HeldTransaction, &mut Context<'_>) -> AfterEvent,
     ) {
         let Some(transaction) = self.transactions.get_mut(key) else { return };
         match handle(transaction, cx) {
-            Fate::Held => {}
-            Fate::Yielded => self.admit_waiting(cx),
-            Fate::Over => {
+            AfterEvent::Held => {}
+            AfterEvent::Yielded => self.admit_waiting(cx),
+            AfterEvent::Over => {
                 self.forget(key, cx);
                 self.admit_waiting(cx);
             }

@@ -8,7 +8,7 @@ use crate::protocol::{
     participant::{
         Context, Effect, Holdings,
         memory::Remembered,
-        transaction::{Calls, Fate, Finisher, HeldBranch, HeldTransaction, Progress},
+        transaction::{AfterEvent, Finisher, HeldBranch, HeldTransaction, PendingCalls, Progress},
     },
     time::Time,
 };
@@ -66,7 +66,7 @@ impl Context<'_> {
 }
 
 impl HeldTransaction {
-    fn finish_received(&mut self, finisher: Finisher, cx: &mut Context<'_>) -> Fate {
+    fn finish_received(&mut self, finisher: Finisher, cx: &mut Context<'_>) -> AfterEvent {
         let is_parked = finisher.delivery.is_some();
         self.is_parked |= is_parked;
         self.finishers.push(finisher);
@@ -74,22 +74,22 @@ impl HeldTransaction {
             // It has just failed as often as it was to be tried.
             Progress::InDoubt if is_parked && self.failures > 0 => {
                 self.try_parked_later(cx);
-                Fate::Held
+                AfterEvent::Held
             }
             Progress::InDoubt | Progress::BackingOff => self.apply(cx),
             Progress::Recalling(_)
             | Progress::LookingUp { .. }
             | Progress::Preparing(_)
-            | Progress::Finishing { .. } => Fate::Held,
+            | Progress::Finishing { .. } => AfterEvent::Held,
         }
     }
 
     /// Does what the outcome means for what this instance holds.
-    pub(super) fn apply(&mut self, cx: &mut Context<'_>) -> Fate {
+    pub(super) fn apply(&mut self, cx: &mut Context<'_>) -> AfterEvent {
         let Some(Finisher { worker, finish, .. }) = self.finishers.first() else {
-            return Fate::Held;
+            return AfterEvent::Held;
         };
-        let Some(held) = &self.held else { return Fate::Held };
+        let Some(held) = &self.held else { return AfterEvent::Held };
         // What a failed prepare has left is undone whatever the store says.
         let may_be_finished =
             matches!(held, HeldBranch::Prepared(_)) && self.asked_by.as_ref() != Some(worker);
@@ -105,7 +105,7 @@ impl HeldTransaction {
         };
         let Some(outcome) = outcome else {
             self.ask_store(cx);
-            return Fate::Held;
+            return AfterEvent::Held;
         };
         let calls = VecDeque::from([(own.clone(), outcome)]);
         self.call_next(calls, false, cx)
@@ -114,10 +114,10 @@ impl HeldTransaction {
     /// Calls the service's code for the first of `calls`.
     pub(super) fn call_next(
         &mut self,
-        calls: Calls,
+        calls: PendingCalls,
         is_unknown: bool,
         cx: &mut Context<'_>,
-    ) -> Fate {
+    ) -> AfterEvent {
         let Some((branch, outcome)) = calls.front().cloned() else {
             return self.applied(is_unknown, cx);
         };
@@ -127,7 +127,7 @@ impl HeldTransaction {
             Outcome::Committed => Effect::CallCommit { key, branch },
             Outcome::Aborted => Effect::CallAbort { key, branch },
         });
-        Fate::Held
+        AfterEvent::Held
     }
 
     pub(in super::super) fn finish_ended(
@@ -135,12 +135,12 @@ impl HeldTransaction {
         branch: Branch,
         applied: Result<(), Arc<str>>,
         cx: &mut Context<'_>,
-    ) -> Fate {
+    ) -> AfterEvent {
         let Progress::Finishing { calls, is_unknown } = &mut self.progress else {
-            return Fate::Held;
+            return AfterEvent::Held;
         };
         if calls.front().is_none_or(|(running, _)| *running != branch) {
-            return Fate::Held;
+            return AfterEvent::Held;
         }
         match applied {
             Ok(()) => {
@@ -153,9 +153,9 @@ impl HeldTransaction {
     }
 
     /// Everything that the outcome means here is done.
-    fn applied(&mut self, is_unknown: bool, cx: &mut Context<'_>) -> Fate {
+    fn applied(&mut self, is_unknown: bool, cx: &mut Context<'_>) -> AfterEvent {
         let Some(outcome) = self.finishers.first().map(|it| it.finish.outcome) else {
-            return Fate::Held;
+            return AfterEvent::Held;
         };
         if is_unknown {
             return self.commits_unknown(cx);
@@ -165,7 +165,12 @@ impl HeldTransaction {
 
     /// The service's code could not do it. Workers get the error, and send the command again when
     /// it is time; what is parked is tried again until it succeeds.
-    fn not_applied(&mut self, failed: Branch, error: &Arc<str>, cx: &mut Context<'_>) -> Fate {
+    fn not_applied(
+        &mut self,
+        failed: Branch,
+        error: &Arc<str>,
+        cx: &mut Context<'_>,
+    ) -> AfterEvent {
         self.failures = self.failures.saturating_add(1);
         // When the finish comes again, others may have it too: what is parked goes to any instance.
         self.asked_by = None;
@@ -175,16 +180,16 @@ impl HeldTransaction {
         self.finishers = parked;
         let fate = if is_parked {
             self.try_parked_later(cx);
-            Fate::Yielded
+            AfterEvent::Yielded
         } else if self.has_slot() {
             // What was found in the store is held like an own one: asked about, and tried again.
             self.held.get_or_insert(HeldBranch::Prepared(failed));
             self.progress = Progress::InDoubt;
             self.inquire_later(cx);
-            Fate::Yielded
+            AfterEvent::Yielded
         } else {
             // The store still holds it, and the next look through it will ask again.
-            Fate::Over
+            AfterEvent::Over
         };
         for finisher in told {
             cx.done(finisher, Err(Arc::clone(error)));
@@ -194,7 +199,7 @@ impl HeldTransaction {
 
     /// The store does not know the branch that is to be committed, so this instance can't do it, and
     /// must not say that it is done. It holds nothing of the transaction any more.
-    fn commits_unknown(&mut self, cx: &mut Context<'_>) -> Fate {
+    fn commits_unknown(&mut self, cx: &mut Context<'_>) -> AfterEvent {
         let delivery = self.free_slot(cx);
         if let Some(Finisher { finish, .. }) = self.finishers.first() {
             let outcome = finish.outcome;
@@ -208,7 +213,7 @@ impl HeldTransaction {
             cx.done(finisher, Err(UNKNOWN_BRANCH.into()));
         }
         if parked.is_empty() {
-            return Fate::Over;
+            return AfterEvent::Over;
         }
         self.disarm(cx);
         *self = Self {
@@ -218,6 +223,6 @@ impl HeldTransaction {
             ..Self::visiting(self.key.clone(), None, Time::EPOCH)
         };
         self.try_parked_later(cx);
-        Fate::Yielded
+        AfterEvent::Yielded
     }
 }

@@ -8,7 +8,7 @@ use crate::protocol::{
     participant::{
         Context, Effect, Holdings, InDoubt,
         memory::Remembered,
-        transaction::{Calls, Fate, Finisher, HeldBranch, HeldTransaction, Progress},
+        transaction::{AfterEvent, Finisher, HeldBranch, HeldTransaction, PendingCalls, Progress},
     },
     time::Time,
 };
@@ -66,14 +66,19 @@ impl Holdings {
 }
 
 impl HeldTransaction {
-    fn store_read(&mut self, held: Vec<InDoubt>, has_namesake: bool, cx: &mut Context<'_>) -> Fate {
+    fn store_read(
+        &mut self,
+        held: Vec<InDoubt>,
+        has_namesake: bool,
+        cx: &mut Context<'_>,
+    ) -> AfterEvent {
         let prepare = match &mut self.progress {
             Progress::Recalling(prepare) => prepare.take(),
             Progress::LookingUp { .. } => None,
             Progress::Preparing(_)
             | Progress::InDoubt
             | Progress::Finishing { .. }
-            | Progress::BackingOff => return Fate::Held,
+            | Progress::BackingOff => return AfterEvent::Held,
         };
         if !self.finishers.is_empty() {
             return self.apply_to_store(held, cx);
@@ -87,21 +92,21 @@ impl HeldTransaction {
                 self.progress = Progress::InDoubt;
                 self.vote_to_all(cx);
                 self.inquire_later(cx);
-                Fate::Held
+                AfterEvent::Held
             }
             // Another instance holds it, or held it and is gone: voted on from the store.
             (Some(found), _) => self.end_visit(&VoteKind::Prepared { branch: found.branch }, cx),
             (None, Some(prepare)) => self.prepare_after_look(prepare, has_namesake, cx),
-            (None, None) => Fate::Over,
+            (None, None) => AfterEvent::Over,
         }
     }
 
     /// What the store says is all that this instance has to say.
-    fn end_visit(&mut self, kind: &VoteKind, cx: &mut Context<'_>) -> Fate {
+    fn end_visit(&mut self, kind: &VoteKind, cx: &mut Context<'_>) -> AfterEvent {
         let delivery = self.free_slot(cx);
         self.answer_voters(kind, cx);
         cx.effects.extend(delivery.map(Effect::Ack));
-        Fate::Over
+        AfterEvent::Over
     }
 
     fn prepare_after_look(
@@ -109,18 +114,18 @@ impl HeldTransaction {
         prepare: Prepare,
         has_namesake: bool,
         cx: &mut Context<'_>,
-    ) -> Fate {
+    ) -> AfterEvent {
         let Some(kind) = cx.vote_without_code(&prepare, has_namesake) else {
             self.call_prepare(prepare, cx);
-            return Fate::Held;
+            return AfterEvent::Held;
         };
         let remembered = cx.resources.memory.of(&self.key).cloned();
         self.conclude(remembered.unwrap_or(Remembered::Cancelled), &kind, cx)
     }
 
     /// Does what the outcome means for all that the store holds of the transaction.
-    fn apply_to_store(&mut self, held: Vec<InDoubt>, cx: &mut Context<'_>) -> Fate {
-        let Some(Finisher { finish, .. }) = self.finishers.first() else { return Fate::Held };
+    fn apply_to_store(&mut self, held: Vec<InDoubt>, cx: &mut Context<'_>) -> AfterEvent {
+        let Some(Finisher { finish, .. }) = self.finishers.first() else { return AfterEvent::Held };
         let mut branches: BTreeSet<Branch> = held.into_iter().map(|it| it.branch).collect();
         if let Some(HeldBranch::Failed { branch, .. }) = &self.held {
             branches.insert(branch.clone());
@@ -131,13 +136,14 @@ impl HeldTransaction {
         };
         let wanted = finish.branch.clone().filter(|_| finish.outcome == Outcome::Committed);
         let not_seen = wanted.filter(|it| !branches.contains(it));
-        let calls: Calls = branches.into_iter().map(|it| (it.clone(), outcome_of(&it))).collect();
+        let calls: PendingCalls =
+            branches.into_iter().map(|it| (it.clone(), outcome_of(&it))).collect();
         match not_seen {
             // It was committed before, or this is not the store that it was prepared in.
             Some(branch) if cx.settings().remembers_commits => {
                 self.progress = Progress::LookingUp { branch: branch.clone(), calls };
                 cx.effects.push(Effect::LookUpCommit { key: self.key.clone(), branch });
-                Fate::Held
+                AfterEvent::Held
             }
             Some(_) | None => self.call_next(calls, false, cx),
         }
@@ -148,7 +154,7 @@ impl HeldTransaction {
         branch: &Branch,
         is_known: bool,
         cx: &mut Context<'_>,
-    ) -> Fate {
+    ) -> AfterEvent {
         match &mut self.progress {
             Progress::LookingUp { branch: awaited, calls } if awaited == branch => {
                 let calls = std::mem::take(calls);
@@ -159,7 +165,7 @@ impl HeldTransaction {
             | Progress::Preparing(_)
             | Progress::InDoubt
             | Progress::Finishing { .. }
-            | Progress::BackingOff => Fate::Held,
+            | Progress::BackingOff => AfterEvent::Held,
         }
     }
 }

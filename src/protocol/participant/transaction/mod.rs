@@ -52,20 +52,20 @@ enum Progress {
     Recalling(Option<Prepare>),
     /// The store is asked whether it has committed `branch`, which is to be committed and which it
     /// does not hold. What it does hold waits to be finished.
-    LookingUp { branch: Branch, calls: Calls },
+    LookingUp { branch: Branch, calls: PendingCalls },
     /// The service's prepare runs, to be stored under this branch.
     Preparing(Branch),
     /// The outcome of what is held is awaited.
     InDoubt,
     /// The first of these runs. `is_unknown`: the store does not know the branch that is to be
     /// committed.
-    Finishing { calls: Calls, is_unknown: bool },
+    Finishing { calls: PendingCalls, is_unknown: bool },
     /// A parked commit failed and will be tried again.
     BackingOff,
 }
 
 /// The branches that are still to be committed or undone for a transaction.
-type Calls = VecDeque<(Branch, Outcome)>;
+type PendingCalls = VecDeque<(Branch, Outcome)>;
 
 /// What this instance holds: what its own prepare has left, or what was found in the store and is
 /// treated like that.
@@ -107,7 +107,7 @@ pub(super) struct Finisher {
 
 /// What becomes of a transaction that has handled an event.
 #[must_use]
-pub(super) enum Fate {
+pub(super) enum AfterEvent {
     /// It goes on.
     Held,
     /// It goes on, and has let go of something that delivered prepares may have waited for.
@@ -244,12 +244,12 @@ impl HeldTransaction {
     }
 
     /// Its entry among the deadlines was due, and is taken out.
-    pub(super) fn wake(&mut self, cx: &mut Context<'_>) -> Fate {
+    pub(super) fn wake(&mut self, cx: &mut Context<'_>) -> AfterEvent {
         self.due = None;
-        let Some(at) = self.wake_at else { return Fate::Held };
+        let Some(at) = self.wake_at else { return AfterEvent::Held };
         if at > cx.now {
             self.wake_at(at, cx);
-            return Fate::Held;
+            return AfterEvent::Held;
         }
         self.wake_at = None;
         match self.progress {
@@ -262,7 +262,7 @@ impl HeldTransaction {
             | Progress::Preparing(_)
             | Progress::Finishing { .. } => {}
         }
-        Fate::Held
+        AfterEvent::Held
     }
 
     fn inquire(&mut self, cx: &mut Context<'_>) {

@@ -6,7 +6,7 @@ use crate::protocol::{
     participant::{
         Context, DeliveredPrepare, Effect, Holdings, Verdict,
         memory::{Remembered, has_namesake},
-        transaction::{Fate, Finisher, HeldBranch, HeldTransaction, Progress, Slot},
+        transaction::{AfterEvent, Finisher, HeldBranch, HeldTransaction, Progress, Slot},
     },
 };
 
@@ -165,9 +165,9 @@ impl HeldTransaction {
         branch: Branch,
         verdict: Verdict,
         cx: &mut Context<'_>,
-    ) -> Fate {
+    ) -> AfterEvent {
         if !matches!(&self.progress, Progress::Preparing(running) if *running == branch) {
-            return Fate::Held;
+            return AfterEvent::Held;
         }
         let holds_nothing = matches!(verdict, Verdict::ReadOnly | Verdict::Refused(_));
         let commits =
@@ -175,7 +175,7 @@ impl HeldTransaction {
         if holds_nothing && cx.settings().has_store && self.finishers.iter().any(commits) {
             // Another run's branch is the one that commits, and its holder may be gone.
             self.ask_store(cx);
-            return Fate::Held;
+            return AfterEvent::Held;
         }
         match verdict {
             Verdict::Prepared => self.hold(HeldBranch::Prepared(branch), cx),
@@ -195,7 +195,7 @@ impl HeldTransaction {
     }
 
     /// Something is, or may be, stored: the outcome is awaited, unless it is known.
-    fn hold(&mut self, held: HeldBranch, cx: &mut Context<'_>) -> Fate {
+    fn hold(&mut self, held: HeldBranch, cx: &mut Context<'_>) -> AfterEvent {
         self.held = Some(held);
         self.progress = Progress::InDoubt;
         if !self.finishers.is_empty() {
@@ -203,7 +203,7 @@ impl HeldTransaction {
         }
         self.vote_to_all(cx);
         self.inquire_later(cx);
-        Fate::Held
+        AfterEvent::Held
     }
 
     /// Votes on what is held, to all who wait for that.
@@ -232,7 +232,7 @@ impl HeldTransaction {
         remembered: Remembered,
         kind: &VoteKind,
         cx: &mut Context<'_>,
-    ) -> Fate {
+    ) -> AfterEvent {
         let delivery = self.free_slot(cx);
         let remembered = match self.finishers.first() {
             Some(Finisher { finish, .. }) => {
@@ -247,7 +247,7 @@ impl HeldTransaction {
             cx.done(finisher, applied);
         }
         cx.effects.extend(delivery.map(Effect::Ack));
-        Fate::Over
+        AfterEvent::Over
     }
 
     /// Says the same to all who wait for the vote.
