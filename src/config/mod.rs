@@ -546,7 +546,7 @@ mod tests {
         assert_eq!(
             said,
             "`broker.url` can't be set where `broker.url_file` is\n\
-             `broker.url` part 1 of the broker's address is no AMQP URL: must begin with amqp:// or \
+             `broker.url` part 1 of the broker's address is not an AMQP URL: must begin with amqp:// or \
              amqps://\n\
              `broker.password` must be a single value\n\
              `broker.heartbeat` is `1ms` must be from 1s to 18h, in whole seconds\n\

@@ -28,7 +28,7 @@ pub enum InvalidAddress {
     #[error("no broker is named: must be one or more AMQP URLs separated by commas")]
     Empty,
     /// One part is not an AMQP URL. The part itself is not repeated, as it may hold a password.
-    #[error("part {number} of the broker's address is no AMQP URL: {rule}")]
+    #[error("part {number} of the broker's address is not an AMQP URL: {rule}")]
     NotAnUrl {
         /// Which, from 1.
         number: usize,
@@ -353,7 +353,7 @@ mod tests {
         let complaint = "amqp://a,http://me:secret@b".parse::<Address>().unwrap_err().to_string();
         assert_eq!(
             complaint,
-            "part 2 of the broker's address is no AMQP URL: must begin with amqp:// or amqps:// (a \
+            "part 2 of the broker's address is not an AMQP URL: must begin with amqp:// or amqps:// (a \
              `,` that ends no URL must be written as %2C)"
         );
         assert!("amqp://me:se cret@b:x/".parse::<Address>().unwrap_err().to_string().len() < 100);
