@@ -159,7 +159,7 @@ fn a_port_without_tls_is_told_from_one_with_it() {
     world.telling(CERTIFICATE, "client.pem", &client.certificate);
     world.telling(KEY, "client-key.pem", &client.key);
     world.place.url = world.place.url.replace("amqp://", "amqps://") + "?auth_mechanism=external";
-    assert_refused(&world, &[], 69, "has it the mechanism EXTERNAL?");
+    assert_refused(&world, &[], 69, "does it offer the mechanism EXTERNAL?");
 }
 
 #[test]
