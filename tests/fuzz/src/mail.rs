@@ -199,7 +199,8 @@ fn message(input: &[u8]) -> Message {
 
 /// As much as AMQP has room for.
 fn short(text: &str) -> ShortString {
-    text[..text.floor_char_boundary(255)].into()
+    let end = (0..=text.len().min(255)).rev().find(|end| text.is_char_boundary(*end));
+    text[..end.unwrap_or(0)].into()
 }
 
 fn header(text: &str) -> AMQPValue {
