@@ -34,7 +34,7 @@
 //!
 //! * [`protocol`]: the commit protocol as pure state machines.
 //! * [`clock`]: the one clock of a process. [`error`]: an error with all that caused it. [`unique`]:
-//!   names that nobody else has.
+//!   names that nobody else has. `anomalies`: how what is unusual is logged.
 //! * [`complaint`]: what is wrong with what was read, where, and by which rule. `json`: reading JSON,
 //!   with a complaint for each value that is not as it should be.
 //! * [`wire`]: JSON as promised to others.
