@@ -90,6 +90,7 @@ impl Check {
         Self { is_lenient: true, ..Self::of_file(kind) }
     }
 
+    #[cfg(feature = "cli")]
     pub(crate) fn of_line(file: &Arc<str>, line: u64) -> Self {
         Self { line: Some(line), ..Self::of_file(file) }
     }
@@ -248,6 +249,7 @@ impl Check {
         found.map(|number| number as u32)
     }
 
+    #[cfg(feature = "cli")]
     /// The number that `value` is, if it lies between 0 and `max`; `rule` says so.
     pub(crate) fn number(
         &mut self,
