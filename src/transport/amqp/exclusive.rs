@@ -262,13 +262,17 @@ impl Probe {
 
     /// Ready when the link is of no use.
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Closed> {
-        // How its channel ends, others find out.
-        while let Poll::Ready(Ok(((), published))) = self.lane.poll_next(cx) {
-            if matches!(published, Published::Unroutable) {
-                return Poll::Ready(Closed::Unknown { queue: self.queue.to_string() });
+        loop {
+            // How its channel ends, others find out. What was just sent is polled too: else its return
+            // would wake nobody.
+            while let Poll::Ready(Ok(((), published))) = self.lane.poll_next(cx) {
+                if matches!(published, Published::Unroutable) {
+                    return Poll::Ready(Closed::Unknown { queue: self.queue.to_string() });
+                }
             }
-        }
-        while self.timer.as_mut().poll(cx).is_ready() {
+            if self.timer.as_mut().poll(cx).is_pending() {
+                return Poll::Pending;
+            }
             let is_late = self.timer.deadline().elapsed() >= LATE;
             // A broker that has an alarm reads nothing that is published, and has said so.
             let is_blocked = self.publishing.status().blocked();
@@ -289,7 +293,6 @@ impl Probe {
                 }
             }
         }
-        Poll::Pending
     }
 
     fn send(&mut self) {
