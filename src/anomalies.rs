@@ -38,6 +38,12 @@ pub(crate) fn log(anomaly: &Anomaly) {
         Anomaly::InquiryDropped(key) => tracing::debug!(
             transaction = %key, "too many inquiries at once; this one is dropped and will come again"
         ),
+        Anomaly::InquiryUndecidable(key, service) => tracing::error!(
+            transaction = %key, %service,
+            "a service holds a prepared transaction whose outcome can't be told: the journal doesn't \
+             reach back to where it began; nothing is guessed, so find out from its producer or the \
+             other services how it ended, and end it in this service's store"
+        ),
         Anomaly::ResultUnclaimed { .. }
         | Anomaly::ServiceUnavailable(_)
         | Anomaly::ServiceAvailable(_)

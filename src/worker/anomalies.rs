@@ -1,15 +1,37 @@
 //! What a worker says of what is unusual and dealt with by itself.
 
+use std::collections::BTreeSet;
+
 use crate::{
     anomalies,
     protocol::{
         coordinator::Anomaly,
+        ids::{ServiceName, TransactionKey},
         message::{Parked, ParkedCause},
     },
     transport::amqp::names::Names,
     worker::Tally,
     worker::searches::Searches,
 };
+
+/// How many undecidable inquiries are known to have been logged.
+const UNDECIDABLE_MAX: usize = 1024;
+
+/// Which undecidable inquiries were logged: instances repeat theirs every few seconds.
+#[derive(Debug, Default)]
+pub(super) struct Undecidable {
+    logged: BTreeSet<(TransactionKey, ServiceName)>,
+}
+
+impl Undecidable {
+    /// Whether this one is to be logged. Where there are too many to remember, all are logged again.
+    fn is_new(&mut self, key: &TransactionKey, service: &ServiceName) -> bool {
+        if self.logged.len() >= UNDECIDABLE_MAX {
+            self.logged.clear();
+        }
+        self.logged.insert((key.clone(), service.clone()))
+    }
+}
 
 /// Says what is parked, who goes on with it, and what a person can do.
 pub(super) fn tell_parked(parked: &Parked, names: &Names) {
@@ -36,7 +58,13 @@ pub(super) fn tell_parked(parked: &Parked, names: &Names) {
 }
 
 /// Logs `anomaly`, or counts it.
-pub(super) fn report(anomaly: &Anomaly, names: &Names, searches: &Searches, tally: &mut Tally) {
+pub(super) fn report(
+    anomaly: &Anomaly,
+    names: &Names,
+    searches: &Searches,
+    undecidable: &mut Undecidable,
+    tally: &mut Tally,
+) {
     match anomaly {
         Anomaly::ResultUnclaimed { key, attempts } => {
             tally.unclaimed += 1;
@@ -77,6 +105,11 @@ pub(super) fn report(anomaly: &Anomaly, names: &Names, searches: &Searches, tall
         Anomaly::ServiceServed(service) => {
             let queue = names.prepare_of(service);
             tracing::info!(%service, %queue, "a service is served again");
+        }
+        Anomaly::InquiryUndecidable(key, service) => {
+            if undecidable.is_new(key, service) {
+                anomalies::log(anomaly);
+            }
         }
         Anomaly::DuplicateRequest(_)
         | Anomaly::LateVote(..)

@@ -41,6 +41,7 @@ use futures_util::FutureExt;
 use tokio::sync::watch;
 
 use self::{
+    anomalies::Undecidable,
     clocks::Clocks,
     namesakes::Namesakes,
     session::{End, Session, SessionError, open_replies},
@@ -175,6 +176,7 @@ pub async fn run(
         last_read: None,
         begin_max: ANSWER_MAX,
         tries: Tries::default(),
+        undecidable: Undecidable::default(),
         tally,
     };
     let mut supervisor = Supervisor::default();

@@ -5,7 +5,9 @@ use std::time::Duration;
 use crate::{
     clock::Clock,
     protocol::coordinator::Coordinator,
-    worker::{Tally, clocks::Clocks, namesakes::Namesakes, suspects::Tries},
+    worker::{
+        Tally, anomalies::Undecidable, clocks::Clocks, namesakes::Namesakes, suspects::Tries,
+    },
 };
 
 /// What outlives a link.
@@ -22,6 +24,8 @@ pub(super) struct WorkerState {
     pub(super) begin_max: Duration,
     /// What was read of requests that workers may die of.
     pub(super) tries: Tries,
+    /// Which inquiries were said to be undecidable.
+    pub(super) undecidable: Undecidable,
     pub(super) tally: Tally,
 }
 

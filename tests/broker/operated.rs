@@ -325,3 +325,27 @@ fn a_service_without_its_topology_says_what_makes_it_and_serves_once_it_is_made(
     site.world.apply_topology(Some(&site.services));
     instance.wait_for_line(READY, LIMIT);
 }
+
+/// Its instances asked every few seconds, for as long as they ran, and no log had a line.
+#[test]
+fn a_prepared_transaction_that_the_journal_does_not_reach_back_to_is_told_of_once() {
+    let site = Site::new();
+    let worker = site.worker(&[]);
+    let asked = |id: &str| {
+        let body = json!([{
+            "id": id, "requested_at": 1_700_000_000, "request_hash": "0".repeat(32),
+            "service": "stock", "instance": "i1", "branch": "i1.1", "deadline": 1_700_000_005_000_u64,
+        }]);
+        let properties = BasicProperties::default().with_type("dtc.inquiry.v1".into());
+        let (replies, body) = (site.name("replies"), body.to_string());
+        site.direct.publish(&replies, "any.stock", properties, &body);
+    };
+    let told = |id: &str| format!("transaction={id}@1700000000000 service=stock");
+    for id in ["left", "left", "left-too"] {
+        asked(id);
+        let line = worker.wait_for_line(&told(id), LIMIT);
+        assert!(line.contains("ERROR") && line.contains("outcome can't be told"), "{line}");
+    }
+    let lines = worker.stderr.all();
+    assert_eq!(lines.iter().filter(|line| line.contains(&told("left"))).count(), 1, "{lines:#?}");
+}

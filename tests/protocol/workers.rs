@@ -497,6 +497,9 @@ fn show_anomaly(anomaly: &Anomaly) -> String {
         Anomaly::Unanswered(key, service) => format!("unanswered {} {service}", show_key(key)),
         Anomaly::Stalled(key, service) => format!("stalled {} {service}", show_key(key)),
         Anomaly::InquiryDropped(key) => format!("inquiry dropped {}", show_key(key)),
+        Anomaly::InquiryUndecidable(key, service) => {
+            format!("undecidable {} {service}", show_key(key))
+        }
         Anomaly::JournalGap(offset) => format!("journal gap before record {offset}"),
         Anomaly::ResultUnclaimed { key, attempts } => {
             format!("result unclaimed {}, attempt {attempts}", show_key(key))

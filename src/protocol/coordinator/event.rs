@@ -316,6 +316,10 @@ pub enum Anomaly {
     Stalled(TransactionKey, ServiceName),
     /// An inquiry could not be taken in: too many are under way. It will be repeated.
     InquiryDropped(TransactionKey),
+    /// An instance of this service holds a transaction that is past its deadline, and the journal
+    /// doesn't reach back to where the transaction began: nobody can tell its outcome, or may decide
+    /// it. It is asked about, and reported, again and again.
+    InquiryUndecidable(TransactionKey, ServiceName),
     /// The journal has a gap before this offset.
     JournalGap(u64),
     /// A result could not be delivered, and counts as unclaimed: its request is acknowledged.

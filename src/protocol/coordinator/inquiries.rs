@@ -101,7 +101,15 @@ impl Inquiries {
         match first {
             Some(first) => self.answer(first, cx),
             None if is_complete && is_due => self.propose_abort(key, cx),
-            None => drop(self.close(key)),
+            None => {
+                let Some(pending) = self.close(key) else { return };
+                if is_complete || !is_due {
+                    return;
+                }
+                cx.effects.extend(pending.askers.into_iter().map(|(service, _)| {
+                    Effect::Report(Anomaly::InquiryUndecidable(key.clone(), service))
+                }));
+            }
         }
     }
 

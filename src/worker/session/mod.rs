@@ -609,8 +609,8 @@ impl<'a> Session<'a> {
                 tracing::debug!(transaction = %key, %service, "what may have been parked is done");
             }
             Effect::Report(anomaly) => {
-                let names = &self.settings.names;
-                report(&anomaly, names, &self.searches, &mut self.state.tally);
+                let WorkerState { undecidable, tally, .. } = &mut *self.state;
+                report(&anomaly, &self.settings.names, &self.searches, undecidable, tally);
             }
         }
     }
