@@ -1,8 +1,10 @@
 #!/bin/sh
-# produce.sh FIFO: submits five orders a second, and prints what became of each, until told to stop.
+# produce.sh FIFO: submits five orders a second, and prints the result of each, until it gets a
+# signal.
 #
-# The orders go through a FIFO, made here, so that `dtc submit` takes this process's place and hears
-# its signals: it then submits no more, waits for what it has submitted, and ends.
+# The orders go through a FIFO, which this script creates, so that `dtc submit` can replace this
+# process and receive its signals: it then submits no more, waits for the results of what it has
+# submitted, and exits.
 
 set -eu
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Restarts a stream of dtc's when RabbitMQ has left a replica of it down. `--help` says how.
+# Restarts a stream of dtc when RabbitMQ has left a replica of it down. See `--help`.
 
 set -u
 
@@ -9,23 +9,23 @@ usage: watch-streams.sh [--every SECONDS] [--vhost NAME] [--once] [STREAM]...
 
 Run it beside each node of a RabbitMQ cluster, as the node's user, where RabbitMQ's tools and the
 node's Erlang cookie are: as a service of the host, or as a container of the same image beside the
-node's. It needs nothing of dtc's. A look costs what any call of `rabbitmqctl` costs, some 0.7 s of CPU.
-It asks by `rabbitmqctl eval` what no command of the tools tells, and was tried with RabbitMQ 4.3.6.
+node's. It does not need dtc. A look costs as much as any call of `rabbitmqctl`, some 0.7 s of CPU.
+It uses `rabbitmqctl eval`, since no command reports the state of replicas; tested with RabbitMQ 4.3.6.
 
-A replica of a stream is down if its node runs and it does not. One that is down two looks in a row
-is started by `rabbitmq-streams restart_stream`, which stops writes for about a second. If that
-doesn't help, it is done again after 1, 2, 4, 8 and then every 16 minutes. The second node's watcher
-waits one look more, and the third's two: so one of them restarts the stream and not all.
+A replica of a stream is down if its node runs and it does not. If one is down in two looks in a row,
+`rabbitmq-streams restart_stream` starts it, which stops writes for about a second. If that doesn't
+help, the script repeats it after 1, 2, 4, 8 and then every 16 minutes. The second node's watcher
+waits one look more, and the third's two, so that only one of them restarts the stream.
 
-  STREAM            the streams to be watched (dtc.journal dtc.unresolved dtc.audit); one that doesn't
+  STREAM            the streams to watch (dtc.journal dtc.unresolved dtc.audit); one that doesn't
                     exist is left alone
-  --every SECONDS   how long to wait between two looks (15)
+  --every SECONDS   how long to wait between two looks, in seconds (15)
   --vhost NAME      where the streams are (/)
-  --once            looks once, prints the replicas that are down, and ends: 0 if there are none, 1 if
-                    there are some, 69 if the node doesn't tell
-  --help            this text
+  --once            look once, print the replicas that are down, and exit: 0 if there are none, 1 if
+                    there are some, 69 if the node doesn't answer
+  --help            print this text
 
-The variables of RabbitMQ's tools hold here too: RABBITMQ_NODENAME names a node that isn't
+The environment variables of RabbitMQ's tools apply: RABBITMQ_NODENAME names a node that isn't
 rabbit@<this host>.
 HELP
 }
@@ -33,7 +33,7 @@ HELP
 every=15
 vhost=/
 once=
-# How many looks in a row must find the same replicas down.
+# How many looks in a row must find the same replicas down before a restart.
 looks=2
 # The first pause between two restarts that didn't help, and the longest, in seconds.
 pause_first=60
@@ -77,7 +77,7 @@ say() {
     echo "$(date -u +%Y-%m-%dT%H:%M:%SZ) $*" >&2
 }
 
-# The names as a list of Erlang's.
+# The names as an Erlang list.
 listed=$(printf '<<"%s">>,' "$@")
 listed=${listed%,}
 
@@ -87,14 +87,14 @@ trap 'rm -f "$told"' EXIT
 trap 'end 130' INT
 trap 'end 143' TERM
 
-# end STATUS: what was asked for ends, too.
+# end STATUS: exits, and ends a tool that is still running.
 end() {
     if [ -n "$child" ]; then kill "$child" 2>/dev/null; fi
     exit "$1"
 }
 
-# tool SECONDS COMMAND...: for so long at most; what it prints is in $told. A shell hears no signal
-# while it waits for a command, unless by `wait`.
+# tool SECONDS COMMAND...: runs it for so long at most; its output is in $told. A shell handles a
+# signal while a command runs only if it waits for it by `wait`.
 tool() {
     timeout -k 5 "$@" >"$told" 2>&1 &
     child=$!
@@ -111,11 +111,12 @@ rest() {
     child=
 }
 
-# Has the node look: $told has a line `down STREAM NODE` for each replica that is down, and then a line
-# `looked BEFORE`, with how many nodes that run come before this one.
+# Asks the node: $told gets a line `down STREAM NODE` for each replica that is down, and then a line
+# `looked BEFORE`, where BEFORE is how many running nodes sort before this one.
 #
-# Each node that runs is asked what it asks itself when somebody consumes the stream there: whether it
-# knows of a replica of its own that runs. One that can't answer now is no node whose replica is down.
+# It asks each running node what RabbitMQ itself asks when a client consumes the stream there:
+# whether the node knows a running replica of its own. A node that can't answer doesn't count as one
+# whose replica is down.
 look() {
     tool "$limit" rabbitmqctl --quiet eval "
         Running = rabbit_nodes:list_running(),
@@ -158,7 +159,7 @@ if [ -n "$once" ]; then
 fi
 
 say "INFO watching $*, every $every s"
-# What the last look found, and in how many looks.
+# What the last look found, and how many looks in a row found it.
 found=
 count=0
 # The last pause after a restart, and when it is over.
