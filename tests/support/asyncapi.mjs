@@ -1,5 +1,5 @@
-// Reads an AsyncAPI document with the parser of those who wrote the standard, and tells what is wrong.
-// usage: node asyncapi.mjs DOCUMENT DIRECTORY-WITH-THE-PARSER
+// Checks an AsyncAPI document with the reference parser, and prints what is wrong. usage: node
+// asyncapi.mjs DOCUMENT DIRECTORY-WITH-THE-PARSER
 
 import { readFileSync } from 'node:fs';
 import { createRequire } from 'node:module';

