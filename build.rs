@@ -1,14 +1,14 @@
-//! Says which commit the binary is built from, for `dtc --version`.
+//! Finds the commit that the binary is built from, for `dtc --version`.
 //!
-//! The variable `DTC_COMMIT` says it where it is set, as for the image; else the file that cargo puts
-//! into a package; else git, in a clone. Where none of them does, no commit is named.
+//! The sources, in this order: the variable `DTC_COMMIT`, as set for the image; the file that cargo
+//! puts into a package; git, in a clone. If there is none, the version names no commit.
 //!
-//! It runs when the sources change, not when a commit is made: the commit that is named was checked
-//! out then, and `modified` says that the sources differed from it.
+//! The script runs when the sources change, not when a commit is made: it names the commit that was
+//! checked out then, and `modified` means that the sources differed from it.
 
 use std::{env, fs, path::Path, process::Command};
 
-/// What the binary is made of.
+/// The files that the binary is built from.
 const SOURCES: [&str; 5] = ["Cargo.lock", "Cargo.toml", "build.rs", "deploy/dtc.toml", "src"];
 
 fn main() {
@@ -21,7 +21,7 @@ fn main() {
     println!("cargo::rustc-env=DTC_VERSION={version}");
 }
 
-/// `number`, and the commit if anyone names it: `given`, or what lies in `directory`.
+/// `number`, with the commit if one is known: `given`, or from `directory`.
 pub(crate) fn version(number: &str, directory: &Path, given: Option<&str>) -> String {
     let given = given.filter(|commit| !commit.is_empty()).map(str::to_owned);
     match given.or_else(|| of_package(directory)).or_else(|| of_clone(directory)) {
@@ -30,7 +30,7 @@ pub(crate) fn version(number: &str, directory: &Path, given: Option<&str>) -> St
     }
 }
 
-/// What cargo has written into a package that was made in a clone.
+/// The commit that cargo has written into a package that was built in a clone.
 fn of_package(directory: &Path) -> Option<String> {
     let info = fs::read_to_string(directory.join(".cargo_vcs_info.json")).ok()?;
     let (_, commit) = info.split_once("\"sha1\"")?;
@@ -38,7 +38,7 @@ fn of_package(directory: &Path) -> Option<String> {
     Some(named(commit, info.contains("\"dirty\": true")))
 }
 
-/// What git says of a clone; of one that holds more than this crate, it says nothing of use.
+/// The commit of a clone. If the clone holds more than this crate, its commit says nothing useful.
 fn of_clone(directory: &Path) -> Option<String> {
     let head = git(directory, &["rev-parse", "--show-prefix", "HEAD"])?;
     let commit = head.strip_prefix('\n')?.trim();

@@ -1,12 +1,12 @@
-//! How loudly a coordinator's anomalies are logged, and in which words: the same for a worker and for
-//! the embedded coordinator.
+//! The level and the words with which a coordinator's anomalies are logged, for workers and for the
+//! embedded coordinator.
 //!
-//! What an operator should look into is WARN, what costs somebody an outcome is ERROR. What the
-//! protocol expects and mends by itself is DEBUG, however rare.
+//! WARN: an operator should investigate. ERROR: a service, or a producer, loses an outcome. DEBUG:
+//! the protocol expects and corrects it, however rare it is.
 
 use crate::protocol::coordinator::Anomaly;
 
-/// Logs an anomaly in which no queue is involved.
+/// Logs an anomaly that involves no queue.
 pub(crate) fn log(anomaly: &Anomaly) {
     match anomaly {
         Anomaly::CommitFailed { key, service, failures, error } => tracing::warn!(

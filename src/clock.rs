@@ -6,18 +6,18 @@ use tokio::time::Instant;
 
 use crate::protocol::time::Time;
 
-/// From how far on a clock that was set is worth to be spoken of.
+/// Smaller steps of the wall clock are ignored.
 const STEP_MIN: Duration = Duration::from_secs(1);
 
-/// How far apart two looks may be that are of one moment, and how often they are tried.
+/// How far apart two readings may be to count as simultaneous, and how often to try.
 const AT_ONCE: Duration = Duration::from_millis(100);
 const LOOKS_MAX: u32 = 10;
 
-/// Tells the time.
+/// A clock.
 ///
-/// It shows what the machine's wall clock shows at that moment, not what it would have shown if
-/// nobody had set it and the machine had never been suspended. So it may go backwards: see
-/// [`Steps`]. A [`Clock::steady`] one doesn't.
+/// It shows the machine's wall clock at that moment, not what that would have shown if nobody had
+/// set it and the machine had never been suspended. So it may go backwards: see [`Steps`]. A
+/// [`Clock::steady`] one doesn't.
 #[derive(Debug, Clone, Copy)]
 pub struct Clock {
     started_at: Time,
@@ -26,54 +26,54 @@ pub struct Clock {
     is_steady: bool,
 }
 
-/// What a [`Clock`] shows.
+/// A reading of a [`Clock`].
 #[derive(Debug, Clone, Copy)]
 pub struct Reading {
-    /// The moment.
+    /// The time.
     pub time: Time,
     /// How long the clock has been running, whatever the wall clock has shown since.
     pub elapsed: Duration,
 }
 
 impl Clock {
-    /// A clock that shows what the machine's wall clock shows.
+    /// A clock that follows the machine's wall clock.
     pub fn start() -> Self {
         let since_epoch = since_epoch();
         let started_at = time_at(since_epoch);
         Self { started_at, since_epoch, started: Instant::now(), is_steady: false }
     }
 
-    /// A clock that shows what the wall clock shows now, and from then on goes steadily forward,
-    /// whatever happens to the wall clock: for one whose moments nobody compares with another
-    /// clock's.
+    /// A clock that starts from the wall clock's current time and never jumps, whatever happens to
+    /// the wall clock: for times that nobody compares with another clock's.
     pub fn steady() -> Self {
         Self { is_steady: true, ..Self::start() }
     }
 
-    /// The same steady clock, put forward to `moment` if it shows an earlier one.
+    /// The same steady clock, advanced to `moment` if it shows an earlier one.
     #[must_use]
     pub fn not_before(self, moment: Time) -> Self {
         Self { started_at: self.started_at.max(moment), ..self }
     }
 
-    /// How long the epoch is past, as finely as the machine tells. It never goes backwards.
+    /// The time since the epoch, as precisely as the machine has it. It never goes backwards.
     pub fn since_epoch(&self) -> Duration {
         self.since_epoch + self.started.elapsed()
     }
 
-    /// The moment it is now.
+    /// The current time.
     pub fn now(&self) -> Time {
         self.read().time
     }
 
-    /// The moment it is now, and finer than [`Time`] tells.
+    /// The current time, and the monotonic time to a higher precision than [`Time`] has.
     pub fn read(&self) -> Reading {
         let elapsed = self.started.elapsed();
         let time = if self.is_steady { self.started_at + elapsed } else { time_at(since_epoch()) };
         Reading { time, elapsed }
     }
 
-    /// The same, of which both parts are of one moment: whoever is frozen in between looks again.
+    /// The same, with both parts from the same moment: if the process is frozen between the two
+    /// readings, it repeats them.
     fn read_at_once(&self) -> Reading {
         let mut reading = self.read();
         for _ in 0..LOOKS_MAX {
@@ -85,7 +85,7 @@ impl Clock {
         reading
     }
 
-    /// When to be woken for `moment`.
+    /// The instant at which `moment` will be reached.
     pub fn instant_of(&self, moment: Time) -> Instant {
         let Reading { time, elapsed } = self.read();
         self.started + elapsed + moment.since(time)
@@ -101,26 +101,26 @@ fn time_at(since_epoch: Duration) -> Time {
     Time::from_millis(u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX))
 }
 
-/// How a clock was moved, other than by going on.
+/// A jump of the wall clock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
-    /// It was set back by so much.
+    /// It was set back by that much.
     Back(Duration),
-    /// It was set forward by so much, or the machine was suspended for so long.
+    /// It was set forward by that much, or the machine was suspended for that long.
     Forward(Duration),
 }
 
-/// Notices when a clock is set, or the machine was suspended.
+/// Detects when the clock is set, or the machine was suspended.
 #[derive(Debug, Clone, Copy)]
 pub struct Steps(Reading);
 
 impl Steps {
-    /// Those of `clock` from now on.
+    /// Detects steps of `clock` from now on.
     pub fn of(clock: &Clock) -> Self {
         Self(clock.read_at_once())
     }
 
-    /// Whether `clock` was moved since it was last looked at, by a second or more.
+    /// Whether `clock` has jumped by a second or more since the last call.
     pub fn look(&mut self, clock: &Clock) -> Option<Step> {
         self.observe(clock.read_at_once())
     }

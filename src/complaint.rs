@@ -1,11 +1,11 @@
-//! What is wrong with what was read: where, with which value, and by which rule.
+//! Errors in what was read: the place, the value and the rule.
 //!
-//! A file, a message or a configuration is checked to its end, and every complaint about it is made
+//! A file, a message or a configuration is checked to its end, and all complaints about it are made
 //! at once.
 
 use std::{fmt, sync::Arc};
 
-/// One thing that is wrong with a file, a message or a configuration.
+/// One error in a file, a message or a configuration.
 ///
 /// ```text
 /// services.json: $[0].max_concurrency is 0: must be a whole number from 1 to 4294967295
@@ -17,55 +17,55 @@ use std::{fmt, sync::Arc};
 pub struct Complaint {
     /// Where it is.
     pub place: Place,
-    /// The offending value. Of a text: as it stands there, shortened to one line of at most 64
-    /// characters. `None` where there is no value to show, as in what is not JSON at all, or where it
-    /// may be a secret.
+    /// The offending value. In a text: as it is written there, shortened to one line of at most 64
+    /// characters. `None` if there is no value to show, as in a text that is not JSON, or if it may
+    /// be a secret.
     pub value: Option<String>,
-    /// What should have been: lower case, without a full stop.
+    /// The rule that it breaks: lower case, without a full stop.
     pub rule: String,
 }
 
-/// Where something is.
+/// The place of an error.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Place {
     /// In a file, or in a message.
     Text {
-        /// The file, by the name the caller gave it; the kind of the message.
+        /// The name of the file, as the caller gave it, or the kind of the message.
         name: Arc<str>,
-        /// Where in there.
+        /// The place in it.
         at: At,
     },
     /// In a configuration.
     Key {
-        /// The key, with its sections; empty, if the whole source is meant.
+        /// The key, with its sections; empty if the whole source is meant.
         key: String,
-        /// Where its value comes from.
+        /// The source of its value.
         source: Source,
     },
 }
 
-/// Where in a text something is.
+/// A place in a text.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum At {
-    /// A value in what is one JSON text, by its path: `$[3].max_concurrency`.
+    /// A value in a JSON text, by its path: `$[3].max_concurrency`.
     Path(String),
-    /// A value in a file of lines, by its line and its path in there.
+    /// A value in a file of lines, by its line and its path within the line.
     Line {
         /// The line, from 1.
         line: u64,
         /// The path within the line: `$.id`.
         path: String,
     },
-    /// A character: where the text stops being JSON, or text at all.
+    /// A character: where the text is no longer JSON, or not text at all.
     Position(Position),
 }
 
-/// A character of a file.
+/// A position in a file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Position {
-    /// Its line, from 1.
+    /// The line, from 1.
     pub line: u64,
-    /// How many characters of that line end with it, from 1.
+    /// The column in characters, from 1.
     pub column: u64,
 }
 
@@ -73,7 +73,7 @@ impl Position {
     /// The first character of a file.
     pub const START: Self = Self { line: 1, column: 1 };
 
-    /// Where a text that begins here has got to when `text` of it is past.
+    /// The position after `text`, if that begins here.
     pub(crate) fn after(self, text: &str) -> Self {
         let newlines = text.bytes().filter(|byte| *byte == b'\n').count() as u64;
         let last_line = text.rsplit('\n').next().unwrap_or_default().chars().count() as u64;
@@ -82,22 +82,22 @@ impl Position {
     }
 }
 
-/// Where a value of a configuration comes from; the later ones hide the earlier ones.
+/// The source of a configuration value; later ones override earlier ones.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {
     /// The file that is compiled in.
     Default,
-    /// A file, by the name it was given.
+    /// A file, by the path that was given.
     File(String),
-    /// A variable of the environment.
+    /// An environment variable.
     Variable(String),
     /// A flag of the command line.
     Flag(String),
-    /// A file that holds nothing but the value.
+    /// A file that holds only this value.
     SecretFile {
         /// The file.
         path: String,
-        /// Where that file is named.
+        /// The source that names the file.
         named_by: Box<Self>,
     },
 }
@@ -159,7 +159,7 @@ impl fmt::Display for At {
     }
 }
 
-/// Text from outside, made safe to print on a terminal: on one line, without control characters.
+/// Foreign text made safe to print on a terminal: on one line, without control characters.
 fn one_line(text: &str) -> String {
     const CHARS_MAX: usize = 128;
     let shown = text.chars().take(CHARS_MAX).collect::<String>().escape_debug().to_string();
@@ -167,10 +167,10 @@ fn one_line(text: &str) -> String {
     if text.chars().count() > CHARS_MAX { shown + "…" } else { shown }
 }
 
-/// All that is wrong with a file, a message, a configuration, or one line of a stream: never nothing.
+/// All errors in a file, a message, a configuration, or one line of a stream: at least one.
 ///
-/// Displayed one a line, without a newline after the last. Of a text the first
-/// [`Complaints::LISTED_MAX`] are listed, and the rest are counted.
+/// Displayed one per line, without a newline at the end. Of a text, the first
+/// [`Complaints::LISTED_MAX`] are listed and the rest are counted.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Complaints {
     listed: Vec<Complaint>,
@@ -178,10 +178,10 @@ pub struct Complaints {
 }
 
 impl Complaints {
-    /// More complaints than these are only counted: who reads them has enough to do.
+    /// More complaints than these are only counted: a reader has enough to do with these.
     pub const LISTED_MAX: usize = 100;
 
-    /// All of these, which are some.
+    /// From a list that isn't empty.
     pub(crate) fn all(listed: Vec<Complaint>) -> Self {
         Self { listed, unlisted: 0 }
     }
@@ -218,7 +218,7 @@ impl fmt::Display for Complaints {
 
 impl std::error::Error for Complaints {}
 
-/// Complaints that are still being collected; perhaps there will be none.
+/// Complaints that are being collected; there may be none.
 #[derive(Debug, Default)]
 pub(crate) struct Collected {
     listed: Vec<Complaint>,
@@ -234,7 +234,7 @@ impl Collected {
         }
     }
 
-    /// What was read, if it was read without complaints.
+    /// The value that was read, if there were no complaints.
     pub(crate) fn or<T>(self, read: Option<T>) -> Result<T, Complaints> {
         let Self { listed, unlisted } = self;
         match read {
@@ -244,7 +244,7 @@ impl Collected {
     }
 }
 
-/// `text` on one line, and cut after 64 characters.
+/// `text` on one line, cut after 64 characters.
 pub(crate) fn shortened(text: &str) -> String {
     const MAX: usize = 64;
     let mut characters = text.chars().map(|it| if it.is_control() { ' ' } else { it });

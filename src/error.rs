@@ -1,8 +1,8 @@
-//! What is said of an error.
+//! How errors are shown.
 
 use std::fmt;
 
-/// An error with all that caused it, each said once.
+/// An error with all its causes, each shown once.
 pub struct Chain<'a>(pub &'a dyn std::error::Error);
 
 impl fmt::Display for Chain<'_> {
@@ -12,7 +12,7 @@ impl fmt::Display for Chain<'_> {
         let mut cause = self.0.source();
         while let Some(error) = cause {
             let text = error.to_string();
-            // Some errors below say what caused them as part of what they say themselves.
+            // Some errors of libraries repeat their cause in their own message.
             if !said.ends_with(&text) {
                 write!(f, ": {text}")?;
             }

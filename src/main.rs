@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-/// Requests are allocated by one thread and freed by another, which glibc's allocator is slow at.
+/// Requests are allocated by one thread and freed by another, which is slow with glibc's allocator.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 

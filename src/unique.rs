@@ -1,11 +1,11 @@
-//! Names that nobody else has: for workers, instances and producers that were given none.
+//! Unique names for workers, instances and producers without a configured one.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 
-/// Sixty-four bits that no other process draws, as far as chance goes.
+/// Sixty-four random bits: no other process is likely to draw the same.
 ///
-/// They come from the keys with which the standard library seeds its maps, which it takes from the
-/// system's source of randomness.
+/// They come from the keys with which the standard library seeds its hash maps, which it takes from
+/// the system's random source.
 pub fn number() -> u64 {
     let mut hasher = RandomState::new().build_hasher();
     hasher.write_u32(std::process::id());

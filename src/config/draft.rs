@@ -1,10 +1,10 @@
-//! What was said, by whom, before anything of it is checked.
+//! The values of all configuration layers, with their sources, before they are checked.
 //!
-//! The layers are laid over each other key by key. Each key is then taken out by who knows its
-//! rule; whatever is left over in the end is unknown. So one pass finds everything that is wrong,
-//! where a parser of a struct would stop at the first.
+//! The layers are merged key by key. The section that knows a key's rule then takes the key out;
+//! keys that are left over in the end are unknown. So one pass finds every error, where parsing
+//! into a struct would stop at the first.
 //!
-//! Values of secrets, and of keys that nobody knows, never get into a complaint.
+//! Values of secrets and of unknown keys never get into a complaint.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -21,13 +21,13 @@ use crate::{
     config::{Flag, Given, spelling},
 };
 
-/// What holds where nothing is said.
+/// The defaults, as a file.
 pub(super) const DEFAULTS: &str = include_str!("../../deploy/dtc.toml");
 
-/// Keys that may be given by a file of their own, `<key>_file`.
+/// Keys whose value may be read from a separate file, which `<key>_file` names.
 const SECRETS: [&str; 2] = ["broker.url", "broker.password"];
 
-/// No secret is longer; a file that is was not meant.
+/// The size limit of a secret's file: a larger one was named by mistake.
 const SECRET_BYTES_MAX: u64 = 64 * 1024;
 
 const PREFIX: &str = "DTC__";
@@ -35,42 +35,42 @@ const PREFIX: &str = "DTC__";
 #[derive(Debug)]
 pub(super) struct Draft {
     said: BTreeMap<String, Said>,
-    /// The services that have a section, and where.
+    /// The services that have a section, and its source.
     services: BTreeMap<String, Source>,
-    /// Variables that say something, and are none of ours by their names: `DTC_BROKER_URL`.
+    /// Variables that look like ours but have another name, such as `DTC_BROKER_URL`.
     alike: Vec<String>,
     pub(super) complaints: Vec<Complaint>,
-    /// What was taken, in that order.
+    /// The keys that were taken, in that order.
     pub(super) entries: Vec<Entry>,
-    /// The keys that there are, as far as somebody has asked for them.
+    /// The existing keys, as far as they were asked for.
     known: BTreeSet<String>,
 }
 
-/// A value as it was said.
+/// A value as it was given.
 struct Said {
-    /// `None`: not a single value.
+    /// `None`: it is a table or an array.
     text: Option<String>,
     source: Source,
 }
 
-/// It may be a password.
+/// The value may be a password.
 impl std::fmt::Debug for Said {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Said").field("source", &self.source).finish_non_exhaustive()
     }
 }
 
-/// A key with what came of it, to be shown.
+/// A key that was taken, for the output of `dtc config`.
 #[derive(Clone, Debug)]
 pub(super) struct Entry {
     pub(super) key: String,
-    /// As TOML, a secret masked; and who said so. `None`: nobody said anything.
+    /// Its value as TOML, with a secret masked, and the source. `None`: it is not set.
     pub(super) value: Option<(String, Source)>,
-    /// What follows from the value, where it leaves that open.
+    /// What the value means in this configuration, if it depends on other keys.
     pub(super) meaning: Option<String>,
 }
 
-/// What stands in one layer.
+/// The values of one layer.
 type Layer = Vec<(String, Said)>;
 
 impl Draft {
@@ -106,7 +106,7 @@ impl Draft {
                 self.lay(layer);
             }
             Err(error) => {
-                // What the parser says goes on with the line itself, and that may be a password's.
+                // The rest of the parser's message quotes the line, which may hold a password.
                 let said = error.to_string();
                 let place = said.lines().find_map(|line| line.split_once(" at line "));
                 let place = place.map(|(_, place)| place.split(" in ").next().unwrap_or(place));
@@ -119,7 +119,7 @@ impl Draft {
         }
     }
 
-    /// Puts what is in `value` into `layer`, each under its whole key.
+    /// Adds the values in `value` to `layer`, each under its full key.
     fn flatten(&mut self, key: String, value: Value, source: &Source, layer: &mut Layer) {
         let text = match value.kind {
             ValueKind::Table(table) => {
@@ -199,7 +199,7 @@ impl Draft {
         self.lay(flags.iter().map(said).collect());
     }
 
-    /// Lays one layer over all those before it.
+    /// Merges one layer over all earlier ones.
     fn lay(&mut self, layer: Layer) {
         for secret in SECRETS {
             let file = format!("{secret}_file");
@@ -221,13 +221,13 @@ impl Draft {
         self.complain_of(key, None, source, rule);
     }
 
-    /// Complains about a value that is no secret.
+    /// Complains about a value that is not secret.
     fn complain_of(&mut self, key: &str, value: Option<String>, source: Source, rule: String) {
         let place = Place::Key { key: key.to_owned(), source };
         self.complaints.push(Complaint { place, value, rule });
     }
 
-    /// The value of a key that always has one; `None` after a complaint.
+    /// Takes a key that must have a value; `None` after a complaint.
     pub(super) fn required<T>(
         &mut self,
         key: &str,
@@ -241,7 +241,7 @@ impl Draft {
         value
     }
 
-    /// The value of a key that needn't have one; `None` after a complaint.
+    /// Takes a key that may have a value; `None` after a complaint.
     pub(super) fn optional<T>(
         &mut self,
         key: &str,
@@ -269,9 +269,9 @@ impl Draft {
         }
     }
 
-    /// A value that stands for the content of a file; `None` after a complaint.
+    /// Takes the path of a file; `None` after a complaint.
     ///
-    /// Whoever says the content itself may have said a secret.
+    /// If the value is the file's content instead, it may be a secret, and is not shown.
     pub(super) fn file<T>(
         &mut self,
         key: &str,
@@ -287,7 +287,7 @@ impl Draft {
         self.optional(key, read)
     }
 
-    /// Complains about a key that was taken, for what others say.
+    /// Complains about a key that was taken, because of the values of other keys.
     pub(super) fn refuse(&mut self, key: &str, value: Option<String>, rule: &str) {
         let entry = self.entries.iter().find(|entry| entry.key == key);
         let source = entry.and_then(|entry| entry.value.as_ref()).map(|(_, source)| source.clone());
@@ -300,14 +300,14 @@ impl Draft {
         self.entries.push(Entry { key, value, meaning: None });
     }
 
-    /// Says what follows from the value of a key that was taken.
+    /// Records what the value of a key that was taken means in this configuration.
     pub(super) fn explain(&mut self, key: &str, meaning: String) {
         if let Some(entry) = self.entries.iter_mut().find(|entry| entry.key == key) {
             entry.meaning = Some(meaning);
         }
     }
 
-    /// A secret, said itself or by a file, and who said it; `None` after a complaint.
+    /// Takes a secret, set directly or by a file; `None` after a complaint.
     pub(super) fn secret<T>(
         &mut self,
         key: &str,
@@ -351,21 +351,22 @@ impl Draft {
         }
     }
 
-    /// The services that have a section, and where.
+    /// Takes the services that have a section, with its source.
     pub(super) fn take_services(&mut self) -> BTreeMap<String, Source> {
         std::mem::take(&mut self.services)
     }
 
-    /// Drops what is said of a thing that has been complained about.
+    /// Drops the values of a section that has been complained about.
     pub(super) fn forget(&mut self, section: &str) {
         let prefix = format!("{section}.");
         self.said.retain(|key, _| !key.starts_with(&prefix));
     }
 
-    /// Complains about everything that nobody has taken, and says what may be meant.
+    /// Complains about every key that nobody has taken, and suggests existing ones.
     ///
-    /// A variable that is ours but for its underscores or its case would be read by nobody, and the
-    /// default hold in silence. It may be there for others as well, who set ours by it.
+    /// A variable that differs from one of ours only in underscores or case would have no effect,
+    /// and the default would apply silently. It is no error if the key is set otherwise: the
+    /// variable may be another program's.
     pub(super) fn refuse_the_rest(&mut self) {
         let keys: Vec<_> = std::mem::take(&mut self.known).into_iter().collect();
         for (key, said) in std::mem::take(&mut self.said) {
@@ -405,7 +406,7 @@ fn variable(key: &str) -> String {
     format!("{PREFIX}{}", key.to_uppercase().replace('.', "__"))
 }
 
-/// What a file holds, without the line's end that editors put there.
+/// The content of a file, without the final line break that editors add.
 fn secret_in(path: &Path) -> Result<String, String> {
     let mut text = String::new();
     let file = fs::File::open(path).map_err(|error| format!("can't be read: {error}"))?;
@@ -425,12 +426,12 @@ fn is_pem(text: &str) -> bool {
     text.contains("-----BEGIN")
 }
 
-/// Whether it is a number in TOML, written as it would be there.
+/// Whether it is a number, spelled as TOML would spell it.
 fn is_number(text: &str) -> bool {
     text.parse().is_ok_and(|number: u32| number.to_string() == text)
 }
 
-/// A text as TOML has it.
+/// A text as a TOML string.
 fn quoted(text: &str) -> String {
     let escape = |character: char| match character {
         '"' | '\\' => format!("\\{character}"),

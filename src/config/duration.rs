@@ -5,7 +5,7 @@ use std::time::Duration;
 const UNITS: [(&str, u64); 5] =
     [("ms", 1), ("min", 60_000), ("s", 1000), ("h", 3_600_000), ("d", 86_400_000)];
 
-/// The duration that `text` says, at most a hundred years.
+/// Parses a duration of at most a hundred years.
 pub fn parse(text: &str) -> Result<Duration, String> {
     let rule = "must be a whole number with a unit: ms, s, min, h or d";
     let of_unit = |(unit, millis): (&str, u64)| {

@@ -1,11 +1,11 @@
-//! What a process of `dtc` is to know before it starts: said in files, the environment and flags,
-//! and checked here.
+//! The configuration of a `dtc` process: read from files, the environment and flags, and checked.
 //!
-//! From the weakest: `deploy/dtc.toml`, which is compiled in; a file; `DTC__SECTION__KEY` of the
-//! environment; flags. Everything that is wrong is found at once. Nothing here starts anything, and
-//! the environment is a parameter.
+//! The layers, from the weakest: `deploy/dtc.toml`, which is compiled in; a file;
+//! `DTC__SECTION__KEY` of the environment; flags. All errors are found at once. Nothing here starts
+//! anything, and the environment is a parameter.
 //!
-//! **Invariant:** a secret is in no [`Complaint`](crate::complaint::Complaint), and not in what [`Config`] shows of itself.
+//! **Invariant:** no [`Complaint`](crate::complaint::Complaint), and no output of a [`Config`],
+//!   contains a secret.
 
 mod draft;
 pub mod duration;
@@ -33,18 +33,19 @@ const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 const COMMANDS: &str = "topology.commands";
 const HEARTBEAT_MAX: Duration = Duration::from_secs(18 * 60 * 60);
 
-/// Where to look.
+/// The sources of a configuration.
 #[derive(Default)]
 pub struct Given {
-    /// The file that is named, if one is.
+    /// The file, if one is named.
     pub file: Option<PathBuf>,
-    /// The environment; only what begins with `DTC__`, or nearly so, is looked at.
+    /// The environment. Only variables that begin with `DTC__`, or with something similar, are
+    /// read.
     pub environment: Vec<(OsString, OsString)>,
     /// The flags that set a key.
     pub flags: Vec<Flag>,
 }
 
-/// The environment may hold anybody's secrets.
+/// The environment may hold secrets of any program.
 impl fmt::Debug for Given {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Given").field("file", &self.file).finish_non_exhaustive()
@@ -53,11 +54,11 @@ impl fmt::Debug for Given {
 
 /// A flag that sets a key.
 pub struct Flag {
-    /// Which key.
+    /// The key.
     pub key: &'static str,
-    /// What the flag is called.
+    /// The flag's name.
     pub flag: &'static str,
-    /// What it says.
+    /// The flag's value.
     pub value: String,
 }
 
@@ -68,7 +69,7 @@ impl fmt::Debug for Flag {
     }
 }
 
-/// All that is set, checked.
+/// A checked configuration.
 #[derive(Debug)]
 pub struct Config {
     /// `[broker]`
@@ -84,61 +85,61 @@ pub struct Config {
     entries: Vec<Entry>,
 }
 
-/// Which broker, and how to talk to it.
+/// Which broker to use, and how to connect to it.
 #[derive(Debug)]
 pub struct BrokerConfig {
-    /// Where it is, and who we are to it.
+    /// The broker's hosts, and the user's name and password.
     pub address: Address,
-    /// What all names there begin with.
+    /// The first word of all names there.
     pub namespace: Namespace,
-    /// How often to show that we live.
+    /// The interval of heartbeats.
     pub heartbeat: Duration,
-    /// `[broker.tls]`: whom to trust, and who we are.
+    /// `[broker.tls]`: the CAs to trust, and the client certificate.
     pub tls: Tls,
 }
 
-/// How a worker works.
+/// The settings of a worker.
 #[derive(Debug)]
 pub struct WorkerConfig {
-    /// What it is called; `None`: a new name.
+    /// Its name; `None`: a new name.
     pub name: Option<WorkerId>,
     /// How many transactions it works on at once.
     pub max_in_flight: u16,
-    /// How long prepares may take.
+    /// How long the prepares of a transaction may take.
     pub prepare_timeout: Duration,
-    /// How long it finishes what has begun when told to stop.
+    /// How long it finishes begun transactions after a signal to stop.
     pub drain: Duration,
-    /// How long decisions are remembered.
+    /// How long it remembers decisions.
     pub window: Duration,
 }
 
-/// How an instance of a service works.
+/// The settings of an instance of a service.
 #[derive(Debug)]
 pub struct ServiceConfig {
-    /// What its id begins with.
+    /// The first part of its id.
     pub instance: Option<InstanceId>,
     /// How long it waits for an outcome before asking for it.
     pub inquire_after: Duration,
-    /// How long it waits for outcomes when told to stop.
+    /// How long it waits for outcomes after a signal to stop.
     pub drain: Duration,
 }
 
-/// What the queues depend on.
+/// The settings of exchanges and queues.
 #[derive(Debug)]
 pub struct TopologyConfig {
-    /// What all of them depend on.
+    /// The settings that all of them share.
     pub settings: Settings,
     /// How much clocks may differ.
     pub clock_margin: Duration,
-    /// Whether `commands` follows from how many hosts the broker's address names.
+    /// Whether `commands` is `auto`, and so follows from the number of hosts in the broker's URL.
     pub is_auto: bool,
 }
 
-/// Puts together what is said, and checks all of it.
+/// Merges all sources, and checks the result.
 ///
 /// # Errors
 ///
-/// Everything that is wrong.
+/// Everything that is wrong with them.
 pub fn load(given: &Given) -> Result<Config, Complaints> {
     let mut draft = Draft::of(given);
     let broker = broker(&mut draft);
@@ -156,12 +157,12 @@ pub fn load(given: &Given) -> Result<Config, Complaints> {
     }
 }
 
-/// The commented file of everything that can be set.
+/// The commented file of all keys with their defaults.
 pub fn defaults() -> &'static str {
     draft::DEFAULTS
 }
 
-// ---- Section by section: each asks for all its keys before it gives up -------------------------
+// ---- Section by section: each takes all its keys before it gives up ----------------------------
 
 fn broker(draft: &mut Draft) -> Option<BrokerConfig> {
     let address = |text: &str| text.parse::<Address>().map_err(|error| error.to_string());
@@ -189,7 +190,7 @@ fn broker(draft: &mut Draft) -> Option<BrokerConfig> {
     Some(BrokerConfig { address, namespace: namespace?, heartbeat: heartbeat?, tls: tls? })
 }
 
-/// Every file is looked into: what is wrong with it is found before the first connection.
+/// It reads every file, so that errors in it are found before the first connection.
 fn tls(draft: &mut Draft, address: Option<&Address>) -> Option<Tls> {
     const CA: &str = "broker.tls.ca_file";
     const CERTIFICATE: &str = "broker.tls.certificate_file";
@@ -247,7 +248,7 @@ fn tls(draft: &mut Draft, address: Option<&Address>) -> Option<Tls> {
     Some(Tls { ca, identity, server_name: server_name? })
 }
 
-/// The path of a file that holds what is looked for there.
+/// The path of a file whose content passes the check `look`.
 fn holding(path: &str, look: impl Fn(&Pem) -> Result<(), InvalidPem>) -> Result<String, String> {
     look(&Pem::File(path.into())).map(|()| path.to_owned()).map_err(|error| error.rule)
 }
@@ -300,7 +301,7 @@ fn topology(draft: &mut Draft, address: Option<&Address>) -> Option<TopologyConf
         let hosts = if n_hosts == 1 { "one host".to_owned() } else { format!("{n_hosts} hosts") };
         draft.explain(COMMANDS, format!("{commands}, since broker.url names {hosts}"));
     }
-    // Without an address there is a complaint, and nothing comes of this.
+    // Without an address there is a complaint already, and the value is not used.
     let commands = forced.or_else(|| auto.map(|(commands, _)| commands)).unwrap_or_default();
     let settings = Settings { retention, commands };
     Some(TopologyConfig { settings, clock_margin, is_auto: forced.is_none() })
@@ -342,7 +343,7 @@ fn longer_than_nothing(text: &str) -> Result<Duration, String> {
     if duration.is_zero() { Err("must be longer than 0s".to_owned()) } else { Ok(duration) }
 }
 
-/// The name of a worker: none of those that mean many.
+/// The name of a worker: not one of the reserved words.
 fn workers_name(text: &str) -> Result<WorkerId, String> {
     let name = WorkerId::parse(text).map_err(|error| format!("must match {}", error.rule))?;
     if [ALL, ANY].contains(&text) {
@@ -351,7 +352,7 @@ fn workers_name(text: &str) -> Result<WorkerId, String> {
     Ok(name)
 }
 
-/// As TOML, with what is secret masked, and where each value comes from.
+/// As TOML, with secrets masked, and with the source of each value.
 impl fmt::Display for Config {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut section = "";
@@ -386,7 +387,7 @@ mod tests {
     use super::{Complaints, Config, Flag, Given, load};
     use crate::protocol::message::Cap;
 
-    /// What comes of a file and an environment.
+    /// The configuration from a file and an environment.
     #[expect(
         clippy::unwrap_in_result,
         reason = "the result is the configuration's, not the disk's"
@@ -479,7 +480,7 @@ mod tests {
         );
     }
 
-    /// Nobody read it, and the command went to the broker on its own machine.
+    /// The variable had no effect, and the command connected to the broker on its own machine.
     #[test]
     fn a_variable_with_one_underscore_too_few_is_not_passed_over_in_silence() {
         for name in ["DTC_BROKER_URL", "DTC_BROKER__URL", "dtc__broker__url"] {

@@ -1,11 +1,11 @@
-//! What may be meant by a name that doesn't exist.
+//! Suggestions for a name that doesn't exist.
 
 use std::collections::BTreeSet;
 
 /// How many letters of a name may be wrong.
 const WRONG_MAX: usize = 2;
 
-/// Those of `keys` that `key` may be meant for; all that are as near as the nearest one.
+/// The `keys` that `key` may stand for: all that are as close to it as the closest one.
 ///
 /// ```text
 /// broker.ulr, brokr.url, broker_url            broker.url
@@ -24,17 +24,17 @@ pub(super) fn meant(key: &str, keys: &[String]) -> Vec<String> {
     nearest.map(|(_, known)| (*known).clone()).collect()
 }
 
-/// Whether a variable begins like ours, but for underscores and case.
+/// Whether a variable has our prefix, except for underscores and case.
 pub(super) fn begins_alike(name: &str) -> bool {
     name.get(..4).is_some_and(|start| start.eq_ignore_ascii_case("DTC_"))
 }
 
-/// Whether two names differ in nothing but what is between their words, and in case.
+/// Whether two names differ only in separators and in case.
 pub(super) fn is_same(one: &str, other: &str) -> bool {
     letters(one) == letters(other)
 }
 
-/// How far `key` is from a key that exists, if that may be meant.
+/// The distance of `key` from an existing key, if that is a possible suggestion.
 fn rate(key: &str, known: &str) -> Option<usize> {
     let (said, meant) = (letters(key), letters(known));
     let last = known.rsplit('.').next().map(letters);
@@ -44,7 +44,7 @@ fn rate(key: &str, known: &str) -> Option<usize> {
     Some(distance(&said, &meant)).filter(|&distance| distance <= WRONG_MAX)
 }
 
-/// Whether `name` is `start` and some more, where that says enough.
+/// Whether `name` begins with `start`, and `start` is long enough to be telling.
 fn is_begun_by(name: &[char], start: &[char]) -> bool {
     const ENOUGH: usize = 8;
     start.len() >= ENOUGH && name.starts_with(start)
@@ -55,7 +55,7 @@ fn letters(name: &str) -> Vec<char> {
     name.chars().filter(is_letter).map(|letter| letter.to_ascii_lowercase()).collect()
 }
 
-/// How many letters must be put in, taken out or replaced to make `one` of `other`.
+/// How many letters must be inserted, removed or replaced to turn `one` into `other`.
 fn distance(one: &[char], other: &[char]) -> usize {
     let mut row: Vec<_> = (0..=other.len()).collect();
     for (n, letter) in one.iter().enumerate() {

@@ -3,10 +3,10 @@
 //! * [`services`]: simulated services, from `services.json`.
 //! * [`transactions`]: transactions, as one array or as lines.
 //!
-//! **Unknown fields.** A file is written by the person who runs the command, who wants to hear of a
+//! **Unknown fields.** The person who runs the command also writes the file, and needs to know of a
 //! misspelt field: files refuse unknown fields.
 //!
-//! **Invariant:** no text, however broken, makes anything here panic; it makes complaints.
+//! **Invariant:** no text, however broken, makes this code panic; it leads to complaints.
 
 pub mod services;
 pub mod transactions;

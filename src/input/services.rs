@@ -1,4 +1,4 @@
-//! `services.json`: the services of `dtc run`, and how each is made to behave.
+//! `services.json`: the services of `dtc run`, and how each one behaves.
 //!
 //! ```json
 //! [
@@ -11,17 +11,17 @@
 //!
 //! | field | value | if missing |
 //! |---|---|---|
-//! | `name` | `[A-Za-z0-9_-]{1,64}`, no other service's | must be there |
-//! | `max_concurrency` | whole number from 1 to 4294967295 | must be there |
+//! | `name` | `[A-Za-z0-9_-]{1,64}`, unique in the file | required |
+//! | `max_concurrency` | whole number from 1 to 4294967295 | required |
 //! | `max_wait_ms` | whole number from 0 to 86400000 (a day): how long a prepare waits for a slot | 1000 |
-//! | `cap` | `"instance"`: each instance has so many slots; `"service"`: all its instances together have | `"instance"` |
+//! | `cap` | `"instance"`: each instance has that many slots; `"service"`: all its instances share them | `"instance"` |
 //! | `prepare`, `commit`, `abort` | an object as below | succeeds at once |
 //!
 //! | field of those | value | if missing |
 //! |---|---|---|
 //! | `latency_ms` | number from 0 to 86400000, or `[min, max]` | 0 |
 //! | `refuse_rate` (prepare only), `error_rate`, `panic_rate`, `hang_rate` | number from 0 to 1; together at most 1, since a call ends in one way | 0 |
-//! | `fail_first` | whole number from 0 to 4294967295: so many first attempts of each transaction fail | 0 |
+//! | `fail_first` | whole number from 0 to 4294967295: how many first attempts of each transaction fail | 0 |
 //! | `fail_for` | array of transaction ids that always fail | none |
 //! | `read_only` (prepare only) | whether it votes that there is nothing to commit | false |
 
@@ -42,19 +42,20 @@ use crate::{
     },
 };
 
-/// How long a prepare waits for a slot, unless the file says otherwise.
+/// The default of how long a prepare waits for a slot.
 pub const MAX_WAIT: Duration = Duration::from_secs(1);
 
 /// A service of `dtc run`.
 #[derive(Clone, PartialEq, Debug)]
 pub struct ServiceSpec {
-    /// What transactions call it.
+    /// The name by which transactions refer to it.
     pub name: ServiceName,
     /// How many slots it has: at least 1.
     pub max_concurrency: u32,
-    /// How long a prepare may wait for a slot; zero: not at all. One second by default.
+    /// How long a prepare may wait for a slot; zero: it is refused if none is free. One second by
+    /// default.
     pub max_wait: Duration,
-    /// Whose slots they are.
+    /// Whether each instance has its own slots or all share them.
     pub cap: Cap,
     /// How its prepare behaves.
     pub prepare: Behaviour,
@@ -69,25 +70,25 @@ pub struct ServiceSpec {
 pub struct Behaviour {
     /// How long it takes.
     pub latency: Latency,
-    /// How often it says no, from 0 to 1. Only a prepare does.
+    /// How often it refuses, from 0 to 1. Only a prepare does.
     ///
     /// This rate and the next three are shares of the same calls: together they are at most 1.
     pub refuse_rate: f64,
-    /// How often it ends in an error, from 0 to 1.
+    /// How often it returns an error, from 0 to 1.
     pub error_rate: f64,
     /// How often it panics, from 0 to 1.
     pub panic_rate: f64,
-    /// How often it never ends, from 0 to 1.
+    /// How often it never returns, from 0 to 1.
     pub hang_rate: f64,
-    /// So many first attempts of each transaction end in an error.
+    /// How many first attempts of each transaction return an error.
     pub fail_first: u32,
-    /// For these transactions it always ends in an error.
+    /// The transactions for which it always returns an error.
     pub fail_for: BTreeSet<TransactionId>,
     /// Whether it votes that there is nothing to commit. Only a prepare does.
     pub read_only: bool,
 }
 
-/// How long a call takes: from `min` to `max`, any duration between as likely as another.
+/// How long a call takes: uniformly distributed from `min` to `max`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Latency {
     /// The shortest duration.
@@ -96,11 +97,11 @@ pub struct Latency {
     pub max: Duration,
 }
 
-/// Reads `text`, the content of `file`: a service for each element of the array, in its order.
+/// Reads `text`, the content of `file`: one service for each element of the array, in order.
 ///
 /// # Errors
 ///
-/// Everything that is wrong with it, at once.
+/// All errors in it, at once.
 pub fn read(file: &str, text: &[u8]) -> Result<Vec<ServiceSpec>, Complaints> {
     let mut check = Check::of_file(&file.into());
     let services = read_services(&mut check, text);
@@ -128,7 +129,7 @@ fn read_services(check: &mut Check, text: &[u8]) -> Option<Vec<ServiceSpec>> {
     Some(services)
 }
 
-/// `taken` tells which service has a name already, and takes it if none has.
+/// `taken` returns the index of the service that has a name already; otherwise it takes the name.
 fn read_service(
     check: &mut Check,
     path: &Path<'_>,
@@ -218,7 +219,7 @@ fn read_behaviour(
     let error_rate = rate("error_rate", error_rate);
     let panic_rate = rate("panic_rate", panic_rate);
     let hang_rate = rate("hang_rate", hang_rate);
-    // Sums such as 0.7 + 0.2 + 0.1 are 1 only nearly.
+    // Sums such as 0.7 + 0.2 + 0.1 are only nearly 1.
     if refuse_rate + error_rate + panic_rate + hang_rate > 1.0 + 1e-9 {
         check.complain(path, value, "the rates together must be at most 1");
     }
@@ -333,14 +334,14 @@ mod tests {
         assert_eq!(read("f", text.as_bytes()).unwrap().len(), 1);
     }
 
-    /// Asserts what is complained about, without the name of the file.
+    /// Asserts the complaints about a text, without the file's name.
     fn complains<const N: usize>(text: &str, complaints: [&str; N]) {
         let found = read("s.json", text.as_bytes()).unwrap_err().to_string();
         let found: Vec<_> = found.lines().map(|it| it.strip_prefix("s.json").unwrap()).collect();
         assert_eq!(found, complaints);
     }
 
-    /// The same about `fields` of one service that has a name and a cap besides.
+    /// The same for `fields` of a service that also has a name and a cap.
     fn complains_of<const N: usize>(fields: &str, complaints: [&str; N]) {
         complains(&format!(r#"[{{"name": "a", "max_concurrency": 1, {fields}}}]"#), complaints);
     }

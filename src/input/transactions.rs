@@ -9,14 +9,14 @@
 //!
 //! | field | value | if missing |
 //! |---|---|---|
-//! | `id` | `[A-Za-z0-9._:-]{1,128}`, no other transaction's | must be there |
-//! | `involved_services` | array of at least one service name; one named twice counts once | must be there |
-//! | `data` | any object, in which no field is given twice | must be there |
-//! | `timeout_ms` | whole number from 1 to 86400000 (a day): how long the prepares may take | the run's own |
+//! | `id` | `[A-Za-z0-9._:-]{1,128}`, unique in the file | required |
+//! | `involved_services` | array of at least one service name; one named twice counts once | required |
+//! | `data` | any object, in which no field is given twice | required |
+//! | `timeout_ms` | whole number from 1 to 86400000 (a day): how long the prepares may take | the default of the run |
 //!
-//! The first character that is not whitespace tells the forms apart: `[` begins an array, `{` a
-//! line. Nothing at all is no lines. A byte order mark before it is skipped. One transaction is at
-//! most [`SIZE_MAX`] bytes, and nested at most 100 deep.
+//! The first character that is not whitespace decides the form: `[` begins an array, `{` a line. An
+//! empty file is a file of no lines. A byte order mark before it is skipped. One transaction has at
+//! most [`SIZE_MAX`] bytes, and is nested at most 100 deep.
 
 use std::{
     collections::{HashMap, HashSet, hash_map::Entry},
@@ -43,24 +43,24 @@ use crate::{
 /// How many bytes one transaction may have: 256 KiB.
 pub const SIZE_MAX: usize = 256 * 1024;
 
-/// The transactions of a file, in whichever form it has.
+/// The transactions of a file, in either form.
 #[derive(Debug)]
 pub enum Transactions<R> {
-    /// The file is an array: all of it, checked.
+    /// The file is an array, which is read and checked as a whole.
     Array(Vec<TransactionSpec>),
     /// The file has lines, which are checked as they are read.
     Lines(Lines<R>),
 }
 
 impl<R: BufRead> Transactions<R> {
-    /// Looks which form `reader` is in, and reads it to its end if that is an array.
+    /// Detects the form of `reader`, and reads it to its end if it is an array.
     ///
-    /// `file` is what complaints call it.
+    /// `file` is its name in complaints.
     ///
     /// # Errors
     ///
-    /// It can't be read, begins like neither form, or is an array with something wrong: then
-    /// everything that is, at once.
+    /// It can't be read, begins like neither form, or is an array with errors: then all of them at
+    /// once.
     pub fn open(file: &str, mut reader: R) -> Result<Self, Complaints> {
         let file = Arc::from(file);
         let mut start = Position::START;
@@ -85,9 +85,9 @@ impl<R: BufRead> Transactions<R> {
 }
 
 /// The first byte that is neither whitespace nor part of a byte order mark. It stays in `reader`;
-/// what stands before it is read, and `start` moves past that.
+/// everything before it is consumed, and `start` advances past that.
 fn first_byte(reader: &mut impl BufRead, start: &mut Position) -> io::Result<Option<u8>> {
-    // A pipe may bring the mark in pieces.
+    // A pipe may deliver the mark in pieces.
     for (index, part) in BYTE_ORDER_MARK.iter().enumerate() {
         if peek(reader)? != Some(*part) {
             match BYTE_ORDER_MARK.first() {
@@ -112,7 +112,7 @@ fn peek(reader: &mut impl BufRead) -> io::Result<Option<u8>> {
     loop {
         match reader.fill_buf() {
             Ok(bytes) => return Ok(bytes.first().copied()),
-            // A signal came in between.
+            // A signal interrupted the read.
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
         }
@@ -128,12 +128,11 @@ fn unreadable(error: &io::Error) -> String {
     format!("can't be read: {error}")
 }
 
-/// Reads `text`, the content of `file`, which is one array: a transaction for each element, in its
-/// order.
+/// Reads `text`, the content of `file`, as one array: a transaction for each element, in order.
 ///
 /// # Errors
 ///
-/// Everything that is wrong with it, at once.
+/// All errors in it, at once.
 pub fn read_all(file: &str, text: &[u8]) -> Result<Vec<TransactionSpec>, Complaints> {
     read_array(&file.into(), Position::START, without_byte_order_mark(text))
 }
@@ -168,7 +167,7 @@ fn read_elements(check: &mut Check, start: Position, text: &[u8]) -> Option<Vec<
     Some(transactions)
 }
 
-/// `taken` takes an id, or says by whom it is taken already. `buffer` is space to work in.
+/// `taken` takes an id, or returns which transaction has it already. `buffer` is scratch space.
 fn read_transaction(
     check: &mut Check,
     path: &Path<'_>,
@@ -210,21 +209,20 @@ fn too_long() -> String {
 
 /// The transactions of a file of lines, one after another. Blank lines are skipped.
 ///
-/// It holds one line, never more than [`SIZE_MAX`] bytes of it, and a fingerprint of the last
-/// [`Lines::IDS_MIN`] ids at least (twice as many at most, then the older half is forgotten): an id
-/// that comes again later than that is not noticed. That memory grows with the lines read, up to
-/// some 110 MB.
+/// It keeps one line, never more than [`SIZE_MAX`] bytes of it, and a fingerprint of at least the
+/// last [`Lines::IDS_MIN`] ids (at twice as many, it forgets the older half): it does not notice an
+/// id that is repeated later than that. This memory grows with the lines read, up to some 110 MB.
 ///
-/// A line is refused with everything that is wrong with it, and is the last one that is read.
+/// A line is refused with all its errors, and is then the last one that is read.
 #[derive(Debug)]
 pub struct Lines<R> {
     file: Arc<str>,
     reader: R,
     /// Where the next line begins.
     next: Position,
-    /// The line that is being read, without what ends it.
+    /// The current line, without its end.
     line: Vec<u8>,
-    /// Space to write its data in.
+    /// Scratch space for its data.
     buffer: String,
     taken: TakenIds,
     /// Whether nothing more is read: at the end, or after a complaint.
@@ -232,10 +230,10 @@ pub struct Lines<R> {
 }
 
 impl<R> Lines<R> {
-    /// An id is known to be taken for this many lines at least.
+    /// For how many lines, at least, a repeated id is noticed.
     pub const IDS_MIN: usize = TakenIds::GENERATION;
 
-    /// Where the lines are read from: what it has buffered has not been read as a line yet.
+    /// The reader of the lines: what it has buffered has not been read as a line yet.
     pub fn reader(&self) -> &R {
         &self.reader
     }
@@ -254,9 +252,9 @@ impl<R> Lines<R> {
 }
 
 impl<R: BufRead> Lines<R> {
-    /// Reads lines up to the first that isn't blank; `None`: there is none.
+    /// Reads up to the next line that isn't blank; `None`: there is none.
     fn next_line(&mut self) -> Result<Option<Position>, Complaints> {
-        // Room for what ends a line.
+        // With room for the line's end.
         const READ_MAX: u64 = SIZE_MAX as u64 + 2;
         loop {
             self.line.clear();
@@ -311,17 +309,17 @@ impl<R: BufRead> Iterator for Lines<R> {
     }
 }
 
-/// The ids that are taken, as far as memory goes: a fingerprint of each, in two generations.
+/// The ids that are taken: a fingerprint of each, in two generations.
 ///
-/// A fingerprint has 128 bits under keys drawn anew for each run, so that neither chance nor intent
-/// makes two ids share one.
+/// A fingerprint has 128 bits under random keys that are new in each run, so that two ids collide
+/// neither by chance nor by intent.
 #[derive(Debug)]
 struct TakenIds {
     keys: [RandomState; 2],
     /// How many ids fill `recent`.
     generation: usize,
     recent: HashSet<u128>,
-    /// Full, and forgotten when `recent` is.
+    /// A full generation, which is forgotten when `recent` is full.
     older: HashSet<u128>,
 }
 
@@ -337,11 +335,10 @@ impl Default for TakenIds {
 }
 
 impl TakenIds {
-    /// As many as the table of a set has room for in 2^21 places (36 MB): one more would double
-    /// it.
+    /// As many as a hash set holds in 2^21 buckets (36 MB): one more would double the table.
     const GENERATION: usize = (1 << 21) / 8 * 7;
 
-    /// Takes `id`: whether it was free.
+    /// Takes `id`; returns whether it was free.
     fn take(&mut self, id: &TransactionId) -> bool {
         let [high, low] = &self.keys;
         let fingerprint = u128::from(high.hash_one(id)) << 64 | u128::from(low.hash_one(id));
@@ -429,7 +426,7 @@ mod tests {
 
     #[test]
     fn how_a_file_comes_in_pieces_does_not_matter() {
-        /// A byte at a time, with a signal before each.
+        /// Returns one byte at a time, after an interrupt each time.
         struct Pieces<'a>(&'a [u8], bool);
         impl Read for Pieces<'_> {
             fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
@@ -472,7 +469,7 @@ mod tests {
         assert_eq!(opened.unwrap_err().to_string(), complaint);
     }
 
-    /// Asserts what is complained about in an array, without the name of the file.
+    /// Asserts the complaints about an array, without the file's name.
     fn complains<const N: usize>(text: &str, complaints: [&str; N]) {
         let found = read_all("t.json", text.as_bytes()).unwrap_err().to_string();
         let found: Vec<_> = found.lines().map(|it| it.strip_prefix("t.json").unwrap()).collect();

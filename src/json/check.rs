@@ -1,5 +1,5 @@
-//! Checked reading: values out of a JSON text, and a complaint for each that is not as it should
-//! be. What can't be read is `None`, and the reading goes on.
+//! Checked reading: values from a JSON text, and a complaint for each one that is wrong. A value
+//! that can't be read is `None`, and reading continues.
 
 use std::{fmt, ops::RangeInclusive, sync::Arc};
 
@@ -8,17 +8,17 @@ use crate::{
     json::{self, Kind, SyntaxError, Value},
 };
 
-/// No time in a file is longer than a day: what is longer was meant to be something else.
+/// No time in a file may be longer than a day: a longer one is probably a mistake.
 pub(crate) const DAY_MS: u32 = 24 * 60 * 60 * 1000;
 
-/// What some editors write at the beginning of every file.
+/// Some editors write it at the beginning of every file.
 pub(crate) const BYTE_ORDER_MARK: &[u8] = b"\xEF\xBB\xBF";
 
 pub(crate) fn without_byte_order_mark(text: &[u8]) -> &[u8] {
     text.strip_prefix(BYTE_ORDER_MARK).unwrap_or(text)
 }
 
-/// Where a value stands, from the top of its JSON text.
+/// The path of a value, from the top of its JSON text.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Path<'p> {
     above: Option<&'p Self>,
@@ -63,13 +63,13 @@ fn is_plain(name: &str) -> bool {
     (1..=64).contains(&name.len()) && name.bytes().all(is_word)
 }
 
-/// The checking of one JSON text: a file, or a line of one.
+/// The check of one JSON text: a file, or a line of one.
 #[derive(Debug)]
 pub(crate) struct Check {
     file: Arc<str>,
-    /// The line, if the text is one of many in its file.
+    /// The line, if the text is one line of a file.
     line: Option<u64>,
-    /// Whether fields that nobody knows are passed over.
+    /// Whether unknown fields are ignored.
     is_lenient: bool,
     pub(crate) complaints: Collected,
 }
@@ -84,8 +84,8 @@ impl Check {
         }
     }
 
-    /// The checking of a message, or of one item of it; complaints call it `kind`. Fields that
-    /// nobody knows are passed over.
+    /// The check of a message, or of one item of it, which complaints call `kind`. Unknown fields
+    /// are ignored.
     pub(crate) fn of_message(kind: &Arc<str>) -> Self {
         Self { is_lenient: true, ..Self::of_file(kind) }
     }
@@ -95,7 +95,7 @@ impl Check {
         Self { line: Some(line), ..Self::of_file(file) }
     }
 
-    /// Complains about `value`, which stands at `path`.
+    /// Complains about `value` at `path`.
     pub(crate) fn complain(&mut self, path: &Path<'_>, value: &Value<'_>, rule: impl Into<String>) {
         let path = path.to_string();
         let at = match self.line {
@@ -115,12 +115,12 @@ impl Check {
         self.complaints.add(Complaint { place, value, rule });
     }
 
-    /// The JSON value that `text` is, if it is; it begins at `start` of its file.
+    /// Parses `text` as a JSON value; it begins at `start` of its file.
     pub(crate) fn json<'a>(&mut self, start: Position, text: &'a [u8]) -> Option<Value<'a>> {
         self.json_by(start, text, json::parse)
     }
 
-    /// [`Check::json`], read by `parse`.
+    /// [`Check::json`] with `parse` as the parser.
     pub(crate) fn json_by<'a>(
         &mut self,
         start: Position,
@@ -144,8 +144,8 @@ impl Check {
         None
     }
 
-    /// The values of the fields that are `known`, in that order; complains about those given twice
-    /// and, unless this is a message, about others.
+    /// The values of the `known` fields, in that order. It complains about fields given twice and,
+    /// except in a message, about unknown ones.
     pub(crate) fn fields<'v, 'a, const N: usize>(
         &mut self,
         path: &Path<'_>,
@@ -170,7 +170,7 @@ impl Check {
         Some(found)
     }
 
-    /// `field`, which `value` must have under `name`.
+    /// `field`, which must be in `value` under `name`.
     pub(crate) fn required<T>(
         &mut self,
         path: &Path<'_>,
@@ -184,7 +184,7 @@ impl Check {
         field
     }
 
-    /// The text that `value` is.
+    /// `value` as text.
     pub(crate) fn string<'v>(&mut self, path: &Path<'_>, value: &'v Value<'_>) -> Option<&'v str> {
         if let Kind::String(string) = &value.kind {
             return Some(string);
@@ -193,7 +193,7 @@ impl Check {
         None
     }
 
-    /// The name that `parse` finds in `value`; `rule` is its characters and how many.
+    /// `value` as a name that `parse` accepts; `rule` describes its characters and length.
     pub(crate) fn name<T, E>(
         &mut self,
         path: &Path<'_>,
@@ -222,7 +222,7 @@ impl Check {
         None
     }
 
-    /// `true` or `false`.
+    /// `value` as `true` or `false`.
     pub(crate) fn boolean(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<bool> {
         if let Kind::Bool(boolean) = value.kind {
             return Some(boolean);
@@ -231,7 +231,7 @@ impl Check {
         None
     }
 
-    /// The whole number that `value` is, if it lies in `range`.
+    /// `value` as a whole number, if it lies in `range`.
     pub(crate) fn whole_number(
         &mut self,
         path: &Path<'_>,
@@ -250,7 +250,7 @@ impl Check {
     }
 
     #[cfg(feature = "cli")]
-    /// The number that `value` is, if it lies between 0 and `max`; `rule` says so.
+    /// `value` as a number, if it lies between 0 and `max`; `rule` says so.
     pub(crate) fn number(
         &mut self,
         path: &Path<'_>,
@@ -265,7 +265,7 @@ impl Check {
         found
     }
 
-    /// Complains about every field within `value` that stands twice in its object.
+    /// Complains about every field within `value` that is given twice in its object.
     pub(crate) fn refuse_doubles(&mut self, path: &Path<'_>, value: &Value<'_>) {
         match &value.kind {
             Kind::Array(elements) => {
@@ -291,7 +291,7 @@ impl Check {
 
 pub(crate) const TWICE: &str = "must be given once in its object";
 
-/// The number that `value` is, if it is one.
+/// `value` as a number, if it is one.
 pub(crate) fn number(value: &Value<'_>) -> Option<f64> {
     match value.kind {
         Kind::Number => value.text.parse().ok(),

@@ -1,22 +1,22 @@
-//! A reader of JSON that keeps what a checker has to know.
+//! A JSON parser that keeps what a checker needs to know.
 //!
-//! `serde_json` reads an object with a field given twice as if the first weren't there, turns the
-//! number 12345678901234567890123 into 1.2345678901234568e22, and can't say where in the text a
-//! value stood. Here every value keeps its text, every field is kept, and numbers are never converted. What
-//! counts as JSON is the same; only the nesting is limited more tightly.
+//! `serde_json` ignores the first of two fields with the same name, turns the number
+//! 12345678901234567890123 into 1.2345678901234568e22, and can't tell where in the text a value
+//! was. Here every value keeps its text, every field is kept, and numbers are never converted. The
+//! same texts count as JSON; only the nesting is limited more tightly.
 
 pub(crate) mod check;
 
 use std::borrow::Cow;
 
-/// Deeper nesting is refused: `serde_json` reads 127 levels, and what is read here is wrapped in
-/// others before it reaches the service that reads it with that.
+/// Deeper nesting is refused. `serde_json` reads 127 levels, and a value that is read here is
+/// wrapped in others before a service reads it with `serde_json`.
 pub(crate) const DEPTH_MAX: usize = 100;
 
-/// How deep [`parse_wrapped`] reads: what [`DEPTH_MAX`] allows, and what messages wrap it in.
+/// How deep [`parse_wrapped`] reads: [`DEPTH_MAX`], and the levels that messages add.
 const WRAPPED_DEPTH_MAX: usize = DEPTH_MAX + 8;
 
-/// A JSON value, and the text it was read from.
+/// A JSON value with the text it was parsed from.
 #[derive(Debug)]
 pub(crate) struct Value<'a> {
     pub(crate) text: &'a str,
@@ -27,29 +27,29 @@ pub(crate) struct Value<'a> {
 pub(crate) enum Kind<'a> {
     Null,
     Bool(bool),
-    /// A number, as its text says.
+    /// A number, as it is written.
     Number,
     String(Cow<'a, str>),
     Array(Vec<Value<'a>>),
-    /// The fields in the order of their names (by code point), some perhaps twice.
+    /// The fields in the order of their names (by code point), possibly with duplicates.
     Object(Vec<(Cow<'a, str>, Value<'a>)>),
 }
 
 /// Why a text is not JSON.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct SyntaxError {
-    /// How many bytes before the offending character.
+    /// How many bytes precede the offending character.
     pub(crate) at: usize,
     /// What is wrong.
     pub(crate) message: String,
 }
 
-/// Reads `text`, which is a whole `what` (for the messages: `file`, `line` or `body`).
+/// Parses `text`, which is a whole `what` (for error messages: `file`, `line` or `body`).
 pub(crate) fn parse<'a>(text: &'a str, what: &'static str) -> Result<Value<'a>, SyntaxError> {
     parse_nested(text, what, DEPTH_MAX)
 }
 
-/// Reads `text`, which holds what [`parse`] has read before, wrapped in a message of our own.
+/// Parses `text`, in which a value that [`parse`] has accepted is wrapped in one of our messages.
 pub(crate) fn parse_wrapped<'a>(
     text: &'a str,
     what: &'static str,
@@ -74,7 +74,7 @@ fn parse_nested<'a>(
 
 struct Reader<'a> {
     text: &'a str,
-    /// How many bytes are read: always at the boundary of a character.
+    /// How many bytes are read: always at a character boundary.
     at: usize,
     depth: usize,
     depth_max: usize,
@@ -86,7 +86,7 @@ impl<'a> Reader<'a> {
         self.text.as_bytes().get(self.at).copied()
     }
 
-    /// The text from byte `start` up to here.
+    /// The text from byte `start` to the current position.
     fn since(&self, start: usize) -> &'a str {
         self.text.get(start..self.at).unwrap_or_default()
     }
@@ -183,7 +183,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Reads the bracket that opens, and the one that closes if nothing is between.
+    /// Reads the opening bracket, and the closing one if nothing is between them.
     fn opens_and_closes(&mut self, close: u8) -> bool {
         self.at += 1;
         self.skip_whitespace();
@@ -192,7 +192,7 @@ impl<'a> Reader<'a> {
         closes
     }
 
-    /// Reads what stands after an element: whether another one follows.
+    /// Reads the character after an element; returns whether another element follows.
     fn goes_on(&mut self, close: u8, expected: &str) -> Result<bool, SyntaxError> {
         self.skip_whitespace();
         let goes_on = match self.peek() {
@@ -283,12 +283,12 @@ impl<'a> Reader<'a> {
 }
 
 impl Value<'_> {
-    /// Appends the value in its canonical form: the fields in order, without whitespace, and with
-    /// no more escapes than needed.
+    /// Appends the value in its canonical form: with sorted fields, without whitespace, and with no
+    /// more escapes than needed.
     pub(crate) fn write(&self, out: &mut String) {
         match &self.kind {
             Kind::Null | Kind::Bool(_) | Kind::Number => out.push_str(self.text),
-            // Read from a text without escapes, so it needs none.
+            // It was read from a text without escapes, so it needs none.
             Kind::String(Cow::Borrowed(_)) => out.push_str(self.text),
             Kind::String(Cow::Owned(string)) => out.push_str(&quoted(string)),
             Kind::Array(elements) => {
@@ -315,7 +315,7 @@ impl Value<'_> {
     }
 }
 
-/// `string` as JSON.
+/// `string` as a JSON string.
 pub(crate) fn quoted(string: &str) -> String {
     serde_json::Value::from(string).to_string()
 }
@@ -418,7 +418,7 @@ mod tests {
         })
     }
 
-    /// Bytes that make texts which are nearly JSON.
+    /// Bytes that form almost valid JSON.
     fn near_json() -> impl Strategy<Value = String> {
         let token = prop::sample::select(vec![
             "{",
