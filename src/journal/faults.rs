@@ -1,12 +1,12 @@
-//! Where a process may be killed on purpose, to show that nothing is lost by it.
+//! Fault points: where tests abort the process, to show that a crash there loses nothing.
 //!
-//! The code that keeps a journal file, and what acts on it, has *fault points*: before and after
-//! each thing that a crash could tear apart. They are counted as they are passed, and with the
+//! The code that writes a journal file, and the code that acts on it, have *fault points*: before
+//! and after each step that a crash could tear apart. They are counted as they are passed. With the
 //! environment variable `DTC_FAULT_POINT=n` the `dtc` command aborts at the `n`th, as by `kill -9`:
 //! nothing is flushed, and nothing is dropped. A run that ends by itself has passed fewer.
 //!
-//! It is for the tests of the command. In any other program that keeps a journal, and unless that
-//! variable is set, it is off, and each point costs a load.
+//! They are for the tests of the command. In any other program with a journal, and without that
+//! variable, they are off, and each costs one load.
 
 use std::sync::{
     OnceLock,
@@ -16,7 +16,7 @@ use std::sync::{
 static PASSED: AtomicU64 = AtomicU64::new(0);
 static FATAL: OnceLock<u64> = OnceLock::new();
 
-/// From now on the process is to end where the environment says.
+/// Enables the fault point that the environment names.
 #[cfg(feature = "cli")]
 pub(crate) fn arm() {
     let fatal = std::env::var("DTC_FAULT_POINT").ok().and_then(|point| point.parse().ok());
@@ -25,7 +25,7 @@ pub(crate) fn arm() {
     }
 }
 
-/// Whether this is the fault point at which the process is to end.
+/// Whether this is the fault point at which the process must abort.
 pub(crate) fn is_fatal() -> bool {
     FATAL.get().is_some_and(|fatal| PASSED.fetch_add(1, Ordering::Relaxed) + 1 == *fatal)
 }

@@ -7,25 +7,24 @@ use std::{
 
 use crate::protocol::{ids::TransactionKey, message::Decision};
 
-/// How many records are kept although nothing in flight needs them: they answer a request that
-/// comes twice.
+/// How many records are kept although nothing in flight needs them: they answer a repeated request.
 const RECENT_MAX: usize = 1024;
 
-/// An append-only log of decisions for as long as the process lives.
+/// An append-only log of decisions that lives as long as the process.
 ///
-/// It forgets, since nobody else reads it: of a transaction whose request has been acked only the
-/// most recent records remain, of every other one all do. So whoever asks for a transaction that is
-/// not acked finds its first record, however long ago that was made.
+/// It forgets records, since nobody else reads it. Of transactions whose request has been acked,
+/// only the most recent records are kept; of all others, all are. So the first record of a
+/// transaction that is not acked can always be found, however old it is.
 #[derive(Debug, Default)]
 pub struct MemoryJournal {
     next: u64,
     recent: VecDeque<(u64, Arc<Decision>)>,
-    /// What is no longer recent and still in flight.
+    /// Records that are no longer recent, of transactions in flight.
     kept: BTreeMap<TransactionKey, Vec<(u64, Arc<Decision>)>>,
 }
 
 impl MemoryJournal {
-    /// Appends a record. `is_in_flight` tells whose records must be kept.
+    /// Appends a record. `is_in_flight` returns whether a transaction's records must be kept.
     pub fn append(
         &mut self,
         decision: Arc<Decision>,
@@ -42,14 +41,14 @@ impl MemoryJournal {
         }
     }
 
-    /// The transaction's request has been acked: its records may go.
+    /// The transaction's request has been acked: its records may be dropped.
     pub fn release(&mut self, key: &TransactionKey) {
         if !self.kept.is_empty() {
             self.kept.remove(key);
         }
     }
 
-    /// Everything that is kept, in the order in which it was appended.
+    /// All records that are kept, in the order in which they were appended.
     pub fn replay(&self) -> Vec<Arc<Decision>> {
         let kept = self.kept.values().flatten();
         let mut records: Vec<_> = kept.chain(&self.recent).cloned().collect();

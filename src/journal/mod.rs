@@ -1,10 +1,10 @@
 //! The journal of one process: an append-only log of decisions.
 //!
-//! * [`memory`]: for as long as the process lives.
-//! * [`file`](mod@file): so that the process can be started again as if nothing had happened.
+//! * [`memory`]: lives as long as the process.
+//! * [`file`](mod@file): lets the process be restarted without losing anything.
 //!
-//! The journal that workers share is a stream of RabbitMQ, which the worker reads and writes. What
-//! all of them say is the same, and `protocol::journal` is what a coordinator has seen of it.
+//! The journal that workers share is a stream of RabbitMQ, which the worker reads and writes. All
+//! of them hold the same records, and `protocol::journal` is the part that a coordinator has seen.
 
 pub(crate) mod faults;
 pub mod file;

@@ -1,10 +1,10 @@
-//! How the calls of a simulated service end, and when.
+//! How, and after how long, the calls of a simulated service end.
 //!
-//! Whether a call succeeds depends on the seed, the service, the transaction and how often it was
-//! called for it, and on nothing else: a run repeats itself however its calls fall.
+//! Whether a call succeeds depends only on the seed, the service, the transaction and the number of
+//! earlier calls for it: a run gives the same results in whatever order its calls happen.
 //!
-//! Calls are counted by each instance for itself, so what depends on how often something was called
-//! (`fail_first`, and the rates) starts again where another instance takes over.
+//! Each instance counts its own calls, so what depends on that number (`fail_first`, and the rates)
+//! starts again when another instance takes over.
 
 use std::{
     collections::BTreeMap,
@@ -18,10 +18,11 @@ use crate::{
     protocol::ids::{ServiceName, TransactionId, fnv1a},
 };
 
-/// Of how many transactions the calls are counted. More are over, or finished by other instances.
+/// For how many transactions calls are counted. Older ones are finished, or other instances finish
+/// them.
 const COUNTED_MAX: usize = 65_536;
 
-/// How a service behaves, as services.json describes it.
+/// The behaviour of a service, as services.json describes it.
 #[derive(Debug)]
 pub(super) struct Behaviours {
     name: ServiceName,
@@ -29,7 +30,7 @@ pub(super) struct Behaviours {
     commit: Behaviour,
     abort: Behaviour,
     seed: u64,
-    /// How often each call was made for each transaction that is not over.
+    /// How often each call was made for each unfinished transaction.
     attempts: Mutex<BTreeMap<TransactionId, [u32; 3]>>,
 }
 
@@ -66,12 +67,12 @@ impl Behaviours {
         [&self.prepare, &self.commit, &self.abort].iter().all(|behaviour| **behaviour == trivial)
     }
 
-    /// Whether a prepare that succeeds has nothing to commit.
+    /// Whether a successful prepare votes that there is nothing to commit.
     pub(super) fn is_read_only(&self) -> bool {
         self.prepare.read_only
     }
 
-    /// How often `call` has now been made for this transaction.
+    /// How often `call` has been made for this transaction, including this time.
     fn count(&self, id: &TransactionId, call: Call) -> u32 {
         let mut attempts = self.attempts.lock().unwrap_or_else(PoisonError::into_inner);
         if attempts.len() >= COUNTED_MAX && !attempts.contains_key(id) {
@@ -82,12 +83,12 @@ impl Behaviours {
         *attempt
     }
 
-    /// The transaction is over here.
+    /// Forgets a transaction that is finished here.
     pub(super) fn forget(&self, id: &TransactionId) {
         self.attempts.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
     }
 
-    /// Takes as long as `call` is to take for this transaction, and ends as it is to end.
+    /// Waits as long as `call` should take for this transaction, and returns how it ends.
     pub(super) async fn behave(&self, id: &TransactionId, call: Call) -> Ending {
         let behaviour = match call {
             Call::Prepare => &self.prepare,
@@ -103,7 +104,7 @@ impl Behaviours {
         }
         match ending {
             Ending::Hang => std::future::pending().await,
-            // Without the panic hook: this one is no surprise.
+            // Without the panic hook: this panic is intended.
             Ending::Panic => resume_unwind(Box::new("simulated")),
             Ending::Success | Ending::Refusal | Ending::Error => ending,
         }
@@ -130,7 +131,7 @@ fn ending(behaviour: &Behaviour, id: &TransactionId, attempt: u32, draw: f64) ->
     Ending::Success
 }
 
-/// Numbers that look random and are the same for the same call.
+/// Pseudo-random numbers that are the same for the same call.
 struct Dice(u64);
 
 impl Dice {
@@ -138,7 +139,7 @@ impl Dice {
         let numbers = [seed, call as u64, u64::from(attempt)];
         let bytes = numbers.iter().flat_map(|number| number.to_le_bytes());
         let names = service.as_str().bytes().chain([0]).chain(id.as_str().bytes());
-        // FNV-1a gathers, SplitMix64 (below) scatters.
+        // FNV-1a combines, SplitMix64 (below) mixes.
         Self(fnv1a(bytes.chain(names)))
     }
 
@@ -150,7 +151,7 @@ impl Dice {
         mixed ^ (mixed >> 31)
     }
 
-    /// A number from 0 up to, and without, 1.
+    /// A number from 0 (included) to 1 (excluded).
     fn unit(&mut self) -> f64 {
         (self.next() >> 11) as f64 / (1_u64 << 53) as f64
     }

@@ -1,8 +1,8 @@
-//! Services that do nothing but behave as services.json says: for trying things out.
+//! Services that only behave as services.json says, for experiments and tests.
 //!
 //! * [`service`]: such a service.
-//! * `behaviour`: how its calls end, and when.
-//! * [`store`]: what it holds, in memory or in a directory that its instances share.
+//! * `behaviour`: how, and after how long, its calls end.
+//! * [`store`]: its state, in memory or in a directory that its instances share.
 
 mod behaviour;
 pub mod service;

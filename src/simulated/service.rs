@@ -1,4 +1,4 @@
-//! A service that does nothing but behave as it is told, and holds what it prepares.
+//! A service that behaves as services.json says, and keeps what it prepares.
 
 use crate::{
     input::services::ServiceSpec,
@@ -17,7 +17,7 @@ use crate::{
 #[derive(Debug)]
 pub struct Simulated {
     behaviours: Behaviours,
-    /// What it holds. Without it, it holds nothing that could be asked for.
+    /// Its state. Without it, it has nothing that it could report as in doubt.
     store: Option<SimulatedStore>,
 }
 
@@ -27,14 +27,14 @@ impl Simulated {
         Self { behaviours: Behaviours::new(spec, seed), store: None }
     }
 
-    /// The same, holding what it prepares in `store`.
+    /// The same, with `store` as its state.
     #[must_use]
     pub fn with_store(mut self, store: SimulatedStore) -> Self {
         self.store = Some(store);
         self
     }
 
-    /// What the code of a prepare does, and what it is to be counted as.
+    /// Runs the code of a prepare; returns its verdict.
     async fn decide(&self, call: &Prepare) -> Result<Verdict, Error> {
         let (behaviours, id) = (&self.behaviours, &call.key.id);
         if behaviours.is_trivial() {

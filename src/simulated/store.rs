@@ -1,4 +1,4 @@
-//! What a simulated service holds: in memory, or in a directory that its instances share.
+//! The state of a simulated service: in memory, or in a directory that its instances share.
 //!
 //! ```text
 //! DIR/<service>/prepared/<id>@<requested_at>@<branch>   one file for each branch in doubt
@@ -10,19 +10,19 @@
 //! ```
 //!
 //! A branch is in `committed.log` or `aborted.log` exactly once, however often its instances are
-//! killed in between: whoever finishes it locks its file, notes there what it is about to do, adds
-//! the line, and removes the file; whoever finds a note looks first whether the line is there.
-//! In `calls.log` each call of the service's code has a line before it starts and one after it has
-//! ended, by whatever way but a kill. Lines are added by one write each, so they stand in the order
-//! in which things happened, whichever process they happened in. `<ending>` is `prepared`,
-//! `read_only`, `refused`, `failed`, `done`, or `dropped` for what took too long or panicked.
+//! killed in between: an instance that finishes it locks its file, writes into it what it is about
+//! to do, adds the line to the log, and removes the file. If it finds such a note, it first looks
+//! whether the log has the line. In `calls.log` each call of the service's code has a line before
+//! it starts and one after it has ended, unless it was killed. Each line is added by one write, so
+//! lines are in the order of events across all processes. `<ending>` is `prepared`, `read_only`,
+//! `refused`, `failed`, `done`, or `dropped` for a call that timed out or panicked.
 //! `<requested_at>` is in seconds.
 //!
-//! `committed.log` is also how the store can tell what it has never committed: whoever empties it makes
-//! commits that are told once more fail.
+//! The store also uses `committed.log` to tell what it has never committed: after somebody empties
+//! it, repeated commits fail.
 //!
 //! **What this survives:** the end of its processes, `kill -9` included. Nothing is synced to the
-//! disk, so it doesn't survive the machine: it is for trying things out.
+//! disk, so it doesn't survive a power cut: it is for experiments.
 
 use std::{
     collections::BTreeMap,
@@ -49,16 +49,16 @@ use crate::{
     unique,
 };
 
-/// The pause before looking again at a branch that another instance is at.
+/// The pause before trying again a branch that another instance has locked.
 const LOCKED_PAUSE: Duration = Duration::from_millis(1);
 
-/// How often a store's id is looked for that is not written to its end.
+/// How often to try to read a store's id that is not yet written completely.
 const ID_LOOKS_MAX: usize = 1000;
 
-/// How many bytes of a log are looked through at a time.
+/// How much of a log is searched at a time, in bytes.
 const LOOK_BACK: u64 = 64 * 1024;
 
-/// What a simulated service holds.
+/// The state of a simulated service.
 #[derive(Debug)]
 pub struct SimulatedStore(Kept);
 
@@ -68,22 +68,22 @@ enum Kept {
     Files(Box<Files>),
 }
 
-/// The directory that is to keep a store can't be used.
+/// The directory of a store can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// It, or something in it, can't be made.
+    /// It, or a directory in it, can't be created.
     #[error("failed to create directory `{path}`")]
     Directory {
-        /// What.
+        /// The path.
         path: PathBuf,
         /// Why.
         #[source]
         source: io::Error,
     },
-    /// Its id can't be read or made.
+    /// The store's id can't be read or created.
     #[error("failed to read, or make, the store's id in `{path}`")]
     Id {
-        /// Where it is kept.
+        /// Its path.
         path: PathBuf,
         /// Why.
         #[source]
@@ -92,7 +92,7 @@ pub enum StoreError {
     /// A log in it can't be written.
     #[error("failed to open `{path}` for appending")]
     Log {
-        /// Which.
+        /// Its path.
         path: PathBuf,
         /// Why.
         #[source]
@@ -101,16 +101,16 @@ pub enum StoreError {
 }
 
 impl SimulatedStore {
-    /// A store that ends with the process.
+    /// A store that lives as long as the process.
     pub fn in_memory() -> Self {
         Self(Kept::Memory(Mutex::new(BTreeMap::new())))
     }
 
-    /// The store of `service` in `directory`, for this instance of it.
+    /// The store of `service` in `directory`, for this instance.
     ///
     /// # Errors
     ///
-    /// There is no such directory, and none can be made; or nothing can be written there.
+    /// The directory doesn't exist and can't be created, or can't be written to.
     pub fn open(
         directory: &Path,
         service: &ServiceName,
@@ -120,7 +120,7 @@ impl SimulatedStore {
             .map(|files| Self(Kept::Files(Box::new(files))))
     }
 
-    /// Stores what is prepared.
+    /// Stores a prepared branch.
     pub(super) fn prepare(&self, call: &Prepare) -> io::Result<()> {
         let held = InDoubt {
             key: call.key.clone(),
@@ -137,7 +137,7 @@ impl SimulatedStore {
         }
     }
 
-    /// What names it, if it is one that others may share.
+    /// The id of the store, if other instances can share it.
     pub(super) fn id(&self) -> Option<&StoreId> {
         match &self.0 {
             Kept::Memory(_) => None,
@@ -145,12 +145,12 @@ impl SimulatedStore {
         }
     }
 
-    /// Whether it can tell what it has committed.
+    /// Whether it knows what it has committed.
     pub(super) fn remembers_commits(&self) -> bool {
         matches!(self.0, Kept::Files(_))
     }
 
-    /// Whether the branch is committed, as far as that can be told.
+    /// Whether the branch is committed, as far as the store knows.
     pub(super) fn has_committed(&self, call: &Finish) -> io::Result<bool> {
         match &self.0 {
             Kept::Memory(_) => Ok(true),
@@ -158,8 +158,8 @@ impl SimulatedStore {
         }
     }
 
-    /// Makes a branch last, or undoes it; one that isn't held has been finished already. The files
-    /// can tell, and one that is to be committed and never was in this directory is an error.
+    /// Commits or aborts a branch; one that isn't held has been finished already. A store in files
+    /// knows: a commit of a branch that this directory has never held is an error.
     pub(super) async fn finish(&self, call: &Finish, outcome: Outcome) -> io::Result<()> {
         match &self.0 {
             Kept::Memory(memory) => {
@@ -181,7 +181,7 @@ impl SimulatedStore {
         }
     }
 
-    /// What is held; of one transaction, if `of` names it.
+    /// The branches that are held; with `of`, only those of one transaction.
     pub(super) fn in_doubt(&self, of: Option<&TransactionKey>) -> io::Result<Vec<InDoubt>> {
         match &self.0 {
             Kept::Memory(memory) => {
@@ -195,7 +195,7 @@ impl SimulatedStore {
         }
     }
 
-    /// Notes that a call starts; that it has ended is noted when what this returns is dropped.
+    /// Logs that a call starts; dropping the returned value logs that it has ended.
     pub(super) fn called(
         &self,
         call: &'static str,
@@ -215,7 +215,7 @@ impl SimulatedStore {
     }
 }
 
-/// A call under way.
+/// A call in progress.
 #[derive(Debug)]
 pub(super) struct Called<'a> {
     files: Option<&'a Files>,
@@ -242,13 +242,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// `<id><between><requested_at>`. What separates the parts of a file's name is in no id.
+/// `<id><between><requested_at>`. The separators in a file's name occur in no id.
 fn name_of(key: &TransactionKey, between: char) -> String {
     format!("{}{between}{}", key.id, key.requested_at.as_millis() / 1000)
 }
 
-/// What is being written for longer belongs to an instance that was killed at it. If it was but
-/// stopped, its prepare fails.
+/// A file that is being written for longer belongs to an instance that was killed. If the instance
+/// was only suspended, its prepare fails.
 const WRITING_MAX: Duration = Duration::from_secs(60);
 
 #[derive(Debug)]
@@ -264,16 +264,16 @@ struct Files {
     stray_is_told: AtomicBool,
 }
 
-/// A file to which lines are added.
+/// A file to which lines are appended.
 #[derive(Debug)]
 struct Log {
     path: PathBuf,
     file: File,
 }
 
-/// An error that names the file it is about.
+/// Adds the path of the file to an error.
 trait Named<T> {
-    /// It was to `act` on `path`.
+    /// The failed operation was to `act` on `path`.
     fn named(self, act: &str, path: &Path) -> io::Result<T>;
 }
 
@@ -326,7 +326,7 @@ impl Files {
         fs::rename(&unfinished, &path).named("make", &path)
     }
 
-    /// Whether it is done; if not, another instance is at it.
+    /// Returns whether it is done; if not, another instance is finishing it.
     fn finish(&self, call: &Finish, outcome: Outcome) -> io::Result<bool> {
         let path = self.path_of(&call.key, &call.branch);
         let mut file = match OpenOptions::new().read(true).append(true).open(&path) {
@@ -357,7 +357,7 @@ impl Files {
         let mut text = String::new();
         file.read_to_string(&mut text).named("read", &path)?;
         let line = start_of_line(call);
-        // Somebody was killed in the middle of this.
+        // An instance was killed in the middle of this.
         let is_noted = text.lines().any(|note| note == outcome.as_str());
         if !is_noted {
             writeln_at_once(&file, outcome.as_str()).named("write to", &path)?;
@@ -394,7 +394,7 @@ impl Files {
         Ok(held)
     }
 
-    /// What nobody of us has put there holds nothing up; it is named once.
+    /// A foreign directory is ignored; it is logged once.
     fn tell_stray(&self, path: &Path) {
         if !self.stray_is_told.swap(true, Ordering::Relaxed) {
             let path = path.display();
@@ -407,14 +407,14 @@ impl Files {
     }
 }
 
-/// The id that is kept at `path`; whoever comes first makes it.
+/// The id at `path`; the first instance creates it.
 fn store_id(path: &Path) -> io::Result<StoreId> {
     match OpenOptions::new().write(true).create_new(true).open(path) {
         Ok(file) => writeln_at_once(&file, &unique::name('s'))?,
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
         Err(error) => return Err(error),
     }
-    // Whoever comes first may not have written it yet, and never will if it was killed at it.
+    // The first instance may not have written it yet, and never will if it was killed.
     let mut text = fs::read_to_string(path)?;
     for _ in 0..ID_LOOKS_MAX {
         if text.ends_with('\n') {
@@ -427,7 +427,7 @@ fn store_id(path: &Path) -> io::Result<StoreId> {
     StoreId::parse(text.trim_end()).map_err(|_| io::Error::new(io::ErrorKind::InvalidData, bad))
 }
 
-/// Removes what nobody will finish writing.
+/// Removes files that nobody will finish writing.
 fn remove_unfinished(writing: &Path, clock: &Clock) -> io::Result<()> {
     for entry in fs::read_dir(writing)? {
         let entry = entry?;
@@ -447,7 +447,7 @@ fn remove_unfinished(writing: &Path, clock: &Clock) -> io::Result<()> {
     Ok(())
 }
 
-/// A branch in doubt. What was not written to its end was not voted for either.
+/// A branch in doubt. A file that was not written completely belongs to a branch without a vote.
 fn parse(name: &str, text: &str) -> Option<InDoubt> {
     let mut parts = name.split('@');
     let id = TransactionId::parse(parts.next()?).ok()?;
@@ -483,8 +483,8 @@ impl Log {
         writeln_at_once(&self.file, line).named("write to", &self.path)
     }
 
-    /// Whether a line begins with `start`. It is looked for from the end, since what is asked for is
-    /// nearly always among the last.
+    /// Whether a line begins with `start`. It searches from the end, since the line is nearly
+    /// always among the last.
     fn has(&self, start: &str) -> io::Result<bool> {
         self.try_has(start).named("read", &self.path)
     }
@@ -492,7 +492,7 @@ impl Log {
     fn try_has(&self, start: &str) -> io::Result<bool> {
         let mut file = File::open(&self.path)?;
         let mut from = file.metadata()?.len();
-        // What was read of the line that begins further ahead.
+        // The beginning of a line whose rest is in the chunk read before.
         let mut rest = Vec::new();
         while from > 0 {
             let length = from.min(LOOK_BACK);
@@ -512,12 +512,12 @@ impl Log {
     }
 }
 
-/// What the line of a finished branch begins with, in the log of its outcome.
+/// How the line of a finished branch begins, in the log of its outcome.
 fn start_of_line(call: &Finish) -> String {
     format!("{} {} ", name_of(&call.key, ' '), call.branch)
 }
 
-/// Ends the last line, if a kill has torn it: it may, where a line goes over the end of a page.
+/// Ends the last line if a kill has torn it, which can happen at the end of a page.
 fn end_line(mut file: &File) -> io::Result<()> {
     let mut last = [b'\n'];
     if file.metadata()?.len() > 0 {
@@ -527,7 +527,7 @@ fn end_line(mut file: &File) -> io::Result<()> {
     if last == [b'\n'] { Ok(()) } else { file.write_all(b"\n") }
 }
 
-/// Adds a line by one write: others add theirs before or after it, never into it.
+/// Appends a line by one write: other processes append theirs before or after it, never within it.
 fn writeln_at_once(mut file: &File, line: &str) -> io::Result<()> {
     file.write_all(format!("{line}\n").as_bytes())
 }
@@ -628,7 +628,7 @@ mod tests {
         let error = block_on(other.finish(&finish(&call), Outcome::Committed)).unwrap_err();
         assert!(error.to_string().contains("has never held this branch"), "{error}");
         assert!(!other.has_committed(&finish(&call)).unwrap());
-        // An abort of something never prepared is done.
+        // An abort of a branch that was never prepared is done.
         block_on(other.finish(&finish(&call), Outcome::Aborted)).unwrap();
         for _ in 0..2 {
             block_on(one.finish(&finish(&call), Outcome::Committed)).unwrap();
@@ -648,7 +648,7 @@ mod tests {
             key: prepare(&format!("t{n}"), "i1").key,
             branch: Branch::of(&InstanceId::parse("i1").unwrap(), 3),
         };
-        // Several times what is read at once, in lines of changing length.
+        // Several times the size that is read at once, in lines of various lengths.
         let lines: String =
             (0..20_000_u64).map(|n| format!("t{n} 7 i1.3 {} i1\n", n.pow(3))).collect();
         assert!(lines.len() > 5 * 64 * 1024);
@@ -712,7 +712,7 @@ mod tests {
         let (torn, next) = (prepare("t1", "i1"), prepare("t2", "i1"));
         let before = store(directory.path(), "i1");
         [&torn, &next].into_iter().for_each(|call| before.prepare(call).unwrap());
-        // Killed while it wrote the line of t1.
+        // It was killed while it wrote the line of t1.
         let held = directory.path().join("payments/prepared/t1@7@i1.3");
         fs::write(&held, format!("{}COMMITTED\n", fs::read_to_string(&held).unwrap())).unwrap();
         let log = directory.path().join("payments/committed.log");
@@ -738,7 +738,7 @@ mod tests {
         }
     }
 
-    /// No instance could see what it held: each look into the store ended with `Is a directory`.
+    /// No instance could list what it held: each attempt ended with `Is a directory`.
     #[test]
     fn a_directory_among_the_prepared_hides_nothing() {
         let directory = tempfile::tempdir().unwrap();
@@ -752,7 +752,7 @@ mod tests {
         assert_eq!(store.in_doubt(Some(&call.key)).unwrap().len(), 1);
     }
 
-    /// `No such file or directory` was all that was said of a store that had been removed.
+    /// For a store that had been removed, the only message was `No such file or directory`.
     #[test]
     fn what_fails_at_a_store_names_the_file() {
         let directory = tempfile::tempdir().unwrap();

@@ -1,12 +1,12 @@
-//! Moving the protocol's messages, at least once each.
+//! Transports: they deliver the protocol's messages, each at least once.
 //!
-//! Every transport promises the same: a request and a command for a service's durable queue is
-//! delivered until it is acked; an unacked prepare is a slot, and a service's queue gives out no
-//! more than its cap; a prepare that finds no slot within the service's `max_wait` comes back; the
-//! journal is append-only and read by all in the same order.
+//! Every transport guarantees the same: a request, and a command for a service's durable queue, is
+//! delivered until it is acked; an unacked prepare is a slot, and a service's queue delivers no
+//! more than its cap; a prepare that finds no slot within the service's `max_wait` is returned; the
+//! journal is append-only, and all read it in the same order.
 //!
-//! It does *not* promise that a message comes once, or in order, or that a command reaches an
-//! instance that is just going: the protocol needs none of that.
+//! It does *not* guarantee that a message is delivered only once, or in order, or that a command
+//! reaches an instance that is about to end: the protocol needs none of that.
 
 #[cfg(feature = "amqp")]
 pub mod amqp;

@@ -1,4 +1,4 @@
-//! The bytes of a journal file: a header, and frames one after another.
+//! The bytes of a journal file: a header, followed by frames.
 //!
 //! ```text
 //! header   16 bytes   "dtc journal v1", two line feeds
@@ -11,38 +11,38 @@
 //!          24..       the text
 //! ```
 //!
-//! Numbers are little-endian. What begins a frame is in no text (JSON escapes it), and a frame is
-//! one only in its own place.
+//! Numbers are little-endian. The bytes that begin a frame occur in no text (JSON escapes them),
+//! and a frame is valid only at its own offset.
 //!
-//! **Torn or corrupt?** Whatever can't be read may be what a crash has left of the last writes: they
-//! had not been synced, so nobody has acted on them. Or it had been safe, and was damaged since:
-//! then what is missing may have been acted upon. A frame further behind tells which: what it says
-//! was on the disk when it was written was.
+//! **Torn or corrupt?** Bytes that can't be read may be what a crash has left of the last writes:
+//! those had not been synced, so nobody has acted on them. Or they were safe, and were damaged
+//! later: then the lost entries may have been acted upon. A later frame shows which: it records how
+//! much of the file was on the disk when it was written.
 //!
-//! Nothing here opens a file: it reads from whatever gives bytes, and no bytes make it panic.
+//! Nothing here opens a file: it reads from any source of bytes, and no bytes make it panic.
 
 use std::io::{self, Read, Seek, SeekFrom};
 
-/// What a journal file begins with.
+/// The first bytes of a journal file.
 pub const HEADER: &[u8; 16] = b"dtc journal v1\n\n";
 
-/// What is before the version.
+/// The part of the header before the version.
 const NAME: &[u8] = b"dtc journal v";
 
 const MARK: [u8; 3] = [0x1e, b'd', b't'];
 
-/// How long the part of a frame before its text is.
+/// The length of a frame's part before its text.
 pub const HEAD: usize = 24;
 
-/// How much is read at a time when what is good is looked for behind what is not.
+/// How much is read at a time when looking for a good frame after a bad one.
 const CHUNK: usize = 1 << 16;
 
-/// What the beginning of a file says it is.
+/// What the beginning of a file shows.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Beginning {
-    /// A journal that this release reads.
+    /// A journal that this release can read.
     Journal,
-    /// Nothing, or the beginning of a header: whoever made it was killed meanwhile.
+    /// An empty file, or part of a header: the process that created it was killed.
     Unwritten,
     /// A journal of a later release.
     Newer(u64),
@@ -50,7 +50,7 @@ pub enum Beginning {
     Other,
 }
 
-/// What a file is that begins with `head`: its first 16 bytes, or all there are.
+/// What a file is, by `head`: its first 16 bytes, or all if there are fewer.
 pub fn beginning(head: &[u8]) -> Beginning {
     if head.starts_with(HEADER) {
         return Beginning::Journal;
@@ -70,8 +70,8 @@ pub fn beginning(head: &[u8]) -> Beginning {
     }
 }
 
-/// Appends a frame to `out`. `at`: where it will stand; `durable`: how much of the file is known to
-/// be on the disk.
+/// Appends a frame to `out`. `at`: its offset in the file; `durable`: how much of the file is known
+/// to be on the disk.
 ///
 /// # Errors
 ///
@@ -112,7 +112,7 @@ struct Head {
 }
 
 impl Head {
-    /// The head that `bytes`, which stand at `at`, are.
+    /// Parses `bytes`, at offset `at`, as a head.
     fn of(at: u64, bytes: &[u8; HEAD]) -> Option<Self> {
         let (head, sum) = bytes.split_at(HEAD - 4);
         let tag = *head.get(3)?;
@@ -136,40 +136,40 @@ fn number(bytes: &[u8]) -> Option<u64> {
 /// A frame that was read.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Frame {
-    /// Where it begins.
+    /// Its offset.
     pub at: u64,
     /// The entry's tag.
     pub tag: u8,
-    /// How much of the file was on the disk when it was written.
+    /// How much of the file was known to be on the disk when it was written.
     pub durable: u64,
     /// The entry's text.
     pub text: Vec<u8>,
 }
 
 impl Frame {
-    /// Where the next one begins.
+    /// The offset of the next one.
     pub fn end(&self) -> u64 {
         self.at + (HEAD + self.text.len()) as u64
     }
 }
 
-/// What comes next in a file.
+/// What follows in a file.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Next {
     /// A frame.
     Frame(Frame),
-    /// Nothing.
+    /// The end of the file.
     End,
-    /// What can't be read from here on was not safe yet when the writing ended.
+    /// The rest can't be read, and was not safe when writing ended.
     Torn,
-    /// What can't be read here was safe: the frame at `witness` says so.
+    /// The bytes here can't be read, and were safe: the frame at `witness` shows it.
     Corrupt {
-        /// Where that frame stands.
+        /// The offset of that frame.
         witness: u64,
     },
 }
 
-/// Reads frames from `reader`, whose position is `at`.
+/// Reads frames from `reader`, which is at offset `at`.
 #[derive(Debug)]
 pub struct Frames<R> {
     reader: R,
@@ -177,26 +177,26 @@ pub struct Frames<R> {
 }
 
 impl<R: Read + Seek> Frames<R> {
-    /// From the first frame on.
+    /// Starts at the first frame.
     ///
     /// # Errors
     ///
-    /// `reader` can't go there.
+    /// `reader` can't seek to it.
     pub fn after_header(reader: R) -> io::Result<Self> {
         Self::from(reader, HEADER.len() as u64)
     }
 
-    /// From `at` on.
+    /// Starts at `at`.
     ///
     /// # Errors
     ///
-    /// `reader` can't go there.
+    /// `reader` can't seek to it.
     pub fn from(mut reader: R, at: u64) -> io::Result<Self> {
         reader.seek(SeekFrom::Start(at))?;
         Ok(Self { reader, at })
     }
 
-    /// What comes next.
+    /// Reads what follows.
     ///
     /// # Errors
     ///
@@ -220,7 +220,7 @@ impl<R: Read + Seek> Frames<R> {
         Ok(witness.map_or(Next::Torn, |witness| Next::Corrupt { witness }))
     }
 
-    /// A frame behind `bad` that says that what is there was on the disk.
+    /// Looks for a frame after `bad` that shows that the bytes there were on the disk.
     fn witness(&mut self, bad: u64) -> io::Result<Option<u64>> {
         let mut from = bad + 1;
         let mut chunk = Vec::with_capacity(CHUNK);
@@ -246,23 +246,23 @@ impl<R: Read + Seek> Frames<R> {
                     from = if is_whole { end } else { at + 1 };
                 }
                 None if is_last => return Ok(None),
-                // A head may begin near the end of what was looked at.
+                // A head may begin near the end of a chunk.
                 None => from += (CHUNK - HEAD + 1) as u64,
             }
         }
     }
 }
 
-/// The text behind `head`, if all of it is there and good.
+/// The text after `head`, if it is complete and intact.
 fn text_of(reader: &mut impl Read, head: &Head) -> io::Result<Option<Vec<u8>>> {
     let mut text = Vec::new();
-    // Only as much is taken as is there, whatever the length says.
+    // It allocates only as much as there is to read, whatever the length says.
     reader.take(head.len.into()).read_to_end(&mut text)?;
     let is_good = text.len() == head.len as usize && crc32fast::hash(&text) == head.sum;
     Ok(is_good.then_some(text))
 }
 
-/// Reads until `buffer` is full or there is no more: how much there was.
+/// Reads until `buffer` is full or the input ends; returns how many bytes were read.
 fn fill(reader: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
     let mut n_read = 0;
     while let Some(rest) = buffer.get_mut(n_read..).filter(|rest| !rest.is_empty()) {
@@ -284,7 +284,7 @@ mod tests {
 
     use super::{Beginning, Frames, HEADER, Next, beginning, write};
 
-    /// Texts written in groups: before each group all before it was on the disk.
+    /// A file of texts written in groups: before each group, all earlier ones were on the disk.
     fn file(groups: &[&[&str]]) -> Vec<u8> {
         let mut bytes = HEADER.to_vec();
         for group in groups {
@@ -297,7 +297,7 @@ mod tests {
         bytes
     }
 
-    /// The texts that are read, and how it ends.
+    /// The texts that can be read, and what follows them.
     fn read(bytes: &[u8]) -> (Vec<String>, Next) {
         let mut frames = Frames::after_header(Cursor::new(bytes)).unwrap();
         let mut texts = Vec::new();

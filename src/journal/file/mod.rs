@@ -1,31 +1,29 @@
-//! The journal in a file: what it takes for a process to be started again as if nothing had
-//! happened.
+//! The journal in a file: it lets a process be restarted without losing anything.
 //!
-//! Only one process has the file open. It writes down which requests it has begun, its decisions,
-//! and what is over; a decision counts when it is on the disk, and until then nobody acts on it.
-//! When the file is opened again it is read from its beginning: what was in flight is handed on to
-//! be finished, and what is over is answered from there.
+//! Only one process at a time has the file open. It writes the requests that it has begun, its
+//! decisions, and what is finished. A decision counts when it is on the disk, and nobody acts on it
+//! before. When the file is opened again, it is read from its beginning: transactions in flight are
+//! passed on to be finished, and finished ones are answered from the file.
 //!
-//! * [`frames`]: the bytes, and how what a crash has torn is told from what is damaged.
-//! * [`replay()`]: what they say.
-//! * [`Writer`]: writing at once, and a thread that syncs what has come together.
+//! * [`frames`]: the bytes, and how a torn tail is distinguished from damage.
+//! * [`replay()`]: the content of a file.
+//! * [`Writer`]: immediate writes, and a thread that syncs many of them at once.
 //!
-//! **Why not a library.** What is needed of one is an append, a sync that doesn't hold up whoever
-//! appends, and at the start to be told whether the end is torn or what was safe is damaged, and
-//! where. An embedded database can do more than that and says less: its log is its own affair, and
-//! it brings trees and caches that nothing here would use. The check sums are a library's.
+//! **Why not a library.** The journal needs an append, a sync that doesn't block appends and, at
+//! the start, to know whether the tail is torn or safe entries are damaged, and where. An embedded
+//! database does more than that and reports less: its log is internal, and it adds trees and caches
+//! that nothing here would use. Only the checksums come from a library.
 //!
-//! **How it is kept small.** A transaction that is over needs one entry of the three that it had,
-//! and after [`Options::retention`] none. When less than half of a file is still needed, opening it
-//! writes that half to a new one, called `….rewritten` meanwhile, and puts that in its place. Where
-//! that fails, for want of room or of rights, the old one is as good as before and is gone on with.
-//! While it is open it only grows.
+//! **How the file stays small.** A finished transaction needs one of its three entries and, after
+//! [`Options::retention`], none. If less than half of a file is still needed, opening it writes
+//! that part to a new one, with `.rewritten` at the end of its name, which then replaces the old
+//! one. If that fails, for lack of space or of permission, the old file is intact and stays in use.
+//! While it is open, a file only grows.
 //!
-//! **What is held in memory**: what is in flight, and 16 bytes for each transaction that was over
-//! when the file was opened, and for the last million of those that were over since.
+//! **What is held in memory**: the transactions in flight, and 16 bytes for each transaction that
+//! was finished when the file was opened, and for each of the last million finished since.
 //!
-//! **Invariant:** a file that is not a journal, or not all of which is what was written, is left as
-//! it is.
+//! **Invariant:** a file that is not a journal, or that is damaged, is left as it is.
 
 pub mod frames;
 mod replay;
@@ -58,28 +56,28 @@ use crate::{
     wire::message::{Begun, Entry, Finished},
 };
 
-/// A file that is smaller isn't worth being written anew.
+/// A smaller file isn't worth compacting.
 const REWRITTEN_MIN: u64 = 64 * 1024;
 
-/// More than a new file holds before that is on the disk, and less than one with a transaction in
-/// it: of what is no longer, nothing can have been acted upon.
+/// More bytes than a new file has before they are on the disk, and fewer than a file with a
+/// transaction in it: if a file is no longer than this, nobody has acted on what it held.
 const BEGINNING_MAX: u64 = 160;
 
-/// How many of the transactions that are over since the file was opened are known by their places:
-/// what a service has stored for one of them too late is asked about within a minute or so.
+/// For how many of the transactions finished since the file was opened the offsets are kept: a
+/// service that has stored something for one of them too late asks within a minute or so.
 const SINCE_MAX: usize = 1 << 20;
 
 /// How much is copied at a time.
 const CHUNK: usize = 1 << 20;
 
-/// How often a file is opened again that another process is just putting in place.
+/// How often to open a file again while another process is replacing it.
 const TRIES: usize = 100;
 
-/// A journal can't be kept in a file.
+/// The journal can't be kept in this file.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum JournalError {
-    /// There is no such file, and none can be made; or it may not be written.
+    /// It doesn't exist and can't be created, or it can't be opened for writing.
     #[error("failed to open the journal `{}`", path.display())]
     Open {
         /// The file.
@@ -91,16 +89,16 @@ pub enum JournalError {
     /// It is a directory, or a device.
     #[error("the journal `{}` is no file", path.display())]
     NoFile {
-        /// What is there.
+        /// The path.
         path: PathBuf,
     },
-    /// One process at a time.
+    /// Another process has it open.
     #[error("the journal `{}` is in use: another process has it open", path.display())]
     InUse {
         /// The file.
         path: PathBuf,
     },
-    /// It was written by something else. It is left as it is.
+    /// It was written by another program. It is left as it is.
     #[error("`{}` is not a dtc journal", path.display())]
     NoJournal {
         /// The file.
@@ -114,14 +112,14 @@ pub enum JournalError {
         /// Its version.
         version: u64,
     },
-    /// Not all of it is what was written. It is left as it is: what is missing may have been acted
-    /// upon, and nobody may guess what it said. Take it back from a copy that is as new, or see to
-    /// what the services hold in doubt.
+    /// It is damaged. It is left as it is: the lost entries may have been acted upon, and nobody
+    /// may guess what they were. Restore it from a copy that is as recent, or resolve by hand what
+    /// the services hold in doubt.
     #[error("the journal `{}` is corrupt", path.display())]
     Corrupt {
         /// The file.
         path: PathBuf,
-        /// Where, and in which way.
+        /// Where, and how.
         #[source]
         source: ReplayError,
     },
@@ -134,8 +132,8 @@ pub enum JournalError {
         #[source]
         source: io::Error,
     },
-    /// It can't be written: the disk is full, for example. Nothing that was not safe before was
-    /// acted upon; once there is room, starting again goes on from there.
+    /// It can't be written: the disk is full, for example. Nobody acted on anything that was not
+    /// safe before; once there is space, a restart continues from there.
     #[error("failed to write the journal `{}`", path.display())]
     Write {
         /// The file.
@@ -144,8 +142,8 @@ pub enum JournalError {
         #[source]
         source: io::Error,
     },
-    /// What was written may not be on the disk. That is not tried again, since a second try may
-    /// succeed though the first has lost something: starting again looks what is there.
+    /// What was written may not be on the disk. The sync is not repeated, since a second one may
+    /// succeed though the first has lost something: a restart reads what is there.
     #[error("failed to sync the journal `{}`", path.display())]
     Sync {
         /// The file.
@@ -154,7 +152,7 @@ pub enum JournalError {
         #[source]
         source: io::Error,
     },
-    /// There is no thread to sync it.
+    /// The thread that syncs it can't be started.
     #[error("failed to start a thread that syncs the journal `{}`", path.display())]
     Thread {
         /// The file.
@@ -165,44 +163,44 @@ pub enum JournalError {
     },
 }
 
-/// How a journal is opened.
+/// How to open a journal.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
-    /// What the clock says.
+    /// The current time.
     pub now: Time,
-    /// How long it is known how a transaction has ended.
+    /// How long the outcome of a transaction is kept.
     pub retention: Duration,
 }
 
-/// A journal that was opened, and what it says.
+/// An opened journal, and its content.
 #[derive(Debug)]
 pub struct Opened {
-    /// Which opening of it this is.
+    /// The number of this opening.
     pub own: Incarnation,
-    /// What this process calls itself as a worker.
+    /// The name of this process as a worker.
     pub worker: WorkerId,
-    /// What it calls itself as an instance of each of its services.
+    /// Its name as an instance of each of its services.
     pub instance: InstanceId,
-    /// What is not over.
+    /// The transactions that are not finished.
     pub unfinished: Vec<Unfinished>,
-    /// What is.
+    /// Those that are.
     pub endings: Endings,
-    /// The latest moment that it names: the clock must not show an earlier one.
+    /// The latest time in it: the clock must not show an earlier one.
     pub latest: Time,
-    /// How many bytes were cut off its end: what a crash has torn.
+    /// How many bytes of a torn tail were cut off.
     pub n_torn: u64,
-    /// Where it goes on.
+    /// Where writing continues.
     pub tail: Tail,
 }
 
-/// How the transactions have ended that were over when the journal was opened, and the last of those
-/// that were since.
+/// The outcomes of the transactions that were finished when the journal was opened, and of the last
+/// ones finished since.
 #[derive(Debug)]
 pub struct Endings {
     path: PathBuf,
     file: File,
     places: Vec<Ending>,
-    /// Those since, in the order of their places.
+    /// Those finished since, in the order of their offsets.
     since: VecDeque<Ending>,
 }
 
@@ -211,7 +209,7 @@ impl Endings {
         Self { path: path.to_owned(), file, places, since: VecDeque::new() }
     }
 
-    /// How the last transaction called `id` has ended, if that is known.
+    /// The outcome of the last transaction with the id `id`, if it is known.
     ///
     /// # Errors
     ///
@@ -229,7 +227,7 @@ impl Endings {
         Ok(None)
     }
 
-    /// Notes that it will be said at `at` how the transaction called `id` has ended.
+    /// Notes that the outcome of the transaction `id` will be written at `at`.
     pub fn note(&mut self, id: &TransactionId, at: u64) {
         if self.since.len() >= SINCE_MAX {
             self.since.pop_front();
@@ -237,8 +235,8 @@ impl Endings {
         self.since.push_back((digest(id), at));
     }
 
-    /// How a transaction has ended that was over since the journal was opened, if that is known and
-    /// stands before `end`.
+    /// The outcome of a transaction that was finished since the journal was opened, if it is known
+    /// and its offset is below `end`.
     ///
     /// # Errors
     ///
@@ -280,11 +278,11 @@ impl Endings {
     }
 }
 
-/// Opens the journal at `path`, or makes one. Whatever it says is on the disk when this returns.
+/// Opens the journal at `path`, or creates it. Its content is on the disk when this returns.
 ///
 /// # Errors
 ///
-/// It can't be opened, isn't ours alone, or isn't what was written.
+/// It can't be opened, another process has it open, or it is damaged.
 pub fn open(path: &Path, options: &Options) -> Result<Opened, JournalError> {
     let (path, file) = lock(path)?;
     let mut old = Old { path, file };
@@ -321,7 +319,7 @@ pub fn open(path: &Path, options: &Options) -> Result<Opened, JournalError> {
     })
 }
 
-/// The file at `path`, by its own name, made if need be, and locked.
+/// Opens and locks the file at `path`, created if necessary; returns it with its canonical path.
 fn lock(path: &Path) -> Result<(PathBuf, File), JournalError> {
     let opening = |source| JournalError::Open { path: path.to_owned(), source };
     for _ in 0..TRIES {
@@ -343,7 +341,7 @@ fn lock(path: &Path) -> Result<(PathBuf, File), JournalError> {
             }
             Err(TryLockError::Error(error)) => return Err(opening(error)),
         }
-        // Whoever had it until now may have put another file in its place.
+        // The process that had it open may have replaced the file.
         if is_at(&file, path) {
             let path = fs::canonicalize(path).map_err(opening)?;
             return Ok((path, file));
@@ -359,13 +357,13 @@ fn is_at(file: &File, path: &Path) -> bool {
     file.metadata().is_ok_and(|own| fs::metadata(path).is_ok_and(|there| same(&own, &there)))
 }
 
-/// Elsewhere a file that is open can't be replaced.
+/// On other systems an open file can't be replaced.
 #[cfg(not(unix))]
 fn is_at(_file: &File, _path: &Path) -> bool {
     true
 }
 
-/// Makes the names in the directory of `path` last.
+/// Makes the names in the directory of `path` durable.
 #[cfg(unix)]
 fn sync_directory(path: &Path) -> Result<(), JournalError> {
     let directory = path.parent().filter(|it| !it.as_os_str().is_empty());
@@ -375,7 +373,7 @@ fn sync_directory(path: &Path) -> Result<(), JournalError> {
         .map_err(|source| JournalError::Sync { path: directory.to_owned(), source })
 }
 
-/// Elsewhere a directory can't be synced.
+/// On other systems a directory can't be synced.
 #[cfg(not(unix))]
 #[expect(clippy::unnecessary_wraps, reason = "on other systems it can fail")]
 fn sync_directory(_path: &Path) -> Result<(), JournalError> {
@@ -412,7 +410,7 @@ impl Old {
         self.file.metadata().map(|it| it.len()).map_err(|error| self.reading(error))
     }
 
-    /// Whether it is a journal; if not, it is to become one.
+    /// Whether it has a complete header; if not, it becomes a new journal.
     fn has_header(&self) -> Result<bool, JournalError> {
         let mut head = Vec::new();
         let mut file = &self.file;
@@ -430,8 +428,8 @@ impl Old {
         }
     }
 
-    /// Whether it has got a beginning's size and nothing of its bytes: when the power fails, the one
-    /// may be on the disk before the other.
+    /// Whether it is a new file that has its size but none of its bytes: after a power cut, the one
+    /// may be on the disk without the other.
     fn is_blank(&self) -> Result<bool, JournalError> {
         let mut bytes = Vec::new();
         let mut file = &self.file;
@@ -456,7 +454,7 @@ impl Old {
         })
     }
 
-    /// Makes it a journal of nothing.
+    /// Makes it an empty journal.
     fn begin(mut self, options: &Options) -> Result<Opened, JournalError> {
         faults::point();
         self.cut_off(0)?;
@@ -486,7 +484,7 @@ impl Old {
         })
     }
 
-    /// Ends the file at `end`.
+    /// Truncates the file at `end`.
     fn cut_off(&mut self, end: u64) -> Result<(), JournalError> {
         self.file.set_len(end).map_err(|error| self.writing(error))?;
         self.file.seek(SeekFrom::Start(end)).map_err(|error| self.writing(error))?;
@@ -512,14 +510,13 @@ impl Old {
         let seek = tail.file.seek(SeekFrom::Start(replay.end));
         seek.map_err(|source| JournalError::Write { path: tail.path.clone(), source })?;
         let tail = opened(tail, worker, options)?;
-        // Whoever made it may not have come to that.
+        // The process that created it may not have done this.
         sync_directory(&tail.path)?;
         Ok((tail, endings))
     }
 
-    /// Writes what is there from `from` to `end` once more, and syncs it: it was read, but whether
-    /// it is on the disk isn't known, and after a sync that has failed the next one may succeed
-    /// without writing anything.
+    /// Writes the bytes from `from` to `end` again, and syncs them. They were read, but may not be
+    /// on the disk, and after a failed sync the next one may succeed without writing anything.
     fn write_again(&mut self, from: u64, end: u64) -> Result<(), JournalError> {
         let mut bytes = Vec::new();
         let mut at = from;
@@ -542,8 +539,8 @@ impl Old {
         Ok(())
     }
 
-    /// Puts a new file with what is still needed in the place of this one. Until that is done this
-    /// one is as good as before: where it can't be done, it is gone on with.
+    /// Replaces this file with a new one of what is still needed. Until then this one is intact: if
+    /// it can't be replaced, it stays in use.
     fn rewrite(
         self,
         replay: &Replay,
@@ -556,7 +553,7 @@ impl Old {
         let (mut tail, places) = match self.replace_by(&new, replay, worker, options) {
             Ok(replaced) => replaced,
             Err(error) => {
-                // It may take up the very room that is missing.
+                // It may use the very space that is missing.
                 let _ = fs::remove_file(&new);
                 let is_unreadable =
                     matches!(error, JournalError::Read { .. } | JournalError::Corrupt { .. });
@@ -581,7 +578,7 @@ impl Old {
         Ok((tail, endings))
     }
 
-    /// Writes what is still needed to a file at `new`, and renames that to this one.
+    /// Writes what is still needed to a file at `new`, and renames it to this one's path.
     fn replace_by(
         &self,
         new: &Path,
@@ -599,15 +596,15 @@ impl Old {
         tail.write(&batch)?;
         let places = self.copy_endings(&replay.endings, &mut tail)?;
         tail.sync()?;
-        // After the sync: it says that what is before it is safe.
+        // After the sync: this entry states that everything before it is safe.
         let tail = opened(tail, worker, options)?;
         let renamed = fs::rename(&tail.path, &self.path);
         renamed.map_err(|source| JournalError::Write { path: tail.path.clone(), source })?;
         Ok((tail, places))
     }
 
-    /// The file that is to take the place of this one. What is there by that name was left by
-    /// somebody who didn't come to that.
+    /// Creates the file that will replace this one. A file with that name was left by a process
+    /// that did not finish.
     fn new_file(&self, path: &Path) -> Result<File, JournalError> {
         let failed = |source| JournalError::Open { path: path.to_owned(), source };
         match fs::remove_file(path) {
@@ -616,14 +613,14 @@ impl Old {
         }
         let mut how = OpenOptions::new();
         let file = how.read(true).write(true).create_new(true).open(path).map_err(failed)?;
-        // Nobody else looks for it by this name; from the renaming on it is the journal.
+        // No other process opens it by this name; after the renaming it is the journal.
         file.try_lock().map_err(|error| failed(error.into()))?;
         let rights = self.file.metadata().map_err(|error| self.reading(error))?.permissions();
         file.set_permissions(rights).map_err(failed)?;
         Ok(file)
     }
 
-    /// Copies the endings in the order of their places, and says where they are now.
+    /// Copies the endings in the order of their offsets, and returns their new offsets.
     fn copy_endings(&self, of: &[Ending], tail: &mut Tail) -> Result<Vec<Ending>, JournalError> {
         let mut order = of.to_vec();
         order.sort_unstable_by_key(|(_, at)| *at);
@@ -643,7 +640,7 @@ impl Old {
     }
 }
 
-/// Writes that this process has opened the file, and makes sure of that.
+/// Writes that this process has opened the file, and syncs it.
 fn opened(mut tail: Tail, worker: &WorkerId, options: &Options) -> Result<Tail, JournalError> {
     let mut batch = Batch::default();
     batch.push(&Entry::Opened { worker: worker.clone(), opened_at: options.now });
@@ -680,7 +677,7 @@ mod tests {
     #[test]
     fn a_new_file_that_can_not_take_the_place_of_the_old_one_is_removed() {
         let directory = tempfile::tempdir().unwrap();
-        // No file can take the place of a directory.
+        // A file can't replace a directory.
         let path = directory.path().join("journal");
         fs::create_dir(&path).unwrap();
         let old = Old { path, file: tempfile::tempfile().unwrap() };

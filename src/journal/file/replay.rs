@@ -1,6 +1,6 @@
-//! What a journal file says, read from its beginning to its end.
+//! The content of a journal file, read from its beginning to its end.
 //!
-//! It is a function of the file's bytes: what is to be done about them is the opener's business.
+//! It depends only on the file's bytes; the opener decides what to do with them.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -19,33 +19,33 @@ use crate::{
     wire::message::{Begun, Entry, EntryMalformed, Finished},
 };
 
-/// A transaction that was in flight when the writing ended, or of which a commit is parked.
+/// A transaction that was in flight when writing ended, or that has a parked commit.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Unfinished {
-    /// What was requested. If only the decision is known, what follows from that.
+    /// The request. If only the decision is known, what follows from that.
     pub request: Request,
-    /// Who has begun it first.
+    /// The worker that began it first.
     pub begun_by: WorkerId,
     /// Its outcome, if it is decided.
     pub decision: Option<Arc<Decision>>,
-    /// If all but these have committed: the services whose commit is parked.
+    /// If all services but these have committed: those whose commit is parked.
     pub parked: Vec<ServiceName>,
 }
 
-/// One opening of a journal file: what the process that did it calls itself as a worker, and as an
-/// instance of its services. So it is seen of every branch, in whose process it was made.
+/// One opening of a journal file: it names the process as a worker, and as an instance of its
+/// services. So every branch id shows which process created it.
 ///
 /// As text: `<journal>-<number>`.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Incarnation {
-    /// The name of the journal, drawn when it was made.
+    /// The name of the journal, chosen when it was created.
     pub journal: String,
-    /// The how manieth opening it is.
+    /// The number of the opening.
     pub number: u64,
 }
 
 impl Incarnation {
-    /// The incarnation whose name `text` is.
+    /// Parses `text` as an incarnation.
     pub fn parse(text: &str) -> Option<Self> {
         let (journal, number) = text.rsplit_once('-')?;
         let is_plain = number == "0" || !number.starts_with(['0', '+']);
@@ -75,29 +75,29 @@ impl Incarnation {
     }
 }
 
-/// Where in the file it stands how a transaction has ended: a digest of its id, and the place.
+/// Where the outcome of a transaction is in the file: a digest of its id, and the offset.
 ///
-/// That is all that is held of what is over: 16 bytes each.
+/// Of a finished transaction only this is kept in memory: 16 bytes.
 pub(super) type Ending = (u64, u64);
 
-/// What a file says.
+/// The content of a file.
 #[derive(Debug, Default)]
 pub struct Replay {
-    /// Who opened it last.
+    /// The last opening.
     pub last: Option<Incarnation>,
-    /// What is not over, in the order in which it was begun.
+    /// The transactions that are not finished, in the order in which they were begun.
     pub unfinished: Vec<Unfinished>,
-    /// What is over, in the order of the digests, and then of the places.
+    /// The finished ones, in the order of the digests, and then of the offsets.
     pub(super) endings: Vec<Ending>,
     /// How much of the file is still needed.
     pub needed: u64,
-    /// The latest moment that it names.
+    /// The latest time in it.
     pub latest: Time,
-    /// Where what can be read ends.
+    /// The offset after the last good frame.
     pub end: u64,
     /// How much of it was on the disk when its last frame was written.
     pub durable: u64,
-    /// Whether something follows that can't be read, and was not safe when the writing ended.
+    /// Whether unreadable bytes follow that were not safe when writing ended.
     pub is_torn: bool,
 }
 
@@ -107,20 +107,20 @@ pub enum ReplayError {
     /// It can't be read.
     #[error("can't be read")]
     Read(#[from] io::Error),
-    /// Something in it was safe once and isn't what it was.
+    /// Bytes that were safe have been damaged.
     #[error(
         "what was written at byte {at} is damaged, and the entry at byte {witness} shows that it was safe"
     )]
     Damaged {
-        /// Where.
+        /// The offset.
         at: u64,
-        /// What shows that it was on the disk.
+        /// The offset of the frame that shows that they were on the disk.
         witness: u64,
     },
-    /// An entry is as it was written, and says nothing that is understood.
+    /// An entry is intact, but can't be understood.
     #[error("the entry at byte {at} can't be understood")]
     Malformed {
-        /// Where.
+        /// The offset.
         at: u64,
         /// Why.
         #[source]
@@ -129,12 +129,12 @@ pub enum ReplayError {
     /// It was written by processes that didn't know of each other.
     #[error("the entry at byte {at} belongs into another journal, that of `{worker}`")]
     Foreign {
-        /// Where.
+        /// The offset.
         at: u64,
-        /// Whose it is.
+        /// The worker in the entry.
         worker: WorkerId,
     },
-    /// Its name leaves no room for the number of the next opening.
+    /// The journal's name leaves no room for the number of the next opening.
     #[error("its name `{journal}` is too long")]
     Nameless {
         /// Its name.
@@ -142,24 +142,24 @@ pub enum ReplayError {
     },
 }
 
-/// What is known of a transaction that is not over.
+/// What is known of a transaction that is not finished.
 #[derive(Default)]
 struct Open {
-    /// Which one it was to be begun or decided.
+    /// Its position in the order in which transactions were begun or decided.
     order: u64,
-    /// How much of the file is about it.
+    /// The size of its entries in the file.
     size: u64,
     begun: Option<Begun>,
     decision: Option<Arc<Decision>>,
     parked: Vec<ServiceName>,
 }
 
-/// Reads a journal file, whose header has been looked at. What was decided before `forget_before`
-/// and is over is left out.
+/// Reads a journal file after its header. It leaves out what is finished and was decided before
+/// `forget_before`.
 ///
 /// # Errors
 ///
-/// It can't be read, or not all of it is what was written.
+/// It can't be read, or it is damaged.
 pub fn replay<R: Read + Seek>(reader: R, forget_before: Time) -> Result<Replay, ReplayError> {
     let mut frames = Frames::after_header(reader)?;
     let mut it = Replay { end: HEADER.len() as u64, ..Replay::default() };
@@ -229,7 +229,7 @@ pub fn replay<R: Read + Seek>(reader: R, forget_before: Time) -> Result<Replay, 
     Ok(it)
 }
 
-/// What an id is looked for by.
+/// The digest by which an id is looked up.
 pub(super) fn digest(id: &TransactionId) -> u64 {
     id.digest()
 }
@@ -244,8 +244,8 @@ fn unfinished(open: Open) -> Option<(u64, Unfinished)> {
     Some((order, Unfinished { request, begun_by: worker, decision, parked }))
 }
 
-/// What is left to be done of a transaction of which only the decision is known; `None`: nothing,
-/// since nobody was asked for anything.
+/// The request that remains to be finished if only the decision is known; `None`: nothing remains,
+/// since no service was asked.
 fn request_of(decision: &Decision) -> Option<Request> {
     let services: BTreeSet<_> = decision.branches.iter().map(|(name, _)| name.clone()).collect();
     (!services.is_empty()).then(|| Request {
@@ -393,7 +393,7 @@ mod tests {
     fn what_is_parked_is_unfinished_until_it_is_not() {
         let mut entries = vec![begun("t"), decided("t", COMMITTED), finished("t", &["b"])];
         assert_eq!(unfinished(&read(&entries)), ["t COMMITTED b"]);
-        // As a file that was written anew says it.
+        // As a compacted file has it.
         assert_eq!(unfinished(&read(&[finished("t", &["b"])])), ["t COMMITTED b"]);
         entries.push(finished("t", &[]));
         let replay = read(&entries);
@@ -408,7 +408,7 @@ mod tests {
         let request = &replay.unfinished[0].request;
         assert_eq!(request.services[..], names(&["a", "b"]));
         assert_eq!(request.request_hash, decision("t", COMMITTED).request_hash);
-        // Of an abort nothing is left to be done that its services wouldn't ask for.
+        // After an abort nothing remains to be done that its services wouldn't ask for.
         assert_eq!(unfinished(&read(&[decided("t", ABORTED)])), [""; 0]);
     }
 

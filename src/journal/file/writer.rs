@@ -1,14 +1,13 @@
-//! Writing a journal file: at once, by whoever has something to write; and syncing it, on a thread
-//! of its own.
+//! Writing a journal file at once, and syncing it on a separate thread.
 //!
-//! A write goes to the system's memory and survives the process, so it is done before anything is
-//! done that it tells of. A sync waits for the disk: only what counts when it is safe is waited for,
-//! which are decisions. While one sync is under way more comes together, and the next one makes all
-//! of that safe: nothing waits for company, and nobody for more than the sync under way and one
-//! more.
+//! A write goes to the system's memory and survives the process, so it precedes every action that
+//! it describes. A sync waits for the disk, so only decisions, which count once they are safe, wait
+//! for one. While one sync is in progress, more writes accumulate, and the next sync makes all of
+//! them safe: no write is delayed to collect others, and none waits longer than for the sync in
+//! progress and one more.
 //!
-//! **Invariant:** nothing is written, and nothing is said to be safe, once a write or a sync has
-//! failed: what is on the disk then can only be told by reading it again.
+//! **Invariant:** after a write or a sync has failed, nothing more is written, and nothing is
+//! reported as safe: only reading the file again can show what is on the disk then.
 
 use std::{
     fs::File,
@@ -29,18 +28,18 @@ use crate::{
     wire::message::Entry,
 };
 
-/// Entries that are to be written together.
+/// Entries that are written together.
 #[derive(Debug, Default)]
 pub struct Batch {
     texts: Vec<u8>,
-    /// The tag of each, and how long its text is.
+    /// The tag of each entry, and the length of its text.
     entries: Vec<(u8, usize)>,
     /// Whether somebody waits until they are safe.
     is_awaited: bool,
 }
 
 impl Batch {
-    /// Adds an entry, and says how much it will take up in the file.
+    /// Adds an entry, and returns its size in the file.
     pub fn push(&mut self, entry: &Entry) -> u64 {
         let before = self.texts.len();
         entry.write(&mut self.texts);
@@ -50,25 +49,25 @@ impl Batch {
         (frames::HEAD + len) as u64
     }
 
-    /// Whether there are none.
+    /// Whether there are no entries.
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
 }
 
-/// A journal file that is open and locked, at its end.
+/// A journal file that is open and locked, positioned at its end.
 #[derive(Debug)]
 pub struct Tail {
     pub(super) path: PathBuf,
     pub(super) file: File,
-    /// Where the next frame goes.
+    /// The offset of the next frame.
     pub(super) len: u64,
     /// How much of it is known to be on the disk.
     pub(super) durable: u64,
 }
 
 impl Tail {
-    /// Where the next entry goes.
+    /// The offset of the next entry.
     pub fn end(&self) -> u64 {
         self.len
     }
@@ -105,7 +104,7 @@ impl Tail {
     }
 }
 
-/// A journal file that is written, and the thread that syncs it.
+/// A journal file that is being written, and the thread that syncs it.
 #[derive(Debug)]
 pub struct Writer {
     tail: Tail,
@@ -132,9 +131,9 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct Orders {
-    /// What is to be on the disk.
+    /// What should be on the disk.
     wanted: Safe,
-    /// Nothing more will be wanted.
+    /// Nothing more will follow.
     is_over: bool,
     failure: Option<io::Error>,
 }
@@ -146,11 +145,11 @@ impl Shared {
 }
 
 impl Writer {
-    /// Goes on writing at `tail`.
+    /// Starts writing at `tail`.
     ///
     /// # Errors
     ///
-    /// There is no thread to be had.
+    /// The thread can't be started.
     pub fn start(tail: Tail) -> Result<Self, JournalError> {
         let no_thread = |source| JournalError::Thread { path: tail.path.clone(), source };
         let file = tail.file.try_clone().map_err(no_thread)?;
@@ -167,11 +166,11 @@ impl Writer {
         Ok(Self { tail, n_written: 0, has_failed: false, shared, safe, thread })
     }
 
-    /// Writes entries, and has them synced if somebody waits for that.
+    /// Writes entries, and requests a sync if somebody waits for them.
     ///
     /// # Errors
     ///
-    /// That fails, or something has before.
+    /// The write fails, or a write or sync has failed before.
     pub fn write(&mut self, batch: &Batch) -> Result<(), JournalError> {
         self.append(batch)?;
         self.n_written += batch.entries.len() as u64;
@@ -196,11 +195,11 @@ impl Writer {
         Err(JournalError::Sync { path: self.tail.path.clone(), source })
     }
 
-    /// Waits until more is on the disk, and says how many entries are by then.
+    /// Waits until more is on the disk, and returns how many entries are there by then.
     ///
     /// # Errors
     ///
-    /// Syncing has failed.
+    /// A sync has failed.
     pub async fn progress(&mut self) -> Result<u64, JournalError> {
         if self.safe.changed().await.is_err() {
             self.failure()?;
@@ -210,11 +209,11 @@ impl Writer {
         Ok(self.safe.borrow_and_update().n_entries)
     }
 
-    /// Writes that everything is over, and syncs it.
+    /// Writes that everything is finished, and syncs it.
     ///
     /// # Errors
     ///
-    /// That fails, or something has before.
+    /// That fails, or a write or sync has failed before.
     pub fn close(mut self, now: Time) -> Result<(), JournalError> {
         self.end();
         let mut batch = Batch::default();
@@ -223,12 +222,13 @@ impl Writer {
         self.tail.sync()
     }
 
-    /// Waits for the sync under way: whoever opens the file next finds it free.
+    /// Waits for the sync in progress, so that the next process that opens the file finds it
+    /// unlocked.
     fn end(&mut self) {
         self.shared.lock().is_over = true;
         self.shared.wake.notify_one();
         if let Some(thread) = self.thread.take() {
-            // If it has panicked, nothing that it has not done was said to be done.
+            // If the thread has panicked, it has reported nothing as safe that isn't.
             let _ = thread.join();
         }
     }
@@ -240,7 +240,7 @@ impl Drop for Writer {
     }
 }
 
-/// Syncs whatever is to be on the disk, until nothing more is.
+/// Syncs what is requested, until nothing more will follow.
 fn sync_all(file: &File, shared: &Shared, told: &watch::Sender<Safe>) -> io::Result<()> {
     let mut safe = Safe::default();
     loop {

@@ -1,7 +1,7 @@
 //! The transport of one process: queues in memory.
 //!
-//! It keeps the promises of a broker for as long as the process lives: a request that is not acked
-//! is delivered again when the coordinator is started anew.
+//! It gives the guarantees of a broker as long as the process lives: a request that is not acked is
+//! delivered again when the coordinator is restarted.
 
 mod prepares;
 mod requests;

@@ -10,8 +10,8 @@ use crate::protocol::{
 
 /// The prepares that wait for one of a service's slots.
 ///
-/// A prepare that is delivered holds its slot until it is acked. One that has waited for `max_wait`
-/// is returned; with a `max_wait` of zero, one that finds no slot free is returned at once.
+/// A delivered prepare holds its slot until it is acked. A prepare that has waited for `max_wait`
+/// is returned; with a `max_wait` of zero, it is returned at once if no slot is free.
 #[derive(Debug)]
 pub struct PrepareQueue {
     max_concurrency: u32,
@@ -45,7 +45,7 @@ impl PrepareQueue {
         }
     }
 
-    /// Takes in a prepare.
+    /// Adds a prepare.
     pub fn publish(&mut self, now: Time, prepare: Prepare) {
         self.waiting.push_back(Waiting { since: now, prepare });
     }
@@ -62,8 +62,8 @@ impl PrepareQueue {
         Some((Delivery(self.delivered), prepare))
     }
 
-    /// The next prepare that has waited long enough. Only what [`PrepareQueue::deliver`] has left
-    /// over may be returned.
+    /// The next prepare that has waited long enough. Call it after [`PrepareQueue::deliver`] has
+    /// delivered all that it can.
     pub fn expire(&mut self, now: Time) -> Option<Returned> {
         if self.next_expiry()? > now {
             return None;
@@ -78,7 +78,7 @@ impl PrepareQueue {
         self.waiting.front().map(|waiting| waiting.since + self.max_wait)
     }
 
-    /// A slot is free again.
+    /// Frees a slot.
     pub fn ack(&mut self) {
         self.unacked = self.unacked.saturating_sub(1);
     }

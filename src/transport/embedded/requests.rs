@@ -1,4 +1,4 @@
-//! The request queue: what is not acked is delivered again.
+//! The request queue: a request that is not acked is delivered again.
 
 use std::collections::BTreeMap;
 
@@ -26,12 +26,12 @@ impl RequestQueue {
         delivery
     }
 
-    /// The request must not come again.
+    /// The request must not be delivered again.
     pub fn ack(&mut self, delivery: Delivery) {
         self.unacked.remove(&delivery);
     }
 
-    /// Delivers everything that is not acked once more, with how often it has been by then.
+    /// Delivers everything that is not acked again, with the number of deliveries so far.
     pub fn redeliver(&mut self) -> impl Iterator<Item = (Delivery, Request, u32)> {
         self.unacked.iter_mut().map(|(delivery, unacked)| {
             unacked.deliveries = unacked.deliveries.saturating_add(1);
