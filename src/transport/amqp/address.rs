@@ -1,4 +1,4 @@
-//! Where the brokers are, and who we are to them.
+//! The brokers' addresses, and how a process authenticates to them.
 
 use std::{fmt, net::Ipv6Addr, str::FromStr};
 
@@ -9,11 +9,11 @@ const PARAMETERS: [&str; 3] = ["auth_mechanism", "channel_max", "frame_max"];
 
 /// One or more hosts of one cluster.
 ///
-/// As text: AMQP URLs separated by commas, `amqp://user:password@host:port/vhost`, or `amqps://` for
-/// TLS. What is left out is what the AMQP URI specification of RabbitMQ says: user `guest`, port
-/// 5672 (5671), virtual host `/`. Of its query, `auth_mechanism`, `channel_max` and `frame_max` have an
-/// effect, and others are refused. With `?auth_mechanism=external` the user is who the client
-/// certificate says, and there is no password.
+/// As text: AMQP URLs separated by commas, `amqp://user:password@host:port/vhost`, or `amqps://`
+/// for TLS. The defaults are those of RabbitMQ's AMQP URI specification: user `guest`, port 5672
+/// (5671), virtual host `/`. Of a URL's parameters, `auth_mechanism`, `channel_max` and `frame_max`
+/// have an effect; others are refused. With `?auth_mechanism=external` the client certificate names
+/// the user, and there is no password.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Address {
     hosts: Vec<AMQPUri>,
@@ -21,7 +21,7 @@ pub struct Address {
     has_password: Vec<bool>,
 }
 
-/// A text that is no address.
+/// A text is not an address.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidAddress {
     /// It names no host.
@@ -30,7 +30,7 @@ pub enum InvalidAddress {
     /// One part is not an AMQP URL. The part itself is not repeated, as it may hold a password.
     #[error("part {number} of the broker's address is not an AMQP URL: {rule}")]
     NotAnUrl {
-        /// Which, from 1.
+        /// The number of the part, from 1.
         number: usize,
         /// What is wrong with it.
         rule: String,
@@ -43,13 +43,13 @@ impl Address {
         &self.hosts
     }
 
-    /// Name and port of the host that was named first.
+    /// Name and port of the first host.
     pub fn first_host(&self) -> Option<(String, u16)> {
         let authority = &self.hosts.first()?.authority;
         Some((authority.host.clone(), authority.port))
     }
 
-    /// The same with `password` for every host whose URL has none.
+    /// The same address with `password` for every host whose URL has none.
     #[must_use]
     pub fn with_password(mut self, password: &str) -> Self {
         for (host, has_password) in self.hosts.iter_mut().zip(&mut self.has_password) {
@@ -61,17 +61,17 @@ impl Address {
         self
     }
 
-    /// Whether any host is spoken to over TLS.
+    /// Whether any host is connected to over TLS.
     pub fn is_secure(&self) -> bool {
         self.hosts.iter().any(|uri| uri.scheme == AMQPScheme::AMQPS)
     }
 
-    /// Whether any host is to know us by our certificate.
+    /// Whether the client authenticates to any host by its certificate.
     pub fn is_external(&self) -> bool {
         self.hosts.iter().any(is_external)
     }
 
-    /// As it was said, but for the passwords.
+    /// The address as it was given, with the passwords masked.
     pub fn masked(&self) -> String {
         let masked = |uri: &AMQPUri| {
             if is_external(uri) {
@@ -85,39 +85,39 @@ impl Address {
     }
 }
 
-/// Whether it is to know us by our certificate.
+/// Whether the client authenticates to it by its certificate.
 pub(crate) fn is_external(uri: &AMQPUri) -> bool {
     uri.query.auth_mechanism == Some(SASLMechanism::External)
 }
 
-/// What stands between the `//` and the path.
+/// The part between the `//` and the path.
 fn authority(url: &str) -> &str {
     let authority = url.split_once("://").map_or(url, |(_, rest)| rest);
     authority.split(['/', '?', '#']).next().unwrap_or_default()
 }
 
-/// Whether there is an `@` where the host has ended. What stands before it may be the rest of a
+/// Whether there is an `@` after the end of the host. The text before it may be the rest of a
 /// password, which would be taken for a virtual host, and shown.
 fn has_late_at(url: &str) -> bool {
     let after = url.split_once("://").map_or(url, |(_, rest)| rest);
     after.split_once(['/', '?', '#']).is_some_and(|(_, late)| late.contains('@'))
 }
 
-/// Whether the part of the URL before the host goes on after a `:`.
+/// Whether the part of the URL before the host contains a `:` and a password.
 fn has_password(url: &str) -> bool {
     authority(url).rsplit_once('@').is_some_and(|(user, _)| user.contains(':'))
 }
 
-/// The address in brackets, if the host is one of IPv6. lapin takes such a host for none, and none
-/// for this machine.
+/// The address in brackets, if the host is an IPv6 address. lapin drops such a host, and then
+/// connects to this machine.
 fn ipv6(url: &str) -> Option<&str> {
     let authority = authority(url);
     let host = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
     host.strip_prefix('[')?.split_once(']').map(|(address, _)| address)
 }
 
-/// What is wrong with a parameter that would be there for nothing, as those are by which URLs of other
-/// clients set TLS.
+/// The error for a parameter that would have no effect, such as those by which other clients' URLs
+/// set TLS.
 fn idle_parameter(url: &str) -> Option<String> {
     let (_, query) = url.split_once('?')?;
     let query = query.split('#').next().unwrap_or_default();
@@ -149,7 +149,8 @@ impl FromStr for Address {
     fn from_str(text: &str) -> Result<Self, InvalidAddress> {
         let parts = text.split(',').map(str::trim).filter(|part| !part.is_empty());
         let has_password = parts.clone().map(has_password).collect();
-        // What follows a `,` that ends no URL tells more than what stands before it.
+        // The part after a `,` that doesn't separate URLs explains the error better than the part
+        // before it.
         let is_url = |part: &str| part.starts_with("amqp://") || part.starts_with("amqps://");
         let (urls, others) = parts.enumerate().partition::<Vec<_>, _>(|(_, part)| is_url(part));
         let hosts: Result<Vec<AMQPUri>, InvalidAddress> = others
@@ -200,7 +201,7 @@ impl FromStr for Address {
     }
 }
 
-/// One host, without what is nobody's business.
+/// One host, without user and password.
 pub(crate) fn public(uri: &AMQPUri) -> String {
     let host = &uri.authority.host;
     let is_ipv6 = host.parse::<Ipv6Addr>().is_ok();
@@ -212,8 +213,8 @@ pub(crate) fn public(uri: &AMQPUri) -> String {
     format!("{}://{host}:{}{vhost}", uri.scheme, uri.authority.port)
 }
 
-/// A part of a URL that was decoded, as it can stand in one: nothing in it ends that part, or
-/// disturbs a terminal.
+/// A decoded part of a URL, encoded again so that it neither ends that part nor disturbs a
+/// terminal.
 struct Encoded<'a>(&'a str);
 
 impl fmt::Display for Encoded<'_> {

@@ -1,9 +1,10 @@
-//! A word that all who serve one thing must agree on; the broker keeps it while any of them is there.
+//! A value that all instances of a service must agree on, kept by the broker while any of them is
+//! connected.
 //!
-//! It is an argument of a queue to which nothing is routed. A declaration with another value is
-//! refused, and the refusal says which value is there: so whoever comes later hears from the broker,
-//! before it serves, that it differs, and no two can both have come first. The queue goes with its
-//! last consumer.
+//! It is an argument of a queue that receives no messages. The broker refuses a declaration with
+//! another value, and the refusal names the existing one. So an instance that differs hears that
+//! from the broker before it serves, and two instances can't both be the first. The queue is
+//! deleted with its last consumer.
 
 use lapin::{
     Channel, Consumer,
@@ -18,13 +19,13 @@ use crate::transport::amqp::{
     topology::finding::Difference,
 };
 
-/// The argument that holds the word: any text will do there, and the broker compares it.
+/// The argument that holds the value: it may be any text, and the broker compares it.
 const ARGUMENT: &str = "x-dead-letter-routing-key";
 
-/// How often it is tried, where others come and go at the same moment.
+/// How often to try, if other instances come and go at the same time.
 const ROUNDS_MAX: usize = 5;
 
-/// One who has agreed, for as long as this lives and its connection stands.
+/// An agreement, which holds as long as this value and its connection live.
 #[derive(Debug)]
 pub struct Agreed {
     _consumer: Consumer,
@@ -34,18 +35,18 @@ pub struct Agreed {
 /// There is no agreement.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum AgreedError {
-    /// Others, who are there, have another word.
+    /// Other instances, which are connected, have another value.
     #[error("queue `{queue}` says `{other}`")]
     Differs {
-        /// The queue that keeps it.
+        /// The queue that holds it.
         queue: ShortString,
-        /// Their word.
+        /// The value of the others.
         other: String,
     },
-    /// The broker doesn't tell.
+    /// The broker doesn't answer, or with an error.
     #[error("failed to use queue `{queue}`")]
     Unknown {
-        /// The queue that keeps it.
+        /// The queue that holds it.
         queue: ShortString,
         /// Why.
         #[source]
@@ -54,11 +55,11 @@ pub enum AgreedError {
 }
 
 impl Agreed {
-    /// Agrees on `word` with all who use `queue`.
+    /// Agrees on `word` with all that use `queue`.
     ///
     /// # Errors
     ///
-    /// They have another word, or the broker doesn't tell.
+    /// They have another value, or the broker doesn't answer.
     pub async fn on(
         connection: &BrokerConnection,
         queue: &ShortString,
@@ -74,7 +75,7 @@ impl Agreed {
             };
             let broker = source.broker().filter(|_| rounds < ROUNDS_MAX);
             if broker.is_some_and(is_not_found) {
-                // It went with its last consumer.
+                // It was deleted with its last consumer.
                 continue;
             }
             let Some(other) = source.broker().and_then(other_word) else {
@@ -98,7 +99,7 @@ async fn agree(
     arguments.insert("x-dead-letter-exchange".into(), text(""));
     arguments.insert(ARGUMENT.into(), text(word));
     let options = QueueDeclareOptions {
-        // What is neither durable nor exclusive is being abolished.
+        // Queues that are neither durable nor exclusive are deprecated.
         durable: true,
         auto_delete: true,
         ..QueueDeclareOptions::default()
@@ -125,13 +126,13 @@ async fn agree(
     }
 }
 
-/// The word that is there, if that is why the declaration was refused.
+/// The existing value, if that is why the broker refused the declaration.
 fn other_word(error: &lapin::Error) -> Option<String> {
     let difference = Difference::parse(&said(error)).filter(|_| is_precondition_failed(error))?;
     difference.found.filter(|_| difference.argument == ARGUMENT)
 }
 
-/// Whether nobody used the queue, as after its node was down; then it is gone now.
+/// Whether nobody used the queue, as after its node was down; then this has deleted it.
 async fn is_left_over(
     connection: &BrokerConnection,
     queue: &ShortString,

@@ -1,12 +1,12 @@
-//! Questions to the broker that end, whatever the broker does.
+//! Requests to the broker with a time limit.
 //!
 //! A node that is paused, partitioned, or waits for a queue's leader keeps the connection open and
 //! sends nothing: neither an answer nor an error. [`answer`] bounds the wait for one answer;
-//! [`Alarm::bound`] bounds the wait for a confirm, and tells a broker that takes no messages for
-//! now from one that is silent.
+//! [`Alarm::bound`] bounds the wait for a confirm, and distinguishes a broker that has an alarm
+//! from one that is silent.
 //!
-//! **Invariant:** after [`AskError::Silent`] the channel is not used again. An answer that comes late
-//! would be taken for that of the next question.
+//! **Invariant:** after [`AskError::Silent`] the channel is not used again: a late answer would be
+//! taken for that of the next request.
 
 use std::{
     pin::{Pin, pin},
@@ -20,23 +20,23 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::transport::amqp::error::{Disposition, is_refusal, may_pass};
 
-/// How long the broker has for one answer. A healthy one takes milliseconds, a cluster that elects a
-/// leader up to some seconds.
+/// How long the broker has for one answer. A healthy one takes milliseconds, a cluster that elects
+/// a leader up to some seconds.
 pub const ANSWER_MAX: Duration = Duration::from_secs(5);
 
-/// How long it has to begin a stream's consumer that it has not begun in [`ANSWER_MAX`]. RabbitMQ 4
-/// asks its nodes twice, one after the other, and takes 7 s each time to find that one of them can't be
-/// reached (Erlang's `net_setuptime`). Asked again before that it begins anew, for as long as the node
-/// can't be reached.
+/// How long the broker has to start a stream's consumer that it has not started within
+/// [`ANSWER_MAX`]. RabbitMQ 4 asks its nodes twice, one after the other, and takes 7 s each time to
+/// find that one of them can't be reached (Erlang's `net_setuptime`). A client that asks again
+/// earlier makes it start over, as long as the node can't be reached.
 pub const STREAM_MAX: Duration = Duration::from_secs(16);
 
-/// How long the broker has to make a queue. One on several nodes has to elect a leader first.
+/// How long the broker has to declare a queue. One on several nodes has to elect a leader first.
 pub const DECLARE_MAX: Duration = Duration::from_secs(15);
 
-/// How long a channel that is not used any more may take to close.
+/// How long closing an unused channel may take.
 const CLOSE_MAX: Duration = Duration::from_secs(2);
 
-/// A question to the broker has no useful answer.
+/// A request to the broker has failed.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum AskError {
     /// The broker's answer is an error, or the connection is lost.
@@ -48,10 +48,10 @@ pub enum AskError {
         limit.as_secs_f64()
     )]
     Silent {
-        /// How long it had.
+        /// The time limit.
         limit: Duration,
     },
-    /// The broker reads nothing that is published on this connection: it has an alarm.
+    /// The broker reads no publishes on this connection: it has an alarm.
     #[error("the broker takes no messages: {reason}")]
     Blocked {
         /// The alarm, in the broker's words.
@@ -68,7 +68,7 @@ impl AskError {
         }
     }
 
-    /// What the broker said, or what ended the connection, if that is it.
+    /// The broker's error, or the one that ended the connection, if there is one.
     pub fn broker(&self) -> Option<&lapin::Error> {
         match self {
             Self::Broker(error) => Some(error),
@@ -76,22 +76,22 @@ impl AskError {
         }
     }
 
-    /// Whether it may be otherwise soon, without anybody's doing.
+    /// Whether it may succeed soon without any change.
     pub fn may_pass(&self) -> bool {
         self.broker().is_none_or(may_pass)
     }
 
-    /// Whether the broker said nothing at all.
+    /// Whether the broker did not answer at all.
     pub fn is_silent(&self) -> bool {
         matches!(self, Self::Silent { .. })
     }
 }
 
-/// The answer to `asked`, if it comes within `limit`.
+/// The answer to `asked`, if it arrives within `limit`.
 ///
 /// # Errors
 ///
-/// It doesn't, or it is an error.
+/// There is none in time, or it is an error.
 pub async fn answer<T>(
     limit: Duration,
     asked: impl Future<Output = Result<T, lapin::Error>>,
@@ -102,27 +102,26 @@ pub async fn answer<T>(
     }
 }
 
-/// Writes a frame whose fate nobody waits for: if the channel is gone, whoever consumes on it is told.
+/// Writes a frame without waiting for the result: if the channel is gone, its consumer is notified.
 pub fn write_now(writing: impl Future<Output = Result<(), lapin::Error>>) {
     let _ = pin!(writing).poll(&mut Context::from_waker(Waker::noop()));
 }
 
-/// Closes a channel, and doesn't wait long for the answer.
+/// Closes a channel, waiting only briefly for the answer.
 pub async fn close_channel(channel: &Channel) {
     let _ = timeout(CLOSE_MAX, channel.close(200, "done".into())).await;
 }
 
-/// Whether the broker takes what is published on a connection, and why not.
+/// Whether the broker reads publishes on a connection, and if not, why.
 ///
-/// lapin hands each event of a connection to one listener only, so there may be no other.
+/// lapin delivers each event of a connection to one listener only, so there may be no other.
 pub struct Alarm {
     events: Pin<Box<dyn Stream<Item = Event> + Send>>,
     reason: Option<String>,
 }
 
 impl Alarm {
-    /// Listens from now on. The broker tells of an alarm when something is published for the first
-    /// time.
+    /// Starts to listen. The broker reports an alarm only after something was published.
     pub fn of(connection: &Connection) -> Self {
         Self::on(connection.events_listener())
     }
@@ -131,12 +130,12 @@ impl Alarm {
         Self { events: Box::pin(events), reason: None }
     }
 
-    /// What `published` ends with, if it ends within `limit`. An alarm may be over before that, so
-    /// it alone ends nothing.
+    /// The result of `published`, if it arrives within `limit`. An alarm may end before that, so an
+    /// alarm alone doesn't end the wait.
     ///
     /// # Errors
     ///
-    /// It doesn't end. If the broker has an alarm then, that is what is said.
+    /// There is no result in time; if the broker has an alarm then, the error is that alarm.
     pub async fn bound<T>(
         &mut self,
         limit: Duration,

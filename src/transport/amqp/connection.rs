@@ -1,9 +1,9 @@
-//! Connecting, and connecting again.
+//! Connecting and reconnecting.
 //!
-//! A [`Broker`] says whom to connect to and how; it holds no connection. Whoever works on one
-//! connects by [`Broker::link`], works until that is lost, and connects again, pausing for a
-//! [`Backoff`] in between. lapin's own recovery stays off: it would deliver again on streams that
-//! are believed to go on, and acknowledge what is no longer held.
+//! A [`Broker`] holds the addresses and settings, but no connection. Its users connect by
+//! [`Broker::link`], work until the link is lost, and reconnect after the pause of a [`Backoff`].
+//! lapin's own recovery stays off: it would continue consumers as if nothing had happened, and
+//! acknowledge deliveries that the broker has requeued.
 
 use std::{
     collections::VecDeque,
@@ -40,64 +40,66 @@ use crate::transport::amqp::{
     unique,
 };
 
-/// How long a host has before the next one is tried as well.
+/// How long a host has before the next one is tried in parallel.
 const NEXT_HOST_AFTER: Duration = Duration::from_secs(2);
 
-/// How many hosts that have failed are tried again while another one is silent.
+/// How many times failed hosts are tried again while another one is silent.
 const RETRIES_MAX: u32 = 4;
 
-/// How long one address may take to answer at all. A packet that was lost is sent again by then, once:
-/// by the system's own pauses, an address that can be reached again is tried only seconds later.
+/// How long one address may take to respond at all. A lost packet is sent again once by then; with
+/// the system's own retries, an address that has become reachable is tried again only seconds
+/// later.
 const REACH_MAX: Duration = Duration::from_secs(2);
 
-/// How long a broker that has ended a connection may take to say why on another one.
+/// How long a broker that has closed a connection may take to tell why on another one.
 const SAYS_WHY_WITHIN: Duration = Duration::from_secs(1);
 
-/// Whom to connect to, and how.
+/// Where and how to connect.
 #[derive(Clone, Debug)]
 pub struct Broker {
-    /// Where it is: the hosts of one cluster, each as good as the others.
+    /// The hosts of one cluster, all equivalent.
     pub address: Address,
-    /// What the connections are called, for those who look at the broker's list of them.
+    /// The connections' name, as the broker lists it.
     pub name: String,
-    /// How often both sides show that they are alive. A peer that is silent for twice as long is
+    /// The interval of heartbeats in both directions. A peer that is silent for two intervals is
     /// given up.
     pub heartbeat: Duration,
-    /// How long one host may take to let us in.
+    /// How long connecting to one host may take.
     pub connect_timeout: Duration,
-    /// Whom to trust, and who we are, for hosts whose URL begins with `amqps://`.
+    /// The CAs to trust, and the client certificate, for hosts whose URL begins with `amqps://`.
     pub tls: Tls,
-    /// With which host to begin.
+    /// The host to begin with.
     rotation: Rotation,
 }
 
-/// Turns through the hosts: one that lets us in and then is of no use, as a node that is cut off
-/// from the others, is not tried again before the others.
+/// Rotates through the hosts, so that a host that accepts connections but doesn't work, such as a
+/// node that is cut off from the others, is tried again only after the others.
 #[derive(Debug)]
 struct Rotation(AtomicUsize);
 
 impl Rotation {
-    /// The number of one of so many hosts.
+    /// The index of the next of so many hosts.
     fn next(&self, hosts: usize) -> usize {
         self.0.fetch_add(1, Ordering::Relaxed) % hosts.max(1)
     }
 }
 
 impl Default for Rotation {
-    /// Begins anywhere, so that those who start together don't all connect to the same host.
+    /// Begins at a random host, so that processes that start together spread over the hosts.
     fn default() -> Self {
         Self(AtomicUsize::new((unique::number() >> 32) as usize))
     }
 }
 
-/// Each clone turns by itself, or two that take turns would each see every other host only.
+/// Each clone rotates independently: with a shared counter, two alternating clones would each see
+/// only every other host.
 impl Clone for Rotation {
     fn clone(&self) -> Self {
         Self::default()
     }
 }
 
-/// A connection, and what came back on it.
+/// A connection, and the messages that were returned on it.
 #[derive(Debug)]
 pub struct BrokerConnection {
     connection: Connection,
@@ -105,15 +107,16 @@ pub struct BrokerConnection {
 }
 
 impl BrokerConnection {
-    /// The messages that came back since no queue took them.
+    /// The messages that were returned since no queue took them.
     pub fn returns(&self) -> &Returns {
         &self.returns
     }
 }
 
-/// It ends with its last owner, whatever is under way on its channels. lapin ends a connection with the
-/// last handle of a channel; but where a consumer is being begun when its owner goes, lapin keeps a
-/// handle itself, and the broker goes on delivering to a consumer that nobody has.
+/// The connection ends with its last owner, whatever is in progress on its channels. lapin closes a
+/// connection when the last handle of a channel is dropped; but if a consumer is being started at
+/// that moment, lapin keeps a handle itself, and the broker goes on delivering to a consumer
+/// without an owner.
 impl Drop for BrokerConnection {
     fn drop(&mut self) {
         if self.connection.status().connected() {
@@ -130,49 +133,49 @@ impl Deref for BrokerConnection {
     }
 }
 
-/// No host let us in. It tells of the one that was tried last, or of the one that refused us.
+/// No host accepted the connection. The error is that of the last host, or of one that refused.
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConnectError {
     /// The broker refuses this user, or this virtual host.
     #[error("refused by the broker at {host}")]
     Refused {
-        /// Which host.
+        /// The host.
         host: String,
-        /// What it said.
+        /// Its answer.
         #[source]
         source: lapin::Error,
     },
-    /// Nobody answers there, or not as a broker should.
+    /// Nothing answers there, or not as a broker would.
     #[error("failed to connect to the broker at {host}")]
     Unavailable {
-        /// Which host.
+        /// The host.
         host: String,
-        /// What went wrong.
+        /// The cause.
         #[source]
         source: lapin::Error,
     },
-    /// It speaks AMQP over TLS only.
+    /// It accepts only TLS.
     #[error("the broker at {host} wants TLS: its URL must begin with amqps://")]
     WantsTls {
-        /// Which host.
+        /// The host.
         host: String,
     },
-    /// It can't be trusted, or doesn't trust us.
+    /// The broker's certificate is not trusted, or the broker doesn't trust ours.
     #[error("no secure connection to the broker at {host}")]
     Insecure {
-        /// Which host.
+        /// The host.
         host: String,
-        /// Why.
+        /// The cause.
         #[source]
         source: TlsError,
     },
-    /// It takes too long.
+    /// Connecting took too long.
     #[error("the broker at {host} did not answer within {} ms", limit.as_millis())]
     Silent {
-        /// Which host.
+        /// The host.
         host: String,
-        /// How long it had.
+        /// The time limit.
         limit: Duration,
     },
 }
@@ -189,7 +192,7 @@ impl ConnectError {
 }
 
 impl Broker {
-    /// The broker at `address`, for connections called `name`; with the default heartbeat of 10 s,
+    /// The broker at `address`, for connections named `name`; with the default heartbeat of 10 s,
     /// and 10 s to connect.
     pub fn new(address: Address, name: impl Into<String>) -> Self {
         Self {
@@ -209,21 +212,22 @@ impl Broker {
         self
     }
 
-    /// Connects to one of the hosts: to any at first, and to the next one each time.
+    /// Connects to one of the hosts: first to a random one, and each time to the next one.
     ///
     /// # Errors
     ///
-    /// None of the hosts lets us in. If one refuses us, its refusal is reported: waiting doesn't help.
+    /// No host accepts the connection. A refusal is reported in preference to other failures, since
+    /// retrying doesn't help.
     pub async fn connect(&self, purpose: &str) -> Result<BrokerConnection, ConnectError> {
         let is_final = |error: &ConnectError| error.disposition() == Disposition::GiveUp;
         self.first_that(|host| self.connect_to(host, purpose).boxed(), is_final).await
     }
 
-    /// Connects to one of the hosts, and opens there what `open` says, like [`Broker::link_with`].
+    /// Connects to one of the hosts and runs `open` on the connection, like [`Broker::link_with`].
     ///
     /// # Errors
     ///
-    /// None of the hosts does that. The failure of one that `is_final` is reported before others.
+    /// No host succeeds. A failure that `is_final` is reported in preference to others.
     pub async fn connect_with<T, E, F>(
         &self,
         purpose: &str,
@@ -242,10 +246,10 @@ impl Broker {
         self.first_that(open_at, is_final).await
     }
 
-    /// What the first host gives that does all of what `open` asks. One that has not done so within a
-    /// moment is not waited for before the next is tried as well: it may not answer at all, or let us
-    /// in and be of no use, as a node that is cut off from the others. While one is still silent, those
-    /// that have failed are tried again.
+    /// The result of the first host on which all of `open` succeeds. If a host has not succeeded
+    /// after [`NEXT_HOST_AFTER`], the next one is tried in parallel: it may not answer at all, or
+    /// accept connections but not work, such as a node that is cut off from the others. While one
+    /// host is still silent, failed ones are tried again.
     pub(super) async fn first_that<'a, T, E: From<ConnectError>>(
         &'a self,
         open: impl Fn(&'a AMQPUri) -> BoxFuture<'a, Result<T, E>>,
@@ -254,7 +258,7 @@ impl Broker {
         let hosts = self.address.hosts();
         let first = self.rotation.next(hosts.len());
         let in_turn = hosts.iter().cycle().skip(first).take(hosts.len());
-        // From when on each is to be tried.
+        // When to try each host.
         let mut untried: VecDeque<_> = in_turn.map(|host| (Instant::now(), host)).collect();
         let mut retries_left = RETRIES_MAX;
         let mut trying = FuturesUnordered::new();
@@ -329,9 +333,9 @@ impl Broker {
         }
     }
 
-    /// The stream is made here and handed over, since lapin would always trust the system's CAs too,
-    /// and read all of them for each connection; and since what the broker sends is screened. For
-    /// lapin that is a plain stream, also where it goes over TLS.
+    /// `dtc` opens the stream itself, for two reasons: lapin would always trust the system's CAs
+    /// too, and read all of them for each connection; and the stream is screened. To lapin it is a
+    /// plain stream, even over TLS.
     async fn open(
         &self,
         mut uri: AMQPUri,
@@ -339,7 +343,7 @@ impl Broker {
     ) -> Result<BrokerConnection, Failed> {
         let runtime = TokioRuntime::tokio_current();
         let returns = Returns::default();
-        // Whatever the broker allows, what lapin is to parse is bounded.
+        // Limits what lapin must parse, whatever the broker allows.
         let frame_max = *uri.query.frame_max.get_or_insert(FRAME_MAX);
         let filter = Filter::new(frame_max, returns.clone());
         let (host, port) = (uri.authority.host.clone(), uri.authority.port);
@@ -391,9 +395,10 @@ impl Broker {
         }))
     }
 
-    /// What the broker has against us, that it says when the handshake is over for us: with TLS 1.3 it
-    /// looks at our certificate only then. What we send meanwhile makes it reset the connection, and
-    /// what it has said is lost with that; so this listens and sends nothing.
+    /// Reads the broker's objection after the handshake: with TLS 1.3 the broker verifies the
+    /// client certificate only when the handshake is over for the client. If the client sent
+    /// anything meanwhile, the broker would reset the connection and its alert would be lost; so
+    /// this only reads.
     async fn objection(&self, stream: &mut (impl AsyncRead + Unpin)) -> Option<TlsError> {
         let error = stream.read(&mut [0]).await.err()?;
         TlsError::of(&error, &self.tls)
@@ -406,7 +411,7 @@ impl Broker {
         }
     }
 
-    /// It reads files.
+    /// This reads files.
     async fn connector(&self) -> Result<RustlsConnector, Failed> {
         let tls = self.tls.clone();
         match tokio::task::spawn_blocking(move || tls.connector()).await {
@@ -416,15 +421,15 @@ impl Broker {
     }
 }
 
-/// What one host did instead of letting us in.
+/// Why one host did not accept the connection.
 enum Failed {
     Tls(TlsError),
-    /// It wants TLS.
+    /// It requires TLS.
     Plain,
     Amqp(lapin::Error),
 }
 
-/// The first address of `host` that answers.
+/// Connects to the first address of `host` that answers.
 async fn reach(
     runtime: &TokioRuntime,
     host: &str,
@@ -445,8 +450,9 @@ async fn reach(
     Err(failed)
 }
 
-/// Whether what is said in plain is answered by an alert of TLS. A broker that speaks AMQP waits for
-/// the rest; one that was told more than fits a record's head would reset the connection.
+/// Whether the peer answers a plaintext AMQP header with a TLS alert. A plain AMQP broker waits for
+/// the rest of the header; with more bytes than a TLS record's head, a TLS broker would reset the
+/// connection.
 async fn wants_tls(stream: &mut (impl AsyncRead + AsyncWrite + Unpin)) -> bool {
     const ALERT: u8 = 21;
     let mut answer = [0];
@@ -455,13 +461,13 @@ async fn wants_tls(stream: &mut (impl AsyncRead + AsyncWrite + Unpin)) -> bool {
         && answer == [ALERT]
 }
 
-/// Closes a connection, and doesn't wait long for the answer.
+/// Closes a connection, waiting only briefly for the answer.
 pub async fn close(connection: &Connection) {
     let closing = connection.close(200, "done".into());
     let _ = tokio::time::timeout(Duration::from_secs(2), closing).await;
 }
 
-/// A channel to publish on, that knows which messages have come back.
+/// A channel to publish on, which knows the messages that were returned on it.
 #[derive(Clone, Debug)]
 pub struct PublishChannel {
     channel: Channel,
@@ -469,11 +475,11 @@ pub struct PublishChannel {
 }
 
 impl PublishChannel {
-    /// A new channel of `connection`, on which what is published is confirmed.
+    /// Opens a channel with confirms on `connection`.
     ///
     /// # Errors
     ///
-    /// The connection gives none, or not in time.
+    /// The connection gives no channel, or not in time.
     pub async fn open(connection: &BrokerConnection) -> Result<Self, AskError> {
         let it = Self::unconfirmed(connection).await?;
         let selecting = it.channel.confirm_select(ConfirmSelectOptions::default());
@@ -481,17 +487,17 @@ impl PublishChannel {
         Ok(it)
     }
 
-    /// The same without confirms.
+    /// Opens a channel without confirms.
     ///
     /// # Errors
     ///
-    /// The connection gives none, or not in time.
+    /// The connection gives no channel, or not in time.
     pub async fn unconfirmed(connection: &BrokerConnection) -> Result<Self, AskError> {
         let channel = answer(ANSWER_MAX, connection.create_channel()).await?;
         Ok(Self { channel, returns: connection.returns().clone() })
     }
 
-    /// Whether the message with this id was returned on this channel. That is told once.
+    /// Whether the message with this id was returned on this channel. It reports each return once.
     pub(super) fn was_returned(&self, message_id: &ShortString) -> bool {
         self.returns.take(self.channel.id(), message_id.as_str())
     }
@@ -504,21 +510,21 @@ impl Deref for PublishChannel {
     }
 }
 
-/// What the broker tells of a queue.
+/// A queue's counts.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct QueueCounts {
-    /// How many messages wait in it.
+    /// How many messages are ready in it.
     pub messages: u32,
     /// How many consumers it has.
     pub consumers: u32,
 }
 
-/// What is known of `queue`; `None`: there is no such queue. One whose node is down is an error.
+/// The counts of `queue`; `None`: the queue doesn't exist. If its node is down, that is an error.
 pub async fn counts(
     connection: &Connection,
     queue: ShortString,
 ) -> Result<Option<QueueCounts>, lapin::Error> {
-    // It doesn't survive the question after a queue that isn't there.
+    // The broker closes the channel if the queue doesn't exist.
     let channel = connection.create_channel().await?;
     let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
     match channel.queue_declare(queue, options, FieldTable::default()).await {
@@ -532,7 +538,8 @@ pub async fn counts(
     }
 }
 
-/// Growing pauses between tries, so that many who lost the same broker don't all come back at once.
+/// Growing pauses between attempts, so that the many clients of one broker don't all reconnect at
+/// once.
 #[derive(Clone, Debug)]
 pub struct Backoff {
     next: Duration,
@@ -540,12 +547,12 @@ pub struct Backoff {
 }
 
 impl Backoff {
-    /// Pauses from `first` up to `max`; each is between half of and all it could be.
+    /// Pauses from `first` up to `max`, each randomly between half and all of its current length.
     pub fn new(first: Duration, max: Duration) -> Self {
         Self { next: first, max }
     }
 
-    /// How long to pause before the next try.
+    /// The pause before the next attempt.
     pub fn pause(&mut self) -> Duration {
         let pause = self.next;
         self.next = (pause * 2).min(self.max);
@@ -572,7 +579,8 @@ mod tests {
     use super::{Backoff, Broker, Rotation};
     use crate::error::Chain;
 
-    /// As when all hosts were cut off, and one of them has let us in and answers nothing more.
+    /// As if all hosts had been cut off, and one of them had accepted the connection but sends
+    /// nothing more.
     #[tokio::test]
     async fn a_host_that_failed_is_tried_again_while_another_one_is_silent() {
         let [failing, silent] = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
@@ -586,7 +594,7 @@ mod tests {
             tokio::net::TcpListener::from_std(listener).unwrap()
         });
         let trying = async {
-            // It is asked twice: once more for what is wrong.
+            // There are two connections: the second one is to find out what is wrong.
             for _ in 0..2 {
                 drop(failing.accept().await.unwrap());
             }
@@ -599,7 +607,7 @@ mod tests {
         connecting.abort();
     }
 
-    /// A system whose listener has no room answers nothing, like one that is cut off.
+    /// A machine whose listen queue is full answers nothing, like one that is cut off.
     #[tokio::test]
     async fn an_address_that_answers_nothing_is_given_up_before_the_system_would() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();

@@ -1,4 +1,4 @@
-//! Taking deliveries, and acknowledging them in as few frames as possible.
+//! Consuming, and acknowledging in as few frames as possible.
 
 use std::{
     collections::BTreeSet,
@@ -27,31 +27,32 @@ use crate::transport::amqp::{
     traffic,
 };
 
-/// How long a lazy inbox keeps an acknowledgement to itself: far less than the broker's patience.
+/// How long a lazy inbox may delay an acknowledgement: far less than the broker's consumer timeout.
 const LAZY_FOR: Duration = Duration::from_secs(1);
 
-/// How long nothing has come when the broker is asked whether it still knows the consumer.
+/// After how long without a delivery to ask the broker whether it still knows the consumer.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 
-/// How long a consumer has had nothing in hand and nothing has come when it is replaced by another one.
+/// After how long without a delivery an idle consumer is replaced by a new one.
 const RENEW_AFTER: Duration = Duration::from_secs(6);
 
-/// How soon the broker delivers again what it believed to have delivered to the one before.
+/// How soon the broker delivers again what it believed to have delivered to the previous one.
 const REQUEUED_WITHIN: Duration = Duration::from_secs(1);
 
-/// After how long it is asked again, when the answer was a bad one that may have been of a moment.
+/// How long to wait before asking again after a bad answer, which may have been temporary.
 const LOOK_AGAIN_AFTER: Duration = Duration::from_secs(3);
 
 /// Why there are no more deliveries.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum Closed {
-    /// The broker has ended it: the queue is gone, or its leader.
+    /// The broker has ended the consumer: the queue or its leader is gone.
     #[error("the broker has cancelled the consumer of `{queue}`")]
     Cancelled {
         /// The queue.
         queue: String,
     },
-    /// The broker has not ended it, and gives it nothing: the queue is gone, or is another.
+    /// The broker has not ended the consumer but gives it nothing: the queue is gone, or was
+    /// declared again.
     #[error(
         "the broker has forgotten the consumer of `{queue}`: nothing came for {:.1} s",
         silent_for.as_secs_f64()
@@ -59,10 +60,10 @@ pub enum Closed {
     Forgotten {
         /// The queue.
         queue: String,
-        /// How long nothing has come.
+        /// How long nothing has arrived.
         silent_for: Duration,
     },
-    /// What was published to the queue, to see whether it comes, has not come.
+    /// The probe that was published to the queue did not arrive.
     #[error(
         "the broker has delivered nothing of `{queue}` for {:.1} s, though something is in it",
         silent_for.as_secs_f64()
@@ -70,10 +71,10 @@ pub enum Closed {
     Silent {
         /// The queue.
         queue: String,
-        /// How long nothing has come.
+        /// How long nothing has arrived.
         silent_for: Duration,
     },
-    /// What was published to the queue, to see whether it comes, came back.
+    /// The probe that was published to the queue was returned.
     #[error("the broker does not know `{queue}` any more, and has not ended its consumer")]
     Unknown {
         /// The queue.
@@ -84,14 +85,14 @@ pub enum Closed {
     Lost {
         /// The queue.
         queue: String,
-        /// Why.
+        /// The cause.
         #[source]
         source: lapin::Error,
     },
 }
 
 impl Closed {
-    /// What the broker said, if it said why.
+    /// The broker's reason, if it gave one.
     pub fn broker(&self) -> Option<&lapin::Error> {
         match self {
             Self::Lost { source, .. } => Some(source),
@@ -103,7 +104,7 @@ impl Closed {
     }
 }
 
-/// A consumer with a channel of its own.
+/// A consumer with its own channel.
 #[derive(Debug)]
 pub struct Inbox {
     queue: ShortString,
@@ -117,16 +118,16 @@ pub struct Inbox {
     renewal: Option<Renewal>,
 }
 
-/// Acknowledgements that wait for more of them.
+/// Acknowledgements that wait for more.
 #[derive(Debug)]
 struct Lazy {
-    /// Whether one is waiting; then until when.
+    /// Until when they wait, if there are any.
     is_waiting: bool,
     until: Pin<Box<Sleep>>,
 }
 
 impl Lazy {
-    /// Some are waiting: whether they have waited long enough.
+    /// Notes that some are waiting; returns whether they have waited long enough.
     fn is_due(&mut self, cx: &mut Context<'_>) -> bool {
         if !self.is_waiting {
             self.is_waiting = true;
@@ -137,8 +138,8 @@ impl Lazy {
 }
 
 impl Inbox {
-    /// Consumes `queue` on a new channel of `connection`; no more than `prefetch` deliveries are
-    /// unacknowledged at a time.
+    /// Consumes `queue` on a new channel of `connection`, with at most `prefetch` unacknowledged
+    /// deliveries.
     pub async fn open(
         connection: &BrokerConnection,
         queue: ShortString,
@@ -148,7 +149,7 @@ impl Inbox {
         Self::open_within(ANSWER_MAX, connection, queue, prefetch, arguments).await
     }
 
-    /// The same, where the broker may take so long to begin.
+    /// The same, with another time limit for the broker to start the consumer.
     pub async fn open_within(
         limit: Duration,
         connection: &BrokerConnection,
@@ -160,10 +161,10 @@ impl Inbox {
         Self::begun_within(limit, channel, queue, prefetch, arguments).await
     }
 
-    /// The same for a durable queue that may be declared anew while it is consumed. When the process
-    /// of a classic queue ends, the broker would move its consumers over to whatever has the name by
-    /// then, and if that is another queue, they get nothing any more; unless they ask to be ended
-    /// instead. Quorum queues refuse to be asked: see [`Inbox::watched`].
+    /// The same for a durable queue that may be declared again while it is consumed. When the
+    /// process of a classic queue ends, the broker would move its consumers to any queue that then
+    /// has the name; if that is a new queue, they get nothing. The argument makes the broker end
+    /// them instead. Quorum queues refuse that argument: see [`Inbox::watched`].
     pub async fn open_to_end(
         connection: &BrokerConnection,
         queue: ShortString,
@@ -179,7 +180,7 @@ impl Inbox {
         }
     }
 
-    /// The same on a channel that nobody else consumes on.
+    /// The same on a channel without other consumers.
     pub async fn on(
         channel: Channel,
         queue: ShortString,
@@ -198,7 +199,8 @@ impl Inbox {
     ) -> Result<Self, AskError> {
         let begun = Self::begin(limit, &channel, &queue, prefetch, &arguments).await;
         let consumer = begun.inspect_err(|error| {
-            // A consumer that the broker begins too late would be given what nobody takes.
+            // If the broker starts the consumer too late, it would deliver messages that nobody
+            // takes.
             if error.is_silent() {
                 let channel = channel.clone();
                 tokio::spawn(async move { channel.close(200, "done".into()).await });
@@ -230,48 +232,47 @@ impl Inbox {
         answer(limit, consuming).await
     }
 
-    /// Acknowledges only now and then: where a queue ends with its connection, or is a stream, nobody
-    /// waits for it but the broker, before it sends more than the prefetch. It is flushed while the
-    /// next delivery is waited for.
+    /// Acknowledges only from time to time, for exclusive queues and streams: there only the broker
+    /// needs acknowledgements, in order to send more than the prefetch. They are flushed while the
+    /// next delivery is awaited.
     #[must_use]
     pub fn lazy(self) -> Self {
         let lazy = Lazy { is_waiting: false, until: Box::pin(sleep(Duration::ZERO)) };
         Self { lazy: Some(lazy), ..self }
     }
 
-    /// Asks now and then, when nothing comes, whether the broker still has this consumer; and consumes
-    /// by another channel when nothing has come for a while. `connection` is the one that it is on.
-    /// Not for streams.
+    /// While nothing arrives, asks the broker from time to time whether it still has this consumer,
+    /// and moves to another channel after a while. `connection` is the consumer's. Not for streams.
     #[must_use]
     pub fn watched(self, connection: &Arc<BrokerConnection>, turn: ConsumerMode) -> Self {
         let watch = LivenessProbe::new(Arc::clone(connection), self.queue.clone(), turn);
-        // What takes turns with others would lose its turn.
+        // A single active consumer would lose its turn.
         let renewal =
             (turn == ConsumerMode::Competing).then(|| Renewal::new(Arc::clone(connection)));
         Self { watch: Some(watch), renewal, ..self }
     }
 
-    /// The queue it consumes.
+    /// The queue.
     pub fn queue(&self) -> &ShortString {
         &self.queue
     }
 
-    /// The next delivery. Each must be settled, by [`Inbox::ack`] or [`Inbox::requeue`].
+    /// The next delivery. Settle each one, by [`Inbox::ack`] or [`Inbox::requeue`].
     ///
     /// # Errors
     ///
-    /// There are no more, and what is unsettled comes again to whomever.
+    /// There will be no more deliveries; the broker delivers unsettled ones again, to any consumer.
     pub async fn next(&mut self) -> Result<Delivery, Closed> {
         std::future::poll_fn(|cx| self.poll_next(cx)).await
     }
 
-    /// [`Inbox::next`], for those who wait for several.
+    /// [`Inbox::next`] as a poll function, for callers that wait for several things.
     pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Delivery, Closed>> {
         let next = loop {
             if let Poll::Ready(next) = self.consumer.poll_next_unpin(cx) {
                 break next;
             }
-            // What another consumer has is polled at once.
+            // A new consumer is polled at once.
             if !self.poll_renewal(cx) {
                 return self.poll_timers(cx).map(Err);
             }
@@ -293,7 +294,7 @@ impl Inbox {
         })
     }
 
-    /// Whether another consumer has taken the place of this one.
+    /// Whether a new consumer has replaced this one.
     fn poll_renewal(&mut self, cx: &mut Context<'_>) -> bool {
         let is_idle = self.tags.outstanding() == 0;
         let Some(renewal) = &mut self.renewal else { return false };
@@ -310,7 +311,7 @@ impl Inbox {
         true
     }
 
-    /// Nothing comes: what else there is to do meanwhile.
+    /// The work to do while nothing arrives.
     fn poll_timers(&mut self, cx: &mut Context<'_>) -> Poll<Closed> {
         if let Some(lazy) = &mut self.lazy
             && !self.tags.unknown.is_empty()
@@ -325,23 +326,23 @@ impl Inbox {
         }
     }
 
-    /// The same, if it is there by now.
+    /// The next delivery, if it has arrived already.
     pub fn ready(&mut self) -> Option<Result<Delivery, Closed>> {
         self.next().now_or_never()
     }
 
-    /// The delivery is dealt with. [`Inbox::flush`] says so to the broker.
+    /// Acknowledges the delivery; [`Inbox::flush`] sends that to the broker.
     pub fn ack(&mut self, tag: u64) {
         self.tags.settle(tag);
     }
 
-    /// The delivery is dealt with. Says so at once, and of all that were before.
+    /// Acknowledges the delivery, and sends that and all earlier acknowledgements at once.
     pub fn ack_now(&mut self, tag: u64) {
         self.ack(tag);
         self.flush_all();
     }
 
-    /// The delivery is for another. Says so at once.
+    /// Returns the delivery to the queue, at once.
     pub fn requeue(&mut self, tag: u64) {
         self.tags.told(tag);
         write_now(
@@ -349,7 +350,8 @@ impl Inbox {
         );
     }
 
-    /// Tells the broker of what was acknowledged; of few only while nothing comes, if it is lazy.
+    /// Sends the acknowledgements to the broker. A lazy inbox sends a few only while nothing
+    /// arrives.
     pub fn flush(&mut self) {
         if self.lazy.is_none() || self.tags.unknown.len() >= few(self.prefetch) {
             self.flush_all();
@@ -365,49 +367,50 @@ impl Inbox {
         }
     }
 
-    /// Takes no more deliveries; those it has stay its own. What was on its way may still come.
+    /// Stops consuming. Deliveries that it holds stay valid; those that were already sent may still
+    /// arrive.
     pub async fn cancel(&mut self) -> Result<(), AskError> {
         (self.watch, self.renewal) = (None, None);
         let options = BasicCancelOptions::default();
         answer(ANSWER_MAX, self.channel.basic_cancel(self.consumer.tag(), options)).await
     }
 
-    /// Gives the channel up, and with it all that is unsettled.
+    /// Closes the channel, which returns all unsettled deliveries to the queue.
     pub async fn close(self) {
         let _ = answer(ANSWER_MAX, self.channel.close(200, "done".into())).await;
     }
 }
 
-/// A consumer that is to take the place of one that gets nothing and has nothing in hand.
+/// A new consumer that replaces one that gets nothing and holds nothing.
 ///
-/// A broker may believe to have delivered what never arrived, as where a delivery was on its way
-/// between two nodes that lost each other. It has it back when the channel is closed. No question tells
-/// of it: such a message is neither ready nor lost.
+/// The broker may believe that it has delivered a message which never arrived, for example if it
+/// was on its way between two nodes that lost each other. It requeues the message when the channel
+/// is closed. No request shows this: such a message counts neither as ready nor as lost.
 struct Renewal {
     connection: Arc<BrokerConnection>,
     due: Pin<Box<Sleep>>,
-    /// When something came last, or the consumer began.
+    /// When the last delivery arrived, or the consumer was started.
     heard_at: Instant,
     opening: Option<BoxFuture<'static, Result<Opened, AskError>>>,
-    /// When that began.
+    /// When opening it began.
     opened_after: Instant,
-    /// When another consumer has taken the place of the one before, if nothing has come since.
+    /// When the new consumer replaced the previous one, if nothing has arrived since.
     renewed_at: Option<Instant>,
 }
 
-/// A channel, and the one consumer on it.
+/// A channel, and its only consumer.
 struct Opened {
     channel: Channel,
     consumer: lapin::Consumer,
 }
 
 impl Opened {
-    /// Gives up what the broker has sent by it. Nobody waits for that.
+    /// Gives up what the broker has delivered to it, without waiting.
     fn discard(self) {
         let Self { channel, consumer } = self;
         tokio::spawn(async move {
-            // In this order: lapin cancels a consumer that is dropped, and the broker ends a
-            // connection on which a channel is spoken of that it has closed.
+            // In this order: lapin cancels a consumer when it is dropped, and the broker closes a
+            // connection that names a channel which it has closed.
             let options = BasicCancelOptions::default();
             let cancelled = answer(ANSWER_MAX, channel.basic_cancel(consumer.tag(), options)).await;
             if cancelled.is_ok() {
@@ -431,8 +434,8 @@ impl Renewal {
         }
     }
 
-    /// A consumer that is to take the place of the present one. `is_idle`: that one has nothing in
-    /// hand.
+    /// The new consumer that replaces the present one, when there is one. `is_idle`: the present
+    /// one holds nothing.
     fn poll(
         &mut self,
         cx: &mut Context<'_>,
@@ -449,7 +452,7 @@ impl Renewal {
                 self.heard_at = Instant::now();
                 match opened {
                     Ok(opened) if is_idle && !has_heard => return Some(opened),
-                    // Something has come by the old one after all.
+                    // A delivery did arrive at the old one.
                     Ok(opened) => opened.discard(),
                     Err(error) => tracing::debug!(%queue, %error, "no other consumer is to be had"),
                 }
@@ -478,7 +481,7 @@ impl Renewal {
         }
     }
 
-    /// Something has come.
+    /// A delivery has arrived.
     fn heard(&mut self, queue: &ShortString, redelivered: bool) {
         self.heard_at = Instant::now();
         if self.renewed_at.take_if(|at| at.elapsed() >= REQUEUED_WITHIN).is_some() || !redelivered {
@@ -500,39 +503,39 @@ impl std::fmt::Debug for Renewal {
     }
 }
 
-/// So many acknowledgements of a lazy inbox don't wait for more.
+/// Up to how many acknowledgements of a lazy inbox wait for more.
 fn few(prefetch: u16) -> usize {
     usize::from(prefetch / 4).max(1)
 }
 
-/// When a consumer gets what is in its queue.
+/// When a consumer gets messages from its queue.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum ConsumerMode {
-    /// As soon as it has room for it, in its turn.
+    /// Whenever it has room, in turn with the others.
     Competing,
-    /// When it alone is active, of all that there are.
+    /// When it is the single active consumer.
     SingleActive,
 }
 
-/// Whether the broker still gives a consumer what it should get. A quorum queue that is deleted, and
-/// declared anew before the channel hears of it, keeps its consumers as the broker counts them; what
+/// Detects whether the broker still delivers to a consumer. If a quorum queue is deleted and
+/// declared again before the channel is notified, the broker still counts its consumers; but what
 /// it sends them never arrives, and waits until the channel is closed.
 ///
-/// That can be told only in part: the broker tells how many consumers a queue has, and not whose
-/// they are, and how many messages lie in it, and not how many are on somebody's way. So what is
-/// missed is a consumer that has not yet been sent as much as it may hold, or that has others
-/// beside it which take everything. It is found out when more comes than that.
+/// This can be detected only in part: the broker reports how many consumers a queue has, but not
+/// whose they are, and how many messages are ready, but not how many are on their way. So the probe
+/// misses a lost consumer that may still be sent more than there is, or that competes with others
+/// which take everything. It detects it when more messages arrive than that.
 struct LivenessProbe {
     connection: Arc<BrokerConnection>,
     queue: ShortString,
     turn: ConsumerMode,
-    /// When to look next.
+    /// When to check next.
     due: Pin<Box<Sleep>>,
-    /// Whether something came since the last look.
+    /// Whether a delivery arrived since the last check.
     has_heard: bool,
-    /// When something was last known to have come.
+    /// When a delivery was last known to have arrived.
     heard_at: Instant,
-    /// Whether the last look was a bad one.
+    /// Whether the last check was bad.
     is_suspicious: bool,
     looking: Option<BoxFuture<'static, Result<Option<QueueCounts>, AskError>>>,
 }
@@ -551,7 +554,7 @@ impl LivenessProbe {
         }
     }
 
-    /// Ready when the consumer is forgotten. `has_room`: the broker may give it more.
+    /// Ready when the consumer is lost. `has_room`: the broker may deliver more to it.
     fn poll(&mut self, cx: &mut Context<'_>, has_room: bool) -> Poll<Closed> {
         loop {
             if let Some(looking) = &mut self.looking {
@@ -579,16 +582,16 @@ impl LivenessProbe {
         }
     }
 
-    /// What a look has found. A queue that has no leader at the moment is said to be empty and
-    /// without consumers, and what has just come is not given to anyone yet: so twice, but for a
-    /// queue that isn't there.
+    /// The result of a check. The broker reports a queue that has no leader at the moment as empty
+    /// and without consumers, and a message that has just arrived is not yet delivered: so a check
+    /// must be bad twice, except if the queue doesn't exist.
     fn is_forgotten(
         &mut self,
         found: Result<&Option<QueueCounts>, &AskError>,
         has_room: bool,
     ) -> bool {
         let was_suspicious = std::mem::take(&mut self.is_suspicious);
-        // How a connection is, others find out.
+        // Others watch the connection.
         let Ok(found) = found else { return false };
         let Some(QueueCounts { messages, consumers }) = found else { return true };
         let is_passed_over = *messages > 0 && has_room && self.turn == ConsumerMode::Competing;
@@ -603,15 +606,15 @@ impl std::fmt::Debug for LivenessProbe {
     }
 }
 
-/// Which delivery tags of a channel are settled: they count from 1.
+/// The settled delivery tags of a channel, which count from 1.
 #[derive(Debug, Default)]
 struct Tags {
-    /// All up to here are settled, and the broker knows.
+    /// All tags up to here are settled, and the broker knows.
     floor: u64,
-    /// Settled above the floor; whether the broker knows.
+    /// Tags above the floor that are settled, and whether the broker knows.
     known: BTreeSet<u64>,
     unknown: BTreeSet<u64>,
-    /// The last that was delivered.
+    /// The last delivered tag.
     last: u64,
 }
 
@@ -622,7 +625,7 @@ impl Tags {
         }
     }
 
-    /// Settled by other means than an acknowledgement.
+    /// The broker already knows that this one is settled, by a requeue.
     fn told(&mut self, tag: u64) {
         self.unknown.remove(&tag);
         if tag > self.floor {
@@ -630,12 +633,12 @@ impl Tags {
         }
     }
 
-    /// How many the broker waits for.
+    /// How many unsettled deliveries the broker counts.
     fn outstanding(&self) -> u64 {
         self.last.saturating_sub(self.floor).saturating_sub(self.known.len() as u64)
     }
 
-    /// What to acknowledge now: (tag, whether all before it are meant too).
+    /// The acknowledgements to send now: (tag, whether it includes all earlier ones).
     fn flush(&mut self) -> Vec<(u64, bool)> {
         let mut acks = Vec::new();
         let mut last_unknown = None;
@@ -650,7 +653,8 @@ impl Tags {
             }
             self.floor = next;
         }
-        // Only what the broker still waits for may be named, else it closes the channel.
+        // Name only tags that the broker still counts as unsettled, otherwise it closes the
+        // channel.
         acks.extend(last_unknown.map(|tag| (tag, count > 1)));
         for tag in std::mem::take(&mut self.unknown) {
             acks.push((tag, false));
@@ -696,7 +700,7 @@ mod tests {
         assert_eq!(tags.flush(), [(3, true)]);
     }
 
-    /// The broker's side: it closes the channel if told of a tag that it doesn't wait for.
+    /// The broker's side: it closes the channel for a tag that it doesn't count as unsettled.
     fn acknowledge(outstanding: &mut BTreeSet<u64>, tag: u64, multiple: bool) -> bool {
         let known = outstanding.contains(&tag);
         outstanding.retain(|&it| it != tag && !(multiple && it < tag));

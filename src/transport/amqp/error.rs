@@ -1,36 +1,37 @@
-//! What a failure at the broker means: whether it will pass, and what the broker said.
+//! The meaning of a failure at the broker: whether it is temporary, and the broker's words.
 
 use lapin::{
     ErrorKind,
     protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError},
 };
 
-/// What follows from a failure.
+/// What to do after a failure.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Disposition {
-    /// It may be gone the next time.
+    /// Retry: it may succeed the next time.
     Retry,
-    /// It will be the same until a person changes something.
+    /// Give up: it will fail until a person changes something.
     GiveUp,
 }
 
-/// Whether the broker said no to who we are or what we want, rather than failing at it.
+/// Whether the broker refused the user or the request, rather than failing at it.
 pub fn is_refusal(error: &lapin::Error) -> bool {
     let ErrorKind::ProtocolError(error) = error.kind() else { return false };
     *error.kind() == AMQPErrorKind::Soft(AMQPSoftError::ACCESSREFUSED)
         || *error.kind() == AMQPErrorKind::Hard(AMQPHardError::NOTALLOWED)
 }
 
-/// Whether the broker said that something doesn't exist: `NOT_FOUND - no queue 'q' in vhost '/'`.
+/// Whether the broker reported that something doesn't exist: `NOT_FOUND - no queue 'q' in vhost
+/// '/'`.
 ///
-/// What is there and can't be used for now is "not found" too, in other words: see
+/// A queue that exists but can't be used for now is "not found" too, in other words: see
 /// [`is_out_of_reach`].
 pub fn is_not_found(error: &lapin::Error) -> bool {
     is_absent(error) && names_nothing(&said(error))
 }
 
-/// Whether the broker said that a queue is there, and can't be used for now: its node is down, or its
-/// process is being started, stopped or moved.
+/// Whether the broker reported that a queue exists but can't be used for now: its node is down, or
+/// its process is being started, stopped or moved.
 ///
 /// ```text
 /// NOT_FOUND - home node 'rabbit@n3' of durable queue 'q' in vhost '/' is down or inaccessible
@@ -41,14 +42,14 @@ pub fn is_out_of_reach(error: &lapin::Error) -> bool {
     is_absent(error) && !names_nothing(&said(error))
 }
 
-/// Whether what failed with `error` may succeed by itself, without a change to the topology or to
-/// rights: as far as the broker's words tell. A broker that starts, or elects a leader, answers with
-/// `INTERNAL_ERROR`, says that a queue is out of reach, or ends the connection.
+/// Whether the operation may succeed later without a change to the topology or to permissions,
+/// judging by the broker's words. A broker that starts, or elects a leader, answers with
+/// `INTERNAL_ERROR`, reports a queue as out of reach, or closes the connection.
 pub fn may_pass(error: &lapin::Error) -> bool {
     !is_refusal(error) && !is_not_found(error) && !is_precondition_failed(error)
 }
 
-/// The broker's own words, where the broker said it.
+/// The broker's own words, if the error is from the broker.
 pub fn said(error: &lapin::Error) -> String {
     let ErrorKind::ProtocolError(error) = error.kind() else { return error.to_string() };
     error.get_message().to_string()
@@ -59,12 +60,12 @@ fn is_absent(error: &lapin::Error) -> bool {
     *error.kind() == AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND)
 }
 
-/// Whether the words of a `NOT_FOUND` are that nothing has the name.
+/// Whether the text of a `NOT_FOUND` means that no object has the name.
 fn names_nothing(said: &str) -> bool {
     said.strip_prefix("NOT_FOUND - ").unwrap_or(said).starts_with("no ")
 }
 
-/// Whether the broker said that something is not as it is asked for.
+/// Whether the broker reported that something differs from the request.
 pub fn is_precondition_failed(error: &lapin::Error) -> bool {
     let ErrorKind::ProtocolError(error) = error.kind() else { return false };
     *error.kind() == AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED)

@@ -1,16 +1,17 @@
-//! A queue that belongs to one connection: what a worker, an instance or a producer is told.
+//! The exclusive queue of one connection, on which a worker, an instance or a producer receives
+//! messages.
 //!
-//! **Its name is new with every connection.** The broker may not have noticed yet that the connection
-//! before is gone, or the node of the queue before may be down; then the old queue stays, locked and
-//! bound, and its name can't be declared. What is routed to the old queue as well is lost or nacked
-//! there; it reaches the new one all the same, by the new one's own bindings.
+//! **Its name is new with every connection.** The broker may not have noticed yet that the previous
+//! connection is gone, or the previous queue's node may be down; then the old queue still exists,
+//! locked and bound, and its name can't be declared. A message that is also routed to the old queue
+//! is lost or nacked there, but still reaches the new one through the new one's own bindings.
 //!
-//! **It proves that the link is alive.** Now and then a message is published to it on the link's other
-//! connection. If that doesn't arrive, the broker no longer reads from the one connection or no longer
-//! delivers on the other, and the link is of no use. No other wait could tell: a queue in which nothing
-//! is looks the same, and what is published without a confirm looks as if it had arrived. If it comes
-//! back, the broker doesn't know the queue any more: nodes that lost each other delete the exclusive
-//! queues of the other side, and the queue's own node doesn't end its consumer for that.
+//! **It proves that the link is alive.** From time to time a probe is published to it on the link's
+//! other connection. If it doesn't arrive, the broker no longer reads from the one connection or no
+//! longer delivers on the other, and the link is useless. No other wait could detect that: an empty
+//! queue looks the same, and a publish without a confirm looks as if it had arrived. If the probe
+//! is returned, the broker has lost the queue: nodes that lost each other delete the exclusive
+//! queues of the other side, and the queue's own node doesn't end its consumer then.
 
 use std::{
     fmt,
@@ -39,18 +40,18 @@ use crate::transport::amqp::{
 /// The pause before the next probe is sent.
 const PROBE_AFTER: Duration = Duration::from_secs(1);
 
-/// How long a probe may take to arrive; and once more so long if other messages come meanwhile, which
-/// it may have to wait behind.
+/// How long a probe may take to arrive, and once more as long if other messages arrive meanwhile,
+/// which it may have to wait behind.
 const PROBE_MAX: Duration = Duration::from_secs(4);
 
-/// A timer that is later than this tells that this process has not run, as one that was frozen: then
-/// it is no wonder that nothing has arrived.
+/// If a timer fires later than this, the process did not run, for example because it was frozen:
+/// then missing arrivals mean nothing.
 const LATE: Duration = Duration::from_secs(1);
 
-/// The `type` property of a probe. Nobody but this file sees one.
+/// The `type` property of a probe. Only this module sees probes.
 const PROBE: &str = "dtc.probe.v1";
 
-/// Where a queue gets its messages from: an exchange, and a routing key.
+/// A binding of the queue: an exchange and a routing key.
 #[derive(Clone, Debug)]
 pub struct BoundTo {
     /// The exchange.
@@ -68,27 +69,27 @@ pub enum ExclusiveError {
     /// The queue can't be declared or consumed.
     #[error("failed to use queue `{queue}`")]
     Queue {
-        /// Which queue.
+        /// The queue.
         queue: ShortString,
-        /// Why.
+        /// The cause.
         #[source]
         source: AskError,
     },
-    /// The exchange can't be bound to.
+    /// The queue can't be bound to the exchange.
     #[error("failed to bind queue `{queue}` to exchange `{exchange}`")]
     Exchange {
-        /// Which queue.
+        /// The queue.
         queue: ShortString,
-        /// Which exchange.
+        /// The exchange.
         exchange: ShortString,
-        /// Why.
+        /// The cause.
         #[source]
         source: AskError,
     },
 }
 
 impl ExclusiveError {
-    /// The answer that was not the wanted one.
+    /// The failed request.
     pub fn source_error(&self) -> &AskError {
         match self {
             Self::Channel(source) | Self::Queue { source, .. } | Self::Exchange { source, .. } => {
@@ -106,8 +107,8 @@ pub struct ExclusiveQueue {
 }
 
 impl ExclusiveQueue {
-    /// Declares a queue on `connection`, called `stem` and a part that no other queue has; binds it,
-    /// and consumes it. No more than `prefetch` deliveries are unacknowledged at a time.
+    /// Declares a queue on `connection`, named `stem` with a unique part; binds it, and consumes it
+    /// with at most `prefetch` unacknowledged deliveries.
     ///
     /// # Errors
     ///
@@ -143,7 +144,7 @@ impl ExclusiveQueue {
         Ok(Self { inbox: inbox.map_err(failed)?.lazy(), probe: None })
     }
 
-    /// Makes sure that what is published on `publishing` still arrives here, as long as `is_needed`.
+    /// Checks by probes that publishes on `publishing` still arrive here, as long as `is_needed`.
     ///
     /// # Errors
     ///
@@ -158,26 +159,26 @@ impl ExclusiveQueue {
         Ok(Self { probe: Some(probe), ..self })
     }
 
-    /// What it is called.
+    /// Its name.
     pub fn name(&self) -> &ShortString {
         self.inbox.queue()
     }
 
-    /// The next delivery, to be acknowledged by [`ExclusiveQueue::ack`].
+    /// The next delivery. Acknowledge it by [`ExclusiveQueue::ack`].
     ///
     /// # Errors
     ///
-    /// There are no more: the connection is gone, or is of no use.
+    /// There will be no more: the connection is gone, or useless.
     pub async fn next(&mut self) -> Result<Delivery, Closed> {
         std::future::poll_fn(|cx| self.poll_next(cx)).await
     }
 
-    /// The same, if it is there by now.
+    /// The next delivery, if it has arrived already.
     pub fn ready(&mut self) -> Option<Result<Delivery, Closed>> {
         self.next().now_or_never()
     }
 
-    /// [`ExclusiveQueue::next`], for those who wait for several things.
+    /// [`ExclusiveQueue::next`] as a poll function, for callers that wait for several things.
     pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Delivery, Closed>> {
         loop {
             match self.inbox.poll_next(cx) {
@@ -204,12 +205,12 @@ impl ExclusiveQueue {
         probe.poll(cx).map(Err)
     }
 
-    /// The delivery is dealt with.
+    /// Acknowledges the delivery.
     pub fn ack(&mut self, tag: u64) {
         self.inbox.ack(tag);
     }
 
-    /// Tells the broker of what was acknowledged.
+    /// Sends the acknowledgements to the broker.
     pub fn flush(&mut self) {
         self.inbox.flush();
     }
@@ -219,17 +220,17 @@ fn is_probe(delivery: &Delivery) -> bool {
     delivery.properties.kind().as_ref().is_some_and(|kind| kind.as_str() == PROBE)
 }
 
-/// What makes sure that a link is alive.
+/// Checks that a link is alive.
 struct Probe {
     publishing: Arc<BrokerConnection>,
     lane: Publisher<()>,
     queue: ShortString,
     is_needed: Box<dyn Fn() -> bool + Send + Sync>,
-    /// Whether something has arrived since the probe was sent.
+    /// Whether a message has arrived since the probe was sent.
     has_heard: bool,
     /// Since when a probe is on its way.
     sent_at: Option<Instant>,
-    /// Whether it was given more time.
+    /// Whether its time limit was extended.
     is_extended: bool,
     timer: Pin<Box<Sleep>>,
 }
@@ -260,11 +261,11 @@ impl Probe {
         }
     }
 
-    /// Ready when the link is of no use.
+    /// Ready when the link is useless.
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Closed> {
         loop {
-            // How its channel ends, others find out. What was just sent is polled too: else its return
-            // would wake nobody.
+            // Others watch the probe's channel. A probe that was just sent is polled too: otherwise its
+            // return would wake nobody.
             while let Poll::Ready(Ok(((), published))) = self.lane.poll_next(cx) {
                 if matches!(published, Published::Unroutable) {
                     return Poll::Ready(Closed::Unknown { queue: self.queue.to_string() });
@@ -274,7 +275,7 @@ impl Probe {
                 return Poll::Pending;
             }
             let is_late = self.timer.deadline().elapsed() >= LATE;
-            // A broker that has an alarm reads nothing that is published, and has said so.
+            // A broker with an alarm reads no publishes, and has reported that.
             let is_blocked = self.publishing.status().blocked();
             match self.sent_at {
                 None if is_blocked || !(self.is_needed)() => self.wait(PROBE_AFTER),

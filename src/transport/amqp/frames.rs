@@ -1,18 +1,18 @@
-//! Screens what the broker sends before lapin parses it.
+//! Screens the broker's frames before lapin parses them.
 //!
 //! lapin parses nested tables and arrays by recursion, on a thread with a stack of 2 MiB: 3,000
-//! levels, 21 KB of a header, end the process. It gives up the connection if a short string is not
-//! UTF-8, if a value has a type that it doesn't know, or if a frame is larger than was agreed; the
-//! broker then delivers the same message again, to the next. RabbitMQ checks none of this, except
+//! levels, 21 KB of a header, crash the process. It closes the connection if a short string is not
+//! UTF-8, if a value has an unknown type, or if a frame is larger than was negotiated; the broker
+//! then delivers the same message again, to the next consumer. RabbitMQ checks none of this, except
 //! that a value's type is one of its own. So a [`Filter`] reads the frames first and rewrites what
-//! lapin could not read: a header table, or all properties, into a header called [`UNREADABLE`] that
-//! says why; a byte that is not UTF-8 into `?`. A frame keeps its size. Bodies pass without being
-//! looked at.
+//! lapin could not parse: it replaces a header table, or all properties, by a header called
+//! [`UNREADABLE`] that gives the reason, and a byte that is not UTF-8 by `?`. A frame keeps its
+//! size. Bodies pass unread.
 //!
-//! The filter also notes which messages came back: see [`Returns`].
+//! The filter also notes returned messages: see [`Returns`].
 //!
 //! **Invariant:** every frame that a broker may send on behalf of a peer is passed on as one that
-//! lapin parses, within [`DEPTH_MAX`] levels of recursion.
+//! lapin can parse, within [`DEPTH_MAX`] levels of recursion.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -20,26 +20,26 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-/// The header that a message has whose own headers could not be read. Its value says why.
+/// The header of a message whose own headers could not be read. Its value is the reason.
 pub const UNREADABLE: &str = "dtc-unreadable";
 
 /// How many levels of tables and arrays a header table may have, itself included.
 pub const DEPTH_MAX: usize = 64;
 
-/// How many values a header table may have on all its levels. Parsed, a value takes some hundred
-/// bytes; as it is sent, it may take one.
+/// How many values a header table may have on all its levels. A parsed value takes some hundred
+/// bytes; on the wire it may take one.
 pub const VALUES_MAX: usize = 4096;
 
-/// The frame size that we agree to: RabbitMQ's own default.
+/// The frame size that we negotiate: RabbitMQ's default.
 pub const FRAME_MAX: u32 = 131_072;
 
-/// The smallest frame size that lapin agrees to.
+/// The smallest frame size that lapin accepts.
 const FRAME_MAX_MIN: u32 = lapin::protocol::constants::FRAME_MIN_SIZE;
 
 /// Type, channel and size of a frame.
 const HEAD: usize = 7;
 
-/// What a frame ends with.
+/// The last byte of a frame.
 const END: u8 = 0xCE;
 
 const METHOD: u8 = 1;
@@ -61,7 +61,7 @@ const FLAGS: usize = 2;
 const HEADERS_FLAG: u16 = 1 << 13;
 const APP_ID_FLAG: u16 = 1 << 3;
 
-/// The content header that takes the place of one that is larger than a frame may be.
+/// The size of the content header that replaces one that is larger than a frame may be.
 const COMPACT: usize = HEAD + BEFORE_PROPERTIES + FLAGS + 4 + MARKER_MIN + TOO_LARGE.len() + 1;
 
 const TOO_LARGE: &str = "its properties are larger than a frame may be";
@@ -71,14 +71,14 @@ const TOO_MANY: &str = "its headers have more than 4096 values";
 const MALFORMED_HEADERS: &str = "its headers are not a table as AMQP has it";
 const MALFORMED_PROPERTIES: &str = "its properties are not a list as AMQP has it";
 
-/// What to do with the bytes that [`Filter::step`] was given.
+/// What to do with the bytes given to [`Filter::step`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Step {
-    /// So many of them, at least one, may be passed on.
+    /// Pass on so many of them, at least one.
     Pass(usize),
-    /// So many of them, at least one, belong to nobody.
+    /// Drop so many of them, at least one.
     Drop(usize),
-    /// More must be there before anything can be said.
+    /// Wait for more bytes.
     Wait,
     /// No broker sends this, and lapin must not see it.
     Refuse(&'static str),
@@ -88,35 +88,36 @@ pub enum Step {
 #[derive(Debug)]
 pub struct Filter {
     state: State,
-    /// How large a frame may be that lapin is to parse.
+    /// How large a frame may be for lapin to parse it.
     frame_max: u32,
     returns: Returns,
-    /// The channels on which a message comes back whose content header is still to come.
+    /// The channels on which a message is being returned, and its content header has not arrived
+    /// yet.
     returning: HashSet<u16>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum State {
-    /// A frame begins here.
+    /// At the beginning of a frame.
     AtFrame,
-    /// So many more bytes pass.
+    /// So many more bytes are passed on.
     Passing(u64),
     /// So many more bytes are dropped.
     Dropping(u64),
-    /// This is not AMQP. lapin ends the connection at the first byte that was passed on in this
-    /// state, and so parses none of what follows.
+    /// This is not AMQP. lapin closes the connection at the first byte that was passed on in this
+    /// state, and so parses nothing after it.
     Lost,
 }
 
 impl Filter {
-    /// For a connection on which we agree to frames of at most `frame_max` bytes.
+    /// A filter for a connection with frames of at most `frame_max` bytes.
     pub fn new(frame_max: u32, returns: Returns) -> Self {
         let frame_max = frame_max.max(FRAME_MAX_MIN);
         Self { state: State::AtFrame, frame_max, returns, returning: HashSet::new() }
     }
 
-    /// Looks at the bytes that were neither passed on nor dropped yet, and rewrites what has to be
-    /// rewritten of those that may be passed on.
+    /// Examines bytes that were neither passed on nor dropped yet, and rewrites those that lapin
+    /// could not parse.
     pub fn step(&mut self, bytes: &mut [u8]) -> Step {
         let mut passed = 0;
         loop {
@@ -152,7 +153,7 @@ impl Filter {
         let total = HEAD as u64 + u64::from(size) + 1;
         match first {
             METHOD | HEADER if total <= u64::from(self.frame_max) => {
-                // It is no larger than a frame may be.
+                // The frame is no larger than the limit.
                 let total = total as usize;
                 let Some(frame) = bytes.get_mut(..total) else { return Step::Wait };
                 if frame.last() != Some(&END) {
@@ -175,7 +176,7 @@ impl Filter {
         }
     }
 
-    /// Passes on as many of `rest` bytes as are there.
+    /// Passes on those of `rest` bytes that have arrived.
     fn pass(&mut self, rest: u64, there: usize) -> Step {
         let some = there.min(usize::try_from(rest).unwrap_or(usize::MAX));
         self.state = match rest - some as u64 {
@@ -188,7 +189,7 @@ impl Filter {
     fn drop_some(&mut self, rest: u64, bytes: &[u8]) -> Step {
         let some = bytes.len().min(usize::try_from(rest).unwrap_or(usize::MAX));
         let rest = rest - some as u64;
-        // lapin was given another end for this frame, so it would not notice.
+        // lapin was given another end of this frame, so it would not notice.
         if rest == 0 && bytes.get(some - 1) != Some(&END) {
             return Step::Refuse("a frame doesn't end where it should");
         }
@@ -204,8 +205,8 @@ impl Filter {
         Step::Pass(there)
     }
 
-    /// A content header that is larger than a frame may be: the broker doesn't split it, and adds
-    /// headers of its own to what was as large as a frame may be. lapin gets a small one.
+    /// Replaces a content header that is larger than a frame may be by a small one: the broker
+    /// doesn't split it, and adds its own headers to one that already had the largest size.
     fn compact(&mut self, channel: u16, total: u64, bytes: &mut [u8]) -> Step {
         let Some(compact) = bytes.get_mut(..COMPACT) else { return Step::Wait };
         let size = (COMPACT - HEAD - 1) as u32;
@@ -218,8 +219,8 @@ impl Filter {
         Step::Pass(COMPACT)
     }
 
-    /// Makes sure that lapin can parse a method; refuses one that only a client sends and that may
-    /// hold a table.
+    /// Checks that lapin can parse a method; refuses one that only a client sends and that may hold
+    /// a table.
     fn method(&mut self, channel: u16, payload: &mut [u8]) -> Result<(), &'static str> {
         use Field::{Long, LongLong, LongString, Octet, Short, ShortString, Table};
         let (Some(class), Some(method)) = (u16_at(payload, 0), u16_at(payload, 2)) else {
@@ -276,7 +277,7 @@ impl Filter {
         Ok(())
     }
 
-    /// Makes sure that lapin can parse a content header.
+    /// Ensures that lapin can parse a content header.
     fn content_header(&mut self, channel: u16, payload: &mut [u8]) {
         match screen_properties(payload) {
             Ok(message_id) => {
@@ -292,7 +293,7 @@ impl Filter {
         }
     }
 
-    /// If it is a message that came back, notes it.
+    /// Notes the message, if it is being returned.
     fn came_back(&mut self, channel: u16, message_id: &str) {
         if self.returning.remove(&channel) {
             self.returns.note(channel, message_id);
@@ -300,7 +301,7 @@ impl Filter {
     }
 }
 
-/// What a method has one after the other. Flags are an octet.
+/// A field of a method. Flags are an octet.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Field {
     Octet,
@@ -336,7 +337,7 @@ const PROPERTIES: [Field; 14] = {
 const MESSAGE_ID: usize = 8;
 
 impl Field {
-    /// Where the content is of the one that begins at `at`; it ends where the next begins.
+    /// The range of the content of the field that begins at `at`; the next field begins at its end.
     fn range(self, bytes: &[u8], at: usize) -> Option<Range<usize>> {
         let (begin, size) = match self {
             Self::Octet => (at, 1),
@@ -351,13 +352,13 @@ impl Field {
     }
 }
 
-/// Makes sure that the properties in a content header can be parsed, and says where the message's id
-/// is; where there is none, that range is empty.
+/// Ensures that the properties in a content header can be parsed; returns the range of the message
+/// id, which is empty if there is none.
 fn screen_properties(payload: &mut [u8]) -> Result<Range<usize>, &'static str> {
     let flags = u16_at(payload, BEFORE_PROPERTIES).ok_or(MALFORMED_PROPERTIES)?;
     let mut at = BEFORE_PROPERTIES + FLAGS;
     let mut message_id = 0..0;
-    // What is wrong with the table may be said in its place only if it ends the way the rest does.
+    // Only if the table ends where the rest of the properties begins can a marker take its place.
     let mut bad_table = None;
     for (index, property) in PROPERTIES.iter().enumerate() {
         if flags & (1 << 15 >> index) == 0 {
@@ -392,9 +393,9 @@ fn screen_properties(payload: &mut [u8]) -> Result<Range<usize>, &'static str> {
     Ok(message_id)
 }
 
-/// Puts a header that says why in the place of all properties. Where there is no room for it, other
-/// properties fill the space; RabbitMQ parses a table before it takes a message, so this happens only
-/// to one that nests deep, and that one takes more space.
+/// Replaces all properties by a header with the reason. If there is no room for it, other
+/// properties fill the space; RabbitMQ parses a table before it accepts a message, so this happens
+/// only to deeply nested ones, which take more space.
 fn replace_properties(payload: &mut [u8], why: &str) {
     let Some(room) = payload.len().checked_sub(BEFORE_PROPERTIES + FLAGS) else { return };
     let properties = payload.get_mut(BEFORE_PROPERTIES..).unwrap_or_default();
@@ -412,8 +413,8 @@ fn replace_properties(payload: &mut [u8], why: &str) {
     }
 }
 
-/// Puts a header that says why in the place of all headers, but for numbers that the broker has
-/// added: a reader of a stream counts by them.
+/// Replaces all headers by one with the reason, except for numbers that the broker has added, by
+/// which the reader of a stream counts.
 fn replace_table(table: &mut [u8], why: &str) {
     const KEPT_MAX: usize = 16;
     let (mut at, mut kept) = (0, 0);
@@ -436,7 +437,7 @@ fn replace_table(table: &mut [u8], why: &str) {
     put_marker(table.get_mut(kept..).unwrap_or_default(), why);
 }
 
-/// Fills `room`, at least [`MARKER_MIN`] bytes, with one header that says why.
+/// Fills `room`, at least [`MARKER_MIN`] bytes, with one header that gives the reason.
 fn put_marker(room: &mut [u8], why: &str) {
     let Some(length) = room.len().checked_sub(MARKER_MIN) else { return };
     put(room, 0, &[UNREADABLE.len() as u8]);
@@ -449,10 +450,10 @@ fn put_marker(room: &mut [u8], why: &str) {
     put(text, 0, why.as_bytes().get(..shown).unwrap_or_default());
 }
 
-/// Makes sure that a table can be parsed, and makes the names in it UTF-8; `table` is what stands
-/// behind its size.
+/// Ensures that a table can be parsed, and makes the names in it UTF-8; `table` is its content,
+/// after its size.
 fn screen_table(table: &mut [u8]) -> Result<(), &'static str> {
-    /// One that is open: where it ends, and whether its values have names.
+    /// An open level: where it ends, and whether its values have names.
     type Level = (usize, bool);
     let mut levels: [Level; DEPTH_MAX] = [(0, false); DEPTH_MAX];
     let mut depth = 1_usize;
@@ -490,7 +491,7 @@ fn screen_table(table: &mut [u8]) -> Result<(), &'static str> {
     Ok(())
 }
 
-/// Where the value ends whose type is at `at`. The types are RabbitMQ's; lapin knows `U` as well.
+/// The end of the value whose type is at `at`. The types are RabbitMQ's; lapin also knows `U`.
 fn end_of_value(bytes: &[u8], at: usize) -> Option<usize> {
     let behind = at + 1;
     let size = match bytes.get(at)? {
@@ -506,7 +507,7 @@ fn end_of_value(bytes: &[u8], at: usize) -> Option<usize> {
     behind.checked_add(size).filter(|end| *end <= bytes.len())
 }
 
-/// Replaces every byte that belongs to no character of UTF-8.
+/// Replaces every byte that belongs to no UTF-8 character.
 fn make_utf8(text: &mut [u8]) {
     let mut at = 0;
     while let Some(rest) = text.get_mut(at..)
@@ -537,15 +538,15 @@ fn long_at(bytes: &[u8], at: usize) -> Option<usize> {
     usize::try_from(u32_at(bytes, at)?).ok()
 }
 
-/// The messages that the broker has sent back on one connection since no queue took them.
+/// The messages that the broker has returned on one connection since no queue took them.
 ///
-/// The broker sends a message back before it confirms it, and the filter sees both before lapin
-/// does. So when a confirm is known, it is known here whether that message came back. lapin itself
-/// hands out, with a confirm, whichever message came back first.
+/// The broker returns a message before it confirms it, and the filter sees both before lapin does.
+/// So when lapin reports a confirm, it is known here whether that message was returned. lapin
+/// itself attaches to a confirm whichever message was returned first.
 #[derive(Clone, Debug, Default)]
 pub struct Returns(Arc<Mutex<Generations>>);
 
-/// Those noted lately, and those before them: when there are too many, the older half is forgotten.
+/// Recent returns, and older ones: when there are too many, the older half is dropped.
 #[derive(Debug, Default)]
 struct Generations {
     young: Noted,
@@ -554,18 +555,18 @@ struct Generations {
 
 #[derive(Debug, Default)]
 struct Noted {
-    /// How often it came back, by channel and message id.
+    /// How often it was returned, by channel and message id.
     channels: HashMap<u16, HashMap<Box<str>, u32>>,
-    /// How many ids there are.
+    /// The number of ids.
     size: usize,
 }
 
 impl Returns {
-    /// How many are kept for those who ask.
+    /// How many returns are kept, at least.
     pub const MAX: usize = 65_536;
 
-    /// Whether the message with this id, published on `channel`, came back. It says so once for each
-    /// time that it came back. A message without an id has an empty one.
+    /// Whether the message with this id, published on `channel`, was returned. It reports each
+    /// return once. A message without an id has an empty one.
     pub fn take(&self, channel: u16, message_id: &str) -> bool {
         let mut noted = self.lock();
         noted.young.take(channel, message_id) || noted.old.take(channel, message_id)
@@ -580,7 +581,7 @@ impl Returns {
         noted.young.add(channel, message_id);
     }
 
-    /// A new channel has nothing to do with an earlier one of the same number.
+    /// A new channel starts without the returns of an earlier one with the same number.
     fn forget(&self, channel: u16) {
         let mut noted = self.lock();
         noted.young.forget(channel);
@@ -640,7 +641,7 @@ mod tests {
         UNREADABLE, VALUES_MAX,
     };
 
-    /// What is passed on of bytes that come in pieces of these sizes, again and again.
+    /// The output for bytes that arrive in pieces of these sizes, cyclically.
     fn screened_in(filter: &mut Filter, bytes: &[u8], sizes: &[usize]) -> Vec<u8> {
         let (mut passed, mut held) = (Vec::new(), Vec::new());
         let mut sizes = sizes.iter().cycle();
@@ -673,7 +674,7 @@ mod tests {
         [&[kind], &channel.to_be_bytes()[..], &size, payload, &[END]].concat()
     }
 
-    /// A content header of a message that has `headers` and the id `m1`.
+    /// A content header of a message with `headers` and the id `m1`.
     fn message(headers: &[u8]) -> Vec<u8> {
         header_frame(&[&table(headers)[..], &[2, b'm', b'1']].concat(), 1 << 13 | 1 << 7)
     }
@@ -687,8 +688,8 @@ mod tests {
         [&u32::try_from(entries.len()).unwrap().to_be_bytes(), entries].concat()
     }
 
-    /// A header with so many levels, of tables (`F`), arrays (`A`) or by turns; the table that it is
-    /// in counts.
+    /// A header with so many levels of tables (`F`) and arrays (`A`), in turn; the table that
+    /// contains it counts.
     fn nested(levels: usize, kinds: &[u8]) -> Vec<u8> {
         let mut inner = Vec::new();
         for level in (0..levels - 1).rev() {
@@ -739,7 +740,7 @@ mod tests {
     #[test]
     fn a_table_of_any_size_is_replaced_by_one_of_the_same_size() {
         for size in 1..700 {
-            // A value of a type that nobody knows.
+            // A value of an unknown type.
             let mut headers = vec![b'?'; size];
             headers[0] = 0;
             let passed = screened(&message(&headers));
@@ -755,7 +756,7 @@ mod tests {
     #[test]
     fn properties_that_are_no_list_are_replaced_whatever_their_size() {
         for size in 0..700 {
-            // The content type would be longer than all there is.
+            // The content type would be longer than the whole frame.
             let bytes = header_frame(&vec![0xFF; size.min(200)], 0xFFFF);
             let passed = screened(&bytes);
             assert_eq!(passed.len(), bytes.len());
@@ -830,7 +831,7 @@ mod tests {
             let passed = passed.strip_suffix(&behind[..]).unwrap();
             assert!(why(&properties(passed)).unwrap().contains("larger than a frame"));
         }
-        // The broker agrees to less.
+        // The broker negotiates less.
         let tune = [0, 10, 0, 30, 0, 0, 0, 0, 0x20, 0, 0, 10];
         let bytes = [frame(METHOD, 0, &tune), message(&text(9000))].concat();
         let passed = screened(&bytes);
@@ -838,7 +839,8 @@ mod tests {
         assert!(why(&properties(passed)).is_some());
     }
 
-    /// lapin would ask for 8192 all the same, and the broker end the connection without a word.
+    /// lapin would request 8192 all the same, and the broker would close the connection without a
+    /// reason.
     #[test]
     fn a_broker_that_allows_smaller_frames_than_lapin_has_is_told_what_to_set() {
         for (frame_max, is_refused) in [(0_u32, false), (4096, true), (8191, true), (8192, false)] {
@@ -862,7 +864,7 @@ mod tests {
         for bytes in [&b"\x15\x03\x03\0\x02\x02F"[..], b"AMQP\0\0\x09\x01"] {
             assert_eq!(screened(bytes), bytes);
         }
-        // queue.declare, and a server's properties that nest deep.
+        // queue.declare, and deeply nested server properties.
         for method in
             [&[0, 50, 0, 10][..], &[&[0, 10, 0, 10, 0, 9], &table(&nested(99, b"F"))[..]].concat()]
         {
@@ -870,7 +872,7 @@ mod tests {
         }
     }
 
-    /// `basic.return`, the content header and the body of a message that comes back.
+    /// `basic.return`, the content header and the body of a returned message.
     fn returned(channel: u16, message_id: &str) -> Vec<u8> {
         let method = [&[0, 60, 0, 50, 1, 56][..], &[8], b"NO_ROUTE", &[0, 1, b'k']].concat();
         let id = [&[u8::try_from(message_id.len()).unwrap()], message_id.as_bytes()].concat();
@@ -884,7 +886,7 @@ mod tests {
         let returns = Returns::default();
         let mut filter = Filter::new(FRAME_MAX, returns.clone());
         let bytes = [returned(1, "a"), returned(2, "a"), returned(1, "b"), returned(1, "b")];
-        // One that is delivered did not come back.
+        // A delivered message was not returned.
         let bytes = [&bytes.concat()[..], &message(b"")].concat();
         screened_in(&mut filter, &bytes, &[5]);
         assert!(!returns.take(3, "a") && !returns.take(1, "m1"));
@@ -986,7 +988,7 @@ mod tests {
             mut bytes in written(),
             changes in vec((any::<usize>(), any::<u8>()), 1..6),
         ) {
-            // The properties alone are a peer's.
+            // Only the properties are under a peer's control.
             for (at, byte) in changes {
                 let (first, last) = (7 + 12, bytes.len() - 1);
                 bytes[first + at % (last - first)] = byte;

@@ -1,11 +1,11 @@
-//! The two connections of one that publishes and consumes, and what happens to them.
+//! The two connections of a process that publishes and consumes, and the events of both.
 //!
-//! They are two, since the broker stops reading from connections that publish when it runs out of
-//! memory or disk, and what is consumed must still be acknowledged. Both are with the same node: two
-//! nodes would be twice as likely to be in trouble.
+//! There are two, since the broker stops reading from publishing connections when it runs out of
+//! memory or disk, and acknowledgements must still reach it. Both are to the same node: with two
+//! nodes, failures would be twice as likely.
 //!
-//! **An alarm has an end.** The broker says when it takes no messages, and when it does again. Should
-//! it not say so, that shows on a fresh connection.
+//! **An alarm ends.** The broker reports when it stops taking messages, and when it resumes. If it
+//! fails to report the latter, a new connection shows it.
 
 use std::{
     pin::Pin,
@@ -27,10 +27,10 @@ use crate::transport::amqp::{
     publisher::{Outgoing, Published, publish_within},
 };
 
-/// How long a broker has taken no messages when it is tried whether that is so, and logged.
+/// After how long an alarm is logged, and checked on a new connection.
 const CHECK_AFTER: Duration = Duration::from_secs(5);
 
-/// How long a broker without an alarm may take for a message that nobody wants.
+/// How long a broker without an alarm may take for a message that no queue takes.
 const TAKEN_WITHIN: Duration = Duration::from_secs(3);
 
 /// Two connections to a broker.
@@ -43,23 +43,24 @@ pub struct Link {
 }
 
 impl Broker {
-    /// Connects twice to one host: to any at first, and to the next one each time.
+    /// Connects twice to one host: first to a random one, and each time to the next one.
     ///
     /// # Errors
     ///
-    /// None of the hosts lets us in. If one refuses us, its refusal is reported: waiting doesn't help.
+    /// No host accepts the connections. A refusal is reported in preference to other failures,
+    /// since retrying doesn't help.
     pub async fn link(&self) -> Result<Link, ConnectError> {
         let is_final = |error: &ConnectError| error.disposition() == Disposition::GiveUp;
         self.link_with(|link| future::ready(Ok(link)), is_final).await
     }
 
-    /// Connects twice to one host, and opens there what `open` says. A host that does not do that
-    /// within a moment is not waited for before the next is tried as well: a node that is cut off from
-    /// the others lets us in, and declares nothing.
+    /// Connects twice to one host, and runs `open` on the link. If a host has not succeeded after a
+    /// moment, the next one is tried in parallel: a node that is cut off from the others accepts
+    /// connections, but declares nothing.
     ///
     /// # Errors
     ///
-    /// None of the hosts does that. The failure of one that `is_final` is reported before others.
+    /// No host succeeds. A failure that `is_final` is reported in preference to others.
     pub async fn link_with<T, E, F>(
         &self,
         open: impl Fn(Link) -> F + Sync,
@@ -83,7 +84,7 @@ impl Broker {
         self.first_that(open_at, is_final).await
     }
 
-    /// Whether the broker takes what is published, on a connection of its own.
+    /// Whether the broker takes messages, checked on a new connection.
     async fn takes_messages(&self) -> bool {
         let Ok(connection) = self.connect("alarm").await else { return false };
         let taken = match PublishChannel::open(&connection).await {
@@ -96,12 +97,12 @@ impl Broker {
 }
 
 impl Link {
-    /// Whether both connections stand, as far as is known.
+    /// Whether both connections are up, as far as is known.
     pub fn is_up(&self) -> bool {
         self.publishing.status().connected() && self.consuming.status().connected()
     }
 
-    /// Watches both connections, which are to `broker`, from now on. For one watcher only.
+    /// Watches both connections, which are to `broker`. There may be one watcher only.
     pub fn watch(&self, broker: Broker) -> LinkWatch {
         let events = stream::select(events(&self.publishing), events(&self.consuming));
         let mut watch = LinkWatch { broker, events: Box::pin(events), blocked: None };
@@ -111,55 +112,55 @@ impl Link {
         watch
     }
 
-    /// Says goodbye. A broker that doesn't hear it will notice.
+    /// Closes both connections. If the broker doesn't receive that, it will notice their end.
     pub async fn close(self) {
         future::join(close(&self.consuming), close(&self.publishing)).await;
     }
 }
 
-/// Whether the broker reads what is published on `channel`. Of a connection that has not published yet
-/// it reads the first message also during an alarm, and only then no more.
+/// Whether the broker reads publishes on `channel`. During an alarm it still reads the first
+/// message on a connection, and stops only after it.
 async fn is_read(channel: PublishChannel) -> bool {
     for _ in 0..2 {
         let message = Outgoing { key: "dtc-nowhere".into(), ..Outgoing::default() };
         match publish_within(channel.clone(), message, TAKEN_WITHIN).await {
             Published::Unconfirmed(_) => return false,
             Published::Confirmed | Published::Unroutable | Published::Refused => {}
-            // That it is refused says that it was read.
+            // A refusal shows that it was read.
             Published::Lost(_) => return true,
         }
     }
     true
 }
 
-/// What happens to a [`Link`].
+/// A change of a [`Link`].
 #[derive(Debug)]
 pub enum LinkChange {
-    /// The broker reads no more of what is published.
+    /// The broker has stopped reading publishes.
     Blocked,
-    /// It does again.
+    /// It reads them again.
     Unblocked,
     /// One of the two connections is gone.
     Lost(lapin::Error),
-    /// The broker takes messages again and has not said so: the link is of no use.
+    /// The broker takes messages again but has not reported it: the link is useless.
     Stale,
-    /// The broker has ended a channel of one of them, for this reason. Whose it was is for those to
-    /// find out who have channels.
+    /// The broker has closed a channel of one of the connections, for this reason. The owners of
+    /// channels must find out whose it was.
     ChannelLost(lapin::Error),
 }
 
-/// Hears what happens to a link, and logs what it hears of alarms.
+/// Watches a link, and logs alarms.
 pub struct LinkWatch {
     broker: Broker,
     events: Pin<Box<dyn Stream<Item = LinkEvent> + Send>>,
     blocked: Option<Blocked>,
 }
 
-/// The broker takes no messages.
+/// An alarm of the broker.
 struct Blocked {
     since: Instant,
     reason: String,
-    /// Whether it does after all.
+    /// The check whether the broker takes messages after all.
     checking: BoxFuture<'static, bool>,
 }
 
@@ -171,17 +172,17 @@ enum LinkEvent {
 }
 
 impl LinkWatch {
-    /// Whether the broker takes no messages.
+    /// Whether the broker has an alarm.
     pub fn is_blocked(&self) -> bool {
         self.blocked.is_some()
     }
 
-    /// What happens next; waits for ever if nothing does.
+    /// The next change; waits for ever if there is none.
     pub async fn next(&mut self) -> LinkChange {
         std::future::poll_fn(|cx| self.poll_next(cx)).await
     }
 
-    /// [`LinkWatch::next`], for those who wait for several things.
+    /// [`LinkWatch::next`] as a poll function, for callers that wait for several things.
     pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<LinkChange> {
         if let Poll::Ready(Some(event)) = self.events.poll_next_unpin(cx) {
             return Poll::Ready(self.hear(event));
@@ -248,9 +249,9 @@ impl std::fmt::Debug for LinkWatch {
     }
 }
 
-/// What happens to one connection. Its consumers tell of the end of theirs. But what is published
-/// without a confirm fails only when it is with the broker, and then the channel is gone that it was
-/// written to: of that nobody would hear before the next publish.
+/// The events of one connection. Consumers are notified when their channel ends. But a publish
+/// without a confirm fails only at the broker, which then closes its channel: without these events
+/// that would go unnoticed until the next publish.
 fn events(connection: &BrokerConnection) -> impl Stream<Item = LinkEvent> + Send + Unpin + 'static {
     let status = connection.status().clone();
     connection.events_listener().filter_map(move |event| {

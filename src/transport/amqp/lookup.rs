@@ -1,11 +1,11 @@
-//! Whether queues exist, and whether anybody takes from them, asked over and over without using
-//! anything up.
+//! Repeated lookups of whether queues exist and have consumers, without exhausting a connection's
+//! channels.
 //!
-//! AMQP tells it by a passive declaration, and closes the channel where there is no such queue. lapin
-//! never gives the number of such a channel out again, so a connection can take only so many of
-//! these answers: the questions have a connection of their own, and get another one before it is used
-//! up. An answer that there is none holds for a moment: a producer that keeps on asking for a service
-//! that does not exist causes no question for each request.
+//! AMQP answers this by a passive declaration, and closes the channel if the queue doesn't exist.
+//! lapin never reuses the number of such a channel, so a connection can take only so many of these
+//! answers: lookups have their own connection, which is replaced before its channels are used up. A
+//! negative answer is cached for a moment, so that a producer that keeps requesting a service which
+//! does not exist doesn't cause a lookup for each request.
 
 use std::{
     collections::BTreeMap,
@@ -27,34 +27,34 @@ use crate::transport::amqp::{
     connection::{Broker, BrokerConnection, ConnectError, close, counts},
 };
 
-/// How long it holds that there is no such queue.
+/// How long a negative answer is cached.
 const MISSING_FOR: Duration = Duration::from_secs(1);
 
-/// Of how many queues it is remembered that they are missing.
+/// For how many queues negative answers are cached.
 const REMEMBERED_MAX: usize = 4096;
 
-/// How many channels of a connection may be used up before it is replaced: a small part of those that
-/// a connection has by default, and many enough to make connecting again cheap.
+/// How many channels of a connection may be used up before it is replaced: a small part of a
+/// connection's default number, but enough to make reconnecting rare.
 const REFUSALS_MAX: u32 = 128;
 
-/// How many questions are on their way at once.
+/// How many lookups may be in progress at once.
 const QUESTIONS_MAX: usize = 16;
 
-/// What is known of a queue.
+/// The result of a lookup.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Existence {
-    /// It exists, and can be used.
+    /// The queue exists, and can be used.
     Found {
-        /// How many take from it.
+        /// How many consumers it has.
         consumers: u32,
     },
-    /// There is no such queue.
+    /// The queue doesn't exist.
     Missing,
-    /// It may exist, and can't be used now: for this reason.
+    /// It may exist, but can't be used now, for this reason.
     Unavailable(String),
 }
 
-/// Asks the broker for queues. Clones share a connection, which is made when it is first needed.
+/// Looks up queues at a broker. Clones share a connection, which is opened at the first lookup.
 #[derive(Clone, Debug)]
 pub struct Lookups {
     shared: Arc<Shared>,
@@ -84,14 +84,14 @@ impl Asked {
         self.used_up.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// It isn't to be used again.
+    /// Marks it as unusable.
     fn discard(&self) {
         self.used_up.store(REFUSALS_MAX, Ordering::Relaxed);
     }
 }
 
 impl Lookups {
-    /// At `broker`.
+    /// Looks up queues at `broker`.
     pub fn new(broker: Broker) -> Self {
         let shared = Shared {
             broker,
@@ -102,13 +102,13 @@ impl Lookups {
         Self { shared: Arc::new(shared) }
     }
 
-    /// Whether `queue` exists, and how many take from it.
+    /// Whether `queue` exists, and how many consumers it has.
     ///
     /// # Errors
     ///
-    /// There is no connection to ask on.
+    /// There is no connection.
     pub async fn find(&self, queue: &ShortString) -> Result<Existence, ConnectError> {
-        // It is never closed.
+        // The semaphore is never closed.
         let _turn = self.shared.turns.acquire().await;
         if self.shared.is_known_missing(queue) {
             return Ok(Existence::Missing);
@@ -123,9 +123,10 @@ impl Lookups {
             }
             Err(error) => {
                 match &error {
-                    // The channel is gone, or the connection, which is told when it is asked next.
+                    // The channel or the connection is gone; the next lookup will notice the
+                    // latter.
                     AskError::Broker(_) => asked.use_up(),
-                    // Perhaps it is the connection that gives no answers.
+                    // Perhaps the connection is the cause.
                     AskError::Silent { .. } | AskError::Blocked { .. } => asked.discard(),
                 }
                 Existence::Unavailable(error.to_string())
@@ -133,7 +134,7 @@ impl Lookups {
         })
     }
 
-    /// Says goodbye, if there is a connection.
+    /// Closes the connection, if there is one.
     pub async fn close(&self) {
         let connection = self.shared.connection.lock().await.take();
         if let Some(asked) = connection {
@@ -143,14 +144,14 @@ impl Lookups {
 }
 
 impl Shared {
-    /// A connection that is of use. Others that ask wait while it is made.
+    /// A usable connection. Other lookups wait while it is opened.
     async fn connected(&self) -> Result<Arc<Asked>, ConnectError> {
         let mut standing = self.connection.lock().await;
         if let Some(asked) = standing.as_ref().filter(|asked| asked.is_of_use()) {
             return Ok(Arc::clone(asked));
         }
-        // Questions that are on their way by the old one are answered before it goes: it is closed
-        // when the last of them lets go of it.
+        // Lookups in progress on the old one end first: it is closed when the last of them drops
+        // it.
         let connection = self.broker.connect("look").await?;
         let asked = Arc::new(Asked { connection, used_up: AtomicU32::new(0) });
         *standing = Some(Arc::clone(&asked));

@@ -1,35 +1,36 @@
-//! Moving messages through RabbitMQ.
+//! The transport over RabbitMQ.
 //!
-//! * [`address`]: where the brokers are, and who we are to them.
-//! * [`agreed`]: a word that all who serve one thing must agree on.
-//! * [`bounded`]: questions to the broker that end, whatever the broker does.
-//! * [`connection`]: connecting, and connecting again.
-//! * [`error`]: what a failure means.
-//! * [`exclusive`]: a queue that belongs to one connection, and proves that its link is alive.
-//! * [`frames`]: screening what the broker sends before lapin parses it.
-//! * [`link`]: the two connections of one that publishes and consumes, and what happens to them.
-//! * [`lookup`]: whether queues exist, asked over and over.
-//! * [`names`]: what every exchange and queue is called.
-//! * [`publisher`]: publishing with confirms, each within a bound.
-//! * [`reliable`]: publishing what must not be lost.
-//! * [`supervisor`]: when to connect again, and when to give up.
-//! * [`consumer`]: taking deliveries, and acknowledging them in as few frames as possible.
-//! * [`pool`]: channels that many share.
-//! * [`rejected`]: setting aside what nobody can make sense of.
-//! * `screened`: the byte stream that lapin is given.
+//! * [`address`]: the brokers' addresses, and how a process authenticates to them.
+//! * [`agreed`]: a value that all instances of a service must agree on.
+//! * [`bounded`]: requests to the broker with a time limit.
+//! * [`connection`]: connecting and reconnecting.
+//! * [`error`]: the meaning of a failure.
+//! * [`exclusive`]: the exclusive queue of one connection, which proves that its link is alive.
+//! * [`frames`]: screening the broker's frames before lapin parses them.
+//! * [`link`]: the two connections of a process that publishes and consumes.
+//! * [`lookup`]: repeated lookups of whether queues exist.
+//! * [`names`]: the names of exchanges and queues.
+//! * [`publisher`]: publishing with confirms, each with a time limit.
+//! * [`reliable`]: publishing messages that must not be lost.
+//! * [`supervisor`]: when to reconnect, and when to give up.
+//! * [`consumer`]: consuming, and acknowledging in as few frames as possible.
+//! * [`pool`]: shared channels.
+//! * [`rejected`]: setting aside messages that can't be read.
+//! * `screened`: the byte stream that lapin reads.
 //! * [`stream`]: reading a stream up to its end.
-//! * [`tls`]: whom to trust over `amqps://`, and who we are to them.
-//! * [`topology`]: every exchange and queue, and making a broker's be the same.
-//! * [`traffic`]: how many messages went out and came in.
+//! * [`tls`]: the CAs to trust over `amqps://`, and the client certificate.
+//! * [`topology`]: every exchange and queue, and declaring them at a broker.
+//! * [`traffic`]: how many messages were published and delivered.
 //!
-//! Nothing here knows the protocol: what is in a message, and what follows from it, is said above.
+//! Nothing here knows the protocol: the floors above decide what a message contains, and what
+//! follows from it.
 //!
-//! **Invariant:** every wait for the broker has a bound: an answer ([`bounded`]), a confirm
-//! ([`publisher`]), a delivery ([`exclusive`], and the watch of [`consumer`]), the end of an alarm
-//! ([`link`]). What was waited for on is made again then: the channel, or the connection.
+//! **Invariant:** every wait for the broker has a time limit: for an answer ([`bounded`]), a
+//! confirm ([`publisher`]), a delivery ([`exclusive`], and the watch of [`consumer`]), the end of
+//! an alarm ([`link`]). After it, the channel or the connection is opened again.
 //!
-//! **Invariant:** a publish is not believed before the broker has confirmed it, and one that found
-//! no queue is told apart from one that did.
+//! **Invariant:** a publish doesn't count before the broker has confirmed it, and one that was
+//! returned is distinguished from one that a queue took.
 
 pub mod address;
 pub mod agreed;

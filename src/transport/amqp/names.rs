@@ -1,7 +1,7 @@
-//! What every exchange and queue is called.
+//! The names of exchanges and queues.
 //!
 //! All names begin with the namespace, so that several systems can share a virtual host. A routing
-//! key reads `<to>.<about>`: the worker, instance or producer that it goes to, and the service or
+//! key reads `<to>.<about>`: the worker, instance or producer that it addresses, and the service or
 //! status that it is about. None of these contains a dot.
 
 use std::fmt;
@@ -10,7 +10,7 @@ use lapin::types::ShortString;
 
 use crate::protocol::ids::{InstanceId, InvalidName, ReplyToken, ServiceName, WorkerId};
 
-/// What all names of one system begin with.
+/// The first word of all names of one system.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Namespace(String);
 
@@ -48,21 +48,21 @@ impl std::str::FromStr for Namespace {
     }
 }
 
-/// The first part of a routing key that reaches every instance, instead of one.
+/// The first part of a routing key that addresses every instance.
 pub const ALL: &str = "all";
-/// The first part of a routing key that reaches any one worker or instance.
+/// The first part of a routing key that addresses any worker or any instance.
 pub const ANY: &str = "any";
 /// The routing key of every request.
 pub const REQUEST: &str = "request";
-/// The header by which an instance says, with its votes and dones, how many prepares one message may
-/// hold. Without it, one.
+/// The header of votes and dones with which an instance states how many prepares one message to it
+/// may hold. Without it, one.
 pub const PREPARES_MAX: &str = "prepares-max";
-/// The reply token of a producer that named none.
+/// The reply token for a producer that gave none.
 pub const NO_REPLY: &str = "none";
 
-/// The names of everything in one namespace.
+/// All names in one namespace.
 ///
-/// No part of a name is longer than 64 bytes, so that none exceeds the 255 that the broker allows.
+/// No part of a name is longer than 64 bytes, so that no name exceeds the broker's limit of 255.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Names {
     namespace: Namespace,
@@ -85,7 +85,7 @@ impl Names {
 
     // ---- Exchanges ---------------------------------------------------------------------------
 
-    /// The exchange for requests; and the queue bound to it, which all workers share.
+    /// The exchange for requests, and the queue bound to it, which all workers share.
     pub fn requests(&self) -> ShortString {
         self.name("requests")
     }
@@ -105,7 +105,7 @@ impl Names {
         self.name("finish")
     }
 
-    /// The exchange for those of them that any instance may apply.
+    /// The exchange for those that any instance may apply.
     pub fn finish_any(&self) -> ShortString {
         self.name("finish.any")
     }
@@ -117,32 +117,32 @@ impl Names {
 
     // ---- Queues ------------------------------------------------------------------------------
 
-    /// Where the prepares of a service wait for a slot.
+    /// The queue in which a service's prepares wait for a slot.
     pub fn prepare_of(&self, service: &ServiceName) -> ShortString {
         self.name(format_args!("prepare.{service}"))
     }
 
-    /// What a worker is told.
+    /// The queue of one worker.
     pub fn replies_of(&self, worker: &WorkerId) -> ShortString {
         self.name(format_args!("replies.{worker}"))
     }
 
-    /// What one instance is told.
+    /// The queue of one instance.
     pub fn finish_of(&self, service: &ServiceName, instance: &InstanceId) -> ShortString {
         self.name(format_args!("finish.{service}.{instance}"))
     }
 
-    /// What any instance of a service may apply, now or when one comes back.
+    /// The queue of finishes that any instance of a service may apply, present or future.
     pub fn finish_any_of(&self, service: &ServiceName) -> ShortString {
         self.name(format_args!("finish.{service}"))
     }
 
-    /// What keeps the id of the store that the instances of a service share, while any is there.
+    /// The queue that holds the id of the store which the instances of a service share.
     pub fn store_of(&self, service: &ServiceName) -> ShortString {
         self.name(format_args!("store.{service}"))
     }
 
-    /// Where such wait while that queue is replaced.
+    /// The queue in which finishes wait while that queue is replaced.
     pub fn moving(&self, service: &ServiceName) -> ShortString {
         self.name(format_args!("moving.{service}"))
     }
@@ -152,13 +152,13 @@ impl Names {
         self.name("journal")
     }
 
-    /// Inquiries, and what was meant for workers that are gone; the exchange of the same name feeds
-    /// it.
+    /// The queue of inquiries, and of messages for workers that are gone; the exchange of the same
+    /// name feeds it.
     pub fn inquiries(&self) -> ShortString {
         self.name("inquiries")
     }
 
-    /// The results for one producer.
+    /// The queue of one producer's results.
     pub fn results_of(&self, reply: &ReplyToken) -> ShortString {
         self.name(format_args!("results.{reply}"))
     }
@@ -168,12 +168,12 @@ impl Names {
         self.name("unresolved")
     }
 
-    /// The stream of what operators did.
+    /// The stream for what operators did.
     pub fn audit(&self) -> ShortString {
         self.name("audit")
     }
 
-    /// Messages that nobody could make sense of.
+    /// The queue of messages that could not be read.
     pub fn rejected(&self) -> ShortString {
         self.name("rejected")
     }
@@ -184,7 +184,7 @@ pub fn key(to: impl fmt::Display, about: impl fmt::Display) -> ShortString {
     format!("{to}.{about}").into()
 }
 
-/// What a routing key says: `(to, about)`.
+/// The parts of a routing key: `(to, about)`.
 pub fn parts(key: &str) -> Option<(&str, &str)> {
     key.split_once('.').filter(|(_, about)| !about.contains('.'))
 }

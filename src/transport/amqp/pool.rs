@@ -1,8 +1,8 @@
-//! Channels that many share: for those who publish now and then, from wherever they are.
+//! Shared channels, for publishes that are rare or come from many tasks.
 //!
-//! The pool's channels are all on one connection, which is made when it is first needed and again
-//! when it is lost. A channel is taken from the pool only for as long as it takes to write a
-//! message; its confirm is awaited apart, so that a few channels serve any number of publishers.
+//! The pool's channels are all on one connection, which is opened at the first use and again after
+//! it was lost. A channel is taken from the pool only while a message is written; its confirm is
+//! awaited outside, so that a few channels serve any number of publishers.
 
 use std::{
     sync::{Arc, Mutex as StdMutex, MutexGuard, PoisonError},
@@ -22,8 +22,8 @@ use crate::transport::amqp::{
     publisher::{Outgoing, Published, publish_within},
 };
 
-/// How long a confirm may take before another connection takes the place of this one. Whoever publishes
-/// publishes again.
+/// How long a confirm may take before the connection is replaced. The publisher of the message must
+/// publish it again.
 const CONFIRM_MAX: Duration = Duration::from_secs(5);
 
 /// Channels with confirms, on one connection to a broker.
@@ -32,7 +32,7 @@ pub struct Channels {
     pool: Pool<Opener>,
 }
 
-/// A message could not be handed to the broker.
+/// A message could not be published.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum PublishError {
@@ -42,16 +42,17 @@ pub enum PublishError {
     /// The connection gives no channel.
     #[error("failed to open a channel to publish on")]
     Open(#[source] AskError),
-    /// The connection was lost before the broker had confirmed it: it may have arrived or not.
+    /// The connection was lost before the broker had confirmed the message, which may have arrived
+    /// or not.
     #[error("the connection was lost before the broker confirmed the message")]
     Unconfirmed(#[source] lapin::Error),
-    /// The broker has not confirmed it in time: it may have arrived or not.
+    /// The broker has not confirmed the message in time; it may have arrived or not.
     #[error("the broker did not confirm the message within {} s", CONFIRM_MAX.as_secs())]
     Silent,
-    /// The queue is full, or its node is in trouble.
+    /// The queue is full, or its node has a problem.
     #[error("the broker did not take the message")]
     Refused,
-    /// Nothing is bound to the exchange for it.
+    /// No queue is bound to the exchange for it.
     #[error("no queue takes messages from exchange `{exchange}` with key `{key}`")]
     Unroutable {
         /// The exchange.
@@ -59,7 +60,7 @@ pub enum PublishError {
         /// The routing key.
         key: String,
     },
-    /// The broker reads nothing that is published: it has an alarm.
+    /// The broker reads no publishes: it has an alarm.
     #[error("the broker takes no messages: {reason}")]
     Blocked {
         /// The alarm, in the broker's words.
@@ -71,11 +72,11 @@ pub enum PublishError {
 }
 
 impl Channels {
-    /// At most `channels_max` channels at `broker`.
+    /// A pool of at most `channels_max` channels at `broker`.
     pub fn new(broker: Broker, channels_max: usize) -> Self {
         let opener = Opener { broker, connection: Mutex::new(None), alarm: Arc::default() };
         let pool = Pool::builder(opener).max_size(channels_max.max(1)).build();
-        // Without time-outs there is nothing that a builder could refuse.
+        // Without time-outs the builder can't fail.
         Self { pool: pool.unwrap_or_else(|_| unreachable!("no time-outs are set")) }
     }
 
@@ -83,10 +84,10 @@ impl Channels {
     ///
     /// # Errors
     ///
-    /// There is none to be had.
+    /// No connection can be opened.
     pub async fn open(&self) -> Result<(), PublishError> {
         match self.channel().await {
-            // Another connection may be answered.
+            // A new connection may succeed.
             Err(PublishError::Open(error)) if error.is_silent() => {
                 tracing::warn!(%error, "no channel to publish on; connecting again");
                 self.channel().await.map(drop)
@@ -95,11 +96,11 @@ impl Channels {
         }
     }
 
-    /// Publishes, and waits until the broker has it.
+    /// Publishes a message, and waits for the broker's confirm.
     ///
     /// # Errors
     ///
-    /// It is not known to be with the broker. Publishing it again is the caller's decision.
+    /// The broker may not have it. The caller decides whether to publish it again.
     pub async fn publish(&self, message: Outgoing) -> Result<(), PublishError> {
         let (exchange, key) = (message.exchange.clone(), message.key.clone());
         let Pooled { channel, connection } = self.channel().await?;
@@ -126,17 +127,17 @@ impl Channels {
         }
     }
 
-    /// Why the broker reads nothing that is published now, if it has said so.
+    /// Why the broker reads no publishes, if it has reported an alarm.
     pub fn blocked(&self) -> Option<PublishError> {
         let reason = lock(&self.pool.manager().alarm).clone();
         reason.map(|reason| PublishError::Blocked { reason })
     }
 
-    /// What the broker tells of `queue`; `None`: there is no such queue.
+    /// The counts of `queue`; `None`: the queue doesn't exist.
     ///
     /// # Errors
     ///
-    /// It could not be asked.
+    /// The broker could not be asked.
     pub async fn counts(&self, queue: ShortString) -> Result<Option<QueueCounts>, PublishError> {
         self.open().await?;
         let connection = self.pool.manager().connection.lock().await.clone();
@@ -159,7 +160,7 @@ impl Channels {
         }
     }
 
-    /// Closes the connection. Whoever publishes afterwards hears [`PublishError::Closed`].
+    /// Closes the connection. Later publishes fail with [`PublishError::Closed`].
     pub async fn close(&self) {
         self.pool.close();
         if let Some(connection) = self.pool.manager().connection.lock().await.take() {
@@ -168,21 +169,21 @@ impl Channels {
     }
 }
 
-/// A channel, and the connection that it is on.
+/// A channel, and its connection.
 #[derive(Clone, Debug)]
 struct Pooled {
     channel: PublishChannel,
     connection: Arc<Standing>,
 }
 
-/// A connection, and whether it answers: those who published on it may be gone before they could
-/// tell.
+/// A connection, and whether it answers: the tasks that published on it may have ended before they
+/// could notice.
 #[derive(Debug)]
 struct Standing {
     connection: BrokerConnection,
-    /// When the first message was published since the broker has answered.
+    /// When the first message was published after the broker's last answer.
     unanswered_since: Arc<StdMutex<Option<Instant>>>,
-    /// Where the last one was published to.
+    /// The exchange of the last one.
     published_to: StdMutex<ShortString>,
 }
 
@@ -201,7 +202,7 @@ impl Standing {
     }
 }
 
-/// Opens channels, on a connection that it makes when there is none.
+/// Opens channels, on a connection that it opens if there is none.
 #[derive(Debug)]
 struct Opener {
     broker: Broker,
@@ -210,7 +211,7 @@ struct Opener {
 }
 
 impl Opener {
-    /// The broker gives no answers on `silent`: another connection takes its place.
+    /// The broker doesn't answer on `silent`: a new connection replaces it.
     async fn discard(&self, silent: Arc<Standing>, exchange: &ShortString) {
         let mut standing = self.connection.lock().await;
         if standing.take_if(|it| Arc::ptr_eq(it, &silent)).is_some() {
@@ -218,8 +219,7 @@ impl Opener {
         }
     }
 
-    /// Whether the broker has confirmed nothing for long that was published there, and has not said
-    /// that it takes nothing.
+    /// Whether the broker has confirmed nothing for a long time, without reporting an alarm.
     fn is_given_up(&self, standing: &Standing) -> bool {
         standing.is_silent() && lock(&self.alarm).is_none()
     }
@@ -230,7 +230,7 @@ impl Opener {
         *lock(&alarm) = None;
         let unanswered_since = Arc::new(StdMutex::new(None));
         let unanswered = Arc::clone(&unanswered_since);
-        // It ends with the connection.
+        // The task ends with the connection.
         tokio::spawn(async move {
             while let Some(event) = events.next().await {
                 match event {
@@ -249,7 +249,7 @@ impl Opener {
     }
 }
 
-/// Its channels are of no use from here on. Nobody waits for its goodbye.
+/// Gives up its channels, without waiting for its end.
 fn give_up(silent: Arc<Standing>, to: &str) {
     tracing::warn!(
         "the broker has not confirmed what was published to `{to}` for {} s; connecting again",
@@ -279,7 +279,7 @@ impl Manager for Opener {
             None => Arc::new(self.connect().await?),
         };
         let opened = PublishChannel::open(&standing.connection).await;
-        // One that answers nothing is not asked again.
+        // A connection that doesn't answer is not used again.
         if !opened.as_ref().is_err_and(AskError::is_silent) {
             *connection = Some(Arc::clone(&standing));
         }

@@ -1,20 +1,20 @@
-//! Publishing with confirms, each within a bound.
+//! Publishing with confirms, each with a time limit.
 //!
-//! A publish is written at once and confirmed later; meanwhile others are written. Every publish is
-//! answered exactly once, by what [`Publisher::next`] gives, with the ticket it was given: unless it is
-//! on a channel without confirms, for what nobody misses.
+//! A message is written at once and confirmed later; meanwhile others are written.
+//! [`Publisher::next`] reports each publish exactly once, with its ticket; except on a channel
+//! without confirms, which is for messages that may be lost.
 //!
-//! **A confirm that does not come.** A queue whose node is out of reach delays the confirms of what
-//! was published to it, and only those; a broker that has stopped reading from the connection, or
-//! that has lost a confirm, answers nothing at all. So a publish that is not confirmed within
-//! [`CONFIRM_MAX`] is given up by itself while others are answered. When none is, the lane takes
-//! another channel; and if the connection gives none, the lane is [lost](LaneLost). Where a lost confirm
-//! holds up everything else, a lane [begins with less](Publisher::impatient), and waits for twice as long
+//! **A missing confirm.** A queue whose node is out of reach delays the confirms of its own
+//! messages only; a broker that has stopped reading from the connection, or that has lost a
+//! confirm, answers nothing at all. So a publish that is not confirmed within [`CONFIRM_MAX`] is
+//! given up alone while others are confirmed. If none is, the publisher opens another channel; and
+//! if the connection gives none, the publisher is [lost](LaneLost). If a lost confirm would hold up
+//! everything else, a publisher [starts with a shorter limit](Publisher::impatient), and doubles it
 //! each time that the next channel confirms nothing either.
 //!
-//! **A message that comes back.** The broker returns what no queue takes just before it confirms it.
-//! lapin hands returned messages out in the order in which they came, to whichever confirm it
-//! completes next; so whose message it was is told by its id, as the connection has seen it come in.
+//! **A returned message.** The broker returns a message that no queue takes just before it confirms
+//! it. lapin attaches returned messages, in the order of their arrival, to whichever confirm it
+//! completes next; so a message is identified by its id, as it was seen on the connection.
 
 use std::{
     collections::VecDeque,
@@ -41,20 +41,20 @@ use crate::transport::amqp::{
     traffic,
 };
 
-/// How long a publish may be unconfirmed. A cluster needs 10 s to elect a leader where it takes a
-/// node for lost after the shortest sensible `net_ticktime` of 10 s.
+/// How long a publish may be unconfirmed. A cluster needs 10 s to elect a leader if it considers a
+/// node lost after the shortest sensible `net_ticktime` of 10 s.
 pub const CONFIRM_MAX: Duration = Duration::from_secs(10);
 
-/// A timer that is later than this tells that this process has not run, as one that was frozen.
+/// If a timer fires later than this, the process did not run, for example because it was frozen.
 const LATE: Duration = Duration::from_secs(1);
 
-/// How many publishes may have been given up on one channel, whose confirms may still come.
+/// How many publishes may be given up on one channel whose confirms may still arrive.
 const ABANDONED_MAX: usize = 4096;
 
-/// A message on its way out.
+/// A message to publish.
 #[derive(Clone, Debug, Default)]
 pub struct Outgoing {
-    /// The exchange it goes to; empty: straight to the queue that `key` names.
+    /// The exchange; empty: directly to the queue that `key` names.
     pub exchange: ShortString,
     /// The routing key.
     pub key: ShortString,
@@ -64,22 +64,22 @@ pub struct Outgoing {
     pub body: Vec<u8>,
     /// Whether it must survive a restart of the broker.
     pub persistent: bool,
-    /// Whether it is worth telling apart that no queue took it.
+    /// Whether the broker must return it if no queue takes it.
     pub mandatory: bool,
-    /// To whom an answer goes: the first part of its routing key.
+    /// The first part of the routing key for an answer.
     pub reply_to: Option<ShortString>,
-    /// What tells one message from another.
+    /// The message's id.
     pub message_id: Option<ShortString>,
-    /// Seconds since the epoch.
+    /// In seconds since the epoch.
     pub timestamp: Option<u64>,
-    /// When the broker may throw it away.
+    /// After how long the broker may drop it.
     pub expires_after: Option<Duration>,
     /// Headers.
     pub headers: Option<FieldTable>,
 }
 
 impl Outgoing {
-    /// What tells it from others on its channel, should it come back.
+    /// Its id on its channel, by which it is recognised if it is returned.
     fn identify(&mut self) -> ShortString {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let next = || ShortString::from(NEXT.fetch_add(1, Ordering::Relaxed).to_string());
@@ -112,24 +112,24 @@ impl Outgoing {
     }
 }
 
-/// What became of a publish.
+/// The result of a publish.
 #[derive(Clone, Debug)]
 pub enum Published {
-    /// It is with every queue that it should be with; if it is persistent, safely.
+    /// Every queue that it was routed to has it; if it is persistent, safely.
     Confirmed,
     /// No queue took it.
     Unroutable,
-    /// A queue didn't take it now: it is full, or its node is down.
+    /// A queue refused it for now: it is full, or its node is down.
     Refused,
-    /// The broker has said nothing of it for so long. It may have arrived or not.
+    /// The broker has not confirmed it for that long. It may have arrived or not.
     Unconfirmed(Duration),
     /// The connection or the channel is gone. It may have arrived or not.
     Lost(lapin::Error),
 }
 
-/// Publishes one message on `channel`; on one without confirms it counts as confirmed when it is
-/// written. It is on its way when the future is first polled. The wait for its confirm is the caller's
-/// to bound: see [`publish_within`].
+/// Publishes one message on `channel`; without confirms it counts as confirmed when it is written.
+/// It is written when the future is first polled. The caller must bound the wait for its confirm:
+/// see [`publish_within`].
 pub async fn publish(channel: PublishChannel, mut message: Outgoing) -> Published {
     let options = BasicPublishOptions { mandatory: message.mandatory, immediate: false };
     let id = message.mandatory.then(|| message.identify());
@@ -143,7 +143,7 @@ pub async fn publish(channel: PublishChannel, mut message: Outgoing) -> Publishe
         Err(error) => Err(error),
     };
     match confirmed {
-        // A message that comes back is confirmed all the same.
+        // A returned message is confirmed too.
         Ok(Confirmation::Ack(_)) => match id.is_some_and(|id| channel.was_returned(&id)) {
             true => Published::Unroutable,
             false => Published::Confirmed,
@@ -154,8 +154,8 @@ pub async fn publish(channel: PublishChannel, mut message: Outgoing) -> Publishe
     }
 }
 
-/// Publishes one message on `channel`, and waits for its confirm no longer than `limit`. A channel
-/// on which a confirm did not come is not to be used again.
+/// Publishes one message on `channel`, and waits at most `limit` for its confirm. Don't use a
+/// channel again on which a confirm was missing.
 pub async fn publish_within(
     channel: PublishChannel,
     message: Outgoing,
@@ -167,33 +167,33 @@ pub async fn publish_within(
     }
 }
 
-/// A lane is of no use any more.
+/// A publisher can't be used any more.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum LaneLost {
-    /// Its channel, or its connection, is gone. What was on its way may have arrived or not.
+    /// Its channel or its connection is gone. Unconfirmed messages may have arrived or not.
     #[error("lost the channel for {what}")]
     Channel {
-        /// What the lane is for.
+        /// What the publisher is for.
         what: Arc<str>,
-        /// Why.
+        /// The cause.
         #[source]
         source: lapin::Error,
     },
-    /// Nothing that was published on it was confirmed, and another channel is not to be had.
+    /// Nothing that was published on it was confirmed, and no other channel can be opened.
     #[error("the broker has answered nothing on the channel for {what} for {:.1} s", silent_for.as_secs_f64())]
     Silent {
-        /// What the lane is for.
+        /// What the publisher is for.
         what: Arc<str>,
-        /// How long nothing has come.
+        /// How long nothing was confirmed.
         silent_for: Duration,
-        /// Why there is no other channel.
+        /// Why no other channel can be opened.
         #[source]
         source: AskError,
     },
 }
 
 impl LaneLost {
-    /// What the broker said, if it said why.
+    /// The broker's reason, if it gave one.
     pub fn broker(&self) -> Option<&lapin::Error> {
         match self {
             Self::Channel { source, .. } => Some(source),
@@ -202,13 +202,13 @@ impl LaneLost {
     }
 }
 
-/// A channel to publish on, and what is on its way.
+/// A channel to publish on, and the unconfirmed messages.
 ///
-/// When nothing is confirmed any more it opens another channel by itself, and what was on its way is
-/// answered by [`Published::Unconfirmed`].
+/// If nothing is confirmed any more it opens another channel by itself, and reports the unconfirmed
+/// messages as [`Published::Unconfirmed`].
 pub struct Publisher<T> {
     what: Arc<str>,
-    /// How long a confirm may take: at first, now, and at most.
+    /// How long a confirm may take: at first, at present, and at most.
     limit_first: Duration,
     limit: Duration,
     limit_max: Duration,
@@ -216,20 +216,21 @@ pub struct Publisher<T> {
     channel: PublishChannel,
     confirms: Confirms,
     on_their_way: FuturesUnordered<Publishing>,
-    /// The last one, if nobody watches it.
+    /// The last one, if it is not watched.
     unwatched: Option<Publishing>,
-    /// Those on their way, in order; `None`: answered, or given up. The first has number `first`.
+    /// The unconfirmed publishes, in order; `None`: confirmed, or given up. The first has number
+    /// `first`.
     waiting: VecDeque<Option<Waiting<T>>>,
     first: u64,
-    /// How many of them wait.
+    /// How many of them are not yet confirmed.
     outstanding: usize,
-    /// Those given up whose tickets have yet to be handed back.
+    /// Given-up publishes whose tickets have yet to be returned.
     given_up: VecDeque<(T, Duration)>,
     /// How many were given up on this channel, and may still be confirmed.
     abandoned: usize,
-    /// When a publish was answered last.
+    /// When a publish was last confirmed.
     heard_at: Instant,
-    /// When the oldest has waited for long enough. It is set again when it is over.
+    /// When the oldest publish reaches its time limit. It is set again when it has fired.
     timer: Pin<Box<Sleep>>,
     renewal: Option<Renewal<T>>,
 }
@@ -245,7 +246,7 @@ struct Waiting<T> {
 struct Renewal<T> {
     opening: BoxFuture<'static, Result<PublishChannel, AskError>>,
     silent_for: Duration,
-    /// What was published meanwhile.
+    /// The messages published meanwhile.
     backlog: Vec<(Outgoing, T)>,
 }
 
@@ -253,7 +254,7 @@ struct Renewal<T> {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Confirms {
     All,
-    /// Not by the broker. What is written is known of one in so many, and with it of all before it.
+    /// Not by the broker. Only one in so many writes is watched, and it stands for all before it.
     Written {
         unwatched: u32,
     },
@@ -268,16 +269,16 @@ impl Confirms {
     }
 }
 
-/// How many unconfirmed publishes there are for each that is watched until it is written: enough to
-/// spare a wake-up for most, and few enough to tell how many are on their way.
+/// How many unconfirmed publishes there are for each one whose write is watched: enough to save
+/// most wake-ups, and few enough to know how many are waiting to be written.
 const UNWATCHED_MAX: u32 = 32;
 
 impl<T: Send + 'static> Publisher<T> {
-    /// A new channel of `connection`. `what` is published on it, as a log line would say.
+    /// Opens a channel with confirms on `connection`. `what` describes its messages in log lines.
     ///
     /// # Errors
     ///
-    /// The connection gives none, or not in time.
+    /// The connection gives no channel, or not in time.
     pub async fn open(
         connection: &Arc<BrokerConnection>,
         what: impl Into<Arc<str>>,
@@ -285,13 +286,13 @@ impl<T: Send + 'static> Publisher<T> {
         Self::on(connection, what.into(), Confirms::All).await
     }
 
-    /// The same without confirms, for what nobody misses: what is written counts as confirmed, and
-    /// most of it is not told of by [`Publisher::next`]. That it is refused shows by the end of the
-    /// channel: see [`Publisher::is_open`].
+    /// The same without confirms, for messages that may be lost: a message counts as confirmed when
+    /// it is written, and [`Publisher::next`] does not report most of them. If the broker refuses
+    /// one, it closes the channel: see [`Publisher::is_open`].
     ///
     /// # Errors
     ///
-    /// The connection gives none, or not in time.
+    /// The connection gives no channel, or not in time.
     pub async fn unconfirmed(
         connection: &Arc<BrokerConnection>,
         what: impl Into<Arc<str>>,
@@ -325,26 +326,26 @@ impl<T: Send + 'static> Publisher<T> {
         })
     }
 
-    /// The same, where a confirm may take no longer than `limit`.
+    /// The same, with `limit` as the time limit of a confirm.
     #[must_use]
     pub fn within(self, limit: Duration) -> Self {
         let timer = Box::pin(sleep(limit));
         Self { limit_first: limit, limit, limit_max: limit, timer, ..self }
     }
 
-    /// The same, where a confirm may take no longer than `limit` at first; twice as long on the next
-    /// channel if nothing was confirmed on the one before, and so on up to `limit_max`.
+    /// The same, with `limit` as the first time limit of a confirm; it is doubled for the next
+    /// channel if nothing was confirmed on the previous one, up to `limit_max`.
     #[must_use]
     pub fn impatient(self, limit: Duration, limit_max: Duration) -> Self {
         Self { limit_max, ..self.within(limit) }
     }
 
-    /// Whether its channel stands, as far as is known.
+    /// Whether its channel is open, as far as is known.
     pub fn is_open(&self) -> bool {
         self.channel.status().connected()
     }
 
-    /// Writes `message` behind those that were written before.
+    /// Publishes `message` after all earlier ones.
     pub fn publish(&mut self, message: Outgoing, ticket: T) {
         if let Some(renewal) = &mut self.renewal {
             return renewal.backlog.push((message, ticket));
@@ -352,8 +353,7 @@ impl<T: Send + 'static> Publisher<T> {
         let number = self.first + self.waiting.len() as u64;
         let publishing = publish(self.channel.clone(), message);
         let mut publishing = publishing.map(move |published| (number, published)).boxed();
-        // The first poll writes it; waiting for it to be written would put one message behind the
-        // other.
+        // The first poll writes it; waiting until it is written would delay the next message.
         let started = Pin::new(&mut publishing).poll(&mut Context::from_waker(Waker::noop()));
         let publishing = match started {
             Poll::Ready(ended) => std::future::ready(ended).boxed(),
@@ -362,8 +362,7 @@ impl<T: Send + 'static> Publisher<T> {
         self.unwatched = None;
         if let Confirms::Written { unwatched } = &mut self.confirms {
             *unwatched = (*unwatched + 1) % UNWATCHED_MAX;
-            // Whoever waits for nothing is told of nothing: it is written all the same. Not on a
-            // channel that is gone.
+            // A message without a watcher is written all the same, but not on a closed channel.
             if *unwatched > 0 && self.channel.status().connected() {
                 self.unwatched = Some(publishing);
                 return;
@@ -374,21 +373,21 @@ impl<T: Send + 'static> Publisher<T> {
         self.on_their_way.push(publishing);
     }
 
-    /// What became of one of those on their way; waits for ever if none is.
+    /// The result of one unconfirmed publish; waits for ever if there is none.
     ///
     /// # Errors
     ///
-    /// Nothing can be published any more, and nothing will be answered.
+    /// The publisher can't be used any more, and reports nothing more.
     pub async fn next(&mut self) -> Result<(T, Published), LaneLost> {
         std::future::poll_fn(|cx| self.poll_next(cx)).await
     }
 
-    /// The same, if it is known by now.
+    /// The same, if a result is known already.
     pub fn ready(&mut self) -> Option<Result<(T, Published), LaneLost>> {
         self.next().now_or_never()
     }
 
-    /// [`Publisher::next`], for those who wait for several.
+    /// [`Publisher::next`] as a poll function, for callers that wait for several things.
     pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<(T, Published), LaneLost>> {
         loop {
             if let Some((ticket, silent_for)) = self.given_up.pop_front() {
@@ -420,7 +419,7 @@ impl<T: Send + 'static> Publisher<T> {
         }
     }
 
-    /// Publish `number` is answered; `None`: it had been given up.
+    /// Publish `number` has its result; `None`: it had been given up.
     fn answered(&mut self, number: u64) -> Option<T> {
         self.heard_at = Instant::now();
         self.limit = self.limit_first;
@@ -441,14 +440,14 @@ impl<T: Send + 'static> Publisher<T> {
         }
     }
 
-    /// The timer is over: gives up the oldest publish if it has waited for too long, and all of them
-    /// if none was answered since.
+    /// The timer has fired: gives up the oldest publish if it has waited too long, and all of them
+    /// if none was confirmed since.
     fn expire(&mut self) {
         let now = Instant::now();
         let is_late = self.timer.deadline().elapsed() >= LATE;
         if is_late || self.connection.status().blocked() {
-            // The broker reads nothing, and has said so: it does that when its alarm is over. Or this
-            // process has not run, and what has come is yet to be seen.
+            // The broker has reported an alarm, and will read when that ends. Or this process did
+            // not run, and has yet to see what has arrived.
             self.waiting.iter_mut().flatten().for_each(|waiting| waiting.since = now);
         }
         while let Some(Some(oldest)) = self.waiting.front() {
@@ -470,11 +469,11 @@ impl<T: Send + 'static> Publisher<T> {
         self.timer.as_mut().reset(now + self.limit);
     }
 
-    /// Gives up all that is on its way, and opens another channel.
+    /// Gives up all unconfirmed publishes, and opens another channel.
     fn renew(&mut self, silent_for: Duration) {
         let (what, outstanding) = (&*self.what, self.outstanding);
         if self.limit > self.limit_first {
-            // That has been said.
+            // That has been logged.
             tracing::debug!(what, outstanding, "nothing is confirmed on this channel either");
         } else {
             tracing::warn!(
@@ -493,7 +492,7 @@ impl<T: Send + 'static> Publisher<T> {
             (self.channel.clone(), Arc::clone(&self.connection), self.confirms);
         let opening = async move {
             let opened = confirms.channel(&connection).await;
-            // What is still to be confirmed on it nobody waits for.
+            // Nobody waits for its remaining confirms.
             if opened.is_ok() {
                 let closing = async move { old.close(200, "done".into()).await };
                 tokio::spawn(async move { answer(ANSWER_MAX, closing).await });
@@ -522,9 +521,8 @@ impl<T: Send + 'static> Publisher<T> {
         None
     }
 
-    /// Waits for the end of everything that is on its way, and drops what became of it. Whoever
-    /// closes the connection waits for this first: lapin writes the goodbye before all that is
-    /// still to be published.
+    /// Waits until every publish has its result, and drops the results. Call it before closing the
+    /// connection: lapin sends the close before messages that are still to be written.
     pub async fn finish(&mut self) {
         if let Some(unwatched) = &mut self.unwatched {
             unwatched.await;
@@ -533,8 +531,8 @@ impl<T: Send + 'static> Publisher<T> {
         while self.on_their_way.next().await.is_some() {}
     }
 
-    /// How many are on their way; of unconfirmed ones, how many may be, give or take those since the
-    /// last that is watched.
+    /// How many publishes are unconfirmed; without confirms, how many may be unwritten, except for
+    /// those since the last watched one.
     pub fn outstanding(&self) -> usize {
         let backlog = self.renewal.as_ref().map_or(0, |renewal| renewal.backlog.len());
         let waiting = self.outstanding + self.given_up.len() + backlog;

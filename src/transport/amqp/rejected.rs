@@ -1,7 +1,7 @@
-//! Setting aside what nobody can make sense of.
+//! Setting aside messages that can't be read.
 //!
-//! The message goes as it came to the queue of rejected ones; headers say why, and where it came
-//! from.
+//! The message goes unchanged to the queue of rejected messages; headers give the reason, and where
+//! it came from.
 
 use std::fmt;
 
@@ -12,10 +12,10 @@ use lapin::{
 
 use crate::transport::amqp::{frames::UNREADABLE, names::Names, publisher::Outgoing};
 
-/// How many characters of a reason are kept.
+/// To how many characters a reason is cut.
 const REASON_MAX: usize = 1024;
 
-/// `delivery`, which came by `queue`, on its way to where rejected messages go.
+/// `delivery`, which came from `queue`, as a message to the queue of rejected messages.
 pub fn rejected(names: &Names, queue: &str, delivery: &Delivery, reason: &str) -> Outgoing {
     let mut headers = FieldTable::default();
     put(&mut headers, "reason", reason);
@@ -36,7 +36,8 @@ pub fn rejected(names: &Names, queue: &str, delivery: &Delivery, reason: &str) -
     }
 }
 
-/// A request that was understood and can't be served: `body` as it is sent, and why.
+/// A request that is valid but can't be served, as a message to the queue of rejected messages:
+/// `body` as it is sent, and the reason.
 pub fn rejected_request(
     names: &Names,
     body: Vec<u8>,
@@ -49,8 +50,8 @@ pub fn rejected_request(
     Outgoing { body, timestamp: Some(requested_at_seconds), ..set_aside(names, headers) }
 }
 
-/// Why the headers of `delivery` could not be read. Such a message is set aside whatever else it says:
-/// what its sender meant by its headers is unknown.
+/// Why the headers of `delivery` could not be read. Such a message is set aside whatever else it
+/// contains: what its sender meant by its headers is unknown.
 pub fn unreadable(delivery: &Delivery) -> Option<String> {
     let headers = delivery.properties.headers().as_ref()?;
     let why = headers.inner().get(UNREADABLE)?.as_long_string();
@@ -58,7 +59,8 @@ pub fn unreadable(delivery: &Delivery) -> Option<String> {
     Some(format!("the message is unreadable: {why}"))
 }
 
-/// What is wrong with the body of `delivery`, by `error`; and that it is encoded, if its sender says so.
+/// The reason for a body that can't be decoded, by `error`; it mentions the message's content
+/// encoding, if it has one.
 pub fn undecodable(delivery: &Delivery, error: &dyn fmt::Display) -> String {
     const PLAIN: [&str; 4] = ["", "utf-8", "utf8", "identity"];
     let encoding = delivery.properties.content_encoding().as_ref().map_or("", |it| it.as_str());
@@ -69,7 +71,7 @@ pub fn undecodable(delivery: &Delivery, error: &dyn fmt::Display) -> String {
     format!("content encoding `{encoding}` is not known: a body must be plain JSON; {error}")
 }
 
-/// What a sender has called something, short and on one line, as a reason has it.
+/// A sender's text, short and on one line, for a reason.
 pub fn shown(text: &str) -> String {
     const CHARS_MAX: usize = 64;
     text.chars().take(CHARS_MAX).flat_map(char::escape_debug).collect()

@@ -1,7 +1,7 @@
-//! Publishing what must not be lost: until the broker has confirmed it.
+//! Publishing messages that must not be lost, until the broker has confirmed them.
 //!
-//! What the broker refuses, returns or doesn't confirm is published again, after pauses that grow. A
-//! queue that can't take it holds up what waits for that message, and nothing else.
+//! A message that the broker refuses, returns or doesn't confirm is published again, after growing
+//! pauses. A queue that can't take messages delays only what depends on them.
 
 use std::{
     collections::VecDeque,
@@ -19,18 +19,18 @@ use crate::transport::amqp::{
     publisher::{LaneLost, Outgoing, Published, Publisher},
 };
 
-/// The first pause before something is published again, and the longest.
+/// The first pause before a message is published again, and the longest one.
 const PAUSE_FIRST: Duration = Duration::from_millis(500);
 const PAUSE_MAX: Duration = Duration::from_secs(10);
 
-/// How often it is logged, at the most, that something is published again.
+/// How often repeated publishing is logged, at most.
 const SAID_EVERY: Duration = Duration::from_secs(10);
 
-/// A lane for what must not be lost. `T` is what follows when a message is safe.
+/// A publisher for messages that must not be lost. `T` is what follows when a message is safe.
 #[derive(Debug)]
 pub struct ReliablePublisher<T> {
     lane: Publisher<Pending<T>>,
-    /// What is to be published again, and when: in no order, and few.
+    /// The messages to publish again, and when: unordered, and few.
     again: VecDeque<(Instant, Pending<T>)>,
     said_at: Option<Instant>,
 }
@@ -43,11 +43,11 @@ struct Pending<T> {
 }
 
 impl<T: Send + 'static> ReliablePublisher<T> {
-    /// A new channel of `connection`. `what` is published on it, as a log line would say.
+    /// Opens a channel on `connection`. `what` describes its messages in log lines.
     ///
     /// # Errors
     ///
-    /// The connection gives none.
+    /// The connection gives no channel.
     pub async fn open(
         connection: &Arc<BrokerConnection>,
         what: impl Into<Arc<str>>,
@@ -56,8 +56,8 @@ impl<T: Send + 'static> ReliablePublisher<T> {
         Ok(Self { lane, again: VecDeque::new(), said_at: None })
     }
 
-    /// Publishes `message` until it is safe. One that is not `mandatory` counts as safe where no queue
-    /// takes it.
+    /// Publishes `message` until it is safe. If it is not `mandatory`, it counts as safe even if no
+    /// queue takes it.
     pub fn publish(&mut self, message: Outgoing, then: T) {
         self.write(Pending { message, then, backoff: Backoff::new(PAUSE_FIRST, PAUSE_MAX) });
     }
@@ -66,21 +66,21 @@ impl<T: Send + 'static> ReliablePublisher<T> {
         self.lane.publish(pending.message.clone(), pending);
     }
 
-    /// What follows from the next message that is safe; waits for ever if none is on its way.
+    /// What follows from the next safe message; waits for ever if there is none.
     ///
     /// # Errors
     ///
-    /// Nothing can be published any more.
+    /// The publisher can't be used any more.
     pub async fn next(&mut self) -> Result<T, LaneLost> {
         std::future::poll_fn(|cx| self.poll_next(cx)).await
     }
 
-    /// The same, if one is safe by now.
+    /// The same, if a message is safe already.
     pub fn ready(&mut self) -> Option<Result<T, LaneLost>> {
         self.next().now_or_never()
     }
 
-    /// [`ReliablePublisher::next`], for those who wait for several.
+    /// [`ReliablePublisher::next`] as a poll function, for callers that wait for several things.
     pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<T, LaneLost>> {
         while let Poll::Ready(answered) = self.lane.poll_next(cx) {
             let (pending, published) = answered?;
@@ -91,7 +91,7 @@ impl<T: Send + 'static> ReliablePublisher<T> {
         Poll::Pending
     }
 
-    /// What follows, if the message is safe; else it is published again.
+    /// What follows, if the message is safe; otherwise it will be published again.
     fn published(&mut self, mut pending: Pending<T>, published: &Published) -> Option<T> {
         let fate = match published {
             Published::Confirmed => return Some(pending.then),
@@ -113,7 +113,7 @@ impl<T: Send + 'static> ReliablePublisher<T> {
         None
     }
 
-    /// Publishes again what it is time for.
+    /// Publishes again the messages whose pause is over.
     pub fn flush(&mut self, now: Instant) {
         for _ in 0..self.again.len() {
             match self.again.pop_front() {
@@ -124,7 +124,7 @@ impl<T: Send + 'static> ReliablePublisher<T> {
         }
     }
 
-    /// When to call [`ReliablePublisher::flush`], if nothing happens before.
+    /// When to call [`ReliablePublisher::flush`] at the latest.
     pub fn wake_at(&self) -> Option<Instant> {
         self.again.iter().map(|(at, _)| *at).min()
     }
@@ -134,17 +134,17 @@ impl<T: Send + 'static> ReliablePublisher<T> {
         self.again.is_empty() && self.lane.outstanding() == 0
     }
 
-    /// How many messages are on their way.
+    /// How many messages are unconfirmed.
     pub fn outstanding(&self) -> usize {
         self.lane.outstanding()
     }
 
-    /// Whether its channel stands, as far as is known.
+    /// Whether its channel is open, as far as is known.
     pub fn is_open(&self) -> bool {
         self.lane.is_open()
     }
 
-    /// Waits until nothing is on its way.
+    /// Waits until every publish has its result.
     pub async fn finish(&mut self) {
         self.lane.finish().await;
     }

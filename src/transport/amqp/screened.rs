@@ -1,7 +1,7 @@
-//! The byte stream that lapin is given: the broker's, screened by a [`Filter`].
+//! The byte stream that lapin reads: the broker's, screened by a [`Filter`].
 //!
-//! lapin takes a stream only of the type that its runtime connects with. So there is a runtime of
-//! our own, which is tokio's but for that type.
+//! lapin accepts only a stream of the type that its runtime connects with. So this module has its
+//! own runtime, which is tokio's except for that type.
 
 use std::{
     io::{self, IoSlice, Read, Write},
@@ -17,18 +17,18 @@ use lapin::AsyncTcpStream;
 
 use crate::transport::amqp::frames::{FRAME_MAX, Filter, Returns, Step};
 
-/// How much is read at once, unless a frame that has to be looked at is larger.
+/// How much is read at once, unless a frame to be screened is larger.
 const READ_SIZE: usize = 64 * 1024;
 
-/// What tokio connects with.
+/// The type of stream that tokio connects with.
 pub(super) type Connected = <Tokio as Reactor>::TcpStream;
 
-/// A stream whose reader sees nothing that lapin could not parse.
+/// A stream whose reader gets only what lapin can parse.
 pub(super) struct Screened<S> {
     stream: S,
     filter: Filter,
-    /// What was read. From `start` it may be passed on, from `screened` it has to be looked at, from
-    /// `end` there is nothing.
+    /// The bytes read. From `start` they may be passed on, from `screened` they must be screened,
+    /// from `end` on there are none.
     buffer: Vec<u8>,
     start: usize,
     screened: usize,
@@ -40,7 +40,7 @@ impl<S> Screened<S> {
         Self { stream, filter, buffer: vec![0; READ_SIZE], start: 0, screened: 0, end: 0 }
     }
 
-    /// Looks at what was read, and says whether it could do anything with it.
+    /// Screens the bytes read; returns whether there was progress.
     fn screen(&mut self) -> io::Result<bool> {
         let unscreened = self.buffer.get_mut(self.screened..self.end).unwrap_or_default();
         match self.filter.step(unscreened) {
@@ -55,7 +55,7 @@ impl<S> Screened<S> {
         Ok(true)
     }
 
-    /// Makes room to read behind what has to wait for more: never more than a frame.
+    /// Makes room to read more after the incomplete rest: never more than a frame.
     fn make_room(&mut self) {
         self.buffer.copy_within(self.start..self.end, 0);
         self.end -= self.start;
@@ -121,13 +121,13 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Screened<S> {
     }
 }
 
-/// The runtime that lapin has its streams from: tokio's, whose streams are screened.
+/// The runtime from which lapin gets its streams: tokio's, with screened streams.
 pub(super) fn screening() -> Runtime<RuntimeParts<Tokio, Screening>> {
     let tokio = Tokio::current();
     Runtime::new(RuntimeParts::new(tokio.clone(), Screening(tokio)))
 }
 
-/// tokio's reactor, but for the type of its streams.
+/// tokio's reactor, except for the type of its streams.
 #[derive(Clone, Debug)]
 pub(super) struct Screening(Tokio);
 
@@ -135,7 +135,7 @@ impl Reactor for Screening {
     type TcpStream = Screened<AsyncTcpStream<Connected>>;
     type Sleep = <Tokio as Reactor>::Sleep;
 
-    /// Nobody has a socket to register: lapin asks for none, and the trait doesn't let this one hand
+    /// There is no socket to register: lapin doesn't call this, and the trait doesn't allow passing
     /// it on.
     fn register<H: Read + Write + Send + 'static>(
         &self,

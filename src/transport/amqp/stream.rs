@@ -1,10 +1,10 @@
-//! Reading a stream from somewhere to its end, without waiting for more.
+//! Reading a stream to its present end, without waiting for more.
 //!
-//! A stream has no end: whoever reads on waits for what comes next. So the last message is looked
-//! for first, by a second consumer on the same channel, and then everything is read up to it. That
-//! second consumer also tells of streams in which there is nothing at all to be read.
+//! A stream has no end: a consumer waits for the next message. So a second consumer on the same
+//! channel first finds the last message, and then everything up to it is read. The second consumer
+//! also detects streams without any readable message.
 //!
-//! Reading takes nothing from anyone.
+//! Reading removes nothing.
 
 use std::time::Duration;
 
@@ -21,50 +21,50 @@ use lapin::{
 
 use crate::transport::amqp::bounded::{ANSWER_MAX, AskError, STREAM_MAX, answer, close_channel};
 
-/// How many messages may be unacknowledged; and how many are acknowledged at once.
+/// How many messages may be unacknowledged, and how many are acknowledged at once.
 const PREFETCH: u16 = 1000;
 const ACK_EVERY: u64 = 250;
 
-/// How long a stream that the broker believes to be empty may take to prove that it isn't. The
-/// broker's counts lag by some seconds; a message that is there comes within milliseconds.
+/// How long to wait for a message of a stream that the broker counts as empty. The broker's counts
+/// lag by some seconds; a message arrives within milliseconds.
 const EMPTY_AFTER: Duration = Duration::from_secs(1);
 
-/// How long the first message may take from a moment on, if there is one: it comes within milliseconds,
-/// but for a broker that has much else to do.
+/// How long the first message after the starting time may take, if there is one: it arrives within
+/// milliseconds, except from a busy broker.
 const FIRST_AFTER: Duration = Duration::from_millis(500);
 
-/// How long any other stream may take until its next message is there.
+/// How long the next message of any other stream may take.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Where to begin.
+/// Where to start.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum From {
-    /// With the oldest message that there is.
+    /// At the oldest message.
     First,
-    /// With the chunk of messages that was written at this moment, in seconds since the Unix epoch,
-    /// or the next one.
+    /// At the chunk of messages written at this time, in seconds since the Unix epoch, or at the
+    /// next chunk.
     Moment(u64),
 }
 
 /// A stream can't be read.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum ScanError {
-    /// The broker doesn't let us, or the connection is gone.
+    /// The broker refuses, or the connection is gone.
     #[error("failed to read the stream `{stream}`")]
     Broker {
         /// The stream.
         stream: String,
-        /// Why.
+        /// The cause.
         #[source]
         source: AskError,
     },
-    /// The broker has ended it: the stream is gone, or its leader.
+    /// The broker has ended the consumer: the stream or its leader is gone.
     #[error("the broker has cancelled the consumer of the stream `{stream}`")]
     Cancelled {
         /// The stream.
         stream: String,
     },
-    /// Nothing more comes, though there is something.
+    /// No message arrives, though there are more.
     #[error("no message of the stream `{stream}` arrived within {} s", PATIENCE.as_secs())]
     Silent {
         /// The stream.
@@ -72,21 +72,21 @@ pub enum ScanError {
     },
 }
 
-/// The reading of one stream.
+/// The reader of one stream.
 #[derive(Debug)]
 pub struct Scan {
     stream: ShortString,
     channel: Channel,
     consumer: Consumer,
-    /// The offset of the last message; `None`: nothing is left to be read.
+    /// The offset of the last message; `None`: there is nothing more to read.
     last: Option<u64>,
-    /// The first message, when it came before anyone asked.
+    /// The first message, if it arrived before it was requested.
     early: Option<Delivery>,
     unacknowledged: u64,
 }
 
 impl ScanError {
-    /// Whether it may be otherwise soon, without anybody's doing.
+    /// Whether it may succeed soon without any change.
     pub fn may_pass(&self) -> bool {
         match self {
             Self::Broker { source, .. } => source.may_pass(),
@@ -96,7 +96,7 @@ impl ScanError {
 }
 
 impl Scan {
-    /// Looks for the end of `stream`, and begins to read at `from`.
+    /// Finds the end of `stream`, and starts to read at `from`.
     pub async fn open(
         connection: &Connection,
         stream: ShortString,
@@ -122,7 +122,7 @@ impl Scan {
         let first = match tokio::time::timeout(patience, tail.next()).await {
             Ok(first) => Some(first),
             Err(_) if patience == EMPTY_AFTER => {
-                // It may be this process that had no time.
+                // Perhaps this process did not run meanwhile.
                 scan.fence().await?;
                 tail.next().now_or_never()
             }
@@ -140,9 +140,9 @@ impl Scan {
         Ok(scan)
     }
 
-    /// What the broker has for the consumers of a channel it sends in one go, before it does
-    /// anything else that is asked of that channel. So after the answer to a further question all of
-    /// it is here, and what isn't here isn't there.
+    /// The broker sends everything that it has for the consumers of a channel before it handles
+    /// another request on that channel. So after the answer to a further request, everything that
+    /// exists has arrived.
     async fn find_last(&mut self, tail: &mut Consumer) -> Result<(), ScanError> {
         loop {
             self.fence().await?;
@@ -154,7 +154,7 @@ impl Scan {
                 tag = delivery.delivery_tag;
                 n_more = n_more.saturating_add(1);
             }
-            // It was all that may be sent without being acknowledged: there may be more.
+            // The prefetch is used up: there may be more.
             if n_more < PREFETCH - 1 {
                 break;
             }
@@ -165,16 +165,16 @@ impl Scan {
         self.cancel(tail).await
     }
 
-    /// A consumer that is dropped while it is active is cancelled by lapin sooner or later. If that
-    /// comes after the end of its channel, the broker ends the whole connection.
+    /// lapin cancels a consumer that is dropped while it is active, but with a delay. If that comes
+    /// after its channel was closed, the broker closes the whole connection.
     async fn cancel(&self, tail: &Consumer) -> Result<(), ScanError> {
         let cancelling = self.channel.basic_cancel(tail.tag(), BasicCancelOptions::default());
         let cancelled = answer(ANSWER_MAX, cancelling).await;
         cancelled.map_err(|error| self.broker(error))
     }
 
-    /// Whether there is anything at all from where it began. The stream's own process tells the channel
-    /// of the first chunk, so that may come after the answer to a further question.
+    /// Whether there is any message from the start on. The stream's own process sends the first
+    /// chunk to the channel, so it may arrive after the answer to a further request.
     async fn find_first(&mut self) -> Result<(), ScanError> {
         match tokio::time::timeout(FIRST_AFTER, self.consumer.next()).await {
             Ok(next) => self.early = Some(self.delivered(next)?),
@@ -188,7 +188,7 @@ impl Scan {
         answered.map(drop).map_err(|error| self.broker(error))
     }
 
-    /// The next message with its offset; `None`: that was the last one.
+    /// The next message with its offset; `None`: there are no more.
     pub async fn next(&mut self) -> Result<Option<(u64, Delivery)>, ScanError> {
         let Some(last) = self.last else { return Ok(None) };
         let delivery = match self.early.take() {
@@ -198,7 +198,7 @@ impl Scan {
                 self.delivered(next.map_err(|_| self.silent())?)?
             }
         };
-        // A message without an offset is none of a stream.
+        // A message without an offset is not from a stream.
         let offset = offset(&delivery).unwrap_or(u64::MAX);
         if offset >= last {
             self.last = None;
@@ -210,7 +210,7 @@ impl Scan {
         Ok(Some((offset, delivery)))
     }
 
-    /// The broker sends on when it hears that what it has sent was taken.
+    /// The broker sends more only after it has received acknowledgements.
     async fn acknowledge(&mut self, tag: u64) -> Result<(), ScanError> {
         self.unacknowledged += 1;
         if self.unacknowledged < ACK_EVERY {
@@ -222,7 +222,7 @@ impl Scan {
         acknowledged.map_err(|error| self.broker(error))
     }
 
-    /// Reads no more.
+    /// Stops reading.
     pub async fn close(self) {
         close_channel(&self.channel).await;
     }
@@ -246,7 +246,7 @@ impl Scan {
     }
 }
 
-/// How many messages the broker believes to be in the stream.
+/// How many messages the broker counts in the stream.
 async fn count(channel: &Channel, stream: &ShortString) -> Result<u32, AskError> {
     let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
     let asked = channel.queue_declare(stream.clone(), passive, FieldTable::default());

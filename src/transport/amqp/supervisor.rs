@@ -1,9 +1,10 @@
-//! When to connect again, and when to give up.
+//! When to reconnect, and when to give up.
 //!
-//! Worker, service and client follow the same rules. A link that is lost is made again, after a
-//! pause that grows from try to try, and that begins small again once a link has stood for a while.
-//! Nobody gives up who has ever worked: certificates and passwords are changed while processes run,
-//! and not all at one moment. Who has never worked gives up where waiting doesn't help.
+//! Worker, service and client follow the same rules. A lost link is opened again, after a pause
+//! that grows with each attempt, and that is short again once a link has been up for a while. A
+//! process that has worked never gives up: certificates and passwords are changed while processes
+//! run, and not all at the same time. A process that has never worked gives up where retrying
+//! doesn't help.
 
 use std::time::Duration;
 
@@ -11,13 +12,14 @@ use tokio::time::Instant;
 
 use crate::transport::amqp::{connection::Backoff, error::Disposition};
 
-/// A link that stood for so long was a good one.
+/// A link that was up for that long was stable.
 const STEADY: Duration = Duration::from_secs(10);
 
-/// How long a broker that lets us in may take until it has all of its queues and streams.
+/// How long a broker that accepts connections may take until all its queues and streams are
+/// available.
 const STARTING_MAX: Duration = Duration::from_secs(10);
 
-/// The state of one process's tries to have a link.
+/// One process's attempts to have a link.
 #[derive(Clone, Debug, Default)]
 pub struct Supervisor {
     backoff: Backoff,
@@ -34,8 +36,9 @@ impl Supervisor {
         self.missing_since = None;
     }
 
-    /// Something of the topology is missing: whether that has been so for longer than a broker takes
-    /// to start. One that starts lets us in before it has all of its queues and streams.
+    /// Part of the topology is missing: returns whether it has been missing for longer than a
+    /// broker takes to start. A starting broker accepts connections before all its queues and
+    /// streams are available.
     pub fn is_missing_for_good(&mut self) -> bool {
         let now = Instant::now();
         now - *self.missing_since.get_or_insert(now) >= STARTING_MAX
@@ -51,7 +54,7 @@ impl Supervisor {
         disposition == Disposition::GiveUp && !self.has_worked
     }
 
-    /// How long to pause before the next try, after a link was lost or could not be made.
+    /// The pause before the next attempt, after a link was lost or could not be opened.
     pub fn pause(&mut self) -> Duration {
         if self.opened_at.take().is_some_and(|at| at.elapsed() >= STEADY) {
             self.backoff = Backoff::default();

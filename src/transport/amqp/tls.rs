@@ -1,12 +1,12 @@
-//! Which brokers are believed to be who they say, and how we show them who we are.
+//! Verifying a broker's certificate, and presenting a client certificate.
 //!
-//! A [`Tls`] is for hosts whose URL begins with `amqps://`. What it names is read whenever a
-//! connection is made, so certificates that were renewed are taken without a new start.
+//! A [`Tls`] is for hosts whose URL begins with `amqps://`. Its files are read whenever a
+//! connection is opened, so renewed certificates are used without a restart.
 //!
-//! There is no way to do without a check of the broker's certificate: who can't have it signed by a
-//! CA of their own can name the certificate itself as one.
+//! The broker's certificate is always verified: without a CA of your own, name the certificate
+//! itself as the CA.
 //!
-//! **Invariant:** a private key is in no error, and in nothing that is shown.
+//! **Invariant:** no error, and no output, contains a private key.
 
 use std::{
     fmt, fs, io,
@@ -25,36 +25,36 @@ use rustls::{
 
 use crate::transport::amqp::error::Disposition;
 
-/// No chain, key or set of CAs is longer; a file that is was not meant.
+/// The size limit of a chain, a key or a set of CAs: a larger file was named by mistake.
 const BYTES_MAX: u64 = 4 * 1024 * 1024;
 
-/// Whom to trust, and who we are. The default trusts whom the system trusts, and shows nothing.
+/// The CAs to trust, and the client certificate. By default the system's CAs are trusted, and there
+/// is no client certificate.
 #[derive(Clone, Debug, Default)]
 pub struct Tls {
-    /// The CAs that may have signed the broker's certificate, and no others; `None`: those of the
-    /// system.
+    /// The only CAs to trust for the broker's certificate; `None`: the system's CAs.
     pub ca: Option<Pem>,
-    /// What to show a broker that asks who we are.
+    /// The certificate to present to a broker that asks for one.
     pub identity: Option<Identity>,
     /// The name that the broker's certificate must be for; `None`: the host in the URL.
     pub server_name: Option<String>,
 }
 
-/// Who we are to a broker.
+/// A client certificate and its key.
 #[derive(Clone, Debug)]
 pub struct Identity {
-    /// Our certificate first, and then those that lead from it to its CA.
+    /// The client certificate first, followed by its intermediate CAs.
     pub certificate: Pem,
-    /// The certificate's private key, without a passphrase.
+    /// The client certificate's private key, without a passphrase.
     pub key: Pem,
 }
 
-/// Something in PEM.
+/// Data in PEM.
 #[derive(Clone)]
 pub enum Pem {
-    /// What is in this file when it is needed.
+    /// The content of this file, when it is needed.
     File(PathBuf),
-    /// This.
+    /// This content.
     Text(String),
 }
 
@@ -68,13 +68,13 @@ impl fmt::Debug for Pem {
     }
 }
 
-/// Something is not what it should be.
+/// PEM data is not what it should be.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{}{rule}", place(file.as_deref()))]
 pub struct InvalidPem {
-    /// Which file, if it is one.
+    /// The file, if it is one.
     pub file: Option<PathBuf>,
-    /// What is wrong with it: lower case, without a full stop.
+    /// The rule that it breaks: lower case, without a full stop.
     pub rule: String,
 }
 
@@ -82,73 +82,74 @@ fn place(file: Option<&Path>) -> String {
     file.map(|path| format!("`{}` ", path.display())).unwrap_or_default()
 }
 
-/// An [`Identity`] that shows nothing.
+/// An [`Identity`] can't be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum InvalidIdentity {
-    /// The certificate can't be had.
+    /// The certificate can't be read.
     #[error("unusable client certificate")]
     Certificate(#[source] InvalidPem),
-    /// The key can't be had, or is another certificate's.
+    /// The key can't be read, or belongs to another certificate.
     #[error("unusable key of the client certificate")]
     Key(#[source] InvalidPem),
 }
 
-/// There is no connection over TLS that could be trusted, or none that the broker wants.
+/// A connection over TLS failed: one side does not trust the other, or the handshake failed.
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TlsError {
-    /// The CAs to be trusted can't be had.
+    /// The CAs can't be read.
     #[error("unusable CA certificates")]
     Ca(#[source] InvalidPem),
-    /// What is to be shown can't be had.
+    /// The client certificate can't be read.
     #[error(transparent)]
     Identity(#[from] InvalidIdentity),
-    /// No CAs were named, and the system has none.
+    /// No CAs were configured, and the system has none.
     #[error("this system trusts no CA, and none is named: {0}")]
     NoSystemCa(String),
-    /// There is no such name.
+    /// The host's name is not valid.
     #[error("`{0}` is no host's name")]
     ServerName(String),
-    /// Nobody who is trusted has signed the broker's certificate.
+    /// No trusted CA has signed the broker's certificate.
     #[error("its certificate is signed by no CA that is trusted here")]
     UnknownCa,
-    /// The broker's certificate is somebody else's.
+    /// The broker's certificate is for another name.
     #[error("its certificate is not for `{wanted}`{}", whom_for(names))]
     OtherName {
-        /// Who it should be.
+        /// The expected name.
         wanted: String,
-        /// Who it is.
+        /// The names in the certificate.
         names: Vec<String>,
     },
-    /// The broker's certificate is no longer valid.
+    /// The broker's certificate has expired.
     #[error("its certificate has expired{}", ago(*since))]
     Expired {
-        /// For how long, if that is known.
+        /// How long ago, if that is known.
         since: Option<Duration>,
     },
     /// The broker's certificate is not yet valid.
     #[error("its certificate is not valid yet: is a clock wrong?")]
     NotYetValid,
-    /// The broker's certificate is not good for another reason.
+    /// The broker's certificate is invalid for another reason.
     #[error("its certificate is not accepted: {0}")]
     Unacceptable(String),
-    /// The broker wants to know who we are.
+    /// The broker requires a client certificate.
     #[error("it wants a client certificate, and none is set")]
     CertificateRequired,
-    /// The broker does not accept who we are.
+    /// The broker does not accept the client certificate.
     #[error("it does not accept our certificate: {0}")]
     CertificateRefused(String),
-    /// The broker ends the handshake for a reason of its own.
+    /// The broker refused the handshake for another reason.
     #[error("it ends the handshake: {0}")]
     Refused(String),
-    /// The broker fails at the handshake, or gives it up.
+    /// The broker failed during the handshake, or aborted it.
     #[error("it gives up the handshake: {0}")]
     GivenUp(String),
-    /// It ends the connection where it should have taken our certificate for a user's.
+    /// The broker closed the connection when it should have authenticated the user by the client
+    /// certificate.
     #[error("it does not accept a certificate as a login; does it offer the mechanism EXTERNAL?")]
     NoUser,
-    /// What answers there doesn't speak TLS, or speaks it in a way of its own.
+    /// The peer doesn't speak TLS, or not a version that is supported.
     #[error("what answers there does not speak TLS as it should: {0}")]
     NotTls(String),
 }
@@ -169,10 +170,10 @@ fn ago(since: Option<Duration>) -> String {
 }
 
 impl TlsError {
-    /// Whether to try again. Most of this stays as it is until a person changes something.
+    /// Whether to try again. Most of these failures last until a person changes something.
     pub fn disposition(&self) -> Disposition {
         match self {
-            // Time goes by; and who answers so may be a proxy, or about to begin or to end.
+            // Time passes; and the peer may be a proxy, or be starting or stopping.
             Self::NotYetValid | Self::NoUser | Self::NotTls(_) | Self::GivenUp(_) => {
                 Disposition::Retry
             }
@@ -190,7 +191,7 @@ impl TlsError {
         }
     }
 
-    /// What `error` says of a handshake, or of the first moments after it, if it is about TLS.
+    /// The meaning of `error` during a handshake, or just after it, if it is about TLS.
     #[expect(
         clippy::wildcard_enum_match_arm,
         reason = "rustls may know more, and it is all one here"
@@ -247,7 +248,7 @@ impl TlsError {
         use AlertDescription as Said;
         match alert {
             Said::CertificateRequired if !has_certificate => Self::CertificateRequired,
-            // So says TLS 1.2, which has no word of its own for it.
+            // TLS 1.2 uses this alert, since it has none of its own for a missing certificate.
             Said::HandshakeFailure if !has_certificate => {
                 Self::Refused("HandshakeFailure; does it want a client certificate?".to_owned())
             }
@@ -266,25 +267,25 @@ impl TlsError {
             {
                 Self::CertificateRefused(format!("{alert:?}"))
             }
-            // None of this is about us.
+            // None of these is about the client certificate.
             Said::InternalError | Said::UserCanceled => Self::GivenUp(format!("{alert:?}")),
             _ => Self::Refused(format!("{alert:?}")),
         }
     }
 }
 
-/// `DnsName("localhost")` as `localhost`: rustls tells names as its code has them.
+/// `DnsName("localhost")` as `localhost`: rustls shows names in Rust syntax.
 fn readable(name: &str) -> String {
     let inside = name.split_once('(').and_then(|(_, rest)| rest.strip_suffix(')'));
     inside.map_or(name, |inside| inside.trim_matches('"')).to_owned()
 }
 
 impl Tls {
-    /// What makes connections, with everything as it is now.
+    /// A connector with the present content of all files.
     ///
     /// # Errors
     ///
-    /// Something of it can't be had.
+    /// One of them can't be read.
     pub(crate) fn connector(&self) -> Result<RustlsConnector, TlsError> {
         let config = match &self.ca {
             Some(ca) => RustlsConnectorConfig::default()
@@ -302,12 +303,12 @@ impl Tls {
         built.map_err(|error| TlsError::NoSystemCa(error.to_string()))
     }
 
-    /// Whether this may be a host's name in a certificate, or its address.
+    /// Whether this is a host name or an address that a certificate may contain.
     pub(crate) fn is_host(name: &str) -> bool {
         ServerName::try_from(name).is_ok()
     }
 
-    /// What the certificate of the broker at `host` must be for.
+    /// The name that the certificate of the broker at `host` must be for.
     pub(crate) fn name_of(&self, host: &str) -> Result<String, TlsError> {
         let name = self.server_name.as_deref().unwrap_or(host);
         if Self::is_host(name) {
@@ -319,11 +320,11 @@ impl Tls {
 }
 
 impl Identity {
-    /// The certificates and their key.
+    /// Reads the certificates and their key.
     ///
     /// # Errors
     ///
-    /// One of them can't be had, or they don't belong together.
+    /// One of them can't be read, or they don't belong together.
     pub(crate) fn read(
         &self,
     ) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>), InvalidIdentity> {
@@ -353,7 +354,7 @@ impl Identity {
 }
 
 impl Pem {
-    /// The CAs in it: at least one, and all of them good.
+    /// The CAs in it: at least one, all of them valid.
     pub(crate) fn authorities(&self) -> Result<Vec<CertificateDer<'static>>, InvalidPem> {
         let certificates = self.certificates()?;
         let mut store = RootCertStore::empty();

@@ -1,21 +1,21 @@
-//! How many messages this process has sent and received: what a transaction costs is told in them.
+//! How many messages this process has published and received: the measure of a transaction's cost.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 static PUBLISHED: AtomicU64 = AtomicU64::new(0);
 static DELIVERED: AtomicU64 = AtomicU64::new(0);
 
-/// What this process has exchanged with brokers, whatever it went by.
+/// The messages that this process has exchanged with brokers, on all connections.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Traffic {
-    /// Messages written, also those that were not confirmed.
+    /// Messages written, including unconfirmed ones.
     pub published: u64,
     /// Messages received.
     pub delivered: u64,
 }
 
 impl Traffic {
-    /// Up to now.
+    /// The counts so far.
     pub fn so_far() -> Self {
         Self {
             published: PUBLISHED.load(Ordering::Relaxed),

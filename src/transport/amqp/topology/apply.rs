@@ -1,8 +1,8 @@
-//! Making a broker have what the topology says.
+//! Declaring the topology at a broker.
 //!
-//! Everything is compared first: where something is another than it should be, nothing is declared.
-//! Otherwise all of it is declared, whether it is there or not, so that any number of applies, also
-//! at once, end in the same.
+//! Everything is compared first: if something differs, nothing is declared. Otherwise everything is
+//! declared, whether it exists or not, so that any number of applies, even concurrent ones, have
+//! the same result.
 
 use std::{
     future,
@@ -37,18 +37,18 @@ use crate::{
 /// How to apply.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
-    /// What the queues depend on.
+    /// The settings of the queues.
     pub settings: Settings,
-    /// The moment it is.
+    /// The current time.
     pub now: Time,
     /// How much the clocks of the system may differ.
     pub clock_margin: Duration,
 }
 
-/// What an apply did.
+/// The result of an apply.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Applied {
-    /// What wasn't there before, in the order of the topology.
+    /// What did not exist before, in the order of the topology.
     pub created: Vec<Subject>,
     /// The journal's first record, if this apply wrote it.
     pub begun: Option<Begun>,
@@ -59,10 +59,10 @@ pub struct Applied {
 /// The first record of a journal.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Begun {
-    /// Nothing of the journal is missing from then on.
+    /// The journal is complete from this time on.
     pub complete_since: Time,
-    /// Whether the journal was lost under a system that lives: what was requested up to then, and
-    /// [`Options::clock_margin`] longer, is handed to a person instead of being decided.
+    /// Whether the journal of an existing system was lost: requests made up to then, and
+    /// [`Options::clock_margin`] longer, are parked instead of being decided.
     pub was_lost: bool,
 }
 
@@ -76,32 +76,32 @@ pub enum TopologyError {
     /// The connection gives no channel.
     #[error("failed to open a channel")]
     Open(#[source] AskError),
-    /// The broker could not be asked what it has.
+    /// The broker could not be asked what exists.
     #[error(transparent)]
     Check(#[from] CheckError),
-    /// Something is there, but another. Nothing was declared.
+    /// Something exists and differs. Nothing was declared.
     #[error("{}", listed(.0))]
     Mismatch(Vec<Finding>),
-    /// Without these nothing can be declared, and they are out of reach.
+    /// These queues are out of reach, and without them nothing can be declared.
     #[error("{}", listed(.0))]
     Unavailable(Vec<Finding>),
     /// An exchange or queue was not declared; those before it were.
     #[error("failed to declare {subject}")]
     Declare {
-        /// Which.
+        /// The object.
         subject: Subject,
-        /// Why.
+        /// The cause.
         #[source]
         source: AskError,
     },
-    /// A queue was not bound; what comes before it was declared.
+    /// A queue was not bound; everything before it was declared.
     #[error("failed to bind queue `{queue}` to exchange `{exchange}`")]
     Bind {
         /// The queue.
         queue: String,
         /// The exchange.
         exchange: String,
-        /// Why.
+        /// The cause.
         #[source]
         source: AskError,
     },
@@ -110,7 +110,7 @@ pub enum TopologyError {
     Begin {
         /// The journal.
         journal: String,
-        /// Why.
+        /// The cause.
         #[source]
         source: AskError,
     },
@@ -138,15 +138,14 @@ impl TopologyError {
     }
 }
 
-/// How often an apply begins again because the journal that somebody else just declares wasn't
-/// there yet.
+/// How often an apply starts over because another process is just declaring the journal.
 const ATTEMPTS: usize = 6;
 
-/// Makes the broker have everything that `services` and all else of one system need.
+/// Declares everything that `services` and the rest of one system need.
 ///
 /// # Errors
 ///
-/// It hasn't. [`TopologyError::Mismatch`] lists everything that is another than it should be.
+/// It was not declared. [`TopologyError::Mismatch`] lists everything that differs.
 pub async fn apply(
     broker: &Broker,
     names: &Names,
@@ -157,8 +156,8 @@ pub async fn apply(
     apply_topology(broker, names, &topology, options).await
 }
 
-/// Makes the broker have what `services` need to be reached and to answer, for development: the
-/// rest is left to [`apply`].
+/// Declares only what `services` need to be reached and to answer, for development: [`apply`]
+/// declares the rest.
 ///
 /// # Errors
 ///
@@ -173,7 +172,7 @@ pub async fn apply_services(
     apply_topology(broker, names, &topology, options).await
 }
 
-/// Makes the broker have what `topology` says.
+/// Declares `topology`.
 ///
 /// # Errors
 ///
@@ -185,12 +184,12 @@ pub async fn apply_topology(
     options: &Options,
 ) -> Result<Applied, TopologyError> {
     let applied = attempts(pin!(future::pending()), broker, names, topology, options).await?;
-    // Nobody stops it.
+    // Nothing stops it.
     Ok(applied.unwrap_or_default())
 }
 
-/// [`apply`] until `stop` is over. `None`: it was, and then the broker does nothing more of it: what
-/// was made can be deleted.
+/// [`apply`] until `stop` ends. `None`: it ended first, and the broker has finished every request:
+/// what was declared can be deleted.
 ///
 /// # Errors
 ///
@@ -227,8 +226,8 @@ async fn attempts(
             () = &mut stop => None,
             ended = apply_on(&connection, names, topology, options, &mut applied) => Some(ended),
         };
-        // The broker answers this when it has done all that was asked before. One that takes no messages
-        // would not hear it, and has done all but take the message.
+        // The broker answers this after it has handled all earlier requests. A broker with an alarm
+        // would not read it, and has handled everything but the message.
         if !connection.status().blocked() {
             close(&connection).await;
         }
@@ -236,7 +235,7 @@ async fn attempts(
             None => break,
             Some(Ok(())) => return Ok(Some(applied)),
             // A stream that is being declared has its name before it can be written to or read, and
-            // who tries loses the connection.
+            // an attempt to do so ends the connection.
             Some(Err(TopologyError::Begin { source: AskError::Broker(_), .. }))
                 if attempt < ATTEMPTS => {}
             Some(Err(error)) => return Err(error),
@@ -250,7 +249,7 @@ async fn attempts(
     Ok(None)
 }
 
-/// One attempt; what it makes is added to `applied`.
+/// One attempt; what it declares is added to `applied`.
 async fn apply_on(
     connection: &BrokerConnection,
     names: &Names,
@@ -289,7 +288,7 @@ async fn apply_on(
     Ok(())
 }
 
-/// Alternate exchanges come with their queues before those that fall back on them.
+/// Alternate exchanges are declared with their queues before the exchanges that use them.
 async fn declare_others(
     declarer: &mut Declarer,
     topology: &Topology,
@@ -317,7 +316,7 @@ async fn declare_others(
 
 impl Topology {
     /// The same without the queues in `unavailable`, and without their bindings: the broker would
-    /// refuse them, or declare another queue in place of the one that it can't reach.
+    /// refuse them, or declare another queue instead of the one that it can't reach.
     fn without(&self, unavailable: &[Finding]) -> Self {
         let is_there = |queue: &str| {
             !unavailable
@@ -337,10 +336,11 @@ impl Topology {
     }
 }
 
-/// Writes the first record of the journal unless it is there.
+/// Writes the first record of the journal if it is missing.
 ///
-/// Two that find it empty both write one; the first counts, and as each is written before any queue
-/// is declared that tells of a living system, the first of a new system's is that of a new system.
+/// Two processes that find the journal empty both write one, and the first one counts. Each is
+/// written before any queue is declared that would indicate an existing system, so the first one of
+/// a new system is correct.
 async fn begin_journal(
     connection: &BrokerConnection,
     names: &Names,
@@ -356,7 +356,7 @@ async fn begin_journal(
     let was_lost = match beginning {
         Beginning::Begun | Beginning::CutOff => return Ok(None),
         Beginning::Empty => begin::has_lived(connection, names).await.map_err(failed)?,
-        // Somebody was at work before it was begun.
+        // Another system was at work before the journal was created.
         Beginning::Other(_) => true,
     };
     let complete_since = begin::complete_since(options.now, options.clock_margin, was_lost);
@@ -370,7 +370,7 @@ async fn begin_journal(
     }
 }
 
-/// Declares one after the other.
+/// Declares one object after the other.
 pub(super) struct Declarer {
     channel: Channel,
 }
@@ -410,7 +410,7 @@ impl Declarer {
     }
 }
 
-/// A refused declaration: somebody may have declared it otherwise since it was looked at.
+/// A refused declaration: another process may have declared it differently since it was compared.
 fn refused(subject: Subject, source: AskError) -> TopologyError {
     match source.broker().and_then(probe::fault_of) {
         Some(fault @ Fault::Differs(_)) => {

@@ -1,9 +1,9 @@
-//! The first record of the journal: since when nothing of it is missing.
+//! The first record of the journal: the time from which it is complete.
 //!
-//! It is the one thing that tells a new journal from one that was lost and made again. A new
-//! system's journal is complete since a little before now: nothing can have been decided before,
-//! and requests made with a clock that lags are served too. Where a system has lived, decisions may
-//! be missing up to this moment, on any clock.
+//! Only this record distinguishes a new journal from one that was lost and declared again. A new
+//! system's journal is complete since a little before now: nothing can have been decided earlier,
+//! and requests from a clock that lags are served too. In an existing system, decisions may be
+//! missing up to now, on any clock.
 
 use std::time::Duration;
 
@@ -28,25 +28,25 @@ use crate::{
     wire::message::{Items, JournalBegun, Kind},
 };
 
-/// How long the broker may take to show the first record of a journal that has one: it says nothing
-/// of one that hasn't, and counts no messages of a stream.
+/// How long the broker may take to deliver the first record of a journal. It sends nothing if there
+/// is none, and it doesn't count the messages of a stream.
 const READ_MAX: Duration = Duration::from_secs(2);
 
-/// How a journal begins.
+/// The beginning of a journal.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) enum Beginning {
-    /// There is nothing in it.
+    /// It is empty.
     Empty,
-    /// With the record it should begin with.
+    /// It begins with the record that it should begin with.
     Begun,
-    /// Later: what came before is older than it is kept for.
+    /// It begins later: older records were removed after the retention time.
     CutOff,
-    /// With a message of this type.
+    /// It begins with a message of this type.
     Other(String),
 }
 
 impl Beginning {
-    /// What stands there instead of the first record, if that isn't there and should be.
+    /// What is at the beginning instead of the first record, if that is wrong.
     pub(super) fn fault(&self) -> Option<String> {
         match self {
             Self::Empty => Some("none".to_owned()),
@@ -56,7 +56,7 @@ impl Beginning {
     }
 }
 
-/// How the journal begins, which must be there.
+/// How the journal, which must exist, begins.
 pub(super) async fn beginning(
     connection: &Connection,
     names: &Names,
@@ -72,7 +72,8 @@ pub(super) async fn beginning(
     let first = match tokio::time::timeout(READ_MAX, consumer.next()).await {
         Ok(Some(first)) => first?,
         Ok(None) | Err(_) => {
-            // What there is to be read came before the answer to this, if the broker is well.
+            // If the broker is healthy, a record that exists was delivered before the answer to
+            // this.
             let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
             let asked = channel.queue_declare(journal, passive, FieldTable::default());
             answer(ANSWER_MAX, asked).await?;
@@ -99,7 +100,7 @@ fn told_by(first: &Delivery) -> Beginning {
     Beginning::Other(if kind.is_empty() { "a message without type".into() } else { kind.into() })
 }
 
-/// Whether this system has been at work: the queues of which every one is declared only after the
+/// Whether this system existed before, judging by the queues that are declared only after the
 /// journal has its first record.
 pub(super) async fn has_lived(connection: &Connection, names: &Names) -> Result<bool, AskError> {
     let mut prober = Prober::on(connection);
@@ -115,7 +116,7 @@ pub(super) async fn has_lived(connection: &Connection, names: &Names) -> Result<
     Ok(false)
 }
 
-/// Since when the journal that is begun at `now` is complete.
+/// The time from which a journal is complete that is created at `now`.
 pub(super) fn complete_since(now: Time, clock_margin: Duration, has_lived: bool) -> Time {
     if has_lived {
         return now + clock_margin;
@@ -130,7 +131,7 @@ pub(super) async fn begin(
     complete_since: Time,
 ) -> Result<Published, AskError> {
     let mut items = Items::new();
-    // One record is far from filling a body.
+    // One record is much smaller than the limit of a body.
     let _ = items.push(&JournalBegun { complete_since });
     let message = Outgoing {
         key: names.journal(),

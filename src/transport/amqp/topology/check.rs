@@ -1,9 +1,9 @@
-//! What is missing at a broker, or different from what it should be.
+//! Comparing what a broker has with what it should have.
 //!
-//! It covers exchanges and queues, with every argument that the broker compares, and the first
-//! record of the journal. It doesn't cover bindings, which AMQP can't list (a probe would have to
-//! travel through queues that are in use): [`apply`](super::apply) makes them anew each time.
-//! Policies are beyond AMQP too.
+//! The comparison covers exchanges and queues, with every argument that the broker compares, and
+//! the first record of the journal. It doesn't cover bindings, which AMQP can't list (a probe would
+//! have to travel through queues in use): [`apply`](super::apply) declares them each time. Policies
+//! are not accessible by AMQP either.
 
 use lapin::Connection;
 
@@ -24,13 +24,13 @@ pub enum CheckError {
     /// About an exchange or queue.
     #[error("failed to ask the broker about {subject}")]
     Ask {
-        /// Which.
+        /// The object.
         subject: Subject,
-        /// Why.
+        /// The cause.
         #[source]
         source: AskError,
     },
-    /// Whatever it was asked about, several times in a row.
+    /// Several questions in a row got no answer.
     #[error("{}\nthe broker answers nothing: no more is asked", listed(.found))]
     Silent {
         /// What was found before that.
@@ -47,7 +47,7 @@ impl CheckError {
         }
     }
 
-    /// Whether a broker that has just started may have said this: it may answer better soon.
+    /// Whether it may be from a broker that has just started, which may answer soon.
     pub fn is_of_start(&self) -> bool {
         match self {
             Self::Ask { source, .. } => source.broker().is_some_and(may_pass),
@@ -56,12 +56,12 @@ impl CheckError {
     }
 }
 
-/// Compares everything in `topology` with what the broker has. What can't be asked about is found to
-/// be [`Fault::Unavailable`], and the rest is compared.
+/// Compares everything in `topology` with what the broker has. Objects that it can't be asked about
+/// are reported as [`Fault::Unavailable`], and the rest is compared.
 ///
 /// # Errors
 ///
-/// It couldn't be asked.
+/// The broker couldn't be asked.
 pub async fn check(
     connection: &Connection,
     names: &Names,
@@ -83,7 +83,7 @@ pub async fn check(
     Ok(findings)
 }
 
-/// The same without a look into the journal.
+/// The same without reading the journal.
 pub(super) async fn compare(
     connection: &Connection,
     topology: &Topology,
@@ -110,14 +110,14 @@ pub(super) async fn compare(
     Ok(comparing.findings)
 }
 
-/// What a service's queue says of a field of services.json, where that says something else.
+/// A difference between a service's queue and a field of its services.json.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Term {
     /// The field.
     pub field: &'static str,
-    /// What services.json says.
+    /// The value in services.json.
     pub wanted: String,
-    /// What the queue says.
+    /// The value of the queue.
     pub found: String,
 }
 
@@ -146,9 +146,9 @@ fn cap(value: Option<&str>) -> String {
     }
 }
 
-/// Compares the queue of a service's prepares with `service`, whatever kind of queue it is: but each
-/// difference from `settings`, too, costs a question that the broker writes into its log. A queue that
-/// isn't there says nothing.
+/// Compares the queue of a service's prepares with `service`, whatever kind of queue it is: each
+/// difference from `settings`, too, costs a question that the broker logs. For a queue that doesn't
+/// exist, there is no difference.
 ///
 /// # Errors
 ///
@@ -172,7 +172,7 @@ struct Comparing<'a> {
 }
 
 impl Comparing<'_> {
-    /// Takes in what was found about `subject`.
+    /// Records what was found about `subject`.
     fn take(
         &mut self,
         subject: Subject,

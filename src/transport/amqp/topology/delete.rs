@@ -1,7 +1,7 @@
-//! Taking everything of one system away, with all that is in it.
+//! Deleting one system, with all its messages.
 //!
-//! It is for namespaces that were made to be thrown away. Queues that instances, workers and
-//! producers have declared for themselves go with their connections.
+//! It is for temporary namespaces. The exclusive queues of instances, workers and producers are
+//! deleted with their connections.
 
 use lapin::{
     Channel, Connection,
@@ -21,16 +21,16 @@ use crate::transport::amqp::{
 /// Something was not deleted.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum DeleteError {
-    /// The broker doesn't let us, or is gone. What comes before it was deleted.
+    /// The broker refuses, or is gone. Everything before it was deleted.
     #[error("failed to delete {subject}")]
     Failed {
-        /// What.
+        /// The object.
         subject: Subject,
-        /// Why.
+        /// The cause.
         #[source]
         source: AskError,
     },
-    /// These were out of reach; all else was deleted, as far as it was tried.
+    /// These were out of reach; everything else was deleted.
     #[error("not deleted:\n{}", listed(.0))]
     Left(Vec<Finding>),
 }
@@ -45,12 +45,12 @@ impl DeleteError {
     }
 }
 
-/// Deletes everything in `topology`: first what lets messages in, the journal last. What isn't there
-/// is no failure.
+/// Deletes everything in `topology`: first what lets messages in, the journal last. An object that
+/// doesn't exist is no error.
 ///
 /// # Errors
 ///
-/// The broker refuses it, or is gone, or a queue is out of reach.
+/// The broker refuses, or is gone, or a queue is out of reach.
 pub async fn delete(connection: &Connection, topology: &Topology) -> Result<(), DeleteError> {
     let mut deleting = Deleting { prober: Prober::on(connection), left: Vec::new() };
     for exchange in topology.exchanges.iter().rev() {

@@ -1,19 +1,19 @@
-//! One thing at a broker that isn't as the topology says, and how it is told.
+//! A difference between a broker and the topology, and its text.
 
 use std::{fmt, time::Duration};
 
 use crate::transport::amqp::topology::age;
 
-/// One thing that isn't as it should be.
+/// One object that is not as it should be.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Finding {
-    /// What.
+    /// The object.
     pub subject: Subject,
-    /// In which way.
+    /// The fault.
     pub fault: Fault,
 }
 
-/// What a finding is about.
+/// The object that a finding is about.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Subject {
     /// An exchange, by its name.
@@ -22,40 +22,40 @@ pub enum Subject {
     Queue(String),
 }
 
-/// What is wrong with it.
+/// How an object differs.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Fault {
     /// It doesn't exist.
     Missing,
-    /// It was declared with something else.
+    /// It was declared with other values.
     Differs(Difference),
-    /// The broker has it, but doesn't say what is different: these are its words.
+    /// It differs, but the broker doesn't say in what: these are its words.
     Refused(String),
-    /// The journal doesn't begin with its first record, but with this; nothing that it says can be
-    /// believed to be complete.
+    /// The journal doesn't begin with its first record, but with this; so it can't be known from
+    /// when on it is complete.
     NotBegun(String),
-    /// It stands in for a queue whose replacement was not finished.
+    /// It stands in for a queue whose replacement was interrupted.
     LeftOver,
-    /// It is there, or may be, and can't be asked or used now, for this reason.
+    /// It exists, or may exist, but can't be checked or used now, for this reason.
     Unavailable(String),
 }
 
-/// Each on a line of its own.
+/// All findings, each on its own line.
 pub(super) fn listed(findings: &[Finding]) -> String {
     let lines: Vec<_> = findings.iter().map(Finding::to_string).collect();
     lines.join("\n")
 }
 
-/// A property that has another value.
+/// A property with another value.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Difference {
-    /// Its name: an argument's, or `durable`, `type` and the like.
+    /// Its name: that of an argument, or `durable`, `type` and the like.
     pub argument: String,
-    /// What it should be; `None`: it should not be there.
+    /// The value wanted; `None`: it should not be set.
     pub wanted: Option<String>,
-    /// What it is; `None`: it isn't there.
+    /// The value found; `None`: it is not set.
     pub found: Option<String>,
-    /// The broker's word for the kind of value it is.
+    /// The broker's name for the type of the value.
     pub(super) found_type: Option<String>,
 }
 
@@ -69,7 +69,7 @@ impl Difference {
         }
     }
 
-    /// What the broker says when it refuses a declaration:
+    /// Parses the broker's refusal of a declaration:
     ///
     /// ```text
     /// PRECONDITION_FAILED - inequivalent arg 'x-message-ttl' for queue 'q' in vhost '/': received
@@ -92,7 +92,7 @@ impl Difference {
     }
 }
 
-/// An age as it is declared. Some versions tell of it in milliseconds.
+/// An age as it is declared. Some versions report it in milliseconds.
 fn age_of(text: &str) -> String {
     text.parse().map_or_else(|_| text.to_owned(), |millis| age(Duration::from_millis(millis)))
 }
@@ -120,7 +120,7 @@ impl Finding {
         Self { subject, fault: Fault::Missing }
     }
 
-    /// Whether it is there, but another.
+    /// Whether it exists, but differs.
     pub(super) fn is_mismatch(&self) -> bool {
         match self.fault {
             Fault::Differs(_) | Fault::Refused(_) | Fault::LeftOver => true,
@@ -128,7 +128,7 @@ impl Finding {
         }
     }
 
-    /// Whether nothing more can be said of it now.
+    /// Whether it could not be compared.
     pub(super) fn is_unavailable(&self) -> bool {
         matches!(self.fault, Fault::Unavailable(_))
     }
@@ -143,7 +143,7 @@ impl Subject {
         }
     }
 
-    /// What it is called.
+    /// Its name.
     pub fn name(&self) -> &str {
         match self {
             Self::Exchange(name) | Self::Queue(name) => name,

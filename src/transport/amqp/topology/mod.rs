@@ -1,19 +1,19 @@
-//! Every exchange, queue and binding of one system, as data; and making a broker's be the same.
+//! Every exchange, queue and binding of one system, as data; and declaring them at a broker.
 //!
 //! * [`apply`]: declares what is missing, and writes the journal's first record.
-//! * [`check`]: what is missing or different, changing nothing.
-//! * [`replace`]: gives a service queues with other arguments, losing nothing of what is in them.
-//! * [`delete`]: takes everything away.
-//! * [`finding`]: one thing that isn't as it should be.
+//! * [`check`]: reports what is missing or different, without changing anything.
+//! * [`replace`]: gives a service queues with other arguments, without losing messages.
+//! * [`delete`]: deletes everything.
+//! * [`finding`]: one object that is not as it should be.
 //!
-//! It all goes over AMQP, as an ordinary user: no management plugin. Policies, permissions and what
-//! instances, workers and producers declare for themselves (their exclusive queues) are not part of
-//! it. One topology serves every supported version of the broker, so that a cluster can be upgraded
-//! without a mismatch; that is why no argument is used that one of them refuses.
+//! Everything uses AMQP, as an ordinary user, without the management plugin. Policies, permissions
+//! and the exclusive queues of instances, workers and producers are not part of the topology. One
+//! topology serves every supported version of the broker, so that a cluster can be upgraded without
+//! a mismatch; therefore it uses no argument that one of them refuses.
 //!
-//! **Invariant:** nothing that a message can reach is declared before what that message must be able
-//! to go on to: a queue before its binding, an alternate exchange with its queues before the
-//! exchange that falls back on it, the journal with its first record before everything.
+//! **Invariant:** nothing that a message can reach is declared before its next destination: a queue
+//! before its binding, an alternate exchange with its queues before the exchange that uses it, the
+//! journal with its first record before everything else.
 
 pub mod apply;
 pub mod check;
@@ -36,80 +36,81 @@ use crate::{
     },
 };
 
-/// How often a quorum queue delivers a message before it gives it up: as good as for ever. Left
-/// alone, some versions drop it after 20 times, and some take "unlimited" for "never again".
+/// How often a quorum queue delivers a message before it drops it: practically without limit. By
+/// default, some versions drop a message after 20 deliveries, and some take "unlimited" for "never
+/// again".
 pub const DELIVERY_LIMIT: u64 = 1_000_000;
 
-/// How long a delivery of a quorum queue may be unacknowledged. A transaction may take a day to
-/// prepare, and its request is held until it has ended; the broker's own limit is half an hour.
+/// How long a delivery of a quorum queue may be unacknowledged. Preparing a transaction may take a
+/// day, and its request is held until it has ended; the broker's default limit is half an hour.
 pub const CONSUMER_TIMEOUT: Duration = Duration::from_secs(2 * 24 * 60 * 60);
 
-/// How long the journal is kept unless it is said otherwise.
+/// How long the journal keeps records by default.
 pub const RETENTION: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
-/// How long it is kept what was handed to people, and what operators did.
+/// How long the records of parked transactions, and of operators, are kept.
 const RECORDS_KEPT: Duration = Duration::from_secs(90 * 24 * 60 * 60);
 
-/// How large a piece of such a stream is. A stream is trimmed by whole pieces, and by default one has
-/// 500 MB, which theirs would not fill for years.
+/// The segment size of such a stream. A stream is trimmed by whole segments, and the default of 500
+/// MB would not fill for years.
 const RECORDS_SEGMENT: u64 = 16_000_000;
 
-/// How long it is kept what nobody could make sense of.
+/// How long rejected messages are kept.
 const REJECTED_KEPT: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 
-/// Everything that must be at the broker.
+/// Everything that must exist at the broker.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Topology {
-    /// All exchanges; those that others fall back on come first.
+    /// All exchanges; alternate exchanges come first.
     pub exchanges: Vec<Exchange>,
-    /// All queues; the journal comes first, if it is among them.
+    /// All queues; the journal comes first, if it is included.
     pub queues: Vec<Queue>,
-    /// All bindings; that of the requests comes last, if it is among them.
+    /// All bindings; that of the requests comes last, if it is included.
     pub bindings: Vec<Binding>,
-    /// Queues that must not be there: they stand in for others that are being replaced.
+    /// Queues that must not exist: they stand in for others that are being replaced.
     pub stand_ins: Vec<ShortString>,
 }
 
 /// A durable exchange.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Exchange {
-    /// What it is called.
+    /// Its name.
     pub name: ShortString,
-    /// How it chooses queues.
+    /// How it routes.
     pub kind: ExchangeKind,
-    /// The exchange that gets what finds no queue.
+    /// The exchange for messages that no queue takes.
     pub alternate: Option<ShortString>,
 }
 
-/// How an exchange chooses queues.
+/// How an exchange routes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum ExchangeKind {
     /// By the routing key.
     Topic,
-    /// All that are bound.
+    /// To all bound queues.
     Fanout,
 }
 
 /// A durable queue.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Queue {
-    /// What it is called.
+    /// Its name.
     pub name: ShortString,
-    /// How it keeps messages.
+    /// Its kind.
     pub kind: QueueKind,
-    /// What else it is declared with.
+    /// Its other arguments.
     pub arguments: Arguments,
 }
 
-/// The arguments of a queue or an exchange by name; that of a queue's kind is not among them.
+/// The arguments of a queue or an exchange by name, without that of a queue's kind.
 pub type Arguments = BTreeMap<String, Argument>;
 
-/// How a queue keeps messages.
+/// The kind of a queue.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum QueueKind {
-    /// On one node, and those that are not persistent in memory.
+    /// On one node; messages that are not persistent stay in memory.
     Classic,
-    /// On several nodes, each message safe before it is confirmed.
+    /// On several nodes; each message is safe before it is confirmed.
     Quorum,
     /// An append-only log on several nodes.
     Stream,
@@ -126,34 +127,34 @@ pub enum Argument {
     Flag(bool),
 }
 
-/// What a queue gets from an exchange.
+/// A binding of a queue to an exchange.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Binding {
     /// The exchange.
     pub exchange: ShortString,
     /// The queue.
     pub queue: ShortString,
-    /// The routing key, with wildcards. A fanout exchange doesn't look at it.
+    /// The routing key, with wildcards. A fanout exchange ignores it.
     pub key: ShortString,
 }
 
-/// What a service's queues depend on.
+/// The settings of a service's queues.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ServiceTopology {
-    /// What it is called.
+    /// Its name.
     pub name: ServiceName,
-    /// How long a prepare waits for a slot; zero: not at all.
+    /// How long a prepare waits for a slot; zero: it is returned if none is free.
     pub max_wait: Duration,
-    /// Whose its slots are.
+    /// Whether each instance has its own slots or all share them.
     pub cap: Cap,
 }
 
-/// What all queues depend on.
+/// The settings that all queues share.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Settings {
-    /// How long the journal is kept.
+    /// How long the journal keeps records.
     pub retention: Duration,
-    /// How the prepares of a service are kept.
+    /// The kind of prepare queues.
     pub commands: Commands,
 }
 
@@ -163,26 +164,26 @@ impl Default for Settings {
     }
 }
 
-/// How the prepares of a service are kept.
+/// The kind of prepare queues.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Commands {
-    /// In classic queues: several times faster. What a broker loses in a restart is made again.
+    /// Classic queues: several times faster. What a broker loses in a restart is sent again.
     #[default]
     Classic,
-    /// In quorum queues: the loss of one node of a cluster doesn't stop a service.
+    /// Quorum queues: the loss of one node of a cluster doesn't stop a service.
     Quorum,
 }
 
 impl Commands {
-    /// What suits the broker at `address`. Where several hosts are named it is a cluster, and a service
-    /// must not stop because the node is lost that has its queue.
+    /// The suitable kind for the broker at `address`. Several hosts are a cluster, on which a
+    /// service must not stop when its queue's node is lost.
     pub fn at(address: &Address) -> Self {
         if address.hosts().len() > 1 { Self::Quorum } else { Self::Classic }
     }
 }
 
 impl Topology {
-    /// Everything that `services` and all else of one system need.
+    /// Everything that `services` and the rest of one system need.
     pub fn of(names: &Names, services: &[ServiceTopology], settings: &Settings) -> Self {
         let mut topology = Self::of_services(names, services, settings);
         let retention = Argument::Text(age(settings.retention));
@@ -203,7 +204,7 @@ impl Topology {
         topology
     }
 
-    /// What `services` need to be reached and to answer: no journal and no requests.
+    /// What `services` need to be reached and to answer: without journal and requests.
     pub fn of_services(names: &Names, services: &[ServiceTopology], settings: &Settings) -> Self {
         let exchanges = vec![
             Exchange { kind: ExchangeKind::Fanout, ..Exchange::topic(names.inquiries(), None) },
@@ -251,7 +252,7 @@ impl Exchange {
         Self { name, kind: ExchangeKind::Topic, alternate }
     }
 
-    /// What it is declared with.
+    /// Its arguments.
     pub fn arguments(&self) -> Arguments {
         let alternate = self.alternate.iter();
         let alternate = alternate.map(|name| Argument::Text(name.to_string()));
@@ -279,7 +280,7 @@ impl Queue {
         queue.with([("x-queue-leader-locator", Argument::Text("balanced".to_owned()))])
     }
 
-    /// A stream of few records, each of which may matter for long.
+    /// A stream of few records, which are kept for long.
     fn records(name: ShortString) -> Self {
         Self::stream(name).with([
             ("x-max-age", Argument::Text(age(RECORDS_KEPT))),
@@ -293,11 +294,11 @@ impl Queue {
         self
     }
 
-    /// The argument that says its kind. It is always given, since a virtual host may have a default
-    /// of its own.
+    /// The argument for the kind. It is always given, since a virtual host may have its own
+    /// default.
     pub const KIND: &'static str = "x-queue-type";
 
-    /// What it is declared with: its arguments, and its kind.
+    /// All arguments, including the kind.
     pub fn all_arguments(&self) -> Arguments {
         let mut arguments = self.arguments.clone();
         arguments.insert(Self::KIND.to_owned(), Argument::Text(self.kind.to_string()));
@@ -311,12 +312,12 @@ impl Binding {
     }
 }
 
-/// Arguments as they go to the broker.
+/// Arguments in AMQP's form.
 pub(crate) fn table(arguments: &Arguments) -> FieldTable {
     let mut table = FieldTable::default();
     for (name, value) in arguments {
         let value = match value {
-            // No number here comes near to the bound.
+            // No number here is near that limit.
             Argument::Number(number) => {
                 AMQPValue::LongLongInt(i64::try_from(*number).unwrap_or(i64::MAX))
             }
@@ -328,7 +329,7 @@ pub(crate) fn table(arguments: &Arguments) -> FieldTable {
     table
 }
 
-/// A duration as streams take it: `7D`, `12h`, `90s`.
+/// A duration in the form that streams take: `7D`, `12h`, `90s`.
 pub fn age(duration: Duration) -> String {
     let seconds = duration.as_secs();
     let units = [("D", 24 * 60 * 60), ("h", 60 * 60), ("m", 60)];

@@ -1,10 +1,10 @@
-//! Asking a broker what an exchange or queue is like, over AMQP.
+//! Finding out the properties of an exchange or queue at a broker, over AMQP.
 //!
-//! A passive declaration tells whether it exists, not what it is like. An active one of something
-//! that exists changes nothing; it is refused where it differs, and the refusal names one argument
-//! with its value. So everything that differs is found by declaring again and again, each time with
-//! what was found. Every refusal costs the channel, and so does a question that is not answered in
-//! time: these are throw-away channels.
+//! A passive declaration shows whether it exists, not its properties. An active one of an existing
+//! object changes nothing; if anything differs, the broker refuses it, and the refusal names one
+//! argument with its value. So all differences are found by repeating the declaration, each time
+//! with the values found so far. Every refusal closes the channel, and so does a question that is
+//! not answered in time: these are throw-away channels.
 
 use lapin::{
     Channel, Connection, ErrorKind,
@@ -23,27 +23,26 @@ use crate::transport::amqp::{
     },
 };
 
-/// After how many questions in a row without an answer, each on a channel of its own, no more is
-/// asked.
+/// After how many questions in a row without an answer, each on a new channel, to stop.
 const UNANSWERED_MAX: u32 = 3;
 
-/// How often one thing is declared again; more than the arguments that a queue can have.
+/// How often one object is declared again: more than a queue can have arguments.
 const ROUNDS_MAX: usize = 32;
 
-/// Channels that may be lost.
+/// Channels that the broker may close.
 pub(super) struct Prober<'a> {
     connection: &'a Connection,
     channel: Option<Channel>,
-    /// How many of the last questions were not answered in time.
+    /// How many questions in a row were not answered in time.
     unanswered: u32,
 }
 
-/// What a broker has under a name.
+/// What exists under a name.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Presence {
     Missing,
     There,
-    /// It belongs to another connection, and goes with it.
+    /// It belongs to another connection, and ends with it.
     Exclusive,
 }
 
@@ -61,7 +60,7 @@ impl<'a> Prober<'a> {
         Ok(channel)
     }
 
-    /// Whether there is no use in asking any more.
+    /// Whether to stop asking.
     pub(super) fn is_given_up(&self) -> bool {
         self.unanswered >= UNANSWERED_MAX
     }
@@ -82,7 +81,7 @@ impl<'a> Prober<'a> {
         answered
     }
 
-    /// Whether there is a queue called `name`.
+    /// Whether a queue called `name` exists.
     pub(super) async fn queue_presence(&mut self, name: &str) -> Result<Presence, AskError> {
         let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
         let asked = self.ask(async |channel| {
@@ -100,7 +99,7 @@ impl<'a> Prober<'a> {
         presence(asked.await)
     }
 
-    /// What is wrong with `queue`; nothing if it is as it should be.
+    /// The differences of `queue`; none if it is as it should be.
     pub(super) async fn queue(&mut self, queue: &Queue) -> Result<Vec<Finding>, AskError> {
         let subject = Subject::Queue(queue.name.to_string());
         match self.queue_presence(queue.name.as_str()).await? {
@@ -126,7 +125,7 @@ impl<'a> Prober<'a> {
         .await
     }
 
-    /// What is wrong with `exchange`; nothing if it is as it should be.
+    /// The differences of `exchange`; none if it is as it should be.
     pub(super) async fn exchange(&mut self, exchange: &Exchange) -> Result<Vec<Finding>, AskError> {
         let subject = Subject::Exchange(exchange.name.to_string());
         if self.exchange_presence(exchange).await? == Presence::Missing {
@@ -151,7 +150,7 @@ impl<'a> Prober<'a> {
         .await
     }
 
-    /// Declares by `declare` until it is accepted, each time with what the broker said it has.
+    /// Declares by `declare` until the broker accepts, each time with the values that it reported.
     async fn differences(
         &mut self,
         subject: Subject,
@@ -184,7 +183,7 @@ impl<'a> Prober<'a> {
     }
 }
 
-/// What a passive declaration says that ended like this.
+/// The result of a passive declaration.
 fn presence(asked: Result<(), AskError>) -> Result<Presence, AskError> {
     match asked {
         Ok(()) => Ok(Presence::There),
@@ -196,8 +195,7 @@ fn presence(asked: Result<(), AskError>) -> Result<Presence, AskError> {
     }
 }
 
-/// What is wrong with a thing about which the broker can't be asked, if that says something of the
-/// thing.
+/// The fault of an object about which the broker can't be asked, if that concerns the object.
 pub(super) fn unavailable(error: &AskError) -> Option<Fault> {
     match error {
         AskError::Broker(error) if is_out_of_reach(error) => {
@@ -208,7 +206,7 @@ pub(super) fn unavailable(error: &AskError) -> Option<Fault> {
     }
 }
 
-/// What the broker's refusal of a declaration says, if it is that the thing is another.
+/// The fault in the broker's refusal of a declaration, if the object differs.
 pub(super) fn fault_of(error: &lapin::Error) -> Option<Fault> {
     if is_soft(error, &AMQPSoftError::RESOURCELOCKED) {
         let difference = Difference::new("exclusive", Some("false"), Some("true"));
@@ -226,13 +224,13 @@ fn is_soft(error: &lapin::Error, soft: &AMQPSoftError) -> bool {
     matches!(error.kind(), AMQPErrorKind::Soft(it) if it == soft)
 }
 
-/// What is declared in one round.
+/// The values that are declared in one round.
 struct Declared {
     durable: bool,
     auto_delete: bool,
     exclusive: bool,
     internal: bool,
-    /// Of an exchange.
+    /// For an exchange.
     kind: String,
     arguments: Arguments,
 }
@@ -251,8 +249,8 @@ impl Default for Declared {
 }
 
 impl Declared {
-    /// Takes over what was found. Says no if there is nothing more to learn: what hangs on the kind
-    /// can't be compared with another kind's.
+    /// Adopts a value that was found. Returns whether there may be more to learn: arguments that
+    /// depend on the kind can't be compared with another kind's.
     fn accept(&mut self, difference: &Difference) -> bool {
         let found = difference.found.as_deref();
         let flag = found == Some("true");
@@ -282,7 +280,7 @@ impl From<ExchangeKind> for lapin::ExchangeKind {
 }
 
 impl Difference {
-    /// `found` as the kind of value that it is.
+    /// `found` as a value of its type.
     fn value_of(&self, found: &str) -> Argument {
         match (self.found_type.as_deref(), found) {
             (Some("longstr" | "binary"), text) => Argument::Text(text.to_owned()),

@@ -1,19 +1,19 @@
-//! Giving a service's queues other arguments, which takes new queues in place of the old.
+//! Replacing a service's queues by new ones with other arguments.
 //!
-//! No moment passes in which the service is unknown: while a queue is replaced, another takes what
-//! comes for it, and hands it on.
+//! The service is never unknown meanwhile: while a queue is replaced, another one takes its
+//! messages and passes them on.
 //!
-//! * **Prepares** in a classic queue may be replaced while instances run. They hear that their
-//!   consumer is cancelled, and consume the new queue. (Of a quorum queue's end they don't hear, on
-//!   3.10 at least, so nobody may consume one.) What waited is moved and begins to wait anew. What an instance holds
-//!   is its own as before. Nobody is harmed by a prepare that is lost if this process dies on the
-//!   way: its worker's deadline passes.
-//! * **Finishes** that any instance may apply must not be lost, also if this process dies. They wait
-//!   in a durable queue, and every one is confirmed by the next queue before it leaves the one
-//!   before. What an instance is just applying can't be moved, so nobody may consume the queue.
-//!   Replacing once more picks up what was left.
+//! * **Prepares** in a classic queue may be replaced while instances run. The broker cancels their
+//!   consumers, and they consume the new queue. (It does not cancel those of a quorum queue, on
+//!   3.10 at least, so nobody may consume one.) Waiting prepares are moved, and their wait starts
+//!   over. What an instance holds stays with it. If this process dies midway, a lost prepare does
+//!   no harm: its worker's deadline passes.
+//! * **Finishes** that any instance may apply must not be lost, even if this process dies. They
+//!   wait in a durable queue, and each is confirmed by the next queue before it leaves the previous
+//!   one. A finish that an instance is just applying can't be moved, so nobody may consume the
+//!   queue. A repeated replacement picks up what was left.
 //!
-//! A queue that is as it should be stays as it is.
+//! A queue that is as it should be is not replaced.
 
 use lapin::{
     BasicProperties, Confirmation,
@@ -41,10 +41,10 @@ use crate::{
     },
 };
 
-/// What a replacement did.
+/// The result of a replacement.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Replaced {
-    /// The queues that were made anew.
+    /// The queues that were declared again.
     pub queues: Vec<String>,
     /// How many prepares were moved.
     pub prepares: u64,
@@ -52,15 +52,15 @@ pub struct Replaced {
     pub finishes: u64,
 }
 
-/// A service's queues were not replaced, or only some. Replacing once more does the rest.
+/// A service's queues were not replaced, or only some. A repeated replacement does the rest.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum ReplaceError {
-    /// Somebody consumes the finishes that any instance may apply.
+    /// The queue of finishes that any instance may apply has consumers.
     #[error("queue `{queue}` has {consumers} consumers: stop the instances of `{service}` first")]
     Consumed {
         /// The queue.
         queue: String,
-        /// How many consume it.
+        /// How many consumers it has.
         consumers: u32,
         /// The service.
         service: ServiceName,
@@ -68,21 +68,21 @@ pub enum ReplaceError {
     /// The new queue was not declared or bound.
     #[error(transparent)]
     Declare(#[from] TopologyError),
-    /// A step failed on the way.
+    /// A step failed midway.
     #[error("failed to {step} queue `{queue}`")]
     Step {
-        /// What was tried.
+        /// The step.
         step: &'static str,
-        /// With which queue.
+        /// Its queue.
         queue: String,
-        /// Why.
+        /// The cause.
         #[source]
         source: AskError,
     },
-    /// A message found no queue, or none that took it. It is where it was.
+    /// No queue took a message. It is still where it was.
     #[error("a message of queue `{queue}` was not taken by its next queue")]
     NotTaken {
-        /// Where it is.
+        /// The queue that it is in.
         queue: String,
     },
 }
@@ -99,11 +99,11 @@ impl ReplaceError {
     }
 }
 
-/// Makes the queues of `service` be as they should be, and loses nothing of what is in them.
+/// Declares the queues of `service` as they should be, without losing messages.
 ///
 /// # Errors
 ///
-/// They are not, or not all. Nothing is lost, and replacing again does the rest.
+/// They are not, or not all of them. No message is lost, and a repeated replacement does the rest.
 pub async fn replace(
     connection: &BrokerConnection,
     names: &Names,
@@ -156,7 +156,7 @@ struct Replacing<'a> {
 }
 
 impl Replacing<'_> {
-    /// What is wrong with `queue`.
+    /// The differences of `queue`.
     async fn found(&self, queue: &Queue) -> Result<Vec<Finding>, ReplaceError> {
         let found = Prober::on(self.connection).queue(queue).await;
         found.map_err(step("look at", &queue.name))
@@ -175,7 +175,7 @@ impl Replacing<'_> {
         if is_quorum(queue, &found) {
             self.refuse_consumers(&queue.name, service).await?;
         }
-        // It goes with this connection, whatever happens.
+        // It ends with this connection, whatever happens.
         let options = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
         let declaring = self.channel.queue_declare("".into(), options, FieldTable::default());
         let declared = answer(ANSWER_MAX, declaring).await;
@@ -241,7 +241,7 @@ impl Replacing<'_> {
         Err(ReplaceError::Consumed { queue, consumers, service })
     }
 
-    /// Moves everything from queue `from` to where `next` is bound, one after the other.
+    /// Moves all messages from the queue `from` to where `next` is bound, one after the other.
     async fn drain(&mut self, from: &ShortString, next: &Binding) -> Result<u64, ReplaceError> {
         let mut moved = 0;
         loop {
@@ -253,7 +253,7 @@ impl Replacing<'_> {
         }
     }
 
-    /// Publishes `message` again as it was published before, and only then takes it away.
+    /// Publishes `message` with its original properties, and then removes it from the first queue.
     async fn pass_on(
         &mut self,
         message: BasicGetMessage,
@@ -306,7 +306,7 @@ impl Replacing<'_> {
     }
 }
 
-/// Whether the broker has a quorum queue where `queue` should be, after what was found wrong with it.
+/// Whether the broker has a quorum queue under the name of `queue`, judging by the differences.
 fn is_quorum(queue: &Queue, found: &[Finding]) -> bool {
     let kind = found.iter().find_map(|finding| match &finding.fault {
         Fault::Differs(it) if it.argument == Queue::KIND => it.found.clone(),
@@ -320,8 +320,8 @@ fn is_quorum(queue: &Queue, found: &[Finding]) -> bool {
     kind.unwrap_or_else(|| queue.kind.to_string()) == QueueKind::Quorum.to_string()
 }
 
-/// The properties of a message without the user that published it: the broker lets no other claim to
-/// be that one.
+/// The properties of a message without its user id: the broker accepts only the publishing user's
+/// own.
 fn without_user(properties: &BasicProperties) -> BasicProperties {
     let mut kept = BasicProperties::default();
     macro_rules! keep {
