@@ -1,11 +1,11 @@
-//! The digest of a request's services and data: what tells a retry from another request under the
-//! same id.
+//! The digest of a request's services and data, which distinguishes a retry from another request
+//! with the same id.
 //!
-//! It is taken over one canonical text, a JSON array of two elements: the services' names in name
-//! order, each once; and the data with the fields of every object in the order of their names (by
-//! code point), without whitespace, and with no more escapes than needed. So it doesn't matter how
-//! a producer lays out or orders what it sends. Numbers count as they are written: `1` and `1.0`
-//! are different data, since nobody but the services can say whether they are the same.
+//! It is computed over one canonical text, a JSON array of two elements: the services' names in
+//! name order, each once; and the data with the fields of every object in the order of their names
+//! (by code point), without whitespace, and with no more escapes than needed. So the layout and
+//! order in which a producer sends them don't matter. Numbers count as they are written: `1` and
+//! `1.0` are different data, since only the services can say whether they mean the same.
 
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
@@ -15,11 +15,11 @@ use crate::protocol::{
     message::Payload,
 };
 
-/// The canonical text of `data`, as [`request_hash`] wants it.
+/// The canonical text of `data`, for [`request_hash`].
 ///
-/// What [`transactions`](crate::input::transactions) reads is in that form already.
+/// Data that [`transactions`](crate::input::transactions) reads is in that form already.
 pub fn canonical(data: Map<String, Value>) -> Payload {
-    // This map keeps its keys sorted, and is written without whitespace: a test holds it to that.
+    // This map keeps its keys sorted, and is written without whitespace: a test checks both.
     Payload::new(Value::Object(data).to_string())
 }
 

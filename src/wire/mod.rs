@@ -1,15 +1,15 @@
-//! JSON as promised to others: what is in a message, what is written for a result.
+//! The JSON that `dtc` promises to others: the bodies of messages, and the results that it prints.
 //!
 //! * [`message`]: the bodies of all messages between producers, workers and services.
-//! * [`result`]: what is said about a transaction when it has ended.
-//! * [`hash`]: the digest that tells a retry from another request under the same id.
+//! * [`result`]: the result of a transaction, as it is printed.
+//! * [`hash`]: the digest that distinguishes a retry from another request with the same id.
 //!
-//! Types of the protocol never become JSON by themselves: every shape has a type of its own here,
-//! so that a change inside can't change a promise.
+//! Types of the protocol are never serialized directly: every format has its own type here, so that
+//! an internal change can't break a promise.
 //!
 //! **Unknown fields.** A message may come from a newer release: messages ignore them.
 //!
-//! **Invariant:** no text, however broken, makes anything here panic; it makes complaints.
+//! **Invariant:** no text, however broken, makes this code panic; it leads to complaints.
 
 pub mod hash;
 pub mod message;

@@ -1,4 +1,4 @@
-//! What is said about a transaction when it has ended: [`Brief`], [`Detailed`], or [`Answered`].
+//! The printed result of a transaction: [`Brief`], [`Detailed`], or [`Answered`].
 //!
 //! ```json
 //! {"id":"TX1","status":"COMMITTED"}
@@ -6,8 +6,8 @@
 //!  "unresolved":[],"attempts":{"stock":{"prepare":1,"commit":0,"abort":0}},"duration_ms":12.345}
 //! ```
 //!
-//! A field is never left out: where there is nothing to say it is `null`, or an empty array or
-//! object. So a reader can rely on the shape, and two results can be compared line by line.
+//! A field is never left out: without a value it is `null`, or an empty array or object. So a
+//! reader can rely on the fields, and two results can be compared line by line.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -34,7 +34,7 @@ impl<'a> Brief<'a> {
     }
 }
 
-/// A result with all that is known about how it came to be:
+/// A result with everything that is known about it:
 /// `{"id","status","reason","unresolved","attempts","duration_ms"}`.
 #[derive(Clone, Debug, Serialize)]
 pub struct Detailed<'a> {
@@ -47,10 +47,10 @@ pub struct Detailed<'a> {
     /// The services whose commit is parked, in the answer's order.
     #[serde(serialize_with = "names")]
     pub unresolved: &'a [ServiceName],
-    /// How often the code of each service was called, for those where it was called at all.
+    /// How often the code of each service was called; services without a call are left out.
     #[serde(serialize_with = "by_name")]
     pub attempts: &'a BTreeMap<ServiceName, Attempts>,
-    /// Milliseconds from taking the transaction in to its result, to the microsecond.
+    /// From the start of the transaction to its result, in milliseconds with microsecond precision.
     pub duration_ms: f64,
 }
 
@@ -73,7 +73,7 @@ impl<'a> Detailed<'a> {
     }
 }
 
-/// A result with all that a producer hears of it:
+/// A result with everything that a producer receives:
 /// `{"id","status","reason","unresolved","requested_at","decided_at","duration_ms"}`.
 #[derive(Clone, Debug, Serialize)]
 pub struct Answered<'a> {
@@ -86,16 +86,16 @@ pub struct Answered<'a> {
     /// The services whose commit is parked, in the answer's order.
     #[serde(serialize_with = "names")]
     pub unresolved: &'a [ServiceName],
-    /// When it was requested, in seconds since the Unix epoch. Whoever asks again repeats it.
+    /// When it was requested, in seconds since the Unix epoch. A retry repeats it.
     pub requested_at: u64,
     /// When it was decided, in milliseconds since the Unix epoch.
     pub decided_at: u64,
-    /// Milliseconds from sending the request to its result, to the microsecond.
+    /// From sending the request to its result, in milliseconds with microsecond precision.
     pub duration_ms: f64,
 }
 
 impl<'a> Answered<'a> {
-    /// The form of `answer`, which took `duration`.
+    /// The result in `answer`, which took `duration`.
     pub fn of(answer: &'a Answer, duration: Duration) -> Self {
         let Brief { id, status } = Brief::of(answer);
         Self {
@@ -113,16 +113,16 @@ impl<'a> Answered<'a> {
 /// Why a transaction aborted: `{"service","code","message"}`.
 #[derive(Clone, Debug, Serialize)]
 pub struct Because<'a> {
-    /// The service it happened at, where it was one; else `null`.
+    /// The service that caused it, if it was one; otherwise `null`.
     pub service: Option<&'a str>,
-    /// One word: see [`ReasonCode`](crate::protocol::message::ReasonCode).
+    /// The code: see [`ReasonCode`](crate::protocol::message::ReasonCode).
     pub code: &'static str,
-    /// What the service, or the coordinator, says about it; else `null`.
+    /// The message of the service or of the coordinator; otherwise `null`.
     pub message: Option<&'a str>,
 }
 
 impl<'a> Because<'a> {
-    /// The shape of `reason`.
+    /// The printed form of `reason`.
     pub fn of(reason: &'a Reason) -> Self {
         Self {
             service: reason.service.as_ref().map(ServiceName::as_str),

@@ -1,4 +1,4 @@
-//! What a request and a transaction in a file have in common: which services, and what data.
+//! The parts that a request and a transaction in a file share: the services and the data.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use crate::{
     protocol::{ids::ServiceName, message::Payload},
 };
 
-/// The services that `value` names: each once, in name order.
+/// The services in `value`: each once, in name order.
 pub(crate) fn read_services(
     check: &mut Check,
     path: &Path<'_>,
@@ -30,7 +30,7 @@ pub(crate) fn read_services(
     Some(services.into())
 }
 
-/// `value` in its canonical form; `buffer` is space to work in.
+/// `value` in its canonical form; `buffer` is scratch space.
 pub(crate) fn read_data(
     check: &mut Check,
     path: &Path<'_>,

@@ -1,4 +1,4 @@
-//! What is answered and asked: votes, dones and inquiries of services, results for producers.
+//! Votes, dones and inquiries of services, and results for producers.
 
 use crate::{
     protocol::message::{Answer, Done, Inquiry, Reason, ReasonCode, Vote, VoteKind},
@@ -10,7 +10,7 @@ use crate::{
     },
 };
 
-/// What a vote says, in its word.
+/// The field `vote`.
 #[derive(Clone, Copy)]
 enum Word {
     Prepared,
@@ -113,7 +113,7 @@ impl Sealed for Vote {
         let free = reader.need(place, free, Reader::count);
         let reason = reader.may(place, reason, Reader::reason);
         let reason_or = |code| reason?.or_else(|| Some(Reason::at(service.as_ref()?, code)));
-        // What this word doesn't want may be there, as long as it is what it is called.
+        // Fields that this vote doesn't need may be there, if their values are valid.
         let (needs_branch, needs_outcome) = match word {
             Some(Word::Prepared | Word::Failed) => (true, false),
             Some(Word::Finished) => (false, true),

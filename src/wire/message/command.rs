@@ -1,4 +1,4 @@
-//! What a worker tells a service.
+//! The commands of a worker to a service.
 
 use crate::{
     json,

@@ -1,17 +1,17 @@
-//! What stands in a journal file: an entry is a tag of one byte and a text.
+//! The entries of a journal file: each is a tag of one byte and a text.
 //!
-//! | tag | text | says |
+//! | tag | text | meaning |
 //! |---|---|---|
-//! | `o` | `{"worker","opened_at"}` | a process has opened the file, and calls itself `worker` |
-//! | `b` | `{"id","requested_at","request_hash","involved_services","timeout_ms"?,"worker"}`, a line feed, and the request's data as it is | `worker` has begun this request |
+//! | `o` | `{"worker","opened_at"}` | a process has opened the file, under the name `worker` |
+//! | `b` | `{"id","requested_at","request_hash","involved_services","timeout_ms"?,"worker"}`, a line feed, and the request's data unchanged | `worker` has begun this request |
 //! | `d` | a decision, as on the wire | |
-//! | `f` | a decision and, where there are any, `"unresolved"` services | the transaction is over, but for these |
-//! | `c` | `{"closed_at"}` | the process has ended and left nothing under way |
+//! | `f` | a decision, and `"unresolved"` services if there are any | the transaction is finished, except at these services |
+//! | `c` | `{"closed_at"}` | the process has ended and left nothing unfinished |
 //!
-//! Fields are those of the wire, and unknown ones are ignored as there. What the wire has no room
-//! for has room here: no text is too long, and the data may be nested as deep as its author likes.
+//! The fields are those of the messages, and unknown ones are ignored in the same way. The limits
+//! of messages don't apply: a text may have any length, and data any depth.
 //!
-//! **Invariant:** no text, however broken, makes anything here panic.
+//! **Invariant:** no text, however broken, makes this code panic.
 
 use std::{sync::Arc, time::Duration};
 
@@ -33,7 +33,7 @@ use crate::{
     },
 };
 
-/// A number that a double holds exactly: milliseconds enough for any time-out.
+/// The largest number up to which a double is exact: enough milliseconds for any time-out.
 const MILLIS_MAX: u64 = 1 << 53;
 
 /// One entry of a journal file.
@@ -41,7 +41,7 @@ const MILLIS_MAX: u64 = 1 << 53;
 pub enum Entry {
     /// A process has opened the file.
     Opened {
-        /// What it calls itself, as a worker and as an instance of its services.
+        /// Its name, as a worker and as an instance of its services.
         worker: WorkerId,
         /// When.
         opened_at: Time,
@@ -50,25 +50,25 @@ pub enum Entry {
     Begun(Begun),
     /// A decision: the first one of its transaction is the outcome.
     Decided(Arc<Decision>),
-    /// A transaction is over.
+    /// A transaction is finished.
     Finished(Finished),
-    /// The process has ended in order.
+    /// The process has ended in an orderly way.
     Closed {
         /// When.
         closed_at: Time,
     },
 }
 
-/// A request that was begun, and by whom.
+/// A request that was begun, and the worker that began it.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Begun {
     /// The request.
     pub request: Request,
-    /// Who has begun it first.
+    /// The worker that began it first.
     pub worker: WorkerId,
 }
 
-/// How a transaction has ended.
+/// The end of a transaction.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Finished {
     /// Its outcome.
@@ -80,22 +80,22 @@ pub struct Finished {
 /// Why an entry can't be understood.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum EntryMalformed {
-    /// There are no such entries.
+    /// There are no entries with this tag.
     #[error("there are no entries of kind {:?}", char::from(*.0))]
     Tag(u8),
-    /// Everything that is wrong with it.
+    /// All errors in it.
     #[error("{0}")]
     Invalid(Complaints),
-    /// A request without data, or one whose data is no text.
+    /// A request without data, or whose data is not UTF-8.
     #[error("its data is no text")]
     NoData,
-    /// The request is another one than it says.
+    /// The request's hash is not that of its services and data.
     #[error("its request_hash is not that of its services and data")]
     OtherContent,
 }
 
 impl Entry {
-    /// The byte that tells its kind.
+    /// The byte that identifies its kind.
     pub const fn tag(&self) -> u8 {
         match self {
             Self::Opened { .. } => b'o',
@@ -140,11 +140,11 @@ impl Entry {
         }
     }
 
-    /// The entry whose kind is `tag`, and whose text is `text`.
+    /// Parses the entry with the tag `tag` and the text `text`.
     ///
     /// # Errors
     ///
-    /// It is none.
+    /// It is not a valid entry.
     pub fn read(tag: u8, text: &[u8]) -> Result<Self, EntryMalformed> {
         match tag {
             b'o' => object("opened", text, |reader, place| {
@@ -187,7 +187,7 @@ fn object<T>(
 }
 
 fn begun(text: &[u8]) -> Result<Entry, EntryMalformed> {
-    // What is written here has no line feed of its own.
+    // The part before the data contains no line feed.
     let (head, data) = match text.iter().position(|byte| *byte == b'\n') {
         Some(at) => (text.get(..at), text.get(at + 1..)),
         None => (None, None),

@@ -29,28 +29,29 @@
 //! | `service`, `instance`, `store`, `worker`, `reply`, each of `involved_services` and `unresolved` | `[A-Za-z0-9_-]{1,64}` | `unresolved`: none; `reply`: `none` |
 //! | `involved_services` | array of 1 to [`SERVICES_MAX`] names; one named twice counts once | |
 //! | `data` | any object, in which no field is given twice | |
-//! | `timeout_ms` | whole number from 1 to 86400000 (a day) | the worker's own |
-//! | `branch` | `<instance>.<number>`, the number below 2^64 and without leading zeros; must be there in votes `prepared` and `failed` | of a finish: nothing of this service's is committed |
+//! | `timeout_ms` | whole number from 1 to 86400000 (a day) | the worker's `prepare_timeout` |
+//! | `branch` | `<instance>.<number>`, the number below 2^64 and without leading zeros; required in votes `prepared` and `failed` | in a finish: nothing of this service is committed |
 //! | `branches` | object: the branch of each service | |
-//! | `outcome`, `status` | `COMMITTED` or `ABORTED`; `outcome` must be there in a vote `finished` | |
+//! | `outcome`, `status` | `COMMITTED` or `ABORTED`; `outcome` is required in a vote `finished` | |
 //! | `vote` | `prepared`, `read_only`, `refused`, `failed` or `finished` | |
-//! | `reason` | object: `service`?, `code`, `message`? | of a vote: its word, at its service |
+//! | `reason` | object: `service`?, `code`, `message`? | in a vote: the vote as code, and its service |
 //! | `code` | `refused`, `failed`, `no_slot`, `unknown_service`, `deadline`, `unavailable`, `cancelled`, `invalid` or `id_reused` | |
 //! | `message`, `error` | any text, cut after [`TEXT_MAX`] characters | `error` of a done: empty |
 //! | `done`, `repeated`, `parked` | `true` or `false` | `parked`: `false` |
 //! | `free` | whole number of slots, up to 4294967295 | |
-//! | `request` | as the body of a request; it is there, with its `request_hash`, if the transaction itself is parked; else `service` and `branch` are | |
+//! | `request` | as the body of a request; required, with its `request_hash`, if the transaction itself is parked; otherwise `service` and `branch` are required | |
 //!
-//! **Unknown fields** are ignored, since they come from a newer release; a field given twice is
-//! not. A field that may be missing may also be `null`, except in a request. The words of `vote`,
-//! `code` and `outcome` are all there will be in `v1`: everyone must read the journal alike.
+//! **Unknown fields** are ignored, since they come from a newer release; a field given twice is an
+//! error. An optional field may also be `null`, except in a request. The values of `vote`, `code`
+//! and `outcome` are final in `v1`: all must read the journal alike.
 //!
-//! **What is too large.** A request has at most [`REQUEST_MAX`] bytes and [`SERVICES_MAX`] services,
-//! so that every message that follows from it fits into [`BODY_MAX`], alone at the worst: its
-//! prepare and its parked record are some hundred bytes larger, and a decision that names a branch
-//! of every service has up to 157 bytes for each. A request is nested at most 100 deep.
+//! **What is too large.** A request has at most [`REQUEST_MAX`] bytes and [`SERVICES_MAX`]
+//! services, so that every message that follows from it fits into [`BODY_MAX`], at worst as its
+//! only item: its prepare and its parked record are some hundred bytes larger, and a decision that
+//! names a branch of every service has up to 157 bytes for each. A request is nested at most 100
+//! deep.
 //!
-//! **Invariant:** no body, however broken, makes anything here panic; it makes complaints.
+//! **Invariant:** no body, however broken, makes this code panic; it leads to complaints.
 
 mod answer;
 mod command;
@@ -79,23 +80,24 @@ pub use self::{
 /// How many bytes a body may have: 256 KiB.
 pub const BODY_MAX: usize = 256 * 1024;
 
-/// How many characters of a text that a service's code or its author wrote are passed on: nobody's
-/// error text may blow up a message.
+/// To how many characters an error text of a service is cut, so that no error text makes a message
+/// too large.
 pub const TEXT_MAX: usize = 1024;
 
-/// The last second of the year 9999: later moments are mistakes, as of milliseconds for seconds.
+/// The last second of the year 9999: a later time is a mistake, such as milliseconds given for
+/// seconds.
 const TIME_MAX_SECONDS: u64 = 253_402_300_799;
 
-/// What a message is about, by its property `type`.
+/// The kind of a message, by its property `type`.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Kind {
-    /// A producer wants a transaction.
+    /// A producer requests a transaction.
     Request,
-    /// Make ready to commit, and vote.
+    /// Prepare to commit, and vote.
     Prepare,
     /// Who holds this transaction?
     Query,
-    /// Don't begin to prepare it.
+    /// Withdraw a prepare that still waits for a slot.
     Cancel,
     /// The outcome, for a service.
     Finish,
@@ -103,15 +105,15 @@ pub enum Kind {
     Vote,
     /// The answer to a finish.
     Done,
-    /// What became of this transaction?
+    /// What is the outcome of this transaction?
     Inquiry,
     /// A record of the journal.
     Decision,
     /// The outcome, for the producer.
     Result,
-    /// Handed to a person.
+    /// A commit or a transaction that is parked for an operator.
     Parked,
-    /// A parked commit was applied after all.
+    /// A parked commit was applied.
     Settled,
     /// The first record of a journal.
     JournalBegun,
@@ -135,7 +137,7 @@ impl Kind {
         Self::JournalBegun,
     ];
 
-    /// What stands in the property `type`.
+    /// The value of the property `type`.
     pub const fn as_type(self) -> &'static str {
         match self {
             Self::Request => "dtc.request.v1",
@@ -159,7 +161,7 @@ impl Kind {
         Self::ALL.into_iter().find(|kind| kind.as_type() == text)
     }
 
-    /// The kind that `command` travels as.
+    /// The kind of message that carries `command`.
     pub const fn of(command: &Command) -> Self {
         match command {
             Command::Query(_) => Self::Query,
@@ -168,14 +170,14 @@ impl Kind {
         }
     }
 
-    /// The kind in one word, as complaints have it.
+    /// The kind in one word, for complaints.
     fn word(self) -> &'static str {
         let name = self.as_type();
         name.strip_prefix("dtc.").and_then(|name| name.strip_suffix(".v1")).unwrap_or(name)
     }
 }
 
-/// What stands in the array that a body is.
+/// An element of the array in a body.
 pub trait Item: sealed::Sealed {
     /// The kind of such items.
     const KIND: Kind;
@@ -187,16 +189,16 @@ mod sealed {
         write::Object,
     };
 
-    /// The form of an item.
+    /// How an item is written and read.
     pub trait Sealed: Sized {
         fn write(&self, object: &mut Object<'_>);
 
-        /// The item at `place`; complains of everything that is wrong with it.
+        /// The item at `place`; it complains about all errors in it.
         fn read(reader: &mut Reader, place: &Place<'_, '_, '_>) -> Option<Self>;
     }
 }
 
-/// One body in the making: items of one kind.
+/// A body under construction: items of one kind.
 ///
 /// ```
 /// # use dtc::{protocol::time::Time, wire::message::{Items, JournalBegun}};
@@ -207,13 +209,13 @@ mod sealed {
 /// ```
 #[derive(Clone, Debug)]
 pub struct Items {
-    /// All but the bracket that closes it.
+    /// Without the closing bracket.
     body: Vec<u8>,
     len: usize,
     kind: Option<Kind>,
 }
 
-/// An item does not fit into a body with those that are in it: it must go first.
+/// An item does not fit into a body with those that are in it: send that body first.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("a body of {len} items has no room for one more")]
 pub struct Full {
@@ -222,16 +224,16 @@ pub struct Full {
 }
 
 impl Items {
-    /// A body of no items.
+    /// A body without items.
     pub fn new() -> Self {
         Self { body: vec![b'['], len: 0, kind: None }
     }
 
-    /// Adds `item`, which must be of the same kind as those before it.
+    /// Adds `item`, which must be of the same kind as the earlier ones.
     ///
     /// # Errors
     ///
-    /// The body would have more than [`BODY_MAX`] bytes. It is as it was; an empty one takes any
+    /// The body would have more than [`BODY_MAX`] bytes, and is unchanged. An empty one takes any
     /// item, since none is that large by itself.
     pub fn push<T: Item>(&mut self, item: &T) -> Result<(), Full> {
         debug_assert!(self.kind.is_none_or(|kind| kind == T::KIND), "a body has one kind");
@@ -251,7 +253,7 @@ impl Items {
         Ok(())
     }
 
-    /// [`Items::push`] for whichever command it is.
+    /// [`Items::push`] for a command of any kind.
     ///
     /// # Errors
     ///
@@ -274,7 +276,7 @@ impl Items {
         self.len
     }
 
-    /// Whether there are none.
+    /// Whether there are no items.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
@@ -297,25 +299,25 @@ impl Default for Items {
     }
 }
 
-/// Why a body, or an item in it, can't be understood.
+/// Why a body, or an item in it, can't be read.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum Malformed {
-    /// The body is too large to be read at all.
+    /// The body is larger than the limit, and is not read.
     #[error("the body has {size} bytes: must have at most {BODY_MAX}")]
     TooLarge {
         /// How many bytes it has.
         size: usize,
     },
-    /// Everything that is wrong with it.
+    /// All errors in it.
     #[error("{0}")]
     Invalid(Complaints),
 }
 
-/// The items of `body`, in its order; a bad one is an error among good ones.
+/// The items of `body`, in order; a malformed item is an error among the good ones.
 ///
 /// # Errors
 ///
-/// The body is no array at all, or too large.
+/// The body is not an array, or too large.
 pub fn decode<T: Item>(body: &[u8]) -> Result<Vec<Result<T, Malformed>>, Malformed> {
     if body.len() > BODY_MAX {
         return Err(Malformed::TooLarge { size: body.len() });
@@ -333,8 +335,9 @@ pub fn decode<T: Item>(body: &[u8]) -> Result<Vec<Result<T, Malformed>>, Malform
     Ok(items.collect())
 }
 
-/// What `understand` makes of the good items of a message, and what is said of the bad ones. More
-/// than ten are only counted: a message of nothing but commas would make a log of its own.
+/// Applies `understand` to the good items of a message, and returns the results and the complaints
+/// about the other items. More than ten complaints are only counted: a message of nothing but
+/// commas would fill a log.
 #[cfg(any(feature = "service", feature = "worker"))]
 pub(crate) fn sorted_out<T, U>(
     items: Vec<Result<T, Malformed>>,

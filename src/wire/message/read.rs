@@ -1,5 +1,4 @@
-//! Items out of JSON: the fields that messages have, each checked, with a complaint for what is not
-//! as it should be.
+//! Reading items from JSON: the fields of messages, each checked, with a complaint for each error.
 
 use std::{mem, ops::RangeInclusive, sync::Arc};
 
@@ -33,27 +32,27 @@ const CODES: [ReasonCode; 9] = [
     ReasonCode::IdReused,
 ];
 
-/// The reading of one body.
+/// The reader of one body.
 #[derive(Debug)]
 pub struct Reader {
     pub(super) check: Check,
-    /// Space to work in.
+    /// Scratch space.
     pub(super) buffer: String,
-    /// Names that were read last: the items of one body mostly share them.
+    /// The names that were read last: the items of one body mostly share them.
     service: Option<ServiceName>,
     instance: Option<InstanceId>,
     store: Option<StoreId>,
     worker: Option<WorkerId>,
 }
 
-/// A field of an object that is being read: its name, and its value if it is there.
+/// A field of an object: its name, and its value if it is there.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Field<'v, 'a> {
     pub(super) name: &'static str,
     pub(super) value: Option<&'v Value<'a>>,
 }
 
-/// An object that is being read: where it stands, and all of it.
+/// An object: its path, and its value.
 #[derive(Clone, Copy, Debug)]
 pub struct Place<'p, 'v, 'a> {
     pub(super) path: Path<'p>,
@@ -74,12 +73,12 @@ impl Reader {
         }
     }
 
-    /// What was read, if there were no complaints since the last time.
+    /// The value that was read, if there were no complaints since the last call.
     pub(super) fn or_complaints<T>(&mut self, read: Option<T>) -> Result<T, Complaints> {
         mem::take(&mut self.check.complaints).or(read)
     }
 
-    /// The JSON value that `body` is, if it is.
+    /// Parses `body` as a JSON value.
     pub(super) fn json<'a>(&mut self, body: &'a [u8]) -> Option<Value<'a>> {
         self.check.json_by(Position::START, body, parse_wrapped)
     }
@@ -93,7 +92,7 @@ impl Reader {
         Some(known.map(|name| Field { name, value: values.next().flatten() }))
     }
 
-    /// A field that must be there.
+    /// A required field.
     pub(super) fn need<T>(
         &mut self,
         place: &Place<'_, '_, '_>,
@@ -105,7 +104,7 @@ impl Reader {
         read(self, &place.path.field(name), value)
     }
 
-    /// A field that may be missing, or `null`.
+    /// An optional field, which may be missing or `null`.
     pub(super) fn may<T>(
         &mut self,
         place: &Place<'_, '_, '_>,
@@ -246,7 +245,7 @@ impl Reader {
         Some(Reason { code: code?, service: service?, message: message? })
     }
 
-    /// A text that anyone may have written.
+    /// A text of unknown origin.
     pub(super) fn text(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<Arc<str>> {
         Some(cut(self.check.string(path, value)?).into())
     }
@@ -255,13 +254,13 @@ impl Reader {
         self.check.boolean(path, value)
     }
 
-    /// In whole seconds.
+    /// A time in whole seconds.
     pub(super) fn requested_at(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<Time> {
         let seconds = self.whole_number(path, value, 0..=TIME_MAX_SECONDS)?;
         Some(Time::from_millis(seconds * 1000))
     }
 
-    /// In milliseconds.
+    /// A time in milliseconds.
     pub(super) fn moment(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<Time> {
         self.whole_number(path, value, 0..=TIME_MAX_SECONDS * 1000 + 999).map(Time::from_millis)
     }
@@ -271,8 +270,8 @@ impl Reader {
         u32::try_from(count).ok()
     }
 
-    /// The whole number that `value` is, however it is written: `1000` or `1e3`. `range` lies
-    /// within what a double holds exactly.
+    /// `value` as a whole number, in any notation: `1000` or `1e3`. `range` must lie within what a
+    /// double represents exactly.
     pub(super) fn whole_number(
         &mut self,
         path: &Path<'_>,
@@ -285,7 +284,7 @@ impl Reader {
         };
         let otherwise = || {
             let found = number(value).filter(|number| number.fract() == 0.0)?;
-            // A float's conversion stops at the bounds of the integer.
+            // The conversion of a float saturates at the bounds of the integer.
             (found >= 0.0).then_some(found as u64)
         };
         let found = plain.or_else(otherwise).filter(|number| range.contains(number));
@@ -296,7 +295,7 @@ impl Reader {
         found
     }
 
-    /// `read`, with a complaint where it doesn't match `rule`.
+    /// Parses by `read`, with a complaint about `rule` if that fails.
     fn matching<T>(
         &mut self,
         path: &Path<'_>,
@@ -311,7 +310,7 @@ impl Reader {
     }
 }
 
-/// The name that `text` is: the one that was read `last`, if it is that.
+/// The name in `text`: a clone of `last`, if it is the same.
 fn known<T: Clone>(
     last: &mut Option<T>,
     text: &str,

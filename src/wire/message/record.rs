@@ -1,4 +1,4 @@
-//! What is written down: decisions in the journal, and what is handed to a person.
+//! Records: decisions in the journal, and what is parked for an operator.
 
 use crate::{
     json::{self, Value, check::Path},
@@ -16,23 +16,23 @@ use crate::{
     },
 };
 
-/// A parked commit was applied after all.
+/// A parked commit was applied.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Settled {
-    /// Which transaction.
+    /// The transaction.
     pub key: TransactionKey,
     /// The service that has committed.
     pub service: ServiceName,
-    /// When `worker` heard of it, by its clock.
+    /// When `worker` received the done, by its clock.
     pub settled_at: Time,
-    /// Who wrote it down.
+    /// The worker that wrote the record.
     pub worker: WorkerId,
 }
 
 /// The first record of a journal.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct JournalBegun {
-    /// Nothing that was decided at this moment or later is missing.
+    /// The journal has every decision made at this time or later.
     pub complete_since: Time,
 }
 
@@ -143,7 +143,7 @@ impl Sealed for Parked {
                 }
                 Some(request)
             });
-            // What isn't wanted may be there, as long as it is what it is called.
+            // Fields that are not needed may be there, if their values are valid.
             reader.may(place, service, Reader::service);
             reader.may(place, branch, Reader::branch);
             request.map(ParkedCause::Undecidable)
@@ -159,7 +159,7 @@ impl Sealed for Parked {
     }
 }
 
-/// The request at `path`, which must be the one of `key`.
+/// The request at `path`, which must be that of `key`.
 fn read_request(
     reader: &mut Reader,
     path: &Path<'_>,

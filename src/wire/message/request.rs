@@ -1,4 +1,4 @@
-//! Requests: what producers publish, and what they hear if it can't be understood.
+//! Requests of producers, and the result of a request that can't be read.
 //!
 //! Fields are checked as in the files of [`transactions`](crate::input::transactions), except that
 //! unknown ones are ignored.
@@ -27,41 +27,41 @@ use crate::{
     },
 };
 
-/// How many bytes a request may have: whatever follows from it, such as its prepare, is at most
-/// 1 KiB larger and fits into [`BODY_MAX`].
+/// How many bytes a request may have: every message that follows from it, such as its prepare, is
+/// at most 1 KiB larger and fits into [`BODY_MAX`].
 pub const REQUEST_MAX: usize = BODY_MAX - 1024;
 
-/// How many services a transaction may involve: so that a decision fits into [`BODY_MAX`] that
-/// names a branch of each.
+/// How many services a transaction may involve: a decision that names a branch of each must fit
+/// into [`BODY_MAX`].
 pub const SERVICES_MAX: usize = 1000;
 
 /// How many bytes a complaint about a request may have.
 const REASON_MAX: usize = 1024;
 
-/// A request that can't be understood, and whom to tell.
+/// A request that can't be read, with what is needed to answer it.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("{reason}")]
 pub struct RequestMalformed {
-    /// Everything that is wrong with it, in at most 1 KiB.
+    /// All errors in it, in at most 1 KiB.
     pub reason: String,
-    /// Its id, if that can be read.
+    /// Its id, if it could be read.
     pub id: Option<TransactionId>,
-    /// Its timestamp, if that can be read.
+    /// Its timestamp, if it could be read.
     pub requested_at: Option<Time>,
-    /// Where the producer wants the result, if that can be read.
+    /// The producer's reply token, if it could be read.
     pub reply: Option<ReplyToken>,
 }
 
-/// A request can't be sent, since what follows from it might not fit into a message.
+/// A request can't be sent, since a message that follows from it might be too large.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum RequestTooLarge {
-    /// Too many bytes.
+    /// It has too many bytes.
     #[error("the request has {size} bytes: must have at most {REQUEST_MAX}")]
     Bytes {
         /// How many it has.
         size: usize,
     },
-    /// Too many services.
+    /// It involves too many services.
     #[error("the request involves {n_services} services: must involve at most {SERVICES_MAX}")]
     Services {
         /// How many it involves.
@@ -69,7 +69,7 @@ pub enum RequestTooLarge {
     },
 }
 
-/// The body of a request for `transaction`, whose result is wanted at `reply`.
+/// The body of a request for `transaction`, with the result to be sent to `reply`.
 ///
 /// # Errors
 ///
@@ -93,11 +93,11 @@ pub fn encode_request(
     Ok(body)
 }
 
-/// The request whose body is `body`, and whose property `timestamp` is `timestamp`, in seconds.
+/// Reads a request from `body` and from the property `timestamp`, in seconds.
 ///
 /// # Errors
 ///
-/// Everything that is wrong with it.
+/// All errors in it.
 pub fn decode_request(body: &[u8], timestamp: Option<u64>) -> Result<Request, RequestMalformed> {
     let mut complaints = Vec::new();
     let requested_at = requested_at(timestamp, &mut complaints);
@@ -138,7 +138,7 @@ fn requested_at(timestamp: Option<u64>, complaints: &mut Vec<String>) -> Option<
     Some(Time::from_millis(seconds * 1000))
 }
 
-/// What is complained about, without the name that files have.
+/// The complaints, without the name of a file.
 fn lines(complaints: &Complaints) -> Vec<String> {
     let prefix = Kind::Request.word();
     let line = |line: &str| line.trim_start_matches(prefix).trim_start_matches([':', ' ']).into();
@@ -157,7 +157,7 @@ fn shortened(mut reason: String) -> String {
     reason
 }
 
-/// What stands in a request.
+/// The parts of a request that is written.
 pub(super) struct Parts<'a> {
     id: &'a TransactionId,
     services: &'a [ServiceName],
@@ -185,7 +185,7 @@ pub(super) fn write(object: &mut Object<'_>, parts: &Parts<'_>) {
     }
 }
 
-/// What could be read of a request.
+/// The parts of a request that could be read.
 #[derive(Debug, Default)]
 pub(super) struct Read {
     pub(super) id: Option<TransactionId>,
@@ -211,7 +211,7 @@ impl Read {
     }
 }
 
-/// Reads the request at `path`; complains of everything that is wrong with it.
+/// Reads the request at `path`; it complains about all errors in it.
 pub(super) fn read(reader: &mut Reader, path: &Path<'_>, value: &Value<'_>) -> Read {
     let place = Place { path: *path, value };
     let known = ["id", "involved_services", "data", "timeout_ms", "reply"];
@@ -221,7 +221,7 @@ pub(super) fn read(reader: &mut Reader, path: &Path<'_>, value: &Value<'_>) -> R
     let id = reader.need(&place, id, Reader::id);
     let services = reader.need(&place, services, |reader, path, value| {
         let services = read_services(&mut reader.check, path, value);
-        // However often one is named.
+        // However often a service is named.
         if matches!(&value.kind, json::Kind::Array(elements) if elements.len() > SERVICES_MAX) {
             let rule = format!("must name at most {SERVICES_MAX} services");
             reader.check.complain(path, value, rule);

@@ -1,7 +1,7 @@
-//! Items as JSON, written straight into the body that they travel in.
+//! Writing items as JSON, directly into the body.
 //!
-//! Names, numbers and hashes are written as they are, since none of their characters needs an
-//! escape; texts are escaped, and cut at [`TEXT_MAX`](super::TEXT_MAX).
+//! Names, numbers and hashes are written unescaped, since none of their characters needs an escape;
+//! texts are escaped, and cut at [`TEXT_MAX`](super::TEXT_MAX).
 
 use std::fmt::Write as _;
 
@@ -39,20 +39,20 @@ impl<'b> Object<'b> {
         self.out.extend_from_slice(b"\":");
     }
 
-    /// A text that needs no escapes: a name, or one of our own words.
+    /// A text that needs no escapes: a name, or one of our keywords.
     #[inline]
     pub(super) fn word(&mut self, name: &str, word: &str) {
         self.field(name);
         quoted(self.out, word);
     }
 
-    /// A text that anyone may have written.
+    /// A text of unknown origin.
     pub(super) fn text(&mut self, name: &str, text: &str) {
         self.field(name);
         escaped(self.out, cut(text));
     }
 
-    /// What is JSON already.
+    /// A value that is JSON already.
     pub(super) fn json(&mut self, name: &str, json: &str) {
         self.field(name);
         self.out.extend_from_slice(json.as_bytes());
@@ -70,12 +70,12 @@ impl<'b> Object<'b> {
         self.out.extend_from_slice(if flag { b"true" } else { b"false" });
     }
 
-    /// In milliseconds.
+    /// A time in milliseconds.
     pub(super) fn moment(&mut self, name: &str, moment: Time) {
         self.number(name, moment.as_millis());
     }
 
-    /// In whole seconds.
+    /// A time in whole seconds.
     pub(super) fn requested_at(&mut self, requested_at: Time) {
         self.number("requested_at", requested_at.as_millis() / 1000);
     }
