@@ -20,7 +20,8 @@ use crate::{
 
 #[derive(Debug, Args)]
 pub(super) struct ConfigArgument {
-    /// The configuration, as `dtc config --defaults` prints it; flags and environment go before it
+    /// Configuration file in the form that `dtc config --defaults` prints; flags and environment
+    /// variables take precedence
     #[arg(long, value_name = "FILE", env = "DTC_CONFIG")]
     config: Option<PathBuf>,
 }
@@ -66,7 +67,7 @@ fn bad_configuration(complaints: Complaints) -> Failure {
 
 #[derive(Debug, Args)]
 pub(super) struct NamespaceArgument {
-    /// What the names of all exchanges and queues begin with [default: dtc]
+    /// First word of the names of all exchanges and queues [default: dtc]
     ///
     /// [env: DTC__BROKER__NAMESPACE]
     #[arg(long, value_name = "NAME")]
@@ -81,8 +82,8 @@ impl NamespaceArgument {
 
 #[derive(Debug, Args)]
 pub(super) struct UrlArgument {
-    /// RabbitMQ: amqp://user:password@host:port/vhost, or amqps:// for TLS; several hosts of a
-    /// cluster: such URLs, separated by commas [default: amqp://localhost]
+    /// RabbitMQ as amqp://user:password@host:port/vhost, or amqps:// for TLS; for several hosts of
+    /// a cluster, such URLs separated by commas [default: amqp://localhost]
     ///
     /// [env: DTC__BROKER__URL]
     #[arg(long = "broker", value_name = "URL")]
@@ -108,25 +109,23 @@ pub(super) struct BrokerArguments {
     url: UrlArgument,
     #[command(flatten)]
     namespace: NamespaceArgument,
-    /// How often to show the broker that we live, in whole seconds; it gives up who is silent for
-    /// two to three times as long [default: 10s]
+    /// Interval of AMQP heartbeats, in whole seconds; the broker closes a connection that is silent
+    /// for two to three intervals [default: 10s]
     ///
     /// [env: DTC__BROKER__HEARTBEAT]
     #[arg(long, value_name = "DURATION")]
     heartbeat: Option<String>,
-    /// The CAs that may have signed the certificate of a broker at amqps://, in PEM [default: those
-    /// of the system]
+    /// CAs to trust for the broker's certificate (amqps://), in PEM [default: the system's CAs]
     ///
     /// [env: DTC__BROKER__TLS__CA_FILE]
     #[arg(long, value_name = "FILE")]
     tls_ca: Option<String>,
-    /// The certificate to show a broker that asks who we are, in PEM, and what leads from it to its
-    /// CA
+    /// Client certificate, for a broker that asks for one, followed by its intermediate CAs, in PEM
     ///
     /// [env: DTC__BROKER__TLS__CERTIFICATE_FILE]
     #[arg(long, value_name = "FILE")]
     tls_certificate: Option<String>,
-    /// The certificate's private key, in PEM, without a passphrase
+    /// Private key of the client certificate, in PEM, without a passphrase
     ///
     /// [env: DTC__BROKER__TLS__KEY_FILE]
     #[arg(long, value_name = "FILE")]
@@ -176,12 +175,12 @@ pub(super) fn exit_of(error: &ConnectError) -> Exit {
 /// The same where it is a matter of choice: without an address, no broker is used.
 #[derive(Debug, Args)]
 pub(super) struct OptionalBroker {
-    /// Run it through RabbitMQ: amqp://user:password@host:port/vhost, or amqps:// for TLS; several
-    /// hosts of a cluster: such URLs, separated by commas
+    /// Run it through RabbitMQ at amqp://user:password@host:port/vhost, or amqps:// for TLS; for
+    /// several hosts of a cluster, such URLs separated by commas
     #[arg(long = "broker", value_name = "URL")]
     url: Option<Secret>,
-    /// What the names of all exchanges and queues begin with, which must be there [default: a new
-    /// name; everything is made, and deleted at the end]
+    /// First word of the names of all exchanges and queues, which must exist [default: a new name,
+    /// under which they are declared, and deleted at the end]
     #[arg(long, value_name = "NAME", requires = "url")]
     namespace: Option<Namespace>,
     #[command(flatten)]

@@ -9,14 +9,14 @@ use crate::{
     config,
 };
 
-/// Show what is set, and where each value comes from.
+/// Show the configuration, and where each value comes from.
 ///
-/// It is TOML. Passwords are masked. Whatever is wrong is named, each with key, value, source and
-/// rule, and ends it with 78.
+/// The output is TOML, with passwords masked. If anything is wrong, the command names every error
+/// with its key, value, source and rule, and exits with 78.
 #[derive(Debug, Args)]
-#[command(about = "Show what is set, and where each value comes from")]
+#[command(about = "Show the configuration, and where each value comes from")]
 pub(super) struct ConfigArguments {
-    /// Print the file of all keys with their defaults, commented, to begin one's own with
+    /// Print all keys with their defaults and an explanation, as a start for your own file
     #[arg(long)]
     defaults: bool,
     #[command(flatten)]

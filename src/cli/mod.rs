@@ -1,7 +1,7 @@
 //! The `dtc` command: what it is asked for, and what it answers with.
 //!
-//! Exit codes of every command: 0 done, whatever the statuses; 1 not everything could be done;
-//! 2 usage; 65 bad data; 69 broker unavailable; 77 refused by the broker; 78 bad configuration;
+//! Exit codes of every command: 0 done, whatever the outcomes; 1 not everything could be done; 2
+//! wrong usage; 65 bad data; 69 broker unavailable; 77 refused by the broker; 78 bad configuration;
 //! 130 interrupted.
 
 mod asleep;
@@ -47,9 +47,10 @@ const TOLD_WITHIN: Duration = Duration::from_secs(1);
 #[command(name = "dtc", version = env!("DTC_VERSION"))]
 #[command(arg_required_else_help = true, max_term_width = 100)]
 #[command(
-    after_help = "Exit codes: 0 done, whatever the statuses; 1 not everything could be done; \
-                        2 usage; 65 bad data; 69 broker unavailable; 77 refused by the broker; \
-                        78 bad configuration; 130 interrupted.\n\
+    after_help = "Exit codes: 0 done, whatever the outcomes; 1 not everything could be done; \
+                        2 wrong usage; 65 bad data; 69 broker unavailable; \
+                        77 refused by the broker; 78 bad configuration; 130 interrupted.\n\
+                        Durations: a whole number with a unit: ms, s, min, h or d, as in 90s.\n\
                         Logging: DTC_LOG=error|warn|info|debug|trace|off, to stderr (default: info \
                         for worker and service, else error)."
 )]

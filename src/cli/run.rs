@@ -40,23 +40,25 @@ use crate::{
 /// What is said when the first signal is heard.
 const HEARD: &str = "interrupted: what has begun is finished; once more to stop at once\n";
 
-/// Run transactions across simulated services in this process; nothing else is needed.
+/// Run transactions across simulated services in this process, without a broker.
 ///
-/// With --broker they meet on RabbitMQ: worker, services and producer are still this process.
+/// With --broker the messages go through RabbitMQ; worker, services and producer stay in this
+/// process.
 ///
-/// With --journal and --state a run survives its process. Started again after any end, kill -9
-/// included, with the same two: what was decided is finished, also what isn't among the
-/// transactions any more; what was finished is answered as it was, and nobody is called for it. A
-/// decision is acted upon when it is on the disk. The services' state survives its process, and not
-/// the machine: nothing in --state is synced.
+/// With --journal and --state a run survives its process. When it is started again with the same
+/// two, after any end, kill -9 included, it finishes every decided transaction, even one that is
+/// not in --transactions any more. For a finished transaction it prints the result again and calls
+/// no service. It acts on a decision only once that is synced to the disk. The state of the
+/// services survives the process, but not a power cut: nothing in --state is synced.
 ///
 /// services.json: [{"name","max_concurrency","max_wait_ms"?,"cap"?,"prepare"?,"commit"?,"abort"?}];
 /// the last three are objects of "latency_ms" (a number, or two: from, to), "refuse_rate",
-/// "error_rate", "panic_rate", "hang_rate" (0 to 1), "fail_first" (so many attempts of each
+/// "error_rate", "panic_rate", "hang_rate" (0 to 1), "fail_first" (how many attempts of each
 /// transaction fail), "fail_for" (ids that always fail) and "read_only".
 ///
-/// transactions.json: [{"id","involved_services","data","timeout_ms"?}], checked whole before
-/// anything runs; or the same objects one a line (NDJSON), checked and run as they come.
+/// transactions.json: [{"id","involved_services","data","timeout_ms"?}], checked as a whole before
+/// any transaction starts; or the same objects, one per line (NDJSON), checked and run as they
+/// arrive.
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
 #[command(about = "Run transactions across simulated services in this process")]
@@ -70,33 +72,33 @@ pub(super) struct RunArguments {
     /// How to print the results [default: json; ndjson if the transactions are NDJSON]
     #[arg(long, value_name = "FORM", value_enum)]
     output: Option<Form>,
-    /// Print reason, unresolved services, calls and duration of each transaction
+    /// Also print the reason, unresolved services, calls and duration of each transaction
     #[arg(long)]
     detail: bool,
-    /// How many transactions may be worked on at once; more wait for slots
+    /// How many transactions to work on at once, not counting those that wait for a slot
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = at_least_one)]
     #[arg(allow_negative_numbers = true)]
     max_in_flight: usize,
-    /// How long the prepares of a transaction may take that has no timeout_ms of its own
+    /// How long the prepares of a transaction without timeout_ms may take, in milliseconds
     #[arg(long, value_name = "N", default_value_t = 5000, value_parser = within_a_day)]
     #[arg(allow_negative_numbers = true)]
     timeout_ms: u64,
-    /// What the simulated services draw from: the same seed, the same refusals and failures
+    /// Seed of the simulated services: the same seed gives the same refusals and failures
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = any_number)]
     #[arg(allow_negative_numbers = true)]
     seed: u64,
-    /// Where to write what the summary says, as JSON
+    /// Write the summary to this file, as JSON
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
-    /// Where to keep the journal: a file, which one process at a time has open; it is made if it
-    /// isn't there
+    /// Keep the journal in this file; it is created if it does not exist, and one process at a time
+    /// can open it
     #[arg(long, value_name = "FILE", requires = "state", conflicts_with = "url")]
     journal: Option<PathBuf>,
-    /// Where the services keep what they hold, as those of `dtc service` do: a journal is worth
-    /// nothing without
+    /// Keep the state of the services in this directory, as `dtc service` does; --journal and
+    /// --state need each other
     #[arg(long, value_name = "DIR", requires = "journal")]
     state: Option<PathBuf>,
-    /// How long the journal tells how a transaction has ended; then its id is free again
+    /// How long the journal keeps the outcome of a transaction; after that its id can be used again
     #[arg(long, value_name = "DURATION", default_value = "7d", value_parser = duration::parse)]
     #[arg(requires = "journal")]
     retention: Duration,

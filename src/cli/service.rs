@@ -40,19 +40,19 @@ use crate::{
 
 /// Serve a simulated service on RabbitMQ; any number of instances share its work.
 ///
-/// services.json is that of `dtc run`. Start it once for each service, and again for each further
-/// instance. It waits for a broker that is not there, and for the queues that `dtc topology apply`
-/// makes.
+/// services.json has the same form as for `dtc run`. Start one process for each instance of each
+/// service. It waits until the broker can be reached and `dtc topology apply` has declared the
+/// queues.
 ///
-/// --state DIR is where the service keeps what it holds; its instances share it, and what one of
-/// them has prepared when it is killed is finished by another. There, in the directory called like
-/// the service, are committed.log and aborted.log (a line for each branch: id, requested_at, branch,
-/// milliseconds, instance), calls.log, and prepared/ with a file for each branch in doubt. Nothing is
-/// synced to the disk: it survives kill -9, but not a power cut.
+/// --state DIR holds the state that all instances of the service share: what a killed instance had
+/// prepared, another one finishes. The sub-directory with the service's name has committed.log and
+/// aborted.log (a line for each branch: id, requested_at, branch, milliseconds, instance),
+/// calls.log, and prepared/ with a file for each branch in doubt. Nothing is synced to the disk:
+/// the state survives kill -9, but not a power cut.
 ///
-/// SIGTERM or Ctrl-C: takes no more prepares, waits for the outcomes of what is prepared for up to
-/// --drain, and ends with 0. Commits that are parked are not waited for: it says which, and the next
-/// instance goes on with them. Once more: stops at once.
+/// On SIGTERM or Ctrl-C the instance takes no more prepares, waits for the outcomes of what it has
+/// prepared, for up to --drain, and exits with 0. It does not wait for parked commits: it logs
+/// them, and the next instance continues them. On a second signal it exits at once.
 #[derive(Debug, Args)]
 #[command(about = "Serve a simulated service on RabbitMQ; any number of instances share its work")]
 pub(super) struct ServiceArguments {
@@ -61,38 +61,38 @@ pub(super) struct ServiceArguments {
     /// The services: a file, or - for stdin
     #[arg(long, value_name = "FILE")]
     services: PathBuf,
-    /// Which of them to serve
+    /// The service to serve
     #[arg(long, value_name = "NAME")]
     name: ServiceName,
-    /// What the instance's id begins with; the rest is new in each process
+    /// First part of the instance's id; the rest is new in each process
     ///
     /// [env: DTC__SERVICE__INSTANCE]
     #[arg(long, value_name = "ID")]
     instance: Option<String>,
-    /// Where the service keeps what it holds [default: in memory, until the process ends]
+    /// Keep the state of the service in this directory [default: in memory, until the process ends]
     #[arg(long, value_name = "DIR")]
     state: Option<PathBuf>,
-    /// Declare what this service needs at the broker, for trying things out; else, and for all that
-    /// isn't this service's, `dtc topology apply` does
+    /// Declare this service's queues, for experiments; otherwise `dtc topology apply` declares
+    /// everything
     #[arg(long)]
     declare: bool,
-    /// What it draws from: the same seed, the same refusals and failures
+    /// Seed of the simulation: the same seed gives the same refusals and failures
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
-    /// How long to wait for an outcome before asking for it [default: 10s]
+    /// How long to wait for an outcome before asking the workers for it [default: 10s]
     ///
     /// [env: DTC__SERVICE__INQUIRE_AFTER]
     #[arg(long, value_name = "DURATION")]
     inquire_after: Option<String>,
-    /// How long to wait for the outcomes of what is prepared when told to stop [default: 25s]
+    /// How long to wait for outcomes after a signal to stop [default: 25s]
     ///
     /// [env: DTC__SERVICE__DRAIN]
     #[arg(long, value_name = "DURATION")]
     drain: Option<String>,
-    /// A file that is there as long as the instance serves, for whoever asks for its health
+    /// A file that exists as long as the instance serves, for health checks
     #[arg(long, value_name = "FILE")]
     ready_file: Option<PathBuf>,
-    /// Where to write, at the end, how many messages went in and out, as JSON
+    /// Write counts of published and delivered messages to this file at the end, as JSON
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
 }

@@ -32,27 +32,27 @@ use crate::{
     wire::result::Because,
 };
 
-/// Show what became of transactions, as the journal has it.
+/// Show the outcomes of transactions, as recorded in the journal.
 ///
-/// Nothing is taken from anyone, and nothing is written. Every transaction that has one of the ids
-/// is shown, as far back as was looked, which the answer says; exit code 1 if there is none for one
-/// of them. Without --since and --all it looks back 15 minutes; if that doesn't show a certain
-/// outcome for every id, 2 hours, and then 24. A million transactions take the broker 30 to 60 s.
+/// It only reads, and takes no message from any other consumer. It shows every transaction that has
+/// one of the ids, and says how far back it looked; exit code 1 if it found none for one of the
+/// ids. Without --since and --all it looks back 15 minutes; if that does not show a certain outcome
+/// for every id, 2 hours, and then 24 hours. Reading a million transactions takes 30 to 60 s.
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
-#[command(about = "Show what became of transactions, as the journal has it")]
+#[command(about = "Show the outcomes of transactions, as recorded in the journal")]
 pub(super) struct StatusArguments {
     /// The ids of the transactions
     #[arg(value_name = "ID", required = true, value_parser = id)]
     ids: Vec<TransactionId>,
-    /// How far back to look: a duration such as 36h or 7d, or a moment such as 2026-08-24 or
+    /// How far back to look: a duration such as 36h or 7d, or a time in UTC such as 2026-08-24 or
     /// 2026-08-24T12:31:05Z [default: until found, 24h at most]
     #[arg(long, value_name = "DURATION|TIME", value_parser = since)]
     since: Option<Since>,
     /// Look through the whole journal
     #[arg(long, conflicts_with = "since")]
     all: bool,
-    /// How to print it
+    /// How to print the outcomes
     #[arg(long, value_name = "FORM", value_enum, default_value_t = StatusForm::Text)]
     output: StatusForm,
     #[command(flatten)]
@@ -62,7 +62,7 @@ pub(super) struct StatusArguments {
 /// The form in which it is printed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum StatusForm {
-    /// For people.
+    /// Text for people.
     Text,
     /// One array, an object for each transaction.
     Json,

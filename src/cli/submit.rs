@@ -35,13 +35,14 @@ const HEARD: &str = "interrupted: what was sent is waited for; once more to stop
 
 /// Submit transactions to the workers, through RabbitMQ.
 ///
-/// FILE: [{"id","involved_services","data","timeout_ms"?}], checked whole before anything is sent;
-/// or the same objects one a line (NDJSON), checked and sent as they come. - for stdin.
+/// FILE: [{"id","involved_services","data","timeout_ms"?}], checked as a whole before any request
+/// is sent; or the same objects, one per line (NDJSON), checked and sent as they arrive. - for
+/// stdin.
 ///
-/// A transaction is its id and the second it was requested at. With --requested-at the same file
-/// submitted again means the same transactions, and gives the same answers. Without, it is only from
-/// the workers' memory of the last minutes that a transaction with the same id and content is
-/// answered as the one before.
+/// An id and the second of the request together identify a transaction. With the same
+/// --requested-at, a file that is submitted again names the same transactions and gets the same
+/// results. Without it, a repeated id with the same content gets the earlier result only while the
+/// workers remember that (15 minutes by default).
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
 #[command(about = "Submit transactions to the workers, through RabbitMQ")]
@@ -52,16 +53,18 @@ pub(super) struct SubmitArguments {
     /// Wait for the results, and print them
     #[arg(long)]
     wait: bool,
-    /// How long a transaction may take until it is confirmed, or with --wait answered
+    /// How long to wait for a transaction to be confirmed by the broker or, with --wait, for its
+    /// result
     #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = duration::parse)]
     timeout: Duration,
     /// How to print the results [default: json; ndjson if the transactions are NDJSON]
     #[arg(long, value_name = "FORM", value_enum, requires = "wait")]
     output: Option<Form>,
-    /// Print reason, unresolved services, moments and duration of each transaction
+    /// Also print the reason, unresolved services, times and duration of each transaction
     #[arg(long, requires = "wait")]
     detail: bool,
-    /// When the transactions were first requested, in seconds since 1970 [default: now]
+    /// When the transactions were first requested, in seconds since 1970 (`date +%s`) [default:
+    /// now]
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     requested_at: Option<u64>,
     #[command(flatten)]

@@ -44,7 +44,7 @@ const NO_SERVICES: &str = "no service is named: only what all services share was
 /// For how long a check is made again whose connection the broker has ended.
 const STARTING_MAX: Duration = Duration::from_secs(5);
 
-/// The exchanges and queues at RabbitMQ: print, compare, make
+/// Declare, compare, print or delete the exchanges and queues on RabbitMQ
 #[derive(Debug, Args)]
 pub(super) struct TopologyArguments {
     #[command(subcommand)]
@@ -59,20 +59,19 @@ enum Command {
     Delete(DeleteArguments),
 }
 
-/// Make what is missing; change nothing that is there
+/// Declare the exchanges and queues that are missing; change none that exist
 ///
-/// All of it is compared first. If anything is another than it should be, each such thing is named
-/// with the value wanted and the value found, and nothing is made.
+/// The command first compares everything. If an exchange or queue differs, it names each difference
+/// with the value wanted and the value found, and declares nothing.
 ///
-/// --replace gives a service new queues where its old ones are another, and loses nothing of what
-/// is in them. Its instances may go on, unless a quorum queue is replaced: then they must be stopped
-/// first.
+/// --replace gives a service new queues where the existing ones differ, and loses no message. Its
+/// instances may continue, unless a quorum queue is replaced: then stop them first.
 ///
-/// On a cluster all nodes should be up: a quorum queue gets its members when it is made. A queue whose
-/// node is down is named and left as it is.
+/// On a cluster all nodes should be up: a quorum queue gets its members when it is declared. A
+/// queue whose node is down is named and left as it is.
 ///
-/// Exit codes: 0 everything is as it should be; 1 something is another than it should be, or a queue
-/// is unavailable; 69 the broker can't be reached, doesn't answer, or takes no messages.
+/// Exit codes: 0 everything is as it should be; 1 something differs, or a queue is unavailable; 69
+/// the broker can't be reached, doesn't answer, or takes no messages.
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
 struct ApplyArguments {
@@ -80,32 +79,35 @@ struct ApplyArguments {
     broker: BrokerArguments,
     #[command(flatten)]
     what: WhatArguments,
-    /// Replace the queues of this service, if they are another (may be repeated)
+    /// Replace this service's queues if their arguments differ (may be repeated)
     #[arg(long, value_name = "SERVICE", value_parser = service_name)]
     replace: Vec<ServiceName>,
-    /// How much the clocks of producers, workers and services may differ [default: 60s]
+    /// How much the clocks of producers, workers, services and the broker's nodes may differ
+    /// [default: 60s]
     ///
     /// [env: DTC__TOPOLOGY__CLOCK_MARGIN]
     #[arg(long, value_name = "DURATION")]
     clock_margin: Option<String>,
-    /// How long to keep trying, while the broker can't be reached, doesn't answer or takes no messages
+    /// How long to keep trying while the broker can't be reached, doesn't answer or takes no
+    /// messages
     #[arg(long, value_name = "DURATION", default_value = "0s", value_parser = duration::parse)]
     wait: Duration,
-    /// How to print what was made
+    /// How to print what was declared
     #[arg(long, value_name = "FORM", value_enum, default_value_t = Form::Text)]
     output: Form,
 }
 
-/// Compare what is there with what should be; change nothing
+/// Compare what exists with what should exist; change nothing
 ///
-/// It looks at exchanges and queues with all their arguments, and at the beginning of the journal.
-/// It doesn't look at bindings, which AMQP can't list (apply makes them anew), nor at policies.
+/// The command checks exchanges and queues with all their arguments, and the beginning of the
+/// journal. It checks neither bindings, which AMQP can't list (apply declares them each time), nor
+/// policies.
 ///
-/// Each question to the broker has 5 s. A queue about which there is no answer, or whose node is down,
-/// is unavailable; after three questions in a row without an answer no more is asked.
+/// The broker has 5 s to answer each question. A queue is unavailable if there is no answer about
+/// it, or if its node is down; after three questions in a row without an answer the command stops.
 ///
-/// Exit codes: 0 everything is as it should be; 1 something isn't, or is unavailable: each on a line
-/// of its own; 69 the broker can't be reached or answers nothing.
+/// Exit codes: 0 everything is as it should be; 1 something differs or is unavailable, each on its
+/// own line; 69 the broker can't be reached or doesn't answer.
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
 struct CheckArguments {
@@ -113,7 +115,7 @@ struct CheckArguments {
     broker: BrokerArguments,
     #[command(flatten)]
     what: WhatArguments,
-    /// How long to keep trying, while the broker can't be reached or doesn't answer
+    /// How long to keep trying while the broker can't be reached or doesn't answer
     #[arg(long, value_name = "DURATION", default_value = "0s", value_parser = duration::parse)]
     wait: Duration,
     /// How to print what was found
@@ -121,7 +123,7 @@ struct CheckArguments {
     output: Form,
 }
 
-/// Print what should be there; needs no broker
+/// Print the exchanges and queues that should exist; needs no broker
 #[derive(Debug, Args)]
 struct PrintArguments {
     #[command(flatten)]
@@ -130,14 +132,15 @@ struct PrintArguments {
     namespace: NamespaceArgument,
     #[command(flatten)]
     what: WhatArguments,
-    /// How to print it
+    /// How to print them
     #[arg(long, value_name = "FORM", value_enum, default_value_t = Form::Text)]
     output: Form,
 }
 
-/// Delete everything, with all that is in it: requests, decisions, and what is owed to services
+/// Delete all exchanges and queues, with the requests, decisions and outcomes in them
 ///
-/// For namespaces that were made to be thrown away. Queues of services that are not named stay.
+/// For temporary namespaces. Queues of services that are not named by --services or the
+/// configuration stay.
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
 struct DeleteArguments {
@@ -145,24 +148,25 @@ struct DeleteArguments {
     broker: BrokerArguments,
     #[command(flatten)]
     what: WhatArguments,
-    /// Say that it is meant
+    /// Confirm the deletion
     #[arg(long, required = true)]
     yes: bool,
 }
 
 #[derive(Debug, Args)]
 struct WhatArguments {
-    /// The services, as for `dtc run`: a file, or - for stdin; those of the configuration come on top
+    /// The services, as for `dtc run`: a file, or - for stdin; in addition to those of the
+    /// configuration
     #[arg(long, value_name = "FILE")]
     services: Option<PathBuf>,
-    /// How long the journal is kept [default: 7d]
+    /// How long the journal keeps its records [default: 7d]
     ///
     /// [env: DTC__TOPOLOGY__RETENTION]
     #[arg(long, value_name = "DURATION")]
     retention: Option<String>,
-    /// What kind of queue the prepares of a service wait in: classic (faster, and on one node), quorum
-    /// (on several nodes: the loss of one doesn't stop a service), or auto: quorum if the broker's URL
-    /// names several hosts, else classic [default: auto]
+    /// Kind of the queues for prepares: classic (faster, on one node), quorum (on several nodes:
+    /// the loss of one doesn't stop a service), or auto (quorum if the broker's URL names several
+    /// hosts, else classic) [default: auto]
     ///
     /// [env: DTC__TOPOLOGY__COMMANDS]
     #[arg(long, value_name = "KIND")]
@@ -171,7 +175,7 @@ struct WhatArguments {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Form {
-    /// Lines for people.
+    /// Text for people.
     Text,
     /// One JSON value.
     Json,

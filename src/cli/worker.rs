@@ -23,47 +23,48 @@ use crate::{
 
 /// Coordinate transactions on RabbitMQ; any number of workers share the load.
 ///
-/// A worker keeps nothing that a crash could lose: start and stop as many as you like. It waits for
-/// a broker that is not there, and for the exchanges and queues that `dtc topology apply` makes.
+/// A worker keeps nothing that a crash could lose: start and stop as many as you like. It waits
+/// until the broker can be reached and `dtc topology apply` has declared the exchanges and queues.
 ///
-/// SIGTERM or Ctrl-C: takes no more requests, finishes those it has begun for up to --drain, hands
-/// back the rest, and ends with 0. Once more: stops at once; nothing is lost by that either.
+/// On SIGTERM or Ctrl-C the worker takes no more requests, finishes those it has begun, for up to
+/// --drain, returns the rest to the queue, and exits with 0. On a second signal it exits at once;
+/// that loses nothing either.
 #[derive(Debug, Args)]
 #[command(about = "Coordinate transactions on RabbitMQ; any number of workers share the load")]
 pub(super) struct WorkerArguments {
     #[command(flatten)]
     broker: BrokerArguments,
-    /// What the worker is called; no other may have the name [default: a new one]
+    /// Name of the worker, which no other worker may have [default: a new name]
     ///
     /// [env: DTC__WORKER__NAME]
     #[arg(long, value_name = "ID")]
     name: Option<String>,
-    /// How many transactions may be worked on at once; more wait for slots [default: 256]
+    /// How many transactions to work on at once, not counting those that wait for a slot
+    /// [default: 256]
     ///
     /// [env: DTC__WORKER__MAX_IN_FLIGHT]
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     max_in_flight: Option<String>,
-    /// How long the prepares of a transaction may take that has no timeout_ms of its own
-    /// [default: 5s]
+    /// How long the prepares of a transaction without timeout_ms may take [default: 5s]
     ///
     /// [env: DTC__WORKER__PREPARE_TIMEOUT]
     #[arg(long, value_name = "DURATION")]
     prepare_timeout: Option<String>,
-    /// How long to finish what has begun when told to stop [default: 25s]
+    /// How long to finish begun transactions after a signal to stop [default: 25s]
     ///
     /// [env: DTC__WORKER__DRAIN]
     #[arg(long, value_name = "DURATION")]
     drain: Option<String>,
-    /// How long a decision is remembered, to recognise a request that comes again; no more than the
-    /// last 200,000 are [default: 15min]
+    /// How long to remember a decision, in order to recognise a repeated request; at most the last
+    /// 200,000 are remembered [default: 15min]
     ///
     /// [env: DTC__WORKER__WINDOW]
     #[arg(long, value_name = "DURATION")]
     window: Option<String>,
-    /// A file that is there as long as the worker takes requests, for whoever asks for its health
+    /// A file that exists as long as the worker takes requests, for health checks
     #[arg(long, value_name = "FILE")]
     ready_file: Option<PathBuf>,
-    /// Where to write, at the end, what was done, as JSON
+    /// Write counts of transactions and messages to this file at the end, as JSON
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
 }

@@ -60,55 +60,57 @@ const WARM_UP: Duration = Duration::from_secs(1);
 /// An echo RPC that is alone is soon known.
 const ALONE_MAX: Duration = Duration::from_secs(2);
 
-/// Measure throughput and latency on RabbitMQ, or of one process.
+/// Measure throughput and latency, on RabbitMQ or in one process.
 ///
-/// First the yardstick, with the same client library and in the same run: echo RPCs a second through
-/// one durable queue (a persistent request of 200 bytes, confirmed, a consumer that replies), and
-/// plain messages a second through one. Then transactions over two services that do nothing, in a
-/// closed loop at each of the given loads. All of it in rounds, whose medians and spreads are told.
+/// It first measures a yardstick with the same client library: echo RPCs per second through one
+/// durable queue (a persistent request of 200 bytes, confirmed, and a consumer that replies), and
+/// plain messages per second through one. Then it measures transactions with two services that do
+/// nothing, in a closed loop, at each of the given loads. It repeats both for several rounds, and
+/// prints medians and spreads.
 ///
-/// It starts workers and services as processes of their own, in a namespace of its own that it
-/// deletes at the end. The CPU time of the broker is known where the broker runs on this machine and
-/// may be looked at.
+/// It starts workers and services as separate processes, in a temporary namespace that it deletes
+/// at the end. It measures the CPU time of the broker if that runs on this machine and its process
+/// may be read.
 #[derive(Debug, Args)]
-#[command(about = "Measure throughput and latency on RabbitMQ, or of one process")]
+#[command(about = "Measure throughput and latency, on RabbitMQ or in one process")]
 pub(super) struct BenchArguments {
     #[command(flatten)]
     config: ConfigArgument,
     #[command(flatten)]
     url: UrlArgument,
-    /// Measure the coordinator of one process instead, without a broker
+    /// Measure the embedded coordinator of one process instead, without a broker
     #[arg(long, conflicts_with_all = ["url", "workers", "commands", "backlog", "times"])]
     embedded: bool,
-    /// The loads: how many transactions producers have in flight
+    /// Loads to measure: how many transactions the producers have in flight
     #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = in_flight)]
     #[arg(default_values_t = [1, 16, 64, 256, 1024])]
     in_flight: Vec<usize>,
-    /// For how long each load is measured in each round, after a second of warming up
+    /// How long to measure each load in each round, in seconds, after a warm-up
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=3600))]
     seconds: u64,
-    /// How often all of it is measured
+    /// How many rounds to measure
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=100))]
     rounds: u64,
-    /// How many worker processes there are
+    /// How many worker processes to start
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=64))]
     workers: u64,
-    /// How many bytes the data of a transaction has
+    /// Size of the data of a transaction, in bytes
     #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u64).range(2..=200_000))]
     data_bytes: u64,
-    /// What kind of queue prepares wait in: auto, classic or quorum [default: auto]
+    /// Kind of the queues for prepares: auto, classic or quorum [default: auto]
     #[arg(long, value_name = "KIND")]
     commands: Option<String>,
-    /// Also drain so many requests that have piled up, for each number, and tell the workers' memory
+    /// Also measure how fast a worker drains a backlog of so many requests, for each number, and
+    /// its memory
     #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = clap::value_parser!(u64).range(1..=10_000_000))]
     backlog: Vec<u64>,
-    /// Also tell how long a worker takes to start, to drain, and to be taken over from
+    /// Also measure how long a worker takes to start and to drain, and a takeover from a killed one
     #[arg(long)]
     times: bool,
-    /// Print JSON
+    /// Print the report as JSON
     #[arg(long)]
     json: bool,
-    /// Where to draw throughput and latency over load, as SVG
+    /// Draw throughput and latency over load into this file, as SVG
     #[arg(long, value_name = "FILE")]
     plot: Option<PathBuf>,
 }
