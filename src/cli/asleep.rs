@@ -1,7 +1,7 @@
-//! Says when this process did not run for a while.
+//! Logs a warning when this process did not run for a while.
 //!
-//! To a process that was stopped, or whose machine was suspended, it looks as if the broker had fallen
-//! silent: without a word of this, the log blames the broker and the network.
+//! After a process was stopped, or its machine suspended, it looks as if the broker had fallen
+//! silent. Without this warning, the log would blame the broker and the network.
 
 use std::time::Duration;
 
@@ -9,13 +9,13 @@ use tokio::runtime::Runtime;
 
 use crate::clock::{Clock, Reading, Step, Steps};
 
-/// How often it is looked.
+/// How often to check.
 const EVERY: Duration = Duration::from_secs(1);
 
-/// What is shorter is not worth a word: nothing is given up for it.
+/// Shorter gaps are not logged: they cause no time-out.
 const WORTH_A_WORD: Duration = Duration::from_secs(4);
 
-/// Watches this process from now on.
+/// Starts to watch this process.
 pub(super) fn watch(runtime: &Runtime) {
     let clock = Clock::start();
     let mut steps = Steps::of(&clock);
@@ -32,11 +32,11 @@ pub(super) fn watch(runtime: &Runtime) {
     });
 }
 
-/// What this process has missed between two looks, and what may have been the cause, if that is worth
-/// a word.
+/// How long this process did not run between two checks, and the likely cause, if it is long enough
+/// to log.
 ///
-/// A process's own clock goes on while it is stopped, and stands still while its machine is suspended;
-/// then the wall clock is found to be ahead.
+/// The monotonic clock continues while the process is stopped, but stands still while the machine
+/// is suspended; then the wall clock jumps forward.
 fn gap(before: Reading, now: Reading, step: Option<Step>) -> Option<(Duration, &'static str)> {
     let late = now.elapsed.saturating_sub(before.elapsed).saturating_sub(EVERY);
     match step {
@@ -68,7 +68,7 @@ mod tests {
         Reading { time: Time::from_millis(seconds * 1000), elapsed: Duration::from_secs(seconds) }
     }
 
-    /// A service that was stopped for 70 s said only that no heartbeat had come from the server.
+    /// A service that was stopped for 70 s logged only that no heartbeat had come from the server.
     #[test]
     fn a_process_that_was_stopped_or_suspended_says_so_and_one_that_is_late_does_not() {
         let missed = |before, now, step| gap(before, now, step).map(|(gap, _)| gap.as_secs());

@@ -1,4 +1,4 @@
-//! What commands are told about the configuration, and about RabbitMQ.
+//! The flags about the configuration and RabbitMQ that several commands share.
 
 use std::{
     env, fmt,
@@ -27,12 +27,12 @@ pub(super) struct ConfigArgument {
 }
 
 impl ConfigArgument {
-    /// The file, for another process that is to work with the same.
+    /// The configuration file, to pass on to a child process.
     pub(super) fn file(&self) -> Option<&Path> {
         self.config.as_deref()
     }
 
-    /// All that is set, with `flags` above the rest.
+    /// Loads the configuration, with `flags` above environment and file.
     pub(super) fn load(
         &self,
         flags: impl IntoIterator<Item = Option<Flag>>,
@@ -46,7 +46,7 @@ impl ConfigArgument {
     }
 }
 
-/// A flag that sets `key`, where it was given.
+/// A flag that sets `key`, if it was given.
 pub(super) fn flag(
     key: &'static str,
     flag: &'static str,
@@ -55,7 +55,7 @@ pub(super) fn flag(
     value.map(|value| Flag { key, flag, value: value.to_string() })
 }
 
-/// What is wrong with nothing but the command line is an error of usage.
+/// If all complaints are about flags, it is a usage error.
 fn bad_configuration(complaints: Complaints) -> Failure {
     let is_of_flag = |complaint: &Complaint| match &complaint.place {
         Place::Key { source, .. } => source.is_flag(),
@@ -95,7 +95,7 @@ impl UrlArgument {
         flag("broker.url", "--broker", self.url.as_ref().map(|url| &url.0))
     }
 
-    /// As it was said, for another process. It may hold a password.
+    /// The URL as it was given, to pass on to a child process. It may hold a password.
     pub(super) fn secret(&self) -> Option<&str> {
         self.url.as_ref().map(|url| url.0.as_str())
     }
@@ -133,7 +133,8 @@ pub(super) struct BrokerArguments {
 }
 
 impl BrokerArguments {
-    /// All that is set, with these flags, and the command's own `flags`, above the rest.
+    /// Loads the configuration, with these flags and the command's own `flags` above environment
+    /// and file.
     pub(super) fn load(
         &self,
         flags: impl IntoIterator<Item = Option<Flag>>,
@@ -150,7 +151,7 @@ impl BrokerArguments {
     }
 }
 
-/// Where to connect to, as `name`.
+/// The broker to connect to, with `name` as the connection's name.
 pub(super) fn broker(config: &Config, name: impl Into<String>) -> Broker {
     let address = config.broker.address.clone();
     let heartbeat = config.broker.heartbeat;
@@ -159,12 +160,12 @@ pub(super) fn broker(config: &Config, name: impl Into<String>) -> Broker {
     broker
 }
 
-/// What everything is called there.
+/// The names of exchanges and queues in the configured namespace.
 pub(super) fn names(config: &Config) -> Names {
     Names::new(config.broker.namespace.clone())
 }
 
-/// How a command ends that can't do without a connection.
+/// The exit code for a connection that failed.
 pub(super) fn exit_of(error: &ConnectError) -> Exit {
     match error.disposition() {
         Disposition::GiveUp => Exit::Refused,
@@ -172,7 +173,7 @@ pub(super) fn exit_of(error: &ConnectError) -> Exit {
     }
 }
 
-/// The same where it is a matter of choice: without an address, no broker is used.
+/// The same for `dtc run`, where a broker is optional: without `--broker`, none is used.
 #[derive(Debug, Args)]
 pub(super) struct OptionalBroker {
     /// Run it through RabbitMQ at amqp://user:password@host:port/vhost, or amqps:// for TLS; for
@@ -188,21 +189,22 @@ pub(super) struct OptionalBroker {
 }
 
 impl OptionalBroker {
-    /// Where to connect to, as `name`, if anywhere; how is a matter of configuration.
+    /// The broker to connect to, if `--broker` was given, with `name` as the connection's name. The
+    /// other settings of the connection come from the configuration.
     pub(super) fn broker(&self, name: impl Into<String>) -> Result<Option<Broker>, Failure> {
         let Some(url) = &self.url else { return Ok(None) };
         let config = self.config.load([flag("broker.url", "--broker", Some(&url.0))])?;
         Ok(Some(broker(&config, name)))
     }
 
-    /// What everything is called there, if that is said.
+    /// The names of exchanges and queues, if a namespace was given.
     pub(super) fn names(&self) -> Option<Names> {
         self.namespace.clone().map(Names::new)
     }
 }
 
-/// A text that may hold a password. It is looked at by ourselves: the command line's parser would
-/// repeat what it doesn't like.
+/// A value that may hold a password. `dtc` parses it itself: clap would repeat an invalid value in
+/// its error.
 #[derive(Clone)]
 struct Secret(String);
 

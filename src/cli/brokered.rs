@@ -1,8 +1,8 @@
-//! `dtc run --broker`: the job of `dtc run` through a real broker.
+//! `dtc run --broker`: what `dtc run` does, through RabbitMQ.
 //!
-//! Worker, services and producer are tasks of this process, and everything between them goes through
-//! the broker. What is made there for the run is deleted when it is over, also when it was
-//! interrupted; not when it was killed.
+//! The worker, the services and the producer are tasks of this process, and all their messages go
+//! through the broker. The exchanges and queues that were declared for the run are deleted at its
+//! end, also when it was interrupted, but not when it was killed.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -57,28 +57,28 @@ use crate::{
     worker::{self, WorkerError},
 };
 
-/// How long worker and services may take until they serve.
+/// How long the worker and the services may take to start.
 const START: Duration = Duration::from_secs(30);
 
-/// How long a transaction may take: as long as it takes.
+/// The time-out of a transaction: none in practice.
 const NO_HURRY: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// How long what has begun is waited for after the first signal.
+/// How long to wait for begun transactions after the first signal.
 const DRAIN: Duration = Duration::from_secs(25);
 
-/// How long worker and services may take to end. Each waits for what it has begun, 25 s at most.
+/// How long the worker and the services may take to stop. Each drains for 25 s at most.
 const STOP_MAX: Duration = Duration::from_secs(60);
 
-/// How long it may take to delete what was made.
+/// How long deleting the exchanges and queues may take.
 const LEAVE_MAX: Duration = Duration::from_secs(20);
 
-/// What is to be run.
+/// What to run.
 pub(super) struct Plan {
     pub(super) broker: Broker,
-    /// What everything is called; `None`: names of our own, for this run only.
+    /// The names to use; `None`: names in a new namespace, for this run only.
     pub(super) names: Option<Names>,
     pub(super) services: Vec<ServiceSpec>,
-    /// Where they were read from.
+    /// The path of their file, for messages.
     pub(super) services_file: PathBuf,
     pub(super) seed: u64,
     pub(super) max_in_flight: usize,
@@ -143,7 +143,7 @@ fn run_at(
         });
     stages.runtime.block_on(async {
         let _ = timeout(ANSWER_MAX, client.close()).await;
-        // What was given up won't end in a little more time either.
+        // Waiting longer does not help for transactions that were given up.
         system.stop(if sent.is_given_up { ANSWER_MAX } else { STOP_MAX }).await;
     });
     tell(&(sent.before() + &sent.missing(true)));
@@ -157,18 +157,18 @@ fn run_at(
 
 // ---- At the broker ---------------------------------------------------------------------------
 
-/// The names that a run uses.
+/// The namespace that a run uses.
 struct Place {
     broker: Broker,
     names: Names,
-    /// What was made for this run only.
+    /// The exchanges and queues that were declared for this run, if any.
     made: Option<Topology>,
-    /// What is to be said of that, if it stays.
+    /// The path of services.json, for the message that names what is left behind.
     services: PathBuf,
 }
 
 impl Place {
-    /// `None`: `stop` was over first, and nothing is left.
+    /// `None`: `stop` ended first, and nothing is left at the broker.
     async fn make(plan: &Plan, stop: impl Future<Output = ()>) -> Result<Option<Self>, Failure> {
         let (broker, services_file) = (plan.broker.clone(), plan.services_file.clone());
         if let Some(names) = plan.names.clone() {
@@ -188,18 +188,18 @@ impl Place {
         let failure = match applied {
             Ok(Some(_)) => return Ok(Some(place)),
             Ok(None) => None,
-            // Then nothing was made, as far as is known.
+            // As far as is known, nothing was declared then.
             Err(TopologyError::Connect(error)) => return Err(no_connection(error)),
             Err(error) => Some(not_applied(error)),
         };
-        // As far as it came.
+        // Deletes what was declared before the failure.
         if let Err(left) = place.leave().await {
             tell(&format!("{left}\n"));
         }
         failure.map_or(Ok(None), Err)
     }
 
-    /// Deletes what was made, if the broker lets it within some time.
+    /// Deletes what was declared for this run, within [`LEAVE_MAX`].
     async fn leave(self) -> Result<(), Failure> {
         let Some(topology) = &self.made else { return Ok(()) };
         let deleting = async {
@@ -215,13 +215,13 @@ impl Place {
             .map_err(|error| Failure::new(Exit::Incomplete, error))
     }
 
-    /// What there is to be said of what was made, if it stays.
+    /// The message for exchanges and queues that could not be deleted.
     fn left_behind(&self) -> String {
         let namespace = self.names.namespace();
         format!("namespace `{namespace}` is left behind: `{}` deletes it", self.deletion())
     }
 
-    /// What is said when the first signal is heard.
+    /// The message at the first signal.
     fn heard(&self) -> String {
         let heard =
             "interrupted: what has begun is finished within 25 s; once more to stop at once";
@@ -261,7 +261,7 @@ fn not_applied(error: TopologyError) -> Failure {
 
 // ---- Worker and services ---------------------------------------------------------------------
 
-/// A worker and an instance of each service, at work.
+/// A running worker and a running instance of each service.
 struct System {
     stop: watch::Sender<bool>,
     worker: JoinHandle<Result<worker::Tally, WorkerError>>,
@@ -271,7 +271,7 @@ struct System {
 }
 
 impl System {
-    /// `None`: `stop` was over first.
+    /// `None`: `stop` ended first.
     async fn start(
         plan: &Plan,
         place: &Place,
@@ -293,7 +293,7 @@ impl System {
         let (ready, mut is_ready) = oneshot::channel();
         let mut ready = Some(ready);
         let is_serving = move || {
-            // It is called again after a connection was lost.
+            // The worker calls this again after it has lost a connection.
             let _ = ready.take().map(|ready| ready.send(()));
         };
         let settings = worker_settings(plan, place)?;
@@ -323,7 +323,8 @@ impl System {
         }
     }
 
-    /// Is over when all serve. A prepare that comes before its service may find no slot.
+    /// Waits until the worker and all services serve. A prepare that came before its service would
+    /// find no slot.
     async fn serves(
         &mut self,
         plan: &Plan,
@@ -344,7 +345,7 @@ impl System {
         Ok(())
     }
 
-    /// Ends all: what the worker has begun is finished first, if that takes no longer than `limit`.
+    /// Stops everything: first the worker, which finishes what it has begun, within `limit`.
     async fn stop(&mut self, limit: Duration) {
         if timeout(limit, self.drain()).await.is_err() {
             self.abort();
@@ -357,7 +358,7 @@ impl System {
     }
 
     async fn drain(&mut self) {
-        // What the worker finishes, services must be there for.
+        // Stop the worker first: it needs the services to finish its transactions.
         self.stop.send_replace(true);
         if !self.worker.is_finished() {
             let _ = (&mut self.worker).await;
@@ -394,11 +395,11 @@ async fn is_consumed(
     }
 }
 
-/// Is over when `stop` says so.
+/// Ends when `stop` is set.
 fn heard(stop: &watch::Sender<bool>) -> impl Future<Output = ()> + Send + 'static {
     let mut stop = stop.subscribe();
     async move {
-        // Who could say so is gone: then it is over too.
+        // If the sender is gone, it ends too.
         let _ = stop.wait_for(|stop| *stop).await;
     }
 }
@@ -425,7 +426,7 @@ fn never_worked(
 
 // ---- What is counted -------------------------------------------------------------------------
 
-/// What was called, at which service and for which transaction.
+/// Counts the calls of services, by service and by transaction.
 struct Tally {
     counts_attempts: bool,
     counts: Mutex<Counts>,
@@ -440,7 +441,7 @@ struct Counts {
 #[derive(Default)]
 struct ServiceCounts {
     calls: Calls,
-    /// What the service works on, or holds as prepared: what takes its slots.
+    /// The transactions that the service works on or holds as prepared: they occupy its slots.
     held: BTreeSet<TransactionKey>,
     max_in_use: usize,
 }
@@ -490,7 +491,7 @@ impl Tally {
             calls: counted.map(|it| it.calls).unwrap_or_default(),
             max_in_use: counted.map_or(0, |it| u32::try_from(it.max_in_use).unwrap_or(u32::MAX)),
             max_concurrency: spec.max_concurrency,
-            // They wait at the broker.
+            // Prepares wait at the broker, where nobody measures that.
             longest_wait: None,
         }
     }
@@ -515,7 +516,7 @@ impl Participant for Counted {
         let key = call.key.clone();
         self.tally.began(&self.service, &key, Call::Prepare);
         let verdict = self.inner.prepare(call).await;
-        // Whatever else comes of it, the service is told to finish.
+        // Whatever else the prepare ends with, the service gets a finish, which releases the slot.
         if let Ok(Verdict::Refused(_) | Verdict::ReadOnly) = verdict {
             self.tally.released(&self.service, &key);
         }

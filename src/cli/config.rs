@@ -1,4 +1,4 @@
-//! `dtc config`: what all commands would work with, and why.
+//! `dtc config`: the resulting configuration, and where each value comes from.
 
 use std::io::{self, Write as _};
 
@@ -31,7 +31,7 @@ pub(super) fn run(arguments: &ConfigArguments) -> Result<Exit, Failure> {
     };
     match io::stdout().write_all(text.as_bytes()) {
         Ok(()) => Ok(Exit::Done),
-        // Whoever was reading has had enough.
+        // The reader closed the pipe: nothing to report.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(Exit::Incomplete),
         Err(error) => Err(Failure::new(
             Exit::Incomplete,

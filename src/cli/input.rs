@@ -15,10 +15,10 @@ use crate::{
     transport::amqp::topology::ServiceTopology,
 };
 
-/// What transactions are read from.
+/// The reader for a file of transactions.
 pub(super) type Source = BufReader<Box<dyn Read + Send>>;
 
-/// What can't be used as it is.
+/// The failure for an input file with errors.
 pub(super) fn bad_data(complaints: Complaints) -> Failure {
     Failure::new(Exit::BadData, complaints)
 }
@@ -27,12 +27,12 @@ pub(super) fn is_stdin(path: &Path) -> bool {
     path == Path::new("-")
 }
 
-/// What a file is called in complaints.
+/// The name of a file in complaints.
 pub(super) fn name(path: &Path) -> String {
     if is_stdin(path) { "stdin".to_owned() } else { path.display().to_string() }
 }
 
-/// A file, or stdin.
+/// Opens a file, or stdin.
 pub(super) fn open(path: &Path) -> Result<Source, Failure> {
     if is_stdin(path) {
         return Ok(BufReader::with_capacity(1 << 16, Box::new(io::stdin())));

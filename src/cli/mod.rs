@@ -1,4 +1,4 @@
-//! The `dtc` command: what it is asked for, and what it answers with.
+//! The `dtc` command: its sub-commands, exit codes and messages.
 //!
 //! Exit codes of every command: 0 done, whatever the outcomes; 1 not everything could be done; 2
 //! wrong usage; 65 bad data; 69 broker unavailable; 77 refused by the broker; 78 bad configuration;
@@ -39,7 +39,7 @@ use clap::{Parser, Subcommand};
 
 use crate::error::Chain;
 
-/// How long the last words of a process may wait for somebody to read them.
+/// How long an ending process waits for its last message to be read from stderr.
 const TOLD_WITHIN: Duration = Duration::from_secs(1);
 
 /// Commits a transaction at every service involved, or at none.
@@ -71,7 +71,7 @@ enum Command {
     Bench(bench::BenchArguments),
 }
 
-/// How a command ended, where it didn't simply succeed.
+/// The exit codes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Exit {
     Done,
@@ -99,7 +99,7 @@ impl Exit {
     }
 }
 
-/// Something went wrong: how to end, and what to say.
+/// An error, and the exit code that it leads to.
 #[derive(Debug)]
 struct Failure {
     exit: Exit,
@@ -118,7 +118,7 @@ impl fmt::Display for Failure {
     }
 }
 
-/// Does what the command line asks for.
+/// Runs the command that the arguments name.
 pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let is_daemon = matches!(arguments.command, Command::Worker(_) | Command::Service(_));
@@ -144,12 +144,12 @@ pub fn main() -> ExitCode {
     ExitCode::from(exit.code())
 }
 
-/// Says something on stderr. If nobody can hear it that is no reason to fail.
+/// Prints to stderr. An error is ignored: there is nobody to report it to.
 fn tell(text: &str) {
     let _ = io::stderr().write_all(plain::lines(text).as_bytes());
 }
 
-/// The same, of a process that must end though nobody reads what it says.
+/// The same for a daemon, which must end even if nobody reads its stderr.
 fn tell_in_passing(text: String) {
     let (telling, told) = mpsc::channel();
     thread::spawn(move || {

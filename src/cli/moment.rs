@@ -1,4 +1,4 @@
-//! Moments as people read and write them: `2026-08-24T12:31:05.123Z`.
+//! Times as people read and write them: `2026-08-24T12:31:05.123Z`.
 
 use crate::protocol::time::Time;
 
@@ -12,7 +12,7 @@ pub(super) fn shown(moment: Time) -> String {
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{milli:03}Z")
 }
 
-/// The moment that `text` says, in UTC: `2026-08-24`, `2026-08-24T12:31Z`, `2026-08-24T12:31:05Z` or
+/// Parses a time in UTC: `2026-08-24`, `2026-08-24T12:31Z`, `2026-08-24T12:31:05Z` or
 /// `2026-08-24T12:31:05.123Z`.
 pub(super) fn parse(text: &str) -> Option<Time> {
     let (date, time) = match text.split_once('T') {
@@ -36,7 +36,7 @@ pub(super) fn parse(text: &str) -> Option<Time> {
     Some(Time::from_millis(seconds * 1000 + millis))
 }
 
-/// Numbers of so many digits, with `separator` between them.
+/// Parses `N` numbers with `separator` between them, each with exactly so many digits.
 fn numbers<const N: usize>(text: &str, separator: char, digits: [usize; N]) -> Option<[u64; N]> {
     let mut parts = text.split(separator);
     let mut numbers = [0; N];
@@ -50,17 +50,17 @@ fn numbers<const N: usize>(text: &str, separator: char, digits: [usize; N]) -> O
     parts.next().is_none().then_some(numbers)
 }
 
-/// How many days after the first of January 1970 that date is, if there is one.
+/// The number of days from 1 January 1970 to that date, if the date exists.
 fn days_of(year: u64, month: u64, day: u64) -> Option<u64> {
     // No year has more than 366 days or fewer than 365, so the date lies among these.
     let years = year.checked_sub(1970)?;
     (years * 365..=years * 366 + 366).find(|&days| civil(days) == (year, month, day))
 }
 
-/// The date so many days after the first of January 1970: (year, month, day).
+/// The date that many days after 1 January 1970: (year, month, day).
 ///
-/// Counted in eras of 400 years, which all have the same number of days, from the first of March of
-/// the year 0: then the leap day is a year's last.
+/// It counts in eras of 400 years, which all have the same number of days, from 1 March of the year
+/// 0, so that a leap day is the last day of its year.
 fn civil(days: u64) -> (u64, u64, u64) {
     let days = days + 719_468;
     let (era, in_era) = (days / 146_097, days % 146_097);

@@ -37,7 +37,7 @@ impl Form {
         }
     }
 
-    /// The form for results that `transactions` are in.
+    /// The output form that matches the input form of `transactions`.
     pub(super) fn like<R>(transactions: &Transactions<R>) -> Self {
         match transactions {
             Transactions::Array(_) => Self::Json,
@@ -46,18 +46,18 @@ impl Form {
     }
 }
 
-/// What is printed of a result.
+/// Which fields of a result are printed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Detail {
-    /// How it ended.
+    /// Its id and status.
     Brief,
-    /// That, why, and what was called for it.
+    /// Also the reason, and the calls of services.
     Calls,
-    /// That, why, and when: for those who don't see the calls.
+    /// Also the reason, and the times: for a producer, which doesn't see the calls.
     Times,
 }
 
-/// Prints results as they come.
+/// Prints results as they arrive.
 pub(super) struct Printer<W> {
     out: W,
     form: Form,
@@ -134,7 +134,7 @@ impl<W: Write> Printer<W> {
         self.out.flush()
     }
 
-    /// Everything is printed.
+    /// Ends the output.
     pub(super) fn finish(mut self) -> io::Result<()> {
         if self.form == Form::Json {
             let end: &[u8] = if self.printed == 0 { b"[]\n" } else { b"\n]\n" };
@@ -144,7 +144,7 @@ impl<W: Write> Printer<W> {
     }
 }
 
-/// The report as it is written to a file.
+/// The content of the report file.
 pub(super) fn report_json(report: &Report) -> Value {
     let services: BTreeMap<_, _> = report
         .services
@@ -172,10 +172,10 @@ pub(super) fn report_json(report: &Report) -> Value {
     })
 }
 
-/// How many causes of aborts are named.
+/// How many causes of aborts the summary names.
 const CAUSES_NAMED: usize = 5;
 
-/// What became of the transactions of a report, as it is shown to a person.
+/// The totals of a report, as text.
 pub(super) fn totals(report: &Report) -> String {
     let mut text = format!(
         "{} committed, {} aborted, {} unresolved; {:.0} tx/s, p50 {:.1} ms, p99 {:.1} ms\n",
@@ -199,7 +199,7 @@ pub(super) fn totals(report: &Report) -> String {
     text
 }
 
-/// The report as it is shown to a person.
+/// The summary of a report, as text.
 pub(super) fn summary(report: &Report) -> String {
     let mut text = totals(report);
     let in_use =
@@ -250,7 +250,7 @@ mod tests {
         },
     };
 
-    /// A refusal could print a row of its own, and colours.
+    /// A service's message could add a row to the table, and colours.
     #[test]
     fn what_a_service_says_stays_in_its_row() {
         let message = "no \u{1b}[31mmoney\ntx-2                     COMMITTED";
@@ -282,7 +282,7 @@ mod tests {
         Concluded { answer, attempts: BTreeMap::new(), took: Duration::ZERO }
     }
 
-    /// A service's name in lower case made everything abort, and the summary said that it had.
+    /// With a service's name misspelled, every transaction aborted, and the summary gave no reason.
     #[test]
     fn a_summary_says_why_transactions_aborted() {
         let mut report = Report::new();

@@ -1,21 +1,21 @@
-//! Foreign text as it may be printed: what would begin a line, or control a terminal, is shown as text.
+//! Escapes foreign text before it is printed: line ends and terminal controls are shown as text.
 //!
-//! Services, brokers and files may say what they like. On a terminal, or in a table, their words must
-//! not look like ours (CWE-150).
+//! Services, brokers and files may contain any text. On a terminal, or in a table, it must not look
+//! like the output of `dtc` itself (CWE-150).
 
 use std::borrow::Cow;
 
-/// Text that is to stay on its line.
+/// Escapes text that must stay on its line.
 pub(super) fn line(text: &str) -> Cow<'_, str> {
     escaped(text, is_harmful)
 }
 
-/// Text of ours, of several lines, in which foreign text may be.
+/// Escapes several lines of our own text that may include foreign text.
 pub(super) fn lines(text: &str) -> Cow<'_, str> {
     escaped(text, |it| it != '\n' && is_harmful(it))
 }
 
-/// Text that is to stay on its line, in which the colours are ours.
+/// Escapes text that must stay on its line, but keeps colours, which are our own.
 pub(super) fn coloured_line(text: &str) -> Cow<'_, str> {
     escaped(text, |it| it != '\u{1b}' && is_harmful(it))
 }
@@ -35,7 +35,8 @@ fn escaped(text: &str, is_harmful: impl Fn(char) -> bool) -> Cow<'_, str> {
     Cow::Owned(plain)
 }
 
-/// Whether it ends a line, controls a terminal, or turns the order of what follows.
+/// Whether the character ends a line, controls a terminal, or changes the direction of the text
+/// after it.
 fn is_harmful(it: char) -> bool {
     const LINE_SEPARATORS: [char; 2] = ['\u{2028}', '\u{2029}'];
     it.is_control()

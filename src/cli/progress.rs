@@ -1,4 +1,4 @@
-//! What is shown on a terminal while a run is under way, and the log beside it.
+//! The progress bar on a terminal, and the log beside it.
 
 use std::{
     env,
@@ -21,15 +21,15 @@ use tracing_subscriber::{
 
 use crate::cli::plain;
 
-/// How many lines of the log may wait for somebody to read those before.
+/// How many lines of the log may wait to be written.
 const WAITING_MAX: usize = 4096;
 
-/// The environment variable that says what to log.
+/// The environment variable that sets the log level.
 const DTC_LOG: &str = "DTC_LOG";
 
-/// A progress bar on stderr; nothing at all if that is not a terminal.
+/// A progress bar on stderr, which is hidden if stderr is not a terminal.
 ///
-/// `total`: how many transactions there are, if that is known.
+/// `total`: the number of transactions, if it is known.
 pub(super) fn bar(total: Option<u64>) -> ProgressBar {
     if !io::stderr().is_terminal() {
         return ProgressBar::hidden();
@@ -46,9 +46,9 @@ pub(super) fn bar(total: Option<u64>) -> ProgressBar {
     bar
 }
 
-/// What `DTC_LOG` asks to be logged; `default` if it doesn't say.
+/// The log level that `DTC_LOG` sets; `default` if it is not set.
 ///
-/// What it doesn't understand is an error: it would hide those of the run.
+/// An unknown level is an error: to ignore it could hide errors of the run.
 pub(super) fn log_level(default: LevelFilter) -> anyhow::Result<LevelFilter> {
     let text = env::var_os(DTC_LOG).unwrap_or_default();
     if text.is_empty() {
@@ -61,8 +61,8 @@ pub(super) fn log_level(default: LevelFilter) -> anyhow::Result<LevelFilter> {
     })
 }
 
-/// As long as this is there, what is logged is written; before it goes, what is waiting is written,
-/// if somebody reads it.
+/// The log is written as long as this exists. Dropping it writes the waiting lines, if somebody
+/// reads them.
 #[must_use]
 pub(super) struct Logging(
     #[expect(dead_code, reason = "what counts is when it is dropped")] WorkerGuard,
@@ -70,8 +70,8 @@ pub(super) struct Logging(
 
 /// Logs to stderr, above `bar`.
 ///
-/// A thread of its own writes: stderr may be a pipe that nobody reads, and work must go on. Lines for
-/// which there is no room any more are dropped, and counted.
+/// A separate thread writes: stderr may be a pipe that nobody reads, and work must continue. Lines
+/// for which there is no room are dropped and counted.
 pub(super) fn log_above(bar: &ProgressBar, level: LevelFilter) -> Logging {
     let above = Above { bar: bar.clone(), has_colours: io::stderr().is_terminal() };
     let (waiting, guard) = NonBlockingBuilder::default()
@@ -80,27 +80,27 @@ pub(super) fn log_above(bar: &ProgressBar, level: LevelFilter) -> Logging {
         .thread_name("log")
         .finish(above);
     let writer = Lossy { lost: waiting.error_counter(), waiting, told: Arc::default() };
-    // The libraries below have their own opinion of what is an error, and lapin would show what it
-    // sends, passwords included.
+    // Libraries are not logged: many of their errors are none for `dtc`, and lapin would log what
+    // it sends, passwords included.
     let filter = Targets::new().with_target("dtc", level);
     let lines = fmt::layer()
         .with_writer(writer)
         .with_ansi(io::stderr().is_terminal())
         .with_target(false)
-        // It would say that stderr is gone on stderr, and panic.
+        // Otherwise it would report a failed write to stderr on stderr, and panic.
         .log_internal_errors(false);
     let subscriber = tracing_subscriber::registry().with(filter).with(lines);
-    // A second subscriber can't be set; the first one serves.
+    // If a subscriber is already set, that one stays in use.
     let _ = tracing::subscriber::set_global_default(subscriber);
     Logging(guard)
 }
 
-/// Hands lines over to the thread that writes them.
+/// Passes lines to the thread that writes them.
 #[derive(Clone)]
 struct Lossy {
     waiting: NonBlocking,
     lost: ErrorCounter,
-    /// How many lost lines have been told of.
+    /// How many dropped lines have been reported.
     told: Arc<AtomicUsize>,
 }
 

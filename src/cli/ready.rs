@@ -1,7 +1,7 @@
-//! A file that is there as long as a process serves.
+//! A file that exists as long as a process serves.
 //!
-//! It is how a container's health is asked for: `test -e FILE` needs no port, and nothing but what
-//! every image has. A file that an earlier life left behind is removed at the start.
+//! Containers use it as a health check: `test -e FILE` needs no port and no other program. A file
+//! that an earlier process left behind is removed at the start.
 
 use std::{
     fs, io,
@@ -13,11 +13,11 @@ use tokio::{runtime::Runtime, sync::watch, task::JoinHandle};
 
 use crate::cli::{Exit, Failure};
 
-/// The file, if one is wanted, and the task that makes and removes it.
+/// The file, if one is wanted, and the task that creates and removes it.
 pub(super) struct ReadyFile(Option<(watch::Sender<bool>, JoinHandle<()>)>);
 
 impl ReadyFile {
-    /// The file at `path`, which isn't there before something serves.
+    /// Watches for the file at `path`, which does not exist until the process serves.
     pub(super) fn at(path: Option<&Path>, runtime: &Runtime) -> Result<Self, Failure> {
         let Some(path) = path else { return Ok(Self(None)) };
         prepare(path).map_err(|error| Failure::new(Exit::BadConfiguration, error))?;
@@ -26,24 +26,24 @@ impl ReadyFile {
         Ok(Self(Some((serving, following))))
     }
 
-    /// Who is to be told.
+    /// The sender that reports whether the process serves.
     pub(super) fn serving(&self) -> Option<watch::Sender<bool>> {
         self.0.as_ref().map(|(serving, _)| serving.clone())
     }
 
-    /// Removes the file, once all who could be told otherwise are gone.
+    /// Removes the file, after all senders are dropped.
     pub(super) fn end(self, runtime: &Runtime) {
         let Some((serving, following)) = self.0 else { return };
         drop(serving);
-        // A task that has panicked is one that is over.
+        // An error means that the task has panicked; then it has ended too.
         drop(runtime.block_on(following));
     }
 }
 
-/// Sees to it that the file isn't there, but could be.
+/// Removes the file, and checks that it could be created.
 fn prepare(path: &Path) -> anyhow::Result<()> {
     let name = path.display();
-    // The directory of a mere name is told as an empty path.
+    // The parent of a bare file name is an empty path.
     let directory = match path.parent() {
         Some(directory) if !directory.as_os_str().is_empty() => directory,
         Some(_) => Path::new("."),
@@ -55,7 +55,7 @@ fn prepare(path: &Path) -> anyhow::Result<()> {
     remove(path).with_context(|| format!("failed to remove --ready-file `{name}`"))
 }
 
-/// Makes and removes the file as told, until nobody is left to tell.
+/// Creates and removes the file as reported, until all senders are dropped.
 async fn follow(path: PathBuf, mut serving: watch::Receiver<bool>) {
     while serving.changed().await.is_ok() {
         let serves = *serving.borrow_and_update();
@@ -70,7 +70,7 @@ fn report(path: &Path, done: io::Result<()>) {
     }
 }
 
-/// Removes what may not be there.
+/// Removes the file if it exists.
 fn remove(path: &Path) -> io::Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),

@@ -1,4 +1,4 @@
-//! A file that says, when a command has ended, what it has done.
+//! A file with what a command has done, written when it ends.
 
 use std::{
     fs::File,
@@ -16,8 +16,8 @@ use crate::cli::{Exit, Failure};
 pub(super) struct ReportFile(Option<(File, PathBuf)>);
 
 impl ReportFile {
-    /// Makes the file at `path` before anything is done: what can't be told afterwards must not
-    /// have been done for nothing.
+    /// Creates the file at `path` before the command begins its work, so that the work isn't done
+    /// in vain if the report can't be written.
     pub(super) fn create(path: Option<&Path>) -> Result<Self, Failure> {
         let Some(path) = path else { return Ok(Self(None)) };
         let created = File::create(path);
@@ -27,7 +27,7 @@ impl ReportFile {
         Ok(Self(Some((file, path.to_owned()))))
     }
 
-    /// Writes what is to be said.
+    /// Writes the report.
     pub(super) fn write(self, report: &Value) -> Result<(), Failure> {
         let Some((file, path)) = self.0 else { return Ok(()) };
         let mut file = BufWriter::new(file);

@@ -37,7 +37,7 @@ use crate::{
     transport::amqp::connection::Broker,
 };
 
-/// What is said when the first signal is heard.
+/// The message at the first signal.
 const HEARD: &str = "interrupted: what has begun is finished; once more to stop at once\n";
 
 /// Run transactions across simulated services in this process, without a broker.
@@ -147,7 +147,7 @@ pub(super) fn run(arguments: &RunArguments) -> Result<Exit, Failure> {
 
 // ---- Input -----------------------------------------------------------------------------------
 
-/// Reads both files, and complains of both at once.
+/// Reads both files, and reports the errors of both at once.
 fn read_input(
     arguments: &RunArguments,
 ) -> Result<(Vec<ServiceSpec>, Transactions<Source>), Failure> {
@@ -213,7 +213,7 @@ fn run_embedded(
     done.map(|done| Ran { done, ended }).map_err(unusable)
 }
 
-/// Opens the journal, and says what it has found there, if that is worth a word.
+/// Opens the journal, and prints what it has found there that an operator should know.
 fn open_journal(path: &Path, arguments: &RunArguments) -> Result<Opened, Failure> {
     faults::arm();
     let options = Options { now: Clock::start().now(), retention: arguments.retention };
@@ -233,7 +233,7 @@ fn open_journal(path: &Path, arguments: &RunArguments) -> Result<Opened, Failure
     Ok(opened)
 }
 
-/// How to end without a journal.
+/// The failure for a journal that can't be used.
 fn unusable(error: JournalError) -> Failure {
     let exit = match &error {
         JournalError::NoJournal { .. }

@@ -1,4 +1,4 @@
-//! Sends transactions through a client, many at a time, and waits for each.
+//! Submits transactions through a client, many at a time, and waits for each.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -21,56 +21,56 @@ use crate::{
     wire::result::Attempts,
 };
 
-/// How many of those that failed are named.
+/// How many of the failed transactions are named.
 const NAMED_MAX: usize = 10;
 
-/// What sends transactions, and waits until they are confirmed or answered.
+/// Submits transactions, and waits until they are confirmed or answered.
 pub(super) struct Sender {
     pub(super) client: Client,
-    /// Whether results are waited for.
+    /// Whether to wait for results.
     pub(super) waits: bool,
-    /// How many requests may be without a confirm, or without a result where that is waited for.
+    /// How many requests may be without a confirm or, if `waits`, without a result.
     pub(super) in_flight_max: usize,
-    /// How long each may take until then.
+    /// How long each may take to be confirmed or answered.
     pub(super) timeout: Duration,
-    /// The moment of all requests; `None`: when each is sent.
+    /// The `requested_at` of all requests; `None`: the time at which each is sent.
     pub(super) requested_at: Option<Time>,
     pub(super) clock: Clock,
     pub(super) bar: ProgressBar,
-    /// What was called for a transaction, where that is known here.
+    /// The calls that services got for a transaction, if they are known here.
     pub(super) attempts: Option<Arc<AttemptsOf>>,
-    /// How long what was sent is waited for after a stop, if less than the rest of its time.
+    /// How long to wait for sent requests after a stop, if that is less than their time-out.
     pub(super) drain: Option<Duration>,
 }
 
-/// What became of a transaction: a result where it was waited for.
+/// The result of a transaction, if the sender waits for it; `None` if it is only confirmed.
 type Sending = BoxFuture<'static, (TransactionKey, Result<Option<Concluded>, WaitError>)>;
 
-/// Tells what was called for a transaction that has ended.
+/// Returns the calls that services got for a transaction that has ended.
 pub(super) type AttemptsOf =
     dyn Fn(&TransactionKey) -> BTreeMap<ServiceName, Attempts> + Send + Sync;
 
-/// What became of all.
+/// The results of all transactions.
 pub(super) struct Sent {
     n_begun: u64,
     n_ended: u64,
     pub(super) report: Report,
-    /// Those that failed first.
+    /// The first ones that failed.
     failed: Vec<TransactionKey>,
     pub(super) n_failed: u64,
-    /// Those that were first answered as an earlier request: which it was.
+    /// The first ones that got the result of an earlier request, under that request's key.
     recalled: Vec<TransactionKey>,
     n_recalled: u64,
-    /// What the broker did with the first that failed, where that is known.
+    /// The broker's answer to the first one that failed, if it is known.
     cause: Option<String>,
-    /// Whether what was sent was not waited for to its end.
+    /// Whether the sender gave up waiting for requests that it had sent.
     pub(super) is_given_up: bool,
     /// Why no more was sent.
     pub(super) fatal: Option<Failure>,
 }
 
 impl Sender {
-    /// Sends what comes until there is no more, or `stop` is over, or there is no use in it.
+    /// Sends requests until there are no more, or `stop` ends, or sending can't succeed.
     pub(super) async fn serve(
         self,
         mut requests: mpsc::Receiver<Vec<TransactionSpec>>,
@@ -90,7 +90,7 @@ impl Sender {
                 && let Some(spec) = backlog.next()
             {
                 if let Err(error) = self.client.check(&spec) {
-                    // No more is sent, and what was sent is waited for, as where a line is no JSON.
+                    // Sends no more, and waits for what was sent, as after a line that isn't JSON.
                     unsendable = Some(Failure::new(Exit::BadData, error));
                     open = false;
                     backlog = Vec::new().into_iter();
@@ -124,7 +124,7 @@ impl Sender {
                     if sent.fatal.is_some() {
                         break;
                     }
-                    // Where nobody wants the results any more, nobody waits for them.
+                    // If nobody reads the results any more, it doesn't wait for them.
                     if !results.is_empty() && concluded.send(results).await.is_err() {
                         break;
                     }
@@ -167,7 +167,8 @@ impl Sender {
     }
 }
 
-/// What is checked as a whole is sent as a whole: nothing in it may be too large for a message.
+/// A file that is checked as a whole must also fit as a whole: no transaction in it may be too
+/// large for a message.
 pub(super) fn check_sizes<R>(
     client: &Client,
     transactions: &Transactions<R>,
@@ -177,7 +178,7 @@ pub(super) fn check_sizes<R>(
     checked.map_err(|error| Failure::new(Exit::BadData, error))
 }
 
-/// Is over at `moment`, if there is one.
+/// Ends at `moment`; never if there is none.
 async fn reached(moment: Option<Instant>) {
     match moment {
         Some(moment) => tokio::time::sleep_until(moment).await,
@@ -201,7 +202,7 @@ impl Sent {
         }
     }
 
-    /// Takes in what became of one; its result, if it has one.
+    /// Records the outcome of one transaction, and returns its result, if it has one.
     fn take(
         &mut self,
         (key, ended): (TransactionKey, Result<Option<Concluded>, WaitError>),
@@ -235,9 +236,9 @@ impl Sent {
         Vec::new()
     }
 
-    /// Takes in that `key` was answered as what was requested at `requested_at`.
+    /// Records that `key` got the result of the request made at `requested_at`.
     fn recall(&mut self, key: &TransactionKey, requested_at: Time) {
-        // Whoever asks, asks for a second.
+        // A request is identified by the second.
         if requested_at.as_millis() / 1000 == key.requested_at.as_millis() / 1000 {
             return;
         }
@@ -247,7 +248,7 @@ impl Sent {
         }
     }
 
-    /// What became of them, as it is shown to a person.
+    /// The summary, as text.
     pub(super) fn summary(&self, waited: bool) -> String {
         let mut text = if waited {
             output::totals(&self.report)
@@ -259,8 +260,8 @@ impl Sent {
         text
     }
 
-    /// Which results are those of earlier requests; empty if none is. They look like new ones, and say
-    /// what was true then: that no instance serves a service, for example.
+    /// The message about results of earlier requests; empty if there are none. They look like new
+    /// results, but tell what was true then: that no instance served a service, for example.
     pub(super) fn before(&self) -> String {
         if self.n_recalled == 0 {
             return String::new();
@@ -277,7 +278,8 @@ impl Sent {
         )
     }
 
-    /// What was not confirmed, or not answered; empty if nothing is.
+    /// The message about requests that were not confirmed, or not answered; empty if there are
+    /// none.
     pub(super) fn missing(&self, waited: bool) -> String {
         let mut text = String::new();
         let missing = self.n_begun - self.n_ended;
@@ -306,7 +308,7 @@ fn shown(TransactionKey { id, requested_at }: &TransactionKey) -> String {
     format!("{id} (--requested-at {})", requested_at.as_millis() / 1000)
 }
 
-/// How to end where going on is of no use.
+/// The exit code for an error after which sending more is useless.
 fn exit_for(error: &WaitError) -> Exit {
     match error {
         WaitError::Submit(SubmitError::Invalid(_)) => Exit::BadData,
@@ -354,8 +356,8 @@ mod tests {
         sent.take((key, Ok(Some(Concluded { answer, attempts, took }))));
     }
 
-    /// Who had forgotten a service, started it and submitted the file again, was told once more that no
-    /// instance serves it, as if it were so.
+    /// A user who had forgotten to start a service started it and submitted the file again. The
+    /// result again said that no instance serves it, as if that were still so.
     #[test]
     fn a_result_of_an_earlier_request_is_said_to_be_one() {
         let mut sent = Sent::new();

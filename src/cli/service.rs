@@ -1,4 +1,4 @@
-//! `dtc service`: one instance of a simulated service, until it is told to stop.
+//! `dtc service`: one instance of a simulated service, until a signal stops it.
 
 use std::{convert::Infallible, io::Read as _, path::PathBuf};
 
@@ -148,7 +148,7 @@ pub(super) fn run(arguments: &ServiceArguments) -> Result<Exit, Failure> {
     Ok(Exit::Done)
 }
 
-/// How to serve, and how queues are declared here.
+/// The settings of the instance, and those with which queues are declared.
 fn settings(
     arguments: &ServiceArguments,
     spec: &ServiceSpec,
@@ -172,10 +172,11 @@ fn settings(
     Ok((settings, config.topology.settings))
 }
 
-/// Says, whenever the instance begins to serve, in what the queue of its prepares is another than its
-/// services.json says: it is the queue that counts, and it was made from another services.json.
+/// Logs, whenever the instance begins to serve, each way in which its prepare queue differs from
+/// its services.json. The queue's arguments apply, and it was declared from another services.json.
 ///
-/// What can't be found out is no reason not to serve: a user who may declare nothing, for example.
+/// If they can't be compared, the instance serves all the same: its user may lack the permission to
+/// declare, for example.
 async fn compare(
     broker: Broker,
     names: Names,
@@ -215,7 +216,7 @@ async fn terms(
     Ok(terms?)
 }
 
-/// The service that is to be served.
+/// The service to serve.
 fn spec(arguments: &ServiceArguments) -> Result<ServiceSpec, Failure> {
     let (path, mut text) = (&arguments.services, Vec::new());
     open(path)?

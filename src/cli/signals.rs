@@ -1,8 +1,8 @@
-//! Ctrl-C, and the polite kill: the first one ends the intake, the second one ends the process.
+//! Signals: the first one stops the intake, the second one ends the process.
 //!
-//! As long as nothing is under way that could be finished, the first one ends the process too. Whatever
-//! other signal would end a process by itself does the same or nothing, so that none leaves things half
-//! done: SIGQUIT is as good as SIGTERM, and so is SIGHUP when a terminal is closed.
+//! While there is nothing to finish, the first one ends the process too. Other signals that would
+//! end a process have the same effect or none, so that no signal leaves things half done: SIGQUIT
+//! acts as SIGTERM does, and so does SIGHUP when a terminal is closed.
 
 use std::{io, task::Poll};
 
@@ -12,17 +12,17 @@ use tokio::{runtime::Runtime, sync::watch};
 
 use crate::cli::Exit;
 
-/// What a process takes SIGHUP for.
+/// How a process handles SIGHUP.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Hangup {
-    /// The end: its terminal was closed.
+    /// As a request to end: its terminal was closed.
     Ends,
-    /// Nothing, unless it has a terminal: others are used to mean by it that a daemon is to read its
-    /// configuration again, and there is none that could be changed while it runs.
+    /// It ignores it, unless stderr is a terminal: for many daemons SIGHUP means to reload the
+    /// configuration, which `dtc` can't do while it runs.
     Ignored,
 }
 
-/// Watches for signals. Whoever has something to finish subscribes, and learns of the first one.
+/// Watches for signals. A task that has work to finish subscribes, and sees the first signal.
 pub(super) fn watch(runtime: &Runtime, hangup: Hangup) -> io::Result<watch::Sender<bool>> {
     let _entered = runtime.enter();
     let mut signals = Signals::listen(hangup)?;
@@ -39,7 +39,7 @@ pub(super) fn watch(runtime: &Runtime, hangup: Hangup) -> io::Result<watch::Send
     Ok(interrupt)
 }
 
-/// Is over when the first signal is heard; until then it is something to finish.
+/// Ends at the first signal; until then it counts as work to finish.
 pub(super) fn heard(interrupt: &watch::Sender<bool>) -> impl Future<Output = ()> + use<> {
     let mut heard = interrupt.subscribe();
     async move {
@@ -79,7 +79,7 @@ impl Signals {
         Ok(Self { ending, ignored })
     }
 
-    /// Waits for one that ends the process.
+    /// Waits for a signal that ends the process.
     async fn next(&mut self) {
         std::future::poll_fn(|cx| {
             for (name, signal) in &mut self.ignored {

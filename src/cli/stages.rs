@@ -1,7 +1,7 @@
-//! The threads before and behind a run: one reads transactions, one prints results.
+//! The two threads around a run: one reads transactions, the other prints results.
 //!
-//! What travels between them is bounded, so that neither a fast file nor a slow terminal fills the
-//! memory.
+//! The channels between them are bounded, so that neither a large file nor a slow terminal fills
+//! the memory.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -32,24 +32,24 @@ use crate::{
     protocol::{ids::TransactionId, message::TransactionSpec},
 };
 
-/// How many transactions travel from thread to thread in one piece, at most.
+/// How many transactions go through a channel at once, at most.
 const BATCH_MAX: usize = 512;
 
-/// How many transactions of a stream may be in flight, or wait for those before them, when results
-/// are printed in order.
+/// With results in input order: how many transactions of a stream may be in flight or have results
+/// that wait for earlier ones.
 const AHEAD_MAX: usize = 1_000_000;
 
-/// How many files a process must be able to open besides those that it was given: tokio panics where it
-/// can't make the pair of sockets by which it hears of signals.
+/// How many more files a process must be able to open: tokio panics if it can't create the socket
+/// pair through which it receives signals.
 const FILES_MIN: usize = 8;
 
-/// A runtime, and who hears signals. To be called before anything is read: what is read may be a
+/// A runtime, and the sender that reports signals. Call it before reading any input, which may be a
 /// terminal, or a pipe that never ends.
 pub(super) fn runtime() -> Result<(Runtime, watch::Sender<bool>), Failure> {
     runtime_and(Hangup::Ends)
 }
 
-/// The same for a process that serves until it is told to stop.
+/// The same for a daemon.
 pub(super) fn daemon_runtime() -> Result<(Runtime, watch::Sender<bool>), Failure> {
     runtime_and(Hangup::Ignored)
 }
@@ -69,7 +69,7 @@ fn runtime_and(hangup: Hangup) -> Result<(Runtime, watch::Sender<bool>), Failure
     Ok((runtime, interrupt))
 }
 
-/// How many transactions there are, if that is known.
+/// The number of transactions, if it is known.
 pub(super) fn total<R>(transactions: &Transactions<R>) -> Option<u64> {
     match transactions {
         Transactions::Array(specs) => u64::try_from(specs.len()).ok(),
@@ -82,32 +82,32 @@ pub(super) struct Stages<'a> {
     pub(super) bar: &'a ProgressBar,
     pub(super) runtime: &'a Runtime,
     pub(super) interrupt: &'a watch::Sender<bool>,
-    /// What is said when the first signal is heard.
+    /// The message at the first signal.
     pub(super) heard: &'a str,
 }
 
-/// Is over when the first signal is heard.
+/// Ends at the first signal.
 pub(super) type Stop = Pin<Box<dyn Future<Output = ()> + Send>>;
 
-/// What came of a run.
+/// What a run returns.
 pub(super) struct Ran<T> {
-    /// What the stage in the middle has to say.
+    /// The result of the middle stage.
     pub(super) done: T,
     pub(super) ended: Ended,
 }
 
 /// How a run ended.
 pub(super) struct Ended {
-    /// What ended the stream of transactions early.
+    /// The error that ended the stream of transactions early.
     pub(super) bad_line: Option<Complaints>,
     pub(super) interrupted: bool,
     pub(super) printed: io::Result<()>,
-    /// Whether there are transactions of which nothing was heard.
+    /// Whether there are transactions without a result.
     pub(super) is_incomplete: bool,
 }
 
 impl Ended {
-    /// What is to be said of that.
+    /// The exit code, or the failure.
     pub(super) fn exit(self) -> Result<Exit, Failure> {
         if let Some(complaints) = self.bad_line {
             return Err(Failure::new(Exit::BadData, complaints));
@@ -118,7 +118,7 @@ impl Ended {
         match self.printed {
             Ok(()) if self.is_incomplete => Ok(Exit::Incomplete),
             Ok(()) => Ok(Exit::Done),
-            // Whoever was reading has had enough.
+            // The reader closed the pipe: nothing to report.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(Exit::Incomplete),
             Err(error) => {
                 let error = anyhow::Error::new(error).context("failed to print the results");
@@ -129,7 +129,7 @@ impl Ended {
 }
 
 impl Stages<'_> {
-    /// Reads, lets `serve` work, and prints what it concludes, if that is wanted.
+    /// Reads transactions, runs them by `serve`, and prints the results, if that is wanted.
     pub(super) fn run<T, F: Future<Output = T>>(
         &self,
         transactions: Transactions<Source>,
@@ -164,7 +164,7 @@ impl Stages<'_> {
         let printed = printer.map_or(Ok(()), |printer| {
             printer.join().unwrap_or_else(|_| Err(io::Error::other("the printer panicked")))
         });
-        // A feeder that waits for a terminal, or a pipe, may wait for ever.
+        // A feeder that reads from a terminal or a pipe may wait for ever.
         let is_unheard = taker.upgrade().is_some_and(|intake| intake.is_closed());
         let is_given_up = interrupted || printed.is_err() || is_unheard;
         let bad_line = if is_given_up && !feeder.is_finished() {
@@ -179,7 +179,7 @@ impl Stages<'_> {
         let (mut interrupted, bar) = (self.interrupt.subscribe(), self.bar.clone());
         let heard = self.heard.to_owned();
         Box::pin(async move {
-            // Without anyone to interrupt there is nothing to wait for.
+            // Without a sender there will be no signal.
             if interrupted.wait_for(|interrupted| *interrupted).await.is_err() {
                 std::future::pending::<()>().await;
             }
@@ -188,7 +188,7 @@ impl Stages<'_> {
     }
 }
 
-/// The order in which results are to be printed: the ids that were handed over and not printed.
+/// The input order for results: the ids that were passed on and have not been printed.
 #[derive(Default)]
 struct Order {
     awaited: Mutex<Awaited>,
@@ -198,7 +198,7 @@ struct Order {
 #[derive(Default)]
 struct Awaited {
     ids: VecDeque<TransactionId>,
-    /// Nothing is printed any more.
+    /// The printer has ended.
     is_over: bool,
 }
 
@@ -207,7 +207,7 @@ impl Order {
         self.awaited.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until no more than [`AHEAD_MAX`] are awaited.
+    /// Appends a batch, after waiting until fewer than [`AHEAD_MAX`] ids are awaited.
     fn await_all(&self, batch: &[TransactionSpec]) {
         let is_full = |awaited: &mut Awaited| !awaited.is_over && awaited.ids.len() >= AHEAD_MAX;
         let awaited = self.has_room.wait_while(self.lock(), is_full);
@@ -215,7 +215,7 @@ impl Order {
         awaited.ids.extend(batch.iter().map(|spec| spec.id.clone()));
     }
 
-    /// Takes those out that `early` has and no other is before.
+    /// Takes the results out of `early` whose turn it is.
     fn take_next(&self, early: &mut BTreeMap<TransactionId, Concluded>) -> Vec<Concluded> {
         let mut awaited = self.lock();
         let mut next = Vec::new();
@@ -227,7 +227,7 @@ impl Order {
         next
     }
 
-    /// Takes out what `early` has, in order: the others have no result.
+    /// Takes the remaining results out of `early`, in order, skipping transactions without one.
     fn take_rest(&self, early: &mut BTreeMap<TransactionId, Concluded>) -> Vec<Concluded> {
         let ids = std::mem::take(&mut self.lock().ids);
         ids.into_iter().filter_map(|id| early.remove(&id)).collect()
@@ -239,7 +239,7 @@ impl Order {
     }
 }
 
-/// Hands the transactions over, in batches that are as large as the other side is slow.
+/// Passes the transactions on, in batches.
 fn feed(
     transactions: Transactions<Source>,
     intake: &mpsc::Sender<Vec<TransactionSpec>>,
@@ -275,7 +275,7 @@ fn feed_lines(
                 break;
             }
         }
-        // Nobody may wait for a line that has been read while the next one has yet to be written.
+        // A line that has been read must not wait for the next one to be written.
         let may_block = !lines.reader().buffer().contains(&b'\n');
         if (batch.len() >= BATCH_MAX || may_block)
             && !hand_over(std::mem::take(&mut batch), intake, order)
@@ -287,7 +287,7 @@ fn feed_lines(
     ended
 }
 
-/// Whether there is still somebody to hand it to.
+/// Whether the receiver is still there.
 fn hand_over(
     batch: Vec<TransactionSpec>,
     intake: &mpsc::Sender<Vec<TransactionSpec>>,
@@ -299,7 +299,7 @@ fn hand_over(
     intake.blocking_send(batch).is_ok()
 }
 
-/// Prints what has ended until nothing more comes. If that fails the rest is thrown away.
+/// Prints results until the channel closes. If printing fails, the rest is dropped.
 fn print(
     mut printer: Printer<BufWriter<io::Stdout>>,
     mut conclusions: mpsc::Receiver<Vec<Concluded>>,

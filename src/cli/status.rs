@@ -1,4 +1,4 @@
-//! `dtc status`: what became of transactions, as the journal has it.
+//! `dtc status`: the outcomes of transactions, as recorded in the journal.
 
 use std::{
     collections::BTreeSet,
@@ -59,7 +59,7 @@ pub(super) struct StatusArguments {
     broker: BrokerArguments,
 }
 
-/// The form in which it is printed.
+/// The form of the output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum StatusForm {
     /// Text for people.
@@ -109,7 +109,7 @@ pub(super) fn run(arguments: &StatusArguments) -> Result<Exit, Failure> {
     match io::stdout().write_all(text.as_bytes()) {
         Ok(()) if missing == 0 => Ok(Exit::Done),
         Ok(()) => Ok(Exit::Incomplete),
-        // Whoever was reading has had enough.
+        // The reader closed the pipe: nothing to report.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(Exit::Incomplete),
         Err(error) => Err(Failure::new(
             Exit::Incomplete,
@@ -167,7 +167,7 @@ fn text(history: &History, ids: &BTreeSet<TransactionId>) -> String {
     text
 }
 
-/// Writing to a string can't fail.
+/// One transaction, as text. Writing to a string can't fail.
 fn one(text: &mut String, key: &TransactionKey, past: &Past) {
     let _ = write!(text, "{}  requested at {}: ", key.id, shown(key.requested_at));
     match &past.decision {
@@ -212,7 +212,7 @@ fn one(text: &mut String, key: &TransactionKey, past: &Past) {
     }
 }
 
-/// When the service caught up.
+/// When the service applied the parked commit.
 fn settled_at(past: &Past, parked: &Parked) -> Option<Time> {
     let ParkedCause::Uncommitted { service: parked_service, .. } = &parked.cause else {
         return None;
@@ -240,7 +240,7 @@ fn json_of(history: &History, ids: &BTreeSet<TransactionId>) -> Value {
     Value::Array(elements)
 }
 
-/// `null`: the journal's beginning.
+/// `null`: since the journal's beginning.
 fn looked_since(history: &History) -> Option<u64> {
     history.looked_since.filter(|_| !history.is_whole).map(Time::as_millis)
 }

@@ -1,4 +1,4 @@
-//! `dtc submit`: transactions to the workers of a system on RabbitMQ.
+//! `dtc submit`: sends transactions to the workers of a system on RabbitMQ.
 
 use std::{path::PathBuf, time::Duration};
 
@@ -23,14 +23,14 @@ use crate::{
     transport::amqp::pool::PublishError,
 };
 
-/// How many requests may be without a confirm, or without a result where that is waited for.
+/// How many requests may be without a confirm or, with `--wait`, without a result.
 const UNCONFIRMED_MAX: usize = 1000;
 const UNANSWERED_MAX: usize = 4000;
 
 /// The last second of the year 9999.
 const SECONDS_MAX: u64 = 253_402_300_799;
 
-/// What is said when the first signal is heard.
+/// The message at the first signal.
 const HEARD: &str = "interrupted: what was sent is waited for; once more to stop at once\n";
 
 /// Submit transactions to the workers, through RabbitMQ.

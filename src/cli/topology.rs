@@ -1,4 +1,4 @@
-//! `dtc topology`: the exchanges and queues of one system, printed, compared and made.
+//! `dtc topology`: declares, compares, prints and deletes the exchanges and queues of one system.
 
 use std::{
     fmt::Write as _,
@@ -37,11 +37,11 @@ use crate::{
     },
 };
 
-/// What is said where only half of it can be seen to.
+/// The message when only the shared exchanges and queues can be handled.
 const NO_SERVICES: &str = "no service is named: only what all services share was looked at; name them by \
                            --services FILE\n";
 
-/// For how long a check is made again whose connection the broker has ended.
+/// How long a check is repeated while the broker, as it starts, ends its connections.
 const STARTING_MAX: Duration = Duration::from_secs(5);
 
 /// Declare, compare, print or delete the exchanges and queues on RabbitMQ
@@ -193,7 +193,7 @@ impl WhatArguments {
         ]
     }
 
-    /// Those of the file, and those of the configuration that the file doesn't have.
+    /// The services of the file, and those of the configuration that the file lacks.
     fn services(&self, config: &Config) -> Result<Vec<ServiceTopology>, Failure> {
         let mut services = self.services.as_deref().map(read).transpose()?.unwrap_or_default();
         for configured in &config.services {
@@ -287,7 +287,7 @@ fn run_apply(arguments: &ApplyArguments) -> Result<Exit, Failure> {
     Ok(if applied.unavailable.is_empty() { exit } else { Exit::Incomplete })
 }
 
-/// What is to be applied, and where.
+/// What to apply, and where.
 struct Applying<'a> {
     broker: Broker,
     config: &'a Config,
@@ -299,7 +299,7 @@ struct Applying<'a> {
 }
 
 impl Applying<'_> {
-    /// Applies it, again and again for `wait` while that may help.
+    /// Applies it, and repeats that within `wait` as long as a failure may be temporary.
     async fn apply(&self, wait: Duration) -> Result<(Vec<Replaced>, Applied), Failure> {
         let mut again = Again::within(wait);
         let (mut replaced, mut all) = (Vec::new(), Applied::default());
@@ -347,7 +347,7 @@ impl Applying<'_> {
     }
 }
 
-/// How often something is tried.
+/// When to try again.
 struct Again {
     until: Instant,
     backoff: Backoff,
@@ -358,7 +358,7 @@ impl Again {
         Self { until: Instant::now() + wait, backoff: Backoff::default() }
     }
 
-    /// Whether to try again, after a pause.
+    /// Whether to try again; if so, it waits before.
     async fn after_pause(&mut self) -> bool {
         let next = Instant::now() + self.backoff.pause();
         if next > self.until {
@@ -369,7 +369,7 @@ impl Again {
     }
 }
 
-/// Says why a queue should be of another kind, where nobody has asked for that kind.
+/// Explains why a queue should be of another kind, if the kind was not set explicitly.
 fn explain_kind(findings: &[Finding], config: &Config) {
     let is_kind = |finding: &Finding| match &finding.fault {
         Fault::Differs(difference) => difference.argument == Queue::KIND,
@@ -396,7 +396,8 @@ fn explain_kind(findings: &[Finding], config: &Config) {
     }
 }
 
-/// What there is to do where services have queues of another `max_wait` or `cap`.
+/// What the operator can do about queues of services that were declared with another `max_wait` or
+/// `cap`.
 fn way_out(findings: &[Finding], services: &[ServiceTopology], names: &Names) -> Option<String> {
     let is_term = |fault: &Fault| match fault {
         Fault::Differs(difference) => {
@@ -425,7 +426,7 @@ fn way_out(findings: &[Finding], services: &[ServiceTopology], names: &Names) ->
     })
 }
 
-/// Those of `services` that are called by `names`.
+/// The `services` with these `names`.
 fn named<'a>(
     services: &'a [ServiceTopology],
     names: &[ServiceName],
@@ -467,7 +468,7 @@ fn run_check(arguments: &CheckArguments) -> Result<Exit, Failure> {
     let topology = Topology::of(&names, &services, &config.topology.settings);
     let findings = runtime.block_on(async {
         let mut again = Again::within(arguments.wait);
-        // A broker that has just started may end the connection of who asks.
+        // A broker that has just started may end the connection during the check.
         let mut soon = Again::within(arguments.wait.max(STARTING_MAX));
         loop {
             let failure = match broker.connect("topology").await {
@@ -560,7 +561,7 @@ fn print(text: &str) -> Result<Exit, Failure> {
     let mut out = io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Ok(()) => Ok(Exit::Done),
-        // Whoever was reading has had enough.
+        // The reader closed the pipe: nothing to report.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(Exit::Incomplete),
         Err(error) => {
             let error = anyhow::Error::new(error).context("failed to write to stdout");

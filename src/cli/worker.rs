@@ -1,4 +1,4 @@
-//! `dtc worker`: one coordinator, until it is told to stop.
+//! `dtc worker`: one worker, until a signal stops it.
 
 use std::path::PathBuf;
 
@@ -39,8 +39,8 @@ pub(super) struct WorkerArguments {
     /// [env: DTC__WORKER__NAME]
     #[arg(long, value_name = "ID")]
     name: Option<String>,
-    /// How many transactions to work on at once, not counting those that wait for a slot
-    /// [default: 256]
+    /// How many transactions to work on at once, not counting those that wait for a slot [default:
+    /// 256]
     ///
     /// [env: DTC__WORKER__MAX_IN_FLIGHT]
     #[arg(long, value_name = "N", allow_negative_numbers = true)]

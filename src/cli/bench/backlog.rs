@@ -1,4 +1,4 @@
-//! Requests that have piled up, and how fast they are worked off.
+//! Measures how fast a worker drains a backlog of requests.
 
 use std::time::Duration;
 
@@ -32,20 +32,20 @@ use crate::{
 /// How many requests may be without a confirm.
 const UNCONFIRMED_MAX: usize = 1024;
 
-/// How many results may be without an acknowledgement.
+/// How many results may be unacknowledged.
 const PREFETCH: u16 = 2000;
 
-/// How long nothing may happen.
+/// How long to wait for the next result before giving up.
 const SILENCE_MAX: Duration = Duration::from_secs(60);
 
-/// How often the worker's memory is looked at.
+/// How often to read the worker's memory.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 
 /// How often one backlog is drained at most.
 const DRAINS_MAX: usize = 15;
 
-/// Drains a backlog of `requests`, again and again until that has taken `duration`: a small one is
-/// gone too soon to tell how fast.
+/// Drains a backlog of `requests`, and repeats that until it has taken `duration` in all: one drain
+/// of a small backlog is too short to measure.
 pub(super) async fn measure(
     place: &Place,
     requests: u64,
@@ -70,11 +70,11 @@ pub(super) async fn measure(
 struct Drained {
     took: Duration,
     aborted: u64,
-    /// The worker's, from time to time.
+    /// The worker's memory, sampled.
     memory: Vec<u64>,
 }
 
-/// Piles up `requests`, and then starts a worker.
+/// Publishes `requests`, and then starts a worker.
 async fn drain(
     place: &Place,
     requests: u64,

@@ -1,4 +1,4 @@
-//! The coordinator of one process, in a closed loop.
+//! Measures the embedded coordinator, in a closed loop.
 
 use std::{sync::Arc, time::Duration};
 
@@ -18,7 +18,7 @@ use crate::{
     protocol::message::TransactionSpec,
 };
 
-/// How long it runs before it counts.
+/// How long the load runs before it is measured.
 const WARM_UP: Duration = Duration::from_millis(500);
 
 /// Measures one load for one round.
@@ -65,7 +65,7 @@ pub(super) async fn measure(
         requests.send(batch_of(ended.len())?).await?;
     }
     drop(requests);
-    // What is still in flight ends, and is not counted.
+    // What is still in flight ends without being counted.
     while conclusions.recv().await.is_some() {}
     serving.await??;
     point.per_second.add(counted as f64 / duration.as_secs_f64());

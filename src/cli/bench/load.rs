@@ -20,7 +20,7 @@ use crate::{
     transport::amqp::{connection::Broker, names::Names, unique},
 };
 
-/// How long a transaction may take.
+/// The time-out of a transaction.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// One transaction that has ended.
@@ -31,7 +31,7 @@ pub(super) struct Sample {
     pub(super) outcome: Outcome,
 }
 
-/// Producers at work.
+/// Running producers.
 #[derive(Debug)]
 pub(super) struct Load {
     client: Client,
@@ -40,7 +40,7 @@ pub(super) struct Load {
 }
 
 impl Load {
-    /// Starts as many producers as transactions are to be in flight.
+    /// Starts as many producers as transactions should be in flight.
     pub(super) fn start(broker: &Broker, names: &Names, in_flight: usize, data: usize) -> Self {
         let settings = Settings { in_flight_max: in_flight, ..Settings::default() };
         let client = Client::with(broker.clone(), names.clone(), settings);
@@ -53,7 +53,7 @@ impl Load {
         Self { client, stop, producers }
     }
 
-    /// Ends it when all that is in flight has ended: every transaction, in no order.
+    /// Stops them when what is in flight has ended, and returns every transaction, in no order.
     pub(super) async fn stop(mut self) -> anyhow::Result<Vec<Sample>> {
         self.stop.store(true, Ordering::Relaxed);
         let mut samples = Vec::new();
@@ -64,7 +64,7 @@ impl Load {
         Ok(samples)
     }
 
-    /// Fails when a producer has failed, and else never ends.
+    /// Ends when a producer has failed, else never.
     pub(super) async fn failed(&mut self) -> anyhow::Error {
         match self.producers.join_next().await {
             Some(Ok(Err(error))) => error,
@@ -89,7 +89,7 @@ async fn produce(client: &Client, stop: &AtomicBool, data: &Value) -> anyhow::Re
     Ok(samples)
 }
 
-/// Data of about so many bytes as text.
+/// Data that takes about so many bytes as text.
 pub(super) fn data_of(bytes: usize) -> Value {
     const AROUND: usize = r#"{"x":""}"#.len();
     match bytes.checked_sub(AROUND) {

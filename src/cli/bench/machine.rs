@@ -1,6 +1,6 @@
-//! What a process has used, and who answers at a port: as far as Linux tells.
+//! Resources that a process uses, and the process behind a port, as far as Linux shows them.
 //!
-//! Whatever can't be found out is `None`; nothing is guessed.
+//! A value that can't be found is `None`; none is estimated.
 
 use std::{
     collections::BTreeSet,
@@ -11,10 +11,10 @@ use std::{
     time::Duration,
 };
 
-/// How many ticks of `/proc/PID/stat` a second has: the same on every Linux that is in use.
+/// How many clock ticks per second `/proc/PID/stat` counts: the same on every Linux in use.
 const TICKS_PER_SECOND: u64 = 100;
 
-/// How long a broker may take to say what it is.
+/// How long a broker may take to send its greeting.
 const GREETING: Duration = Duration::from_secs(5);
 
 /// How many cores this process may use.
@@ -22,7 +22,7 @@ pub(super) fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// What the processor is called.
+/// The processor's name.
 pub(super) fn processor() -> Option<String> {
     let text = fs::read_to_string("/proc/cpuinfo").ok()?;
     let line = text.lines().find(|line| line.starts_with("model name"))?;
@@ -32,7 +32,7 @@ pub(super) fn processor() -> Option<String> {
 /// How much CPU time the process has used.
 pub(super) fn cpu(pid: u32) -> Option<Duration> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // What stands before is the program's name, in parentheses, and may hold anything.
+    // Before it is the program's name in parentheses, which may contain anything.
     let (_, fields) = stat.rsplit_once(')')?;
     let mut fields = fields.split_ascii_whitespace().skip(11);
     let user: u64 = fields.next()?.parse().ok()?;
@@ -40,7 +40,7 @@ pub(super) fn cpu(pid: u32) -> Option<Duration> {
     Some(Duration::from_millis((user + system) * 1000 / TICKS_PER_SECOND))
 }
 
-/// How much memory the process has in use, in bytes.
+/// The process's resident memory, in bytes.
 pub(super) fn resident(pid: u32) -> Option<u64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
@@ -48,7 +48,7 @@ pub(super) fn resident(pid: u32) -> Option<u64> {
     Some(kibibytes * 1024)
 }
 
-/// The process that listens at this port of this machine, if it is one that we may look at.
+/// The process that listens at this port of this machine, if this process may see it.
 pub(super) fn listener(host: &str, port: u16) -> Option<u32> {
     let mut addresses = (host, port).to_socket_addrs().ok()?;
     addresses.find(|address| is_here(address.ip()))?;
@@ -63,7 +63,7 @@ pub(super) fn listener(host: &str, port: u16) -> Option<u32> {
 }
 
 fn is_here(address: IpAddr) -> bool {
-    // What can be bound to is an address of this machine.
+    // An address that can be bound to is one of this machine.
     address.is_loopback() || std::net::UdpSocket::bind(SocketAddr::new(address, 0)).is_ok()
 }
 
@@ -88,7 +88,7 @@ fn has_one_of(pid: u32, sockets: &BTreeSet<String>) -> bool {
     )
 }
 
-/// The version that a broker tells everyone who says hello, if it speaks without TLS.
+/// The version in the greeting of a broker, if it speaks without TLS.
 pub(super) fn version(host: &str, port: u16) -> Option<String> {
     let address = (host, port).to_socket_addrs().ok()?.next()?;
     let mut stream = TcpStream::connect_timeout(&address, GREETING).ok()?;

@@ -1,8 +1,8 @@
-//! `dtc bench`: how fast it is here, against the least that anyone could do with the same broker.
+//! `dtc bench`: the speed of `dtc` on this machine, beside a yardstick on the same broker.
 //!
-//! Workers and services are processes of their own, the ones that `dtc worker` and `dtc service`
-//! are, so that what each costs can be told apart; the producers are this process. What is made at
-//! the broker is in a namespace of its own, and is deleted at the end.
+//! Workers and services are separate processes, running `dtc worker` and `dtc service`, so that the
+//! cost of each can be measured; the producers run in this process. Everything is declared in a
+//! temporary namespace, and deleted at the end.
 
 mod backlog;
 mod embedded;
@@ -45,19 +45,19 @@ use crate::{
     transport::amqp::{topology::Commands, traffic::Traffic},
 };
 
-/// More producers than this are no load that one process could make.
+/// One process can't produce more load than this.
 const IN_FLIGHT_MAX: usize = 16_384;
 
-/// How many transactions a worker has in flight unless it is told otherwise.
+/// The default of a worker's `max_in_flight`.
 const IN_FLIGHT_DEFAULT: usize = 256;
 
 /// How many echo RPCs are in flight.
 const ECHO_IN_FLIGHT: usize = 256;
 
-/// How long there is a load before it is measured.
+/// How long a load runs before it is measured.
 const WARM_UP: Duration = Duration::from_secs(1);
 
-/// An echo RPC that is alone is soon known.
+/// How long to measure an echo RPC that is alone: its time varies little.
 const ALONE_MAX: Duration = Duration::from_secs(2);
 
 /// Measure throughput and latency, on RabbitMQ or in one process.
@@ -124,7 +124,7 @@ pub(super) fn run(arguments: &BenchArguments) -> Result<Exit, Failure> {
     let level = progress::log_level(LevelFilter::ERROR);
     let level = level.map_err(|error| Failure::new(Exit::Usage, error))?;
     let plan = if arguments.embedded { None } else { Some(plan(arguments)?) };
-    // Before anything runs: what can't be drawn afterwards must not have been measured for nothing.
+    // Before anything runs, so that no measurement is made in vain.
     if let Some(path) = &arguments.plot {
         fs::write(path, "")
             .with_context(|| format!("failed to create `{}`", path.display()))
@@ -184,7 +184,7 @@ impl BenchArguments {
         usize::try_from(self.data_bytes).unwrap_or(usize::MAX)
     }
 
-    /// A report in which nothing has been measured.
+    /// An empty report.
     fn report(&self) -> Report {
         let mut loads = self.in_flight.clone();
         loads.sort_unstable();
@@ -208,7 +208,7 @@ impl BenchArguments {
     }
 }
 
-/// `None`: it was told to stop.
+/// `None`: a signal stopped it.
 async fn measure_embedded(
     arguments: &BenchArguments,
     stop: impl Future<Output = ()>,
@@ -230,7 +230,7 @@ async fn measure_embedded(
     measured.transpose().map_err(incomplete).map(|measured| measured.map(|()| report))
 }
 
-/// `None`: it was told to stop.
+/// `None`: a signal stopped it.
 async fn measure_brokered(
     arguments: &BenchArguments,
     plan: Plan,
@@ -245,12 +245,13 @@ async fn measure_brokered(
         Commands::Quorum => "quorum",
     };
     let broker_pid = host.and_then(|(host, port)| machine::listener(&host, port));
-    // A broker that isn't there is told as every other command tells it.
+    // An unreachable broker is reported as by every other command.
     let connection = plan.broker.connect("bench").await;
     let connection = connection.map_err(|error| Failure::new(exit_of(&error), error))?;
     crate::transport::amqp::connection::close(&connection).await;
 
-    // One for the loads, and one for each thing that what was before would slow down.
+    // One namespace for the loads, and one for each measurement that earlier traffic would slow
+    // down.
     let count = arguments.backlog.len() + 2;
     let (mut places, stop) = (Vec::new(), stop.shared());
     let made = make(count, &plan, &mut places, &stop).await;
@@ -273,7 +274,7 @@ async fn measure_brokered(
     measured.transpose().map_err(incomplete).map(|measured| measured.map(|()| report))
 }
 
-/// Makes so many places; fewer, if it is told to stop meanwhile.
+/// Creates so many namespaces, or fewer if `stop` ends first.
 async fn make(
     count: usize,
     plan: &Plan,
@@ -288,7 +289,7 @@ async fn make(
     Ok(())
 }
 
-/// Everything that is measured on a broker.
+/// All measurements on a broker.
 struct Bench<'a> {
     arguments: &'a BenchArguments,
     place: &'a Place,
@@ -323,7 +324,7 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// Echo RPCs a second in this round.
+    /// Measures the yardstick for one round; returns echo RPCs per second.
     async fn yardstick(&self, yardstick: &mut Yardstick) -> anyhow::Result<f64> {
         let (place, duration) = (self.place, self.arguments.duration());
         let before = self.cpu(&[], &[]);
@@ -376,7 +377,7 @@ impl Bench<'_> {
         for (who, bytes) in window.resident {
             point.resident.add(who, bytes.map(mib));
         }
-        // What was sent is known when all has ended, so it counts for all that has ended.
+        // The number of sent messages is known only for all transactions together.
         let all = samples.len() as f64;
         let by_workers = stop(workers).await?;
         let by_services = stop(services).await?;
@@ -389,7 +390,7 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// Waits until there is something to count, and as long as it is counted.
+    /// Waits for the end of the warm-up, and then as long as is measured.
     async fn window(&self, workers: &[Process], services: &[Process]) -> Window {
         tokio::time::sleep(WARM_UP).await;
         let (begins_at, before) = (Instant::now(), self.cpu(workers, services));
@@ -403,7 +404,7 @@ impl Bench<'_> {
         self.each(workers, services, machine::cpu)
     }
 
-    /// What each has of something, where it is known of all its processes.
+    /// A value for each group of processes, if it is known for all of them.
     fn each<T: std::iter::Sum<T>>(
         &self,
         workers: &[Process],
@@ -429,7 +430,7 @@ fn used_since(before: &Cpu, after: &Cpu) -> Cpu {
     used.collect()
 }
 
-/// A time in which what happens is counted.
+/// The time in which transactions are counted.
 struct Window {
     begins_at: Instant,
     ends_at: Instant,
@@ -437,7 +438,7 @@ struct Window {
     resident: Vec<(Who, Option<u64>)>,
 }
 
-/// Stops these, and tells how many messages they have published.
+/// Stops the processes, and returns how many messages they have published.
 async fn stop(processes: Vec<Process>) -> anyhow::Result<u64> {
     let mut published = 0;
     for process in processes {

@@ -1,4 +1,4 @@
-//! Throughput and latency over load, as a picture.
+//! Draws throughput and latency over load.
 
 use std::fmt::Write as _;
 
@@ -8,16 +8,16 @@ const WIDTH: f64 = 720.0;
 const HEIGHT: f64 = 640.0;
 const LEFT: f64 = 76.0;
 const RIGHT: f64 = 24.0;
-/// One line: its colour, what it is called, and its value at each load.
+/// One line: its colour, its name, and its value at each load.
 type Line<'a> = (&'a str, &'a str, Vec<(f64, f64)>);
 
-/// How far a panel reaches from top to bottom.
+/// Top and bottom of a panel.
 type Panel = (f64, f64);
 
 const THROUGHPUT: Panel = (64.0, 300.0);
 const LATENCY: Panel = (360.0, 580.0);
 
-/// The report as an SVG of two panels that share their load, which grows by factors.
+/// The report as an SVG of two panels over a common logarithmic axis of load.
 pub(super) fn svg(report: &Report) -> String {
     let of = |value: fn(&Point) -> &Measured| {
         let points = report.load.iter();
@@ -73,7 +73,7 @@ fn text(svg: &mut String, (x, y): (f64, f64), anchor: &str, size: u8, said: &str
     );
 }
 
-/// One panel: its values grow by factors too, if `by_factors`.
+/// Draws one panel; `by_factors`: with a logarithmic scale.
 fn panel(
     svg: &mut String,
     (top, bottom): Panel,
@@ -135,7 +135,7 @@ fn panel(
     }
 }
 
-/// A round number that is not smaller.
+/// The next round number that is not smaller.
 fn ceiling(value: f64) -> f64 {
     let power = 10_f64.powf(value.max(1.0).log10().floor());
     let steps = [1.0, 2.0, 2.5, 5.0, 10.0];
@@ -185,7 +185,7 @@ mod tests {
         let svg = svg(&report);
         assert_eq!(svg.matches("<circle").count(), 9);
         assert!(!svg.contains("NaN") && !svg.contains("inf"), "{svg}");
-        // One load, and none at all, are pictures too.
+        // One load, and none at all, can be drawn too.
         report.load.truncate(1);
         assert!(!super::svg(&report).contains("NaN"));
         assert!(super::svg(&Report::default()).ends_with("</svg>\n"));

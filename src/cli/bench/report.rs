@@ -1,4 +1,4 @@
-//! What was measured, as JSON and as tables.
+//! The measurements, as JSON and as tables.
 
 use std::{
     fmt::{self, Write as _},
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::transport::amqp::topology::QueueKind;
 
-/// The same thing measured in several rounds.
+/// The values of one measurement in several rounds.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Measured(Vec<f64>);
 
@@ -19,12 +19,12 @@ impl Measured {
         self.0.sort_by(f64::total_cmp);
     }
 
-    /// What may not be known.
+    /// Adds a value, if it is known.
     pub(super) fn add_known(&mut self, value: Option<f64>) {
         value.into_iter().for_each(|value| self.add(value));
     }
 
-    /// How often it was measured.
+    /// In how many rounds it was measured.
     pub(super) fn count(&self) -> usize {
         self.0.len()
     }
@@ -38,7 +38,7 @@ impl Measured {
         Some((self.0.get(middle - 1)? + upper) / 2.0)
     }
 
-    /// From the least to the most.
+    /// The smallest and the largest value.
     fn spread(&self) -> String {
         match (self.0.first(), self.0.last()) {
             (Some(min), Some(max)) => format!("{min:.0}..{max:.0}"),
@@ -62,17 +62,17 @@ impl Measured {
     }
 }
 
-/// To three decimals.
+/// Rounded to three decimals.
 fn rounded(value: f64) -> f64 {
     (value * 1000.0).round() / 1000.0
 }
 
-/// What it was measured with.
+/// The conditions of the measurements.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Setting {
     pub(super) cores: usize,
     pub(super) processor: Option<String>,
-    /// Where the broker is, without a password; `None`: everything is in one process.
+    /// The broker's URL, without a password; `None`: everything is in one process.
     pub(super) broker: Option<String>,
     pub(super) version: Option<String>,
     pub(super) prepare_queues: &'static str,
@@ -82,17 +82,17 @@ pub(super) struct Setting {
     pub(super) data_bytes: usize,
 }
 
-/// The least that anyone could do.
+/// The least that a client can achieve with the same broker.
 #[derive(Clone, Debug)]
 pub(super) struct Yardstick {
     pub(super) echo_in_flight: usize,
-    /// Echo RPCs a second.
+    /// Echo RPCs per second.
     pub(super) echo: Measured,
-    /// CPU time for each, in microseconds; caller and answerer are the producers.
+    /// CPU time of each, in microseconds; both caller and answerer count as producers.
     pub(super) cpu: Each,
     /// The median time of an echo RPC that is alone, in milliseconds.
     pub(super) echo_alone: Measured,
-    /// Plain messages a second.
+    /// Plain messages per second.
     pub(super) raw: Measured,
     /// The median time of a message that is alone, through one queue of each kind, in milliseconds.
     pub(super) hops: [(QueueKind, Measured); 3],
@@ -113,16 +113,16 @@ impl Default for Yardstick {
 }
 
 impl Yardstick {
-    /// How long the messages take that a transaction sends one after the other: the request by a
-    /// quorum queue, the decision by a stream, and prepare, vote, commit, done and result by classic
-    /// ones. No coordinator on such a broker could be faster.
+    /// How long the messages take that a transaction sends one after the other: the request through
+    /// a quorum queue, the decision through a stream, and prepare, vote, commit, done and result
+    /// through classic queues. No coordinator on this broker could be faster.
     fn hops_of_a_transaction(&self) -> Option<f64> {
         let times = |kind| if kind == QueueKind::Classic { 5.0 } else { 1.0 };
         self.hops.iter().map(|(kind, hop)| Some(hop.median()? * times(*kind))).sum()
     }
 }
 
-/// Who uses CPU time or memory, or sends messages.
+/// The groups of processes whose CPU time, memory and messages are measured.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Who {
     Broker,
@@ -145,7 +145,7 @@ impl Who {
     }
 }
 
-/// What each has of something, where it is known.
+/// A value for each group, if it is known.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Each([Measured; Who::ALL.len()]);
 
@@ -170,53 +170,53 @@ impl Each {
     }
 }
 
-/// One load.
+/// The measurements of one load.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Point {
     pub(super) in_flight: usize,
-    /// Transactions a second.
+    /// Transactions per second.
     pub(super) per_second: Measured,
-    /// Transactions for each echo RPC of the same round.
+    /// Transactions per echo RPC of the same round.
     pub(super) per_echo: Measured,
-    /// In milliseconds, like the next.
+    /// In milliseconds, like `p99`.
     pub(super) p50: Measured,
     pub(super) p99: Measured,
     pub(super) aborted: u64,
-    /// Messages for each transaction, all together.
+    /// Messages per transaction, of all groups together.
     pub(super) messages: Measured,
-    /// Of those, who has published how many.
+    /// The same, by the group that published them.
     pub(super) published: Each,
-    /// CPU time for each transaction, in microseconds.
+    /// CPU time per transaction, in microseconds.
     pub(super) cpu: Each,
-    /// Memory in the end, in MiB.
+    /// Memory at the end, in MiB.
     pub(super) resident: Each,
 }
 
-/// Requests that had piled up.
+/// The measurements of a backlog.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Backlog {
     pub(super) requests: u64,
-    /// Each time that it was drained.
+    /// The transactions per second of each drain.
     pub(super) per_second: Measured,
     pub(super) aborted: u64,
-    /// The worker's memory amid it, in MiB.
+    /// The worker's memory in the middle of a drain, in MiB.
     pub(super) resident_middle: Measured,
-    /// And at most.
+    /// Its largest memory, in MiB.
     pub(super) resident_max: Measured,
 }
 
-/// How long things take that happen to workers.
+/// How long a start, a drain and a takeover of a worker take.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Times {
-    /// From the start of a process until it takes requests.
+    /// From the start of the process until it takes requests.
     pub(super) startup: Duration,
-    /// From the signal to its end, with a load on it.
+    /// From the signal to the end of the process, under load.
     pub(super) drain: Duration,
-    /// From a kill until the last transaction that was in flight has ended.
+    /// From the kill until the last transaction that was in flight has ended.
     pub(super) takeover: Duration,
 }
 
-/// All that was measured.
+/// All measurements.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Report {
     pub(super) setting: Setting,
@@ -227,7 +227,7 @@ pub(super) struct Report {
 }
 
 impl Report {
-    /// Whether nothing aborted that should have committed.
+    /// Whether no transaction aborted: all should commit.
     pub(super) fn is_whole(&self) -> bool {
         let aborted = self.load.iter().map(|it| it.aborted);
         aborted.chain(self.backlog.iter().map(|it| it.aborted)).all(|aborted| aborted == 0)
@@ -355,7 +355,7 @@ fn known_or_not(value: Option<f64>) -> String {
     value.map_or_else(|| "?".to_owned(), in_short)
 }
 
-/// With as many decimals as say something.
+/// With as many decimals as are significant.
 fn in_short(value: f64) -> String {
     match value {
         value if value >= 100.0 => format!("{value:.0}"),
@@ -364,7 +364,7 @@ fn in_short(value: f64) -> String {
     }
 }
 
-/// For people.
+/// As text for people.
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Setting { cores, rounds, seconds, data_bytes, .. } = self.setting;

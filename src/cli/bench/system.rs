@@ -1,7 +1,7 @@
-//! What is measured: workers and services as processes of their own.
+//! The measured system: workers and services as separate processes.
 //!
-//! They are started through a shell that ends them when this process is gone, however it ended, and
-//! work in a namespace that is deleted in the end, as everything that is made at the broker is in it.
+//! A shell starts each process, and ends it when this process is gone, however it ended. They work
+//! in a namespace that is deleted at the end with everything in it.
 
 use std::{
     collections::BTreeMap,
@@ -40,47 +40,47 @@ use crate::{
 /// The services of every transaction.
 pub(super) const SERVICES: [&str; 2] = ["payments", "stock"];
 
-/// How many slots each has: more than any load takes.
+/// How many slots each has: more than any load needs.
 pub(super) const SLOTS: u32 = 32_768;
 
-/// How long a process may take until it serves, or until it has ended.
+/// How long a process may take to serve, or to end.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// How often it is looked whether a process serves.
+/// How often to check whether a process serves.
 const LOOK_EVERY: Duration = Duration::from_millis(2);
 
-/// Runs the rest of the line, tells its process id, and ends it when nobody holds the other end of
-/// the standard input any more.
+/// Runs the rest of the line, prints its process id, and ends it when the other end of the standard
+/// input is closed.
 const GUARD: &str =
     r#""$@" </dev/null >/dev/null & echo "$!"; exec >/dev/null; read -r _; kill "$!"; wait "$!""#;
 
-/// How processes are started.
+/// How to start processes.
 #[derive(Clone, Debug)]
 pub(super) struct Plan {
     pub(super) broker: Broker,
-    /// What they are told of the configuration: `--config`, and `--broker` by the environment, where
-    /// nobody sees it.
+    /// Their configuration: passed on by `--config`, and `--broker` by the environment, where other
+    /// users don't see it.
     pub(super) config: Option<PathBuf>,
     pub(super) url: Option<String>,
     pub(super) settings: topology::Settings,
 }
 
-/// A namespace of our own, and a directory for files.
+/// A temporary namespace, and a directory for files.
 #[derive(Debug)]
 pub(super) struct Place {
     plan: Plan,
     pub(super) names: Names,
-    /// All that is there at the end, whenever that is.
+    /// Everything in the namespace, for deleting it at the end.
     topology: Topology,
     directory: PathBuf,
     left: Left,
 }
 
-/// Processes that were told to stop, and that nobody has waited for.
+/// Processes that were told to stop, and not yet waited for.
 type Left = Arc<Mutex<Vec<Child>>>;
 
 impl Place {
-    /// Declares everything. `None`: `stop` was over first, and nothing is left.
+    /// Declares everything. `None`: `stop` ended first, and nothing is left.
     pub(super) async fn make(
         plan: Plan,
         stop: impl Future<Output = ()>,
@@ -141,10 +141,10 @@ impl Place {
         self.directory.join(name)
     }
 
-    /// Deletes everything, and waits for whoever works there.
+    /// Deletes everything, and waits for the processes.
     pub(super) async fn leave(self) -> anyhow::Result<()> {
         let deleted = self.delete().await;
-        // Those that have lost what they work on soon end.
+        // Processes whose queues are gone soon end.
         let ended = self.ended().await;
         let _ = fs::remove_dir_all(&self.directory);
         deleted.and(ended)
@@ -187,7 +187,7 @@ impl Place {
         }
         let stderr = fs::File::create(&log).context("failed to make a log")?;
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(stderr);
-        // Ctrl-C at a terminal is for this process, which ends the others when it is done with them.
+        // Ctrl-C at a terminal is meant for this process, which then stops the others.
         #[cfg(unix)]
         command.process_group(0);
         let began = Instant::now();
@@ -210,13 +210,13 @@ impl Place {
         Ok(process)
     }
 
-    /// One more worker. The configuration may name workers, but not several.
+    /// Starts one more worker, under a new name: a configured name could be used only once.
     pub(super) async fn worker(&self, max_in_flight: usize) -> anyhow::Result<Process> {
         let (name, max_in_flight) = (unique::name('w'), max_in_flight.to_string());
         self.start(&["worker", "--name", &name, "--max-in-flight", &max_in_flight]).await
     }
 
-    /// An instance of each service.
+    /// Starts an instance of each service.
     pub(super) async fn services(&self) -> anyhow::Result<Vec<Process>> {
         let file = self.file("services.json");
         let file = file.to_str().ok_or_else(|| anyhow!("the temporary directory is no text"))?;
@@ -232,7 +232,7 @@ impl Place {
 #[derive(Debug)]
 pub(super) struct Process {
     pub(super) pid: u32,
-    /// Until it has ended.
+    /// `None` once it has ended.
     shell: Option<Child>,
     guard: Option<ChildStdin>,
     report: PathBuf,
@@ -244,7 +244,7 @@ pub(super) struct Process {
 
 impl Process {
     fn is_there(&self) -> bool {
-        // Where nobody can tell, patience has to do.
+        // If it can't be found out, only the time-out applies.
         !Path::new("/proc/self").exists() || process_path(self.pid).exists()
     }
 
@@ -252,7 +252,7 @@ impl Process {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
 
-    /// Tells it to stop, and waits until it has: what it has to say in the end.
+    /// Stops it, waits for its end, and returns its report.
     pub(super) async fn stop(mut self) -> anyhow::Result<Value> {
         drop(self.guard.take());
         let status = self.ended().await?;
@@ -263,7 +263,7 @@ impl Process {
         serde_json::from_slice(&report).context("a process has left a report that is none")
     }
 
-    /// Kills it, and doesn't wait.
+    /// Kills it without waiting.
     pub(super) async fn kill(mut self) -> anyhow::Result<()> {
         let mut kill = Command::new("sh");
         kill.arg("-c").arg(r#"kill -9 "$1""#).arg("sh").arg(self.pid.to_string());
@@ -287,7 +287,7 @@ impl Process {
 }
 
 impl Drop for Process {
-    /// Tells it to stop; who leaves the place waits for it.
+    /// Stops it; [`Place::leave`] waits for it.
     fn drop(&mut self) {
         drop(self.guard.take());
         self.left.lock().unwrap_or_else(PoisonError::into_inner).extend(self.shell.take());

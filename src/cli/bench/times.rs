@@ -1,4 +1,4 @@
-//! How long a worker takes to start, to drain, and to be taken over from.
+//! Measures how long a start, a drain and a takeover of a worker take.
 
 use std::time::Duration;
 
@@ -6,13 +6,13 @@ use tokio::time::Instant;
 
 use crate::cli::bench::{load::Load, report::Times, system::Place};
 
-/// The load meanwhile.
+/// The load during the measurements.
 pub(super) const IN_FLIGHT: usize = 256;
 
-/// How long there is load before something happens to a worker.
+/// How long the load runs before something happens to a worker.
 const STEADY: Duration = Duration::from_secs(2);
 
-/// With two workers: one is told to stop, another takes its place, and then one is killed.
+/// Runs two workers under load: stops one, starts a third in its place, and kills the second.
 pub(super) async fn measure(place: &Place, data: usize) -> anyhow::Result<Times> {
     let services = place.services().await?;
     let (first, second) = (place.worker(IN_FLIGHT).await?, place.worker(IN_FLIGHT).await?);
@@ -28,7 +28,7 @@ pub(super) async fn measure(place: &Place, data: usize) -> anyhow::Result<Times>
     second.kill().await?;
     tokio::time::sleep(STEADY).await;
     let samples = load.stop().await?;
-    // Those that were in flight when it happened have all ended by now.
+    // By now, every transaction that was in flight at the kill has ended.
     let ended = samples.iter().filter(|it| it.began <= killed && it.ended > killed);
     let takeover = ended.map(|it| it.ended - killed).max().unwrap_or_default();
     third.stop().await?;

@@ -1,8 +1,10 @@
-//! The least that anyone could do with the same broker: a request, and a reply to it.
+//! The yardstick: echo RPCs and plain messages, the least that a client can do with the same
+//! broker.
 //!
 //! Requests are persistent, go through one durable queue and are confirmed; a consumer sends each
-//! back as a reply that need not last, and acknowledges it. It is made of the same publishers and
-//! inboxes as the coordinator, so that it shows the coordinator's cost and not the client library's.
+//! back as a transient reply, and acknowledges it. The yardstick uses the same publishers and
+//! inboxes as the coordinator, so that the comparison shows the coordinator's cost and not the
+//! client library's.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -25,7 +27,7 @@ use crate::{
     },
 };
 
-/// How large a request is.
+/// The size of a request, in bytes.
 pub(super) const BODY: usize = 200;
 
 /// How many deliveries a consumer may hold.
@@ -34,26 +36,26 @@ const PREFETCH: u16 = 2000;
 /// How many plain messages may be without a confirm.
 const UNCONFIRMED_MAX: usize = 1024;
 
-/// How long a message may take that is alone.
+/// How long to wait for a message that is alone.
 const SILENCE_MAX: Duration = Duration::from_secs(30);
 
-/// How long it runs before it counts.
+/// How long the load runs before it is measured.
 const WARM_UP: Duration = Duration::from_millis(500);
 
-/// What came of it.
+/// The measurements of echo RPCs.
 pub(super) struct Echoed {
     pub(super) per_second: f64,
-    /// How many there were, also those that were not counted.
+    /// How many there were, including those that were not counted.
     pub(super) all: u64,
     pub(super) latencies: Latencies,
 }
 
-/// How long the broker keeps a queue that nobody consumes, should it never come to be deleted, in
-/// milliseconds.
+/// How long the broker keeps the queue without a consumer, in milliseconds, in case it is never
+/// deleted.
 const KEPT: i32 = 600_000;
 
-/// A durable queue, new for each measurement and deleted after it; where that isn't got to, it is
-/// deleted with its place.
+/// A durable queue for one measurement. It is deleted after it, or at the latest with its
+/// namespace.
 struct Durable {
     connection: BrokerConnection,
     name: ShortString,
@@ -67,7 +69,7 @@ impl Durable {
         let options = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
         let mut arguments = FieldTable::default();
         arguments.insert("x-queue-type".into(), AMQPValue::LongString(kind.to_string().into()));
-        // Streams know no such thing.
+        // Streams don't support it.
         if kind != QueueKind::Stream {
             arguments.insert("x-expires".into(), AMQPValue::LongInt(KEPT));
         }
@@ -83,7 +85,7 @@ impl Durable {
     }
 }
 
-/// Echo RPCs with so many in flight, for so long.
+/// Echo RPCs with so many in flight, for `duration`.
 pub(super) async fn echo(
     place: &Place,
     in_flight: usize,
@@ -100,7 +102,7 @@ pub(super) async fn echo(
     echoed.context("failed to measure echo RPCs")
 }
 
-/// Sends back what comes.
+/// Sends each message back.
 async fn serve(broker: Broker, queue: ShortString) -> anyhow::Result<()> {
     let link = broker.link().await?;
     let mut inbox = Inbox::open(&link.consuming, queue, PREFETCH, FieldTable::default()).await?;
@@ -125,10 +127,10 @@ async fn serve(broker: Broker, queue: ShortString) -> anyhow::Result<()> {
     }
 }
 
-/// One that waits for its reply and its confirm.
+/// An RPC that waits for its reply and its confirm.
 struct Call {
     since: Instant,
-    /// One of the two has come.
+    /// Whether one of the two has arrived.
     half: bool,
 }
 
@@ -166,7 +168,7 @@ async fn call(
     };
     (0..in_flight).for_each(|_| send(&mut calls, &mut requests));
     loop {
-        // Who has both.
+        // How many RPCs have got both.
         let mut ended = 0;
         let mut half_ended = |number: u64, calls: &mut BTreeMap<u64, Call>| {
             let now = Instant::now();
@@ -231,7 +233,7 @@ fn confirmed(published: Published) -> anyhow::Result<()> {
     }
 }
 
-/// Persistent messages a second through one durable queue, confirmed and acknowledged.
+/// Persistent messages per second through one durable queue, confirmed and acknowledged.
 pub(super) async fn raw(place: &Place, duration: Duration) -> anyhow::Result<f64> {
     let queue =
         Durable::declare(place, QueueKind::Classic).await.context("failed to declare a queue")?;
@@ -280,7 +282,7 @@ async fn send(broker: &Broker, queue: &ShortString, duration: Duration) -> anyho
 }
 
 /// How long a message that is alone takes from its publisher through a queue of this kind to its
-/// consumer, sent as the coordinator sends what goes through such a one.
+/// consumer, published as the coordinator publishes to such queues.
 pub(super) async fn hop(
     place: &Place,
     kind: QueueKind,
