@@ -221,9 +221,7 @@ fn open_journal(path: &Path, arguments: &RunArguments) -> Result<Opened, Failure
     let name = path.display();
     if opened.n_torn > 0 {
         let n_torn = opened.n_torn;
-        super::tell(&format!(
-            "{name}: cut off {n_torn} bytes that were not written to their end\n"
-        ));
+        super::tell(&format!("{name}: cut off a torn tail of {n_torn} bytes\n"));
     }
     let decided = opened.unfinished.iter().filter(|it| it.decision.is_some()).count();
     if !opened.unfinished.is_empty() {

@@ -87,7 +87,7 @@ pub enum JournalError {
         source: io::Error,
     },
     /// It is a directory, or a device.
-    #[error("the journal `{}` is no file", path.display())]
+    #[error("the journal `{}` is not a regular file", path.display())]
     NoFile {
         /// The path.
         path: PathBuf,
@@ -295,7 +295,7 @@ pub fn open(path: &Path, options: &Options) -> Result<Opened, JournalError> {
     if n_torn > 0 {
         tracing::warn!(
             journal = %old.path.display(), at = replay.end, bytes = n_torn,
-            "what was not written to its end is cut off"
+            "the journal has a torn tail, as a crash leaves it; it is cut off"
         );
         old.cut_off(replay.end)?;
     }
@@ -562,7 +562,7 @@ impl Old {
                 }
                 tracing::warn!(
                     journal = %self.path.display(), error = %Chain(&error),
-                    "it can't be written anew, and is gone on with as it is"
+                    "journal compaction failed; continuing with the uncompacted file"
                 );
                 return self.go_on(replay, worker, options);
             }
@@ -572,7 +572,7 @@ impl Old {
         sync_directory(&tail.path)?;
         faults::point();
         tracing::info!(
-            journal = %tail.path.display(), from = replay.end, to = tail.len, "written anew"
+            journal = %tail.path.display(), from = replay.end, to = tail.len, "journal compacted"
         );
         let endings = Endings::of(&self.path, self.reader()?, places);
         Ok((tail, endings))

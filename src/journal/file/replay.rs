@@ -127,7 +127,7 @@ pub enum ReplayError {
         source: EntryMalformed,
     },
     /// It was written by processes that didn't know of each other.
-    #[error("the entry at byte {at} belongs into another journal, that of `{worker}`")]
+    #[error("the entry at byte {at} belongs to another journal, that of `{worker}`")]
     Foreign {
         /// The offset.
         at: u64,
