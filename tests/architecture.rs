@@ -1,5 +1,5 @@
-//! What the code deliberately doesn't contain: floors that import upwards, words that have no place
-//! in the protocol, left-overs.
+//! What the code must not contain: imports from a higher floor, words that don't belong in the
+//! protocol, debugging code.
 //!
 //! It reads lines, not Rust; comments are skipped.
 
@@ -11,8 +11,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// The stairs, ground floor first. Who stands on one step knows only the steps below it. The rooms on
-/// one step know nothing of each other.
+/// The floors, from the ground up. A module imports only from lower floors; the rooms on one floor
+/// do not import each other.
 const FLOORS: [&[&str]; 8] = [
     &["protocol"],
     &["anomalies", "clock", "complaint", "error", "unique"],
@@ -24,12 +24,12 @@ const FLOORS: [&[&str]; 8] = [
     &["cli", "main"],
 ];
 
-/// What stands beside the stairs, and on which step one must be to use it.
+/// Modules beside the floors, each with the lowest floor that may import it.
 const BESIDE: [&str; 1] = ["config"];
 const TOP: usize = FLOORS.len() - 1;
 
-/// What would let the world into the protocol: a runtime, a broker, a format, a log, a clock,
-/// chance, or an order that differs from run to run.
+/// What would make the protocol impure: a runtime, a broker, a serialization format, a log, a
+/// clock, randomness, or an iteration order that differs from run to run.
 const BANNED_IN_PROTOCOL: [&str; 10] = [
     "tokio",
     "lapin",
@@ -72,8 +72,8 @@ fn every_module_has_its_floor() {
     assert_none(&complaints);
 }
 
-/// A module and the file that declares it may know each other: the file gathers what its parts have, and
-/// they share what it says of all of them. Two others that do are one thing in two places.
+/// A module and the file that declares it may import each other: the file collects its parts, and
+/// they share its items. Any other two files that import each other are really one.
 #[test]
 fn no_two_files_import_each_other() {
     assert_none(&mutual_imports(&imports_of(&sources())));
@@ -235,7 +235,7 @@ fn imports_are_seen_however_they_are_written() {
 /// What each module imports: for `transport::amqp::error`, the modules of the files that it names.
 type Imports = BTreeMap<String, BTreeSet<String>>;
 
-/// The files of `src`, by path, with what they say.
+/// The files of `src`: their paths and contents.
 fn sources() -> Vec<(String, String)> {
     source_files().into_iter().map(|file| (file.path, file.text)).collect()
 }
@@ -314,7 +314,7 @@ fn beginnings(code: &str, beginning: &str) -> Vec<usize> {
     code.match_indices(beginning).map(|(at, _)| at).filter(is_whole).collect()
 }
 
-/// The deepest module on the way to what `path` names.
+/// The deepest module on the path `path`.
 fn nearest<'a>(path: &[String], modules: &'a BTreeSet<Vec<String>>) -> Option<&'a Vec<String>> {
     (1..=path.len()).rev().find_map(|length| modules.get(&path[..length]))
 }
@@ -331,7 +331,7 @@ fn named_paths(code: &str, own: &[String]) -> Vec<Vec<String>> {
     paths
 }
 
-/// Reads `a::{b, c::D}` behind `path`; says how much of `text` that was.
+/// Reads `a::{b, c::D}` after `path`; returns how much of `text` it has read.
 fn read_tree(text: &str, mut path: Vec<String>, paths: &mut Vec<Vec<String>>) -> usize {
     let mut at = 0;
     loop {
@@ -341,7 +341,7 @@ fn read_tree(text: &str, mut path: Vec<String>, paths: &mut Vec<Vec<String>>) ->
             at += 1;
             while !text[at..].trim_start().starts_with('}') && at < text.len() {
                 at += read_tree(&text[at..], path.clone(), paths);
-                // Up to the next of the group: past a comma, and a `*` or an `as`.
+                // To the next element of the group: past a comma, and a `*` or an `as`.
                 let to = text[at..].find([',', '}']).unwrap_or(text.len() - at);
                 at += to + usize::from(text[at + to..].starts_with(','));
             }
@@ -367,9 +367,10 @@ fn read_tree(text: &str, mut path: Vec<String>, paths: &mut Vec<Vec<String>>) ->
 
 #[derive(Clone)]
 struct File {
-    /// From the root of the repository.
+    /// Relative to the root of the repository.
     path: String,
-    /// The first step below `src`: `protocol` for `src/protocol/ids.rs`, `main` for `src/main.rs`.
+    /// The first directory or file below `src`: `protocol` for `src/protocol/ids.rs`, `main` for
+    /// `src/main.rs`.
     module: String,
     text: String,
 }
@@ -379,7 +380,7 @@ impl File {
         self.text.lines().enumerate().map(|(index, line)| (index + 1, line))
     }
 
-    /// Its lines without those that are comments.
+    /// Its lines without comment lines.
     fn code(&self) -> impl Iterator<Item = (usize, &str)> {
         self.lines().filter(|(_, line)| !line.trim_start().starts_with("//"))
     }
@@ -429,8 +430,8 @@ fn floor_of(module: &str) -> Option<usize> {
     FLOORS.iter().position(|floor| floor.contains(&module))
 }
 
-/// The modules that `text` names by a path from the crate's root, each with the line where the path
-/// begins.
+/// The modules that `text` names by a path from the crate's root, each with the line in which the
+/// path begins.
 fn rooms_named(text: &str) -> Vec<(usize, String)> {
     let code = without_comments(text);
     let mut named = Vec::new();
@@ -450,7 +451,7 @@ fn first_name(path: &str) -> &str {
     path.split(|character: char| !(character.is_alphanumeric() || character == '_')).next().unwrap()
 }
 
-/// Whether `word` occurs in `line` and doesn't merely end or begin another word.
+/// Whether `word` occurs in `line` as a whole word.
 fn has_word(line: &str, word: &str) -> bool {
     let is_part = |character: char| character.is_alphanumeric() || character == '_';
     line.match_indices(word).any(|(at, _)| {

@@ -1,4 +1,5 @@
-//! Commands while the broker takes no messages, or answers nothing: each ends in time and says why.
+//! Commands while the broker has an alarm, or answers nothing: each ends in time and gives the
+//! reason.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 #![allow(clippy::disallowed_methods, reason = "how long a command took")]
@@ -24,10 +25,10 @@ use crate::{
     processes::{LIMIT, Process, World},
 };
 
-/// What a command says of an alarm.
+/// The message about an alarm.
 const SAID: &str = "the broker takes no messages: low on memory";
 
-/// What a command that is bounded by 5 s may take on a busy machine.
+/// How long a command that is bounded by 5 s may take on a busy machine.
 const SOON: Duration = Duration::from_secs(25);
 
 fn services(world: &World) -> PathBuf {
@@ -58,7 +59,7 @@ fn until_declared(broker: &Broker, place: &Place) {
     }
 }
 
-/// All queues and exchanges at this place.
+/// All queues and exchanges in this namespace.
 fn queues(broker: &Broker, place: &Place) -> BTreeSet<String> {
     let declared = broker.declared_at(place).into_iter();
     declared.filter(|name| !name.starts_with("Timeout")).collect()
@@ -171,12 +172,12 @@ fn a_submit_under_an_alarm_names_it_when_its_time_is_over() {
 
 // ---- A broker that answers nothing -----------------------------------------------------------
 
-/// A way to the broker on which, once it is shut, nothing comes back of a connection that has its first
+/// A proxy to the broker that, once it is shut, returns nothing on connections that already have a
 /// channel.
 struct Hole {
     place: Place,
     is_shut: Arc<AtomicBool>,
-    /// One for each answer that was swallowed.
+    /// A message for each answer that was swallowed.
     swallowed: Receiver<()>,
 }
 
@@ -198,7 +199,7 @@ impl Hole {
                 thread::spawn(move || {
                     let mut bytes = [0; 4096];
                     while let Ok(n) = back.read(&mut bytes) {
-                        // `channel.open-ok`: what is asked on a channel stays without an answer.
+                        // `channel.open-ok`: requests on a channel get no answer.
                         let opened = [0, 20, 0, 11];
                         if n == 0 {
                             break;
@@ -211,7 +212,7 @@ impl Hole {
                             return;
                         }
                     }
-                    // The connection stays, and nothing comes of it.
+                    // The connection stays open, and returns nothing.
                     while back.read(&mut bytes).is_ok_and(|n| n > 0) {}
                 });
             }

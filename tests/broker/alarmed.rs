@@ -1,4 +1,4 @@
-//! Commands that are given while the broker has an alarm: it takes nothing that is published.
+//! Commands that are started while the broker has an alarm, and so reads no publishes.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
@@ -12,10 +12,10 @@ use crate::{
     stand::WITHIN,
 };
 
-/// How long a process may take that has nothing to finish, on a machine that is busy.
+/// How long a process without work to finish may take to end on a busy machine.
 const AT_ONCE: Duration = Duration::from_secs(5);
 
-/// What RabbitMQ gives as its reason.
+/// The reason that RabbitMQ reports.
 const REASON: &str = "low on memory";
 
 /// A broker whose memory is used up, and one system that was declared before.
@@ -41,7 +41,7 @@ impl Alarmed {
     }
 }
 
-/// It ends within the time that everything has, not well, and tells why.
+/// It ends in time, with an error that gives the reason.
 fn ends_and_names_the_alarm(process: &mut Process) {
     let status = process.wait(WITHIN);
     assert!(!status.success(), "{status}");
@@ -78,7 +78,8 @@ fn a_run_at_a_broker_ends_and_names_the_alarm() {
 fn a_run_at_a_broker_hears_a_signal_during_an_alarm() {
     let alarmed = Alarmed::new();
     let mut process = run(&alarmed);
-    // The broker blocks whoever publishes, and says so to them alone: it has the topology by then.
+    // The broker reports the alarm only to a connection that publishes: by then the topology is
+    // declared.
     let is_declared = || {
         let exchanges = alarmed.broker.declared_at(&alarmed.world.place);
         exchanges.iter().any(|name| name.starts_with("dtc-run-"))
@@ -122,7 +123,7 @@ fn a_submit_that_is_not_answered_in_time_names_the_alarm() {
     drop(alarmed.broker);
 }
 
-/// What was sent is waited for after the first signal, and no longer after the second.
+/// After the first signal it waits for what it has sent, and after the second one no longer.
 #[test]
 fn a_submit_hears_signals_during_an_alarm() {
     let alarmed = Alarmed::new();

@@ -1,4 +1,4 @@
-//! `dtc bench`, as far as it can be tried without measuring anything: speed is no test's business.
+//! `dtc bench`, as far as it can be tested without judging speeds.
 
 #![allow(clippy::unwrap_used, reason = "a test may fail here")]
 
@@ -12,10 +12,10 @@ use crate::{
     processes::{Process, World},
 };
 
-/// How long a whole bench may take, processes and all, on a machine that is busy.
+/// How long a whole bench may take, processes included, on a busy machine.
 const LIMIT: Duration = Duration::from_secs(180);
 
-/// Files go where the world's are, so that what is left can be seen.
+/// Files are created in the world's directory, so that leftovers can be found.
 fn bench(world: &World, flags: &[&str]) -> Process {
     let directory = world.path("tmp");
     fs::create_dir(&directory).unwrap();
@@ -61,8 +61,8 @@ fn everything_that_is_measured_is_told_and_drawn() {
     assert_eq!(plot.matches("<circle").count(), 6, "{plot}");
 }
 
-/// What the configuration says of a worker it says of each, so their names have to come from
-/// elsewhere: two that are called alike are told everything twice.
+/// A configured worker's name would apply to each of them, so the bench must choose their names:
+/// two workers with one name would both get all replies.
 #[test]
 fn several_workers_are_called_differently_though_the_configuration_names_one() {
     let mut world = World::at(place());
@@ -79,7 +79,7 @@ fn several_workers_are_called_differently_though_the_configuration_names_one() {
     assert_ne!(ready[0], ready[1]);
 }
 
-/// What the workers are called that have said that they are ready.
+/// The names of the workers that have logged that they are ready.
 fn names_of_workers(world: &World) -> Vec<String> {
     let directories = files_of(world).into_iter().map(|it| world.path("tmp").join(it));
     let files = directories.flat_map(|it| fs::read_dir(it).into_iter().flatten());
@@ -88,7 +88,7 @@ fn names_of_workers(world: &World) -> Vec<String> {
     ready.filter_map(|line| Some(line.split_once("worker=")?.1.trim().to_owned())).collect()
 }
 
-/// When a bench is interrupted.
+/// When to interrupt a bench.
 #[derive(Clone, Copy, Debug)]
 enum During {
     Declaring,
@@ -101,7 +101,7 @@ fn one_that_is_interrupted_leaves_no_process_and_nothing_at_the_broker() {
     let broker = Broker::start();
     for during in [During::Declaring, During::Yardstick, During::Load] {
         let world = World::at(broker.place());
-        // So long that it is there when it has been seen.
+        // Long enough that it is still running when it has been seen.
         let seconds = if matches!(during, During::Yardstick) { "20" } else { "1" };
         let mut bench = bench(&world, &["--seconds", seconds, "--in-flight", "4"]);
         match during {
@@ -128,18 +128,18 @@ fn one_that_is_interrupted_leaves_no_process_and_nothing_at_the_broker() {
     }
 }
 
-/// What a bench has in its directory for files, also directories.
+/// The entries of a bench's directory for files.
 fn files_of(world: &World) -> Vec<String> {
     let files = fs::read_dir(world.path("tmp")).unwrap();
     files.map(|it| it.unwrap().file_name().into_string().unwrap()).collect()
 }
 
-/// The processes that are at work in the world's directory, or have files of it.
+/// The processes that run in the world's directory, or have its files open.
 fn users_of(world: &World) -> BTreeSet<String> {
     let directory = world.path("tmp").parent().unwrap().to_owned();
     let mut users = BTreeSet::new();
     for process in fs::read_dir("/proc").unwrap().map(|it| it.unwrap().path()) {
-        // Whatever isn't a process, or has ended meanwhile, has none.
+        // An entry that isn't a process, or has ended meanwhile, has none.
         let files = fs::read_dir(process.join("fd")).into_iter().flatten();
         let files = files.filter_map(|it| Some(it.ok()?.path())).chain([process.join("cwd")]);
         let mut links = files.filter_map(|it| fs::read_link(it).ok());

@@ -1,4 +1,4 @@
-//! Producers over a real broker: the test plays the worker, message by message.
+//! Producers on a real broker: the test plays the worker, message by message.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
@@ -53,7 +53,7 @@ use crate::{
 /// The default of `topology.clock_margin`.
 const CLOCK_MARGIN: Duration = Duration::from_secs(60);
 
-/// Longer than anything here takes on a machine that is busy.
+/// Longer than anything here takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 // ---- The library -----------------------------------------------------------------------------
@@ -135,7 +135,7 @@ async fn what_is_not_answered_in_time_can_be_asked_for_again_under_the_same_key(
     let desk = Desk::new(place()).await;
     let client = desk.client();
     let mut consumer = desk.consume().await;
-    // With all connections made, a request is with the broker in no time.
+    // With all connections open, a request reaches the broker at once.
     let warm = tokio::spawn({
         let client = client.clone();
         async move { client.submit_and_wait(transaction("TX0"), PATIENCE).await.unwrap() }
@@ -173,9 +173,9 @@ async fn after_a_lost_connection_what_is_unanswered_is_sent_again_under_the_same
     });
     let _broker = restarting.await.unwrap();
     let (desk, mut consumer) = desk.again().await;
-    // The one from before, since nobody has acknowledged it; and its copy.
+    // The earlier request, since nobody has acknowledged it; and its copy.
     let (again, copy) = (take(&mut consumer).await, take(&mut consumer).await);
-    // Its result comes by another queue, since the one from before may still be there, and locked.
+    // Its result comes through another queue, since the earlier one may still exist, locked.
     assert_ne!(copy.reply, first.reply);
     let is_copy = Request { reply: first.reply.clone(), ..copy.clone() };
     assert_eq!([&again, &is_copy], [&first, &first]);
@@ -183,8 +183,8 @@ async fn after_a_lost_connection_what_is_unanswered_is_sent_again_under_the_same
     assert_eq!(waiting.await.unwrap().requested_at, first.key.requested_at);
 }
 
-/// A node that the others have lost sight of keeps its clients' queues, which no result reaches. Or
-/// nothing was decided all the time, and the results are on their way.
+/// A node that was cut off from the others keeps its clients' queues, which no result reaches. Or
+/// nothing was decided meanwhile, and the results are on their way.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_result_that_does_not_come_is_asked_for_by_another_queue_and_may_come_by_both() {
     let desk = Desk::new(place()).await;
@@ -346,7 +346,7 @@ async fn a_signal_ends_the_sending_and_what_was_sent_is_waited_for() {
 async fn status_tells_the_first_record_of_every_transaction_with_the_id() {
     let desk = Desk::new(place()).await;
     let now = Clock::start().now();
-    // As long ago as the journal is complete for.
+    // As far back as the journal is complete.
     let at = Time::from_millis((now + Duration::from_secs(120)).as_millis() / 1000 * 1000);
     let mut first = decision("TX1", at, Outcome::Committed, "w1");
     let payments = ServiceName::parse("payments").unwrap();
@@ -544,7 +544,7 @@ fn a_run_through_a_broker_ends_like_one_without_and_leaves_nothing() {
         ]),
     );
     let command = world.dtc(&["run", "--detail", "--report", "report.json"]);
-    // In a namespace of its own.
+    // In its own namespace.
     let words: Vec<_> = command.get_args().map(ToOwned::to_owned).collect();
     let words = words.iter().filter(|word| **word != *"--namespace" && **word != *place.namespace);
     let mut run = std::process::Command::new(command.get_program());
@@ -580,7 +580,7 @@ struct Desk {
     _leftovers: Leftovers,
 }
 
-/// `place` as reached under another address.
+/// The same `place`, at another address.
 fn at(mut place: Place, url: &str) -> Place {
     url.clone_into(&mut place.url);
     place
@@ -592,7 +592,7 @@ fn address(place: &Place) -> (Address, Names) {
 }
 
 impl Desk {
-    /// With everything declared.
+    /// With the topology declared.
     async fn new(place: Place) -> Self {
         let (address, names) = address(&place);
         let now = Clock::start().now();
@@ -603,7 +603,7 @@ impl Desk {
         Self { begun_at, ..Self::bare(place).await }
     }
 
-    /// With nothing declared.
+    /// Without a topology.
     async fn bare(place: Place) -> Self {
         let (_, names) = address(&place);
         let topology = Topology::of(&names, &[], &Settings::default());
@@ -618,7 +618,7 @@ impl Desk {
         Self { place, names, begun_at, channel, _connection: connection, _leftovers: leftovers }
     }
 
-    /// The same after the broker was away, and the requests.
+    /// The same after the broker was away, with the requests.
     async fn again(self) -> (Self, Consumer) {
         let again = async |connection, channel: Channel| {
             let consumer = consume(&channel, &self.names).await?;

@@ -1,4 +1,4 @@
-//! A broker that comes up: it lets its users in before all their queues are there.
+//! A broker that starts: it accepts connections before all its queues are available.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
@@ -22,7 +22,7 @@ fn an_instance_that_comes_back_before_its_queue_does_blames_nobody() {
     comes_back(&stand, &stand.stock, "dtc service stock", &prepares);
 }
 
-/// The connections end; on the first two that come again there is no such queue.
+/// All connections end; on the first two new ones the queue is missing.
 fn comes_back(stand: &Stand, process: &Process, name: &str, queue: &str) {
     let before = process.stderr.count();
     let consuming = Frames::questions(CONSUME).on(name).about(queue);

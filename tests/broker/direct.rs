@@ -1,4 +1,4 @@
-//! What a test does at the broker by itself, past the proxy.
+//! What a test does at the broker directly, past the proxy.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
@@ -20,10 +20,10 @@ use tokio::{
 
 use crate::{broker::Place, processes::LIMIT};
 
-/// How often a queue is looked into: the broker doesn't tell when something comes.
+/// How often to check a queue: the broker doesn't notify of arrivals.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
-/// A connection of the test's own, and a runtime to wait for it.
+/// The test's own connection, and a runtime to wait for it.
 pub(crate) struct Direct {
     runtime: Runtime,
     channel: Channel,
@@ -43,7 +43,7 @@ impl Direct {
         Self { runtime, channel, _connection: connection }
     }
 
-    /// Publishes to a queue that must be there.
+    /// Publishes to a queue that must exist.
     pub(crate) fn publish(&self, exchange: &str, key: &str, with: BasicProperties, body: &str) {
         let options = BasicPublishOptions { mandatory: true, ..Default::default() };
         let confirmed = self.runtime.block_on(async {
@@ -54,25 +54,25 @@ impl Direct {
         assert!(matches!(confirmed, Confirmation::Ack(None)), "{exchange} {key}: {confirmed:?}");
     }
 
-    /// Deletes a queue, with all that is in it.
+    /// Deletes a queue with its messages.
     pub(crate) fn delete_queue(&self, queue: &str) {
         let deleting = self.channel.queue_delete(queue.into(), QueueDeleteOptions::default());
         self.runtime.block_on(async { deleting.await.unwrap() });
     }
 
-    /// What is published to `exchange` under `key` doesn't come to `queue` any more.
+    /// Unbinds `queue` from `exchange` under `key`.
     pub(crate) fn unbind(&self, queue: &str, exchange: &str, key: &str) {
         let (exchange, key, nothing) = (exchange.into(), key.into(), FieldTable::default());
         let unbinding = self.channel.queue_unbind(queue.into(), exchange, key, nothing);
         self.runtime.block_on(async { unbinding.await.unwrap() });
     }
 
-    /// A queue bound to `exchange` that takes whatever comes.
+    /// A queue bound to `exchange` that takes every message.
     pub(crate) fn open_queue(&self, name: &str, exchange: &str, key: &str) {
         self.queue(name, exchange, key, FieldTable::default());
     }
 
-    /// A queue bound to `exchange` that is full, and refuses what is published.
+    /// A queue bound to `exchange` that is full, and refuses every message.
     pub(crate) fn full_queue(&self, name: &str, exchange: &str, key: &str) {
         let mut arguments = FieldTable::default();
         arguments.insert("x-max-length".into(), AMQPValue::LongInt(1));
@@ -114,17 +114,18 @@ impl Direct {
         });
     }
 
-    /// The bodies of all that is in `queue`, which is empty then.
+    /// Takes the bodies of all messages in `queue`.
     pub(crate) fn take_all(&self, queue: &str) -> Vec<String> {
         std::iter::from_fn(|| self.get(queue)).map(|it| body(&it)).collect()
     }
 
-    /// The body of the next message in `queue` with `text` in it, and those before it are taken.
+    /// The body of the next message in `queue` with `text` in it; earlier ones are dropped.
     pub(crate) fn next_of(&self, queue: &str, text: &str, limit: Duration) -> Option<String> {
         self.find(queue, text, limit).map(|it| body(&it))
     }
 
-    /// Why the message with `text` in its body was set aside in `queue`, if it is within `limit`.
+    /// Why the message with `text` in its body was rejected into `queue`, if that happens within
+    /// `limit`.
     pub(crate) fn rejected(&self, queue: &str, text: &str, limit: Duration) -> Option<String> {
         let found = self.find(queue, text, limit)?;
         let headers = found.properties.headers().as_ref()?;

@@ -1,4 +1,4 @@
-//! The programs in `examples` do what they say at their top.
+//! The programs in `examples` do what their headers say.
 //!
 //! `tests/run` builds them before it runs this: `cargo build --profile optimised --examples`.
 
@@ -19,7 +19,7 @@ use crate::{
     processes::{LIMIT, Process, World},
 };
 
-/// A place with the topology, and nothing that runs.
+/// A place with the topology, and no processes.
 struct Scene {
     world: World,
     _leftovers: Leftovers,
@@ -36,7 +36,7 @@ impl Scene {
         Self { world, _leftovers: leftovers }
     }
 
-    /// An example, told where the broker is as its comment says.
+    /// An example, with the broker's address set as its comment says.
     fn example(&self, name: &str, arguments: &[&str]) -> Process {
         let mut command = example(name);
         command.args(arguments).current_dir(self.world.path(""));
@@ -64,7 +64,7 @@ impl Scene {
     }
 }
 
-/// An example, in an environment in which nothing is set.
+/// An example, in an empty environment.
 fn example(name: &str) -> Command {
     let directory = Path::new(env!("CARGO_BIN_EXE_dtc")).parent().unwrap().join("examples");
     let path = directory.join(name);
@@ -78,7 +78,7 @@ fn example(name: &str) -> Command {
     command
 }
 
-/// Waits until `process` says `line` on stdout.
+/// Waits until `process` prints `line` on stdout.
 #[track_caller]
 fn says(process: &Process, line: &str) {
     assert!(process.stdout.wait_for(line, LIMIT).is_some(), "`{line}` is not said in {LIMIT:?}");
@@ -100,7 +100,7 @@ fn the_example_of_a_producer_has_its_order_committed_by_those_of_a_worker_and_tw
     let [told] = &printed[..] else { panic!("one line, not {printed:?}") };
     assert!(told.starts_with("order-") && told.ends_with(": COMMITTED"), "{told}");
 
-    // Asked again under its key, it is not executed again.
+    // Requested again under its key, it is not executed again.
     let stored = scene.stored("payments");
     let key: TransactionKey = stored[0].split(' ').nth(1).unwrap().parse().unwrap();
     assert_eq!(scene.example("producer", &[&key.to_string()]).succeeded(LIMIT), [told.as_str()]);
@@ -122,7 +122,7 @@ fn the_example_of_a_service_killed_with_an_order_prepared_says_so_and_commits_it
     let scene = Scene::new();
     let _worker = scene.worker();
     let (mut payments, stock) = (scene.service("payments"), scene.service("stock"));
-    // It takes its time, so that nothing is decided while the other one is killed.
+    // It is suspended, so that nothing is decided while the other one is killed.
     stock.stop();
     let order = json!({
         "id": "order-1", "involved_services": ["payments", "stock"], "data": {"amount": 100},

@@ -1,5 +1,5 @@
 //! Frames that lapin could not parse, from a peer that writes them by hand: the broker passes them
-//! on, and nobody who consumes is the worse for it.
+//! on, and no consumer is harmed.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
@@ -35,7 +35,7 @@ use crate::{
 const LIMIT: Duration = Duration::from_secs(60);
 const FRAME_MAX: usize = 131_072;
 
-/// A connection with one channel, whose publishes are confirmed, spoken by hand.
+/// A connection with one channel and confirms, whose frames are written by hand.
 struct Raw(TcpStream);
 
 impl Raw {
@@ -112,7 +112,7 @@ fn long(text: &[u8]) -> Vec<u8> {
     [&u32::try_from(text.len()).unwrap().to_be_bytes(), text].concat()
 }
 
-/// Properties with headers that have so many levels of these kinds by turns, and the id `m1`.
+/// Properties with the id `m1` and headers that have so many levels of these kinds in turn.
 fn nested(levels: usize, kinds: &[u8]) -> (u16, Vec<u8>) {
     let kind_of = |level: usize| kinds[level % kinds.len()];
     let mut inner = Vec::new();
@@ -127,7 +127,7 @@ fn nested(levels: usize, kinds: &[u8]) -> (u16, Vec<u8>) {
 async fn consume(channel: &Channel, queue_type: &str) -> Consumer {
     let mut arguments = FieldTable::default();
     arguments.insert("x-queue-type".into(), AMQPValue::LongString(queue_type.into()));
-    // A quorum queue can't be exclusive; its place is this test's alone.
+    // A quorum queue can't be exclusive; only this test uses its virtual host.
     let is_quorum = queue_type == "quorum";
     let options = QueueDeclareOptions {
         durable: is_quorum,
@@ -160,7 +160,7 @@ fn why(delivery: &Delivery) -> Option<String> {
     Some(marker.as_long_string()?.to_string())
 }
 
-/// A consumer of ours gets everything that a peer may send, on one connection.
+/// One of our consumers gets everything that a peer may send, on one connection.
 async fn is_read(address: &Address, place: &Place) {
     let connection = address.connect("test").await.unwrap();
     let channel = connection.create_channel().await.unwrap();
@@ -232,8 +232,8 @@ async fn a_content_header_that_the_broker_has_made_too_large_is_read() {
     close(&connection).await;
 }
 
-/// The broker doesn't split a content header: a smaller frame size keeps none away, and lapin would
-/// have parsed it before it looked at its size.
+/// The broker doesn't split a content header: a smaller frame size doesn't keep it away, and lapin
+/// would have parsed it before checking its size.
 #[tokio::test]
 async fn a_content_header_that_is_larger_than_we_have_agreed_to_is_read() {
     let place = place();

@@ -1,6 +1,6 @@
-//! Messages whose bytes a broker takes, and a client library can't read.
+//! Messages whose bytes a broker accepts, and a client library can't parse.
 //!
-//! Whoever gets one lives on, sets it aside with a reason, and goes on with what else there is.
+//! A consumer that gets one survives, sets it aside with a reason, and handles the others.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
@@ -14,11 +14,11 @@ use crate::{
     stand::{BOTH, READY, Site, Stand, WITHIN},
 };
 
-/// What can't be read of a message.
+/// The unreadable part of a message.
 struct Poison {
     name: &'static str,
     change: fn(&mut Properties),
-    /// Whether a body that can be read is rejected with it.
+    /// Whether it makes a message with a readable body rejected.
     is_rejected_by_itself: bool,
 }
 
@@ -33,7 +33,8 @@ const POISONS: [Poison; 7] = [
         change: |it| it.headers = Some(nested_arrays(3000)),
         is_rejected_by_itself: true,
     },
-    // All in each other they would keep RabbitMQ 4.3 busy for seconds, and the link would be given up.
+    // Fully nested in each other they would keep RabbitMQ 4.3 busy for seconds, and the link would
+    // be given up.
     Poison {
         name: "nested tables as large as a frame may be",
         change: |it| it.headers = Some(nested_tables(3000).repeat(6)),
@@ -61,7 +62,7 @@ const POISONS: [Poison; 7] = [
     },
 ];
 
-/// A message as it should be, but for its poison.
+/// A message that is correct except for its poison.
 struct Place {
     exchange: &'static str,
     key: &'static [u8],
@@ -133,7 +134,7 @@ fn an_inquiry_under_a_routing_key_that_cannot_be_read_is_set_aside() {
     goes_on(&stand, "dtc worker", connections);
 }
 
-/// No worker would ever get past a record that ends it.
+/// Otherwise no worker could ever read past a record that ends it.
 #[test]
 fn a_record_in_the_journal_that_cannot_be_read_is_skipped_by_every_worker() {
     let stand = Stand::new();
@@ -147,7 +148,7 @@ fn a_record_in_the_journal_that_cannot_be_read_is_skipped_by_every_worker() {
         stand.commits(&BOTH);
     }
     goes_on(&stand, "dtc worker", connections);
-    // One that starts now reads all of it.
+    // A worker that starts now reads all of it.
     let mut command = stand.site.world.dtc(&["worker", "--name", "w2"]);
     let other = Process::start("w2", &mut command);
     other.wait_for_line(READY, WITHIN);
@@ -170,7 +171,7 @@ fn results_that_cannot_be_read_do_not_end_a_producer() {
     goes_on(&stand, "dtc submit", connections);
 }
 
-/// What all tests here stand on.
+/// The base of all tests here.
 #[test]
 fn a_broker_takes_all_of_this_into_its_queues() {
     let site = Site::new();
@@ -201,7 +202,7 @@ fn are_set_aside(name: &str, of: fn(&Stand) -> &Process, place: &Place) {
         let mut properties = properties(place.kind);
         (poison.change)(&mut properties);
         let id = format!("poison-{number}");
-        // What is only spelt badly may be understood.
+        // A text with wrong encoding may still be understood.
         let body = match poison.is_rejected_by_itself {
             true => place.body.replace("ID", &id),
             false => format!("[\"{id}\"]"),
@@ -214,7 +215,7 @@ fn are_set_aside(name: &str, of: fn(&Stand) -> &Process, place: &Place) {
     goes_on(&stand, name, connections);
 }
 
-/// The message with `id` in its body is set aside, and `process` lives.
+/// The message with `id` in its body is set aside, and `process` survives.
 #[track_caller]
 fn is_set_aside(stand: &Stand, process: &Process, id: &str) {
     let reason = stand.site.direct.rejected(&stand.site.name("rejected"), id, WITHIN);
@@ -230,7 +231,7 @@ fn lives(process: &Process, what: &str) {
     assert!(!has_ended, "{what}: the process has ended:\n{}", process.stderr.text());
 }
 
-/// Everything is served, and on the connections that there were; one may have been lost.
+/// Everything is served, on the same connections, except that one may have been lost.
 #[track_caller]
 fn goes_on(stand: &Stand, name: &str, connections: usize) {
     stand.commits(&BOTH);

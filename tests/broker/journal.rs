@@ -1,4 +1,4 @@
-//! What becomes of the journal, and what workers make of it.
+//! Losing and reading the journal.
 
 use std::sync::Arc;
 
@@ -23,14 +23,14 @@ async fn a_host_that_is_gone_is_passed_over() {
     let url = place().url;
     let address = format!("amqp://127.0.0.1:9,{url},amqp://127.0.0.1:9").parse().unwrap();
     let broker = Broker::new(address, "test");
-    // Each begins with any of the hosts.
+    // Each begins with a random host.
     for _ in 0..10 {
         let connection = broker.connect("test").await.unwrap();
         connection.close(200, "done".into()).await.unwrap();
     }
 }
 
-/// Whoever has found nothing in a stream reads the next one on the same connection.
+/// After an empty stream, the next one is read on the same connection.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_connection_outlives_the_reading_of_streams_in_which_there_is_nothing() {
     let system = Setup::new([]).start().await;
@@ -61,9 +61,8 @@ async fn a_connection_outlives_the_reading_of_streams_in_which_there_is_nothing(
     system.stop().await;
 }
 
-/// A journal that is lost takes with it what was decided. Who comes again then, or comes for the
-/// first time and may have been decided before, is handed to a person; nobody is told an outcome
-/// that was guessed.
+/// With a lost journal, its decisions are lost. A request that is repeated then, or that may have
+/// been decided before, is parked; nobody gets a guessed outcome.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_journal_that_is_lost_under_a_worker_is_noticed_and_nothing_is_guessed() {
     let watched = Watched::willing();

@@ -1,5 +1,5 @@
-//! An instance whose former connection is still there for the broker, with the queue that belongs to
-//! it: its machine was cut off, or the broker's node is down.
+//! An instance whose former connection still exists for the broker, with its exclusive queue: its
+//! machine was cut off, or the broker's node is down.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
@@ -22,7 +22,7 @@ use crate::{
     stand::{BOTH, READY, Site, Stand},
 };
 
-/// "At once", on a machine that is busy.
+/// "At once", on a busy machine.
 const AT_ONCE: Duration = Duration::from_secs(5);
 
 const STOCK: &str = "dtc service stock";
@@ -34,7 +34,7 @@ fn an_instance_whose_old_queue_is_still_there_serves_at_once_by_another() {
     stand.site.proxy.sever(STOCK);
     let ready = stand.stock.stderr.wait_for_from(said, READY, AT_ONCE);
     ready.expect("it serves again");
-    // The broker gives every other prepare to the old connection, which it believes to be alive.
+    // The broker delivers every other prepare to the old connection, which it considers alive.
     let ids = [(); 4].map(|()| stand.submit(&BOTH));
     let until = Instant::now() + AT_ONCE;
     let is_committed = |id: &&String| {
@@ -60,7 +60,7 @@ fn a_commit_reaches_an_instance_though_its_old_queue_is_still_there() {
     let id = stand.submit(&BOTH);
     let is_prepared = || std::fs::read_dir(&prepared).is_ok_and(|it| it.count() > 0);
     until("`stock` prepares", is_prepared);
-    // A vote that is lost with the link ends the transaction by its deadline.
+    // If a vote is lost with the link, the transaction ends at its deadline.
     votes.wait_for(1);
     let said = stand.stock.stderr.count();
     stand.site.proxy.sever(STOCK);
@@ -72,8 +72,8 @@ fn a_commit_reaches_an_instance_though_its_old_queue_is_still_there() {
     ready.expect("it serves again");
 }
 
-/// Where a host was tried beside one that was slow, and lost, the broker kept its connection and its
-/// consumer: an instance's commands were given to both, and 170 of them lay unacknowledged for good.
+/// When a host was tried in parallel to a slow one and not used, the broker kept its connection and
+/// consumer: an instance's commands were delivered to both, and 170 of them stayed unacknowledged.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_connection_that_is_let_go_while_a_consumer_begins_is_closed() {
     let place = place();
@@ -104,8 +104,8 @@ async fn a_connection_that_is_let_go_while_a_consumer_begins_is_closed() {
     }
 }
 
-/// Nodes that lost each other delete the exclusive queues of the other side, and don't end their consumers.
-/// A producer noticed by what didn't come, up to 6 s later.
+/// Nodes that lost each other delete the exclusive queues of the other side, and don't end their
+/// consumers. A producer noticed that by missing results, up to 6 s later.
 #[test]
 fn a_results_queue_that_the_broker_does_not_know_any_more_is_replaced_at_once() {
     let broker = Broker::start();

@@ -1,4 +1,4 @@
-//! The real thing: RabbitMQ nodes, and the processes that meet there.
+//! Tests on RabbitMQ nodes, with real processes.
 
 #![allow(clippy::print_stdout, reason = "a test prints what it has measured")]
 

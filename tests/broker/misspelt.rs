@@ -12,7 +12,7 @@ use crate::{
 /// Far fewer than a connection may have.
 const CHANNELS_MAX: u16 = 256;
 
-/// Nothing has been asked of `stock`.
+/// Nothing was requested of `stock` yet.
 fn stand() -> Stand {
     let site = Site::new();
     let services = BOTH.map(|name| site.service(name));

@@ -1,4 +1,4 @@
-//! The nodes themselves: what every other test here stands on.
+//! The nodes themselves, the base of every other test here.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
@@ -28,9 +28,9 @@ use nix::{
 
 use crate::broker::{self, Broker, until_served};
 
-/// How long something may take that should have happened long ago.
+/// How long something may take that should happen at once.
 const LIMIT: Duration = Duration::from_secs(60);
-/// Run again with this set, a test only starts a node and tells where.
+/// With this variable set, a test only starts a node and prints where it is.
 const CHILD: &str = "DTC_TEST_NODE_CHILD";
 
 #[test]
@@ -68,7 +68,7 @@ fn a_node_dies_when_ctrl_c_ends_the_process_that_started_it() {
     });
 }
 
-/// Runs the test called `name` again, as a process that starts a node, and has `end` end it.
+/// Runs the test called `name` again, as a process that starts a node, and ends it by `end`.
 fn dies_with_its_starter(name: &str, end: fn(&mut Child)) {
     if env::var_os(CHILD).is_some() {
         let broker = Broker::start();
@@ -199,7 +199,7 @@ async fn publish(channel: &Channel, queue: &str, body: &str) {
     assert!(matches!(confirmed, Confirmation::Ack(None)), "{confirmed:?}");
 }
 
-/// The first `count` messages, from the start of a stream; taken when there are as many.
+/// The first `count` messages of a stream, once there are as many.
 async fn drain(channel: &Channel, queue: &str, count: usize) -> lapin::Result<Vec<String>> {
     let mut consumer = consume(channel, queue).await?;
     let mut bodies = Vec::new();
@@ -216,7 +216,7 @@ async fn drain(channel: &Channel, queue: &str, count: usize) -> lapin::Result<Ve
     Ok(bodies)
 }
 
-/// Consumes, from the start of a stream.
+/// Consumes a stream from its start.
 async fn consume(channel: &Channel, queue: &str) -> lapin::Result<Consumer> {
     channel.basic_qos(100, BasicQosOptions::default()).await?;
     let mut arguments = FieldTable::default();
@@ -240,7 +240,7 @@ fn processes_of(port: u16) -> BTreeSet<u32> {
     all.filter(is_one).collect()
 }
 
-/// Nobody tells when somebody else's process or directory goes, so this one has to look.
+/// There is no notification when another process or directory goes, so this polls.
 fn wait_until_gone(path: &Path) {
     for _ in 0..600 {
         if !path.exists() || is_zombie(path) {

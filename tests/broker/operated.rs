@@ -1,4 +1,4 @@
-//! What whoever runs a worker does to it without meaning any harm.
+//! What may happen to a worker in normal operation.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 #![allow(clippy::disallowed_methods, reason = "how long a process takes to end")]
@@ -26,17 +26,17 @@ use crate::{
     stand::{BOTH, READY, Site, Stand},
 };
 
-/// Their log fills a pipe several times.
+/// Their log lines fill a pipe several times.
 const MALFORMED: usize = 2000;
 
-/// Their log is more than waits for somebody to read it.
+/// Their log lines are more than may wait to be read.
 const TOO_MANY: usize = 6000;
 
-/// A worker whose log goes into a pipe, which is gone with this.
+/// A worker whose log goes into a pipe, which is closed when this is dropped.
 struct Logging(Child);
 
 impl Logging {
-    /// What it logs, and the worker.
+    /// Its log, and the worker.
     fn worker(site: &Site) -> (PipeReader, Self) {
         let (log, writing) = io::pipe().unwrap();
         let mut command = site.world.dtc(&["worker", "--name", "w1"]);
@@ -77,7 +77,8 @@ fn malformed(site: &Site, count: usize) {
     }
 }
 
-/// The worker wrote its log in the loop that does the work: it stood still, and didn't hear SIGTERM.
+/// The worker wrote its log in the loop that does the work: it stood still, and didn't handle
+/// SIGTERM.
 #[test]
 fn a_worker_whose_log_nobody_reads_goes_on_and_ends_when_told() {
     let site = Site::new();
@@ -117,7 +118,7 @@ fn who_reads_a_log_late_is_told_how_many_lines_are_lost() {
     reading.join().unwrap();
 }
 
-/// Each of them ended a worker at once, and whatever it had begun was left to others.
+/// Each of them ended a worker at once, and left what it had begun to others.
 #[test]
 fn a_signal_that_asks_for_nothing_ends_no_worker_and_one_that_asks_for_the_end_drains() {
     let mut stand = Stand::new();
@@ -131,7 +132,7 @@ fn a_signal_that_asks_for_nothing_ends_no_worker_and_one_that_asks_for_the_end_d
     assert!(stand.worker.stderr.text().contains("stopped"), "{}", stand.worker.stderr.text());
 }
 
-/// The name of a class, as client libraries put it into `type`, got no answer.
+/// A class name, which client libraries put into `type`, led to no answer.
 #[test]
 fn a_request_of_a_foreign_type_is_answered_as_invalid() {
     let stand = Stand::new();
@@ -149,7 +150,7 @@ fn a_request_of_a_foreign_type_is_answered_as_invalid() {
     assert!(told.contains("OrderPlaced, Shop.Api"), "{told}");
 }
 
-/// Workers took 60 s, whatever was configured.
+/// Workers used 60 s, whatever was configured.
 #[test]
 fn a_request_from_a_clock_that_is_ahead_by_less_than_the_margin_is_served() {
     let site = Site::new();
@@ -157,7 +158,7 @@ fn a_request_from_a_clock_that_is_ahead_by_less_than_the_margin_is_served() {
         let mut command = site.world.dtc(words);
         Process::start(words[0], command.env("DTC__TOPOLOGY__CLOCK_MARGIN", "10min"))
     };
-    // How far back a journal reaches when it begins depends on the margin, too.
+    // How far back a new journal is complete depends on the margin, too.
     let file = site.services.to_str().unwrap();
     wide(&["topology", "delete", "--services", file, "--yes"]).succeeded(LIMIT);
     wide(&["topology", "apply", "--services", file]).succeeded(LIMIT);
@@ -175,8 +176,8 @@ fn a_request_from_a_clock_that_is_ahead_by_less_than_the_margin_is_served() {
     drop((worker, services));
 }
 
-/// A line that no message has room for ended the run with everything in flight, and what was committed
-/// was not told.
+/// A line that is too large for any message ended the run with everything in flight, and committed
+/// transactions were not printed.
 #[test]
 fn a_line_that_is_too_large_to_be_sent_loses_no_results_of_those_before_it() {
     const GOOD: usize = 20;
@@ -199,7 +200,7 @@ fn a_line_that_is_too_large_to_be_sent_loses_no_results_of_those_before_it() {
     drop(running);
 }
 
-/// It had begun others when it found that.
+/// Others had already been begun when that was found.
 #[test]
 fn an_array_with_a_transaction_that_is_too_large_for_a_message_begins_nothing() {
     let world = World::at(place());
@@ -251,7 +252,7 @@ fn an_instance_whose_store_takes_nothing_is_not_ready_until_it_does() {
         let submit = site.world.submit_given(&transactions, &["--wait", "--detail"]);
         submit.succeeded(LIMIT).concat()
     };
-    // Where it writes is no directory any more.
+    // Its directory for writing is no longer a directory.
     let writing = state.join("stock/writing");
     fs::remove_dir(&writing).unwrap();
     fs::write(&writing, "").unwrap();
@@ -272,8 +273,8 @@ fn an_instance_whose_store_takes_nothing_is_not_ready_until_it_does() {
     drop(worker);
 }
 
-/// Its services.json said that all instances share one cap, and each of them had slots of its own: the
-/// queue was as an older services.json made it, and nobody said so.
+/// Its services.json said that all instances share one cap, but each of them had its own slots: the
+/// queue was declared from an older services.json, and nothing reported that.
 #[test]
 fn an_instance_whose_services_json_is_not_that_of_its_queue_says_so() {
     let site = Site::new();
@@ -292,11 +293,12 @@ fn an_instance_whose_services_json_is_not_that_of_its_queue_says_so() {
         assert!(line.contains("was made from another services.json"), "{line}");
     }
     drop(another);
-    // The one that has the same as the queue was served all the while, and had nothing to say.
+    // The instance with the same services.json as the queue was served all the time, and logged
+    // nothing about it.
     assert!(!same.stderr.all().iter().any(|line| line.contains("another services.json")));
 }
 
-/// The broker's own words were all: `NOT_FOUND - no queue 'dtc.journal' in vhost '/'`.
+/// The message was only the broker's own: `NOT_FOUND - no queue 'dtc.journal' in vhost '/'`.
 #[test]
 fn a_status_where_there_is_no_journal_says_what_makes_one() {
     let site = Site::new();
@@ -310,7 +312,7 @@ fn a_status_where_there_is_no_journal_says_what_makes_one() {
     );
 }
 
-/// An instance said `not connected`, as where there is no broker.
+/// An instance logged `not connected`, as if there were no broker.
 #[test]
 fn a_service_without_its_topology_says_what_makes_it_and_serves_once_it_is_made() {
     let site = Site::new();

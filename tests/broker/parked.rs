@@ -1,4 +1,4 @@
-//! A commit that its service can't apply: what is said of it, and who goes on with it.
+//! Commits that their service can't apply: what is logged, and who retries them.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
@@ -20,7 +20,7 @@ use crate::{
     stand::{BOTH, Producer, READY, Site},
 };
 
-/// What the worker says when it is over.
+/// What the worker logs when it is settled.
 const SETTLED: &str = "a parked commit is settled";
 
 /// A worker, and a service called `stock` whose first transaction is parked.
@@ -46,7 +46,7 @@ impl Parked {
         Self { producer, worker, stock, site }
     }
 
-    /// One more instance, whose code has no fault.
+    /// Starts one more instance, whose code has no fault.
     fn mended(&self) -> Process {
         let services = json!([{"name": "stock", "max_concurrency": 2}]);
         let services = self.site.world.file("mended.json", &services);
@@ -59,7 +59,7 @@ impl Parked {
     }
 }
 
-/// The worker said that a person is needed, and nobody said a word when it was over.
+/// The worker logged that an operator is needed, and nothing when the commit was applied later.
 #[test]
 fn a_parked_commit_is_said_to_be_tried_on_and_to_be_settled() {
     // The first time, three more for the worker, and one that nobody waits for.
@@ -75,7 +75,7 @@ fn a_parked_commit_is_said_to_be_tried_on_and_to_be_settled() {
     drop(parked.producer);
 }
 
-/// At the default level, the worker's log had nothing of it until the commit was parked.
+/// At the default level, the worker logged nothing about it until the commit was parked.
 #[test]
 fn each_failure_of_a_commit_is_warned_of_by_the_worker() {
     let parked = Parked::new(json!({"fail_first": 5}));
@@ -91,7 +91,7 @@ fn each_failure_of_a_commit_is_warned_of_by_the_worker() {
     }
 }
 
-/// It waited for the whole drain, and for nothing.
+/// It waited for the whole drain, in vain.
 #[test]
 fn an_instance_that_stops_leaves_what_is_parked_to_the_next() {
     const LONG_BEFORE_ITS_DRAIN_ENDS: Duration = Duration::from_secs(15);
@@ -109,7 +109,7 @@ fn an_instance_that_stops_leaves_what_is_parked_to_the_next() {
 }
 
 /// The instance that had the parked command called its own code for ever, though another one had
-/// committed: it was never settled, and its slot never free.
+/// committed: the commit was never settled, and its slot never freed.
 #[test]
 fn what_a_broken_instance_holds_is_applied_by_a_mended_one_and_settled() {
     let parked = Parked::new(json!({"fail_for": ["t-0"]}));
@@ -121,7 +121,7 @@ fn what_a_broken_instance_holds_is_applied_by_a_mended_one_and_settled() {
     drop((parked, mended));
 }
 
-/// How many records of each kind there are of what was handed to people.
+/// How many records of each kind there are in the stream of unresolved transactions.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Records {
     parked: usize,
@@ -156,8 +156,8 @@ fn commits_of(site: &Site, service: &str) -> usize {
     fs::read_to_string(path).unwrap_or_default().lines().count()
 }
 
-/// Each request that was in the hands of the killed worker left a `settled` record for each of its
-/// services, though nothing was parked; and each look at what is parked reads all of them.
+/// Each request of the killed worker left a `settled` record for each of its services, though
+/// nothing was parked; and every reader of the parked ones reads all of these.
 #[test]
 fn a_worker_killed_with_hundreds_of_requests_in_hand_leaves_no_records_of_what_was_not_parked() {
     const TOTAL: usize = 1500;
@@ -183,15 +183,15 @@ fn a_worker_killed_with_hundreds_of_requests_in_hand_leaves_no_records_of_what_w
 
     let committed = answers.iter().filter(|answer| answer.contains("COMMITTED")).count();
     assert_eq!(committed, TOTAL);
-    // What it writes down is safe when it has drained.
+    // What it writes is safe when it has drained.
     next.terminate();
     next.exited(0, LIMIT);
     assert_eq!(Records::at(&site), Records::default());
     drop(services);
 }
 
-/// A worker that dies in the moment in which it has parked a commit has not told anybody: whoever
-/// takes over can't know. That it was settled was left to a record for each request that comes again.
+/// A worker that dies just after it has parked a commit has told nobody: its successor can't know.
+/// That the commit was settled used to be recorded for each request that was delivered again.
 #[test]
 fn a_commit_that_a_worker_parks_and_dies_is_settled_once() {
     // The first time, and three more; the next one is that of the parked command.
@@ -216,8 +216,8 @@ fn a_commit_that_a_worker_parks_and_dies_is_settled_once() {
     drop((producer, stock));
 }
 
-/// A parked command is made safe before it is recorded. If no queue takes it, that may hold up neither
-/// the record nor the result; and it was lost then.
+/// A parked command is made safe before it is recorded. If no queue takes it, that must delay
+/// neither the record nor the result; and the command was lost.
 #[test]
 fn a_parked_commit_that_no_queue_takes_holds_up_no_result_and_gets_there_later() {
     let service = json!([{"name": "stock", "max_concurrency": 2, "commit": {"fail_first": 4}}]);

@@ -1,4 +1,4 @@
-//! Publishing without confirms: what is known of it all the same.
+//! Publishing without confirms, and with short waits.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
@@ -22,7 +22,7 @@ use crate::{
 
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// A queue that ends with the test, and the channel that it belongs to.
+/// An exclusive queue, and its channel.
 async fn queue(place: &Place) -> (Channel, ShortString) {
     let connection = Connection::connect(&place.url, ConnectionProperties::default()).await;
     let channel = connection.unwrap().create_channel().await.unwrap();
@@ -39,8 +39,8 @@ fn large(key: &ShortString) -> Outgoing {
     Outgoing { key: key.clone(), body: vec![b'x'; 1024 * 1024], ..Outgoing::default() }
 }
 
-/// As those of a producer that asks again whenever it listens by another queue: none of its publishes is
-/// waited for as long as it takes to tell that the broker is silent.
+/// Like a producer that asks again whenever it listens on another queue: it waits for none of its
+/// publishes long enough to detect that the broker is silent.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_connection_that_confirms_nothing_is_given_up_though_nobody_waits_for_long() {
     let place = place();

@@ -1,8 +1,8 @@
-//! What the documentation says of RabbitMQ does what it says.
+//! The commands in the documentation about RabbitMQ do what it says.
 //!
-//! The blocks of kind `sh` of a section are run as they stand, one after the other, by one shell, on
-//! a broker of the test's own, in a directory that has `deploy/examples`. The block of kind `text`
-//! behind one says what it prints; `…` stands for any text in a line.
+//! One shell runs the blocks of kind `sh` of a section, one after the other, on the test's own
+//! broker, in a directory with `deploy/examples`. The block of kind `text` after one shows its
+//! output; `…` stands for any text in a line.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
@@ -34,7 +34,7 @@ fn is_like(line: &str, pattern: &str) -> bool {
     rest.is_empty() || pattern.ends_with('…')
 }
 
-/// Follows the section of a page, and compares what is printed with what it says.
+/// Runs the section of a page, and compares the output with the page.
 fn follow(path: &str) {
     assert!(SCRIPTS.contains(&(path, HEADING, "tests/broker/readme.rs")), "{path} is listed");
     let (script, wanted) = script(&page(path), HEADING);

@@ -1,7 +1,7 @@
-//! Messages that come back, among others that don't.
+//! Returned messages, among others that are not returned.
 //!
-//! The proxy holds the worker's confirms for a moment and says many by one frame, as a broker may at
-//! any time: then it is for the worker to tell which message has come back.
+//! The proxy delays the worker's confirms and combines many in one frame, as a broker may at any
+//! time: then the worker must find out which message was returned.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
@@ -20,7 +20,7 @@ use crate::{
 const PUBLISH: &str = "dtc worker w1 (publish)";
 
 fn site() -> Site {
-    // What is told of `payments` by mistake is told before it votes.
+    // A mistake about `payments` would show before it votes.
     let payments = json!({"name": "payments", "max_concurrency": 60, "max_wait_ms": 10_000,
         "prepare": {"latency_ms": [300, 300]}});
     let stock = json!({"name": "stock", "max_concurrency": 60, "max_wait_ms": 10_000});
@@ -37,7 +37,7 @@ fn a_service_whose_queue_is_gone_is_unknown_and_none_beside_it() {
     let warm: Vec<_> = (0..COUNT).flat_map(|_| [of(&["payments"]), of(&["stock"])]).collect();
     warm.iter().for_each(|id| drop(stand.answered(id, LIMIT)));
 
-    // The worker believes that `stock` is there, with free slots.
+    // The worker believes that `stock` exists, with free slots.
     stand.site.direct.delete_queue(&stand.site.name("prepare.stock"));
     let ids: Vec<_> = (0..COUNT).map(|_| (of(&["payments"]), of(&["stock"]))).collect();
     let mut ends: BTreeMap<(&str, String), usize> = BTreeMap::new();

@@ -1,4 +1,4 @@
-//! A broker's password, and the key of a certificate, are nowhere in what commands print, at any level of the log.
+//! No command prints the broker's password or the key of a certificate, at any log level.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
@@ -12,10 +12,10 @@ use crate::{
     processes::{LIMIT, Process, World},
 };
 
-/// What must not be seen again. Nothing else is called like this.
+/// The secret, which must not appear anywhere. Nothing else has this name.
 const CANARY: &str = "cAnArY-4711";
 
-/// How a command is told the password.
+/// How a command gets the password.
 #[derive(Clone, Copy)]
 enum Way {
     Url,
@@ -23,7 +23,7 @@ enum Way {
     File,
 }
 
-/// A system that is told the password in one way.
+/// A system that gets the password in one way.
 struct Told<'a> {
     world: &'a World,
     way: Way,
@@ -50,7 +50,7 @@ impl Told<'_> {
         }
     }
 
-    /// The commands that end by themselves, in an order in which they can work.
+    /// The commands that end by themselves, in an order in which they work.
     fn brief(&self, services: &Path, transactions: &Path) -> Vec<Command> {
         let (services, transactions) = (services.to_str().unwrap(), transactions.to_str().unwrap());
         // In a namespace of its own: it brings its own services.
@@ -130,7 +130,7 @@ fn no_command_prints_the_password_whether_it_is_right_or_wrong() {
     }
 }
 
-/// Whether any line of a key in PEM is there.
+/// Whether any line of a PEM key is shown.
 fn shows(printed: &str, key: &str) -> bool {
     key.lines().filter(|line| !line.starts_with("-----")).any(|line| printed.contains(line))
 }
@@ -159,10 +159,10 @@ fn no_command_prints_the_key_of_its_certificate_whether_it_is_right_or_wrong() {
     let (key_file, content) = ("key.pem".to_owned(), known.key.clone());
     let cases = [
         (&known, &known, key_file.clone(), 0),
-        // Another's, and what should be in the file.
+        // Another certificate's key, and the right one.
         (&known, &foreign, key_file.clone(), 78),
         (&known, &known, content, 78),
-        // The broker doesn't know who has signed it.
+        // The broker doesn't know its CA.
         (&foreign, &foreign, key_file, 77),
     ];
     for (shown, of, key_file, expected) in cases {

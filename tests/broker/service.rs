@@ -1,4 +1,4 @@
-//! A service over a real broker: the test plays the worker, message by message.
+//! A service on a real broker: the test plays the worker, message by message.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
@@ -49,9 +49,9 @@ use crate::{
     lines::Lines,
 };
 
-/// Longer than anything here takes on a machine that is busy.
+/// Longer than anything here takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// For how long a prepare waits for a slot, or for the service to come, in milliseconds.
+/// How long a prepare waits for a slot, or for an instance, in milliseconds.
 const PATIENT: u64 = 60_000;
 const SERVICE: &str = "payments";
 const HASH: &str = "000102030405060708090a0b0c0d0e0f";
@@ -67,7 +67,7 @@ async fn what_is_prepared_is_voted_for_and_committed() {
     let branch = vote["branch"].clone();
     assert!(branch.as_str().unwrap().starts_with(vote["instance"].as_str().unwrap()));
 
-    // Again: the same branch, and nothing is called.
+    // Again: the same branch, and no call.
     world.prepare(&[1]).await;
     assert_eq!(world.hear("vote").await["branch"], branch);
 
@@ -123,7 +123,7 @@ async fn the_broker_alone_holds_the_cap() {
     let mut held = world.hear_all("vote", 3).await;
     world.waits_in(&world.names.prepare_of(&world.service), 6).await;
     let mut voted = held.len();
-    // Each that ends makes room for one more, and for no second.
+    // Each one that ends makes room for exactly one more.
     while let Some(vote) = held.pop() {
         world.commit(&vote).await;
         world.hear("done").await;
@@ -160,7 +160,7 @@ async fn another_instance_votes_for_what_a_killed_one_has_prepared() {
     killed.child.kill().unwrap();
     killed.child.wait().unwrap();
     let service = world.serve(r#""max_concurrency": 2"#, |settings| settings);
-    // The broker delivers both again; what is held keeps its branch.
+    // The broker delivers both again; a held one keeps its branch.
     let again = world.hear_all("vote", 2).await;
     for vote in &again {
         let first = votes.iter().find(|it| it["id"] == vote["id"]).unwrap();
@@ -221,7 +221,7 @@ async fn what_nobody_can_read_is_rejected_and_the_rest_goes_on() {
         (&to_all, "all", "dtc.finish.v1", None, "[]".to_owned(), "reply_to"),
         (&to_all, "gone", "dtc.query.v1", w1, json!([{"id": "?"}]).to_string(), "id"),
     ];
-    // With one slot, each prepare that kept it would end the test here.
+    // With one slot, any prepare that kept it would end the test here.
     for (exchange, to, kind, reply_to, body, complaint) in bad {
         let message = (kind, reply_to, body.clone().into_bytes());
         world.publish_raw(exchange, &key(to, SERVICE), message).await;
@@ -258,7 +258,7 @@ async fn a_parked_commit_is_kept_until_its_done_is_safe() {
     let service = world.serve(r#""max_concurrency": 1"#, |settings| settings);
     world.prepare(&[1]).await;
     let vote = world.hear("vote").await;
-    // No queue takes what goes to any worker, so the done can't be safe.
+    // No queue takes messages for any worker, so the done can't be safe.
     let inquiries = world.names.inquiries();
     let unbound = world.channel.queue_unbind(
         inquiries.clone(),
@@ -289,7 +289,7 @@ async fn commands_for_an_instance_that_is_gone_are_applied_by_another() {
     let vote = world.hear("vote").await;
     killed.child.kill().unwrap();
     killed.child.wait().unwrap();
-    // What its broken connection had in hand would come to the other one too.
+    // The other one would also get what its broken connection holds.
     world.drop_prepares().await;
     let service = world.serve(r#""max_concurrency": 2"#, |settings| settings);
     world.wait_for_consumer().await;
@@ -301,7 +301,7 @@ async fn commands_for_an_instance_that_is_gone_are_applied_by_another() {
     assert_eq!(world.committed(), [1]);
 }
 
-/// Both served, and each was told to commit what the other one had prepared.
+/// Both served, and each got commits of what the other one had prepared.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_instance_with_another_store_does_not_serve_beside_those_that_share_one() {
     let world = World::new(place(), PATIENT).await;
@@ -320,7 +320,7 @@ async fn an_instance_with_another_store_does_not_serve_beside_those_that_share_o
     first.stop().await.unwrap();
     drop(second);
     assert_eq!(world.committed(), [1]);
-    // Nobody is left who would differ.
+    // There is no other instance left that differs.
     drop(world.start_process_with(elsewhere.path(), one));
 }
 
@@ -346,7 +346,7 @@ async fn what_is_left_of_a_store_that_nobody_serves_with_keeps_out_no_one() {
     service.stop().await.unwrap();
 }
 
-/// It said that it was done, since it holds nothing of it; and nobody ever committed it.
+/// It answered that it was done, since it holds nothing of it; and nobody ever committed it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_commit_that_reaches_another_store_is_an_error_and_waits_for_the_right_one() {
     let world = World::new(place(), PATIENT).await;
@@ -368,7 +368,7 @@ async fn a_commit_that_reaches_another_store_is_an_error_and_waits_for_the_right
     println!("{said}");
     assert!(said.contains(vote["branch"].as_str().unwrap()), "{said}");
 
-    // Parked, it stays with the wrong instance for as long as that is there.
+    // A parked commit stays with the wrong instance as long as that is connected.
     world.tell("gone", "dtc.finish.v1", &[commit_of(&vote, true)]).await;
     let queue = world.names.finish_any_of(&world.service);
     world.waits_in(&queue, 0).await;
@@ -392,7 +392,7 @@ async fn a_restart_of_the_broker_changes_neither_what_is_held_nor_the_cap() {
     broker.restart();
     world.reconnect().await;
     world.wait_for_consumer().await;
-    // The prepares of both are gone with the broker, their slots are not.
+    // The prepares of both are lost with the broker, but not their slots.
     world.prepare(&[3, 4, 5]).await;
     world.tell("all", "dtc.query.v1", &[query(1), query(2)]).await;
     let again = world.hear_all("vote", 2).await;
@@ -442,7 +442,7 @@ async fn a_service_that_stops_takes_nothing_new_and_hears_of_what_it_holds() {
     service.tell_to_stop();
     world.wait_for_no_consumer().await;
     world.prepare(&[2]).await;
-    // Another one takes what comes meanwhile.
+    // Another instance takes what comes meanwhile.
     let other = world.serve(r#""max_concurrency": 4"#, |settings| settings);
     let taken = world.hear("vote").await;
     assert_eq!(id(&taken), 2);
@@ -504,7 +504,7 @@ async fn what_an_instance_holds_is_committed_while_its_prepare_queue_is_missing(
     let queue = world.names.prepare_of(&world.service);
     world.channel.queue_delete(queue, QueueDeleteOptions::default()).await.unwrap();
     timeout(PATIENCE, serving.wait_for(|serves| !*serves)).await.unwrap().unwrap();
-    // What is sent while it connects may be lost with its queue: it asks.
+    // A message that is sent while it connects may be lost with its queue: it inquires.
     world.commit(&vote).await;
     while world.hear_message().await.0 == "inquiry" {
         world.commit(&vote).await;
@@ -604,20 +604,20 @@ impl Running {
         self.stop.take().unwrap().send(()).unwrap();
     }
 
-    /// Ends it as it should end: with nothing held, or when its time is over.
+    /// Ends it properly: with nothing held, or when its drain is over.
     async fn stop(mut self) -> Result<(), ServeError> {
         self.tell_to_stop();
         timeout(PATIENCE, self.task).await.expect("it stops").unwrap()
     }
 
-    /// Ends it in the middle of whatever it does.
+    /// Ends it in the middle of its work.
     async fn stop_now(self) {
         self.task.abort();
         assert!(self.task.await.unwrap_err().is_cancelled());
     }
 }
 
-/// An instance that serves in a process of its own.
+/// An instance in a separate process.
 struct Process {
     child: Child,
     printed: Lines,
@@ -650,7 +650,7 @@ impl World {
         }
     }
 
-    /// Connects again, to a broker that was gone.
+    /// Reconnects to a broker that was gone.
     async fn reconnect(&mut self) {
         let again = async |connection, channel: Channel| {
             passive(&channel, self.names.prepare_of(&self.service).as_str()).await?;
@@ -685,9 +685,9 @@ impl World {
         apply(&broker, &self.names, &services, &options).await.unwrap();
     }
 
-    /// What is said to `w1`, and to any worker.
+    /// Reads messages to `w1`, and to any worker.
     async fn hear_from(&self, (consumer, mut inquiries): (Consumer, Consumer)) {
-        // What comes by the queue of all workers is put where the rest is.
+        // Messages in the queue of all workers are put with the others.
         let (channel, replies) = (self.channel.clone(), self.names.replies());
         tokio::spawn(async move {
             while let Some(Ok(delivery)) = inquiries.next().await {
@@ -710,7 +710,7 @@ impl World {
         format!(r#"[{{"name": "{SERVICE}", {fields}}}]"#)
     }
 
-    /// Serves the service, with what `change` makes of the settings.
+    /// Serves the service, with the settings as modified by `change`.
     fn serve(&self, fields: &str, change: impl FnOnce(ServeSettings) -> ServeSettings) -> Running {
         let spec = services::read("spec", self.spec(fields).as_bytes()).unwrap().remove(0);
         let broker = Address::new(self.place.url.parse().unwrap(), "test");
@@ -730,7 +730,7 @@ impl World {
         Running { stop: Some(stop), task }
     }
 
-    /// Serves the service in a process of its own, and returns when it is ready.
+    /// Serves the service in a separate process, and returns when it is ready.
     fn start_process(&self, fields: &str) -> Process {
         self.start_process_with(self.directory.path(), fields)
     }
@@ -743,7 +743,7 @@ impl World {
         process
     }
 
-    /// The same, and returns at once.
+    /// The same, without waiting.
     fn start(&self, state: &Path, fields: &str) -> Process {
         let services = self.directory.path().join("services.json");
         fs::write(&services, self.spec(fields)).unwrap();
@@ -776,14 +776,15 @@ impl World {
         ids
     }
 
-    /// What was called and how it ended, in the order of the ends.
+    /// The calls and how they ended, in the order of their ends.
     fn calls(&self) -> Vec<String> {
         let calls = self.log("calls.log");
         let ended = calls.iter().filter(|line| line[1] == "end");
         ended.map(|line| format!("{} {} {}", line[2], line[3], line[7])).collect()
     }
 
-    /// How many transactions were between the start of their prepare and their end at once.
+    /// How many transactions were in progress at once, from the start of their prepare to their
+    /// end.
     fn most_at_once(&self) -> usize {
         let (mut held, mut most) = (BTreeSet::new(), 0);
         for line in self.log("calls.log") {
@@ -865,7 +866,7 @@ impl World {
         items
     }
 
-    /// The next item of one kind, after so many messages at most.
+    /// The next item of one kind, after at most so many messages.
     async fn hear_at_last(&self, kind: &str) -> Value {
         for _ in 0..20 {
             let (heard, mut items) = self.hear_message().await;
@@ -898,7 +899,7 @@ impl World {
 
     // ---- What the broker has -----------------------------------------------------------------
 
-    /// How many messages wait in `queue`, and how many consume it.
+    /// How many messages wait in `queue`, and how many consumers it has.
     async fn counts(&self, queue: &str) -> (u32, u32) {
         let queue = passive(&self.channel, queue).await.unwrap();
         (queue.message_count(), queue.consumer_count())
@@ -928,14 +929,14 @@ impl World {
     async fn until(&self, what: &str, is_so: impl Fn() -> bool) {
         let seen = async {
             while !is_so() {
-                // The broker's answer takes a while, and it has to be looked at again anyway.
+                // The broker's counts lag, so they must be polled anyway.
                 self.counts(self.names.inquiries().as_str()).await;
             }
         };
         timeout(PATIENCE, seen).await.unwrap_or_else(|_| panic!("not so: {what}"));
     }
 
-    /// Throws away what waits for a slot, once nobody holds any of it.
+    /// Drops prepares that wait for a slot, once nobody holds any of them.
     async fn drop_prepares(&self) {
         let queue = self.names.prepare_of(&self.service);
         self.waits_in(&queue, 1).await;
@@ -955,7 +956,7 @@ async fn passive(channel: &Channel, queue: &str) -> lapin::Result<Queue> {
     channel.queue_declare(queue.into(), options, FieldTable::default()).await
 }
 
-/// Consumes what is said to `w1`, and to any worker.
+/// Consumes messages to `w1`, and to any worker.
 async fn listen(channel: &Channel, names: &Names) -> lapin::Result<(Consumer, Consumer)> {
     let queue = ShortString::from(format!("{}.replies.w1", names.namespace()));
     let (exclusive, bind) = (

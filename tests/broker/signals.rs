@@ -1,4 +1,4 @@
-//! What the tests do to processes, tried on one that does nothing.
+//! The tests' own tools for processes, tried on a simple one.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 

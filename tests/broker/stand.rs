@@ -1,7 +1,8 @@
-//! A worker, two services and a producer, as processes, that find their broker behind a [`Proxy`].
+//! A worker, two services and a producer, as processes, which reach their broker through a
+//! [`Proxy`].
 //!
-//! They run long before anything is stopped on their connections, and nobody starts one of them
-//! again: what comes back comes back by itself.
+//! They run long before anything is stopped on their connections, and nothing restarts them: they
+//! must recover by themselves.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
@@ -26,19 +27,19 @@ use crate::{
     proxy::{Proxy, Tap},
 };
 
-/// How long a system may stand still, whatever it is that doesn't come.
+/// How long a system may stand still, whatever fails to arrive.
 pub(crate) const WITHIN: Duration = Duration::from_secs(15);
 
-/// How often one more transaction is submitted while none is committed.
+/// How often one more transaction is submitted while none commits.
 const ANOTHER_AFTER: Duration = Duration::from_secs(1);
 
-/// What a process says when it serves.
+/// What a process logs when it serves.
 pub(crate) const READY: &str = "ready";
 
 /// The two services.
 pub(crate) const BOTH: [&str; 2] = ["payments", "stock"];
 
-/// A system behind a proxy. Processes go before the proxy does, or they would complain.
+/// A system behind a proxy. Processes end before the proxy does, or they would log errors.
 pub(crate) struct Stand {
     producer: Producer,
     pub(crate) worker: Process,
@@ -47,12 +48,12 @@ pub(crate) struct Stand {
     pub(crate) site: Site,
 }
 
-/// Where a system is to be.
+/// The place of a system.
 pub(crate) struct Site {
     pub(crate) proxy: Proxy,
-    /// Everything by way of the proxy.
+    /// Everything through the proxy.
     pub(crate) world: World,
-    /// The same place, straight.
+    /// The same place, without the proxy.
     pub(crate) place: Place,
     pub(crate) direct: Direct,
     pub(crate) services: PathBuf,
@@ -60,7 +61,7 @@ pub(crate) struct Site {
 }
 
 impl Site {
-    /// The topology of both services, and nothing that runs.
+    /// The topology of both services, and no processes.
     pub(crate) fn new() -> Self {
         let service = |name| json!({"name": name, "max_concurrency": 8, "max_wait_ms": 10_000});
         Self::of(place(), json!([service("payments"), service("stock")]))
@@ -86,12 +87,12 @@ impl Site {
         Self { proxy, world, place, direct, services, _leftovers: leftovers }
     }
 
-    /// `dtc worker` called `w1`, just started.
+    /// `dtc worker` named `w1`, just started.
     pub(crate) fn start_worker(&self, flags: &[&str]) -> Process {
         Process::start("w1", self.world.dtc(&["worker", "--name", "w1"]).args(flags))
     }
 
-    /// `dtc worker` called `w1`, serving.
+    /// `dtc worker` named `w1`, serving.
     pub(crate) fn worker(&self, flags: &[&str]) -> Process {
         let worker = self.start_worker(flags);
         worker.wait_for_line(READY, LIMIT);
@@ -112,14 +113,14 @@ impl Site {
         service
     }
 
-    /// A producer that submits one by one.
+    /// A producer that submits transactions one by one.
     pub(crate) fn producer(&self) -> Producer {
         let flags = ["submit", "-", "--wait", "--output", "ndjson", "--detail", "--timeout", "60s"];
         let (process, stdin) = Process::start_fed("producer", &mut self.world.dtc(&flags));
         Producer { process, stdin, number: AtomicUsize::new(0) }
     }
 
-    /// A queue's name, where names begin with the namespace.
+    /// A queue's full name, from its name after the namespace.
     pub(crate) fn name(&self, rest: &str) -> String {
         format!("{}.{rest}", self.place.namespace)
     }
@@ -143,7 +144,7 @@ impl Site {
 }
 
 impl Stand {
-    /// Everything serving; one transaction has gone through.
+    /// Everything serving; one transaction has committed.
     pub(crate) fn new() -> Self {
         Self::at(Site::new(), &[])
     }
@@ -181,18 +182,18 @@ impl Stand {
         self.producer.submit(services)
     }
 
-    /// How transaction `id` ends, within `limit`.
+    /// The result of transaction `id`, within `limit`.
     #[track_caller]
     pub(crate) fn answered(&self, id: &str, limit: Duration) -> Value {
         self.producer.answered(id, limit)
     }
 
-    /// How transaction `id` ends, if it does within `limit`.
+    /// The result of transaction `id`, if there is one within `limit`.
     pub(crate) fn answer(&self, id: &str, limit: Duration) -> Option<Value> {
         self.producer.answer(id, limit)
     }
 
-    /// How many lines each process has said by now.
+    /// How many lines each process has logged so far.
     pub(crate) fn marked(&self) -> Mark {
         let [worker, stock, producer] = [&self.worker, &self.stock, &self.producer.process]
             .map(|process| process.stderr.count());
@@ -200,8 +201,8 @@ impl Stand {
         Mark { at: Instant::now(), worker, stock, producer, answers }
     }
 
-    /// What `stopped` counts was stopped at `mark`. One transaction over `services` runs into that and
-    /// must end in time; one that is submitted afterwards must be committed in time.
+    /// What `stopped` counts was stopped at `mark`. One transaction over `services` runs into that
+    /// and must end in time; one that is submitted afterwards must commit in time.
     #[track_caller]
     pub(crate) fn commits_again(&self, mark: &Mark, stopped: &Tap, services: &[&str]) {
         let first = self.producer.submit(services);
@@ -210,7 +211,7 @@ impl Stand {
         let mut later = Vec::new();
         let committed = loop {
             later.push(self.producer.submit(services));
-            // Answers may be in any order, and what has come before was of the first one.
+            // Results may be in any order, and earlier ones were of the first transaction.
             let again_at = Instant::now() + ANOTHER_AFTER.min(mark.left());
             let mut from = mark.answers;
             let mut committed = None;
@@ -238,7 +239,8 @@ impl Stand {
         self.site.is_committed_once(committed, services);
     }
 
-    /// The worker says, at `mark` or later, which wait has ended, and for how long nothing had come.
+    /// The worker logs, at `mark` or later, which wait has ended, and for how long nothing had
+    /// arrived.
     #[track_caller]
     pub(crate) fn worker_says(&self, mark: &Mark, thing: &str) {
         says(&self.worker, mark.worker, mark, thing);
@@ -257,7 +259,7 @@ impl Stand {
     }
 }
 
-/// A moment, and how much everyone had said by then.
+/// A moment, and how much every process had logged by then.
 pub(crate) struct Mark {
     at: Instant,
     worker: usize,
@@ -267,13 +269,13 @@ pub(crate) struct Mark {
 }
 
 impl Mark {
-    /// How much is left of the time within which everything must go on.
+    /// How much time is left until everything must work again.
     pub(crate) fn left(&self) -> Duration {
         WITHIN.saturating_sub(self.at.elapsed())
     }
 }
 
-/// `process` says in a line from number `first` on which wait has ended, and how long it lasted.
+/// `process` logs, from line number `first` on, which wait has ended, and how long it lasted.
 #[track_caller]
 pub(crate) fn says(process: &Process, first: usize, mark: &Mark, thing: &str) {
     let mut from = first;
@@ -303,7 +305,7 @@ pub(crate) fn is_end_of_a_wait(line: &str, thing: &str) -> bool {
     line.contains(thing) && says_how_long
 }
 
-/// A producer that goes on for as long as it lives.
+/// A producer that runs as long as it lives.
 pub(crate) struct Producer {
     process: Process,
     stdin: ChildStdin,
@@ -319,13 +321,13 @@ impl Producer {
         id
     }
 
-    /// How transaction `id` ends, within `limit`.
+    /// The result of transaction `id`, within `limit`.
     #[track_caller]
     pub(crate) fn answered(&self, id: &str, limit: Duration) -> Value {
         self.answer(id, limit).unwrap_or_else(|| panic!("{id} is not answered within {limit:.1?}"))
     }
 
-    /// How transaction `id` ends, if it does within `limit`.
+    /// The result of transaction `id`, if there is one within `limit`.
     pub(crate) fn answer(&self, id: &str, limit: Duration) -> Option<Value> {
         let said = self.process.stdout.wait_for(&format!("\"{id}\""), limit)?;
         Some(serde_json::from_str(&said).unwrap())

@@ -1,9 +1,9 @@
 //! A whole system in this process, on a broker of the tests: workers, instances of services, and a
 //! producer.
 //!
-//! Whoever starts one stops it: [`System::stop`] lets workers and instances finish, in this order,
-//! and checks that none of them has panicked or given up, and that the services hold nothing and
-//! were called no more often than needed.
+//! A test that starts one must stop it: [`System::stop`] lets workers and instances finish, in this
+//! order, and checks that none of them has panicked or given up, and that the services hold nothing
+//! and were called no more often than needed.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
@@ -63,8 +63,8 @@ pub(crate) struct Served {
 }
 
 impl Served {
-    /// A service with one instance. Its prepares wait for a slot as long as need be, so that no
-    /// busy machine makes transactions abort that wouldn't elsewhere.
+    /// A service with one instance. Its prepares wait for a slot as long as necessary, so that a
+    /// busy machine causes no aborts.
     pub(crate) fn new(name: &'static str, max_concurrency: u32, watched: &Watched) -> Self {
         Self {
             name,
@@ -82,7 +82,7 @@ impl Served {
     }
 }
 
-/// Systems share the machine, unless one of them wants it for itself.
+/// Systems share the machine, unless one of them needs it exclusively.
 static MACHINE: RwLock<()> = RwLock::const_new(());
 
 /// A system's right to the machine.
@@ -91,7 +91,7 @@ enum Share {
     All { _guard: RwLockWriteGuard<'static, ()> },
 }
 
-/// What a system is to be like.
+/// The properties of a system.
 pub(crate) struct Setup {
     workers: usize,
     services: Vec<Served>,
@@ -100,13 +100,13 @@ pub(crate) struct Setup {
 }
 
 impl Setup {
-    /// One worker, which is patient.
+    /// One worker, with long time-outs.
     pub(crate) fn new(services: impl IntoIterator<Item = Served>) -> Self {
         let services = services.into_iter().collect();
         Self { workers: 1, services, is_alone: false, tune: Box::new(|_| ()) }
     }
 
-    /// With no other system beside it: its speed is measured.
+    /// Without another system beside it: its speed is measured.
     pub(crate) fn alone(mut self) -> Self {
         self.is_alone = true;
         self
@@ -132,7 +132,7 @@ impl Setup {
         settings
     }
 
-    /// Makes its topology, starts everything, and returns when everything is at work.
+    /// Declares its topology, starts everything, and returns when everything serves.
     pub(crate) async fn start(self) -> System {
         let share = match self.is_alone {
             true => Share::All { _guard: MACHINE.write().await },
@@ -187,7 +187,7 @@ impl Setup {
     }
 }
 
-/// A producer with as much in flight as it likes.
+/// A producer without a limit of its own.
 fn client_of(broker: &Broker, names: &Names) -> Client {
     let settings = client::Settings { in_flight_max: 100_000, ..client::Settings::default() };
     Client::with(broker.clone(), names.clone(), settings)
@@ -195,7 +195,7 @@ fn client_of(broker: &Broker, names: &Names) -> Client {
 
 type Instance = JoinHandle<Result<(), ServeError>>;
 
-/// Everything at work.
+/// A running system.
 pub(crate) struct System {
     pub(crate) broker: Broker,
     pub(crate) names: Names,
@@ -210,7 +210,7 @@ pub(crate) struct System {
 }
 
 impl System {
-    /// Makes what is missing of the topology.
+    /// Declares what is missing of the topology.
     pub(crate) async fn apply_topology(&self) {
         let (services, options) = &self.topology;
         apply(&self.broker, &self.names, services, options).await.unwrap();
@@ -265,17 +265,17 @@ impl System {
         client_of(&self.broker, &self.names)
     }
 
-    /// How a transaction over `services` ends.
+    /// The result of a transaction over `services`.
     pub(crate) async fn run(&self, id: &str, services: &[&str], data: Value) -> Answer {
         run(&self.client, Submission::new(id, services.iter().copied(), data)).await
     }
 
-    /// How all of them end, submitted at once.
+    /// The results of all transactions, submitted at once.
     pub(crate) async fn run_all(&self, submissions: Vec<Submission>) -> Vec<Answer> {
         join_all(submissions.into_iter().map(|submission| run(&self.client, submission))).await
     }
 
-    /// Lets everyone finish; what each worker did.
+    /// Lets all processes finish; returns what each worker did.
     pub(crate) async fn stop(self) -> Vec<Tally> {
         let services = self.services.clone();
         let tallies = self.stop_whatever_happened().await;
@@ -288,7 +288,7 @@ impl System {
         tallies
     }
 
-    /// The same, where links were made to be lost and services to be called again.
+    /// The same for a test in which links are lost and services called again.
     pub(crate) async fn stop_whatever_happened(mut self) -> Vec<Tally> {
         self.stopping.send_replace(true);
         let mut tallies = Vec::new();
@@ -302,7 +302,7 @@ impl System {
     }
 }
 
-/// How `submission` ends.
+/// The result of `submission`.
 pub(crate) async fn run(client: &Client, submission: Submission) -> Answer {
     client.submit_and_wait(submission, LIMIT).await.unwrap()
 }
@@ -315,7 +315,7 @@ fn stopped(stopping: &watch::Sender<bool>) -> impl Future<Output = ()> + Send + 
     }
 }
 
-/// A connection for what no worker, service or producer of ours does.
+/// A connection for actions that no worker, service or producer of ours does.
 pub(crate) struct Raw {
     connection: Connection,
     channel: Channel,
@@ -330,7 +330,7 @@ impl Raw {
         Self { connection, channel }
     }
 
-    /// Publishes to a queue that must be there.
+    /// Publishes to a queue that must exist.
     pub(crate) async fn publish(
         &self,
         exchange: &str,
@@ -351,13 +351,13 @@ impl Raw {
         self.channel.exchange_delete(exchange.clone(), options).await.unwrap();
     }
 
-    /// Deletes a queue, with all that is in it.
+    /// Deletes a queue with its messages.
     pub(crate) async fn delete_queue(&self, queue: &ShortString) {
         let options = QueueDeleteOptions::default();
         self.channel.queue_delete(queue.clone(), options).await.unwrap();
     }
 
-    /// Everything in `queue`, from its beginning if it is a stream.
+    /// All messages in `queue`, from its beginning if it is a stream.
     pub(crate) async fn read(&self, queue: &ShortString) -> Reading {
         let channel = self.connection.create_channel().await.unwrap();
         channel.basic_qos(1000, BasicQosOptions::default()).await.unwrap();
@@ -370,7 +370,7 @@ impl Raw {
         Reading { consumer: consumer.await.unwrap(), _channel: channel }
     }
 
-    /// A copy of all that goes through a topic exchange from now on.
+    /// A copy of all messages to a topic exchange from now on.
     pub(crate) async fn copies(&self, exchange: &ShortString) -> Reading {
         let options = QueueDeclareOptions { exclusive: true, ..Default::default() };
         let queue = self.channel.queue_declare("".into(), options, FieldTable::default());
@@ -381,7 +381,7 @@ impl Raw {
         self.read(&queue).await
     }
 
-    /// How many messages are ready in `queue`, and how many consume it.
+    /// How many messages are ready in `queue`, and how many consumers it has.
     pub(crate) async fn counts(&self, queue: &ShortString) -> (u32, u32) {
         let options = QueueDeclareOptions { passive: true, ..Default::default() };
         let declared = self.channel.queue_declare(queue.clone(), options, FieldTable::default());
@@ -389,12 +389,12 @@ impl Raw {
         (declared.message_count(), declared.consumer_count())
     }
 
-    /// The broker doesn't tell when a consumer comes, so it is asked again and again.
+    /// The broker doesn't notify of consumers, so this polls.
     async fn until_consumed(&self, queue: &ShortString, consumers: usize) {
         self.until(queue, |(_, n)| n as usize == consumers).await;
     }
 
-    /// The same for messages that wait.
+    /// The same for waiting messages.
     pub(crate) async fn until(&self, queue: &ShortString, is_so: impl Fn((u32, u32)) -> bool) {
         let asking = async {
             while !is_so(self.counts(queue).await) {
@@ -407,7 +407,7 @@ impl Raw {
     }
 }
 
-/// What comes out of a queue.
+/// The messages read from a queue.
 pub(crate) struct Reading {
     consumer: Consumer,
     _channel: Channel,

@@ -1,4 +1,4 @@
-//! Everything over TLS: brokers that are trusted and brokers that aren't, and who we are to them.
+//! Everything over TLS: trusted and untrusted brokers, and client certificates.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 #![allow(clippy::print_stdout, reason = "a test shows what was said")]
@@ -28,7 +28,7 @@ const CA: &str = "DTC__BROKER__TLS__CA_FILE";
 const CERTIFICATE: &str = "DTC__BROKER__TLS__CERTIFICATE_FILE";
 const KEY: &str = "DTC__BROKER__TLS__KEY_FILE";
 
-/// The place, reached with TLS at `host`, as `user` if anyone.
+/// The place, reached with TLS at `host`, as `user` if there is one.
 fn secured(broker: &Broker, mut place: Place, user: &str, host: &str) -> Place {
     let (_, vhost) = place.url.rsplit_once('/').unwrap();
     place.url = format!("amqps://{user}{host}:{}/{vhost}", broker.secure_port());
@@ -79,7 +79,7 @@ fn everything_works(world: &World) {
     assert_eq!(committed.lines().count(), 2, "{committed}");
 }
 
-/// What `dtc topology check` says, and how it ends.
+/// The output and the exit of `dtc topology check`.
 #[track_caller]
 fn check(world: &World, flags: &[&str]) -> (i32, String) {
     let mut process = Process::start("check", world.dtc(&["topology", "check"]).args(flags));
@@ -89,7 +89,7 @@ fn check(world: &World, flags: &[&str]) -> (i32, String) {
     (code, said)
 }
 
-/// Asserts that it ends with `code`, and says this.
+/// Asserts that it ends with `code` and this message.
 #[track_caller]
 fn assert_refused(world: &World, flags: &[&str], code: i32, said: &str) {
     let (ended, saying) = check(world, flags);
@@ -153,7 +153,7 @@ fn a_port_without_tls_is_told_from_one_with_it() {
     for _ in 0..5 {
         assert_refused(&world, &[], 77, "wants TLS: its URL must begin with amqps://");
     }
-    // Who it is known to by a certificate doesn't help where nobody looks at it.
+    // A client certificate doesn't help at a broker that doesn't ask for it.
     let client = ours.signs("shop", &[]);
     world.telling(CA, "ca.pem", ours.certificate());
     world.telling(CERTIFICATE, "client.pem", &client.certificate);
@@ -173,7 +173,7 @@ fn a_broker_that_asks_who_we_are_is_shown_a_certificate() {
         world
     };
     let world = at("guest:guest@");
-    // It comes after what is a handshake for us, so it had better be heard each time.
+    // The alert arrives after the end of the client's handshake, so it must be read each time.
     for _ in 0..5 {
         assert_refused(&world, &[], 77, "it wants a client certificate, and none is set");
     }
@@ -186,7 +186,7 @@ fn a_broker_that_asks_who_we_are_is_shown_a_certificate() {
     assert_refused(&world, &shown, 77, "it does not trust the CA that has signed it");
     show(&world, &ours.signed_long_ago("shop", &[]));
     assert_refused(&world, &shown, 77, "it does not accept our certificate: it has expired");
-    // The user is who the password is of, whatever the certificate says; nothing is declared yet.
+    // The user is that of the password, whatever the certificate says; nothing is declared yet.
     show(&world, &ours.signs("anyone", &[]));
     assert_eq!(check(&world, &shown).0, 1);
 
@@ -244,7 +244,7 @@ fn what_is_renewed_is_taken_when_a_connection_is_made_again() {
     let renewed = new.signs("broker", &["localhost"]);
     broker.certify(&renewed.certificate, &renewed.key);
     broker.control(&["close_all_connections", "--global", "to see who comes back"]);
-    // It has worked before, so it goes on trying.
+    // It has worked before, so it retries.
     worker.wait_for_line("is signed by no CA that is trusted here", LIMIT);
     let so_far = worker.stderr.count();
     fs::write(world.path("ca.pem"), new.certificate()).unwrap();

@@ -1,4 +1,4 @@
-//! `dtc topology` at a broker: what it makes, what it names as another, and what it never loses.
+//! `dtc topology` on a broker: what it declares, what it reports, and that it loses nothing.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
@@ -215,7 +215,7 @@ async fn prepares_that_wait_and_instances_that_hold_some_survive_a_replacement()
     let replaced = world.replace(&[]).exited(0).said("");
     assert_eq!(replaced, format!("replaced queue `{queue}`\nmoved 18 prepares and 0 finishes\n"));
 
-    // Its consumer has ended; it comes again, and finds what it didn't hold.
+    // Its consumer has ended; it consumes again, and finds what it didn't hold.
     let ended = tokio::time::timeout(LIMIT, instance.next()).await.unwrap();
     assert!(ended.is_none(), "{ended:?}");
     let mut bodies: BTreeSet<String> = held.into_iter().map(|(_, body)| body).collect();
@@ -446,7 +446,7 @@ impl System {
         }
     }
 
-    /// Takes so many more prepares, none of which may be among those taken before.
+    /// Takes so many more prepares, all different from those taken before.
     async fn take_prepares(&self, count: usize, taken: &mut BTreeSet<String>) {
         let (_, mut instance) = self.consume("prepare.stock", 0).await;
         for _ in 0..count {
@@ -461,7 +461,7 @@ impl System {
         self.consume_with(queue, prefetch, FieldTable::default()).await
     }
 
-    /// By a consumer that is ended, and never moved over, when the queue is declared anew.
+    /// By a consumer that is ended, and not moved, when the queue is declared again.
     async fn consume_as_instances_do(&self, queue: &str, prefetch: u16) -> (Channel, Consumer) {
         let ending = table([("x-cancel-on-ha-failover", AMQPValue::Boolean(true))]);
         self.consume_with(queue, prefetch, ending).await
@@ -482,7 +482,7 @@ impl System {
         (channel, consumer)
     }
 
-    /// Ends a consumer, and waits until the broker counts it no more.
+    /// Ends a consumer, and waits until the broker no longer counts it.
     async fn end(&self, (channel, consumer): (Channel, Consumer), queue: &str) {
         channel.close(200, "done".into()).await.unwrap();
         drop(consumer);
@@ -499,7 +499,7 @@ impl System {
         tokio::time::timeout(LIMIT, counting).await.expect("the broker notices");
     }
 
-    /// Everything in a queue.
+    /// All messages in a queue.
     async fn drain(&self, queue: &str) -> Vec<u32> {
         let queue = format!("{}.{queue}", self.ns());
         let channel = self.channel().await;
@@ -514,7 +514,7 @@ impl System {
         numbers
     }
 
-    /// Since when the first records of the journal say that it is complete.
+    /// The times since which the first records of the journal declare it complete.
     async fn journal(&self, count: usize) -> Vec<u64> {
         let channel = self.channel().await;
         channel.basic_qos(10, BasicQosOptions::default()).await.unwrap();
@@ -562,8 +562,8 @@ fn now_ms() -> u64 {
     u64::try_from(now.as_millis()).unwrap()
 }
 
-/// What `apply` and `check` say there is to do. Nothing did: whoever had changed `max_wait_ms` was told
-/// of an argument of a queue, and not of `--replace`.
+/// The remedy that `apply` and `check` name. They named none: after a change of `max_wait_ms` they
+/// reported an argument of a queue, and not `--replace`.
 fn way_out(service: &str) -> String {
     format!(
         "the queue of `{service}` was made from another max_wait_ms (x-message-ttl) or cap \
@@ -592,7 +592,7 @@ impl Ended {
         self
     }
 
-    /// What stands on stdout, where this stands on stderr.
+    /// Its stdout, after asserting its stderr.
     #[track_caller]
     fn said(self, stderr: &str) -> String {
         assert_eq!(self.stderr, stderr);

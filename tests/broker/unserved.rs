@@ -1,4 +1,4 @@
-//! A service that exists and that nobody serves.
+//! A service that exists and has no instances.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
@@ -20,8 +20,8 @@ use crate::{
 const BEGINS: &str = "no instance serves a service";
 const ENDS: &str = "a service is served again";
 
-/// How one transaction over both services ends while nobody serves `stock`: what the producer is
-/// told in words.
+/// The reason in words, as the producer gets it, for one transaction over both services while
+/// `stock` has no instances.
 #[track_caller]
 fn message(stand: &Stand) -> Option<String> {
     let answer = stand.answered(&stand.submit(&BOTH), WITHIN);
@@ -31,7 +31,7 @@ fn message(stand: &Stand) -> Option<String> {
     reason["message"].as_str().map(str::to_owned)
 }
 
-/// Those that follow one that is told so are told so too.
+/// Later transactions get the same reason.
 #[track_caller]
 fn nobody_serves_stock(stand: &Stand) {
     const COUNT: usize = 3;
@@ -41,7 +41,7 @@ fn nobody_serves_stock(stand: &Stand) {
     }
 }
 
-/// How often the worker has said `what` of `stock`, in lines that name its queue.
+/// How often the worker has logged `what` about `stock`, in lines that name its queue.
 fn times(stand: &Stand, level: &str, what: &str) -> usize {
     let queue = stand.site.name("prepare.stock");
     let said = stand.worker.stderr.all();
@@ -51,7 +51,7 @@ fn times(stand: &Stand, level: &str, what: &str) -> usize {
     said.iter().filter(is_it).count()
 }
 
-/// `stock` comes later than everybody else, is killed, and comes again.
+/// `stock` starts later than everything else, is killed, and starts again.
 fn comes_and_goes(max_wait_ms: u64) {
     let service = |name| json!({"name": name, "max_concurrency": 8, "max_wait_ms": max_wait_ms});
     let site = Site::of(place(), json!([service("payments"), service("stock")]));
@@ -78,7 +78,7 @@ fn comes_and_goes(max_wait_ms: u64) {
     assert_eq!((times(&stand, "WARN", BEGINS), times(&stand, "INFO", ENDS)), (2, 2));
 }
 
-/// An instance comes; the worker says so, and transactions commit.
+/// An instance starts; the worker logs it, and transactions commit.
 fn serves_stock_again(stand: &mut Stand) {
     let said = stand.worker.stderr.count();
     stand.stock = stand.site.service("stock");
@@ -98,7 +98,7 @@ fn a_service_that_nobody_serves_is_told_from_a_busy_one_where_prepares_come_back
 }
 
 /// The only slot of `stock` is held when its instance dies, and a prepare would wait there for a
-/// minute: nothing comes back that would tell.
+/// minute: no message would report it.
 #[test]
 fn a_service_whose_instance_died_with_its_only_slot_is_told_too() {
     const COUNT: usize = 10;
@@ -122,7 +122,7 @@ fn a_service_whose_instance_died_with_its_only_slot_is_told_too() {
 
     let began = Instant::now();
     let ids: Vec<_> = (0..COUNT).map(|_| stand.submit(&["stock"])).collect();
-    // The first one finds nobody before it is known that there is nobody.
+    // The first one finds no instance before that is known.
     for id in &ids {
         let answer = stand.answered(id, Duration::from_secs(25).saturating_sub(began.elapsed()));
         println!("{answer} {:.1?}", began.elapsed());
@@ -137,7 +137,7 @@ fn a_service_whose_instance_died_with_its_only_slot_is_told_too() {
 #[test]
 fn who_waits_for_a_service_that_nobody_serves_is_served_when_an_instance_comes() {
     const COUNT: usize = 50;
-    // Less than a transaction's own time, and more than it takes to start an instance.
+    // Less than a transaction's own timeout, and more than an instance takes to start.
     let service = |name| json!({"name": name, "max_concurrency": 8, "max_wait_ms": 4000});
     let site = Site::of(place(), json!([service("payments"), service("stock")]));
     let payments = site.service("payments");
@@ -156,7 +156,7 @@ fn who_waits_for_a_service_that_nobody_serves_is_served_when_an_instance_comes()
     assert_eq!((times(&stand, "WARN", BEGINS), times(&stand, "INFO", ENDS)), (1, 1));
 }
 
-/// Ahead of one request are many for a service without instances: far more than may wait in the
+/// Before one request there are many for a service without instances: far more than may wait in the
 /// worker.
 #[tokio::test(flavor = "multi_thread")]
 async fn requests_for_a_service_that_nobody_serves_hold_up_no_other_service() {

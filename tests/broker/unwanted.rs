@@ -1,4 +1,4 @@
-//! A producer whose queue for results takes none, and never will.
+//! A producer whose results queue takes no results, and never will.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
@@ -51,7 +51,7 @@ fn results_that_are_refused_for_ever_are_given_up_and_hold_up_no_others() {
     let alone = took(&stand);
     let before = published.count();
     (1..=COUNT).for_each(request);
-    // Results travel together, so there may be fewer messages than results.
+    // Results share messages, so there may be fewer messages than results.
     published.wait_for(before + 1);
     let beside = took(&stand);
     println!(
@@ -60,7 +60,7 @@ fn results_that_are_refused_for_ever_are_given_up_and_hold_up_no_others() {
     assert!(beside < alone * 3 + std::time::Duration::from_secs(1), "{alone:?} {beside:?}");
     stand.site.is_committed_once("unwanted-0", &BOTH);
 
-    // The producer makes room, and asks again for the same.
+    // The producer makes room, and requests the same again.
     direct.delete_queue("full");
     direct.open_queue("roomy", &results, "tk.*");
     request(0);

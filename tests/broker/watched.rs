@@ -1,9 +1,8 @@
-//! A service made for tests: it does what its script says, and keeps a record of every call.
+//! A service made for tests: it does what its script says, and records every call.
 //!
-//! What a scenario claims about a service is measured here, on the service's side of the SDK: when
-//! it was called for what, how it answered, what it holds, and how much it ever held at once. A
-//! transaction is held from the call of its prepare until a refusal, a "nothing to commit", or a
-//! commit or an abort that succeeded.
+//! Scenarios measure here, on the service's side of the SDK, when a service was called for what,
+//! how it answered, what it holds, and how much it ever held at once. A transaction is held from
+//! the call of its prepare until a refusal, a "nothing to commit", or a successful commit or abort.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
@@ -25,7 +24,7 @@ use tokio::{
     time::{Instant, timeout},
 };
 
-/// How long something may take that should have happened long ago.
+/// How long something may take that should happen at once.
 pub(crate) const LIMIT: Duration = Duration::from_secs(120);
 
 /// A function of a service.
@@ -36,7 +35,7 @@ pub(crate) enum What {
     Abort,
 }
 
-/// What a script is asked.
+/// The question to a script.
 #[derive(Clone, Debug)]
 pub(crate) struct Asked {
     pub(crate) what: What,
@@ -57,12 +56,12 @@ pub(crate) enum Ending {
     Panic,
 }
 
-/// How a call ended.
+/// The end of a call.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Ended {
-    /// By itself.
+    /// It returned.
     With(Ending),
-    /// It took too long, and was dropped.
+    /// It timed out, and was dropped.
     Dropped,
 }
 
@@ -88,7 +87,7 @@ impl Call {
     }
 }
 
-/// Everything that is known of a service.
+/// All records of a service.
 #[derive(Default, Debug)]
 pub(crate) struct Book {
     pub(crate) calls: Vec<Call>,
@@ -96,7 +95,7 @@ pub(crate) struct Book {
     /// What is prepared.
     pub(crate) prepared: BTreeMap<Branch, InDoubt>,
     pub(crate) committed: BTreeMap<TransactionKey, Branch>,
-    /// What took a slot and has not given it back.
+    /// What has taken a slot and not released it.
     held: BTreeSet<Branch>,
     pub(crate) most_held: usize,
     /// The same for each instance.
@@ -105,7 +104,7 @@ pub(crate) struct Book {
 
 type Script = Box<dyn Fn(Asked) -> BoxFuture<'static, Ending> + Send + Sync>;
 
-/// A service of which several instances may run: they share what it holds.
+/// A service of which several instances may run: they share its state.
 #[derive(Clone)]
 pub(crate) struct Watched(Arc<Shared>);
 
@@ -116,7 +115,7 @@ struct Shared {
 }
 
 impl Watched {
-    /// A service whose every call ends as `script` says.
+    /// A service whose calls end as `script` says.
     pub(crate) fn new<F>(script: impl Fn(Asked) -> F + Send + Sync + 'static) -> Self
     where
         F: Future<Output = Ending> + Send + 'static,
@@ -128,7 +127,7 @@ impl Watched {
         }))
     }
 
-    /// A service that agrees to everything at once.
+    /// A service that accepts everything at once.
     pub(crate) fn willing() -> Self {
         Self::new(|_| std::future::ready(Ending::Done))
     }
@@ -179,7 +178,7 @@ impl Watched {
     }
 }
 
-/// A call under way; dropped, it has ended.
+/// A call in progress; dropping it ends it.
 struct Running<'a> {
     of: &'a Watched,
     number: usize,

@@ -2,7 +2,7 @@
 //! wrong; then all is well again, and everything must come to its end.
 //!
 //! * `DTC_SIM_SCHEDULES`: how many schedules the full run takes (200,000 when optimized).
-//! * `DTC_SIM_SEED`: the seed it begins with, and the one that `a_seed_from_outside` runs;
+//! * `DTC_SIM_SEED`: the seed it begins with, and the one that `the_seed_of_the_environment_is_simulated` runs;
 //!   `DTC_SIM_TRACE=1` has the latter print every line, `DTC_SIM_BUG` gives it a bug.
 //! * `DTC_SIM_MINUTES`: a long campaign instead: as many schedules as that takes.
 

@@ -1,9 +1,9 @@
-//! Every wait for the broker has an end.
+//! Every wait for the broker has a time limit.
 //!
-//! A system runs behind a proxy, which then stops one kind of answer on the connections that there
-//! are, and no other. Within 15 s a transaction that is submitted afterwards must be committed, with
-//! nobody started again by hand; and one line in a log must say which wait has ended, and for how
-//! long nothing had come.
+//! A system runs behind a proxy, which then stops exactly one kind of answer on the existing
+//! connections. A transaction that is submitted afterwards must commit within 15 s, without a
+//! restart of any process; and a log line must name the wait that has ended, and for how long
+//! nothing had arrived.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 

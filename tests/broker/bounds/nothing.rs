@@ -1,4 +1,4 @@
-//! What the other tests here stand on: behind the proxy a system works, and comes back when its
+//! The base of the other tests here: a system works behind the proxy, and recovers when its
 //! connections end.
 
 use crate::{

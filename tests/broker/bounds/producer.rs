@@ -1,4 +1,4 @@
-//! What a producer waits for.
+//! The waits of a producer.
 
 use crate::{
     proxy::Frames,
@@ -21,11 +21,11 @@ fn requests_that_are_never_confirmed_are_answered_all_the_same() {
     let requests = stand.site.name("requests/");
     let mark = stand.marked();
     let stopped = stand.site.proxy.stop(Frames::confirms().on("dtc submit").about(&requests));
-    // Each result says that its request arrived, so no wait for a confirm comes to its end.
+    // Each result shows that its request arrived, so no wait for a confirm reaches its limit.
     stand.commits_again(&mark, &stopped, &BOTH);
 }
 
-/// Neither is the request taken, nor is that ever said.
+/// The broker neither takes the request nor reports that.
 #[test]
 fn a_publishing_connection_of_a_producer_that_is_read_no_more_is_given_up() {
     let stand = Stand::new();

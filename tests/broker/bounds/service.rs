@@ -1,4 +1,4 @@
-//! What an instance of a service waits for.
+//! The waits of an instance of a service.
 
 use crate::{
     proxy::Frames,
@@ -28,7 +28,7 @@ fn commits_that_are_never_delivered_are_asked_for_again() {
     stand.stock_says(&mark, &own);
 }
 
-/// The slots of what is finished stay taken for the broker.
+/// For the broker, the slots of finished transactions stay taken.
 #[test]
 fn prepares_whose_acknowledgements_get_lost_do_not_use_up_the_slots() {
     let stand = Stand::at(Site::narrow(), &[]);
@@ -41,7 +41,7 @@ fn prepares_whose_acknowledgements_get_lost_do_not_use_up_the_slots() {
     stand.stock_says(&mark, &prepares);
 }
 
-/// Votes and dones, and whatever else it says.
+/// Votes, dones, and everything else that it publishes.
 #[test]
 fn a_publishing_connection_of_a_service_that_is_read_no_more_is_given_up() {
     let stand = Stand::new();

@@ -1,4 +1,4 @@
-//! Connections on which nothing comes any more.
+//! Connections on which nothing arrives any more.
 
 use std::time::Duration;
 
@@ -34,7 +34,7 @@ fn a_producer_whose_connections_fall_silent_connects_again() {
     falls_silent("dtc submit", |stand, mark| stand.producer_says(mark, ""));
 }
 
-/// The broker speaks no more, and hears all.
+/// The broker sends nothing more, but receives everything.
 fn falls_silent(name: &str, says: impl Fn(&Stand, &crate::stand::Mark)) {
     let stand = Stand::new();
     let mark = stand.marked();
@@ -43,8 +43,8 @@ fn falls_silent(name: &str, says: impl Fn(&Stand, &crate::stand::Mark)) {
     says(&stand, &mark);
 }
 
-/// Neither end hears anything of the other. The broker believes the old connections to be alive, and
-/// gives them their turn, until they have as much in hand as they may.
+/// No packet passes in either direction. The broker considers the old connections alive, and goes
+/// on delivering to them up to their prefetch.
 #[test]
 fn a_system_whose_every_connection_falls_into_a_hole_connects_again() {
     let stand = Stand::new();
@@ -54,8 +54,8 @@ fn a_system_whose_every_connection_falls_into_a_hole_connects_again() {
     stand.worker_says(&mark, "");
     stand.stock_says(&mark, "");
     let began = Instant::now();
-    // The broker is shown that the old connections are alive, so it still hands out messages to them:
-    // as many as their prefetch lets it. Many at once are soon more than that.
+    // The broker considers the old connections alive, so it still delivers messages to them, up to
+    // their prefetch. Many messages soon exceed that.
     let is_any_committed = || {
         let ids: Vec<_> = (0..20).map(|_| stand.submit(&BOTH)).collect();
         let until = Instant::now() + Duration::from_secs(6);
@@ -70,7 +70,7 @@ fn a_system_whose_every_connection_falls_into_a_hole_connects_again() {
     println!("{connections} connections, and then {}", stand.site.proxy.connections(""));
 }
 
-/// Heartbeats alone are no reason to give up a connection on which everything else comes.
+/// Missing heartbeats alone are no reason to give up a connection on which everything else arrives.
 #[test]
 fn a_broker_that_says_everything_but_heartbeats_is_believed_to_be_alive() {
     let stand = Stand::new();

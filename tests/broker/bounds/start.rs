@@ -1,4 +1,4 @@
-//! What is waited for while somebody takes their place at the broker.
+//! The waits of a process that starts.
 
 use std::time::Duration;
 
@@ -11,8 +11,8 @@ use crate::{
     stand::{BOTH, READY, Site, Stand, WITHIN},
 };
 
-/// No such answer comes on the first connection that waits for one: whoever waits is at work in
-/// time all the same.
+/// Such an answer is missing on the first connection that waits for one: the process must be ready
+/// in time all the same.
 fn comes_to_work(frames: Frames, start: impl Fn(&Site) -> Process) {
     let site = Site::new();
     let stopped = site.proxy.rule(frames, Reach::First, Deed::Swallow);
@@ -76,7 +76,7 @@ starts! {
         stock, Frames::answers(QUEUE_BIND_OK).on("dtc service stock");
 }
 
-/// A node that is cut off from the others lets everybody in, and declares nothing.
+/// A node that is cut off from the others accepts connections, and declares nothing.
 #[test]
 fn who_is_let_in_by_a_host_that_declares_nothing_begins_at_the_next_one_before_giving_that_up() {
     for start in [worker, stock] {
@@ -109,8 +109,8 @@ fn a_producer_that_is_given_no_channel_asks_again() {
     asks_again(Frames::answers(CHANNEL_OPEN_OK));
 }
 
-/// No such answer comes on the first connection of a producer that waits for one: what it submits is
-/// answered in time.
+/// Such an answer is missing on a producer's first connection that waits for one: what it submits
+/// must get its result in time.
 fn asks_again(frames: Frames) {
     let site = Site::new();
     let services = BOTH.map(|name| site.service(name));

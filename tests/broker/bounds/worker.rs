@@ -1,4 +1,4 @@
-//! What a worker waits for.
+//! The waits of a worker.
 
 use std::time::Duration;
 
@@ -75,7 +75,7 @@ fn replies_that_are_never_delivered_are_asked_for_again() {
     stand.worker_says(&mark, &replies);
 }
 
-/// The worker has as many requests in hand as it may, and has acknowledged them all.
+/// The worker holds as many requests as it may, and has acknowledged all of them.
 #[test]
 fn requests_whose_acknowledgements_get_lost_do_not_use_up_what_a_worker_may_hold() {
     let stand = Stand::at(Site::new(), &["--max-in-flight", "2"]);
@@ -90,7 +90,7 @@ fn requests_whose_acknowledgements_get_lost_do_not_use_up_what_a_worker_may_hold
     stand.worker_says(&mark, &requests);
 }
 
-/// The broker reads nothing more of what the worker publishes, and is alive otherwise.
+/// The broker reads no more of the worker's publishes, and is alive otherwise.
 #[test]
 fn a_publishing_connection_that_is_read_no_more_is_given_up() {
     let stand = Stand::new();
@@ -100,7 +100,7 @@ fn a_publishing_connection_that_is_read_no_more_is_given_up() {
     stand.worker_says(&mark, &stand.site.name("replies"));
 }
 
-/// The worker has never had to do with the service.
+/// The worker has not used the service before.
 #[test]
 fn a_service_that_is_looked_for_in_vain_is_looked_for_again() {
     let site = Site::new();
@@ -116,8 +116,9 @@ fn a_service_that_is_looked_for_in_vain_is_looked_for_again() {
     stand.worker_says(&mark, &queue);
 }
 
-/// What is on its way while a stream's writer moves to another node is lost without a word, and so are
-/// the stream's consumers. It took 10 s until it was published again, and 3 s more until it was read.
+/// A publish that arrives while a stream's writer moves to another node is lost silently, and so
+/// are the stream's consumers. It took 10 s until the append was published again, and 3 s more
+/// until it was read.
 #[test]
 fn an_append_that_is_lost_with_the_readers_of_the_journal_is_repeated_and_read_in_seconds() {
     let stand = Stand::new();

@@ -1,5 +1,5 @@
-//! Queues that are deleted and declared anew while they are consumed, before the consumer's channel
-//! hears of it: that one is held up, as it may be when there is much to do.
+//! Queues that are deleted and declared again while they are consumed, before the consumer's
+//! channel is notified: the channel is suspended, as it may be when it is busy.
 
 use dtc::protocol::ids::ServiceName;
 use lapin::{
@@ -19,7 +19,8 @@ use crate::{
     processes::{LIMIT, Process, World},
 };
 
-/// The channels that consume `queue`, as the node calls them, do nothing until they are let go.
+/// Suspends the channels that consume `queue`, by their process ids in the node, until they are
+/// resumed.
 fn hold_up(broker: &Broker, system: &System, queue: &str) {
     let (_, vhost) = system.world.place.url.rsplit_once('/').unwrap();
     let vhost = vhost.replace("%2f", "/");
@@ -53,8 +54,8 @@ fn an_instance_whose_queue_is_replaced_while_its_channel_is_busy_takes_prepares_
     let mut replacing = system.world.dtc(&["topology", "apply", "--replace", "payments"]);
     Process::start("replace", replacing.arg("--services").arg(services)).succeeded(LIMIT);
     let_go(&broker);
-    // It notices by whatever comes first: its consumer is ended, is found to be forgotten, or has been
-    // replaced by one on another channel meanwhile.
+    // It notices in one of several ways: the broker ends its consumer, the consumer is found to be
+    // lost, or was already replaced by one on another channel.
     let plan = Plan { services: &["payments"], total: 10, per_second: 100, timeout: Some(LIMIT) };
     let results = Load::start(&system, "t", plan).results();
     assert_eq!(results.committed().len(), 10, "{:?}", results.counts());
@@ -77,7 +78,7 @@ fn a_worker_whose_requests_are_declared_anew_while_its_channel_is_busy_notices_w
     let_go(&broker);
     let plan = Plan { services: &["payments"], total: 10, per_second: 100, timeout: None };
     let load = Load::start(&system, "t", plan);
-    // It consumes by another channel, or by another connection.
+    // It consumes on another channel or connection.
     let results = load.results();
     assert_eq!(results.committed().len(), 10, "{:?}", results.counts());
     drop(worker);
@@ -98,7 +99,7 @@ fn an_instance_whose_queue_of_prepares_is_a_quorum_queue_takes_them_too() {
     assert!(told.iter().any(|line| line.contains("COMMITTED")), "{told:?}");
 }
 
-/// Deletes the queue of requests, and makes it again as it was.
+/// Deletes the request queue, and declares it again with the same arguments.
 async fn declare_anew(system: &System) {
     let url = &system.world.place.url;
     let connection = Connection::connect(url, ConnectionProperties::default()).await.unwrap();

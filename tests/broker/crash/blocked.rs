@@ -1,4 +1,4 @@
-//! A broker that has no memory left, and then has again.
+//! A broker that runs out of memory, and recovers.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{broker::Broker, processes::LIMIT};
 
-/// More than are through before `rabbitmqctl` has started, on a machine that is busy.
+/// More than can be completed before `rabbitmqctl` has started on a busy machine.
 const TRANSACTIONS: usize = 1200;
 
 #[test]
@@ -33,7 +33,7 @@ fn a_broker_that_takes_no_messages_for_a_while_makes_everyone_wait_and_nothing_f
     broker.control(&["set_vm_memory_high_watermark", "0.00001"]);
     let blocked = Instant::now();
     println!("{}", worker.wait_for_line("the broker takes no messages for now", LIMIT));
-    // What it had published before is answered, and then nothing more goes on.
+    // Earlier publishes are answered, and then everything waits.
     worker.wait_for_line("the broker takes no messages yet", LIMIT);
     let stalled = load.in_flight();
     broker.control(&["set_vm_memory_high_watermark", "0.6"]);

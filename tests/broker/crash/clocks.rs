@@ -1,4 +1,4 @@
-//! Clocks that are wrong, and clocks that are set while processes run.
+//! Wrong clocks, and clocks that are set while processes run.
 
 use std::{
     fs,
@@ -33,20 +33,20 @@ use crate::{
 const NOT_READY: &str = "not ready until the clocks fit";
 const FITS_AGAIN: &str = "this worker's clock fits that of the broker again";
 
-/// A machine's clock, as the processes see it that run there.
+/// A machine's clock, as its processes see it.
 struct Machine {
     library: PathBuf,
     offset: PathBuf,
 }
 
 impl Machine {
-    /// One whose clock is so many seconds ahead.
+    /// A machine whose clock is so many seconds ahead.
     fn ahead_by(system: &System, name: &str, seconds: i64) -> Self {
         let library = system.world.path(&format!("{name}.so"));
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/clock.c");
         let mut compiler = Command::new("cc");
         compiler.args(["-shared", "-fPIC", "-O1", "-o"]).args([&library, &source]);
-        // A linker is there, since Rust needs one.
+        // There is a linker, since Rust needs one.
         assert!(compiler.status().unwrap().success(), "{compiler:?}");
         let machine = Self { library, offset: system.world.path(&format!("{name}.offset")) };
         machine.set(seconds);
@@ -54,7 +54,7 @@ impl Machine {
     }
 
     fn set(&self, seconds: i64) {
-        // Whoever reads it meanwhile finds one of both.
+        // A process that reads it meanwhile finds either the old or the new file.
         let written = self.offset.with_extension("written");
         fs::write(&written, seconds.to_string()).unwrap();
         fs::rename(written, &self.offset).unwrap();
@@ -88,7 +88,7 @@ fn payments() -> Value {
 }
 
 fn load<'a>(system: &'a System, prefix: &'static str, total: usize) -> Load<'a> {
-    // Less than what clocks differ by here.
+    // Less than the clocks differ here.
     let timeout = Some(Duration::from_secs(20));
     let plan = Plan { services: &["payments"], total, per_second: 100, timeout };
     Load::start(system, prefix, plan)
@@ -98,7 +98,7 @@ fn n_errors(process: &Process) -> usize {
     process.stderr.text().lines().filter(|line| line.contains("ERROR")).count()
 }
 
-/// Writes a record that `worker` has made `ahead` of the time.
+/// Writes a record of `worker` from a time that is `ahead`.
 fn write_record(system: &System, worker: &str, ahead: Duration) {
     let decided_at = Clock::start().now() + ahead;
     let requested_at = Time::from_millis(decided_at.as_millis() / 1000 * 1000);

@@ -1,4 +1,4 @@
-//! Workers that are told to stop.
+//! Workers that get a signal to stop.
 
 use std::time::Duration;
 
@@ -108,14 +108,14 @@ fn ends_with_another_worker(system: &System, load: Load<'_>) {
     drop(worker);
 }
 
-/// It waits for the journal to come back; but not when it is told to stop.
+/// It waits for the journal to come back, but not after a signal to stop.
 #[test]
 fn a_worker_without_a_journal_stops_when_it_is_told_to() {
     let system = System::new(place(), json!([{"name": "payments", "max_concurrency": 2}]));
     let instance = system.instance("payments", "payments", &[]);
     let mut worker = system.worker("w1", &[]);
     delete(&system, system.names.journal());
-    // Where the broker doesn't tell that the journal is gone, it shows by what isn't read back.
+    // If the broker doesn't report that the journal is gone, a missing read-back shows it.
     let plan = Plan { services: &["payments"], total: 1, per_second: 1, timeout: None };
     let _load = Load::start(&system, "t", plan);
     worker.wait_for_line("the broker has ended the journal's consumer", LIMIT);

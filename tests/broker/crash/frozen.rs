@@ -1,4 +1,4 @@
-//! Workers that are frozen, and wake up in a world that has gone on.
+//! Workers that are frozen while others go on.
 
 use std::time::Duration;
 
@@ -16,8 +16,8 @@ use super::{
 };
 use crate::{broker::place, processes::LIMIT};
 
-/// Its record is on the way when it is frozen, and comes to the journal only after the services
-/// have asked another worker, who had to abort.
+/// Its record is on its way when it is frozen, and reaches the journal only after the services have
+/// asked another worker, which had to abort.
 #[test]
 fn a_worker_frozen_after_its_last_vote_wakes_up_with_another_decision_than_the_one_that_stands() {
     let service = |name| json!({"name": name, "max_concurrency": 10});
@@ -50,7 +50,7 @@ fn a_worker_frozen_after_its_last_vote_wakes_up_with_another_decision_than_the_o
     let decisions = journal.decisions("t-0");
     let said = decisions.iter().map(|it| (it.worker.as_str(), it.outcome));
     let mut said: Vec<_> = said.collect();
-    // Who has slept for 5 s or longer takes its record for lost, and proposes the same once more.
+    // After 5 s or longer, it considers its record lost, and proposes the same once more.
     said.dedup();
     println!("frozen for {slept:.1?}; in the journal: {said:?}; told: {:?}", results.counts());
     assert_eq!(said, [("other", Outcome::Aborted), ("frozen", Outcome::Committed)]);

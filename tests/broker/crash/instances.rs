@@ -15,8 +15,8 @@ use crate::{broker::place, processes::LIMIT};
 
 const SERVICES: &[&str] = &["payments", "stock"];
 
-/// So many slots has each instance of `payments`, which is asked before `stock`: while that takes
-/// its time, they all are in use.
+/// How many slots each instance of `payments` has. It is asked before `stock`: while a prepare of
+/// `stock` takes its time, all of them are in use.
 const CAP: usize = 10;
 
 /// How long a prepare of `stock` takes.
@@ -29,8 +29,8 @@ fn system() -> System {
     System::new(place(), json!([payments, stock]))
 }
 
-/// When the instance with this label has prepared each of the branches that it holds: who is killed
-/// before it has written all of one leaves something that is none.
+/// When the instance with this label has prepared each branch that it holds: a file that is
+/// incomplete when an instance is killed is not a branch.
 fn held_by(system: &System, label: &str) -> Vec<Duration> {
     let Ledger { calls, prepared, .. } = system.ledger("payments");
     let prepared_at = |branch: &str| {
@@ -41,8 +41,8 @@ fn held_by(system: &System, label: &str) -> Vec<Duration> {
     branches.filter(|it| it.starts_with(&format!("{label}-"))).filter_map(prepared_at).collect()
 }
 
-/// Whether all slots of the instance with this label are in use, and none of them is soon free: a
-/// worker that knows nothing of the services yet may let one transaction through first, and the others
+/// Whether all slots of the instance with this label are in use, and none will soon be free: a
+/// worker that doesn't know the services yet may let one transaction through first, and the others
 /// when that one is answered.
 fn has_just_filled(system: &System, label: &str) -> bool {
     let held = held_by(system, label);
@@ -120,9 +120,9 @@ fn an_instance_frozen_for_too_long_neither_undoes_nor_exceeds_anything_when_it_w
     drop((stock, worker, other));
 }
 
-/// With so many slots several prepares travel in one message, which is acknowledged when the last of
-/// them is finished: what was finished before the instance was killed is delivered again with the
-/// rest, may be prepared once more, and is undone then.
+/// With that many slots several prepares travel in one message, which is acknowledged when the last
+/// of them is finished. Prepares that were finished before the instance was killed are delivered
+/// again with the others, may be prepared again, and are then undone.
 #[test]
 fn an_instance_killed_with_several_prepares_in_a_message_loses_and_doubles_nothing() {
     const SLOTS: usize = 200;
@@ -148,7 +148,7 @@ fn an_instance_killed_with_several_prepares_in_a_message_loses_and_doubles_nothi
     assert_services_hold(&ledgers, &results.committed());
     assert_none_called_again(&ledgers[1..]);
     assert_cap_holds(&ledgers, SLOTS);
-    // What was delivered again is no more than what was under way.
+    // No more was delivered again than was in progress.
     assert!(again <= SLOTS, "{again}");
     assert_eq!(results.committed().len(), TOTAL, "{:?}", results.counts());
     drop((stock, worker, other));

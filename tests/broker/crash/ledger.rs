@@ -1,4 +1,4 @@
-//! What a simulated service holds, as its directory tells: see `simulated::store`.
+//! The state of a simulated service, read from its directory: see `simulated::store`.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -62,8 +62,7 @@ impl Ledger {
         self.calls.iter().filter(|call| call.is_start && call.name == name).count()
     }
 
-    /// The transactions with calls that should not have been: of a phase that the service had
-    /// answered before.
+    /// The transactions with unnecessary calls: for a phase that the service had answered before.
     pub(super) fn called_again(&self) -> BTreeSet<&str> {
         let mut answered = BTreeSet::new();
         let mut again = BTreeSet::new();
@@ -84,7 +83,7 @@ impl Ledger {
     }
 
     /// How many slots each instance had in use at most: from the start of a prepare to the end of
-    /// the commit or abort, whoever made it.
+    /// the commit or abort, whichever instance did that.
     pub(super) fn most_held(&self) -> BTreeMap<String, usize> {
         let mut held: BTreeMap<String, BTreeSet<&str>> = BTreeMap::new();
         let mut most = BTreeMap::new();
@@ -161,7 +160,7 @@ pub(super) fn assert_none_called_again(ledgers: &[Ledger]) {
     }
 }
 
-/// Asserts that no instance has had more slots in use than `cap`, and tells the most there were.
+/// Asserts that no instance had more slots in use than `cap`, and prints the maximum.
 #[track_caller]
 pub(super) fn assert_cap_holds(ledgers: &[Ledger], cap: usize) -> usize {
     let mut most = 0;

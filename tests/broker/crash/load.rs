@@ -1,4 +1,4 @@
-//! A producer at work: so many transactions a second, each waited for.
+//! A producer at work: so many transactions per second, with a wait for each result.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -21,7 +21,7 @@ use tokio::{
 
 use super::{PATIENCE, System, until};
 
-/// What is to be submitted.
+/// What to submit.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Plan {
     pub(super) services: &'static [&'static str],
@@ -30,7 +30,7 @@ pub(super) struct Plan {
     pub(super) timeout: Option<Duration>,
 }
 
-/// A producer that is at it.
+/// A running producer.
 pub(super) struct Load<'a> {
     system: &'a System,
     total: usize,
@@ -39,7 +39,7 @@ pub(super) struct Load<'a> {
     task: JoinHandle<Vec<Told>>,
 }
 
-/// What the producer was told of one transaction.
+/// The result of one transaction.
 #[derive(Debug)]
 pub(super) struct Told {
     pub(super) id: String,
@@ -48,12 +48,12 @@ pub(super) struct Told {
     pub(super) answer: Answer,
 }
 
-/// What it was told of all.
+/// All results.
 #[derive(Debug)]
 pub(super) struct Results(pub(super) Vec<Told>);
 
 impl<'a> Load<'a> {
-    /// Begins; the ids are `<prefix>-<number>`.
+    /// Starts; the ids are `<prefix>-<number>`.
     pub(super) fn start(system: &'a System, prefix: &'static str, plan: Plan) -> Self {
         let (ended, sent) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
         let client = system.client();
@@ -130,7 +130,7 @@ impl Results {
         committed.map(|it| it.id.clone()).collect()
     }
 
-    /// How many of each kind there are, by why they were aborted.
+    /// How many there are of each kind of result, by reason.
     pub(super) fn counts(&self) -> BTreeMap<String, usize> {
         let mut counts = BTreeMap::new();
         for Told { answer, .. } in &self.0 {
@@ -141,7 +141,7 @@ impl Results {
         counts
     }
 
-    /// How long after `moment` those ended that were in flight at it, from the shortest on.
+    /// How long after `moment` the transactions ended that were in flight then, the shortest first.
     pub(super) fn in_flight_at(&self, moment: Instant) -> Vec<Duration> {
         let in_flight = self.0.iter().filter(|it| it.sent_at < moment && it.told_at > moment);
         let mut after: Vec<_> = in_flight.map(|it| it.told_at - moment).collect();
@@ -150,7 +150,7 @@ impl Results {
     }
 }
 
-/// What so many of a hundred of `sorted` don't exceed.
+/// A percentile of `sorted`.
 pub(super) fn percentile(sorted: &[Duration], of_hundred: usize) -> Duration {
     let rank = (sorted.len() * of_hundred).div_ceil(100).max(1);
     sorted.get(rank - 1).copied().unwrap_or_default()

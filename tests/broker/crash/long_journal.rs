@@ -1,4 +1,4 @@
-//! A worker that has much to read before it serves.
+//! A worker that has a long journal to read before it serves.
 
 use std::sync::Arc;
 
@@ -26,23 +26,23 @@ use super::{
 };
 use crate::{broker::place, processes::LIMIT};
 
-/// What is in a journal, without optimisation a tenth of that.
+/// The content of a journal; a tenth of it in a build without optimisation.
 struct Content {
     decisions: usize,
     per_message: usize,
-    /// How many messages are on their way at a time: so many are at most a chunk of the stream.
+    /// How many messages are unconfirmed at a time: so many are at most a chunk of the stream.
     outstanding: usize,
 }
 
 #[test]
 fn a_worker_serves_soon_on_a_journal_of_a_million_decisions() {
-    // So many travel together under load.
+    // So many decisions share a message under load.
     serves_soon(Content { decisions: 1_000_000, per_message: 200, outstanding: 50 });
 }
 
 #[test]
 fn a_worker_serves_soon_on_a_journal_of_messages_of_one_decision() {
-    // One after the other, as where few transactions are under way: each is a chunk of the stream.
+    // One after the other, as with few transactions in flight: each is a chunk of the stream.
     serves_soon(Content { decisions: 20_000, per_message: 1, outstanding: 1 });
 }
 
@@ -75,7 +75,7 @@ fn serves_soon(content: Content) {
     drop(instances);
 }
 
-/// Writes the decisions as a worker does; how many bytes that are.
+/// Writes the decisions as a worker does; returns how many bytes they have.
 async fn fill(system: &System, content: &Content) -> usize {
     let &Content { decisions, per_message, outstanding } = content;
     let broker = Broker::new(system.world.place.url.parse().unwrap(), "test");
@@ -112,7 +112,7 @@ async fn confirmed(publisher: &mut Publisher<()>) {
     assert!(matches!(published, Published::Confirmed), "{published:?}");
 }
 
-/// One of the last quarter of an hour.
+/// A decision of the last quarter of an hour.
 fn decision(number: usize, now: Time) -> Decision {
     let branch = |service: &str| {
         let instance = InstanceId::parse(&format!("{service}-i0123456789ab")).unwrap();

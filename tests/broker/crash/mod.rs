@@ -1,7 +1,7 @@
-//! What is left when something dies in the middle: real processes, killed, frozen and cut off.
+//! The state that is left after a failure midway: real processes, killed, frozen and cut off.
 //!
-//! Each test starts the binary's workers and services on a node of its own or of the target's, lets
-//! transactions run, does its harm, and then reads what the services hold from the directories that
+//! Each test starts the binary's workers and services on its own node or on a shared one, runs
+//! transactions, injects its fault, and then reads what the services hold from the directories that
 //! their instances share: see [`ledger`].
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
@@ -46,10 +46,10 @@ use crate::{
     processes::{LIMIT, Process, World},
 };
 
-/// How long a transaction may take on a machine that is busy, all harm included.
+/// How long a transaction may take on a busy machine, including all faults.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// How often it is looked whether something that nobody tells of has happened.
+/// How often to check for something that is not notified.
 const LOOK_EVERY: Duration = Duration::from_millis(5);
 
 /// Waits until `holds`, for [`LIMIT`] at most.
@@ -62,7 +62,7 @@ pub(crate) fn until(what: &str, mut holds: impl FnMut() -> bool) {
     }
 }
 
-/// The services of one system, the place where they meet, and what they keep.
+/// The services of one system, their broker, and their state.
 struct System {
     world: World,
     services: PathBuf,
@@ -97,7 +97,7 @@ impl System {
         process
     }
 
-    /// `dtc worker`, serving, which finds its broker at another port.
+    /// `dtc worker`, serving, which reaches its broker through another port.
     fn worker_by(&self, port: u16, name: &str) -> Process {
         let mut place = self.world.place.clone();
         place.url = at_port(&place.url, port);
@@ -120,12 +120,12 @@ impl System {
         self.world.path("state")
     }
 
-    /// What `service` holds.
+    /// The state of `service`.
     fn ledger(&self, service: &str) -> Ledger {
         Ledger::read(&self.state().join(service))
     }
 
-    /// What every service holds.
+    /// The state of every service.
     fn ledgers(&self) -> Vec<Ledger> {
         let specs = self.specs.as_array().unwrap();
         specs.iter().map(|spec| self.ledger(spec["name"].as_str().unwrap())).collect()
@@ -149,7 +149,7 @@ impl System {
     }
 }
 
-/// The address `url`, with another port at this machine.
+/// The address `url`, with another port on this machine.
 fn at_port(url: &str, port: u16) -> String {
     let (before, host_and_path) = url.rsplit_once('@').unwrap();
     let (_, path) = host_and_path.split_once('/').unwrap();
@@ -163,10 +163,10 @@ fn port_of(url: &str) -> u16 {
     host.rsplit_once(':').map_or(5672, |(_, port)| port.parse().unwrap())
 }
 
-/// What a process says when it serves.
+/// What a process logs when it serves.
 const READY: &str = "ready";
 
-/// What is declared for these services.
+/// The topology of these services.
 pub(crate) fn leftovers(place: &Place, names: &Names, specs: &Value) -> Leftovers {
     let (mut queues, mut exchanges) = (Vec::new(), Vec::new());
     for name in [
@@ -198,7 +198,7 @@ pub(crate) fn leftovers(place: &Place, names: &Names, specs: &Value) -> Leftover
     place.leaves(queues, exchanges)
 }
 
-/// A file's content; nothing, if it isn't there.
+/// A file's content; empty if it doesn't exist.
 fn text_of(path: &Path) -> String {
     std::fs::read_to_string(path).unwrap_or_default()
 }

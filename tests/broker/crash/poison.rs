@@ -1,4 +1,4 @@
-//! A request that no worker survives, and others that only look so.
+//! A request that kills every worker, and others that only look like it.
 
 use dtc::protocol::message::{Outcome, ReasonCode};
 use serde_json::{Value, json};
@@ -14,16 +14,17 @@ use crate::{
     processes::{LIMIT, Process},
 };
 
-/// So many workers die at most.
+/// How many workers die at most.
 const CRASHES_MAX: usize = 40;
-/// So many times a request may be delivered before it is tried alone.
+/// How often a request may be delivered before it is tried alone.
 const SUSPECT_AFTER: usize = 20;
-/// So many workers may die while they try it alone.
+/// How many workers may die while they try it alone.
 const TRIES_MAX: usize = 5;
-/// So many may be killed while they look for the service: then they were not trying it.
+/// How many may be killed while they look for the service: those were not trying it.
 const LOOKING_MAX: usize = 5;
 
-/// Submits these transactions, once each, and waits for no results: who waits for one publishes again.
+/// Submits these transactions, once each, without waiting for results: a producer that waits
+/// publishes again.
 fn submit(system: &System, transactions: &[Value]) {
     let lines: Vec<_> = transactions.iter().map(Value::to_string).collect();
     let mut command = system.world.dtc(&["submit", "-"]);
@@ -34,8 +35,8 @@ fn transaction(id: &str, service: &str) -> Value {
     json!({"id": id, "involved_services": [service], "data": {}, "timeout_ms": 3_600_000})
 }
 
-/// Starts one worker after the other, and kills each when it has asked for `id`, or shows that it will not:
-/// how many have asked until it was decided.
+/// Starts one worker after the other, and kills each when it has asked for `id`, or has shown that
+/// it will not; returns how many have asked until it was decided.
 fn die_of(system: &System, id: &str, journal: &Watch, commands: &Watch) -> usize {
     let decided = || !journal.decisions(id).is_empty();
     let mut asked = 0;
@@ -54,7 +55,7 @@ fn die_of(system: &System, id: &str, journal: &Watch, commands: &Watch) -> usize
     panic!("{asked} workers have died of it, and it isn't given up")
 }
 
-/// Each of the workers dies of one request, which is given up; those beside it, which were delivered as
+/// Every worker dies of one request, which is given up; those beside it, which were delivered as
 /// often, are carried out.
 #[test]
 fn a_request_that_each_worker_dies_of_ends_aborted_and_its_neighbours_committed() {
@@ -91,7 +92,7 @@ fn a_request_that_each_worker_dies_of_ends_aborted_and_its_neighbours_committed(
     drop((instances, worker));
 }
 
-/// It was aborted as "delivered too often", though nobody had tried it.
+/// It was aborted as "delivered too often", though no worker had tried it.
 #[test]
 fn a_request_that_somebody_has_looked_at_25_times_is_carried_out() {
     let system = System::new(place(), json!([{"name": "stock", "max_concurrency": 1}]));
@@ -109,7 +110,7 @@ fn a_request_that_somebody_has_looked_at_25_times_is_carried_out() {
     drop((instance, worker));
 }
 
-/// All of them were aborted as "delivered too often", also those that had waited all the time.
+/// All of them were aborted as "delivered too often", even those that had only waited.
 #[test]
 fn requests_that_wait_for_a_slot_while_22_workers_are_killed_are_carried_out() {
     const KILLS: usize = 22;

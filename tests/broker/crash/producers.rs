@@ -20,7 +20,7 @@ use crate::{
     processes::{LIMIT, Process},
 };
 
-/// Not all are over when some are, and it is noticed late.
+/// Many enough that some are unfinished when the first ends are noticed, late.
 const TRANSACTIONS: usize = 1500;
 
 #[test]
@@ -38,7 +38,7 @@ fn a_submit_that_is_killed_leaves_what_it_began_finished_and_can_be_repeated() {
     assert!(told < held, "{told} of {held}");
 }
 
-/// How many it told of, and how many committed.
+/// How many results it printed, and how many committed.
 #[track_caller]
 fn is_stopped(stop: impl FnOnce(&mut Process)) -> (usize, usize) {
     let service = |name| {
@@ -88,7 +88,7 @@ fn is_stopped(stop: impl FnOnce(&mut Process)) -> (usize, usize) {
     (told.len(), held.len())
 }
 
-/// The ids that these lines say are committed.
+/// The ids of committed transactions in these lines.
 fn committed(lines: &[String]) -> BTreeSet<String> {
     let mut committed = BTreeSet::new();
     for line in lines {

@@ -1,4 +1,4 @@
-//! A way to the broker on which a record for the journal can be held up.
+//! A proxy to the broker that can hold back a record for the journal.
 
 use std::{
     io::{Read, Write, copy},
@@ -10,19 +10,19 @@ use std::{
 use super::{System, port_of};
 use crate::processes::LIMIT;
 
-/// What the properties of a record say of it.
+/// Bytes in the properties of a record.
 const RECORD: &[u8] = b"dtc.decision.v1";
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum State {
     Open,
-    /// The next record is to be held up.
+    /// The next record will be held back.
     Armed,
-    /// One is, with all that its connection sends after it.
+    /// One is, with everything that its connection sends after it.
     Holding,
 }
 
-/// A port that leads to the broker, for as long as the test runs.
+/// A port that leads to the broker as long as the test runs.
 pub(super) struct Proxy {
     pub(super) port: u16,
     gate: Arc<Gate>,
@@ -55,17 +55,17 @@ impl Proxy {
         Self { port, gate }
     }
 
-    /// From now on a record gets no further than here.
+    /// Holds back the next record.
     pub(super) fn hold_next_record(&self) {
         self.gate.set(State::Armed);
     }
 
-    /// Waits until one is held up.
+    /// Waits until one is held back.
     pub(super) fn wait_for_record(&self) {
         assert!(self.gate.is_in_time(State::Holding), "no record comes by");
     }
 
-    /// Lets go of what is held up.
+    /// Releases what is held back.
     pub(super) fn let_go(&self) {
         self.gate.set(State::Open);
     }
@@ -81,7 +81,7 @@ impl Gate {
         self.changed.notify_all();
     }
 
-    /// Whether it is within the limit that all tests have.
+    /// Whether it is within the limit of all tests.
     fn is_in_time(&self, wanted: State) -> bool {
         let is_other = |state: &mut State| *state != wanted;
         let (state, _) = self.changed.wait_timeout_while(self.state(), LIMIT, is_other).unwrap();
@@ -89,10 +89,10 @@ impl Gate {
     }
 }
 
-/// Hands on what comes, unless it is to be held.
+/// Passes on what arrives, unless it must be held back.
 fn hand_on(mut from: TcpStream, mut to: TcpStream, gate: &Gate) {
     let mut chunk = vec![0; 64 * 1024];
-    // What begins at the end of one chunk may end in the next.
+    // A match may begin at the end of one chunk and end in the next.
     let mut seen = Vec::new();
     while let Ok(length @ 1..) = from.read(&mut chunk) {
         seen.extend_from_slice(&chunk[..length]);

@@ -1,4 +1,4 @@
-//! A broker that isn't there yet, or that doesn't let anyone in.
+//! A broker that isn't there yet, or that refuses everyone.
 
 use serde_json::json;
 

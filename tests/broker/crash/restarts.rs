@@ -1,4 +1,4 @@
-//! A broker that goes and comes back under load.
+//! A broker that is restarted under load.
 
 use serde_json::json;
 use tokio::time::Instant;
@@ -60,7 +60,8 @@ fn survives(end: fn(&Broker)) {
     );
     let ledgers = system.ledgers();
     assert_services_hold(&ledgers, &results.committed());
-    // Who is cut off together may be told together; it is idempotent, and should be rare.
+    // Processes that are cut off together may get an outcome together; that is idempotent, and
+    // should be rare.
     let again: usize = ledgers.iter().map(|ledger| ledger.called_again().len()).sum();
     println!("called again after an answer: {again} transactions");
     assert!(results.committed().len() > 300, "{:?}", results.counts());

@@ -1,4 +1,4 @@
-//! Who may not say what is to be said, or has nowhere to say it.
+//! Processes without the permission to answer, or without an exchange to answer to.
 
 use lapin::{Connection, ConnectionProperties, options::ExchangeDeleteOptions, types::ShortString};
 use serde_json::json;
@@ -68,7 +68,7 @@ fn commits(system: &System, id: &str) {
     assert!(told.iter().any(|line| line.contains("COMMITTED")), "{told:?}");
 }
 
-/// It says why it connects again, and then serves again.
+/// It logs why it reconnects, and then serves again.
 fn comes_again(system: &System, process: &Process, exchange: &str) {
     let (lost, line) = process.stderr.wait_for_from(0, "NOT_FOUND", LIMIT).expect("it says so");
     println!("{line}");

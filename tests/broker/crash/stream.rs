@@ -1,4 +1,4 @@
-//! What goes by at the broker, seen by a consumer of the test's own that takes nothing from anyone.
+//! Observing messages at the broker by the test's own consumer, which takes nothing from others.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -19,10 +19,10 @@ use lapin::{
 
 use super::System;
 
-/// All that has gone by.
+/// All messages seen.
 pub(super) struct Watch {
     seen: Arc<Mutex<Vec<Delivery>>>,
-    /// It is consumed on this.
+    /// Its connection.
     _connection: Connection,
 }
 
@@ -37,7 +37,7 @@ impl Watch {
         })
     }
 
-    /// Every prepare, and whatever is said to all instances of a service.
+    /// Every prepare, and every command to all instances of a service.
     pub(super) fn commands(system: &System) -> Self {
         system.runtime.block_on(async {
             let (connection, channel) = connect(system).await;
@@ -103,7 +103,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A channel that consumes, on a connection of its own.
+/// A channel on a new connection.
 async fn connect(system: &System) -> (Connection, Channel) {
     let url = &system.world.place.url;
     let connection = Connection::connect(url, ConnectionProperties::default()).await.unwrap();
@@ -112,7 +112,7 @@ async fn connect(system: &System) -> (Connection, Channel) {
     (connection, channel)
 }
 
-/// Takes the next message out of `queue` and puts it back, as somebody does who looks into it.
+/// Takes the next message out of `queue` and puts it back, like a user who inspects it.
 pub(super) fn look_into(system: &System, queue: &ShortString, times: usize) {
     system.runtime.block_on(async {
         let (connection, channel) = connect(system).await;
@@ -126,7 +126,7 @@ pub(super) fn look_into(system: &System, queue: &ShortString, times: usize) {
     });
 }
 
-/// How many messages wait in `queue`, those not counted that somebody has.
+/// How many messages are ready in `queue`, without those that are unacknowledged.
 pub(super) fn waiting_in(system: &System, queue: ShortString) -> u32 {
     system.runtime.block_on(async {
         let (connection, channel) = connect(system).await;
@@ -138,7 +138,7 @@ pub(super) fn waiting_in(system: &System, queue: ShortString) -> u32 {
     })
 }
 
-/// Deletes a queue, with all that is in it.
+/// Deletes a queue with its messages.
 pub(super) fn delete(system: &System, queue: ShortString) {
     system.runtime.block_on(async {
         let (connection, channel) = connect(system).await;

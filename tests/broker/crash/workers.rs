@@ -45,7 +45,7 @@ fn a_worker_is_killed_under_load_and_the_others_finish_what_it_had() {
     assert_services_hold(&ledgers, &results.committed());
     assert_none_called_again(&ledgers);
     assert!(after.len() >= 3, "something is in flight at any moment");
-    // What nobody takes over waits for its deadline.
+    // Without a takeover, a transaction would wait for its deadline.
     assert!(p99 < LIMIT / 2, "{p99:?}");
     assert_eq!(results.committed().len(), 900, "{:?}", results.counts());
     drop(instances);

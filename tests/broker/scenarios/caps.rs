@@ -1,4 +1,4 @@
-//! A service never has more in hand than it said, and as much as that when there is work for it.
+//! A service never holds more than its cap, and reaches it under load.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
@@ -76,8 +76,8 @@ async fn a_cap_of_the_service_counts_for_all_instances_together() {
     assert_eq!((most.in_all, most.by_instance), (4, vec![4]));
 }
 
-/// How many prepares the messages had that went out for a service with so many slots, and the most
-/// that it held at once.
+/// How many prepares the messages to a service with so many slots contained, and the most that it
+/// held at once.
 async fn sent_together(slots: u32) -> (Vec<usize>, usize) {
     const COUNT: usize = 1000;
     let watched = Watched::slow(Duration::from_millis(5));

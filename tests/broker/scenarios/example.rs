@@ -1,4 +1,4 @@
-//! The smallest system there is.
+//! The smallest system.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 

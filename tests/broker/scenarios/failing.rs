@@ -1,4 +1,4 @@
-//! Services that are missing, say no, break, hang, or can't commit.
+//! Services that are missing, refuse, fail, hang, or can't commit.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
@@ -13,7 +13,7 @@ use crate::{
     watched::{Ended, Ending, Gate, Watched, What},
 };
 
-/// A service whose prepares end so.
+/// A service whose prepares end like this.
 fn preparing(ending: Ending) -> Watched {
     Watched::new(move |asked| {
         std::future::ready(if asked.what == What::Prepare { ending } else { Ending::Done })
@@ -59,7 +59,7 @@ async fn many_unknown_services_at_once_hold_up_no_one() {
     assert_eq!(a.book().committed.len(), COUNT);
 }
 
-/// What is published to an exchange that isn't there costs the channel that it is published on.
+/// A publish to a missing exchange closes its channel.
 #[tokio::test(flavor = "multi_thread")]
 async fn worker_goes_on_when_an_exchange_that_was_deleted_is_made_again() {
     let a = Watched::willing();
@@ -69,7 +69,7 @@ async fn worker_goes_on_when_an_exchange_that_was_deleted_is_made_again() {
     let client = system.client.clone();
     let answer = Submission::new("t", ["a"], json!({}));
     let answer = tokio::spawn(async move { run(&client, answer).await });
-    // It gives up its link, and comes again.
+    // It gives up its link, and reconnects.
     system.raw.until(&system.names.requests(), |(_, consumers)| consumers == 0).await;
     system.apply_topology().await;
     let answer = answer.await.unwrap();
@@ -84,7 +84,7 @@ async fn worker_goes_on_when_an_exchange_that_was_deleted_is_made_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn refusal_aborts_the_prepared_and_calls_no_one_else() {
     let (a, b, c) = (Watched::willing(), preparing(Ending::Refused), Watched::willing());
-    // One slot each, so that they are asked in turn.
+    // One slot each, so that they are asked one after the other.
     let services =
         [("a", &a), ("b", &b), ("c", &c)].map(|(name, watched)| Served::new(name, 1, watched));
     let system = Setup::new(services).start().await;
@@ -168,7 +168,7 @@ async fn commit_that_fails_for_good_is_parked_and_settled_when_the_service_recov
         let fails = asked.what == What::Commit && !has_recovered.is_open();
         let others = if asked.attempt == 2 { others.to_vec() } else { vec![] };
         async move {
-            // Were they delayed by this one's failure, this would wait for ever.
+            // If this failure delayed them, the test would wait for ever.
             for other in others {
                 other.until("it has committed", |book| book.committed.len() == 1).await;
             }
@@ -204,7 +204,7 @@ async fn commit_that_fails_for_good_is_parked_and_settled_when_the_service_recov
         (&json!("b"), &json!("as the script says"))
     );
 
-    // What is parked keeps its slot, and nobody else from theirs.
+    // The parked commit keeps its slot, and keeps nobody else from theirs.
     let other = system.run("t2", &["a", "c"], json!({})).await;
     assert_eq!(other.outcome, Outcome::Committed);
 

@@ -27,7 +27,7 @@ fn held_at(gate: &Gate) -> Watched {
     })
 }
 
-/// `open` has many slots, and the one of `tight` is taken until the gate opens.
+/// `open` has many slots, and the only one of `tight` is taken until the gate opens.
 struct Full {
     system: System,
     gate: Gate,
@@ -41,7 +41,7 @@ async fn full(max_wait: Duration) -> Full {
     let (open, tight) = (Watched::willing(), held_at(&gate));
     let mut full = Served::new("tight", 1, &tight);
     full.max_wait = max_wait;
-    // It is asked first of those that may be contended, by its name.
+    // By its name, it is asked first of those that may be contended.
     let services = [Served::new("open", 10, &open), full];
     let system = Setup::new(services).alone().start().await;
     let client = system.client.clone();
@@ -64,7 +64,7 @@ async fn without_patience_no_slot_is_told_at_once() {
         assert_eq!((answer.outcome, reason.code), (Outcome::Aborted, ReasonCode::NoSlot));
         assert_eq!(reason.message, None, "it is served, and busy");
         assert_eq!(reason.service.unwrap().as_str(), "tight");
-        // Whoever else uses the machine slows this one down as well.
+        // Other users of the machine slow this down as well.
         let began = Instant::now();
         let answer = system.run(&format!("o{number}"), &["open"], json!({})).await;
         of_others.push(began.elapsed());
@@ -80,13 +80,13 @@ async fn without_patience_no_slot_is_told_at_once() {
     assert_eq!(holder.await.unwrap(), Outcome::Committed);
     system.stop().await;
 
-    // Whoever was full was not called, and whoever had prepared by then was told once.
+    // The full service was not called, and services that had prepared got one outcome.
     assert_eq!(tight.book().calls.len(), 2, "the holder's");
     let book = open.book();
     let (prepares, aborts) = (book.n_calls(What::Prepare), book.n_calls(What::Abort));
     println!("meanwhile the other service prepared {prepares} times, and aborted {aborts} times");
     assert_eq!((prepares, book.n_calls(What::Commit)), (aborts + COUNT, COUNT));
-    // As many steps as a commit: whatever is waited for takes longer than a few of these.
+    // As many steps as a commit: any real wait takes longer than a few of these.
     assert!(median < 5.0 * other, "{median} ms, and {other} ms for a commit");
 }
 

@@ -1,4 +1,4 @@
-//! Messages that nobody should have sent.
+//! Malformed messages.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
@@ -15,7 +15,7 @@ use crate::{
 
 const REQUEST: &str = r#"{"id":"bad","involved_services":["a"],"data":{}}"#;
 
-/// What to publish, and what must stand in the reason for rejecting it.
+/// What to publish, and what the reason for its rejection must contain.
 struct Bad {
     exchange: String,
     key: String,
@@ -32,7 +32,7 @@ fn seconds() -> u64 {
     Clock::start().now().as_millis() / 1000
 }
 
-/// What is wrong in any queue of a system: bodies, and types.
+/// What is wrong in every queue of a system: bodies, and types.
 fn wrong(exchange: &str, key: &str, kind: &str) -> Vec<Bad> {
     let bad = |properties: BasicProperties, body: &[u8], because| Bad {
         exchange: exchange.to_owned(),
@@ -53,7 +53,7 @@ fn wrong(exchange: &str, key: &str, kind: &str) -> Vec<Bad> {
     ]
 }
 
-/// The same at every place where something can be put.
+/// The same for every queue that takes messages.
 fn everywhere(system: &System) -> BTreeMap<String, Vec<Bad>> {
     let names = &system.names;
     let service = "a".parse().unwrap();
@@ -94,7 +94,7 @@ async fn garbage_in_any_queue_is_set_aside_and_stops_nothing() {
         }
         println!("{queue}: {count} of {count} set aside with a reason");
     }
-    // What goes to all instances has to be understood as well.
+    // A command to all instances must be well-formed, too.
     let answer = system.run("t", &["a"], json!({})).await;
     assert_eq!(answer.outcome, Outcome::Committed, "{answer:?}");
     system.stop().await;

@@ -17,7 +17,7 @@ use crate::{
     watched::{Book, Ending, Gate, Watched, What},
 };
 
-/// Numbers that look random and are always the same.
+/// Pseudo-random numbers from a fixed seed.
 struct Dice(u64);
 
 impl Dice {
@@ -36,7 +36,7 @@ impl Dice {
     }
 }
 
-/// How many ended how.
+/// How many there are of each result.
 fn endings(answers: &[Answer]) -> BTreeMap<&'static str, usize> {
     let mut endings = BTreeMap::new();
     for answer in answers {
@@ -52,7 +52,7 @@ fn assert_all_committed(answers: &[Answer], count: usize) {
 
 const NAMES: [&str; 5] = ["S1", "S2", "S3", "S4", "S5"];
 
-/// A service that refuses where the data says so.
+/// A service that refuses if the data says so.
 fn choosy(name: &'static str) -> Watched {
     Watched::new(move |asked| {
         let refuses = asked.data["refused_by"] == name;
@@ -60,7 +60,7 @@ fn choosy(name: &'static str) -> Watched {
     })
 }
 
-/// A transaction over some of the services, which one of these may refuse.
+/// A transaction over some of the services, one of which may refuse it.
 fn random(dice: &mut Dice, number: usize) -> (Submission, bool) {
     let mut picked = NAMES.to_vec();
     dice.shuffle(&mut picked);
@@ -121,8 +121,8 @@ fn submissions(prefix: &str, count: usize, services: &[&str]) -> Vec<Submission>
     (0..count).map(one).collect()
 }
 
-/// For how long a slot was held by the transactions whose ids begin with `prefix`, each in the mean:
-/// the next one can't have it sooner, however well slots are used.
+/// How long, on average, the transactions whose ids begin with `prefix` held a slot: the next one
+/// can't have it sooner, however well slots are used.
 fn mean_hold(book: &Book, prefix: &str) -> Duration {
     let of_prefix = book
         .calls
@@ -166,7 +166,7 @@ async fn two_crossing_single_slots_do_not_stall() {
     let (a, b) = (Watched::willing(), Watched::willing());
     let services = [Served::new("A", 1, &a), Served::new("B", 1, &b)];
     let system = Setup::new(services).workers(2).start().await;
-    // In crossing orders: A and B, B and A, and each by itself.
+    // In crossing orders: A and B, B and A, and each alone.
     let both = submissions("ab", 250, &["A", "B"]).into_iter();
     let both = both.chain(submissions("ba", 250, &["B", "A"]));
     let mut all: Vec<_> =
@@ -177,7 +177,7 @@ async fn two_crossing_single_slots_do_not_stall() {
     let answers = system.run_all(all).await;
     let took = began.elapsed();
     system.stop().await;
-    // Those that need only one slot wait for no other while they hold it.
+    // Those that need only one slot wait for no other one while they hold it.
     let hold = mean_hold(&a.book(), "a").max(mean_hold(&b.book(), "b"));
     println!(
         "500 over A and B, 500 over A, 500 over B: {took:.1?}, {:.2} of the optimum (held for \
@@ -192,8 +192,8 @@ async fn two_crossing_single_slots_do_not_stall() {
     }
 }
 
-/// How many transactions over the fast service end in a second. Whoever else uses the machine
-/// takes from it now and then: the best of three tries is what the system can.
+/// How many transactions over the fast service end per second. Other users of the machine disturb
+/// this now and then: the best of three tries is what the system can do.
 async fn fast_ones(system: &System, prefix: &str) -> f64 {
     const COUNT: usize = 300;
     let mut best: f64 = 0.0;
@@ -218,7 +218,7 @@ async fn a_saturated_slow_service_leaves_the_others_their_speed() {
         async move {
             if asked.what == What::Prepare {
                 tokio::time::sleep(Duration::from_millis(20)).await;
-                // Most of them are to be left, however long the fast ones take.
+                // Most of them must be left, however long the fast ones take.
                 if is_late {
                     over.pass().await;
                 }
@@ -247,15 +247,15 @@ async fn a_saturated_slow_service_leaves_the_others_their_speed() {
          which {ended} had ended by then",
     );
     assert!(ended < SLOW, "the slow service was not busy all the time");
-    // Waiting for slow ones they would end as these do, a hundred in a second, or never. What the
-    // machine has left for this test changes meanwhile.
+    // If they waited for slow ones, they would end like those, a hundred per second, or never. What
+    // the machine has left for this test varies.
     assert!(beside > 0.1 * before.min(after), "{beside} tx/s");
     assert_eq!(slow.book().most_held, 2);
 }
 
-/// A worker that has just started knows nothing of the services' slots, so most of what it takes waits
-/// for the answer to the first prepare. It used to take more requests meanwhile and to give them back
-/// at once, and whatever the broker took back was then looked into like something half done.
+/// A worker that has just started doesn't know the services' slots, so most of what it takes waits
+/// for the answer to the first prepare. It used to take more requests meanwhile and to return them
+/// at once, and every request that the broker took back was then examined as if it were half done.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_waits_while_a_worker_learns_of_its_services_is_not_taken_for_begun() {
     const COUNT: usize = 5000;

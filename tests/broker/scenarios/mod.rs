@@ -1,4 +1,4 @@
-//! What the system as a whole promises, tried on the real broker and measured at the services.
+//! The guarantees of the whole system, tested on a real broker and measured at the services.
 
 mod caps;
 mod example;

@@ -43,7 +43,7 @@ async fn the_same_request_of_two_producers_is_executed_once_and_answered_twice()
             tokio::join!(run(&system.client, submission.clone()), run(&other, submission.clone()));
         assert_eq!(one, another);
         assert_eq!(one.outcome, Outcome::Committed, "{one:?}");
-        // And again, when it is over.
+        // And again, after its end.
         assert_eq!(run(&other, submission).await, one);
         taken += 3;
     }
@@ -71,7 +71,7 @@ async fn retry_under_a_new_timestamp_within_the_window_gets_the_same_answer() {
     let first = run(&system.client, order("t", now() - Duration::from_secs(2), json!({}))).await;
     assert_eq!(first.outcome, Outcome::Committed);
     for _ in 0..4 {
-        // Under another moment, so to whom it is answered can't be told by the transaction's key.
+        // With another timestamp, so the transaction's key doesn't show who gets the result.
         let again = run(&system.client, order("t", now(), json!({}))).await;
         assert_eq!((again.outcome, &again.reason), (Outcome::Committed, &None));
         println!("answered as decided at {:?}", again.decided_at.as_millis());
@@ -81,7 +81,7 @@ async fn retry_under_a_new_timestamp_within_the_window_gets_the_same_answer() {
     assert_eq!((a.book().calls.len(), b.book().calls.len()), (2, 2));
 }
 
-/// The window is short, and so is what clocks may differ, so that it is soon over.
+/// The window is short, and so is the clock margin, so that it is soon over.
 #[tokio::test(flavor = "multi_thread")]
 async fn after_the_window_the_journal_tells_and_another_moment_is_another_transaction() {
     const WINDOW: Duration = Duration::from_secs(1);
@@ -96,7 +96,7 @@ async fn after_the_window_the_journal_tells_and_another_moment_is_another_transa
     let first = run(&system.client, order("t", requested_at, json!({}))).await;
     assert_eq!(first.outcome, Outcome::Committed);
 
-    // Time passes, and each worker sees it by what it reads from the journal.
+    // Time passes, and each worker sees that by what it reads from the journal.
     tokio::time::sleep(4 * WINDOW).await;
     for number in 0..4 {
         let answer = system.run(&format!("later{number}"), &["a"], json!({})).await;
@@ -151,7 +151,7 @@ async fn other_content_under_an_id_is_refused_and_leaves_the_first_alone() {
 
     let other = system.another_client();
     let mut refused = Vec::new();
-    // Often enough that both workers are asked: the one that is at it, and the other.
+    // Often enough that both workers are asked: the one that works on it, and the other.
     for moment in [moment, now(), moment, now()] {
         let answer = run(&other, order("t", moment, json!({ "amount": 2 }))).await;
         assert_eq!((answer.outcome, code(&answer)), (Outcome::Aborted, Some(ReasonCode::IdReused)));
@@ -177,7 +177,7 @@ async fn other_content_under_an_id_is_refused_and_leaves_the_first_alone() {
     }
 }
 
-/// Whoever is first at the journal, or at a service, decides which of the two it is, if any.
+/// The first one at the journal, or at a service, decides which of the two is executed, if any.
 #[tokio::test(flavor = "multi_thread")]
 async fn two_producers_at_once_with_other_content_execute_one_of_them_at_most() {
     const COUNT: usize = 50;
@@ -187,7 +187,7 @@ async fn two_producers_at_once_with_other_content_execute_one_of_them_at_most() 
     let other = system.another_client();
     let mut executed = 0;
     for number in 0..COUNT {
-        // The same transaction by its name, and for every other one only the same id.
+        // The same transaction by its key, and for every other one only the same id.
         let moments = [now() - Duration::from_secs((number % 2) as u64), now()];
         let id = format!("t{number}");
         let (one, another) = tokio::join!(
@@ -216,7 +216,7 @@ async fn two_producers_at_once_with_other_content_execute_one_of_them_at_most() 
     }
 }
 
-/// Neither is known to be the other's retry when both come to different workers.
+/// If both come to different workers, neither is known to be a retry of the other.
 #[tokio::test(flavor = "multi_thread")]
 async fn retry_under_a_new_timestamp_at_once_executes_one_of_them_at_most() {
     const COUNT: usize = 50;
