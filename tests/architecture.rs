@@ -80,12 +80,12 @@ fn no_two_files_import_each_other() {
 }
 
 #[test]
-fn the_rooms_on_one_floor_know_nothing_of_each_other() {
+fn the_rooms_on_one_floor_do_not_import_each_other() {
     assert_none(&sideways_imports(&imports_of(&sources())));
 }
 
 #[test]
-fn two_files_that_import_each_other_are_noticed() {
+fn two_files_that_import_each_other_are_found() {
     let noticed = |files: &[(&str, &str)]| mutual_imports(&imports_of(&owned(files)));
     let pair = [
         (
@@ -110,7 +110,7 @@ fn two_files_that_import_each_other_are_noticed() {
 }
 
 #[test]
-fn an_import_from_the_side_is_noticed() {
+fn a_sideways_import_is_found() {
     let files = owned(&[
         ("src/worker/mod.rs", "use crate::protocol::ids::WorkerId;"),
         ("src/worker/outbox.rs", "use crate::participant::error::Error;"),
@@ -132,7 +132,7 @@ fn an_import_from_the_side_is_noticed() {
 }
 
 #[test]
-fn the_protocol_knows_no_runtime_clock_or_chance() {
+fn the_protocol_uses_no_runtime_clock_or_randomness() {
     let mut complaints = Vec::new();
     for file in source_files().iter().filter(|file| file.module == "protocol") {
         for (number, line) in file.code() {
@@ -145,7 +145,7 @@ fn the_protocol_knows_no_runtime_clock_or_chance() {
 }
 
 #[test]
-fn every_file_says_what_it_is_for() {
+fn every_file_has_a_header() {
     let is_silent = |file: &&File| !file.text.starts_with("//!");
     let files = [source_files(), test_files()].concat();
     let silent: Vec<_> = files.iter().filter(is_silent).map(|file| file.path.clone()).collect();
@@ -153,7 +153,7 @@ fn every_file_says_what_it_is_for() {
 }
 
 #[test]
-fn nothing_is_left_over() {
+fn no_debugging_or_unfinished_code_is_left() {
     let macros = ["todo", "unimplemented", "dbg"].map(|name| format!("{name}!"));
     let attributes = ["ignore", "should_panic"].map(|name| format!("#[{name}"));
     let mut complaints = Vec::new();
@@ -208,7 +208,7 @@ fn the_code_map_names_every_directory() {
 }
 
 #[test]
-fn imports_are_seen_however_they_are_written() {
+fn imports_are_found_however_they_are_written() {
     for (text, imported) in [
         ("use crate::wire::Body;", vec![(1, "wire")]),
         ("    let it = crate::cli::run();", vec![(1, "cli")]),

@@ -86,7 +86,7 @@ fn told(results: &[TransactionResult]) -> (Outcome, Option<ReasonCode>, Option<&
 // ---- What a run gives --------------------------------------------------------------------------
 
 #[tokio::test]
-async fn the_example_of_the_task_commits_both() {
+async fn the_first_example_commits_both_transactions() {
     let log = Log::default();
     let seen = Arc::new(Mutex::new(BTreeMap::new()));
     let (of_a, logged) = (Arc::clone(&seen), log.clone());
@@ -122,7 +122,7 @@ async fn the_example_of_the_task_commits_both() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn results_come_in_the_order_of_the_transactions() {
+async fn results_are_in_the_order_of_the_transactions() {
     let slow_first = Service::new("A", 50).prepare_async(|id: String, _| async move {
         let n: u64 = id[1..].parse()?;
         sleep(ms(100 - n)).await;
@@ -136,7 +136,7 @@ async fn results_come_in_the_order_of_the_transactions() {
 }
 
 #[tokio::test]
-async fn nothing_in_gives_nothing_out() {
+async fn no_transactions_give_no_results() {
     assert_eq!(run([Service::new("A", 1)], []).await.unwrap(), []);
     assert_eq!(run([], []).await.unwrap(), []);
 }
@@ -173,7 +173,7 @@ async fn ten_thousand_transactions_commit() {
 }
 
 #[test]
-fn both_kinds_of_runtime_will_do() {
+fn both_kinds_of_tokio_runtime_work() {
     let in_one = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let in_many = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     for runtime in [in_one, in_many] {
@@ -210,7 +210,7 @@ async fn a_run_that_is_dropped_midway_stops() {
 // ---- What is not taken -------------------------------------------------------------------------
 
 #[tokio::test]
-async fn bad_services_are_told_by_name() {
+async fn bad_services_are_reported_by_name() {
     let of = |services: Vec<Service>| Embedded::new(services).unwrap_err();
     let twice = of(vec![Service::new("A", 1), Service::new("A", 2)]);
     assert_eq!(twice.to_string(), "service `A` is there twice");
@@ -223,7 +223,7 @@ async fn bad_services_are_told_by_name() {
 }
 
 #[tokio::test]
-async fn bad_transactions_are_told_before_anything_is_called() {
+async fn bad_transactions_are_reported_before_any_service_is_called() {
     let log = Log::default();
     let of = async |bad: Vec<Transaction>| {
         let all = [vec![transaction("good", &["A"])], bad].concat();
@@ -266,7 +266,7 @@ async fn beside_b(of: impl FnOnce(Service) -> Service) -> (Vec<TransactionResult
 }
 
 #[tokio::test]
-async fn a_no_aborts_and_is_not_told_of_it() {
+async fn a_refusal_aborts_and_the_refusing_service_gets_no_abort() {
     let (results, calls) = beside_b(|a| a.prepare(|_, _| Ok(false))).await;
     assert_eq!(told(&results), (Outcome::Aborted, Some(ReasonCode::Refused), None));
     assert!(!calls.iter().any(|call| call.starts_with('A')), "{calls:?}");
@@ -287,7 +287,7 @@ fn assert_failed(ran: &(Vec<TransactionResult>, Vec<String>), message: &str) {
 }
 
 #[tokio::test]
-async fn an_error_in_prepare_aborts_and_its_service_is_told() {
+async fn an_error_in_prepare_aborts_and_its_service_gets_the_abort() {
     assert_failed(&beside_b(|a| a.prepare(|_, _| Err("no disk".into()))).await, "no disk");
     let ran = beside_b(|a| a.prepare_async(|_, _| async { Err("no disk".into()) })).await;
     assert_failed(&ran, "no disk");
@@ -317,7 +317,7 @@ async fn a_panic_in_prepare_is_an_error_like_any_other() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_prepare_that_takes_too_long_fails_and_its_service_is_told() {
+async fn a_prepare_that_takes_too_long_fails_and_its_service_gets_the_abort() {
     let hangs = |a: Service| a.prepare_async(|_, _| std::future::pending());
     let (results, calls) = beside_b(hangs).await;
     assert_eq!(told(&results).0, Outcome::Aborted);
@@ -404,7 +404,7 @@ impl Gate {
 }
 
 #[tokio::test]
-async fn a_closure_that_blocks_does_not_hold_up_the_others() {
+async fn a_blocking_closure_does_not_delay_the_others() {
     let gate = Gate::default();
     let (passed, opened) = (gate.clone(), gate);
     let blocked = Service::new("A", 1).prepare(move |_, _| {
@@ -422,7 +422,7 @@ async fn a_closure_that_blocks_does_not_hold_up_the_others() {
 }
 
 #[tokio::test]
-async fn a_blocking_prepare_that_outlives_its_time_keeps_its_slot_and_is_aborted_after_it() {
+async fn a_blocking_prepare_that_times_out_keeps_its_slot_and_is_aborted_when_it_ends() {
     let (gate, log) = (Gate::default(), Log::default());
     let (passed, opened) = (gate.clone(), gate);
     let (prepares, aborts) = (log.clone(), log.clone());
@@ -533,7 +533,7 @@ impl Participant for ByHand {
 }
 
 #[tokio::test]
-async fn a_participant_written_by_hand_is_called_for_what_it_said() {
+async fn a_participant_written_by_hand_gets_the_outcomes_of_its_verdicts() {
     let by_hand = ByHand::default();
     let log = Log::default();
     let services = [Service::from_participant("H", 2, by_hand.clone()), log.service("A", 9)];
@@ -632,7 +632,7 @@ async fn run_with(
 }
 
 #[tokio::test]
-async fn what_is_decided_when_a_run_ends_is_finished_by_the_next_though_it_asks_for_nothing() {
+async fn a_transaction_decided_when_a_run_ends_is_finished_by_the_next_run() {
     let directory = tempfile::tempdir().unwrap();
     let journal = directory.path().join("journal");
     let lasting = Lasting::default();
@@ -654,7 +654,7 @@ async fn what_is_decided_when_a_run_ends_is_finished_by_the_next_though_it_asks_
 }
 
 #[tokio::test]
-async fn what_is_undecided_when_a_run_ends_is_not_prepared_again_where_it_is_held() {
+async fn a_transaction_undecided_when_a_run_ends_is_not_prepared_again_where_it_is_held() {
     let directory = tempfile::tempdir().unwrap();
     let journal = directory.path().join("journal");
     let (lasting, quick) = (Lasting::default(), Log::default());
@@ -673,7 +673,7 @@ async fn what_is_undecided_when_a_run_ends_is_not_prepared_again_where_it_is_hel
 }
 
 #[tokio::test]
-async fn closures_are_told_again_what_was_decided_and_not_finished() {
+async fn closures_get_outcomes_again_that_were_decided_and_not_finished() {
     let directory = tempfile::tempdir().unwrap();
     let journal = directory.path().join("journal");
     let (log, quick) = (Log::default(), Log::default());
@@ -701,7 +701,7 @@ async fn closures_are_told_again_what_was_decided_and_not_finished() {
 }
 
 #[tokio::test]
-async fn what_was_finished_is_answered_as_it_was_and_other_content_is_refused() {
+async fn a_finished_transaction_gets_its_old_result_and_other_content_is_refused() {
     let directory = tempfile::tempdir().unwrap();
     let journal = directory.path().join("journal");
     let log = Log::default();
@@ -727,7 +727,7 @@ async fn what_was_finished_is_answered_as_it_was_and_other_content_is_refused() 
 }
 
 #[tokio::test]
-async fn a_journal_that_can_not_be_used_is_an_error_and_calls_no_one() {
+async fn an_unusable_journal_is_an_error_and_no_service_is_called() {
     let directory = tempfile::tempdir().unwrap();
     let log = Log::default();
     let run_at = async |path: &str| {
@@ -743,7 +743,7 @@ async fn a_journal_that_can_not_be_used_is_an_error_and_calls_no_one() {
 }
 
 #[tokio::test]
-async fn a_journal_is_one_runs_at_a_time() {
+async fn a_journal_belongs_to_one_run_at_a_time() {
     let directory = tempfile::tempdir().unwrap();
     let journal = directory.path().join("journal");
     let log = Log::default();
@@ -771,17 +771,17 @@ async fn a_journal_is_one_runs_at_a_time() {
 
 /// The tests of the command are killed by it.
 #[test]
-fn what_the_environment_says_kills_no_program_that_keeps_a_journal() {
+fn fault_points_of_the_environment_do_not_kill_a_program_with_a_journal() {
     let this = std::env::current_exe().unwrap();
     let mut again = std::process::Command::new(this);
-    again.args(["--exact", "a_journal_is_one_runs_at_a_time"]).env("DTC_FAULT_POINT", "1");
+    again.args(["--exact", "a_journal_belongs_to_one_run_at_a_time"]).env("DTC_FAULT_POINT", "1");
     let ended = again.output().unwrap();
     let said = String::from_utf8_lossy(&ended.stdout);
     assert!(ended.status.success() && said.contains("1 passed"), "{}: {said}", ended.status);
 }
 
 #[tokio::test]
-async fn data_of_any_size_and_depth_survives_its_process() {
+async fn data_of_any_size_and_depth_survives_a_restart() {
     let directory = tempfile::tempdir().unwrap();
     let journal = directory.path().join("journal");
     let mut deep = json!("x".repeat(1 << 20));

@@ -20,7 +20,7 @@ const OF_THE_BROKER: [&str; 4] = ["async-rs", "deadpool", "lapin", "rustls"];
 const OF_EMBEDDED: [&str; 2] = ["crc32fast", "hdrhistogram"];
 
 #[test]
-fn a_producer_a_service_and_a_worker_compile_nothing_of_the_command() {
+fn the_features_client_service_and_worker_compile_nothing_of_the_command() {
     for feature in ["client", "service", "worker"] {
         let brought = brought_by(&["--no-default-features", "--features", feature]);
         assert_eq!(among(&brought, &OF_THE_COMMAND), [""; 0], "{feature}");
@@ -30,7 +30,7 @@ fn a_producer_a_service_and_a_worker_compile_nothing_of_the_command() {
 }
 
 #[test]
-fn a_coordinator_in_one_process_compiles_nothing_that_speaks_to_a_broker() {
+fn the_feature_embedded_compiles_nothing_of_the_broker_client() {
     let brought = brought_by(&["--no-default-features", "--features", "embedded"]);
     assert_eq!(among(&brought, &OF_THE_COMMAND), [""; 0]);
     assert_eq!(among(&brought, &OF_THE_BROKER), [""; 0]);
@@ -38,7 +38,7 @@ fn a_coordinator_in_one_process_compiles_nothing_that_speaks_to_a_broker() {
 }
 
 #[test]
-fn who_asks_for_nothing_gets_everything() {
+fn the_default_features_include_everything() {
     let brought = brought_by(&[]);
     for all in [&OF_THE_COMMAND[..], &OF_THE_BROKER, &OF_EMBEDDED] {
         assert_eq!(among(&brought, all), all);
@@ -46,7 +46,7 @@ fn who_asks_for_nothing_gets_everything() {
 }
 
 #[test]
-fn the_package_has_what_it_is_built_from_and_nothing_that_tests_it() {
+fn the_package_has_its_sources_and_no_tests() {
     let listed = cargo(&["package", "--list", "--allow-dirty"]);
     let packaged: BTreeSet<&str> = listed.lines().collect();
     let at_the_top: Vec<_> = packaged.iter().copied().filter(|path| !path.contains('/')).collect();
@@ -82,7 +82,7 @@ fn the_oldest_compiler_is_stated_once_and_no_newer_than_the_one_in_use() {
 }
 
 #[test]
-fn a_version_names_the_commit_that_is_given_packaged_or_checked_out() {
+fn a_version_names_the_given_packaged_or_checked_out_commit() {
     let directory = tempfile::tempdir().unwrap();
     let directory = directory.path();
     let version = |given| build::version("1.2.3", directory, given);

@@ -328,7 +328,7 @@ async fn one_saturated_slow_service_leaves_the_others_their_speed() {
 /// prepare takes: so much the others can't have. No more is lost, least of all to those that only
 /// wait for the slow one.
 #[tokio::test(start_paused = true)]
-async fn who_waits_for_a_slow_service_holds_no_slot_of_a_fast_one() {
+async fn a_transaction_that_waits_for_a_slow_service_holds_no_slot_of_a_fast_one() {
     let after: &[&[&str]] = &[&["B", "M"], &["C", "M"], &["D", "M"], &["E", "M"]];
     let before: &[&[&str]] = &[&["A", "B"], &["A", "C"], &["A", "D"], &["A", "E"]];
     for (what, sets) in [("after", after), ("before", before)] {
@@ -404,7 +404,7 @@ async fn while_the_slot_is_held(max_wait: Duration, held_for: Duration) -> While
 }
 
 #[tokio::test(start_paused = true)]
-async fn with_no_wait_allowed_a_held_slot_is_no_slot_at_once_and_nothing_else_is_called() {
+async fn with_a_max_wait_of_zero_a_held_slot_is_no_slot_at_once_and_nothing_else_is_called() {
     // Two milliseconds are too short for anything but at once.
     let WhileHeld { results, a, b } = while_the_slot_is_held(Duration::ZERO, ms(2)).await;
     assert_eq!(aborts(&results), BTreeMap::from([("no_slot", 100)]));
@@ -453,7 +453,7 @@ async fn a_service_that_hangs_in_every_prepare_leaves_the_others_their_speed() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_waits_for_a_slot_that_never_comes_free_is_told_in_rounds() {
+async fn transactions_that_wait_for_a_slot_that_is_never_freed_abort_in_rounds() {
     let (dead, good) = (Watched::default(), Watched::default());
     let hangs = |_| std::future::pending();
     let services =

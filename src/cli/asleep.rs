@@ -70,7 +70,7 @@ mod tests {
 
     /// A service that was stopped for 70 s logged only that no heartbeat had come from the server.
     #[test]
-    fn a_process_that_was_stopped_or_suspended_says_so_and_one_that_is_late_does_not() {
+    fn a_stopped_or_suspended_process_is_reported_and_a_late_one_is_not() {
         let missed = |before, now, step| gap(before, now, step).map(|(gap, _)| gap.as_secs());
         assert_eq!(missed(at(10), at(11), None), None);
         assert_eq!(missed(at(10), at(14), None), None, "a busy machine");

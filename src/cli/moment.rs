@@ -78,7 +78,7 @@ mod tests {
     use crate::protocol::time::Time;
 
     #[test]
-    fn a_moment_is_shown_as_date_and_time() {
+    fn a_time_is_shown_as_date_and_time() {
         for (millis, text) in [
             (0, "1970-01-01T00:00:00.000Z"),
             (951_782_399_999, "2000-02-28T23:59:59.999Z"),
@@ -93,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn a_moment_may_be_written_without_what_is_zero() {
+    fn a_time_may_be_written_without_its_zero_parts() {
         let midnight = Time::from_millis(1_787_529_600_000);
         for text in ["2026-08-24", "2026-08-24T00:00Z", "2026-08-24T00:00:00Z"] {
             assert_eq!(parse(text), Some(midnight), "{text}");
@@ -101,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_moment_in_utc_is_none() {
+    fn text_that_is_not_a_time_in_utc_is_none() {
         for text in [
             "",
             "24h",

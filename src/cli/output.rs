@@ -252,7 +252,7 @@ mod tests {
 
     /// A service's message could add a row to the table, and colours.
     #[test]
-    fn what_a_service_says_stays_in_its_row() {
+    fn a_services_message_stays_in_its_row() {
         let message = "no \u{1b}[31mmoney\ntx-2                     COMMITTED";
         let answer = Answer {
             id: TransactionId::parse("tx-1").unwrap(),

@@ -52,7 +52,7 @@ mod tests {
     use super::{coloured_line, line, lines};
 
     #[test]
-    fn what_controls_a_terminal_is_shown_as_text() {
+    fn terminal_controls_are_shown_as_text() {
         assert_eq!(line("no \u{1b}[31mmoney\r\n\u{9b}1m\u{202e}x"), {
             r"no \u{1b}[31mmoney\r\n\u{9b}1m\u{202e}x"
         });

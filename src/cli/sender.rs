@@ -359,7 +359,7 @@ mod tests {
     /// A user who had forgotten to start a service started it and submitted the file again. The
     /// result again said that no instance serves it, as if that were still so.
     #[test]
-    fn a_result_of_an_earlier_request_is_said_to_be_one() {
+    fn a_result_of_an_earlier_request_is_marked_as_such() {
         let mut sent = Sent::new();
         answered(&mut sent, 90_500, 90_000);
         assert_eq!(sent.before(), "", "a request is of a second");

@@ -33,7 +33,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_none_is_refused() {
+    fn text_that_is_not_a_duration_is_refused() {
         for text in ["", "5", "s", "-1s", "1.5s", "1 s", "5m", "99999999999999999999d", "36501d"] {
             assert!(parse(text).is_err(), "{text}");
         }

@@ -421,7 +421,7 @@ mod tests {
     }
 
     #[test]
-    fn where_nothing_is_said_the_defaults_hold() {
+    fn without_values_the_defaults_apply() {
         let config = load(&Given::default()).unwrap();
         assert_eq!(config.broker.address.to_string(), "amqp://localhost:5672");
         assert_eq!(config.broker.namespace.to_string(), "dtc");
@@ -431,7 +431,7 @@ mod tests {
     }
 
     #[test]
-    fn each_layer_hides_the_one_before_key_by_key() {
+    fn each_layer_overrides_the_earlier_one_key_by_key() {
         let file = "[worker]\ndrain = \"1s\"\nwindow = \"1s\"\nprepare_timeout = \"1s\"";
         let flag = Flag { key: "worker.drain", flag: "--drain", value: "3s".to_owned() };
         let variables = [("DTC__WORKER__DRAIN", "2s"), ("DTC__WORKER__WINDOW", "2s")];
@@ -445,13 +445,13 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_variable_says_nothing_and_those_of_others_are_not_ours() {
+    fn empty_and_foreign_variables_are_ignored() {
         let variables = [("DTC__WORKER__NAME", ""), ("DTC_LOG", "info"), ("DTCX__A__B", "1")];
         assert!(loaded("", &variables).unwrap().worker.name.is_none());
     }
 
     #[test]
-    fn unknown_keys_are_refused_wherever_they_stand() {
+    fn unknown_keys_are_refused_in_every_source() {
         let file = "top = 1\n[broker]\nport = 1\n[worker.drain]\nmin = 1\n[colour]\nred = 1";
         let variables = [("DTC__WORKER", "x"), ("DTC____", "x"), ("DTC__Worker__Drain", "1s")];
         assert_eq!(
@@ -482,7 +482,7 @@ mod tests {
 
     /// The variable had no effect, and the command connected to the broker on its own machine.
     #[test]
-    fn a_variable_with_one_underscore_too_few_is_not_passed_over_in_silence() {
+    fn a_variable_with_a_missing_underscore_is_refused() {
         for name in ["DTC_BROKER_URL", "DTC_BROKER__URL", "dtc__broker__url"] {
             assert_eq!(
                 complaints("", &[(name, "amqp://there")]),
@@ -519,7 +519,7 @@ mod tests {
     }
 
     #[test]
-    fn a_secret_is_read_from_its_file_and_hides_what_stands_below() {
+    fn a_secret_is_read_from_its_file_and_overrides_weaker_layers() {
         let directory = tempfile::tempdir().unwrap();
         let (url, secret) = (directory.path().join("url"), directory.path().join("password"));
         fs::write(&url, "amqp://me@there\n").unwrap();
@@ -538,7 +538,7 @@ mod tests {
     }
 
     #[test]
-    fn a_secret_is_said_in_one_way_and_never_repeated() {
+    fn a_secret_is_set_in_one_way_and_never_shown() {
         let said = complaints(
             "[broker]\nurl = \"canary\"\nurl_file = \"/nowhere\"\npassword = [\"canary\"]\n\
              pasword = \"canary\"",
@@ -558,7 +558,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_shown_is_a_file_that_says_the_same() {
+    fn the_output_is_a_file_with_the_same_configuration() {
         for name in ["7", "007", "99999999999999999999", "w1"] {
             let variables = [("DTC__WORKER__NAME", name), ("DTC__WORKER__MAX_IN_FLIGHT", "0010")];
             let shown = loaded("", &variables).unwrap().to_string();
@@ -569,7 +569,7 @@ mod tests {
     }
 
     #[test]
-    fn no_worker_is_called_like_many() {
+    fn a_worker_may_not_have_a_reserved_name() {
         for name in ["any", "all"] {
             let said = complaints("", &[("DTC__WORKER__NAME", name)]);
             assert!(said.contains("which mean many"), "{said}");
@@ -595,7 +595,7 @@ mod tests {
     }
 
     #[test]
-    fn certificates_are_looked_into_and_taken() {
+    fn certificates_are_checked_and_used() {
         let directory = tempfile::tempdir().unwrap();
         let [certificate, key] = certified(directory.path(), "c.pem", "k.pem");
         let variables = [
@@ -616,7 +616,7 @@ mod tests {
     }
 
     #[test]
-    fn everything_that_is_wrong_with_certificates_is_said_at_once() {
+    fn all_errors_in_certificates_are_reported_at_once() {
         let directory = tempfile::tempdir().unwrap();
         let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
         fs::write(path("text"), "not PEM").unwrap();
@@ -662,7 +662,7 @@ mod tests {
     }
 
     #[test]
-    fn tls_is_wanted_where_it_is_set_and_certificates_where_they_name_the_user() {
+    fn tls_settings_need_amqps_and_external_needs_a_certificate() {
         let directory = tempfile::tempdir().unwrap();
         let [certificate, key] = certified(directory.path(), "c.pem", "k.pem");
         let rule = "is for amqps:// only, and no URL of the broker begins so";
@@ -682,7 +682,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_is_told_from_its_path_and_never_repeated() {
+    fn a_private_key_given_instead_of_its_path_is_never_shown() {
         let directory = tempfile::tempdir().unwrap();
         let [certificate, key] = certified(directory.path(), "c.pem", "k.pem");
         let content = fs::read_to_string(&key.1).unwrap();

@@ -425,7 +425,7 @@ mod tests {
     }
 
     #[test]
-    fn how_a_file_comes_in_pieces_does_not_matter() {
+    fn a_file_may_arrive_in_pieces_of_any_size() {
         /// Returns one byte at a time, after an interrupt each time.
         struct Pieces<'a>(&'a [u8], bool);
         impl Read for Pieces<'_> {
@@ -689,7 +689,7 @@ mod tests {
     }
 
     #[test]
-    fn an_id_is_known_to_be_taken_until_a_generation_later_at_least() {
+    fn a_repeated_id_is_noticed_for_at_least_a_generation() {
         let id = |number: usize| TransactionId::parse(&number.to_string()).unwrap();
         let mut taken = TakenIds { generation: 100, ..TakenIds::default() };
         for number in 0..1000 {

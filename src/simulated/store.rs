@@ -599,7 +599,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_has_one_id_whoever_opens_it_and_no_two_have_the_same() {
+    fn a_directory_has_one_id_and_no_two_have_the_same() {
         let (here, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let ids: BTreeSet<_> = thread::scope(|scope| {
             let opening: Vec<_> = (0..8)
@@ -685,7 +685,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_is_killed_in_the_middle_of_a_finish_leaves_one_line() {
+    fn an_instance_killed_during_a_finish_leaves_one_line() {
         let directory = tempfile::tempdir().unwrap();
         let store = store(directory.path(), "i1");
         let (noted, added) = (prepare("t1", "i1"), prepare("t2", "i1"));
@@ -729,7 +729,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_not_written_to_its_end_is_not_held() {
+    fn an_incomplete_file_is_not_a_held_branch() {
         let directory = tempfile::tempdir().unwrap();
         let store = store(directory.path(), "i1");
         for text in ["", "abababababababababababababababab", "x 1\n"] {
@@ -754,7 +754,7 @@ mod tests {
 
     /// For a store that had been removed, the only message was `No such file or directory`.
     #[test]
-    fn what_fails_at_a_store_names_the_file() {
+    fn an_error_of_a_store_names_the_file() {
         let directory = tempfile::tempdir().unwrap();
         let store = store(directory.path(), "i1");
         let call = prepare("t1", "i1");
@@ -771,7 +771,7 @@ mod tests {
     }
 
     #[test]
-    fn what_an_instance_was_killed_in_the_middle_of_preparing_is_not_left_among_the_prepared() {
+    fn the_file_of_an_instance_killed_while_preparing_is_removed() {
         let directory = tempfile::tempdir().unwrap();
         let before = store(directory.path(), "i1");
         before.prepare(&prepare("t1", "i1")).unwrap();

@@ -66,7 +66,7 @@ fn queues(broker: &Broker, place: &Place) -> BTreeSet<String> {
 }
 
 #[test]
-fn an_apply_under_an_alarm_says_so_in_time_and_goes_on_when_it_is_over() {
+fn an_apply_under_an_alarm_reports_it_in_time_and_continues_when_it_is_over() {
     let broker = Broker::start();
     let world = World::at(broker.place());
     let services = services(&world);
@@ -125,7 +125,7 @@ fn neither_worker_nor_instance_is_ready_while_the_broker_takes_no_messages() {
 }
 
 #[test]
-fn a_run_under_an_alarm_says_so_and_leaves_nothing_behind() {
+fn a_run_under_an_alarm_reports_it_and_leaves_nothing_behind() {
     let broker = Broker::start();
     let world = World::at(broker.place());
     let (services, transactions) = (services(&world), transactions(&world));
@@ -156,7 +156,7 @@ fn a_run_under_an_alarm_says_so_and_leaves_nothing_behind() {
 }
 
 #[test]
-fn a_submit_under_an_alarm_names_it_when_its_time_is_over() {
+fn a_submit_under_an_alarm_names_it_when_it_times_out() {
     let broker = Broker::start();
     let world = World::at(broker.place());
     let (services, transactions) = (services(&world), transactions(&world));
@@ -232,7 +232,7 @@ fn holds(bytes: &[u8], pattern: &[u8]) -> bool {
 }
 
 #[test]
-fn a_broker_that_answers_nothing_is_given_up_and_each_command_ends() {
+fn every_command_gives_up_a_broker_that_answers_nothing() {
     let broker = Broker::start();
     let hole = Hole::before(&broker);
     let world = World::at(hole.place.clone());

@@ -75,7 +75,7 @@ fn a_run_at_a_broker_ends_and_names_the_alarm() {
 }
 
 #[test]
-fn a_run_at_a_broker_hears_a_signal_during_an_alarm() {
+fn a_signal_ends_a_run_at_a_broker_during_an_alarm() {
     let alarmed = Alarmed::new();
     let mut process = run(&alarmed);
     // The broker reports the alarm only to a connection that publishes: by then the topology is
@@ -99,7 +99,7 @@ fn run(alarmed: &Alarmed) -> Process {
 }
 
 #[test]
-fn a_worker_that_starts_names_the_alarm_hears_a_signal_and_serves_when_it_is_over() {
+fn a_worker_that_starts_during_an_alarm_names_it_and_serves_when_it_is_over() {
     let alarmed = Alarmed::new();
     let worker = |name| Process::start(name, &mut alarmed.world.dtc(&["worker", "--name", name]));
     let mut told_to_stop = worker("w1");
@@ -125,7 +125,7 @@ fn a_submit_that_is_not_answered_in_time_names_the_alarm() {
 
 /// After the first signal it waits for what it has sent, and after the second one no longer.
 #[test]
-fn a_submit_hears_signals_during_an_alarm() {
+fn a_signal_ends_a_submit_during_an_alarm() {
     let alarmed = Alarmed::new();
     let flags = ["--wait", "--timeout", "60s"];
     let mut process = alarmed.world.submit_given(&Alarmed::transactions(), &flags);

@@ -24,7 +24,7 @@ fn bench(world: &World, flags: &[&str]) -> Process {
 }
 
 #[test]
-fn everything_that_is_measured_is_told_and_drawn() {
+fn every_measurement_is_in_the_report_and_in_the_plot() {
     let world = World::at(place());
     let loads =
         ["--seconds", "1", "--rounds", "1", "--in-flight", "1,8", "--backlog", "200", "--times"];
@@ -64,7 +64,7 @@ fn everything_that_is_measured_is_told_and_drawn() {
 /// A configured worker's name would apply to each of them, so the bench must choose their names:
 /// two workers with one name would both get all replies.
 #[test]
-fn several_workers_are_called_differently_though_the_configuration_names_one() {
+fn several_workers_get_different_names_even_if_the_configuration_has_one() {
     let mut world = World::at(place());
     world.variables.push(("DTC__WORKER__NAME", "one".to_owned()));
     let mut bench =
@@ -97,7 +97,7 @@ enum During {
 }
 
 #[test]
-fn one_that_is_interrupted_leaves_no_process_and_nothing_at_the_broker() {
+fn an_interrupted_bench_leaves_no_process_and_nothing_at_the_broker() {
     let broker = Broker::start();
     for during in [During::Declaring, During::Yardstick, During::Load] {
         let world = World::at(broker.place());

@@ -59,7 +59,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 // ---- The library -----------------------------------------------------------------------------
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_request_is_with_the_broker_when_submit_returns() {
+async fn the_broker_has_the_request_when_submit_returns() {
     let desk = Desk::new(place()).await;
     let submission = Submission::new("TX1", ["b", "a", "b"], json!({"amount": 1}));
     let key = desk.client().submit(submission).await.unwrap();
@@ -76,7 +76,7 @@ async fn a_request_is_with_the_broker_when_submit_returns() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_a_topology_the_remedy_is_named_at_once() {
+async fn without_a_topology_the_error_names_the_remedy_at_once() {
     let place = place();
     let (address, names) = address(&place);
     let client = Client::connect(address, names);
@@ -88,7 +88,7 @@ async fn without_a_topology_the_remedy_is_named_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn results_find_their_requests_in_whatever_order_they_come() {
+async fn results_in_any_order_are_matched_to_their_requests() {
     const COUNT: usize = 200;
     let desk = Desk::new(place()).await;
     let client = desk.client();
@@ -131,7 +131,7 @@ async fn the_answer_to_a_retry_under_a_new_timestamp_names_the_earlier_transacti
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_not_answered_in_time_can_be_asked_for_again_under_the_same_key() {
+async fn a_request_that_timed_out_can_be_repeated_under_the_same_key() {
     let desk = Desk::new(place()).await;
     let client = desk.client();
     let mut consumer = desk.consume().await;
@@ -158,7 +158,7 @@ async fn what_is_not_answered_in_time_can_be_asked_for_again_under_the_same_key(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn after_a_lost_connection_what_is_unanswered_is_sent_again_under_the_same_key() {
+async fn unanswered_requests_are_sent_again_under_the_same_key_after_a_lost_connection() {
     let broker = Broker::start();
     let desk = Desk::new(broker.place()).await;
     let client = desk.client();
@@ -186,7 +186,7 @@ async fn after_a_lost_connection_what_is_unanswered_is_sent_again_under_the_same
 /// A node that was cut off from the others keeps its clients' queues, which no result reaches. Or
 /// nothing was decided meanwhile, and the results are on their way.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_result_that_does_not_come_is_asked_for_by_another_queue_and_may_come_by_both() {
+async fn a_missing_result_is_requested_through_another_queue_and_may_arrive_through_both() {
     let desk = Desk::new(place()).await;
     let client = desk.client();
     let waiting = tokio::spawn(async move {
@@ -212,7 +212,7 @@ async fn a_result_that_does_not_come_is_asked_for_by_another_queue_and_may_come_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_broker_that_is_not_there_is_waited_for_no_longer_than_asked() {
+async fn a_client_waits_for_an_absent_broker_no_longer_than_its_timeout() {
     let (address, names) = address(&at(place(), "amqp://127.0.0.1:9"));
     let client = Client::connect(address, names);
     let limit = Duration::from_millis(500);
@@ -247,7 +247,7 @@ async fn submitted_files_print_their_results_in_order() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn with_a_moment_of_its_own_a_file_is_submitted_again_as_the_same_transactions() {
+async fn a_file_submitted_again_with_the_same_requested_at_is_the_same_transactions() {
     let desk = Desk::new(place()).await;
     let world = World::at(desk.place.clone());
     let file = world.file("transactions.json", &transactions(3));
@@ -266,7 +266,7 @@ async fn with_a_moment_of_its_own_a_file_is_submitted_again_as_the_same_transact
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_not_answered_in_time_is_named() {
+async fn transactions_without_a_result_in_time_are_named() {
     let desk = Desk::new(place()).await;
     let world = World::at(desk.place);
     let file = world.file("transactions.json", &transactions(2));
@@ -280,7 +280,7 @@ async fn what_is_not_answered_in_time_is_named() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_of_a_bad_file_is_sent_and_of_bad_lines_what_was_before() {
+async fn nothing_of_a_bad_array_is_sent_and_of_bad_lines_only_the_earlier_ones() {
     let desk = Desk::new(place()).await;
     let world = World::at(desk.place.clone());
     let bad = world.file("bad.json", &json!([{"id": "TX1"}]));
@@ -299,7 +299,7 @@ async fn nothing_of_a_bad_file_is_sent_and_of_bad_lines_what_was_before() {
 }
 
 #[test]
-fn a_broker_that_is_not_there_or_says_no_has_its_exit_code() {
+fn an_absent_or_refusing_broker_has_its_exit_code() {
     let place = place();
     let world = World::at(place.clone());
     let file = world.file("transactions.json", &transactions(1));
@@ -315,7 +315,7 @@ fn a_broker_that_is_not_there_or_says_no_has_its_exit_code() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_signal_ends_the_sending_and_what_was_sent_is_waited_for() {
+async fn after_a_signal_submit_sends_no_more_and_waits_for_what_was_sent() {
     let desk = Desk::new(place()).await;
     let world = World::at(desk.place.clone());
     let mut command = world.dtc(&["submit", "-", "--wait"]);
@@ -343,7 +343,7 @@ async fn a_signal_ends_the_sending_and_what_was_sent_is_waited_for() {
 // ---- `dtc status` ----------------------------------------------------------------------------
 
 #[tokio::test(flavor = "multi_thread")]
-async fn status_tells_the_first_record_of_every_transaction_with_the_id() {
+async fn status_shows_the_first_record_of_every_transaction_with_the_id() {
     let desk = Desk::new(place()).await;
     let now = Clock::start().now();
     // As far back as the journal is complete.
@@ -384,7 +384,7 @@ async fn status_tells_the_first_record_of_every_transaction_with_the_id() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_not_found_is_said_as_of_when_the_journal_is_complete() {
+async fn status_says_since_when_the_journal_is_complete_if_it_finds_nothing() {
     let desk = Desk::new(place()).await;
     let world = World::at(desk.place.clone());
     let begun_at = desk.begun_at.as_millis();
@@ -420,7 +420,7 @@ async fn a_journal_without_its_beginning_is_complete_a_margin_after_its_first_re
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn status_looks_back_until_it_has_found_and_a_day_at_most_and_says_how_far() {
+async fn status_looks_back_until_it_finds_a_day_at_most_and_says_how_far() {
     let desk = Desk::bare(place()).await;
     desk.stream(&desk.names.journal()).await;
     desk.stream(&desk.names.unresolved()).await;
@@ -457,7 +457,7 @@ async fn status_looks_back_until_it_has_found_and_a_day_at_most_and_says_how_far
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_the_broker_was_told_before_it_is_looked_at_is_not_read() {
+async fn status_does_not_read_records_older_than_it_looks_back() {
     let desk = Desk::new(place()).await;
     let now = Clock::start().now();
     for number in 0..100 {
@@ -484,7 +484,7 @@ async fn what_the_broker_was_told_before_it_is_looked_at_is_not_read() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn status_without_a_topology_is_a_matter_of_configuration() {
+async fn status_without_a_topology_is_a_configuration_error() {
     let world = World::at(place());
     let status = crate::processes::Process::start("status", &mut world.dtc(&["status", "TX1"]));
     let mut status = status;

@@ -9,14 +9,14 @@ use crate::{
 };
 
 #[test]
-fn a_worker_that_comes_back_before_the_journal_does_blames_nobody() {
+fn a_worker_that_reconnects_before_the_journal_is_available_logs_no_error() {
     let stand = Stand::new();
     let journal = stand.site.name("journal");
     comes_back(&stand, &stand.worker, "dtc worker w1", &journal);
 }
 
 #[test]
-fn an_instance_that_comes_back_before_its_queue_does_blames_nobody() {
+fn an_instance_that_reconnects_before_its_queue_is_available_logs_no_error() {
     let stand = Stand::new();
     let prepares = stand.site.name("prepare.stock");
     comes_back(&stand, &stand.stock, "dtc service stock", &prepares);

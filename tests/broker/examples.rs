@@ -92,7 +92,7 @@ fn the_example_of_one_process_commits_an_order_and_aborts_one_that_costs_too_muc
 }
 
 #[test]
-fn the_example_of_a_producer_has_its_order_committed_by_those_of_a_worker_and_two_services() {
+fn the_examples_of_a_producer_a_worker_and_two_services_commit_an_order() {
     let scene = Scene::new();
     let mut worker = scene.worker();
     let services = ["payments", "stock"].map(|name| scene.service(name));
@@ -118,7 +118,7 @@ fn the_example_of_a_producer_has_its_order_committed_by_those_of_a_worker_and_tw
 }
 
 #[test]
-fn the_example_of_a_service_killed_with_an_order_prepared_says_so_and_commits_it() {
+fn the_example_of_a_service_killed_with_a_prepared_order_reports_and_commits_it() {
     let scene = Scene::new();
     let _worker = scene.worker();
     let (mut payments, stock) = (scene.service("payments"), scene.service("stock"));

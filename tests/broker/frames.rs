@@ -190,14 +190,14 @@ async fn is_read(address: &Address, place: &Place) {
 }
 
 #[tokio::test]
-async fn what_lapin_could_not_parse_is_read_in_plain() {
+async fn messages_that_lapin_could_not_parse_are_read_without_tls() {
     let broker = Broker::start();
     let place = broker.place();
     is_read(&address(&place), &place).await;
 }
 
 #[tokio::test]
-async fn what_lapin_could_not_parse_is_read_over_tls() {
+async fn messages_that_lapin_could_not_parse_are_read_over_tls() {
     let ours = Authority::new("ours");
     let own = ours.signs("broker", &["localhost"]);
     let broker = Broker::start_secured(Secured {
@@ -213,7 +213,7 @@ async fn what_lapin_could_not_parse_is_read_over_tls() {
 }
 
 #[tokio::test]
-async fn a_content_header_that_the_broker_has_made_too_large_is_read() {
+async fn a_content_header_that_the_broker_enlarged_beyond_a_frame_is_read() {
     let broker = Broker::start();
     let place = broker.place();
     let connection = address(&place).connect("test").await.unwrap();
@@ -235,7 +235,7 @@ async fn a_content_header_that_the_broker_has_made_too_large_is_read() {
 /// The broker doesn't split a content header: a smaller frame size doesn't keep it away, and lapin
 /// would have parsed it before checking its size.
 #[tokio::test]
-async fn a_content_header_that_is_larger_than_we_have_agreed_to_is_read() {
+async fn a_content_header_larger_than_the_negotiated_frame_size_is_read() {
     let place = place();
     let url = format!("{}?frame_max=8192", place.url);
     let connection = Address::new(url.parse().unwrap(), "test").connect("test").await.unwrap();
@@ -248,7 +248,7 @@ async fn a_content_header_that_is_larger_than_we_have_agreed_to_is_read() {
 }
 
 #[tokio::test]
-async fn whose_message_came_back_is_known_with_its_confirm() {
+async fn a_returned_message_is_identified_when_it_is_confirmed() {
     const COUNT: usize = 200;
     let place = place();
     let connection = address(&place).connect("test").await.unwrap();

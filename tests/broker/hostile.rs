@@ -173,7 +173,7 @@ fn results_that_cannot_be_read_do_not_end_a_producer() {
 
 /// The base of all tests here.
 #[test]
-fn a_broker_takes_all_of_this_into_its_queues() {
+fn a_broker_accepts_all_these_messages() {
     let site = Site::new();
     let mut bare = Bare::connect(&site.place.url);
     for poison in &POISONS {

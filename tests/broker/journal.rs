@@ -19,7 +19,7 @@ use crate::{
 };
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_host_that_is_gone_is_passed_over() {
+async fn an_unreachable_host_is_skipped() {
     let url = place().url;
     let address = format!("amqp://127.0.0.1:9,{url},amqp://127.0.0.1:9").parse().unwrap();
     let broker = Broker::new(address, "test");
@@ -32,7 +32,7 @@ async fn a_host_that_is_gone_is_passed_over() {
 
 /// After an empty stream, the next one is read on the same connection.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_connection_outlives_the_reading_of_streams_in_which_there_is_nothing() {
+async fn a_connection_survives_reading_empty_streams() {
     let system = Setup::new([]).start().await;
     let stream = system.names.unresolved();
     let mut connections = Vec::new();
@@ -64,7 +64,7 @@ async fn a_connection_outlives_the_reading_of_streams_in_which_there_is_nothing(
 /// With a lost journal, its decisions are lost. A request that is repeated then, or that may have
 /// been decided before, is parked; nobody gets a guessed outcome.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_journal_that_is_lost_under_a_worker_is_noticed_and_nothing_is_guessed() {
+async fn a_worker_detects_a_lost_journal_and_guesses_nothing() {
     let watched = Watched::willing();
     let system = Setup::new([Served::new("payments", 2, &watched)]).start().await;
     let before = system.run("before", &["payments"], json!({})).await;

@@ -28,7 +28,7 @@ const AT_ONCE: Duration = Duration::from_secs(5);
 const STOCK: &str = "dtc service stock";
 
 #[test]
-fn an_instance_whose_old_queue_is_still_there_serves_at_once_by_another() {
+fn an_instance_whose_old_queue_still_exists_serves_at_once_through_a_new_one() {
     let stand = Stand::new();
     let said = stand.stock.stderr.count();
     stand.site.proxy.sever(STOCK);
@@ -48,7 +48,7 @@ fn an_instance_whose_old_queue_is_still_there_serves_at_once_by_another() {
 }
 
 #[test]
-fn a_commit_reaches_an_instance_though_its_old_queue_is_still_there() {
+fn a_commit_reaches_an_instance_whose_old_queue_still_exists() {
     // `stock` has prepared long before `payments` has.
     let payments = json!({"name": "payments", "max_concurrency": 8, "max_wait_ms": 10_000,
         "prepare": {"latency_ms": [3000, 3000]}});
@@ -75,7 +75,7 @@ fn a_commit_reaches_an_instance_though_its_old_queue_is_still_there() {
 /// When a host was tried in parallel to a slow one and not used, the broker kept its connection and
 /// consumer: an instance's commands were delivered to both, and 170 of them stayed unacknowledged.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_connection_that_is_let_go_while_a_consumer_begins_is_closed() {
+async fn a_connection_that_is_dropped_while_a_consumer_starts_is_closed() {
     let place = place();
     let broker = AmqpBroker::new(place.url.parse().unwrap(), "test");
     let other = broker.connect("another").await.unwrap();
@@ -107,7 +107,7 @@ async fn a_connection_that_is_let_go_while_a_consumer_begins_is_closed() {
 /// Nodes that lost each other delete the exclusive queues of the other side, and don't end their
 /// consumers. A producer noticed that by missing results, up to 6 s later.
 #[test]
-fn a_results_queue_that_the_broker_does_not_know_any_more_is_replaced_at_once() {
+fn a_results_queue_that_the_broker_has_lost_is_replaced_at_once() {
     let broker = Broker::start();
     let service = |name| json!({"name": name, "max_concurrency": 8, "max_wait_ms": 10_000});
     let site = Site::of(broker.place(), json!([service("payments"), service("stock")]));

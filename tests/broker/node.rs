@@ -35,7 +35,7 @@ const CHILD: &str = "DTC_TEST_NODE_CHILD";
 
 #[test]
 #[expect(clippy::disallowed_methods, reason = "how long the node took")]
-fn a_node_starts_tells_its_version_and_leaves_nothing_behind() {
+fn a_node_starts_reports_its_version_and_leaves_nothing_behind() {
     let started = std::time::Instant::now();
     let broker = Broker::start();
     println!("RabbitMQ {} started in {:.1?}", broker.version(), started.elapsed());
@@ -134,7 +134,7 @@ async fn what_was_confirmed_survives_kill_and_restart() {
 }
 
 #[tokio::test]
-async fn two_nodes_know_nothing_of_each_other() {
+async fn two_nodes_are_independent() {
     let (one, other) = (Broker::start(), Broker::start());
     declare(&channel(&one.url()).await, "mine", "classic").await;
     assert!(!has(&other.url(), "mine").await);
@@ -144,7 +144,7 @@ async fn two_nodes_know_nothing_of_each_other() {
 }
 
 #[tokio::test]
-async fn no_two_tests_are_given_the_same_place() {
+async fn no_two_tests_get_the_same_port_or_directory() {
     let places = [broker::place(), broker::place()];
     println!("RabbitMQ {}", broker::version());
     let names: Vec<_> = places.iter().map(|place| format!("{}.mine", place.namespace)).collect();
@@ -157,10 +157,10 @@ async fn no_two_tests_are_given_the_same_place() {
 }
 
 #[tokio::test]
-async fn a_given_broker_is_used_and_nothing_is_left_there() {
+async fn a_broker_named_by_amqp_url_is_used_and_left_clean() {
     let broker = Broker::start();
     let output = Command::new(env::current_exe().unwrap())
-        .args(["--exact", "node::no_two_tests_are_given_the_same_place", "--nocapture"])
+        .args(["--exact", "node::no_two_tests_get_the_same_port_or_directory", "--nocapture"])
         .env("AMQP_URL", broker.url())
         .output()
         .unwrap();

@@ -80,7 +80,7 @@ fn malformed(site: &Site, count: usize) {
 /// The worker wrote its log in the loop that does the work: it stood still, and didn't handle
 /// SIGTERM.
 #[test]
-fn a_worker_whose_log_nobody_reads_goes_on_and_ends_when_told() {
+fn a_worker_whose_log_nobody_reads_continues_and_stops_on_a_signal() {
     let site = Site::new();
     let services = BOTH.map(|name| site.service(name));
     let (log, worker) = Logging::worker(&site);
@@ -94,7 +94,7 @@ fn a_worker_whose_log_nobody_reads_goes_on_and_ends_when_told() {
 }
 
 #[test]
-fn who_reads_a_log_late_is_told_how_many_lines_are_lost() {
+fn a_log_that_is_read_late_says_how_many_lines_were_dropped() {
     let site = Site::new();
     let (log, worker) = Logging::worker(&site);
     malformed(&site, TOO_MANY);
@@ -120,7 +120,7 @@ fn who_reads_a_log_late_is_told_how_many_lines_are_lost() {
 
 /// Each of them ended a worker at once, and left what it had begun to others.
 #[test]
-fn a_signal_that_asks_for_nothing_ends_no_worker_and_one_that_asks_for_the_end_drains() {
+fn a_worker_ignores_signals_without_meaning_and_drains_on_those_that_end_it() {
     let mut stand = Stand::new();
     for signal in [Signal::SIGHUP, Signal::SIGUSR1, Signal::SIGUSR2, Signal::SIGALRM] {
         stand.worker.signal(signal);
@@ -179,7 +179,7 @@ fn a_request_from_a_clock_that_is_ahead_by_less_than_the_margin_is_served() {
 /// A line that is too large for any message ended the run with everything in flight, and committed
 /// transactions were not printed.
 #[test]
-fn a_line_that_is_too_large_to_be_sent_loses_no_results_of_those_before_it() {
+fn a_line_too_large_for_a_message_loses_no_results_of_earlier_lines() {
     const GOOD: usize = 20;
     let service = json!([{"name": "stock", "max_concurrency": 20, "prepare": {"latency_ms": 600}}]);
     let site = Site::of(place(), service);
@@ -202,7 +202,7 @@ fn a_line_that_is_too_large_to_be_sent_loses_no_results_of_those_before_it() {
 
 /// Others had already been begun when that was found.
 #[test]
-fn an_array_with_a_transaction_that_is_too_large_for_a_message_begins_nothing() {
+fn an_array_with_a_transaction_too_large_for_a_message_sends_nothing() {
     let world = World::at(place());
     let services = world.file("services.json", &json!([{"name": "stock", "max_concurrency": 5}]));
     let large = json!({"x": "y".repeat(255 * 1024)});
@@ -222,7 +222,7 @@ fn an_array_with_a_transaction_that_is_too_large_for_a_message_begins_nothing() 
 
 /// Nobody noticed, and each took the other's records for its own when it compared clocks.
 #[test]
-fn two_workers_of_one_name_are_told_of() {
+fn two_workers_with_one_name_are_reported() {
     let site = Site::new();
     let services = BOTH.map(|name| site.service(name));
     let twins = [(); 2].map(|()| site.world.worker("twin"));
@@ -239,7 +239,7 @@ fn two_workers_of_one_name_are_told_of() {
 
 /// Its ready file stayed while every transaction was aborted.
 #[test]
-fn an_instance_whose_store_takes_nothing_is_not_ready_until_it_does() {
+fn an_instance_is_not_ready_while_its_store_accepts_no_writes() {
     let site = Site::new();
     let (state, ready) = (site.world.path("state"), site.world.path("ready"));
     let mut command = site.world.dtc(&["service", "--name", "stock"]);
@@ -276,7 +276,7 @@ fn an_instance_whose_store_takes_nothing_is_not_ready_until_it_does() {
 /// Its services.json said that all instances share one cap, but each of them had its own slots: the
 /// queue was declared from an older services.json, and nothing reported that.
 #[test]
-fn an_instance_whose_services_json_is_not_that_of_its_queue_says_so() {
+fn an_instance_whose_services_json_differs_from_its_queue_logs_it() {
     let site = Site::new();
     let newer = json!([
         {"name": "stock", "max_concurrency": 8, "max_wait_ms": 500, "cap": "service"},
@@ -300,7 +300,7 @@ fn an_instance_whose_services_json_is_not_that_of_its_queue_says_so() {
 
 /// The message was only the broker's own: `NOT_FOUND - no queue 'dtc.journal' in vhost '/'`.
 #[test]
-fn a_status_where_there_is_no_journal_says_what_makes_one() {
+fn status_without_a_journal_names_the_command_that_creates_it() {
     let site = Site::new();
     let mut command = site.world.dtc_at_broker(&["status", "TX1", "--namespace", "nobodys"]);
     let mut status = Process::start("status", &mut command);
@@ -314,7 +314,7 @@ fn a_status_where_there_is_no_journal_says_what_makes_one() {
 
 /// An instance logged `not connected`, as if there were no broker.
 #[test]
-fn a_service_without_its_topology_says_what_makes_it_and_serves_once_it_is_made() {
+fn a_service_without_its_topology_names_the_remedy_and_serves_once_it_is_applied() {
     let site = Site::new();
     site.direct.delete_queue(&site.name("finish.stock"));
     let instance = site.start_service("stock");

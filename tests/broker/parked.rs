@@ -61,8 +61,8 @@ impl Parked {
 
 /// The worker logged that an operator is needed, and nothing when the commit was applied later.
 #[test]
-fn a_parked_commit_is_said_to_be_tried_on_and_to_be_settled() {
-    // The first time, three more for the worker, and one that nobody waits for.
+fn a_parked_commit_is_logged_as_being_retried_and_as_settled() {
+    // The first time, three more for the worker, and one in the background.
     let parked = Parked::new(json!({"fail_first": 5}));
     let said = parked.worker.wait_for_line("ERROR", LIMIT);
     println!("{said}");
@@ -77,7 +77,7 @@ fn a_parked_commit_is_said_to_be_tried_on_and_to_be_settled() {
 
 /// At the default level, the worker logged nothing about it until the commit was parked.
 #[test]
-fn each_failure_of_a_commit_is_warned_of_by_the_worker() {
+fn the_worker_logs_a_warning_for_each_failure_of_a_commit() {
     let parked = Parked::new(json!({"fail_first": 5}));
     parked.worker.wait_for_line("commit parked", LIMIT);
     let lines = parked.worker.stderr.all();
@@ -93,7 +93,7 @@ fn each_failure_of_a_commit_is_warned_of_by_the_worker() {
 
 /// It waited for the whole drain, in vain.
 #[test]
-fn an_instance_that_stops_leaves_what_is_parked_to_the_next() {
+fn an_instance_that_stops_leaves_parked_commits_to_the_next_one() {
     const LONG_BEFORE_ITS_DRAIN_ENDS: Duration = Duration::from_secs(15);
     let mut parked = Parked::new(json!({"fail_for": ["t-0"]}));
     parked.stock.wait_for_line("an outcome is parked", LIMIT);
@@ -111,7 +111,7 @@ fn an_instance_that_stops_leaves_what_is_parked_to_the_next() {
 /// The instance that had the parked command called its own code for ever, though another one had
 /// committed: the commit was never settled, and its slot never freed.
 #[test]
-fn what_a_broken_instance_holds_is_applied_by_a_mended_one_and_settled() {
+fn a_repaired_instance_applies_and_settles_what_a_broken_one_held() {
     let parked = Parked::new(json!({"fail_for": ["t-0"]}));
     parked.stock.wait_for_line("an outcome is parked", LIMIT);
     let mended = parked.mended();
@@ -159,7 +159,7 @@ fn commits_of(site: &Site, service: &str) -> usize {
 /// Each request of the killed worker left a `settled` record for each of its services, though
 /// nothing was parked; and every reader of the parked ones reads all of these.
 #[test]
-fn a_worker_killed_with_hundreds_of_requests_in_hand_leaves_no_records_of_what_was_not_parked() {
+fn a_worker_killed_with_hundreds_of_requests_leaves_no_false_records_of_parked_commits() {
     const TOTAL: usize = 1500;
     let service = |name| json!({"name": name, "max_concurrency": 20, "max_wait_ms": 60_000});
     let site = Site::of(place(), json!(BOTH.map(service)));
@@ -193,8 +193,8 @@ fn a_worker_killed_with_hundreds_of_requests_in_hand_leaves_no_records_of_what_w
 /// A worker that dies just after it has parked a commit has told nobody: its successor can't know.
 /// That the commit was settled used to be recorded for each request that was delivered again.
 #[test]
-fn a_commit_that_a_worker_parks_and_dies_is_settled_once() {
-    // The first time, and three more; the next one is that of the parked command.
+fn a_commit_parked_by_a_worker_that_then_dies_is_settled_once() {
+    // The first time, and three more; the next one is the parked command's.
     let service = json!([{"name": "stock", "max_concurrency": 2, "commit": {"fail_first": 4}}]);
     let site = Site::of(place(), service);
     let (stock, mut killed, producer) = (site.service("stock"), site.worker(&[]), site.producer());
@@ -219,7 +219,7 @@ fn a_commit_that_a_worker_parks_and_dies_is_settled_once() {
 /// A parked command is made safe before it is recorded. If no queue takes it, that must delay
 /// neither the record nor the result; and the command was lost.
 #[test]
-fn a_parked_commit_that_no_queue_takes_holds_up_no_result_and_gets_there_later() {
+fn a_parked_commit_that_no_queue_takes_delays_no_result_and_arrives_later() {
     let service = json!([{"name": "stock", "max_concurrency": 2, "commit": {"fail_first": 4}}]);
     let site = Site::of(place(), service);
     let (stock, mut worker, producer) = (site.service("stock"), site.worker(&[]), site.producer());

@@ -42,7 +42,7 @@ fn large(key: &ShortString) -> Outgoing {
 /// Like a producer that asks again whenever it listens on another queue: it waits for none of its
 /// publishes long enough to detect that the broker is silent.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_connection_that_confirms_nothing_is_given_up_though_nobody_waits_for_long() {
+async fn a_connection_that_confirms_nothing_is_given_up_even_if_every_wait_is_short() {
     let place = place();
     let (_channel, queue) = queue(&place).await;
     let proxy = Proxy::to(&place.url);
@@ -62,8 +62,8 @@ async fn a_connection_that_confirms_nothing_is_given_up_though_nobody_waits_for_
 }
 
 #[tokio::test]
-async fn what_was_published_last_is_not_overtaken_by_the_goodbye() {
-    // So few that none of them is watched.
+async fn the_last_publish_is_written_before_the_connection_closes() {
+    // So few that no write is watched.
     const COUNT: usize = 20;
     let place = place();
     let (channel, queue) = queue(&place).await;
@@ -87,7 +87,7 @@ async fn what_was_published_last_is_not_overtaken_by_the_goodbye() {
 }
 
 #[tokio::test]
-async fn what_is_published_on_a_channel_that_is_gone_is_lost_from_the_first_on() {
+async fn a_publish_on_a_closed_channel_is_reported_lost_at_once() {
     let place = place();
     let link = address(&place).link().await.unwrap();
     let mut publisher = Publisher::unconfirmed(&link.publishing, "a test").await.unwrap();

@@ -30,7 +30,7 @@ fn site() -> Site {
 }
 
 #[test]
-fn a_service_whose_queue_is_gone_is_unknown_and_none_beside_it() {
+fn only_the_service_whose_queue_is_gone_is_unknown() {
     const COUNT: usize = 60;
     let stand = Stand::at(site(), &[]);
     let of = |services: &[&str]| stand.submit(services);
@@ -56,7 +56,7 @@ fn a_service_whose_queue_is_gone_is_unknown_and_none_beside_it() {
 }
 
 #[test]
-fn what_is_set_aside_is_stored_once_though_nobody_takes_its_result() {
+fn a_rejected_request_is_stored_once_even_if_nobody_takes_its_result() {
     const COUNT: usize = 500;
     let site = site();
     for number in 0..COUNT {

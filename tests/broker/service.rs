@@ -57,7 +57,7 @@ const SERVICE: &str = "payments";
 const HASH: &str = "000102030405060708090a0b0c0d0e0f";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_prepared_is_voted_for_and_committed() {
+async fn an_instance_votes_for_a_prepare_and_commits_it() {
     let world = World::new(place(), PATIENT).await;
     let service = world.serve(r#""max_concurrency": 4"#, |settings| settings);
     world.prepare(&[1]).await;
@@ -86,7 +86,7 @@ async fn what_is_prepared_is_voted_for_and_committed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn many_in_one_message_are_answered_in_one() {
+async fn several_prepares_in_one_message_are_answered_in_one_message() {
     let world = World::new(place(), PATIENT).await;
     let service = world.serve(r#""max_concurrency": 50"#, |settings| settings);
     let ids: Vec<_> = (1..=40).collect();
@@ -113,7 +113,7 @@ async fn many_in_one_message_are_answered_in_one() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_broker_alone_holds_the_cap() {
+async fn the_broker_alone_enforces_the_cap() {
     let world = World::new(place(), PATIENT).await;
     let service = world.serve(r#""max_concurrency": 3"#, |settings| ServeSettings {
         own_limit: false,
@@ -139,7 +139,7 @@ async fn the_broker_alone_holds_the_cap() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_prepare_that_finds_no_slot_comes_back() {
+async fn a_prepare_that_finds_no_slot_is_returned_to_the_worker() {
     let world = World::new(place(), 0).await;
     let service = world.serve(r#""max_concurrency": 1"#, |settings| settings);
     world.wait_for_consumer().await;
@@ -179,7 +179,7 @@ async fn another_instance_votes_for_what_a_killed_one_has_prepared() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_another_instance_holds_takes_no_slot() {
+async fn a_branch_that_another_instance_holds_takes_no_slot() {
     let world = World::new(place(), PATIENT).await;
     let first = world.serve(r#""max_concurrency": 1"#, |settings| settings);
     world.prepare(&[1]).await;
@@ -203,7 +203,7 @@ async fn what_another_instance_holds_takes_no_slot() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_nobody_can_read_is_rejected_and_the_rest_goes_on() {
+async fn an_unreadable_message_is_rejected_and_the_others_are_handled() {
     let world = World::new(place(), PATIENT).await;
     let service = world.serve(r#""max_concurrency": 1"#, |settings| settings);
     let (to_slot, to_all) = (world.names.prepare(), world.names.finish());
@@ -326,7 +326,7 @@ async fn an_instance_with_another_store_does_not_serve_beside_those_that_share_o
 
 /// It was left by a node that was down when its last user went.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_left_of_a_store_that_nobody_serves_with_keeps_out_no_one() {
+async fn a_leftover_store_queue_without_instances_keeps_no_instance_out() {
     let world = World::new(place(), PATIENT).await;
     let queue = world.names.store_of(&world.service);
     let options =
@@ -348,7 +348,7 @@ async fn what_is_left_of_a_store_that_nobody_serves_with_keeps_out_no_one() {
 
 /// It answered that it was done, since it holds nothing of it; and nobody ever committed it.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_commit_that_reaches_another_store_is_an_error_and_waits_for_the_right_one() {
+async fn a_commit_that_reaches_the_wrong_store_fails_and_waits_for_the_right_one() {
     let world = World::new(place(), PATIENT).await;
     let mut killed = world.start_process(r#""max_concurrency": 2"#);
     world.prepare(&[1]).await;
@@ -418,7 +418,7 @@ async fn a_restart_of_the_broker_changes_neither_what_is_held_nor_the_cap() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn whoever_hears_nothing_asks() {
+async fn an_instance_without_an_outcome_inquires() {
     let world = World::new(place(), PATIENT).await;
     let service = world.serve(r#""max_concurrency": 1"#, |settings| ServeSettings {
         inquire_after: Duration::from_millis(100),
@@ -434,7 +434,7 @@ async fn whoever_hears_nothing_asks() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_service_that_stops_takes_nothing_new_and_hears_of_what_it_holds() {
+async fn a_service_that_stops_takes_no_prepares_and_gets_the_outcomes_of_what_it_holds() {
     let world = World::new(place(), PATIENT).await;
     let mut service = world.serve(r#""max_concurrency": 4"#, |settings| settings);
     world.prepare(&[1]).await;
@@ -458,7 +458,7 @@ async fn a_service_that_stops_takes_nothing_new_and_hears_of_what_it_holds() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_service_that_stops_waits_no_longer_than_it_may() {
+async fn a_service_that_stops_waits_no_longer_than_its_drain() {
     let world = World::new(place(), PATIENT).await;
     let service = world.serve(r#""max_concurrency": 1"#, |settings| ServeSettings {
         drain: Duration::from_millis(200),
@@ -476,7 +476,7 @@ async fn a_service_that_stops_waits_no_longer_than_it_may() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_queue_that_is_deleted_is_consumed_again_when_it_is_back() {
+async fn a_deleted_queue_is_consumed_again_once_it_is_declared() {
     let world = World::new(place(), PATIENT).await;
     let service = world.serve(r#""max_concurrency": 1"#, |settings| settings);
     world.wait_for_consumer().await;
@@ -519,7 +519,7 @@ async fn what_an_instance_holds_is_committed_while_its_prepare_queue_is_missing(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn queues_that_are_not_there_yet_are_waited_for() {
+async fn a_service_waits_for_queues_that_do_not_exist_yet() {
     let place = place();
     let world = World::undeclared(place).await;
     let service = world.serve(r#""max_concurrency": 1"#, |settings| settings);
@@ -549,7 +549,7 @@ async fn a_service_declares_what_it_needs_when_asked() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_service_that_the_broker_refuses_ends() {
+async fn a_service_ends_if_the_broker_refuses_it() {
     let world = World::new(place(), PATIENT).await;
     let Some((start, end)) = world.place.url.rsplit_once('@') else { return };
     let scheme_and_user = start.rsplit_once(':').unwrap().0;
@@ -563,7 +563,7 @@ async fn a_service_that_the_broker_refuses_ends() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_service_without_a_store_is_not_served() {
+async fn a_participant_without_a_store_is_not_served() {
     struct Forgetful;
     impl Participant for Forgetful {
         async fn prepare(&self, _: Prepare) -> Result<Verdict, Error> {

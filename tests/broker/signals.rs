@@ -11,7 +11,7 @@ fn shell(script: &str) -> Process {
 }
 
 #[test]
-fn a_line_is_found_before_and_after_it_was_asked_for() {
+fn a_line_is_found_whether_it_was_printed_before_or_after_the_wait_began() {
     let process =
         shell("echo first >&2; read line </dev/stdin; sleep 0.2; echo second >&2; exit 3");
     assert_eq!(process.wait_for_line("second", LIMIT), "second");
@@ -22,7 +22,7 @@ fn a_line_is_found_before_and_after_it_was_asked_for() {
 }
 
 #[test]
-fn what_is_given_is_read() {
+fn a_process_reads_its_standard_input() {
     let process =
         Process::start_given("cat", Command::new("cat").arg("-"), "one\ntwo\n".to_owned());
     assert_eq!(process.succeeded(LIMIT), ["one", "two"]);

@@ -107,7 +107,7 @@ fn node(signed_by: &Authority, clients_of: Option<&Authority>) -> Broker {
 }
 
 #[test]
-fn a_broker_is_trusted_for_who_has_signed_its_certificate_and_for_its_name() {
+fn a_broker_is_trusted_by_its_ca_and_its_name() {
     let (ours, others) = (Authority::new("ours"), Authority::new("others"));
     let broker = node(&ours, None);
     let place = broker.place();
@@ -140,7 +140,7 @@ fn a_broker_is_trusted_for_who_has_signed_its_certificate_and_for_its_name() {
 }
 
 #[test]
-fn a_port_without_tls_is_told_from_one_with_it() {
+fn a_port_without_tls_is_distinguished_from_one_with_tls() {
     let ours = Authority::new("ours");
     let broker = node(&ours, None);
     let place = broker.place();
@@ -163,7 +163,7 @@ fn a_port_without_tls_is_told_from_one_with_it() {
 }
 
 #[test]
-fn a_broker_that_asks_who_we_are_is_shown_a_certificate() {
+fn a_broker_that_asks_for_a_client_certificate_gets_it() {
     let (ours, others) = (Authority::new("ours"), Authority::new("others"));
     let broker = node(&ours, Some(&ours));
     let place = broker.place();
@@ -202,7 +202,7 @@ fn a_broker_that_asks_who_we_are_is_shown_a_certificate() {
 }
 
 #[tokio::test]
-async fn a_program_has_its_certificates_where_it_likes() {
+async fn a_program_may_give_its_certificates_as_text() {
     let ours = Authority::new("ours");
     let broker = node(&ours, Some(&ours));
     let place = secured(&broker, broker.place(), "guest:guest@", "localhost");
@@ -234,7 +234,7 @@ async fn a_program_has_its_certificates_where_it_likes() {
 }
 
 #[test]
-fn what_is_renewed_is_taken_when_a_connection_is_made_again() {
+fn renewed_certificates_are_used_when_a_client_reconnects() {
     let (old, new) = (Authority::new("old"), Authority::new("new"));
     let broker = node(&old, None);
     let mut world = World::at(secured(&broker, broker.place(), "guest:guest@", "localhost"));
@@ -252,7 +252,7 @@ fn what_is_renewed_is_taken_when_a_connection_is_made_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_client_that_has_worked_outlasts_certificates_that_do_not_fit_for_a_while() {
+async fn a_client_that_has_worked_survives_temporarily_wrong_certificates() {
     let (old, new) = (Authority::new("old"), Authority::new("new"));
     let broker = node(&old, None);
     let mut world = World::at(secured(&broker, broker.place(), "guest:guest@", "localhost"));

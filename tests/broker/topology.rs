@@ -30,7 +30,7 @@ use crate::{
 const MARGIN_MS: u64 = 60_000;
 
 #[tokio::test]
-async fn what_is_applied_twice_is_made_once() {
+async fn a_second_apply_declares_nothing() {
     let world = System::new();
     let made = world.apply().exited(0).said("");
     println!("RabbitMQ {}:\n{made}", broker::version());
@@ -42,7 +42,7 @@ async fn what_is_applied_twice_is_made_once() {
 }
 
 #[tokio::test]
-async fn a_check_of_an_empty_place_lists_everything_and_makes_nothing() {
+async fn a_check_of_an_empty_namespace_lists_everything_and_declares_nothing() {
     let world = System::new();
     let printed: Value = serde_json::from_str(&world.print()).unwrap();
     let wanted: BTreeSet<_> = ["exchanges", "queues"]
@@ -61,7 +61,7 @@ async fn a_check_of_an_empty_place_lists_everything_and_makes_nothing() {
 }
 
 #[tokio::test]
-async fn a_new_journal_serves_what_is_requested_at_once() {
+async fn with_a_new_journal_requests_are_served_at_once() {
     let world = System::new();
     let before = now_ms();
     world.apply().exited(0);
@@ -73,7 +73,7 @@ async fn a_new_journal_serves_what_is_requested_at_once() {
 }
 
 #[tokio::test]
-async fn a_journal_lost_under_a_living_system_vouches_for_nothing_before() {
+async fn a_journal_lost_in_an_existing_system_is_complete_only_from_then_on() {
     let world = System::new();
     world.apply().exited(0);
     world.delete_queue("journal").await;
@@ -89,7 +89,7 @@ async fn a_journal_lost_under_a_living_system_vouches_for_nothing_before() {
 }
 
 #[tokio::test]
-async fn a_journal_that_was_declared_but_not_begun_is_found_and_begun() {
+async fn an_apply_writes_the_first_record_of_a_journal_that_lacks_it() {
     let world = System::new();
     let age = ("x-max-age", AMQPValue::LongString("7D".into()));
     let locator = ("x-queue-leader-locator", AMQPValue::LongString("balanced".into()));
@@ -108,7 +108,7 @@ async fn a_journal_that_was_declared_but_not_begun_is_found_and_begun() {
 }
 
 #[tokio::test]
-async fn many_who_apply_at_once_begin_a_new_journal_as_new() {
+async fn many_concurrent_applies_begin_a_new_journal_as_a_new_one() {
     let world = System::new();
     let before = now_ms();
     let start = |name| Process::start(name, &mut world.topology("apply"));
@@ -121,7 +121,7 @@ async fn many_who_apply_at_once_begin_a_new_journal_as_new() {
 }
 
 #[tokio::test]
-async fn each_difference_is_named_with_what_is_wanted_and_found_and_nothing_is_made() {
+async fn each_difference_is_named_with_wanted_and_found_values_and_nothing_is_declared() {
     let world = System::new();
     let ns = world.ns();
     let number = |number: i64| AMQPValue::LongLongInt(number);
@@ -200,7 +200,7 @@ async fn each_difference_is_named_with_what_is_wanted_and_found_and_nothing_is_m
 }
 
 #[tokio::test]
-async fn prepares_that_wait_and_instances_that_hold_some_survive_a_replacement() {
+async fn waiting_and_held_prepares_survive_a_replacement() {
     let world = System::with(&waiting_for(60_000));
     world.apply().exited(0);
     world.publish_prepares().await;
@@ -245,7 +245,7 @@ async fn prepares_in_a_quorum_queue_survive_a_replacement_once_instances_are_sto
 }
 
 #[tokio::test]
-async fn finishes_that_wait_survive_a_replacement_and_instances_must_be_stopped_for_it() {
+async fn waiting_finishes_survive_a_replacement_for_which_instances_must_be_stopped() {
     let world = System::with(&json!([{"name": "stock", "max_concurrency": 2}]));
     world.apply().exited(0);
     world.delete_queue("finish.stock").await;
@@ -269,7 +269,7 @@ async fn finishes_that_wait_survive_a_replacement_and_instances_must_be_stopped_
 }
 
 #[tokio::test]
-async fn a_replacement_that_died_is_named_and_picked_up() {
+async fn an_interrupted_replacement_is_reported_and_completed_by_the_next() {
     let world = System::with(&json!([{"name": "stock", "max_concurrency": 2}]));
     world.apply().exited(0);
     world.delete_queue("finish.stock").await;
@@ -295,7 +295,7 @@ async fn a_replacement_that_died_is_named_and_picked_up() {
 }
 
 #[tokio::test]
-async fn what_is_deleted_is_gone_and_asked_for_expressly() {
+async fn delete_needs_yes_and_deletes_everything() {
     let world = System::new();
     world.apply().exited(0);
     run(&mut world.topology("delete")).exited(2);
@@ -322,7 +322,7 @@ async fn a_wrong_password_is_a_refusal_and_is_not_shown() {
 }
 
 #[test]
-fn an_apply_that_may_wait_outlasts_a_broker_that_is_down() {
+fn an_apply_with_wait_survives_a_broker_that_is_down() {
     let broker = Broker::start();
     broker.terminate();
     let system = System { world: World::at(broker.place()) };

@@ -88,19 +88,19 @@ fn serves_stock_again(stand: &mut Stand) {
 }
 
 #[test]
-fn a_service_that_nobody_serves_is_told_from_a_busy_one_where_prepares_wait() {
+fn a_service_without_instances_is_distinguished_from_a_busy_one_where_prepares_wait() {
     comes_and_goes(1000);
 }
 
 #[test]
-fn a_service_that_nobody_serves_is_told_from_a_busy_one_where_prepares_come_back_at_once() {
+fn a_service_without_instances_is_distinguished_from_a_busy_one_with_a_max_wait_of_zero() {
     comes_and_goes(0);
 }
 
 /// The only slot of `stock` is held when its instance dies, and a prepare would wait there for a
 /// minute: no message would report it.
 #[test]
-fn a_service_whose_instance_died_with_its_only_slot_is_told_too() {
+fn a_service_whose_only_instance_died_is_reported_as_without_instances() {
     const COUNT: usize = 10;
     let site = Site::of(
         place(),
@@ -135,7 +135,7 @@ fn a_service_whose_instance_died_with_its_only_slot_is_told_too() {
 
 /// One of them waits at the queue, and the others in the worker.
 #[test]
-fn who_waits_for_a_service_that_nobody_serves_is_served_when_an_instance_comes() {
+fn a_request_that_waits_for_a_service_without_instances_is_served_when_one_starts() {
     const COUNT: usize = 50;
     // Less than a transaction's own timeout, and more than an instance takes to start.
     let service = |name| json!({"name": name, "max_concurrency": 8, "max_wait_ms": 4000});
@@ -159,7 +159,7 @@ fn who_waits_for_a_service_that_nobody_serves_is_served_when_an_instance_comes()
 /// Before one request there are many for a service without instances: far more than may wait in the
 /// worker.
 #[tokio::test(flavor = "multi_thread")]
-async fn requests_for_a_service_that_nobody_serves_hold_up_no_other_service() {
+async fn requests_for_a_service_without_instances_delay_no_other_service() {
     const COUNT: usize = 1500;
     let open = Watched::willing();
     let mut dead = Served::new("dead", 10, &Watched::willing());

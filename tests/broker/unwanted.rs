@@ -15,7 +15,7 @@ use crate::{
 const COUNT: u64 = 20;
 
 #[test]
-fn results_that_are_refused_for_ever_are_given_up_and_hold_up_no_others() {
+fn results_that_are_always_refused_are_given_up_and_delay_no_others() {
     let stand = Stand::new();
     let direct = &stand.site.direct;
     let (requests, results) = (stand.site.name("requests"), stand.site.name("results"));

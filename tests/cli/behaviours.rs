@@ -13,7 +13,7 @@ fn with(behaviour: &Value) -> World {
 }
 
 #[test]
-fn a_refusal_aborts_and_whoever_refused_hears_no_abort() {
+fn a_refusal_aborts_and_the_refusing_service_gets_no_abort() {
     let told = with(&json!({"prepare": {"refuse_rate": 1}})).tell_all(&[]);
     assert_eq!(told.results[0]["status"], "ABORTED");
     assert_eq!(
@@ -25,7 +25,7 @@ fn a_refusal_aborts_and_whoever_refused_hears_no_abort() {
 }
 
 #[test]
-fn an_error_a_panic_or_a_hang_aborts_and_the_service_hears_the_abort() {
+fn an_error_a_panic_or_a_hang_aborts_and_the_service_gets_the_abort() {
     for (behaviour, message) in [
         ("error_rate", "simulated error"),
         ("panic_rate", "panicked: simulated"),
@@ -95,7 +95,7 @@ fn a_prepare_fails_the_first_time_and_is_not_called_again() {
 }
 
 #[test]
-fn a_service_that_only_reads_hears_no_commit() {
+fn a_read_only_service_gets_no_commit() {
     let told = with(&json!({"prepare": {"read_only": true}})).tell_all(&[]);
     assert_eq!(told.results[0]["status"], "COMMITTED");
     assert_eq!(told.calls("tested"), [1, 0, 0]);
@@ -103,7 +103,7 @@ fn a_service_that_only_reads_hears_no_commit() {
 }
 
 #[test]
-fn a_service_that_only_reads_hears_no_abort() {
+fn a_read_only_service_gets_no_abort() {
     let services = json!([
         {"name": "reads", "max_concurrency": 1, "prepare": {"read_only": true}},
         {"name": "refuses", "max_concurrency": 1,
@@ -145,7 +145,7 @@ fn a_service_named_twice_is_called_once() {
 }
 
 #[test]
-fn a_transaction_has_the_time_it_asks_for() {
+fn a_transaction_has_its_own_timeout() {
     let services = json!([
         {"name": "slow", "max_concurrency": 4, "prepare": {"latency_ms": 150}},
     ]);
@@ -164,7 +164,7 @@ fn a_transaction_has_the_time_it_asks_for() {
 }
 
 #[test]
-fn with_no_wait_allowed_a_taken_slot_is_an_abort() {
+fn with_a_max_wait_of_zero_a_taken_slot_aborts() {
     let services = json!([
         {"name": "one", "max_concurrency": 1, "max_wait_ms": 0, "prepare": {"latency_ms": 300}},
     ]);

@@ -15,7 +15,7 @@ fn file(name: &str, text: &str) -> (TempDir, PathBuf) {
 }
 
 #[test]
-fn what_is_set_is_shown_with_where_it_comes_from() {
+fn each_value_is_shown_with_its_source() {
     let (directory, _) = file(
         "own.toml",
         "[broker]\nnamespace = \"shop\"\npassword_file = \"password\"\n\
@@ -34,7 +34,7 @@ fn what_is_set_is_shown_with_where_it_comes_from() {
 }
 
 #[test]
-fn what_is_shown_is_a_file_that_says_the_same() {
+fn the_output_is_a_file_with_the_same_configuration() {
     let shown = output(dtc().arg("config")).exited(0).saying("").stdout;
     let (_directory, path) = file("shown.toml", &shown.replace("guest:***@", ""));
     let again = output(dtc().arg("config").arg("--config").arg(&path)).exited(0).stdout;
@@ -45,7 +45,7 @@ fn what_is_shown_is_a_file_that_says_the_same() {
 }
 
 #[test]
-fn the_defaults_are_a_file_that_can_be_given_and_are_what_the_help_says() {
+fn the_defaults_are_a_valid_file_and_match_the_help() {
     let defaults = output(dtc().args(["config", "--defaults"])).exited(0).stdout;
     assert_eq!(defaults, fs::read_to_string(repository().join("deploy/dtc.toml")).unwrap());
     let (_directory, path) = file("defaults.toml", &defaults);
@@ -80,7 +80,7 @@ fn the_defaults_are_a_file_that_can_be_given_and_are_what_the_help_says() {
 }
 
 #[test]
-fn everything_that_is_wrong_is_said_at_once_by_every_command() {
+fn every_command_reports_all_errors_at_once() {
     let (_directory, path) =
         file("own.toml", "[broker]\nheartbeat = 5\n[worker]\ndrian = \"1s\"\n");
     let services = repository().join("deploy/examples/services.json");
@@ -120,7 +120,7 @@ fn everything_that_is_wrong_is_said_at_once_by_every_command() {
 }
 
 #[test]
-fn what_is_wrong_with_flags_only_is_an_error_of_usage() {
+fn errors_in_flags_only_are_a_usage_error() {
     output(dtc().args(["worker", "--drain", "soon", "--broker", "http://me:canary@a"]))
         .exited(2)
         .silent()
@@ -133,7 +133,7 @@ fn what_is_wrong_with_flags_only_is_an_error_of_usage() {
 }
 
 #[test]
-fn a_file_that_is_none_is_named_and_its_lines_are_not_shown() {
+fn a_file_that_is_not_toml_is_named_without_showing_its_lines() {
     let (directory, path) = file("own.toml", "[broker]\nurl = amqp://me:canary@a\n");
     let ended = output(dtc().arg("config").arg("--config").arg(&path)).exited(78).silent();
     let (path, missing) = (path.display(), directory.path().join("missing"));

@@ -13,7 +13,7 @@ const EXAMPLE: [&str; 5] = [
 ];
 
 #[test]
-fn the_tasks_example_prints_exactly_the_tasks_output() {
+fn the_first_example_prints_exactly_the_documented_output() {
     let array = "[\n  {\"id\":\"TX1\",\"status\":\"COMMITTED\"},\n  \
                  {\"id\":\"TX2\",\"status\":\"COMMITTED\"}\n]\n";
     assert_eq!(output(dtc().args(EXAMPLE)).exited(0).stdout, array);
@@ -21,7 +21,7 @@ fn the_tasks_example_prints_exactly_the_tasks_output() {
 }
 
 #[test]
-fn the_tasks_example_as_lines_and_as_a_table() {
+fn the_first_example_prints_lines_and_a_table() {
     let ended = output(dtc().args(EXAMPLE).args(["--output", "ndjson"])).exited(0);
     let mut lines: Vec<_> = ended.stdout.lines().collect();
     lines.sort_unstable();
@@ -34,7 +34,7 @@ fn the_tasks_example_as_lines_and_as_a_table() {
 }
 
 #[test]
-fn the_lively_example_has_every_kind_of_ending() {
+fn the_lively_example_has_every_kind_of_result() {
     let run = || {
         output(dtc().args([
             "run",
@@ -107,7 +107,7 @@ fn detail_has_every_field_for_every_transaction() {
 }
 
 #[test]
-fn a_table_with_detail_says_why() {
+fn a_table_with_detail_shows_the_reason() {
     let ended = output(endings().run().args(["--output", "table", "--detail"])).exited(0);
     // The one column that differs from run to run.
     let timeless: String = ended.stdout.lines().map(|line| without_column(line, 35, 46)).collect();
@@ -120,7 +120,7 @@ fn without_column(line: &str, from: usize, to: usize) -> String {
 }
 
 #[test]
-fn the_report_says_what_the_summary_says() {
+fn the_report_has_the_figures_of_the_summary() {
     let world = endings();
     let mut report = world.tell_all(&[]).report;
     let fields: Vec<_> = report.as_object().unwrap().keys().cloned().collect();

@@ -6,7 +6,7 @@ use crate::world::{World, assert_golden, dtc, output, transaction};
 use serde_json::json;
 
 #[test]
-fn the_help_is_as_it_was_read_over() {
+fn the_help_is_as_in_the_golden_files() {
     assert_golden("help.txt", &output(dtc().arg("--help")).exited(0).saying("").stdout);
     for command in ["run", "worker", "service", "submit", "status", "config", "bench"] {
         let ended = output(dtc().args([command, "--help"])).exited(0).saying("");
@@ -25,7 +25,7 @@ fn without_arguments_the_help_is_shown_as_an_error() {
 }
 
 #[test]
-fn the_version_is_the_crates_and_names_the_commit_where_there_is_one() {
+fn the_version_is_that_of_the_crate_and_names_the_commit_of_a_clone() {
     let ended = output(dtc().arg("--version")).exited(0).saying("");
     let own = format!("dtc {}", env!("CARGO_PKG_VERSION"));
     let Some(named) = ended.stdout.trim_end().strip_prefix(&own) else {
@@ -48,7 +48,7 @@ fn the_version_is_the_crates_and_names_the_commit_where_there_is_one() {
 }
 
 #[test]
-fn what_is_unknown_or_missing_is_a_usage_error() {
+fn unknown_or_missing_arguments_are_a_usage_error() {
     for (arguments, complaint) in [
         (vec!["walk"], "unrecognized subcommand 'walk'"),
         (vec!["run", "--nope"], "unexpected argument '--nope' found"),
@@ -61,7 +61,7 @@ fn what_is_unknown_or_missing_is_a_usage_error() {
 }
 
 #[test]
-fn a_value_that_is_none_is_refused_with_its_rule() {
+fn an_invalid_value_is_refused_with_its_rule() {
     let world = World::with(&json!([{"name": "a", "max_concurrency": 1}]), &json!([]));
     let most = u64::MAX.to_string();
     let timeout = "must be a whole number from 1 to 86400000";
@@ -85,7 +85,7 @@ fn a_value_that_is_none_is_refused_with_its_rule() {
 
 /// What was said was `invalid digit found in string`.
 #[test]
-fn a_moment_that_is_no_number_of_seconds_is_refused_with_its_rule() {
+fn a_requested_at_that_is_not_a_number_of_seconds_is_refused_with_its_rule() {
     for value in ["tomorrow", "1.5", "253402300800"] {
         let ended = output(dtc().args(["submit", "-", "--requested-at", value])).exited(2).silent();
         let rule = "must be a whole number of seconds since 1970, up to 253402300799";
@@ -102,7 +102,7 @@ fn both_files_from_stdin_is_a_usage_error() {
 }
 
 #[test]
-fn a_log_level_that_is_none_is_refused_rather_than_ignored() {
+fn an_unknown_log_level_is_refused_rather_than_ignored() {
     let services = json!([{"name": "a", "max_concurrency": 1}]);
     let world = World::with(&services, &json!([transaction("TX1", &["a"])]));
     output(world.run().env("DTC_LOG", "verbose"))

@@ -16,7 +16,7 @@ fn lines(ids: &[&str]) -> String {
 }
 
 #[test]
-fn everything_wrong_with_both_files_is_said_at_once() {
+fn all_errors_in_both_files_are_reported_at_once() {
     let world = world();
     world.write(
         "services.json",
@@ -54,7 +54,7 @@ fn truncated_json_is_refused_with_line_and_column() {
 }
 
 #[test]
-fn what_cannot_be_opened_is_named_for_both_files() {
+fn files_that_cannot_be_opened_are_both_named() {
     let world = world();
     output(&mut world.run_over("nope.json"))
         .exited(65)
@@ -68,7 +68,7 @@ fn what_cannot_be_opened_is_named_for_both_files() {
 }
 
 #[test]
-fn a_directory_is_refused_as_one_wherever_it_is_given() {
+fn a_directory_given_as_a_file_is_refused_as_a_directory() {
     let world = world();
     output(&mut world.run_over("."))
         .exited(65)
@@ -83,7 +83,7 @@ fn a_directory_is_refused_as_one_wherever_it_is_given() {
 }
 
 #[test]
-fn an_empty_file_has_no_transactions_but_is_no_services() {
+fn an_empty_file_is_a_list_of_no_transactions_but_not_of_services() {
     let world = world();
     world.write("transactions.json", "");
     output(&mut world.run()).exited(0).silent();
@@ -150,7 +150,7 @@ fn a_bad_line_ends_the_intake_and_what_came_before_it_finishes() {
 }
 
 #[test]
-fn all_that_is_wrong_with_a_line_is_said_at_once() {
+fn all_errors_in_a_line_are_reported_at_once() {
     let text = format!("{}{{\"id\": \"a b\", \"involved_services\": [\"a\"]}}\n", lines(&["1"]));
     let ended = output_given(&mut world().run_over("-"), text.as_bytes()).exited(65);
     assert_eq!(ended.statuses(), ["1 COMMITTED"]);
@@ -162,7 +162,7 @@ fn all_that_is_wrong_with_a_line_is_said_at_once() {
 }
 
 #[test]
-fn an_id_that_comes_again_ends_the_intake() {
+fn a_repeated_id_ends_the_intake() {
     let text = lines(&["1", "2", "1", "3"]);
     let ended = output_given(&mut world().run_over("-"), text.as_bytes()).exited(65);
     let mut statuses = ended.statuses();
@@ -173,7 +173,7 @@ fn an_id_that_comes_again_ends_the_intake() {
 }
 
 #[test]
-fn lines_may_end_as_they_like_and_be_blank() {
+fn lines_may_end_in_any_way_and_be_blank() {
     let world = world();
     let [one, two, three] = ["1", "2", "3"].map(|id| transaction(id, &["a"]));
     for text in [
@@ -205,7 +205,7 @@ fn odd_ids_and_data_pass_unharmed() {
 }
 
 #[test]
-fn what_is_too_large_too_deep_or_no_text_is_refused() {
+fn input_that_is_too_large_too_deep_or_not_text_is_refused() {
     let world = world();
     let with = |data: &str| {
         format!("{{\"id\":\"1\",\"involved_services\":[\"a\"],\"data\":{{\"d\":{data}}}}}")
@@ -240,7 +240,7 @@ fn a_long_list_of_complaints_is_cut_and_counted() {
 
 /// tokio panics where it can't make the sockets by which it hears of signals.
 #[test]
-fn a_limit_of_open_files_that_is_too_low_is_told_and_no_panic() {
+fn a_too_low_limit_of_open_files_is_reported_without_a_panic() {
     for limit in 3..20 {
         let mut shell = Command::new("sh");
         shell.args(["-c", &format!("ulimit -n {limit}; exec \"$0\" \"$@\"")]);

@@ -192,7 +192,7 @@ fn several_at_once_that_are_killed_at_any_point_are_each_all_or_none() {
 }
 
 #[test]
-fn whoever_is_killed_while_it_recovers_is_recovered_from_as_well() {
+fn a_run_killed_during_recovery_is_recovered_by_the_next() {
     let transactions =
         [transaction("TX1", &["payments", "stock"]), transaction("bad", &["payments", "stock"])];
     let wanted = involved(&transactions);
@@ -223,7 +223,7 @@ fn whoever_is_killed_while_it_recovers_is_recovered_from_as_well() {
 }
 
 #[test]
-fn a_file_that_is_killed_at_any_point_of_being_written_anew_says_what_it_said() {
+fn a_journal_killed_at_any_point_of_its_compaction_keeps_its_content() {
     let transactions: Vec<_> =
         (0..150).map(|n| transaction(&format!("TX{n}"), &["payments", "stock"])).collect();
     let wanted = involved(&transactions);
@@ -256,7 +256,7 @@ fn a_file_that_is_killed_at_any_point_of_being_written_anew_says_what_it_said() 
 // ---- Kills at any moment -----------------------------------------------------------------------
 
 #[test]
-fn killed_again_and_again_under_load_everything_ends_once_and_is_told_once() {
+fn a_run_killed_repeatedly_under_load_ends_and_prints_every_transaction_once() {
     let services = json!([
         {"name": "payments", "max_concurrency": 50, "prepare": {"error_rate": 0.02},
          "commit": {"latency_ms": [0, 2], "error_rate": 0.02}},
@@ -304,7 +304,7 @@ fn killed_again_and_again_under_load_everything_ends_once_and_is_told_once() {
 }
 
 #[test]
-fn what_is_not_asked_for_again_is_finished_all_the_same() {
+fn transactions_missing_from_the_next_runs_file_are_finished_too() {
     let transactions = [transaction("TX1", &["payments", "stock"])];
     let mut n_committed = 0;
     for point in 6..40 {
@@ -329,7 +329,7 @@ fn what_is_not_asked_for_again_is_finished_all_the_same() {
 // ---- Started again -----------------------------------------------------------------------------
 
 #[test]
-fn the_same_run_again_is_answered_from_the_journal_and_calls_no_one() {
+fn the_same_run_again_is_answered_from_the_journal_and_calls_no_service() {
     let transactions = json!([
         transaction("TX1", &["payments", "stock"]),
         transaction("bad", &["payments", "stock"]),
@@ -364,7 +364,7 @@ fn an_id_with_other_content_than_before_is_refused() {
 }
 
 #[test]
-fn an_id_with_other_content_is_refused_while_what_it_was_given_to_is_recovered() {
+fn an_id_with_other_content_is_refused_while_its_first_transaction_is_recovered() {
     let mut n_refused = 0;
     for point in 6.. {
         let world = World::with(&services(), &json!([transaction("TX1", &["payments", "stock"])]));
@@ -416,7 +416,7 @@ fn a_commit_that_was_parked_is_tried_again_until_it_succeeds() {
 }
 
 #[test]
-fn what_is_forgotten_is_another_transaction() {
+fn after_the_retention_an_id_is_a_new_transaction() {
     let world = World::with(&services(), &json!([transaction("TX1", &["payments"])]));
     output(&mut run(&world)).exited(0);
     let mut forgetful = run(&world);
@@ -427,7 +427,7 @@ fn what_is_forgotten_is_another_transaction() {
 }
 
 #[test]
-fn a_signal_leaves_nothing_to_be_finished() {
+fn a_run_ended_by_a_signal_leaves_nothing_to_finish() {
     let services = json!([{"name": "slow", "max_concurrency": 2, "prepare": {"latency_ms": 20}}]);
     let transactions: Vec<_> =
         (0..5000).map(|n| transaction(&format!("TX{n}"), &["slow"])).collect();
@@ -453,7 +453,7 @@ fn with_one() -> World {
 }
 
 #[test]
-fn a_torn_end_is_cut_off_and_said() {
+fn a_torn_tail_is_cut_off_and_reported() {
     let world = with_one();
     let whole = fs::read(world.path("journal")).unwrap();
     for (torn, n_cut) in [
@@ -472,7 +472,7 @@ fn a_torn_end_is_cut_off_and_said() {
 }
 
 #[test]
-fn a_journal_that_ends_anywhere_is_a_journal() {
+fn a_journal_cut_anywhere_is_still_a_journal() {
     let world = with_one();
     let whole = fs::read(world.path("journal")).unwrap();
     for len in (0..whole.len()).step_by(7).chain([1, 15, 16, 17]) {
@@ -502,7 +502,7 @@ fn a_corrupt_middle_is_an_error_that_names_the_place_and_leaves_the_file() {
 }
 
 #[test]
-fn what_is_no_journal_is_refused_and_left_as_it_is() {
+fn a_file_that_is_not_a_journal_is_refused_and_left_as_it_is() {
     let world = World::with(&services(), &json!([transaction("TX1", &["payments"])]));
     for (text, said) in [
         ("[]\n", "is not a dtc journal\n"),
@@ -523,7 +523,7 @@ fn what_is_no_journal_is_refused_and_left_as_it_is() {
 }
 
 #[test]
-fn a_file_of_zeros_as_a_power_cut_may_leave_a_new_one_is_begun_and_a_longer_one_refused() {
+fn a_short_file_of_zeros_becomes_a_journal_and_a_longer_one_is_refused() {
     let world = with_one();
     let whole = fs::read(world.path("journal")).unwrap();
     let begun = whole.windows(4).position(|it| it == b"\x1edtb").unwrap();
@@ -561,7 +561,7 @@ fn a_journal_that_is_in_use_is_refused() {
 }
 
 #[test]
-fn a_journal_that_can_not_be_made_is_refused() {
+fn a_journal_that_cannot_be_created_is_refused() {
     let world = World::with(&services(), &json!([transaction("TX1", &["payments"])]));
     let mut run = world.run();
     run.args(["--journal", "nowhere/journal", "--state", "state"]);
@@ -584,7 +584,7 @@ fn limited(world: &World, blocks: u32) -> Command {
 }
 
 #[test]
-fn a_disk_that_is_full_ends_the_run_and_loses_nothing() {
+fn a_full_disk_ends_the_run_and_loses_nothing() {
     // Services whose logs don't grow as the journal does.
     let transactions: Vec<_> = (0..200)
         .map(|n| {
@@ -627,7 +627,7 @@ fn with_a_lost_request() -> World {
 }
 
 #[test]
-fn what_is_prepared_for_a_lost_request_goes_on_when_that_is_made_again() {
+fn a_branch_of_a_lost_request_is_committed_when_that_is_repeated() {
     let world = with_a_lost_request();
     let n_calls = Held::of(&world).calls;
     let ended = output(&mut run(&world)).exited(0);
@@ -639,7 +639,7 @@ fn what_is_prepared_for_a_lost_request_goes_on_when_that_is_made_again() {
 }
 
 #[test]
-fn what_is_prepared_for_a_lost_request_is_aborted_when_that_is_not_made_again() {
+fn a_branch_of_a_lost_request_is_aborted_when_that_is_not_repeated() {
     let world = with_a_lost_request();
     world.write("other.ndjson", ndjson(&[transaction("TX2", &["payments"])]));
     let ended = output(&mut run_over(&world, "other.ndjson")).exited(0);
@@ -653,7 +653,7 @@ fn what_is_prepared_for_a_lost_request_is_aborted_when_that_is_not_made_again() 
 }
 
 #[test]
-fn what_was_prepared_under_another_journal_is_left_alone() {
+fn a_branch_of_another_journal_is_left_alone() {
     let transactions = [transaction("TX1", &["payments", "stock"])];
     let world = World::with(&services(), &json!(transactions));
     let mut n_in_doubt = 0;
@@ -683,7 +683,7 @@ fn what_was_prepared_under_another_journal_is_left_alone() {
 }
 
 #[test]
-fn a_file_keeps_its_rights_and_stays_behind_its_link_when_it_is_written_anew() {
+fn a_compacted_journal_keeps_its_permissions_and_its_symlink() {
     let transactions: Vec<_> =
         (0..150).map(|n| transaction(&format!("TX{n}"), &["payments"])).collect();
     let world = World::with(&services(), &json!(transactions));
@@ -702,7 +702,7 @@ fn a_file_keeps_its_rights_and_stays_behind_its_link_when_it_is_written_anew() {
 }
 
 #[test]
-fn a_file_that_can_not_be_written_anew_is_gone_on_with() {
+fn a_journal_that_cannot_be_compacted_stays_in_use() {
     let transactions: Vec<_> =
         (0..150).map(|n| transaction(&format!("TX{n}"), &["payments"])).collect();
     let world = World::with(&services(), &json!(transactions));
@@ -725,7 +725,7 @@ fn a_file_that_can_not_be_written_anew_is_gone_on_with() {
 // ---- Flags -------------------------------------------------------------------------------------
 
 #[test]
-fn a_journal_wants_services_that_keep_what_they_hold() {
+fn a_journal_needs_a_state_directory() {
     let world = World::with(&services(), &json!([]));
     for (arguments, missing) in [
         (&["--journal", "journal"][..], "--state <DIR>"),

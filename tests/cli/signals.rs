@@ -41,7 +41,7 @@ fn a_signal_ends_the_run_with_valid_json_of_what_is_known() {
 }
 
 #[test]
-fn a_signal_ends_the_run_though_the_last_transaction_was_taken_in() {
+fn a_signal_ends_the_run_even_after_the_last_transaction_was_read() {
     let services = json!([
         {"name": "slow", "max_concurrency": 1, "prepare": {"latency_ms": 50}},
     ]);
@@ -74,7 +74,7 @@ fn a_second_signal_ends_the_run_at_once() {
 }
 
 #[test]
-fn a_signal_that_asks_for_nothing_changes_nothing() {
+fn a_signal_without_meaning_changes_nothing() {
     let world = World::new(&json!([{"name": "a", "max_concurrency": 1}]));
     let mut talk = Talk::with(&mut world.run_over("-"));
     for (number, signal) in ["USR1", "USR2", "ALRM"].into_iter().enumerate() {

@@ -20,7 +20,7 @@ fn line(id: &str, services: &[&str]) -> String {
 }
 
 #[test]
-fn each_result_is_out_before_the_next_line_is_in() {
+fn each_result_is_printed_before_the_next_line_is_read() {
     for arguments in [&["--output", "ndjson"][..], &["--output", "ndjson", "--detail"], &[]] {
         let world = world();
         let mut talk = Talk::with(world.run_over("-").args(arguments));
@@ -36,7 +36,7 @@ fn each_result_is_out_before_the_next_line_is_in() {
 }
 
 #[test]
-fn a_result_is_out_while_the_next_line_is_half_written() {
+fn a_result_is_printed_while_the_next_line_is_incomplete() {
     let world = world();
     let mut talk = Talk::with(&mut world.run_over("-"));
     let (head, tail) = (line("2", &["a"]), line("3", &["a"]));
@@ -51,7 +51,7 @@ fn a_result_is_out_while_the_next_line_is_half_written() {
 }
 
 #[test]
-fn results_in_order_come_as_soon_as_the_order_allows() {
+fn ordered_results_are_printed_as_soon_as_the_order_allows() {
     let world = world();
     let mut talk = Talk::with(world.run_over("-").args(["--output", "table"]));
     talk.say(&line("1", &["a"]));
@@ -64,7 +64,7 @@ fn results_in_order_come_as_soon_as_the_order_allows() {
 }
 
 #[test]
-fn a_reader_that_has_had_enough_ends_the_run_quietly() {
+fn a_reader_that_closes_the_pipe_ends_the_run_quietly() {
     let world = world();
     let lines: String = (0..20_000).fold(String::new(), |mut lines, number| {
         let _ = write!(lines, "{}", line(&format!("TX{number}"), &["a"]));
@@ -82,7 +82,7 @@ fn a_reader_that_has_had_enough_ends_the_run_quietly() {
 }
 
 #[test]
-fn a_reader_that_has_had_enough_is_noticed_though_stdin_stays_open() {
+fn a_reader_that_closes_the_pipe_ends_the_run_even_if_stdin_stays_open() {
     let world = world();
     let mut talk = Talk::with(&mut world.run_over("-"));
     talk.say(&line("1", &["a"]));
@@ -110,7 +110,7 @@ fn a_full_disk_is_an_error_that_says_so() {
 }
 
 #[test]
-fn a_stderr_that_is_gone_harms_neither_results_nor_exit_code() {
+fn a_closed_stderr_changes_neither_results_nor_exit_code() {
     let world = World::with(
         &json!([{"name": "a", "max_concurrency": 2, "commit": {"fail_for": ["TX1"]}}]),
         &json!([transaction("TX1", &["a"]), transaction("TX2", &["a"])]),
@@ -126,7 +126,7 @@ fn a_stderr_that_is_gone_harms_neither_results_nor_exit_code() {
 }
 
 #[test]
-fn a_hundred_thousand_lines_come_out_once_each_and_in_order_if_asked() {
+fn a_hundred_thousand_results_are_printed_once_each_and_in_order_on_request() {
     const COUNT: usize = 100_000;
     let world = World::new(&json!([
         {"name": "a", "max_concurrency": 64},

@@ -17,7 +17,7 @@ fn the_topology_is_printed_as_a_table() {
 }
 
 #[test]
-fn a_value_that_is_none_is_refused_with_its_rule() {
+fn an_invalid_value_is_refused_with_its_rule() {
     for (flag, value, rule) in [
         ("--retention", "7", "must be a whole number with a unit: ms, s, min, h or d"),
         ("--retention", "1500ms", "must be at least 1s, in whole seconds"),
@@ -42,7 +42,7 @@ fn a_service_to_be_replaced_must_be_among_the_services() {
 }
 
 #[test]
-fn a_broker_that_is_not_there_is_unavailable() {
+fn an_absent_broker_is_unavailable() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("amqp://me:secret@{}", listener.local_addr().unwrap());
     drop(listener);

@@ -42,13 +42,13 @@ const BROKER: &str = "rabbitmq";
 const COMMITTED: usize = 20;
 
 #[test]
-fn docker_compose_understands_the_file() {
+fn docker_compose_accepts_the_file() {
     // It complains of a variable that has neither value nor default.
     assert_eq!(said(compose(&[]).args(["config", "--quiet"])), "");
 }
 
 #[test]
-fn the_file_is_as_the_compose_specification_says() {
+fn the_file_matches_the_compose_specification() {
     let mut check = Command::new(tool("check-jsonschema"));
     check.args(["--builtin-schema", "vendor.compose-spec", "docker-compose.yml"]);
     said(&mut check);
@@ -67,14 +67,14 @@ fn the_image_is_built_by_the_compiler_of_the_repository() {
 }
 
 #[test]
-fn the_image_is_run_by_nobody_in_particular() {
+fn the_image_runs_as_an_unprivileged_user() {
     let last = read("deploy/Dockerfile").split("\nFROM ").last().unwrap().to_owned();
     let user = last.lines().find_map(|line| line.strip_prefix("USER ")).expect("a user");
     assert!(user.split(':').all(|id| id.parse::<u32>().is_ok_and(|id| id > 0)), "{user}");
 }
 
 #[test]
-fn the_broker_is_of_the_release_that_is_asked_for() {
+fn the_broker_has_the_requested_release() {
     let image =
         |composed: Composed| composed.services[BROKER]["image"].as_str().unwrap().to_owned();
     assert_eq!(image(Composed::with(&[])), "rabbitmq:4.3-management-alpine");
@@ -82,7 +82,7 @@ fn the_broker_is_of_the_release_that_is_asked_for() {
 }
 
 #[test]
-fn a_password_that_is_given_is_everywhere_and_the_default_nowhere() {
+fn a_given_password_replaces_the_default_everywhere() {
     let default = said(compose(&[]).arg("config"));
     let given = said(compose(&[("RABBITMQ_PASSWORD", "canary")]).arg("config"));
     let n_default = default.matches("development-only").count();
@@ -92,7 +92,7 @@ fn a_password_that_is_given_is_everywhere_and_the_default_nowhere() {
 }
 
 #[test]
-fn whoever_is_waited_for_tells_its_health_or_ends() {
+fn every_dependency_has_a_health_check_or_ends() {
     let composed = Composed::with(&[]);
     for (name, service) in &composed.services {
         for (other, condition) in dependencies(service) {
@@ -109,7 +109,7 @@ fn whoever_is_waited_for_tells_its_health_or_ends() {
 }
 
 #[test]
-fn what_ends_is_given_longer_than_it_drains() {
+fn every_process_gets_longer_to_stop_than_its_drain() {
     let composed = Composed::with(&[]);
     for (name, service) in composed.services.iter().filter(|(_, it)| it["restart"] != "no") {
         // The drain of worker and service, and the time-out of the producer's orders.
@@ -118,7 +118,7 @@ fn what_ends_is_given_longer_than_it_drains() {
 }
 
 #[test]
-fn what_the_file_deploys_commits_transactions_and_stops_when_told() {
+fn the_deployed_system_commits_transactions_and_stops_on_request() {
     let broker = Broker::start();
     let composed = Composed::with(&[]);
     let host = Host::with(&composed, &broker);
@@ -166,7 +166,7 @@ fn what_the_file_deploys_commits_transactions_and_stops_when_told() {
 }
 
 #[test]
-fn the_ready_file_is_there_as_long_as_a_process_serves() {
+fn the_ready_file_exists_as_long_as_a_process_serves() {
     let broker = Broker::start();
     let world = World::at(broker.place());
     let services = repository().join("deploy/services.json");
@@ -195,7 +195,7 @@ fn the_ready_file_is_there_as_long_as_a_process_serves() {
 }
 
 #[test]
-fn a_ready_file_that_can_not_be_is_refused_at_the_start() {
+fn a_ready_file_that_cannot_exist_is_refused_at_the_start() {
     let mut command = Command::new(env!("CARGO_BIN_EXE_dtc"));
     command.args(["worker", "--ready-file", "/nowhere/at/all"]);
     let mut process = Process::start("worker", &mut command);

@@ -104,7 +104,7 @@ fn a_stream_whose_replicas_the_broker_left_down_is_restarted_once() {
 }
 
 #[test]
-fn a_replica_that_comes_back_by_itself_is_not_restarted_for() {
+fn a_replica_that_recovers_by_itself_causes_no_restart() {
     let node = Node::that_says("down dtc.journal rabbit@n2\nlooked 1\n");
     let _watcher = node.watches(&["--every", "1"]);
     // The first node's watcher would, by now; the second's waits one look more.
@@ -115,7 +115,7 @@ fn a_replica_that_comes_back_by_itself_is_not_restarted_for() {
 }
 
 #[test]
-fn a_replica_that_a_restart_does_not_bring_back_has_others_only_after_a_pause() {
+fn a_replica_that_stays_down_causes_another_restart_only_after_a_pause() {
     let node = Node::that_says("down dtc.journal rabbit@n2\nlooked 0\n");
     node.tool(
         "rabbitmq-streams",
@@ -128,7 +128,7 @@ fn a_replica_that_a_restart_does_not_bring_back_has_others_only_after_a_pause() 
 }
 
 #[test]
-fn a_node_that_does_not_tell_is_asked_again_and_named_once() {
+fn a_node_that_does_not_answer_is_asked_again_and_logged_once() {
     let node = Node::that_says("Error: unable to perform an operation on node\n");
     let watcher = node.watches(&["--every", "1"]);
     watcher.wait_for_line("it is asked again: Error: unable to perform an operation", LIMIT);
@@ -141,7 +141,7 @@ fn a_node_that_does_not_tell_is_asked_again_and_named_once() {
 
 /// A shell that waits for a command hears no signal until that has ended.
 #[test]
-fn a_watcher_that_waits_for_its_node_ends_when_it_is_told_to() {
+fn a_watcher_that_waits_for_its_node_stops_on_a_signal() {
     let node = Node::that_says("looked 0\n");
     fs::write(node.directory.path().join("hangs"), "").unwrap();
     let mut watcher = node.watches(&[]);
@@ -151,7 +151,7 @@ fn a_watcher_that_waits_for_its_node_ends_when_it_is_told_to() {
 }
 
 #[test]
-fn one_look_tells_what_is_down() {
+fn once_prints_the_replicas_that_are_down() {
     let node = Node::that_says("down dtc.journal rabbit@n2\nlooked 0\n");
     assert_eq!(node.looks_once(&[]), (Some(1), "dtc.journal rabbit@n2\n".to_owned()));
     node.says("looked 0\n");
@@ -162,7 +162,7 @@ fn one_look_tells_what_is_down() {
 }
 
 #[test]
-fn what_a_watcher_does_not_understand_it_refuses() {
+fn a_watcher_refuses_unknown_arguments() {
     let node = Node::that_says("looked 0\n");
     let refused: [&[&str]; 7] = [
         &["--every", "0"],

@@ -16,7 +16,7 @@ fn every_link_and_anchor_has_a_target() {
 }
 
 #[test]
-fn a_missing_file_and_a_missing_anchor_are_noticed() {
+fn a_missing_file_and_a_missing_anchor_are_found() {
     let page = |text: &str| ("docs/a.md".to_owned(), text.to_owned());
     let other = ("README.md".to_owned(), "# Front\n## Try it\n## Try it\n".to_owned());
     let complaints = |text: &str| {

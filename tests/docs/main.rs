@@ -26,7 +26,7 @@ const COMPILED: [(&str, &str); 3] = [
 const FRONT_PAGE_MAX: usize = 150;
 
 #[test]
-fn every_block_is_run_or_compiled_or_says_that_it_is_shown_only() {
+fn every_block_is_run_or_compiled_or_marked_as_text() {
     let mut complaints = Vec::new();
     for page in pages() {
         for block in blocks(&page.text) {
@@ -49,7 +49,7 @@ fn every_block_is_run_or_compiled_or_says_that_it_is_shown_only() {
 }
 
 #[test]
-fn what_runs_a_pages_blocks_is_there() {
+fn the_tests_that_run_the_pages_blocks_exist() {
     let mut complaints = Vec::new();
     let runs = SCRIPTS.iter().map(|(path, _, runner)| (*path, *runner));
     for (path, runner) in runs.chain(COMPILED) {
@@ -67,7 +67,7 @@ fn what_runs_a_pages_blocks_is_there() {
 }
 
 #[test]
-fn the_service_that_the_page_shows_is_the_one_that_compiles() {
+fn the_service_on_the_page_is_the_one_that_compiles() {
     let compiled = fs::read_to_string(root().join("tests/docs/service.rs")).unwrap();
     let (_, compiled) = compiled.split_once("// ---- docs/services.md ----\n\n").unwrap();
     let page = page("docs/services.md");
@@ -77,13 +77,13 @@ fn the_service_that_the_page_shows_is_the_one_that_compiles() {
 }
 
 #[test]
-fn the_front_page_is_read_in_one_sitting() {
+fn the_front_page_is_short() {
     let lines = page("README.md").text.lines().count();
     assert!(lines <= FRONT_PAGE_MAX, "README.md has {lines} lines, and {FRONT_PAGE_MAX} at most");
 }
 
 #[test]
-fn every_page_begins_with_what_its_reader_can_do_after_it_and_is_listed() {
+fn every_page_begins_with_its_purpose_and_is_listed() {
     let index = page("docs/README.md");
     let mut complaints = Vec::new();
     for page in pages() {
@@ -105,7 +105,7 @@ fn every_page_begins_with_what_its_reader_can_do_after_it_and_is_listed() {
 }
 
 #[test]
-fn the_light_picture_and_the_dark_one_differ_in_colours_only() {
+fn the_light_and_the_dark_picture_differ_only_in_colours() {
     let without_colours = |path: &str| {
         let text = fs::read_to_string(root().join(path)).unwrap();
         let mut parts = text.split("\"#");

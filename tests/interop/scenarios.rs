@@ -66,7 +66,7 @@ fn many_transactions_at_two_workers_commit_once_at_both_services() {
 }
 
 #[test]
-fn a_refusal_or_a_failure_aborts_and_leaves_nothing() {
+fn a_refusal_or_a_failure_aborts_and_leaves_nothing_prepared() {
     let system = System::new(2, PATIENT, 0);
     let (_books, _payments, _worker) =
         (system.books("py"), system.payments(), system.world.worker("w1"));
@@ -102,7 +102,7 @@ fn with_the_slot_taken(max_wait_ms: u32, test: impl FnOnce(&System, &dyn Fn())) 
 }
 
 #[test]
-fn a_full_service_that_waits_for_nothing_is_told_as_no_slot() {
+fn a_full_service_with_a_max_wait_of_zero_is_reported_as_no_slot() {
     with_the_slot_taken(0, |system, open| {
         let results = system.run(&json!([order("t", &json!({}))]));
         assert_eq!(status(&results["t"]), ("ABORTED", "no_slot"));
@@ -114,7 +114,7 @@ fn a_full_service_that_waits_for_nothing_is_told_as_no_slot() {
 }
 
 #[test]
-fn a_slot_is_waited_for() {
+fn a_prepare_waits_for_a_slot() {
     with_the_slot_taken(PATIENT, |system, open| {
         let waiting = system.produce(&json!([order("t", &json!({}))]));
         waiting.wait_for_line("sent", LIMIT);
@@ -128,7 +128,7 @@ fn a_slot_is_waited_for() {
 }
 
 #[test]
-fn a_commit_that_fails_twice_succeeds_and_one_that_goes_on_failing_is_parked_and_settled() {
+fn a_commit_that_fails_twice_succeeds_and_one_that_keeps_failing_is_parked_and_settled() {
     let system = System::new(2, PATIENT, 0);
     let (_books, _payments, _worker) =
         (system.books("py"), system.payments(), system.world.worker("w1"));
@@ -147,7 +147,7 @@ fn a_commit_that_fails_twice_succeeds_and_one_that_goes_on_failing_is_parked_and
 }
 
 #[test]
-fn what_a_killed_instance_had_prepared_another_one_finishes() {
+fn another_instance_finishes_what_a_killed_one_had_prepared() {
     let system = System::new(2, PATIENT, 10_000);
     let (mut killed, _payments, _worker) =
         (system.books("killed"), system.payments(), system.world.worker("w1"));
@@ -179,7 +179,7 @@ fn a_worker_that_is_killed_is_taken_over_from_and_nothing_is_prepared_twice() {
 }
 
 #[test]
-fn a_service_whose_queue_is_replaced_comes_to_the_new_one() {
+fn a_service_whose_queue_is_replaced_consumes_the_new_one() {
     let system = System::new(2, PATIENT, 0);
     let (books, _payments, _worker) =
         (system.books("py"), system.payments(), system.world.worker("w1"));

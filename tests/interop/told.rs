@@ -19,7 +19,7 @@ fn system() -> System {
 }
 
 #[test]
-fn a_doubled_prepare_is_voted_on_with_the_same_branch() {
+fn a_duplicate_prepare_gets_a_vote_with_the_same_branch() {
     let system = system();
     let _books = system.books("py");
     let mut player = Player::new(&system);
@@ -75,7 +75,7 @@ fn a_finish_with_another_branch_undoes_what_is_prepared() {
 }
 
 #[test]
-fn a_cancelled_or_late_prepare_calls_nothing() {
+fn a_cancelled_or_late_prepare_does_not_call_the_service() {
     let system = system();
     let _books = system.books("py");
     let mut player = Player::new(&system);
@@ -101,7 +101,7 @@ fn a_cancelled_or_late_prepare_calls_nothing() {
 }
 
 #[test]
-fn what_nobody_tells_of_is_inquired_about_and_answered_when_there_is_a_worker() {
+fn an_instance_inquires_about_a_missing_outcome_and_a_worker_answers_once_it_starts() {
     let system = system();
     let mut books = system.books("py");
     let mut player = Player::new(&system);

@@ -187,7 +187,7 @@ fn find(bug: Bug, scenario: Scenario, property: &'static str) -> Option<usize> {
 }
 
 #[test]
-fn every_bug_that_breaks_a_promise_is_found() {
+fn every_bug_that_breaks_a_property_is_found() {
     use Bug::*;
     use configurations::*;
     const READ_BACK: &str = "nothing leaves before read-back";

@@ -178,7 +178,7 @@ proptest! {
     })]
 
     #[test]
-    fn every_transaction_ends_as_its_services_say_with_only_necessary_calls(
+    fn every_transaction_ends_as_its_services_vote_with_only_necessary_calls(
         scenario in scenarios()
     ) {
         check(&scenario);
@@ -188,7 +188,7 @@ proptest! {
 /// t2 held s0's slot while t0's commit failed again and again, and s0's other instance, which had
 /// seen it in the store, asked: it was told the outcome together with the holder.
 #[test]
-fn who_only_sees_a_transaction_in_the_store_leaves_it_to_the_holder() {
+fn an_instance_that_only_finds_a_transaction_in_the_store_leaves_it_to_its_holder() {
     let service = |has_store, failing: [u32; 4]| {
         let behaviour = failing.map(|failing_commits| {
             let verdict = Verdict::Prepared;
@@ -213,7 +213,7 @@ fn who_only_sees_a_transaction_in_the_store_leaves_it_to_the_holder() {
 
 /// t3 held s0 and needed s2; t4 waited for s0, and s2 was kept for it.
 #[test]
-fn a_slot_kept_for_one_who_waits_does_not_keep_out_one_who_holds() {
+fn a_slot_kept_for_a_waiter_does_not_exclude_a_transaction_that_holds_others() {
     let service = |max_concurrency| {
         let behaviour =
             (0..5).map(|_| Behaviour { verdict: Verdict::Prepared, failing_commits: 0 });

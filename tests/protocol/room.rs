@@ -43,7 +43,7 @@ fn two_taken_over() -> Coordinator {
 /// A killed worker leaves many requests to another. Those that had only waited must not keep out
 /// the one that holds the slot for which they all wait: it may be among the last to come.
 #[test]
-fn what_is_taken_over_and_held_by_nobody_leaves_room_for_more() {
+fn a_takeover_of_transactions_that_nobody_holds_leaves_room_for_more() {
     let mut coordinator = two_taken_over();
     assert_eq!(coordinator.room(), 0);
 
@@ -107,7 +107,7 @@ fn a_worker_full_of_waiters_for_an_unavailable_service_serves_the_others() {
 
 /// One prepare waits at its queue; those who wait in the worker are no more than may.
 #[test]
-fn a_worker_full_of_waiters_for_a_service_that_nobody_serves_serves_the_others() {
+fn a_worker_full_of_waiters_for_a_service_without_instances_serves_the_others() {
     let reasons = others_are_served_while_many_wait(Event::ServiceUnserved);
     assert_eq!(reasons.len(), 95, "as many wait as may, and the others have ended");
     let says_why = |it: &Reason| {

@@ -8,7 +8,7 @@ use dtc::protocol::{
 };
 
 #[test]
-fn a_result_lost_before_there_was_one_keeps_nobody_awake() {
+fn a_lost_result_of_an_unknown_transaction_sets_no_deadline() {
     let now = Time::from_millis(1_700_000_000_000);
     let mut coordinator = Coordinator::new(Settings::new(WorkerId::parse("w1").unwrap()));
     let mut effects = Vec::new();

@@ -15,7 +15,7 @@ macro_rules! stories {
         })*
 
         #[test]
-        fn every_story_is_told() {
+        fn every_trace_has_its_test() {
             let told = [$($(concat!(stringify!($of), "/", stringify!($story)),)*)*];
             let mut untold = Vec::new();
             for of in ["worker", "instance"] {

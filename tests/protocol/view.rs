@@ -249,7 +249,7 @@ proptest! {
     })]
 
     #[test]
-    fn a_view_says_only_what_the_whole_journal_says(
+    fn a_view_agrees_with_the_whole_journal(
         begins in 0..10_usize,
         records_max in 1..12_usize,
         digests_max in prop_oneof![Just(0), Just(FEW), Just(1_000)],

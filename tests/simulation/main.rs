@@ -39,7 +39,7 @@ const FULL: u64 = 200_000;
 const SEEDS_PER_BUG: u64 = 20_000;
 
 #[test]
-fn whatever_goes_wrong_everything_ends_as_the_journal_says() {
+fn whatever_goes_wrong_every_transaction_ends_as_the_journal_decides() {
     let begun = now();
     let usual = if cfg!(debug_assertions) { 2_000 } else { FULL };
     let seed = campaign::number("DTC_SIM_SEED").unwrap_or(0);
@@ -96,7 +96,7 @@ fn a_seed_always_gives_the_same_schedule() {
 }
 
 #[test]
-fn a_seed_from_outside() {
+fn the_seed_of_the_environment_is_simulated() {
     let Some(seed) = campaign::number("DTC_SIM_SEED") else { return };
     let bug = env::var("DTC_SIM_BUG")
         .ok()

@@ -116,7 +116,7 @@ proptest! {
     }
 
     #[test]
-    fn a_good_file_is_read_as_it_stands(file in services()) {
+    fn a_good_file_is_read_completely(file in services()) {
         let services = read("s.json", file.to_string().as_bytes()).unwrap();
         assert_eq!(services.len(), file.as_array().unwrap().len());
         for (index, service) in services.iter().enumerate() {

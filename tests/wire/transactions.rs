@@ -83,7 +83,7 @@ proptest! {
     }
 
     #[test]
-    fn a_good_file_is_read_as_it_stands_in_either_form(file in transactions()) {
+    fn a_good_file_is_read_completely_in_either_form(file in transactions()) {
         let array = json!(file);
         let transactions = read_all("t.json", array.to_string().as_bytes()).unwrap();
         assert_eq!(transactions.len(), file.len());

@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn a_process_that_is_not_there_has_used_nothing_that_is_known() {
+    fn the_resources_of_an_absent_process_are_unknown() {
         assert!(resident(process::id()).is_some_and(|bytes| bytes > 1 << 20));
         assert!(cpu(process::id()).is_some());
         assert_eq!((cpu(u32::MAX), resident(u32::MAX)), (None, None));

@@ -461,7 +461,7 @@ mod tests {
     }
 
     #[test]
-    fn what_aborts_is_not_done() {
+    fn a_report_with_aborts_is_not_whole() {
         let mut report = Report { load: vec![Point::default()], ..Report::default() };
         assert!(report.is_whole());
         report.load[0].aborted = 1;

@@ -310,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_written_is_read_in_its_order() {
+    fn frames_are_read_in_the_order_written() {
         let bytes = file(&[&["a", ""], &["long".repeat(50_000).as_str()], &["b"]]);
         let (texts, end) = read(&bytes);
         assert_eq!((texts.len(), end), (4, Next::End));
@@ -349,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn a_write_of_which_the_beginning_is_missing_is_torn_though_its_end_is_there() {
+    fn a_last_write_without_its_beginning_is_torn() {
         let safe = file(&[&["one"]]).len();
         let mut bytes = file(&[&["one"], &["two", "three"]]);
         bytes[safe..safe + 27].fill(0);
@@ -359,7 +359,7 @@ mod tests {
     }
 
     #[test]
-    fn damage_is_seen_however_far_behind_it_the_next_good_frame_is() {
+    fn damage_is_detected_however_far_away_the_next_good_frame_is() {
         for len in [1_usize << 16, (1 << 16) - 30, 70_000, 200_001] {
             let mut bytes = file(&[&[&"x".repeat(len)], &["witness"]]);
             bytes[50] ^= 1;
@@ -369,14 +369,14 @@ mod tests {
     }
 
     #[test]
-    fn a_frame_in_another_place_is_none() {
+    fn a_frame_at_another_offset_is_invalid() {
         let bytes = file(&[&["one"], &["two"]]);
         let moved = [HEADER, &bytes[HEADER.len() + 27..]].concat();
         assert_eq!(read(&moved), (vec![], Next::Torn));
     }
 
     #[test]
-    fn a_beginning_says_what_the_file_is() {
+    fn the_beginning_of_a_file_shows_what_it_is() {
         assert_eq!(beginning(HEADER), Beginning::Journal);
         for len in 0..HEADER.len() {
             assert_eq!(beginning(&HEADER[..len]), Beginning::Unwritten);

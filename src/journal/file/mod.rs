@@ -666,7 +666,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_beginning_is_as_long_as_is_said() {
+    fn a_new_file_is_no_longer_than_its_limit() {
         let mut batch = Batch::default();
         let worker = Incarnation::first().worker().unwrap();
         let opened_at = Time::from_millis(u64::MAX);
@@ -675,7 +675,7 @@ mod tests {
     }
 
     #[test]
-    fn a_new_file_that_can_not_take_the_place_of_the_old_one_is_removed() {
+    fn a_compacted_file_that_cannot_replace_the_old_one_is_removed() {
         let directory = tempfile::tempdir().unwrap();
         // A file can't replace a directory.
         let path = directory.path().join("journal");

@@ -363,7 +363,7 @@ mod tests {
     const ABORTED: Outcome = Outcome::Aborted;
 
     #[test]
-    fn what_is_not_over_is_unfinished_in_the_order_in_which_it_was_begun() {
+    fn unfinished_transactions_are_in_the_order_in_which_they_were_begun() {
         let entries = [
             opened(1),
             begun("t3"),
@@ -390,7 +390,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_parked_is_unfinished_until_it_is_not() {
+    fn a_parked_transaction_is_unfinished_until_it_is_settled() {
         let mut entries = vec![begun("t"), decided("t", COMMITTED), finished("t", &["b"])];
         assert_eq!(unfinished(&read(&entries)), ["t COMMITTED b"]);
         // As a compacted file has it.
@@ -402,7 +402,7 @@ mod tests {
     }
 
     #[test]
-    fn a_commit_whose_request_is_not_there_is_finished_by_what_it_names() {
+    fn a_commit_without_its_request_is_finished_at_the_services_it_names() {
         let replay = read(&[decided("t", COMMITTED)]);
         assert_eq!(unfinished(&replay), ["t COMMITTED "]);
         let request = &replay.unfinished[0].request;
@@ -413,7 +413,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_older_than_it_is_kept_is_forgotten_but_for_what_is_parked() {
+    fn after_the_retention_finished_transactions_are_forgotten_and_parked_ones_kept() {
         let bytes = file(&[finished("t1", &[]), finished("t2", &["a"])]);
         let later = Time::from_millis(2001);
         let replay = replay(Cursor::new(bytes), later).unwrap();
@@ -422,7 +422,7 @@ mod tests {
     }
 
     #[test]
-    fn the_openings_are_counted_and_another_journals_are_an_error() {
+    fn openings_are_counted_and_those_of_another_journal_are_an_error() {
         assert_eq!(read(&[opened(1), opened(2), opened(7)]).last, Some(incarnation(7)));
         let worker = Incarnation { journal: "jy".to_owned(), number: 1 }.worker().unwrap();
         let other = Entry::Opened { worker, opened_at: Time::EPOCH };
@@ -442,7 +442,7 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_that_is_none_is_an_error_wherever_it_stands() {
+    fn an_invalid_entry_is_an_error_anywhere() {
         for (tag, text) in [(b'x', "{}"), (b'd', "{}"), (b'f', "nothing"), (b'b', "{}\n{}")] {
             let mut bytes = file(&[opened(1)]);
             let at = bytes.len() as u64;

@@ -272,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_of_ipv6_is_gone_to_and_not_this_machine() {
+    fn an_ipv6_address_is_used_and_not_replaced_by_this_machine() {
         let address: Address = "amqp://me:p[x]@[fd00::1]:1/v,amqps://[::1]".parse().unwrap();
         let hosts = address.hosts().iter().map(|host| host.authority.host.as_str());
         assert_eq!(hosts.collect::<Vec<_>>(), ["fd00::1", "::1"]);
@@ -280,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn who_is_known_by_a_certificate_has_no_password() {
+    fn external_authentication_has_no_password() {
         let address: Address = "amqps://a/v?auth_mechanism=EXTERNAL".parse().unwrap();
         assert!(address.is_external() && address.is_secure());
         assert_eq!(address.masked(), "amqps://a:5671/v?auth_mechanism=external");
@@ -327,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn a_password_that_ends_the_host_is_no_virtual_host() {
+    fn the_rest_of_a_password_is_not_taken_for_a_virtual_host() {
         for url in ["amqp://me:1/secret@h", "amqp://me:1?secret@h/v", "amqp://me:1#secret@h"] {
             let complaint = url.parse::<Address>().unwrap_err().to_string();
             assert!(complaint.contains("must be written as %2F"), "{complaint}");
@@ -339,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_shown_is_an_address_again_whatever_its_parts_are() {
+    fn a_shown_address_can_be_parsed_again() {
         let text = "amqp://m%0a%1be%40%3a%2f%2c%25:x@a%0a/v%0d%2fw%20%23,amqp://%C3%BC@[::1]/%2f";
         let address: Address = text.parse().unwrap();
         let shown =

@@ -681,7 +681,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_takes_long_does_not_keep_back_those_behind_it() {
+    fn an_unsettled_delivery_does_not_delay_later_acknowledgements() {
         let mut tags = Tags::default();
         (2..=4).for_each(|tag| tags.settle(tag));
         assert_eq!(tags.flush(), [(2, false), (3, false), (4, false)]);
@@ -692,7 +692,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_handed_back_is_not_acknowledged() {
+    fn a_requeued_delivery_is_not_acknowledged() {
         let mut tags = Tags::default();
         tags.settle(1);
         tags.told(2);
@@ -709,7 +709,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_broker_hears_of_each_settled_tag_once_and_of_no_other(
+        fn each_settled_tag_is_acknowledged_once_and_no_other(
             order in (1..40_u64).prop_flat_map(|n| Just((1..=n).collect::<Vec<_>>()).prop_shuffle()),
             flushes in prop::collection::vec(any::<bool>(), 40),
             handed_back in prop::collection::vec(any::<bool>(), 40),

@@ -89,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn what_nothing_is_called_by_is_missing_for_good() {
+    fn a_name_without_a_queue_is_missing_for_good() {
         for words in ["no queue 'q' in vhost '/'", "no exchange 'x' in vhost '/'"] {
             let error = not_found(words);
             assert!(is_not_found(&error) && !is_out_of_reach(&error), "{words}");

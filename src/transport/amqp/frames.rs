@@ -754,7 +754,7 @@ mod tests {
     const MALFORMED: &str = super::MALFORMED_HEADERS;
 
     #[test]
-    fn properties_that_are_no_list_are_replaced_whatever_their_size() {
+    fn malformed_properties_are_replaced_whatever_their_size() {
         for size in 0..700 {
             // The content type would be longer than the whole frame.
             let bytes = header_frame(&vec![0xFF; size.min(200)], 0xFFFF);
@@ -767,7 +767,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_broker_counts_by_is_still_there() {
+    fn numbers_that_the_broker_added_are_kept() {
         let broker = [&b"\x0fx-stream-offsetl"[..], &7_i64.to_be_bytes()].concat();
         let own = nested(100, b"F");
         for headers in [[&broker[..], &own].concat(), [&own[..], &broker].concat()] {
@@ -781,7 +781,7 @@ mod tests {
     }
 
     #[test]
-    fn more_values_than_fit_into_memory_many_times_are_not_passed_on() {
+    fn more_values_than_the_limit_are_not_passed_on() {
         let many = |count| [&[1, b'n', b'A'][..], &table(&vec![b'V'; count])].concat();
         let bytes = message(&many(VALUES_MAX - 1));
         assert_eq!(screened(&bytes), bytes);
@@ -842,7 +842,7 @@ mod tests {
     /// lapin would request 8192 all the same, and the broker would close the connection without a
     /// reason.
     #[test]
-    fn a_broker_that_allows_smaller_frames_than_lapin_has_is_told_what_to_set() {
+    fn a_broker_with_too_small_frames_gives_an_error_with_the_remedy() {
         for (frame_max, is_refused) in [(0_u32, false), (4096, true), (8191, true), (8192, false)] {
             let tune = [&[0, 10, 0, 30, 0, 9][..], &frame_max.to_be_bytes(), &[0, 60]].concat();
             let mut tune = frame(1, 0, &tune);
@@ -860,7 +860,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_amqp_passes_and_what_no_broker_sends_does_not() {
+    fn other_protocols_pass_and_frames_that_no_broker_sends_do_not() {
         for bytes in [&b"\x15\x03\x03\0\x02\x02F"[..], b"AMQP\0\0\x09\x01"] {
             assert_eq!(screened(bytes), bytes);
         }
@@ -882,7 +882,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_that_came_back_is_known_by_its_channel_and_id() {
+    fn a_returned_message_is_known_by_its_channel_and_id() {
         let returns = Returns::default();
         let mut filter = Filter::new(FRAME_MAX, returns.clone());
         let bytes = [returned(1, "a"), returned(2, "a"), returned(1, "b"), returned(1, "b")];
@@ -896,7 +896,7 @@ mod tests {
     }
 
     #[test]
-    fn a_channel_that_is_opened_again_knows_nothing_of_what_came_back_before() {
+    fn a_reopened_channel_has_no_earlier_returns() {
         let returns = Returns::default();
         let mut filter = Filter::new(FRAME_MAX, returns.clone());
         let open_ok = frame(METHOD, 1, &[0, 20, 0, 11, 0, 0, 0, 0]);
@@ -906,7 +906,7 @@ mod tests {
     }
 
     #[test]
-    fn those_that_nobody_asks_for_are_forgotten_the_oldest_first() {
+    fn unclaimed_returns_are_forgotten_oldest_first() {
         let returns = Returns::default();
         for number in 0..=Returns::MAX {
             returns.note(1, &number.to_string());

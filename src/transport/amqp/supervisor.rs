@@ -97,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn who_has_worked_never_gives_up() {
+    fn a_process_that_has_worked_never_gives_up() {
         let mut supervisor = Supervisor::default();
         assert!(supervisor.gives_up(Disposition::GiveUp));
         assert!(!supervisor.gives_up(Disposition::Retry));

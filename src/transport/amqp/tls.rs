@@ -423,7 +423,7 @@ mod tests {
     use crate::transport::amqp::error::Disposition;
 
     #[test]
-    fn a_broker_that_fails_at_the_handshake_is_tried_again_and_one_that_says_no_is_not() {
+    fn a_broker_that_fails_at_the_handshake_is_tried_again_and_one_that_refuses_is_not() {
         for (said, disposition) in [
             (Said::InternalError, Disposition::Retry),
             (Said::UserCanceled, Disposition::Retry),

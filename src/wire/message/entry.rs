@@ -310,14 +310,14 @@ mod tests {
     }
 
     #[test]
-    fn what_was_written_is_read() {
+    fn every_entry_is_read_back() {
         for entry in every_entry() {
             assert_eq!(Entry::read(entry.tag(), text(&entry).as_bytes()), Ok(entry));
         }
     }
 
     #[test]
-    fn an_entry_reads_like_what_goes_over_the_wire() {
+    fn an_entry_has_the_format_of_its_message() {
         let entries = every_entry();
         assert_eq!(text(&entries[0]), r#"{"worker":"jabc-7","opened_at":5}"#);
         assert_eq!(
@@ -330,14 +330,14 @@ mod tests {
     }
 
     #[test]
-    fn data_may_be_as_deep_as_it_likes() {
+    fn data_may_have_any_depth() {
         let deep = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000));
         let entry = Entry::Begun(Begun { request: request(&deep, None), worker: worker() });
         assert_eq!(Entry::read(b'b', text(&entry).as_bytes()), Ok(entry));
     }
 
     #[test]
-    fn a_request_that_is_not_the_one_it_says_is_refused() {
+    fn a_request_with_a_wrong_hash_is_refused() {
         let entry = Entry::Begun(Begun { request: request("{}", None), worker: worker() });
         for (from, to) in [("{}", "{ }"), ("\"a\",", ""), ("\"a\",\"b\"", "\"b\",\"a\"")] {
             let changed = text(&entry).replace(from, to);

@@ -7,7 +7,7 @@ use crate::{
 };
 
 #[test]
-fn where_nothing_is_stopped_everything_goes_through_and_is_told_apart() {
+fn without_faults_transactions_commit_and_the_proxy_counts_each_frame_once() {
     let stand = Stand::new();
     let (site, worker) = (&stand.site, "dtc worker w1 (publish)");
     let counted = |frames| site.proxy.rule(frames, Reach::Existing, Deed::Count);
@@ -32,7 +32,7 @@ fn where_nothing_is_stopped_everything_goes_through_and_is_told_apart() {
 }
 
 #[test]
-fn a_system_whose_every_connection_ends_comes_back() {
+fn a_system_recovers_when_all_its_connections_end() {
     let stand = Stand::new();
     let mark = stand.marked();
     let proxy = &stand.site.proxy;

@@ -16,7 +16,7 @@ fn results_that_are_never_delivered_are_asked_for_again() {
 }
 
 #[test]
-fn requests_that_are_never_confirmed_are_answered_all_the_same() {
+fn requests_that_are_never_confirmed_still_get_results() {
     let stand = Stand::new();
     let requests = stand.site.name("requests/");
     let mark = stand.marked();
@@ -27,7 +27,7 @@ fn requests_that_are_never_confirmed_are_answered_all_the_same() {
 
 /// The broker neither takes the request nor reports that.
 #[test]
-fn a_publishing_connection_of_a_producer_that_is_read_no_more_is_given_up() {
+fn a_producer_gives_up_a_publishing_connection_that_the_broker_no_longer_reads() {
     let stand = Stand::new();
     let requests = stand.site.name("requests/");
     let mark = stand.marked();

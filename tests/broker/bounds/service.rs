@@ -43,7 +43,7 @@ fn prepares_whose_acknowledgements_get_lost_do_not_use_up_the_slots() {
 
 /// Votes, dones, and everything else that it publishes.
 #[test]
-fn a_publishing_connection_of_a_service_that_is_read_no_more_is_given_up() {
+fn a_service_gives_up_a_publishing_connection_that_the_broker_no_longer_reads() {
     let stand = Stand::new();
     let mark = stand.marked();
     let stopped = stand.site.proxy.stop(Frames::publishes().on(PUBLISH));

@@ -46,7 +46,7 @@ fn falls_silent(name: &str, says: impl Fn(&Stand, &crate::stand::Mark)) {
 /// No packet passes in either direction. The broker considers the old connections alive, and goes
 /// on delivering to them up to their prefetch.
 #[test]
-fn a_system_whose_every_connection_falls_into_a_hole_connects_again() {
+fn a_system_reconnects_when_packets_of_all_its_connections_are_dropped() {
     let stand = Stand::new();
     let mark = stand.marked();
     let connections = stand.site.proxy.connections("");
@@ -72,7 +72,7 @@ fn a_system_whose_every_connection_falls_into_a_hole_connects_again() {
 
 /// Missing heartbeats alone are no reason to give up a connection on which everything else arrives.
 #[test]
-fn a_broker_that_says_everything_but_heartbeats_is_believed_to_be_alive() {
+fn a_broker_that_sends_everything_but_heartbeats_counts_as_alive() {
     let stand = Stand::new();
     let proxy = &stand.site.proxy;
     let connections = proxy.connections("dtc worker");

@@ -78,7 +78,7 @@ starts! {
 
 /// A node that is cut off from the others accepts connections, and declares nothing.
 #[test]
-fn who_is_let_in_by_a_host_that_declares_nothing_begins_at_the_next_one_before_giving_that_up() {
+fn a_client_tries_the_next_host_before_it_gives_up_one_that_declares_nothing() {
     for start in [worker, stock] {
         let mut site = Site::new();
         let url = site.world.place.url.clone();
@@ -95,17 +95,17 @@ fn who_is_let_in_by_a_host_that_declares_nothing_begins_at_the_next_one_before_g
 }
 
 #[test]
-fn a_producer_whose_consumer_is_never_begun_asks_again() {
+fn a_producer_whose_consumer_never_starts_tries_again() {
     asks_again(Frames::answers(CONSUME_OK));
 }
 
 #[test]
-fn a_producer_whose_queue_is_never_declared_asks_again() {
+fn a_producer_whose_queue_is_never_declared_tries_again() {
     asks_again(Frames::answers(QUEUE_DECLARE_OK));
 }
 
 #[test]
-fn a_producer_that_is_given_no_channel_asks_again() {
+fn a_producer_that_gets_no_channel_tries_again() {
     asks_again(Frames::answers(CHANNEL_OPEN_OK));
 }
 

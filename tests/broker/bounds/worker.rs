@@ -11,7 +11,7 @@ const PUBLISH: &str = "dtc worker w1 (publish)";
 const CONSUME: &str = "dtc worker w1 (consume)";
 
 #[test]
-fn an_append_that_is_never_confirmed_is_not_waited_for() {
+fn a_worker_does_not_wait_for_an_append_that_is_never_confirmed() {
     let stand = Stand::new();
     let journal = stand.site.name("journal");
     let mark = stand.marked();
@@ -21,7 +21,7 @@ fn an_append_that_is_never_confirmed_is_not_waited_for() {
 }
 
 #[test]
-fn what_was_appended_and_is_never_read_back_is_read_on_another_channel() {
+fn an_append_that_is_never_read_back_is_read_on_another_channel() {
     let stand = Stand::new();
     let journal = stand.site.name("journal");
     let mark = stand.marked();
@@ -45,7 +45,7 @@ fn a_result_that_is_never_confirmed_is_published_again_and_its_request_acknowled
 }
 
 #[test]
-fn prepares_that_are_never_confirmed_are_not_waited_for() {
+fn a_worker_does_not_wait_for_prepares_that_are_never_confirmed() {
     let stand = Stand::new();
     let prepares = stand.site.name("prepare/");
     let mark = stand.marked();
@@ -92,7 +92,7 @@ fn requests_whose_acknowledgements_get_lost_do_not_use_up_what_a_worker_may_hold
 
 /// The broker reads no more of the worker's publishes, and is alive otherwise.
 #[test]
-fn a_publishing_connection_that_is_read_no_more_is_given_up() {
+fn a_worker_gives_up_a_publishing_connection_that_the_broker_no_longer_reads() {
     let stand = Stand::new();
     let mark = stand.marked();
     let stopped = stand.site.proxy.stop(Frames::publishes().on(PUBLISH));
@@ -102,7 +102,7 @@ fn a_publishing_connection_that_is_read_no_more_is_given_up() {
 
 /// The worker has not used the service before.
 #[test]
-fn a_service_that_is_looked_for_in_vain_is_looked_for_again() {
+fn a_lookup_of_a_service_that_gets_no_answer_is_repeated() {
     let site = Site::new();
     let services = BOTH.map(|name| site.service(name));
     let (worker, producer) = (site.worker(&[]), site.producer());

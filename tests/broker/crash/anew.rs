@@ -65,7 +65,7 @@ fn an_instance_whose_queue_is_replaced_while_its_channel_is_busy_takes_prepares_
 }
 
 #[test]
-fn a_worker_whose_requests_are_declared_anew_while_its_channel_is_busy_notices_what_it_misses() {
+fn a_worker_whose_request_queue_is_replaced_while_its_channel_is_busy_takes_requests_again() {
     let broker = Broker::start();
     let payments = json!({"name": "payments", "max_concurrency": 10});
     let system = System::new(broker.place(), json!([payments]));
@@ -85,7 +85,7 @@ fn a_worker_whose_requests_are_declared_anew_while_its_channel_is_busy_notices_w
 }
 
 #[test]
-fn an_instance_whose_queue_of_prepares_is_a_quorum_queue_takes_them_too() {
+fn an_instance_whose_quorum_queue_is_replaced_takes_prepares_again() {
     let payments = json!({"name": "payments", "max_concurrency": 2});
     let world = World::at(place());
     let services = world.file("services.json", &json!([payments]));

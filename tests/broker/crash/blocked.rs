@@ -16,7 +16,7 @@ use crate::{broker::Broker, processes::LIMIT};
 const TRANSACTIONS: usize = 1200;
 
 #[test]
-fn a_broker_that_takes_no_messages_for_a_while_makes_everyone_wait_and_nothing_fail() {
+fn during_an_alarm_everything_waits_and_nothing_fails() {
     let broker = Broker::start();
     let service = |name| {
         json!({"name": name, "max_concurrency": 50, "max_wait_ms": 60_000,

@@ -191,7 +191,7 @@ fn a_worker_whose_clock_is_ahead_leaves_the_work_to_those_whose_clocks_fit() {
 }
 
 #[test]
-fn a_worker_whose_clock_is_an_hour_ahead_says_so_rather_than_that_the_journal_is_silent() {
+fn a_worker_whose_clock_is_an_hour_ahead_logs_that_and_does_not_blame_the_journal() {
     let system = System::new(place(), payments());
     let _instance = system.instance("payments", "payments", &[]);
     let machine = Machine::ahead_by(&system, "w1", 3600);
@@ -204,7 +204,7 @@ fn a_worker_whose_clock_is_an_hour_ahead_says_so_rather_than_that_the_journal_is
 }
 
 #[test]
-fn one_worker_that_writes_records_from_the_future_stops_no_other() {
+fn a_worker_that_writes_records_from_the_future_stops_no_other() {
     let system = System::new(place(), payments());
     let _instance = system.instance("payments", "payments", &[]);
     write_record(&system, "w0", Duration::from_secs(90));
@@ -215,7 +215,7 @@ fn one_worker_that_writes_records_from_the_future_stops_no_other() {
 }
 
 #[test]
-fn what_was_suspended_or_whose_clock_was_wrong_at_its_start_goes_on_by_the_right_time() {
+fn a_process_whose_clock_was_wrong_at_its_start_continues_with_the_right_time() {
     for (worker_ahead, instance_ahead) in
         [(-30, 0), (-600, 0), (0, 30), (0, -600), (600, 0), (0, 3600)]
     {

@@ -59,7 +59,7 @@ fn hanging() -> (System, Plan) {
 }
 
 #[test]
-fn a_worker_told_to_stop_twice_stops_at_once_and_its_transaction_goes_on() {
+fn a_worker_told_to_stop_twice_stops_at_once_and_others_finish_its_transaction() {
     let (system, plan) = hanging();
     let instance = system.instance("payments", "payments", &[]);
     let mut leaving = system.worker("leaving", &["--drain", "1h"]);
@@ -76,7 +76,7 @@ fn a_worker_told_to_stop_twice_stops_at_once_and_its_transaction_goes_on() {
 }
 
 #[test]
-fn a_worker_whose_time_to_drain_is_over_hands_back_what_is_left() {
+fn a_worker_whose_drain_times_out_returns_the_rest() {
     let (system, plan) = hanging();
     let instance = system.instance("payments", "payments", &[]);
     let mut leaving = system.worker("leaving", &["--drain", "500ms"]);

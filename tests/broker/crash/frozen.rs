@@ -19,7 +19,7 @@ use crate::{broker::place, processes::LIMIT};
 /// Its record is on its way when it is frozen, and reaches the journal only after the services have
 /// asked another worker, which had to abort.
 #[test]
-fn a_worker_frozen_after_its_last_vote_wakes_up_with_another_decision_than_the_one_that_stands() {
+fn a_worker_frozen_after_its_last_vote_obeys_the_decision_that_others_made() {
     let service = |name| json!({"name": name, "max_concurrency": 10});
     let system = System::new(place(), json!([service("payments"), service("stock")]));
     let flags = ["--inquire-after", "500ms"];
@@ -66,7 +66,7 @@ fn a_worker_frozen_after_its_last_vote_wakes_up_with_another_decision_than_the_o
 }
 
 #[test]
-fn what_a_worker_had_when_it_froze_is_finished_by_others_and_it_works_on_when_it_wakes() {
+fn others_finish_the_transactions_of_a_frozen_worker_and_it_continues_when_it_wakes() {
     let service = |name| {
         json!({"name": name, "max_concurrency": 100, "max_wait_ms": 20_000,
         "prepare": {"latency_ms": [20, 80]}, "commit": {"latency_ms": [20, 80]}})

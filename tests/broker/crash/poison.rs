@@ -58,7 +58,7 @@ fn die_of(system: &System, id: &str, journal: &Watch, commands: &Watch) -> usize
 /// Every worker dies of one request, which is given up; those beside it, which were delivered as
 /// often, are carried out.
 #[test]
-fn a_request_that_each_worker_dies_of_ends_aborted_and_its_neighbours_committed() {
+fn a_request_that_kills_every_worker_aborts_and_its_neighbours_commit() {
     let hangs = json!({"name": "payments", "max_concurrency": 3, "prepare": {"hang_rate": 1}});
     let slow = json!({"name": "stock", "max_concurrency": 1, "max_wait_ms": 86_400_000,
         "prepare": {"latency_ms": 8000}});
@@ -94,7 +94,7 @@ fn a_request_that_each_worker_dies_of_ends_aborted_and_its_neighbours_committed(
 
 /// It was aborted as "delivered too often", though no worker had tried it.
 #[test]
-fn a_request_that_somebody_has_looked_at_25_times_is_carried_out() {
+fn a_request_delivered_25_times_to_a_foreign_consumer_is_carried_out() {
     let system = System::new(place(), json!([{"name": "stock", "max_concurrency": 1}]));
     let instance = system.instance("stock", "stock", &[]);
     let journal = Watch::journal(&system);

@@ -15,7 +15,7 @@ use crate::{
 const PASSWORD: &str = "s3cret-of-nobody";
 
 #[test]
-fn who_is_refused_says_so_and_keeps_the_password_to_itself() {
+fn a_refused_process_reports_it_without_the_password() {
     let system = System::new(place(), json!([{"name": "payments", "max_concurrency": 1}]));
     let mut refused = system.world.place.clone();
     let (before, host) = refused.url.rsplit_once('@').unwrap();
@@ -45,7 +45,7 @@ fn who_is_refused_says_so_and_keeps_the_password_to_itself() {
 }
 
 #[test]
-fn who_starts_before_the_broker_says_so_and_serves_when_it_comes() {
+fn a_process_started_before_the_broker_reports_it_and_serves_when_it_is_up() {
     let broker = Broker::start();
     let system = System::new(broker.place(), json!([{"name": "payments", "max_concurrency": 5}]));
     broker.terminate();

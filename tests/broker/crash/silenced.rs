@@ -18,7 +18,7 @@ fn system(place: crate::broker::Place) -> System {
 }
 
 #[test]
-fn a_service_that_may_not_answer_ends_with_its_first_answer_and_names_what_is_refused() {
+fn a_service_without_permission_to_answer_ends_and_names_the_refusal() {
     let broker = Broker::start();
     let system = system(broker.place());
     let (_, vhost) = system.world.place.url.rsplit_once('/').unwrap();
@@ -40,7 +40,7 @@ fn a_service_that_may_not_answer_ends_with_its_first_answer_and_names_what_is_re
 }
 
 #[test]
-fn an_instance_hears_of_its_first_answer_that_there_is_nowhere_to_send_it_to() {
+fn an_instance_reports_a_missing_exchange_at_its_first_answer() {
     let system = system(place());
     let _worker = system.worker("w1", &[]);
     let instance = system.instance("payments", "payments", &[]);
@@ -51,7 +51,7 @@ fn an_instance_hears_of_its_first_answer_that_there_is_nowhere_to_send_it_to() {
 }
 
 #[test]
-fn a_worker_hears_of_its_first_command_that_there_is_nowhere_to_send_it_to() {
+fn a_worker_reports_a_missing_exchange_at_its_first_command() {
     let system = system(place());
     let worker = system.worker("w1", &[]);
     let _instance = system.instance("payments", "payments", &[]);

@@ -50,7 +50,7 @@ async fn a_cap_is_reached_and_never_exceeded() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_broker_holds_a_cap_by_itself() {
+async fn the_broker_enforces_a_cap_by_itself() {
     let most = under_pressure(|service| service.own_limit = false).await;
     assert_eq!((most.in_all, most.by_instance), (4, vec![4]));
 }
@@ -103,20 +103,20 @@ async fn sent_together(slots: u32) -> (Vec<usize>, usize) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn where_slots_abound_prepares_travel_together() {
+async fn with_many_free_slots_one_message_carries_several_prepares() {
     let (sizes, _) = sent_together(2000).await;
     assert!(sizes.iter().any(|size| *size > 1), "{sizes:?}");
     assert!(sizes.iter().all(|size| *size <= 16), "{sizes:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn where_many_slots_are_all_in_use_no_more_is_held_than_there_are() {
+async fn with_all_of_many_slots_in_use_no_more_than_the_cap_is_held() {
     let (_, most_held) = sent_together(128).await;
     assert!(most_held <= 128, "{most_held}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn where_slots_are_few_each_prepare_is_the_brokers_to_give_out() {
+async fn with_few_slots_the_broker_delivers_each_prepare_alone() {
     let (sizes, most_held) = sent_together(32).await;
     assert!(sizes.iter().all(|size| *size == 1), "{sizes:?}");
     assert!(most_held <= 32, "{most_held}");

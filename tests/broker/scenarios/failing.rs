@@ -39,7 +39,7 @@ async fn unknown_service_calls_no_one() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn many_unknown_services_at_once_hold_up_no_one() {
+async fn many_unknown_services_at_once_delay_no_other_transaction() {
     const COUNT: usize = 500;
     let a = Watched::willing();
     let system = Setup::new([Served::new("a", 4, &a)]).workers(2).start().await;
@@ -61,7 +61,7 @@ async fn many_unknown_services_at_once_hold_up_no_one() {
 
 /// A publish to a missing exchange closes its channel.
 #[tokio::test(flavor = "multi_thread")]
-async fn worker_goes_on_when_an_exchange_that_was_deleted_is_made_again() {
+async fn worker_continues_when_a_deleted_exchange_is_declared_again() {
     let a = Watched::willing();
     let system = Setup::new([Served::new("a", 1, &a)]).start().await;
     assert_eq!(system.run("before", &["a"], json!({})).await.outcome, Outcome::Committed);
@@ -82,7 +82,7 @@ async fn worker_goes_on_when_an_exchange_that_was_deleted_is_made_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn refusal_aborts_the_prepared_and_calls_no_one_else() {
+async fn refusal_aborts_what_is_prepared_and_calls_no_other_service() {
     let (a, b, c) = (Watched::willing(), preparing(Ending::Refused), Watched::willing());
     // One slot each, so that they are asked one after the other.
     let services =
@@ -221,7 +221,7 @@ async fn commit_that_fails_for_good_is_parked_and_settled_when_the_service_recov
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn read_only_service_hears_of_no_commit() {
+async fn read_only_service_gets_no_commit() {
     let (a, b) = (Watched::willing(), preparing(Ending::ReadOnly));
     let services = [Served::new("a", 1, &a), Served::new("b", 1, &b)];
     let system = Setup::new(services).start().await;

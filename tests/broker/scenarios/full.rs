@@ -52,7 +52,7 @@ async fn full(max_wait: Duration) -> Full {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_patience_no_slot_is_told_at_once() {
+async fn with_a_max_wait_of_zero_no_slot_is_reported_at_once() {
     const COUNT: usize = 200;
     let Full { system, gate, open, tight, holder } = full(Duration::ZERO).await;
     let (mut latencies, mut of_others) = (Vec::new(), Vec::new());
@@ -91,7 +91,7 @@ async fn without_patience_no_slot_is_told_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn with_patience_a_slot_is_waited_for() {
+async fn with_a_max_wait_a_prepare_waits_for_a_slot() {
     let Full { system, gate, open, tight, holder } = full(Duration::from_secs(60)).await;
     let client = system.client.clone();
     let began = Instant::now();
@@ -112,7 +112,7 @@ async fn with_patience_a_slot_is_waited_for() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn patience_has_an_end() {
+async fn the_wait_for_a_slot_ends_after_max_wait() {
     let max_wait = Duration::from_secs(1);
     let Full { system, gate, open, tight, holder } = full(max_wait).await;
     let began = Instant::now();

@@ -126,7 +126,7 @@ async fn garbage_in_the_journal_is_skipped() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn request_that_can_not_be_served_is_set_aside_and_its_producer_told() {
+async fn request_that_cannot_be_served_is_rejected_and_its_producer_gets_a_result() {
     let a = Watched::willing();
     let system = Setup::new([Served::new("a", 2, &a)]).start().await;
     let mut rejected = system.raw.read(&system.names.rejected()).await;

@@ -257,7 +257,7 @@ async fn a_saturated_slow_service_leaves_the_others_their_speed() {
 /// for the answer to the first prepare. It used to take more requests meanwhile and to return them
 /// at once, and every request that the broker took back was then examined as if it were half done.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_waits_while_a_worker_learns_of_its_services_is_not_taken_for_begun() {
+async fn requests_that_wait_while_a_worker_looks_up_services_do_not_count_as_begun() {
     const COUNT: usize = 5000;
     let watched = Watched::willing();
     let system = Setup::new([Served::new("A", 4096, &watched)]).start().await;

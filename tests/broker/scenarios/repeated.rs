@@ -83,7 +83,7 @@ async fn retry_under_a_new_timestamp_within_the_window_gets_the_same_answer() {
 
 /// The window is short, and so is the clock margin, so that it is soon over.
 #[tokio::test(flavor = "multi_thread")]
-async fn after_the_window_the_journal_tells_and_another_moment_is_another_transaction() {
+async fn after_the_window_the_journal_answers_and_another_requested_at_is_another_transaction() {
     const WINDOW: Duration = Duration::from_secs(1);
     let (a, b) = (Watched::willing(), Watched::willing());
     let services = [Served::new("a", 4, &a), Served::new("b", 4, &b)];

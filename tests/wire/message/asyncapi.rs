@@ -124,7 +124,7 @@ fn every_kind_has_a_message_and_no_other_has() {
 }
 
 #[test]
-fn the_fields_that_are_written_are_the_ones_described() {
+fn the_written_fields_are_those_of_the_document() {
     let schemas = &DOCUMENT["components"]["schemas"];
     for Sample { kind, items, .. } in samples() {
         let described = names_of([&schemas[word(kind)]["properties"]]);
@@ -370,7 +370,7 @@ const MANY: usize = 1000;
 /// is too long, or is there though it needn't: what is described is read, and what is not described
 /// is not.
 #[test]
-fn what_is_described_is_what_is_read() {
+fn messages_are_read_exactly_if_they_match_the_document() {
     let characters: Vec<_> = (0..128_u8).map(char::from).chain(['é', '\u{2028}']).collect();
     let mut counts = [0; 2];
     for judge in &*JUDGES {
@@ -444,7 +444,7 @@ proptest! {
 
     /// The same for several things at once, as where one field says which others must be there.
     #[test]
-    fn what_is_described_is_what_is_read_however_much_is_changed(
+    fn messages_with_several_changes_are_read_exactly_if_they_match_the_document(
         changes in prop::collection::vec((any::<prop::sample::Index>(), change()), 1..5),
         more in prop::option::of((any::<prop::sample::Index>(), prop::sample::select(&STRANGE[..]))),
     ) {
@@ -467,7 +467,7 @@ proptest! {
 }
 
 #[test]
-fn a_branch_has_one_text_and_a_number_below_2_to_the_64() {
+fn a_branch_has_one_spelling_and_a_number_below_2_to_the_64() {
     for (number, is_good) in [
         ("0", true),
         ("18446744073709551615", true),
@@ -492,7 +492,7 @@ fn table(arguments: &Arguments) -> Value {
 }
 
 #[test]
-fn what_is_declared_is_what_is_described() {
+fn the_declared_topology_is_that_of_the_document() {
     let names = Names::new(Namespace::default());
     let max_wait = Duration::from_secs(1);
     let shop = ServiceTopology { name: service("shop"), max_wait, cap: Cap::Instance };

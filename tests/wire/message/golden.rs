@@ -73,7 +73,7 @@ fn each_vote() {
 }
 
 #[test]
-fn whoever_has_a_store_that_has_a_name_says_it() {
+fn votes_and_dones_name_the_store_if_it_has_an_id() {
     let store = StoreId::parse("store-1").ok();
     is(
         Kind::Vote,

@@ -42,7 +42,7 @@ fn a_body_has_at_most_256_kib() {
 }
 
 #[test]
-fn a_full_body_takes_no_more_and_is_as_it_was() {
+fn a_full_body_takes_no_more_and_is_unchanged() {
     let mut items = Items::new();
     while items.push(&vote(VoteKind::ReadOnly)).is_ok() {}
     let (len, size) = (items.len(), items.size());
@@ -53,7 +53,7 @@ fn a_full_body_takes_no_more_and_is_as_it_was() {
 }
 
 #[test]
-fn a_body_of_nothing_is_an_empty_array() {
+fn a_body_without_items_is_an_empty_array() {
     assert!(Items::new().is_empty());
     assert_eq!(Items::new().size(), 2);
     assert_eq!(Items::default().into_body(), b"[]");
@@ -61,7 +61,7 @@ fn a_body_of_nothing_is_an_empty_array() {
 }
 
 #[test]
-fn what_follows_from_the_largest_request_fits_into_a_body() {
+fn every_message_that_follows_from_the_largest_request_fits_into_a_body() {
     let id = "x".repeat(128);
     // As short as a request can be around its data, and as hard to keep short.
     let head = format!(r#"{{"id":"{id}","involved_services":["s"],"timeout_ms":8e7,"data":{{"":""#);
@@ -96,7 +96,7 @@ fn what_follows_from_the_largest_request_fits_into_a_body() {
 }
 
 #[test]
-fn the_canonical_form_of_data_is_never_longer_than_what_came() {
+fn the_canonical_form_of_data_is_never_longer_than_the_original() {
     let data =
         r#"{"a":"\u0001\u001f\u007f\u00e9\ud83d\ude00\/\"\\\b\f\n\r\t","\u0062":[1e5,-0.10]}"#;
     let body = format!(r#"{{"id":"x","involved_services":["s"],"data":{data}}}"#);
@@ -170,7 +170,7 @@ fn nesting_too_deep_is_refused_and_never_overflows() {
 }
 
 #[test]
-fn the_deepest_request_is_read_again_in_what_follows_from_it() {
+fn the_deepest_request_is_readable_in_every_message_that_follows_from_it() {
     let data = format!("{}0{}", r#"{"a":"#.repeat(99), "}".repeat(99));
     let body = format!(r#"{{"id":"TX1","involved_services":["s"],"data":{data}}}"#);
     let request = decode_request(body.as_bytes(), Some(1)).unwrap();

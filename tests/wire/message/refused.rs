@@ -34,7 +34,7 @@ fn misses<T: Item + Debug>(item: &T, optional: &[&str]) {
 }
 
 #[test]
-fn every_field_is_missed_unless_it_may_be() {
+fn every_required_field_is_missed() {
     misses(&prepare("{}"), &[]);
     misses(&Query { key: key(), request_hash: hash() }, &[]);
     misses(&Cancel(key()), &[]);
@@ -65,7 +65,7 @@ fn refuses<T: Item + Debug>(item: &T, kind: &str, name: &str, value: &str, rule:
 }
 
 #[test]
-fn a_field_that_is_not_as_it_should_be_is_named_with_its_value_and_rule() {
+fn a_wrong_field_is_named_with_its_value_and_rule() {
     let prepared = vote(VoteKind::Prepared { branch: branch() });
     let seconds = format!("{WHOLE} 253402300799");
     let millis = format!("{WHOLE} 253402300799999");
@@ -116,7 +116,7 @@ fn a_field_that_is_not_as_it_should_be_is_named_with_its_value_and_rule() {
 }
 
 #[test]
-fn what_is_inside_a_field_is_named_by_its_path() {
+fn a_value_inside_a_field_is_named_by_its_path() {
     let mut decision = good(&committed());
     decision["branches"] = json!({"a b": "i.1", "c": "i"});
     decision["reason"] = json!({"code": "why", "service": 1, "message": 2});
@@ -157,7 +157,7 @@ fn a_field_given_twice_is_refused_at_every_level() {
 }
 
 #[test]
-fn unknown_fields_are_passed_over_even_twice() {
+fn unknown_fields_are_ignored_even_twice() {
     let body = br#"[ {"new": [{"id": 5}], "id": "a", "requested_at": 1, "new": null} ]"#;
     let [Cancel(key)] = &all_good(decode(body).unwrap())[..] else { panic!("one item") };
     assert_eq!(key.to_string(), "a@1000");
@@ -180,7 +180,7 @@ fn a_bad_item_does_not_spoil_the_good_ones() {
 }
 
 #[test]
-fn a_bare_vote_says_its_word_at_its_service() {
+fn a_vote_without_a_reason_gets_one_with_its_code_and_service() {
     for (word, code) in [("refused", ReasonCode::Refused), ("failed", ReasonCode::Failed)] {
         let mut bare = good(&vote(VoteKind::Prepared { branch: branch() }));
         bare["vote"] = json!(word);
@@ -215,7 +215,7 @@ fn a_parked_request_must_be_that_of_its_transaction() {
 }
 
 #[test]
-fn what_is_no_array_is_refused_as_a_whole() {
+fn a_body_that_is_not_an_array_is_refused_as_a_whole() {
     assert_eq!(outer::<Cancel>(b"{}"), "cancel: $ is {}: must be an array of items");
     assert_eq!(outer::<Cancel>(b""), "cancel:1:1: not JSON: the body ends where a value should be");
     assert_eq!(
@@ -232,7 +232,7 @@ fn what_is_no_array_is_refused_as_a_whole() {
 }
 
 #[test]
-fn a_byte_order_mark_is_passed_over() {
+fn a_byte_order_mark_is_ignored() {
     assert_eq!(decode::<Cancel>(b"\xEF\xBB\xBF[]"), Ok(vec![]));
 }
 

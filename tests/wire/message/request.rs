@@ -36,7 +36,7 @@ fn a_good_request_is_read_with_its_timestamp() {
 }
 
 #[test]
-fn what_is_encoded_is_what_is_read() {
+fn an_encoded_request_is_read_back() {
     let token = ReplyToken::parse("r-1").unwrap();
     let body = encode_request(&spec(), None).unwrap();
     let json = r#"{"id":"TX1","involved_services":["payments","stock"],"data":{"amount":100}}"#;
@@ -49,7 +49,7 @@ fn what_is_encoded_is_what_is_read() {
 }
 
 #[test]
-fn all_complaints_come_at_once_with_whom_to_tell() {
+fn all_complaints_come_at_once_with_the_producers_reply_token() {
     let malformed = malformed(
         r#"{"id": "TX1", "reply": "r-1", "involved_services": [], "data": {"a": 1, "a": 2},
             "timeout_ms": 0, "id": "TX1"}"#,
@@ -67,7 +67,7 @@ fn all_complaints_come_at_once_with_whom_to_tell() {
 }
 
 #[test]
-fn every_field_is_missed_unless_it_may_be() {
+fn every_required_field_is_missed() {
     assert_eq!(
         malformed("{}").to_string(),
         "$ is {}: must have a field `id`; $ is {}: must have a field `involved_services`; \
@@ -78,7 +78,7 @@ fn every_field_is_missed_unless_it_may_be() {
 }
 
 #[test]
-fn a_broken_field_is_named_and_does_not_hide_whom_to_tell() {
+fn a_broken_field_is_named_and_does_not_hide_the_reply_token() {
     for (name, value, rule) in [
         ("id", r#""a b""#, "must match [A-Za-z0-9._:-]{1,128}"),
         ("id", "null", "must be a string"),
@@ -122,7 +122,7 @@ fn a_timestamp_must_be_there_and_be_in_seconds() {
 }
 
 #[test]
-fn what_is_not_one_object_is_refused() {
+fn a_body_that_is_not_one_object_is_refused() {
     for (body, reason) in [
         ("[]", "$ is []: must be an object"),
         ("", "1:1: not JSON: the body ends where a value should be"),
@@ -147,7 +147,7 @@ fn a_reason_is_cut_after_1_kib() {
 }
 
 #[test]
-fn what_is_too_large_is_not_even_read() {
+fn a_body_that_is_too_large_is_not_read() {
     let size = REQUEST_MAX + 1;
     let body = format!("{GOOD}{}", " ".repeat(size - GOOD.len()));
     let malformed = malformed(&body);
@@ -173,7 +173,7 @@ fn too_many_services_are_refused_on_both_sides() {
 }
 
 #[test]
-fn a_request_that_would_not_be_read_is_not_encoded() {
+fn a_request_that_could_not_be_read_is_not_encoded() {
     let fill = |size: usize| {
         let data = format!(r#"{{"a":"{}"}}"#, "x".repeat(size));
         TransactionSpec { data: Payload::new(data), ..spec() }

@@ -257,7 +257,7 @@ fn is_fit_for_a_result(malformed: &RequestMalformed) {
 
 proptest! {
     #[test]
-    fn commands_come_back(
+    fn commands_are_read_back(
         prepares in prop::collection::vec(a_prepare(), 0..3),
         queries in prop::collection::vec(a_query(), 0..3),
         finishes in prop::collection::vec(a_finish(), 0..3),
@@ -270,7 +270,7 @@ proptest! {
     }
 
     #[test]
-    fn answers_come_back(
+    fn answers_are_read_back(
         votes in prop::collection::vec(a_vote(), 0..4),
         dones in prop::collection::vec(a_done(), 0..3),
         inquiries in prop::collection::vec(an_inquiry(), 0..3),
@@ -283,7 +283,7 @@ proptest! {
     }
 
     #[test]
-    fn records_come_back(
+    fn records_are_read_back(
         decisions in prop::collection::vec(a_decision(), 0..4),
         parked in prop::collection::vec(a_parked(), 0..3),
         settled in prop::collection::vec(a_settled(), 0..3),
@@ -296,7 +296,7 @@ proptest! {
     }
 
     #[test]
-    fn requests_come_back(request in a_request()) {
+    fn requests_are_read_back(request in a_request()) {
         let Request { key, request_hash, services, data, timeout, reply } = request.clone();
         let seconds = key.requested_at.as_millis() / 1000;
         let spec = TransactionSpec { id: key.id, services, data, request_hash, timeout };

@@ -165,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lost_journal_vouches_for_nothing_requested_before_on_the_fastest_clock() {
+    fn a_lost_journal_is_complete_only_after_the_fastest_clock() {
         let now = Time::from_millis(1_000_000);
         assert!(complete_since(now, MARGIN, true) >= now + MARGIN);
     }
