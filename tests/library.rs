@@ -37,7 +37,7 @@ fn transactions(count: usize, services: &[&str]) -> Vec<Transaction> {
     (0..count).map(|n| transaction(&format!("t{n}"), services)).collect()
 }
 
-/// What was called, in order, as `name call id`.
+/// The calls, in order, as `name call id`.
 #[derive(Clone, Default)]
 struct Log(Arc<Mutex<Vec<String>>>);
 
@@ -56,7 +56,7 @@ impl Log {
         entries
     }
 
-    /// A service that says yes to everything and logs it.
+    /// A service that accepts everything and logs it.
     fn service(&self, name: &'static str, cap: u32) -> Service {
         let (prepare, commit, abort) = (self.clone(), self.clone(), self.clone());
         Service::new(name, cap)
@@ -251,7 +251,8 @@ async fn bad_transactions_are_reported_before_any_service_is_called() {
 
 // ---- What prepare may end in -------------------------------------------------------------------
 
-/// Runs one transaction over A (which is `of`) and B, which is fine; gives the result and the calls.
+/// Runs one transaction over A (which is `of`) and B, which succeeds; returns the result and the
+/// calls.
 async fn beside_b(of: impl FnOnce(Service) -> Service) -> (Vec<TransactionResult>, Vec<String>) {
     let log = Log::default();
     let services = [of(log.service("A", 1)), log.service("B", 1)];
@@ -277,7 +278,7 @@ async fn a_refusal_aborts_and_the_refusing_service_gets_no_abort() {
     assert!(!calls.iter().any(|call| call.starts_with('A')), "{calls:?}");
 }
 
-/// A transaction that fails at A aborts, and both are told once.
+/// A transaction that fails at A aborts, and both get one abort.
 fn assert_failed(ran: &(Vec<TransactionResult>, Vec<String>), message: &str) {
     let (results, calls) = ran;
     assert_eq!(told(results), (Outcome::Aborted, Some(ReasonCode::Failed), Some(message)));
@@ -328,8 +329,7 @@ async fn a_prepare_that_takes_too_long_fails_and_its_service_gets_the_abort() {
 
 // ---- What commit may end in --------------------------------------------------------------------
 
-/// A's commit fails `failures` times in the way of `fail`; gives the result, and how often it was
-/// called.
+/// A's commit fails `failures` times by `fail`; returns the result, and how often it was called.
 async fn failing_commit<F>(failures: u32, fail: F) -> (Vec<TransactionResult>, u32, Vec<String>)
 where
     F: Fn() + Send + Sync + 'static,
@@ -387,7 +387,7 @@ async fn a_commit_that_hangs_is_unresolved_and_the_others_commit() {
 
 // ---- Closures that block -----------------------------------------------------------------------
 
-/// A gate that a thread can wait at.
+/// A gate for threads to wait at.
 #[derive(Clone, Default)]
 struct Gate(Arc<(Mutex<bool>, Condvar)>);
 
@@ -411,7 +411,7 @@ async fn a_blocking_closure_does_not_delay_the_others() {
         passed.pass();
         Ok(true)
     });
-    // If A held up B, nobody would open the gate.
+    // If A delayed B, nobody would open the gate.
     let opens = Service::new("B", 1).commit(move |_| {
         opened.open();
         Ok(())
@@ -552,8 +552,7 @@ async fn a_participant_written_by_hand_gets_the_outcomes_of_its_verdicts() {
 
 // ---- With a journal ----------------------------------------------------------------------------
 
-/// A service whose store outlives every run of a test, and which hangs in commit as long as it is
-/// told to.
+/// A service whose store outlives every run of a test, and whose commits hang on request.
 #[derive(Clone, Default)]
 struct Lasting {
     log: Log,
@@ -604,7 +603,7 @@ impl Participant for Lasting {
     }
 }
 
-/// Runs until `is_enough`, and then no longer: as if the process ended there.
+/// Runs until `is_enough`, and then stops as if the process ended there.
 async fn run_until(
     services: impl IntoIterator<Item = Service>,
     journal: &Path,
@@ -684,7 +683,7 @@ async fn closures_get_outcomes_again_that_were_decided_and_not_finished() {
     let is_decided = || quick.count("Q commit t0") > 0;
     run_until(hung(), &journal, transactions(1, &["C", "Q"]), is_decided).await;
 
-    // It doesn't know it any more, and says so.
+    // It has forgotten it, and answers that.
     let forgetful = |_| async { Err("what was that?".into()) };
     let services = [log.service("C", 8).commit_async(forgetful), quick.service("Q", 8)];
     let results = run_with(services, &journal, transactions(1, &["C", "Q"])).await;
@@ -718,7 +717,7 @@ async fn a_finished_transaction_gets_its_old_result_and_other_content_is_refused
     assert_eq!(told(&other).1, Some(ReasonCode::IdReused));
     assert_eq!(log.sorted().len(), n_calls);
 
-    // What was decided in the same millisecond isn't older than nothing.
+    // A decision in the same millisecond isn't older than a retention of nothing.
     sleep(ms(2)).await;
     let forgetful = Embedded::new(services()).unwrap().journal(&journal);
     let third = forgetful.journal_retention(Duration::ZERO).run(transactions(1, &["A"])).await;
@@ -821,7 +820,7 @@ enum Ending {
 struct Scenario {
     caps: Vec<u32>,
     in_flight: usize,
-    /// Which services each involves, and what its prepare ends in at each, after how long.
+    /// The services that each involves, and how each prepare ends, after how long.
     transactions: Vec<Vec<(usize, Ending, u64)>>,
 }
 
@@ -855,7 +854,7 @@ fn scenario() -> impl Strategy<Value = Scenario> {
     })
 }
 
-/// What one service was asked to do, and holds.
+/// The calls of one service, and what it holds.
 #[derive(Default)]
 struct Books {
     slots: u32,
@@ -946,7 +945,7 @@ proptest! {
         let coordinator = Embedded::new(services)
             .unwrap()
             .max_in_flight(scenario.in_flight)
-            // Longer than all those that hang together could hold up one another.
+            // Longer than all that hang together could delay one another.
             .prepare_timeout(Duration::from_secs(100));
         let results = runtime.block_on(coordinator.run(all)).unwrap();
 
@@ -955,7 +954,7 @@ proptest! {
             prop_assert!(result.unresolved.is_empty());
             let all_agree = calls.iter().all(|(_, ending, _)| *ending == Ending::Yes);
             let committed = result.status == Outcome::Committed;
-            // Whoever waits for one that hangs may run into its own deadline.
+            // A transaction that waits for one that hangs may reach its own deadline.
             let nobody_hangs =
                 scenario.transactions.iter().flatten().all(|(_, it, _)| *it != Ending::Hang);
             prop_assert!(!committed || all_agree);

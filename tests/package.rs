@@ -1,5 +1,5 @@
-//! What this crate is to who depends on it: what each of its features brings along, what is in its
-//! package, and which version it says it is.
+//! This crate as a dependency: which crates each of its features needs, what is in its package, and
+//! which version it reports.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
@@ -9,14 +9,14 @@ use std::{collections::BTreeSet, fs, path::Path, process::Command};
 #[expect(dead_code, clippy::print_stdout, reason = "cargo runs it, and listens to what it prints")]
 mod build;
 
-/// What only the command needs.
+/// The crates that only the command needs.
 const OF_THE_COMMAND: [&str; 7] =
     ["anyhow", "clap", "config", "indicatif", "mimalloc", "tracing-appender", "tracing-subscriber"];
 
-/// What speaks to RabbitMQ.
+/// The crates for RabbitMQ.
 const OF_THE_BROKER: [&str; 4] = ["async-rs", "deadpool", "lapin", "rustls"];
 
-/// What the coordinator of one process needs beside what all need.
+/// The crates that the embedded coordinator needs in addition.
 const OF_EMBEDDED: [&str; 2] = ["crc32fast", "hdrhistogram"];
 
 #[test]
@@ -95,7 +95,7 @@ fn a_version_names_the_given_packaged_or_checked_out_commit() {
     assert_eq!(version(None), "1.2.3 (0123456789ab)");
     fs::remove_file(directory.join(".cargo_vcs_info.json")).unwrap();
 
-    // Then nobody knows.
+    // Then the commit is unknown.
     if Command::new("git").arg("--version").output().is_err() {
         return;
     }
@@ -126,7 +126,7 @@ fn a_version_names_the_given_packaged_or_checked_out_commit() {
     );
 }
 
-/// The crates that are compiled for who depends on this one with these flags.
+/// The crates that are compiled for a dependency on this one with these flags.
 fn brought_by(flags: &[&str]) -> BTreeSet<String> {
     let tree = ["tree", "--edges", "normal", "--prefix", "none", "--format", "{p}"];
     let listed = cargo(&[&tree, flags].concat());

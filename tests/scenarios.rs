@@ -1,8 +1,8 @@
-//! What becomes of load beyond the caps: waiting, and neither aborts nor stalls.
+//! Load beyond the caps must wait, and neither abort nor stall.
 //!
-//! Time is tokio's and stands still unless everyone waits, so the figures are exact and the same
-//! on every machine: what they measure is how well the coordinator uses the slots. Each test prints
-//! what it has reached.
+//! Time is tokio's and passes only while everything waits, so the figures are exact and the same on
+//! every machine: they measure how well the coordinator uses the slots. Each test prints its
+//! figures.
 
 #![allow(clippy::print_stdout, reason = "each test says what it has reached")]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
@@ -20,7 +20,7 @@ use dtc::{Embedded, Outcome, Service, Transaction, TransactionResult, embedded::
 use serde_json::json;
 use tokio::time::{Instant, sleep};
 
-/// What a service does when it is called, and what is counted of it.
+/// The behaviour of a service, and the counts of its calls.
 #[derive(Clone, Default)]
 struct Watched(Arc<Counts>);
 
@@ -83,7 +83,7 @@ impl Watched {
     }
 }
 
-/// Numbers that look random and are always the same.
+/// Pseudo-random numbers from a fixed seed.
 struct Dice(u64);
 
 impl Dice {
@@ -324,8 +324,8 @@ async fn one_saturated_slow_service_leaves_the_others_their_speed() {
     }
 }
 
-/// What holds a slot of the slow service holds one of a fast one as well, for as long as the slow
-/// prepare takes: so much the others can't have. No more is lost, least of all to those that only
+/// A transaction that holds a slot of the slow service also holds one of a fast one, as long as the
+/// slow prepare takes: the others can't have that. No more is lost, least of all by those that only
 /// wait for the slow one.
 #[tokio::test(start_paused = true)]
 async fn a_transaction_that_waits_for_a_slow_service_holds_no_slot_of_a_fast_one() {
@@ -344,7 +344,7 @@ async fn a_transaction_that_waits_for_a_slow_service_holds_no_slot_of_a_fast_one
     }
 }
 
-/// A gate that a call can wait at.
+/// A gate for calls to wait at.
 #[derive(Clone)]
 struct Gate(Arc<tokio::sync::Semaphore>);
 
@@ -362,8 +362,8 @@ impl Gate {
     }
 }
 
-/// What came of 100 transactions over A and B, while another holds the one slot of A from its
-/// commit on for `held_for`; the calls of A and B; and when the last of the 100 was answered.
+/// The results of 100 transactions over A and B, while another one holds the only slot of A from
+/// its commit on for `held_for`; the calls of A and B; and when the last of the 100 ended.
 struct WhileHeld {
     results: Vec<TransactionResult>,
     a: Calls,
@@ -405,7 +405,7 @@ async fn while_the_slot_is_held(max_wait: Duration, held_for: Duration) -> While
 
 #[tokio::test(start_paused = true)]
 async fn with_a_max_wait_of_zero_a_held_slot_is_no_slot_at_once_and_nothing_else_is_called() {
-    // Two milliseconds are too short for anything but at once.
+    // Two milliseconds are only enough for an immediate answer.
     let WhileHeld { results, a, b } = while_the_slot_is_held(Duration::ZERO, ms(2)).await;
     assert_eq!(aborts(&results), BTreeMap::from([("no_slot", 100)]));
     assert_eq!((a.prepare, b), (1, Calls::default()));
@@ -465,7 +465,7 @@ async fn transactions_that_wait_for_a_slot_that_is_never_freed_abort_in_rounds()
     assert_eq!(results[0].unresolved.len(), 1);
     assert_eq!(aborts(&results[1..200])["no_slot"], 199);
     assert_all_committed(&results[200..], 100);
-    // The one that holds it is given up after four times five seconds; 199 times one second are
-    // more.
+    // The one that holds it is given up after four times five seconds; 199 times one second would
+    // be more.
     assert!(took <= Duration::from_secs(30), "{took:?}");
 }

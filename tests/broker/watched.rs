@@ -229,13 +229,13 @@ impl Book {
         self.calls.iter().filter(|call| call.key.id.as_str() == id).collect()
     }
 
-    /// What was called for the transactions of this id, in order.
+    /// The calls for the transactions of this id, in order, by function.
     pub(crate) fn whats_of(&self, id: &str) -> Vec<What> {
         self.calls_of(id).into_iter().map(|call| call.what).collect()
     }
 
-    /// No function was called again for a transaction for which it had answered; and none without
-    /// need: no finish after a refusal, none of both kinds, none before a prepare.
+    /// Asserts that no function was called again for a transaction for which it had answered, and
+    /// none unnecessarily: no finish after a refusal, never both kinds, none before a prepare.
     pub(crate) fn assert_only_necessary_calls(&self) {
         let mut of: BTreeMap<_, Vec<&Call>> = BTreeMap::new();
         for call in &self.calls {
@@ -267,7 +267,7 @@ impl Book {
     }
 }
 
-/// What a script's answer to a commit or an abort is to the SDK.
+/// The answer of a script to a commit or an abort, as the SDK takes it.
 fn finished(ending: Ending) -> Result<(), Error> {
     match ending {
         Ending::Done => Ok(()),
@@ -294,7 +294,7 @@ impl Participant for Watched {
             Ending::ReadOnly => Ok(Verdict::ReadOnly),
             Ending::Refused => Ok(Verdict::Refused(Some("as the script says".into()))),
             Ending::Error => Err("as the script says".into()),
-            // Without the panic hook: this one is no surprise.
+            // Without the panic hook: this panic is intended.
             Ending::Panic => resume_unwind(Box::new("as the script says")),
         }
     }
@@ -331,7 +331,7 @@ impl Participant for Watched {
     }
 }
 
-/// A gate that calls can wait at until it is opened.
+/// A gate at which calls wait until it is opened.
 #[derive(Clone, Debug)]
 pub(crate) struct Gate(Arc<Semaphore>);
 

@@ -1,9 +1,9 @@
-//! What services do, and what becomes of the transactions.
+//! How services behave, and what results that leads to.
 
 use crate::world::{World, output, transaction};
 use serde_json::{Value, json};
 
-/// TX1 over `tested`, which does as `behaviour` says, and over `other`, which does what it should.
+/// TX1 over `tested`, which behaves as `behaviour` says, and `other`, which always succeeds.
 fn with(behaviour: &Value) -> World {
     let mut tested = json!({"name": "tested", "max_concurrency": 1});
     let tested_fields = tested.as_object_mut().unwrap();

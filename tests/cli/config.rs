@@ -1,4 +1,4 @@
-//! The configuration as commands take it in: from a file, the environment and flags.
+//! The configuration as commands read it: from a file, the environment and flags.
 
 use std::{fs, path::PathBuf};
 

@@ -1,4 +1,4 @@
-//! The forms in which results, report and summary are given.
+//! The forms of results, report and summary.
 
 use crate::world::{World, assert_golden, dtc, output, transaction};
 use serde_json::{Value, json};
@@ -109,7 +109,7 @@ fn detail_has_every_field_for_every_transaction() {
 #[test]
 fn a_table_with_detail_shows_the_reason() {
     let ended = output(endings().run().args(["--output", "table", "--detail"])).exited(0);
-    // The one column that differs from run to run.
+    // The duration is the one column that differs from run to run.
     let timeless: String = ended.stdout.lines().map(|line| without_column(line, 35, 46)).collect();
     assert_golden("detail-table.txt", &timeless);
     assert!(!ended.stdout.lines().any(|line| line.ends_with(' ')), "{}", ended.stdout);

@@ -1,4 +1,4 @@
-//! What the command says about itself, and about being called wrongly.
+//! The help and the version, and errors of usage.
 
 use std::process::Command;
 
@@ -35,7 +35,7 @@ fn the_version_is_that_of_the_crate_and_names_the_commit_of_a_clone() {
         let repository = env!("CARGO_MANIFEST_DIR");
         Command::new("git").args(arguments).current_dir(repository).output()
     };
-    // Nothing but a clone knows, and nobody but git.
+    // Only a clone has a commit, and only git knows it.
     let is_known = git(&["rev-parse", "--verify", "HEAD"]).is_ok_and(|it| it.status.success());
     if !is_known {
         assert_eq!(named, "");
@@ -83,7 +83,7 @@ fn an_invalid_value_is_refused_with_its_rule() {
     }
 }
 
-/// What was said was `invalid digit found in string`.
+/// The message was `invalid digit found in string`.
 #[test]
 fn a_requested_at_that_is_not_a_number_of_seconds_is_refused_with_its_rule() {
     for value in ["tomorrow", "1.5", "253402300800"] {

@@ -1,4 +1,4 @@
-//! Files that are not as they should be, and odd ones that are.
+//! Input files with errors, and unusual ones without.
 
 use crate::world::{World, dtc, output, output_given, transaction};
 use serde_json::{Value, json};
@@ -238,7 +238,7 @@ fn a_long_list_of_complaints_is_cut_and_counted() {
     assert_eq!(ended.stderr.lines().last(), Some("and 50 more"));
 }
 
-/// tokio panics where it can't make the sockets by which it hears of signals.
+/// tokio panics if it can't create the sockets through which it receives signals.
 #[test]
 fn a_too_low_limit_of_open_files_is_reported_without_a_panic() {
     for limit in 3..20 {
@@ -248,7 +248,7 @@ fn a_too_low_limit_of_open_files_is_reported_without_a_panic() {
         shell.args(["--transactions", "deploy/examples/transactions.json"]);
         let ended = output(shell.current_dir(env!("CARGO_MANIFEST_DIR")));
         assert!(!ended.stderr.contains("panicked"), "{limit}: {}", ended.stderr);
-        // With too few for libraries to be loaded, nobody but the system can say anything.
+        // With too few to load libraries, only the system can report anything.
         let is_told = ended.stderr.to_lowercase().contains("open ");
         assert!(ended.status.success() || is_told, "{limit}: {}", ended.stderr);
     }

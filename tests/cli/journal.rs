@@ -1,7 +1,7 @@
-//! `dtc run --journal`: whenever it is killed, the next run ends what it has begun, once.
+//! `dtc run --journal`: whenever it is killed, the next run finishes what it has begun, once.
 //!
-//! What counts is what the services hold in the end, how often they were called, and that nobody is
-//! told two outcomes.
+//! The tests look at what the services hold in the end, how often they were called, and that no
+//! transaction gets two outcomes.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -70,7 +70,8 @@ impl Held {
             held.calls += calls.lines().filter(|line| line.contains(" start ")).count();
             for branch in fs::read_dir(service.path().join("prepared")).into_iter().flatten() {
                 let branch = branch.unwrap();
-                // What a kill has kept from being written to its end is not prepared.
+                // A file that a kill has kept from being written completely is not a prepared
+                // branch.
                 if fs::read_to_string(branch.path()).unwrap().ends_with('\n') {
                     let branch = branch.file_name().into_string().unwrap();
                     held.prepared.insert(format!("{name} {branch}"));
@@ -82,21 +83,22 @@ impl Held {
     }
 }
 
-/// The ids in a log. Of a line that a kill has torn the branch is there, or it was written again.
+/// The ids in a log. If a kill has torn a line, its branch is still prepared, or the line was
+/// written again.
 fn ids(log: &Path) -> Vec<String> {
     let text = fs::read_to_string(log).unwrap_or_default();
     let lines = text.lines().map(|line| line.split(' ').collect::<Vec<_>>());
     lines.filter(|words| words.len() > 3).map(|words| words[0].to_owned()).collect()
 }
 
-/// The result of each transaction that was told, also by a process that was killed meanwhile.
+/// The result of each transaction that was printed, even by a process that was killed meanwhile.
 fn told(ended: &Ended) -> BTreeMap<String, String> {
     let lines = ended.stdout.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
     let text = |value: &Value| value.as_str().unwrap().to_owned();
     lines.map(|line| (text(&line["id"]), text(&line["status"]))).collect()
 }
 
-/// Asserts that `held` is what `results` say, for transactions over these services.
+/// Asserts that `held` agrees with `results`, for transactions over these services.
 #[track_caller]
 fn assert_agreed(
     results: &BTreeMap<String, String>,
@@ -128,9 +130,9 @@ fn ndjson(transactions: &[Value]) -> String {
     transactions.iter().map(|it| format!("{it}\n")).collect()
 }
 
-/// Runs `transactions` again and again, killed at its first fault point, at its second and so on,
-/// each time from the beginning; after each kill it is run once more, to its end. Gives how many
-/// fault points there are.
+/// Runs `transactions` repeatedly, killed at its first fault point, at its second and so on, each
+/// time from the beginning; after each kill it is run once more, to its end. Returns how many fault
+/// points there are.
 fn killed_at_every_point(services: &Value, transactions: &[Value], arguments: &[&str]) -> u64 {
     let wanted = involved(transactions);
     for point in 1.. {
@@ -151,7 +153,7 @@ fn killed_at_every_point(services: &Value, transactions: &[Value], arguments: &[
         for (id, status) in told(&first) {
             assert_eq!(results[&id], status, "point {point}: {id} was told otherwise before");
         }
-        // A third time: nobody is called, and everyone is told the same.
+        // A third time: no service is called, and all results are the same.
         let third = output(run_over(&world, "in.ndjson").args(arguments)).exited(0);
         assert_eq!(told(&third), results, "point {point}");
         assert_eq!(Held::of(&world), held, "point {point}: nobody is called for what is finished");
@@ -270,7 +272,7 @@ fn a_run_killed_repeatedly_under_load_ends_and_prints_every_transaction_once() {
     world.write("in.ndjson", ndjson(&transactions));
     let mut known: BTreeMap<String, String> = BTreeMap::new();
     let mut n_killed = 0;
-    // Of what was told before, each run tells first: so it is killed after more and more lines.
+    // Each run first prints the results of earlier ones, so it is killed after more and more lines.
     let ended = loop {
         let mut talk = Talk::with(&mut run_over(&world, "in.ndjson"));
         let wanted = known.len() + 60 + n_killed * 13 % 90;
@@ -378,7 +380,7 @@ fn an_id_with_other_content_is_refused_while_its_first_transaction_is_recovered(
         world.write("transactions.json", other.to_string());
         let ended = output(run(&world).arg("--detail")).exited(0);
         let committed = Held::of(&world).committed.get("TX1").map_or(0, Vec::len);
-        // What was torn while it was written is neither.
+        // A record that was torn while it was written counts as neither.
         if is_over || ended.stderr.contains("to be finished") {
             assert_eq!(ended.statuses(), ["TX1 ABORTED"], "point {point}");
             assert_eq!(ended.results()[0]["reason"]["code"], "id_reused", "point {point}");
@@ -420,7 +422,7 @@ fn after_the_retention_an_id_is_a_new_transaction() {
     let world = World::with(&services(), &json!([transaction("TX1", &["payments"])]));
     output(&mut run(&world)).exited(0);
     let mut forgetful = run(&world);
-    // What was decided in the same millisecond is not older than this.
+    // A decision in the same millisecond is not older than this.
     std::thread::sleep(Duration::from_millis(2));
     output(forgetful.args(["--retention", "0s"])).exited(0);
     assert_eq!(Held::of(&world).committed["TX1"].len(), 2);
@@ -477,7 +479,7 @@ fn a_journal_cut_anywhere_is_still_a_journal() {
     let whole = fs::read(world.path("journal")).unwrap();
     for len in (0..whole.len()).step_by(7).chain([1, 15, 16, 17]) {
         fs::write(world.path("journal"), &whole[..len]).unwrap();
-        // With services that hold nothing: what they hold and the journal belong together.
+        // Without the state of the services: that and the journal belong together.
         fs::remove_dir_all(world.path("state")).unwrap();
         let ended = output(&mut run(&world)).exited(0);
         assert_eq!(ended.statuses(), ["TX1 COMMITTED"], "{len}");
@@ -585,7 +587,7 @@ fn limited(world: &World, blocks: u32) -> Command {
 
 #[test]
 fn a_full_disk_ends_the_run_and_loses_nothing() {
-    // Services whose logs don't grow as the journal does.
+    // Services whose logs grow less than the journal does.
     let transactions: Vec<_> = (0..200)
         .map(|n| {
             let mut it = transaction(&format!("TX{n}"), &["payments", "stock"]);
@@ -609,8 +611,8 @@ fn a_full_disk_ends_the_run_and_loses_nothing() {
     assert!(known.iter().all(|(id, status)| told(&second)[id] == *status));
 }
 
-/// Leaves a world whose services hold TX1 in doubt, and whose journal has lost that it was begun: as
-/// when the machine went down before that was on the disk.
+/// Leaves a world whose services hold TX1 in doubt, and whose journal has lost the record that it
+/// was begun, as after a power cut before that was on the disk.
 fn with_a_lost_request() -> World {
     for point in 10.. {
         let world = World::with(&services(), &json!([transaction("TX1", &["payments", "stock"])]));
@@ -647,7 +649,7 @@ fn a_branch_of_a_lost_request_is_aborted_when_that_is_not_repeated() {
     let held = Held::of(&world);
     assert_eq!(held.aborted["TX1"], ["payments", "stock"]);
     assert_eq!(held.prepared, BTreeSet::new());
-    // Nobody was told of it, so it may be asked for as if it had never been.
+    // Nobody got a result, so it may be requested as if it were new.
     let ended = output(&mut run(&world)).exited(0);
     assert_eq!(ended.statuses(), ["TX1 COMMITTED"]);
 }
@@ -708,7 +710,7 @@ fn a_journal_that_cannot_be_compacted_stays_in_use() {
     let world = World::with(&services(), &json!(transactions));
     let first = output(&mut run(&world)).exited(0);
     let before = fs::metadata(world.path("journal")).unwrap().len();
-    // No file can be made by this name.
+    // No file can be created with this name.
     fs::create_dir(world.path("journal.rewritten")).unwrap();
     let second = output(run(&world).env("DTC_LOG", "warn")).exited(0);
     assert_eq!(second.stdout, first.stdout);
@@ -747,7 +749,7 @@ fn a_newcomer_who_follows_the_page_kills_a_run_and_loses_nothing() {
     let world = World::new(&json!([]));
     let (script, printed) = script(&page("docs/embedded.md"), "## A run that survives its process");
     let mut shell = Command::new("bash");
-    // Whatever it has started ends with it.
+    // Everything that it has started ends with it.
     let script = format!("trap 'kill -9 $(jobs -p) 2> /dev/null || true' EXIT\n{script}");
     shell.args(["-euc", &script]).current_dir(world.path("")).env_remove("DTC_LOG");
     let mut path = dtc().get_program().to_owned();

@@ -1,6 +1,6 @@
-//! `dtc` as its users meet it: the built binary, its output, its errors, its exit codes.
+//! `dtc` as its users see it: the built binary, its output, its errors, its exit codes.
 //!
-//! Waiting is always for something: a line of output, or the end of the process.
+//! Every wait is for something: a line of output, or the end of the process.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 #![allow(clippy::disallowed_methods, reason = "the clock bounds a hang, it decides nothing")]

@@ -1,9 +1,9 @@
-//! The commands of the documentation print what it says they print, on every page.
+//! The commands on every page of the documentation print what the page says.
 //!
-//! A command stands in a fenced block of kind `console`, on a line of its own after `$ `, and what
-//! it prints on stdout stands below it, up to the next command or the end of the block. It goes on
-//! after a line that ends in `\`. A line that is `…` stands for any lines. What goes to stderr, with
-//! its timings, is not part of such a block; a page shows it in a block of kind `text`.
+//! A command is in a fenced block of kind `console`, on a line of its own after `$ `, and its
+//! output on stdout follows, up to the next command or the end of the block. It continues after a
+//! line that ends in `\`. A line that is `…` stands for any lines. Output on stderr, with its
+//! timings, is not part of such a block; a page shows it in a block of kind `text`.
 //!
 //! Commands begin with `cargo run --release -- `, or `dtc `; they are run, by a shell, in the
 //! repository, with the binary that was built for the tests.
@@ -96,7 +96,7 @@ fn examples(text: &str) -> Vec<Example> {
     examples
 }
 
-/// The command with the binary in place of what builds it; `None`: it is not one of ours.
+/// The command with the binary instead of what builds it; `None`: it is not one of ours.
 fn runnable(command: &str) -> Option<String> {
     let arguments = command.strip_prefix(CARGO_RUN).or_else(|| command.strip_prefix(DTC))?;
     Some(format!("{DTC}{arguments}"))

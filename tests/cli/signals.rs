@@ -1,14 +1,14 @@
-//! Ctrl-C and its polite sibling: nothing new is begun, what is under way finishes and is printed.
+//! Ctrl-C and SIGTERM: nothing new is begun; what is in progress finishes and is printed.
 
 use crate::world::{Talk, World, transaction};
 use serde_json::{Value, json};
 
 const SIGNALS: [&str; 4] = ["INT", "TERM", "QUIT", "HUP"];
 
-/// What is said when the first signal is heard.
+/// The message at the first signal.
 const HEARD: &str = "interrupted: what has begun is finished; once more to stop at once\n";
 
-/// More transactions than a test has time for, over a service that takes its time.
+/// More transactions than a test has time for, over a slow service.
 fn endless() -> World {
     let services = json!([
         {"name": "slow", "max_concurrency": 2, "prepare": {"latency_ms": 50}},
@@ -31,7 +31,7 @@ fn a_signal_ends_the_run_with_valid_json_of_what_is_known() {
         for result in &results {
             assert_eq!(result["status"], "COMMITTED", "{signal}: {result}");
         }
-        // What was prepared was also finished, and printed: nothing was left half done.
+        // Everything that was prepared was also finished and printed: nothing was left half done.
         let report = world.report();
         let slow = &report["services"]["slow"];
         assert_eq!(slow["prepare_calls"], results.len(), "{signal}: {report}");

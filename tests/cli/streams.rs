@@ -1,4 +1,4 @@
-//! Streams: what comes line by line, what nobody reads, and what is long.
+//! Streams: input line by line, output that nobody reads, and long runs.
 
 use crate::world::{Talk, World, output, transaction};
 use serde_json::{Value, json};
@@ -88,7 +88,7 @@ fn a_reader_that_closes_the_pipe_ends_the_run_even_if_stdin_stays_open() {
     talk.say(&line("1", &["a"]));
     assert_ne!(talk.hear(), "");
     talk.say(&line("2", &["b"]));
-    // The second result is on its way, or out already: then it takes a third one to notice.
+    // The second result is on its way, or printed already: then the third one fails.
     let mut deaf = talk.stop_listening();
     deaf.say(&line("3", &["a"]));
     deaf.end().exited(1);
@@ -116,7 +116,7 @@ fn a_closed_stderr_changes_neither_results_nor_exit_code() {
         &json!([transaction("TX1", &["a"]), transaction("TX2", &["a"])]),
     );
     let full = || OpenOptions::new().write(true).open("/dev/full").unwrap();
-    // The log would say that TX1 is parked, and the summary comes after it.
+    // The log would report that TX1 is parked, and the summary follows it.
     let ended = world.run().stderr(full()).output().unwrap();
     assert_eq!(ended.status.code(), Some(0));
     let results: Value = serde_json::from_slice(&ended.stdout).unwrap();

@@ -1,4 +1,4 @@
-//! `dtc topology` without a broker: what it prints, and what it can't reach.
+//! `dtc topology` without a broker: what it prints, and how it fails.
 
 use std::{fs, net::TcpListener};
 

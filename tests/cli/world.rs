@@ -1,4 +1,4 @@
-//! What the tests are written in: files of their own, and the binary run over them.
+//! Helpers of the tests: files, and the binary that runs on them.
 
 use std::{
     fs,
@@ -17,10 +17,10 @@ use nix::{
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-/// How long a process may take that should have ended; then it is taken to hang, and killed.
+/// How long a process may take to end; after that it counts as hanging, and is killed.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// The binary, to be run in the repository.
+/// The binary, to run in the repository.
 pub(crate) fn dtc() -> Command {
     let mut command = Command::new(assert_cmd::cargo::cargo_bin!("dtc"));
     command
@@ -36,14 +36,14 @@ pub(crate) fn repository() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// What `command` printed, and how it ended.
+/// The output of `command`, and how it ended.
 pub(crate) fn output(command: &mut Command) -> Ended {
     let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let _watchdog = Watchdog::over(&child);
     Ended::of(child)
 }
 
-/// What `command` printed when it was given `input`, and how it ended.
+/// The output of `command` with `input` on its stdin, and how it ended.
 pub(crate) fn output_given(command: &mut Command, input: &[u8]) -> Ended {
     let mut child = command
         .stdin(Stdio::piped())
@@ -54,14 +54,14 @@ pub(crate) fn output_given(command: &mut Command, input: &[u8]) -> Ended {
     let _watchdog = Watchdog::over(&child);
     let mut stdin = child.stdin.take().unwrap();
     let input = input.to_vec();
-    // A process that has read enough closes the pipe: that is its right.
+    // A process that has read enough may close the pipe.
     let writer = thread::spawn(move || drop(stdin.write_all(&input)));
     let ended = Ended::of(child);
     writer.join().unwrap();
     ended
 }
 
-/// Kills a process that hangs, so that the test fails rather than hang too.
+/// Kills a process that hangs, so that the test fails instead of hanging too.
 struct Watchdog {
     ended: Option<mpsc::Sender<()>>,
     thread: Option<thread::JoinHandle<()>>,
@@ -130,7 +130,7 @@ impl Ended {
         self
     }
 
-    /// Asserts all that was said on stderr.
+    /// Asserts its whole stderr.
     #[track_caller]
     pub(crate) fn saying(self, stderr: &str) -> Self {
         assert_eq!(self.stderr, stderr);
@@ -150,7 +150,7 @@ impl Ended {
         serde_json::from_str(&self.stdout).unwrap()
     }
 
-    /// The results on stdout: one a line.
+    /// The results on stdout: one per line.
     #[track_caller]
     pub(crate) fn lines(&self) -> Vec<Value> {
         self.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
@@ -174,14 +174,14 @@ pub(crate) struct World {
 }
 
 impl World {
-    /// These services.
+    /// A world with these services.
     pub(crate) fn new(services: &Value) -> Self {
         let world = Self { directory: TempDir::new().unwrap() };
         world.write("services.json", services.to_string());
         world
     }
 
-    /// These services, and these transactions.
+    /// A world with these services and transactions.
     pub(crate) fn with(services: &Value, transactions: &Value) -> Self {
         let world = Self::new(services);
         world.write("transactions.json", transactions.to_string());
@@ -196,7 +196,8 @@ impl World {
         fs::write(self.path(name), text).unwrap();
     }
 
-    /// `dtc run` over services.json and `transactions`, here, so that complaints name no directory.
+    /// `dtc run` over services.json and `transactions`, in the world's directory, so that
+    /// complaints name no directory.
     pub(crate) fn run_over(&self, transactions: &str) -> Command {
         let mut command = dtc();
         command.current_dir(self.directory.path());
@@ -218,14 +219,14 @@ impl World {
         Told { results: ended.results(), report: self.report(), stderr: ended.stderr }
     }
 
-    /// What stands in report.json.
+    /// The content of report.json.
     #[track_caller]
     pub(crate) fn report(&self) -> Value {
         serde_json::from_slice(&fs::read(self.path("report.json")).unwrap()).unwrap()
     }
 }
 
-/// All that a run tells.
+/// All output of a run.
 pub(crate) struct Told {
     pub(crate) results: Vec<Value>,
     pub(crate) report: Value,
@@ -246,7 +247,7 @@ pub(crate) fn transaction(id: &str, services: &[&str]) -> Value {
     json!({"id": id, "involved_services": services, "data": {"amount": 100}})
 }
 
-/// A process that is talked to while it runs.
+/// A process that the test talks to while it runs.
 pub(crate) struct Talk {
     child: Child,
     stdin: Option<ChildStdin>,
@@ -283,7 +284,7 @@ impl Talk {
         line
     }
 
-    /// Waits for so much more on stdout.
+    /// Waits for so many more bytes on stdout.
     pub(crate) fn hear_bytes(&mut self, count: usize) -> String {
         let mut bytes = vec![0; count];
         self.stdout.read_exact(&mut bytes).unwrap();
@@ -301,12 +302,12 @@ impl Talk {
         signal(self.child.id(), name);
     }
 
-    /// Has nothing more to say.
+    /// Closes its stdin.
     pub(crate) fn close_stdin(&mut self) {
         self.stdin = None;
     }
 
-    /// Waits for its end; what is given is what was not heard before. Its stdin is not closed.
+    /// Waits for its end; returns the output that was not read before. Its stdin stays open.
     pub(crate) fn end(self) -> Ended {
         let Self { child, stdin, mut stdout, stderr, watchdog } = self;
         let mut rest = String::new();
@@ -315,20 +316,20 @@ impl Talk {
         Ended { stdout: rest, ..ended }
     }
 
-    /// Listens no more.
+    /// Stops reading its stdout.
     pub(crate) fn stop_listening(self) -> Deaf {
         let Self { child, stdin, stdout, stderr, watchdog } = self;
         drop(stdout);
         Deaf { child, stdin, stderr, watchdog }
     }
 
-    /// Listens no more, and waits for its end. Its stdin is not closed.
+    /// Stops reading its stdout, and waits for its end. Its stdin stays open.
     pub(crate) fn hang_up(self) -> Ended {
         self.stop_listening().end()
     }
 }
 
-/// A process that nobody listens to.
+/// A process whose stdout nobody reads.
 pub(crate) struct Deaf {
     child: Child,
     stdin: Option<ChildStdin>,
@@ -342,7 +343,7 @@ impl Deaf {
         let _ = self.stdin.as_mut().unwrap().write_all(text.as_bytes());
     }
 
-    /// Waits for its end. Its stdin is not closed.
+    /// Waits for its end. Its stdin stays open.
     pub(crate) fn end(self) -> Ended {
         let Self { child, stdin, mut stderr, watchdog } = self;
         let mut said = String::new();
@@ -353,7 +354,7 @@ impl Deaf {
     }
 }
 
-/// Asserts that `found` is what stands in the golden file `name`; `UPDATE_GOLDEN=1` rewrites it.
+/// Asserts that `found` is the content of the golden file `name`; `UPDATE_GOLDEN=1` rewrites it.
 #[track_caller]
 pub(crate) fn assert_golden(name: &str, found: &str) {
     let path = repository().join("tests/cli/golden").join(name);

@@ -1,4 +1,4 @@
-//! Reads the journal at each node, as that node's replica has it.
+//! Reads the journal at each node, as the replica of that node has it.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -16,9 +16,9 @@ use crate::network::address;
 
 /// How long an answer may take.
 const ANSWER: Duration = Duration::from_secs(10);
-/// How long nothing comes at the end of a stream.
+/// How long to wait for more at the end of a stream.
 const QUIET: Duration = Duration::from_millis(1500);
-/// How many records may be on their way.
+/// How many records may be unacknowledged.
 const PREFETCH: u16 = 1000;
 
 /// A record of a stream.

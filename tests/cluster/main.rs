@@ -1,4 +1,5 @@
-//! A cluster of three RabbitMQ nodes, what can happen to it, and what must hold all the same.
+//! A cluster of three RabbitMQ nodes, faults that are injected into it, and what must hold all the
+//! same.
 //!
 //! ```text
 //! cargo test --profile optimised --test cluster -- [FLAG...] [NAME...]
@@ -11,13 +12,13 @@
 //!   --list            only the names
 //! ```
 //!
-//! * `DTC_TEST_CLUSTER_RABBITMQ`: the root of a file system that has RabbitMQ 4.x; it stays as it is.
+//! * `DTC_TEST_CLUSTER_RABBITMQ`: the root of a file system with RabbitMQ 4.x; it is not changed.
 //! * `DTC_TEST_CLUSTER_QUIET`: how many seconds after healing everything must be answered (30).
 //!
-//! Everything runs in namespaces of its own, which this process makes by running itself in them: the
-//! kernel ends whatever is in there, and takes the mounts and networks with it, when this process
-//! ends, however it does. So several of these can run at once. Where such namespaces can't be made,
-//! each scenario is skipped, by name and with the reason.
+//! Everything runs in separate namespaces, which this process creates by running itself in them:
+//! when this process ends, in whatever way, the kernel ends everything in them, with their mounts
+//! and networks. So several of these can run at once. Where such namespaces can't be created, each
+//! scenario is skipped, by name and with the reason.
 
 #![allow(clippy::print_stdout, reason = "a test tells what it has seen")]
 #![allow(clippy::disallowed_methods, reason = "a test measures how long things take")]
@@ -53,16 +54,17 @@ use crate::{
     table::Table,
 };
 
-/// Where the chroot is.
+/// The chroot with RabbitMQ.
 const CHROOT: &str = "DTC_TEST_CLUSTER_RABBITMQ";
-/// How long after healing something may still be under way, in seconds.
+/// How long after healing something may still be in progress, in seconds.
 const QUIET: &str = "DTC_TEST_CLUSTER_QUIET";
 const QUIET_DEFAULT: u64 = 30;
-/// What this program is run with in its own namespaces: to try whether they can be had, to play.
+/// The arguments with which this program runs itself in its namespaces: to check whether they can
+/// be created, and to run scenarios.
 const PROBE: &str = "--inside-probe";
 const PLAY: &str = "--inside-play";
 
-/// What is asked for.
+/// The command line.
 #[derive(Debug, Default)]
 struct Wanted {
     names: Vec<String>,
@@ -106,7 +108,7 @@ impl Wanted {
                     wanted.campaign = Some(runs);
                 }
                 "--table" => wanted.table = Some(value()?.into()),
-                // What every other test target takes.
+                // Flags that other test targets take.
                 flag if flag.starts_with("--") => {}
                 name => wanted.names.push(name.to_owned()),
             }
@@ -127,7 +129,7 @@ impl Wanted {
     }
 }
 
-/// In the namespaces of whoever called: sees whether there can be others, and plays there.
+/// In the caller's namespaces: checks whether others can be created, and runs the scenarios there.
 fn outside(wanted: &Wanted, arguments: &[String]) -> Result<bool> {
     let scenarios = wanted.scenarios();
     if wanted.list {
@@ -150,11 +152,11 @@ fn outside(wanted: &Wanted, arguments: &[String]) -> Result<bool> {
     }
     let arguments = [PLAY.to_owned()].into_iter().chain(arguments.iter().cloned());
     let status = inside(arguments.map(OsString::from)).status().context("it can't be run")?;
-    // The namespaces may have been ended by a signal, which is no success.
+    // A signal may have ended the namespaces, which is no success.
     Ok(status.success())
 }
 
-/// Whether there is a RabbitMQ, and whether the namespaces can be had: by trying.
+/// Checks that there is a RabbitMQ, and that the namespaces can be created.
 fn possible() -> Result<()> {
     let chroot = env::var_os(CHROOT).with_context(|| format!("{CHROOT} isn't set"))?;
     let server = Path::new(&chroot).join("usr/lib/rabbitmq/bin/rabbitmq-server");
@@ -174,15 +176,15 @@ fn inside(arguments: impl IntoIterator<Item = OsString>) -> Command {
     if !nix::unistd::Uid::effective().is_root() {
         command.arg("--map-root-user");
     }
-    // What is the first process of a namespace ends all others of it when it ends. Whoever loses its
-    // parent there becomes its child, and stays a zombie unless it waits for all, as a shell does.
+    // When the first process of a namespace ends, all others in it end. Orphans in it become
+    // children of that process, and stay zombies unless it waits for all, as a shell does.
     command.args(["--mount", "--net", "--pid", "--fork", "--kill-child=KILL", "--mount-proc"]);
     command.args(["sh", "-c", r#""$@" & wait "$!""#, "sh"]);
     command.arg(env::current_exe().unwrap_or_default()).args(arguments);
     command
 }
 
-/// Does all that may be forbidden, and nothing else.
+/// Does everything that may be forbidden, and nothing else.
 fn probe() -> Result<()> {
     let scratch = scratch()?;
     let chroot = PathBuf::from(env::var_os(CHROOT).context("a chroot")?);
@@ -191,14 +193,14 @@ fn probe() -> Result<()> {
     nodes.try_out(&network)
 }
 
-/// A directory that is gone with this process.
+/// A directory that is removed when this process ends.
 fn scratch() -> Result<PathBuf> {
     let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join("cluster-scratch");
     nodes::scratch(&directory)?;
     Ok(directory)
 }
 
-/// In namespaces of its own: plays what is wanted.
+/// In separate namespaces: runs the chosen scenarios.
 fn play(wanted: &Wanted) -> Result<bool> {
     let started = Instant::now();
     let quiet = env::var(QUIET).ok().and_then(|seconds| seconds.parse().ok());
@@ -255,7 +257,7 @@ fn play(wanted: &Wanted) -> Result<bool> {
     Ok(failed.is_empty())
 }
 
-/// The line that says how many did what, as every test target has it.
+/// The summary line, as every test target prints it.
 fn closing(passed: usize, failed: usize, ignored: usize) {
     let word = if failed == 0 { "ok" } else { "FAILED" };
     println!(

@@ -1,4 +1,4 @@
-//! The network: hosts in namespaces of their own, and the switch between them.
+//! The network: hosts in separate network namespaces, and the switch between them.
 //!
 //! [`HOSTS`] are three nodes, the clients, and clients that can be cut off together with a node.
 //! The observer is this process itself: it reaches every node whatever is cut between the others.
@@ -20,9 +20,9 @@ pub(crate) const NODES: [&str; 3] = [N1, N2, N3];
 const N1: &str = "n1";
 const N2: &str = "n2";
 const N3: &str = "n3";
-/// Where workers, services and producers run.
+/// The host of workers, services and producers.
 pub(crate) const CLIENTS: &str = "cl";
-/// Where those run that are on the side of a minority.
+/// The host of those that are on the side of a minority.
 pub(crate) const AWAY: &str = "cm";
 const OBSERVER: &str = "ob";
 
@@ -38,7 +38,7 @@ pub(crate) struct Network {
     hosts: Vec<Host>,
 }
 
-/// A network namespace, and the process that keeps it.
+/// A network namespace, and the process that keeps it alive.
 struct Host {
     name: &'static str,
     /// Ends when the namespace's owner does.
@@ -46,7 +46,7 @@ struct Host {
 }
 
 impl Network {
-    /// Makes all of it, in the network namespace of this process.
+    /// Creates everything, in the network namespace of this process.
     pub(crate) fn start() -> Result<Self> {
         let devices: Vec<_> = HOSTS.iter().map(|name| device(name)).collect();
         let switch = Switch::start(&devices).context("no TAP device can be made")?;
@@ -65,7 +65,7 @@ impl Network {
         Ok(network)
     }
 
-    /// Gives a host its address, and tells it everybody else's.
+    /// Gives a host its address, and the names of all others.
     fn configure(&self, name: &str) -> Result<()> {
         let (device, port) = (device(name), port(name));
         let mut batch = format!(
@@ -92,7 +92,7 @@ impl Network {
         Ok(())
     }
 
-    /// A command that runs at this host.
+    /// A command to run at this host.
     pub(crate) fn at(&self, host: &str, program: &str) -> Command {
         let Some(host) = self.hosts.iter().find(|it| it.name == host) else {
             return Command::new(program);
@@ -102,18 +102,18 @@ impl Network {
         command
     }
 
-    /// Nothing goes from one host to the other any more.
+    /// Drops everything from one host to the other.
     pub(crate) fn cut_one_way(&self, from: &str, to: &str) {
         self.set(from, to, Link { cut: true, ..Link::default() });
     }
 
-    /// Nothing goes between two hosts any more.
+    /// Drops everything between two hosts.
     pub(crate) fn cut(&self, one: &str, other: &str) {
         self.cut_one_way(one, other);
         self.cut_one_way(other, one);
     }
 
-    /// All between two hosts takes longer, and some of it is lost.
+    /// Delays everything between two hosts, and drops some of it.
     pub(crate) fn slow(&self, one: &str, other: &str, delay: Duration, lost_of_1000: u32) {
         let link = Link { cut: false, delay, lost_of_1000 };
         self.set(one, other, link);
@@ -124,7 +124,7 @@ impl Network {
         self.switch.set(port(from), port(to), link);
     }
 
-    /// How long a connection from one host to another's port takes; `None` if there is none in time.
+    /// How long connecting from one host to a port of another takes; `None` if it fails in time.
     pub(crate) fn reach(&self, from: &str, to: &str, port: u16) -> Result<Option<Duration>> {
         let script = format!("exec 3<>/dev/tcp/{}/{port}", address(to));
         let started = Instant::now();
@@ -138,7 +138,7 @@ impl Network {
         Ok(reached.success().then(|| started.elapsed()))
     }
 
-    /// Every link is whole again.
+    /// Removes all faults from the links.
     pub(crate) fn heal(&self) {
         self.switch.heal();
     }
@@ -146,7 +146,7 @@ impl Network {
 
 impl Host {
     fn start(name: &'static str) -> Result<Self> {
-        // The namespace goes with its last process, and this one ends when the pipe does.
+        // The namespace ends with its last process, and this one ends when the pipe does.
         let script = "hostname \"$0\" && echo made && exec cat >/dev/null";
         let mut keeper = Command::new("unshare")
             .args(["--net", "--uts", "sh", "-c", script, name])
@@ -164,7 +164,7 @@ impl Host {
     }
 }
 
-/// Runs a command to its end, which must be a good one.
+/// Runs a command, which must succeed.
 pub(crate) fn run(command: &mut Command) -> Result<String> {
     let output = command.output().with_context(|| format!("{command:?} can't be started"))?;
     let printed = String::from_utf8_lossy(&output.stdout).into_owned();

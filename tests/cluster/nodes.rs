@@ -1,7 +1,7 @@
-//! Three RabbitMQ nodes, each at its host, and what an operator does to them.
+//! Three RabbitMQ nodes, each on its host, and what an operator does with them.
 //!
-//! They run in a copy-free view of the chroot: it is bound read-only into this process's own mount
-//! namespace, and /mnt, /tmp and /etc/hosts in it are this run's.
+//! They run in a view of the chroot without copying it: it is bound read-only into this process's
+//! mount namespace, with its own /mnt, /tmp and /etc/hosts for this run.
 
 use std::{
     fs,
@@ -27,39 +27,39 @@ const BOOT: Duration = Duration::from_secs(150);
 const STOP: Duration = Duration::from_secs(60);
 /// How long a command of an operator may take.
 const COMMAND: Duration = Duration::from_secs(25);
-/// How long to leave something alone that isn't there yet.
+/// How long to wait before checking again for something that isn't there yet.
 const AGAIN_AFTER: Duration = Duration::from_millis(100);
 /// The broker's port.
 pub(crate) const PORT: u16 = 5672;
-/// More than one run makes.
+/// A file system large enough for one run.
 const SIZE: &str = "size=6g";
 const BIN: &str = "/usr/lib/rabbitmq/bin";
-/// What an operator runs beside each node, and what the nodes know it by.
+/// The script that an operator runs beside each node, and its path there.
 const WATCHER: &str = include_str!("../../deploy/watch-streams.sh");
 const WATCHER_FILE: &str = "watch-streams.sh";
 
 /// The nodes.
 pub(crate) struct Nodes {
-    /// What they take for the root of the file system.
+    /// Their root of the file system.
     root: PathBuf,
-    /// What they see as /mnt.
+    /// The directory that they see as /mnt.
     data: PathBuf,
     nodes: Vec<Node>,
 }
 
-/// A node's process, while somebody has started it.
+/// A node's process, while it runs.
 #[derive(Default)]
 struct Node {
     child: Option<Child>,
 }
 
-/// A queue as the cluster sees it.
+/// A queue as the cluster reports it.
 #[derive(Clone, Debug)]
 pub(crate) struct Queue {
     /// Its name without the namespace.
     pub(crate) name: String,
     pub(crate) kind: String,
-    /// The node that leads it, or has it.
+    /// The node of its leader, or of the queue.
     pub(crate) node: String,
     pub(crate) ready: u64,
     pub(crate) unacked: u64,
@@ -68,9 +68,9 @@ pub(crate) struct Queue {
 }
 
 impl Nodes {
-    /// Mounts what the nodes need; none is started.
+    /// Mounts what the nodes need, without starting them.
     ///
-    /// `chroot` has RabbitMQ, and stays as it is. All mounts are in `directory`.
+    /// `chroot` has RabbitMQ, and is not changed. All mounts are in `directory`.
     pub(crate) fn mount(chroot: &Path, directory: &Path) -> Result<Self> {
         let (root, data) = (directory.join("root"), directory.join("data"));
         fs::create_dir(&root)?;
@@ -90,7 +90,7 @@ impl Nodes {
         Ok(Self { root, data, nodes: nodes.into() })
     }
 
-    /// Makes a cluster of nodes that know nothing yet.
+    /// Forms a cluster of empty nodes.
     pub(crate) fn form(&mut self, network: &Network) -> Result<()> {
         for name in NODES {
             self.kill(name)?;
@@ -107,7 +107,7 @@ impl Nodes {
         Ok(())
     }
 
-    /// Takes all that a node knows.
+    /// Deletes all data of a node.
     pub(crate) fn clear(&self, name: &str) -> Result<()> {
         let directory = self.data.join(name);
         if directory.exists() {
@@ -154,7 +154,7 @@ impl Nodes {
             ("RABBITMQ_ENABLED_PLUGINS_FILE", format!("{mnt}/plugins")),
             ("RABBITMQ_GENERATED_CONFIG_DIR", format!("{mnt}/generated")),
             ("RABBITMQ_PID_FILE", format!("{mnt}/pid")),
-            // Three nodes share few cores: none may spin while it has nothing to do.
+            // Three nodes share few cores: none may busy-wait.
             (
                 "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS",
                 "+sbwt none +sbwtdcpu none +sbwtdio none +S 2:2 -kernel net_setuptime 2".to_owned(),
@@ -178,7 +178,7 @@ impl Nodes {
         Ok(())
     }
 
-    /// Waits until a node takes connections.
+    /// Waits until a node accepts connections.
     pub(crate) fn wait_until_up(&mut self, name: &str) -> Result<()> {
         let started = Instant::now();
         while !is_up(name) {
@@ -196,16 +196,16 @@ impl Nodes {
         Ok(())
     }
 
-    /// Ends a node at once; nothing of it is left but what it wrote.
+    /// Kills a node: only what it has written remains.
     pub(crate) fn kill(&mut self, name: &str) -> Result<()> {
         let Some(mut child) = self.node(name).child.take() else { return Ok(()) };
-        // The group is gone if the node ended by itself.
+        // The group is gone if the node has ended by itself.
         let _ = killpg(group(&child)?, Signal::SIGKILL);
         child.wait()?;
         Ok(())
     }
 
-    /// Asks a node to end, as an operator does, and waits until it has.
+    /// Stops a node as an operator does, and waits for its end.
     pub(crate) fn stop(&mut self, name: &str) -> Result<()> {
         let Some(mut child) = self.node(name).child.take() else { return Ok(()) };
         nix::sys::signal::kill(group(&child)?, Signal::SIGTERM)?;
@@ -223,7 +223,7 @@ impl Nodes {
         Ok(())
     }
 
-    /// Whether every node runs, and all know each other.
+    /// Whether every node runs, and all see each other.
     pub(crate) fn are_well(&mut self, network: &Network) -> bool {
         let running = |node: &mut Node| {
             node.child.as_mut().is_some_and(|child| matches!(child.try_wait(), Ok(None)))
@@ -239,8 +239,8 @@ impl Nodes {
         self.ctl(network, NODES[0], &["await_online_nodes", "3", "-t", "10"]).is_ok()
     }
 
-    /// Whether all nodes have a part in what coordinates streams. One that replaces a lost node gets
-    /// its part minutes later (RabbitMQ 4.3.6), and until then all streams stop with any other node.
+    /// Whether all nodes take part in coordinating streams. A node that replaces a lost one does so
+    /// only minutes later (RabbitMQ 4.3.6), and until then all streams stop with any other node.
     fn all_coordinate_streams(&self, network: &Network) -> bool {
         let asked = self.tool(network, NODES[0], "rabbitmq-streams", &["coordinator_status"]);
         // There is none until the first stream is declared.
@@ -255,12 +255,12 @@ impl Nodes {
         })
     }
 
-    /// `rabbitmqctl` at a node.
+    /// Runs `rabbitmqctl` at a node.
     pub(crate) fn ctl(&self, network: &Network, name: &str, words: &[&str]) -> Result<String> {
         self.tool(network, name, "rabbitmqctl", words)
     }
 
-    /// One of RabbitMQ's tools at a node; what it prints.
+    /// Runs one of RabbitMQ's tools at a node; returns what it prints.
     pub(crate) fn tool(
         &self,
         network: &Network,
@@ -277,7 +277,7 @@ impl Nodes {
             let complaint = String::from_utf8_lossy(&output.stderr);
             let complaint = tail(complaint.trim_end(), 3);
             let words = words.join(" ");
-            // After a partition, a node may answer in part, and then never.
+            // After a partition, a node may answer in part, and then never again.
             let ended = match output.status.code() {
                 Some(124) => format!("didn't end within {COMMAND:?}"),
                 _ => format!("ended with {}", output.status),
@@ -287,14 +287,14 @@ impl Nodes {
         Ok(printed)
     }
 
-    /// A watcher of a stream beside a node, in a process group of its own.
+    /// Starts a watcher of a stream beside a node, in its own process group.
     pub(crate) fn watcher(&self, network: &Network, name: &str, stream: &str) -> Command {
         let mut command = self.at(network, name, "sh");
         command.arg(format!("/mnt/{WATCHER_FILE}")).arg(stream).process_group(0);
         command
     }
 
-    /// The queues of a namespace, as the first node that is up sees them.
+    /// The queues of a namespace, as reported by the first node that is up.
     pub(crate) fn queues(&self, network: &Network, namespace: &str) -> Result<Vec<Queue>> {
         let columns = "name type leader pid messages_ready messages_unacknowledged consumers state";
         let words: Vec<_> =
@@ -303,7 +303,7 @@ impl Nodes {
         Ok(printed.lines().filter_map(|line| queue(line, namespace)).collect())
     }
 
-    /// Runs something where a node would run.
+    /// Runs a command where a node would run.
     pub(crate) fn try_out(&self, network: &Network) -> Result<()> {
         let name = NODES[0];
         let kept = self.data.join("tried");
@@ -321,12 +321,12 @@ impl Nodes {
         versions.next().context("no version in the chroot")
     }
 
-    /// A node that takes connections.
+    /// A node that accepts connections.
     pub(crate) fn one_up(&self) -> Result<&'static str> {
         NODES.into_iter().find(|name| is_up(name)).context("no node is up")
     }
 
-    /// What a node wrote into its log lately.
+    /// The end of a node's log.
     pub(crate) fn log(&self, name: &str) -> String {
         let path = self.data.join(name).join(format!("log/rabbit@{name}.log"));
         fs::read_to_string(path).unwrap_or_default()
@@ -338,7 +338,7 @@ impl Nodes {
     }
 }
 
-/// The root of what this run mounts: gone with the last process that sees it.
+/// The root of this run's mounts: it is gone with the last process that sees it.
 pub(crate) fn scratch(directory: &Path) -> Result<()> {
     fs::create_dir_all(directory)?;
     mount(&["--make-rprivate"], Path::new(""), Path::new("/"))?;
@@ -354,7 +354,7 @@ fn mount(flags: &[&str], what: &Path, place: &Path) -> Result<()> {
     run(command.arg(place)).map(drop)
 }
 
-/// Seen by the observer, to whom nothing is ever cut.
+/// Checked from the observer, which is never cut off.
 fn is_up(name: &str) -> bool {
     let Ok(address) = format!("{}:{PORT}", address(name)).parse::<SocketAddr>() else {
         return false;
@@ -392,7 +392,7 @@ pub(crate) fn tail(text: &str, count: usize) -> String {
     lines[lines.len().saturating_sub(count)..].join("\n")
 }
 
-/// Asks again and again until it is so, for a limited time.
+/// Polls until it is so, for a limited time.
 pub(crate) fn until(limit: Duration, mut is_so: impl FnMut() -> Result<bool>) -> Result<bool> {
     let started = Instant::now();
     loop {

@@ -1,7 +1,7 @@
-//! What must hold when a run is over, whatever was done to the cluster.
+//! What must hold at the end of a run, whatever was done to the cluster.
 //!
-//! It looks at what can be seen from outside: what was submitted, what the producers were told, what
-//! the services have committed, and the journal as each node has it.
+//! It checks what is visible from outside: what was submitted, the results of producers, what the
+//! services have committed, and the journal at each node.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -14,16 +14,16 @@ use crate::{
     system::{Answer, Record, SERVICES, TIMED_OUT},
 };
 
-/// The reasons for which a transaction may be aborted while nodes come and go: no time, no slot, no
-/// queue that can be reached. A prepare that comes just before its deadline is begun, and times out.
+/// The reasons for which a transaction may abort while nodes are down: no time, no slot, no
+/// reachable queue. A prepare that arrives just before its deadline is begun, and times out.
 const TRUE_REASONS: [&str; 4] = ["deadline", TIMED_OUT, "no_slot", "unavailable"];
-/// How many of many like complaints are told.
+/// How many complaints of one kind are printed.
 const TOLD_MAX: usize = 5;
 
 /// The node, and its journal.
 pub(crate) type Journals = BTreeMap<String, Vec<Entry>>;
 
-/// What a run has left.
+/// The observations after a run.
 #[derive(Debug, Default)]
 pub(crate) struct Facts {
     /// The name of each service, and its `committed.log`.
@@ -38,9 +38,9 @@ struct Committed<'a> {
     branch: &'a str,
 }
 
-/// What contradicts the rules; empty if nothing does.
+/// The violations of the rules; empty if there are none.
 ///
-/// What has no result yet is no contradiction: it is a hang, and seen by who waits for it.
+/// A missing result is no violation but a hang, which is detected by waiting for it.
 pub(crate) fn violations(record: &Record, facts: &Facts) -> Vec<String> {
     let mut complaints = Complaints::default();
     let committed = committed(facts);
@@ -116,7 +116,7 @@ fn committed(facts: &Facts) -> BTreeMap<(&str, &str), Vec<Committed<'_>>> {
     committed
 }
 
-/// All replicas are equal, and what they say first is what happened.
+/// All replicas must be equal, and their first record of a transaction must be what happened.
 fn journals(
     record: &Record,
     facts: &Facts,
@@ -129,7 +129,7 @@ fn journals(
         complaints.add("the journal can't be read", "at any node".to_owned());
         return;
     };
-    // One that RabbitMQ leaves down, whatever an operator does, is told as the broker's.
+    // A replica that RabbitMQ leaves down, whatever an operator does, is reported as the broker's.
     if facts.journals.len() <= NODES.len() / 2 {
         let unread = NODES.iter().filter(|node| !facts.journals.contains_key(**node));
         unread.for_each(|node| complaints.add("the journal can't be read", format!("at {node}")));
@@ -166,7 +166,7 @@ fn journals(
                 _ => None,
             };
             let wrong = done.iter().any(|branch| named.is_none_or(|named| named != branch));
-            // What is not committed yet is complained about with its result, or waited for.
+            // A missing commit is reported with its result, or waited for.
             if wrong {
                 let told = format!("{id} at {service}: {done:?}, decided {named:?}");
                 complaints.add("committed another branch than was decided", told);
@@ -203,7 +203,7 @@ impl Complaints {
     }
 }
 
-/// What a run's times were. All are measured, none is judged.
+/// The times of a run: measured, not judged.
 #[derive(Debug, Default, Clone)]
 pub(crate) struct Times {
     /// From the fault to the first commit of a transaction that was submitted after it.
@@ -218,7 +218,7 @@ pub(crate) struct Times {
     pub(crate) submitted: usize,
 }
 
-/// The times of a run in which the fault began and was healed at these moments.
+/// The times of a run, given when the fault began and when it was healed.
 pub(crate) fn times(record: &Record, fault: Duration, healed: Duration) -> Times {
     let committed = || record.results.iter().filter(|answer| answer.status == "COMMITTED");
     let first_after = |moment: Duration| {

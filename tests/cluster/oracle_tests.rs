@@ -1,4 +1,4 @@
-//! That the oracle sees what it is there for, and says nothing of a run in which all is well.
+//! Tests that the oracle detects what it must, and accepts a correct run.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -49,7 +49,7 @@ impl Run {
         let records = vec![
             decision(0, "a", "COMMITTED", &[("payments", "pa"), ("stock", "sa")]),
             decision(1, "b", "ABORTED", &[]),
-            // What comes later is void.
+            // A later record is void.
             decision(2, "a", "ABORTED", &[]),
         ];
         let journals = NODES.map(|node| (node.to_owned(), records.clone()));
@@ -62,7 +62,7 @@ impl Run {
         self
     }
 
-    /// The only complaint is of this kind.
+    /// Asserts that the only complaint is of this kind.
     fn has_one_complaint(self, kind: &str) {
         let complaints = violations(&self.record, &self.facts);
         assert!(matches!(&complaints[..], [one] if one.starts_with(kind)), "{complaints:?}");
@@ -166,7 +166,7 @@ fn few_replicas() {
 fn new_commits() {
     let mut record = Record::default();
     let (fault, healed) = (Duration::from_secs(10), Duration::from_secs(20));
-    // The moments at which each was submitted and committed.
+    // When each was submitted and committed.
     for (id, at, done) in [("old", 9, 12), ("new", 11, 16), ("last", 21, 22)] {
         let submitted = Submitted { at: Duration::from_secs(at), services: vec!["stock"] };
         record.submitted.insert(id.to_owned(), submitted);

@@ -19,28 +19,29 @@ use crate::{
     watchers::Watchers,
 };
 
-/// How many transactions are submitted in a second.
+/// How many transactions are submitted per second.
 const RATE: f64 = 35.0;
-/// How many results there must be before anything is done to the cluster.
+/// How many results there must be before the fault.
 const WARM: usize = 20;
 /// How long that may take.
 const WARM_IN: Duration = Duration::from_secs(30);
-/// How long all goes well before the fault.
+/// How long everything runs before the fault.
 const BEFORE: Duration = Duration::from_secs(3);
-/// How long transactions are submitted after it is healed.
+/// How long transactions are submitted after healing.
 const AFTER: Duration = Duration::from_secs(8);
-/// Within what time the first new commit must come, after the fault where a majority is reached, and
-/// after healing: the nodes take a `net_ticktime` of 10 s and a quarter to miss each other.
+/// Within what time the first new commit must come, after a fault with a reachable majority, and
+/// after healing: with a `net_ticktime` of 10 s, nodes detect a lost node within that and a
+/// quarter.
 const COMMIT_LIMIT: Duration = Duration::from_secs(15);
 /// Within what time it should come after healing.
 const HEALING_GOAL: Duration = Duration::from_secs(3);
-/// What a node says that has lost its replica of a stream.
+/// The log message of a node that has lost its replica of a stream.
 const NO_REPLICA: &str = "does not have a running replica on the local node";
-/// How often a result may be published on the average: again after each lost link, and not for ever.
+/// How often a result may be published on average: again after each lost link, but not endlessly.
 const PUBLISHED_MAX: u64 = 5;
 /// How many lines of a log are shown.
 const SHOWN: usize = 6;
-/// How many are kept.
+/// How many lines are kept.
 const KEPT: usize = 2000;
 
 /// What an operator does about a replica of a stream that stays down.
@@ -60,34 +61,35 @@ impl Remedy {
     }
 }
 
-/// A cluster, and where things are.
+/// A cluster, and its directories.
 pub(crate) struct Stage {
     pub(crate) network: Network,
     pub(crate) nodes: Nodes,
-    /// Gone with this process.
+    /// A directory that is removed when this process ends.
     pub(crate) scratch: PathBuf,
-    /// Outlasts it: what explains a failure is kept here.
+    /// A directory that is kept, for what explains a failure.
     pub(crate) kept: PathBuf,
     /// Within what time after healing everything must be answered and quiet.
     pub(crate) quiet_within: Duration,
 }
 
-/// What came of a scenario.
+/// The verdict about a run of a scenario.
 #[derive(Debug, Default)]
 pub(crate) struct Verdict {
-    /// What was still waited for when everything should have been quiet.
+    /// What was missing when everything should have been quiet.
     pub(crate) hang: Option<String>,
-    /// What contradicts the rules.
+    /// The violations of the rules.
     pub(crate) violations: Vec<String>,
-    /// That the first new commit came too late, or never.
+    /// The first new commit came too late, or never.
     pub(crate) stood_still: Option<String>,
-    /// That it came later than it should, which may be the machine's fault.
+    /// It came later than it should, which may be the machine's fault.
     pub(crate) late: Option<String>,
-    /// What the broker did, and `dtc` can't help: told, and no failure.
+    /// What the broker did, and `dtc` can't help: reported, but no failure.
     pub(crate) broker: Vec<String>,
-    /// The broker had left the journal without a majority of its replicas, so nothing could go on.
+    /// The broker had left the journal without a majority of its replicas, so nothing could
+    /// continue.
     pub(crate) is_journal_down: bool,
-    /// Why the scenario couldn't be played to its end.
+    /// Why the scenario couldn't be completed.
     pub(crate) broken: Option<String>,
     pub(crate) times: Times,
     /// From healing until everything was answered and quiet.
@@ -95,18 +97,18 @@ pub(crate) struct Verdict {
 }
 
 impl Verdict {
-    /// Whether the scenario passes: being late is told, and isn't a failure.
+    /// Whether the scenario passes: lateness is reported, but no failure.
     pub(crate) fn is_good(&self) -> bool {
         self.problems().next().is_none()
     }
 
-    /// All that makes it fail.
+    /// All problems that make it fail.
     pub(crate) fn problems(&self) -> impl Iterator<Item = &String> {
         let Self { hang, violations, stood_still, broken, .. } = self;
         hang.iter().chain(violations).chain(stood_still).chain(broken)
     }
 
-    /// In a word.
+    /// The verdict in one word.
     pub(crate) fn word(&self) -> &'static str {
         if self.broken.is_some() {
             "BROKEN"
@@ -130,7 +132,7 @@ impl Stage {
         self.nodes.form(&self.network).context("the cluster doesn't form")
     }
 
-    /// Whether the network does what the scenarios want of it: cuts, delays, and heals.
+    /// Checks that the network can do what the scenarios need: cut, delay, and heal.
     pub(crate) fn check_network(&self) -> Result<()> {
         const DELAY: Duration = Duration::from_millis(300);
         let [one, other, third] = NODES;
@@ -159,7 +161,7 @@ impl Stage {
         self.nodes.version()
     }
 
-    /// Plays a scenario as run number `number`, and prints what explains a failure.
+    /// Runs a scenario as run number `number`, and prints what explains a failure.
     pub(crate) fn play(&mut self, scenario: &Scenario, number: usize) -> Verdict {
         let mut verdict = Verdict::default();
         let namespace = format!("r{number}");
@@ -183,7 +185,7 @@ impl Stage {
         verdict
     }
 
-    /// Makes the cluster anew unless it is whole.
+    /// Forms the cluster again unless it is whole.
     fn well(&mut self) -> Result<()> {
         if self.nodes.are_well(&self.network) {
             return Ok(());
@@ -208,9 +210,9 @@ impl Stage {
         scenario.clients.start(network, system, &queues, RATE)?;
         let warm = until(WARM_IN, || Ok(system.answered() >= WARM))?;
         ensure!(warm, "{} results after {WARM_IN:?} without any fault", system.answered());
-        // The queues of clients exist now, too.
+        // By now the queues of clients exist, too.
         let queues = nodes.queues(network, &system.namespace)?;
-        // No two runs of a scenario hit the same moment.
+        // So that no two runs of a scenario hit the same moment.
         thread::sleep(BEFORE + Duration::from_millis(number as u64 * 370 % 2000));
 
         let fault = system.now();
@@ -250,7 +252,7 @@ impl Stage {
         let (network, nodes) = (&self.network, &self.nodes);
         verdict.violations.extend(system.died().into_iter().map(|it| format!("died: {it}")));
         let journals = self.read_journals(system, verdict)?;
-        // Until then they may mend what nobody else does.
+        // Until then they may repair what nobody else does.
         let restarts = watchers.restarts().into_iter().map(|it| format!("a watcher said: {it}"));
         verdict.broker.extend(restarts);
         drop(watchers);
@@ -277,8 +279,8 @@ impl Stage {
         Ok(())
     }
 
-    /// Restarts the journal as an operator must if the broker has left a majority of its replicas down:
-    /// no client could do anything about that.
+    /// Restarts the journal as an operator must if the broker has left a majority of its replicas
+    /// down: no client could do anything about that.
     fn restart_journal(&self, system: &System, verdict: &mut Verdict) -> Result<bool> {
         let (journals, problem) = read_journals(system, Duration::ZERO)?;
         let is_down = problem.is_some_and(|told| told.contains(NO_REPLICA));
@@ -297,10 +299,10 @@ impl Stage {
         Ok(true)
     }
 
-    /// Tells what is stuck, closes all connections, and tells whether that helped.
+    /// Prints what is stuck, closes all connections, and prints whether that helped.
     ///
     /// After a partition, queues may count messages as unacked that no channel has. If that is all,
-    /// then no client waits for anything or could do anything about it: it is in limbo.
+    /// then no client waits for anything or could do anything about it.
     fn unstick(&self, system: &System, waiting: &[String]) -> Result<(String, bool)> {
         let (network, nodes) = (&self.network, &self.nodes);
         let within = self.quiet_within;
@@ -335,7 +337,7 @@ impl Stage {
     /// The journal at each node.
     ///
     /// After a partition the broker may leave a replica down for good. An operator restarts the
-    /// stream, and makes the replica anew if that doesn't help.
+    /// stream, and creates the replica again if that doesn't help.
     fn read_journals(&self, system: &System, verdict: &mut Verdict) -> Result<Journals> {
         let (mut journals, mut problem) = read_journals(system, self.quiet_within)?;
         for remedy in [Remedy::Restart, Remedy::NewReplica] {
@@ -380,7 +382,7 @@ impl Stage {
         }
     }
 
-    /// Prints and keeps what the processes and the nodes have to say.
+    /// Prints and keeps the logs of processes and nodes.
     fn explain(&self, scenario: &Scenario, number: usize, system: &System) {
         for (name, lines) in system.logs(SHOWN) {
             println!("    --- {name}\n{lines}");
@@ -388,7 +390,7 @@ impl Stage {
         self.keep_logs(scenario, number, system);
     }
 
-    /// Keeps what the processes and the nodes have to say.
+    /// Keeps the logs of processes and nodes.
     fn keep_logs(&self, scenario: &Scenario, number: usize, system: &System) {
         let kept = self.kept.join(format!("{}-{number}", scenario.name));
         if let Err(error) = self.keep(&kept, system) {
@@ -432,7 +434,7 @@ fn journal_of(system: &System) -> String {
     format!("{}.journal", system.namespace)
 }
 
-/// What is still waited for after a limited time; empty if everything is answered and quiet.
+/// What is still missing after a limited time; empty if everything is answered and quiet.
 fn wait_until_quiet(
     network: &Network,
     nodes: &Nodes,
@@ -453,7 +455,7 @@ fn wait_until_quiet(
         if !late.is_empty() {
             waiting.push(format!("not ready: {}", late.join(", ")));
         }
-        // What can be seen at once is seen first: the broker takes a second to answer.
+        // The quick checks come first: the broker takes a second to answer.
         if waiting.is_empty() {
             waiting.extend(unquiet_queues(network, nodes, system));
         }
@@ -469,7 +471,7 @@ fn wait_until_quiet(
     Ok(waiting)
 }
 
-/// The queues that hold what they shouldn't, or that nobody tells of them.
+/// The queues with messages that they shouldn't have, or a note that none can be listed.
 fn unquiet_queues(network: &Network, nodes: &Nodes, system: &System) -> Vec<String> {
     match nodes.queues(network, &system.namespace) {
         Ok(queues) => queues.iter().filter_map(unquiet).collect(),
@@ -477,7 +479,7 @@ fn unquiet_queues(network: &Network, nodes: &Nodes, system: &System) -> Vec<Stri
     }
 }
 
-/// Where the queues are that matter.
+/// The nodes of the important queues.
 fn places(queues: &[Queue]) -> String {
     let matters = |queue: &&Queue| {
         let name = &queue.name;
@@ -485,14 +487,14 @@ fn places(queues: &[Queue]) -> String {
         ["journal", "requests"].contains(&name.as_str())
             || ["prepare.", "finish.", "results.", "replies."].into_iter().any(first)
     };
-    // An exclusive queue's name ends with what nobody knows before.
+    // The end of an exclusive queue's name is random.
     let short = |name: &str| name.splitn(4, '.').take(3).collect::<Vec<_>>().join(".");
     let all = queues.iter().filter(matters);
     let all: Vec<_> = all.map(|queue| format!("{} {}", short(&queue.name), queue.node)).collect();
     all.join(", ")
 }
 
-/// What a queue still holds, if it should hold nothing.
+/// What a queue still holds, if it should be empty.
 fn unquiet(queue: &Queue) -> Option<String> {
     let holds = queue.ready > 0 || queue.unacked > 0;
     let Queue { name, node, state, ready, unacked, .. } = queue;
@@ -500,7 +502,7 @@ fn unquiet(queue: &Queue) -> Option<String> {
     (holds && queue.kind != "stream" && name != "rejected").then_some(told)
 }
 
-/// What the broker says of who waits for what.
+/// The broker's counts of who waits for what.
 #[derive(Default)]
 struct Held {
     lines: Vec<String>,
@@ -529,7 +531,7 @@ fn stuck(network: &Network, nodes: &Nodes, namespace: &str) -> Result<Held> {
     let name_of = |pid: &str| {
         let line = connections.lines().find(|line| line.starts_with(pid))?;
         let (_, rest) = line.split_once("connection_name")?;
-        // What follows is quoted, whatever stands between.
+        // The value is quoted, whatever precedes it.
         rest.trim_start_matches('"').split('"').nth(1).map(str::to_owned)
     };
     let columns = "connection number messages_unconfirmed messages_unacknowledged consumer_count";
@@ -560,16 +562,16 @@ fn stuck(network: &Network, nodes: &Nodes, namespace: &str) -> Result<Held> {
     Ok(held)
 }
 
-/// What was set aside: nothing that is sent here should be.
+/// The rejected messages: nothing that is sent here should be rejected.
 fn set_aside(nodes: &Nodes, network: &Network, system: &System) -> Option<String> {
-    // A broker that doesn't tell is seen by those who wait for its queues.
+    // A broker that doesn't answer is detected by those who wait for its queues.
     let queues = nodes.queues(network, &system.namespace).ok()?;
     let queue = queues.iter().find(|queue| queue.name == "rejected" && queue.ready > 0)?;
     Some(format!("{} messages were rejected", queue.ready))
 }
 
-/// The journal at each node; asked again while the replicas differ, since one may be behind. What
-/// was the problem last is told as well.
+/// The journal at each node; read again while the replicas differ, since one may be behind. The
+/// last problem is returned as well.
 fn read_journals(system: &System, limit: Duration) -> Result<(Journals, Option<String>)> {
     let stream = format!("{}.journal", system.namespace);
     let (mut journals, mut problem) = (Journals::new(), None);

@@ -1,4 +1,4 @@
-//! What is done to the cluster: a table of scenarios.
+//! The table of scenarios: what is done to the cluster.
 
 use std::time::Duration;
 
@@ -19,13 +19,13 @@ pub(crate) struct Scenario {
     pub(crate) fault: Fault,
     /// How many seconds the fault lasts.
     pub(crate) lasts: u64,
-    /// Whether the clients reach a majority of nodes all the time, so that they should go on.
+    /// Whether the clients reach a majority of nodes all the time, so that they should continue.
     pub(crate) goes_on: bool,
     /// Whether it is one of the few that are always run.
     pub(crate) is_selected: bool,
 }
 
-/// How the queues of commands are kept.
+/// The kind of queues for commands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Commands {
     Classic,
@@ -35,17 +35,17 @@ pub(crate) enum Commands {
 /// Where clients run, and which nodes they connect to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Clients {
-    /// Any node will do.
+    /// At any node.
     Anywhere,
-    /// The producer begins at this node, and the rest never connect to it.
+    /// The producer starts at this node, and the others never connect to it.
     ProducerAt(&'static str),
-    /// The instances of services begin at this node, and the rest never connect to it.
+    /// The instances of services start at this node, and the others never connect to it.
     InstancesAt(&'static str),
     /// Nobody connects to the node that leads this queue.
     NotAtLeaderOf(&'static str),
-    /// All are beside the node that is cut off.
+    /// All run beside the node that is cut off.
     Away,
-    /// Half of them are.
+    /// Half of them do.
     HalfAway,
 }
 
@@ -53,20 +53,20 @@ pub(crate) enum Clients {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum At {
     Node(&'static str),
-    /// The one that leads, or has, the first queue whose name begins like this.
+    /// The leader, or the node, of the first queue whose name begins like this.
     LeaderOf(&'static str),
 }
 
-/// What is done.
+/// A fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fault {
-    /// The node is killed, and started again.
+    /// The node is killed, and restarted.
     Kill(At),
-    /// The node is cut from the other nodes, and the clients see all.
+    /// The node is cut off from the other nodes, and the clients see all nodes.
     FromNodes(At),
-    /// The node is cut from all.
+    /// The node is cut off from everything.
     FromEverybody(At),
-    /// The node and the clients that are away are cut from the rest.
+    /// The node and the clients beside it are cut off from the rest.
     Minority(At),
     /// Two nodes don't see each other, and the third sees both.
     Bridge(&'static str, &'static str),
@@ -82,17 +82,17 @@ pub(crate) enum Fault {
     RollingRestart,
     /// The leaders are spread again.
     Rebalance,
-    /// Every connection is closed by the operator.
+    /// An operator closes every connection.
     CloseConnections,
-    /// The node has too little memory.
+    /// The node has a memory alarm.
     Alarm(&'static str),
 }
 
-/// A fault that was begun, at nodes that have names.
+/// A fault in progress, at named nodes.
 #[derive(Clone, Debug)]
 pub(crate) struct Begun {
     fault: Fault,
-    /// Where, if it is at one node.
+    /// The node, if it is at one.
     pub(crate) node: Option<&'static str>,
 }
 
@@ -126,7 +126,7 @@ impl Scenario {
         Self { lasts, ..self }
     }
 
-    /// No majority, or no service, can be reached meanwhile.
+    /// Meanwhile, no majority or no service can be reached.
     const fn stands_still(self) -> Self {
         Self { goes_on: false, ..self }
     }
@@ -141,7 +141,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     scenario("kill_n1", Fault::Kill(At::Node(N1))),
     scenario("kill_n2", Fault::Kill(At::Node(N2))),
     scenario("kill_n3", Fault::Kill(At::Node(N3))),
-    // A classic queue is where its node is: its service stands still, and the rest with it.
+    // A classic queue is on one node: with that, its service stands still, and so do the others.
     scenario("kill_n1_classic", Fault::Kill(At::Node(N1))).classic().stands_still(),
     scenario("kill_n2_classic", Fault::Kill(At::Node(N2))).classic().stands_still().selected(),
     scenario("kill_n3_classic", Fault::Kill(At::Node(N3))).classic().stands_still(),
@@ -193,7 +193,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
 ];
 
 impl Commands {
-    /// As `dtc topology apply --commands` wants it.
+    /// The value for `dtc topology apply --commands`.
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Classic => "classic",
@@ -254,7 +254,7 @@ impl Clients {
 }
 
 impl Fault {
-    /// Does it.
+    /// Begins the fault.
     pub(crate) fn begin(
         self,
         network: &Network,
@@ -335,7 +335,7 @@ impl Fault {
 }
 
 impl Begun {
-    /// Undoes it; all nodes are there again afterwards.
+    /// Ends the fault; afterwards all nodes are up.
     pub(crate) fn heal(
         &self,
         network: &Network,
@@ -359,7 +359,7 @@ impl Begun {
     }
 }
 
-/// What the operator does about a node that will never come back.
+/// What an operator does about a node that is lost for good.
 fn replace(
     network: &Network,
     nodes: &mut Nodes,
@@ -370,7 +370,7 @@ fn replace(
     let other = NODES.into_iter().find(|other| *other != node).context("another node")?;
     let name = format!("rabbit@{node}");
     nodes.ctl(network, other, &["forget_cluster_node", &name])?;
-    // What was on this node alone is made again.
+    // What was only on this node is declared again.
     system.declare(network, CLIENTS, &format!("amqp://{}", address(other)), commands.name())?;
     nodes.clear(node)?;
     nodes.start(network, node)?;
@@ -387,7 +387,7 @@ fn replace(
 
 /// Closes every connection of clients.
 pub(crate) fn close_connections(network: &Network, nodes: &Nodes) -> Result<()> {
-    // Those of the other nodes are closed even if one doesn't answer.
+    // The other nodes' connections are closed even if one node doesn't answer.
     let closing = NODES
         .map(|name| nodes.ctl(network, name, &["close_all_connections", "closed by the operator"]));
     closing.into_iter().try_for_each(|closed| closed.map(drop))
@@ -409,15 +409,15 @@ fn leader(name: &str, queues: &[Queue]) -> Result<&'static str> {
     node.with_context(|| format!("nobody leads `{}`", queue.name))
 }
 
-/// The cluster as the clients are given it.
+/// The address of the cluster, for clients.
 pub(crate) fn any_of(nodes: &[&str]) -> String {
     let urls: Vec<_> = nodes.iter().map(|node| format!("amqp://{}", address(node))).collect();
     urls.join(",")
 }
 
-/// A client begins with any of its addresses, and goes on with the next: nearly all are this node's.
+/// A client begins with a random address, and continues with the next: nearly all are of this node.
 ///
-/// That is for nodes that are killed, and refuse at once; each address of a node that is cut off
+/// That suits nodes that are killed, and refuse at once; for a node that is cut off, each address
 /// would take its time.
 fn beginning_at(node: &str) -> String {
     let others = NODES.into_iter().filter(|other| *other != node);

@@ -1,9 +1,9 @@
-//! An Ethernet switch in user space, over TAP devices, with loss and delay for each direction.
+//! An Ethernet switch in user space, over TAP devices, with loss and delay in each direction.
 //!
-//! Each port is a TAP device whose other end lives in the network namespace of one host. A thread
-//! for each port reads frames and writes them to the port that the destination's address names: the
-//! last byte of an address is the number of its port, from 1. What a link between two ports does to
-//! frames is set with [`Switch::set`], for one direction at a time.
+//! Each port is a TAP device whose other end is in the network namespace of one host. A thread for
+//! each port reads frames and writes them to the port of the destination address: the last byte of
+//! an address is the number of its port, from 1. [`Switch::set`] sets what a link does to frames,
+//! for one direction at a time.
 
 use std::{
     cmp::Reverse,
@@ -18,10 +18,10 @@ use tappers::{Interface, Tap};
 
 /// The largest frame: an MTU of 1400 with its header, and room.
 const FRAME_MAX: usize = 1600;
-/// How many frames may be under way at once on links with a delay.
+/// How many frames may be in transit at once on links with a delay.
 const DELAYED_MAX: usize = 65_536;
 
-/// What one direction between two ports does to a frame.
+/// What a link does to frames in one direction.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Link {
     /// Nothing comes through.
@@ -45,7 +45,8 @@ struct Shared {
     sooner: Condvar,
 }
 
-/// A frame under way. The order is that of arrival, and of departure for those that arrive at once.
+/// A frame in transit. The order is that of arrival, and of departure for those that arrive at
+/// once.
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
 struct Delayed {
     due: Instant,
@@ -55,7 +56,7 @@ struct Delayed {
 }
 
 impl Switch {
-    /// Makes a TAP device for each name, in the network namespace of the calling thread.
+    /// Creates a TAP device for each name, in the network namespace of the calling thread.
     pub(crate) fn start(names: &[String]) -> io::Result<Self> {
         let taps = names.iter().map(|name| Tap::new_named(Interface::new(name)?));
         let taps = taps.collect::<io::Result<Vec<_>>>()?;
@@ -77,7 +78,7 @@ impl Switch {
         links[from][to] = link;
     }
 
-    /// All links are whole again.
+    /// Removes all faults from the links.
     pub(crate) fn heal(&self) {
         let mut links = self.shared.links.write().unwrap_or_else(PoisonError::into_inner);
         links.iter_mut().flatten().for_each(|link| *link = Link::default());
@@ -87,7 +88,7 @@ impl Switch {
 impl Shared {
     fn read(&self, port: usize) {
         let mut frame = [0; FRAME_MAX];
-        // What is lost is lost by chance, but the same in every run: a linear congruence is enough.
+        // Losses are random, but the same in every run: a linear congruential generator is enough.
         let mut chance = 1_u64 + port as u64;
         let mut number = 0;
         loop {

@@ -1,7 +1,7 @@
 //! The system under test: the real `dtc` as workers, instances of services and producers.
 //!
-//! Each process logs into a file of its own. A producer is fed transactions at a rate, and what goes
-//! in and comes out is kept with its moment in a [`Record`].
+//! Each process logs into its own file. A producer is fed transactions at a rate, and a [`Record`]
+//! has everything that goes in and out, with its time.
 
 use std::{
     collections::BTreeMap,
@@ -38,36 +38,36 @@ const INVOLVED: [&[&str]; 4] = [
     &["shipping"],
     &["stock", "shipping"],
 ];
-/// What an instance says of a prepare that ran out of time.
+/// The message of an instance about a prepare that ran out of time.
 pub(crate) const TIMED_OUT: &str = "timed out";
 /// How long a transaction's prepares may take.
 const PREPARE_MS: u64 = 5000;
-/// How long a producer waits for a result: longer than anything that is waited for here.
+/// How long a producer waits for a result: longer than any other wait here.
 const ANSWERED_IN: &str = "600s";
 /// How long a process may take to be ready.
 const READY: Duration = Duration::from_secs(30);
-/// How long a command may take that declares or deletes.
+/// How long a command that declares or deletes may take.
 const COMMAND: Duration = Duration::from_secs(30);
-/// How long a process may take to end when it is asked to; it finishes what it has for 5 s of them.
+/// How long a process may take to end after a signal; it drains for 5 s of that.
 const END: Duration = Duration::from_secs(15);
 
-/// What was submitted and what was answered, by all producers.
+/// What was submitted and what was answered, for all producers.
 #[derive(Default, Debug)]
 pub(crate) struct Record {
     pub(crate) submitted: BTreeMap<String, Submitted>,
-    /// In the order in which they came.
+    /// In the order of their arrival.
     pub(crate) results: Vec<Answer>,
 }
 
-/// A transaction as it was given to a producer.
+/// A transaction that was submitted.
 #[derive(Clone, Debug)]
 pub(crate) struct Submitted {
-    /// Since the record was begun.
+    /// Since the record began.
     pub(crate) at: Duration,
     pub(crate) services: Vec<&'static str>,
 }
 
-/// A line that a producer printed.
+/// A line printed by a producer.
 #[derive(Clone, Debug)]
 pub(crate) struct Answer {
     pub(crate) at: Duration,
@@ -75,11 +75,11 @@ pub(crate) struct Answer {
     pub(crate) status: String,
     /// The code of the reason, empty if there is none; [`TIMED_OUT`] for a prepare that ran out of time.
     pub(crate) reason: String,
-    /// The services of which the worker couldn't say that they have heard.
+    /// The services whose commit is parked.
     pub(crate) unresolved: Vec<String>,
 }
 
-/// A system in a namespace of its own.
+/// A system in its own namespace.
 pub(crate) struct System {
     pub(crate) namespace: String,
     pub(crate) record: Arc<Mutex<Record>>,
@@ -104,7 +104,7 @@ struct Producer {
 }
 
 impl System {
-    /// A system of which nothing runs yet; its files are in `directory`.
+    /// A system without processes; its files are in `directory`.
     pub(crate) fn new(directory: &Path, namespace: &str) -> Result<Self> {
         fs::create_dir_all(directory.join("state"))?;
         let services = SERVICES.map(|name| {
@@ -126,12 +126,12 @@ impl System {
         })
     }
 
-    /// How long ago the record was begun.
+    /// The time since the record began.
     pub(crate) fn now(&self) -> Duration {
         self.begun.elapsed()
     }
 
-    /// `dtc` at a host, and where it finds the broker.
+    /// `dtc` at a host, with the broker's address.
     fn dtc(&self, network: &Network, host: &str, urls: &str, words: &[&str]) -> Command {
         let mut command = network.at(host, env!("CARGO_BIN_EXE_dtc"));
         command.args(words).args(["--broker", urls, "--namespace", &self.namespace]);
@@ -241,7 +241,7 @@ impl System {
         self.processes.iter().filter(is_late).map(|process| process.name.clone()).collect()
     }
 
-    /// Starts a producer, and feeds it `rate` transactions a second until it is stopped.
+    /// Starts a producer, and feeds it `rate` transactions per second until it is stopped.
     pub(crate) fn producer(
         &mut self,
         network: &Network,
@@ -276,7 +276,7 @@ impl System {
                     "timeout_ms": PREPARE_MS,
                 });
                 let at = begun.elapsed();
-                // A producer that has ended is noticed by who looks after it.
+                // `died` detects a producer that has ended.
                 if writeln!(stdin, "{transaction}").is_err() {
                     return;
                 }
@@ -296,7 +296,7 @@ impl System {
         Ok(())
     }
 
-    /// Nothing more is submitted.
+    /// Stops submitting.
     pub(crate) fn stop_producing(&self) {
         for producer in &self.producers {
             producer.stop.store(true, Ordering::Relaxed);
@@ -323,13 +323,13 @@ impl System {
         SERVICES.iter().map(count).sum()
     }
 
-    /// The branches that a service has committed, as its own log tells.
+    /// The branches that a service has committed, according to its own log.
     pub(crate) fn committed(&self, service: &str) -> String {
         let path = self.directory.join("state").join(service).join("committed.log");
         fs::read_to_string(path).unwrap_or_default()
     }
 
-    /// Which processes have ended though nobody asked them to.
+    /// The processes that have ended unasked.
     pub(crate) fn died(&mut self) -> Vec<String> {
         let mut died = Vec::new();
         for process in &mut self.processes {
@@ -347,7 +347,7 @@ impl System {
         died
     }
 
-    /// Asks all to end; tells which didn't, or not well. Those are killed.
+    /// Asks all processes to end; returns which did not, or with an error. Those are killed.
     pub(crate) fn end(&mut self) -> Vec<String> {
         let mut complaints = Vec::new();
         for process in &self.processes {
@@ -380,7 +380,7 @@ impl System {
         complaints
     }
 
-    /// How many results all workers published that have ended, as they report at their end.
+    /// How many results all ended workers published, by their reports.
     pub(crate) fn results_published(&self) -> u64 {
         let reports = (1..).map(|number| self.report(&format!("w{number}")));
         let reports = reports.map_while(|path| fs::read_to_string(path).ok());
@@ -393,7 +393,7 @@ impl System {
         self.directory.join(format!("{worker}.report"))
     }
 
-    /// The last lines of every log, also of processes that have ended.
+    /// The last lines of every log, including those of processes that have ended.
     pub(crate) fn logs(&self, count: usize) -> Vec<(String, String)> {
         let entries = fs::read_dir(&self.directory).into_iter().flatten();
         let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
@@ -426,7 +426,7 @@ impl Drop for System {
 }
 
 impl Process {
-    /// How it ended, if it did within the time.
+    /// How it ended, if it did in time.
     fn wait(&mut self, limit: Duration) -> Result<Option<ExitStatus>> {
         let mut ended = None;
         until(limit, || {
@@ -457,7 +457,7 @@ pub(crate) fn locked(record: &Mutex<Record>) -> MutexGuard<'_, Record> {
     record.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What a line says that a producer printed.
+/// Parses a line printed by a producer.
 fn answer(line: &str, at: Duration) -> Option<Answer> {
     let value: Value = serde_json::from_str(line).ok()?;
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();

@@ -15,7 +15,7 @@ impl Table {
         self.runs.push((name, verdict));
     }
 
-    /// One row for each scenario, the sum, and what went wrong.
+    /// One row for each scenario, the totals, and what went wrong.
     pub(crate) fn text(&self, version: &str) -> String {
         let mut names = Vec::new();
         for (name, _) in &self.runs {
@@ -39,7 +39,7 @@ impl Table {
         text.push('\n');
         for (number, (name, verdict)) in (1..).zip(&self.runs) {
             for problem in verdict.problems() {
-                // Nothing that is written to a String fails.
+                // Writing to a String can't fail.
                 let _ = writeln!(text, "* run {number}, {name}: {}", problem.replace('\n', " "));
             }
             for note in &verdict.broker {

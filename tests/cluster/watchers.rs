@@ -17,7 +17,7 @@ use crate::{
     nodes::Nodes,
 };
 
-/// What a watcher says when it restarts a stream.
+/// The message of a watcher that restarts a stream.
 const RESTARTED: &str = "it is restarted";
 
 /// One watcher beside each node.
@@ -31,7 +31,7 @@ struct Watcher {
 }
 
 impl Watchers {
-    /// Watches a stream; each watcher logs into a file of its own in `directory`.
+    /// Watches a stream; each watcher logs into its own file in `directory`.
     pub(crate) fn start(
         network: &Network,
         nodes: &Nodes,
@@ -66,7 +66,7 @@ impl Drop for Watchers {
     fn drop(&mut self) {
         for Watcher { child, .. } in &mut self.watchers {
             if let Ok(group) = i32::try_from(child.id()) {
-                // What it has asked for may be on its way, and ends with it.
+                // A tool that it has started may be running, and ends with it.
                 let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
             }
             let _ = child.wait();

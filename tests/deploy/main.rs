@@ -1,8 +1,8 @@
-//! What is deployed, without a container engine: docker-compose.yml and the Dockerfile are checked
-//! by the tools that know them, and what the containers would run is run as processes, in the order
-//! and with the environment that docker-compose.yml gives, on a broker of the test's own.
+//! The deployment, tested without a container engine: tools check docker-compose.yml and the
+//! Dockerfile, and the commands of the containers run as processes, in the order and with the
+//! environment of docker-compose.yml, on the test's own broker.
 //!
-//! `docker-compose`, `check-jsonschema` and `hadolint` are brought by tests/run.
+//! tests/run installs `docker-compose`, `check-jsonschema` and `hadolint`.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
@@ -32,18 +32,18 @@ use crate::{
     processes::{LIMIT, Process, World},
 };
 
-/// How often it is looked whether something is healthy, as a container engine does.
+/// How often to check whether something is healthy, as a container engine does.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
-/// The host that the containers know the broker by, which is the one that isn't run from here.
+/// The broker's host in the containers; this service is not run here.
 const BROKER: &str = "rabbitmq";
 
-/// How many orders are to be committed before the system is stopped.
+/// How many orders must commit before the system is stopped.
 const COMMITTED: usize = 20;
 
 #[test]
 fn docker_compose_accepts_the_file() {
-    // It complains of a variable that has neither value nor default.
+    // It complains about a variable without value or default.
     assert_eq!(said(compose(&[]).args(["config", "--quiet"])), "");
 }
 
@@ -148,7 +148,7 @@ fn the_deployed_system_commits_transactions_and_stops_on_request() {
     while let Some((name, mut process)) = running.pop() {
         process.terminate();
         let is_producer = name == "producer";
-        // Who is interrupted says so; who drains is done.
+        // An interrupted process exits with 130, a drained one with 0.
         process.exited(if is_producer { 130 } else { 0 }, grace(&composed.services[&name]));
         assert!(is_producer || !host.is_healthy(&name), "{name} has left its ready file");
     }
@@ -205,7 +205,7 @@ fn a_ready_file_that_cannot_exist_is_refused_at_the_start() {
 
 // ---- docker-compose.yml ------------------------------------------------------------------------
 
-/// What docker-compose.yml comes to, as docker-compose itself reads it.
+/// docker-compose.yml as docker-compose resolves it.
 struct Composed {
     services: BTreeMap<String, Value>,
 }
@@ -227,7 +227,7 @@ impl Composed {
         Self { services: serde_json::from_value(config["services"].clone()).unwrap() }
     }
 
-    /// The services, each after all that it waits for; who waits for others in a circle is left out.
+    /// The services, each after all its dependencies; those in a circle are left out.
     fn order(&self) -> Vec<String> {
         let mut order: Vec<String> = Vec::new();
         loop {
@@ -243,24 +243,24 @@ impl Composed {
     }
 }
 
-/// Whom a service waits for, and to be what.
+/// The services that a service depends on, and the required condition.
 fn dependencies(service: &Value) -> Vec<(String, String)> {
     let Some(others) = service["depends_on"].as_object() else { return Vec::new() };
     let condition = |it: &Value| it["condition"].as_str().unwrap().to_owned();
     others.iter().map(|(name, it)| (name.clone(), condition(it))).collect()
 }
 
-/// How long a service has to end.
+/// How long a service has to stop.
 fn grace(service: &Value) -> Duration {
     let text = service["stop_grace_period"].as_str().expect("a time to end");
-    // docker-compose tells `60s` as `1m`, or `1m0s`.
+    // docker-compose prints `60s` as `1m`, or `1m0s`.
     let (minutes, seconds) = text.split_once('m').unwrap_or(("0", text));
     let seconds = seconds.trim_end_matches('s');
     let seconds: u64 = if seconds.is_empty() { 0 } else { seconds.parse().unwrap() };
     Duration::from_secs(minutes.parse::<u64>().unwrap() * 60 + seconds)
 }
 
-/// `docker-compose` in an environment of these variables only, but for what `.env` says.
+/// `docker-compose` in an environment of only these variables, without `.env`.
 fn compose(variables: &[(&str, &str)]) -> Command {
     let mut command = Command::new("docker-compose");
     command.current_dir(repository()).env_clear().env("PATH", "/usr/bin:/bin");
@@ -270,18 +270,18 @@ fn compose(variables: &[(&str, &str)]) -> Command {
 
 // ---- Containers, without containers ------------------------------------------------------------
 
-/// Where each container's paths are on this machine, and the broker that all of them find.
+/// Where the containers' paths are on this machine, and the broker for all of them.
 struct Host {
     services: BTreeMap<String, Value>,
     mounts: BTreeMap<String, Vec<(String, PathBuf)>>,
     broker: String,
     entrypoint: Vec<String>,
-    /// Everything that is mounted and isn't of the repository.
+    /// All mounted directories that are not of the repository.
     _directory: TempDir,
 }
 
 impl Host {
-    /// Also gives the broker the user that the containers come as.
+    /// Also creates the broker's user of the containers.
     fn with(composed: &Composed, broker: &Broker) -> Self {
         let said = &composed.services[BROKER]["environment"];
         let of_broker = |name: &str| said[name].as_str().unwrap().to_owned();
@@ -303,7 +303,7 @@ impl Host {
         }
     }
 
-    /// Where a path of the container is, if it is mounted there.
+    /// The location of a container's path, if it is mounted.
     fn of(&self, name: &str, path: &str) -> Option<PathBuf> {
         self.mounts[name].iter().find_map(|(target, source)| {
             let rest = Path::new(path).strip_prefix(target).ok()?;
@@ -311,7 +311,7 @@ impl Host {
         })
     }
 
-    /// What the container runs, here.
+    /// The container's command, to run here.
     fn command(&self, name: &str) -> Command {
         let service = &self.services[name];
         let own = service.get("entrypoint").filter(|own| !own.is_null());
@@ -348,7 +348,7 @@ impl Host {
     }
 }
 
-/// What is mounted where: a directory of the repository, a volume, or memory of the container's own.
+/// The mounts: directories of the repository, volumes, or the container's own memory.
 fn mounts(name: &str, service: &Value, directory: &Path) -> Vec<(String, PathBuf)> {
     let made = |path: PathBuf| {
         fs::create_dir_all(&path).unwrap();
@@ -356,7 +356,7 @@ fn mounts(name: &str, service: &Value, directory: &Path) -> Vec<(String, PathBuf
     };
     let given = |key: &str| service[key].as_array().cloned().unwrap_or_default();
     let volumes = given("volumes").into_iter().map(|volume| {
-        // Older releases tell them in short, younger ones at length.
+        // Older releases print the short form, newer ones the long form.
         let (source, target) = match volume.as_str() {
             Some(text) => {
                 let mut parts = text.split(':');
@@ -380,7 +380,7 @@ fn mounts(name: &str, service: &Value, directory: &Path) -> Vec<(String, PathBuf
     volumes.chain(tmpfs).collect()
 }
 
-/// What the image runs.
+/// The entrypoint of the image.
 fn entrypoint() -> Vec<String> {
     let dockerfile = read("deploy/Dockerfile");
     let words = dockerfile.lines().find_map(|line| line.strip_prefix("ENTRYPOINT ")).unwrap();
@@ -412,7 +412,7 @@ fn read(path: &str) -> String {
     fs::read_to_string(repository().join(path)).unwrap()
 }
 
-/// A tool that tests/run has brought.
+/// A tool that tests/run has installed.
 fn tool(name: &str) -> PathBuf {
     let cache = env::var_os("XDG_CACHE_HOME").filter(|path| !path.is_empty()).map(PathBuf::from);
     let cache = cache.unwrap_or_else(|| PathBuf::from(env::var_os("HOME").unwrap()).join(".cache"));
@@ -421,7 +421,7 @@ fn tool(name: &str) -> PathBuf {
     path
 }
 
-/// What a command prints in the repository; it must end well.
+/// What a command prints in the repository; it must succeed.
 #[track_caller]
 fn said(command: &mut Command) -> String {
     let output = command.current_dir(repository()).output();

@@ -1,6 +1,6 @@
-//! `deploy/watch-streams.sh`, beside a node whose tools are stand-ins: they say what a file has, and
-//! write down what they were asked. What the real ones say, `tests/cluster` shows: each of its nodes
-//! has a watcher.
+//! `deploy/watch-streams.sh`, beside a node with fake tools: they print the content of a file, and
+//! record how they were called. `tests/cluster` shows the real ones: each of its nodes has a
+//! watcher.
 
 use std::{
     fs,
@@ -15,7 +15,7 @@ use crate::{
     repository, until,
 };
 
-/// What the node's looks come to.
+/// A fake `rabbitmqctl`: it answers a look.
 const CTL: &str = r#"#!/bin/sh
 echo "look" >>"$SAYS/calls"
 if [ -e "$SAYS/hangs" ]; then exec sleep 1000; fi
@@ -27,13 +27,13 @@ echo "$*" >>"$SAYS/calls"
 echo looked 0 >"$SAYS/looks"
 "#;
 
-/// A node's tools, and where they find what to say.
+/// The fake tools of a node, and their files.
 struct Node {
     directory: TempDir,
 }
 
 impl Node {
-    /// A node whose looks say this.
+    /// A node whose looks return this.
     fn that_says(looks: &str) -> Self {
         let node = Self { directory: tempfile::tempdir().unwrap() };
         node.tool("rabbitmq-streams", STREAMS);
@@ -49,7 +49,7 @@ impl Node {
     }
 
     fn says(&self, looks: &str) {
-        // What is read is never half written.
+        // A reader never sees a partly written file.
         let path = self.directory.path().join("looks");
         fs::write(path.with_extension("new"), looks).unwrap();
         fs::rename(path.with_extension("new"), path).unwrap();
@@ -81,7 +81,7 @@ impl Node {
         Process::start("watcher", &mut self.watcher(words))
     }
 
-    /// The exit code, and what is printed.
+    /// The exit code, and the output.
     fn looks_once(&self, words: &[&str]) -> (Option<i32>, String) {
         let Output { status, stdout, stderr } =
             self.watcher(&[&["--once"], words].concat()).output().unwrap();
@@ -107,7 +107,7 @@ fn a_stream_whose_replicas_the_broker_left_down_is_restarted_once() {
 fn a_replica_that_recovers_by_itself_causes_no_restart() {
     let node = Node::that_says("down dtc.journal rabbit@n2\nlooked 1\n");
     let _watcher = node.watches(&["--every", "1"]);
-    // The first node's watcher would, by now; the second's waits one look more.
+    // The first node's watcher would restart it by now; the second's waits one look more.
     until("two looks", || node.looks() == 2);
     node.says("looked 1\n");
     until("more looks", || node.looks() >= 5);
@@ -139,7 +139,7 @@ fn a_node_that_does_not_answer_is_asked_again_and_logged_once() {
     assert_eq!(told, 1);
 }
 
-/// A shell that waits for a command hears no signal until that has ended.
+/// A shell that waits for a command handles no signal until that has ended.
 #[test]
 fn a_watcher_that_waits_for_its_node_stops_on_a_signal() {
     let node = Node::that_says("looked 0\n");

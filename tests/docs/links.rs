@@ -1,6 +1,6 @@
-//! Every link on a page leads to a file that is there, and to a heading that it has.
+//! Every link on a page leads to an existing file, and to a heading in it.
 //!
-//! Links to other sites are not followed: whether they are there is not this repository's to say.
+//! Links to other sites are not followed: this repository can't keep them valid.
 
 use std::{collections::BTreeMap, path::Path};
 

@@ -1,5 +1,5 @@
-//! The documentation holds together: every link and anchor has a target, every block is run or says
-//! that it isn't, every page is listed and says what it is for.
+//! The documentation is consistent: every link and anchor has a target, every block is run or
+//! marked as text, every page is listed and begins with its purpose.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
@@ -12,10 +12,10 @@ use std::fs;
 
 use pages::{SCRIPTS, blocks, blocks_under, page, pages, root};
 
-/// The kinds of blocks that nothing is asked of.
+/// The kinds of blocks that are only shown.
 const SHOWN: [&str; 2] = ["text", "json"];
 
-/// Whose blocks of Rust are compiled, and where.
+/// The pages whose blocks of Rust are compiled, and by what.
 const COMPILED: [(&str, &str); 3] = [
     ("README.md", "src/embedded/mod.rs"),
     ("docs/producers.md", "src/client/mod.rs"),

@@ -5,7 +5,7 @@
 
 use dtc::protocol::ids::Branch;
 
-/// What stands for a service author's database.
+/// Stands for a service author's database.
 struct Store;
 
 impl Store {

@@ -1,9 +1,9 @@
 //! A service and a producer in Python, in one system with workers and a service of this crate.
 //!
 //! `books` is Python's, `payments` the binary's. They are asked in this order while they may be
-//! contended. What each holds is read from where it keeps it, when it is over.
+//! contended. At the end, what each holds is read from its own storage.
 //!
-//! `DTC_TEST_PYTHON` is a Python with pika; without it, the one that tests/run has made.
+//! `DTC_TEST_PYTHON` is a Python with pika; by default the one that tests/run has installed.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 #![allow(clippy::print_stdout, reason = "a test prints what it has measured")]
@@ -39,7 +39,7 @@ use crate::{
     processes::{LIMIT, Process, World},
 };
 
-/// How often it is looked whether something that nobody tells of has happened.
+/// How often to check for something that is not notified.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// Waits until `holds`, for [`LIMIT`] at most.
@@ -52,7 +52,7 @@ fn until(what: &str, mut holds: impl FnMut() -> bool) {
     }
 }
 
-/// What Python's service keeps.
+/// The storage of Python's service.
 #[derive(Debug)]
 struct Books {
     prepared: Vec<Value>,
@@ -62,13 +62,13 @@ struct Books {
 }
 
 impl Books {
-    /// What was called for a transaction, in order.
+    /// The calls for a transaction, in order.
     fn whats_of(&self, id: &str) -> Vec<&str> {
         self.calls.iter().filter(|call| call[2] == id).map(|call| call[1].as_str()).collect()
     }
 }
 
-/// One system at the shared broker, in which nothing runs yet.
+/// One system at the shared broker, without processes.
 struct System {
     world: World,
     names: Names,
@@ -78,8 +78,8 @@ struct System {
 }
 
 impl System {
-    /// `books` has `cap` slots, which are waited for as long as it says; `payments` has many, and
-    /// takes its time to prepare.
+    /// `books` has `cap` slots, and a prepare waits for one as long as given; `payments` has many,
+    /// and is slow to prepare.
     fn new(cap: u32, max_wait_ms: u32, payments_latency_ms: u32) -> Self {
         let place = place();
         let names = Names::new(Namespace::parse(&place.namespace).unwrap());
@@ -117,13 +117,13 @@ impl System {
         command
     }
 
-    /// Python's producer, given `transactions`.
+    /// Runs Python's producer with `transactions`.
     fn produce(&self, transactions: &Value) -> Process {
         let mut command = self.python("producer.py");
         Process::start_given("producer", &mut command, transactions.to_string())
     }
 
-    /// How these end, by id.
+    /// The results of these, by id.
     #[track_caller]
     fn run(&self, transactions: &Value) -> BTreeMap<String, Value> {
         results(self.produce(transactions))
@@ -144,7 +144,7 @@ impl System {
         self.world.path("state")
     }
 
-    /// A file that is waited for, and what it is called in a transaction's data.
+    /// A gate: a file that a call waits for, and its name in a transaction's data.
     fn gate(&self, name: &str) -> (PathBuf, Value) {
         let path = self.world.path(name);
         let text = json!(path.to_str().unwrap());
@@ -187,7 +187,7 @@ impl System {
     }
 }
 
-/// What a producer was told, by id.
+/// The results of a producer, by id.
 #[track_caller]
 fn results(producer: Process) -> BTreeMap<String, Value> {
     let lines = producer.succeeded(LIMIT);
@@ -195,7 +195,7 @@ fn results(producer: Process) -> BTreeMap<String, Value> {
     results.map(|result| (result["id"].as_str().unwrap().to_owned(), result)).collect()
 }
 
-/// A transaction over both services; `books` does with it as told.
+/// A transaction over both services; its data tells `books` how to behave.
 fn order(id: &str, books: &Value) -> Value {
     json!({"id": id, "involved_services": ["books", "payments"], "timeout_ms": 60_000,
         "data": {"amount": 100, "books": books}})

@@ -1,4 +1,4 @@
-//! A worker played by hand: it says what no worker of ours would, when it likes.
+//! A worker played by hand, which may send commands that no worker of ours would.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
@@ -19,7 +19,7 @@ use tokio::{runtime::Runtime, time::timeout};
 
 use crate::{System, processes::LIMIT};
 
-/// What the player is called.
+/// The player's name as a worker.
 const WORKER: &str = "player";
 
 /// A digest of something.
@@ -102,7 +102,7 @@ impl Player {
         self.publish(&self.finish, "all.books", kind, &[item]);
     }
 
-    /// The next answer, which is of this kind.
+    /// The next answer, which must be of this kind.
     #[track_caller]
     pub(crate) fn hears(&mut self, kind: &str) -> Value {
         let (said, item) = self.hears_any();

@@ -1,4 +1,4 @@
-//! Whole transactions over a service in Python and one of ours, asked for by a producer in Python.
+//! Whole transactions over a service in Python and one of ours, requested by a producer in Python.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
@@ -28,7 +28,8 @@ fn two_transactions_commit() {
     assert_eq!(status(&results["TX2"]), ("COMMITTED", "-"));
     let books = system.both_hold(&["TX1", "TX2"]);
     assert_eq!(books.whats_of("TX1"), ["prepare", "commit"]);
-    // What it has executed it doesn't execute again, though the workers ask under another second.
+    // It doesn't execute again what it has executed, though the workers ask with another
+    // requested_at.
     let again = system.run(&json!([order("TX1", &json!({"other": "content"}))]));
     assert_eq!(status(&again["TX1"]), ("ABORTED", "id_reused"));
     system.both_hold(&["TX1", "TX2"]);
@@ -46,10 +47,10 @@ fn many_transactions_at_two_workers_commit_once_at_both_services() {
     assert!(results.values().all(|it| it["status"] == "COMMITTED"), "{results:?}");
     let ids: Vec<_> = ids.iter().map(String::as_str).collect();
     let books = system.both_hold(&ids);
-    // Two calls for each, unless the machine is slow: what isn't committed within the seconds after
-    // which these instances inquire, they inquire about both, and both are told to commit it. So one
-    // that is at it may be joined by the other; the store lets one of them through. Of 1200
-    // transactions on a busy machine that happened to 11, each of them inquired about.
+    // Two calls for each, unless the machine is slow: these instances inquire about what isn't
+    // committed within seconds, and both are told to commit it. So one that is committing may be
+    // joined by the other; the store lets one of them through. Of 1200 transactions on a busy
+    // machine that happened to 11, each with an inquiry.
     let calls = |what: &str, of: &str| {
         let of_it = books.calls.iter().filter(|call| call[1] == what && call[2] == of);
         of_it.map(|call| call[0].as_str()).collect::<Vec<_>>()

@@ -1,4 +1,4 @@
-//! What Python's service answers to each command, word by word.
+//! Every command to Python's service, and its exact answer.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
@@ -80,7 +80,7 @@ fn a_cancelled_or_late_prepare_does_not_call_the_service() {
     let _books = system.books("py");
     let mut player = Player::new(&system);
     player.tells("cancel", "t1", json!({}));
-    // What it says to this tells that it has heard the cancel before.
+    // Its answer to this shows that it has received the cancel before.
     player.tells("finish", "t0", json!({"outcome": "ABORTED"}));
     assert_eq!(player.hears("done")["id"], "t0");
     player.prepares("t1", HASH, Duration::from_secs(60));
@@ -89,7 +89,7 @@ fn a_cancelled_or_late_prepare_does_not_call_the_service() {
     player.prepares("t2", HASH, Duration::ZERO);
     let late = player.hears("vote");
     assert_eq!(late["reason"]["code"], "deadline", "{late}");
-    // A cancel touches nothing that is prepared.
+    // A cancel changes nothing that is prepared.
     player.prepares("t3", HASH, Duration::from_secs(60));
     assert_eq!(player.hears("vote")["vote"], "prepared");
     player.tells("cancel", "t3", json!({}));
@@ -107,7 +107,7 @@ fn an_instance_inquires_about_a_missing_outcome_and_a_worker_answers_once_it_sta
     let mut player = Player::new(&system);
     player.prepares("t", HASH, Duration::from_secs(5));
     assert_eq!(player.hears("vote")["vote"], "prepared");
-    // The one that prepared it is killed too: it is the store that asks.
+    // The instance that prepared it is killed too: the inquiry comes from the store.
     books.kill9();
     let _other = system.books("other");
     until("an inquiry waits", || player.waiting_in(system.names.inquiries()) > 0);
@@ -125,7 +125,7 @@ fn several_prepares_in_a_message_take_a_slot_each_and_wait_for_one() {
     let ids = ["t1", "t2", "t3", "t4", "t5", "t6"];
     player.prepares_together(&ids, HASH, Duration::from_secs(60));
     let mut votes: Vec<_> = (0..4).map(|_| player.hears("vote")).collect();
-    // What it says to this tells that it says nothing of the others.
+    // Its answer to this shows that it has not answered the others.
     player.tells("finish", "t0", json!({"outcome": "ABORTED"}));
     let done = player.hears("done");
     assert_eq!((&done["id"], &done["free"]), (&json!("t0"), &json!(0)));
@@ -134,7 +134,7 @@ fn several_prepares_in_a_message_take_a_slot_each_and_wait_for_one() {
         let vote = votes[next].clone();
         assert_eq!(vote["vote"], "prepared", "{vote}");
         player.tells("finish", vote["id"].as_str().unwrap(), commit(&vote));
-        // The slot is free, and taken by one of those that wait.
+        // The slot is free, and one of the waiting ones takes it.
         let (mut heard, expected) = (Vec::new(), if next < 2 { 2 } else { 1 });
         while heard.len() < expected {
             heard.push(player.hears_any());

@@ -1,5 +1,5 @@
-//! The textbook's two-phase commit (Gray and Lamport, "Consensus on Transaction Commit"), as an
-//! abstract model: to show that the checker counts what everybody else counts.
+//! Two-phase commit as in the textbook (Gray and Lamport, "Consensus on Transaction Commit"), as an
+//! abstract model: to show that the checker counts the published number of states.
 
 use std::collections::BTreeSet;
 
@@ -32,7 +32,7 @@ enum Coordinator {
     Aborted,
 }
 
-/// A message once sent stays sent: it may be heard by anyone, at any time, any number of times.
+/// A sent message stays sent: anyone may receive it, at any time, any number of times.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 enum Message {
     Prepared(usize),

@@ -1,5 +1,5 @@
-//! The configurations that are searched: each small enough to be searched to its end, and about one
-//! kind of trouble.
+//! The configurations that are searched: each is small enough to be searched completely, and is
+//! about one kind of fault.
 
 use crate::{
     properties::Sight,
@@ -82,7 +82,7 @@ pub fn late_reader() -> Scenario {
     }
 }
 
-/// The second worker is asked what became of a transaction that began before its view.
+/// The second worker gets an inquiry about a transaction that began before its view.
 pub fn late_inquiry() -> Scenario {
     Scenario {
         name: "a late reader is asked",
@@ -103,7 +103,7 @@ pub fn truncated_journal() -> Scenario {
     }
 }
 
-/// What is remembered of the journal is too little for two transactions.
+/// The worker remembers too little of the journal for two transactions.
 pub fn short_memory() -> Scenario {
     Scenario {
         faults: Faults { redeliveries: 1, worker_timeouts: 1, ..NONE },
@@ -117,7 +117,7 @@ pub fn short_memory() -> Scenario {
     }
 }
 
-/// Instances start anew and have forgotten all but what is in their store.
+/// Instances restart and have forgotten everything that is not in their store.
 pub fn forgetful_service() -> Scenario {
     Scenario {
         faults: Faults { restarts: 1, duplicates: 1, worker_timeouts: 1, ..NONE },
@@ -143,7 +143,7 @@ pub fn two_instances() -> Scenario {
     }
 }
 
-/// The service's code and its store take their time, and instances die meanwhile.
+/// The service's code and its store are slow, and instances die meanwhile.
 pub fn slow_services() -> Scenario {
     Scenario {
         faults: Faults { duplicates: 1, worker_timeouts: 1, restarts: 1, ..NONE },
@@ -171,7 +171,7 @@ pub fn commit_failures() -> Scenario {
     }
 }
 
-/// The service's code answers whatever it can; some votes come as inquiries only.
+/// The service's code gives every possible answer; some votes arrive only as inquiries.
 pub fn votes() -> Scenario {
     Scenario {
         faults: Faults { redeliveries: 1, member_timeouts: 1, worker_timeouts: 0, ..NONE },
@@ -193,7 +193,7 @@ pub fn votes() -> Scenario {
     }
 }
 
-/// Prepares come back, also those that an instance has held; instances lose their connection.
+/// Prepares are returned, even those that an instance has held; instances lose their connection.
 pub fn no_slot() -> Scenario {
     Scenario {
         faults: Faults { returns: 2, member_disconnects: 1, ..NONE },
@@ -206,7 +206,7 @@ pub fn no_slot() -> Scenario {
     }
 }
 
-/// Nobody but the instances that are left prepared asks what became of the transaction.
+/// Only the instances that hold a prepared transaction ask for its outcome.
 pub fn inquiries() -> Scenario {
     Scenario {
         faults: Faults { worker_timeouts: 1, member_timeouts: 2, ..NONE },
@@ -232,7 +232,7 @@ pub fn three_services() -> Scenario {
     }
 }
 
-/// A producer asks again under the same id, but as of another time.
+/// A producer repeats a request under the same id with another timestamp.
 pub fn retry_under_a_new_timestamp() -> Scenario {
     Scenario {
         faults: Faults { redeliveries: 1, worker_timeouts: 1, ..NONE },
@@ -258,7 +258,7 @@ pub fn other_content() -> Scenario {
     }
 }
 
-/// A worker loses its connection and what came by it; a result is not confirmed.
+/// A worker loses its connection and the messages on it; a result is not confirmed.
 pub fn worker_disconnects() -> Scenario {
     Scenario {
         faults: Faults { worker_disconnects: 1, lost_confirms: 1, worker_timeouts: 1, ..NONE },
@@ -272,7 +272,7 @@ pub fn worker_disconnects() -> Scenario {
     }
 }
 
-/// A request that was delivered too often is aborted, whatever the first taker does.
+/// A request that was delivered too often is aborted, whatever its first worker does.
 pub fn poison_request() -> Scenario {
     Scenario {
         faults: Faults { redeliveries: 1, member_timeouts: 1, ..NONE },

@@ -1,9 +1,9 @@
-//! What must become of any world in the end: once no more faults strike, everything ends by itself,
-//! whatever was lost before.
+//! What must become of any world: without further faults, everything ends by itself, whatever was
+//! lost before.
 //!
-//! This can't be a property of single states, and to follow every fair path is out of reach. So one
-//! such path is tried, from many states: all that is on its way is lost, and from then on whatever
-//! can happen happens at once, and the soonest deadline comes when nothing else can happen.
+//! This can't be a property of single states, and following every fair path is infeasible. So one
+//! such path is tried, from many states: all messages in transit are lost; from then on everything
+//! that can happen happens at once, and the next deadline is reached when nothing else can happen.
 
 use dtc::protocol::coordinator::Event;
 
@@ -16,7 +16,7 @@ use crate::{
 const STEPS_MAX: usize = 400;
 
 impl World {
-    /// What is still undone, if this world doesn't come to rest.
+    /// What is still unfinished, if this world doesn't come to rest.
     pub fn ails_after_loss(&self, scenario: &Scenario) -> Option<String> {
         let mut world = self.clone();
         world.lose_all();
@@ -37,9 +37,9 @@ impl World {
         Some(format!("{world:#?}"))
     }
 
-    /// Loses all that a broker may lose. A look back, a service's code and a publisher's confirm
-    /// end in some way or other as long as their process lives; and who takes a command from a
-    /// durable queue acks it only when its done is safe.
+    /// Loses everything that a broker may lose. A look back, a service's code and a publisher's
+    /// confirm end in some way as long as their process lives; and an instance that takes a command
+    /// from a durable queue acks it only when its done is safe.
     fn lose_all(&mut self) {
         self.net.retain(|message| match &**message {
             Message::ToWorker { event: Event::ResultConfirmed { .. }, .. }
@@ -86,8 +86,8 @@ impl World {
         workers.chain(members).min_by_key(|(due, _)| *due).map(|(_, action)| action)
     }
 
-    /// Whether every request has its answer, nothing is held, and nothing done is listed as undone.
-    /// What a journal that was cut off can't tell is left to a person.
+    /// Whether every request has its answer, nothing is held, and no finished commit is listed as
+    /// parked. What a truncated journal can't show is left to an operator.
     fn is_well(&self) -> bool {
         let is_parked =
             |key| self.told.parked.iter().any(|(it, service)| it == key && service.is_none());

@@ -1,33 +1,33 @@
-//! Every interleaving of a small world round the real state machines.
+//! Every interleaving of a small world around the real state machines.
 //!
 //! [`Coordinator`](dtc::protocol::coordinator::Coordinator) and
-//! [`Instance`](dtc::protocol::participant::Instance) run as they are. Round them, as plain data:
-//! the request queue with its delivery counts, the messages on their way, the prepare queues with
+//! [`Instance`](dtc::protocol::participant::Instance) run unchanged. Around them, as plain data:
+//! the request queue with its delivery counts, the messages in transit, the prepare queues with
 //! their unacked deliveries (which are the slots), the journal that each worker reads back record
 //! by record, and each service's store. The checker takes every step that any of them could take
-//! next, in every order, until no new world is found: each configuration is searched to its end
+//! next, in every order, until it finds no new world: each configuration is searched completely
 //! within the faults it allows.
 //!
-//! What is left out, and why nothing is lost by that:
+//! What is left out, and why that loses nothing:
 //!
 //! * *Loss, delay, reordering, a frozen process* need no steps of their own. Any message may be the
 //!   next to arrive and none ever has to be; so a world in which one is lost behaves like the one
 //!   in which it is still on its way, and that is searched.
-//! * *Time* passes only when somebody's deadline comes; each has a clock of its own, and which
-//!   deadline comes first is up to the checker. So clocks differ as much as deadlines allow. Pauses
-//!   are a few milliseconds, too short to be scattered by jitter: worlds that differ only in how
-//!   long something took are one.
+//! * *Time* passes only when a deadline is reached; each process has its own clock, and the checker
+//!   chooses which deadline comes first. So clocks differ as much as deadlines allow. Pauses are a
+//!   few milliseconds, too short to be scattered by jitter: worlds that differ only in how long
+//!   something took are one.
 //! * *Answers that only the asking process waits for* come at once: whether a service exists,
 //!   and, where a configuration isn't about slow ones, the service's code, its store, and the
 //!   confirmation of a result. For everybody else a late answer is a step that is taken later.
 //! * *Free slots* are reported as a constant: none, or plenty. They are hints, stale at any time;
 //!   the two values lead to prepares one by one and to prepares in parallel.
-//! * *Dones that nobody can wait for any more* are forgotten.
+//! * *Dones that nobody can wait for any more* are dropped.
 //! * *The first request goes to the first worker* where the two don't differ in anything but name.
 //! * *The network* is a multiset, kept in a fixed order; a delivery's number is the lowest free one.
 //!
-//! What no single world shows, that everything ends, is tried from a sample of them: see
-//! [`healing`].
+//! One property can't be seen in a single world: that everything ends. It is tried from a sample of
+//! worlds: see [`healing`].
 
 #![allow(missing_docs, private_interfaces, unreachable_pub, reason = "a test has no public face")]
 #![allow(clippy::unwrap_used, reason = "a test may fail here")]
@@ -57,11 +57,11 @@ use crate::{
     world::{Action, World},
 };
 
-/// The search copies worlds, in small pieces, and does little else.
+/// The search copies worlds in small pieces, and does little else.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// A scenario to be searched, and how far the search has come.
+/// A scenario that is searched, and the progress of the search.
 pub struct System {
     pub scenario: Scenario,
     searched: AtomicUsize,
@@ -74,7 +74,7 @@ impl System {
         Self { scenario, searched, failed_after }
     }
 
-    /// Notes when something first didn't hold.
+    /// Notes the first violation.
     fn check(&self, holds: bool) -> bool {
         if !holds {
             let searched = self.searched.load(Ordering::Relaxed);
@@ -110,11 +110,11 @@ impl Model for System {
     }
 }
 
-/// Searches all of a scenario, and compares the number of its worlds.
+/// Searches a scenario completely, and compares the number of its worlds.
 #[track_caller]
 fn search(scenario: Scenario, worlds: usize) {
     let name = scenario.name;
-    // `tests/run --quick` looks at the small ones only.
+    // `tests/run --quick` searches only the small ones.
     if std::env::var("DTC_MODEL").is_ok_and(|it| it == "quick") && worlds > 100_000 {
         println!("{name}: left out, {worlds} worlds");
         return;
@@ -136,7 +136,7 @@ fn search(scenario: Scenario, worlds: usize) {
     assert_eq!(found, worlds, "{name}: the number of worlds has changed");
 }
 
-/// A path, step by step, and the world it ends in.
+/// A path, step by step, and its last world.
 fn tell(path: Path<World, Action>) -> String {
     let end = format!("{:#?}", path.last_state());
     let steps = path.into_actions().into_iter().map(|action| format!("  {action:?}\n"));
@@ -177,7 +177,7 @@ searches! {
     a_lost_connection_is_taken_over: worker_disconnects, 323_943;
 }
 
-/// Searches a scenario with a bug until something doesn't hold: after how many worlds was that?
+/// Searches a scenario with a bug until something doesn't hold; returns after how many worlds.
 fn find(bug: Bug, scenario: Scenario, property: &'static str) -> Option<usize> {
     let system = System::new(Scenario { bug: Some(bug), healed_one_in: 1, ..scenario });
     // One thread, so that the order of the search, and so the number, is the same in every run.

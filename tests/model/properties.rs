@@ -1,5 +1,5 @@
-//! What must always hold, and what must be seen somewhere, so that nothing holds for want of
-//! anything happening.
+//! What must always hold, and what must be reached somewhere, so that nothing holds only because
+//! nothing happens.
 
 use dtc::protocol::message::Outcome;
 use stateright::Property;
@@ -9,12 +9,12 @@ use crate::{
     world::{QueueState, World},
 };
 
-/// Something forbidden that a step did: the state afterwards doesn't show it.
+/// A forbidden step, which the state afterwards doesn't show.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Breach {
     /// A branch was undone after it was committed, or to be committed after it was undone.
     Disagreement,
-    /// A command or a result left before its worker had read the first record.
+    /// A command or a result was sent before its worker had read the first record.
     Early,
     /// A result was not the first record's outcome, or not the earlier result's.
     Result,
@@ -63,7 +63,8 @@ impl World {
         })
     }
 
-    /// What is executed, a record that came first names; what is undone, none does.
+    /// A transaction is executed only if its first record commits it; if it is undone, no first
+    /// record does.
     fn services_follow_the_journal(&self, system: &System) -> bool {
         self.stores.iter().zip(&system.scenario.services).all(|(store, service)| {
             let named = |(key, branch): &(_, _)| {

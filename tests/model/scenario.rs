@@ -1,4 +1,4 @@
-//! What a world consists of, and which faults may strike it how often.
+//! The parts of a world, and how often which fault may happen to it.
 
 use std::{sync::Arc, time::Duration};
 
@@ -11,12 +11,12 @@ use dtc::protocol::{
 
 use crate::{bugs::Bug, properties::Sight};
 
-/// What every clock shows at first.
+/// The initial time of every clock.
 pub const START: Time = Time::from_millis(100);
 
-/// The only moments that matter are deadlines, and which comes first is the checker's choice, so
-/// the pauses are as short as they can be and still differ: then worlds that differ only in how
-/// long something took are the same world. None is long enough to be scattered by jitter.
+/// Only deadlines matter, and the checker chooses which comes first, so the pauses are as short as
+/// they can be and still differ: then worlds that differ only in how long something took are the
+/// same world. None is long enough to be scattered by jitter.
 const PREPARE_TIMEOUT: Duration = Duration::from_millis(2);
 const INQUIRE_AFTER: Duration = Duration::from_millis(3);
 
@@ -25,10 +25,10 @@ const INQUIRE_AFTER: Duration = Duration::from_millis(3);
 pub struct Scenario {
     pub name: &'static str,
     pub services: Vec<Service>,
-    /// What lies in the request queue at first. A request published twice stands here twice.
+    /// The initial content of the request queue. A request published twice is in it twice.
     pub requests: Vec<Request>,
     pub faults: Faults,
-    /// Whether the second worker isn't there at first.
+    /// Whether the second worker starts later.
     pub second_is_late: bool,
     /// Whether a worker that starts attaches the journal at its end and looks back for the rest.
     pub attach_at_end: bool,
@@ -42,37 +42,37 @@ pub struct Scenario {
     pub digests_max: usize,
     pub commit_retries: u32,
     pub deliveries_max: u32,
-    /// From one in how many worlds it is tried whether everything ends.
+    /// Out of how many worlds one is tried for whether everything ends.
     pub healed_one_in: u64,
     pub bug: Option<Bug>,
-    /// What must be seen somewhere.
+    /// What must be reached somewhere.
     pub reaches: &'static [Sight],
 }
 
-/// How often each fault may strike. A lost message needs no allowance: nothing forces a message to
-/// be delivered, so every world in which one is lost is among those in which it is still on its
-/// way. A frozen worker needs none for the same reason.
+/// How often each fault may happen. A lost message needs no limit: nothing forces a message to be
+/// delivered, so every world in which one is lost is among those in which it is still in transit. A
+/// frozen worker needs none for the same reason.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Faults {
-    /// A message is delivered and stays on its way.
+    /// A message is delivered and stays in transit.
     pub duplicates: u8,
-    /// A worker's deadline comes.
+    /// A worker reaches a deadline.
     pub worker_timeouts: u8,
-    /// An instance's deadline comes.
+    /// An instance reaches a deadline.
     pub member_timeouts: u8,
-    /// A worker dies; its requests come again.
+    /// A worker dies; its requests are delivered again.
     pub crashes: u8,
-    /// The broker gives a worker up for dead that lives on: its request goes to another as well.
+    /// The broker gives up a worker that still lives: its request goes to another one as well.
     pub redeliveries: u8,
     /// A worker finds its connection lost.
     pub worker_disconnects: u8,
-    /// An instance dies, and a new one starts in its place.
+    /// An instance dies, and a new one starts.
     pub restarts: u8,
     /// An instance finds its connection lost.
     pub member_disconnects: u8,
     /// The service's code fails to commit.
     pub commit_failures: u8,
-    /// A prepare comes back, as if there were no slot.
+    /// A prepare is returned, as if there were no slot.
     pub returns: u8,
     /// The broker does not confirm a result.
     pub lost_confirms: u8,

@@ -1,5 +1,5 @@
 //! The world around the state machines, as plain data: the request queue, the network, the journal,
-//! the services' stores; and every step it can take.
+//! the services' stores; and every step that it can take.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -30,11 +30,11 @@ pub struct World {
     pub members: Vec<MemberSlot>,
     /// One for each service.
     pub stores: Vec<Hashed<Store>>,
-    /// What is on its way: any of it may arrive next. In the order of its hashes, so that equal
-    /// worlds are equal.
+    /// The messages in transit: any of them may arrive next. In the order of their hashes, so that
+    /// equal worlds are equal.
     pub net: Vec<Hashed<Message>>,
     pub journal: Vec<Hashed<Record>>,
-    /// The first record that retention has left.
+    /// The first record that retention has kept.
     pub kept_from: usize,
     pub requests: Vec<Queued>,
     pub told: Hashed<Told>,
@@ -42,15 +42,15 @@ pub struct World {
     pub breaches: u16,
 }
 
-/// A place for a worker: whoever works here next keeps the name. (Under a new name it would hear
-/// less: what was meant for its predecessor would reach any worker.)
+/// A place for a worker: every worker in this place has the same name. (Under a new name it would
+/// receive less: messages to its predecessor would reach any worker.)
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct WorkerSlot {
     pub core: Option<Hashed<Worker>>,
     pub now: Time,
     /// The offset of the record that the transport brings it next.
     pub reads_next: usize,
-    /// The offsets of the records that it has been handed, as bits.
+    /// The offsets of the records that it has received, as bits.
     pub has_read: u32,
 }
 
@@ -66,7 +66,7 @@ pub struct MemberSlot {
     pub unacked: BTreeMap<u64, Hashed<Message>>,
 }
 
-/// What the instances of one service share.
+/// The shared state of one service's instances.
 #[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
 pub struct Store {
     pub prepared: BTreeMap<(TransactionKey, Branch), Held>,
@@ -78,7 +78,7 @@ pub struct Store {
 pub struct Held {
     pub request_hash: RequestHash,
     pub deadline: Time,
-    /// Whether the service's code said that it is prepared.
+    /// Whether the service's code reported it as prepared.
     pub is_sound: bool,
 }
 
@@ -93,16 +93,16 @@ pub struct Record {
 pub struct Queued {
     pub state: QueueState,
     pub deliveries: u8,
-    /// Who took it first.
+    /// The worker that took it first.
     pub first_taker: Option<usize>,
-    /// What its producer was told.
+    /// The results that its producer got.
     pub results: Vec<ProducerTold>,
-    /// Whether an answer (or what stands for one) is durable.
+    /// Whether an answer (or its substitute) is durable.
     pub is_answered: bool,
 }
 
-/// A result. It names the transaction it is about by its `requested_at`: the answer to a retry under
-/// a new timestamp may be about an earlier one.
+/// A result. It names its transaction by its `requested_at`: the answer to a retry under a new
+/// timestamp may be about an earlier one.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct ProducerTold {
     pub requested_at: Time,
@@ -118,11 +118,10 @@ pub enum QueueState {
     Rejected,
 }
 
-/// What was said that only the properties ask about.
+/// Messages that only the properties look at.
 #[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
 pub struct Told {
-    /// To which request a service said that it is prepared, and under which branch; `None`: that
-    /// it is read only.
+    /// To which request a service voted prepared, and under which branch; `None`: read only.
     pub votes: BTreeSet<(TransactionKey, RequestHash, ServiceName, Option<Branch>)>,
     /// `None`: the transaction itself.
     pub parked: BTreeSet<(TransactionKey, Option<ServiceName>)>,
@@ -131,11 +130,11 @@ pub struct Told {
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub enum Message {
-    /// To a worker; if it is gone, to any.
+    /// To a worker; if it is gone, to any worker.
     ToWorker { worker: usize, event: Event },
     /// To any worker.
     Inquiry { inquiry: Inquiry, sent_at: Time },
-    /// To an instance: what dies with it.
+    /// To an instance: it is lost if the instance dies.
     ToMember { member: usize, event: participant::Event },
     /// In the service's prepare queue.
     Prepare { service: usize, worker: usize, prepare: Prepare, redelivered: bool },
@@ -143,9 +142,9 @@ pub enum Message {
     Finish { service: usize, worker: usize, finish: Finish },
     /// To the journal.
     Append(Record),
-    /// What a look back found that a worker waits for: the records from `kept_from` on that lie
+    /// The result of a look back that a worker waits for: the records from `kept_from` on that lie
     /// before `until`. The journal was read when the worker asked: reading it later finds the same
-    /// or, after retention, less; and less is found by whoever asks later.
+    /// or, after retention, less; and a later request would find that.
     History { worker: usize, kept_from: usize, until: u64, from: Time },
     /// The service's code, running.
     Call { member: usize, call: Call },
@@ -352,7 +351,7 @@ impl World {
         }
     }
 
-    /// Whom a message can reach.
+    /// The processes that a message can reach.
     fn targets(&self, scenario: &Scenario, message: &Message) -> Vec<usize> {
         let running = |worker: &usize| self.workers[*worker].core.is_some();
         match message {
@@ -490,9 +489,9 @@ impl World {
         self.forget_idle_dones(scenario);
     }
 
-    /// Takes away the dones that nobody will ever wait for: a worker that doesn't work on the
-    /// transaction, and will not be given it, does nothing with them. (What it learns of free
-    /// slots from them it has learned already.)
+    /// Drops the dones that nobody will ever wait for: a worker that doesn't work on the
+    /// transaction, and will not get it, ignores them. (It has already learned about free slots
+    /// from them.)
     fn forget_idle_dones(&mut self, scenario: &Scenario) {
         let mut net = std::mem::take(&mut self.net);
         net.retain(|message| match &**message {
@@ -507,7 +506,7 @@ impl World {
         self.net = net;
     }
 
-    /// Whether a worker that doesn't work on a transaction may be given it.
+    /// Whether a worker that doesn't work on a transaction may get it.
     fn may_be_given(&self, scenario: &Scenario, key: &TransactionKey) -> bool {
         let left = &self.left;
         let may_return = left.redeliveries + left.crashes + left.worker_disconnects > 0;
@@ -547,7 +546,7 @@ impl World {
         match &**message {
             Message::ToWorker { event, .. } => self.tell_worker(scenario, to, event.clone()),
             Message::Inquiry { inquiry, sent_at } => {
-                // Nobody's clock is so far behind that it shows less than when this was sent.
+                // No clock is so far behind that it shows less than when this was sent.
                 let now = &mut self.workers[to].now;
                 *now = (*now).max(*sent_at);
                 self.tell_worker(scenario, to, Event::InquiryReceived(inquiry.clone()));
@@ -586,7 +585,7 @@ impl World {
 
     fn hold_unacked(&mut self, member: usize, message: &Hashed<Message>) -> Delivery {
         let unacked = &mut self.members[member].unacked;
-        // The lowest free number: a number says nothing, so worlds need not differ in it.
+        // The lowest free number: numbers have no meaning, so worlds need not differ in them.
         let number = (0..).find(|number| !unacked.contains_key(number)).unwrap();
         unacked.insert(number, message.clone());
         Delivery(number)
@@ -929,7 +928,7 @@ impl World {
         self.look_through_store(scenario, member);
     }
 
-    /// What was not acked comes again, to whichever instance.
+    /// Unacked deliveries are delivered again, to any instance.
     fn return_unacked(&mut self, member: usize) {
         for message in std::mem::take(&mut self.members[member].unacked).into_values() {
             self.send(match Message::clone(&message) {
@@ -969,7 +968,7 @@ impl World {
         }
     }
 
-    /// Does what an instance asks for. What is answered at once is returned.
+    /// Performs an effect of an instance. Immediate answers are returned.
     fn perform_for_member(
         &mut self,
         scenario: &Scenario,

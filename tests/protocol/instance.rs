@@ -1,4 +1,4 @@
-//! One instance of the service `stock`, whose store and code are played by the trace.
+//! One instance of the service `stock`; the trace plays its store and code.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -40,7 +40,7 @@ impl Bench {
         }
     }
 
-    /// Does what one line of a trace says, and tells what came of it.
+    /// Executes one line of a trace, and returns its effects.
     pub(crate) fn run(&mut self, line: &str) -> Vec<String> {
         let mut line = Line::parse(line);
         match line.word().as_str() {
@@ -81,7 +81,7 @@ impl Bench {
         self.instance.get_or_insert_with(|| {
             let mut instance = Instance::new(BEGINNING, settings.clone());
             if settings.has_store {
-                // The look through the store at the start found nothing.
+                // The search of the store at the start found nothing.
                 instance.handle(BEGINNING, Event::DeadlineReached, &mut Vec::new());
                 instance.handle(BEGINNING, Event::StoreScanned(Vec::new()), &mut Vec::new());
             }
@@ -208,7 +208,7 @@ impl Bench {
     }
 }
 
-/// `t1=s1.1 …`: what the store holds. `data` is what it was prepared for.
+/// `t1=s1.1 …`: the content of the store. `data` is what it was prepared for.
 fn held(line: &mut Line, data: &str) -> Vec<InDoubt> {
     assert!(line.flag("holds"));
     let held = line.take_options().into_iter().map(|(named, held_as)| InDoubt {

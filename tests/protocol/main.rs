@@ -1,11 +1,11 @@
-//! The protocol as stories: golden traces of one worker or one instance, and random scenarios of
-//! whole little systems against a simple oracle.
+//! The protocol in examples: golden traces of one worker or one instance, and random scenarios of
+//! small whole systems against a simple oracle.
 //!
-//! A trace (`traces/*.txt`) has what is done above each `----` and everything that came of it
-//! below, so an effect that nobody expected shows. `UPDATE_TRACES=1 cargo test --test protocol`
-//! writes the lower halves anew; commit what it wrote only if you understand it and want it.
+//! A trace (`traces/*.txt`) has inputs above each `----` and all their effects below, so that an
+//! unexpected effect shows. `UPDATE_TRACES=1 cargo test --test protocol` rewrites the lower halves;
+//! commit the result only if you understand it and want it.
 //!
-//! This is not where interleavings are searched: `tests/model` and `tests/simulation` do that.
+//! It does not search interleavings: `tests/model` and `tests/simulation` do that.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 

@@ -1,6 +1,5 @@
-//! Random scenarios of a whole little system, against what anyone would expect of it who knows
-//! nothing of how it works: all services say yes or nobody keeps anything, and no call is made that
-//! isn't needed.
+//! Random scenarios of a small whole system, against what anyone would expect without knowing how
+//! it works: all services accept or nobody keeps anything, and no call is unnecessary.
 
 use std::collections::BTreeSet;
 
@@ -12,7 +11,7 @@ use crate::{
     words::BEGINNING,
 };
 
-/// `commit_retries` of a worker: so many calls come after the first that fails.
+/// `commit_retries` of a worker: how many calls follow the first that fails.
 const COMMIT_RETRIES: u32 = 3;
 
 fn behaviour() -> impl Strategy<Value = Behaviour> {
@@ -33,7 +32,7 @@ fn services(transactions: usize) -> impl Strategy<Value = Service> {
         |(max_concurrency, has_store, instances, behaviour)| Service {
             max_concurrency,
             has_store,
-            // Instances that share no store are not of one service.
+            // Instances without a common store are not of one service.
             instances: if has_store { instances } else { 1 },
             behaviour,
         },
@@ -42,7 +41,7 @@ fn services(transactions: usize) -> impl Strategy<Value = Service> {
 
 fn scenarios() -> impl Strategy<Value = Scenario> {
     (1..=10_usize, 1..=4_usize).prop_flat_map(|(transactions, known)| {
-        // One more than there are is named now and then.
+        // Sometimes a service is named that doesn't exist.
         let involved = prop_oneof![
             9 => prop::collection::btree_set(0..known, 1..=known),
             1 => prop::collection::btree_set(0..=known, 1..=known),
@@ -62,7 +61,7 @@ fn scenarios() -> impl Strategy<Value = Scenario> {
     })
 }
 
-/// What the oracle needs to know of one transaction.
+/// What the oracle knows of one transaction.
 struct Expected<'a> {
     behaviours: Vec<(usize, Option<&'a Behaviour>)>,
 }
@@ -87,7 +86,7 @@ impl<'a> Expected<'a> {
         self.behaviours.iter().any(|(_, it)| it.is_none())
     }
 
-    /// Those whose commit is handed to a person.
+    /// The services whose commit is parked.
     fn unresolved(&self) -> BTreeSet<usize> {
         let is_parked = |it: &Behaviour| {
             matches!(it.verdict, Verdict::Prepared) && it.failing_commits > COMMIT_RETRIES
@@ -99,7 +98,7 @@ impl<'a> Expected<'a> {
         }
     }
 
-    /// Whether `calls` of a service that behaves so are all needed, and none is missing.
+    /// Whether the `calls` of a service with this behaviour are all necessary, and none is missing.
     fn allows(&self, behaviour: &Behaviour, instances: usize, calls: Calls) -> bool {
         let Calls { prepare, commit, abort } = calls;
         let commits = 1 + behaviour.failing_commits;
@@ -113,7 +112,7 @@ impl<'a> Expected<'a> {
             }
             (Outcome::Committed, Verdict::Prepared) => (prepare, commit, abort) == (1, commits, 0),
             (Outcome::Committed, _) => (prepare, commit, abort) == (1, 0, 0),
-            // Whether it was called before another one said no is a matter of luck.
+            // Whether it was called before another one refused depends on the order.
             (Outcome::Aborted, Verdict::Prepared | Verdict::Failed(_)) => {
                 prepare <= 1 && commit == 0 && abort == prepare
             }
@@ -156,7 +155,8 @@ fn check(scenario: &Scenario) {
             let times = |of: &[(usize, usize)]| {
                 of.iter().filter(|it| **it == (transaction, *service)).count()
             };
-            // A doubled request may come when the first one's commit is parked, and park it again.
+            // A duplicate request may arrive when the first one's commit is parked, and park it
+            // again.
             let most = if parked.contains(service) { asked } else { 0 };
             let least = most.min(1);
             assert!((least..=most).contains(&times(&system.parked)));
@@ -172,7 +172,7 @@ proptest! {
     #![proptest_config(ProptestConfig {
         // More with PROPTEST_CASES.
         cases: ProptestConfig::default().cases.max(2000),
-        // What is found becomes a golden trace, not a seed in a file.
+        // A finding becomes a golden trace, not a seed in a file.
         failure_persistence: None,
         ..ProptestConfig::default()
     })]
@@ -185,8 +185,8 @@ proptest! {
     }
 }
 
-/// t2 held s0's slot while t0's commit failed again and again, and s0's other instance, which had
-/// seen it in the store, asked: it was told the outcome together with the holder.
+/// t2 held s0's slot while t0's commit failed repeatedly, and s0's other instance, which had found
+/// it in the store, inquired: it got the outcome together with the holder.
 #[test]
 fn an_instance_that_only_finds_a_transaction_in_the_store_leaves_it_to_its_holder() {
     let service = |has_store, failing: [u32; 4]| {

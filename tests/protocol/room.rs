@@ -1,4 +1,4 @@
-//! How much a worker takes on.
+//! How many transactions a worker takes on.
 
 use std::{sync::Arc, time::Duration};
 
@@ -40,8 +40,8 @@ fn two_taken_over() -> Coordinator {
     coordinator
 }
 
-/// A killed worker leaves many requests to another. Those that had only waited must not keep out
-/// the one that holds the slot for which they all wait: it may be among the last to come.
+/// A killed worker leaves many requests to another. Those that had only waited must not exclude the
+/// one that holds the slot for which they all wait: it may be among the last to arrive.
 #[test]
 fn a_takeover_of_transactions_that_nobody_holds_leaves_room_for_more() {
     let mut coordinator = two_taken_over();
@@ -53,7 +53,7 @@ fn a_takeover_of_transactions_that_nobody_holds_leaves_room_for_more() {
     assert_eq!((coordinator.room(), coordinator.waiting()), (2, 2));
 }
 
-/// Whoever needs a service that is out of reach, as `begins` says, holds up nobody who doesn't,
+/// Transactions that need a service which is out of reach, as `begins` describes, delay no others,
 /// however many they are.
 fn others_are_served_while_many_wait(begins: impl FnOnce(ServiceName) -> Event) -> Vec<Reason> {
     let (in_flight_max, waiting_max) = (2, 8);
@@ -97,7 +97,8 @@ fn others_are_served_while_many_wait(begins: impl FnOnce(ServiceName) -> Event) 
     aborted.into_iter().filter_map(|it| it.reason).collect()
 }
 
-/// A service whose queue can't be reached holds up nobody who doesn't need it, however many wait.
+/// Transactions that need a service whose queue can't be reached delay no others, however many
+/// wait.
 #[test]
 fn a_worker_full_of_waiters_for_an_unavailable_service_serves_the_others() {
     let reasons = others_are_served_while_many_wait(Event::ServiceUnavailable);
@@ -105,7 +106,7 @@ fn a_worker_full_of_waiters_for_an_unavailable_service_serves_the_others() {
     assert!(reasons.iter().all(|it| it.code == ReasonCode::Unavailable), "{reasons:?}");
 }
 
-/// One prepare waits at its queue; those who wait in the worker are no more than may.
+/// One prepare waits in its queue; no more than the limit wait in the worker.
 #[test]
 fn a_worker_full_of_waiters_for_a_service_without_instances_serves_the_others() {
     let reasons = others_are_served_while_many_wait(Event::ServiceUnserved);

@@ -1,4 +1,4 @@
-//! Events that come when nobody waits for them.
+//! Unexpected events.
 
 use dtc::protocol::{
     coordinator::{Coordinator, Event, Settings},

@@ -1,7 +1,8 @@
-//! A whole little system in one process: one worker, services with one or two instances that share
-//! a store, and a network that loses nothing and keeps no order.
+//! A small whole system in one process: one worker, services with one or two instances that share a
+//! store, and a network that loses nothing and keeps no order.
 //!
-//! Time passes only while nothing is under way, so whatever waits for a deadline waited in vain.
+//! Time passes only while nothing is in transit, so every deadline that is reached was waited for
+//! in vain.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -26,7 +27,7 @@ use crate::words::{BEGINNING, instance, key, service};
 #[derive(Clone, Debug)]
 pub(crate) struct Behaviour {
     pub(crate) verdict: Verdict,
-    /// So many attempts to commit fail before one succeeds.
+    /// How many attempts to commit fail before one succeeds.
     pub(crate) failing_commits: u32,
 }
 
@@ -35,11 +36,11 @@ pub(crate) struct Service {
     pub(crate) max_concurrency: u32,
     pub(crate) has_store: bool,
     pub(crate) instances: usize,
-    /// What it does for each transaction, in the order of [`Scenario::transactions`].
+    /// Its behaviour for each transaction, in the order of [`Scenario::transactions`].
     pub(crate) behaviour: Vec<Behaviour>,
 }
 
-/// What is run. Services are called `s0`, `s1`, …; what a transaction names beyond them is unknown.
+/// What is run. Services are called `s0`, `s1`, …; a transaction may also name unknown ones.
 #[derive(Clone, Debug)]
 pub(crate) struct Scenario {
     pub(crate) services: Vec<Service>,
@@ -48,7 +49,7 @@ pub(crate) struct Scenario {
     /// Transactions whose request is published once more.
     pub(crate) doubled: Vec<usize>,
     pub(crate) in_flight_max: usize,
-    /// Picks what arrives next.
+    /// Determines what arrives next.
     pub(crate) order: u64,
 }
 
@@ -60,7 +61,7 @@ pub(crate) struct Calls {
     pub(crate) abort: u32,
 }
 
-/// Something on its way.
+/// A message in transit.
 enum Parcel {
     ToWorker(coordinator::Event),
     ToInstance(usize, usize, participant::Event),
@@ -148,7 +149,7 @@ impl System {
         }
     }
 
-    /// Runs until nothing is under way and nobody waits for anything.
+    /// Runs until nothing is in transit and nobody waits for anything.
     pub(crate) fn run(&mut self) {
         let since = BEGINNING - Duration::from_secs(3600);
         self.tell_worker(coordinator::Event::JournalAttached { next: 0, since });
@@ -170,7 +171,7 @@ impl System {
                     self.tell_instance(site, instance, event);
                 }
                 Some(Parcel::Reading) => {
-                    // All that is there is one message; who comes second finds a marker.
+                    // All records are in one message; a later reader finds a marker.
                     let decisions =
                         self.journal[self.read..].iter().cloned().map(Arc::new).collect();
                     self.read = self.journal.len();
@@ -204,7 +205,7 @@ impl System {
 
     fn is_at_rest(&self) -> bool {
         let is_idle = |site: &Site| site.slots.iter().all(BTreeSet::is_empty);
-        // A parked commit that an inquiry has seen to is settled when it is next tried.
+        // A parked commit that an inquiry has led to is settled when it is next tried.
         let is_settled = self.settled.len() == self.parked.len();
         self.worker.is_empty()
             && self.sites.iter().all(is_idle)
@@ -242,7 +243,7 @@ impl System {
         }
     }
 
-    /// What the broker does: no more unacked prepares at an instance than it has slots.
+    /// Acts as the broker: an instance gets no more unacked prepares than it has slots.
     fn fill_slots(&mut self) {
         for (index, site) in self.sites.iter_mut().enumerate() {
             let cap = usize::try_from(site.behaviour.max_concurrency).unwrap();
@@ -288,7 +289,7 @@ impl System {
             },
             Effect::SendPrepare { service, prepare, .. } => {
                 let index = self.site_of(&service).expect("only what exists is sent to");
-                // The queue keeps order, but what is on its way to it doesn't.
+                // The queue keeps its order, but messages on their way to it don't.
                 let ahead = self.random.is_multiple_of(2);
                 let queue = &mut self.sites[index].queue;
                 return if ahead { queue.push_front(prepare) } else { queue.push_back(prepare) };

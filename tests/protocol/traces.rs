@@ -1,10 +1,10 @@
-//! Plays every file of `traces/`, and compares.
+//! Plays every file of `traces/`, and compares the effects.
 
 use std::{env, fmt::Write, fs, path::PathBuf};
 
 use crate::{instance::Bench, workers::Workers};
 
-/// One test for each story, so that the list of tests is the list of stories.
+/// One test for each trace, so that the list of tests is the list of traces.
 macro_rules! stories {
     ($($of:ident { $($story:ident)* })*) => {
         $(mod $of {
@@ -203,7 +203,7 @@ fn play(of: &str, story: &str) {
     );
 }
 
-/// The same text with the lower half of each block replaced by what its upper half leads to.
+/// The same text with the lower half of each block replaced by the effects of its upper half.
 fn replay(text: &str, mut run: impl FnMut(&str) -> Vec<String>) -> String {
     let mut happened = String::new();
     for block in text.trim_end().split("\n\n") {

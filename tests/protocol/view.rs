@@ -1,8 +1,8 @@
-//! The journal's view against the whole journal, which the view sees only in part: records from
-//! before it began, records lost in a gap, and records it has forgotten.
+//! The journal's view against the whole journal, which the view sees only in part: it misses
+//! records from before it began, records lost in a gap, and records it has forgotten.
 //!
-//! What makes a view right is checked by the whole journal; what makes it useful, by a naive view
-//! that keeps every record it has read in a `Vec`.
+//! The whole journal shows whether a view is right; a naive view, which keeps every record it has
+//! read in a `Vec`, shows whether it is useful.
 
 use std::{sync::Arc, time::Duration};
 
@@ -29,7 +29,7 @@ fn millis(millis: u64) -> Duration {
 /// One more message in the journal, and whether the view reads it.
 #[derive(Clone, Debug)]
 struct Step {
-    /// How long after the message before it.
+    /// How long after the previous message.
     after: u64,
     entries: Vec<Entry>,
     fate: Fate,
@@ -41,7 +41,7 @@ struct Entry {
     id: usize,
     /// How long before the record the transaction was requested, by its producer's clock.
     age: u64,
-    /// By how much the clock of who decides is off; 10 is right.
+    /// By how much the deciding worker's clock is off; 10 is right.
     clock: u64,
     commits: bool,
 }
@@ -51,7 +51,7 @@ enum Fate {
     Read,
     /// Lost: the next one that is read shows a gap.
     Lost,
-    /// Read, after the so many before it were read once more.
+    /// Read, after so many earlier ones were read once more.
     ReadAgain(usize),
 }
 
@@ -64,7 +64,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     let entry = (0..4_usize, 0..5_u64, 0..=20_u64, any::<bool>());
     let entry = entry.prop_map(|(id, age, clock, commits)| Entry {
         id,
-        // Few different moments, so that one transaction has several records.
+        // Few different times, so that one transaction has several records.
         age: age * 20,
         clock,
         commits,
@@ -80,7 +80,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 
 /// A record, and when it was appended by the reader's clock.
 fn record(now: Time, entry: &Entry) -> Decision {
-    // A producer's clock is off as well, and no more than the margin allows.
+    // A producer's clock is off as well, within the margin.
     let asked = now - millis(entry.age);
     let coarse = Time::from_millis(asked.as_millis() / 20 * 20);
     let id = key(&format!("t{}", entry.id)).id;
@@ -97,7 +97,7 @@ fn record(now: Time, entry: &Entry) -> Decision {
 
 type Message = Vec<Arc<Decision>>;
 
-/// What was read since the last gap and not forgotten: the first record of each transaction.
+/// Everything read since the last gap and not forgotten: the first record of each transaction.
 struct Naive {
     since: Time,
     oldest: u64,
@@ -141,7 +141,7 @@ impl Naive {
         first
     }
 
-    /// `remembers_names`: whether it knows which it has forgotten.
+    /// `remembers_names`: whether it knows which ones it has forgotten.
     fn recall(&self, key: &TransactionKey, remembers_names: bool) -> Recall {
         let began = key.requested_at - CLOCK_MARGIN;
         let is_known = remembers_names && self.read_since <= began && !self.forgotten.contains(key);
@@ -215,7 +215,7 @@ fn check_recall(
         Recall::Absent => assert_eq!(None, outcome, "absent is said only of what has no record"),
         Recall::OutOfSight => {}
     }
-    // A look further back ends where the view begins: what neither sees is not there.
+    // A look further back ends where the view begins: a record that neither sees does not exist.
     let further_back = &journal[..usize::try_from(view.oldest_offset()).unwrap()];
     let seen = further_back.iter().flatten().find(|it| it.key == *key);
     assert_eq!(seen.or_else(|| view.earliest_seen(key)), outcome);
@@ -243,7 +243,7 @@ proptest! {
     #![proptest_config(ProptestConfig {
         // More with PROPTEST_CASES.
         cases: ProptestConfig::default().cases.max(500),
-        // What is found becomes a golden trace, not a seed in a file.
+        // A finding becomes a golden trace, not a seed in a file.
         failure_persistence: None,
         ..ProptestConfig::default()
     })]

@@ -1,4 +1,4 @@
-//! How the traces write things down: names, moments, messages; the same to read and to print.
+//! The notation of traces: names, times, messages; the same for parsing and printing.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use dtc::protocol::{
     time::Time,
 };
 
-/// The moment that traces call `0s`.
+/// The time that traces call `0s`.
 pub(crate) const BEGINNING: Time = Time::from_millis(1_000_000_000);
 
 /// One line of a trace: words, where `"…"` is one word and `name=value` an option.
@@ -68,7 +68,7 @@ impl Line {
         std::mem::take(&mut self.options)
     }
 
-    /// All that was written was understood.
+    /// Asserts that everything in the line was understood.
     pub(crate) fn end(self) {
         assert!(self.words.is_empty() && self.options.is_empty(), "not understood: {self}");
     }
@@ -131,7 +131,7 @@ pub(crate) fn show_key(key: &TransactionKey) -> String {
     }
 }
 
-/// A digest that tells contents apart.
+/// A digest that distinguishes contents.
 pub(crate) fn hash(content: &str) -> RequestHash {
     let mut digest = [0; 16];
     for (index, byte) in content.bytes().enumerate() {

@@ -1,6 +1,6 @@
-//! Workers that share a journal and hear everything else from the trace.
+//! Workers that share a journal and get everything else from the trace.
 //!
-//! `w2: …` addresses a worker; without it `w1` is meant. What a worker appends is in the journal at
+//! `w2: …` addresses a worker; the default is `w1`. What a worker appends is in the journal at
 //! once, unless the trace says `journal loses appends`; it is read back when the trace says `read`.
 
 use std::{
@@ -25,14 +25,14 @@ use crate::words::{
     time,
 };
 
-/// How far back the journal is in view when a worker begins, unless the trace attaches it.
+/// How far back the journal is in view when a worker starts, unless the trace attaches it.
 const HOUR: Duration = Duration::from_secs(3600);
 
 struct Worker {
     coordinator: Coordinator,
     /// How much of the journal it has read.
     read: usize,
-    /// Results that it has published, and not heard of.
+    /// Results that it has published, without a confirm yet.
     published: Vec<(TransactionKey, Delivery)>,
     due: Option<Time>,
 }
@@ -64,7 +64,7 @@ impl Workers {
         }
     }
 
-    /// Does what one line of a trace says, and tells what came of it.
+    /// Executes one line of a trace, and returns its effects.
     pub(crate) fn run(&mut self, line: &str) -> Vec<String> {
         let mut line = Line::parse(line);
         let mut verb = line.word();
@@ -289,8 +289,8 @@ impl Workers {
         }
     }
 
-    /// Lets a transaction over `services` go through unseen, so that they are known, with so many
-    /// free slots each.
+    /// Completes a transaction over `services` silently, so that they are known, with so many free
+    /// slots each.
     fn warm(&mut self, name: &str, line: &mut Line) {
         let mut services = Vec::new();
         while let Some(word) = line.optional_word() {

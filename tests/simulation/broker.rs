@@ -1,7 +1,7 @@
-//! The modelled broker: queues, routes, credit and expiry, as they were measured to be.
+//! The modelled broker: queues, routes, credit and expiry, as measured on RabbitMQ.
 //!
-//! What it does not model is order: messages overtake each other freely. The journal alone keeps
-//! its order, and each worker's reader reads in it.
+//! It does not model order: messages overtake each other freely. Only the journal keeps its order,
+//! and each worker's reader reads in it.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -29,15 +29,15 @@ use crate::{
     world::{Happening, Life, WorkerInput, World, tell},
 };
 
-/// For so long publishes to the queue of an instance that died are confirmed and lost.
+/// How long publishes to the queue of a dead instance are confirmed and lost.
 const DYING_QUEUE: Duration = Duration::from_millis(30);
 
-/// What isn't a service's own.
+/// The queues that belong to no service.
 pub(crate) struct Broker {
     pub(crate) is_up: bool,
     requests: VecDeque<usize>,
     unacked: BTreeMap<u64, Unacked>,
-    /// Which message each delivery of a request was.
+    /// The message of each delivery of a request.
     delivered: BTreeMap<u64, usize>,
     inquiries: VecDeque<Brought>,
     n_deliveries: u64,
@@ -48,7 +48,7 @@ struct Unacked {
     worker: usize,
 }
 
-/// What is meant for a worker and may reach another.
+/// A message to a worker that may reach another one.
 #[derive(Clone, Debug)]
 pub(crate) enum Brought {
     Vote(Vote),
@@ -58,7 +58,7 @@ pub(crate) enum Brought {
     Returned(TransactionKey, ServiceName),
 }
 
-/// A command on its way, and whose it is.
+/// A command in transit, and its sender.
 #[derive(Clone, Debug)]
 pub(crate) struct Command {
     pub(crate) from: WorkerId,
@@ -77,12 +77,13 @@ pub(crate) struct QueuedPrepare {
 pub(crate) struct Journal {
     /// When each message was complete, and what it holds.
     messages: Vec<(Time, Vec<Arc<Decision>>)>,
-    /// How many messages can't grow any more: somebody has read them, or knows that they are there.
+    /// How many messages can't grow any more: they have been read, or are known to exist.
     sealed: u64,
-    /// What shares a message: a source of its own, so that a seed's schedule doesn't depend on it.
+    /// Decides which records share a message: a separate source, so that a seed's schedule doesn't
+    /// depend on it.
     rng: Rng,
     first: BTreeMap<TransactionKey, Arc<Decision>>,
-    /// Every record made at this moment or later is there.
+    /// The journal has every record made at this time or later.
     complete_from: Time,
 }
 
@@ -130,7 +131,7 @@ impl Brought {
 }
 
 impl Journal {
-    /// Set up at `from`: a first record tells it from one that was emptied.
+    /// Declared at `from`: its first record distinguishes it from a journal that was lost.
     pub(crate) fn new(from: Time, rng: Rng) -> Self {
         let marker = Decision {
             key: TransactionKey {
@@ -158,7 +159,7 @@ impl Journal {
         self.messages.len() as u64
     }
 
-    /// The message at `offset`, which from now on stays as it is.
+    /// The message at `offset`, which can't grow any more.
     pub(crate) fn get(&mut self, offset: u64) -> Option<Vec<Arc<Decision>>> {
         let index = usize::try_from(offset).ok()?;
         let (_, decisions) = self.messages.get(index)?;
@@ -166,14 +167,14 @@ impl Journal {
         Some(decisions.clone())
     }
 
-    /// Where it ends now: what comes later has that offset or a higher one.
+    /// Where it ends now: later records have that offset or a higher one.
     pub(crate) fn seal(&mut self) -> u64 {
         self.sealed = self.end();
         self.sealed
     }
 
-    /// Appends a record: to the last message if that can still grow, or as one of its own. Now and
-    /// then a marker follows.
+    /// Appends a record: to the last message if that can still grow, or in a new one. Sometimes a
+    /// marker follows.
     pub(crate) fn append(&mut self, now: Time, decision: Arc<Decision>) {
         self.first.entry(decision.key.clone()).or_insert_with(|| Arc::clone(&decision));
         let grows = self.sealed < self.end() && self.rng.chance(800);
@@ -204,8 +205,8 @@ impl Journal {
         self.first.values()
     }
 
-    /// Where to begin to read all that was made at `since` or later, if clocks differ by `margin`
-    /// at most; and from when on that is really all.
+    /// Where to start in order to read everything made at `since` or later, if clocks differ by at
+    /// most `margin`; and from when on that is really everything.
     pub(crate) fn reaching(&self, since: Time, margin: Duration) -> (u64, Time) {
         let skipped = self.messages.partition_point(|(at, _)| *at < since - margin);
         (skipped as u64, since.max(self.complete_from))
@@ -218,7 +219,7 @@ impl World {
     pub(crate) fn perform_for_worker(&mut self, worker: usize, effect: coordinator::Effect) {
         use coordinator::Effect;
         let life = self.workers[worker].life;
-        // Its connection is gone, and it doesn't know: much of what it still says is lost.
+        // Its connection is gone without its knowledge: much of what it still publishes is lost.
         let is_cut = !self.workers[worker].is_connected;
         let is_stuck = self.workers[worker].is_stuck;
         let is_lost = !self.broker.is_up || is_stuck || is_cut && self.rng.chance(500);
@@ -473,7 +474,7 @@ impl World {
         self.after(wait, Happening::ToWorker { worker, life, input });
     }
 
-    /// Says what became of what was published. A transport that publishes again says it twice.
+    /// Reports the confirm of a publish. A transport that publishes again reports it twice.
     fn confirm(&mut self, worker: usize, life: Life, event: &coordinator::Event) {
         for millis in self.rules.carry_safely(&mut self.rng).into_iter().flatten() {
             let input = WorkerInput::Event(event.clone());
@@ -531,7 +532,7 @@ impl World {
         }
     }
 
-    /// The broker gives the connection of a worker up: what it had not acked comes again.
+    /// The broker gives up a worker's connection: its unacked messages are delivered again.
     pub(crate) fn drop_worker(&mut self, worker: usize) {
         self.workers[worker].is_cut_unnoticed |= self.workers[worker].is_connected;
         self.workers[worker].is_connected = false;
@@ -572,7 +573,7 @@ impl World {
         }
     }
 
-    /// Into the queue that all workers consume.
+    /// Into the queue that all workers share.
     pub(crate) fn share(&mut self, brought: Brought) {
         self.broker.inquiries.push_back(brought);
         self.serve_inquiries();
@@ -620,7 +621,7 @@ impl World {
         self.serve_prepares(service);
     }
 
-    /// Delivers what there is credit for, and returns what has expired at the head.
+    /// Delivers as far as there is credit, and returns what has expired at the head.
     pub(crate) fn serve_prepares(&mut self, service: usize) {
         if !self.broker.is_up || self.services[service].is_unreachable(self.now) {
             return;
@@ -694,8 +695,8 @@ impl World {
         self.after(wait, Happening::ToInstance { instance, life, event });
     }
 
-    /// The broker gives the connection of an instance up: what it had not acked comes again, or
-    /// goes back if its time is over.
+    /// The broker gives up an instance's connection: its unacked messages are delivered again, or
+    /// returned if they have expired.
     pub(crate) fn drop_instance(&mut self, instance: usize) {
         self.instances[instance].is_connected = false;
         self.instances[instance].is_stuck = false;
@@ -753,7 +754,7 @@ impl World {
             return;
         }
         if self.services[service].finish_refused_until.is_some_and(|until| self.now < until) {
-            // What must arrive is published again.
+            // A message that must arrive is published again.
             if to == Destination::AnyInstance {
                 self.after(200, Happening::CommandRouted { service, to, command });
             }

@@ -1,4 +1,4 @@
-//! Many schedules on all cores, what they amount to, and how to see a failure again.
+//! Many schedules on all cores, their totals, and how to repeat a failure.
 
 use std::{
     collections::BTreeMap,
@@ -28,7 +28,7 @@ const LAST_LINES: usize = 60;
 /// How many seeds a thread takes at a time.
 const SEEDS_AT_ONCE: u64 = 64;
 
-/// What many schedules amount to.
+/// The totals of many schedules.
 pub(crate) struct Totals {
     pub(crate) schedules: u64,
     pub(crate) faults: [u64; Kind::ALL.len()],
@@ -114,7 +114,7 @@ impl Totals {
     }
 }
 
-/// Runs `seeds` on all cores until one fails or `goes_on` says no.
+/// Runs `seeds` on all cores until one fails or `goes_on` returns false.
 pub(crate) fn run(
     seeds: std::ops::Range<u64>,
     flaw: Option<Flaw>,
@@ -136,8 +136,8 @@ pub(crate) fn run(
                     }
                     for seed in from..to {
                         own.count(seed, run_one(seed, flaw, false));
-                        // Those that other threads run have lower or higher seeds: a part that is
-                        // begun is run until its first failure, so that the lowest is found.
+                        // Other threads run lower or higher seeds: each part is run until its first
+                        // failure, so that the lowest one is found.
                         if own.failure.is_some() {
                             has_failed.store(true, Ordering::Relaxed);
                             break;
@@ -168,7 +168,7 @@ pub(crate) fn run_one(seed: u64, flaw: Option<Flaw>, is_traced: bool) -> Summary
     })
 }
 
-/// What to say of a failed schedule: the property, how it came about, and how to see it again.
+/// The report of a failed schedule: the property, the last lines, and how to repeat it.
 pub(crate) fn account(seed: u64, flaw: Option<Flaw>, violation: &Violation) -> String {
     let summary = run_one(seed, flaw, true);
     let is_idle = |line: &&String| {
@@ -207,7 +207,7 @@ pub(crate) fn number(name: &str) -> Option<u64> {
     Some(text.parse().unwrap_or_else(|_| panic!("{name} must be a number, and is {text:?}")))
 }
 
-/// Says something even when the test passes, which keeps what is printed from being seen.
+/// Prints even when the test passes, although its output is captured then.
 pub(crate) fn say(text: &str) {
     let mut out = std::io::stdout().lock();
     let _ = writeln!(out, "{text}");

@@ -1,5 +1,5 @@
-//! Which events met a transaction in which state: each pair is either hit, or listed here with the
-//! reason why it can't be.
+//! Which events a transaction receives in which state: each pair is either reached, or listed here
+//! with the reason why it can't be.
 
 use std::fmt::Write as _;
 
@@ -35,7 +35,7 @@ pub(crate) const PARTICIPANT_EVENTS: [&str; 7] = [
 const PHASES: usize = Phase::ALL.len() + 1;
 const STAGES: usize = Stage::ALL.len() + 1;
 
-/// How often each pair was hit. The last state is "absent".
+/// How often each pair was reached. The last state is "absent".
 #[derive(Clone)]
 pub(crate) struct Coverage {
     coordinator: [[u64; COORDINATOR_EVENTS.len()]; PHASES],
@@ -86,14 +86,14 @@ impl Coverage {
         coordinator.chain(participant)
     }
 
-    /// How many pairs there are, were hit, and are listed as out of reach.
+    /// How many pairs there are, were reached, and are listed as unreachable.
     pub(crate) fn totals(&self) -> (usize, usize, usize) {
         let hit = self.pairs().filter(|(_, _, _, n)| *n > 0).count();
         let listed = UNREACHABLE.iter().map(|it| it.states.len() * it.events.len()).sum();
         (self.pairs().count(), hit, listed)
     }
 
-    /// What contradicts the list.
+    /// The contradictions to the list.
     pub(crate) fn complaints(&self) -> Vec<String> {
         let mut complaints = Vec::new();
         for (side, state, event, n) in self.pairs() {
@@ -126,11 +126,11 @@ impl Coverage {
     }
 }
 
-/// Pairs of a coordinator that can be hit, and need so much to meet within one connection that
-/// 200,000 schedules may do without: a transaction begins again from scratch while an answer to what
-/// it did before is still on its way. For that its prepare, or its result, must be answered late;
-/// then a gap in the journal, or the view's forgetting of a namesake, and a look further back that
-/// fails must make it be parked and forgotten; and its request must be published once more.
+/// Pairs of a coordinator that can be reached, but need so many coincidences within one connection
+/// that 200,000 schedules may miss them: a transaction begins from scratch while an answer to its
+/// earlier messages is still in transit. For that its prepare, or its result, must be answered
+/// late; then a gap in the journal, or a namesake forgotten by the view, and a failed look further
+/// back must make it be parked and forgotten; and its request must be published once more.
 const RARE: [(&str, &str); 4] = [
     ("Waiting", "PrepareUnroutable"),
     ("Querying", "PrepareRefused"),
@@ -138,7 +138,7 @@ const RARE: [(&str, &str); 4] = [
     ("Querying", "ResultFailed"),
 ];
 
-/// Pairs that can't be hit, and why.
+/// Pairs that can't be reached, and why.
 struct Unreachable {
     side: &'static str,
     states: &'static [&'static str],

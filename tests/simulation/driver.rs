@@ -1,6 +1,6 @@
-//! What the drivers do between the cores and the broker, as far as liveness depends on it: one
-//! append at a time, every wait with a bound, a fresh name with each link. And how a driver without
-//! one of these goes wrong.
+//! The parts of the drivers between cores and broker on which liveness depends: one append at a
+//! time, a time limit for every wait, a new queue name with each link. And how a driver fails
+//! without one of these.
 
 use dtc::protocol::{coordinator, ids::ServiceName, message::Decision};
 
@@ -10,29 +10,29 @@ use crate::{
     world::{Happening, InstanceNode, Life, World, tell},
 };
 
-/// How long a confirm of an append may take before the link is made anew. (Real drivers: 5 s.)
+/// How long a confirm of an append may take before the link is opened again. (Real drivers: 5 s.)
 const CONFIRM_BOUND: u64 = 3_000;
 
-/// How long what is in the journal may take to be read back before the reader is made anew.
+/// How long reading back an append may take before the reader is opened again.
 const READ_BACK_BOUND: u64 = 3_000;
 
 /// How long a link may be silent before it counts as lost: two heartbeats.
 const LINK_BOUND: u64 = 3_000;
 
-/// How long a driver waits before it looks again for a service that could not be reached.
+/// How long a driver waits before it looks up an unreachable service again.
 const LOOK_AGAIN: u64 = 100;
 
-/// The same for one that nobody serves.
+/// The same for a service without instances.
 const UNSERVED_LOOK_AGAIN: u64 = 1_000;
 
 /// A driver's bug.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum DriverBug {
-    /// A worker waits for the confirm of an append without a bound.
+    /// A worker waits for the confirm of an append without a time limit.
     NoBoundOnConfirm,
-    /// A worker waits without a bound for what it has appended to be read back.
+    /// A worker waits without a time limit to read back what it has appended.
     NoBoundOnReadBack,
-    /// A worker publishes a result again for ever, and holds its request meanwhile.
+    /// A worker publishes a result again endlessly, and holds its request meanwhile.
     RepublishForEver,
     /// A client keeps its reply token over a new link, though its old queue is still bound.
     KeepsReplyToken,
@@ -50,7 +50,7 @@ impl DriverBug {
     ];
 }
 
-/// What is wrong on purpose: in the cores, or in their drivers.
+/// A deliberate flaw: in the cores, or in their drivers.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Flaw {
     Core(Bug),
@@ -73,7 +73,7 @@ impl Flaw {
     }
 }
 
-/// One append is outstanding; all that is ready by its end goes next.
+/// One append is outstanding; everything that is ready at its end goes next.
 #[derive(Default)]
 pub(crate) struct AppendLane {
     waiting: Vec<Decision>,
@@ -85,9 +85,9 @@ pub(crate) struct AppendLane {
 #[derive(Default)]
 pub(crate) struct Producer {
     pub(crate) token: u32,
-    /// Tokens whose queue is bound for good, on a node that is lost.
+    /// Tokens whose queue stays bound for good, on a lost node.
     dead: Vec<u32>,
-    /// Whether it has a link, and a queue on a node that is there.
+    /// Whether it has a link, and a queue on a living node.
     is_away: bool,
 }
 
@@ -227,7 +227,7 @@ impl World {
         self.deliver_to_worker(worker, life, event);
     }
 
-    /// A prepare has come back: whether anybody serves its service is told first.
+    /// A prepare was returned: reports first whether the service has instances.
     pub(crate) fn look_whether_served(&mut self, worker: usize, service: &ServiceName) {
         if self.is_known_unserved(service) {
             self.service_is_unserved(worker, service.clone());
@@ -255,7 +255,7 @@ impl World {
         self.after(UNSERVED_LOOK_AGAIN, again);
     }
 
-    /// Whether the service is there, nobody takes its prepares, and drivers can tell.
+    /// Whether the service exists, has no instances, and drivers can detect that.
     fn is_known_unserved(&self, service: &ServiceName) -> bool {
         let takes = |node: &InstanceNode| {
             node.is_connected && self.services[node.service].plan.name == *service
@@ -267,8 +267,7 @@ impl World {
 
     // ---- The producer ------------------------------------------------------------------------
 
-    /// The node of its queue is lost for good: the queue stays bound, and refuses what is routed to
-    /// it.
+    /// The node of its queue is lost for good: the queue stays bound, and refuses every message.
     pub(crate) fn results_queue_is_lost(&mut self) {
         if !self.producer.is_away {
             self.rules.count(Kind::ResultsQueueLost);
@@ -278,7 +277,7 @@ impl World {
         }
     }
 
-    /// It binds a new queue, and asks again for all it has heard nothing of.
+    /// It binds a new queue, and requests everything again that has no result.
     pub(crate) fn producer_connects(&mut self) {
         if !self.has(DriverBug::KeepsReplyToken) {
             self.producer.token += 1;

@@ -1,10 +1,10 @@
-//! Seeded schedules of whole systems: the real cores, a modelled broker, everything that can go
-//! wrong; then all is well again, and everything must come to its end.
+//! Seeded schedules of whole systems: the real cores, a modelled broker, and every possible fault;
+//! then the faults end, and everything must come to its end.
 //!
-//! * `DTC_SIM_SCHEDULES`: how many schedules the full run takes (200,000 when optimized).
+//! * `DTC_SIM_SCHEDULES`: how many schedules the full run has (200,000 when optimized).
 //! * `DTC_SIM_SEED`: the seed it begins with, and the one that `the_seed_of_the_environment_is_simulated` runs;
 //!   `DTC_SIM_TRACE=1` has the latter print every line, `DTC_SIM_BUG` gives it a bug.
-//! * `DTC_SIM_MINUTES`: a long campaign instead: as many schedules as that takes.
+//! * `DTC_SIM_MINUTES`: a long campaign instead: as many schedules as fit into that time.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
@@ -35,7 +35,7 @@ mod world;
 /// Fewer than this don't reach every pair of state and event.
 const FULL: u64 = 200_000;
 
-/// A bug that so many schedules don't show is not found.
+/// A bug that so many schedules don't show counts as not found.
 const SEEDS_PER_BUG: u64 = 20_000;
 
 #[test]
@@ -110,7 +110,7 @@ fn the_seed_of_the_environment_is_simulated() {
     }
 }
 
-/// Schedules in which an earlier core went wrong, each named after what must not happen.
+/// Schedules in which an earlier core failed, each named after what must not happen.
 macro_rules! found_once {
     ($($name:ident: $seed:literal;)*) => {$(
         #[test]

@@ -1,4 +1,4 @@
-//! What a schedule is made of: drawn from its seed before anything runs.
+//! The parts of a schedule: drawn from its seed before it runs.
 
 use std::{sync::Arc, time::Duration};
 
@@ -17,7 +17,7 @@ use crate::{
 /// When every schedule begins.
 pub(crate) const START: Time = Time::from_millis(1_000_000_000);
 
-/// All that is known of a schedule before it runs.
+/// Everything that is decided before a schedule runs.
 pub(crate) struct Plan {
     pub(crate) workers: Vec<WorkerPlan>,
     pub(crate) services: Vec<ServicePlan>,
@@ -33,21 +33,21 @@ pub(crate) struct Plan {
     pub(crate) chaos: Chaos,
     /// How many unacked requests a worker may have.
     pub(crate) prefetch: usize,
-    /// Whether a request handed back counts as delivered.
+    /// Whether a returned request counts as delivered.
     pub(crate) release_counts: bool,
-    /// Whether drivers find out that nobody serves a service.
+    /// Whether drivers detect that a service has no instances.
     pub(crate) tells_unserved: bool,
 }
 
-/// How often a message meets a mishap, in a thousand.
+/// How often a message meets a mishap, per thousand.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Chaos {
     pub(crate) lose: u64,
     pub(crate) double: u64,
     pub(crate) delay: u64,
-    /// Confirms that don't come.
+    /// Missing confirms.
     pub(crate) unconfirm: u64,
-    /// Looks further back that fail.
+    /// Failed looks further back.
     pub(crate) forget: u64,
 }
 
@@ -64,17 +64,17 @@ pub(crate) struct ServicePlan {
     /// The clock of each instance, in milliseconds ahead.
     pub(crate) instances: Vec<i64>,
     pub(crate) conduct: Conduct,
-    /// Nothing of it is stored: what its one instance remembers is all there is, and it never dies.
+    /// Nothing of it is stored: its one instance remembers everything, and never dies.
     pub(crate) in_memory: bool,
     pub(crate) inquire_after: Duration,
     pub(crate) scan_every: Duration,
     pub(crate) remembered_max: usize,
     pub(crate) visitors_max: usize,
-    /// When its queue is deleted; its instances, if any, are not.
+    /// When its queue is deleted; its instances, if any, stay.
     pub(crate) removed_at: Option<Time>,
 }
 
-/// How a service's code behaves, in a thousand.
+/// How a service's code behaves, per thousand.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Conduct {
     pub(crate) refuse: u64,
@@ -95,7 +95,7 @@ impl Plan {
         let is_thorny = rng.chance(100);
         let services = services(rng, margin);
         let mut workers = workers(rng, margin);
-        // From a source of its own, so that a seed's schedule doesn't depend on it.
+        // From a separate source, so that a seed's schedule doesn't depend on it.
         let digests_max = Rng::new(!seed.rotate_left(17)).pick(&[0, 2, 8, 1_000]);
         for worker in &mut workers {
             worker.settings.digests_max = digests_max;
@@ -133,7 +133,7 @@ impl Plan {
             chaos,
             prefetch: rng.pick(&[1, 3, 10]),
             release_counts: rng.chance(500),
-            // None of those that found something before they could.
+            // Not for the seeds that found something before drivers could.
             tells_unserved: seed % 5 == 3,
         }
     }
@@ -264,7 +264,7 @@ fn requests(
         let requested_at = match rng.below(40) {
             // It has waited for long.
             0..=3 => at - Duration::from_millis(rng.between(1, 5_000)),
-            // By a clock that goes wrong.
+            // By a wrong clock.
             4 => at + Duration::from_millis(3 * margin + 1),
             // Before the journal began.
             5 => journal_from - Duration::from_millis(rng.below(1_000)),
@@ -296,7 +296,7 @@ fn requests(
             }
         }
         if rng.chance(120) {
-            // Other content under a name that is taken.
+            // Other content under an existing name.
             let request_hash = RequestHash([index as u8 + 101; 16]);
             let others = if rng.chance(500) {
                 self::involved(rng, services)
@@ -386,8 +386,8 @@ fn faults(
         .collect()
 }
 
-/// What a cluster does whose nodes are lost and come back: in every second schedule. From a source
-/// of its own, so that the rest of a seed's schedule doesn't depend on it.
+/// The behaviour of a cluster whose nodes are lost and come back: in every second schedule. From a
+/// separate source, so that the rest of a seed's schedule doesn't depend on it.
 fn cluster_faults(
     seed: u64,
     workers: &[WorkerPlan],
@@ -421,8 +421,8 @@ fn cluster_faults(
         .collect()
 }
 
-/// What a thorny schedule is about: late, doubled and lost words to workers that forget quickly,
-/// producers that ask again and again, and queues that vanish. Crashes would end the story.
+/// The faults of a thorny schedule: late, duplicate and lost messages to workers that forget
+/// quickly, producers that repeat requests, and queues that vanish. Crashes would end the scenario.
 const THORNS: [Kind; 6] = [
     Kind::ServiceUnbound,
     Kind::ServiceUnbound,
@@ -432,7 +432,7 @@ const THORNS: [Kind; 6] = [
     Kind::WorkerFreeze,
 ];
 
-/// Crashes are worth more than mishaps; a restart of the broker ends many stories at once.
+/// Crashes are more valuable than mishaps; a restart of the broker ends many scenarios at once.
 const KINDS: [Kind; 30] = [
     Kind::WorkerCrash,
     Kind::WorkerCrash,

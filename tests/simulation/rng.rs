@@ -1,4 +1,4 @@
-//! The one source of chance: a schedule is what this draws from its seed.
+//! The only source of randomness: a schedule is what this draws from its seed.
 
 /// SplitMix64: small, fast, and the same everywhere.
 #[derive(Clone, Debug)]
@@ -33,7 +33,7 @@ impl Rng {
         self.below(len as u64) as usize
     }
 
-    /// True so many times in a thousand.
+    /// True in so many of a thousand cases.
     pub(crate) fn chance(&mut self, per_mille: u64) -> bool {
         per_mille > 0 && self.below(1000) < per_mille
     }

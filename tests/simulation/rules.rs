@@ -1,4 +1,4 @@
-//! What goes wrong: the faults of a schedule, and what each message meets on its way.
+//! The faults of a schedule, and what happens to each message in transit.
 
 use dtc::protocol::time::Time;
 
@@ -60,10 +60,10 @@ impl Kind {
     ];
 }
 
-/// One thing that goes wrong. Lengths are in milliseconds.
+/// A fault. Lengths are in milliseconds.
 #[derive(Clone, Debug)]
 pub(crate) enum Fault {
-    /// The process ends between two effects: `after` so many more.
+    /// The process ends between two effects: after `after` more.
     WorkerCrash {
         worker: usize,
         after: u32,
@@ -82,7 +82,7 @@ pub(crate) enum Fault {
     WorkerDrain {
         worker: usize,
     },
-    /// The process ends between two effects: `after` so many more.
+    /// The process ends between two effects: after `after` more.
     InstanceDeath {
         instance: usize,
         after: u32,
@@ -104,11 +104,11 @@ pub(crate) enum Fault {
         service: usize,
         down: u64,
     },
-    /// Nothing more of the journal is delivered until the reader is made anew.
+    /// Nothing more of the journal is delivered until the reader is opened again.
     ReaderStuck {
         worker: usize,
     },
-    /// Nothing comes through its link, either way, until it is made anew.
+    /// Nothing passes through its link, in either direction, until it is opened again.
     WorkerLinkStuck {
         worker: usize,
     },
@@ -124,18 +124,18 @@ pub(crate) enum Fault {
         service: usize,
         down: u64,
     },
-    /// The same of what brings it commands.
+    /// The same for the queue of its commands.
     FinishUnreachable {
         service: usize,
         down: u64,
     },
-    /// No result is taken.
+    /// No result is accepted.
     ResultsUnreachable {
         down: u64,
     },
     /// The producer's queue is on a node that is lost for good.
     ResultsQueueLost,
-    /// The message after `after` more is lost, doubled, late, or not confirmed.
+    /// The message after `after` more is lost, duplicated, delayed, or not confirmed.
     Mishap {
         kind: Kind,
         after: u32,
@@ -145,12 +145,12 @@ pub(crate) enum Fault {
 /// How many milliseconds later each copy of a message arrives; at most two do.
 pub(crate) type Arrivals = [Option<u64>; 2];
 
-/// What happens to messages on their way.
+/// What happens to messages in transit.
 #[derive(Default)]
 pub(crate) struct Rules {
     chaos: Chaos,
     armed: Vec<(Kind, u32)>,
-    /// How often each kind of fault has really happened.
+    /// How often each kind of fault has actually happened.
     pub(crate) counts: [u64; Kind::ALL.len()],
 }
 
@@ -172,7 +172,7 @@ impl Rules {
         self.counts.iter().sum()
     }
 
-    /// Nothing goes wrong any more.
+    /// Ends all faults.
     pub(crate) fn heal(&mut self) {
         self.chaos = Chaos::default();
         self.armed.clear();
@@ -203,7 +203,7 @@ impl Rules {
         if late { rng.pick(&[20, 200, 1_000, 6_000]) + usual } else { usual }
     }
 
-    /// How a message that may be lost fares.
+    /// What happens to a message that may be lost.
     pub(crate) fn carry(&mut self, rng: &mut Rng) -> Arrivals {
         if self.is_up(Kind::LostMessage, self.chaos.lose, rng) {
             return [None, None];
@@ -211,7 +211,7 @@ impl Rules {
         self.carry_safely(rng)
     }
 
-    /// How a message fares that is sent again until it is confirmed.
+    /// What happens to a message that is sent again until it is confirmed.
     pub(crate) fn carry_safely(&mut self, rng: &mut Rng) -> Arrivals {
         let usual = rng.below(3);
         let late = self.is_up(Kind::LateMessage, self.chaos.delay, rng);
@@ -225,18 +225,18 @@ impl Rules {
         self.is_up(Kind::LostHistory, self.chaos.forget, rng)
     }
 
-    /// Whether the confirm of an append never comes, though the record is in the journal.
+    /// Whether the confirm of an append never arrives, though the record is in the journal.
     pub(crate) fn loses_append_confirm(&mut self, rng: &mut Rng) -> bool {
         self.is_up(Kind::LostAppendConfirm, 0, rng)
     }
 
-    /// Whether a confirm fails to come.
+    /// Whether a confirm is missing.
     pub(crate) fn loses_confirm(&mut self, rng: &mut Rng) -> bool {
         self.is_up(Kind::LostConfirm, self.chaos.unconfirm, rng)
     }
 }
 
-/// A moment so many milliseconds away from `at`.
+/// A time so many milliseconds away from `at`.
 pub(crate) fn shifted(at: Time, by: i64) -> Time {
     Time::from_millis(at.as_millis().saturating_add_signed(by))
 }

@@ -23,18 +23,18 @@ pub(crate) struct Service {
     /// Prepares that wait for a slot.
     pub(crate) queue: VecDeque<QueuedPrepare>,
     pub(crate) head_due: Option<Time>,
-    /// Until then there is no such queue.
+    /// Until when its prepare queue doesn't exist.
     pub(crate) unbound_until: Option<Time>,
-    /// Until then its prepare queue can't be reached.
+    /// Until when its prepare queue can't be reached.
     pub(crate) unreachable_until: Option<Time>,
-    /// Until then nothing that is published brings it a command.
+    /// Until when no publish brings it a command.
     pub(crate) finish_refused_until: Option<Time>,
     /// Prepares delivered and not acked: each is a slot.
     pub(crate) slots: BTreeMap<u64, Slot>,
     /// Commands for any instance.
     pub(crate) durable: VecDeque<Command>,
     pub(crate) durable_unacked: BTreeMap<u64, (Command, usize)>,
-    /// How often the commit of a transaction is still going to fail.
+    /// How often the commit of a transaction will still fail.
     failures: BTreeMap<TransactionKey, u32>,
 }
 
@@ -43,7 +43,7 @@ pub(crate) struct Slot {
     pub(crate) prepare: QueuedPrepare,
 }
 
-/// What a service keeps whatever happens to its instances.
+/// The state of a service, which survives its instances.
 #[derive(Default)]
 pub(crate) struct Store {
     held: BTreeMap<TransactionKey, Vec<InDoubt>>,
@@ -51,7 +51,7 @@ pub(crate) struct Store {
     ever: BTreeSet<Branch>,
 }
 
-/// A call of the service's code, or of its store, that has come to its end.
+/// A call of the service's code, or of its store, that has ended.
 #[derive(Debug)]
 pub(crate) enum Call {
     Prepare {
@@ -60,7 +60,7 @@ pub(crate) enum Call {
         branch: Branch,
         verdict: Verdict,
     },
-    /// A prepare that was given up has gone on and stores something after all.
+    /// A prepare that was given up has continued and stores something after all.
     StoreLate(InDoubt),
     Commit {
         key: TransactionKey,
@@ -72,7 +72,7 @@ pub(crate) enum Call {
         branch: Branch,
         fails: bool,
     },
-    /// `None`: what is there now; else as of before.
+    /// `None`: the present content; otherwise that of an earlier time.
     ReadStore {
         key: TransactionKey,
         held: Option<Vec<InDoubt>>,
@@ -103,7 +103,7 @@ impl Service {
         }
     }
 
-    /// Its code does what it is asked from here on.
+    /// Its code succeeds from here on.
     pub(crate) fn heal(&mut self) {
         self.failures.clear();
         self.unbound_until = None;
@@ -267,7 +267,7 @@ impl World {
         self.begin_call(instance, latency, Call::Abort { key, branch, fails });
     }
 
-    /// What the store says may be old when it is heard.
+    /// The store's answer may be outdated when it arrives.
     pub(crate) fn read_store(&mut self, instance: usize, key: Option<TransactionKey>) {
         let store = &self.services[self.instances[instance].service].store;
         let is_old = self.rng.chance(500);
@@ -290,7 +290,7 @@ impl World {
     pub(crate) fn end_call(&mut self, instance: usize, incarnation: u32, call: Call) {
         let is_alive = self.instances[instance].life.incarnation == incarnation
             && self.is_instance_alive(instance);
-        // Whether the call reached the store before the process died is open.
+        // The call may or may not have reached the store before the process died.
         if !is_alive && self.rng.chance(500) {
             return;
         }
@@ -356,8 +356,8 @@ impl World {
         }
     }
 
-    /// Whoever has finished it: the maker of the branch has no more work with it, and sees so in the
-    /// store.
+    /// Whichever instance has finished it: the instance that made the branch has no more work with
+    /// it, and sees that in the store.
     fn finished_for(&mut self, key: &TransactionKey, branch: &Branch) {
         for node in self.instances.iter_mut().filter(|node| node.id == *branch.instance()) {
             node.working.remove(key);

@@ -1,8 +1,8 @@
 //! One schedule: workers and instances with the real cores inside, a modelled broker between them,
-//! a clock that jumps from one happening to the next, and every checker watching.
+//! a clock that jumps from one happening to the next, and all checkers.
 //!
-//! What the broker does is in [`broker`](crate::broker), what services do in
-//! [`service`](crate::service); here is who lives, and what each is told.
+//! [`broker`](crate::broker) has what the broker does, [`service`](crate::service) what services
+//! do; here are the processes, and the events that each gets.
 
 use std::{
     cmp::Reverse,
@@ -36,23 +36,23 @@ use crate::{
     service::{Call, Service},
 };
 
-/// How long after everything is well all must have come to rest.
+/// How long after healing everything must have come to rest.
 const REST_WITHIN: Duration = Duration::from_secs(3 * 60);
 
 /// More happenings than this mean that it never comes to rest.
 const STEPS_MAX: u64 = 100_000;
 
-/// So many faults take effect in every schedule.
+/// How many faults at least take effect in every schedule.
 const FAULTS_MIN: u64 = 3;
 
-/// Which life of a process, and which of its connections, a message was meant for.
+/// The life of a process, and its connection, for which a message was meant.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Life {
     pub(crate) incarnation: u32,
     pub(crate) connection: u32,
 }
 
-/// Something that is going to be.
+/// A scheduled happening.
 #[derive(Debug)]
 pub(crate) enum Happening {
     /// A producer publishes the request with this number.
@@ -94,7 +94,7 @@ pub(crate) enum Happening {
         to: Destination,
         command: Command,
     },
-    /// What is meant for a worker reaches the exchange.
+    /// A message to a worker reaches the exchange.
     ReplyRouted {
         to: Option<WorkerId>,
         brought: Brought,
@@ -128,7 +128,7 @@ pub(crate) enum Happening {
         worker: usize,
         incarnation: u32,
     },
-    /// The broker gives a connection up.
+    /// The broker gives up a connection.
     BrokerDropsWorker {
         worker: usize,
         life: Life,
@@ -191,11 +191,11 @@ pub(crate) enum Happening {
     RestIsSought,
 }
 
-/// What reaches a worker.
+/// An input of a worker.
 #[derive(Debug)]
 pub(crate) enum WorkerInput {
     Event(coordinator::Event),
-    /// From the inquiries queue, which gives it to another if this worker is gone.
+    /// From the inquiries queue, which delivers it to another worker if this one is gone.
     Shared(Brought),
     /// There is more to read in the journal.
     Tail,
@@ -216,14 +216,14 @@ pub(crate) struct WorkerNode {
     pub(crate) is_serving: bool,
     is_attached: bool,
     pub(crate) is_frozen: bool,
-    /// Nothing comes through its link, and neither side knows.
+    /// Nothing passes through its link, and neither side knows.
     pub(crate) is_stuck: bool,
-    /// What was given to it from the shared queue and did not come through.
+    /// Messages from the shared queue that did not arrive.
     pub(crate) undelivered: Vec<Brought>,
     /// Its reader gets nothing more.
     pub(crate) is_tail_stuck: bool,
     pub(crate) lane: AppendLane,
-    /// The broker has given its connection up, and it doesn't know.
+    /// The broker has given up its connection without its knowledge.
     pub(crate) is_cut_unnoticed: bool,
     pub(crate) is_draining: bool,
     inbox: VecDeque<(Life, WorkerInput)>,
@@ -243,9 +243,9 @@ pub(crate) struct InstanceNode {
     pub(crate) life: Life,
     pub(crate) process: Option<Member>,
     pub(crate) is_connected: bool,
-    /// Nothing comes through its link, and neither side knows.
+    /// Nothing passes through its link, and neither side knows.
     pub(crate) is_stuck: bool,
-    /// Until then the broker takes its queue for alive.
+    /// Until when the broker considers its queue alive.
     pub(crate) queue_dies_at: Option<Time>,
     pub(crate) working: BTreeSet<TransactionKey>,
     necessary: NecessaryCalls,
@@ -260,9 +260,9 @@ pub(crate) struct RequestMessage {
     pub(crate) answers: Vec<Answer>,
     pub(crate) rejected: Option<Reason>,
     pub(crate) is_parked: bool,
-    /// Where its producer wants the result.
+    /// The reply token of its producer.
     pub(crate) token: u32,
-    /// Its producer has heard nothing of it, and has published it once more.
+    /// Its producer has no result, and has published it once more.
     pub(crate) is_asked_again: bool,
 }
 
@@ -285,12 +285,12 @@ impl RequestMessage {
     }
 }
 
-/// What a schedule amounts to.
+/// The summary of a schedule.
 pub(crate) struct Summary {
     pub(crate) violation: Option<Violation>,
     pub(crate) faults: [u64; Kind::ALL.len()],
     pub(crate) coverage: Coverage,
-    /// How transactions and requests ended, by words.
+    /// How many transactions and requests had each result.
     pub(crate) endings: BTreeMap<&'static str, u64>,
     pub(crate) steps: u64,
     pub(crate) trace: Vec<String>,
@@ -303,7 +303,7 @@ pub(crate) struct World {
     slab: Vec<Option<Happening>>,
     vacant: Vec<usize>,
     ordinal: u64,
-    /// Happenings that aren't just somebody's clock.
+    /// Scheduled happenings other than clocks.
     n_pending: usize,
     pub(crate) workers: Vec<WorkerNode>,
     pub(crate) instances: Vec<InstanceNode>,
@@ -316,9 +316,9 @@ pub(crate) struct World {
     pub(crate) flaw: Option<Flaw>,
     pub(crate) producer: Producer,
     pub(crate) results_refused_until: Option<Time>,
-    /// Transactions of which a result has counted as unclaimed.
+    /// Transactions with a result that has counted as unclaimed.
     pub(crate) unclaimed_ids: BTreeSet<TransactionId>,
-    /// Queues of links that are gone, bound for good: whose, and of which service.
+    /// Queues of lost links, bound for good: their instance, and its service.
     pub(crate) stale_queues: Vec<(InstanceId, usize)>,
     pub(crate) is_healed: bool,
     unanimity: Unanimity,
@@ -330,7 +330,7 @@ pub(crate) struct World {
     steps: u64,
 }
 
-/// Says what happens, if anybody listens.
+/// Prints what happens, if traced.
 macro_rules! tell {
     ($world:expr, $($words:tt)*) => {
         if $world.is_traced() {
@@ -341,7 +341,8 @@ macro_rules! tell {
 }
 pub(crate) use tell;
 
-/// Runs the schedule of `seed`, with a `bug` in every core or without; `is_traced`: says all.
+/// Runs the schedule of `seed`, with a `bug` in every core or without; `is_traced`: prints
+/// everything.
 pub(crate) fn run(seed: u64, flaw: Option<Flaw>, is_traced: bool) -> Summary {
     let mut world = World::new(seed, flaw, is_traced);
     world.run();
@@ -693,7 +694,8 @@ impl World {
         self.serve_inquiries();
     }
 
-    /// What arrives at a worker: dealt with, put into its inbox while it is frozen, or nobody's.
+    /// An input arrives at a worker: it is handled, kept in its inbox while it is frozen, or
+    /// dropped.
     fn reach_worker(&mut self, worker: usize, life: Life, input: WorkerInput) {
         let node = &mut self.workers[worker];
         if node.process.is_none() || node.life != life {
@@ -781,7 +783,7 @@ impl World {
         }
     }
 
-    /// Tells a worker something, and then hands it what has waited for room.
+    /// Gives a worker an event, and then what has waited for room.
     fn tell_worker(&mut self, worker: usize, event: coordinator::Event) {
         self.tell_worker_only(worker, event);
         if !self.workers[worker].backlog.is_empty() {
@@ -851,7 +853,7 @@ impl World {
         tell!(self, "{}: dies", self.workers[worker].id);
         self.workers[worker].process = None;
         self.workers[worker].backlog.clear();
-        // What it had taken from the shared queue and not looked at goes back.
+        // What it had taken from the shared queue and not handled is returned.
         for (_, input) in std::mem::take(&mut self.workers[worker].inbox) {
             if let WorkerInput::Shared(brought) = input {
                 self.share(brought);
@@ -1176,8 +1178,8 @@ impl World {
         self.after(down, Happening::BrokerIsBack);
     }
 
-    /// A crash that waits for an effect, or a mishap that waits for a message, may wait in vain: for
-    /// each that has done so a process ends here and now.
+    /// A crash that waits for an effect, or a mishap that waits for a message, may never happen:
+    /// for each such fault a process ends here.
     fn make_up_for_faults(&mut self) {
         for worker in 0..self.workers.len() {
             if self.rules.n_faults() < FAULTS_MIN && self.workers[worker].process.is_some() {
@@ -1199,7 +1201,7 @@ impl World {
         }
     }
 
-    /// Nothing goes wrong any more, and everybody is back.
+    /// Ends all faults, and restarts all processes.
     fn heal(&mut self) {
         self.make_up_for_faults();
         tell!(self, "HEALED");
@@ -1230,7 +1232,7 @@ impl World {
         self.at(self.now, Happening::RestIsSought);
     }
 
-    /// Whether it is all over.
+    /// Whether everything has ended.
     fn seek_rest(&mut self) -> bool {
         let is_late = self.now > self.plan.heal_at + REST_WITHIN || self.steps > STEPS_MAX;
         if self.n_pending > 0 && !is_late {
@@ -1247,7 +1249,7 @@ impl World {
         true
     }
 
-    /// Everything that must be gone when all is over; only the first of it unless `all` is wanted.
+    /// Everything that must be gone at the end; only the first of it unless `all` is wanted.
     fn what_is_left(&self, all: bool) -> Vec<String> {
         let mut left = Vec::new();
         for (index, node) in self.workers.iter().enumerate() {
@@ -1297,8 +1299,8 @@ impl World {
         }
         let checked = result::ended(self.messages.iter().flat_map(|message| &message.answers));
         self.check("result", checked);
-        // Under a key with two contents the request that was decided may be rejected when it comes
-        // again, and then nobody finishes what was parked for it.
+        // Under a key with two contents the request that was decided may be rejected when it is
+        // repeated, and then nobody finishes what was parked for it.
         let is_excused = |key: &TransactionKey| {
             let mut messages = self.messages.iter();
             let is_rejected = messages.any(|it| it.request.key == *key && it.rejected.is_some());
@@ -1314,7 +1316,7 @@ impl World {
         self.instances[instance].process.is_some()
     }
 
-    /// A record is new in the journal: whoever reads it hears of it soon.
+    /// A record is new in the journal: its readers will get it soon.
     fn append(&mut self, decision: Decision) {
         if !self.broker.is_up {
             return;
@@ -1360,7 +1362,7 @@ impl World {
 }
 
 impl Happening {
-    /// Whether it is more than somebody's clock.
+    /// Whether it is more than a clock.
     const fn is_pending(&self) -> bool {
         !matches!(
             self,

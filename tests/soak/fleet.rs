@@ -1,5 +1,5 @@
-//! The processes of the system under test: the real `dtc`, each in a process group of its own, so that
-//! Ctrl-C reaches this process and nobody else; the kernel kills them when this process ends.
+//! The processes of the system under test: the real `dtc`, each in its own process group, so that
+//! Ctrl-C reaches only this process; the kernel kills them when this process ends.
 
 use std::{
     fs,
@@ -24,7 +24,7 @@ use crate::{
     memory::{self, Sample},
 };
 
-/// How long a process may take to serve, or a command to do what it does, on a busy machine.
+/// How long a process may take to serve, or a command to end, on a busy machine.
 const LIMIT: Duration = Duration::from_secs(60);
 /// How long a producer waits for a result.
 const ANSWERED_IN: &str = "120s";
@@ -33,7 +33,7 @@ const SHOWN: usize = 5;
 /// The share of prepares that `shipping` refuses.
 const REFUSED: f64 = 0.01;
 
-/// All processes of a system, and the directory where their files are.
+/// All processes of a system, and the directory of their files.
 pub(crate) struct Fleet {
     place: Place,
     directory: TempDir,
@@ -42,7 +42,7 @@ pub(crate) struct Fleet {
 
 /// A process of it.
 pub(crate) struct Process {
-    /// What it is called in the table.
+    /// Its name in the table.
     pub(crate) name: String,
     /// Whether its memory must stay flat.
     pub(crate) must_be_flat: bool,
@@ -51,7 +51,7 @@ pub(crate) struct Process {
 }
 
 impl Fleet {
-    /// A fleet of which nothing runs yet. What it needs is declared at `place`.
+    /// A fleet without processes. Its topology is declared at `place`.
     pub(crate) fn at(place: Place) -> Result<Self> {
         let directory = tempfile::Builder::new().prefix("dtc-soak-").tempdir()?;
         let services = SERVICES.map(|name| {
@@ -75,7 +75,7 @@ impl Fleet {
         Ok(fleet)
     }
 
-    /// Starts a worker that remembers decisions for so long.
+    /// Starts a worker that remembers decisions for that long.
     pub(crate) fn worker(&mut self, name: &str, window: Duration) -> Result<()> {
         let window = format!("{}s", window.as_secs());
         let command = self.dtc(&["worker", "--name", name, "--window", &window]);
@@ -98,7 +98,7 @@ impl Fleet {
         Ok(())
     }
 
-    /// Starts a producer that submits what it reads, and prints a line for each result.
+    /// Starts a producer that submits its input, and prints a line for each result.
     pub(crate) fn producer(&mut self) -> Result<(ChildStdin, ChildStdout)> {
         let words = ["submit", "--wait", "--output", "ndjson", "--detail"];
         let mut command = self.dtc(&words);
@@ -132,12 +132,12 @@ impl Fleet {
         &self.processes
     }
 
-    /// Where the services keep what they hold.
+    /// The state of the services.
     pub(crate) fn state(&self) -> PathBuf {
         self.directory.path().join("state")
     }
 
-    /// Which processes have ended though nobody asked them to.
+    /// The processes that have ended unasked.
     pub(crate) fn died(&mut self) -> Vec<String> {
         let ended = self.processes.iter_mut().filter_map(|process| {
             let status = process.child.try_wait().ok().flatten()?;
@@ -146,11 +146,11 @@ impl Fleet {
         ended.collect()
     }
 
-    /// Asks all to end, the workers first; tells which didn't, or not well.
+    /// Asks all processes to end, the workers first; returns which did not, or with an error.
     pub(crate) fn end(&mut self) -> Vec<String> {
         let mut complaints = Vec::new();
         for process in &mut self.processes {
-            // It may have ended: the producer ends with what it is given.
+            // It may have ended: the producer ends with its input.
             if let Ok(None) = process.child.try_wait() {
                 process.signal(Signal::SIGTERM);
             }

@@ -1,4 +1,4 @@
-//! Whether what the services hold is what the producer was told.
+//! Compares what the services hold with the producer's results.
 
 use std::{
     collections::BTreeMap,
@@ -18,12 +18,12 @@ const NAMED_MAX: usize = 10;
 #[derive(Default, Debug)]
 pub(crate) struct Ledger {
     committed: BTreeMap<&'static str, Vec<u8>>,
-    /// What nobody submitted, or is still prepared.
+    /// Commits that nobody submitted, and branches that are still prepared.
     odd: Vec<String>,
 }
 
 impl Ledger {
-    /// Reads what the services keep in `state`.
+    /// Reads the services' files in `state`.
     pub(crate) fn read(state: &Path) -> Result<Self> {
         let mut ledger = Self::default();
         for service in SERVICES {
@@ -63,7 +63,7 @@ impl Ledger {
         Ok(())
     }
 
-    /// What contradicts that each transaction was committed once at every service involved, or
+    /// The violations of: each transaction was committed once at every service involved, or
     /// nowhere.
     pub(crate) fn problems(&self, fates: &[Fate]) -> Vec<String> {
         let known = self.committed.values().map(Vec::len).max().unwrap_or(0).max(fates.len());
@@ -93,7 +93,7 @@ impl Ledger {
     }
 }
 
-/// That it sees what it is there for, by name. They panic if they fail.
+/// Tests that it detects what it must, by name. They panic if they fail.
 pub(crate) const CHECKS: &[(&str, fn())] = &[
     ("ledger::a_run_in_which_all_is_well_has_no_problem", all_is_well),
     ("ledger::what_is_committed_in_part_is_seen", in_part),
@@ -101,7 +101,7 @@ pub(crate) const CHECKS: &[(&str, fn())] = &[
     ("ledger::what_is_aborted_and_committed_is_seen", aborted_and_committed),
 ];
 
-/// The ledger of these logs: of 0 all services are part, of 1 `payments` and `stock`.
+/// The ledger of these logs: transaction 0 involves all services, 1 `payments` and `stock`.
 fn ledger(logs: [(&'static str, &str); 3]) -> Ledger {
     let mut ledger = Ledger::default();
     for (service, log) in logs {

@@ -1,4 +1,4 @@
-//! The load: a producer that is fed at a steady rate, and what it says of each transaction.
+//! The load: a producer that is fed at a steady rate, and its result for each transaction.
 
 use std::{
     collections::BTreeMap,
@@ -22,10 +22,10 @@ const INVOLVED: [&[&str]; 4] = [
     &["stock", "shipping"],
     &["payments", "stock", "shipping"],
 ];
-/// What an id begins with; its number follows.
+/// The prefix of an id; its number follows.
 const PREFIX: &str = "soak-";
 
-/// What became of a transaction.
+/// The result of a transaction.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(crate) enum Fate {
     #[default]
@@ -34,7 +34,7 @@ pub(crate) enum Fate {
     Aborted,
 }
 
-/// What the producer has said.
+/// The producer's output.
 #[derive(Default, Debug)]
 pub(crate) struct Heard {
     /// By number.
@@ -43,7 +43,7 @@ pub(crate) struct Heard {
     pub(crate) took: [Vec<f32>; 4],
     /// How many were aborted, by reason.
     pub(crate) aborted: BTreeMap<String, usize>,
-    /// What shouldn't be, a few of it.
+    /// Some of the lines that should not be.
     pub(crate) odd: Vec<String>,
 }
 
@@ -61,7 +61,7 @@ pub(crate) fn number_of(id: &str) -> Option<usize> {
 }
 
 impl Heard {
-    /// Takes in a line that the producer printed in this quarter.
+    /// Records a line that the producer printed in this quarter.
     fn take(&mut self, line: &str, quarter: usize) {
         let answer: Value = serde_json::from_str(line).unwrap_or_default();
         let number = answer["id"].as_str().and_then(number_of);
@@ -102,7 +102,7 @@ pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Writes transactions at the plan's rate until its time is over, and says then how many.
+/// Writes transactions at the plan's rate until its end, and returns how many.
 pub(crate) fn feed(plan: Plan, mut stdin: ChildStdin, news: Sender<News>) {
     thread::spawn(move || {
         let began = Instant::now();
@@ -116,19 +116,19 @@ pub(crate) fn feed(plan: Plan, mut stdin: ChildStdin, news: Sender<News>) {
                 "involved_services": services,
                 "data": { "n": fed },
             });
-            // A producer that has ended is noticed by who looks after it.
+            // `died` detects a producer that has ended.
             if began.elapsed() >= plan.length || writeln!(stdin, "{transaction}").is_err() {
                 break;
             }
             fed += 1;
         }
-        // Before the producer is told, which then ends.
+        // Before the producer is told, since it ends then.
         let _ = news.send(News::Fed(fed));
         drop(stdin);
     });
 }
 
-/// Hears what the producer prints, to its end.
+/// Reads the producer's output to its end.
 pub(crate) fn hear(plan: Plan, stdout: ChildStdout, heard: Arc<Mutex<Heard>>, news: Sender<News>) {
     let began = Instant::now();
     thread::spawn(move || {

@@ -1,4 +1,4 @@
-//! A soak: a whole system under a steady load for a long time, and whether its memory stays flat.
+//! A soak: a whole system under a steady load for a long time; its memory must stay flat.
 //!
 //! ```text
 //! cargo test --profile optimised --test soak -- --minutes N [--rate N] [--table FILE]
@@ -8,12 +8,12 @@
 //!   --table FILE   where the table is written
 //! ```
 //!
-//! `DTC_TEST_RABBITMQ`: the root of a file system whose RabbitMQ is to be run instead of the
-//! machine's.
+//! `DTC_TEST_RABBITMQ`: the root of a file system whose RabbitMQ is run instead of the machine's.
 //!
-//! One RabbitMQ node, two workers, three services and a producer, each a process of its own. None of
-//! them outlives this process, however that one ends. An hour at 200 transactions a second takes
-//! 1.5 GB of the directory for temporary files, most of it for what the services note of their calls.
+//! One RabbitMQ node, two workers, three services and a producer, each a separate process. None of
+//! them outlives this process, in whatever way that ends. An hour at 200 transactions per second
+//! takes 1.5 GB of the directory for temporary files, most of it for the services' logs of their
+//! calls.
 
 #![allow(clippy::disallowed_methods, reason = "a test measures how long things take")]
 
@@ -43,14 +43,14 @@ use anyhow::{Context, Result, ensure};
 
 use crate::soak::{Ended, Plan};
 
-/// How many transactions a second, unless it is said.
+/// The default number of transactions per second.
 const RATE: u32 = 200;
-/// What a process ends with that a signal has ended.
+/// The exit code after a signal.
 const INTERRUPTED: u8 = 130;
-/// What a test target ends with that has failed.
+/// The exit code of a failed test target.
 const FAILED: u8 = 101;
 
-/// What is asked for.
+/// The command line.
 #[derive(Debug, Default)]
 struct Wanted {
     minutes: Option<u32>,
@@ -80,7 +80,7 @@ impl Wanted {
                 "--minutes" => wanted.minutes = Some(number(argument, value()?)?),
                 "--rate" => wanted.rate = Some(number(argument, value()?)?),
                 "--table" => wanted.table = Some(value()?.into()),
-                // What every other test target takes.
+                // Flags that other test targets take.
                 _ => {}
             }
         }
@@ -94,7 +94,7 @@ fn number(flag: &str, text: &str) -> Result<u32> {
     Ok(number)
 }
 
-/// That the verdicts see what they are there for.
+/// Tests that the verdicts detect what they must.
 fn checked() -> bool {
     let mut failed = 0;
     let all = table_tests::ALL.iter().chain(ledger::CHECKS);
@@ -139,7 +139,7 @@ fn soaked(minutes: u32, wanted: &Wanted) -> Result<ExitCode> {
     Ok(ExitCode::from(if failed == 0 { 0 } else { FAILED }))
 }
 
-/// The line that says how many did what, as every test target has it.
+/// The summary line, as every test target prints it.
 fn closing(passed: usize, failed: usize) {
     let word = if failed == 0 { "ok" } else { "FAILED" };
     tell(format_args!(
@@ -148,8 +148,7 @@ fn closing(passed: usize, failed: usize) {
     ));
 }
 
-/// Prints a line. Ctrl-C may have taken whoever reads it: that is no reason to end otherwise than
-/// one would have.
+/// Prints a line. If Ctrl-C has ended its reader, the exit code stays the same.
 fn tell(line: fmt::Arguments<'_>) {
     let mut stdout = io::stdout();
     let _ = writeln!(stdout, "{line}").and_then(|()| stdout.flush());

@@ -1,21 +1,21 @@
-//! How much memory a process has, as Linux tells it.
+//! The memory of a process, as Linux reports it.
 
 use std::{fs, time::Duration};
 
-/// What a process had at one moment, in KiB.
+/// A process's memory at one moment, in KiB.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Sample {
     /// Since the load began.
     pub(crate) at: Duration,
-    /// What is resident.
+    /// The resident memory.
     pub(crate) resident: u64,
-    /// What of it belongs to no file.
+    /// The part of it that belongs to no file.
     pub(crate) anonymous: u64,
-    /// The most that was ever resident.
+    /// The largest resident memory so far.
     pub(crate) peak: u64,
 }
 
-/// What the process has now; `None` if it has ended.
+/// The process's memory at present; `None` if it has ended.
 pub(crate) fn sample(process: u32, at: Duration) -> Option<Sample> {
     let status = fs::read_to_string(format!("/proc/{process}/status")).ok()?;
     let of = |name: &str| {

@@ -1,4 +1,4 @@
-//! Ctrl-C and its like, as something that is received.
+//! Ctrl-C and similar signals, as messages.
 
 use std::{process, sync::mpsc::Sender, thread};
 
@@ -7,8 +7,8 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{INTERRUPTED, soak::News};
 
-/// Sends [`News::Signal`] for the first signal that asks this process to end. The second one ends it
-/// at once, and the kernel what it has started.
+/// Sends [`News::Signal`] for the first signal that asks this process to end. The second one ends
+/// it at once, and the kernel ends what it has started.
 pub(crate) fn listen(news: Sender<News>) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build();
     let runtime = runtime.context("no runtime for signals")?;

@@ -1,4 +1,4 @@
-//! The soak from its beginning to its report.
+//! The whole soak, from its start to its report.
 
 use std::{
     fs, panic,
@@ -24,12 +24,12 @@ use crate::{
     tell,
 };
 
-/// How often memory is looked at.
+/// How often to read memory.
 const SAMPLED_EVERY: Duration = Duration::from_secs(10);
 /// How long a worker remembers a decision, by default.
 const WINDOW: Duration = Duration::from_secs(15 * 60);
-/// After how many transactions everybody has filled what they remember: a worker has read those of a
-/// window at the default rate, and each instance has had more than its last 65,536.
+/// After how many transactions every process has filled its memory of transactions: a worker has
+/// read those of a window at the default rate, and each instance has had more than its last 65,536.
 pub(crate) const FILLED_AFTER: usize = 180_000;
 /// How long the last results may take: longer than the producer waits for them.
 const ANSWERED_IN: Duration = Duration::from_secs(150);
@@ -53,13 +53,13 @@ impl Plan {
         self.minutes as usize * 60 * self.rate as usize
     }
 
-    /// In which quarter this moment is, from 0; what comes later is in the last.
+    /// The quarter of this moment, from 0; a later moment is in the last one.
     pub(crate) fn quarter_of(&self, at: Duration) -> usize {
         (1..4).filter(|quarter| at >= self.length * *quarter / 4).count()
     }
 
-    /// Whether everybody has filled what they remember when the first quarter is over. Before, memory
-    /// grows as it should.
+    /// Whether every process has filled its memory of transactions by the end of the first quarter.
+    /// Before that, memory grows as it should.
     pub(crate) fn fills_in_time(&self) -> bool {
         self.transactions() / 4 >= FILLED_AFTER
     }
@@ -70,13 +70,13 @@ impl Plan {
     }
 }
 
-/// What has happened meanwhile.
+/// What happens during a soak.
 pub(crate) enum News {
     /// Somebody wants this to end.
     Signal(&'static str),
-    /// All transactions were given to the producer: so many.
+    /// All transactions were given to the producer: their number.
     Fed(usize),
-    /// The producer has said its last.
+    /// The producer has ended its output.
     Answered,
 }
 
@@ -87,18 +87,18 @@ pub(crate) enum Ended {
     Interrupted(&'static str),
 }
 
-/// What came of waiting.
+/// The result of a wait.
 enum Waited {
     Over,
     Interrupted(&'static str),
-    /// Of these processes.
+    /// These processes have ended.
     Died(Vec<String>),
 }
 
 pub(crate) fn soak(plan: &Plan) -> Result<Ended> {
     let (sender, news) = mpsc::channel();
     signals::listen(sender.clone())?;
-    // What it says of a node that doesn't start has been printed.
+    // The output of a node that doesn't start has been printed.
     let broker = panic::catch_unwind(Broker::start)
         .map_err(|_| anyhow!("a soak wants a RabbitMQ node, and none can be started"))?;
     let mut fleet = Fleet::at(broker.place())?;
@@ -146,7 +146,8 @@ pub(crate) fn soak(plan: &Plan) -> Result<Ended> {
     Ok(Ended::Over(Box::new(Report { plan: *plan, about, rows, outcome })))
 }
 
-/// Looks at everybody's memory now and then, until all transactions are given to the producer.
+/// Reads the memory of every process from time to time, until all transactions are given to the
+/// producer.
 fn watch(
     plan: &Plan,
     news: &Receiver<News>,
@@ -165,7 +166,7 @@ fn watch(
                 *fed = count;
                 return Waited::Over;
             }
-            // That it has ended is seen below.
+            // Its end is detected below.
             Ok(News::Answered)
             | Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {}
         }
@@ -191,20 +192,20 @@ fn watch(
     Waited::Over
 }
 
-/// Waits for the last results; tells the signal that ends this instead.
+/// Waits for the last results; returns the signal if one ends this instead.
 fn until_answered(news: &Receiver<News>) -> Option<&'static str> {
     let began = Instant::now();
     loop {
         match news.recv_timeout(ANSWERED_IN.saturating_sub(began.elapsed())) {
             Ok(News::Signal(name)) => return Some(name),
             Ok(News::Fed(_)) => {}
-            // Whoever gets no answer is among the unanswered.
+            // Missing results are among the unanswered.
             Ok(News::Answered) | Err(_) => return None,
         }
     }
 }
 
-/// What the node has.
+/// The node's memory.
 fn node_memory(broker: &Broker, at: Duration) -> Option<Sample> {
     let id = fs::read_to_string(broker.directory().join("pid")).ok()?;
     memory::sample(id.trim().parse().ok()?, at)

@@ -13,7 +13,7 @@ const GROWTH_MAX: f64 = 10.0;
 /// What share of the transactions must have been submitted in time.
 const FED_MIN: f64 = 0.95;
 
-/// All that came of a soak.
+/// All results of a soak.
 pub(crate) struct Report {
     pub(crate) plan: Plan,
     /// When, what and where.
@@ -30,19 +30,19 @@ pub(crate) struct Row {
     pub(crate) samples: Vec<Sample>,
 }
 
-/// What became of the transactions.
+/// The results of the transactions.
 #[derive(Default)]
 pub(crate) struct Outcome {
     /// How many were submitted.
     pub(crate) fed: usize,
     pub(crate) heard: Heard,
-    /// Where what the services hold is not what the producer was told.
+    /// Where the services hold something else than the producer's results.
     pub(crate) unequal: Vec<String>,
-    /// Who ended unasked, or not well.
+    /// The processes that ended unasked, or with an error.
     pub(crate) died: Vec<String>,
 }
 
-/// Something that must hold, and why it doesn't.
+/// A check, and why it fails.
 #[derive(PartialEq, Eq, Debug)]
 pub(crate) struct Check {
     pub(crate) name: &'static str,
@@ -50,7 +50,7 @@ pub(crate) struct Check {
 }
 
 impl Report {
-    /// All that must hold.
+    /// All checks.
     pub(crate) fn checks(&self) -> Vec<Check> {
         let Outcome { heard, unequal, died, .. } = &self.outcome;
         let is_named = |name, problems| Check { name, problems };
@@ -64,7 +64,7 @@ impl Report {
         ]
     }
 
-    /// Who has more memory in the last quarter than they may.
+    /// The processes with more memory in the last quarter than allowed.
     fn grown(&self) -> Vec<String> {
         if !self.plan.fills_in_time() {
             return Vec::new();
@@ -97,7 +97,7 @@ impl Report {
         vec![format!("{fed} were submitted, {answered} answered")]
     }
 
-    /// What is told of it.
+    /// The report as text.
     pub(crate) fn text(&self) -> String {
         let Plan { rate, minutes, .. } = self.plan;
         let Outcome { fed, heard, .. } = &self.outcome;
@@ -124,7 +124,7 @@ impl Report {
                  | --- | ---: | ---: | ---: | ---: |\n";
         for (name, took) in ["1st", "2nd", "3rd", "4th"].into_iter().zip(&heard.took) {
             let rate = took.len() as f64 * 4.0 / self.plan.length.as_secs_f64();
-            // Nothing that is written to a String fails.
+            // Writing to a String can't fail.
             let _ = writeln!(
                 text,
                 "| {name} | {} | {rate:.1} | {} | {} |",
@@ -188,7 +188,7 @@ impl Row {
     fn growth(&self, plan: &Plan) -> Option<f64> {
         let second = self.median(plan, 1, |it| it.resident)?;
         let last = self.median(plan, 3, |it| it.resident)?;
-        // In this order, a growth of a tenth is one of exactly 10.
+        // In this order, a growth of a tenth is exactly 10.
         Some((last as f64 - second as f64) * 100.0 / second as f64)
     }
 }

@@ -1,4 +1,4 @@
-//! That the verdict sees what it is there for, and that the table says so.
+//! Tests that the verdict detects what it must, and that the table shows it.
 
 use std::time::Duration;
 
@@ -34,7 +34,7 @@ fn row(plan: &Plan, name: &str, must_be_flat: bool, quarters: [u64; 4]) -> Row {
     Row { name: name.to_owned(), must_be_flat, samples: samples.collect() }
 }
 
-/// A run of so many minutes in which all went well.
+/// A run of so many minutes without problems.
 fn report(plan: Plan, workers: [u64; 4]) -> Report {
     let fed = plan.transactions();
     let mut heard = Heard { fates: vec![Fate::Committed; fed], ..Heard::default() };
@@ -139,7 +139,7 @@ fn too_short() {
     let plan = Plan::new(59, 200);
     assert!(plan.transactions() / 4 < FILLED_AFTER);
     assert_eq!(problems(&report(plan, [100, 100, 100, 200])), [""; 0]);
-    // Faster, it is full in time.
+    // At a higher rate, it is filled in time.
     assert_eq!(problems(&report(Plan::new(15, 800), [100, 100, 100, 200])).len(), 1);
 }
 

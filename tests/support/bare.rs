@@ -15,7 +15,7 @@ use std::{
 /// How long the broker may take to answer.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// Properties of a message, as they are: nothing is checked.
+/// Properties of a message, unchecked.
 #[derive(Clone, Default, Debug)]
 pub(crate) struct Properties {
     pub(crate) content_type: Option<Vec<u8>>,
@@ -114,7 +114,7 @@ impl Bare {
         let start = [table, short_string(b"PLAIN"), long_string(response.as_bytes())];
         bare.say(0, (10, 11), &[start.concat(), short_string(b"en_US")].concat());
         let tune = bare.expect((10, 30));
-        // As many channels and as large frames as the broker says, and no heartbeats.
+        // As many channels and as large frames as the broker offers, and no heartbeats.
         bare.say(0, (10, 31), &[&tune[..6], &[0, 0]].concat());
         let vhost = short_string(vhost.replace("%2f", "/").as_bytes());
         bare.say(0, (10, 40), &[vhost, vec![0, 0]].concat());
@@ -126,7 +126,7 @@ impl Bare {
         bare
     }
 
-    /// Publishes, and waits until the broker has it in a queue.
+    /// Publishes, and waits until the broker has the message in a queue.
     pub(crate) fn publish(
         &mut self,
         exchange: &str,
@@ -159,7 +159,7 @@ impl Bare {
         self.stream.write_all(&frame).unwrap();
     }
 
-    /// The arguments of the method that comes next, which must be this one.
+    /// The arguments of the next method, which must be this one.
     fn expect(&mut self, (class, method): (u16, u16)) -> Vec<u8> {
         let mut head = [0; 7];
         self.stream.read_exact(&mut head).unwrap();

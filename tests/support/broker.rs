@@ -1,16 +1,15 @@
 //! RabbitMQ for tests: private nodes, and places in a shared one that no two tests share.
 //!
-//! [`place`] is what most tests want: an address and a namespace of the test's own, on a node that
-//! all tests of the target share; it is started when the first test asks. A test that kills or
+//! [`place`] is enough for most tests: an address and a namespace for this test only, on a node
+//! that all tests of the target share; the first test that needs it starts it. A test that kills or
 //! stops a broker starts its own [`Broker`].
 //!
-//! A node lives on free loopback ports with an epmd, a cookie and a directory of its own, and sees
-//! nothing of the environment. It doesn't outlive the test process, however that one ends: a shell
-//! (`broker.sh`) holds the other end of a pipe, and kills the node when the pipe closes.
+//! A node has free loopback ports, its own epmd, cookie and directory, and an empty environment. It
+//! doesn't outlive the test process, in whatever way that ends: a shell (`broker.sh`) holds the
+//! other end of a pipe, and kills the node when the pipe closes.
 //!
-//! * `AMQP_URL`: the shared broker is that one. Tests that stop a broker still start their own.
-//! * `DTC_TEST_RABBITMQ`: the root of a file system whose RabbitMQ is to be run instead of the
-//!   machine's.
+//! * `AMQP_URL`: the shared broker is this one. Tests that stop a broker still start their own.
+//! * `DTC_TEST_RABBITMQ`: the root of a file system whose RabbitMQ is run instead of the machine's.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 #![allow(clippy::print_stdout, reason = "a test tells what it leaves")]
@@ -40,41 +39,43 @@ use tempfile::TempDir;
 
 use crate::lines::Lines;
 
-/// How long a node may take to boot on a machine that is busy.
+/// How long a node may take to boot on a busy machine.
 const BOOT: Duration = Duration::from_secs(120);
 /// How long a node may take to stop.
 const STOP: Duration = Duration::from_secs(60);
-/// How long to leave a broker alone that doesn't serve yet.
+/// How long to wait before trying again a broker that doesn't serve yet.
 const AGAIN_AFTER: Duration = Duration::from_millis(100);
-/// How often a node is started on other ports, because somebody else took them in between.
+/// How often to start a node on other ports, if others took them in between.
 const ATTEMPTS: usize = 3;
-/// How many virtual hosts a node has for tests, made while it boots: each adds some 50 ms to that.
+/// How many virtual hosts a node has for tests, created while it boots: each adds some 50 ms to
+/// that.
 const VHOSTS: usize = 24;
 
 const SERVER: &str = "usr/lib/rabbitmq/bin/rabbitmq-server";
 
-/// Where a test may declare what it likes.
+/// A place where a test may declare what it likes.
 #[derive(Clone, PartialEq, Eq)]
 pub(crate) struct Place {
     /// The broker, with user, password and virtual host.
     pub(crate) url: String,
-    /// What all names of this test's exchanges and queues begin with.
+    /// The first word of the names of this test's exchanges and queues.
     pub(crate) namespace: String,
-    /// Whether the broker goes on after the tests.
+    /// Whether the broker outlives the tests.
     given: bool,
 }
 
 impl Place {
-    /// Sees to it that nothing of this is left when the answer is dropped, also by a failing test.
+    /// Deletes everything of this at the broker when the returned value is dropped, even by a
+    /// failing test.
     ///
-    /// A private node goes with all it has, so it is only at a given broker that something is done.
+    /// A private node is removed with everything in it, so this acts only at a given broker.
     #[must_use]
     pub(crate) fn leaves(&self, queues: Vec<String>, exchanges: Vec<String>) -> Leftovers {
         Leftovers { url: self.given.then(|| self.url.clone()), queues, exchanges }
     }
 }
 
-/// What a test declares at a broker that goes on after it; see [`Place::leaves`].
+/// What a test declares at a broker that outlives it; see [`Place::leaves`].
 pub(crate) struct Leftovers {
     url: Option<String>,
     queues: Vec<String>,
@@ -98,7 +99,7 @@ impl Leftovers {
 impl Drop for Leftovers {
     fn drop(&mut self) {
         let Some(url) = &self.url else { return };
-        // The test may be in a runtime, which can't wait for another one.
+        // The test may be in a runtime, which can't block on another one.
         let removed = thread::scope(|scope| {
             let remove = || {
                 let runtime = tokio::runtime::Runtime::new().expect("threads to be had");
@@ -112,14 +113,14 @@ impl Drop for Leftovers {
     }
 }
 
-/// The password stays out of what a failing test shows.
+/// The password must not be in the output of a failing test.
 impl fmt::Debug for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Place").field("namespace", &self.namespace).finish_non_exhaustive()
     }
 }
 
-/// A place of its own on the shared broker.
+/// A new place on the shared broker.
 pub(crate) fn place() -> Place {
     match shared() {
         Shared::Private(broker) => broker.place(),
@@ -160,15 +161,15 @@ pub(crate) struct Secured<'a> {
     /// Its certificate and key, in PEM.
     pub(crate) certificate: &'a str,
     pub(crate) key: &'a str,
-    /// Whom it trusts, if it lets nobody in without a certificate of theirs. Then a certificate's
-    /// common name may also be a user's name; `shop` is one that has no password.
+    /// The CAs that it trusts, if it requires a client certificate. A certificate's common name may
+    /// then be a user's name; the user `shop` has no password.
     pub(crate) clients_of: Option<&'a str>,
 }
 
 /// A RabbitMQ node that belongs to one test.
 #[derive(Debug)]
 pub(crate) struct Broker {
-    /// Declared first to be dropped first: nothing may write into a directory that goes.
+    /// Declared first to be dropped first: nothing may write into a directory that is removed.
     run: Mutex<Option<Run>>,
     setup: Setup,
     version: String,
@@ -210,19 +211,19 @@ impl Broker {
         format!("amqp://guest:guest@127.0.0.1:{}/{vhost}", self.setup.port)
     }
 
-    /// The port where AMQP is spoken with TLS, by a node that was started so.
+    /// The port for AMQP over TLS, of a node that was started with it.
     pub(crate) fn secure_port(&self) -> u16 {
         self.setup.secure_port
     }
 
-    /// Gives a node that speaks TLS another certificate, from the next connection on.
+    /// Gives a node with TLS another certificate, from the next connection on.
     pub(crate) fn certify(&self, certificate: &str, key: &str) {
         self.setup.write("server.pem", certificate);
         self.setup.write("server-key.pem", key);
         self.control(&["eval", "ssl:clear_pem_cache()."]);
     }
 
-    /// The port where AMQP is spoken.
+    /// The port for AMQP.
     pub(crate) fn port(&self) -> u16 {
         self.setup.port
     }
@@ -243,19 +244,19 @@ impl Broker {
         &self.version
     }
 
-    /// Ends the node at once, like a power cut, and returns when it is gone.
+    /// Kills the node, as a power cut would, and returns when it is gone.
     pub(crate) fn kill(&self) {
         drop(self.running().take().expect("the node runs"));
     }
 
-    /// Ends the node as an operator does, and returns when it is gone.
+    /// Stops the node as an operator does, and returns when it is gone.
     pub(crate) fn terminate(&self) {
         let mut run = self.running().take().expect("the node runs");
         run.say("terminate");
         assert!(run.printed.wait_for_end(STOP), "RabbitMQ doesn't stop:\n{}", run.printed.text());
     }
 
-    /// Starts the node again, with what it kept, where it was; returns when it serves.
+    /// Starts the node again, with its data and ports; returns when it serves.
     pub(crate) fn start_again(&self) {
         let mut running = self.running();
         assert!(running.is_none(), "the node runs");
@@ -265,17 +266,17 @@ impl Broker {
         }
     }
 
-    /// Ends the node as an operator does, and starts it again.
+    /// Stops the node as an operator does, and starts it again.
     pub(crate) fn restart(&self) {
         self.terminate();
         self.start_again();
     }
 
-    /// Waits until these quorum queues, and what is known of streams, would survive a kill.
+    /// Waits until these quorum queues, and the state of streams, would survive a kill.
     ///
-    /// A node finds what a quorum queue holds by a name that it writes to a file half a second after
-    /// it has come to know the last one, or later on a disk that is busy. Killed before that, it
-    /// comes back with the queue and without all that was confirmed.
+    /// A node finds the content of a quorum queue by a name that it writes to a file half a second
+    /// after the last queue was declared, or later on a busy disk. If it is killed before that, it
+    /// comes back with the queue but without the confirmed messages.
     pub(crate) fn until_kept(&self, queues: &[&str]) {
         let node = format!("dtc{}@localhost", self.setup.port);
         let data = self.directory().join("data").join(&node);
@@ -297,7 +298,7 @@ impl Broker {
         panic!("the node does not write down all of {queues:?}: {}", names());
     }
 
-    /// `rabbitmqctl` with these words; what it prints.
+    /// Runs `rabbitmqctl` with these words; returns what it prints.
     pub(crate) fn control(&self, words: &[&str]) -> String {
         let mut command = self.setup.shell();
         let output = command.arg("/usr/lib/rabbitmq/bin/rabbitmqctl").args(words).output().unwrap();
@@ -306,7 +307,7 @@ impl Broker {
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
-    /// The queues and exchanges at this place, those left out that every place has.
+    /// The queues and exchanges at this place, without those that every place has.
     pub(crate) fn declared_at(&self, place: &Place) -> Vec<String> {
         let (_, vhost) = place.url.rsplit_once('/').unwrap();
         let listed = ["list_queues", "list_exchanges"].map(|list| {
@@ -316,7 +317,7 @@ impl Broker {
         names.filter(|it| !it.is_empty() && !it.starts_with("amq.")).map(str::to_owned).collect()
     }
 
-    /// Where the node keeps what it keeps.
+    /// The node's data directory.
     pub(crate) fn directory(&self) -> &Path {
         self.setup.directory.path()
     }
@@ -326,7 +327,7 @@ impl Broker {
     }
 }
 
-/// One life of a node; dropped, it is killed.
+/// One run of a node; dropping it kills it.
 #[derive(Debug)]
 struct Run {
     shell: Child,
@@ -335,10 +336,10 @@ struct Run {
 }
 
 impl Run {
-    /// Starts the node and waits until it serves; the version it greets with, or what it printed.
+    /// Starts the node and waits until it serves; returns its version, or what it printed.
     fn start(setup: &Setup) -> Result<(Self, String), String> {
         let run = Self::spawn(setup);
-        // It says so when its last step is done; it listens some steps earlier.
+        // It prints this after its last step; it listens some steps earlier.
         if run.printed.wait_for("completed with", BOOT).is_none() {
             return Err(format!("{}\n{}", run.printed.text(), setup.log()));
         }
@@ -362,7 +363,7 @@ impl Run {
     }
 
     fn say(&mut self, word: &str) {
-        // A shell that has gone took the node with it.
+        // If the shell has ended, it has ended the node too.
         drop(writeln!(self.commands, "{word}"));
     }
 }
@@ -375,7 +376,7 @@ impl Drop for Run {
     }
 }
 
-/// What stays the same over the lives of a node.
+/// What stays the same over the runs of a node.
 #[derive(Debug)]
 struct Setup {
     directory: TempDir,
@@ -460,7 +461,7 @@ impl Setup {
             .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/broker.sh"))
             .arg(self.directory.path())
             .arg(self.root.as_deref().unwrap_or_else(|| Path::new("")))
-            // Ctrl-C must not end it: it is there to end the node.
+            // Ctrl-C must not end it: its task is to end the node.
             .process_group(0)
             .env_clear()
             .envs(self.environment());
@@ -495,9 +496,9 @@ impl Setup {
             ("RABBITMQ_ENABLED_PLUGINS_FILE", inside("enabled_plugins")),
             ("RABBITMQ_GENERATED_CONFIG_DIR", inside("generated")),
             ("RABBITMQ_PID_FILE", inside("pid")),
-            // Without a shell in between, so that the process started is the node itself.
+            // Without a shell in between, so that the started process is the node itself.
             ("RUNNING_UNDER_SYSTEMD", "true".to_owned()),
-            // It has the machine to share with what it is tested with: no spinning, few threads.
+            // It shares the machine with the tests: no busy-waiting, few threads.
             (
                 "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS",
                 "+sbwt none +sbwtdcpu none +sbwtdio none".to_owned(),
@@ -519,8 +520,8 @@ fn vhost(number: usize) -> String {
     format!("v{number:02}")
 }
 
-/// The virtual hosts, and the usual guest, who may do everything there; `shop` may too, if it is to
-/// be there, but has no password.
+/// The virtual hosts, and the users: `guest`, with all permissions; and `shop`, if it is wanted,
+/// with all permissions and no password.
 fn definitions(has_shop: bool) -> String {
     let names = || (0..VHOSTS).map(vhost).chain(["/".to_owned()]);
     let vhosts: Vec<_> = names().map(|name| format!(r#"{{"name":"{name}"}}"#)).collect();
@@ -548,8 +549,8 @@ fn definitions(has_shop: bool) -> String {
 
 /// Ports that nobody listens on.
 ///
-/// They come from below the range that the kernel gives to clients: a client that tries again and
-/// again to reach a stopped node would sooner or later be given the node's own port, and find itself.
+/// They are below the range that the kernel gives to clients: a client that keeps trying to reach a
+/// stopped node would sooner or later get the node's own port, and connect to itself.
 fn free_ports() -> [u16; 4] {
     let range = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
     let end = range.split_whitespace().next().and_then(|start| start.parse().ok());
@@ -568,7 +569,7 @@ fn greeted(stream: io::Result<TcpStream>) -> io::Result<String> {
     let mut stream = stream?;
     stream.set_read_timeout(Some(Duration::from_secs(30)))?;
     stream.write_all(b"AMQP\x00\x00\x09\x01")?;
-    // Type, channel, and how long the rest is.
+    // Type, channel, and the length of the rest.
     let mut head = [0; 7];
     stream.read_exact(&mut head)?;
     let length = u32::from_be_bytes([head[3], head[4], head[5], head[6]]);
@@ -584,12 +585,13 @@ fn greeted(stream: io::Result<TcpStream>) -> io::Result<String> {
     version.ok_or_else(|| io::Error::other("it greets without a version"))
 }
 
-/// Does `work` on a connection and a channel with confirms, and again on others when it fails: what
-/// it comes to in the end.
+/// Runs `work` on a connection and a channel with confirms, and again on new ones if it fails;
+/// returns its last result.
 ///
-/// A node that comes back lets in before its streams have writers. Who consumes one in that moment
-/// asks the writer of the node's former life, and loses the connection (`INTERNAL_ERROR`, with
-/// RabbitMQ 4.3), or is told that there is none: who comes again, as all clients of ours do, is served.
+/// A node that restarts accepts connections before its streams have writers. A consumer of one in
+/// that moment asks the writer of the node's former run, and loses the connection
+/// (`INTERNAL_ERROR`, with RabbitMQ 4.3), or gets "not found"; it succeeds if it tries again, as
+/// all our clients do.
 pub(crate) async fn until_served<T>(
     url: &str,
     work: impl AsyncFn(Connection, Channel) -> lapin::Result<T>,

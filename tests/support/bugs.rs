@@ -1,8 +1,8 @@
-//! Protocol bugs, chosen at run time, as wrappers round the unmodified cores: they show that the
+//! Protocol bugs, chosen at run time, as wrappers around the unmodified cores: they show that the
 //! checks of the model and of the simulator can fail.
 //!
-//! A bug changes events on their way in or effects on their way out, and may remember a little. It
-//! never reaches into a core. Without a bug a wrapper passes everything through.
+//! A bug changes events on their way in or effects on their way out, and may keep a little state.
+//! It never changes a core. Without a bug a wrapper passes everything through.
 
 #![allow(
     clippy::wildcard_enum_match_arm,
@@ -26,7 +26,7 @@ use dtc::protocol::{
     time::Time,
 };
 
-/// One way to get the protocol wrong.
+/// A protocol bug.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub(crate) enum Bug {
     /// A worker acks the request when it sends the result, not when the result is confirmed.
@@ -39,15 +39,15 @@ pub(crate) enum Bug {
     PublishWithProposal,
     /// A worker tells the producer what it proposed last, not what it read back.
     AnswerWithOwnProposal,
-    /// A worker goes by the last record of a transaction instead of the first.
+    /// A worker uses the last record of a transaction instead of the first.
     LastRecordWins,
     /// A worker proposes to commit without naming a branch.
     CommitWithoutBranches,
-    /// A worker proposes to commit when the deadline passes without a no.
+    /// A worker proposes to commit when the deadline passes without a refusal.
     MissingVoteIsYes,
     /// A worker takes a refusal for a service that has nothing to commit.
     RefusalIsReadOnly,
-    /// A worker gives a commit that failed up by aborting it.
+    /// A worker gives up a commit that failed by aborting it.
     AbortAfterFailedCommit,
     /// A worker that starts reads the journal from its end and claims to have read it all.
     AttachAtNext,
@@ -57,10 +57,10 @@ pub(crate) enum Bug {
     SkipAfterReconnect,
     /// A worker counts an offset for each record, though a message is one offset.
     OffsetPerRecord,
-    /// A worker takes for absent whatever is out of its sight: also what it has a digest of.
+    /// A worker treats everything outside its view as absent, even what it has a digest of.
     NeverLookBack,
-    /// A worker that looks further back leaves out the last message before what it vouches for: one
-    /// that is forgotten in part.
+    /// A worker that looks further back leaves out the last message before its view: one that is
+    /// forgotten in part.
     LookTooShort,
     /// A worker answers an inquiry with an abort, without asking the journal.
     PresumeAbort,
@@ -68,7 +68,7 @@ pub(crate) enum Bug {
     VoteForOtherContent,
     /// A worker that doesn't read its proposal back never proposes again.
     ProposeOnce,
-    /// A worker that commits after all what may be parked settles it only if it was left the command.
+    /// A worker that commits what may be parked settles it only if it got the parked command.
     SettleOnlyWhatIsQueued,
     /// A worker parks a commit without leaving the command in the service's durable queue.
     ForgetParkedCommand,
@@ -76,19 +76,19 @@ pub(crate) enum Bug {
     VoteWithoutStoring,
     /// An instance commits whatever it holds, whichever branch the commit names.
     CommitWhateverIsHeld,
-    /// An instance forgets what it has finished, refused or been told to cancel.
+    /// An instance forgets what it has finished, refused or got a cancel for.
     DropTombstone,
     /// A cancel makes an instance undo what it has prepared.
     CancelUndoesPrepared,
     /// An instance frees the slot when it votes.
     FreeSlotAtVote,
-    /// An instance that has heard nothing for long aborts instead of asking.
+    /// An instance without an outcome for long aborts instead of inquiring.
     DecideAlone,
-    /// An instance never asks what became of what it holds.
+    /// An instance never inquires about what it holds.
     NeverInquire,
     /// An instance that votes again names another branch.
     FreshBranchInEveryVote,
-    /// An instance never looks for what its store holds from before.
+    /// An instance never searches its store for earlier branches.
     NeverScanStore,
 }
 
@@ -138,13 +138,13 @@ pub(crate) struct Worker {
     skipped: u64,
     /// How far the core's offsets are ahead of the journal's; wraps.
     surplus: u64,
-    /// What the requests under way ask for.
+    /// The requests in progress.
     requests: BTreeMap<TransactionKey, (RequestHash, BTreeSet<Delivery>)>,
     proposed: BTreeMap<TransactionKey, Outcome>,
     latest: BTreeMap<TransactionKey, Decision>,
     votes: BTreeMap<TransactionKey, BTreeMap<ServiceName, Branch>>,
     history: Vec<Arc<Decision>>,
-    /// Whether the event at hand is the done of a parked command.
+    /// Whether the present event is the done of a parked command.
     is_queued: bool,
 }
 
@@ -171,10 +171,11 @@ impl Worker {
         &self.core
     }
 
-    /// The offset at which the transport lets it begin to read, at its start or after a break,
+    /// The offset at which the transport starts to read for it, at its start or after a break,
     /// where `wanted` would be right and the journal ends before `end`.
     ///
-    /// A world that doesn't ask can't show [`Bug::AttachAtNext`] and [`Bug::SkipAfterReconnect`].
+    /// A world that doesn't call this can't show [`Bug::AttachAtNext`] and
+    /// [`Bug::SkipAfterReconnect`].
     pub(crate) fn reads_from(&mut self, wanted: u64, end: u64) -> u64 {
         let wanted = wanted + self.skipped;
         self.surplus = 0;
@@ -288,8 +289,8 @@ impl Worker {
         }
     }
 
-    /// Remembers what the bug will need: a worker without that bug stays free of it, so that the
-    /// model sees equal states as equal.
+    /// Keeps what the bug will need: a worker without that bug keeps nothing, so that the model
+    /// sees equal states as equal.
     fn take_note(&mut self, bug: Bug, event: &coordinator::Event) {
         use coordinator::Event;
         match (bug, event) {
@@ -419,7 +420,7 @@ impl Worker {
     }
 }
 
-/// Stands for the offset that a record sent but not read back would have.
+/// Stands for the offset of a record that was sent but not read back.
 const SENT: u64 = u64::MAX;
 
 fn answer(decision: &Decision) -> Answer {
@@ -442,7 +443,7 @@ fn abort(key: TransactionKey, branch: Branch) -> Finish {
 pub(crate) struct Member {
     core: Instance,
     bug: Option<Bug>,
-    /// What it has voted prepared, and to whom.
+    /// The branches that it has voted prepared, and the workers.
     held: BTreeMap<TransactionKey, (Branch, WorkerId)>,
     slots: BTreeMap<TransactionKey, Delivery>,
     freed: BTreeSet<Delivery>,
@@ -453,7 +454,7 @@ impl Member {
     pub(crate) fn new(now: Time, mut settings: participant::Settings, bug: Option<Bug>) -> Self {
         match bug {
             Some(Bug::DropTombstone) => settings.remembered_max = 0,
-            // Otherwise the core would keep the cap by itself.
+            // Otherwise the core would enforce the cap by itself.
             Some(Bug::FreeSlotAtVote) => settings.max_concurrency = 1_000_000,
             _ => {}
         }
@@ -566,7 +567,7 @@ impl Member {
                 }
             }
             (Bug::DecideAlone, Effect::Inquire(inquiry)) => {
-                // Whom it tells doesn't matter.
+                // The worker doesn't matter.
                 if let Some((_, worker)) = self.held.get(&inquiry.key) {
                     let worker = worker.clone();
                     let finish = abort(inquiry.key, inquiry.branch);

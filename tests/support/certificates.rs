@@ -1,4 +1,4 @@
-//! Certificates for tests: authorities of their own, and what these sign.
+//! Certificates for tests: new CAs, and certificates that they sign.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
@@ -31,7 +31,7 @@ impl Authority {
         Self { issuer: Issuer::new(params, key), own }
     }
 
-    /// What is trusted by whoever trusts it, in PEM.
+    /// The certificate to trust, in PEM.
     pub(crate) fn certificate(&self) -> &str {
         &self.own.certificate
     }

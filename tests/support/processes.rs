@@ -1,7 +1,7 @@
 //! The `dtc` binary as the processes of a system: workers, services, producers.
 //!
-//! A [`Process`] is killed when it is dropped, and then shows what it printed if its test has
-//! failed. Waiting is woken by what is printed, and always has a limit.
+//! A [`Process`] is killed when it is dropped, and then prints its output if its test has failed.
+//! Waits are woken by output, and always have a limit.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 #![allow(clippy::print_stdout, reason = "a test that fails shows what its processes printed")]
@@ -25,34 +25,34 @@ use tempfile::TempDir;
 
 use crate::{broker::Place, lines::Lines};
 
-/// How long a process may take to do what it should do in a moment, on a busy machine.
+/// How long a process may take for something that should be immediate, on a busy machine.
 pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 
-/// What a process says when it serves.
+/// What a process logs when it serves.
 const READY: &str = "ready";
 
-/// One system: a place at the broker, a directory for its files, and the processes it starts.
+/// One system: a place at the broker, a directory for its files, and its processes.
 #[derive(Debug)]
 pub(crate) struct World {
     pub(crate) place: Place,
-    /// Variables that every process here is given.
+    /// Variables that every process here gets.
     pub(crate) variables: Vec<(&'static str, String)>,
     directory: TempDir,
 }
 
 impl World {
-    /// A system at `place`, with nothing declared there yet.
+    /// A system at `place`, with nothing declared yet.
     pub(crate) fn at(place: Place) -> Self {
         let directory = tempfile::Builder::new().prefix("dtc-world-").tempdir().unwrap();
         Self { place, variables: Vec::new(), directory }
     }
 
-    /// A path in the world's own directory.
+    /// A path in the world's directory.
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }
 
-    /// Writes a file into the world's own directory, and tells where.
+    /// Writes a file into the world's directory, and returns its path.
     pub(crate) fn file(&self, name: &str, content: &Value) -> PathBuf {
         let path = self.path(name);
         fs::write(&path, content.to_string()).unwrap();
@@ -75,8 +75,7 @@ impl World {
         process
     }
 
-    /// An instance of `dtc service`, serving; with a `state`, the instances that share it are one
-    /// service.
+    /// An instance of `dtc service`, serving; instances with the same `state` are one service.
     pub(crate) fn service(&self, services: &Path, name: &str, state: Option<&Path>) -> Process {
         let mut command = self.dtc(&["service"]);
         command.arg("--services").arg(services).args(["--name", name]);
@@ -88,25 +87,25 @@ impl World {
         process
     }
 
-    /// `dtc submit` of what the file holds, with further flags such as `--wait`.
+    /// `dtc submit` of a file, with further flags such as `--wait`.
     pub(crate) fn submit(&self, transactions: &Path, flags: &[&str]) -> Process {
         Process::start("submit", self.dtc(&["submit"]).arg(transactions).args(flags))
     }
 
-    /// `dtc submit -`, given `transactions`.
+    /// `dtc submit -`, with `transactions` on its stdin.
     pub(crate) fn submit_given(&self, transactions: &Value, flags: &[&str]) -> Process {
         let mut command = self.dtc(&["submit", "-"]);
         Process::start_given("submit", command.args(flags), transactions.to_string())
     }
 
-    /// `dtc` with these words, and where the broker is; for commands that have no method here.
+    /// `dtc` with these words and the broker's address; for commands that have no method here.
     pub(crate) fn dtc(&self, words: &[&str]) -> Command {
         let mut command = self.dtc_at_broker(words);
         command.args(["--namespace", &self.place.namespace]);
         command
     }
 
-    /// The same for one that has a namespace of its own.
+    /// The same for a command with its own namespace.
     pub(crate) fn dtc_at_broker(&self, words: &[&str]) -> Command {
         let mut command = dtc();
         command.args(words).args(["--broker", &self.place.url]);
@@ -116,14 +115,14 @@ impl World {
     }
 }
 
-/// The binary, in an environment in which nothing is set that it would listen to.
+/// The binary, in an environment without any variable that it reads.
 fn dtc() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_dtc"));
     command.env_clear().env("PATH", "/usr/bin:/bin").env("DTC_LOG", "info");
     command
 }
 
-/// A process of the binary, and what it printed.
+/// A process of the binary, and its output.
 #[derive(Debug)]
 pub(crate) struct Process {
     name: String,
@@ -133,7 +132,7 @@ pub(crate) struct Process {
 }
 
 impl Process {
-    /// Starts `command`; `name` is what it is called when it shows what it printed.
+    /// Starts `command`; `name` is its name in printed output.
     pub(crate) fn start(name: &str, command: &mut Command) -> Self {
         command.stdin(Stdio::null());
         Self::spawn(name, command)
@@ -144,7 +143,7 @@ impl Process {
         command.stdin(Stdio::piped());
         let mut process = Self::spawn(name, command);
         let mut stdin = process.child.stdin.take().unwrap();
-        // A process that has read enough closes the pipe: that is its right.
+        // A process that has read enough may close the pipe.
         thread::spawn(move || drop(stdin.write_all(input.as_bytes())));
         process
     }
@@ -168,7 +167,7 @@ impl Process {
         self.child.id()
     }
 
-    /// The first line on stderr that contains `pattern`, whether it was printed before or comes now.
+    /// The first line on stderr that contains `pattern`, printed before or from now on.
     #[track_caller]
     pub(crate) fn wait_for_line(&self, pattern: &str, limit: Duration) -> String {
         let line = self.stderr.wait_for(pattern, limit);
@@ -191,14 +190,14 @@ impl Process {
         assert_eq!(status.code(), Some(code), "{}: {status}", self.name);
     }
 
-    /// Asserts that it ends well, and tells what it printed on stdout.
+    /// Asserts that it succeeds, and returns its stdout.
     #[track_caller]
     pub(crate) fn succeeded(mut self, limit: Duration) -> Vec<String> {
         self.exited(0, limit);
         self.stdout.all()
     }
 
-    /// Ends it at once, like a power cut; returns when it is gone.
+    /// Kills it, as a power cut would; returns when it is gone.
     pub(crate) fn kill9(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
@@ -214,7 +213,7 @@ impl Process {
         self.signal(Signal::SIGCONT);
     }
 
-    /// Asks it to end, as an operator does.
+    /// Sends SIGTERM, as an operator does.
     pub(crate) fn terminate(&self) {
         self.signal(Signal::SIGTERM);
     }
@@ -231,14 +230,15 @@ impl Process {
         line.trim().trim_end_matches(" kB").trim().parse::<u64>().unwrap() * 1024
     }
 
-    /// How long it has computed, in itself and in the kernel.
+    /// Its CPU time, in user and kernel mode.
     pub(crate) fn computed(&self) -> Duration {
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.id())).unwrap();
-        // The name, in parentheses, may hold anything; utime and stime are the 14th and 15th field.
+        // The name, in parentheses, may contain anything; utime and stime are the 14th and 15th
+        // field.
         let (_, fields) = stat.rsplit_once(')').unwrap();
         let ticks = fields.split_whitespace().skip(11).take(2);
         let ticks: u64 = ticks.map(|field| field.parse::<u64>().unwrap()).sum();
-        // Linux tells these in hundredths of a second, whatever it counts in itself.
+        // Linux reports these in hundredths of a second, whatever it counts internally.
         Duration::from_millis(ticks * 10)
     }
 }

@@ -1,13 +1,13 @@
-//! A way to the broker that knows the frames of AMQP 0-9-1, and stops those that a test names.
+//! A proxy to the broker that understands AMQP 0-9-1 frames, and stops those that a test chooses.
 //!
-//! A [`Proxy`] listens on a loopback port and leads to a broker. It reads whole frames in both
-//! directions, remembers what each channel publishes to and consumes from, and asks its rules about
-//! each frame. A rule says which frames ([`Frames`]), of which connections ([`Reach`]), how many, and
-//! what happens to them ([`Deed`]). Its [`Tap`] counts them, so a test waits for "a confirm was
+//! A [`Proxy`] listens on a loopback port and connects to a broker. It reads whole frames in both
+//! directions, remembers what each channel publishes to and consumes from, and applies its rules to
+//! each frame. A rule chooses frames ([`Frames`]), connections ([`Reach`]) and a number, and what
+//! happens to them ([`Deed`]). Its [`Tap`] counts them, so that a test waits for "a confirm was
 //! swallowed" instead of sleeping.
 //!
-//! Connections are told apart by the `connection_name` that clients of ours give, such as
-//! `dtc worker w1 (publish)`.
+//! Connections are distinguished by the `connection_name` that our clients set, such as `dtc worker
+//! w1 (publish)`.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 #![allow(dead_code, reason = "each target uses a part of it")]
@@ -51,16 +51,17 @@ const REJECT: Method = (60, 90);
 const NACK: Method = (60, 120);
 pub(crate) const CONFIRM_SELECT_OK: Method = (85, 11);
 
-/// How often the broker is shown that a severed connection is alive: far more often than it must be.
+/// How often the proxy shows the broker that a severed connection is alive: far more often than
+/// needed.
 const KEEP_ALIVE: Duration = Duration::from_secs(2);
 
-/// How long a confirm waits for others, where they are to be confirmed by one frame.
+/// How long a confirm waits for others to be confirmed by one frame.
 const GATHER: Duration = Duration::from_millis(30);
 
-/// How long something may take that should have happened long ago.
+/// How long something may take that should happen at once.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// Who sends a frame.
+/// The sender of a frame.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub(crate) enum Side {
     Client,
@@ -69,14 +70,14 @@ pub(crate) enum Side {
 
 #[derive(Clone, Debug)]
 enum Kinds {
-    /// These methods, with the content that follows them.
+    /// These methods, with their content.
     Methods(Vec<Method>),
     Heartbeats,
-    /// Whatever there is.
+    /// Every frame.
     All,
 }
 
-/// Which frames.
+/// The frames of a rule.
 #[derive(Clone, Debug)]
 pub(crate) struct Frames {
     from: Side,
@@ -110,7 +111,7 @@ impl Frames {
         Self::methods(Side::Broker, &[method])
     }
 
-    /// What clients ask for, of one kind, such as [`CONSUME`].
+    /// Clients' requests of one kind, such as [`CONSUME`].
     pub(crate) fn questions(method: Method) -> Self {
         Self::methods(Side::Client, &[method])
     }
@@ -120,7 +121,7 @@ impl Frames {
         Self::methods(Side::Client, &[PUBLISH])
     }
 
-    /// By what clients settle deliveries.
+    /// Acknowledgements of clients.
     pub(crate) fn acks() -> Self {
         Self::methods(Side::Client, &[ACK, REJECT, NACK])
     }
@@ -140,23 +141,23 @@ impl Frames {
         Self { connection: name.to_owned(), ..self }
     }
 
-    /// Only what is about a queue or an exchange and key whose name begins so: deliveries and
-    /// acknowledgements by the queue that is consumed, questions and answers by the one that was
-    /// asked for, publishes by `exchange/key` (by the queue's name alone through the default
-    /// exchange), and confirms by what their channel publishes to.
+    /// Only frames about a queue, or an exchange and key, whose name begins like this: deliveries
+    /// and acknowledgements by the consumed queue, requests and answers by their queue, publishes
+    /// by `exchange/key` (by the queue's name alone through the default exchange), and confirms by
+    /// what their channel publishes to.
     pub(crate) fn about(self, name: &str) -> Self {
         Self { about: name.to_owned(), ..self }
     }
 }
 
-/// Which connections a rule is for.
+/// The connections of a rule.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Reach {
-    /// Those that there are when it is set.
+    /// Those that exist when it is set.
     Existing,
-    /// The channels that there are when it is set, on those that there are.
+    /// The channels that exist when it is set, on existing connections.
     Channels,
-    /// The one on which such a frame comes first.
+    /// The one on which such a frame appears first.
     First,
     All,
 }
@@ -164,25 +165,25 @@ pub(crate) enum Reach {
 /// What happens to a frame.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Deed {
-    /// It goes on, counted.
+    /// It is passed on, and counted.
     Count,
-    /// It goes no further.
+    /// It is dropped.
     Swallow,
-    /// The client's question is answered by the end of its channel: there is no such queue.
+    /// The client's request is answered by closing its channel: the queue doesn't exist.
     NotFound,
-    /// Confirms are held for a moment, and then said by one frame, as a broker may.
+    /// Confirms are delayed for a moment, and then combined in one frame, as a broker may do.
     Gather,
 }
 
 struct Rule {
     frames: Frames,
     reach: Reach,
-    /// Connections from this number on are not meant; of [`Reach::First`], all but this one.
+    /// Connections from this number on are excluded; with [`Reach::First`], all but this one.
     boundary: Option<u64>,
-    /// Of [`Reach::Channels`], the channels that are meant.
+    /// With [`Reach::Channels`], the chosen channels.
     channels: BTreeSet<(u64, u16)>,
     deed: Deed,
-    /// How many more frames it is for.
+    /// How many more frames it applies to.
     left: u64,
     count: u64,
 }
@@ -198,7 +199,7 @@ impl Rule {
     }
 }
 
-/// A rule that is set.
+/// An active rule.
 #[derive(Clone)]
 pub(crate) struct Tap {
     number: u64,
@@ -206,24 +207,24 @@ pub(crate) struct Tap {
 }
 
 impl Tap {
-    /// How many frames it was for so far; content is not counted apart from its method.
+    /// How many frames it has applied to so far; content counts with its method.
     pub(crate) fn count(&self) -> u64 {
         self.shared.state().rules.get(&self.number).map_or(0, |rule| rule.count)
     }
 
-    /// Waits until it was for so many frames.
+    /// Waits until it has applied to so many frames.
     #[track_caller]
     pub(crate) fn wait_for(&self, count: u64) {
         assert!(self.has_come(count, LIMIT), "{} of {count} frames in {LIMIT:?}", self.count());
     }
 
-    /// Whether it was for so many frames within `limit`.
+    /// Whether it has applied to so many frames within `limit`.
     pub(crate) fn has_come(&self, count: u64, limit: Duration) -> bool {
         let number = self.number;
         self.shared.until(limit, |state| state.rules[&number].count >= count)
     }
 
-    /// Frames pass again.
+    /// Ends the rule.
     pub(crate) fn lift(&self) {
         self.shared.state().rules.get_mut(&self.number).unwrap().left = 0;
     }
@@ -236,7 +237,7 @@ pub(crate) struct Proxy {
 }
 
 impl Proxy {
-    /// A way to the broker at `url`.
+    /// A proxy to the broker at `url`.
     pub(crate) fn to(url: &str) -> Self {
         let broker = port_of(url);
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
@@ -249,7 +250,7 @@ impl Proxy {
                     break;
                 }
                 let Ok(client) = client else { continue };
-                // A broker that is not there is for the client to hear of.
+                // If the broker is not there, the client sees that.
                 if let Ok(broker) = TcpStream::connect((Ipv4Addr::LOCALHOST, broker)) {
                     connect(&accepting, client, broker).unwrap();
                 }
@@ -262,14 +263,14 @@ impl Proxy {
         Self { port, shared }
     }
 
-    /// The same address by this way.
+    /// The same address through the proxy.
     pub(crate) fn url(&self, url: &str) -> String {
         let (before, host_and_path) = url.rsplit_once('@').unwrap();
         let (_, path) = host_and_path.split_once('/').unwrap();
         format!("{before}@127.0.0.1:{}/{path}", self.port)
     }
 
-    /// From now on these frames are treated so.
+    /// Sets a rule for these frames.
     pub(crate) fn rule(&self, frames: Frames, reach: Reach, deed: Deed) -> Tap {
         self.rule_for(u64::MAX, frames, reach, deed)
     }
@@ -289,26 +290,26 @@ impl Proxy {
         Tap { number, shared: Arc::clone(&self.shared) }
     }
 
-    /// These frames are swallowed on the connections that there are.
+    /// Drops these frames on existing connections.
     pub(crate) fn stop(&self, frames: Frames) -> Tap {
         self.rule(frames, Reach::Existing, Deed::Swallow)
     }
 
-    /// The same on the channels that there are.
+    /// Drops these frames on existing channels.
     pub(crate) fn stop_channels(&self, frames: Frames) -> Tap {
         self.rule(frames, Reach::Channels, Deed::Swallow)
     }
 
     /// The connections with `name` in their name fall silent in both directions, and neither end
-    /// hears of the other's end. The broker is shown that the client is alive.
+    /// sees the other's end. The proxy shows the broker that the client is alive.
     pub(crate) fn black_hole(&self, name: &str) {
         for connection in self.shared.state().connections_named(name) {
             connection.is_hole = true;
         }
     }
 
-    /// The connections with `name` in their name end for their clients, and not for the broker,
-    /// which is shown that the client is alive.
+    /// The connections with `name` in their name end for their clients, and not for the broker, to
+    /// which the proxy shows that the client is alive.
     pub(crate) fn sever(&self, name: &str) {
         self.black_hole(name);
         for connection in self.shared.state().connections_named(name) {
@@ -323,7 +324,7 @@ impl Proxy {
         }
     }
 
-    /// How many connections there have been with `name` in their name.
+    /// How many connections with `name` in their name there have been.
     pub(crate) fn connections(&self, name: &str) -> usize {
         self.shared.state().connections_named(name).count()
     }
@@ -335,14 +336,14 @@ impl Proxy {
         assert!(self.shared.until(LIMIT, have_come), "{} are there", self.connections(name));
     }
 
-    /// What was published to, on connections with `name` in their name: `exchange/key`.
+    /// The destinations of publishes on connections with `name` in their name: `exchange/key`.
     pub(crate) fn targets(&self, name: &str) -> BTreeSet<String> {
         let mut state = self.shared.state();
         let channels = state.connections_named(name).flat_map(|it| it.channels.values());
         channels.flat_map(|it| it.targets.iter().cloned()).collect()
     }
 
-    /// The highest number that a channel of a connection with `name` in its name has had.
+    /// The highest channel number that a connection with `name` in its name has used.
     pub(crate) fn highest_channel(&self, name: &str) -> u16 {
         let mut state = self.shared.state();
         let highest = state.connections_named(name).filter_map(|it| it.channels.keys().next_back());
@@ -357,7 +358,7 @@ impl Drop for Proxy {
         state.connections.values_mut().for_each(Connection::end);
         drop(state);
         self.shared.changed.notify_all();
-        // It looks up when somebody comes.
+        // This wakes it.
         drop(TcpStream::connect((Ipv4Addr::LOCALHOST, self.port)));
     }
 }
@@ -393,7 +394,7 @@ struct State {
 #[derive(Clone)]
 struct End {
     writer: Arc<Mutex<BufWriter<TcpStream>>>,
-    /// The same, for those who can't wait for a writer.
+    /// The same, for shutting it down without waiting for a writer.
     stream: Arc<TcpStream>,
 }
 
@@ -413,7 +414,7 @@ impl End {
         if is_last { writer.flush() } else { Ok(()) }
     }
 
-    /// Writes a frame of the proxy's own. An end that is gone needs none.
+    /// Writes one of the proxy's own frames. If the end is gone, it needs none.
     fn say(&self, frame: &Frame) {
         let _ = self.write(&frame.bytes(), true);
     }
@@ -428,7 +429,7 @@ struct Connection {
     client: End,
     broker: End,
     channels: BTreeMap<u16, Channel>,
-    /// Nothing goes through, and nothing is told of the ends.
+    /// Nothing passes through, and neither end sees the other's end.
     is_hole: bool,
 }
 
@@ -441,28 +442,28 @@ impl Connection {
 
 #[derive(Default)]
 struct Channel {
-    /// What was published to.
+    /// The destinations of its publishes.
     targets: BTreeSet<String>,
     /// The queues that are consumed, by consumer tag.
     consumed: BTreeMap<String, String>,
     /// The queues whose consumers have no tag yet.
     consuming: VecDeque<String>,
-    /// The queue that was asked for last.
+    /// The queue of the last request.
     asked: String,
-    /// What becomes of the content on its way, of each side.
+    /// What happens to the content in transit, for each side.
     content: BTreeMap<Side, bool>,
     /// How many `channel.close-ok` of each side are answers to the proxy.
     own_closes: BTreeMap<Side, u32>,
-    /// Confirms that are held, and up to which all were said.
+    /// Confirms that are held back, and up to which tag all were sent.
     gathered: BTreeSet<u64>,
     confirmed: u64,
 }
 
-/// What becomes of a frame.
+/// What happens to a frame.
 enum Fate {
     Pass,
     Swallow,
-    /// It is swallowed, and both ends are told of the end of its channel.
+    /// It is dropped, and both ends see their channel closed.
     CloseChannel(Frame, Frame),
 }
 
@@ -477,7 +478,7 @@ impl Shared {
         !waited.1.timed_out()
     }
 
-    /// Shows the broker that clients are alive who can't do so themselves.
+    /// Shows the broker that clients are alive which can't show it themselves.
     fn keep_alive(&self) {
         while !self.until(KEEP_ALIVE, |state| state.is_over) {
             let holes: Vec<_> = {
@@ -582,7 +583,7 @@ impl State {
 }
 
 impl Channel {
-    /// Remembers what a method says of the channel, and tells what it is about.
+    /// Remembers what a method shows about the channel, and returns what it is about.
     fn heard(&mut self, from: Side, method: Method, arguments: &[u8]) -> Vec<String> {
         let mut read = Arguments(arguments);
         match (from, method) {
@@ -626,7 +627,7 @@ impl Channel {
         }
     }
 
-    /// Holds a confirm; not one that says no.
+    /// Holds back a confirm; not a negative one.
     fn gather(&mut self, frame: &Frame) -> bool {
         if frame.method() != Some(ACK) {
             return false;
@@ -638,7 +639,7 @@ impl Channel {
         true
     }
 
-    /// One frame that says all that was held.
+    /// One frame for all confirms held back.
     fn confirm_of_all(&mut self, channel: u16) -> Option<Frame> {
         let before = self.confirmed;
         while self.gathered.remove(&(self.confirmed + 1)) {
@@ -671,7 +672,7 @@ fn method((class, method): Method) -> Vec<u8> {
     [class.to_be_bytes(), method.to_be_bytes()].concat()
 }
 
-/// The arguments of a method, as far as they are of interest.
+/// The relevant arguments of a method.
 struct Arguments<'a>(&'a [u8]);
 
 impl Arguments<'_> {
@@ -688,7 +689,7 @@ impl Arguments<'_> {
     }
 }
 
-/// What a client calls its connection, in its `connection.start-ok`.
+/// The client's name for its connection, in its `connection.start-ok`.
 fn name_in(payload: &[u8]) -> String {
     let key = b"\x0fconnection_nameS";
     let at = payload.windows(key.len()).position(|window| window == key);
@@ -736,7 +737,7 @@ impl Frame {
     }
 }
 
-/// Leads a client to the broker.
+/// Connects a client to the broker.
 fn connect(shared: &Arc<Shared>, client: TcpStream, broker: TcpStream) -> io::Result<()> {
     client.set_nodelay(true)?;
     broker.set_nodelay(true)?;
@@ -759,7 +760,7 @@ fn connect(shared: &Arc<Shared>, client: TcpStream, broker: TcpStream) -> io::Re
     let broker = to_broker.clone();
     let client = to_client.clone();
     thread::spawn(move || {
-        // What a client says first is no frame.
+        // The protocol header, which is no frame.
         let mut greeting = [0; 8];
         let greeted = from_client.read_exact(&mut greeting);
         if greeted.and_then(|()| broker.write(&greeting, true)).is_ok() {
@@ -775,7 +776,7 @@ fn connect(shared: &Arc<Shared>, client: TcpStream, broker: TcpStream) -> io::Re
     Ok(())
 }
 
-/// One end is gone: the other hears of it, unless nothing goes through.
+/// One end is gone: the other sees that, unless nothing passes through.
 fn ended(shared: &Shared, number: u64, other: &End) {
     let is_hole = shared.state().connections.get(&number).is_some_and(|it| it.is_hole);
     if !is_hole {
@@ -783,7 +784,7 @@ fn ended(shared: &Shared, number: u64, other: &End) {
     }
 }
 
-/// Hands on what comes from one side, until that ends.
+/// Passes on frames from one side, until that ends.
 fn hand_on(shared: &Shared, number: u64, from: Side, stream: TcpStream, ends: [&End; 2]) {
     let [client, broker] = ends;
     let other = if from == Side::Client { broker } else { client };

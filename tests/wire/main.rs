@@ -1,5 +1,5 @@
-//! The files of `dtc run`, read as their reader meets them: any bytes, any good file, and good
-//! files with one thing broken.
+//! The files of `dtc run`, as their reader may find them: any bytes, any good file, and good files
+//! with one thing broken.
 
 #![allow(clippy::unwrap_used, reason = "a test may fail here")]
 #![allow(missing_docs, reason = "a test's name says it")]
@@ -29,7 +29,7 @@ fn object() -> impl Strategy<Value = Map<String, Value>> {
     prop::collection::btree_map("[a-z]{1,3}", value, 0..4).prop_map(|it| it.into_iter().collect())
 }
 
-/// What may have become of a file: some bytes are others, and its end is missing.
+/// Damage to a file: some bytes are changed, and its end is missing.
 #[derive(Clone, Debug)]
 struct Damage {
     changes: Vec<(prop::sample::Index, u8)>,
@@ -54,7 +54,7 @@ fn damage() -> impl Strategy<Value = Damage> {
         .prop_map(|(changes, missing)| Damage { changes, missing })
 }
 
-/// The one complaint there is, and the path it is about.
+/// The only complaint, and the path it is about.
 fn only(complaints: &Complaints) -> (&Complaint, &str) {
     let [complaint] = complaints.listed() else { panic!("more than one:\n{complaints}") };
     let Place::Text { at: At::Path(path) | At::Line { path, .. }, .. } = &complaint.place else {
@@ -63,7 +63,7 @@ fn only(complaints: &Complaints) -> (&Complaint, &str) {
     (complaint, path)
 }
 
-/// Asserts that there is something to say, and that it is said on one line each, with the file.
+/// Asserts that there are complaints, each on one line with the file's name.
 fn assert_readable(complaints: &Complaints, file: &str) {
     assert!(!complaints.listed().is_empty());
     for line in complaints.to_string().lines() {

@@ -1,4 +1,4 @@
-//! services.json, good and bad, against what was written into it.
+//! services.json, good and bad, compared with the values written into it.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 
 use crate::{assert_readable, damage, only};
 
-/// The behaviours of a call as they stand in a file.
+/// The behaviours of a call as they are in a file.
 fn behaviour(is_prepare: bool) -> impl Strategy<Value = Map<String, Value>> {
     let latency = prop_oneof![
         (0..5000u64).prop_map(|it| json!(it)),
@@ -80,7 +80,7 @@ fn services() -> impl Strategy<Value = Value> {
     })
 }
 
-/// Asserts that `behaviour` is what stands in the file.
+/// Asserts that `behaviour` has the values of the file.
 fn assert_behaves(behaviour: &Behaviour, file: &Value) {
     let rate = |name: &str| file[name].as_f64().unwrap_or_default();
     assert_eq!(behaviour.refuse_rate, rate("refuse_rate"));

@@ -1,4 +1,4 @@
-//! Transactions, good and bad, in both forms, against what was written into them.
+//! Transactions, good and bad, in both forms, compared with the values written into them.
 
 use std::{collections::BTreeSet, io::BufReader, time::Duration};
 
@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use crate::{assert_readable, damage, object, only};
 
-/// Transactions as they stand in a file.
+/// Transactions as they are in a file.
 fn transactions() -> impl Strategy<Value = Vec<Value>> {
     let services = prop::collection::vec("[A-Za-z0-9_-]{1,10}|[ab]", 1..5);
     let timeout = prop::option::of(1..=86_400_000u32);
@@ -35,7 +35,7 @@ fn lines_of(transactions: &[Value]) -> String {
     transactions.iter().map(|it| format!("{it}\n")).collect()
 }
 
-/// All that is read, up to the first complaint, through a buffer of `capacity` bytes.
+/// Everything that is read, up to the first complaint, through a buffer of `capacity` bytes.
 fn open(text: &[u8], capacity: usize) -> Result<Vec<TransactionSpec>, Complaints> {
     match Transactions::open("t.json", BufReader::with_capacity(capacity, text))? {
         Transactions::Array(transactions) => Ok(transactions),
@@ -43,7 +43,7 @@ fn open(text: &[u8], capacity: usize) -> Result<Vec<TransactionSpec>, Complaints
     }
 }
 
-/// Asserts that `transaction` is what stands in the file.
+/// Asserts that `transaction` has the values of the file.
 fn assert_is(transaction: &TransactionSpec, file: &Value) {
     assert_eq!(transaction.id.as_str(), file["id"]);
     let services = file["involved_services"].as_array().unwrap();

@@ -1,7 +1,7 @@
-//! Bodies of messages, as bytes that anyone may have sent.
+//! Bodies of messages, from any bytes.
 //!
-//! What is read keeps to its limits and is read again from what it is written as; what isn't read
-//! is complained about; and `serde_json` agrees on what is JSON at all.
+//! A body that is read keeps its limits and is read again from what it is written as; one that
+//! isn't read leads to complaints; and `serde_json` agrees on what is JSON.
 
 use std::{fmt::Debug, time::Duration};
 
@@ -34,9 +34,9 @@ const LAST_SECOND: u64 = 253_402_300_799;
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// An item, and what is true of every one that was read.
+/// An item, and the properties of each one that was read.
 pub trait Checked: Item + Clone + PartialEq + Debug {
-    /// Asserts it.
+    /// Asserts them.
     fn check(&self);
 }
 
@@ -69,7 +69,7 @@ pub fn items<T: Checked>(body: &[u8]) {
     are_read_as_written(&good);
 }
 
-/// Whatever was read can be written, alone at the worst, and is read as it was.
+/// Everything that was read can be written, at worst alone, and is read as it was.
 pub fn are_read_as_written<T: Checked>(items: &[T]) {
     let mut rest = items;
     while !rest.is_empty() {
@@ -103,7 +103,7 @@ pub fn request(input: &[u8]) {
             assert!((1..=1024).contains(&reason.len()), "{reason}");
             complaints::is_one_line(reason);
             assert_eq!(requested_at.is_some(), timestamp.is_some_and(|it| it <= LAST_SECOND));
-            // Who is to be told can only have been read from what is JSON.
+            // The reply token can only have been read from valid JSON.
             let is_read = value.is_some_and(|it| json::depth(&it) <= REQUEST_DEPTH_MAX);
             assert!(is_read || id.is_none(), "{malformed:?}");
         }
@@ -118,12 +118,13 @@ fn timestamp_and_body(input: &[u8]) -> (Option<u64>, &[u8]) {
     (timestamp, body.get(1..).unwrap_or_default())
 }
 
-/// What is true of a request that was read from `size` bytes, and of what follows from it.
+/// The properties of a request that was read from `size` bytes, and of the messages that follow
+/// from it.
 pub fn follows(request: &Request, size: usize) {
     is_request(request);
     let Request { key, request_hash, services, data, timeout, reply } = request.clone();
     let spec = TransactionSpec { id: key.id.clone(), services, data, request_hash, timeout };
-    // Its numbers may be longer than they came: `8e7`.
+    // Its numbers may be longer than in the original: `8e7`.
     if size + 16 <= REQUEST_MAX {
         let body = encode_request(&spec, reply.as_ref()).expect("it is no larger than it came");
         let again = decode_request(&body, Some(key.requested_at.as_millis() / 1000));

@@ -1,5 +1,5 @@
-//! What is asked of every complaint: that it says where and by which rule, on one line, and that
-//! there are no more, nor longer ones, than somebody would read.
+//! The properties of every complaint: it gives the place and the rule, on one line, and complaints
+//! are neither more nor longer than somebody would read.
 
 use dtc::{
     complaint::{At, Complaint, Complaints, Place, Position},
@@ -9,7 +9,7 @@ use dtc::{
 /// A path has a step for each of at most 108 levels, none longer than a shortened name.
 const PATH_MAX: usize = 108 * 260;
 
-/// What is wrong with a body of `size` bytes, or an item in it.
+/// Complaints about a body of `size` bytes, or an item in it.
 pub fn are_good_about_a_body(malformed: &Malformed, size: usize, kind: &str) {
     match malformed {
         Malformed::TooLarge { size: found } => {
@@ -19,7 +19,7 @@ pub fn are_good_about_a_body(malformed: &Malformed, size: usize, kind: &str) {
     }
 }
 
-/// What is wrong with what is called `file`.
+/// Complaints about what is called `file`.
 pub fn are_good(complaints: &Complaints, file: &str) {
     let (listed, unlisted) = (complaints.listed(), complaints.unlisted());
     assert!((1..=Complaints::LISTED_MAX).contains(&listed.len()), "{}", listed.len());
@@ -61,7 +61,7 @@ fn is_rule(rule: &str) {
     is_one_line(rule);
 }
 
-/// What doesn't disturb a terminal, or a reader of lines.
+/// Text that doesn't disturb a terminal, or a reader of lines.
 pub fn is_one_line(text: &str) {
     assert!(!text.chars().any(char::is_control), "{text:?}");
 }

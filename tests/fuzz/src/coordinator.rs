@@ -1,8 +1,8 @@
-//! A worker's state machine, told anything at all in any order.
+//! A worker's state machine, given any events in any order.
 //!
-//! The journal alone is as it would be: records have one order, and are read from it. Whatever else
-//! the coordinator is told may be true or not. What it then asks for must still keep the rules that
-//! don't depend on others keeping theirs.
+//! Only the journal behaves as in reality: records have one order, and are read from it. Everything
+//! else that the coordinator is given may be true or not. Its effects must still keep the rules
+//! that don't depend on others keeping theirs.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -29,7 +29,7 @@ use crate::trace::trace;
 const MARGIN: Duration = Duration::from_secs(60);
 const BEGINNING: Time = Time::from_millis(1_700_000_000_000);
 
-/// How often a deadline may be due again at the same moment before time has to go on.
+/// How often a deadline may be due at the same moment before time must pass.
 const WAKES_MAX: usize = 100;
 
 /// Settings, and one event after another.
@@ -177,7 +177,7 @@ impl World {
         Ok(())
     }
 
-    /// Something that the coordinator waits for comes to pass, or fails.
+    /// Something that the coordinator waits for happens, or fails.
     fn answer(&mut self, source: &mut Unstructured<'_>) -> Result<()> {
         if self.asked.is_empty() {
             return Ok(());
@@ -243,7 +243,7 @@ impl World {
         Ok(())
     }
 
-    /// As a good service would, for the most part.
+    /// Mostly as a correct service would.
     fn obey(
         &mut self,
         source: &mut Unstructured<'_>,
@@ -357,7 +357,7 @@ impl World {
     fn park_confirmed(&mut self, key: TransactionKey, service: Option<ServiceName>) {
         match &service {
             Some(service) => drop(self.parked.insert((key.clone(), service.clone()))),
-            // Every request for it is answered by that.
+            // That answers every request for it.
             None => self.deliveries.values_mut().for_each(|is_safe| *is_safe = true),
         }
         self.tell(Event::ParkConfirmed { key, service });
@@ -399,7 +399,7 @@ impl World {
 
     // ---- The journal -----------------------------------------------------------------------------
 
-    /// Some worker's record, which may be about anything that could have been asked for by now.
+    /// Some worker's record, about anything that could have been requested by now.
     fn others_decide(&mut self, source: &mut Unstructured<'_>) -> Result<()> {
         let mut decisions = Vec::new();
         for _ in 0..source.int_in_range(0..=2)? {
@@ -430,7 +430,7 @@ impl World {
         Ok(())
     }
 
-    /// Begins to read somewhere, and says truly from when on nothing is missing.
+    /// Begins to read somewhere, with a true statement from when on nothing is missing.
     fn attach(&mut self, source: &mut Unstructured<'_>) -> Result<()> {
         let next = source.int_in_range(0..=self.journal.len())?;
         let since = self.complete_since(next);
@@ -471,7 +471,7 @@ impl World {
         self.tell(Event::RecordsRead { offset, decisions });
     }
 
-    /// A look further back, at the end of which it is said truly how far it reached.
+    /// A look further back, with a true statement of how far it reached.
     fn look(&mut self, source: &mut Unstructured<'_>, from: Time, until: u64) -> Result<()> {
         let until = (until as usize).min(self.journal.len());
         let wanted = (0..=until).rev().find(|start| self.complete_since(*start) <= from);
@@ -570,7 +570,7 @@ impl World {
         Arc::clone(self.first(key).expect("it was read from the journal"))
     }
 
-    /// Every service that has to commit has, or it is known that it has not.
+    /// Every service that has to commit has done so, or it is known that it has not.
     fn has_committed(&self, first: &Decision, unresolved: &[ServiceName]) {
         let Some(request) = self.requests.get(&(first.key.clone(), first.request_hash)) else {
             return;
@@ -586,7 +586,7 @@ impl World {
         }
     }
 
-    /// A commit is proposed only if everyone is for it, and names what they prepared.
+    /// A commit is proposed only if every service voted for it, and names the prepared branches.
     fn is_voted_for(&self, decision: &Decision) {
         let Decision { key, request_hash, outcome, branches, .. } = decision;
         if *outcome == Outcome::Aborted {

@@ -1,4 +1,4 @@
-//! The files of `dtc run` and `dtc submit`, as bytes that anyone may have typed.
+//! The files of `dtc run` and `dtc submit`, from any bytes.
 
 use std::{
     io::{self, BufRead, BufReader},
@@ -89,7 +89,7 @@ pub fn transactions(text: &[u8]) {
 #[derive(Debug, PartialEq)]
 enum Read {
     Array(Result<Vec<TransactionSpec>, Complaints>),
-    /// The good lines, and what is wrong with the one that ended it.
+    /// The good lines, and the complaints that ended it.
     Lines(Vec<TransactionSpec>, Option<Complaints>),
 }
 
@@ -125,7 +125,7 @@ fn is_transaction(transaction: &TransactionSpec) {
     }
 }
 
-/// An array is the same however it is laid out, and whichever function reads it.
+/// An array is read the same whatever its layout, and by whichever function.
 fn are_read_otherwise(text: &[u8], transactions: &[TransactionSpec]) {
     assert_eq!(read_all(FILE, text).as_deref(), Ok(transactions));
     let spaced = json::spaced(str::from_utf8(text).expect("it is JSON"));
@@ -145,7 +145,7 @@ fn are_read_as_an_array(text: &[u8], transactions: &[TransactionSpec]) {
     assert_eq!(read_all(FILE, array.as_bytes()).as_deref(), Ok(transactions));
 }
 
-/// What is no JSON for one is none for the other.
+/// `serde_json` and this reader agree on what is JSON.
 fn agrees_with_serde(complaints: &Complaints, value: Option<&serde_json::Value>) {
     let text = complaints.to_string();
     let is_refused = text.contains(": not JSON: ") || text.ends_with(": not UTF-8");
@@ -159,7 +159,7 @@ fn agrees_with_serde(complaints: &Complaints, value: Option<&serde_json::Value>)
     }
 }
 
-/// A reader that gives a few bytes at a time, never where one would expect.
+/// A reader that returns a few bytes at a time, cut at unexpected places.
 struct Trickle<'a> {
     rest: &'a [u8],
     state: u64,

@@ -1,7 +1,8 @@
-//! What a broker sends, screened before lapin parses it.
+//! A broker's bytes, screened before lapin parses them.
 //!
-//! The first byte says into what pieces the stream is cut. Then come frames: a byte for the kind, one
-//! for the channel, two for the size, and the payload; a kind of its own is bytes that are no frame.
+//! The first byte decides into what pieces the stream is cut. Then come frames: a byte for the
+//! kind, one for the channel, two for the size, and the payload; one kind stands for bytes that are
+//! no frame.
 
 use amq_protocol::frame::{AMQPFrame, parsing::parse_frame};
 use dtc::transport::amqp::frames::{DEPTH_MAX, FRAME_MAX, Filter, Returns, Step, UNREADABLE};
@@ -18,7 +19,7 @@ pub fn frames(input: &[u8]) {
     let whole = screened(&stream, usize::MAX);
     assert_eq!(whole, screened(&stream, usize::from(*piece).max(1)), "in pieces of {piece}");
     is_parsed(&whole.passed);
-    // What is passed on needs no screening.
+    // What is passed on needs no further screening.
     assert_eq!(screened(&whole.passed, usize::MAX).passed, whole.passed);
 }
 
@@ -83,8 +84,8 @@ fn screened(stream: &[u8], piece: usize) -> Screened {
     Screened { passed, is_refused, came_back: returns.take(1, "") }
 }
 
-/// lapin parses every frame that a broker may send on behalf of a peer. What else it can't parse ends
-/// the connection.
+/// lapin can parse every frame that a broker may send on behalf of a peer. Others may end the
+/// connection.
 fn is_parsed(mut bytes: &[u8]) {
     while let [kind, _, _, sizes @ ..] = bytes {
         let Some((size, behind)) = sizes.split_first_chunk() else { return };
@@ -109,7 +110,7 @@ fn is_parsed(mut bytes: &[u8]) {
     }
 }
 
-/// Whether this is a `basic.deliver`, but for what is in its texts.
+/// Whether this is a `basic.deliver`, whatever its texts contain.
 fn is_delivery(payload: &[u8]) -> bool {
     let short = |bytes: &mut &[u8]| {
         let (size, rest) = bytes.split_first()?;

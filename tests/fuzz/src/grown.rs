@@ -1,5 +1,5 @@
-//! Texts that repeat themselves up to the largest size and beyond: what the limits are there for,
-//! and where time or the stack would run out. The engine's own inputs are short.
+//! Texts that repeat themselves up to the largest size and beyond: the reason for limits, and where
+//! time or the stack would run out. libFuzzer's own inputs are short.
 
 use arbitrary::{Result, Unstructured};
 use dtc::{

@@ -1,7 +1,7 @@
-//! A service's state machine, told anything at all in any order.
+//! An instance's state machine, given any events in any order.
 //!
-//! The store says what is in it, the service's code ends what was called, and a transaction has one
-//! outcome. Whatever else the instance is told may be true or not. What it then asks for must still
+//! The store reports what is in it, the service's code ends the calls, and a transaction has one
+//! outcome. Everything else that the instance is given may be true or not. Its effects must still
 //! keep the rules that don't depend on others keeping theirs.
 
 use std::{
@@ -21,7 +21,7 @@ use crate::trace::trace;
 
 const BEGINNING: Time = Time::from_millis(1_700_000_000_000);
 
-/// How often a deadline may be due again at the same moment before time has to go on.
+/// How often a deadline may be due at the same moment before time must pass.
 const WAKES_MAX: usize = 100;
 
 /// Settings, and one event after another.
@@ -40,16 +40,16 @@ struct World {
     store: BTreeSet<InDoubt>,
     /// Every branch that was ever prepared, or may have been.
     ever_stored: BTreeSet<Branch>,
-    /// The service's code that runs.
+    /// The running calls of the service's code.
     running: BTreeMap<TransactionKey, Effect>,
-    /// Looks into the store that are not answered: of one transaction, or of all.
+    /// Reads of the store without an answer: of one transaction, or of all.
     looks: Vec<Option<TransactionKey>>,
-    /// Branches that are to be committed, and that the store is asked about.
+    /// Branches to be committed that the store is asked about.
     lookups: Vec<(TransactionKey, Branch)>,
     outcomes: BTreeMap<TransactionKey, (Outcome, Option<Branch>)>,
-    /// Whom the instance heard them from.
+    /// The workers from which the instance got the outcome.
     finished_by: BTreeSet<(TransactionKey, WorkerId)>,
-    /// What is not acknowledged.
+    /// Deliveries that are not acknowledged.
     deliveries: BTreeSet<Delivery>,
     last_delivery: u64,
     calls: BTreeSet<Branch>,
@@ -151,7 +151,7 @@ impl World {
             self.outcomes.insert(key.clone(), (outcome, branch));
         }
         let (outcome, branch) = self.outcomes[&key].clone();
-        // An abort is about whatever the worker has heard of.
+        // An abort may name any branch that the worker knows.
         let branch = match outcome {
             Outcome::Aborted if source.arbitrary()? => None,
             Outcome::Aborted | Outcome::Committed => branch,
@@ -169,7 +169,7 @@ impl World {
         of_key.map(|held| held.branch.clone()).collect()
     }
 
-    /// The service's code, which runs, comes to its end.
+    /// A running call of the service's code ends.
     fn end_call(&mut self, source: &mut Unstructured<'_>) -> Result<()> {
         let keys: Vec<_> = self.running.keys().cloned().collect();
         if keys.is_empty() {
@@ -236,7 +236,7 @@ impl World {
         Ok(())
     }
 
-    /// What nobody waits for, though it is as true as it can be.
+    /// A call ends that nobody waits for any more.
     fn end_at_random(&mut self, source: &mut Unstructured<'_>) -> Result<()> {
         let key = key(source)?;
         let branch = Branch::of(&own(), source.int_in_range(0..=9)?);
@@ -268,7 +268,7 @@ impl World {
         Ok(())
     }
 
-    /// Another instance has prepared something, unless that has ended; or finishes something.
+    /// Another instance prepares something, unless that has ended; or finishes something.
     fn others_prepare_or_finish(&mut self, source: &mut Unstructured<'_>) -> Result<()> {
         let key = key(source)?;
         if let Some((_, committed)) = self.outcomes.get(&key) {
@@ -359,13 +359,13 @@ impl World {
         }
     }
 
-    /// The service's code runs for one transaction at a time once.
+    /// At most one call of the service's code is in progress per transaction.
     fn starts(&mut self, key: &TransactionKey, call: Effect) {
         let running = self.running.insert(key.clone(), call);
         assert!(running.is_none(), "{running:?}");
     }
 
-    /// What is committed is in nobody's store as in doubt.
+    /// A committed branch is in no store as in doubt.
     fn is_applied(&self, key: &TransactionKey) {
         if let Some((Outcome::Committed, Some(branch))) = self.outcomes.get(key) {
             assert!(!self.branches_of(key).contains(branch), "{branch} of {key} is in doubt");

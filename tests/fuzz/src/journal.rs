@@ -1,5 +1,5 @@
-//! The journal file of `dtc run --journal`: anything at all behind its header, and files that were
-//! written as ours are and then cut off or damaged.
+//! The journal file of `dtc run --journal`: any bytes after its header, and files that were written
+//! correctly and then cut off or damaged.
 
 use std::io::Cursor;
 
@@ -21,14 +21,14 @@ pub fn journal(bytes: &[u8]) {
     let Ok(whole) = read(&file) else { return };
     assert_eq!((whole.end, whole.is_torn), (file.len() as u64, false), "all of it is read");
 
-    // What a crash cuts off is never taken for damage.
+    // A cut, as by a crash, is never taken for damage.
     let rest = file.len() - HEADER.len();
     let cut = HEADER.len() + usize::from(u16::from_be_bytes([*high, *low])) % (rest + 1);
     let torn = read(&file[..cut]).expect("a file that was cut off is read up to there");
     assert!(torn.end <= cut as u64 && torn.is_torn == (torn.end < cut as u64));
     assert!(torn.unfinished.len() <= lines.len());
 
-    // What is damaged is told, or is taken for the end: never read as something else.
+    // Damage is reported, or taken for the end: damaged bytes are never read as something else.
     if *damage > 0 && cut < file.len() {
         let mut damaged = file;
         damaged[cut] ^= damage;

@@ -1,13 +1,13 @@
-//! `serde_json`'s opinion of a text.
+//! Texts as `serde_json` reads them.
 
 use serde_json::Value;
 
-/// Without what some editors write at the beginning.
+/// Without the byte order mark that some editors write.
 pub fn without_mark(text: &[u8]) -> &[u8] {
     text.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(text)
 }
 
-/// What `text` is, if it is JSON and not nested deeper than `serde_json` reads.
+/// The value of `text`, if it is JSON and not nested deeper than `serde_json` reads.
 pub fn value(text: &[u8]) -> Option<Value> {
     serde_json::from_slice(text).ok()
 }
@@ -21,7 +21,7 @@ pub fn depth(value: &Value) -> usize {
     }
 }
 
-/// `text` with white space wherever it may stand, which changes nothing of what it says.
+/// `text` with white space wherever it is allowed, which doesn't change its meaning.
 pub fn spaced(text: &str) -> String {
     let mut spaced = String::with_capacity(text.len() * 2);
     let (mut is_string, mut is_escaped) = (false, false);

@@ -1,9 +1,9 @@
-//! The fuzzer: whatever comes from outside, read as `dtc` reads it, and the two state machines of
-//! the protocol, with libFuzzer looking for inputs that take a way that none has taken before.
+//! The fuzzer: it reads input from outside as `dtc` does, and runs the two state machines of the
+//! protocol, while libFuzzer looks for inputs that take new branches.
 //!
-//! All targets are in one program, which is built and linked once: `DTC_FUZZ` names the one that is
-//! fuzzed. `./run` builds it, and knows where inputs are kept. What a target asserts is said where it
-//! is; `DTC_FUZZ_TRACE=1` has the state machines say what happens to them.
+//! All targets are in one program, which is built and linked once: `DTC_FUZZ` names the one to
+//! fuzz. `./run` builds it, and knows where inputs are kept. The source of each target documents
+//! what it asserts; with `DTC_FUZZ_TRACE=1` the state machines print what happens.
 //!
 //! The engine is compiled along from the sources in `libfuzzer-sys`, which takes a C++ compiler and
 //! seconds. `cargo fuzz` and `cargo bolero` would do the same after minutes of installing them, the
@@ -37,7 +37,7 @@ use libfuzzer_sys::fuzz_target;
 
 type Target = fn(&[u8]);
 
-/// What can be fuzzed. A reader of something new has its target here, and seeds in `corpus`.
+/// The targets. A new reader of input needs its target here, and seeds in `corpus`.
 const TARGETS: [(&str, Target); 25] = [
     ("request", bodies::request),
     ("vote", bodies::items::<Vote>),
@@ -74,7 +74,7 @@ fuzz_target!(init: choose(), |bytes: &[u8]| {
     }
 });
 
-/// Takes the target that `DTC_FUZZ` names; without one, lists what there is.
+/// Chooses the target that `DTC_FUZZ` names; without it, lists all.
 fn choose() {
     let Ok(wanted) = env::var("DTC_FUZZ") else {
         TARGETS.iter().for_each(|(name, _)| println!("{name}"));

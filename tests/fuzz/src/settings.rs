@@ -1,4 +1,4 @@
-//! What an operator may have typed: the configuration, the broker's address, names.
+//! An operator's input: the configuration, the broker's address, names.
 
 use std::{
     fmt::{Debug, Display},
@@ -19,7 +19,7 @@ use dtc::{
 
 use crate::complaints::is_one_line;
 
-/// Stands where nothing that is shown may repeat it. No valid text has it by chance.
+/// A marker that no output may repeat. No valid text contains it by chance.
 const CANARY: &str = "cAnArY~1";
 
 /// Every flag that sets a key.
@@ -42,7 +42,7 @@ const FLAGS: [(&str, &str); 16] = [
     ("broker.password_file", "--password-file"),
 ];
 
-/// Where the file lies that is loaded: one for each process, in memory where that is possible.
+/// The path of the file that is loaded: one for each process, in memory if possible.
 static OWN_FILE: LazyLock<PathBuf> = LazyLock::new(|| {
     let memory = PathBuf::from("/dev/shm");
     let directory = if memory.is_dir() { memory } else { std::env::temp_dir() };
@@ -58,7 +58,7 @@ pub fn config(input: &[u8]) {
         Ok(config) => {
             let text = config.to_string();
             assert!(!is_secret || !format!("{text}{config:?}").contains(CANARY), "{text}");
-            // What is shown is a file that says the same.
+            // The output is a file with the same configuration.
             let again = Said { file: text.clone(), ..Said::default() };
             let again = again.load().map(|it| it.to_string());
             assert_eq!(again.as_deref().map(without_sources), Ok(without_sources(&text)));
@@ -84,7 +84,7 @@ struct Said {
 }
 
 impl Said {
-    /// `None`: it names a file that is none of ours, which might be any device.
+    /// `None`: it names a file that is not in the input, which might be any device.
     fn in_input(input: &[u8]) -> Option<Self> {
         let text = str::from_utf8(input).ok()?.replace('\0', "");
         let (head, file) = text.split_once("---\n").unwrap_or(("", &text));
@@ -110,7 +110,7 @@ impl Said {
         (!is_elsewhere && !table.as_ref().is_some_and(is_in_table)).then_some(said)
     }
 
-    /// Whether the canary is said as a secret alone, so that it must not be shown.
+    /// Whether the canary is given only as a secret, so that it must not be shown.
     fn has_secret(&self) -> bool {
         let secrets = ["broker.url", "broker.password"];
         let is_secret = |name: &str| {
@@ -149,7 +149,7 @@ impl Said {
     }
 }
 
-/// How often the canary is in what is no part of a URL that is shown.
+/// How often the canary is in parts of a URL that must not be shown.
 fn secret_canaries(value: &str) -> usize {
     match value.parse::<Address>() {
         Ok(_) => passwords(value).map(canaries).sum(),
@@ -168,7 +168,7 @@ fn shown(read: &Result<dtc::config::Config, Complaints>) -> String {
     }
 }
 
-/// Each line up to the comment that names who said it; none of the values has a `#` before a quote.
+/// Each line without the comment that names its source; no value has a `#` before a quote.
 fn without_sources(shown: &str) -> Vec<String> {
     let value = |line: &str| match line.rsplit_once(" # ") {
         Some((value, _)) if !line.starts_with('#') => value.to_owned(),
@@ -192,12 +192,12 @@ pub fn address(input: &[u8]) {
                 let shown = format!("{public} {address:?} {}", address.masked());
                 assert!(!shown.contains(CANARY), "{shown}");
                 is_one_line(&shown);
-                // Those that would be known again, and stand nowhere else.
+                // Those that are recognisable, and occur nowhere else.
                 let is_telling = |it: &&str| it.len() >= 8 && text.matches(*it).count() == 1;
                 for password in passwords(text).filter(is_telling) {
                     assert!(!shown.contains(password), "{password} in {shown}");
                 }
-                // What is shown is an address that is shown alike.
+                // A shown address is parsed to one that is shown alike.
                 let again = address.masked().parse().map(|it: Address| it.masked());
                 assert_eq!(again, Ok(address.masked()));
             }
@@ -210,7 +210,7 @@ pub fn address(input: &[u8]) {
     }
 }
 
-/// What stands between `:` and `@`.
+/// The text between `:` and `@`.
 fn passwords(text: &str) -> impl Iterator<Item = &str> {
     text.split(',').filter_map(|part| {
         let (_, rest) = part.split_once("://")?;

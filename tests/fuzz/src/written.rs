@@ -1,5 +1,5 @@
-//! Items that a program has made, however odd: each is written and read as it was, but for texts
-//! that are cut; and with one byte changed it is read or complained about.
+//! Items made by a program, however odd: each is written and read as it was, except for texts that
+//! are cut; with one byte changed it is read, or leads to complaints.
 
 use std::sync::Arc;
 

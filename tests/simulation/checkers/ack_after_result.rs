@@ -1,4 +1,4 @@
-//! A request is acked only after its result, its rejection or its parking is safe with the broker.
+//! A request is acked only after its result, its rejection or its parking is safe at the broker.
 
 use dtc::protocol::ids::TransactionKey;
 

@@ -1,4 +1,4 @@
-//! No service commits or undoes anything but as the journal's first record says.
+//! Services commit and undo only what the journal's first record decides.
 
 use dtc::protocol::{
     ids::{Branch, ServiceName, TransactionKey},
@@ -43,7 +43,7 @@ pub(crate) fn undoing(
     Ok(())
 }
 
-/// When all is over: what was committed of `key` at `service`.
+/// At the end: what was committed of `key` at `service`.
 pub(crate) fn ended(first: &Decision, service: &ServiceName, committed: &[Branch]) -> Checked {
     let named = first.branch_of(service);
     if committed.iter().ne(named) {

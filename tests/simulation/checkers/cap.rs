@@ -2,7 +2,8 @@
 
 use super::Checked;
 
-/// `working`: what its code was called to prepare and has not finished; `slots`: what it counts.
+/// `working`: transactions whose prepare was called and that are not finished; `slots`: its own
+/// count.
 pub(crate) fn kept(working: usize, slots: u32, cap: u32) -> Checked {
     if working > cap as usize || slots > cap {
         return Err(format!("{working} in work and {slots} slots taken of {cap}"));

@@ -1,5 +1,5 @@
-//! What must hold: each checker is one file and one sentence, and answers with what it saw if it
-//! doesn't.
+//! The properties: each checker is one file with one sentence, and returns what it saw if that
+//! doesn't hold.
 
 pub(crate) mod ack_after_result;
 pub(crate) mod agreement;
@@ -13,10 +13,10 @@ pub(crate) mod result;
 pub(crate) mod stored_before_voted;
 pub(crate) mod unanimity;
 
-/// `Err`: what was seen that must not be.
+/// `Err`: the violation that was seen.
 pub(crate) type Checked = Result<(), String>;
 
-/// A sentence that turned out to be false.
+/// A violated property.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct Violation {
     /// The checker's name.

@@ -1,4 +1,5 @@
-//! An instance that knows that a transaction is over doesn't call its service's code to prepare it.
+//! An instance that knows that a transaction is finished doesn't call its service's code to prepare
+//! it.
 
 use std::collections::BTreeMap;
 
@@ -9,14 +10,14 @@ use dtc::protocol::{
 
 use super::Checked;
 
-/// What an instance has been told of transactions it has not begun.
+/// What an instance knows of transactions that it has not begun.
 #[derive(Default)]
 pub(crate) struct NecessaryCalls {
     over: BTreeMap<TransactionKey, &'static str>,
 }
 
 impl NecessaryCalls {
-    /// `is_held`: it has to do with the transaction already.
+    /// `is_held`: the instance works on the transaction already.
     pub(crate) fn told(&mut self, event: &Event, is_held: bool) {
         if let Event::CancelReceived(key) = event
             && !is_held

@@ -1,6 +1,7 @@
-//! Whatever a result calls unresolved is listed for a person, waits in the service's durable queue,
-//! and is settled by the done that follows; what is listed and was not left there, because its worker
-//! didn't live to, is settled by who commits it; and no transaction is parked that could be decided.
+//! Every service that a result calls unresolved is recorded as parked, its commit waits in the
+//! service's durable queue, and the done that follows settles it. A parked record without such a
+//! command, because its worker died first, is settled by the worker that commits it. No transaction
+//! is parked that could be decided.
 
 use std::collections::BTreeSet;
 
@@ -13,7 +14,7 @@ use super::Checked;
 
 type Commit = (TransactionKey, ServiceName);
 
-/// What became of every parked commit.
+/// The history of every parked commit.
 #[derive(Default)]
 pub(crate) struct ParkedCommits {
     listed: BTreeSet<Commit>,
@@ -40,7 +41,7 @@ impl ParkedCommits {
         self.queued.insert((key.clone(), service.clone()));
     }
 
-    /// A worker has heard of it and lived to say so.
+    /// A worker has received the done and lived to report it.
     pub(crate) fn applied(&mut self, key: &TransactionKey, service: &ServiceName) {
         self.applied.insert((key.clone(), service.clone()));
     }
@@ -57,7 +58,7 @@ impl ParkedCommits {
         self.settled.len()
     }
 
-    /// A worker tells a producer.
+    /// A worker publishes a result.
     pub(crate) fn told(&self, answer: &Answer) -> Checked {
         for service in &answer.unresolved {
             let key = TransactionKey { id: answer.id.clone(), requested_at: answer.requested_at };
@@ -69,7 +70,7 @@ impl ParkedCommits {
         Ok(())
     }
 
-    /// When all is over. `is_excused`: the whole transaction was handed to a person.
+    /// At the end. `is_excused`: the whole transaction was parked.
     pub(crate) fn ended(&self, is_excused: impl Fn(&TransactionKey) -> bool) -> Checked {
         if let Some(commit) = self.applied.difference(&self.settled).next() {
             return Err(format!("{commit:?} was applied and is still listed"));

@@ -1,5 +1,5 @@
-//! No finish, cancel or result leaves a worker before that worker has read the first record of the
-//! transaction back, and a finish says what that record says.
+//! A worker sends a finish, a cancel or a result only after it has read back the first record of
+//! the transaction, and a finish has the outcome of that record.
 
 use dtc::protocol::{
     ids::{ServiceName, TransactionKey},
@@ -8,7 +8,7 @@ use dtc::protocol::{
 
 use super::Checked;
 
-/// A command leaves a worker; `has_read`: whether that worker has read a record of the transaction.
+/// A worker sends a command; `has_read`: whether it has read a record of the transaction.
 pub(crate) fn sending(
     command: &Command,
     service: &ServiceName,
@@ -27,7 +27,7 @@ pub(crate) fn sending(
     }
 }
 
-/// A result leaves a worker.
+/// A worker publishes a result.
 pub(crate) fn publishing(
     decided: &TransactionKey,
     has_read: impl Fn(&TransactionKey) -> bool,

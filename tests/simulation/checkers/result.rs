@@ -1,10 +1,11 @@
-//! A result says what the journal's first record says, whenever and however often it is told.
+//! Every result has the outcome of the journal's first record, whenever and however often it is
+//! published.
 
 use dtc::protocol::message::{Answer, Decision};
 
 use super::Checked;
 
-/// A worker tells `answer`; `first`: the first record of the transaction that it names.
+/// A worker publishes `answer`; `first`: the first record of the transaction that it names.
 pub(crate) fn told(answer: &Answer, first: Option<&Decision>) -> Checked {
     match first {
         Some(first) if first.outcome == answer.outcome => Ok(()),
@@ -12,7 +13,7 @@ pub(crate) fn told(answer: &Answer, first: Option<&Decision>) -> Checked {
     }
 }
 
-/// When all is over: every answer to one transaction was the same.
+/// At the end: all answers to one transaction were the same.
 pub(crate) fn ended<'a>(answers: impl Iterator<Item = &'a Answer>) -> Checked {
     let mut outcomes: Vec<_> =
         answers.map(|answer| (&answer.id, answer.requested_at, answer.outcome)).collect();

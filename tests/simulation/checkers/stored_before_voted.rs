@@ -1,10 +1,10 @@
-//! A vote of prepared leaves only when the branch it names is stored, or was.
+//! A vote `prepared` is sent only when the branch it names is, or was, in the store.
 
 use dtc::protocol::message::{Vote, VoteKind};
 
 use super::Checked;
 
-/// `was_stored`: whether the service's store has ever held a branch of that name.
+/// `was_stored`: whether the service's store has ever held that branch.
 pub(crate) fn voting(
     vote: &Vote,
     was_stored: impl Fn(&dtc::protocol::ids::Branch) -> bool,

@@ -1,5 +1,5 @@
-//! A transaction commits only when every involved service has voted for it, and still holds what
-//! the record names.
+//! A transaction commits only if every involved service has voted for it, and still holds what the
+//! record names.
 
 use std::collections::BTreeMap;
 
@@ -10,7 +10,7 @@ use dtc::protocol::{
 
 use super::Checked;
 
-/// Who voted, and for which branch.
+/// The votes: service and branch.
 type Votes = Vec<(ServiceName, Option<Branch>)>;
 
 /// Every vote in favour.

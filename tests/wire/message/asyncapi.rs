@@ -1,4 +1,4 @@
-//! deploy/asyncapi.yaml says what is written and read, and what is declared, and nothing else.
+//! deploy/asyncapi.yaml describes exactly what is written, read, and declared.
 
 use std::{collections::BTreeSet, sync::LazyLock, time::Duration};
 
@@ -21,12 +21,12 @@ static DOCUMENT: LazyLock<Value> = LazyLock::new(|| {
     serde_yaml_ng::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
 });
 
-/// A kind in one word, as the document has it.
+/// A kind in one word, as in the document.
 fn word(kind: Kind) -> &'static str {
     kind.as_type().strip_prefix("dtc.").unwrap().strip_suffix(".v1").unwrap()
 }
 
-/// What says whether something is as the document has it at `place`.
+/// A validator for what the document has at `place`.
 fn validator(place: &str) -> Validator {
     let components = &DOCUMENT["components"];
     let schema = json!({"$ref": format!("#/components/{place}"), "components": components});
@@ -41,7 +41,7 @@ pub(super) fn allows(kind: Kind, body: &str) {
     assert!(errors.is_empty(), "{kind:?}: {body}: {errors:?}");
 }
 
-/// Items of a kind that together have every field, and what is complained about one.
+/// Items of a kind that together have every field, and the complaints about one.
 struct Sample {
     kind: Kind,
     items: Vec<Value>,
@@ -136,7 +136,7 @@ fn the_written_fields_are_those_of_the_document() {
     }
 }
 
-/// A kind's items, as the document has them and as they are read.
+/// A kind's items, as the document describes them and as they are read.
 struct Judge {
     sample: Sample,
     described: Validator,
@@ -153,7 +153,7 @@ static JUDGES: LazyLock<Vec<Judge>> = LazyLock::new(|| {
 static STRANGE: LazyLock<Vec<Value>> = LazyLock::new(strange_values);
 
 impl Judge {
-    /// Asserts that `item` is read if it is as described, and isn't otherwise; tells which.
+    /// Asserts that `item` is read exactly if it matches the document; returns which.
     fn judge(&self, item: &Value) -> bool {
         if has_branch_beyond(item) {
             return false;
@@ -196,7 +196,7 @@ fn has_branch_beyond(value: &Value) -> bool {
     }
 }
 
-/// A record with a request says some of it twice, and both must agree. No schema can say so.
+/// A record with a request repeats some of it, and both must agree. No schema can express that.
 fn only_another_request(complaints: String) -> Result<(), String> {
     let is_that = |line: &str| {
         line.contains(": must be of the transaction `")
@@ -205,16 +205,16 @@ fn only_another_request(complaints: String) -> Result<(), String> {
     if complaints.lines().all(is_that) { Ok(()) } else { Err(complaints) }
 }
 
-/// A way from the top of an item to a value in it.
+/// The path from the top of an item to a value in it.
 type Way = Vec<String>;
 
-/// A way as a JSON pointer.
+/// A path as a JSON pointer.
 fn pointer(way: &[String]) -> String {
     let escaped = |step: &String| format!("/{}", step.replace('~', "~0").replace('/', "~1"));
     way.iter().map(escaped).collect()
 }
 
-/// The ways to all values in `value`, but for what is in a field of which anything may be.
+/// The paths to all values in `value`, except in fields that may have any content.
 fn ways(value: &Value) -> Vec<Way> {
     let inside: Vec<(String, &Value)> = match value {
         Value::Object(fields) => fields.iter().map(|(name, it)| (name.clone(), it)).collect(),
@@ -231,7 +231,7 @@ fn ways(value: &Value) -> Vec<Way> {
     inside.into_iter().flat_map(below).collect()
 }
 
-/// What is done to a value.
+/// A change of a value.
 #[derive(Clone, Debug)]
 enum Change {
     Remove,
@@ -283,7 +283,7 @@ impl Change {
     }
 }
 
-/// Every bound, word and type that the document knows, and what lies just beyond.
+/// Every limit, word and type of the document, and values just beyond.
 fn strange_values() -> Vec<Value> {
     let mut values = vec![
         json!(null),
@@ -361,14 +361,13 @@ fn codes() -> impl Iterator<Item = ReasonCode> {
     std::iter::successors(Some(ReasonCode::Refused), next)
 }
 
-/// The longest text that any field may have, and some more.
+/// The longest text of any field, and some more.
 const LONGEST: usize = 140;
 /// The most services that a request may name.
 const MANY: usize = 1000;
 
-/// Whatever single thing is left out of an item, stands in the place of a value in it at any depth,
-/// is too long, or is there though it needn't: what is described is read, and what is not described
-/// is not.
+/// Changes one thing in an item: a value is removed, replaced at any depth, too long, or added. The
+/// item is read exactly if it matches the document.
 #[test]
 fn messages_are_read_exactly_if_they_match_the_document() {
     let characters: Vec<_> = (0..128_u8).map(char::from).chain(['é', '\u{2028}']).collect();
@@ -442,7 +441,7 @@ proptest! {
         ..ProptestConfig::default()
     })]
 
-    /// The same for several things at once, as where one field says which others must be there.
+    /// The same for several changes at once, as where one field decides which others are required.
     #[test]
     fn messages_with_several_changes_are_read_exactly_if_they_match_the_document(
         changes in prop::collection::vec((any::<prop::sample::Index>(), change()), 1..5),
@@ -517,7 +516,7 @@ fn the_declared_topology_is_that_of_the_document() {
         let mut what = what.clone();
         what["name"] = json!(name);
         let arguments = channel.get("x-arguments").cloned().unwrap_or_else(|| json!({}));
-        // What its users declare for as long as they are there is not part of the topology.
+        // The exclusive queues of clients are not part of the topology.
         let goes = ["exclusive", "autoDelete"].iter().any(|it| what.get(it) == Some(&json!(true)));
         (!goes).then(|| json!([what, arguments]).to_string())
     });

@@ -1,4 +1,4 @@
-//! What every kind of item looks like, letter by letter: a promise to others.
+//! The exact JSON of every kind of item: a promise to others.
 
 use std::time::Duration;
 

@@ -1,10 +1,10 @@
-//! What is too large, too deep, too far in the future; and that nothing is that follows from a
-//! request that was accepted.
+//! Limits of size, depth and time; and that nothing exceeds them that follows from an accepted
+//! request.
 
 use super::*;
 use dtc::wire::message::{BODY_MAX, REQUEST_MAX, SERVICES_MAX, TEXT_MAX, decode_request};
 
-/// The last moment there is, at a whole second.
+/// The last valid time, at a whole second.
 const LAST: Time = Time::from_millis(253_402_300_799_000);
 
 fn longest_key() -> TransactionKey {
@@ -12,7 +12,7 @@ fn longest_key() -> TransactionKey {
     TransactionKey { id, requested_at: LAST }
 }
 
-/// A text that needs the most room there is.
+/// A text that needs the most room.
 fn longest_text() -> Arc<str> {
     "\u{1}".repeat(2 * TEXT_MAX).into()
 }

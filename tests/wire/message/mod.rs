@@ -1,5 +1,5 @@
-//! The bodies of messages: what they look like, that they are read as they were written, and that
-//! no broken one does harm.
+//! The bodies of messages: their format, that they are read as they were written, and that no
+//! broken one does harm.
 
 mod asyncapi;
 mod golden;
@@ -42,7 +42,7 @@ fn text<T: Item>(items: &[T]) -> String {
     String::from_utf8(body(items)).unwrap()
 }
 
-/// What is complained about `item`, the only one of its body.
+/// The complaints about `item`, the only one of its body.
 fn complaint<T: Item + Debug>(item: &str) -> String {
     let body = format!("[{item}]");
     let items = decode::<T>(body.as_bytes()).unwrap();
@@ -50,7 +50,7 @@ fn complaint<T: Item + Debug>(item: &str) -> String {
     malformed.to_string()
 }
 
-/// What is complained about the whole of `body`.
+/// The complaints about the whole of `body`.
 fn outer<T: Item + Debug>(body: &[u8]) -> String {
     decode::<T>(body).unwrap_err().to_string()
 }

@@ -1,4 +1,4 @@
-//! Broken items, and what is complained about each.
+//! Broken items, and the complaints about each.
 
 use super::*;
 use serde_json::{Value, json};
@@ -56,7 +56,7 @@ fn every_required_field_is_missed() {
     misses(&JournalBegun { complete_since: moment() }, &[]);
 }
 
-/// Asserts what is complained about `item` with `value` under `name`.
+/// Asserts the complaints about `item` with `value` under `name`.
 fn refuses<T: Item + Debug>(item: &T, kind: &str, name: &str, value: &str, rule: &str) {
     let mut item = good(item);
     item[name] = serde_json::from_str(value).unwrap();

@@ -1,4 +1,4 @@
-//! Requests, good and bad, and what their producer can be told.
+//! Requests, good and bad, and what their producer can learn.
 
 use std::time::Duration;
 

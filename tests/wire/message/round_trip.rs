@@ -1,4 +1,4 @@
-//! Any item is read as it was written; any bytes are items or complained about.
+//! Any item is read as it was written; any bytes are items or lead to complaints.
 
 use std::time::Duration;
 
@@ -206,11 +206,11 @@ fn a_settled() -> impl Strategy<Value = Settled> {
     })
 }
 
-/// Asserts that `items` are read as they were written: by us, and by anyone.
+/// Asserts that `items` are read as they were written: by us, and by other encoders.
 fn comes_back<T: Item + Debug + PartialEq>(items: &[T]) {
     let body = body(items);
     assert_eq!(all_good(decode::<T>(&body).unwrap()), items);
-    // A layout that anyone else's encoder might choose.
+    // A layout that another encoder might choose.
     let mut value: serde_json::Value = serde_json::from_slice(&body).unwrap();
     for item in value.as_array_mut().unwrap() {
         item["~"] = serde_json::json!({"unknown": [true]});
@@ -219,7 +219,7 @@ fn comes_back<T: Item + Debug + PartialEq>(items: &[T]) {
     assert_eq!(decode::<T>(&pretty).unwrap().len(), items.len());
 }
 
-/// Asserts that there is something to say about each, on lines that are fit for a log.
+/// Asserts that there are complaints about each, on lines that are fit for a log.
 fn is_harmless<T: Item + Debug>(body: &[u8]) {
     let complaints = match decode::<T>(body) {
         Ok(items) => items.into_iter().filter_map(Result::err).collect(),
