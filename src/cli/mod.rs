@@ -54,7 +54,7 @@ const TOLD_WITHIN: Duration = Duration::from_secs(1);
                         Logging: DTC_LOG=error|warn|info|debug|trace|off, to stderr (default: info \
                         for worker and service, else error)."
 )]
-struct Arguments {
+struct CommandLine {
     #[command(subcommand)]
     command: Command,
 }
@@ -120,7 +120,7 @@ impl fmt::Display for Failure {
 
 /// Runs the command that the arguments name.
 pub fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    let arguments = CommandLine::parse();
     let is_daemon = matches!(arguments.command, Command::Worker(_) | Command::Service(_));
     let ended = match arguments.command {
         Command::Run(arguments) => run::run(&arguments),
