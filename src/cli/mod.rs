@@ -56,11 +56,11 @@ const TOLD_WITHIN: Duration = Duration::from_secs(1);
 )]
 struct CommandLine {
     #[command(subcommand)]
-    command: Command,
+    command: CliCommand,
 }
 
 #[derive(Debug, Subcommand)]
-enum Command {
+enum CliCommand {
     Run(run::RunArguments),
     Worker(worker::WorkerArguments),
     Service(service::ServiceArguments),
@@ -121,16 +121,16 @@ impl fmt::Display for Failure {
 /// Runs the command that the arguments name.
 pub fn main() -> ExitCode {
     let arguments = CommandLine::parse();
-    let is_daemon = matches!(arguments.command, Command::Worker(_) | Command::Service(_));
+    let is_daemon = matches!(arguments.command, CliCommand::Worker(_) | CliCommand::Service(_));
     let ended = match arguments.command {
-        Command::Run(arguments) => run::run(&arguments),
-        Command::Worker(arguments) => worker::run(&arguments),
-        Command::Topology(arguments) => topology::run(&arguments),
-        Command::Config(arguments) => config::run(&arguments),
-        Command::Bench(arguments) => bench::run(&arguments),
-        Command::Service(arguments) => service::run(&arguments),
-        Command::Status(arguments) => status::run(&arguments),
-        Command::Submit(arguments) => submit::run(&arguments),
+        CliCommand::Run(arguments) => run::run(&arguments),
+        CliCommand::Worker(arguments) => worker::run(&arguments),
+        CliCommand::Topology(arguments) => topology::run(&arguments),
+        CliCommand::Config(arguments) => config::run(&arguments),
+        CliCommand::Bench(arguments) => bench::run(&arguments),
+        CliCommand::Service(arguments) => service::run(&arguments),
+        CliCommand::Status(arguments) => status::run(&arguments),
+        CliCommand::Submit(arguments) => submit::run(&arguments),
     };
     let exit = ended.unwrap_or_else(|failure| {
         let said = format!("{failure}\n");
