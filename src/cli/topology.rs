@@ -48,11 +48,11 @@ const STARTING_MAX: Duration = Duration::from_secs(5);
 #[derive(Debug, Args)]
 pub(super) struct TopologyArguments {
     #[command(subcommand)]
-    command: Command,
+    command: TopologyCommand,
 }
 
 #[derive(Debug, Subcommand)]
-enum Command {
+enum TopologyCommand {
     Apply(ApplyArguments),
     Check(CheckArguments),
     Print(PrintArguments),
@@ -236,10 +236,10 @@ fn read(path: &Path) -> Result<Vec<ServiceTopology>, Failure> {
 
 pub(super) fn run(arguments: &TopologyArguments) -> Result<Exit, Failure> {
     match &arguments.command {
-        Command::Apply(arguments) => run_apply(arguments),
-        Command::Check(arguments) => run_check(arguments),
-        Command::Delete(arguments) => run_delete(arguments),
-        Command::Print(arguments) => {
+        TopologyCommand::Apply(arguments) => run_apply(arguments),
+        TopologyCommand::Check(arguments) => run_check(arguments),
+        TopologyCommand::Delete(arguments) => run_delete(arguments),
+        TopologyCommand::Print(arguments) => {
             let flags = [arguments.namespace.flag()].into_iter().chain(arguments.what.flags());
             let config = arguments.config.load(flags)?;
             let topology = arguments.what.topology(&broker::names(&config), &config)?;
