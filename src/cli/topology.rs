@@ -93,8 +93,8 @@ struct ApplyArguments {
     #[arg(long, value_name = "DURATION", default_value = "0s", value_parser = duration::parse)]
     wait: Duration,
     /// How to print what was declared
-    #[arg(long, value_name = "FORM", value_enum, default_value_t = Form::Text)]
-    output: Form,
+    #[arg(long, value_name = "FORM", value_enum, default_value_t = TopologyForm::Text)]
+    output: TopologyForm,
 }
 
 /// Compare what exists with what should exist; change nothing
@@ -119,8 +119,8 @@ struct CheckArguments {
     #[arg(long, value_name = "DURATION", default_value = "0s", value_parser = duration::parse)]
     wait: Duration,
     /// How to print what was found
-    #[arg(long, value_name = "FORM", value_enum, default_value_t = Form::Text)]
-    output: Form,
+    #[arg(long, value_name = "FORM", value_enum, default_value_t = TopologyForm::Text)]
+    output: TopologyForm,
 }
 
 /// Print the exchanges and queues that should exist; needs no broker
@@ -133,8 +133,8 @@ struct PrintArguments {
     #[command(flatten)]
     what: WhatArguments,
     /// How to print them
-    #[arg(long, value_name = "FORM", value_enum, default_value_t = Form::Text)]
-    output: Form,
+    #[arg(long, value_name = "FORM", value_enum, default_value_t = TopologyForm::Text)]
+    output: TopologyForm,
 }
 
 /// Delete all exchanges and queues, with the requests, decisions and outcomes in them
@@ -174,7 +174,7 @@ struct WhatArguments {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Form {
+enum TopologyForm {
     /// Text for people.
     Text,
     /// One JSON value.
@@ -244,8 +244,8 @@ pub(super) fn run(arguments: &TopologyArguments) -> Result<Exit, Failure> {
             let config = arguments.config.load(flags)?;
             let topology = arguments.what.topology(&broker::names(&config), &config)?;
             print(&match arguments.output {
-                Form::Text => plain::lines(&text(&topology)).into_owned(),
-                Form::Json => format!("{:#}\n", topology_json(&topology)),
+                TopologyForm::Text => plain::lines(&text(&topology)).into_owned(),
+                TopologyForm::Json => format!("{:#}\n", topology_json(&topology)),
             })
         }
     }
@@ -275,14 +275,14 @@ fn run_apply(arguments: &ApplyArguments) -> Result<Exit, Failure> {
         tell(&format!("{finding}: neither compared nor declared\n"));
     }
     let exit = match arguments.output {
-        Form::Text => {
+        TopologyForm::Text => {
             let text = replaced_text(&replaced) + &applied_text(&applied, &names);
             if text.is_empty() && applied.unavailable.is_empty() {
                 tell("nothing was missing\n");
             }
             print(&plain::lines(&text))?
         }
-        Form::Json => print(&format!("{:#}\n", applied_json(&replaced, &applied)))?,
+        TopologyForm::Json => print(&format!("{:#}\n", applied_json(&replaced, &applied)))?,
     };
     Ok(if applied.unavailable.is_empty() { exit } else { Exit::Incomplete })
 }
@@ -490,11 +490,11 @@ fn run_check(arguments: &CheckArguments) -> Result<Exit, Failure> {
     })?;
     explain_kind(&findings, &config);
     print(&match arguments.output {
-        Form::Text => {
+        TopologyForm::Text => {
             let lines = findings.iter().map(ToString::to_string);
             lines.map(|finding| format!("{}\n", plain::line(&finding))).collect()
         }
-        Form::Json => {
+        TopologyForm::Json => {
             let findings: Vec<_> = findings.iter().map(finding_json).collect();
             format!("{:#}\n", Value::Array(findings))
         }
