@@ -24,7 +24,7 @@ use crate::{
     cli::{
         Exit, Failure,
         broker::exit_of,
-        input::Source,
+        input::InputReader,
         output::{Detail, Form},
         sender::{AttemptsOf, Sender, check_sizes},
         signals,
@@ -88,7 +88,7 @@ pub(super) struct Plan {
 
 pub(super) fn run(
     plan: Plan,
-    transactions: Transactions<Source>,
+    transactions: Transactions<InputReader>,
     printing: (Form, Detail),
     stages: &Stages<'_>,
 ) -> Result<Ran<Report>, Failure> {
@@ -112,7 +112,7 @@ fn interrupted() -> Failure {
 fn run_at(
     plan: &Plan,
     place: &Place,
-    transactions: Transactions<Source>,
+    transactions: Transactions<InputReader>,
     printing: (Form, Detail),
     stages: &Stages<'_>,
     stop: impl Future<Output = ()>,

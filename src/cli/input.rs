@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// The reader for a file of transactions.
-pub(super) type Source = BufReader<Box<dyn Read + Send>>;
+pub(super) type InputReader = BufReader<Box<dyn Read + Send>>;
 
 /// The failure for an input file with errors.
 pub(super) fn bad_data(complaints: Complaints) -> Failure {
@@ -33,7 +33,7 @@ pub(super) fn name(path: &Path) -> String {
 }
 
 /// Opens a file, or stdin.
-pub(super) fn open(path: &Path) -> Result<Source, Failure> {
+pub(super) fn open(path: &Path) -> Result<InputReader, Failure> {
     if is_stdin(path) {
         return Ok(BufReader::with_capacity(1 << 16, Box::new(io::stdin())));
     }

@@ -15,7 +15,7 @@ use crate::{
         Exit, Failure,
         broker::OptionalBroker,
         brokered::{self, Plan},
-        input::{Source, bad_data, is_stdin, name, open},
+        input::{InputReader, bad_data, is_stdin, name, open},
         output::{self, Detail, Form},
         progress,
         report_file::ReportFile,
@@ -150,7 +150,7 @@ pub(super) fn run(arguments: &RunArguments) -> Result<Exit, Failure> {
 /// Reads both files, and reports the errors of both at once.
 fn read_input(
     arguments: &RunArguments,
-) -> Result<(Vec<ServiceSpec>, Transactions<Source>), Failure> {
+) -> Result<(Vec<ServiceSpec>, Transactions<InputReader>), Failure> {
     if is_stdin(&arguments.services) && is_stdin(&arguments.transactions) {
         let error = anyhow!("--services and --transactions can't both be stdin");
         return Err(Failure::new(Exit::Usage, error));
@@ -178,7 +178,7 @@ fn read_input(
 fn run_embedded(
     arguments: &RunArguments,
     services: Vec<ServiceSpec>,
-    transactions: Transactions<Source>,
+    transactions: Transactions<InputReader>,
     form: Form,
     stages: &Stages<'_>,
 ) -> Result<Ran<Report>, Failure> {
@@ -252,7 +252,7 @@ fn run_brokered(
     arguments: &RunArguments,
     broker: Broker,
     services: Vec<ServiceSpec>,
-    transactions: Transactions<Source>,
+    transactions: Transactions<InputReader>,
     form: Form,
     stages: &Stages<'_>,
 ) -> Result<Ran<Report>, Failure> {

@@ -22,7 +22,7 @@ use tokio::{
 use crate::{
     cli::{
         Exit, Failure,
-        input::Source,
+        input::InputReader,
         output::{Detail, Form, Printer},
         signals::{self, Hangup},
     },
@@ -132,7 +132,7 @@ impl Stages<'_> {
     /// Reads transactions, runs them by `serve`, and prints the results, if that is wanted.
     pub(super) fn run<T, F: Future<Output = T>>(
         &self,
-        transactions: Transactions<Source>,
+        transactions: Transactions<InputReader>,
         printing: Option<(Form, Detail)>,
         serve: impl FnOnce(
             mpsc::Receiver<Vec<TransactionSpec>>,
@@ -241,7 +241,7 @@ impl Order {
 
 /// Passes the transactions on, in batches.
 fn feed(
-    transactions: Transactions<Source>,
+    transactions: Transactions<InputReader>,
     intake: &mpsc::Sender<Vec<TransactionSpec>>,
     order: Option<&Order>,
 ) -> Result<(), Complaints> {
@@ -261,7 +261,7 @@ fn feed(
 }
 
 fn feed_lines(
-    mut lines: Lines<Source>,
+    mut lines: Lines<InputReader>,
     intake: &mpsc::Sender<Vec<TransactionSpec>>,
     order: Option<&Order>,
 ) -> Result<(), Complaints> {
