@@ -301,7 +301,7 @@ struct Applying<'a> {
 impl Applying<'_> {
     /// Applies it, and repeats that within `wait` as long as a failure may be temporary.
     async fn apply(&self, wait: Duration) -> Result<(Vec<Replaced>, Applied), Failure> {
-        let mut again = Again::within(wait);
+        let mut again = Retry::within(wait);
         let (mut replaced, mut all) = (Vec::new(), Applied::default());
         loop {
             match self.attempt(&mut replaced).await {
@@ -348,12 +348,12 @@ impl Applying<'_> {
 }
 
 /// When to try again.
-struct Again {
+struct Retry {
     until: Instant,
     backoff: Backoff,
 }
 
-impl Again {
+impl Retry {
     fn within(wait: Duration) -> Self {
         Self { until: Instant::now() + wait, backoff: Backoff::default() }
     }
@@ -467,9 +467,9 @@ fn run_check(arguments: &CheckArguments) -> Result<Exit, Failure> {
     let services = arguments.what.services(&config)?;
     let topology = Topology::of(&names, &services, &config.topology.settings);
     let findings = runtime.block_on(async {
-        let mut again = Again::within(arguments.wait);
+        let mut again = Retry::within(arguments.wait);
         // A broker that has just started may end the connection during the check.
-        let mut soon = Again::within(arguments.wait.max(STARTING_MAX));
+        let mut soon = Retry::within(arguments.wait.max(STARTING_MAX));
         loop {
             let failure = match broker.connect("topology").await {
                 Ok(connection) => {
