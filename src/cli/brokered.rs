@@ -134,7 +134,7 @@ fn run_at(
         requested_at: None,
         clock: Clock::start(),
         bar: stages.bar.clone(),
-        attempts: plan.counts_attempts.then(|| system.tally.attempts_of()),
+        attempts: plan.counts_attempts.then(|| system.counter.attempts_of()),
         drain: Some(DRAIN),
     };
     let Ran { done: sent, ended } =
@@ -151,7 +151,7 @@ fn run_at(
         return Err(failure);
     }
     let mut report = sent.report;
-    report.services = plan.services.iter().map(|spec| system.tally.report(spec)).collect();
+    report.services = plan.services.iter().map(|spec| system.counter.report(spec)).collect();
     Ok(Ran { done: report, ended: Ended { is_incomplete: sent.n_failed > 0, ..ended } })
 }
 
@@ -267,7 +267,7 @@ struct System {
     worker: JoinHandle<Result<worker::Tally, WorkerError>>,
     services: Vec<JoinHandle<Result<(), ServeError>>>,
     stop_services: watch::Sender<bool>,
-    tally: Arc<Tally>,
+    counter: Arc<CallCounter>,
 }
 
 impl System {
@@ -278,10 +278,11 @@ impl System {
         stop_start: impl Future<Output = ()>,
     ) -> Result<Option<Self>, Failure> {
         let (stop, stop_services) = (watch::Sender::new(false), watch::Sender::new(false));
-        let tally = Arc::new(Tally::new(plan.counts_attempts));
+        let counter = Arc::new(CallCounter::new(plan.counts_attempts));
         let services = plan.services.iter().map(|spec| {
             let inner = Simulated::new(spec, plan.seed).with_store(SimulatedStore::in_memory());
-            let counted = Counted { inner, service: spec.name.clone(), tally: Arc::clone(&tally) };
+            let counted =
+                Counted { inner, service: spec.name.clone(), counter: Arc::clone(&counter) };
             let (broker, names) = (plan.broker.clone(), place.names.clone());
             let settings = ServeSettings {
                 cap: spec.cap,
@@ -298,7 +299,7 @@ impl System {
         };
         let settings = worker_settings(plan, place)?;
         let worker = tokio::spawn(worker::run(settings, heard(&stop), is_serving));
-        let mut system = Self { stop, worker, services, stop_services, tally };
+        let mut system = Self { stop, worker, services, stop_services, counter };
         let started = tokio::select! {
             biased;
             () = stop_start => Ok(None),
@@ -427,7 +428,7 @@ fn never_worked(
 // ---- What is counted -------------------------------------------------------------------------
 
 /// Counts the calls of services, by service and by transaction.
-struct Tally {
+struct CallCounter {
     counts_attempts: bool,
     counts: Mutex<Counts>,
 }
@@ -446,7 +447,7 @@ struct ServiceCounts {
     max_in_use: usize,
 }
 
-impl Tally {
+impl CallCounter {
     fn new(counts_attempts: bool) -> Self {
         Self { counts_attempts, counts: Mutex::default() }
     }
@@ -479,8 +480,8 @@ impl Tally {
     }
 
     fn attempts_of(self: &Arc<Self>) -> Arc<AttemptsOf> {
-        let tally = Arc::clone(self);
-        Arc::new(move |key| tally.lock().attempts.remove(key).unwrap_or_default())
+        let counter = Arc::clone(self);
+        Arc::new(move |key| counter.lock().attempts.remove(key).unwrap_or_default())
     }
 
     fn report(&self, spec: &ServiceSpec) -> ServiceReport {
@@ -508,37 +509,37 @@ enum Call {
 struct Counted {
     inner: Simulated,
     service: ServiceName,
-    tally: Arc<Tally>,
+    counter: Arc<CallCounter>,
 }
 
 impl Participant for Counted {
     async fn prepare(&self, call: Prepare) -> Result<Verdict, Error> {
         let key = call.key.clone();
-        self.tally.began(&self.service, &key, Call::Prepare);
+        self.counter.began(&self.service, &key, Call::Prepare);
         let verdict = self.inner.prepare(call).await;
         // Whatever else the prepare ends with, the service gets a finish, which releases the slot.
         if let Ok(Verdict::Refused(_) | Verdict::ReadOnly) = verdict {
-            self.tally.released(&self.service, &key);
+            self.counter.released(&self.service, &key);
         }
         verdict
     }
 
     async fn commit(&self, call: Finish) -> Result<(), Error> {
         let key = call.key.clone();
-        self.tally.began(&self.service, &key, Call::Commit);
+        self.counter.began(&self.service, &key, Call::Commit);
         let done = self.inner.commit(call).await;
         if done.is_ok() {
-            self.tally.released(&self.service, &key);
+            self.counter.released(&self.service, &key);
         }
         done
     }
 
     async fn abort(&self, call: Finish) -> Result<(), Error> {
         let key = call.key.clone();
-        self.tally.began(&self.service, &key, Call::Abort);
+        self.counter.began(&self.service, &key, Call::Abort);
         let done = self.inner.abort(call).await;
         if done.is_ok() {
-            self.tally.released(&self.service, &key);
+            self.counter.released(&self.service, &key);
         }
         done
     }
