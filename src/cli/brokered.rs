@@ -456,20 +456,20 @@ impl CallCounter {
         self.counts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn began(&self, service: &ServiceName, key: &TransactionKey, call: Call) {
+    fn began(&self, service: &ServiceName, key: &TransactionKey, call: CallKind) {
         let mut counts = self.lock();
         let of_service = counts.services.entry(service.clone()).or_default();
-        of_service.calls.prepare += u64::from(call == Call::Prepare);
-        of_service.calls.commit += u64::from(call == Call::Commit);
-        of_service.calls.abort += u64::from(call == Call::Abort);
+        of_service.calls.prepare += u64::from(call == CallKind::Prepare);
+        of_service.calls.commit += u64::from(call == CallKind::Commit);
+        of_service.calls.abort += u64::from(call == CallKind::Abort);
         of_service.held.insert(key.clone());
         of_service.max_in_use = of_service.max_in_use.max(of_service.held.len());
         if self.counts_attempts {
             let attempts = counts.attempts.entry(key.clone()).or_default();
             let attempts = attempts.entry(service.clone()).or_default();
-            attempts.prepare += u32::from(call == Call::Prepare);
-            attempts.commit += u32::from(call == Call::Commit);
-            attempts.abort += u32::from(call == Call::Abort);
+            attempts.prepare += u32::from(call == CallKind::Prepare);
+            attempts.commit += u32::from(call == CallKind::Commit);
+            attempts.abort += u32::from(call == CallKind::Abort);
         }
     }
 
@@ -499,7 +499,7 @@ impl CallCounter {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Call {
+enum CallKind {
     Prepare,
     Commit,
     Abort,
@@ -515,7 +515,7 @@ struct Counted {
 impl Participant for Counted {
     async fn prepare(&self, call: Prepare) -> Result<Verdict, Error> {
         let key = call.key.clone();
-        self.counter.began(&self.service, &key, Call::Prepare);
+        self.counter.began(&self.service, &key, CallKind::Prepare);
         let verdict = self.inner.prepare(call).await;
         // Whatever else the prepare ends with, the service gets a finish, which releases the slot.
         if let Ok(Verdict::Refused(_) | Verdict::ReadOnly) = verdict {
@@ -526,7 +526,7 @@ impl Participant for Counted {
 
     async fn commit(&self, call: Finish) -> Result<(), Error> {
         let key = call.key.clone();
-        self.counter.began(&self.service, &key, Call::Commit);
+        self.counter.began(&self.service, &key, CallKind::Commit);
         let done = self.inner.commit(call).await;
         if done.is_ok() {
             self.counter.released(&self.service, &key);
@@ -536,7 +536,7 @@ impl Participant for Counted {
 
     async fn abort(&self, call: Finish) -> Result<(), Error> {
         let key = call.key.clone();
-        self.counter.began(&self.service, &key, Call::Abort);
+        self.counter.began(&self.service, &key, CallKind::Abort);
         let done = self.inner.abort(call).await;
         if done.is_ok() {
             self.counter.released(&self.service, &key);
