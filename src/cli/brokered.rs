@@ -282,7 +282,7 @@ impl System {
         let services = plan.services.iter().map(|spec| {
             let inner = Simulated::new(spec, plan.seed).with_store(SimulatedStore::in_memory());
             let counted =
-                Counted { inner, service: spec.name.clone(), counter: Arc::clone(&counter) };
+                CountedService { inner, service: spec.name.clone(), counter: Arc::clone(&counter) };
             let (broker, names) = (plan.broker.clone(), place.names.clone());
             let settings = ServeSettings {
                 cap: spec.cap,
@@ -506,13 +506,13 @@ enum CallKind {
 }
 
 /// A simulated service whose calls are counted.
-struct Counted {
+struct CountedService {
     inner: Simulated,
     service: ServiceName,
     counter: Arc<CallCounter>,
 }
 
-impl Participant for Counted {
+impl Participant for CountedService {
     async fn prepare(&self, call: Prepare) -> Result<Verdict, Error> {
         let key = call.key.clone();
         self.counter.began(&self.service, &key, CallKind::Prepare);
