@@ -94,12 +94,12 @@ pub(super) fn run(
 ) -> Result<Ran<Report>, Failure> {
     // From here on the first signal ends the run, not the process.
     let stop = signals::heard(stages.interrupt).shared();
-    let made = stages.runtime.block_on(Place::make(&plan, stop.clone()));
-    let place = made?.ok_or_else(interrupted)?;
-    let heard = place.heard();
+    let made = stages.runtime.block_on(RunNamespace::make(&plan, stop.clone()));
+    let namespace = made?.ok_or_else(interrupted)?;
+    let heard = namespace.heard();
     let stages = Stages { heard: &heard, ..*stages };
-    let ran = run_at(&plan, &place, transactions, printing, &stages, stop);
-    if let Err(failure) = stages.runtime.block_on(place.leave()) {
+    let ran = run_at(&plan, &namespace, transactions, printing, &stages, stop);
+    if let Err(failure) = stages.runtime.block_on(namespace.leave()) {
         tell(&format!("{failure}\n"));
     }
     ran
@@ -111,7 +111,7 @@ fn interrupted() -> Failure {
 
 fn run_at(
     plan: &Plan,
-    place: &Place,
+    namespace: &RunNamespace,
     transactions: Transactions<InputReader>,
     printing: (Form, Detail),
     stages: &Stages<'_>,
@@ -121,10 +121,10 @@ fn run_at(
     let client = {
         let _entered = stages.runtime.enter();
         let settings = Settings { in_flight_max, ..Settings::default() };
-        Client::with(plan.broker.clone(), place.names.clone(), settings)
+        Client::with(plan.broker.clone(), namespace.names.clone(), settings)
     };
     check_sizes(&client, &transactions)?;
-    let started = stages.runtime.block_on(System::start(plan, place, stop));
+    let started = stages.runtime.block_on(System::start(plan, namespace, stop));
     let mut system = started?.ok_or_else(interrupted)?;
     let sender = Sender {
         client: client.clone(),
@@ -158,7 +158,7 @@ fn run_at(
 // ---- At the broker ---------------------------------------------------------------------------
 
 /// The namespace that a run uses.
-struct Place {
+struct RunNamespace {
     broker: Broker,
     names: Names,
     /// The exchanges and queues that were declared for this run, if any.
@@ -167,7 +167,7 @@ struct Place {
     services: PathBuf,
 }
 
-impl Place {
+impl RunNamespace {
     /// `None`: `stop` ended first, and nothing is left at the broker.
     async fn make(plan: &Plan, stop: impl Future<Output = ()>) -> Result<Option<Self>, Failure> {
         let (broker, services_file) = (plan.broker.clone(), plan.services_file.clone());
@@ -183,17 +183,18 @@ impl Place {
         let now = Clock::start().now();
         let options = Options { settings, now, clock_margin: Duration::from_secs(60) };
         let topology = Topology::of(&names, &services, &settings);
-        let place = Self { broker, names, made: Some(topology), services: services_file };
-        let applied = apply_until(stop, &place.broker, &place.names, &services, &options).await;
+        let namespace = Self { broker, names, made: Some(topology), services: services_file };
+        let applied =
+            apply_until(stop, &namespace.broker, &namespace.names, &services, &options).await;
         let failure = match applied {
-            Ok(Some(_)) => return Ok(Some(place)),
+            Ok(Some(_)) => return Ok(Some(namespace)),
             Ok(None) => None,
             // As far as is known, nothing was declared then.
             Err(TopologyError::Connect(error)) => return Err(no_connection(error)),
             Err(error) => Some(not_applied(error)),
         };
         // Deletes what was declared before the failure.
-        if let Err(left) = place.leave().await {
+        if let Err(left) = namespace.leave().await {
             tell(&format!("{left}\n"));
         }
         failure.map_or(Ok(None), Err)
@@ -274,7 +275,7 @@ impl System {
     /// `None`: `stop` ended first.
     async fn start(
         plan: &Plan,
-        place: &Place,
+        namespace: &RunNamespace,
         stop_start: impl Future<Output = ()>,
     ) -> Result<Option<Self>, Failure> {
         let (stop, stop_services) = (watch::Sender::new(false), watch::Sender::new(false));
@@ -283,7 +284,7 @@ impl System {
             let inner = Simulated::new(spec, plan.seed).with_store(SimulatedStore::in_memory());
             let counted =
                 CountedService { inner, service: spec.name.clone(), counter: Arc::clone(&counter) };
-            let (broker, names) = (plan.broker.clone(), place.names.clone());
+            let (broker, names) = (plan.broker.clone(), namespace.names.clone());
             let settings = ServeSettings {
                 cap: spec.cap,
                 ..ServeSettings::new(broker, names, spec.name.clone(), spec.max_concurrency)
@@ -297,13 +298,13 @@ impl System {
             // The worker calls this again after it has lost a connection.
             let _ = ready.take().map(|ready| ready.send(()));
         };
-        let settings = worker_settings(plan, place)?;
+        let settings = worker_settings(plan, namespace)?;
         let worker = tokio::spawn(worker::run(settings, heard(&stop), is_serving));
         let mut system = Self { stop, worker, services, stop_services, counter };
         let started = tokio::select! {
             biased;
             () = stop_start => Ok(None),
-            started = timeout(START, system.serves(plan, place, &mut is_ready)) => match started {
+            started = timeout(START, system.serves(plan, namespace, &mut is_ready)) => match started {
                 Ok(served) => served.map(Some),
                 Err(_) => {
                     let error = anyhow!("worker and services did not serve within {START:?}");
@@ -329,7 +330,7 @@ impl System {
     async fn serves(
         &mut self,
         plan: &Plan,
-        place: &Place,
+        namespace: &RunNamespace,
         is_ready: &mut oneshot::Receiver<()>,
     ) -> Result<(), Failure> {
         tokio::select! {
@@ -338,7 +339,7 @@ impl System {
         }
         let connection = plan.broker.connect("start").await.map_err(no_connection)?;
         for spec in &plan.services {
-            while !is_consumed(&connection, &place.names, &spec.name).await? {
+            while !is_consumed(&connection, &namespace.names, &spec.name).await? {
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         }
@@ -405,10 +406,10 @@ fn heard(stop: &watch::Sender<bool>) -> impl Future<Output = ()> + Send + 'stati
     }
 }
 
-fn worker_settings(plan: &Plan, place: &Place) -> Result<worker::Settings, Failure> {
+fn worker_settings(plan: &Plan, namespace: &RunNamespace) -> Result<worker::Settings, Failure> {
     let name = WorkerId::parse(&unique::name('w'))
         .map_err(|error| Failure::new(Exit::Incomplete, error))?;
-    let mut settings = worker::Settings::new(plan.broker.clone(), place.names.clone(), name);
+    let mut settings = worker::Settings::new(plan.broker.clone(), namespace.names.clone(), name);
     settings.coordinator.in_flight_max = plan.max_in_flight;
     settings.coordinator.prepare_timeout = plan.prepare_timeout;
     settings.coordinator.seed = unique::number();
