@@ -73,7 +73,7 @@ const STOP_MAX: Duration = Duration::from_secs(60);
 const LEAVE_MAX: Duration = Duration::from_secs(20);
 
 /// What to run.
-pub(super) struct Plan {
+pub(super) struct RunPlan {
     pub(super) broker: Broker,
     /// The names to use; `None`: names in a new namespace, for this run only.
     pub(super) names: Option<Names>,
@@ -87,7 +87,7 @@ pub(super) struct Plan {
 }
 
 pub(super) fn run(
-    plan: Plan,
+    plan: RunPlan,
     transactions: Transactions<InputReader>,
     printing: (Form, Detail),
     stages: &Stages<'_>,
@@ -110,7 +110,7 @@ fn interrupted() -> Failure {
 }
 
 fn run_at(
-    plan: &Plan,
+    plan: &RunPlan,
     namespace: &RunNamespace,
     transactions: Transactions<InputReader>,
     printing: (Form, Detail),
@@ -169,7 +169,7 @@ struct RunNamespace {
 
 impl RunNamespace {
     /// `None`: `stop` ended first, and nothing is left at the broker.
-    async fn make(plan: &Plan, stop: impl Future<Output = ()>) -> Result<Option<Self>, Failure> {
+    async fn make(plan: &RunPlan, stop: impl Future<Output = ()>) -> Result<Option<Self>, Failure> {
         let (broker, services_file) = (plan.broker.clone(), plan.services_file.clone());
         if let Some(names) = plan.names.clone() {
             return Ok(Some(Self { broker, names, made: None, services: services_file }));
@@ -274,7 +274,7 @@ struct System {
 impl System {
     /// `None`: `stop` ended first.
     async fn start(
-        plan: &Plan,
+        plan: &RunPlan,
         namespace: &RunNamespace,
         stop_start: impl Future<Output = ()>,
     ) -> Result<Option<Self>, Failure> {
@@ -329,7 +329,7 @@ impl System {
     /// find no slot.
     async fn serves(
         &mut self,
-        plan: &Plan,
+        plan: &RunPlan,
         namespace: &RunNamespace,
         is_ready: &mut oneshot::Receiver<()>,
     ) -> Result<(), Failure> {
@@ -406,7 +406,7 @@ fn heard(stop: &watch::Sender<bool>) -> impl Future<Output = ()> + Send + 'stati
     }
 }
 
-fn worker_settings(plan: &Plan, namespace: &RunNamespace) -> Result<worker::Settings, Failure> {
+fn worker_settings(plan: &RunPlan, namespace: &RunNamespace) -> Result<worker::Settings, Failure> {
     let name = WorkerId::parse(&unique::name('w'))
         .map_err(|error| Failure::new(Exit::Incomplete, error))?;
     let mut settings = worker::Settings::new(plan.broker.clone(), namespace.names.clone(), name);

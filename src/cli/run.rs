@@ -14,7 +14,7 @@ use crate::{
     cli::{
         Exit, Failure,
         broker::OptionalBroker,
-        brokered::{self, Plan},
+        brokered::{self, RunPlan},
         input::{InputReader, bad_data, is_stdin, name, open},
         output::{self, Detail, Form},
         progress,
@@ -256,7 +256,7 @@ fn run_brokered(
     form: Form,
     stages: &Stages<'_>,
 ) -> Result<Ran<Report>, Failure> {
-    let plan = Plan {
+    let plan = RunPlan {
         broker,
         names: arguments.broker.names(),
         services,
