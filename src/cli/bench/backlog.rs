@@ -15,7 +15,7 @@ use crate::{
         load::data_of,
         machine,
         report::{Backlog, mib},
-        system::{Place, SERVICES},
+        system::{BenchNamespace, SERVICES},
     },
     client::Submission,
     clock::Clock,
@@ -47,7 +47,7 @@ const DRAINS_MAX: usize = 15;
 /// Drains a backlog of `requests`, and repeats that until it has taken `duration` in all: one drain
 /// of a small backlog is too short to measure.
 pub(super) async fn measure(
-    place: &Place,
+    namespace: &BenchNamespace,
     requests: u64,
     max_in_flight: usize,
     data: usize,
@@ -56,7 +56,8 @@ pub(super) async fn measure(
     let mut backlog = Backlog { requests, ..Backlog::default() };
     let mut taken = Duration::ZERO;
     while taken < duration && backlog.per_second.count() < DRAINS_MAX {
-        let Drained { took, aborted, memory } = drain(place, requests, max_in_flight, data).await?;
+        let Drained { took, aborted, memory } =
+            drain(namespace, requests, max_in_flight, data).await?;
         taken += took;
         backlog.per_second.add(requests as f64 / took.as_secs_f64());
         backlog.aborted += aborted;
@@ -76,25 +77,26 @@ struct Drained {
 
 /// Publishes `requests`, and then starts a worker.
 async fn drain(
-    place: &Place,
+    namespace: &BenchNamespace,
     requests: u64,
     max_in_flight: usize,
     data: usize,
 ) -> anyhow::Result<Drained> {
-    let link = place.broker().link().await?;
+    let link = namespace.broker().link().await?;
     let reply = ReplyToken::parse(&unique::name('p'))?;
     let mut results = {
         let channel = link.consuming.create_channel().await?;
-        let queue = ShortString::from(format!("{}.{}", place.names.results_of(&reply), "bench"));
+        let queue =
+            ShortString::from(format!("{}.{}", namespace.names.results_of(&reply), "bench"));
         let exclusive = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
         let nothing = FieldTable::default;
         channel.queue_declare(queue.clone(), exclusive, nothing()).await?;
-        let (exchange, bind) = (place.names.results(), QueueBindOptions::default());
+        let (exchange, bind) = (namespace.names.results(), QueueBindOptions::default());
         channel.queue_bind(queue.clone(), exchange, key(&reply, "*"), bind, nothing()).await?;
         Inbox::on(channel, queue, PREFETCH, nothing()).await?.lazy()
     };
     pile_up(
-        place,
+        namespace,
         &mut Publisher::open(&link.publishing, "requests").await?,
         &reply,
         requests,
@@ -103,8 +105,8 @@ async fn drain(
     .await
     .context("failed to pile up requests")?;
 
-    let services = place.services().await?;
-    let worker = place.worker(max_in_flight).await?;
+    let services = namespace.services().await?;
+    let worker = namespace.worker(max_in_flight).await?;
     let began = Instant::now();
     let mut memory = Vec::new();
     let (mut ended, mut aborted) = (0, 0);
@@ -139,7 +141,7 @@ async fn drain(
 }
 
 async fn pile_up(
-    place: &Place,
+    namespace: &BenchNamespace,
     publisher: &mut Publisher<()>,
     reply: &ReplyToken,
     requests: u64,
@@ -149,7 +151,7 @@ async fn pile_up(
     for number in 0..requests {
         let submission = Submission::new(format!("{name}-{number}"), SERVICES, data.clone());
         let message = Outgoing {
-            exchange: place.names.requests(),
+            exchange: namespace.names.requests(),
             key: REQUEST.into(),
             message_type: Kind::Request.as_type(),
             body: encode_request(&submission.check()?, Some(reply))?,

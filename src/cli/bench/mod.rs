@@ -32,7 +32,7 @@ use tracing_subscriber::filter::LevelFilter;
 use self::{
     load::Load,
     report::{Point, Report, Setting, Who, Yardstick, mib, ms},
-    system::{Place, Plan, Process},
+    system::{BenchNamespace, Plan, Process},
 };
 use crate::{
     cli::{
@@ -253,12 +253,14 @@ async fn measure_brokered(
     // One namespace for the loads, and one for each measurement that earlier traffic would slow
     // down.
     let count = arguments.backlog.len() + 2;
-    let (mut places, stop) = (Vec::new(), stop.shared());
-    let made = make(count, &plan, &mut places, &stop).await;
+    let (mut namespaces, stop) = (Vec::new(), stop.shared());
+    let made = make(count, &plan, &mut namespaces, &stop).await;
     let measuring = async {
         made?;
-        let [place, for_times, for_backlogs @ ..] = places.as_slice() else { return Ok(()) };
-        let bench = Bench { arguments, place, for_times, for_backlogs, broker_pid };
+        let [namespace, for_times, for_backlogs @ ..] = namespaces.as_slice() else {
+            return Ok(());
+        };
+        let bench = Bench { arguments, namespace, for_times, for_backlogs, broker_pid };
         bench.measure(&mut report).await
     };
     let measured = tokio::select! {
@@ -266,8 +268,8 @@ async fn measure_brokered(
         () = stop.clone() => None,
         measured = measuring => Some(measured),
     };
-    for place in places {
-        if let Err(error) = place.leave().await {
+    for namespace in namespaces {
+        if let Err(error) = namespace.leave().await {
             tell(&format!("{error:#}\n"));
         }
     }
@@ -278,13 +280,13 @@ async fn measure_brokered(
 async fn make(
     count: usize,
     plan: &Plan,
-    places: &mut Vec<Place>,
+    namespaces: &mut Vec<BenchNamespace>,
     stop: &(impl Future<Output = ()> + Clone),
 ) -> anyhow::Result<()> {
-    while places.len() < count
-        && let Some(place) = Place::make(plan.clone(), stop.clone()).await?
+    while namespaces.len() < count
+        && let Some(namespace) = BenchNamespace::make(plan.clone(), stop.clone()).await?
     {
-        places.push(place);
+        namespaces.push(namespace);
     }
     Ok(())
 }
@@ -292,9 +294,9 @@ async fn make(
 /// All measurements on a broker.
 struct Bench<'a> {
     arguments: &'a BenchArguments,
-    place: &'a Place,
-    for_times: &'a Place,
-    for_backlogs: &'a [Place],
+    namespace: &'a BenchNamespace,
+    for_times: &'a BenchNamespace,
+    for_backlogs: &'a [BenchNamespace],
     broker_pid: Option<u32>,
 }
 
@@ -315,10 +317,10 @@ impl Bench<'_> {
             tell("times\n");
             report.times = Some(times::measure(self.for_times, data).await?);
         }
-        for (&requests, place) in self.arguments.backlog.iter().zip(self.for_backlogs) {
+        for (&requests, namespace) in self.arguments.backlog.iter().zip(self.for_backlogs) {
             tell(&format!("a backlog of {requests}\n"));
             let duration = self.arguments.duration();
-            let draining = backlog::measure(place, requests, IN_FLIGHT_DEFAULT, data, duration);
+            let draining = backlog::measure(namespace, requests, IN_FLIGHT_DEFAULT, data, duration);
             report.backlog.push(draining.await?);
         }
         Ok(())
@@ -326,18 +328,18 @@ impl Bench<'_> {
 
     /// Measures the yardstick for one round; returns echo RPCs per second.
     async fn yardstick(&self, yardstick: &mut Yardstick) -> anyhow::Result<f64> {
-        let (place, duration) = (self.place, self.arguments.duration());
+        let (namespace, duration) = (self.namespace, self.arguments.duration());
         let before = self.cpu(&[], &[]);
-        let echoed = yardstick::echo(place, ECHO_IN_FLIGHT, duration).await?;
+        let echoed = yardstick::echo(namespace, ECHO_IN_FLIGHT, duration).await?;
         yardstick.echo.add(echoed.per_second);
         for (who, used) in used_since(&before, &self.cpu(&[], &[])) {
             yardstick.cpu.add(who, used.map(|it| it.as_secs_f64() * 1e6 / echoed.all as f64));
         }
-        let alone = yardstick::echo(place, 1, duration.min(ALONE_MAX)).await?;
+        let alone = yardstick::echo(namespace, 1, duration.min(ALONE_MAX)).await?;
         yardstick.echo_alone.add(ms(alone.latencies.percentile(50.0)));
-        yardstick.raw.add(yardstick::raw(place, duration).await?);
+        yardstick.raw.add(yardstick::raw(namespace, duration).await?);
         for (kind, hop) in &mut yardstick.hops {
-            let latencies = yardstick::hop(place, *kind, duration.min(ALONE_MAX)).await?;
+            let latencies = yardstick::hop(namespace, *kind, duration.min(ALONE_MAX)).await?;
             hop.add(ms(latencies.percentile(50.0)));
         }
         Ok(echoed.per_second)
@@ -345,15 +347,15 @@ impl Bench<'_> {
 
     /// Measures one load for one round.
     async fn load(&self, point: &mut Point, echo: f64) -> anyhow::Result<()> {
-        let place = self.place;
-        let services = place.services().await?;
+        let namespace = self.namespace;
+        let services = namespace.services().await?;
         let mut workers = Vec::new();
         for _ in 0..self.arguments.workers {
-            workers.push(place.worker(point.in_flight.max(IN_FLIGHT_DEFAULT)).await?);
+            workers.push(namespace.worker(point.in_flight.max(IN_FLIGHT_DEFAULT)).await?);
         }
         let traffic = Traffic::so_far();
         let data = self.arguments.data();
-        let mut load = Load::start(place.broker(), &place.names, point.in_flight, data);
+        let mut load = Load::start(namespace.broker(), &namespace.names, point.in_flight, data);
         let window = tokio::select! {
             window = self.window(&workers, &services) => window,
             error = load.failed() => return Err(error),

@@ -151,8 +151,8 @@ pub(super) struct Each([Measured; Who::ALL.len()]);
 
 impl Each {
     pub(super) fn add(&mut self, who: Who, value: Option<f64>) {
-        let place = Who::ALL.iter().position(|it| *it == who);
-        if let Some(measured) = place.and_then(|place| self.0.get_mut(place)) {
+        let index = Who::ALL.iter().position(|it| *it == who);
+        if let Some(measured) = index.and_then(|index| self.0.get_mut(index)) {
             measured.add_known(value);
         }
     }

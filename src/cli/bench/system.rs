@@ -67,7 +67,7 @@ pub(super) struct Plan {
 
 /// A temporary namespace, and a directory for files.
 #[derive(Debug)]
-pub(super) struct Place {
+pub(super) struct BenchNamespace {
     plan: Plan,
     pub(super) names: Names,
     /// Everything in the namespace, for deleting it at the end.
@@ -79,7 +79,7 @@ pub(super) struct Place {
 /// Processes that were told to stop, and not yet waited for.
 type Left = Arc<Mutex<Vec<Child>>>;
 
-impl Place {
+impl BenchNamespace {
     /// Declares everything. `None`: `stop` ended first, and nothing is left.
     pub(super) async fn make(
         plan: Plan,
@@ -106,19 +106,19 @@ impl Place {
         let directory = env::temp_dir().join(format!("dtc-bench-{name}"));
         let made = fs::create_dir(&directory);
         made.with_context(|| format!("failed to make `{}`", directory.display()))?;
-        let place = Self { plan, names, topology, directory, left: Left::default() };
+        let namespace = Self { plan, names, topology, directory, left: Left::default() };
         let specs: Vec<_> =
             SERVICES.iter().map(|name| json!({"name": name, "max_concurrency": SLOTS})).collect();
-        let file = place.file("services.json");
+        let file = namespace.file("services.json");
         fs::write(&file, Value::from(specs).to_string())
             .with_context(|| format!("failed to write `{}`", file.display()))?;
-        let broker = place.plan.broker.clone();
-        let names = place.names.clone();
+        let broker = namespace.plan.broker.clone();
+        let names = namespace.names.clone();
         match apply_until(stop, &broker, &names, &services, &options).await {
-            Ok(Some(_)) => Ok(Some(place)),
-            Ok(None) => place.leave().await.map(|()| None),
+            Ok(Some(_)) => Ok(Some(namespace)),
+            Ok(None) => namespace.leave().await.map(|()| None),
             Err(error) => {
-                let left = place.leave().await;
+                let left = namespace.leave().await;
                 let error = anyhow::Error::new(error);
                 Err(match left {
                     Ok(()) => error,
@@ -287,7 +287,7 @@ impl Process {
 }
 
 impl Drop for Process {
-    /// Stops it; [`Place::leave`] waits for it.
+    /// Stops it; [`BenchNamespace::leave`] waits for it.
     fn drop(&mut self) {
         drop(self.guard.take());
         self.left.lock().unwrap_or_else(PoisonError::into_inner).extend(self.shell.take());

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::cli::bench::{load::Load, report::Times, system::Place};
+use crate::cli::bench::{load::Load, report::Times, system::BenchNamespace};
 
 /// The load during the measurements.
 pub(super) const IN_FLIGHT: usize = 256;
@@ -12,17 +12,17 @@ pub(super) const IN_FLIGHT: usize = 256;
 /// How long the load runs before something happens to a worker.
 const STEADY: Duration = Duration::from_secs(2);
 
-/// Runs two workers under load: stops one, starts a third in its place, and kills the second.
-pub(super) async fn measure(place: &Place, data: usize) -> anyhow::Result<Times> {
-    let services = place.services().await?;
-    let (first, second) = (place.worker(IN_FLIGHT).await?, place.worker(IN_FLIGHT).await?);
+/// Runs two workers under load: stops one, starts a third in its namespace, and kills the second.
+pub(super) async fn measure(namespace: &BenchNamespace, data: usize) -> anyhow::Result<Times> {
+    let services = namespace.services().await?;
+    let (first, second) = (namespace.worker(IN_FLIGHT).await?, namespace.worker(IN_FLIGHT).await?);
     let startup = first.started_in;
-    let load = Load::start(place.broker(), &place.names, IN_FLIGHT, data);
+    let load = Load::start(namespace.broker(), &namespace.names, IN_FLIGHT, data);
     tokio::time::sleep(STEADY).await;
     let told = Instant::now();
     first.stop().await?;
     let drain = told.elapsed();
-    let third = place.worker(IN_FLIGHT).await?;
+    let third = namespace.worker(IN_FLIGHT).await?;
     tokio::time::sleep(STEADY).await;
     let killed = Instant::now();
     second.kill().await?;

@@ -16,7 +16,7 @@ use lapin::{
 use tokio::{task::JoinSet, time::Instant};
 
 use crate::{
-    cli::bench::system::Place,
+    cli::bench::system::BenchNamespace,
     embedded::Latencies,
     transport::amqp::{
         connection::{Broker, BrokerConnection, close},
@@ -62,9 +62,9 @@ struct Durable {
 }
 
 impl Durable {
-    async fn declare(place: &Place, kind: QueueKind) -> anyhow::Result<Self> {
-        let connection = place.broker().connect("bench").await?;
-        let name = place.yardstick();
+    async fn declare(namespace: &BenchNamespace, kind: QueueKind) -> anyhow::Result<Self> {
+        let connection = namespace.broker().connect("bench").await?;
+        let name = namespace.yardstick();
         let channel = connection.create_channel().await?;
         let options = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
         let mut arguments = FieldTable::default();
@@ -87,13 +87,14 @@ impl Durable {
 
 /// Echo RPCs with so many in flight, for `duration`.
 pub(super) async fn echo(
-    place: &Place,
+    namespace: &BenchNamespace,
     in_flight: usize,
     duration: Duration,
 ) -> anyhow::Result<Echoed> {
-    let broker = place.broker();
-    let queue =
-        Durable::declare(place, QueueKind::Classic).await.context("failed to declare a queue")?;
+    let broker = namespace.broker();
+    let queue = Durable::declare(namespace, QueueKind::Classic)
+        .await
+        .context("failed to declare a queue")?;
     let mut server = JoinSet::new();
     server.spawn(serve(broker.clone(), queue.name.clone()));
     let echoed = call(broker, &queue.name, in_flight, duration).await;
@@ -234,10 +235,11 @@ fn confirmed(published: Published) -> anyhow::Result<()> {
 }
 
 /// Persistent messages per second through one durable queue, confirmed and acknowledged.
-pub(super) async fn raw(place: &Place, duration: Duration) -> anyhow::Result<f64> {
-    let queue =
-        Durable::declare(place, QueueKind::Classic).await.context("failed to declare a queue")?;
-    let sent = send(place.broker(), &queue.name, duration).await;
+pub(super) async fn raw(namespace: &BenchNamespace, duration: Duration) -> anyhow::Result<f64> {
+    let queue = Durable::declare(namespace, QueueKind::Classic)
+        .await
+        .context("failed to declare a queue")?;
+    let sent = send(namespace.broker(), &queue.name, duration).await;
     queue.delete().await;
     sent.context("failed to measure plain messages")
 }
@@ -284,12 +286,12 @@ async fn send(broker: &Broker, queue: &ShortString, duration: Duration) -> anyho
 /// How long a message that is alone takes from its publisher through a queue of this kind to its
 /// consumer, published as the coordinator publishes to such queues.
 pub(super) async fn hop(
-    place: &Place,
+    namespace: &BenchNamespace,
     kind: QueueKind,
     duration: Duration,
 ) -> anyhow::Result<Latencies> {
-    let queue = Durable::declare(place, kind).await.context("failed to declare a queue")?;
-    let hopped = send_alone(place.broker(), &queue.name, kind, duration).await;
+    let queue = Durable::declare(namespace, kind).await.context("failed to declare a queue")?;
+    let hopped = send_alone(namespace.broker(), &queue.name, kind, duration).await;
     queue.delete().await;
     hopped.context("failed to measure a message that is alone")
 }
