@@ -32,7 +32,7 @@ use tracing_subscriber::filter::LevelFilter;
 use self::{
     load::Load,
     report::{Point, Report, Setting, Who, Yardstick, mib, ms},
-    system::{BenchNamespace, Plan, Process},
+    system::{BenchNamespace, BenchPlan, Process},
 };
 use crate::{
     cli::{
@@ -150,13 +150,13 @@ pub(super) fn run(arguments: &BenchArguments) -> Result<Exit, Failure> {
     Ok(if report.is_whole() { Exit::Done } else { Exit::Incomplete })
 }
 
-fn plan(arguments: &BenchArguments) -> Result<Plan, Failure> {
+fn plan(arguments: &BenchArguments) -> Result<BenchPlan, Failure> {
     let flags = [
         arguments.url.flag(),
         flag("topology.commands", "--commands", arguments.commands.as_ref()),
     ];
     let config = arguments.config.load(flags)?;
-    Ok(Plan {
+    Ok(BenchPlan {
         broker: broker::broker(&config, "dtc bench"),
         config: arguments.config.file().map(Into::into),
         url: arguments.url.secret().map(Into::into),
@@ -233,7 +233,7 @@ async fn measure_embedded(
 /// `None`: a signal stopped it.
 async fn measure_brokered(
     arguments: &BenchArguments,
-    plan: Plan,
+    plan: BenchPlan,
     stop: impl Future<Output = ()>,
 ) -> Result<Option<Report>, Failure> {
     let host = plan.broker.address.first_host();
@@ -279,7 +279,7 @@ async fn measure_brokered(
 /// Creates so many namespaces, or fewer if `stop` ends first.
 async fn make(
     count: usize,
-    plan: &Plan,
+    plan: &BenchPlan,
     namespaces: &mut Vec<BenchNamespace>,
     stop: &(impl Future<Output = ()> + Clone),
 ) -> anyhow::Result<()> {

@@ -56,7 +56,7 @@ const GUARD: &str =
 
 /// How to start processes.
 #[derive(Clone, Debug)]
-pub(super) struct Plan {
+pub(super) struct BenchPlan {
     pub(super) broker: Broker,
     /// Their configuration: passed on by `--config`, and `--broker` by the environment, where other
     /// users don't see it.
@@ -68,7 +68,7 @@ pub(super) struct Plan {
 /// A temporary namespace, and a directory for files.
 #[derive(Debug)]
 pub(super) struct BenchNamespace {
-    plan: Plan,
+    plan: BenchPlan,
     pub(super) names: Names,
     /// Everything in the namespace, for deleting it at the end.
     topology: Topology,
@@ -82,7 +82,7 @@ type Left = Arc<Mutex<Vec<Child>>>;
 impl BenchNamespace {
     /// Declares everything. `None`: `stop` ended first, and nothing is left.
     pub(super) async fn make(
-        plan: Plan,
+        plan: BenchPlan,
         stop: impl Future<Output = ()>,
     ) -> anyhow::Result<Option<Self>> {
         let name = unique::name('b');
