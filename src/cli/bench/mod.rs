@@ -31,7 +31,7 @@ use tracing_subscriber::filter::LevelFilter;
 
 use self::{
     load::Load,
-    report::{Point, Report, Setting, Who, Yardstick, mib, ms},
+    report::{BenchReport, Point, Setting, Who, Yardstick, mib, ms},
     system::{BenchNamespace, BenchPlan, Process},
 };
 use crate::{
@@ -185,11 +185,11 @@ impl BenchArguments {
     }
 
     /// An empty report.
-    fn report(&self) -> Report {
+    fn report(&self) -> BenchReport {
         let mut loads = self.in_flight.clone();
         loads.sort_unstable();
         loads.dedup();
-        Report {
+        BenchReport {
             setting: Setting {
                 cores: machine::cores(),
                 processor: machine::processor(),
@@ -203,7 +203,7 @@ impl BenchArguments {
                 .into_iter()
                 .map(|in_flight| Point { in_flight, ..Point::default() })
                 .collect(),
-            ..Report::default()
+            ..BenchReport::default()
         }
     }
 }
@@ -212,7 +212,7 @@ impl BenchArguments {
 async fn measure_embedded(
     arguments: &BenchArguments,
     stop: impl Future<Output = ()>,
-) -> Result<Option<Report>, Failure> {
+) -> Result<Option<BenchReport>, Failure> {
     let mut report = arguments.report();
     let measuring = async {
         for round in 1..=arguments.rounds {
@@ -235,7 +235,7 @@ async fn measure_brokered(
     arguments: &BenchArguments,
     plan: BenchPlan,
     stop: impl Future<Output = ()>,
-) -> Result<Option<Report>, Failure> {
+) -> Result<Option<BenchReport>, Failure> {
     let host = plan.broker.address.first_host();
     let mut report = arguments.report();
     report.setting.broker = Some(plan.broker.address.to_string());
@@ -301,7 +301,7 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    async fn measure(&self, report: &mut Report) -> anyhow::Result<()> {
+    async fn measure(&self, report: &mut BenchReport) -> anyhow::Result<()> {
         let mut yardstick = Yardstick { echo_in_flight: ECHO_IN_FLIGHT, ..Yardstick::default() };
         for round in 1..=self.arguments.rounds {
             tell(&format!("round {round}: the yardstick\n"));

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use crate::cli::bench::report::{Measured, Point, Report};
+use crate::cli::bench::report::{BenchReport, Measured, Point};
 
 const WIDTH: f64 = 720.0;
 const HEIGHT: f64 = 640.0;
@@ -18,7 +18,7 @@ const THROUGHPUT: Panel = (64.0, 300.0);
 const LATENCY: Panel = (360.0, 580.0);
 
 /// The report as an SVG of two panels over a common logarithmic axis of load.
-pub(super) fn svg(report: &Report) -> String {
+pub(super) fn svg(report: &BenchReport) -> String {
     let of = |value: fn(&Point) -> &Measured| {
         let points = report.load.iter();
         points.filter_map(|it| Some((it.in_flight as f64, value(it).median()?))).collect()
@@ -45,7 +45,7 @@ pub(super) fn svg(report: &Report) -> String {
     svg
 }
 
-fn title(report: &Report) -> String {
+fn title(report: &BenchReport) -> String {
     let setting = &report.setting;
     match (&setting.broker, &setting.version) {
         (None, _) => "dtc in one process, two services".to_owned(),
@@ -54,7 +54,7 @@ fn title(report: &Report) -> String {
     }
 }
 
-fn subtitle(report: &Report) -> String {
+fn subtitle(report: &BenchReport) -> String {
     let setting = &report.setting;
     let echo = report.yardstick.as_ref().and_then(|it| it.echo.median());
     let echo = echo.map_or(String::new(), |it| format!("; {it:.0} echo RPCs/s on the same broker"));
@@ -164,7 +164,7 @@ fn in_figures(value: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::{ceiling, svg, ticks};
-    use crate::cli::bench::report::{Point, Report};
+    use crate::cli::bench::report::{BenchReport, Point};
 
     #[test]
     fn scales_end_at_round_numbers() {
@@ -174,7 +174,7 @@ mod tests {
 
     #[test]
     fn a_point_is_drawn_for_each_load_and_line() {
-        let mut report = Report::default();
+        let mut report = BenchReport::default();
         for in_flight in [1, 16, 256] {
             let mut point = Point { in_flight, ..Point::default() };
             point.per_second.add(in_flight as f64 * 30.0);
@@ -188,6 +188,6 @@ mod tests {
         // One load, and none at all, can be drawn too.
         report.load.truncate(1);
         assert!(!super::svg(&report).contains("NaN"));
-        assert!(super::svg(&Report::default()).ends_with("</svg>\n"));
+        assert!(super::svg(&BenchReport::default()).ends_with("</svg>\n"));
     }
 }

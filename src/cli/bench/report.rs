@@ -218,7 +218,7 @@ pub(super) struct Times {
 
 /// All measurements.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Report {
+pub(super) struct BenchReport {
     pub(super) setting: Setting,
     pub(super) yardstick: Option<Yardstick>,
     pub(super) load: Vec<Point>,
@@ -226,7 +226,7 @@ pub(super) struct Report {
     pub(super) times: Option<Times>,
 }
 
-impl Report {
+impl BenchReport {
     /// Whether no transaction aborted: all should commit.
     pub(super) fn is_whole(&self) -> bool {
         let aborted = self.load.iter().map(|it| it.aborted);
@@ -365,7 +365,7 @@ fn in_short(value: f64) -> String {
 }
 
 /// As text for people.
-impl fmt::Display for Report {
+impl fmt::Display for BenchReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Setting { cores, rounds, seconds, data_bytes, .. } = self.setting;
         write!(f, "{cores} cores")?;
@@ -448,7 +448,7 @@ impl fmt::Display for Report {
 
 #[cfg(test)]
 mod tests {
-    use super::{Measured, Point, Report};
+    use super::{BenchReport, Measured, Point};
 
     #[test]
     fn the_median_is_in_the_middle() {
@@ -462,7 +462,7 @@ mod tests {
 
     #[test]
     fn a_report_with_aborts_is_not_whole() {
-        let mut report = Report { load: vec![Point::default()], ..Report::default() };
+        let mut report = BenchReport { load: vec![Point::default()], ..BenchReport::default() };
         assert!(report.is_whole());
         report.load[0].aborted = 1;
         assert!(!report.is_whole());
