@@ -129,7 +129,7 @@ async fn serve(broker: Broker, queue: ShortString) -> anyhow::Result<()> {
 }
 
 /// An RPC that waits for its reply and its confirm.
-struct Call {
+struct EchoCall {
     since: Instant,
     /// Whether one of the two has arrived.
     half: bool,
@@ -149,12 +149,12 @@ async fn call(
     let mut replies =
         Inbox::on(channel, reply_to.clone(), PREFETCH, FieldTable::default()).await?.lazy();
     let mut requests = Publisher::open(&link.publishing, "the yardstick").await?;
-    let mut calls: BTreeMap<u64, Call> = BTreeMap::new();
+    let mut calls: BTreeMap<u64, EchoCall> = BTreeMap::new();
     let mut latencies = Latencies::new();
     let (mut number, mut counted) = (0_u64, 0_u64);
     let begins_at = Instant::now() + WARM_UP;
     let ends_at = begins_at + duration;
-    let mut send = |calls: &mut BTreeMap<u64, Call>, requests: &mut Publisher<u64>| {
+    let mut send = |calls: &mut BTreeMap<u64, EchoCall>, requests: &mut Publisher<u64>| {
         number += 1;
         let request = Outgoing {
             key: queue.clone(),
@@ -164,14 +164,14 @@ async fn call(
             message_id: Some(number.to_string().into()),
             ..Outgoing::default()
         };
-        calls.insert(number, Call { since: Instant::now(), half: false });
+        calls.insert(number, EchoCall { since: Instant::now(), half: false });
         requests.publish(request, number);
     };
     (0..in_flight).for_each(|_| send(&mut calls, &mut requests));
     loop {
         // How many RPCs have got both.
         let mut ended = 0;
-        let mut half_ended = |number: u64, calls: &mut BTreeMap<u64, Call>| {
+        let mut half_ended = |number: u64, calls: &mut BTreeMap<u64, EchoCall>| {
             let now = Instant::now();
             let Some(call) = calls.get_mut(&number) else { return };
             if !std::mem::replace(&mut call.half, true) {
