@@ -31,7 +31,7 @@ use tracing_subscriber::filter::LevelFilter;
 
 use self::{
     load::Load,
-    report::{BenchReport, Point, Setting, Who, Yardstick, mib, ms},
+    report::{BenchReport, Point, ProcessGroup, Setting, Yardstick, mib, ms},
     system::{BenchNamespace, BenchPlan, Process},
 };
 use crate::{
@@ -383,9 +383,11 @@ impl Bench<'_> {
         let all = samples.len() as f64;
         let by_workers = stop(workers).await?;
         let by_services = stop(services).await?;
-        for (who, messages) in
-            [(Who::Workers, by_workers), (Who::Services, by_services), (Who::Producers, traffic)]
-        {
+        for (who, messages) in [
+            (ProcessGroup::Workers, by_workers),
+            (ProcessGroup::Services, by_services),
+            (ProcessGroup::Producers, traffic),
+        ] {
             point.published.add(who, Some(messages as f64 / all));
         }
         point.messages.add((by_workers + by_services + traffic) as f64 / all);
@@ -412,18 +414,18 @@ impl Bench<'_> {
         workers: &[Process],
         services: &[Process],
         of: impl Fn(u32) -> Option<T>,
-    ) -> Vec<(Who, Option<T>)> {
+    ) -> Vec<(ProcessGroup, Option<T>)> {
         let all = |processes: &[Process]| processes.iter().map(|it| of(it.pid)).sum();
         vec![
-            (Who::Broker, self.broker_pid.and_then(&of)),
-            (Who::Workers, all(workers)),
-            (Who::Services, all(services)),
-            (Who::Producers, of(std::process::id())),
+            (ProcessGroup::Broker, self.broker_pid.and_then(&of)),
+            (ProcessGroup::Workers, all(workers)),
+            (ProcessGroup::Services, all(services)),
+            (ProcessGroup::Producers, of(std::process::id())),
         ]
     }
 }
 
-type Cpu = Vec<(Who, Option<Duration>)>;
+type Cpu = Vec<(ProcessGroup, Option<Duration>)>;
 
 fn used_since(before: &Cpu, after: &Cpu) -> Cpu {
     let used = before.iter().zip(after).map(|((who, before), (_, after))| {
@@ -437,7 +439,7 @@ struct Window {
     begins_at: Instant,
     ends_at: Instant,
     cpu: Cpu,
-    resident: Vec<(Who, Option<u64>)>,
+    resident: Vec<(ProcessGroup, Option<u64>)>,
 }
 
 /// Stops the processes, and returns how many messages they have published.

@@ -124,14 +124,14 @@ impl Yardstick {
 
 /// The groups of processes whose CPU time, memory and messages are measured.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Who {
+pub(super) enum ProcessGroup {
     Broker,
     Workers,
     Services,
     Producers,
 }
 
-impl Who {
+impl ProcessGroup {
     pub(super) const ALL: [Self; 4] =
         [Self::Broker, Self::Workers, Self::Services, Self::Producers];
 
@@ -147,18 +147,18 @@ impl Who {
 
 /// A value for each group, if it is known.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Each([Measured; Who::ALL.len()]);
+pub(super) struct Each([Measured; ProcessGroup::ALL.len()]);
 
 impl Each {
-    pub(super) fn add(&mut self, who: Who, value: Option<f64>) {
-        let index = Who::ALL.iter().position(|it| *it == who);
+    pub(super) fn add(&mut self, who: ProcessGroup, value: Option<f64>) {
+        let index = ProcessGroup::ALL.iter().position(|it| *it == who);
         if let Some(measured) = index.and_then(|index| self.0.get_mut(index)) {
             measured.add_known(value);
         }
     }
 
-    fn iter(&self) -> impl Iterator<Item = (Who, &Measured)> {
-        Who::ALL.into_iter().zip(&self.0)
+    fn iter(&self) -> impl Iterator<Item = (ProcessGroup, &Measured)> {
+        ProcessGroup::ALL.into_iter().zip(&self.0)
     }
 
     fn json(&self) -> Value {
