@@ -89,7 +89,7 @@ pub(super) struct Yardstick {
     /// Echo RPCs per second.
     pub(super) echo: Measured,
     /// CPU time of each, in microseconds; both caller and answerer count as producers.
-    pub(super) cpu: Each,
+    pub(super) cpu: ByGroup,
     /// The median time of an echo RPC that is alone, in milliseconds.
     pub(super) echo_alone: Measured,
     /// Plain messages per second.
@@ -104,7 +104,7 @@ impl Default for Yardstick {
         Self {
             echo_in_flight: 0,
             echo: Measured::default(),
-            cpu: Each::default(),
+            cpu: ByGroup::default(),
             echo_alone: Measured::default(),
             raw: Measured::default(),
             hops: kinds.map(|kind| (kind, Measured::default())),
@@ -147,9 +147,9 @@ impl ProcessGroup {
 
 /// A value for each group, if it is known.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Each([Measured; ProcessGroup::ALL.len()]);
+pub(super) struct ByGroup([Measured; ProcessGroup::ALL.len()]);
 
-impl Each {
+impl ByGroup {
     pub(super) fn add(&mut self, who: ProcessGroup, value: Option<f64>) {
         let index = ProcessGroup::ALL.iter().position(|it| *it == who);
         if let Some(measured) = index.and_then(|index| self.0.get_mut(index)) {
@@ -185,11 +185,11 @@ pub(super) struct Point {
     /// Messages per transaction, of all groups together.
     pub(super) messages: Measured,
     /// The same, by the group that published them.
-    pub(super) published: Each,
+    pub(super) published: ByGroup,
     /// CPU time per transaction, in microseconds.
-    pub(super) cpu: Each,
+    pub(super) cpu: ByGroup,
     /// Memory at the end, in MiB.
-    pub(super) resident: Each,
+    pub(super) resident: ByGroup,
 }
 
 /// The measurements of a backlog.
