@@ -31,7 +31,7 @@ use tracing_subscriber::filter::LevelFilter;
 
 use self::{
     load::Load,
-    report::{BenchReport, Point, ProcessGroup, Setting, Yardstick, mib, ms},
+    report::{BenchReport, Conditions, Point, ProcessGroup, Yardstick, mib, ms},
     system::{BenchNamespace, BenchPlan, Process},
 };
 use crate::{
@@ -190,14 +190,14 @@ impl BenchArguments {
         loads.sort_unstable();
         loads.dedup();
         BenchReport {
-            setting: Setting {
+            setting: Conditions {
                 cores: machine::cores(),
                 processor: machine::processor(),
                 workers: self.workers,
                 seconds: self.seconds,
                 rounds: self.rounds,
                 data_bytes: self.data(),
-                ..Setting::default()
+                ..Conditions::default()
             },
             load: loads
                 .into_iter()

@@ -69,7 +69,7 @@ fn rounded(value: f64) -> f64 {
 
 /// The conditions of the measurements.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Setting {
+pub(super) struct Conditions {
     pub(super) cores: usize,
     pub(super) processor: Option<String>,
     /// The broker's URL, without a password; `None`: everything is in one process.
@@ -219,7 +219,7 @@ pub(super) struct Times {
 /// All measurements.
 #[derive(Clone, Debug, Default)]
 pub(super) struct BenchReport {
-    pub(super) setting: Setting,
+    pub(super) setting: Conditions,
     pub(super) yardstick: Option<Yardstick>,
     pub(super) load: Vec<Point>,
     pub(super) backlog: Vec<Backlog>,
@@ -234,7 +234,7 @@ impl BenchReport {
     }
 
     pub(super) fn json(&self) -> String {
-        let Setting { cores, workers, seconds, rounds, data_bytes, .. } = self.setting;
+        let Conditions { cores, workers, seconds, rounds, data_bytes, .. } = self.setting;
         let broker = self.setting.broker.as_ref().map(|url| {
             json!({
                 "url": url,
@@ -367,7 +367,7 @@ fn in_short(value: f64) -> String {
 /// As text for people.
 impl fmt::Display for BenchReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Setting { cores, rounds, seconds, data_bytes, .. } = self.setting;
+        let Conditions { cores, rounds, seconds, data_bytes, .. } = self.setting;
         write!(f, "{cores} cores")?;
         if let Some(processor) = &self.setting.processor {
             write!(f, " ({processor})")?;
