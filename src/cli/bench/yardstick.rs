@@ -56,12 +56,12 @@ const KEPT: i32 = 600_000;
 
 /// A durable queue for one measurement. It is deleted after it, or at the latest with its
 /// namespace.
-struct Durable {
+struct YardstickQueue {
     connection: BrokerConnection,
     name: ShortString,
 }
 
-impl Durable {
+impl YardstickQueue {
     async fn declare(namespace: &BenchNamespace, kind: QueueKind) -> anyhow::Result<Self> {
         let connection = namespace.broker().connect("bench").await?;
         let name = namespace.yardstick();
@@ -92,7 +92,7 @@ pub(super) async fn echo(
     duration: Duration,
 ) -> anyhow::Result<Echoed> {
     let broker = namespace.broker();
-    let queue = Durable::declare(namespace, QueueKind::Classic)
+    let queue = YardstickQueue::declare(namespace, QueueKind::Classic)
         .await
         .context("failed to declare a queue")?;
     let mut server = JoinSet::new();
@@ -236,7 +236,7 @@ fn confirmed(published: Published) -> anyhow::Result<()> {
 
 /// Persistent messages per second through one durable queue, confirmed and acknowledged.
 pub(super) async fn raw(namespace: &BenchNamespace, duration: Duration) -> anyhow::Result<f64> {
-    let queue = Durable::declare(namespace, QueueKind::Classic)
+    let queue = YardstickQueue::declare(namespace, QueueKind::Classic)
         .await
         .context("failed to declare a queue")?;
     let sent = send(namespace.broker(), &queue.name, duration).await;
@@ -290,7 +290,8 @@ pub(super) async fn hop(
     kind: QueueKind,
     duration: Duration,
 ) -> anyhow::Result<Latencies> {
-    let queue = Durable::declare(namespace, kind).await.context("failed to declare a queue")?;
+    let queue =
+        YardstickQueue::declare(namespace, kind).await.context("failed to declare a queue")?;
     let hopped = send_alone(namespace.broker(), &queue.name, kind, duration).await;
     queue.delete().await;
     hopped.context("failed to measure a message that is alone")
