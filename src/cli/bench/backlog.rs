@@ -56,7 +56,7 @@ pub(super) async fn measure(
     let mut backlog = Backlog { requests, ..Backlog::default() };
     let mut taken = Duration::ZERO;
     while taken < duration && backlog.per_second.count() < DRAINS_MAX {
-        let Drained { took, aborted, memory } =
+        let Drain { took, aborted, memory } =
             drain(namespace, requests, max_in_flight, data).await?;
         taken += took;
         backlog.per_second.add(requests as f64 / took.as_secs_f64());
@@ -68,7 +68,7 @@ pub(super) async fn measure(
 }
 
 /// How one backlog was drained.
-struct Drained {
+struct Drain {
     took: Duration,
     aborted: u64,
     /// The worker's memory, sampled.
@@ -81,7 +81,7 @@ async fn drain(
     requests: u64,
     max_in_flight: usize,
     data: usize,
-) -> anyhow::Result<Drained> {
+) -> anyhow::Result<Drain> {
     let link = namespace.broker().link().await?;
     let reply = ReplyToken::parse(&unique::name('p'))?;
     let mut results = {
@@ -137,7 +137,7 @@ async fn drain(
         service.stop().await?;
     }
     link.close().await;
-    Ok(Drained { took, aborted, memory })
+    Ok(Drain { took, aborted, memory })
 }
 
 async fn pile_up(
