@@ -43,7 +43,7 @@ const SILENCE_MAX: Duration = Duration::from_secs(30);
 const WARM_UP: Duration = Duration::from_millis(500);
 
 /// The measurements of echo RPCs.
-pub(super) struct Echoed {
+pub(super) struct EchoSamples {
     pub(super) per_second: f64,
     /// How many there were, including those that were not counted.
     pub(super) all: u64,
@@ -90,7 +90,7 @@ pub(super) async fn echo(
     namespace: &BenchNamespace,
     in_flight: usize,
     duration: Duration,
-) -> anyhow::Result<Echoed> {
+) -> anyhow::Result<EchoSamples> {
     let broker = namespace.broker();
     let queue = YardstickQueue::declare(namespace, QueueKind::Classic)
         .await
@@ -140,7 +140,7 @@ async fn call(
     queue: &ShortString,
     in_flight: usize,
     duration: Duration,
-) -> anyhow::Result<Echoed> {
+) -> anyhow::Result<EchoSamples> {
     let link = broker.link().await?;
     let channel = link.consuming.create_channel().await?;
     let reply_to = ShortString::from(format!("dtc-bench.{}", unique::name('r')));
@@ -207,7 +207,7 @@ async fn call(
     }
     link.close().await;
     let all = number - calls.len() as u64;
-    Ok(Echoed { per_second: counted as f64 / duration.as_secs_f64(), all, latencies })
+    Ok(EchoSamples { per_second: counted as f64 / duration.as_secs_f64(), all, latencies })
 }
 
 fn take(
