@@ -28,7 +28,7 @@ use crate::{
         output::{Detail, Form},
         sender::{AttemptsOf, Sender, check_sizes},
         signals,
-        stages::{Ended, Ran, Stages},
+        stages::{Ended, RunOutput, Stages},
         tell,
     },
     client::{Client, Settings},
@@ -91,7 +91,7 @@ pub(super) fn run(
     transactions: Transactions<InputReader>,
     printing: (Form, Detail),
     stages: &Stages<'_>,
-) -> Result<Ran<Report>, Failure> {
+) -> Result<RunOutput<Report>, Failure> {
     // From here on the first signal ends the run, not the process.
     let stop = signals::heard(stages.interrupt).shared();
     let made = stages.runtime.block_on(RunNamespace::make(&plan, stop.clone()));
@@ -116,7 +116,7 @@ fn run_at(
     printing: (Form, Detail),
     stages: &Stages<'_>,
     stop: impl Future<Output = ()>,
-) -> Result<Ran<Report>, Failure> {
+) -> Result<RunOutput<Report>, Failure> {
     let in_flight_max = plan.max_in_flight;
     let client = {
         let _entered = stages.runtime.enter();
@@ -137,7 +137,7 @@ fn run_at(
         attempts: plan.counts_attempts.then(|| system.counter.attempts_of()),
         drain: Some(DRAIN),
     };
-    let Ran { done: sent, ended } =
+    let RunOutput { done: sent, ended } =
         stages.run(transactions, Some(printing), |requests, concluded, stop| {
             sender.serve(requests, concluded, stop)
         });
@@ -152,7 +152,7 @@ fn run_at(
     }
     let mut report = sent.report;
     report.services = plan.services.iter().map(|spec| system.counter.report(spec)).collect();
-    Ok(Ran { done: report, ended: Ended { is_incomplete: sent.n_failed > 0, ..ended } })
+    Ok(RunOutput { done: report, ended: Ended { is_incomplete: sent.n_failed > 0, ..ended } })
 }
 
 // ---- At the broker ---------------------------------------------------------------------------

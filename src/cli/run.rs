@@ -19,7 +19,7 @@ use crate::{
         output::{self, Detail, Form},
         progress,
         report_file::ReportFile,
-        stages::{self, Ran, Stages},
+        stages::{self, RunOutput, Stages},
     },
     clock::Clock,
     config::duration,
@@ -138,7 +138,7 @@ pub(super) fn run(arguments: &RunArguments) -> Result<Exit, Failure> {
         Some(broker) => run_brokered(arguments, broker, services, transactions, form, &stages),
     };
     bar.finish_and_clear();
-    let Ran { done: report, ended } = ran?;
+    let RunOutput { done: report, ended } = ran?;
 
     report_file.write(&output::report_json(&report))?;
     super::tell(&output::summary(&report));
@@ -181,7 +181,7 @@ fn run_embedded(
     transactions: Transactions<InputReader>,
     form: Form,
     stages: &Stages<'_>,
-) -> Result<Ran<Report>, Failure> {
+) -> Result<RunOutput<Report>, Failure> {
     let opened =
         arguments.journal.as_deref().map(|path| open_journal(path, arguments)).transpose()?;
     let mut simulated = Vec::with_capacity(services.len());
@@ -207,10 +207,11 @@ fn run_embedded(
         embedded = embedded.counting_attempts();
     }
     let printing = Some((form, detail(arguments)));
-    let Ran { done, ended } = stages.run(transactions, printing, |requests, concluded, stop| {
-        embedded.serve(requests, concluded, stop)
-    });
-    done.map(|done| Ran { done, ended }).map_err(unusable)
+    let RunOutput { done, ended } =
+        stages.run(transactions, printing, |requests, concluded, stop| {
+            embedded.serve(requests, concluded, stop)
+        });
+    done.map(|done| RunOutput { done, ended }).map_err(unusable)
 }
 
 /// Opens the journal, and prints what it has found there that an operator should know.
@@ -255,7 +256,7 @@ fn run_brokered(
     transactions: Transactions<InputReader>,
     form: Form,
     stages: &Stages<'_>,
-) -> Result<Ran<Report>, Failure> {
+) -> Result<RunOutput<Report>, Failure> {
     let plan = RunPlan {
         broker,
         names: arguments.broker.names(),

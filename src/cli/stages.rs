@@ -90,7 +90,7 @@ pub(super) struct Stages<'a> {
 pub(super) type Stop = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// What a run returns.
-pub(super) struct Ran<T> {
+pub(super) struct RunOutput<T> {
     /// The result of the middle stage.
     pub(super) done: T,
     pub(super) ended: Ended,
@@ -139,7 +139,7 @@ impl Stages<'_> {
             mpsc::Sender<Vec<Concluded>>,
             Stop,
         ) -> F,
-    ) -> Ran<T> {
+    ) -> RunOutput<T> {
         let (intake, requests) = mpsc::channel(4);
         let (concluded, conclusions) = mpsc::channel(4);
         let is_ordered = printing.is_some_and(|(form, _)| form.is_ordered());
@@ -172,7 +172,7 @@ impl Stages<'_> {
         } else {
             feeder.join().ok().and_then(Result::err)
         };
-        Ran { done, ended: Ended { bad_line, interrupted, printed, is_incomplete: false } }
+        RunOutput { done, ended: Ended { bad_line, interrupted, printed, is_incomplete: false } }
     }
 
     fn stop(&self) -> Stop {

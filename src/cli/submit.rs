@@ -13,7 +13,7 @@ use crate::{
         output::{Detail, Form},
         progress,
         sender::{Sender, check_sizes},
-        stages::{self, Ended, Ran, Stages},
+        stages::{self, Ended, RunOutput, Stages},
     },
     client::{Client, Settings},
     clock::Clock,
@@ -120,7 +120,7 @@ pub(super) fn run(arguments: &SubmitArguments) -> Result<Exit, Failure> {
     });
     runtime.block_on(client.close());
     bar.finish_and_clear();
-    let Ran { done: sent, ended } = ran;
+    let RunOutput { done: sent, ended } = ran;
     super::tell(&sent.summary(arguments.wait));
     if let Some(failure) = sent.fatal {
         return Err(failure);
