@@ -28,7 +28,7 @@ use crate::{
         output::{Detail, Form},
         sender::{AttemptsOf, Sender, check_sizes},
         signals,
-        stages::{Ended, RunOutput, Stages},
+        stages::{RunEnd, RunOutput, Stages},
         tell,
     },
     client::{Client, Settings},
@@ -152,7 +152,7 @@ fn run_at(
     }
     let mut report = sent.report;
     report.services = plan.services.iter().map(|spec| system.counter.report(spec)).collect();
-    Ok(RunOutput { done: report, ended: Ended { is_incomplete: sent.n_failed > 0, ..ended } })
+    Ok(RunOutput { done: report, ended: RunEnd { is_incomplete: sent.n_failed > 0, ..ended } })
 }
 
 // ---- At the broker ---------------------------------------------------------------------------

@@ -93,11 +93,11 @@ pub(super) type Stop = Pin<Box<dyn Future<Output = ()> + Send>>;
 pub(super) struct RunOutput<T> {
     /// The result of the middle stage.
     pub(super) done: T,
-    pub(super) ended: Ended,
+    pub(super) ended: RunEnd,
 }
 
 /// How a run ended.
-pub(super) struct Ended {
+pub(super) struct RunEnd {
     /// The error that ended the stream of transactions early.
     pub(super) bad_line: Option<Complaints>,
     pub(super) interrupted: bool,
@@ -106,7 +106,7 @@ pub(super) struct Ended {
     pub(super) is_incomplete: bool,
 }
 
-impl Ended {
+impl RunEnd {
     /// The exit code, or the failure.
     pub(super) fn exit(self) -> Result<Exit, Failure> {
         if let Some(complaints) = self.bad_line {
@@ -172,7 +172,7 @@ impl Stages<'_> {
         } else {
             feeder.join().ok().and_then(Result::err)
         };
-        RunOutput { done, ended: Ended { bad_line, interrupted, printed, is_incomplete: false } }
+        RunOutput { done, ended: RunEnd { bad_line, interrupted, printed, is_incomplete: false } }
     }
 
     fn stop(&self) -> Stop {

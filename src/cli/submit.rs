@@ -13,7 +13,7 @@ use crate::{
         output::{Detail, Form},
         progress,
         sender::{Sender, check_sizes},
-        stages::{self, Ended, RunOutput, Stages},
+        stages::{self, RunEnd, RunOutput, Stages},
     },
     client::{Client, Settings},
     clock::Clock,
@@ -125,7 +125,7 @@ pub(super) fn run(arguments: &SubmitArguments) -> Result<Exit, Failure> {
     if let Some(failure) = sent.fatal {
         return Err(failure);
     }
-    Ended { is_incomplete: sent.n_failed > 0, ..ended }.exit()
+    RunEnd { is_incomplete: sent.n_failed > 0, ..ended }.exit()
 }
 
 pub(super) fn no_connection(error: PublishError) -> Failure {
