@@ -28,7 +28,7 @@ use crate::{
         output::{Detail, Form},
         sender::{AttemptsOf, Sender, check_sizes},
         signals,
-        stages::{RunEnd, RunOutput, Stages},
+        stages::{Pipeline, RunEnd, RunOutput},
         tell,
     },
     client::{Client, Settings},
@@ -90,14 +90,14 @@ pub(super) fn run(
     plan: RunPlan,
     transactions: Transactions<InputReader>,
     printing: (Form, Detail),
-    stages: &Stages<'_>,
+    stages: &Pipeline<'_>,
 ) -> Result<RunOutput<Report>, Failure> {
     // From here on the first signal ends the run, not the process.
     let stop = signals::heard(stages.interrupt).shared();
     let made = stages.runtime.block_on(RunNamespace::make(&plan, stop.clone()));
     let namespace = made?.ok_or_else(interrupted)?;
     let heard = namespace.heard();
-    let stages = Stages { heard: &heard, ..*stages };
+    let stages = Pipeline { heard: &heard, ..*stages };
     let ran = run_at(&plan, &namespace, transactions, printing, &stages, stop);
     if let Err(failure) = stages.runtime.block_on(namespace.leave()) {
         tell(&format!("{failure}\n"));
@@ -114,7 +114,7 @@ fn run_at(
     namespace: &RunNamespace,
     transactions: Transactions<InputReader>,
     printing: (Form, Detail),
-    stages: &Stages<'_>,
+    stages: &Pipeline<'_>,
     stop: impl Future<Output = ()>,
 ) -> Result<RunOutput<Report>, Failure> {
     let in_flight_max = plan.max_in_flight;

@@ -19,7 +19,7 @@ use crate::{
         output::{self, Detail, Form},
         progress,
         report_file::ReportFile,
-        stages::{self, RunOutput, Stages},
+        stages::{self, Pipeline, RunOutput},
     },
     clock::Clock,
     config::duration,
@@ -132,7 +132,7 @@ pub(super) fn run(arguments: &RunArguments) -> Result<Exit, Failure> {
     let bar = progress::bar(stages::total(&transactions));
     let _logging = progress::log_above(&bar, log_level);
     let form = arguments.output.unwrap_or_else(|| Form::like(&transactions));
-    let stages = Stages { bar: &bar, runtime: &runtime, interrupt: &interrupt, heard: HEARD };
+    let stages = Pipeline { bar: &bar, runtime: &runtime, interrupt: &interrupt, heard: HEARD };
     let ran = match broker {
         None => run_embedded(arguments, services, transactions, form, &stages),
         Some(broker) => run_brokered(arguments, broker, services, transactions, form, &stages),
@@ -180,7 +180,7 @@ fn run_embedded(
     services: Vec<ServiceSpec>,
     transactions: Transactions<InputReader>,
     form: Form,
-    stages: &Stages<'_>,
+    stages: &Pipeline<'_>,
 ) -> Result<RunOutput<Report>, Failure> {
     let opened =
         arguments.journal.as_deref().map(|path| open_journal(path, arguments)).transpose()?;
@@ -255,7 +255,7 @@ fn run_brokered(
     services: Vec<ServiceSpec>,
     transactions: Transactions<InputReader>,
     form: Form,
-    stages: &Stages<'_>,
+    stages: &Pipeline<'_>,
 ) -> Result<RunOutput<Report>, Failure> {
     let plan = RunPlan {
         broker,

@@ -78,7 +78,7 @@ pub(super) fn total<R>(transactions: &Transactions<R>) -> Option<u64> {
 }
 
 /// What all stages share.
-pub(super) struct Stages<'a> {
+pub(super) struct Pipeline<'a> {
     pub(super) bar: &'a ProgressBar,
     pub(super) runtime: &'a Runtime,
     pub(super) interrupt: &'a watch::Sender<bool>,
@@ -128,7 +128,7 @@ impl RunEnd {
     }
 }
 
-impl Stages<'_> {
+impl Pipeline<'_> {
     /// Reads transactions, runs them by `serve`, and prints the results, if that is wanted.
     pub(super) fn run<T, F: Future<Output = T>>(
         &self,

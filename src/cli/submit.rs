@@ -13,7 +13,7 @@ use crate::{
         output::{Detail, Form},
         progress,
         sender::{Sender, check_sizes},
-        stages::{self, RunEnd, RunOutput, Stages},
+        stages::{self, Pipeline, RunEnd, RunOutput},
     },
     client::{Client, Settings},
     clock::Clock,
@@ -114,7 +114,7 @@ pub(super) fn run(arguments: &SubmitArguments) -> Result<Exit, Failure> {
         attempts: None,
         drain: None,
     };
-    let stages = Stages { bar: &bar, runtime: &runtime, interrupt: &interrupt, heard: HEARD };
+    let stages = Pipeline { bar: &bar, runtime: &runtime, interrupt: &interrupt, heard: HEARD };
     let ran = stages.run(transactions, printing, |requests, concluded, stop| {
         sender.serve(requests, concluded, stop)
     });
