@@ -191,25 +191,25 @@ impl Pipeline<'_> {
 /// The input order for results: the ids that were passed on and have not been printed.
 #[derive(Default)]
 struct Order {
-    awaited: Mutex<Awaited>,
+    awaited: Mutex<AwaitedIds>,
     has_room: Condvar,
 }
 
 #[derive(Default)]
-struct Awaited {
+struct AwaitedIds {
     ids: VecDeque<TransactionId>,
     /// The printer has ended.
     is_over: bool,
 }
 
 impl Order {
-    fn lock(&self) -> MutexGuard<'_, Awaited> {
+    fn lock(&self) -> MutexGuard<'_, AwaitedIds> {
         self.awaited.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Appends a batch, after waiting until fewer than [`AHEAD_MAX`] ids are awaited.
     fn await_all(&self, batch: &[TransactionSpec]) {
-        let is_full = |awaited: &mut Awaited| !awaited.is_over && awaited.ids.len() >= AHEAD_MAX;
+        let is_full = |awaited: &mut AwaitedIds| !awaited.is_over && awaited.ids.len() >= AHEAD_MAX;
         let awaited = self.has_room.wait_while(self.lock(), is_full);
         let mut awaited = awaited.unwrap_or_else(PoisonError::into_inner);
         awaited.ids.extend(batch.iter().map(|spec| spec.id.clone()));
