@@ -51,7 +51,7 @@ pub(super) type AttemptsOf =
     dyn Fn(&TransactionKey) -> BTreeMap<ServiceName, Attempts> + Send + Sync;
 
 /// The results of all transactions.
-pub(super) struct Sent {
+pub(super) struct SubmitReport {
     n_begun: u64,
     n_ended: u64,
     pub(super) report: Report,
@@ -76,8 +76,8 @@ impl Sender {
         mut requests: mpsc::Receiver<Vec<TransactionSpec>>,
         concluded: mpsc::Sender<Vec<Concluded>>,
         mut stop: Stop,
-    ) -> Sent {
-        let mut sent = Sent::new();
+    ) -> SubmitReport {
+        let mut sent = SubmitReport::new();
         let mut in_flight: FuturesUnordered<Sending> = FuturesUnordered::new();
         let mut backlog = Vec::new().into_iter();
         let mut open = true;
@@ -186,7 +186,7 @@ async fn reached(moment: Option<Instant>) {
     }
 }
 
-impl Sent {
+impl SubmitReport {
     fn new() -> Self {
         Self {
             n_begun: 0,
@@ -331,7 +331,7 @@ fn exit_for(error: &WaitError) -> Exit {
 mod tests {
     use std::{collections::BTreeMap, time::Duration};
 
-    use super::Sent;
+    use super::SubmitReport;
     use crate::{
         embedded::Concluded,
         protocol::{
@@ -341,7 +341,7 @@ mod tests {
         },
     };
 
-    fn answered(sent: &mut Sent, asked: u64, answered: u64) {
+    fn answered(sent: &mut SubmitReport, asked: u64, answered: u64) {
         let id = TransactionId::parse("TX1").unwrap();
         let key = TransactionKey { id: id.clone(), requested_at: Time::from_millis(asked) };
         let answer = Answer {
@@ -360,7 +360,7 @@ mod tests {
     /// result again said that no instance serves it, as if that were still so.
     #[test]
     fn a_result_of_an_earlier_request_is_marked_as_such() {
-        let mut sent = Sent::new();
+        let mut sent = SubmitReport::new();
         answered(&mut sent, 90_500, 90_000);
         assert_eq!(sent.before(), "", "a request is of a second");
         answered(&mut sent, 90_500, 60_000);
