@@ -79,7 +79,7 @@ pub(super) fn log_above(bar: &ProgressBar, level: LevelFilter) -> Logging {
         .buffered_lines_limit(WAITING_MAX)
         .thread_name("log")
         .finish(above);
-    let writer = Lossy { lost: waiting.error_counter(), waiting, told: Arc::default() };
+    let writer = LossyWriter { lost: waiting.error_counter(), waiting, told: Arc::default() };
     // Libraries are not logged: many of their errors are none for `dtc`, and lapin would log what
     // it sends, passwords included.
     let filter = Targets::new().with_target("dtc", level);
@@ -97,21 +97,21 @@ pub(super) fn log_above(bar: &ProgressBar, level: LevelFilter) -> Logging {
 
 /// Passes lines to the thread that writes them.
 #[derive(Clone)]
-struct Lossy {
+struct LossyWriter {
     waiting: NonBlocking,
     lost: ErrorCounter,
     /// How many dropped lines have been reported.
     told: Arc<AtomicUsize>,
 }
 
-impl MakeWriter<'_> for Lossy {
+impl MakeWriter<'_> for LossyWriter {
     type Writer = Self;
     fn make_writer(&self) -> Self {
         self.clone()
     }
 }
 
-impl Write for Lossy {
+impl Write for LossyWriter {
     fn write(&mut self, text: &[u8]) -> io::Result<usize> {
         let lost = self.lost.dropped_lines();
         let told = self.told.load(Ordering::Relaxed);
