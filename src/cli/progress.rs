@@ -73,7 +73,7 @@ pub(super) struct Logging(
 /// A separate thread writes: stderr may be a pipe that nobody reads, and work must continue. Lines
 /// for which there is no room are dropped and counted.
 pub(super) fn log_above(bar: &ProgressBar, level: LevelFilter) -> Logging {
-    let above = Above { bar: bar.clone(), has_colours: io::stderr().is_terminal() };
+    let above = StderrAboveBar { bar: bar.clone(), has_colours: io::stderr().is_terminal() };
     let (waiting, guard) = NonBlockingBuilder::default()
         .lossy(true)
         .buffered_lines_limit(WAITING_MAX)
@@ -131,12 +131,12 @@ impl Write for LossyWriter {
 }
 
 /// Writes lines to stderr.
-struct Above {
+struct StderrAboveBar {
     bar: ProgressBar,
     has_colours: bool,
 }
 
-impl Write for Above {
+impl Write for StderrAboveBar {
     fn write(&mut self, text: &[u8]) -> io::Result<usize> {
         let said = String::from_utf8_lossy(text);
         let said = said.trim_end_matches('\n');
