@@ -10,7 +10,7 @@ use clap::Args;
 use crate::{
     cli::{Exit, Failure},
     complaint::{Complaint, Complaints, Place},
-    config::{self, Config, Flag, Given},
+    config::{self, Config, Flag, Sources},
     transport::amqp::{
         connection::{Broker, ConnectError},
         error::Disposition,
@@ -37,12 +37,12 @@ impl ConfigArgument {
         &self,
         flags: impl IntoIterator<Item = Option<Flag>>,
     ) -> Result<Config, Failure> {
-        let given = Given {
+        let sources = Sources {
             file: self.config.clone(),
             environment: env::vars_os().collect(),
             flags: flags.into_iter().flatten().collect(),
         };
-        config::load(&given).map_err(bad_configuration)
+        config::load(&sources).map_err(bad_configuration)
     }
 }
 

@@ -18,7 +18,7 @@ use ::config::{Environment, File, FileFormat, Map, Source as _, Value, ValueKind
 
 use crate::{
     complaint::{Complaint, Place, Source},
-    config::{Flag, Given, spelling},
+    config::{Flag, Sources, spelling},
 };
 
 /// The defaults, as a file.
@@ -74,7 +74,7 @@ pub(super) struct Entry {
 type Layer = Vec<(String, Said)>;
 
 impl Draft {
-    pub(super) fn of(given: &Given) -> Self {
+    pub(super) fn of(sources: &Sources) -> Self {
         let mut draft = Self {
             said: BTreeMap::new(),
             services: BTreeMap::new(),
@@ -84,15 +84,15 @@ impl Draft {
             known: BTreeSet::new(),
         };
         draft.lay_file(DEFAULTS, &Source::Default);
-        if let Some(path) = &given.file {
+        if let Some(path) = &sources.file {
             let source = Source::File(path.display().to_string());
             match fs::read_to_string(path) {
                 Ok(text) => draft.lay_file(&text, &source),
                 Err(error) => draft.complain("", source, format!("can't be read: {error}")),
             }
         }
-        draft.lay_environment(&given.environment);
-        draft.lay_flags(&given.flags);
+        draft.lay_environment(&sources.environment);
+        draft.lay_flags(&sources.flags);
         draft
     }
 

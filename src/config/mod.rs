@@ -35,7 +35,7 @@ const HEARTBEAT_MAX: Duration = Duration::from_secs(18 * 60 * 60);
 
 /// The sources of a configuration.
 #[derive(Default)]
-pub struct Given {
+pub struct Sources {
     /// The file, if one is named.
     pub file: Option<PathBuf>,
     /// The environment. Only variables that begin with `DTC__`, or with something similar, are
@@ -46,9 +46,9 @@ pub struct Given {
 }
 
 /// The environment may hold secrets of any program.
-impl fmt::Debug for Given {
+impl fmt::Debug for Sources {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Given").field("file", &self.file).finish_non_exhaustive()
+        f.debug_struct("Sources").field("file", &self.file).finish_non_exhaustive()
     }
 }
 
@@ -140,8 +140,8 @@ pub struct TopologyConfig {
 /// # Errors
 ///
 /// Everything that is wrong with them.
-pub fn load(given: &Given) -> Result<Config, Complaints> {
-    let mut draft = Draft::of(given);
+pub fn load(sources: &Sources) -> Result<Config, Complaints> {
+    let mut draft = Draft::of(sources);
     let broker = broker(&mut draft);
     let worker = worker(&mut draft);
     let service = service(&mut draft);
@@ -384,7 +384,7 @@ mod tests {
 
     use rcgen::{CertificateParams, KeyPair};
 
-    use super::{Complaints, Config, Flag, Given, load};
+    use super::{Complaints, Config, Flag, Sources, load};
     use crate::protocol::message::Cap;
 
     /// The configuration from a file and an environment.
@@ -398,7 +398,7 @@ mod tests {
         fs::write(&path, file).unwrap();
         let variable = |(name, value): &(&str, &str)| ((*name).into(), (*value).into());
         let environment = environment.iter().map(variable).collect();
-        load(&Given { file: Some(path), environment, flags: Vec::new() })
+        load(&Sources { file: Some(path), environment, flags: Vec::new() })
     }
 
     fn complaints(file: &str, environment: &[(&str, &str)]) -> String {
@@ -422,7 +422,7 @@ mod tests {
 
     #[test]
     fn without_values_the_defaults_apply() {
-        let config = load(&Given::default()).unwrap();
+        let config = load(&Sources::default()).unwrap();
         assert_eq!(config.broker.address.to_string(), "amqp://localhost:5672");
         assert_eq!(config.broker.namespace.to_string(), "dtc");
         assert_eq!(config.worker.max_in_flight, 256);
@@ -439,7 +439,7 @@ mod tests {
         assert_eq!(config.worker.drain, Duration::from_secs(2));
         assert_eq!(config.worker.prepare_timeout, Duration::from_secs(1));
         let environment = variables.map(|(name, value)| (name.into(), value.into())).to_vec();
-        let config = load(&Given { file: None, environment, flags: vec![flag] }).unwrap();
+        let config = load(&Sources { file: None, environment, flags: vec![flag] }).unwrap();
         assert_eq!(config.worker.drain, Duration::from_secs(3));
         assert_eq!(config.worker.window, Duration::from_secs(2));
     }

@@ -9,7 +9,7 @@ use std::{
 
 use dtc::{
     complaint::Complaints,
-    config::{Flag, Given, duration, load},
+    config::{Flag, Sources, duration, load},
     protocol::ids::{
         Branch, InstanceId, InvalidName, ReplyToken, ServiceName, TransactionId, WorkerId,
     },
@@ -140,12 +140,12 @@ impl Said {
             let (key, flag) = FLAGS[*index];
             Flag { key, flag, value: value.clone() }
         };
-        let given = Given {
+        let sources = Sources {
             file: Some(OWN_FILE.clone()),
             environment: variables.map(|(name, value)| (name.into(), value.into())).collect(),
             flags: self.flags.iter().map(flag).collect(),
         };
-        load(&given)
+        load(&sources)
     }
 }
 
