@@ -34,7 +34,7 @@ const PREFIX: &str = "DTC__";
 
 #[derive(Debug)]
 pub(super) struct Draft {
-    said: BTreeMap<String, Said>,
+    values: BTreeMap<String, RawValue>,
     /// The services that have a section, and its source.
     services: BTreeMap<String, Source>,
     /// Variables that look like ours but have another name, such as `DTC_BROKER_URL`.
@@ -47,16 +47,16 @@ pub(super) struct Draft {
 }
 
 /// A value as it was given.
-struct Said {
+struct RawValue {
     /// `None`: it is a table or an array.
     text: Option<String>,
     source: Source,
 }
 
 /// The value may be a password.
-impl std::fmt::Debug for Said {
+impl std::fmt::Debug for RawValue {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Said").field("source", &self.source).finish_non_exhaustive()
+        f.debug_struct("RawValue").field("source", &self.source).finish_non_exhaustive()
     }
 }
 
@@ -71,12 +71,12 @@ pub(super) struct Entry {
 }
 
 /// The values of one layer.
-type Layer = Vec<(String, Said)>;
+type Layer = Vec<(String, RawValue)>;
 
 impl Draft {
     pub(super) fn of(sources: &Sources) -> Self {
         let mut draft = Self {
-            said: BTreeMap::new(),
+            values: BTreeMap::new(),
             services: BTreeMap::new(),
             alike: Vec::new(),
             complaints: Vec::new(),
@@ -140,7 +140,7 @@ impl Draft {
             ValueKind::Float(number) => Some(number.to_string()),
             ValueKind::Array(_) | ValueKind::Nil => None,
         };
-        layer.push((key, Said { text, source: source.clone() }));
+        layer.push((key, RawValue { text, source: source.clone() }));
     }
 
     fn lay_environment(&mut self, variables: &[(OsString, OsString)]) {
@@ -194,7 +194,7 @@ impl Draft {
     fn lay_flags(&mut self, flags: &[Flag]) {
         let said = |flag: &Flag| {
             let source = Source::Flag(flag.flag.to_owned());
-            (flag.key.to_owned(), Said { text: Some(flag.value.clone()), source })
+            (flag.key.to_owned(), RawValue { text: Some(flag.value.clone()), source })
         };
         self.lay(flags.iter().map(said).collect());
     }
@@ -210,11 +210,11 @@ impl Draft {
                 self.complain(secret, direct.source.clone(), rule);
             }
             if direct.or(by_file).is_some() {
-                self.said.remove(secret);
-                self.said.remove(&file);
+                self.values.remove(secret);
+                self.values.remove(&file);
             }
         }
-        self.said.extend(layer);
+        self.values.extend(layer);
     }
 
     pub(super) fn complain(&mut self, key: &str, source: Source, rule: String) {
@@ -248,7 +248,7 @@ impl Draft {
         read: impl Fn(&str) -> Result<T, String>,
     ) -> Option<Option<T>> {
         self.known.insert(key.to_owned());
-        let Some(Said { text, source }) = self.said.remove(key) else {
+        let Some(RawValue { text, source }) = self.values.remove(key) else {
             self.entries.push(Entry { key: key.to_owned(), value: None, meaning: None });
             return Some(None);
         };
@@ -277,9 +277,9 @@ impl Draft {
         key: &str,
         read: impl Fn(&str) -> Result<T, String>,
     ) -> Option<Option<T>> {
-        let is_content = |said: &Said| said.text.as_deref().is_some_and(is_pem);
-        if self.said.get(key).is_some_and(is_content) {
-            let source = self.said.remove(key).map_or(Source::Default, |said| said.source);
+        let is_content = |said: &RawValue| said.text.as_deref().is_some_and(is_pem);
+        if self.values.get(key).is_some_and(is_content) {
+            let source = self.values.remove(key).map_or(Source::Default, |said| said.source);
             let rule = "must be the path of a file, not what is in it".to_owned();
             self.complain(key, source, rule);
             return None;
@@ -316,9 +316,9 @@ impl Draft {
     ) -> Option<Option<T>> {
         let file = format!("{key}_file");
         self.known.extend([key.to_owned(), file.clone()]);
-        let (direct, by_file) = (self.said.remove(key), self.said.remove(&file));
+        let (direct, by_file) = (self.values.remove(key), self.values.remove(&file));
         let is_by_file = direct.is_none();
-        let Some(Said { text, source }) = direct.or(by_file) else {
+        let Some(RawValue { text, source }) = direct.or(by_file) else {
             self.entries.push(Entry { key: key.to_owned(), value: None, meaning: None });
             return Some(None);
         };
@@ -359,7 +359,7 @@ impl Draft {
     /// Drops the values of a section that has been complained about.
     pub(super) fn forget(&mut self, section: &str) {
         let prefix = format!("{section}.");
-        self.said.retain(|key, _| !key.starts_with(&prefix));
+        self.values.retain(|key, _| !key.starts_with(&prefix));
     }
 
     /// Complains about every key that nobody has taken, and suggests existing ones.
@@ -369,7 +369,7 @@ impl Draft {
     /// variable may be another program's.
     pub(super) fn refuse_the_rest(&mut self) {
         let keys: Vec<_> = std::mem::take(&mut self.known).into_iter().collect();
-        for (key, said) in std::mem::take(&mut self.said) {
+        for (key, said) in std::mem::take(&mut self.values) {
             let is_variable = matches!(said.source, Source::Variable(_));
             let meant = spelling::meant(&key, &keys).into_iter();
             let meant = meant.map(|meant| if is_variable { variable(&meant) } else { meant });
