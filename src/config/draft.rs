@@ -41,7 +41,7 @@ pub(super) struct Draft {
     alike: Vec<String>,
     pub(super) complaints: Vec<Complaint>,
     /// The keys that were taken, in that order.
-    pub(super) entries: Vec<Entry>,
+    pub(super) entries: Vec<ResolvedKey>,
     /// The existing keys, as far as they were asked for.
     known: BTreeSet<String>,
 }
@@ -62,7 +62,7 @@ impl std::fmt::Debug for RawValue {
 
 /// A key that was taken, for the output of `dtc config`.
 #[derive(Clone, Debug)]
-pub(super) struct Entry {
+pub(super) struct ResolvedKey {
     pub(super) key: String,
     /// Its value as TOML, with a secret masked, and the source. `None`: it is not set.
     pub(super) value: Option<(String, Source)>,
@@ -249,7 +249,7 @@ impl Draft {
     ) -> Option<Option<T>> {
         self.known.insert(key.to_owned());
         let Some(RawValue { text, source }) = self.values.remove(key) else {
-            self.entries.push(Entry { key: key.to_owned(), value: None, meaning: None });
+            self.entries.push(ResolvedKey { key: key.to_owned(), value: None, meaning: None });
             return Some(None);
         };
         let Some(text) = text else {
@@ -297,7 +297,7 @@ impl Draft {
 
     fn show(&mut self, key: &str, shown: String, source: Source) {
         let (key, value) = (key.to_owned(), Some((shown, source)));
-        self.entries.push(Entry { key, value, meaning: None });
+        self.entries.push(ResolvedKey { key, value, meaning: None });
     }
 
     /// Records what the value of a key that was taken means in this configuration.
@@ -319,7 +319,7 @@ impl Draft {
         let (direct, by_file) = (self.values.remove(key), self.values.remove(&file));
         let is_by_file = direct.is_none();
         let Some(RawValue { text, source }) = direct.or(by_file) else {
-            self.entries.push(Entry { key: key.to_owned(), value: None, meaning: None });
+            self.entries.push(ResolvedKey { key: key.to_owned(), value: None, meaning: None });
             return Some(None);
         };
         let Some(text) = text else {

@@ -15,7 +15,7 @@ use std::{ffi::OsString, fmt, path::PathBuf, time::Duration};
 
 use crate::{
     complaint::{Complaints, Source},
-    config::draft::{Draft, Entry},
+    config::draft::{Draft, ResolvedKey},
     input::services::MAX_WAIT,
     protocol::{
         ids::{InstanceId, ServiceName, WorkerId},
@@ -82,7 +82,7 @@ pub struct Config {
     pub topology: TopologyConfig,
     /// `[services.…]`, in the order of their names.
     pub services: Vec<ServiceTopology>,
-    entries: Vec<Entry>,
+    entries: Vec<ResolvedKey>,
 }
 
 /// Which broker to use, and how to connect to it.
@@ -356,7 +356,7 @@ fn workers_name(text: &str) -> Result<WorkerId, String> {
 impl fmt::Display for Config {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut section = "";
-        for Entry { key, value, meaning } in &self.entries {
+        for ResolvedKey { key, value, meaning } in &self.entries {
             let (of, name) = key.rsplit_once('.').unwrap_or_default();
             if of != section {
                 let gap = if section.is_empty() { "" } else { "\n" };
