@@ -16,7 +16,7 @@ use std::{fmt, sync::Arc};
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Complaint {
     /// Where it is.
-    pub place: Place,
+    pub location: Location,
     /// The offending value. In a text: as it is written there, shortened to one line of at most 64
     /// characters. `None` if there is no value to show, as in a text that is not JSON, or if it may
     /// be a secret.
@@ -27,7 +27,7 @@ pub struct Complaint {
 
 /// The place of an error.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Place {
+pub enum Location {
     /// In a file, or in a message.
     Text {
         /// The name of the file, as the caller gave it, or the kind of the message.
@@ -127,14 +127,14 @@ impl fmt::Display for Source {
 
 impl fmt::Display for Complaint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.place {
-            Place::Text { name, at } => {
+        match &self.location {
+            Location::Text { name, at } => {
                 write!(f, "{name}{at}")?;
                 if let Some(value) = &self.value {
                     write!(f, " is {value}")?;
                 }
             }
-            Place::Key { key, source } => {
+            Location::Key { key, source } => {
                 if !key.is_empty() {
                     write!(f, "`{}`", one_line(key))?;
                     if let Some(value) = &self.value {
@@ -259,14 +259,14 @@ pub(crate) fn shortened(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{At, Collected, Complaint, Place, Position, Source, shortened};
+    use super::{At, Collected, Complaint, Location, Position, Source, shortened};
 
     #[test]
     fn each_kind_of_place_has_its_form() {
         let complaint = |at, value: Option<&str>| {
-            let place = Place::Text { name: "f.json".into(), at };
+            let location = Location::Text { name: "f.json".into(), at };
             let rule = "must be good".to_owned();
-            Complaint { place, value: value.map(str::to_owned), rule }.to_string()
+            Complaint { location, value: value.map(str::to_owned), rule }.to_string()
         };
         assert_eq!(
             complaint(At::Path("$[0].a".to_owned()), Some("0")),
@@ -286,9 +286,9 @@ mod tests {
     fn a_complaint_about_a_key_names_its_source() {
         let complaint = |key: &str, value: Option<&str>| {
             let source = Source::Variable("DTC__A__B".to_owned());
-            let place = Place::Key { key: key.to_owned(), source };
+            let location = Location::Key { key: key.to_owned(), source };
             let rule = "must be good".to_owned();
-            Complaint { place, value: value.map(str::to_owned), rule }.to_string()
+            Complaint { location, value: value.map(str::to_owned), rule }.to_string()
         };
         assert_eq!(
             complaint("a.b", Some("x\ny")),
@@ -303,7 +303,7 @@ mod tests {
         let mut collected = Collected::default();
         for index in 0..250 {
             collected.add(Complaint {
-                place: Place::Text { name: "f".into(), at: At::Path(format!("$[{index}]")) },
+                location: Location::Text { name: "f".into(), at: At::Path(format!("$[{index}]")) },
                 value: None,
                 rule: "no".to_owned(),
             });

@@ -9,7 +9,7 @@ use clap::Args;
 
 use crate::{
     cli::{Exit, Failure},
-    complaint::{Complaint, Complaints, Place},
+    complaint::{Complaint, Complaints, Location},
     config::{self, Config, Flag, Sources},
     transport::amqp::{
         connection::{Broker, ConnectError},
@@ -57,9 +57,9 @@ pub(super) fn flag(
 
 /// If all complaints are about flags, it is a usage error.
 fn bad_configuration(complaints: Complaints) -> Failure {
-    let is_of_flag = |complaint: &Complaint| match &complaint.place {
-        Place::Key { source, .. } => source.is_flag(),
-        Place::Text { .. } => false,
+    let is_of_flag = |complaint: &Complaint| match &complaint.location {
+        Location::Key { source, .. } => source.is_flag(),
+        Location::Text { .. } => false,
     };
     let is_usage = complaints.listed().iter().all(is_of_flag);
     Failure::new(if is_usage { Exit::Usage } else { Exit::BadConfiguration }, complaints)

@@ -17,7 +17,7 @@ use std::{
 use ::config::{Environment, File, FileFormat, Map, Source as _, Value, ValueKind};
 
 use crate::{
-    complaint::{Complaint, Place, Source},
+    complaint::{Complaint, Location, Source},
     config::{Flag, Sources, spelling},
 };
 
@@ -223,8 +223,8 @@ impl Draft {
 
     /// Complains about a value that is not secret.
     fn complain_of(&mut self, key: &str, value: Option<String>, source: Source, rule: String) {
-        let place = Place::Key { key: key.to_owned(), source };
-        self.complaints.push(Complaint { place, value, rule });
+        let location = Location::Key { key: key.to_owned(), source };
+        self.complaints.push(Complaint { location, value, rule });
     }
 
     /// Takes a key that must have a value; `None` after a complaint.

@@ -28,7 +28,7 @@ use std::{
 };
 
 use crate::{
-    complaint::{At, Complaint, Complaints, Place, Position},
+    complaint::{At, Complaint, Complaints, Location, Position},
     json::{
         Value,
         check::{BYTE_ORDER_MARK, Check, DAY_MS, Path, without_byte_order_mark},
@@ -120,8 +120,8 @@ fn peek(reader: &mut impl BufRead) -> io::Result<Option<u8>> {
 }
 
 fn complaint(file: &Arc<str>, position: Position, rule: String) -> Complaints {
-    let place = Place::Text { name: Arc::clone(file), at: At::Position(position) };
-    Complaint { place, value: None, rule }.into()
+    let location = Location::Text { name: Arc::clone(file), at: At::Position(position) };
+    Complaint { location, value: None, rule }.into()
 }
 
 fn unreadable(error: &io::Error) -> String {

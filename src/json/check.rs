@@ -4,7 +4,7 @@
 use std::{fmt, ops::RangeInclusive, sync::Arc};
 
 use crate::{
-    complaint::{At, Collected, Complaint, Place, Position, shortened},
+    complaint::{At, Collected, Complaint, Location, Position, shortened},
     json::{self, Kind, SyntaxError, Value},
 };
 
@@ -111,8 +111,8 @@ impl Check {
     }
 
     fn add(&mut self, at: At, value: Option<String>, rule: String) {
-        let place = Place::Text { name: Arc::clone(&self.file), at };
-        self.complaints.add(Complaint { place, value, rule });
+        let location = Location::Text { name: Arc::clone(&self.file), at };
+        self.complaints.add(Complaint { location, value, rule });
     }
 
     /// Parses `text` as a JSON value; it begins at `start` of its file.

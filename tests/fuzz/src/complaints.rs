@@ -2,7 +2,7 @@
 //! are neither more nor longer than somebody would read.
 
 use dtc::{
-    complaint::{At, Complaint, Complaints, Place, Position},
+    complaint::{At, Complaint, Complaints, Location, Position},
     wire::message::{BODY_MAX, Malformed},
 };
 
@@ -30,8 +30,8 @@ pub fn are_good(complaints: &Complaints, file: &str) {
 }
 
 fn is_good(complaint: &Complaint, file: &str) {
-    let Complaint { place, value, rule } = complaint;
-    let Place::Text { name, at } = place else { panic!("{complaint}") };
+    let Complaint { location, value, rule } = complaint;
+    let Location::Text { name, at } = location else { panic!("{complaint}") };
     assert_eq!(&**name, file);
     match at {
         At::Path(path) => is_path(path),
