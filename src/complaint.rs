@@ -33,7 +33,7 @@ pub enum Location {
         /// The name of the file, as the caller gave it, or the kind of the message.
         name: Arc<str>,
         /// The place in it.
-        at: At,
+        at: TextLocation,
     },
     /// In a configuration.
     Key {
@@ -46,7 +46,7 @@ pub enum Location {
 
 /// A place in a text.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub enum At {
+pub enum TextLocation {
     /// A value in a JSON text, by its path: `$[3].max_concurrency`.
     Path(String),
     /// A value in a file of lines, by its line and its path within the line.
@@ -149,7 +149,7 @@ impl fmt::Display for Complaint {
     }
 }
 
-impl fmt::Display for At {
+impl fmt::Display for TextLocation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Path(path) => write!(f, ": {path}"),
@@ -259,7 +259,7 @@ pub(crate) fn shortened(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{At, Collected, Complaint, Location, Position, Source, shortened};
+    use super::{Collected, Complaint, Location, Position, Source, TextLocation, shortened};
 
     #[test]
     fn each_kind_of_place_has_its_form() {
@@ -269,15 +269,15 @@ mod tests {
             Complaint { location, value: value.map(str::to_owned), rule }.to_string()
         };
         assert_eq!(
-            complaint(At::Path("$[0].a".to_owned()), Some("0")),
+            complaint(TextLocation::Path("$[0].a".to_owned()), Some("0")),
             "f.json: $[0].a is 0: must be good"
         );
         assert_eq!(
-            complaint(At::Line { line: 17, path: "$.id".to_owned() }, Some("\"\"")),
+            complaint(TextLocation::Line { line: 17, path: "$.id".to_owned() }, Some("\"\"")),
             "f.json:17: $.id is \"\": must be good"
         );
         assert_eq!(
-            complaint(At::Position(Position { line: 3, column: 14 }), None),
+            complaint(TextLocation::Position(Position { line: 3, column: 14 }), None),
             "f.json:3:14: must be good"
         );
     }
@@ -303,7 +303,10 @@ mod tests {
         let mut collected = Collected::default();
         for index in 0..250 {
             collected.add(Complaint {
-                location: Location::Text { name: "f".into(), at: At::Path(format!("$[{index}]")) },
+                location: Location::Text {
+                    name: "f".into(),
+                    at: TextLocation::Path(format!("$[{index}]")),
+                },
                 value: None,
                 rule: "no".to_owned(),
             });

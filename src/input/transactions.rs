@@ -28,7 +28,7 @@ use std::{
 };
 
 use crate::{
-    complaint::{At, Complaint, Complaints, Location, Position},
+    complaint::{Complaint, Complaints, Location, Position, TextLocation},
     json::{
         Value,
         check::{BYTE_ORDER_MARK, Check, DAY_MS, Path, without_byte_order_mark},
@@ -120,7 +120,7 @@ fn peek(reader: &mut impl BufRead) -> io::Result<Option<u8>> {
 }
 
 fn complaint(file: &Arc<str>, position: Position, rule: String) -> Complaints {
-    let location = Location::Text { name: Arc::clone(file), at: At::Position(position) };
+    let location = Location::Text { name: Arc::clone(file), at: TextLocation::Position(position) };
     Complaint { location, value: None, rule }.into()
 }
 

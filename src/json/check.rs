@@ -4,7 +4,7 @@
 use std::{fmt, ops::RangeInclusive, sync::Arc};
 
 use crate::{
-    complaint::{At, Collected, Complaint, Location, Position, shortened},
+    complaint::{Collected, Complaint, Location, Position, TextLocation, shortened},
     json::{self, Kind, SyntaxError, Value},
 };
 
@@ -99,18 +99,18 @@ impl Check {
     pub(crate) fn complain(&mut self, path: &Path<'_>, value: &Value<'_>, rule: impl Into<String>) {
         let path = path.to_string();
         let at = match self.line {
-            None => At::Path(path),
-            Some(line) => At::Line { line, path },
+            None => TextLocation::Path(path),
+            Some(line) => TextLocation::Line { line, path },
         };
         self.add(at, Some(shortened(value.text)), rule.into());
     }
 
     /// Complains about the character at `position`.
     pub(crate) fn complain_at(&mut self, position: Position, rule: impl Into<String>) {
-        self.add(At::Position(position), None, rule.into());
+        self.add(TextLocation::Position(position), None, rule.into());
     }
 
-    fn add(&mut self, at: At, value: Option<String>, rule: String) {
+    fn add(&mut self, at: TextLocation, value: Option<String>, rule: String) {
         let location = Location::Text { name: Arc::clone(&self.file), at };
         self.complaints.add(Complaint { location, value, rule });
     }

@@ -8,7 +8,7 @@ mod message;
 mod services;
 mod transactions;
 
-use dtc::complaint::{At, Complaint, Complaints, Location};
+use dtc::complaint::{Complaint, Complaints, Location, TextLocation};
 use proptest::prelude::{Strategy, any, prop, prop_oneof};
 use serde_json::{Map, Value, json};
 
@@ -57,7 +57,8 @@ fn damage() -> impl Strategy<Value = Damage> {
 /// The only complaint, and the path it is about.
 fn only(complaints: &Complaints) -> (&Complaint, &str) {
     let [complaint] = complaints.listed() else { panic!("more than one:\n{complaints}") };
-    let Location::Text { at: At::Path(path) | At::Line { path, .. }, .. } = &complaint.location
+    let Location::Text { at: TextLocation::Path(path) | TextLocation::Line { path, .. }, .. } =
+        &complaint.location
     else {
         panic!("no path:\n{complaint}")
     };

@@ -2,7 +2,7 @@
 //! are neither more nor longer than somebody would read.
 
 use dtc::{
-    complaint::{At, Complaint, Complaints, Location, Position},
+    complaint::{TextLocation, Complaint, Complaints, Location, Position},
     wire::message::{BODY_MAX, Malformed},
 };
 
@@ -34,12 +34,12 @@ fn is_good(complaint: &Complaint, file: &str) {
     let Location::Text { name, at } = location else { panic!("{complaint}") };
     assert_eq!(&**name, file);
     match at {
-        At::Path(path) => is_path(path),
-        At::Line { line, path } => {
+        TextLocation::Path(path) => is_path(path),
+        TextLocation::Line { line, path } => {
             assert!(*line >= 1);
             is_path(path);
         }
-        At::Position(Position { line, column }) => assert!(*line >= 1 && *column >= 1),
+        TextLocation::Position(Position { line, column }) => assert!(*line >= 1 && *column >= 1),
     }
     if let Some(value) = value {
         assert!(value.chars().count() <= 64, "{complaint}");
