@@ -220,12 +220,12 @@ impl std::error::Error for Complaints {}
 
 /// Complaints that are being collected; there may be none.
 #[derive(Debug, Default)]
-pub(crate) struct Collected {
+pub(crate) struct ComplaintCollector {
     listed: Vec<Complaint>,
     unlisted: usize,
 }
 
-impl Collected {
+impl ComplaintCollector {
     pub(crate) fn add(&mut self, complaint: Complaint) {
         if self.listed.len() < Complaints::LISTED_MAX {
             self.listed.push(complaint);
@@ -259,7 +259,9 @@ pub(crate) fn shortened(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{Collected, Complaint, Location, Position, Source, TextLocation, shortened};
+    use super::{
+        Complaint, ComplaintCollector, Location, Position, Source, TextLocation, shortened,
+    };
 
     #[test]
     fn each_kind_of_place_has_its_form() {
@@ -300,7 +302,7 @@ mod tests {
 
     #[test]
     fn a_hundred_complaints_are_listed_and_the_rest_counted() {
-        let mut collected = Collected::default();
+        let mut collected = ComplaintCollector::default();
         for index in 0..250 {
             collected.add(Complaint {
                 location: Location::Text {

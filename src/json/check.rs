@@ -4,7 +4,7 @@
 use std::{fmt, ops::RangeInclusive, sync::Arc};
 
 use crate::{
-    complaint::{Collected, Complaint, Location, Position, TextLocation, shortened},
+    complaint::{Complaint, ComplaintCollector, Location, Position, TextLocation, shortened},
     json::{self, Kind, SyntaxError, Value},
 };
 
@@ -71,7 +71,7 @@ pub(crate) struct Check {
     line: Option<u64>,
     /// Whether unknown fields are ignored.
     is_lenient: bool,
-    pub(crate) complaints: Collected,
+    pub(crate) complaints: ComplaintCollector,
 }
 
 impl Check {
@@ -80,7 +80,7 @@ impl Check {
             file: Arc::clone(file),
             line: None,
             is_lenient: false,
-            complaints: Collected::default(),
+            complaints: ComplaintCollector::default(),
         }
     }
 
