@@ -33,7 +33,7 @@ use std::{
 use crate::{
     complaint::{Complaints, Position},
     json::{
-        Kind, Value,
+        Value, ValueKind,
         check::{Check, DAY_MS, Path, without_byte_order_mark},
     },
     protocol::{
@@ -246,7 +246,7 @@ fn read_latency(check: &mut Check, path: &Path<'_>, value: &Value<'_>) -> Option
         let millis = check.number(path, value, DAY_MS.into(), &rule)?;
         Some(Duration::from_secs_f64(millis / 1000.0))
     };
-    let Kind::Array(elements) = &value.kind else {
+    let ValueKind::Array(elements) = &value.kind else {
         let latency = duration(&path, value)?;
         return Some(Latency { min: latency, max: latency });
     };

@@ -5,7 +5,7 @@ use std::{fmt, ops::RangeInclusive, sync::Arc};
 
 use crate::{
     complaint::{Complaint, ComplaintCollector, Location, Position, TextLocation, shortened},
-    json::{self, Kind, SyntaxError, Value},
+    json::{self, SyntaxError, Value, ValueKind},
 };
 
 /// No time in a file may be longer than a day: a longer one is probably a mistake.
@@ -152,7 +152,7 @@ impl Check {
         value: &'v Value<'a>,
         known: &[&str; N],
     ) -> Option<[Option<&'v Value<'a>>; N]> {
-        let Kind::Object(fields) = &value.kind else {
+        let ValueKind::Object(fields) = &value.kind else {
             self.complain(path, value, "must be an object");
             return None;
         };
@@ -186,7 +186,7 @@ impl Check {
 
     /// `value` as text.
     pub(crate) fn string<'v>(&mut self, path: &Path<'_>, value: &'v Value<'_>) -> Option<&'v str> {
-        if let Kind::String(string) = &value.kind {
+        if let ValueKind::String(string) = &value.kind {
             return Some(string);
         }
         self.complain(path, value, "must be a string");
@@ -215,7 +215,7 @@ impl Check {
         value: &'v Value<'a>,
         what: &str,
     ) -> Option<&'v [Value<'a>]> {
-        if let Kind::Array(elements) = &value.kind {
+        if let ValueKind::Array(elements) = &value.kind {
             return Some(elements);
         }
         self.complain(path, value, format!("must be {what}"));
@@ -224,7 +224,7 @@ impl Check {
 
     /// `value` as `true` or `false`.
     pub(crate) fn boolean(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<bool> {
-        if let Kind::Bool(boolean) = value.kind {
+        if let ValueKind::Bool(boolean) = value.kind {
             return Some(boolean);
         }
         self.complain(path, value, "must be true or false");
@@ -268,12 +268,12 @@ impl Check {
     /// Complains about every field within `value` that is given twice in its object.
     pub(crate) fn refuse_doubles(&mut self, path: &Path<'_>, value: &Value<'_>) {
         match &value.kind {
-            Kind::Array(elements) => {
+            ValueKind::Array(elements) => {
                 for (index, element) in elements.iter().enumerate() {
                     self.refuse_doubles(&path.element(index), element);
                 }
             }
-            Kind::Object(fields) => {
+            ValueKind::Object(fields) => {
                 let mut before = None;
                 for (name, value) in fields {
                     let path = path.field(name);
@@ -284,7 +284,7 @@ impl Check {
                     self.refuse_doubles(&path, value);
                 }
             }
-            Kind::Null | Kind::Bool(_) | Kind::Number | Kind::String(_) => {}
+            ValueKind::Null | ValueKind::Bool(_) | ValueKind::Number | ValueKind::String(_) => {}
         }
     }
 }
@@ -294,8 +294,12 @@ pub(crate) const TWICE: &str = "must be given once in its object";
 /// `value` as a number, if it is one.
 pub(crate) fn number(value: &Value<'_>) -> Option<f64> {
     match value.kind {
-        Kind::Number => value.text.parse().ok(),
-        Kind::Null | Kind::Bool(_) | Kind::String(_) | Kind::Array(_) | Kind::Object(_) => None,
+        ValueKind::Number => value.text.parse().ok(),
+        ValueKind::Null
+        | ValueKind::Bool(_)
+        | ValueKind::String(_)
+        | ValueKind::Array(_)
+        | ValueKind::Object(_) => None,
     }
 }
 

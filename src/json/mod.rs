@@ -20,11 +20,11 @@ const WRAPPED_DEPTH_MAX: usize = DEPTH_MAX + 8;
 #[derive(Debug)]
 pub(crate) struct Value<'a> {
     pub(crate) text: &'a str,
-    pub(crate) kind: Kind<'a>,
+    pub(crate) kind: ValueKind<'a>,
 }
 
 #[derive(Debug)]
-pub(crate) enum Kind<'a> {
+pub(crate) enum ValueKind<'a> {
     Null,
     Bool(bool),
     /// A number, as it is written.
@@ -119,17 +119,17 @@ impl<'a> Reader<'a> {
         let kind = match self.peek() {
             Some(b'{') => self.nested(Self::object)?,
             Some(b'[') => self.nested(Self::array)?,
-            Some(b'"') => Kind::String(self.string()?),
+            Some(b'"') => ValueKind::String(self.string()?),
             Some(b'-' | b'0'..=b'9') => self.number()?,
-            Some(b't') => self.word("true", Kind::Bool(true))?,
-            Some(b'f') => self.word("false", Kind::Bool(false))?,
-            Some(b'n') => self.word("null", Kind::Null)?,
+            Some(b't') => self.word("true", ValueKind::Bool(true))?,
+            Some(b'f') => self.word("false", ValueKind::Bool(false))?,
+            Some(b'n') => self.word("null", ValueKind::Null)?,
             Some(_) | None => return Err(self.expected("a value")),
         };
         Ok(Value { text: self.since(start), kind })
     }
 
-    fn word(&mut self, word: &str, kind: Kind<'a>) -> Result<Kind<'a>, SyntaxError> {
+    fn word(&mut self, word: &str, kind: ValueKind<'a>) -> Result<ValueKind<'a>, SyntaxError> {
         if !self.rest().starts_with(word) {
             return Err(self.expected("a value"));
         }
@@ -139,8 +139,8 @@ impl<'a> Reader<'a> {
 
     fn nested(
         &mut self,
-        read: fn(&mut Self) -> Result<Kind<'a>, SyntaxError>,
-    ) -> Result<Kind<'a>, SyntaxError> {
+        read: fn(&mut Self) -> Result<ValueKind<'a>, SyntaxError>,
+    ) -> Result<ValueKind<'a>, SyntaxError> {
         if self.depth == self.depth_max {
             return Err(self.error(format!("nested more than {} deep", self.depth_max)));
         }
@@ -150,23 +150,23 @@ impl<'a> Reader<'a> {
         Ok(kind)
     }
 
-    fn array(&mut self) -> Result<Kind<'a>, SyntaxError> {
+    fn array(&mut self) -> Result<ValueKind<'a>, SyntaxError> {
         let mut elements = Vec::new();
         if self.opens_and_closes(b']') {
-            return Ok(Kind::Array(elements));
+            return Ok(ValueKind::Array(elements));
         }
         loop {
             elements.push(self.value()?);
             if !self.goes_on(b']', "`,` or `]`")? {
-                return Ok(Kind::Array(elements));
+                return Ok(ValueKind::Array(elements));
             }
         }
     }
 
-    fn object(&mut self) -> Result<Kind<'a>, SyntaxError> {
+    fn object(&mut self) -> Result<ValueKind<'a>, SyntaxError> {
         let mut fields = Vec::new();
         if self.opens_and_closes(b'}') {
-            return Ok(Kind::Object(fields));
+            return Ok(ValueKind::Object(fields));
         }
         loop {
             let Some(b'"') = self.peek() else { return Err(self.expected("the name of a field")) };
@@ -178,7 +178,7 @@ impl<'a> Reader<'a> {
             fields.push((name, self.value()?));
             if !self.goes_on(b'}', "`,` or `}`")? {
                 fields.sort_by(|(a, _), (b, _)| a.cmp(b));
-                return Ok(Kind::Object(fields));
+                return Ok(ValueKind::Object(fields));
             }
         }
     }
@@ -243,7 +243,7 @@ impl<'a> Reader<'a> {
         })
     }
 
-    fn number(&mut self) -> Result<Kind<'a>, SyntaxError> {
+    fn number(&mut self) -> Result<ValueKind<'a>, SyntaxError> {
         let start = self.at;
         self.at += usize::from(self.peek() == Some(b'-'));
         if self.peek() == Some(b'0') {
@@ -267,7 +267,7 @@ impl<'a> Reader<'a> {
         }
         let short = self.at == whole && whole - start < 300;
         if short || self.since(start).parse().is_ok_and(f64::is_finite) {
-            return Ok(Kind::Number);
+            return Ok(ValueKind::Number);
         }
         self.at = start;
         Err(self.error("this number is out of range"))
@@ -287,11 +287,11 @@ impl Value<'_> {
     /// more escapes than needed.
     pub(crate) fn write(&self, out: &mut String) {
         match &self.kind {
-            Kind::Null | Kind::Bool(_) | Kind::Number => out.push_str(self.text),
+            ValueKind::Null | ValueKind::Bool(_) | ValueKind::Number => out.push_str(self.text),
             // It was read from a text without escapes, so it needs none.
-            Kind::String(Cow::Borrowed(_)) => out.push_str(self.text),
-            Kind::String(Cow::Owned(string)) => out.push_str(&quoted(string)),
-            Kind::Array(elements) => {
+            ValueKind::String(Cow::Borrowed(_)) => out.push_str(self.text),
+            ValueKind::String(Cow::Owned(string)) => out.push_str(&quoted(string)),
+            ValueKind::Array(elements) => {
                 out.push('[');
                 for (index, element) in elements.iter().enumerate() {
                     out.push_str(if index == 0 { "" } else { "," });
@@ -299,7 +299,7 @@ impl Value<'_> {
                 }
                 out.push(']');
             }
-            Kind::Object(fields) => {
+            ValueKind::Object(fields) => {
                 out.push('{');
                 for (index, (name, value)) in fields.iter().enumerate() {
                     out.push_str(if index == 0 { "" } else { "," });

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::{
     json::{
-        Kind, Value,
+        Value, ValueKind,
         check::{Check, Path},
     },
     protocol::{ids::ServiceName, message::Payload},
@@ -37,7 +37,7 @@ pub(crate) fn read_data(
     value: &Value<'_>,
     buffer: &mut String,
 ) -> Option<Payload> {
-    let Kind::Object(_) = value.kind else {
+    let ValueKind::Object(_) = value.kind else {
         check.complain(path, value, "must be an object");
         return None;
     };

@@ -39,7 +39,7 @@ impl Sealed for Prepare {
         let key = reader.key(place, id, requested_at);
         let request_hash = reader.need(place, request_hash, Reader::request_hash);
         let data = reader.need(place, data, |reader, path, value| {
-            if let json::Kind::Object(_) = value.kind {
+            if let json::ValueKind::Object(_) = value.kind {
                 return Some(Payload::new(value.text));
             }
             reader.check.complain(path, value, "must be an object");

@@ -5,7 +5,7 @@ use std::{mem, ops::RangeInclusive, sync::Arc};
 use crate::{
     complaint::{Complaints, Position},
     json::{
-        Kind, Value,
+        Value, ValueKind,
         check::{Check, Path, TWICE, number},
         parse_wrapped,
     },
@@ -112,7 +112,7 @@ impl Reader {
         read: Read<T>,
     ) -> Option<Option<T>> {
         match field.value {
-            None | Some(Value { kind: Kind::Null, .. }) => Some(None),
+            None | Some(Value { kind: ValueKind::Null, .. }) => Some(None),
             Some(value) => read(self, &place.path.field(field.name), value).map(Some),
         }
     }
@@ -165,7 +165,7 @@ impl Reader {
         path: &Path<'_>,
         value: &Value<'_>,
     ) -> Option<Vec<(ServiceName, Branch)>> {
-        let Kind::Object(fields) = &value.kind else {
+        let ValueKind::Object(fields) = &value.kind else {
             self.check.complain(path, value, "must be an object");
             return None;
         };
@@ -279,8 +279,12 @@ impl Reader {
         range: RangeInclusive<u64>,
     ) -> Option<u64> {
         let plain = match value.kind {
-            Kind::Number => value.text.parse().ok(),
-            Kind::Null | Kind::Bool(_) | Kind::String(_) | Kind::Array(_) | Kind::Object(_) => None,
+            ValueKind::Number => value.text.parse().ok(),
+            ValueKind::Null
+            | ValueKind::Bool(_)
+            | ValueKind::String(_)
+            | ValueKind::Array(_)
+            | ValueKind::Object(_) => None,
         };
         let otherwise = || {
             let found = number(value).filter(|number| number.fract() == 0.0)?;

@@ -131,7 +131,8 @@ impl Sealed for Parked {
         )?;
         let key = reader.key(place, id, requested_at);
         let parked_at = reader.need(place, parked_at, Reader::moment);
-        let is_undecidable = request.value.is_some_and(|it| !matches!(it.kind, json::Kind::Null));
+        let is_undecidable =
+            request.value.is_some_and(|it| !matches!(it.kind, json::ValueKind::Null));
         let error = reader.may(place, error, Reader::text);
         let cause = if is_undecidable {
             let path = place.path.field(request.name);

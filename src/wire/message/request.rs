@@ -222,7 +222,8 @@ pub(super) fn read(reader: &mut Reader, path: &Path<'_>, value: &Value<'_>) -> R
     let services = reader.need(&place, services, |reader, path, value| {
         let services = read_services(&mut reader.check, path, value);
         // However often a service is named.
-        if matches!(&value.kind, json::Kind::Array(elements) if elements.len() > SERVICES_MAX) {
+        if matches!(&value.kind, json::ValueKind::Array(elements) if elements.len() > SERVICES_MAX)
+        {
             let rule = format!("must name at most {SERVICES_MAX} services");
             reader.check.complain(path, value, rule);
         }
