@@ -62,7 +62,7 @@ fn parse_nested<'a>(
     what: &'static str,
     depth_max: usize,
 ) -> Result<Value<'a>, SyntaxError> {
-    let mut reader = Reader { text, at: 0, depth: 0, depth_max, what };
+    let mut reader = Parser { text, at: 0, depth: 0, depth_max, what };
     reader.skip_whitespace();
     let value = reader.value()?;
     reader.skip_whitespace();
@@ -72,7 +72,7 @@ fn parse_nested<'a>(
     }
 }
 
-struct Reader<'a> {
+struct Parser<'a> {
     text: &'a str,
     /// How many bytes are read: always at a character boundary.
     at: usize,
@@ -81,7 +81,7 @@ struct Reader<'a> {
     what: &'static str,
 }
 
-impl<'a> Reader<'a> {
+impl<'a> Parser<'a> {
     fn peek(&self) -> Option<u8> {
         self.text.as_bytes().get(self.at).copied()
     }
