@@ -22,25 +22,25 @@ pub(crate) fn without_byte_order_mark(text: &[u8]) -> &[u8] {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Path<'p> {
     above: Option<&'p Self>,
-    step: Step<'p>,
+    step: PathStep<'p>,
 }
 
 #[derive(Clone, Copy, Debug)]
-enum Step<'p> {
+enum PathStep<'p> {
     Top,
     Element(usize),
     Field(&'p str),
 }
 
 impl<'p> Path<'p> {
-    pub(crate) const TOP: Path<'static> = Path { above: None, step: Step::Top };
+    pub(crate) const TOP: Path<'static> = Path { above: None, step: PathStep::Top };
 
     pub(crate) fn element(&'p self, index: usize) -> Self {
-        Self { above: Some(self), step: Step::Element(index) }
+        Self { above: Some(self), step: PathStep::Element(index) }
     }
 
     pub(crate) fn field(&'p self, name: &'p str) -> Self {
-        Self { above: Some(self), step: Step::Field(name) }
+        Self { above: Some(self), step: PathStep::Field(name) }
     }
 }
 
@@ -50,10 +50,10 @@ impl fmt::Display for Path<'_> {
             write!(f, "{above}")?;
         }
         match self.step {
-            Step::Top => f.write_str("$"),
-            Step::Element(index) => write!(f, "[{index}]"),
-            Step::Field(name) if is_plain(name) => write!(f, ".{name}"),
-            Step::Field(name) => write!(f, "[{}]", shortened(&json::quoted(name))),
+            PathStep::Top => f.write_str("$"),
+            PathStep::Element(index) => write!(f, "[{index}]"),
+            PathStep::Field(name) if is_plain(name) => write!(f, ".{name}"),
+            PathStep::Field(name) => write!(f, "[{}]", shortened(&json::quoted(name))),
         }
     }
 }
