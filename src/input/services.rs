@@ -34,7 +34,7 @@ use crate::{
     complaint::{Complaints, Position},
     json::{
         Value, ValueKind,
-        check::{Check, DAY_MS, Path, without_byte_order_mark},
+        check::{Checker, DAY_MS, Path, without_byte_order_mark},
     },
     protocol::{
         ids::{ServiceName, TransactionId},
@@ -103,12 +103,12 @@ pub struct Latency {
 ///
 /// All errors in it, at once.
 pub fn read(file: &str, text: &[u8]) -> Result<Vec<ServiceSpec>, Complaints> {
-    let mut check = Check::of_file(&file.into());
+    let mut check = Checker::of_file(&file.into());
     let services = read_services(&mut check, text);
     check.complaints.or(services)
 }
 
-fn read_services(check: &mut Check, text: &[u8]) -> Option<Vec<ServiceSpec>> {
+fn read_services(check: &mut Checker, text: &[u8]) -> Option<Vec<ServiceSpec>> {
     let value = check.json(Position::START, without_byte_order_mark(text))?;
     let elements = check.elements(&Path::TOP, &value, "an array of services")?;
     if elements.is_empty() {
@@ -131,7 +131,7 @@ fn read_services(check: &mut Check, text: &[u8]) -> Option<Vec<ServiceSpec>> {
 
 /// `taken` returns the index of the service that has a name already; otherwise it takes the name.
 fn read_service(
-    check: &mut Check,
+    check: &mut Checker,
     path: &Path<'_>,
     value: &Value<'_>,
     mut taken: impl FnMut(&ServiceName) -> Option<usize>,
@@ -172,7 +172,7 @@ fn read_service(
     })
 }
 
-fn read_cap(check: &mut Check, path: &Path<'_>, value: &Value<'_>) -> Option<Cap> {
+fn read_cap(check: &mut Checker, path: &Path<'_>, value: &Value<'_>) -> Option<Cap> {
     let path = path.field("cap");
     match check.string(&path, value)? {
         "instance" => Some(Cap::Instance),
@@ -185,7 +185,7 @@ fn read_cap(check: &mut Check, path: &Path<'_>, value: &Value<'_>) -> Option<Cap
 }
 
 fn read_behaviour(
-    check: &mut Check,
+    check: &mut Checker,
     path: &Path<'_>,
     value: Option<&Value<'_>>,
     is_prepare: bool,
@@ -239,7 +239,7 @@ fn read_behaviour(
     })
 }
 
-fn read_latency(check: &mut Check, path: &Path<'_>, value: &Value<'_>) -> Option<Latency> {
+fn read_latency(check: &mut Checker, path: &Path<'_>, value: &Value<'_>) -> Option<Latency> {
     let rule = format!("must be a number from 0 to {DAY_MS}, or [min, max] of two such");
     let path = path.field("latency_ms");
     let mut duration = |path: &Path<'_>, value: &Value<'_>| {
@@ -263,7 +263,7 @@ fn read_latency(check: &mut Check, path: &Path<'_>, value: &Value<'_>) -> Option
 }
 
 fn read_ids(
-    check: &mut Check,
+    check: &mut Checker,
     path: &Path<'_>,
     value: &Value<'_>,
 ) -> Option<BTreeSet<TransactionId>> {

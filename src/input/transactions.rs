@@ -31,7 +31,7 @@ use crate::{
     complaint::{Complaint, Complaints, Location, Position, TextLocation},
     json::{
         Value,
-        check::{BYTE_ORDER_MARK, Check, DAY_MS, Path, without_byte_order_mark},
+        check::{BYTE_ORDER_MARK, Checker, DAY_MS, Path, without_byte_order_mark},
     },
     protocol::{ids::TransactionId, message::TransactionSpec},
     wire::{
@@ -142,12 +142,16 @@ fn read_array(
     start: Position,
     text: &[u8],
 ) -> Result<Vec<TransactionSpec>, Complaints> {
-    let mut check = Check::of_file(file);
+    let mut check = Checker::of_file(file);
     let transactions = read_elements(&mut check, start, text);
     check.complaints.or(transactions)
 }
 
-fn read_elements(check: &mut Check, start: Position, text: &[u8]) -> Option<Vec<TransactionSpec>> {
+fn read_elements(
+    check: &mut Checker,
+    start: Position,
+    text: &[u8],
+) -> Option<Vec<TransactionSpec>> {
     let value = check.json(start, text)?;
     let elements = check.elements(&Path::TOP, &value, "an array of transactions")?;
     let mut taken = HashMap::with_capacity(elements.len());
@@ -169,7 +173,7 @@ fn read_elements(check: &mut Check, start: Position, text: &[u8]) -> Option<Vec<
 
 /// `taken` takes an id, or returns which transaction has it already. `buffer` is scratch space.
 fn read_transaction(
-    check: &mut Check,
+    check: &mut Checker,
     path: &Path<'_>,
     value: &Value<'_>,
     taken: impl FnOnce(&TransactionId) -> Option<String>,
@@ -280,7 +284,7 @@ impl<R: BufRead> Lines<R> {
     }
 
     fn read_line(&mut self, start: Position) -> Result<TransactionSpec, Complaints> {
-        let mut check = Check::of_line(&self.file, start.line);
+        let mut check = Checker::of_line(&self.file, start.line);
         let transaction = check.json(start, &self.line).and_then(|value| {
             let taken = |id: &TransactionId| {
                 (!self.taken.take(id))

@@ -65,7 +65,7 @@ fn is_plain(name: &str) -> bool {
 
 /// The check of one JSON text: a file, or a line of one.
 #[derive(Debug)]
-pub(crate) struct Check {
+pub(crate) struct Checker {
     file: Arc<str>,
     /// The line, if the text is one line of a file.
     line: Option<u64>,
@@ -74,7 +74,7 @@ pub(crate) struct Check {
     pub(crate) complaints: ComplaintCollector,
 }
 
-impl Check {
+impl Checker {
     pub(crate) fn of_file(file: &Arc<str>) -> Self {
         Self {
             file: Arc::clone(file),
@@ -120,7 +120,7 @@ impl Check {
         self.json_by(start, text, json::parse)
     }
 
-    /// [`Check::json`] with `parse` as the parser.
+    /// [`Checker::json`] with `parse` as the parser.
     pub(crate) fn json_by<'a>(
         &mut self,
         start: Position,

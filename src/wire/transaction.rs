@@ -5,14 +5,14 @@ use std::sync::Arc;
 use crate::{
     json::{
         Value, ValueKind,
-        check::{Check, Path},
+        check::{Checker, Path},
     },
     protocol::{ids::ServiceName, message::Payload},
 };
 
 /// The services in `value`: each once, in name order.
 pub(crate) fn read_services(
-    check: &mut Check,
+    check: &mut Checker,
     path: &Path<'_>,
     value: &Value<'_>,
 ) -> Option<Arc<[ServiceName]>> {
@@ -32,7 +32,7 @@ pub(crate) fn read_services(
 
 /// `value` in its canonical form; `buffer` is scratch space.
 pub(crate) fn read_data(
-    check: &mut Check,
+    check: &mut Checker,
     path: &Path<'_>,
     value: &Value<'_>,
     buffer: &mut String,

@@ -6,7 +6,7 @@ use crate::{
     complaint::{Complaints, Position},
     json::{
         Value, ValueKind,
-        check::{Check, Path, TWICE, number},
+        check::{Checker, Path, TWICE, number},
         parse_wrapped,
     },
     protocol::{
@@ -35,7 +35,7 @@ const CODES: [ReasonCode; 9] = [
 /// The reader of one body.
 #[derive(Debug)]
 pub struct Reader {
-    pub(super) check: Check,
+    pub(super) check: Checker,
     /// Scratch space.
     pub(super) buffer: String,
     /// The names that were read last: the items of one body mostly share them.
@@ -64,7 +64,7 @@ type Read<T> = fn(&mut Reader, &Path<'_>, &Value<'_>) -> Option<T>;
 impl Reader {
     pub(super) fn new(kind: &str) -> Self {
         Self {
-            check: Check::of_message(&Arc::from(kind)),
+            check: Checker::of_message(&Arc::from(kind)),
             buffer: String::new(),
             service: None,
             instance: None,
