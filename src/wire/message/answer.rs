@@ -4,7 +4,7 @@ use crate::{
     protocol::message::{Answer, Done, Inquiry, Reason, ReasonCode, Vote, VoteKind},
     wire::message::{
         Item, Kind,
-        read::{Place, Reader},
+        read::{ParsedObject, Reader},
         sealed::Sealed,
         write::Object,
     },
@@ -73,7 +73,7 @@ impl Sealed for Vote {
         object.number("free", (*free).into());
     }
 
-    fn read(reader: &mut Reader, place: &Place<'_, '_, '_>) -> Option<Self> {
+    fn read(reader: &mut Reader, object: &ParsedObject<'_, '_, '_>) -> Option<Self> {
         let [
             id,
             requested_at,
@@ -87,7 +87,7 @@ impl Sealed for Vote {
             reason,
             free,
         ] = reader.fields(
-            place,
+            object,
             [
                 "id",
                 "requested_at",
@@ -102,16 +102,16 @@ impl Sealed for Vote {
                 "free",
             ],
         )?;
-        let key = reader.key(place, id, requested_at);
-        let request_hash = reader.need(place, request_hash, Reader::request_hash);
-        let service = reader.need(place, service, Reader::service);
-        let instance = reader.need(place, instance, Reader::instance);
-        let store = reader.may(place, store, Reader::store);
-        let word = reader.need(place, vote, |reader, path, value| {
+        let key = reader.key(object, id, requested_at);
+        let request_hash = reader.need(object, request_hash, Reader::request_hash);
+        let service = reader.need(object, service, Reader::service);
+        let instance = reader.need(object, instance, Reader::instance);
+        let store = reader.may(object, store, Reader::store);
+        let word = reader.need(object, vote, |reader, path, value| {
             reader.one_of(path, value, Word::ALL, Word::as_str)
         });
-        let free = reader.need(place, free, Reader::count);
-        let reason = reader.may(place, reason, Reader::reason);
+        let free = reader.need(object, free, Reader::count);
+        let reason = reader.may(object, reason, Reader::reason);
         let reason_or = |code| reason?.or_else(|| Some(Reason::at(service.as_ref()?, code)));
         // Fields that this vote doesn't need may be there, if their values are valid.
         let (needs_branch, needs_outcome) = match word {
@@ -120,12 +120,12 @@ impl Sealed for Vote {
             Some(Word::ReadOnly | Word::Refused) | None => (false, false),
         };
         let branch = match needs_branch {
-            true => reader.need(place, branch, Reader::branch).map(Some),
-            false => reader.may(place, branch, Reader::branch),
+            true => reader.need(object, branch, Reader::branch).map(Some),
+            false => reader.may(object, branch, Reader::branch),
         };
         let outcome = match needs_outcome {
-            true => reader.need(place, outcome, Reader::outcome).map(Some),
-            false => reader.may(place, outcome, Reader::outcome),
+            true => reader.need(object, outcome, Reader::outcome).map(Some),
+            false => reader.may(object, outcome, Reader::outcome),
         };
         let kind = match word? {
             Word::Prepared => branch?.map(|branch| VoteKind::Prepared { branch }),
@@ -171,7 +171,7 @@ impl Sealed for Done {
         object.number("free", (*free).into());
     }
 
-    fn read(reader: &mut Reader, place: &Place<'_, '_, '_>) -> Option<Self> {
+    fn read(reader: &mut Reader, object: &ParsedObject<'_, '_, '_>) -> Option<Self> {
         let known = [
             "id",
             "requested_at",
@@ -184,15 +184,15 @@ impl Sealed for Done {
             "free",
         ];
         let [id, requested_at, service, instance, store, done, error, parked, free] =
-            reader.fields(place, known)?;
-        let key = reader.key(place, id, requested_at);
-        let service = reader.need(place, service, Reader::service);
-        let instance = reader.need(place, instance, Reader::instance);
-        let store = reader.may(place, store, Reader::store);
-        let done = reader.need(place, done, Reader::flag);
-        let error = reader.may(place, error, Reader::text);
-        let parked = reader.may(place, parked, Reader::flag);
-        let free = reader.need(place, free, Reader::count);
+            reader.fields(object, known)?;
+        let key = reader.key(object, id, requested_at);
+        let service = reader.need(object, service, Reader::service);
+        let instance = reader.need(object, instance, Reader::instance);
+        let store = reader.may(object, store, Reader::store);
+        let done = reader.need(object, done, Reader::flag);
+        let error = reader.may(object, error, Reader::text);
+        let parked = reader.may(object, parked, Reader::flag);
+        let free = reader.need(object, free, Reader::count);
         let error = error?.unwrap_or_else(|| "".into());
         Some(Self {
             key: key?,
@@ -221,17 +221,17 @@ impl Sealed for Inquiry {
         object.moment("deadline", *deadline);
     }
 
-    fn read(reader: &mut Reader, place: &Place<'_, '_, '_>) -> Option<Self> {
+    fn read(reader: &mut Reader, object: &ParsedObject<'_, '_, '_>) -> Option<Self> {
         let known =
             ["id", "requested_at", "request_hash", "service", "instance", "branch", "deadline"];
         let [id, requested_at, request_hash, service, instance, branch, deadline] =
-            reader.fields(place, known)?;
-        let key = reader.key(place, id, requested_at);
-        let request_hash = reader.need(place, request_hash, Reader::request_hash);
-        let service = reader.need(place, service, Reader::service);
-        let instance = reader.need(place, instance, Reader::instance);
-        let branch = reader.need(place, branch, Reader::branch);
-        let deadline = reader.need(place, deadline, Reader::moment);
+            reader.fields(object, known)?;
+        let key = reader.key(object, id, requested_at);
+        let request_hash = reader.need(object, request_hash, Reader::request_hash);
+        let service = reader.need(object, service, Reader::service);
+        let instance = reader.need(object, instance, Reader::instance);
+        let branch = reader.need(object, branch, Reader::branch);
+        let deadline = reader.need(object, deadline, Reader::moment);
         Some(Self {
             key: key?,
             request_hash: request_hash?,
@@ -262,16 +262,16 @@ impl Sealed for Answer {
         object.moment("decided_at", *decided_at);
     }
 
-    fn read(reader: &mut Reader, place: &Place<'_, '_, '_>) -> Option<Self> {
+    fn read(reader: &mut Reader, object: &ParsedObject<'_, '_, '_>) -> Option<Self> {
         let known = ["id", "status", "reason", "unresolved", "requested_at", "decided_at"];
         let [id, status, reason, unresolved, requested_at, decided_at] =
-            reader.fields(place, known)?;
-        let id = reader.need(place, id, Reader::id);
-        let outcome = reader.need(place, status, Reader::outcome);
-        let reason = reader.may(place, reason, Reader::reason);
-        let unresolved = reader.may(place, unresolved, Reader::services);
-        let requested_at = reader.need(place, requested_at, Reader::requested_at);
-        let decided_at = reader.need(place, decided_at, Reader::moment);
+            reader.fields(object, known)?;
+        let id = reader.need(object, id, Reader::id);
+        let outcome = reader.need(object, status, Reader::outcome);
+        let reason = reader.may(object, reason, Reader::reason);
+        let unresolved = reader.may(object, unresolved, Reader::services);
+        let requested_at = reader.need(object, requested_at, Reader::requested_at);
+        let decided_at = reader.need(object, decided_at, Reader::moment);
         Some(Self {
             id: id?,
             requested_at: requested_at?,

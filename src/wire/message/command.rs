@@ -8,7 +8,7 @@ use crate::{
     },
     wire::message::{
         Item, Kind,
-        read::{Place, Reader},
+        read::{ParsedObject, Reader},
         sealed::Sealed,
         write::Object,
     },
@@ -32,21 +32,21 @@ impl Sealed for Prepare {
         object.flag("repeated", *repeated);
     }
 
-    fn read(reader: &mut Reader, place: &Place<'_, '_, '_>) -> Option<Self> {
+    fn read(reader: &mut Reader, object: &ParsedObject<'_, '_, '_>) -> Option<Self> {
         let known = ["id", "requested_at", "request_hash", "data", "deadline", "repeated"];
         let [id, requested_at, request_hash, data, deadline, repeated] =
-            reader.fields(place, known)?;
-        let key = reader.key(place, id, requested_at);
-        let request_hash = reader.need(place, request_hash, Reader::request_hash);
-        let data = reader.need(place, data, |reader, path, value| {
+            reader.fields(object, known)?;
+        let key = reader.key(object, id, requested_at);
+        let request_hash = reader.need(object, request_hash, Reader::request_hash);
+        let data = reader.need(object, data, |reader, path, value| {
             if let json::ValueKind::Object(_) = value.kind {
                 return Some(Payload::new(value.text));
             }
             reader.check.complain(path, value, "must be an object");
             None
         });
-        let deadline = reader.need(place, deadline, Reader::moment);
-        let repeated = reader.need(place, repeated, Reader::flag);
+        let deadline = reader.need(object, deadline, Reader::moment);
+        let repeated = reader.need(object, repeated, Reader::flag);
         Some(Self {
             key: key?,
             request_hash: request_hash?,
@@ -68,11 +68,11 @@ impl Sealed for Query {
         object.request_hash(request_hash);
     }
 
-    fn read(reader: &mut Reader, place: &Place<'_, '_, '_>) -> Option<Self> {
+    fn read(reader: &mut Reader, object: &ParsedObject<'_, '_, '_>) -> Option<Self> {
         let [id, requested_at, request_hash] =
-            reader.fields(place, ["id", "requested_at", "request_hash"])?;
-        let key = reader.key(place, id, requested_at);
-        let request_hash = reader.need(place, request_hash, Reader::request_hash);
+            reader.fields(object, ["id", "requested_at", "request_hash"])?;
+        let key = reader.key(object, id, requested_at);
+        let request_hash = reader.need(object, request_hash, Reader::request_hash);
         Some(Self { key: key?, request_hash: request_hash? })
     }
 }
@@ -86,9 +86,9 @@ impl Sealed for Cancel {
         object.key(&self.0);
     }
 
-    fn read(reader: &mut Reader, place: &Place<'_, '_, '_>) -> Option<Self> {
-        let [id, requested_at] = reader.fields(place, ["id", "requested_at"])?;
-        reader.key(place, id, requested_at).map(Self)
+    fn read(reader: &mut Reader, object: &ParsedObject<'_, '_, '_>) -> Option<Self> {
+        let [id, requested_at] = reader.fields(object, ["id", "requested_at"])?;
+        reader.key(object, id, requested_at).map(Self)
     }
 }
 
@@ -109,13 +109,13 @@ impl Sealed for Finish {
         }
     }
 
-    fn read(reader: &mut Reader, place: &Place<'_, '_, '_>) -> Option<Self> {
+    fn read(reader: &mut Reader, object: &ParsedObject<'_, '_, '_>) -> Option<Self> {
         let [id, requested_at, outcome, branch, parked] =
-            reader.fields(place, ["id", "requested_at", "outcome", "branch", "parked"])?;
-        let key = reader.key(place, id, requested_at);
-        let outcome = reader.need(place, outcome, Reader::outcome);
-        let branch = reader.may(place, branch, Reader::branch);
-        let parked = reader.may(place, parked, Reader::flag);
+            reader.fields(object, ["id", "requested_at", "outcome", "branch", "parked"])?;
+        let key = reader.key(object, id, requested_at);
+        let outcome = reader.need(object, outcome, Reader::outcome);
+        let branch = reader.may(object, branch, Reader::branch);
+        let parked = reader.may(object, parked, Reader::flag);
         Some(Self {
             key: key?,
             outcome: outcome?,

@@ -26,7 +26,7 @@ use crate::{
     wire::{
         hash::request_hash,
         message::{
-            read::{Place, Reader},
+            read::{ParsedObject, Reader},
             sealed::Sealed as _,
             write::Object,
         },
@@ -147,26 +147,26 @@ impl Entry {
     /// It is not a valid entry.
     pub fn read(tag: u8, text: &[u8]) -> Result<Self, EntryMalformed> {
         match tag {
-            b'o' => object("opened", text, |reader, place| {
-                let [worker, opened_at] = reader.fields(place, ["worker", "opened_at"])?;
-                let worker = reader.need(place, worker, Reader::worker);
-                let opened_at = reader.need(place, opened_at, Reader::moment);
+            b'o' => object("opened", text, |reader, object| {
+                let [worker, opened_at] = reader.fields(object, ["worker", "opened_at"])?;
+                let worker = reader.need(object, worker, Reader::worker);
+                let opened_at = reader.need(object, opened_at, Reader::moment);
                 Some(Self::Opened { worker: worker?, opened_at: opened_at? })
             }),
             b'b' => begun(text),
-            b'd' => object("decision", text, |reader, place| {
-                Decision::read(reader, place).map(|decision| Self::Decided(Arc::new(decision)))
+            b'd' => object("decision", text, |reader, object| {
+                Decision::read(reader, object).map(|decision| Self::Decided(Arc::new(decision)))
             }),
-            b'f' => object("finished", text, |reader, place| {
-                let [unresolved] = reader.fields(place, ["unresolved"])?;
-                let unresolved = reader.may(place, unresolved, Reader::services);
-                let decision = Arc::new(Decision::read(reader, place)?);
+            b'f' => object("finished", text, |reader, object| {
+                let [unresolved] = reader.fields(object, ["unresolved"])?;
+                let unresolved = reader.may(object, unresolved, Reader::services);
+                let decision = Arc::new(Decision::read(reader, object)?);
                 let unresolved = unresolved?.unwrap_or_default();
                 Some(Self::Finished(Finished { decision, unresolved }))
             }),
-            b'c' => object("closed", text, |reader, place| {
-                let [closed_at] = reader.fields(place, ["closed_at"])?;
-                let closed_at = reader.need(place, closed_at, Reader::moment)?;
+            b'c' => object("closed", text, |reader, object| {
+                let [closed_at] = reader.fields(object, ["closed_at"])?;
+                let closed_at = reader.need(object, closed_at, Reader::moment)?;
                 Some(Self::Closed { closed_at })
             }),
             tag => Err(EntryMalformed::Tag(tag)),
@@ -177,12 +177,12 @@ impl Entry {
 fn object<T>(
     kind: &str,
     text: &[u8],
-    read: impl FnOnce(&mut Reader, &Place<'_, '_, '_>) -> Option<T>,
+    read: impl FnOnce(&mut Reader, &ParsedObject<'_, '_, '_>) -> Option<T>,
 ) -> Result<T, EntryMalformed> {
     let mut reader = Reader::new(kind);
     let value = reader.json(text);
     let value = reader.or_complaints(value).map_err(EntryMalformed::Invalid)?;
-    let found = read(&mut reader, &Place { path: Path::TOP, value: &value });
+    let found = read(&mut reader, &ParsedObject { path: Path::TOP, value: &value });
     reader.or_complaints(found).map_err(EntryMalformed::Invalid)
 }
 
@@ -194,17 +194,17 @@ fn begun(text: &[u8]) -> Result<Entry, EntryMalformed> {
     };
     let data = data.and_then(|data| std::str::from_utf8(data).ok());
     let data = Payload::new(data.ok_or(EntryMalformed::NoData)?);
-    let (mut request, worker) = object("begun", head.unwrap_or_default(), |reader, place| {
+    let (mut request, worker) = object("begun", head.unwrap_or_default(), |reader, object| {
         let known =
             ["id", "requested_at", "request_hash", "involved_services", "timeout_ms", "worker"];
-        let [id, requested_at, hash, services, timeout, worker] = reader.fields(place, known)?;
-        let key = reader.key(place, id, requested_at);
-        let hash = reader.need(place, hash, Reader::request_hash);
-        let services = reader.need(place, services, Reader::services);
-        let timeout = reader.may(place, timeout, |reader, path, value| {
+        let [id, requested_at, hash, services, timeout, worker] = reader.fields(object, known)?;
+        let key = reader.key(object, id, requested_at);
+        let hash = reader.need(object, hash, Reader::request_hash);
+        let services = reader.need(object, services, Reader::services);
+        let timeout = reader.may(object, timeout, |reader, path, value| {
             reader.whole_number(path, value, 0..=MILLIS_MAX)
         });
-        let worker = reader.need(place, worker, Reader::worker);
+        let worker = reader.need(object, worker, Reader::worker);
         let request = Request {
             key: key?,
             request_hash: hash?,

@@ -185,7 +185,7 @@ pub trait Item: sealed::Sealed {
 
 mod sealed {
     use crate::wire::message::{
-        read::{Place, Reader},
+        read::{ParsedObject, Reader},
         write::Object,
     };
 
@@ -193,8 +193,8 @@ mod sealed {
     pub trait Sealed: Sized {
         fn write(&self, object: &mut Object<'_>);
 
-        /// The item at `place`; it complains about all errors in it.
-        fn read(reader: &mut Reader, place: &Place<'_, '_, '_>) -> Option<Self>;
+        /// The item at `object`; it complains about all errors in it.
+        fn read(reader: &mut Reader, object: &ParsedObject<'_, '_, '_>) -> Option<Self>;
     }
 }
 
@@ -328,8 +328,8 @@ pub fn decode<T: Item>(body: &[u8]) -> Result<Vec<Result<T, Malformed>>, Malform
     let elements = reader.check.elements(&Path::TOP, &value, "an array of items");
     let elements = reader.or_complaints(elements).map_err(Malformed::Invalid)?;
     let items = elements.iter().enumerate().map(|(index, value)| {
-        let place = read::Place { path: Path::TOP.element(index), value };
-        let item = T::read(&mut reader, &place);
+        let object = read::ParsedObject { path: Path::TOP.element(index), value };
+        let item = T::read(&mut reader, &object);
         reader.or_complaints(item).map_err(Malformed::Invalid)
     });
     Ok(items.collect())

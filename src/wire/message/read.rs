@@ -54,7 +54,7 @@ pub(super) struct Field<'v, 'a> {
 
 /// An object: its path, and its value.
 #[derive(Clone, Copy, Debug)]
-pub struct Place<'p, 'v, 'a> {
+pub struct ParsedObject<'p, 'v, 'a> {
     pub(super) path: Path<'p>,
     pub(super) value: &'v Value<'a>,
 }
@@ -85,46 +85,46 @@ impl Reader {
 
     pub(super) fn fields<'v, 'a, const N: usize>(
         &mut self,
-        place: &Place<'_, 'v, 'a>,
+        object: &ParsedObject<'_, 'v, 'a>,
         known: [&'static str; N],
     ) -> Option<[Field<'v, 'a>; N]> {
-        let mut values = self.check.fields(&place.path, place.value, &known)?.into_iter();
+        let mut values = self.check.fields(&object.path, object.value, &known)?.into_iter();
         Some(known.map(|name| Field { name, value: values.next().flatten() }))
     }
 
     /// A required field.
     pub(super) fn need<T>(
         &mut self,
-        place: &Place<'_, '_, '_>,
+        object: &ParsedObject<'_, '_, '_>,
         field: Field<'_, '_>,
         read: Read<T>,
     ) -> Option<T> {
         let Field { name, value } = field;
-        let value = self.check.required(&place.path, place.value, name, value)?;
-        read(self, &place.path.field(name), value)
+        let value = self.check.required(&object.path, object.value, name, value)?;
+        read(self, &object.path.field(name), value)
     }
 
     /// An optional field, which may be missing or `null`.
     pub(super) fn may<T>(
         &mut self,
-        place: &Place<'_, '_, '_>,
+        object: &ParsedObject<'_, '_, '_>,
         field: Field<'_, '_>,
         read: Read<T>,
     ) -> Option<Option<T>> {
         match field.value {
             None | Some(Value { kind: ValueKind::Null, .. }) => Some(None),
-            Some(value) => read(self, &place.path.field(field.name), value).map(Some),
+            Some(value) => read(self, &object.path.field(field.name), value).map(Some),
         }
     }
 
     pub(super) fn key(
         &mut self,
-        place: &Place<'_, '_, '_>,
+        object: &ParsedObject<'_, '_, '_>,
         id: Field<'_, '_>,
         requested_at: Field<'_, '_>,
     ) -> Option<TransactionKey> {
-        let id = self.need(place, id, Self::id);
-        let requested_at = self.need(place, requested_at, Self::requested_at);
+        let id = self.need(object, id, Self::id);
+        let requested_at = self.need(object, requested_at, Self::requested_at);
         Some(TransactionKey { id: id?, requested_at: requested_at? })
     }
 
@@ -235,13 +235,13 @@ impl Reader {
     }
 
     pub(super) fn reason(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<Reason> {
-        let place = Place { path: *path, value };
-        let [service, code, message] = self.fields(&place, ["service", "code", "message"])?;
-        let service = self.may(&place, service, Self::service);
-        let code = self.need(&place, code, |reader, path, value| {
+        let object = ParsedObject { path: *path, value };
+        let [service, code, message] = self.fields(&object, ["service", "code", "message"])?;
+        let service = self.may(&object, service, Self::service);
+        let code = self.need(&object, code, |reader, path, value| {
             reader.one_of(path, value, CODES, ReasonCode::as_str)
         });
-        let message = self.may(&place, message, Self::text);
+        let message = self.may(&object, message, Self::text);
         Some(Reason { code: code?, service: service?, message: message? })
     }
 

@@ -9,7 +9,7 @@ use crate::{
     },
     wire::message::{
         Item, Kind,
-        read::{Place, Reader},
+        read::{ParsedObject, Reader},
         request,
         sealed::Sealed,
         write::Object,
@@ -54,10 +54,10 @@ impl Sealed for Decision {
         object.word("worker", worker.as_str());
     }
 
-    fn read(reader: &mut Reader, place: &Place<'_, '_, '_>) -> Option<Self> {
+    fn read(reader: &mut Reader, object: &ParsedObject<'_, '_, '_>) -> Option<Self> {
         let [id, requested_at, request_hash, outcome, branches, reason, decided_at, worker] =
             reader.fields(
-                place,
+                object,
                 [
                     "id",
                     "requested_at",
@@ -69,13 +69,13 @@ impl Sealed for Decision {
                     "worker",
                 ],
             )?;
-        let key = reader.key(place, id, requested_at);
-        let request_hash = reader.need(place, request_hash, Reader::request_hash);
-        let outcome = reader.need(place, outcome, Reader::outcome);
-        let branches = reader.need(place, branches, Reader::branches);
-        let reason = reader.may(place, reason, Reader::reason);
-        let decided_at = reader.need(place, decided_at, Reader::moment);
-        let worker = reader.need(place, worker, Reader::worker);
+        let key = reader.key(object, id, requested_at);
+        let request_hash = reader.need(object, request_hash, Reader::request_hash);
+        let outcome = reader.need(object, outcome, Reader::outcome);
+        let branches = reader.need(object, branches, Reader::branches);
+        let reason = reader.may(object, reason, Reader::reason);
+        let decided_at = reader.need(object, decided_at, Reader::moment);
+        let worker = reader.need(object, worker, Reader::worker);
         Some(Self {
             key: key?,
             request_hash: request_hash?,
@@ -114,10 +114,10 @@ impl Sealed for Parked {
         object.moment("parked_at", *parked_at);
     }
 
-    fn read(reader: &mut Reader, place: &Place<'_, '_, '_>) -> Option<Self> {
+    fn read(reader: &mut Reader, object: &ParsedObject<'_, '_, '_>) -> Option<Self> {
         let [id, requested_at, service, branch, error, request_hash, request, parked_at] = reader
             .fields(
-            place,
+            object,
             [
                 "id",
                 "requested_at",
@@ -129,29 +129,29 @@ impl Sealed for Parked {
                 "parked_at",
             ],
         )?;
-        let key = reader.key(place, id, requested_at);
-        let parked_at = reader.need(place, parked_at, Reader::moment);
+        let key = reader.key(object, id, requested_at);
+        let parked_at = reader.need(object, parked_at, Reader::moment);
         let is_undecidable =
             request.value.is_some_and(|it| !matches!(it.kind, json::ValueKind::Null));
-        let error = reader.may(place, error, Reader::text);
+        let error = reader.may(object, error, Reader::text);
         let cause = if is_undecidable {
-            let path = place.path.field(request.name);
+            let path = object.path.field(request.name);
             let request = request.value.zip(key.clone()).and_then(|(value, key)| {
                 let request = read_request(reader, &path, value, key)?;
-                let hash = reader.need(place, request_hash, Reader::request_hash)?;
+                let hash = reader.need(object, request_hash, Reader::request_hash)?;
                 if hash != request.request_hash {
                     reader.check.complain(&path, value, "must be what `request_hash` says");
                 }
                 Some(request)
             });
             // Fields that are not needed may be there, if their values are valid.
-            reader.may(place, service, Reader::service);
-            reader.may(place, branch, Reader::branch);
+            reader.may(object, service, Reader::service);
+            reader.may(object, branch, Reader::branch);
             request.map(ParkedCause::Undecidable)
         } else {
-            let service = reader.need(place, service, Reader::service);
-            let branch = reader.need(place, branch, Reader::branch);
-            reader.may(place, request_hash, Reader::request_hash);
+            let service = reader.need(object, service, Reader::service);
+            let branch = reader.need(object, branch, Reader::branch);
+            reader.may(object, request_hash, Reader::request_hash);
             service.zip(branch).zip(error).map(|((service, branch), error)| {
                 ParkedCause::Uncommitted { service, branch, error }
             })
@@ -188,13 +188,13 @@ impl Sealed for Settled {
         object.word("worker", worker.as_str());
     }
 
-    fn read(reader: &mut Reader, place: &Place<'_, '_, '_>) -> Option<Self> {
+    fn read(reader: &mut Reader, object: &ParsedObject<'_, '_, '_>) -> Option<Self> {
         let [id, requested_at, service, settled_at, worker] =
-            reader.fields(place, ["id", "requested_at", "service", "settled_at", "worker"])?;
-        let key = reader.key(place, id, requested_at);
-        let service = reader.need(place, service, Reader::service);
-        let settled_at = reader.need(place, settled_at, Reader::moment);
-        let worker = reader.need(place, worker, Reader::worker);
+            reader.fields(object, ["id", "requested_at", "service", "settled_at", "worker"])?;
+        let key = reader.key(object, id, requested_at);
+        let service = reader.need(object, service, Reader::service);
+        let settled_at = reader.need(object, settled_at, Reader::moment);
+        let worker = reader.need(object, worker, Reader::worker);
         Some(Self { key: key?, service: service?, settled_at: settled_at?, worker: worker? })
     }
 }
@@ -208,9 +208,9 @@ impl Sealed for JournalBegun {
         object.moment("complete_since", self.complete_since);
     }
 
-    fn read(reader: &mut Reader, place: &Place<'_, '_, '_>) -> Option<Self> {
-        let [complete_since] = reader.fields(place, ["complete_since"])?;
-        let complete_since = reader.need(place, complete_since, Reader::moment)?;
+    fn read(reader: &mut Reader, object: &ParsedObject<'_, '_, '_>) -> Option<Self> {
+        let [complete_since] = reader.fields(object, ["complete_since"])?;
+        let complete_since = reader.need(object, complete_since, Reader::moment)?;
         Some(Self { complete_since })
     }
 }

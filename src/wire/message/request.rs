@@ -20,7 +20,7 @@ use crate::{
         hash::request_hash,
         message::{
             BODY_MAX, Kind, TIME_MAX_SECONDS,
-            read::{Place, Reader},
+            read::{ParsedObject, Reader},
             write::Object,
         },
         transaction::{read_data, read_services},
@@ -213,13 +213,13 @@ impl Read {
 
 /// Reads the request at `path`; it complains about all errors in it.
 pub(super) fn read(reader: &mut Reader, path: &Path<'_>, value: &Value<'_>) -> Read {
-    let place = Place { path: *path, value };
+    let object = ParsedObject { path: *path, value };
     let known = ["id", "involved_services", "data", "timeout_ms", "reply"];
-    let Some([id, services, data, timeout, reply]) = reader.fields(&place, known) else {
+    let Some([id, services, data, timeout, reply]) = reader.fields(&object, known) else {
         return Read::default();
     };
-    let id = reader.need(&place, id, Reader::id);
-    let services = reader.need(&place, services, |reader, path, value| {
+    let id = reader.need(&object, id, Reader::id);
+    let services = reader.need(&object, services, |reader, path, value| {
         let services = read_services(&mut reader.check, path, value);
         // However often a service is named.
         if matches!(&value.kind, json::ValueKind::Array(elements) if elements.len() > SERVICES_MAX)
@@ -229,14 +229,14 @@ pub(super) fn read(reader: &mut Reader, path: &Path<'_>, value: &Value<'_>) -> R
         }
         services
     });
-    let data = reader.need(&place, data, |reader, path, value| {
+    let data = reader.need(&object, data, |reader, path, value| {
         read_data(&mut reader.check, path, value, &mut reader.buffer)
     });
     let timeout = timeout.value.and_then(|value| {
-        reader.check.whole_number(&place.path.field(timeout.name), value, 1..=DAY_MS)
+        reader.check.whole_number(&object.path.field(timeout.name), value, 1..=DAY_MS)
     });
     let reply = reply.value.and_then(|value| {
-        let path = place.path.field(reply.name);
+        let path = object.path.field(reply.name);
         reader.check.name(&path, value, ReplyToken::RULE, ReplyToken::parse)
     });
     let timeout = timeout.map(|millis| Duration::from_millis(millis.into()));

@@ -94,7 +94,7 @@ impl<'b> Object<'b> {
         let mut text = [b'"'; 34];
         let places = text.iter_mut().skip(1);
         let nibbles = hash.0.iter().flat_map(|byte| [byte >> 4, byte & 15]);
-        places.zip(nibbles).for_each(|(place, nibble)| *place = digit(nibble));
+        places.zip(nibbles).for_each(|(object, nibble)| *object = digit(nibble));
         self.out.extend_from_slice(&text);
     }
 
@@ -158,8 +158,8 @@ fn quoted(out: &mut Vec<u8>, word: &str) {
 fn digits(out: &mut Vec<u8>, mut number: u64) {
     let mut text = [0; 20];
     let mut n_digits = 0;
-    for place in text.iter_mut().rev() {
-        *place = b'0' + (number % 10) as u8;
+    for object in text.iter_mut().rev() {
+        *object = b'0' + (number % 10) as u8;
         n_digits += 1;
         number /= 10;
         if number == 0 {
