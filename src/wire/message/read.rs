@@ -59,7 +59,7 @@ pub struct ParsedObject<'p, 'v, 'a> {
     pub(super) value: &'v Value<'a>,
 }
 
-type Read<T> = fn(&mut Reader, &Path<'_>, &Value<'_>) -> Option<T>;
+type ReadField<T> = fn(&mut Reader, &Path<'_>, &Value<'_>) -> Option<T>;
 
 impl Reader {
     pub(super) fn new(kind: &str) -> Self {
@@ -97,7 +97,7 @@ impl Reader {
         &mut self,
         object: &ParsedObject<'_, '_, '_>,
         field: Field<'_, '_>,
-        read: Read<T>,
+        read: ReadField<T>,
     ) -> Option<T> {
         let Field { name, value } = field;
         let value = self.check.required(&object.path, object.value, name, value)?;
@@ -109,7 +109,7 @@ impl Reader {
         &mut self,
         object: &ParsedObject<'_, '_, '_>,
         field: Field<'_, '_>,
-        read: Read<T>,
+        read: ReadField<T>,
     ) -> Option<Option<T>> {
         match field.value {
             None | Some(Value { kind: ValueKind::Null, .. }) => Some(None),
