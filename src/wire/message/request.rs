@@ -101,7 +101,7 @@ pub fn encode_request(
 pub fn decode_request(body: &[u8], timestamp: Option<u64>) -> Result<Request, RequestMalformed> {
     let mut complaints = Vec::new();
     let requested_at = requested_at(timestamp, &mut complaints);
-    let mut read = Read::default();
+    let mut read = PartialRequest::default();
     if body.len() > REQUEST_MAX {
         let size = body.len();
         complaints.push(RequestTooLarge::Bytes { size }.to_string());
@@ -187,7 +187,7 @@ pub(super) fn write(object: &mut Object<'_>, parts: &Parts<'_>) {
 
 /// The parts of a request that could be read.
 #[derive(Debug, Default)]
-pub(super) struct Read {
+pub(super) struct PartialRequest {
     pub(super) id: Option<TransactionId>,
     services: Option<Arc<[ServiceName]>>,
     data: Option<Payload>,
@@ -195,7 +195,7 @@ pub(super) struct Read {
     reply: Option<ReplyToken>,
 }
 
-impl Read {
+impl PartialRequest {
     pub(super) fn into_request(self, requested_at: Time) -> Option<Request> {
         let (services, data) = (self.services?, self.data?);
         let request_hash: RequestHash = request_hash(&services, &data);
@@ -212,11 +212,11 @@ impl Read {
 }
 
 /// Reads the request at `path`; it complains about all errors in it.
-pub(super) fn read(reader: &mut Reader, path: &Path<'_>, value: &Value<'_>) -> Read {
+pub(super) fn read(reader: &mut Reader, path: &Path<'_>, value: &Value<'_>) -> PartialRequest {
     let object = ParsedObject { path: *path, value };
     let known = ["id", "involved_services", "data", "timeout_ms", "reply"];
     let Some([id, services, data, timeout, reply]) = reader.fields(&object, known) else {
-        return Read::default();
+        return PartialRequest::default();
     };
     let id = reader.need(&object, id, Reader::id);
     let services = reader.need(&object, services, |reader, path, value| {
@@ -240,5 +240,5 @@ pub(super) fn read(reader: &mut Reader, path: &Path<'_>, value: &Value<'_>) -> R
         reader.check.name(&path, value, ReplyToken::RULE, ReplyToken::parse)
     });
     let timeout = timeout.map(|millis| Duration::from_millis(millis.into()));
-    Read { id, services, data, timeout, reply }
+    PartialRequest { id, services, data, timeout, reply }
 }
