@@ -12,7 +12,7 @@ use crate::{
 
 /// The field `vote`.
 #[derive(Clone, Copy)]
-enum Word {
+enum VoteWord {
     Prepared,
     ReadOnly,
     Refused,
@@ -20,7 +20,7 @@ enum Word {
     Finished,
 }
 
-impl Word {
+impl VoteWord {
     const ALL: [Self; 5] =
         [Self::Prepared, Self::ReadOnly, Self::Refused, Self::Failed, Self::Finished];
 
@@ -59,7 +59,7 @@ impl Sealed for Vote {
         if let Some(store) = store {
             object.word("store", store.as_str());
         }
-        object.word("vote", Word::of(kind).as_str());
+        object.word("vote", VoteWord::of(kind).as_str());
         match kind {
             VoteKind::Prepared { branch } => object.branch("branch", branch),
             VoteKind::ReadOnly => {}
@@ -108,16 +108,16 @@ impl Sealed for Vote {
         let instance = reader.need(object, instance, Reader::instance);
         let store = reader.may(object, store, Reader::store);
         let word = reader.need(object, vote, |reader, path, value| {
-            reader.one_of(path, value, Word::ALL, Word::as_str)
+            reader.one_of(path, value, VoteWord::ALL, VoteWord::as_str)
         });
         let free = reader.need(object, free, Reader::count);
         let reason = reader.may(object, reason, Reader::reason);
         let reason_or = |code| reason?.or_else(|| Some(Reason::at(service.as_ref()?, code)));
         // Fields that this vote doesn't need may be there, if their values are valid.
         let (needs_branch, needs_outcome) = match word {
-            Some(Word::Prepared | Word::Failed) => (true, false),
-            Some(Word::Finished) => (false, true),
-            Some(Word::ReadOnly | Word::Refused) | None => (false, false),
+            Some(VoteWord::Prepared | VoteWord::Failed) => (true, false),
+            Some(VoteWord::Finished) => (false, true),
+            Some(VoteWord::ReadOnly | VoteWord::Refused) | None => (false, false),
         };
         let branch = match needs_branch {
             true => reader.need(object, branch, Reader::branch).map(Some),
@@ -128,13 +128,13 @@ impl Sealed for Vote {
             false => reader.may(object, outcome, Reader::outcome),
         };
         let kind = match word? {
-            Word::Prepared => branch?.map(|branch| VoteKind::Prepared { branch }),
-            Word::ReadOnly => Some(VoteKind::ReadOnly),
-            Word::Refused => reason_or(ReasonCode::Refused).map(VoteKind::Refused),
-            Word::Failed => branch?
+            VoteWord::Prepared => branch?.map(|branch| VoteKind::Prepared { branch }),
+            VoteWord::ReadOnly => Some(VoteKind::ReadOnly),
+            VoteWord::Refused => reason_or(ReasonCode::Refused).map(VoteKind::Refused),
+            VoteWord::Failed => branch?
                 .zip(reason_or(ReasonCode::Failed))
                 .map(|(branch, reason)| VoteKind::Failed { branch, reason }),
-            Word::Finished => outcome?.map(VoteKind::Finished),
+            VoteWord::Finished => outcome?.map(VoteKind::Finished),
         };
         Some(Self {
             key: key?,
