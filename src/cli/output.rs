@@ -14,7 +14,7 @@ use crate::{
     cli::plain,
     embedded::{Concluded, Report, ServiceReport},
     input::transactions::Transactions,
-    wire::result::{Answered, Brief, Detailed},
+    wire::result::{Brief, Detailed, ProducerResult},
 };
 
 /// The form in which results are printed.
@@ -92,7 +92,7 @@ impl<W: Write> Printer<W> {
         let written = match self.detail {
             Detail::Brief => serde_json::to_writer(out, &Brief::of(answer)),
             Detail::Calls => serde_json::to_writer(out, &Detailed::of(answer, attempts, *took)),
-            Detail::Times => serde_json::to_writer(out, &Answered::of(answer, *took)),
+            Detail::Times => serde_json::to_writer(out, &ProducerResult::of(answer, *took)),
         };
         written.map_err(io::Error::from)
     }

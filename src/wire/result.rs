@@ -1,4 +1,4 @@
-//! The printed result of a transaction: [`Brief`], [`Detailed`], or [`Answered`].
+//! The printed result of a transaction: [`Brief`], [`Detailed`], or [`ProducerResult`].
 //!
 //! ```json
 //! {"id":"TX1","status":"COMMITTED"}
@@ -76,7 +76,7 @@ impl<'a> Detailed<'a> {
 /// A result with everything that a producer receives:
 /// `{"id","status","reason","unresolved","requested_at","decided_at","duration_ms"}`.
 #[derive(Clone, Debug, Serialize)]
-pub struct Answered<'a> {
+pub struct ProducerResult<'a> {
     /// The transaction's id.
     pub id: &'a str,
     /// `COMMITTED` or `ABORTED`.
@@ -94,7 +94,7 @@ pub struct Answered<'a> {
     pub duration_ms: f64,
 }
 
-impl<'a> Answered<'a> {
+impl<'a> ProducerResult<'a> {
     /// The result in `answer`, which took `duration`.
     pub fn of(answer: &'a Answer, duration: Duration) -> Self {
         let Brief { id, status } = Brief::of(answer);
