@@ -29,7 +29,7 @@ use crate::{
         error::{is_not_found, is_refusal},
         stream::ScanError,
     },
-    wire::result::Because,
+    wire::result::AbortReason,
 };
 
 /// Show the outcomes of transactions, as recorded in the journal.
@@ -259,7 +259,7 @@ fn found(history: &History, key: &TransactionKey, past: &Past) -> Value {
         "requested_at": key.requested_at.as_millis() / 1000,
         "outcome": decision.map(|it| it.outcome.as_str()),
         "certain": past.is_certain,
-        "reason": decision.and_then(|it| it.reason.as_ref()).map(Because::of),
+        "reason": decision.and_then(|it| it.reason.as_ref()).map(AbortReason::of),
         "decided_at": decision.map(|it| it.decided_at.as_millis()),
         "worker": decision.map(|it| it.worker.as_str()),
         "branches": branches,

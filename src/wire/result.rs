@@ -43,7 +43,7 @@ pub struct Detailed<'a> {
     /// `COMMITTED` or `ABORTED`.
     pub status: &'static str,
     /// Why it aborted; `null` if it is committed.
-    pub reason: Option<Because<'a>>,
+    pub reason: Option<AbortReason<'a>>,
     /// The services whose commit is parked, in the answer's order.
     #[serde(serialize_with = "names")]
     pub unresolved: &'a [ServiceName],
@@ -65,7 +65,7 @@ impl<'a> Detailed<'a> {
         Self {
             id,
             status,
-            reason: answer.reason.as_ref().map(Because::of),
+            reason: answer.reason.as_ref().map(AbortReason::of),
             unresolved: &answer.unresolved,
             attempts,
             duration_ms: duration.as_micros() as f64 / 1000.0,
@@ -82,7 +82,7 @@ pub struct ProducerResult<'a> {
     /// `COMMITTED` or `ABORTED`.
     pub status: &'static str,
     /// Why it aborted; `null` if it is committed.
-    pub reason: Option<Because<'a>>,
+    pub reason: Option<AbortReason<'a>>,
     /// The services whose commit is parked, in the answer's order.
     #[serde(serialize_with = "names")]
     pub unresolved: &'a [ServiceName],
@@ -101,7 +101,7 @@ impl<'a> ProducerResult<'a> {
         Self {
             id,
             status,
-            reason: answer.reason.as_ref().map(Because::of),
+            reason: answer.reason.as_ref().map(AbortReason::of),
             unresolved: &answer.unresolved,
             requested_at: answer.requested_at.as_millis() / 1000,
             decided_at: answer.decided_at.as_millis(),
@@ -112,7 +112,7 @@ impl<'a> ProducerResult<'a> {
 
 /// Why a transaction aborted: `{"service","code","message"}`.
 #[derive(Clone, Debug, Serialize)]
-pub struct Because<'a> {
+pub struct AbortReason<'a> {
     /// The service that caused it, if it was one; otherwise `null`.
     pub service: Option<&'a str>,
     /// The code: see [`ReasonCode`](crate::protocol::message::ReasonCode).
@@ -121,7 +121,7 @@ pub struct Because<'a> {
     pub message: Option<&'a str>,
 }
 
-impl<'a> Because<'a> {
+impl<'a> AbortReason<'a> {
     /// The printed form of `reason`.
     pub fn of(reason: &'a Reason) -> Self {
         Self {
