@@ -60,10 +60,10 @@ const LOOK_BACK: u64 = 64 * 1024;
 
 /// The state of a simulated service.
 #[derive(Debug)]
-pub struct SimulatedStore(Kept);
+pub struct SimulatedStore(Storage);
 
 #[derive(Debug)]
-enum Kept {
+enum Storage {
     Memory(Mutex<BTreeMap<TransactionKey, Vec<InDoubt>>>),
     Files(Box<Files>),
 }
@@ -103,7 +103,7 @@ pub enum StoreError {
 impl SimulatedStore {
     /// A store that lives as long as the process.
     pub fn in_memory() -> Self {
-        Self(Kept::Memory(Mutex::new(BTreeMap::new())))
+        Self(Storage::Memory(Mutex::new(BTreeMap::new())))
     }
 
     /// The store of `service` in `directory`, for this instance.
@@ -117,7 +117,7 @@ impl SimulatedStore {
         instance: &InstanceId,
     ) -> Result<Self, StoreError> {
         Files::open(&directory.join(service.as_str()), instance.clone())
-            .map(|files| Self(Kept::Files(Box::new(files))))
+            .map(|files| Self(Storage::Files(Box::new(files))))
     }
 
     /// Stores a prepared branch.
@@ -129,32 +129,32 @@ impl SimulatedStore {
             deadline: call.deadline,
         };
         match &self.0 {
-            Kept::Memory(memory) => {
+            Storage::Memory(memory) => {
                 lock(memory).entry(held.key.clone()).or_default().push(held);
                 Ok(())
             }
-            Kept::Files(files) => files.prepare(&held),
+            Storage::Files(files) => files.prepare(&held),
         }
     }
 
     /// The id of the store, if other instances can share it.
     pub(super) fn id(&self) -> Option<&StoreId> {
         match &self.0 {
-            Kept::Memory(_) => None,
-            Kept::Files(files) => Some(&files.id),
+            Storage::Memory(_) => None,
+            Storage::Files(files) => Some(&files.id),
         }
     }
 
     /// Whether it knows what it has committed.
     pub(super) fn remembers_commits(&self) -> bool {
-        matches!(self.0, Kept::Files(_))
+        matches!(self.0, Storage::Files(_))
     }
 
     /// Whether the branch is committed, as far as the store knows.
     pub(super) fn has_committed(&self, call: &Finish) -> io::Result<bool> {
         match &self.0 {
-            Kept::Memory(_) => Ok(true),
-            Kept::Files(files) => files.committed.has(&start_of_line(call)),
+            Storage::Memory(_) => Ok(true),
+            Storage::Files(files) => files.committed.has(&start_of_line(call)),
         }
     }
 
@@ -162,7 +162,7 @@ impl SimulatedStore {
     /// knows: a commit of a branch that this directory has never held is an error.
     pub(super) async fn finish(&self, call: &Finish, outcome: Outcome) -> io::Result<()> {
         match &self.0 {
-            Kept::Memory(memory) => {
+            Storage::Memory(memory) => {
                 let mut memory = lock(memory);
                 if let Some(held) = memory.get_mut(&call.key) {
                     held.retain(|it| it.branch != call.branch);
@@ -172,7 +172,7 @@ impl SimulatedStore {
                 }
                 Ok(())
             }
-            Kept::Files(files) => {
+            Storage::Files(files) => {
                 while !files.finish(call, outcome)? {
                     tokio::time::sleep(LOCKED_PAUSE).await;
                 }
@@ -184,14 +184,14 @@ impl SimulatedStore {
     /// The branches that are held; with `of`, only those of one transaction.
     pub(super) fn in_doubt(&self, of: Option<&TransactionKey>) -> io::Result<Vec<InDoubt>> {
         match &self.0 {
-            Kept::Memory(memory) => {
+            Storage::Memory(memory) => {
                 let memory = lock(memory);
                 Ok(match of {
                     Some(key) => memory.get(key).cloned().unwrap_or_default(),
                     None => memory.values().flatten().cloned().collect(),
                 })
             }
-            Kept::Files(files) => files.in_doubt(of),
+            Storage::Files(files) => files.in_doubt(of),
         }
     }
 
@@ -203,8 +203,8 @@ impl SimulatedStore {
         branch: &Branch,
     ) -> io::Result<Called<'_>> {
         let files = match &self.0 {
-            Kept::Memory(_) => None,
-            Kept::Files(files) => Some(&**files),
+            Storage::Memory(_) => None,
+            Storage::Files(files) => Some(&**files),
         };
         let mut called = Called { files, what: String::new(), ending: "dropped" };
         if let Some(files) = files {
