@@ -201,12 +201,12 @@ impl SimulatedStore {
         call: &'static str,
         key: &TransactionKey,
         branch: &Branch,
-    ) -> io::Result<Called<'_>> {
+    ) -> io::Result<CallLog<'_>> {
         let files = match &self.0 {
             Storage::Memory(_) => None,
             Storage::Files(files) => Some(&**files),
         };
-        let mut called = Called { files, what: String::new(), ending: "dropped" };
+        let mut called = CallLog { files, what: String::new(), ending: "dropped" };
         if let Some(files) = files {
             called.what = format!("{call} {} {branch} {}", name_of(key, ' '), files.instance);
             files.note(&format!("start {}", called.what))?;
@@ -217,19 +217,19 @@ impl SimulatedStore {
 
 /// A call in progress.
 #[derive(Debug)]
-pub(super) struct Called<'a> {
+pub(super) struct CallLog<'a> {
     files: Option<&'a Files>,
     what: String,
     ending: &'static str,
 }
 
-impl Called<'_> {
+impl CallLog<'_> {
     pub(super) fn ended(mut self, ending: &'static str) {
         self.ending = ending;
     }
 }
 
-impl Drop for Called<'_> {
+impl Drop for CallLog<'_> {
     fn drop(&mut self) {
         let Some(files) = self.files else { return };
         if let Err(error) = files.note(&format!("end {} {}", self.what, self.ending)) {
