@@ -41,7 +41,7 @@ pub(super) enum Call {
     Abort,
 }
 
-pub(super) enum Ending {
+pub(super) enum CallEnding {
     Success,
     Refusal,
     Error,
@@ -89,7 +89,7 @@ impl Behaviours {
     }
 
     /// Waits as long as `call` should take for this transaction, and returns how it ends.
-    pub(super) async fn behave(&self, id: &TransactionId, call: Call) -> Ending {
+    pub(super) async fn behave(&self, id: &TransactionId, call: Call) -> CallEnding {
         let behaviour = match call {
             Call::Prepare => &self.prepare,
             Call::Commit => &self.commit,
@@ -103,23 +103,23 @@ impl Behaviours {
             tokio::time::sleep(latency).await;
         }
         match ending {
-            Ending::Hang => std::future::pending().await,
+            CallEnding::Hang => std::future::pending().await,
             // Without the panic hook: this panic is intended.
-            Ending::Panic => resume_unwind(Box::new("simulated")),
-            Ending::Success | Ending::Refusal | Ending::Error => ending,
+            CallEnding::Panic => resume_unwind(Box::new("simulated")),
+            CallEnding::Success | CallEnding::Refusal | CallEnding::Error => ending,
         }
     }
 }
 
-fn ending(behaviour: &Behaviour, id: &TransactionId, attempt: u32, draw: f64) -> Ending {
+fn ending(behaviour: &Behaviour, id: &TransactionId, attempt: u32, draw: f64) -> CallEnding {
     if attempt <= behaviour.fail_first || behaviour.fail_for.contains(id) {
-        return Ending::Error;
+        return CallEnding::Error;
     }
     let rates = [
-        (behaviour.refuse_rate, Ending::Refusal),
-        (behaviour.error_rate, Ending::Error),
-        (behaviour.panic_rate, Ending::Panic),
-        (behaviour.hang_rate, Ending::Hang),
+        (behaviour.refuse_rate, CallEnding::Refusal),
+        (behaviour.error_rate, CallEnding::Error),
+        (behaviour.panic_rate, CallEnding::Panic),
+        (behaviour.hang_rate, CallEnding::Hang),
     ];
     let mut bound = 0.0;
     for (rate, ending) in rates {
@@ -128,7 +128,7 @@ fn ending(behaviour: &Behaviour, id: &TransactionId, attempt: u32, draw: f64) ->
             return ending;
         }
     }
-    Ending::Success
+    CallEnding::Success
 }
 
 /// Pseudo-random numbers that are the same for the same call.

@@ -8,7 +8,7 @@ use crate::{
         message::Outcome,
     },
     simulated::{
-        behaviour::{Behaviours, Call, Ending},
+        behaviour::{Behaviours, Call, CallEnding},
         store::SimulatedStore,
     },
 };
@@ -41,16 +41,16 @@ impl Simulated {
             return Ok(Verdict::Prepared);
         }
         match behaviours.behave(id, Call::Prepare).await {
-            Ending::Error => Err("simulated error".into()),
-            Ending::Refusal => {
+            CallEnding::Error => Err("simulated error".into()),
+            CallEnding::Refusal => {
                 behaviours.forget(id);
                 Ok(Verdict::Refused(Some("simulated refusal".into())))
             }
-            Ending::Success if behaviours.is_read_only() => {
+            CallEnding::Success if behaviours.is_read_only() => {
                 behaviours.forget(id);
                 Ok(Verdict::ReadOnly)
             }
-            Ending::Success | Ending::Panic | Ending::Hang => Ok(Verdict::Prepared),
+            CallEnding::Success | CallEnding::Panic | CallEnding::Hang => Ok(Verdict::Prepared),
         }
     }
 
@@ -75,8 +75,8 @@ impl Simulated {
             return Ok(());
         }
         match behaviours.behave(id, kind).await {
-            Ending::Error => Err("simulated error".into()),
-            Ending::Success | Ending::Refusal | Ending::Panic | Ending::Hang => {
+            CallEnding::Error => Err("simulated error".into()),
+            CallEnding::Success | CallEnding::Refusal | CallEnding::Panic | CallEnding::Hang => {
                 behaviours.forget(id);
                 Ok(())
             }
