@@ -144,7 +144,7 @@ pub enum ReplayError {
 
 /// What is known of a transaction that is not finished.
 #[derive(Default)]
-struct Open {
+struct OpenTransaction {
     /// Its position in the order in which transactions were begun or decided.
     order: u64,
     /// The size of its entries in the file.
@@ -163,7 +163,7 @@ struct Open {
 pub fn replay<R: Read + Seek>(reader: R, forget_before: Time) -> Result<Replay, ReplayError> {
     let mut frames = Frames::after_header(reader)?;
     let mut it = Replay { end: HEADER.len() as u64, ..Replay::default() };
-    let mut open: BTreeMap<TransactionKey, Open> = BTreeMap::new();
+    let mut open: BTreeMap<TransactionKey, OpenTransaction> = BTreeMap::new();
     let mut order = 0;
     loop {
         let frame = match frames.read()? {
@@ -192,14 +192,16 @@ pub fn replay<R: Read + Seek>(reader: R, forget_before: Time) -> Result<Replay, 
             Entry::Begun(begun) => {
                 it.latest = it.latest.max(begun.request.key.requested_at);
                 let open = open.entry(begun.request.key.clone());
-                let open = open.or_insert_with(|| Open { order, ..Open::default() });
+                let open =
+                    open.or_insert_with(|| OpenTransaction { order, ..OpenTransaction::default() });
                 open.size += it.end - at;
                 open.begun.get_or_insert(begun);
             }
             Entry::Decided(decision) => {
                 it.latest = it.latest.max(decision.decided_at);
                 let open = open.entry(decision.key.clone());
-                let open = open.or_insert_with(|| Open { order, ..Open::default() });
+                let open =
+                    open.or_insert_with(|| OpenTransaction { order, ..OpenTransaction::default() });
                 open.size += it.end - at;
                 open.decision.get_or_insert(decision);
             }
@@ -207,7 +209,8 @@ pub fn replay<R: Read + Seek>(reader: R, forget_before: Time) -> Result<Replay, 
                 it.latest = it.latest.max(decision.decided_at);
                 if !unresolved.is_empty() {
                     let open = open.entry(decision.key.clone());
-                    let open = open.or_insert_with(|| Open { order, ..Open::default() });
+                    let open = open
+                        .or_insert_with(|| OpenTransaction { order, ..OpenTransaction::default() });
                     open.decision.get_or_insert(decision);
                     open.parked = unresolved;
                     continue;
@@ -234,8 +237,8 @@ pub(super) fn digest(id: &TransactionId) -> u64 {
     id.digest()
 }
 
-fn unfinished(open: Open) -> Option<(u64, Unfinished)> {
-    let Open { order, size: _, begun, decision, parked } = open;
+fn unfinished(open: OpenTransaction) -> Option<(u64, Unfinished)> {
+    let OpenTransaction { order, size: _, begun, decision, parked } = open;
     let (request, worker) = match (begun, &decision) {
         (Some(begun), _) => (begun.request, begun.worker),
         (None, Some(decision)) => (request_of(decision)?, decision.worker.clone()),
