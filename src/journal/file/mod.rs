@@ -285,7 +285,7 @@ impl Endings {
 /// It can't be opened, another process has it open, or it is damaged.
 pub fn open(path: &Path, options: &Options) -> Result<Opened, JournalError> {
     let (path, file) = lock(path)?;
-    let mut old = Old { path, file };
+    let mut old = ExistingFile { path, file };
     if !old.has_header()? {
         return old.begin(options);
     }
@@ -381,12 +381,12 @@ fn sync_directory(_path: &Path) -> Result<(), JournalError> {
 }
 
 /// A file as it was found.
-struct Old {
+struct ExistingFile {
     path: PathBuf,
     file: File,
 }
 
-impl Old {
+impl ExistingFile {
     fn reading(&self, source: io::Error) -> JournalError {
         JournalError::Read { path: self.path.clone(), source }
     }
@@ -680,7 +680,7 @@ mod tests {
         // A file can't replace a directory.
         let path = directory.path().join("journal");
         fs::create_dir(&path).unwrap();
-        let old = Old { path, file: tempfile::tempfile().unwrap() };
+        let old = ExistingFile { path, file: tempfile::tempfile().unwrap() };
         let options = Options { now: Time::EPOCH, retention: Duration::ZERO };
         let worker = Incarnation::first().worker().unwrap();
         let rewritten = old.rewrite(&Replay::default(), &worker, &options);
