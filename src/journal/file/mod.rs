@@ -44,7 +44,7 @@ use self::{
 };
 pub use self::{
     replay::{Incarnation, Replay, ReplayError, Unfinished, replay},
-    writer::{Batch, Tail, Writer},
+    writer::{Batch, JournalTail, Writer},
 };
 use crate::{
     error::Chain,
@@ -190,7 +190,7 @@ pub struct Opened {
     /// How many bytes of a torn tail were cut off.
     pub n_torn: u64,
     /// Where writing continues.
-    pub tail: Tail,
+    pub tail: JournalTail,
 }
 
 /// The outcomes of the transactions that were finished when the journal was opened, and of the last
@@ -468,7 +468,7 @@ impl ExistingFile {
         let (worker, instance) = self.names(&own)?;
         let endings = Endings::of(&self.path, self.reader()?, Vec::new());
         let path = self.path.clone();
-        let tail = Tail { path, file: self.file, len: HEADER.len() as u64, durable: 0 };
+        let tail = JournalTail { path, file: self.file, len: HEADER.len() as u64, durable: 0 };
         let tail = opened(tail, &worker, options)?;
         sync_directory(&tail.path)?;
         faults::point();
@@ -501,12 +501,12 @@ impl ExistingFile {
         replay: &Replay,
         worker: &WorkerId,
         options: &Options,
-    ) -> Result<(Tail, Endings), JournalError> {
+    ) -> Result<(JournalTail, Endings), JournalError> {
         self.write_again(replay.durable, replay.end)?;
         let places = replay.endings.clone();
         let endings = Endings::of(&self.path, self.reader()?, places);
         let mut tail =
-            Tail { path: self.path, file: self.file, len: replay.end, durable: replay.end };
+            JournalTail { path: self.path, file: self.file, len: replay.end, durable: replay.end };
         let seek = tail.file.seek(SeekFrom::Start(replay.end));
         seek.map_err(|source| JournalError::Write { path: tail.path.clone(), source })?;
         let tail = opened(tail, worker, options)?;
@@ -546,7 +546,7 @@ impl ExistingFile {
         replay: &Replay,
         worker: &WorkerId,
         options: &Options,
-    ) -> Result<(Tail, Endings), JournalError> {
+    ) -> Result<(JournalTail, Endings), JournalError> {
         let mut new = self.path.clone().into_os_string();
         new.push(".rewritten");
         let new = PathBuf::from(new);
@@ -585,10 +585,10 @@ impl ExistingFile {
         replay: &Replay,
         worker: &WorkerId,
         options: &Options,
-    ) -> Result<(Tail, Vec<Ending>), JournalError> {
+    ) -> Result<(JournalTail, Vec<Ending>), JournalError> {
         let (path, file) = (new.to_owned(), self.new_file(new)?);
         faults::point();
-        let mut tail = Tail { path, file, len: HEADER.len() as u64, durable: 0 };
+        let mut tail = JournalTail { path, file, len: HEADER.len() as u64, durable: 0 };
         let written = tail.file.write_all(HEADER);
         written.map_err(|source| JournalError::Write { path: tail.path.clone(), source })?;
         let mut batch = Batch::default();
@@ -621,7 +621,11 @@ impl ExistingFile {
     }
 
     /// Copies the endings in the order of their offsets, and returns their new offsets.
-    fn copy_endings(&self, of: &[Ending], tail: &mut Tail) -> Result<Vec<Ending>, JournalError> {
+    fn copy_endings(
+        &self,
+        of: &[Ending],
+        tail: &mut JournalTail,
+    ) -> Result<Vec<Ending>, JournalError> {
         let mut order = of.to_vec();
         order.sort_unstable_by_key(|(_, at)| *at);
         let old = Endings::of(&self.path, self.reader()?, Vec::new());
@@ -641,7 +645,11 @@ impl ExistingFile {
 }
 
 /// Writes that this process has opened the file, and syncs it.
-fn opened(mut tail: Tail, worker: &WorkerId, options: &Options) -> Result<Tail, JournalError> {
+fn opened(
+    mut tail: JournalTail,
+    worker: &WorkerId,
+    options: &Options,
+) -> Result<JournalTail, JournalError> {
     let mut batch = Batch::default();
     batch.push(&Entry::Opened { worker: worker.clone(), opened_at: options.now });
     tail.write(&batch)?;

@@ -57,7 +57,7 @@ impl Batch {
 
 /// A journal file that is open and locked, positioned at its end.
 #[derive(Debug)]
-pub struct Tail {
+pub struct JournalTail {
     pub(super) path: PathBuf,
     pub(super) file: File,
     /// The offset of the next frame.
@@ -66,7 +66,7 @@ pub struct Tail {
     pub(super) durable: u64,
 }
 
-impl Tail {
+impl JournalTail {
     /// The offset of the next entry.
     pub fn end(&self) -> u64 {
         self.len
@@ -107,7 +107,7 @@ impl Tail {
 /// A journal file that is being written, and the thread that syncs it.
 #[derive(Debug)]
 pub struct Writer {
-    tail: Tail,
+    tail: JournalTail,
     n_written: u64,
     /// Whether a write or a sync has failed.
     has_failed: bool,
@@ -150,7 +150,7 @@ impl Writer {
     /// # Errors
     ///
     /// The thread can't be started.
-    pub fn start(tail: Tail) -> Result<Self, JournalError> {
+    pub fn start(tail: JournalTail) -> Result<Self, JournalError> {
         let no_thread = |source| JournalError::Thread { path: tail.path.clone(), source };
         let file = tail.file.try_clone().map_err(no_thread)?;
         let shared = Arc::<Shared>::default();
