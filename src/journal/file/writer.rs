@@ -111,7 +111,7 @@ pub struct Writer {
     n_written: u64,
     /// Whether a write or a sync has failed.
     has_failed: bool,
-    shared: Arc<Shared>,
+    shared: Arc<SyncOrders>,
     safe: watch::Receiver<Safe>,
     thread: Option<thread::JoinHandle<()>>,
 }
@@ -124,7 +124,7 @@ struct Safe {
 }
 
 #[derive(Debug, Default)]
-struct Shared {
+struct SyncOrders {
     orders: Mutex<Orders>,
     wake: Condvar,
 }
@@ -138,7 +138,7 @@ struct Orders {
     failure: Option<io::Error>,
 }
 
-impl Shared {
+impl SyncOrders {
     fn lock(&self) -> MutexGuard<'_, Orders> {
         self.orders.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -153,7 +153,7 @@ impl Writer {
     pub fn start(tail: JournalTail) -> Result<Self, JournalError> {
         let no_thread = |source| JournalError::Thread { path: tail.path.clone(), source };
         let file = tail.file.try_clone().map_err(no_thread)?;
-        let shared = Arc::<Shared>::default();
+        let shared = Arc::<SyncOrders>::default();
         let (told, safe) = watch::channel(Safe::default());
         let orders = Arc::clone(&shared);
         let sync = move || {
@@ -241,7 +241,7 @@ impl Drop for Writer {
 }
 
 /// Syncs what is requested, until nothing more will follow.
-fn sync_all(file: &File, shared: &Shared, told: &watch::Sender<Safe>) -> io::Result<()> {
+fn sync_all(file: &File, shared: &SyncOrders, told: &watch::Sender<Safe>) -> io::Result<()> {
     let mut safe = Safe::default();
     loop {
         let is_idle = |orders: &mut Orders| orders.wanted == safe && !orders.is_over;
