@@ -112,13 +112,13 @@ pub struct Writer {
     /// Whether a write or a sync has failed.
     has_failed: bool,
     shared: Arc<SyncOrders>,
-    safe: watch::Receiver<Safe>,
+    safe: watch::Receiver<Synced>,
     thread: Option<thread::JoinHandle<()>>,
 }
 
 /// What is on the disk: how many of the entries, and how many bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-struct Safe {
+struct Synced {
     n_entries: u64,
     len: u64,
 }
@@ -132,7 +132,7 @@ struct SyncOrders {
 #[derive(Debug, Default)]
 struct Orders {
     /// What should be on the disk.
-    wanted: Safe,
+    wanted: Synced,
     /// Nothing more will follow.
     is_over: bool,
     failure: Option<io::Error>,
@@ -154,7 +154,7 @@ impl Writer {
         let no_thread = |source| JournalError::Thread { path: tail.path.clone(), source };
         let file = tail.file.try_clone().map_err(no_thread)?;
         let shared = Arc::<SyncOrders>::default();
-        let (told, safe) = watch::channel(Safe::default());
+        let (told, safe) = watch::channel(Synced::default());
         let orders = Arc::clone(&shared);
         let sync = move || {
             if let Err(failure) = sync_all(&file, &orders, &told) {
@@ -175,7 +175,7 @@ impl Writer {
         self.append(batch)?;
         self.n_written += batch.entries.len() as u64;
         if batch.is_awaited {
-            self.shared.lock().wanted = Safe { n_entries: self.n_written, len: self.tail.len };
+            self.shared.lock().wanted = Synced { n_entries: self.n_written, len: self.tail.len };
             self.shared.wake.notify_one();
         }
         Ok(())
@@ -241,8 +241,8 @@ impl Drop for Writer {
 }
 
 /// Syncs what is requested, until nothing more will follow.
-fn sync_all(file: &File, shared: &SyncOrders, told: &watch::Sender<Safe>) -> io::Result<()> {
-    let mut safe = Safe::default();
+fn sync_all(file: &File, shared: &SyncOrders, told: &watch::Sender<Synced>) -> io::Result<()> {
+    let mut safe = Synced::default();
     loop {
         let is_idle = |orders: &mut Orders| orders.wanted == safe && !orders.is_over;
         let orders = shared.wake.wait_while(shared.lock(), is_idle);
