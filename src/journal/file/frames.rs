@@ -39,7 +39,7 @@ const CHUNK: usize = 1 << 16;
 
 /// What the beginning of a file shows.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Beginning {
+pub enum FileBeginning {
     /// A journal that this release can read.
     Journal,
     /// An empty file, or part of a header: the process that created it was killed.
@@ -51,12 +51,12 @@ pub enum Beginning {
 }
 
 /// What a file is, by `head`: its first 16 bytes, or all if there are fewer.
-pub fn beginning(head: &[u8]) -> Beginning {
+pub fn beginning(head: &[u8]) -> FileBeginning {
     if head.starts_with(HEADER) {
-        return Beginning::Journal;
+        return FileBeginning::Journal;
     }
     if HEADER.starts_with(head) {
-        return Beginning::Unwritten;
+        return FileBeginning::Unwritten;
     }
     let version = head.strip_prefix(NAME).map(|rest| {
         let digits = rest.iter().take_while(|byte| byte.is_ascii_digit());
@@ -65,8 +65,8 @@ pub fn beginning(head: &[u8]) -> Beginning {
         })
     });
     match version {
-        Some(version) if version > 1 => Beginning::Newer(version),
-        Some(_) | None => Beginning::Other,
+        Some(version) if version > 1 => FileBeginning::Newer(version),
+        Some(_) | None => FileBeginning::Other,
     }
 }
 
@@ -282,7 +282,7 @@ mod tests {
 
     use proptest::prelude::{any, prop, proptest};
 
-    use super::{Beginning, Frames, HEADER, Next, beginning, write};
+    use super::{FileBeginning, Frames, HEADER, Next, beginning, write};
 
     /// A file of texts written in groups: before each group, all earlier ones were on the disk.
     fn file(groups: &[&[&str]]) -> Vec<u8> {
@@ -377,14 +377,14 @@ mod tests {
 
     #[test]
     fn the_beginning_of_a_file_shows_what_it_is() {
-        assert_eq!(beginning(HEADER), Beginning::Journal);
+        assert_eq!(beginning(HEADER), FileBeginning::Journal);
         for len in 0..HEADER.len() {
-            assert_eq!(beginning(&HEADER[..len]), Beginning::Unwritten);
+            assert_eq!(beginning(&HEADER[..len]), FileBeginning::Unwritten);
         }
-        assert_eq!(beginning(b"dtc journal v2\n\n"), Beginning::Newer(2));
-        assert_eq!(beginning(b"dtc journal v107"), Beginning::Newer(107));
+        assert_eq!(beginning(b"dtc journal v2\n\n"), FileBeginning::Newer(2));
+        assert_eq!(beginning(b"dtc journal v107"), FileBeginning::Newer(107));
         for other in [&b"[\n  {\"id\":\"TX1\""[..], b"dtc", b"x", b"dtc journal v0\n\n", &[0; 16]] {
-            let is_other = beginning(other) == Beginning::Other;
+            let is_other = beginning(other) == FileBeginning::Other;
             assert!(is_other || HEADER.starts_with(other), "{other:?}");
         }
     }

@@ -39,7 +39,7 @@ use std::{
 };
 
 use self::{
-    frames::{Beginning, Frames, HEADER, Next},
+    frames::{FileBeginning, Frames, HEADER, Next},
     replay::{Ending, digest},
 };
 pub use self::{
@@ -418,13 +418,13 @@ impl ExistingFile {
         let read = file.take(HEADER.len() as u64).read_to_end(&mut head);
         read.map_err(|error| self.reading(error))?;
         match frames::beginning(&head) {
-            Beginning::Journal => Ok(true),
-            Beginning::Unwritten => Ok(false),
-            Beginning::Newer(version) => {
+            FileBeginning::Journal => Ok(true),
+            FileBeginning::Unwritten => Ok(false),
+            FileBeginning::Newer(version) => {
                 Err(JournalError::Newer { path: self.path.clone(), version })
             }
-            Beginning::Other if self.is_blank()? => Ok(false),
-            Beginning::Other => Err(JournalError::NoJournal { path: self.path.clone() }),
+            FileBeginning::Other if self.is_blank()? => Ok(false),
+            FileBeginning::Other => Err(JournalError::NoJournal { path: self.path.clone() }),
         }
     }
 
