@@ -26,7 +26,7 @@ use crate::{
         publisher::Published,
         topology::{
             Binding, Exchange, Queue, ServiceTopology, Settings, Topology,
-            begin::{self, Beginning},
+            begin::{self, JournalBeginning},
             check::{self, CheckError},
             finding::{Fault, Finding, Subject, listed},
             probe, table,
@@ -349,15 +349,15 @@ async fn begin_journal(
 ) -> Result<Option<Begun>, TopologyError> {
     let failed = |source| TopologyError::Begin { journal: names.journal().to_string(), source };
     let beginning = if is_new {
-        Beginning::Empty
+        JournalBeginning::Empty
     } else {
         begin::beginning(connection, names).await.map_err(failed)?
     };
     let was_lost = match beginning {
-        Beginning::Begun | Beginning::CutOff => return Ok(None),
-        Beginning::Empty => begin::has_lived(connection, names).await.map_err(failed)?,
+        JournalBeginning::Begun | JournalBeginning::CutOff => return Ok(None),
+        JournalBeginning::Empty => begin::has_lived(connection, names).await.map_err(failed)?,
         // Another system was at work before the journal was created.
-        Beginning::Other(_) => true,
+        JournalBeginning::Other(_) => true,
     };
     let complete_since = begin::complete_since(options.now, options.clock_margin, was_lost);
     match begin::begin(connection, names, complete_since).await.map_err(failed)? {

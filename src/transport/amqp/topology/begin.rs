@@ -34,7 +34,7 @@ const READ_MAX: Duration = Duration::from_secs(2);
 
 /// The beginning of a journal.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) enum Beginning {
+pub(super) enum JournalBeginning {
     /// It is empty.
     Empty,
     /// It begins with the record that it should begin with.
@@ -45,7 +45,7 @@ pub(super) enum Beginning {
     Other(String),
 }
 
-impl Beginning {
+impl JournalBeginning {
     /// What is at the beginning instead of the first record, if that is wrong.
     pub(super) fn fault(&self) -> Option<String> {
         match self {
@@ -60,7 +60,7 @@ impl Beginning {
 pub(super) async fn beginning(
     connection: &Connection,
     names: &Names,
-) -> Result<Beginning, AskError> {
+) -> Result<JournalBeginning, AskError> {
     let journal = names.journal();
     let channel = answer(ANSWER_MAX, connection.create_channel()).await?;
     answer(ANSWER_MAX, channel.basic_qos(1, BasicQosOptions::default())).await?;
@@ -79,7 +79,7 @@ pub(super) async fn beginning(
             answer(ANSWER_MAX, asked).await?;
             // Before the consumer is dropped: see `Scan::cancel`.
             close_channel(&channel).await;
-            return Ok(Beginning::Empty);
+            return Ok(JournalBeginning::Empty);
         }
     };
     answer(ANSWER_MAX, first.ack(BasicAckOptions::default())).await?;
@@ -87,17 +87,21 @@ pub(super) async fn beginning(
     Ok(told_by(&first))
 }
 
-fn told_by(first: &Delivery) -> Beginning {
+fn told_by(first: &Delivery) -> JournalBeginning {
     let headers = first.properties.headers().as_ref();
     let offset = headers.and_then(|headers| headers.inner().get("x-stream-offset"));
     if !matches!(offset, Some(AMQPValue::LongLongInt(0))) {
-        return Beginning::CutOff;
+        return JournalBeginning::CutOff;
     }
     let kind = first.properties.kind().as_ref().map(|kind| kind.as_str()).unwrap_or_default();
     if Kind::parse_type(kind) == Some(Kind::JournalBegun) {
-        return Beginning::Begun;
+        return JournalBeginning::Begun;
     }
-    Beginning::Other(if kind.is_empty() { "a message without type".into() } else { kind.into() })
+    JournalBeginning::Other(if kind.is_empty() {
+        "a message without type".into()
+    } else {
+        kind.into()
+    })
 }
 
 /// Whether this system existed before, judging by the queues that are declared only after the
