@@ -28,7 +28,7 @@ use crate::{
         names::Names,
         topology::{
             Argument, Arguments, Commands, Queue, ServiceTopology, Topology,
-            apply::{Applied, Begun, Options, TopologyError, apply_topology},
+            apply::{Applied, JournalStart, Options, TopologyError, apply_topology},
             check::check,
             delete,
             finding::{Fault, Finding, Subject},
@@ -545,7 +545,7 @@ fn exit_by(disposition: Disposition) -> Exit {
 }
 
 fn warn(applied: &Applied, names: &Names, clock_margin: Duration) {
-    if let Some(Begun { complete_since, was_lost: true }) = applied.begun {
+    if let Some(JournalStart { complete_since, was_lost: true }) = applied.begun {
         let until = complete_since + clock_margin;
         tell(&format!(
             "warning: the journal `{}` was missing or empty though this system has been at work: \

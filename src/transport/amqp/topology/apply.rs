@@ -51,14 +51,14 @@ pub struct Applied {
     /// What did not exist before, in the order of the topology.
     pub created: Vec<Subject>,
     /// The journal's first record, if this apply wrote it.
-    pub begun: Option<Begun>,
+    pub begun: Option<JournalStart>,
     /// The queues that are out of reach: they were neither compared nor declared nor bound.
     pub unavailable: Vec<Finding>,
 }
 
 /// The first record of a journal.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Begun {
+pub struct JournalStart {
     /// The journal is complete from this time on.
     pub complete_since: Time,
     /// Whether the journal of an existing system was lost: requests made up to then, and
@@ -346,7 +346,7 @@ async fn begin_journal(
     names: &Names,
     options: &Options,
     is_new: bool,
-) -> Result<Option<Begun>, TopologyError> {
+) -> Result<Option<JournalStart>, TopologyError> {
     let failed = |source| TopologyError::Begin { journal: names.journal().to_string(), source };
     let beginning = if is_new {
         JournalBeginning::Empty
@@ -361,7 +361,7 @@ async fn begin_journal(
     };
     let complete_since = begin::complete_since(options.now, options.clock_margin, was_lost);
     match begin::begin(connection, names, complete_since).await.map_err(failed)? {
-        Published::Confirmed => Ok(Some(Begun { complete_since, was_lost })),
+        Published::Confirmed => Ok(Some(JournalStart { complete_since, was_lost })),
         Published::Lost(source) => Err(failed(source.into())),
         Published::Unconfirmed(limit) => Err(failed(AskError::Silent { limit })),
         Published::Refused | Published::Unroutable => {
