@@ -32,7 +32,7 @@ use crate::{
         names::Names,
         topology::{
             self, ServiceTopology,
-            check::{self, Term},
+            check::{self, ServiceMismatch},
         },
         traffic::Traffic,
     },
@@ -185,7 +185,7 @@ async fn compare(
 ) -> Infallible {
     while serving.wait_for(|serves| *serves).await.is_ok() {
         match terms(&broker, &names, &service, &declared).await {
-            Ok(terms) => terms.iter().for_each(|Term { field, wanted, found }| {
+            Ok(terms) => terms.iter().for_each(|ServiceMismatch { field, wanted, found }| {
                 tracing::warn!(
                     service = %service.name, field, services_json = wanted, queue = found,
                     "the queue was made from another services.json than this instance has, and what \
@@ -209,7 +209,7 @@ async fn terms(
     names: &Names,
     service: &ServiceTopology,
     declared: &topology::Settings,
-) -> anyhow::Result<Vec<Term>> {
+) -> anyhow::Result<Vec<ServiceMismatch>> {
     let connection = broker.connect("services.json").await?;
     let terms = check::terms(&connection, names, service, declared).await;
     close(&connection).await;

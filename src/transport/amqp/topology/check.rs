@@ -112,7 +112,7 @@ pub(super) async fn compare(
 
 /// A difference between a service's queue and a field of its services.json.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Term {
+pub struct ServiceMismatch {
     /// The field.
     pub field: &'static str,
     /// The value in services.json.
@@ -121,7 +121,7 @@ pub struct Term {
     pub found: String,
 }
 
-impl Term {
+impl ServiceMismatch {
     fn of(finding: &Finding) -> Option<Self> {
         let Fault::Differs(Difference { argument, wanted, found, .. }) = &finding.fault else {
             return None;
@@ -158,12 +158,12 @@ pub async fn terms(
     names: &Names,
     service: &ServiceTopology,
     settings: &Settings,
-) -> Result<Vec<Term>, CheckError> {
+) -> Result<Vec<ServiceMismatch>, CheckError> {
     let (_, queue) = service.queues(names, settings);
     let subject = Subject::Queue(queue.name.to_string());
     let found = Prober::on(connection).queue(&queue).await;
     let findings = found.map_err(|source| CheckError::Ask { subject, source })?;
-    Ok(findings.iter().filter_map(Term::of).collect())
+    Ok(findings.iter().filter_map(ServiceMismatch::of).collect())
 }
 
 struct Comparing<'a> {
