@@ -73,7 +73,7 @@ const MALFORMED_PROPERTIES: &str = "its properties are not a list as AMQP has it
 
 /// What to do with the bytes given to [`Filter::step`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Step {
+pub enum FilterStep {
     /// Pass on so many of them, at least one.
     Pass(usize),
     /// Drop so many of them, at least one.
@@ -118,26 +118,26 @@ impl Filter {
 
     /// Examines bytes that were neither passed on nor dropped yet, and rewrites those that lapin
     /// could not parse.
-    pub fn step(&mut self, bytes: &mut [u8]) -> Step {
+    pub fn step(&mut self, bytes: &mut [u8]) -> FilterStep {
         let mut passed = 0;
         loop {
             let rest = bytes.get_mut(passed..).unwrap_or_default();
             if passed > 0 && matches!(self.state, State::Dropping(_)) {
-                return Step::Pass(passed);
+                return FilterStep::Pass(passed);
             }
             match self.step_in_one_frame(rest) {
-                Step::Pass(more) => passed += more,
-                step @ (Step::Drop(_) | Step::Wait | Step::Refuse(_)) => {
-                    return if passed > 0 { Step::Pass(passed) } else { step };
+                FilterStep::Pass(more) => passed += more,
+                step @ (FilterStep::Drop(_) | FilterStep::Wait | FilterStep::Refuse(_)) => {
+                    return if passed > 0 { FilterStep::Pass(passed) } else { step };
                 }
             }
         }
     }
 
-    fn step_in_one_frame(&mut self, bytes: &mut [u8]) -> Step {
-        let Some(first) = bytes.first().copied() else { return Step::Wait };
+    fn step_in_one_frame(&mut self, bytes: &mut [u8]) -> FilterStep {
+        let Some(first) = bytes.first().copied() else { return FilterStep::Wait };
         match self.state {
-            State::Lost => return Step::Pass(bytes.len()),
+            State::Lost => return FilterStep::Pass(bytes.len()),
             State::Passing(rest) => return self.pass(rest, bytes.len()),
             State::Dropping(rest) => return self.drop_some(rest, bytes),
             State::AtFrame => {}
@@ -148,14 +148,14 @@ impl Filter {
             _ => return self.lose(bytes.len()),
         }
         let (Some(channel), Some(size)) = (u16_at(bytes, 1), u32_at(bytes, 3)) else {
-            return Step::Wait;
+            return FilterStep::Wait;
         };
         let total = HEAD as u64 + u64::from(size) + 1;
         match first {
             METHOD | HEADER if total <= u64::from(self.frame_max) => {
                 // The frame is no larger than the limit.
                 let total = total as usize;
-                let Some(frame) = bytes.get_mut(..total) else { return Step::Wait };
+                let Some(frame) = bytes.get_mut(..total) else { return FilterStep::Wait };
                 if frame.last() != Some(&END) {
                     return self.lose(bytes.len());
                 }
@@ -163,52 +163,52 @@ impl Filter {
                 match first {
                     METHOD => {
                         if let Err(why) = self.method(channel, payload) {
-                            return Step::Refuse(why);
+                            return FilterStep::Refuse(why);
                         }
                     }
                     _ => self.content_header(channel, payload),
                 }
-                Step::Pass(total)
+                FilterStep::Pass(total)
             }
-            METHOD => Step::Refuse("a method frame is larger than a frame may be"),
+            METHOD => FilterStep::Refuse("a method frame is larger than a frame may be"),
             HEADER => self.compact(channel, total, bytes),
             _ => self.pass(total, bytes.len()),
         }
     }
 
     /// Passes on those of `rest` bytes that have arrived.
-    fn pass(&mut self, rest: u64, there: usize) -> Step {
+    fn pass(&mut self, rest: u64, there: usize) -> FilterStep {
         let some = there.min(usize::try_from(rest).unwrap_or(usize::MAX));
         self.state = match rest - some as u64 {
             0 => State::AtFrame,
             rest => State::Passing(rest),
         };
-        Step::Pass(some)
+        FilterStep::Pass(some)
     }
 
-    fn drop_some(&mut self, rest: u64, bytes: &[u8]) -> Step {
+    fn drop_some(&mut self, rest: u64, bytes: &[u8]) -> FilterStep {
         let some = bytes.len().min(usize::try_from(rest).unwrap_or(usize::MAX));
         let rest = rest - some as u64;
         // lapin was given another end of this frame, so it would not notice.
         if rest == 0 && bytes.get(some - 1) != Some(&END) {
-            return Step::Refuse("a frame doesn't end where it should");
+            return FilterStep::Refuse("a frame doesn't end where it should");
         }
         self.state = match rest {
             0 => State::AtFrame,
             rest => State::Dropping(rest),
         };
-        Step::Drop(some)
+        FilterStep::Drop(some)
     }
 
-    fn lose(&mut self, there: usize) -> Step {
+    fn lose(&mut self, there: usize) -> FilterStep {
         self.state = State::Lost;
-        Step::Pass(there)
+        FilterStep::Pass(there)
     }
 
     /// Replaces a content header that is larger than a frame may be by a small one: the broker
     /// doesn't split it, and adds its own headers to one that already had the largest size.
-    fn compact(&mut self, channel: u16, total: u64, bytes: &mut [u8]) -> Step {
-        let Some(compact) = bytes.get_mut(..COMPACT) else { return Step::Wait };
+    fn compact(&mut self, channel: u16, total: u64, bytes: &mut [u8]) -> FilterStep {
+        let Some(compact) = bytes.get_mut(..COMPACT) else { return FilterStep::Wait };
         let size = (COMPACT - HEAD - 1) as u32;
         put(compact, 3, &size.to_be_bytes());
         put(compact, COMPACT - 1, &[END]);
@@ -216,7 +216,7 @@ impl Filter {
         replace_properties(payload, TOO_LARGE);
         self.came_back(channel, "");
         self.state = State::Dropping(total - COMPACT as u64);
-        Step::Pass(COMPACT)
+        FilterStep::Pass(COMPACT)
     }
 
     /// Checks that lapin can parse a method; refuses one that only a client sends and that may hold
@@ -637,7 +637,7 @@ mod tests {
     };
 
     use super::{
-        BODY, DEPTH_MAX, END, FRAME_MAX, Filter, HEADER, METHOD, Returns, Step, TOO_NARROW,
+        BODY, DEPTH_MAX, END, FRAME_MAX, Filter, FilterStep, HEADER, METHOD, Returns, TOO_NARROW,
         UNREADABLE, VALUES_MAX,
     };
 
@@ -651,10 +651,10 @@ mod tests {
             (rest, held) = (others, [&held[..], piece].concat());
             loop {
                 match filter.step(&mut held) {
-                    Step::Pass(size) => passed.extend(held.drain(..size)),
-                    Step::Drop(size) => drop(held.drain(..size)),
-                    Step::Wait => break,
-                    Step::Refuse(_) => return passed,
+                    FilterStep::Pass(size) => passed.extend(held.drain(..size)),
+                    FilterStep::Drop(size) => drop(held.drain(..size)),
+                    FilterStep::Wait => break,
+                    FilterStep::Refuse(_) => return passed,
                 }
             }
         }
@@ -847,7 +847,7 @@ mod tests {
             let tune = [&[0, 10, 0, 30, 0, 9][..], &frame_max.to_be_bytes(), &[0, 60]].concat();
             let mut tune = frame(1, 0, &tune);
             let step = filter().step(&mut tune);
-            assert_eq!(matches!(step, Step::Refuse(why) if why == TOO_NARROW), is_refused);
+            assert_eq!(matches!(step, FilterStep::Refuse(why) if why == TOO_NARROW), is_refused);
         }
     }
 

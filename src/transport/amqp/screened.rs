@@ -15,7 +15,7 @@ use async_rs::{Runtime, Tokio, traits::Reactor, util::RuntimeParts};
 use futures_util::{AsyncRead, AsyncWrite, Stream};
 use lapin::AsyncTcpStream;
 
-use crate::transport::amqp::frames::{FRAME_MAX, Filter, Returns, Step};
+use crate::transport::amqp::frames::{FRAME_MAX, Filter, FilterStep, Returns};
 
 /// How much is read at once, unless a frame to be screened is larger.
 const READ_SIZE: usize = 64 * 1024;
@@ -44,13 +44,13 @@ impl<S> Screened<S> {
     fn screen(&mut self) -> io::Result<bool> {
         let unscreened = self.buffer.get_mut(self.screened..self.end).unwrap_or_default();
         match self.filter.step(unscreened) {
-            Step::Pass(size) => self.screened += size,
-            Step::Drop(size) => {
+            FilterStep::Pass(size) => self.screened += size,
+            FilterStep::Drop(size) => {
                 self.screened += size;
                 self.start = self.screened;
             }
-            Step::Wait => return Ok(false),
-            Step::Refuse(why) => return Err(io::Error::new(io::ErrorKind::InvalidData, why)),
+            FilterStep::Wait => return Ok(false),
+            FilterStep::Refuse(why) => return Err(io::Error::new(io::ErrorKind::InvalidData, why)),
         }
         Ok(true)
     }

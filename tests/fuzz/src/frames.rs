@@ -5,7 +5,7 @@
 //! no frame.
 
 use amq_protocol::frame::{AMQPFrame, parsing::parse_frame};
-use dtc::transport::amqp::frames::{DEPTH_MAX, FRAME_MAX, Filter, Returns, Step, UNREADABLE};
+use dtc::transport::amqp::frames::{DEPTH_MAX, FRAME_MAX, Filter, Returns, FilterStep, UNREADABLE};
 use lapin::types::{AMQPValue, FieldTable};
 
 const METHOD: u8 = 1;
@@ -64,16 +64,16 @@ fn screened(stream: &[u8], piece: usize) -> Screened {
         held.extend(piece);
         loop {
             match filter.step(&mut held) {
-                Step::Pass(size) => {
+                FilterStep::Pass(size) => {
                     assert!(size > 0);
                     passed.extend(held.drain(..size));
                 }
-                Step::Drop(size) => {
+                FilterStep::Drop(size) => {
                     assert!(size > 0);
                     drop(held.drain(..size));
                 }
-                Step::Wait => break,
-                Step::Refuse(_) => {
+                FilterStep::Wait => break,
+                FilterStep::Refuse(_) => {
                     is_refused = true;
                     break 'stream;
                 }
