@@ -87,7 +87,7 @@ pub enum FilterStep {
 /// Screens the frames of one connection.
 #[derive(Debug)]
 pub struct Filter {
-    state: State,
+    state: FilterState,
     /// How large a frame may be for lapin to parse it.
     frame_max: u32,
     returns: Returns,
@@ -97,7 +97,7 @@ pub struct Filter {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum State {
+enum FilterState {
     /// At the beginning of a frame.
     AtFrame,
     /// So many more bytes are passed on.
@@ -113,7 +113,7 @@ impl Filter {
     /// A filter for a connection with frames of at most `frame_max` bytes.
     pub fn new(frame_max: u32, returns: Returns) -> Self {
         let frame_max = frame_max.max(FRAME_MAX_MIN);
-        Self { state: State::AtFrame, frame_max, returns, returning: HashSet::new() }
+        Self { state: FilterState::AtFrame, frame_max, returns, returning: HashSet::new() }
     }
 
     /// Examines bytes that were neither passed on nor dropped yet, and rewrites those that lapin
@@ -122,7 +122,7 @@ impl Filter {
         let mut passed = 0;
         loop {
             let rest = bytes.get_mut(passed..).unwrap_or_default();
-            if passed > 0 && matches!(self.state, State::Dropping(_)) {
+            if passed > 0 && matches!(self.state, FilterState::Dropping(_)) {
                 return FilterStep::Pass(passed);
             }
             match self.step_in_one_frame(rest) {
@@ -137,10 +137,10 @@ impl Filter {
     fn step_in_one_frame(&mut self, bytes: &mut [u8]) -> FilterStep {
         let Some(first) = bytes.first().copied() else { return FilterStep::Wait };
         match self.state {
-            State::Lost => return FilterStep::Pass(bytes.len()),
-            State::Passing(rest) => return self.pass(rest, bytes.len()),
-            State::Dropping(rest) => return self.drop_some(rest, bytes),
-            State::AtFrame => {}
+            FilterState::Lost => return FilterStep::Pass(bytes.len()),
+            FilterState::Passing(rest) => return self.pass(rest, bytes.len()),
+            FilterState::Dropping(rest) => return self.drop_some(rest, bytes),
+            FilterState::AtFrame => {}
         }
         match first {
             METHOD | HEADER | BODY | HEARTBEAT => {}
@@ -180,8 +180,8 @@ impl Filter {
     fn pass(&mut self, rest: u64, there: usize) -> FilterStep {
         let some = there.min(usize::try_from(rest).unwrap_or(usize::MAX));
         self.state = match rest - some as u64 {
-            0 => State::AtFrame,
-            rest => State::Passing(rest),
+            0 => FilterState::AtFrame,
+            rest => FilterState::Passing(rest),
         };
         FilterStep::Pass(some)
     }
@@ -194,14 +194,14 @@ impl Filter {
             return FilterStep::Refuse("a frame doesn't end where it should");
         }
         self.state = match rest {
-            0 => State::AtFrame,
-            rest => State::Dropping(rest),
+            0 => FilterState::AtFrame,
+            rest => FilterState::Dropping(rest),
         };
         FilterStep::Drop(some)
     }
 
     fn lose(&mut self, there: usize) -> FilterStep {
-        self.state = State::Lost;
+        self.state = FilterState::Lost;
         FilterStep::Pass(there)
     }
 
@@ -215,7 +215,7 @@ impl Filter {
         let payload = compact.get_mut(HEAD..COMPACT - 1).unwrap_or_default();
         replace_properties(payload, TOO_LARGE);
         self.came_back(channel, "");
-        self.state = State::Dropping(total - COMPACT as u64);
+        self.state = FilterState::Dropping(total - COMPACT as u64);
         FilterStep::Pass(COMPACT)
     }
 
