@@ -222,11 +222,11 @@ impl Filter {
     /// Checks that lapin can parse a method; refuses one that only a client sends and that may hold
     /// a table.
     fn method(&mut self, channel: u16, payload: &mut [u8]) -> Result<(), &'static str> {
-        use Field::{Long, LongLong, LongString, Octet, Short, ShortString, Table};
+        use FieldType::{Long, LongLong, LongString, Octet, Short, ShortString, Table};
         let (Some(class), Some(method)) = (u16_at(payload, 0), u16_at(payload, 2)) else {
             return Ok(());
         };
-        let fields: &[Field] = match (class, method) {
+        let fields: &[FieldType] = match (class, method) {
             // connection: start, open-ok, close, blocked
             (10, 10) => &[Octet, Octet, Table, LongString, LongString],
             (10, 41 | 60) => &[ShortString],
@@ -303,7 +303,7 @@ impl Filter {
 
 /// A field of a method. Flags are an octet.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Field {
+enum FieldType {
     Octet,
     Short,
     Long,
@@ -314,8 +314,8 @@ enum Field {
 }
 
 /// The properties of a message in the order of their flags, from the highest bit.
-const PROPERTIES: [Field; 14] = {
-    use Field::{LongLong, Octet, ShortString, Table};
+const PROPERTIES: [FieldType; 14] = {
+    use FieldType::{LongLong, Octet, ShortString, Table};
     [
         ShortString, // content_type
         ShortString, // content_encoding
@@ -336,7 +336,7 @@ const PROPERTIES: [Field; 14] = {
 
 const MESSAGE_ID: usize = 8;
 
-impl Field {
+impl FieldType {
     /// The range of the content of the field that begins at `at`; the next field begins at its end.
     fn range(self, bytes: &[u8], at: usize) -> Option<Range<usize>> {
         let (begin, size) = match self {
@@ -371,13 +371,17 @@ fn screen_properties(payload: &mut [u8]) -> Result<Range<usize>, &'static str> {
         }
         let content = payload.get_mut(range.clone()).unwrap_or_default();
         match property {
-            Field::ShortString => make_utf8(content),
-            Field::Table => {
+            FieldType::ShortString => make_utf8(content),
+            FieldType::Table => {
                 if let Err(why) = screen_table(content) {
                     bad_table = Some((range, why));
                 }
             }
-            Field::Octet | Field::Short | Field::Long | Field::LongLong | Field::LongString => {}
+            FieldType::Octet
+            | FieldType::Short
+            | FieldType::Long
+            | FieldType::LongLong
+            | FieldType::LongString => {}
         }
     }
     if at != payload.len() {
@@ -419,7 +423,7 @@ fn replace_table(table: &mut [u8], why: &str) {
     const KEPT_MAX: usize = 16;
     let (mut at, mut kept) = (0, 0);
     let mut n_kept = 0;
-    while let Some(name) = Field::ShortString.range(table, at) {
+    while let Some(name) = FieldType::ShortString.range(table, at) {
         let value = name.end;
         let Some(end) = end_of_value(table, value) else { break };
         let is_kept = n_kept < KEPT_MAX
@@ -470,7 +474,7 @@ fn screen_table(table: &mut [u8]) -> Result<(), &'static str> {
             return Err(TOO_MANY);
         }
         if has_names {
-            let name = Field::ShortString.range(table, at).filter(|name| name.end <= end);
+            let name = FieldType::ShortString.range(table, at).filter(|name| name.end <= end);
             let name = name.ok_or(MALFORMED_HEADERS)?;
             at = name.end;
             make_utf8(table.get_mut(name).unwrap_or_default());
