@@ -553,12 +553,12 @@ pub struct Returns(Arc<Mutex<Generations>>);
 /// Recent returns, and older ones: when there are too many, the older half is dropped.
 #[derive(Debug, Default)]
 struct Generations {
-    young: Noted,
-    old: Noted,
+    young: ReturnCounts,
+    old: ReturnCounts,
 }
 
 #[derive(Debug, Default)]
-struct Noted {
+struct ReturnCounts {
     /// How often it was returned, by channel and message id.
     channels: HashMap<u16, HashMap<Box<str>, u32>>,
     /// The number of ids.
@@ -597,7 +597,7 @@ impl Returns {
     }
 }
 
-impl Noted {
+impl ReturnCounts {
     fn add(&mut self, channel: u16, message_id: &str) {
         let messages = self.channels.entry(channel).or_default();
         match messages.get_mut(message_id) {
