@@ -115,7 +115,7 @@ pub struct Inbox {
     arguments: FieldTable,
     lazy: Option<Lazy>,
     watch: Option<LivenessProbe>,
-    renewal: Option<Renewal>,
+    renewal: Option<ConsumerRenewal>,
 }
 
 /// Acknowledgements that wait for more.
@@ -248,7 +248,7 @@ impl Inbox {
         let watch = LivenessProbe::new(Arc::clone(connection), self.queue.clone(), turn);
         // A single active consumer would lose its turn.
         let renewal =
-            (turn == ConsumerMode::Competing).then(|| Renewal::new(Arc::clone(connection)));
+            (turn == ConsumerMode::Competing).then(|| ConsumerRenewal::new(Arc::clone(connection)));
         Self { watch: Some(watch), renewal, ..self }
     }
 
@@ -386,7 +386,7 @@ impl Inbox {
 /// The broker may believe that it has delivered a message which never arrived, for example if it
 /// was on its way between two nodes that lost each other. It requeues the message when the channel
 /// is closed. No request shows this: such a message counts neither as ready nor as lost.
-struct Renewal {
+struct ConsumerRenewal {
     connection: Arc<BrokerConnection>,
     due: Pin<Box<Sleep>>,
     /// When the last delivery arrived, or the consumer was started.
@@ -421,7 +421,7 @@ impl Opened {
     }
 }
 
-impl Renewal {
+impl ConsumerRenewal {
     fn new(connection: Arc<BrokerConnection>) -> Self {
         let due = Box::pin(sleep(RENEW_AFTER));
         Self {
@@ -497,7 +497,7 @@ impl Renewal {
     }
 }
 
-impl std::fmt::Debug for Renewal {
+impl std::fmt::Debug for ConsumerRenewal {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Renewal").field("heard_at", &self.heard_at).finish_non_exhaustive()
     }
