@@ -300,9 +300,9 @@ impl Inbox {
         let Some(renewal) = &mut self.renewal else { return false };
         let (queue, arguments) = (&self.queue, &self.arguments);
         let opened = renewal.poll(cx, is_idle, queue, self.prefetch, arguments);
-        let Some(Opened { channel, consumer }) = opened else { return false };
+        let Some(OpenedConsumer { channel, consumer }) = opened else { return false };
         renewal.renewed_at = Some(Instant::now());
-        let old = Opened {
+        let old = OpenedConsumer {
             channel: std::mem::replace(&mut self.channel, channel),
             consumer: std::mem::replace(&mut self.consumer, consumer),
         };
@@ -391,7 +391,7 @@ struct ConsumerRenewal {
     due: Pin<Box<Sleep>>,
     /// When the last delivery arrived, or the consumer was started.
     heard_at: Instant,
-    opening: Option<BoxFuture<'static, Result<Opened, AskError>>>,
+    opening: Option<BoxFuture<'static, Result<OpenedConsumer, AskError>>>,
     /// When opening it began.
     opened_after: Instant,
     /// When the new consumer replaced the previous one, if nothing has arrived since.
@@ -399,12 +399,12 @@ struct ConsumerRenewal {
 }
 
 /// A channel, and its only consumer.
-struct Opened {
+struct OpenedConsumer {
     channel: Channel,
     consumer: lapin::Consumer,
 }
 
-impl Opened {
+impl OpenedConsumer {
     /// Gives up what the broker has delivered to it, without waiting.
     fn discard(self) {
         let Self { channel, consumer } = self;
@@ -443,7 +443,7 @@ impl ConsumerRenewal {
         queue: &ShortString,
         prefetch: u16,
         arguments: &FieldTable,
-    ) -> Option<Opened> {
+    ) -> Option<OpenedConsumer> {
         loop {
             if let Some(opening) = &mut self.opening {
                 let Poll::Ready(opened) = opening.poll_unpin(cx) else { return None };
@@ -474,7 +474,7 @@ impl ConsumerRenewal {
                 let opening = async move {
                     let inbox = Inbox::open(&connection, queue, prefetch, arguments).await?;
                     let Inbox { channel, consumer, .. } = inbox;
-                    Ok(Opened { channel, consumer })
+                    Ok(OpenedConsumer { channel, consumer })
                 };
                 self.opening = Some(opening.boxed());
             }
