@@ -113,20 +113,20 @@ pub struct Inbox {
     tags: Tags,
     prefetch: u16,
     arguments: FieldTable,
-    lazy: Option<Lazy>,
+    lazy: Option<LazyAcks>,
     watch: Option<LivenessProbe>,
     renewal: Option<ConsumerRenewal>,
 }
 
 /// Acknowledgements that wait for more.
 #[derive(Debug)]
-struct Lazy {
+struct LazyAcks {
     /// Until when they wait, if there are any.
     is_waiting: bool,
     until: Pin<Box<Sleep>>,
 }
 
-impl Lazy {
+impl LazyAcks {
     /// Notes that some are waiting; returns whether they have waited long enough.
     fn is_due(&mut self, cx: &mut Context<'_>) -> bool {
         if !self.is_waiting {
@@ -237,7 +237,7 @@ impl Inbox {
     /// next delivery is awaited.
     #[must_use]
     pub fn lazy(self) -> Self {
-        let lazy = Lazy { is_waiting: false, until: Box::pin(sleep(Duration::ZERO)) };
+        let lazy = LazyAcks { is_waiting: false, until: Box::pin(sleep(Duration::ZERO)) };
         Self { lazy: Some(lazy), ..self }
     }
 
