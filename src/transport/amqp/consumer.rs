@@ -110,7 +110,7 @@ pub struct Inbox {
     queue: ShortString,
     channel: Channel,
     consumer: lapin::Consumer,
-    tags: Tags,
+    tags: SettledTags,
     prefetch: u16,
     arguments: FieldTable,
     lazy: Option<LazyAcks>,
@@ -210,7 +210,7 @@ impl Inbox {
             consumer,
             queue,
             channel,
-            tags: Tags::default(),
+            tags: SettledTags::default(),
             prefetch,
             arguments,
             lazy: None,
@@ -306,7 +306,7 @@ impl Inbox {
             channel: std::mem::replace(&mut self.channel, channel),
             consumer: std::mem::replace(&mut self.consumer, consumer),
         };
-        self.tags = Tags::default();
+        self.tags = SettledTags::default();
         old.discard();
         true
     }
@@ -608,7 +608,7 @@ impl std::fmt::Debug for LivenessProbe {
 
 /// The settled delivery tags of a channel, which count from 1.
 #[derive(Debug, Default)]
-struct Tags {
+struct SettledTags {
     /// All tags up to here are settled, and the broker knows.
     floor: u64,
     /// Tags above the floor that are settled, and whether the broker knows.
@@ -618,7 +618,7 @@ struct Tags {
     last: u64,
 }
 
-impl Tags {
+impl SettledTags {
     fn settle(&mut self, tag: u64) {
         if tag > self.floor && !self.known.contains(&tag) {
             self.unknown.insert(tag);
@@ -670,11 +670,11 @@ mod tests {
 
     use proptest::prelude::{Just, Strategy, any, prop, prop_assert, prop_assert_eq, proptest};
 
-    use super::Tags;
+    use super::SettledTags;
 
     #[test]
     fn a_run_from_the_start_is_one_frame() {
-        let mut tags = Tags::default();
+        let mut tags = SettledTags::default();
         (1..=5).for_each(|tag| tags.settle(tag));
         assert_eq!(tags.flush(), [(5, true)]);
         assert_eq!(tags.flush(), []);
@@ -682,7 +682,7 @@ mod tests {
 
     #[test]
     fn an_unsettled_delivery_does_not_delay_later_acknowledgements() {
-        let mut tags = Tags::default();
+        let mut tags = SettledTags::default();
         (2..=4).for_each(|tag| tags.settle(tag));
         assert_eq!(tags.flush(), [(2, false), (3, false), (4, false)]);
         tags.settle(1);
@@ -693,7 +693,7 @@ mod tests {
 
     #[test]
     fn a_requeued_delivery_is_not_acknowledged() {
-        let mut tags = Tags::default();
+        let mut tags = SettledTags::default();
         tags.settle(1);
         tags.told(2);
         tags.settle(3);
@@ -714,7 +714,7 @@ mod tests {
             flushes in prop::collection::vec(any::<bool>(), 40),
             handed_back in prop::collection::vec(any::<bool>(), 40),
         ) {
-            let mut tags = Tags::default();
+            let mut tags = SettledTags::default();
             let mut outstanding: BTreeSet<u64> = order.iter().copied().collect();
             let mut settled = BTreeSet::new();
             for (index, &tag) in order.iter().enumerate() {
