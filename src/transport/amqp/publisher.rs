@@ -232,7 +232,7 @@ pub struct Publisher<T> {
     heard_at: Instant,
     /// When the oldest publish reaches its time limit. It is set again when it has fired.
     timer: Pin<Box<Sleep>>,
-    renewal: Option<Renewal<T>>,
+    renewal: Option<ChannelRenewal<T>>,
 }
 
 type Publishing = BoxFuture<'static, (u64, Published)>;
@@ -243,7 +243,7 @@ struct Waiting<T> {
 }
 
 /// Another channel is being opened.
-struct Renewal<T> {
+struct ChannelRenewal<T> {
     opening: BoxFuture<'static, Result<PublishChannel, AskError>>,
     silent_for: Duration,
     /// The messages published meanwhile.
@@ -500,11 +500,11 @@ impl<T: Send + 'static> Publisher<T> {
             opened
         };
         let opening = opening.boxed();
-        self.renewal = Some(Renewal { opening, silent_for, backlog: Vec::new() });
+        self.renewal = Some(ChannelRenewal { opening, silent_for, backlog: Vec::new() });
     }
 
     fn renewed(&mut self, opened: Result<PublishChannel, AskError>) -> Option<LaneLost> {
-        let Renewal { silent_for, backlog, .. } = self.renewal.take()?;
+        let ChannelRenewal { silent_for, backlog, .. } = self.renewal.take()?;
         match opened {
             Ok(channel) => self.channel = channel,
             Err(source) => {
