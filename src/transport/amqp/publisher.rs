@@ -220,7 +220,7 @@ pub struct Publisher<T> {
     unwatched: Option<Publishing>,
     /// The unconfirmed publishes, in order; `None`: confirmed, or given up. The first has number
     /// `first`.
-    waiting: VecDeque<Option<Waiting<T>>>,
+    waiting: VecDeque<Option<UnconfirmedPublish<T>>>,
     first: u64,
     /// How many of them are not yet confirmed.
     outstanding: usize,
@@ -237,7 +237,7 @@ pub struct Publisher<T> {
 
 type Publishing = BoxFuture<'static, (u64, Published)>;
 
-struct Waiting<T> {
+struct UnconfirmedPublish<T> {
     ticket: T,
     since: Instant,
 }
@@ -368,7 +368,7 @@ impl<T: Send + 'static> Publisher<T> {
                 return;
             }
         }
-        self.waiting.push_back(Some(Waiting { ticket, since: Instant::now() }));
+        self.waiting.push_back(Some(UnconfirmedPublish { ticket, since: Instant::now() }));
         self.outstanding += 1;
         self.on_their_way.push(publishing);
     }
