@@ -29,14 +29,14 @@ const SAID_EVERY: Duration = Duration::from_secs(10);
 /// A publisher for messages that must not be lost. `T` is what follows when a message is safe.
 #[derive(Debug)]
 pub struct ReliablePublisher<T> {
-    lane: Publisher<Pending<T>>,
+    lane: Publisher<PendingPublish<T>>,
     /// The messages to publish again, and when: unordered, and few.
-    again: VecDeque<(Instant, Pending<T>)>,
+    again: VecDeque<(Instant, PendingPublish<T>)>,
     said_at: Option<Instant>,
 }
 
 #[derive(Debug)]
-struct Pending<T> {
+struct PendingPublish<T> {
     message: Outgoing,
     then: T,
     backoff: Backoff,
@@ -59,10 +59,10 @@ impl<T: Send + 'static> ReliablePublisher<T> {
     /// Publishes `message` until it is safe. If it is not `mandatory`, it counts as safe even if no
     /// queue takes it.
     pub fn publish(&mut self, message: Outgoing, then: T) {
-        self.write(Pending { message, then, backoff: Backoff::new(PAUSE_FIRST, PAUSE_MAX) });
+        self.write(PendingPublish { message, then, backoff: Backoff::new(PAUSE_FIRST, PAUSE_MAX) });
     }
 
-    fn write(&mut self, pending: Pending<T>) {
+    fn write(&mut self, pending: PendingPublish<T>) {
         self.lane.publish(pending.message.clone(), pending);
     }
 
@@ -92,7 +92,7 @@ impl<T: Send + 'static> ReliablePublisher<T> {
     }
 
     /// What follows, if the message is safe; otherwise it will be published again.
-    fn published(&mut self, mut pending: Pending<T>, published: &Published) -> Option<T> {
+    fn published(&mut self, mut pending: PendingPublish<T>, published: &Published) -> Option<T> {
         let fate = match published {
             Published::Confirmed => return Some(pending.then),
             Published::Unroutable => "no queue takes it; has `dtc topology apply` been run?",
