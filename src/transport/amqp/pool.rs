@@ -103,7 +103,7 @@ impl Channels {
     /// The broker may not have it. The caller decides whether to publish it again.
     pub async fn publish(&self, message: Outgoing) -> Result<(), PublishError> {
         let (exchange, key) = (message.exchange.clone(), message.key.clone());
-        let Pooled { channel, connection } = self.channel().await?;
+        let PooledChannel { channel, connection } = self.channel().await?;
         connection.asked(&exchange);
         let published = publish_within(channel, message, CONFIRM_MAX).await;
         if !matches!(published, Published::Unconfirmed(_)) {
@@ -147,9 +147,9 @@ impl Channels {
     }
 
     /// One of the channels; others may be using it too.
-    async fn channel(&self) -> Result<Pooled, PublishError> {
+    async fn channel(&self) -> Result<PooledChannel, PublishError> {
         match self.pool.get().await {
-            Ok(pooled) => Ok(Pooled::clone(&pooled)),
+            Ok(pooled) => Ok(PooledChannel::clone(&pooled)),
             Err(PoolError::Backend(error)) => Err(error),
             Err(
                 PoolError::Closed
@@ -171,7 +171,7 @@ impl Channels {
 
 /// A channel, and its connection.
 #[derive(Clone, Debug)]
-struct Pooled {
+struct PooledChannel {
     channel: PublishChannel,
     connection: Arc<Standing>,
 }
@@ -263,10 +263,10 @@ fn lock<T>(mutex: &StdMutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Manager for Opener {
-    type Type = Pooled;
+    type Type = PooledChannel;
     type Error = PublishError;
 
-    async fn create(&self) -> Result<Pooled, PublishError> {
+    async fn create(&self) -> Result<PooledChannel, PublishError> {
         let mut connection = self.connection.lock().await;
         let standing = connection.take().filter(|it| it.connection.status().connected());
         let standing = match standing {
@@ -284,10 +284,14 @@ impl Manager for Opener {
             *connection = Some(Arc::clone(&standing));
         }
         let channel = opened.map_err(PublishError::Open)?;
-        Ok(Pooled { channel, connection: standing })
+        Ok(PooledChannel { channel, connection: standing })
     }
 
-    async fn recycle(&self, pooled: &mut Pooled, _: &Metrics) -> RecycleResult<PublishError> {
+    async fn recycle(
+        &self,
+        pooled: &mut PooledChannel,
+        _: &Metrics,
+    ) -> RecycleResult<PublishError> {
         if pooled.channel.status().connected() && pooled.connection.connection.status().connected()
         {
             return Ok(());
