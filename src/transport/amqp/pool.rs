@@ -173,13 +173,13 @@ impl Channels {
 #[derive(Clone, Debug)]
 struct PooledChannel {
     channel: PublishChannel,
-    connection: Arc<Standing>,
+    connection: Arc<PoolConnection>,
 }
 
 /// A connection, and whether it answers: the tasks that published on it may have ended before they
 /// could notice.
 #[derive(Debug)]
-struct Standing {
+struct PoolConnection {
     connection: BrokerConnection,
     /// When the first message was published after the broker's last answer.
     unanswered_since: Arc<StdMutex<Option<Instant>>>,
@@ -187,7 +187,7 @@ struct Standing {
     published_to: StdMutex<ShortString>,
 }
 
-impl Standing {
+impl PoolConnection {
     fn asked(&self, exchange: &ShortString) {
         lock(&self.unanswered_since).get_or_insert_with(Instant::now);
         lock(&self.published_to).clone_from(exchange);
@@ -206,13 +206,13 @@ impl Standing {
 #[derive(Debug)]
 struct Opener {
     broker: Broker,
-    connection: Mutex<Option<Arc<Standing>>>,
+    connection: Mutex<Option<Arc<PoolConnection>>>,
     alarm: Arc<StdMutex<Option<String>>>,
 }
 
 impl Opener {
     /// The broker doesn't answer on `silent`: a new connection replaces it.
-    async fn discard(&self, silent: Arc<Standing>, exchange: &ShortString) {
+    async fn discard(&self, silent: Arc<PoolConnection>, exchange: &ShortString) {
         let mut standing = self.connection.lock().await;
         if standing.take_if(|it| Arc::ptr_eq(it, &silent)).is_some() {
             give_up(silent, exchange.as_str());
@@ -220,11 +220,11 @@ impl Opener {
     }
 
     /// Whether the broker has confirmed nothing for a long time, without reporting an alarm.
-    fn is_given_up(&self, standing: &Standing) -> bool {
+    fn is_given_up(&self, standing: &PoolConnection) -> bool {
         standing.is_silent() && lock(&self.alarm).is_none()
     }
 
-    async fn connect(&self) -> Result<Standing, PublishError> {
+    async fn connect(&self) -> Result<PoolConnection, PublishError> {
         let connection = self.broker.connect("publish").await.map_err(PublishError::Connect)?;
         let (mut events, alarm) = (Box::pin(connection.events_listener()), self.alarm.clone());
         *lock(&alarm) = None;
@@ -245,12 +245,12 @@ impl Opener {
                 }
             }
         });
-        Ok(Standing { connection, unanswered_since, published_to: StdMutex::default() })
+        Ok(PoolConnection { connection, unanswered_since, published_to: StdMutex::default() })
     }
 }
 
 /// Gives up its channels, without waiting for its end.
-fn give_up(silent: Arc<Standing>, to: &str) {
+fn give_up(silent: Arc<PoolConnection>, to: &str) {
     tracing::warn!(
         "the broker has not confirmed what was published to `{to}` for {} s; connecting again",
         CONFIRM_MAX.as_secs()
