@@ -29,7 +29,7 @@ const CONFIRM_MAX: Duration = Duration::from_secs(5);
 /// Channels with confirms, on one connection to a broker.
 #[derive(Clone, Debug)]
 pub struct Channels {
-    pool: Pool<Opener>,
+    pool: Pool<ChannelOpener>,
 }
 
 /// A message could not be published.
@@ -74,7 +74,7 @@ pub enum PublishError {
 impl Channels {
     /// A pool of at most `channels_max` channels at `broker`.
     pub fn new(broker: Broker, channels_max: usize) -> Self {
-        let opener = Opener { broker, connection: Mutex::new(None), alarm: Arc::default() };
+        let opener = ChannelOpener { broker, connection: Mutex::new(None), alarm: Arc::default() };
         let pool = Pool::builder(opener).max_size(channels_max.max(1)).build();
         // Without time-outs the builder can't fail.
         Self { pool: pool.unwrap_or_else(|_| unreachable!("no time-outs are set")) }
@@ -204,13 +204,13 @@ impl PoolConnection {
 
 /// Opens channels, on a connection that it opens if there is none.
 #[derive(Debug)]
-struct Opener {
+struct ChannelOpener {
     broker: Broker,
     connection: Mutex<Option<Arc<PoolConnection>>>,
     alarm: Arc<StdMutex<Option<String>>>,
 }
 
-impl Opener {
+impl ChannelOpener {
     /// The broker doesn't answer on `silent`: a new connection replaces it.
     async fn discard(&self, silent: Arc<PoolConnection>, exchange: &ShortString) {
         let mut standing = self.connection.lock().await;
@@ -262,7 +262,7 @@ fn lock<T>(mutex: &StdMutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Manager for Opener {
+impl Manager for ChannelOpener {
     type Type = PooledChannel;
     type Error = PublishError;
 
