@@ -57,11 +57,11 @@ pub enum Existence {
 /// Looks up queues at a broker. Clones share a connection, which is opened at the first lookup.
 #[derive(Clone, Debug)]
 pub struct Lookups {
-    shared: Arc<Shared>,
+    shared: Arc<SharedLookups>,
 }
 
 #[derive(Debug)]
-struct Shared {
+struct SharedLookups {
     broker: Broker,
     connection: AsyncMutex<Option<Arc<Asked>>>,
     turns: Semaphore,
@@ -93,7 +93,7 @@ impl Asked {
 impl Lookups {
     /// Looks up queues at `broker`.
     pub fn new(broker: Broker) -> Self {
-        let shared = Shared {
+        let shared = SharedLookups {
             broker,
             connection: AsyncMutex::default(),
             turns: Semaphore::new(QUESTIONS_MAX),
@@ -143,7 +143,7 @@ impl Lookups {
     }
 }
 
-impl Shared {
+impl SharedLookups {
     /// A usable connection. Other lookups wait while it is opened.
     async fn connected(&self) -> Result<Arc<Asked>, ConnectError> {
         let mut standing = self.connection.lock().await;
