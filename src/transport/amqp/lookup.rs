@@ -63,19 +63,19 @@ pub struct Lookups {
 #[derive(Debug)]
 struct SharedLookups {
     broker: Broker,
-    connection: AsyncMutex<Option<Arc<Asked>>>,
+    connection: AsyncMutex<Option<Arc<LookupConnection>>>,
     turns: Semaphore,
     missing: Mutex<BTreeMap<ShortString, Instant>>,
 }
 
 /// A connection, and how many of its channels are used up.
 #[derive(Debug)]
-struct Asked {
+struct LookupConnection {
     connection: BrokerConnection,
     used_up: AtomicU32,
 }
 
-impl Asked {
+impl LookupConnection {
     fn is_of_use(&self) -> bool {
         self.connection.status().connected() && self.used_up.load(Ordering::Relaxed) < REFUSALS_MAX
     }
@@ -145,7 +145,7 @@ impl Lookups {
 
 impl SharedLookups {
     /// A usable connection. Other lookups wait while it is opened.
-    async fn connected(&self) -> Result<Arc<Asked>, ConnectError> {
+    async fn connected(&self) -> Result<Arc<LookupConnection>, ConnectError> {
         let mut standing = self.connection.lock().await;
         if let Some(asked) = standing.as_ref().filter(|asked| asked.is_of_use()) {
             return Ok(Arc::clone(asked));
@@ -153,7 +153,7 @@ impl SharedLookups {
         // Lookups in progress on the old one end first: it is closed when the last of them drops
         // it.
         let connection = self.broker.connect("look").await?;
-        let asked = Arc::new(Asked { connection, used_up: AtomicU32::new(0) });
+        let asked = Arc::new(LookupConnection { connection, used_up: AtomicU32::new(0) });
         *standing = Some(Arc::clone(&asked));
         Ok(asked)
     }
