@@ -323,12 +323,12 @@ impl Broker {
         let connecting = self.open(uri, properties);
         match tokio::time::timeout(self.connect_timeout, connecting).await {
             Ok(Ok(connection)) => Ok(connection),
-            Ok(Err(Failed::Tls(source))) => Err(ConnectError::Insecure { host, source }),
-            Ok(Err(Failed::Amqp(source))) if is_refusal(&source) => {
+            Ok(Err(HostFailure::Tls(source))) => Err(ConnectError::Insecure { host, source }),
+            Ok(Err(HostFailure::Amqp(source))) if is_refusal(&source) => {
                 Err(ConnectError::Refused { host, source })
             }
-            Ok(Err(Failed::Plain)) => Err(ConnectError::WantsTls { host }),
-            Ok(Err(Failed::Amqp(source))) => Err(ConnectError::Unavailable { host, source }),
+            Ok(Err(HostFailure::Plain)) => Err(ConnectError::WantsTls { host }),
+            Ok(Err(HostFailure::Amqp(source))) => Err(ConnectError::Unavailable { host, source }),
             Err(_) => Err(ConnectError::Silent { host, limit: self.connect_timeout }),
         }
     }
@@ -340,7 +340,7 @@ impl Broker {
         &self,
         mut uri: AMQPUri,
         properties: ConnectionProperties,
-    ) -> Result<BrokerConnection, Failed> {
+    ) -> Result<BrokerConnection, HostFailure> {
         let runtime = TokioRuntime::tokio_current();
         let returns = Returns::default();
         // Limits what lapin must parse, whatever the broker allows.
@@ -351,7 +351,7 @@ impl Broker {
         let secure = match uri.scheme {
             AMQPScheme::AMQP => None,
             AMQPScheme::AMQPS => {
-                Some((self.connector().await?, self.tls.name_of(&host).map_err(Failed::Tls)?))
+                Some((self.connector().await?, self.tls.name_of(&host).map_err(HostFailure::Tls)?))
             }
         };
         let reach = async || {
@@ -374,24 +374,24 @@ impl Broker {
             Err(error) => error,
         };
         let (ErrorKind::IOError(_) | ErrorKind::ParsingError(_)) = error.kind() else {
-            return Err(Failed::Amqp(error));
+            return Err(HostFailure::Amqp(error));
         };
         if let ErrorKind::IOError(error) = error.kind()
             && let Some(error) = TlsError::of(error, &self.tls)
         {
-            return Err(Failed::Tls(error));
+            return Err(HostFailure::Tls(error));
         }
         let asking = async {
             let mut stream = reach().await.ok()?;
             match &secure {
-                Some(_) => self.objection(&mut stream).await.map(Failed::Tls),
-                None => wants_tls(&mut stream).await.then_some(Failed::Plain),
+                Some(_) => self.objection(&mut stream).await.map(HostFailure::Tls),
+                None => wants_tls(&mut stream).await.then_some(HostFailure::Plain),
             }
         };
         let why = tokio::time::timeout(SAYS_WHY_WITHIN, asking).await.ok().flatten();
         Err(why.unwrap_or(match is_external {
-            true => Failed::Tls(TlsError::NoUser),
-            false => Failed::Amqp(error),
+            true => HostFailure::Tls(TlsError::NoUser),
+            false => HostFailure::Amqp(error),
         }))
     }
 
@@ -404,25 +404,25 @@ impl Broker {
         TlsError::of(&error, &self.tls)
     }
 
-    fn failed(&self, error: io::Error) -> Failed {
+    fn failed(&self, error: io::Error) -> HostFailure {
         match TlsError::of(&error, &self.tls) {
-            Some(error) => Failed::Tls(error),
-            None => Failed::Amqp(error.into()),
+            Some(error) => HostFailure::Tls(error),
+            None => HostFailure::Amqp(error.into()),
         }
     }
 
     /// This reads files.
-    async fn connector(&self) -> Result<RustlsConnector, Failed> {
+    async fn connector(&self) -> Result<RustlsConnector, HostFailure> {
         let tls = self.tls.clone();
         match tokio::task::spawn_blocking(move || tls.connector()).await {
-            Ok(connector) => connector.map_err(Failed::Tls),
-            Err(error) => Err(Failed::Amqp(io::Error::other(error).into())),
+            Ok(connector) => connector.map_err(HostFailure::Tls),
+            Err(error) => Err(HostFailure::Amqp(io::Error::other(error).into())),
         }
     }
 }
 
 /// Why one host did not accept the connection.
-enum Failed {
+enum HostFailure {
     Tls(TlsError),
     /// It requires TLS.
     Plain,
