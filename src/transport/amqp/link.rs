@@ -153,11 +153,11 @@ pub enum LinkChange {
 pub struct LinkWatch {
     broker: Broker,
     events: Pin<Box<dyn Stream<Item = LinkEvent> + Send>>,
-    blocked: Option<Blocked>,
+    blocked: Option<LinkAlarm>,
 }
 
 /// An alarm of the broker.
-struct Blocked {
+struct LinkAlarm {
     since: Instant,
     reason: String,
     /// The check whether the broker takes messages after all.
@@ -201,7 +201,7 @@ impl LinkWatch {
             LinkEvent::Blocked(reason) => {
                 tracing::warn!(reason, "the broker takes no messages for now");
                 let checking = self.check_later();
-                self.blocked = Some(Blocked { since: Instant::now(), reason, checking });
+                self.blocked = Some(LinkAlarm { since: Instant::now(), reason, checking });
                 LinkChange::Blocked
             }
             LinkEvent::Unblocked => {
@@ -229,7 +229,7 @@ impl LinkWatch {
         }
         tracing::warn!(reason, seconds, "the broker takes no messages yet");
         let checking = self.check_later();
-        self.blocked = Some(Blocked { since, reason, checking });
+        self.blocked = Some(LinkAlarm { since, reason, checking });
         None
     }
 
