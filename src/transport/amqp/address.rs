@@ -79,7 +79,7 @@ impl Address {
             }
             let (scheme, rest) = (uri.scheme.to_string(), public(uri));
             let rest = rest.strip_prefix(&format!("{scheme}://")).unwrap_or_default();
-            format!("{scheme}://{}:***@{rest}", Encoded(&uri.authority.userinfo.username))
+            format!("{scheme}://{}:***@{rest}", UrlEncoded(&uri.authority.userinfo.username))
         };
         self.hosts.iter().map(masked).collect::<Vec<_>>().join(",")
     }
@@ -205,19 +205,19 @@ impl FromStr for Address {
 pub(crate) fn public(uri: &AMQPUri) -> String {
     let host = &uri.authority.host;
     let is_ipv6 = host.parse::<Ipv6Addr>().is_ok();
-    let host = if is_ipv6 { format!("[{host}]") } else { Encoded(host).to_string() };
+    let host = if is_ipv6 { format!("[{host}]") } else { UrlEncoded(host).to_string() };
     let vhost = match uri.vhost.as_str() {
         "/" => String::new(),
-        other => format!("/{}", Encoded(other)),
+        other => format!("/{}", UrlEncoded(other)),
     };
     format!("{}://{host}:{}{vhost}", uri.scheme, uri.authority.port)
 }
 
 /// A decoded part of a URL, encoded again so that it neither ends that part nor disturbs a
 /// terminal.
-struct Encoded<'a>(&'a str);
+struct UrlEncoded<'a>(&'a str);
 
-impl fmt::Display for Encoded<'_> {
+impl fmt::Display for UrlEncoded<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for character in self.0.chars() {
             if character.is_alphanumeric() || "-._~!$&'()*+;=".contains(character) {
