@@ -7,12 +7,12 @@ use crate::protocol::message::{Delivery, Request};
 /// The requests that a coordinator has taken and not acked.
 #[derive(Debug, Default)]
 pub struct RequestQueue {
-    unacked: BTreeMap<Delivery, Unacked>,
+    unacked: BTreeMap<Delivery, UnackedRequest>,
     delivered: u64,
 }
 
 #[derive(Debug)]
-struct Unacked {
+struct UnackedRequest {
     request: Request,
     deliveries: u32,
 }
@@ -22,7 +22,7 @@ impl RequestQueue {
     pub fn deliver(&mut self, request: &Request) -> Delivery {
         self.delivered += 1;
         let delivery = Delivery(self.delivered);
-        self.unacked.insert(delivery, Unacked { request: request.clone(), deliveries: 1 });
+        self.unacked.insert(delivery, UnackedRequest { request: request.clone(), deliveries: 1 });
         delivery
     }
 
