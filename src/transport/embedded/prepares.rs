@@ -16,14 +16,14 @@ use crate::protocol::{
 pub struct PrepareQueue {
     max_concurrency: u32,
     max_wait: Duration,
-    waiting: VecDeque<Waiting>,
+    waiting: VecDeque<WaitingPrepare>,
     unacked: u32,
     delivered: u64,
     longest_wait: Duration,
 }
 
 #[derive(Debug)]
-struct Waiting {
+struct WaitingPrepare {
     since: Time,
     prepare: Prepare,
 }
@@ -47,7 +47,7 @@ impl PrepareQueue {
 
     /// Adds a prepare.
     pub fn publish(&mut self, now: Time, prepare: Prepare) {
-        self.waiting.push_back(Waiting { since: now, prepare });
+        self.waiting.push_back(WaitingPrepare { since: now, prepare });
     }
 
     /// The next prepare that has a slot.
@@ -55,7 +55,7 @@ impl PrepareQueue {
         if self.unacked >= self.max_concurrency {
             return None;
         }
-        let Waiting { since, prepare } = self.waiting.pop_front()?;
+        let WaitingPrepare { since, prepare } = self.waiting.pop_front()?;
         self.longest_wait = self.longest_wait.max(now.since(since));
         self.unacked += 1;
         self.delivered += 1;
@@ -68,7 +68,7 @@ impl PrepareQueue {
         if self.next_expiry()? > now {
             return None;
         }
-        let Waiting { since, prepare } = self.waiting.pop_front()?;
+        let WaitingPrepare { since, prepare } = self.waiting.pop_front()?;
         self.longest_wait = self.longest_wait.max(now.since(since));
         Some(Returned(prepare.key))
     }
