@@ -8,7 +8,8 @@ use std::{
 
 use crate::protocol::{
     coordinator::{
-        Anomaly, Context, Effect, Phase, Work, inquiries::Inquiries, transaction::Transaction,
+        Anomaly, CoordinatorContext, Effect, Phase, Work, inquiries::Inquiries,
+        transaction::Transaction,
     },
     ids::TransactionKey,
     journal::JournalView,
@@ -35,13 +36,13 @@ impl HistorySearch {
         &mut self,
         key: &TransactionKey,
         view: &JournalView,
-        cx: &mut Context<'_>,
+        cx: &mut CoordinatorContext<'_>,
     ) {
         self.next.insert(key.clone());
         self.begin(view, cx);
     }
 
-    fn begin(&mut self, view: &JournalView, cx: &mut Context<'_>) {
+    fn begin(&mut self, view: &JournalView, cx: &mut CoordinatorContext<'_>) {
         if !self.serving.is_empty() {
             return;
         }
@@ -78,7 +79,7 @@ impl Work {
         &mut self,
         offset: u64,
         decisions: Vec<Arc<Decision>>,
-        cx: &mut Context<'_>,
+        cx: &mut CoordinatorContext<'_>,
     ) {
         if offset > self.view.next_offset() {
             cx.effects.push(Effect::Report(Anomaly::JournalGap(offset)));
@@ -90,7 +91,7 @@ impl Work {
         }
     }
 
-    fn first_read(&mut self, first: &Arc<Decision>, cx: &mut Context<'_>) {
+    fn first_read(&mut self, first: &Arc<Decision>, cx: &mut CoordinatorContext<'_>) {
         self.history.seen(first);
         self.inquiries.first_read(first, cx);
         self.with(&first.key, cx, |it, cx| {
@@ -101,7 +102,7 @@ impl Work {
     }
 
     /// Records are lost: what was not seen to be decided may have been.
-    fn recall_undecided(&mut self, cx: &mut Context<'_>) {
+    fn recall_undecided(&mut self, cx: &mut CoordinatorContext<'_>) {
         let is_undecided = |it: &Transaction| it.is_undecided() && it.phase() != Phase::Recalling;
         let mut keys = self.transactions.keys();
         keys.retain(|key| self.transactions.get(key).is_some_and(|it| is_undecided(it)));
@@ -114,7 +115,7 @@ impl Work {
         self.inquiries = Inquiries::default();
     }
 
-    pub(super) fn history_ended(&mut self, reaches: Option<Time>, cx: &mut Context<'_>) {
+    pub(super) fn history_ended(&mut self, reaches: Option<Time>, cx: &mut CoordinatorContext<'_>) {
         let found = std::mem::take(&mut self.history.found);
         let in_view = std::mem::take(&mut self.history.in_view);
         let margin = cx.settings().clock_margin;
@@ -134,7 +135,7 @@ impl Work {
         key: &TransactionKey,
         first: Option<Arc<Decision>>,
         is_complete: bool,
-        cx: &mut Context<'_>,
+        cx: &mut CoordinatorContext<'_>,
     ) {
         self.inquiries.recalled(key, first.as_deref(), is_complete, cx);
         self.with(key, cx, |it, cx| match first {

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::protocol::{
-    coordinator::{Anomaly, Context, Effect, Work},
+    coordinator::{Anomaly, CoordinatorContext, Effect, Work},
     deadlines::Deadlines,
     ids::{InstanceId, RequestHash, ServiceName, TransactionKey},
     journal::Recall,
@@ -38,7 +38,7 @@ impl Inquiries {
     }
 
     /// Whether this is the first that is asked about the transaction.
-    fn open(&mut self, inquiry: Inquiry, cx: &mut Context<'_>) -> bool {
+    fn open(&mut self, inquiry: Inquiry, cx: &mut CoordinatorContext<'_>) -> bool {
         let asker = (inquiry.service, inquiry.instance);
         let inquiries_max = cx.settings().inquiries_max;
         if let Some(pending) = self.pending.get_mut(&inquiry.key) {
@@ -63,7 +63,7 @@ impl Inquiries {
         true
     }
 
-    fn propose_abort(&mut self, key: &TransactionKey, cx: &mut Context<'_>) {
+    fn propose_abort(&mut self, key: &TransactionKey, cx: &mut CoordinatorContext<'_>) {
         let Some(pending) = self.pending.get_mut(key) else { return };
         pending.is_proposed = true;
         let at = cx.now + cx.settings().append_timeout;
@@ -80,7 +80,7 @@ impl Inquiries {
     }
 
     /// The first record of a transaction was read.
-    pub(super) fn first_read(&mut self, first: &Decision, cx: &mut Context<'_>) {
+    pub(super) fn first_read(&mut self, first: &Decision, cx: &mut CoordinatorContext<'_>) {
         // Until it has been looked up, an earlier record may be the outcome.
         if self.pending.get(&first.key).is_some_and(|it| it.is_proposed) {
             self.answer(first, cx);
@@ -94,7 +94,7 @@ impl Inquiries {
         key: &TransactionKey,
         first: Option<&Decision>,
         is_complete: bool,
-        cx: &mut Context<'_>,
+        cx: &mut CoordinatorContext<'_>,
     ) {
         let Some(pending) = self.pending.get(key).filter(|it| !it.is_proposed) else { return };
         let is_due = pending.deadline < cx.now;
@@ -113,7 +113,7 @@ impl Inquiries {
         }
     }
 
-    fn answer(&mut self, first: &Decision, cx: &mut Context<'_>) {
+    fn answer(&mut self, first: &Decision, cx: &mut CoordinatorContext<'_>) {
         let Some(pending) = self.close(&first.key) else { return };
         for (service, instance) in pending.askers {
             cx.tell(first, &service, instance);
@@ -126,7 +126,7 @@ impl Inquiries {
         Some(pending)
     }
 
-    pub(super) fn deadline_reached(&mut self, cx: &mut Context<'_>) {
+    pub(super) fn deadline_reached(&mut self, cx: &mut CoordinatorContext<'_>) {
         for key in self.deadlines.take_due(cx.now) {
             if let Some(pending) = self.pending.get_mut(&key) {
                 pending.due = None;
@@ -137,7 +137,7 @@ impl Inquiries {
 }
 
 impl Work {
-    pub(super) fn inquiry_received(&mut self, inquiry: Inquiry, cx: &mut Context<'_>) {
+    pub(super) fn inquiry_received(&mut self, inquiry: Inquiry, cx: &mut CoordinatorContext<'_>) {
         let key = inquiry.key.clone();
         if let Some(it) = self.transactions.get(&key) {
             let is_ours = it.request().request_hash == inquiry.request_hash;

@@ -74,7 +74,7 @@ pub struct Coordinator {
     shared: SharedState,
 }
 
-/// What a worker works on, one room each. It is apart from [`SharedState`] so that a [`Context`] can
+/// What a worker works on, one room each. It is apart from [`SharedState`] so that a [`CoordinatorContext`] can
 /// lend that to whichever of these handles an event.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 struct Work {
@@ -102,7 +102,7 @@ struct SharedState {
 
 /// What the handling of an event may use, besides what the event is about: the moment, what all
 /// transactions share, and the list to which whatever must be done is appended.
-struct Context<'a> {
+struct CoordinatorContext<'a> {
     now: Time,
     shared: &'a mut SharedState,
     effects: &'a mut Vec<Effect>,
@@ -118,7 +118,7 @@ impl Coordinator {
 
     /// Takes in one event and appends what must now be done, in order, to `effects`.
     pub fn handle(&mut self, now: Time, event: Event, effects: &mut Vec<Effect>) {
-        let cx = &mut Context { now, shared: &mut self.shared, effects };
+        let cx = &mut CoordinatorContext { now, shared: &mut self.shared, effects };
         self.work.handle(event, cx);
         self.work.serve_waiters(cx);
     }
@@ -194,7 +194,7 @@ impl Work {
         }
     }
 
-    fn handle(&mut self, event: Event, cx: &mut Context<'_>) {
+    fn handle(&mut self, event: Event, cx: &mut CoordinatorContext<'_>) {
         match event {
             Event::JournalAttached { next, since } => self.view.attach(next, since),
             Event::RecordsRead { offset, decisions } => self.records_read(offset, decisions, cx),
@@ -239,8 +239,8 @@ impl Work {
     fn with(
         &mut self,
         key: &TransactionKey,
-        cx: &mut Context<'_>,
-        handle: impl FnOnce(&mut Transaction, &mut Context<'_>),
+        cx: &mut CoordinatorContext<'_>,
+        handle: impl FnOnce(&mut Transaction, &mut CoordinatorContext<'_>),
     ) {
         let Some(transaction) = self.transactions.get_mut(key) else { return };
         handle(transaction, cx);
@@ -250,7 +250,7 @@ impl Work {
         }
     }
 
-    fn forget(&mut self, key: &TransactionKey, cx: &mut Context<'_>) {
+    fn forget(&mut self, key: &TransactionKey, cx: &mut CoordinatorContext<'_>) {
         let Some(mut transaction) = self.transactions.remove(key) else { return };
         cx.shared.deadlines.disarm(key, &mut transaction.due);
         if transaction.has_begun() {
@@ -260,7 +260,7 @@ impl Work {
 
     // ---- Votes and dones ---------------------------------------------------------------------
 
-    fn vote_received(&mut self, vote: Vote, cx: &mut Context<'_>) {
+    fn vote_received(&mut self, vote: Vote, cx: &mut CoordinatorContext<'_>) {
         cx.reported(&vote.service, &vote.instance, vote.free, vote.store.as_ref());
         let (key, service) = (vote.key.clone(), vote.service.clone());
         let mut vote = Some(vote);
@@ -281,7 +281,7 @@ impl Work {
 
     /// A vote for a transaction that isn't worked on here. If it is decided, the instance that voted
     /// hears how it ended; if not, the instance will inquire.
-    fn late_vote(&self, vote: Vote, cx: &mut Context<'_>) {
+    fn late_vote(&self, vote: Vote, cx: &mut CoordinatorContext<'_>) {
         let holds = matches!(vote.kind, VoteKind::Prepared { .. } | VoteKind::Failed { .. });
         let margin = cx.settings().clock_margin;
         if let (true, Recall::Found(first)) = (holds, self.view.recall(&vote.key, margin)) {
@@ -290,7 +290,12 @@ impl Work {
         cx.effects.push(Effect::Report(Anomaly::LateVote(vote.key, vote.service)));
     }
 
-    fn done_received(&mut self, done: Done, delivery: Option<Delivery>, cx: &mut Context<'_>) {
+    fn done_received(
+        &mut self,
+        done: Done,
+        delivery: Option<Delivery>,
+        cx: &mut CoordinatorContext<'_>,
+    ) {
         cx.reported(&done.service, &done.instance, done.free, done.store.as_ref());
         self.with(&done.key, cx, |it, cx| it.record_done(&done, delivery, cx));
         cx.learn(&done.service);
@@ -302,7 +307,7 @@ impl Work {
 
     // ---- Time, and the ends of things --------------------------------------------------------
 
-    fn deadline_reached(&mut self, cx: &mut Context<'_>) {
+    fn deadline_reached(&mut self, cx: &mut CoordinatorContext<'_>) {
         // What is armed meanwhile waits for the next time, even if it is due at once.
         for key in cx.shared.deadlines.take_due(cx.now) {
             self.with(&key, cx, |it, cx| {
@@ -314,14 +319,14 @@ impl Work {
     }
 
     /// All that was delivered will be delivered again, so all that came of it is forgotten.
-    fn disconnected(&mut self, cx: &mut Context<'_>) {
+    fn disconnected(&mut self, cx: &mut CoordinatorContext<'_>) {
         let view = std::mem::replace(&mut self.view, JournalView::new(0, Duration::ZERO));
         *self = Self::new(view);
         let SharedState { settings, draining, .. } = &*cx.shared;
         *cx.shared = SharedState { draining: *draining, ..SharedState::new(settings.clone()) };
     }
 
-    fn drain(&mut self, cx: &mut Context<'_>) {
+    fn drain(&mut self, cx: &mut CoordinatorContext<'_>) {
         cx.shared.draining = true;
         let transactions = &self.transactions;
         let is_leaving =
@@ -337,7 +342,7 @@ impl Work {
     }
 }
 
-impl Context<'_> {
+impl CoordinatorContext<'_> {
     fn settings(&self) -> &Settings {
         &self.shared.settings
     }

@@ -2,7 +2,7 @@
 //! answered with what the journal says, or begins a transaction.
 
 use crate::protocol::{
-    coordinator::{Anomaly, Context, Effect, Settings, Work, transaction::Transaction},
+    coordinator::{Anomaly, CoordinatorContext, Effect, Settings, Work, transaction::Transaction},
     ids::TransactionKey,
     journal::Recall,
     message::{Delivery, ReasonCode, Request},
@@ -14,7 +14,7 @@ impl Work {
         request: Request,
         delivery: Delivery,
         deliveries: u32,
-        cx: &mut Context<'_>,
+        cx: &mut CoordinatorContext<'_>,
     ) {
         if cx.shared.draining {
             return cx.effects.push(Effect::Release(delivery));
@@ -70,7 +70,7 @@ impl Work {
         to: &TransactionKey,
         request: Request,
         (delivery, deliveries): (Delivery, u32),
-        cx: &mut Context<'_>,
+        cx: &mut CoordinatorContext<'_>,
     ) {
         self.with(to, cx, |it, cx| {
             if it.request().request_hash == request.request_hash {

@@ -4,12 +4,12 @@
 use std::time::Duration;
 
 use crate::protocol::{
-    coordinator::{Anomaly, Context, Effect, SharedState, Work, admission::ServiceLoad},
+    coordinator::{Anomaly, CoordinatorContext, Effect, SharedState, Work, admission::ServiceLoad},
     ids::{InstanceId, ServiceName, StoreId, TransactionKey},
 };
 
 impl Work {
-    pub(super) fn service_found(&mut self, service: &ServiceName, cx: &mut Context<'_>) {
+    pub(super) fn service_found(&mut self, service: &ServiceName, cx: &mut CoordinatorContext<'_>) {
         let Some(load) = cx.shared.loads.get_mut(service) else { return };
         if load.found() {
             cx.effects.push(Effect::Report(Anomaly::ServiceAvailable(service.clone())));
@@ -22,7 +22,11 @@ impl Work {
 
     /// The service exists, and nobody serves it. Who waits for it does so from now on with a
     /// deadline, and only so many.
-    pub(super) fn service_unserved(&mut self, service: &ServiceName, cx: &mut Context<'_>) {
+    pub(super) fn service_unserved(
+        &mut self,
+        service: &ServiceName,
+        cx: &mut CoordinatorContext<'_>,
+    ) {
         let Some(load) = cx.shared.loads.get_mut(service) else { return };
         if load.is_found() && load.is_unserved() {
             return;
@@ -37,7 +41,7 @@ impl Work {
     }
 
     /// What is known of the service has changed: each waiter tries again.
-    fn retry_waiters(&mut self, service: &ServiceName, cx: &mut Context<'_>) {
+    fn retry_waiters(&mut self, service: &ServiceName, cx: &mut CoordinatorContext<'_>) {
         let Some(load) = cx.shared.loads.get_mut(service) else { return };
         let waiters: Vec<_> = load.dequeue_all().collect();
         for key in waiters {
@@ -45,7 +49,11 @@ impl Work {
         }
     }
 
-    pub(super) fn service_missing(&mut self, service: &ServiceName, cx: &mut Context<'_>) {
+    pub(super) fn service_missing(
+        &mut self,
+        service: &ServiceName,
+        cx: &mut CoordinatorContext<'_>,
+    ) {
         let Some(mut load) = cx.shared.loads.remove(service) else { return };
         for key in load.dequeue_all() {
             self.with(&key, cx, |it, cx| it.service_missing(service, cx));
@@ -58,7 +66,7 @@ impl Work {
         &mut self,
         service: &ServiceName,
         refused: bool,
-        cx: &mut Context<'_>,
+        cx: &mut CoordinatorContext<'_>,
     ) {
         let SharedState { loads, settings, .. } = &mut *cx.shared;
         let Some(load) = loads.get_mut(service) else { return };
@@ -83,7 +91,7 @@ impl Work {
         &mut self,
         key: &TransactionKey,
         service: &ServiceName,
-        cx: &mut Context<'_>,
+        cx: &mut CoordinatorContext<'_>,
     ) {
         self.with(key, cx, |it, cx| it.service_missing(service, cx));
         // One that is not found is being looked for already.
@@ -95,7 +103,7 @@ impl Work {
     }
 
     /// Lets those go on who waited for what has become free.
-    pub(super) fn serve_waiters(&mut self, cx: &mut Context<'_>) {
+    pub(super) fn serve_waiters(&mut self, cx: &mut CoordinatorContext<'_>) {
         if cx.shared.was_at_capacity && !cx.is_at_capacity() {
             cx.shared.was_at_capacity = false;
             let waiting = cx.shared.loads.iter().filter(|(_, load)| load.has_waiters());
@@ -112,7 +120,7 @@ impl Work {
     fn next_waiter(
         &mut self,
         service: &ServiceName,
-        cx: &mut Context<'_>,
+        cx: &mut CoordinatorContext<'_>,
     ) -> Option<TransactionKey> {
         let may_begin = !cx.is_at_capacity();
         let SharedState { loads, deadlines, was_at_capacity, .. } = &mut *cx.shared;
@@ -133,7 +141,7 @@ impl Work {
     }
 }
 
-impl Context<'_> {
+impl CoordinatorContext<'_> {
     /// An instance has reported its free slots, and which store it has.
     pub(super) fn reported(
         &mut self,

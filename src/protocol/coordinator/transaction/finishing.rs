@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::protocol::{
     coordinator::{
-        Context,
+        CoordinatorContext,
         event::{Anomaly, Effect},
         transaction::{Phase, Transaction, VoteState},
     },
@@ -47,7 +47,12 @@ impl Transaction {
         Finish { key: self.request.key.clone(), outcome, branch, parked: false }
     }
 
-    pub(super) fn send_commit(&mut self, index: usize, decision: &Decision, cx: &mut Context<'_>) {
+    pub(super) fn send_commit(
+        &mut self,
+        index: usize,
+        decision: &Decision,
+        cx: &mut CoordinatorContext<'_>,
+    ) {
         if decision.branch_of(&self.request.services[index]).is_some() {
             self.send_finish(index, 0, 0, false, cx);
         } else if self.enlistments[index].holds_slot {
@@ -59,7 +64,7 @@ impl Transaction {
         }
     }
 
-    pub(super) fn send_abort(&mut self, index: usize, cx: &mut Context<'_>) {
+    pub(super) fn send_abort(&mut self, index: usize, cx: &mut CoordinatorContext<'_>) {
         let vote_state = &self.enlistments[index].vote_state;
         let is_silent = vote_state.is_to_be_asked() || *vote_state == VoteState::Queried;
         let may_hold = self.repeated || self.enlistments[index].was_refused;
@@ -95,7 +100,7 @@ impl Transaction {
         silences: u32,
         failures: u32,
         all: bool,
-        cx: &mut Context<'_>,
+        cx: &mut CoordinatorContext<'_>,
     ) {
         let Some(decision) = &self.decision else { return };
         let (finish, holder) = self.finish_and_holder(index, decision);
@@ -116,7 +121,7 @@ impl Transaction {
         &mut self,
         done: &Done,
         delivery: Option<Delivery>,
-        cx: &mut Context<'_>,
+        cx: &mut CoordinatorContext<'_>,
     ) {
         let Some(index) = self.index_of(&done.service) else { return };
         match &self.applied(index, done) {
@@ -167,7 +172,7 @@ impl Transaction {
         }
     }
 
-    fn settle(&self, index: usize, ack: Option<Delivery>, cx: &mut Context<'_>) {
+    fn settle(&self, index: usize, ack: Option<Delivery>, cx: &mut CoordinatorContext<'_>) {
         let (key, service) = (self.request.key.clone(), self.request.services[index].clone());
         let was_parked =
             matches!(self.enlistments[index].finish_state, FinishState::Parking { .. });
@@ -175,7 +180,7 @@ impl Transaction {
     }
 
     /// A request was delivered again of what has committed in part or as a whole.
-    pub(super) fn settle_committed(&self, cx: &mut Context<'_>) {
+    pub(super) fn settle_committed(&self, cx: &mut CoordinatorContext<'_>) {
         let Some(decision) = self.own_decision() else { return };
         for (index, service) in self.request.services.iter().enumerate() {
             if self.enlistments[index].finish_state == FinishState::None
@@ -188,7 +193,7 @@ impl Transaction {
 
     /// A service's code failed to finish. Only the answer that is waited for counts: several
     /// instances may report the same attempt.
-    fn record_failure(&mut self, index: usize, error: &Arc<str>, cx: &mut Context<'_>) {
+    fn record_failure(&mut self, index: usize, error: &Arc<str>, cx: &mut CoordinatorContext<'_>) {
         let FinishState::Sent(attempts) = self.enlistments[index].finish_state else { return };
         let failures = attempts.failures + 1;
         cx.effects.push(Effect::Report(Anomaly::CommitFailed {
@@ -206,7 +211,12 @@ impl Transaction {
         cx.wake(&self.request.key, &mut self.due, due);
     }
 
-    fn park_commit(&mut self, index: usize, error: Option<Arc<str>>, cx: &mut Context<'_>) {
+    fn park_commit(
+        &mut self,
+        index: usize,
+        error: Option<Arc<str>>,
+        cx: &mut CoordinatorContext<'_>,
+    ) {
         let service = self.request.services[index].clone();
         let decided = self.decision.as_ref().and_then(|decision| decision.branch_of(&service));
         let Some(branch) = decided.cloned() else { return };
@@ -222,7 +232,7 @@ impl Transaction {
     pub(in super::super) fn park_confirmed(
         &mut self,
         service: Option<&ServiceName>,
-        cx: &mut Context<'_>,
+        cx: &mut CoordinatorContext<'_>,
     ) {
         let Some(service) = service else {
             if self.phase == Phase::Parking {
@@ -245,7 +255,12 @@ impl Transaction {
         }
     }
 
-    pub(super) fn answer_late_vote(&mut self, index: usize, vote: Vote, cx: &mut Context<'_>) {
+    pub(super) fn answer_late_vote(
+        &mut self,
+        index: usize,
+        vote: Vote,
+        cx: &mut CoordinatorContext<'_>,
+    ) {
         let Some(decision) = self.own_decision() else { return };
         match vote.kind {
             VoteKind::Prepared { branch } | VoteKind::Failed { branch, .. } => {
@@ -281,7 +296,11 @@ impl Transaction {
     }
 
     /// An instance that holds the transaction, or has found it in the store, asks what became of it.
-    pub(in super::super) fn answer_inquiry(&self, inquiry: Inquiry, cx: &mut Context<'_>) {
+    pub(in super::super) fn answer_inquiry(
+        &self,
+        inquiry: Inquiry,
+        cx: &mut CoordinatorContext<'_>,
+    ) {
         let index = self.index_of(&inquiry.service);
         if index.is_some_and(|it| self.is_with_holder(it, &inquiry.branch, &inquiry.instance)) {
             return;
@@ -304,7 +323,7 @@ impl Transaction {
         !attempts.all && held == branch && holder != instance
     }
 
-    pub(super) fn wake_finish(&mut self, index: usize, cx: &mut Context<'_>) {
+    pub(super) fn wake_finish(&mut self, index: usize, cx: &mut CoordinatorContext<'_>) {
         match &self.enlistments[index].finish_state {
             FinishState::Sent(attempts) if attempts.due <= cx.now => {
                 let FinishAttempts { silences, failures, .. } = *attempts;

@@ -11,7 +11,7 @@ use std::{sync::Arc, time::Duration};
 
 use crate::protocol::{
     coordinator::{
-        Context,
+        CoordinatorContext,
         event::{Anomaly, Effect},
         transaction::{finishing::FinishState, result::Requester},
     },
@@ -236,7 +236,7 @@ impl Transaction {
 
     /// The journal holds no decision: ask who holds it, if another worker may have begun it, and
     /// else the services for their votes.
-    pub(super) fn start(&mut self, cx: &mut Context<'_>) {
+    pub(super) fn start(&mut self, cx: &mut CoordinatorContext<'_>) {
         if self.is_poison {
             self.reason = Some(Reason::because(ReasonCode::Failed, "delivered too often"));
             self.begin(cx);
@@ -257,7 +257,7 @@ impl Transaction {
 
     /// Whether the journal read so far may lack a decision of this transaction: begin again once
     /// it has been looked up.
-    pub(super) fn recall_again(&mut self, cx: &mut Context<'_>) {
+    pub(super) fn recall_again(&mut self, cx: &mut CoordinatorContext<'_>) {
         self.withdraw(cx);
         for enlistment in &mut self.enlistments {
             enlistment.vote_state = VoteState::Unasked;
@@ -273,7 +273,7 @@ impl Transaction {
     }
 
     /// The outcome can't be determined: hand it to a person.
-    pub(super) fn park(&mut self, cx: &mut Context<'_>) {
+    pub(super) fn park(&mut self, cx: &mut CoordinatorContext<'_>) {
         self.phase = Phase::Parking;
         let cause = ParkedCause::Undecidable(self.request.clone());
         let parked = Parked { key: self.request.key.clone(), cause, parked_at: cx.now };
@@ -281,7 +281,7 @@ impl Transaction {
         self.wake_at(cx.now + cx.settings().finish_timeout, cx);
     }
 
-    fn begin(&mut self, cx: &mut Context<'_>) {
+    fn begin(&mut self, cx: &mut CoordinatorContext<'_>) {
         if !self.begun {
             self.begun = true;
             cx.shared.active += 1;
@@ -289,7 +289,7 @@ impl Transaction {
     }
 
     /// It waits like a new one, and doesn't count as in flight.
-    fn wait_again(&mut self, cx: &mut Context<'_>) {
+    fn wait_again(&mut self, cx: &mut CoordinatorContext<'_>) {
         self.phase = Phase::Waiting;
         if self.begun {
             self.begun = false;
@@ -303,13 +303,18 @@ impl Transaction {
     }
 
     /// Asks one instance that is known to hold something for its vote.
-    pub(super) fn query(&self, service: &ServiceName, to: InstanceId, cx: &mut Context<'_>) {
+    pub(super) fn query(
+        &self,
+        service: &ServiceName,
+        to: InstanceId,
+        cx: &mut CoordinatorContext<'_>,
+    ) {
         if let Some(index) = self.index_of(service) {
             self.send(index, Destination::Instance(to), self.query_command(), cx);
         }
     }
 
-    pub(super) fn record_vote(&mut self, vote: Vote, cx: &mut Context<'_>) {
+    pub(super) fn record_vote(&mut self, vote: Vote, cx: &mut CoordinatorContext<'_>) {
         let Some(index) = self.index_of(&vote.service) else {
             let late = Anomaly::LateVote(vote.key, vote.service);
             return cx.effects.push(Effect::Report(late));
@@ -337,7 +342,7 @@ impl Transaction {
         }
     }
 
-    fn apply_vote(&mut self, index: usize, vote: Vote, cx: &mut Context<'_>) {
+    fn apply_vote(&mut self, index: usize, vote: Vote, cx: &mut CoordinatorContext<'_>) {
         self.unask(index, true, cx);
         let instance = vote.instance;
         let held = match &vote.kind {
@@ -407,7 +412,11 @@ impl Transaction {
     }
 
     /// The transport brought the prepare back.
-    pub(super) fn prepare_returned(&mut self, service: &ServiceName, cx: &mut Context<'_>) {
+    pub(super) fn prepare_returned(
+        &mut self,
+        service: &ServiceName,
+        cx: &mut CoordinatorContext<'_>,
+    ) {
         let Some(index) = self.index_of(service) else { return };
         let VoteState::Asked { at, .. } = self.enlistments[index].vote_state else { return };
         let waited = cx.now.since(at);
@@ -428,7 +437,11 @@ impl Transaction {
     }
 
     /// There is no such service.
-    pub(super) fn service_missing(&mut self, service: &ServiceName, cx: &mut Context<'_>) {
+    pub(super) fn service_missing(
+        &mut self,
+        service: &ServiceName,
+        cx: &mut CoordinatorContext<'_>,
+    ) {
         let Some(index) = self.index_of(service) else { return };
         if matches!(self.enlistments[index].vote_state, VoteState::Asked { .. } | VoteState::Queued)
         {
@@ -439,7 +452,11 @@ impl Transaction {
 
     /// The broker refused the prepare. It is sent again when the service is found again, and until
     /// then holds up nobody unless something is held elsewhere.
-    pub(super) fn prepare_refused(&mut self, service: &ServiceName, cx: &mut Context<'_>) {
+    pub(super) fn prepare_refused(
+        &mut self,
+        service: &ServiceName,
+        cx: &mut CoordinatorContext<'_>,
+    ) {
         let Some(index) = self.index_of(service) else { return };
         let is_asked = matches!(self.enlistments[index].vote_state, VoteState::Asked { .. });
         if self.phase != Phase::Preparing || !is_asked {
@@ -456,7 +473,7 @@ impl Transaction {
         self.advance(None, cx);
     }
 
-    fn decline(&mut self, index: usize, reason: Reason, cx: &mut Context<'_>) {
+    fn decline(&mut self, index: usize, reason: Reason, cx: &mut CoordinatorContext<'_>) {
         self.unask(index, false, cx);
         self.enlistments[index].vote_state = VoteState::Declined;
         self.reason.get_or_insert(reason);
@@ -466,7 +483,7 @@ impl Transaction {
     }
 
     /// Proposes an outcome if the votes allow one, and else goes on asking.
-    fn evaluate(&mut self, cx: &mut Context<'_>) {
+    fn evaluate(&mut self, cx: &mut CoordinatorContext<'_>) {
         let in_favour = |enlistment: &Enlistment| {
             matches!(enlistment.vote_state, VoteState::Prepared { .. } | VoteState::ReadOnly)
         };
@@ -481,7 +498,7 @@ impl Transaction {
         }
     }
 
-    fn propose(&mut self, outcome: Outcome, cx: &mut Context<'_>) {
+    fn propose(&mut self, outcome: Outcome, cx: &mut CoordinatorContext<'_>) {
         self.begin(cx);
         for index in 0..self.enlistments.len() {
             if self.enlistments[index].vote_state == VoteState::Queued {
@@ -516,7 +533,7 @@ impl Transaction {
     // ---- After the decision ------------------------------------------------------------------
 
     /// The outcome was read back: nothing but this makes anyone commit, abort or hear a result.
-    pub(super) fn adopt(&mut self, decision: &Arc<Decision>, cx: &mut Context<'_>) {
+    pub(super) fn adopt(&mut self, decision: &Arc<Decision>, cx: &mut CoordinatorContext<'_>) {
         self.begin(cx);
         for index in 0..self.enlistments.len() {
             if matches!(self.enlistments[index].vote_state, VoteState::Asked { .. }) {
@@ -552,7 +569,7 @@ impl Transaction {
 
     /// The first decision under this key is about another request: this one is not carried out, and
     /// what was prepared for it is undone.
-    fn yield_to_other_content(&mut self, decision: &Decision, cx: &mut Context<'_>) {
+    fn yield_to_other_content(&mut self, decision: &Decision, cx: &mut CoordinatorContext<'_>) {
         self.phase = Phase::Answering;
         for index in 0..self.enlistments.len() {
             if self.enlistments[index].holds_slot {
@@ -577,7 +594,7 @@ impl Transaction {
     // ---- Time --------------------------------------------------------------------------------
 
     /// The moment has come that it wanted to be looked at again.
-    pub(super) fn wake(&mut self, cx: &mut Context<'_>) {
+    pub(super) fn wake(&mut self, cx: &mut CoordinatorContext<'_>) {
         let is_due = self.phase_timer.is_some_and(|at| at <= cx.now);
         match self.phase {
             Phase::Querying if is_due => self.end_query(cx),
@@ -625,7 +642,7 @@ impl Transaction {
     }
 
     /// The services that have not answered the query don't hold it: ask them for their votes.
-    fn end_query(&mut self, cx: &mut Context<'_>) {
+    fn end_query(&mut self, cx: &mut CoordinatorContext<'_>) {
         self.phase = Phase::Preparing;
         self.phase_timer = None;
         for enlistment in &mut self.enlistments {
@@ -660,7 +677,7 @@ impl Transaction {
 
     /// Time is over. If a service that has not voted can't be reached, or nobody serves it, that is
     /// the reason.
-    fn give_up_preparing(&mut self, cx: &mut Context<'_>) {
+    fn give_up_preparing(&mut self, cx: &mut CoordinatorContext<'_>) {
         let is_silent = |enlistment: &Enlistment| {
             enlistment.vote_state.is_to_be_asked()
                 || matches!(enlistment.vote_state, VoteState::Queued | VoteState::Asked { .. })
@@ -689,12 +706,12 @@ impl Transaction {
         deadlines.wake_by(&self.request.key, &mut self.due, at);
     }
 
-    fn wake_at(&mut self, at: Time, cx: &mut Context<'_>) {
+    fn wake_at(&mut self, at: Time, cx: &mut CoordinatorContext<'_>) {
         self.phase_timer = Some(at);
         cx.wake(&self.request.key, &mut self.due, at);
     }
 
-    fn rearm(&mut self, cx: &mut Context<'_>) {
+    fn rearm(&mut self, cx: &mut CoordinatorContext<'_>) {
         let finishes =
             self.enlistments.iter().filter_map(|enlistment| match &enlistment.finish_state {
                 FinishState::Sent(attempts) | FinishState::BackingOff(attempts) => {
@@ -711,7 +728,13 @@ impl Transaction {
         }
     }
 
-    fn send(&self, index: usize, to: Destination, command: Command, cx: &mut Context<'_>) {
+    fn send(
+        &self,
+        index: usize,
+        to: Destination,
+        command: Command,
+        cx: &mut CoordinatorContext<'_>,
+    ) {
         let service = self.request.services[index].clone();
         cx.effects.push(Effect::Send { service, to, command });
     }

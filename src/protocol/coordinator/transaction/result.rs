@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::protocol::{
     coordinator::{
-        Context,
+        CoordinatorContext,
         event::{Anomaly, Effect},
         transaction::{Enlistment, Phase, Transaction, finishing::FinishState},
     },
@@ -35,7 +35,7 @@ impl Transaction {
         &mut self,
         delivery: Delivery,
         deliveries: u32,
-        cx: &mut Context<'_>,
+        cx: &mut CoordinatorContext<'_>,
     ) {
         self.requesters.push(Requester::new(delivery));
         if deliveries > 1 {
@@ -55,14 +55,18 @@ impl Transaction {
     }
 
     /// Answers with the outcome of an earlier transaction of the same id and content.
-    pub(in super::super) fn answer_as(&mut self, decision: &Arc<Decision>, cx: &mut Context<'_>) {
+    pub(in super::super) fn answer_as(
+        &mut self,
+        decision: &Arc<Decision>,
+        cx: &mut CoordinatorContext<'_>,
+    ) {
         self.begin(cx);
         self.decision = Some(Arc::clone(decision));
         self.phase = Phase::Answering;
         self.publish_to_all(cx);
     }
 
-    pub(super) fn answer_if_complete(&mut self, cx: &mut Context<'_>) {
+    pub(super) fn answer_if_complete(&mut self, cx: &mut CoordinatorContext<'_>) {
         let is_complete = |enlistment: &Enlistment| {
             matches!(enlistment.finish_state, FinishState::None | FinishState::Parked)
         };
@@ -72,13 +76,13 @@ impl Transaction {
         }
     }
 
-    pub(super) fn publish_to_all(&mut self, cx: &mut Context<'_>) {
+    pub(super) fn publish_to_all(&mut self, cx: &mut CoordinatorContext<'_>) {
         for index in 0..self.requesters.len() {
             self.publish(index, cx);
         }
     }
 
-    pub(super) fn publish(&mut self, index: usize, cx: &mut Context<'_>) {
+    pub(super) fn publish(&mut self, index: usize, cx: &mut CoordinatorContext<'_>) {
         let Some(decision) = &self.decision else { return };
         let requester = &mut self.requesters[index];
         requester.republish_at = None;
@@ -103,7 +107,11 @@ impl Transaction {
     }
 
     /// A result is safe: only now may its request go.
-    pub(in super::super) fn result_confirmed(&mut self, delivery: Delivery, cx: &mut Context<'_>) {
+    pub(in super::super) fn result_confirmed(
+        &mut self,
+        delivery: Delivery,
+        cx: &mut CoordinatorContext<'_>,
+    ) {
         if !matches!(self.phase, Phase::Aborting | Phase::Answering) {
             return;
         }
@@ -115,7 +123,11 @@ impl Transaction {
 
     /// A result may be lost: it is published again with a growing pause. After so many times it
     /// counts as unclaimed, since what its producer lacks may not hold up this worker for ever.
-    pub(in super::super) fn result_failed(&mut self, delivery: Delivery, cx: &mut Context<'_>) {
+    pub(in super::super) fn result_failed(
+        &mut self,
+        delivery: Delivery,
+        cx: &mut CoordinatorContext<'_>,
+    ) {
         // Before the decision there is none to be published again.
         if !matches!(self.phase, Phase::Aborting | Phase::Answering) {
             return;
@@ -143,7 +155,10 @@ impl Transaction {
     }
 
     /// Hands the requests back, if nothing was begun.
-    pub(in super::super) fn release_if_not_begun(&mut self, cx: &mut Context<'_>) -> bool {
+    pub(in super::super) fn release_if_not_begun(
+        &mut self,
+        cx: &mut CoordinatorContext<'_>,
+    ) -> bool {
         if !self.is_not_begun() {
             return false;
         }

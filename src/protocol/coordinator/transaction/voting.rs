@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 
 use crate::protocol::{
     coordinator::{
-        Anomaly, Context, Effect,
+        Anomaly, CoordinatorContext, Effect,
         admission::ServiceLoad,
         transaction::{Enlistment, Phase, Transaction, VoteState},
     },
@@ -31,7 +31,7 @@ fn has_room(
     service: &ServiceName,
     turn: Option<&ServiceName>,
     begun: bool,
-    cx: &mut Context<'_>,
+    cx: &mut CoordinatorContext<'_>,
 ) -> bool {
     let now = cx.now;
     let load = cx.load(service);
@@ -41,7 +41,11 @@ fn has_room(
 impl Transaction {
     /// Asks for votes, as many as can be asked for at once without standing in another
     /// transaction's way. `turn`: the service whose queue it was just taken from.
-    pub(in super::super) fn advance(&mut self, turn: Option<&ServiceName>, cx: &mut Context<'_>) {
+    pub(in super::super) fn advance(
+        &mut self,
+        turn: Option<&ServiceName>,
+        cx: &mut CoordinatorContext<'_>,
+    ) {
         debug_assert!(matches!(self.phase, Phase::Waiting | Phase::Preparing));
         if self.enlistments.iter().any(|enlistment| enlistment.vote_state == VoteState::Queued) {
             return;
@@ -92,7 +96,7 @@ impl Transaction {
     }
 
     /// It can have all it needs, as far as is known.
-    fn ask_within_room(&mut self, turn: Option<&ServiceName>, cx: &mut Context<'_>) {
+    fn ask_within_room(&mut self, turn: Option<&ServiceName>, cx: &mut CoordinatorContext<'_>) {
         let services = Arc::clone(&self.request.services);
         let (mut is_own, mut is_sure) = (true, true);
         for (index, service) in services.iter().enumerate() {
@@ -120,7 +124,7 @@ impl Transaction {
     /// Contended services are taken one after another in name order, so that no two transactions
     /// wait for what the other one holds: the next when the one before has voted, or when it is
     /// known to have a slot.
-    fn ask_in_order(&mut self, turn: Option<&ServiceName>, cx: &mut Context<'_>) {
+    fn ask_in_order(&mut self, turn: Option<&ServiceName>, cx: &mut CoordinatorContext<'_>) {
         let services = Arc::clone(&self.request.services);
         let now = cx.now;
         for (index, service) in services.iter().enumerate() {
@@ -158,7 +162,7 @@ impl Transaction {
     /// waiting for another is lost to everyone else, so it waits for the scarcest first, and holds
     /// nothing. Only where that fails again and again does it take what it can get; or where what
     /// it has got is the scarcest, and nobody else holds slots while waiting for the rest.
-    fn scarce(&self, turn: Option<&ServiceName>, cx: &mut Context<'_>) -> Scarcity {
+    fn scarce(&self, turn: Option<&ServiceName>, cx: &mut CoordinatorContext<'_>) -> Scarcity {
         let services = &self.request.services;
         let mut scarcest = None;
         let mut may_hold = turn.is_some();
@@ -183,7 +187,7 @@ impl Transaction {
         }
     }
 
-    fn ask_all(&mut self, cx: &mut Context<'_>) {
+    fn ask_all(&mut self, cx: &mut CoordinatorContext<'_>) {
         for index in 0..self.enlistments.len() {
             if self.enlistments[index].vote_state.is_to_be_asked() {
                 self.ask(index, cx);
@@ -192,7 +196,7 @@ impl Transaction {
     }
 
     /// Keeps a place at every service that is to be asked, until it is.
-    fn reserve_all(&mut self, cx: &mut Context<'_>) {
+    fn reserve_all(&mut self, cx: &mut CoordinatorContext<'_>) {
         for index in 0..self.enlistments.len() {
             if self.enlistments[index].vote_state == VoteState::Unasked {
                 self.enlistments[index].vote_state = VoteState::Reserved;
@@ -202,7 +206,11 @@ impl Transaction {
     }
 
     /// Back from the queue of `service`.
-    pub(in super::super) fn dequeued(&mut self, service: &ServiceName, cx: &mut Context<'_>) {
+    pub(in super::super) fn dequeued(
+        &mut self,
+        service: &ServiceName,
+        cx: &mut CoordinatorContext<'_>,
+    ) {
         let Some(index) = self.index_of(service) else { return };
         if self.enlistments[index].vote_state == VoteState::Queued {
             self.enlistments[index].vote_state = VoteState::Unasked;
@@ -211,7 +219,7 @@ impl Transaction {
         }
     }
 
-    fn queue(&mut self, index: usize, cx: &mut Context<'_>) {
+    fn queue(&mut self, index: usize, cx: &mut CoordinatorContext<'_>) {
         let services = Arc::clone(&self.request.services);
         let service = &services[index];
         if let Some(reason) = cx.load(service).why_out_of_reach(service) {
@@ -234,7 +242,7 @@ impl Transaction {
         }
     }
 
-    fn ask(&mut self, index: usize, cx: &mut Context<'_>) {
+    fn ask(&mut self, index: usize, cx: &mut CoordinatorContext<'_>) {
         self.begin(cx);
         self.phase = Phase::Preparing;
         let deadline = self.start_deadline(cx);
@@ -261,7 +269,7 @@ impl Transaction {
     }
 
     /// From the first slot that is asked for or held, others may wait for it.
-    pub(super) fn start_deadline(&mut self, cx: &mut Context<'_>) -> Time {
+    pub(super) fn start_deadline(&mut self, cx: &mut CoordinatorContext<'_>) -> Time {
         let at = cx.now + self.timeout(cx);
         let deadline = *self.prepare_deadline.get_or_insert(at);
         cx.wake(&self.request.key, &mut self.due, deadline);
@@ -270,7 +278,7 @@ impl Transaction {
 
     /// A service that can't be reached, or that nobody serves, is not waited for without end, even
     /// before any is asked.
-    fn limit_wait(&mut self, cx: &mut Context<'_>) {
+    fn limit_wait(&mut self, cx: &mut CoordinatorContext<'_>) {
         let at = cx.now + self.timeout(cx);
         let until = match self.prepare_deadline {
             Some(deadline) => deadline,
@@ -279,12 +287,12 @@ impl Transaction {
         cx.wake(&self.request.key, &mut self.due, until);
     }
 
-    fn timeout(&self, cx: &Context<'_>) -> Duration {
+    fn timeout(&self, cx: &CoordinatorContext<'_>) -> Duration {
         let usual = cx.settings().prepare_timeout;
         self.request.timeout.unwrap_or(usual)
     }
 
-    pub(super) fn hold(&mut self, index: usize, cx: &mut Context<'_>) {
+    pub(super) fn hold(&mut self, index: usize, cx: &mut CoordinatorContext<'_>) {
         if !self.enlistments[index].holds_slot {
             self.enlistments[index].holds_slot = true;
             if let Some(load) = cx.known_load(&self.request.services[index]) {
@@ -293,7 +301,7 @@ impl Transaction {
         }
     }
 
-    pub(super) fn release(&mut self, index: usize, cx: &mut Context<'_>) {
+    pub(super) fn release(&mut self, index: usize, cx: &mut CoordinatorContext<'_>) {
         if self.enlistments[index].holds_slot {
             self.enlistments[index].holds_slot = false;
             cx.relieve(&self.request.services[index], ServiceLoad::freed_slot);
@@ -301,7 +309,7 @@ impl Transaction {
     }
 
     /// No prepare of this service is waited for any more.
-    pub(super) fn unask(&mut self, index: usize, admitted: bool, cx: &mut Context<'_>) {
+    pub(super) fn unask(&mut self, index: usize, admitted: bool, cx: &mut CoordinatorContext<'_>) {
         let service = &self.request.services[index];
         let vote_state = &mut self.enlistments[index].vote_state;
         match *vote_state {
@@ -339,14 +347,14 @@ impl Transaction {
         }
     }
 
-    pub(super) fn withdraw_prepares(&mut self, cx: &mut Context<'_>) {
+    pub(super) fn withdraw_prepares(&mut self, cx: &mut CoordinatorContext<'_>) {
         for index in 0..self.enlistments.len() {
             self.unask(index, false, cx);
         }
     }
 
     /// Takes back all it has noted in the loads of services.
-    pub(in super::super) fn withdraw(&mut self, cx: &mut Context<'_>) {
+    pub(in super::super) fn withdraw(&mut self, cx: &mut CoordinatorContext<'_>) {
         for index in 0..self.enlistments.len() {
             self.unask(index, false, cx);
             self.release(index, cx);
