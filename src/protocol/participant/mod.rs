@@ -52,7 +52,7 @@ pub struct Instance {
     resources: Resources,
 }
 
-/// What an instance has to do with. It is apart from [`Resources`] so that a [`Context`] can lend
+/// What an instance has to do with. It is apart from [`Resources`] so that a [`InstanceContext`] can lend
 /// those to whichever of these handles an event.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 struct Holdings {
@@ -86,7 +86,7 @@ struct DeliveredPrepare {
 
 /// What the handling of an event may use, besides what the event is about: the moment, what all
 /// transactions share, and the list to which whatever must be done is appended.
-struct Context<'a> {
+struct InstanceContext<'a> {
     now: Time,
     resources: &'a mut Resources,
     effects: &'a mut Vec<Effect>,
@@ -114,7 +114,7 @@ impl Instance {
 
     /// Takes in one event and appends what must now be done, in order, to `effects`.
     pub fn handle(&mut self, now: Time, event: Event, effects: &mut Vec<Effect>) {
-        let cx = &mut Context { now, resources: &mut self.resources, effects };
+        let cx = &mut InstanceContext { now, resources: &mut self.resources, effects };
         self.holdings.handle(event, cx);
     }
 
@@ -158,7 +158,7 @@ impl Instance {
 }
 
 impl Holdings {
-    fn handle(&mut self, event: Event, cx: &mut Context<'_>) {
+    fn handle(&mut self, event: Event, cx: &mut InstanceContext<'_>) {
         match event {
             Event::PrepareReceived { worker, delivery, redelivered, prepare } => {
                 let delivered = DeliveredPrepare { worker, delivery, redelivered, prepare };
@@ -190,8 +190,8 @@ impl Holdings {
     fn with(
         &mut self,
         key: &TransactionKey,
-        cx: &mut Context<'_>,
-        handle: impl FnOnce(&mut HeldTransaction, &mut Context<'_>) -> AfterEvent,
+        cx: &mut InstanceContext<'_>,
+        handle: impl FnOnce(&mut HeldTransaction, &mut InstanceContext<'_>) -> AfterEvent,
     ) {
         let Some(transaction) = self.transactions.get_mut(key) else { return };
         match handle(transaction, cx) {
@@ -204,7 +204,7 @@ impl Holdings {
         }
     }
 
-    fn forget(&mut self, key: &TransactionKey, cx: &mut Context<'_>) {
+    fn forget(&mut self, key: &TransactionKey, cx: &mut InstanceContext<'_>) {
         if let Some(mut transaction) = self.transactions.remove(key) {
             transaction.disarm(cx);
             transaction.free_slot(cx);
@@ -212,13 +212,13 @@ impl Holdings {
     }
 
     /// A slot is free, or a transaction gone: look again at what could not be looked at.
-    fn admit_waiting(&mut self, cx: &mut Context<'_>) {
+    fn admit_waiting(&mut self, cx: &mut InstanceContext<'_>) {
         for it in std::mem::take(&mut cx.resources.waiting) {
             self.prepare_received(it, cx);
         }
     }
 
-    fn deadline_reached(&mut self, cx: &mut Context<'_>) {
+    fn deadline_reached(&mut self, cx: &mut InstanceContext<'_>) {
         self.scans.begin_if_due(cx);
         for key in cx.resources.deadlines.take_due(cx.now) {
             self.with(&key, cx, HeldTransaction::wake);
@@ -226,13 +226,13 @@ impl Holdings {
     }
 
     /// What was delivered will be delivered again. What is prepared stays, and so does its slot.
-    fn disconnected(&mut self, cx: &mut Context<'_>) {
+    fn disconnected(&mut self, cx: &mut InstanceContext<'_>) {
         cx.resources.waiting.clear();
         self.transactions.for_each(|it| it.disconnected());
     }
 }
 
-impl Context<'_> {
+impl InstanceContext<'_> {
     fn settings(&self) -> &Settings {
         &self.resources.settings
     }

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use crate::protocol::{
     ids::{Branch, TransactionKey},
-    participant::{Context, Effect, Holdings, InDoubt, Settings},
+    participant::{Effect, Holdings, InDoubt, InstanceContext, Settings},
     time::Time,
 };
 
@@ -31,7 +31,7 @@ impl StoreScans {
         self.next_at
     }
 
-    pub(super) fn begin_if_due(&mut self, cx: &mut Context<'_>) {
+    pub(super) fn begin_if_due(&mut self, cx: &mut InstanceContext<'_>) {
         if self.next_at.is_some_and(|at| at <= cx.now) {
             self.next_at = None;
             cx.effects.push(Effect::ScanStore);
@@ -45,7 +45,7 @@ impl StoreScans {
 }
 
 impl Holdings {
-    pub(super) fn store_scanned(&mut self, held: Vec<InDoubt>, cx: &mut Context<'_>) {
+    pub(super) fn store_scanned(&mut self, held: Vec<InDoubt>, cx: &mut InstanceContext<'_>) {
         let Settings { inquire_after, scan_every, .. } = *cx.settings();
         let mut seen = BTreeMap::new();
         for it in held {

@@ -6,7 +6,7 @@ use crate::protocol::{
     ids::Branch,
     message::{Finish, Outcome, VoteKind},
     participant::{
-        Context, Effect, Holdings,
+        Effect, Holdings, InstanceContext,
         memory::Remembered,
         transaction::{AfterEvent, Finisher, HeldBranch, HeldTransaction, PendingCalls, Progress},
     },
@@ -18,7 +18,11 @@ const UNKNOWN_BRANCH: &str = "the instance's store has neither prepared nor comm
     do all instances of the service share one store?";
 
 impl Holdings {
-    pub(in super::super) fn finish_received(&mut self, finisher: Finisher, cx: &mut Context<'_>) {
+    pub(in super::super) fn finish_received(
+        &mut self,
+        finisher: Finisher,
+        cx: &mut InstanceContext<'_>,
+    ) {
         let key = finisher.finish.key.clone();
         if self.transactions.contains_key(&key) {
             return self.with(&key, cx, |it, cx| it.finish_received(finisher, cx));
@@ -46,7 +50,7 @@ impl Holdings {
     }
 }
 
-impl Context<'_> {
+impl InstanceContext<'_> {
     /// Whether this instance can tell that `finish` is applied, where it holds nothing of the
     /// transaction any more. Without a store it knows only of what it made itself.
     pub(super) fn can_answer_for(&self, finish: &Finish) -> Result<(), Arc<str>> {
@@ -66,7 +70,7 @@ impl Context<'_> {
 }
 
 impl HeldTransaction {
-    fn finish_received(&mut self, finisher: Finisher, cx: &mut Context<'_>) -> AfterEvent {
+    fn finish_received(&mut self, finisher: Finisher, cx: &mut InstanceContext<'_>) -> AfterEvent {
         let is_parked = finisher.delivery.is_some();
         self.is_parked |= is_parked;
         self.finishers.push(finisher);
@@ -85,7 +89,7 @@ impl HeldTransaction {
     }
 
     /// Does what the outcome means for what this instance holds.
-    pub(super) fn apply(&mut self, cx: &mut Context<'_>) -> AfterEvent {
+    pub(super) fn apply(&mut self, cx: &mut InstanceContext<'_>) -> AfterEvent {
         let Some(Finisher { worker, finish, .. }) = self.finishers.first() else {
             return AfterEvent::Held;
         };
@@ -116,7 +120,7 @@ impl HeldTransaction {
         &mut self,
         calls: PendingCalls,
         is_unknown: bool,
-        cx: &mut Context<'_>,
+        cx: &mut InstanceContext<'_>,
     ) -> AfterEvent {
         let Some((branch, outcome)) = calls.front().cloned() else {
             return self.applied(is_unknown, cx);
@@ -134,7 +138,7 @@ impl HeldTransaction {
         &mut self,
         branch: Branch,
         applied: Result<(), Arc<str>>,
-        cx: &mut Context<'_>,
+        cx: &mut InstanceContext<'_>,
     ) -> AfterEvent {
         let Progress::Finishing { calls, is_unknown } = &mut self.progress else {
             return AfterEvent::Held;
@@ -153,7 +157,7 @@ impl HeldTransaction {
     }
 
     /// Everything that the outcome means here is done.
-    fn applied(&mut self, is_unknown: bool, cx: &mut Context<'_>) -> AfterEvent {
+    fn applied(&mut self, is_unknown: bool, cx: &mut InstanceContext<'_>) -> AfterEvent {
         let Some(outcome) = self.finishers.first().map(|it| it.finish.outcome) else {
             return AfterEvent::Held;
         };
@@ -169,7 +173,7 @@ impl HeldTransaction {
         &mut self,
         failed: Branch,
         error: &Arc<str>,
-        cx: &mut Context<'_>,
+        cx: &mut InstanceContext<'_>,
     ) -> AfterEvent {
         self.failures = self.failures.saturating_add(1);
         // When the finish comes again, others may have it too: what is parked goes to any instance.
@@ -199,7 +203,7 @@ impl HeldTransaction {
 
     /// The store does not know the branch that is to be committed, so this instance can't do it, and
     /// must not say that it is done. It holds nothing of the transaction any more.
-    fn commits_unknown(&mut self, cx: &mut Context<'_>) -> AfterEvent {
+    fn commits_unknown(&mut self, cx: &mut InstanceContext<'_>) -> AfterEvent {
         let delivery = self.free_slot(cx);
         if let Some(Finisher { finish, .. }) = self.finishers.first() {
             let outcome = finish.outcome;

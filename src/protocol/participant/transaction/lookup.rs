@@ -6,7 +6,7 @@ use crate::protocol::{
     ids::{Branch, TransactionKey, WorkerId},
     message::{Outcome, Prepare, Query, ReasonCode, VoteKind},
     participant::{
-        Context, Effect, Holdings, InDoubt,
+        Effect, Holdings, InDoubt, InstanceContext,
         memory::Remembered,
         transaction::{AfterEvent, Finisher, HeldBranch, HeldTransaction, PendingCalls, Progress},
     },
@@ -18,7 +18,7 @@ impl Holdings {
         &mut self,
         worker: WorkerId,
         query: Query,
-        cx: &mut Context<'_>,
+        cx: &mut InstanceContext<'_>,
     ) {
         let Query { key, request_hash } = query;
         if let Some(held) = self.transactions.get_mut(&key) {
@@ -40,7 +40,7 @@ impl Holdings {
     }
 
     /// Asks the store on behalf of somebody who takes no slot here.
-    pub(super) fn look_up(&mut self, mut visiting: HeldTransaction, cx: &mut Context<'_>) {
+    pub(super) fn look_up(&mut self, mut visiting: HeldTransaction, cx: &mut InstanceContext<'_>) {
         let slots_used = cx.resources.slots_used as usize;
         let visitors = self.transactions.len().saturating_sub(slots_used);
         // Nobody says again what waits in the service's durable queue, and how much of it is
@@ -58,7 +58,7 @@ impl Holdings {
         &mut self,
         key: &TransactionKey,
         held: Vec<InDoubt>,
-        cx: &mut Context<'_>,
+        cx: &mut InstanceContext<'_>,
     ) {
         let has_namesake = self.has_namesake(key);
         self.with(key, cx, |it, cx| it.store_read(held, has_namesake, cx));
@@ -70,7 +70,7 @@ impl HeldTransaction {
         &mut self,
         held: Vec<InDoubt>,
         has_namesake: bool,
-        cx: &mut Context<'_>,
+        cx: &mut InstanceContext<'_>,
     ) -> AfterEvent {
         let prepare = match &mut self.progress {
             Progress::Recalling(prepare) => prepare.take(),
@@ -102,7 +102,7 @@ impl HeldTransaction {
     }
 
     /// What the store says is all that this instance has to say.
-    fn end_visit(&mut self, kind: &VoteKind, cx: &mut Context<'_>) -> AfterEvent {
+    fn end_visit(&mut self, kind: &VoteKind, cx: &mut InstanceContext<'_>) -> AfterEvent {
         let delivery = self.free_slot(cx);
         self.answer_voters(kind, cx);
         cx.effects.extend(delivery.map(Effect::Ack));
@@ -113,7 +113,7 @@ impl HeldTransaction {
         &mut self,
         prepare: Prepare,
         has_namesake: bool,
-        cx: &mut Context<'_>,
+        cx: &mut InstanceContext<'_>,
     ) -> AfterEvent {
         let Some(kind) = cx.vote_without_code(&prepare, has_namesake) else {
             self.call_prepare(prepare, cx);
@@ -124,7 +124,7 @@ impl HeldTransaction {
     }
 
     /// Does what the outcome means for all that the store holds of the transaction.
-    fn apply_to_store(&mut self, held: Vec<InDoubt>, cx: &mut Context<'_>) -> AfterEvent {
+    fn apply_to_store(&mut self, held: Vec<InDoubt>, cx: &mut InstanceContext<'_>) -> AfterEvent {
         let Some(Finisher { finish, .. }) = self.finishers.first() else { return AfterEvent::Held };
         let mut branches: BTreeSet<Branch> = held.into_iter().map(|it| it.branch).collect();
         if let Some(HeldBranch::Failed { branch, .. }) = &self.held {
@@ -153,7 +153,7 @@ impl HeldTransaction {
         &mut self,
         branch: &Branch,
         is_known: bool,
-        cx: &mut Context<'_>,
+        cx: &mut InstanceContext<'_>,
     ) -> AfterEvent {
         match &mut self.progress {
             Progress::LookingUp { branch: awaited, calls } if awaited == branch => {

@@ -11,7 +11,7 @@ use std::{collections::VecDeque, sync::Arc, time::Duration};
 use crate::protocol::{
     ids::{Branch, RequestHash, TransactionKey, WorkerId},
     message::{Delivery, Finish, Outcome, Prepare},
-    participant::{Context, Effect, InDoubt},
+    participant::{Effect, InDoubt, InstanceContext},
     time::Time,
 };
 
@@ -205,7 +205,7 @@ impl HeldTransaction {
     }
 
     /// Frees its slot, and says which delivery is to be acknowledged for that.
-    pub(super) fn free_slot(&mut self, cx: &mut Context<'_>) -> Option<Delivery> {
+    pub(super) fn free_slot(&mut self, cx: &mut InstanceContext<'_>) -> Option<Delivery> {
         if self.has_slot() {
             cx.resources.slots_used -= 1;
         }
@@ -215,36 +215,36 @@ impl HeldTransaction {
         }
     }
 
-    fn ask_store(&mut self, cx: &mut Context<'_>) {
+    fn ask_store(&mut self, cx: &mut InstanceContext<'_>) {
         self.progress = Progress::Recalling(None);
         cx.effects.push(Effect::ReadStore(self.key.clone()));
     }
 
     // ---- Time, and the ends of things --------------------------------------------------------
 
-    fn inquire_later(&mut self, cx: &mut Context<'_>) {
+    fn inquire_later(&mut self, cx: &mut InstanceContext<'_>) {
         let after = cx.settings().inquire_after;
         self.wake_at(cx.now + after + cx.jitter(&self.key, after / 4), cx);
     }
 
-    fn try_parked_later(&mut self, cx: &mut Context<'_>) {
+    fn try_parked_later(&mut self, cx: &mut InstanceContext<'_>) {
         self.progress = Progress::BackingOff;
         let pause = cx.settings().retry_parked_every;
         self.wake_at(cx.now + (pause - cx.jitter(&self.key, pause / 4)), cx);
     }
 
-    fn wake_at(&mut self, at: Time, cx: &mut Context<'_>) {
+    fn wake_at(&mut self, at: Time, cx: &mut InstanceContext<'_>) {
         self.wake_at = Some(at);
         cx.resources.deadlines.wake_by(&self.key, &mut self.due, at);
     }
 
     /// Takes its entry among the deadlines out.
-    pub(super) fn disarm(&mut self, cx: &mut Context<'_>) {
+    pub(super) fn disarm(&mut self, cx: &mut InstanceContext<'_>) {
         cx.resources.deadlines.disarm(&self.key, &mut self.due);
     }
 
     /// Its entry among the deadlines was due, and is taken out.
-    pub(super) fn wake(&mut self, cx: &mut Context<'_>) -> AfterEvent {
+    pub(super) fn wake(&mut self, cx: &mut InstanceContext<'_>) -> AfterEvent {
         self.due = None;
         let Some(at) = self.wake_at else { return AfterEvent::Held };
         if at > cx.now {
@@ -265,7 +265,7 @@ impl HeldTransaction {
         AfterEvent::Held
     }
 
-    fn inquire(&mut self, cx: &mut Context<'_>) {
+    fn inquire(&mut self, cx: &mut InstanceContext<'_>) {
         let (Some(held), Some(request_hash)) = (&self.held, self.request_hash) else { return };
         // Its outcome came and could not be applied, and nobody has sent it again: the worker has
         // given up.

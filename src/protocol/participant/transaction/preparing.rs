@@ -4,7 +4,7 @@ use crate::protocol::{
     ids::{Branch, RequestHash, TransactionKey, WorkerId},
     message::{Outcome, Prepare, Reason, ReasonCode, VoteKind},
     participant::{
-        Context, DeliveredPrepare, Effect, Holdings, Verdict,
+        DeliveredPrepare, Effect, Holdings, InstanceContext, Verdict,
         memory::{Remembered, has_namesake},
         transaction::{AfterEvent, Finisher, HeldBranch, HeldTransaction, Progress, Slot},
     },
@@ -14,7 +14,7 @@ impl Holdings {
     pub(in super::super) fn prepare_received(
         &mut self,
         it: DeliveredPrepare,
-        cx: &mut Context<'_>,
+        cx: &mut InstanceContext<'_>,
     ) {
         let key = &it.prepare.key;
         if let Some(held) = self.transactions.get_mut(key) {
@@ -61,7 +61,11 @@ impl Holdings {
     }
 
     /// A cancel never touches what is prepared: it only keeps a prepare from being started.
-    pub(in super::super) fn cancel_received(&self, key: &TransactionKey, cx: &mut Context<'_>) {
+    pub(in super::super) fn cancel_received(
+        &self,
+        key: &TransactionKey,
+        cx: &mut InstanceContext<'_>,
+    ) {
         let has_started = self.transactions.get(key).is_some_and(|it| it.has_started());
         if !has_started && cx.resources.memory.of(key).is_none() {
             cx.resources.memory.remember(key, Remembered::Cancelled);
@@ -69,7 +73,7 @@ impl Holdings {
     }
 }
 
-impl Context<'_> {
+impl InstanceContext<'_> {
     /// What was said before to this prepare, or came of it.
     fn vote_from_memory(&self, prepare: &Prepare) -> Option<VoteKind> {
         match self.resources.memory.of(&prepare.key)? {
@@ -110,7 +114,7 @@ impl HeldTransaction {
     }
 
     /// A prepare of what this instance has to do with already.
-    fn prepare_again(&mut self, it: DeliveredPrepare, cx: &mut Context<'_>) {
+    fn prepare_again(&mut self, it: DeliveredPrepare, cx: &mut InstanceContext<'_>) {
         match self.slot {
             // It is only being looked into, on behalf of others: that comes first.
             Slot::None => return cx.resources.waiting.push_back(it),
@@ -127,7 +131,7 @@ impl HeldTransaction {
         &mut self,
         to: WorkerId,
         request_hash: RequestHash,
-        cx: &mut Context<'_>,
+        cx: &mut InstanceContext<'_>,
     ) {
         if !self.is_about(request_hash) {
             return cx.vote(to, &self.key, request_hash, cx.refused(ReasonCode::IdReused));
@@ -147,7 +151,7 @@ impl HeldTransaction {
         }
     }
 
-    pub(super) fn call_prepare(&mut self, prepare: Prepare, cx: &mut Context<'_>) {
+    pub(super) fn call_prepare(&mut self, prepare: Prepare, cx: &mut InstanceContext<'_>) {
         cx.resources.branches += 1;
         let branch = Branch::of(&cx.settings().instance, cx.resources.branches);
         self.progress = Progress::Preparing(branch.clone());
@@ -164,7 +168,7 @@ impl HeldTransaction {
         &mut self,
         branch: Branch,
         verdict: Verdict,
-        cx: &mut Context<'_>,
+        cx: &mut InstanceContext<'_>,
     ) -> AfterEvent {
         if !matches!(&self.progress, Progress::Preparing(running) if *running == branch) {
             return AfterEvent::Held;
@@ -195,7 +199,7 @@ impl HeldTransaction {
     }
 
     /// Something is, or may be, stored: the outcome is awaited, unless it is known.
-    fn hold(&mut self, held: HeldBranch, cx: &mut Context<'_>) -> AfterEvent {
+    fn hold(&mut self, held: HeldBranch, cx: &mut InstanceContext<'_>) -> AfterEvent {
         self.held = Some(held);
         self.progress = Progress::InDoubt;
         if !self.finishers.is_empty() {
@@ -207,13 +211,13 @@ impl HeldTransaction {
     }
 
     /// Votes on what is held, to all who wait for that.
-    pub(super) fn vote_to_all(&mut self, cx: &mut Context<'_>) {
+    pub(super) fn vote_to_all(&mut self, cx: &mut InstanceContext<'_>) {
         for (worker, request_hash) in std::mem::take(&mut self.voters) {
             self.vote_again(worker, request_hash, cx);
         }
     }
 
-    fn vote_again(&self, to: WorkerId, request_hash: RequestHash, cx: &mut Context<'_>) {
+    fn vote_again(&self, to: WorkerId, request_hash: RequestHash, cx: &mut InstanceContext<'_>) {
         let Some(held) = &self.held else { return };
         let kind = match held.clone() {
             HeldBranch::Prepared(branch) => VoteKind::Prepared { branch },
@@ -231,7 +235,7 @@ impl HeldTransaction {
         &mut self,
         remembered: Remembered,
         kind: &VoteKind,
-        cx: &mut Context<'_>,
+        cx: &mut InstanceContext<'_>,
     ) -> AfterEvent {
         let delivery = self.free_slot(cx);
         let remembered = match self.finishers.first() {
@@ -251,7 +255,7 @@ impl HeldTransaction {
     }
 
     /// Says the same to all who wait for the vote.
-    pub(super) fn answer_voters(&mut self, kind: &VoteKind, cx: &mut Context<'_>) {
+    pub(super) fn answer_voters(&mut self, kind: &VoteKind, cx: &mut InstanceContext<'_>) {
         for (worker, request_hash) in std::mem::take(&mut self.voters) {
             cx.vote(worker, &self.key, request_hash, kind.clone());
         }
