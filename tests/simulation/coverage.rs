@@ -3,7 +3,7 @@
 
 use std::fmt::Write as _;
 
-use dtc::protocol::{coordinator::Phase, participant::Stage};
+use dtc::protocol::{coordinator::Phase, participant::TransactionStage};
 
 /// A coordinator's events that are about one transaction.
 pub(crate) const COORDINATOR_EVENTS: [&str; 12] = [
@@ -33,7 +33,7 @@ pub(crate) const PARTICIPANT_EVENTS: [&str; 7] = [
 ];
 
 const PHASES: usize = Phase::ALL.len() + 1;
-const STAGES: usize = Stage::ALL.len() + 1;
+const STAGES: usize = TransactionStage::ALL.len() + 1;
 
 /// How often each pair was reached. The last state is "absent".
 #[derive(Clone)]
@@ -54,8 +54,8 @@ impl Coverage {
         }
     }
 
-    pub(crate) fn instance(&mut self, stage: Option<Stage>, event: &str) {
-        let row = stage.map_or(Stage::ALL.len(), |stage| stage as usize);
+    pub(crate) fn instance(&mut self, stage: Option<TransactionStage>, event: &str) {
+        let row = stage.map_or(TransactionStage::ALL.len(), |stage| stage as usize);
         if let Some(column) = PARTICIPANT_EVENTS.iter().position(|name| *name == event) {
             self.participant[row][column] += 1;
         }
@@ -72,7 +72,7 @@ impl Coverage {
 
     fn pairs(&self) -> impl Iterator<Item = (&'static str, String, &'static str, u64)> {
         let phases = Phase::ALL.iter().map(|phase| format!("{phase:?}"));
-        let stages = Stage::ALL.iter().map(|stage| format!("{stage:?}"));
+        let stages = TransactionStage::ALL.iter().map(|stage| format!("{stage:?}"));
         let coordinator =
             phases.chain(["absent".into()]).zip(&self.coordinator).flat_map(|(state, row)| {
                 let cells = COORDINATOR_EVENTS.iter().zip(row);

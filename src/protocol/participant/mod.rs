@@ -29,7 +29,7 @@ use std::{collections::VecDeque, sync::Arc, time::Duration};
 pub use self::{
     event::{Effect, Event, InDoubt, Verdict},
     settings::Settings,
-    transaction::Stage,
+    transaction::TransactionStage,
 };
 use self::{
     memory::Memory,
@@ -133,7 +133,7 @@ impl Instance {
     }
 
     /// Where a transaction stands, if this instance has to do with it.
-    pub fn stage_of(&self, key: &TransactionKey) -> Option<Stage> {
+    pub fn stage_of(&self, key: &TransactionKey) -> Option<TransactionStage> {
         self.holdings.transactions.get(key).map(|it| it.stage())
     }
 

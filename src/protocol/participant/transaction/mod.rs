@@ -17,7 +17,7 @@ use crate::protocol::{
 
 /// Where a transaction stands at this instance.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub enum Stage {
+pub enum TransactionStage {
     /// The store is asked what it holds of it.
     Recalling,
     /// The service's prepare runs.
@@ -32,7 +32,7 @@ pub enum Stage {
     BackingOff,
 }
 
-impl Stage {
+impl TransactionStage {
     /// All of them, for coverage tables.
     pub const ALL: [Self; 6] = [
         Self::Recalling,
@@ -44,7 +44,7 @@ impl Stage {
     ];
 }
 
-/// How far a transaction is, with what it has at no other stage. What a [`Stage`] is to others.
+/// How far a transaction is, with what it has at no other stage. What a [`TransactionStage`] is to others.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 enum Progress {
     /// The store is asked what it holds of it, on behalf of this prepare, or of those who wait
@@ -167,14 +167,14 @@ impl HeldTransaction {
         }
     }
 
-    pub(super) fn stage(&self) -> Stage {
+    pub(super) fn stage(&self) -> TransactionStage {
         match (&self.progress, &self.held) {
-            (Progress::Recalling(_) | Progress::LookingUp { .. }, _) => Stage::Recalling,
-            (Progress::Preparing(_), _) => Stage::Preparing,
-            (Progress::InDoubt, Some(HeldBranch::Failed { .. })) => Stage::Failed,
-            (Progress::InDoubt, Some(HeldBranch::Prepared(_)) | None) => Stage::Prepared,
-            (Progress::Finishing { .. }, _) => Stage::Finishing,
-            (Progress::BackingOff, _) => Stage::BackingOff,
+            (Progress::Recalling(_) | Progress::LookingUp { .. }, _) => TransactionStage::Recalling,
+            (Progress::Preparing(_), _) => TransactionStage::Preparing,
+            (Progress::InDoubt, Some(HeldBranch::Failed { .. })) => TransactionStage::Failed,
+            (Progress::InDoubt, Some(HeldBranch::Prepared(_)) | None) => TransactionStage::Prepared,
+            (Progress::Finishing { .. }, _) => TransactionStage::Finishing,
+            (Progress::BackingOff, _) => TransactionStage::BackingOff,
         }
     }
 
