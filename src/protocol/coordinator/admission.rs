@@ -42,7 +42,7 @@ const REFUSED_MAX: Duration = Duration::from_secs(1);
 
 /// Whether the service exists.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-enum Existence {
+enum ServiceExistence {
     /// It is being looked for.
     Sought,
     Found,
@@ -62,7 +62,7 @@ enum Patience {
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub(super) struct ServiceLoad {
-    existence: Existence,
+    existence: ServiceExistence,
     /// How often it was found and then refused a prepare, since a prepare last got through.
     refusals: u32,
     /// Whether its unavailability was reported, and not yet its end.
@@ -113,7 +113,7 @@ impl ServiceLoad {
             Some(_) => Patience::Waits,
         };
         Self {
-            existence: Existence::Sought,
+            existence: ServiceExistence::Sought,
             refusals: 0,
             is_reported: false,
             is_unserved: false,
@@ -138,13 +138,13 @@ impl ServiceLoad {
     }
 
     pub(super) fn is_found(&self) -> bool {
-        self.existence == Existence::Found
+        self.existence == ServiceExistence::Found
     }
 
     /// It exists and can be reached. Whether that is to be reported: a queue that has refused a
     /// prepare may be there and still take nothing.
     pub(super) fn found(&mut self) -> bool {
-        self.existence = Existence::Found;
+        self.existence = ServiceExistence::Found;
         self.refusals == 0 && std::mem::take(&mut self.is_reported)
     }
 
@@ -184,16 +184,16 @@ impl ServiceLoad {
 
     /// The service is gone: it must be found again.
     pub(super) fn lost(&mut self) {
-        self.existence = Existence::Sought;
+        self.existence = ServiceExistence::Sought;
     }
 
     pub(super) fn is_unavailable(&self) -> bool {
-        self.existence == Existence::Unavailable
+        self.existence == ServiceExistence::Unavailable
     }
 
     /// It can't be reached for now. Whether that is to be reported.
     pub(super) fn unavailable(&mut self) -> bool {
-        self.existence = Existence::Unavailable;
+        self.existence = ServiceExistence::Unavailable;
         !std::mem::replace(&mut self.is_reported, true)
     }
 
