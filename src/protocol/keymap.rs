@@ -21,12 +21,12 @@ use crate::protocol::{
 #[derive(Clone, Debug)]
 pub(crate) struct KeyMap<V> {
     /// By id; nearly always one transaction each.
-    of: IndexMap<TransactionId, Namesakes<V>, BuildHasherDefault<ByDigest>>,
+    of: IndexMap<TransactionId, SameIdValues<V>, BuildHasherDefault<ByDigest>>,
     len: usize,
 }
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
-struct Namesakes<V> {
+struct SameIdValues<V> {
     first: (Time, V),
     /// In the order of their `requested_at`, all later than `first`.
     others: Vec<(Time, V)>,
@@ -69,7 +69,7 @@ impl<V> KeyMap<V> {
     pub(crate) fn insert(&mut self, key: &TransactionKey, value: V) -> Option<V> {
         let at = key.requested_at;
         let Some(same_id) = self.of.get_mut(&key.id) else {
-            self.of.insert(key.id.clone(), Namesakes { first: (at, value), others: Vec::new() });
+            self.of.insert(key.id.clone(), SameIdValues { first: (at, value), others: Vec::new() });
             self.len += 1;
             return None;
         };
