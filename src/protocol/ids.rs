@@ -63,41 +63,41 @@ impl std::error::Error for InvalidName {}
 /// A text that many share: it is compared with itself most of the time. One pointer wide, since
 /// names are moved about more often than they are read.
 #[derive(Clone)]
-struct Shared(Arc<Box<str>>);
+struct SharedText(Arc<Box<str>>);
 
-impl Hash for Shared {
+impl Hash for SharedText {
     fn hash<H: Hasher>(&self, state: &mut H) {
         self.0.hash(state);
     }
 }
 
-impl From<&str> for Shared {
+impl From<&str> for SharedText {
     fn from(text: &str) -> Self {
         Self(Arc::new(text.into()))
     }
 }
 
-impl AsRef<str> for Shared {
+impl AsRef<str> for SharedText {
     fn as_ref(&self) -> &str {
         &self.0
     }
 }
 
-impl PartialEq for Shared {
+impl PartialEq for SharedText {
     fn eq(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.0, &other.0) || self.0 == other.0
     }
 }
 
-impl Eq for Shared {}
+impl Eq for SharedText {}
 
-impl PartialOrd for Shared {
+impl PartialOrd for SharedText {
     fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
         Some(self.cmp(other))
     }
 }
 
-impl Ord for Shared {
+impl Ord for SharedText {
     fn cmp(&self, other: &Self) -> Ordering {
         if Arc::ptr_eq(&self.0, &other.0) { Ordering::Equal } else { self.0.cmp(&other.0) }
     }
@@ -214,15 +214,15 @@ names! {
     /// `requested_at`: see [`TransactionKey`]. Its order is not that of the text.
     TransactionId(Scattered): "transaction id", 128, "._:-";
     /// A named participant with one durable state.
-    ServiceName(Shared): "service name", 64, "_-";
+    ServiceName(SharedText): "service name", 64, "_-";
     /// One running process of a service. A process started again is another instance.
-    InstanceId(Shared): "instance id", 64, "_-";
+    InstanceId(SharedText): "instance id", 64, "_-";
     /// One process of the coordinator.
-    WorkerId(Shared): "worker id", 64, "_-";
+    WorkerId(SharedText): "worker id", 64, "_-";
     /// What a service keeps its branches in. All its instances share one, so all name the same.
-    StoreId(Shared): "store id", 64, "_-";
+    StoreId(SharedText): "store id", 64, "_-";
     /// Where a producer wants its result: a token of its own, never a queue name.
-    ReplyToken(Shared): "reply token", 64, "_-";
+    ReplyToken(SharedText): "reply token", 64, "_-";
 }
 
 impl TransactionId {
