@@ -10,7 +10,7 @@ use crate::protocol::{
 
 /// How a transaction left this instance.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
-pub(super) enum Remembered {
+pub(super) enum PastOutcome {
     /// The outcome was heard and applied; `applied`: the branch it named, unless that is not known
     /// to be committed.
     Finished { outcome: Outcome, applied: Option<Branch> },
@@ -22,7 +22,7 @@ pub(super) enum Remembered {
     Cancelled,
 }
 
-impl Remembered {
+impl PastOutcome {
     pub(super) fn finished(finish: &Finish, is_applied: bool) -> Self {
         let applied = finish.branch.clone().filter(|_| is_applied);
         Self::Finished { outcome: finish.outcome, applied }
@@ -34,7 +34,7 @@ impl Remembered {
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub(super) struct Memory {
     max: usize,
-    of: KeyMap<Remembered>,
+    of: KeyMap<PastOutcome>,
     order: VecDeque<TransactionKey>,
 }
 
@@ -43,7 +43,7 @@ impl Memory {
         Self { max, of: KeyMap::new(), order: VecDeque::new() }
     }
 
-    pub(super) fn of(&self, key: &TransactionKey) -> Option<&Remembered> {
+    pub(super) fn of(&self, key: &TransactionKey) -> Option<&PastOutcome> {
         self.of.get(key)
     }
 
@@ -52,7 +52,7 @@ impl Memory {
         has_namesake(&self.of, key)
     }
 
-    pub(super) fn remember(&mut self, key: &TransactionKey, what: Remembered) {
+    pub(super) fn remember(&mut self, key: &TransactionKey, what: PastOutcome) {
         if let Some(known) = self.of.get_mut(key) {
             *known = what;
             return;
@@ -74,7 +74,7 @@ pub(super) fn has_namesake<T>(map: &KeyMap<T>, key: &TransactionKey) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::{Memory, Remembered};
+    use super::{Memory, PastOutcome};
     use crate::protocol::{
         ids::{TransactionId, TransactionKey},
         message::Outcome,
@@ -90,7 +90,7 @@ mod tests {
     fn the_oldest_is_forgotten_first() {
         let mut memory = Memory::new(2);
         for id in ["t1", "t2", "t3"] {
-            memory.remember(&key(id, 0), Remembered::Cancelled);
+            memory.remember(&key(id, 0), PastOutcome::Cancelled);
         }
         assert_eq!(memory.of(&key("t1", 0)), None);
         assert!(memory.of(&key("t2", 0)).is_some() && memory.of(&key("t3", 0)).is_some());
@@ -101,7 +101,7 @@ mod tests {
         for max in [0, 1, 64] {
             let mut memory = Memory::new(max);
             for number in 0..1000 {
-                memory.remember(&key(&format!("t{number}"), 0), Remembered::Cancelled);
+                memory.remember(&key(&format!("t{number}"), 0), PastOutcome::Cancelled);
             }
             assert_eq!((memory.order.len(), memory.of.len()), (max, max));
             assert!(memory.order.capacity() <= max.max(4), "{}", memory.order.capacity());
@@ -111,10 +111,10 @@ mod tests {
     #[test]
     fn what_is_remembered_again_takes_no_second_place() {
         let mut memory = Memory::new(2);
-        let finished = Remembered::Finished { outcome: Outcome::Aborted, applied: None };
-        memory.remember(&key("t1", 0), Remembered::Cancelled);
+        let finished = PastOutcome::Finished { outcome: Outcome::Aborted, applied: None };
+        memory.remember(&key("t1", 0), PastOutcome::Cancelled);
         memory.remember(&key("t1", 0), finished.clone());
-        memory.remember(&key("t2", 0), Remembered::Cancelled);
+        memory.remember(&key("t2", 0), PastOutcome::Cancelled);
         assert_eq!(memory.of(&key("t1", 0)), Some(&finished));
         assert!(memory.of(&key("t2", 0)).is_some());
     }
@@ -122,8 +122,8 @@ mod tests {
     #[test]
     fn a_namesake_has_the_same_id_and_another_moment() {
         let mut memory = Memory::new(9);
-        memory.remember(&key("t1", 5), Remembered::Cancelled);
-        memory.remember(&key("t10", 5), Remembered::Cancelled);
+        memory.remember(&key("t1", 5), PastOutcome::Cancelled);
+        memory.remember(&key("t10", 5), PastOutcome::Cancelled);
         assert!(!memory.has_namesake(&key("t1", 5)));
         assert!(memory.has_namesake(&key("t1", 4)) && memory.has_namesake(&key("t1", 6)));
         assert!(!memory.has_namesake(&key("t", 5)) && !memory.has_namesake(&key("t100", 5)));

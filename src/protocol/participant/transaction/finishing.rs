@@ -7,7 +7,7 @@ use crate::protocol::{
     message::{Finish, Outcome, VoteKind},
     participant::{
         Effect, Holdings, InstanceContext,
-        memory::Remembered,
+        memory::PastOutcome,
         transaction::{AfterEvent, Finisher, HeldBranch, HeldTransaction, PendingCalls, Progress},
     },
     time::Time,
@@ -32,15 +32,15 @@ impl Holdings {
         // instance's branch, or what was stored after its prepare was given up.
         let is_applied = match cx.resources.memory.of(&key) {
             _ if self.scans.has_in_doubt(&key) => false,
-            Some(Remembered::Finished { applied, .. }) => {
+            Some(PastOutcome::Finished { applied, .. }) => {
                 finish.branch.is_none() || *applied == finish.branch
             }
-            Some(Remembered::ReadOnly(_) | Remembered::Refused(_) | Remembered::Cancelled)
+            Some(PastOutcome::ReadOnly(_) | PastOutcome::Refused(_) | PastOutcome::Cancelled)
             | None => false,
         };
         if is_applied || !cx.settings().has_store {
             let applied = cx.can_answer_for(finish);
-            cx.resources.memory.remember(&key, Remembered::finished(finish, applied.is_ok()));
+            cx.resources.memory.remember(&key, PastOutcome::finished(finish, applied.is_ok()));
             return cx.done(finisher, applied);
         }
         let mut visiting = HeldTransaction::visiting(key, None, Time::EPOCH);
@@ -164,7 +164,7 @@ impl HeldTransaction {
         if is_unknown {
             return self.commits_unknown(cx);
         }
-        self.conclude(Remembered::Cancelled, &VoteKind::Finished(outcome), cx)
+        self.conclude(PastOutcome::Cancelled, &VoteKind::Finished(outcome), cx)
     }
 
     /// The service's code could not do it. Workers get the error, and send the command again when
@@ -207,7 +207,7 @@ impl HeldTransaction {
         let delivery = self.free_slot(cx);
         if let Some(Finisher { finish, .. }) = self.finishers.first() {
             let outcome = finish.outcome;
-            cx.resources.memory.remember(&self.key, Remembered::finished(finish, false));
+            cx.resources.memory.remember(&self.key, PastOutcome::finished(finish, false));
             self.answer_voters(&VoteKind::Finished(outcome), cx);
         }
         cx.effects.extend(delivery.map(Effect::Ack));

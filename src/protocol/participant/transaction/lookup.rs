@@ -7,7 +7,7 @@ use crate::protocol::{
     message::{Outcome, Prepare, Query, ReasonCode, VoteKind},
     participant::{
         Effect, Holdings, InDoubt, InstanceContext,
-        memory::Remembered,
+        memory::PastOutcome,
         transaction::{AfterEvent, Finisher, HeldBranch, HeldTransaction, PendingCalls, Progress},
     },
     time::Time,
@@ -25,12 +25,12 @@ impl Holdings {
             return held.vote_on_held(worker, request_hash, cx);
         }
         let kind = match cx.resources.memory.of(&key) {
-            Some(Remembered::Finished { outcome, .. }) => VoteKind::Finished(*outcome),
-            Some(Remembered::ReadOnly(seen)) if *seen == request_hash => VoteKind::ReadOnly,
-            Some(Remembered::ReadOnly(_)) => cx.refused(ReasonCode::IdReused),
-            Some(Remembered::Refused(reason)) => VoteKind::Refused(reason.clone()),
+            Some(PastOutcome::Finished { outcome, .. }) => VoteKind::Finished(*outcome),
+            Some(PastOutcome::ReadOnly(seen)) if *seen == request_hash => VoteKind::ReadOnly,
+            Some(PastOutcome::ReadOnly(_)) => cx.refused(ReasonCode::IdReused),
+            Some(PastOutcome::Refused(reason)) => VoteKind::Refused(reason.clone()),
             // It holds nothing, but others may.
-            Some(Remembered::Cancelled) | None => {
+            Some(PastOutcome::Cancelled) | None => {
                 let mut visiting = HeldTransaction::visiting(key, Some(request_hash), Time::EPOCH);
                 visiting.voters.push((worker, request_hash));
                 return self.look_up(visiting, cx);
@@ -120,7 +120,7 @@ impl HeldTransaction {
             return AfterEvent::Held;
         };
         let remembered = cx.resources.memory.of(&self.key).cloned();
-        self.conclude(remembered.unwrap_or(Remembered::Cancelled), &kind, cx)
+        self.conclude(remembered.unwrap_or(PastOutcome::Cancelled), &kind, cx)
     }
 
     /// Does what the outcome means for all that the store holds of the transaction.

@@ -5,7 +5,7 @@ use crate::protocol::{
     message::{Outcome, Prepare, Reason, ReasonCode, VoteKind},
     participant::{
         DeliveredPrepare, Effect, Holdings, InstanceContext, Verdict,
-        memory::{Remembered, has_namesake},
+        memory::{PastOutcome, has_namesake},
         transaction::{AfterEvent, Finisher, HeldBranch, HeldTransaction, Progress, Slot},
     },
 };
@@ -68,7 +68,7 @@ impl Holdings {
     ) {
         let has_started = self.transactions.get(key).is_some_and(|it| it.has_started());
         if !has_started && cx.resources.memory.of(key).is_none() {
-            cx.resources.memory.remember(key, Remembered::Cancelled);
+            cx.resources.memory.remember(key, PastOutcome::Cancelled);
         }
     }
 }
@@ -77,11 +77,13 @@ impl InstanceContext<'_> {
     /// What was said before to this prepare, or came of it.
     fn vote_from_memory(&self, prepare: &Prepare) -> Option<VoteKind> {
         match self.resources.memory.of(&prepare.key)? {
-            Remembered::Finished { outcome, .. } => Some(VoteKind::Finished(*outcome)),
-            Remembered::ReadOnly(seen) if *seen == prepare.request_hash => Some(VoteKind::ReadOnly),
-            Remembered::ReadOnly(_) => Some(self.refused(ReasonCode::IdReused)),
-            Remembered::Refused(reason) => Some(VoteKind::Refused(reason.clone())),
-            Remembered::Cancelled => None,
+            PastOutcome::Finished { outcome, .. } => Some(VoteKind::Finished(*outcome)),
+            PastOutcome::ReadOnly(seen) if *seen == prepare.request_hash => {
+                Some(VoteKind::ReadOnly)
+            }
+            PastOutcome::ReadOnly(_) => Some(self.refused(ReasonCode::IdReused)),
+            PastOutcome::Refused(reason) => Some(VoteKind::Refused(reason.clone())),
+            PastOutcome::Cancelled => None,
         }
     }
 
@@ -186,14 +188,14 @@ impl HeldTransaction {
             Verdict::Failed(why) => self.hold(HeldBranch::Failed { branch, why }, cx),
             Verdict::ReadOnly => {
                 let seen = self.request_hash;
-                let remembered = seen.map_or(Remembered::Cancelled, Remembered::ReadOnly);
+                let remembered = seen.map_or(PastOutcome::Cancelled, PastOutcome::ReadOnly);
                 self.conclude(remembered, &VoteKind::ReadOnly, cx)
             }
             Verdict::Refused(message) => {
                 let service = Some(cx.settings().service.clone());
                 let reason = Reason { code: ReasonCode::Refused, service, message };
                 let kind = VoteKind::Refused(reason.clone());
-                self.conclude(Remembered::Refused(reason), &kind, cx)
+                self.conclude(PastOutcome::Refused(reason), &kind, cx)
             }
         }
     }
@@ -233,14 +235,14 @@ impl HeldTransaction {
     /// The transaction is none of this instance's business any more: say so, and free the slot.
     pub(super) fn conclude(
         &mut self,
-        remembered: Remembered,
+        remembered: PastOutcome,
         kind: &VoteKind,
         cx: &mut InstanceContext<'_>,
     ) -> AfterEvent {
         let delivery = self.free_slot(cx);
         let remembered = match self.finishers.first() {
             Some(Finisher { finish, .. }) => {
-                Remembered::finished(finish, cx.can_answer_for(finish).is_ok())
+                PastOutcome::finished(finish, cx.can_answer_for(finish).is_ok())
             }
             None => remembered,
         };
