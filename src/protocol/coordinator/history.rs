@@ -9,7 +9,7 @@ use std::{
 use crate::protocol::{
     coordinator::{
         Anomaly, CoordinatorContext, Effect, Phase, Work, inquiries::Inquiries,
-        transaction::Transaction,
+        transaction::CoordinatedTransaction,
     },
     ids::TransactionKey,
     journal::JournalView,
@@ -103,12 +103,13 @@ impl Work {
 
     /// Records are lost: what was not seen to be decided may have been.
     fn recall_undecided(&mut self, cx: &mut CoordinatorContext<'_>) {
-        let is_undecided = |it: &Transaction| it.is_undecided() && it.phase() != Phase::Recalling;
+        let is_undecided =
+            |it: &CoordinatedTransaction| it.is_undecided() && it.phase() != Phase::Recalling;
         let mut keys = self.transactions.keys();
         keys.retain(|key| self.transactions.get(key).is_some_and(|it| is_undecided(it)));
         self.history.look_again();
         for key in keys {
-            self.with(&key, cx, Transaction::recall_again);
+            self.with(&key, cx, CoordinatedTransaction::recall_again);
             self.history.look_for(&key, &self.view, cx);
         }
         // Who has asked will ask again.

@@ -46,7 +46,8 @@ use std::{
 };
 
 use self::{
-    admission::ServiceLoad, history::HistorySearch, inquiries::Inquiries, transaction::Transaction,
+    admission::ServiceLoad, history::HistorySearch, inquiries::Inquiries,
+    transaction::CoordinatedTransaction,
 };
 pub use self::{
     event::{Anomaly, Effect, Event},
@@ -80,7 +81,7 @@ pub struct Coordinator {
 struct Work {
     view: JournalView,
     /// Boxed: a map moves its values about.
-    transactions: KeyMap<Box<Transaction>>,
+    transactions: KeyMap<Box<CoordinatedTransaction>>,
     inquiries: Inquiries,
     history: HistorySearch,
 }
@@ -240,7 +241,7 @@ impl Work {
         &mut self,
         key: &TransactionKey,
         cx: &mut CoordinatorContext<'_>,
-        handle: impl FnOnce(&mut Transaction, &mut CoordinatorContext<'_>),
+        handle: impl FnOnce(&mut CoordinatedTransaction, &mut CoordinatorContext<'_>),
     ) {
         let Some(transaction) = self.transactions.get_mut(key) else { return };
         handle(transaction, cx);

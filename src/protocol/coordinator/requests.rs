@@ -2,7 +2,9 @@
 //! answered with what the journal says, or begins a transaction.
 
 use crate::protocol::{
-    coordinator::{Anomaly, CoordinatorContext, Effect, Settings, Work, transaction::Transaction},
+    coordinator::{
+        Anomaly, CoordinatorContext, Effect, Settings, Work, transaction::CoordinatedTransaction,
+    },
     ids::TransactionKey,
     journal::Recall,
     message::{Delivery, ReasonCode, Request},
@@ -43,14 +45,15 @@ impl Work {
         if decided.is_some_and(|first| first.request_hash != request.request_hash) {
             return cx.reject(request, delivery, ReasonCode::IdReused);
         }
-        let transaction = Transaction::new(request, delivery, deliveries, deliveries_max);
+        let transaction =
+            CoordinatedTransaction::new(request, delivery, deliveries, deliveries_max);
         self.transactions.insert(&key, Box::new(transaction));
         match (recall, earlier) {
             (Recall::Found(first), _) => self.with(&key, cx, |it, cx| it.adopt(&first, cx)),
             (Recall::Absent, Some(earlier)) => {
                 self.with(&key, cx, |it, cx| it.answer_as(&earlier, cx));
             }
-            (Recall::Absent, None) => self.with(&key, cx, Transaction::start),
+            (Recall::Absent, None) => self.with(&key, cx, CoordinatedTransaction::start),
             (Recall::OutOfSight, _) => self.history.look_for(&key, &self.view, cx),
         }
     }

@@ -6,7 +6,7 @@ use crate::protocol::{
     coordinator::{
         CoordinatorContext,
         event::{Anomaly, Effect},
-        transaction::{Phase, Transaction, VoteState},
+        transaction::{CoordinatedTransaction, Phase, VoteState},
     },
     ids::{Branch, InstanceId, ServiceName},
     message::{
@@ -42,7 +42,7 @@ pub(super) struct FinishAttempts {
     failures: u32,
 }
 
-impl Transaction {
+impl CoordinatedTransaction {
     pub(super) fn finish(&self, outcome: Outcome, branch: Option<Branch>) -> Finish {
         Finish { key: self.request.key.clone(), outcome, branch, parked: false }
     }

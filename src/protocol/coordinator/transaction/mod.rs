@@ -140,7 +140,7 @@ struct Enlistment {
 }
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
-pub(super) struct Transaction {
+pub(super) struct CoordinatedTransaction {
     request: Request,
     requesters: Vec<Requester>,
     phase: Phase,
@@ -173,7 +173,7 @@ pub(super) struct Transaction {
     pub(super) due: Option<Time>,
 }
 
-impl Transaction {
+impl CoordinatedTransaction {
     pub(super) fn new(request: Request, delivery: Delivery, deliveries: u32, many: u32) -> Self {
         let enlistment = Enlistment {
             vote_state: VoteState::Unasked,

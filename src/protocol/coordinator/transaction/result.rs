@@ -6,7 +6,7 @@ use crate::protocol::{
     coordinator::{
         CoordinatorContext,
         event::{Anomaly, Effect},
-        transaction::{Enlistment, Phase, Transaction, finishing::FinishState},
+        transaction::{CoordinatedTransaction, Enlistment, Phase, finishing::FinishState},
     },
     ids::ServiceName,
     message::{Answer, Decision, Delivery},
@@ -29,7 +29,7 @@ impl Requester {
     }
 }
 
-impl Transaction {
+impl CoordinatedTransaction {
     /// One more request for this transaction.
     pub(in super::super) fn attach(
         &mut self,

@@ -7,7 +7,7 @@ use crate::protocol::{
     coordinator::{
         Anomaly, CoordinatorContext, Effect,
         admission::ServiceLoad,
-        transaction::{Enlistment, Phase, Transaction, VoteState},
+        transaction::{CoordinatedTransaction, Enlistment, Phase, VoteState},
     },
     ids::ServiceName,
     message::{Outcome, Prepare},
@@ -38,7 +38,7 @@ fn has_room(
     load.admits(now, begun) && (turn == Some(service) || !load.has_waiters_before(begun))
 }
 
-impl Transaction {
+impl CoordinatedTransaction {
     /// Asks for votes, as many as can be asked for at once without standing in another
     /// transaction's way. `turn`: the service whose queue it was just taken from.
     pub(in super::super) fn advance(
