@@ -32,7 +32,7 @@ use tracing_subscriber::filter::LevelFilter;
 use self::{
     load::Load,
     report::{BenchReport, Conditions, Point, ProcessGroup, Yardstick, mib, ms},
-    system::{BenchNamespace, BenchPlan, Process},
+    system::{BenchNamespace, BenchPlan, BenchProcess},
 };
 use crate::{
     cli::{
@@ -395,7 +395,7 @@ impl Bench<'_> {
     }
 
     /// Waits for the end of the warm-up, and then as long as is measured.
-    async fn window(&self, workers: &[Process], services: &[Process]) -> Window {
+    async fn window(&self, workers: &[BenchProcess], services: &[BenchProcess]) -> Window {
         tokio::time::sleep(WARM_UP).await;
         let (begins_at, before) = (Instant::now(), self.cpu(workers, services));
         tokio::time::sleep(self.arguments.duration()).await;
@@ -404,18 +404,18 @@ impl Bench<'_> {
         Window { begins_at, ends_at, cpu: used_since(&before, &after), resident }
     }
 
-    fn cpu(&self, workers: &[Process], services: &[Process]) -> Cpu {
+    fn cpu(&self, workers: &[BenchProcess], services: &[BenchProcess]) -> Cpu {
         self.each(workers, services, machine::cpu)
     }
 
     /// A value for each group of processes, if it is known for all of them.
     fn each<T: std::iter::Sum<T>>(
         &self,
-        workers: &[Process],
-        services: &[Process],
+        workers: &[BenchProcess],
+        services: &[BenchProcess],
         of: impl Fn(u32) -> Option<T>,
     ) -> Vec<(ProcessGroup, Option<T>)> {
-        let all = |processes: &[Process]| processes.iter().map(|it| of(it.pid)).sum();
+        let all = |processes: &[BenchProcess]| processes.iter().map(|it| of(it.pid)).sum();
         vec![
             (ProcessGroup::Broker, self.broker_pid.and_then(&of)),
             (ProcessGroup::Workers, all(workers)),
@@ -443,7 +443,7 @@ struct Window {
 }
 
 /// Stops the processes, and returns how many messages they have published.
-async fn stop(processes: Vec<Process>) -> anyhow::Result<u64> {
+async fn stop(processes: Vec<BenchProcess>) -> anyhow::Result<u64> {
     let mut published = 0;
     for process in processes {
         let report = process.stop().await?;

@@ -170,7 +170,7 @@ impl BenchNamespace {
     }
 
     /// Starts `dtc` with these arguments, and returns when it serves.
-    async fn start(&self, arguments: &[&str]) -> anyhow::Result<Process> {
+    async fn start(&self, arguments: &[&str]) -> anyhow::Result<BenchProcess> {
         let name = unique::name('p');
         let (ready, report) = (self.file(&format!("{name}.ready")), format!("{name}.json"));
         let (report, log) = (self.file(&report), self.file(&format!("{name}.log")));
@@ -199,7 +199,7 @@ impl BenchNamespace {
         let guard = shell.stdin.take();
         let (shell, left) = (Some(shell), Arc::clone(&self.left));
         let started_in = Duration::ZERO;
-        let mut process = Process { pid, shell, guard, report, log, started_in, left };
+        let mut process = BenchProcess { pid, shell, guard, report, log, started_in, left };
         while !ready.exists() {
             if began.elapsed() > PATIENCE || !process.is_there() {
                 bail!("`dtc {}` did not begin to serve:\n{}", arguments.join(" "), process.said());
@@ -211,13 +211,13 @@ impl BenchNamespace {
     }
 
     /// Starts one more worker, under a new name: a configured name could be used only once.
-    pub(super) async fn worker(&self, max_in_flight: usize) -> anyhow::Result<Process> {
+    pub(super) async fn worker(&self, max_in_flight: usize) -> anyhow::Result<BenchProcess> {
         let (name, max_in_flight) = (unique::name('w'), max_in_flight.to_string());
         self.start(&["worker", "--name", &name, "--max-in-flight", &max_in_flight]).await
     }
 
     /// Starts an instance of each service.
-    pub(super) async fn services(&self) -> anyhow::Result<Vec<Process>> {
+    pub(super) async fn services(&self) -> anyhow::Result<Vec<BenchProcess>> {
         let file = self.file("services.json");
         let file = file.to_str().ok_or_else(|| anyhow!("the temporary directory is no text"))?;
         let mut services = Vec::new();
@@ -230,7 +230,7 @@ impl BenchNamespace {
 
 /// One worker, or one instance of a service.
 #[derive(Debug)]
-pub(super) struct Process {
+pub(super) struct BenchProcess {
     pub(super) pid: u32,
     /// `None` once it has ended.
     shell: Option<Child>,
@@ -242,7 +242,7 @@ pub(super) struct Process {
     left: Left,
 }
 
-impl Process {
+impl BenchProcess {
     fn is_there(&self) -> bool {
         // If it can't be found out, only the time-out applies.
         !Path::new("/proc/self").exists() || process_path(self.pid).exists()
@@ -286,7 +286,7 @@ impl Process {
     }
 }
 
-impl Drop for Process {
+impl Drop for BenchProcess {
     /// Stops it; [`BenchNamespace::leave`] waits for it.
     fn drop(&mut self) {
         drop(self.guard.take());
