@@ -43,6 +43,50 @@ const BANNED_IN_PROTOCOL: [&str; 10] = [
     "HashSet",
 ];
 
+/// Type names that may occur twice: each room has its settings and its errors, and each of the two
+/// state machines its events and effects.
+const SHARED_NAMES: [&str; 4] = ["Settings", "Event", "Effect", "Error"];
+
+/// Type names that occur twice all the same, by reason. It may only become shorter.
+const KNOWN_TWICE: [(&str, &[&str]); 3] = [
+    (
+        "a message of the protocol, and what a program gives or gets for it",
+        &["Finish", "Prepare", "Request"],
+    ),
+    (
+        "parts of drivers, which do the same and don't import each other",
+        &[
+            "Asked",
+            "Ended",
+            "Failure",
+            "Found",
+            "Input",
+            "OnConfirm",
+            "Outbox",
+            "Read",
+            "Results",
+            "Session",
+            "State",
+            "Tries",
+        ],
+    ),
+    (
+        "private in one room, and shared by several in another",
+        &[
+            "Calls",
+            "Journal",
+            "Next",
+            "Opened",
+            "Options",
+            "PrepareQueue",
+            "Queue",
+            "Reading",
+            "Source",
+            "Step",
+        ],
+    ),
+];
+
 #[test]
 fn no_floor_imports_from_a_higher_one() {
     let mut complaints = Vec::new();
@@ -193,6 +237,45 @@ fn every_relaxed_lint_has_its_reason() {
 }
 
 #[test]
+fn a_type_name_stands_for_one_thing() {
+    let files = source_files();
+    let files: Vec<_> = files.iter().map(|file| (file.path.as_str(), file.text.as_str())).collect();
+    let twice = names_of_several_types(&files);
+    let known: BTreeSet<_> = KNOWN_TWICE.iter().flat_map(|(_, names)| *names).copied().collect();
+    let mut complaints = Vec::new();
+    for (name, paths) in &twice {
+        if !known.contains(name.as_str()) && !SHARED_NAMES.contains(&name.as_str()) {
+            let paths: Vec<_> = paths.iter().copied().collect();
+            complaints
+                .push(format!("`{name}` is a type in {}: rename one", paths.join(" and in ")));
+        }
+    }
+    for name in known {
+        if !twice.contains_key(name) {
+            complaints.push(format!("`{name}` is one type now: remove it from KNOWN_TWICE"));
+        }
+    }
+    assert_none(&complaints);
+}
+
+#[test]
+fn a_type_name_that_stands_for_two_things_is_found() {
+    let twice = names_of_several_types(&[
+        (
+            "src/a.rs",
+            "pub struct Link<T> {}\n#[cfg(unix)]\nstruct Once;\n#[cfg(not(unix))]\nstruct Once;",
+        ),
+        (
+            "src/b.rs",
+            "// struct Once;\npub(crate) enum Link {}\nimpl Link {\n    type Once = ();\n}",
+        ),
+        ("src/c.rs", "type Links = Vec<Link>;\ntrait Linked {}"),
+    ]);
+    let twice: Vec<_> = twice.into_iter().collect();
+    assert_eq!(twice, [("Link".to_owned(), BTreeSet::from(["src/a.rs", "src/b.rs"]))]);
+}
+
+#[test]
 fn the_code_map_names_every_directory() {
     let page = fs::read_to_string(root().join("docs/architecture.md")).expect("the page is there");
     let (_, after) = page.split_once("\n## Code map\n").expect("a section `## Code map`");
@@ -230,6 +313,27 @@ fn imports_are_found_however_they_are_written() {
         assert_eq!(found, imported, "{text}");
     }
     assert!(has_word("use rand::Rng;", "rand") && !has_word("let operand = 1;", "rand"));
+}
+
+/// The top-level types in `files` (their paths and contents) with a name that occurs in several of
+/// them, and where.
+fn names_of_several_types<'a>(files: &[(&'a str, &str)]) -> BTreeMap<String, BTreeSet<&'a str>> {
+    let mut types: BTreeMap<_, BTreeSet<_>> = BTreeMap::new();
+    for (path, text) in files {
+        for line in text.lines() {
+            let declared = match line.strip_prefix("pub") {
+                Some(rest) => rest.split_once(' ').map_or("", |(_, declared)| declared),
+                None => line,
+            };
+            for keyword in ["struct ", "enum ", "trait ", "type ", "union "] {
+                if let Some(name) = declared.strip_prefix(keyword) {
+                    types.entry(first_name(name).to_owned()).or_default().insert(*path);
+                }
+            }
+        }
+    }
+    types.retain(|_, paths| paths.len() > 1);
+    types
 }
 
 /// What each module imports: for `transport::amqp::error`, the modules of the files that it names.
