@@ -8,7 +8,7 @@ use serde_json::json;
 use tokio::time::Instant;
 
 use crate::{
-    proxy::{Deed, Frames, Reach},
+    proxy::{Action, Frames, Reach},
     stand::{BOTH, Stand, WITHIN},
 };
 
@@ -22,11 +22,11 @@ fn results_that_are_always_refused_are_given_up_and_delay_no_others() {
     direct.full_queue("full", &results, "tk.*");
     let proxy = &stand.site.proxy;
     let acknowledged =
-        proxy.rule(Frames::acks().on("dtc worker w1").about(&requests), Reach::All, Deed::Count);
+        proxy.rule(Frames::acks().on("dtc worker w1").about(&requests), Reach::All, Action::Count);
     let published = proxy.rule(
         Frames::publishes().on("dtc worker w1").about(&format!("{results}/tk.")),
         Reach::All,
-        Deed::Count,
+        Action::Count,
     );
     let now = Clock::start().now().as_millis() / 1000;
     let request = |number: u64| {

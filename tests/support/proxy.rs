@@ -3,7 +3,7 @@
 //! A [`Proxy`] listens on a loopback port and connects to a broker. It reads whole frames in both
 //! directions, remembers what each channel publishes to and consumes from, and applies its rules to
 //! each frame. A rule chooses frames ([`Frames`]), connections ([`Reach`]) and a number, and what
-//! happens to them ([`Deed`]). Its [`Tap`] counts them, so that a test waits for "a confirm was
+//! happens to them ([`Action`]). Its [`Tap`] counts them, so that a test waits for "a confirm was
 //! swallowed" instead of sleeping.
 //!
 //! Connections are distinguished by the `connection_name` that our clients set, such as `dtc worker
@@ -164,7 +164,7 @@ pub(crate) enum Reach {
 
 /// What happens to a frame.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Deed {
+pub(crate) enum Action {
     /// It is passed on, and counted.
     Count,
     /// It is dropped.
@@ -182,7 +182,7 @@ struct Rule {
     boundary: Option<u64>,
     /// With [`Reach::Channels`], the chosen channels.
     channels: BTreeSet<(u64, u16)>,
-    deed: Deed,
+    deed: Action,
     /// How many more frames it applies to.
     left: u64,
     count: u64,
@@ -271,12 +271,12 @@ impl Proxy {
     }
 
     /// Sets a rule for these frames.
-    pub(crate) fn rule(&self, frames: Frames, reach: Reach, deed: Deed) -> Tap {
+    pub(crate) fn rule(&self, frames: Frames, reach: Reach, deed: Action) -> Tap {
         self.rule_for(u64::MAX, frames, reach, deed)
     }
 
     /// The same for the next `count` of them.
-    pub(crate) fn rule_for(&self, count: u64, frames: Frames, reach: Reach, deed: Deed) -> Tap {
+    pub(crate) fn rule_for(&self, count: u64, frames: Frames, reach: Reach, deed: Action) -> Tap {
         let mut state = self.shared.state();
         let number = state.next_rule;
         state.next_rule += 1;
@@ -292,12 +292,12 @@ impl Proxy {
 
     /// Drops these frames on existing connections.
     pub(crate) fn stop(&self, frames: Frames) -> Tap {
-        self.rule(frames, Reach::Existing, Deed::Swallow)
+        self.rule(frames, Reach::Existing, Action::Swallow)
     }
 
     /// Drops these frames on existing channels.
     pub(crate) fn stop_channels(&self, frames: Frames) -> Tap {
-        self.rule(frames, Reach::Channels, Deed::Swallow)
+        self.rule(frames, Reach::Channels, Action::Swallow)
     }
 
     /// The connections with `name` in their name fall silent in both directions, and neither end
@@ -567,10 +567,10 @@ impl State {
                 rule.boundary = Some(number);
             }
             match rule.deed {
-                Deed::Count => {}
-                Deed::Swallow => fate = Fate::Swallow,
-                Deed::NotFound => fate = channel.not_found(frame),
-                Deed::Gather => {
+                Action::Count => {}
+                Action::Swallow => fate = Fate::Swallow,
+                Action::NotFound => fate = channel.not_found(frame),
+                Action::Gather => {
                     if channel.gather(frame) {
                         fate = Fate::Swallow;
                     }
