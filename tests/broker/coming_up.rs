@@ -4,7 +4,7 @@
 
 use crate::{
     processes::{LIMIT, Process},
-    proxy::{Action, CONSUME, Frames, Reach},
+    proxy::{Action, CONSUME, Frames, Scope},
     stand::{BOTH, READY, Stand},
 };
 
@@ -26,7 +26,7 @@ fn an_instance_that_reconnects_before_its_queue_is_available_logs_no_error() {
 fn comes_back(stand: &Stand, process: &Process, name: &str, queue: &str) {
     let before = process.stderr.count();
     let consuming = Frames::questions(CONSUME).on(name).about(queue);
-    let refused = stand.site.proxy.rule_for(2, consuming, Reach::All, Action::NotFound);
+    let refused = stand.site.proxy.rule_for(2, consuming, Scope::All, Action::NotFound);
     stand.site.proxy.cut(name);
     refused.wait_for(2);
     let ready = process.stderr.wait_for_from(before, READY, LIMIT);

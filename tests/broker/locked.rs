@@ -18,7 +18,7 @@ use crate::{
     broker::{Broker, place},
     crash::until,
     processes::LIMIT,
-    proxy::{Action, CANCEL, Frames, Reach},
+    proxy::{Action, CANCEL, Frames, Scope},
     stand::{BOTH, READY, Site, Stand},
 };
 
@@ -56,7 +56,7 @@ fn a_commit_reaches_an_instance_whose_old_queue_still_exists() {
     let stand = Stand::at(Site::of(place(), json!([payments, stock])), &[]);
     let prepared = stand.site.world.path("state/stock/prepared");
     let replies = Frames::publishes().on(STOCK).about(&stand.site.name("replies/"));
-    let votes = stand.site.proxy.rule(replies, Reach::Existing, Action::Count);
+    let votes = stand.site.proxy.rule(replies, Scope::Existing, Action::Count);
     let id = stand.submit(&BOTH);
     let is_prepared = || std::fs::read_dir(&prepared).is_ok_and(|it| it.count() > 0);
     until("`stock` prepares", is_prepared);

@@ -16,7 +16,7 @@ use crate::{
     broker::place,
     crash::until,
     processes::{LIMIT, Process},
-    proxy::{Action, Frames, Reach},
+    proxy::{Action, Frames, Scope},
     stand::{BOTH, Producer, READY, Site},
 };
 
@@ -199,7 +199,7 @@ fn a_commit_parked_by_a_worker_that_then_dies_is_settled_once() {
     let site = Site::of(place(), service);
     let (stock, mut killed, producer) = (site.service("stock"), site.worker(&[]), site.producer());
     let unresolved = Frames::confirms().on("w1").about(&site.name("unresolved"));
-    let parked = site.proxy.rule(unresolved, Reach::All, Action::Swallow);
+    let parked = site.proxy.rule(unresolved, Scope::All, Action::Swallow);
     let id = producer.submit(&["stock"]);
     parked.wait_for(1);
     killed.kill9();

@@ -13,7 +13,7 @@ use serde_json::json;
 use crate::{
     broker::place,
     processes::LIMIT,
-    proxy::{Action, Frames, Reach},
+    proxy::{Action, Frames, Scope},
     stand::{Site, Stand},
 };
 
@@ -25,7 +25,7 @@ fn site() -> Site {
         "prepare": {"latency_ms": [300, 300]}});
     let stock = json!({"name": "stock", "max_concurrency": 60, "max_wait_ms": 10_000});
     let site = Site::of(place(), json!([payments, stock]));
-    site.proxy.rule(Frames::confirms().on(PUBLISH), Reach::All, Action::Gather);
+    site.proxy.rule(Frames::confirms().on(PUBLISH), Scope::All, Action::Gather);
     site
 }
 

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use crate::{
     broker::place,
-    proxy::{Action, Frames, Reach},
+    proxy::{Action, Frames, Scope},
     stand::{BOTH, Site, Stand, WITHIN},
     system::{Served, Setup},
     watched::Watched,
@@ -115,7 +115,7 @@ fn a_service_whose_only_instance_died_is_reported_as_without_instances() {
     let mut stand = Stand::of(site, worker, services, producer);
     let finish = format!("{}/", stand.site.name("finish"));
     let frames = Frames::publishes().on("dtc worker w1").about(&finish);
-    let told_to_commit = stand.site.proxy.rule(frames, Reach::All, Action::Count);
+    let told_to_commit = stand.site.proxy.rule(frames, Scope::All, Action::Count);
     let holder = stand.submit(&["stock"]);
     assert!(told_to_commit.has_come(1, WITHIN), "{holder} is told to commit");
     stand.stock.kill9();

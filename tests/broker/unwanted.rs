@@ -8,7 +8,7 @@ use serde_json::json;
 use tokio::time::Instant;
 
 use crate::{
-    proxy::{Action, Frames, Reach},
+    proxy::{Action, Frames, Scope},
     stand::{BOTH, Stand, WITHIN},
 };
 
@@ -22,10 +22,10 @@ fn results_that_are_always_refused_are_given_up_and_delay_no_others() {
     direct.full_queue("full", &results, "tk.*");
     let proxy = &stand.site.proxy;
     let acknowledged =
-        proxy.rule(Frames::acks().on("dtc worker w1").about(&requests), Reach::All, Action::Count);
+        proxy.rule(Frames::acks().on("dtc worker w1").about(&requests), Scope::All, Action::Count);
     let published = proxy.rule(
         Frames::publishes().on("dtc worker w1").about(&format!("{results}/tk.")),
-        Reach::All,
+        Scope::All,
         Action::Count,
     );
     let now = Clock::start().now().as_millis() / 1000;

@@ -2,7 +2,7 @@
 //!
 //! A [`Proxy`] listens on a loopback port and connects to a broker. It reads whole frames in both
 //! directions, remembers what each channel publishes to and consumes from, and applies its rules to
-//! each frame. A rule chooses frames ([`Frames`]), connections ([`Reach`]) and a number, and what
+//! each frame. A rule chooses frames ([`Frames`]), connections ([`Scope`]) and a number, and what
 //! happens to them ([`Action`]). Its [`Tap`] counts them, so that a test waits for "a confirm was
 //! swallowed" instead of sleeping.
 //!
@@ -152,7 +152,7 @@ impl Frames {
 
 /// The connections of a rule.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Reach {
+pub(crate) enum Scope {
     /// Those that exist when it is set.
     Existing,
     /// The channels that exist when it is set, on existing connections.
@@ -177,10 +177,10 @@ pub(crate) enum Action {
 
 struct Rule {
     frames: Frames,
-    reach: Reach,
-    /// Connections from this number on are excluded; with [`Reach::First`], all but this one.
+    reach: Scope,
+    /// Connections from this number on are excluded; with [`Scope::First`], all but this one.
     boundary: Option<u64>,
-    /// With [`Reach::Channels`], the chosen channels.
+    /// With [`Scope::Channels`], the chosen channels.
     channels: BTreeSet<(u64, u16)>,
     deed: Action,
     /// How many more frames it applies to.
@@ -191,10 +191,10 @@ struct Rule {
 impl Rule {
     fn reaches(&self, connection: u64, channel: u16) -> bool {
         match (self.reach, self.boundary) {
-            (Reach::Channels, _) => self.channels.contains(&(connection, channel)),
-            (Reach::Existing, Some(boundary)) => connection < boundary,
-            (Reach::First, Some(first)) => connection == first,
-            (Reach::Existing | Reach::First, None) | (Reach::All, _) => true,
+            (Scope::Channels, _) => self.channels.contains(&(connection, channel)),
+            (Scope::Existing, Some(boundary)) => connection < boundary,
+            (Scope::First, Some(first)) => connection == first,
+            (Scope::Existing | Scope::First, None) | (Scope::All, _) => true,
         }
     }
 }
@@ -271,19 +271,19 @@ impl Proxy {
     }
 
     /// Sets a rule for these frames.
-    pub(crate) fn rule(&self, frames: Frames, reach: Reach, deed: Action) -> Tap {
+    pub(crate) fn rule(&self, frames: Frames, reach: Scope, deed: Action) -> Tap {
         self.rule_for(u64::MAX, frames, reach, deed)
     }
 
     /// The same for the next `count` of them.
-    pub(crate) fn rule_for(&self, count: u64, frames: Frames, reach: Reach, deed: Action) -> Tap {
+    pub(crate) fn rule_for(&self, count: u64, frames: Frames, reach: Scope, deed: Action) -> Tap {
         let mut state = self.shared.state();
         let number = state.next_rule;
         state.next_rule += 1;
-        let boundary = (reach == Reach::Existing).then_some(state.next_connection);
+        let boundary = (reach == Scope::Existing).then_some(state.next_connection);
         let channels = match reach {
-            Reach::Channels => state.all_channels(),
-            Reach::Existing | Reach::First | Reach::All => BTreeSet::new(),
+            Scope::Channels => state.all_channels(),
+            Scope::Existing | Scope::First | Scope::All => BTreeSet::new(),
         };
         let rule = Rule { frames, reach, boundary, channels, deed, left: count, count: 0 };
         state.rules.insert(number, rule);
@@ -292,12 +292,12 @@ impl Proxy {
 
     /// Drops these frames on existing connections.
     pub(crate) fn stop(&self, frames: Frames) -> Tap {
-        self.rule(frames, Reach::Existing, Action::Swallow)
+        self.rule(frames, Scope::Existing, Action::Swallow)
     }
 
     /// Drops these frames on existing channels.
     pub(crate) fn stop_channels(&self, frames: Frames) -> Tap {
-        self.rule(frames, Reach::Channels, Action::Swallow)
+        self.rule(frames, Scope::Channels, Action::Swallow)
     }
 
     /// The connections with `name` in their name fall silent in both directions, and neither end
@@ -563,7 +563,7 @@ impl State {
         for rule in self.rules.values_mut().filter_map(|rule| Some(rule).filter(|it| is_for(it))) {
             rule.count += 1;
             rule.left -= 1;
-            if rule.reach == Reach::First {
+            if rule.reach == Scope::First {
                 rule.boundary = Some(number);
             }
             match rule.deed {

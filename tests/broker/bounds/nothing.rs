@@ -2,7 +2,7 @@
 //! connections end.
 
 use crate::{
-    proxy::{Action, Frames, Reach, Side},
+    proxy::{Action, Frames, Scope, Side},
     stand::{BOTH, Stand},
 };
 
@@ -10,7 +10,7 @@ use crate::{
 fn without_faults_transactions_commit_and_the_proxy_counts_each_frame_once() {
     let stand = Stand::new();
     let (site, worker) = (&stand.site, "dtc worker w1 (publish)");
-    let counted = |frames| site.proxy.rule(frames, Reach::Existing, Action::Count);
+    let counted = |frames| site.proxy.rule(frames, Scope::Existing, Action::Count);
     let name = |rest| site.name(rest);
     let once = [
         counted(Frames::publishes().on(worker).about(&name("journal"))),
@@ -36,7 +36,7 @@ fn a_system_recovers_when_all_its_connections_end() {
     let stand = Stand::new();
     let mark = stand.marked();
     let proxy = &stand.site.proxy;
-    let new = proxy.rule(Frames::all(Side::Client), Reach::All, Action::Count);
+    let new = proxy.rule(Frames::all(Side::Client), Scope::All, Action::Count);
     proxy.cut("");
     stand.commits_again(&mark, &new, &BOTH);
 }

@@ -6,7 +6,7 @@ use crate::{
     processes::Process,
     proxy::{
         Action, CHANNEL_OPEN_OK, CONFIRM_SELECT_OK, CONSUME_OK, Frames, QOS_OK, QUEUE_BIND_OK,
-        QUEUE_DECLARE_OK, Reach,
+        QUEUE_DECLARE_OK, Scope,
     },
     stand::{BOTH, READY, Site, Stand, WITHIN},
 };
@@ -15,7 +15,7 @@ use crate::{
 /// in time all the same.
 fn comes_to_work(frames: Frames, start: impl Fn(&Site) -> Process) {
     let site = Site::new();
-    let stopped = site.proxy.rule(frames, Reach::First, Action::Swallow);
+    let stopped = site.proxy.rule(frames, Scope::First, Action::Swallow);
     let process = start(&site);
     assert!(stopped.has_come(1, WITHIN), "nothing was stopped");
     process.wait_for_line(READY, WITHIN);
@@ -84,7 +84,7 @@ fn a_client_tries_the_next_host_before_it_gives_up_one_that_declares_nothing() {
         let url = site.world.place.url.clone();
         site.world.place.url = format!("{url},{url}");
         let frames = Frames::answers(QUEUE_DECLARE_OK);
-        let stopped = site.proxy.rule(frames, Reach::First, Action::Swallow);
+        let stopped = site.proxy.rule(frames, Scope::First, Action::Swallow);
         let process = start(&site);
         assert!(stopped.has_come(1, WITHIN), "nothing was stopped");
         process.wait_for_line(READY, WITHIN);
@@ -116,7 +116,7 @@ fn asks_again(frames: Frames) {
     let services = BOTH.map(|name| site.service(name));
     let worker = site.worker(&[]);
     let frames = frames.on("dtc submit");
-    let stopped = site.proxy.rule(frames, Reach::First, Action::Swallow);
+    let stopped = site.proxy.rule(frames, Scope::First, Action::Swallow);
     let producer = site.producer();
     let stand = Stand::of(site, worker, services, producer);
     let mark = stand.marked();

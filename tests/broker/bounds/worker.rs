@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::{
-    proxy::{Action, Frames, QUEUE_DECLARE_OK, Reach},
+    proxy::{Action, Frames, QUEUE_DECLARE_OK, Scope},
     stand::{BOTH, Site, Stand},
 };
 
@@ -36,7 +36,7 @@ fn a_result_that_is_never_confirmed_is_published_again_and_its_request_acknowled
     let (requests, results) = (stand.site.name("requests"), stand.site.name("results/"));
     let mark = stand.marked();
     let proxy = &stand.site.proxy;
-    let acknowledged = proxy.rule(Frames::acks().about(&requests), Reach::All, Action::Count);
+    let acknowledged = proxy.rule(Frames::acks().about(&requests), Scope::All, Action::Count);
     let stopped = proxy.stop(Frames::confirms().on(PUBLISH).about(&results));
     stand.commits_again(&mark, &stopped, &BOTH);
     let is_acknowledged = acknowledged.has_come(1, mark.left());
@@ -124,7 +124,7 @@ fn an_append_that_is_lost_with_the_readers_of_the_journal_is_repeated_and_read_i
     let stand = Stand::new();
     let (journal, proxy) = (stand.site.name("journal"), &stand.site.proxy);
     let publishes = Frames::publishes().on("dtc worker w1").about(&journal);
-    let lost = proxy.rule_for(1, publishes, Reach::Channels, Action::Swallow);
+    let lost = proxy.rule_for(1, publishes, Scope::Channels, Action::Swallow);
     proxy.stop_channels(Frames::deliveries().on("dtc worker w1").about(&journal));
     let answer = stand.answered(&stand.submit(&BOTH), Duration::from_secs(6));
     println!("{answer}");
