@@ -24,7 +24,7 @@ use crate::{
     crash::{leftovers, until},
     direct::Direct,
     processes::{LIMIT, Process, World},
-    proxy::{Proxy, Tap},
+    proxy::{ActiveRule, Proxy},
 };
 
 /// How long a system may stand still, whatever fails to arrive.
@@ -204,7 +204,7 @@ impl Stand {
     /// What `stopped` counts was stopped at `mark`. One transaction over `services` runs into that
     /// and must end in time; one that is submitted afterwards must commit in time.
     #[track_caller]
-    pub(crate) fn commits_again(&self, mark: &Mark, stopped: &Tap, services: &[&str]) {
+    pub(crate) fn commits_again(&self, mark: &Mark, stopped: &ActiveRule, services: &[&str]) {
         let first = self.producer.submit(services);
         assert!(stopped.has_come(1, WITHIN), "nothing was stopped");
         let answers = &self.producer.process.stdout;

@@ -3,7 +3,7 @@
 //! A [`Proxy`] listens on a loopback port and connects to a broker. It reads whole frames in both
 //! directions, remembers what each channel publishes to and consumes from, and applies its rules to
 //! each frame. A rule chooses frames ([`Frames`]), connections ([`Scope`]) and a number, and what
-//! happens to them ([`Action`]). Its [`Tap`] counts them, so that a test waits for "a confirm was
+//! happens to them ([`Action`]). Its [`ActiveRule`] counts them, so that a test waits for "a confirm was
 //! swallowed" instead of sleeping.
 //!
 //! Connections are distinguished by the `connection_name` that our clients set, such as `dtc worker
@@ -201,12 +201,12 @@ impl Rule {
 
 /// An active rule.
 #[derive(Clone)]
-pub(crate) struct Tap {
+pub(crate) struct ActiveRule {
     number: u64,
     shared: Arc<Shared>,
 }
 
-impl Tap {
+impl ActiveRule {
     /// How many frames it has applied to so far; content counts with its method.
     pub(crate) fn count(&self) -> u64 {
         self.shared.state().rules.get(&self.number).map_or(0, |rule| rule.count)
@@ -271,12 +271,18 @@ impl Proxy {
     }
 
     /// Sets a rule for these frames.
-    pub(crate) fn rule(&self, frames: Frames, reach: Scope, deed: Action) -> Tap {
+    pub(crate) fn rule(&self, frames: Frames, reach: Scope, deed: Action) -> ActiveRule {
         self.rule_for(u64::MAX, frames, reach, deed)
     }
 
     /// The same for the next `count` of them.
-    pub(crate) fn rule_for(&self, count: u64, frames: Frames, reach: Scope, deed: Action) -> Tap {
+    pub(crate) fn rule_for(
+        &self,
+        count: u64,
+        frames: Frames,
+        reach: Scope,
+        deed: Action,
+    ) -> ActiveRule {
         let mut state = self.shared.state();
         let number = state.next_rule;
         state.next_rule += 1;
@@ -287,16 +293,16 @@ impl Proxy {
         };
         let rule = Rule { frames, reach, boundary, channels, deed, left: count, count: 0 };
         state.rules.insert(number, rule);
-        Tap { number, shared: Arc::clone(&self.shared) }
+        ActiveRule { number, shared: Arc::clone(&self.shared) }
     }
 
     /// Drops these frames on existing connections.
-    pub(crate) fn stop(&self, frames: Frames) -> Tap {
+    pub(crate) fn stop(&self, frames: Frames) -> ActiveRule {
         self.rule(frames, Scope::Existing, Action::Swallow)
     }
 
     /// Drops these frames on existing channels.
-    pub(crate) fn stop_channels(&self, frames: Frames) -> Tap {
+    pub(crate) fn stop_channels(&self, frames: Frames) -> ActiveRule {
         self.rule(frames, Scope::Channels, Action::Swallow)
     }
 

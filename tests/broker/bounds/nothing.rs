@@ -27,7 +27,7 @@ fn without_faults_transactions_commit_and_the_proxy_counts_each_frame_once() {
     let none = counted(Frames::publishes().on(worker).about(&name("rejected")));
     stand.commits(&BOTH);
     once.iter().for_each(|tap| tap.wait_for(1));
-    let counts: Vec<_> = once.iter().map(crate::proxy::Tap::count).collect();
+    let counts: Vec<_> = once.iter().map(crate::proxy::ActiveRule::count).collect();
     assert_eq!((counts, none.count()), (vec![1; once.len()], 0));
 }
 
