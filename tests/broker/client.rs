@@ -60,7 +60,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_broker_has_the_request_when_submit_returns() {
-    let desk = Desk::new(place()).await;
+    let desk = PlayedWorker::new(place()).await;
     let submission = Submission::new("TX1", ["b", "a", "b"], json!({"amount": 1}));
     let key = desk.client().submit(submission).await.unwrap();
     let delivery = desk.take_now().await.unwrap();
@@ -90,7 +90,7 @@ async fn without_a_topology_the_error_names_the_remedy_at_once() {
 #[tokio::test(flavor = "multi_thread")]
 async fn results_in_any_order_are_matched_to_their_requests() {
     const COUNT: usize = 200;
-    let desk = Desk::new(place()).await;
+    let desk = PlayedWorker::new(place()).await;
     let client = desk.client();
     let waiting = (0..COUNT).map(|number| {
         let client = client.clone();
@@ -117,7 +117,7 @@ async fn results_in_any_order_are_matched_to_their_requests() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_answer_to_a_retry_under_a_new_timestamp_names_the_earlier_transaction() {
-    let desk = Desk::new(place()).await;
+    let desk = PlayedWorker::new(place()).await;
     let client = desk.client();
     let waiting =
         tokio::spawn(
@@ -132,7 +132,7 @@ async fn the_answer_to_a_retry_under_a_new_timestamp_names_the_earlier_transacti
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_request_that_timed_out_can_be_repeated_under_the_same_key() {
-    let desk = Desk::new(place()).await;
+    let desk = PlayedWorker::new(place()).await;
     let client = desk.client();
     let mut consumer = desk.consume().await;
     // With all connections open, a request reaches the broker at once.
@@ -160,7 +160,7 @@ async fn a_request_that_timed_out_can_be_repeated_under_the_same_key() {
 #[tokio::test(flavor = "multi_thread")]
 async fn unanswered_requests_are_sent_again_under_the_same_key_after_a_lost_connection() {
     let broker = Broker::start();
-    let desk = Desk::new(broker.place()).await;
+    let desk = PlayedWorker::new(broker.place()).await;
     let client = desk.client();
     let waiting = tokio::spawn(async move {
         client.submit_and_wait(transaction("TX1"), Duration::from_secs(120)).await.unwrap()
@@ -187,7 +187,7 @@ async fn unanswered_requests_are_sent_again_under_the_same_key_after_a_lost_conn
 /// nothing was decided meanwhile, and the results are on their way.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_missing_result_is_requested_through_another_queue_and_may_arrive_through_both() {
-    let desk = Desk::new(place()).await;
+    let desk = PlayedWorker::new(place()).await;
     let client = desk.client();
     let waiting = tokio::spawn(async move {
         let submit = |id| client.submit_and_wait(transaction(id), Duration::from_secs(120));
@@ -224,7 +224,7 @@ async fn a_client_waits_for_an_absent_broker_no_longer_than_its_timeout() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn submitted_files_print_their_results_in_order() {
-    let desk = Desk::new(place()).await;
+    let desk = PlayedWorker::new(place()).await;
     let world = World::at(desk.place.clone());
     let file = world.file("transactions.json", &transactions(50));
     let mut submit = world.submit(&file, &["--wait"]);
@@ -248,7 +248,7 @@ async fn submitted_files_print_their_results_in_order() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_file_submitted_again_with_the_same_requested_at_is_the_same_transactions() {
-    let desk = Desk::new(place()).await;
+    let desk = PlayedWorker::new(place()).await;
     let world = World::at(desk.place.clone());
     let file = world.file("transactions.json", &transactions(3));
     for _ in 0..2 {
@@ -267,7 +267,7 @@ async fn a_file_submitted_again_with_the_same_requested_at_is_the_same_transacti
 
 #[tokio::test(flavor = "multi_thread")]
 async fn transactions_without_a_result_in_time_are_named() {
-    let desk = Desk::new(place()).await;
+    let desk = PlayedWorker::new(place()).await;
     let world = World::at(desk.place);
     let file = world.file("transactions.json", &transactions(2));
     let mut submit =
@@ -281,7 +281,7 @@ async fn transactions_without_a_result_in_time_are_named() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_of_a_bad_array_is_sent_and_of_bad_lines_only_the_earlier_ones() {
-    let desk = Desk::new(place()).await;
+    let desk = PlayedWorker::new(place()).await;
     let world = World::at(desk.place.clone());
     let bad = world.file("bad.json", &json!([{"id": "TX1"}]));
     world.submit(&bad, &[]).exited(65, PATIENCE);
@@ -316,7 +316,7 @@ fn an_absent_or_refusing_broker_has_its_exit_code() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn after_a_signal_submit_sends_no_more_and_waits_for_what_was_sent() {
-    let desk = Desk::new(place()).await;
+    let desk = PlayedWorker::new(place()).await;
     let world = World::at(desk.place.clone());
     let mut command = world.dtc(&["submit", "-", "--wait"]);
     command.stdin(std::process::Stdio::piped());
@@ -344,7 +344,7 @@ async fn after_a_signal_submit_sends_no_more_and_waits_for_what_was_sent() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn status_shows_the_first_record_of_every_transaction_with_the_id() {
-    let desk = Desk::new(place()).await;
+    let desk = PlayedWorker::new(place()).await;
     let now = Clock::start().now();
     // As far back as the journal is complete.
     let at = Time::from_millis((now + Duration::from_secs(120)).as_millis() / 1000 * 1000);
@@ -385,7 +385,7 @@ async fn status_shows_the_first_record_of_every_transaction_with_the_id() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn status_says_since_when_the_journal_is_complete_if_it_finds_nothing() {
-    let desk = Desk::new(place()).await;
+    let desk = PlayedWorker::new(place()).await;
     let world = World::at(desk.place.clone());
     let begun_at = desk.begun_at.as_millis();
     let missing = json!([
@@ -404,7 +404,7 @@ async fn status_says_since_when_the_journal_is_complete_if_it_finds_nothing() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_journal_without_its_beginning_is_complete_a_margin_after_its_first_record() {
-    let desk = Desk::bare(place()).await;
+    let desk = PlayedWorker::bare(place()).await;
     desk.stream(&desk.names.journal()).await;
     desk.stream(&desk.names.unresolved()).await;
     let world = World::at(desk.place.clone());
@@ -421,7 +421,7 @@ async fn a_journal_without_its_beginning_is_complete_a_margin_after_its_first_re
 
 #[tokio::test(flavor = "multi_thread")]
 async fn status_looks_back_until_it_finds_a_day_at_most_and_says_how_far() {
-    let desk = Desk::bare(place()).await;
+    let desk = PlayedWorker::bare(place()).await;
     desk.stream(&desk.names.journal()).await;
     desk.stream(&desk.names.unresolved()).await;
     let now = Clock::start().now();
@@ -458,7 +458,7 @@ async fn status_looks_back_until_it_finds_a_day_at_most_and_says_how_far() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn status_does_not_read_records_older_than_it_looks_back() {
-    let desk = Desk::new(place()).await;
+    let desk = PlayedWorker::new(place()).await;
     let now = Clock::start().now();
     for number in 0..100 {
         desk.write(&[decision(&format!("TX{number}"), now, Outcome::Committed, "w1")]).await;
@@ -494,7 +494,7 @@ async fn status_without_a_topology_is_a_configuration_error() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_long_journal_is_read_to_its_end() {
     const MESSAGES: usize = 50_000;
-    let desk = Desk::new(place()).await;
+    let desk = PlayedWorker::new(place()).await;
     let now = Clock::start().now();
     let mut confirms = Vec::new();
     for number in 0..MESSAGES {
@@ -571,7 +571,7 @@ fn a_run_through_a_broker_ends_like_one_without_and_leaves_nothing() {
 // ---- Who plays the worker --------------------------------------------------------------------
 
 /// A worker that does what the test says.
-struct Desk {
+struct PlayedWorker {
     place: Place,
     names: Names,
     begun_at: Time,
@@ -591,7 +591,7 @@ fn address(place: &Place) -> (Address, Names) {
     (address, Names::new(Namespace::parse(&place.namespace).unwrap()))
 }
 
-impl Desk {
+impl PlayedWorker {
     /// With the topology declared.
     async fn new(place: Place) -> Self {
         let (address, names) = address(&place);
