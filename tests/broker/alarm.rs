@@ -174,14 +174,14 @@ fn a_submit_under_an_alarm_names_it_when_it_times_out() {
 
 /// A proxy to the broker that, once it is shut, returns nothing on connections that already have a
 /// channel.
-struct Hole {
+struct SilencingProxy {
     place: Place,
     is_shut: Arc<AtomicBool>,
     /// A message for each answer that was swallowed.
     swallowed: Receiver<()>,
 }
 
-impl Hole {
+impl SilencingProxy {
     fn before(broker: &Broker) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let port = listener.local_addr().unwrap().port();
@@ -234,7 +234,7 @@ fn holds(bytes: &[u8], pattern: &[u8]) -> bool {
 #[test]
 fn every_command_gives_up_a_broker_that_answers_nothing() {
     let broker = Broker::start();
-    let hole = Hole::before(&broker);
+    let hole = SilencingProxy::before(&broker);
     let world = World::at(hole.place.clone());
     let services = services(&world);
     world.apply_topology(Some(&services));
