@@ -5,25 +5,25 @@
 use crate::{
     processes::{LIMIT, Process},
     proxy::{Action, CONSUME, Frames, Scope},
-    stand::{BOTH, READY, Stand},
+    stand::{BOTH, ProxiedSystem, READY},
 };
 
 #[test]
 fn a_worker_that_reconnects_before_the_journal_is_available_logs_no_error() {
-    let stand = Stand::new();
+    let stand = ProxiedSystem::new();
     let journal = stand.site.name("journal");
     comes_back(&stand, &stand.worker, "dtc worker w1", &journal);
 }
 
 #[test]
 fn an_instance_that_reconnects_before_its_queue_is_available_logs_no_error() {
-    let stand = Stand::new();
+    let stand = ProxiedSystem::new();
     let prepares = stand.site.name("prepare.stock");
     comes_back(&stand, &stand.stock, "dtc service stock", &prepares);
 }
 
 /// All connections end; on the first two new ones the queue is missing.
-fn comes_back(stand: &Stand, process: &Process, name: &str, queue: &str) {
+fn comes_back(stand: &ProxiedSystem, process: &Process, name: &str, queue: &str) {
     let before = process.stderr.count();
     let consuming = Frames::questions(CONSUME).on(name).about(queue);
     let refused = stand.site.proxy.rule_for(2, consuming, Scope::All, Action::NotFound);

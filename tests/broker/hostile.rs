@@ -11,7 +11,7 @@ use dtc::clock::Clock;
 use crate::{
     bare::{Bare, Properties, header_called, nested_arrays, nested_tables},
     processes::Process,
-    stand::{BOTH, READY, Site, Stand, WITHIN},
+    stand::{BOTH, ProxiedSystem, READY, Site, WITHIN},
 };
 
 /// The unreadable part of a message.
@@ -125,7 +125,7 @@ fn prepares_that_cannot_be_read_are_set_aside_and_no_instance_ends() {
 
 #[test]
 fn an_inquiry_under_a_routing_key_that_cannot_be_read_is_set_aside() {
-    let stand = Stand::new();
+    let stand = ProxiedSystem::new();
     let mut bare = Bare::connect(&stand.site.place.url);
     let properties = Properties { kind: Some(b"dtc.inquiry.v1".to_vec()), ..Properties::default() };
     let connections = stand.site.proxy.connections("dtc worker");
@@ -137,7 +137,7 @@ fn an_inquiry_under_a_routing_key_that_cannot_be_read_is_set_aside() {
 /// Otherwise no worker could ever read past a record that ends it.
 #[test]
 fn a_record_in_the_journal_that_cannot_be_read_is_skipped_by_every_worker() {
-    let stand = Stand::new();
+    let stand = ProxiedSystem::new();
     let mut bare = Bare::connect(&stand.site.place.url);
     let connections = stand.site.proxy.connections("dtc worker");
     for poison in &POISONS {
@@ -156,7 +156,7 @@ fn a_record_in_the_journal_that_cannot_be_read_is_skipped_by_every_worker() {
 
 #[test]
 fn results_that_cannot_be_read_do_not_end_a_producer() {
-    let stand = Stand::new();
+    let stand = ProxiedSystem::new();
     let results = stand.site.name("results/");
     let targets = stand.site.proxy.targets("dtc worker w1 (publish)");
     let key = targets.iter().find_map(|it| it.strip_prefix(&results)).expect("a result was sent");
@@ -194,8 +194,8 @@ fn properties(kind: &str) -> Properties {
     }
 }
 
-fn are_set_aside(name: &str, of: fn(&Stand) -> &Process, place: &Place) {
-    let stand = Stand::new();
+fn are_set_aside(name: &str, of: fn(&ProxiedSystem) -> &Process, place: &Place) {
+    let stand = ProxiedSystem::new();
     let mut bare = Bare::connect(&stand.site.place.url);
     let connections = stand.site.proxy.connections(name);
     for (number, poison) in POISONS.iter().enumerate() {
@@ -217,7 +217,7 @@ fn are_set_aside(name: &str, of: fn(&Stand) -> &Process, place: &Place) {
 
 /// The message with `id` in its body is set aside, and `process` survives.
 #[track_caller]
-fn is_set_aside(stand: &Stand, process: &Process, id: &str) {
+fn is_set_aside(stand: &ProxiedSystem, process: &Process, id: &str) {
     let reason = stand.site.direct.rejected(&stand.site.name("rejected"), id, WITHIN);
     lives(process, id);
     let reason = reason.unwrap_or_else(|| panic!("{id} is not set aside"));
@@ -233,7 +233,7 @@ fn lives(process: &Process, what: &str) {
 
 /// Everything is served, on the same connections, except that one may have been lost.
 #[track_caller]
-fn goes_on(stand: &Stand, name: &str, connections: usize) {
+fn goes_on(stand: &ProxiedSystem, name: &str, connections: usize) {
     stand.commits(&BOTH);
     let now = stand.site.proxy.connections(name);
     assert!(now <= connections + 2, "{connections} connections of `{name}`, and then {now}");

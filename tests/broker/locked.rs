@@ -19,7 +19,7 @@ use crate::{
     crash::until,
     processes::LIMIT,
     proxy::{Action, CANCEL, Frames, Scope},
-    stand::{BOTH, READY, Site, Stand},
+    stand::{BOTH, ProxiedSystem, READY, Site},
 };
 
 /// "At once", on a busy machine.
@@ -29,7 +29,7 @@ const STOCK: &str = "dtc service stock";
 
 #[test]
 fn an_instance_whose_old_queue_still_exists_serves_at_once_through_a_new_one() {
-    let stand = Stand::new();
+    let stand = ProxiedSystem::new();
     let said = stand.stock.stderr.count();
     stand.site.proxy.sever(STOCK);
     let ready = stand.stock.stderr.wait_for_from(said, READY, AT_ONCE);
@@ -53,7 +53,7 @@ fn a_commit_reaches_an_instance_whose_old_queue_still_exists() {
     let payments = json!({"name": "payments", "max_concurrency": 8, "max_wait_ms": 10_000,
         "prepare": {"latency_ms": [3000, 3000]}});
     let stock = json!({"name": "stock", "max_concurrency": 8, "max_wait_ms": 10_000});
-    let stand = Stand::at(Site::of(place(), json!([payments, stock])), &[]);
+    let stand = ProxiedSystem::at(Site::of(place(), json!([payments, stock])), &[]);
     let prepared = stand.site.world.path("state/stock/prepared");
     let replies = Frames::publishes().on(STOCK).about(&stand.site.name("replies/"));
     let votes = stand.site.proxy.rule(replies, Scope::Existing, Action::Count);
@@ -111,7 +111,7 @@ fn a_results_queue_that_the_broker_has_lost_is_replaced_at_once() {
     let broker = Broker::start();
     let service = |name| json!({"name": name, "max_concurrency": 8, "max_wait_ms": 10_000});
     let site = Site::of(broker.place(), json!([service("payments"), service("stock")]));
-    let stand = Stand::at(site, &[]);
+    let stand = ProxiedSystem::at(site, &[]);
     let cancelled = stand.site.proxy.stop(Frames::answers(CANCEL).on("dtc submit"));
     let prefix = stand.site.name("results.");
     let declared = broker.declared_at(&stand.site.place);

@@ -6,18 +6,18 @@ use serde_json::Value;
 
 use crate::{
     processes::LIMIT,
-    stand::{BOTH, Site, Stand, WITHIN},
+    stand::{BOTH, ProxiedSystem, Site, WITHIN},
 };
 
 /// Far fewer than a connection may have.
 const CHANNELS_MAX: u16 = 256;
 
 /// Nothing was requested of `stock` yet.
-fn stand() -> Stand {
+fn stand() -> ProxiedSystem {
     let site = Site::new();
     let services = BOTH.map(|name| site.service(name));
     let (worker, producer) = (site.worker(&[]), site.producer());
-    let stand = Stand::of(site, worker, services, producer);
+    let stand = ProxiedSystem::of(site, worker, services, producer);
     stand.commits(&["payments"]);
     stand
 }

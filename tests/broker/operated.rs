@@ -23,7 +23,7 @@ use serde_json::json;
 use crate::{
     broker::place,
     processes::{LIMIT, Process, World},
-    stand::{BOTH, READY, Site, Stand},
+    stand::{BOTH, ProxiedSystem, READY, Site},
 };
 
 /// Their log lines fill a pipe several times.
@@ -121,7 +121,7 @@ fn a_log_that_is_read_late_says_how_many_lines_were_dropped() {
 /// Each of them ended a worker at once, and left what it had begun to others.
 #[test]
 fn a_worker_ignores_signals_without_meaning_and_drains_on_those_that_end_it() {
-    let mut stand = Stand::new();
+    let mut stand = ProxiedSystem::new();
     for signal in [Signal::SIGHUP, Signal::SIGUSR1, Signal::SIGUSR2, Signal::SIGALRM] {
         stand.worker.signal(signal);
         stand.worker.wait_for_line(&format!("{signal} is ignored"), LIMIT);
@@ -135,7 +135,7 @@ fn a_worker_ignores_signals_without_meaning_and_drains_on_those_that_end_it() {
 /// A class name, which client libraries put into `type`, led to no answer.
 #[test]
 fn a_request_of_a_foreign_type_is_answered_as_invalid() {
-    let stand = Stand::new();
+    let stand = ProxiedSystem::new();
     let (direct, results) = (&stand.site.direct, stand.site.name("results"));
     let queue = stand.site.name("told");
     direct.open_queue(&queue, &results, "tk.*");

@@ -14,7 +14,7 @@ use crate::{
     broker::place,
     processes::LIMIT,
     proxy::{Action, Frames, Scope},
-    stand::{Site, Stand},
+    stand::{ProxiedSystem, Site},
 };
 
 const PUBLISH: &str = "dtc worker w1 (publish)";
@@ -32,7 +32,7 @@ fn site() -> Site {
 #[test]
 fn only_the_service_whose_queue_is_gone_is_unknown() {
     const COUNT: usize = 60;
-    let stand = Stand::at(site(), &[]);
+    let stand = ProxiedSystem::at(site(), &[]);
     let of = |services: &[&str]| stand.submit(services);
     let warm: Vec<_> = (0..COUNT).flat_map(|_| [of(&["payments"]), of(&["stock"])]).collect();
     warm.iter().for_each(|id| drop(stand.answered(id, LIMIT)));

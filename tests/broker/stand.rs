@@ -40,7 +40,7 @@ pub(crate) const READY: &str = "ready";
 pub(crate) const BOTH: [&str; 2] = ["payments", "stock"];
 
 /// A system behind a proxy. Processes end before the proxy does, or they would log errors.
-pub(crate) struct Stand {
+pub(crate) struct ProxiedSystem {
     producer: Producer,
     pub(crate) worker: Process,
     pub(crate) payments: Process,
@@ -143,7 +143,7 @@ impl Site {
     }
 }
 
-impl Stand {
+impl ProxiedSystem {
     /// Everything serving; one transaction has committed.
     pub(crate) fn new() -> Self {
         Self::at(Site::new(), &[])

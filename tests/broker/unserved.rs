@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use crate::{
     broker::place,
     proxy::{Action, Frames, Scope},
-    stand::{BOTH, Site, Stand, WITHIN},
+    stand::{BOTH, ProxiedSystem, Site, WITHIN},
     system::{Served, Setup},
     watched::Watched,
 };
@@ -23,7 +23,7 @@ const ENDS: &str = "a service is served again";
 /// The reason in words, as the producer gets it, for one transaction over both services while
 /// `stock` has no instances.
 #[track_caller]
-fn message(stand: &Stand) -> Option<String> {
+fn message(stand: &ProxiedSystem) -> Option<String> {
     let answer = stand.answered(&stand.submit(&BOTH), WITHIN);
     let reason = &answer["reason"];
     let end = [&answer["status"], &reason["code"], &reason["service"]];
@@ -33,7 +33,7 @@ fn message(stand: &Stand) -> Option<String> {
 
 /// Later transactions get the same reason.
 #[track_caller]
-fn nobody_serves_stock(stand: &Stand) {
+fn nobody_serves_stock(stand: &ProxiedSystem) {
     const COUNT: usize = 3;
     for _ in 0..COUNT {
         let said = message(stand).expect("nobody serves it, as is known");
@@ -42,7 +42,7 @@ fn nobody_serves_stock(stand: &Stand) {
 }
 
 /// How often the worker has logged `what` about `stock`, in lines that name its queue.
-fn times(stand: &Stand, level: &str, what: &str) -> usize {
+fn times(stand: &ProxiedSystem, level: &str, what: &str) -> usize {
     let queue = stand.site.name("prepare.stock");
     let said = stand.worker.stderr.all();
     let is_it = |line: &&String| {
@@ -58,7 +58,7 @@ fn comes_and_goes(max_wait_ms: u64) {
     let payments = site.service("payments");
     let (worker, producer) = (site.worker(&[]), site.producer());
     let another = site.service("payments");
-    let mut stand = Stand::of(site, worker, [payments, another], producer);
+    let mut stand = ProxiedSystem::of(site, worker, [payments, another], producer);
     nobody_serves_stock(&stand);
     assert_eq!((times(&stand, "WARN", BEGINS), times(&stand, "INFO", ENDS)), (1, 0));
     stand.commits(&["payments"]);
@@ -79,7 +79,7 @@ fn comes_and_goes(max_wait_ms: u64) {
 }
 
 /// An instance starts; the worker logs it, and transactions commit.
-fn serves_stock_again(stand: &mut Stand) {
+fn serves_stock_again(stand: &mut ProxiedSystem) {
     let said = stand.worker.stderr.count();
     stand.stock = stand.site.service("stock");
     let (_, line) = stand.worker.stderr.wait_for_from(said, ENDS, WITHIN).expect("it is said");
@@ -112,7 +112,7 @@ fn a_service_whose_only_instance_died_is_reported_as_without_instances() {
     );
     let services = BOTH.map(|name| site.service(name));
     let (worker, producer) = (site.worker(&[]), site.producer());
-    let mut stand = Stand::of(site, worker, services, producer);
+    let mut stand = ProxiedSystem::of(site, worker, services, producer);
     let finish = format!("{}/", stand.site.name("finish"));
     let frames = Frames::publishes().on("dtc worker w1").about(&finish);
     let told_to_commit = stand.site.proxy.rule(frames, Scope::All, Action::Count);
@@ -143,7 +143,7 @@ fn a_request_that_waits_for_a_service_without_instances_is_served_when_one_start
     let payments = site.service("payments");
     let (worker, producer) = (site.worker(&[]), site.producer());
     let another = site.service("payments");
-    let mut stand = Stand::of(site, worker, [payments, another], producer);
+    let mut stand = ProxiedSystem::of(site, worker, [payments, another], producer);
     let ids: Vec<_> = (0..COUNT).map(|_| stand.submit(&BOTH)).collect();
     stand.worker.wait_for_line(BEGINS, WITHIN);
     stand.stock = stand.site.service("stock");

@@ -9,14 +9,14 @@ use tokio::time::Instant;
 
 use crate::{
     proxy::{Action, Frames, Scope},
-    stand::{BOTH, Stand, WITHIN},
+    stand::{BOTH, ProxiedSystem, WITHIN},
 };
 
 const COUNT: u64 = 20;
 
 #[test]
 fn results_that_are_always_refused_are_given_up_and_delay_no_others() {
-    let stand = Stand::new();
+    let stand = ProxiedSystem::new();
     let direct = &stand.site.direct;
     let (requests, results) = (stand.site.name("requests"), stand.site.name("results"));
     direct.full_queue("full", &results, "tk.*");
@@ -69,7 +69,7 @@ fn results_that_are_always_refused_are_given_up_and_delay_no_others() {
     stand.site.is_committed_once("unwanted-0", &BOTH);
 }
 
-fn took(stand: &Stand) -> std::time::Duration {
+fn took(stand: &ProxiedSystem) -> std::time::Duration {
     let began = Instant::now();
     for _ in 0..COUNT {
         stand.commits(&BOTH);

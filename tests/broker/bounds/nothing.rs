@@ -3,12 +3,12 @@
 
 use crate::{
     proxy::{Action, Frames, Scope, Side},
-    stand::{BOTH, Stand},
+    stand::{BOTH, ProxiedSystem},
 };
 
 #[test]
 fn without_faults_transactions_commit_and_the_proxy_counts_each_frame_once() {
-    let stand = Stand::new();
+    let stand = ProxiedSystem::new();
     let (site, worker) = (&stand.site, "dtc worker w1 (publish)");
     let counted = |frames| site.proxy.rule(frames, Scope::Existing, Action::Count);
     let name = |rest| site.name(rest);
@@ -33,7 +33,7 @@ fn without_faults_transactions_commit_and_the_proxy_counts_each_frame_once() {
 
 #[test]
 fn a_system_recovers_when_all_its_connections_end() {
-    let stand = Stand::new();
+    let stand = ProxiedSystem::new();
     let mark = stand.marked();
     let proxy = &stand.site.proxy;
     let new = proxy.rule(Frames::all(Side::Client), Scope::All, Action::Count);

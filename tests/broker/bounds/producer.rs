@@ -2,12 +2,12 @@
 
 use crate::{
     proxy::Frames,
-    stand::{BOTH, Stand},
+    stand::{BOTH, ProxiedSystem},
 };
 
 #[test]
 fn results_that_are_never_delivered_are_asked_for_again() {
-    let stand = Stand::new();
+    let stand = ProxiedSystem::new();
     let results = stand.site.name("results");
     let mark = stand.marked();
     let stopped = stand.site.proxy.stop(Frames::deliveries().on("(results)").about(&results));
@@ -17,7 +17,7 @@ fn results_that_are_never_delivered_are_asked_for_again() {
 
 #[test]
 fn requests_that_are_never_confirmed_still_get_results() {
-    let stand = Stand::new();
+    let stand = ProxiedSystem::new();
     let requests = stand.site.name("requests/");
     let mark = stand.marked();
     let stopped = stand.site.proxy.stop(Frames::confirms().on("dtc submit").about(&requests));
@@ -28,7 +28,7 @@ fn requests_that_are_never_confirmed_still_get_results() {
 /// The broker neither takes the request nor reports that.
 #[test]
 fn a_producer_gives_up_a_publishing_connection_that_the_broker_no_longer_reads() {
-    let stand = Stand::new();
+    let stand = ProxiedSystem::new();
     let requests = stand.site.name("requests/");
     let mark = stand.marked();
     let stopped = stand.site.proxy.stop(Frames::publishes().on("dtc submit").about(&requests));

@@ -2,7 +2,7 @@
 
 use crate::{
     proxy::Frames,
-    stand::{BOTH, Site, Stand},
+    stand::{BOTH, ProxiedSystem, Site},
 };
 
 const CONSUME: &str = "dtc service stock *(consume)";
@@ -10,7 +10,7 @@ const PUBLISH: &str = "dtc service stock *(publish)";
 
 #[test]
 fn prepares_that_are_never_delivered_are_asked_for_again() {
-    let stand = Stand::new();
+    let stand = ProxiedSystem::new();
     let prepares = stand.site.name("prepare.stock");
     let mark = stand.marked();
     let stopped = stand.site.proxy.stop_channels(Frames::deliveries().on(CONSUME).about(&prepares));
@@ -20,7 +20,7 @@ fn prepares_that_are_never_delivered_are_asked_for_again() {
 
 #[test]
 fn commits_that_are_never_delivered_are_asked_for_again() {
-    let stand = Stand::new();
+    let stand = ProxiedSystem::new();
     let own = stand.site.name("finish.stock");
     let mark = stand.marked();
     let stopped = stand.site.proxy.stop(Frames::deliveries().on(CONSUME).about(&own));
@@ -31,7 +31,7 @@ fn commits_that_are_never_delivered_are_asked_for_again() {
 /// For the broker, the slots of finished transactions stay taken.
 #[test]
 fn prepares_whose_acknowledgements_get_lost_do_not_use_up_the_slots() {
-    let stand = Stand::at(Site::narrow(), &[]);
+    let stand = ProxiedSystem::at(Site::narrow(), &[]);
     let prepares = stand.site.name("prepare.stock");
     let mark = stand.marked();
     let stopped = stand.site.proxy.stop_channels(Frames::acks().on(CONSUME).about(&prepares));
@@ -44,7 +44,7 @@ fn prepares_whose_acknowledgements_get_lost_do_not_use_up_the_slots() {
 /// Votes, dones, and everything else that it publishes.
 #[test]
 fn a_service_gives_up_a_publishing_connection_that_the_broker_no_longer_reads() {
-    let stand = Stand::new();
+    let stand = ProxiedSystem::new();
     let mark = stand.marked();
     let stopped = stand.site.proxy.stop(Frames::publishes().on(PUBLISH));
     stand.commits_again(&mark, &stopped, &BOTH);

@@ -6,7 +6,7 @@ use tokio::time::Instant;
 
 use crate::{
     proxy::{Frames, Side},
-    stand::{BOTH, Stand},
+    stand::{BOTH, ProxiedSystem},
 };
 
 #[test]
@@ -35,8 +35,8 @@ fn a_producer_whose_connections_fall_silent_connects_again() {
 }
 
 /// The broker sends nothing more, but receives everything.
-fn falls_silent(name: &str, says: impl Fn(&Stand, &crate::stand::Mark)) {
-    let stand = Stand::new();
+fn falls_silent(name: &str, says: impl Fn(&ProxiedSystem, &crate::stand::Mark)) {
+    let stand = ProxiedSystem::new();
     let mark = stand.marked();
     let stopped = stand.site.proxy.stop(Frames::all(Side::Broker).on(name));
     stand.commits_again(&mark, &stopped, &BOTH);
@@ -47,7 +47,7 @@ fn falls_silent(name: &str, says: impl Fn(&Stand, &crate::stand::Mark)) {
 /// on delivering to them up to their prefetch.
 #[test]
 fn a_system_reconnects_when_packets_of_all_its_connections_are_dropped() {
-    let stand = Stand::new();
+    let stand = ProxiedSystem::new();
     let mark = stand.marked();
     let connections = stand.site.proxy.connections("");
     stand.site.proxy.black_hole("");
@@ -73,7 +73,7 @@ fn a_system_reconnects_when_packets_of_all_its_connections_are_dropped() {
 /// Missing heartbeats alone are no reason to give up a connection on which everything else arrives.
 #[test]
 fn a_broker_that_sends_everything_but_heartbeats_counts_as_alive() {
-    let stand = Stand::new();
+    let stand = ProxiedSystem::new();
     let proxy = &stand.site.proxy;
     let connections = proxy.connections("dtc worker");
     proxy.stop(Frames::heartbeats(Side::Broker).on("dtc worker"));

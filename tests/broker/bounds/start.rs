@@ -8,7 +8,7 @@ use crate::{
         Action, CHANNEL_OPEN_OK, CONFIRM_SELECT_OK, CONSUME_OK, Frames, QOS_OK, QUEUE_BIND_OK,
         QUEUE_DECLARE_OK, Scope,
     },
-    stand::{BOTH, READY, Site, Stand, WITHIN},
+    stand::{BOTH, ProxiedSystem, READY, Site, WITHIN},
 };
 
 /// Such an answer is missing on the first connection that waits for one: the process must be ready
@@ -118,7 +118,7 @@ fn asks_again(frames: Frames) {
     let frames = frames.on("dtc submit");
     let stopped = site.proxy.rule(frames, Scope::First, Action::Swallow);
     let producer = site.producer();
-    let stand = Stand::of(site, worker, services, producer);
+    let stand = ProxiedSystem::of(site, worker, services, producer);
     let mark = stand.marked();
     let id = stand.submit(&BOTH);
     assert!(stopped.has_come(1, WITHIN), "nothing was stopped");

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::{
     proxy::{Action, Frames, QUEUE_DECLARE_OK, Scope},
-    stand::{BOTH, Site, Stand},
+    stand::{BOTH, ProxiedSystem, Site},
 };
 
 const PUBLISH: &str = "dtc worker w1 (publish)";
@@ -12,7 +12,7 @@ const CONSUME: &str = "dtc worker w1 (consume)";
 
 #[test]
 fn a_worker_does_not_wait_for_an_append_that_is_never_confirmed() {
-    let stand = Stand::new();
+    let stand = ProxiedSystem::new();
     let journal = stand.site.name("journal");
     let mark = stand.marked();
     let stopped = stand.site.proxy.stop(Frames::confirms().on(PUBLISH).about(&journal));
@@ -22,7 +22,7 @@ fn a_worker_does_not_wait_for_an_append_that_is_never_confirmed() {
 
 #[test]
 fn an_append_that_is_never_read_back_is_read_on_another_channel() {
-    let stand = Stand::new();
+    let stand = ProxiedSystem::new();
     let journal = stand.site.name("journal");
     let mark = stand.marked();
     let stopped = stand.site.proxy.stop(Frames::deliveries().on(CONSUME).about(&journal));
@@ -32,7 +32,7 @@ fn an_append_that_is_never_read_back_is_read_on_another_channel() {
 
 #[test]
 fn a_result_that_is_never_confirmed_is_published_again_and_its_request_acknowledged() {
-    let stand = Stand::new();
+    let stand = ProxiedSystem::new();
     let (requests, results) = (stand.site.name("requests"), stand.site.name("results/"));
     let mark = stand.marked();
     let proxy = &stand.site.proxy;
@@ -46,7 +46,7 @@ fn a_result_that_is_never_confirmed_is_published_again_and_its_request_acknowled
 
 #[test]
 fn a_worker_does_not_wait_for_prepares_that_are_never_confirmed() {
-    let stand = Stand::new();
+    let stand = ProxiedSystem::new();
     let prepares = stand.site.name("prepare/");
     let mark = stand.marked();
     let stopped = stand.site.proxy.stop(Frames::confirms().on(PUBLISH).about(&prepares));
@@ -56,7 +56,7 @@ fn a_worker_does_not_wait_for_prepares_that_are_never_confirmed() {
 
 #[test]
 fn requests_that_are_never_delivered_are_asked_for_again() {
-    let stand = Stand::new();
+    let stand = ProxiedSystem::new();
     let requests = stand.site.name("requests");
     let mark = stand.marked();
     let deliveries = Frames::deliveries().on(CONSUME).about(&requests);
@@ -67,7 +67,7 @@ fn requests_that_are_never_delivered_are_asked_for_again() {
 
 #[test]
 fn replies_that_are_never_delivered_are_asked_for_again() {
-    let stand = Stand::new();
+    let stand = ProxiedSystem::new();
     let replies = stand.site.name("replies");
     let mark = stand.marked();
     let stopped = stand.site.proxy.stop(Frames::deliveries().on(CONSUME).about(&replies));
@@ -78,7 +78,7 @@ fn replies_that_are_never_delivered_are_asked_for_again() {
 /// The worker holds as many requests as it may, and has acknowledged all of them.
 #[test]
 fn requests_whose_acknowledgements_get_lost_do_not_use_up_what_a_worker_may_hold() {
-    let stand = Stand::at(Site::new(), &["--max-in-flight", "2"]);
+    let stand = ProxiedSystem::at(Site::new(), &["--max-in-flight", "2"]);
     let requests = stand.site.name("requests");
     let mark = stand.marked();
     let stopped = stand.site.proxy.stop(Frames::acks().on(CONSUME).about(&requests));
@@ -93,7 +93,7 @@ fn requests_whose_acknowledgements_get_lost_do_not_use_up_what_a_worker_may_hold
 /// The broker reads no more of the worker's publishes, and is alive otherwise.
 #[test]
 fn a_worker_gives_up_a_publishing_connection_that_the_broker_no_longer_reads() {
-    let stand = Stand::new();
+    let stand = ProxiedSystem::new();
     let mark = stand.marked();
     let stopped = stand.site.proxy.stop(Frames::publishes().on(PUBLISH));
     stand.commits_again(&mark, &stopped, &BOTH);
@@ -106,7 +106,7 @@ fn a_lookup_of_a_service_that_gets_no_answer_is_repeated() {
     let site = Site::new();
     let services = BOTH.map(|name| site.service(name));
     let (worker, producer) = (site.worker(&[]), site.producer());
-    let stand = Stand::of(site, worker, services, producer);
+    let stand = ProxiedSystem::of(site, worker, services, producer);
     stand.commits(&["payments"]);
     let queue = stand.site.name("prepare.stock");
     let mark = stand.marked();
@@ -121,7 +121,7 @@ fn a_lookup_of_a_service_that_gets_no_answer_is_repeated() {
 /// until it was read.
 #[test]
 fn an_append_that_is_lost_with_the_readers_of_the_journal_is_repeated_and_read_in_seconds() {
-    let stand = Stand::new();
+    let stand = ProxiedSystem::new();
     let (journal, proxy) = (stand.site.name("journal"), &stand.site.proxy);
     let publishes = Frames::publishes().on("dtc worker w1").about(&journal);
     let lost = proxy.rule_for(1, publishes, Scope::Channels, Action::Swallow);
