@@ -11,7 +11,7 @@ use dtc::clock::Clock;
 use crate::{
     bare::{Bare, Properties, header_called, nested_arrays, nested_tables},
     processes::Process,
-    stand::{BOTH, ProxiedSystem, READY, Site, WITHIN},
+    stand::{BOTH, ProxiedPlace, ProxiedSystem, READY, WITHIN},
 };
 
 /// The unreadable part of a message.
@@ -174,7 +174,7 @@ fn results_that_cannot_be_read_do_not_end_a_producer() {
 /// The base of all tests here.
 #[test]
 fn a_broker_accepts_all_these_messages() {
-    let site = Site::new();
+    let site = ProxiedPlace::new();
     let mut bare = Bare::connect(&site.place.url);
     for poison in &POISONS {
         let mut properties = properties("dtc.request.v1");

@@ -19,7 +19,7 @@ use crate::{
     crash::until,
     processes::LIMIT,
     proxy::{Action, CANCEL, Frames, Scope},
-    stand::{BOTH, ProxiedSystem, READY, Site},
+    stand::{BOTH, ProxiedPlace, ProxiedSystem, READY},
 };
 
 /// "At once", on a busy machine.
@@ -53,7 +53,7 @@ fn a_commit_reaches_an_instance_whose_old_queue_still_exists() {
     let payments = json!({"name": "payments", "max_concurrency": 8, "max_wait_ms": 10_000,
         "prepare": {"latency_ms": [3000, 3000]}});
     let stock = json!({"name": "stock", "max_concurrency": 8, "max_wait_ms": 10_000});
-    let stand = ProxiedSystem::at(Site::of(place(), json!([payments, stock])), &[]);
+    let stand = ProxiedSystem::at(ProxiedPlace::of(place(), json!([payments, stock])), &[]);
     let prepared = stand.site.world.path("state/stock/prepared");
     let replies = Frames::publishes().on(STOCK).about(&stand.site.name("replies/"));
     let votes = stand.site.proxy.rule(replies, Scope::Existing, Action::Count);
@@ -110,7 +110,7 @@ async fn a_connection_that_is_dropped_while_a_consumer_starts_is_closed() {
 fn a_results_queue_that_the_broker_has_lost_is_replaced_at_once() {
     let broker = Broker::start();
     let service = |name| json!({"name": name, "max_concurrency": 8, "max_wait_ms": 10_000});
-    let site = Site::of(broker.place(), json!([service("payments"), service("stock")]));
+    let site = ProxiedPlace::of(broker.place(), json!([service("payments"), service("stock")]));
     let stand = ProxiedSystem::at(site, &[]);
     let cancelled = stand.site.proxy.stop(Frames::answers(CANCEL).on("dtc submit"));
     let prefix = stand.site.name("results.");

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::{
     processes::LIMIT,
-    stand::{BOTH, ProxiedSystem, Site, WITHIN},
+    stand::{BOTH, ProxiedPlace, ProxiedSystem, WITHIN},
 };
 
 /// Far fewer than a connection may have.
@@ -14,7 +14,7 @@ const CHANNELS_MAX: u16 = 256;
 
 /// Nothing was requested of `stock` yet.
 fn stand() -> ProxiedSystem {
-    let site = Site::new();
+    let site = ProxiedPlace::new();
     let services = BOTH.map(|name| site.service(name));
     let (worker, producer) = (site.worker(&[]), site.producer());
     let stand = ProxiedSystem::of(site, worker, services, producer);

@@ -23,7 +23,7 @@ use serde_json::json;
 use crate::{
     broker::place,
     processes::{LIMIT, Process, World},
-    stand::{BOTH, ProxiedSystem, READY, Site},
+    stand::{BOTH, ProxiedPlace, ProxiedSystem, READY},
 };
 
 /// Their log lines fill a pipe several times.
@@ -37,7 +37,7 @@ struct Logging(Child);
 
 impl Logging {
     /// Its log, and the worker.
-    fn worker(site: &Site) -> (PipeReader, Self) {
+    fn worker(site: &ProxiedPlace) -> (PipeReader, Self) {
         let (log, writing) = io::pipe().unwrap();
         let mut command = site.world.dtc(&["worker", "--name", "w1"]);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(writing);
@@ -71,7 +71,7 @@ fn until(what: &str, is_so: impl Fn() -> bool) {
     }
 }
 
-fn malformed(site: &Site, count: usize) {
+fn malformed(site: &ProxiedPlace, count: usize) {
     for _ in 0..count {
         site.direct.publish(&site.name("requests"), "request", BasicProperties::default(), "{}");
     }
@@ -81,7 +81,7 @@ fn malformed(site: &Site, count: usize) {
 /// SIGTERM.
 #[test]
 fn a_worker_whose_log_nobody_reads_continues_and_stops_on_a_signal() {
-    let site = Site::new();
+    let site = ProxiedPlace::new();
     let services = BOTH.map(|name| site.service(name));
     let (log, worker) = Logging::worker(&site);
     malformed(&site, MALFORMED);
@@ -95,7 +95,7 @@ fn a_worker_whose_log_nobody_reads_continues_and_stops_on_a_signal() {
 
 #[test]
 fn a_log_that_is_read_late_says_how_many_lines_were_dropped() {
-    let site = Site::new();
+    let site = ProxiedPlace::new();
     let (log, worker) = Logging::worker(&site);
     malformed(&site, TOO_MANY);
     site.direct.until_holds(&site.name("rejected"), TOO_MANY);
@@ -153,7 +153,7 @@ fn a_request_of_a_foreign_type_is_answered_as_invalid() {
 /// Workers used 60 s, whatever was configured.
 #[test]
 fn a_request_from_a_clock_that_is_ahead_by_less_than_the_margin_is_served() {
-    let site = Site::new();
+    let site = ProxiedPlace::new();
     let wide = |words: &[&str]| {
         let mut command = site.world.dtc(words);
         Process::start(words[0], command.env("DTC__TOPOLOGY__CLOCK_MARGIN", "10min"))
@@ -182,7 +182,7 @@ fn a_request_from_a_clock_that_is_ahead_by_less_than_the_margin_is_served() {
 fn a_line_too_large_for_a_message_loses_no_results_of_earlier_lines() {
     const GOOD: usize = 20;
     let service = json!([{"name": "stock", "max_concurrency": 20, "prepare": {"latency_ms": 600}}]);
-    let site = Site::of(place(), service);
+    let site = ProxiedPlace::of(place(), service);
     let running = (site.service("stock"), site.worker(&[]));
     let line = |id: &str, services: &[String]| {
         format!("{}\n", json!({"id": id, "involved_services": services, "data": {}}))
@@ -223,7 +223,7 @@ fn an_array_with_a_transaction_too_large_for_a_message_sends_nothing() {
 /// Nobody noticed, and each took the other's records for its own when it compared clocks.
 #[test]
 fn two_workers_with_one_name_are_reported() {
-    let site = Site::new();
+    let site = ProxiedPlace::new();
     let services = BOTH.map(|name| site.service(name));
     let twins = [(); 2].map(|()| site.world.worker("twin"));
     let transactions: Vec<_> = (0..200)
@@ -240,7 +240,7 @@ fn two_workers_with_one_name_are_reported() {
 /// Its ready file stayed while every transaction was aborted.
 #[test]
 fn an_instance_is_not_ready_while_its_store_accepts_no_writes() {
-    let site = Site::new();
+    let site = ProxiedPlace::new();
     let (state, ready) = (site.world.path("state"), site.world.path("ready"));
     let mut command = site.world.dtc(&["service", "--name", "stock"]);
     command.arg("--services").arg(&site.services);
@@ -277,7 +277,7 @@ fn an_instance_is_not_ready_while_its_store_accepts_no_writes() {
 /// queue was declared from an older services.json, and nothing reported that.
 #[test]
 fn an_instance_whose_services_json_differs_from_its_queue_logs_it() {
-    let site = Site::new();
+    let site = ProxiedPlace::new();
     let newer = json!([
         {"name": "stock", "max_concurrency": 8, "max_wait_ms": 500, "cap": "service"},
     ]);
@@ -301,7 +301,7 @@ fn an_instance_whose_services_json_differs_from_its_queue_logs_it() {
 /// The message was only the broker's own: `NOT_FOUND - no queue 'dtc.journal' in vhost '/'`.
 #[test]
 fn status_without_a_journal_names_the_command_that_creates_it() {
-    let site = Site::new();
+    let site = ProxiedPlace::new();
     let mut command = site.world.dtc_at_broker(&["status", "TX1", "--namespace", "nobodys"]);
     let mut status = Process::start("status", &mut command);
     status.exited(78, LIMIT);
@@ -315,7 +315,7 @@ fn status_without_a_journal_names_the_command_that_creates_it() {
 /// An instance logged `not connected`, as if there were no broker.
 #[test]
 fn a_service_without_its_topology_names_the_remedy_and_serves_once_it_is_applied() {
-    let site = Site::new();
+    let site = ProxiedPlace::new();
     site.direct.delete_queue(&site.name("finish.stock"));
     let instance = site.start_service("stock");
     for told in [

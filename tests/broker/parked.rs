@@ -17,7 +17,7 @@ use crate::{
     crash::until,
     processes::{LIMIT, Process},
     proxy::{Action, Frames, Scope},
-    stand::{BOTH, Producer, READY, Site},
+    stand::{BOTH, Producer, ProxiedPlace, READY},
 };
 
 /// What the worker logs when it is settled.
@@ -28,14 +28,14 @@ struct Parked {
     producer: Producer,
     worker: Process,
     stock: Process,
-    site: Site,
+    site: ProxiedPlace,
 }
 
 impl Parked {
     /// `commit`: how commits of `stock` behave.
     fn new(commit: Value) -> Self {
         let service = json!([{"name": "stock", "max_concurrency": 2, "commit": commit}]);
-        let site = Site::of(place(), service);
+        let site = ProxiedPlace::of(place(), service);
         let (stock, worker, producer) = (site.service("stock"), site.worker(&[]), site.producer());
         let answer = producer.answered(&producer.submit(&["stock"]), LIMIT);
         println!("{answer}");
@@ -129,7 +129,7 @@ struct Records {
 }
 
 impl Records {
-    fn at(site: &Site) -> Self {
+    fn at(site: &ProxiedPlace) -> Self {
         let (url, stream) = (site.place.url.clone(), site.name("unresolved"));
         Runtime::new().unwrap().block_on(async {
             let connecting = Connection::connect(&url, ConnectionProperties::default());
@@ -151,7 +151,7 @@ impl Records {
     }
 }
 
-fn commits_of(site: &Site, service: &str) -> usize {
+fn commits_of(site: &ProxiedPlace, service: &str) -> usize {
     let path = site.world.path("state").join(service).join("committed.log");
     fs::read_to_string(path).unwrap_or_default().lines().count()
 }
@@ -162,7 +162,7 @@ fn commits_of(site: &Site, service: &str) -> usize {
 fn a_worker_killed_with_hundreds_of_requests_leaves_no_false_records_of_parked_commits() {
     const TOTAL: usize = 1500;
     let service = |name| json!({"name": name, "max_concurrency": 20, "max_wait_ms": 60_000});
-    let site = Site::of(place(), json!(BOTH.map(service)));
+    let site = ProxiedPlace::of(place(), json!(BOTH.map(service)));
     let services = BOTH.map(|name| site.service(name));
     let lines = (0..TOTAL).map(|number| {
         json!({"id": format!("t-{number}"), "involved_services": BOTH, "data": {}}).to_string()
@@ -196,7 +196,7 @@ fn a_worker_killed_with_hundreds_of_requests_leaves_no_false_records_of_parked_c
 fn a_commit_parked_by_a_worker_that_then_dies_is_settled_once() {
     // The first time, and three more; the next one is the parked command's.
     let service = json!([{"name": "stock", "max_concurrency": 2, "commit": {"fail_first": 4}}]);
-    let site = Site::of(place(), service);
+    let site = ProxiedPlace::of(place(), service);
     let (stock, mut killed, producer) = (site.service("stock"), site.worker(&[]), site.producer());
     let unresolved = Frames::confirms().on("w1").about(&site.name("unresolved"));
     let parked = site.proxy.rule(unresolved, Scope::All, Action::Swallow);
@@ -221,7 +221,7 @@ fn a_commit_parked_by_a_worker_that_then_dies_is_settled_once() {
 #[test]
 fn a_parked_commit_that_no_queue_takes_delays_no_result_and_arrives_later() {
     let service = json!([{"name": "stock", "max_concurrency": 2, "commit": {"fail_first": 4}}]);
-    let site = Site::of(place(), service);
+    let site = ProxiedPlace::of(place(), service);
     let (stock, mut worker, producer) = (site.service("stock"), site.worker(&[]), site.producer());
     site.direct.unbind(&site.name("finish.stock"), &site.name("finish.any"), "*.stock");
     let id = producer.submit(&["stock"]);

@@ -14,17 +14,17 @@ use crate::{
     broker::place,
     processes::LIMIT,
     proxy::{Action, Frames, Scope},
-    stand::{ProxiedSystem, Site},
+    stand::{ProxiedPlace, ProxiedSystem},
 };
 
 const PUBLISH: &str = "dtc worker w1 (publish)";
 
-fn site() -> Site {
+fn site() -> ProxiedPlace {
     // A mistake about `payments` would show before it votes.
     let payments = json!({"name": "payments", "max_concurrency": 60, "max_wait_ms": 10_000,
         "prepare": {"latency_ms": [300, 300]}});
     let stock = json!({"name": "stock", "max_concurrency": 60, "max_wait_ms": 10_000});
-    let site = Site::of(place(), json!([payments, stock]));
+    let site = ProxiedPlace::of(place(), json!([payments, stock]));
     site.proxy.rule(Frames::confirms().on(PUBLISH), Scope::All, Action::Gather);
     site
 }

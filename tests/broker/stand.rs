@@ -45,11 +45,11 @@ pub(crate) struct ProxiedSystem {
     pub(crate) worker: Process,
     pub(crate) payments: Process,
     pub(crate) stock: Process,
-    pub(crate) site: Site,
+    pub(crate) site: ProxiedPlace,
 }
 
 /// The place of a system.
-pub(crate) struct Site {
+pub(crate) struct ProxiedPlace {
     pub(crate) proxy: Proxy,
     /// Everything through the proxy.
     pub(crate) world: World,
@@ -60,7 +60,7 @@ pub(crate) struct Site {
     _leftovers: Leftovers,
 }
 
-impl Site {
+impl ProxiedPlace {
     /// The topology of both services, and no processes.
     pub(crate) fn new() -> Self {
         let service = |name| json!({"name": name, "max_concurrency": 8, "max_wait_ms": 10_000});
@@ -146,11 +146,11 @@ impl Site {
 impl ProxiedSystem {
     /// Everything serving; one transaction has committed.
     pub(crate) fn new() -> Self {
-        Self::at(Site::new(), &[])
+        Self::at(ProxiedPlace::new(), &[])
     }
 
     /// The same at `site`, with these flags for the worker.
-    pub(crate) fn at(site: Site, worker: &[&str]) -> Self {
+    pub(crate) fn at(site: ProxiedPlace, worker: &[&str]) -> Self {
         let services = BOTH.map(|name| site.service(name));
         let (worker, producer) = (site.worker(worker), site.producer());
         let stand = Self::of(site, worker, services, producer);
@@ -160,7 +160,7 @@ impl ProxiedSystem {
 
     /// What runs at `site`.
     pub(crate) fn of(
-        site: Site,
+        site: ProxiedPlace,
         worker: Process,
         services: [Process; 2],
         producer: Producer,

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use crate::{
     broker::place,
     proxy::{Action, Frames, Scope},
-    stand::{BOTH, ProxiedSystem, Site, WITHIN},
+    stand::{BOTH, ProxiedPlace, ProxiedSystem, WITHIN},
     system::{Served, Setup},
     watched::Watched,
 };
@@ -54,7 +54,7 @@ fn times(stand: &ProxiedSystem, level: &str, what: &str) -> usize {
 /// `stock` starts later than everything else, is killed, and starts again.
 fn comes_and_goes(max_wait_ms: u64) {
     let service = |name| json!({"name": name, "max_concurrency": 8, "max_wait_ms": max_wait_ms});
-    let site = Site::of(place(), json!([service("payments"), service("stock")]));
+    let site = ProxiedPlace::of(place(), json!([service("payments"), service("stock")]));
     let payments = site.service("payments");
     let (worker, producer) = (site.worker(&[]), site.producer());
     let another = site.service("payments");
@@ -102,7 +102,7 @@ fn a_service_without_instances_is_distinguished_from_a_busy_one_with_a_max_wait_
 #[test]
 fn a_service_whose_only_instance_died_is_reported_as_without_instances() {
     const COUNT: usize = 10;
-    let site = Site::of(
+    let site = ProxiedPlace::of(
         place(),
         json!([
             {"name": "payments", "max_concurrency": 8},
@@ -139,7 +139,7 @@ fn a_request_that_waits_for_a_service_without_instances_is_served_when_one_start
     const COUNT: usize = 50;
     // Less than a transaction's own timeout, and more than an instance takes to start.
     let service = |name| json!({"name": name, "max_concurrency": 8, "max_wait_ms": 4000});
-    let site = Site::of(place(), json!([service("payments"), service("stock")]));
+    let site = ProxiedPlace::of(place(), json!([service("payments"), service("stock")]));
     let payments = site.service("payments");
     let (worker, producer) = (site.worker(&[]), site.producer());
     let another = site.service("payments");

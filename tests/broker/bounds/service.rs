@@ -2,7 +2,7 @@
 
 use crate::{
     proxy::Frames,
-    stand::{BOTH, ProxiedSystem, Site},
+    stand::{BOTH, ProxiedPlace, ProxiedSystem},
 };
 
 const CONSUME: &str = "dtc service stock *(consume)";
@@ -31,7 +31,7 @@ fn commits_that_are_never_delivered_are_asked_for_again() {
 /// For the broker, the slots of finished transactions stay taken.
 #[test]
 fn prepares_whose_acknowledgements_get_lost_do_not_use_up_the_slots() {
-    let stand = ProxiedSystem::at(Site::narrow(), &[]);
+    let stand = ProxiedSystem::at(ProxiedPlace::narrow(), &[]);
     let prepares = stand.site.name("prepare.stock");
     let mark = stand.marked();
     let stopped = stand.site.proxy.stop_channels(Frames::acks().on(CONSUME).about(&prepares));

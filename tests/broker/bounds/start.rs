@@ -8,13 +8,13 @@ use crate::{
         Action, CHANNEL_OPEN_OK, CONFIRM_SELECT_OK, CONSUME_OK, Frames, QOS_OK, QUEUE_BIND_OK,
         QUEUE_DECLARE_OK, Scope,
     },
-    stand::{BOTH, ProxiedSystem, READY, Site, WITHIN},
+    stand::{BOTH, ProxiedPlace, ProxiedSystem, READY, WITHIN},
 };
 
 /// Such an answer is missing on the first connection that waits for one: the process must be ready
 /// in time all the same.
-fn comes_to_work(frames: Frames, start: impl Fn(&Site) -> Process) {
-    let site = Site::new();
+fn comes_to_work(frames: Frames, start: impl Fn(&ProxiedPlace) -> Process) {
+    let site = ProxiedPlace::new();
     let stopped = site.proxy.rule(frames, Scope::First, Action::Swallow);
     let process = start(&site);
     assert!(stopped.has_come(1, WITHIN), "nothing was stopped");
@@ -35,11 +35,11 @@ macro_rules! starts {
     };
 }
 
-fn worker(site: &Site) -> Process {
+fn worker(site: &ProxiedPlace) -> Process {
     site.start_worker(&[])
 }
 
-fn stock(site: &Site) -> Process {
+fn stock(site: &ProxiedPlace) -> Process {
     site.start_service("stock")
 }
 
@@ -80,7 +80,7 @@ starts! {
 #[test]
 fn a_client_tries_the_next_host_before_it_gives_up_one_that_declares_nothing() {
     for start in [worker, stock] {
-        let mut site = Site::new();
+        let mut site = ProxiedPlace::new();
         let url = site.world.place.url.clone();
         site.world.place.url = format!("{url},{url}");
         let frames = Frames::answers(QUEUE_DECLARE_OK);
@@ -112,7 +112,7 @@ fn a_producer_that_gets_no_channel_tries_again() {
 /// Such an answer is missing on a producer's first connection that waits for one: what it submits
 /// must get its result in time.
 fn asks_again(frames: Frames) {
-    let site = Site::new();
+    let site = ProxiedPlace::new();
     let services = BOTH.map(|name| site.service(name));
     let worker = site.worker(&[]);
     let frames = frames.on("dtc submit");

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::{
     proxy::{Action, Frames, QUEUE_DECLARE_OK, Scope},
-    stand::{BOTH, ProxiedSystem, Site},
+    stand::{BOTH, ProxiedPlace, ProxiedSystem},
 };
 
 const PUBLISH: &str = "dtc worker w1 (publish)";
@@ -78,7 +78,7 @@ fn replies_that_are_never_delivered_are_asked_for_again() {
 /// The worker holds as many requests as it may, and has acknowledged all of them.
 #[test]
 fn requests_whose_acknowledgements_get_lost_do_not_use_up_what_a_worker_may_hold() {
-    let stand = ProxiedSystem::at(Site::new(), &["--max-in-flight", "2"]);
+    let stand = ProxiedSystem::at(ProxiedPlace::new(), &["--max-in-flight", "2"]);
     let requests = stand.site.name("requests");
     let mark = stand.marked();
     let stopped = stand.site.proxy.stop(Frames::acks().on(CONSUME).about(&requests));
@@ -103,7 +103,7 @@ fn a_worker_gives_up_a_publishing_connection_that_the_broker_no_longer_reads() {
 /// The worker has not used the service before.
 #[test]
 fn a_lookup_of_a_service_that_gets_no_answer_is_repeated() {
-    let site = Site::new();
+    let site = ProxiedPlace::new();
     let services = BOTH.map(|name| site.service(name));
     let (worker, producer) = (site.worker(&[]), site.producer());
     let stand = ProxiedSystem::of(site, worker, services, producer);
