@@ -36,12 +36,12 @@ pub(super) struct Load<'a> {
     total: usize,
     ended: Arc<AtomicUsize>,
     sent: Arc<AtomicUsize>,
-    task: JoinHandle<Vec<Told>>,
+    task: JoinHandle<Vec<TransactionResult>>,
 }
 
 /// The result of one transaction.
 #[derive(Debug)]
-pub(super) struct Told {
+pub(super) struct TransactionResult {
     pub(super) id: String,
     sent_at: Instant,
     told_at: Instant,
@@ -50,7 +50,7 @@ pub(super) struct Told {
 
 /// All results.
 #[derive(Debug)]
-pub(super) struct Results(pub(super) Vec<Told>);
+pub(super) struct Results(pub(super) Vec<TransactionResult>);
 
 impl<'a> Load<'a> {
     /// Starts; the ids are `<prefix>-<number>`.
@@ -99,7 +99,7 @@ async fn produce(
     plan: Plan,
     sent: Arc<AtomicUsize>,
     ended: Arc<AtomicUsize>,
-) -> Vec<Told> {
+) -> Vec<TransactionResult> {
     let mut ticks = interval(Duration::from_secs(1) / plan.per_second);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut waiting = JoinSet::new();
@@ -115,7 +115,7 @@ async fn produce(
             let sent_at = Instant::now();
             let answer = client.submit_and_wait(submission, PATIENCE).await.unwrap();
             ended.fetch_add(1, Ordering::Relaxed);
-            Told { id, sent_at, told_at: Instant::now(), answer }
+            TransactionResult { id, sent_at, told_at: Instant::now(), answer }
         });
     }
     let told = waiting.join_all().await;
@@ -133,7 +133,7 @@ impl Results {
     /// How many there are of each kind of result, by reason.
     pub(super) fn counts(&self) -> BTreeMap<String, usize> {
         let mut counts = BTreeMap::new();
-        for Told { answer, .. } in &self.0 {
+        for TransactionResult { answer, .. } in &self.0 {
             let reason = answer.reason.as_ref();
             let word = reason.map_or_else(|| answer.outcome.to_string(), |it| it.code.to_string());
             *counts.entry(word).or_default() += 1;
