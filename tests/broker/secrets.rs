@@ -24,13 +24,13 @@ enum Way {
 }
 
 /// A system that gets the password in one way.
-struct Told<'a> {
+struct SecretSystem<'a> {
     world: &'a World,
     way: Way,
     password: &'a str,
 }
 
-impl Told<'_> {
+impl SecretSystem<'_> {
     fn dtc(&self, words: &[&str]) -> Command {
         let mut command = self.world.dtc(words);
         self.tell(&mut command);
@@ -88,7 +88,7 @@ fn no_command_prints_the_password_whether_it_is_right_or_wrong() {
             place.url = without.replace("guest:guest@", &user);
             let world = World::at(place.clone());
             fs::write(world.path("password"), password).unwrap();
-            let told = Told { world: &world, way, password };
+            let told = SecretSystem { world: &world, way, password };
             let services =
                 world.file("services.json", &json!([{"name": "a", "max_concurrency": 1}]));
             let transactions = world.file(
