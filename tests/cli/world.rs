@@ -212,11 +212,11 @@ impl World {
 
     /// Runs with `--detail` and `--report`.
     #[track_caller]
-    pub(crate) fn tell_all(&self, arguments: &[&str]) -> Told {
+    pub(crate) fn tell_all(&self, arguments: &[&str]) -> RunReport {
         let mut command = self.run();
         command.args(["--detail", "--report", "report.json"]).args(arguments);
         let ended = output(&mut command).exited(0);
-        Told { results: ended.results(), report: self.report(), stderr: ended.stderr }
+        RunReport { results: ended.results(), report: self.report(), stderr: ended.stderr }
     }
 
     /// The content of report.json.
@@ -227,13 +227,13 @@ impl World {
 }
 
 /// All output of a run.
-pub(crate) struct Told {
+pub(crate) struct RunReport {
     pub(crate) results: Vec<Value>,
     pub(crate) report: Value,
     pub(crate) stderr: String,
 }
 
-impl Told {
+impl RunReport {
     /// The calls of a service's prepare, commit and abort.
     #[track_caller]
     pub(crate) fn calls(&self, service: &str) -> [u64; 3] {
