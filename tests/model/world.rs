@@ -37,7 +37,7 @@ pub struct World {
     /// The first record that retention has kept.
     pub kept_from: usize,
     pub requests: Vec<Queued>,
-    pub told: Hashed<Told>,
+    pub told: Hashed<Observations>,
     pub left: Faults,
     pub breaches: u16,
 }
@@ -120,7 +120,7 @@ pub enum QueueState {
 
 /// Messages that only the properties look at.
 #[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
-pub struct Told {
+pub struct Observations {
     /// To which request a service voted prepared, and under which branch; `None`: read only.
     pub votes: BTreeSet<(TransactionKey, RequestHash, ServiceName, Option<Branch>)>,
     /// `None`: the transaction itself.
@@ -186,7 +186,7 @@ impl World {
             journal: Vec::new(),
             kept_from: 0,
             requests: Vec::new(),
-            told: Hashed::new(Told::default()),
+            told: Hashed::new(Observations::default()),
             left: scenario.faults,
             breaches: 0,
         };
