@@ -96,7 +96,7 @@ pub struct Queued {
     /// The worker that took it first.
     pub first_taker: Option<usize>,
     /// The results that its producer got.
-    pub results: Vec<ProducerTold>,
+    pub results: Vec<ProducerResult>,
     /// Whether an answer (or its substitute) is durable.
     pub is_answered: bool,
 }
@@ -104,7 +104,7 @@ pub struct Queued {
 /// A result. It names its transaction by its `requested_at`: the answer to a retry under a new
 /// timestamp may be about an earlier one.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub struct ProducerTold {
+pub struct ProducerResult {
     pub requested_at: Time,
     pub outcome: Outcome,
     pub worker: usize,
@@ -867,12 +867,12 @@ impl World {
             self.breach(Breach::Early);
         }
         let results = &mut self.requests[request_of(delivery)].results;
-        let is_the_same = |result: &ProducerTold| {
+        let is_the_same = |result: &ProducerResult| {
             result.requested_at != answer.requested_at || result.outcome == answer.outcome
         };
         let stays = results.iter().all(is_the_same);
         let result =
-            ProducerTold { requested_at: answer.requested_at, outcome: answer.outcome, worker };
+            ProducerResult { requested_at: answer.requested_at, outcome: answer.outcome, worker };
         if !results.contains(&result) {
             results.push(result);
             results.sort_unstable();
