@@ -14,7 +14,7 @@ use std::{
 
 use crate::{
     pages::{page, script},
-    world::{Ended, Talk, World, dtc, output, transaction},
+    world::{Ended, LiveProcess, World, dtc, output, transaction},
 };
 use serde_json::{Value, json};
 
@@ -274,7 +274,7 @@ fn a_run_killed_repeatedly_under_load_ends_and_prints_every_transaction_once() {
     let mut n_killed = 0;
     // Each run first prints the results of earlier ones, so it is killed after more and more lines.
     let ended = loop {
-        let mut talk = Talk::with(&mut run_over(&world, "in.ndjson"));
+        let mut talk = LiveProcess::with(&mut run_over(&world, "in.ndjson"));
         let wanted = known.len() + 60 + n_killed * 13 % 90;
         let mut heard = String::new();
         for _ in 0..wanted.min(transactions.len()) {
@@ -434,7 +434,7 @@ fn a_run_ended_by_a_signal_leaves_nothing_to_finish() {
     let transactions: Vec<_> =
         (0..5000).map(|n| transaction(&format!("TX{n}"), &["slow"])).collect();
     let world = World::with(&services, &json!(transactions));
-    let mut talk = Talk::with(run(&world).args(["--output", "ndjson"]));
+    let mut talk = LiveProcess::with(run(&world).args(["--output", "ndjson"]));
     let heard = talk.hear() + &talk.hear();
     talk.signal("INT");
     let ended = talk.end().exited(130);
@@ -551,7 +551,7 @@ fn a_short_file_of_zeros_becomes_a_journal_and_a_longer_one_is_refused() {
 #[test]
 fn a_journal_that_is_in_use_is_refused() {
     let world = World::new(&services());
-    let mut talk = Talk::with(&mut run_over(&world, "-"));
+    let mut talk = LiveProcess::with(&mut run_over(&world, "-"));
     talk.say(&ndjson(&[transaction("TX1", &["payments"])]));
     assert_eq!(talk.hear(), "{\"id\":\"TX1\",\"status\":\"COMMITTED\"}\n");
     world.write("none.ndjson", "");

@@ -1,6 +1,6 @@
 //! Ctrl-C and SIGTERM: nothing new is begun; what is in progress finishes and is printed.
 
-use crate::world::{Talk, World, transaction};
+use crate::world::{LiveProcess, World, transaction};
 use serde_json::{Value, json};
 
 const SIGNALS: [&str; 4] = ["INT", "TERM", "QUIT", "HUP"];
@@ -22,7 +22,7 @@ fn endless() -> World {
 fn a_signal_ends_the_run_with_valid_json_of_what_is_known() {
     for signal in SIGNALS {
         let world = endless();
-        let mut talk = Talk::with(world.run().args(["--report", "report.json"]));
+        let mut talk = LiveProcess::with(world.run().args(["--report", "report.json"]));
         let heard = talk.hear() + &talk.hear();
         talk.signal(signal);
         let ended = talk.end().exited(130);
@@ -48,7 +48,7 @@ fn a_signal_ends_the_run_even_after_the_last_transaction_was_read() {
     let transactions: Vec<_> =
         (0..2000).map(|number| transaction(&format!("TX{number}"), &["slow"])).collect();
     let world = World::with(&services, &json!(transactions));
-    let mut talk = Talk::with(world.run().args(["--output", "ndjson"]));
+    let mut talk = LiveProcess::with(world.run().args(["--output", "ndjson"]));
     assert_ne!(talk.hear(), "");
     talk.signal("INT");
     let ended = talk.end().exited(130);
@@ -64,7 +64,7 @@ fn a_second_signal_ends_the_run_at_once() {
             &json!([transaction("quick", &["works"]), transaction("stuck", &["hangs"])]),
         );
         let mut talk =
-            Talk::with(world.run().args(["--timeout-ms", "86400000", "--output", "ndjson"]));
+            LiveProcess::with(world.run().args(["--timeout-ms", "86400000", "--output", "ndjson"]));
         assert_eq!(talk.hear(), "{\"id\":\"quick\",\"status\":\"COMMITTED\"}\n");
         talk.signal(first);
         assert_eq!(talk.hear_error(), HEARD);
@@ -76,7 +76,7 @@ fn a_second_signal_ends_the_run_at_once() {
 #[test]
 fn a_signal_without_meaning_changes_nothing() {
     let world = World::new(&json!([{"name": "a", "max_concurrency": 1}]));
-    let mut talk = Talk::with(&mut world.run_over("-"));
+    let mut talk = LiveProcess::with(&mut world.run_over("-"));
     for (number, signal) in ["USR1", "USR2", "ALRM"].into_iter().enumerate() {
         talk.say(&format!("{}\n", transaction(&format!("TX{number}"), &["a"])));
         assert_eq!(talk.hear(), format!("{{\"id\":\"TX{number}\",\"status\":\"COMMITTED\"}}\n"));
@@ -92,7 +92,7 @@ fn a_signal_without_meaning_changes_nothing() {
 fn a_signal_ends_a_run_that_waits_for_stdin() {
     for signal in SIGNALS {
         let world = World::new(&json!([{"name": "a", "max_concurrency": 1}]));
-        let mut talk = Talk::with(&mut world.run_over("-"));
+        let mut talk = LiveProcess::with(&mut world.run_over("-"));
         talk.say(&format!("{}\n", transaction("TX1", &["a"])));
         assert_eq!(talk.hear(), "{\"id\":\"TX1\",\"status\":\"COMMITTED\"}\n");
         talk.signal(signal);
@@ -106,7 +106,7 @@ fn a_signal_ends_a_run_that_waits_for_stdin() {
 #[test]
 fn an_array_is_closed_when_a_signal_ends_a_run_that_waits_for_stdin() {
     let world = World::new(&json!([{"name": "a", "max_concurrency": 1}]));
-    let mut talk = Talk::with(world.run_over("-").args(["--output", "json"]));
+    let mut talk = LiveProcess::with(world.run_over("-").args(["--output", "json"]));
     talk.say(&format!("{}\n", transaction("TX1", &["a"])));
     let heard = talk.hear() + &talk.hear_bytes("  {\"id\":\"TX1\",\"status\":\"COMMITTED\"}".len());
     talk.signal("INT");

@@ -1,6 +1,6 @@
 //! Streams: input line by line, output that nobody reads, and long runs.
 
-use crate::world::{Talk, World, output, transaction};
+use crate::world::{LiveProcess, World, output, transaction};
 use serde_json::{Value, json};
 use std::{
     fmt::Write as _,
@@ -23,7 +23,7 @@ fn line(id: &str, services: &[&str]) -> String {
 fn each_result_is_printed_before_the_next_line_is_read() {
     for arguments in [&["--output", "ndjson"][..], &["--output", "ndjson", "--detail"], &[]] {
         let world = world();
-        let mut talk = Talk::with(world.run_over("-").args(arguments));
+        let mut talk = LiveProcess::with(world.run_over("-").args(arguments));
         for number in 0..20 {
             let id = format!("TX{number}");
             talk.say(&line(&id, &["a", "b"]));
@@ -38,7 +38,7 @@ fn each_result_is_printed_before_the_next_line_is_read() {
 #[test]
 fn a_result_is_printed_while_the_next_line_is_incomplete() {
     let world = world();
-    let mut talk = Talk::with(&mut world.run_over("-"));
+    let mut talk = LiveProcess::with(&mut world.run_over("-"));
     let (head, tail) = (line("2", &["a"]), line("3", &["a"]));
     talk.say(&(line("1", &["a"]) + &head[..10]));
     assert_eq!(talk.hear(), "{\"id\":\"1\",\"status\":\"COMMITTED\"}\n");
@@ -53,7 +53,7 @@ fn a_result_is_printed_while_the_next_line_is_incomplete() {
 #[test]
 fn ordered_results_are_printed_as_soon_as_the_order_allows() {
     let world = world();
-    let mut talk = Talk::with(world.run_over("-").args(["--output", "table"]));
+    let mut talk = LiveProcess::with(world.run_over("-").args(["--output", "table"]));
     talk.say(&line("1", &["a"]));
     assert_eq!(talk.hear().trim_end(), "ID                       STATUS");
     assert_eq!(talk.hear().trim_end(), "1                        COMMITTED");
@@ -72,7 +72,7 @@ fn a_reader_that_closes_the_pipe_ends_the_run_quietly() {
     });
     world.write("t.ndjson", lines);
     for form in ["ndjson", "json", "table"] {
-        let mut talk = Talk::with(world.run_over("t.ndjson").args(["--output", form]));
+        let mut talk = LiveProcess::with(world.run_over("t.ndjson").args(["--output", form]));
         assert_ne!(talk.hear(), "");
         let ended = talk.hang_up().exited(1);
         assert!(ended.stderr.contains(" committed, 0 aborted"), "{form}: {}", ended.stderr);
@@ -84,7 +84,7 @@ fn a_reader_that_closes_the_pipe_ends_the_run_quietly() {
 #[test]
 fn a_reader_that_closes_the_pipe_ends_the_run_even_if_stdin_stays_open() {
     let world = world();
-    let mut talk = Talk::with(&mut world.run_over("-"));
+    let mut talk = LiveProcess::with(&mut world.run_over("-"));
     talk.say(&line("1", &["a"]));
     assert_ne!(talk.hear(), "");
     talk.say(&line("2", &["b"]));

@@ -248,7 +248,7 @@ pub(crate) fn transaction(id: &str, services: &[&str]) -> Value {
 }
 
 /// A process that the test talks to while it runs.
-pub(crate) struct Talk {
+pub(crate) struct LiveProcess {
     child: Child,
     stdin: Option<ChildStdin>,
     stdout: BufReader<ChildStdout>,
@@ -256,7 +256,7 @@ pub(crate) struct Talk {
     watchdog: Watchdog,
 }
 
-impl Talk {
+impl LiveProcess {
     pub(crate) fn with(command: &mut Command) -> Self {
         let mut child = command
             .stdin(Stdio::piped())
