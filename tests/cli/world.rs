@@ -312,15 +312,15 @@ impl LiveProcess {
         let Self { child, stdin, mut stdout, stderr, watchdog } = self;
         let mut rest = String::new();
         stdout.read_to_string(&mut rest).unwrap();
-        let ended = Deaf { child, stdin, stderr, watchdog }.end();
+        let ended = UnreadProcess { child, stdin, stderr, watchdog }.end();
         Ended { stdout: rest, ..ended }
     }
 
     /// Stops reading its stdout.
-    pub(crate) fn stop_listening(self) -> Deaf {
+    pub(crate) fn stop_listening(self) -> UnreadProcess {
         let Self { child, stdin, stdout, stderr, watchdog } = self;
         drop(stdout);
-        Deaf { child, stdin, stderr, watchdog }
+        UnreadProcess { child, stdin, stderr, watchdog }
     }
 
     /// Stops reading its stdout, and waits for its end. Its stdin stays open.
@@ -330,14 +330,14 @@ impl LiveProcess {
 }
 
 /// A process whose stdout nobody reads.
-pub(crate) struct Deaf {
+pub(crate) struct UnreadProcess {
     child: Child,
     stdin: Option<ChildStdin>,
     stderr: BufReader<ChildStderr>,
     watchdog: Watchdog,
 }
 
-impl Deaf {
+impl UnreadProcess {
     pub(crate) fn say(&mut self, text: &str) {
         // It may have ended meanwhile.
         let _ = self.stdin.as_mut().unwrap().write_all(text.as_bytes());
