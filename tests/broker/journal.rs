@@ -15,7 +15,7 @@ use serde_json::json;
 use crate::{
     broker::place,
     system::{Served, Setup},
-    watched::{LIMIT, Watched},
+    watched::{LIMIT, RecordedService},
 };
 
 #[tokio::test(flavor = "multi_thread")]
@@ -65,7 +65,7 @@ async fn a_connection_survives_reading_empty_streams() {
 /// been decided before, is parked; nobody gets a guessed outcome.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_detects_a_lost_journal_and_guesses_nothing() {
-    let watched = Watched::willing();
+    let watched = RecordedService::willing();
     let system = Setup::new([Served::new("payments", 2, &watched)]).start().await;
     let before = system.run("before", &["payments"], json!({})).await;
     assert_eq!(before.outcome.as_str(), "COMMITTED");

@@ -47,7 +47,7 @@ use tokio::{
 
 use crate::{
     broker::{Place, place},
-    watched::{LIMIT, Watched},
+    watched::{LIMIT, RecordedService},
 };
 
 /// A service, and how it is served.
@@ -59,13 +59,13 @@ pub(crate) struct Served {
     pub(crate) cap: Cap,
     pub(crate) own_limit: bool,
     pub(crate) instances: usize,
-    pub(crate) watched: Watched,
+    pub(crate) watched: RecordedService,
 }
 
 impl Served {
     /// A service with one instance. Its prepares wait for a slot as long as necessary, so that a
     /// busy machine causes no aborts.
-    pub(crate) fn new(name: &'static str, max_concurrency: u32, watched: &Watched) -> Self {
+    pub(crate) fn new(name: &'static str, max_concurrency: u32, watched: &RecordedService) -> Self {
         Self {
             name,
             max_concurrency,

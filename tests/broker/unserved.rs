@@ -14,7 +14,7 @@ use crate::{
     proxy::{Action, Frames, Scope},
     stand::{BOTH, ProxiedPlace, ProxiedSystem, WITHIN},
     system::{Served, Setup},
-    watched::Watched,
+    watched::RecordedService,
 };
 
 const BEGINS: &str = "no instance serves a service";
@@ -161,8 +161,8 @@ fn a_request_that_waits_for_a_service_without_instances_is_served_when_one_start
 #[tokio::test(flavor = "multi_thread")]
 async fn requests_for_a_service_without_instances_delay_no_other_service() {
     const COUNT: usize = 1500;
-    let open = Watched::willing();
-    let mut dead = Served::new("dead", 10, &Watched::willing());
+    let open = RecordedService::willing();
+    let mut dead = Served::new("dead", 10, &RecordedService::willing());
     (dead.instances, dead.max_wait) = (0, Duration::from_secs(1));
     let system = Setup::new([Served::new("open", 10, &open), dead]).alone().tune(|settings| {
         let coordinator = &mut settings.coordinator;

@@ -106,7 +106,7 @@ type Script = Box<dyn Fn(Asked) -> BoxFuture<'static, Ending> + Send + Sync>;
 
 /// A service of which several instances may run: they share its state.
 #[derive(Clone)]
-pub(crate) struct Watched(Arc<Shared>);
+pub(crate) struct RecordedService(Arc<Shared>);
 
 struct Shared {
     script: Script,
@@ -114,7 +114,7 @@ struct Shared {
     changed: watch::Sender<()>,
 }
 
-impl Watched {
+impl RecordedService {
     /// A service whose calls end as `script` says.
     pub(crate) fn new<F>(script: impl Fn(Asked) -> F + Send + Sync + 'static) -> Self
     where
@@ -180,7 +180,7 @@ impl Watched {
 
 /// A call in progress; dropping it ends it.
 struct Running<'a> {
-    of: &'a Watched,
+    of: &'a RecordedService,
     number: usize,
     ended: Ended,
 }
@@ -276,7 +276,7 @@ fn finished(ending: Ending) -> Result<(), Error> {
     }
 }
 
-impl Participant for Watched {
+impl Participant for RecordedService {
     async fn prepare(&self, call: Prepare) -> Result<Verdict, Error> {
         let data = call.data()?;
         let (key, branch) = (call.key.clone(), call.branch.clone());

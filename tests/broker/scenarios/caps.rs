@@ -9,7 +9,7 @@ use serde_json::json;
 
 use crate::{
     system::{Served, Setup},
-    watched::Watched,
+    watched::RecordedService,
 };
 
 const CAP: u32 = 4;
@@ -23,7 +23,7 @@ struct Most {
 
 /// Lets two workers bring a service to its cap.
 async fn under_pressure(change: impl FnOnce(&mut Served)) -> Most {
-    let watched = Watched::slow(Duration::from_millis(10));
+    let watched = RecordedService::slow(Duration::from_millis(10));
     let mut service = Served::new("A", CAP, &watched);
     change(&mut service);
     let instances = service.instances;
@@ -80,7 +80,7 @@ async fn a_cap_of_the_service_counts_for_all_instances_together() {
 /// held at once.
 async fn sent_together(slots: u32) -> (Vec<usize>, usize) {
     const COUNT: usize = 1000;
-    let watched = Watched::slow(Duration::from_millis(5));
+    let watched = RecordedService::slow(Duration::from_millis(5));
     let system = Setup::new([Served::new("A", slots, &watched)]).workers(2).start().await;
     let mut copies = system.raw.copies(&system.names.prepare()).await;
     let submissions = (0..COUNT).map(|n| Submission::new(format!("t{n}"), ["A"], json!({})));

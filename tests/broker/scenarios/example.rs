@@ -8,12 +8,12 @@ use tokio::time::Instant;
 
 use crate::{
     system::{Served, Setup, run},
-    watched::{Watched, What},
+    watched::{RecordedService, What},
 };
 
 #[tokio::test(flavor = "multi_thread")]
 async fn two_transactions_over_two_services_commit() {
-    let (a, b) = (Watched::willing(), Watched::willing());
+    let (a, b) = (RecordedService::willing(), RecordedService::willing());
     let services = [Served::new("ServiceA", 2, &a), Served::new("ServiceB", 1, &b)];
     let system = Setup::new(services).start().await;
 

@@ -10,19 +10,19 @@ use tokio::time::Instant;
 
 use crate::{
     system::{Served, Setup, run},
-    watched::{Ended, Ending, Gate, Watched, What},
+    watched::{Ended, Ending, Gate, RecordedService, What},
 };
 
 /// A service whose prepares end like this.
-fn preparing(ending: Ending) -> Watched {
-    Watched::new(move |asked| {
+fn preparing(ending: Ending) -> RecordedService {
+    RecordedService::new(move |asked| {
         std::future::ready(if asked.what == What::Prepare { ending } else { Ending::Done })
     })
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn unknown_service_calls_no_one() {
-    let (before, after) = (Watched::willing(), Watched::willing());
+    let (before, after) = (RecordedService::willing(), RecordedService::willing());
     let services = [Served::new("before", 1, &before), Served::new("zafter", 1, &after)];
     let system = Setup::new(services).start().await;
     for number in 0..2 {
@@ -41,7 +41,7 @@ async fn unknown_service_calls_no_one() {
 #[tokio::test(flavor = "multi_thread")]
 async fn many_unknown_services_at_once_delay_no_other_transaction() {
     const COUNT: usize = 500;
-    let a = Watched::willing();
+    let a = RecordedService::willing();
     let system = Setup::new([Served::new("a", 4, &a)]).workers(2).start().await;
     let began = Instant::now();
     let submissions = (0..2 * COUNT).map(|number| {
@@ -62,7 +62,7 @@ async fn many_unknown_services_at_once_delay_no_other_transaction() {
 /// A publish to a missing exchange closes its channel.
 #[tokio::test(flavor = "multi_thread")]
 async fn worker_continues_when_a_deleted_exchange_is_declared_again() {
-    let a = Watched::willing();
+    let a = RecordedService::willing();
     let system = Setup::new([Served::new("a", 1, &a)]).start().await;
     assert_eq!(system.run("before", &["a"], json!({})).await.outcome, Outcome::Committed);
     system.raw.delete_exchange(&system.names.prepare()).await;
@@ -83,7 +83,8 @@ async fn worker_continues_when_a_deleted_exchange_is_declared_again() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn refusal_aborts_what_is_prepared_and_calls_no_other_service() {
-    let (a, b, c) = (Watched::willing(), preparing(Ending::Refused), Watched::willing());
+    let (a, b, c) =
+        (RecordedService::willing(), preparing(Ending::Refused), RecordedService::willing());
     // One slot each, so that they are asked one after the other.
     let services =
         [("a", &a), ("b", &b), ("c", &c)].map(|(name, watched)| Served::new(name, 1, watched));
@@ -101,7 +102,7 @@ async fn refusal_aborts_what_is_prepared_and_calls_no_other_service() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn prepare_that_panics_has_failed_and_is_undone_once() {
-    let (a, b) = (Watched::willing(), preparing(Ending::Panic));
+    let (a, b) = (RecordedService::willing(), preparing(Ending::Panic));
     let services = [Served::new("a", 1, &a), Served::new("b", 1, &b)];
     let system = Setup::new(services).start().await;
     let answer = system.run("t", &["a", "b"], json!({})).await;
@@ -117,8 +118,8 @@ async fn prepare_that_panics_has_failed_and_is_undone_once() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn prepare_that_hangs_ends_at_its_deadline_and_is_undone_once() {
-    let a = Watched::willing();
-    let b = Watched::new(|asked| async move {
+    let a = RecordedService::willing();
+    let b = RecordedService::new(|asked| async move {
         if asked.what == What::Prepare {
             std::future::pending::<()>().await;
         }
@@ -141,8 +142,8 @@ async fn prepare_that_hangs_ends_at_its_deadline_and_is_undone_once() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn commit_that_fails_twice_and_then_succeeds_is_committed() {
-    let a = Watched::willing();
-    let b = Watched::new(|asked| {
+    let a = RecordedService::willing();
+    let b = RecordedService::new(|asked| {
         let fails = asked.what == What::Commit && asked.attempt <= 2;
         std::future::ready(if fails { Ending::Error } else { Ending::Done })
     });
@@ -160,11 +161,11 @@ async fn commit_that_fails_twice_and_then_succeeds_is_committed() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn commit_that_fails_for_good_is_parked_and_settled_when_the_service_recovers() {
-    let (a, c) = (Watched::willing(), Watched::willing());
+    let (a, c) = (RecordedService::willing(), RecordedService::willing());
     let recovered = Gate::shut();
     let has_recovered = recovered.clone();
     let others = [a.clone(), c.clone()];
-    let b = Watched::new(move |asked| {
+    let b = RecordedService::new(move |asked| {
         let fails = asked.what == What::Commit && !has_recovered.is_open();
         let others = if asked.attempt == 2 { others.to_vec() } else { vec![] };
         async move {
@@ -222,7 +223,7 @@ async fn commit_that_fails_for_good_is_parked_and_settled_when_the_service_recov
 
 #[tokio::test(flavor = "multi_thread")]
 async fn read_only_service_gets_no_commit() {
-    let (a, b) = (Watched::willing(), preparing(Ending::ReadOnly));
+    let (a, b) = (RecordedService::willing(), preparing(Ending::ReadOnly));
     let services = [Served::new("a", 1, &a), Served::new("b", 1, &b)];
     let system = Setup::new(services).start().await;
     for number in 0..3 {

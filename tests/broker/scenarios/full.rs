@@ -10,13 +10,13 @@ use tokio::time::Instant;
 
 use crate::{
     system::{Served, Setup, System, figures, run},
-    watched::{Ending, Gate, LIMIT, Watched, What},
+    watched::{Ending, Gate, LIMIT, RecordedService, What},
 };
 
 /// A service whose commit of `holder` waits at the gate.
-fn held_at(gate: &Gate) -> Watched {
+fn held_at(gate: &Gate) -> RecordedService {
     let gate = gate.clone();
-    Watched::new(move |asked| {
+    RecordedService::new(move |asked| {
         let gate = gate.clone();
         async move {
             if asked.id == "holder" && asked.what == What::Commit {
@@ -31,14 +31,14 @@ fn held_at(gate: &Gate) -> Watched {
 struct Full {
     system: System,
     gate: Gate,
-    open: Watched,
-    tight: Watched,
+    open: RecordedService,
+    tight: RecordedService,
     holder: tokio::task::JoinHandle<Outcome>,
 }
 
 async fn full(max_wait: Duration) -> Full {
     let gate = Gate::shut();
-    let (open, tight) = (Watched::willing(), held_at(&gate));
+    let (open, tight) = (RecordedService::willing(), held_at(&gate));
     let mut full = Served::new("tight", 1, &tight);
     full.max_wait = max_wait;
     // By its name, it is asked first of those that may be contended.

@@ -10,7 +10,7 @@ use serde_json::json;
 
 use crate::{
     system::{Served, Setup, System, header, run},
-    watched::{Watched, What},
+    watched::{RecordedService, What},
 };
 
 const REQUEST: &str = r#"{"id":"bad","involved_services":["a"],"data":{}}"#;
@@ -79,7 +79,7 @@ fn everywhere(system: &System) -> BTreeMap<String, Vec<Bad>> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn garbage_in_any_queue_is_set_aside_and_stops_nothing() {
-    let a = Watched::willing();
+    let a = RecordedService::willing();
     let system = Setup::new([Served::new("a", 2, &a)]).start().await;
     let mut rejected = system.raw.read(&system.names.rejected()).await;
     for (queue, wrong) in everywhere(&system) {
@@ -104,7 +104,7 @@ async fn garbage_in_any_queue_is_set_aside_and_stops_nothing() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn garbage_in_the_journal_is_skipped() {
-    let a = Watched::willing();
+    let a = RecordedService::willing();
     let system = Setup::new([Served::new("a", 2, &a)]).workers(2).start().await;
     let journal = system.names.journal();
     let garbage: [(&str, &[u8]); 6] = [
@@ -127,7 +127,7 @@ async fn garbage_in_the_journal_is_skipped() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn request_that_cannot_be_served_is_rejected_and_its_producer_gets_a_result() {
-    let a = Watched::willing();
+    let a = RecordedService::willing();
     let system = Setup::new([Served::new("a", 2, &a)]).start().await;
     let mut rejected = system.raw.read(&system.names.rejected()).await;
     let exchange = system.names.requests();

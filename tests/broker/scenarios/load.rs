@@ -14,7 +14,7 @@ use tokio::time::Instant;
 
 use crate::{
     system::{Served, Setup, System},
-    watched::{Book, Ending, Gate, Watched, What},
+    watched::{Book, Ending, Gate, RecordedService, What},
 };
 
 /// Pseudo-random numbers from a fixed seed.
@@ -53,8 +53,8 @@ fn assert_all_committed(answers: &[Answer], count: usize) {
 const NAMES: [&str; 5] = ["S1", "S2", "S3", "S4", "S5"];
 
 /// A service that refuses if the data says so.
-fn choosy(name: &'static str) -> Watched {
-    Watched::new(move |asked| {
+fn choosy(name: &'static str) -> RecordedService {
+    RecordedService::new(move |asked| {
         let refuses = asked.data["refused_by"] == name;
         std::future::ready(if refuses { Ending::Refused } else { Ending::Done })
     })
@@ -144,7 +144,7 @@ fn mean_hold(book: &Book, prefix: &str) -> Duration {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_thousand_transactions_on_one_slot_all_commit() {
-    let watched = Watched::slow(Duration::from_millis(2));
+    let watched = RecordedService::slow(Duration::from_millis(2));
     let system = Setup::new([Served::new("A", 1, &watched)]).workers(2).start().await;
     let began = Instant::now();
     let answers = system.run_all(submissions("t", 1000, &["A"])).await;
@@ -163,7 +163,7 @@ async fn a_thousand_transactions_on_one_slot_all_commit() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn two_crossing_single_slots_do_not_stall() {
-    let (a, b) = (Watched::willing(), Watched::willing());
+    let (a, b) = (RecordedService::willing(), RecordedService::willing());
     let services = [Served::new("A", 1, &a), Served::new("B", 1, &b)];
     let system = Setup::new(services).workers(2).start().await;
     // In crossing orders: A and B, B and A, and each alone.
@@ -212,7 +212,7 @@ async fn a_saturated_slow_service_leaves_the_others_their_speed() {
     const SLOW: usize = 1000;
     let all_fast_ones_are_over = Gate::shut();
     let (number, over) = (AtomicUsize::new(0), all_fast_ones_are_over.clone());
-    let slow = Watched::new(move |asked| {
+    let slow = RecordedService::new(move |asked| {
         let is_late = number.fetch_add(1, Ordering::Relaxed) > SLOW / 5;
         let over = over.clone();
         async move {
@@ -226,7 +226,7 @@ async fn a_saturated_slow_service_leaves_the_others_their_speed() {
             Ending::Done
         }
     });
-    let fast = Watched::willing();
+    let fast = RecordedService::willing();
     let services = [Served::new("slow", 2, &slow), Served::new("fast", 20, &fast)];
     let system = Setup::new(services).workers(2).alone().start().await;
     let before = fast_ones(&system, "before").await;
@@ -259,7 +259,7 @@ async fn a_saturated_slow_service_leaves_the_others_their_speed() {
 #[tokio::test(flavor = "multi_thread")]
 async fn requests_that_wait_while_a_worker_looks_up_services_do_not_count_as_begun() {
     const COUNT: usize = 5000;
-    let watched = Watched::willing();
+    let watched = RecordedService::willing();
     let system = Setup::new([Served::new("A", 4096, &watched)]).start().await;
     let mut commands = system.raw.copies(&system.names.finish()).await;
     let submissions = (0..COUNT).map(|n| Submission::new(format!("t{n}"), ["A"], json!({})));

@@ -14,7 +14,7 @@ use tokio::time::Instant;
 
 use crate::{
     system::{Served, Setup, run},
-    watched::{Ending, Gate, Watched, What},
+    watched::{Ending, Gate, RecordedService, What},
 };
 
 fn now() -> Time {
@@ -32,7 +32,7 @@ fn code(answer: &Answer) -> Option<ReasonCode> {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_same_request_of_two_producers_is_executed_once_and_answered_twice() {
     const COUNT: usize = 50;
-    let (a, b) = (Watched::willing(), Watched::willing());
+    let (a, b) = (RecordedService::willing(), RecordedService::willing());
     let services = [Served::new("a", 4, &a), Served::new("b", 4, &b)];
     let system = Setup::new(services).workers(2).start().await;
     let other = system.another_client();
@@ -65,7 +65,7 @@ async fn the_same_request_of_two_producers_is_executed_once_and_answered_twice()
 
 #[tokio::test(flavor = "multi_thread")]
 async fn retry_under_a_new_timestamp_within_the_window_gets_the_same_answer() {
-    let (a, b) = (Watched::willing(), Watched::willing());
+    let (a, b) = (RecordedService::willing(), RecordedService::willing());
     let services = [Served::new("a", 4, &a), Served::new("b", 4, &b)];
     let system = Setup::new(services).workers(2).start().await;
     let first = run(&system.client, order("t", now() - Duration::from_secs(2), json!({}))).await;
@@ -85,7 +85,7 @@ async fn retry_under_a_new_timestamp_within_the_window_gets_the_same_answer() {
 #[tokio::test(flavor = "multi_thread")]
 async fn after_the_window_the_journal_answers_and_another_requested_at_is_another_transaction() {
     const WINDOW: Duration = Duration::from_secs(1);
-    let (a, b) = (Watched::willing(), Watched::willing());
+    let (a, b) = (RecordedService::willing(), RecordedService::willing());
     let services = [Served::new("a", 4, &a), Served::new("b", 4, &b)];
     let setup = Setup::new(services).workers(2).tune(|settings| {
         settings.coordinator.window = WINDOW;
@@ -131,7 +131,7 @@ async fn after_the_window_the_journal_answers_and_another_requested_at_is_anothe
 async fn other_content_under_an_id_is_refused_and_leaves_the_first_alone() {
     let gate = Gate::shut();
     let waits = gate.clone();
-    let a = Watched::new(move |asked| {
+    let a = RecordedService::new(move |asked| {
         let gate = waits.clone();
         async move {
             if asked.what == What::Commit {
@@ -140,7 +140,7 @@ async fn other_content_under_an_id_is_refused_and_leaves_the_first_alone() {
             Ending::Done
         }
     });
-    let b = Watched::willing();
+    let b = RecordedService::willing();
     let services = [Served::new("a", 4, &a), Served::new("b", 4, &b)];
     let system = Setup::new(services).workers(2).start().await;
     let moment = now() - Duration::from_secs(2);
@@ -181,7 +181,7 @@ async fn other_content_under_an_id_is_refused_and_leaves_the_first_alone() {
 #[tokio::test(flavor = "multi_thread")]
 async fn two_producers_at_once_with_other_content_execute_one_of_them_at_most() {
     const COUNT: usize = 50;
-    let (a, b) = (Watched::willing(), Watched::willing());
+    let (a, b) = (RecordedService::willing(), RecordedService::willing());
     let services = [Served::new("a", 4, &a), Served::new("b", 4, &b)];
     let system = Setup::new(services).workers(2).start().await;
     let other = system.another_client();
@@ -220,7 +220,7 @@ async fn two_producers_at_once_with_other_content_execute_one_of_them_at_most() 
 #[tokio::test(flavor = "multi_thread")]
 async fn retry_under_a_new_timestamp_at_once_executes_one_of_them_at_most() {
     const COUNT: usize = 50;
-    let (a, b) = (Watched::willing(), Watched::willing());
+    let (a, b) = (RecordedService::willing(), RecordedService::willing());
     let services = [Served::new("a", 4, &a), Served::new("b", 4, &b)];
     let system = Setup::new(services).workers(2).start().await;
     let other = system.another_client();
