@@ -22,7 +22,7 @@ use tokio::time::{Instant, sleep};
 
 /// The behaviour of a service, and the counts of its calls.
 #[derive(Clone, Default)]
-struct Watched(Arc<Counts>);
+struct CountedService(Arc<Counts>);
 
 #[derive(Default)]
 struct Counts {
@@ -35,7 +35,7 @@ struct Counts {
     committed_at: Mutex<BTreeMap<String, Instant>>,
 }
 
-impl Watched {
+impl CountedService {
     /// A service that sleeps for `takes` in every prepare.
     fn service(&self, name: &str, cap: u32, takes: Duration) -> Service {
         let (prepare, commit, abort) =
@@ -158,7 +158,7 @@ async fn one_after_another(count: usize, each: Duration) -> Duration {
 #[tokio::test(start_paused = true)]
 async fn a_thousand_transactions_on_one_slot_all_commit() {
     let best = one_after_another(1000, ms(5)).await;
-    let watched = Watched::default();
+    let watched = CountedService::default();
 
     let services = vec![watched.service("A", 1, ms(5))];
     let results = dtc::run(services, transactions("t", 1000, &["A"])).await.unwrap();
@@ -176,7 +176,7 @@ async fn a_thousand_transactions_on_one_slot_all_commit() {
 #[tokio::test(start_paused = true)]
 async fn every_slot_of_a_saturated_service_is_used() {
     for cap in [1, 2, 8, 64] {
-        let watched = Watched::default();
+        let watched = CountedService::default();
         let services = vec![watched.service("A", cap, ms(5))];
         let count = 200 * cap as usize;
         let (results, took) = run_in(256, services, transactions("t", count, &["A"])).await;
@@ -207,7 +207,7 @@ async fn two_single_slots(order: &str, in_flight: usize) -> f64 {
             all
         }
     };
-    let (a, b) = (Watched::default(), Watched::default());
+    let (a, b) = (CountedService::default(), CountedService::default());
     let services = vec![a.service("A", 1, ms(5)), b.service("B", 1, ms(5))];
     let (results, took) = run_in(in_flight, services, transactions).await;
     assert_all_committed(&results, 1500);
@@ -232,7 +232,7 @@ async fn two_contended_single_slots_take_at_most_twice_the_optimum() {
 async fn a_ring_of_single_slots_does_not_stall() {
     let rings = [["A", "B"], ["B", "C"], ["C", "A"]];
     for in_flight in [3, 30, 400] {
-        let watched: [Watched; 3] = Default::default();
+        let watched: [CountedService; 3] = Default::default();
         let services =
             ["A", "B", "C"].iter().zip(&watched).map(|(name, it)| it.service(name, 1, ms(5)));
         let mut all: Vec<_> =
@@ -252,7 +252,7 @@ async fn random_sets_of_tightly_capped_services_all_commit() {
     let names = ["A", "B", "C", "D", "E", "F"];
     for in_flight in [8, 400] {
         let mut dice = Dice(11);
-        let watched: [Watched; 6] = Default::default();
+        let watched: [CountedService; 6] = Default::default();
         let caps: Vec<u32> = names.iter().map(|_| 2 + dice.below(2) as u32).collect();
         let takes: Vec<u64> = names.iter().map(|_| 1 + dice.below(9) as u64).collect();
         let services = (0..6).map(|n| watched[n].service(names[n], caps[n], ms(takes[n])));
@@ -284,8 +284,8 @@ async fn beside_a_slow_service(fast_cap: u32, slow_sets: &[&[&str]], in_flight: 
     let fast_names = ["B", "C", "D", "E"];
     let mut times = Vec::new();
     for with_slow in [false, true] {
-        let fast: [Watched; 4] = Default::default();
-        let slow = Watched::default();
+        let fast: [CountedService; 4] = Default::default();
+        let slow = CountedService::default();
         let mut services: Vec<_> = fast_names
             .iter()
             .zip(&fast)
@@ -371,7 +371,7 @@ struct WhileHeld {
 }
 
 async fn while_the_slot_is_held(max_wait: Duration, held_for: Duration) -> WhileHeld {
-    let (a, b) = (Watched::default(), Watched::default());
+    let (a, b) = (CountedService::default(), CountedService::default());
     let gate = Gate::shut();
     let commit_began = Arc::new(tokio::sync::Notify::new());
     let (opened, begun) = (gate.clone(), Arc::clone(&commit_began));
@@ -434,7 +434,7 @@ async fn a_slot_held_for_less_than_the_wait_is_waited_for() {
 
 #[tokio::test(start_paused = true)]
 async fn a_service_that_hangs_in_every_prepare_leaves_the_others_their_speed() {
-    let (good, hung) = (Watched::default(), Watched::default());
+    let (good, hung) = (CountedService::default(), CountedService::default());
     let services =
         vec![good.service("B", 4, ms(5)), hung.service("A", 2, Duration::from_secs(3600))];
     let mut all = transactions("hangs", 20, &["A"]);
@@ -454,7 +454,7 @@ async fn a_service_that_hangs_in_every_prepare_leaves_the_others_their_speed() {
 
 #[tokio::test(start_paused = true)]
 async fn transactions_that_wait_for_a_slot_that_is_never_freed_abort_in_rounds() {
-    let (dead, good) = (Watched::default(), Watched::default());
+    let (dead, good) = (CountedService::default(), CountedService::default());
     let hangs = |_| std::future::pending();
     let services =
         vec![dead.service("A", 1, Duration::ZERO).commit_async(hangs), good.service("B", 4, ms(5))];
