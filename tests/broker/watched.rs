@@ -89,7 +89,7 @@ impl Call {
 
 /// All records of a service.
 #[derive(Default, Debug)]
-pub(crate) struct Book {
+pub(crate) struct CallRecord {
     pub(crate) calls: Vec<Call>,
     attempts: BTreeMap<(TransactionKey, What), usize>,
     /// What is prepared.
@@ -110,7 +110,7 @@ pub(crate) struct RecordedService(Arc<Shared>);
 
 struct Shared {
     script: Script,
-    book: Mutex<Book>,
+    book: Mutex<CallRecord>,
     changed: watch::Sender<()>,
 }
 
@@ -142,12 +142,12 @@ impl RecordedService {
         })
     }
 
-    pub(crate) fn book(&self) -> MutexGuard<'_, Book> {
+    pub(crate) fn book(&self) -> MutexGuard<'_, CallRecord> {
         self.0.book.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits until `is_so`.
-    pub(crate) async fn until(&self, what: &str, is_so: impl Fn(&Book) -> bool) {
+    pub(crate) async fn until(&self, what: &str, is_so: impl Fn(&CallRecord) -> bool) {
         let mut changed = self.0.changed.subscribe();
         let waiting = async {
             while !is_so(&self.book()) {
@@ -171,7 +171,7 @@ impl RecordedService {
         ending
     }
 
-    fn change<T>(&self, change: impl FnOnce(&mut Book) -> T) -> T {
+    fn change<T>(&self, change: impl FnOnce(&mut CallRecord) -> T) -> T {
         let changed = change(&mut self.book());
         self.0.changed.send_replace(());
         changed
@@ -191,7 +191,7 @@ impl Drop for Running<'_> {
     }
 }
 
-impl Book {
+impl CallRecord {
     fn began(&mut self, what: What, key: TransactionKey, branch: Branch) -> usize {
         let began = Instant::now();
         if what == What::Prepare {

@@ -14,7 +14,7 @@ use tokio::time::Instant;
 
 use crate::{
     system::{Served, Setup, System},
-    watched::{Book, Ending, Gate, RecordedService, What},
+    watched::{CallRecord, Ending, Gate, RecordedService, What},
 };
 
 /// Pseudo-random numbers from a fixed seed.
@@ -123,7 +123,7 @@ fn submissions(prefix: &str, count: usize, services: &[&str]) -> Vec<Submission>
 
 /// How long, on average, the transactions whose ids begin with `prefix` held a slot: the next one
 /// can't have it sooner, however well slots are used.
-fn mean_hold(book: &Book, prefix: &str) -> Duration {
+fn mean_hold(book: &CallRecord, prefix: &str) -> Duration {
     let of_prefix = book
         .calls
         .iter()
