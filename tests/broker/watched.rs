@@ -29,7 +29,7 @@ pub(crate) const LIMIT: Duration = Duration::from_secs(120);
 
 /// A function of a service.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub(crate) enum What {
+pub(crate) enum Function {
     Prepare,
     Commit,
     Abort,
@@ -38,7 +38,7 @@ pub(crate) enum What {
 /// The question to a script.
 #[derive(Clone, Debug)]
 pub(crate) struct Asked {
-    pub(crate) what: What,
+    pub(crate) what: Function,
     pub(crate) id: String,
     /// How often this was called for this transaction, this time included.
     pub(crate) attempt: usize,
@@ -68,7 +68,7 @@ pub(crate) enum Ended {
 /// One call of the service's code.
 #[derive(Clone, Debug)]
 pub(crate) struct Call {
-    pub(crate) what: What,
+    pub(crate) what: Function,
     pub(crate) key: TransactionKey,
     pub(crate) branch: Branch,
     pub(crate) began: Instant,
@@ -91,7 +91,7 @@ impl Call {
 #[derive(Default, Debug)]
 pub(crate) struct CallRecord {
     pub(crate) calls: Vec<Call>,
-    attempts: BTreeMap<(TransactionKey, What), usize>,
+    attempts: BTreeMap<(TransactionKey, Function), usize>,
     /// What is prepared.
     pub(crate) prepared: BTreeMap<Branch, InDoubt>,
     pub(crate) committed: BTreeMap<TransactionKey, Branch>,
@@ -135,7 +135,7 @@ impl RecordedService {
     /// A service that takes so long for every prepare.
     pub(crate) fn slow(takes: Duration) -> Self {
         Self::new(move |asked| async move {
-            if asked.what == What::Prepare {
+            if asked.what == Function::Prepare {
                 tokio::time::sleep(takes).await;
             }
             Ending::Done
@@ -159,7 +159,13 @@ impl RecordedService {
         }
     }
 
-    async fn call(&self, what: What, key: TransactionKey, branch: Branch, data: Value) -> Ending {
+    async fn call(
+        &self,
+        what: Function,
+        key: TransactionKey,
+        branch: Branch,
+        data: Value,
+    ) -> Ending {
         let id = key.id.to_string();
         let mut running = Running { of: self, number: 0, ended: Ended::Dropped };
         let attempt = self.change(|book| {
@@ -192,9 +198,9 @@ impl Drop for Running<'_> {
 }
 
 impl CallRecord {
-    fn began(&mut self, what: What, key: TransactionKey, branch: Branch) -> usize {
+    fn began(&mut self, what: Function, key: TransactionKey, branch: Branch) -> usize {
         let began = Instant::now();
-        if what == What::Prepare {
+        if what == Function::Prepare {
             self.held.insert(branch.clone());
             self.most_held = self.most_held.max(self.held.len());
             let own = self.held.iter().filter(|it| it.instance() == branch.instance()).count();
@@ -212,15 +218,15 @@ impl CallRecord {
         let call = &mut self.calls[number];
         call.ended = Some((Instant::now(), ended));
         let is_over = match call.what {
-            What::Prepare => matches!(ended, Ended::With(Ending::ReadOnly | Ending::Refused)),
-            What::Commit | What::Abort => ended == Ended::With(Ending::Done),
+            Function::Prepare => matches!(ended, Ended::With(Ending::ReadOnly | Ending::Refused)),
+            Function::Commit | Function::Abort => ended == Ended::With(Ending::Done),
         };
         if is_over {
             self.held.remove(&call.branch);
         }
     }
 
-    pub(crate) fn n_calls(&self, what: What) -> usize {
+    pub(crate) fn n_calls(&self, what: Function) -> usize {
         self.calls.iter().filter(|call| call.what == what).count()
     }
 
@@ -230,7 +236,7 @@ impl CallRecord {
     }
 
     /// The calls for the transactions of this id, in order, by function.
-    pub(crate) fn whats_of(&self, id: &str) -> Vec<What> {
+    pub(crate) fn whats_of(&self, id: &str) -> Vec<Function> {
         self.calls_of(id).into_iter().map(|call| call.what).collect()
     }
 
@@ -244,15 +250,15 @@ impl CallRecord {
         for (key, calls) in of {
             let mut answered = BTreeSet::new();
             for call in &calls {
-                let is_new = answered.iter().all(|it: &(What, Branch)| it.0 != call.what);
+                let is_new = answered.iter().all(|it: &(Function, Branch)| it.0 != call.what);
                 assert!(is_new, "{key} was answered before: {calls:#?}");
                 if call.is_answered() {
                     answered.insert((call.what, call.branch.clone()));
                 }
             }
-            assert_eq!(calls[0].what, What::Prepare, "{calls:#?}");
+            assert_eq!(calls[0].what, Function::Prepare, "{calls:#?}");
             let has = |what| calls.iter().any(|call| call.what == what);
-            assert!(!(has(What::Commit) && has(What::Abort)), "{key}: both: {calls:#?}");
+            assert!(!(has(Function::Commit) && has(Function::Abort)), "{key}: both: {calls:#?}");
             let is_over = calls.iter().any(|call| {
                 matches!(call.ended, Some((_, Ended::With(Ending::Refused | Ending::ReadOnly))))
             });
@@ -280,7 +286,7 @@ impl Participant for RecordedService {
     async fn prepare(&self, call: Prepare) -> Result<Verdict, Error> {
         let data = call.data()?;
         let (key, branch) = (call.key.clone(), call.branch.clone());
-        match self.call(What::Prepare, key, branch, data).await {
+        match self.call(Function::Prepare, key, branch, data).await {
             Ending::Done => {
                 let in_doubt = InDoubt {
                     key: call.key,
@@ -301,7 +307,7 @@ impl Participant for RecordedService {
 
     async fn commit(&self, call: Finish) -> Result<(), Error> {
         let (key, branch) = (call.key.clone(), call.branch.clone());
-        let ending = self.call(What::Commit, key, branch, Value::Null).await;
+        let ending = self.call(Function::Commit, key, branch, Value::Null).await;
         finished(ending)?;
         self.change(|book| {
             if book.prepared.remove(&call.branch).is_some() {
@@ -314,7 +320,7 @@ impl Participant for RecordedService {
 
     async fn abort(&self, call: Finish) -> Result<(), Error> {
         let (key, branch) = (call.key.clone(), call.branch.clone());
-        let ending = self.call(What::Abort, key, branch, Value::Null).await;
+        let ending = self.call(Function::Abort, key, branch, Value::Null).await;
         finished(ending)?;
         self.change(|book| book.prepared.remove(&call.branch));
         Ok(())

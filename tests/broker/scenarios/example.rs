@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use crate::{
     system::{Served, Setup, run},
-    watched::{RecordedService, What},
+    watched::{Function, RecordedService},
 };
 
 #[tokio::test(flavor = "multi_thread")]
@@ -32,7 +32,7 @@ async fn two_transactions_over_two_services_commit() {
     for (watched, ids) in [(&a, &["TX1", "TX2"][..]), (&b, &["TX1"])] {
         let book = watched.book();
         for id in ids {
-            assert_eq!(book.whats_of(id), [What::Prepare, What::Commit], "{id}");
+            assert_eq!(book.whats_of(id), [Function::Prepare, Function::Commit], "{id}");
         }
         assert_eq!((book.calls.len(), book.committed.len()), (2 * ids.len(), ids.len()));
     }

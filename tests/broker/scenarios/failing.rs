@@ -10,13 +10,13 @@ use tokio::time::Instant;
 
 use crate::{
     system::{Served, Setup, run},
-    watched::{Ended, Ending, Gate, RecordedService, What},
+    watched::{Ended, Ending, Function, Gate, RecordedService},
 };
 
 /// A service whose prepares end like this.
 fn preparing(ending: Ending) -> RecordedService {
     RecordedService::new(move |asked| {
-        std::future::ready(if asked.what == What::Prepare { ending } else { Ending::Done })
+        std::future::ready(if asked.what == Function::Prepare { ending } else { Ending::Done })
     })
 }
 
@@ -77,7 +77,7 @@ async fn worker_continues_when_a_deleted_exchange_is_declared_again() {
     let tallies = system.stop_whatever_happened().await;
     println!("{} links were lost meanwhile", tallies[0].lost);
     assert!(tallies[0].lost > 0);
-    assert_eq!(a.book().whats_of("t"), [What::Prepare, What::Commit]);
+    assert_eq!(a.book().whats_of("t"), [Function::Prepare, Function::Commit]);
     a.book().assert_nothing_is_held();
 }
 
@@ -95,8 +95,8 @@ async fn refusal_aborts_what_is_prepared_and_calls_no_other_service() {
     assert_eq!((answer.outcome, reason.code), (Outcome::Aborted, ReasonCode::Refused));
     assert_eq!(reason.service.unwrap().as_str(), "b");
     system.stop().await;
-    assert_eq!(a.book().whats_of("t"), [What::Prepare, What::Abort]);
-    assert_eq!(b.book().whats_of("t"), [What::Prepare]);
+    assert_eq!(a.book().whats_of("t"), [Function::Prepare, Function::Abort]);
+    assert_eq!(b.book().whats_of("t"), [Function::Prepare]);
     assert_eq!(c.book().whats_of("t"), []);
 }
 
@@ -112,15 +112,15 @@ async fn prepare_that_panics_has_failed_and_is_undone_once() {
     let answer = system.run("t2", &["b"], json!({})).await;
     assert_eq!(answer.reason.expect("a reason").code, ReasonCode::Failed);
     system.stop().await;
-    assert_eq!(a.book().whats_of("t"), [What::Prepare, What::Abort]);
-    assert_eq!(b.book().whats_of("t"), [What::Prepare, What::Abort]);
+    assert_eq!(a.book().whats_of("t"), [Function::Prepare, Function::Abort]);
+    assert_eq!(b.book().whats_of("t"), [Function::Prepare, Function::Abort]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn prepare_that_hangs_ends_at_its_deadline_and_is_undone_once() {
     let a = RecordedService::willing();
     let b = RecordedService::new(|asked| async move {
-        if asked.what == What::Prepare {
+        if asked.what == Function::Prepare {
             std::future::pending::<()>().await;
         }
         Ending::Done
@@ -135,8 +135,8 @@ async fn prepare_that_hangs_ends_at_its_deadline_and_is_undone_once() {
     let code = answer.reason.expect("a reason").code;
     assert!(matches!(code, ReasonCode::Failed | ReasonCode::Deadline), "{code}");
     system.stop().await;
-    assert_eq!(a.book().whats_of("t"), [What::Prepare, What::Abort]);
-    assert_eq!(b.book().whats_of("t"), [What::Prepare, What::Abort]);
+    assert_eq!(a.book().whats_of("t"), [Function::Prepare, Function::Abort]);
+    assert_eq!(b.book().whats_of("t"), [Function::Prepare, Function::Abort]);
     assert_eq!(b.book().calls[0].ended.unwrap().1, Ended::Dropped);
 }
 
@@ -144,7 +144,7 @@ async fn prepare_that_hangs_ends_at_its_deadline_and_is_undone_once() {
 async fn commit_that_fails_twice_and_then_succeeds_is_committed() {
     let a = RecordedService::willing();
     let b = RecordedService::new(|asked| {
-        let fails = asked.what == What::Commit && asked.attempt <= 2;
+        let fails = asked.what == Function::Commit && asked.attempt <= 2;
         std::future::ready(if fails { Ending::Error } else { Ending::Done })
     });
     let services = [Served::new("a", 1, &a), Served::new("b", 1, &b)];
@@ -155,8 +155,11 @@ async fn commit_that_fails_twice_and_then_succeeds_is_committed() {
     assert_eq!((answer.outcome, answer.unresolved.len()), (Outcome::Committed, 0));
     let tallies = system.stop().await;
     assert_eq!(tallies[0].parked, 0);
-    assert_eq!(a.book().whats_of("t"), [What::Prepare, What::Commit]);
-    assert_eq!(b.book().whats_of("t"), [What::Prepare, What::Commit, What::Commit, What::Commit]);
+    assert_eq!(a.book().whats_of("t"), [Function::Prepare, Function::Commit]);
+    assert_eq!(
+        b.book().whats_of("t"),
+        [Function::Prepare, Function::Commit, Function::Commit, Function::Commit]
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -166,7 +169,7 @@ async fn commit_that_fails_for_good_is_parked_and_settled_when_the_service_recov
     let has_recovered = recovered.clone();
     let others = [a.clone(), c.clone()];
     let b = RecordedService::new(move |asked| {
-        let fails = asked.what == What::Commit && !has_recovered.is_open();
+        let fails = asked.what == Function::Commit && !has_recovered.is_open();
         let others = if asked.attempt == 2 { others.to_vec() } else { vec![] };
         async move {
             // If this failure delayed them, the test would wait for ever.
@@ -193,7 +196,7 @@ async fn commit_that_fails_for_good_is_parked_and_settled_when_the_service_recov
     let named: Vec<_> = answer.unresolved.iter().map(|service| service.as_str()).collect();
     assert_eq!(named, ["b"]);
     for watched in [&a, &c] {
-        assert_eq!(watched.book().whats_of("t"), [What::Prepare, What::Commit]);
+        assert_eq!(watched.book().whats_of("t"), [Function::Prepare, Function::Commit]);
     }
     // The first try, and three more.
     let before_parked = b.book().whats_of("t").len();
@@ -218,7 +221,7 @@ async fn commit_that_fails_for_good_is_parked_and_settled_when_the_service_recov
     assert_eq!((tallies[0].parked, tallies[0].committed), (1, 2));
     let book = b.book();
     assert_eq!(book.committed.len(), 1);
-    println!("b's commit was called {} times", book.n_calls(What::Commit));
+    println!("b's commit was called {} times", book.n_calls(Function::Commit));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -235,5 +238,5 @@ async fn read_only_service_gets_no_commit() {
     system.stop().await;
     println!("read only: {} calls, all prepares", b.book().calls.len());
     assert_eq!((a.book().calls.len(), b.book().calls.len()), (6, 4));
-    assert_eq!(b.book().n_calls(What::Prepare), 4);
+    assert_eq!(b.book().n_calls(Function::Prepare), 4);
 }

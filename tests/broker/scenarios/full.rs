@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use crate::{
     system::{Served, Setup, System, figures, run},
-    watched::{Ending, Gate, LIMIT, RecordedService, What},
+    watched::{Ending, Function, Gate, LIMIT, RecordedService},
 };
 
 /// A service whose commit of `holder` waits at the gate.
@@ -19,7 +19,7 @@ fn held_at(gate: &Gate) -> RecordedService {
     RecordedService::new(move |asked| {
         let gate = gate.clone();
         async move {
-            if asked.id == "holder" && asked.what == What::Commit {
+            if asked.id == "holder" && asked.what == Function::Commit {
                 gate.pass().await;
             }
             Ending::Done
@@ -47,7 +47,7 @@ async fn full(max_wait: Duration) -> Full {
     let client = system.client.clone();
     let holder = Submission::new("holder", ["tight"], json!({}));
     let holder = tokio::spawn(async move { run(&client, holder).await.outcome });
-    tight.until("the holder commits", |book| book.n_calls(What::Commit) == 1).await;
+    tight.until("the holder commits", |book| book.n_calls(Function::Commit) == 1).await;
     Full { system, gate, open, tight, holder }
 }
 
@@ -83,9 +83,9 @@ async fn with_a_max_wait_of_zero_no_slot_is_reported_at_once() {
     // The full service was not called, and services that had prepared got one outcome.
     assert_eq!(tight.book().calls.len(), 2, "the holder's");
     let book = open.book();
-    let (prepares, aborts) = (book.n_calls(What::Prepare), book.n_calls(What::Abort));
+    let (prepares, aborts) = (book.n_calls(Function::Prepare), book.n_calls(Function::Abort));
     println!("meanwhile the other service prepared {prepares} times, and aborted {aborts} times");
-    assert_eq!((prepares, book.n_calls(What::Commit)), (aborts + COUNT, COUNT));
+    assert_eq!((prepares, book.n_calls(Function::Commit)), (aborts + COUNT, COUNT));
     // As many steps as a commit: any real wait takes longer than a few of these.
     assert!(median < 5.0 * other, "{median} ms, and {other} ms for a commit");
 }
@@ -106,8 +106,8 @@ async fn with_a_max_wait_a_prepare_waits_for_a_slot() {
     assert_eq!(answer.outcome, Outcome::Committed, "{answer:?}");
     assert_eq!(holder.await.unwrap(), Outcome::Committed);
     system.stop().await;
-    assert_eq!(open.book().whats_of("t"), [What::Prepare, What::Commit]);
-    assert_eq!(tight.book().whats_of("t"), [What::Prepare, What::Commit]);
+    assert_eq!(open.book().whats_of("t"), [Function::Prepare, Function::Commit]);
+    assert_eq!(tight.book().whats_of("t"), [Function::Prepare, Function::Commit]);
     assert_eq!(tight.book().most_held, 1);
 }
 
@@ -126,5 +126,5 @@ async fn the_wait_for_a_slot_ends_after_max_wait() {
     assert_eq!(holder.await.unwrap(), Outcome::Committed);
     system.stop().await;
     assert_eq!(tight.book().whats_of("t"), []);
-    assert_eq!(open.book().n_calls(What::Commit), 0);
+    assert_eq!(open.book().n_calls(Function::Commit), 0);
 }

@@ -10,7 +10,7 @@ use serde_json::json;
 
 use crate::{
     system::{Served, Setup, System, header, run},
-    watched::{RecordedService, What},
+    watched::{Function, RecordedService},
 };
 
 const REQUEST: &str = r#"{"id":"bad","involved_services":["a"],"data":{}}"#;
@@ -98,7 +98,7 @@ async fn garbage_in_any_queue_is_set_aside_and_stops_nothing() {
     let answer = system.run("t", &["a"], json!({})).await;
     assert_eq!(answer.outcome, Outcome::Committed, "{answer:?}");
     system.stop().await;
-    assert_eq!(a.book().whats_of("t"), [What::Prepare, What::Commit]);
+    assert_eq!(a.book().whats_of("t"), [Function::Prepare, Function::Commit]);
     assert_eq!(a.book().calls.len(), 2, "nothing was made of the garbage");
 }
 

@@ -14,7 +14,7 @@ use tokio::time::Instant;
 
 use crate::{
     system::{Served, Setup, System},
-    watched::{CallRecord, Ending, Gate, RecordedService, What},
+    watched::{CallRecord, Ending, Function, Gate, RecordedService},
 };
 
 /// Pseudo-random numbers from a fixed seed.
@@ -132,8 +132,8 @@ fn mean_hold(book: &CallRecord, prefix: &str) -> Duration {
     let mut taken = BTreeMap::new();
     for call in of_prefix {
         match call.what {
-            What::Prepare => drop(taken.insert(&call.key, call.began)),
-            What::Commit | What::Abort => {
+            Function::Prepare => drop(taken.insert(&call.key, call.began)),
+            Function::Commit | Function::Abort => {
                 total += call.ended.unwrap().0 - taken[&call.key];
                 count += 1;
             }
@@ -158,7 +158,7 @@ async fn a_thousand_transactions_on_one_slot_all_commit() {
     );
     assert_all_committed(&answers, 1000);
     assert_eq!((book.most_held, book.committed.len()), (1, 1000));
-    assert_eq!((book.n_calls(What::Prepare), book.n_calls(What::Commit)), (1000, 1000));
+    assert_eq!((book.n_calls(Function::Prepare), book.n_calls(Function::Commit)), (1000, 1000));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -188,7 +188,7 @@ async fn two_crossing_single_slots_do_not_stall() {
     for watched in [&a, &b] {
         let book = watched.book();
         assert_eq!((book.most_held, book.committed.len()), (1, 1000));
-        assert_eq!(book.n_calls(What::Abort), 0);
+        assert_eq!(book.n_calls(Function::Abort), 0);
     }
 }
 
@@ -216,7 +216,7 @@ async fn a_saturated_slow_service_leaves_the_others_their_speed() {
         let is_late = number.fetch_add(1, Ordering::Relaxed) > SLOW / 5;
         let over = over.clone();
         async move {
-            if asked.what == What::Prepare {
+            if asked.what == Function::Prepare {
                 tokio::time::sleep(Duration::from_millis(20)).await;
                 // Most of them must be left, however long the fast ones take.
                 if is_late {

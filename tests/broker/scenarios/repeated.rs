@@ -14,7 +14,7 @@ use tokio::time::Instant;
 
 use crate::{
     system::{Served, Setup, run},
-    watched::{Ending, Gate, RecordedService, What},
+    watched::{Ending, Function, Gate, RecordedService},
 };
 
 fn now() -> Time {
@@ -56,8 +56,8 @@ async fn the_same_request_of_two_producers_is_executed_once_and_answered_twice()
         let book = watched.book();
         println!(
             "{} prepares, {} commits",
-            book.n_calls(What::Prepare),
-            book.n_calls(What::Commit)
+            book.n_calls(Function::Prepare),
+            book.n_calls(Function::Commit)
         );
         assert_eq!((book.committed.len(), book.calls.len()), (COUNT, 2 * COUNT));
     }
@@ -106,13 +106,13 @@ async fn after_the_window_the_journal_answers_and_another_requested_at_is_anothe
     let again = run(&system.client, order("t", requested_at, json!({}))).await;
     println!("the same moment: the same answer from the journal, {:.1?}", began.elapsed());
     assert_eq!(again, first);
-    assert_eq!(a.book().whats_of("t"), [What::Prepare, What::Commit]);
+    assert_eq!(a.book().whats_of("t"), [Function::Prepare, Function::Commit]);
 
     // The workers have forgotten it, but the service that has executed it hasn't.
     let other = run(&system.client, order("t", now(), json!({}))).await;
     println!("another moment, the same instances: {} {:?}", other.outcome, code(&other));
     assert_eq!((other.outcome, code(&other)), (Outcome::Aborted, Some(ReasonCode::IdReused)));
-    assert_eq!(a.book().whats_of("t"), [What::Prepare, What::Commit]);
+    assert_eq!(a.book().whats_of("t"), [Function::Prepare, Function::Commit]);
 
     system.replace_instances().await;
     tokio::time::sleep(4 * WINDOW).await;
@@ -123,7 +123,10 @@ async fn after_the_window_the_journal_answers_and_another_requested_at_is_anothe
     let anew = run(&system.client, order("t", now(), json!({}))).await;
     println!("another moment, new instances: {} {:?}", anew.outcome, code(&anew));
     assert_eq!((anew.outcome, code(&anew)), (Outcome::Committed, None));
-    assert_eq!(a.book().whats_of("t"), [What::Prepare, What::Commit, What::Prepare, What::Commit]);
+    assert_eq!(
+        a.book().whats_of("t"),
+        [Function::Prepare, Function::Commit, Function::Prepare, Function::Commit]
+    );
     system.stop().await;
 }
 
@@ -134,7 +137,7 @@ async fn other_content_under_an_id_is_refused_and_leaves_the_first_alone() {
     let a = RecordedService::new(move |asked| {
         let gate = waits.clone();
         async move {
-            if asked.what == What::Commit {
+            if asked.what == Function::Commit {
                 gate.pass().await;
             }
             Ending::Done
@@ -147,7 +150,7 @@ async fn other_content_under_an_id_is_refused_and_leaves_the_first_alone() {
     let client = system.client.clone();
     let first = order("t", moment, json!({ "amount": 1 }));
     let first = tokio::spawn(async move { run(&client, first).await });
-    a.until("the first is being committed", |book| book.n_calls(What::Commit) == 1).await;
+    a.until("the first is being committed", |book| book.n_calls(Function::Commit) == 1).await;
 
     let other = system.another_client();
     let mut refused = Vec::new();
@@ -173,7 +176,7 @@ async fn other_content_under_an_id_is_refused_and_leaves_the_first_alone() {
         tallies.iter().map(|it| it.rejected).collect::<Vec<_>>()
     );
     for watched in [a, b] {
-        assert_eq!(watched.book().whats_of("t"), [What::Prepare, What::Commit]);
+        assert_eq!(watched.book().whats_of("t"), [Function::Prepare, Function::Commit]);
     }
 }
 
