@@ -37,7 +37,7 @@ pub(crate) enum Function {
 
 /// The question to a script.
 #[derive(Clone, Debug)]
-pub(crate) struct Asked {
+pub(crate) struct CallContext {
     pub(crate) what: Function,
     pub(crate) id: String,
     /// How often this was called for this transaction, this time included.
@@ -102,7 +102,7 @@ pub(crate) struct CallRecord {
     pub(crate) most_held_by: BTreeMap<InstanceId, usize>,
 }
 
-type Script = Box<dyn Fn(Asked) -> BoxFuture<'static, Ending> + Send + Sync>;
+type Script = Box<dyn Fn(CallContext) -> BoxFuture<'static, Ending> + Send + Sync>;
 
 /// A service of which several instances may run: they share its state.
 #[derive(Clone)]
@@ -116,7 +116,7 @@ struct Shared {
 
 impl RecordedService {
     /// A service whose calls end as `script` says.
-    pub(crate) fn new<F>(script: impl Fn(Asked) -> F + Send + Sync + 'static) -> Self
+    pub(crate) fn new<F>(script: impl Fn(CallContext) -> F + Send + Sync + 'static) -> Self
     where
         F: Future<Output = Ending> + Send + 'static,
     {
@@ -172,7 +172,7 @@ impl RecordedService {
             running.number = book.calls.len();
             book.began(what, key, branch)
         });
-        let ending = (self.0.script)(Asked { what, id, attempt, data }).await;
+        let ending = (self.0.script)(CallContext { what, id, attempt, data }).await;
         running.ended = Ended::With(ending);
         ending
     }
