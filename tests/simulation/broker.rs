@@ -26,7 +26,7 @@ use crate::{
     rng::Rng,
     rules::Kind,
     service::{Service, Slot},
-    world::{Happening, Life, WorkerInput, World, tell},
+    world::{Life, ScheduledEvent, WorkerInput, World, tell},
 };
 
 /// How long publishes to the queue of a dead instance are confirmed and lost.
@@ -229,7 +229,7 @@ impl World {
                 self.find_service(worker, service);
             }
             Effect::FindService { service, after } => {
-                let looks = Happening::LooksAgain { worker, life, service };
+                let looks = ScheduledEvent::LooksAgain { worker, life, service };
                 self.after(after.as_millis() as u64, looks);
             }
             Effect::CheckService(service) => {
@@ -256,7 +256,7 @@ impl World {
             Effect::ReadHistory { from, until } => {
                 let wait = self.rng.pick(&[1, 3, 60]);
                 let input = WorkerInput::History { from, until };
-                self.after(wait, Happening::ToWorker { worker, life, input });
+                self.after(wait, ScheduledEvent::ToWorker { worker, life, input });
             }
             Effect::Publish { key, delivery, answer } => {
                 self.check_answer(worker, &answer);
@@ -270,7 +270,8 @@ impl World {
                 }
                 for millis in arrivals.into_iter().flatten() {
                     let (key, answer) = (key.clone(), answer.clone());
-                    let stored = Happening::ResultStored { worker, life, key, delivery, answer };
+                    let stored =
+                        ScheduledEvent::ResultStored { worker, life, key, delivery, answer };
                     self.after(millis, stored);
                 }
             }
@@ -315,7 +316,7 @@ impl World {
                 }
                 for millis in self.rules.carry(&mut self.rng).into_iter().flatten() {
                     let parked = parked.clone();
-                    self.after(millis, Happening::ParkStored { worker, life, parked });
+                    self.after(millis, ScheduledEvent::ParkStored { worker, life, parked });
                 }
             }
             Effect::Settle { key, service, .. } => self.parked.settled(&key, &service),
@@ -384,7 +385,7 @@ impl World {
                 expires_at: Time::EPOCH,
                 redelivered: false,
             };
-            self.after(millis, Happening::PrepareQueued { service, prepare });
+            self.after(millis, ScheduledEvent::PrepareQueued { service, prepare });
         }
     }
 
@@ -404,7 +405,7 @@ impl World {
         };
         for millis in arrivals.into_iter().flatten() {
             let command = Command { from: from.clone(), command: command.clone() };
-            self.after(millis, Happening::CommandRouted { service, to: to.clone(), command });
+            self.after(millis, ScheduledEvent::CommandRouted { service, to: to.clone(), command });
         }
     }
 
@@ -471,14 +472,14 @@ impl World {
     ) {
         let wait = self.rules.deliver(&mut self.rng);
         let input = WorkerInput::Event(event);
-        self.after(wait, Happening::ToWorker { worker, life, input });
+        self.after(wait, ScheduledEvent::ToWorker { worker, life, input });
     }
 
     /// Reports the confirm of a publish. A transport that publishes again reports it twice.
     fn confirm(&mut self, worker: usize, life: Life, event: &coordinator::Event) {
         for millis in self.rules.carry_safely(&mut self.rng).into_iter().flatten() {
             let input = WorkerInput::Event(event.clone());
-            self.after(millis, Happening::ToWorker { worker, life, input });
+            self.after(millis, ScheduledEvent::ToWorker { worker, life, input });
         }
     }
 
@@ -492,7 +493,7 @@ impl World {
 
     pub(crate) fn publish_request(&mut self, message: usize) {
         if !self.broker.is_up {
-            return self.after(40, Happening::Publish(message));
+            return self.after(40, ScheduledEvent::Publish(message));
         }
         self.broker.requests.push_back(message);
         self.serve_requests();
@@ -597,7 +598,7 @@ impl World {
             let life = self.workers[worker].life;
             let wait = self.rules.deliver(&mut self.rng);
             let input = WorkerInput::Shared(brought);
-            self.after(wait, Happening::ToWorker { worker, life, input });
+            self.after(wait, ScheduledEvent::ToWorker { worker, life, input });
         }
     }
 
@@ -638,7 +639,7 @@ impl World {
                 let due = &mut self.services[service].head_due;
                 if *due != Some(expires_at) {
                     *due = Some(expires_at);
-                    self.at(expires_at, Happening::HeadExpires { service });
+                    self.at(expires_at, ScheduledEvent::HeadExpires { service });
                 }
                 return;
             }
@@ -686,13 +687,13 @@ impl World {
         let name = self.services[service].plan.name.clone();
         tell!(self, "broker: {name} has no slot for {}", prepare.prepare.key);
         let brought = Brought::Returned(prepare.prepare.key, name);
-        self.after(1, Happening::ReplyRouted { to: Some(prepare.from), brought });
+        self.after(1, ScheduledEvent::ReplyRouted { to: Some(prepare.from), brought });
     }
 
     fn deliver_to_instance(&mut self, instance: usize, event: participant::Event) {
         let life = self.instances[instance].life;
         let wait = self.rules.deliver(&mut self.rng);
-        self.after(wait, Happening::ToInstance { instance, life, event });
+        self.after(wait, ScheduledEvent::ToInstance { instance, life, event });
     }
 
     /// The broker gives up an instance's connection: its unacked messages are delivered again, or
@@ -756,7 +757,7 @@ impl World {
         if self.services[service].finish_refused_until.is_some_and(|until| self.now < until) {
             // A message that must arrive is published again.
             if to == Destination::AnyInstance {
-                self.after(200, Happening::CommandRouted { service, to, command });
+                self.after(200, ScheduledEvent::CommandRouted { service, to, command });
             }
             return;
         }
@@ -869,7 +870,7 @@ impl World {
         }
         for millis in self.rules.carry(&mut self.rng).into_iter().flatten() {
             let (to, brought) = (to.clone(), brought.clone());
-            self.after(millis, Happening::ReplyRouted { to, brought });
+            self.after(millis, ScheduledEvent::ReplyRouted { to, brought });
         }
     }
 

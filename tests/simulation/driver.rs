@@ -7,7 +7,7 @@ use dtc::protocol::{coordinator, ids::ServiceName, message::Decision};
 use crate::{
     bugs::Bug,
     rules::Kind,
-    world::{Happening, InstanceNode, Life, World, tell},
+    world::{InstanceNode, Life, ScheduledEvent, World, tell},
 };
 
 /// How long a confirm of an append may take before the link is opened again. (Real drivers: 5 s.)
@@ -114,15 +114,15 @@ impl World {
         lane.outstanding = Some(number);
         for decision in std::mem::take(&mut lane.waiting) {
             for millis in self.rules.carry(&mut self.rng).into_iter().flatten() {
-                self.after(millis, Happening::Appended(decision.clone()));
+                self.after(millis, ScheduledEvent::Appended(decision.clone()));
             }
         }
         if !self.rules.loses_append_confirm(&mut self.rng) {
             let wait = self.rng.below(3);
-            self.after(wait, Happening::AppendConfirmed { worker, life, number });
+            self.after(wait, ScheduledEvent::AppendConfirmed { worker, life, number });
         }
         if !self.has(DriverBug::NoBoundOnConfirm) {
-            self.after(CONFIRM_BOUND, Happening::ConfirmIsDue { worker, life, number });
+            self.after(CONFIRM_BOUND, ScheduledEvent::ConfirmIsDue { worker, life, number });
         }
     }
 
@@ -133,11 +133,11 @@ impl World {
             return;
         }
         if node.is_frozen {
-            return self.after(20, Happening::AppendConfirmed { worker, life, number });
+            return self.after(20, ScheduledEvent::AppendConfirmed { worker, life, number });
         }
         node.lane.outstanding = None;
         if !self.has(DriverBug::NoBoundOnReadBack) {
-            self.after(READ_BACK_BOUND, Happening::ReadBackIsDue { worker, life });
+            self.after(READ_BACK_BOUND, ScheduledEvent::ReadBackIsDue { worker, life });
         }
         self.write_decisions(worker);
     }
@@ -148,7 +148,7 @@ impl World {
             return;
         }
         if node.is_frozen {
-            return self.after(20, Happening::ConfirmIsDue { worker, life, number });
+            return self.after(20, ScheduledEvent::ConfirmIsDue { worker, life, number });
         }
         tell!(self, "{}: no confirm of an append has come", node.id);
         self.cut_worker(worker);
@@ -160,7 +160,7 @@ impl World {
             return;
         }
         if node.is_frozen {
-            return self.after(20, Happening::ReadBackIsDue { worker, life });
+            return self.after(20, ScheduledEvent::ReadBackIsDue { worker, life });
         }
         node.is_tail_stuck = false;
         let id = &self.workers[worker].id;
@@ -176,7 +176,7 @@ impl World {
             node.is_stuck = true;
             let life = node.life;
             self.rules.count(Kind::WorkerLinkStuck);
-            self.after(LINK_BOUND, Happening::WorkerLinkIsDue { worker, life });
+            self.after(LINK_BOUND, ScheduledEvent::WorkerLinkIsDue { worker, life });
         }
     }
 
@@ -186,7 +186,7 @@ impl World {
             return;
         }
         if node.is_frozen {
-            return self.after(20, Happening::WorkerLinkIsDue { worker, life });
+            return self.after(20, ScheduledEvent::WorkerLinkIsDue { worker, life });
         }
         self.cut_worker(worker);
     }
@@ -197,7 +197,7 @@ impl World {
             node.is_stuck = true;
             let life = node.life;
             self.rules.count(Kind::InstanceLinkStuck);
-            self.after(LINK_BOUND, Happening::InstanceLinkIsDue { instance, life });
+            self.after(LINK_BOUND, ScheduledEvent::InstanceLinkIsDue { instance, life });
         }
     }
 
@@ -214,7 +214,7 @@ impl World {
         let life = self.workers[worker].life;
         let event = match self.bound_service(&service) {
             Some(found) if found.is_unreachable(self.now) => {
-                let again = Happening::LooksAgain { worker, life, service: service.clone() };
+                let again = ScheduledEvent::LooksAgain { worker, life, service: service.clone() };
                 self.after(LOOK_AGAIN, again);
                 coordinator::Event::ServiceUnavailable(service)
             }
@@ -251,7 +251,7 @@ impl World {
 
     fn watch_unserved(&mut self, worker: usize, service: ServiceName) {
         let life = self.workers[worker].life;
-        let again = Happening::LooksWhetherServed { worker, life, service };
+        let again = ScheduledEvent::LooksWhetherServed { worker, life, service };
         self.after(UNSERVED_LOOK_AGAIN, again);
     }
 
@@ -273,7 +273,7 @@ impl World {
             self.rules.count(Kind::ResultsQueueLost);
             self.producer.dead.push(self.producer.token);
             self.producer.is_away = true;
-            self.after(500, Happening::ProducerConnects);
+            self.after(500, ScheduledEvent::ProducerConnects);
         }
     }
 
@@ -295,7 +295,7 @@ impl World {
     pub(crate) fn ask_again(&mut self, message: usize, after: u64) {
         let again = self.messages[message].again(self.producer.token);
         self.messages[message].is_asked_again = true;
-        self.after(after, Happening::Publish(self.messages.len()));
+        self.after(after, ScheduledEvent::Publish(self.messages.len()));
         self.messages.push(again);
     }
 

@@ -13,7 +13,7 @@ use crate::{
     checkers::{agreement, executed_once},
     plan::{Conduct, ServicePlan},
     rules::shifted,
-    world::{Happening, World, tell},
+    world::{ScheduledEvent, World, tell},
 };
 
 /// One service with all its instances share.
@@ -178,7 +178,7 @@ impl Store {
 impl World {
     fn begin_call(&mut self, instance: usize, millis: u64, call: Call) {
         let incarnation = self.instances[instance].life.incarnation;
-        self.after(millis, Happening::CallEnds { instance, incarnation, call });
+        self.after(millis, ScheduledEvent::CallEnds { instance, incarnation, call });
     }
 
     fn call_latency(&mut self, instance: usize) -> u64 {

@@ -54,7 +54,7 @@ pub(crate) struct Life {
 
 /// A scheduled happening.
 #[derive(Debug)]
-pub(crate) enum Happening {
+pub(crate) enum ScheduledEvent {
     /// A producer publishes the request with this number.
     Publish(usize),
     ToWorker {
@@ -300,7 +300,7 @@ pub(crate) struct World {
     pub(crate) now: Time,
     pub(crate) rng: Rng,
     happenings: BinaryHeap<Reverse<(Time, u64, usize)>>,
-    slab: Vec<Option<Happening>>,
+    slab: Vec<Option<ScheduledEvent>>,
     vacant: Vec<usize>,
     ordinal: u64,
     /// Scheduled happenings other than clocks.
@@ -391,25 +391,25 @@ impl World {
             let node = WorkerNode::new(plan);
             let worker = self.workers.len();
             self.workers.push(node);
-            self.at(START, Happening::WorkerStarts { worker });
+            self.at(START, ScheduledEvent::WorkerStarts { worker });
         }
         for plan in std::mem::take(&mut self.plan.services) {
             let service = self.services.len();
             for skew in &plan.instances {
                 let instance = self.instances.len();
                 self.instances.push(InstanceNode::new(service, *skew));
-                self.at(START, Happening::InstanceStarts { instance });
+                self.at(START, ScheduledEvent::InstanceStarts { instance });
             }
             self.services.push(Service::new(plan));
         }
         for (at, request) in std::mem::take(&mut self.plan.requests) {
-            self.at(at, Happening::Publish(self.messages.len()));
+            self.at(at, ScheduledEvent::Publish(self.messages.len()));
             self.messages.push(RequestMessage::new(request, 0));
         }
         for (at, fault) in std::mem::take(&mut self.plan.faults) {
-            self.at(at, Happening::Goes(fault));
+            self.at(at, ScheduledEvent::Goes(fault));
         }
-        self.at(self.plan.heal_at, Happening::Heals);
+        self.at(self.plan.heal_at, ScheduledEvent::Heals);
     }
 
     fn run(&mut self) {
@@ -427,7 +427,7 @@ impl World {
                 let left = self.what_is_left(true);
                 self.check("ended", Err(format!("it never comes to rest; {}", left.join("; "))));
             }
-            if matches!(happening, Happening::RestIsSought) {
+            if matches!(happening, ScheduledEvent::RestIsSought) {
                 if self.seek_rest() {
                     return;
                 }
@@ -475,7 +475,7 @@ impl World {
 
     // ---- Time and the trace ------------------------------------------------------------------
 
-    pub(crate) fn at(&mut self, at: Time, happening: Happening) {
+    pub(crate) fn at(&mut self, at: Time, happening: ScheduledEvent) {
         if happening.is_pending() {
             self.n_pending += 1;
         }
@@ -488,7 +488,7 @@ impl World {
         self.ordinal += 1;
     }
 
-    pub(crate) fn after(&mut self, millis: u64, happening: Happening) {
+    pub(crate) fn after(&mut self, millis: u64, happening: ScheduledEvent) {
         self.at(self.now + Duration::from_millis(millis), happening);
     }
 
@@ -514,36 +514,40 @@ impl World {
 
     // ---- What happens ------------------------------------------------------------------------
 
-    fn happen(&mut self, happening: Happening) {
+    fn happen(&mut self, happening: ScheduledEvent) {
         match happening {
-            Happening::Publish(message) => {
+            ScheduledEvent::Publish(message) => {
                 tell!(self, "producer: {:?}", self.messages[message].request);
                 self.publish_request(message);
             }
-            Happening::ToWorker { worker, life, input } => self.reach_worker(worker, life, input),
-            Happening::ToInstance { instance, life, event } => {
+            ScheduledEvent::ToWorker { worker, life, input } => {
+                self.reach_worker(worker, life, input)
+            }
+            ScheduledEvent::ToInstance { instance, life, event } => {
                 let node = &self.instances[instance];
                 if node.life == life && node.process.is_some() && !node.is_stuck {
                     self.tell_instance(instance, event);
                 }
             }
-            Happening::Appended(decision) => self.append(decision),
-            Happening::ResultStored { worker, life, key, delivery, answer } => {
+            ScheduledEvent::Appended(decision) => self.append(decision),
+            ScheduledEvent::ResultStored { worker, life, key, delivery, answer } => {
                 self.store_result(worker, life, key, delivery, answer);
             }
-            Happening::ParkStored { worker, life, parked } => {
+            ScheduledEvent::ParkStored { worker, life, parked } => {
                 self.store_parked(worker, life, parked)
             }
-            Happening::PrepareQueued { service, prepare } => self.queue_prepare(service, prepare),
-            Happening::CommandRouted { service, to, command } => {
+            ScheduledEvent::PrepareQueued { service, prepare } => {
+                self.queue_prepare(service, prepare)
+            }
+            ScheduledEvent::CommandRouted { service, to, command } => {
                 self.route_command(service, to, command);
             }
-            Happening::ReplyRouted { to, brought } => self.route_reply(to, brought),
-            Happening::HeadExpires { service } => self.serve_prepares(service),
-            Happening::CallEnds { instance, incarnation, call } => {
+            ScheduledEvent::ReplyRouted { to, brought } => self.route_reply(to, brought),
+            ScheduledEvent::HeadExpires { service } => self.serve_prepares(service),
+            ScheduledEvent::CallEnds { instance, incarnation, call } => {
                 self.end_call(instance, incarnation, call);
             }
-            Happening::WorkerWakes { worker, incarnation, at } => {
+            ScheduledEvent::WorkerWakes { worker, incarnation, at } => {
                 let node = &mut self.workers[worker];
                 if node.life.incarnation == incarnation && node.wakes_at == Some(at) {
                     node.wakes_at = None;
@@ -552,7 +556,7 @@ impl World {
                     self.reach_worker(worker, life, input);
                 }
             }
-            Happening::InstanceWakes { instance, incarnation, at } => {
+            ScheduledEvent::InstanceWakes { instance, incarnation, at } => {
                 let node = &mut self.instances[instance];
                 if node.life.incarnation == incarnation && node.wakes_at == Some(at) {
                     node.wakes_at = None;
@@ -561,10 +565,10 @@ impl World {
                     }
                 }
             }
-            Happening::WorkerStarts { worker } => self.start_worker(worker),
-            Happening::InstanceStarts { instance } => self.start_instance(instance),
-            Happening::WorkerThaws { worker, incarnation } => self.thaw(worker, incarnation),
-            Happening::BrokerDropsWorker { worker, life } => {
+            ScheduledEvent::WorkerStarts { worker } => self.start_worker(worker),
+            ScheduledEvent::InstanceStarts { instance } => self.start_instance(instance),
+            ScheduledEvent::WorkerThaws { worker, incarnation } => self.thaw(worker, incarnation),
+            ScheduledEvent::BrokerDropsWorker { worker, life } => {
                 if self.workers[worker].life == life && self.workers[worker].is_connected {
                     tell!(
                         self,
@@ -573,59 +577,63 @@ impl World {
                     );
                     self.drop_worker(worker);
                     if !self.workers[worker].is_frozen {
-                        self.at(self.now, Happening::WorkerNoticesCut { worker, life });
+                        self.at(self.now, ScheduledEvent::WorkerNoticesCut { worker, life });
                     }
                 }
             }
-            Happening::WorkerNoticesCut { worker, life } => self.worker_notices_cut(worker, life),
-            Happening::InstanceNoticesCut { instance, life } => {
+            ScheduledEvent::WorkerNoticesCut { worker, life } => {
+                self.worker_notices_cut(worker, life)
+            }
+            ScheduledEvent::InstanceNoticesCut { instance, life } => {
                 self.instance_notices_cut(instance, life);
             }
-            Happening::WorkerConnects { worker, life } => {
+            ScheduledEvent::WorkerConnects { worker, life } => {
                 if self.workers[worker].life == life && self.workers[worker].process.is_some() {
                     self.connect_worker(worker);
                 }
             }
-            Happening::InstanceConnects { instance, life } => {
+            ScheduledEvent::InstanceConnects { instance, life } => {
                 if self.instances[instance].life == life
                     && self.instances[instance].process.is_some()
                 {
                     self.connect_instance(instance);
                 }
             }
-            Happening::BrokerIsBack => {
+            ScheduledEvent::BrokerIsBack => {
                 tell!(self, "broker: is back");
                 self.broker.is_up = true;
                 self.serve_everybody();
             }
-            Happening::AppendConfirmed { worker, life, number } => {
+            ScheduledEvent::AppendConfirmed { worker, life, number } => {
                 self.append_confirmed(worker, life, number);
             }
-            Happening::ConfirmIsDue { worker, life, number } => {
+            ScheduledEvent::ConfirmIsDue { worker, life, number } => {
                 self.confirm_is_due(worker, life, number);
             }
-            Happening::ReadBackIsDue { worker, life } => self.read_back_is_due(worker, life),
-            Happening::WorkerLinkIsDue { worker, life } => self.worker_link_is_due(worker, life),
-            Happening::InstanceLinkIsDue { instance, life } => {
+            ScheduledEvent::ReadBackIsDue { worker, life } => self.read_back_is_due(worker, life),
+            ScheduledEvent::WorkerLinkIsDue { worker, life } => {
+                self.worker_link_is_due(worker, life)
+            }
+            ScheduledEvent::InstanceLinkIsDue { instance, life } => {
                 self.instance_link_is_due(instance, life);
             }
-            Happening::LooksAgain { worker, life, service } => {
+            ScheduledEvent::LooksAgain { worker, life, service } => {
                 let node = &self.workers[worker];
                 if node.life == life && node.process.is_some() && !node.is_stuck {
                     self.find_service(worker, service);
                 }
             }
-            Happening::LooksWhetherServed { worker, life, service } => {
+            ScheduledEvent::LooksWhetherServed { worker, life, service } => {
                 let node = &self.workers[worker];
                 if node.life == life && node.process.is_some() && !node.is_stuck {
                     self.look_again_whether_served(worker, service);
                 }
             }
-            Happening::ServiceIsBack { service } => self.serve_prepares(service),
-            Happening::ProducerConnects => self.producer_connects(),
-            Happening::Goes(fault) => self.go(fault),
-            Happening::Heals => self.heal(),
-            Happening::RestIsSought => {}
+            ScheduledEvent::ServiceIsBack { service } => self.serve_prepares(service),
+            ScheduledEvent::ProducerConnects => self.producer_connects(),
+            ScheduledEvent::Goes(fault) => self.go(fault),
+            ScheduledEvent::Heals => self.heal(),
+            ScheduledEvent::RestIsSought => {}
         }
     }
 
@@ -665,7 +673,7 @@ impl World {
     fn connect_worker(&mut self, worker: usize) {
         let life = self.workers[worker].life;
         if !self.broker.is_up || self.workers[worker].is_frozen {
-            return self.after(20, Happening::WorkerConnects { worker, life });
+            return self.after(20, ScheduledEvent::WorkerConnects { worker, life });
         }
         let node = &mut self.workers[worker];
         node.is_connected = true;
@@ -845,7 +853,7 @@ impl World {
         if node.wakes_at.is_none_or(|armed| armed > at) {
             node.wakes_at = Some(at);
             let incarnation = node.life.incarnation;
-            self.at(at, Happening::WorkerWakes { worker, incarnation, at });
+            self.at(at, ScheduledEvent::WorkerWakes { worker, incarnation, at });
         }
     }
 
@@ -860,7 +868,7 @@ impl World {
             }
         }
         self.drop_worker(worker);
-        self.after(down, Happening::WorkerStarts { worker });
+        self.after(down, ScheduledEvent::WorkerStarts { worker });
     }
 
     fn thaw(&mut self, worker: usize, incarnation: u32) {
@@ -881,7 +889,7 @@ impl World {
         }
         if self.workers[worker].is_cut_unnoticed {
             let wait = self.rng.below(30);
-            self.after(wait, Happening::WorkerNoticesCut { worker, life });
+            self.after(wait, ScheduledEvent::WorkerNoticesCut { worker, life });
         }
     }
 
@@ -902,7 +910,7 @@ impl World {
         node.tail_is_due = false;
         let life = node.life;
         let wait = self.rng.pick(&[0, 5, 50, 500]);
-        self.after(wait, Happening::WorkerConnects { worker, life });
+        self.after(wait, ScheduledEvent::WorkerConnects { worker, life });
     }
 
     // ---- Instances ---------------------------------------------------------------------------
@@ -950,7 +958,7 @@ impl World {
         let is_locked = self.has(DriverBug::SameQueueName)
             && self.stale_queues.iter().any(|(id, _)| id == name);
         if !self.broker.is_up || is_locked {
-            return self.after(20, Happening::InstanceConnects { instance, life });
+            return self.after(20, ScheduledEvent::InstanceConnects { instance, life });
         }
         self.instances[instance].is_connected = true;
         self.instances[instance].queue_dies_at = None;
@@ -1011,7 +1019,7 @@ impl World {
         if node.wakes_at.is_none_or(|armed| armed > at) {
             node.wakes_at = Some(at);
             let incarnation = node.life.incarnation;
-            self.at(at, Happening::InstanceWakes { instance, incarnation, at });
+            self.at(at, ScheduledEvent::InstanceWakes { instance, incarnation, at });
         }
     }
 
@@ -1020,7 +1028,7 @@ impl World {
         self.instances[instance].process = None;
         self.instances[instance].working.clear();
         self.drop_instance(instance);
-        self.after(down, Happening::InstanceStarts { instance });
+        self.after(down, ScheduledEvent::InstanceStarts { instance });
     }
 
     fn instance_notices_cut(&mut self, instance: usize, life: Life) {
@@ -1036,7 +1044,7 @@ impl World {
         node.life.connection += 1;
         let life = node.life;
         let wait = self.rng.pick(&[0, 5, 50, 500]);
-        self.after(wait, Happening::InstanceConnects { instance, life });
+        self.after(wait, ScheduledEvent::InstanceConnects { instance, life });
     }
 
     // ---- Faults ------------------------------------------------------------------------------
@@ -1061,9 +1069,9 @@ impl World {
                 let life = node.life;
                 self.rules.count(Kind::WorkerFreeze);
                 let incarnation = life.incarnation;
-                self.after(length, Happening::WorkerThaws { worker, incarnation });
+                self.after(length, ScheduledEvent::WorkerThaws { worker, incarnation });
                 if let Some(notice) = notice {
-                    self.after(notice, Happening::BrokerDropsWorker { worker, life });
+                    self.after(notice, ScheduledEvent::BrokerDropsWorker { worker, life });
                 }
             }
             Fault::WorkerCutOff { worker } => {
@@ -1132,7 +1140,7 @@ impl World {
                 self.rules.count(Kind::ServiceUnreachable);
                 let until = self.now + Duration::from_millis(down);
                 self.services[service].unreachable_until = Some(until);
-                self.at(until, Happening::ServiceIsBack { service });
+                self.at(until, ScheduledEvent::ServiceIsBack { service });
             }
             Fault::FinishUnreachable { service, down } => {
                 self.rules.count(Kind::FinishUnreachable);
@@ -1152,14 +1160,14 @@ impl World {
         let life = self.workers[worker].life;
         self.drop_worker(worker);
         let wait = self.rng.below(10);
-        self.after(wait, Happening::WorkerNoticesCut { worker, life });
+        self.after(wait, ScheduledEvent::WorkerNoticesCut { worker, life });
     }
 
     pub(crate) fn cut_instance(&mut self, instance: usize) {
         let life = self.instances[instance].life;
         self.drop_instance(instance);
         let wait = self.rng.below(10);
-        self.after(wait, Happening::InstanceNoticesCut { instance, life });
+        self.after(wait, ScheduledEvent::InstanceNoticesCut { instance, life });
     }
 
     fn restart_broker(&mut self, down: u64) {
@@ -1175,7 +1183,7 @@ impl World {
             }
         }
         self.forget_what_is_not_persistent();
-        self.after(down, Happening::BrokerIsBack);
+        self.after(down, ScheduledEvent::BrokerIsBack);
     }
 
     /// A crash that waits for an effect, or a mishap that waits for a message, may never happen:
@@ -1208,7 +1216,7 @@ impl World {
         self.is_healed = true;
         self.rules.heal();
         if !self.broker.is_up {
-            self.happen(Happening::BrokerIsBack);
+            self.happen(ScheduledEvent::BrokerIsBack);
         }
         for worker in 0..self.workers.len() {
             self.workers[worker].dies_after = None;
@@ -1229,19 +1237,19 @@ impl World {
         for service in 0..self.services.len() {
             self.serve_prepares(service);
         }
-        self.at(self.now, Happening::RestIsSought);
+        self.at(self.now, ScheduledEvent::RestIsSought);
     }
 
     /// Whether everything has ended.
     fn seek_rest(&mut self) -> bool {
         let is_late = self.now > self.plan.heal_at + REST_WITHIN || self.steps > STEPS_MAX;
         if self.n_pending > 0 && !is_late {
-            self.after(25, Happening::RestIsSought);
+            self.after(25, ScheduledEvent::RestIsSought);
             return false;
         }
         let left = self.what_is_left(is_late);
         if !left.is_empty() && !is_late {
-            self.after(25, Happening::RestIsSought);
+            self.after(25, ScheduledEvent::RestIsSought);
             return false;
         }
         self.check("ended", ended::ended(&left));
@@ -1341,7 +1349,10 @@ impl World {
                 node.tail_is_due = true;
                 let life = node.life;
                 let wait = self.rng.below(3);
-                self.after(wait, Happening::ToWorker { worker, life, input: WorkerInput::Tail });
+                self.after(
+                    wait,
+                    ScheduledEvent::ToWorker { worker, life, input: WorkerInput::Tail },
+                );
             }
         }
     }
@@ -1361,7 +1372,7 @@ impl World {
     }
 }
 
-impl Happening {
+impl ScheduledEvent {
     /// Whether it is more than a clock.
     const fn is_pending(&self) -> bool {
         !matches!(
