@@ -39,7 +39,7 @@ pub(crate) struct Broker {
     unacked: BTreeMap<u64, Unacked>,
     /// The message of each delivery of a request.
     delivered: BTreeMap<u64, usize>,
-    inquiries: VecDeque<Brought>,
+    inquiries: VecDeque<WorkerMessage>,
     n_deliveries: u64,
 }
 
@@ -50,7 +50,7 @@ struct Unacked {
 
 /// A message to a worker that may reach another one.
 #[derive(Clone, Debug)]
-pub(crate) enum Brought {
+pub(crate) enum WorkerMessage {
     Vote(Vote),
     Done(Done),
     Inquiry(Inquiry),
@@ -119,7 +119,7 @@ impl Broker {
     }
 }
 
-impl Brought {
+impl WorkerMessage {
     pub(crate) fn into_event(self) -> coordinator::Event {
         match self {
             Self::Vote(vote) => coordinator::Event::VoteReceived(vote),
@@ -554,7 +554,7 @@ impl World {
     }
 
     /// To a worker's own queue; if it has none, to any worker.
-    pub(crate) fn route_reply(&mut self, to: Option<WorkerId>, brought: Brought) {
+    pub(crate) fn route_reply(&mut self, to: Option<WorkerId>, brought: WorkerMessage) {
         if !self.broker.is_up {
             return;
         }
@@ -564,7 +564,7 @@ impl World {
             .position(|node| node.is_connected && to.as_ref().is_some_and(|to| node.id == *to));
         match node {
             Some(worker) => {
-                if let Brought::Returned(_, service) = &brought {
+                if let WorkerMessage::Returned(_, service) = &brought {
                     self.look_whether_served(worker, service);
                 }
                 let life = self.workers[worker].life;
@@ -575,7 +575,7 @@ impl World {
     }
 
     /// Into the queue that all workers share.
-    pub(crate) fn share(&mut self, brought: Brought) {
+    pub(crate) fn share(&mut self, brought: WorkerMessage) {
         self.broker.inquiries.push_back(brought);
         self.serve_inquiries();
     }
@@ -686,7 +686,7 @@ impl World {
     fn return_prepare(&mut self, service: usize, prepare: QueuedPrepare) {
         let name = self.services[service].plan.name.clone();
         tell!(self, "broker: {name} has no slot for {}", prepare.prepare.key);
-        let brought = Brought::Returned(prepare.prepare.key, name);
+        let brought = WorkerMessage::Returned(prepare.prepare.key, name);
         self.after(1, ScheduledEvent::ReplyRouted { to: Some(prepare.from), brought });
     }
 
@@ -849,20 +849,20 @@ impl World {
                 let store = &self.services[self.instances[instance].service].store;
                 let checked = stored_before_voted::voting(&vote, |it| store.has_stored(it));
                 self.check("stored_before_voted", checked);
-                self.reply(instance, Some(to), Brought::Vote(vote));
+                self.reply(instance, Some(to), WorkerMessage::Vote(vote));
             }
             Effect::Done { to, done, ack } => {
-                self.reply(instance, Some(to), Brought::Done(done));
+                self.reply(instance, Some(to), WorkerMessage::Done(done));
                 if let Some(delivery) = ack {
                     self.ack_for_instance(instance, delivery);
                 }
             }
-            Effect::Inquire(inquiry) => self.reply(instance, None, Brought::Inquiry(inquiry)),
+            Effect::Inquire(inquiry) => self.reply(instance, None, WorkerMessage::Inquiry(inquiry)),
             Effect::Ack(delivery) => self.ack_for_instance(instance, delivery),
         }
     }
 
-    fn reply(&mut self, instance: usize, to: Option<WorkerId>, brought: Brought) {
+    fn reply(&mut self, instance: usize, to: Option<WorkerId>, brought: WorkerMessage) {
         let is_cut = !self.instances[instance].is_connected;
         let is_stuck = self.instances[instance].is_stuck;
         if !self.broker.is_up || is_stuck || is_cut && self.rng.chance(500) {

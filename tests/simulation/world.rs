@@ -22,7 +22,7 @@ use dtc::protocol::{
 };
 
 use crate::{
-    broker::{Broker, Brought, Command, Journal, QueuedPrepare},
+    broker::{Broker, Command, Journal, QueuedPrepare, WorkerMessage},
     bugs::{Member, Worker},
     checkers::{
         Checked, Violation, ack_after_result, agreement, cap, ended,
@@ -97,7 +97,7 @@ pub(crate) enum ScheduledEvent {
     /// A message to a worker reaches the exchange.
     ReplyRouted {
         to: Option<WorkerId>,
-        brought: Brought,
+        brought: WorkerMessage,
     },
     /// The head of a prepare queue may have expired.
     HeadExpires {
@@ -196,7 +196,7 @@ pub(crate) enum ScheduledEvent {
 pub(crate) enum WorkerInput {
     Event(coordinator::Event),
     /// From the inquiries queue, which delivers it to another worker if this one is gone.
-    Shared(Brought),
+    Shared(WorkerMessage),
     /// There is more to read in the journal.
     Tail,
     History {
@@ -219,7 +219,7 @@ pub(crate) struct WorkerNode {
     /// Nothing passes through its link, and neither side knows.
     pub(crate) is_stuck: bool,
     /// Messages from the shared queue that did not arrive.
-    pub(crate) undelivered: Vec<Brought>,
+    pub(crate) undelivered: Vec<WorkerMessage>,
     /// Its reader gets nothing more.
     pub(crate) is_tail_stuck: bool,
     pub(crate) lane: AppendLane,
