@@ -62,7 +62,7 @@ pub(crate) struct Calls {
 }
 
 /// A message in transit.
-enum Parcel {
+enum InTransit {
     ToWorker(coordinator::Event),
     ToInstance(usize, usize, participant::Event),
     /// The worker reads one more message of the journal.
@@ -86,7 +86,7 @@ pub(crate) struct System {
     random: u64,
     worker: Coordinator,
     sites: Vec<Site>,
-    parcels: Vec<Parcel>,
+    parcels: Vec<InTransit>,
     deliveries: u64,
     pub(crate) journal: Vec<Decision>,
     /// How many records the worker has read.
@@ -160,17 +160,17 @@ impl System {
             self.unacked.insert(delivery);
             let request = self.request(transaction);
             let event = coordinator::Event::RequestReceived { request, delivery, deliveries: 1 };
-            self.parcels.push(Parcel::ToWorker(event));
+            self.parcels.push(InTransit::ToWorker(event));
         }
         for step in 0.. {
             assert!(step < 100_000, "it goes round and round");
             self.fill_slots();
             match self.take_parcel() {
-                Some(Parcel::ToWorker(event)) => self.tell_worker(event),
-                Some(Parcel::ToInstance(site, instance, event)) => {
+                Some(InTransit::ToWorker(event)) => self.tell_worker(event),
+                Some(InTransit::ToInstance(site, instance, event)) => {
                     self.tell_instance(site, instance, event);
                 }
-                Some(Parcel::Reading) => {
+                Some(InTransit::Reading) => {
                     // All records are in one message; a later reader finds a marker.
                     let decisions =
                         self.journal[self.read..].iter().cloned().map(Arc::new).collect();
@@ -217,7 +217,7 @@ impl System {
         self.sites.iter().all(|site| site.store.is_empty())
     }
 
-    fn take_parcel(&mut self) -> Option<Parcel> {
+    fn take_parcel(&mut self) -> Option<InTransit> {
         if self.parcels.is_empty() {
             return None;
         }
@@ -255,7 +255,7 @@ impl System {
                     let delivery = Delivery(self.deliveries);
                     slots.insert(delivery);
                     let worker = WorkerId::parse("w1").unwrap();
-                    self.parcels.push(Parcel::ToInstance(
+                    self.parcels.push(InTransit::ToInstance(
                         index,
                         number,
                         participant::Event::PrepareReceived {
@@ -297,7 +297,7 @@ impl System {
             Effect::Send { service, to, command } => return self.send(&service, &to, command),
             Effect::Append(decision) => {
                 self.journal.push(decision);
-                return self.parcels.push(Parcel::Reading);
+                return self.parcels.push(InTransit::Reading);
             }
             Effect::Publish { key, delivery, answer } => {
                 self.answers.push((index_of(&key), answer));
@@ -324,7 +324,7 @@ impl System {
                 panic!("{effect:?} has no cause")
             }
         };
-        self.parcels.push(Parcel::ToWorker(back));
+        self.parcels.push(InTransit::ToWorker(back));
     }
 
     fn site_of(&self, name: &ServiceName) -> Option<usize> {
@@ -352,7 +352,7 @@ impl System {
                     participant::Event::FinishReceived { worker, finish, delivery }
                 }
             };
-            self.parcels.push(Parcel::ToInstance(index, number, event));
+            self.parcels.push(InTransit::ToInstance(index, number, event));
         }
     }
 
@@ -430,11 +430,11 @@ impl System {
                 return;
             }
         };
-        self.parcels.push(Parcel::ToInstance(site, number, back));
+        self.parcels.push(InTransit::ToInstance(site, number, back));
     }
 
     fn post_to_worker(&mut self, event: coordinator::Event) {
-        self.parcels.push(Parcel::ToWorker(event));
+        self.parcels.push(InTransit::ToWorker(event));
     }
 
     fn unstore(&mut self, site: usize, key: &TransactionKey, branch: &Branch) -> bool {
