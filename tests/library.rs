@@ -554,19 +554,19 @@ async fn a_participant_written_by_hand_gets_the_outcomes_of_its_verdicts() {
 
 /// A service whose store outlives every run of a test, and whose commits hang on request.
 #[derive(Clone, Default)]
-struct Lasting {
+struct DurableService {
     log: Log,
     held: Arc<Mutex<Vec<InDoubt>>>,
     hangs: Arc<AtomicBool>,
 }
 
-impl Lasting {
+impl DurableService {
     fn service(&self, name: &str) -> Service {
         Service::from_participant(name, 8, self.clone())
     }
 }
 
-impl Participant for Lasting {
+impl Participant for DurableService {
     async fn prepare(&self, call: Prepare) -> Result<Verdict, Box<dyn Error + Send + Sync>> {
         self.log.add("L", "prepare", call.id());
         let (key, branch) = (call.key.clone(), call.branch.clone());
@@ -634,7 +634,7 @@ async fn run_with(
 async fn a_transaction_decided_when_a_run_ends_is_finished_by_the_next_run() {
     let directory = tempfile::tempdir().unwrap();
     let journal = directory.path().join("journal");
-    let lasting = Lasting::default();
+    let lasting = DurableService::default();
     lasting.hangs.store(true, Ordering::Relaxed);
     let quick = Log::default();
     let services = || [lasting.service("L"), quick.service("Q", 8)];
@@ -656,7 +656,7 @@ async fn a_transaction_decided_when_a_run_ends_is_finished_by_the_next_run() {
 async fn a_transaction_undecided_when_a_run_ends_is_not_prepared_again_where_it_is_held() {
     let directory = tempfile::tempdir().unwrap();
     let journal = directory.path().join("journal");
-    let (lasting, quick) = (Lasting::default(), Log::default());
+    let (lasting, quick) = (DurableService::default(), Log::default());
     let hung = || {
         let hangs = |_, _| std::future::pending();
         [lasting.service("L"), quick.service("Q", 8).prepare_async(hangs)]
@@ -788,7 +788,7 @@ async fn data_of_any_size_and_depth_survives_a_restart() {
         deep = json!([deep]);
     }
     let all = || vec![Transaction::new("t0", ["L", "Q"], json!({"deep": deep}))];
-    let (lasting, quick) = (Lasting::default(), Log::default());
+    let (lasting, quick) = (DurableService::default(), Log::default());
     let seen = Arc::new(Mutex::new(json!(null)));
     let hangs = |_, _| std::future::pending();
     let hung = [lasting.service("L"), quick.service("Q", 8).prepare_async(hangs)];
