@@ -2,7 +2,7 @@
 //! about one kind of fault.
 
 use crate::{
-    properties::Sight,
+    properties::Milestone,
     scenario::{Answer, Faults, Scenario, Service, request, request_at, with_other_content},
 };
 
@@ -16,7 +16,12 @@ fn service(name: &'static str) -> Service {
 pub fn frozen_worker() -> Scenario {
     Scenario {
         faults: Faults { redeliveries: 1, worker_timeouts: 1, ..NONE },
-        reaches: &[Sight::Commits, Sight::Aborts, Sight::TakesOver, Sight::SplitDecision],
+        reaches: &[
+            Milestone::Commits,
+            Milestone::Aborts,
+            Milestone::TakesOver,
+            Milestone::SplitDecision,
+        ],
         ..Scenario::new(
             "a frozen worker wakes late",
             vec![service("a"), service("b")],
@@ -39,7 +44,7 @@ pub fn crash() -> Scenario {
     Scenario {
         faults: Faults { crashes: 1, worker_timeouts: 1, duplicates: 1, ..NONE },
         slow_confirms: true,
-        reaches: &[Sight::Commits, Sight::Aborts, Sight::TakesOver],
+        reaches: &[Milestone::Commits, Milestone::Aborts, Milestone::TakesOver],
         ..Scenario::new("a worker crashes", vec![service("a")], vec![request("t", &["a"])])
     }
 }
@@ -49,7 +54,7 @@ pub fn crash_two_services() -> Scenario {
     Scenario {
         faults: Faults { crashes: 1, worker_timeouts: 1, ..NONE },
         slow_confirms: true,
-        reaches: &[Sight::Commits, Sight::Aborts, Sight::TakesOver],
+        reaches: &[Milestone::Commits, Milestone::Aborts, Milestone::TakesOver],
         ..Scenario::new(
             "a worker crashes",
             vec![service("a"), service("b")],
@@ -62,7 +67,7 @@ pub fn crash_two_services() -> Scenario {
 pub fn duplicate_request() -> Scenario {
     Scenario {
         faults: Faults { worker_timeouts: 1, ..NONE },
-        reaches: &[Sight::Commits, Sight::Aborts, Sight::SplitDecision],
+        reaches: &[Milestone::Commits, Milestone::Aborts, Milestone::SplitDecision],
         ..Scenario::new(
             "a request twice",
             vec![service("a").with_store(), service("b").with_store()],
@@ -77,7 +82,7 @@ pub fn late_reader() -> Scenario {
         faults: Faults { redeliveries: 1, worker_timeouts: 1, ..NONE },
         second_is_late: true,
         attach_at_end: true,
-        reaches: &[Sight::Commits, Sight::Aborts, Sight::TakesOver],
+        reaches: &[Milestone::Commits, Milestone::Aborts, Milestone::TakesOver],
         ..Scenario::new("a late reader", vec![service("a")], vec![request("t", &["a"])])
     }
 }
@@ -87,7 +92,7 @@ pub fn late_inquiry() -> Scenario {
     Scenario {
         name: "a late reader is asked",
         faults: Faults { worker_timeouts: 1, member_timeouts: 1, ..NONE },
-        reaches: &[Sight::Commits, Sight::Aborts, Sight::InquiryDecides],
+        reaches: &[Milestone::Commits, Milestone::Aborts, Milestone::InquiryDecides],
         ..late_reader()
     }
 }
@@ -98,7 +103,7 @@ pub fn truncated_journal() -> Scenario {
         faults: Faults { redeliveries: 1, worker_timeouts: 1, truncations: 1, ..NONE },
         second_is_late: true,
         attach_at_end: true,
-        reaches: &[Sight::Commits, Sight::Aborts, Sight::ParksTransaction],
+        reaches: &[Milestone::Commits, Milestone::Aborts, Milestone::ParksTransaction],
         ..Scenario::new("a truncated journal", vec![service("a")], vec![request("t", &["a"])])
     }
 }
@@ -108,7 +113,7 @@ pub fn short_memory() -> Scenario {
     Scenario {
         faults: Faults { redeliveries: 1, worker_timeouts: 1, ..NONE },
         records_max: 1,
-        reaches: &[Sight::Commits, Sight::Aborts, Sight::TakesOver],
+        reaches: &[Milestone::Commits, Milestone::Aborts, Milestone::TakesOver],
         ..Scenario::new(
             "a short memory",
             vec![service("a")],
@@ -121,7 +126,7 @@ pub fn short_memory() -> Scenario {
 pub fn forgetful_service() -> Scenario {
     Scenario {
         faults: Faults { restarts: 1, duplicates: 1, worker_timeouts: 1, ..NONE },
-        reaches: &[Sight::Commits, Sight::Aborts, Sight::UndoesSecondBranch],
+        reaches: &[Milestone::Commits, Milestone::Aborts, Milestone::UndoesSecondBranch],
         ..Scenario::new(
             "a service forgets",
             vec![service("a").with_store()],
@@ -134,7 +139,7 @@ pub fn forgetful_service() -> Scenario {
 pub fn two_instances() -> Scenario {
     Scenario {
         faults: Faults { duplicates: 1, worker_timeouts: 1, member_timeouts: 1, ..NONE },
-        reaches: &[Sight::Commits, Sight::Aborts, Sight::UndoesSecondBranch],
+        reaches: &[Milestone::Commits, Milestone::Aborts, Milestone::UndoesSecondBranch],
         ..Scenario::new(
             "two instances",
             vec![service("a").with_store().instances(2)],
@@ -148,7 +153,7 @@ pub fn slow_services() -> Scenario {
     Scenario {
         faults: Faults { duplicates: 1, worker_timeouts: 1, restarts: 1, ..NONE },
         slow_services: true,
-        reaches: &[Sight::Commits, Sight::Aborts, Sight::UndoesSecondBranch],
+        reaches: &[Milestone::Commits, Milestone::Aborts, Milestone::UndoesSecondBranch],
         ..Scenario::new(
             "slow code and stores",
             vec![service("a").with_store().instances(2)],
@@ -162,7 +167,7 @@ pub fn commit_failures() -> Scenario {
     Scenario {
         faults: Faults { commit_failures: 2, worker_timeouts: 2, restarts: 1, ..NONE },
         commit_retries: 0,
-        reaches: &[Sight::Commits, Sight::ParksCommit, Sight::Settles],
+        reaches: &[Milestone::Commits, Milestone::ParksCommit, Milestone::Settles],
         ..Scenario::new(
             "commits fail",
             vec![service("a").with_store(), service("b").with_store()],
@@ -175,7 +180,7 @@ pub fn commit_failures() -> Scenario {
 pub fn votes() -> Scenario {
     Scenario {
         faults: Faults { redeliveries: 1, member_timeouts: 1, worker_timeouts: 0, ..NONE },
-        reaches: &[Sight::Commits, Sight::Aborts],
+        reaches: &[Milestone::Commits, Milestone::Aborts],
         ..Scenario::new(
             "every answer",
             vec![
@@ -197,7 +202,7 @@ pub fn votes() -> Scenario {
 pub fn no_slot() -> Scenario {
     Scenario {
         faults: Faults { returns: 2, member_disconnects: 1, ..NONE },
-        reaches: &[Sight::Commits, Sight::Aborts],
+        reaches: &[Milestone::Commits, Milestone::Aborts],
         ..Scenario::new(
             "no slot",
             vec![service("a").with_store(), service("b")],
@@ -210,7 +215,7 @@ pub fn no_slot() -> Scenario {
 pub fn inquiries() -> Scenario {
     Scenario {
         faults: Faults { worker_timeouts: 1, member_timeouts: 2, ..NONE },
-        reaches: &[Sight::Commits, Sight::Aborts, Sight::InquiryDecides],
+        reaches: &[Milestone::Commits, Milestone::Aborts, Milestone::InquiryDecides],
         ..Scenario::new(
             "inquiries",
             vec![service("a"), service("b")],
@@ -223,7 +228,7 @@ pub fn inquiries() -> Scenario {
 pub fn three_services() -> Scenario {
     Scenario {
         faults: Faults { redeliveries: 1, ..NONE },
-        reaches: &[Sight::Commits, Sight::TakesOver],
+        reaches: &[Milestone::Commits, Milestone::TakesOver],
         ..Scenario::new(
             "three services",
             vec![service("a"), service("b"), service("c")],
@@ -236,7 +241,7 @@ pub fn three_services() -> Scenario {
 pub fn retry_under_a_new_timestamp() -> Scenario {
     Scenario {
         faults: Faults { redeliveries: 1, worker_timeouts: 1, ..NONE },
-        reaches: &[Sight::Commits, Sight::Aborts],
+        reaches: &[Milestone::Commits, Milestone::Aborts],
         ..Scenario::new(
             "a retry under a new timestamp",
             vec![service("a")],
@@ -249,7 +254,7 @@ pub fn retry_under_a_new_timestamp() -> Scenario {
 pub fn other_content() -> Scenario {
     Scenario {
         faults: Faults { worker_timeouts: 1, member_timeouts: 1, ..NONE },
-        reaches: &[Sight::Commits, Sight::Rejects],
+        reaches: &[Milestone::Commits, Milestone::Rejects],
         ..Scenario::new(
             "the same id with other content",
             vec![service("a").with_store(), service("b")],
@@ -263,7 +268,7 @@ pub fn worker_disconnects() -> Scenario {
     Scenario {
         faults: Faults { worker_disconnects: 1, lost_confirms: 1, worker_timeouts: 1, ..NONE },
         slow_confirms: true,
-        reaches: &[Sight::Commits, Sight::Aborts, Sight::TakesOver],
+        reaches: &[Milestone::Commits, Milestone::Aborts, Milestone::TakesOver],
         ..Scenario::new(
             "a worker loses its connection",
             vec![service("a"), service("b")],
@@ -277,7 +282,7 @@ pub fn poison_request() -> Scenario {
     Scenario {
         faults: Faults { redeliveries: 1, member_timeouts: 1, ..NONE },
         deliveries_max: 1,
-        reaches: &[Sight::Commits, Sight::Aborts, Sight::SplitDecision],
+        reaches: &[Milestone::Commits, Milestone::Aborts, Milestone::SplitDecision],
         ..Scenario::new(
             "a request delivered too often",
             vec![service("a"), service("b")],

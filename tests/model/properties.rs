@@ -26,7 +26,7 @@ pub enum Breach {
 
 /// Something that must be reached.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Sight {
+pub enum Milestone {
     Commits,
     Aborts,
     TakesOver,
@@ -100,36 +100,36 @@ impl World {
         })
     }
 
-    fn sees(&self, sight: Sight) -> bool {
+    fn sees(&self, sight: Milestone) -> bool {
         let result = |outcome| {
             self.requests.iter().any(|it| it.results.iter().any(|result| result.outcome == outcome))
         };
         match sight {
-            Sight::Commits => {
+            Milestone::Commits => {
                 result(Outcome::Committed) && self.stores.iter().any(|it| !it.executed.is_empty())
             }
-            Sight::Aborts => result(Outcome::Aborted),
-            Sight::TakesOver => self.requests.iter().any(|it| {
+            Milestone::Aborts => result(Outcome::Aborted),
+            Milestone::TakesOver => self.requests.iter().any(|it| {
                 it.deliveries > 1
                     && it.results.iter().any(|result| Some(result.worker) != it.first_taker)
             }),
-            Sight::SplitDecision => self.journal.iter().any(|record| {
+            Milestone::SplitDecision => self.journal.iter().any(|record| {
                 let first = self.first_of(&record.decision.key);
                 let settled = self.requests.iter().any(|it| !it.results.is_empty());
                 settled && first.is_some_and(|first| first.outcome != record.decision.outcome)
             }),
-            Sight::InquiryDecides => self.journal.iter().any(|record| {
+            Milestone::InquiryDecides => self.journal.iter().any(|record| {
                 record.by_inquiry && self.first_of(&record.decision.key) == Some(&record.decision)
             }),
-            Sight::ParksTransaction => self.told.parked.iter().any(|(_, it)| it.is_none()),
-            Sight::ParksCommit => self.told.parked.iter().any(|(_, it)| it.is_some()),
-            Sight::Settles => !self.told.settled.is_empty(),
-            Sight::UndoesSecondBranch => self.stores.iter().any(|store| {
+            Milestone::ParksTransaction => self.told.parked.iter().any(|(_, it)| it.is_none()),
+            Milestone::ParksCommit => self.told.parked.iter().any(|(_, it)| it.is_some()),
+            Milestone::Settles => !self.told.settled.is_empty(),
+            Milestone::UndoesSecondBranch => self.stores.iter().any(|store| {
                 store.undone.iter().any(|(undone, _)| {
                     store.executed.iter().any(|(executed, _)| executed == undone)
                 })
             }),
-            Sight::Rejects => self.requests.iter().any(|it| it.state == QueueState::Rejected),
+            Milestone::Rejects => self.requests.iter().any(|it| it.state == QueueState::Rejected),
         }
     }
 }
@@ -167,31 +167,41 @@ pub fn always() -> Vec<Property<System>> {
     ]
 }
 
-pub fn sometimes(sight: Sight) -> Property<System> {
+pub fn sometimes(sight: Milestone) -> Property<System> {
     match sight {
-        Sight::Commits => Property::sometimes("commits", |_, it: &World| it.sees(Sight::Commits)),
-        Sight::Aborts => Property::sometimes("aborts", |_, it: &World| it.sees(Sight::Aborts)),
-        Sight::TakesOver => {
-            Property::sometimes("takes over", |_, it: &World| it.sees(Sight::TakesOver))
+        Milestone::Commits => {
+            Property::sometimes("commits", |_, it: &World| it.sees(Milestone::Commits))
         }
-        Sight::SplitDecision => {
-            Property::sometimes("two decisions", |_, it: &World| it.sees(Sight::SplitDecision))
+        Milestone::Aborts => {
+            Property::sometimes("aborts", |_, it: &World| it.sees(Milestone::Aborts))
         }
-        Sight::InquiryDecides => Property::sometimes("an inquiry decides", |_, it: &World| {
-            it.sees(Sight::InquiryDecides)
+        Milestone::TakesOver => {
+            Property::sometimes("takes over", |_, it: &World| it.sees(Milestone::TakesOver))
+        }
+        Milestone::SplitDecision => {
+            Property::sometimes("two decisions", |_, it: &World| it.sees(Milestone::SplitDecision))
+        }
+        Milestone::InquiryDecides => Property::sometimes("an inquiry decides", |_, it: &World| {
+            it.sees(Milestone::InquiryDecides)
         }),
-        Sight::ParksTransaction => Property::sometimes("parks a transaction", |_, it: &World| {
-            it.sees(Sight::ParksTransaction)
-        }),
-        Sight::ParksCommit => {
-            Property::sometimes("parks a commit", |_, it: &World| it.sees(Sight::ParksCommit))
-        }
-        Sight::Settles => Property::sometimes("settles", |_, it: &World| it.sees(Sight::Settles)),
-        Sight::UndoesSecondBranch => {
-            Property::sometimes("undoes a second branch", |_, it: &World| {
-                it.sees(Sight::UndoesSecondBranch)
+        Milestone::ParksTransaction => {
+            Property::sometimes("parks a transaction", |_, it: &World| {
+                it.sees(Milestone::ParksTransaction)
             })
         }
-        Sight::Rejects => Property::sometimes("rejects", |_, it: &World| it.sees(Sight::Rejects)),
+        Milestone::ParksCommit => {
+            Property::sometimes("parks a commit", |_, it: &World| it.sees(Milestone::ParksCommit))
+        }
+        Milestone::Settles => {
+            Property::sometimes("settles", |_, it: &World| it.sees(Milestone::Settles))
+        }
+        Milestone::UndoesSecondBranch => {
+            Property::sometimes("undoes a second branch", |_, it: &World| {
+                it.sees(Milestone::UndoesSecondBranch)
+            })
+        }
+        Milestone::Rejects => {
+            Property::sometimes("rejects", |_, it: &World| it.sees(Milestone::Rejects))
+        }
     }
 }

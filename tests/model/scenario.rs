@@ -9,7 +9,7 @@ use dtc::protocol::{
     time::Time,
 };
 
-use crate::{bugs::Bug, properties::Sight};
+use crate::{bugs::Bug, properties::Milestone};
 
 /// The initial time of every clock.
 pub const START: Time = Time::from_millis(100);
@@ -46,7 +46,7 @@ pub struct Scenario {
     pub healed_one_in: u64,
     pub bug: Option<Bug>,
     /// What must be reached somewhere.
-    pub reaches: &'static [Sight],
+    pub reaches: &'static [Milestone],
 }
 
 /// How often each fault may happen. A lost message needs no limit: nothing forces a message to be
