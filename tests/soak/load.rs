@@ -36,7 +36,7 @@ pub(crate) enum Fate {
 
 /// The producer's output.
 #[derive(Default, Debug)]
-pub(crate) struct Heard {
+pub(crate) struct ProducerOutput {
     /// By number.
     pub(crate) fates: Vec<Fate>,
     /// How long the transactions took, in ms, by the quarter in which they were answered.
@@ -60,7 +60,7 @@ pub(crate) fn number_of(id: &str) -> Option<usize> {
     id.strip_prefix(PREFIX)?.parse().ok()
 }
 
-impl Heard {
+impl ProducerOutput {
     /// Records a line that the producer printed in this quarter.
     fn take(&mut self, line: &str, quarter: usize) {
         let answer: Value = serde_json::from_str(line).unwrap_or_default();
@@ -129,7 +129,12 @@ pub(crate) fn feed(plan: Plan, mut stdin: ChildStdin, news: Sender<News>) {
 }
 
 /// Reads the producer's output to its end.
-pub(crate) fn hear(plan: Plan, stdout: ChildStdout, heard: Arc<Mutex<Heard>>, news: Sender<News>) {
+pub(crate) fn hear(
+    plan: Plan,
+    stdout: ChildStdout,
+    heard: Arc<Mutex<ProducerOutput>>,
+    news: Sender<News>,
+) {
     let began = Instant::now();
     thread::spawn(move || {
         for line in BufReader::new(stdout).lines().map_while(Result::ok) {

@@ -17,7 +17,7 @@ use crate::{
     broker::Broker,
     fleet::Fleet,
     ledger::Ledger,
-    load::{self, Heard, locked},
+    load::{self, ProducerOutput, locked},
     memory::{self, Sample},
     signals,
     table::{Outcome, Report, Row},
@@ -109,7 +109,7 @@ pub(crate) fn soak(plan: &Plan) -> Result<Ended> {
         fleet.instance(service, number)?;
     }
     let (stdin, stdout) = fleet.producer()?;
-    let heard = Arc::new(Mutex::new(Heard::default()));
+    let heard = Arc::new(Mutex::new(ProducerOutput::default()));
     load::hear(*plan, stdout, Arc::clone(&heard), sender.clone());
     load::feed(*plan, stdin, sender);
     tell(format_args!(

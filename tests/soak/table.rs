@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use crate::{
-    load::{Fate, Heard},
+    load::{Fate, ProducerOutput},
     memory::Sample,
     soak::{FILLED_AFTER, Plan},
 };
@@ -35,7 +35,7 @@ pub(crate) struct Row {
 pub(crate) struct Outcome {
     /// How many were submitted.
     pub(crate) fed: usize,
-    pub(crate) heard: Heard,
+    pub(crate) heard: ProducerOutput,
     /// Where the services hold something else than the producer's results.
     pub(crate) unequal: Vec<String>,
     /// The processes that ended unasked, or with an error.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::{
-    load::{Fate, Heard},
+    load::{Fate, ProducerOutput},
     memory::Sample,
     soak::{FILLED_AFTER, Plan},
     table::{Outcome, Report, Row},
@@ -37,7 +37,8 @@ fn row(plan: &Plan, name: &str, must_be_flat: bool, quarters: [u64; 4]) -> Row {
 /// A run of so many minutes without problems.
 fn report(plan: Plan, workers: [u64; 4]) -> Report {
     let fed = plan.transactions();
-    let mut heard = Heard { fates: vec![Fate::Committed; fed], ..Heard::default() };
+    let mut heard =
+        ProducerOutput { fates: vec![Fate::Committed; fed], ..ProducerOutput::default() };
     heard.fates[7] = Fate::Aborted;
     heard.aborted.insert("refused".to_owned(), 1);
     for (quarter, took) in (1_u8..).zip(&mut heard.took) {
