@@ -66,7 +66,7 @@ const PLAY: &str = "--inside-play";
 
 /// The command line.
 #[derive(Debug, Default)]
-struct Wanted {
+struct Options {
     names: Vec<String>,
     exact: bool,
     selected: bool,
@@ -80,8 +80,8 @@ fn main() -> ExitCode {
     let first = arguments.first().map(String::as_str);
     let ended = match first {
         Some(PROBE) => probe().map(|()| true),
-        Some(PLAY) => Wanted::parse(&arguments[1..]).and_then(|wanted| play(&wanted)),
-        _ => Wanted::parse(&arguments).and_then(|wanted| outside(&wanted, &arguments)),
+        Some(PLAY) => Options::parse(&arguments[1..]).and_then(|wanted| play(&wanted)),
+        _ => Options::parse(&arguments).and_then(|wanted| outside(&wanted, &arguments)),
     };
     match ended {
         Ok(true) => ExitCode::SUCCESS,
@@ -93,7 +93,7 @@ fn main() -> ExitCode {
     }
 }
 
-impl Wanted {
+impl Options {
     fn parse(arguments: &[String]) -> Result<Self> {
         let mut wanted = Self::default();
         let mut arguments = arguments.iter();
@@ -130,7 +130,7 @@ impl Wanted {
 }
 
 /// In the caller's namespaces: checks whether others can be created, and runs the scenarios there.
-fn outside(wanted: &Wanted, arguments: &[String]) -> Result<bool> {
+fn outside(wanted: &Options, arguments: &[String]) -> Result<bool> {
     let scenarios = wanted.scenarios();
     if wanted.list {
         scenarios.iter().for_each(|scenario| println!("{}: test", scenario.name));
@@ -201,7 +201,7 @@ fn scratch() -> Result<PathBuf> {
 }
 
 /// In separate namespaces: runs the chosen scenarios.
-fn play(wanted: &Wanted) -> Result<bool> {
+fn play(wanted: &Options) -> Result<bool> {
     let started = Instant::now();
     let quiet = env::var(QUIET).ok().and_then(|seconds| seconds.parse().ok());
     let scratch = scratch()?;

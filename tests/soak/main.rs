@@ -52,7 +52,7 @@ const FAILED: u8 = 101;
 
 /// The command line.
 #[derive(Debug, Default)]
-struct Wanted {
+struct Options {
     minutes: Option<u32>,
     rate: Option<u32>,
     table: Option<PathBuf>,
@@ -60,7 +60,7 @@ struct Wanted {
 
 fn main() -> ExitCode {
     let arguments: Vec<_> = env::args().skip(1).collect();
-    let ended = Wanted::parse(&arguments).and_then(|wanted| match wanted.minutes {
+    let ended = Options::parse(&arguments).and_then(|wanted| match wanted.minutes {
         Some(minutes) => soaked(minutes, &wanted),
         None => Ok(ExitCode::from(if checked() { 0 } else { FAILED })),
     });
@@ -70,7 +70,7 @@ fn main() -> ExitCode {
     })
 }
 
-impl Wanted {
+impl Options {
     fn parse(arguments: &[String]) -> Result<Self> {
         let mut wanted = Self::default();
         let mut arguments = arguments.iter();
@@ -110,7 +110,7 @@ fn checked() -> bool {
 }
 
 /// The soak itself.
-fn soaked(minutes: u32, wanted: &Wanted) -> Result<ExitCode> {
+fn soaked(minutes: u32, wanted: &Options) -> Result<ExitCode> {
     let began = Instant::now();
     let plan = Plan::new(minutes, wanted.rate.unwrap_or(RATE));
     let report = match soak::soak(&plan)? {
