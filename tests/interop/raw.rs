@@ -26,7 +26,7 @@ const WORKER: &str = "player";
 pub(crate) const HASH: &str = "000102030405060708090a0b0c0d0e0f";
 
 /// The player, with its queue.
-pub(crate) struct Player {
+pub(crate) struct PlayedWorker {
     runtime: Runtime,
     channel: Channel,
     replies: Consumer,
@@ -37,7 +37,7 @@ pub(crate) struct Player {
     _connection: Connection,
 }
 
-impl Player {
+impl PlayedWorker {
     pub(crate) fn new(system: &System) -> Self {
         let runtime = Runtime::new().unwrap();
         let (names, url) = (&system.names, &system.world.place.url);

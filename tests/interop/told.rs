@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::{
     System,
-    raw::{HASH, Player},
+    raw::{HASH, PlayedWorker},
     until,
 };
 
@@ -22,7 +22,7 @@ fn system() -> System {
 fn a_duplicate_prepare_gets_a_vote_with_the_same_branch() {
     let system = system();
     let _books = system.books("py");
-    let mut player = Player::new(&system);
+    let mut player = PlayedWorker::new(&system);
     player.prepares("t", HASH, Duration::from_secs(60));
     let first = player.hears("vote");
     player.prepares("t", HASH, Duration::from_secs(60));
@@ -57,7 +57,7 @@ fn a_duplicate_prepare_gets_a_vote_with_the_same_branch() {
 fn a_finish_with_another_branch_undoes_what_is_prepared() {
     let system = system();
     let _books = system.books("py");
-    let mut player = Player::new(&system);
+    let mut player = PlayedWorker::new(&system);
     for (id, more) in [
         ("t1", json!({"outcome": "COMMITTED", "branch": "another.1"})),
         ("t2", json!({"outcome": "COMMITTED"})),
@@ -78,7 +78,7 @@ fn a_finish_with_another_branch_undoes_what_is_prepared() {
 fn a_cancelled_or_late_prepare_does_not_call_the_service() {
     let system = system();
     let _books = system.books("py");
-    let mut player = Player::new(&system);
+    let mut player = PlayedWorker::new(&system);
     player.tells("cancel", "t1", json!({}));
     // Its answer to this shows that it has received the cancel before.
     player.tells("finish", "t0", json!({"outcome": "ABORTED"}));
@@ -104,7 +104,7 @@ fn a_cancelled_or_late_prepare_does_not_call_the_service() {
 fn an_instance_inquires_about_a_missing_outcome_and_a_worker_answers_once_it_starts() {
     let system = system();
     let mut books = system.books("py");
-    let mut player = Player::new(&system);
+    let mut player = PlayedWorker::new(&system);
     player.prepares("t", HASH, Duration::from_secs(5));
     assert_eq!(player.hears("vote")["vote"], "prepared");
     // The instance that prepared it is killed too: the inquiry comes from the store.
@@ -121,7 +121,7 @@ fn an_instance_inquires_about_a_missing_outcome_and_a_worker_answers_once_it_sta
 fn several_prepares_in_a_message_take_a_slot_each_and_wait_for_one() {
     let system = system();
     let _books = system.books("py");
-    let mut player = Player::new(&system);
+    let mut player = PlayedWorker::new(&system);
     let ids = ["t1", "t2", "t3", "t4", "t5", "t6"];
     player.prepares_together(&ids, HASH, Duration::from_secs(60));
     let mut votes: Vec<_> = (0..4).map(|_| player.hears("vote")).collect();
