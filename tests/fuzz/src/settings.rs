@@ -51,7 +51,7 @@ static OWN_FILE: LazyLock<PathBuf> = LazyLock::new(|| {
 
 /// A configuration: lines `DTC__… = value` and `--flag value`, and after a line `---` the file.
 pub fn config(input: &[u8]) {
-    let Some(said) = Said::in_input(input) else { return };
+    let Some(said) = TypedInput::in_input(input) else { return };
     let (read, is_secret) = (said.load(), said.has_secret());
     assert_eq!(shown(&read), shown(&said.load()), "read twice");
     match read {
@@ -59,7 +59,7 @@ pub fn config(input: &[u8]) {
             let text = config.to_string();
             assert!(!is_secret || !format!("{text}{config:?}").contains(CANARY), "{text}");
             // The output is a file with the same configuration.
-            let again = Said { file: text.clone(), ..Said::default() };
+            let again = TypedInput { file: text.clone(), ..TypedInput::default() };
             let again = again.load().map(|it| it.to_string());
             assert_eq!(again.as_deref().map(without_sources), Ok(without_sources(&text)));
         }
@@ -77,13 +77,13 @@ pub fn config(input: &[u8]) {
 }
 
 #[derive(Default)]
-struct Said {
+struct TypedInput {
     variables: Vec<(String, String)>,
     flags: Vec<(usize, String)>,
     file: String,
 }
 
-impl Said {
+impl TypedInput {
     /// `None`: it names a file that is not in the input, which might be any device.
     fn in_input(input: &[u8]) -> Option<Self> {
         let text = str::from_utf8(input).ok()?.replace('\0', "");
