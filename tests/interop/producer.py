@@ -24,7 +24,7 @@ def main():
     transactions = json.load(sys.stdin)
 
     connection = pika.BlockingConnection(pika.URLParameters(arguments.broker))
-    # Where results go is bound before anything is asked for.
+    # The results queue is bound before any request is published.
     reply = f"py-{secrets.token_hex(6)}"
     results = connection.channel()
     queue = f"{arguments.namespace}.results.{reply}"
@@ -42,7 +42,7 @@ def main():
                 content_type="application/json",
                 type="dtc.request.v1",
                 delivery_mode=2,
-                # Who asks again, after a time-out or a crash, asks with the same second.
+                # A retry, after a time-out or a crash, has the same timestamp.
                 timestamp=arguments.requested_at or int(time.time()),
             ),
             mandatory=True,
@@ -53,7 +53,7 @@ def main():
         if method is not None:
             results.basic_ack(method.delivery_tag)
             for item in json.loads(body):
-                # A result may come twice.
+                # A result may arrive twice.
                 if item["id"] in waiting:
                     waiting.discard(item["id"])
                     print(json.dumps(item), flush=True)

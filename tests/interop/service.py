@@ -1,11 +1,11 @@
 """A service of `dtc` in Python, written from docs/protocol.md alone: its rules are quoted by number.
 
-What it keeps is an SQLite file that all its instances share. What it does with a transaction is told
-by the field of the transaction's data that has the service's name, so that tests can have it refuse,
-fail or wait; a real service would do its business in `Store.prepare`, `commit` and `abort`.
+Its state is an SQLite file that all its instances share. The field of a transaction's data that has
+the service's name tells it how to behave, so that tests can make it refuse, fail or wait; a real
+service would do its work in `Store.prepare`, `commit` and `abort`.
 
-One thread talks to the broker and decides; what may take long runs in threads of its own, and comes
-back by `add_callback_threadsafe`. So heartbeats go on while something is prepared.
+One thread talks to the broker and decides; slow calls run in other threads, and return by
+`add_callback_threadsafe`. So heartbeats continue while something is prepared.
 
 **Invariant:** for one transaction, one call of the service's code runs at a time.
 """
@@ -32,7 +32,7 @@ GATE_LIMIT = 60.0
 
 
 class Store:
-    """What is prepared and what is committed, for all instances of the service."""
+    """The prepared and committed branches, for all instances of the service."""
 
     def __init__(self, directory, service):
         os.makedirs(directory, exist_ok=True)
@@ -78,7 +78,7 @@ class Store:
     # ---- The service's code ------------------------------------------------------------------
 
     def prepare(self, instance, branch, item):
-        """`(vote, message)`. What a commit will need is stored before it says `prepared`."""
+        """Returns `(vote, message)`. What a commit needs is stored before it returns `prepared`."""
         key = (item["id"], item["requested_at"])
         self.called(instance, "prepare", key, branch)
         order = self.order(item["data"])
@@ -98,7 +98,7 @@ class Store:
         return "prepared", None
 
     def commit(self, instance, key, branch):
-        """A branch that is committed already, or isn't known, is a success."""
+        """A branch that is already committed, or unknown, is a success."""
         where = " WHERE id = ? AND requested_at = ? AND branch = ?"
         with self.open() as db:
             row = db.execute("SELECT data, failures FROM prepared" + where, (*key, branch)).fetchone()
@@ -116,7 +116,7 @@ class Store:
                 db.execute("INSERT INTO committed VALUES (?, ?, ?)", (*key, branch))
 
     def abort(self, instance, key, branch):
-        """A branch that isn't known is a success."""
+        """An unknown branch is a success."""
         self.called(instance, "abort", key, branch)
         with self.open() as db:
             where = " WHERE id = ? AND requested_at = ? AND branch = ?"
@@ -131,7 +131,7 @@ class Store:
             db.execute("INSERT INTO calls VALUES (?, ?, ?, ?)", (instance, what, key[0], branch))
 
     def show(self):
-        """Everything, for whoever checks it."""
+        """The whole state, for a test."""
         with self.open() as db:
             print(json.dumps({
                 "prepared": db.execute("SELECT id, branch FROM prepared").fetchall(),
@@ -151,7 +151,7 @@ def wait_for(gate):
 
 
 class Holding:
-    """A transaction that this instance has to do with.
+    """A transaction that this instance works on.
 
     `stage` is `preparing`, `prepared`, `failed`, `finishing` or `backing_off`; `slot` is the delivery
     of its prepare, if it has one.
@@ -168,7 +168,7 @@ class Holding:
 
 
 class Session:
-    """One instance over one connection. A new connection is a new instance: what it had in hand is
+    """One instance over one connection. A new connection is a new instance: what the old one held is
     delivered again, and what it had prepared is in the store."""
 
     def __init__(self, store, arguments):
@@ -194,14 +194,14 @@ class Session:
                 self.connection.process_data_events(time_limit=0.2)
             self.connection.close()
         finally:
-            # No call may still run when the next instance begins.
+            # No call may still run when the next instance starts.
             self.pool.shutdown(wait=True)
 
     def consume(self):
         self.out = self.connection.channel()
         self.sure = self.connection.channel()
         self.sure.confirm_delivery()
-        # Rule 2: an instance hears of outcomes before it takes what they will be about.
+        # Rule 2: an instance consumes outcomes before it takes prepares.
         own = self.consuming()
         name = f"{self.namespace}.finish.{self.service}.{self.instance}"
         own.queue_declare(name, exclusive=True)
@@ -220,8 +220,8 @@ class Session:
         self.consumer = self.prepares.basic_consume(name, self.heard(self.prepare_received, name))
 
     def consuming(self):
-        """A channel whose consumers may be cancelled, as when their queue is replaced: then everything
-        begins again (rule 10)."""
+        """A channel whose consumers may be cancelled, as when their queue is replaced: then the instance
+        starts over (rule 10)."""
         channel = self.connection.channel()
 
         def on_cancel(_):
@@ -239,7 +239,7 @@ class Session:
         return not self.holdings or time.monotonic() - self.stopping_since > self.arguments.drain
 
     def heard(self, handle, queue):
-        """Rule 10: what can't be understood is put aside, with the reason, and then acknowledged."""
+        """Rule 10: a malformed message is set aside, with the reason, and then acknowledged."""
 
         def on_message(channel, method, properties, body):
             try:
@@ -262,7 +262,7 @@ class Session:
         self.out.basic_publish(f"{self.namespace}.replies", f"{to}.{self.service}", body, properties)
 
     def publish_surely(self, exchange, key, body, properties, then):
-        """Calls `then` when the broker has it; tries again until it has."""
+        """Publishes until the broker has confirmed it, and then calls `then`."""
         try:
             self.sure.basic_publish(exchange, key, body, properties, mandatory=True)
         except (UnroutableError, NackError):
@@ -272,18 +272,18 @@ class Session:
             then()
 
     def start(self, call, then):
-        """Runs `call` in a thread, and `then` with what it gave, or the error, in this one."""
+        """Runs `call` in a thread, and `then` with its result, or the error, in this one."""
         connection = self.connection
 
         def run():
             try:
                 ended = (call(), None)
-            except Exception as error:  # The service's code may raise what it likes.
+            except Exception as error:  # The service's code may raise any exception.
                 ended = (None, error)
             try:
                 connection.add_callback_threadsafe(lambda: then(*ended))
             except AMQPConnectionError:
-                pass  # The connection is lost, and with it the delivery: it comes again.
+                pass  # The connection is lost: the broker delivers the message again.
 
         self.pool.submit(run)
 
@@ -295,7 +295,7 @@ class Session:
         worker = message.worker()
         if not message.items:
             raise Malformed("has no items: a prepare has at least one")
-        # Rule 1: each of them is dealt with by itself, and the last one settles the message.
+        # Rule 1: each item is handled by itself, and the last one settles the message.
         message.delivery.parts = len(message.items)
         for item in message.items:
             self.prepare(worker, message.delivery, message.redelivered, item)
@@ -306,7 +306,7 @@ class Session:
         if holding is not None and holding.slot is None:
             return self.waiting.append((worker, delivery, redelivered, item))
         if holding is not None:
-            # Rule 4: it is prepared once, and voted on as often as it is asked for.
+            # Rule 4: it is prepared once, and voted on as often as it is delivered.
             self.vote_on_held(worker, key, request_hash)
             return self.ack(delivery)
         vote, fields = self.recalled(key, request_hash)
@@ -319,7 +319,7 @@ class Session:
             self.vote(worker, key, request_hash, vote, **fields)
             return self.ack(delivery)
         if self.free() == 0:
-            # Rule 1: the broker counts messages. What is in one of several waits here for a slot.
+            # Rule 1: the broker counts messages. One of several items in a message waits here for a slot.
             return self.waiting.append((worker, delivery, redelivered, item))
         self.branches += 1
         holding = Holding("preparing", delivery, request_hash, item["deadline"])
@@ -330,7 +330,7 @@ class Session:
                    lambda verdict, error: self.prepare_ended(key, verdict, error))
 
     def prepare_of_stored(self, worker, delivery, redelivered, item, found):
-        """Rule 4: what another instance prepared is voted on with the branch that it has."""
+        """Rule 4: the vote for what another instance has prepared names that branch."""
         key, request_hash = key_of(item), item["request_hash"]
         branch = next((row[2] for row in found if row[3] == request_hash), None)
         if branch is None:
@@ -345,7 +345,7 @@ class Session:
         self.holdings[key] = holding
 
     def no_call_for(self, key, deadline):
-        """Rule 5, for what isn't held: whether the service's code is not to be called."""
+        """Rule 5, for what isn't held: whether the service's code must not be called."""
         if key in self.remembered:
             return "refused", {"reason": self.reason("cancelled")}
         others = list(self.holdings) + list(self.remembered)
@@ -356,7 +356,7 @@ class Session:
         return None, {}
 
     def recalled(self, key, request_hash):
-        """What was answered or heard, if that is remembered."""
+        """The earlier answer or outcome, if it is remembered."""
         what, value = self.remembered.get(key, (None, None))
         if what is None and self.store.is_committed(key):
             what, value = "finished", "COMMITTED"
@@ -384,7 +384,7 @@ class Session:
                 self.vote_on_held(worker, key, request_hash)
             holding.voters = []
             return None
-        # Nothing is held: say so, and the slot is free.
+        # Nothing is held: answer that, and free the slot.
         if vote == "refused":
             reason = self.reason("refused", text)
             self.remember(key, ("refused", reason))
@@ -433,7 +433,7 @@ class Session:
         self.ack(message.delivery)
 
     def shared_received(self, message):
-        # Rule 8: what came by the durable queue is acknowledged when all of it is applied.
+        # Rule 8: a message from the durable queue is acknowledged when all of it is applied.
         if message.kind == "finish" and message.items:
             message.undone = len(message.items)
             self.command_received(message, message)
@@ -453,14 +453,14 @@ class Session:
                 self.cancel(item)
 
     def cancel(self, item):
-        """Rule 6: it keeps a prepare from being started, and touches nothing that is."""
+        """Rule 6: it keeps a prepare from being started, and changes nothing that was."""
         key = key_of(item)
         holding = self.holdings.get(key)
         if (holding is None or holding.slot is None) and key not in self.remembered:
             self.remember(key, ("cancelled", None))
 
     def query(self, worker, item):
-        """Rule 6: who holds it votes again; who knows nothing says nothing."""
+        """Rule 6: an instance that holds it votes again; one that doesn't know it doesn't answer."""
         key, request_hash = key_of(item), item["request_hash"]
         if key in self.holdings:
             return self.vote_on_held(worker, key, request_hash)
@@ -483,7 +483,7 @@ class Session:
             self.apply(key)
 
     def apply(self, key):
-        """Rule 7: the branch that is named is committed; every other one is undone."""
+        """Rule 7: the named branch is committed; every other one is undone."""
         holding = self.holdings[key]
         was = holding.stage
         holding.stage = "finishing"
@@ -511,13 +511,13 @@ class Session:
             self.vote(worker, key, request_hash, "finished", outcome=outcome)
         for finisher in holding.finishers:
             self.done(*finisher, None)
-        # Rule 3: only now, and on the channel that it was delivered on.
+        # Rule 3: only now, and on the channel of the delivery.
         if holding.slot is not None:
             self.ack(holding.slot)
         return None
 
     def not_applied(self, key, holding, was, error):
-        """The worker says when to try again; what is in the durable queue is tried again here."""
+        """The worker decides when to retry; commands from the durable queue are retried here."""
         told = [it for it in holding.finishers if it[2] is None]
         holding.finishers = [it for it in holding.finishers if it[2] is not None]
         if holding.finishers:
@@ -560,7 +560,7 @@ class Session:
     # ---- Inquiries ---------------------------------------------------------------------------
 
     def look_through_store(self):
-        """Rule 9: asks about everything that has been in doubt for long, whoever prepared it."""
+        """Rule 9: inquires about everything that has been in doubt for long, of any instance."""
         now = time.monotonic()
         doubted = {(row[0], row[1]) + tuple(row[2:]) for row in self.store.held()}
         for key, holding in self.holdings.items():
@@ -575,7 +575,7 @@ class Session:
                     **dict(zip(fields, it)), "service": self.service, "instance": self.instance})
         self.connection.call_later(self.arguments.inquire_after / 4, self.look_through_store)
 
-    # ---- The ends of things ------------------------------------------------------------------
+    # ---- Ending ------------------------------------------------------------------------------
 
     def ack(self, delivery):
         delivery.parts -= 1
@@ -595,18 +595,18 @@ class Session:
 
 
 class Malformed(Exception):
-    """Nobody could make sense of a message."""
+    """A message is malformed."""
 
 
 class Delivery:
-    """What is acknowledged on the channel that it came by, when all its parts are dealt with."""
+    """A delivery, acknowledged on its channel when all its items are handled."""
 
     def __init__(self, channel, tag):
         self.channel, self.tag, self.parts = channel, tag, 1
 
 
 class Message:
-    """A message whose every item has what its kind needs."""
+    """Checks that every item of a message has the fields of its kind."""
 
     NEEDS = {
         "prepare": {"request_hash": str, "data": dict, "deadline": int, "repeated": bool},

@@ -629,7 +629,7 @@ impl World {
         slot.reads_next = next;
         let attached = Event::JournalAttached { next: next as u64, since };
         self.tell_worker(scenario, worker, attached);
-        // A worker replays what there is before it serves.
+        // A worker replays the existing records before it serves.
         for _ in next..self.journal.len() {
             self.read(scenario, worker);
         }
@@ -640,7 +640,7 @@ impl World {
         self.lose_connection_of_worker(worker);
     }
 
-    /// Its requests come again, and what only its connection could bring never comes.
+    /// Its requests are delivered again; messages that only its connection could bring are lost.
     fn lose_connection_of_worker(&mut self, worker: usize) {
         for queued in &mut self.requests {
             if queued.state == QueueState::With(worker) {
@@ -660,8 +660,8 @@ impl World {
         });
     }
 
-    /// Makes both workers know of free slots in plenty, by a transaction that all services are
-    /// read only in.
+    /// Makes both workers know of plenty of free slots, by a transaction in which all services are
+    /// read only.
     fn warm_up(&mut self, scenario: &Scenario) {
         let names: Vec<_> = scenario.services.iter().map(|service| service.name).collect();
         let warm_up = crate::scenario::request("warm", &names);
@@ -742,7 +742,7 @@ impl World {
         }
     }
 
-    /// Does what a worker asks for. What is answered at once is returned.
+    /// Performs an effect of a worker. Immediate answers are returned.
     fn perform(&mut self, scenario: &Scenario, worker: usize, effect: Effect) -> Option<Event> {
         match effect {
             Effect::FindService { service, .. } => {
@@ -854,7 +854,7 @@ impl World {
                 self.send(Message::ToMember { member, event: event.clone() });
             }
         }
-        // What is meant for an instance that is gone goes to the durable queue.
+        // A message for an instance that is gone goes to the durable queue.
         if let (false, participant::Event::FinishReceived { finish, .. }) = (is_routed, event) {
             self.send(Message::Finish { service: index, worker, finish });
         }

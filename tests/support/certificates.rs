@@ -41,7 +41,7 @@ impl Authority {
         &self.own
     }
 
-    /// A certificate for `name`, who is reached at `hosts`.
+    /// A certificate for `name`, valid for `hosts`.
     pub(crate) fn signs(&self, name: &str, hosts: &[&str]) -> Pair {
         self.sign(&named(name, hosts))
     }

@@ -1,7 +1,7 @@
-//! What a process prints, line by line, as it prints it.
+//! The output of a process, line by line.
 //!
-//! A thread of its own reads, so that the process is never held up by a full pipe, and whoever
-//! waits for a line is woken by it. The pipe's end means that everybody who could write has gone.
+//! A separate thread reads, so that a full pipe never blocks the process, and wakes those that wait
+//! for a line. The pipe ends when every process that could write to it has ended.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 #![allow(dead_code, reason = "each target uses a part of it")]
@@ -46,14 +46,14 @@ impl Lines {
         self.shared.1.notify_all();
     }
 
-    /// The first line that contains `pattern`, whether it came before or comes now.
+    /// The first line that contains `pattern`, printed before or from now on.
     ///
     /// `None` if there is none after `limit`, or none when the pipe has ended.
     pub(crate) fn wait_for(&self, pattern: &str, limit: Duration) -> Option<String> {
         self.wait_for_from(0, pattern, limit).map(|(_, line)| line)
     }
 
-    /// Like [`Self::wait_for`], among the lines from number `first` on; tells the line's number.
+    /// Like [`Self::wait_for`], among the lines from number `first` on; returns the line's number.
     pub(crate) fn wait_for_from(
         &self,
         first: usize,

@@ -8,8 +8,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Whose blocks of kind `sh` are run, and by which test: as they stand, one after the other, by one
-/// shell. The block of kind `text` behind one says what it prints.
+/// The pages whose blocks of kind `sh` are run, and by which test: one shell runs them unchanged, one
+/// after the other. The block of kind `text` after one shows its output.
 pub(crate) const SCRIPTS: [(&str, &str, &str); 3] = [
     ("README.md", "## On RabbitMQ", "tests/broker/readme.rs"),
     ("docs/getting-started.md", "## On RabbitMQ", "tests/broker/readme.rs"),
@@ -23,15 +23,15 @@ pub(crate) struct Page {
     pub(crate) text: String,
 }
 
-/// A fenced block: what stands behind its opening fence, where, and its lines.
+/// A fenced block: its kind, its place, and its lines.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct Block {
     pub(crate) kind: String,
     /// The line of the opening fence.
     pub(crate) line: usize,
-    /// The headings of the second and third level that it stands under, if there are any.
+    /// The headings of the second and third level above it, if there are any.
     pub(crate) under: Vec<String>,
-    /// Whether nothing but blank lines stands between it and the block before.
+    /// Whether only blank lines are between it and the previous block.
     pub(crate) follows: bool,
     pub(crate) lines: Vec<String>,
 }
@@ -105,7 +105,7 @@ pub(crate) fn blocks(text: &str) -> Vec<Block> {
     blocks
 }
 
-/// The blocks that stand under a heading.
+/// The blocks under a heading.
 pub(crate) fn blocks_under(page: &Page, heading: &str) -> Vec<Block> {
     let is_under = |block: &Block| block.under.iter().any(|it| it == heading);
     let found: Vec<_> = blocks(&page.text).into_iter().filter(is_under).collect();
@@ -113,7 +113,7 @@ pub(crate) fn blocks_under(page: &Page, heading: &str) -> Vec<Block> {
     found
 }
 
-/// What the blocks of kind `sh` under a heading run, and what they print, as the page says.
+/// The commands in the blocks of kind `sh` under a heading, and their output on the page.
 pub(crate) fn script(page: &Page, heading: &str) -> (String, Vec<String>) {
     let (mut script, mut printed) = (String::new(), Vec::new());
     let mut last = "";
