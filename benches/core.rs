@@ -1,10 +1,10 @@
-//! How fast the protocol is by itself: no code of services, no clock, no I/O.
+//! The speed of the protocol alone: without services' code, clock, or I/O.
 //!
 //! `cargo bench --bench core`; the figure that counts is elements (transactions) per second.
 //!
-//! It is the embedded mode's core: 1,024 records in view, requests made beforehand and not timed,
-//! the allocator of the `dtc` command. A larger view costs more, since it doesn't stay in the cache:
-//! the last one has 1,000,000 records in view, and says what it takes to read them.
+//! It is the core of the embedded mode: 1,024 records in view, requests created beforehand and not
+//! timed, the allocator of the `dtc` command. A larger view costs more, since it doesn't stay in
+//! the cache: the last benchmark has 1,000,000 records in view, and prints what reading them takes.
 
 #![allow(missing_docs, reason = "criterion's macros make undocumented functions")]
 #![allow(clippy::expect_used, clippy::unwrap_used, reason = "a benchmark may fail here")]
@@ -77,7 +77,7 @@ impl World {
         }
     }
 
-    /// Requests as they come from a transport: parsed already.
+    /// Requests as a transport delivers them, already parsed.
     fn requests(&mut self) -> VecDeque<coordinator::Event> {
         (0..BATCH).map(|_| self.request()).collect()
     }
@@ -97,7 +97,7 @@ impl World {
         coordinator::Event::RequestReceived { request, delivery, deliveries: 1 }
     }
 
-    /// The coordinator's whole life of one batch; what the services would say is said at once.
+    /// Runs the coordinator for one batch, with immediate answers of the services.
     fn run_coordinator(&mut self, mut requests: VecDeque<coordinator::Event>) -> u64 {
         let mut acked = 0;
         let mut begun = 0;
@@ -301,7 +301,7 @@ fn core(c: &mut Criterion) {
     group.finish();
 }
 
-/// How many records a worker at work on a broker has in view.
+/// How many records a busy worker on a broker has in view.
 const MANY: usize = 1_000_000;
 
 /// A worker that has read a long journal.
@@ -354,7 +354,7 @@ impl World {
     }
 }
 
-/// What the process takes of the machine's memory.
+/// The process's resident memory.
 fn resident_bytes() -> u64 {
     let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
     let pages = statm.split(' ').nth(1).and_then(|it| it.parse::<u64>().ok());
