@@ -5,7 +5,7 @@
 //! anything, and the environment is a parameter.
 //!
 //! **Invariant:** no [`Complaint`](crate::complaint::Complaint), and no output of a [`Config`],
-//!   contains a secret.
+//! contains a secret.
 
 mod draft;
 pub mod duration;

@@ -2,8 +2,9 @@
 //! then the faults end, and everything must come to its end.
 //!
 //! * `DTC_SIM_SCHEDULES`: how many schedules the full run has (200,000 when optimized).
-//! * `DTC_SIM_SEED`: the seed it begins with, and the one that `the_seed_of_the_environment_is_simulated` runs;
-//!   `DTC_SIM_TRACE=1` has the latter print every line, `DTC_SIM_BUG` gives it a bug.
+//! * `DTC_SIM_SEED`: the seed to start with, and the one that
+//!   `the_seed_of_the_environment_is_simulated` runs; with `DTC_SIM_TRACE=1` the latter prints
+//!   every line, `DTC_SIM_BUG` gives it a bug.
 //! * `DTC_SIM_MINUTES`: a long campaign instead: as many schedules as fit into that time.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]

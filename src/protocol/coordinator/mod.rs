@@ -75,8 +75,8 @@ pub struct Coordinator {
     shared: SharedState,
 }
 
-/// What a worker works on, one room each. It is apart from [`SharedState`] so that a [`CoordinatorContext`] can
-/// lend that to whichever of these handles an event.
+/// The work of a worker, by kind. It is apart from [`SharedState`] so that a [`CoordinatorContext`]
+/// can lend that to whichever of these handles an event.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 struct Work {
     view: JournalView,

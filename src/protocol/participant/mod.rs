@@ -52,7 +52,7 @@ pub struct Instance {
     resources: Resources,
 }
 
-/// What an instance has to do with. It is apart from [`Resources`] so that a [`InstanceContext`] can lend
+/// The work of an instance. It is apart from [`Resources`] so that a [`InstanceContext`] can lend
 /// those to whichever of these handles an event.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 struct Holdings {

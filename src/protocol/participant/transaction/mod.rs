@@ -44,7 +44,7 @@ impl TransactionStage {
     ];
 }
 
-/// How far a transaction is, with what it has at no other stage. What a [`TransactionStage`] is to others.
+/// How far a transaction is, with what it has at no other stage. Others see a [`TransactionStage`].
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 enum Progress {
     /// The store is asked what it holds of it, on behalf of this prepare, or of those who wait
