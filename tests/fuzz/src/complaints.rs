@@ -2,7 +2,7 @@
 //! are neither more nor longer than somebody would read.
 
 use dtc::{
-    complaint::{TextLocation, Complaint, Complaints, Location, Position},
+    complaint::{Complaint, Complaints, Location, Position, TextLocation},
     wire::message::{BODY_MAX, Malformed},
 };
 

@@ -5,7 +5,7 @@
 //! no frame.
 
 use amq_protocol::frame::{AMQPFrame, parsing::parse_frame};
-use dtc::transport::amqp::frames::{DEPTH_MAX, FRAME_MAX, Filter, Returns, FilterStep, UNREADABLE};
+use dtc::transport::amqp::frames::{DEPTH_MAX, FRAME_MAX, Filter, FilterStep, Returns, UNREADABLE};
 use lapin::types::{AMQPValue, FieldTable};
 
 const METHOD: u8 = 1;
