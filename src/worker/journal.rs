@@ -191,7 +191,7 @@ impl Record {
             begun: None,
             tried: None,
             message_id: properties.message_id().clone(),
-            digest: digest(&delivery.data),
+            digest: digest(&delivery.data, id_text(properties.message_id())),
         };
         if kind == Some(Kind::Decision) {
             record.decisions = items::<Decision>(offset, &delivery.data).map(Arc::new).collect();
@@ -229,8 +229,14 @@ fn unreadable(offset: u64, why: &dyn std::fmt::Display) {
     tracing::error!(offset, reason = %why, "a message in the journal can't be read and is skipped");
 }
 
-fn digest(body: &[u8]) -> u64 {
-    crate::protocol::ids::fnv1a(body.iter().copied())
+fn id_text(message_id: &Option<ShortString>) -> Option<&str> {
+    message_id.as_ref().map(ShortString::as_str)
+}
+
+/// The id counts: all markers have the same body.
+fn digest(body: &[u8], message_id: Option<&str>) -> u64 {
+    let message_id = message_id.unwrap_or_default().bytes();
+    crate::protocol::ids::fnv1a(message_id.chain(body.iter().copied()))
 }
 
 impl Journal {
