@@ -251,6 +251,11 @@ impl Reader {
         Some(cut(self.check.string(path, value)?).into())
     }
 
+    /// The same, however long it is.
+    pub(super) fn whole_text(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<Arc<str>> {
+        Some(self.check.string(path, value)?.into())
+    }
+
     pub(super) fn flag(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<bool> {
         self.check.boolean(path, value)
     }
@@ -297,7 +302,7 @@ impl Reader {
     }
 
     /// `read`, with a complaint where it doesn't match `rule`.
-    fn matching<T>(
+    pub(super) fn matching<T>(
         &mut self,
         path: &Path<'_>,
         value: &Value<'_>,

@@ -54,6 +54,7 @@ fn every_field_is_missed_unless_it_may_be() {
     misses(&uncommitted(Some("no")), &["error"]);
     misses(&settled(), &[]);
     misses(&JournalBegun { complete_since: moment() }, &[]);
+    misses(&copied(), &["message_id", "try"]);
 }
 
 /// Asserts what is complained about `item` with `value` under `name`.
