@@ -17,8 +17,8 @@ is started by `rabbitmq-streams restart_stream`, which stops writes for about a 
 doesn't help, it is done again after 1, 2, 4, 8 and then every 16 minutes. The second node's watcher
 waits one look more, and the third's two: so one of them restarts the stream and not all.
 
-  STREAM            the streams to be watched (dtc.journal dtc.unresolved dtc.audit); one that doesn't
-                    exist is left alone
+  STREAM            the streams to be watched (dtc.journal dtc.journal.packed dtc.unresolved
+                    dtc.audit); one that doesn't exist is left alone
   --every SECONDS   how long to wait between two looks (15)
   --vhost NAME      where the streams are (/)
   --once            looks once, prints the replicas that are down, and ends: 0 if there are none, 1 if
@@ -68,7 +68,7 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-if [ $# -eq 0 ]; then set -- dtc.journal dtc.unresolved dtc.audit; fi
+if [ $# -eq 0 ]; then set -- dtc.journal dtc.journal.packed dtc.unresolved dtc.audit; fi
 for name in "$vhost" "$@"; do
     case $name in *[!A-Za-z0-9._/:-]*) wrong "\`$name\` has a character that is not watched for" ;; esac
 done

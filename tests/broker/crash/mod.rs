@@ -172,6 +172,7 @@ pub(crate) fn leftovers(place: &Place, names: &Names, specs: &Value) -> Leftover
     for name in [
         names.requests(),
         names.journal(),
+        names.packed_journal(),
         names.inquiries(),
         names.unresolved(),
         names.audit(),

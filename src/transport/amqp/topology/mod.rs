@@ -50,9 +50,12 @@ pub const RETENTION: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 /// How long it is kept what was handed to people, and what operators did.
 const RECORDS_KEPT: Duration = Duration::from_secs(90 * 24 * 60 * 60);
 
+/// How long packs are kept: longer than workers read back when they start.
+const PACKS_KEPT: Duration = Duration::from_secs(2 * 60 * 60);
+
 /// How large a piece of such a stream is. A stream is trimmed by whole pieces, and by default one has
-/// 500 MB, which theirs would not fill for years.
-const RECORDS_SEGMENT: u64 = 16_000_000;
+/// 500 MB, which records would not fill for years, nor packs for hours.
+const SEGMENT: u64 = 16_000_000;
 
 /// How long it is kept what nobody could make sense of.
 const REJECTED_KEPT: Duration = Duration::from_secs(30 * 24 * 60 * 60);
@@ -190,8 +193,9 @@ impl Topology {
         topology.queues.insert(0, journal);
         let kept = u64::try_from(REJECTED_KEPT.as_millis()).unwrap_or(u64::MAX);
         topology.queues.extend([
-            Queue::records(names.unresolved()),
-            Queue::records(names.audit()),
+            Queue::segmented(names.packed_journal(), PACKS_KEPT),
+            Queue::segmented(names.unresolved(), RECORDS_KEPT),
+            Queue::segmented(names.audit(), RECORDS_KEPT),
             Queue::quorum(names.rejected()).with([("x-message-ttl", Argument::Number(kept))]),
             Queue::quorum(names.requests()),
         ]);
@@ -279,11 +283,11 @@ impl Queue {
         queue.with([("x-queue-leader-locator", Argument::Text("balanced".to_owned()))])
     }
 
-    /// A stream of few records, each of which may matter for long.
-    fn records(name: ShortString) -> Self {
+    /// A stream in small pieces, so that what is older than `kept` goes.
+    fn segmented(name: ShortString, kept: Duration) -> Self {
         Self::stream(name).with([
-            ("x-max-age", Argument::Text(age(RECORDS_KEPT))),
-            ("x-stream-max-segment-size-bytes", Argument::Number(RECORDS_SEGMENT)),
+            ("x-max-age", Argument::Text(age(kept))),
+            ("x-stream-max-segment-size-bytes", Argument::Number(SEGMENT)),
         ])
     }
 
