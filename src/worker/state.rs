@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::{
     clock::Clock,
     protocol::coordinator::Coordinator,
-    worker::{Tally, clocks::Clocks, namesakes::Namesakes, suspects::Tries},
+    worker::{Tally, clocks::Clocks, namesakes::Namesakes, packer::Unpacked, suspects::Tries},
 };
 
 /// What outlives a link.
@@ -22,6 +22,8 @@ pub(super) struct WorkerState {
     pub(super) begin_max: Duration,
     /// What was read of requests that workers may die of.
     pub(super) tries: Tries,
+    /// What was read of the journal and is in no pack.
+    pub(super) unpacked: Unpacked,
     pub(super) tally: Tally,
 }
 
