@@ -15,6 +15,7 @@ mod instances;
 mod ledger;
 mod load;
 mod long_journal;
+mod packed;
 mod poison;
 mod producers;
 mod proxy;
