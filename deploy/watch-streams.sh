@@ -17,8 +17,8 @@ A replica of a stream is down if its node runs and it does not. If one is down i
 help, the script repeats it after 1, 2, 4, 8 and then every 16 minutes. The second node's watcher
 waits one look more, and the third's two, so that only one of them restarts the stream.
 
-  STREAM            the streams to watch (dtc.journal dtc.unresolved dtc.audit); one that doesn't
-                    exist is left alone
+  STREAM            the streams to watch (dtc.journal dtc.journal.packed dtc.unresolved dtc.audit);
+                    one that doesn't exist is left alone
   --every SECONDS   how long to wait between two looks, in seconds (15)
   --vhost NAME      where the streams are (/)
   --once            look once, print the replicas that are down, and exit: 0 if there are none, 1 if
@@ -68,7 +68,7 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-if [ $# -eq 0 ]; then set -- dtc.journal dtc.unresolved dtc.audit; fi
+if [ $# -eq 0 ]; then set -- dtc.journal dtc.journal.packed dtc.unresolved dtc.audit; fi
 for name in "$vhost" "$@"; do
     case $name in *[!A-Za-z0-9._/:-]*) wrong "\`$name\` has a character that is not watched for" ;; esac
 done

@@ -23,6 +23,7 @@ use crate::{
         Settings,
         clocks::Standing,
         journal::{Found, Journal, LookBack, ReadError, Record, Tail},
+        packs::{self, PackedJournal, ReadIn},
         state::{LastRead, WorkerState},
         suspects::Tries,
     },
@@ -69,10 +70,11 @@ impl Follower {
     /// Reads the journal to its end: on from where it was left, or from the beginning of the window.
     pub(super) async fn open(
         mut journal: Journal,
+        packed: Option<&PackedJournal>,
         settings: &Settings,
         state: &mut WorkerState,
     ) -> Result<Self, FollowError> {
-        let opened = read_journal(&journal, settings, state).await;
+        let opened = read_journal(&journal, packed, settings, state).await;
         let opened = opened.inspect_err(|error| journal.be_patient(error));
         state.begin_max = if opened.is_ok() { ANSWER_MAX } else { journal.begin_max };
         let tail = opened.map_err(FollowError::Read)?;
@@ -179,6 +181,7 @@ impl Follower {
 
 /// What a record says to the coordinator; and that it is the last one read.
 pub(super) fn read_event(state: &mut WorkerState, record: Record) -> Event {
+    state.unpacked.read(&record);
     let Record { offset, decisions, digest, tried, message_id, .. } = record;
     state.tries.read(tried, message_id.as_ref(), &decisions);
     let now = state.clock.read();
@@ -192,6 +195,7 @@ pub(super) fn read_event(state: &mut WorkerState, record: Record) -> Event {
 
 async fn read_journal(
     journal: &Journal,
+    packed: Option<&PackedJournal>,
     settings: &Settings,
     state: &mut WorkerState,
 ) -> Result<Tail, ReadError> {
@@ -209,9 +213,10 @@ async fn read_journal(
     let now = state.clock.now();
     let margin = settings.coordinator.clock_margin;
     let from = now - settings.coordinator.window - margin;
-    let state = Mutex::new(state);
-    let mut decisions = 0_usize;
-    let tail = journal.attach(
+    let progress = Mutex::new(Progress { state, decisions: 0, packed: 0 });
+    let tail = packs::attach(
+        journal,
+        packed,
         from,
         margin,
         |next, reaches| {
@@ -223,28 +228,45 @@ async fn read_journal(
             }
             // Without a word from the journal only what is still to come is certain.
             let since = reaches.unwrap_or(now + margin);
-            let state = &mut **state.lock().unwrap_or_else(PoisonError::into_inner);
-            state.tries = Tries::default();
+            let progress = &mut *progress.lock().unwrap_or_else(PoisonError::into_inner);
+            (progress.decisions, progress.packed) = (0, 0);
+            progress.state.tries = Tries::default();
+            progress.state.unpacked.begin_anew();
             let event = Event::JournalAttached { next, since };
-            state.coordinator.handle(now, event, &mut Vec::new());
+            progress.state.coordinator.handle(now, event, &mut Vec::new());
         },
-        |record| {
-            decisions += record.decisions.len();
-            let state = &mut **state.lock().unwrap_or_else(PoisonError::into_inner);
+        |record, read_in| {
+            let progress = &mut *progress.lock().unwrap_or_else(PoisonError::into_inner);
+            progress.decisions += record.decisions.len();
+            let is_packed = read_in == ReadIn::Pack;
+            progress.packed += if is_packed { record.decisions.len() } else { 0 };
+            let state = &mut *progress.state;
+            state.unpacked.read(&record);
             let Record { offset, decisions, digest, tried, message_id, .. } = record;
             state.tries.read(tried, message_id.as_ref(), &decisions);
             let now = state.clock.read();
             if let Some(decision) = decisions.last() {
                 state.clocks.past_record(now, decision);
             }
-            state.last_read = Some(LastRead { offset, digest });
+            // Nobody goes on from what the journal may not have.
+            state.last_read = (!is_packed).then_some(LastRead { offset, digest });
             let event = Event::RecordsRead { offset, decisions };
             // Nobody is being served, so nothing follows.
             state.coordinator.handle(now.time, event, &mut Vec::new());
         },
     );
     let tail = tail.await?;
+    let Progress { decisions, packed, .. } =
+        progress.into_inner().unwrap_or_else(PoisonError::into_inner);
     let elapsed_ms = started.elapsed().as_millis() as u64;
-    tracing::info!(decisions, elapsed_ms, "the journal is read");
+    tracing::info!(decisions, packed, elapsed_ms, "the journal is read");
     Ok(tail)
+}
+
+/// How far the window is read.
+struct Progress<'a> {
+    state: &'a mut WorkerState,
+    decisions: usize,
+    /// How many of them in packs.
+    packed: usize,
 }

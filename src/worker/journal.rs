@@ -34,7 +34,7 @@ use crate::{
         stream::{From, Scan, ScanError},
         unique,
     },
-    wire::message::{JournalBegun, Kind, decode},
+    wire::message::{Copied, JournalBegun, Kind, decode},
     worker::{clocks::Standing, suspects::Try},
 };
 
@@ -65,6 +65,8 @@ pub(super) struct Record {
     pub(super) message_id: Option<ShortString>,
     /// What tells it from another message at the same place of another stream.
     pub(super) digest: u64,
+    /// Its body, if it is a message of decisions.
+    pub(super) body: Option<Arc<str>>,
 }
 
 /// The journal can't be read now.
@@ -163,7 +165,8 @@ impl Tail {
         self.inbox.flush();
     }
 
-    async fn record(&mut self) -> Result<Record, ReadError> {
+    /// The next message.
+    pub(super) async fn record(&mut self) -> Result<Record, ReadError> {
         let delivery = match self.inbox.ready() {
             Some(delivery) => delivery,
             None => timeout(SILENCE_MAX, self.inbox.next()).await.map_err(|_| ReadError::Silent)?,
@@ -171,6 +174,10 @@ impl Tail {
         let record = self.read(&delivery.map_err(ReadError::Closed)?);
         self.inbox.flush();
         record
+    }
+
+    pub(super) async fn close(self) {
+        self.inbox.close().await;
     }
 }
 
@@ -191,11 +198,13 @@ impl Record {
             begun: None,
             tried: None,
             message_id: properties.message_id().clone(),
-            digest: digest(&delivery.data),
+            digest: digest(&delivery.data, id_text(properties.message_id())),
+            body: None,
         };
         if kind == Some(Kind::Decision) {
             record.decisions = items::<Decision>(offset, &delivery.data).map(Arc::new).collect();
             record.tried = properties.headers().as_ref().and_then(Try::of);
+            record.body = std::str::from_utf8(&delivery.data).ok().map(Arc::from);
         } else if kind == Some(Kind::JournalBegun) {
             record.begun = items::<JournalBegun>(offset, &delivery.data).next();
         } else {
@@ -204,7 +213,22 @@ impl Record {
         Ok(record)
     }
 
-    fn is_marker(&self, marker: &ShortString) -> bool {
+    /// What the message says of which `copied` is a copy: as if it was read in the journal.
+    pub(super) fn copied(copied: Copied) -> Self {
+        let Copied { offset, message_id, tried, body } = copied;
+        let message_id = message_id.and_then(|id| ShortString::try_new(&*id).ok());
+        Self {
+            offset,
+            decisions: items::<Decision>(offset, body.as_bytes()).map(Arc::new).collect(),
+            begun: None,
+            tried: tried.map(|(key, begins)| Try { key, begins }),
+            digest: digest(body.as_bytes(), id_text(&message_id)),
+            message_id,
+            body: Some(body),
+        }
+    }
+
+    pub(super) fn is_marker(&self, marker: &ShortString) -> bool {
         self.message_id.as_ref() == Some(marker)
     }
 }
@@ -229,8 +253,14 @@ fn unreadable(offset: u64, why: &dyn std::fmt::Display) {
     tracing::error!(offset, reason = %why, "a message in the journal can't be read and is skipped");
 }
 
-fn digest(body: &[u8]) -> u64 {
-    crate::protocol::ids::fnv1a(body.iter().copied())
+fn id_text(message_id: &Option<ShortString>) -> Option<&str> {
+    message_id.as_ref().map(ShortString::as_str)
+}
+
+/// The id counts: all markers have the same body.
+pub(super) fn digest(body: &[u8], message_id: Option<&str>) -> u64 {
+    let message_id = message_id.unwrap_or_default().bytes();
+    crate::protocol::ids::fnv1a(message_id.chain(body.iter().copied()))
 }
 
 impl Journal {
@@ -244,47 +274,41 @@ impl Journal {
         Ok(Tail { inbox: opening.await.map_err(ReadError::Consume)?.lazy() })
     }
 
-    /// Reads everything that is in the journal since `from`, and then stays at its end.
-    ///
-    /// `begin` is told where reading begins and from when on nothing is missing; `read` each
-    /// message.
-    pub(super) async fn attach(
-        &self,
-        from: Time,
-        clock_margin: Duration,
-        mut begin: impl FnMut(u64, Option<Time>),
-        mut read: impl FnMut(Record),
-    ) -> Result<Tail, ReadError> {
-        let marker = self.mark().await?;
-        let (mut tail, first, reaches) = self.open_at(from, clock_margin, &marker).await?;
-        begin(first.offset, reaches);
-        let mut is_end = first.is_marker(&marker);
-        read(first);
-        while !is_end {
-            let record = tail.record().await?;
-            is_end = record.is_marker(&marker);
-            read(record);
-        }
-        Ok(tail)
-    }
-
     /// Goes on after the message at `offset`, if that is still the one with this `digest`.
     pub(super) async fn resume(&self, offset: u64, digest: u64) -> Result<Option<Tail>, ReadError> {
-        let marker = self.mark().await?;
-        let Ok(at) = i64::try_from(offset) else { return Ok(None) };
-        // At once: a broker that misses a node takes its time for each.
-        let opening = self.open(AMQPValue::LongLongInt(at), PREFETCH);
-        let (reaches, mut tail) = try_join(self.reaches(offset, &marker), opening).await?;
-        if !reaches {
-            tail.inbox.close().await;
-            return Ok(None);
-        }
+        let Some(mut tail) = self.open_between(offset, offset).await? else { return Ok(None) };
         let first = tail.record().await?;
         if first.offset == offset && first.digest == digest {
             return Ok(Some(tail));
         }
-        tail.inbox.close().await;
+        tail.close().await;
         Ok(None)
+    }
+
+    /// Opens the stream at the offset `first`, if there is a message at `last` or behind it.
+    pub(super) async fn open_between(
+        &self,
+        first: u64,
+        last: u64,
+    ) -> Result<Option<Tail>, ReadError> {
+        let marker = self.mark().await?;
+        let Ok(at) = i64::try_from(first) else { return Ok(None) };
+        // At once: a broker that misses a node takes its time for each.
+        let opening = self.open(AMQPValue::LongLongInt(at), PREFETCH);
+        let (reaches, tail) = try_join(self.reaches(last, &marker), opening).await?;
+        if reaches {
+            return Ok(Some(tail));
+        }
+        tail.close().await;
+        Ok(None)
+    }
+
+    /// About where the end is.
+    pub(super) async fn end(&self) -> Result<u64, ReadError> {
+        let mut end = self.open(AMQPValue::LongString("last".into()), 1).await?;
+        let record = end.record().await?;
+        end.close().await;
+        Ok(record.offset)
     }
 
     /// Whether there is a message at `offset`, or behind it: whoever asks for one that is not there
@@ -296,7 +320,7 @@ impl Journal {
         while record.offset < offset && !record.is_marker(marker) {
             record = end.record().await?;
         }
-        end.inbox.close().await;
+        end.close().await;
         Ok(record.offset >= offset)
     }
 
@@ -333,14 +357,14 @@ impl Journal {
             }
             record = tail.record().await?;
         }
-        tail.inbox.close().await;
+        tail.close().await;
         found.send(Found::Ended { reaches }).await.map_err(|_| ReadError::Unwanted)
     }
 
     /// Opens the stream where every record made at `from` or later lies behind: its first message,
     /// and from when on nothing is missing, if anything can be vouched for. `marker` was written
     /// before.
-    async fn open_at(
+    pub(super) async fn open_at(
         &self,
         from: Time,
         clock_margin: Duration,
@@ -374,7 +398,7 @@ impl Journal {
             }
             record = head.record().await?;
         }
-        head.inbox.close().await;
+        head.close().await;
         Ok((first, record.begun))
     }
 
@@ -390,7 +414,7 @@ impl Journal {
         let after = clock.now();
         let mut tail = self.open(AMQPValue::LongString("last".into()), PREFETCH).await?;
         let end = tail.record().await?.offset;
-        tail.inbox.close().await;
+        tail.close().await;
         if self.has_after((after + clock_margin).as_millis() / 1000 + 1, end).await? {
             return Ok(Standing::Behind);
         }
@@ -418,7 +442,7 @@ impl Journal {
     }
 
     /// Writes a marker, and waits until it is there.
-    async fn mark(&self) -> Result<ShortString, ReadError> {
+    pub(super) async fn mark(&self) -> Result<ShortString, ReadError> {
         let marker = ShortString::from(unique::name('m'));
         let message = self.message(b"[]".into(), Some(marker.clone()));
         match self.publish_marker(&message).await? {

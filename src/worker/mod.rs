@@ -7,6 +7,7 @@
 //! * `state`: what is kept from one link to the next.
 //! * `journal`, `follower`, `appender`: reading the stream of decisions, following its end, writing to
 //!   it.
+//! * `packs`, `packer`: the same in fewer messages: reading and writing packs.
 //! * `sources`, `inbound`, `saturation`: what comes in, and how much of it.
 //! * `suspects`: requests that workers may die of.
 //! * `outbox`, `prepare_batcher`, `parking`: what goes out.
@@ -26,6 +27,8 @@ mod inbound;
 mod journal;
 mod namesakes;
 mod outbox;
+mod packer;
+mod packs;
 mod parking;
 mod prepare_batcher;
 mod request_consumers;
@@ -44,6 +47,7 @@ use self::{
     anomalies::Undecidable,
     clocks::Clocks,
     namesakes::Namesakes,
+    packer::Unpacked,
     session::{End, Session, SessionError, open_replies},
     state::WorkerState,
     suspects::Tries,
@@ -177,6 +181,7 @@ pub async fn run(
         begin_max: ANSWER_MAX,
         tries: Tries::default(),
         undecidable: Undecidable::default(),
+        unpacked: Unpacked::default(),
         tally,
     };
     let mut supervisor = Supervisor::default();

@@ -6,7 +6,8 @@ use crate::{
     clock::Clock,
     protocol::coordinator::Coordinator,
     worker::{
-        Tally, anomalies::Undecidable, clocks::Clocks, namesakes::Namesakes, suspects::Tries,
+        Tally, anomalies::Undecidable, clocks::Clocks, namesakes::Namesakes, packer::Unpacked,
+        suspects::Tries,
     },
 };
 
@@ -26,6 +27,8 @@ pub(super) struct WorkerState {
     pub(super) tries: Tries,
     /// Which inquiries were said to be undecidable.
     pub(super) undecidable: Undecidable,
+    /// What was read of the journal and is in no pack.
+    pub(super) unpacked: Unpacked,
     pub(super) tally: Tally,
 }
 

@@ -216,6 +216,7 @@ fn leftovers(place: &broker::Place, names: &Names) -> Leftovers {
     let mut queues = vec![
         names.requests(),
         names.journal(),
+        names.packed_journal(),
         names.inquiries(),
         names.unresolved(),
         names.audit(),

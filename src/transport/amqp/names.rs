@@ -152,6 +152,11 @@ impl Names {
         self.name("journal")
     }
 
+    /// The stream of packs: copies of what is in the journal, many messages in one.
+    pub fn packed_journal(&self) -> ShortString {
+        self.name("journal.packed")
+    }
+
     /// The queue of inquiries, and of messages for workers that are gone; the exchange of the same
     /// name feeds it.
     pub fn inquiries(&self) -> ShortString {

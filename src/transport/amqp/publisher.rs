@@ -70,6 +70,8 @@ pub struct Outgoing {
     pub reply_to: Option<ShortString>,
     /// The message's id.
     pub message_id: Option<ShortString>,
+    /// Who publishes it; a broker refuses what names another user than its connection's.
+    pub user_id: Option<ShortString>,
     /// In seconds since the epoch.
     pub timestamp: Option<u64>,
     /// After how long the broker may drop it.
@@ -98,6 +100,9 @@ impl Outgoing {
         }
         if let Some(message_id) = self.message_id.take() {
             properties = properties.with_message_id(message_id);
+        }
+        if let Some(user_id) = self.user_id.take() {
+            properties = properties.with_user_id(user_id);
         }
         if let Some(timestamp) = self.timestamp {
             properties = properties.with_timestamp(timestamp);

@@ -19,6 +19,7 @@
 //! | parked | `id`, `requested_at`, `service`?, `branch`?, `error`?, `request_hash`?, `request`?, `parked_at` |
 //! | settled | `id`, `requested_at`, `service`, `settled_at`, `worker` |
 //! | journal-begun | `complete_since` |
+//! | pack | `offset`, `message_id`?, `try`?, `body` |
 //!
 //! | field | value | if missing |
 //! |---|---|---|
@@ -37,8 +38,12 @@
 //! | `reason` | object: `service`?, `code`, `message`? | in a vote: the vote as code, and its service |
 //! | `code` | `refused`, `failed`, `no_slot`, `unknown_service`, `deadline`, `unavailable`, `cancelled`, `invalid` or `id_reused` | |
 //! | `message`, `error` | any text, cut after [`TEXT_MAX`] characters | `error` of a done: empty |
-//! | `done`, `repeated`, `parked` | `true` or `false` | `parked`: `false` |
+//! | `done`, `repeated`, `parked`, `begins` | `true` or `false` | `parked`: `false` |
 //! | `free` | whole number of slots, up to 4294967295 | |
+//! | `offset` | whole number up to 2^53: the place of a message in the journal | |
+//! | `message_id` | `[ -~]{0,255}` | the message had none |
+//! | `body` | any text: that of the message, letter by letter | |
+//! | `try` | object: `id`, `requested_at`, `begins` | the message was no try |
 //! | `request` | as the body of a request; required, with its `request_hash`, if the transaction itself is parked; otherwise `service` and `branch` are required | |
 //!
 //! **Unknown fields** are ignored, since they come from a newer release; a field given twice is an
@@ -56,6 +61,7 @@
 mod answer;
 mod command;
 mod entry;
+mod pack;
 mod read;
 mod record;
 mod request;
@@ -70,6 +76,7 @@ use crate::{
 pub use self::{
     command::Cancel,
     entry::{Begun, Entry, EntryMalformed, Finished},
+    pack::Copied,
     record::{JournalBegun, Settled},
     request::{
         REQUEST_MAX, RequestMalformed, RequestTooLarge, SERVICES_MAX, decode_request,
@@ -117,11 +124,13 @@ pub enum Kind {
     Settled,
     /// The first record of a journal.
     JournalBegun,
+    /// Messages of the journal, copied.
+    Pack,
 }
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::Request,
         Self::Prepare,
         Self::Query,
@@ -135,6 +144,7 @@ impl Kind {
         Self::Parked,
         Self::Settled,
         Self::JournalBegun,
+        Self::Pack,
     ];
 
     /// The value of the property `type`.
@@ -153,6 +163,7 @@ impl Kind {
             Self::Parked => "dtc.parked.v1",
             Self::Settled => "dtc.settled.v1",
             Self::JournalBegun => "dtc.journal-begun.v1",
+            Self::Pack => "dtc.pack.v1",
         }
     }
 

@@ -250,6 +250,11 @@ impl Reader {
         Some(cut(self.check.string(path, value)?).into())
     }
 
+    /// The same, however long it is.
+    pub(super) fn whole_text(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<Arc<str>> {
+        Some(self.check.string(path, value)?.into())
+    }
+
     pub(super) fn flag(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<bool> {
         self.check.boolean(path, value)
     }
@@ -300,7 +305,7 @@ impl Reader {
     }
 
     /// Parses by `read`, with a complaint about `rule` if that fails.
-    fn matching<T>(
+    pub(super) fn matching<T>(
         &mut self,
         path: &Path<'_>,
         value: &Value<'_>,

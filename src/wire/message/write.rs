@@ -52,6 +52,12 @@ impl<'b> Object<'b> {
         escaped(self.out, cut(text));
     }
 
+    /// A text that is passed on whole.
+    pub(super) fn whole_text(&mut self, name: &str, text: &str) {
+        self.field(name);
+        escaped(self.out, text);
+    }
+
     /// A value that is JSON already.
     pub(super) fn json(&mut self, name: &str, json: &str) {
         self.field(name);

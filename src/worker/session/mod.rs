@@ -46,6 +46,8 @@ use crate::{
         inbound,
         journal::{Found, Journal, ReadError, Record},
         outbox::{Followed, OnConfirm, Outbox, Unacked},
+        packer::{Heard, Packer},
+        packs::PackedJournal,
         request_consumers::RequestConsumers,
         saturation::{Saturation, Wanted},
         searches::Searches,
@@ -88,13 +90,14 @@ enum Input {
     Service(Event),
     Link(LinkChange),
     ClocksCompared(Option<Standing>),
+    Packs(Heard),
 }
 
 /// How long the journal may not be read before the worker isn't ready.
 const READ_AGAIN_SOON: Duration = Duration::from_secs(2);
 
 /// How many kinds of inputs take turns.
-const TURNS: usize = 8;
+const TURNS: usize = 9;
 
 /// One link's worth of work.
 pub(super) struct Session<'a> {
@@ -104,6 +107,7 @@ pub(super) struct Session<'a> {
     watch: LinkWatch,
     follower: Follower,
     appender: Appender,
+    packer: Packer,
     outbox: Outbox,
     replies: ExclusiveQueue,
     inquiries: Inbox,
@@ -154,7 +158,9 @@ impl<'a> Session<'a> {
             return Err(SessionError::ClockStillOff);
         }
         let steps = Steps::of(&state.clock);
-        let follower = match Follower::open(journal.clone(), settings, state).await {
+        let packed = PackedJournal::of(&link, names, &settings.broker);
+        let opening_follower = Follower::open(journal.clone(), packed.as_ref(), settings, state);
+        let follower = match opening_follower.await {
             Err(error @ FollowError::Read(ReadError::Silent)) => {
                 // It is read from a moment on that may still be to come.
                 let margin = settings.coordinator.clock_margin;
@@ -201,6 +207,7 @@ impl<'a> Session<'a> {
             watch,
             follower,
             appender,
+            packer: Packer::new(packed),
             outbox,
             replies,
             inquiries,
@@ -318,6 +325,7 @@ impl<'a> Session<'a> {
                 Some(comparing) => comparing.poll_unpin(cx).map(Input::ClocksCompared).map(Ok),
                 None => Poll::Pending,
             },
+            8 => self.packer.poll_next(cx).map(|heard| Ok(Input::Packs(heard))),
             _ => Poll::Pending,
         }
     }
@@ -375,6 +383,7 @@ impl<'a> Session<'a> {
             }
             Input::Request(delivery, message) => self.request_received(delivery, message),
             Input::ClocksCompared(standing) => self.clocks_compared(standing)?,
+            Input::Packs(heard) => self.state.unpacked.heard(&heard, &self.settings.names),
             Input::Link(change) => self.link_changed(change)?,
         }
         Ok(())
@@ -635,6 +644,9 @@ impl<'a> Session<'a> {
         self.appender.flush(now);
         self.outbox.flush(now);
         self.follower.flush();
+        if !self.watch.is_blocked() {
+            self.packer.flush(&mut self.state.unpacked, now);
+        }
         self.replies.flush();
         self.inquiries.flush();
         self.requests.flush();

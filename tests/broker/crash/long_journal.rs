@@ -27,11 +27,11 @@ use super::{
 use crate::{broker::place, processes::LIMIT};
 
 /// The content of a journal; a tenth of it in a build without optimisation.
-struct Content {
-    decisions: usize,
-    per_message: usize,
+pub(super) struct Content {
+    pub(super) decisions: usize,
+    pub(super) per_message: usize,
     /// How many messages are unconfirmed at a time: so many are at most a chunk of the stream.
-    outstanding: usize,
+    pub(super) outstanding: usize,
 }
 
 #[test]
@@ -76,7 +76,7 @@ fn serves_soon(content: Content) {
 }
 
 /// Writes the decisions as a worker does; returns how many bytes they have.
-async fn fill(system: &System, content: &Content) -> usize {
+pub(super) async fn fill(system: &System, content: &Content) -> usize {
     let &Content { decisions, per_message, outstanding } = content;
     let broker = Broker::new(system.world.place.url.parse().unwrap(), "test");
     let connection = Arc::new(broker.connect("publish").await.unwrap());
@@ -107,7 +107,7 @@ async fn fill(system: &System, content: &Content) -> usize {
     bytes
 }
 
-async fn confirmed(publisher: &mut Publisher<()>) {
+pub(super) async fn confirmed(publisher: &mut Publisher<()>) {
     let ((), published) = publisher.next().await.unwrap();
     assert!(matches!(published, Published::Confirmed), "{published:?}");
 }

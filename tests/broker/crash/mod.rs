@@ -15,6 +15,7 @@ mod instances;
 mod ledger;
 mod load;
 mod long_journal;
+mod packed;
 mod poison;
 mod producers;
 mod proxy;
@@ -172,6 +173,7 @@ pub(crate) fn leftovers(place: &Place, names: &Names, specs: &Value) -> Leftover
     for name in [
         names.requests(),
         names.journal(),
+        names.packed_journal(),
         names.inquiries(),
         names.unresolved(),
         names.audit(),

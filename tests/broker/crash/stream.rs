@@ -29,11 +29,16 @@ pub(super) struct Watch {
 impl Watch {
     /// The journal, from its first record on.
     pub(super) fn journal(system: &System) -> Self {
+        Self::stream(system, system.names.journal())
+    }
+
+    /// A stream, from its first message on.
+    pub(super) fn stream(system: &System, stream: ShortString) -> Self {
         system.runtime.block_on(async {
             let (connection, channel) = connect(system).await;
             let mut arguments = FieldTable::default();
             arguments.insert("x-stream-offset".into(), AMQPValue::LongString("first".into()));
-            Self::of(connection, channel, system.names.journal(), arguments).await
+            Self::of(connection, channel, stream, arguments).await
         })
     }
 
@@ -81,6 +86,11 @@ impl Watch {
         let seen = lock(&self.seen);
         let items = seen.iter().filter(is_decision).flat_map(|it| decode(&it.data).unwrap());
         items.map(Result::unwrap).filter(|it: &Decision| it.key.id.as_str() == id).collect()
+    }
+
+    /// The messages so far.
+    pub(super) fn seen(&self) -> MutexGuard<'_, Vec<Delivery>> {
+        lock(&self.seen)
     }
 
     /// Whether `worker` has asked a service to prepare transaction `id`, or whether it holds it.

@@ -17,8 +17,9 @@ use dtc::{
     wire::{
         hash::request_hash,
         message::{
-            BODY_MAX, Cancel, Item, Items, JournalBegun, Malformed, REQUEST_MAX, RequestMalformed,
-            SERVICES_MAX, Settled, TEXT_MAX, decode, decode_request, encode_request,
+            BODY_MAX, Cancel, Copied, Item, Items, JournalBegun, Malformed, REQUEST_MAX,
+            RequestMalformed, SERVICES_MAX, Settled, TEXT_MAX, decode, decode_request,
+            encode_request,
         },
     },
 };
@@ -270,5 +271,14 @@ impl Checked for Settled {
 impl Checked for JournalBegun {
     fn check(&self) {
         is_moment(self.complete_since);
+    }
+}
+
+impl Checked for Copied {
+    fn check(&self) {
+        assert!(self.is_of_the_wire());
+        if let Some((key, _)) = &self.tried {
+            is_key(key);
+        }
     }
 }

@@ -31,14 +31,14 @@ use std::{env, process::exit, sync::OnceLock};
 
 use dtc::{
     protocol::message::{Answer, Decision, Done, Finish, Inquiry, Parked, Prepare, Query, Vote},
-    wire::message::{Cancel, JournalBegun, Settled},
+    wire::message::{Cancel, Copied, JournalBegun, Settled},
 };
 use libfuzzer_sys::fuzz_target;
 
 type Target = fn(&[u8]);
 
 /// The targets. A new reader of input needs its target here, and seeds in `corpus`.
-const TARGETS: [(&str, Target); 25] = [
+const TARGETS: [(&str, Target); 26] = [
     ("request", bodies::request),
     ("vote", bodies::items::<Vote>),
     ("done", bodies::items::<Done>),
@@ -58,6 +58,7 @@ const TARGETS: [(&str, Target); 25] = [
     ("parked", bodies::items::<Parked>),
     ("settled", bodies::items::<Settled>),
     ("journal-begun", bodies::items::<JournalBegun>),
+    ("pack", bodies::items::<Copied>),
     ("address", settings::address),
     ("names", settings::names),
     ("written", written::written),

@@ -104,6 +104,7 @@ fn samples() -> Vec<Sample> {
         sample(&[uncommitted(Some("no disk")), undecidable]),
         sample(&[settled()]),
         sample(&[JournalBegun { complete_since: moment() }]),
+        sample(&[copied()]),
     ]
 }
 

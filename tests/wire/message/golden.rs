@@ -181,6 +181,20 @@ fn the_beginning_of_a_journal() {
 }
 
 #[test]
+fn a_message_in_a_pack() {
+    is(
+        Kind::Pack,
+        copied(),
+        r#"{"offset":1024,"message_id":"a1-7","try":{"id":"TX1","requested_at":1700000000,"begins":true},"body":"[{\"id\":\"TX1\"}]\n"}"#,
+    );
+    is(
+        Kind::Pack,
+        Copied { message_id: None, tried: None, body: "é".repeat(2000).into(), ..copied() },
+        &format!(r#"{{"offset":1024,"body":"{}"}}"#, "é".repeat(2000)),
+    );
+}
+
+#[test]
 fn each_reason_code() {
     for (code, word) in [
         (ReasonCode::Refused, "refused"),
@@ -215,6 +229,7 @@ fn a_type_names_its_kind_and_no_other() {
     }
     assert_eq!(Kind::Vote.as_type(), "dtc.vote.v1");
     assert_eq!(Kind::JournalBegun.as_type(), "dtc.journal-begun.v1");
+    assert_eq!(Kind::Pack.as_type(), "dtc.pack.v1");
     for other in ["", "vote", "dtc.vote.v2", "dtc.vote.v1 ", "DTC.vote.v1", "dtc.journal_begun.v1"]
     {
         assert_eq!(Kind::parse_type(other), None, "{other:?}");

@@ -24,7 +24,7 @@ use dtc::{
     },
     wire::{
         hash::request_hash,
-        message::{Cancel, Item, Items, JournalBegun, Malformed, Settled, decode},
+        message::{Cancel, Copied, Item, Items, JournalBegun, Malformed, Settled, decode},
     },
 };
 
@@ -169,4 +169,13 @@ fn uncommitted(error: Option<&str>) -> Parked {
 
 fn settled() -> Settled {
     Settled { key: key(), service: service("stock"), settled_at: moment(), worker: worker() }
+}
+
+fn copied() -> Copied {
+    Copied {
+        offset: 1024,
+        message_id: Some("a1-7".into()),
+        tried: Some((key(), true)),
+        body: "[{\"id\":\"TX1\"}]\n".into(),
+    }
 }

@@ -54,6 +54,7 @@ fn every_required_field_is_missed() {
     misses(&uncommitted(Some("no")), &["error"]);
     misses(&settled(), &[]);
     misses(&JournalBegun { complete_since: moment() }, &[]);
+    misses(&copied(), &["message_id", "try"]);
 }
 
 /// Asserts the complaints about `item` with `value` under `name`.

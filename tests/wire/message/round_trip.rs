@@ -206,6 +206,17 @@ fn a_settled() -> impl Strategy<Value = Settled> {
     })
 }
 
+fn a_copy() -> impl Strategy<Value = Copied> {
+    let tried = prop::option::of((a_key(), any::<bool>()));
+    let parts = (0..=1_u64 << 53, prop::option::of("[ -~]{0,255}"), tried, any::<String>());
+    parts.prop_map(|(offset, message_id, tried, body)| {
+        let copied =
+            Copied { offset, message_id: message_id.map(Arc::from), tried, body: body.into() };
+        assert!(copied.is_of_the_wire());
+        copied
+    })
+}
+
 /// Asserts that `items` are read as they were written: by us, and by other encoders.
 fn comes_back<T: Item + Debug + PartialEq>(items: &[T]) {
     let body = body(items);
@@ -245,6 +256,7 @@ fn all_are_harmless(body: &[u8]) {
     is_harmless::<Parked>(body);
     is_harmless::<Settled>(body);
     is_harmless::<JournalBegun>(body);
+    is_harmless::<Copied>(body);
     if let Err(malformed) = decode_request(body, Some(1)) {
         is_fit_for_a_result(&malformed);
     }
@@ -288,11 +300,13 @@ proptest! {
         parked in prop::collection::vec(a_parked(), 0..3),
         settled in prop::collection::vec(a_settled(), 0..3),
         complete_since in a_moment(),
+        copies in prop::collection::vec(a_copy(), 0..3),
     ) {
         comes_back(&decisions);
         comes_back(&parked);
         comes_back(&settled);
         comes_back(&[JournalBegun { complete_since }]);
+        comes_back(&copies);
     }
 
     #[test]

@@ -51,9 +51,12 @@ pub const RETENTION: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 /// How long the records of parked transactions, and of operators, are kept.
 const RECORDS_KEPT: Duration = Duration::from_secs(90 * 24 * 60 * 60);
 
+/// How long packs are kept: longer than workers read back when they start.
+const PACKS_KEPT: Duration = Duration::from_secs(2 * 60 * 60);
+
 /// The segment size of such a stream. A stream is trimmed by whole segments, and the default of 500
-/// MB would not fill for years.
-const RECORDS_SEGMENT: u64 = 16_000_000;
+/// MB would not fill for years with records, nor for hours with packs.
+const SEGMENT: u64 = 16_000_000;
 
 /// How long rejected messages are kept.
 const REJECTED_KEPT: Duration = Duration::from_secs(30 * 24 * 60 * 60);
@@ -191,8 +194,9 @@ impl Topology {
         topology.queues.insert(0, journal);
         let kept = u64::try_from(REJECTED_KEPT.as_millis()).unwrap_or(u64::MAX);
         topology.queues.extend([
-            Queue::records(names.unresolved()),
-            Queue::records(names.audit()),
+            Queue::segmented(names.packed_journal(), PACKS_KEPT),
+            Queue::segmented(names.unresolved(), RECORDS_KEPT),
+            Queue::segmented(names.audit(), RECORDS_KEPT),
             Queue::quorum(names.rejected()).with([("x-message-ttl", Argument::Number(kept))]),
             Queue::quorum(names.requests()),
         ]);
@@ -280,11 +284,11 @@ impl Queue {
         queue.with([("x-queue-leader-locator", Argument::Text("balanced".to_owned()))])
     }
 
-    /// A stream of few records, which are kept for long.
-    fn records(name: ShortString) -> Self {
+    /// A stream in small segments, so that what is older than `kept` is removed soon.
+    fn segmented(name: ShortString, kept: Duration) -> Self {
         Self::stream(name).with([
-            ("x-max-age", Argument::Text(age(RECORDS_KEPT))),
-            ("x-stream-max-segment-size-bytes", Argument::Number(RECORDS_SEGMENT)),
+            ("x-max-age", Argument::Text(age(kept))),
+            ("x-stream-max-segment-size-bytes", Argument::Number(SEGMENT)),
         ])
     }
 

@@ -1,0 +1,684 @@
+//! Reading the journal's window when a worker starts, its older part from packs.
+//!
+//! The broker spends 20 to 80 µs on each message of a stream that is read over AMQP, however small it
+//! is. Where few transactions are under way each decision is a message of its own, and a window of
+//! 200,000 of them takes 6 to 16 s. So workers copy what they have read of the journal to a second
+//! stream, many messages in one: a *pack*. A pack begins with the message that the pack before it ends
+//! with.
+//!
+//! Packs are an optimisation. Nothing waits for one for longer than a moment, and where there is none,
+//! or none that can be read, the journal is read.
+//!
+//! **What makes a pack as good as the journal.** A journal grows at its end, and what it loses is its
+//! end: in a power cut on a single node, or all of it when it is deleted and made anew. So if a message
+//! stands in two states of a journal at the same place, all that is before it is the same in both. A
+//! pack holds only what its writer has read *back*, one message after the other, or has read in packs
+//! that were right. Therefore:
+//!
+//! * A pack of which any message stands in the journal at its place is right up to that message.
+//! * If the last message of a pack stands at its place in the next pack, and that one is right up to
+//!   there, the whole pack is right.
+//! * So of a run of packs, each of which has the last message of the one before it, all are right if the
+//!   last one is. Of that one *every* message is compared with the journal, which is read again from its
+//!   beginning on. A run begins with a message that was read in the journal, so that no other journal's
+//!   packs are taken for this one's.
+//!
+//! It is the check that a worker makes when it goes on after a break ([`Journal::resume`]): here it goes
+//! on from where others had come to. Until it is made nobody is served, and nothing counts as read that
+//! a later link would go on from. If it fails, the view is begun anew and the journal is read: so there
+//! is no need for packs to name the journal that they are of, whose first message may be gone by age.
+//!
+//! **Who is believed.** Whoever forges a record of the journal decides what is undecided, and all read
+//! it; a forged pack would tell one worker alone that what was decided long ago was decided otherwise.
+//! So a pack counts only if its property `user_id`, which the broker checks, is this worker's own user.
+//! That is one more hurdle for those who may write to the default exchange, and no more than that.
+
+use std::{future::Future, sync::Arc, time::Duration};
+
+use futures_util::future::try_join;
+use lapin::{
+    message::Delivery,
+    types::{AMQPValue, FieldTable, ShortString},
+};
+use tokio::time::timeout;
+
+use crate::{
+    error::Chain,
+    protocol::time::Time,
+    transport::amqp::{
+        bounded::{ANSWER_MAX, AskError, answer},
+        connection::{Broker, BrokerConnection, PublishChannel},
+        consumer::Inbox,
+        link::Link,
+        names::Names,
+        publisher::{Outgoing, Published, publish_within},
+        unique,
+    },
+    wire::message::{Copied, Kind, decode},
+    worker::journal::{Journal, ReadError, Record, Tail, digest},
+};
+
+/// How many messages a pack has at most; and for how many it is worth the trouble to read packs.
+pub(super) const MESSAGES_MAX: usize = 1024;
+const WORTH_READING: u64 = 2 * MESSAGES_MAX as u64;
+
+/// How many packs are on their way to a reader.
+const PREFETCH: u16 = 16;
+
+/// How long the broker has to take a marker, to begin a consumer, and to deliver the next pack.
+const WAIT_MAX: Duration = Duration::from_secs(2);
+
+/// Consecutive messages of the journal; at least one.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Pack(Vec<Copied>);
+
+/// Why a message of the stream is no pack.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub(super) enum NoPack {
+    /// Nothing is in it.
+    #[error("a marker")]
+    Marker,
+    #[error("the pack of another user")]
+    Foreign,
+    #[error("{0}")]
+    Unreadable(String),
+}
+
+/// The stream of packs.
+#[derive(Clone, Debug)]
+pub(super) struct PackedJournal {
+    queue: ShortString,
+    user: ShortString,
+    consuming: Arc<BrokerConnection>,
+    pub(super) publishing: Arc<BrokerConnection>,
+}
+
+impl Pack {
+    pub(super) fn of(messages: Vec<Copied>) -> Result<Self, NoPack> {
+        let unreadable = |why: &str| Err(NoPack::Unreadable(why.to_owned()));
+        if messages.is_empty() {
+            return Err(NoPack::Marker);
+        }
+        if messages.len() > MESSAGES_MAX {
+            return unreadable("it has too many messages");
+        }
+        let offsets = messages.iter().map(|copied| copied.offset);
+        if !offsets.clone().zip(offsets.skip(1)).all(|(one, next)| one.checked_add(1) == Some(next))
+        {
+            return unreadable("its offsets are not consecutive");
+        }
+        Ok(Self(messages))
+    }
+
+    pub(super) fn read(delivery: &Delivery, user: &ShortString) -> Result<Self, NoPack> {
+        let properties = &delivery.properties;
+        if properties.user_id().as_ref() != Some(user) {
+            return Err(NoPack::Foreign);
+        }
+        let kind = properties.kind().as_ref().and_then(|text| Kind::parse_type(text.as_str()));
+        if kind != Some(Kind::Pack) {
+            return Err(NoPack::Unreadable("its type is not that of a pack".to_owned()));
+        }
+        let messages = decode(&delivery.data).and_then(|items| items.into_iter().collect());
+        Self::of(messages.map_err(|error| NoPack::Unreadable(error.to_string()))?)
+    }
+
+    /// The offset of its first message.
+    fn begins(&self) -> u64 {
+        self.0.first().map_or(0, |first| first.offset)
+    }
+
+    /// The offset after its last one.
+    fn ends(&self) -> u64 {
+        self.begins().saturating_add(self.0.len() as u64)
+    }
+
+    /// The digest of its message at `offset`.
+    fn digest_at(&self, offset: u64) -> Option<u64> {
+        let place = usize::try_from(offset.checked_sub(self.begins())?).ok()?;
+        self.0.get(place).map(digest_of)
+    }
+
+    /// The offset of its last message, and its digest.
+    pub(super) fn last(&self) -> Option<(u64, u64)> {
+        self.0.last().map(|last| (last.offset, digest_of(last)))
+    }
+}
+
+/// What tells a copied message from another at its place.
+pub(super) fn digest_of(copied: &Copied) -> u64 {
+    digest(copied.body.as_bytes(), copied.message_id.as_deref())
+}
+
+impl PackedJournal {
+    /// `None`: this process doesn't know what the broker calls its user.
+    pub(super) fn of(link: &Link, names: &Names, broker: &Broker) -> Option<Self> {
+        if broker.address.is_external() {
+            return None;
+        }
+        Some(Self {
+            queue: names.packed_journal(),
+            user: ShortString::try_new(link.publishing.status().username()).ok()?,
+            consuming: Arc::clone(&link.consuming),
+            publishing: Arc::clone(&link.publishing),
+        })
+    }
+
+    pub(super) fn user(&self) -> &ShortString {
+        &self.user
+    }
+
+    /// A message of packed messages.
+    pub(super) fn message(&self, body: Vec<u8>) -> Outgoing {
+        Outgoing {
+            key: self.queue.clone(),
+            message_type: Kind::Pack.as_type(),
+            body,
+            persistent: true,
+            mandatory: true,
+            message_id: Some(unique::name('p').into()),
+            user_id: Some(self.user.clone()),
+            ..Outgoing::default()
+        }
+    }
+
+    /// Consumes it, if the broker begins that within `limit`.
+    pub(super) async fn open(
+        &self,
+        from: AMQPValue,
+        prefetch: u16,
+        limit: Duration,
+    ) -> Result<Inbox, AskError> {
+        let mut arguments = FieldTable::default();
+        arguments.insert("x-stream-offset".into(), from);
+        let queue = self.queue.clone();
+        let inbox = Inbox::open_within(limit, &self.consuming, queue, prefetch, arguments);
+        Ok(inbox.await?.lazy())
+    }
+
+    /// The packs that were written since `second`, by the broker's clock, up to now.
+    async fn since(&self, second: u64) -> Result<Option<WrittenPacks>, AskError> {
+        let marker = self.message(b"[]".into());
+        let id = marker.message_id.clone();
+        let channel = PublishChannel::open(&self.publishing).await?;
+        let published = publish_within(channel.clone(), marker, WAIT_MAX).await;
+        tokio::spawn(async move { answer(ANSWER_MAX, channel.close(200, "done".into())).await });
+        if !matches!(published, Published::Confirmed) {
+            tracing::debug!(fate = ?published, "no packs are read: their stream took no marker");
+            return Ok(None);
+        }
+        let inbox = self.open(AMQPValue::Timestamp(second), PREFETCH, WAIT_MAX).await?;
+        Ok(Some(WrittenPacks { inbox, user: self.user.clone(), marker: id, has_warned: false }))
+    }
+}
+
+/// What is read of the packs that are there.
+struct WrittenPacks {
+    inbox: Inbox,
+    user: ShortString,
+    /// What was written last.
+    marker: Option<ShortString>,
+    has_warned: bool,
+}
+
+/// Packs, one after the other, as they were written.
+trait Packs {
+    /// `None`: no more are to be had.
+    fn next(&mut self) -> impl Future<Output = Option<Pack>> + Send;
+}
+
+impl Packs for WrittenPacks {
+    async fn next(&mut self) -> Option<Pack> {
+        loop {
+            let delivery = match timeout(WAIT_MAX, self.inbox.next()).await {
+                Ok(Ok(delivery)) => delivery,
+                Ok(Err(closed)) => {
+                    tracing::debug!(error = %Chain(&closed), "no more packs are read");
+                    return None;
+                }
+                Err(_) => {
+                    tracing::debug!("no more packs are read: the broker delivers none");
+                    return None;
+                }
+            };
+            self.inbox.ack(delivery.delivery_tag);
+            self.inbox.flush();
+            if *delivery.properties.message_id() == self.marker {
+                return None;
+            }
+            match Pack::read(&delivery, &self.user) {
+                Ok(pack) => return Some(pack),
+                Err(NoPack::Unreadable(reason)) if !self.has_warned => {
+                    self.has_warned = true;
+                    tracing::warn!(%reason, "a pack of the journal can't be read and is skipped");
+                }
+                Err(_) => {}
+            }
+        }
+    }
+}
+
+/// The journal's messages, one after the other.
+trait Messages {
+    fn next(&mut self) -> impl Future<Output = Result<Record, ReadError>> + Send;
+
+    /// Goes on at the offset `first`, if there is a message at `last` or behind it: whether there is.
+    fn go_to(
+        &mut self,
+        first: u64,
+        last: u64,
+    ) -> impl Future<Output = Result<bool, ReadError>> + Send;
+}
+
+/// The journal at the broker.
+struct Followed<'a> {
+    journal: &'a Journal,
+    tail: Tail,
+}
+
+impl Messages for Followed<'_> {
+    async fn next(&mut self) -> Result<Record, ReadError> {
+        self.tail.record().await
+    }
+
+    async fn go_to(&mut self, first: u64, last: u64) -> Result<bool, ReadError> {
+        let Some(tail) = self.journal.open_between(first, last).await? else { return Ok(false) };
+        std::mem::replace(&mut self.tail, tail).close().await;
+        Ok(true)
+    }
+}
+
+/// Where a message was read.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum ReadIn {
+    Journal,
+    /// It is yet to be seen whether the journal has it.
+    Pack,
+}
+
+/// The reading of a window.
+struct Reading<'a, M, R> {
+    messages: M,
+    read: R,
+    /// The id of a message that was at the journal's end.
+    marker: &'a ShortString,
+    is_at_end: bool,
+    /// The offset that comes next, and the digest of the message before it.
+    next: u64,
+    last_digest: u64,
+    /// More was read, from packs, than `messages` has told.
+    is_ahead: bool,
+}
+
+impl<M: Messages, R: FnMut(Record, ReadIn)> Reading<'_, M, R> {
+    fn take(&mut self, record: Record, read_in: ReadIn) {
+        self.is_at_end |= record.is_marker(self.marker);
+        (self.next, self.last_digest) = (record.offset + 1, record.digest);
+        (self.read)(record, read_in);
+    }
+
+    async fn read_one(&mut self) -> Result<(), ReadError> {
+        let record = self.messages.next().await?;
+        self.take(record, ReadIn::Journal);
+        Ok(())
+    }
+
+    /// Reads up to the marker, by `packs` where there are any: whether they were right.
+    async fn read(&mut self, packs: Option<&mut impl Packs>) -> Result<bool, ReadError> {
+        if let Some(packs) = packs
+            && !self.read_packs(packs).await?
+        {
+            return Ok(false);
+        }
+        while !self.is_at_end {
+            self.read_one().await?;
+        }
+        Ok(true)
+    }
+
+    async fn read_packs(&mut self, packs: &mut impl Packs) -> Result<bool, ReadError> {
+        // It has the message that was read last. What is new in it waits for a pack that goes on from
+        // there, or for the journal.
+        let mut held: Option<Pack> = None;
+        while let Some(pack) = packs.next().await {
+            if let Some(before) = held.take() {
+                let Some((last, digest)) = before.last() else { continue };
+                if pack.ends() <= before.ends() {
+                    held = Some(before);
+                    continue;
+                }
+                match pack.digest_at(last) {
+                    Some(same) if same == digest => {
+                        self.take_copies(before);
+                        held = Some(pack);
+                        continue;
+                    }
+                    // One of them is of another journal: the journal will show which.
+                    Some(_) => {
+                        held = Some(before);
+                        continue;
+                    }
+                    None if !self.check(&before).await? => return Ok(false),
+                    None => {}
+                }
+            }
+            while self.next <= pack.begins() && !self.is_at_end {
+                self.read_one().await?;
+            }
+            if self.is_at_end {
+                break;
+            }
+            let goes_on = pack.ends() > self.next;
+            held = Some(pack)
+                .filter(|it| goes_on && it.digest_at(self.next - 1) == Some(self.last_digest));
+        }
+        match held {
+            Some(pack) => self.check(&pack).await,
+            None => Ok(true),
+        }
+    }
+
+    fn take_copies(&mut self, pack: Pack) {
+        for copied in pack.0 {
+            if copied.offset >= self.next {
+                self.is_ahead = true;
+                self.take(Record::copied(copied), ReadIn::Pack);
+            }
+        }
+    }
+
+    /// Goes on in the journal from the beginning of `pack`, which has the message that was read last:
+    /// whether each of its messages is there.
+    async fn check(&mut self, pack: &Pack) -> Result<bool, ReadError> {
+        if !std::mem::take(&mut self.is_ahead) {
+            // All was read in the journal, which goes on from here.
+            return Ok(true);
+        }
+        if !self.messages.go_to(pack.begins(), pack.ends() - 1).await? {
+            return Ok(false);
+        }
+        for copied in &pack.0 {
+            let record = self.messages.next().await?;
+            if (record.offset, record.digest) != (copied.offset, digest_of(copied)) {
+                return Ok(false);
+            }
+            if record.offset >= self.next {
+                self.take(record, ReadIn::Journal);
+            }
+        }
+        Ok(true)
+    }
+}
+
+/// Reads everything that is in the journal since `from`, and then stays at its end.
+///
+/// `begin` is told where reading begins and from when on nothing is missing; `read` each message. If
+/// it turns out that packs were not right, both are told everything anew.
+pub(super) async fn attach(
+    journal: &Journal,
+    mut packed: Option<&PackedJournal>,
+    from: Time,
+    clock_margin: Duration,
+    mut begin: impl FnMut(u64, Option<Time>),
+    mut read: impl FnMut(Record, ReadIn),
+) -> Result<Tail, ReadError> {
+    let marker = journal.mark().await?;
+    loop {
+        // At once: a broker that misses a node takes its time for each.
+        let end = async { if packed.is_some() { journal.end().await.map(Some) } else { Ok(None) } };
+        let opening = journal.open_at(from, clock_margin, &marker);
+        let (end, (tail, first, reaches)) = try_join(end, opening).await?;
+        let is_long = end.is_some_and(|end| end.saturating_sub(first.offset) > WORTH_READING);
+        let packs = match packed.filter(|_| is_long) {
+            // A pack is written after what it holds.
+            Some(packed) => packed.since((from - clock_margin).as_millis() / 1000).await,
+            None => Ok(None),
+        };
+        let mut packs = packs.unwrap_or_else(|error| {
+            tracing::debug!(error = %Chain(&error), "no packs are read");
+            None
+        });
+        let mut reading = Reading {
+            messages: Followed { journal, tail },
+            read: &mut read,
+            marker: &marker,
+            is_at_end: false,
+            next: first.offset,
+            last_digest: first.digest,
+            is_ahead: false,
+        };
+        begin(first.offset, reaches);
+        reading.take(first, ReadIn::Journal);
+        let read = reading.read(packs.as_mut()).await;
+        if let Some(packs) = packs {
+            tokio::spawn(packs.inbox.close());
+        }
+        if read? {
+            return Ok(reading.messages.tail);
+        }
+        tracing::warn!(
+            "the packs of the journal do not agree with it, as where it has lost its end or was made \
+             anew; they are ignored, and it is read itself"
+        );
+        reading.messages.tail.close().await;
+        packed = None;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+
+    use futures_util::FutureExt as _;
+    use lapin::types::ShortString;
+    use proptest::prelude::{Just, Strategy, any, prop, prop_oneof, proptest};
+
+    use super::{Copied, MESSAGES_MAX, Messages, NoPack, Pack, Packs, ReadIn, Reading, digest_of};
+    use crate::worker::journal::{ReadError, Record};
+
+    /// A journal of which the offsets are places.
+    struct Log {
+        journal: Vec<Copied>,
+        at: usize,
+    }
+
+    impl Messages for Log {
+        async fn next(&mut self) -> Result<Record, ReadError> {
+            let next = self.journal.get(self.at).cloned().ok_or(ReadError::Silent)?;
+            self.at += 1;
+            Ok(Record::copied(next))
+        }
+
+        async fn go_to(&mut self, first: u64, last: u64) -> Result<bool, ReadError> {
+            let is_there = (last as usize) < self.journal.len();
+            self.at = if is_there { first as usize } else { self.at };
+            Ok(is_there)
+        }
+    }
+
+    struct Written(VecDeque<Pack>);
+
+    impl Packs for Written {
+        async fn next(&mut self) -> Option<Pack> {
+            self.0.pop_front()
+        }
+    }
+
+    /// A message of the `which`-th history of a journal.
+    fn message(which: usize, place: usize) -> Copied {
+        Copied {
+            offset: place as u64,
+            message_id: Some(format!("{which}-{place}").into()),
+            tried: None,
+            body: "[]".into(),
+        }
+    }
+
+    fn journal(len: usize) -> Vec<Copied> {
+        (0..len).map(|place| message(0, place)).collect()
+    }
+
+    fn pack(journal: &[Copied], first: usize, len: usize) -> Pack {
+        Pack::of(journal[first..first + len].to_vec()).unwrap()
+    }
+
+    /// What was read of `journal` from `first` to its message at `end`, by `packs`.
+    #[derive(PartialEq, Eq, Debug)]
+    struct Told {
+        is_right: bool,
+        messages: Vec<(u64, u64)>,
+        n_packed: usize,
+    }
+
+    fn told(journal: &[Copied], first: usize, end: usize, packs: Vec<Pack>) -> Told {
+        let (mut messages, mut n_packed) = (Vec::new(), 0);
+        let marker = ShortString::from(&**journal[end].message_id.as_ref().unwrap());
+        let mut log = Log { journal: journal.to_vec(), at: first };
+        let begun = log.next().now_or_never().unwrap().unwrap();
+        let mut reading = Reading {
+            messages: log,
+            read: |record: Record, read_in| {
+                messages.push((record.offset, record.digest));
+                n_packed += usize::from(read_in == ReadIn::Pack);
+            },
+            marker: &marker,
+            is_at_end: false,
+            next: begun.offset,
+            last_digest: begun.digest,
+            is_ahead: false,
+        };
+        reading.take(begun, ReadIn::Journal);
+        let mut packs = Written(packs.into());
+        let is_right = reading.read(Some(&mut packs)).now_or_never().unwrap().unwrap();
+        Told { is_right, messages, n_packed }
+    }
+
+    fn told_by_journal(journal: &[Copied], first: usize) -> Vec<(u64, u64)> {
+        journal[first..].iter().map(|it| (it.offset, digest_of(it))).collect()
+    }
+
+    #[test]
+    fn a_run_of_packs_is_read_instead_of_the_journal_but_for_its_last_one() {
+        let journal = journal(40);
+        let packs = [pack(&journal, 0, 11), pack(&journal, 10, 11), pack(&journal, 20, 11)];
+        let told = told(&journal, 3, 39, packs.into());
+        let messages = told_by_journal(&journal, 3);
+        assert_eq!(told, Told { is_right: true, messages, n_packed: 17 });
+    }
+
+    #[test]
+    fn packs_that_come_twice_or_overlap_or_are_of_before_do_no_harm() {
+        let journal = journal(40);
+        let packs = [(0, 3), (0, 11), (0, 11), (5, 10), (2, 4), (14, 11), (10, 4), (20, 11)];
+        let packs = packs.map(|(first, len)| pack(&journal, first, len));
+        let told = told(&journal, 3, 39, packs.into());
+        let messages = told_by_journal(&journal, 3);
+        assert_eq!(told, Told { is_right: true, messages, n_packed: 21 });
+    }
+
+    #[test]
+    fn what_no_pack_has_is_read_in_the_journal() {
+        let journal = journal(60);
+        // The second run goes on from nothing that the first one ends with.
+        let packs = [(5, 6), (10, 6), (20, 6), (25, 6), (30, 6)];
+        let packs = packs.map(|(first, len)| pack(&journal, first, len));
+        let told = told(&journal, 0, 59, packs.into());
+        let messages = told_by_journal(&journal, 0);
+        assert_eq!(told, Told { is_right: true, messages, n_packed: 15 });
+    }
+
+    #[test]
+    fn without_packs_the_journal_is_read_and_not_opened_again() {
+        let journal = journal(20);
+        for packs in [vec![], vec![pack(&journal, 4, 6)]] {
+            let told = told(&journal, 3, 19, packs);
+            let messages = told_by_journal(&journal, 3);
+            assert_eq!(told, Told { is_right: true, messages, n_packed: 0 });
+        }
+    }
+
+    /// The first pack has more than was left of the journal; what was written after that doesn't go on
+    /// from there.
+    #[test]
+    fn packs_of_an_end_that_was_lost_are_noticed() {
+        let journal = journal(40);
+        let lost: Vec<_> = (0..40).map(|place| message(usize::from(place >= 18), place)).collect();
+        let of_lost = [pack(&lost, 0, 11), pack(&lost, 10, 11)];
+        let of_rest = [pack(&journal, 17, 11), pack(&journal, 27, 11)];
+        let told_of_both = told(&journal, 3, 39, [of_lost.clone(), of_rest].concat());
+        assert!(!told_of_both.is_right, "{told_of_both:?}");
+        assert!(!told(&journal, 3, 39, of_lost.into()).is_right);
+        // What would go on in the lost end is beyond the journal's.
+        let beyond = [pack(&lost, 0, 18), pack(&lost, 17, 23)];
+        let told_beyond = told(&journal[..30], 3, 29, beyond.into());
+        assert!(!told_beyond.is_right, "{told_beyond:?}");
+    }
+
+    #[test]
+    fn packs_of_another_journal_are_passed_over() {
+        let journal = journal(40);
+        let other: Vec<_> = (0..40).map(|place| message(1, place)).collect();
+        let packs = [pack(&other, 0, 11), pack(&other, 10, 11), pack(&journal, 10, 11)];
+        let packs = [packs.as_slice(), &[pack(&journal, 20, 11)]].concat();
+        let told = told(&journal, 3, 39, packs);
+        assert!(told.is_right && told.n_packed > 0, "{told:?}");
+        assert_eq!(told.messages, told_by_journal(&journal, 3));
+    }
+
+    #[test]
+    fn a_pack_is_what_is_consecutive_and_not_too_long() {
+        let journal = journal(MESSAGES_MAX + 1);
+        assert_eq!(Pack::of(Vec::new()), Err(NoPack::Marker));
+        assert!(Pack::of(journal[..MESSAGES_MAX].to_vec()).is_ok());
+        let refused = |messages: Vec<Copied>| Pack::of(messages).unwrap_err().to_string();
+        assert_eq!(refused(journal.clone()), "it has too many messages");
+        let jump = vec![journal[1].clone(), journal[3].clone()];
+        assert_eq!(refused(jump), "its offsets are not consecutive");
+        let mut last = message(0, 0);
+        last.offset = u64::MAX;
+        assert_eq!(refused(vec![last.clone(), last]), "its offsets are not consecutive");
+    }
+
+    const LEN: usize = 50;
+
+    /// Histories of one journal: the last one is what it is now, and of each other one some beginning
+    /// is there.
+    fn histories() -> impl Strategy<Value = Vec<Vec<Copied>>> {
+        prop::collection::vec(0..LEN, 0..3).prop_map(|kept| {
+            let mut histories = vec![journal(LEN)];
+            for (which, kept) in (1..).zip(kept) {
+                let mut next = histories.last().map_or_else(Vec::new, |it| it[..kept].to_vec());
+                next.extend((kept..LEN).map(|place| message(which, place)));
+                histories.push(next);
+            }
+            histories
+        })
+    }
+
+    proptest! {
+        /// Whatever packs there are, of whichever state of the journal and in whichever order.
+        #[test]
+        fn what_is_told_by_packs_is_what_the_journal_tells_or_they_are_noticed(
+            histories in histories(),
+            packs in prop::collection::vec((any::<prop::sample::Index>(), 0..LEN, 1..20_usize), 0..20),
+            is_sorted in prop_oneof![Just(true), any::<bool>()],
+            (first, end) in (0..LEN, 0..LEN).prop_map(|(a, b)| (a.min(b), a.max(b))),
+        ) {
+            let mut packs = packs;
+            if is_sorted {
+                packs.sort_by_key(|(_, first, _)| *first);
+            }
+            let packs = packs.into_iter().map(|(which, first, len)| {
+                pack(&histories[which.index(histories.len())], first, len.min(LEN - first))
+            });
+            let now = histories.last().unwrap();
+            let told = told(now, first, end, packs.collect());
+            if told.is_right {
+                assert!(told.messages.len() > end - first);
+                assert_eq!(told.messages, told_by_journal(now, first)[..told.messages.len()]);
+            } else {
+                assert!(histories.len() > 1 && told.n_packed > 0, "{told:?}");
+            }
+        }
+    }
+}

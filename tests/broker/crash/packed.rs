@@ -1,0 +1,275 @@
+//! A worker that reads the older part of the journal from packs, and what is wrong with packs.
+
+use std::{ops::Range, sync::Arc, time::Duration};
+
+use dtc::{
+    client::Submission,
+    protocol::message::{Answer, ReasonCode},
+    transport::amqp::publisher::{Outgoing, Publisher},
+    wire::message::{Copied, Items, Kind, decode},
+};
+use lapin::message::Delivery;
+use serde_json::json;
+
+use super::{
+    PATIENCE, READY, System,
+    long_journal::{Content, confirmed, fill},
+    stream::{Watch, delete},
+    until,
+};
+use crate::{
+    broker::place,
+    processes::{LIMIT, Process},
+};
+
+/// How many messages a pack has at most.
+const PACK_MAX: usize = 1024;
+
+/// What of the journal's end may be in no pack: one is due with up to one and a half.
+const UNPACKED_MAX: usize = 2 * PACK_MAX;
+
+fn system() -> System {
+    let service = |name| json!({"name": name, "max_concurrency": 10});
+    System::new(place(), json!([service("payments"), service("stock")]))
+}
+
+/// A worker that packs what it reads: from a moment on, in which others' packs would have come.
+fn packing_worker(system: &System) -> Process {
+    let worker = system.worker("w1", &[]);
+    std::thread::sleep(Duration::from_secs(1));
+    worker
+}
+
+/// Writes so many decisions, each by itself; without optimisation too.
+fn write(system: &System, decisions: usize, outstanding: usize) {
+    let content = Content { decisions, per_message: 1, outstanding };
+    system.runtime.block_on(fill(system, &content));
+}
+
+/// The number that follows `name=` in a line of a log.
+#[track_caller]
+fn number(line: &str, name: &str) -> usize {
+    let after = line.split_once(&format!("{name}=")).map(|(_, after)| after);
+    let digits = after.map(|after| after.split(|it: char| !it.is_ascii_digit()).next());
+    digits.flatten().and_then(|digits| digits.parse().ok()).unwrap_or_else(|| panic!("{line}"))
+}
+
+/// What a worker that starts has read: how many decisions, and how many of them from packs.
+fn has_read(worker: &Process) -> (usize, usize) {
+    let line = worker.wait_for_line("the journal is read", LIMIT);
+    worker.wait_for_line(READY, LIMIT);
+    println!("{line}");
+    (number(&line, "decisions"), number(&line, "packed"))
+}
+
+fn offset(delivery: &Delivery) -> u64 {
+    let headers = delivery.properties.headers().as_ref().unwrap();
+    let offset = headers.inner()["x-stream-offset"].as_long_long_int().unwrap();
+    u64::try_from(offset).unwrap()
+}
+
+/// Up to which offset of the journal there are packs.
+fn packed_up_to(packs: &Watch) -> u64 {
+    let seen = packs.seen();
+    let copies = seen.iter().flat_map(|it| decode::<Copied>(&it.data).unwrap());
+    copies.map(|copied| copied.unwrap().offset).max().unwrap_or(0)
+}
+
+/// A worker knows of that decision: it was made for another request under this id.
+fn assert_is_known(system: &System, number: usize) {
+    let submission = Submission::new(format!("order-{number:08}"), ["payments"], json!({}));
+    let client = system.client();
+    let answer: Answer =
+        system.runtime.block_on(client.submit_and_wait(submission, PATIENCE)).unwrap();
+    assert_eq!(answer.reason.map(|reason| reason.code), Some(ReasonCode::IdReused));
+}
+
+#[test]
+fn a_worker_that_starts_reads_the_older_part_of_the_journal_from_packs() {
+    let decisions = 8 * PACK_MAX;
+    let system = system();
+    let packs = Watch::stream(&system, system.names.packed_journal());
+    let mut first = packing_worker(&system);
+    // One after the other: the worker reads them as they are written.
+    write(&system, decisions, 1);
+    let packed = (decisions - UNPACKED_MAX) as u64;
+    until("what was read is packed", || packed_up_to(&packs) >= packed);
+
+    let second = system.start_worker("w2", &[]);
+    let (n_read, n_packed) = has_read(&second);
+    assert_eq!(n_read, decisions);
+    // The last pack is compared with the journal.
+    assert!(n_packed >= decisions - UNPACKED_MAX - PACK_MAX, "{n_packed}");
+    let said = second.stderr.text();
+    assert!(!said.contains("do not agree") && !said.contains("incomplete"), "{said}");
+    first.terminate();
+    first.exited(0, LIMIT);
+    assert_is_known(&system, 1);
+    assert_is_known(&system, decisions - 1);
+}
+
+#[test]
+fn packs_of_a_journal_that_was_made_anew_are_ignored() {
+    let decisions = 5 * PACK_MAX;
+    let system = system();
+    let packs = Watch::stream(&system, system.names.packed_journal());
+    let mut first = packing_worker(&system);
+    write(&system, decisions, 1);
+    let packed = (decisions - UNPACKED_MAX) as u64;
+    until("what was read is packed", || packed_up_to(&packs) >= packed);
+    first.terminate();
+    first.exited(0, LIMIT);
+
+    delete(&system, system.names.journal());
+    system.world.apply_topology(Some(&system.services));
+    let anew = decisions - PACK_MAX;
+    write(&system, anew, 50);
+    let second = system.start_worker("w2", &[]);
+    assert_eq!(has_read(&second), (anew, 0));
+}
+
+#[test]
+fn a_pack_that_does_not_agree_with_the_journal_is_ignored_and_nothing_is_guessed() {
+    let decisions = 4 * PACK_MAX;
+    let system = system();
+    write(&system, decisions, 50);
+    let mut copies = copies_of(&system, decisions);
+    // A decision that was never made, in the last pack.
+    let last = packs_of(&copies).pop().unwrap();
+    let number = (last.start + last.end) / 2;
+    let forged = &mut copies[number];
+    assert!(forged.body.contains(&format!("order-{number:08}")), "{}", forged.body);
+    forged.body = forged.body.replace("order-", "OTHER-").into();
+
+    write_packs(&system, &copies, Some(&user(&system)));
+    let worker = system.start_worker("w1", &[]);
+    worker.wait_for_line("the packs of the journal do not agree with it", LIMIT);
+    assert_eq!(has_read(&worker), (decisions, 0));
+    assert_is_known(&system, 1);
+    assert_is_known(&system, number);
+}
+
+#[test]
+fn packs_that_no_worker_vouches_for_are_ignored() {
+    let decisions = 4 * PACK_MAX;
+    let system = system();
+    write(&system, decisions, 50);
+    write_packs(&system, &copies_of(&system, decisions), None);
+    let worker = system.start_worker("w1", &[]);
+    assert_eq!(has_read(&worker), (decisions, 0));
+    let said = worker.stderr.text();
+    assert!(!said.contains("do not agree"), "{said}");
+}
+
+#[test]
+fn garbage_among_packs_is_skipped() {
+    let decisions = 4 * PACK_MAX;
+    let system = system();
+    write(&system, decisions, 50);
+    let copies = copies_of(&system, decisions);
+    let mut jump = Items::new();
+    [&copies[1], &copies[3]].into_iter().for_each(|copied| jump.push(copied).unwrap());
+    let bodies = [
+        b"\x00\xff\xfe".to_vec(),
+        Vec::new(),
+        b"17".to_vec(),
+        br#"[{"offset":1,"body":7}]"#.to_vec(),
+        br#"[{"offset":9007199254740993,"body":""}]"#.to_vec(),
+        vec![b' '; 300 * 1024],
+        jump.into_body(),
+    ];
+    let garbage = bodies.map(|body| (Kind::Pack, body)).into_iter();
+    let garbage: Vec<_> = garbage.chain([(Kind::Decision, b"[]".to_vec())]).collect();
+    publish(&system, garbage.clone(), Some(&user(&system)));
+    write_packs(&system, &copies, Some(&user(&system)));
+    publish(&system, garbage, Some(&user(&system)));
+
+    let worker = system.start_worker("w1", &[]);
+    // The first one is read in the journal, and the last pack is compared with it.
+    let last = packs_of(&copies).pop().unwrap();
+    assert_eq!(has_read(&worker), (decisions, last.start));
+    let said = worker.stderr.text();
+    assert_eq!(said.matches("can't be read and is skipped").count(), 1, "{said}");
+    assert_is_known(&system, 1);
+}
+
+#[test]
+fn a_worker_without_the_packed_stream_starts_as_before() {
+    let decisions = 3 * PACK_MAX;
+    let system = system();
+    write(&system, decisions, 50);
+    delete(&system, system.names.packed_journal());
+    let worker = system.start_worker("w1", &[]);
+    assert_eq!(has_read(&worker), (decisions, 0));
+    let said = worker.wait_for_line("workers start sooner", LIMIT);
+    let queue = system.names.packed_journal();
+    assert!(said.contains(queue.as_str()) && said.contains("dtc topology apply"), "{said}");
+    assert_is_known(&system, 1);
+}
+
+/// The user that all of a test's processes are.
+fn user(system: &System) -> String {
+    let (_, after) = system.world.place.url.split_once("//").unwrap();
+    after.split(':').next().unwrap().to_owned()
+}
+
+/// All that is in the journal but for its first record.
+fn copies_of(system: &System, decisions: usize) -> Vec<Copied> {
+    let journal = Watch::journal(system);
+    until("the journal is read", || journal.seen().len() > decisions);
+    journal.seen().iter().skip(1).map(copy_of).collect()
+}
+
+fn copy_of(delivery: &Delivery) -> Copied {
+    let message_id = delivery.properties.message_id().as_ref();
+    Copied {
+        offset: offset(delivery),
+        message_id: message_id.map(|id| id.as_str().into()),
+        tried: None,
+        body: std::str::from_utf8(&delivery.data).unwrap().into(),
+    }
+}
+
+/// What goes into each pack: it begins with what the one before it ends with. The end is in none.
+fn packs_of(copies: &[Copied]) -> Vec<Range<usize>> {
+    let (mut packs, mut begins) = (Vec::new(), 0);
+    while begins + PACK_MAX <= copies.len() {
+        let mut items = Items::new();
+        let some = copies[begins..begins + PACK_MAX].iter();
+        let len = some.take_while(|copied| items.push(*copied).is_ok()).count();
+        packs.push(begins..begins + len);
+        begins += len - 1;
+    }
+    packs
+}
+
+fn write_packs(system: &System, copies: &[Copied], user: Option<&str>) {
+    let packs = packs_of(copies).into_iter().map(|pack| {
+        let mut items = Items::new();
+        copies[pack].iter().for_each(|copied| items.push(copied).unwrap());
+        (Kind::Pack, items.into_body())
+    });
+    publish(system, packs.collect(), user);
+}
+
+/// Publishes to the stream of packs.
+fn publish(system: &System, messages: Vec<(Kind, Vec<u8>)>, user: Option<&str>) {
+    system.runtime.block_on(async {
+        let connection = Arc::new(system.address().connect("publish").await.unwrap());
+        let mut publisher = Publisher::open(&connection, "packs").await.unwrap();
+        for (kind, body) in messages {
+            let message = Outgoing {
+                key: system.names.packed_journal(),
+                message_type: kind.as_type(),
+                body,
+                persistent: true,
+                mandatory: true,
+                user_id: user.map(Into::into),
+                ..Outgoing::default()
+            };
+            publisher.publish(message, ());
+            confirmed(&mut publisher).await;
+        }
+        connection.close(200, "".into()).await.unwrap();
+    });
+}
