@@ -9,7 +9,7 @@
 //! # On RabbitMQ
 //!
 //! * Producers: [`Client`] takes a [`Submission`] to the workers and brings back how it ended.
-//! * Services: [`serve`] runs one instance of a [`Participant`], as [`ServeSettings`] say.
+//! * Services: [`serve`] runs one instance of a [`DurableParticipant`], as [`ServeSettings`] say.
 //! * Workers: [`worker::run`], which is what `dtc worker` does.
 //!
 //! All of them are told where the [`Broker`] is, and by which [`Names`] to go there; [`Tls`] is
@@ -83,7 +83,7 @@ pub mod worker;
 #[cfg(feature = "client")]
 pub use crate::client::{Client, Submission};
 #[cfg(any(feature = "service", feature = "embedded"))]
-pub use crate::participant::{Participant, Verdict};
+pub use crate::participant::{DurableParticipant, Participant, Verdict};
 #[cfg(feature = "service")]
 pub use crate::participant::{serve::serve, settings::ServeSettings};
 pub use crate::protocol::{

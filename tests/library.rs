@@ -15,8 +15,8 @@ use std::{
 };
 
 use dtc::{
-    Embedded, InvalidService, InvalidTransaction, JournalError, Outcome, Participant, ReasonCode,
-    RunError, Service, Transaction, TransactionResult, Verdict,
+    DurableParticipant, Embedded, InvalidService, InvalidTransaction, JournalError, Outcome,
+    Participant, ReasonCode, RunError, Service, Transaction, TransactionResult, Verdict,
     participant::{Finish, InDoubt, Prepare},
     protocol::ids::TransactionKey,
     run,
@@ -517,11 +517,9 @@ impl Participant for ByHand {
         self.held.lock().unwrap().remove(call.id());
         Ok(())
     }
+}
 
-    fn has_store(&self) -> bool {
-        true
-    }
-
+impl DurableParticipant for ByHand {
     async fn in_doubt(
         &self,
         of: Option<TransactionKey>,
@@ -536,7 +534,7 @@ impl Participant for ByHand {
 async fn a_participant_written_by_hand_is_called_for_what_it_said() {
     let by_hand = ByHand::default();
     let log = Log::default();
-    let services = [Service::from_participant("H", 2, by_hand.clone()), log.service("A", 9)];
+    let services = [Service::from_durable("H", 2, by_hand.clone()), log.service("A", 9)];
     let wish = |id: &str, wish| Transaction::new(id, ["H", "A"], json!({ "wish": wish }));
     let all = [wish("1", "buy"), wish("2", "look"), wish("3", "steal"), wish("4", "explode")];
     let results = run(services, all).await.unwrap();
@@ -563,7 +561,7 @@ struct Lasting {
 
 impl Lasting {
     fn service(&self, name: &str) -> Service {
-        Service::from_participant(name, 8, self.clone())
+        Service::from_durable(name, 8, self.clone())
     }
 }
 
@@ -590,11 +588,9 @@ impl Participant for Lasting {
         self.held.lock().unwrap().retain(|it| it.branch != call.branch);
         Ok(())
     }
+}
 
-    fn has_store(&self) -> bool {
-        true
-    }
-
+impl DurableParticipant for Lasting {
     async fn in_doubt(
         &self,
         of: Option<TransactionKey>,

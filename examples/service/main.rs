@@ -36,7 +36,8 @@ use std::{
 };
 
 use dtc::{
-    Broker, Names, Namespace, Participant, ServeSettings, ServiceName, TransactionKey, Verdict,
+    Broker, DurableParticipant, Names, Namespace, Participant, ServeSettings, ServiceName,
+    TransactionKey, Verdict,
     participant::{Error, Finish, InDoubt, Prepare},
     serve,
 };
@@ -68,11 +69,9 @@ impl Participant for Account {
     async fn abort(&self, call: Finish) -> Result<(), Error> {
         self.store().abort(&call.branch)
     }
+}
 
-    fn has_store(&self) -> bool {
-        true
-    }
-
+impl DurableParticipant for Account {
     async fn in_doubt(&self, of: Option<TransactionKey>) -> Result<Vec<InDoubt>, Error> {
         let is_wanted = |held: &&InDoubt| of.as_ref().is_none_or(|key| held.key == *key);
         Ok(self.store().in_doubt().filter(is_wanted).cloned().collect())

@@ -36,11 +36,14 @@ use crate::{
     embedded::{Calls, Report, ServiceReport},
     input::{services::ServiceSpec, transactions::Transactions},
     participant::{
-        Error, Finish, InDoubt, Participant, Prepare, Verdict, error::ServeError, serve::serve,
-        settings::ServeSettings,
+        DurableParticipant, Error, Finish, InDoubt, Participant, Prepare, Verdict,
+        error::ServeError, serve::serve, settings::ServeSettings,
     },
     protocol::ids::{ServiceName, TransactionKey, WorkerId},
-    simulated::{service::Simulated, store::SimulatedStore},
+    simulated::{
+        service::{Simulated, Stored},
+        store::SimulatedStore,
+    },
     transport::amqp::{
         bounded::{ANSWER_MAX, answer},
         connection::{Broker, ConnectError, close, counts},
@@ -505,7 +508,7 @@ enum Call {
 
 /// A simulated service whose calls are counted.
 struct Counted {
-    inner: Simulated,
+    inner: Stored,
     service: ServiceName,
     tally: Arc<Tally>,
 }
@@ -541,11 +544,9 @@ impl Participant for Counted {
         }
         done
     }
+}
 
-    fn has_store(&self) -> bool {
-        self.inner.has_store()
-    }
-
+impl DurableParticipant for Counted {
     async fn in_doubt(&self, of: Option<TransactionKey>) -> Result<Vec<InDoubt>, Error> {
         self.inner.in_doubt(of).await
     }

@@ -234,9 +234,9 @@ fn spec(arguments: &ServiceArguments) -> Result<ServiceSpec, Failure> {
 
 fn failure(error: ServeError) -> Failure {
     match &error {
-        ServeError::NoStore { .. }
-        | ServeError::OtherStore { .. }
-        | ServeError::Mismatch { .. } => Failure::new(Exit::BadConfiguration, error),
+        ServeError::OtherStore { .. } | ServeError::Mismatch { .. } => {
+            Failure::new(Exit::BadConfiguration, error)
+        }
         ServeError::Refused { .. } => Failure::new(Exit::Refused, error),
     }
 }

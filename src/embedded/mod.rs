@@ -306,10 +306,10 @@ impl Embedded {
     ///   this run. What was begun and not decided is begun again, unless a service still holds it.
     /// * A transaction that was finished before is answered as it was then, and nobody is called.
     ///   It is known by its id: with other content, that is `id_reused`.
-    /// * Every service is asked what it holds [in doubt](crate::Participant::in_doubt), and told what
-    ///   became of that.
+    /// * Every [durable](crate::DurableParticipant) service is asked what it holds in doubt, and told
+    ///   what became of that.
     ///
-    /// So services should have a [store](crate::Participant::has_store) that outlives the process.
+    /// So services should be [durable](Service::from_durable): their store outlives the process.
     /// Of one that has none, as those of closures, nobody can tell after a crash what it holds. The
     /// journal tells it again what was decided and not finished: its commit and its abort must bear
     /// that for what they have done already. What was not decided it is asked to prepare again. Where

@@ -14,13 +14,6 @@ use crate::{
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ServeError {
-    /// The participant has no store: what it prepares would end with its process, while the broker
-    /// and the workers rely on it.
-    #[error("service `{service}` has no store: `Participant::has_store` must say that it has one")]
-    NoStore {
-        /// Which service.
-        service: ServiceName,
-    },
     /// The broker doesn't let it in, or doesn't let it do what it must.
     #[error("service `{service}` is refused by the broker")]
     Refused {

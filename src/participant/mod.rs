@@ -53,6 +53,9 @@ pub type Error = Box<dyn std::error::Error + Send + Sync>;
 /// `max_concurrency`, and for one transaction one at a time. An error, a panic, or taking longer
 /// than allowed are all the same: a failed prepare aborts the transaction and is followed by
 /// [`Participant::abort`]; a failed commit or abort is called again.
+///
+/// This is enough for the embedded coordinator, which lives no longer than what the service holds in
+/// memory. A service on RabbitMQ must also be a [`DurableParticipant`].
 pub trait Participant: Send + Sync + 'static {
     /// Makes ready to commit: whatever is needed to commit later must be stored, under
     /// [`Prepare::branch`], before this says [`Verdict::Prepared`].
@@ -72,44 +75,45 @@ pub trait Participant: Send + Sync + 'static {
         let _ = call;
         std::future::ready(Ok(()))
     }
+}
 
-    /// Whether [`Participant::in_doubt`] tells what the store holds, so that it can be asked after
-    /// a restart, and by one instance for another. Without a store, which is the default, what is
-    /// prepared lives no longer than the process.
-    fn has_store(&self) -> bool {
-        false
-    }
-
-    /// What the store holds as prepared; of one transaction, if `of` names it.
+/// A [`Participant`] with a store that outlives its process, and that all instances of the service
+/// share.
+///
+/// The coordinator asks the store after a restart, and asks one instance about what another one has
+/// prepared. An error, a panic, or taking longer than a commit may take is no answer: the coordinator
+/// asks again until it has one.
+pub trait DurableParticipant: Participant {
+    /// What the store holds as prepared: every branch, whichever instance has prepared it; of one
+    /// transaction, if `of` names it.
     fn in_doubt(
         &self,
         of: Option<TransactionKey>,
-    ) -> impl Future<Output = Result<Vec<InDoubt>, Error>> + Send {
-        let _ = of;
-        std::future::ready(Ok(Vec::new()))
-    }
+    ) -> impl Future<Output = Result<Vec<InDoubt>, Error>> + Send;
 
     /// What the store is called, if it has a name: an id that was made with the store and is kept in
     /// it, so that every instance with this store says the same, and one with another store another.
-    /// An instance does not serve while others serve with another store. Without it, which is the
-    /// default, nobody notices two instances that don't share their store.
+    /// An instance does not serve while others serve with another store.
+    ///
+    /// By default the store has no name, and nobody notices two instances that don't share their
+    /// store.
     fn store_id(&self) -> impl Future<Output = Result<Option<StoreId>, Error>> + Send {
         std::future::ready(Ok(None))
     }
 
-    /// Whether [`Participant::has_committed`] tells what the store has committed. Then a commit of a
-    /// branch that the store neither holds nor has committed is an error, and is tried elsewhere: it
-    /// was prepared in another store. Without it, which is the default, such a commit counts as
+    /// Whether the store has committed [`Finish::branch`], by whichever instance; `None` if it does
+    /// not remember what it has committed. It is asked only about what
+    /// [`in_doubt`](DurableParticipant::in_doubt) does not name.
+    ///
+    /// After `Some(false)` the commit of that branch is an error, and is tried elsewhere: the branch
+    /// was prepared in another store. After `None`, which is the default, the commit counts as
     /// applied, and two instances that don't share their store lose commits.
-    fn remembers_commits(&self) -> bool {
-        false
-    }
-
-    /// Whether the store has committed [`Finish::branch`], by whichever instance. It is asked only
-    /// about what [`Participant::in_doubt`] does not name.
-    fn has_committed(&self, call: Finish) -> impl Future<Output = Result<bool, Error>> + Send {
+    fn has_committed(
+        &self,
+        call: Finish,
+    ) -> impl Future<Output = Result<Option<bool>, Error>> + Send {
         let _ = call;
-        std::future::ready(Ok(true))
+        std::future::ready(Ok(None))
     }
 }
 
@@ -171,25 +175,32 @@ impl Finish {
     }
 }
 
-/// A [`Participant`] of whatever type, for those who call many.
+/// A [`Participant`] of whatever type, for those who call many. Unless it says otherwise it has no
+/// store.
 pub(crate) trait AnyParticipant: Send + Sync {
     fn prepare(self: Arc<Self>, call: Prepare) -> BoxFuture<'static, Result<Verdict, Error>>;
     fn commit(self: Arc<Self>, call: Finish) -> BoxFuture<'static, Result<(), Error>>;
     fn abort(self: Arc<Self>, call: Finish) -> BoxFuture<'static, Result<(), Error>>;
+
+    #[cfg(feature = "embedded")]
+    fn has_store(&self) -> bool {
+        false
+    }
+
     fn in_doubt(
         self: Arc<Self>,
         of: Option<TransactionKey>,
-    ) -> BoxFuture<'static, Result<Vec<InDoubt>, Error>>;
-    fn has_store(&self) -> bool;
-
-    fn has_committed(self: Arc<Self>, call: Finish) -> BoxFuture<'static, Result<bool, Error>> {
-        let _ = call;
-        Box::pin(std::future::ready(Ok(true)))
+    ) -> BoxFuture<'static, Result<Vec<InDoubt>, Error>> {
+        let _ = of;
+        Box::pin(std::future::ready(Ok(Vec::new())))
     }
 
-    #[cfg(feature = "service")]
-    fn remembers_commits(&self) -> bool {
-        false
+    fn has_committed(
+        self: Arc<Self>,
+        call: Finish,
+    ) -> BoxFuture<'static, Result<Option<bool>, Error>> {
+        let _ = call;
+        Box::pin(std::future::ready(Ok(None)))
     }
 
     #[cfg(feature = "service")]
@@ -210,30 +221,46 @@ impl<P: Participant> AnyParticipant for P {
     fn abort(self: Arc<Self>, call: Finish) -> BoxFuture<'static, Result<(), Error>> {
         Box::pin(async move { Participant::abort(&*self, call).await })
     }
+}
+
+/// A participant that is asked what its store holds.
+pub(crate) struct Durable<P>(pub(crate) P);
+
+impl<P: DurableParticipant> AnyParticipant for Durable<P> {
+    fn prepare(self: Arc<Self>, call: Prepare) -> BoxFuture<'static, Result<Verdict, Error>> {
+        Box::pin(async move { self.0.prepare(call).await })
+    }
+
+    fn commit(self: Arc<Self>, call: Finish) -> BoxFuture<'static, Result<(), Error>> {
+        Box::pin(async move { self.0.commit(call).await })
+    }
+
+    fn abort(self: Arc<Self>, call: Finish) -> BoxFuture<'static, Result<(), Error>> {
+        Box::pin(async move { self.0.abort(call).await })
+    }
+
+    #[cfg(feature = "embedded")]
+    fn has_store(&self) -> bool {
+        true
+    }
 
     fn in_doubt(
         self: Arc<Self>,
         of: Option<TransactionKey>,
     ) -> BoxFuture<'static, Result<Vec<InDoubt>, Error>> {
-        Box::pin(async move { Participant::in_doubt(&*self, of).await })
+        Box::pin(async move { self.0.in_doubt(of).await })
     }
 
-    fn has_committed(self: Arc<Self>, call: Finish) -> BoxFuture<'static, Result<bool, Error>> {
-        Box::pin(async move { Participant::has_committed(&*self, call).await })
-    }
-
-    fn has_store(&self) -> bool {
-        Participant::has_store(self)
-    }
-
-    #[cfg(feature = "service")]
-    fn remembers_commits(&self) -> bool {
-        Participant::remembers_commits(self)
+    fn has_committed(
+        self: Arc<Self>,
+        call: Finish,
+    ) -> BoxFuture<'static, Result<Option<bool>, Error>> {
+        Box::pin(async move { self.0.has_committed(call).await })
     }
 
     #[cfg(feature = "service")]
     fn store_id(self: Arc<Self>) -> BoxFuture<'static, Result<Option<StoreId>, Error>> {
-        Box::pin(async move { Participant::store_id(&*self).await })
+        Box::pin(async move { self.0.store_id().await })
     }
 }
 

@@ -21,7 +21,7 @@ use crate::{
     clock::{Clock, Step, Steps},
     error::Chain,
     participant::{
-        AnyParticipant, Calls, Participant,
+        AnyParticipant, Calls, Durable, DurableParticipant,
         calls::name_of_store,
         error::{OpenError, ServeError},
         health::{Change, Health},
@@ -43,17 +43,14 @@ use crate::{
 ///
 /// # Errors
 ///
-/// The participant has no store; or, from the start, the broker refuses us or what we say, or has
-/// other queues than are to be declared.
+/// From the start, the broker refuses us or what we say, or has other queues than are to be declared;
+/// or other instances have another store.
 pub async fn serve(
-    participant: impl Participant,
+    participant: impl DurableParticipant,
     settings: ServeSettings,
     stop: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
-    let participant: Arc<dyn AnyParticipant> = Arc::new(participant);
-    if !participant.has_store() {
-        return Err(ServeError::NoStore { service: settings.service });
-    }
+    let participant: Arc<dyn AnyParticipant> = Arc::new(Durable(participant));
     let mut stop = std::pin::pin!(stop.fuse());
     let store = tokio::select! {
         biased;
@@ -99,11 +96,7 @@ impl Server {
         store: Option<StoreId>,
     ) -> Self {
         let clock = Clock::start();
-        let core = participant::Settings {
-            remembers_commits: participant.remembers_commits(),
-            store: store.clone(),
-            ..settings.of_core()
-        };
+        let core = participant::Settings { store: store.clone(), ..settings.of_core() };
         Self {
             participant,
             store,

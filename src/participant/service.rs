@@ -12,7 +12,10 @@ use futures_util::future::BoxFuture;
 use serde_json::Value;
 use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard};
 
-use crate::participant::{AnyParticipant, Error, Finish, Participant, Prepare, Verdict, calls};
+use crate::participant::{
+    AnyParticipant, Durable, DurableParticipant, Error, Finish, Participant, Prepare, Verdict,
+    calls,
+};
 
 type PrepareFn = Arc<dyn Fn(Prepare) -> BoxFuture<'static, Result<Verdict, Error>> + Send + Sync>;
 type FinishFn = Arc<dyn Fn(Finish) -> BoxFuture<'static, Result<(), Error>> + Send + Sync>;
@@ -75,14 +78,29 @@ impl Service {
     /// How long a prepare waits for a slot unless told otherwise.
     pub const MAX_WAIT: Duration = Duration::from_secs(1);
 
-    /// A service whose code is a [`Participant`].
+    /// A service whose code is a [`Participant`]. What it holds is not asked for: one that has a
+    /// store is to be given to [`from_durable`](Self::from_durable).
     pub fn from_participant(
         name: impl Into<String>,
         max_concurrency: u32,
         participant: impl Participant,
     ) -> Self {
-        let code = Code::Participant(Arc::new(participant));
-        Self { name: name.into(), max_concurrency, max_wait: Self::MAX_WAIT, code }
+        Self::of_any(name.into(), max_concurrency, Arc::new(participant))
+    }
+
+    /// A service whose code is a [`DurableParticipant`]: after a restart with the same
+    /// [journal](crate::Embedded::journal) it is asked what it holds in doubt.
+    pub fn from_durable(
+        name: impl Into<String>,
+        max_concurrency: u32,
+        participant: impl DurableParticipant,
+    ) -> Self {
+        Self::of_any(name.into(), max_concurrency, Arc::new(Durable(participant)))
+    }
+
+    fn of_any(name: String, max_concurrency: u32, participant: Arc<dyn AnyParticipant>) -> Self {
+        let code = Code::Participant(participant);
+        Self { name, max_concurrency, max_wait: Self::MAX_WAIT, code }
     }
 
     /// How long a prepare may wait for a slot, by default 1 s. Zero: it is refused at once when no

@@ -101,6 +101,8 @@ impl ServeSettings {
         };
         participant::Settings {
             has_store: true,
+            // Whether it does is for the store to say, when it is asked.
+            remembers_commits: true,
             inquire_after: self.inquire_after,
             seed: unique::number(),
             ..participant::Settings::new(

@@ -2,7 +2,7 @@
 
 use crate::{
     input::services::ServiceSpec,
-    participant::{Error, Finish, InDoubt, Participant, Prepare, Verdict},
+    participant::{DurableParticipant, Error, Finish, InDoubt, Participant, Prepare, Verdict},
     protocol::{
         ids::{StoreId, TransactionKey},
         message::Outcome,
@@ -13,25 +13,21 @@ use crate::{
     },
 };
 
-/// A service as services.json describes it.
+/// A service as services.json describes it. It holds nothing that could be asked for.
 #[derive(Debug)]
 pub struct Simulated {
     behaviours: Behaviours,
-    /// What it holds. Without it, it holds nothing that could be asked for.
-    store: Option<SimulatedStore>,
 }
 
 impl Simulated {
     /// The service that `spec` describes; runs with the same `seed` repeat each other.
     pub fn new(spec: &ServiceSpec, seed: u64) -> Self {
-        Self { behaviours: Behaviours::new(spec, seed), store: None }
+        Self { behaviours: Behaviours::new(spec, seed) }
     }
 
     /// The same, holding what it prepares in `store`.
-    #[must_use]
-    pub fn with_store(mut self, store: SimulatedStore) -> Self {
-        self.store = Some(store);
-        self
+    pub fn with_store(self, store: SimulatedStore) -> Stored {
+        Stored { service: self, store }
     }
 
     /// What the code of a prepare does, and what it is to be counted as.
@@ -52,21 +48,6 @@ impl Simulated {
             }
             Ending::Success | Ending::Panic | Ending::Hang => Ok(Verdict::Prepared),
         }
-    }
-
-    async fn finish(&self, call: Finish, kind: Call) -> Result<(), Error> {
-        let Some(store) = &self.store else { return self.finish_code(&call, kind).await };
-        let (name, outcome) = match kind {
-            Call::Prepare | Call::Commit => ("commit", Outcome::Committed),
-            Call::Abort => ("abort", Outcome::Aborted),
-        };
-        let called = store.called(name, &call.key, &call.branch)?;
-        let mut ended = self.finish_code(&call, kind).await;
-        if ended.is_ok() {
-            ended = store.finish(&call, outcome).await.map_err(Error::from);
-        }
-        called.ended(if ended.is_ok() { "done" } else { "failed" });
-        ended
     }
 
     async fn finish_code(&self, call: &Finish, kind: Call) -> Result<(), Error> {
@@ -96,11 +77,47 @@ fn word(verdict: &Result<Verdict, Error>) -> &'static str {
 
 impl Participant for Simulated {
     async fn prepare(&self, call: Prepare) -> Result<Verdict, Error> {
-        let Some(store) = &self.store else { return self.decide(&call).await };
-        let called = store.called("prepare", &call.key, &call.branch)?;
-        let mut verdict = self.decide(&call).await;
+        self.decide(&call).await
+    }
+
+    async fn commit(&self, call: Finish) -> Result<(), Error> {
+        self.finish_code(&call, Call::Commit).await
+    }
+
+    async fn abort(&self, call: Finish) -> Result<(), Error> {
+        self.finish_code(&call, Call::Abort).await
+    }
+}
+
+/// The same with a store.
+#[derive(Debug)]
+pub struct Stored {
+    service: Simulated,
+    store: SimulatedStore,
+}
+
+impl Stored {
+    async fn finish(&self, call: Finish, kind: Call) -> Result<(), Error> {
+        let (name, outcome) = match kind {
+            Call::Prepare | Call::Commit => ("commit", Outcome::Committed),
+            Call::Abort => ("abort", Outcome::Aborted),
+        };
+        let called = self.store.called(name, &call.key, &call.branch)?;
+        let mut ended = self.service.finish_code(&call, kind).await;
+        if ended.is_ok() {
+            ended = self.store.finish(&call, outcome).await.map_err(Error::from);
+        }
+        called.ended(if ended.is_ok() { "done" } else { "failed" });
+        ended
+    }
+}
+
+impl Participant for Stored {
+    async fn prepare(&self, call: Prepare) -> Result<Verdict, Error> {
+        let called = self.store.called("prepare", &call.key, &call.branch)?;
+        let mut verdict = self.service.decide(&call).await;
         if let Ok(Verdict::Prepared) = verdict
-            && let Err(error) = store.prepare(&call)
+            && let Err(error) = self.store.prepare(&call)
         {
             verdict = Err(error.into());
         }
@@ -115,26 +132,18 @@ impl Participant for Simulated {
     async fn abort(&self, call: Finish) -> Result<(), Error> {
         self.finish(call, Call::Abort).await
     }
+}
 
-    fn has_store(&self) -> bool {
-        self.store.is_some()
+impl DurableParticipant for Stored {
+    async fn in_doubt(&self, of: Option<TransactionKey>) -> Result<Vec<InDoubt>, Error> {
+        Ok(self.store.in_doubt(of.as_ref())?)
     }
 
     async fn store_id(&self) -> Result<Option<StoreId>, Error> {
-        Ok(self.store.as_ref().and_then(SimulatedStore::id).cloned())
+        Ok(self.store.id().cloned())
     }
 
-    fn remembers_commits(&self) -> bool {
-        self.store.as_ref().is_some_and(SimulatedStore::remembers_commits)
-    }
-
-    async fn has_committed(&self, call: Finish) -> Result<bool, Error> {
-        let committed = self.store.as_ref().map(|store| store.has_committed(&call));
-        Ok(committed.transpose()?.unwrap_or(true))
-    }
-
-    async fn in_doubt(&self, of: Option<TransactionKey>) -> Result<Vec<InDoubt>, Error> {
-        let held = self.store.as_ref().map(|store| store.in_doubt(of.as_ref()));
-        Ok(held.transpose()?.unwrap_or_default())
+    async fn has_committed(&self, call: Finish) -> Result<Option<bool>, Error> {
+        Ok(self.store.has_committed(&call)?)
     }
 }

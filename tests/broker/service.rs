@@ -11,11 +11,8 @@ use std::{
 };
 
 use dtc::{
-    Participant, Verdict,
     input::services,
-    participant::{
-        Error, Finish, Prepare, error::ServeError, serve::serve, settings::ServeSettings,
-    },
+    participant::{error::ServeError, serve::serve, settings::ServeSettings},
     protocol::{ids::ServiceName, message::Cap, time::Time},
     simulated::{service::Simulated, store::SimulatedStore},
     transport::amqp::{
@@ -560,24 +557,6 @@ async fn a_service_that_the_broker_refuses_ends() {
     let error = timeout(PATIENCE, service.task).await.unwrap().unwrap().unwrap_err();
     assert!(matches!(error, ServeError::Refused { .. }), "{error:?}");
     assert!(!format!("{error:?}").contains("wrong"));
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_service_without_a_store_is_not_served() {
-    struct Forgetful;
-    impl Participant for Forgetful {
-        async fn prepare(&self, _: Prepare) -> Result<Verdict, Error> {
-            Ok(Verdict::Prepared)
-        }
-        async fn commit(&self, _: Finish) -> Result<(), Error> {
-            Ok(())
-        }
-    }
-    let broker = Address::new("amqp://127.0.0.1:1".parse().unwrap(), "test");
-    let names = Names::new(Namespace::parse("dtc").unwrap());
-    let settings = ServeSettings::new(broker, names, ServiceName::parse(SERVICE).unwrap(), 1);
-    let served = serve(Forgetful, settings, std::future::pending()).await;
-    assert!(matches!(served, Err(ServeError::NoStore { .. })), "{served:?}");
 }
 
 // ---- The other side --------------------------------------------------------------------------

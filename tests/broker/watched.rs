@@ -15,7 +15,7 @@ use std::{
 };
 
 use dtc::{
-    participant::{Error, Finish, InDoubt, Participant, Prepare, Verdict},
+    participant::{DurableParticipant, Error, Finish, InDoubt, Participant, Prepare, Verdict},
     protocol::ids::{Branch, InstanceId, TransactionKey},
 };
 use futures_util::future::BoxFuture;
@@ -320,11 +320,9 @@ impl Participant for Watched {
         self.change(|book| book.prepared.remove(&call.branch));
         Ok(())
     }
+}
 
-    fn has_store(&self) -> bool {
-        true
-    }
-
+impl DurableParticipant for Watched {
     async fn in_doubt(&self, of: Option<TransactionKey>) -> Result<Vec<InDoubt>, Error> {
         let book = self.book();
         let asked_for = |it: &&InDoubt| of.as_ref().is_none_or(|key| it.key == *key);

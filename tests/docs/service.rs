@@ -29,7 +29,7 @@ impl Store {
 // ---- docs/services.md ----
 
 use dtc::{
-    Broker, Names, Namespace, Participant, ServeSettings, Verdict,
+    Broker, DurableParticipant, Names, Namespace, Participant, ServeSettings, Verdict,
     participant::{Error, Finish, InDoubt, Prepare},
     protocol::ids::{ServiceName, TransactionKey},
     serve,
@@ -57,11 +57,9 @@ impl Participant for Payments {
     async fn abort(&self, call: Finish) -> Result<(), Error> {
         self.store.release(&call.key, &call.branch).await
     }
+}
 
-    fn has_store(&self) -> bool {
-        true
-    }
-
+impl DurableParticipant for Payments {
     /// Every prepared branch, other instances' too; of one transaction, if `of` names it.
     async fn in_doubt(&self, of: Option<TransactionKey>) -> Result<Vec<InDoubt>, Error> {
         self.store.prepared(of).await
