@@ -24,7 +24,7 @@
 use std::{env, error::Error, process, time::Duration};
 
 use dtc::{
-    Broker, Client, Names, Namespace, Submission, TransactionKey,
+    Broker, Client, Names, Namespace, Transaction, TransactionKey,
     client::{SubmitError, WaitError},
 };
 use serde_json::json;
@@ -36,7 +36,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let names = Names::new(Namespace::parse(&namespace)?);
     let client = Client::connect(Broker::new(url.parse()?, "producer"), names);
 
-    let order = |id: &str| Submission::new(id, ["payments", "stock"], json!({"amount": 100}));
+    let order = |id: &str| Transaction::new(id, ["payments", "stock"], json!({"amount": 100}));
     let order = match env::args().nth(1) {
         Some(key) => {
             let TransactionKey { id, requested_at } = key.parse()?;

@@ -8,7 +8,7 @@
 //!
 //! # On RabbitMQ
 //!
-//! * Producers: [`Client`] takes a [`Submission`] to the workers and brings back how it ended.
+//! * Producers: [`Client`] takes a [`Transaction`] to the workers and brings back how it ended.
 //! * Services: [`serve`] runs one instance of a [`DurableParticipant`], as [`ServeSettings`] say.
 //! * Workers: [`worker::run`], which is what `dtc worker` does.
 //!
@@ -39,6 +39,7 @@
 //!   with a complaint for each value that is not as it should be.
 //! * [`wire`]: JSON as promised to others.
 //! * [`transport`]: moving messages, at least once. [`journal`]: the journal of one process.
+//!   `transaction`: what is asked of a coordinator, and what comes of it.
 //! * [`worker`]: what drives a coordinator on a broker.
 //! * [`participant`]: the SDK for services.
 //! * [`client`]: for producers.
@@ -74,6 +75,8 @@ pub mod participant;
 pub mod protocol;
 #[cfg(feature = "cli")]
 pub mod simulated;
+#[cfg(any(feature = "client", feature = "embedded"))]
+mod transaction;
 pub mod transport;
 pub mod unique;
 pub mod wire;
@@ -81,7 +84,7 @@ pub mod wire;
 pub mod worker;
 
 #[cfg(feature = "client")]
-pub use crate::client::{Client, Submission};
+pub use crate::client::Client;
 #[cfg(any(feature = "service", feature = "embedded"))]
 pub use crate::participant::{DurableParticipant, Participant, Verdict};
 #[cfg(feature = "service")]
@@ -91,6 +94,8 @@ pub use crate::protocol::{
     message::{Outcome, Reason, ReasonCode},
     time::Time,
 };
+#[cfg(any(feature = "client", feature = "embedded"))]
+pub use crate::transaction::{InvalidTransaction, Transaction, TransactionResult};
 #[cfg(feature = "amqp")]
 pub use crate::transport::amqp::{
     connection::Broker,
@@ -99,9 +104,7 @@ pub use crate::transport::amqp::{
 };
 #[cfg(feature = "embedded")]
 pub use crate::{
-    embedded::{
-        Embedded, InvalidService, InvalidTransaction, RunError, Transaction, TransactionResult, run,
-    },
+    embedded::{Embedded, InvalidService, RunError, run},
     journal::file::JournalError,
     participant::Service,
 };

@@ -18,7 +18,7 @@ const FLOORS: [&[&str]; 8] = [
     &["anomalies", "clock", "complaint", "error", "unique"],
     &["json"],
     &["wire"],
-    &["transport", "journal"],
+    &["transport", "journal", "transaction"],
     &["worker", "participant", "client", "input"],
     &["embedded", "simulated"],
     &["cli", "main"],

@@ -80,7 +80,7 @@ fn told(results: &[TransactionResult]) -> (Outcome, Option<ReasonCode>, Option<&
     let [result] = results else { panic!("one result, not {results:?}") };
     let reason = result.reason.as_ref();
     let message = reason.and_then(|reason| reason.message.as_deref());
-    (result.status, reason.map(|reason| reason.code), message)
+    (result.outcome, reason.map(|reason| reason.code), message)
 }
 
 // ---- What a run gives --------------------------------------------------------------------------
@@ -105,7 +105,7 @@ async fn the_example_of_the_task_commits_both() {
     .await
     .unwrap();
 
-    let told: Vec<_> = results.iter().map(|it| (it.id.as_str(), it.status.as_str())).collect();
+    let told: Vec<_> = results.iter().map(|it| (it.id.as_str(), it.outcome.as_str())).collect();
     assert_eq!(told, [("TX1", "COMMITTED"), ("TX2", "COMMITTED")]);
     let expected = [
         "ServiceA commit TX1",
@@ -129,9 +129,9 @@ async fn results_come_in_the_order_of_the_transactions() {
         Ok(!n.is_multiple_of(3))
     });
     let results = run([slow_first], transactions(50, &["A"])).await.unwrap();
-    let ids: Vec<_> = results.iter().map(|it| it.id.clone()).collect();
+    let ids: Vec<_> = results.iter().map(|it| it.id.to_string()).collect();
     assert_eq!(ids, (0..50).map(|n| format!("t{n}")).collect::<Vec<_>>());
-    let aborted: Vec<_> = results.iter().map(|it| it.status == Outcome::Aborted).collect();
+    let aborted: Vec<_> = results.iter().map(|it| it.outcome == Outcome::Aborted).collect();
     assert_eq!(aborted, (0..50).map(|n| n % 3 == 0).collect::<Vec<_>>());
 }
 
@@ -168,7 +168,7 @@ async fn ten_thousand_transactions_commit() {
     let services = [log.service("A", 3), log.service("B", 64)];
     let results = run(services, transactions(10_000, &["A", "B"])).await.unwrap();
     assert_eq!(results.len(), 10_000);
-    assert!(results.iter().all(|it| it.status == Outcome::Committed));
+    assert!(results.iter().all(|it| it.outcome == Outcome::Committed));
     assert_eq!(log.sorted().len(), 40_000);
 }
 
@@ -185,7 +185,7 @@ fn both_kinds_of_runtime_will_do() {
             }),
         ];
         let ran = runtime.block_on(run(services, transactions(100, &["A", "B"]))).unwrap();
-        assert!(ran.iter().all(|it| it.status == Outcome::Committed));
+        assert!(ran.iter().all(|it| it.outcome == Outcome::Committed));
     }
 }
 
@@ -418,7 +418,7 @@ async fn a_closure_that_blocks_does_not_hold_up_the_others() {
     });
     let all = [transaction("waits", &["A"]), transaction("opens", &["B"])];
     let results = run([blocked, opens], all).await.unwrap();
-    assert!(results.iter().all(|it| it.status == Outcome::Committed));
+    assert!(results.iter().all(|it| it.outcome == Outcome::Committed));
 }
 
 #[tokio::test]
@@ -447,7 +447,7 @@ async fn a_blocking_prepare_that_outlives_its_time_keeps_its_slot_and_is_aborted
             aborts.add("A", "abort", id);
             Ok(())
         });
-    let slow = Transaction { timeout: Some(ms(50)), ..transaction("slow", &["A"]) };
+    let slow = transaction("slow", &["A"]).timeout(ms(50));
     // Opens the gate once the slow one has been given up.
     let (counted, until) = (log.clone(), Arc::new(AtomicU32::new(0)));
     let b = Service::new("B", 1).prepare_async(move |_, _| {
@@ -462,7 +462,7 @@ async fn a_blocking_prepare_that_outlives_its_time_keeps_its_slot_and_is_aborted
     });
     let all = [slow, transaction("next", &["A"]), transaction("opens", &["B"])];
     let results = run([a, b], all).await.unwrap();
-    let statuses: Vec<_> = results.iter().map(|it| it.status).collect();
+    let statuses: Vec<_> = results.iter().map(|it| it.outcome).collect();
     assert_eq!(statuses, [Outcome::Aborted, Outcome::Committed, Outcome::Committed]);
     assert_eq!(most.load(Ordering::SeqCst), 1);
     let entries = log.0.lock().unwrap().clone();
@@ -539,7 +539,7 @@ async fn a_participant_written_by_hand_is_called_for_what_it_said() {
     let all = [wish("1", "buy"), wish("2", "look"), wish("3", "steal"), wish("4", "explode")];
     let results = run(services, all).await.unwrap();
 
-    let statuses: Vec<_> = results.iter().map(|it| it.status.as_str()).collect();
+    let statuses: Vec<_> = results.iter().map(|it| it.outcome.as_str()).collect();
     assert_eq!(statuses, ["COMMITTED", "COMMITTED", "ABORTED", "ABORTED"]);
     assert_eq!(results[2].reason.as_ref().unwrap().message.as_deref(), Some("not yours"));
     assert_eq!(results[3].reason.as_ref().unwrap().message.as_deref(), Some("boom"));
@@ -684,14 +684,14 @@ async fn closures_are_told_again_what_was_decided_and_not_finished() {
     let forgetful = |_| async { Err("what was that?".into()) };
     let services = [log.service("C", 8).commit_async(forgetful), quick.service("Q", 8)];
     let results = run_with(services, &journal, transactions(1, &["C", "Q"])).await;
-    assert_eq!(results[0].status, Outcome::Committed);
+    assert_eq!(results[0].outcome, Outcome::Committed);
     let unresolved = results[0].unresolved.iter().map(|it| it.as_str()).collect::<Vec<_>>();
     assert_eq!(unresolved, ["C"]);
 
     let n_calls = quick.sorted().len();
     let services = [log.service("C", 8), quick.service("Q", 8)];
     let results = run_with(services, &journal, transactions(1, &["C", "Q"])).await;
-    assert_eq!((results[0].status, results[0].unresolved.len()), (Outcome::Committed, 0));
+    assert_eq!((results[0].outcome, results[0].unresolved.len()), (Outcome::Committed, 0));
     assert_eq!(log.sorted(), ["C commit t0", "C prepare t0"]);
     assert_eq!(quick.sorted().len(), n_calls, "what has committed is not told again");
 }
@@ -950,7 +950,7 @@ proptest! {
         for (result, calls) in results.iter().zip(&scenario.transactions) {
             prop_assert!(result.unresolved.is_empty());
             let all_agree = calls.iter().all(|(_, ending, _)| *ending == Ending::Yes);
-            let committed = result.status == Outcome::Committed;
+            let committed = result.outcome == Outcome::Committed;
             // Whoever waits for one that hangs may run into its own deadline.
             let nobody_hangs =
                 scenario.transactions.iter().flatten().all(|(_, it, _)| *it != Ending::Hang);
@@ -958,8 +958,8 @@ proptest! {
             prop_assert!(committed || !all_agree || !nobody_hangs, "{result:?}");
             for (service, ..) in calls {
                 let books = books[*service].lock().unwrap();
-                prop_assert_eq!(books.committed.contains(&result.id), committed);
-                prop_assert!(!(books.aborted.contains(&result.id) && committed));
+                prop_assert_eq!(books.committed.contains(result.id.as_str()), committed);
+                prop_assert!(!(books.aborted.contains(result.id.as_str()) && committed));
             }
         }
         for (number, books) in books.iter().enumerate() {

@@ -20,7 +20,6 @@
 
 pub mod history;
 mod results;
-mod submission;
 
 // The page's program is an example of the documentation: it is compiled as one.
 #[cfg(doctest)]
@@ -41,11 +40,8 @@ use tokio::{
     time::Instant,
 };
 
+pub use self::results::ListenError;
 use self::results::{Results, State};
-pub use self::{
-    results::ListenError,
-    submission::{InvalidSubmission, Submission},
-};
 use crate::{
     clock::Clock,
     protocol::{
@@ -53,6 +49,7 @@ use crate::{
         message::{Answer, TransactionSpec},
         time::Time,
     },
+    transaction::{InvalidTransaction, Transaction, TransactionResult},
     transport::amqp::{
         connection::{Backoff, Broker, ConnectError},
         error::{Disposition, is_not_found, is_refusal},
@@ -60,7 +57,7 @@ use crate::{
         pool::{Channels, PublishError},
         publisher::Outgoing,
     },
-    wire::message::{Kind, RequestTooLarge, encode_request},
+    wire::message::{Kind, encode_request},
 };
 
 /// The routing key of requests.
@@ -137,7 +134,7 @@ impl HasWorked {
 pub enum SubmitError {
     /// It can't be sent as it is.
     #[error("invalid transaction")]
-    Invalid(#[from] InvalidSubmission),
+    Invalid(#[from] InvalidTransaction),
     /// Nothing takes requests in this namespace: `dtc topology apply` has yet to be run.
     #[error("nothing takes requests in namespace `{namespace}`: run `dtc topology apply`")]
     NoTopology {
@@ -223,7 +220,7 @@ impl Client {
         Ok(())
     }
 
-    /// Hands `submission` to the broker, and returns when that has it safely.
+    /// Hands `transaction` to the broker, and returns when that has it safely.
     ///
     /// What was not confirmed, or not taken, is sent again until
     /// [`publish_timeout`](Settings::publish_timeout) is over, each time under the same key.
@@ -231,13 +228,13 @@ impl Client {
     /// # Errors
     ///
     /// It is not known to be with the broker.
-    pub async fn submit(&self, submission: Submission) -> Result<TransactionKey, SubmitError> {
-        let requested_at = submission.requested_at.unwrap_or_else(|| self.now());
-        let spec = submission.check()?;
+    pub async fn submit(&self, transaction: Transaction) -> Result<TransactionKey, SubmitError> {
+        let requested_at = transaction.moment().unwrap_or_else(|| self.now());
+        let spec = transaction.check()?;
         self.hand_over(&spec, requested_at, self.shared.settings.publish_timeout).await
     }
 
-    /// Submits `submission`, and returns with its result.
+    /// Submits `transaction`, and returns with its result.
     ///
     /// It survives lost connections: what is unanswered then is sent again under the same key.
     ///
@@ -246,12 +243,13 @@ impl Client {
     /// There is no answer within `timeout`, or there will be none.
     pub async fn submit_and_wait(
         &self,
-        submission: Submission,
+        transaction: Transaction,
         timeout: Duration,
-    ) -> Result<Answer, WaitError> {
-        let requested_at = submission.requested_at.unwrap_or_else(|| self.now());
-        let spec = submission.check().map_err(SubmitError::from)?;
-        self.hand_over_and_wait(&spec, requested_at, timeout).await
+    ) -> Result<TransactionResult, WaitError> {
+        let requested_at = transaction.moment().unwrap_or_else(|| self.now());
+        let spec = transaction.check().map_err(SubmitError::from)?;
+        let answer = self.hand_over_and_wait(&spec, requested_at, timeout).await?;
+        Ok(TransactionResult::of(answer))
     }
 
     /// Says goodbye to the broker. What is still waited for is not answered.
@@ -401,7 +399,7 @@ impl Client {
 
     /// Whether `spec` fits into a message.
     #[cfg(feature = "cli")]
-    pub(crate) fn check(&self, spec: &TransactionSpec) -> Result<(), InvalidSubmission> {
+    pub(crate) fn check(&self, spec: &TransactionSpec) -> Result<(), InvalidTransaction> {
         self.request(spec, Time::EPOCH, Some(&results::reply_token())).map(drop)
     }
 
@@ -410,10 +408,11 @@ impl Client {
         spec: &TransactionSpec,
         requested_at: Time,
         reply: Option<&ReplyToken>,
-    ) -> Result<Request, InvalidSubmission> {
-        let too_large =
-            |source: RequestTooLarge| InvalidSubmission::TooLarge { id: spec.id.clone(), source };
-        let body = encode_request(spec, reply).map_err(too_large)?;
+    ) -> Result<Request, InvalidTransaction> {
+        let body = encode_request(spec, reply).map_err(|error| InvalidTransaction::TooLarge {
+            id: spec.id.clone(),
+            problem: error.to_string(),
+        })?;
         let Key { key, seconds } = Key::of(spec, requested_at);
         let message = Outgoing {
             exchange: self.shared.names.requests(),

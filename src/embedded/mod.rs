@@ -21,7 +21,6 @@ mod front_page {}
 
 use std::{collections::BTreeSet, path::PathBuf, sync::Arc, time::Duration};
 
-use serde_json::Value;
 use tokio::sync::mpsc;
 
 pub(crate) use self::report::Concluded;
@@ -43,94 +42,12 @@ use crate::{
     participant::{self, AnyParticipant, Ended, Service},
     protocol::{
         coordinator,
-        ids::{InstanceId, InvalidName, ServiceName, TransactionId},
-        message::{Outcome, Reason, TransactionSpec},
+        ids::{InstanceId, InvalidName, ServiceName},
+        message::TransactionSpec,
         time::Time,
     },
-    wire::hash,
+    transaction::{InvalidTransaction, Transaction, TransactionResult},
 };
-
-/// What is to commit at every service named, or at none.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Transaction {
-    /// What it is called: `[A-Za-z0-9._:-]{1,128}`, each id once in a run.
-    pub id: String,
-    /// The services it is about. At least one; one named twice counts once.
-    pub involved_services: Vec<String>,
-    /// Handed to every prepare: a JSON object.
-    pub data: Value,
-    /// How long the prepares may take; `None`: the coordinator's default.
-    pub timeout: Option<Duration>,
-}
-
-impl Transaction {
-    /// A transaction over `involved_services`.
-    pub fn new<S: Into<String>>(
-        id: impl Into<String>,
-        involved_services: impl IntoIterator<Item = S>,
-        data: Value,
-    ) -> Self {
-        let involved_services = involved_services.into_iter().map(Into::into).collect();
-        Self { id: id.into(), involved_services, data, timeout: None }
-    }
-
-    fn check(&self) -> Result<TransactionSpec, InvalidTransaction> {
-        let id = TransactionId::parse(&self.id)?;
-        let services: Result<BTreeSet<_>, _> =
-            self.involved_services.iter().map(|name| ServiceName::parse(name)).collect();
-        let services: Arc<[_]> = services?.into_iter().collect();
-        if services.is_empty() {
-            return Err(InvalidTransaction::NoServices { id });
-        }
-        let Value::Object(data) = &self.data else {
-            return Err(InvalidTransaction::DataNotAnObject { id });
-        };
-        let data = hash::canonical(data.clone());
-        let request_hash = hash::request_hash(&services, &data);
-        Ok(TransactionSpec { id, services, data, request_hash, timeout: self.timeout })
-    }
-}
-
-/// How a transaction has ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TransactionResult {
-    /// Its id.
-    pub id: String,
-    /// `COMMITTED` or `ABORTED`.
-    pub status: Outcome,
-    /// Why it aborted.
-    pub reason: Option<Reason>,
-    /// The services whose commit failed for good: the transaction is committed, and they have still
-    /// to catch up.
-    pub unresolved: Vec<ServiceName>,
-}
-
-/// A transaction that can't be run as it is.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum InvalidTransaction {
-    /// Its id or one of its services has a name that is not one.
-    #[error(transparent)]
-    Name(#[from] InvalidName),
-    /// It names no service.
-    #[error("transaction `{id}` involves no service")]
-    NoServices {
-        /// Which.
-        id: TransactionId,
-    },
-    /// Its data is not a JSON object.
-    #[error("the data of transaction `{id}` is not a JSON object")]
-    DataNotAnObject {
-        /// Which.
-        id: TransactionId,
-    },
-    /// Another transaction of the run has its id.
-    #[error("transaction `{id}` is there twice")]
-    DuplicateId {
-        /// Which.
-        id: TransactionId,
-    },
-}
 
 /// A service that can't be used as it is.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -187,7 +104,7 @@ pub enum RunError {
 ///
 /// let results = run(services, transactions).await?;
 ///
-/// let told: Vec<_> = results.iter().map(|result| (result.id.as_str(), result.status)).collect();
+/// let told: Vec<_> = results.iter().map(|result| (result.id.as_str(), result.outcome)).collect();
 /// assert_eq!(told, [("TX1", Outcome::Committed), ("TX2", Outcome::Committed)]);
 /// # Ok(())
 /// # }
@@ -370,12 +287,7 @@ impl Embedded {
             while let Some(batch) = conclusions.recv().await {
                 for Concluded { answer, .. } in batch {
                     let Some(&place) = places.get(&answer.id) else { continue };
-                    results[place] = Some(TransactionResult {
-                        id: answer.id.to_string(),
-                        status: answer.outcome,
-                        reason: answer.reason,
-                        unresolved: answer.unresolved,
-                    });
+                    results[place] = Some(TransactionResult::of(answer));
                 }
             }
         };

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use dtc::{
-    client::Submission,
+    Transaction,
     transport::amqp::{
         connection::Broker,
         stream::{From, Scan},
@@ -76,8 +76,8 @@ async fn a_journal_that_is_lost_under_a_worker_is_noticed_and_nothing_is_guessed
     let mut unresolved = system.raw.read(&system.names.unresolved()).await;
     let waiting = tokio::spawn({
         let client = system.another_client();
-        let submission = Submission::new("after", ["payments"], json!({}));
-        async move { client.submit_and_wait(submission, LIMIT * 4).await }
+        let transaction = Transaction::new("after", ["payments"], json!({}));
+        async move { client.submit_and_wait(transaction, LIMIT * 4).await }
     });
 
     let parked = unresolved.items("dtc.parked.v1").await;

@@ -10,12 +10,12 @@
 use std::time::Duration;
 
 use dtc::{
-    client::{self, Client, Submission},
+    Client, Transaction, TransactionResult, client,
     clock::Clock,
     participant::{error::ServeError, serve, settings::ServeSettings},
     protocol::{
         ids::{ServiceName, WorkerId},
-        message::{Answer, Cap},
+        message::Cap,
     },
     transport::amqp::{
         connection::Broker,
@@ -266,13 +266,13 @@ impl System {
     }
 
     /// How a transaction over `services` ends.
-    pub(crate) async fn run(&self, id: &str, services: &[&str], data: Value) -> Answer {
-        run(&self.client, Submission::new(id, services.iter().copied(), data)).await
+    pub(crate) async fn run(&self, id: &str, services: &[&str], data: Value) -> TransactionResult {
+        run(&self.client, Transaction::new(id, services.iter().copied(), data)).await
     }
 
     /// How all of them end, submitted at once.
-    pub(crate) async fn run_all(&self, submissions: Vec<Submission>) -> Vec<Answer> {
-        join_all(submissions.into_iter().map(|submission| run(&self.client, submission))).await
+    pub(crate) async fn run_all(&self, transactions: Vec<Transaction>) -> Vec<TransactionResult> {
+        join_all(transactions.into_iter().map(|transaction| run(&self.client, transaction))).await
     }
 
     /// Lets everyone finish; what each worker did.
@@ -302,9 +302,9 @@ impl System {
     }
 }
 
-/// How `submission` ends.
-pub(crate) async fn run(client: &Client, submission: Submission) -> Answer {
-    client.submit_and_wait(submission, LIMIT).await.unwrap()
+/// How `transaction` ends.
+pub(crate) async fn run(client: &Client, transaction: Transaction) -> TransactionResult {
+    client.submit_and_wait(transaction, LIMIT).await.unwrap()
 }
 
 fn stopped(stopping: &watch::Sender<bool>) -> impl Future<Output = ()> + Send + 'static {

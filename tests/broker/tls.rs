@@ -6,8 +6,8 @@
 use std::{fs, process::Command, time::Duration};
 
 use dtc::{
-    Identity, Pem, Tls,
-    client::{Client, Settings, Submission, SubmitError, WaitError},
+    Client, Identity, Pem, Tls, Transaction,
+    client::{Settings, SubmitError, WaitError},
     error::Chain,
     transport::amqp::{
         connection::{Broker as At, ConnectError},
@@ -264,7 +264,7 @@ async fn a_client_that_has_worked_outlasts_certificates_that_do_not_fit_for_a_wh
     let names = Names::new(Namespace::parse(&world.place.namespace).unwrap());
     let settings = Settings { publish_timeout: Duration::from_secs(2), ..Settings::default() };
     let client = Client::with(at, names, settings);
-    let transaction = |id: &str| Submission::new(id, ["a"], json!({}));
+    let transaction = |id: &str| Transaction::new(id, ["a"], json!({}));
     client.submit(transaction("t1")).await.unwrap();
 
     let renewed = new.signs("broker", &["localhost"]);
