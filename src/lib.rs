@@ -99,6 +99,7 @@ pub use crate::transaction::{InvalidTransaction, Transaction, TransactionResult}
 #[cfg(feature = "amqp")]
 pub use crate::transport::amqp::{
     connection::Broker,
+    error::BrokerError,
     names::{Names, Namespace},
     tls::{Identity, Pem, Tls},
 };

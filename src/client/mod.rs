@@ -40,8 +40,7 @@ use tokio::{
     time::Instant,
 };
 
-pub use self::results::ListenError;
-use self::results::{Results, State};
+use self::results::{ListenError, Results, State};
 use crate::{
     clock::Clock,
     protocol::{
@@ -52,7 +51,7 @@ use crate::{
     transaction::{InvalidTransaction, Transaction, TransactionResult},
     transport::amqp::{
         connection::{Backoff, Broker, ConnectError},
-        error::{Disposition, is_not_found, is_refusal},
+        error::{BrokerError, Disposition, is_not_found, is_refusal},
         names::{Names, Namespace},
         pool::{Channels, PublishError},
         publisher::Outgoing,
@@ -148,7 +147,7 @@ pub enum SubmitError {
         key: TransactionKey,
         /// What it said.
         #[source]
-        source: Box<PublishError>,
+        source: BrokerError,
     },
     /// The broker has not confirmed it in time. It may have arrived all the same: ask again with
     /// the same key.
@@ -160,7 +159,7 @@ pub enum SubmitError {
         limit: Duration,
         /// What the last try ended in; `None`: it did not end.
         #[source]
-        source: Option<Box<PublishError>>,
+        source: Option<BrokerError>,
     },
 }
 
@@ -171,9 +170,17 @@ pub enum WaitError {
     /// The request was not handed over.
     #[error(transparent)]
     Submit(#[from] SubmitError),
-    /// The broker doesn't let us listen for results.
+    /// Nothing takes results in this namespace: `dtc topology apply` has yet to be run.
+    #[error(
+        "failed to listen for results: there is no exchange `{exchange}`: run `dtc topology apply`"
+    )]
+    NoTopology {
+        /// What is missing.
+        exchange: String,
+    },
+    /// The broker doesn't let us listen for results, or the client was closed.
     #[error("failed to listen for results")]
-    Listen(#[source] ListenError),
+    Listen(#[source] BrokerError),
     /// It takes longer. The transaction goes on: ask again with the same key.
     #[error("transaction `{}` was not answered within {} ms", key.id, limit.as_millis())]
     Unanswered {
@@ -183,7 +190,7 @@ pub enum WaitError {
         limit: Duration,
         /// What the last try to hand it over ended in, if it was never confirmed.
         #[source]
-        source: Option<Box<PublishError>>,
+        source: Option<BrokerError>,
     },
 }
 
@@ -277,7 +284,7 @@ impl Client {
         match published {
             Ok(published) => published.map(|()| request.key),
             Err(_) => {
-                let source = self.shared.channels.blocked().or(source).map(Box::new);
+                let source = self.shared.channels.blocked().or(source).map(passing);
                 Err(SubmitError::Unconfirmed { key: request.key, limit, source })
             }
         }
@@ -296,7 +303,7 @@ impl Client {
         match waiting {
             Ok(answered) => answered,
             Err(_) => {
-                let source = self.shared.channels.blocked().or(source).map(Box::new);
+                let source = self.shared.channels.blocked().or(source).map(passing);
                 Err(WaitError::Unanswered { key, limit, source })
             }
         }
@@ -316,7 +323,7 @@ impl Client {
         let mut ask_again_after = ASK_AGAIN_FIRST;
         loop {
             // Before it is published: a result that finds no queue is not sent again.
-            let reply = is_up(&mut listening).await.map_err(WaitError::Listen)?;
+            let reply = is_up(&mut listening).await?;
             let request = self.request(spec, requested_at, Some(&reply));
             let request = request.map_err(SubmitError::from)?;
             tokio::select! {
@@ -383,7 +390,8 @@ impl Client {
                     return Err(SubmitError::NoTopology { namespace });
                 }
                 Fate::GiveUp => {
-                    let (key, source) = (request.key.clone(), Box::new(error));
+                    let (key, source) =
+                        (request.key.clone(), BrokerError::new(error, Disposition::GiveUp));
                     return Err(SubmitError::Refused { key, source });
                 }
             }
@@ -446,6 +454,26 @@ impl Key {
         let seconds = requested_at.as_millis() / 1000;
         let requested_at = Time::from_millis(seconds * 1000);
         Self { key: TransactionKey { id: spec.id.clone(), requested_at }, seconds }
+    }
+}
+
+/// A failure to publish that the next try may not have.
+fn passing(error: PublishError) -> BrokerError {
+    BrokerError::new(error, Disposition::Retry)
+}
+
+impl From<ListenError> for WaitError {
+    fn from(error: ListenError) -> Self {
+        match error {
+            ListenError::NoTopology { exchange } => Self::NoTopology { exchange },
+            ListenError::Connect(_)
+            | ListenError::Queue(_)
+            | ListenError::Exchange { .. }
+            | ListenError::Closed => {
+                let disposition = error.disposition();
+                Self::Listen(BrokerError::new(error, disposition))
+            }
+        }
     }
 }
 

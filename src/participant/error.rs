@@ -5,7 +5,7 @@ use crate::{
     transport::amqp::{
         bounded::AskError,
         connection::ConnectError,
-        error::{Disposition, is_not_found},
+        error::{BrokerError, Disposition, is_not_found},
         topology::apply::TopologyError,
     },
 };
@@ -21,7 +21,7 @@ pub enum ServeError {
         service: ServiceName,
         /// What it may not do.
         #[source]
-        source: OpenError,
+        source: BrokerError,
     },
     /// Other instances of the service serve with another store.
     #[error(
@@ -44,14 +44,13 @@ pub enum ServeError {
         service: ServiceName,
         /// What is another.
         #[source]
-        source: Box<TopologyError>,
+        source: BrokerError,
     },
 }
 
 /// An instance could not take its place at the broker.
 #[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum OpenError {
+pub(super) enum OpenError {
     /// No connection.
     #[error("failed to connect")]
     Connect(#[from] ConnectError),
@@ -89,9 +88,29 @@ pub enum OpenError {
     },
 }
 
+impl ServeError {
+    /// `service` can't take its place, and waiting doesn't help.
+    pub(super) fn of(service: ServiceName, error: OpenError) -> Self {
+        let disposition = error.disposition();
+        match error {
+            OpenError::Declare(source) if matches!(*source, TopologyError::Mismatch(_)) => {
+                Self::Mismatch { service, source: BrokerError::new(*source, disposition) }
+            }
+            OpenError::OtherStore { own, other } => Self::OtherStore { service, own, other },
+            OpenError::Connect(_)
+            | OpenError::Channel(_)
+            | OpenError::Declare(_)
+            | OpenError::Queue { .. }
+            | OpenError::Exchange { .. } => {
+                Self::Refused { service, source: BrokerError::new(error, disposition) }
+            }
+        }
+    }
+}
+
 impl OpenError {
     /// Whether to try again.
-    pub fn disposition(&self) -> Disposition {
+    pub(super) fn disposition(&self) -> Disposition {
         match self {
             Self::Connect(error) => error.disposition(),
             Self::Declare(error) => error.disposition(),

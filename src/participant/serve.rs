@@ -35,7 +35,7 @@ use crate::{
         participant::{self, Effect, Event, Instance},
         time::Time,
     },
-    transport::amqp::{error::Disposition, supervisor::Supervisor, topology::apply::TopologyError},
+    transport::amqp::{error::Disposition, supervisor::Supervisor},
 };
 
 /// Serves `participant` until `stop` has come and what is prepared has heard its outcome, or the
@@ -169,7 +169,7 @@ impl Server {
             Ok(source) => {
                 let name = self.settings.names.replies().to_string();
                 let source = OpenError::Exchange { name, source: source.into() };
-                Err(ServeError::Refused { service: self.settings.service.clone(), source })
+                Err(ServeError::of(self.settings.service.clone(), source))
             }
             Err(lost) => Ok(lost),
         }
@@ -220,17 +220,7 @@ impl Server {
         session: Result<Session, OpenError>,
     ) -> Result<Option<Session>, ServeError> {
         let service = self.settings.service.clone();
-        let mut session = session.map_err(|source| match source {
-            OpenError::Declare(source) if matches!(*source, TopologyError::Mismatch(_)) => {
-                ServeError::Mismatch { service, source }
-            }
-            OpenError::OtherStore { own, other } => ServeError::OtherStore { service, own, other },
-            OpenError::Connect(_)
-            | OpenError::Channel(_)
-            | OpenError::Declare(_)
-            | OpenError::Queue { .. }
-            | OpenError::Exchange { .. } => ServeError::Refused { service, source },
-        })?;
+        let mut session = session.map_err(|error| ServeError::of(service, error))?;
         // It may have been told to stop meanwhile.
         if self.drains_until.is_some() && session.stop_prepares(self.settings.cap).await.is_err() {
             tracing::debug!("the connection is lost again");

@@ -58,7 +58,7 @@ use crate::{
     transport::amqp::{
         bounded::ANSWER_MAX,
         connection::{Broker, ConnectError},
-        error::{Disposition, is_refusal},
+        error::{BrokerError, Disposition, is_refusal},
         names::Names,
         supervisor::Supervisor,
     },
@@ -141,10 +141,10 @@ impl Tally {
 pub enum WorkerError {
     /// The broker doesn't let it in.
     #[error("the broker refuses this worker")]
-    Refused(#[source] ConnectError),
+    Refused(#[source] BrokerError),
     /// The broker doesn't let it do what a worker does.
     #[error("the broker does not permit what a worker does")]
-    NotPermitted(#[source] lapin::Error),
+    NotPermitted(#[source] BrokerError),
 }
 
 /// Works until `stop` has ended, and then finishes what it has begun. A broker that is gone is
@@ -244,6 +244,11 @@ fn ended(end: &End, state: &WorkerState) -> Tally {
     state.tally
 }
 
+/// What waiting won't help against.
+fn final_error(cause: impl std::error::Error + Send + Sync + 'static) -> BrokerError {
+    BrokerError::new(cause, Disposition::GiveUp)
+}
+
 /// Why there is no link, or no longer.
 enum Failure {
     Connect(ConnectError),
@@ -267,11 +272,11 @@ impl Failure {
     fn refusal(&self) -> Option<WorkerError> {
         match self {
             Self::Connect(error) => (error.disposition() == Disposition::GiveUp)
-                .then(|| WorkerError::Refused(error.clone())),
+                .then(|| WorkerError::Refused(final_error(error.clone()))),
             Self::Session(error) => error
                 .broker_error()
                 .filter(|error| is_refusal(error))
-                .map(|error| WorkerError::NotPermitted(error.clone())),
+                .map(|error| WorkerError::NotPermitted(final_error(error.clone()))),
         }
     }
 

@@ -84,7 +84,7 @@ async fn without_a_topology_the_remedy_is_named_at_once() {
     assert!(matches!(error, SubmitError::NoTopology { .. }), "{error:?}");
     assert!(error.to_string().contains("dtc topology apply"), "{error}");
     let error = client.submit_and_wait(transaction("TX1"), PATIENCE).await.unwrap_err();
-    assert!(matches!(error, WaitError::Listen(_)), "{error:?}");
+    assert!(matches!(error, WaitError::NoTopology { .. }), "{error:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
