@@ -36,15 +36,12 @@ async fn main() -> Result<(), Box<dyn Error>> {
     // How patient it is, and how much it takes on at once.
     settings.coordinator.in_flight_max = 64;
 
-    let stop = async {
-        // Where no signal can be waited for, it works until it is killed.
-        if tokio::signal::ctrl_c().await.is_err() {
-            std::future::pending::<()>().await;
-        }
-    };
-    // Called again after each connection that was lost.
-    let ready = || println!("ready");
-    let tally = worker::run(settings, stop, ready).await?;
+    let readiness = settings.readiness.clone();
+    tokio::spawn(async move {
+        readiness.ready().await;
+        println!("ready");
+    });
+    let tally = worker::run(settings, dtc::shutdown_signal()).await?;
     println!("{} committed, {} aborted", tally.committed, tally.aborted);
     Ok(())
 }

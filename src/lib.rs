@@ -34,7 +34,8 @@
 //!
 //! * [`protocol`]: the commit protocol as pure state machines.
 //! * [`clock`]: the one clock of a process. [`error`]: an error with all that caused it. [`unique`]:
-//!   names that nobody else has. `anomalies`: how what is unusual is logged.
+//!   names that nobody else has. `anomalies`: how what is unusual is logged. `readiness`: whether a
+//!   process is of use. `shutdown`: when it is to end.
 //! * [`complaint`]: what is wrong with what was read, where, and by which rule. `json`: reading JSON,
 //!   with a complaint for each value that is not as it should be.
 //! * [`wire`]: JSON as promised to others.
@@ -73,6 +74,10 @@ mod json;
 #[cfg(any(feature = "service", feature = "embedded"))]
 pub mod participant;
 pub mod protocol;
+#[cfg(any(feature = "service", feature = "worker"))]
+mod readiness;
+#[cfg(any(feature = "service", feature = "worker"))]
+mod shutdown;
 #[cfg(feature = "cli")]
 pub mod simulated;
 #[cfg(any(feature = "client", feature = "embedded"))]
@@ -109,3 +114,5 @@ pub use crate::{
     journal::file::JournalError,
     participant::Service,
 };
+#[cfg(any(feature = "service", feature = "worker"))]
+pub use crate::{readiness::Readiness, shutdown::shutdown_signal};

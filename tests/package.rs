@@ -30,6 +30,16 @@ fn a_producer_a_service_and_a_worker_compile_nothing_of_the_command() {
 }
 
 #[test]
+fn what_serves_hears_signals_and_a_producer_compiles_nothing_for_it() {
+    let hears = |feature| {
+        brought_by(&["--no-default-features", "--features", feature])
+            .contains("signal-hook-registry")
+    };
+    assert!(hears("service") && hears("worker"));
+    assert!(!hears("client") && !hears("embedded"));
+}
+
+#[test]
 fn a_coordinator_in_one_process_compiles_nothing_that_speaks_to_a_broker() {
     let brought = brought_by(&["--no-default-features", "--features", "embedded"]);
     assert_eq!(among(&brought, &OF_THE_COMMAND), [""; 0]);

@@ -42,7 +42,6 @@ use dtc::{
     serve,
 };
 use store::Store;
-use tokio::sync::watch;
 
 struct Account(Mutex<Store>);
 
@@ -100,20 +99,12 @@ async fn main() -> Result<(), Error> {
     let mut settings = ServeSettings::new(broker, names, name.clone(), 8);
     // In development the service declares its own queues, which else `dtc topology apply` does.
     settings.declare = Some(Duration::from_secs(1));
-    let (serving, mut served) = watch::channel(false);
-    settings.serving = Some(serving);
+    let readiness = settings.readiness.clone();
     tokio::spawn(async move {
-        if served.wait_for(|serves| *serves).await.is_ok() {
-            println!("{name} serves");
-        }
+        readiness.ready().await;
+        println!("{name} serves");
     });
 
-    let stop = async {
-        // Where no signal can be waited for, it serves until it is killed.
-        if tokio::signal::ctrl_c().await.is_err() {
-            std::future::pending::<()>().await;
-        }
-    };
-    serve(Account(Mutex::new(store)), settings, stop).await?;
+    serve(Account(Mutex::new(store)), settings, dtc::shutdown_signal()).await?;
     Ok(())
 }

@@ -14,11 +14,7 @@ use std::{
 use anyhow::{Context as _, anyhow};
 use futures_util::FutureExt as _;
 use lapin::Connection;
-use tokio::{
-    sync::{oneshot, watch},
-    task::JoinHandle,
-    time::timeout,
-};
+use tokio::{sync::watch, task::JoinHandle, time::timeout};
 
 use crate::{
     cli::{
@@ -40,6 +36,7 @@ use crate::{
         error::ServeError, serve::serve, settings::ServeSettings,
     },
     protocol::ids::{ServiceName, TransactionKey, WorkerId},
+    readiness::Readiness,
     simulated::{
         service::{Simulated, Stored},
         store::SimulatedStore,
@@ -293,19 +290,14 @@ impl System {
             tokio::spawn(serve(counted, settings, heard(&stop_services)))
         });
         let services = services.collect();
-        let (ready, mut is_ready) = oneshot::channel();
-        let mut ready = Some(ready);
-        let is_serving = move || {
-            // It is called again after a connection was lost.
-            let _ = ready.take().map(|ready| ready.send(()));
-        };
         let settings = worker_settings(plan, place)?;
-        let worker = tokio::spawn(worker::run(settings, heard(&stop), is_serving));
+        let readiness = settings.readiness.clone();
+        let worker = tokio::spawn(worker::run(settings, heard(&stop)));
         let mut system = Self { stop, worker, services, stop_services, tally };
         let started = tokio::select! {
             biased;
             () = stop_start => Ok(None),
-            started = timeout(START, system.serves(plan, place, &mut is_ready)) => match started {
+            started = timeout(START, system.serves(plan, place, &readiness)) => match started {
                 Ok(served) => served.map(Some),
                 Err(_) => {
                     let error = anyhow!("worker and services did not serve within {START:?}");
@@ -331,10 +323,10 @@ impl System {
         &mut self,
         plan: &Plan,
         place: &Place,
-        is_ready: &mut oneshot::Receiver<()>,
+        readiness: &Readiness,
     ) -> Result<(), Failure> {
         tokio::select! {
-            ready = is_ready => drop(ready),
+            () = readiness.ready() => {}
             ended = &mut self.worker => return Err(never_worked(ended)),
         }
         let connection = plan.broker.connect("start").await.map_err(no_connection)?;

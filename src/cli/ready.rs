@@ -11,32 +11,39 @@ use std::{
 use anyhow::{Context as _, anyhow};
 use tokio::{runtime::Runtime, sync::watch, task::JoinHandle};
 
-use crate::cli::{Exit, Failure};
+use crate::{
+    cli::{Exit, Failure},
+    readiness::Readiness,
+};
 
-/// The file, if one is wanted, and the task that makes and removes it.
-pub(super) struct ReadyFile(Option<(watch::Sender<bool>, JoinHandle<()>)>);
+/// What is to be told, and the task that makes and removes the file, if one is wanted.
+pub(super) struct ReadyFile {
+    readiness: Readiness,
+    following: Option<JoinHandle<()>>,
+}
 
 impl ReadyFile {
     /// The file at `path`, which isn't there before something serves.
     pub(super) fn at(path: Option<&Path>, runtime: &Runtime) -> Result<Self, Failure> {
-        let Some(path) = path else { return Ok(Self(None)) };
+        let readiness = Readiness::new();
+        let Some(path) = path else { return Ok(Self { readiness, following: None }) };
         prepare(path).map_err(|error| Failure::new(Exit::BadConfiguration, error))?;
-        let serving = watch::Sender::new(false);
-        let following = runtime.spawn(follow(path.to_owned(), serving.subscribe()));
-        Ok(Self(Some((serving, following))))
+        let following = runtime.spawn(follow(path.to_owned(), readiness.subscribe()));
+        Ok(Self { readiness, following: Some(following) })
     }
 
     /// Who is to be told.
-    pub(super) fn serving(&self) -> Option<watch::Sender<bool>> {
-        self.0.as_ref().map(|(serving, _)| serving.clone())
+    pub(super) fn readiness(&self) -> Readiness {
+        self.readiness.clone()
     }
 
     /// Removes the file, once all who could be told otherwise are gone.
     pub(super) fn end(self, runtime: &Runtime) {
-        let Some((serving, following)) = self.0 else { return };
-        drop(serving);
-        // A task that has panicked is one that is over.
-        drop(runtime.block_on(following));
+        drop(self.readiness);
+        if let Some(following) = self.following {
+            // A task that has panicked is one that is over.
+            drop(runtime.block_on(following));
+        }
     }
 }
 

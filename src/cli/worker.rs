@@ -84,10 +84,9 @@ pub(super) fn run(arguments: &WorkerArguments) -> Result<Exit, Failure> {
     );
     asleep::watch(&runtime);
     let stop = signals::heard(&interrupt);
-    let ready = || tracing::info!(worker = %name, "ready");
     let file = ReadyFile::at(arguments.ready_file.as_deref(), &runtime)?;
-    settings.serving = file.serving();
-    let ended = runtime.block_on(worker::run(settings, stop, ready));
+    settings.readiness = file.readiness();
+    let ended = runtime.block_on(worker::run(settings, stop));
     file.end(&runtime);
     let tally = ended.map_err(failure)?;
     tracing::info!(

@@ -51,6 +51,7 @@ pub async fn serve(
     stop: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
     let participant: Arc<dyn AnyParticipant> = Arc::new(Durable(participant));
+    let _held = settings.readiness.while_held();
     let mut stop = std::pin::pin!(stop.fuse());
     let store = tokio::select! {
         biased;
@@ -142,7 +143,7 @@ impl Server {
             let ServeSettings { service, instance, max_concurrency, .. } = &self.settings;
             tracing::info!(%service, %instance, max_concurrency, "ready");
             let ended = self.work(session, stop.as_mut()).await;
-            self.tell_serving(false);
+            self.settings.readiness.set(false);
             match ended {
                 Ended::Stopped => return Ok(()),
                 Ended::Lost(session, lost) => {
@@ -172,12 +173,6 @@ impl Server {
                 Err(ServeError::of(self.settings.service.clone(), source))
             }
             Err(lost) => Ok(lost),
-        }
-    }
-
-    fn tell_serving(&self, serves: bool) {
-        if let Some(serving) = &self.settings.serving {
-            serving.send_if_modified(|told| std::mem::replace(told, serves) != serves);
         }
     }
 
@@ -269,7 +264,7 @@ impl Server {
     ) -> Ended {
         loop {
             self.settle(Some(&mut session));
-            self.tell_serving(session.is_ready() && self.health.is_good());
+            self.settings.readiness.set(session.is_ready() && self.health.is_good());
             if let Some(until) = self.drains_until.filter(|_| self.is_drained())
                 && (session.is_quiet() || self.is_out_of_time())
             {

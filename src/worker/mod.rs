@@ -38,7 +38,6 @@ mod suspects;
 use std::time::Duration;
 
 use futures_util::FutureExt;
-use tokio::sync::watch;
 
 use self::{
     clocks::Clocks,
@@ -55,6 +54,7 @@ use crate::{
         ids::WorkerId,
         message::{Answer, Outcome},
     },
+    readiness::Readiness,
     transport::amqp::{
         bounded::ANSWER_MAX,
         connection::{Broker, ConnectError},
@@ -75,27 +75,20 @@ pub struct Settings {
     pub coordinator: coordinator::Settings,
     /// How long it may go on finishing what it has begun when it is told to stop.
     pub drain: Duration,
-    /// Is told `true` whenever the worker begins to take requests, and `false` when its connection
-    /// is lost, its clock doesn't fit those of the others, the journal can't be read for longer than a
-    /// moment, the broker takes no messages, or it has ended.
-    pub serving: Option<watch::Sender<bool>>,
+    /// Is told whether the worker takes requests.
+    pub readiness: Readiness,
 }
 
 impl Settings {
     /// The defaults, for the worker called `worker`; it drains for 25 s.
     pub fn new(broker: Broker, names: Names, worker: WorkerId) -> Self {
         let coordinator = coordinator::Settings::new(worker);
-        Self { broker, names, coordinator, drain: Duration::from_secs(25), serving: None }
+        let (drain, readiness) = (Duration::from_secs(25), Readiness::new());
+        Self { broker, names, coordinator, drain, readiness }
     }
 
     fn worker(&self) -> &WorkerId {
         &self.coordinator.worker
-    }
-
-    fn tell_serving(&self, serves: bool) {
-        if let Some(serving) = &self.serving {
-            serving.send_if_modified(|told| std::mem::replace(told, serves) != serves);
-        }
     }
 
     fn requests_prefetch(&self) -> u16 {
@@ -150,17 +143,11 @@ pub enum WorkerError {
 /// Works until `stop` has ended, and then finishes what it has begun. A broker that is gone is
 /// waited for.
 ///
-/// `ready` is called whenever the worker begins to take requests: once, and again after each
-/// connection that was lost.
-///
 /// # Errors
 ///
 /// The broker refuses it, and has never let it work.
-pub async fn run(
-    settings: Settings,
-    stop: impl Future<Output = ()>,
-    mut ready: impl FnMut(),
-) -> Result<Tally, WorkerError> {
+pub async fn run(settings: Settings, stop: impl Future<Output = ()>) -> Result<Tally, WorkerError> {
+    let _held = settings.readiness.while_held();
     let stop = Box::pin(stop).shared();
     let coordinator = Coordinator::new(settings.coordinator.clone());
     let clock = Clock::start();
@@ -183,10 +170,10 @@ pub async fn run(
             opened = open(&settings, &mut state) => match opened {
                 Ok(session) => {
                     supervisor.opened();
-                    ready();
+                    tracing::info!(worker = %settings.worker(), "ready");
                     session.tell_ready();
                     let ran = session.run(stop.clone()).await;
-                    settings.tell_serving(false);
+                    settings.readiness.set(false);
                     match ran {
                         Ok(end) => return Ok(ended(&end, &state)),
                         Err(error) => Failure::Session(error),

@@ -11,6 +11,7 @@ use std::{
 };
 
 use dtc::{
+    Readiness,
     input::services,
     participant::{error::ServeError, serve::serve, settings::ServeSettings},
     protocol::{ids::ServiceName, message::Cap, time::Time},
@@ -35,11 +36,7 @@ use lapin::{
 };
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use tokio::{
-    sync::{oneshot, watch},
-    task::JoinHandle,
-    time::timeout,
-};
+use tokio::{sync::oneshot, task::JoinHandle, time::timeout};
 
 use crate::{
     broker::{Broker, Place, place, until_served},
@@ -491,9 +488,10 @@ async fn a_queue_that_is_deleted_is_consumed_again_when_it_is_back() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_an_instance_holds_is_committed_while_its_prepare_queue_is_missing() {
     let world = World::new(place(), PATIENT).await;
-    let (told, mut serving) = watch::channel(false);
+    let readiness = Readiness::new();
+    let mut serving = readiness.subscribe();
     let service = world.serve(r#""max_concurrency": 2"#, |settings| ServeSettings {
-        serving: Some(told.clone()),
+        readiness: readiness.clone(),
         ..settings
     });
     world.prepare(&[1]).await;

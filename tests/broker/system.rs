@@ -40,7 +40,7 @@ use lapin::{
 };
 use serde_json::Value;
 use tokio::{
-    sync::{RwLock, RwLockReadGuard, RwLockWriteGuard, mpsc, watch},
+    sync::{RwLock, RwLockReadGuard, RwLockWriteGuard, watch},
     task::JoinHandle,
     time::timeout,
 };
@@ -175,13 +175,14 @@ impl Setup {
                 .until_consumed(&system.names.prepare_of(&service.name()), service.instances)
                 .await;
         }
-        let (ready, mut is_ready) = mpsc::unbounded_channel();
+        let mut starting = Vec::new();
         for number in 1..=self.workers {
             let settings = self.settings_of(number, &system.broker, &system.names);
-            system.start_worker(settings, ready.clone());
+            starting.push(settings.readiness.clone());
+            system.start_worker(settings);
         }
-        for _ in 0..self.workers {
-            timeout(LIMIT, is_ready.recv()).await.expect("a worker is ready").unwrap();
+        for readiness in starting {
+            timeout(LIMIT, readiness.ready()).await.expect("a worker is ready");
         }
         system
     }
@@ -216,9 +217,8 @@ impl System {
         apply(&self.broker, &self.names, services, options).await.unwrap();
     }
 
-    fn start_worker(&mut self, settings: worker::Settings, ready: mpsc::UnboundedSender<()>) {
-        let stop = stopped(&self.stopping);
-        let running = worker::run(settings, stop, move || ready.send(()).unwrap_or_default());
+    fn start_worker(&mut self, settings: worker::Settings) {
+        let running = worker::run(settings, stopped(&self.stopping));
         self.workers.push(tokio::spawn(running));
     }
 

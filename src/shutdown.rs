@@ -1,0 +1,31 @@
+//! Ctrl-C and the polite kill.
+
+/// Ends when this process is told to stop: by SIGTERM or SIGINT (Ctrl-C); where there are no such
+/// signals, by Ctrl-C.
+///
+/// It listens from when it is first polled on, and from then on for good: a later signal doesn't end
+/// the process either. Where it can't listen, it says so in the log and never ends. It wants a tokio
+/// runtime with IO enabled.
+pub async fn shutdown_signal() {
+    if let Err(error) = signal().await {
+        tracing::error!(%error, "failed to listen for signals: nothing but a kill ends this process");
+        std::future::pending().await
+    }
+}
+
+#[cfg(unix)]
+async fn signal() -> std::io::Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (mut interrupt, mut terminate) =
+        (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    tokio::select! {
+        _ = interrupt.recv() => {}
+        _ = terminate.recv() => {}
+    }
+    Ok(())
+}
+
+#[cfg(not(unix))]
+async fn signal() -> std::io::Result<()> {
+    tokio::signal::ctrl_c().await
+}
