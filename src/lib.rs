@@ -35,7 +35,7 @@
 //! * [`protocol`]: the commit protocol as pure state machines.
 //! * [`clock`]: the one clock of a process. [`error`]: an error with all that caused it. [`unique`]:
 //!   names that nobody else has. `anomalies`: how what is unusual is logged. `readiness`: whether a
-//!   process is of use. `shutdown`: when it is to end.
+//!   process is of use. `shutdown`: when it is to end. `setting`: what is wrong with what is set.
 //! * [`complaint`]: what is wrong with what was read, where, and by which rule. `json`: reading JSON,
 //!   with a complaint for each value that is not as it should be.
 //! * [`wire`]: JSON as promised to others.
@@ -76,6 +76,8 @@ pub mod participant;
 pub mod protocol;
 #[cfg(any(feature = "service", feature = "worker"))]
 mod readiness;
+#[cfg(feature = "amqp")]
+mod setting;
 #[cfg(any(feature = "service", feature = "worker"))]
 mod shutdown;
 #[cfg(feature = "cli")]
@@ -89,7 +91,7 @@ pub mod wire;
 pub mod worker;
 
 #[cfg(feature = "client")]
-pub use crate::client::Client;
+pub use crate::client::{Client, ClientBuilder, ConnectError, SubmitError, WaitError};
 #[cfg(any(feature = "service", feature = "embedded"))]
 pub use crate::participant::{DurableParticipant, Participant, Verdict};
 #[cfg(feature = "service")]
@@ -99,6 +101,8 @@ pub use crate::protocol::{
     message::{Outcome, Reason, ReasonCode},
     time::Time,
 };
+#[cfg(feature = "amqp")]
+pub use crate::setting::InvalidSetting;
 #[cfg(any(feature = "client", feature = "embedded"))]
 pub use crate::transaction::{InvalidTransaction, Transaction, TransactionResult};
 #[cfg(feature = "amqp")]
@@ -106,7 +110,7 @@ pub use crate::transport::amqp::{
     connection::Broker,
     error::BrokerError,
     names::{Names, Namespace},
-    tls::{Identity, Pem, Tls},
+    tls::{Pem, Tls},
 };
 #[cfg(feature = "embedded")]
 pub use crate::{

@@ -11,6 +11,20 @@ use tokio::sync::watch;
 ///
 /// A builder is given one, and tells it of every change. Clones share their state, so one of them
 /// stays with whoever asks.
+///
+/// ```no_run
+/// # #[cfg(feature = "worker")]
+/// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+/// let readiness = dtc::Readiness::new();
+/// let worker = dtc::Worker::builder("amqp://localhost").readiness(&readiness);
+/// tokio::spawn(async move {
+///     readiness.ready().await;
+///     println!("ready");
+/// });
+/// worker.run_until(dtc::shutdown_signal()).await?;
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug, Default)]
 pub struct Readiness {
     state: watch::Sender<bool>,

@@ -6,6 +6,14 @@
 /// It listens from when it is first polled on, and from then on for good: a later signal doesn't end
 /// the process either. Where it can't listen, it says so in the log and never ends. It wants a tokio
 /// runtime with IO enabled.
+///
+/// ```no_run
+/// # #[cfg(feature = "worker")]
+/// # async fn example() -> Result<(), dtc::WorkerError> {
+/// dtc::Worker::builder("amqp://localhost").run_until(dtc::shutdown_signal()).await?;
+/// # Ok(())
+/// # }
+/// ```
 pub async fn shutdown_signal() {
     if let Err(error) = signal().await {
         tracing::error!(%error, "failed to listen for signals: nothing but a kill ends this process");

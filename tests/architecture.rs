@@ -15,7 +15,7 @@ use std::{
 /// one step know nothing of each other.
 const FLOORS: [&[&str]; 8] = [
     &["protocol"],
-    &["anomalies", "clock", "complaint", "error", "readiness", "shutdown", "unique"],
+    &["anomalies", "clock", "complaint", "error", "readiness", "setting", "shutdown", "unique"],
     &["json"],
     &["wire"],
     &["transport", "journal", "transaction"],

@@ -18,6 +18,7 @@
 //! **Invariant:** a request that is repeated by the client itself, for whatever reason, repeats its
 //! key.
 
+mod builder;
 pub mod history;
 mod results;
 
@@ -40,6 +41,7 @@ use tokio::{
     time::Instant,
 };
 
+pub use self::builder::{ClientBuilder, ConnectError};
 use self::results::{ListenError, Results, State};
 use crate::{
     clock::Clock,
@@ -50,7 +52,7 @@ use crate::{
     },
     transaction::{InvalidTransaction, Transaction, TransactionResult},
     transport::amqp::{
-        connection::{Backoff, Broker, ConnectError},
+        connection::{self, Backoff, Broker},
         error::{BrokerError, Disposition, is_not_found, is_refusal},
         names::{Names, Namespace},
         pool::{Channels, PublishError},
@@ -74,12 +76,12 @@ const UNROUTABLE_MAX: Duration = Duration::from_secs(5);
 
 /// How a client behaves.
 #[derive(Clone, Debug)]
-pub struct Settings {
+pub(crate) struct Settings {
     /// How long [`Client::submit`] tries to hand a request to the broker.
-    pub publish_timeout: Duration,
+    pub(crate) publish_timeout: Duration,
     /// How many transactions may be waited for at once. More wait for their turn, so that what a
     /// client holds is bounded.
-    pub in_flight_max: usize,
+    pub(crate) in_flight_max: usize,
 }
 
 impl Default for Settings {
@@ -89,10 +91,35 @@ impl Default for Settings {
     }
 }
 
-/// A producer's end of the broker. It connects when it is first used, and again whenever the
-/// connection is lost. Clones share their connections.
+/// A producer's end of the broker: it hands [transactions](Transaction) to the workers, and brings back
+/// how they ended. Whenever the connection is lost it connects again. Clones share their connections.
 ///
-/// It wants a tokio runtime with time and IO enabled.
+/// It wants a tokio runtime with time and IO enabled, and is made within it.
+///
+/// # Asking again
+///
+/// A transaction is named by its id *and* the moment it was requested at: by its [`TransactionKey`].
+/// A producer that has not heard what became of a transaction submits it again with the
+/// [moment](Transaction::requested_at) of its key. Then it is the same transaction, executed once, and
+/// the answer is the same. Errors say under which key a transaction went out, for that purpose. The
+/// client keeps nothing beyond its process: a producer that must not forget to ask again writes the
+/// key down before it submits.
+///
+/// ```no_run
+/// use std::time::Duration;
+///
+/// use dtc::{Client, Transaction};
+/// use serde_json::json;
+///
+/// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+/// let client = Client::builder("amqp://localhost").namespace("shop").connect().await?;
+/// let order = Transaction::new("order-17", ["payments", "stock"], json!({"amount": 100}));
+/// let result = client.submit_and_wait(order, Duration::from_secs(30)).await?;
+/// println!("{}: {}", result.id, result.outcome);
+/// client.close().await;
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug)]
 pub struct Client {
     shared: Arc<Shared>,
@@ -119,7 +146,7 @@ impl HasWorked {
         self.0.store(true, Ordering::Relaxed);
     }
 
-    fn disposition(&self, error: &ConnectError) -> Disposition {
+    fn disposition(&self, error: &connection::ConnectError) -> Disposition {
         match self.0.load(Ordering::Relaxed) {
             true => Disposition::Retry,
             false => error.disposition(),
@@ -195,14 +222,14 @@ pub enum WaitError {
 }
 
 impl Client {
-    /// A client of the system `names` at `broker`, with the default settings. Nothing is connected
-    /// yet.
-    pub fn connect(broker: Broker, names: Names) -> Self {
-        Self::with(broker, names, Settings::default())
+    /// A client of the broker at `url`, which is to be connected: `amqp://user:password@host:port/vhost`,
+    /// or `amqps://` for TLS; the hosts of one cluster: such URLs, separated by commas.
+    pub fn builder(url: impl Into<String>) -> ClientBuilder {
+        ClientBuilder::new(url.into())
     }
 
-    /// The same with `settings`.
-    pub fn with(broker: Broker, names: Names, settings: Settings) -> Self {
+    /// A client of the system `names` at `broker`. Nothing is connected yet.
+    pub(crate) fn with(broker: Broker, names: Names, settings: Settings) -> Self {
         let has_worked = HasWorked::default();
         let shared = Shared {
             clock: Clock::start(),
@@ -221,7 +248,7 @@ impl Client {
     /// # Errors
     ///
     /// There is no connection to publish on.
-    pub async fn open(&self) -> Result<(), PublishError> {
+    pub(crate) async fn open(&self) -> Result<(), PublishError> {
         self.shared.channels.open().await?;
         self.shared.has_worked.set();
         Ok(())
@@ -230,11 +257,12 @@ impl Client {
     /// Hands `transaction` to the broker, and returns when that has it safely.
     ///
     /// What was not confirmed, or not taken, is sent again until
-    /// [`publish_timeout`](Settings::publish_timeout) is over, each time under the same key.
+    /// [`publish_timeout`](ClientBuilder::publish_timeout) is over, each time under the same key: it is
+    /// the key that is returned.
     ///
     /// # Errors
     ///
-    /// It is not known to be with the broker.
+    /// It is not known to be with the broker: see [`SubmitError`].
     pub async fn submit(&self, transaction: Transaction) -> Result<TransactionKey, SubmitError> {
         let requested_at = transaction.moment().unwrap_or_else(|| self.now());
         let spec = transaction.check()?;
@@ -247,7 +275,7 @@ impl Client {
     ///
     /// # Errors
     ///
-    /// There is no answer within `timeout`, or there will be none.
+    /// There is no answer within `timeout`, or there will be none: see [`WaitError`].
     pub async fn submit_and_wait(
         &self,
         transaction: Transaction,
@@ -259,7 +287,8 @@ impl Client {
         Ok(TransactionResult::of(answer))
     }
 
-    /// Says goodbye to the broker. What is still waited for is not answered.
+    /// Says goodbye to the broker, for all clones. What is still waited for is not answered, and what
+    /// is submitted from now on is an error.
     pub async fn close(&self) {
         self.shared.results.close().await;
         self.shared.channels.close().await;

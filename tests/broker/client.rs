@@ -78,8 +78,7 @@ async fn a_request_is_with_the_broker_when_submit_returns() {
 #[tokio::test(flavor = "multi_thread")]
 async fn without_a_topology_the_remedy_is_named_at_once() {
     let place = place();
-    let (address, names) = address(&place);
-    let client = Client::connect(address, names);
+    let client = client(&place);
     let error = client.submit(transaction("TX1")).await.unwrap_err();
     assert!(matches!(error, SubmitError::NoTopology { .. }), "{error:?}");
     assert!(error.to_string().contains("dtc topology apply"), "{error}");
@@ -215,8 +214,7 @@ async fn a_result_that_does_not_come_is_asked_for_by_another_queue_and_may_come_
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_broker_that_is_not_there_is_waited_for_no_longer_than_asked() {
-    let (address, names) = address(&at(place(), "amqp://127.0.0.1:9"));
-    let client = Client::connect(address, names);
+    let client = client(&at(place(), "amqp://127.0.0.1:9"));
     let limit = Duration::from_millis(500);
     let error = client.submit_and_wait(transaction("TX1"), limit).await.unwrap_err();
     assert!(matches!(error, WaitError::Unanswered { .. }), "{error:?}");
@@ -593,6 +591,11 @@ fn address(place: &Place) -> (Address, Names) {
     (address, Names::new(Namespace::parse(&place.namespace).unwrap()))
 }
 
+/// A client that connects when it is used.
+fn client(place: &Place) -> Client {
+    Client::builder(&place.url).namespace(&place.namespace).connect_lazy().unwrap()
+}
+
 impl Desk {
     /// With everything declared.
     async fn new(place: Place) -> Self {
@@ -631,8 +634,7 @@ impl Desk {
     }
 
     fn client(&self) -> Client {
-        let (address, names) = address(&self.place);
-        Client::connect(address, names)
+        client(&self.place)
     }
 
     async fn stream(&self, name: &lapin::types::ShortString) {

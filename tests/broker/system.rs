@@ -10,7 +10,7 @@
 use std::time::Duration;
 
 use dtc::{
-    Client, Transaction, TransactionResult, client,
+    Client, Transaction, TransactionResult,
     clock::Clock,
     participant::{error::ServeError, serve, settings::ServeSettings},
     protocol::{
@@ -154,7 +154,7 @@ impl Setup {
             .map(|it| ServiceTopology { name: it.name(), max_wait: it.max_wait, cap: it.cap })
             .collect();
         let mut system = System {
-            client: client_of(&broker, &names),
+            client: client_of(&place),
             raw: Raw::open(&place).await,
             stopping: watch::Sender::new(false),
             workers: Vec::new(),
@@ -164,6 +164,7 @@ impl Setup {
             _share: share,
             broker,
             names,
+            place,
         };
         system.apply_topology().await;
         for service in &self.services {
@@ -189,9 +190,9 @@ impl Setup {
 }
 
 /// A producer with as much in flight as it likes.
-fn client_of(broker: &Broker, names: &Names) -> Client {
-    let settings = client::Settings { in_flight_max: 100_000, ..client::Settings::default() };
-    Client::with(broker.clone(), names.clone(), settings)
+fn client_of(place: &Place) -> Client {
+    let client = Client::builder(&place.url).namespace(&place.namespace);
+    client.max_in_flight(100_000).connect_lazy().unwrap()
 }
 
 type Instance = JoinHandle<Result<(), ServeError>>;
@@ -207,6 +208,7 @@ pub(crate) struct System {
     instances: Vec<(watch::Sender<bool>, Instance)>,
     services: Vec<Served>,
     topology: (Vec<ServiceTopology>, apply::Options),
+    place: Place,
     _share: Share,
 }
 
@@ -262,7 +264,7 @@ impl System {
 
     /// Another producer.
     pub(crate) fn another_client(&self) -> Client {
-        client_of(&self.broker, &self.names)
+        client_of(&self.place)
     }
 
     /// How a transaction over `services` ends.

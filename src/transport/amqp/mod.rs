@@ -10,6 +10,7 @@
 //! * [`link`]: the two connections of one that publishes and consumes, and what happens to them.
 //! * [`lookup`]: whether queues exist, asked over and over.
 //! * [`names`]: what every exchange and queue is called.
+//! * `options`: what a program says of the broker, and its check.
 //! * [`publisher`]: publishing with confirms, each within a bound.
 //! * [`reliable`]: publishing what must not be lost.
 //! * [`supervisor`]: when to connect again, and when to give up.
@@ -42,6 +43,7 @@ pub mod frames;
 pub mod link;
 pub mod lookup;
 pub mod names;
+pub(crate) mod options;
 pub mod pool;
 pub mod publisher;
 pub mod rejected;

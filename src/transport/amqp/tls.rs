@@ -28,33 +28,71 @@ use crate::transport::amqp::error::Disposition;
 /// No chain, key or set of CAs is longer; a file that is was not meant.
 const BYTES_MAX: u64 = 4 * 1024 * 1024;
 
-/// Whom to trust, and who we are. The default trusts whom the system trusts, and shows nothing.
+/// Whom to trust, and what to show, for brokers whose URL begins with `amqps://`. The default trusts
+/// whom the system trusts, and shows nothing.
+///
+/// What it names is looked at when a connection is made: renewed files are taken without a restart,
+/// and what is wrong with them is an error of the connection. The broker's certificate is always
+/// checked.
+///
+/// ```
+/// use dtc::{Pem, Tls};
+///
+/// let tls = Tls::new()
+///     .ca(Pem::File("ca.pem".into()))
+///     .client_certificate(Pem::File("shop.pem".into()), Pem::File("shop-key.pem".into()));
+/// ```
 #[derive(Clone, Debug, Default)]
 pub struct Tls {
-    /// The CAs that may have signed the broker's certificate, and no others; `None`: those of the
+    pub(crate) ca: Option<Pem>,
+    pub(crate) identity: Option<Identity>,
+    pub(crate) server_name: Option<String>,
+}
+
+impl Tls {
+    /// Trusts whom the system trusts, and shows nothing.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The CAs that may have signed the broker's certificate, and no others. By default those of the
     /// system.
-    pub ca: Option<Pem>,
-    /// What to show a broker that asks who we are.
-    pub identity: Option<Identity>,
-    /// The name that the broker's certificate must be for; `None`: the host in the URL.
-    pub server_name: Option<String>,
+    #[must_use]
+    pub fn ca(mut self, ca: Pem) -> Self {
+        self.ca = Some(ca);
+        self
+    }
+
+    /// What to show a broker that asks who we are: our certificate, followed by those that lead from
+    /// it to its CA, and its private key without a passphrase. By default nothing.
+    #[must_use]
+    pub fn client_certificate(mut self, certificate: Pem, key: Pem) -> Self {
+        self.identity = Some(Identity { certificate, key });
+        self
+    }
+
+    /// The name that the broker's certificate must be for. By default the host in the URL.
+    #[must_use]
+    pub fn server_name(mut self, name: impl Into<String>) -> Self {
+        self.server_name = Some(name.into());
+        self
+    }
 }
 
 /// Who we are to a broker.
 #[derive(Clone, Debug)]
-pub struct Identity {
-    /// Our certificate first, and then those that lead from it to its CA.
-    pub certificate: Pem,
-    /// The certificate's private key, without a passphrase.
-    pub key: Pem,
+pub(crate) struct Identity {
+    pub(crate) certificate: Pem,
+    pub(crate) key: Pem,
 }
 
-/// Something in PEM.
+/// Certificates or a private key, in PEM. It is not shown: it may be a key.
 #[derive(Clone)]
+#[non_exhaustive]
 pub enum Pem {
-    /// What is in this file when it is needed.
+    /// What is in this file whenever a connection is made.
     File(PathBuf),
-    /// This.
+    /// This text.
     Text(String),
 }
 
