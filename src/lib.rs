@@ -112,6 +112,8 @@ pub use crate::transport::amqp::{
     names::{Names, Namespace},
     tls::{Pem, Tls},
 };
+#[cfg(feature = "worker")]
+pub use crate::worker::{Tally, Worker, WorkerBuilder, WorkerError};
 #[cfg(feature = "embedded")]
 pub use crate::{
     embedded::{Embedded, InvalidService, RunError, run},

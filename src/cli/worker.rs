@@ -140,6 +140,7 @@ fn settings(arguments: &WorkerArguments) -> Result<Settings, Failure> {
 
 fn failure(error: WorkerError) -> Failure {
     match &error {
+        WorkerError::Invalid(_) => Failure::new(Exit::BadConfiguration, error),
         WorkerError::Refused(_) | WorkerError::NotPermitted(_) => {
             Failure::new(Exit::Refused, error)
         }

@@ -3,6 +3,7 @@
 //! A worker keeps nothing that a crash could lose. Any number of them share the queue of requests,
 //! with no configuration among them; each reads the same journal.
 //!
+//! * `builder`: how a program sets one up.
 //! * `session`: the life of one link to the broker.
 //! * `state`: what is kept from one link to the next.
 //! * `journal`, `follower`, `appender`: reading the stream of decisions, following its end, writing to
@@ -17,6 +18,7 @@
 
 mod anomalies;
 mod appender;
+mod builder;
 mod clocks;
 mod follower;
 #[cfg(feature = "fuzzing")]
@@ -39,6 +41,7 @@ use std::time::Duration;
 
 use futures_util::FutureExt;
 
+pub use self::builder::{Worker, WorkerBuilder};
 use self::{
     clocks::Clocks,
     namesakes::Namesakes,
@@ -55,6 +58,7 @@ use crate::{
         message::{Answer, Outcome},
     },
     readiness::Readiness,
+    setting::InvalidSetting,
     transport::amqp::{
         bounded::ANSWER_MAX,
         connection::{Broker, ConnectError},
@@ -80,10 +84,13 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// The defaults, for the worker called `worker`; it drains for 25 s.
+    /// How long it drains, unless that is set.
+    const DRAIN: Duration = Duration::from_secs(25);
+
+    /// The defaults, for the worker called `worker`.
     pub fn new(broker: Broker, names: Names, worker: WorkerId) -> Self {
         let coordinator = coordinator::Settings::new(worker);
-        let (drain, readiness) = (Duration::from_secs(25), Readiness::new());
+        let (drain, readiness) = (Self::DRAIN, Readiness::new());
         Self { broker, names, coordinator, drain, readiness }
     }
 
@@ -102,6 +109,7 @@ impl Settings {
 
 /// What a worker has done.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[non_exhaustive]
 pub struct Tally {
     /// Requests taken, repeated deliveries included.
     pub taken: u64,
@@ -132,6 +140,9 @@ impl Tally {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum WorkerError {
+    /// A value that was set can't be used.
+    #[error("invalid worker")]
+    Invalid(#[from] InvalidSetting),
     /// The broker doesn't let it in.
     #[error("the broker refuses this worker")]
     Refused(#[source] BrokerError),
