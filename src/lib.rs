@@ -9,7 +9,7 @@
 //! # On RabbitMQ
 //!
 //! * Producers: [`Client`] takes a [`Transaction`] to the workers and brings back how it ended.
-//! * Services: [`serve`] runs one instance of a [`DurableParticipant`], as [`ServeSettings`] say.
+//! * Services: [`service`](service()) serves one instance of a [`DurableParticipant`].
 //! * Workers: [`worker::run`], which is what `dtc worker` does.
 //!
 //! All of them are told where the [`Broker`] is, and by which [`Names`] to go there; [`Tls`] is
@@ -20,7 +20,7 @@
 //! | feature | what it is for |
 //! |---|---|
 //! | `client` | submitting transactions: [`Client`] |
-//! | `service` | running an instance of a service: [`serve`] |
+//! | `service` | running an instance of a service: [`service`](service()) |
 //! | `worker` | running a worker in a program of one's own: [`worker::run`] |
 //! | `embedded` | transactions in one process, without RabbitMQ: [`Embedded`] |
 //! | `cli` | the `dtc` command, and all of the above; this is the default |
@@ -93,9 +93,11 @@ pub mod worker;
 #[cfg(feature = "client")]
 pub use crate::client::{Client, ClientBuilder, ConnectError, SubmitError, WaitError};
 #[cfg(any(feature = "service", feature = "embedded"))]
-pub use crate::participant::{DurableParticipant, Participant, Verdict};
+pub use crate::participant::{
+    BoxError, DurableParticipant, Finish, InDoubt, Participant, Prepare, Verdict,
+};
 #[cfg(feature = "service")]
-pub use crate::participant::{serve::serve, settings::ServeSettings};
+pub use crate::participant::{ServiceBuilder, error::ServeError, service};
 pub use crate::protocol::{
     ids::{Branch, InvalidName, RequestHash, ServiceName, TransactionKey},
     message::{Outcome, Reason, ReasonCode},

@@ -36,10 +36,8 @@ use std::{
 };
 
 use dtc::{
-    Broker, DurableParticipant, Names, Namespace, Participant, ServeSettings, ServiceName,
+    BoxError, DurableParticipant, Finish, InDoubt, Participant, Prepare, Readiness, ServiceName,
     TransactionKey, Verdict,
-    participant::{Error, Finish, InDoubt, Prepare},
-    serve,
 };
 use store::Store;
 
@@ -52,7 +50,7 @@ impl Account {
 }
 
 impl Participant for Account {
-    async fn prepare(&self, call: Prepare) -> Result<Verdict, Error> {
+    async fn prepare(&self, call: Prepare) -> Result<Verdict, BoxError> {
         let data: serde_json::Value = call.data()?;
         let amount = data["amount"].as_u64().ok_or("the amount is not a number")?;
         Ok(match self.store().reserve(&call, amount)? {
@@ -61,25 +59,25 @@ impl Participant for Account {
         })
     }
 
-    async fn commit(&self, call: Finish) -> Result<(), Error> {
+    async fn commit(&self, call: Finish) -> Result<(), BoxError> {
         self.store().commit(&call.branch)
     }
 
-    async fn abort(&self, call: Finish) -> Result<(), Error> {
+    async fn abort(&self, call: Finish) -> Result<(), BoxError> {
         self.store().abort(&call.branch)
     }
 }
 
 impl DurableParticipant for Account {
-    async fn in_doubt(&self, of: Option<TransactionKey>) -> Result<Vec<InDoubt>, Error> {
+    async fn in_doubt(&self, of: Option<TransactionKey>) -> Result<Vec<InDoubt>, BoxError> {
         let is_wanted = |held: &&InDoubt| of.as_ref().is_none_or(|key| held.key == *key);
         Ok(self.store().in_doubt().filter(is_wanted).cloned().collect())
     }
 }
 
 #[tokio::main]
-async fn main() -> Result<(), Error> {
-    let name = ServiceName::parse(&env::args().nth(1).ok_or("usage: service NAME")?)?;
+async fn main() -> Result<(), BoxError> {
+    let name: ServiceName = env::args().nth(1).ok_or("usage: service NAME")?.parse()?;
     let url = env::var("DTC__BROKER__URL").unwrap_or_else(|_| "amqp://localhost".to_owned());
     let namespace = env::var("DTC__BROKER__NAMESPACE").unwrap_or_else(|_| "dtc".to_owned());
 
@@ -94,17 +92,17 @@ async fn main() -> Result<(), Error> {
         ),
     }
 
-    let broker = Broker::new(url.parse()?, name.as_str());
-    let names = Names::new(Namespace::parse(&namespace)?);
-    let mut settings = ServeSettings::new(broker, names, name.clone(), 8);
-    // In development the service declares its own queues, which else `dtc topology apply` does.
-    settings.declare = Some(Duration::from_secs(1));
-    let readiness = settings.readiness.clone();
+    let readiness = Readiness::new();
+    let service = dtc::service(url, name.as_str(), Account(Mutex::new(store)))
+        .namespace(namespace)
+        .max_concurrency(8)
+        // In development the service declares its own queues, which else `dtc topology apply` does.
+        .declare(Duration::from_secs(1))
+        .readiness(&readiness);
     tokio::spawn(async move {
         readiness.ready().await;
         println!("{name} serves");
     });
-
-    serve(Account(Mutex::new(store)), settings, dtc::shutdown_signal()).await?;
+    service.serve_until(dtc::shutdown_signal()).await?;
     Ok(())
 }

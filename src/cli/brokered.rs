@@ -32,7 +32,7 @@ use crate::{
     embedded::{Calls, Report, ServiceReport},
     input::{services::ServiceSpec, transactions::Transactions},
     participant::{
-        DurableParticipant, Error, Finish, InDoubt, Participant, Prepare, Verdict,
+        BoxError, DurableParticipant, Finish, InDoubt, Participant, Prepare, Verdict,
         error::ServeError, serve::serve, settings::ServeSettings,
     },
     protocol::ids::{ServiceName, TransactionKey, WorkerId},
@@ -506,7 +506,7 @@ struct Counted {
 }
 
 impl Participant for Counted {
-    async fn prepare(&self, call: Prepare) -> Result<Verdict, Error> {
+    async fn prepare(&self, call: Prepare) -> Result<Verdict, BoxError> {
         let key = call.key.clone();
         self.tally.began(&self.service, &key, Call::Prepare);
         let verdict = self.inner.prepare(call).await;
@@ -517,7 +517,7 @@ impl Participant for Counted {
         verdict
     }
 
-    async fn commit(&self, call: Finish) -> Result<(), Error> {
+    async fn commit(&self, call: Finish) -> Result<(), BoxError> {
         let key = call.key.clone();
         self.tally.began(&self.service, &key, Call::Commit);
         let done = self.inner.commit(call).await;
@@ -527,7 +527,7 @@ impl Participant for Counted {
         done
     }
 
-    async fn abort(&self, call: Finish) -> Result<(), Error> {
+    async fn abort(&self, call: Finish) -> Result<(), BoxError> {
         let key = call.key.clone();
         self.tally.began(&self.service, &key, Call::Abort);
         let done = self.inner.abort(call).await;
@@ -539,7 +539,7 @@ impl Participant for Counted {
 }
 
 impl DurableParticipant for Counted {
-    async fn in_doubt(&self, of: Option<TransactionKey>) -> Result<Vec<InDoubt>, Error> {
+    async fn in_doubt(&self, of: Option<TransactionKey>) -> Result<Vec<InDoubt>, BoxError> {
         self.inner.in_doubt(of).await
     }
 }

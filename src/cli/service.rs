@@ -233,7 +233,7 @@ fn spec(arguments: &ServiceArguments) -> Result<ServiceSpec, Failure> {
 
 fn failure(error: ServeError) -> Failure {
     match &error {
-        ServeError::OtherStore { .. } | ServeError::Mismatch { .. } => {
+        ServeError::Invalid(_) | ServeError::OtherStore { .. } | ServeError::Mismatch { .. } => {
             Failure::new(Exit::BadConfiguration, error)
         }
         ServeError::Refused { .. } => Failure::new(Exit::Refused, error),

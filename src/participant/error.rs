@@ -2,6 +2,7 @@
 
 use crate::{
     protocol::ids::ServiceName,
+    setting::InvalidSetting,
     transport::amqp::{
         bounded::AskError,
         connection::ConnectError,
@@ -14,6 +15,9 @@ use crate::{
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ServeError {
+    /// A value that was set can't be used.
+    #[error("invalid service")]
+    Invalid(#[from] InvalidSetting),
     /// The broker doesn't let it in, or doesn't let it do what it must.
     #[error("service `{service}` is refused by the broker")]
     Refused {

@@ -4,6 +4,8 @@
 //! they fail, hang or panic, and that each is called no more often than needed, is the business of
 //! [`protocol::participant`](crate::protocol::participant) and of the loop that drives it.
 
+#[cfg(feature = "service")]
+mod builder;
 mod calls;
 #[cfg(feature = "service")]
 pub mod error;
@@ -32,6 +34,8 @@ use std::{fmt, future::Future, sync::Arc};
 use futures_util::future::BoxFuture;
 use serde::de::DeserializeOwned;
 
+#[cfg(feature = "service")]
+pub use self::builder::{ServiceBuilder, service};
 pub(crate) use self::calls::Calls;
 #[cfg(feature = "embedded")]
 pub(crate) use self::calls::Ended;
@@ -45,7 +49,7 @@ use crate::protocol::{
 };
 
 /// What a service's code may end in.
-pub type Error = Box<dyn std::error::Error + Send + Sync>;
+pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// A service, as its author sees it.
 ///
@@ -61,17 +65,17 @@ pub trait Participant: Send + Sync + 'static {
     /// [`Prepare::branch`], before this says [`Verdict::Prepared`].
     ///
     /// It may take until shortly before [`Prepare::deadline`]: then it is dropped, and has failed.
-    fn prepare(&self, call: Prepare) -> impl Future<Output = Result<Verdict, Error>> + Send;
+    fn prepare(&self, call: Prepare) -> impl Future<Output = Result<Verdict, BoxError>> + Send;
 
     /// Makes what was prepared under [`Finish::branch`] last. Must be idempotent: a branch that is
     /// committed already is a success. So is one that the store does not know, unless it can tell
     /// that it has never committed it: that is an error.
-    fn commit(&self, call: Finish) -> impl Future<Output = Result<(), Error>> + Send;
+    fn commit(&self, call: Finish) -> impl Future<Output = Result<(), BoxError>> + Send;
 
     /// Undoes what was prepared under [`Finish::branch`], or may have been. Must be idempotent.
     ///
     /// By default there is nothing to undo.
-    fn abort(&self, call: Finish) -> impl Future<Output = Result<(), Error>> + Send {
+    fn abort(&self, call: Finish) -> impl Future<Output = Result<(), BoxError>> + Send {
         let _ = call;
         std::future::ready(Ok(()))
     }
@@ -89,7 +93,7 @@ pub trait DurableParticipant: Participant {
     fn in_doubt(
         &self,
         of: Option<TransactionKey>,
-    ) -> impl Future<Output = Result<Vec<InDoubt>, Error>> + Send;
+    ) -> impl Future<Output = Result<Vec<InDoubt>, BoxError>> + Send;
 
     /// What the store is called, if it has a name: an id that was made with the store and is kept in
     /// it, so that every instance with this store says the same, and one with another store another.
@@ -97,7 +101,7 @@ pub trait DurableParticipant: Participant {
     ///
     /// By default the store has no name, and nobody notices two instances that don't share their
     /// store.
-    fn store_id(&self) -> impl Future<Output = Result<Option<StoreId>, Error>> + Send {
+    fn store_id(&self) -> impl Future<Output = Result<Option<StoreId>, BoxError>> + Send {
         std::future::ready(Ok(None))
     }
 
@@ -111,7 +115,7 @@ pub trait DurableParticipant: Participant {
     fn has_committed(
         &self,
         call: Finish,
-    ) -> impl Future<Output = Result<Option<bool>, Error>> + Send {
+    ) -> impl Future<Output = Result<Option<bool>, BoxError>> + Send {
         let _ = call;
         std::future::ready(Ok(None))
     }
@@ -178,9 +182,9 @@ impl Finish {
 /// A [`Participant`] of whatever type, for those who call many. Unless it says otherwise it has no
 /// store.
 pub(crate) trait AnyParticipant: Send + Sync {
-    fn prepare(self: Arc<Self>, call: Prepare) -> BoxFuture<'static, Result<Verdict, Error>>;
-    fn commit(self: Arc<Self>, call: Finish) -> BoxFuture<'static, Result<(), Error>>;
-    fn abort(self: Arc<Self>, call: Finish) -> BoxFuture<'static, Result<(), Error>>;
+    fn prepare(self: Arc<Self>, call: Prepare) -> BoxFuture<'static, Result<Verdict, BoxError>>;
+    fn commit(self: Arc<Self>, call: Finish) -> BoxFuture<'static, Result<(), BoxError>>;
+    fn abort(self: Arc<Self>, call: Finish) -> BoxFuture<'static, Result<(), BoxError>>;
 
     #[cfg(feature = "embedded")]
     fn has_store(&self) -> bool {
@@ -190,7 +194,7 @@ pub(crate) trait AnyParticipant: Send + Sync {
     fn in_doubt(
         self: Arc<Self>,
         of: Option<TransactionKey>,
-    ) -> BoxFuture<'static, Result<Vec<InDoubt>, Error>> {
+    ) -> BoxFuture<'static, Result<Vec<InDoubt>, BoxError>> {
         let _ = of;
         Box::pin(std::future::ready(Ok(Vec::new())))
     }
@@ -198,27 +202,27 @@ pub(crate) trait AnyParticipant: Send + Sync {
     fn has_committed(
         self: Arc<Self>,
         call: Finish,
-    ) -> BoxFuture<'static, Result<Option<bool>, Error>> {
+    ) -> BoxFuture<'static, Result<Option<bool>, BoxError>> {
         let _ = call;
         Box::pin(std::future::ready(Ok(None)))
     }
 
     #[cfg(feature = "service")]
-    fn store_id(self: Arc<Self>) -> BoxFuture<'static, Result<Option<StoreId>, Error>> {
+    fn store_id(self: Arc<Self>) -> BoxFuture<'static, Result<Option<StoreId>, BoxError>> {
         Box::pin(std::future::ready(Ok(None)))
     }
 }
 
 impl<P: Participant> AnyParticipant for P {
-    fn prepare(self: Arc<Self>, call: Prepare) -> BoxFuture<'static, Result<Verdict, Error>> {
+    fn prepare(self: Arc<Self>, call: Prepare) -> BoxFuture<'static, Result<Verdict, BoxError>> {
         Box::pin(async move { Participant::prepare(&*self, call).await })
     }
 
-    fn commit(self: Arc<Self>, call: Finish) -> BoxFuture<'static, Result<(), Error>> {
+    fn commit(self: Arc<Self>, call: Finish) -> BoxFuture<'static, Result<(), BoxError>> {
         Box::pin(async move { Participant::commit(&*self, call).await })
     }
 
-    fn abort(self: Arc<Self>, call: Finish) -> BoxFuture<'static, Result<(), Error>> {
+    fn abort(self: Arc<Self>, call: Finish) -> BoxFuture<'static, Result<(), BoxError>> {
         Box::pin(async move { Participant::abort(&*self, call).await })
     }
 }
@@ -227,15 +231,15 @@ impl<P: Participant> AnyParticipant for P {
 pub(crate) struct Durable<P>(pub(crate) P);
 
 impl<P: DurableParticipant> AnyParticipant for Durable<P> {
-    fn prepare(self: Arc<Self>, call: Prepare) -> BoxFuture<'static, Result<Verdict, Error>> {
+    fn prepare(self: Arc<Self>, call: Prepare) -> BoxFuture<'static, Result<Verdict, BoxError>> {
         Box::pin(async move { self.0.prepare(call).await })
     }
 
-    fn commit(self: Arc<Self>, call: Finish) -> BoxFuture<'static, Result<(), Error>> {
+    fn commit(self: Arc<Self>, call: Finish) -> BoxFuture<'static, Result<(), BoxError>> {
         Box::pin(async move { self.0.commit(call).await })
     }
 
-    fn abort(self: Arc<Self>, call: Finish) -> BoxFuture<'static, Result<(), Error>> {
+    fn abort(self: Arc<Self>, call: Finish) -> BoxFuture<'static, Result<(), BoxError>> {
         Box::pin(async move { self.0.abort(call).await })
     }
 
@@ -247,19 +251,19 @@ impl<P: DurableParticipant> AnyParticipant for Durable<P> {
     fn in_doubt(
         self: Arc<Self>,
         of: Option<TransactionKey>,
-    ) -> BoxFuture<'static, Result<Vec<InDoubt>, Error>> {
+    ) -> BoxFuture<'static, Result<Vec<InDoubt>, BoxError>> {
         Box::pin(async move { self.0.in_doubt(of).await })
     }
 
     fn has_committed(
         self: Arc<Self>,
         call: Finish,
-    ) -> BoxFuture<'static, Result<Option<bool>, Error>> {
+    ) -> BoxFuture<'static, Result<Option<bool>, BoxError>> {
         Box::pin(async move { self.0.has_committed(call).await })
     }
 
     #[cfg(feature = "service")]
-    fn store_id(self: Arc<Self>) -> BoxFuture<'static, Result<Option<StoreId>, Error>> {
+    fn store_id(self: Arc<Self>) -> BoxFuture<'static, Result<Option<StoreId>, BoxError>> {
         Box::pin(async move { self.0.store_id().await })
     }
 }

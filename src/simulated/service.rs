@@ -2,7 +2,7 @@
 
 use crate::{
     input::services::ServiceSpec,
-    participant::{DurableParticipant, Error, Finish, InDoubt, Participant, Prepare, Verdict},
+    participant::{BoxError, DurableParticipant, Finish, InDoubt, Participant, Prepare, Verdict},
     protocol::{
         ids::{StoreId, TransactionKey},
         message::Outcome,
@@ -31,7 +31,7 @@ impl Simulated {
     }
 
     /// What the code of a prepare does, and what it is to be counted as.
-    async fn decide(&self, call: &Prepare) -> Result<Verdict, Error> {
+    async fn decide(&self, call: &Prepare) -> Result<Verdict, BoxError> {
         let (behaviours, id) = (&self.behaviours, &call.key.id);
         if behaviours.is_trivial() {
             return Ok(Verdict::Prepared);
@@ -50,7 +50,7 @@ impl Simulated {
         }
     }
 
-    async fn finish_code(&self, call: &Finish, kind: Call) -> Result<(), Error> {
+    async fn finish_code(&self, call: &Finish, kind: Call) -> Result<(), BoxError> {
         let (behaviours, id) = (&self.behaviours, &call.key.id);
         if behaviours.is_trivial() {
             return Ok(());
@@ -66,7 +66,7 @@ impl Simulated {
 }
 
 /// A verdict in one word.
-fn word(verdict: &Result<Verdict, Error>) -> &'static str {
+fn word(verdict: &Result<Verdict, BoxError>) -> &'static str {
     match verdict {
         Ok(Verdict::Prepared) => "prepared",
         Ok(Verdict::ReadOnly) => "read_only",
@@ -76,15 +76,15 @@ fn word(verdict: &Result<Verdict, Error>) -> &'static str {
 }
 
 impl Participant for Simulated {
-    async fn prepare(&self, call: Prepare) -> Result<Verdict, Error> {
+    async fn prepare(&self, call: Prepare) -> Result<Verdict, BoxError> {
         self.decide(&call).await
     }
 
-    async fn commit(&self, call: Finish) -> Result<(), Error> {
+    async fn commit(&self, call: Finish) -> Result<(), BoxError> {
         self.finish_code(&call, Call::Commit).await
     }
 
-    async fn abort(&self, call: Finish) -> Result<(), Error> {
+    async fn abort(&self, call: Finish) -> Result<(), BoxError> {
         self.finish_code(&call, Call::Abort).await
     }
 }
@@ -97,7 +97,7 @@ pub struct Stored {
 }
 
 impl Stored {
-    async fn finish(&self, call: Finish, kind: Call) -> Result<(), Error> {
+    async fn finish(&self, call: Finish, kind: Call) -> Result<(), BoxError> {
         let (name, outcome) = match kind {
             Call::Prepare | Call::Commit => ("commit", Outcome::Committed),
             Call::Abort => ("abort", Outcome::Aborted),
@@ -105,7 +105,7 @@ impl Stored {
         let called = self.store.called(name, &call.key, &call.branch)?;
         let mut ended = self.service.finish_code(&call, kind).await;
         if ended.is_ok() {
-            ended = self.store.finish(&call, outcome).await.map_err(Error::from);
+            ended = self.store.finish(&call, outcome).await.map_err(BoxError::from);
         }
         called.ended(if ended.is_ok() { "done" } else { "failed" });
         ended
@@ -113,7 +113,7 @@ impl Stored {
 }
 
 impl Participant for Stored {
-    async fn prepare(&self, call: Prepare) -> Result<Verdict, Error> {
+    async fn prepare(&self, call: Prepare) -> Result<Verdict, BoxError> {
         let called = self.store.called("prepare", &call.key, &call.branch)?;
         let mut verdict = self.service.decide(&call).await;
         if let Ok(Verdict::Prepared) = verdict
@@ -125,25 +125,25 @@ impl Participant for Stored {
         verdict
     }
 
-    async fn commit(&self, call: Finish) -> Result<(), Error> {
+    async fn commit(&self, call: Finish) -> Result<(), BoxError> {
         self.finish(call, Call::Commit).await
     }
 
-    async fn abort(&self, call: Finish) -> Result<(), Error> {
+    async fn abort(&self, call: Finish) -> Result<(), BoxError> {
         self.finish(call, Call::Abort).await
     }
 }
 
 impl DurableParticipant for Stored {
-    async fn in_doubt(&self, of: Option<TransactionKey>) -> Result<Vec<InDoubt>, Error> {
+    async fn in_doubt(&self, of: Option<TransactionKey>) -> Result<Vec<InDoubt>, BoxError> {
         Ok(self.store.in_doubt(of.as_ref())?)
     }
 
-    async fn store_id(&self) -> Result<Option<StoreId>, Error> {
+    async fn store_id(&self) -> Result<Option<StoreId>, BoxError> {
         Ok(self.store.id().cloned())
     }
 
-    async fn has_committed(&self, call: Finish) -> Result<Option<bool>, Error> {
+    async fn has_committed(&self, call: Finish) -> Result<Option<bool>, BoxError> {
         Ok(self.store.has_committed(&call)?)
     }
 }

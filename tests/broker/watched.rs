@@ -15,7 +15,7 @@ use std::{
 };
 
 use dtc::{
-    participant::{DurableParticipant, Error, Finish, InDoubt, Participant, Prepare, Verdict},
+    participant::{BoxError, DurableParticipant, Finish, InDoubt, Participant, Prepare, Verdict},
     protocol::ids::{Branch, InstanceId, TransactionKey},
 };
 use futures_util::future::BoxFuture;
@@ -269,7 +269,7 @@ impl Book {
 }
 
 /// What a script's answer to a commit or an abort is to the SDK.
-fn finished(ending: Ending) -> Result<(), Error> {
+fn finished(ending: Ending) -> Result<(), BoxError> {
     match ending {
         Ending::Done => Ok(()),
         Ending::Panic => resume_unwind(Box::new("as the script says")),
@@ -278,7 +278,7 @@ fn finished(ending: Ending) -> Result<(), Error> {
 }
 
 impl Participant for Watched {
-    async fn prepare(&self, call: Prepare) -> Result<Verdict, Error> {
+    async fn prepare(&self, call: Prepare) -> Result<Verdict, BoxError> {
         let data = call.data()?;
         let (key, branch) = (call.key.clone(), call.branch.clone());
         match self.call(What::Prepare, key, branch, data).await {
@@ -300,7 +300,7 @@ impl Participant for Watched {
         }
     }
 
-    async fn commit(&self, call: Finish) -> Result<(), Error> {
+    async fn commit(&self, call: Finish) -> Result<(), BoxError> {
         let (key, branch) = (call.key.clone(), call.branch.clone());
         let ending = self.call(What::Commit, key, branch, Value::Null).await;
         finished(ending)?;
@@ -313,7 +313,7 @@ impl Participant for Watched {
         Ok(())
     }
 
-    async fn abort(&self, call: Finish) -> Result<(), Error> {
+    async fn abort(&self, call: Finish) -> Result<(), BoxError> {
         let (key, branch) = (call.key.clone(), call.branch.clone());
         let ending = self.call(What::Abort, key, branch, Value::Null).await;
         finished(ending)?;
@@ -323,7 +323,7 @@ impl Participant for Watched {
 }
 
 impl DurableParticipant for Watched {
-    async fn in_doubt(&self, of: Option<TransactionKey>) -> Result<Vec<InDoubt>, Error> {
+    async fn in_doubt(&self, of: Option<TransactionKey>) -> Result<Vec<InDoubt>, BoxError> {
         let book = self.book();
         let asked_for = |it: &&InDoubt| of.as_ref().is_none_or(|key| it.key == *key);
         Ok(book.prepared.values().filter(asked_for).cloned().collect())
