@@ -23,6 +23,7 @@ pub struct InDoubt {
 
 /// How the service's prepare ended.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
+#[non_exhaustive]
 pub enum Verdict {
     /// Stored under the branch, and able to commit whatever happens.
     Prepared,
