@@ -54,7 +54,7 @@ use crate::{
     transport::amqp::{
         connection::{self, Backoff, Broker},
         error::{BrokerError, Disposition, is_not_found, is_refusal},
-        names::{Names, Namespace},
+        names::Names,
         pool::{Channels, PublishError},
         publisher::Outgoing,
     },
@@ -165,7 +165,7 @@ pub enum SubmitError {
     #[error("nothing takes requests in namespace `{namespace}`: run `dtc topology apply`")]
     NoTopology {
         /// The namespace.
-        namespace: Namespace,
+        namespace: String,
     },
     /// The broker refuses this user, or doesn't let it publish requests.
     #[error("the broker refuses transaction `{}`", key.id)]
@@ -415,7 +415,7 @@ impl Client {
                     *last = Some(error);
                 }
                 Fate::NoTopology => {
-                    let namespace = self.shared.names.namespace().clone();
+                    let namespace = self.shared.names.namespace().to_string();
                     return Err(SubmitError::NoTopology { namespace });
                 }
                 Fate::GiveUp => {

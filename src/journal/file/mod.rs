@@ -123,7 +123,7 @@ pub enum JournalError {
         path: PathBuf,
         /// Where, and in which way.
         #[source]
-        source: ReplayError,
+        source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// It can't be read.
     #[error("failed to read the journal `{}`", path.display())]
@@ -276,7 +276,7 @@ impl Endings {
     }
 
     fn corrupt(&self, source: ReplayError) -> JournalError {
-        JournalError::Corrupt { path: self.path.clone(), source }
+        JournalError::Corrupt { path: self.path.clone(), source: source.into() }
     }
 }
 
@@ -404,7 +404,7 @@ impl Old {
     fn names(&self, own: &Incarnation) -> Result<(WorkerId, InstanceId), JournalError> {
         own.worker().zip(own.instance()).ok_or_else(|| {
             let source = ReplayError::Nameless { journal: own.journal.clone() };
-            JournalError::Corrupt { path: self.path.clone(), source }
+            JournalError::Corrupt { path: self.path.clone(), source: source.into() }
         })
     }
 
@@ -450,7 +450,7 @@ impl Old {
                 | ReplayError::Malformed { .. }
                 | ReplayError::Foreign { .. }
                 | ReplayError::Nameless { .. }) => {
-                    JournalError::Corrupt { path: self.path.clone(), source }
+                    JournalError::Corrupt { path: self.path.clone(), source: source.into() }
                 }
             }
         })

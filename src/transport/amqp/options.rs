@@ -123,7 +123,7 @@ macro_rules! broker_setters {
 
         /// Whom to trust and what to show, for URLs that begin with `amqps://`; it is an error
         /// without one. By default the CAs of the system are trusted, and nothing is shown.
-        pub fn tls(mut self, tls: crate::transport::amqp::tls::Tls) -> Self {
+        pub fn tls(mut self, tls: crate::Tls) -> Self {
             self.broker.tls = Some(tls);
             self
         }

@@ -120,7 +120,7 @@ fn place(file: Option<&Path>) -> String {
     file.map(|path| format!("`{}` ", path.display())).unwrap_or_default()
 }
 
-/// An [`Identity`] that shows nothing.
+/// A client certificate that can't be shown.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum InvalidIdentity {
