@@ -669,6 +669,25 @@ async fn what_is_undecided_when_a_run_ends_is_not_prepared_again_where_it_is_hel
 }
 
 #[tokio::test]
+async fn a_service_is_asked_what_it_holds_though_it_may_take_for_ever() {
+    let directory = tempfile::tempdir().unwrap();
+    let journal = directory.path().join("journal");
+    let lasting = Lasting::default();
+    lasting.hangs.store(true, Ordering::Relaxed);
+    let quick = Log::default();
+    let services = || [lasting.service("L"), quick.service("Q", 8)];
+    let is_decided = || quick.count("Q commit t0") > 0;
+    run_until(services(), &journal, transactions(1, &["L", "Q"]), is_decided).await;
+
+    lasting.hangs.store(false, Ordering::Relaxed);
+    let embedded = Embedded::new(services()).unwrap().journal(&journal);
+    let running = embedded.finish_timeout(Duration::MAX).run(vec![]);
+    let ended = tokio::time::timeout(Duration::from_secs(10), running).await;
+    assert_eq!(ended.expect("it is asked").unwrap(), []);
+    assert_eq!(lasting.log.sorted(), ["L commit t0", "L prepare t0"]);
+}
+
+#[tokio::test]
 async fn closures_are_told_again_what_was_decided_and_not_finished() {
     let directory = tempfile::tempdir().unwrap();
     let journal = directory.path().join("journal");

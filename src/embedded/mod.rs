@@ -116,6 +116,10 @@ pub async fn run(
     Embedded::new(services)?.run(transactions).await
 }
 
+/// What is set to be longer is as good as for ever: a hundred years. More may exceed what a moment can
+/// be.
+const LONGEST: Duration = Duration::from_secs(36_500 * 24 * 60 * 60);
+
 /// The settings of a coordinator in one process.
 #[derive(Debug, Clone)]
 pub(crate) struct Settings {
@@ -203,14 +207,14 @@ impl Embedded {
     /// How long the prepares of a transaction may take that doesn't say so itself: by default 5 s.
     #[must_use]
     pub fn prepare_timeout(mut self, timeout: Duration) -> Self {
-        self.settings.coordinator.prepare_timeout = timeout;
+        self.settings.coordinator.prepare_timeout = timeout.min(LONGEST);
         self
     }
 
     /// How long one commit or abort may take before it counts as failed: by default 5 s.
     #[must_use]
     pub fn finish_timeout(mut self, timeout: Duration) -> Self {
-        self.settings.coordinator.finish_timeout = timeout;
+        self.settings.coordinator.finish_timeout = timeout.min(LONGEST);
         self
     }
 
@@ -247,7 +251,7 @@ impl Embedded {
     /// After that its id is free again.
     #[must_use]
     pub fn journal_retention(mut self, retention: Duration) -> Self {
-        self.retention = retention;
+        self.retention = retention.min(LONGEST);
         self
     }
 
@@ -437,7 +441,7 @@ impl Embedded {
             let settings = MemberSettings {
                 name: name.clone(),
                 max_concurrency: service.max_concurrency,
-                max_wait: service.max_wait,
+                max_wait: service.max_wait.min(LONGEST),
                 has_store: participant.has_store(),
             };
             (settings, participant)
