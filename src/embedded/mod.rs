@@ -90,6 +90,10 @@ pub enum RunError {
 ///
 /// Each ends, whatever the services do: see [`Embedded`] for how long that may take.
 ///
+/// # Errors
+///
+/// A service or a transaction can't be used as it is: then nothing is begun.
+///
 /// ```
 /// use dtc::{Outcome, Service, Transaction, run};
 /// use serde_json::json;
@@ -162,6 +166,10 @@ enum Journal {
 
 impl Embedded {
     /// A coordinator for these services.
+    ///
+    /// # Errors
+    ///
+    /// A service has no name that is one, or the name of another, or no slot.
     pub fn new(services: impl IntoIterator<Item = Service>) -> Result<Self, InvalidService> {
         let mut names = BTreeSet::new();
         let mut checked = Vec::new();
@@ -197,7 +205,7 @@ impl Embedded {
     /// How long a journal tells how a transaction has ended, unless told otherwise: 7 days.
     pub const RETENTION: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
-    /// How many transactions may be worked on at once: by default 256. More wait for slots.
+    /// How many transactions may be worked on at once: at least 1, by default 256. More wait.
     #[must_use]
     pub fn max_in_flight(mut self, max: usize) -> Self {
         self.settings.coordinator.in_flight_max = max.max(1);
@@ -270,6 +278,13 @@ impl Embedded {
     }
 
     /// Runs `transactions`, and gives the results in their order.
+    ///
+    /// When the future is dropped, nothing more is called. With a journal, the next run goes on where
+    /// this one was.
+    ///
+    /// # Errors
+    ///
+    /// A transaction can't be run as it is: then none is begun. Or the journal can't be used.
     pub async fn run(
         self,
         transactions: impl IntoIterator<Item = Transaction>,

@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// The broker counts in 16 bits what it may have given out.
-const SLOTS_MAX: u32 = u16::MAX as u32;
+const SLOTS_MAX: usize = u16::MAX as usize;
 
 /// How many slots an instance has unless it is set.
 const SLOTS: u32 = 10;
@@ -173,10 +173,7 @@ impl<P: DurableParticipant> ServiceBuilder<P> {
         let service = setting::name("name", ServiceName::parse(&self.name))?;
         let label = self.instance.as_deref().map(InstanceId::parse).transpose();
         let instance = new_instance(setting::name("instance", label)?.as_ref());
-        if !(1..=SLOTS_MAX).contains(&self.max_concurrency) {
-            let rule = format!("must be from 1 to {SLOTS_MAX}, not {}", self.max_concurrency);
-            return Err(InvalidSetting::new("max_concurrency", rule));
-        }
+        setting::count("max_concurrency", self.max_concurrency as usize, SLOTS_MAX)?;
         if self.max_batch == Some(0) {
             return Err(InvalidSetting::new("max_batch", "must be at least 1, not 0"));
         }

@@ -48,7 +48,8 @@ use crate::protocol::{
     time::Time,
 };
 
-/// What a service's code may end in.
+/// The error that a service's code may end in: any. What it says is told in the reason of the
+/// transaction's abort, or in the log.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// A service, as its author sees it.
@@ -60,6 +61,27 @@ pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 ///
 /// This is enough for the embedded coordinator, which lives no longer than what the service holds in
 /// memory. A service on RabbitMQ must also be a [`DurableParticipant`].
+///
+/// ```
+/// use dtc::{BoxError, Finish, Participant, Prepare, Verdict};
+///
+/// struct Payments;
+///
+/// impl Participant for Payments {
+///     async fn prepare(&self, call: Prepare) -> Result<Verdict, BoxError> {
+///         let data: serde_json::Value = call.data()?;
+///         match data["amount"].as_u64().ok_or("the amount is not a number")? {
+///             0..1000 => Ok(Verdict::Prepared),
+///             _ => Ok(Verdict::Refused(Some("too much".into()))),
+///         }
+///     }
+///
+///     async fn commit(&self, call: Finish) -> Result<(), BoxError> {
+///         println!("{} is paid", call.id());
+///         Ok(())
+///     }
+/// }
+/// ```
 pub trait Participant: Send + Sync + 'static {
     /// Makes ready to commit: whatever is needed to commit later must be stored, under
     /// [`Prepare::branch`], before this says [`Verdict::Prepared`].
@@ -121,7 +143,9 @@ pub trait DurableParticipant: Participant {
     }
 }
 
-/// What a prepare is about.
+/// What a prepare is about. A service stores [`branch`](Self::branch), [`key`](Self::key),
+/// [`request_hash`](Self::request_hash) and [`deadline`](Self::deadline) in one write with what the
+/// commit needs, and gives them back as [`InDoubt`].
 #[derive(Debug, Clone)]
 pub struct Prepare {
     /// Which transaction.
@@ -157,7 +181,11 @@ impl Prepare {
         self.data.as_str()
     }
 
-    /// The request's data.
+    /// The request's data, read as a `T`.
+    ///
+    /// # Errors
+    ///
+    /// It is not as a `T` should be. A prepare that ends in this error has failed.
     pub fn data<T: DeserializeOwned>(&self) -> Result<T, serde_json::Error> {
         serde_json::from_str(self.data.as_str())
     }
