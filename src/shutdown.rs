@@ -37,3 +37,23 @@ async fn signal() -> std::io::Result<()> {
 async fn signal() -> std::io::Result<()> {
     tokio::signal::ctrl_c().await
 }
+
+#[cfg(all(test, unix))]
+mod tests {
+    use std::{pin::pin, time::Duration};
+
+    use nix::sys::signal::{Signal, raise};
+    use tokio::time::timeout;
+
+    use super::shutdown_signal;
+
+    #[tokio::test]
+    async fn ctrl_c_and_the_polite_kill_end_it_and_nothing_else_does() {
+        for signal in [Signal::SIGINT, Signal::SIGTERM] {
+            let mut told = pin!(shutdown_signal());
+            assert!(timeout(Duration::ZERO, &mut told).await.is_err(), "nobody has said so");
+            raise(signal).unwrap();
+            timeout(Duration::from_secs(10), told).await.expect("it is heard");
+        }
+    }
+}

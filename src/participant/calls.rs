@@ -281,3 +281,72 @@ pub(super) fn panicked(panic: &(dyn Any + Send)) -> BoxError {
     let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
     format!("panicked: {}", text.unwrap_or("no message")).into()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::Arc, time::Duration};
+
+    use super::{Calls, Ended};
+    use crate::{
+        clock::Clock,
+        participant::{
+            AnyParticipant, BoxError, Durable, DurableParticipant, Finish, InDoubt, Participant,
+            Prepare, Verdict,
+        },
+        protocol::{
+            ids::{Branch, RequestHash, TransactionId, TransactionKey},
+            participant::{Effect, Event},
+            time::Time,
+        },
+    };
+
+    struct Store {
+        held: Vec<InDoubt>,
+        committed: Option<bool>,
+    }
+
+    impl Participant for Store {
+        async fn prepare(&self, _: Prepare) -> Result<Verdict, BoxError> {
+            Ok(Verdict::Prepared)
+        }
+
+        async fn commit(&self, _: Finish) -> Result<(), BoxError> {
+            Ok(())
+        }
+    }
+
+    impl DurableParticipant for Store {
+        async fn in_doubt(&self, _: Option<TransactionKey>) -> Result<Vec<InDoubt>, BoxError> {
+            Ok(self.held.clone())
+        }
+
+        async fn has_committed(&self, _: Finish) -> Result<Option<bool>, BoxError> {
+            Ok(self.committed)
+        }
+    }
+
+    #[tokio::test]
+    async fn a_branch_is_unknown_only_to_a_store_that_would_remember_its_commit() {
+        let id = TransactionId::parse("t1").unwrap();
+        let key = TransactionKey { id, requested_at: Time::EPOCH };
+        let branch = Branch::parse("i1.1").unwrap();
+        let (request_hash, deadline) = (RequestHash([0; 16]), Time::EPOCH);
+        let held = InDoubt { key: key.clone(), request_hash, branch: branch.clone(), deadline };
+        let nothing = Vec::new;
+        for (held, committed, is_known) in [
+            (vec![held.clone()], None, true),
+            (vec![held], Some(false), true),
+            (nothing(), None, true),
+            (nothing(), Some(true), true),
+            (nothing(), Some(false), false),
+        ] {
+            let store: Arc<dyn AnyParticipant> = Arc::new(Durable(Store { held, committed }));
+            let mut calls = Calls::new(Clock::start(), Duration::from_secs(5));
+            let (key, branch) = (key.clone(), branch.clone());
+            let look = Effect::LookUpCommit { key: key.clone(), branch: branch.clone() };
+            assert!(calls.start(0, &store, look).is_none());
+            let Ended { event, .. } = calls.next().await;
+            assert_eq!(event, Event::CommitLookedUp { key, branch, is_known }, "{committed:?}");
+        }
+    }
+}
