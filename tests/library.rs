@@ -15,11 +15,9 @@ use std::{
 };
 
 use dtc::{
-    DurableParticipant, Embedded, InvalidService, InvalidTransaction, JournalError, Outcome,
-    Participant, ReasonCode, RunError, Service, Transaction, TransactionResult, Verdict,
-    participant::{Finish, InDoubt, Prepare},
-    protocol::ids::TransactionKey,
-    run,
+    DurableParticipant, Embedded, Finish, InDoubt, InvalidService, InvalidTransaction,
+    JournalError, Outcome, Participant, Prepare, ReasonCode, RunError, Service, Transaction,
+    TransactionKey, TransactionResult, Verdict, run,
 };
 use proptest::prelude::{ProptestConfig, Strategy, prop, prop_assert, prop_assert_eq, proptest};
 use serde_json::{Value, json};
