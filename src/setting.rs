@@ -8,8 +8,8 @@ use crate::protocol::ids::InvalidName;
 /// a moment can be.
 const DURATION_MAX: Duration = Duration::from_secs(36_500 * 24 * 60 * 60);
 
-/// A value that a program has set on a builder can't be used: its text says which, and by which rule.
-/// What may hold a password is not repeated.
+/// A value that was set on a builder can't be used. The text names the setting and the rule that its value
+/// breaks; it never repeats what may hold a password.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("setting `{setting}`: {problem}")]
 pub struct InvalidSetting {
@@ -22,7 +22,7 @@ impl InvalidSetting {
         Self { setting, problem: problem.into() }
     }
 
-    /// What the method of the builder is called by which it was set, or the argument.
+    /// The setting: the name of the builder's method, or of the argument, that set it.
     pub fn setting(&self) -> &'static str {
         self.setting
     }

@@ -55,20 +55,20 @@ impl Transaction {
         Self { id: id.into(), involved_services, data, timeout: None, requested_at: None }
     }
 
-    /// How long the prepares may take: from 1 ms to a day. By default the coordinator says, which is
-    /// 5 s unless it is set there.
+    /// Sets how long the prepares may take: from 1 ms to a day. Default: what the coordinator has,
+    /// which is 5 s unless that is set.
     #[must_use]
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = Some(timeout);
         self
     }
 
-    /// The same transaction as the one that was requested at `moment`, of which the whole seconds
-    /// count. By default it is requested when it is submitted.
+    /// Makes it the transaction that was requested at `moment`, of which the whole seconds count.
+    /// Default: it is requested when it is submitted.
     ///
-    /// Whoever has not heard what became of a transaction submits it again with the moment of its
-    /// [key](TransactionKey): see [`Client`](crate::Client). The embedded coordinator has no use for
-    /// the moment, and knows a transaction by its id.
+    /// A producer that has not heard what became of a transaction submits it again with the moment
+    /// of its [key](TransactionKey): see [`Client`](crate::Client). The embedded coordinator
+    /// ignores the moment, and knows a transaction by its id.
     #[must_use]
     pub fn requested_at(mut self, moment: Time) -> Self {
         self.requested_at = Some(moment);

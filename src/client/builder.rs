@@ -15,7 +15,7 @@ use crate::{
 /// No client waits for more transactions at once.
 const IN_FLIGHT_MAX: usize = 1_000_000;
 
-/// What a [`Client`] is to be like: see [`Client::builder`].
+/// Sets up a [`Client`]: see [`Client::builder`].
 #[derive(Clone, Debug)]
 #[must_use = "a builder does nothing until it is told to connect"]
 pub struct ClientBuilder {
@@ -46,15 +46,16 @@ impl ClientBuilder {
 
     broker_setters!();
 
-    /// How long [`Client::submit`] tries to hand a transaction to the broker: at least 1 ms. By
-    /// default 30 s.
+    /// Sets how long [`Client::submit`] tries to hand a transaction to the broker: at least 1 ms.
+    /// Default: 30 s.
     pub fn publish_timeout(mut self, timeout: Duration) -> Self {
         self.settings.publish_timeout = timeout;
         self
     }
 
-    /// How many transactions may be waited for at once: from 1 to 1,000,000. More wait for their
-    /// turn, within their own timeout, so that what a client holds is bounded. By default 1000.
+    /// Sets how many transactions [`Client::submit_and_wait`] waits for at once: from 1 to
+    /// 1,000,000. Further calls wait for their turn, within their own timeout, so the memory of the
+    /// client is bounded. Default: 1000.
     pub fn max_in_flight(mut self, max: usize) -> Self {
         self.settings.in_flight_max = max;
         self

@@ -73,7 +73,7 @@ pub fn service<P: DurableParticipant>(
     }
 }
 
-/// What an instance of a service is to be like: see [`service`].
+/// Sets up an instance of a service: see [`service`].
 #[must_use = "a builder does nothing until it is told to serve"]
 pub struct ServiceBuilder<P> {
     broker: BrokerOptions,
@@ -93,63 +93,66 @@ pub struct ServiceBuilder<P> {
 impl<P: DurableParticipant> ServiceBuilder<P> {
     broker_setters!();
 
-    /// How many transactions this instance works on at once, from its prepare to the end of its commit
-    /// or abort: from 1 to 65,535. The broker gives it no more. By default 10.
+    /// Sets how many transactions this instance works on at once, each from its prepare to the end
+    /// of its commit or abort: from 1 to 65,535. The broker gives it no more. Default: 10.
     pub fn max_concurrency(mut self, max: u32) -> Self {
         self.max_concurrency = max;
         self
     }
 
-    /// What the instance's id begins with (`[A-Za-z0-9_-]{1,64}`). The rest is new in each process,
-    /// since what it prepares is named after the instance. By default all of it is new.
+    /// Sets what the id of the instance begins with (`[A-Za-z0-9_-]{1,64}`). The rest is new in
+    /// each process, since the branches that it prepares are named after it. Default: all of it is
+    /// new.
     pub fn instance(mut self, label: impl Into<String>) -> Self {
         self.instance = Some(label.into());
         self
     }
 
-    /// Whether each instance has [`max_concurrency`](Self::max_concurrency) slots, or all instances of
-    /// the service together: as the service's queue was declared. By default each.
+    /// Sets whether each instance has [`max_concurrency`](Self::max_concurrency) slots, or all
+    /// instances of the service together. It must be as the service's queue was declared. Default:
+    /// each instance.
     pub fn cap(mut self, cap: Cap) -> Self {
         self.cap = cap;
         self
     }
 
-    /// How many prepares may come in one message, where there are 64 slots or more: at least 1. Such a
-    /// message is acknowledged when the last of its transactions is finished, so after a crash some
-    /// that were finished are prepared once more, and that is undone. By default 16.
+    /// Sets how many prepares may come in one message, where there are 64 slots or more: one or more.
+    /// The instance acknowledges such a message when the last of its transactions is finished, so after
+    /// a crash some that were finished are prepared once more, and that is undone. Default: 16.
     pub fn max_batch(mut self, max: u16) -> Self {
         self.max_batch = Some(max);
         self
     }
 
-    /// How long to wait for an outcome before asking the workers for it: at least 1 ms. By default
-    /// 10 s.
+    /// Sets how long the instance waits for an outcome before it asks the workers: at least 1 ms.
+    /// Default: 10 s.
     pub fn inquire_after(mut self, after: Duration) -> Self {
         self.inquire_after = Some(after);
         self
     }
 
-    /// How long one commit or abort may take before it counts as failed, and is called again: at least
-    /// 1 ms. By default 5 s.
+    /// Sets how long one commit or abort may take before it counts as failed and is called again:
+    /// at least 1 ms. Default: 5 s.
     pub fn finish_timeout(mut self, timeout: Duration) -> Self {
         self.finish_timeout = Some(timeout);
         self
     }
 
-    /// How long to wait, when told to stop, for the outcomes of what is prepared. By default 25 s.
+    /// Sets how long the instance waits, when it is told to stop, for the outcomes of what is
+    /// prepared. Default: 25 s.
     pub fn drain(mut self, drain: Duration) -> Self {
         self.drain = Some(drain);
         self
     }
 
     /// For development: declares the service's queues, in which a prepare may wait for a slot for
-    /// `max_wait`. By default whoever operates the broker has done so, by `dtc topology apply`.
+    /// `max_wait`. Default: nothing is declared, as `dtc topology apply` has done it.
     pub fn declare(mut self, max_wait: Duration) -> Self {
         self.declare = Some(max_wait);
         self
     }
 
-    /// What is to be told whether the instance serves. It is for this instance alone.
+    /// Reports to `readiness` whether the instance serves. Each instance needs its own.
     pub fn readiness(mut self, readiness: &Readiness) -> Self {
         self.readiness = readiness.clone();
         self

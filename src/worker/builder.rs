@@ -38,7 +38,7 @@ pub struct Worker {
     settings: Settings,
 }
 
-/// What a [`Worker`] is to be like: see [`Worker::builder`].
+/// Sets up a [`Worker`]: see [`Worker::builder`].
 #[derive(Debug)]
 #[must_use = "a builder does nothing until it is told to run"]
 pub struct WorkerBuilder {
@@ -62,7 +62,7 @@ impl Worker {
         }
     }
 
-    /// What it is called.
+    /// The name of the worker.
     pub fn name(&self) -> &str {
         self.settings.worker().as_str()
     }
@@ -83,62 +83,63 @@ impl Worker {
 impl WorkerBuilder {
     broker_setters!();
 
-    /// What the worker is called (`[A-Za-z0-9_-]{1,64}`). No other worker of the system may have the
-    /// name. By default a new one.
+    /// Names the worker (`[A-Za-z0-9_-]{1,64}`). No other worker of the system may have the name.
+    /// Default: a new one.
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
         self
     }
 
-    /// How many transactions it works on at once, and takes from the broker: from 1 to 65,535. By
-    /// default 256.
+    /// Sets how many transactions the worker works on at once: from 1 to 65,535. The broker gives
+    /// it no more. Default: 256.
     pub fn max_in_flight(mut self, max: usize) -> Self {
         self.tuning.in_flight_max = max;
         self
     }
 
-    /// How many more transactions it may hold that wait for a slot of a service: from 1 to 65,535. By
-    /// default 4096.
+    /// Sets how many more transactions the worker may hold that wait for a slot of a service: from
+    /// 1 to 65,535. Default: 4096.
     pub fn max_waiting(mut self, max: usize) -> Self {
         self.tuning.waiting_max = max;
         self
     }
 
-    /// How long the prepares of a transaction may take that has no
-    /// [`timeout`](crate::Transaction::timeout) of its own: from 1 ms to a day. By default 5 s.
+    /// Sets how long the prepares of a transaction may take that has no
+    /// [`timeout`](crate::Transaction::timeout) of its own: from 1 ms to a day. Default: 5 s.
     pub fn prepare_timeout(mut self, timeout: Duration) -> Self {
         self.tuning.prepare_timeout = timeout;
         self
     }
 
-    /// How long it waits for the answer to a commit before it sends it again: at least 1 ms. By
-    /// default 5 s.
+    /// Sets how long the worker waits for the answer to a commit before it sends it again: at least
+    /// 1 ms. Default: 5 s.
     pub fn finish_timeout(mut self, timeout: Duration) -> Self {
         self.tuning.finish_timeout = timeout;
         self
     }
 
-    /// How long a decision is remembered, to recognise a request that comes again under another
-    /// moment; no more than the last 200,000 are. By default 15 min.
+    /// Sets how long the worker remembers a decision, to recognise a request that comes again under
+    /// another moment. It remembers no more than the last 200,000. Default: 15 min.
     pub fn window(mut self, window: Duration) -> Self {
         self.tuning.window = window;
         self
     }
 
-    /// How far any two clocks of the system may differ. All workers have the same, and so has `dtc
-    /// topology apply`, as `topology.clock_margin`. By default 60 s.
+    /// Sets how far any two clocks of the system may differ. It must be the same at all workers and
+    /// for `dtc topology apply` (`topology.clock_margin`). Default: 60 s.
     pub fn clock_margin(mut self, margin: Duration) -> Self {
         self.tuning.clock_margin = margin;
         self
     }
 
-    /// How long it may go on finishing what it has begun when it is told to stop. By default 25 s.
+    /// Sets how long the worker may go on finishing what it has begun when it is told to stop.
+    /// Default: 25 s.
     pub fn drain(mut self, drain: Duration) -> Self {
         self.drain = drain;
         self
     }
 
-    /// What is to be told whether the worker takes requests. It is for this worker alone.
+    /// Reports to `readiness` whether the worker takes requests. Each worker needs its own.
     pub fn readiness(mut self, readiness: &Readiness) -> Self {
         self.readiness = readiness.clone();
         self

@@ -92,37 +92,38 @@ impl BrokerOptions {
 /// The methods of a builder that has `broker: BrokerOptions`.
 macro_rules! broker_setters {
     () => {
-        /// The namespace that the names of all exchanges and queues begin with
-        /// (`[A-Za-z0-9._-]{1,64}`). All processes of one system have the same, which `dtc topology
-        /// apply` was given. By default `dtc`.
+        /// Sets the namespace, with which the names of all exchanges and queues begin
+        /// (`[A-Za-z0-9._-]{1,64}`). All processes of one system use the namespace that `dtc
+        /// topology apply` was given. Default: `dtc`.
         pub fn namespace(mut self, namespace: impl Into<String>) -> Self {
             self.broker.namespace = Some(namespace.into());
             self
         }
 
-        /// What the connections are called in the broker's list of them. By default, what this
-        /// process is: a client, or which worker, or which instance of which service.
+        /// Sets the name under which the broker lists the connections of this process. Default:
+        /// what the process is, as `dtc worker w1`.
         pub fn connection_name(mut self, name: impl Into<String>) -> Self {
             self.broker.connection_name = Some(name.into());
             self
         }
 
-        /// How often both sides of a connection show that they live: from 1 s to 18 h, in whole
-        /// seconds. A broker that is silent for twice as long is given up. By default 10 s.
+        /// Sets how often both sides of a connection show that they are alive: from 1 s to 65,535
+        /// s, in whole seconds. A broker that is silent for twice as long is given up. Default: 10
+        /// s.
         pub fn heartbeat(mut self, heartbeat: std::time::Duration) -> Self {
             self.broker.heartbeat = heartbeat;
             self
         }
 
-        /// How long one host may take until it has let this process in: at least 1 ms. By default
-        /// 10 s.
+        /// Sets how long one host may take to let this process in: at least 1 ms. Default: 10 s.
         pub fn connect_timeout(mut self, timeout: std::time::Duration) -> Self {
             self.broker.connect_timeout = timeout;
             self
         }
 
-        /// Whom to trust and what to show, for URLs that begin with `amqps://`; it is an error
-        /// without one. By default the CAs of the system are trusted, and nothing is shown.
+        /// Sets which CAs to trust and which certificate to show, for URLs that begin with
+        /// `amqps://`; it is an error if no URL does. Default: the CAs of the system, and no
+        /// certificate.
         pub fn tls(mut self, tls: crate::Tls) -> Self {
             self.broker.tls = Some(tls);
             self

@@ -55,23 +55,23 @@ impl Tls {
         Self::default()
     }
 
-    /// The CAs that may have signed the broker's certificate, and no others. By default those of the
-    /// system.
+    /// Sets the CAs that may have signed the broker's certificate; no others are trusted then.
+    /// Default: those of the system.
     #[must_use]
     pub fn ca(mut self, ca: Pem) -> Self {
         self.ca = Some(ca);
         self
     }
 
-    /// What to show a broker that asks who we are: our certificate, followed by those that lead from
-    /// it to its CA, and its private key without a passphrase. By default nothing.
+    /// Sets what to show a broker that asks for a certificate: the certificate, followed by those
+    /// that lead from it to its CA, and its private key without a passphrase. Default: nothing.
     #[must_use]
     pub fn client_certificate(mut self, certificate: Pem, key: Pem) -> Self {
         self.identity = Some(Identity { certificate, key });
         self
     }
 
-    /// The name that the broker's certificate must be for. By default the host in the URL.
+    /// Sets the name that the broker's certificate must be for. Default: the host in the URL.
     #[must_use]
     pub fn server_name(mut self, name: impl Into<String>) -> Self {
         self.server_name = Some(name.into());
