@@ -85,7 +85,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     ];
 
     for result in run(services, orders).await? {
-        print!("{}: {}", result.id, result.status);
+        print!("{}: {}", result.id, result.outcome);
         if let Some(reason) = result.reason {
             let service = reason.service.as_ref().map_or("the coordinator", |it| it.as_str());
             print!(", {} by {service}", reason.code);

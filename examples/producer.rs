@@ -23,20 +23,16 @@
 
 use std::{env, error::Error, process, time::Duration};
 
-use dtc::{
-    Broker, Client, Names, Namespace, Submission, TransactionKey,
-    client::{SubmitError, WaitError},
-};
+use dtc::{Client, SubmitError, Transaction, TransactionKey, WaitError};
 use serde_json::json;
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
     let url = env::var("DTC__BROKER__URL").unwrap_or_else(|_| "amqp://localhost".to_owned());
     let namespace = env::var("DTC__BROKER__NAMESPACE").unwrap_or_else(|_| "dtc".to_owned());
-    let names = Names::new(Namespace::parse(&namespace)?);
-    let client = Client::connect(Broker::new(url.parse()?, "producer"), names);
+    let client = Client::builder(url).namespace(namespace).connect().await?;
 
-    let order = |id: &str| Submission::new(id, ["payments", "stock"], json!({"amount": 100}));
+    let order = |id: &str| Transaction::new(id, ["payments", "stock"], json!({"amount": 100}));
     let order = match env::args().nth(1) {
         Some(key) => {
             let TransactionKey { id, requested_at } = key.parse()?;

@@ -15,36 +15,27 @@
 
 #![allow(clippy::print_stdout, reason = "an example shows what it does")]
 
-use std::{env, error::Error, process};
+use std::{env, error::Error, time::Duration};
 
-use dtc::{
-    Broker, Names, Namespace,
-    protocol::ids::WorkerId,
-    worker::{self, Settings},
-};
+use dtc::{Readiness, Worker};
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
     let url = env::var("DTC__BROKER__URL").unwrap_or_else(|_| "amqp://localhost".to_owned());
     let namespace = env::var("DTC__BROKER__NAMESPACE").unwrap_or_else(|_| "dtc".to_owned());
 
-    // No other worker may have its name.
-    let name = format!("example-{}", process::id());
-    let broker = Broker::new(url.parse()?, &name);
-    let names = Names::new(Namespace::parse(&namespace)?);
-    let mut settings = Settings::new(broker, names, WorkerId::parse(&name)?);
-    // How patient it is, and how much it takes on at once.
-    settings.coordinator.in_flight_max = 64;
-
-    let stop = async {
-        // Where no signal can be waited for, it works until it is killed.
-        if tokio::signal::ctrl_c().await.is_err() {
-            std::future::pending::<()>().await;
-        }
-    };
-    // Called again after each connection that was lost.
-    let ready = || println!("ready");
-    let tally = worker::run(settings, stop, ready).await?;
+    let readiness = Readiness::new();
+    let worker = Worker::builder(url)
+        .namespace(namespace)
+        // How much it takes on at once, and how patient it is.
+        .max_in_flight(64)
+        .prepare_timeout(Duration::from_secs(10))
+        .readiness(&readiness);
+    tokio::spawn(async move {
+        readiness.ready().await;
+        println!("ready");
+    });
+    let tally = worker.run_until(dtc::shutdown_signal()).await?;
     println!("{} committed, {} aborted", tally.committed, tally.aborted);
     Ok(())
 }

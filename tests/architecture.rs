@@ -15,10 +15,10 @@ use std::{
 /// do not import each other.
 const FLOORS: [&[&str]; 8] = [
     &["protocol"],
-    &["anomalies", "clock", "complaint", "error", "unique"],
+    &["anomalies", "clock", "complaint", "error", "readiness", "setting", "shutdown", "unique"],
     &["json"],
     &["wire"],
-    &["transport", "journal"],
+    &["transport", "journal", "transaction"],
     &["worker", "participant", "client", "input"],
     &["embedded", "simulated"],
     &["cli", "main"],

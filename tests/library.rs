@@ -15,11 +15,9 @@ use std::{
 };
 
 use dtc::{
-    Embedded, InvalidService, InvalidTransaction, JournalError, Outcome, Participant, ReasonCode,
-    RunError, Service, Transaction, TransactionResult, Verdict,
-    participant::{Finish, InDoubt, Prepare},
-    protocol::ids::TransactionKey,
-    run,
+    DurableParticipant, Embedded, Finish, InDoubt, InvalidService, InvalidTransaction,
+    JournalError, Outcome, Participant, Prepare, ReasonCode, RunError, Service, Transaction,
+    TransactionKey, TransactionResult, Verdict, run,
 };
 use proptest::prelude::{ProptestConfig, Strategy, prop, prop_assert, prop_assert_eq, proptest};
 use serde_json::{Value, json};
@@ -80,7 +78,7 @@ fn told(results: &[TransactionResult]) -> (Outcome, Option<ReasonCode>, Option<&
     let [result] = results else { panic!("one result, not {results:?}") };
     let reason = result.reason.as_ref();
     let message = reason.and_then(|reason| reason.message.as_deref());
-    (result.status, reason.map(|reason| reason.code), message)
+    (result.outcome, reason.map(|reason| reason.code), message)
 }
 
 // ---- What a run gives --------------------------------------------------------------------------
@@ -105,7 +103,7 @@ async fn the_first_example_commits_both_transactions() {
     .await
     .unwrap();
 
-    let told: Vec<_> = results.iter().map(|it| (it.id.as_str(), it.status.as_str())).collect();
+    let told: Vec<_> = results.iter().map(|it| (it.id.as_str(), it.outcome.as_str())).collect();
     assert_eq!(told, [("TX1", "COMMITTED"), ("TX2", "COMMITTED")]);
     let expected = [
         "ServiceA commit TX1",
@@ -129,9 +127,9 @@ async fn results_are_in_the_order_of_the_transactions() {
         Ok(!n.is_multiple_of(3))
     });
     let results = run([slow_first], transactions(50, &["A"])).await.unwrap();
-    let ids: Vec<_> = results.iter().map(|it| it.id.clone()).collect();
+    let ids: Vec<_> = results.iter().map(|it| it.id.to_string()).collect();
     assert_eq!(ids, (0..50).map(|n| format!("t{n}")).collect::<Vec<_>>());
-    let aborted: Vec<_> = results.iter().map(|it| it.status == Outcome::Aborted).collect();
+    let aborted: Vec<_> = results.iter().map(|it| it.outcome == Outcome::Aborted).collect();
     assert_eq!(aborted, (0..50).map(|n| n % 3 == 0).collect::<Vec<_>>());
 }
 
@@ -168,7 +166,7 @@ async fn ten_thousand_transactions_commit() {
     let services = [log.service("A", 3), log.service("B", 64)];
     let results = run(services, transactions(10_000, &["A", "B"])).await.unwrap();
     assert_eq!(results.len(), 10_000);
-    assert!(results.iter().all(|it| it.status == Outcome::Committed));
+    assert!(results.iter().all(|it| it.outcome == Outcome::Committed));
     assert_eq!(log.sorted().len(), 40_000);
 }
 
@@ -185,7 +183,7 @@ fn both_kinds_of_tokio_runtime_work() {
             }),
         ];
         let ran = runtime.block_on(run(services, transactions(100, &["A", "B"]))).unwrap();
-        assert!(ran.iter().all(|it| it.status == Outcome::Committed));
+        assert!(ran.iter().all(|it| it.outcome == Outcome::Committed));
     }
 }
 
@@ -418,7 +416,7 @@ async fn a_blocking_closure_does_not_delay_the_others() {
     });
     let all = [transaction("waits", &["A"]), transaction("opens", &["B"])];
     let results = run([blocked, opens], all).await.unwrap();
-    assert!(results.iter().all(|it| it.status == Outcome::Committed));
+    assert!(results.iter().all(|it| it.outcome == Outcome::Committed));
 }
 
 #[tokio::test]
@@ -447,7 +445,7 @@ async fn a_blocking_prepare_that_times_out_keeps_its_slot_and_is_aborted_when_it
             aborts.add("A", "abort", id);
             Ok(())
         });
-    let slow = Transaction { timeout: Some(ms(50)), ..transaction("slow", &["A"]) };
+    let slow = transaction("slow", &["A"]).timeout(ms(50));
     // Opens the gate once the slow one has been given up.
     let (counted, until) = (log.clone(), Arc::new(AtomicU32::new(0)));
     let b = Service::new("B", 1).prepare_async(move |_, _| {
@@ -462,7 +460,7 @@ async fn a_blocking_prepare_that_times_out_keeps_its_slot_and_is_aborted_when_it
     });
     let all = [slow, transaction("next", &["A"]), transaction("opens", &["B"])];
     let results = run([a, b], all).await.unwrap();
-    let statuses: Vec<_> = results.iter().map(|it| it.status).collect();
+    let statuses: Vec<_> = results.iter().map(|it| it.outcome).collect();
     assert_eq!(statuses, [Outcome::Aborted, Outcome::Committed, Outcome::Committed]);
     assert_eq!(most.load(Ordering::SeqCst), 1);
     let entries = log.0.lock().unwrap().clone();
@@ -517,11 +515,9 @@ impl Participant for ByHand {
         self.held.lock().unwrap().remove(call.id());
         Ok(())
     }
+}
 
-    fn has_store(&self) -> bool {
-        true
-    }
-
+impl DurableParticipant for ByHand {
     async fn in_doubt(
         &self,
         of: Option<TransactionKey>,
@@ -536,12 +532,12 @@ impl Participant for ByHand {
 async fn a_participant_written_by_hand_gets_the_outcomes_of_its_verdicts() {
     let by_hand = ByHand::default();
     let log = Log::default();
-    let services = [Service::from_participant("H", 2, by_hand.clone()), log.service("A", 9)];
+    let services = [Service::from_durable("H", 2, by_hand.clone()), log.service("A", 9)];
     let wish = |id: &str, wish| Transaction::new(id, ["H", "A"], json!({ "wish": wish }));
     let all = [wish("1", "buy"), wish("2", "look"), wish("3", "steal"), wish("4", "explode")];
     let results = run(services, all).await.unwrap();
 
-    let statuses: Vec<_> = results.iter().map(|it| it.status.as_str()).collect();
+    let statuses: Vec<_> = results.iter().map(|it| it.outcome.as_str()).collect();
     assert_eq!(statuses, ["COMMITTED", "COMMITTED", "ABORTED", "ABORTED"]);
     assert_eq!(results[2].reason.as_ref().unwrap().message.as_deref(), Some("not yours"));
     assert_eq!(results[3].reason.as_ref().unwrap().message.as_deref(), Some("boom"));
@@ -562,7 +558,7 @@ struct DurableService {
 
 impl DurableService {
     fn service(&self, name: &str) -> Service {
-        Service::from_participant(name, 8, self.clone())
+        Service::from_durable(name, 8, self.clone())
     }
 }
 
@@ -589,11 +585,9 @@ impl Participant for DurableService {
         self.held.lock().unwrap().retain(|it| it.branch != call.branch);
         Ok(())
     }
+}
 
-    fn has_store(&self) -> bool {
-        true
-    }
-
+impl DurableParticipant for DurableService {
     async fn in_doubt(
         &self,
         of: Option<TransactionKey>,
@@ -672,6 +666,25 @@ async fn a_transaction_undecided_when_a_run_ends_is_not_prepared_again_where_it_
 }
 
 #[tokio::test]
+async fn a_service_is_asked_what_it_holds_though_it_may_take_for_ever() {
+    let directory = tempfile::tempdir().unwrap();
+    let journal = directory.path().join("journal");
+    let lasting = DurableService::default();
+    lasting.hangs.store(true, Ordering::Relaxed);
+    let quick = Log::default();
+    let services = || [lasting.service("L"), quick.service("Q", 8)];
+    let is_decided = || quick.count("Q commit t0") > 0;
+    run_until(services(), &journal, transactions(1, &["L", "Q"]), is_decided).await;
+
+    lasting.hangs.store(false, Ordering::Relaxed);
+    let embedded = Embedded::new(services()).unwrap().journal(&journal);
+    let running = embedded.finish_timeout(Duration::MAX).run(vec![]);
+    let ended = tokio::time::timeout(Duration::from_secs(10), running).await;
+    assert_eq!(ended.expect("it is asked").unwrap(), []);
+    assert_eq!(lasting.log.sorted(), ["L commit t0", "L prepare t0"]);
+}
+
+#[tokio::test]
 async fn closures_get_outcomes_again_that_were_decided_and_not_finished() {
     let directory = tempfile::tempdir().unwrap();
     let journal = directory.path().join("journal");
@@ -687,14 +700,14 @@ async fn closures_get_outcomes_again_that_were_decided_and_not_finished() {
     let forgetful = |_| async { Err("what was that?".into()) };
     let services = [log.service("C", 8).commit_async(forgetful), quick.service("Q", 8)];
     let results = run_with(services, &journal, transactions(1, &["C", "Q"])).await;
-    assert_eq!(results[0].status, Outcome::Committed);
+    assert_eq!(results[0].outcome, Outcome::Committed);
     let unresolved = results[0].unresolved.iter().map(|it| it.as_str()).collect::<Vec<_>>();
     assert_eq!(unresolved, ["C"]);
 
     let n_calls = quick.sorted().len();
     let services = [log.service("C", 8), quick.service("Q", 8)];
     let results = run_with(services, &journal, transactions(1, &["C", "Q"])).await;
-    assert_eq!((results[0].status, results[0].unresolved.len()), (Outcome::Committed, 0));
+    assert_eq!((results[0].outcome, results[0].unresolved.len()), (Outcome::Committed, 0));
     assert_eq!(log.sorted(), ["C commit t0", "C prepare t0"]);
     assert_eq!(quick.sorted().len(), n_calls, "what has committed is not told again");
 }
@@ -953,7 +966,7 @@ proptest! {
         for (result, calls) in results.iter().zip(&scenario.transactions) {
             prop_assert!(result.unresolved.is_empty());
             let all_agree = calls.iter().all(|(_, ending, _)| *ending == Ending::Yes);
-            let committed = result.status == Outcome::Committed;
+            let committed = result.outcome == Outcome::Committed;
             // A transaction that waits for one that hangs may reach its own deadline.
             let nobody_hangs =
                 scenario.transactions.iter().flatten().all(|(_, it, _)| *it != Ending::Hang);
@@ -961,8 +974,8 @@ proptest! {
             prop_assert!(committed || !all_agree || !nobody_hangs, "{result:?}");
             for (service, ..) in calls {
                 let books = books[*service].lock().unwrap();
-                prop_assert_eq!(books.committed.contains(&result.id), committed);
-                prop_assert!(!(books.aborted.contains(&result.id) && committed));
+                prop_assert_eq!(books.committed.contains(result.id.as_str()), committed);
+                prop_assert!(!(books.aborted.contains(result.id.as_str()) && committed));
             }
         }
         for (number, books) in books.iter().enumerate() {

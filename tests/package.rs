@@ -30,6 +30,16 @@ fn the_features_client_service_and_worker_compile_nothing_of_the_command() {
 }
 
 #[test]
+fn what_serves_hears_signals_and_a_producer_compiles_nothing_for_it() {
+    let hears = |feature| {
+        brought_by(&["--no-default-features", "--features", feature])
+            .contains("signal-hook-registry")
+    };
+    assert!(hears("service") && hears("worker"));
+    assert!(!hears("client") && !hears("embedded"));
+}
+
+#[test]
 fn the_feature_embedded_compiles_nothing_of_the_broker_client() {
     let brought = brought_by(&["--no-default-features", "--features", "embedded"]);
     assert_eq!(among(&brought, &OF_THE_COMMAND), [""; 0]);

@@ -113,7 +113,7 @@ fn transactions(prefix: &str, count: usize, services: &[&str]) -> Vec<Transactio
 }
 
 fn is_committed(result: &TransactionResult) -> bool {
-    result.status == Outcome::Committed && result.unresolved.is_empty()
+    result.outcome == Outcome::Committed && result.unresolved.is_empty()
 }
 
 /// How many did not commit, by reason.

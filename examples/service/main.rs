@@ -36,12 +36,10 @@ use std::{
 };
 
 use dtc::{
-    Broker, Names, Namespace, Participant, ServeSettings, ServiceName, TransactionKey, Verdict,
-    participant::{Error, Finish, InDoubt, Prepare},
-    serve,
+    BoxError, DurableParticipant, Finish, InDoubt, Participant, Prepare, Readiness, ServiceName,
+    TransactionKey, Verdict,
 };
 use store::Store;
-use tokio::sync::watch;
 
 struct Account(Mutex<Store>);
 
@@ -52,7 +50,7 @@ impl Account {
 }
 
 impl Participant for Account {
-    async fn prepare(&self, call: Prepare) -> Result<Verdict, Error> {
+    async fn prepare(&self, call: Prepare) -> Result<Verdict, BoxError> {
         let data: serde_json::Value = call.data()?;
         let amount = data["amount"].as_u64().ok_or("the amount is not a number")?;
         Ok(match self.store().reserve(&call, amount)? {
@@ -61,27 +59,25 @@ impl Participant for Account {
         })
     }
 
-    async fn commit(&self, call: Finish) -> Result<(), Error> {
+    async fn commit(&self, call: Finish) -> Result<(), BoxError> {
         self.store().commit(&call.branch)
     }
 
-    async fn abort(&self, call: Finish) -> Result<(), Error> {
+    async fn abort(&self, call: Finish) -> Result<(), BoxError> {
         self.store().abort(&call.branch)
     }
+}
 
-    fn has_store(&self) -> bool {
-        true
-    }
-
-    async fn in_doubt(&self, of: Option<TransactionKey>) -> Result<Vec<InDoubt>, Error> {
+impl DurableParticipant for Account {
+    async fn in_doubt(&self, of: Option<TransactionKey>) -> Result<Vec<InDoubt>, BoxError> {
         let is_wanted = |held: &&InDoubt| of.as_ref().is_none_or(|key| held.key == *key);
         Ok(self.store().in_doubt().filter(is_wanted).cloned().collect())
     }
 }
 
 #[tokio::main]
-async fn main() -> Result<(), Error> {
-    let name = ServiceName::parse(&env::args().nth(1).ok_or("usage: service NAME")?)?;
+async fn main() -> Result<(), BoxError> {
+    let name: ServiceName = env::args().nth(1).ok_or("usage: service NAME")?.parse()?;
     let url = env::var("DTC__BROKER__URL").unwrap_or_else(|_| "amqp://localhost".to_owned());
     let namespace = env::var("DTC__BROKER__NAMESPACE").unwrap_or_else(|_| "dtc".to_owned());
 
@@ -96,25 +92,17 @@ async fn main() -> Result<(), Error> {
         ),
     }
 
-    let broker = Broker::new(url.parse()?, name.as_str());
-    let names = Names::new(Namespace::parse(&namespace)?);
-    let mut settings = ServeSettings::new(broker, names, name.clone(), 8);
-    // In development the service declares its own queues, which else `dtc topology apply` does.
-    settings.declare = Some(Duration::from_secs(1));
-    let (serving, mut served) = watch::channel(false);
-    settings.serving = Some(serving);
+    let readiness = Readiness::new();
+    let service = dtc::service(url, name.as_str(), Account(Mutex::new(store)))
+        .namespace(namespace)
+        .max_concurrency(8)
+        // In development the service declares its own queues, which else `dtc topology apply` does.
+        .declare(Duration::from_secs(1))
+        .readiness(&readiness);
     tokio::spawn(async move {
-        if served.wait_for(|serves| *serves).await.is_ok() {
-            println!("{name} serves");
-        }
+        readiness.ready().await;
+        println!("{name} serves");
     });
-
-    let stop = async {
-        // Where no signal can be waited for, it serves until it is killed.
-        if tokio::signal::ctrl_c().await.is_err() {
-            std::future::pending::<()>().await;
-        }
-    };
-    serve(Account(Mutex::new(store)), settings, stop).await?;
+    service.serve_until(dtc::shutdown_signal()).await?;
     Ok(())
 }

@@ -15,10 +15,7 @@ use std::{
     path::Path,
 };
 
-use dtc::{
-    Branch,
-    participant::{Error, InDoubt, Prepare},
-};
+use dtc::{BoxError, Branch, InDoubt, Prepare};
 
 /// What is in the account to begin with.
 const BALANCE: u64 = 1000;
@@ -31,7 +28,7 @@ pub(crate) struct Store {
 }
 
 impl Store {
-    pub(crate) fn open(path: &Path) -> Result<Self, Error> {
+    pub(crate) fn open(path: &Path) -> Result<Self, BoxError> {
         let mut file = OpenOptions::new().read(true).append(true).create(true).open(path)?;
         file.try_lock()?;
         let mut text = String::new();
@@ -50,7 +47,7 @@ impl Store {
     }
 
     /// Reserves `amount` for the branch of this call. `false`: there is not enough left.
-    pub(crate) fn reserve(&mut self, call: &Prepare, amount: u64) -> Result<bool, Error> {
+    pub(crate) fn reserve(&mut self, call: &Prepare, amount: u64) -> Result<bool, BoxError> {
         if amount > self.left {
             return Ok(false);
         }
@@ -60,7 +57,7 @@ impl Store {
     }
 
     /// Spends what is reserved for `branch`. It does nothing the second time.
-    pub(crate) fn commit(&mut self, branch: &Branch) -> Result<(), Error> {
+    pub(crate) fn commit(&mut self, branch: &Branch) -> Result<(), BoxError> {
         if self.prepared.contains_key(branch) {
             self.note(&format!("committed {branch}\n"))?;
         }
@@ -68,7 +65,7 @@ impl Store {
     }
 
     /// Gives back what is reserved for `branch`, if anything is.
-    pub(crate) fn abort(&mut self, branch: &Branch) -> Result<(), Error> {
+    pub(crate) fn abort(&mut self, branch: &Branch) -> Result<(), BoxError> {
         if self.prepared.contains_key(branch) {
             self.note(&format!("aborted {branch}\n"))?;
         }
@@ -81,7 +78,7 @@ impl Store {
     }
 
     /// Writes down that something happened. It is on the disk when this returns.
-    fn note(&mut self, line: &str) -> Result<(), Error> {
+    fn note(&mut self, line: &str) -> Result<(), BoxError> {
         // Whatever an earlier write has left that failed.
         self.file.set_len(self.length)?;
         self.file.write_all(line.as_bytes())?;
@@ -89,7 +86,7 @@ impl Store {
         self.apply(line)
     }
 
-    fn apply(&mut self, line: &str) -> Result<(), Error> {
+    fn apply(&mut self, line: &str) -> Result<(), BoxError> {
         match *line.split_whitespace().collect::<Vec<_>>() {
             ["prepared", key, branch, request_hash, deadline, amount] => {
                 let held = InDoubt {

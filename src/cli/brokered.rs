@@ -14,11 +14,7 @@ use std::{
 use anyhow::{Context as _, anyhow};
 use futures_util::FutureExt as _;
 use lapin::Connection;
-use tokio::{
-    sync::{oneshot, watch},
-    task::JoinHandle,
-    time::timeout,
-};
+use tokio::{sync::watch, task::JoinHandle, time::timeout};
 
 use crate::{
     cli::{
@@ -36,11 +32,15 @@ use crate::{
     embedded::{Calls, Report, ServiceReport},
     input::{services::ServiceSpec, transactions::Transactions},
     participant::{
-        Error, Finish, InDoubt, Participant, Prepare, Verdict, error::ServeError, serve::serve,
-        settings::ServeSettings,
+        BoxError, DurableParticipant, Finish, InDoubt, Participant, Prepare, Verdict,
+        error::ServeError, serve::serve, settings::ServeSettings,
     },
     protocol::ids::{ServiceName, TransactionKey, WorkerId},
-    simulated::{service::Simulated, store::SimulatedStore},
+    readiness::Readiness,
+    simulated::{
+        service::{Simulated, Stored},
+        store::SimulatedStore,
+    },
     transport::amqp::{
         bounded::{ANSWER_MAX, answer},
         connection::{Broker, ConnectError, close, counts},
@@ -292,19 +292,14 @@ impl System {
             tokio::spawn(serve(counted, settings, heard(&stop_services)))
         });
         let services = services.collect();
-        let (ready, mut is_ready) = oneshot::channel();
-        let mut ready = Some(ready);
-        let is_serving = move || {
-            // The worker calls this again after it has lost a connection.
-            let _ = ready.take().map(|ready| ready.send(()));
-        };
         let settings = worker_settings(plan, namespace)?;
-        let worker = tokio::spawn(worker::run(settings, heard(&stop), is_serving));
+        let readiness = settings.readiness.clone();
+        let worker = tokio::spawn(worker::run(settings, heard(&stop)));
         let mut system = Self { stop, worker, services, stop_services, counter };
         let started = tokio::select! {
             biased;
             () = stop_start => Ok(None),
-            started = timeout(START, system.serves(plan, namespace, &mut is_ready)) => match started {
+            started = timeout(START, system.serves(plan, namespace, &readiness)) => match started {
                 Ok(served) => served.map(Some),
                 Err(_) => {
                     let error = anyhow!("worker and services did not serve within {START:?}");
@@ -331,10 +326,10 @@ impl System {
         &mut self,
         plan: &RunPlan,
         namespace: &RunNamespace,
-        is_ready: &mut oneshot::Receiver<()>,
+        readiness: &Readiness,
     ) -> Result<(), Failure> {
         tokio::select! {
-            ready = is_ready => drop(ready),
+            () = readiness.ready() => {}
             ended = &mut self.worker => return Err(never_worked(ended)),
         }
         let connection = plan.broker.connect("start").await.map_err(no_connection)?;
@@ -508,13 +503,13 @@ enum CallKind {
 
 /// A simulated service whose calls are counted.
 struct CountedService {
-    inner: Simulated,
+    inner: Stored,
     service: ServiceName,
     counter: Arc<CallCounter>,
 }
 
 impl Participant for CountedService {
-    async fn prepare(&self, call: Prepare) -> Result<Verdict, Error> {
+    async fn prepare(&self, call: Prepare) -> Result<Verdict, BoxError> {
         let key = call.key.clone();
         self.counter.began(&self.service, &key, CallKind::Prepare);
         let verdict = self.inner.prepare(call).await;
@@ -525,7 +520,7 @@ impl Participant for CountedService {
         verdict
     }
 
-    async fn commit(&self, call: Finish) -> Result<(), Error> {
+    async fn commit(&self, call: Finish) -> Result<(), BoxError> {
         let key = call.key.clone();
         self.counter.began(&self.service, &key, CallKind::Commit);
         let done = self.inner.commit(call).await;
@@ -535,7 +530,7 @@ impl Participant for CountedService {
         done
     }
 
-    async fn abort(&self, call: Finish) -> Result<(), Error> {
+    async fn abort(&self, call: Finish) -> Result<(), BoxError> {
         let key = call.key.clone();
         self.counter.began(&self.service, &key, CallKind::Abort);
         let done = self.inner.abort(call).await;
@@ -544,12 +539,10 @@ impl Participant for CountedService {
         }
         done
     }
+}
 
-    fn has_store(&self) -> bool {
-        self.inner.has_store()
-    }
-
-    async fn in_doubt(&self, of: Option<TransactionKey>) -> Result<Vec<InDoubt>, Error> {
+impl DurableParticipant for Counted {
+    async fn in_doubt(&self, of: Option<TransactionKey>) -> Result<Vec<InDoubt>, BoxError> {
         self.inner.in_doubt(of).await
     }
 }

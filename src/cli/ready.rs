@@ -11,32 +11,39 @@ use std::{
 use anyhow::{Context as _, anyhow};
 use tokio::{runtime::Runtime, sync::watch, task::JoinHandle};
 
-use crate::cli::{Exit, Failure};
+use crate::{
+    cli::{Exit, Failure},
+    readiness::Readiness,
+};
 
-/// The file, if one is wanted, and the task that creates and removes it.
-pub(super) struct ReadyFile(Option<(watch::Sender<bool>, JoinHandle<()>)>);
+/// The readiness of the process, and the task that creates and removes the file, if one is wanted.
+pub(super) struct ReadyFile {
+    readiness: Readiness,
+    following: Option<JoinHandle<()>>,
+}
 
 impl ReadyFile {
     /// Watches for the file at `path`, which does not exist until the process serves.
     pub(super) fn at(path: Option<&Path>, runtime: &Runtime) -> Result<Self, Failure> {
-        let Some(path) = path else { return Ok(Self(None)) };
+        let readiness = Readiness::new();
+        let Some(path) = path else { return Ok(Self { readiness, following: None }) };
         prepare(path).map_err(|error| Failure::new(Exit::BadConfiguration, error))?;
-        let serving = watch::Sender::new(false);
-        let following = runtime.spawn(follow(path.to_owned(), serving.subscribe()));
-        Ok(Self(Some((serving, following))))
+        let following = runtime.spawn(follow(path.to_owned(), readiness.subscribe()));
+        Ok(Self { readiness, following: Some(following) })
     }
 
-    /// The sender that reports whether the process serves.
-    pub(super) fn serving(&self) -> Option<watch::Sender<bool>> {
-        self.0.as_ref().map(|(serving, _)| serving.clone())
+    /// The readiness that the file follows.
+    pub(super) fn readiness(&self) -> Readiness {
+        self.readiness.clone()
     }
 
     /// Removes the file, after all senders are dropped.
     pub(super) fn end(self, runtime: &Runtime) {
-        let Some((serving, following)) = self.0 else { return };
-        drop(serving);
-        // An error means that the task has panicked; then it has ended too.
-        drop(runtime.block_on(following));
+        drop(self.readiness);
+        if let Some(following) = self.following {
+            // An error means that the task has panicked; then it has ended too.
+            drop(runtime.block_on(following));
+        }
     }
 }
 

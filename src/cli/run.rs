@@ -186,14 +186,16 @@ fn run_embedded(
         arguments.journal.as_deref().map(|path| open_journal(path, arguments)).transpose()?;
     let mut simulated = Vec::with_capacity(services.len());
     for spec in services {
-        let mut participant = Simulated::new(&spec, arguments.seed);
-        if let (Some(directory), Some(opened)) = (&arguments.state, &opened) {
-            let store = SimulatedStore::open(directory, &spec.name, &opened.instance)
-                .map_err(|error| Failure::new(Exit::BadConfiguration, error))?;
-            participant = participant.with_store(store);
-        }
-        let service =
-            Service::from_participant(spec.name.as_str(), spec.max_concurrency, participant);
+        let participant = Simulated::new(&spec, arguments.seed);
+        let (name, max_concurrency) = (spec.name.as_str(), spec.max_concurrency);
+        let service = match (&arguments.state, &opened) {
+            (Some(directory), Some(opened)) => {
+                let store = SimulatedStore::open(directory, &spec.name, &opened.instance)
+                    .map_err(|error| Failure::new(Exit::BadConfiguration, error))?;
+                Service::from_durable(name, max_concurrency, participant.with_store(store))
+            }
+            (Some(_) | None, _) => Service::from_participant(name, max_concurrency, participant),
+        };
         simulated.push(service.max_wait(spec.max_wait));
     }
     let mut embedded = Embedded::new(simulated)

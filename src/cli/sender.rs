@@ -8,7 +8,7 @@ use tokio::{sync::mpsc, time::Instant};
 
 use crate::{
     cli::{Exit, Failure, moment, output, stages::Stop},
-    client::{Client, ListenError, SubmitError, WaitError},
+    client::{Client, SubmitError, WaitError},
     clock::Clock,
     embedded::{Concluded, Report},
     error::Chain,
@@ -220,7 +220,7 @@ impl SubmitReport {
                 WaitError::Unanswered { source, .. }
                 | WaitError::Submit(SubmitError::Unconfirmed { source, .. }),
             ) => {
-                let cause = source.map(|source| Chain(source.as_ref()).to_string());
+                let cause = source.map(|source| Chain(&source).to_string());
                 self.cause = self.cause.take().or(cause);
             }
             Err(error) => {
@@ -312,15 +312,10 @@ fn shown(TransactionKey { id, requested_at }: &TransactionKey) -> String {
 fn exit_for(error: &WaitError) -> Exit {
     match error {
         WaitError::Submit(SubmitError::Invalid(_)) => Exit::BadData,
-        WaitError::Submit(SubmitError::NoTopology { .. })
-        | WaitError::Listen(ListenError::NoTopology { .. }) => Exit::BadConfiguration,
-        WaitError::Submit(SubmitError::Refused { .. })
-        | WaitError::Listen(
-            ListenError::Connect(_)
-            | ListenError::Queue(_)
-            | ListenError::Exchange { .. }
-            | ListenError::Closed,
-        ) => Exit::Refused,
+        WaitError::Submit(SubmitError::NoTopology { .. }) | WaitError::NoTopology { .. } => {
+            Exit::BadConfiguration
+        }
+        WaitError::Submit(SubmitError::Refused { .. }) | WaitError::Listen(_) => Exit::Refused,
         WaitError::Submit(SubmitError::Unconfirmed { .. }) | WaitError::Unanswered { .. } => {
             Exit::Incomplete
         }

@@ -125,14 +125,13 @@ pub(super) fn run(arguments: &ServiceArguments) -> Result<Exit, Failure> {
     asleep::watch(&runtime);
     let stop = signals::heard(&interrupt);
     let file = ReadyFile::at(arguments.ready_file.as_deref(), &runtime)?;
-    let serving = file.serving().unwrap_or_else(|| watch::Sender::new(false));
+    settings.readiness = file.readiness();
     let comparing = compare(
         settings.broker.clone(),
         settings.names.clone(),
         (ServiceTopology::from(&spec), declared),
-        serving.subscribe(),
+        settings.readiness.subscribe(),
     );
-    settings.serving = Some(serving);
     let ended = runtime.block_on(async {
         tokio::select! {
             biased;
@@ -235,9 +234,9 @@ fn spec(arguments: &ServiceArguments) -> Result<ServiceSpec, Failure> {
 
 fn failure(error: ServeError) -> Failure {
     match &error {
-        ServeError::NoStore { .. }
-        | ServeError::OtherStore { .. }
-        | ServeError::Mismatch { .. } => Failure::new(Exit::BadConfiguration, error),
+        ServeError::Invalid(_) | ServeError::OtherStore { .. } | ServeError::Mismatch { .. } => {
+            Failure::new(Exit::BadConfiguration, error)
+        }
         ServeError::Refused { .. } => Failure::new(Exit::Refused, error),
     }
 }

@@ -85,10 +85,9 @@ pub(super) fn run(arguments: &WorkerArguments) -> Result<Exit, Failure> {
     );
     asleep::watch(&runtime);
     let stop = signals::heard(&interrupt);
-    let ready = || tracing::info!(worker = %name, "ready");
     let file = ReadyFile::at(arguments.ready_file.as_deref(), &runtime)?;
-    settings.serving = file.serving();
-    let ended = runtime.block_on(worker::run(settings, stop, ready));
+    settings.readiness = file.readiness();
+    let ended = runtime.block_on(worker::run(settings, stop));
     file.end(&runtime);
     let tally = ended.map_err(failure)?;
     tracing::info!(
@@ -142,6 +141,7 @@ fn settings(arguments: &WorkerArguments) -> Result<Settings, Failure> {
 
 fn failure(error: WorkerError) -> Failure {
     match &error {
+        WorkerError::Invalid(_) => Failure::new(Exit::BadConfiguration, error),
         WorkerError::Refused(_) | WorkerError::NotPermitted(_) => {
             Failure::new(Exit::Refused, error)
         }

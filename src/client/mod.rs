@@ -18,9 +18,9 @@
 //! **Invariant:** a request that is repeated by the client itself, for whatever reason, repeats its
 //! key.
 
+mod builder;
 pub mod history;
 mod results;
-mod submission;
 
 // The page's program is an example of the documentation: it is compiled as one.
 #[cfg(doctest)]
@@ -41,11 +41,8 @@ use tokio::{
     time::Instant,
 };
 
-use self::results::{Results, State};
-pub use self::{
-    results::ListenError,
-    submission::{InvalidSubmission, Submission},
-};
+pub use self::builder::{ClientBuilder, ConnectError};
+use self::results::{ListenError, Results, State};
 use crate::{
     clock::Clock,
     protocol::{
@@ -53,14 +50,15 @@ use crate::{
         message::{Answer, TransactionSpec},
         time::Time,
     },
+    transaction::{InvalidTransaction, Transaction, TransactionResult},
     transport::amqp::{
-        connection::{Backoff, Broker, ConnectError},
-        error::{Disposition, is_not_found, is_refusal},
-        names::{Names, Namespace},
+        connection::{self, Backoff, Broker},
+        error::{BrokerError, Disposition, is_not_found, is_refusal},
+        names::Names,
         pool::{Channels, PublishError},
         publisher::Outgoing,
     },
-    wire::message::{Kind, RequestTooLarge, encode_request},
+    wire::message::{Kind, encode_request},
 };
 
 /// The routing key of requests.
@@ -78,12 +76,12 @@ const UNROUTABLE_MAX: Duration = Duration::from_secs(5);
 
 /// How a client behaves.
 #[derive(Clone, Debug)]
-pub struct Settings {
+pub(crate) struct Settings {
     /// How long [`Client::submit`] tries to hand a request to the broker.
-    pub publish_timeout: Duration,
+    pub(crate) publish_timeout: Duration,
     /// How many transactions may be waited for at once. More wait for their turn, so that what a
     /// client holds is bounded.
-    pub in_flight_max: usize,
+    pub(crate) in_flight_max: usize,
 }
 
 impl Default for Settings {
@@ -93,10 +91,35 @@ impl Default for Settings {
     }
 }
 
-/// A producer's end of the broker. It connects when it is first used, and again whenever the
-/// connection is lost. Clones share their connections.
+/// A producer's end of the broker: it hands [transactions](Transaction) to the workers, and brings back
+/// how they ended. Whenever the connection is lost it connects again. Clones share their connections.
 ///
-/// It wants a tokio runtime with time and IO enabled.
+/// It wants a tokio runtime with time and IO enabled, and is made within it.
+///
+/// # Asking again
+///
+/// A transaction is named by its id *and* the moment it was requested at: by its [`TransactionKey`].
+/// A producer that has not heard what became of a transaction submits it again with the
+/// [moment](Transaction::requested_at) of its key. Then it is the same transaction, executed once, and
+/// the answer is the same. Errors say under which key a transaction went out, for that purpose. The
+/// client keeps nothing beyond its process: a producer that must not forget to ask again writes the
+/// key down before it submits.
+///
+/// ```no_run
+/// use std::time::Duration;
+///
+/// use dtc::{Client, Transaction};
+/// use serde_json::json;
+///
+/// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+/// let client = Client::builder("amqp://localhost").namespace("shop").connect().await?;
+/// let order = Transaction::new("order-17", ["payments", "stock"], json!({"amount": 100}));
+/// let result = client.submit_and_wait(order, Duration::from_secs(30)).await?;
+/// println!("{}: {}", result.id, result.outcome);
+/// client.close().await;
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug)]
 pub struct Client {
     shared: Arc<Shared>,
@@ -123,7 +146,7 @@ impl HasWorked {
         self.0.store(true, Ordering::Relaxed);
     }
 
-    fn disposition(&self, error: &ConnectError) -> Disposition {
+    fn disposition(&self, error: &connection::ConnectError) -> Disposition {
         match self.0.load(Ordering::Relaxed) {
             true => Disposition::Retry,
             false => error.disposition(),
@@ -137,12 +160,12 @@ impl HasWorked {
 pub enum SubmitError {
     /// It can't be sent as it is.
     #[error("invalid transaction")]
-    Invalid(#[from] InvalidSubmission),
+    Invalid(#[from] InvalidTransaction),
     /// Nothing takes requests in this namespace: `dtc topology apply` has yet to be run.
     #[error("nothing takes requests in namespace `{namespace}`: run `dtc topology apply`")]
     NoTopology {
         /// The namespace.
-        namespace: Namespace,
+        namespace: String,
     },
     /// The broker refuses this user, or doesn't let it publish requests.
     #[error("the broker refuses transaction `{}`", key.id)]
@@ -151,7 +174,7 @@ pub enum SubmitError {
         key: TransactionKey,
         /// What it said.
         #[source]
-        source: Box<PublishError>,
+        source: BrokerError,
     },
     /// The broker has not confirmed it in time. It may have arrived all the same: ask again with
     /// the same key.
@@ -163,7 +186,7 @@ pub enum SubmitError {
         limit: Duration,
         /// What the last try ended in; `None`: it did not end.
         #[source]
-        source: Option<Box<PublishError>>,
+        source: Option<BrokerError>,
     },
 }
 
@@ -174,9 +197,17 @@ pub enum WaitError {
     /// The request was not handed over.
     #[error(transparent)]
     Submit(#[from] SubmitError),
-    /// The broker doesn't let us listen for results.
+    /// Nothing takes results in this namespace: `dtc topology apply` has yet to be run.
+    #[error(
+        "failed to listen for results: there is no exchange `{exchange}`: run `dtc topology apply`"
+    )]
+    NoTopology {
+        /// What is missing.
+        exchange: String,
+    },
+    /// The broker doesn't let us listen for results, or the client was closed.
     #[error("failed to listen for results")]
-    Listen(#[source] ListenError),
+    Listen(#[source] BrokerError),
     /// It takes longer. The transaction goes on: ask again with the same key.
     #[error("transaction `{}` was not answered within {} ms", key.id, limit.as_millis())]
     Unanswered {
@@ -186,19 +217,19 @@ pub enum WaitError {
         limit: Duration,
         /// What the last try to hand it over ended in, if it was never confirmed.
         #[source]
-        source: Option<Box<PublishError>>,
+        source: Option<BrokerError>,
     },
 }
 
 impl Client {
-    /// A client of the system `names` at `broker`, with the default settings. Nothing is connected
-    /// yet.
-    pub fn connect(broker: Broker, names: Names) -> Self {
-        Self::with(broker, names, Settings::default())
+    /// A client of the broker at `url`, which is to be connected: `amqp://user:password@host:port/vhost`,
+    /// or `amqps://` for TLS; the hosts of one cluster: such URLs, separated by commas.
+    pub fn builder(url: impl Into<String>) -> ClientBuilder {
+        ClientBuilder::new(url.into())
     }
 
-    /// The same with `settings`.
-    pub fn with(broker: Broker, names: Names, settings: Settings) -> Self {
+    /// A client of the system `names` at `broker`. Nothing is connected yet.
+    pub(crate) fn with(broker: Broker, names: Names, settings: Settings) -> Self {
         let has_worked = HasWorked::default();
         let shared = Shared {
             clock: Clock::start(),
@@ -217,44 +248,47 @@ impl Client {
     /// # Errors
     ///
     /// There is no connection to publish on.
-    pub async fn open(&self) -> Result<(), PublishError> {
+    pub(crate) async fn open(&self) -> Result<(), PublishError> {
         self.shared.channels.open().await?;
         self.shared.has_worked.set();
         Ok(())
     }
 
-    /// Hands `submission` to the broker, and returns when that has it safely.
+    /// Hands `transaction` to the broker, and returns when that has it safely.
     ///
     /// What was not confirmed, or not taken, is sent again until
-    /// [`publish_timeout`](Settings::publish_timeout) is over, each time under the same key.
+    /// [`publish_timeout`](ClientBuilder::publish_timeout) is over, each time under the same key: it is
+    /// the key that is returned.
     ///
     /// # Errors
     ///
-    /// It is not known to be with the broker.
-    pub async fn submit(&self, submission: Submission) -> Result<TransactionKey, SubmitError> {
-        let requested_at = submission.requested_at.unwrap_or_else(|| self.now());
-        let spec = submission.check()?;
+    /// It is not known to be with the broker: see [`SubmitError`].
+    pub async fn submit(&self, transaction: Transaction) -> Result<TransactionKey, SubmitError> {
+        let requested_at = transaction.moment().unwrap_or_else(|| self.now());
+        let spec = transaction.check()?;
         self.hand_over(&spec, requested_at, self.shared.settings.publish_timeout).await
     }
 
-    /// Submits `submission`, and returns with its result.
+    /// Submits `transaction`, and returns with its result.
     ///
     /// It survives lost connections: what is unanswered then is sent again under the same key.
     ///
     /// # Errors
     ///
-    /// There is no answer within `timeout`, or there will be none.
+    /// There is no answer within `timeout`, or there will be none: see [`WaitError`].
     pub async fn submit_and_wait(
         &self,
-        submission: Submission,
+        transaction: Transaction,
         timeout: Duration,
-    ) -> Result<Answer, WaitError> {
-        let requested_at = submission.requested_at.unwrap_or_else(|| self.now());
-        let spec = submission.check().map_err(SubmitError::from)?;
-        self.hand_over_and_wait(&spec, requested_at, timeout).await
+    ) -> Result<TransactionResult, WaitError> {
+        let requested_at = transaction.moment().unwrap_or_else(|| self.now());
+        let spec = transaction.check().map_err(SubmitError::from)?;
+        let answer = self.hand_over_and_wait(&spec, requested_at, timeout).await?;
+        Ok(TransactionResult::of(answer))
     }
 
-    /// Says goodbye to the broker. What is still waited for is not answered.
+    /// Says goodbye to the broker, for all clones. What is still waited for is not answered, and what
+    /// is submitted from now on is an error.
     pub async fn close(&self) {
         self.shared.results.close().await;
         self.shared.channels.close().await;
@@ -279,7 +313,7 @@ impl Client {
         match published {
             Ok(published) => published.map(|()| request.key),
             Err(_) => {
-                let source = self.shared.channels.blocked().or(source).map(Box::new);
+                let source = self.shared.channels.blocked().or(source).map(passing);
                 Err(SubmitError::Unconfirmed { key: request.key, limit, source })
             }
         }
@@ -298,7 +332,7 @@ impl Client {
         match waiting {
             Ok(answered) => answered,
             Err(_) => {
-                let source = self.shared.channels.blocked().or(source).map(Box::new);
+                let source = self.shared.channels.blocked().or(source).map(passing);
                 Err(WaitError::Unanswered { key, limit, source })
             }
         }
@@ -318,7 +352,7 @@ impl Client {
         let mut ask_again_after = ASK_AGAIN_FIRST;
         loop {
             // Before it is published: a result that finds no queue is not sent again.
-            let reply = is_up(&mut listening).await.map_err(WaitError::Listen)?;
+            let reply = is_up(&mut listening).await?;
             let request = self.request(spec, requested_at, Some(&reply));
             let request = request.map_err(SubmitError::from)?;
             tokio::select! {
@@ -381,11 +415,12 @@ impl Client {
                     *last = Some(error);
                 }
                 Fate::NoTopology => {
-                    let namespace = self.shared.names.namespace().clone();
+                    let namespace = self.shared.names.namespace().to_string();
                     return Err(SubmitError::NoTopology { namespace });
                 }
                 Fate::GiveUp => {
-                    let (key, source) = (request.key.clone(), Box::new(error));
+                    let (key, source) =
+                        (request.key.clone(), BrokerError::new(error, Disposition::GiveUp));
                     return Err(SubmitError::Refused { key, source });
                 }
             }
@@ -401,7 +436,7 @@ impl Client {
 
     /// Whether `spec` fits into a message.
     #[cfg(feature = "cli")]
-    pub(crate) fn check(&self, spec: &TransactionSpec) -> Result<(), InvalidSubmission> {
+    pub(crate) fn check(&self, spec: &TransactionSpec) -> Result<(), InvalidTransaction> {
         self.request(spec, Time::EPOCH, Some(&results::reply_token())).map(drop)
     }
 
@@ -410,10 +445,11 @@ impl Client {
         spec: &TransactionSpec,
         requested_at: Time,
         reply: Option<&ReplyToken>,
-    ) -> Result<Request, InvalidSubmission> {
-        let too_large =
-            |source: RequestTooLarge| InvalidSubmission::TooLarge { id: spec.id.clone(), source };
-        let body = encode_request(spec, reply).map_err(too_large)?;
+    ) -> Result<Request, InvalidTransaction> {
+        let body = encode_request(spec, reply).map_err(|error| InvalidTransaction::TooLarge {
+            id: spec.id.clone(),
+            problem: error.to_string(),
+        })?;
         let Key { key, seconds } = Key::of(spec, requested_at);
         let message = Outgoing {
             exchange: self.shared.names.requests(),
@@ -447,6 +483,26 @@ impl Key {
         let seconds = requested_at.as_millis() / 1000;
         let requested_at = Time::from_millis(seconds * 1000);
         Self { key: TransactionKey { id: spec.id.clone(), requested_at }, seconds }
+    }
+}
+
+/// A failure to publish that the next try may not have.
+fn passing(error: PublishError) -> BrokerError {
+    BrokerError::new(error, Disposition::Retry)
+}
+
+impl From<ListenError> for WaitError {
+    fn from(error: ListenError) -> Self {
+        match error {
+            ListenError::NoTopology { exchange } => Self::NoTopology { exchange },
+            ListenError::Connect(_)
+            | ListenError::Queue(_)
+            | ListenError::Exchange { .. }
+            | ListenError::Closed => {
+                let disposition = error.disposition();
+                Self::Listen(BrokerError::new(error, disposition))
+            }
+        }
     }
 }
 

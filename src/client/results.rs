@@ -71,8 +71,7 @@ pub(super) enum State {
 
 /// Results can't be listened for.
 #[derive(Clone, Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum ListenError {
+pub(super) enum ListenError {
     /// No connection.
     #[error("no connection to listen on")]
     Connect(#[from] ConnectError),
@@ -101,7 +100,7 @@ pub enum ListenError {
 
 impl ListenError {
     /// Whether to try again.
-    pub fn disposition(&self) -> Disposition {
+    pub(super) fn disposition(&self) -> Disposition {
         match self {
             Self::Connect(error) => error.disposition(),
             Self::Queue(error) => error.source_error().disposition(),

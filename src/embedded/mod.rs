@@ -21,7 +21,6 @@ mod front_page {}
 
 use std::{collections::BTreeSet, path::PathBuf, sync::Arc, time::Duration};
 
-use serde_json::Value;
 use tokio::sync::mpsc;
 
 pub(crate) use self::report::Concluded;
@@ -43,94 +42,12 @@ use crate::{
     participant::{self, AnyParticipant, Ended, Service},
     protocol::{
         coordinator,
-        ids::{InstanceId, InvalidName, ServiceName, TransactionId},
-        message::{Outcome, Reason, TransactionSpec},
+        ids::{InstanceId, InvalidName, ServiceName},
+        message::TransactionSpec,
         time::Time,
     },
-    wire::hash,
+    transaction::{InvalidTransaction, Transaction, TransactionResult},
 };
-
-/// What is to commit at every service named, or at none.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Transaction {
-    /// What it is called: `[A-Za-z0-9._:-]{1,128}`, each id once in a run.
-    pub id: String,
-    /// The services it is about. At least one; one named twice counts once.
-    pub involved_services: Vec<String>,
-    /// Handed to every prepare: a JSON object.
-    pub data: Value,
-    /// How long the prepares may take; `None`: the coordinator's default.
-    pub timeout: Option<Duration>,
-}
-
-impl Transaction {
-    /// A transaction over `involved_services`.
-    pub fn new<S: Into<String>>(
-        id: impl Into<String>,
-        involved_services: impl IntoIterator<Item = S>,
-        data: Value,
-    ) -> Self {
-        let involved_services = involved_services.into_iter().map(Into::into).collect();
-        Self { id: id.into(), involved_services, data, timeout: None }
-    }
-
-    fn check(&self) -> Result<TransactionSpec, InvalidTransaction> {
-        let id = TransactionId::parse(&self.id)?;
-        let services: Result<BTreeSet<_>, _> =
-            self.involved_services.iter().map(|name| ServiceName::parse(name)).collect();
-        let services: Arc<[_]> = services?.into_iter().collect();
-        if services.is_empty() {
-            return Err(InvalidTransaction::NoServices { id });
-        }
-        let Value::Object(data) = &self.data else {
-            return Err(InvalidTransaction::DataNotAnObject { id });
-        };
-        let data = hash::canonical(data.clone());
-        let request_hash = hash::request_hash(&services, &data);
-        Ok(TransactionSpec { id, services, data, request_hash, timeout: self.timeout })
-    }
-}
-
-/// How a transaction has ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TransactionResult {
-    /// Its id.
-    pub id: String,
-    /// `COMMITTED` or `ABORTED`.
-    pub status: Outcome,
-    /// Why it aborted.
-    pub reason: Option<Reason>,
-    /// The services whose commit failed for good: the transaction is committed, and they have still
-    /// to catch up.
-    pub unresolved: Vec<ServiceName>,
-}
-
-/// A transaction that can't be run as it is.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum InvalidTransaction {
-    /// Its id or one of its services has a name that is not one.
-    #[error(transparent)]
-    Name(#[from] InvalidName),
-    /// It names no service.
-    #[error("transaction `{id}` involves no service")]
-    NoServices {
-        /// Which.
-        id: TransactionId,
-    },
-    /// Its data is not a JSON object.
-    #[error("the data of transaction `{id}` is not a JSON object")]
-    DataNotAnObject {
-        /// Which.
-        id: TransactionId,
-    },
-    /// Another transaction of the run has its id.
-    #[error("transaction `{id}` is there twice")]
-    DuplicateId {
-        /// Which.
-        id: TransactionId,
-    },
-}
 
 /// A service that can't be used as it is.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -173,6 +90,10 @@ pub enum RunError {
 ///
 /// Each ends, whatever the services do: see [`Embedded`] for how long that may take.
 ///
+/// # Errors
+///
+/// A service or a transaction can't be used as it is: then nothing is begun.
+///
 /// ```
 /// use dtc::{Outcome, Service, Transaction, run};
 /// use serde_json::json;
@@ -187,7 +108,7 @@ pub enum RunError {
 ///
 /// let results = run(services, transactions).await?;
 ///
-/// let told: Vec<_> = results.iter().map(|result| (result.id.as_str(), result.status)).collect();
+/// let told: Vec<_> = results.iter().map(|result| (result.id.as_str(), result.outcome)).collect();
 /// assert_eq!(told, [("TX1", Outcome::Committed), ("TX2", Outcome::Committed)]);
 /// # Ok(())
 /// # }
@@ -198,6 +119,10 @@ pub async fn run(
 ) -> Result<Vec<TransactionResult>, RunError> {
     Embedded::new(services)?.run(transactions).await
 }
+
+/// What is set to be longer is as good as for ever: a hundred years. More may exceed what a moment can
+/// be.
+const LONGEST: Duration = Duration::from_secs(36_500 * 24 * 60 * 60);
 
 /// The settings of a coordinator in one process.
 #[derive(Debug, Clone)]
@@ -241,6 +166,10 @@ enum Journal {
 
 impl Embedded {
     /// A coordinator for these services.
+    ///
+    /// # Errors
+    ///
+    /// A service has no name that is one, or the name of another, or no slot.
     pub fn new(services: impl IntoIterator<Item = Service>) -> Result<Self, InvalidService> {
         let mut names = BTreeSet::new();
         let mut checked = Vec::new();
@@ -276,7 +205,7 @@ impl Embedded {
     /// How long a journal tells how a transaction has ended, unless told otherwise: 7 days.
     pub const RETENTION: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
-    /// How many transactions may be worked on at once: by default 256. More wait for slots.
+    /// How many transactions may be worked on at once: at least 1, by default 256. More wait.
     #[must_use]
     pub fn max_in_flight(mut self, max: usize) -> Self {
         self.settings.coordinator.in_flight_max = max.max(1);
@@ -286,14 +215,14 @@ impl Embedded {
     /// How long the prepares of a transaction may take that doesn't say so itself: by default 5 s.
     #[must_use]
     pub fn prepare_timeout(mut self, timeout: Duration) -> Self {
-        self.settings.coordinator.prepare_timeout = timeout;
+        self.settings.coordinator.prepare_timeout = timeout.min(LONGEST);
         self
     }
 
     /// How long one commit or abort may take before it counts as failed: by default 5 s.
     #[must_use]
     pub fn finish_timeout(mut self, timeout: Duration) -> Self {
-        self.settings.coordinator.finish_timeout = timeout;
+        self.settings.coordinator.finish_timeout = timeout.min(LONGEST);
         self
     }
 
@@ -306,10 +235,10 @@ impl Embedded {
     ///   this run. What was begun and not decided is begun again, unless a service still holds it.
     /// * A transaction that was finished before is answered as it was then, and nobody is called.
     ///   It is known by its id: with other content, that is `id_reused`.
-    /// * Every service is asked what it holds [in doubt](crate::Participant::in_doubt), and told what
-    ///   became of that.
+    /// * Every [durable](crate::DurableParticipant) service is asked what it holds in doubt, and told
+    ///   what became of that.
     ///
-    /// So services should have a [store](crate::Participant::has_store) that outlives the process.
+    /// So services should be [durable](Service::from_durable): their store outlives the process.
     /// Of one that has none, as those of closures, nobody can tell after a crash what it holds. The
     /// journal tells it again what was decided and not finished: its commit and its abort must bear
     /// that for what they have done already. What was not decided it is asked to prepare again. Where
@@ -330,7 +259,7 @@ impl Embedded {
     /// After that its id is free again.
     #[must_use]
     pub fn journal_retention(mut self, retention: Duration) -> Self {
-        self.retention = retention;
+        self.retention = retention.min(LONGEST);
         self
     }
 
@@ -349,6 +278,13 @@ impl Embedded {
     }
 
     /// Runs `transactions`, and gives the results in their order.
+    ///
+    /// When the future is dropped, nothing more is called. With a journal, the next run goes on where
+    /// this one was.
+    ///
+    /// # Errors
+    ///
+    /// A transaction can't be run as it is: then none is begun. Or the journal can't be used.
     pub async fn run(
         self,
         transactions: impl IntoIterator<Item = Transaction>,
@@ -370,12 +306,7 @@ impl Embedded {
             while let Some(batch) = conclusions.recv().await {
                 for Concluded { answer, .. } in batch {
                     let Some(&place) = places.get(&answer.id) else { continue };
-                    results[place] = Some(TransactionResult {
-                        id: answer.id.to_string(),
-                        status: answer.outcome,
-                        reason: answer.reason,
-                        unresolved: answer.unresolved,
-                    });
+                    results[place] = Some(TransactionResult::of(answer));
                 }
             }
         };
@@ -525,7 +456,7 @@ impl Embedded {
             let settings = MemberSettings {
                 name: name.clone(),
                 max_concurrency: service.max_concurrency,
-                max_wait: service.max_wait,
+                max_wait: service.max_wait.min(LONGEST),
                 has_store: participant.has_store(),
             };
             (settings, participant)

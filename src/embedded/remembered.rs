@@ -14,7 +14,7 @@ use futures_util::future::BoxFuture;
 
 use crate::{
     journal::file::Unfinished,
-    participant::{AnyParticipant, Error, Finish, InDoubt, Prepare, Verdict},
+    participant::{AnyParticipant, BoxError, Finish, InDoubt, Prepare, Verdict},
     protocol::{
         ids::{Branch, InstanceId, ServiceName, TransactionKey},
         message::Outcome,
@@ -80,7 +80,7 @@ fn may_hold(service: &ServiceName, it: &Unfinished) -> Option<InDoubt> {
 }
 
 impl AnyParticipant for Remembered {
-    fn prepare(self: Arc<Self>, call: Prepare) -> BoxFuture<'static, Result<Verdict, Error>> {
+    fn prepare(self: Arc<Self>, call: Prepare) -> BoxFuture<'static, Result<Verdict, BoxError>> {
         let held = InDoubt {
             key: call.key.clone(),
             request_hash: call.request_hash,
@@ -97,7 +97,7 @@ impl AnyParticipant for Remembered {
         })
     }
 
-    fn commit(self: Arc<Self>, call: Finish) -> BoxFuture<'static, Result<(), Error>> {
+    fn commit(self: Arc<Self>, call: Finish) -> BoxFuture<'static, Result<(), BoxError>> {
         let committed = Arc::clone(&self.inner).commit(call.clone());
         Box::pin(async move {
             committed.await?;
@@ -106,7 +106,7 @@ impl AnyParticipant for Remembered {
         })
     }
 
-    fn abort(self: Arc<Self>, call: Finish) -> BoxFuture<'static, Result<(), Error>> {
+    fn abort(self: Arc<Self>, call: Finish) -> BoxFuture<'static, Result<(), BoxError>> {
         let aborted = Arc::clone(&self.inner).abort(call.clone());
         Box::pin(async move {
             aborted.await?;
@@ -118,7 +118,7 @@ impl AnyParticipant for Remembered {
     fn in_doubt(
         self: Arc<Self>,
         of: Option<TransactionKey>,
-    ) -> BoxFuture<'static, Result<Vec<InDoubt>, Error>> {
+    ) -> BoxFuture<'static, Result<Vec<InDoubt>, BoxError>> {
         let held = self.lock();
         let found = match of {
             Some(key) => held.get(&key).cloned().unwrap_or_default(),

@@ -19,7 +19,7 @@ use tokio::{
 use crate::protocol::ids::StoreId;
 use crate::{
     clock::Clock,
-    participant::{AnyParticipant, Error, Finish, InDoubt, Prepare, Verdict},
+    participant::{AnyParticipant, BoxError, Finish, InDoubt, Prepare, Verdict},
     protocol::{
         ids::{Branch, TransactionKey},
         participant::{Effect, Event},
@@ -64,7 +64,7 @@ impl Calls {
         match effect {
             Effect::CallPrepare { key, branch, request_hash, data, deadline } => {
                 let call = Prepare::new(key.clone(), branch.clone(), request_hash, deadline, data);
-                let ended = move |ended: Result<Verdict, Error>| {
+                let ended = move |ended: Result<Verdict, BoxError>| {
                     let verdict =
                         ended.unwrap_or_else(|error| Verdict::Failed(error.to_string().into()));
                     Ended {
@@ -129,8 +129,8 @@ impl Calls {
     fn run<T: 'static>(
         &mut self,
         deadline: Option<Time>,
-        call: impl FnOnce() -> BoxFuture<'static, Result<T, Error>>,
-        ended: impl FnOnce(Result<T, Error>) -> Ended + Send + 'static,
+        call: impl FnOnce() -> BoxFuture<'static, Result<T, BoxError>>,
+        ended: impl FnOnce(Result<T, BoxError>) -> Ended + Send + 'static,
     ) -> Option<Ended> {
         // A call may panic before it has made its future, and at every poll.
         let made = catch_unwind(AssertUnwindSafe(|| {
@@ -191,7 +191,7 @@ fn finished(
     participant: usize,
     key: TransactionKey,
     branch: Branch,
-    ended: Result<(), Error>,
+    ended: Result<(), BoxError>,
 ) -> Ended {
     let applied = ended.map_err(|error| error.to_string().into());
     Ended { participant, event: Event::FinishEnded { key, branch, applied } }
@@ -200,8 +200,8 @@ fn finished(
 /// Runs `call` until `deadline` at the longest, and turns a panic into an error.
 async fn guarded<T>(
     deadline: Instant,
-    call: impl Future<Output = Result<T, Error>>,
-) -> Result<T, Error> {
+    call: impl Future<Output = Result<T, BoxError>>,
+) -> Result<T, BoxError> {
     match timeout_at(deadline, AssertUnwindSafe(call).catch_unwind()).await {
         Ok(Ok(ended)) => ended,
         Ok(Err(panic)) => Err(panicked(&*panic)),
@@ -249,7 +249,8 @@ async fn knows_branch(
             let held = Arc::clone(&reader).in_doubt(Some(call.key.clone())).await?;
             match held.iter().any(|it| it.branch == call.branch) {
                 true => Ok(true),
-                false => reader.has_committed(call).await,
+                // One that doesn't remember its commits is believed to have made it.
+                false => Ok(reader.has_committed(call).await?.unwrap_or(true)),
             }
         }
     };
@@ -259,7 +260,7 @@ async fn knows_branch(
 /// Asks until there is an answer. `failed`: what to say of each time there is none.
 async fn until_told<T, F>(ask: impl Fn() -> F, failed: &str, patience: Duration) -> T
 where
-    F: Future<Output = Result<T, Error>>,
+    F: Future<Output = Result<T, BoxError>>,
 {
     let mut pause = Duration::from_millis(100);
     loop {
@@ -275,8 +276,77 @@ where
 }
 
 /// What a panic is as an error.
-pub(super) fn panicked(panic: &(dyn Any + Send)) -> Error {
+pub(super) fn panicked(panic: &(dyn Any + Send)) -> BoxError {
     let text = panic.downcast_ref::<&str>().copied();
     let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
     format!("panicked: {}", text.unwrap_or("no message")).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::Arc, time::Duration};
+
+    use super::{Calls, Ended};
+    use crate::{
+        clock::Clock,
+        participant::{
+            AnyParticipant, BoxError, Durable, DurableParticipant, Finish, InDoubt, Participant,
+            Prepare, Verdict,
+        },
+        protocol::{
+            ids::{Branch, RequestHash, TransactionId, TransactionKey},
+            participant::{Effect, Event},
+            time::Time,
+        },
+    };
+
+    struct Store {
+        held: Vec<InDoubt>,
+        committed: Option<bool>,
+    }
+
+    impl Participant for Store {
+        async fn prepare(&self, _: Prepare) -> Result<Verdict, BoxError> {
+            Ok(Verdict::Prepared)
+        }
+
+        async fn commit(&self, _: Finish) -> Result<(), BoxError> {
+            Ok(())
+        }
+    }
+
+    impl DurableParticipant for Store {
+        async fn in_doubt(&self, _: Option<TransactionKey>) -> Result<Vec<InDoubt>, BoxError> {
+            Ok(self.held.clone())
+        }
+
+        async fn has_committed(&self, _: Finish) -> Result<Option<bool>, BoxError> {
+            Ok(self.committed)
+        }
+    }
+
+    #[tokio::test]
+    async fn a_branch_is_unknown_only_to_a_store_that_would_remember_its_commit() {
+        let id = TransactionId::parse("t1").unwrap();
+        let key = TransactionKey { id, requested_at: Time::EPOCH };
+        let branch = Branch::parse("i1.1").unwrap();
+        let (request_hash, deadline) = (RequestHash([0; 16]), Time::EPOCH);
+        let held = InDoubt { key: key.clone(), request_hash, branch: branch.clone(), deadline };
+        let nothing = Vec::new;
+        for (held, committed, is_known) in [
+            (vec![held.clone()], None, true),
+            (vec![held], Some(false), true),
+            (nothing(), None, true),
+            (nothing(), Some(true), true),
+            (nothing(), Some(false), false),
+        ] {
+            let store: Arc<dyn AnyParticipant> = Arc::new(Durable(Store { held, committed }));
+            let mut calls = Calls::new(Clock::start(), Duration::from_secs(5));
+            let (key, branch) = (key.clone(), branch.clone());
+            let look = Effect::LookUpCommit { key: key.clone(), branch: branch.clone() };
+            assert!(calls.start(0, &store, look).is_none());
+            let Ended { event, .. } = calls.next().await;
+            assert_eq!(event, Event::CommitLookedUp { key, branch, is_known }, "{committed:?}");
+        }
+    }
 }

@@ -2,10 +2,11 @@
 
 use crate::{
     protocol::ids::ServiceName,
+    setting::InvalidSetting,
     transport::amqp::{
         bounded::AskError,
         connection::ConnectError,
-        error::{Disposition, is_not_found},
+        error::{BrokerError, Disposition, is_not_found},
         topology::apply::TopologyError,
     },
 };
@@ -14,13 +15,9 @@ use crate::{
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ServeError {
-    /// The participant has no store: what it prepares would end with its process, while the broker
-    /// and the workers rely on it.
-    #[error("service `{service}` has no store: `Participant::has_store` must say that it has one")]
-    NoStore {
-        /// Which service.
-        service: ServiceName,
-    },
+    /// A value that was set can't be used.
+    #[error("invalid service")]
+    Invalid(#[from] InvalidSetting),
     /// The broker doesn't let it in, or doesn't let it do what it must.
     #[error("service `{service}` is refused by the broker")]
     Refused {
@@ -28,7 +25,7 @@ pub enum ServeError {
         service: ServiceName,
         /// What it may not do.
         #[source]
-        source: OpenError,
+        source: BrokerError,
     },
     /// Other instances of the service serve with another store.
     #[error(
@@ -51,14 +48,13 @@ pub enum ServeError {
         service: ServiceName,
         /// What is another.
         #[source]
-        source: Box<TopologyError>,
+        source: BrokerError,
     },
 }
 
 /// An instance could not take its place at the broker.
 #[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum OpenError {
+pub(super) enum OpenError {
     /// No connection.
     #[error("failed to connect")]
     Connect(#[from] ConnectError),
@@ -96,9 +92,29 @@ pub enum OpenError {
     },
 }
 
+impl ServeError {
+    /// `service` can't take its place, and waiting doesn't help.
+    pub(super) fn of(service: ServiceName, error: OpenError) -> Self {
+        let disposition = error.disposition();
+        match error {
+            OpenError::Declare(source) if matches!(*source, TopologyError::Mismatch(_)) => {
+                Self::Mismatch { service, source: BrokerError::new(*source, disposition) }
+            }
+            OpenError::OtherStore { own, other } => Self::OtherStore { service, own, other },
+            OpenError::Connect(_)
+            | OpenError::Channel(_)
+            | OpenError::Declare(_)
+            | OpenError::Queue { .. }
+            | OpenError::Exchange { .. } => {
+                Self::Refused { service, source: BrokerError::new(error, disposition) }
+            }
+        }
+    }
+}
+
 impl OpenError {
     /// Whether to try again.
-    pub fn disposition(&self) -> Disposition {
+    pub(super) fn disposition(&self) -> Disposition {
         match self {
             Self::Connect(error) => error.disposition(),
             Self::Declare(error) => error.disposition(),

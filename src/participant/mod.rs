@@ -4,6 +4,8 @@
 //! they fail, hang or panic, and that each is called no more often than needed, is the business of
 //! [`protocol::participant`](crate::protocol::participant) and of the loop that drives it.
 
+#[cfg(feature = "service")]
+mod builder;
 mod calls;
 #[cfg(feature = "service")]
 pub mod error;
@@ -32,6 +34,8 @@ use std::{fmt, future::Future, sync::Arc};
 use futures_util::future::BoxFuture;
 use serde::de::DeserializeOwned;
 
+#[cfg(feature = "service")]
+pub use self::builder::{ServiceBuilder, service};
 pub(crate) use self::calls::Calls;
 #[cfg(feature = "embedded")]
 pub(crate) use self::calls::Ended;
@@ -44,8 +48,9 @@ use crate::protocol::{
     time::Time,
 };
 
-/// What a service's code may end in.
-pub type Error = Box<dyn std::error::Error + Send + Sync>;
+/// The error that a service's code may end in: any. What it says is told in the reason of the
+/// transaction's abort, or in the log.
+pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// A service, as its author sees it.
 ///
@@ -53,67 +58,94 @@ pub type Error = Box<dyn std::error::Error + Send + Sync>;
 /// `max_concurrency`, and for one transaction one at a time. An error, a panic, or taking longer
 /// than allowed are all the same: a failed prepare aborts the transaction and is followed by
 /// [`Participant::abort`]; a failed commit or abort is called again.
+///
+/// This is enough for the embedded coordinator, which lives no longer than what the service holds in
+/// memory. A service on RabbitMQ must also be a [`DurableParticipant`].
+///
+/// ```
+/// use dtc::{BoxError, Finish, Participant, Prepare, Verdict};
+///
+/// struct Payments;
+///
+/// impl Participant for Payments {
+///     async fn prepare(&self, call: Prepare) -> Result<Verdict, BoxError> {
+///         let data: serde_json::Value = call.data()?;
+///         match data["amount"].as_u64().ok_or("the amount is not a number")? {
+///             0..1000 => Ok(Verdict::Prepared),
+///             _ => Ok(Verdict::Refused(Some("too much".into()))),
+///         }
+///     }
+///
+///     async fn commit(&self, call: Finish) -> Result<(), BoxError> {
+///         println!("{} is paid", call.id());
+///         Ok(())
+///     }
+/// }
+/// ```
 pub trait Participant: Send + Sync + 'static {
     /// Makes ready to commit: whatever is needed to commit later must be stored, under
     /// [`Prepare::branch`], before this says [`Verdict::Prepared`].
     ///
     /// It may take until shortly before [`Prepare::deadline`]: then it is dropped, and has failed.
-    fn prepare(&self, call: Prepare) -> impl Future<Output = Result<Verdict, Error>> + Send;
+    fn prepare(&self, call: Prepare) -> impl Future<Output = Result<Verdict, BoxError>> + Send;
 
     /// Makes what was prepared under [`Finish::branch`] last. Must be idempotent: a branch that is
     /// committed already is a success. So is one that the store does not know, unless it can tell
     /// that it has never committed it: that is an error.
-    fn commit(&self, call: Finish) -> impl Future<Output = Result<(), Error>> + Send;
+    fn commit(&self, call: Finish) -> impl Future<Output = Result<(), BoxError>> + Send;
 
     /// Undoes what was prepared under [`Finish::branch`], or may have been. Must be idempotent.
     ///
     /// By default there is nothing to undo.
-    fn abort(&self, call: Finish) -> impl Future<Output = Result<(), Error>> + Send {
+    fn abort(&self, call: Finish) -> impl Future<Output = Result<(), BoxError>> + Send {
         let _ = call;
         std::future::ready(Ok(()))
     }
+}
 
-    /// Whether [`Participant::in_doubt`] tells what the store holds, so that it can be asked after
-    /// a restart, and by one instance for another. Without a store, which is the default, what is
-    /// prepared lives no longer than the process.
-    fn has_store(&self) -> bool {
-        false
-    }
-
-    /// What the store holds as prepared; of one transaction, if `of` names it.
+/// A [`Participant`] with a store that outlives its process, and that all instances of the service
+/// share.
+///
+/// The coordinator asks the store after a restart, and asks one instance about what another one has
+/// prepared. An error, a panic, or taking longer than a commit may take is no answer: the coordinator
+/// asks again until it has one.
+pub trait DurableParticipant: Participant {
+    /// What the store holds as prepared: every branch, whichever instance has prepared it; of one
+    /// transaction, if `of` names it.
     fn in_doubt(
         &self,
         of: Option<TransactionKey>,
-    ) -> impl Future<Output = Result<Vec<InDoubt>, Error>> + Send {
-        let _ = of;
-        std::future::ready(Ok(Vec::new()))
-    }
+    ) -> impl Future<Output = Result<Vec<InDoubt>, BoxError>> + Send;
 
     /// What the store is called, if it has a name: an id that was made with the store and is kept in
     /// it, so that every instance with this store says the same, and one with another store another.
-    /// An instance does not serve while others serve with another store. Without it, which is the
-    /// default, nobody notices two instances that don't share their store.
-    fn store_id(&self) -> impl Future<Output = Result<Option<StoreId>, Error>> + Send {
+    /// An instance does not serve while others serve with another store.
+    ///
+    /// By default the store has no name, and nobody notices two instances that don't share their
+    /// store.
+    fn store_id(&self) -> impl Future<Output = Result<Option<StoreId>, BoxError>> + Send {
         std::future::ready(Ok(None))
     }
 
-    /// Whether [`Participant::has_committed`] tells what the store has committed. Then a commit of a
-    /// branch that the store neither holds nor has committed is an error, and is tried elsewhere: it
-    /// was prepared in another store. Without it, which is the default, such a commit counts as
+    /// Whether the store has committed [`Finish::branch`], by whichever instance; `None` if it does
+    /// not remember what it has committed. It is asked only about what
+    /// [`in_doubt`](DurableParticipant::in_doubt) does not name.
+    ///
+    /// After `Some(false)` the commit of that branch is an error, and is tried elsewhere: the branch
+    /// was prepared in another store. After `None`, which is the default, the commit counts as
     /// applied, and two instances that don't share their store lose commits.
-    fn remembers_commits(&self) -> bool {
-        false
-    }
-
-    /// Whether the store has committed [`Finish::branch`], by whichever instance. It is asked only
-    /// about what [`Participant::in_doubt`] does not name.
-    fn has_committed(&self, call: Finish) -> impl Future<Output = Result<bool, Error>> + Send {
+    fn has_committed(
+        &self,
+        call: Finish,
+    ) -> impl Future<Output = Result<Option<bool>, BoxError>> + Send {
         let _ = call;
-        std::future::ready(Ok(true))
+        std::future::ready(Ok(None))
     }
 }
 
-/// What a prepare is about.
+/// What a prepare is about. A service stores [`branch`](Self::branch), [`key`](Self::key),
+/// [`request_hash`](Self::request_hash) and [`deadline`](Self::deadline) in one write with what the
+/// commit needs, and gives them back as [`InDoubt`].
 #[derive(Debug, Clone)]
 pub struct Prepare {
     /// Which transaction.
@@ -149,7 +181,11 @@ impl Prepare {
         self.data.as_str()
     }
 
-    /// The request's data.
+    /// The request's data, read as a `T`.
+    ///
+    /// # Errors
+    ///
+    /// It is not as a `T` should be. A prepare that ends in this error has failed.
     pub fn data<T: DeserializeOwned>(&self) -> Result<T, serde_json::Error> {
         serde_json::from_str(self.data.as_str())
     }
@@ -171,69 +207,92 @@ impl Finish {
     }
 }
 
-/// A [`Participant`] of whatever type, for those who call many.
+/// A [`Participant`] of whatever type, for those who call many. Unless it says otherwise it has no
+/// store.
 pub(crate) trait AnyParticipant: Send + Sync {
-    fn prepare(self: Arc<Self>, call: Prepare) -> BoxFuture<'static, Result<Verdict, Error>>;
-    fn commit(self: Arc<Self>, call: Finish) -> BoxFuture<'static, Result<(), Error>>;
-    fn abort(self: Arc<Self>, call: Finish) -> BoxFuture<'static, Result<(), Error>>;
-    fn in_doubt(
-        self: Arc<Self>,
-        of: Option<TransactionKey>,
-    ) -> BoxFuture<'static, Result<Vec<InDoubt>, Error>>;
-    fn has_store(&self) -> bool;
+    fn prepare(self: Arc<Self>, call: Prepare) -> BoxFuture<'static, Result<Verdict, BoxError>>;
+    fn commit(self: Arc<Self>, call: Finish) -> BoxFuture<'static, Result<(), BoxError>>;
+    fn abort(self: Arc<Self>, call: Finish) -> BoxFuture<'static, Result<(), BoxError>>;
 
-    fn has_committed(self: Arc<Self>, call: Finish) -> BoxFuture<'static, Result<bool, Error>> {
-        let _ = call;
-        Box::pin(std::future::ready(Ok(true)))
-    }
-
-    #[cfg(feature = "service")]
-    fn remembers_commits(&self) -> bool {
+    #[cfg(feature = "embedded")]
+    fn has_store(&self) -> bool {
         false
     }
 
+    fn in_doubt(
+        self: Arc<Self>,
+        of: Option<TransactionKey>,
+    ) -> BoxFuture<'static, Result<Vec<InDoubt>, BoxError>> {
+        let _ = of;
+        Box::pin(std::future::ready(Ok(Vec::new())))
+    }
+
+    fn has_committed(
+        self: Arc<Self>,
+        call: Finish,
+    ) -> BoxFuture<'static, Result<Option<bool>, BoxError>> {
+        let _ = call;
+        Box::pin(std::future::ready(Ok(None)))
+    }
+
     #[cfg(feature = "service")]
-    fn store_id(self: Arc<Self>) -> BoxFuture<'static, Result<Option<StoreId>, Error>> {
+    fn store_id(self: Arc<Self>) -> BoxFuture<'static, Result<Option<StoreId>, BoxError>> {
         Box::pin(std::future::ready(Ok(None)))
     }
 }
 
 impl<P: Participant> AnyParticipant for P {
-    fn prepare(self: Arc<Self>, call: Prepare) -> BoxFuture<'static, Result<Verdict, Error>> {
+    fn prepare(self: Arc<Self>, call: Prepare) -> BoxFuture<'static, Result<Verdict, BoxError>> {
         Box::pin(async move { Participant::prepare(&*self, call).await })
     }
 
-    fn commit(self: Arc<Self>, call: Finish) -> BoxFuture<'static, Result<(), Error>> {
+    fn commit(self: Arc<Self>, call: Finish) -> BoxFuture<'static, Result<(), BoxError>> {
         Box::pin(async move { Participant::commit(&*self, call).await })
     }
 
-    fn abort(self: Arc<Self>, call: Finish) -> BoxFuture<'static, Result<(), Error>> {
+    fn abort(self: Arc<Self>, call: Finish) -> BoxFuture<'static, Result<(), BoxError>> {
         Box::pin(async move { Participant::abort(&*self, call).await })
+    }
+}
+
+/// A participant that is asked what its store holds.
+pub(crate) struct Durable<P>(pub(crate) P);
+
+impl<P: DurableParticipant> AnyParticipant for Durable<P> {
+    fn prepare(self: Arc<Self>, call: Prepare) -> BoxFuture<'static, Result<Verdict, BoxError>> {
+        Box::pin(async move { self.0.prepare(call).await })
+    }
+
+    fn commit(self: Arc<Self>, call: Finish) -> BoxFuture<'static, Result<(), BoxError>> {
+        Box::pin(async move { self.0.commit(call).await })
+    }
+
+    fn abort(self: Arc<Self>, call: Finish) -> BoxFuture<'static, Result<(), BoxError>> {
+        Box::pin(async move { self.0.abort(call).await })
+    }
+
+    #[cfg(feature = "embedded")]
+    fn has_store(&self) -> bool {
+        true
     }
 
     fn in_doubt(
         self: Arc<Self>,
         of: Option<TransactionKey>,
-    ) -> BoxFuture<'static, Result<Vec<InDoubt>, Error>> {
-        Box::pin(async move { Participant::in_doubt(&*self, of).await })
+    ) -> BoxFuture<'static, Result<Vec<InDoubt>, BoxError>> {
+        Box::pin(async move { self.0.in_doubt(of).await })
     }
 
-    fn has_committed(self: Arc<Self>, call: Finish) -> BoxFuture<'static, Result<bool, Error>> {
-        Box::pin(async move { Participant::has_committed(&*self, call).await })
-    }
-
-    fn has_store(&self) -> bool {
-        Participant::has_store(self)
-    }
-
-    #[cfg(feature = "service")]
-    fn remembers_commits(&self) -> bool {
-        Participant::remembers_commits(self)
+    fn has_committed(
+        self: Arc<Self>,
+        call: Finish,
+    ) -> BoxFuture<'static, Result<Option<bool>, BoxError>> {
+        Box::pin(async move { self.0.has_committed(call).await })
     }
 
     #[cfg(feature = "service")]
-    fn store_id(self: Arc<Self>) -> BoxFuture<'static, Result<Option<StoreId>, Error>> {
-        Box::pin(async move { Participant::store_id(&*self).await })
+    fn store_id(self: Arc<Self>) -> BoxFuture<'static, Result<Option<StoreId>, BoxError>> {
+        Box::pin(async move { self.0.store_id().await })
     }
 }
 

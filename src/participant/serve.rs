@@ -21,7 +21,7 @@ use crate::{
     clock::{Clock, Step, Steps},
     error::Chain,
     participant::{
-        AnyParticipant, Calls, Participant,
+        AnyParticipant, Calls, Durable, DurableParticipant,
         calls::name_of_store,
         error::{OpenError, ServeError},
         health::{Change, Health},
@@ -35,7 +35,7 @@ use crate::{
         participant::{self, Effect, Event, Instance},
         time::Time,
     },
-    transport::amqp::{error::Disposition, supervisor::Supervisor, topology::apply::TopologyError},
+    transport::amqp::{error::Disposition, supervisor::Supervisor},
 };
 
 /// Serves `participant` until `stop` has come and what is prepared has heard its outcome, or the
@@ -43,17 +43,15 @@ use crate::{
 ///
 /// # Errors
 ///
-/// The participant has no store; or, from the start, the broker refuses us or what we say, or has
-/// other queues than are to be declared.
+/// From the start, the broker refuses us or what we say, or has other queues than are to be declared;
+/// or other instances have another store.
 pub async fn serve(
-    participant: impl Participant,
+    participant: impl DurableParticipant,
     settings: ServeSettings,
     stop: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
-    let participant: Arc<dyn AnyParticipant> = Arc::new(participant);
-    if !participant.has_store() {
-        return Err(ServeError::NoStore { service: settings.service });
-    }
+    let participant: Arc<dyn AnyParticipant> = Arc::new(Durable(participant));
+    let _held = settings.readiness.while_held();
     let mut stop = std::pin::pin!(stop.fuse());
     let store = tokio::select! {
         biased;
@@ -99,11 +97,7 @@ impl Server {
         store: Option<StoreId>,
     ) -> Self {
         let clock = Clock::start();
-        let core = participant::Settings {
-            remembers_commits: participant.remembers_commits(),
-            store: store.clone(),
-            ..settings.of_core()
-        };
+        let core = participant::Settings { store: store.clone(), ..settings.of_core() };
         Self {
             participant,
             store,
@@ -149,7 +143,7 @@ impl Server {
             let ServeSettings { service, instance, max_concurrency, .. } = &self.settings;
             tracing::info!(%service, %instance, max_concurrency, "ready");
             let ended = self.work(session, stop.as_mut()).await;
-            self.tell_serving(false);
+            self.settings.readiness.set(false);
             match ended {
                 Ended::Stopped => return Ok(()),
                 Ended::Lost(session, lost) => {
@@ -176,15 +170,9 @@ impl Server {
             Ok(source) => {
                 let name = self.settings.names.replies().to_string();
                 let source = OpenError::Exchange { name, source: source.into() };
-                Err(ServeError::Refused { service: self.settings.service.clone(), source })
+                Err(ServeError::of(self.settings.service.clone(), source))
             }
             Err(lost) => Ok(lost),
-        }
-    }
-
-    fn tell_serving(&self, serves: bool) {
-        if let Some(serving) = &self.settings.serving {
-            serving.send_if_modified(|told| std::mem::replace(told, serves) != serves);
         }
     }
 
@@ -227,17 +215,7 @@ impl Server {
         session: Result<Session, OpenError>,
     ) -> Result<Option<Session>, ServeError> {
         let service = self.settings.service.clone();
-        let mut session = session.map_err(|source| match source {
-            OpenError::Declare(source) if matches!(*source, TopologyError::Mismatch(_)) => {
-                ServeError::Mismatch { service, source }
-            }
-            OpenError::OtherStore { own, other } => ServeError::OtherStore { service, own, other },
-            OpenError::Connect(_)
-            | OpenError::Channel(_)
-            | OpenError::Declare(_)
-            | OpenError::Queue { .. }
-            | OpenError::Exchange { .. } => ServeError::Refused { service, source },
-        })?;
+        let mut session = session.map_err(|error| ServeError::of(service, error))?;
         // It may have been told to stop meanwhile.
         if self.drains_until.is_some() && session.stop_prepares(self.settings.cap).await.is_err() {
             tracing::debug!("the connection is lost again");
@@ -286,7 +264,7 @@ impl Server {
     ) -> Ended {
         loop {
             self.settle(Some(&mut session));
-            self.tell_serving(session.is_ready() && self.health.is_good());
+            self.settings.readiness.set(session.is_ready() && self.health.is_good());
             if let Some(until) = self.drains_until.filter(|_| self.is_drained())
                 && (session.is_quiet() || self.is_out_of_time())
             {

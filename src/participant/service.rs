@@ -12,10 +12,14 @@ use futures_util::future::BoxFuture;
 use serde_json::Value;
 use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard};
 
-use crate::participant::{AnyParticipant, Error, Finish, Participant, Prepare, Verdict, calls};
+use crate::participant::{
+    AnyParticipant, BoxError, Durable, DurableParticipant, Finish, Participant, Prepare, Verdict,
+    calls,
+};
 
-type PrepareFn = Arc<dyn Fn(Prepare) -> BoxFuture<'static, Result<Verdict, Error>> + Send + Sync>;
-type FinishFn = Arc<dyn Fn(Finish) -> BoxFuture<'static, Result<(), Error>> + Send + Sync>;
+type PrepareFn =
+    Arc<dyn Fn(Prepare) -> BoxFuture<'static, Result<Verdict, BoxError>> + Send + Sync>;
+type FinishFn = Arc<dyn Fn(Finish) -> BoxFuture<'static, Result<(), BoxError>> + Send + Sync>;
 
 /// A named service: what it does, how many transactions it works on at once, and how long one may
 /// wait for a slot.
@@ -75,14 +79,29 @@ impl Service {
     /// How long a prepare waits for a slot unless told otherwise.
     pub const MAX_WAIT: Duration = Duration::from_secs(1);
 
-    /// A service whose code is a [`Participant`].
+    /// A service whose code is a [`Participant`]. What it holds is not asked for: one that has a
+    /// store is to be given to [`from_durable`](Self::from_durable).
     pub fn from_participant(
         name: impl Into<String>,
         max_concurrency: u32,
         participant: impl Participant,
     ) -> Self {
-        let code = Code::Participant(Arc::new(participant));
-        Self { name: name.into(), max_concurrency, max_wait: Self::MAX_WAIT, code }
+        Self::of_any(name.into(), max_concurrency, Arc::new(participant))
+    }
+
+    /// A service whose code is a [`DurableParticipant`]: after a restart with the same
+    /// [journal](crate::Embedded::journal) it is asked what it holds in doubt.
+    pub fn from_durable(
+        name: impl Into<String>,
+        max_concurrency: u32,
+        participant: impl DurableParticipant,
+    ) -> Self {
+        Self::of_any(name.into(), max_concurrency, Arc::new(Durable(participant)))
+    }
+
+    fn of_any(name: String, max_concurrency: u32, participant: Arc<dyn AnyParticipant>) -> Self {
+        let code = Code::Participant(participant);
+        Self { name, max_concurrency, max_wait: Self::MAX_WAIT, code }
     }
 
     /// How long a prepare may wait for a slot, by default 1 s. Zero: it is refused at once when no
@@ -98,7 +117,7 @@ impl Service {
     #[must_use]
     pub fn prepare<F>(self, prepare: F) -> Self
     where
-        F: Fn(&str, &Value) -> Result<bool, Error> + Send + Sync + 'static,
+        F: Fn(&str, &Value) -> Result<bool, BoxError> + Send + Sync + 'static,
     {
         let prepare = Arc::new(prepare);
         self.closures(|closures| {
@@ -118,7 +137,7 @@ impl Service {
     #[must_use]
     pub fn commit<F>(self, commit: F) -> Self
     where
-        F: Fn(&str) -> Result<(), Error> + Send + Sync + 'static,
+        F: Fn(&str) -> Result<(), BoxError> + Send + Sync + 'static,
     {
         self.closures(|closures| closures.commit = closures.threads.finish(commit))
     }
@@ -128,7 +147,7 @@ impl Service {
     #[must_use]
     pub fn abort<F>(self, abort: F) -> Self
     where
-        F: Fn(&str) -> Result<(), Error> + Send + Sync + 'static,
+        F: Fn(&str) -> Result<(), BoxError> + Send + Sync + 'static,
     {
         self.closures(|closures| closures.abort = closures.threads.finish(abort))
     }
@@ -138,7 +157,7 @@ impl Service {
     pub fn prepare_async<F, Fut>(self, prepare: F) -> Self
     where
         F: Fn(String, Value) -> Fut + Send + Sync + 'static,
-        Fut: Future<Output = Result<bool, Error>> + Send + 'static,
+        Fut: Future<Output = Result<bool, BoxError>> + Send + 'static,
     {
         let prepare = Arc::new(prepare);
         self.closures(|closures| {
@@ -157,7 +176,7 @@ impl Service {
     pub fn commit_async<F, Fut>(self, commit: F) -> Self
     where
         F: Fn(String) -> Fut + Send + Sync + 'static,
-        Fut: Future<Output = Result<(), Error>> + Send + 'static,
+        Fut: Future<Output = Result<(), BoxError>> + Send + 'static,
     {
         self.closures(|closures| {
             closures.commit = Arc::new(move |call: Finish| Box::pin(commit(call.id().to_owned())));
@@ -169,7 +188,7 @@ impl Service {
     pub fn abort_async<F, Fut>(self, abort: F) -> Self
     where
         F: Fn(String) -> Fut + Send + Sync + 'static,
-        Fut: Future<Output = Result<(), Error>> + Send + 'static,
+        Fut: Future<Output = Result<(), BoxError>> + Send + 'static,
     {
         self.closures(|closures| {
             closures.abort = Arc::new(move |call: Finish| Box::pin(abort(call.id().to_owned())));
@@ -207,15 +226,15 @@ fn verdict(ready: bool) -> Verdict {
 }
 
 impl Participant for Closures {
-    async fn prepare(&self, call: Prepare) -> Result<Verdict, Error> {
+    async fn prepare(&self, call: Prepare) -> Result<Verdict, BoxError> {
         (self.prepare)(call).await
     }
 
-    async fn commit(&self, call: Finish) -> Result<(), Error> {
+    async fn commit(&self, call: Finish) -> Result<(), BoxError> {
         (self.commit)(call).await
     }
 
-    async fn abort(&self, call: Finish) -> Result<(), Error> {
+    async fn abort(&self, call: Finish) -> Result<(), BoxError> {
         (self.abort)(call).await
     }
 }
@@ -230,7 +249,7 @@ struct Threads {
 impl Threads {
     fn finish<F>(&self, finish: F) -> FinishFn
     where
-        F: Fn(&str) -> Result<(), Error> + Send + Sync + 'static,
+        F: Fn(&str) -> Result<(), BoxError> + Send + Sync + 'static,
     {
         let (finish, threads) = (Arc::new(finish), self.clone());
         Arc::new(move |call: Finish| {
@@ -245,8 +264,8 @@ impl Threads {
     async fn run<T: Send + 'static>(
         &self,
         id: &str,
-        call: impl FnOnce() -> Result<T, Error> + Send + 'static,
-    ) -> Result<T, Error> {
+        call: impl FnOnce() -> Result<T, BoxError> + Send + 'static,
+    ) -> Result<T, BoxError> {
         let turn = {
             let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
             Arc::clone(running.entry(id.to_owned()).or_default())

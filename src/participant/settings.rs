@@ -2,14 +2,13 @@
 
 use std::time::Duration;
 
-use tokio::sync::watch;
-
 use crate::{
     protocol::message::Cap,
     protocol::{
         ids::{InstanceId, ServiceName},
         participant,
     },
+    readiness::Readiness,
     transport::amqp::{connection::Broker, names::Names, unique},
 };
 
@@ -58,9 +57,8 @@ pub struct ServeSettings {
     /// For development: declare what the service needs, with this as its `max_wait`. Else whoever
     /// operates the broker has done so, by `dtc topology apply`.
     pub declare: Option<Duration>,
-    /// Is told `true` whenever the instance begins to serve, and `false` when its connection is
-    /// lost or it has ended.
-    pub serving: Option<watch::Sender<bool>>,
+    /// Is told whether the instance serves.
+    pub readiness: Readiness,
 }
 
 impl ServeSettings {
@@ -79,7 +77,7 @@ impl ServeSettings {
             finish_timeout: Duration::from_secs(5),
             drain: Duration::from_secs(25),
             declare: None,
-            serving: None,
+            readiness: Readiness::new(),
         }
     }
 
@@ -101,6 +99,8 @@ impl ServeSettings {
         };
         participant::Settings {
             has_store: true,
+            // Whether it does is for the store to say, when it is asked.
+            remembers_commits: true,
             inquire_after: self.inquire_after,
             seed: unique::number(),
             ..participant::Settings::new(

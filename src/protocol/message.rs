@@ -20,6 +20,7 @@ pub struct Delivery(pub u64);
 
 /// Whose a service's slots are. Where it has one instance that is the same.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[non_exhaustive]
 pub enum Cap {
     /// Each instance has `max_concurrency` of them.
     #[default]
@@ -65,7 +66,7 @@ pub struct TransactionSpec {
     pub timeout: Option<Duration>,
 }
 
-/// How a transaction ends: for all its services alike.
+/// How a transaction ends: for all its services alike. There is no third way, and never will be.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Outcome {
     /// Every service commits what it prepared.
@@ -92,6 +93,7 @@ impl fmt::Display for Outcome {
 
 /// Why a transaction aborts, in one word.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[non_exhaustive]
 pub enum ReasonCode {
     /// A service's code said no.
     Refused,
@@ -115,6 +117,23 @@ pub enum ReasonCode {
 }
 
 impl ReasonCode {
+    /// Every code that this release knows.
+    pub fn all() -> impl Iterator<Item = Self> {
+        // In an order in which none can be forgotten.
+        let next = |code: &Self| match code {
+            Self::Refused => Some(Self::Failed),
+            Self::Failed => Some(Self::NoSlot),
+            Self::NoSlot => Some(Self::UnknownService),
+            Self::UnknownService => Some(Self::Deadline),
+            Self::Deadline => Some(Self::Unavailable),
+            Self::Unavailable => Some(Self::Cancelled),
+            Self::Cancelled => Some(Self::Invalid),
+            Self::Invalid => Some(Self::IdReused),
+            Self::IdReused => None,
+        };
+        std::iter::successors(Some(Self::Refused), next)
+    }
+
     /// The word that stands in results and records.
     pub const fn as_str(self) -> &'static str {
         match self {

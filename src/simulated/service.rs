@@ -2,7 +2,7 @@
 
 use crate::{
     input::services::ServiceSpec,
-    participant::{Error, Finish, InDoubt, Participant, Prepare, Verdict},
+    participant::{BoxError, DurableParticipant, Finish, InDoubt, Participant, Prepare, Verdict},
     protocol::{
         ids::{StoreId, TransactionKey},
         message::Outcome,
@@ -13,29 +13,25 @@ use crate::{
     },
 };
 
-/// A service as services.json describes it.
+/// A service as services.json describes it. It holds nothing that could be asked for.
 #[derive(Debug)]
 pub struct Simulated {
     behaviours: Behaviours,
-    /// Its state. Without it, it has nothing that it could report as in doubt.
-    store: Option<SimulatedStore>,
 }
 
 impl Simulated {
     /// The service that `spec` describes; runs with the same `seed` repeat each other.
     pub fn new(spec: &ServiceSpec, seed: u64) -> Self {
-        Self { behaviours: Behaviours::new(spec, seed), store: None }
+        Self { behaviours: Behaviours::new(spec, seed) }
     }
 
     /// The same, with `store` as its state.
-    #[must_use]
-    pub fn with_store(mut self, store: SimulatedStore) -> Self {
-        self.store = Some(store);
-        self
+    pub fn with_store(self, store: SimulatedStore) -> Stored {
+        Stored { service: self, store }
     }
 
     /// Runs the code of a prepare; returns its verdict.
-    async fn decide(&self, call: &Prepare) -> Result<Verdict, Error> {
+    async fn decide(&self, call: &Prepare) -> Result<Verdict, BoxError> {
         let (behaviours, id) = (&self.behaviours, &call.key.id);
         if behaviours.is_trivial() {
             return Ok(Verdict::Prepared);
@@ -54,22 +50,7 @@ impl Simulated {
         }
     }
 
-    async fn finish(&self, call: Finish, kind: Call) -> Result<(), Error> {
-        let Some(store) = &self.store else { return self.finish_code(&call, kind).await };
-        let (name, outcome) = match kind {
-            Call::Prepare | Call::Commit => ("commit", Outcome::Committed),
-            Call::Abort => ("abort", Outcome::Aborted),
-        };
-        let called = store.called(name, &call.key, &call.branch)?;
-        let mut ended = self.finish_code(&call, kind).await;
-        if ended.is_ok() {
-            ended = store.finish(&call, outcome).await.map_err(Error::from);
-        }
-        called.ended(if ended.is_ok() { "done" } else { "failed" });
-        ended
-    }
-
-    async fn finish_code(&self, call: &Finish, kind: Call) -> Result<(), Error> {
+    async fn finish_code(&self, call: &Finish, kind: Call) -> Result<(), BoxError> {
         let (behaviours, id) = (&self.behaviours, &call.key.id);
         if behaviours.is_trivial() {
             return Ok(());
@@ -85,7 +66,7 @@ impl Simulated {
 }
 
 /// A verdict in one word.
-fn word(verdict: &Result<Verdict, Error>) -> &'static str {
+fn word(verdict: &Result<Verdict, BoxError>) -> &'static str {
     match verdict {
         Ok(Verdict::Prepared) => "prepared",
         Ok(Verdict::ReadOnly) => "read_only",
@@ -95,12 +76,48 @@ fn word(verdict: &Result<Verdict, Error>) -> &'static str {
 }
 
 impl Participant for Simulated {
-    async fn prepare(&self, call: Prepare) -> Result<Verdict, Error> {
-        let Some(store) = &self.store else { return self.decide(&call).await };
-        let called = store.called("prepare", &call.key, &call.branch)?;
-        let mut verdict = self.decide(&call).await;
+    async fn prepare(&self, call: Prepare) -> Result<Verdict, BoxError> {
+        self.decide(&call).await
+    }
+
+    async fn commit(&self, call: Finish) -> Result<(), BoxError> {
+        self.finish_code(&call, Call::Commit).await
+    }
+
+    async fn abort(&self, call: Finish) -> Result<(), BoxError> {
+        self.finish_code(&call, Call::Abort).await
+    }
+}
+
+/// The same with a store.
+#[derive(Debug)]
+pub struct Stored {
+    service: Simulated,
+    store: SimulatedStore,
+}
+
+impl Stored {
+    async fn finish(&self, call: Finish, kind: Call) -> Result<(), BoxError> {
+        let (name, outcome) = match kind {
+            Call::Prepare | Call::Commit => ("commit", Outcome::Committed),
+            Call::Abort => ("abort", Outcome::Aborted),
+        };
+        let called = self.store.called(name, &call.key, &call.branch)?;
+        let mut ended = self.service.finish_code(&call, kind).await;
+        if ended.is_ok() {
+            ended = self.store.finish(&call, outcome).await.map_err(BoxError::from);
+        }
+        called.ended(if ended.is_ok() { "done" } else { "failed" });
+        ended
+    }
+}
+
+impl Participant for Stored {
+    async fn prepare(&self, call: Prepare) -> Result<Verdict, BoxError> {
+        let called = self.store.called("prepare", &call.key, &call.branch)?;
+        let mut verdict = self.service.decide(&call).await;
         if let Ok(Verdict::Prepared) = verdict
-            && let Err(error) = store.prepare(&call)
+            && let Err(error) = self.store.prepare(&call)
         {
             verdict = Err(error.into());
         }
@@ -108,33 +125,25 @@ impl Participant for Simulated {
         verdict
     }
 
-    async fn commit(&self, call: Finish) -> Result<(), Error> {
+    async fn commit(&self, call: Finish) -> Result<(), BoxError> {
         self.finish(call, Call::Commit).await
     }
 
-    async fn abort(&self, call: Finish) -> Result<(), Error> {
+    async fn abort(&self, call: Finish) -> Result<(), BoxError> {
         self.finish(call, Call::Abort).await
     }
+}
 
-    fn has_store(&self) -> bool {
-        self.store.is_some()
+impl DurableParticipant for Stored {
+    async fn in_doubt(&self, of: Option<TransactionKey>) -> Result<Vec<InDoubt>, BoxError> {
+        Ok(self.store.in_doubt(of.as_ref())?)
     }
 
-    async fn store_id(&self) -> Result<Option<StoreId>, Error> {
-        Ok(self.store.as_ref().and_then(SimulatedStore::id).cloned())
+    async fn store_id(&self) -> Result<Option<StoreId>, BoxError> {
+        Ok(self.store.id().cloned())
     }
 
-    fn remembers_commits(&self) -> bool {
-        self.store.as_ref().is_some_and(SimulatedStore::remembers_commits)
-    }
-
-    async fn has_committed(&self, call: Finish) -> Result<bool, Error> {
-        let committed = self.store.as_ref().map(|store| store.has_committed(&call));
-        Ok(committed.transpose()?.unwrap_or(true))
-    }
-
-    async fn in_doubt(&self, of: Option<TransactionKey>) -> Result<Vec<InDoubt>, Error> {
-        let held = self.store.as_ref().map(|store| store.in_doubt(of.as_ref()));
-        Ok(held.transpose()?.unwrap_or_default())
+    async fn has_committed(&self, call: Finish) -> Result<Option<bool>, BoxError> {
+        Ok(self.store.has_committed(&call)?)
     }
 }

@@ -145,16 +145,11 @@ impl SimulatedStore {
         }
     }
 
-    /// Whether it knows what it has committed.
-    pub(super) fn remembers_commits(&self) -> bool {
-        matches!(self.0, Storage::Files(_))
-    }
-
-    /// Whether the branch is committed, as far as the store knows.
-    pub(super) fn has_committed(&self, call: &Finish) -> io::Result<bool> {
+    /// Whether the branch is committed; `None` if it can't tell.
+    pub(super) fn has_committed(&self, call: &Finish) -> io::Result<Option<bool>> {
         match &self.0 {
-            Storage::Memory(_) => Ok(true),
-            Storage::Files(files) => files.committed.has(&start_of_line(call)),
+            Storage::Memory(_) => Ok(None),
+            Storage::Files(files) => files.committed.has(&start_of_line(call)).map(Some),
         }
     }
 
@@ -627,17 +622,17 @@ mod tests {
         one.prepare(&call).unwrap();
         let error = block_on(other.finish(&finish(&call), Outcome::Committed)).unwrap_err();
         assert!(error.to_string().contains("has never held this branch"), "{error}");
-        assert!(!other.has_committed(&finish(&call)).unwrap());
+        assert_eq!(other.has_committed(&finish(&call)).unwrap(), Some(false));
         // An abort of a branch that was never prepared is done.
         block_on(other.finish(&finish(&call), Outcome::Aborted)).unwrap();
         for _ in 0..2 {
             block_on(one.finish(&finish(&call), Outcome::Committed)).unwrap();
-            assert!(one.has_committed(&finish(&call)).unwrap());
+            assert_eq!(one.has_committed(&finish(&call)).unwrap(), Some(true));
         }
         let undone = prepare("t2", "i1");
         one.prepare(&undone).unwrap();
         block_on(one.finish(&finish(&undone), Outcome::Aborted)).unwrap();
-        assert!(!one.has_committed(&finish(&undone)).unwrap());
+        assert_eq!(one.has_committed(&finish(&undone)).unwrap(), Some(false));
     }
 
     #[test]
@@ -654,14 +649,14 @@ mod tests {
         assert!(lines.len() > 5 * 64 * 1024);
         fs::write(directory.path().join("payments/committed.log"), &lines).unwrap();
         for n in [0, 1, 2000, 2345, 6789, 19_998, 19_999] {
-            assert!(store.has_committed(&called(n)).unwrap(), "{n}");
+            assert_eq!(store.has_committed(&called(n)).unwrap(), Some(true), "{n}");
         }
         for n in (0..20_000).step_by(997) {
-            assert!(store.has_committed(&called(n)).unwrap(), "{n}");
+            assert_eq!(store.has_committed(&called(n)).unwrap(), Some(true), "{n}");
         }
-        assert!(!store.has_committed(&called(20_000)).unwrap());
+        assert_eq!(store.has_committed(&called(20_000)).unwrap(), Some(false));
         fs::write(directory.path().join("payments/committed.log"), "").unwrap();
-        assert!(!store.has_committed(&called(1)).unwrap());
+        assert_eq!(store.has_committed(&called(1)).unwrap(), Some(false));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! A worker keeps nothing that a crash could lose. Any number of them share the queue of requests,
 //! with no configuration among them; each reads the same journal.
 //!
+//! * `builder`: how a program sets one up.
 //! * `session`: the life of one link to the broker.
 //! * `state`: what is kept from one link to the next.
 //! * `journal`, `follower`, `appender`: reading the stream of decisions, following its end, writing to
@@ -18,6 +19,7 @@
 
 mod anomalies;
 mod appender;
+mod builder;
 mod clocks;
 mod follower;
 #[cfg(feature = "fuzzing")]
@@ -41,8 +43,8 @@ mod suspects;
 use std::time::Duration;
 
 use futures_util::FutureExt;
-use tokio::sync::watch;
 
+pub use self::builder::{Worker, WorkerBuilder};
 use self::{
     anomalies::Undecidable,
     clocks::Clocks,
@@ -60,10 +62,12 @@ use crate::{
         ids::WorkerId,
         message::{Answer, Outcome},
     },
+    readiness::Readiness,
+    setting::InvalidSetting,
     transport::amqp::{
         bounded::ANSWER_MAX,
         connection::{Broker, ConnectError},
-        error::{Disposition, is_refusal},
+        error::{BrokerError, Disposition, is_refusal},
         names::Names,
         supervisor::Supervisor,
     },
@@ -80,27 +84,23 @@ pub struct Settings {
     pub coordinator: coordinator::Settings,
     /// How long it may go on finishing what it has begun when it is told to stop.
     pub drain: Duration,
-    /// Is told `true` whenever the worker begins to take requests, and `false` when its connection
-    /// is lost, its clock doesn't fit those of the others, the journal can't be read for longer than a
-    /// moment, the broker takes no messages, or it has ended.
-    pub serving: Option<watch::Sender<bool>>,
+    /// Is told whether the worker takes requests.
+    pub readiness: Readiness,
 }
 
 impl Settings {
-    /// The defaults, for the worker called `worker`; it drains for 25 s.
+    /// How long it drains, unless that is set.
+    const DRAIN: Duration = Duration::from_secs(25);
+
+    /// The defaults, for the worker called `worker`.
     pub fn new(broker: Broker, names: Names, worker: WorkerId) -> Self {
         let coordinator = coordinator::Settings::new(worker);
-        Self { broker, names, coordinator, drain: Duration::from_secs(25), serving: None }
+        let (drain, readiness) = (Self::DRAIN, Readiness::new());
+        Self { broker, names, coordinator, drain, readiness }
     }
 
     fn worker(&self) -> &WorkerId {
         &self.coordinator.worker
-    }
-
-    fn tell_serving(&self, serves: bool) {
-        if let Some(serving) = &self.serving {
-            serving.send_if_modified(|told| std::mem::replace(told, serves) != serves);
-        }
     }
 
     fn requests_prefetch(&self) -> u16 {
@@ -114,6 +114,7 @@ impl Settings {
 
 /// What a worker has done.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[non_exhaustive]
 pub struct Tally {
     /// Requests taken, repeated deliveries included.
     pub taken: u64,
@@ -144,28 +145,25 @@ impl Tally {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum WorkerError {
+    /// A value that was set can't be used.
+    #[error("invalid worker")]
+    Invalid(#[from] InvalidSetting),
     /// The broker doesn't let it in.
     #[error("the broker refuses this worker")]
-    Refused(#[source] ConnectError),
+    Refused(#[source] BrokerError),
     /// The broker doesn't let it do what a worker does.
     #[error("the broker does not permit what a worker does")]
-    NotPermitted(#[source] lapin::Error),
+    NotPermitted(#[source] BrokerError),
 }
 
 /// Works until `stop` has ended, and then finishes what it has begun. A broker that is gone is
 /// waited for.
 ///
-/// `ready` is called whenever the worker begins to take requests: once, and again after each
-/// connection that was lost.
-///
 /// # Errors
 ///
 /// The broker refuses it, and has never let it work.
-pub async fn run(
-    settings: Settings,
-    stop: impl Future<Output = ()>,
-    mut ready: impl FnMut(),
-) -> Result<Tally, WorkerError> {
+pub async fn run(settings: Settings, stop: impl Future<Output = ()>) -> Result<Tally, WorkerError> {
+    let _held = settings.readiness.while_held();
     let stop = Box::pin(stop).shared();
     let coordinator = Coordinator::new(settings.coordinator.clone());
     let clock = Clock::start();
@@ -190,10 +188,10 @@ pub async fn run(
             opened = open(&settings, &mut state) => match opened {
                 Ok(session) => {
                     supervisor.opened();
-                    ready();
+                    tracing::info!(worker = %settings.worker(), "ready");
                     session.tell_ready();
                     let ran = session.run(stop.clone()).await;
-                    settings.tell_serving(false);
+                    settings.readiness.set(false);
                     match ran {
                         Ok(end) => return Ok(ended(&end, &state)),
                         Err(error) => Failure::Session(error),
@@ -251,6 +249,11 @@ fn ended(end: &End, state: &WorkerState) -> Tally {
     state.tally
 }
 
+/// What waiting won't help against.
+fn final_error(cause: impl std::error::Error + Send + Sync + 'static) -> BrokerError {
+    BrokerError::new(cause, Disposition::GiveUp)
+}
+
 /// Why there is no link, or no longer.
 enum Failure {
     Connect(ConnectError),
@@ -274,11 +277,11 @@ impl Failure {
     fn refusal(&self) -> Option<WorkerError> {
         match self {
             Self::Connect(error) => (error.disposition() == Disposition::GiveUp)
-                .then(|| WorkerError::Refused(error.clone())),
+                .then(|| WorkerError::Refused(final_error(error.clone()))),
             Self::Session(error) => error
                 .broker_error()
                 .filter(|error| is_refusal(error))
-                .map(|error| WorkerError::NotPermitted(error.clone())),
+                .map(|error| WorkerError::NotPermitted(final_error(error.clone()))),
         }
     }
 

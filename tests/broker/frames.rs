@@ -208,7 +208,7 @@ async fn messages_that_lapin_could_not_parse_are_read_over_tls() {
     let place = broker.place();
     let (_, vhost) = place.url.rsplit_once('/').unwrap();
     let url = format!("amqps://guest:guest@localhost:{}/{vhost}", broker.secure_port());
-    let tls = Tls { ca: Some(Pem::Text(ours.certificate().to_owned())), ..Tls::default() };
+    let tls = Tls::new().ca(Pem::Text(ours.certificate().to_owned()));
     is_read(&Address::new(url.parse().unwrap(), "test").with_tls(tls), &place).await;
 }
 

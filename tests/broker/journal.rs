@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use dtc::{
-    client::Submission,
+    Transaction,
     transport::amqp::{
         connection::Broker,
         stream::{From, Scan},
@@ -75,8 +75,8 @@ async fn a_worker_detects_a_lost_journal_and_guesses_nothing() {
     let mut unresolved = system.raw.read(&system.names.unresolved()).await;
     let waiting = tokio::spawn({
         let client = system.another_client();
-        let submission = Submission::new("after", ["payments"], json!({}));
-        async move { client.submit_and_wait(submission, LIMIT * 4).await }
+        let transaction = Transaction::new("after", ["payments"], json!({}));
+        async move { client.submit_and_wait(transaction, LIMIT * 4).await }
     });
 
     let parked = unresolved.items("dtc.parked.v1").await;

@@ -11,11 +11,9 @@ use std::{
 };
 
 use dtc::{
-    Participant, Verdict,
+    Readiness,
     input::services,
-    participant::{
-        Error, Finish, Prepare, error::ServeError, serve::serve, settings::ServeSettings,
-    },
+    participant::{error::ServeError, serve::serve, settings::ServeSettings},
     protocol::{ids::ServiceName, message::Cap, time::Time},
     simulated::{service::Simulated, store::SimulatedStore},
     transport::amqp::{
@@ -38,11 +36,7 @@ use lapin::{
 };
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use tokio::{
-    sync::{oneshot, watch},
-    task::JoinHandle,
-    time::timeout,
-};
+use tokio::{sync::oneshot, task::JoinHandle, time::timeout};
 
 use crate::{
     broker::{Broker, Place, place, until_served},
@@ -494,9 +488,10 @@ async fn a_deleted_queue_is_consumed_again_once_it_is_declared() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_an_instance_holds_is_committed_while_its_prepare_queue_is_missing() {
     let world = World::new(place(), PATIENT).await;
-    let (told, mut serving) = watch::channel(false);
+    let readiness = Readiness::new();
+    let mut serving = readiness.subscribe();
     let service = world.serve(r#""max_concurrency": 2"#, |settings| ServeSettings {
-        serving: Some(told.clone()),
+        readiness: readiness.clone(),
         ..settings
     });
     world.prepare(&[1]).await;
@@ -560,24 +555,6 @@ async fn a_service_ends_if_the_broker_refuses_it() {
     let error = timeout(PATIENCE, service.task).await.unwrap().unwrap().unwrap_err();
     assert!(matches!(error, ServeError::Refused { .. }), "{error:?}");
     assert!(!format!("{error:?}").contains("wrong"));
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_participant_without_a_store_is_not_served() {
-    struct Forgetful;
-    impl Participant for Forgetful {
-        async fn prepare(&self, _: Prepare) -> Result<Verdict, Error> {
-            Ok(Verdict::Prepared)
-        }
-        async fn commit(&self, _: Finish) -> Result<(), Error> {
-            Ok(())
-        }
-    }
-    let broker = Address::new("amqp://127.0.0.1:1".parse().unwrap(), "test");
-    let names = Names::new(Namespace::parse("dtc").unwrap());
-    let settings = ServeSettings::new(broker, names, ServiceName::parse(SERVICE).unwrap(), 1);
-    let served = serve(Forgetful, settings, std::future::pending()).await;
-    assert!(matches!(served, Err(ServeError::NoStore { .. })), "{served:?}");
 }
 
 // ---- The other side --------------------------------------------------------------------------

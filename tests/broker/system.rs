@@ -10,12 +10,12 @@
 use std::time::Duration;
 
 use dtc::{
-    client::{self, Client, Submission},
+    Client, Transaction, TransactionResult,
     clock::Clock,
     participant::{error::ServeError, serve, settings::ServeSettings},
     protocol::{
         ids::{ServiceName, WorkerId},
-        message::{Answer, Cap},
+        message::Cap,
     },
     transport::amqp::{
         connection::Broker,
@@ -40,7 +40,7 @@ use lapin::{
 };
 use serde_json::Value;
 use tokio::{
-    sync::{RwLock, RwLockReadGuard, RwLockWriteGuard, mpsc, watch},
+    sync::{RwLock, RwLockReadGuard, RwLockWriteGuard, watch},
     task::JoinHandle,
     time::timeout,
 };
@@ -154,7 +154,7 @@ impl Setup {
             .map(|it| ServiceTopology { name: it.name(), max_wait: it.max_wait, cap: it.cap })
             .collect();
         let mut system = System {
-            client: client_of(&broker, &names),
+            client: client_of(&place),
             raw: Raw::open(&place).await,
             stopping: watch::Sender::new(false),
             workers: Vec::new(),
@@ -164,6 +164,7 @@ impl Setup {
             _share: share,
             broker,
             names,
+            place,
         };
         system.apply_topology().await;
         for service in &self.services {
@@ -175,22 +176,23 @@ impl Setup {
                 .until_consumed(&system.names.prepare_of(&service.name()), service.instances)
                 .await;
         }
-        let (ready, mut is_ready) = mpsc::unbounded_channel();
+        let mut starting = Vec::new();
         for number in 1..=self.workers {
             let settings = self.settings_of(number, &system.broker, &system.names);
-            system.start_worker(settings, ready.clone());
+            starting.push(settings.readiness.clone());
+            system.start_worker(settings);
         }
-        for _ in 0..self.workers {
-            timeout(LIMIT, is_ready.recv()).await.expect("a worker is ready").unwrap();
+        for readiness in starting {
+            timeout(LIMIT, readiness.ready()).await.expect("a worker is ready");
         }
         system
     }
 }
 
 /// A producer without a limit of its own.
-fn client_of(broker: &Broker, names: &Names) -> Client {
-    let settings = client::Settings { in_flight_max: 100_000, ..client::Settings::default() };
-    Client::with(broker.clone(), names.clone(), settings)
+fn client_of(place: &Place) -> Client {
+    let client = Client::builder(&place.url).namespace(&place.namespace);
+    client.max_in_flight(100_000).connect_lazy().unwrap()
 }
 
 type Instance = JoinHandle<Result<(), ServeError>>;
@@ -206,6 +208,7 @@ pub(crate) struct System {
     instances: Vec<(watch::Sender<bool>, Instance)>,
     services: Vec<Served>,
     topology: (Vec<ServiceTopology>, apply::Options),
+    place: Place,
     _share: Share,
 }
 
@@ -216,9 +219,8 @@ impl System {
         apply(&self.broker, &self.names, services, options).await.unwrap();
     }
 
-    fn start_worker(&mut self, settings: worker::Settings, ready: mpsc::UnboundedSender<()>) {
-        let stop = stopped(&self.stopping);
-        let running = worker::run(settings, stop, move || ready.send(()).unwrap_or_default());
+    fn start_worker(&mut self, settings: worker::Settings) {
+        let running = worker::run(settings, stopped(&self.stopping));
         self.workers.push(tokio::spawn(running));
     }
 
@@ -262,17 +264,17 @@ impl System {
 
     /// Another producer.
     pub(crate) fn another_client(&self) -> Client {
-        client_of(&self.broker, &self.names)
+        client_of(&self.place)
     }
 
     /// The result of a transaction over `services`.
-    pub(crate) async fn run(&self, id: &str, services: &[&str], data: Value) -> Answer {
-        run(&self.client, Submission::new(id, services.iter().copied(), data)).await
+    pub(crate) async fn run(&self, id: &str, services: &[&str], data: Value) -> TransactionResult {
+        run(&self.client, Transaction::new(id, services.iter().copied(), data)).await
     }
 
     /// The results of all transactions, submitted at once.
-    pub(crate) async fn run_all(&self, submissions: Vec<Submission>) -> Vec<Answer> {
-        join_all(submissions.into_iter().map(|submission| run(&self.client, submission))).await
+    pub(crate) async fn run_all(&self, transactions: Vec<Transaction>) -> Vec<TransactionResult> {
+        join_all(transactions.into_iter().map(|transaction| run(&self.client, transaction))).await
     }
 
     /// Lets all processes finish; returns what each worker did.
@@ -302,9 +304,9 @@ impl System {
     }
 }
 
-/// The result of `submission`.
-pub(crate) async fn run(client: &Client, submission: Submission) -> Answer {
-    client.submit_and_wait(submission, LIMIT).await.unwrap()
+/// The result of `transaction`.
+pub(crate) async fn run(client: &Client, transaction: Transaction) -> TransactionResult {
+    client.submit_and_wait(transaction, LIMIT).await.unwrap()
 }
 
 fn stopped(stopping: &watch::Sender<bool>) -> impl Future<Output = ()> + Send + 'static {

@@ -6,13 +6,12 @@
 use std::{fs, process::Command, time::Duration};
 
 use dtc::{
-    Identity, Pem, Tls,
-    client::{Client, Settings, Submission, SubmitError, WaitError},
+    Client, Pem, Tls, Transaction,
+    client::{SubmitError, WaitError},
     error::Chain,
     transport::amqp::{
         connection::{Broker as At, ConnectError},
         error::Disposition,
-        names::{Names, Namespace},
         tls::TlsError,
     },
 };
@@ -207,21 +206,19 @@ async fn a_program_may_give_its_certificates_as_text() {
     let broker = node(&ours, Some(&ours));
     let place = secured(&broker, broker.place(), "guest:guest@", "localhost");
     let client = ours.signs("shop", &[]);
-    let ca = Some(Pem::Text(ours.certificate().to_owned()));
-    let identity = Identity {
-        certificate: Pem::Text(client.certificate.clone()),
-        key: Pem::Text(client.key.clone()),
-    };
+    let ours_alone = Tls::new().ca(Pem::Text(ours.certificate().to_owned()));
+    let certificate = Pem::Text(client.certificate.clone());
     let at = |tls: Tls| At::new(place.url.parse().unwrap(), "program").with_tls(tls);
-    let known = Tls { ca: ca.clone(), identity: Some(identity.clone()), ..Tls::default() };
+    let key = Pem::Text(client.key.clone());
+    let known = ours_alone.clone().client_certificate(certificate.clone(), key);
     at(known.clone()).connect("test").await.unwrap();
     assert!(!format!("{known:?}").contains("BEGIN"), "a key is shown");
 
-    let error = at(Tls { ca: ca.clone(), ..Tls::default() }).connect("test").await.unwrap_err();
+    let error = at(ours_alone.clone()).connect("test").await.unwrap_err();
     assert_eq!(error.disposition(), Disposition::GiveUp);
     assert!(matches!(error, ConnectError::Insecure { source: TlsError::CertificateRequired, .. }));
     let key = Pem::File("/nowhere/key.pem".into());
-    let keyless = Tls { ca, identity: Some(Identity { key, ..identity }), ..Tls::default() };
+    let keyless = ours_alone.client_certificate(certificate, key);
     let error = at(keyless).connect("test").await.unwrap_err();
     assert_eq!(
         Chain(&error).to_string(),
@@ -258,13 +255,14 @@ async fn a_client_that_has_worked_survives_temporarily_wrong_certificates() {
     let mut world = World::at(secured(&broker, broker.place(), "guest:guest@", "localhost"));
     world.telling(CA, "ca.pem", old.certificate());
     world.apply_topology(None);
-    let ca = Some(Pem::File(world.path("ca.pem")));
-    let at = At::new(world.place.url.parse().unwrap(), "producer");
-    let at = at.with_tls(Tls { ca, ..Tls::default() });
-    let names = Names::new(Namespace::parse(&world.place.namespace).unwrap());
-    let settings = Settings { publish_timeout: Duration::from_secs(2), ..Settings::default() };
-    let client = Client::with(at, names, settings);
-    let transaction = |id: &str| Submission::new(id, ["a"], json!({}));
+    let client = Client::builder(&world.place.url)
+        .namespace(&world.place.namespace)
+        .tls(Tls::new().ca(Pem::File(world.path("ca.pem"))))
+        .publish_timeout(Duration::from_secs(2))
+        .connect()
+        .await
+        .unwrap();
+    let transaction = |id: &str| Transaction::new(id, ["a"], json!({}));
     client.submit(transaction("t1")).await.unwrap();
 
     let renewed = new.signs("broker", &["localhost"]);

@@ -4,7 +4,7 @@
 
 use std::{iter, time::Duration};
 
-use dtc::{Outcome, Submission};
+use dtc::{Outcome, Transaction};
 use futures_util::future::join_all;
 use serde_json::{Value, json};
 use tokio::time::Instant;
@@ -170,8 +170,10 @@ async fn requests_for_a_service_without_instances_delay_no_other_service() {
         coordinator.prepare_timeout = Duration::from_secs(5);
     });
     let system = system.start().await;
-    let submissions = (0..COUNT).map(|n| Submission::new(format!("dead{n}"), ["dead"], json!({})));
-    let submitted = join_all(submissions.map(|submission| system.client.submit(submission))).await;
+    let transactions =
+        (0..COUNT).map(|n| Transaction::new(format!("dead{n}"), ["dead"], json!({})));
+    let submitted =
+        join_all(transactions.map(|transaction| system.client.submit(transaction))).await;
     assert!(submitted.iter().all(Result::is_ok), "{submitted:?}");
     let began = Instant::now();
     let answer = system.run("other", &["open"], json!({})).await;

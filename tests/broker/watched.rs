@@ -14,7 +14,7 @@ use std::{
 };
 
 use dtc::{
-    participant::{Error, Finish, InDoubt, Participant, Prepare, Verdict},
+    participant::{BoxError, DurableParticipant, Finish, InDoubt, Participant, Prepare, Verdict},
     protocol::ids::{Branch, InstanceId, TransactionKey},
 };
 use futures_util::future::BoxFuture;
@@ -274,7 +274,7 @@ impl CallRecord {
 }
 
 /// The answer of a script to a commit or an abort, as the SDK takes it.
-fn finished(ending: Ending) -> Result<(), Error> {
+fn finished(ending: Ending) -> Result<(), BoxError> {
     match ending {
         Ending::Done => Ok(()),
         Ending::Panic => resume_unwind(Box::new("as the script says")),
@@ -283,7 +283,7 @@ fn finished(ending: Ending) -> Result<(), Error> {
 }
 
 impl Participant for RecordedService {
-    async fn prepare(&self, call: Prepare) -> Result<Verdict, Error> {
+    async fn prepare(&self, call: Prepare) -> Result<Verdict, BoxError> {
         let data = call.data()?;
         let (key, branch) = (call.key.clone(), call.branch.clone());
         match self.call(Function::Prepare, key, branch, data).await {
@@ -305,7 +305,7 @@ impl Participant for RecordedService {
         }
     }
 
-    async fn commit(&self, call: Finish) -> Result<(), Error> {
+    async fn commit(&self, call: Finish) -> Result<(), BoxError> {
         let (key, branch) = (call.key.clone(), call.branch.clone());
         let ending = self.call(Function::Commit, key, branch, Value::Null).await;
         finished(ending)?;
@@ -318,19 +318,17 @@ impl Participant for RecordedService {
         Ok(())
     }
 
-    async fn abort(&self, call: Finish) -> Result<(), Error> {
+    async fn abort(&self, call: Finish) -> Result<(), BoxError> {
         let (key, branch) = (call.key.clone(), call.branch.clone());
         let ending = self.call(Function::Abort, key, branch, Value::Null).await;
         finished(ending)?;
         self.change(|book| book.prepared.remove(&call.branch));
         Ok(())
     }
+}
 
-    fn has_store(&self) -> bool {
-        true
-    }
-
-    async fn in_doubt(&self, of: Option<TransactionKey>) -> Result<Vec<InDoubt>, Error> {
+impl DurableParticipant for Watched {
+    async fn in_doubt(&self, of: Option<TransactionKey>) -> Result<Vec<InDoubt>, BoxError> {
         let book = self.book();
         let asked_for = |it: &&InDoubt| of.as_ref().is_none_or(|key| it.key == *key);
         Ok(book.prepared.values().filter(asked_for).cloned().collect())

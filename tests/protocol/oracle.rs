@@ -116,9 +116,7 @@ impl<'a> Expected<'a> {
             (Outcome::Aborted, Verdict::Prepared | Verdict::Failed(_)) => {
                 prepare <= 1 && commit == 0 && abort == prepare
             }
-            (Outcome::Aborted, Verdict::ReadOnly | Verdict::Refused(_)) => {
-                prepare <= 1 && commit == 0 && abort == 0
-            }
+            (Outcome::Aborted, _) => prepare <= 1 && commit == 0 && abort == 0,
         }
     }
 }

@@ -1450,5 +1450,6 @@ fn abort_word(code: ReasonCode) -> &'static str {
         ReasonCode::Cancelled => "transactions aborted: cancelled",
         ReasonCode::Invalid => "transactions aborted: invalid",
         ReasonCode::IdReused => "transactions aborted: id_reused",
+        _ => unreachable!("`{code}` is new, and has no words here"),
     }
 }

@@ -17,9 +17,9 @@ use crate::{
         report::{Backlog, mib},
         system::{BenchNamespace, SERVICES},
     },
-    client::Submission,
     clock::Clock,
     protocol::{ids::ReplyToken, message::Answer, message::Outcome},
+    transaction::Transaction,
     transport::amqp::{
         consumer::Inbox,
         names::{REQUEST, key},
@@ -149,12 +149,12 @@ async fn pile_up(
 ) -> anyhow::Result<()> {
     let (name, data, clock) = (unique::name('t'), data_of(data), Clock::start());
     for number in 0..requests {
-        let submission = Submission::new(format!("{name}-{number}"), SERVICES, data.clone());
+        let transaction = Transaction::new(format!("{name}-{number}"), SERVICES, data.clone());
         let message = Outgoing {
             exchange: namespace.names.requests(),
             key: REQUEST.into(),
             message_type: Kind::Request.as_type(),
-            body: encode_request(&submission.check()?, Some(reply))?,
+            body: encode_request(&transaction.check()?, Some(reply))?,
             persistent: true,
             mandatory: true,
             timestamp: Some(clock.now().as_millis() / 1000),

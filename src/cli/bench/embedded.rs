@@ -11,11 +11,11 @@ use crate::{
         report::{Point, ms},
         system::{SERVICES, SLOTS},
     },
-    client::Submission,
     embedded::{Concluded, Embedded, Latencies},
     participant::Service,
     protocol::message::Outcome,
     protocol::message::TransactionSpec,
+    transaction::Transaction,
 };
 
 /// How long the load runs before it is measured.
@@ -33,7 +33,7 @@ pub(super) async fn measure(
     let (concluded, mut conclusions) = mpsc::channel::<Vec<Concluded>>(2);
     let serving = tokio::spawn(embedded.serve(intake, concluded, std::future::pending()));
 
-    let Some(first) = Submission::new("t", SERVICES, data_of(data)).check().ok().map(Arc::new)
+    let Some(first) = Transaction::new("t", SERVICES, data_of(data)).check().ok().map(Arc::new)
     else {
         return Err(anyhow!("the data is too large"));
     };

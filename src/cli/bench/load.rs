@@ -15,8 +15,9 @@ use tokio::{task::JoinSet, time::Instant};
 
 use crate::{
     cli::bench::system::SERVICES,
-    client::{Client, Settings, Submission},
+    client::{Client, Settings},
     protocol::message::Outcome,
+    transaction::Transaction,
     transport::amqp::{connection::Broker, names::Names, unique},
 };
 
@@ -81,9 +82,9 @@ async fn produce(client: &Client, stop: &AtomicBool, data: &Value) -> anyhow::Re
         if stop.load(Ordering::Relaxed) {
             break;
         }
-        let submission = Submission::new(format!("{name}-{number}"), SERVICES, data.clone());
+        let transaction = Transaction::new(format!("{name}-{number}"), SERVICES, data.clone());
         let began = Instant::now();
-        let answer = client.submit_and_wait(submission, TIMEOUT).await?;
+        let answer = client.submit_and_wait(transaction, TIMEOUT).await?;
         samples.push(Sample { began, ended: Instant::now(), outcome: answer.outcome });
     }
     Ok(samples)

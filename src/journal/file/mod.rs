@@ -121,7 +121,7 @@ pub enum JournalError {
         path: PathBuf,
         /// Where, and how.
         #[source]
-        source: ReplayError,
+        source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// It can't be read.
     #[error("failed to read the journal `{}`", path.display())]
@@ -274,7 +274,7 @@ impl Endings {
     }
 
     fn corrupt(&self, source: ReplayError) -> JournalError {
-        JournalError::Corrupt { path: self.path.clone(), source }
+        JournalError::Corrupt { path: self.path.clone(), source: source.into() }
     }
 }
 
@@ -402,7 +402,7 @@ impl ExistingFile {
     fn names(&self, own: &Incarnation) -> Result<(WorkerId, InstanceId), JournalError> {
         own.worker().zip(own.instance()).ok_or_else(|| {
             let source = ReplayError::Nameless { journal: own.journal.clone() };
-            JournalError::Corrupt { path: self.path.clone(), source }
+            JournalError::Corrupt { path: self.path.clone(), source: source.into() }
         })
     }
 
@@ -448,7 +448,7 @@ impl ExistingFile {
                 | ReplayError::Malformed { .. }
                 | ReplayError::Foreign { .. }
                 | ReplayError::Nameless { .. }) => {
-                    JournalError::Corrupt { path: self.path.clone(), source }
+                    JournalError::Corrupt { path: self.path.clone(), source: source.into() }
                 }
             }
         })

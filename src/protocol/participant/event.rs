@@ -8,7 +8,7 @@ use crate::protocol::{
     time::Time,
 };
 
-/// What the service's store holds as prepared.
+/// What the service's store holds as prepared: one branch that has heard no outcome.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct InDoubt {
     /// Which transaction.
@@ -21,16 +21,18 @@ pub struct InDoubt {
     pub deadline: Time,
 }
 
-/// How the service's prepare ended.
+/// How the service's prepare ended: its vote.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
+#[non_exhaustive]
 pub enum Verdict {
-    /// Stored under the branch, and able to commit whatever happens.
+    /// What the commit needs is stored under the branch, and the commit can succeed whatever happens.
     Prepared,
-    /// Nothing to commit.
+    /// There is nothing to commit: the service is left out, and hears no more of the transaction.
     ReadOnly,
-    /// No, for this reason. Nothing is stored.
+    /// No, for this reason. Nothing is stored, and the abort is not called.
     Refused(Option<Arc<str>>),
-    /// An error, a panic, a time-out. Something may be stored.
+    /// An error, a panic, a time-out. Something may be stored, and the abort is called. A prepare that
+    /// ends in an error ends so.
     Failed(Arc<str>),
 }
 

@@ -192,14 +192,20 @@ impl ConnectError {
 }
 
 impl Broker {
+    /// How often both sides show that they are alive, by default.
+    pub const HEARTBEAT: Duration = Duration::from_secs(10);
+
+    /// How long one host may take to accept a connection, by default.
+    pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
     /// The broker at `address`, for connections named `name`; with the default heartbeat of 10 s,
     /// and 10 s to connect.
     pub fn new(address: Address, name: impl Into<String>) -> Self {
         Self {
             address,
             name: name.into(),
-            heartbeat: Duration::from_secs(10),
-            connect_timeout: Duration::from_secs(10),
+            heartbeat: Self::HEARTBEAT,
+            connect_timeout: Self::CONNECT_TIMEOUT,
             tls: Tls::default(),
             rotation: Rotation::default(),
         }

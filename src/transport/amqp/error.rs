@@ -1,5 +1,7 @@
 //! The meaning of a failure at the broker: whether it is temporary, and the broker's words.
 
+use std::{error::Error, fmt, sync::Arc};
+
 use lapin::{
     ErrorKind,
     protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError},
@@ -12,6 +14,48 @@ pub enum Disposition {
     Retry,
     /// Give up: it will fail until a person changes something.
     GiveUp,
+}
+
+/// What went wrong between this process and the broker.
+///
+/// Its text, and those of the errors that it names as its [source](Error::source), say what happened,
+/// at which host, and what the broker said. They are for people and change from release to release: a
+/// program decides by the error that holds this one, and by [`may_pass`](Self::may_pass).
+#[derive(Clone)]
+pub struct BrokerError {
+    cause: Arc<dyn Error + Send + Sync>,
+    disposition: Disposition,
+}
+
+impl BrokerError {
+    pub(crate) fn new(cause: impl Error + Send + Sync + 'static, disposition: Disposition) -> Self {
+        Self { cause: Arc::new(cause), disposition }
+    }
+
+    /// Whether the same may succeed later by itself: the broker is away, starts, or has an alarm. If
+    /// not, somebody has to change something: a password, a certificate, a permission, a queue.
+    pub fn may_pass(&self) -> bool {
+        self.disposition == Disposition::Retry
+    }
+}
+
+/// What the cause says: it stands for the cause, and adds nothing.
+impl fmt::Display for BrokerError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.cause, f)
+    }
+}
+
+impl fmt::Debug for BrokerError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.cause, f)
+    }
+}
+
+impl Error for BrokerError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.cause.source()
+    }
 }
 
 /// Whether the broker refused the user or the request, rather than failing at it.

@@ -10,6 +10,7 @@
 //! * [`link`]: the two connections of a process that publishes and consumes.
 //! * [`lookup`]: repeated lookups of whether queues exist.
 //! * [`names`]: the names of exchanges and queues.
+//! * `options`: what a program sets about the broker, and its check.
 //! * [`publisher`]: publishing with confirms, each with a time limit.
 //! * [`reliable`]: publishing messages that must not be lost.
 //! * [`supervisor`]: when to reconnect, and when to give up.
@@ -43,6 +44,7 @@ pub mod frames;
 pub mod link;
 pub mod lookup;
 pub mod names;
+pub(crate) mod options;
 pub mod pool;
 pub mod publisher;
 pub mod rejected;

@@ -28,33 +28,71 @@ use crate::transport::amqp::error::Disposition;
 /// The size limit of a chain, a key or a set of CAs: a larger file was named by mistake.
 const BYTES_MAX: u64 = 4 * 1024 * 1024;
 
-/// The CAs to trust, and the client certificate. By default the system's CAs are trusted, and there
-/// is no client certificate.
+/// Whom to trust, and what to show, for brokers whose URL begins with `amqps://`. The default trusts
+/// whom the system trusts, and shows nothing.
+///
+/// What it names is looked at when a connection is made: renewed files are taken without a restart,
+/// and what is wrong with them is an error of the connection. The broker's certificate is always
+/// checked.
+///
+/// ```
+/// use dtc::{Pem, Tls};
+///
+/// let tls = Tls::new()
+///     .ca(Pem::File("ca.pem".into()))
+///     .client_certificate(Pem::File("shop.pem".into()), Pem::File("shop-key.pem".into()));
+/// ```
 #[derive(Clone, Debug, Default)]
 pub struct Tls {
-    /// The only CAs to trust for the broker's certificate; `None`: the system's CAs.
-    pub ca: Option<Pem>,
-    /// The certificate to present to a broker that asks for one.
-    pub identity: Option<Identity>,
-    /// The name that the broker's certificate must be for; `None`: the host in the URL.
-    pub server_name: Option<String>,
+    pub(crate) ca: Option<Pem>,
+    pub(crate) identity: Option<Identity>,
+    pub(crate) server_name: Option<String>,
+}
+
+impl Tls {
+    /// Trusts whom the system trusts, and shows nothing.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Sets the CAs that may have signed the broker's certificate; no others are trusted then.
+    /// Default: those of the system.
+    #[must_use]
+    pub fn ca(mut self, ca: Pem) -> Self {
+        self.ca = Some(ca);
+        self
+    }
+
+    /// Sets what to show a broker that asks for a certificate: the certificate, followed by those
+    /// that lead from it to its CA, and its private key without a passphrase. Default: nothing.
+    #[must_use]
+    pub fn client_certificate(mut self, certificate: Pem, key: Pem) -> Self {
+        self.identity = Some(Identity { certificate, key });
+        self
+    }
+
+    /// Sets the name that the broker's certificate must be for. Default: the host in the URL.
+    #[must_use]
+    pub fn server_name(mut self, name: impl Into<String>) -> Self {
+        self.server_name = Some(name.into());
+        self
+    }
 }
 
 /// A client certificate and its key.
 #[derive(Clone, Debug)]
-pub struct Identity {
-    /// The client certificate first, followed by its intermediate CAs.
-    pub certificate: Pem,
-    /// The client certificate's private key, without a passphrase.
-    pub key: Pem,
+pub(crate) struct Identity {
+    pub(crate) certificate: Pem,
+    pub(crate) key: Pem,
 }
 
-/// Data in PEM.
+/// Certificates or a private key, in PEM. It is not shown: it may be a key.
 #[derive(Clone)]
+#[non_exhaustive]
 pub enum Pem {
-    /// The content of this file, when it is needed.
+    /// What is in this file whenever a connection is made.
     File(PathBuf),
-    /// This content.
+    /// This text.
     Text(String),
 }
 
@@ -82,7 +120,7 @@ fn place(file: Option<&Path>) -> String {
     file.map(|path| format!("`{}` ", path.display())).unwrap_or_default()
 }
 
-/// An [`Identity`] can't be used.
+/// A client certificate that can't be shown.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum InvalidIdentity {

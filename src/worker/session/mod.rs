@@ -284,7 +284,7 @@ impl<'a> Session<'a> {
 
     /// Tells whether transactions would go through.
     pub(super) fn tell_ready(&self) {
-        self.settings.tell_serving(!self.watch.is_blocked());
+        self.settings.readiness.set(!self.watch.is_blocked());
     }
 
     /// The next input: every kind in its turn, so that none waits for all of another.
@@ -731,7 +731,7 @@ async fn not_ready_if_long<T>(settings: &Settings, resuming: impl Future<Output 
     if let Ok(resumed) = timeout(READ_AGAIN_SOON, &mut resuming).await {
         return resumed;
     }
-    settings.tell_serving(false);
+    settings.readiness.set(false);
     resuming.await
 }
 

@@ -9,10 +9,7 @@ use std::{
     time::Duration,
 };
 
-use dtc::{
-    client::{Client, Submission},
-    protocol::message::{Answer, Outcome},
-};
+use dtc::{Client, Outcome, Transaction, TransactionResult};
 use serde_json::json;
 use tokio::{
     task::{JoinHandle, JoinSet},
@@ -45,7 +42,7 @@ pub(super) struct TransactionResult {
     pub(super) id: String,
     sent_at: Instant,
     told_at: Instant,
-    pub(super) answer: Answer,
+    pub(super) answer: TransactionResult,
 }
 
 /// All results.
@@ -110,10 +107,12 @@ async fn produce(
         waiting.spawn(async move {
             let id = format!("{prefix}-{number}");
             let services = plan.services.iter().copied();
-            let mut submission = Submission::new(id.clone(), services, json!({"number": number}));
-            submission.timeout = plan.timeout;
+            let mut transaction = Transaction::new(id.clone(), services, json!({"number": number}));
+            if let Some(timeout) = plan.timeout {
+                transaction = transaction.timeout(timeout);
+            }
             let sent_at = Instant::now();
-            let answer = client.submit_and_wait(submission, PATIENCE).await.unwrap();
+            let answer = client.submit_and_wait(transaction, PATIENCE).await.unwrap();
             ended.fetch_add(1, Ordering::Relaxed);
             TransactionResult { id, sent_at, told_at: Instant::now(), answer }
         });

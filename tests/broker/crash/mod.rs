@@ -31,7 +31,7 @@ use std::{
 };
 
 use dtc::{
-    client::{Client, Settings},
+    Client,
     protocol::ids::ServiceName,
     transport::amqp::{
         connection::Broker as Address,
@@ -145,8 +145,9 @@ impl System {
     }
 
     fn client(&self) -> Client {
-        let settings = Settings { publish_timeout: PATIENCE, ..Settings::default() };
-        Client::with(self.address(), self.names.clone(), settings)
+        let place = &self.world.place;
+        let client = Client::builder(&place.url).namespace(&place.namespace);
+        client.publish_timeout(PATIENCE).connect_lazy().unwrap()
     }
 }
 

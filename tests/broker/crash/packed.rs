@@ -3,8 +3,7 @@
 use std::{ops::Range, sync::Arc, time::Duration};
 
 use dtc::{
-    client::Submission,
-    protocol::message::{Answer, ReasonCode},
+    ReasonCode, Transaction,
     transport::amqp::publisher::{Outgoing, Publisher},
     wire::message::{Copied, Items, Kind, decode},
 };
@@ -77,10 +76,10 @@ fn packed_up_to(packs: &Watch) -> u64 {
 
 /// A worker knows of that decision: it was made for another request under this id.
 fn assert_is_known(system: &System, number: usize) {
-    let submission = Submission::new(format!("order-{number:08}"), ["payments"], json!({}));
+    let transaction = Transaction::new(format!("order-{number:08}"), ["payments"], json!({}));
     let client = system.client();
-    let answer: Answer =
-        system.runtime.block_on(client.submit_and_wait(submission, PATIENCE)).unwrap();
+    let submitting = client.submit_and_wait(transaction, PATIENCE);
+    let answer = system.runtime.block_on(submitting).unwrap();
     assert_eq!(answer.reason.map(|reason| reason.code), Some(ReasonCode::IdReused));
 }
 

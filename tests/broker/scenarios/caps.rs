@@ -4,7 +4,7 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use dtc::{Outcome, Submission, protocol::message::Cap};
+use dtc::{Outcome, Transaction, protocol::message::Cap};
 use serde_json::json;
 
 use crate::{
@@ -28,8 +28,8 @@ async fn under_pressure(change: impl FnOnce(&mut Served)) -> Most {
     change(&mut service);
     let instances = service.instances;
     let system = Setup::new([service]).workers(2).start().await;
-    let submissions = (0..COUNT).map(|n| Submission::new(format!("t{n}"), ["A"], json!({})));
-    let answers = system.run_all(submissions.collect()).await;
+    let transactions = (0..COUNT).map(|n| Transaction::new(format!("t{n}"), ["A"], json!({})));
+    let answers = system.run_all(transactions.collect()).await;
     system.stop().await;
     assert!(answers.iter().all(|answer| answer.outcome == Outcome::Committed), "{answers:?}");
     let book = watched.book();
@@ -83,8 +83,8 @@ async fn sent_together(slots: u32) -> (Vec<usize>, usize) {
     let watched = RecordedService::slow(Duration::from_millis(5));
     let system = Setup::new([Served::new("A", slots, &watched)]).workers(2).start().await;
     let mut copies = system.raw.copies(&system.names.prepare()).await;
-    let submissions = (0..COUNT).map(|n| Submission::new(format!("t{n}"), ["A"], json!({})));
-    let answers = system.run_all(submissions.collect()).await;
+    let transactions = (0..COUNT).map(|n| Transaction::new(format!("t{n}"), ["A"], json!({})));
+    let answers = system.run_all(transactions.collect()).await;
     assert!(answers.iter().all(|answer| answer.outcome == Outcome::Committed), "{answers:?}");
     let mut sizes = Vec::new();
     while sizes.iter().sum::<usize>() < COUNT {

@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
-use dtc::{Outcome, Submission};
+use dtc::{Outcome, Transaction};
 use serde_json::json;
 use tokio::time::Instant;
 
@@ -18,8 +18,8 @@ async fn two_transactions_over_two_services_commit() {
     let system = Setup::new(services).start().await;
 
     let began = Instant::now();
-    let one = Submission::new("TX1", ["ServiceA", "ServiceB"], json!({"amount": 100}));
-    let two = Submission::new("TX2", ["ServiceA"], json!({"amount": 50}));
+    let one = Transaction::new("TX1", ["ServiceA", "ServiceB"], json!({"amount": 100}));
+    let two = Transaction::new("TX2", ["ServiceA"], json!({"amount": 50}));
     let (one, two) = tokio::join!(run(&system.client, one), run(&system.client, two));
     println!("both answered within {:.1?}", began.elapsed());
 

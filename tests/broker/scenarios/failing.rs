@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use dtc::{Outcome, ReasonCode, Submission};
+use dtc::{Outcome, ReasonCode, Transaction};
 use serde_json::json;
 use tokio::time::Instant;
 
@@ -44,11 +44,11 @@ async fn many_unknown_services_at_once_delay_no_other_transaction() {
     let a = RecordedService::willing();
     let system = Setup::new([Served::new("a", 4, &a)]).workers(2).start().await;
     let began = Instant::now();
-    let submissions = (0..2 * COUNT).map(|number| {
+    let transactions = (0..2 * COUNT).map(|number| {
         let service = if number % 2 == 0 { "a".to_owned() } else { format!("nowhere{number}") };
-        Submission::new(format!("t{number}"), [service], json!({}))
+        Transaction::new(format!("t{number}"), [service], json!({}))
     });
-    let answers = system.run_all(submissions.collect()).await;
+    let answers = system.run_all(transactions.collect()).await;
     println!("{COUNT} known and {COUNT} unknown ones answered in {:.1?}", began.elapsed());
     for (number, answer) in answers.iter().enumerate() {
         let code = answer.reason.as_ref().map(|reason| reason.code);
@@ -67,7 +67,7 @@ async fn worker_continues_when_a_deleted_exchange_is_declared_again() {
     assert_eq!(system.run("before", &["a"], json!({})).await.outcome, Outcome::Committed);
     system.raw.delete_exchange(&system.names.prepare()).await;
     let client = system.client.clone();
-    let answer = Submission::new("t", ["a"], json!({}));
+    let answer = Transaction::new("t", ["a"], json!({}));
     let answer = tokio::spawn(async move { run(&client, answer).await });
     // It gives up its link, and reconnects.
     system.raw.until(&system.names.requests(), |(_, consumers)| consumers == 0).await;
@@ -128,9 +128,8 @@ async fn prepare_that_hangs_ends_at_its_deadline_and_is_undone_once() {
     let services = [Served::new("a", 1, &a), Served::new("b", 1, &b)];
     let system = Setup::new(services).start().await;
     let began = Instant::now();
-    let mut submission = Submission::new("t", ["a", "b"], json!({}));
-    submission.timeout = Some(Duration::from_secs(5));
-    let answer = run(&system.client, submission).await;
+    let transaction = Transaction::new("t", ["a", "b"], json!({})).timeout(Duration::from_secs(5));
+    let answer = run(&system.client, transaction).await;
     println!("{} after {:.1?}: {:?}", answer.outcome, began.elapsed(), answer.reason);
     let code = answer.reason.expect("a reason").code;
     assert!(matches!(code, ReasonCode::Failed | ReasonCode::Deadline), "{code}");

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use dtc::{Outcome, ReasonCode, Submission};
+use dtc::{Outcome, ReasonCode, Transaction};
 use serde_json::json;
 use tokio::time::Instant;
 
@@ -45,7 +45,7 @@ async fn full(max_wait: Duration) -> Full {
     let services = [Served::new("open", 10, &open), full];
     let system = Setup::new(services).alone().start().await;
     let client = system.client.clone();
-    let holder = Submission::new("holder", ["tight"], json!({}));
+    let holder = Transaction::new("holder", ["tight"], json!({}));
     let holder = tokio::spawn(async move { run(&client, holder).await.outcome });
     tight.until("the holder commits", |book| book.n_calls(Function::Commit) == 1).await;
     Full { system, gate, open, tight, holder }
@@ -95,7 +95,7 @@ async fn with_a_max_wait_a_prepare_waits_for_a_slot() {
     let Full { system, gate, open, tight, holder } = full(Duration::from_secs(60)).await;
     let client = system.client.clone();
     let began = Instant::now();
-    let waiting = Submission::new("t", ["open", "tight"], json!({}));
+    let waiting = Transaction::new("t", ["open", "tight"], json!({}));
     let waiting = tokio::spawn(async move { run(&client, waiting).await });
     let queue = system.names.prepare_of(&"tight".parse().unwrap());
     system.raw.until(&queue, |(waiting, _)| waiting == 1).await;

@@ -4,7 +4,7 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use dtc::{Outcome, ReasonCode, Submission, clock::Clock};
+use dtc::{Outcome, ReasonCode, Transaction, clock::Clock};
 use lapin::BasicProperties;
 use serde_json::json;
 
@@ -153,7 +153,7 @@ async fn request_that_cannot_be_served_is_rejected_and_its_producer_gets_a_resul
     }
 
     let ahead = Clock::start().now() + Duration::from_secs(120);
-    let early = Submission::new("early", ["a"], json!({})).requested_at(ahead);
+    let early = Transaction::new("early", ["a"], json!({})).requested_at(ahead);
     let answer = run(&system.client, early).await;
     let reason = answer.reason.expect("a reason");
     println!("two minutes ahead: {} {:?}", reason.code, reason.message);

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use dtc::{Outcome, ReasonCode, Submission, protocol::message::Answer};
+use dtc::{Outcome, ReasonCode, Transaction, TransactionResult};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
@@ -37,7 +37,7 @@ impl Dice {
 }
 
 /// How many there are of each result.
-fn endings(answers: &[Answer]) -> BTreeMap<&'static str, usize> {
+fn endings(answers: &[TransactionResult]) -> BTreeMap<&'static str, usize> {
     let mut endings = BTreeMap::new();
     for answer in answers {
         let reason = answer.reason.as_ref().map(|reason| reason.code.as_str());
@@ -46,7 +46,7 @@ fn endings(answers: &[Answer]) -> BTreeMap<&'static str, usize> {
     endings
 }
 
-fn assert_all_committed(answers: &[Answer], count: usize) {
+fn assert_all_committed(answers: &[TransactionResult], count: usize) {
     assert_eq!(endings(answers), BTreeMap::from([("COMMITTED", count)]));
 }
 
@@ -61,14 +61,14 @@ fn choosy(name: &'static str) -> RecordedService {
 }
 
 /// A transaction over some of the services, one of which may refuse it.
-fn random(dice: &mut Dice, number: usize) -> (Submission, bool) {
+fn random(dice: &mut Dice, number: usize) -> (Transaction, bool) {
     let mut picked = NAMES.to_vec();
     dice.shuffle(&mut picked);
     picked.truncate(1 + dice.below(NAMES.len()));
     let is_refused = dice.below(10) == 0;
     let refused_by = if is_refused { json!(picked[dice.below(picked.len())]) } else { Value::Null };
     let data = json!({ "number": number, "refused_by": refused_by });
-    (Submission::new(format!("t{number}"), picked, data), is_refused)
+    (Transaction::new(format!("t{number}"), picked, data), is_refused)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -78,11 +78,11 @@ async fn statuses_of_ten_thousand_transactions_are_what_the_services_hold() {
     let services = NAMES.iter().zip(&watched).map(|(name, it)| Served::new(name, 50, it));
     let system = Setup::new(services).workers(3).start().await;
     let mut dice = Dice(1);
-    let (submissions, are_refused): (Vec<_>, Vec<_>) =
+    let (transactions, are_refused): (Vec<_>, Vec<_>) =
         (0..COUNT).map(|number| random(&mut dice, number)).unzip();
 
     let began = Instant::now();
-    let answers = system.run_all(submissions.clone()).await;
+    let answers = system.run_all(transactions.clone()).await;
     let took = began.elapsed();
     println!(
         "{COUNT} transactions over 5 services with 3 workers: {:.0} tx/s, {:?}",
@@ -93,17 +93,17 @@ async fn statuses_of_ten_thousand_transactions_are_what_the_services_hold() {
     println!("taken by the workers: {:?}", tallies.iter().map(|it| it.taken).collect::<Vec<_>>());
 
     let mut committed: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
-    for ((submission, answer), is_refused) in submissions.iter().zip(&answers).zip(are_refused) {
-        assert_eq!(submission.id, answer.id.as_str());
+    for ((transaction, answer), is_refused) in transactions.iter().zip(&answers).zip(are_refused) {
+        assert_eq!(transaction.id(), answer.id.as_str());
         let expected = if is_refused { Outcome::Aborted } else { Outcome::Committed };
         assert_eq!(answer.outcome, expected, "{answer:?}");
         if let Some(reason) = &answer.reason {
             assert_eq!(reason.code, ReasonCode::Refused);
-            assert_eq!(submission.data["refused_by"], reason.service.as_ref().unwrap().as_str());
+            assert_eq!(transaction.data()["refused_by"], reason.service.as_ref().unwrap().as_str());
         }
         if !is_refused {
-            for service in &submission.involved_services {
-                committed.entry(service).or_default().insert(&submission.id);
+            for service in transaction.involved_services() {
+                committed.entry(service).or_default().insert(transaction.id());
             }
         }
     }
@@ -115,9 +115,9 @@ async fn statuses_of_ten_thousand_transactions_are_what_the_services_hold() {
     }
 }
 
-fn submissions(prefix: &str, count: usize, services: &[&str]) -> Vec<Submission> {
+fn transactions(prefix: &str, count: usize, services: &[&str]) -> Vec<Transaction> {
     let one =
-        |number| Submission::new(format!("{prefix}{number}"), services.iter().copied(), json!({}));
+        |number| Transaction::new(format!("{prefix}{number}"), services.iter().copied(), json!({}));
     (0..count).map(one).collect()
 }
 
@@ -147,7 +147,7 @@ async fn a_thousand_transactions_on_one_slot_all_commit() {
     let watched = RecordedService::slow(Duration::from_millis(2));
     let system = Setup::new([Served::new("A", 1, &watched)]).workers(2).start().await;
     let began = Instant::now();
-    let answers = system.run_all(submissions("t", 1000, &["A"])).await;
+    let answers = system.run_all(transactions("t", 1000, &["A"])).await;
     let took = began.elapsed();
     system.stop().await;
     let book = watched.book();
@@ -167,10 +167,10 @@ async fn two_crossing_single_slots_do_not_stall() {
     let services = [Served::new("A", 1, &a), Served::new("B", 1, &b)];
     let system = Setup::new(services).workers(2).start().await;
     // In crossing orders: A and B, B and A, and each alone.
-    let both = submissions("ab", 250, &["A", "B"]).into_iter();
-    let both = both.chain(submissions("ba", 250, &["B", "A"]));
+    let both = transactions("ab", 250, &["A", "B"]).into_iter();
+    let both = both.chain(transactions("ba", 250, &["B", "A"]));
     let mut all: Vec<_> =
-        both.chain(submissions("a", 500, &["A"])).chain(submissions("b", 500, &["B"])).collect();
+        both.chain(transactions("a", 500, &["A"])).chain(transactions("b", 500, &["B"])).collect();
     Dice(7).shuffle(&mut all);
 
     let began = Instant::now();
@@ -199,7 +199,7 @@ async fn fast_ones(system: &System, prefix: &str) -> f64 {
     let mut best: f64 = 0.0;
     for round in ["x", "y", "z"] {
         let began = Instant::now();
-        let answers = system.run_all(submissions(&format!("{prefix}-{round}"), COUNT, &["fast"]));
+        let answers = system.run_all(transactions(&format!("{prefix}-{round}"), COUNT, &["fast"]));
         assert_all_committed(&answers.await, COUNT);
         best = best.max(COUNT as f64 / began.elapsed().as_secs_f64());
     }
@@ -231,7 +231,7 @@ async fn a_saturated_slow_service_leaves_the_others_their_speed() {
     let system = Setup::new(services).workers(2).alone().start().await;
     let before = fast_ones(&system, "before").await;
 
-    let slow_ones = system.run_all(submissions("slow", SLOW, &["slow"]));
+    let slow_ones = system.run_all(transactions("slow", SLOW, &["slow"]));
     let (answers, (beside, ended)) = tokio::join!(slow_ones, async {
         slow.until("the slow service is full", |book| book.most_held == 2).await;
         let beside = fast_ones(&system, "beside").await;
@@ -262,8 +262,8 @@ async fn requests_that_wait_while_a_worker_looks_up_services_do_not_count_as_beg
     let watched = RecordedService::willing();
     let system = Setup::new([Served::new("A", 4096, &watched)]).start().await;
     let mut commands = system.raw.copies(&system.names.finish()).await;
-    let submissions = (0..COUNT).map(|n| Submission::new(format!("t{n}"), ["A"], json!({})));
-    let answers = system.run_all(submissions.collect()).await;
+    let transactions = (0..COUNT).map(|n| Transaction::new(format!("t{n}"), ["A"], json!({})));
+    let answers = system.run_all(transactions.collect()).await;
     assert_all_committed(&answers, COUNT);
     let mut finished = 0;
     while finished < COUNT {

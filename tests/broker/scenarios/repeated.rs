@@ -4,11 +4,7 @@
 
 use std::time::Duration;
 
-use dtc::{
-    Outcome, ReasonCode, Submission,
-    clock::Clock,
-    protocol::{message::Answer, time::Time},
-};
+use dtc::{Outcome, ReasonCode, Time, Transaction, TransactionResult, clock::Clock};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
@@ -21,11 +17,11 @@ fn now() -> Time {
     Clock::start().now()
 }
 
-fn order(id: &str, requested_at: Time, data: Value) -> Submission {
-    Submission::new(id, ["a", "b"], data).requested_at(requested_at)
+fn order(id: &str, requested_at: Time, data: Value) -> Transaction {
+    Transaction::new(id, ["a", "b"], data).requested_at(requested_at)
 }
 
-fn code(answer: &Answer) -> Option<ReasonCode> {
+fn code(answer: &TransactionResult) -> Option<ReasonCode> {
     answer.reason.as_ref().map(|reason| reason.code)
 }
 
@@ -38,13 +34,15 @@ async fn the_same_request_of_two_producers_is_executed_once_and_answered_twice()
     let other = system.another_client();
     let mut taken = 0;
     for number in 0..COUNT {
-        let submission = order(&format!("t{number}"), now(), json!({ "number": number }));
-        let (one, another) =
-            tokio::join!(run(&system.client, submission.clone()), run(&other, submission.clone()));
+        let transaction = order(&format!("t{number}"), now(), json!({ "number": number }));
+        let (one, another) = tokio::join!(
+            run(&system.client, transaction.clone()),
+            run(&other, transaction.clone())
+        );
         assert_eq!(one, another);
         assert_eq!(one.outcome, Outcome::Committed, "{one:?}");
         // And again, after its end.
-        assert_eq!(run(&other, submission).await, one);
+        assert_eq!(run(&other, transaction).await, one);
         taken += 3;
     }
     other.close().await;

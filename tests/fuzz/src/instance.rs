@@ -188,7 +188,7 @@ impl World {
                 let is_stored = match verdict {
                     Verdict::Prepared => true,
                     Verdict::Failed(_) => source.arbitrary()?,
-                    Verdict::ReadOnly | Verdict::Refused(_) => false,
+                    _ => false,
                 };
                 if is_stored {
                     let (key, branch) = (key.clone(), branch.clone());

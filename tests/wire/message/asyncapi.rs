@@ -321,7 +321,7 @@ fn strange_values() -> Vec<Value> {
     for outcome in [Outcome::Committed, Outcome::Aborted] {
         values.push(json!(outcome.as_str().to_lowercase()));
     }
-    values.extend(codes().map(|code| json!(code.as_str())));
+    values.extend(ReasonCode::all().map(|code| json!(code.as_str())));
     let mut seen = BTreeSet::new();
     values.retain(|value| seen.insert(value.to_string()));
     values
@@ -344,22 +344,6 @@ fn collect_bounds(schema: &Value, values: &mut Vec<Value>) {
         Value::Array(elements) => elements.iter().for_each(|it| collect_bounds(it, values)),
         Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
     }
-}
-
-/// Every code, in an order in which none can be forgotten.
-fn codes() -> impl Iterator<Item = ReasonCode> {
-    let next = |code: &ReasonCode| match code {
-        ReasonCode::Refused => Some(ReasonCode::Failed),
-        ReasonCode::Failed => Some(ReasonCode::NoSlot),
-        ReasonCode::NoSlot => Some(ReasonCode::UnknownService),
-        ReasonCode::UnknownService => Some(ReasonCode::Deadline),
-        ReasonCode::Deadline => Some(ReasonCode::Unavailable),
-        ReasonCode::Unavailable => Some(ReasonCode::Cancelled),
-        ReasonCode::Cancelled => Some(ReasonCode::Invalid),
-        ReasonCode::Invalid => Some(ReasonCode::IdReused),
-        ReasonCode::IdReused => None,
-    };
-    std::iter::successors(Some(ReasonCode::Refused), next)
 }
 
 /// The longest text of any field, and some more.

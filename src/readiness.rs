@@ -1,0 +1,96 @@
+//! Whether a process is of use: for whoever asks for its health.
+
+use tokio::sync::watch;
+
+/// Whether a worker, or an instance of a service, is ready: whether work that came now would be done.
+///
+/// A worker is ready while it takes requests. It is not while its connection is lost, its clock doesn't
+/// fit those of the others, the journal can't be read for longer than a moment, or the broker takes no
+/// messages. An instance is ready while it takes prepares. It is not while its connection is lost, or
+/// after three prepares in a row have failed. Neither is before it has begun, or after it has ended.
+///
+/// A builder is given one, and tells it of every change. Clones share their state, so one of them
+/// stays with whoever asks.
+///
+/// ```no_run
+/// # #[cfg(feature = "worker")]
+/// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+/// let readiness = dtc::Readiness::new();
+/// let worker = dtc::Worker::builder("amqp://localhost").readiness(&readiness);
+/// tokio::spawn(async move {
+///     readiness.ready().await;
+///     println!("ready");
+/// });
+/// worker.run_until(dtc::shutdown_signal()).await?;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct Readiness {
+    state: watch::Sender<bool>,
+}
+
+impl Readiness {
+    /// Not ready yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Whether it is ready now.
+    pub fn is_ready(&self) -> bool {
+        *self.state.borrow()
+    }
+
+    /// Waits until it is ready; returns at once if it is.
+    pub async fn ready(&self) {
+        // It is not closed while this one is there.
+        let _ = self.subscribe().wait_for(|is_ready| *is_ready).await;
+    }
+
+    /// Every change from now on, beginning with the state as it is. It is closed when all clones are
+    /// gone.
+    pub fn subscribe(&self) -> watch::Receiver<bool> {
+        self.state.subscribe()
+    }
+
+    pub(crate) fn set(&self, is_ready: bool) {
+        self.state.send_if_modified(|state| std::mem::replace(state, is_ready) != is_ready);
+    }
+
+    /// Says that it is not ready any more when what this returns is dropped: however that comes.
+    pub(crate) fn while_held(&self) -> Held {
+        Held(self.clone())
+    }
+}
+
+/// What is ready at most as long as this is there.
+#[derive(Debug)]
+pub(crate) struct Held(Readiness);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.0.set(false);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Readiness;
+
+    #[tokio::test]
+    async fn clones_share_one_state_which_ends_with_what_is_ready() {
+        let (readiness, own) = (Readiness::new(), Readiness::new());
+        let told = readiness.clone();
+        let mut changes = told.subscribe();
+        assert!(!told.is_ready());
+        let held = readiness.while_held();
+        readiness.set(true);
+        told.ready().await;
+        assert!(told.is_ready() && !own.is_ready());
+        assert!(*changes.borrow_and_update());
+        readiness.set(true);
+        assert!(!changes.has_changed().unwrap(), "the same is no change");
+        drop(held);
+        assert!(!told.is_ready() && changes.has_changed().unwrap());
+    }
+}

@@ -1,0 +1,245 @@
+//! How a worker in a program of one's own is set up.
+
+use std::time::Duration;
+
+use crate::{
+    protocol::{coordinator, ids::WorkerId},
+    readiness::Readiness,
+    setting::{self, InvalidSetting},
+    transport::amqp::{
+        options::{BrokerOptions, broker_setters},
+        unique,
+    },
+    worker::{self, Settings, Tally, WorkerError},
+};
+
+/// The broker counts in 16 bits what it may have given out.
+const PREFETCH_MAX: usize = u16::MAX as usize;
+
+/// No prepare may take longer: a day.
+const PREPARE_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// A worker: what `dtc worker` runs. Any number of them share the transactions of one system, and none
+/// keeps anything that a crash could lose.
+///
+/// ```no_run
+/// # async fn example() -> Result<(), dtc::WorkerError> {
+/// let tally = dtc::Worker::builder("amqp://localhost")
+///     .namespace("shop")
+///     .max_in_flight(500)
+///     .run_until(dtc::shutdown_signal())
+///     .await?;
+/// println!("{} committed, {} aborted", tally.committed, tally.aborted);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct Worker {
+    settings: Settings,
+}
+
+/// Sets up a [`Worker`]: see [`Worker::builder`].
+#[derive(Debug)]
+#[must_use = "a builder does nothing until it is told to run"]
+pub struct WorkerBuilder {
+    broker: BrokerOptions,
+    name: Option<String>,
+    tuning: coordinator::Settings,
+    drain: Duration,
+    readiness: Readiness,
+}
+
+impl Worker {
+    /// A worker at the broker `url`: `amqp://user:password@host:port/vhost`, or `amqps://` for TLS;
+    /// the hosts of one cluster: such URLs, separated by commas.
+    pub fn builder(url: impl Into<String>) -> WorkerBuilder {
+        WorkerBuilder {
+            broker: BrokerOptions::new(url.into()),
+            name: None,
+            tuning: coordinator::Settings::new(new_name()),
+            drain: Settings::DRAIN,
+            readiness: Readiness::new(),
+        }
+    }
+
+    /// The name of the worker.
+    pub fn name(&self) -> &str {
+        self.settings.worker().as_str()
+    }
+
+    /// Works until `stop` has ended, and then finishes what it has begun, for up to
+    /// [`drain`](WorkerBuilder::drain). A broker that is not there, or is gone, is waited for, and so
+    /// is the topology that `dtc topology apply` makes. What this worker has begun and doesn't finish
+    /// goes to other workers, also when the future is dropped.
+    ///
+    /// # Errors
+    ///
+    /// The broker refuses it, and has never let it work.
+    pub async fn run_until(self, stop: impl Future<Output = ()>) -> Result<Tally, WorkerError> {
+        worker::run(self.settings, stop).await
+    }
+}
+
+impl WorkerBuilder {
+    broker_setters!();
+
+    /// Names the worker (`[A-Za-z0-9_-]{1,64}`). No other worker of the system may have the name.
+    /// Default: a new one.
+    pub fn name(mut self, name: impl Into<String>) -> Self {
+        self.name = Some(name.into());
+        self
+    }
+
+    /// Sets how many transactions the worker works on at once: from 1 to 65,535. The broker gives
+    /// it no more. Default: 256.
+    pub fn max_in_flight(mut self, max: usize) -> Self {
+        self.tuning.in_flight_max = max;
+        self
+    }
+
+    /// Sets how many more transactions the worker may hold that wait for a slot of a service: from
+    /// 1 to 65,535. Default: 4096.
+    pub fn max_waiting(mut self, max: usize) -> Self {
+        self.tuning.waiting_max = max;
+        self
+    }
+
+    /// Sets how long the prepares of a transaction may take that has no
+    /// [`timeout`](crate::Transaction::timeout) of its own: from 1 ms to a day. Default: 5 s.
+    pub fn prepare_timeout(mut self, timeout: Duration) -> Self {
+        self.tuning.prepare_timeout = timeout;
+        self
+    }
+
+    /// Sets how long the worker waits for the answer to a commit before it sends it again: at least
+    /// 1 ms. Default: 5 s.
+    pub fn finish_timeout(mut self, timeout: Duration) -> Self {
+        self.tuning.finish_timeout = timeout;
+        self
+    }
+
+    /// Sets how long the worker remembers a decision, to recognise a request that comes again under
+    /// another moment. It remembers no more than the last 200,000. Default: 15 min.
+    pub fn window(mut self, window: Duration) -> Self {
+        self.tuning.window = window;
+        self
+    }
+
+    /// Sets how far any two clocks of the system may differ. It must be the same at all workers and
+    /// for `dtc topology apply` (`topology.clock_margin`). Default: 60 s.
+    pub fn clock_margin(mut self, margin: Duration) -> Self {
+        self.tuning.clock_margin = margin;
+        self
+    }
+
+    /// Sets how long the worker may go on finishing what it has begun when it is told to stop.
+    /// Default: 25 s.
+    pub fn drain(mut self, drain: Duration) -> Self {
+        self.drain = drain;
+        self
+    }
+
+    /// Reports to `readiness` whether the worker takes requests. Each worker needs its own.
+    pub fn readiness(mut self, readiness: &Readiness) -> Self {
+        self.readiness = readiness.clone();
+        self
+    }
+
+    /// Checks what was set.
+    ///
+    /// # Errors
+    ///
+    /// Something that was set can't be used.
+    pub fn build(self) -> Result<Worker, InvalidSetting> {
+        let Self { broker, name, mut tuning, drain, readiness } = self;
+        let (least, none) = (Duration::from_millis(1), Duration::ZERO);
+        if let Some(name) = name {
+            tuning.worker = setting::name("name", WorkerId::parse(&name))?;
+        }
+        setting::count("max_in_flight", tuning.in_flight_max, PREFETCH_MAX)?;
+        setting::count("max_waiting", tuning.waiting_max, PREFETCH_MAX)?;
+        setting::duration("prepare_timeout", tuning.prepare_timeout, least)?;
+        if tuning.prepare_timeout > PREPARE_MAX {
+            return Err(InvalidSetting::new("prepare_timeout", "must be at most a day"));
+        }
+        setting::duration("finish_timeout", tuning.finish_timeout, least)?;
+        setting::duration("window", tuning.window, none)?;
+        setting::duration("clock_margin", tuning.clock_margin, none)?;
+        setting::duration("drain", drain, none)?;
+        tuning.seed = unique::number();
+        let (broker, names) = broker.check(format!("dtc worker {}", tuning.worker))?;
+        Ok(Worker { settings: Settings { broker, names, coordinator: tuning, drain, readiness } })
+    }
+
+    /// Checks what was set, and [works](Worker::run_until) until `stop` has ended.
+    ///
+    /// # Errors
+    ///
+    /// Something that was set can't be used; or the broker refuses the worker, and has never let it
+    /// work.
+    pub async fn run_until(self, stop: impl Future<Output = ()>) -> Result<Tally, WorkerError> {
+        self.build()?.run_until(stop).await
+    }
+}
+
+/// A name that no other worker has.
+fn new_name() -> WorkerId {
+    let name = unique::name('w');
+    WorkerId::parse(&name).unwrap_or_else(|_| unreachable!("{name} has letters and digits only"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{net::TcpListener, time::Duration};
+
+    use super::{Worker, WorkerBuilder};
+    use crate::{protocol::coordinator, readiness::Readiness};
+
+    #[test]
+    fn what_is_not_set_is_as_the_documentation_says() {
+        let build = || Worker::builder("amqp://localhost").build().unwrap();
+        let (one, other) = (build(), build());
+        assert_ne!(one.name(), other.name());
+        let settings = one.settings;
+        let expected = coordinator::Settings {
+            seed: settings.coordinator.seed,
+            ..coordinator::Settings::new(settings.worker().clone())
+        };
+        assert_eq!(settings.coordinator, expected);
+        assert_eq!(settings.drain, Duration::from_secs(25));
+        assert_eq!(settings.broker.name, format!("dtc worker {}", settings.worker()));
+    }
+
+    #[test]
+    fn the_setting_that_can_not_be_used_is_named_with_its_rule() {
+        let refused = |change: fn(WorkerBuilder) -> WorkerBuilder| {
+            change(Worker::builder("amqp://localhost")).build().unwrap_err().to_string()
+        };
+        assert_eq!(
+            refused(|it| it.name("a worker")),
+            "setting `name`: \"a worker\" must match [A-Za-z0-9_-]{1,64}"
+        );
+        assert_eq!(
+            refused(|it| it.max_in_flight(65_536)),
+            "setting `max_in_flight`: must be from 1 to 65535, not 65536"
+        );
+        assert_eq!(
+            refused(|it| it.prepare_timeout(Duration::from_secs(86_401))),
+            "setting `prepare_timeout`: must be at most a day"
+        );
+        assert_eq!(
+            refused(|it| it.drain(Duration::MAX)),
+            "setting `drain`: must be at most 36500 days"
+        );
+    }
+
+    /// A program may be told to stop before there is a broker.
+    #[tokio::test]
+    async fn a_worker_that_is_told_to_stop_while_it_waits_for_a_broker_ends() {
+        let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let readiness = Readiness::new();
+        let worker = Worker::builder(format!("amqp://{address}")).readiness(&readiness);
+        let tally = worker.run_until(tokio::time::sleep(Duration::from_millis(50))).await.unwrap();
+        assert_eq!((tally, readiness.is_ready()), (super::Tally::default(), false));
+    }
+}
