@@ -541,7 +541,7 @@ impl Participant for CountedService {
     }
 }
 
-impl DurableParticipant for Counted {
+impl DurableParticipant for CountedService {
     async fn in_doubt(&self, of: Option<TransactionKey>) -> Result<Vec<InDoubt>, BoxError> {
         self.inner.in_doubt(of).await
     }

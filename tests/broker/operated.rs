@@ -330,8 +330,8 @@ fn a_service_without_its_topology_names_the_remedy_and_serves_once_it_is_applied
 
 /// Its instances asked every few seconds, for as long as they ran, and no log had a line.
 #[test]
-fn a_prepared_transaction_that_the_journal_does_not_reach_back_to_is_told_of_once() {
-    let site = Site::new();
+fn a_prepared_transaction_that_the_journal_does_not_reach_back_to_is_logged_once() {
+    let site = ProxiedPlace::new();
     let worker = site.worker(&[]);
     let asked = |id: &str| {
         let body = json!([{

@@ -327,7 +327,7 @@ impl Participant for RecordedService {
     }
 }
 
-impl DurableParticipant for Watched {
+impl DurableParticipant for RecordedService {
     async fn in_doubt(&self, of: Option<TransactionKey>) -> Result<Vec<InDoubt>, BoxError> {
         let book = self.book();
         let asked_for = |it: &&InDoubt| of.as_ref().is_none_or(|key| it.key == *key);

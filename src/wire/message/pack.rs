@@ -7,7 +7,7 @@ use crate::{
     protocol::ids::TransactionKey,
     wire::message::{
         Item, Kind, TIME_MAX_SECONDS,
-        read::{Place, Reader},
+        read::{ParsedObject, Reader},
         sealed::Sealed,
         write::Object,
     },
@@ -71,7 +71,7 @@ impl Sealed for Copied {
         object.whole_text("body", body);
     }
 
-    fn read(reader: &mut Reader, place: &Place<'_, '_, '_>) -> Option<Self> {
+    fn read(reader: &mut Reader, place: &ParsedObject<'_, '_, '_>) -> Option<Self> {
         let [offset, message_id, tried, body] =
             reader.fields(place, ["offset", "message_id", "try", "body"])?;
         let offset = reader.need(place, offset, |reader, path, value| {
@@ -92,7 +92,7 @@ fn read_try(
     path: &Path<'_>,
     value: &Value<'_>,
 ) -> Option<(TransactionKey, bool)> {
-    let place = Place { path: *path, value };
+    let place = ParsedObject { path: *path, value };
     let [id, requested_at, begins] = reader.fields(&place, ["id", "requested_at", "begins"])?;
     let key = reader.key(&place, id, requested_at);
     let begins = reader.need(&place, begins, Reader::flag);

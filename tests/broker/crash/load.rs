@@ -33,12 +33,12 @@ pub(super) struct Load<'a> {
     total: usize,
     ended: Arc<AtomicUsize>,
     sent: Arc<AtomicUsize>,
-    task: JoinHandle<Vec<TransactionResult>>,
+    task: JoinHandle<Vec<TimedResult>>,
 }
 
 /// The result of one transaction.
 #[derive(Debug)]
-pub(super) struct TransactionResult {
+pub(super) struct TimedResult {
     pub(super) id: String,
     sent_at: Instant,
     told_at: Instant,
@@ -47,7 +47,7 @@ pub(super) struct TransactionResult {
 
 /// All results.
 #[derive(Debug)]
-pub(super) struct Results(pub(super) Vec<TransactionResult>);
+pub(super) struct Results(pub(super) Vec<TimedResult>);
 
 impl<'a> Load<'a> {
     /// Starts; the ids are `<prefix>-<number>`.
@@ -96,7 +96,7 @@ async fn produce(
     plan: Plan,
     sent: Arc<AtomicUsize>,
     ended: Arc<AtomicUsize>,
-) -> Vec<TransactionResult> {
+) -> Vec<TimedResult> {
     let mut ticks = interval(Duration::from_secs(1) / plan.per_second);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut waiting = JoinSet::new();
@@ -114,7 +114,7 @@ async fn produce(
             let sent_at = Instant::now();
             let answer = client.submit_and_wait(transaction, PATIENCE).await.unwrap();
             ended.fetch_add(1, Ordering::Relaxed);
-            TransactionResult { id, sent_at, told_at: Instant::now(), answer }
+            TimedResult { id, sent_at, told_at: Instant::now(), answer }
         });
     }
     let told = waiting.join_all().await;
@@ -132,7 +132,7 @@ impl Results {
     /// How many there are of each kind of result, by reason.
     pub(super) fn counts(&self) -> BTreeMap<String, usize> {
         let mut counts = BTreeMap::new();
-        for TransactionResult { answer, .. } in &self.0 {
+        for TimedResult { answer, .. } in &self.0 {
             let reason = answer.reason.as_ref();
             let word = reason.map_or_else(|| answer.outcome.to_string(), |it| it.code.to_string());
             *counts.entry(word).or_default() += 1;
