@@ -58,16 +58,16 @@ impl Readiness {
     }
 
     /// Says that it is not ready any more when what this returns is dropped: however that comes.
-    pub(crate) fn while_held(&self) -> Held {
-        Held(self.clone())
+    pub(crate) fn while_held(&self) -> ReadyGuard {
+        ReadyGuard(self.clone())
     }
 }
 
 /// What is ready at most as long as this is there.
 #[derive(Debug)]
-pub(crate) struct Held(Readiness);
+pub(crate) struct ReadyGuard(Readiness);
 
-impl Drop for Held {
+impl Drop for ReadyGuard {
     fn drop(&mut self) {
         self.0.set(false);
     }

@@ -12,7 +12,7 @@ use crate::{
     complaint::{Complaint, Complaints, Location},
     config::{self, Config, Flag, Sources},
     transport::amqp::{
-        connection::{Broker, ConnectError},
+        connection::{Broker, ConnectionError},
         error::Disposition,
         names::{Names, Namespace},
     },
@@ -166,7 +166,7 @@ pub(super) fn names(config: &Config) -> Names {
 }
 
 /// The exit code for a connection that failed.
-pub(super) fn exit_of(error: &ConnectError) -> Exit {
+pub(super) fn exit_of(error: &ConnectionError) -> Exit {
     match error.disposition() {
         Disposition::GiveUp => Exit::Refused,
         Disposition::Retry => Exit::Unavailable,

@@ -43,7 +43,7 @@ use crate::{
     },
     transport::amqp::{
         bounded::{ANSWER_MAX, answer},
-        connection::{Broker, ConnectError, close, counts},
+        connection::{Broker, ConnectionError, close, counts},
         error::Disposition,
         names::{Names, Namespace},
         topology::{
@@ -238,7 +238,7 @@ impl RunNamespace {
     }
 }
 
-fn no_connection(error: ConnectError) -> Failure {
+fn no_connection(error: ConnectionError) -> Failure {
     Failure::new(exit_of(&error), error)
 }
 

@@ -23,7 +23,7 @@ use crate::{
     input::services,
     protocol::ids::ServiceName,
     transport::amqp::{
-        connection::{Backoff, Broker, ConnectError, close},
+        connection::{Backoff, Broker, ConnectionError, close},
         error::Disposition,
         names::Names,
         topology::{
@@ -508,7 +508,7 @@ fn run_check(arguments: &CheckArguments) -> Result<Exit, Failure> {
     Ok(if findings.is_empty() { Exit::Done } else { Exit::Incomplete })
 }
 
-fn unreachable(error: ConnectError) -> Failure {
+fn unreachable(error: ConnectionError) -> Failure {
     Failure::new(exit_of(&error), error)
 }
 

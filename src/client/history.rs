@@ -23,7 +23,7 @@ use crate::{
         time::Time,
     },
     transport::amqp::{
-        connection::{Backoff, Broker, ConnectError, close},
+        connection::{Backoff, Broker, ConnectionError, close},
         names::Names,
         stream::{From, Scan, ScanError},
     },
@@ -93,7 +93,7 @@ pub struct Past {
 pub enum HistoryError {
     /// No connection.
     #[error("no connection to read the journal on")]
-    Connect(#[source] ConnectError),
+    Connect(#[source] ConnectionError),
     /// A stream can't be read.
     #[error(transparent)]
     Scan(#[from] ScanError),
@@ -122,7 +122,7 @@ impl HistoryError {
     fn may_pass(&self) -> bool {
         match self {
             // It is there, and says that it can't let us in yet.
-            Self::Connect(ConnectError::Unavailable { source, .. }) => {
+            Self::Connect(ConnectionError::Unavailable { source, .. }) => {
                 matches!(source.kind(), ErrorKind::ProtocolError(_))
             }
             Self::Connect(_) => false,

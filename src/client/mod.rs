@@ -146,7 +146,7 @@ impl HasWorked {
         self.0.store(true, Ordering::Relaxed);
     }
 
-    fn disposition(&self, error: &connection::ConnectError) -> Disposition {
+    fn disposition(&self, error: &connection::ConnectionError) -> Disposition {
         match self.0.load(Ordering::Relaxed) {
             true => Disposition::Retry,
             false => error.disposition(),

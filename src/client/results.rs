@@ -33,7 +33,7 @@ use crate::{
     },
     transport::amqp::{
         bounded::{ANSWER_MAX, AskError, answer},
-        connection::{Broker, BrokerConnection, ConnectError, close},
+        connection::{Broker, BrokerConnection, ConnectionError, close},
         error::{Disposition, is_not_found},
         exclusive::{BoundTo, ExclusiveError, ExclusiveQueue},
         names::{Names, key},
@@ -74,7 +74,7 @@ pub(super) enum State {
 pub(super) enum ListenError {
     /// No connection.
     #[error("no connection to listen on")]
-    Connect(#[from] ConnectError),
+    Connect(#[from] ConnectionError),
     /// The exchange for results doesn't exist: `dtc topology apply` has yet to be run.
     #[error("there is no exchange `{exchange}`: run `dtc topology apply`")]
     NoTopology {

@@ -5,7 +5,7 @@ use crate::{
     setting::InvalidSetting,
     transport::amqp::{
         bounded::AskError,
-        connection::ConnectError,
+        connection::ConnectionError,
         error::{BrokerError, Disposition, is_not_found},
         topology::apply::TopologyError,
     },
@@ -57,7 +57,7 @@ pub enum ServeError {
 pub(super) enum OpenError {
     /// No connection.
     #[error("failed to connect")]
-    Connect(#[from] ConnectError),
+    Connect(#[from] ConnectionError),
     /// The connection gives no channel.
     #[error("failed to open a channel")]
     Channel(#[source] AskError),

@@ -213,7 +213,7 @@ async fn read_journal(
     let now = state.clock.now();
     let margin = settings.coordinator.clock_margin;
     let from = now - settings.coordinator.window - margin;
-    let progress = Mutex::new(Progress { state, decisions: 0, packed: 0 });
+    let progress = Mutex::new(WindowProgress { state, decisions: 0, packed: 0 });
     let tail = packs::attach(
         journal,
         packed,
@@ -256,7 +256,7 @@ async fn read_journal(
         },
     );
     let tail = tail.await?;
-    let Progress { decisions, packed, .. } =
+    let WindowProgress { decisions, packed, .. } =
         progress.into_inner().unwrap_or_else(PoisonError::into_inner);
     let elapsed_ms = started.elapsed().as_millis() as u64;
     tracing::info!(decisions, packed, elapsed_ms, "the journal is read");
@@ -264,7 +264,7 @@ async fn read_journal(
 }
 
 /// How far the window is read.
-struct Progress<'a> {
+struct WindowProgress<'a> {
     state: &'a mut WorkerState,
     decisions: usize,
     /// How many of them in packs.

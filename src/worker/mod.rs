@@ -66,7 +66,7 @@ use crate::{
     setting::InvalidSetting,
     transport::amqp::{
         bounded::ANSWER_MAX,
-        connection::{Broker, ConnectError},
+        connection::{Broker, ConnectionError},
         error::{BrokerError, Disposition, is_refusal},
         names::Names,
         supervisor::Supervisor,
@@ -256,12 +256,12 @@ fn final_error(cause: impl std::error::Error + Send + Sync + 'static) -> BrokerE
 
 /// Why there is no link, or no longer.
 enum Failure {
-    Connect(ConnectError),
+    Connect(ConnectionError),
     Session(SessionError),
 }
 
-impl From<ConnectError> for Failure {
-    fn from(error: ConnectError) -> Self {
+impl From<ConnectionError> for Failure {
+    fn from(error: ConnectionError) -> Self {
         Self::Connect(error)
     }
 }

@@ -166,21 +166,21 @@ impl Unpacked {
         (count >= MESSAGES_MIN).then(|| items.into_body())
     }
 
-    pub(super) fn heard(&mut self, heard: &Heard, names: &Names) {
+    pub(super) fn heard(&mut self, heard: &PackEvent, names: &Names) {
         match heard {
-            Heard::Packed(pack) => self.packed(pack),
-            Heard::Missing if !std::mem::replace(&mut self.has_told, true) => tracing::info!(
+            PackEvent::Packed(pack) => self.packed(pack),
+            PackEvent::Missing if !std::mem::replace(&mut self.has_told, true) => tracing::info!(
                 "there is no queue `{}`, by which workers start sooner: run `dtc topology apply`",
                 names.packed_journal()
             ),
-            Heard::Missing => {}
+            PackEvent::Missing => {}
         }
     }
 }
 
 /// Something of the stream of packs.
 #[derive(Debug)]
-pub(super) enum Heard {
+pub(super) enum PackEvent {
     Packed(Pack),
     /// It is not there.
     Missing,
@@ -189,10 +189,10 @@ pub(super) enum Heard {
 /// What packs over one link.
 pub(super) struct Packer {
     stream: Option<PackedJournal>,
-    phase: Phase,
+    state: PackerState,
 }
 
-enum Phase {
+enum PackerState {
     Opening(BoxFuture<'static, Result<Opened, AskError>>),
     Open(Box<Opened>),
     /// Something went wrong.
@@ -263,40 +263,41 @@ impl Opened {
 impl Packer {
     /// `stream`: none, if packs can't be told from those of others.
     pub(super) fn new(stream: Option<PackedJournal>) -> Self {
-        Self { stream, phase: Phase::Resting(Box::pin(sleep(Duration::ZERO))) }
+        Self { stream, state: PackerState::Resting(Box::pin(sleep(Duration::ZERO))) }
     }
 
-    pub(super) fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Heard> {
+    pub(super) fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<PackEvent> {
         let Some(stream) = &self.stream else { return Poll::Pending };
         loop {
-            match &mut self.phase {
-                Phase::Resting(until) => {
+            match &mut self.state {
+                PackerState::Resting(until) => {
                     if until.as_mut().poll(cx).is_pending() {
                         return Poll::Pending;
                     }
-                    self.phase = Phase::Opening(Opened::of(stream.clone()).boxed());
+                    self.state = PackerState::Opening(Opened::of(stream.clone()).boxed());
                 }
-                Phase::Opening(opening) => {
+                PackerState::Opening(opening) => {
                     let Poll::Ready(opened) = opening.poll_unpin(cx) else { return Poll::Pending };
                     match opened {
-                        Ok(opened) => self.phase = Phase::Open(Box::new(opened)),
+                        Ok(opened) => self.state = PackerState::Open(Box::new(opened)),
                         Err(error) => {
-                            self.phase = resting();
+                            self.state = resting();
                             tracing::debug!(error = %Chain(&error), "nothing is packed for now");
                             if error.broker().is_some_and(is_not_found) {
-                                return Poll::Ready(Heard::Missing);
+                                return Poll::Ready(PackEvent::Missing);
                             }
                         }
                     }
                 }
-                Phase::Open(opened) => {
+                PackerState::Open(opened) => {
                     let Poll::Ready(pack) = opened.poll_next(cx, stream.user()) else {
                         return Poll::Pending;
                     };
                     if let Some(pack) = pack {
-                        return Poll::Ready(Heard::Packed(pack));
+                        return Poll::Ready(PackEvent::Packed(pack));
                     }
-                    if let Phase::Open(opened) = std::mem::replace(&mut self.phase, resting()) {
+                    if let PackerState::Open(opened) = std::mem::replace(&mut self.state, resting())
+                    {
                         tokio::spawn(opened.inbox.close());
                     }
                 }
@@ -306,7 +307,9 @@ impl Packer {
 
     /// Writes a pack if one is due, and none is on its way.
     pub(super) fn flush(&mut self, unpacked: &mut Unpacked, now: Instant) {
-        let (Some(stream), Phase::Open(opened)) = (&self.stream, &mut self.phase) else { return };
+        let (Some(stream), PackerState::Open(opened)) = (&self.stream, &mut self.state) else {
+            return;
+        };
         opened.inbox.flush();
         if opened.lane.outstanding() > 0 || opened.knows_at > now {
             return;
@@ -317,8 +320,8 @@ impl Packer {
     }
 }
 
-fn resting() -> Phase {
-    Phase::Resting(Box::pin(sleep(REST)))
+fn resting() -> PackerState {
+    PackerState::Resting(Box::pin(sleep(REST)))
 }
 
 #[cfg(test)]

@@ -271,12 +271,12 @@ trait Messages {
 }
 
 /// The journal at the broker.
-struct Followed<'a> {
+struct JournalStream<'a> {
     journal: &'a Journal,
     tail: Tail,
 }
 
-impl Messages for Followed<'_> {
+impl Messages for JournalStream<'_> {
     async fn next(&mut self) -> Result<Record, ReadError> {
         self.tail.record().await
     }
@@ -439,7 +439,7 @@ pub(super) async fn attach(
             None
         });
         let mut reading = Reading {
-            messages: Followed { journal, tail },
+            messages: JournalStream { journal, tail },
             read: &mut read,
             marker: &marker,
             is_at_end: false,

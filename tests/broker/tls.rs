@@ -10,7 +10,7 @@ use dtc::{
     client::{SubmitError, WaitError},
     error::Chain,
     transport::amqp::{
-        connection::{Broker as At, ConnectError},
+        connection::{Broker as At, ConnectionError},
         error::Disposition,
         tls::TlsError,
     },
@@ -216,7 +216,10 @@ async fn a_program_may_give_its_certificates_as_text() {
 
     let error = at(ours_alone.clone()).connect("test").await.unwrap_err();
     assert_eq!(error.disposition(), Disposition::GiveUp);
-    assert!(matches!(error, ConnectError::Insecure { source: TlsError::CertificateRequired, .. }));
+    assert!(matches!(
+        error,
+        ConnectionError::Insecure { source: TlsError::CertificateRequired, .. }
+    ));
     let key = Pem::File("/nowhere/key.pem".into());
     let keyless = ours_alone.client_certificate(certificate, key);
     let error = at(keyless).connect("test").await.unwrap_err();

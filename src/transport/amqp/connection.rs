@@ -136,7 +136,7 @@ impl Deref for BrokerConnection {
 /// No host accepted the connection. The error is that of the last host, or of one that refused.
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
-pub enum ConnectError {
+pub enum ConnectionError {
     /// The broker refuses this user, or this virtual host.
     #[error("refused by the broker at {host}")]
     Refused {
@@ -180,7 +180,7 @@ pub enum ConnectError {
     },
 }
 
-impl ConnectError {
+impl ConnectionError {
     /// Whether to try again.
     pub fn disposition(&self) -> Disposition {
         match self {
@@ -224,8 +224,8 @@ impl Broker {
     ///
     /// No host accepts the connection. A refusal is reported in preference to other failures, since
     /// retrying doesn't help.
-    pub async fn connect(&self, purpose: &str) -> Result<BrokerConnection, ConnectError> {
-        let is_final = |error: &ConnectError| error.disposition() == Disposition::GiveUp;
+    pub async fn connect(&self, purpose: &str) -> Result<BrokerConnection, ConnectionError> {
+        let is_final = |error: &ConnectionError| error.disposition() == Disposition::GiveUp;
         self.first_that(|host| self.connect_to(host, purpose).boxed(), is_final).await
     }
 
@@ -242,7 +242,7 @@ impl Broker {
     ) -> Result<T, E>
     where
         T: Send,
-        E: From<ConnectError> + Send,
+        E: From<ConnectionError> + Send,
         F: Future<Output = Result<T, E>> + Send,
     {
         let open = &open;
@@ -256,7 +256,7 @@ impl Broker {
     /// after [`NEXT_HOST_AFTER`], the next one is tried in parallel: it may not answer at all, or
     /// accept connections but not work, such as a node that is cut off from the others. While one
     /// host is still silent, failed ones are tried again.
-    pub(super) async fn first_that<'a, T, E: From<ConnectError>>(
+    pub(super) async fn first_that<'a, T, E: From<ConnectionError>>(
         &'a self,
         open: impl Fn(&'a AMQPUri) -> BoxFuture<'a, Result<T, E>>,
         is_final: impl Fn(&E) -> bool,
@@ -310,7 +310,7 @@ impl Broker {
         }
         Err(failed.unwrap_or_else(|| {
             let (host, limit) = (self.address.to_string(), Duration::ZERO);
-            ConnectError::Silent { host, limit }.into()
+            ConnectionError::Silent { host, limit }.into()
         }))
     }
 
@@ -319,7 +319,7 @@ impl Broker {
         &self,
         uri: &AMQPUri,
         purpose: &str,
-    ) -> Result<BrokerConnection, ConnectError> {
+    ) -> Result<BrokerConnection, ConnectionError> {
         let mut uri = uri.clone();
         let host = public(&uri);
         let seconds = self.heartbeat.as_secs().clamp(1, u64::from(u16::MAX));
@@ -329,13 +329,15 @@ impl Broker {
         let connecting = self.open(uri, properties);
         match tokio::time::timeout(self.connect_timeout, connecting).await {
             Ok(Ok(connection)) => Ok(connection),
-            Ok(Err(HostFailure::Tls(source))) => Err(ConnectError::Insecure { host, source }),
+            Ok(Err(HostFailure::Tls(source))) => Err(ConnectionError::Insecure { host, source }),
             Ok(Err(HostFailure::Amqp(source))) if is_refusal(&source) => {
-                Err(ConnectError::Refused { host, source })
+                Err(ConnectionError::Refused { host, source })
             }
-            Ok(Err(HostFailure::Plain)) => Err(ConnectError::WantsTls { host }),
-            Ok(Err(HostFailure::Amqp(source))) => Err(ConnectError::Unavailable { host, source }),
-            Err(_) => Err(ConnectError::Silent { host, limit: self.connect_timeout }),
+            Ok(Err(HostFailure::Plain)) => Err(ConnectionError::WantsTls { host }),
+            Ok(Err(HostFailure::Amqp(source))) => {
+                Err(ConnectionError::Unavailable { host, source })
+            }
+            Err(_) => Err(ConnectionError::Silent { host, limit: self.connect_timeout }),
         }
     }
 

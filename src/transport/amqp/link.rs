@@ -22,7 +22,7 @@ use futures_util::{
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::transport::amqp::{
-    connection::{Broker, BrokerConnection, ConnectError, PublishChannel, close},
+    connection::{Broker, BrokerConnection, ConnectionError, PublishChannel, close},
     error::Disposition,
     publisher::{Outgoing, Published, publish_within},
 };
@@ -49,8 +49,8 @@ impl Broker {
     ///
     /// No host accepts the connections. A refusal is reported in preference to other failures,
     /// since retrying doesn't help.
-    pub async fn link(&self) -> Result<Link, ConnectError> {
-        let is_final = |error: &ConnectError| error.disposition() == Disposition::GiveUp;
+    pub async fn link(&self) -> Result<Link, ConnectionError> {
+        let is_final = |error: &ConnectionError| error.disposition() == Disposition::GiveUp;
         self.link_with(|link| future::ready(Ok(link)), is_final).await
     }
 
@@ -68,7 +68,7 @@ impl Broker {
     ) -> Result<T, E>
     where
         T: Send,
-        E: From<ConnectError> + Send,
+        E: From<ConnectionError> + Send,
         F: Future<Output = Result<T, E>> + Send,
     {
         let open = &open;

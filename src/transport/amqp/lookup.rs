@@ -24,7 +24,7 @@ use tokio::{
 
 use crate::transport::amqp::{
     bounded::{ANSWER_MAX, AskError, answer},
-    connection::{Broker, BrokerConnection, ConnectError, close, counts},
+    connection::{Broker, BrokerConnection, ConnectionError, close, counts},
 };
 
 /// How long a negative answer is cached.
@@ -107,7 +107,7 @@ impl Lookups {
     /// # Errors
     ///
     /// There is no connection.
-    pub async fn find(&self, queue: &ShortString) -> Result<Existence, ConnectError> {
+    pub async fn find(&self, queue: &ShortString) -> Result<Existence, ConnectionError> {
         // The semaphore is never closed.
         let _turn = self.shared.turns.acquire().await;
         if self.shared.is_known_missing(queue) {
@@ -145,7 +145,7 @@ impl Lookups {
 
 impl SharedLookups {
     /// A usable connection. Other lookups wait while it is opened.
-    async fn connected(&self) -> Result<Arc<LookupConnection>, ConnectError> {
+    async fn connected(&self) -> Result<Arc<LookupConnection>, ConnectionError> {
         let mut standing = self.connection.lock().await;
         if let Some(asked) = standing.as_ref().filter(|asked| asked.is_of_use()) {
             return Ok(Arc::clone(asked));

@@ -17,7 +17,7 @@ use tokio::{sync::Mutex, time::Instant};
 use crate::transport::amqp::{
     bounded::{ANSWER_MAX, AskError, answer},
     connection::{
-        Broker, BrokerConnection, ConnectError, PublishChannel, QueueCounts, close, counts,
+        Broker, BrokerConnection, ConnectionError, PublishChannel, QueueCounts, close, counts,
     },
     publisher::{Outgoing, Published, publish_within},
 };
@@ -38,7 +38,7 @@ pub struct Channels {
 pub enum PublishError {
     /// No connection.
     #[error("no connection to publish on")]
-    Connect(#[source] ConnectError),
+    Connect(#[source] ConnectionError),
     /// The connection gives no channel.
     #[error("failed to open a channel to publish on")]
     Open(#[source] AskError),

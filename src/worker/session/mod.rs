@@ -46,7 +46,7 @@ use crate::{
         inbound,
         journal::{Found, Journal, ReadError, Record},
         outbox::{Followed, OnConfirm, Outbox, Unacked},
-        packer::{Heard, Packer},
+        packer::{PackEvent, Packer},
         packs::PackedJournal,
         request_consumers::RequestConsumers,
         saturation::{Saturation, Wanted},
@@ -90,7 +90,7 @@ enum Input {
     Service(Event),
     Link(LinkChange),
     ClocksCompared(Option<Standing>),
-    Packs(Heard),
+    Packs(PackEvent),
 }
 
 /// How long the journal may not be read before the worker isn't ready.

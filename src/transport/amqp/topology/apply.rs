@@ -20,7 +20,7 @@ use crate::{
     protocol::time::Time,
     transport::amqp::{
         bounded::{ANSWER_MAX, AskError, DECLARE_MAX, answer},
-        connection::{Backoff, Broker, BrokerConnection, ConnectError, close},
+        connection::{Backoff, Broker, BrokerConnection, ConnectionError, close},
         error::Disposition,
         names::Names,
         publisher::Published,
@@ -72,7 +72,7 @@ pub struct JournalStart {
 pub enum TopologyError {
     /// No connection.
     #[error(transparent)]
-    Connect(#[from] ConnectError),
+    Connect(#[from] ConnectionError),
     /// The connection gives no channel.
     #[error("failed to open a channel")]
     Open(#[source] AskError),
