@@ -1,6 +1,6 @@
 //! A worker that has a long journal to read before it serves.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use dtc::{
     clock::Clock,
@@ -28,7 +28,8 @@ use crate::{broker::place, processes::LIMIT};
 
 /// The content of a journal; a tenth of it in a build without optimisation.
 pub(super) struct Content {
-    pub(super) decisions: usize,
+    /// The numbers of its decisions.
+    pub(super) decisions: Range<usize>,
     pub(super) per_message: usize,
     /// How many messages are unconfirmed at a time: so many are at most a chunk of the stream.
     pub(super) outstanding: usize,
@@ -37,18 +38,18 @@ pub(super) struct Content {
 #[test]
 fn a_worker_serves_soon_on_a_journal_of_a_million_decisions() {
     // So many decisions share a message under load.
-    serves_soon(Content { decisions: 1_000_000, per_message: 200, outstanding: 50 });
+    serves_soon(Content { decisions: 0..1_000_000, per_message: 200, outstanding: 50 });
 }
 
 #[test]
 fn a_worker_serves_soon_on_a_journal_of_messages_of_one_decision() {
     // One after the other, as with few transactions in flight: each is a chunk of the stream.
-    serves_soon(Content { decisions: 20_000, per_message: 1, outstanding: 1 });
+    serves_soon(Content { decisions: 0..20_000, per_message: 1, outstanding: 1 });
 }
 
 fn serves_soon(content: Content) {
-    let decisions = content.decisions / if cfg!(debug_assertions) { 10 } else { 1 };
-    let content = Content { decisions, ..content };
+    let decisions = content.decisions.len() / if cfg!(debug_assertions) { 10 } else { 1 };
+    let content = Content { decisions: 0..decisions, ..content };
     let service = |name| json!({"name": name, "max_concurrency": 10});
     let system = System::new(place(), json!([service("payments"), service("stock")]));
     let instances = ["payments", "stock"].map(|it| system.instance(it, it, &[]));
@@ -77,13 +78,13 @@ fn serves_soon(content: Content) {
 
 /// Writes the decisions as a worker does; returns how many bytes they have.
 pub(super) async fn fill(system: &System, content: &Content) -> usize {
-    let &Content { decisions, per_message, outstanding } = content;
+    let &Content { ref decisions, per_message, outstanding } = content;
     let broker = Broker::new(system.world.place.url.parse().unwrap(), "test");
     let connection = Arc::new(broker.connect("publish").await.unwrap());
     let mut publisher = Publisher::open(&connection, "decisions").await.unwrap();
     let now = Clock::start().now();
     let mut bytes = 0;
-    for first in (0..decisions).step_by(per_message) {
+    for first in decisions.clone().step_by(per_message) {
         let mut items = Items::new();
         (first..first + per_message).for_each(|number| items.push(&decision(number, now)).unwrap());
         bytes += items.size();

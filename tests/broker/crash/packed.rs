@@ -1,6 +1,6 @@
 //! A worker that reads the older part of the journal from packs, and what is wrong with packs.
 
-use std::{ops::Range, sync::Arc, time::Duration};
+use std::{ops::Range, sync::Arc};
 
 use dtc::{
     ReasonCode, Transaction,
@@ -27,20 +27,33 @@ const PACK_MAX: usize = 1024;
 /// What of the journal's end may be in no pack: one is due with up to one and a half.
 const UNPACKED_MAX: usize = 2 * PACK_MAX;
 
+/// How many messages are enough for the first pack.
+const PACKED_AT: usize = PACK_MAX * 3 / 2 + 16;
+
 fn system() -> System {
     let service = |name| json!({"name": name, "max_concurrency": 10});
     System::new(place(), json!([service("payments"), service("stock")]))
 }
 
-/// A worker that packs what it reads: from a moment on, in which others' packs would have come.
-fn packing_worker(system: &System) -> Process {
+/// Writes so many decisions while a worker packs them, which is the result; and waits until it has.
+fn write_and_pack(system: &System, decisions: usize) -> Process {
+    let packs = Watch::stream(system, system.names.packed_journal());
+    let until_packed = |offset: usize| {
+        until("what was read is packed", || packed_up_to(&packs) >= offset as u64);
+    };
     let worker = system.worker("w1", &[]);
-    std::thread::sleep(Duration::from_secs(1));
+    // It writes none until it knows that others have written none: no more are written meanwhile than
+    // it keeps.
+    write(system, 0..PACKED_AT, 1);
+    until_packed(PACK_MAX - 1);
+    // One after the other: the worker reads them as they are written.
+    write(system, PACKED_AT..decisions, 1);
+    until_packed(decisions - UNPACKED_MAX);
     worker
 }
 
-/// Writes so many decisions, each by itself; without optimisation too.
-fn write(system: &System, decisions: usize, outstanding: usize) {
+/// Writes these decisions, each by itself; without optimisation too.
+fn write(system: &System, decisions: Range<usize>, outstanding: usize) {
     let content = Content { decisions, per_message: 1, outstanding };
     system.runtime.block_on(fill(system, &content));
 }
@@ -87,12 +100,7 @@ fn assert_is_known(system: &System, number: usize) {
 fn a_worker_that_starts_reads_the_older_part_of_the_journal_from_packs() {
     let decisions = 8 * PACK_MAX;
     let system = system();
-    let packs = Watch::stream(&system, system.names.packed_journal());
-    let mut first = packing_worker(&system);
-    // One after the other: the worker reads them as they are written.
-    write(&system, decisions, 1);
-    let packed = (decisions - UNPACKED_MAX) as u64;
-    until("what was read is packed", || packed_up_to(&packs) >= packed);
+    let mut first = write_and_pack(&system, decisions);
 
     let second = system.start_worker("w2", &[]);
     let (n_read, n_packed) = has_read(&second);
@@ -111,18 +119,14 @@ fn a_worker_that_starts_reads_the_older_part_of_the_journal_from_packs() {
 fn packs_of_a_journal_that_was_made_anew_are_ignored() {
     let decisions = 5 * PACK_MAX;
     let system = system();
-    let packs = Watch::stream(&system, system.names.packed_journal());
-    let mut first = packing_worker(&system);
-    write(&system, decisions, 1);
-    let packed = (decisions - UNPACKED_MAX) as u64;
-    until("what was read is packed", || packed_up_to(&packs) >= packed);
+    let mut first = write_and_pack(&system, decisions);
     first.terminate();
     first.exited(0, LIMIT);
 
     delete(&system, system.names.journal());
     system.world.apply_topology(Some(&system.services));
     let anew = decisions - PACK_MAX;
-    write(&system, anew, 50);
+    write(&system, 0..anew, 50);
     let second = system.start_worker("w2", &[]);
     assert_eq!(has_read(&second), (anew, 0));
 }
@@ -131,7 +135,7 @@ fn packs_of_a_journal_that_was_made_anew_are_ignored() {
 fn a_pack_that_does_not_agree_with_the_journal_is_ignored_and_nothing_is_guessed() {
     let decisions = 4 * PACK_MAX;
     let system = system();
-    write(&system, decisions, 50);
+    write(&system, 0..decisions, 50);
     let mut copies = copies_of(&system, decisions);
     // A decision that was never made, in the last pack.
     let last = packs_of(&copies).pop().unwrap();
@@ -152,7 +156,7 @@ fn a_pack_that_does_not_agree_with_the_journal_is_ignored_and_nothing_is_guessed
 fn packs_that_no_worker_vouches_for_are_ignored() {
     let decisions = 4 * PACK_MAX;
     let system = system();
-    write(&system, decisions, 50);
+    write(&system, 0..decisions, 50);
     write_packs(&system, &copies_of(&system, decisions), None);
     let worker = system.start_worker("w1", &[]);
     assert_eq!(has_read(&worker), (decisions, 0));
@@ -164,7 +168,7 @@ fn packs_that_no_worker_vouches_for_are_ignored() {
 fn garbage_among_packs_is_skipped() {
     let decisions = 4 * PACK_MAX;
     let system = system();
-    write(&system, decisions, 50);
+    write(&system, 0..decisions, 50);
     let copies = copies_of(&system, decisions);
     let mut jump = Items::new();
     [&copies[1], &copies[3]].into_iter().for_each(|copied| jump.push(copied).unwrap());
@@ -196,7 +200,7 @@ fn garbage_among_packs_is_skipped() {
 fn a_worker_without_the_packed_stream_starts_as_before() {
     let decisions = 3 * PACK_MAX;
     let system = system();
-    write(&system, decisions, 50);
+    write(&system, 0..decisions, 50);
     delete(&system, system.names.packed_journal());
     let worker = system.start_worker("w1", &[]);
     assert_eq!(has_read(&worker), (decisions, 0));
