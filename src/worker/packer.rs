@@ -18,7 +18,7 @@ use std::{
 
 use futures_util::{FutureExt, future::BoxFuture};
 use lapin::types::{AMQPValue, ShortString};
-use tokio::time::{Instant, Sleep, sleep};
+use tokio::time::{Sleep, sleep};
 
 use crate::{
     error::Chain,
@@ -173,7 +173,7 @@ impl Unpacked {
                 "there is no queue `{}`, by which workers start sooner: run `dtc topology apply`",
                 names.packed_journal()
             ),
-            PackEvent::Missing => {}
+            PackEvent::NoneYet | PackEvent::Missing => {}
         }
     }
 }
@@ -182,6 +182,8 @@ impl Unpacked {
 #[derive(Debug)]
 pub(super) enum PackEvent {
     Packed(Pack),
+    /// No pack of others has come for a moment: this worker may write one.
+    NoneYet,
     /// It is not there.
     Missing,
 }
@@ -202,8 +204,8 @@ enum PackerState {
 struct Opened {
     lane: Publisher<()>,
     inbox: Inbox,
-    /// When it is known how far others have come; or isn't known by then.
-    knows_at: Instant,
+    /// Until when the last pack of others may come; none: it is known how far they have come.
+    last_until: Option<Pin<Box<Sleep>>>,
     /// How many packs were confirmed since one was read.
     unseen: u32,
 }
@@ -214,11 +216,11 @@ impl Opened {
         // Nobody waits for it.
         let inbox = stream.open(AMQPValue::LongString("last".into()), PREFETCH, STREAM_MAX);
         let inbox = inbox.await?;
-        Ok(Self { lane, inbox, knows_at: Instant::now() + LAST_WITHIN, unseen: 0 })
+        Ok(Self { lane, inbox, last_until: Some(Box::pin(sleep(LAST_WITHIN))), unseen: 0 })
     }
 
     /// Ready with what was read, or that it is of no use any more.
-    fn poll_next(&mut self, cx: &mut Context<'_>, user: &ShortString) -> Poll<Option<Pack>> {
+    fn poll_next(&mut self, cx: &mut Context<'_>, user: &ShortString) -> Poll<Option<PackEvent>> {
         while let Poll::Ready(answered) = self.lane.poll_next(cx) {
             match answered {
                 Ok(((), Published::Confirmed)) if self.unseen < UNSEEN_MAX => self.unseen += 1,
@@ -247,14 +249,18 @@ impl Opened {
             self.inbox.ack(delivery.delivery_tag);
             match Pack::read(&delivery, user) {
                 Ok(pack) => {
-                    (self.knows_at, self.unseen) = (Instant::now(), 0);
-                    return Poll::Ready(Some(pack));
+                    (self.last_until, self.unseen) = (None, 0);
+                    return Poll::Ready(Some(PackEvent::Packed(pack)));
                 }
                 Err(NoPack::Marker | NoPack::Foreign) => {}
                 Err(NoPack::Unreadable(reason)) => {
                     tracing::debug!(%reason, "what is no pack is skipped");
                 }
             }
+        }
+        if self.last_until.as_mut().is_some_and(|until| until.as_mut().poll(cx).is_ready()) {
+            self.last_until = None;
+            return Poll::Ready(Some(PackEvent::NoneYet));
         }
         Poll::Pending
     }
@@ -290,11 +296,11 @@ impl Packer {
                     }
                 }
                 PackerState::Open(opened) => {
-                    let Poll::Ready(pack) = opened.poll_next(cx, stream.user()) else {
+                    let Poll::Ready(event) = opened.poll_next(cx, stream.user()) else {
                         return Poll::Pending;
                     };
-                    if let Some(pack) = pack {
-                        return Poll::Ready(PackEvent::Packed(pack));
+                    if let Some(event) = event {
+                        return Poll::Ready(event);
                     }
                     if let PackerState::Open(opened) = std::mem::replace(&mut self.state, resting())
                     {
@@ -306,12 +312,12 @@ impl Packer {
     }
 
     /// Writes a pack if one is due, and none is on its way.
-    pub(super) fn flush(&mut self, unpacked: &mut Unpacked, now: Instant) {
+    pub(super) fn flush(&mut self, unpacked: &mut Unpacked) {
         let (Some(stream), PackerState::Open(opened)) = (&self.stream, &mut self.state) else {
             return;
         };
         opened.inbox.flush();
-        if opened.lane.outstanding() > 0 || opened.knows_at > now {
+        if opened.lane.outstanding() > 0 || opened.last_until.is_some() {
             return;
         }
         if let Some(body) = unpacked.pack() {

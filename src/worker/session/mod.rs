@@ -645,7 +645,7 @@ impl<'a> Session<'a> {
         self.outbox.flush(now);
         self.follower.flush();
         if !self.watch.is_blocked() {
-            self.packer.flush(&mut self.state.unpacked, now);
+            self.packer.flush(&mut self.state.unpacked);
         }
         self.replies.flush();
         self.inquiries.flush();

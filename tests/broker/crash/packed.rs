@@ -45,7 +45,7 @@ fn write_and_pack(system: &System, decisions: usize) -> Process {
     // It writes none until it knows that others have written none: no more are written meanwhile than
     // it keeps.
     write(system, 0..PACKED_AT, 1);
-    until_packed(PACK_MAX - 1);
+    until_packed(1);
     // One after the other: the worker reads them as they are written.
     write(system, PACKED_AT..decisions, 1);
     until_packed(decisions - UNPACKED_MAX);
