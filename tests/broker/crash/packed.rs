@@ -30,6 +30,12 @@ const UNPACKED_MAX: usize = 2 * PACK_MAX;
 /// How many messages are enough for the first pack.
 const PACKED_AT: usize = PACK_MAX * 3 / 2 + 16;
 
+/// How many decisions a journal has that is long: so many as `DTC_TEST_DECISIONS` says.
+fn decisions() -> usize {
+    let wanted = std::env::var("DTC_TEST_DECISIONS");
+    wanted.map_or(8 * PACK_MAX, |text| text.parse().expect("DTC_TEST_DECISIONS is a number"))
+}
+
 fn system() -> System {
     let service = |name| json!({"name": name, "max_concurrency": 10});
     System::new(place(), json!([service("payments"), service("stock")]))
@@ -98,7 +104,7 @@ fn assert_is_known(system: &System, number: usize) {
 
 #[test]
 fn a_worker_that_starts_reads_the_older_part_of_the_journal_from_packs() {
-    let decisions = 8 * PACK_MAX;
+    let decisions = decisions();
     let system = system();
     let mut first = write_and_pack(&system, decisions);
 
