@@ -17,8 +17,8 @@ data=$1
 root=$2
 exec 3<&0 </dev/null
 
-# No other process sees the mounts; they end with the last process in their namespace. shellcheck
-# disable=SC2016 # the inner shell expands them
+# No other process sees the mounts; they end with the last process in their namespace.
+# shellcheck disable=SC2016 # the inner shell expands them
 enter='mount --rbind /proc "$1/proc" && mount --rbind /dev "$1/dev" &&
     mount --bind "$2" "$1/mnt" && cd / && root=$1 && shift 2 && exec chroot "$root" "$@"'
 node() {
