@@ -616,6 +616,14 @@ async fn run_until(
     }
 }
 
+/// Runs transaction `t0` until it is decided and `Q` has committed it, while the commit of `L` hangs.
+async fn run_until_only_one_has_committed(lasting: &DurableService, quick: &Log, journal: &Path) {
+    lasting.hangs.store(true, Ordering::Relaxed);
+    let services = [lasting.service("L"), quick.service("Q", 8)];
+    let has_committed = || quick.count("Q commit t0") > 0;
+    run_until(services, journal, transactions(1, &["L", "Q"]), has_committed).await;
+}
+
 async fn run_with(
     services: impl IntoIterator<Item = Service>,
     journal: &Path,
@@ -628,12 +636,9 @@ async fn run_with(
 async fn a_transaction_decided_when_a_run_ends_is_finished_by_the_next_run() {
     let directory = tempfile::tempdir().unwrap();
     let journal = directory.path().join("journal");
-    let lasting = DurableService::default();
-    lasting.hangs.store(true, Ordering::Relaxed);
-    let quick = Log::default();
+    let (lasting, quick) = (DurableService::default(), Log::default());
     let services = || [lasting.service("L"), quick.service("Q", 8)];
-    let is_decided = || quick.count("Q commit t0") > 0;
-    run_until(services(), &journal, transactions(1, &["L", "Q"]), is_decided).await;
+    run_until_only_one_has_committed(&lasting, &quick, &journal).await;
     assert_eq!(lasting.log.sorted(), ["L prepare t0"]);
 
     lasting.hangs.store(false, Ordering::Relaxed);
@@ -669,12 +674,9 @@ async fn a_transaction_undecided_when_a_run_ends_is_not_prepared_again_where_it_
 async fn a_service_is_asked_what_it_holds_though_it_may_take_for_ever() {
     let directory = tempfile::tempdir().unwrap();
     let journal = directory.path().join("journal");
-    let lasting = DurableService::default();
-    lasting.hangs.store(true, Ordering::Relaxed);
-    let quick = Log::default();
+    let (lasting, quick) = (DurableService::default(), Log::default());
     let services = || [lasting.service("L"), quick.service("Q", 8)];
-    let is_decided = || quick.count("Q commit t0") > 0;
-    run_until(services(), &journal, transactions(1, &["L", "Q"]), is_decided).await;
+    run_until_only_one_has_committed(&lasting, &quick, &journal).await;
 
     lasting.hangs.store(false, Ordering::Relaxed);
     let embedded = Embedded::new(services()).unwrap().journal(&journal);
