@@ -76,8 +76,7 @@
 //! # }
 //! ```
 //!
-//! **Workers** coordinate. The command `dtc worker` is one, and a program of one's own may be one by
-//! [`Worker`]:
+//! **Workers** coordinate. The command `dtc worker` is one; [`Worker`] runs one in your own program:
 //!
 //! ```no_run
 //! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
@@ -95,7 +94,7 @@
 //! |---|---|
 //! | `client` | submitting transactions: [`Client`] |
 //! | `service` | running an instance of a service: [`service`](service()) |
-//! | `worker` | running a worker in a program of one's own: [`Worker`] |
+//! | `worker` | running a worker in your own program: [`Worker`] |
 //! | `embedded` | transactions in one process, without RabbitMQ: [`Embedded`] |
 //! | `cli` | the `dtc` command, and all of the above; this is the default |
 //!
@@ -111,8 +110,8 @@
 //
 // * `protocol`: the commit protocol as pure state machines.
 // * `clock`: the one clock of a process. `error`: an error with all that caused it. `unique`: names that
-//   nobody else has. `anomalies`: how what is unusual is logged. `readiness`: whether a process is of
-//   use. `shutdown`: when it is to end. `setting`: what is wrong with what a program sets.
+//   nobody else has. `anomalies`: how what is unusual is logged. `readiness`: whether a process
+//   serves. `shutdown`: the signals that end it. `setting`: why a setting can't be used.
 // * `complaint`: what is wrong with what was read, where, and by which rule. `json`: reading JSON, with
 //   a complaint for each value that is not as it should be.
 // * `wire`: JSON as promised to others.

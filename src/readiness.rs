@@ -1,4 +1,4 @@
-//! Whether a process is of use: for whoever asks for its health.
+//! Whether a worker or an instance serves, for health checks.
 
 use tokio::sync::watch;
 
@@ -9,8 +9,8 @@ use tokio::sync::watch;
 /// messages. An instance is ready while it takes prepares. It is not while its connection is lost, or
 /// after three prepares in a row have failed. Neither is before it has begun, or after it has ended.
 ///
-/// A builder is given one, and tells it of every change. Clones share their state, so one of them
-/// stays with whoever asks.
+/// Give one to a builder, which reports every change to it. Clones share their state: keep one for the
+/// health check.
 ///
 /// ```no_run
 /// # #[cfg(feature = "worker")]
@@ -57,13 +57,13 @@ impl Readiness {
         self.state.send_if_modified(|state| std::mem::replace(state, is_ready) != is_ready);
     }
 
-    /// Says that it is not ready any more when what this returns is dropped: however that comes.
+    /// A guard that reports "not ready" when it is dropped, for whatever reason.
     pub(crate) fn while_held(&self) -> ReadyGuard {
         ReadyGuard(self.clone())
     }
 }
 
-/// What is ready at most as long as this is there.
+/// Reports "not ready" when it is dropped.
 #[derive(Debug)]
 pub(crate) struct ReadyGuard(Readiness);
 

@@ -1,4 +1,4 @@
-//! What is wrong with what a program sets.
+//! Why a value that a program sets can't be used.
 
 use std::time::Duration;
 

@@ -1,11 +1,11 @@
-//! Ctrl-C and the polite kill.
+//! The signals that end a process: SIGTERM and SIGINT.
 
-/// Ends when this process is told to stop: by SIGTERM or SIGINT (Ctrl-C); where there are no such
-/// signals, by Ctrl-C.
+/// Completes when this process receives SIGTERM or SIGINT (Ctrl-C); on systems without these signals,
+/// on Ctrl-C.
 ///
-/// It listens from when it is first polled on, and from then on for good: a later signal doesn't end
-/// the process either. Where it can't listen, it says so in the log and never ends. It wants a tokio
-/// runtime with IO enabled.
+/// It listens from its first poll until the process ends: a second signal doesn't end the process
+/// either. If it can't listen, it logs an error and never completes. It needs a tokio runtime with IO
+/// enabled.
 ///
 /// ```no_run
 /// # #[cfg(feature = "worker")]

@@ -1,4 +1,4 @@
-//! How a worker in a program of one's own is set up.
+//! The builder of a worker in a program.
 
 use std::time::Duration;
 

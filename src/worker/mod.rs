@@ -9,7 +9,7 @@
 //! * `journal`, `follower`, `appender`: reading the stream of decisions, following its end, writing to
 //!   it.
 //! * `packs`, `packer`: the same in fewer messages: reading and writing packs.
-//! * `sources`, `inbound`, `saturation`: what comes in, and how much of it.
+//! * `request_consumers`, `inbound`, `saturation`: what comes in, and how much of it.
 //! * `suspects`: requests that workers may die of.
 //! * `outbox`, `prepare_batcher`, `parking`: what goes out.
 //! * `searches`: looking for services.
