@@ -10,8 +10,8 @@ use crate::protocol::time::Time;
 const STEP_MIN: Duration = Duration::from_secs(1);
 
 /// How far apart two readings may be to count as simultaneous, and how often to try.
-const AT_ONCE: Duration = Duration::from_millis(100);
-const LOOKS_MAX: u32 = 10;
+const SIMULTANEOUS: Duration = Duration::from_millis(100);
+const READINGS_MAX: u32 = 10;
 
 /// A clock.
 ///
@@ -28,7 +28,7 @@ pub struct Clock {
 
 /// A reading of a [`Clock`].
 #[derive(Debug, Clone, Copy)]
-pub struct Reading {
+pub struct ClockReading {
     /// The time.
     pub time: Time,
     /// How long the clock has been running, whatever the wall clock has shown since.
@@ -66,18 +66,18 @@ impl Clock {
     }
 
     /// The current time, and the monotonic time to a higher precision than [`Time`] has.
-    pub fn read(&self) -> Reading {
+    pub fn read(&self) -> ClockReading {
         let elapsed = self.started.elapsed();
         let time = if self.is_steady { self.started_at + elapsed } else { time_at(since_epoch()) };
-        Reading { time, elapsed }
+        ClockReading { time, elapsed }
     }
 
     /// The same, with both parts from the same moment: if the process is frozen between the two
     /// readings, it repeats them.
-    fn read_at_once(&self) -> Reading {
+    fn read_simultaneously(&self) -> ClockReading {
         let mut reading = self.read();
-        for _ in 0..LOOKS_MAX {
-            if self.started.elapsed().saturating_sub(reading.elapsed) < AT_ONCE {
+        for _ in 0..READINGS_MAX {
+            if self.started.elapsed().saturating_sub(reading.elapsed) < SIMULTANEOUS {
                 break;
             }
             reading = self.read();
@@ -87,7 +87,7 @@ impl Clock {
 
     /// The instant at which `moment` will be reached.
     pub fn instant_of(&self, moment: Time) -> Instant {
-        let Reading { time, elapsed } = self.read();
+        let ClockReading { time, elapsed } = self.read();
         self.started + elapsed + moment.since(time)
     }
 }
@@ -112,20 +112,20 @@ pub enum Step {
 
 /// Detects when the clock is set, or the machine was suspended.
 #[derive(Debug, Clone, Copy)]
-pub struct Steps(Reading);
+pub struct Steps(ClockReading);
 
 impl Steps {
     /// Detects steps of `clock` from now on.
     pub fn of(clock: &Clock) -> Self {
-        Self(clock.read_at_once())
+        Self(clock.read_simultaneously())
     }
 
     /// Whether `clock` has jumped by a second or more since the last call.
     pub fn look(&mut self, clock: &Clock) -> Option<Step> {
-        self.observe(clock.read_at_once())
+        self.observe(clock.read_simultaneously())
     }
 
-    fn observe(&mut self, reading: Reading) -> Option<Step> {
+    fn observe(&mut self, reading: ClockReading) -> Option<Step> {
         let before = std::mem::replace(&mut self.0, reading);
         let expected = before.time + reading.elapsed.saturating_sub(before.elapsed);
         let step = match reading.time < expected {
@@ -141,12 +141,12 @@ impl Steps {
 mod tests {
     use std::time::Duration;
 
-    use super::{Reading, Step, Steps};
+    use super::{ClockReading, Step, Steps};
     use crate::protocol::time::Time;
 
-    fn shown(time_ms: u64, elapsed_ms: u64) -> Reading {
+    fn shown(time_ms: u64, elapsed_ms: u64) -> ClockReading {
         let (time, elapsed) = (Time::from_millis(time_ms), Duration::from_millis(elapsed_ms));
-        Reading { time, elapsed }
+        ClockReading { time, elapsed }
     }
 
     #[test]

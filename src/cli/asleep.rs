@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::runtime::Runtime;
 
-use crate::clock::{Clock, Reading, Step, Steps};
+use crate::clock::{Clock, ClockReading, Step, Steps};
 
 /// How often to check.
 const EVERY: Duration = Duration::from_secs(1);
@@ -37,7 +37,11 @@ pub(super) fn watch(runtime: &Runtime) {
 ///
 /// The monotonic clock continues while the process is stopped, but stands still while the machine
 /// is suspended; then the wall clock jumps forward.
-fn gap(before: Reading, now: Reading, step: Option<Step>) -> Option<(Duration, &'static str)> {
+fn gap(
+    before: ClockReading,
+    now: ClockReading,
+    step: Option<Step>,
+) -> Option<(Duration, &'static str)> {
     let late = now.elapsed.saturating_sub(before.elapsed).saturating_sub(EVERY);
     match step {
         _ if late >= WORTH_A_WORD => Some((
@@ -60,12 +64,15 @@ mod tests {
 
     use super::gap;
     use crate::{
-        clock::{Reading, Step},
+        clock::{ClockReading, Step},
         protocol::time::Time,
     };
 
-    fn at(seconds: u64) -> Reading {
-        Reading { time: Time::from_millis(seconds * 1000), elapsed: Duration::from_secs(seconds) }
+    fn at(seconds: u64) -> ClockReading {
+        ClockReading {
+            time: Time::from_millis(seconds * 1000),
+            elapsed: Duration::from_secs(seconds),
+        }
     }
 
     /// A service that was stopped for 70 s logged only that no heartbeat had come from the server.

@@ -13,7 +13,7 @@ use std::{
 
 use crate::{
     anomalies,
-    clock::Reading,
+    clock::ClockReading,
     embedded::{
         MemberSettings, Settings,
         backend::{Admission, Backend, LookUp, Task},
@@ -152,7 +152,7 @@ impl Engine {
 
     /// Takes in a transaction: that it is asked for now is its `requested_at`, unless the journal
     /// knows better.
-    pub(crate) fn submit(&mut self, now: Reading, spec: TransactionSpec) {
+    pub(crate) fn submit(&mut self, now: ClockReading, spec: TransactionSpec) {
         let (requested_at, deliveries) = match self.backend.admit(now.time, &spec) {
             Admission::Request { requested_at, deliveries } => (requested_at, deliveries),
             Admission::Over(answer) => return self.concluded.push(Concluded::at_once(answer)),
@@ -252,7 +252,7 @@ impl Engine {
     }
 
     /// Handles everything that is ready, and what comes of it, until nothing is.
-    pub(crate) fn settle(&mut self, now: Reading) {
+    pub(crate) fn settle(&mut self, now: ClockReading) {
         loop {
             if let Some(event) = self.for_worker.pop_front() {
                 self.handle(now, event);
@@ -285,7 +285,7 @@ impl Engine {
 
     // ---- The coordinator's side --------------------------------------------------------------
 
-    fn handle(&mut self, now: Reading, event: coordinator::Event) {
+    fn handle(&mut self, now: ClockReading, event: coordinator::Event) {
         let mut effects = std::mem::take(&mut self.effects);
         let coordinator = &mut self.coordinator;
         let handled =
@@ -329,7 +329,7 @@ impl Engine {
         self.for_worker.push_back(coordinator::Event::RecordsRead { offset, decisions });
     }
 
-    fn perform(&mut self, now: Reading, effect: coordinator::Effect) {
+    fn perform(&mut self, now: ClockReading, effect: coordinator::Effect) {
         use coordinator::{Effect, Event};
         match effect {
             Effect::FindService { service, .. } => {
@@ -426,7 +426,7 @@ impl Engine {
         }
     }
 
-    fn conclude(&mut self, now: Reading, key: &TransactionKey, answer: Answer) {
+    fn conclude(&mut self, now: ClockReading, key: &TransactionKey, answer: Answer) {
         self.backend.conclude(now.time, key, &answer);
         let Some(in_flight) = self.in_flight.get_mut(key) else { return };
         let took = now.elapsed.saturating_sub(in_flight.since);
@@ -439,7 +439,7 @@ impl Engine {
         }
     }
 
-    fn reject(&mut self, now: Reading, request: &Request, reason: Reason) {
+    fn reject(&mut self, now: ClockReading, request: &Request, reason: Reason) {
         let answer = rejected(now.time, &request.key, reason);
         self.conclude(now, &request.key, answer);
     }
@@ -671,8 +671,8 @@ mod tests {
 
     const NOW: Time = Time::from_millis(1_000_000);
 
-    fn at(time: Time) -> Reading {
-        Reading { time, elapsed: Duration::ZERO }
+    fn at(time: Time) -> ClockReading {
+        ClockReading { time, elapsed: Duration::ZERO }
     }
 
     /// Two services of three slots, and twelve transactions over both or one of them.

@@ -17,7 +17,7 @@ use super::{
     Concluded, Embedded, MemberSettings, Transaction, backend::FileBackend, engine::Engine,
 };
 use crate::{
-    clock::Reading,
+    clock::ClockReading,
     journal::file::{
         self, Options, Writer,
         frames::{Frames, Next},
@@ -97,8 +97,8 @@ impl World {
         Process { engine, writer, calls: Vec::new() }
     }
 
-    fn reading(&self) -> Reading {
-        Reading { time: self.now, elapsed: Duration::ZERO }
+    fn reading(&self) -> ClockReading {
+        ClockReading { time: self.now, elapsed: Duration::ZERO }
     }
 
     /// What is decided, in the order of the file.

@@ -16,7 +16,7 @@
 use std::{collections::BTreeMap, fmt, time::Duration};
 
 use crate::{
-    clock::Reading,
+    clock::ClockReading,
     protocol::{ids::WorkerId, message::Decision, time::Time},
 };
 
@@ -48,16 +48,16 @@ struct Heard {
 }
 
 impl Heard {
-    fn counts(&self, now: Reading) -> bool {
+    fn counts(&self, now: ClockReading) -> bool {
         now.elapsed.saturating_sub(self.at) <= HEARD_FOR
     }
 
     /// What that clock shows now, if it was heard at once.
-    fn shows(&self, now: Reading) -> Time {
+    fn shows(&self, now: ClockReading) -> Time {
         self.shown + now.elapsed.saturating_sub(self.at)
     }
 
-    fn standing(&self, now: Reading, margin: Duration) -> Option<Standing> {
+    fn standing(&self, now: ClockReading, margin: Duration) -> Option<Standing> {
         let shows = self.shows(now);
         if shows > now.time + margin {
             return Some(Standing::Behind);
@@ -119,7 +119,7 @@ impl Clocks {
 
     /// A record was read that was made before this worker read the journal for the first time, by
     /// whomever: an earlier life under the same name is another.
-    pub(super) fn past_record(&mut self, now: Reading, record: &Decision) {
+    pub(super) fn past_record(&mut self, now: ClockReading, record: &Decision) {
         // Nothing else in the past says anything.
         if record.decided_at > now.time + self.margin {
             self.hear_worker(now, record, true);
@@ -127,13 +127,13 @@ impl Clocks {
     }
 
     /// A record was read at the journal's end.
-    pub(super) fn record(&mut self, now: Reading, record: &Decision) {
+    pub(super) fn record(&mut self, now: ClockReading, record: &Decision) {
         if record.worker != self.worker {
             self.hear_worker(now, record, false);
         }
     }
 
-    fn hear_worker(&mut self, now: Reading, record: &Decision, is_old: bool) {
+    fn hear_worker(&mut self, now: ClockReading, record: &Decision, is_old: bool) {
         let heard = Heard { shown: record.decided_at, at: now.elapsed, is_old };
         if let Some(known) = self.workers.get_mut(&record.worker) {
             *known = heard;
@@ -149,7 +149,7 @@ impl Clocks {
     }
 
     /// A request came: whether it is from the future.
-    pub(super) fn request(&mut self, now: Reading, requested_at: Time) -> bool {
+    pub(super) fn request(&mut self, now: ClockReading, requested_at: Time) -> bool {
         let heard = Heard { shown: requested_at, at: now.elapsed, is_old: false };
         match heard.standing(now, self.margin) {
             Some(Standing::Behind) => self.future = Some(heard),
@@ -161,7 +161,7 @@ impl Clocks {
     }
 
     /// The broker was asked; `None`: in vain.
-    pub(super) fn broker(&mut self, now: Reading, standing: Option<Standing>) {
+    pub(super) fn broker(&mut self, now: ClockReading, standing: Option<Standing>) {
         self.broker = Some((standing, now.elapsed));
         if standing == Some(Standing::Fits) {
             self.is_off = false;
@@ -169,7 +169,7 @@ impl Clocks {
     }
 
     /// Whether somebody is against this clock, and the broker should be asked.
-    pub(super) fn is_in_doubt(&self, now: Reading) -> bool {
+    pub(super) fn is_in_doubt(&self, now: ClockReading) -> bool {
         let is_told = self.told(now).is_some();
         let against = |heard: &Heard| {
             heard.counts(now)
@@ -182,7 +182,7 @@ impl Clocks {
     }
 
     /// What the broker said, if it was asked a moment ago.
-    fn told(&self, now: Reading) -> Option<Option<Standing>> {
+    fn told(&self, now: ClockReading) -> Option<Option<Standing>> {
         let (standing, at) = self.broker?;
         (now.elapsed.saturating_sub(at) <= TOLD_FOR).then_some(standing)
     }
@@ -193,7 +193,7 @@ impl Clocks {
     }
 
     /// Whether the clock is off, by all that is known. Then it is until the broker's clock fits.
-    pub(super) fn verdict(&mut self, now: Reading) -> Option<Off> {
+    pub(super) fn verdict(&mut self, now: ClockReading) -> Option<Off> {
         let off = self.count(now, Standing::Behind).or_else(|| self.count(now, Standing::Ahead));
         self.is_off |= off.is_some();
         off
@@ -202,7 +202,7 @@ impl Clocks {
     /// The journal shows nothing from where it should be read on: whether the broker, asked a moment
     /// ago, says that the moment is still to come. Here it is believed alone: without the journal
     /// there is nothing to be done anyway.
-    pub(super) fn journal_is_silent(&mut self, now: Reading) -> Option<Off> {
+    pub(super) fn journal_is_silent(&mut self, now: ClockReading) -> Option<Off> {
         if self.told(now) != Some(Some(Standing::Ahead)) {
             return None;
         }
@@ -210,7 +210,7 @@ impl Clocks {
         Some(Off { is_behind: false, by: self.margin, witnesses: vec!["the broker".to_owned()] })
     }
 
-    fn count(&self, now: Reading, against: Standing) -> Option<Off> {
+    fn count(&self, now: ClockReading, against: Standing) -> Option<Off> {
         let broker = self.told(now).flatten();
         let (mut n_for, mut by, mut witnesses) = (1, Duration::MAX, Vec::new());
         let heard = self.workers.iter().filter(|(_, heard)| heard.counts(now));
@@ -254,7 +254,7 @@ mod tests {
 
     use super::{Clocks, HEARD_FOR, Standing, TOLD_FOR};
     use crate::{
-        clock::Reading,
+        clock::ClockReading,
         protocol::{
             ids::{RequestHash, TransactionId, TransactionKey, WorkerId},
             message::{Decision, Outcome},
@@ -267,8 +267,8 @@ mod tests {
     const OFF: Duration = Duration::from_secs(90);
 
     /// The moment it is `after` so long, by a clock that nobody sets.
-    fn now(after: Duration) -> Reading {
-        Reading { time: NOW + after, elapsed: after }
+    fn now(after: Duration) -> ClockReading {
+        ClockReading { time: NOW + after, elapsed: after }
     }
 
     const START: Duration = Duration::ZERO;
@@ -389,13 +389,13 @@ mod tests {
         clocks.broker(now(START), Some(Standing::Behind));
         assert!(clocks.verdict(now(START)).is_some());
         let later = Duration::from_secs(5);
-        let right = Reading { time: NOW + OFF + later, elapsed: later };
+        let right = ClockReading { time: NOW + OFF + later, elapsed: later };
         assert!(clocks.is_off());
         clocks.broker(right, Some(Standing::Fits));
         assert!(!clocks.is_off());
         assert_eq!(clocks.verdict(right), None);
         let much_later = Duration::from_secs(30);
-        let right = Reading { time: NOW + OFF + much_later, elapsed: much_later };
+        let right = ClockReading { time: NOW + OFF + much_later, elapsed: much_later };
         assert!(!clocks.is_in_doubt(right));
     }
 
