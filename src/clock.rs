@@ -16,8 +16,8 @@ const READINGS_MAX: u32 = 10;
 /// A clock.
 ///
 /// It shows the machine's wall clock at that moment, not what that would have shown if nobody had
-/// set it and the machine had never been suspended. So it may go backwards: see [`Steps`]. A
-/// [`Clock::steady`] one doesn't.
+/// set it and the machine had never been suspended. So it may go backwards: see
+/// [`ClockStepDetector`]. A [`Clock::steady`] one doesn't.
 #[derive(Debug, Clone, Copy)]
 pub struct Clock {
     started_at: Time,
@@ -74,7 +74,7 @@ impl Clock {
 
     /// The same, with both parts from the same moment: if the process is frozen between the two
     /// readings, it repeats them.
-    fn read_simultaneously(&self) -> ClockReading {
+    fn read_consistently(&self) -> ClockReading {
         let mut reading = self.read();
         for _ in 0..READINGS_MAX {
             if self.started.elapsed().saturating_sub(reading.elapsed) < SIMULTANEOUS {
@@ -103,7 +103,7 @@ fn time_at(since_epoch: Duration) -> Time {
 
 /// A jump of the wall clock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Step {
+pub enum ClockStep {
     /// It was set back by that much.
     Back(Duration),
     /// It was set forward by that much, or the machine was suspended for that long.
@@ -112,27 +112,27 @@ pub enum Step {
 
 /// Detects when the clock is set, or the machine was suspended.
 #[derive(Debug, Clone, Copy)]
-pub struct Steps(ClockReading);
+pub struct ClockStepDetector(ClockReading);
 
-impl Steps {
+impl ClockStepDetector {
     /// Detects steps of `clock` from now on.
     pub fn of(clock: &Clock) -> Self {
-        Self(clock.read_simultaneously())
+        Self(clock.read_consistently())
     }
 
     /// Whether `clock` has jumped by a second or more since the last call.
-    pub fn look(&mut self, clock: &Clock) -> Option<Step> {
-        self.observe(clock.read_simultaneously())
+    pub fn check(&mut self, clock: &Clock) -> Option<ClockStep> {
+        self.observe(clock.read_consistently())
     }
 
-    fn observe(&mut self, reading: ClockReading) -> Option<Step> {
+    fn observe(&mut self, reading: ClockReading) -> Option<ClockStep> {
         let before = std::mem::replace(&mut self.0, reading);
         let expected = before.time + reading.elapsed.saturating_sub(before.elapsed);
         let step = match reading.time < expected {
-            true => Step::Back(expected.since(reading.time)),
-            false => Step::Forward(reading.time.since(expected)),
+            true => ClockStep::Back(expected.since(reading.time)),
+            false => ClockStep::Forward(reading.time.since(expected)),
         };
-        let (Step::Back(by) | Step::Forward(by)) = step;
+        let (ClockStep::Back(by) | ClockStep::Forward(by)) = step;
         (by >= STEP_MIN).then_some(step)
     }
 }
@@ -141,7 +141,7 @@ impl Steps {
 mod tests {
     use std::time::Duration;
 
-    use super::{ClockReading, Step, Steps};
+    use super::{ClockReading, ClockStep, ClockStepDetector};
     use crate::protocol::time::Time;
 
     fn shown(time_ms: u64, elapsed_ms: u64) -> ClockReading {
@@ -151,13 +151,13 @@ mod tests {
 
     #[test]
     fn a_clock_that_was_set_is_noticed_once_and_one_that_drifts_is_not() {
-        let mut steps = Steps(shown(1_000_000, 0));
+        let mut steps = ClockStepDetector(shown(1_000_000, 0));
         assert_eq!(steps.observe(shown(1_005_000, 5000)), None);
         assert_eq!(steps.observe(shown(1_010_100, 10_000)), None, "it goes a little fast");
-        let back = Step::Back(Duration::from_millis(30_100));
+        let back = ClockStep::Back(Duration::from_millis(30_100));
         assert_eq!(steps.observe(shown(981_000, 11_000)), Some(back));
         assert_eq!(steps.observe(shown(982_000, 12_000)), None);
-        let forward = Step::Forward(Duration::from_secs(600));
+        let forward = ClockStep::Forward(Duration::from_secs(600));
         assert_eq!(steps.observe(shown(1_583_000, 13_000)), Some(forward), "suspended");
         assert_eq!(steps.observe(shown(1_584_000, 14_000)), None);
     }

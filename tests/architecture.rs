@@ -82,7 +82,6 @@ const KNOWN_TWICE: [(&str, &[&str]); 3] = [
             "Queue",
             "Reading",
             "Source",
-            "Step",
         ],
     ),
 ];

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::runtime::Runtime;
 
-use crate::clock::{Clock, ClockReading, Step, Steps};
+use crate::clock::{Clock, ClockReading, ClockStep, ClockStepDetector};
 
 /// How often to check.
 const EVERY: Duration = Duration::from_secs(1);
@@ -18,12 +18,12 @@ const WORTH_A_WORD: Duration = Duration::from_secs(4);
 /// Starts to watch this process.
 pub(super) fn watch(runtime: &Runtime) {
     let clock = Clock::start();
-    let mut steps = Steps::of(&clock);
+    let mut steps = ClockStepDetector::of(&clock);
     let mut last = clock.read();
     runtime.spawn(async move {
         loop {
             tokio::time::sleep(EVERY).await;
-            let (before, step) = (last, steps.look(&clock));
+            let (before, step) = (last, steps.check(&clock));
             last = clock.read();
             if let Some((gap, why)) = gap(before, last, step) {
                 tracing::warn!(seconds = gap.as_secs(), "{why}");
@@ -40,7 +40,7 @@ pub(super) fn watch(runtime: &Runtime) {
 fn gap(
     before: ClockReading,
     now: ClockReading,
-    step: Option<Step>,
+    step: Option<ClockStep>,
 ) -> Option<(Duration, &'static str)> {
     let late = now.elapsed.saturating_sub(before.elapsed).saturating_sub(EVERY);
     match step {
@@ -49,12 +49,12 @@ fn gap(
             "this process did not run for a while: it was stopped, or the machine had no time for \
              it; that the broker fell silent, or a deadline passed, may come of that",
         )),
-        Some(Step::Forward(by)) if by >= WORTH_A_WORD => Some((
+        Some(ClockStep::Forward(by)) if by >= WORTH_A_WORD => Some((
             by,
             "the machine was suspended, or its clock was set forward; that the broker fell silent, \
              or a deadline passed, may come of that",
         )),
-        Some(Step::Forward(_) | Step::Back(_)) | None => None,
+        Some(ClockStep::Forward(_) | ClockStep::Back(_)) | None => None,
     }
 }
 
@@ -64,7 +64,7 @@ mod tests {
 
     use super::gap;
     use crate::{
-        clock::{ClockReading, Step},
+        clock::{ClockReading, ClockStep},
         protocol::time::Time,
     };
 
@@ -82,9 +82,9 @@ mod tests {
         assert_eq!(missed(at(10), at(11), None), None);
         assert_eq!(missed(at(10), at(14), None), None, "a busy machine");
         assert_eq!(missed(at(10), at(81), None), Some(70), "stopped");
-        let suspended = Some(Step::Forward(Duration::from_secs(600)));
+        let suspended = Some(ClockStep::Forward(Duration::from_secs(600)));
         assert_eq!(missed(at(10), at(11), suspended), Some(600));
-        let set_back = Some(Step::Back(Duration::from_secs(600)));
+        let set_back = Some(ClockStep::Back(Duration::from_secs(600)));
         assert_eq!(missed(at(10), at(11), set_back), None, "nothing was missed");
     }
 }

@@ -18,7 +18,7 @@ use futures_util::{
 use tokio::time::{Instant, sleep_until};
 
 use crate::{
-    clock::{Clock, Step, Steps},
+    clock::{Clock, ClockStep, ClockStepDetector},
     error::Chain,
     participant::{
         AnyParticipant, Calls, Durable, DurableParticipant,
@@ -67,7 +67,7 @@ struct Server {
     settings: ServeSettings,
     store: Option<StoreId>,
     clock: Clock,
-    steps: Steps,
+    steps: ClockStepDetector,
     instance: Instance,
     retry_parked_every: Duration,
     calls: Calls,
@@ -102,7 +102,7 @@ impl Server {
             participant,
             store,
             clock,
-            steps: Steps::of(&clock),
+            steps: ClockStepDetector::of(&clock),
             retry_parked_every: core.retry_parked_every,
             instance: Instance::new(clock.now(), core),
             calls: Calls::new(clock, settings.finish_timeout),
@@ -344,13 +344,13 @@ impl Server {
     /// What is to be done after a while is done after that while, also when the clock is set back.
     fn look_at_clock(&mut self) {
         let ServeSettings { service, instance, .. } = &self.settings;
-        match self.steps.look(&self.clock) {
-            Some(Step::Back(by)) => {
+        match self.steps.check(&self.clock) {
+            Some(ClockStep::Back(by)) => {
                 let by_s = by.as_secs_f64();
                 tracing::warn!(%service, %instance, by_s, "the clock was set back");
                 self.instance.clock_set_back(by);
             }
-            Some(Step::Forward(by)) => {
+            Some(ClockStep::Forward(by)) => {
                 let by_s = by.as_secs_f64();
                 tracing::warn!(
                     %service, %instance, by_s,

@@ -4,7 +4,7 @@
 use futures_util::FutureExt as _;
 
 use crate::{
-    clock::Step,
+    clock::ClockStep,
     worker::{
         Settings,
         clocks::Standing,
@@ -41,14 +41,14 @@ impl Session<'_> {
     pub(super) fn look_at_clock(&mut self) -> Result<(), SessionError> {
         let margin = self.settings.coordinator.clock_margin;
         let now = self.state.clock.read();
-        match self.steps.look(&self.state.clock) {
+        match self.steps.check(&self.state.clock) {
             // What is to be done after a while would be done that much later.
-            Some(step @ Step::Back(_)) => return Err(SessionError::ClockSet(step)),
+            Some(step @ ClockStep::Back(_)) => return Err(SessionError::ClockSet(step)),
             // From when on the journal was said to be complete, a wrong clock may have told.
-            Some(step @ Step::Forward(by)) if by > margin => {
+            Some(step @ ClockStep::Forward(by)) if by > margin => {
                 return Err(SessionError::ClockSet(step));
             }
-            Some(step @ Step::Forward(_)) => {
+            Some(step @ ClockStep::Forward(_)) => {
                 tracing::warn!("{}; what was due meanwhile is due now", describe(step));
             }
             None => {}

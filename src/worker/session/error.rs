@@ -1,7 +1,7 @@
 //! Why the work over a link can't go on.
 
 use crate::{
-    clock::Step,
+    clock::ClockStep,
     transport::amqp::{
         bounded::AskError, consumer::Closed, error::is_not_found, exclusive::ExclusiveError,
         publisher::LaneLost,
@@ -35,14 +35,14 @@ pub(in crate::worker) enum SessionError {
     #[error("this worker's clock still doesn't fit that of the broker")]
     ClockStillOff,
     #[error("{}", describe(*.0))]
-    ClockSet(Step),
+    ClockSet(ClockStep),
 }
 
 /// What has happened to the clock.
-pub(super) fn describe(step: Step) -> String {
+pub(super) fn describe(step: ClockStep) -> String {
     match step {
-        Step::Back(by) => format!("the clock was set back by {:.1} s", by.as_secs_f64()),
-        Step::Forward(by) => {
+        ClockStep::Back(by) => format!("the clock was set back by {:.1} s", by.as_secs_f64()),
+        ClockStep::Forward(by) => {
             let by = by.as_secs_f64();
             format!("the clock was set forward by {by:.1} s, or the machine was suspended")
         }

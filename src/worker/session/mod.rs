@@ -23,7 +23,7 @@ pub(super) use self::error::SessionError;
 
 use self::{clocks::fits_again, error::opening};
 use crate::{
-    clock::Steps,
+    clock::ClockStepDetector,
     protocol::{
         coordinator::{Effect, Event},
         ids::{ReplyToken, ServiceName, TransactionKey},
@@ -120,7 +120,7 @@ pub(super) struct Session<'a> {
     /// Requests from the future, until it is known whether it is this worker's clock that is off.
     doubtful: Vec<(Delivery, Message)>,
     comparing: Option<BoxFuture<'static, Option<Standing>>>,
-    steps: Steps,
+    steps: ClockStepDetector,
     effects: Vec<Effect>,
     /// Which kind of input is looked for first.
     turn: usize,
@@ -157,7 +157,7 @@ impl<'a> Session<'a> {
             tokio::spawn(link.close());
             return Err(SessionError::ClockStillOff);
         }
-        let steps = Steps::of(&state.clock);
+        let steps = ClockStepDetector::of(&state.clock);
         let packed = PackedJournal::of(&link, names, &settings.broker);
         let opening_follower = Follower::open(journal.clone(), packed.as_ref(), settings, state);
         let follower = match opening_follower.await {
