@@ -37,7 +37,7 @@ use std::{
 
 use clap::{Parser, Subcommand};
 
-use crate::error::Chain;
+use crate::error::ErrorChain;
 
 /// How long an ending process waits for its last message to be read from stderr.
 const TOLD_WITHIN: Duration = Duration::from_secs(1);
@@ -114,7 +114,7 @@ impl Failure {
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", Chain(self.error.as_ref()))
+        write!(f, "{}", ErrorChain(self.error.as_ref()))
     }
 }
 

@@ -11,7 +11,7 @@ use crate::{
     client::{Client, SubmitError, WaitError},
     clock::Clock,
     embedded::{Concluded, Report},
-    error::Chain,
+    error::ErrorChain,
     input::transactions::Transactions,
     protocol::{
         ids::{ServiceName, TransactionKey},
@@ -220,7 +220,7 @@ impl SubmitReport {
                 WaitError::Unanswered { source, .. }
                 | WaitError::Submit(SubmitError::Unconfirmed { source, .. }),
             ) => {
-                let cause = source.map(|source| Chain(&source).to_string());
+                let cause = source.map(|source| ErrorChain(&source).to_string());
                 self.cause = self.cause.take().or(cause);
             }
             Err(error) => {

@@ -110,7 +110,7 @@ mod tests {
     use std::{net::TcpListener, time::Duration};
 
     use super::ConnectError;
-    use crate::{client::Client, error::Chain};
+    use crate::{client::Client, error::ErrorChain};
 
     #[tokio::test]
     async fn what_can_not_be_used_is_told_before_anything_is_connected() {
@@ -135,7 +135,7 @@ mod tests {
         let url = format!("amqp://shop:geheim@{address}");
         let error = Client::builder(url).connect().await.unwrap_err();
         assert!(matches!(&error, ConnectError::Unavailable(it) if it.may_pass()), "{error:?}");
-        let told = Chain(&error).to_string();
+        let told = ErrorChain(&error).to_string();
         let beginning = format!(
             "the broker can't be reached: no connection to publish on: failed to connect to the \
              broker at amqp://{address}"

@@ -16,7 +16,7 @@ use tokio::time::Instant;
 
 use crate::{
     clock::Clock,
-    error::Chain,
+    error::ErrorChain,
     protocol::{
         ids::{TransactionId, TransactionKey},
         message::{Decision, Parked},
@@ -183,7 +183,7 @@ async fn look_since(
         if !error.may_pass() || next > until {
             return Err(error);
         }
-        tracing::debug!(error = %Chain(&error), "the journal can't be read yet: again");
+        tracing::debug!(error = %ErrorChain(&error), "the journal can't be read yet: again");
         tokio::time::sleep_until(next).await;
     }
 }

@@ -25,7 +25,7 @@ use tokio::{
 
 use crate::{
     client::HasWorked,
-    error::Chain,
+    error::ErrorChain,
     protocol::{
         ids::{ReplyToken, RequestHash, TransactionId, TransactionKey},
         message::Answer,
@@ -214,7 +214,9 @@ impl Listener {
                     state.send_replace(State::Failed(error));
                     return;
                 }
-                Err(error) => tracing::warn!(error = %Chain(&error), "can't listen for results"),
+                Err(error) => {
+                    tracing::warn!(error = %ErrorChain(&error), "can't listen for results")
+                }
             }
             tokio::time::sleep(supervisor.pause()).await;
         }
@@ -290,7 +292,7 @@ impl Listener {
                         self.take(queue, &delivery);
                     }
                     Err(error) => {
-                        tracing::warn!(error = %Chain(&error), "results may be lost: asking again");
+                        tracing::warn!(error = %ErrorChain(&error), "results may be lost: asking again");
                         return Ended::Lost;
                     }
                 },

@@ -19,7 +19,7 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::{
     clock::{Clock, ClockStep, ClockStepDetector},
-    error::Chain,
+    error::ErrorChain,
     participant::{
         AnyParticipant, Calls, Durable, DurableParticipant,
         calls::name_of_store,
@@ -150,7 +150,7 @@ impl Server {
                     self.was_heard |= session.was_heard();
                     let lost = self.unless_final(lost)?;
                     let slots_used = self.instance.slots_used();
-                    tracing::warn!(error = %Chain(&lost), slots_used, "connecting again");
+                    tracing::warn!(error = %ErrorChain(&lost), slots_used, "connecting again");
                     // What it holds goes to whoever serves next. Nobody waits for its goodbye: it may
                     // be of no use for that either.
                     tokio::spawn(session.close());
@@ -418,17 +418,17 @@ async fn open(
         let service = &settings.service;
         if !error.is_not_found() {
             tracing::warn!(
-                %service, error = %Chain(&error), "not connected; trying again in {pause:.1?}"
+                %service, error = %ErrorChain(&error), "not connected; trying again in {pause:.1?}"
             );
         } else if supervisor.is_missing_for_good() {
             tracing::error!(
-                %service, error = %Chain(&error),
+                %service, error = %ErrorChain(&error),
                 "the topology of this service is not there: run `dtc topology apply`; trying again \
                  in {pause:.1?}"
             );
         } else {
             tracing::warn!(
-                %service, error = %Chain(&error),
+                %service, error = %ErrorChain(&error),
                 "something of the topology is not there, as while a broker starts; trying again in \
                  {pause:.1?}"
             );

@@ -22,7 +22,7 @@ use tokio::{
 
 use crate::{
     clock::Clock,
-    error::Chain,
+    error::ErrorChain,
     participant::{
         error::OpenError,
         inbound::{Inbound, Source, read},
@@ -660,7 +660,7 @@ async fn agree_on_store(
             Err(AgreedError::Differs { other, .. }) => Err(other),
             Err(error @ AgreedError::Unknown { .. }) => {
                 tracing::warn!(
-                    %service, error = %Chain(&error),
+                    %service, error = %ErrorChain(&error),
                     "serving without knowing whether all instances of this service have one store"
                 );
                 Ok(None)

@@ -16,7 +16,7 @@ use tokio::{
 
 use crate::{
     clock::Clock,
-    error::Chain,
+    error::ErrorChain,
     protocol::{coordinator::Event, time::Time},
     transport::amqp::{bounded::ANSWER_MAX, connection::Backoff, consumer::Closed, link::Link},
     worker::{
@@ -140,7 +140,7 @@ impl Follower {
                 // Perhaps it is the connection that delivers nothing.
                 Err(error @ ReadError::Silent) => return Err(FollowError::Read(error)),
                 Err(error) if attempt < RESUMES_MAX && link.is_up() => {
-                    tracing::warn!(error = %Chain(&error), "failed to read the journal; retrying");
+                    tracing::warn!(error = %ErrorChain(&error), "failed to read the journal; retrying");
                     sleep(backoff.pause()).await;
                 }
                 Err(error) => return Err(FollowError::Read(error)),
@@ -167,7 +167,7 @@ impl Follower {
             let compared = journal.compare(clock, clock_margin).await;
             compared
                 .inspect_err(|error| {
-                    tracing::warn!(error = %Chain(error), "failed to compare clocks with the broker");
+                    tracing::warn!(error = %ErrorChain(error), "failed to compare clocks with the broker");
                 })
                 .ok()
         }

@@ -24,7 +24,7 @@ use tokio::{sync::mpsc, time::timeout};
 
 use crate::{
     clock::Clock,
-    error::Chain,
+    error::ErrorChain,
     protocol::{message::Decision, time::Time},
     transport::amqp::{
         bounded::{ANSWER_MAX, AskError, STREAM_MAX, answer},
@@ -332,7 +332,7 @@ impl Journal {
             if found.is_closed() {
                 return;
             }
-            tracing::warn!(error = %Chain(&error), "failed to look further back in the journal");
+            tracing::warn!(error = %ErrorChain(&error), "failed to look further back in the journal");
             tokio::time::sleep(backoff.pause()).await;
         }
     }

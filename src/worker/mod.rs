@@ -56,7 +56,7 @@ use self::{
 };
 use crate::{
     clock::Clock,
-    error::Chain,
+    error::ErrorChain,
     protocol::{
         coordinator::{self, Coordinator, Event},
         ids::WorkerId,
@@ -299,37 +299,37 @@ impl Failure {
         match self {
             Self::Session(error @ SessionError::ClockOff(_)) => {
                 tracing::error!(
-                    error = %Chain(error), margin = ?settings.coordinator.clock_margin,
+                    error = %ErrorChain(error), margin = ?settings.coordinator.clock_margin,
                     "not ready until the clocks fit: this worker would take requests for ones from \
                      the future, or make records that are. Set the clock of this machine \
                      (`timedatectl` shows whether it is kept right), or of those named"
                 );
             }
             Self::Session(error @ SessionError::ClockStillOff) => {
-                tracing::debug!(error = %Chain(error), "not ready; comparing again");
+                tracing::debug!(error = %ErrorChain(error), "not ready; comparing again");
             }
             Self::Session(error @ SessionError::ClockSet(_)) => {
-                tracing::warn!(error = %Chain(error), "starting over by the new time");
+                tracing::warn!(error = %ErrorChain(error), "starting over by the new time");
             }
             Self::Connect(error) => {
-                tracing::warn!(error = %Chain(error), "no broker yet; trying again");
+                tracing::warn!(error = %ErrorChain(error), "no broker yet; trying again");
             }
             Self::Session(error) if error.is_missing() => {
                 let namespace = settings.names.namespace();
                 match supervisor.is_missing_for_good() {
                     true => tracing::error!(
-                        error = %Chain(error), %namespace,
+                        error = %ErrorChain(error), %namespace,
                         "the topology is not there: run `dtc topology apply`; trying again"
                     ),
                     false => tracing::warn!(
-                        error = %Chain(error), %namespace,
+                        error = %ErrorChain(error), %namespace,
                         "something of the topology is not there, as while a broker starts; trying \
                          again"
                     ),
                 }
             }
             Self::Session(error) => {
-                tracing::warn!(error = %Chain(error), "the link is lost; connecting again");
+                tracing::warn!(error = %ErrorChain(error), "the link is lost; connecting again");
             }
         }
     }

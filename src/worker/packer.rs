@@ -21,7 +21,7 @@ use lapin::types::{AMQPValue, ShortString};
 use tokio::time::{Sleep, sleep};
 
 use crate::{
-    error::Chain,
+    error::ErrorChain,
     transport::amqp::{
         bounded::{AskError, STREAM_MAX},
         consumer::Inbox,
@@ -233,7 +233,7 @@ impl Opened {
                     return Poll::Ready(None);
                 }
                 Err(lost) => {
-                    tracing::debug!(error = %Chain(&lost), "no packs can be written");
+                    tracing::debug!(error = %ErrorChain(&lost), "no packs can be written");
                     return Poll::Ready(None);
                 }
             }
@@ -242,7 +242,7 @@ impl Opened {
             let delivery = match delivery {
                 Ok(delivery) => delivery,
                 Err(closed) => {
-                    tracing::debug!(error = %Chain(&closed), "packs are not followed any more");
+                    tracing::debug!(error = %ErrorChain(&closed), "packs are not followed any more");
                     return Poll::Ready(None);
                 }
             };
@@ -288,7 +288,7 @@ impl Packer {
                         Ok(opened) => self.state = PackerState::Open(Box::new(opened)),
                         Err(error) => {
                             self.state = resting();
-                            tracing::debug!(error = %Chain(&error), "nothing is packed for now");
+                            tracing::debug!(error = %ErrorChain(&error), "nothing is packed for now");
                             if error.broker().is_some_and(is_not_found) {
                                 return Poll::Ready(PackEvent::Missing);
                             }

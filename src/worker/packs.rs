@@ -43,7 +43,7 @@ use lapin::{
 use tokio::time::timeout;
 
 use crate::{
-    error::Chain,
+    error::ErrorChain,
     protocol::time::Time,
     transport::amqp::{
         bounded::{ANSWER_MAX, AskError, answer},
@@ -233,7 +233,7 @@ impl Packs for WrittenPacks {
             let delivery = match timeout(WAIT_MAX, self.inbox.next()).await {
                 Ok(Ok(delivery)) => delivery,
                 Ok(Err(closed)) => {
-                    tracing::debug!(error = %Chain(&closed), "no more packs are read");
+                    tracing::debug!(error = %ErrorChain(&closed), "no more packs are read");
                     return None;
                 }
                 Err(_) => {
@@ -435,7 +435,7 @@ pub(super) async fn attach(
             None => Ok(None),
         };
         let mut packs = packs.unwrap_or_else(|error| {
-            tracing::debug!(error = %Chain(&error), "no packs are read");
+            tracing::debug!(error = %ErrorChain(&error), "no packs are read");
             None
         });
         let mut reading = Reading {

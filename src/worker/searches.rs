@@ -17,7 +17,7 @@ use futures_util::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnord
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::{
-    error::Chain,
+    error::ErrorChain,
     protocol::{coordinator::Event, ids::ServiceName},
     transport::amqp::{
         connection::Backoff,
@@ -229,7 +229,7 @@ impl Searches {
                 Ok(Ok(Existence::Found { .. })) => Found::Served,
                 Ok(Ok(Existence::Missing)) => Found::Missing,
                 Ok(Ok(Existence::Unavailable(reason))) => Found::Unavailable(reason),
-                Ok(Err(error)) => Found::Unavailable(Chain(&error).to_string()),
+                Ok(Err(error)) => Found::Unavailable(ErrorChain(&error).to_string()),
                 Err(_) => Found::Unavailable("the broker did not answer in time".to_owned()),
             };
             (look, found)

@@ -8,7 +8,7 @@ use std::{fs, process::Command, time::Duration};
 use dtc::{
     Client, Pem, Tls, Transaction,
     client::{SubmitError, WaitError},
-    error::Chain,
+    error::ErrorChain,
     transport::amqp::{
         connection::{Broker as At, ConnectionError},
         error::Disposition,
@@ -224,7 +224,7 @@ async fn a_program_may_give_its_certificates_as_text() {
     let keyless = ours_alone.client_certificate(certificate, key);
     let error = at(keyless).connect("test").await.unwrap_err();
     assert_eq!(
-        Chain(&error).to_string(),
+        ErrorChain(&error).to_string(),
         format!(
             "no secure connection to the broker at {}: unusable key of the client certificate: \
              `/nowhere/key.pem` can't be read: No such file or directory (os error 2)",
@@ -272,7 +272,7 @@ async fn a_client_that_has_worked_survives_temporarily_wrong_certificates() {
     broker.certify(&renewed.certificate, &renewed.key);
     broker.control(&["close_all_connections", "--global", "to see who comes back"]);
     let error = client.submit(transaction("t2")).await.unwrap_err();
-    println!("{}", Chain(&error));
+    println!("{}", ErrorChain(&error));
     assert!(matches!(error, SubmitError::Unconfirmed { source: Some(_), .. }), "{error:?}");
     let limit = Duration::from_secs(1);
     let error = client.submit_and_wait(transaction("t3"), limit).await.unwrap_err();

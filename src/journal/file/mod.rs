@@ -47,7 +47,7 @@ pub use self::{
     writer::{Batch, JournalTail, Writer},
 };
 use crate::{
-    error::Chain,
+    error::ErrorChain,
     journal::faults,
     protocol::{
         ids::{InstanceId, TransactionId, TransactionKey, WorkerId},
@@ -561,7 +561,7 @@ impl ExistingFile {
                     return Err(error);
                 }
                 tracing::warn!(
-                    journal = %self.path.display(), error = %Chain(&error),
+                    journal = %self.path.display(), error = %ErrorChain(&error),
                     "journal compaction failed; continuing with the uncompacted file"
                 );
                 return self.go_on(replay, worker, options);

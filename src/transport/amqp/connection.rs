@@ -585,7 +585,7 @@ mod tests {
     };
 
     use super::{Backoff, Broker, Rotation};
-    use crate::error::Chain;
+    use crate::error::ErrorChain;
 
     /// As if all hosts had been cut off, and one of them had accepted the connection but sends
     /// nothing more.
@@ -625,7 +625,7 @@ mod tests {
         assert!(waiting.len() < 10_000, "the listener has room for all of them");
         let broker = Broker::new(format!("amqp://{address}").parse().unwrap(), "test");
         let error = broker.connect("test").await.unwrap_err();
-        let told = Chain(&error).to_string();
+        let told = ErrorChain(&error).to_string();
         assert!(told.ends_with(&format!("{address} did not answer within 2 s")), "{told}");
     }
 
