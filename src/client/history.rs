@@ -25,7 +25,7 @@ use crate::{
     transport::amqp::{
         connection::{Backoff, Broker, ConnectionError, close},
         names::Names,
-        stream::{From, Scan, ScanError},
+        stream::{Scan, ScanError, StreamStart},
     },
     wire::message::{Item, JournalBegun, Kind, Malformed, Settled, decode},
 };
@@ -222,13 +222,13 @@ impl Reading<'_> {
         let from = match cutoff {
             None => {
                 self.history.is_whole = true;
-                From::First
+                StreamStart::First
             }
             Some(cutoff) => {
                 let head = self.head(connection, names.journal()).await?;
                 self.history.is_whole = head.is_none_or(|head| head > cutoff);
                 self.history.complete_since = head.map(|head| head.max(cutoff));
-                From::Moment((cutoff - self.clock_margin).as_millis() / 1000)
+                StreamStart::Timestamp((cutoff - self.clock_margin).as_millis() / 1000)
             }
         };
         // What is parked was decided before: so the decision of whatever is found here is there, and
@@ -256,7 +256,7 @@ impl Reading<'_> {
         let clock_margin = self.clock_margin;
         let history = History::default();
         let mut reading = Reading { ids: &nothing, clock_margin, history, next: None };
-        let mut scan = Scan::open(connection, journal, From::First).await?;
+        let mut scan = Scan::open(connection, journal, StreamStart::First).await?;
         while reading.history.complete_since.is_none()
             && let Some((offset, delivery)) = scan.next().await?
         {

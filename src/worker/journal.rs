@@ -31,7 +31,7 @@ use crate::{
         connection::{Backoff, BrokerConnection, PublishChannel},
         consumer::{Closed, Inbox},
         publisher::{CONFIRM_MAX, Outgoing, Published, publish_within},
-        stream::{From, Scan, ScanError},
+        stream::{Scan, ScanError, StreamStart},
         unique,
     },
     wire::message::{Copied, JournalBegun, Kind, decode},
@@ -427,7 +427,8 @@ impl Journal {
     /// Whether anything up to the offset `end` was written at that second or later, by the broker's
     /// clock. Whoever asks for a moment that is still to come is given what is written next.
     async fn has_after(&self, second: u64, end: u64) -> Result<bool, ReadError> {
-        let opening = Scan::open(&self.consuming, self.queue.clone(), From::Moment(second));
+        let opening =
+            Scan::open(&self.consuming, self.queue.clone(), StreamStart::Timestamp(second));
         let mut scan = opening.await.map_err(ReadError::Compare)?;
         let first = scan.next().await.map_err(ReadError::Compare)?;
         scan.close().await;

@@ -6,7 +6,7 @@ use dtc::{
     Transaction,
     transport::amqp::{
         connection::Broker,
-        stream::{From, Scan},
+        stream::{Scan, StreamStart},
     },
 };
 use futures_util::future::join_all;
@@ -44,7 +44,7 @@ async fn a_connection_survives_reading_empty_streams() {
         let reading = reading.zip(0_u64..).map(|(connection, number)| {
             let (connection, stream) = (Arc::clone(connection), stream.clone());
             tokio::spawn(async move {
-                let mut scan = Scan::open(&connection, stream, From::First).await.unwrap();
+                let mut scan = Scan::open(&connection, stream, StreamStart::First).await.unwrap();
                 assert!(scan.next().await.unwrap().is_none());
                 // It is closed at another moment each time.
                 for _ in 0..number * (round + 1) {

@@ -5,7 +5,7 @@
 use std::{fs, time::Duration};
 
 use dtc::{
-    transport::amqp::stream::{From, Scan},
+    transport::amqp::stream::{Scan, StreamStart},
     wire::message::Kind,
 };
 use lapin::{Connection, ConnectionProperties};
@@ -134,7 +134,8 @@ impl Records {
         Runtime::new().unwrap().block_on(async {
             let connecting = Connection::connect(&url, ConnectionProperties::default());
             let connection = connecting.await.unwrap();
-            let mut scan = Scan::open(&connection, stream.into(), From::First).await.unwrap();
+            let mut scan =
+                Scan::open(&connection, stream.into(), StreamStart::First).await.unwrap();
             let mut records = Self::default();
             while let Some((_, message)) = scan.next().await.unwrap() {
                 let kind = message.properties.kind().as_ref().unwrap();

@@ -38,12 +38,12 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Where to start.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum From {
+pub enum StreamStart {
     /// At the oldest message.
     First,
     /// At the chunk of messages written at this time, in seconds since the Unix epoch, or at the
     /// next chunk.
-    Moment(u64),
+    Timestamp(u64),
 }
 
 /// A stream can't be read.
@@ -96,11 +96,11 @@ impl ScanError {
 }
 
 impl Scan {
-    /// Finds the end of `stream`, and starts to read at `from`.
+    /// Finds the end of `stream`, and starts to read at `start`.
     pub async fn open(
         connection: &Connection,
         stream: ShortString,
-        from: From,
+        start: StreamStart,
     ) -> Result<Self, ScanError> {
         let broker = |source| ScanError::Broker { stream: stream.to_string(), source };
         let channel = answer(ANSWER_MAX, connection.create_channel()).await.map_err(broker)?;
@@ -110,11 +110,11 @@ impl Scan {
         };
         let limiting = channel.basic_qos(PREFETCH, BasicQosOptions::default());
         answer(ANSWER_MAX, limiting).await.map_err(broker)?;
-        let start = match from {
-            From::First => AMQPValue::LongString("first".into()),
-            From::Moment(seconds) => AMQPValue::Timestamp(seconds),
+        let start_offset = match start {
+            StreamStart::First => AMQPValue::LongString("first".into()),
+            StreamStart::Timestamp(seconds) => AMQPValue::Timestamp(seconds),
         };
-        let consumer = consume(&channel, &stream, start).await.map_err(broker)?;
+        let consumer = consume(&channel, &stream, start_offset).await.map_err(broker)?;
         let end = AMQPValue::LongString("last".into());
         let mut tail = consume(&channel, &stream, end).await.map_err(broker)?;
         let (last, early, unacknowledged) = (None, None, 0);
@@ -134,7 +134,7 @@ impl Scan {
         };
         scan.last = offset(&scan.delivered(first)?);
         scan.find_last(&mut tail).await?;
-        if from != From::First {
+        if start != StreamStart::First {
             scan.find_first().await?;
         }
         Ok(scan)
@@ -256,10 +256,10 @@ async fn count(channel: &Channel, stream: &ShortString) -> Result<u32, AskError>
 async fn consume(
     channel: &Channel,
     stream: &ShortString,
-    start: AMQPValue,
+    offset: AMQPValue,
 ) -> Result<Consumer, AskError> {
     let mut arguments = FieldTable::default();
-    arguments.insert("x-stream-offset".into(), start);
+    arguments.insert("x-stream-offset".into(), offset);
     let options = BasicConsumeOptions::default();
     let consuming = channel.basic_consume(stream.clone(), "".into(), options, arguments);
     answer(STREAM_MAX, consuming).await
