@@ -35,7 +35,7 @@ use crate::{
         bounded::{ANSWER_MAX, AskError, answer},
         connection::{Broker, BrokerConnection, ConnectionError, close},
         error::{Disposition, is_not_found},
-        exclusive::{BoundTo, ExclusiveError, ExclusiveQueue},
+        exclusive::{ExchangeBinding, ExclusiveError, ExclusiveQueue},
         names::{Names, key},
         rejected::{undecodable, unreadable},
         supervisor::Supervisor,
@@ -258,7 +258,7 @@ impl Listener {
             }
         })?;
         let reply = reply_token();
-        let results = BoundTo { exchange, key: key(&reply, "*") };
+        let results = ExchangeBinding { exchange, key: key(&reply, "*") };
         let stem = self.names.results_of(&reply);
         let queue = ExclusiveQueue::open(connection, stem, &[results], PREFETCH).await;
         let queue = queue.map_err(ListenError::Queue)?;

@@ -40,7 +40,7 @@ use crate::{
         connection::BrokerConnection,
         consumer::{Closed, ConsumerMode, Inbox},
         error::{is_not_found, is_out_of_reach, is_refusal},
-        exclusive::{BoundTo, ExclusiveError, ExclusiveQueue},
+        exclusive::{ExchangeBinding, ExclusiveError, ExclusiveQueue},
         link::{Link, LinkChange, LinkWatch},
         names::{ALL, Names, key},
         publisher::{LaneLost, Outgoing, Published, Publisher},
@@ -691,7 +691,7 @@ pub(super) async fn open_own(
     settings: &ServeSettings,
 ) -> Result<ExclusiveQueue, OpenError> {
     let ServeSettings { names, service, instance, .. } = settings;
-    let bound = |to: &str| BoundTo { exchange: names.finish(), key: key(to, service) };
+    let bound = |to: &str| ExchangeBinding { exchange: names.finish(), key: key(to, service) };
     let bindings = [bound(instance.as_str()), bound(ALL)];
     let stem = names.finish_of(service, instance);
     let own = ExclusiveQueue::open(&link.consuming, stem, &bindings, OWN_PREFETCH).await;

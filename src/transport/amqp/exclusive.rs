@@ -53,7 +53,7 @@ const PROBE: &str = "dtc.probe.v1";
 
 /// A binding of the queue: an exchange and a routing key.
 #[derive(Clone, Debug)]
-pub struct BoundTo {
+pub struct ExchangeBinding {
     /// The exchange.
     pub exchange: ShortString,
     /// The routing key, with wildcards.
@@ -116,7 +116,7 @@ impl ExclusiveQueue {
     pub async fn open(
         connection: &BrokerConnection,
         stem: impl fmt::Display,
-        bindings: &[BoundTo],
+        bindings: &[ExchangeBinding],
         prefetch: u16,
     ) -> Result<Self, ExclusiveError> {
         let queue = ShortString::from(format!("{stem}.{}", unique::name('q')));
@@ -126,7 +126,7 @@ impl ExclusiveQueue {
         let options = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
         let declaring = channel.queue_declare(queue.clone(), options, FieldTable::default());
         answer(ANSWER_MAX, declaring).await.map_err(failed)?;
-        for BoundTo { exchange, key } in bindings {
+        for ExchangeBinding { exchange, key } in bindings {
             let binding = channel.queue_bind(
                 queue.clone(),
                 exchange.clone(),

@@ -31,7 +31,7 @@ use crate::{
     },
     transport::amqp::{
         consumer::{ConsumerMode, Inbox},
-        exclusive::{BoundTo, ExclusiveQueue},
+        exclusive::{ExchangeBinding, ExclusiveQueue},
         link::{Link, LinkChange, LinkWatch},
         lookup::Lookups,
         names,
@@ -717,7 +717,7 @@ pub(super) async fn open_replies(
 ) -> Result<ExclusiveQueue, SessionError> {
     let Settings { names, .. } = settings;
     let worker = settings.worker();
-    let replies = BoundTo { exchange: names.replies(), key: names::key(worker, "*") };
+    let replies = ExchangeBinding { exchange: names.replies(), key: names::key(worker, "*") };
     let stem = names.replies_of(worker);
     let queue = ExclusiveQueue::open(&link.consuming, stem, &[replies], REPLIES_PREFETCH).await;
     let queue = queue.map_err(|error| SessionError::Replies(Box::new(error)))?;
