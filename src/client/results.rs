@@ -35,7 +35,7 @@ use crate::{
         bounded::{ANSWER_MAX, AskError, answer},
         connection::{Broker, BrokerConnection, ConnectionError, close},
         error::{Disposition, is_not_found},
-        exclusive::{ExchangeBinding, ExclusiveError, ExclusiveQueue},
+        exclusive_queue::{ExchangeBinding, ExclusiveQueue, ExclusiveQueueError},
         names::{Names, key},
         rejected::{undecodable, unreadable},
         supervisor::Supervisor,
@@ -83,7 +83,7 @@ pub(super) enum ListenError {
     },
     /// The broker gives us no queue for them.
     #[error("failed to make a queue for results")]
-    Queue(#[source] ExclusiveError),
+    Queue(#[source] ExclusiveQueueError),
     /// The broker could not be asked for the exchange.
     #[error("failed to find the exchange `{exchange}`")]
     Exchange {
@@ -265,7 +265,8 @@ impl Listener {
         let expected = Arc::clone(&self.expected);
         let is_needed = move || !lock(&expected).waiting.is_empty();
         let probed = queue.probed(connection, is_needed).await;
-        let probed = probed.map_err(|error| ListenError::Queue(ExclusiveError::Channel(error)))?;
+        let probed =
+            probed.map_err(|error| ListenError::Queue(ExclusiveQueueError::Channel(error)))?;
         Ok((probed, reply))
     }
 

@@ -40,7 +40,7 @@ use crate::{
         connection::BrokerConnection,
         consumer::{Closed, ConsumerMode, Inbox},
         error::{is_not_found, is_out_of_reach, is_refusal},
-        exclusive::{ExchangeBinding, ExclusiveError, ExclusiveQueue},
+        exclusive_queue::{ExchangeBinding, ExclusiveQueue, ExclusiveQueueError},
         link::{Link, LinkChange, LinkWatch},
         names::{ALL, Names, key},
         publisher::{LaneLost, Outgoing, Published, Publisher},
@@ -696,11 +696,11 @@ pub(super) async fn open_own(
     let stem = names.finish_of(service, instance);
     let own = ExclusiveQueue::open(&link.consuming, stem, &bindings, OWN_PREFETCH).await;
     let own = own.map_err(|error| match error {
-        ExclusiveError::Channel(source) => OpenError::Channel(source),
-        ExclusiveError::Queue { queue, source } => {
+        ExclusiveQueueError::Channel(source) => OpenError::Channel(source),
+        ExclusiveQueueError::Queue { queue, source } => {
             OpenError::Queue { name: queue.to_string(), source }
         }
-        ExclusiveError::Exchange { exchange, source, .. } => {
+        ExclusiveQueueError::Exchange { exchange, source, .. } => {
             OpenError::Exchange { name: exchange.to_string(), source }
         }
     })?;

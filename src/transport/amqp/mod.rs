@@ -5,7 +5,8 @@
 //! * [`bounded`]: requests to the broker with a time limit.
 //! * [`connection`]: connecting and reconnecting.
 //! * [`error`]: the meaning of a failure.
-//! * [`exclusive`]: the exclusive queue of one connection, which proves that its link is alive.
+//! * [`exclusive_queue`]: the exclusive queue of one connection, which proves that its link is
+//!   alive.
 //! * [`frames`]: screening the broker's frames before lapin parses them.
 //! * [`link`]: the two connections of a process that publishes and consumes.
 //! * [`lookup`]: repeated lookups of whether queues exist.
@@ -27,8 +28,8 @@
 //! follows from it.
 //!
 //! **Invariant:** every wait for the broker has a time limit: for an answer ([`bounded`]), a
-//! confirm ([`publisher`]), a delivery ([`exclusive`], and the watch of [`consumer`]), the end of
-//! an alarm ([`link`]). After it, the channel or the connection is opened again.
+//! confirm ([`publisher`]), a delivery ([`exclusive_queue`], and the watch of [`consumer`]), the
+//! end of an alarm ([`link`]). After it, the channel or the connection is opened again.
 //!
 //! **Invariant:** a publish doesn't count before the broker has confirmed it, and one that was
 //! returned is distinguished from one that a queue took.
@@ -39,7 +40,7 @@ pub mod bounded;
 pub mod connection;
 pub mod consumer;
 pub mod error;
-pub mod exclusive;
+pub mod exclusive_queue;
 pub mod frames;
 pub mod link;
 pub mod lookup;

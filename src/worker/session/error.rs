@@ -3,8 +3,8 @@
 use crate::{
     clock::ClockStep,
     transport::amqp::{
-        bounded::AskError, consumer::Closed, error::is_not_found, exclusive::ExclusiveError,
-        publisher::LaneLost,
+        bounded::AskError, consumer::Closed, error::is_not_found,
+        exclusive_queue::ExclusiveQueueError, publisher::LaneLost,
     },
     worker::{clocks::Off, follower::FollowError, journal::ReadError},
 };
@@ -19,7 +19,7 @@ pub(in crate::worker) enum SessionError {
         source: AskError,
     },
     #[error("failed to open the queue for replies")]
-    Replies(#[source] Box<ExclusiveError>),
+    Replies(#[source] Box<ExclusiveQueueError>),
     #[error("lost a queue")]
     Closed(#[source] Closed),
     #[error(transparent)]

@@ -31,7 +31,7 @@ use crate::{
     },
     transport::amqp::{
         consumer::{ConsumerMode, Inbox},
-        exclusive::{ExchangeBinding, ExclusiveQueue},
+        exclusive_queue::{ExchangeBinding, ExclusiveQueue},
         link::{Link, LinkChange, LinkWatch},
         lookup::Lookups,
         names,

@@ -46,7 +46,7 @@ const PROBE_MAX: Duration = Duration::from_secs(4);
 
 /// If a timer fires later than this, the process did not run, for example because it was frozen:
 /// then missing arrivals mean nothing.
-const LATE: Duration = Duration::from_secs(1);
+const STALL_MIN: Duration = Duration::from_secs(1);
 
 /// The `type` property of a probe. Only this module sees probes.
 const PROBE: &str = "dtc.probe.v1";
@@ -62,7 +62,7 @@ pub struct ExchangeBinding {
 
 /// An exclusive queue could not be opened.
 #[derive(Clone, Debug, thiserror::Error)]
-pub enum ExclusiveError {
+pub enum ExclusiveQueueError {
     /// The connection gives no channel.
     #[error("failed to open a channel")]
     Channel(#[source] AskError),
@@ -88,7 +88,7 @@ pub enum ExclusiveError {
     },
 }
 
-impl ExclusiveError {
+impl ExclusiveQueueError {
     /// The failed request.
     pub fn source_error(&self) -> &AskError {
         match self {
@@ -103,7 +103,7 @@ impl ExclusiveError {
 #[derive(Debug)]
 pub struct ExclusiveQueue {
     inbox: Inbox,
-    probe: Option<Probe>,
+    probe: Option<LinkProbe>,
 }
 
 impl ExclusiveQueue {
@@ -118,11 +118,11 @@ impl ExclusiveQueue {
         stem: impl fmt::Display,
         bindings: &[ExchangeBinding],
         prefetch: u16,
-    ) -> Result<Self, ExclusiveError> {
+    ) -> Result<Self, ExclusiveQueueError> {
         let queue = ShortString::from(format!("{stem}.{}", unique::name('q')));
         let channel = answer(ANSWER_MAX, connection.create_channel()).await;
-        let channel = channel.map_err(ExclusiveError::Channel)?;
-        let failed = |source| ExclusiveError::Queue { queue: queue.clone(), source };
+        let channel = channel.map_err(ExclusiveQueueError::Channel)?;
+        let failed = |source| ExclusiveQueueError::Queue { queue: queue.clone(), source };
         let options = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
         let declaring = channel.queue_declare(queue.clone(), options, FieldTable::default());
         answer(ANSWER_MAX, declaring).await.map_err(failed)?;
@@ -134,7 +134,7 @@ impl ExclusiveQueue {
                 QueueBindOptions::default(),
                 FieldTable::default(),
             );
-            answer(ANSWER_MAX, binding).await.map_err(|source| ExclusiveError::Exchange {
+            answer(ANSWER_MAX, binding).await.map_err(|source| ExclusiveQueueError::Exchange {
                 queue: queue.clone(),
                 exchange: exchange.clone(),
                 source,
@@ -155,7 +155,7 @@ impl ExclusiveQueue {
         is_needed: impl Fn() -> bool + Send + Sync + 'static,
     ) -> Result<Self, AskError> {
         let queue = self.inbox.queue().clone();
-        let probe = Probe::new(publishing, queue, Box::new(is_needed)).await?;
+        let probe = LinkProbe::new(publishing, queue, Box::new(is_needed)).await?;
         Ok(Self { probe: Some(probe), ..self })
     }
 
@@ -185,7 +185,7 @@ impl ExclusiveQueue {
                 Poll::Ready(Ok(delivery)) => {
                     let is_probe = is_probe(&delivery);
                     if let Some(probe) = &mut self.probe {
-                        probe.heard(is_probe);
+                        probe.received(is_probe);
                     }
                     if !is_probe {
                         return Poll::Ready(Ok(delivery));
@@ -197,7 +197,7 @@ impl ExclusiveQueue {
             }
         }
         let Some(probe) = &mut self.probe else { return Poll::Pending };
-        if !probe.lane.is_open() {
+        if !probe.publisher.is_open() {
             tracing::debug!(queue = %probe.queue, "the link is not probed: the broker refuses it");
             self.probe = None;
             return Poll::Pending;
@@ -221,13 +221,13 @@ fn is_probe(delivery: &Delivery) -> bool {
 }
 
 /// Checks that a link is alive.
-struct Probe {
+struct LinkProbe {
     publishing: Arc<BrokerConnection>,
-    lane: Publisher<()>,
+    publisher: Publisher<()>,
     queue: ShortString,
     is_needed: Box<dyn Fn() -> bool + Send + Sync>,
     /// Whether a message has arrived since the probe was sent.
-    has_heard: bool,
+    has_received: bool,
     /// Since when a probe is on its way.
     sent_at: Option<Instant>,
     /// Whether its time limit was extended.
@@ -235,18 +235,18 @@ struct Probe {
     timer: Pin<Box<Sleep>>,
 }
 
-impl Probe {
+impl LinkProbe {
     async fn new(
         publishing: &Arc<BrokerConnection>,
         queue: ShortString,
         is_needed: Box<dyn Fn() -> bool + Send + Sync>,
     ) -> Result<Self, AskError> {
         Ok(Self {
-            lane: Publisher::open(publishing, "probes").await?,
+            publisher: Publisher::open(publishing, "probes").await?,
             publishing: Arc::clone(publishing),
             queue,
             is_needed,
-            has_heard: false,
+            has_received: false,
             sent_at: None,
             is_extended: false,
             timer: Box::pin(sleep(PROBE_AFTER)),
@@ -254,8 +254,8 @@ impl Probe {
     }
 
     /// A message has arrived.
-    fn heard(&mut self, is_probe: bool) {
-        self.has_heard = true;
+    fn received(&mut self, is_probe: bool) {
+        self.has_received = true;
         if is_probe && self.sent_at.take().is_some() {
             self.wait(PROBE_AFTER);
         }
@@ -266,7 +266,7 @@ impl Probe {
         loop {
             // Others watch the probe's channel. A probe that was just sent is polled too: otherwise its
             // return would wake nobody.
-            while let Poll::Ready(Ok(((), published))) = self.lane.poll_next(cx) {
+            while let Poll::Ready(Ok(((), published))) = self.publisher.poll_next(cx) {
                 if matches!(published, Published::Unroutable) {
                     return Poll::Ready(Closed::Unknown { queue: self.queue.to_string() });
                 }
@@ -274,7 +274,7 @@ impl Probe {
             if self.timer.as_mut().poll(cx).is_pending() {
                 return Poll::Pending;
             }
-            let is_late = self.timer.deadline().elapsed() >= LATE;
+            let is_late = self.timer.deadline().elapsed() >= STALL_MIN;
             // A broker with an alarm reads no publishes, and has reported that.
             let is_blocked = self.publishing.status().blocked();
             match self.sent_at {
@@ -284,7 +284,7 @@ impl Probe {
                     self.sent_at = None;
                     self.wait(PROBE_AFTER);
                 }
-                Some(_) if is_late || (self.has_heard && !self.is_extended) => {
+                Some(_) if is_late || (self.has_received && !self.is_extended) => {
                     self.is_extended = true;
                     self.wait(PROBE_MAX);
                 }
@@ -304,8 +304,8 @@ impl Probe {
             mandatory: true,
             ..Outgoing::default()
         };
-        self.lane.publish(message, ());
-        (self.sent_at, self.has_heard, self.is_extended) = (Some(Instant::now()), false, false);
+        self.publisher.publish(message, ());
+        (self.sent_at, self.has_received, self.is_extended) = (Some(Instant::now()), false, false);
         self.wait(PROBE_MAX);
     }
 
@@ -314,8 +314,8 @@ impl Probe {
     }
 }
 
-impl fmt::Debug for Probe {
+impl fmt::Debug for LinkProbe {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Probe").field("queue", &self.queue).finish_non_exhaustive()
+        f.debug_struct("LinkProbe").field("queue", &self.queue).finish_non_exhaustive()
     }
 }
