@@ -35,7 +35,7 @@ use crate::{
         participant::Event,
     },
     transport::amqp::{
-        agreed::{Agreed, AgreedError},
+        agreed_value::{AgreedValue, AgreedValueError},
         bounded::AskError,
         connection::BrokerConnection,
         consumer::{Closed, ConsumerMode, Inbox},
@@ -655,10 +655,10 @@ async fn agree_on_store(
     let (service, queue) = (settings.service.clone(), settings.names.store_of(&settings.service));
     let (connection, own) = (Arc::clone(&link.consuming), store.to_string());
     let agreeing = async move {
-        match Agreed::on(&connection, &queue, store.as_str()).await {
+        match AgreedValue::on(&connection, &queue, store.as_str()).await {
             Ok(agreed) => Ok(Some(agreed)),
-            Err(AgreedError::Differs { other, .. }) => Err(other),
-            Err(error @ AgreedError::Unknown { .. }) => {
+            Err(AgreedValueError::Differs { other, .. }) => Err(other),
+            Err(error @ AgreedValueError::Unknown { .. }) => {
                 tracing::warn!(
                     %service, error = %ErrorChain(&error),
                     "serving without knowing whether all instances of this service have one store"

@@ -1,7 +1,7 @@
 //! The transport over RabbitMQ.
 //!
 //! * [`address`]: the brokers' addresses, and how a process authenticates to them.
-//! * [`agreed`]: a value that all instances of a service must agree on.
+//! * [`agreed_value`]: a value that all instances of a service must agree on.
 //! * [`bounded`]: requests to the broker with a time limit.
 //! * [`connection`]: connecting and reconnecting.
 //! * [`error`]: the meaning of a failure.
@@ -35,7 +35,7 @@
 //! returned is distinguished from one that a queue took.
 
 pub mod address;
-pub mod agreed;
+pub mod agreed_value;
 pub mod bounded;
 pub mod connection;
 pub mod consumer;

@@ -1,9 +1,9 @@
-//! A value that all instances of a service must agree on, kept by the broker while any of them is
+//! A value that all instances of a service must agree on. The broker keeps it while any of them is
 //! connected.
 //!
-//! It is an argument of a queue that receives no messages. The broker refuses a declaration with
-//! another value, and the refusal names the existing one. So an instance that differs hears that
-//! from the broker before it serves, and two instances can't both be the first. The queue is
+//! It is an argument of a queue that receives no messages. The broker refuses to declare the queue
+//! with another value, and names the existing one. So an instance with another value learns of that
+//! before it serves, and of two instances that start together only one sets the value. The queue is
 //! deleted with its last consumer.
 
 use lapin::{
@@ -23,18 +23,18 @@ use crate::transport::amqp::{
 const ARGUMENT: &str = "x-dead-letter-routing-key";
 
 /// How often to try, if other instances come and go at the same time.
-const ROUNDS_MAX: usize = 5;
+const ATTEMPTS_MAX: usize = 5;
 
-/// An agreement, which holds as long as this value and its connection live.
+/// A value that was agreed on. It is kept as long as this and its connection live.
 #[derive(Debug)]
-pub struct Agreed {
+pub struct AgreedValue {
     _consumer: Consumer,
     _channel: Channel,
 }
 
-/// There is no agreement.
+/// No value was agreed on.
 #[derive(Clone, Debug, thiserror::Error)]
-pub enum AgreedError {
+pub enum AgreedValueError {
     /// Other instances, which are connected, have another value.
     #[error("queue `{queue}` says `{other}`")]
     Differs {
@@ -43,7 +43,7 @@ pub enum AgreedError {
         /// The value of the others.
         other: String,
     },
-    /// The broker doesn't answer, or with an error.
+    /// The broker doesn't answer, or answers with an error.
     #[error("failed to use queue `{queue}`")]
     Unknown {
         /// The queue that holds it.
@@ -54,8 +54,8 @@ pub enum AgreedError {
     },
 }
 
-impl Agreed {
-    /// Agrees on `word` with all that use `queue`.
+impl AgreedValue {
+    /// Agrees on `value` with all that use `queue`.
     ///
     /// # Errors
     ///
@@ -63,26 +63,28 @@ impl Agreed {
     pub async fn on(
         connection: &BrokerConnection,
         queue: &ShortString,
-        word: &str,
-    ) -> Result<Self, AgreedError> {
-        let unknown = |source| AgreedError::Unknown { queue: queue.clone(), source };
-        let mut rounds = 0;
+        value: &str,
+    ) -> Result<Self, AgreedValueError> {
+        let unknown = |source| AgreedValueError::Unknown { queue: queue.clone(), source };
+        let mut attempts = 0;
         loop {
-            rounds += 1;
-            let source = match agree(connection, queue, word).await {
+            attempts += 1;
+            let source = match agree(connection, queue, value).await {
                 Ok(agreed) => return Ok(agreed),
                 Err(source) => source,
             };
-            let broker = source.broker().filter(|_| rounds < ROUNDS_MAX);
+            let broker = source.broker().filter(|_| attempts < ATTEMPTS_MAX);
             if broker.is_some_and(is_not_found) {
                 // It was deleted with its last consumer.
                 continue;
             }
-            let Some(other) = source.broker().and_then(other_word) else {
+            let Some(other) = source.broker().and_then(other_value) else {
                 return Err(unknown(source));
             };
-            if rounds >= ROUNDS_MAX || !is_left_over(connection, queue).await.map_err(unknown)? {
-                return Err(AgreedError::Differs { queue: queue.clone(), other });
+            if attempts >= ATTEMPTS_MAX
+                || !delete_if_unused(connection, queue).await.map_err(unknown)?
+            {
+                return Err(AgreedValueError::Differs { queue: queue.clone(), other });
             }
         }
     }
@@ -91,13 +93,13 @@ impl Agreed {
 async fn agree(
     connection: &BrokerConnection,
     queue: &ShortString,
-    word: &str,
-) -> Result<Agreed, AskError> {
+    value: &str,
+) -> Result<AgreedValue, AskError> {
     let mut arguments = FieldTable::default();
     let text = |text: &str| AMQPValue::LongString(text.into());
     arguments.insert("x-queue-type".into(), text("classic"));
     arguments.insert("x-dead-letter-exchange".into(), text(""));
-    arguments.insert(ARGUMENT.into(), text(word));
+    arguments.insert(ARGUMENT.into(), text(value));
     let options = QueueDeclareOptions {
         // Queues that are neither durable nor exclusive are deprecated.
         durable: true,
@@ -116,7 +118,7 @@ async fn agree(
         answer(ANSWER_MAX, consuming).await
     };
     match consumer.await {
-        Ok(consumer) => Ok(Agreed { _consumer: consumer, _channel: channel }),
+        Ok(consumer) => Ok(AgreedValue { _consumer: consumer, _channel: channel }),
         Err(error) => {
             if error.is_silent() {
                 tokio::spawn(async move { close_channel(&channel).await });
@@ -127,13 +129,13 @@ async fn agree(
 }
 
 /// The existing value, if that is why the broker refused the declaration.
-fn other_word(error: &lapin::Error) -> Option<String> {
+fn other_value(error: &lapin::Error) -> Option<String> {
     let difference = Difference::parse(&said(error)).filter(|_| is_precondition_failed(error))?;
     difference.found.filter(|_| difference.argument == ARGUMENT)
 }
 
-/// Whether nobody used the queue, as after its node was down; then this has deleted it.
-async fn is_left_over(
+/// Deletes the queue if nobody uses it, as after its node was down; returns whether it did.
+async fn delete_if_unused(
     connection: &BrokerConnection,
     queue: &ShortString,
 ) -> Result<bool, AskError> {
