@@ -43,7 +43,7 @@ use crate::{
         exclusive_queue::{ExchangeBinding, ExclusiveQueue, ExclusiveQueueError},
         link::{Link, LinkChange, LinkWatch},
         names::{ALL, Names, key},
-        publisher::{LaneLost, Outgoing, Published, Publisher},
+        publisher::{Outgoing, Published, Publisher, PublisherError},
         rejected::rejected,
         reliable::ReliablePublisher,
         topology::{
@@ -122,7 +122,7 @@ impl Publishers {
     }
 
     /// What follows from the next message that is safe.
-    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<OnConfirm, LaneLost>> {
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<OnConfirm, PublisherError>> {
         if let Poll::Ready(safe) = self.reliable.poll_next(cx) {
             self.are_tried |= safe.is_ok();
             return Poll::Ready(safe);
@@ -192,7 +192,7 @@ pub(super) enum SessionError {
     #[error("a connection is lost")]
     Connection(#[source] lapin::Error),
     #[error(transparent)]
-    Publishing(LaneLost),
+    Publishing(PublisherError),
     #[error("the channel for publishing is lost")]
     Channel(#[source] lapin::Error),
     #[error("nothing more can be consumed")]

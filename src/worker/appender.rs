@@ -26,7 +26,7 @@ use crate::{
         bounded::AskError,
         connection::{Backoff, BrokerConnection},
         names::Names,
-        publisher::{LaneLost, Outgoing, Published, Publisher},
+        publisher::{Outgoing, Published, Publisher, PublisherError},
         unique,
     },
     wire::message::{Items, Kind},
@@ -183,7 +183,7 @@ impl Appender {
     }
 
     /// Ready when an append is answered; more can be flushed then.
-    pub(super) fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), LaneLost>> {
+    pub(super) fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), PublisherError>> {
         let Poll::Ready(answered) = self.lane.poll_next(cx) else { return Poll::Pending };
         let (id, published) = answered?;
         self.answered(id, &published);

@@ -26,7 +26,7 @@ use crate::{
         bounded::AskError,
         connection::BrokerConnection,
         names::{self, ALL, ANY, NO_REPLY, Names},
-        publisher::{LaneLost, Outgoing, Published, Publisher},
+        publisher::{Outgoing, Published, Publisher, PublisherError},
         reliable::ReliablePublisher,
         unique,
     },
@@ -372,7 +372,10 @@ impl Outbox {
     // ---- Confirms ----------------------------------------------------------------------------
 
     /// What follows next from what was published.
-    pub(super) fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Followed, LaneLost>> {
+    pub(super) fn poll_next(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<Followed, PublisherError>> {
         loop {
             if let Some(followed) = self.followed.pop_front() {
                 return Poll::Ready(Ok(followed));

@@ -7,7 +7,7 @@ use std::{sync::Arc, time::Duration};
 use dtc::transport::amqp::{
     connection::{Broker as Address, close},
     pool::Channels,
-    publisher::{LaneLost, Outgoing, Publisher},
+    publisher::{Outgoing, Publisher, PublisherError},
 };
 use lapin::{
     Channel, Connection, ConnectionProperties,
@@ -99,6 +99,6 @@ async fn a_publish_on_a_closed_channel_is_reported_lost_at_once() {
     }
     publisher.publish(nowhere(), 2);
     let lost = tokio::time::timeout(LIMIT, publisher.next()).await.unwrap();
-    assert!(matches!(lost, Err(LaneLost::Channel { .. })), "{lost:?}");
+    assert!(matches!(lost, Err(PublisherError::Channel { .. })), "{lost:?}");
     link.close().await;
 }

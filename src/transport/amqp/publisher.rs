@@ -8,9 +8,9 @@
 //! messages only; a broker that has stopped reading from the connection, or that has lost a
 //! confirm, answers nothing at all. So a publish that is not confirmed within [`CONFIRM_MAX`] is
 //! given up alone while others are confirmed. If none is, the publisher opens another channel; and
-//! if the connection gives none, the publisher is [lost](LaneLost). If a lost confirm would hold up
-//! everything else, a publisher [starts with a shorter limit](Publisher::impatient), and doubles it
-//! each time that the next channel confirms nothing either.
+//! if the connection gives none, the publisher is [lost](PublisherError). If a lost confirm would
+//! hold up everything else, a publisher [starts with a shorter limit](Publisher::impatient), and
+//! doubles it each time that the next channel confirms nothing either.
 //!
 //! **A returned message.** The broker returns a message that no queue takes just before it confirms
 //! it. lapin attaches returned messages, in the order of their arrival, to whichever confirm it
@@ -174,7 +174,7 @@ pub async fn publish_within(
 
 /// A publisher can't be used any more.
 #[derive(Clone, Debug, thiserror::Error)]
-pub enum LaneLost {
+pub enum PublisherError {
     /// Its channel or its connection is gone. Unconfirmed messages may have arrived or not.
     #[error("lost the channel for {what}")]
     Channel {
@@ -197,7 +197,7 @@ pub enum LaneLost {
     },
 }
 
-impl LaneLost {
+impl PublisherError {
     /// The broker's reason, if it gave one.
     pub fn broker(&self) -> Option<&lapin::Error> {
         match self {
@@ -383,17 +383,20 @@ impl<T: Send + 'static> Publisher<T> {
     /// # Errors
     ///
     /// The publisher can't be used any more, and reports nothing more.
-    pub async fn next(&mut self) -> Result<(T, Published), LaneLost> {
+    pub async fn next(&mut self) -> Result<(T, Published), PublisherError> {
         std::future::poll_fn(|cx| self.poll_next(cx)).await
     }
 
     /// The same, if a result is known already.
-    pub fn ready(&mut self) -> Option<Result<(T, Published), LaneLost>> {
+    pub fn ready(&mut self) -> Option<Result<(T, Published), PublisherError>> {
         self.next().now_or_never()
     }
 
     /// [`Publisher::next`] as a poll function, for callers that wait for several things.
-    pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<(T, Published), LaneLost>> {
+    pub fn poll_next(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<(T, Published), PublisherError>> {
         loop {
             if let Some((ticket, silent_for)) = self.given_up.pop_front() {
                 return Poll::Ready(Ok((ticket, Published::Unconfirmed(silent_for))));
@@ -401,7 +404,7 @@ impl<T: Send + 'static> Publisher<T> {
             while let Poll::Ready(Some((number, published))) = self.on_their_way.poll_next_unpin(cx)
             {
                 if let Published::Lost(source) = published {
-                    return Poll::Ready(Err(LaneLost::Channel {
+                    return Poll::Ready(Err(PublisherError::Channel {
                         what: Arc::clone(&self.what),
                         source,
                     }));
@@ -508,13 +511,17 @@ impl<T: Send + 'static> Publisher<T> {
         self.renewal = Some(ChannelRenewal { opening, silent_for, backlog: Vec::new() });
     }
 
-    fn renewed(&mut self, opened: Result<PublishChannel, AskError>) -> Option<LaneLost> {
+    fn renewed(&mut self, opened: Result<PublishChannel, AskError>) -> Option<PublisherError> {
         let ChannelRenewal { silent_for, backlog, .. } = self.renewal.take()?;
         match opened {
             Ok(channel) => self.channel = channel,
             Err(source) => {
                 let silent_for = silent_for + ANSWER_MAX;
-                return Some(LaneLost::Silent { what: Arc::clone(&self.what), silent_for, source });
+                return Some(PublisherError::Silent {
+                    what: Arc::clone(&self.what),
+                    silent_for,
+                    source,
+                });
             }
         }
         self.heard_at = Instant::now();

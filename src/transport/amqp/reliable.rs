@@ -16,7 +16,7 @@ use tokio::time::Instant;
 use crate::transport::amqp::{
     bounded::AskError,
     connection::{Backoff, BrokerConnection},
-    publisher::{LaneLost, Outgoing, Published, Publisher},
+    publisher::{Outgoing, Published, Publisher, PublisherError},
 };
 
 /// The first pause before a message is published again, and the longest one.
@@ -71,17 +71,17 @@ impl<T: Send + 'static> ReliablePublisher<T> {
     /// # Errors
     ///
     /// The publisher can't be used any more.
-    pub async fn next(&mut self) -> Result<T, LaneLost> {
+    pub async fn next(&mut self) -> Result<T, PublisherError> {
         std::future::poll_fn(|cx| self.poll_next(cx)).await
     }
 
     /// The same, if a message is safe already.
-    pub fn ready(&mut self) -> Option<Result<T, LaneLost>> {
+    pub fn ready(&mut self) -> Option<Result<T, PublisherError>> {
         self.next().now_or_never()
     }
 
     /// [`ReliablePublisher::next`] as a poll function, for callers that wait for several things.
-    pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<T, LaneLost>> {
+    pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<T, PublisherError>> {
         while let Poll::Ready(answered) = self.lane.poll_next(cx) {
             let (pending, published) = answered?;
             if let Some(then) = self.published(pending, &published) {

@@ -4,7 +4,7 @@ use crate::{
     clock::ClockStep,
     transport::amqp::{
         bounded::AskError, consumer::Closed, error::is_not_found,
-        exclusive_queue::ExclusiveQueueError, publisher::LaneLost,
+        exclusive_queue::ExclusiveQueueError, publisher::PublisherError,
     },
     worker::{clocks::Off, follower::FollowError, journal::ReadError},
 };
@@ -25,7 +25,7 @@ pub(in crate::worker) enum SessionError {
     #[error(transparent)]
     Journal(#[from] FollowError),
     #[error(transparent)]
-    Lane(#[from] LaneLost),
+    Lane(#[from] PublisherError),
     #[error("lost the connection")]
     Lost(#[source] lapin::Error),
     #[error("the broker takes messages again, but did not unblock this connection after an alarm")]
