@@ -56,7 +56,7 @@ use crate::{
         error::{BrokerError, Disposition, is_not_found, is_refusal},
         names::Names,
         pool::{Channels, PublishError},
-        publisher::Outgoing,
+        publisher::OutgoingMessage,
     },
     wire::message::{Kind, encode_request},
 };
@@ -451,7 +451,7 @@ impl Client {
             problem: error.to_string(),
         })?;
         let Key { key, seconds } = Key::of(spec, requested_at);
-        let message = Outgoing {
+        let message = OutgoingMessage {
             exchange: self.shared.names.requests(),
             key: REQUEST_KEY.into(),
             message_type: Kind::Request.as_type(),
@@ -460,7 +460,7 @@ impl Client {
             mandatory: true,
             message_id: Some(spec.id.as_str().into()),
             timestamp: Some(seconds),
-            ..Outgoing::default()
+            ..OutgoingMessage::default()
         };
         Ok(Request { key, message })
     }
@@ -469,7 +469,7 @@ impl Client {
 /// A request as it is sent, as often as it takes.
 struct Request {
     key: TransactionKey,
-    message: Outgoing,
+    message: OutgoingMessage,
 }
 
 /// What a transaction is named by, as it travels: in whole seconds.

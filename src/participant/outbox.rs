@@ -11,7 +11,7 @@ use crate::{
     },
     transport::amqp::{
         names::{ANY, Names, PREPARES_MAX, key},
-        publisher::Outgoing,
+        publisher::OutgoingMessage,
     },
     wire::message::{Item, Items, Kind},
 };
@@ -37,7 +37,7 @@ type Bodies = Vec<Items>;
 /// Something to publish; `owed` may be acknowledged once it is safe with the broker.
 #[derive(Debug)]
 pub(super) struct OutboundMessage {
-    pub(super) message: Outgoing,
+    pub(super) message: OutgoingMessage,
     pub(super) owed: Vec<Delivery>,
     /// Whether it must not be lost: else whoever waits for it asks again.
     pub(super) must_arrive: bool,
@@ -116,7 +116,7 @@ impl Outbox {
     fn outbound(&self, to: &str, body: Items, owed: Option<Vec<Delivery>>) -> OutboundMessage {
         let must_arrive = owed.is_some();
         let kind = body.kind();
-        let message = Outgoing {
+        let message = OutgoingMessage {
             exchange: self.exchange.clone(),
             key: key(to, &self.service),
             message_type: kind.map_or("", |kind| kind.as_type()),
@@ -124,7 +124,7 @@ impl Outbox {
             persistent: must_arrive,
             mandatory: must_arrive,
             headers: self.headers.clone().filter(|_| kind != Some(Kind::Inquiry)),
-            ..Outgoing::default()
+            ..OutgoingMessage::default()
         };
         OutboundMessage { message, owed: owed.unwrap_or_default(), must_arrive }
     }

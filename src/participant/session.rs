@@ -43,7 +43,7 @@ use crate::{
         exclusive_queue::{ExchangeBinding, ExclusiveQueue, ExclusiveQueueError},
         link::{Link, LinkChange, LinkWatch},
         names::{ALL, Names, key},
-        publisher::{Outgoing, Published, Publisher, PublisherError},
+        publisher::{OutgoingMessage, Published, Publisher, PublisherError},
         rejected::rejected,
         reliable::ReliablePublisher,
         topology::{
@@ -103,7 +103,7 @@ impl Publishers {
     }
 
     /// What may be lost. The first of it has to show that it is not refused.
-    fn pass(&mut self, message: Outgoing) {
+    fn pass(&mut self, message: OutgoingMessage) {
         match self.are_tried {
             true => self.passing.publish(message, ()),
             false => self.reliable.publish(message, OnConfirm::Nothing),

@@ -26,7 +26,7 @@ use crate::{
         bounded::AskError,
         connection::{Backoff, BrokerConnection},
         names::Names,
-        publisher::{Outgoing, Published, Publisher, PublisherError},
+        publisher::{OutgoingMessage, Published, Publisher, PublisherError},
         unique,
     },
     wire::message::{Items, Kind},
@@ -169,14 +169,14 @@ impl Appender {
             return;
         }
         let Some(append) = self.pending.next() else { return };
-        let message = Outgoing {
+        let message = OutgoingMessage {
             key: self.journal.clone(),
             message_type: Kind::Decision.as_type(),
             body: append.body.clone(),
             persistent: true,
             mandatory: true,
             message_id: Some(append.id.clone()),
-            ..Outgoing::default()
+            ..OutgoingMessage::default()
         };
         self.again_at = None;
         self.lane.publish(message, append.id.clone());

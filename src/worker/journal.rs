@@ -30,7 +30,7 @@ use crate::{
         bounded::{ANSWER_MAX, AskError, STREAM_MAX, answer},
         connection::{Backoff, BrokerConnection, PublishChannel},
         consumer::{Closed, Inbox},
-        publisher::{CONFIRM_MAX, Outgoing, Published, publish_within},
+        publisher::{CONFIRM_MAX, OutgoingMessage, Published, publish_within},
         stream::{Scan, ScanError, StreamStart},
         unique,
     },
@@ -461,7 +461,7 @@ impl Journal {
 
     /// Publishes a marker, by one channel after the other: it may be lost while the stream's writer
     /// moves, which is when the journal is read anew.
-    async fn publish_marker(&self, message: &Outgoing) -> Result<Published, ReadError> {
+    async fn publish_marker(&self, message: &OutgoingMessage) -> Result<Published, ReadError> {
         let mut left = CONFIRM_MAX;
         loop {
             let channel = PublishChannel::open(&self.publishing).await.map_err(ReadError::Mark)?;
@@ -480,15 +480,19 @@ impl Journal {
     }
 
     /// A message of decisions.
-    pub(super) fn message(&self, body: Vec<u8>, message_id: Option<ShortString>) -> Outgoing {
-        Outgoing {
+    pub(super) fn message(
+        &self,
+        body: Vec<u8>,
+        message_id: Option<ShortString>,
+    ) -> OutgoingMessage {
+        OutgoingMessage {
             key: self.queue.clone(),
             message_type: Kind::Decision.as_type(),
             body,
             persistent: true,
             mandatory: true,
             message_id,
-            ..Outgoing::default()
+            ..OutgoingMessage::default()
         }
     }
 }

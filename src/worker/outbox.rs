@@ -26,7 +26,7 @@ use crate::{
         bounded::AskError,
         connection::BrokerConnection,
         names::{self, ALL, ANY, NO_REPLY, Names},
-        publisher::{Outgoing, Published, Publisher, PublisherError},
+        publisher::{OutgoingMessage, Published, Publisher, PublisherError},
         reliable::ReliablePublisher,
         unique,
     },
@@ -69,7 +69,7 @@ pub(super) enum OnConfirm {
     Ack(Unacked),
     /// Tell the producer of a request that is set aside, and acknowledge the request, whether or not
     /// that is taken: its producer can ask again.
-    Answer(Box<Outgoing>, Unacked),
+    Answer(Box<OutgoingMessage>, Unacked),
     /// Write the record of a commit whose command is safe now.
     Record(Box<Parked>),
     /// Try the suspect that this is.
@@ -211,7 +211,7 @@ impl Outbox {
     }
 
     /// The message that tells a producer of `answer`, by itself.
-    pub(super) fn result(&self, reply: Option<&ReplyToken>, answer: &Answer) -> Outgoing {
+    pub(super) fn result(&self, reply: Option<&ReplyToken>, answer: &Answer) -> OutgoingMessage {
         self.result_message(reply, answer.outcome, body_of(answer))
     }
 
@@ -255,7 +255,7 @@ impl Outbox {
 
     /// Writes down, in the journal, that a suspect is tried or that this is over.
     pub(super) fn write_down(&mut self, it: &Try, then: OnConfirm) {
-        let message = Outgoing {
+        let message = OutgoingMessage {
             key: self.names.journal(),
             message_type: Kind::Decision.as_type(),
             body: Items::new().into_body(),
@@ -264,24 +264,24 @@ impl Outbox {
             // The same one when it is published again.
             message_id: Some(unique::name('t').into()),
             headers: Some(it.headers()),
-            ..Outgoing::default()
+            ..OutgoingMessage::default()
         };
         self.durable(message, then);
     }
 
-    fn unresolved(&self, kind: Kind, body: Vec<u8>) -> Outgoing {
-        Outgoing {
+    fn unresolved(&self, kind: Kind, body: Vec<u8>) -> OutgoingMessage {
+        OutgoingMessage {
             key: self.names.unresolved(),
             message_type: kind.as_type(),
             body,
             persistent: true,
             mandatory: true,
-            ..Outgoing::default()
+            ..OutgoingMessage::default()
         }
     }
 
     /// Publishes `message` until it is confirmed, and then does what follows.
-    pub(super) fn durable(&mut self, message: Outgoing, then: OnConfirm) {
+    pub(super) fn durable(&mut self, message: OutgoingMessage, then: OnConfirm) {
         self.durable.publish(message, then);
     }
 
@@ -302,14 +302,14 @@ impl Outbox {
     }
 
     fn write_prepares(&mut self, service: ServiceName, Prepares { items, keys }: Prepares) {
-        let message = Outgoing {
+        let message = OutgoingMessage {
             exchange: self.names.prepare(),
             key: names::key(&self.worker, &service),
             message_type: Kind::Prepare.as_type(),
             body: items.into_body(),
             mandatory: true,
             reply_to: Some(self.reply_to()),
-            ..Outgoing::default()
+            ..OutgoingMessage::default()
         };
         self.prepares.publish(message, Asked { keys, service });
     }
@@ -319,7 +319,7 @@ impl Outbox {
     }
 
     /// Commands, whatever they are. What is for any instance stays until one has taken it.
-    fn command(&self, to: &To, body: Vec<u8>) -> Outgoing {
+    fn command(&self, to: &To, body: Vec<u8>) -> OutgoingMessage {
         let To { service, destination, kind } = to;
         let (exchange, key, stays) = match destination {
             Destination::Instance(instance) => {
@@ -328,7 +328,7 @@ impl Outbox {
             Destination::AllInstances => (self.names.finish(), names::key(ALL, service), false),
             Destination::AnyInstance => (self.names.finish_any(), names::key(ANY, service), true),
         };
-        Outgoing {
+        OutgoingMessage {
             exchange,
             key,
             message_type: kind.as_type(),
@@ -336,7 +336,7 @@ impl Outbox {
             persistent: stays,
             mandatory: stays,
             reply_to: Some(self.reply_to()),
-            ..Outgoing::default()
+            ..OutgoingMessage::default()
         }
     }
 
@@ -352,16 +352,16 @@ impl Outbox {
         reply: Option<&ReplyToken>,
         outcome: Outcome,
         body: Vec<u8>,
-    ) -> Outgoing {
+    ) -> OutgoingMessage {
         let reply = reply.map_or(NO_REPLY, ReplyToken::as_str);
-        Outgoing {
+        OutgoingMessage {
             exchange: self.names.results(),
             key: names::key(reply, outcome),
             message_type: Kind::Result.as_type(),
             body,
             persistent: true,
             mandatory: true,
-            ..Outgoing::default()
+            ..OutgoingMessage::default()
         }
     }
 

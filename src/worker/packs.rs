@@ -51,7 +51,7 @@ use crate::{
         consumer::Inbox,
         link::Link,
         names::Names,
-        publisher::{Outgoing, Published, publish_within},
+        publisher::{OutgoingMessage, Published, publish_within},
         unique,
     },
     wire::message::{Copied, Kind, decode},
@@ -169,8 +169,8 @@ impl PackedJournal {
     }
 
     /// A message of packed messages.
-    pub(super) fn message(&self, body: Vec<u8>) -> Outgoing {
-        Outgoing {
+    pub(super) fn message(&self, body: Vec<u8>) -> OutgoingMessage {
+        OutgoingMessage {
             key: self.queue.clone(),
             message_type: Kind::Pack.as_type(),
             body,
@@ -178,7 +178,7 @@ impl PackedJournal {
             mandatory: true,
             message_id: Some(unique::name('p').into()),
             user_id: Some(self.user.clone()),
-            ..Outgoing::default()
+            ..OutgoingMessage::default()
         }
     }
 

@@ -7,7 +7,7 @@ use std::{sync::Arc, time::Duration};
 use dtc::transport::amqp::{
     connection::{Broker as Address, close},
     pool::Channels,
-    publisher::{Outgoing, Publisher, PublisherError},
+    publisher::{OutgoingMessage, Publisher, PublisherError},
 };
 use lapin::{
     Channel, Connection, ConnectionProperties,
@@ -35,8 +35,12 @@ fn address(place: &Place) -> Address {
     Address::new(place.url.parse().unwrap(), "test")
 }
 
-fn large(key: &ShortString) -> Outgoing {
-    Outgoing { key: key.clone(), body: vec![b'x'; 1024 * 1024], ..Outgoing::default() }
+fn large(key: &ShortString) -> OutgoingMessage {
+    OutgoingMessage {
+        key: key.clone(),
+        body: vec![b'x'; 1024 * 1024],
+        ..OutgoingMessage::default()
+    }
 }
 
 /// Like a producer that asks again whenever it listens on another queue: it waits for none of its
@@ -48,7 +52,7 @@ async fn a_connection_that_confirms_nothing_is_given_up_even_if_every_wait_is_sh
     let proxy = Proxy::to(&place.url);
     let broker = Address::new(proxy.url(&place.url).parse().unwrap(), "test");
     let channels = Channels::new(broker, 1);
-    let message = || Outgoing { key: queue.clone(), ..Outgoing::default() };
+    let message = || OutgoingMessage { key: queue.clone(), ..OutgoingMessage::default() };
     channels.publish(message()).await.unwrap();
     let stopped = proxy.stop(Frames::confirms());
     for _ in 0..30 {
@@ -91,7 +95,10 @@ async fn a_publish_on_a_closed_channel_is_reported_lost_at_once() {
     let place = place();
     let link = address(&place).link().await.unwrap();
     let mut publisher = Publisher::unconfirmed(&link.publishing, "a test").await.unwrap();
-    let nowhere = || Outgoing { exchange: "dtc-no-such-exchange".into(), ..Outgoing::default() };
+    let nowhere = || OutgoingMessage {
+        exchange: "dtc-no-such-exchange".into(),
+        ..OutgoingMessage::default()
+    };
     assert!(publisher.is_open());
     publisher.publish(nowhere(), 1);
     while publisher.is_open() {

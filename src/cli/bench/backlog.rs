@@ -23,7 +23,7 @@ use crate::{
     transport::amqp::{
         consumer::Inbox,
         names::{REQUEST, key},
-        publisher::{Outgoing, Published, Publisher},
+        publisher::{OutgoingMessage, Published, Publisher},
         unique,
     },
     wire::message::{Kind, decode, encode_request},
@@ -150,7 +150,7 @@ async fn pile_up(
     let (name, data, clock) = (unique::name('t'), data_of(data), Clock::start());
     for number in 0..requests {
         let transaction = Transaction::new(format!("{name}-{number}"), SERVICES, data.clone());
-        let message = Outgoing {
+        let message = OutgoingMessage {
             exchange: namespace.names.requests(),
             key: REQUEST.into(),
             message_type: Kind::Request.as_type(),
@@ -158,7 +158,7 @@ async fn pile_up(
             persistent: true,
             mandatory: true,
             timestamp: Some(clock.now().as_millis() / 1000),
-            ..Outgoing::default()
+            ..OutgoingMessage::default()
         };
         publisher.publish(message, ());
         while publisher.outstanding() >= UNCONFIRMED_MAX {

@@ -21,7 +21,7 @@ use crate::{
     transport::amqp::{
         connection::{Broker, BrokerConnection, close},
         consumer::Inbox,
-        publisher::{Outgoing, Published, Publisher},
+        publisher::{OutgoingMessage, Published, Publisher},
         topology::QueueKind,
         unique,
     },
@@ -112,11 +112,11 @@ async fn serve(broker: Broker, queue: ShortString) -> anyhow::Result<()> {
     loop {
         while let Some(message) = next {
             let message = message?;
-            let reply = Outgoing {
+            let reply = OutgoingMessage {
                 key: message.properties.reply_to().clone().unwrap_or_default(),
                 message_id: message.properties.message_id().clone(),
                 body: message.data,
-                ..Outgoing::default()
+                ..OutgoingMessage::default()
             };
             replies.publish(reply, ());
             inbox.ack(message.delivery_tag);
@@ -156,13 +156,13 @@ async fn call(
     let ends_at = begins_at + duration;
     let mut send = |calls: &mut BTreeMap<u64, EchoCall>, requests: &mut Publisher<u64>| {
         number += 1;
-        let request = Outgoing {
+        let request = OutgoingMessage {
             key: queue.clone(),
             body: vec![b'x'; BODY],
             persistent: true,
             reply_to: Some(reply_to.clone()),
             message_id: Some(number.to_string().into()),
-            ..Outgoing::default()
+            ..OutgoingMessage::default()
         };
         calls.insert(number, EchoCall { since: Instant::now(), half: false });
         requests.publish(request, number);
@@ -254,11 +254,11 @@ async fn send(broker: &Broker, queue: &ShortString, duration: Duration) -> anyho
     let mut counted = 0_u64;
     loop {
         while publisher.outstanding() < UNCONFIRMED_MAX {
-            let message = Outgoing {
+            let message = OutgoingMessage {
                 key: queue.clone(),
                 body: vec![b'x'; BODY],
                 persistent: true,
-                ..Outgoing::default()
+                ..OutgoingMessage::default()
             };
             publisher.publish(message, ());
         }
@@ -319,11 +319,11 @@ async fn send_alone(
         if since >= ends_at {
             break;
         }
-        let message = Outgoing {
+        let message = OutgoingMessage {
             key: queue.clone(),
             body: vec![b'x'; BODY],
             persistent,
-            ..Outgoing::default()
+            ..OutgoingMessage::default()
         };
         publisher.publish(message, ());
         let message = tokio::time::timeout(SILENCE_MAX, inbox.next()).await;

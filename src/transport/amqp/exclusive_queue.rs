@@ -33,7 +33,7 @@ use crate::transport::amqp::{
     bounded::{ANSWER_MAX, AskError, answer},
     connection::BrokerConnection,
     consumer::{Closed, Inbox},
-    publisher::{Outgoing, Published, Publisher},
+    publisher::{OutgoingMessage, Published, Publisher},
     unique,
 };
 
@@ -297,12 +297,12 @@ impl LinkProbe {
     }
 
     fn send(&mut self) {
-        let message = Outgoing {
+        let message = OutgoingMessage {
             key: self.queue.clone(),
             message_type: PROBE,
             expires_after: Some(PROBE_MAX * 2),
             mandatory: true,
-            ..Outgoing::default()
+            ..OutgoingMessage::default()
         };
         self.publisher.publish(message, ());
         (self.sent_at, self.has_received, self.is_extended) = (Some(Instant::now()), false, false);

@@ -24,7 +24,7 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::transport::amqp::{
     connection::{Broker, BrokerConnection, ConnectionError, PublishChannel, close},
     error::Disposition,
-    publisher::{Outgoing, Published, publish_within},
+    publisher::{OutgoingMessage, Published, publish_within},
 };
 
 /// After how long an alarm is logged, and checked on a new connection.
@@ -122,7 +122,7 @@ impl Link {
 /// message on a connection, and stops only after it.
 async fn is_read(channel: PublishChannel) -> bool {
     for _ in 0..2 {
-        let message = Outgoing { key: "dtc-nowhere".into(), ..Outgoing::default() };
+        let message = OutgoingMessage { key: "dtc-nowhere".into(), ..OutgoingMessage::default() };
         match publish_within(channel.clone(), message, TAKEN_WITHIN).await {
             Published::Unconfirmed(_) => return false,
             Published::Confirmed | Published::Unroutable | Published::Refused => {}

@@ -19,7 +19,7 @@ use crate::transport::amqp::{
     connection::{
         Broker, BrokerConnection, ConnectionError, PublishChannel, QueueCounts, close, counts,
     },
-    publisher::{Outgoing, Published, publish_within},
+    publisher::{OutgoingMessage, Published, publish_within},
 };
 
 /// How long a confirm may take before the connection is replaced. The publisher of the message must
@@ -101,7 +101,7 @@ impl Channels {
     /// # Errors
     ///
     /// The broker may not have it. The caller decides whether to publish it again.
-    pub async fn publish(&self, message: Outgoing) -> Result<(), PublishError> {
+    pub async fn publish(&self, message: OutgoingMessage) -> Result<(), PublishError> {
         let (exchange, key) = (message.exchange.clone(), message.key.clone());
         let PooledChannel { channel, connection } = self.channel().await?;
         connection.asked(&exchange);

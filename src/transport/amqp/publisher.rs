@@ -53,7 +53,7 @@ const ABANDONED_MAX: usize = 4096;
 
 /// A message to publish.
 #[derive(Clone, Debug, Default)]
-pub struct Outgoing {
+pub struct OutgoingMessage {
     /// The exchange; empty: directly to the queue that `key` names.
     pub exchange: ShortString,
     /// The routing key.
@@ -80,7 +80,7 @@ pub struct Outgoing {
     pub headers: Option<FieldTable>,
 }
 
-impl Outgoing {
+impl OutgoingMessage {
     /// Its id on its channel, by which it is recognised if it is returned.
     fn identify(&mut self) -> ShortString {
         static NEXT: AtomicU64 = AtomicU64::new(1);
@@ -135,11 +135,11 @@ pub enum Published {
 /// Publishes one message on `channel`; without confirms it counts as confirmed when it is written.
 /// It is written when the future is first polled. The caller must bound the wait for its confirm:
 /// see [`publish_within`].
-pub async fn publish(channel: PublishChannel, mut message: Outgoing) -> Published {
+pub async fn publish(channel: PublishChannel, mut message: OutgoingMessage) -> Published {
     let options = BasicPublishOptions { mandatory: message.mandatory, immediate: false };
     let id = message.mandatory.then(|| message.identify());
     let properties = message.properties();
-    let Outgoing { exchange, key, body, .. } = message;
+    let OutgoingMessage { exchange, key, body, .. } = message;
     traffic::published();
     let written = channel.basic_publish(exchange, key, options, &body, properties).await;
     drop(body);
@@ -163,7 +163,7 @@ pub async fn publish(channel: PublishChannel, mut message: Outgoing) -> Publishe
 /// channel again on which a confirm was missing.
 pub async fn publish_within(
     channel: PublishChannel,
-    message: Outgoing,
+    message: OutgoingMessage,
     limit: Duration,
 ) -> Published {
     match timeout(limit, publish(channel, message)).await {
@@ -252,7 +252,7 @@ struct ChannelRenewal<T> {
     opening: BoxFuture<'static, Result<PublishChannel, AskError>>,
     silent_for: Duration,
     /// The messages published meanwhile.
-    backlog: Vec<(Outgoing, T)>,
+    backlog: Vec<(OutgoingMessage, T)>,
 }
 
 /// Whether publishes are confirmed.
@@ -351,7 +351,7 @@ impl<T: Send + 'static> Publisher<T> {
     }
 
     /// Publishes `message` after all earlier ones.
-    pub fn publish(&mut self, message: Outgoing, ticket: T) {
+    pub fn publish(&mut self, message: OutgoingMessage, ticket: T) {
         if let Some(renewal) = &mut self.renewal {
             return renewal.backlog.push((message, ticket));
         }

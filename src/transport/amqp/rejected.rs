@@ -10,13 +10,13 @@ use lapin::{
     types::{AMQPValue, FieldTable, ShortString},
 };
 
-use crate::transport::amqp::{frames::UNREADABLE, names::Names, publisher::Outgoing};
+use crate::transport::amqp::{frames::UNREADABLE, names::Names, publisher::OutgoingMessage};
 
 /// To how many characters a reason is cut.
 const REASON_MAX: usize = 1024;
 
 /// `delivery`, which came from `queue`, as a message to the queue of rejected messages.
-pub fn rejected(names: &Names, queue: &str, delivery: &Delivery, reason: &str) -> Outgoing {
+pub fn rejected(names: &Names, queue: &str, delivery: &Delivery, reason: &str) -> OutgoingMessage {
     let mut headers = FieldTable::default();
     put(&mut headers, "reason", reason);
     put(&mut headers, "queue", queue);
@@ -28,7 +28,7 @@ pub fn rejected(names: &Names, queue: &str, delivery: &Delivery, reason: &str) -
     if let Some(encoding) = delivery.properties.content_encoding() {
         put(&mut headers, "content_encoding", encoding.as_str());
     }
-    Outgoing {
+    OutgoingMessage {
         body: delivery.data.clone(),
         message_id: delivery.properties.message_id().clone(),
         timestamp: *delivery.properties.timestamp(),
@@ -43,11 +43,11 @@ pub fn rejected_request(
     body: Vec<u8>,
     requested_at_seconds: u64,
     reason: &str,
-) -> Outgoing {
+) -> OutgoingMessage {
     let mut headers = FieldTable::default();
     put(&mut headers, "reason", reason);
     put(&mut headers, "queue", names.requests().as_str());
-    Outgoing { body, timestamp: Some(requested_at_seconds), ..set_aside(names, headers) }
+    OutgoingMessage { body, timestamp: Some(requested_at_seconds), ..set_aside(names, headers) }
 }
 
 /// Why the headers of `delivery` could not be read. Such a message is set aside whatever else it
@@ -77,13 +77,13 @@ pub fn shown(text: &str) -> String {
     text.chars().take(CHARS_MAX).flat_map(char::escape_debug).collect()
 }
 
-fn set_aside(names: &Names, headers: FieldTable) -> Outgoing {
-    Outgoing {
+fn set_aside(names: &Names, headers: FieldTable) -> OutgoingMessage {
+    OutgoingMessage {
         key: names.rejected(),
         persistent: true,
         mandatory: true,
         headers: Some(headers),
-        ..Outgoing::default()
+        ..OutgoingMessage::default()
     }
 }
 

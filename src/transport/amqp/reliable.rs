@@ -16,7 +16,7 @@ use tokio::time::Instant;
 use crate::transport::amqp::{
     bounded::AskError,
     connection::{Backoff, BrokerConnection},
-    publisher::{Outgoing, Published, Publisher, PublisherError},
+    publisher::{OutgoingMessage, Published, Publisher, PublisherError},
 };
 
 /// The first pause before a message is published again, and the longest one.
@@ -37,7 +37,7 @@ pub struct ReliablePublisher<T> {
 
 #[derive(Debug)]
 struct PendingPublish<T> {
-    message: Outgoing,
+    message: OutgoingMessage,
     then: T,
     backoff: Backoff,
 }
@@ -58,7 +58,7 @@ impl<T: Send + 'static> ReliablePublisher<T> {
 
     /// Publishes `message` until it is safe. If it is not `mandatory`, it counts as safe even if no
     /// queue takes it.
-    pub fn publish(&mut self, message: Outgoing, then: T) {
+    pub fn publish(&mut self, message: OutgoingMessage, then: T) {
         self.write(PendingPublish { message, then, backoff: Backoff::new(PAUSE_FIRST, PAUSE_MAX) });
     }
 
@@ -102,7 +102,7 @@ impl<T: Send + 'static> ReliablePublisher<T> {
         let now = Instant::now();
         if self.said_at.is_none_or(|at| now - at >= SAID_EVERY) {
             self.said_at = Some(now);
-            let Outgoing { exchange, key, .. } = &pending.message;
+            let OutgoingMessage { exchange, key, .. } = &pending.message;
             tracing::error!(
                 %exchange, %key, waiting = self.again.len() + 1,
                 "a message that must not be lost is not safe yet, and is published again: {fate}"

@@ -15,7 +15,7 @@ use dtc::{
         message::{Decision, Outcome},
         time::Time,
     },
-    transport::amqp::publisher::{Outgoing, Published, Publisher},
+    transport::amqp::publisher::{OutgoingMessage, Published, Publisher},
     wire::message::{Items, Kind},
 };
 use serde_json::{Value, json};
@@ -116,13 +116,13 @@ fn write_record(system: &System, worker: &str, ahead: Duration) {
     };
     let mut items = Items::new();
     items.push(&record).unwrap();
-    let message = Outgoing {
+    let message = OutgoingMessage {
         key: system.names.journal(),
         message_type: Kind::Decision.as_type(),
         body: items.into_body(),
         persistent: true,
         mandatory: true,
-        ..Outgoing::default()
+        ..OutgoingMessage::default()
     };
     system.runtime.block_on(async {
         let connection = Arc::new(system.address().connect("publish").await.unwrap());

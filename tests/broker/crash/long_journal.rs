@@ -13,7 +13,7 @@ use dtc::{
     },
     transport::amqp::{
         connection::Broker,
-        publisher::{Outgoing, Published, Publisher},
+        publisher::{OutgoingMessage, Published, Publisher},
     },
     wire::message::{Items, Kind},
 };
@@ -88,13 +88,13 @@ pub(super) async fn fill(system: &System, content: &Content) -> usize {
         let mut items = Items::new();
         (first..first + per_message).for_each(|number| items.push(&decision(number, now)).unwrap());
         bytes += items.size();
-        let message = Outgoing {
+        let message = OutgoingMessage {
             key: system.names.journal(),
             message_type: Kind::Decision.as_type(),
             body: items.into_body(),
             persistent: true,
             mandatory: true,
-            ..Outgoing::default()
+            ..OutgoingMessage::default()
         };
         publisher.publish(message, ());
         while publisher.outstanding() >= outstanding {

@@ -4,7 +4,7 @@ use std::{ops::Range, sync::Arc};
 
 use dtc::{
     ReasonCode, Transaction,
-    transport::amqp::publisher::{Outgoing, Publisher},
+    transport::amqp::publisher::{OutgoingMessage, Publisher},
     wire::message::{Copied, Items, Kind, decode},
 };
 use lapin::message::Delivery;
@@ -267,14 +267,14 @@ fn publish(system: &System, messages: Vec<(Kind, Vec<u8>)>, user: Option<&str>) 
         let connection = Arc::new(system.address().connect("publish").await.unwrap());
         let mut publisher = Publisher::open(&connection, "packs").await.unwrap();
         for (kind, body) in messages {
-            let message = Outgoing {
+            let message = OutgoingMessage {
                 key: system.names.packed_journal(),
                 message_type: kind.as_type(),
                 body,
                 persistent: true,
                 mandatory: true,
                 user_id: user.map(Into::into),
-                ..Outgoing::default()
+                ..OutgoingMessage::default()
             };
             publisher.publish(message, ());
             confirmed(&mut publisher).await;

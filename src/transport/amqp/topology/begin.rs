@@ -22,7 +22,7 @@ use crate::{
         connection::{BrokerConnection, PublishChannel},
         error::is_out_of_reach,
         names::Names,
-        publisher::{Outgoing, Published, publish},
+        publisher::{OutgoingMessage, Published, publish},
         topology::probe::{Presence, Prober},
     },
     wire::message::{Items, JournalBegun, Kind},
@@ -137,13 +137,13 @@ pub(super) async fn begin(
     let mut items = Items::new();
     // One record is much smaller than the limit of a body.
     let _ = items.push(&JournalBegun { complete_since });
-    let message = Outgoing {
+    let message = OutgoingMessage {
         key: names.journal(),
         message_type: Kind::JournalBegun.as_type(),
         body: items.into_body(),
         persistent: true,
         mandatory: true,
-        ..Outgoing::default()
+        ..OutgoingMessage::default()
     };
     let mut alarm = Alarm::of(connection);
     let channel = PublishChannel::open(connection).await?;
