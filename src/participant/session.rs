@@ -43,7 +43,7 @@ use crate::{
         exclusive_queue::{ExchangeBinding, ExclusiveQueue, ExclusiveQueueError},
         link::{Link, LinkChange, LinkWatch},
         names::{ALL, Names, key},
-        publisher::{OutgoingMessage, Published, Publisher, PublisherError},
+        publisher::{OutgoingMessage, PublishOutcome, Publisher, PublisherError},
         rejected::rejected,
         reliable::ReliablePublisher,
         topology::{
@@ -129,7 +129,7 @@ impl Publishers {
         }
         while let Poll::Ready(written) = self.passing.poll_next(cx) {
             let ((), published) = written?;
-            if !matches!(published, Published::Confirmed) {
+            if !matches!(published, PublishOutcome::Confirmed) {
                 tracing::debug!("a message was not written; it will be asked for");
             }
         }

@@ -26,7 +26,7 @@ use crate::{
         bounded::AskError,
         connection::{Backoff, BrokerConnection},
         names::Names,
-        publisher::{OutgoingMessage, Published, Publisher, PublisherError},
+        publisher::{OutgoingMessage, PublishOutcome, Publisher, PublisherError},
         unique,
     },
     wire::message::{Items, Kind},
@@ -190,8 +190,8 @@ impl Appender {
         Poll::Ready(Ok(()))
     }
 
-    fn answered(&mut self, id: ShortString, published: &Published) {
-        if matches!(published, Published::Confirmed) {
+    fn answered(&mut self, id: ShortString, published: &PublishOutcome) {
+        if matches!(published, PublishOutcome::Confirmed) {
             // Read back before: then its confirm says nothing new.
             if self.pending.done(&id) {
                 self.backoff = first_pause();
@@ -211,7 +211,7 @@ impl Appender {
                 "the journal did not take an append; it is published again until it does"
             );
         }
-        if matches!(published, Published::Unconfirmed(_)) {
+        if matches!(published, PublishOutcome::Unconfirmed(_)) {
             // It has been waited for; and what is lost with the writer are its readers, too.
             self.unread_limit = UNREAD_AFTER_A_LOSS;
         } else {

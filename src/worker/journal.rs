@@ -30,7 +30,7 @@ use crate::{
         bounded::{ANSWER_MAX, AskError, STREAM_MAX, answer},
         connection::{Backoff, BrokerConnection, PublishChannel},
         consumer::{Closed, Inbox},
-        publisher::{CONFIRM_MAX, OutgoingMessage, Published, publish_within},
+        publisher::{CONFIRM_MAX, OutgoingMessage, PublishOutcome, publish_within},
         stream::{Scan, ScanError, StreamStart},
         unique,
     },
@@ -447,21 +447,23 @@ impl Journal {
         let marker = ShortString::from(unique::name('m'));
         let message = self.message(b"[]".into(), Some(marker.clone()));
         match self.publish_marker(&message).await? {
-            Published::Confirmed => Ok(marker),
-            Published::Unroutable => Err(ReadError::Missing(self.queue.clone())),
-            Published::Refused => Err(ReadError::MarkerRefused),
-            Published::Unconfirmed(_) if self.publishing.status().blocked() => {
+            PublishOutcome::Confirmed => Ok(marker),
+            PublishOutcome::Unroutable => Err(ReadError::Missing(self.queue.clone())),
+            PublishOutcome::Refused => Err(ReadError::MarkerRefused),
+            PublishOutcome::Unconfirmed(_) if self.publishing.status().blocked() => {
                 let reason = "it has run low on memory or disk".to_owned();
                 Err(ReadError::Mark(AskError::Blocked { reason }))
             }
-            Published::Unconfirmed(_) => Err(ReadError::Unwritable { queue: self.queue.clone() }),
-            Published::Lost(error) => Err(ReadError::Mark(AskError::Broker(error))),
+            PublishOutcome::Unconfirmed(_) => {
+                Err(ReadError::Unwritable { queue: self.queue.clone() })
+            }
+            PublishOutcome::Lost(error) => Err(ReadError::Mark(AskError::Broker(error))),
         }
     }
 
     /// Publishes a marker, by one channel after the other: it may be lost while the stream's writer
     /// moves, which is when the journal is read anew.
-    async fn publish_marker(&self, message: &OutgoingMessage) -> Result<Published, ReadError> {
+    async fn publish_marker(&self, message: &OutgoingMessage) -> Result<PublishOutcome, ReadError> {
         let mut left = CONFIRM_MAX;
         loop {
             let channel = PublishChannel::open(&self.publishing).await.map_err(ReadError::Mark)?;
@@ -470,11 +472,11 @@ impl Journal {
                 async move { answer(ANSWER_MAX, channel.close(200, "done".into())).await },
             );
             left = left.saturating_sub(MARKED_MAX);
-            if !matches!(published, Published::Unconfirmed(_)) {
+            if !matches!(published, PublishOutcome::Unconfirmed(_)) {
                 return Ok(published);
             }
             if left.is_zero() || self.publishing.status().blocked() {
-                return Ok(Published::Unconfirmed(CONFIRM_MAX));
+                return Ok(PublishOutcome::Unconfirmed(CONFIRM_MAX));
             }
         }
     }

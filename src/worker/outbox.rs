@@ -26,7 +26,7 @@ use crate::{
         bounded::AskError,
         connection::BrokerConnection,
         names::{self, ALL, ANY, NO_REPLY, Names},
-        publisher::{OutgoingMessage, Published, Publisher, PublisherError},
+        publisher::{OutgoingMessage, PublishOutcome, Publisher, PublisherError},
         reliable::ReliablePublisher,
         unique,
     },
@@ -390,7 +390,7 @@ impl Outbox {
                 self.follow(safe?);
             } else if let Poll::Ready(written) = self.commands.poll_next(cx) {
                 let ((), published) = written?;
-                if !matches!(published, Published::Confirmed) {
+                if !matches!(published, PublishOutcome::Confirmed) {
                     tracing::debug!(fate = ?published, "a command was not written");
                 }
             } else {
@@ -399,8 +399,8 @@ impl Outbox {
         }
     }
 
-    fn prepares_answered(&mut self, asked: Asked, published: &Published) {
-        if matches!(published, Published::Confirmed) {
+    fn prepares_answered(&mut self, asked: Asked, published: &PublishOutcome) {
+        if matches!(published, PublishOutcome::Confirmed) {
             return;
         }
         let Asked { keys, service } = asked;
@@ -412,7 +412,7 @@ impl Outbox {
         }));
     }
 
-    fn result_answered(&mut self, answered: Answered, published: &Published) {
+    fn result_answered(&mut self, answered: Answered, published: &PublishOutcome) {
         let (reply, of) = match answered {
             Answered::Of { reply, requests } => (reply, requests),
             Answered::SetAside(unacked) => {
@@ -420,16 +420,16 @@ impl Outbox {
             }
         };
         let is_done = match published {
-            Published::Confirmed => {
+            PublishOutcome::Confirmed => {
                 self.unreachable.remove(&reply);
                 true
             }
-            Published::Unroutable => {
+            PublishOutcome::Unroutable => {
                 self.unreachable.remove(&reply);
                 self.unclaimed += of.len() as u64;
                 true
             }
-            Published::Refused | Published::Unconfirmed(_) | Published::Lost(_) => {
+            PublishOutcome::Refused | PublishOutcome::Unconfirmed(_) | PublishOutcome::Lost(_) => {
                 let is_unreachable = self.is_unreachable(reply);
                 self.unclaimed += if is_unreachable { of.len() as u64 } else { 0 };
                 is_unreachable

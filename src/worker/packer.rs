@@ -27,7 +27,7 @@ use crate::{
         consumer::Inbox,
         error::is_not_found,
         names::Names,
-        publisher::{Published, Publisher},
+        publisher::{PublishOutcome, Publisher},
     },
     unique,
     wire::message::{BODY_MAX, Copied, Items},
@@ -223,8 +223,8 @@ impl Opened {
     fn poll_next(&mut self, cx: &mut Context<'_>, user: &ShortString) -> Poll<Option<PackEvent>> {
         while let Poll::Ready(answered) = self.lane.poll_next(cx) {
             match answered {
-                Ok(((), Published::Confirmed)) if self.unseen < UNSEEN_MAX => self.unseen += 1,
-                Ok(((), Published::Confirmed)) => {
+                Ok(((), PublishOutcome::Confirmed)) if self.unseen < UNSEEN_MAX => self.unseen += 1,
+                Ok(((), PublishOutcome::Confirmed)) => {
                     tracing::debug!("packs are confirmed and don't come back");
                     return Poll::Ready(None);
                 }

@@ -51,7 +51,7 @@ use crate::{
         consumer::Inbox,
         link::Link,
         names::Names,
-        publisher::{OutgoingMessage, Published, publish_within},
+        publisher::{OutgoingMessage, PublishOutcome, publish_within},
         unique,
     },
     wire::message::{Copied, Kind, decode},
@@ -203,7 +203,7 @@ impl PackedJournal {
         let channel = PublishChannel::open(&self.publishing).await?;
         let published = publish_within(channel.clone(), marker, WAIT_MAX).await;
         tokio::spawn(async move { answer(ANSWER_MAX, channel.close(200, "done".into())).await });
-        if !matches!(published, Published::Confirmed) {
+        if !matches!(published, PublishOutcome::Confirmed) {
             tracing::debug!(fate = ?published, "no packs are read: their stream took no marker");
             return Ok(None);
         }

@@ -23,7 +23,7 @@ use crate::{
     transport::amqp::{
         consumer::Inbox,
         names::{REQUEST, key},
-        publisher::{OutgoingMessage, Published, Publisher},
+        publisher::{OutgoingMessage, PublishOutcome, Publisher},
         unique,
     },
     wire::message::{Kind, decode, encode_request},
@@ -175,12 +175,14 @@ async fn pile_up(
     Ok(())
 }
 
-fn confirmed(published: Published) -> anyhow::Result<()> {
+fn confirmed(published: PublishOutcome) -> anyhow::Result<()> {
     match published {
-        Published::Confirmed => Ok(()),
-        Published::Unroutable => Err(anyhow!("no queue takes requests")),
-        Published::Refused => Err(anyhow!("the broker did not take a request")),
-        Published::Unconfirmed(_) => Err(anyhow!("the broker did not confirm a request in time")),
-        Published::Lost(error) => Err(error.into()),
+        PublishOutcome::Confirmed => Ok(()),
+        PublishOutcome::Unroutable => Err(anyhow!("no queue takes requests")),
+        PublishOutcome::Refused => Err(anyhow!("the broker did not take a request")),
+        PublishOutcome::Unconfirmed(_) => {
+            Err(anyhow!("the broker did not confirm a request in time"))
+        }
+        PublishOutcome::Lost(error) => Err(error.into()),
     }
 }

@@ -21,7 +21,7 @@ use crate::{
     transport::amqp::{
         connection::{Broker, BrokerConnection, close},
         consumer::Inbox,
-        publisher::{OutgoingMessage, Published, Publisher},
+        publisher::{OutgoingMessage, PublishOutcome, Publisher},
         topology::QueueKind,
         unique,
     },
@@ -222,15 +222,15 @@ fn take(
     Ok(())
 }
 
-fn confirmed(published: Published) -> anyhow::Result<()> {
+fn confirmed(published: PublishOutcome) -> anyhow::Result<()> {
     match published {
-        Published::Confirmed => Ok(()),
-        Published::Unroutable => Err(anyhow::anyhow!("the queue is gone")),
-        Published::Refused => Err(anyhow::anyhow!("the broker did not take a message")),
-        Published::Unconfirmed(_) => {
+        PublishOutcome::Confirmed => Ok(()),
+        PublishOutcome::Unroutable => Err(anyhow::anyhow!("the queue is gone")),
+        PublishOutcome::Refused => Err(anyhow::anyhow!("the broker did not take a message")),
+        PublishOutcome::Unconfirmed(_) => {
             Err(anyhow::anyhow!("the broker did not confirm a message in time"))
         }
-        Published::Lost(error) => Err(error.into()),
+        PublishOutcome::Lost(error) => Err(error.into()),
     }
 }
 

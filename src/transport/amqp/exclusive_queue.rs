@@ -33,7 +33,7 @@ use crate::transport::amqp::{
     bounded::{ANSWER_MAX, AskError, answer},
     connection::BrokerConnection,
     consumer::{Closed, Inbox},
-    publisher::{OutgoingMessage, Published, Publisher},
+    publisher::{OutgoingMessage, PublishOutcome, Publisher},
     unique,
 };
 
@@ -267,7 +267,7 @@ impl LinkProbe {
             // Others watch the probe's channel. A probe that was just sent is polled too: otherwise its
             // return would wake nobody.
             while let Poll::Ready(Ok(((), published))) = self.publisher.poll_next(cx) {
-                if matches!(published, Published::Unroutable) {
+                if matches!(published, PublishOutcome::Unroutable) {
                     return Poll::Ready(Closed::Unknown { queue: self.queue.to_string() });
                 }
             }

@@ -24,7 +24,7 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::transport::amqp::{
     connection::{Broker, BrokerConnection, ConnectionError, PublishChannel, close},
     error::Disposition,
-    publisher::{OutgoingMessage, Published, publish_within},
+    publisher::{OutgoingMessage, PublishOutcome, publish_within},
 };
 
 /// After how long an alarm is logged, and checked on a new connection.
@@ -124,10 +124,10 @@ async fn is_read(channel: PublishChannel) -> bool {
     for _ in 0..2 {
         let message = OutgoingMessage { key: "dtc-nowhere".into(), ..OutgoingMessage::default() };
         match publish_within(channel.clone(), message, TAKEN_WITHIN).await {
-            Published::Unconfirmed(_) => return false,
-            Published::Confirmed | Published::Unroutable | Published::Refused => {}
+            PublishOutcome::Unconfirmed(_) => return false,
+            PublishOutcome::Confirmed | PublishOutcome::Unroutable | PublishOutcome::Refused => {}
             // A refusal shows that it was read.
-            Published::Lost(_) => return true,
+            PublishOutcome::Lost(_) => return true,
         }
     }
     true

@@ -19,7 +19,7 @@ use crate::transport::amqp::{
     connection::{
         Broker, BrokerConnection, ConnectionError, PublishChannel, QueueCounts, close, counts,
     },
-    publisher::{OutgoingMessage, Published, publish_within},
+    publisher::{OutgoingMessage, PublishOutcome, publish_within},
 };
 
 /// How long a confirm may take before the connection is replaced. The publisher of the message must
@@ -106,21 +106,21 @@ impl Channels {
         let PooledChannel { channel, connection } = self.channel().await?;
         connection.asked(&exchange);
         let published = publish_within(channel, message, CONFIRM_MAX).await;
-        if !matches!(published, Published::Unconfirmed(_)) {
+        if !matches!(published, PublishOutcome::Unconfirmed(_)) {
             connection.answered();
         }
         match published {
-            Published::Confirmed => Ok(()),
-            Published::Unconfirmed(_) => {
+            PublishOutcome::Confirmed => Ok(()),
+            PublishOutcome::Unconfirmed(_) => {
                 if let Some(blocked) = self.blocked() {
                     return Err(blocked);
                 }
                 self.pool.manager().discard(connection, &exchange).await;
                 Err(PublishError::Silent)
             }
-            Published::Refused => Err(PublishError::Refused),
-            Published::Lost(source) => Err(PublishError::Unconfirmed(source)),
-            Published::Unroutable => Err(PublishError::Unroutable {
+            PublishOutcome::Refused => Err(PublishError::Refused),
+            PublishOutcome::Lost(source) => Err(PublishError::Unconfirmed(source)),
+            PublishOutcome::Unroutable => Err(PublishError::Unroutable {
                 exchange: exchange.to_string(),
                 key: key.to_string(),
             }),

@@ -119,7 +119,7 @@ impl OutgoingMessage {
 
 /// The result of a publish.
 #[derive(Clone, Debug)]
-pub enum Published {
+pub enum PublishOutcome {
     /// Every queue that it was routed to has it; if it is persistent, safely.
     Confirmed,
     /// No queue took it.
@@ -135,7 +135,7 @@ pub enum Published {
 /// Publishes one message on `channel`; without confirms it counts as confirmed when it is written.
 /// It is written when the future is first polled. The caller must bound the wait for its confirm:
 /// see [`publish_within`].
-pub async fn publish(channel: PublishChannel, mut message: OutgoingMessage) -> Published {
+pub async fn publish(channel: PublishChannel, mut message: OutgoingMessage) -> PublishOutcome {
     let options = BasicPublishOptions { mandatory: message.mandatory, immediate: false };
     let id = message.mandatory.then(|| message.identify());
     let properties = message.properties();
@@ -150,12 +150,12 @@ pub async fn publish(channel: PublishChannel, mut message: OutgoingMessage) -> P
     match confirmed {
         // A returned message is confirmed too.
         Ok(Confirmation::Ack(_)) => match id.is_some_and(|id| channel.was_returned(&id)) {
-            true => Published::Unroutable,
-            false => Published::Confirmed,
+            true => PublishOutcome::Unroutable,
+            false => PublishOutcome::Confirmed,
         },
-        Ok(Confirmation::NotRequested) => Published::Confirmed,
-        Ok(Confirmation::Nack(_)) => Published::Refused,
-        Err(error) => Published::Lost(error),
+        Ok(Confirmation::NotRequested) => PublishOutcome::Confirmed,
+        Ok(Confirmation::Nack(_)) => PublishOutcome::Refused,
+        Err(error) => PublishOutcome::Lost(error),
     }
 }
 
@@ -165,10 +165,10 @@ pub async fn publish_within(
     channel: PublishChannel,
     message: OutgoingMessage,
     limit: Duration,
-) -> Published {
+) -> PublishOutcome {
     match timeout(limit, publish(channel, message)).await {
         Ok(published) => published,
-        Err(_) => Published::Unconfirmed(limit),
+        Err(_) => PublishOutcome::Unconfirmed(limit),
     }
 }
 
@@ -210,7 +210,7 @@ impl PublisherError {
 /// A channel to publish on, and the unconfirmed messages.
 ///
 /// If nothing is confirmed any more it opens another channel by itself, and reports the unconfirmed
-/// messages as [`Published::Unconfirmed`].
+/// messages as [`PublishOutcome::Unconfirmed`].
 pub struct Publisher<T> {
     what: Arc<str>,
     /// How long a confirm may take: at first, at present, and at most.
@@ -240,7 +240,7 @@ pub struct Publisher<T> {
     renewal: Option<ChannelRenewal<T>>,
 }
 
-type Publishing = BoxFuture<'static, (u64, Published)>;
+type Publishing = BoxFuture<'static, (u64, PublishOutcome)>;
 
 struct UnconfirmedPublish<T> {
     ticket: T,
@@ -383,12 +383,12 @@ impl<T: Send + 'static> Publisher<T> {
     /// # Errors
     ///
     /// The publisher can't be used any more, and reports nothing more.
-    pub async fn next(&mut self) -> Result<(T, Published), PublisherError> {
+    pub async fn next(&mut self) -> Result<(T, PublishOutcome), PublisherError> {
         std::future::poll_fn(|cx| self.poll_next(cx)).await
     }
 
     /// The same, if a result is known already.
-    pub fn ready(&mut self) -> Option<Result<(T, Published), PublisherError>> {
+    pub fn ready(&mut self) -> Option<Result<(T, PublishOutcome), PublisherError>> {
         self.next().now_or_never()
     }
 
@@ -396,14 +396,14 @@ impl<T: Send + 'static> Publisher<T> {
     pub fn poll_next(
         &mut self,
         cx: &mut Context<'_>,
-    ) -> Poll<Result<(T, Published), PublisherError>> {
+    ) -> Poll<Result<(T, PublishOutcome), PublisherError>> {
         loop {
             if let Some((ticket, silent_for)) = self.given_up.pop_front() {
-                return Poll::Ready(Ok((ticket, Published::Unconfirmed(silent_for))));
+                return Poll::Ready(Ok((ticket, PublishOutcome::Unconfirmed(silent_for))));
             }
             while let Poll::Ready(Some((number, published))) = self.on_their_way.poll_next_unpin(cx)
             {
-                if let Published::Lost(source) = published {
+                if let PublishOutcome::Lost(source) = published {
                     return Poll::Ready(Err(PublisherError::Channel {
                         what: Arc::clone(&self.what),
                         source,

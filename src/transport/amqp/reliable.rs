@@ -16,7 +16,7 @@ use tokio::time::Instant;
 use crate::transport::amqp::{
     bounded::AskError,
     connection::{Backoff, BrokerConnection},
-    publisher::{OutgoingMessage, Published, Publisher, PublisherError},
+    publisher::{OutgoingMessage, PublishOutcome, Publisher, PublisherError},
 };
 
 /// The first pause before a message is published again, and the longest one.
@@ -92,12 +92,18 @@ impl<T: Send + 'static> ReliablePublisher<T> {
     }
 
     /// What follows, if the message is safe; otherwise it will be published again.
-    fn published(&mut self, mut pending: PendingPublish<T>, published: &Published) -> Option<T> {
+    fn published(
+        &mut self,
+        mut pending: PendingPublish<T>,
+        published: &PublishOutcome,
+    ) -> Option<T> {
         let fate = match published {
-            Published::Confirmed => return Some(pending.then),
-            Published::Unroutable => "no queue takes it; has `dtc topology apply` been run?",
-            Published::Refused => "its queue is full, or the queue's node is down",
-            Published::Unconfirmed(_) | Published::Lost(_) => "the broker did not confirm it",
+            PublishOutcome::Confirmed => return Some(pending.then),
+            PublishOutcome::Unroutable => "no queue takes it; has `dtc topology apply` been run?",
+            PublishOutcome::Refused => "its queue is full, or the queue's node is down",
+            PublishOutcome::Unconfirmed(_) | PublishOutcome::Lost(_) => {
+                "the broker did not confirm it"
+            }
         };
         let now = Instant::now();
         if self.said_at.is_none_or(|at| now - at >= SAID_EVERY) {

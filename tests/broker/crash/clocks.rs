@@ -15,7 +15,7 @@ use dtc::{
         message::{Decision, Outcome},
         time::Time,
     },
-    transport::amqp::publisher::{OutgoingMessage, Published, Publisher},
+    transport::amqp::publisher::{OutgoingMessage, PublishOutcome, Publisher},
     wire::message::{Items, Kind},
 };
 use serde_json::{Value, json};
@@ -129,7 +129,7 @@ fn write_record(system: &System, worker: &str, ahead: Duration) {
         let mut publisher = Publisher::open(&connection, "decisions").await.unwrap();
         publisher.publish(message, ());
         let ((), published) = publisher.next().await.unwrap();
-        assert!(matches!(published, Published::Confirmed), "{published:?}");
+        assert!(matches!(published, PublishOutcome::Confirmed), "{published:?}");
         connection.close(200, "".into()).await.unwrap();
     });
 }

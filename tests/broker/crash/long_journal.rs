@@ -13,7 +13,7 @@ use dtc::{
     },
     transport::amqp::{
         connection::Broker,
-        publisher::{OutgoingMessage, Published, Publisher},
+        publisher::{OutgoingMessage, PublishOutcome, Publisher},
     },
     wire::message::{Items, Kind},
 };
@@ -110,7 +110,7 @@ pub(super) async fn fill(system: &System, content: &Content) -> usize {
 
 pub(super) async fn confirmed(publisher: &mut Publisher<()>) {
     let ((), published) = publisher.next().await.unwrap();
-    assert!(matches!(published, Published::Confirmed), "{published:?}");
+    assert!(matches!(published, PublishOutcome::Confirmed), "{published:?}");
 }
 
 /// A decision of the last quarter of an hour.

@@ -23,7 +23,7 @@ use crate::{
         connection::{Backoff, Broker, BrokerConnection, ConnectionError, close},
         error::Disposition,
         names::Names,
-        publisher::Published,
+        publisher::PublishOutcome,
         topology::{
             Binding, Exchange, Queue, ServiceTopology, Settings, Topology,
             begin::{self, JournalBeginning},
@@ -361,10 +361,10 @@ async fn begin_journal(
     };
     let complete_since = begin::complete_since(options.now, options.clock_margin, was_lost);
     match begin::begin(connection, names, complete_since).await.map_err(failed)? {
-        Published::Confirmed => Ok(Some(JournalStart { complete_since, was_lost })),
-        Published::Lost(source) => Err(failed(source.into())),
-        Published::Unconfirmed(limit) => Err(failed(AskError::Silent { limit })),
-        Published::Refused | Published::Unroutable => {
+        PublishOutcome::Confirmed => Ok(Some(JournalStart { complete_since, was_lost })),
+        PublishOutcome::Lost(source) => Err(failed(source.into())),
+        PublishOutcome::Unconfirmed(limit) => Err(failed(AskError::Silent { limit })),
+        PublishOutcome::Refused | PublishOutcome::Unroutable => {
             Err(TopologyError::NotTaken { journal: names.journal().to_string() })
         }
     }

@@ -22,7 +22,7 @@ use crate::{
         connection::{BrokerConnection, PublishChannel},
         error::is_out_of_reach,
         names::Names,
-        publisher::{OutgoingMessage, Published, publish},
+        publisher::{OutgoingMessage, PublishOutcome, publish},
         topology::probe::{Presence, Prober},
     },
     wire::message::{Items, JournalBegun, Kind},
@@ -133,7 +133,7 @@ pub(super) async fn begin(
     connection: &BrokerConnection,
     names: &Names,
     complete_since: Time,
-) -> Result<Published, AskError> {
+) -> Result<PublishOutcome, AskError> {
     let mut items = Items::new();
     // One record is much smaller than the limit of a body.
     let _ = items.push(&JournalBegun { complete_since });
