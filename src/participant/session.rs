@@ -38,7 +38,7 @@ use crate::{
         agreed_value::{AgreedValue, AgreedValueError},
         bounded::AskError,
         connection::BrokerConnection,
-        consumer::{Closed, ConsumerMode, Inbox},
+        consumer::{Closed, ConsumerMode, QueueConsumer},
         error::{is_not_found, is_out_of_reach, is_refusal},
         exclusive_queue::{ExchangeBinding, ExclusiveQueue, ExclusiveQueueError},
         link::{Link, LinkChange, LinkWatch},
@@ -73,8 +73,8 @@ type Kept = Option<Box<dyn Send + Sync>>;
 struct Opened {
     agreed: Kept,
     publishers: Publishers,
-    shared: Inbox,
-    prepares: Option<Inbox>,
+    shared: QueueConsumer,
+    prepares: Option<QueueConsumer>,
 }
 
 /// What an instance publishes on.
@@ -145,14 +145,14 @@ pub(super) struct Session {
     watch: LinkWatch,
     publishers: Publishers,
     /// `None`: it was opened to hear the rest, or their queue can't be reached.
-    prepares: Option<Inbox>,
+    prepares: Option<QueueConsumer>,
     /// Opens them, where their queue could not be reached.
-    opening_prepares: Option<BoxFuture<'static, Result<Inbox, AskError>>>,
+    opening_prepares: Option<BoxFuture<'static, Result<QueueConsumer, AskError>>>,
     prepare_queue: PrepareQueue,
     /// Whether prepares are looked at.
     takes_prepares: bool,
     own: ExclusiveQueue,
-    shared: Inbox,
+    shared: QueueConsumer,
     names: Names,
     /// Where the deliveries came from that the core has not yet acknowledged.
     origins: BTreeMap<Delivery, Origin>,
@@ -278,7 +278,8 @@ impl Session {
         let consuming = &link.consuming;
         let name = names.finish_any_of(service);
         let shared =
-            Inbox::open(consuming, name.clone(), SHARED_PREFETCH, FieldTable::default()).await;
+            QueueConsumer::open(consuming, name.clone(), SHARED_PREFETCH, FieldTable::default())
+                .await;
         let shared = shared.map_err(at(&name))?.watched(consuming, ConsumerMode::Competing);
         let Some(prepare_queue) = prepare_queue else {
             return Ok(Opened { agreed, publishers, shared, prepares: None });
@@ -454,7 +455,7 @@ impl Session {
         let queue = match origin.source {
             Source::Own => Some(self.own.name()),
             Source::Shared => Some(self.shared.queue()),
-            Source::Prepares => self.prepares.as_ref().map(Inbox::queue),
+            Source::Prepares => self.prepares.as_ref().map(QueueConsumer::queue),
         };
         let queue = queue.map(ShortString::to_string).unwrap_or_default();
         tracing::warn!(queue, reason, "a message is rejected");
@@ -585,12 +586,12 @@ impl PrepareQueue {
         }
     }
 
-    async fn open(&self) -> Result<Inbox, AskError> {
-        let opening = Inbox::open_to_end(&self.consuming, self.name.clone(), self.prefetch);
+    async fn open(&self) -> Result<QueueConsumer, AskError> {
+        let opening = QueueConsumer::open_to_end(&self.consuming, self.name.clone(), self.prefetch);
         Ok(opening.await?.watched(&self.consuming, self.turn))
     }
 
-    fn open_later(&self) -> BoxFuture<'static, Result<Inbox, AskError>> {
+    fn open_later(&self) -> BoxFuture<'static, Result<QueueConsumer, AskError>> {
         let Self { consuming, name, prefetch, turn } = self;
         let again = Self {
             consuming: Arc::clone(consuming),

@@ -29,7 +29,7 @@ use crate::{
     transport::amqp::{
         bounded::{ANSWER_MAX, AskError, STREAM_MAX, answer},
         connection::{Backoff, BrokerConnection, PublishChannel},
-        consumer::{Closed, Inbox},
+        consumer::{Closed, QueueConsumer},
         publisher::{CONFIRM_MAX, OutgoingMessage, PublishOutcome, publish_within},
         stream::{Scan, ScanError, StreamStart},
         unique,
@@ -122,7 +122,7 @@ impl ReadError {
 /// A stream that is read from now on.
 #[derive(Debug)]
 pub(super) struct Tail {
-    inbox: Inbox,
+    inbox: QueueConsumer,
 }
 
 /// Where a look further back begins and ends.
@@ -268,7 +268,8 @@ impl Journal {
         let mut arguments = FieldTable::default();
         arguments.insert("x-stream-offset".into(), from);
         let (limit, queue) = (self.begin_max, self.queue.clone());
-        let opening = Inbox::open_within(limit, &self.consuming, queue, prefetch, arguments);
+        let opening =
+            QueueConsumer::open_within(limit, &self.consuming, queue, prefetch, arguments);
         // Each acknowledgement lets the broker send as many more as it speaks of. Told of every few,
         // as they are read, it would go through the stream a few at a time.
         Ok(Tail { inbox: opening.await.map_err(ReadError::Consume)?.lazy() })

@@ -24,7 +24,7 @@ use crate::{
     error::ErrorChain,
     transport::amqp::{
         bounded::{AskError, STREAM_MAX},
-        consumer::Inbox,
+        consumer::QueueConsumer,
         error::is_not_found,
         names::Names,
         publisher::{PublishOutcome, Publisher},
@@ -203,7 +203,7 @@ enum PackerState {
 
 struct Opened {
     lane: Publisher<()>,
-    inbox: Inbox,
+    inbox: QueueConsumer,
     /// Until when the last pack of others may come; none: it is known how far they have come.
     last_until: Option<Pin<Box<Sleep>>>,
     /// How many packs were confirmed since one was read.

@@ -48,7 +48,7 @@ use crate::{
     transport::amqp::{
         bounded::{ANSWER_MAX, AskError, answer},
         connection::{Broker, BrokerConnection, PublishChannel},
-        consumer::Inbox,
+        consumer::QueueConsumer,
         link::Link,
         names::Names,
         publisher::{OutgoingMessage, PublishOutcome, publish_within},
@@ -188,11 +188,11 @@ impl PackedJournal {
         from: AMQPValue,
         prefetch: u16,
         limit: Duration,
-    ) -> Result<Inbox, AskError> {
+    ) -> Result<QueueConsumer, AskError> {
         let mut arguments = FieldTable::default();
         arguments.insert("x-stream-offset".into(), from);
         let queue = self.queue.clone();
-        let inbox = Inbox::open_within(limit, &self.consuming, queue, prefetch, arguments);
+        let inbox = QueueConsumer::open_within(limit, &self.consuming, queue, prefetch, arguments);
         Ok(inbox.await?.lazy())
     }
 
@@ -214,7 +214,7 @@ impl PackedJournal {
 
 /// What is read of the packs that are there.
 struct WrittenPacks {
-    inbox: Inbox,
+    inbox: QueueConsumer,
     user: ShortString,
     /// What was written last.
     marker: Option<ShortString>,

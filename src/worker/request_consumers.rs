@@ -17,7 +17,7 @@ use crate::{
     transport::amqp::{
         bounded::AskError,
         connection::BrokerConnection,
-        consumer::{Closed, ConsumerMode, Inbox},
+        consumer::{Closed, ConsumerMode, QueueConsumer},
     },
 };
 
@@ -26,7 +26,7 @@ const SOURCE_BITS: u32 = 16;
 
 #[derive(Debug)]
 struct Source {
-    inbox: Inbox,
+    inbox: QueueConsumer,
     /// Deliveries that are not settled.
     held: usize,
     cancelled: bool,
@@ -54,7 +54,8 @@ impl RequestConsumers {
         connection: &Arc<BrokerConnection>,
         prefetch: u16,
     ) -> Result<(), AskError> {
-        let opening = Inbox::open(connection, self.queue.clone(), prefetch, FieldTable::default());
+        let opening =
+            QueueConsumer::open(connection, self.queue.clone(), prefetch, FieldTable::default());
         let inbox = opening.await?.watched(connection, ConsumerMode::Competing);
         let source = Source { inbox, held: 0, cancelled: false, ended: false };
         while self.sources.contains_key(&self.next) {

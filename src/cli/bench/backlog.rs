@@ -21,7 +21,7 @@ use crate::{
     protocol::{ids::ReplyToken, message::Answer, message::Outcome},
     transaction::Transaction,
     transport::amqp::{
-        consumer::Inbox,
+        consumer::QueueConsumer,
         names::{REQUEST, key},
         publisher::{OutgoingMessage, PublishOutcome, Publisher},
         unique,
@@ -93,7 +93,7 @@ async fn drain(
         channel.queue_declare(queue.clone(), exclusive, nothing()).await?;
         let (exchange, bind) = (namespace.names.results(), QueueBindOptions::default());
         channel.queue_bind(queue.clone(), exchange, key(&reply, "*"), bind, nothing()).await?;
-        Inbox::on(channel, queue, PREFETCH, nothing()).await?.lazy()
+        QueueConsumer::on(channel, queue, PREFETCH, nothing()).await?.lazy()
     };
     pile_up(
         namespace,

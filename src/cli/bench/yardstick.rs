@@ -20,7 +20,7 @@ use crate::{
     embedded::Latencies,
     transport::amqp::{
         connection::{Broker, BrokerConnection, close},
-        consumer::Inbox,
+        consumer::QueueConsumer,
         publisher::{OutgoingMessage, PublishOutcome, Publisher},
         topology::QueueKind,
         unique,
@@ -106,7 +106,8 @@ pub(super) async fn echo(
 /// Sends each message back.
 async fn serve(broker: Broker, queue: ShortString) -> anyhow::Result<()> {
     let link = broker.link().await?;
-    let mut inbox = Inbox::open(&link.consuming, queue, PREFETCH, FieldTable::default()).await?;
+    let mut inbox =
+        QueueConsumer::open(&link.consuming, queue, PREFETCH, FieldTable::default()).await?;
     let mut replies = Publisher::unconfirmed(&link.publishing, "the yardstick").await?;
     let mut next = Some(inbox.next().await);
     loop {
@@ -147,7 +148,7 @@ async fn call(
     let exclusive = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
     channel.queue_declare(reply_to.clone(), exclusive, FieldTable::default()).await?;
     let mut replies =
-        Inbox::on(channel, reply_to.clone(), PREFETCH, FieldTable::default()).await?.lazy();
+        QueueConsumer::on(channel, reply_to.clone(), PREFETCH, FieldTable::default()).await?.lazy();
     let mut requests = Publisher::open(&link.publishing, "the yardstick").await?;
     let mut calls: BTreeMap<u64, EchoCall> = BTreeMap::new();
     let mut latencies = Latencies::new();
@@ -211,7 +212,7 @@ async fn call(
 }
 
 fn take(
-    inbox: &mut Inbox,
+    inbox: &mut QueueConsumer,
     reply: Result<lapin::message::Delivery, crate::transport::amqp::consumer::Closed>,
     mut ended: impl FnMut(u64),
 ) -> anyhow::Result<()> {
@@ -247,7 +248,8 @@ pub(super) async fn raw(namespace: &BenchNamespace, duration: Duration) -> anyho
 async fn send(broker: &Broker, queue: &ShortString, duration: Duration) -> anyhow::Result<f64> {
     let link = broker.link().await?;
     let arguments = FieldTable::default();
-    let mut inbox = Inbox::open(&link.consuming, queue.clone(), PREFETCH, arguments).await?;
+    let mut inbox =
+        QueueConsumer::open(&link.consuming, queue.clone(), PREFETCH, arguments).await?;
     let mut publisher = Publisher::open(&link.publishing, "the yardstick").await?;
     let begins_at = Instant::now() + WARM_UP;
     let ends_at = begins_at + duration;
@@ -305,7 +307,8 @@ async fn send_alone(
 ) -> anyhow::Result<Latencies> {
     let link = broker.link().await?;
     let arguments = FieldTable::default();
-    let mut inbox = Inbox::open(&link.consuming, queue.clone(), PREFETCH, arguments).await?;
+    let mut inbox =
+        QueueConsumer::open(&link.consuming, queue.clone(), PREFETCH, arguments).await?;
     let persistent = kind != QueueKind::Classic;
     let mut publisher = match persistent {
         true => Publisher::open(&link.publishing, "the yardstick").await?,

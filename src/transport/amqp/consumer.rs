@@ -106,7 +106,7 @@ impl Closed {
 
 /// A consumer with its own channel.
 #[derive(Debug)]
-pub struct Inbox {
+pub struct QueueConsumer {
     queue: ShortString,
     channel: Channel,
     consumer: lapin::Consumer,
@@ -137,7 +137,7 @@ impl LazyAcks {
     }
 }
 
-impl Inbox {
+impl QueueConsumer {
     /// Consumes `queue` on a new channel of `connection`, with at most `prefetch` unacknowledged
     /// deliveries.
     pub async fn open(
@@ -164,7 +164,7 @@ impl Inbox {
     /// The same for a durable queue that may be declared again while it is consumed. When the
     /// process of a classic queue ends, the broker would move its consumers to any queue that then
     /// has the name; if that is a new queue, they get nothing. The argument makes the broker end
-    /// them instead. Quorum queues refuse that argument: see [`Inbox::watched`].
+    /// them instead. Quorum queues refuse that argument: see [`QueueConsumer::watched`].
     pub async fn open_to_end(
         connection: &BrokerConnection,
         queue: ShortString,
@@ -257,7 +257,7 @@ impl Inbox {
         &self.queue
     }
 
-    /// The next delivery. Settle each one, by [`Inbox::ack`] or [`Inbox::requeue`].
+    /// The next delivery. Settle each one, by [`QueueConsumer::ack`] or [`QueueConsumer::requeue`].
     ///
     /// # Errors
     ///
@@ -266,7 +266,7 @@ impl Inbox {
         std::future::poll_fn(|cx| self.poll_next(cx)).await
     }
 
-    /// [`Inbox::next`] as a poll function, for callers that wait for several things.
+    /// [`QueueConsumer::next`] as a poll function, for callers that wait for several things.
     pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Delivery, Closed>> {
         let next = loop {
             if let Poll::Ready(next) = self.consumer.poll_next_unpin(cx) {
@@ -331,7 +331,7 @@ impl Inbox {
         self.next().now_or_never()
     }
 
-    /// Acknowledges the delivery; [`Inbox::flush`] sends that to the broker.
+    /// Acknowledges the delivery; [`QueueConsumer::flush`] sends that to the broker.
     pub fn ack(&mut self, tag: u64) {
         self.tags.settle(tag);
     }
@@ -472,8 +472,9 @@ impl ConsumerRenewal {
                 let connection = Arc::clone(&self.connection);
                 let (queue, arguments) = (queue.clone(), arguments.clone());
                 let opening = async move {
-                    let inbox = Inbox::open(&connection, queue, prefetch, arguments).await?;
-                    let Inbox { channel, consumer, .. } = inbox;
+                    let inbox =
+                        QueueConsumer::open(&connection, queue, prefetch, arguments).await?;
+                    let QueueConsumer { channel, consumer, .. } = inbox;
                     Ok(OpenedConsumer { channel, consumer })
                 };
                 self.opening = Some(opening.boxed());

@@ -32,7 +32,7 @@ use tokio::time::{Instant, Sleep, sleep};
 use crate::transport::amqp::{
     bounded::{ANSWER_MAX, AskError, answer},
     connection::BrokerConnection,
-    consumer::{Closed, Inbox},
+    consumer::{Closed, QueueConsumer},
     publisher::{OutgoingMessage, PublishOutcome, Publisher},
     unique,
 };
@@ -102,7 +102,7 @@ impl ExclusiveQueueError {
 /// An exclusive queue and its consumer.
 #[derive(Debug)]
 pub struct ExclusiveQueue {
-    inbox: Inbox,
+    inbox: QueueConsumer,
     probe: Option<LinkProbe>,
 }
 
@@ -140,7 +140,8 @@ impl ExclusiveQueue {
                 source,
             })?;
         }
-        let inbox = Inbox::on(channel, queue.clone(), prefetch, FieldTable::default()).await;
+        let inbox =
+            QueueConsumer::on(channel, queue.clone(), prefetch, FieldTable::default()).await;
         Ok(Self { inbox: inbox.map_err(failed)?.lazy(), probe: None })
     }
 

@@ -30,7 +30,7 @@ use crate::{
         message::{Delivery, Destination},
     },
     transport::amqp::{
-        consumer::{ConsumerMode, Inbox},
+        consumer::{ConsumerMode, QueueConsumer},
         exclusive_queue::{ExchangeBinding, ExclusiveQueue},
         link::{Link, LinkChange, LinkWatch},
         lookup::Lookups,
@@ -110,7 +110,7 @@ pub(super) struct Session<'a> {
     packer: Packer,
     outbox: Outbox,
     replies: ExclusiveQueue,
-    inquiries: Inbox,
+    inquiries: QueueConsumer,
     requests: RequestConsumers,
     searches: Searches,
     saturation: Saturation,
@@ -188,7 +188,7 @@ impl<'a> Session<'a> {
         state.namesakes.begin(appender.link());
         let outbox = Outbox::open(&link.publishing, names.clone(), settings.worker().clone());
         let outbox = outbox.await.map_err(opening("channels to publish on"))?;
-        let inquiries = Inbox::open(
+        let inquiries = QueueConsumer::open(
             &link.consuming,
             names.inquiries(),
             INQUIRIES_PREFETCH,
