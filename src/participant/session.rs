@@ -38,7 +38,7 @@ use crate::{
         agreed_value::{AgreedValue, AgreedValueError},
         bounded::AskError,
         connection::BrokerConnection,
-        consumer::{Closed, ConsumerMode, QueueConsumer},
+        consumer::{ConsumerError, ConsumerMode, QueueConsumer},
         error::{is_not_found, is_out_of_reach, is_refusal},
         exclusive_queue::{ExchangeBinding, ExclusiveQueue, ExclusiveQueueError},
         link::{Link, LinkChange, LinkWatch},
@@ -196,7 +196,7 @@ pub(super) enum SessionError {
     #[error("the channel for publishing is lost")]
     Channel(#[source] lapin::Error),
     #[error("nothing more can be consumed")]
-    Consuming(#[source] Closed),
+    Consuming(#[source] ConsumerError),
     #[error("failed to cancel the consumer of `{queue}`")]
     Cancel {
         queue: String,

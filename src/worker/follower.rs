@@ -18,7 +18,9 @@ use crate::{
     clock::Clock,
     error::ErrorChain,
     protocol::{coordinator::Event, time::Time},
-    transport::amqp::{bounded::ANSWER_MAX, connection::Backoff, consumer::Closed, link::Link},
+    transport::amqp::{
+        bounded::ANSWER_MAX, connection::Backoff, consumer::ConsumerError, link::Link,
+    },
     worker::{
         Settings,
         clocks::Standing,
@@ -61,7 +63,7 @@ pub(super) enum FollowError {
     #[error("failed to read the journal")]
     Read(#[source] ReadError),
     #[error("lost the journal's consumer")]
-    Closed(#[source] Closed),
+    Closed(#[source] ConsumerError),
     #[error("the journal no longer contains the last record read; was it recreated?")]
     OtherJournal,
 }
@@ -99,11 +101,11 @@ impl Follower {
         }
     }
 
-    fn read(&mut self, message: Result<Delivery, Closed>) -> Result<Read, FollowError> {
+    fn read(&mut self, message: Result<Delivery, ConsumerError>) -> Result<Read, FollowError> {
         match message {
             Ok(message) => self.tail.read(&message).map(Read::Record).map_err(FollowError::Read),
             // The stream's leader has moved, or its replica here is gone.
-            Err(Closed::Cancelled { .. }) => {
+            Err(ConsumerError::Cancelled { .. }) => {
                 self.is_cut_off = true;
                 Ok(Read::CutOff)
             }

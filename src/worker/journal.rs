@@ -29,7 +29,7 @@ use crate::{
     transport::amqp::{
         bounded::{ANSWER_MAX, AskError, STREAM_MAX, answer},
         connection::{Backoff, BrokerConnection, PublishChannel},
-        consumer::{Closed, QueueConsumer},
+        consumer::{ConsumerError, QueueConsumer},
         publisher::{CONFIRM_MAX, OutgoingMessage, PublishOutcome, publish_within},
         stream::{Scan, ScanError, StreamStart},
         unique,
@@ -84,7 +84,7 @@ pub(super) enum ReadError {
     )]
     Unwritable { queue: ShortString },
     #[error("failed to continue reading the journal")]
-    Closed(#[source] Closed),
+    Closed(#[source] ConsumerError),
     #[error("there is no queue `{0}`")]
     Missing(ShortString),
     #[error("the broker refuses a marker for the journal")]
@@ -151,7 +151,10 @@ pub(super) struct Journal {
 }
 
 impl Tail {
-    pub(super) fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Delivery, Closed>> {
+    pub(super) fn poll_next(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<Delivery, ConsumerError>> {
         self.inbox.poll_next(cx)
     }
 

@@ -17,7 +17,7 @@ use crate::{
     transport::amqp::{
         bounded::AskError,
         connection::BrokerConnection,
-        consumer::{Closed, ConsumerMode, QueueConsumer},
+        consumer::{ConsumerError, ConsumerMode, QueueConsumer},
     },
 };
 
@@ -85,7 +85,7 @@ impl RequestConsumers {
     pub(super) fn poll_next(
         &mut self,
         cx: &mut Context<'_>,
-    ) -> Poll<Result<(Delivery, Message), Closed>> {
+    ) -> Poll<Result<(Delivery, Message), ConsumerError>> {
         for (&number, source) in self.sources.iter_mut().filter(|(_, source)| !source.ended) {
             match source.inbox.poll_next(cx) {
                 Poll::Ready(Ok(message)) => {
@@ -94,7 +94,7 @@ impl RequestConsumers {
                     return Poll::Ready(Ok((Delivery(tag | u64::from(number)), message)));
                 }
                 // Ended by ourselves.
-                Poll::Ready(Err(Closed::Cancelled { .. })) if source.cancelled => {
+                Poll::Ready(Err(ConsumerError::Cancelled { .. })) if source.cancelled => {
                     source.ended = true;
                 }
                 Poll::Ready(Err(closed)) => return Poll::Ready(Err(closed)),

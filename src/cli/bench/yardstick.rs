@@ -213,7 +213,7 @@ async fn call(
 
 fn take(
     inbox: &mut QueueConsumer,
-    reply: Result<lapin::message::Delivery, crate::transport::amqp::consumer::Closed>,
+    reply: Result<lapin::message::Delivery, crate::transport::amqp::consumer::ConsumerError>,
     mut ended: impl FnMut(u64),
 ) -> anyhow::Result<()> {
     let reply = reply?;

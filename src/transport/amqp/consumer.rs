@@ -44,7 +44,7 @@ const LOOK_AGAIN_AFTER: Duration = Duration::from_secs(3);
 
 /// Why there are no more deliveries.
 #[derive(Clone, Debug, thiserror::Error)]
-pub enum Closed {
+pub enum ConsumerError {
     /// The broker has ended the consumer: the queue or its leader is gone.
     #[error("the broker has cancelled the consumer of `{queue}`")]
     Cancelled {
@@ -91,7 +91,7 @@ pub enum Closed {
     },
 }
 
-impl Closed {
+impl ConsumerError {
     /// The broker's reason, if it gave one.
     pub fn broker(&self) -> Option<&lapin::Error> {
         match self {
@@ -262,12 +262,12 @@ impl QueueConsumer {
     /// # Errors
     ///
     /// There will be no more deliveries; the broker delivers unsettled ones again, to any consumer.
-    pub async fn next(&mut self) -> Result<Delivery, Closed> {
+    pub async fn next(&mut self) -> Result<Delivery, ConsumerError> {
         std::future::poll_fn(|cx| self.poll_next(cx)).await
     }
 
     /// [`QueueConsumer::next`] as a poll function, for callers that wait for several things.
-    pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Delivery, Closed>> {
+    pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Delivery, ConsumerError>> {
         let next = loop {
             if let Poll::Ready(next) = self.consumer.poll_next_unpin(cx) {
                 break next;
@@ -289,8 +289,8 @@ impl QueueConsumer {
                 }
                 Ok(delivery)
             }
-            Some(Err(source)) => Err(Closed::Lost { queue: self.queue.to_string(), source }),
-            None => Err(Closed::Cancelled { queue: self.queue.to_string() }),
+            Some(Err(source)) => Err(ConsumerError::Lost { queue: self.queue.to_string(), source }),
+            None => Err(ConsumerError::Cancelled { queue: self.queue.to_string() }),
         })
     }
 
@@ -312,7 +312,7 @@ impl QueueConsumer {
     }
 
     /// The work to do while nothing arrives.
-    fn poll_timers(&mut self, cx: &mut Context<'_>) -> Poll<Closed> {
+    fn poll_timers(&mut self, cx: &mut Context<'_>) -> Poll<ConsumerError> {
         if let Some(lazy) = &mut self.lazy
             && !self.tags.unknown.is_empty()
             && (self.tags.unknown.len() >= few(self.prefetch) || lazy.is_due(cx))
@@ -327,7 +327,7 @@ impl QueueConsumer {
     }
 
     /// The next delivery, if it has arrived already.
-    pub fn ready(&mut self) -> Option<Result<Delivery, Closed>> {
+    pub fn ready(&mut self) -> Option<Result<Delivery, ConsumerError>> {
         self.next().now_or_never()
     }
 
@@ -556,14 +556,14 @@ impl LivenessProbe {
     }
 
     /// Ready when the consumer is lost. `has_room`: the broker may deliver more to it.
-    fn poll(&mut self, cx: &mut Context<'_>, has_room: bool) -> Poll<Closed> {
+    fn poll(&mut self, cx: &mut Context<'_>, has_room: bool) -> Poll<ConsumerError> {
         loop {
             if let Some(looking) = &mut self.looking {
                 let Poll::Ready(found) = looking.poll_unpin(cx) else { return Poll::Pending };
                 self.looking = None;
                 if self.is_forgotten(found.as_ref(), has_room) {
                     let (queue, silent_for) = (self.queue.to_string(), self.heard_at.elapsed());
-                    return Poll::Ready(Closed::Forgotten { queue, silent_for });
+                    return Poll::Ready(ConsumerError::Forgotten { queue, silent_for });
                 }
                 let pause = if self.is_suspicious { LOOK_AGAIN_AFTER } else { LOOK_EVERY };
                 self.due.as_mut().reset(Instant::now() + pause);

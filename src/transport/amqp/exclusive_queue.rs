@@ -32,7 +32,7 @@ use tokio::time::{Instant, Sleep, sleep};
 use crate::transport::amqp::{
     bounded::{ANSWER_MAX, AskError, answer},
     connection::BrokerConnection,
-    consumer::{Closed, QueueConsumer},
+    consumer::{ConsumerError, QueueConsumer},
     publisher::{OutgoingMessage, PublishOutcome, Publisher},
     unique,
 };
@@ -170,17 +170,17 @@ impl ExclusiveQueue {
     /// # Errors
     ///
     /// There will be no more: the connection is gone, or useless.
-    pub async fn next(&mut self) -> Result<Delivery, Closed> {
+    pub async fn next(&mut self) -> Result<Delivery, ConsumerError> {
         std::future::poll_fn(|cx| self.poll_next(cx)).await
     }
 
     /// The next delivery, if it has arrived already.
-    pub fn ready(&mut self) -> Option<Result<Delivery, Closed>> {
+    pub fn ready(&mut self) -> Option<Result<Delivery, ConsumerError>> {
         self.next().now_or_never()
     }
 
     /// [`ExclusiveQueue::next`] as a poll function, for callers that wait for several things.
-    pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Delivery, Closed>> {
+    pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Delivery, ConsumerError>> {
         loop {
             match self.inbox.poll_next(cx) {
                 Poll::Ready(Ok(delivery)) => {
@@ -263,13 +263,13 @@ impl LinkProbe {
     }
 
     /// Ready when the link is useless.
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Closed> {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<ConsumerError> {
         loop {
             // Others watch the probe's channel. A probe that was just sent is polled too: otherwise its
             // return would wake nobody.
             while let Poll::Ready(Ok(((), published))) = self.publisher.poll_next(cx) {
                 if matches!(published, PublishOutcome::Unroutable) {
-                    return Poll::Ready(Closed::Unknown { queue: self.queue.to_string() });
+                    return Poll::Ready(ConsumerError::Unknown { queue: self.queue.to_string() });
                 }
             }
             if self.timer.as_mut().poll(cx).is_pending() {
@@ -291,7 +291,7 @@ impl LinkProbe {
                 }
                 Some(sent_at) => {
                     let (queue, silent_for) = (self.queue.to_string(), sent_at.elapsed());
-                    return Poll::Ready(Closed::Silent { queue, silent_for });
+                    return Poll::Ready(ConsumerError::Silent { queue, silent_for });
                 }
             }
         }

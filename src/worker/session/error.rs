@@ -3,7 +3,7 @@
 use crate::{
     clock::ClockStep,
     transport::amqp::{
-        bounded::AskError, consumer::Closed, error::is_not_found,
+        bounded::AskError, consumer::ConsumerError, error::is_not_found,
         exclusive_queue::ExclusiveQueueError, publisher::PublisherError,
     },
     worker::{clocks::Off, follower::FollowError, journal::ReadError},
@@ -21,7 +21,7 @@ pub(in crate::worker) enum SessionError {
     #[error("failed to open the queue for replies")]
     Replies(#[source] Box<ExclusiveQueueError>),
     #[error("lost a queue")]
-    Closed(#[source] Closed),
+    Closed(#[source] ConsumerError),
     #[error(transparent)]
     Journal(#[from] FollowError),
     #[error(transparent)]
