@@ -546,7 +546,7 @@ impl Session {
             let queue = prepares.queue().to_string();
             SessionError::Cancel { queue, source }
         })?;
-        while let Some(Ok(message)) = prepares.ready() {
+        while let Some(Ok(message)) = prepares.try_next() {
             prepares.requeue(message.delivery_tag);
         }
         Ok(())

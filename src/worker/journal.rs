@@ -170,7 +170,7 @@ impl Tail {
 
     /// The next message.
     pub(super) async fn record(&mut self) -> Result<Record, ReadError> {
-        let delivery = match self.inbox.ready() {
+        let delivery = match self.inbox.try_next() {
             Some(delivery) => delivery,
             None => timeout(SILENCE_MAX, self.inbox.next()).await.map_err(|_| ReadError::Silent)?,
         };

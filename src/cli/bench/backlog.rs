@@ -164,7 +164,7 @@ async fn pile_up(
         while publisher.outstanding() >= UNCONFIRMED_MAX {
             confirmed(publisher.next().await?.1)?;
         }
-        while let Some(answered) = publisher.ready() {
+        while let Some(answered) = publisher.try_next() {
             let ((), published) = answered?;
             confirmed(published)?;
         }

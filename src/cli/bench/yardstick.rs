@@ -121,8 +121,8 @@ async fn serve(broker: Broker, queue: ShortString) -> anyhow::Result<()> {
             };
             replies.publish(reply, ());
             inbox.ack(message.delivery_tag);
-            while replies.ready().is_some() {}
-            next = inbox.ready();
+            while replies.try_next().is_some() {}
+            next = inbox.try_next();
         }
         inbox.flush();
         next = Some(inbox.next().await);
@@ -195,12 +195,12 @@ async fn call(
             }
             () = tokio::time::sleep_until(ends_at) => break,
         }
-        while let Some(answered) = requests.ready() {
+        while let Some(answered) = requests.try_next() {
             let (number, published) = answered?;
             confirmed(published)?;
             half_ended(number, &mut calls);
         }
-        while let Some(reply) = replies.ready() {
+        while let Some(reply) = replies.try_next() {
             take(&mut replies, reply, |it| half_ended(it, &mut calls))?;
         }
         replies.flush();
@@ -272,10 +272,10 @@ async fn send(broker: &Broker, queue: &ShortString, duration: Duration) -> anyho
             }
             () = tokio::time::sleep_until(ends_at) => break,
         }
-        while let Some(answered) = publisher.ready() {
+        while let Some(answered) = publisher.try_next() {
             confirmed(answered?.1)?;
         }
-        while let Some(message) = inbox.ready() {
+        while let Some(message) = inbox.try_next() {
             inbox.ack(message?.delivery_tag);
             counted += u64::from(Instant::now() >= begins_at);
         }
@@ -336,7 +336,7 @@ async fn send_alone(
         }
         inbox.ack(message.delivery_tag);
         inbox.flush();
-        while let Some(answered) = publisher.ready() {
+        while let Some(answered) = publisher.try_next() {
             confirmed(answered?.1)?;
         }
     }

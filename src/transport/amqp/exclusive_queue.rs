@@ -175,7 +175,7 @@ impl ExclusiveQueue {
     }
 
     /// The next delivery, if it has arrived already.
-    pub fn ready(&mut self) -> Option<Result<Delivery, ConsumerError>> {
+    pub fn try_next(&mut self) -> Option<Result<Delivery, ConsumerError>> {
         self.next().now_or_never()
     }
 

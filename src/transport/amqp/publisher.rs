@@ -388,7 +388,7 @@ impl<T: Send + 'static> Publisher<T> {
     }
 
     /// The same, if a result is known already.
-    pub fn ready(&mut self) -> Option<Result<(T, PublishOutcome), PublisherError>> {
+    pub fn try_next(&mut self) -> Option<Result<(T, PublishOutcome), PublisherError>> {
         self.next().now_or_never()
     }
 

@@ -76,7 +76,7 @@ impl<T: Send + 'static> ReliablePublisher<T> {
     }
 
     /// The same, if a message is safe already.
-    pub fn ready(&mut self) -> Option<Result<T, PublisherError>> {
+    pub fn try_next(&mut self) -> Option<Result<T, PublisherError>> {
         self.next().now_or_never()
     }
 
