@@ -264,7 +264,7 @@ impl Listener {
         let queue = queue.map_err(ListenError::Queue)?;
         let expected = Arc::clone(&self.expected);
         let is_needed = move || !lock(&expected).waiting.is_empty();
-        let probed = queue.probed(connection, is_needed).await;
+        let probed = queue.with_link_probe(connection, is_needed).await;
         let probed =
             probed.map_err(|error| ListenError::Queue(ExclusiveQueueError::Channel(error)))?;
         Ok((probed, reply))

@@ -280,7 +280,8 @@ impl Session {
         let shared =
             QueueConsumer::open(consuming, name.clone(), SHARED_PREFETCH, FieldTable::default())
                 .await;
-        let shared = shared.map_err(at(&name))?.watched(consuming, ConsumerMode::Competing);
+        let shared =
+            shared.map_err(at(&name))?.with_liveness_probe(consuming, ConsumerMode::Competing);
         let Some(prepare_queue) = prepare_queue else {
             return Ok(Opened { agreed, publishers, shared, prepares: None });
         };
@@ -587,8 +588,9 @@ impl PrepareQueue {
     }
 
     async fn open(&self) -> Result<QueueConsumer, AskError> {
-        let opening = QueueConsumer::open_to_end(&self.consuming, self.name.clone(), self.prefetch);
-        Ok(opening.await?.watched(&self.consuming, self.turn))
+        let opening =
+            QueueConsumer::open_durable(&self.consuming, self.name.clone(), self.prefetch);
+        Ok(opening.await?.with_liveness_probe(&self.consuming, self.turn))
     }
 
     fn open_later(&self) -> BoxFuture<'static, Result<QueueConsumer, AskError>> {
@@ -705,7 +707,7 @@ pub(super) async fn open_own(
             OpenError::Exchange { name: exchange.to_string(), source }
         }
     })?;
-    own.probed(&link.publishing, || true).await.map_err(OpenError::Channel)
+    own.with_link_probe(&link.publishing, || true).await.map_err(OpenError::Channel)
 }
 
 /// Makes ids for deliveries: none is given twice, whatever the connection.

@@ -139,7 +139,7 @@ impl Appender {
         let lane = Publisher::open(publishing, format!("appends to `{}`", names.journal()));
         Ok(Self {
             journal: names.journal(),
-            lane: lane.await?.impatient(CONFIRM_FIRST, CONFIRM_MAX),
+            lane: lane.await?.with_growing_limit(CONFIRM_FIRST, CONFIRM_MAX),
             pending: Pending {
                 link: unique::name('a'),
                 last_number: 0,

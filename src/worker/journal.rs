@@ -275,7 +275,7 @@ impl Journal {
             QueueConsumer::open_within(limit, &self.consuming, queue, prefetch, arguments);
         // Each acknowledgement lets the broker send as many more as it speaks of. Told of every few,
         // as they are read, it would go through the stream a few at a time.
-        Ok(Tail { inbox: opening.await.map_err(ReadError::Consume)?.lazy() })
+        Ok(Tail { inbox: opening.await.map_err(ReadError::Consume)?.with_lazy_acks() })
     }
 
     /// Goes on after the message at `offset`, if that is still the one with this `digest`.

@@ -152,7 +152,7 @@ impl Outbox {
         let prepares = format!("prepares to `{}`", names.prepare());
         let commands = format!("commands to `{}`", names.finish());
         Ok(Self {
-            results: results.await?.within(RESULT_CONFIRM_MAX),
+            results: results.await?.with_limit(RESULT_CONFIRM_MAX),
             worker,
             prepares: Publisher::open(publishing, prepares).await?,
             commands: Publisher::unconfirmed(publishing, commands).await?,

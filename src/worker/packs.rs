@@ -193,7 +193,7 @@ impl PackedJournal {
         arguments.insert("x-stream-offset".into(), from);
         let queue = self.queue.clone();
         let inbox = QueueConsumer::open_within(limit, &self.consuming, queue, prefetch, arguments);
-        Ok(inbox.await?.lazy())
+        Ok(inbox.await?.with_lazy_acks())
     }
 
     /// The packs that were written since `second`, by the broker's clock, up to now.

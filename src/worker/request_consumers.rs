@@ -56,7 +56,7 @@ impl RequestConsumers {
     ) -> Result<(), AskError> {
         let opening =
             QueueConsumer::open(connection, self.queue.clone(), prefetch, FieldTable::default());
-        let inbox = opening.await?.watched(connection, ConsumerMode::Competing);
+        let inbox = opening.await?.with_liveness_probe(connection, ConsumerMode::Competing);
         let source = Source { inbox, held: 0, cancelled: false, ended: false };
         while self.sources.contains_key(&self.next) {
             self.next = self.next.wrapping_add(1);

@@ -93,7 +93,7 @@ async fn drain(
         channel.queue_declare(queue.clone(), exclusive, nothing()).await?;
         let (exchange, bind) = (namespace.names.results(), QueueBindOptions::default());
         channel.queue_bind(queue.clone(), exchange, key(&reply, "*"), bind, nothing()).await?;
-        QueueConsumer::on(channel, queue, PREFETCH, nothing()).await?.lazy()
+        QueueConsumer::on_channel(channel, queue, PREFETCH, nothing()).await?.with_lazy_acks()
     };
     pile_up(
         namespace,

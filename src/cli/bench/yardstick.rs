@@ -148,7 +148,9 @@ async fn call(
     let exclusive = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
     channel.queue_declare(reply_to.clone(), exclusive, FieldTable::default()).await?;
     let mut replies =
-        QueueConsumer::on(channel, reply_to.clone(), PREFETCH, FieldTable::default()).await?.lazy();
+        QueueConsumer::on_channel(channel, reply_to.clone(), PREFETCH, FieldTable::default())
+            .await?
+            .with_lazy_acks();
     let mut requests = Publisher::open(&link.publishing, "the yardstick").await?;
     let mut calls: BTreeMap<u64, EchoCall> = BTreeMap::new();
     let mut latencies = Latencies::new();

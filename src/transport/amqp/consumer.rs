@@ -27,11 +27,12 @@ use crate::transport::amqp::{
     traffic,
 };
 
-/// How long a lazy inbox may delay an acknowledgement: far less than the broker's consumer timeout.
+/// How long a consumer with lazy acknowledgements may delay one: far less than the broker's
+/// consumer timeout.
 const LAZY_FOR: Duration = Duration::from_secs(1);
 
 /// After how long without a delivery to ask the broker whether it still knows the consumer.
-const LOOK_EVERY: Duration = Duration::from_secs(5);
+const PROBE_EVERY: Duration = Duration::from_secs(5);
 
 /// After how long without a delivery an idle consumer is replaced by a new one.
 const RENEW_AFTER: Duration = Duration::from_secs(6);
@@ -40,7 +41,7 @@ const RENEW_AFTER: Duration = Duration::from_secs(6);
 const REQUEUED_WITHIN: Duration = Duration::from_secs(1);
 
 /// How long to wait before asking again after a bad answer, which may have been temporary.
-const LOOK_AGAIN_AFTER: Duration = Duration::from_secs(3);
+const PROBE_AGAIN_AFTER: Duration = Duration::from_secs(3);
 
 /// Why there are no more deliveries.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -114,7 +115,7 @@ pub struct QueueConsumer {
     prefetch: u16,
     arguments: FieldTable,
     lazy: Option<LazyAcks>,
-    watch: Option<LivenessProbe>,
+    probe: Option<LivenessProbe>,
     renewal: Option<ConsumerRenewal>,
 }
 
@@ -158,14 +159,15 @@ impl QueueConsumer {
         arguments: FieldTable,
     ) -> Result<Self, AskError> {
         let channel = answer(ANSWER_MAX, connection.create_channel()).await?;
-        Self::begun_within(limit, channel, queue, prefetch, arguments).await
+        Self::start_within(limit, channel, queue, prefetch, arguments).await
     }
 
     /// The same for a durable queue that may be declared again while it is consumed. When the
     /// process of a classic queue ends, the broker would move its consumers to any queue that then
     /// has the name; if that is a new queue, they get nothing. The argument makes the broker end
-    /// them instead. Quorum queues refuse that argument: see [`QueueConsumer::watched`].
-    pub async fn open_to_end(
+    /// them instead. Quorum queues refuse that argument: see
+    /// [`QueueConsumer::with_liveness_probe`].
+    pub async fn open_durable(
         connection: &BrokerConnection,
         queue: ShortString,
         prefetch: u16,
@@ -181,24 +183,24 @@ impl QueueConsumer {
     }
 
     /// The same on a channel without other consumers.
-    pub async fn on(
+    pub async fn on_channel(
         channel: Channel,
         queue: ShortString,
         prefetch: u16,
         arguments: FieldTable,
     ) -> Result<Self, AskError> {
-        Self::begun_within(ANSWER_MAX, channel, queue, prefetch, arguments).await
+        Self::start_within(ANSWER_MAX, channel, queue, prefetch, arguments).await
     }
 
-    async fn begun_within(
+    async fn start_within(
         limit: Duration,
         channel: Channel,
         queue: ShortString,
         prefetch: u16,
         arguments: FieldTable,
     ) -> Result<Self, AskError> {
-        let begun = Self::begin(limit, &channel, &queue, prefetch, &arguments).await;
-        let consumer = begun.inspect_err(|error| {
+        let started = Self::consume(limit, &channel, &queue, prefetch, &arguments).await;
+        let consumer = started.inspect_err(|error| {
             // If the broker starts the consumer too late, it would deliver messages that nobody
             // takes.
             if error.is_silent() {
@@ -214,12 +216,12 @@ impl QueueConsumer {
             prefetch,
             arguments,
             lazy: None,
-            watch: None,
+            probe: None,
             renewal: None,
         })
     }
 
-    async fn begin(
+    async fn consume(
         limit: Duration,
         channel: &Channel,
         queue: &ShortString,
@@ -236,7 +238,7 @@ impl QueueConsumer {
     /// needs acknowledgements, in order to send more than the prefetch. They are flushed while the
     /// next delivery is awaited.
     #[must_use]
-    pub fn lazy(self) -> Self {
+    pub fn with_lazy_acks(self) -> Self {
         let lazy = LazyAcks { is_waiting: false, until: Box::pin(sleep(Duration::ZERO)) };
         Self { lazy: Some(lazy), ..self }
     }
@@ -244,12 +246,16 @@ impl QueueConsumer {
     /// While nothing arrives, asks the broker from time to time whether it still has this consumer,
     /// and moves to another channel after a while. `connection` is the consumer's. Not for streams.
     #[must_use]
-    pub fn watched(self, connection: &Arc<BrokerConnection>, turn: ConsumerMode) -> Self {
-        let watch = LivenessProbe::new(Arc::clone(connection), self.queue.clone(), turn);
+    pub fn with_liveness_probe(
+        self,
+        connection: &Arc<BrokerConnection>,
+        mode: ConsumerMode,
+    ) -> Self {
+        let probe = LivenessProbe::new(Arc::clone(connection), self.queue.clone(), mode);
         // A single active consumer would lose its turn.
         let renewal =
-            (turn == ConsumerMode::Competing).then(|| ConsumerRenewal::new(Arc::clone(connection)));
-        Self { watch: Some(watch), renewal, ..self }
+            (mode == ConsumerMode::Competing).then(|| ConsumerRenewal::new(Arc::clone(connection)));
+        Self { probe: Some(probe), renewal, ..self }
     }
 
     /// The queue.
@@ -281,11 +287,11 @@ impl QueueConsumer {
             Some(Ok(delivery)) => {
                 traffic::delivered();
                 self.tags.last = self.tags.last.max(delivery.delivery_tag);
-                if let Some(watch) = &mut self.watch {
-                    watch.has_heard = true;
+                if let Some(probe) = &mut self.probe {
+                    probe.has_delivered = true;
                 }
                 if let Some(renewal) = &mut self.renewal {
-                    renewal.heard(&self.queue, delivery.redelivered);
+                    renewal.delivered(&self.queue, delivery.redelivered);
                 }
                 Ok(delivery)
             }
@@ -315,13 +321,13 @@ impl QueueConsumer {
     fn poll_timers(&mut self, cx: &mut Context<'_>) -> Poll<ConsumerError> {
         if let Some(lazy) = &mut self.lazy
             && !self.tags.unknown.is_empty()
-            && (self.tags.unknown.len() >= few(self.prefetch) || lazy.is_due(cx))
+            && (self.tags.unknown.len() >= lazy_acks_max(self.prefetch) || lazy.is_due(cx))
         {
             self.flush_all();
         }
         let has_room = self.tags.outstanding() < u64::from(self.prefetch);
-        match &mut self.watch {
-            Some(watch) => watch.poll(cx, has_room),
+        match &mut self.probe {
+            Some(probe) => probe.poll(cx, has_room),
             None => Poll::Pending,
         }
     }
@@ -344,16 +350,16 @@ impl QueueConsumer {
 
     /// Returns the delivery to the queue, at once.
     pub fn requeue(&mut self, tag: u64) {
-        self.tags.told(tag);
+        self.tags.mark_requeued(tag);
         write_now(
             self.channel.basic_nack(tag, BasicNackOptions { requeue: true, multiple: false }),
         );
     }
 
-    /// Sends the acknowledgements to the broker. A lazy inbox sends a few only while nothing
-    /// arrives.
+    /// Sends the acknowledgements to the broker. With lazy acknowledgements, a few are sent only
+    /// while nothing arrives.
     pub fn flush(&mut self) {
-        if self.lazy.is_none() || self.tags.unknown.len() >= few(self.prefetch) {
+        if self.lazy.is_none() || self.tags.unknown.len() >= lazy_acks_max(self.prefetch) {
             self.flush_all();
         }
     }
@@ -370,7 +376,7 @@ impl QueueConsumer {
     /// Stops consuming. Deliveries that it holds stay valid; those that were already sent may still
     /// arrive.
     pub async fn cancel(&mut self) -> Result<(), AskError> {
-        (self.watch, self.renewal) = (None, None);
+        (self.probe, self.renewal) = (None, None);
         let options = BasicCancelOptions::default();
         answer(ANSWER_MAX, self.channel.basic_cancel(self.consumer.tag(), options)).await
     }
@@ -390,10 +396,10 @@ struct ConsumerRenewal {
     connection: Arc<BrokerConnection>,
     due: Pin<Box<Sleep>>,
     /// When the last delivery arrived, or the consumer was started.
-    heard_at: Instant,
+    delivered_at: Instant,
     opening: Option<BoxFuture<'static, Result<OpenedConsumer, AskError>>>,
     /// When opening it began.
-    opened_after: Instant,
+    opening_since: Instant,
     /// When the new consumer replaced the previous one, if nothing has arrived since.
     renewed_at: Option<Instant>,
 }
@@ -427,9 +433,9 @@ impl ConsumerRenewal {
         Self {
             connection,
             due,
-            heard_at: Instant::now(),
+            delivered_at: Instant::now(),
             opening: None,
-            opened_after: Instant::now(),
+            opening_since: Instant::now(),
             renewed_at: None,
         }
     }
@@ -448,10 +454,10 @@ impl ConsumerRenewal {
             if let Some(opening) = &mut self.opening {
                 let Poll::Ready(opened) = opening.poll_unpin(cx) else { return None };
                 self.opening = None;
-                let has_heard = self.heard_at > self.opened_after;
-                self.heard_at = Instant::now();
+                let has_delivered = self.delivered_at > self.opening_since;
+                self.delivered_at = Instant::now();
                 match opened {
-                    Ok(opened) if is_idle && !has_heard => return Some(opened),
+                    Ok(opened) if is_idle && !has_delivered => return Some(opened),
                     // A delivery did arrive at the old one.
                     Ok(opened) => opened.discard(),
                     Err(error) => tracing::debug!(%queue, %error, "no other consumer is to be had"),
@@ -462,19 +468,19 @@ impl ConsumerRenewal {
             }
             let now = Instant::now();
             if !is_idle {
-                self.heard_at = now;
+                self.delivered_at = now;
             }
-            let due_at = self.heard_at + RENEW_AFTER;
+            let due_at = self.delivered_at + RENEW_AFTER;
             if due_at > now {
                 self.due.as_mut().reset(due_at);
             } else {
-                self.opened_after = now;
+                self.opening_since = now;
                 let connection = Arc::clone(&self.connection);
                 let (queue, arguments) = (queue.clone(), arguments.clone());
                 let opening = async move {
-                    let inbox =
+                    let opened =
                         QueueConsumer::open(&connection, queue, prefetch, arguments).await?;
-                    let QueueConsumer { channel, consumer, .. } = inbox;
+                    let QueueConsumer { channel, consumer, .. } = opened;
                     Ok(OpenedConsumer { channel, consumer })
                 };
                 self.opening = Some(opening.boxed());
@@ -483,8 +489,8 @@ impl ConsumerRenewal {
     }
 
     /// A delivery has arrived.
-    fn heard(&mut self, queue: &ShortString, redelivered: bool) {
-        self.heard_at = Instant::now();
+    fn delivered(&mut self, queue: &ShortString, redelivered: bool) {
+        self.delivered_at = Instant::now();
         if self.renewed_at.take_if(|at| at.elapsed() >= REQUEUED_WITHIN).is_some() || !redelivered {
             return;
         }
@@ -500,12 +506,14 @@ impl ConsumerRenewal {
 
 impl std::fmt::Debug for ConsumerRenewal {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Renewal").field("heard_at", &self.heard_at).finish_non_exhaustive()
+        f.debug_struct("ConsumerRenewal")
+            .field("delivered_at", &self.delivered_at)
+            .finish_non_exhaustive()
     }
 }
 
-/// Up to how many acknowledgements of a lazy inbox wait for more.
-fn few(prefetch: u16) -> usize {
+/// Up to how many lazy acknowledgements wait for more.
+fn lazy_acks_max(prefetch: u16) -> usize {
     usize::from(prefetch / 4).max(1)
 }
 
@@ -529,56 +537,56 @@ pub enum ConsumerMode {
 struct LivenessProbe {
     connection: Arc<BrokerConnection>,
     queue: ShortString,
-    turn: ConsumerMode,
+    mode: ConsumerMode,
     /// When to check next.
     due: Pin<Box<Sleep>>,
     /// Whether a delivery arrived since the last check.
-    has_heard: bool,
+    has_delivered: bool,
     /// When a delivery was last known to have arrived.
-    heard_at: Instant,
+    delivered_at: Instant,
     /// Whether the last check was bad.
     is_suspicious: bool,
-    looking: Option<BoxFuture<'static, Result<Option<QueueCounts>, AskError>>>,
+    probing: Option<BoxFuture<'static, Result<Option<QueueCounts>, AskError>>>,
 }
 
 impl LivenessProbe {
-    fn new(connection: Arc<BrokerConnection>, queue: ShortString, turn: ConsumerMode) -> Self {
+    fn new(connection: Arc<BrokerConnection>, queue: ShortString, mode: ConsumerMode) -> Self {
         Self {
             connection,
             queue,
-            turn,
-            due: Box::pin(sleep(LOOK_EVERY)),
-            has_heard: false,
-            heard_at: Instant::now(),
+            mode,
+            due: Box::pin(sleep(PROBE_EVERY)),
+            has_delivered: false,
+            delivered_at: Instant::now(),
             is_suspicious: false,
-            looking: None,
+            probing: None,
         }
     }
 
     /// Ready when the consumer is lost. `has_room`: the broker may deliver more to it.
     fn poll(&mut self, cx: &mut Context<'_>, has_room: bool) -> Poll<ConsumerError> {
         loop {
-            if let Some(looking) = &mut self.looking {
-                let Poll::Ready(found) = looking.poll_unpin(cx) else { return Poll::Pending };
-                self.looking = None;
+            if let Some(probing) = &mut self.probing {
+                let Poll::Ready(found) = probing.poll_unpin(cx) else { return Poll::Pending };
+                self.probing = None;
                 if self.is_forgotten(found.as_ref(), has_room) {
-                    let (queue, silent_for) = (self.queue.to_string(), self.heard_at.elapsed());
+                    let (queue, silent_for) = (self.queue.to_string(), self.delivered_at.elapsed());
                     return Poll::Ready(ConsumerError::Forgotten { queue, silent_for });
                 }
-                let pause = if self.is_suspicious { LOOK_AGAIN_AFTER } else { LOOK_EVERY };
+                let pause = if self.is_suspicious { PROBE_AGAIN_AFTER } else { PROBE_EVERY };
                 self.due.as_mut().reset(Instant::now() + pause);
             }
             if self.due.as_mut().poll(cx).is_pending() {
                 return Poll::Pending;
             }
-            if std::mem::take(&mut self.has_heard) {
-                self.heard_at = Instant::now();
+            if std::mem::take(&mut self.has_delivered) {
+                self.delivered_at = Instant::now();
                 self.is_suspicious = false;
-                self.due.as_mut().reset(Instant::now() + LOOK_EVERY);
+                self.due.as_mut().reset(Instant::now() + PROBE_EVERY);
             } else {
                 let (connection, queue) = (Arc::clone(&self.connection), self.queue.clone());
-                let looking = async move { answer(ANSWER_MAX, counts(&connection, queue)).await };
-                self.looking = Some(looking.boxed());
+                let probing = async move { answer(ANSWER_MAX, counts(&connection, queue)).await };
+                self.probing = Some(probing.boxed());
             }
         }
     }
@@ -595,8 +603,8 @@ impl LivenessProbe {
         // Others watch the connection.
         let Ok(found) = found else { return false };
         let Some(QueueCounts { messages, consumers }) = found else { return true };
-        let is_passed_over = *messages > 0 && has_room && self.turn == ConsumerMode::Competing;
-        self.is_suspicious = !self.has_heard && (*consumers == 0 || is_passed_over);
+        let is_passed_over = *messages > 0 && has_room && self.mode == ConsumerMode::Competing;
+        self.is_suspicious = !self.has_delivered && (*consumers == 0 || is_passed_over);
         was_suspicious && self.is_suspicious
     }
 }
@@ -627,7 +635,7 @@ impl SettledTags {
     }
 
     /// The broker already knows that this one is settled, by a requeue.
-    fn told(&mut self, tag: u64) {
+    fn mark_requeued(&mut self, tag: u64) {
         self.unknown.remove(&tag);
         if tag > self.floor {
             self.known.insert(tag);
@@ -696,7 +704,7 @@ mod tests {
     fn a_requeued_delivery_is_not_acknowledged() {
         let mut tags = SettledTags::default();
         tags.settle(1);
-        tags.told(2);
+        tags.mark_requeued(2);
         tags.settle(3);
         assert_eq!(tags.flush(), [(3, true)]);
     }
@@ -713,15 +721,15 @@ mod tests {
         fn each_settled_tag_is_acknowledged_once_and_no_other(
             order in (1..40_u64).prop_flat_map(|n| Just((1..=n).collect::<Vec<_>>()).prop_shuffle()),
             flushes in prop::collection::vec(any::<bool>(), 40),
-            handed_back in prop::collection::vec(any::<bool>(), 40),
+            requeued in prop::collection::vec(any::<bool>(), 40),
         ) {
             let mut tags = SettledTags::default();
             let mut outstanding: BTreeSet<u64> = order.iter().copied().collect();
             let mut settled = BTreeSet::new();
             for (index, &tag) in order.iter().enumerate() {
                 settled.insert(tag);
-                if handed_back[index] {
-                    tags.told(tag);
+                if requeued[index] {
+                    tags.mark_requeued(tag);
                     outstanding.remove(&tag);
                 } else {
                     tags.settle(tag);

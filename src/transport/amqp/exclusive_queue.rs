@@ -102,7 +102,7 @@ impl ExclusiveQueueError {
 /// An exclusive queue and its consumer.
 #[derive(Debug)]
 pub struct ExclusiveQueue {
-    inbox: QueueConsumer,
+    consumer: QueueConsumer,
     probe: Option<LinkProbe>,
 }
 
@@ -140,9 +140,10 @@ impl ExclusiveQueue {
                 source,
             })?;
         }
-        let inbox =
-            QueueConsumer::on(channel, queue.clone(), prefetch, FieldTable::default()).await;
-        Ok(Self { inbox: inbox.map_err(failed)?.lazy(), probe: None })
+        let consumer =
+            QueueConsumer::on_channel(channel, queue.clone(), prefetch, FieldTable::default())
+                .await;
+        Ok(Self { consumer: consumer.map_err(failed)?.with_lazy_acks(), probe: None })
     }
 
     /// Checks by probes that publishes on `publishing` still arrive here, as long as `is_needed`.
@@ -150,19 +151,19 @@ impl ExclusiveQueue {
     /// # Errors
     ///
     /// `publishing` gives no channel.
-    pub async fn probed(
+    pub async fn with_link_probe(
         self,
         publishing: &Arc<BrokerConnection>,
         is_needed: impl Fn() -> bool + Send + Sync + 'static,
     ) -> Result<Self, AskError> {
-        let queue = self.inbox.queue().clone();
+        let queue = self.consumer.queue().clone();
         let probe = LinkProbe::new(publishing, queue, Box::new(is_needed)).await?;
         Ok(Self { probe: Some(probe), ..self })
     }
 
     /// Its name.
     pub fn name(&self) -> &ShortString {
-        self.inbox.queue()
+        self.consumer.queue()
     }
 
     /// The next delivery. Acknowledge it by [`ExclusiveQueue::ack`].
@@ -182,7 +183,7 @@ impl ExclusiveQueue {
     /// [`ExclusiveQueue::next`] as a poll function, for callers that wait for several things.
     pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Delivery, ConsumerError>> {
         loop {
-            match self.inbox.poll_next(cx) {
+            match self.consumer.poll_next(cx) {
                 Poll::Ready(Ok(delivery)) => {
                     let is_probe = is_probe(&delivery);
                     if let Some(probe) = &mut self.probe {
@@ -191,7 +192,7 @@ impl ExclusiveQueue {
                     if !is_probe {
                         return Poll::Ready(Ok(delivery));
                     }
-                    self.inbox.ack_now(delivery.delivery_tag);
+                    self.consumer.ack_now(delivery.delivery_tag);
                 }
                 Poll::Ready(Err(closed)) => return Poll::Ready(Err(closed)),
                 Poll::Pending => break,
@@ -208,12 +209,12 @@ impl ExclusiveQueue {
 
     /// Acknowledges the delivery.
     pub fn ack(&mut self, tag: u64) {
-        self.inbox.ack(tag);
+        self.consumer.ack(tag);
     }
 
     /// Sends the acknowledgements to the broker.
     pub fn flush(&mut self) {
-        self.inbox.flush();
+        self.consumer.flush();
     }
 }
 

@@ -9,8 +9,9 @@
 //! confirm, answers nothing at all. So a publish that is not confirmed within [`CONFIRM_MAX`] is
 //! given up alone while others are confirmed. If none is, the publisher opens another channel; and
 //! if the connection gives none, the publisher is [lost](PublisherError). If a lost confirm would
-//! hold up everything else, a publisher [starts with a shorter limit](Publisher::impatient), and
-//! doubles it each time that the next channel confirms nothing either.
+//! hold up everything else, a publisher [starts with a shorter
+//! limit](Publisher::with_growing_limit), and doubles it each time that the next channel confirms
+//! nothing either.
 //!
 //! **A returned message.** The broker returns a message that no queue takes just before it confirms
 //! it. lapin attaches returned messages, in the order of their arrival, to whichever confirm it
@@ -333,7 +334,7 @@ impl<T: Send + 'static> Publisher<T> {
 
     /// The same, with `limit` as the time limit of a confirm.
     #[must_use]
-    pub fn within(self, limit: Duration) -> Self {
+    pub fn with_limit(self, limit: Duration) -> Self {
         let timer = Box::pin(sleep(limit));
         Self { limit_first: limit, limit, limit_max: limit, timer, ..self }
     }
@@ -341,8 +342,8 @@ impl<T: Send + 'static> Publisher<T> {
     /// The same, with `limit` as the first time limit of a confirm; it is doubled for the next
     /// channel if nothing was confirmed on the previous one, up to `limit_max`.
     #[must_use]
-    pub fn impatient(self, limit: Duration, limit_max: Duration) -> Self {
-        Self { limit_max, ..self.within(limit) }
+    pub fn with_growing_limit(self, limit: Duration, limit_max: Duration) -> Self {
+        Self { limit_max, ..self.with_limit(limit) }
     }
 
     /// Whether its channel is open, as far as is known.

@@ -195,7 +195,7 @@ impl<'a> Session<'a> {
             FieldTable::default(),
         );
         let inquiries = inquiries.await.map_err(opening("the queue of inquiries"))?;
-        let inquiries = inquiries.watched(&link.consuming, ConsumerMode::Competing);
+        let inquiries = inquiries.with_liveness_probe(&link.consuming, ConsumerMode::Competing);
         let mut requests = RequestConsumers::new(names.requests());
         let opening_requests = requests.open(&link.consuming, settings.requests_prefetch());
         opening_requests.await.map_err(opening("the queue of requests"))?;
@@ -721,7 +721,7 @@ pub(super) async fn open_replies(
     let stem = names.replies_of(worker);
     let queue = ExclusiveQueue::open(&link.consuming, stem, &[replies], REPLIES_PREFETCH).await;
     let queue = queue.map_err(|error| SessionError::Replies(Box::new(error)))?;
-    let probed = queue.probed(&link.publishing, || true).await;
+    let probed = queue.with_link_probe(&link.publishing, || true).await;
     probed.map_err(opening("a channel to probe the link on"))
 }
 
