@@ -47,7 +47,7 @@ use crate::transport::amqp::{
 pub const CONFIRM_MAX: Duration = Duration::from_secs(10);
 
 /// If a timer fires later than this, the process did not run, for example because it was frozen.
-const LATE: Duration = Duration::from_secs(1);
+const STALL_MIN: Duration = Duration::from_secs(1);
 
 /// How many publishes may be given up on one channel whose confirms may still arrive.
 const ABANDONED_MAX: usize = 4096;
@@ -83,7 +83,7 @@ pub struct OutgoingMessage {
 
 impl OutgoingMessage {
     /// Its id on its channel, by which it is recognised if it is returned.
-    fn identify(&mut self) -> ShortString {
+    fn ensure_id(&mut self) -> ShortString {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let next = || ShortString::from(NEXT.fetch_add(1, Ordering::Relaxed).to_string());
         self.message_id.get_or_insert_with(next).clone()
@@ -138,7 +138,7 @@ pub enum PublishOutcome {
 /// see [`publish_within`].
 pub async fn publish(channel: PublishChannel, mut message: OutgoingMessage) -> PublishOutcome {
     let options = BasicPublishOptions { mandatory: message.mandatory, immediate: false };
-    let id = message.mandatory.then(|| message.identify());
+    let id = message.mandatory.then(|| message.ensure_id());
     let properties = message.properties();
     let OutgoingMessage { exchange, key, body, .. } = message;
     traffic::published();
@@ -221,7 +221,7 @@ pub struct Publisher<T> {
     connection: Arc<BrokerConnection>,
     channel: PublishChannel,
     confirms: Confirms,
-    on_their_way: FuturesUnordered<Publishing>,
+    in_flight: FuturesUnordered<Publishing>,
     /// The last one, if it is not watched.
     unwatched: Option<Publishing>,
     /// The unconfirmed publishes, in order; `None`: confirmed, or given up. The first has number
@@ -235,7 +235,7 @@ pub struct Publisher<T> {
     /// How many were given up on this channel, and may still be confirmed.
     abandoned: usize,
     /// When a publish was last confirmed.
-    heard_at: Instant,
+    answered_at: Instant,
     /// When the oldest publish reaches its time limit. It is set again when it has fired.
     timer: Pin<Box<Sleep>>,
     renewal: Option<ChannelRenewal<T>>,
@@ -267,7 +267,7 @@ enum Confirms {
 }
 
 impl Confirms {
-    async fn channel(self, connection: &BrokerConnection) -> Result<PublishChannel, AskError> {
+    async fn open_channel(self, connection: &BrokerConnection) -> Result<PublishChannel, AskError> {
         match self {
             Self::All => PublishChannel::open(connection).await,
             Self::Written { .. } => PublishChannel::unconfirmed(connection).await,
@@ -289,7 +289,7 @@ impl<T: Send + 'static> Publisher<T> {
         connection: &Arc<BrokerConnection>,
         what: impl Into<Arc<str>>,
     ) -> Result<Self, AskError> {
-        Self::on(connection, what.into(), Confirms::All).await
+        Self::open_with(connection, what.into(), Confirms::All).await
     }
 
     /// The same without confirms, for messages that may be lost: a message counts as confirmed when
@@ -303,10 +303,10 @@ impl<T: Send + 'static> Publisher<T> {
         connection: &Arc<BrokerConnection>,
         what: impl Into<Arc<str>>,
     ) -> Result<Self, AskError> {
-        Self::on(connection, what.into(), Confirms::Written { unwatched: 0 }).await
+        Self::open_with(connection, what.into(), Confirms::Written { unwatched: 0 }).await
     }
 
-    async fn on(
+    async fn open_with(
         connection: &Arc<BrokerConnection>,
         what: Arc<str>,
         confirms: Confirms,
@@ -317,16 +317,16 @@ impl<T: Send + 'static> Publisher<T> {
             limit: CONFIRM_MAX,
             limit_max: CONFIRM_MAX,
             connection: Arc::clone(connection),
-            channel: confirms.channel(connection).await?,
+            channel: confirms.open_channel(connection).await?,
             confirms,
-            on_their_way: FuturesUnordered::new(),
+            in_flight: FuturesUnordered::new(),
             unwatched: None,
             waiting: VecDeque::new(),
             first: 0,
             outstanding: 0,
             given_up: VecDeque::new(),
             abandoned: 0,
-            heard_at: Instant::now(),
+            answered_at: Instant::now(),
             timer: Box::pin(sleep(CONFIRM_MAX)),
             renewal: None,
         })
@@ -376,7 +376,7 @@ impl<T: Send + 'static> Publisher<T> {
         }
         self.waiting.push_back(Some(UnconfirmedPublish { ticket, since: Instant::now() }));
         self.outstanding += 1;
-        self.on_their_way.push(publishing);
+        self.in_flight.push(publishing);
     }
 
     /// The result of one unconfirmed publish; waits for ever if there is none.
@@ -402,15 +402,14 @@ impl<T: Send + 'static> Publisher<T> {
             if let Some((ticket, silent_for)) = self.given_up.pop_front() {
                 return Poll::Ready(Ok((ticket, PublishOutcome::Unconfirmed(silent_for))));
             }
-            while let Poll::Ready(Some((number, published))) = self.on_their_way.poll_next_unpin(cx)
-            {
+            while let Poll::Ready(Some((number, published))) = self.in_flight.poll_next_unpin(cx) {
                 if let PublishOutcome::Lost(source) = published {
                     return Poll::Ready(Err(PublisherError::Channel {
                         what: Arc::clone(&self.what),
                         source,
                     }));
                 }
-                if let Some(ticket) = self.answered(number) {
+                if let Some(ticket) = self.on_answer(number) {
                     return Poll::Ready(Ok((ticket, published)));
                 }
             }
@@ -418,7 +417,7 @@ impl<T: Send + 'static> Publisher<T> {
                 let Poll::Ready(opened) = renewal.opening.poll_unpin(cx) else {
                     return Poll::Pending;
                 };
-                self.renewed(opened).map_or(Ok(()), Err)?;
+                self.on_renewal(opened).map_or(Ok(()), Err)?;
                 continue;
             }
             if self.waiting.is_empty() || self.timer.as_mut().poll(cx).is_pending() {
@@ -429,8 +428,8 @@ impl<T: Send + 'static> Publisher<T> {
     }
 
     /// Publish `number` has its result; `None`: it had been given up.
-    fn answered(&mut self, number: u64) -> Option<T> {
-        self.heard_at = Instant::now();
+    fn on_answer(&mut self, number: u64) -> Option<T> {
+        self.answered_at = Instant::now();
         self.limit = self.limit_first;
         let index = usize::try_from(number.checked_sub(self.first)?).ok()?;
         let Some(waiting) = self.waiting.get_mut(index).and_then(Option::take) else {
@@ -438,11 +437,11 @@ impl<T: Send + 'static> Publisher<T> {
             return None;
         };
         self.outstanding -= 1;
-        self.forget_answered();
+        self.drop_answered();
         Some(waiting.ticket)
     }
 
-    fn forget_answered(&mut self) {
+    fn drop_answered(&mut self) {
         while let Some(None) = self.waiting.front() {
             self.waiting.pop_front();
             self.first += 1;
@@ -453,7 +452,7 @@ impl<T: Send + 'static> Publisher<T> {
     /// if none was confirmed since.
     fn expire(&mut self) {
         let now = Instant::now();
-        let is_late = self.timer.deadline().elapsed() >= LATE;
+        let is_late = self.timer.deadline().elapsed() >= STALL_MIN;
         if is_late || self.connection.status().blocked() {
             // The broker has reported an alarm, and will read when that ends. Or this process did
             // not run, and has yet to see what has arrived.
@@ -464,7 +463,7 @@ impl<T: Send + 'static> Publisher<T> {
             if silent_for < self.limit {
                 return self.timer.as_mut().reset(oldest.since + self.limit);
             }
-            if self.heard_at <= oldest.since || self.abandoned >= ABANDONED_MAX {
+            if self.answered_at <= oldest.since || self.abandoned >= ABANDONED_MAX {
                 return self.renew(silent_for);
             }
             if let Some(oldest) = self.waiting.front_mut().and_then(Option::take) {
@@ -473,7 +472,7 @@ impl<T: Send + 'static> Publisher<T> {
                 self.outstanding -= 1;
                 self.abandoned += 1;
             }
-            self.forget_answered();
+            self.drop_answered();
         }
         self.timer.as_mut().reset(now + self.limit);
     }
@@ -495,12 +494,12 @@ impl<T: Send + 'static> Publisher<T> {
         let waiting = std::mem::take(&mut self.waiting).into_iter().flatten();
         self.given_up.extend(waiting.map(|waiting| (waiting.ticket, silent_for)));
         (self.outstanding, self.abandoned, self.first) = (0, 0, 0);
-        self.on_their_way = FuturesUnordered::new();
+        self.in_flight = FuturesUnordered::new();
         self.unwatched = None;
         let (old, connection, confirms) =
             (self.channel.clone(), Arc::clone(&self.connection), self.confirms);
         let opening = async move {
-            let opened = confirms.channel(&connection).await;
+            let opened = confirms.open_channel(&connection).await;
             // Nobody waits for its remaining confirms.
             if opened.is_ok() {
                 let closing = async move { old.close(200, "done".into()).await };
@@ -512,7 +511,7 @@ impl<T: Send + 'static> Publisher<T> {
         self.renewal = Some(ChannelRenewal { opening, silent_for, backlog: Vec::new() });
     }
 
-    fn renewed(&mut self, opened: Result<PublishChannel, AskError>) -> Option<PublisherError> {
+    fn on_renewal(&mut self, opened: Result<PublishChannel, AskError>) -> Option<PublisherError> {
         let ChannelRenewal { silent_for, backlog, .. } = self.renewal.take()?;
         match opened {
             Ok(channel) => self.channel = channel,
@@ -525,9 +524,9 @@ impl<T: Send + 'static> Publisher<T> {
                 });
             }
         }
-        self.heard_at = Instant::now();
+        self.answered_at = Instant::now();
         self.limit = (self.limit * 2).min(self.limit_max);
-        self.timer.as_mut().reset(self.heard_at + self.limit);
+        self.timer.as_mut().reset(self.answered_at + self.limit);
         for (message, ticket) in backlog {
             self.publish(message, ticket);
         }
@@ -541,7 +540,7 @@ impl<T: Send + 'static> Publisher<T> {
             unwatched.await;
         }
         self.unwatched = None;
-        while self.on_their_way.next().await.is_some() {}
+        while self.in_flight.next().await.is_some() {}
     }
 
     /// How many publishes are unconfirmed; without confirms, how many may be unwritten, except for

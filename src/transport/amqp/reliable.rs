@@ -24,15 +24,15 @@ const PAUSE_FIRST: Duration = Duration::from_millis(500);
 const PAUSE_MAX: Duration = Duration::from_secs(10);
 
 /// How often repeated publishing is logged, at most.
-const SAID_EVERY: Duration = Duration::from_secs(10);
+const LOG_EVERY: Duration = Duration::from_secs(10);
 
 /// A publisher for messages that must not be lost. `T` is what follows when a message is safe.
 #[derive(Debug)]
 pub struct ReliablePublisher<T> {
-    lane: Publisher<PendingPublish<T>>,
+    publisher: Publisher<PendingPublish<T>>,
     /// The messages to publish again, and when: unordered, and few.
-    again: VecDeque<(Instant, PendingPublish<T>)>,
-    said_at: Option<Instant>,
+    retries: VecDeque<(Instant, PendingPublish<T>)>,
+    logged_at: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -52,18 +52,22 @@ impl<T: Send + 'static> ReliablePublisher<T> {
         connection: &Arc<BrokerConnection>,
         what: impl Into<Arc<str>>,
     ) -> Result<Self, AskError> {
-        let lane = Publisher::open(connection, what).await?;
-        Ok(Self { lane, again: VecDeque::new(), said_at: None })
+        let publisher = Publisher::open(connection, what).await?;
+        Ok(Self { publisher, retries: VecDeque::new(), logged_at: None })
     }
 
     /// Publishes `message` until it is safe. If it is not `mandatory`, it counts as safe even if no
     /// queue takes it.
     pub fn publish(&mut self, message: OutgoingMessage, then: T) {
-        self.write(PendingPublish { message, then, backoff: Backoff::new(PAUSE_FIRST, PAUSE_MAX) });
+        self.try_publish(PendingPublish {
+            message,
+            then,
+            backoff: Backoff::new(PAUSE_FIRST, PAUSE_MAX),
+        });
     }
 
-    fn write(&mut self, pending: PendingPublish<T>) {
-        self.lane.publish(pending.message.clone(), pending);
+    fn try_publish(&mut self, pending: PendingPublish<T>) {
+        self.publisher.publish(pending.message.clone(), pending);
     }
 
     /// What follows from the next safe message; waits for ever if there is none.
@@ -82,9 +86,9 @@ impl<T: Send + 'static> ReliablePublisher<T> {
 
     /// [`ReliablePublisher::next`] as a poll function, for callers that wait for several things.
     pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<T, PublisherError>> {
-        while let Poll::Ready(answered) = self.lane.poll_next(cx) {
-            let (pending, published) = answered?;
-            if let Some(then) = self.published(pending, &published) {
+        while let Poll::Ready(ended) = self.publisher.poll_next(cx) {
+            let (pending, outcome) = ended?;
+            if let Some(then) = self.on_outcome(pending, &outcome) {
                 return Poll::Ready(Ok(then));
             }
         }
@@ -92,12 +96,12 @@ impl<T: Send + 'static> ReliablePublisher<T> {
     }
 
     /// What follows, if the message is safe; otherwise it will be published again.
-    fn published(
+    fn on_outcome(
         &mut self,
         mut pending: PendingPublish<T>,
-        published: &PublishOutcome,
+        outcome: &PublishOutcome,
     ) -> Option<T> {
-        let fate = match published {
+        let reason = match outcome {
             PublishOutcome::Confirmed => return Some(pending.then),
             PublishOutcome::Unroutable => "no queue takes it; has `dtc topology apply` been run?",
             PublishOutcome::Refused => "its queue is full, or the queue's node is down",
@@ -106,25 +110,25 @@ impl<T: Send + 'static> ReliablePublisher<T> {
             }
         };
         let now = Instant::now();
-        if self.said_at.is_none_or(|at| now - at >= SAID_EVERY) {
-            self.said_at = Some(now);
+        if self.logged_at.is_none_or(|at| now - at >= LOG_EVERY) {
+            self.logged_at = Some(now);
             let OutgoingMessage { exchange, key, .. } = &pending.message;
             tracing::error!(
-                %exchange, %key, waiting = self.again.len() + 1,
-                "a message that must not be lost is not safe yet, and is published again: {fate}"
+                %exchange, %key, waiting = self.retries.len() + 1,
+                "a message that must not be lost is not safe yet, and is published again: {reason}"
             );
         }
         let at = now + pending.backoff.pause();
-        self.again.push_back((at, pending));
+        self.retries.push_back((at, pending));
         None
     }
 
     /// Publishes again the messages whose pause is over.
     pub fn flush(&mut self, now: Instant) {
-        for _ in 0..self.again.len() {
-            match self.again.pop_front() {
-                Some((at, pending)) if at <= now => self.write(pending),
-                Some(later) => self.again.push_back(later),
+        for _ in 0..self.retries.len() {
+            match self.retries.pop_front() {
+                Some((at, pending)) if at <= now => self.try_publish(pending),
+                Some(later) => self.retries.push_back(later),
                 None => {}
             }
         }
@@ -132,26 +136,26 @@ impl<T: Send + 'static> ReliablePublisher<T> {
 
     /// When to call [`ReliablePublisher::flush`] at the latest.
     pub fn wake_at(&self) -> Option<Instant> {
-        self.again.iter().map(|(at, _)| *at).min()
+        self.retries.iter().map(|(at, _)| *at).min()
     }
 
     /// Whether everything is safe.
     pub fn is_idle(&self) -> bool {
-        self.again.is_empty() && self.lane.outstanding() == 0
+        self.retries.is_empty() && self.publisher.outstanding() == 0
     }
 
     /// How many messages are unconfirmed.
     pub fn outstanding(&self) -> usize {
-        self.lane.outstanding()
+        self.publisher.outstanding()
     }
 
     /// Whether its channel is open, as far as is known.
     pub fn is_open(&self) -> bool {
-        self.lane.is_open()
+        self.publisher.is_open()
     }
 
     /// Waits until every publish has its result.
     pub async fn finish(&mut self) {
-        self.lane.finish().await;
+        self.publisher.finish().await;
     }
 }
