@@ -450,7 +450,7 @@ async fn open_once(
         Ok((link, own))
     };
     let is_final = |error: &OpenError| error.disposition() == Disposition::GiveUp;
-    let (link, own) = settings.broker.link_with(own, is_final).await?;
+    let (link, own) = settings.broker.connect_pair_with(own, is_final).await?;
     Session::open(link, own, settings, store, takes_prepares).await
 }
 

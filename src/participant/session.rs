@@ -38,10 +38,10 @@ use crate::{
         agreed_value::{AgreedValue, AgreedValueError},
         bounded::AskError,
         connection::BrokerConnection,
+        connection_pair::{ConnectionEvent, ConnectionMonitor, ConnectionPair},
         consumer::{ConsumerError, ConsumerMode, QueueConsumer},
         error::{is_not_found, is_out_of_reach, is_refusal},
         exclusive_queue::{ExchangeBinding, ExclusiveQueue, ExclusiveQueueError},
-        link::{Link, LinkChange, LinkWatch},
         names::{ALL, Names, key},
         publisher::{OutgoingMessage, PublishOutcome, Publisher, PublisherError},
         rejected::rejected,
@@ -141,8 +141,8 @@ impl Publishers {
 pub(super) struct Session {
     /// As long as it is there, nobody begins to serve with another store.
     _agreed: Kept,
-    link: Link,
-    watch: LinkWatch,
+    link: ConnectionPair,
+    watch: ConnectionMonitor,
     publishers: Publishers,
     /// `None`: it was opened to hear the rest, or their queue can't be reached.
     prepares: Option<QueueConsumer>,
@@ -183,7 +183,7 @@ enum OnConfirm {
 enum Input {
     Message(Source, Message),
     Safe(OnConfirm),
-    Link(LinkChange),
+    Link(ConnectionEvent),
 }
 
 /// The session is over: everything will be delivered again, to whomever.
@@ -227,7 +227,7 @@ impl Session {
     /// it takes what they will be about. `store`: what its store is called, and whether it has served
     /// before.
     pub(super) async fn open(
-        link: Link,
+        link: ConnectionPair,
         own: ExclusiveQueue,
         settings: &ServeSettings,
         store: (Option<&StoreId>, bool),
@@ -262,7 +262,7 @@ impl Session {
     }
 
     async fn open_on(
-        link: &Link,
+        link: &ConnectionPair,
         settings: &ServeSettings,
         (store, has_served): (Option<&StoreId>, bool),
         prepare_queue: Option<&PrepareQueue>,
@@ -407,15 +407,15 @@ impl Session {
         Ok(())
     }
 
-    fn link_changed(&self, change: LinkChange) -> Result<(), SessionError> {
+    fn link_changed(&self, change: ConnectionEvent) -> Result<(), SessionError> {
         match change {
-            LinkChange::Blocked | LinkChange::Unblocked => Ok(()),
-            LinkChange::Lost(error) => Err(SessionError::Connection(error)),
-            LinkChange::Stale => Err(SessionError::Stale),
-            LinkChange::ChannelLost(error) if !self.publishers.are_open() => {
+            ConnectionEvent::Blocked | ConnectionEvent::Unblocked => Ok(()),
+            ConnectionEvent::Lost(error) => Err(SessionError::Connection(error)),
+            ConnectionEvent::Stale => Err(SessionError::Stale),
+            ConnectionEvent::ChannelLost(error) if !self.publishers.are_open() => {
                 Err(SessionError::Channel(error))
             }
-            LinkChange::ChannelLost(_) => Ok(()),
+            ConnectionEvent::ChannelLost(_) => Ok(()),
         }
     }
 
@@ -575,7 +575,7 @@ struct PrepareQueue {
 }
 
 impl PrepareQueue {
-    fn of(settings: &ServeSettings, link: &Link) -> Self {
+    fn of(settings: &ServeSettings, link: &ConnectionPair) -> Self {
         Self {
             consuming: Arc::clone(&link.consuming),
             name: settings.names.prepare_of(&settings.service),
@@ -649,7 +649,7 @@ pub(super) async fn declare(settings: &ServeSettings, max_wait: Duration) -> Res
 /// all the same: what is told to commit what its store doesn't know says so. Who has served before
 /// doesn't wait for it, and is not kept out by whoever has begun meanwhile.
 async fn agree_on_store(
-    link: &Link,
+    link: &ConnectionPair,
     settings: &ServeSettings,
     store: Option<&StoreId>,
     has_served: bool,
@@ -690,7 +690,7 @@ async fn agree_on_store(
 /// The instance's own queue: opened before anything else, it shows that the node is of use. What it
 /// gets through shows that the link is alive.
 pub(super) async fn open_own(
-    link: &Link,
+    link: &ConnectionPair,
     settings: &ServeSettings,
 ) -> Result<ExclusiveQueue, OpenError> {
     let ServeSettings { names, service, instance, .. } = settings;

@@ -19,7 +19,8 @@ use crate::{
     error::ErrorChain,
     protocol::{coordinator::Event, time::Time},
     transport::amqp::{
-        bounded::ANSWER_MAX, connection::Backoff, consumer::ConsumerError, link::Link,
+        bounded::ANSWER_MAX, connection::Backoff, connection_pair::ConnectionPair,
+        consumer::ConsumerError,
     },
     worker::{
         Settings,
@@ -123,7 +124,7 @@ impl Follower {
     pub(super) async fn resume(
         &mut self,
         last_read: Option<LastRead>,
-        link: &Link,
+        link: &ConnectionPair,
     ) -> Result<(), FollowError> {
         let Some(LastRead { offset, digest }) = last_read else {
             return Err(FollowError::OtherJournal);

@@ -230,7 +230,7 @@ async fn open<'a>(
         Ok((link, replies))
     };
     let is_final = |failure: &Failure| failure.refusal().is_some();
-    let (link, replies) = settings.broker.link_with(replies, is_final).await?;
+    let (link, replies) = settings.broker.connect_pair_with(replies, is_final).await?;
     Session::open(settings, state, link, replies).await.map_err(Failure::Session)
 }
 

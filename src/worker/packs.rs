@@ -48,8 +48,8 @@ use crate::{
     transport::amqp::{
         bounded::{ANSWER_MAX, AskError, answer},
         connection::{Broker, BrokerConnection, PublishChannel},
+        connection_pair::ConnectionPair,
         consumer::QueueConsumer,
-        link::Link,
         names::Names,
         publisher::{OutgoingMessage, PublishOutcome, publish_within},
         unique,
@@ -152,7 +152,7 @@ pub(super) fn digest_of(copied: &Copied) -> u64 {
 
 impl PackedJournal {
     /// `None`: this process doesn't know what the broker calls its user.
-    pub(super) fn of(link: &Link, names: &Names, broker: &Broker) -> Option<Self> {
+    pub(super) fn of(link: &ConnectionPair, names: &Names, broker: &Broker) -> Option<Self> {
         if broker.address.is_external() {
             return None;
         }

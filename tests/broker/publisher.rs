@@ -93,7 +93,7 @@ async fn the_last_publish_is_written_before_the_connection_closes() {
 #[tokio::test]
 async fn a_publish_on_a_closed_channel_is_reported_lost_at_once() {
     let place = place();
-    let link = address(&place).link().await.unwrap();
+    let link = address(&place).connect_pair().await.unwrap();
     let mut publisher = Publisher::unconfirmed(&link.publishing, "a test").await.unwrap();
     let nowhere = || OutgoingMessage {
         exchange: "dtc-no-such-exchange".into(),

@@ -82,7 +82,7 @@ async fn drain(
     max_in_flight: usize,
     data: usize,
 ) -> anyhow::Result<Drain> {
-    let link = namespace.broker().link().await?;
+    let link = namespace.broker().connect_pair().await?;
     let reply = ReplyToken::parse(&unique::name('p'))?;
     let mut results = {
         let channel = link.consuming.create_channel().await?;

@@ -105,7 +105,7 @@ pub(super) async fn echo(
 
 /// Sends each message back.
 async fn serve(broker: Broker, queue: ShortString) -> anyhow::Result<()> {
-    let link = broker.link().await?;
+    let link = broker.connect_pair().await?;
     let mut inbox =
         QueueConsumer::open(&link.consuming, queue, PREFETCH, FieldTable::default()).await?;
     let mut replies = Publisher::unconfirmed(&link.publishing, "the yardstick").await?;
@@ -142,7 +142,7 @@ async fn call(
     in_flight: usize,
     duration: Duration,
 ) -> anyhow::Result<EchoSamples> {
-    let link = broker.link().await?;
+    let link = broker.connect_pair().await?;
     let channel = link.consuming.create_channel().await?;
     let reply_to = ShortString::from(format!("dtc-bench.{}", unique::name('r')));
     let exclusive = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
@@ -248,7 +248,7 @@ pub(super) async fn raw(namespace: &BenchNamespace, duration: Duration) -> anyho
 }
 
 async fn send(broker: &Broker, queue: &ShortString, duration: Duration) -> anyhow::Result<f64> {
-    let link = broker.link().await?;
+    let link = broker.connect_pair().await?;
     let arguments = FieldTable::default();
     let mut inbox =
         QueueConsumer::open(&link.consuming, queue.clone(), PREFETCH, arguments).await?;
@@ -307,7 +307,7 @@ async fn send_alone(
     kind: QueueKind,
     duration: Duration,
 ) -> anyhow::Result<Latencies> {
-    let link = broker.link().await?;
+    let link = broker.connect_pair().await?;
     let arguments = FieldTable::default();
     let mut inbox =
         QueueConsumer::open(&link.consuming, queue.clone(), PREFETCH, arguments).await?;

@@ -1,9 +1,9 @@
 //! Connecting and reconnecting.
 //!
 //! A [`Broker`] holds the addresses and settings, but no connection. Its users connect by
-//! [`Broker::link`], work until the link is lost, and reconnect after the pause of a [`Backoff`].
-//! lapin's own recovery stays off: it would continue consumers as if nothing had happened, and
-//! acknowledge deliveries that the broker has requeued.
+//! [`Broker::connect_pair`], work until the link is lost, and reconnect after the pause of a
+//! [`Backoff`]. lapin's own recovery stays off: it would continue consumers as if nothing had
+//! happened, and acknowledge deliveries that the broker has requeued.
 
 use std::{
     collections::VecDeque,
@@ -229,7 +229,8 @@ impl Broker {
         self.first_that(|host| self.connect_to(host, purpose).boxed(), is_final).await
     }
 
-    /// Connects to one of the hosts and runs `open` on the connection, like [`Broker::link_with`].
+    /// Connects to one of the hosts and runs `open` on the connection, like
+    /// [`Broker::connect_pair_with`].
     ///
     /// # Errors
     ///

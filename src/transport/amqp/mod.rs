@@ -4,22 +4,22 @@
 //! * [`agreed_value`]: a value that all instances of a service must agree on.
 //! * [`bounded`]: requests to the broker with a time limit.
 //! * [`connection`]: connecting and reconnecting.
+//! * [`connection_pair`]: the two connections of a process that publishes and consumes.
+//! * [`consumer`]: consuming, and acknowledging in as few frames as possible.
 //! * [`error`]: the meaning of a failure.
 //! * [`exclusive_queue`]: the exclusive queue of one connection, which proves that its link is
 //!   alive.
 //! * [`frames`]: screening the broker's frames before lapin parses them.
-//! * [`link`]: the two connections of a process that publishes and consumes.
 //! * [`lookup`]: repeated lookups of whether queues exist.
 //! * [`names`]: the names of exchanges and queues.
 //! * `options`: what a program sets about the broker, and its check.
-//! * [`publisher`]: publishing with confirms, each with a time limit.
-//! * [`reliable`]: publishing messages that must not be lost.
-//! * [`supervisor`]: when to reconnect, and when to give up.
-//! * [`consumer`]: consuming, and acknowledging in as few frames as possible.
 //! * [`pool`]: shared channels.
+//! * [`publisher`]: publishing with confirms, each with a time limit.
 //! * [`rejected`]: setting aside messages that can't be read.
+//! * [`reliable`]: publishing messages that must not be lost.
 //! * `screened`: the byte stream that lapin reads.
 //! * [`stream`]: reading a stream up to its end.
+//! * [`supervisor`]: when to reconnect, and when to give up.
 //! * [`tls`]: the CAs to trust over `amqps://`, and the client certificate.
 //! * [`topology`]: every exchange and queue, and declaring them at a broker.
 //! * [`traffic`]: how many messages were published and delivered.
@@ -29,7 +29,7 @@
 //!
 //! **Invariant:** every wait for the broker has a time limit: for an answer ([`bounded`]), a
 //! confirm ([`publisher`]), a delivery ([`exclusive_queue`], and the watch of [`consumer`]), the
-//! end of an alarm ([`link`]). After it, the channel or the connection is opened again.
+//! end of an alarm ([`connection_pair`]). After it, the channel or the connection is opened again.
 //!
 //! **Invariant:** a publish doesn't count before the broker has confirmed it, and one that was
 //! returned is distinguished from one that a queue took.
@@ -38,11 +38,11 @@ pub mod address;
 pub mod agreed_value;
 pub mod bounded;
 pub mod connection;
+pub mod connection_pair;
 pub mod consumer;
 pub mod error;
 pub mod exclusive_queue;
 pub mod frames;
-pub mod link;
 pub mod lookup;
 pub mod names;
 pub(crate) mod options;

@@ -30,9 +30,9 @@ use crate::{
         message::{Delivery, Destination},
     },
     transport::amqp::{
+        connection_pair::{ConnectionEvent, ConnectionMonitor, ConnectionPair},
         consumer::{ConsumerMode, QueueConsumer},
         exclusive_queue::{ExchangeBinding, ExclusiveQueue},
-        link::{Link, LinkChange, LinkWatch},
         lookup::Lookups,
         names,
     },
@@ -88,7 +88,7 @@ enum Input {
     Inquiry(Message),
     Request(Delivery, Message),
     Service(Event),
-    Link(LinkChange),
+    Link(ConnectionEvent),
     ClocksCompared(Option<Standing>),
     Packs(PackEvent),
 }
@@ -103,8 +103,8 @@ const TURNS: usize = 9;
 pub(super) struct Session<'a> {
     settings: &'a Settings,
     state: &'a mut WorkerState,
-    link: Link,
-    watch: LinkWatch,
+    link: ConnectionPair,
+    watch: ConnectionMonitor,
     follower: Follower,
     appender: Appender,
     packer: Packer,
@@ -142,7 +142,7 @@ impl<'a> Session<'a> {
     pub(super) async fn open(
         settings: &'a Settings,
         state: &'a mut WorkerState,
-        link: Link,
+        link: ConnectionPair,
         replies: ExclusiveQueue,
     ) -> Result<Self, SessionError> {
         let watch = link.watch(settings.broker.clone());
@@ -544,17 +544,17 @@ impl<'a> Session<'a> {
         }
     }
 
-    fn link_changed(&mut self, change: LinkChange) -> Result<(), SessionError> {
+    fn link_changed(&mut self, change: ConnectionEvent) -> Result<(), SessionError> {
         let is_open = self.outbox.is_open() && self.appender.is_open();
         match change {
-            LinkChange::Blocked | LinkChange::Unblocked => {
+            ConnectionEvent::Blocked | ConnectionEvent::Unblocked => {
                 self.tell_ready();
                 Ok(())
             }
-            LinkChange::Lost(error) => Err(SessionError::Lost(error)),
-            LinkChange::Stale => Err(SessionError::Stale),
-            LinkChange::ChannelLost(error) if !is_open => Err(SessionError::Lost(error)),
-            LinkChange::ChannelLost(_) => Ok(()),
+            ConnectionEvent::Lost(error) => Err(SessionError::Lost(error)),
+            ConnectionEvent::Stale => Err(SessionError::Stale),
+            ConnectionEvent::ChannelLost(error) if !is_open => Err(SessionError::Lost(error)),
+            ConnectionEvent::ChannelLost(_) => Ok(()),
         }
     }
 
@@ -713,7 +713,7 @@ impl<'a> Session<'a> {
 /// it gets through shows that the link is alive.
 pub(super) async fn open_replies(
     settings: &Settings,
-    link: &Link,
+    link: &ConnectionPair,
 ) -> Result<ExclusiveQueue, SessionError> {
     let Settings { names, .. } = settings;
     let worker = settings.worker();
