@@ -21,8 +21,8 @@ use crate::{
     protocol::{coordinator::Event, ids::ServiceName},
     transport::amqp::{
         connection::Backoff,
-        lookup::{Existence, Lookups},
         names::Names,
+        queue_lookup::{QueueExistence, QueueLookup},
     },
 };
 
@@ -54,7 +54,7 @@ const REMEMBERED_MAX: usize = 4096;
 #[derive(Debug)]
 pub(super) struct Searches {
     names: Names,
-    lookups: Lookups,
+    lookups: QueueLookup,
     under_way: FuturesUnordered<BoxFuture<'static, (Look, Found)>>,
     services: BTreeMap<ServiceName, Sight>,
     /// How many looks were begun.
@@ -100,7 +100,7 @@ enum Found {
 }
 
 impl Searches {
-    pub(super) fn new(names: Names, lookups: Lookups) -> Self {
+    pub(super) fn new(names: Names, lookups: QueueLookup) -> Self {
         Self {
             names,
             lookups,
@@ -225,10 +225,10 @@ impl Searches {
                 sleep(after).await;
             }
             let found = match timeout(limit, lookups.find(&queue)).await {
-                Ok(Ok(Existence::Found { consumers: 0 })) => Found::Unserved,
-                Ok(Ok(Existence::Found { .. })) => Found::Served,
-                Ok(Ok(Existence::Missing)) => Found::Missing,
-                Ok(Ok(Existence::Unavailable(reason))) => Found::Unavailable(reason),
+                Ok(Ok(QueueExistence::Found { consumers: 0 })) => Found::Unserved,
+                Ok(Ok(QueueExistence::Found { .. })) => Found::Served,
+                Ok(Ok(QueueExistence::Missing)) => Found::Missing,
+                Ok(Ok(QueueExistence::Unavailable(reason))) => Found::Unavailable(reason),
                 Ok(Err(error)) => Found::Unavailable(ErrorChain(&error).to_string()),
                 Err(_) => Found::Unavailable("the broker did not answer in time".to_owned()),
             };

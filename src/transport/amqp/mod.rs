@@ -10,11 +10,11 @@
 //! * [`exclusive_queue`]: the exclusive queue of one connection, which proves that its link is
 //!   alive.
 //! * [`frames`]: screening the broker's frames before lapin parses them.
-//! * [`lookup`]: repeated lookups of whether queues exist.
 //! * [`names`]: the names of exchanges and queues.
 //! * `options`: what a program sets about the broker, and its check.
 //! * [`pool`]: shared channels.
 //! * [`publisher`]: publishing with confirms, each with a time limit.
+//! * [`queue_lookup`]: repeated lookups of whether queues exist.
 //! * [`rejected`]: setting aside messages that can't be read.
 //! * [`reliable`]: publishing messages that must not be lost.
 //! * `screened`: the byte stream that lapin reads.
@@ -43,11 +43,11 @@ pub mod consumer;
 pub mod error;
 pub mod exclusive_queue;
 pub mod frames;
-pub mod lookup;
 pub mod names;
 pub(crate) mod options;
 pub mod pool;
 pub mod publisher;
+pub mod queue_lookup;
 pub mod rejected;
 pub mod reliable;
 mod screened;

@@ -33,8 +33,8 @@ use crate::{
         connection_pair::{ConnectionEvent, ConnectionMonitor, ConnectionPair},
         consumer::{ConsumerMode, QueueConsumer},
         exclusive_queue::{ExchangeBinding, ExclusiveQueue},
-        lookup::Lookups,
         names,
+        queue_lookup::QueueLookup,
     },
     wire::message::Settled,
     worker::{
@@ -199,7 +199,7 @@ impl<'a> Session<'a> {
         let mut requests = RequestConsumers::new(names.requests());
         let opening_requests = requests.open(&link.consuming, settings.requests_prefetch());
         opening_requests.await.map_err(opening("the queue of requests"))?;
-        let searches = Searches::new(names.clone(), Lookups::new(settings.broker.clone()));
+        let searches = Searches::new(names.clone(), QueueLookup::new(settings.broker.clone()));
         Ok(Self {
             settings,
             state,

@@ -28,21 +28,21 @@ use crate::transport::amqp::{
 };
 
 /// How long a negative answer is cached.
-const MISSING_FOR: Duration = Duration::from_secs(1);
+const MISSING_TTL: Duration = Duration::from_secs(1);
 
 /// For how many queues negative answers are cached.
-const REMEMBERED_MAX: usize = 4096;
+const MISSING_MAX: usize = 4096;
 
 /// How many channels of a connection may be used up before it is replaced: a small part of a
 /// connection's default number, but enough to make reconnecting rare.
-const REFUSALS_MAX: u32 = 128;
+const USED_UP_MAX: u32 = 128;
 
 /// How many lookups may be in progress at once.
-const QUESTIONS_MAX: usize = 16;
+const LOOKUPS_MAX: usize = 16;
 
 /// The result of a lookup.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Existence {
+pub enum QueueExistence {
     /// The queue exists, and can be used.
     Found {
         /// How many consumers it has.
@@ -56,15 +56,15 @@ pub enum Existence {
 
 /// Looks up queues at a broker. Clones share a connection, which is opened at the first lookup.
 #[derive(Clone, Debug)]
-pub struct Lookups {
-    shared: Arc<SharedLookups>,
+pub struct QueueLookup {
+    shared: Arc<LookupState>,
 }
 
 #[derive(Debug)]
-struct SharedLookups {
+struct LookupState {
     broker: Broker,
     connection: AsyncMutex<Option<Arc<LookupConnection>>>,
-    turns: Semaphore,
+    permits: Semaphore,
     missing: Mutex<BTreeMap<ShortString, Instant>>,
 }
 
@@ -76,8 +76,8 @@ struct LookupConnection {
 }
 
 impl LookupConnection {
-    fn is_of_use(&self) -> bool {
-        self.connection.status().connected() && self.used_up.load(Ordering::Relaxed) < REFUSALS_MAX
+    fn is_usable(&self) -> bool {
+        self.connection.status().connected() && self.used_up.load(Ordering::Relaxed) < USED_UP_MAX
     }
 
     fn use_up(&self) {
@@ -86,17 +86,17 @@ impl LookupConnection {
 
     /// Marks it as unusable.
     fn discard(&self) {
-        self.used_up.store(REFUSALS_MAX, Ordering::Relaxed);
+        self.used_up.store(USED_UP_MAX, Ordering::Relaxed);
     }
 }
 
-impl Lookups {
+impl QueueLookup {
     /// Looks up queues at `broker`.
     pub fn new(broker: Broker) -> Self {
-        let shared = SharedLookups {
+        let shared = LookupState {
             broker,
             connection: AsyncMutex::default(),
-            turns: Semaphore::new(QUESTIONS_MAX),
+            permits: Semaphore::new(LOOKUPS_MAX),
             missing: Mutex::default(),
         };
         Self { shared: Arc::new(shared) }
@@ -107,29 +107,29 @@ impl Lookups {
     /// # Errors
     ///
     /// There is no connection.
-    pub async fn find(&self, queue: &ShortString) -> Result<Existence, ConnectionError> {
+    pub async fn find(&self, queue: &ShortString) -> Result<QueueExistence, ConnectionError> {
         // The semaphore is never closed.
-        let _turn = self.shared.turns.acquire().await;
+        let _permit = self.shared.permits.acquire().await;
         if self.shared.is_known_missing(queue) {
-            return Ok(Existence::Missing);
+            return Ok(QueueExistence::Missing);
         }
-        let asked = self.shared.connected().await?;
-        Ok(match answer(ANSWER_MAX, counts(&asked.connection, queue.clone())).await {
-            Ok(Some(counts)) => Existence::Found { consumers: counts.consumers },
+        let connection = self.shared.connected().await?;
+        Ok(match answer(ANSWER_MAX, counts(&connection.connection, queue.clone())).await {
+            Ok(Some(counts)) => QueueExistence::Found { consumers: counts.consumers },
             Ok(None) => {
-                asked.use_up();
+                connection.use_up();
                 self.shared.remember_missing(queue);
-                Existence::Missing
+                QueueExistence::Missing
             }
             Err(error) => {
                 match &error {
                     // The channel or the connection is gone; the next lookup will notice the
                     // latter.
-                    AskError::Broker(_) => asked.use_up(),
+                    AskError::Broker(_) => connection.use_up(),
                     // Perhaps the connection is the cause.
-                    AskError::Silent { .. } | AskError::Blocked { .. } => asked.discard(),
+                    AskError::Silent { .. } | AskError::Blocked { .. } => connection.discard(),
                 }
-                Existence::Unavailable(error.to_string())
+                QueueExistence::Unavailable(error.to_string())
             }
         })
     }
@@ -137,37 +137,37 @@ impl Lookups {
     /// Closes the connection, if there is one.
     pub async fn close(&self) {
         let connection = self.shared.connection.lock().await.take();
-        if let Some(asked) = connection {
-            close(&asked.connection).await;
+        if let Some(connection) = connection {
+            close(&connection.connection).await;
         }
     }
 }
 
-impl SharedLookups {
+impl LookupState {
     /// A usable connection. Other lookups wait while it is opened.
     async fn connected(&self) -> Result<Arc<LookupConnection>, ConnectionError> {
-        let mut standing = self.connection.lock().await;
-        if let Some(asked) = standing.as_ref().filter(|asked| asked.is_of_use()) {
-            return Ok(Arc::clone(asked));
+        let mut current = self.connection.lock().await;
+        if let Some(connection) = current.as_ref().filter(|connection| connection.is_usable()) {
+            return Ok(Arc::clone(connection));
         }
         // Lookups in progress on the old one end first: it is closed when the last of them drops
         // it.
         let connection = self.broker.connect("look").await?;
-        let asked = Arc::new(LookupConnection { connection, used_up: AtomicU32::new(0) });
-        *standing = Some(Arc::clone(&asked));
-        Ok(asked)
+        let connection = Arc::new(LookupConnection { connection, used_up: AtomicU32::new(0) });
+        *current = Some(Arc::clone(&connection));
+        Ok(connection)
     }
 
     fn is_known_missing(&self, queue: &ShortString) -> bool {
         let now = Instant::now();
         let mut missing = self.missing();
-        missing.retain(|_, at| now - *at < MISSING_FOR);
+        missing.retain(|_, at| now - *at < MISSING_TTL);
         missing.contains_key(queue)
     }
 
     fn remember_missing(&self, queue: &ShortString) {
         let mut missing = self.missing();
-        if missing.len() < REMEMBERED_MAX {
+        if missing.len() < MISSING_MAX {
             missing.insert(queue.clone(), Instant::now());
         }
     }
