@@ -55,7 +55,7 @@ use crate::{
         connection::{self, Backoff, Broker},
         error::{BrokerError, Disposition, is_not_found, is_refusal},
         names::Names,
-        pool::{Channels, PublishError},
+        pool::{ChannelPool, PublishError},
         publisher::OutgoingMessage,
     },
     wire::message::{Kind, encode_request},
@@ -130,7 +130,7 @@ struct Shared {
     names: Names,
     settings: Settings,
     clock: Clock,
-    channels: Channels,
+    channels: ChannelPool,
     in_flight: Semaphore,
     results: Results,
     has_worked: HasWorked,
@@ -233,7 +233,7 @@ impl Client {
         let has_worked = HasWorked::default();
         let shared = Shared {
             clock: Clock::start(),
-            channels: Channels::new(broker.clone(), CHANNELS_MAX),
+            channels: ChannelPool::new(broker.clone(), CHANNELS_MAX),
             in_flight: Semaphore::new(settings.in_flight_max.clamp(1, Semaphore::MAX_PERMITS)),
             results: Results::new(broker, names.clone(), has_worked.clone()),
             has_worked,

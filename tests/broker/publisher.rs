@@ -6,7 +6,7 @@ use std::{sync::Arc, time::Duration};
 
 use dtc::transport::amqp::{
     connection::{Broker as Address, close},
-    pool::Channels,
+    pool::ChannelPool,
     publisher::{OutgoingMessage, Publisher, PublisherError},
 };
 use lapin::{
@@ -51,7 +51,7 @@ async fn a_connection_that_confirms_nothing_is_given_up_even_if_every_wait_is_sh
     let (_channel, queue) = queue(&place).await;
     let proxy = Proxy::to(&place.url);
     let broker = Address::new(proxy.url(&place.url).parse().unwrap(), "test");
-    let channels = Channels::new(broker, 1);
+    let channels = ChannelPool::new(broker, 1);
     let message = || OutgoingMessage { key: queue.clone(), ..OutgoingMessage::default() };
     channels.publish(message()).await.unwrap();
     let stopped = proxy.stop(Frames::confirms());

@@ -26,9 +26,9 @@ use crate::transport::amqp::{
 /// publish it again.
 const CONFIRM_MAX: Duration = Duration::from_secs(5);
 
-/// Channels with confirms, on one connection to a broker.
+/// A pool of channels with confirms, on one connection to a broker.
 #[derive(Clone, Debug)]
-pub struct Channels {
+pub struct ChannelPool {
     pool: Pool<ChannelOpener>,
 }
 
@@ -71,7 +71,7 @@ pub enum PublishError {
     Closed,
 }
 
-impl Channels {
+impl ChannelPool {
     /// A pool of at most `channels_max` channels at `broker`.
     pub fn new(broker: Broker, channels_max: usize) -> Self {
         let opener = ChannelOpener { broker, connection: Mutex::new(None), alarm: Arc::default() };
@@ -104,10 +104,10 @@ impl Channels {
     pub async fn publish(&self, message: OutgoingMessage) -> Result<(), PublishError> {
         let (exchange, key) = (message.exchange.clone(), message.key.clone());
         let PooledChannel { channel, connection } = self.channel().await?;
-        connection.asked(&exchange);
+        connection.note_publish(&exchange);
         let published = publish_within(channel, message, CONFIRM_MAX).await;
         if !matches!(published, PublishOutcome::Unconfirmed(_)) {
-            connection.answered();
+            connection.note_answer();
         }
         match published {
             PublishOutcome::Confirmed => Ok(()),
@@ -188,12 +188,12 @@ struct PoolConnection {
 }
 
 impl PoolConnection {
-    fn asked(&self, exchange: &ShortString) {
+    fn note_publish(&self, exchange: &ShortString) {
         lock(&self.unanswered_since).get_or_insert_with(Instant::now);
         lock(&self.published_to).clone_from(exchange);
     }
 
-    fn answered(&self) {
+    fn note_answer(&self) {
         *lock(&self.unanswered_since) = None;
     }
 
@@ -213,15 +213,15 @@ struct ChannelOpener {
 impl ChannelOpener {
     /// The broker doesn't answer on `silent`: a new connection replaces it.
     async fn discard(&self, silent: Arc<PoolConnection>, exchange: &ShortString) {
-        let mut standing = self.connection.lock().await;
-        if standing.take_if(|it| Arc::ptr_eq(it, &silent)).is_some() {
+        let mut current = self.connection.lock().await;
+        if current.take_if(|it| Arc::ptr_eq(it, &silent)).is_some() {
             give_up(silent, exchange.as_str());
         }
     }
 
     /// Whether the broker has confirmed nothing for a long time, without reporting an alarm.
-    fn is_given_up(&self, standing: &PoolConnection) -> bool {
-        standing.is_silent() && lock(&self.alarm).is_none()
+    fn is_given_up(&self, current: &PoolConnection) -> bool {
+        current.is_silent() && lock(&self.alarm).is_none()
     }
 
     async fn connect(&self) -> Result<PoolConnection, PublishError> {
@@ -268,23 +268,23 @@ impl Manager for ChannelOpener {
 
     async fn create(&self) -> Result<PooledChannel, PublishError> {
         let mut connection = self.connection.lock().await;
-        let standing = connection.take().filter(|it| it.connection.status().connected());
-        let standing = match standing {
+        let current = connection.take().filter(|it| it.connection.status().connected());
+        let current = match current {
             Some(silent) if self.is_given_up(&silent) => {
                 let to = lock(&silent.published_to).clone();
                 give_up(silent, to.as_str());
                 Arc::new(self.connect().await?)
             }
-            Some(standing) => standing,
+            Some(current) => current,
             None => Arc::new(self.connect().await?),
         };
-        let opened = PublishChannel::open(&standing.connection).await;
+        let opened = PublishChannel::open(&current.connection).await;
         // A connection that doesn't answer is not used again.
         if !opened.as_ref().is_err_and(AskError::is_silent) {
-            *connection = Some(Arc::clone(&standing));
+            *connection = Some(Arc::clone(&current));
         }
         let channel = opened.map_err(PublishError::Open)?;
-        Ok(PooledChannel { channel, connection: standing })
+        Ok(PooledChannel { channel, connection: current })
     }
 
     async fn recycle(
