@@ -2,8 +2,8 @@
 //!
 //! A node that is paused, partitioned, or waits for a queue's leader keeps the connection open and
 //! sends nothing: neither an answer nor an error. [`answer`] bounds the wait for one answer;
-//! [`Alarm::bound`] bounds the wait for a confirm, and distinguishes a broker that has an alarm
-//! from one that is silent.
+//! [`AlarmListener::bound`] bounds the wait for a confirm, and distinguishes a broker that has an
+//! alarm from one that is silent.
 //!
 //! **Invariant:** after [`AskError::Silent`] the channel is not used again: a late answer would be
 //! taken for that of the next request.
@@ -87,16 +87,16 @@ impl AskError {
     }
 }
 
-/// The answer to `asked`, if it arrives within `limit`.
+/// The answer to `request`, if it arrives within `limit`.
 ///
 /// # Errors
 ///
 /// There is none in time, or it is an error.
 pub async fn answer<T>(
     limit: Duration,
-    asked: impl Future<Output = Result<T, lapin::Error>>,
+    request: impl Future<Output = Result<T, lapin::Error>>,
 ) -> Result<T, AskError> {
-    match timeout(limit, asked).await {
+    match timeout(limit, request).await {
         Ok(answered) => Ok(answered?),
         Err(_) => Err(AskError::Silent { limit }),
     }
@@ -115,12 +115,12 @@ pub async fn close_channel(channel: &Channel) {
 /// Whether the broker reads publishes on a connection, and if not, why.
 ///
 /// lapin delivers each event of a connection to one listener only, so there may be no other.
-pub struct Alarm {
+pub struct AlarmListener {
     events: Pin<Box<dyn Stream<Item = Event> + Send>>,
     reason: Option<String>,
 }
 
-impl Alarm {
+impl AlarmListener {
     /// Starts to listen. The broker reports an alarm only after something was published.
     pub fn of(connection: &Connection) -> Self {
         Self::on(connection.events_listener())
@@ -149,7 +149,7 @@ impl Alarm {
                 biased;
                 ended = &mut published => return Ok(ended),
                 event = self.events.next(), if is_listening => match event {
-                    Some(event) => self.hear(event),
+                    Some(event) => self.on_event(event),
                     None => is_listening = false,
                 },
                 () = sleep_until(end) => return Err(match self.reason.clone() {
@@ -160,7 +160,7 @@ impl Alarm {
         }
     }
 
-    fn hear(&mut self, event: Event) {
+    fn on_event(&mut self, event: Event) {
         match event {
             Event::ConnectionBlocked(reason) => self.reason = Some(reason),
             Event::ConnectionUnblocked => self.reason = None,
@@ -169,9 +169,9 @@ impl Alarm {
     }
 }
 
-impl std::fmt::Debug for Alarm {
+impl std::fmt::Debug for AlarmListener {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Alarm").field("reason", &self.reason).finish_non_exhaustive()
+        f.debug_struct("AlarmListener").field("reason", &self.reason).finish_non_exhaustive()
     }
 }
 
@@ -186,7 +186,7 @@ mod tests {
     use lapin::Event;
     use tokio::time::Instant;
 
-    use super::{Alarm, AskError, answer};
+    use super::{AlarmListener, AskError, answer};
 
     const LIMIT: Duration = Duration::from_secs(5);
 
@@ -210,7 +210,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_confirm_that_an_alarm_holds_back_ends_with_its_reason() {
-        let mut alarm = Alarm::on(stream::iter([blocked("low on memory")]));
+        let mut alarm = AlarmListener::on(stream::iter([blocked("low on memory")]));
         let error = alarm.bound(LIMIT, pending::<()>()).await.unwrap_err();
         assert_eq!(error.to_string(), "the broker takes no messages: low on memory");
     }
@@ -218,14 +218,14 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn an_alarm_that_is_over_is_not_the_reason() {
         let events = [blocked("low on disk"), Event::ConnectionUnblocked];
-        let mut alarm = Alarm::on(stream::iter(events));
+        let mut alarm = AlarmListener::on(stream::iter(events));
         let error = alarm.bound(LIMIT, pending::<()>()).await.unwrap_err();
         assert!(matches!(error, AskError::Silent { limit } if limit == LIMIT), "{error}");
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_confirm_that_comes_after_an_alarm_is_a_confirm() {
-        let mut alarm = Alarm::on(stream::iter([blocked("low on memory")]));
+        let mut alarm = AlarmListener::on(stream::iter([blocked("low on memory")]));
         let confirm = tokio::time::sleep(Duration::from_secs(2));
         assert!(alarm.bound(LIMIT, confirm).await.is_ok());
     }

@@ -18,7 +18,7 @@ use lapin::{
 use crate::{
     protocol::time::Time,
     transport::amqp::{
-        bounded::{ANSWER_MAX, Alarm, AskError, answer, close_channel},
+        bounded::{ANSWER_MAX, AlarmListener, AskError, answer, close_channel},
         connection::{BrokerConnection, PublishChannel},
         error::is_out_of_reach,
         names::Names,
@@ -145,7 +145,7 @@ pub(super) async fn begin(
         mandatory: true,
         ..OutgoingMessage::default()
     };
-    let mut alarm = Alarm::of(connection);
+    let mut alarm = AlarmListener::of(connection);
     let channel = PublishChannel::open(connection).await?;
     let published = alarm.bound(ANSWER_MAX, publish(channel.clone(), message)).await?;
     close_channel(&channel).await;

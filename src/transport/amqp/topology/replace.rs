@@ -28,7 +28,7 @@ use lapin::{
 use crate::{
     protocol::ids::ServiceName,
     transport::amqp::{
-        bounded::{ANSWER_MAX, Alarm, AskError, answer},
+        bounded::{ANSWER_MAX, AlarmListener, AskError, answer},
         connection::{BrokerConnection, PublishChannel},
         error::Disposition,
         names::Names,
@@ -114,7 +114,7 @@ pub async fn replace(
     let key = format!("*.{}", service.name);
     let mut replacing = Replacing {
         connection,
-        alarm: Alarm::of(connection),
+        alarms: AlarmListener::of(connection),
         channel: confirming(connection, &prepare.name).await?,
         declarer: Declarer::on(connection).await?,
         replaced: Replaced::default(),
@@ -149,7 +149,7 @@ fn step(step: &'static str, queue: &ShortString) -> impl FnOnce(AskError) -> Rep
 
 struct Replacing<'a> {
     connection: &'a BrokerConnection,
-    alarm: Alarm,
+    alarms: AlarmListener,
     channel: PublishChannel,
     declarer: Declarer,
     replaced: Replaced,
@@ -270,7 +270,7 @@ impl Replacing<'_> {
                 channel.basic_publish(exchange, key, options, &delivery.data, properties);
             published.await?.await
         };
-        let confirmed = self.alarm.bound(ANSWER_MAX, publishing).await;
+        let confirmed = self.alarms.bound(ANSWER_MAX, publishing).await;
         let confirmed = confirmed.and_then(|confirmed| Ok(confirmed?));
         match confirmed.map_err(step("move a message of", from))? {
             Confirmation::Ack(None) => {}
