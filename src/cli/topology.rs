@@ -477,7 +477,9 @@ fn run_check(arguments: &CheckArguments) -> Result<Exit, Failure> {
                     close(&connection).await;
                     match checked {
                         Ok(findings) => return Ok(findings),
-                        Err(error) if error.is_of_start() && soon.after_pause().await => continue,
+                        Err(error) if error.may_be_starting() && soon.after_pause().await => {
+                            continue;
+                        }
                         Err(error) => not_applied(error.into()),
                     }
                 }

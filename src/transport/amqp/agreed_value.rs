@@ -15,7 +15,7 @@ use lapin::{
 use crate::transport::amqp::{
     bounded::{ANSWER_MAX, AskError, answer, close_channel},
     connection::BrokerConnection,
-    error::{is_not_found, is_precondition_failed, said},
+    error::{broker_text, is_not_found, is_precondition_failed},
     topology::finding::Difference,
 };
 
@@ -130,7 +130,8 @@ async fn agree(
 
 /// The existing value, if that is why the broker refused the declaration.
 fn other_value(error: &lapin::Error) -> Option<String> {
-    let difference = Difference::parse(&said(error)).filter(|_| is_precondition_failed(error))?;
+    let difference =
+        Difference::parse(&broker_text(error)).filter(|_| is_precondition_failed(error))?;
     difference.found.filter(|_| difference.argument == ARGUMENT)
 }
 

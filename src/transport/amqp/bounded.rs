@@ -199,8 +199,8 @@ mod tests {
         let began = Instant::now();
         let error = answer::<()>(LIMIT, pending()).await.unwrap_err();
         assert_eq!(began.elapsed().as_secs(), LIMIT.as_secs());
-        let said = "the broker did not answer within 5 s (is a node of the cluster down?)";
-        assert_eq!(error.to_string(), said);
+        let text = "the broker did not answer within 5 s (is a node of the cluster down?)";
+        assert_eq!(error.to_string(), text);
     }
 
     #[tokio::test(start_paused = true)]

@@ -52,7 +52,7 @@ const RETRIES_MAX: u32 = 4;
 const REACH_MAX: Duration = Duration::from_secs(2);
 
 /// How long a broker that has closed a connection may take to tell why on another one.
-const SAYS_WHY_WITHIN: Duration = Duration::from_secs(1);
+const REASON_MAX: Duration = Duration::from_secs(1);
 
 /// Where and how to connect.
 #[derive(Clone, Debug)]
@@ -359,9 +359,10 @@ impl Broker {
         let is_external = is_external(&uri);
         let secure = match uri.scheme {
             AMQPScheme::AMQP => None,
-            AMQPScheme::AMQPS => {
-                Some((self.connector().await?, self.tls.name_of(&host).map_err(HostFailure::Tls)?))
-            }
+            AMQPScheme::AMQPS => Some((
+                self.connector().await?,
+                self.tls.expected_name(&host).map_err(HostFailure::Tls)?,
+            )),
         };
         let reach = async || {
             let stream = reach(&runtime, &host, port).await?;
@@ -370,10 +371,10 @@ impl Broker {
                 None => Ok(stream),
             }
         };
-        let stream = reach().await.map_err(|error| self.failed(error))?;
-        let made = Mutex::new(Some(Screened::new(stream, filter)));
+        let stream = reach().await.map_err(|error| self.host_failure(error))?;
+        let screened = Mutex::new(Some(Screened::new(stream, filter)));
         let hand_over = async move |_, _| {
-            let stream = made.lock().unwrap_or_else(PoisonError::into_inner).take();
+            let stream = screened.lock().unwrap_or_else(PoisonError::into_inner).take();
             let stream = stream.map(AsyncTcpStream::Plain);
             stream.ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected).into())
         };
@@ -397,7 +398,7 @@ impl Broker {
                 None => wants_tls(&mut stream).await.then_some(HostFailure::Plain),
             }
         };
-        let why = tokio::time::timeout(SAYS_WHY_WITHIN, asking).await.ok().flatten();
+        let why = tokio::time::timeout(REASON_MAX, asking).await.ok().flatten();
         Err(why.unwrap_or(match is_external {
             true => HostFailure::Tls(TlsError::NoUser),
             false => HostFailure::Amqp(error),
@@ -413,7 +414,7 @@ impl Broker {
         TlsError::of(&error, &self.tls)
     }
 
-    fn failed(&self, error: io::Error) -> HostFailure {
+    fn host_failure(&self, error: io::Error) -> HostFailure {
         match TlsError::of(&error, &self.tls) {
             Some(error) => HostFailure::Tls(error),
             None => HostFailure::Amqp(error.into()),
@@ -451,8 +452,8 @@ async fn reach(
             Ok(Ok(stream)) => return Ok(stream),
             Ok(Err(error)) => failed = error,
             Err(_) => {
-                let told = format!("{address} did not answer within {} s", REACH_MAX.as_secs());
-                failed = io::Error::new(io::ErrorKind::TimedOut, told);
+                let error = format!("{address} did not answer within {} s", REACH_MAX.as_secs());
+                failed = io::Error::new(io::ErrorKind::TimedOut, error);
             }
         }
     }
@@ -626,8 +627,8 @@ mod tests {
         assert!(waiting.len() < 10_000, "the listener has room for all of them");
         let broker = Broker::new(format!("amqp://{address}").parse().unwrap(), "test");
         let error = broker.connect("test").await.unwrap_err();
-        let told = ErrorChain(&error).to_string();
-        assert!(told.ends_with(&format!("{address} did not answer within 2 s")), "{told}");
+        let text = ErrorChain(&error).to_string();
+        assert!(text.ends_with(&format!("{address} did not answer within 2 s")), "{text}");
     }
 
     #[test]

@@ -71,7 +71,7 @@ pub fn is_refusal(error: &lapin::Error) -> bool {
 /// A queue that exists but can't be used for now is "not found" too, in other words: see
 /// [`is_out_of_reach`].
 pub fn is_not_found(error: &lapin::Error) -> bool {
-    is_absent(error) && names_nothing(&said(error))
+    is_absent(error) && names_nothing(&broker_text(error))
 }
 
 /// Whether the broker reported that a queue exists but can't be used for now: its node is down, or
@@ -83,7 +83,7 @@ pub fn is_not_found(error: &lapin::Error) -> bool {
 /// NOT_FOUND - failed to perform operation on queue 'q' in vhost '/' due to timeout
 /// ```
 pub fn is_out_of_reach(error: &lapin::Error) -> bool {
-    is_absent(error) && !names_nothing(&said(error))
+    is_absent(error) && !names_nothing(&broker_text(error))
 }
 
 /// Whether the operation may succeed later without a change to the topology or to permissions,
@@ -94,7 +94,7 @@ pub fn may_pass(error: &lapin::Error) -> bool {
 }
 
 /// The broker's own words, if the error is from the broker.
-pub fn said(error: &lapin::Error) -> String {
+pub fn broker_text(error: &lapin::Error) -> String {
     let ErrorKind::ProtocolError(error) = error.kind() else { return error.to_string() };
     error.get_message().to_string()
 }
@@ -105,8 +105,8 @@ fn is_absent(error: &lapin::Error) -> bool {
 }
 
 /// Whether the text of a `NOT_FOUND` means that no object has the name.
-fn names_nothing(said: &str) -> bool {
-    said.strip_prefix("NOT_FOUND - ").unwrap_or(said).starts_with("no ")
+fn names_nothing(text: &str) -> bool {
+    text.strip_prefix("NOT_FOUND - ").unwrap_or(text).starts_with("no ")
 }
 
 /// Whether the broker reported that something differs from the request.

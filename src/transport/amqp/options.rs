@@ -192,8 +192,8 @@ mod tests {
     #[test]
     fn a_password_in_a_url_is_not_repeated() {
         let url = "amqp://shop:geheim@local host";
-        let told = refused(url, |_| ());
-        assert!(told.starts_with("setting `url`: ") && !told.contains("geheim"), "{told}");
+        let text = refused(url, |_| ());
+        assert!(text.starts_with("setting `url`: ") && !text.contains("geheim"), "{text}");
         let options = BrokerOptions::new(url.to_owned());
         assert!(!format!("{options:?}").contains("geheim"));
     }

@@ -152,7 +152,7 @@ pub enum TlsError {
     #[error("its certificate is signed by no CA that is trusted here")]
     UnknownCa,
     /// The broker's certificate is for another name.
-    #[error("its certificate is not for `{wanted}`{}", whom_for(names))]
+    #[error("its certificate is not for `{wanted}`{}", but_for_names(names))]
     OtherName {
         /// The expected name.
         wanted: String,
@@ -192,7 +192,7 @@ pub enum TlsError {
     NotTls(String),
 }
 
-fn whom_for(names: &[String]) -> String {
+fn but_for_names(names: &[String]) -> String {
     let quoted: Vec<_> = names.iter().map(|name| format!("`{name}`")).collect();
     if quoted.is_empty() { String::new() } else { format!(", but for {}", quoted.join(", ")) }
 }
@@ -267,12 +267,12 @@ impl TlsError {
                 Self::NotYetValid
             }
             other => {
-                let said = other.to_string();
-                Self::Unacceptable(match said.contains("CaUsedAsEndEntity") {
+                let text = other.to_string();
+                Self::Unacceptable(match text.contains("CaUsedAsEndEntity") {
                     true => {
                         "it is a CA's own: a broker must have one that the CA has signed".into()
                     }
-                    false => said,
+                    false => text,
                 })
             }
         }
@@ -283,30 +283,30 @@ impl TlsError {
         reason = "rustls may know more, and it is all one here"
     )]
     fn of_alert(alert: AlertDescription, has_certificate: bool) -> Self {
-        use AlertDescription as Said;
+        use AlertDescription as Alert;
         match alert {
-            Said::CertificateRequired if !has_certificate => Self::CertificateRequired,
+            Alert::CertificateRequired if !has_certificate => Self::CertificateRequired,
             // TLS 1.2 uses this alert, since it has none of its own for a missing certificate.
-            Said::HandshakeFailure if !has_certificate => {
+            Alert::HandshakeFailure if !has_certificate => {
                 Self::Refused("HandshakeFailure; does it want a client certificate?".to_owned())
             }
-            Said::UnknownCA if has_certificate => {
+            Alert::UnknownCA if has_certificate => {
                 Self::CertificateRefused("it does not trust the CA that has signed it".to_owned())
             }
-            Said::CertificateExpired if has_certificate => {
+            Alert::CertificateExpired if has_certificate => {
                 Self::CertificateRefused("it has expired".to_owned())
             }
-            Said::BadCertificate
-            | Said::UnsupportedCertificate
-            | Said::CertificateRevoked
-            | Said::CertificateUnknown
-            | Said::AccessDenied
+            Alert::BadCertificate
+            | Alert::UnsupportedCertificate
+            | Alert::CertificateRevoked
+            | Alert::CertificateUnknown
+            | Alert::AccessDenied
                 if has_certificate =>
             {
                 Self::CertificateRefused(format!("{alert:?}"))
             }
             // None of these is about the client certificate.
-            Said::InternalError | Said::UserCanceled => Self::GivenUp(format!("{alert:?}")),
+            Alert::InternalError | Alert::UserCanceled => Self::GivenUp(format!("{alert:?}")),
             _ => Self::Refused(format!("{alert:?}")),
         }
     }
@@ -347,7 +347,7 @@ impl Tls {
     }
 
     /// The name that the certificate of the broker at `host` must be for.
-    pub(crate) fn name_of(&self, host: &str) -> Result<String, TlsError> {
+    pub(crate) fn expected_name(&self, host: &str) -> Result<String, TlsError> {
         let name = self.server_name.as_deref().unwrap_or(host);
         if Self::is_host(name) {
             Ok(name.to_owned())
@@ -455,22 +455,22 @@ impl Pem {
 
 #[cfg(test)]
 mod tests {
-    use rustls::AlertDescription as Said;
+    use rustls::AlertDescription as Alert;
 
     use super::TlsError;
     use crate::transport::amqp::error::Disposition;
 
     #[test]
     fn a_broker_that_fails_at_the_handshake_is_tried_again_and_one_that_refuses_is_not() {
-        for (said, disposition) in [
-            (Said::InternalError, Disposition::Retry),
-            (Said::UserCanceled, Disposition::Retry),
-            (Said::ProtocolVersion, Disposition::GiveUp),
-            (Said::CertificateExpired, Disposition::GiveUp),
-            (Said::UnknownCA, Disposition::GiveUp),
+        for (alert, disposition) in [
+            (Alert::InternalError, Disposition::Retry),
+            (Alert::UserCanceled, Disposition::Retry),
+            (Alert::ProtocolVersion, Disposition::GiveUp),
+            (Alert::CertificateExpired, Disposition::GiveUp),
+            (Alert::UnknownCA, Disposition::GiveUp),
         ] {
             for has_certificate in [false, true] {
-                let error = TlsError::of_alert(said, has_certificate);
+                let error = TlsError::of_alert(alert, has_certificate);
                 assert_eq!(error.disposition(), disposition, "{error}");
             }
         }

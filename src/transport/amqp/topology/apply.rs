@@ -355,7 +355,7 @@ async fn begin_journal(
     };
     let was_lost = match beginning {
         JournalBeginning::Begun | JournalBeginning::CutOff => return Ok(None),
-        JournalBeginning::Empty => begin::has_lived(connection, names).await.map_err(failed)?,
+        JournalBeginning::Empty => begin::has_existed(connection, names).await.map_err(failed)?,
         // Another system was at work before the journal was created.
         JournalBeginning::Other(_) => true,
     };

@@ -84,10 +84,10 @@ pub(super) async fn beginning(
     };
     answer(ANSWER_MAX, first.ack(BasicAckOptions::default())).await?;
     close_channel(&channel).await;
-    Ok(told_by(&first))
+    Ok(classify(&first))
 }
 
-fn told_by(first: &Delivery) -> JournalBeginning {
+fn classify(first: &Delivery) -> JournalBeginning {
     let headers = first.properties.headers().as_ref();
     let offset = headers.and_then(|headers| headers.inner().get("x-stream-offset"));
     if !matches!(offset, Some(AMQPValue::LongLongInt(0))) {
@@ -106,7 +106,7 @@ fn told_by(first: &Delivery) -> JournalBeginning {
 
 /// Whether this system existed before, judging by the queues that are declared only after the
 /// journal has its first record.
-pub(super) async fn has_lived(connection: &Connection, names: &Names) -> Result<bool, AskError> {
+pub(super) async fn has_existed(connection: &Connection, names: &Names) -> Result<bool, AskError> {
     let mut prober = Prober::on(connection);
     let queues = [names.requests(), names.rejected(), names.unresolved(), names.audit()];
     for queue in queues {
@@ -121,8 +121,8 @@ pub(super) async fn has_lived(connection: &Connection, names: &Names) -> Result<
 }
 
 /// The time from which a journal is complete that is created at `now`.
-pub(super) fn complete_since(now: Time, clock_margin: Duration, has_lived: bool) -> Time {
-    if has_lived {
+pub(super) fn complete_since(now: Time, clock_margin: Duration, has_existed: bool) -> Time {
+    if has_existed {
         return now + clock_margin;
     }
     now - clock_margin * 2 - Duration::from_secs(1)

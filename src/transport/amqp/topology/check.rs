@@ -48,7 +48,7 @@ impl CheckError {
     }
 
     /// Whether it may be from a broker that has just started, which may answer soon.
-    pub fn is_of_start(&self) -> bool {
+    pub fn may_be_starting(&self) -> bool {
         match self {
             Self::Ask { source, .. } => source.broker().is_some_and(may_pass),
             Self::Silent { .. } => false,
@@ -126,12 +126,12 @@ impl ServiceMismatch {
         let Fault::Differs(Difference { argument, wanted, found, .. }) = &finding.fault else {
             return None;
         };
-        let (field, told): (_, fn(Option<&str>) -> String) = match argument.as_str() {
+        let (field, readable): (_, fn(Option<&str>) -> String) = match argument.as_str() {
             "x-message-ttl" => ("max_wait_ms", max_wait),
             "x-single-active-consumer" => ("cap", cap),
             _ => return None,
         };
-        Some(Self { field, wanted: told(wanted.as_deref()), found: told(found.as_deref()) })
+        Some(Self { field, wanted: readable(wanted.as_deref()), found: readable(found.as_deref()) })
     }
 }
 

@@ -83,11 +83,11 @@ impl Difference {
         let (_, rest) = rest.split_once("received ")?;
         let (wanted, found) = rest.split_once(" but current is ")?;
         let ((wanted, _), (found, found_type)) = (value(wanted), value(found));
-        let told = |value: Option<String>| match argument {
+        let readable = |value: Option<String>| match argument {
             "x-max-age" => value.map(|value| age_of(&value)),
             _ => value,
         };
-        let (wanted, found) = (told(wanted), told(found));
+        let (wanted, found) = (readable(wanted), readable(found));
         Some(Self { argument: argument.to_owned(), wanted, found, found_type })
     }
 }

@@ -15,7 +15,7 @@ use lapin::{
 
 use crate::transport::amqp::{
     bounded::{ANSWER_MAX, AskError, answer},
-    error::{is_not_found, is_out_of_reach, said},
+    error::{broker_text, is_not_found, is_out_of_reach},
     topology::{
         Argument, Arguments, Exchange, ExchangeKind, Queue,
         finding::{Difference, Fault, Finding, Subject},
@@ -215,7 +215,7 @@ pub(super) fn fault_of(error: &lapin::Error) -> Option<Fault> {
     if !is_soft(error, &AMQPSoftError::PRECONDITIONFAILED) {
         return None;
     }
-    let text = said(error);
+    let text = broker_text(error);
     Some(Difference::parse(&text).map_or(Fault::Refused(text), Fault::Differs))
 }
 
