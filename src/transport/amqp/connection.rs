@@ -34,7 +34,7 @@ use crate::transport::amqp::{
     address::{Address, is_external, public},
     bounded::{ANSWER_MAX, AskError, answer, write_now},
     error::{Disposition, is_not_found, is_refusal},
-    frames::{FRAME_MAX, Filter, Returns},
+    frames::{FRAME_MAX, FrameFilter, ReturnedMessages},
     screened::{Connected, Screened, screening},
     tls::{Tls, TlsError},
     unique,
@@ -103,12 +103,12 @@ impl Clone for Rotation {
 #[derive(Debug)]
 pub struct BrokerConnection {
     connection: Connection,
-    returns: Returns,
+    returns: ReturnedMessages,
 }
 
 impl BrokerConnection {
     /// The messages that were returned since no queue took them.
-    pub fn returns(&self) -> &Returns {
+    pub fn returns(&self) -> &ReturnedMessages {
         &self.returns
     }
 }
@@ -351,10 +351,10 @@ impl Broker {
         properties: ConnectionProperties,
     ) -> Result<BrokerConnection, HostFailure> {
         let runtime = TokioRuntime::tokio_current();
-        let returns = Returns::default();
+        let returns = ReturnedMessages::default();
         // Limits what lapin must parse, whatever the broker allows.
         let frame_max = *uri.query.frame_max.get_or_insert(FRAME_MAX);
-        let filter = Filter::new(frame_max, returns.clone());
+        let filter = FrameFilter::new(frame_max, returns.clone());
         let (host, port) = (uri.authority.host.clone(), uri.authority.port);
         let is_external = is_external(&uri);
         let secure = match uri.scheme {
@@ -481,7 +481,7 @@ pub async fn close(connection: &Connection) {
 #[derive(Clone, Debug)]
 pub struct PublishChannel {
     channel: Channel,
-    returns: Returns,
+    returns: ReturnedMessages,
 }
 
 impl PublishChannel {

@@ -4,12 +4,12 @@
 //! levels, 21 KB of a header, crash the process. It closes the connection if a short string is not
 //! UTF-8, if a value has an unknown type, or if a frame is larger than was negotiated; the broker
 //! then delivers the same message again, to the next consumer. RabbitMQ checks none of this, except
-//! that a value's type is one of its own. So a [`Filter`] reads the frames first and rewrites what
-//! lapin could not parse: it replaces a header table, or all properties, by a header called
+//! that a value's type is one of its own. So a [`FrameFilter`] reads the frames first and rewrites
+//! what lapin could not parse: it replaces a header table, or all properties, by a header called
 //! [`UNREADABLE`] that gives the reason, and a byte that is not UTF-8 by `?`. A frame keeps its
 //! size. Bodies pass unread.
 //!
-//! The filter also notes returned messages: see [`Returns`].
+//! The filter also notes returned messages: see [`ReturnedMessages`].
 //!
 //! **Invariant:** every frame that a broker may send on behalf of a peer is passed on as one that
 //! lapin can parse, within [`DEPTH_MAX`] levels of recursion.
@@ -71,7 +71,7 @@ const TOO_MANY: &str = "its headers have more than 4096 values";
 const MALFORMED_HEADERS: &str = "its headers are not a table as AMQP has it";
 const MALFORMED_PROPERTIES: &str = "its properties are not a list as AMQP has it";
 
-/// What to do with the bytes given to [`Filter::step`].
+/// What to do with the bytes given to [`FrameFilter::step`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum FilterStep {
     /// Pass on so many of them, at least one.
@@ -86,11 +86,11 @@ pub enum FilterStep {
 
 /// Screens the frames of one connection.
 #[derive(Debug)]
-pub struct Filter {
+pub struct FrameFilter {
     state: FilterState,
     /// How large a frame may be for lapin to parse it.
     frame_max: u32,
-    returns: Returns,
+    returns: ReturnedMessages,
     /// The channels on which a message is being returned, and its content header has not arrived
     /// yet.
     returning: HashSet<u16>,
@@ -109,9 +109,9 @@ enum FilterState {
     Lost,
 }
 
-impl Filter {
+impl FrameFilter {
     /// A filter for a connection with frames of at most `frame_max` bytes.
-    pub fn new(frame_max: u32, returns: Returns) -> Self {
+    pub fn new(frame_max: u32, returns: ReturnedMessages) -> Self {
         let frame_max = frame_max.max(FRAME_MAX_MIN);
         Self { state: FilterState::AtFrame, frame_max, returns, returning: HashSet::new() }
     }
@@ -145,7 +145,7 @@ impl Filter {
         match first {
             METHOD | HEADER | BODY | HEARTBEAT => {}
             PROTOCOL => return self.pass(PROTOCOL_SIZE, bytes.len()),
-            _ => return self.lose(bytes.len()),
+            _ => return self.lose_sync(bytes.len()),
         }
         let (Some(channel), Some(size)) = (u16_at(bytes, 1), u32_at(bytes, 3)) else {
             return FilterStep::Wait;
@@ -157,7 +157,7 @@ impl Filter {
                 let total = total as usize;
                 let Some(frame) = bytes.get_mut(..total) else { return FilterStep::Wait };
                 if frame.last() != Some(&END) {
-                    return self.lose(bytes.len());
+                    return self.lose_sync(bytes.len());
                 }
                 let payload = frame.get_mut(HEAD..total - 1).unwrap_or_default();
                 match first {
@@ -177,8 +177,8 @@ impl Filter {
     }
 
     /// Passes on those of `rest` bytes that have arrived.
-    fn pass(&mut self, rest: u64, there: usize) -> FilterStep {
-        let some = there.min(usize::try_from(rest).unwrap_or(usize::MAX));
+    fn pass(&mut self, rest: u64, n_arrived: usize) -> FilterStep {
+        let some = n_arrived.min(usize::try_from(rest).unwrap_or(usize::MAX));
         self.state = match rest - some as u64 {
             0 => FilterState::AtFrame,
             rest => FilterState::Passing(rest),
@@ -200,9 +200,9 @@ impl Filter {
         FilterStep::Drop(some)
     }
 
-    fn lose(&mut self, there: usize) -> FilterStep {
+    fn lose_sync(&mut self, n_arrived: usize) -> FilterStep {
         self.state = FilterState::Lost;
-        FilterStep::Pass(there)
+        FilterStep::Pass(n_arrived)
     }
 
     /// Replaces a content header that is larger than a frame may be by a small one: the broker
@@ -214,7 +214,7 @@ impl Filter {
         put(compact, COMPACT - 1, &[END]);
         let payload = compact.get_mut(HEAD..COMPACT - 1).unwrap_or_default();
         replace_properties(payload, TOO_LARGE);
-        self.came_back(channel, "");
+        self.note_if_returned(channel, "");
         self.state = FilterState::Dropping(total - COMPACT as u64);
         FilterStep::Pass(COMPACT)
     }
@@ -283,18 +283,18 @@ impl Filter {
             Ok(message_id) => {
                 if self.returning.contains(&channel) {
                     let message_id = payload.get(message_id).unwrap_or_default();
-                    self.came_back(channel, str::from_utf8(message_id).unwrap_or_default());
+                    self.note_if_returned(channel, str::from_utf8(message_id).unwrap_or_default());
                 }
             }
             Err(why) => {
                 replace_properties(payload, why);
-                self.came_back(channel, "");
+                self.note_if_returned(channel, "");
             }
         }
     }
 
     /// Notes the message, if it is being returned.
-    fn came_back(&mut self, channel: u16, message_id: &str) {
+    fn note_if_returned(&mut self, channel: u16, message_id: &str) {
         if self.returning.remove(&channel) {
             self.returns.note(channel, message_id);
         }
@@ -548,11 +548,11 @@ fn long_at(bytes: &[u8], at: usize) -> Option<usize> {
 /// So when lapin reports a confirm, it is known here whether that message was returned. lapin
 /// itself attaches to a confirm whichever message was returned first.
 #[derive(Clone, Debug, Default)]
-pub struct Returns(Arc<Mutex<Generations>>);
+pub struct ReturnedMessages(Arc<Mutex<ReturnGenerations>>);
 
 /// Recent returns, and older ones: when there are too many, the older half is dropped.
 #[derive(Debug, Default)]
-struct Generations {
+struct ReturnGenerations {
     young: ReturnCounts,
     old: ReturnCounts,
 }
@@ -565,7 +565,7 @@ struct ReturnCounts {
     size: usize,
 }
 
-impl Returns {
+impl ReturnedMessages {
     /// How many returns are kept, at least.
     pub const MAX: usize = 65_536;
 
@@ -592,7 +592,7 @@ impl Returns {
         noted.old.forget(channel);
     }
 
-    fn lock(&self) -> MutexGuard<'_, Generations> {
+    fn lock(&self) -> MutexGuard<'_, ReturnGenerations> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -641,12 +641,12 @@ mod tests {
     };
 
     use super::{
-        BODY, DEPTH_MAX, END, FRAME_MAX, Filter, FilterStep, HEADER, METHOD, Returns, TOO_NARROW,
-        UNREADABLE, VALUES_MAX,
+        BODY, DEPTH_MAX, END, FRAME_MAX, FilterStep, FrameFilter, HEADER, METHOD, ReturnedMessages,
+        TOO_NARROW, UNREADABLE, VALUES_MAX,
     };
 
     /// The output for bytes that arrive in pieces of these sizes, cyclically.
-    fn screened_in(filter: &mut Filter, bytes: &[u8], sizes: &[usize]) -> Vec<u8> {
+    fn screened_in(filter: &mut FrameFilter, bytes: &[u8], sizes: &[usize]) -> Vec<u8> {
         let (mut passed, mut held) = (Vec::new(), Vec::new());
         let mut sizes = sizes.iter().cycle();
         let mut rest = bytes;
@@ -669,8 +669,8 @@ mod tests {
         screened_in(&mut filter(), bytes, &[usize::MAX])
     }
 
-    fn filter() -> Filter {
-        Filter::new(FRAME_MAX, Returns::default())
+    fn filter() -> FrameFilter {
+        FrameFilter::new(FRAME_MAX, ReturnedMessages::default())
     }
 
     fn frame(kind: u8, channel: u16, payload: &[u8]) -> Vec<u8> {
@@ -887,8 +887,8 @@ mod tests {
 
     #[test]
     fn a_returned_message_is_known_by_its_channel_and_id() {
-        let returns = Returns::default();
-        let mut filter = Filter::new(FRAME_MAX, returns.clone());
+        let returns = ReturnedMessages::default();
+        let mut filter = FrameFilter::new(FRAME_MAX, returns.clone());
         let bytes = [returned(1, "a"), returned(2, "a"), returned(1, "b"), returned(1, "b")];
         // A delivered message was not returned.
         let bytes = [&bytes.concat()[..], &message(b"")].concat();
@@ -901,8 +901,8 @@ mod tests {
 
     #[test]
     fn a_reopened_channel_has_no_earlier_returns() {
-        let returns = Returns::default();
-        let mut filter = Filter::new(FRAME_MAX, returns.clone());
+        let returns = ReturnedMessages::default();
+        let mut filter = FrameFilter::new(FRAME_MAX, returns.clone());
         let open_ok = frame(METHOD, 1, &[0, 20, 0, 11, 0, 0, 0, 0]);
         let bytes = [returned(1, "a"), returned(2, "a"), open_ok].concat();
         screened_in(&mut filter, &bytes, &[usize::MAX]);
@@ -911,18 +911,18 @@ mod tests {
 
     #[test]
     fn unclaimed_returns_are_forgotten_oldest_first() {
-        let returns = Returns::default();
-        for number in 0..=Returns::MAX {
+        let returns = ReturnedMessages::default();
+        for number in 0..=ReturnedMessages::MAX {
             returns.note(1, &number.to_string());
         }
         let size = {
             let noted = returns.lock();
             noted.young.size + noted.old.size
         };
-        assert!(size <= Returns::MAX, "{size}");
+        assert!(size <= ReturnedMessages::MAX, "{size}");
         assert!(!returns.take(1, "0"));
-        assert!(returns.take(1, &Returns::MAX.to_string()));
-        assert!(returns.take(1, &(Returns::MAX / 2).to_string()));
+        assert!(returns.take(1, &ReturnedMessages::MAX.to_string()));
+        assert!(returns.take(1, &(ReturnedMessages::MAX / 2).to_string()));
     }
 
     /// Any value with a few levels.

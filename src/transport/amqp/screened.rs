@@ -1,4 +1,4 @@
-//! The byte stream that lapin reads: the broker's, screened by a [`Filter`].
+//! The byte stream that lapin reads: the broker's, screened by a [`FrameFilter`].
 //!
 //! lapin accepts only a stream of the type that its runtime connects with. So this module has its
 //! own runtime, which is tokio's except for that type.
@@ -15,7 +15,7 @@ use async_rs::{Runtime, Tokio, traits::Reactor, util::RuntimeParts};
 use futures_util::{AsyncRead, AsyncWrite, Stream};
 use lapin::AsyncTcpStream;
 
-use crate::transport::amqp::frames::{FRAME_MAX, Filter, FilterStep, Returns};
+use crate::transport::amqp::frames::{FRAME_MAX, FilterStep, FrameFilter, ReturnedMessages};
 
 /// How much is read at once, unless a frame to be screened is larger.
 const READ_SIZE: usize = 64 * 1024;
@@ -26,7 +26,7 @@ pub(super) type Connected = <Tokio as Reactor>::TcpStream;
 /// A stream whose reader gets only what lapin can parse.
 pub(super) struct Screened<S> {
     stream: S,
-    filter: Filter,
+    filter: FrameFilter,
     /// The bytes read. From `start` they may be passed on, from `screened` they must be screened,
     /// from `end` on there are none.
     buffer: Vec<u8>,
@@ -36,7 +36,7 @@ pub(super) struct Screened<S> {
 }
 
 impl<S> Screened<S> {
-    pub(super) fn new(stream: S, filter: Filter) -> Self {
+    pub(super) fn new(stream: S, filter: FrameFilter) -> Self {
         Self { stream, filter, buffer: vec![0; READ_SIZE], start: 0, screened: 0, end: 0 }
     }
 
@@ -159,7 +159,7 @@ impl Reactor for Screening {
         let connecting = self.0.tcp_connect_addr(address);
         async move {
             let stream = AsyncTcpStream::Plain(connecting.await?);
-            Ok(Screened::new(stream, Filter::new(FRAME_MAX, Returns::default())))
+            Ok(Screened::new(stream, FrameFilter::new(FRAME_MAX, ReturnedMessages::default())))
         }
     }
 }

@@ -5,7 +5,9 @@
 //! no frame.
 
 use amq_protocol::frame::{AMQPFrame, parsing::parse_frame};
-use dtc::transport::amqp::frames::{DEPTH_MAX, FRAME_MAX, Filter, FilterStep, Returns, UNREADABLE};
+use dtc::transport::amqp::frames::{
+    DEPTH_MAX, FRAME_MAX, FilterStep, FrameFilter, ReturnedMessages, UNREADABLE,
+};
 use lapin::types::{AMQPValue, FieldTable};
 
 const METHOD: u8 = 1;
@@ -56,8 +58,8 @@ struct Screened {
 }
 
 fn screened(stream: &[u8], piece: usize) -> Screened {
-    let returns = Returns::default();
-    let mut filter = Filter::new(FRAME_MAX, returns.clone());
+    let returns = ReturnedMessages::default();
+    let mut filter = FrameFilter::new(FRAME_MAX, returns.clone());
     let (mut passed, mut held) = (Vec::new(), Vec::new());
     let mut is_refused = false;
     'stream: for piece in stream.chunks(piece) {
