@@ -35,7 +35,7 @@ use crate::transport::amqp::{
     bounded::{ANSWER_MAX, AskError, answer, write_now},
     error::{Disposition, is_not_found, is_refusal},
     frames::{FRAME_MAX, FrameFilter, ReturnedMessages},
-    screened::{Connected, Screened, screening},
+    screened_stream::{ScreenedStream, TokioTcpStream, screening_runtime},
     tls::{Tls, TlsError},
     unique,
 };
@@ -372,13 +372,13 @@ impl Broker {
             }
         };
         let stream = reach().await.map_err(|error| self.host_failure(error))?;
-        let screened = Mutex::new(Some(Screened::new(stream, filter)));
+        let screened = Mutex::new(Some(ScreenedStream::new(stream, filter)));
         let hand_over = async move |_, _| {
             let stream = screened.lock().unwrap_or_else(PoisonError::into_inner).take();
             let stream = stream.map(AsyncTcpStream::Plain);
             stream.ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected).into())
         };
-        let opened = Connection::connector(uri, screening(), hand_over, properties).await;
+        let opened = Connection::connector(uri, screening_runtime(), hand_over, properties).await;
         let error = match opened {
             Ok(connection) => return Ok(BrokerConnection { connection, returns }),
             Err(error) => error,
@@ -444,7 +444,7 @@ async fn reach(
     runtime: &TokioRuntime,
     host: &str,
     port: u16,
-) -> io::Result<AsyncTcpStream<Connected>> {
+) -> io::Result<AsyncTcpStream<TokioTcpStream>> {
     let mut failed = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
     for address in tokio::net::lookup_host((host, port)).await? {
         let connecting = AsyncTcpStream::connect(runtime, address);

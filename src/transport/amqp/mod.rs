@@ -17,7 +17,7 @@
 //! * [`queue_lookup`]: repeated lookups of whether queues exist.
 //! * [`rejected`]: setting aside messages that can't be read.
 //! * [`reliable`]: publishing messages that must not be lost.
-//! * `screened`: the byte stream that lapin reads.
+//! * `screened_stream`: the byte stream that lapin reads.
 //! * [`stream`]: reading a stream up to its end.
 //! * [`supervisor`]: when to reconnect, and when to give up.
 //! * [`tls`]: the CAs to trust over `amqps://`, and the client certificate.
@@ -50,7 +50,7 @@ pub mod publisher;
 pub mod queue_lookup;
 pub mod rejected;
 pub mod reliable;
-mod screened;
+mod screened_stream;
 pub mod stream;
 pub mod supervisor;
 pub mod tls;

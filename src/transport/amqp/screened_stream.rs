@@ -21,10 +21,10 @@ use crate::transport::amqp::frames::{FRAME_MAX, FilterStep, FrameFilter, Returne
 const READ_SIZE: usize = 64 * 1024;
 
 /// The type of stream that tokio connects with.
-pub(super) type Connected = <Tokio as Reactor>::TcpStream;
+pub(super) type TokioTcpStream = <Tokio as Reactor>::TcpStream;
 
 /// A stream whose reader gets only what lapin can parse.
-pub(super) struct Screened<S> {
+pub(super) struct ScreenedStream<S> {
     stream: S,
     filter: FrameFilter,
     /// The bytes read. From `start` they may be passed on, from `screened` they must be screened,
@@ -35,7 +35,7 @@ pub(super) struct Screened<S> {
     end: usize,
 }
 
-impl<S> Screened<S> {
+impl<S> ScreenedStream<S> {
     pub(super) fn new(stream: S, filter: FrameFilter) -> Self {
         Self { stream, filter, buffer: vec![0; READ_SIZE], start: 0, screened: 0, end: 0 }
     }
@@ -66,7 +66,7 @@ impl<S> Screened<S> {
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Screened<S> {
+impl<S: AsyncRead + Unpin> AsyncRead for ScreenedStream<S> {
     fn poll_read(
         self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -95,7 +95,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Screened<S> {
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Screened<S> {
+impl<S: AsyncWrite + Unpin> AsyncWrite for ScreenedStream<S> {
     fn poll_write(
         self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -122,17 +122,17 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Screened<S> {
 }
 
 /// The runtime from which lapin gets its streams: tokio's, with screened streams.
-pub(super) fn screening() -> Runtime<RuntimeParts<Tokio, Screening>> {
+pub(super) fn screening_runtime() -> Runtime<RuntimeParts<Tokio, ScreeningReactor>> {
     let tokio = Tokio::current();
-    Runtime::new(RuntimeParts::new(tokio.clone(), Screening(tokio)))
+    Runtime::new(RuntimeParts::new(tokio.clone(), ScreeningReactor(tokio)))
 }
 
 /// tokio's reactor, except for the type of its streams.
 #[derive(Clone, Debug)]
-pub(super) struct Screening(Tokio);
+pub(super) struct ScreeningReactor(Tokio);
 
-impl Reactor for Screening {
-    type TcpStream = Screened<AsyncTcpStream<Connected>>;
+impl Reactor for ScreeningReactor {
+    type TcpStream = ScreenedStream<AsyncTcpStream<TokioTcpStream>>;
     type Sleep = <Tokio as Reactor>::Sleep;
 
     /// There is no socket to register: lapin doesn't call this, and the trait doesn't allow passing
@@ -141,7 +141,7 @@ impl Reactor for Screening {
         &self,
         _: H,
     ) -> io::Result<impl AsyncRead + AsyncWrite + Send + Unpin + 'static> {
-        Err::<Connected, _>(io::ErrorKind::Unsupported.into())
+        Err::<TokioTcpStream, _>(io::ErrorKind::Unsupported.into())
     }
 
     fn sleep(&self, duration: Duration) -> Self::Sleep {
@@ -159,7 +159,10 @@ impl Reactor for Screening {
         let connecting = self.0.tcp_connect_addr(address);
         async move {
             let stream = AsyncTcpStream::Plain(connecting.await?);
-            Ok(Screened::new(stream, FrameFilter::new(FRAME_MAX, ReturnedMessages::default())))
+            Ok(ScreenedStream::new(
+                stream,
+                FrameFilter::new(FRAME_MAX, ReturnedMessages::default()),
+            ))
         }
     }
 }
