@@ -48,7 +48,7 @@ use crate::{
         names::{Names, Namespace},
         topology::{
             self, Commands, ServiceTopology, Topology,
-            apply::{Options, TopologyError, apply_until},
+            apply::{ApplyOptions, TopologyError, apply_until},
             delete::delete,
         },
         unique,
@@ -181,7 +181,7 @@ impl RunNamespace {
         let commands = Commands::at(&broker.address);
         let settings = topology::Settings { commands, ..topology::Settings::default() };
         let now = Clock::start().now();
-        let options = Options { settings, now, clock_margin: Duration::from_secs(60) };
+        let options = ApplyOptions { settings, now, clock_margin: Duration::from_secs(60) };
         let topology = Topology::of(&names, &services, &settings);
         let namespace = Self { broker, names, made: Some(topology), services: services_file };
         let applied =

@@ -28,11 +28,11 @@ use crate::{
         names::Names,
         topology::{
             Argument, Arguments, Commands, Queue, ServiceTopology, Topology,
-            apply::{Applied, JournalStart, Options, TopologyError, apply_topology},
+            apply::{ApplyOptions, ApplyReport, JournalStart, TopologyError, apply_topology},
             check::check,
             delete,
             finding::{Fault, Finding, Subject},
-            replace::{self, ReplaceError, Replaced},
+            replace::{self, ReplaceError, ReplaceReport},
         },
     },
 };
@@ -300,12 +300,12 @@ struct Applying<'a> {
 
 impl Applying<'_> {
     /// Applies it, and repeats that within `wait` as long as a failure may be temporary.
-    async fn apply(&self, wait: Duration) -> Result<(Vec<Replaced>, Applied), Failure> {
+    async fn apply(&self, wait: Duration) -> Result<(Vec<ReplaceReport>, ApplyReport), Failure> {
         let mut again = Retry::within(wait);
-        let (mut replaced, mut all) = (Vec::new(), Applied::default());
+        let (mut replaced, mut all) = (Vec::new(), ApplyReport::default());
         loop {
             match self.attempt(&mut replaced).await {
-                Ok(Applied { created, begun, unavailable }) => {
+                Ok(ApplyReport { created, begun, unavailable }) => {
                     all.created.extend(created);
                     all.begun = all.begun.or(begun);
                     all.unavailable = unavailable;
@@ -323,7 +323,7 @@ impl Applying<'_> {
         }
     }
 
-    async fn attempt(&self, replaced: &mut Vec<Replaced>) -> Result<Applied, Failure> {
+    async fn attempt(&self, replaced: &mut Vec<ReplaceReport>) -> Result<ApplyReport, Failure> {
         let settings = self.config.topology.settings;
         if !self.replace.is_empty() {
             let connection = self.broker.connect("topology").await.map_err(unreachable)?;
@@ -334,7 +334,7 @@ impl Applying<'_> {
             close(&connection).await;
         }
         let clock_margin = self.config.topology.clock_margin;
-        let options = Options { settings, now: self.clock.now(), clock_margin };
+        let options = ApplyOptions { settings, now: self.clock.now(), clock_margin };
         let applied = apply_topology(&self.broker, self.names, &self.topology, &options).await;
         applied.map_err(|error| {
             let TopologyError::Mismatch(findings) = &error else { return not_applied(error) };
@@ -546,7 +546,7 @@ fn exit_by(disposition: Disposition) -> Exit {
     }
 }
 
-fn warn(applied: &Applied, names: &Names, clock_margin: Duration) {
+fn warn(applied: &ApplyReport, names: &Names, clock_margin: Duration) {
     if let Some(JournalStart { complete_since, was_lost: true }) = applied.begun {
         let until = complete_since + clock_margin;
         tell(&format!(
@@ -572,7 +572,7 @@ fn print(text: &str) -> Result<Exit, Failure> {
     }
 }
 
-fn applied_text(applied: &Applied, names: &Names) -> String {
+fn applied_text(applied: &ApplyReport, names: &Names) -> String {
     let mut text = String::new();
     for subject in &applied.created {
         let _ = writeln!(text, "created {subject}");
@@ -585,9 +585,9 @@ fn applied_text(applied: &Applied, names: &Names) -> String {
     text
 }
 
-fn replaced_text(replaced: &[Replaced]) -> String {
+fn replaced_text(replaced: &[ReplaceReport]) -> String {
     let mut text = String::new();
-    for Replaced { queues, prepares, finishes } in replaced {
+    for ReplaceReport { queues, prepares, finishes } in replaced {
         for queue in queues {
             let _ = writeln!(text, "replaced queue `{queue}`");
         }
@@ -598,12 +598,12 @@ fn replaced_text(replaced: &[Replaced]) -> String {
     text
 }
 
-fn replaced_json(replaced: &Replaced) -> Value {
-    let Replaced { queues, prepares, finishes } = replaced;
+fn replaced_json(replaced: &ReplaceReport) -> Value {
+    let ReplaceReport { queues, prepares, finishes } = replaced;
     json!({"queues": queues, "prepares_moved": prepares, "finishes_moved": finishes})
 }
 
-fn applied_json(replaced: &[Replaced], applied: &Applied) -> Value {
+fn applied_json(replaced: &[ReplaceReport], applied: &ApplyReport) -> Value {
     let begun = applied.begun.map(|begun| {
         json!({
             "complete_since": begun.complete_since.as_millis(),

@@ -48,7 +48,7 @@ use crate::{
         reliable::ReliablePublisher,
         topology::{
             self, ServiceTopology,
-            apply::{Options, apply_services},
+            apply::{ApplyOptions, apply_services},
         },
     },
 };
@@ -623,7 +623,7 @@ fn is_missing(error: &AskError) -> bool {
 pub(super) async fn declare(settings: &ServeSettings, max_wait: Duration) -> Result<(), OpenError> {
     let ServeSettings { broker, names, service, cap, .. } = settings.clone();
     let service = ServiceTopology { name: service, max_wait, cap };
-    let options = Options {
+    let options = ApplyOptions {
         settings: topology::Settings {
             commands: topology::Commands::at(&broker.address),
             ..topology::Settings::default()

@@ -27,7 +27,7 @@ use dtc::{
         names::{Names, Namespace, key},
         topology::{
             Settings, Topology,
-            apply::{Options, apply},
+            apply::{ApplyOptions, apply},
         },
     },
     wire::message::{Item, Items, Settled, decode_request},
@@ -602,7 +602,7 @@ impl PlayedWorker {
         let (address, names) = address(&place);
         let now = Clock::start().now();
         let clock_margin = CLOCK_MARGIN;
-        let options = Options { settings: Settings::default(), now, clock_margin };
+        let options = ApplyOptions { settings: Settings::default(), now, clock_margin };
         let applied = apply(&address, &names, &[], &options).await.unwrap();
         let begun_at = applied.begun.unwrap().complete_since;
         Self { begun_at, ..Self::bare(place).await }

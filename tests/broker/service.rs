@@ -21,7 +21,7 @@ use dtc::{
         names::{Names, Namespace, key},
         topology::{
             self, ServiceTopology,
-            apply::{Options, apply},
+            apply::{ApplyOptions, apply},
         },
     },
 };
@@ -653,7 +653,7 @@ impl World {
             max_wait: Duration::from_millis(max_wait_ms),
             cap: Cap::Instance,
         }];
-        let options = Options {
+        let options = ApplyOptions {
             settings: topology::Settings::default(),
             now: Time::from_millis(now_ms()),
             clock_margin: Duration::ZERO,

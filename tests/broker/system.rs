@@ -143,7 +143,7 @@ impl Setup {
         let broker = Broker::new(address, "test");
         let names = Names::new(Namespace::parse(&place.namespace).unwrap());
         let clock_margin = self.settings_of(0, &broker, &names).coordinator.clock_margin;
-        let options = apply::Options {
+        let options = apply::ApplyOptions {
             settings: topology::Settings::default(),
             now: Clock::start().now(),
             clock_margin,
@@ -207,7 +207,7 @@ pub(crate) struct System {
     workers: Vec<JoinHandle<Result<Tally, WorkerError>>>,
     instances: Vec<(watch::Sender<bool>, Instance)>,
     services: Vec<Served>,
-    topology: (Vec<ServiceTopology>, apply::Options),
+    topology: (Vec<ServiceTopology>, apply::ApplyOptions),
     place: Place,
     _share: Share,
 }

@@ -30,7 +30,7 @@ use crate::{
         names::{Names, Namespace},
         topology::{
             self, Queue, QueueKind, ServiceTopology, Topology,
-            apply::{Options, apply_until},
+            apply::{ApplyOptions, apply_until},
             delete::delete,
         },
         unique,
@@ -96,7 +96,7 @@ impl BenchNamespace {
             .collect::<anyhow::Result<_>>()?;
         let settings = plan.settings;
         let now = Clock::start().now();
-        let options = Options { settings, now, clock_margin: Duration::from_secs(60) };
+        let options = ApplyOptions { settings, now, clock_margin: Duration::from_secs(60) };
         let mut topology = Topology::of(&names, &services, &settings);
         topology.queues.push(Queue {
             name: yardstick_of(&names),

@@ -36,7 +36,7 @@ use crate::{
 
 /// How to apply.
 #[derive(Clone, Copy, Debug)]
-pub struct Options {
+pub struct ApplyOptions {
     /// The settings of the queues.
     pub settings: Settings,
     /// The current time.
@@ -47,7 +47,7 @@ pub struct Options {
 
 /// The result of an apply.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub struct Applied {
+pub struct ApplyReport {
     /// What did not exist before, in the order of the topology.
     pub created: Vec<Subject>,
     /// The journal's first record, if this apply wrote it.
@@ -62,7 +62,7 @@ pub struct JournalStart {
     /// The journal is complete from this time on.
     pub complete_since: Time,
     /// Whether the journal of an existing system was lost: requests made up to then, and
-    /// [`Options::clock_margin`] longer, are parked instead of being decided.
+    /// [`ApplyOptions::clock_margin`] longer, are parked instead of being decided.
     pub was_lost: bool,
 }
 
@@ -150,8 +150,8 @@ pub async fn apply(
     broker: &Broker,
     names: &Names,
     services: &[ServiceTopology],
-    options: &Options,
-) -> Result<Applied, TopologyError> {
+    options: &ApplyOptions,
+) -> Result<ApplyReport, TopologyError> {
     let topology = Topology::of(names, services, &options.settings);
     apply_topology(broker, names, &topology, options).await
 }
@@ -166,8 +166,8 @@ pub async fn apply_services(
     broker: &Broker,
     names: &Names,
     services: &[ServiceTopology],
-    options: &Options,
-) -> Result<Applied, TopologyError> {
+    options: &ApplyOptions,
+) -> Result<ApplyReport, TopologyError> {
     let topology = Topology::of_services(names, services, &options.settings);
     apply_topology(broker, names, &topology, options).await
 }
@@ -181,8 +181,8 @@ pub async fn apply_topology(
     broker: &Broker,
     names: &Names,
     topology: &Topology,
-    options: &Options,
-) -> Result<Applied, TopologyError> {
+    options: &ApplyOptions,
+) -> Result<ApplyReport, TopologyError> {
     let applied = attempts(pin!(future::pending()), broker, names, topology, options).await?;
     // Nothing stops it.
     Ok(applied.unwrap_or_default())
@@ -200,8 +200,8 @@ pub(crate) async fn apply_until(
     broker: &Broker,
     names: &Names,
     services: &[ServiceTopology],
-    options: &Options,
-) -> Result<Option<Applied>, TopologyError> {
+    options: &ApplyOptions,
+) -> Result<Option<ApplyReport>, TopologyError> {
     let topology = Topology::of(names, services, &options.settings);
     attempts(pin!(stop), broker, names, &topology, options).await
 }
@@ -211,9 +211,9 @@ async fn attempts(
     broker: &Broker,
     names: &Names,
     topology: &Topology,
-    options: &Options,
-) -> Result<Option<Applied>, TopologyError> {
-    let mut applied = Applied::default();
+    options: &ApplyOptions,
+) -> Result<Option<ApplyReport>, TopologyError> {
+    let mut applied = ApplyReport::default();
     let mut backoff = Backoff::default();
     for attempt in 1.. {
         let connection = tokio::select! {
@@ -254,8 +254,8 @@ async fn apply_on(
     connection: &BrokerConnection,
     names: &Names,
     topology: &Topology,
-    options: &Options,
-    applied: &mut Applied,
+    options: &ApplyOptions,
+    applied: &mut ApplyReport,
 ) -> Result<(), TopologyError> {
     let findings = check::compare(connection, topology).await?;
     let (unavailable, findings): (Vec<_>, Vec<_>) =
@@ -344,7 +344,7 @@ impl Topology {
 async fn begin_journal(
     connection: &BrokerConnection,
     names: &Names,
-    options: &Options,
+    options: &ApplyOptions,
     is_new: bool,
 ) -> Result<Option<JournalStart>, TopologyError> {
     let failed = |source| TopologyError::Begin { journal: names.journal().to_string(), source };

@@ -43,7 +43,7 @@ use crate::{
 
 /// The result of a replacement.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub struct Replaced {
+pub struct ReplaceReport {
     /// The queues that were declared again.
     pub queues: Vec<String>,
     /// How many prepares were moved.
@@ -109,7 +109,7 @@ pub async fn replace(
     names: &Names,
     service: &ServiceTopology,
     settings: &Settings,
-) -> Result<Replaced, ReplaceError> {
+) -> Result<ReplaceReport, ReplaceError> {
     let (finish, prepare) = service.queues(names, settings);
     let key = format!("*.{}", service.name);
     let mut replacing = Replacing {
@@ -117,7 +117,7 @@ pub async fn replace(
         alarms: AlarmListener::of(connection),
         channel: confirming(connection, &prepare.name).await?,
         declarer: Declarer::on(connection).await?,
-        replaced: Replaced::default(),
+        replaced: ReplaceReport::default(),
     };
     let binding = Binding {
         exchange: names.finish_any(),
@@ -152,7 +152,7 @@ struct Replacing<'a> {
     alarms: AlarmListener,
     channel: PublishChannel,
     declarer: Declarer,
-    replaced: Replaced,
+    replaced: ReplaceReport,
 }
 
 impl Replacing<'_> {
