@@ -47,7 +47,7 @@ use crate::{
         error::Disposition,
         names::{Names, Namespace},
         topology::{
-            self, Commands, ServiceTopology, Topology,
+            self, PrepareQueueKind, ServiceTopology, Topology,
             apply::{ApplyOptions, TopologyError, apply_until},
             delete::delete,
         },
@@ -178,7 +178,7 @@ impl RunNamespace {
             .map_err(|error| Failure::new(Exit::Incomplete, error))?;
         let names = Names::new(namespace);
         let services: Vec<_> = plan.services.iter().map(ServiceTopology::from).collect();
-        let commands = Commands::at(&broker.address);
+        let commands = PrepareQueueKind::at(&broker.address);
         let settings = topology::Settings { commands, ..topology::Settings::default() };
         let now = Clock::start().now();
         let options = ApplyOptions { settings, now, clock_margin: Duration::from_secs(60) };

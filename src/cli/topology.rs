@@ -27,7 +27,7 @@ use crate::{
         error::Disposition,
         names::Names,
         topology::{
-            Argument, Arguments, Commands, Queue, ServiceTopology, Topology,
+            Argument, Arguments, PrepareQueueKind, Queue, ServiceTopology, Topology,
             apply::{ApplyOptions, ApplyReport, JournalStart, TopologyError, apply_topology},
             check::check,
             delete,
@@ -386,8 +386,8 @@ fn explain_kind(findings: &[Finding], config: &Config) {
     if config.topology.is_auto && differs {
         let wanted = config.topology.settings.commands;
         let other = match wanted {
-            Commands::Classic => Commands::Quorum,
-            Commands::Quorum => Commands::Classic,
+            PrepareQueueKind::Classic => PrepareQueueKind::Quorum,
+            PrepareQueueKind::Quorum => PrepareQueueKind::Classic,
         };
         tell(&format!(
             "the kind of prepare queues is `auto`: {wanted}, by the number of hosts in the broker's \

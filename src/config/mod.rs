@@ -25,7 +25,7 @@ use crate::{
         address::Address,
         names::{ALL, ANY, Namespace},
         tls::{Identity, InvalidIdentity, InvalidPem, Pem, Tls},
-        topology::{Commands, ServiceTopology, Settings},
+        topology::{PrepareQueueKind, ServiceTopology, Settings},
     },
 };
 
@@ -290,13 +290,13 @@ fn topology(draft: &mut Draft, address: Option<&Address>) -> Option<TopologyConf
     });
     let forced = draft.required(COMMANDS, |text| match text {
         "auto" => Ok(None),
-        "classic" => Ok(Some(Commands::Classic)),
-        "quorum" => Ok(Some(Commands::Quorum)),
+        "classic" => Ok(Some(PrepareQueueKind::Classic)),
+        "quorum" => Ok(Some(PrepareQueueKind::Quorum)),
         _ => Err("must be `auto`, `classic` or `quorum`".to_owned()),
     });
     let clock_margin = draft.required("topology.clock_margin", duration::parse);
     let (retention, forced, clock_margin) = (retention?, forced?, clock_margin?);
-    let auto = address.map(|address| (Commands::at(address), address.hosts().len()));
+    let auto = address.map(|address| (PrepareQueueKind::at(address), address.hosts().len()));
     if let (None, Some((commands, n_hosts))) = (forced, auto) {
         let hosts = if n_hosts == 1 { "one host".to_owned() } else { format!("{n_hosts} hosts") };
         draft.explain(COMMANDS, format!("{commands}, since broker.url names {hosts}"));

@@ -625,7 +625,7 @@ pub(super) async fn declare(settings: &ServeSettings, max_wait: Duration) -> Res
     let service = ServiceTopology { name: service, max_wait, cap };
     let options = ApplyOptions {
         settings: topology::Settings {
-            commands: topology::Commands::at(&broker.address),
+            commands: topology::PrepareQueueKind::at(&broker.address),
             ..topology::Settings::default()
         },
         now: Clock::start().now(),

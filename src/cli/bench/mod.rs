@@ -42,7 +42,7 @@ use crate::{
     },
     embedded::Latencies,
     protocol::message::Outcome,
-    transport::amqp::{topology::Commands, traffic::Traffic},
+    transport::amqp::{topology::PrepareQueueKind, traffic::Traffic},
 };
 
 /// One process can't produce more load than this.
@@ -241,8 +241,8 @@ async fn measure_brokered(
     report.setting.broker = Some(plan.broker.address.to_string());
     report.setting.version = host.as_ref().and_then(|(host, port)| machine::version(host, *port));
     report.setting.prepare_queues = match plan.settings.commands {
-        Commands::Classic => "classic",
-        Commands::Quorum => "quorum",
+        PrepareQueueKind::Classic => "classic",
+        PrepareQueueKind::Quorum => "quorum",
     };
     let broker_pid = host.and_then(|(host, port)| machine::listener(&host, port));
     // An unreachable broker is reported as by every other command.

@@ -158,18 +158,18 @@ pub struct Settings {
     /// How long the journal keeps records.
     pub retention: Duration,
     /// The kind of prepare queues.
-    pub commands: Commands,
+    pub commands: PrepareQueueKind,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { retention: RETENTION, commands: Commands::Classic }
+        Self { retention: RETENTION, commands: PrepareQueueKind::Classic }
     }
 }
 
 /// The kind of prepare queues.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub enum Commands {
+pub enum PrepareQueueKind {
     /// Classic queues: several times faster. What a broker loses in a restart is sent again.
     #[default]
     Classic,
@@ -177,7 +177,7 @@ pub enum Commands {
     Quorum,
 }
 
-impl Commands {
+impl PrepareQueueKind {
     /// The suitable kind for the broker at `address`. Several hosts are a cluster, on which a
     /// service must not stop when its queue's node is lost.
     pub fn at(address: &Address) -> Self {
@@ -237,8 +237,8 @@ impl ServiceTopology {
         let max_wait = u64::try_from(self.max_wait.as_millis()).unwrap_or(u64::MAX);
         let name = names.prepare_of(&self.name);
         let prepare = match settings.commands {
-            Commands::Classic => Queue::classic(name),
-            Commands::Quorum => Queue::quorum(name),
+            PrepareQueueKind::Classic => Queue::classic(name),
+            PrepareQueueKind::Quorum => Queue::quorum(name),
         };
         let mut prepare = prepare.with([
             ("x-message-ttl", Argument::Number(max_wait)),
@@ -363,7 +363,7 @@ impl fmt::Display for QueueKind {
     }
 }
 
-impl fmt::Display for Commands {
+impl fmt::Display for PrepareQueueKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Classic => "classic",
