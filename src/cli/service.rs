@@ -183,8 +183,8 @@ async fn compare(
     mut serving: watch::Receiver<bool>,
 ) -> Infallible {
     while serving.wait_for(|serves| *serves).await.is_ok() {
-        match terms(&broker, &names, &service, &declared).await {
-            Ok(terms) => terms.iter().for_each(|ServiceMismatch { field, wanted, found }| {
+        match check_queue(&broker, &names, &service, &declared).await {
+            Ok(faults) => faults.iter().for_each(|ServiceMismatch { field, wanted, found }| {
                 tracing::warn!(
                     service = %service.name, field, services_json = wanted, queue = found,
                     "the queue was made from another services.json than this instance has, and what \
@@ -203,16 +203,16 @@ async fn compare(
     std::future::pending().await
 }
 
-async fn terms(
+async fn check_queue(
     broker: &Broker,
     names: &Names,
     service: &ServiceTopology,
     declared: &topology::Settings,
 ) -> anyhow::Result<Vec<ServiceMismatch>> {
     let connection = broker.connect("services.json").await?;
-    let terms = check::terms(&connection, names, service, declared).await;
+    let mismatches = check::service_mismatches(&connection, names, service, declared).await;
     close(&connection).await;
-    Ok(terms?)
+    Ok(mismatches?)
 }
 
 /// The service to serve.

@@ -88,26 +88,26 @@ pub(super) async fn compare(
     connection: &Connection,
     topology: &Topology,
 ) -> Result<Vec<Finding>, CheckError> {
-    let mut comparing = Comparing { prober: Prober::on(connection), findings: Vec::new() };
+    let mut comparison = Comparison { prober: Prober::on(connection), findings: Vec::new() };
     for exchange in &topology.exchanges {
-        let found = comparing.prober.exchange(exchange).await;
-        comparing.take(Subject::Exchange(exchange.name.to_string()), found)?;
+        let found = comparison.prober.exchange(exchange).await;
+        comparison.take(Subject::Exchange(exchange.name.to_string()), found)?;
     }
     for queue in &topology.queues {
-        let found = comparing.prober.queue(queue).await;
-        comparing.take(Subject::Queue(queue.name.to_string()), found)?;
+        let found = comparison.prober.queue(queue).await;
+        comparison.take(Subject::Queue(queue.name.to_string()), found)?;
     }
     for name in &topology.stand_ins {
         let subject = Subject::Queue(name.to_string());
-        let presence = comparing.prober.queue_presence(name.as_str()).await;
+        let presence = comparison.prober.queue_presence(name.as_str()).await;
         let left_over = || Finding { subject: subject.clone(), fault: Fault::LeftOver };
         let found = presence.map(|presence| match presence {
             Presence::Missing => Vec::new(),
             Presence::There | Presence::Exclusive => vec![left_over()],
         });
-        comparing.take(subject, found)?;
+        comparison.take(subject, found)?;
     }
-    Ok(comparing.findings)
+    Ok(comparison.findings)
 }
 
 /// A difference between a service's queue and a field of its services.json.
@@ -153,7 +153,7 @@ fn cap(value: Option<&str>) -> String {
 /// # Errors
 ///
 /// The broker couldn't be asked.
-pub async fn terms(
+pub async fn service_mismatches(
     connection: &Connection,
     names: &Names,
     service: &ServiceTopology,
@@ -166,12 +166,12 @@ pub async fn terms(
     Ok(findings.iter().filter_map(ServiceMismatch::of).collect())
 }
 
-struct Comparing<'a> {
+struct Comparison<'a> {
     prober: Prober<'a>,
     findings: Vec<Finding>,
 }
 
-impl Comparing<'_> {
+impl Comparison<'_> {
     /// Records what was found about `subject`.
     fn take(
         &mut self,

@@ -52,14 +52,14 @@ impl DeleteError {
 ///
 /// The broker refuses, or is gone, or a queue is out of reach.
 pub async fn delete(connection: &Connection, topology: &Topology) -> Result<(), DeleteError> {
-    let mut deleting = Deleting { prober: Prober::on(connection), left: Vec::new() };
+    let mut deletion = Deletion { prober: Prober::on(connection), left: Vec::new() };
     for exchange in topology.exchanges.iter().rev() {
         let subject = Subject::Exchange(exchange.name.to_string());
         let delete = async |channel: Channel| {
             let options = ExchangeDeleteOptions::default();
             channel.exchange_delete(exchange.name.clone(), options).await
         };
-        deleting.one(subject, delete).await?;
+        deletion.delete(subject, delete).await?;
     }
     for queue in topology.queues.iter().rev() {
         let subject = Subject::Queue(queue.name.to_string());
@@ -67,18 +67,18 @@ pub async fn delete(connection: &Connection, topology: &Topology) -> Result<(), 
             let options = QueueDeleteOptions::default();
             channel.queue_delete(queue.name.clone(), options).await.map(drop)
         };
-        deleting.one(subject, delete).await?;
+        deletion.delete(subject, delete).await?;
     }
-    if deleting.left.is_empty() { Ok(()) } else { Err(DeleteError::Left(deleting.left)) }
+    if deletion.left.is_empty() { Ok(()) } else { Err(DeleteError::Left(deletion.left)) }
 }
 
-struct Deleting<'a> {
+struct Deletion<'a> {
     prober: Prober<'a>,
     left: Vec<Finding>,
 }
 
-impl Deleting<'_> {
-    async fn one(
+impl Deletion<'_> {
+    async fn delete(
         &mut self,
         subject: Subject,
         delete: impl AsyncFnOnce(Channel) -> Result<(), lapin::Error>,

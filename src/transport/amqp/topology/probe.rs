@@ -110,8 +110,11 @@ impl<'a> Prober<'a> {
             }
             Presence::There => {}
         }
-        let mut tried = Declared { arguments: queue.all_arguments(), ..Declared::default() };
-        self.differences(subject, &mut tried, async |channel: Channel, it: &Declared| {
+        let mut tried = DeclaredProperties {
+            arguments: queue.all_arguments(),
+            ..DeclaredProperties::default()
+        };
+        self.differences(subject, &mut tried, async |channel: Channel, it: &DeclaredProperties| {
             let options = QueueDeclareOptions {
                 durable: it.durable,
                 auto_delete: it.auto_delete,
@@ -131,12 +134,12 @@ impl<'a> Prober<'a> {
         if self.exchange_presence(exchange).await? == Presence::Missing {
             return Ok(vec![Finding::missing(subject)]);
         }
-        let mut tried = Declared {
+        let mut tried = DeclaredProperties {
             arguments: exchange.arguments(),
             kind: exchange.kind.to_string(),
-            ..Declared::default()
+            ..DeclaredProperties::default()
         };
-        self.differences(subject, &mut tried, async |channel: Channel, it: &Declared| {
+        self.differences(subject, &mut tried, async |channel: Channel, it: &DeclaredProperties| {
             let options = ExchangeDeclareOptions {
                 durable: it.durable,
                 auto_delete: it.auto_delete,
@@ -154,8 +157,8 @@ impl<'a> Prober<'a> {
     async fn differences(
         &mut self,
         subject: Subject,
-        tried: &mut Declared,
-        declare: impl AsyncFn(Channel, &Declared) -> Result<(), lapin::Error>,
+        tried: &mut DeclaredProperties,
+        declare: impl AsyncFn(Channel, &DeclaredProperties) -> Result<(), lapin::Error>,
     ) -> Result<Vec<Finding>, AskError> {
         let mut findings = Vec::new();
         for _ in 0..ROUNDS_MAX {
@@ -225,7 +228,7 @@ fn is_soft(error: &lapin::Error, soft: &AMQPSoftError) -> bool {
 }
 
 /// The values that are declared in one round.
-struct Declared {
+struct DeclaredProperties {
     durable: bool,
     auto_delete: bool,
     exclusive: bool,
@@ -235,7 +238,7 @@ struct Declared {
     arguments: Arguments,
 }
 
-impl Default for Declared {
+impl Default for DeclaredProperties {
     fn default() -> Self {
         Self {
             durable: true,
@@ -248,7 +251,7 @@ impl Default for Declared {
     }
 }
 
-impl Declared {
+impl DeclaredProperties {
     /// Adopts a value that was found. Returns whether there may be more to learn: arguments that
     /// depend on the kind can't be compared with another kind's.
     fn accept(&mut self, difference: &Difference) -> bool {

@@ -112,7 +112,7 @@ pub async fn replace(
 ) -> Result<ReplaceReport, ReplaceError> {
     let (finish, prepare) = service.queues(names, settings);
     let key = format!("*.{}", service.name);
-    let mut replacing = Replacing {
+    let mut replacement = Replacement {
         connection,
         alarms: AlarmListener::of(connection),
         channel: confirming(connection, &prepare.name).await?,
@@ -124,14 +124,16 @@ pub async fn replace(
         queue: finish.name.clone(),
         key: key.as_str().into(),
     };
-    replacing.finishes(&finish, &binding, names.moving(&service.name), &service.name).await?;
+    replacement
+        .replace_finish_queue(&finish, &binding, names.moving(&service.name), &service.name)
+        .await?;
     let binding = Binding {
         exchange: names.prepare(),
         queue: prepare.name.clone(),
         key: key.as_str().into(),
     };
-    replacing.prepares(&prepare, &binding, &service.name).await?;
-    Ok(replacing.replaced)
+    replacement.replace_prepare_queue(&prepare, &binding, &service.name).await?;
+    Ok(replacement.replaced)
 }
 
 async fn confirming(
@@ -147,7 +149,7 @@ fn step(step: &'static str, queue: &ShortString) -> impl FnOnce(AskError) -> Rep
     move |source| ReplaceError::Step { step, queue, source }
 }
 
-struct Replacing<'a> {
+struct Replacement<'a> {
     connection: &'a BrokerConnection,
     alarms: AlarmListener,
     channel: PublishChannel,
@@ -155,14 +157,14 @@ struct Replacing<'a> {
     replaced: ReplaceReport,
 }
 
-impl Replacing<'_> {
+impl Replacement<'_> {
     /// The differences of `queue`.
     async fn found(&self, queue: &Queue) -> Result<Vec<Finding>, ReplaceError> {
         let found = Prober::on(self.connection).queue(queue).await;
         found.map_err(step("look at", &queue.name))
     }
 
-    async fn prepares(
+    async fn replace_prepare_queue(
         &mut self,
         queue: &Queue,
         binding: &Binding,
@@ -192,7 +194,7 @@ impl Replacing<'_> {
         self.delete(&meanwhile.queue).await
     }
 
-    async fn finishes(
+    async fn replace_finish_queue(
         &mut self,
         queue: &Queue,
         binding: &Binding,
