@@ -30,7 +30,7 @@ use crate::{
         participant::{self, Instance},
         time::Time,
     },
-    transport::embedded::{PrepareQueue, RequestQueue},
+    transport::embedded::{MemoryPrepareQueue, MemoryRequestQueue},
     wire::result::Attempts,
 };
 
@@ -45,7 +45,7 @@ pub(crate) struct Engine {
     appended: Vec<Arc<Decision>>,
     /// How many messages of the journal the coordinator has read: the offset of its next one.
     messages_read: u64,
-    requests: RequestQueue,
+    requests: MemoryRequestQueue,
     /// When each request in flight was taken in, and what was called for it since.
     in_flight: BTreeMap<TransactionKey, InFlight>,
     for_worker: VecDeque<coordinator::Event>,
@@ -78,7 +78,7 @@ impl InFlight {
 struct Member {
     name: ServiceName,
     instance: Instance,
-    queue: PrepareQueue,
+    queue: MemoryPrepareQueue,
     max_concurrency: u32,
     calls: Calls,
     max_in_use: u32,
@@ -110,7 +110,7 @@ impl Engine {
             members.push(Member {
                 name,
                 instance: Instance::new(now, instance_settings),
-                queue: PrepareQueue::new(max_concurrency, max_wait),
+                queue: MemoryPrepareQueue::new(max_concurrency, max_wait),
                 max_concurrency,
                 calls: Calls::default(),
                 max_in_use: 0,
@@ -125,7 +125,7 @@ impl Engine {
             appended: backend.history(),
             backend: Box::new(backend),
             messages_read: 0,
-            requests: RequestQueue::default(),
+            requests: MemoryRequestQueue::default(),
             in_flight: BTreeMap::new(),
             for_worker: VecDeque::new(),
             for_members: VecDeque::new(),

@@ -7,6 +7,6 @@ mod prepares;
 mod requests;
 
 pub use self::{
-    prepares::{PrepareQueue, Returned},
-    requests::RequestQueue,
+    prepares::{MemoryPrepareQueue, ReturnedPrepare},
+    requests::MemoryRequestQueue,
 };

@@ -13,7 +13,7 @@ use crate::protocol::{
 /// A delivered prepare holds its slot until it is acked. A prepare that has waited for `max_wait`
 /// is returned; with a `max_wait` of zero, it is returned at once if no slot is free.
 #[derive(Debug)]
-pub struct PrepareQueue {
+pub struct MemoryPrepareQueue {
     max_concurrency: u32,
     max_wait: Duration,
     waiting: VecDeque<WaitingPrepare>,
@@ -30,9 +30,9 @@ struct WaitingPrepare {
 
 /// A prepare that found no slot in time.
 #[derive(Debug)]
-pub struct Returned(pub TransactionKey);
+pub struct ReturnedPrepare(pub TransactionKey);
 
-impl PrepareQueue {
+impl MemoryPrepareQueue {
     /// An empty queue.
     pub fn new(max_concurrency: u32, max_wait: Duration) -> Self {
         Self {
@@ -62,15 +62,15 @@ impl PrepareQueue {
         Some((Delivery(self.delivered), prepare))
     }
 
-    /// The next prepare that has waited long enough. Call it after [`PrepareQueue::deliver`] has
-    /// delivered all that it can.
-    pub fn expire(&mut self, now: Time) -> Option<Returned> {
+    /// The next prepare that has waited long enough. Call it after [`MemoryPrepareQueue::deliver`]
+    /// has delivered all that it can.
+    pub fn expire(&mut self, now: Time) -> Option<ReturnedPrepare> {
         if self.next_expiry()? > now {
             return None;
         }
         let WaitingPrepare { since, prepare } = self.waiting.pop_front()?;
         self.longest_wait = self.longest_wait.max(now.since(since));
-        Some(Returned(prepare.key))
+        Some(ReturnedPrepare(prepare.key))
     }
 
     /// When the next prepare will have waited long enough.

@@ -6,7 +6,7 @@ use crate::protocol::message::{Delivery, Request};
 
 /// The requests that a coordinator has taken and not acked.
 #[derive(Debug, Default)]
-pub struct RequestQueue {
+pub struct MemoryRequestQueue {
     unacked: BTreeMap<Delivery, UnackedRequest>,
     delivered: u64,
 }
@@ -17,7 +17,7 @@ struct UnackedRequest {
     deliveries: u32,
 }
 
-impl RequestQueue {
+impl MemoryRequestQueue {
     /// Delivers a new request.
     pub fn deliver(&mut self, request: &Request) -> Delivery {
         self.delivered += 1;
