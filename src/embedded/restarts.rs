@@ -20,7 +20,7 @@ use crate::{
     clock::ClockReading,
     journal::file::{
         self, Options, Writer,
-        frames::{Frames, Next},
+        frames::{FrameReader, NextFrame},
     },
     participant::{Service, Verdict},
     protocol::{
@@ -104,9 +104,9 @@ impl World {
     /// What is decided, in the order of the file.
     fn decided(&self) -> BTreeMap<String, Vec<Outcome>> {
         let file = File::open(self.directory.path().join("journal")).unwrap();
-        let mut frames = Frames::after_header(file).unwrap();
+        let mut frames = FrameReader::after_header(file).unwrap();
         let mut decided: BTreeMap<_, Vec<_>> = BTreeMap::new();
-        while let Next::Frame(frame) = frames.read().unwrap() {
+        while let NextFrame::Frame(frame) = frames.read().unwrap() {
             if let Entry::Decided(it) = Entry::read(frame.tag, &frame.text).unwrap() {
                 decided.entry(it.key.id.to_string()).or_default().push(it.outcome);
             }

@@ -104,14 +104,14 @@ fn head_sum(at: u64, head: &[u8]) -> u32 {
 
 /// The part of a frame before its text.
 #[derive(Clone, Copy)]
-struct Head {
+struct FrameHead {
     tag: u8,
     len: u32,
     durable: u64,
     sum: u32,
 }
 
-impl Head {
+impl FrameHead {
     /// Parses `bytes`, at offset `at`, as a head.
     fn of(at: u64, bytes: &[u8; HEAD]) -> Option<Self> {
         let (head, sum) = bytes.split_at(HEAD - 4);
@@ -155,7 +155,7 @@ impl Frame {
 
 /// What follows in a file.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Next {
+pub enum NextFrame {
     /// A frame.
     Frame(Frame),
     /// The end of the file.
@@ -171,19 +171,19 @@ pub enum Next {
 
 /// Reads frames from `reader`, which is at offset `at`.
 #[derive(Debug)]
-pub struct Frames<R> {
+pub struct FrameReader<R> {
     reader: R,
     at: u64,
 }
 
-impl<R: Read + Seek> Frames<R> {
+impl<R: Read + Seek> FrameReader<R> {
     /// Starts at the first frame.
     ///
     /// # Errors
     ///
     /// `reader` can't seek to it.
     pub fn after_header(reader: R) -> io::Result<Self> {
-        Self::from(reader, HEADER.len() as u64)
+        Self::starting_at(reader, HEADER.len() as u64)
     }
 
     /// Starts at `at`.
@@ -191,7 +191,7 @@ impl<R: Read + Seek> Frames<R> {
     /// # Errors
     ///
     /// `reader` can't seek to it.
-    pub fn from(mut reader: R, at: u64) -> io::Result<Self> {
+    pub fn starting_at(mut reader: R, at: u64) -> io::Result<Self> {
         reader.seek(SeekFrom::Start(at))?;
         Ok(Self { reader, at })
     }
@@ -201,27 +201,27 @@ impl<R: Read + Seek> Frames<R> {
     /// # Errors
     ///
     /// `reader` can't be read.
-    pub fn read(&mut self) -> io::Result<Next> {
+    pub fn read(&mut self) -> io::Result<NextFrame> {
         let at = self.at;
         let mut head = [0; HEAD];
         let n_read = fill(&mut self.reader, &mut head)?;
         if n_read == 0 {
-            return Ok(Next::End);
+            return Ok(NextFrame::End);
         }
         if n_read == HEAD
-            && let Some(head) = Head::of(at, &head)
-            && let Some(text) = text_of(&mut self.reader, &head)?
+            && let Some(head) = FrameHead::of(at, &head)
+            && let Some(text) = read_text(&mut self.reader, &head)?
         {
             let frame = Frame { at, tag: head.tag, durable: head.durable, text };
             self.at = frame.end();
-            return Ok(Next::Frame(frame));
+            return Ok(NextFrame::Frame(frame));
         }
-        let witness = self.witness(at)?;
-        Ok(witness.map_or(Next::Torn, |witness| Next::Corrupt { witness }))
+        let witness = self.find_witness(at)?;
+        Ok(witness.map_or(NextFrame::Torn, |witness| NextFrame::Corrupt { witness }))
     }
 
     /// Looks for a frame after `bad` that shows that the bytes there were on the disk.
-    fn witness(&mut self, bad: u64) -> io::Result<Option<u64>> {
+    fn find_witness(&mut self, bad: u64) -> io::Result<Option<u64>> {
         let mut from = bad + 1;
         let mut chunk = Vec::with_capacity(CHUNK);
         loop {
@@ -232,13 +232,13 @@ impl<R: Read + Seek> Frames<R> {
             let mut places = chunk.windows(HEAD).enumerate();
             let found = places.find_map(|(place, bytes)| {
                 let at = from + place as u64;
-                let head = Head::of(at, bytes.try_into().ok()?)?;
+                let head = FrameHead::of(at, bytes.try_into().ok()?)?;
                 Some((at, head))
             });
             match found {
                 Some((at, head)) => {
                     self.reader.seek(SeekFrom::Start(at + HEAD as u64))?;
-                    let is_whole = text_of(&mut self.reader, &head)?.is_some();
+                    let is_whole = read_text(&mut self.reader, &head)?.is_some();
                     if is_whole && head.durable > bad {
                         return Ok(Some(at));
                     }
@@ -254,7 +254,7 @@ impl<R: Read + Seek> Frames<R> {
 }
 
 /// The text after `head`, if it is complete and intact.
-fn text_of(reader: &mut impl Read, head: &Head) -> io::Result<Option<Vec<u8>>> {
+fn read_text(reader: &mut impl Read, head: &FrameHead) -> io::Result<Option<Vec<u8>>> {
     let mut text = Vec::new();
     // It allocates only as much as there is to read, whatever the length says.
     reader.take(head.len.into()).read_to_end(&mut text)?;
@@ -282,7 +282,7 @@ mod tests {
 
     use proptest::prelude::{any, prop, proptest};
 
-    use super::{FileBeginning, Frames, HEADER, Next, beginning, write};
+    use super::{FileBeginning, FrameReader, HEADER, NextFrame, beginning, write};
 
     /// A file of texts written in groups: before each group, all earlier ones were on the disk.
     fn file(groups: &[&[&str]]) -> Vec<u8> {
@@ -298,13 +298,15 @@ mod tests {
     }
 
     /// The texts that can be read, and what follows them.
-    fn read(bytes: &[u8]) -> (Vec<String>, Next) {
-        let mut frames = Frames::after_header(Cursor::new(bytes)).unwrap();
+    fn read(bytes: &[u8]) -> (Vec<String>, NextFrame) {
+        let mut frames = FrameReader::after_header(Cursor::new(bytes)).unwrap();
         let mut texts = Vec::new();
         loop {
             match frames.read().unwrap() {
-                Next::Frame(frame) => texts.push(String::from_utf8(frame.text).unwrap()),
-                end @ (Next::End | Next::Torn | Next::Corrupt { .. }) => return (texts, end),
+                NextFrame::Frame(frame) => texts.push(String::from_utf8(frame.text).unwrap()),
+                end @ (NextFrame::End | NextFrame::Torn | NextFrame::Corrupt { .. }) => {
+                    return (texts, end);
+                }
             }
         }
     }
@@ -313,9 +315,9 @@ mod tests {
     fn frames_are_read_in_the_order_written() {
         let bytes = file(&[&["a", ""], &["long".repeat(50_000).as_str()], &["b"]]);
         let (texts, end) = read(&bytes);
-        assert_eq!((texts.len(), end), (4, Next::End));
+        assert_eq!((texts.len(), end), (4, NextFrame::End));
         assert_eq!((texts[0].as_str(), texts[1].as_str(), texts[3].as_str()), ("a", "", "b"));
-        assert_eq!(read(HEADER), (vec![], Next::End));
+        assert_eq!(read(HEADER), (vec![], NextFrame::End));
     }
 
     #[test]
@@ -328,7 +330,11 @@ mod tests {
         for len in HEADER.len()..bytes.len() {
             let (texts, end) = read(&bytes[..len]);
             assert_eq!(texts.len(), ends.iter().filter(|end| **end <= len).count() - 1, "{len}");
-            assert_eq!(end, if ends.contains(&len) { Next::End } else { Next::Torn }, "{len}");
+            assert_eq!(
+                end,
+                if ends.contains(&len) { NextFrame::End } else { NextFrame::Torn },
+                "{len}"
+            );
         }
     }
 
@@ -341,9 +347,9 @@ mod tests {
             bytes[at] ^= 0x20;
             let (texts, end) = read(&bytes);
             if (at as u64) < witness {
-                assert!(matches!(end, Next::Corrupt { .. }), "{at}: {texts:?}, {end:?}");
+                assert!(matches!(end, NextFrame::Corrupt { .. }), "{at}: {texts:?}, {end:?}");
             } else {
-                assert_eq!((texts.len(), end), (3, Next::Torn), "{at}");
+                assert_eq!((texts.len(), end), (3, NextFrame::Torn), "{at}");
             }
         }
     }
@@ -353,9 +359,9 @@ mod tests {
         let safe = file(&[&["one"]]).len();
         let mut bytes = file(&[&["one"], &["two", "three"]]);
         bytes[safe..safe + 27].fill(0);
-        assert_eq!(read(&bytes), (vec!["one".to_owned()], Next::Torn));
+        assert_eq!(read(&bytes), (vec!["one".to_owned()], NextFrame::Torn));
         bytes.extend([0; 5000]);
-        assert_eq!(read(&bytes), (vec!["one".to_owned()], Next::Torn));
+        assert_eq!(read(&bytes), (vec!["one".to_owned()], NextFrame::Torn));
     }
 
     #[test]
@@ -364,7 +370,7 @@ mod tests {
             let mut bytes = file(&[&[&"x".repeat(len)], &["witness"]]);
             bytes[50] ^= 1;
             let witness = file(&[&[&"x".repeat(len)]]).len() as u64;
-            assert_eq!(read(&bytes), (vec![], Next::Corrupt { witness }), "{len}");
+            assert_eq!(read(&bytes), (vec![], NextFrame::Corrupt { witness }), "{len}");
         }
     }
 
@@ -372,7 +378,7 @@ mod tests {
     fn a_frame_at_another_offset_is_invalid() {
         let bytes = file(&[&["one"], &["two"]]);
         let moved = [HEADER, &bytes[HEADER.len() + 27..]].concat();
-        assert_eq!(read(&moved), (vec![], Next::Torn));
+        assert_eq!(read(&moved), (vec![], NextFrame::Torn));
     }
 
     #[test]

@@ -39,7 +39,7 @@ use std::{
 };
 
 use self::{
-    frames::{FileBeginning, Frames, HEADER, Next},
+    frames::{FileBeginning, FrameReader, HEADER, NextFrame},
     replay::{Ending, digest},
 };
 pub use self::{
@@ -259,12 +259,12 @@ impl Endings {
 
     fn read(&self, at: u64) -> Result<Finished, JournalError> {
         let read = |source| JournalError::Read { path: self.path.clone(), source };
-        let mut frames = Frames::from(&self.file, at).map_err(read)?;
+        let mut frames = FrameReader::starting_at(&self.file, at).map_err(read)?;
         let found = match frames.read().map_err(read)? {
-            Next::Frame(frame) => Entry::read(frame.tag, &frame.text)
+            NextFrame::Frame(frame) => Entry::read(frame.tag, &frame.text)
                 .map_err(|source| ReplayError::Malformed { at, source }),
-            Next::End | Next::Torn => Err(ReplayError::Damaged { at, witness: at }),
-            Next::Corrupt { witness } => Err(ReplayError::Damaged { at, witness }),
+            NextFrame::End | NextFrame::Torn => Err(ReplayError::Damaged { at, witness: at }),
+            NextFrame::Corrupt { witness } => Err(ReplayError::Damaged { at, witness }),
         };
         match found {
             Ok(Entry::Finished(finished)) => Ok(finished),

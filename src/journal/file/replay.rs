@@ -9,7 +9,7 @@ use std::{
 };
 
 use crate::{
-    journal::file::frames::{Frames, HEADER, Next},
+    journal::file::frames::{FrameReader, HEADER, NextFrame},
     protocol::{
         ids::{InstanceId, ServiceName, TransactionId, TransactionKey, WorkerId},
         message::{Decision, Payload, Request},
@@ -161,19 +161,21 @@ struct OpenTransaction {
 ///
 /// It can't be read, or it is damaged.
 pub fn replay<R: Read + Seek>(reader: R, forget_before: Time) -> Result<Replay, ReplayError> {
-    let mut frames = Frames::after_header(reader)?;
+    let mut frames = FrameReader::after_header(reader)?;
     let mut it = Replay { end: HEADER.len() as u64, ..Replay::default() };
     let mut open: BTreeMap<TransactionKey, OpenTransaction> = BTreeMap::new();
     let mut order = 0;
     loop {
         let frame = match frames.read()? {
-            Next::Frame(frame) => frame,
-            Next::End => break,
-            Next::Torn => {
+            NextFrame::Frame(frame) => frame,
+            NextFrame::End => break,
+            NextFrame::Torn => {
                 it.is_torn = true;
                 break;
             }
-            Next::Corrupt { witness } => return Err(ReplayError::Damaged { at: it.end, witness }),
+            NextFrame::Corrupt { witness } => {
+                return Err(ReplayError::Damaged { at: it.end, witness });
+            }
         };
         let at = frame.at;
         let entry = Entry::read(frame.tag, &frame.text)
