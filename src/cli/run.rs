@@ -30,7 +30,7 @@ use crate::{
     },
     journal::{
         faults,
-        file::{self, JournalError, Opened, Options},
+        file::{self, JournalError, JournalOptions, OpenedJournal},
     },
     participant::Service,
     simulated::{service::Simulated, store::SimulatedStore},
@@ -217,9 +217,9 @@ fn run_embedded(
 }
 
 /// Opens the journal, and prints what it has found there that an operator should know.
-fn open_journal(path: &Path, arguments: &RunArguments) -> Result<Opened, Failure> {
+fn open_journal(path: &Path, arguments: &RunArguments) -> Result<OpenedJournal, Failure> {
     faults::arm();
-    let options = Options { now: Clock::start().now(), retention: arguments.retention };
+    let options = JournalOptions { now: Clock::start().now(), retention: arguments.retention };
     let opened = file::open(path, &options).map_err(unusable)?;
     let name = path.display();
     if opened.n_torn > 0 {

@@ -37,7 +37,7 @@ use crate::{
     clock::Clock,
     journal::{
         faults,
-        file::{self, JournalError, Opened, Options, Unfinished, Writer},
+        file::{self, JournalError, JournalOptions, OpenedJournal, Unfinished, Writer},
     },
     participant::{self, AnyParticipant, Ended, Service},
     protocol::{
@@ -161,7 +161,7 @@ pub struct Embedded {
 enum Journal {
     At(PathBuf),
     #[cfg(feature = "cli")]
-    Opened(Box<Opened>),
+    Opened(Box<OpenedJournal>),
 }
 
 impl Embedded {
@@ -265,7 +265,7 @@ impl Embedded {
 
     /// Keeps the journal in a file that is open already.
     #[cfg(feature = "cli")]
-    pub(crate) fn with_journal(mut self, opened: Opened) -> Self {
+    pub(crate) fn with_journal(mut self, opened: OpenedJournal) -> Self {
         self.journal = Some(Journal::Opened(Box::new(opened)));
         self
     }
@@ -411,14 +411,14 @@ impl Embedded {
     }
 
     /// Opens the journal, if it is to be kept in a file.
-    async fn open_journal(&mut self, now: Time) -> Result<Option<Opened>, JournalError> {
+    async fn open_journal(&mut self, now: Time) -> Result<Option<OpenedJournal>, JournalError> {
         let path = match self.journal.take() {
             None => return Ok(None),
             #[cfg(feature = "cli")]
             Some(Journal::Opened(opened)) => return Ok(Some(*opened)),
             Some(Journal::At(path)) => path,
         };
-        let options = Options { now, retention: self.retention };
+        let options = JournalOptions { now, retention: self.retention };
         let of = path.clone();
         let opened = tokio::task::spawn_blocking(move || file::open(&of, &options)).await;
         // It is neither aborted nor does it panic; if it did, it was not opened.
@@ -430,9 +430,9 @@ impl Embedded {
     /// Goes on with a journal: as the process that has opened it, with what it says.
     fn take_over(
         &mut self,
-        opened: Opened,
+        opened: OpenedJournal,
     ) -> Result<(Writer, (JournalWriter, Vec<Unfinished>)), JournalError> {
-        let Opened { unfinished, endings, tail, own, worker, .. } = opened;
+        let OpenedJournal { unfinished, endings, tail, own, worker, .. } = opened;
         let entries = JournalWriter::new(own, worker.clone(), endings, &unfinished, tail.end());
         self.settings.instance = opened.instance;
         let coordinator = &mut self.settings.coordinator;

@@ -19,7 +19,7 @@ use super::{
 use crate::{
     clock::ClockReading,
     journal::file::{
-        self, Options, Writer,
+        self, JournalOptions, Writer,
         frames::{FrameReader, NextFrame},
     },
     participant::{Service, Verdict},
@@ -79,7 +79,7 @@ impl World {
     }
 
     fn start(&self) -> Process {
-        let options = Options { now: self.now, retention: Embedded::RETENTION };
+        let options = JournalOptions { now: self.now, retention: Embedded::RETENTION };
         let opened = file::open(&self.directory.path().join("journal"), &options).unwrap();
         let services = NAMES.map(|name| Service::new(name, self.slots));
         let mut embedded = Embedded::new(services).unwrap().max_in_flight(1000);

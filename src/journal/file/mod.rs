@@ -15,10 +15,10 @@
 //! that nothing here would use. Only the checksums come from a library.
 //!
 //! **How the file stays small.** A finished transaction needs one of its three entries and, after
-//! [`Options::retention`], none. If less than half of a file is still needed, opening it writes
-//! that part to a new one, with `.rewritten` at the end of its name, which then replaces the old
-//! one. If that fails, for lack of space or of permission, the old file is intact and stays in use.
-//! While it is open, a file only grows.
+//! [`JournalOptions::retention`], none. If less than half of a file is still needed, opening it
+//! writes that part to a new one, with `.rewritten` at the end of its name, which then replaces the
+//! old one. If that fails, for lack of space or of permission, the old file is intact and stays in
+//! use. While it is open, a file only grows.
 //!
 //! **What is held in memory**: the transactions in flight, and 16 bytes for each transaction that
 //! was finished when the file was opened, and for each of the last million finished since.
@@ -165,7 +165,7 @@ pub enum JournalError {
 
 /// How to open a journal.
 #[derive(Clone, Copy, Debug)]
-pub struct Options {
+pub struct JournalOptions {
     /// The current time.
     pub now: Time,
     /// How long the outcome of a transaction is kept.
@@ -174,7 +174,7 @@ pub struct Options {
 
 /// An opened journal, and its content.
 #[derive(Debug)]
-pub struct Opened {
+pub struct OpenedJournal {
     /// The number of this opening.
     pub own: Incarnation,
     /// The name of this process as a worker.
@@ -283,7 +283,7 @@ impl Endings {
 /// # Errors
 ///
 /// It can't be opened, another process has it open, or it is damaged.
-pub fn open(path: &Path, options: &Options) -> Result<Opened, JournalError> {
+pub fn open(path: &Path, options: &JournalOptions) -> Result<OpenedJournal, JournalError> {
     let (path, file) = lock(path)?;
     let mut old = ExistingFile { path, file };
     if !old.has_header()? {
@@ -307,7 +307,7 @@ pub fn open(path: &Path, options: &Options) -> Result<Opened, JournalError> {
     } else {
         old.go_on(&replay, &worker, options)?
     };
-    Ok(Opened {
+    Ok(OpenedJournal {
         own,
         worker,
         instance,
@@ -439,7 +439,7 @@ impl ExistingFile {
         Ok(len as u64 <= BEGINNING_MAX && bytes.iter().all(|byte| *byte == 0))
     }
 
-    fn replay(&self, options: &Options) -> Result<Replay, JournalError> {
+    fn replay(&self, options: &JournalOptions) -> Result<Replay, JournalError> {
         let forget_before = options.now - options.retention;
         replay(BufReader::with_capacity(CHUNK, &self.file), forget_before).map_err(|error| {
             match error {
@@ -455,7 +455,7 @@ impl ExistingFile {
     }
 
     /// Makes it an empty journal.
-    fn begin(mut self, options: &Options) -> Result<Opened, JournalError> {
+    fn begin(mut self, options: &JournalOptions) -> Result<OpenedJournal, JournalError> {
         faults::point();
         self.cut_off(0)?;
         if faults::is_fatal() {
@@ -472,7 +472,7 @@ impl ExistingFile {
         let tail = opened(tail, &worker, options)?;
         sync_directory(&tail.path)?;
         faults::point();
-        Ok(Opened {
+        Ok(OpenedJournal {
             own,
             worker,
             instance,
@@ -500,7 +500,7 @@ impl ExistingFile {
         mut self,
         replay: &Replay,
         worker: &WorkerId,
-        options: &Options,
+        options: &JournalOptions,
     ) -> Result<(JournalTail, Endings), JournalError> {
         self.write_again(replay.durable, replay.end)?;
         let places = replay.endings.clone();
@@ -545,7 +545,7 @@ impl ExistingFile {
         self,
         replay: &Replay,
         worker: &WorkerId,
-        options: &Options,
+        options: &JournalOptions,
     ) -> Result<(JournalTail, Endings), JournalError> {
         let mut new = self.path.clone().into_os_string();
         new.push(".rewritten");
@@ -584,7 +584,7 @@ impl ExistingFile {
         new: &Path,
         replay: &Replay,
         worker: &WorkerId,
-        options: &Options,
+        options: &JournalOptions,
     ) -> Result<(JournalTail, Vec<Ending>), JournalError> {
         let (path, file) = (new.to_owned(), self.new_file(new)?);
         faults::point();
@@ -648,7 +648,7 @@ impl ExistingFile {
 fn opened(
     mut tail: JournalTail,
     worker: &WorkerId,
-    options: &Options,
+    options: &JournalOptions,
 ) -> Result<JournalTail, JournalError> {
     let mut batch = Batch::default();
     batch.push(&Entry::Opened { worker: worker.clone(), opened_at: options.now });
@@ -689,7 +689,7 @@ mod tests {
         let path = directory.path().join("journal");
         fs::create_dir(&path).unwrap();
         let old = ExistingFile { path, file: tempfile::tempfile().unwrap() };
-        let options = Options { now: Time::EPOCH, retention: Duration::ZERO };
+        let options = JournalOptions { now: Time::EPOCH, retention: Duration::ZERO };
         let worker = Incarnation::first().worker().unwrap();
         let rewritten = old.rewrite(&Replay::default(), &worker, &options);
         assert!(matches!(rewritten, Err(JournalError::Write { .. })), "{rewritten:?}");
