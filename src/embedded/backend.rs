@@ -12,7 +12,7 @@ use crate::{
         recovery::{Recovery, Step},
     },
     journal::{
-        file::{Batch, JournalError, Unfinished},
+        file::{EntryBatch, JournalError, UnfinishedTransaction},
         memory::MemoryJournal,
     },
     protocol::{
@@ -43,7 +43,7 @@ pub(super) trait Backend: Send {
     // ---- Writing -----------------------------------------------------------------------------
 
     /// What is to be written now.
-    fn take_batch(&mut self) -> Option<Batch> {
+    fn take_batch(&mut self) -> Option<EntryBatch> {
         None
     }
 
@@ -202,7 +202,7 @@ impl FileBackend {
         settings: &Settings,
         members: &[MemberSettings],
         writer: JournalWriter,
-        unfinished: Vec<Unfinished>,
+        unfinished: Vec<UnfinishedTransaction>,
     ) -> Self {
         let mut journal = MemoryJournal::default();
         for decision in unfinished.iter().filter_map(|it| it.decision.as_ref()) {
@@ -231,8 +231,8 @@ impl FileBackend {
     }
 
     /// The request that an earlier process has begun, with how often it was delivered by now.
-    fn again(&self, unfinished: Unfinished) -> (Request, u32) {
-        let Unfinished { request, begun_by, .. } = unfinished;
+    fn again(&self, unfinished: UnfinishedTransaction) -> (Request, u32) {
+        let UnfinishedTransaction { request, begun_by, .. } = unfinished;
         (request, self.writer.deliveries_of(&begun_by))
     }
 
@@ -279,7 +279,7 @@ impl Backend for FileBackend {
         }
     }
 
-    fn take_batch(&mut self) -> Option<Batch> {
+    fn take_batch(&mut self) -> Option<EntryBatch> {
         self.writer.take_batch()
     }
 

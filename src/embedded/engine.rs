@@ -19,7 +19,7 @@ use crate::{
         backend::{Admission, Backend, LookUp, Task},
         report::{Calls, Concluded, ServiceReport},
     },
-    journal::file::{Batch, JournalError},
+    journal::file::{EntryBatch, JournalError},
     protocol::{
         coordinator::{self, Coordinator},
         ids::{InstanceId, ServiceName, TransactionKey, WorkerId},
@@ -216,7 +216,7 @@ impl Engine {
     }
 
     /// What is to be written to the journal's file now.
-    pub(crate) fn take_batch(&mut self) -> Option<Batch> {
+    pub(crate) fn take_batch(&mut self) -> Option<EntryBatch> {
         self.backend.take_batch()
     }
 

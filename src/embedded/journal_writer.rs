@@ -12,7 +12,7 @@ use std::{
 };
 
 use crate::{
-    journal::file::{Batch, Endings, Incarnation, JournalError, Unfinished},
+    journal::file::{EntryBatch, FinishedIndex, Incarnation, JournalError, UnfinishedTransaction},
     protocol::{
         ids::{Branch, RequestHash, ServiceName, TransactionId, TransactionKey, WorkerId},
         message::{Answer, Decision, Request, TransactionSpec},
@@ -47,8 +47,8 @@ pub(super) enum Earlier {
 pub(super) struct JournalWriter {
     own: Incarnation,
     worker: WorkerId,
-    endings: Endings,
-    batch: Batch,
+    endings: FinishedIndex,
+    batch: EntryBatch,
     n_written: u64,
     /// Where the next entry will stand.
     end: u64,
@@ -89,12 +89,15 @@ impl JournalWriter {
     pub(super) fn new(
         own: Incarnation,
         worker: WorkerId,
-        endings: Endings,
-        unfinished: &[Unfinished],
+        endings: FinishedIndex,
+        unfinished: &[UnfinishedTransaction],
         end: u64,
     ) -> Self {
         let (mut open, mut inherited) = (BTreeMap::new(), BTreeMap::new());
-        for Unfinished { request: Request { key, request_hash, .. }, decision, .. } in unfinished {
+        for UnfinishedTransaction {
+            request: Request { key, request_hash, .. }, decision, ..
+        } in unfinished
+        {
             let (is_proposed, decision) = (decision.is_some(), decision.clone());
             open.insert(key.clone(), Open { is_proposed, decision, ..Open::default() });
             inherited.insert(key.id.clone(), Inherited::of(key, *request_hash));
@@ -103,7 +106,7 @@ impl JournalWriter {
             own,
             worker,
             endings,
-            batch: Batch::default(),
+            batch: EntryBatch::default(),
             n_written: 0,
             end,
             end_written: end,
@@ -123,7 +126,7 @@ impl JournalWriter {
     }
 
     /// What is to be written now, before anything else is asked of this.
-    pub(super) fn take_batch(&mut self) -> Option<Batch> {
+    pub(super) fn take_batch(&mut self) -> Option<EntryBatch> {
         self.end_written = self.end;
         (!self.batch.is_empty()).then(|| std::mem::take(&mut self.batch))
     }

@@ -37,7 +37,10 @@ use crate::{
     clock::Clock,
     journal::{
         faults,
-        file::{self, JournalError, JournalOptions, OpenedJournal, Unfinished, Writer},
+        file::{
+            self, JournalError, JournalFileWriter, JournalOptions, OpenedJournal,
+            UnfinishedTransaction,
+        },
     },
     participant::{self, AnyParticipant, Ended, Service},
     protocol::{
@@ -431,7 +434,8 @@ impl Embedded {
     fn take_over(
         &mut self,
         opened: OpenedJournal,
-    ) -> Result<(Writer, (JournalWriter, Vec<Unfinished>)), JournalError> {
+    ) -> Result<(JournalFileWriter, (JournalWriter, Vec<UnfinishedTransaction>)), JournalError>
+    {
         let OpenedJournal { unfinished, endings, tail, own, worker, .. } = opened;
         let entries = JournalWriter::new(own, worker.clone(), endings, &unfinished, tail.end());
         self.settings.instance = opened.instance;
@@ -441,12 +445,12 @@ impl Embedded {
         coordinator.digests_max = 262_144;
         // A record is safe, or it is an error: none is lost.
         coordinator.append_timeout = Duration::from_secs(24 * 60 * 60);
-        Ok((Writer::start(tail)?, (entries, unfinished)))
+        Ok((JournalFileWriter::start(tail)?, (entries, unfinished)))
     }
 
     fn members(
         &self,
-        unfinished: Option<&[Unfinished]>,
+        unfinished: Option<&[UnfinishedTransaction]>,
     ) -> (Vec<MemberSettings>, Vec<Arc<dyn AnyParticipant>>) {
         let member = |(name, service): &(ServiceName, Service)| {
             let mut participant = service.clone().participant();
@@ -469,7 +473,7 @@ impl Embedded {
 /// they come of is written before them.
 fn make_calls(
     engine: &mut Engine,
-    writer: &mut Option<Writer>,
+    writer: &mut Option<JournalFileWriter>,
     calls: &mut participant::Calls,
     participants: &[Arc<dyn AnyParticipant>],
     clock: Clock,
@@ -507,7 +511,7 @@ fn take_in(engine: &mut Engine, calls: &mut participant::Calls, ended: Ended) {
 }
 
 /// Waits until more of the journal is on the disk; for ever, if it isn't kept there.
-async fn progress(writer: &mut Option<Writer>) -> Result<u64, JournalError> {
+async fn progress(writer: &mut Option<JournalFileWriter>) -> Result<u64, JournalError> {
     match writer {
         Some(writer) => writer.progress().await,
         None => std::future::pending().await,
@@ -515,7 +519,7 @@ async fn progress(writer: &mut Option<Writer>) -> Result<u64, JournalError> {
 }
 
 /// Ends the journal in order. It waits for the disk, so it does that elsewhere.
-async fn close(writer: Writer, now: Time) -> Result<(), JournalError> {
+async fn close(writer: JournalFileWriter, now: Time) -> Result<(), JournalError> {
     match tokio::task::spawn_blocking(move || writer.close(now)).await {
         Ok(closed) => closed,
         // It is neither aborted nor does it panic; what is not closed is read again.

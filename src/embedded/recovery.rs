@@ -14,7 +14,7 @@ use std::{
 };
 
 use crate::{
-    journal::file::Unfinished,
+    journal::file::UnfinishedTransaction,
     protocol::{
         ids::{RequestHash, TransactionId, TransactionKey},
         participant::InDoubt,
@@ -34,7 +34,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 pub(super) struct Recovery {
     /// Whose stores have not been heard of; `None`: that is over.
     unheard: Option<BTreeSet<usize>>,
-    unfinished: Vec<Unfinished>,
+    unfinished: Vec<UnfinishedTransaction>,
     /// What is to be asked about.
     doubts: BTreeMap<(usize, TransactionKey), Vec<InDoubt>>,
     asked: BTreeMap<(usize, TransactionKey), Asked>,
@@ -61,7 +61,7 @@ pub(super) enum Step {
     /// Wait.
     Wait,
     /// Request these again. `silent`: whose stores were not heard of.
-    Request { unfinished: Vec<Unfinished>, silent: BTreeSet<usize> },
+    Request { unfinished: Vec<UnfinishedTransaction>, silent: BTreeSet<usize> },
     /// Ask what became of this branch.
     Ask(usize, InDoubt),
     /// The same of one that was deferred, and that nobody has requested.
@@ -74,7 +74,7 @@ impl Recovery {
     pub(super) fn new(
         now: Time,
         patience: Duration,
-        unfinished: Vec<Unfinished>,
+        unfinished: Vec<UnfinishedTransaction>,
         with_stores: BTreeSet<usize>,
     ) -> Self {
         Self {

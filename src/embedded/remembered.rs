@@ -13,7 +13,7 @@ use std::{
 use futures_util::future::BoxFuture;
 
 use crate::{
-    journal::file::Unfinished,
+    journal::file::UnfinishedTransaction,
     participant::{AnyParticipant, BoxError, Finish, InDoubt, Prepare, Verdict},
     protocol::{
         ids::{Branch, InstanceId, ServiceName, TransactionKey},
@@ -35,7 +35,7 @@ impl Remembered {
     pub(super) fn new(
         inner: Arc<dyn AnyParticipant>,
         service: &ServiceName,
-        unfinished: &[Unfinished],
+        unfinished: &[UnfinishedTransaction],
     ) -> Self {
         let held = unfinished.iter().filter_map(|it| may_hold(service, it));
         let held = held.map(|it| (it.key.clone(), vec![it])).collect();
@@ -59,7 +59,7 @@ impl Remembered {
 
 /// What `service` may hold of a transaction that an earlier process has decided. What is undecided
 /// it is asked to prepare again.
-fn may_hold(service: &ServiceName, it: &Unfinished) -> Option<InDoubt> {
+fn may_hold(service: &ServiceName, it: &UnfinishedTransaction) -> Option<InDoubt> {
     let decision = it.decision.as_ref()?;
     let branch = match decision.outcome {
         Outcome::Committed if !it.parked.is_empty() && !it.parked.contains(service) => None,

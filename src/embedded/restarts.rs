@@ -19,7 +19,7 @@ use super::{
 use crate::{
     clock::ClockReading,
     journal::file::{
-        self, JournalOptions, Writer,
+        self, JournalFileWriter, JournalOptions,
         frames::{FrameReader, NextFrame},
     },
     participant::{Service, Verdict},
@@ -59,7 +59,7 @@ struct World {
 /// One process.
 struct Process {
     engine: Engine,
-    writer: Writer,
+    writer: JournalFileWriter,
     calls: Vec<(usize, Effect)>,
 }
 

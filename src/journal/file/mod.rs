@@ -7,7 +7,7 @@
 //!
 //! * [`frames`]: the bytes, and how a torn tail is distinguished from damage.
 //! * [`replay()`]: the content of a file.
-//! * [`Writer`]: immediate writes, and a thread that syncs many of them at once.
+//! * [`JournalFileWriter`]: immediate writes, and a thread that syncs many of them at once.
 //!
 //! **Why not a library.** The journal needs an append, a sync that doesn't block appends and, at
 //! the start, to know whether the tail is torn or safe entries are damaged, and where. An embedded
@@ -40,11 +40,11 @@ use std::{
 
 use self::{
     frames::{FileBeginning, FrameReader, HEADER, NextFrame},
-    replay::{Ending, digest},
+    replay::{FinishedOffset, digest},
 };
 pub use self::{
-    replay::{Incarnation, Replay, ReplayError, Unfinished, replay},
-    writer::{Batch, JournalTail, Writer},
+    replay::{Incarnation, Replay, ReplayError, UnfinishedTransaction, replay},
+    writer::{EntryBatch, JournalFileWriter, JournalTail},
 };
 use crate::{
     error::ErrorChain,
@@ -182,9 +182,9 @@ pub struct OpenedJournal {
     /// Its name as an instance of each of its services.
     pub instance: InstanceId,
     /// The transactions that are not finished.
-    pub unfinished: Vec<Unfinished>,
+    pub unfinished: Vec<UnfinishedTransaction>,
     /// Those that are.
-    pub endings: Endings,
+    pub endings: FinishedIndex,
     /// The latest time in it: the clock must not show an earlier one.
     pub latest: Time,
     /// How many bytes of a torn tail were cut off.
@@ -196,16 +196,16 @@ pub struct OpenedJournal {
 /// The outcomes of the transactions that were finished when the journal was opened, and of the last
 /// ones finished since.
 #[derive(Debug)]
-pub struct Endings {
+pub struct FinishedIndex {
     path: PathBuf,
     file: File,
-    places: Vec<Ending>,
+    places: Vec<FinishedOffset>,
     /// Those finished since, in the order of their offsets.
-    since: VecDeque<Ending>,
+    since: VecDeque<FinishedOffset>,
 }
 
-impl Endings {
-    fn of(path: &Path, file: File, places: Vec<Ending>) -> Self {
+impl FinishedIndex {
+    fn of(path: &Path, file: File, places: Vec<FinishedOffset>) -> Self {
         Self { path: path.to_owned(), file, places, since: VecDeque::new() }
     }
 
@@ -466,7 +466,7 @@ impl ExistingFile {
         faults::point();
         let own = Incarnation::first();
         let (worker, instance) = self.names(&own)?;
-        let endings = Endings::of(&self.path, self.reader()?, Vec::new());
+        let endings = FinishedIndex::of(&self.path, self.reader()?, Vec::new());
         let path = self.path.clone();
         let tail = JournalTail { path, file: self.file, len: HEADER.len() as u64, durable: 0 };
         let tail = opened(tail, &worker, options)?;
@@ -501,10 +501,10 @@ impl ExistingFile {
         replay: &Replay,
         worker: &WorkerId,
         options: &JournalOptions,
-    ) -> Result<(JournalTail, Endings), JournalError> {
+    ) -> Result<(JournalTail, FinishedIndex), JournalError> {
         self.write_again(replay.durable, replay.end)?;
         let places = replay.endings.clone();
-        let endings = Endings::of(&self.path, self.reader()?, places);
+        let endings = FinishedIndex::of(&self.path, self.reader()?, places);
         let mut tail =
             JournalTail { path: self.path, file: self.file, len: replay.end, durable: replay.end };
         let seek = tail.file.seek(SeekFrom::Start(replay.end));
@@ -546,7 +546,7 @@ impl ExistingFile {
         replay: &Replay,
         worker: &WorkerId,
         options: &JournalOptions,
-    ) -> Result<(JournalTail, Endings), JournalError> {
+    ) -> Result<(JournalTail, FinishedIndex), JournalError> {
         let mut new = self.path.clone().into_os_string();
         new.push(".rewritten");
         let new = PathBuf::from(new);
@@ -574,7 +574,7 @@ impl ExistingFile {
         tracing::info!(
             journal = %tail.path.display(), from = replay.end, to = tail.len, "journal compacted"
         );
-        let endings = Endings::of(&self.path, self.reader()?, places);
+        let endings = FinishedIndex::of(&self.path, self.reader()?, places);
         Ok((tail, endings))
     }
 
@@ -585,13 +585,13 @@ impl ExistingFile {
         replay: &Replay,
         worker: &WorkerId,
         options: &JournalOptions,
-    ) -> Result<(JournalTail, Vec<Ending>), JournalError> {
+    ) -> Result<(JournalTail, Vec<FinishedOffset>), JournalError> {
         let (path, file) = (new.to_owned(), self.new_file(new)?);
         faults::point();
         let mut tail = JournalTail { path, file, len: HEADER.len() as u64, durable: 0 };
         let written = tail.file.write_all(HEADER);
         written.map_err(|source| JournalError::Write { path: tail.path.clone(), source })?;
-        let mut batch = Batch::default();
+        let mut batch = EntryBatch::default();
         replay.unfinished.iter().for_each(|it| entries_of(it, &mut batch));
         tail.write(&batch)?;
         let places = self.copy_endings(&replay.endings, &mut tail)?;
@@ -623,15 +623,15 @@ impl ExistingFile {
     /// Copies the endings in the order of their offsets, and returns their new offsets.
     fn copy_endings(
         &self,
-        of: &[Ending],
+        of: &[FinishedOffset],
         tail: &mut JournalTail,
-    ) -> Result<Vec<Ending>, JournalError> {
+    ) -> Result<Vec<FinishedOffset>, JournalError> {
         let mut order = of.to_vec();
         order.sort_unstable_by_key(|(_, at)| *at);
-        let old = Endings::of(&self.path, self.reader()?, Vec::new());
+        let old = FinishedIndex::of(&self.path, self.reader()?, Vec::new());
         let mut places = Vec::with_capacity(order.len());
         for part in order.chunks(4096) {
-            let mut batch = Batch::default();
+            let mut batch = EntryBatch::default();
             let mut at = tail.len;
             for (digest, from) in part {
                 places.push((*digest, at));
@@ -650,14 +650,14 @@ fn opened(
     worker: &WorkerId,
     options: &JournalOptions,
 ) -> Result<JournalTail, JournalError> {
-    let mut batch = Batch::default();
+    let mut batch = EntryBatch::default();
     batch.push(&Entry::Opened { worker: worker.clone(), opened_at: options.now });
     tail.write(&batch)?;
     tail.sync()?;
     Ok(tail)
 }
 
-fn entries_of(it: &Unfinished, batch: &mut Batch) {
+fn entries_of(it: &UnfinishedTransaction, batch: &mut EntryBatch) {
     let (request, worker) = (it.request.clone(), it.begun_by.clone());
     batch.push(&Entry::Begun(Begun { request, worker }));
     if let Some(decision) = &it.decision {
@@ -675,7 +675,7 @@ mod tests {
 
     #[test]
     fn a_new_file_is_no_longer_than_its_limit() {
-        let mut batch = Batch::default();
+        let mut batch = EntryBatch::default();
         let worker = Incarnation::first().worker().unwrap();
         let opened_at = Time::from_millis(u64::MAX);
         let len = HEADER.len() as u64 + batch.push(&Entry::Opened { worker, opened_at });

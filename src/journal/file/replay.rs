@@ -21,7 +21,7 @@ use crate::{
 
 /// A transaction that was in flight when writing ended, or that has a parked commit.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Unfinished {
+pub struct UnfinishedTransaction {
     /// The request. If only the decision is known, what follows from that.
     pub request: Request,
     /// The worker that began it first.
@@ -78,7 +78,7 @@ impl Incarnation {
 /// Where the outcome of a transaction is in the file: a digest of its id, and the offset.
 ///
 /// Of a finished transaction only this is kept in memory: 16 bytes.
-pub(super) type Ending = (u64, u64);
+pub(super) type FinishedOffset = (u64, u64);
 
 /// The content of a file.
 #[derive(Debug, Default)]
@@ -86,9 +86,9 @@ pub struct Replay {
     /// The last opening.
     pub last: Option<Incarnation>,
     /// The transactions that are not finished, in the order in which they were begun.
-    pub unfinished: Vec<Unfinished>,
+    pub unfinished: Vec<UnfinishedTransaction>,
     /// The finished ones, in the order of the digests, and then of the offsets.
-    pub(super) endings: Vec<Ending>,
+    pub(super) endings: Vec<FinishedOffset>,
     /// How much of the file is still needed.
     pub needed: u64,
     /// The latest time in it.
@@ -239,14 +239,14 @@ pub(super) fn digest(id: &TransactionId) -> u64 {
     id.digest()
 }
 
-fn unfinished(open: OpenTransaction) -> Option<(u64, Unfinished)> {
+fn unfinished(open: OpenTransaction) -> Option<(u64, UnfinishedTransaction)> {
     let OpenTransaction { order, size: _, begun, decision, parked } = open;
     let (request, worker) = match (begun, &decision) {
         (Some(begun), _) => (begun.request, begun.worker),
         (None, Some(decision)) => (request_of(decision)?, decision.worker.clone()),
         (None, None) => return None,
     };
-    Some((order, Unfinished { request, begun_by: worker, decision, parked }))
+    Some((order, UnfinishedTransaction { request, begun_by: worker, decision, parked }))
 }
 
 /// The request that remains to be finished if only the decision is known; `None`: nothing remains,
@@ -356,7 +356,7 @@ mod tests {
 
     /// What is unfinished, as `id outcome parked`.
     fn unfinished(replay: &Replay) -> Vec<String> {
-        let line = |it: &super::Unfinished| {
+        let line = |it: &super::UnfinishedTransaction| {
             let outcome = it.decision.as_ref().map_or("undecided", |it| it.outcome.as_str());
             let parked: Vec<_> = it.parked.iter().map(ServiceName::as_str).collect();
             format!("{} {outcome} {}", it.request.key.id, parked.join(","))

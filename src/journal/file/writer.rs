@@ -30,7 +30,7 @@ use crate::{
 
 /// Entries that are written together.
 #[derive(Debug, Default)]
-pub struct Batch {
+pub struct EntryBatch {
     texts: Vec<u8>,
     /// The tag of each entry, and the length of its text.
     entries: Vec<(u8, usize)>,
@@ -38,7 +38,7 @@ pub struct Batch {
     is_awaited: bool,
 }
 
-impl Batch {
+impl EntryBatch {
     /// Adds an entry, and returns its size in the file.
     pub fn push(&mut self, entry: &Entry) -> u64 {
         let before = self.texts.len();
@@ -72,7 +72,7 @@ impl JournalTail {
         self.len
     }
 
-    pub(super) fn write(&mut self, batch: &Batch) -> Result<(), JournalError> {
+    pub(super) fn write(&mut self, batch: &EntryBatch) -> Result<(), JournalError> {
         let mut bytes = Vec::with_capacity(batch.texts.len() + batch.entries.len() * frames::HEAD);
         let mut rest = batch.texts.as_slice();
         for (tag, len) in &batch.entries {
@@ -106,7 +106,7 @@ impl JournalTail {
 
 /// A journal file that is being written, and the thread that syncs it.
 #[derive(Debug)]
-pub struct Writer {
+pub struct JournalFileWriter {
     tail: JournalTail,
     n_written: u64,
     /// Whether a write or a sync has failed.
@@ -144,7 +144,7 @@ impl SyncOrders {
     }
 }
 
-impl Writer {
+impl JournalFileWriter {
     /// Starts writing at `tail`.
     ///
     /// # Errors
@@ -171,7 +171,7 @@ impl Writer {
     /// # Errors
     ///
     /// The write fails, or a write or sync has failed before.
-    pub fn write(&mut self, batch: &Batch) -> Result<(), JournalError> {
+    pub fn write(&mut self, batch: &EntryBatch) -> Result<(), JournalError> {
         self.append(batch)?;
         self.n_written += batch.entries.len() as u64;
         if batch.is_awaited {
@@ -181,7 +181,7 @@ impl Writer {
         Ok(())
     }
 
-    fn append(&mut self, batch: &Batch) -> Result<(), JournalError> {
+    fn append(&mut self, batch: &EntryBatch) -> Result<(), JournalError> {
         self.failure()?;
         self.tail.durable = self.tail.durable.max(self.safe.borrow().len);
         self.tail.write(batch).inspect_err(|_| self.has_failed = true)
@@ -216,7 +216,7 @@ impl Writer {
     /// That fails, or a write or sync has failed before.
     pub fn close(mut self, now: Time) -> Result<(), JournalError> {
         self.end();
-        let mut batch = Batch::default();
+        let mut batch = EntryBatch::default();
         batch.push(&Entry::Closed { closed_at: now });
         self.append(&batch)?;
         self.tail.sync()
@@ -234,7 +234,7 @@ impl Writer {
     }
 }
 
-impl Drop for Writer {
+impl Drop for JournalFileWriter {
     fn drop(&mut self) {
         self.end();
     }
