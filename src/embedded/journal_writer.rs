@@ -184,7 +184,7 @@ impl JournalWriter {
 
     /// How a transaction has ended that this process has begun and finished, if that is known.
     pub(super) fn own_ending_of(&mut self, key: &TransactionKey) -> Option<Arc<Decision>> {
-        let found = self.endings.find_since(key, self.end_written);
+        let found = self.endings.find_recent(key, self.end_written);
         self.unless_failed(found).map(|finished| finished.decision)
     }
 

@@ -57,21 +57,21 @@ use crate::{
 };
 
 /// A smaller file isn't worth compacting.
-const REWRITTEN_MIN: u64 = 64 * 1024;
+const COMPACT_MIN: u64 = 64 * 1024;
 
 /// More bytes than a new file has before they are on the disk, and fewer than a file with a
 /// transaction in it: if a file is no longer than this, nobody has acted on what it held.
-const BEGINNING_MAX: u64 = 160;
+const NEW_FILE_MAX: u64 = 160;
 
 /// For how many of the transactions finished since the file was opened the offsets are kept: a
 /// service that has stored something for one of them too late asks within a minute or so.
-const SINCE_MAX: usize = 1 << 20;
+const RECENT_MAX: usize = 1 << 20;
 
 /// How much is copied at a time.
 const CHUNK: usize = 1 << 20;
 
 /// How often to open a file again while another process is replacing it.
-const TRIES: usize = 100;
+const OPEN_ATTEMPTS_MAX: usize = 100;
 
 /// The journal can't be kept in this file.
 #[derive(Debug, thiserror::Error)]
@@ -199,14 +199,14 @@ pub struct OpenedJournal {
 pub struct FinishedIndex {
     path: PathBuf,
     file: File,
-    places: Vec<FinishedOffset>,
+    offsets: Vec<FinishedOffset>,
     /// Those finished since, in the order of their offsets.
-    since: VecDeque<FinishedOffset>,
+    recent: VecDeque<FinishedOffset>,
 }
 
 impl FinishedIndex {
-    fn of(path: &Path, file: File, places: Vec<FinishedOffset>) -> Self {
-        Self { path: path.to_owned(), file, places, since: VecDeque::new() }
+    fn of(path: &Path, file: File, offsets: Vec<FinishedOffset>) -> Self {
+        Self { path: path.to_owned(), file, offsets, recent: VecDeque::new() }
     }
 
     /// The outcome of the last transaction with the id `id`, if it is known.
@@ -216,9 +216,9 @@ impl FinishedIndex {
     /// The file can't be read any more.
     pub fn find(&self, id: &TransactionId) -> Result<Option<Finished>, JournalError> {
         let digest = digest(id);
-        let end = self.places.partition_point(|(of, _)| *of <= digest);
-        let places = self.places.iter().take(end).rev().take_while(|(of, _)| *of == digest);
-        for (_, at) in places {
+        let end = self.offsets.partition_point(|(of, _)| *of <= digest);
+        let offsets = self.offsets.iter().take(end).rev().take_while(|(of, _)| *of == digest);
+        for (_, at) in offsets {
             let finished = self.read(*at)?;
             if finished.decision.key.id == *id {
                 return Ok(Some(finished));
@@ -229,10 +229,10 @@ impl FinishedIndex {
 
     /// Notes that the outcome of the transaction `id` will be written at `at`.
     pub fn note(&mut self, id: &TransactionId, at: u64) {
-        if self.since.len() >= SINCE_MAX {
-            self.since.pop_front();
+        if self.recent.len() >= RECENT_MAX {
+            self.recent.pop_front();
         }
-        self.since.push_back((digest(id), at));
+        self.recent.push_back((digest(id), at));
     }
 
     /// The outcome of a transaction that was finished since the journal was opened, if it is known
@@ -241,14 +241,14 @@ impl FinishedIndex {
     /// # Errors
     ///
     /// The file can't be read any more.
-    pub fn find_since(
+    pub fn find_recent(
         &self,
         key: &TransactionKey,
         end: u64,
     ) -> Result<Option<Finished>, JournalError> {
         let digest = digest(&key.id);
-        let places = self.since.iter().rev().filter(|(of, at)| *of == digest && *at < end);
-        for (_, at) in places {
+        let offsets = self.recent.iter().rev().filter(|(of, at)| *of == digest && *at < end);
+        for (_, at) in offsets {
             let finished = self.read(*at)?;
             if finished.decision.key == *key {
                 return Ok(Some(finished));
@@ -268,12 +268,12 @@ impl FinishedIndex {
         };
         match found {
             Ok(Entry::Finished(finished)) => Ok(finished),
-            Ok(_) => Err(self.corrupt(ReplayError::Damaged { at, witness: at })),
-            Err(source) => Err(self.corrupt(source)),
+            Ok(_) => Err(self.corrupt_error(ReplayError::Damaged { at, witness: at })),
+            Err(source) => Err(self.corrupt_error(source)),
         }
     }
 
-    fn corrupt(&self, source: ReplayError) -> JournalError {
+    fn corrupt_error(&self, source: ReplayError) -> JournalError {
         JournalError::Corrupt { path: self.path.clone(), source: source.into() }
     }
 }
@@ -287,7 +287,7 @@ pub fn open(path: &Path, options: &JournalOptions) -> Result<OpenedJournal, Jour
     let (path, file) = lock(path)?;
     let mut old = ExistingFile { path, file };
     if !old.has_header()? {
-        return old.begin(options);
+        return old.initialise(options);
     }
     let replay = old.replay(options)?;
     let size = old.size()?;
@@ -297,15 +297,15 @@ pub fn open(path: &Path, options: &JournalOptions) -> Result<OpenedJournal, Jour
             journal = %old.path.display(), at = replay.end, bytes = n_torn,
             "the journal has a torn tail, as a crash leaves it; it is cut off"
         );
-        old.cut_off(replay.end)?;
+        old.truncate(replay.end)?;
     }
     let own = replay.last.as_ref().map_or_else(Incarnation::first, Incarnation::next);
-    let (worker, instance) = old.names(&own)?;
-    let is_worth_it = replay.end > REWRITTEN_MIN && replay.needed < replay.end / 2;
-    let (tail, endings) = if is_worth_it {
-        old.rewrite(&replay, &worker, options)?
+    let (worker, instance) = old.ids(&own)?;
+    let should_compact = replay.end > COMPACT_MIN && replay.needed < replay.end / 2;
+    let (tail, endings) = if should_compact {
+        old.compact(&replay, &worker, options)?
     } else {
-        old.go_on(&replay, &worker, options)?
+        old.keep(&replay, &worker, options)?
     };
     Ok(OpenedJournal {
         own,
@@ -322,7 +322,7 @@ pub fn open(path: &Path, options: &JournalOptions) -> Result<OpenedJournal, Jour
 /// Opens and locks the file at `path`, created if necessary; returns it with its canonical path.
 fn lock(path: &Path) -> Result<(PathBuf, File), JournalError> {
     let opening = |source| JournalError::Open { path: path.to_owned(), source };
-    for _ in 0..TRIES {
+    for _ in 0..OPEN_ATTEMPTS_MAX {
         match fs::metadata(path) {
             Ok(found) if !found.is_file() => {
                 return Err(JournalError::NoFile { path: path.to_owned() });
@@ -387,19 +387,19 @@ struct ExistingFile {
 }
 
 impl ExistingFile {
-    fn reading(&self, source: io::Error) -> JournalError {
+    fn read_error(&self, source: io::Error) -> JournalError {
         JournalError::Read { path: self.path.clone(), source }
     }
 
-    fn writing(&self, source: io::Error) -> JournalError {
+    fn write_error(&self, source: io::Error) -> JournalError {
         JournalError::Write { path: self.path.clone(), source }
     }
 
-    fn syncing(&self, source: io::Error) -> JournalError {
+    fn sync_error(&self, source: io::Error) -> JournalError {
         JournalError::Sync { path: self.path.clone(), source }
     }
 
-    fn names(&self, own: &Incarnation) -> Result<(WorkerId, InstanceId), JournalError> {
+    fn ids(&self, own: &Incarnation) -> Result<(WorkerId, InstanceId), JournalError> {
         own.worker().zip(own.instance()).ok_or_else(|| {
             let source = ReplayError::Nameless { journal: own.journal.clone() };
             JournalError::Corrupt { path: self.path.clone(), source: source.into() }
@@ -407,16 +407,16 @@ impl ExistingFile {
     }
 
     fn size(&self) -> Result<u64, JournalError> {
-        self.file.metadata().map(|it| it.len()).map_err(|error| self.reading(error))
+        self.file.metadata().map(|it| it.len()).map_err(|error| self.read_error(error))
     }
 
     /// Whether it has a complete header; if not, it becomes a new journal.
     fn has_header(&self) -> Result<bool, JournalError> {
         let mut head = Vec::new();
         let mut file = &self.file;
-        file.rewind().map_err(|error| self.reading(error))?;
+        file.rewind().map_err(|error| self.read_error(error))?;
         let read = file.take(HEADER.len() as u64).read_to_end(&mut head);
-        read.map_err(|error| self.reading(error))?;
+        read.map_err(|error| self.read_error(error))?;
         match frames::beginning(&head) {
             FileBeginning::Journal => Ok(true),
             FileBeginning::Unwritten => Ok(false),
@@ -433,17 +433,17 @@ impl ExistingFile {
     fn is_blank(&self) -> Result<bool, JournalError> {
         let mut bytes = Vec::new();
         let mut file = &self.file;
-        file.rewind().map_err(|error| self.reading(error))?;
-        let read = file.take(BEGINNING_MAX + 1).read_to_end(&mut bytes);
-        let len = read.map_err(|error| self.reading(error))?;
-        Ok(len as u64 <= BEGINNING_MAX && bytes.iter().all(|byte| *byte == 0))
+        file.rewind().map_err(|error| self.read_error(error))?;
+        let read = file.take(NEW_FILE_MAX + 1).read_to_end(&mut bytes);
+        let len = read.map_err(|error| self.read_error(error))?;
+        Ok(len as u64 <= NEW_FILE_MAX && bytes.iter().all(|byte| *byte == 0))
     }
 
     fn replay(&self, options: &JournalOptions) -> Result<Replay, JournalError> {
         let forget_before = options.now - options.retention;
         replay(BufReader::with_capacity(CHUNK, &self.file), forget_before).map_err(|error| {
             match error {
-                ReplayError::Read(source) => self.reading(source),
+                ReplayError::Read(source) => self.read_error(source),
                 source @ (ReplayError::Damaged { .. }
                 | ReplayError::Malformed { .. }
                 | ReplayError::Foreign { .. }
@@ -455,21 +455,21 @@ impl ExistingFile {
     }
 
     /// Makes it an empty journal.
-    fn begin(mut self, options: &JournalOptions) -> Result<OpenedJournal, JournalError> {
+    fn initialise(mut self, options: &JournalOptions) -> Result<OpenedJournal, JournalError> {
         faults::point();
-        self.cut_off(0)?;
+        self.truncate(0)?;
         if faults::is_fatal() {
             let _ = self.file.write_all(HEADER.split_at(7).0);
             std::process::abort();
         }
-        self.file.write_all(HEADER).map_err(|error| self.writing(error))?;
+        self.file.write_all(HEADER).map_err(|error| self.write_error(error))?;
         faults::point();
         let own = Incarnation::first();
-        let (worker, instance) = self.names(&own)?;
+        let (worker, instance) = self.ids(&own)?;
         let endings = FinishedIndex::of(&self.path, self.reader()?, Vec::new());
         let path = self.path.clone();
         let tail = JournalTail { path, file: self.file, len: HEADER.len() as u64, durable: 0 };
-        let tail = opened(tail, &worker, options)?;
+        let tail = write_opened(tail, &worker, options)?;
         sync_directory(&tail.path)?;
         faults::point();
         Ok(OpenedJournal {
@@ -485,31 +485,31 @@ impl ExistingFile {
     }
 
     /// Truncates the file at `end`.
-    fn cut_off(&mut self, end: u64) -> Result<(), JournalError> {
-        self.file.set_len(end).map_err(|error| self.writing(error))?;
-        self.file.seek(SeekFrom::Start(end)).map_err(|error| self.writing(error))?;
+    fn truncate(&mut self, end: u64) -> Result<(), JournalError> {
+        self.file.set_len(end).map_err(|error| self.write_error(error))?;
+        self.file.seek(SeekFrom::Start(end)).map_err(|error| self.write_error(error))?;
         faults::point();
         Ok(())
     }
 
     fn reader(&self) -> Result<File, JournalError> {
-        File::open(&self.path).map_err(|error| self.reading(error))
+        File::open(&self.path).map_err(|error| self.read_error(error))
     }
 
-    fn go_on(
+    fn keep(
         mut self,
         replay: &Replay,
         worker: &WorkerId,
         options: &JournalOptions,
     ) -> Result<(JournalTail, FinishedIndex), JournalError> {
-        self.write_again(replay.durable, replay.end)?;
-        let places = replay.endings.clone();
-        let endings = FinishedIndex::of(&self.path, self.reader()?, places);
+        self.write_tail_again(replay.durable, replay.end)?;
+        let offsets = replay.endings.clone();
+        let endings = FinishedIndex::of(&self.path, self.reader()?, offsets);
         let mut tail =
             JournalTail { path: self.path, file: self.file, len: replay.end, durable: replay.end };
         let seek = tail.file.seek(SeekFrom::Start(replay.end));
         seek.map_err(|source| JournalError::Write { path: tail.path.clone(), source })?;
-        let tail = opened(tail, worker, options)?;
+        let tail = write_opened(tail, worker, options)?;
         // The process that created it may not have done this.
         sync_directory(&tail.path)?;
         Ok((tail, endings))
@@ -517,31 +517,31 @@ impl ExistingFile {
 
     /// Writes the bytes from `from` to `end` again, and syncs them. They were read, but may not be
     /// on the disk, and after a failed sync the next one may succeed without writing anything.
-    fn write_again(&mut self, from: u64, end: u64) -> Result<(), JournalError> {
+    fn write_tail_again(&mut self, from: u64, end: u64) -> Result<(), JournalError> {
         let mut bytes = Vec::new();
         let mut at = from;
         while at < end {
             bytes.clear();
-            self.file.seek(SeekFrom::Start(at)).map_err(|error| self.reading(error))?;
+            self.file.seek(SeekFrom::Start(at)).map_err(|error| self.read_error(error))?;
             let part = (end - at).min(CHUNK as u64);
             let read = (&self.file).take(part).read_to_end(&mut bytes);
-            read.map_err(|error| self.reading(error))?;
+            read.map_err(|error| self.read_error(error))?;
             if bytes.is_empty() {
-                return Err(self.reading(io::ErrorKind::UnexpectedEof.into()));
+                return Err(self.read_error(io::ErrorKind::UnexpectedEof.into()));
             }
-            self.file.seek(SeekFrom::Start(at)).map_err(|error| self.writing(error))?;
-            self.file.write_all(&bytes).map_err(|error| self.writing(error))?;
+            self.file.seek(SeekFrom::Start(at)).map_err(|error| self.write_error(error))?;
+            self.file.write_all(&bytes).map_err(|error| self.write_error(error))?;
             at += bytes.len() as u64;
         }
         faults::point();
-        self.file.sync_all().map_err(|error| self.syncing(error))?;
+        self.file.sync_all().map_err(|error| self.sync_error(error))?;
         faults::point();
         Ok(())
     }
 
     /// Replaces this file with a new one of what is still needed. Until then this one is intact: if
     /// it can't be replaced, it stays in use.
-    fn rewrite(
+    fn compact(
         self,
         replay: &Replay,
         worker: &WorkerId,
@@ -550,7 +550,7 @@ impl ExistingFile {
         let mut new = self.path.clone().into_os_string();
         new.push(".rewritten");
         let new = PathBuf::from(new);
-        let (mut tail, places) = match self.replace_by(&new, replay, worker, options) {
+        let (mut tail, offsets) = match self.write_compacted(&new, replay, worker, options) {
             Ok(replaced) => replaced,
             Err(error) => {
                 // It may use the very space that is missing.
@@ -564,7 +564,7 @@ impl ExistingFile {
                     journal = %self.path.display(), error = %ErrorChain(&error),
                     "journal compaction failed; continuing with the uncompacted file"
                 );
-                return self.go_on(replay, worker, options);
+                return self.keep(replay, worker, options);
             }
         };
         faults::point();
@@ -574,12 +574,12 @@ impl ExistingFile {
         tracing::info!(
             journal = %tail.path.display(), from = replay.end, to = tail.len, "journal compacted"
         );
-        let endings = FinishedIndex::of(&self.path, self.reader()?, places);
+        let endings = FinishedIndex::of(&self.path, self.reader()?, offsets);
         Ok((tail, endings))
     }
 
     /// Writes what is still needed to a file at `new`, and renames it to this one's path.
-    fn replace_by(
+    fn write_compacted(
         &self,
         new: &Path,
         replay: &Replay,
@@ -592,15 +592,15 @@ impl ExistingFile {
         let written = tail.file.write_all(HEADER);
         written.map_err(|source| JournalError::Write { path: tail.path.clone(), source })?;
         let mut batch = EntryBatch::default();
-        replay.unfinished.iter().for_each(|it| entries_of(it, &mut batch));
+        replay.unfinished.iter().for_each(|it| push_unfinished(it, &mut batch));
         tail.write(&batch)?;
-        let places = self.copy_endings(&replay.endings, &mut tail)?;
+        let offsets = self.copy_finished(&replay.endings, &mut tail)?;
         tail.sync()?;
         // After the sync: this entry states that everything before it is safe.
-        let tail = opened(tail, worker, options)?;
+        let tail = write_opened(tail, worker, options)?;
         let renamed = fs::rename(&tail.path, &self.path);
         renamed.map_err(|source| JournalError::Write { path: tail.path.clone(), source })?;
-        Ok((tail, places))
+        Ok((tail, offsets))
     }
 
     /// Creates the file that will replace this one. A file with that name was left by a process
@@ -615,13 +615,13 @@ impl ExistingFile {
         let file = how.read(true).write(true).create_new(true).open(path).map_err(failed)?;
         // No other process opens it by this name; after the renaming it is the journal.
         file.try_lock().map_err(|error| failed(error.into()))?;
-        let rights = self.file.metadata().map_err(|error| self.reading(error))?.permissions();
+        let rights = self.file.metadata().map_err(|error| self.read_error(error))?.permissions();
         file.set_permissions(rights).map_err(failed)?;
         Ok(file)
     }
 
     /// Copies the endings in the order of their offsets, and returns their new offsets.
-    fn copy_endings(
+    fn copy_finished(
         &self,
         of: &[FinishedOffset],
         tail: &mut JournalTail,
@@ -629,23 +629,23 @@ impl ExistingFile {
         let mut order = of.to_vec();
         order.sort_unstable_by_key(|(_, at)| *at);
         let old = FinishedIndex::of(&self.path, self.reader()?, Vec::new());
-        let mut places = Vec::with_capacity(order.len());
+        let mut offsets = Vec::with_capacity(order.len());
         for part in order.chunks(4096) {
             let mut batch = EntryBatch::default();
             let mut at = tail.len;
             for (digest, from) in part {
-                places.push((*digest, at));
+                offsets.push((*digest, at));
                 at += batch.push(&Entry::Finished(old.read(*from)?));
             }
             tail.write(&batch)?;
         }
-        places.sort_unstable();
-        Ok(places)
+        offsets.sort_unstable();
+        Ok(offsets)
     }
 }
 
 /// Writes that this process has opened the file, and syncs it.
-fn opened(
+fn write_opened(
     mut tail: JournalTail,
     worker: &WorkerId,
     options: &JournalOptions,
@@ -657,7 +657,7 @@ fn opened(
     Ok(tail)
 }
 
-fn entries_of(it: &UnfinishedTransaction, batch: &mut EntryBatch) {
+fn push_unfinished(it: &UnfinishedTransaction, batch: &mut EntryBatch) {
     let (request, worker) = (it.request.clone(), it.begun_by.clone());
     batch.push(&Entry::Begun(Begun { request, worker }));
     if let Some(decision) = &it.decision {
@@ -679,7 +679,7 @@ mod tests {
         let worker = Incarnation::first().worker().unwrap();
         let opened_at = Time::from_millis(u64::MAX);
         let len = HEADER.len() as u64 + batch.push(&Entry::Opened { worker, opened_at });
-        assert!(len <= BEGINNING_MAX, "{len}");
+        assert!(len <= NEW_FILE_MAX, "{len}");
     }
 
     #[test]
@@ -691,8 +691,8 @@ mod tests {
         let old = ExistingFile { path, file: tempfile::tempfile().unwrap() };
         let options = JournalOptions { now: Time::EPOCH, retention: Duration::ZERO };
         let worker = Incarnation::first().worker().unwrap();
-        let rewritten = old.rewrite(&Replay::default(), &worker, &options);
-        assert!(matches!(rewritten, Err(JournalError::Write { .. })), "{rewritten:?}");
+        let compacted = old.compact(&Replay::default(), &worker, &options);
+        assert!(matches!(compacted, Err(JournalError::Write { .. })), "{compacted:?}");
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
     }
 }

@@ -111,36 +111,36 @@ pub struct JournalFileWriter {
     n_written: u64,
     /// Whether a write or a sync has failed.
     has_failed: bool,
-    shared: Arc<SyncOrders>,
-    safe: watch::Receiver<Synced>,
+    shared: Arc<SharedSyncRequest>,
+    safe: watch::Receiver<SyncProgress>,
     thread: Option<thread::JoinHandle<()>>,
 }
 
 /// What is on the disk: how many of the entries, and how many bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-struct Synced {
+struct SyncProgress {
     n_entries: u64,
     len: u64,
 }
 
 #[derive(Debug, Default)]
-struct SyncOrders {
-    orders: Mutex<Orders>,
+struct SharedSyncRequest {
+    request: Mutex<SyncRequest>,
     wake: Condvar,
 }
 
 #[derive(Debug, Default)]
-struct Orders {
+struct SyncRequest {
     /// What should be on the disk.
-    wanted: Synced,
+    wanted: SyncProgress,
     /// Nothing more will follow.
     is_over: bool,
     failure: Option<io::Error>,
 }
 
-impl SyncOrders {
-    fn lock(&self) -> MutexGuard<'_, Orders> {
-        self.orders.lock().unwrap_or_else(PoisonError::into_inner)
+impl SharedSyncRequest {
+    fn lock(&self) -> MutexGuard<'_, SyncRequest> {
+        self.request.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -153,12 +153,12 @@ impl JournalFileWriter {
     pub fn start(tail: JournalTail) -> Result<Self, JournalError> {
         let no_thread = |source| JournalError::Thread { path: tail.path.clone(), source };
         let file = tail.file.try_clone().map_err(no_thread)?;
-        let shared = Arc::<SyncOrders>::default();
-        let (told, safe) = watch::channel(Synced::default());
-        let orders = Arc::clone(&shared);
+        let shared = Arc::<SharedSyncRequest>::default();
+        let (progress, safe) = watch::channel(SyncProgress::default());
+        let thread_shared = Arc::clone(&shared);
         let sync = move || {
-            if let Err(failure) = sync_all(&file, &orders, &told) {
-                orders.lock().failure = Some(failure);
+            if let Err(failure) = sync_all(&file, &thread_shared, &progress) {
+                thread_shared.lock().failure = Some(failure);
             }
         };
         let thread = thread::Builder::new().name("dtc-journal".to_owned()).spawn(sync);
@@ -175,7 +175,8 @@ impl JournalFileWriter {
         self.append(batch)?;
         self.n_written += batch.entries.len() as u64;
         if batch.is_awaited {
-            self.shared.lock().wanted = Synced { n_entries: self.n_written, len: self.tail.len };
+            self.shared.lock().wanted =
+                SyncProgress { n_entries: self.n_written, len: self.tail.len };
             self.shared.wake.notify_one();
         }
         Ok(())
@@ -241,18 +242,22 @@ impl Drop for JournalFileWriter {
 }
 
 /// Syncs what is requested, until nothing more will follow.
-fn sync_all(file: &File, shared: &SyncOrders, told: &watch::Sender<Synced>) -> io::Result<()> {
-    let mut safe = Synced::default();
+fn sync_all(
+    file: &File,
+    shared: &SharedSyncRequest,
+    progress: &watch::Sender<SyncProgress>,
+) -> io::Result<()> {
+    let mut safe = SyncProgress::default();
     loop {
-        let is_idle = |orders: &mut Orders| orders.wanted == safe && !orders.is_over;
-        let orders = shared.wake.wait_while(shared.lock(), is_idle);
-        let wanted = orders.unwrap_or_else(PoisonError::into_inner).wanted;
+        let is_idle = |request: &mut SyncRequest| request.wanted == safe && !request.is_over;
+        let request = shared.wake.wait_while(shared.lock(), is_idle);
+        let wanted = request.unwrap_or_else(PoisonError::into_inner).wanted;
         if wanted == safe {
             return Ok(());
         }
         file.sync_data()?;
         faults::point();
         safe = wanted;
-        told.send_replace(safe);
+        progress.send_replace(safe);
     }
 }
