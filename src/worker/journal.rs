@@ -34,7 +34,7 @@ use crate::{
         stream::{Scan, ScanError, StreamStart},
         unique,
     },
-    wire::message::{Copied, JournalBegun, Kind, decode},
+    wire::message::{JournalBegun, Kind, PackedMessage, decode},
     worker::{clocks::Standing, suspects::Try},
 };
 
@@ -217,8 +217,8 @@ impl Record {
     }
 
     /// What the message says of which `copied` is a copy: as if it was read in the journal.
-    pub(super) fn copied(copied: Copied) -> Self {
-        let Copied { offset, message_id, tried, body } = copied;
+    pub(super) fn copied(copied: PackedMessage) -> Self {
+        let PackedMessage { offset, message_id, tried, body } = copied;
         let message_id = message_id.and_then(|id| ShortString::try_new(&*id).ok());
         Self {
             offset,

@@ -30,7 +30,7 @@ use crate::{
         publisher::{PublishOutcome, Publisher},
     },
     unique,
-    wire::message::{BODY_MAX, Copied, Items},
+    wire::message::{BODY_MAX, Items, PackedMessage},
     worker::{
         journal::Record,
         packs::{MESSAGES_MAX, NoPack, Pack, PackedJournal, digest_of},
@@ -62,7 +62,7 @@ const UNSEEN_MAX: u32 = 4;
 #[derive(Debug)]
 pub(super) struct Unpacked {
     /// Consecutive. The first one is the last of the pack before, if it was there to be seen.
-    messages: VecDeque<Copied>,
+    messages: VecDeque<PackedMessage>,
     weight: usize,
     /// With which weight the next pack is written.
     due: usize,
@@ -89,19 +89,19 @@ fn next_due() -> usize {
     BODY_MAX + (unique::number() % (BODY_MAX as u64 / 2)) as usize
 }
 
-fn weight(copied: &Copied) -> usize {
+fn weight(copied: &PackedMessage) -> usize {
     (copied.body.len() + 64).max(WEIGHT_MIN)
 }
 
-fn copy_of(record: &Record) -> Option<Copied> {
+fn copy_of(record: &Record) -> Option<PackedMessage> {
     let body = record.body.as_ref().filter(|body| body.len() <= COPIED_MAX)?;
-    let copied = Copied {
+    let copied = PackedMessage {
         offset: record.offset,
         message_id: record.message_id.as_ref().map(|id| id.as_str().into()),
         tried: record.tried.as_ref().map(|it| (it.key.clone(), it.begins)),
         body: Arc::clone(body),
     };
-    copied.is_of_the_wire().then_some(copied)
+    copied.is_encodable().then_some(copied)
 }
 
 impl Unpacked {
@@ -338,13 +338,13 @@ mod tests {
             ids::{TransactionId, TransactionKey},
             time::Time,
         },
-        wire::message::{Copied, decode},
+        wire::message::{PackedMessage, decode},
         worker::{journal::Record, packs::Pack},
     };
 
-    fn message(offset: u64, len: usize) -> Copied {
+    fn message(offset: u64, len: usize) -> PackedMessage {
         let message_id = Some(format!("a-{offset}").into());
-        Copied { offset, message_id, tried: None, body: "x".repeat(len).into() }
+        PackedMessage { offset, message_id, tried: None, body: "x".repeat(len).into() }
     }
 
     fn reads(unpacked: &mut Unpacked, offsets: std::ops::Range<u64>, len: usize) {
@@ -354,7 +354,7 @@ mod tests {
     fn packs(unpacked: &mut Unpacked) -> Option<Pack> {
         let body = unpacked.pack()?;
         assert!(body.len() <= BODY_MAX);
-        let messages = decode::<Copied>(&body).unwrap().into_iter().map(Result::unwrap);
+        let messages = decode::<PackedMessage>(&body).unwrap().into_iter().map(Result::unwrap);
         Some(Pack::of(messages.collect()).unwrap())
     }
 
@@ -404,7 +404,7 @@ mod tests {
         unpacked.packed(&of(0..1024));
         reads(&mut unpacked, 2047 + DUE..4000, 100);
         let other = message(4000, 7);
-        unpacked.packed(&Pack::of(vec![Copied { offset: 3999, ..other }]).unwrap());
+        unpacked.packed(&Pack::of(vec![PackedMessage { offset: 3999, ..other }]).unwrap());
         reads(&mut unpacked, 4000..3069 + DUE, 100);
         assert_eq!(packs(&mut unpacked), Some(of(3069..3069 + 1024)));
     }
@@ -420,12 +420,12 @@ mod tests {
         assert_eq!(other(message(10, COPIED_MAX)), 11);
         assert_eq!(other(message(10, COPIED_MAX + 1)), 0);
         assert_eq!(other(message(11, 100)), 1);
-        assert_eq!(other(Copied { message_id: Some("ü".into()), ..message(10, 100) }), 0);
+        assert_eq!(other(PackedMessage { message_id: Some("ü".into()), ..message(10, 100) }), 0);
         let key = |millis| TransactionKey {
             id: TransactionId::parse("t1").unwrap(),
             requested_at: Time::from_millis(millis),
         };
-        let tried = |millis| Copied { tried: Some((key(millis), true)), ..message(10, 2) };
+        let tried = |millis| PackedMessage { tried: Some((key(millis), true)), ..message(10, 2) };
         assert_eq!((other(tried(7000)), other(tried(7001))), (11, 0));
         let mut unpacked = Unpacked::default();
         reads(&mut unpacked, 0..10, 100);

@@ -54,7 +54,7 @@ use crate::{
         publisher::{OutgoingMessage, PublishOutcome, publish_within},
         unique,
     },
-    wire::message::{Copied, Kind, decode},
+    wire::message::{Kind, PackedMessage, decode},
     worker::journal::{Journal, ReadError, Record, Tail, digest},
 };
 
@@ -70,7 +70,7 @@ const WAIT_MAX: Duration = Duration::from_secs(2);
 
 /// Consecutive messages of the journal; at least one.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) struct Pack(Vec<Copied>);
+pub(super) struct Pack(Vec<PackedMessage>);
 
 /// Why a message of the stream is no pack.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -94,7 +94,7 @@ pub(super) struct PackedJournal {
 }
 
 impl Pack {
-    pub(super) fn of(messages: Vec<Copied>) -> Result<Self, NoPack> {
+    pub(super) fn of(messages: Vec<PackedMessage>) -> Result<Self, NoPack> {
         let unreadable = |why: &str| Err(NoPack::Unreadable(why.to_owned()));
         if messages.is_empty() {
             return Err(NoPack::Marker);
@@ -146,7 +146,7 @@ impl Pack {
 }
 
 /// What tells a copied message from another at its place.
-pub(super) fn digest_of(copied: &Copied) -> u64 {
+pub(super) fn digest_of(copied: &PackedMessage) -> u64 {
     digest(copied.body.as_bytes(), copied.message_id.as_deref())
 }
 
@@ -473,12 +473,14 @@ mod tests {
     use lapin::types::ShortString;
     use proptest::prelude::{Just, Strategy, any, prop, prop_oneof, proptest};
 
-    use super::{Copied, MESSAGES_MAX, Messages, NoPack, Pack, Packs, ReadIn, Reading, digest_of};
+    use super::{
+        MESSAGES_MAX, Messages, NoPack, Pack, PackedMessage, Packs, ReadIn, Reading, digest_of,
+    };
     use crate::worker::journal::{ReadError, Record};
 
     /// A journal of which the offsets are places.
     struct Log {
-        journal: Vec<Copied>,
+        journal: Vec<PackedMessage>,
         at: usize,
     }
 
@@ -505,8 +507,8 @@ mod tests {
     }
 
     /// A message of the `which`-th history of a journal.
-    fn message(which: usize, place: usize) -> Copied {
-        Copied {
+    fn message(which: usize, place: usize) -> PackedMessage {
+        PackedMessage {
             offset: place as u64,
             message_id: Some(format!("{which}-{place}").into()),
             tried: None,
@@ -514,11 +516,11 @@ mod tests {
         }
     }
 
-    fn journal(len: usize) -> Vec<Copied> {
+    fn journal(len: usize) -> Vec<PackedMessage> {
         (0..len).map(|place| message(0, place)).collect()
     }
 
-    fn pack(journal: &[Copied], first: usize, len: usize) -> Pack {
+    fn pack(journal: &[PackedMessage], first: usize, len: usize) -> Pack {
         Pack::of(journal[first..first + len].to_vec()).unwrap()
     }
 
@@ -530,7 +532,7 @@ mod tests {
         n_packed: usize,
     }
 
-    fn told(journal: &[Copied], first: usize, end: usize, packs: Vec<Pack>) -> Told {
+    fn told(journal: &[PackedMessage], first: usize, end: usize, packs: Vec<Pack>) -> Told {
         let (mut messages, mut n_packed) = (Vec::new(), 0);
         let marker = ShortString::from(&**journal[end].message_id.as_ref().unwrap());
         let mut log = Log { journal: journal.to_vec(), at: first };
@@ -553,7 +555,7 @@ mod tests {
         Told { is_right, messages, n_packed }
     }
 
-    fn told_by_journal(journal: &[Copied], first: usize) -> Vec<(u64, u64)> {
+    fn told_by_journal(journal: &[PackedMessage], first: usize) -> Vec<(u64, u64)> {
         journal[first..].iter().map(|it| (it.offset, digest_of(it))).collect()
     }
 
@@ -630,7 +632,7 @@ mod tests {
         let journal = journal(MESSAGES_MAX + 1);
         assert_eq!(Pack::of(Vec::new()), Err(NoPack::Marker));
         assert!(Pack::of(journal[..MESSAGES_MAX].to_vec()).is_ok());
-        let refused = |messages: Vec<Copied>| Pack::of(messages).unwrap_err().to_string();
+        let refused = |messages: Vec<PackedMessage>| Pack::of(messages).unwrap_err().to_string();
         assert_eq!(refused(journal.clone()), "it has too many messages");
         let jump = vec![journal[1].clone(), journal[3].clone()];
         assert_eq!(refused(jump), "its offsets are not consecutive");
@@ -643,7 +645,7 @@ mod tests {
 
     /// Histories of one journal: the last one is what it is now, and of each other one some beginning
     /// is there.
-    fn histories() -> impl Strategy<Value = Vec<Vec<Copied>>> {
+    fn histories() -> impl Strategy<Value = Vec<Vec<PackedMessage>>> {
         prop::collection::vec(0..LEN, 0..3).prop_map(|kept| {
             let mut histories = vec![journal(LEN)];
             for (which, kept) in (1..).zip(kept) {

@@ -76,7 +76,7 @@ use crate::{
 pub use self::{
     command::Cancel,
     entry::{Begun, Entry, EntryMalformed, Finished},
-    pack::Copied,
+    pack::PackedMessage,
     record::{JournalBegun, Settled},
     request::{
         REQUEST_MAX, RequestMalformed, RequestTooLarge, SERVICES_MAX, decode_request,

@@ -21,7 +21,7 @@ const MESSAGE_ID_RULE: &str = "[ -~]{0,255}";
 
 /// A message of the journal, copied into a pack.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
-pub struct Copied {
+pub struct PackedMessage {
     /// Its place in the journal.
     pub offset: u64,
     /// Its id: at most 255 characters, all printable and of ASCII.
@@ -33,9 +33,9 @@ pub struct Copied {
     pub body: Arc<str>,
 }
 
-impl Copied {
+impl PackedMessage {
     /// Whether it can be copied: what no worker of ours writes may be otherwise.
-    pub fn is_of_the_wire(&self) -> bool {
+    pub fn is_encodable(&self) -> bool {
         let is_whole = |key: &TransactionKey| {
             let millis = key.requested_at.as_millis();
             millis.is_multiple_of(1000) && millis / 1000 <= TIME_MAX_SECONDS
@@ -50,11 +50,11 @@ fn is_message_id(text: &str) -> bool {
     text.len() <= 255 && text.bytes().all(|byte| matches!(byte, b' '..=b'~'))
 }
 
-impl Item for Copied {
+impl Item for PackedMessage {
     const KIND: Kind = Kind::Pack;
 }
 
-impl Sealed for Copied {
+impl Sealed for PackedMessage {
     fn write(&self, object: &mut Object<'_>) {
         let Self { offset, message_id, tried, body } = self;
         object.number("offset", *offset);

@@ -5,7 +5,7 @@ use std::{ops::Range, sync::Arc};
 use dtc::{
     ReasonCode, Transaction,
     transport::amqp::publisher::{OutgoingMessage, Publisher},
-    wire::message::{Copied, Items, Kind, decode},
+    wire::message::{Items, Kind, PackedMessage, decode},
 };
 use lapin::message::Delivery;
 use serde_json::json;
@@ -89,7 +89,7 @@ fn offset(delivery: &Delivery) -> u64 {
 /// Up to which offset of the journal there are packs.
 fn packed_up_to(packs: &Watch) -> u64 {
     let seen = packs.seen();
-    let copies = seen.iter().flat_map(|it| decode::<Copied>(&it.data).unwrap());
+    let copies = seen.iter().flat_map(|it| decode::<PackedMessage>(&it.data).unwrap());
     copies.map(|copied| copied.unwrap().offset).max().unwrap_or(0)
 }
 
@@ -223,15 +223,15 @@ fn user(system: &System) -> String {
 }
 
 /// All that is in the journal but for its first record.
-fn copies_of(system: &System, decisions: usize) -> Vec<Copied> {
+fn copies_of(system: &System, decisions: usize) -> Vec<PackedMessage> {
     let journal = Watch::journal(system);
     until("the journal is read", || journal.seen().len() > decisions);
     journal.seen().iter().skip(1).map(copy_of).collect()
 }
 
-fn copy_of(delivery: &Delivery) -> Copied {
+fn copy_of(delivery: &Delivery) -> PackedMessage {
     let message_id = delivery.properties.message_id().as_ref();
-    Copied {
+    PackedMessage {
         offset: offset(delivery),
         message_id: message_id.map(|id| id.as_str().into()),
         tried: None,
@@ -240,7 +240,7 @@ fn copy_of(delivery: &Delivery) -> Copied {
 }
 
 /// What goes into each pack: it begins with what the one before it ends with. The end is in none.
-fn packs_of(copies: &[Copied]) -> Vec<Range<usize>> {
+fn packs_of(copies: &[PackedMessage]) -> Vec<Range<usize>> {
     let (mut packs, mut begins) = (Vec::new(), 0);
     while begins + PACK_MAX <= copies.len() {
         let mut items = Items::new();
@@ -252,7 +252,7 @@ fn packs_of(copies: &[Copied]) -> Vec<Range<usize>> {
     packs
 }
 
-fn write_packs(system: &System, copies: &[Copied], user: Option<&str>) {
+fn write_packs(system: &System, copies: &[PackedMessage], user: Option<&str>) {
     let packs = packs_of(copies).into_iter().map(|pack| {
         let mut items = Items::new();
         copies[pack].iter().for_each(|copied| items.push(copied).unwrap());

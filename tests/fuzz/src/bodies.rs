@@ -17,7 +17,7 @@ use dtc::{
     wire::{
         hash::request_hash,
         message::{
-            BODY_MAX, Cancel, Copied, Item, Items, JournalBegun, Malformed, REQUEST_MAX,
+            BODY_MAX, Cancel, Item, Items, JournalBegun, Malformed, PackedMessage, REQUEST_MAX,
             RequestMalformed, SERVICES_MAX, Settled, TEXT_MAX, decode, decode_request,
             encode_request,
         },
@@ -274,9 +274,9 @@ impl Checked for JournalBegun {
     }
 }
 
-impl Checked for Copied {
+impl Checked for PackedMessage {
     fn check(&self) {
-        assert!(self.is_of_the_wire());
+        assert!(self.is_encodable());
         if let Some((key, _)) = &self.tried {
             is_key(key);
         }

@@ -31,7 +31,7 @@ use std::{env, process::exit, sync::OnceLock};
 
 use dtc::{
     protocol::message::{Answer, Decision, Done, Finish, Inquiry, Parked, Prepare, Query, Vote},
-    wire::message::{Cancel, Copied, JournalBegun, Settled},
+    wire::message::{Cancel, JournalBegun, PackedMessage, Settled},
 };
 use libfuzzer_sys::fuzz_target;
 
@@ -58,7 +58,7 @@ const TARGETS: [(&str, Target); 26] = [
     ("parked", bodies::items::<Parked>),
     ("settled", bodies::items::<Settled>),
     ("journal-begun", bodies::items::<JournalBegun>),
-    ("pack", bodies::items::<Copied>),
+    ("pack", bodies::items::<PackedMessage>),
     ("address", settings::address),
     ("names", settings::names),
     ("written", written::written),

@@ -189,7 +189,7 @@ fn a_message_in_a_pack() {
     );
     is(
         Kind::Pack,
-        Copied { message_id: None, tried: None, body: "é".repeat(2000).into(), ..copied() },
+        PackedMessage { message_id: None, tried: None, body: "é".repeat(2000).into(), ..copied() },
         &format!(r#"{{"offset":1024,"body":"{}"}}"#, "é".repeat(2000)),
     );
 }

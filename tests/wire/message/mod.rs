@@ -24,7 +24,7 @@ use dtc::{
     },
     wire::{
         hash::request_hash,
-        message::{Cancel, Copied, Item, Items, JournalBegun, Malformed, Settled, decode},
+        message::{Cancel, Item, Items, JournalBegun, Malformed, PackedMessage, Settled, decode},
     },
 };
 
@@ -171,8 +171,8 @@ fn settled() -> Settled {
     Settled { key: key(), service: service("stock"), settled_at: moment(), worker: worker() }
 }
 
-fn copied() -> Copied {
-    Copied {
+fn copied() -> PackedMessage {
+    PackedMessage {
         offset: 1024,
         message_id: Some("a1-7".into()),
         tried: Some((key(), true)),

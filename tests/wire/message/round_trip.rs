@@ -206,13 +206,17 @@ fn a_settled() -> impl Strategy<Value = Settled> {
     })
 }
 
-fn a_copy() -> impl Strategy<Value = Copied> {
+fn a_copy() -> impl Strategy<Value = PackedMessage> {
     let tried = prop::option::of((a_key(), any::<bool>()));
     let parts = (0..=1_u64 << 53, prop::option::of("[ -~]{0,255}"), tried, any::<String>());
     parts.prop_map(|(offset, message_id, tried, body)| {
-        let copied =
-            Copied { offset, message_id: message_id.map(Arc::from), tried, body: body.into() };
-        assert!(copied.is_of_the_wire());
+        let copied = PackedMessage {
+            offset,
+            message_id: message_id.map(Arc::from),
+            tried,
+            body: body.into(),
+        };
+        assert!(copied.is_encodable());
         copied
     })
 }
@@ -256,7 +260,7 @@ fn all_are_harmless(body: &[u8]) {
     is_harmless::<Parked>(body);
     is_harmless::<Settled>(body);
     is_harmless::<JournalBegun>(body);
-    is_harmless::<Copied>(body);
+    is_harmless::<PackedMessage>(body);
     if let Err(malformed) = decode_request(body, Some(1)) {
         is_fit_for_a_result(&malformed);
     }
