@@ -30,7 +30,7 @@ use crate::{
         reliable::ReliablePublisher,
         unique,
     },
-    wire::message::{Full, Item, Items, Kind, Settled},
+    wire::message::{BodyFull, Item, Items, Kind, Settled},
     worker::{
         parking::{Next, Parking},
         prepare_batcher::{PrepareBatcher, Prepares},
@@ -521,7 +521,7 @@ impl Outbox {
 /// The body of one item, which always fits.
 fn body_of<T: Item>(item: &T) -> Vec<u8> {
     let mut items = Items::new();
-    let fits: Result<(), Full> = items.push(item);
+    let fits: Result<(), BodyFull> = items.push(item);
     debug_assert!(fits.is_ok(), "one item fits");
     items.into_body()
 }

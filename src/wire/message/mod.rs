@@ -216,7 +216,7 @@ mod sealed {
 /// let mut items = Items::new();
 /// items.push(&JournalBegun { complete_since: Time::EPOCH })?;
 /// assert_eq!(items.into_body(), br#"[{"complete_since":0}]"#);
-/// # Ok::<(), dtc::wire::message::Full>(())
+/// # Ok::<(), dtc::wire::message::BodyFull>(())
 /// ```
 #[derive(Clone, Debug)]
 pub struct Items {
@@ -229,7 +229,7 @@ pub struct Items {
 /// An item does not fit into a body with those that are in it: send that body first.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("a body of {len} items has no room for one more")]
-pub struct Full {
+pub struct BodyFull {
     /// How many items there are.
     pub len: usize,
 }
@@ -246,7 +246,7 @@ impl Items {
     ///
     /// The body would have more than [`BODY_MAX`] bytes, and is unchanged. An empty one takes any
     /// item, since none is that large by itself.
-    pub fn push<T: Item>(&mut self, item: &T) -> Result<(), Full> {
+    pub fn push<T: Item>(&mut self, item: &T) -> Result<(), BodyFull> {
         debug_assert!(self.kind.is_none_or(|kind| kind == T::KIND), "a body has one kind");
         let before = self.body.len();
         if self.len > 0 {
@@ -257,7 +257,7 @@ impl Items {
         object.end();
         if self.size() > BODY_MAX && self.len > 0 {
             self.body.truncate(before);
-            return Err(Full { len: self.len });
+            return Err(BodyFull { len: self.len });
         }
         self.len += 1;
         self.kind = Some(T::KIND);
@@ -269,7 +269,7 @@ impl Items {
     /// # Errors
     ///
     /// As for [`Items::push`].
-    pub fn push_command(&mut self, command: &Command) -> Result<(), Full> {
+    pub fn push_command(&mut self, command: &Command) -> Result<(), BodyFull> {
         match command {
             Command::Query(query) => self.push(query),
             Command::Finish(finish) => self.push(finish),
