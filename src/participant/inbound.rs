@@ -12,7 +12,7 @@ use crate::{
         participant::Event,
     },
     transport::amqp::rejected::{shown, undecodable, unreadable},
-    wire::message::{Cancel, Item, Kind, decode, sorted_out},
+    wire::message::{Cancel, Item, Kind, decode, split_items},
 };
 
 /// The queue that a message came by.
@@ -124,7 +124,7 @@ fn read_items<T: Item, W: Clone>(
         (Err(reason), Ok(_)) => return bad(reason),
         (_, Err(malformed)) => return bad(undecodable(message, &malformed)),
     };
-    let (items, complaints) = sorted_out(items, |item| Ok(told(worker.clone(), item)));
+    let (items, complaints) = split_items(items, |item| Ok(told(worker.clone(), item)));
     Read { items, bad: (!complaints.is_empty()).then(|| complaints.join("\n")) }
 }
 

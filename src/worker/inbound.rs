@@ -15,7 +15,7 @@ use crate::{
         names::{self, PREPARES_MAX},
         rejected::{shown, undecodable, unreadable},
     },
-    wire::message::{Item, Kind, RequestMalformed, decode, decode_request, sorted_out},
+    wire::message::{Item, Kind, RequestMalformed, decode, decode_request, split_items},
 };
 
 /// What was understood of a message, and what is wrong with the rest.
@@ -157,7 +157,7 @@ impl Intake {
             Ok(items) => items,
             Err(error) => return self.complaints.push(undecodable(message, &error)),
         };
-        (self.events, self.complaints) = sorted_out(items, event);
+        (self.events, self.complaints) = split_items(items, event);
     }
 }
 

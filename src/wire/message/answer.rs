@@ -4,9 +4,9 @@ use crate::{
     protocol::message::{Answer, Done, Inquiry, Reason, ReasonCode, Vote, VoteKind},
     wire::message::{
         Item, Kind,
-        read::{ParsedObject, Reader},
+        read::{BodyReader, ParsedObject},
         sealed::Sealed,
-        write::Object,
+        write::ObjectWriter,
     },
 };
 
@@ -50,7 +50,7 @@ impl Item for Vote {
 }
 
 impl Sealed for Vote {
-    fn write(&self, object: &mut Object<'_>) {
+    fn write(&self, object: &mut ObjectWriter<'_>) {
         let Self { key, request_hash, service, instance, store, kind, free } = self;
         object.key(key);
         object.request_hash(request_hash);
@@ -73,7 +73,7 @@ impl Sealed for Vote {
         object.number("free", (*free).into());
     }
 
-    fn read(reader: &mut Reader, object: &ParsedObject<'_, '_, '_>) -> Option<Self> {
+    fn read(reader: &mut BodyReader, object: &ParsedObject<'_, '_, '_>) -> Option<Self> {
         let [
             id,
             requested_at,
@@ -103,15 +103,15 @@ impl Sealed for Vote {
             ],
         )?;
         let key = reader.key(object, id, requested_at);
-        let request_hash = reader.need(object, request_hash, Reader::request_hash);
-        let service = reader.need(object, service, Reader::service);
-        let instance = reader.need(object, instance, Reader::instance);
-        let store = reader.may(object, store, Reader::store);
-        let word = reader.need(object, vote, |reader, path, value| {
+        let request_hash = reader.required(object, request_hash, BodyReader::request_hash);
+        let service = reader.required(object, service, BodyReader::service);
+        let instance = reader.required(object, instance, BodyReader::instance);
+        let store = reader.optional(object, store, BodyReader::store);
+        let word = reader.required(object, vote, |reader, path, value| {
             reader.one_of(path, value, VoteWord::ALL, VoteWord::as_str)
         });
-        let free = reader.need(object, free, Reader::count);
-        let reason = reader.may(object, reason, Reader::reason);
+        let free = reader.required(object, free, BodyReader::count);
+        let reason = reader.optional(object, reason, BodyReader::reason);
         let reason_or = |code| reason?.or_else(|| Some(Reason::at(service.as_ref()?, code)));
         // Fields that this vote doesn't need may be there, if their values are valid.
         let (needs_branch, needs_outcome) = match word {
@@ -120,12 +120,12 @@ impl Sealed for Vote {
             Some(VoteWord::ReadOnly | VoteWord::Refused) | None => (false, false),
         };
         let branch = match needs_branch {
-            true => reader.need(object, branch, Reader::branch).map(Some),
-            false => reader.may(object, branch, Reader::branch),
+            true => reader.required(object, branch, BodyReader::branch).map(Some),
+            false => reader.optional(object, branch, BodyReader::branch),
         };
         let outcome = match needs_outcome {
-            true => reader.need(object, outcome, Reader::outcome).map(Some),
-            false => reader.may(object, outcome, Reader::outcome),
+            true => reader.required(object, outcome, BodyReader::outcome).map(Some),
+            false => reader.optional(object, outcome, BodyReader::outcome),
         };
         let kind = match word? {
             VoteWord::Prepared => branch?.map(|branch| VoteKind::Prepared { branch }),
@@ -153,7 +153,7 @@ impl Item for Done {
 }
 
 impl Sealed for Done {
-    fn write(&self, object: &mut Object<'_>) {
+    fn write(&self, object: &mut ObjectWriter<'_>) {
         let Self { key, service, instance, store, applied, parked, free } = self;
         object.key(key);
         object.word("service", service.as_str());
@@ -171,7 +171,7 @@ impl Sealed for Done {
         object.number("free", (*free).into());
     }
 
-    fn read(reader: &mut Reader, object: &ParsedObject<'_, '_, '_>) -> Option<Self> {
+    fn read(reader: &mut BodyReader, object: &ParsedObject<'_, '_, '_>) -> Option<Self> {
         let known = [
             "id",
             "requested_at",
@@ -186,13 +186,13 @@ impl Sealed for Done {
         let [id, requested_at, service, instance, store, done, error, parked, free] =
             reader.fields(object, known)?;
         let key = reader.key(object, id, requested_at);
-        let service = reader.need(object, service, Reader::service);
-        let instance = reader.need(object, instance, Reader::instance);
-        let store = reader.may(object, store, Reader::store);
-        let done = reader.need(object, done, Reader::flag);
-        let error = reader.may(object, error, Reader::text);
-        let parked = reader.may(object, parked, Reader::flag);
-        let free = reader.need(object, free, Reader::count);
+        let service = reader.required(object, service, BodyReader::service);
+        let instance = reader.required(object, instance, BodyReader::instance);
+        let store = reader.optional(object, store, BodyReader::store);
+        let done = reader.required(object, done, BodyReader::flag);
+        let error = reader.optional(object, error, BodyReader::text);
+        let parked = reader.optional(object, parked, BodyReader::flag);
+        let free = reader.required(object, free, BodyReader::count);
         let error = error?.unwrap_or_else(|| "".into());
         Some(Self {
             key: key?,
@@ -211,7 +211,7 @@ impl Item for Inquiry {
 }
 
 impl Sealed for Inquiry {
-    fn write(&self, object: &mut Object<'_>) {
+    fn write(&self, object: &mut ObjectWriter<'_>) {
         let Self { key, request_hash, service, instance, branch, deadline } = self;
         object.key(key);
         object.request_hash(request_hash);
@@ -221,17 +221,17 @@ impl Sealed for Inquiry {
         object.moment("deadline", *deadline);
     }
 
-    fn read(reader: &mut Reader, object: &ParsedObject<'_, '_, '_>) -> Option<Self> {
+    fn read(reader: &mut BodyReader, object: &ParsedObject<'_, '_, '_>) -> Option<Self> {
         let known =
             ["id", "requested_at", "request_hash", "service", "instance", "branch", "deadline"];
         let [id, requested_at, request_hash, service, instance, branch, deadline] =
             reader.fields(object, known)?;
         let key = reader.key(object, id, requested_at);
-        let request_hash = reader.need(object, request_hash, Reader::request_hash);
-        let service = reader.need(object, service, Reader::service);
-        let instance = reader.need(object, instance, Reader::instance);
-        let branch = reader.need(object, branch, Reader::branch);
-        let deadline = reader.need(object, deadline, Reader::moment);
+        let request_hash = reader.required(object, request_hash, BodyReader::request_hash);
+        let service = reader.required(object, service, BodyReader::service);
+        let instance = reader.required(object, instance, BodyReader::instance);
+        let branch = reader.required(object, branch, BodyReader::branch);
+        let deadline = reader.required(object, deadline, BodyReader::moment);
         Some(Self {
             key: key?,
             request_hash: request_hash?,
@@ -248,7 +248,7 @@ impl Item for Answer {
 }
 
 impl Sealed for Answer {
-    fn write(&self, object: &mut Object<'_>) {
+    fn write(&self, object: &mut ObjectWriter<'_>) {
         let Self { id, requested_at, outcome, reason, unresolved, decided_at } = self;
         object.word("id", id.as_str());
         object.outcome("status", *outcome);
@@ -262,16 +262,16 @@ impl Sealed for Answer {
         object.moment("decided_at", *decided_at);
     }
 
-    fn read(reader: &mut Reader, object: &ParsedObject<'_, '_, '_>) -> Option<Self> {
+    fn read(reader: &mut BodyReader, object: &ParsedObject<'_, '_, '_>) -> Option<Self> {
         let known = ["id", "status", "reason", "unresolved", "requested_at", "decided_at"];
         let [id, status, reason, unresolved, requested_at, decided_at] =
             reader.fields(object, known)?;
-        let id = reader.need(object, id, Reader::id);
-        let outcome = reader.need(object, status, Reader::outcome);
-        let reason = reader.may(object, reason, Reader::reason);
-        let unresolved = reader.may(object, unresolved, Reader::services);
-        let requested_at = reader.need(object, requested_at, Reader::requested_at);
-        let decided_at = reader.need(object, decided_at, Reader::moment);
+        let id = reader.required(object, id, BodyReader::id);
+        let outcome = reader.required(object, status, BodyReader::outcome);
+        let reason = reader.optional(object, reason, BodyReader::reason);
+        let unresolved = reader.optional(object, unresolved, BodyReader::services);
+        let requested_at = reader.required(object, requested_at, BodyReader::requested_at);
+        let decided_at = reader.required(object, decided_at, BodyReader::moment);
         Some(Self {
             id: id?,
             requested_at: requested_at?,

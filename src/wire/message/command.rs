@@ -8,9 +8,9 @@ use crate::{
     },
     wire::message::{
         Item, Kind,
-        read::{ParsedObject, Reader},
+        read::{BodyReader, ParsedObject},
         sealed::Sealed,
-        write::Object,
+        write::ObjectWriter,
     },
 };
 
@@ -23,7 +23,7 @@ impl Item for Prepare {
 }
 
 impl Sealed for Prepare {
-    fn write(&self, object: &mut Object<'_>) {
+    fn write(&self, object: &mut ObjectWriter<'_>) {
         let Self { key, request_hash, data, deadline, repeated } = self;
         object.key(key);
         object.request_hash(request_hash);
@@ -32,21 +32,21 @@ impl Sealed for Prepare {
         object.flag("repeated", *repeated);
     }
 
-    fn read(reader: &mut Reader, object: &ParsedObject<'_, '_, '_>) -> Option<Self> {
+    fn read(reader: &mut BodyReader, object: &ParsedObject<'_, '_, '_>) -> Option<Self> {
         let known = ["id", "requested_at", "request_hash", "data", "deadline", "repeated"];
         let [id, requested_at, request_hash, data, deadline, repeated] =
             reader.fields(object, known)?;
         let key = reader.key(object, id, requested_at);
-        let request_hash = reader.need(object, request_hash, Reader::request_hash);
-        let data = reader.need(object, data, |reader, path, value| {
+        let request_hash = reader.required(object, request_hash, BodyReader::request_hash);
+        let data = reader.required(object, data, |reader, path, value| {
             if let json::ValueKind::Object(_) = value.kind {
                 return Some(Payload::new(value.text));
             }
             reader.check.complain(path, value, "must be an object");
             None
         });
-        let deadline = reader.need(object, deadline, Reader::moment);
-        let repeated = reader.need(object, repeated, Reader::flag);
+        let deadline = reader.required(object, deadline, BodyReader::moment);
+        let repeated = reader.required(object, repeated, BodyReader::flag);
         Some(Self {
             key: key?,
             request_hash: request_hash?,
@@ -62,17 +62,17 @@ impl Item for Query {
 }
 
 impl Sealed for Query {
-    fn write(&self, object: &mut Object<'_>) {
+    fn write(&self, object: &mut ObjectWriter<'_>) {
         let Self { key, request_hash } = self;
         object.key(key);
         object.request_hash(request_hash);
     }
 
-    fn read(reader: &mut Reader, object: &ParsedObject<'_, '_, '_>) -> Option<Self> {
+    fn read(reader: &mut BodyReader, object: &ParsedObject<'_, '_, '_>) -> Option<Self> {
         let [id, requested_at, request_hash] =
             reader.fields(object, ["id", "requested_at", "request_hash"])?;
         let key = reader.key(object, id, requested_at);
-        let request_hash = reader.need(object, request_hash, Reader::request_hash);
+        let request_hash = reader.required(object, request_hash, BodyReader::request_hash);
         Some(Self { key: key?, request_hash: request_hash? })
     }
 }
@@ -82,11 +82,11 @@ impl Item for Cancel {
 }
 
 impl Sealed for Cancel {
-    fn write(&self, object: &mut Object<'_>) {
+    fn write(&self, object: &mut ObjectWriter<'_>) {
         object.key(&self.0);
     }
 
-    fn read(reader: &mut Reader, object: &ParsedObject<'_, '_, '_>) -> Option<Self> {
+    fn read(reader: &mut BodyReader, object: &ParsedObject<'_, '_, '_>) -> Option<Self> {
         let [id, requested_at] = reader.fields(object, ["id", "requested_at"])?;
         reader.key(object, id, requested_at).map(Self)
     }
@@ -97,7 +97,7 @@ impl Item for Finish {
 }
 
 impl Sealed for Finish {
-    fn write(&self, object: &mut Object<'_>) {
+    fn write(&self, object: &mut ObjectWriter<'_>) {
         let Self { key, outcome, branch, parked } = self;
         object.key(key);
         object.outcome("outcome", *outcome);
@@ -109,13 +109,13 @@ impl Sealed for Finish {
         }
     }
 
-    fn read(reader: &mut Reader, object: &ParsedObject<'_, '_, '_>) -> Option<Self> {
+    fn read(reader: &mut BodyReader, object: &ParsedObject<'_, '_, '_>) -> Option<Self> {
         let [id, requested_at, outcome, branch, parked] =
             reader.fields(object, ["id", "requested_at", "outcome", "branch", "parked"])?;
         let key = reader.key(object, id, requested_at);
-        let outcome = reader.need(object, outcome, Reader::outcome);
-        let branch = reader.may(object, branch, Reader::branch);
-        let parked = reader.may(object, parked, Reader::flag);
+        let outcome = reader.required(object, outcome, BodyReader::outcome);
+        let branch = reader.optional(object, branch, BodyReader::branch);
+        let parked = reader.optional(object, parked, BodyReader::flag);
         Some(Self {
             key: key?,
             outcome: outcome?,

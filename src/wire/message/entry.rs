@@ -26,9 +26,9 @@ use crate::{
     wire::{
         hash::request_hash,
         message::{
-            read::{ParsedObject, Reader},
+            read::{BodyReader, ParsedObject},
             sealed::Sealed as _,
-            write::Object,
+            write::ObjectWriter,
         },
     },
 };
@@ -108,7 +108,7 @@ impl Entry {
 
     /// Appends its text to `out`.
     pub fn write(&self, out: &mut Vec<u8>) {
-        let mut object = Object::new(out);
+        let mut object = ObjectWriter::new(out);
         match self {
             Self::Opened { worker, opened_at } => {
                 object.word("worker", worker.as_str());
@@ -149,8 +149,8 @@ impl Entry {
         match tag {
             b'o' => object("opened", text, |reader, object| {
                 let [worker, opened_at] = reader.fields(object, ["worker", "opened_at"])?;
-                let worker = reader.need(object, worker, Reader::worker);
-                let opened_at = reader.need(object, opened_at, Reader::moment);
+                let worker = reader.required(object, worker, BodyReader::worker);
+                let opened_at = reader.required(object, opened_at, BodyReader::moment);
                 Some(Self::Opened { worker: worker?, opened_at: opened_at? })
             }),
             b'b' => begun(text),
@@ -159,14 +159,14 @@ impl Entry {
             }),
             b'f' => object("finished", text, |reader, object| {
                 let [unresolved] = reader.fields(object, ["unresolved"])?;
-                let unresolved = reader.may(object, unresolved, Reader::services);
+                let unresolved = reader.optional(object, unresolved, BodyReader::services);
                 let decision = Arc::new(Decision::read(reader, object)?);
                 let unresolved = unresolved?.unwrap_or_default();
                 Some(Self::Finished(Finished { decision, unresolved }))
             }),
             b'c' => object("closed", text, |reader, object| {
                 let [closed_at] = reader.fields(object, ["closed_at"])?;
-                let closed_at = reader.need(object, closed_at, Reader::moment)?;
+                let closed_at = reader.required(object, closed_at, BodyReader::moment)?;
                 Some(Self::Closed { closed_at })
             }),
             tag => Err(EntryMalformed::Tag(tag)),
@@ -177,9 +177,9 @@ impl Entry {
 fn object<T>(
     kind: &str,
     text: &[u8],
-    read: impl FnOnce(&mut Reader, &ParsedObject<'_, '_, '_>) -> Option<T>,
+    read: impl FnOnce(&mut BodyReader, &ParsedObject<'_, '_, '_>) -> Option<T>,
 ) -> Result<T, EntryMalformed> {
-    let mut reader = Reader::new(kind);
+    let mut reader = BodyReader::new(kind);
     let value = reader.json(text);
     let value = reader.or_complaints(value).map_err(EntryMalformed::Invalid)?;
     let found = read(&mut reader, &ParsedObject { path: Path::TOP, value: &value });
@@ -199,12 +199,12 @@ fn begun(text: &[u8]) -> Result<Entry, EntryMalformed> {
             ["id", "requested_at", "request_hash", "involved_services", "timeout_ms", "worker"];
         let [id, requested_at, hash, services, timeout, worker] = reader.fields(object, known)?;
         let key = reader.key(object, id, requested_at);
-        let hash = reader.need(object, hash, Reader::request_hash);
-        let services = reader.need(object, services, Reader::services);
-        let timeout = reader.may(object, timeout, |reader, path, value| {
+        let hash = reader.required(object, hash, BodyReader::request_hash);
+        let services = reader.required(object, services, BodyReader::services);
+        let timeout = reader.optional(object, timeout, |reader, path, value| {
             reader.whole_number(path, value, 0..=MILLIS_MAX)
         });
-        let worker = reader.need(object, worker, Reader::worker);
+        let worker = reader.required(object, worker, BodyReader::worker);
         let request = Request {
             key: key?,
             request_hash: hash?,

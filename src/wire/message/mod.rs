@@ -196,16 +196,16 @@ pub trait Item: sealed::Sealed {
 
 mod sealed {
     use crate::wire::message::{
-        read::{ParsedObject, Reader},
-        write::Object,
+        read::{BodyReader, ParsedObject},
+        write::ObjectWriter,
     };
 
     /// How an item is written and read.
     pub trait Sealed: Sized {
-        fn write(&self, object: &mut Object<'_>);
+        fn write(&self, object: &mut ObjectWriter<'_>);
 
         /// The item at `object`; it complains about all errors in it.
-        fn read(reader: &mut Reader, object: &ParsedObject<'_, '_, '_>) -> Option<Self>;
+        fn read(reader: &mut BodyReader, object: &ParsedObject<'_, '_, '_>) -> Option<Self>;
     }
 }
 
@@ -252,7 +252,7 @@ impl Items {
         if self.len > 0 {
             self.body.push(b',');
         }
-        let mut object = write::Object::new(&mut self.body);
+        let mut object = write::ObjectWriter::new(&mut self.body);
         item.write(&mut object);
         object.end();
         if self.size() > BODY_MAX && self.len > 0 {
@@ -333,7 +333,7 @@ pub fn decode<T: Item>(body: &[u8]) -> Result<Vec<Result<T, Malformed>>, Malform
     if body.len() > BODY_MAX {
         return Err(Malformed::TooLarge { size: body.len() });
     }
-    let mut reader = read::Reader::new(T::KIND.word());
+    let mut reader = read::BodyReader::new(T::KIND.word());
     let value = reader.json(without_byte_order_mark(body));
     let value = reader.or_complaints(value).map_err(Malformed::Invalid)?;
     let elements = reader.check.elements(&Path::TOP, &value, "an array of items");
@@ -350,7 +350,7 @@ pub fn decode<T: Item>(body: &[u8]) -> Result<Vec<Result<T, Malformed>>, Malform
 /// about the other items. More than ten complaints are only counted: a message of nothing but
 /// commas would fill a log.
 #[cfg(any(feature = "service", feature = "worker"))]
-pub(crate) fn sorted_out<T, U>(
+pub(crate) fn split_items<T, U>(
     items: Vec<Result<T, Malformed>>,
     understand: impl Fn(T) -> Result<U, String>,
 ) -> (Vec<U>, Vec<String>) {

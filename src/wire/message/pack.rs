@@ -7,9 +7,9 @@ use crate::{
     protocol::ids::TransactionKey,
     wire::message::{
         Item, Kind, TIME_MAX_SECONDS,
-        read::{ParsedObject, Reader},
+        read::{BodyReader, ParsedObject},
         sealed::Sealed,
-        write::Object,
+        write::ObjectWriter,
     },
 };
 
@@ -55,7 +55,7 @@ impl Item for PackedMessage {
 }
 
 impl Sealed for PackedMessage {
-    fn write(&self, object: &mut Object<'_>) {
+    fn write(&self, object: &mut ObjectWriter<'_>) {
         let Self { offset, message_id, tried, body } = self;
         object.number("offset", *offset);
         if let Some(message_id) = message_id {
@@ -71,30 +71,30 @@ impl Sealed for PackedMessage {
         object.whole_text("body", body);
     }
 
-    fn read(reader: &mut Reader, place: &ParsedObject<'_, '_, '_>) -> Option<Self> {
+    fn read(reader: &mut BodyReader, place: &ParsedObject<'_, '_, '_>) -> Option<Self> {
         let [offset, message_id, tried, body] =
             reader.fields(place, ["offset", "message_id", "try", "body"])?;
-        let offset = reader.need(place, offset, |reader, path, value| {
+        let offset = reader.required(place, offset, |reader, path, value| {
             reader.whole_number(path, value, 0..=OFFSET_MAX)
         });
-        let message_id = reader.may(place, message_id, |reader, path, value| {
+        let message_id = reader.optional(place, message_id, |reader, path, value| {
             let id = reader.whole_text(path, value)?;
             reader.matching(path, value, MESSAGE_ID_RULE, is_message_id(&id).then_some(id))
         });
-        let tried = reader.may(place, tried, read_try);
-        let body = reader.need(place, body, Reader::whole_text);
+        let tried = reader.optional(place, tried, read_try);
+        let body = reader.required(place, body, BodyReader::whole_text);
         Some(Self { offset: offset?, message_id: message_id?, tried: tried?, body: body? })
     }
 }
 
 fn read_try(
-    reader: &mut Reader,
+    reader: &mut BodyReader,
     path: &Path<'_>,
     value: &Value<'_>,
 ) -> Option<(TransactionKey, bool)> {
     let place = ParsedObject { path: *path, value };
     let [id, requested_at, begins] = reader.fields(&place, ["id", "requested_at", "begins"])?;
     let key = reader.key(&place, id, requested_at);
-    let begins = reader.need(&place, begins, Reader::flag);
+    let begins = reader.required(&place, begins, BodyReader::flag);
     key.zip(begins)
 }

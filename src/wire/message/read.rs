@@ -34,7 +34,7 @@ const CODES: [ReasonCode; 9] = [
 
 /// The reader of one body.
 #[derive(Debug)]
-pub struct Reader {
+pub struct BodyReader {
     pub(super) check: Checker,
     /// Scratch space.
     pub(super) buffer: String,
@@ -59,9 +59,9 @@ pub struct ParsedObject<'p, 'v, 'a> {
     pub(super) value: &'v Value<'a>,
 }
 
-type ReadField<T> = fn(&mut Reader, &Path<'_>, &Value<'_>) -> Option<T>;
+type ReadField<T> = fn(&mut BodyReader, &Path<'_>, &Value<'_>) -> Option<T>;
 
-impl Reader {
+impl BodyReader {
     pub(super) fn new(kind: &str) -> Self {
         Self {
             check: Checker::of_message(&Arc::from(kind)),
@@ -93,7 +93,7 @@ impl Reader {
     }
 
     /// A required field.
-    pub(super) fn need<T>(
+    pub(super) fn required<T>(
         &mut self,
         object: &ParsedObject<'_, '_, '_>,
         field: Field<'_, '_>,
@@ -105,7 +105,7 @@ impl Reader {
     }
 
     /// An optional field, which may be missing or `null`.
-    pub(super) fn may<T>(
+    pub(super) fn optional<T>(
         &mut self,
         object: &ParsedObject<'_, '_, '_>,
         field: Field<'_, '_>,
@@ -123,8 +123,8 @@ impl Reader {
         id: Field<'_, '_>,
         requested_at: Field<'_, '_>,
     ) -> Option<TransactionKey> {
-        let id = self.need(object, id, Self::id);
-        let requested_at = self.need(object, requested_at, Self::requested_at);
+        let id = self.required(object, id, Self::id);
+        let requested_at = self.required(object, requested_at, Self::requested_at);
         Some(TransactionKey { id: id?, requested_at: requested_at? })
     }
 
@@ -237,11 +237,11 @@ impl Reader {
     pub(super) fn reason(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<Reason> {
         let object = ParsedObject { path: *path, value };
         let [service, code, message] = self.fields(&object, ["service", "code", "message"])?;
-        let service = self.may(&object, service, Self::service);
-        let code = self.need(&object, code, |reader, path, value| {
+        let service = self.optional(&object, service, Self::service);
+        let code = self.required(&object, code, |reader, path, value| {
             reader.one_of(path, value, CODES, ReasonCode::as_str)
         });
-        let message = self.may(&object, message, Self::text);
+        let message = self.optional(&object, message, Self::text);
         Some(Reason { code: code?, service: service?, message: message? })
     }
 

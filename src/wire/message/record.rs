@@ -9,10 +9,10 @@ use crate::{
     },
     wire::message::{
         Item, Kind,
-        read::{ParsedObject, Reader},
+        read::{BodyReader, ParsedObject},
         request,
         sealed::Sealed,
-        write::Object,
+        write::ObjectWriter,
     },
 };
 
@@ -41,7 +41,7 @@ impl Item for Decision {
 }
 
 impl Sealed for Decision {
-    fn write(&self, object: &mut Object<'_>) {
+    fn write(&self, object: &mut ObjectWriter<'_>) {
         let Self { key, request_hash, outcome, branches, reason, decided_at, worker } = self;
         object.key(key);
         object.request_hash(request_hash);
@@ -54,7 +54,7 @@ impl Sealed for Decision {
         object.word("worker", worker.as_str());
     }
 
-    fn read(reader: &mut Reader, object: &ParsedObject<'_, '_, '_>) -> Option<Self> {
+    fn read(reader: &mut BodyReader, object: &ParsedObject<'_, '_, '_>) -> Option<Self> {
         let [id, requested_at, request_hash, outcome, branches, reason, decided_at, worker] =
             reader.fields(
                 object,
@@ -70,12 +70,12 @@ impl Sealed for Decision {
                 ],
             )?;
         let key = reader.key(object, id, requested_at);
-        let request_hash = reader.need(object, request_hash, Reader::request_hash);
-        let outcome = reader.need(object, outcome, Reader::outcome);
-        let branches = reader.need(object, branches, Reader::branches);
-        let reason = reader.may(object, reason, Reader::reason);
-        let decided_at = reader.need(object, decided_at, Reader::moment);
-        let worker = reader.need(object, worker, Reader::worker);
+        let request_hash = reader.required(object, request_hash, BodyReader::request_hash);
+        let outcome = reader.required(object, outcome, BodyReader::outcome);
+        let branches = reader.required(object, branches, BodyReader::branches);
+        let reason = reader.optional(object, reason, BodyReader::reason);
+        let decided_at = reader.required(object, decided_at, BodyReader::moment);
+        let worker = reader.required(object, worker, BodyReader::worker);
         Some(Self {
             key: key?,
             request_hash: request_hash?,
@@ -93,7 +93,7 @@ impl Item for Parked {
 }
 
 impl Sealed for Parked {
-    fn write(&self, object: &mut Object<'_>) {
+    fn write(&self, object: &mut ObjectWriter<'_>) {
         let Self { key, cause, parked_at } = self;
         object.key(key);
         match cause {
@@ -107,14 +107,14 @@ impl Sealed for Parked {
             ParkedCause::Undecidable(request) => {
                 object.request_hash(&request.request_hash);
                 let mut inner = object.object("request");
-                request::write(&mut inner, &request::Parts::of(request));
+                request::write(&mut inner, &request::RequestFields::of(request));
                 inner.end();
             }
         }
         object.moment("parked_at", *parked_at);
     }
 
-    fn read(reader: &mut Reader, object: &ParsedObject<'_, '_, '_>) -> Option<Self> {
+    fn read(reader: &mut BodyReader, object: &ParsedObject<'_, '_, '_>) -> Option<Self> {
         let [id, requested_at, service, branch, error, request_hash, request, parked_at] = reader
             .fields(
             object,
@@ -130,28 +130,28 @@ impl Sealed for Parked {
             ],
         )?;
         let key = reader.key(object, id, requested_at);
-        let parked_at = reader.need(object, parked_at, Reader::moment);
+        let parked_at = reader.required(object, parked_at, BodyReader::moment);
         let is_undecidable =
             request.value.is_some_and(|it| !matches!(it.kind, json::ValueKind::Null));
-        let error = reader.may(object, error, Reader::text);
+        let error = reader.optional(object, error, BodyReader::text);
         let cause = if is_undecidable {
             let path = object.path.field(request.name);
             let request = request.value.zip(key.clone()).and_then(|(value, key)| {
                 let request = read_request(reader, &path, value, key)?;
-                let hash = reader.need(object, request_hash, Reader::request_hash)?;
+                let hash = reader.required(object, request_hash, BodyReader::request_hash)?;
                 if hash != request.request_hash {
                     reader.check.complain(&path, value, "must be what `request_hash` says");
                 }
                 Some(request)
             });
             // Fields that are not needed may be there, if their values are valid.
-            reader.may(object, service, Reader::service);
-            reader.may(object, branch, Reader::branch);
+            reader.optional(object, service, BodyReader::service);
+            reader.optional(object, branch, BodyReader::branch);
             request.map(ParkedCause::Undecidable)
         } else {
-            let service = reader.need(object, service, Reader::service);
-            let branch = reader.need(object, branch, Reader::branch);
-            reader.may(object, request_hash, Reader::request_hash);
+            let service = reader.required(object, service, BodyReader::service);
+            let branch = reader.required(object, branch, BodyReader::branch);
+            reader.optional(object, request_hash, BodyReader::request_hash);
             service.zip(branch).zip(error).map(|((service, branch), error)| {
                 ParkedCause::Uncommitted { service, branch, error }
             })
@@ -162,7 +162,7 @@ impl Sealed for Parked {
 
 /// The request at `path`, which must be that of `key`.
 fn read_request(
-    reader: &mut Reader,
+    reader: &mut BodyReader,
     path: &Path<'_>,
     value: &Value<'_>,
     key: TransactionKey,
@@ -180,7 +180,7 @@ impl Item for Settled {
 }
 
 impl Sealed for Settled {
-    fn write(&self, object: &mut Object<'_>) {
+    fn write(&self, object: &mut ObjectWriter<'_>) {
         let Self { key, service, settled_at, worker } = self;
         object.key(key);
         object.word("service", service.as_str());
@@ -188,13 +188,13 @@ impl Sealed for Settled {
         object.word("worker", worker.as_str());
     }
 
-    fn read(reader: &mut Reader, object: &ParsedObject<'_, '_, '_>) -> Option<Self> {
+    fn read(reader: &mut BodyReader, object: &ParsedObject<'_, '_, '_>) -> Option<Self> {
         let [id, requested_at, service, settled_at, worker] =
             reader.fields(object, ["id", "requested_at", "service", "settled_at", "worker"])?;
         let key = reader.key(object, id, requested_at);
-        let service = reader.need(object, service, Reader::service);
-        let settled_at = reader.need(object, settled_at, Reader::moment);
-        let worker = reader.need(object, worker, Reader::worker);
+        let service = reader.required(object, service, BodyReader::service);
+        let settled_at = reader.required(object, settled_at, BodyReader::moment);
+        let worker = reader.required(object, worker, BodyReader::worker);
         Some(Self { key: key?, service: service?, settled_at: settled_at?, worker: worker? })
     }
 }
@@ -204,13 +204,13 @@ impl Item for JournalBegun {
 }
 
 impl Sealed for JournalBegun {
-    fn write(&self, object: &mut Object<'_>) {
+    fn write(&self, object: &mut ObjectWriter<'_>) {
         object.moment("complete_since", self.complete_since);
     }
 
-    fn read(reader: &mut Reader, object: &ParsedObject<'_, '_, '_>) -> Option<Self> {
+    fn read(reader: &mut BodyReader, object: &ParsedObject<'_, '_, '_>) -> Option<Self> {
         let [complete_since] = reader.fields(object, ["complete_since"])?;
-        let complete_since = reader.need(object, complete_since, Reader::moment)?;
+        let complete_since = reader.required(object, complete_since, BodyReader::moment)?;
         Some(Self { complete_since })
     }
 }

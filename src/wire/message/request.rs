@@ -20,8 +20,8 @@ use crate::{
         hash::request_hash,
         message::{
             BODY_MAX, Kind, TIME_MAX_SECONDS,
-            read::{ParsedObject, Reader},
-            write::Object,
+            read::{BodyReader, ParsedObject},
+            write::ObjectWriter,
         },
         transaction::{read_data, read_services},
     },
@@ -84,8 +84,8 @@ pub fn encode_request(
         return Err(RequestTooLarge::Services { n_services });
     }
     let mut body = Vec::with_capacity(data.as_str().len() + 256);
-    let mut object = Object::new(&mut body);
-    write(&mut object, &Parts { id, services, data, timeout: *timeout, reply });
+    let mut object = ObjectWriter::new(&mut body);
+    write(&mut object, &RequestFields { id, services, data, timeout: *timeout, reply });
     object.end();
     if body.len() > REQUEST_MAX {
         return Err(RequestTooLarge::Bytes { size: body.len() });
@@ -106,7 +106,7 @@ pub fn decode_request(body: &[u8], timestamp: Option<u64>) -> Result<Request, Re
         let size = body.len();
         complaints.push(RequestTooLarge::Bytes { size }.to_string());
     } else {
-        let mut reader = Reader::new(Kind::Request.word());
+        let mut reader = BodyReader::new(Kind::Request.word());
         let body = without_byte_order_mark(body);
         if let Some(value) = reader.check.json(Position::START, body) {
             read = self::read(&mut reader, &Path::TOP, &value);
@@ -158,7 +158,7 @@ fn shortened(mut reason: String) -> String {
 }
 
 /// The parts of a request that is written.
-pub(super) struct Parts<'a> {
+pub(super) struct RequestFields<'a> {
     id: &'a TransactionId,
     services: &'a [ServiceName],
     data: &'a Payload,
@@ -166,14 +166,14 @@ pub(super) struct Parts<'a> {
     reply: Option<&'a ReplyToken>,
 }
 
-impl<'a> Parts<'a> {
+impl<'a> RequestFields<'a> {
     pub(super) fn of(request: &'a Request) -> Self {
         let Request { key, request_hash: _, services, data, timeout, reply } = request;
         Self { id: &key.id, services, data, timeout: *timeout, reply: reply.as_ref() }
     }
 }
 
-pub(super) fn write(object: &mut Object<'_>, parts: &Parts<'_>) {
+pub(super) fn write(object: &mut ObjectWriter<'_>, parts: &RequestFields<'_>) {
     object.word("id", parts.id.as_str());
     object.services("involved_services", parts.services);
     object.json("data", parts.data.as_str());
@@ -212,14 +212,14 @@ impl PartialRequest {
 }
 
 /// Reads the request at `path`; it complains about all errors in it.
-pub(super) fn read(reader: &mut Reader, path: &Path<'_>, value: &Value<'_>) -> PartialRequest {
+pub(super) fn read(reader: &mut BodyReader, path: &Path<'_>, value: &Value<'_>) -> PartialRequest {
     let object = ParsedObject { path: *path, value };
     let known = ["id", "involved_services", "data", "timeout_ms", "reply"];
     let Some([id, services, data, timeout, reply]) = reader.fields(&object, known) else {
         return PartialRequest::default();
     };
-    let id = reader.need(&object, id, Reader::id);
-    let services = reader.need(&object, services, |reader, path, value| {
+    let id = reader.required(&object, id, BodyReader::id);
+    let services = reader.required(&object, services, |reader, path, value| {
         let services = read_services(&mut reader.check, path, value);
         // However often a service is named.
         if matches!(&value.kind, json::ValueKind::Array(elements) if elements.len() > SERVICES_MAX)
@@ -229,7 +229,7 @@ pub(super) fn read(reader: &mut Reader, path: &Path<'_>, value: &Value<'_>) -> P
         }
         services
     });
-    let data = reader.need(&object, data, |reader, path, value| {
+    let data = reader.required(&object, data, |reader, path, value| {
         read_data(&mut reader.check, path, value, &mut reader.buffer)
     });
     let timeout = timeout.value.and_then(|value| {

@@ -16,12 +16,12 @@ use crate::{
 
 /// An object that is being written.
 #[derive(Debug)]
-pub struct Object<'b> {
+pub struct ObjectWriter<'b> {
     out: &'b mut Vec<u8>,
     is_empty: bool,
 }
 
-impl<'b> Object<'b> {
+impl<'b> ObjectWriter<'b> {
     pub(super) fn new(out: &'b mut Vec<u8>) -> Self {
         out.push(b'{');
         Self { out, is_empty: true }
@@ -148,9 +148,9 @@ impl<'b> Object<'b> {
     }
 
     /// An object within this one.
-    pub(super) fn object(&mut self, name: &str) -> Object<'_> {
+    pub(super) fn object(&mut self, name: &str) -> ObjectWriter<'_> {
         self.field(name);
-        Object::new(self.out)
+        ObjectWriter::new(self.out)
     }
 }
 
