@@ -14,7 +14,7 @@ use crate::{
     cli::plain,
     embedded::{Concluded, Report, ServiceReport},
     input::transactions::Transactions,
-    wire::result::{Brief, Detailed, ProducerResult},
+    wire::result::{BriefResult, DetailedResult, ProducerResult},
 };
 
 /// The form in which results are printed.
@@ -90,8 +90,10 @@ impl<W: Write> Printer<W> {
     fn object(&mut self, Concluded { answer, attempts, took }: &Concluded) -> io::Result<()> {
         let out = &mut self.out;
         let written = match self.detail {
-            Detail::Brief => serde_json::to_writer(out, &Brief::of(answer)),
-            Detail::Calls => serde_json::to_writer(out, &Detailed::of(answer, attempts, *took)),
+            Detail::Brief => serde_json::to_writer(out, &BriefResult::of(answer)),
+            Detail::Calls => {
+                serde_json::to_writer(out, &DetailedResult::of(answer, attempts, *took))
+            }
             Detail::Times => serde_json::to_writer(out, &ProducerResult::of(answer, *took)),
         };
         written.map_err(io::Error::from)

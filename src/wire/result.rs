@@ -1,4 +1,4 @@
-//! The printed result of a transaction: [`Brief`], [`Detailed`], or [`ProducerResult`].
+//! The printed result of a transaction: [`BriefResult`], [`DetailedResult`], or [`ProducerResult`].
 //!
 //! ```json
 //! {"id":"TX1","status":"COMMITTED"}
@@ -20,14 +20,14 @@ use crate::protocol::{
 
 /// A result in its shortest form: `{"id","status"}`.
 #[derive(Clone, Debug, Serialize)]
-pub struct Brief<'a> {
+pub struct BriefResult<'a> {
     /// The transaction's id.
     pub id: &'a str,
     /// `COMMITTED` or `ABORTED`.
     pub status: &'static str,
 }
 
-impl<'a> Brief<'a> {
+impl<'a> BriefResult<'a> {
     /// The short form of `answer`.
     pub fn of(answer: &'a Answer) -> Self {
         Self { id: answer.id.as_str(), status: answer.outcome.as_str() }
@@ -37,7 +37,7 @@ impl<'a> Brief<'a> {
 /// A result with everything that is known about it:
 /// `{"id","status","reason","unresolved","attempts","duration_ms"}`.
 #[derive(Clone, Debug, Serialize)]
-pub struct Detailed<'a> {
+pub struct DetailedResult<'a> {
     /// The transaction's id.
     pub id: &'a str,
     /// `COMMITTED` or `ABORTED`.
@@ -54,14 +54,14 @@ pub struct Detailed<'a> {
     pub duration_ms: f64,
 }
 
-impl<'a> Detailed<'a> {
+impl<'a> DetailedResult<'a> {
     /// The long form of `answer`, which took `duration`.
     pub fn of(
         answer: &'a Answer,
         attempts: &'a BTreeMap<ServiceName, Attempts>,
         duration: Duration,
     ) -> Self {
-        let Brief { id, status } = Brief::of(answer);
+        let BriefResult { id, status } = BriefResult::of(answer);
         Self {
             id,
             status,
@@ -97,7 +97,7 @@ pub struct ProducerResult<'a> {
 impl<'a> ProducerResult<'a> {
     /// The result in `answer`, which took `duration`.
     pub fn of(answer: &'a Answer, duration: Duration) -> Self {
-        let Brief { id, status } = Brief::of(answer);
+        let BriefResult { id, status } = BriefResult::of(answer);
         Self {
             id,
             status,
@@ -158,7 +158,7 @@ fn by_name<S: Serializer>(
 mod tests {
     use std::{collections::BTreeMap, time::Duration};
 
-    use super::{Attempts, Brief, Detailed};
+    use super::{Attempts, BriefResult, DetailedResult};
     use crate::protocol::{
         ids::{ServiceName, TransactionId},
         message::{Answer, Outcome, Reason, ReasonCode},
@@ -181,13 +181,13 @@ mod tests {
             })
             .collect();
         let duration = Duration::from_nanos(12_345_678);
-        serde_json::to_string(&Detailed::of(answer, &attempts, duration)).unwrap()
+        serde_json::to_string(&DetailedResult::of(answer, &attempts, duration)).unwrap()
     }
 
     #[test]
     fn a_brief_result_is_id_and_status() {
         let brief =
-            |outcome| serde_json::to_string(&Brief::of(&answer(outcome, None, &[]))).unwrap();
+            |outcome| serde_json::to_string(&BriefResult::of(&answer(outcome, None, &[]))).unwrap();
         assert_eq!(brief(Outcome::Committed), r#"{"id":"TX1","status":"COMMITTED"}"#);
         assert_eq!(brief(Outcome::Aborted), r#"{"id":"TX1","status":"ABORTED"}"#);
     }
