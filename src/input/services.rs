@@ -34,7 +34,7 @@ use crate::{
     complaint::{Complaints, Position},
     json::{
         Value, ValueKind,
-        check::{Checker, DAY_MS, Path, without_byte_order_mark},
+        check::{Checker, DAY_MS, JsonPath, without_byte_order_mark},
     },
     protocol::{
         ids::{ServiceName, TransactionId},
@@ -110,9 +110,9 @@ pub fn read(file: &str, text: &[u8]) -> Result<Vec<ServiceSpec>, Complaints> {
 
 fn read_services(check: &mut Checker, text: &[u8]) -> Option<Vec<ServiceSpec>> {
     let value = check.json(Position::START, without_byte_order_mark(text))?;
-    let elements = check.elements(&Path::TOP, &value, "an array of services")?;
+    let elements = check.elements(&JsonPath::TOP, &value, "an array of services")?;
     if elements.is_empty() {
-        check.complain(&Path::TOP, &value, "must have at least one service");
+        check.complain(&JsonPath::TOP, &value, "must have at least one service");
     }
     let mut taken = BTreeMap::new();
     let mut services = Vec::with_capacity(elements.len());
@@ -124,7 +124,7 @@ fn read_services(check: &mut Checker, text: &[u8]) -> Option<Vec<ServiceSpec>> {
             }
             Entry::Occupied(entry) => Some(*entry.get()),
         };
-        services.extend(read_service(check, &Path::TOP.element(index), element, taken));
+        services.extend(read_service(check, &JsonPath::TOP.element(index), element, taken));
     }
     Some(services)
 }
@@ -132,7 +132,7 @@ fn read_services(check: &mut Checker, text: &[u8]) -> Option<Vec<ServiceSpec>> {
 /// `taken` returns the index of the service that has a name already; otherwise it takes the name.
 fn read_service(
     check: &mut Checker,
-    path: &Path<'_>,
+    path: &JsonPath<'_>,
     value: &Value<'_>,
     mut taken: impl FnMut(&ServiceName) -> Option<usize>,
 ) -> Option<ServiceSpec> {
@@ -172,7 +172,7 @@ fn read_service(
     })
 }
 
-fn read_cap(check: &mut Checker, path: &Path<'_>, value: &Value<'_>) -> Option<Cap> {
+fn read_cap(check: &mut Checker, path: &JsonPath<'_>, value: &Value<'_>) -> Option<Cap> {
     let path = path.field("cap");
     match check.string(&path, value)? {
         "instance" => Some(Cap::Instance),
@@ -186,7 +186,7 @@ fn read_cap(check: &mut Checker, path: &Path<'_>, value: &Value<'_>) -> Option<C
 
 fn read_behaviour(
     check: &mut Checker,
-    path: &Path<'_>,
+    path: &JsonPath<'_>,
     value: Option<&Value<'_>>,
     is_prepare: bool,
 ) -> Option<Behaviour> {
@@ -239,10 +239,10 @@ fn read_behaviour(
     })
 }
 
-fn read_latency(check: &mut Checker, path: &Path<'_>, value: &Value<'_>) -> Option<Latency> {
+fn read_latency(check: &mut Checker, path: &JsonPath<'_>, value: &Value<'_>) -> Option<Latency> {
     let rule = format!("must be a number from 0 to {DAY_MS}, or [min, max] of two such");
     let path = path.field("latency_ms");
-    let mut duration = |path: &Path<'_>, value: &Value<'_>| {
+    let mut duration = |path: &JsonPath<'_>, value: &Value<'_>| {
         let millis = check.number(path, value, DAY_MS.into(), &rule)?;
         Some(Duration::from_secs_f64(millis / 1000.0))
     };
@@ -264,7 +264,7 @@ fn read_latency(check: &mut Checker, path: &Path<'_>, value: &Value<'_>) -> Opti
 
 fn read_ids(
     check: &mut Checker,
-    path: &Path<'_>,
+    path: &JsonPath<'_>,
     value: &Value<'_>,
 ) -> Option<BTreeSet<TransactionId>> {
     let path = path.field("fail_for");

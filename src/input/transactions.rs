@@ -31,7 +31,7 @@ use crate::{
     complaint::{Complaint, Complaints, Location, Position, TextLocation},
     json::{
         Value,
-        check::{BYTE_ORDER_MARK, Checker, DAY_MS, Path, without_byte_order_mark},
+        check::{BYTE_ORDER_MARK, Checker, DAY_MS, JsonPath, without_byte_order_mark},
     },
     protocol::{ids::TransactionId, message::TransactionSpec},
     wire::{
@@ -153,7 +153,7 @@ fn read_elements(
     text: &[u8],
 ) -> Option<Vec<TransactionSpec>> {
     let value = check.json(start, text)?;
-    let elements = check.elements(&Path::TOP, &value, "an array of transactions")?;
+    let elements = check.elements(&JsonPath::TOP, &value, "an array of transactions")?;
     let mut taken = HashMap::with_capacity(elements.len());
     let mut transactions = Vec::with_capacity(elements.len());
     let mut buffer = String::new();
@@ -165,7 +165,7 @@ fn read_elements(
             }
             Entry::Occupied(entry) => Some(format!("must differ from $[{}].id", entry.get())),
         };
-        let path = Path::TOP.element(index);
+        let path = JsonPath::TOP.element(index);
         transactions.extend(read_transaction(check, &path, element, taken, &mut buffer));
     }
     Some(transactions)
@@ -174,7 +174,7 @@ fn read_elements(
 /// `taken` takes an id, or returns which transaction has it already. `buffer` is scratch space.
 fn read_transaction(
     check: &mut Checker,
-    path: &Path<'_>,
+    path: &JsonPath<'_>,
     value: &Value<'_>,
     taken: impl FnOnce(&TransactionId) -> Option<String>,
     buffer: &mut String,
@@ -290,7 +290,7 @@ impl<R: BufRead> Lines<R> {
                 (!self.taken.take(id))
                     .then(|| "must differ from the id of every earlier line".to_owned())
             };
-            read_transaction(&mut check, &Path::TOP, &value, taken, &mut self.buffer)
+            read_transaction(&mut check, &JsonPath::TOP, &value, taken, &mut self.buffer)
         });
         check.complaints.or(transaction)
     }

@@ -20,7 +20,7 @@ pub(crate) fn without_byte_order_mark(text: &[u8]) -> &[u8] {
 
 /// The path of a value, from the top of its JSON text.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Path<'p> {
+pub(crate) struct JsonPath<'p> {
     above: Option<&'p Self>,
     step: PathStep<'p>,
 }
@@ -32,8 +32,8 @@ enum PathStep<'p> {
     Field(&'p str),
 }
 
-impl<'p> Path<'p> {
-    pub(crate) const TOP: Path<'static> = Path { above: None, step: PathStep::Top };
+impl<'p> JsonPath<'p> {
+    pub(crate) const TOP: JsonPath<'static> = JsonPath { above: None, step: PathStep::Top };
 
     pub(crate) fn element(&'p self, index: usize) -> Self {
         Self { above: Some(self), step: PathStep::Element(index) }
@@ -44,7 +44,7 @@ impl<'p> Path<'p> {
     }
 }
 
-impl fmt::Display for Path<'_> {
+impl fmt::Display for JsonPath<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(above) = self.above {
             write!(f, "{above}")?;
@@ -96,7 +96,12 @@ impl Checker {
     }
 
     /// Complains about `value` at `path`.
-    pub(crate) fn complain(&mut self, path: &Path<'_>, value: &Value<'_>, rule: impl Into<String>) {
+    pub(crate) fn complain(
+        &mut self,
+        path: &JsonPath<'_>,
+        value: &Value<'_>,
+        rule: impl Into<String>,
+    ) {
         let path = path.to_string();
         let at = match self.line {
             None => TextLocation::Path(path),
@@ -148,7 +153,7 @@ impl Checker {
     /// except in a message, about unknown ones.
     pub(crate) fn fields<'v, 'a, const N: usize>(
         &mut self,
-        path: &Path<'_>,
+        path: &JsonPath<'_>,
         value: &'v Value<'a>,
         known: &[&str; N],
     ) -> Option<[Option<&'v Value<'a>>; N]> {
@@ -173,7 +178,7 @@ impl Checker {
     /// `field`, which must be in `value` under `name`.
     pub(crate) fn required<T>(
         &mut self,
-        path: &Path<'_>,
+        path: &JsonPath<'_>,
         value: &Value<'_>,
         name: &str,
         field: Option<T>,
@@ -185,7 +190,11 @@ impl Checker {
     }
 
     /// `value` as text.
-    pub(crate) fn string<'v>(&mut self, path: &Path<'_>, value: &'v Value<'_>) -> Option<&'v str> {
+    pub(crate) fn string<'v>(
+        &mut self,
+        path: &JsonPath<'_>,
+        value: &'v Value<'_>,
+    ) -> Option<&'v str> {
         if let ValueKind::String(string) = &value.kind {
             return Some(string);
         }
@@ -196,7 +205,7 @@ impl Checker {
     /// `value` as a name that `parse` accepts; `rule` describes its characters and length.
     pub(crate) fn name<T, E>(
         &mut self,
-        path: &Path<'_>,
+        path: &JsonPath<'_>,
         value: &Value<'_>,
         rule: &str,
         parse: fn(&str) -> Result<T, E>,
@@ -211,7 +220,7 @@ impl Checker {
     /// The elements of `value`, which must be `what`.
     pub(crate) fn elements<'v, 'a>(
         &mut self,
-        path: &Path<'_>,
+        path: &JsonPath<'_>,
         value: &'v Value<'a>,
         what: &str,
     ) -> Option<&'v [Value<'a>]> {
@@ -223,7 +232,7 @@ impl Checker {
     }
 
     /// `value` as `true` or `false`.
-    pub(crate) fn boolean(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<bool> {
+    pub(crate) fn boolean(&mut self, path: &JsonPath<'_>, value: &Value<'_>) -> Option<bool> {
         if let ValueKind::Bool(boolean) = value.kind {
             return Some(boolean);
         }
@@ -234,7 +243,7 @@ impl Checker {
     /// `value` as a whole number, if it lies in `range`.
     pub(crate) fn whole_number(
         &mut self,
-        path: &Path<'_>,
+        path: &JsonPath<'_>,
         value: &Value<'_>,
         range: RangeInclusive<u32>,
     ) -> Option<u32> {
@@ -253,7 +262,7 @@ impl Checker {
     /// `value` as a number, if it lies between 0 and `max`; `rule` says so.
     pub(crate) fn number(
         &mut self,
-        path: &Path<'_>,
+        path: &JsonPath<'_>,
         value: &Value<'_>,
         max: f64,
         rule: &str,
@@ -266,7 +275,7 @@ impl Checker {
     }
 
     /// Complains about every field within `value` that is given twice in its object.
-    pub(crate) fn refuse_doubles(&mut self, path: &Path<'_>, value: &Value<'_>) {
+    pub(crate) fn refuse_doubles(&mut self, path: &JsonPath<'_>, value: &Value<'_>) {
         match &value.kind {
             ValueKind::Array(elements) => {
                 for (index, element) in elements.iter().enumerate() {

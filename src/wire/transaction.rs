@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::{
     json::{
         Value, ValueKind,
-        check::{Checker, Path},
+        check::{Checker, JsonPath},
     },
     protocol::{ids::ServiceName, message::Payload},
 };
@@ -13,7 +13,7 @@ use crate::{
 /// The services in `value`: each once, in name order.
 pub(crate) fn read_services(
     check: &mut Checker,
-    path: &Path<'_>,
+    path: &JsonPath<'_>,
     value: &Value<'_>,
 ) -> Option<Arc<[ServiceName]>> {
     let elements = check.elements(path, value, "an array of service names")?;
@@ -33,7 +33,7 @@ pub(crate) fn read_services(
 /// `value` in its canonical form; `buffer` is scratch space.
 pub(crate) fn read_data(
     check: &mut Checker,
-    path: &Path<'_>,
+    path: &JsonPath<'_>,
     value: &Value<'_>,
     buffer: &mut String,
 ) -> Option<Payload> {

@@ -17,7 +17,7 @@ use std::{sync::Arc, time::Duration};
 
 use crate::{
     complaint::Complaints,
-    json::check::Path,
+    json::check::JsonPath,
     protocol::{
         ids::{ServiceName, WorkerId},
         message::{Decision, Payload, Request},
@@ -182,7 +182,7 @@ fn object<T>(
     let mut reader = BodyReader::new(kind);
     let value = reader.json(text);
     let value = reader.or_complaints(value).map_err(EntryMalformed::Invalid)?;
-    let found = read(&mut reader, &ParsedObject { path: Path::TOP, value: &value });
+    let found = read(&mut reader, &ParsedObject { path: JsonPath::TOP, value: &value });
     reader.or_complaints(found).map_err(EntryMalformed::Invalid)
 }
 

@@ -69,7 +69,7 @@ mod write;
 
 use crate::{
     complaint::Complaints,
-    json::check::{Path, without_byte_order_mark},
+    json::check::{JsonPath, without_byte_order_mark},
     protocol::message::Command,
 };
 
@@ -336,10 +336,10 @@ pub fn decode<T: Item>(body: &[u8]) -> Result<Vec<Result<T, Malformed>>, Malform
     let mut reader = read::BodyReader::new(T::KIND.word());
     let value = reader.json(without_byte_order_mark(body));
     let value = reader.or_complaints(value).map_err(Malformed::Invalid)?;
-    let elements = reader.check.elements(&Path::TOP, &value, "an array of items");
+    let elements = reader.check.elements(&JsonPath::TOP, &value, "an array of items");
     let elements = reader.or_complaints(elements).map_err(Malformed::Invalid)?;
     let items = elements.iter().enumerate().map(|(index, value)| {
-        let object = read::ParsedObject { path: Path::TOP.element(index), value };
+        let object = read::ParsedObject { path: JsonPath::TOP.element(index), value };
         let item = T::read(&mut reader, &object);
         reader.or_complaints(item).map_err(Malformed::Invalid)
     });

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::{
-    json::{Value, check::Path},
+    json::{Value, check::JsonPath},
     protocol::ids::TransactionKey,
     wire::message::{
         Item, Kind, TIME_MAX_SECONDS,
@@ -89,7 +89,7 @@ impl Sealed for PackedMessage {
 
 fn read_try(
     reader: &mut BodyReader,
-    path: &Path<'_>,
+    path: &JsonPath<'_>,
     value: &Value<'_>,
 ) -> Option<(TransactionKey, bool)> {
     let place = ParsedObject { path: *path, value };

@@ -6,7 +6,7 @@ use crate::{
     complaint::{Complaints, Position},
     json::{
         Value, ValueKind,
-        check::{Checker, Path, TWICE, number},
+        check::{Checker, JsonPath, TWICE, number},
         parse_wrapped,
     },
     protocol::{
@@ -55,11 +55,11 @@ pub(super) struct Field<'v, 'a> {
 /// An object: its path, and its value.
 #[derive(Clone, Copy, Debug)]
 pub struct ParsedObject<'p, 'v, 'a> {
-    pub(super) path: Path<'p>,
+    pub(super) path: JsonPath<'p>,
     pub(super) value: &'v Value<'a>,
 }
 
-type ReadField<T> = fn(&mut BodyReader, &Path<'_>, &Value<'_>) -> Option<T>;
+type ReadField<T> = fn(&mut BodyReader, &JsonPath<'_>, &Value<'_>) -> Option<T>;
 
 impl BodyReader {
     pub(super) fn new(kind: &str) -> Self {
@@ -128,41 +128,49 @@ impl BodyReader {
         Some(TransactionKey { id: id?, requested_at: requested_at? })
     }
 
-    pub(super) fn id(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<TransactionId> {
+    pub(super) fn id(&mut self, path: &JsonPath<'_>, value: &Value<'_>) -> Option<TransactionId> {
         self.check.name(path, value, TransactionId::RULE, TransactionId::parse)
     }
 
-    pub(super) fn service(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<ServiceName> {
+    pub(super) fn service(
+        &mut self,
+        path: &JsonPath<'_>,
+        value: &Value<'_>,
+    ) -> Option<ServiceName> {
         let text = self.check.string(path, value)?;
         let read = known(&mut self.service, text, ServiceName::as_str, ServiceName::parse);
         self.matching(path, value, ServiceName::RULE, read)
     }
 
-    pub(super) fn instance(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<InstanceId> {
+    pub(super) fn instance(
+        &mut self,
+        path: &JsonPath<'_>,
+        value: &Value<'_>,
+    ) -> Option<InstanceId> {
         let text = self.check.string(path, value)?;
         let read = known(&mut self.instance, text, InstanceId::as_str, InstanceId::parse);
         self.matching(path, value, InstanceId::RULE, read)
     }
 
-    pub(super) fn store(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<StoreId> {
+    pub(super) fn store(&mut self, path: &JsonPath<'_>, value: &Value<'_>) -> Option<StoreId> {
         let text = self.check.string(path, value)?;
         let read = known(&mut self.store, text, StoreId::as_str, StoreId::parse);
         self.matching(path, value, StoreId::RULE, read)
     }
 
-    pub(super) fn worker(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<WorkerId> {
+    pub(super) fn worker(&mut self, path: &JsonPath<'_>, value: &Value<'_>) -> Option<WorkerId> {
         let text = self.check.string(path, value)?;
         let read = known(&mut self.worker, text, WorkerId::as_str, WorkerId::parse);
         self.matching(path, value, WorkerId::RULE, read)
     }
 
-    pub(super) fn branch(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<Branch> {
+    pub(super) fn branch(&mut self, path: &JsonPath<'_>, value: &Value<'_>) -> Option<Branch> {
         self.check.name(path, value, Branch::RULE, Branch::parse)
     }
 
     pub(super) fn branches(
         &mut self,
-        path: &Path<'_>,
+        path: &JsonPath<'_>,
         value: &Value<'_>,
     ) -> Option<Vec<(ServiceName, Branch)>> {
         let ValueKind::Object(fields) = &value.kind else {
@@ -192,7 +200,7 @@ impl BodyReader {
 
     pub(super) fn services(
         &mut self,
-        path: &Path<'_>,
+        path: &JsonPath<'_>,
         value: &Value<'_>,
     ) -> Option<Vec<ServiceName>> {
         let elements = self.check.elements(path, value, "an array of service names")?;
@@ -205,14 +213,14 @@ impl BodyReader {
 
     pub(super) fn request_hash(
         &mut self,
-        path: &Path<'_>,
+        path: &JsonPath<'_>,
         value: &Value<'_>,
     ) -> Option<RequestHash> {
         let hash = RequestHash::parse(self.check.string(path, value)?).ok();
         self.matching(path, value, RequestHash::RULE, hash)
     }
 
-    pub(super) fn outcome(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<Outcome> {
+    pub(super) fn outcome(&mut self, path: &JsonPath<'_>, value: &Value<'_>) -> Option<Outcome> {
         let known = [Outcome::Committed, Outcome::Aborted];
         self.one_of(path, value, known, Outcome::as_str)
     }
@@ -220,7 +228,7 @@ impl BodyReader {
     /// One of `words`.
     pub(super) fn one_of<T: Copy, const N: usize>(
         &mut self,
-        path: &Path<'_>,
+        path: &JsonPath<'_>,
         value: &Value<'_>,
         known: [T; N],
         as_str: impl Fn(T) -> &'static str,
@@ -234,7 +242,7 @@ impl BodyReader {
         found
     }
 
-    pub(super) fn reason(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<Reason> {
+    pub(super) fn reason(&mut self, path: &JsonPath<'_>, value: &Value<'_>) -> Option<Reason> {
         let object = ParsedObject { path: *path, value };
         let [service, code, message] = self.fields(&object, ["service", "code", "message"])?;
         let service = self.optional(&object, service, Self::service);
@@ -246,31 +254,35 @@ impl BodyReader {
     }
 
     /// A text of unknown origin.
-    pub(super) fn text(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<Arc<str>> {
+    pub(super) fn text(&mut self, path: &JsonPath<'_>, value: &Value<'_>) -> Option<Arc<str>> {
         Some(cut(self.check.string(path, value)?).into())
     }
 
     /// The same, however long it is.
-    pub(super) fn whole_text(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<Arc<str>> {
+    pub(super) fn whole_text(
+        &mut self,
+        path: &JsonPath<'_>,
+        value: &Value<'_>,
+    ) -> Option<Arc<str>> {
         Some(self.check.string(path, value)?.into())
     }
 
-    pub(super) fn flag(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<bool> {
+    pub(super) fn flag(&mut self, path: &JsonPath<'_>, value: &Value<'_>) -> Option<bool> {
         self.check.boolean(path, value)
     }
 
     /// A time in whole seconds.
-    pub(super) fn requested_at(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<Time> {
+    pub(super) fn requested_at(&mut self, path: &JsonPath<'_>, value: &Value<'_>) -> Option<Time> {
         let seconds = self.whole_number(path, value, 0..=TIME_MAX_SECONDS)?;
         Some(Time::from_millis(seconds * 1000))
     }
 
     /// A time in milliseconds.
-    pub(super) fn moment(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<Time> {
+    pub(super) fn moment(&mut self, path: &JsonPath<'_>, value: &Value<'_>) -> Option<Time> {
         self.whole_number(path, value, 0..=TIME_MAX_SECONDS * 1000 + 999).map(Time::from_millis)
     }
 
-    pub(super) fn count(&mut self, path: &Path<'_>, value: &Value<'_>) -> Option<u32> {
+    pub(super) fn count(&mut self, path: &JsonPath<'_>, value: &Value<'_>) -> Option<u32> {
         let count = self.whole_number(path, value, 0..=u32::MAX.into())?;
         u32::try_from(count).ok()
     }
@@ -279,7 +291,7 @@ impl BodyReader {
     /// double represents exactly.
     pub(super) fn whole_number(
         &mut self,
-        path: &Path<'_>,
+        path: &JsonPath<'_>,
         value: &Value<'_>,
         range: RangeInclusive<u64>,
     ) -> Option<u64> {
@@ -307,7 +319,7 @@ impl BodyReader {
     /// Parses by `read`, with a complaint about `rule` if that fails.
     pub(super) fn matching<T>(
         &mut self,
-        path: &Path<'_>,
+        path: &JsonPath<'_>,
         value: &Value<'_>,
         rule: &str,
         read: Option<T>,

@@ -1,7 +1,7 @@
 //! Records: decisions in the journal, and what is parked for an operator.
 
 use crate::{
-    json::{self, Value, check::Path},
+    json::{self, Value, check::JsonPath},
     protocol::{
         ids::{ServiceName, TransactionKey, WorkerId},
         message::{Decision, Parked, ParkedCause, Request},
@@ -163,7 +163,7 @@ impl Sealed for Parked {
 /// The request at `path`, which must be that of `key`.
 fn read_request(
     reader: &mut BodyReader,
-    path: &Path<'_>,
+    path: &JsonPath<'_>,
     value: &Value<'_>,
     key: TransactionKey,
 ) -> Option<Request> {

@@ -9,7 +9,7 @@ use crate::{
     complaint::{Complaints, Position},
     json::{
         self, Value,
-        check::{DAY_MS, Path, without_byte_order_mark},
+        check::{DAY_MS, JsonPath, without_byte_order_mark},
     },
     protocol::{
         ids::{ReplyToken, RequestHash, ServiceName, TransactionId, TransactionKey},
@@ -109,7 +109,7 @@ pub fn decode_request(body: &[u8], timestamp: Option<u64>) -> Result<Request, Re
         let mut reader = BodyReader::new(Kind::Request.word());
         let body = without_byte_order_mark(body);
         if let Some(value) = reader.check.json(Position::START, body) {
-            read = self::read(&mut reader, &Path::TOP, &value);
+            read = self::read(&mut reader, &JsonPath::TOP, &value);
         }
         if let Err(found) = reader.or_complaints(Some(())) {
             complaints.extend(lines(&found));
@@ -212,7 +212,11 @@ impl PartialRequest {
 }
 
 /// Reads the request at `path`; it complains about all errors in it.
-pub(super) fn read(reader: &mut BodyReader, path: &Path<'_>, value: &Value<'_>) -> PartialRequest {
+pub(super) fn read(
+    reader: &mut BodyReader,
+    path: &JsonPath<'_>,
+    value: &Value<'_>,
+) -> PartialRequest {
     let object = ParsedObject { path: *path, value };
     let known = ["id", "involved_services", "data", "timeout_ms", "reply"];
     let Some([id, services, data, timeout, reply]) = reader.fields(&object, known) else {
