@@ -40,7 +40,7 @@ pub enum Location {
         /// The key, with its sections; empty if the whole source is meant.
         key: String,
         /// The source of its value.
-        source: Source,
+        source: ValueSource,
     },
 }
 
@@ -84,7 +84,7 @@ impl Position {
 
 /// The source of a configuration value; later ones override earlier ones.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Source {
+pub enum ValueSource {
     /// The file that is compiled in.
     Default,
     /// A file, by the path that was given.
@@ -102,7 +102,7 @@ pub enum Source {
     },
 }
 
-impl Source {
+impl ValueSource {
     /// Whether it is a flag of the command line.
     pub fn is_flag(&self) -> bool {
         match self {
@@ -112,7 +112,7 @@ impl Source {
     }
 }
 
-impl fmt::Display for Source {
+impl fmt::Display for ValueSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Default => f.write_str("default"),
@@ -260,7 +260,7 @@ pub(crate) fn shortened(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::{
-        Complaint, ComplaintCollector, Location, Position, Source, TextLocation, shortened,
+        Complaint, ComplaintCollector, Location, Position, TextLocation, ValueSource, shortened,
     };
 
     #[test]
@@ -287,7 +287,7 @@ mod tests {
     #[test]
     fn a_complaint_about_a_key_names_its_source() {
         let complaint = |key: &str, value: Option<&str>| {
-            let source = Source::Variable("DTC__A__B".to_owned());
+            let source = ValueSource::Variable("DTC__A__B".to_owned());
             let location = Location::Key { key: key.to_owned(), source };
             let rule = "must be good".to_owned();
             Complaint { location, value: value.map(str::to_owned), rule }.to_string()

@@ -17,7 +17,7 @@ use std::{
 use ::config::{Environment, File, FileFormat, Map, Source as _, Value, ValueKind};
 
 use crate::{
-    complaint::{Complaint, Location, Source},
+    complaint::{Complaint, Location, ValueSource},
     config::{Flag, Sources, spelling},
 };
 
@@ -36,7 +36,7 @@ const PREFIX: &str = "DTC__";
 pub(super) struct Draft {
     values: BTreeMap<String, RawValue>,
     /// The services that have a section, and its source.
-    services: BTreeMap<String, Source>,
+    services: BTreeMap<String, ValueSource>,
     /// Variables that look like ours but have another name, such as `DTC_BROKER_URL`.
     alike: Vec<String>,
     pub(super) complaints: Vec<Complaint>,
@@ -50,7 +50,7 @@ pub(super) struct Draft {
 struct RawValue {
     /// `None`: it is a table or an array.
     text: Option<String>,
-    source: Source,
+    source: ValueSource,
 }
 
 /// The value may be a password.
@@ -65,7 +65,7 @@ impl std::fmt::Debug for RawValue {
 pub(super) struct ResolvedKey {
     pub(super) key: String,
     /// Its value as TOML, with a secret masked, and the source. `None`: it is not set.
-    pub(super) value: Option<(String, Source)>,
+    pub(super) value: Option<(String, ValueSource)>,
     /// What the value means in this configuration, if it depends on other keys.
     pub(super) meaning: Option<String>,
 }
@@ -83,9 +83,9 @@ impl Draft {
             entries: Vec::new(),
             known: BTreeSet::new(),
         };
-        draft.lay_file(DEFAULTS, &Source::Default);
+        draft.lay_file(DEFAULTS, &ValueSource::Default);
         if let Some(path) = &sources.file {
-            let source = Source::File(path.display().to_string());
+            let source = ValueSource::File(path.display().to_string());
             match fs::read_to_string(path) {
                 Ok(text) => draft.lay_file(&text, &source),
                 Err(error) => draft.complain("", source, format!("can't be read: {error}")),
@@ -96,7 +96,7 @@ impl Draft {
         draft
     }
 
-    fn lay_file(&mut self, text: &str, source: &Source) {
+    fn lay_file(&mut self, text: &str, source: &ValueSource) {
         match File::from_str(text, FileFormat::Toml).collect() {
             Ok(values) => {
                 let mut layer = Layer::new();
@@ -120,7 +120,7 @@ impl Draft {
     }
 
     /// Adds the values in `value` to `layer`, each under its full key.
-    fn flatten(&mut self, key: String, value: Value, source: &Source, layer: &mut Layer) {
+    fn flatten(&mut self, key: String, value: Value, source: &ValueSource, layer: &mut Layer) {
         let text = match value.kind {
             ValueKind::Table(table) => {
                 if let Some(name) = key.strip_prefix("services.") {
@@ -153,7 +153,7 @@ impl Draft {
                 }
                 continue;
             }
-            let source = Source::Variable(name.to_string());
+            let source = ValueSource::Variable(name.to_string());
             let key = name.to_lowercase().replacen(&PREFIX.to_lowercase(), "", 1);
             let key = key.replace("__", ".");
             match value.to_str() {
@@ -179,13 +179,13 @@ impl Draft {
             Ok(values) => {
                 let mut layer = Layer::new();
                 for (key, value) in sorted(values) {
-                    let source = Source::Variable(variable(&key));
+                    let source = ValueSource::Variable(variable(&key));
                     self.flatten(key, value, &source, &mut layer);
                 }
                 self.lay(layer);
             }
             Err(_) => {
-                let source = Source::Variable(format!("{PREFIX}…"));
+                let source = ValueSource::Variable(format!("{PREFIX}…"));
                 self.complain("", source, "can't be read".to_owned());
             }
         }
@@ -193,7 +193,7 @@ impl Draft {
 
     fn lay_flags(&mut self, flags: &[Flag]) {
         let said = |flag: &Flag| {
-            let source = Source::Flag(flag.flag.to_owned());
+            let source = ValueSource::Flag(flag.flag.to_owned());
             (flag.key.to_owned(), RawValue { text: Some(flag.value.clone()), source })
         };
         self.lay(flags.iter().map(said).collect());
@@ -217,12 +217,12 @@ impl Draft {
         self.values.extend(layer);
     }
 
-    pub(super) fn complain(&mut self, key: &str, source: Source, rule: String) {
+    pub(super) fn complain(&mut self, key: &str, source: ValueSource, rule: String) {
         self.complain_of(key, None, source, rule);
     }
 
     /// Complains about a value that is not secret.
-    fn complain_of(&mut self, key: &str, value: Option<String>, source: Source, rule: String) {
+    fn complain_of(&mut self, key: &str, value: Option<String>, source: ValueSource, rule: String) {
         let location = Location::Key { key: key.to_owned(), source };
         self.complaints.push(Complaint { location, value, rule });
     }
@@ -236,7 +236,7 @@ impl Draft {
         let n_complaints = self.complaints.len();
         let value = self.optional(key, read)?;
         if value.is_none() && self.complaints.len() == n_complaints {
-            self.complain(key, Source::Default, "must be set".to_owned());
+            self.complain(key, ValueSource::Default, "must be set".to_owned());
         }
         value
     }
@@ -279,7 +279,7 @@ impl Draft {
     ) -> Option<Option<T>> {
         let is_content = |said: &RawValue| said.text.as_deref().is_some_and(is_pem);
         if self.values.get(key).is_some_and(is_content) {
-            let source = self.values.remove(key).map_or(Source::Default, |said| said.source);
+            let source = self.values.remove(key).map_or(ValueSource::Default, |said| said.source);
             let rule = "must be the path of a file, not what is in it".to_owned();
             self.complain(key, source, rule);
             return None;
@@ -291,11 +291,11 @@ impl Draft {
     pub(super) fn refuse(&mut self, key: &str, value: Option<String>, rule: &str) {
         let entry = self.entries.iter().find(|entry| entry.key == key);
         let source = entry.and_then(|entry| entry.value.as_ref()).map(|(_, source)| source.clone());
-        let source = source.unwrap_or(Source::Default);
+        let source = source.unwrap_or(ValueSource::Default);
         self.complain_of(key, value, source, rule.to_owned());
     }
 
-    fn show(&mut self, key: &str, shown: String, source: Source) {
+    fn show(&mut self, key: &str, shown: String, source: ValueSource) {
         let (key, value) = (key.to_owned(), Some((shown, source)));
         self.entries.push(ResolvedKey { key, value, meaning: None });
     }
@@ -329,7 +329,7 @@ impl Draft {
         let (text, source) = if is_by_file {
             match secret_in(Path::new(&text)) {
                 Ok(secret) => {
-                    (secret, Source::SecretFile { path: text, named_by: Box::new(source) })
+                    (secret, ValueSource::SecretFile { path: text, named_by: Box::new(source) })
                 }
                 Err(rule) => {
                     self.complain_of(&file, Some(text), source, rule);
@@ -352,7 +352,7 @@ impl Draft {
     }
 
     /// Takes the services that have a section, with its source.
-    pub(super) fn take_services(&mut self) -> BTreeMap<String, Source> {
+    pub(super) fn take_services(&mut self) -> BTreeMap<String, ValueSource> {
         std::mem::take(&mut self.services)
     }
 
@@ -370,7 +370,7 @@ impl Draft {
     pub(super) fn refuse_the_rest(&mut self) {
         let keys: Vec<_> = std::mem::take(&mut self.known).into_iter().collect();
         for (key, said) in std::mem::take(&mut self.values) {
-            let is_variable = matches!(said.source, Source::Variable(_));
+            let is_variable = matches!(said.source, ValueSource::Variable(_));
             let meant = spelling::meant(&key, &keys).into_iter();
             let meant = meant.map(|meant| if is_variable { variable(&meant) } else { meant });
             let meant: Vec<_> = meant.map(|meant| format!("`{meant}`")).collect();
@@ -387,11 +387,11 @@ impl Draft {
             let ours = variable(key);
             let is_unset = self.entries.iter().any(|entry| {
                 let said_by = entry.value.as_ref().map(|(_, source)| source);
-                entry.key == *key && said_by.is_none_or(|source| *source == Source::Default)
+                entry.key == *key && said_by.is_none_or(|source| *source == ValueSource::Default)
             });
             if is_unset {
                 let rule = format!("is read by nobody: the variable is called `{ours}`");
-                self.complain(key, Source::Variable(name), rule);
+                self.complain(key, ValueSource::Variable(name), rule);
             }
         }
     }

@@ -14,7 +14,7 @@ mod spelling;
 use std::{ffi::OsString, fmt, path::PathBuf, time::Duration};
 
 use crate::{
-    complaint::{Complaints, Source},
+    complaint::{Complaints, ValueSource},
     config::draft::{Draft, ResolvedKey},
     input::services::MAX_WAIT,
     protocol::{
@@ -180,7 +180,7 @@ fn broker(draft: &mut Draft) -> Option<BrokerConfig> {
         Ok(heartbeat)
     });
     if url == Some(None) {
-        draft.complain("broker.url", Source::Default, "must be set".to_owned());
+        draft.complain("broker.url", ValueSource::Default, "must be set".to_owned());
     }
     let tls = tls(draft, url.as_ref().and_then(Option::as_ref));
     let address = match password? {
