@@ -10,7 +10,7 @@ use clap::Args;
 use crate::{
     cli::{Exit, Failure},
     complaint::{Complaint, Complaints, Location},
-    config::{self, Config, Flag, Sources},
+    config::{self, Config, ConfigFlag, ConfigSources},
     transport::amqp::{
         connection::{Broker, ConnectionError},
         error::Disposition,
@@ -35,9 +35,9 @@ impl ConfigArgument {
     /// Loads the configuration, with `flags` above environment and file.
     pub(super) fn load(
         &self,
-        flags: impl IntoIterator<Item = Option<Flag>>,
+        flags: impl IntoIterator<Item = Option<ConfigFlag>>,
     ) -> Result<Config, Failure> {
-        let sources = Sources {
+        let sources = ConfigSources {
             file: self.config.clone(),
             environment: env::vars_os().collect(),
             flags: flags.into_iter().flatten().collect(),
@@ -51,8 +51,8 @@ pub(super) fn flag(
     key: &'static str,
     flag: &'static str,
     value: Option<impl ToString>,
-) -> Option<Flag> {
-    value.map(|value| Flag { key, flag, value: value.to_string() })
+) -> Option<ConfigFlag> {
+    value.map(|value| ConfigFlag { key, flag, value: value.to_string() })
 }
 
 /// If all complaints are about flags, it is a usage error.
@@ -75,7 +75,7 @@ pub(super) struct NamespaceArgument {
 }
 
 impl NamespaceArgument {
-    pub(super) fn flag(&self) -> Option<Flag> {
+    pub(super) fn flag(&self) -> Option<ConfigFlag> {
         flag("broker.namespace", "--namespace", self.namespace.as_ref())
     }
 }
@@ -91,7 +91,7 @@ pub(super) struct UrlArgument {
 }
 
 impl UrlArgument {
-    pub(super) fn flag(&self) -> Option<Flag> {
+    pub(super) fn flag(&self) -> Option<ConfigFlag> {
         flag("broker.url", "--broker", self.url.as_ref().map(|url| &url.0))
     }
 
@@ -137,7 +137,7 @@ impl BrokerArguments {
     /// and file.
     pub(super) fn load(
         &self,
-        flags: impl IntoIterator<Item = Option<Flag>>,
+        flags: impl IntoIterator<Item = Option<ConfigFlag>>,
     ) -> Result<Config, Failure> {
         let own = [
             self.url.flag(),

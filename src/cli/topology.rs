@@ -19,7 +19,7 @@ use crate::{
         moment, plain, stages, tell,
     },
     clock::Clock,
-    config::{Config, Flag, duration},
+    config::{Config, ConfigFlag, duration},
     input::services,
     protocol::ids::ServiceName,
     transport::amqp::{
@@ -186,7 +186,7 @@ fn service_name(text: &str) -> Result<ServiceName, String> {
 }
 
 impl WhatArguments {
-    fn flags(&self) -> [Option<Flag>; 2] {
+    fn flags(&self) -> [Option<ConfigFlag>; 2] {
         [
             flag("topology.retention", "--retention", self.retention.as_ref()),
             flag("topology.commands", "--commands", self.commands.as_ref()),

@@ -18,7 +18,7 @@ use ::config::{Environment, File, FileFormat, Map, Source as _, Value, ValueKind
 
 use crate::{
     complaint::{Complaint, Location, ValueSource},
-    config::{Flag, Sources, spelling},
+    config::{ConfigFlag, ConfigSources, spelling},
 };
 
 /// The defaults, as a file.
@@ -74,7 +74,7 @@ pub(super) struct ResolvedKey {
 type Layer = Vec<(String, RawValue)>;
 
 impl Draft {
-    pub(super) fn of(sources: &Sources) -> Self {
+    pub(super) fn of(sources: &ConfigSources) -> Self {
         let mut draft = Self {
             values: BTreeMap::new(),
             services: BTreeMap::new(),
@@ -191,8 +191,8 @@ impl Draft {
         }
     }
 
-    fn lay_flags(&mut self, flags: &[Flag]) {
-        let said = |flag: &Flag| {
+    fn lay_flags(&mut self, flags: &[ConfigFlag]) {
+        let said = |flag: &ConfigFlag| {
             let source = ValueSource::Flag(flag.flag.to_owned());
             (flag.key.to_owned(), RawValue { text: Some(flag.value.clone()), source })
         };

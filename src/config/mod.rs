@@ -35,25 +35,25 @@ const HEARTBEAT_MAX: Duration = Duration::from_secs(18 * 60 * 60);
 
 /// The sources of a configuration.
 #[derive(Default)]
-pub struct Sources {
+pub struct ConfigSources {
     /// The file, if one is named.
     pub file: Option<PathBuf>,
     /// The environment. Only variables that begin with `DTC__`, or with something similar, are
     /// read.
     pub environment: Vec<(OsString, OsString)>,
     /// The flags that set a key.
-    pub flags: Vec<Flag>,
+    pub flags: Vec<ConfigFlag>,
 }
 
 /// The environment may hold secrets of any program.
-impl fmt::Debug for Sources {
+impl fmt::Debug for ConfigSources {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Sources").field("file", &self.file).finish_non_exhaustive()
+        f.debug_struct("ConfigSources").field("file", &self.file).finish_non_exhaustive()
     }
 }
 
 /// A flag that sets a key.
-pub struct Flag {
+pub struct ConfigFlag {
     /// The key.
     pub key: &'static str,
     /// The flag's name.
@@ -63,9 +63,9 @@ pub struct Flag {
 }
 
 /// Its value may be a password.
-impl fmt::Debug for Flag {
+impl fmt::Debug for ConfigFlag {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Flag").field("flag", &self.flag).finish_non_exhaustive()
+        f.debug_struct("ConfigFlag").field("flag", &self.flag).finish_non_exhaustive()
     }
 }
 
@@ -140,7 +140,7 @@ pub struct TopologyConfig {
 /// # Errors
 ///
 /// Everything that is wrong with them.
-pub fn load(sources: &Sources) -> Result<Config, Complaints> {
+pub fn load(sources: &ConfigSources) -> Result<Config, Complaints> {
     let mut draft = Draft::of(sources);
     let broker = broker(&mut draft);
     let worker = worker(&mut draft);
@@ -384,7 +384,7 @@ mod tests {
 
     use rcgen::{CertificateParams, KeyPair};
 
-    use super::{Complaints, Config, Flag, Sources, load};
+    use super::{Complaints, Config, ConfigFlag, ConfigSources, load};
     use crate::protocol::message::Cap;
 
     /// The configuration from a file and an environment.
@@ -398,7 +398,7 @@ mod tests {
         fs::write(&path, file).unwrap();
         let variable = |(name, value): &(&str, &str)| ((*name).into(), (*value).into());
         let environment = environment.iter().map(variable).collect();
-        load(&Sources { file: Some(path), environment, flags: Vec::new() })
+        load(&ConfigSources { file: Some(path), environment, flags: Vec::new() })
     }
 
     fn complaints(file: &str, environment: &[(&str, &str)]) -> String {
@@ -422,7 +422,7 @@ mod tests {
 
     #[test]
     fn without_values_the_defaults_apply() {
-        let config = load(&Sources::default()).unwrap();
+        let config = load(&ConfigSources::default()).unwrap();
         assert_eq!(config.broker.address.to_string(), "amqp://localhost:5672");
         assert_eq!(config.broker.namespace.to_string(), "dtc");
         assert_eq!(config.worker.max_in_flight, 256);
@@ -433,13 +433,13 @@ mod tests {
     #[test]
     fn each_layer_overrides_the_earlier_one_key_by_key() {
         let file = "[worker]\ndrain = \"1s\"\nwindow = \"1s\"\nprepare_timeout = \"1s\"";
-        let flag = Flag { key: "worker.drain", flag: "--drain", value: "3s".to_owned() };
+        let flag = ConfigFlag { key: "worker.drain", flag: "--drain", value: "3s".to_owned() };
         let variables = [("DTC__WORKER__DRAIN", "2s"), ("DTC__WORKER__WINDOW", "2s")];
         let config = loaded(file, &variables).unwrap();
         assert_eq!(config.worker.drain, Duration::from_secs(2));
         assert_eq!(config.worker.prepare_timeout, Duration::from_secs(1));
         let environment = variables.map(|(name, value)| (name.into(), value.into())).to_vec();
-        let config = load(&Sources { file: None, environment, flags: vec![flag] }).unwrap();
+        let config = load(&ConfigSources { file: None, environment, flags: vec![flag] }).unwrap();
         assert_eq!(config.worker.drain, Duration::from_secs(3));
         assert_eq!(config.worker.window, Duration::from_secs(2));
     }

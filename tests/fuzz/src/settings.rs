@@ -9,7 +9,7 @@ use std::{
 
 use dtc::{
     complaint::Complaints,
-    config::{Flag, Sources, duration, load},
+    config::{ConfigFlag, ConfigSources, duration, load},
     protocol::ids::{
         Branch, InstanceId, InvalidName, ReplyToken, ServiceName, TransactionId, WorkerId,
     },
@@ -138,9 +138,9 @@ impl TypedInput {
         let variables = self.variables.iter();
         let flag = |(index, value): &(usize, String)| {
             let (key, flag) = FLAGS[*index];
-            Flag { key, flag, value: value.clone() }
+            ConfigFlag { key, flag, value: value.clone() }
         };
-        let sources = Sources {
+        let sources = ConfigSources {
             file: Some(OWN_FILE.clone()),
             environment: variables.map(|(name, value)| (name.into(), value.into())).collect(),
             flags: self.flags.iter().map(flag).collect(),
