@@ -38,7 +38,7 @@ pub(super) struct Draft {
     /// The services that have a section, and its source.
     services: BTreeMap<String, ValueSource>,
     /// Variables that look like ours but have another name, such as `DTC_BROKER_URL`.
-    alike: Vec<String>,
+    lookalikes: Vec<String>,
     pub(super) complaints: Vec<Complaint>,
     /// The keys that were taken, in that order.
     pub(super) entries: Vec<ResolvedKey>,
@@ -78,37 +78,37 @@ impl Draft {
         let mut draft = Self {
             values: BTreeMap::new(),
             services: BTreeMap::new(),
-            alike: Vec::new(),
+            lookalikes: Vec::new(),
             complaints: Vec::new(),
             entries: Vec::new(),
             known: BTreeSet::new(),
         };
-        draft.lay_file(DEFAULTS, &ValueSource::Default);
+        draft.merge_file(DEFAULTS, &ValueSource::Default);
         if let Some(path) = &sources.file {
             let source = ValueSource::File(path.display().to_string());
             match fs::read_to_string(path) {
-                Ok(text) => draft.lay_file(&text, &source),
+                Ok(text) => draft.merge_file(&text, &source),
                 Err(error) => draft.complain("", source, format!("can't be read: {error}")),
             }
         }
-        draft.lay_environment(&sources.environment);
-        draft.lay_flags(&sources.flags);
+        draft.merge_environment(&sources.environment);
+        draft.merge_flags(&sources.flags);
         draft
     }
 
-    fn lay_file(&mut self, text: &str, source: &ValueSource) {
+    fn merge_file(&mut self, text: &str, source: &ValueSource) {
         match File::from_str(text, FileFormat::Toml).collect() {
             Ok(values) => {
                 let mut layer = Layer::new();
                 for (key, value) in sorted(values) {
                     self.flatten(key, value, source, &mut layer);
                 }
-                self.lay(layer);
+                self.merge(layer);
             }
             Err(error) => {
                 // The rest of the parser's message quotes the line, which may hold a password.
-                let said = error.to_string();
-                let place = said.lines().find_map(|line| line.split_once(" at line "));
+                let text = error.to_string();
+                let place = text.lines().find_map(|line| line.split_once(" at line "));
                 let place = place.map(|(_, place)| place.split(" in ").next().unwrap_or(place));
                 let rule = match place {
                     Some(place) => format!("is not TOML, at line {}", place.trim()),
@@ -143,13 +143,13 @@ impl Draft {
         layer.push((key, RawValue { text, source: source.clone() }));
     }
 
-    fn lay_environment(&mut self, variables: &[(OsString, OsString)]) {
+    fn merge_environment(&mut self, variables: &[(OsString, OsString)]) {
         let mut ours = Map::new();
         for (name, value) in variables {
             let name = name.to_string_lossy();
             if !name.starts_with(PREFIX) {
                 if spelling::begins_alike(&name) && !value.is_empty() {
-                    self.alike.push(name.into_owned());
+                    self.lookalikes.push(name.into_owned());
                 }
                 continue;
             }
@@ -182,7 +182,7 @@ impl Draft {
                     let source = ValueSource::Variable(variable(&key));
                     self.flatten(key, value, &source, &mut layer);
                 }
-                self.lay(layer);
+                self.merge(layer);
             }
             Err(_) => {
                 let source = ValueSource::Variable(format!("{PREFIX}…"));
@@ -191,16 +191,16 @@ impl Draft {
         }
     }
 
-    fn lay_flags(&mut self, flags: &[ConfigFlag]) {
-        let said = |flag: &ConfigFlag| {
+    fn merge_flags(&mut self, flags: &[ConfigFlag]) {
+        let raw = |flag: &ConfigFlag| {
             let source = ValueSource::Flag(flag.flag.to_owned());
             (flag.key.to_owned(), RawValue { text: Some(flag.value.clone()), source })
         };
-        self.lay(flags.iter().map(said).collect());
+        self.merge(flags.iter().map(raw).collect());
     }
 
     /// Merges one layer over all earlier ones.
-    fn lay(&mut self, layer: Layer) {
+    fn merge(&mut self, layer: Layer) {
         for secret in SECRETS {
             let file = format!("{secret}_file");
             let direct = layer.iter().find(|(key, _)| key == secret);
@@ -277,9 +277,9 @@ impl Draft {
         key: &str,
         read: impl Fn(&str) -> Result<T, String>,
     ) -> Option<Option<T>> {
-        let is_content = |said: &RawValue| said.text.as_deref().is_some_and(is_pem);
+        let is_content = |raw: &RawValue| raw.text.as_deref().is_some_and(is_pem);
         if self.values.get(key).is_some_and(is_content) {
-            let source = self.values.remove(key).map_or(ValueSource::Default, |said| said.source);
+            let source = self.values.remove(key).map_or(ValueSource::Default, |raw| raw.source);
             let rule = "must be the path of a file, not what is in it".to_owned();
             self.complain(key, source, rule);
             return None;
@@ -367,27 +367,27 @@ impl Draft {
     /// A variable that differs from one of ours only in underscores or case would have no effect,
     /// and the default would apply silently. It is no error if the key is set otherwise: the
     /// variable may be another program's.
-    pub(super) fn refuse_the_rest(&mut self) {
+    pub(super) fn refuse_unknown_keys(&mut self) {
         let keys: Vec<_> = std::mem::take(&mut self.known).into_iter().collect();
-        for (key, said) in std::mem::take(&mut self.values) {
-            let is_variable = matches!(said.source, ValueSource::Variable(_));
-            let meant = spelling::meant(&key, &keys).into_iter();
-            let meant = meant.map(|meant| if is_variable { variable(&meant) } else { meant });
-            let meant: Vec<_> = meant.map(|meant| format!("`{meant}`")).collect();
-            let hint = match meant.is_empty() {
+        for (key, raw) in std::mem::take(&mut self.values) {
+            let is_variable = matches!(raw.source, ValueSource::Variable(_));
+            let suggestions = spelling::suggestions(&key, &keys).into_iter();
+            let suggestions = suggestions.map(|key| if is_variable { variable(&key) } else { key });
+            let suggestions: Vec<_> = suggestions.map(|key| format!("`{key}`")).collect();
+            let hint = match suggestions.is_empty() {
                 true => "`dtc config --defaults` prints them all".to_owned(),
-                false => format!("is {} meant?", meant.join(" or ")),
+                false => format!("is {} meant?", suggestions.join(" or ")),
             };
-            self.complain(&key, said.source, format!("is no key of the configuration; {hint}"));
+            self.complain(&key, raw.source, format!("is no key of the configuration; {hint}"));
         }
-        for name in std::mem::take(&mut self.alike) {
+        for name in std::mem::take(&mut self.lookalikes) {
             let Some(key) = keys.iter().find(|key| spelling::is_same(&name, &variable(key))) else {
                 continue;
             };
             let ours = variable(key);
             let is_unset = self.entries.iter().any(|entry| {
-                let said_by = entry.value.as_ref().map(|(_, source)| source);
-                entry.key == *key && said_by.is_none_or(|source| *source == ValueSource::Default)
+                let source = entry.value.as_ref().map(|(_, source)| source);
+                entry.key == *key && source.is_none_or(|source| *source == ValueSource::Default)
             });
             if is_unset {
                 let rule = format!("is read by nobody: the variable is called `{ours}`");

@@ -147,7 +147,7 @@ pub fn load(sources: &ConfigSources) -> Result<Config, Complaints> {
     let service = service(&mut draft);
     let topology = topology(&mut draft, broker.as_ref().map(|broker| &broker.address));
     let services = services(&mut draft);
-    draft.refuse_the_rest();
+    draft.refuse_unknown_keys();
     let Draft { complaints, entries, .. } = draft;
     match (broker, worker, service, topology) {
         (Some(broker), Some(worker), Some(service), Some(topology)) if complaints.is_empty() => {
@@ -197,10 +197,10 @@ fn tls(draft: &mut Draft, address: Option<&Address>) -> Option<Tls> {
     const KEY: &str = "broker.tls.key_file";
     const SERVER_NAME: &str = "broker.tls.server_name";
 
-    let ca = draft.file(CA, |path| holding(path, |pem| pem.authorities().map(drop)));
+    let ca = draft.file(CA, |path| pem_file(path, |pem| pem.authorities().map(drop)));
     let certificate =
-        draft.file(CERTIFICATE, |path| holding(path, |pem| pem.certificates().map(drop)));
-    let key = draft.file(KEY, |path| holding(path, |pem| pem.private_key().map(drop)));
+        draft.file(CERTIFICATE, |path| pem_file(path, |pem| pem.certificates().map(drop)));
+    let key = draft.file(KEY, |path| pem_file(path, |pem| pem.private_key().map(drop)));
     let server_name = draft.optional(SERVER_NAME, |text| match Tls::is_host(text) {
         true => Ok(text.to_owned()),
         false => Err("must be the name or the address of a host".to_owned()),
@@ -248,9 +248,9 @@ fn tls(draft: &mut Draft, address: Option<&Address>) -> Option<Tls> {
     Some(Tls { ca, identity, server_name: server_name? })
 }
 
-/// The path of a file whose content passes the check `look`.
-fn holding(path: &str, look: impl Fn(&Pem) -> Result<(), InvalidPem>) -> Result<String, String> {
-    look(&Pem::File(path.into())).map(|()| path.to_owned()).map_err(|error| error.rule)
+/// The path of a file whose content passes `check`.
+fn pem_file(path: &str, check: impl Fn(&Pem) -> Result<(), InvalidPem>) -> Result<String, String> {
+    check(&Pem::File(path.into())).map(|()| path.to_owned()).map_err(|error| error.rule)
 }
 
 fn worker(draft: &mut Draft) -> Option<WorkerConfig> {
@@ -404,9 +404,9 @@ mod tests {
     fn complaints(file: &str, environment: &[(&str, &str)]) -> String {
         let complaints = loaded(file, environment).unwrap_err();
         let lines = complaints.listed().iter().map(|complaint| {
-            let said = complaint.to_string();
-            said.split_once("(from ").map_or_else(
-                || said.clone(),
+            let text = complaint.to_string();
+            text.split_once("(from ").map_or_else(
+                || text.clone(),
                 |(key, rest)| {
                     let rule = rest.split_once("): ").map_or("", |(_, rule)| rule);
                     format!("{key}{rule}\n")
@@ -539,13 +539,13 @@ mod tests {
 
     #[test]
     fn a_secret_is_set_in_one_way_and_never_shown() {
-        let said = complaints(
+        let text = complaints(
             "[broker]\nurl = \"canary\"\nurl_file = \"/nowhere\"\npassword = [\"canary\"]\n\
              pasword = \"canary\"",
             &[("DTC__BROKER__HEARTBEAT", "1ms")],
         );
         assert_eq!(
-            said,
+            text,
             "`broker.url` can't be set where `broker.url_file` is\n\
              `broker.url` part 1 of the broker's address is not an AMQP URL: must begin with amqp:// or \
              amqps://\n\
@@ -571,8 +571,8 @@ mod tests {
     #[test]
     fn a_worker_may_not_have_a_reserved_name() {
         for name in ["any", "all"] {
-            let said = complaints("", &[("DTC__WORKER__NAME", name)]);
-            assert!(said.contains("which mean many"), "{said}");
+            let text = complaints("", &[("DTC__WORKER__NAME", name)]);
+            assert!(text.contains("which mean many"), "{text}");
         }
         assert!(loaded("", &[("DTC__WORKER__NAME", "w1")]).is_ok());
     }
@@ -590,7 +590,7 @@ mod tests {
         ]
     }
 
-    fn said_of_tls(variables: &[(&str, &str)]) -> String {
+    fn tls_complaints(variables: &[(&str, &str)]) -> String {
         complaints("[broker]\nurl = \"amqps://a\"", variables)
     }
 
@@ -621,7 +621,7 @@ mod tests {
         let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
         fs::write(path("text"), "not PEM").unwrap();
         assert_eq!(
-            said_of_tls(&[
+            tls_complaints(&[
                 ("DTC__BROKER__TLS__CA_FILE", "/nowhere/ca.pem"),
                 ("DTC__BROKER__TLS__CERTIFICATE_FILE", &path("text")),
                 ("DTC__BROKER__TLS__KEY_FILE", &path("text")),
@@ -639,21 +639,21 @@ mod tests {
         let [certificate, key] = certified(directory.path(), "c.pem", "k.pem");
         let [_, others] = certified(directory.path(), "d.pem", "l.pem");
         assert_eq!(
-            said_of_tls(&[(certificate.0, &certificate.1), (others.0, &others.1)]),
+            tls_complaints(&[(certificate.0, &certificate.1), (others.0, &others.1)]),
             format!(
                 "`broker.tls.key_file` is `{}` must be the key of the certificate in `{}`\n",
                 others.1, certificate.1
             )
         );
         assert_eq!(
-            said_of_tls(&[(certificate.0, &certificate.1)]),
+            tls_complaints(&[(certificate.0, &certificate.1)]),
             format!(
                 "`broker.tls.certificate_file` is `{}` wants `broker.tls.key_file` too\n",
                 certificate.1
             )
         );
         assert_eq!(
-            said_of_tls(&[(key.0, &key.1)]),
+            tls_complaints(&[(key.0, &key.1)]),
             format!(
                 "`broker.tls.key_file` is `{}` wants `broker.tls.certificate_file` too\n",
                 key.1
@@ -676,7 +676,7 @@ mod tests {
             )
         );
         assert_eq!(
-            said_of_tls(&[("DTC__BROKER__URL", "amqps://a?auth_mechanism=external")]),
+            tls_complaints(&[("DTC__BROKER__URL", "amqps://a?auth_mechanism=external")]),
             "`broker.url` `auth_mechanism=external` wants `broker.tls.certificate_file`\n"
         );
     }
@@ -687,13 +687,13 @@ mod tests {
         let [certificate, key] = certified(directory.path(), "c.pem", "k.pem");
         let content = fs::read_to_string(&key.1).unwrap();
         assert_eq!(
-            said_of_tls(&[(certificate.0, &certificate.1), (key.0, &content)]),
+            tls_complaints(&[(certificate.0, &certificate.1), (key.0, &content)]),
             "`broker.tls.key_file` must be the path of a file, not what is in it\n"
         );
         let locked = content.replace("PRIVATE", "ENCRYPTED PRIVATE");
         fs::write(&key.1, locked).unwrap();
         assert_eq!(
-            said_of_tls(&[(certificate.0, &certificate.1), (key.0, &key.1)]),
+            tls_complaints(&[(certificate.0, &certificate.1), (key.0, &key.1)]),
             format!(
                 "`broker.tls.key_file` is `{}` must hold a private key without a passphrase\n",
                 key.1

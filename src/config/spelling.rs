@@ -12,7 +12,7 @@ const WRONG_MAX: usize = 2;
 /// drain                                        service.drain, worker.drain
 /// services.payments.max_wait_ms                services.payments.max_wait
 /// ```
-pub(super) fn meant(key: &str, keys: &[String]) -> Vec<String> {
+pub(super) fn suggestions(key: &str, keys: &[String]) -> Vec<String> {
     let services: Vec<String> = match *key.split('.').collect::<Vec<_>>() {
         [_, service, _] => ["max_wait", "cap"].map(|it| format!("services.{service}.{it}")).into(),
         _ => Vec::new(),
@@ -36,16 +36,16 @@ pub(super) fn is_same(one: &str, other: &str) -> bool {
 
 /// The distance of `key` from an existing key, if that is a possible suggestion.
 fn rate(key: &str, known: &str) -> Option<usize> {
-    let (said, meant) = (letters(key), letters(known));
+    let (given, wanted) = (letters(key), letters(known));
     let last = known.rsplit('.').next().map(letters);
-    if last.as_ref() == Some(&said) || is_begun_by(&said, &meant) || is_begun_by(&meant, &said) {
+    if last.as_ref() == Some(&given) || is_prefix(&wanted, &given) || is_prefix(&given, &wanted) {
         return Some(WRONG_MAX);
     }
-    Some(distance(&said, &meant)).filter(|&distance| distance <= WRONG_MAX)
+    Some(distance(&given, &wanted)).filter(|&distance| distance <= WRONG_MAX)
 }
 
 /// Whether `name` begins with `start`, and `start` is long enough to be telling.
-fn is_begun_by(name: &[char], start: &[char]) -> bool {
+fn is_prefix(start: &[char], name: &[char]) -> bool {
     const ENOUGH: usize = 8;
     start.len() >= ENOUGH && name.starts_with(start)
 }
@@ -71,7 +71,7 @@ fn distance(one: &[char], other: &[char]) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use super::{distance, letters, meant};
+    use super::{distance, letters, suggestions};
 
     #[test]
     fn a_key_with_a_typo_finds_the_one_that_is_meant() {
@@ -84,7 +84,7 @@ mod tests {
             "topology.commands",
         ]
         .map(str::to_owned);
-        for (said, wanted) in [
+        for (key, wanted) in [
             ("broker.ulr", "broker.url"),
             ("brokr.url", "broker.url"),
             ("broker_url", "broker.url"),
@@ -97,7 +97,7 @@ mod tests {
             ("services.payments.max_concurrency", ""),
             ("colour", ""),
         ] {
-            assert_eq!(meant(said, &keys).join(" "), wanted, "{said}");
+            assert_eq!(suggestions(key, &keys).join(" "), wanted, "{key}");
         }
     }
 
