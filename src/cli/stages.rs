@@ -28,7 +28,7 @@ use crate::{
     },
     complaint::Complaints,
     embedded::Concluded,
-    input::transactions::{Lines, Transactions},
+    input::transactions::{TransactionLines, Transactions},
     protocol::{ids::TransactionId, message::TransactionSpec},
 };
 
@@ -261,7 +261,7 @@ fn feed(
 }
 
 fn feed_lines(
-    mut lines: Lines<InputReader>,
+    mut lines: TransactionLines<InputReader>,
     intake: &mpsc::Sender<Vec<TransactionSpec>>,
     order: Option<&Order>,
 ) -> Result<(), Complaints> {

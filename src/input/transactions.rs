@@ -49,7 +49,7 @@ pub enum Transactions<R> {
     /// The file is an array, which is read and checked as a whole.
     Array(Vec<TransactionSpec>),
     /// The file has lines, which are checked as they are read.
-    Lines(Lines<R>),
+    Lines(TransactionLines<R>),
 }
 
 impl<R: BufRead> Transactions<R> {
@@ -74,7 +74,7 @@ impl<R: BufRead> Transactions<R> {
                     .map_err(|error| complaint(&file, start, unreadable(&error)))?;
                 read_array(&file, start, &text).map(Self::Array)
             }
-            Some(b'{') | None => Ok(Self::Lines(Lines::new(file, start, reader))),
+            Some(b'{') | None => Ok(Self::Lines(TransactionLines::new(file, start, reader))),
             Some(byte) => {
                 let found = byte.escape_ascii();
                 let rule = format!("not JSON: found `{found}` where `[` or `{{` should be");
@@ -214,12 +214,13 @@ fn too_long() -> String {
 /// The transactions of a file of lines, one after another. Blank lines are skipped.
 ///
 /// It keeps one line, never more than [`SIZE_MAX`] bytes of it, and a fingerprint of at least the
-/// last [`Lines::IDS_MIN`] ids (at twice as many, it forgets the older half): it does not notice an
-/// id that is repeated later than that. This memory grows with the lines read, up to some 110 MB.
+/// last [`TransactionLines::IDS_MIN`] ids (at twice as many, it forgets the older half): it does
+/// not notice an id that is repeated later than that. This memory grows with the lines read, up to
+/// some 110 MB.
 ///
 /// A line is refused with all its errors, and is then the last one that is read.
 #[derive(Debug)]
-pub struct Lines<R> {
+pub struct TransactionLines<R> {
     file: Arc<str>,
     reader: R,
     /// Where the next line begins.
@@ -233,7 +234,7 @@ pub struct Lines<R> {
     ended: bool,
 }
 
-impl<R> Lines<R> {
+impl<R> TransactionLines<R> {
     /// For how many lines, at least, a repeated id is noticed.
     pub const IDS_MIN: usize = TakenIds::GENERATION;
 
@@ -255,7 +256,7 @@ impl<R> Lines<R> {
     }
 }
 
-impl<R: BufRead> Lines<R> {
+impl<R: BufRead> TransactionLines<R> {
     /// Reads up to the next line that isn't blank; `None`: there is none.
     fn next_line(&mut self) -> Result<Option<Position>, Complaints> {
         // With room for the line's end.
@@ -296,7 +297,7 @@ impl<R: BufRead> Lines<R> {
     }
 }
 
-impl<R: BufRead> Iterator for Lines<R> {
+impl<R: BufRead> Iterator for TransactionLines<R> {
     type Item = Result<TransactionSpec, Complaints>;
 
     fn next(&mut self) -> Option<Self::Item> {
@@ -364,7 +365,7 @@ mod tests {
         time::Duration,
     };
 
-    use super::{Lines, SIZE_MAX, TakenIds, Transactions, read_all};
+    use super::{SIZE_MAX, TakenIds, TransactionLines, Transactions, read_all};
     use crate::protocol::ids::TransactionId;
     use crate::protocol::message::TransactionSpec;
 
@@ -593,7 +594,7 @@ mod tests {
         line("x".repeat(size - line(String::new()).len()))
     }
 
-    fn lines_of(text: &str) -> Lines<&[u8]> {
+    fn lines_of(text: &str) -> TransactionLines<&[u8]> {
         match Transactions::open("t.ndjson", text.as_bytes()).unwrap() {
             Transactions::Lines(lines) => lines,
             Transactions::Array(_) => panic!("{text:?} is an array"),
