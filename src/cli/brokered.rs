@@ -21,7 +21,7 @@ use crate::{
         Exit, Failure,
         broker::exit_of,
         input::InputReader,
-        output::{Detail, Form},
+        output::{ResultDetail, ResultForm},
         sender::{AttemptsOf, Sender, check_sizes},
         signals,
         stages::{Pipeline, RunEnd, RunOutput},
@@ -89,7 +89,7 @@ pub(super) struct RunPlan {
 pub(super) fn run(
     plan: RunPlan,
     transactions: Transactions<InputReader>,
-    printing: (Form, Detail),
+    printing: (ResultForm, ResultDetail),
     stages: &Pipeline<'_>,
 ) -> Result<RunOutput<Report>, Failure> {
     // From here on the first signal ends the run, not the process.
@@ -113,7 +113,7 @@ fn run_at(
     plan: &RunPlan,
     namespace: &RunNamespace,
     transactions: Transactions<InputReader>,
-    printing: (Form, Detail),
+    printing: (ResultForm, ResultDetail),
     stages: &Pipeline<'_>,
     stop: impl Future<Output = ()>,
 ) -> Result<RunOutput<Report>, Failure> {

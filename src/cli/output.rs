@@ -19,7 +19,7 @@ use crate::{
 
 /// The form in which results are printed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(super) enum Form {
+pub(super) enum ResultForm {
     /// One array, in the order of the transactions.
     Json,
     /// One object a line, in the order in which the transactions end.
@@ -28,7 +28,7 @@ pub(super) enum Form {
     Table,
 }
 
-impl Form {
+impl ResultForm {
     /// Whether results are printed in the order of the transactions.
     pub(super) fn is_ordered(self) -> bool {
         match self {
@@ -48,7 +48,7 @@ impl Form {
 
 /// Which fields of a result are printed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Detail {
+pub(super) enum ResultDetail {
     /// Its id and status.
     Brief,
     /// Also the reason, and the calls of services.
@@ -58,30 +58,30 @@ pub(super) enum Detail {
 }
 
 /// Prints results as they arrive.
-pub(super) struct Printer<W> {
+pub(super) struct ResultPrinter<W> {
     out: W,
-    form: Form,
-    detail: Detail,
+    form: ResultForm,
+    detail: ResultDetail,
     printed: u64,
 }
 
-impl<W: Write> Printer<W> {
-    pub(super) fn new(out: W, form: Form, detail: Detail) -> Self {
+impl<W: Write> ResultPrinter<W> {
+    pub(super) fn new(out: W, form: ResultForm, detail: ResultDetail) -> Self {
         Self { out, form, detail, printed: 0 }
     }
 
     pub(super) fn print(&mut self, concluded: &Concluded) -> io::Result<()> {
         match self.form {
-            Form::Json => {
+            ResultForm::Json => {
                 let before: &[u8] = if self.printed == 0 { b"[\n  " } else { b",\n  " };
                 self.out.write_all(before)?;
                 self.object(concluded)?;
             }
-            Form::Ndjson => {
+            ResultForm::Ndjson => {
                 self.object(concluded)?;
                 self.out.write_all(b"\n")?;
             }
-            Form::Table => self.row(concluded)?,
+            ResultForm::Table => self.row(concluded)?,
         }
         self.printed += 1;
         Ok(())
@@ -90,11 +90,11 @@ impl<W: Write> Printer<W> {
     fn object(&mut self, Concluded { answer, attempts, took }: &Concluded) -> io::Result<()> {
         let out = &mut self.out;
         let written = match self.detail {
-            Detail::Brief => serde_json::to_writer(out, &BriefResult::of(answer)),
-            Detail::Calls => {
+            ResultDetail::Brief => serde_json::to_writer(out, &BriefResult::of(answer)),
+            ResultDetail::Calls => {
                 serde_json::to_writer(out, &DetailedResult::of(answer, attempts, *took))
             }
-            Detail::Times => serde_json::to_writer(out, &ProducerResult::of(answer, *took)),
+            ResultDetail::Times => serde_json::to_writer(out, &ProducerResult::of(answer, *took)),
         };
         written.map_err(io::Error::from)
     }
@@ -102,18 +102,18 @@ impl<W: Write> Printer<W> {
     fn row(&mut self, Concluded { answer, attempts, took }: &Concluded) -> io::Result<()> {
         if self.printed == 0 {
             let header = match self.detail {
-                Detail::Brief => format!("{:<24} STATUS", "ID"),
-                Detail::Calls => {
+                ResultDetail::Brief => format!("{:<24} STATUS", "ID"),
+                ResultDetail::Calls => {
                     format!("{:<24} {:<9} {:>10}  {:<24} NOTE", "ID", "STATUS", "MS", "CALLS")
                 }
-                Detail::Times => format!("{:<24} {:<9} {:>10}  NOTE", "ID", "STATUS", "MS"),
+                ResultDetail::Times => format!("{:<24} {:<9} {:>10}  NOTE", "ID", "STATUS", "MS"),
             };
             writeln!(self.out, "{header}")?;
         }
         let mut row = format!("{:<24} {:<9}", answer.id, answer.outcome);
-        if self.detail != Detail::Brief {
+        if self.detail != ResultDetail::Brief {
             let _ = write!(row, " {:>10.3}  ", millis(*took));
-            if self.detail == Detail::Calls {
+            if self.detail == ResultDetail::Calls {
                 let calls: Vec<_> = attempts
                     .iter()
                     .map(|(name, it)| format!("{name} {}/{}/{}", it.prepare, it.commit, it.abort))
@@ -138,7 +138,7 @@ impl<W: Write> Printer<W> {
 
     /// Ends the output.
     pub(super) fn finish(mut self) -> io::Result<()> {
-        if self.form == Form::Json {
+        if self.form == ResultForm::Json {
             let end: &[u8] = if self.printed == 0 { b"[]\n" } else { b"\n]\n" };
             self.out.write_all(end)?;
         }
@@ -242,7 +242,7 @@ fn millis(duration: Duration) -> f64 {
 mod tests {
     use std::{collections::BTreeMap, time::Duration};
 
-    use super::{Detail, Form, Printer, totals};
+    use super::{ResultDetail, ResultForm, ResultPrinter, totals};
     use crate::{
         embedded::{Concluded, Report},
         protocol::{
@@ -266,7 +266,9 @@ mod tests {
         };
         let concluded = Concluded { answer, attempts: BTreeMap::new(), took: Duration::ZERO };
         let mut out = Vec::new();
-        Printer::new(&mut out, Form::Table, Detail::Times).print(&concluded).unwrap();
+        ResultPrinter::new(&mut out, ResultForm::Table, ResultDetail::Times)
+            .print(&concluded)
+            .unwrap();
         let text = String::from_utf8(out).unwrap();
         assert_eq!(text.lines().count(), 2, "a title and a row: {text}");
         assert!(text.contains(r"no \u{1b}[31mmoney\ntx-2"), "{text}");

@@ -16,7 +16,7 @@ use crate::{
         broker::OptionalBroker,
         brokered::{self, RunPlan},
         input::{InputReader, bad_data, is_stdin, name, open},
-        output::{self, Detail, Form},
+        output::{self, ResultDetail, ResultForm},
         progress,
         report_file::ReportFile,
         stages::{self, Pipeline, RunOutput},
@@ -71,7 +71,7 @@ pub(super) struct RunArguments {
     transactions: PathBuf,
     /// How to print the results [default: json; ndjson if the transactions are NDJSON]
     #[arg(long, value_name = "FORM", value_enum)]
-    output: Option<Form>,
+    output: Option<ResultForm>,
     /// Also print the reason, unresolved services, calls and duration of each transaction
     #[arg(long)]
     detail: bool,
@@ -131,7 +131,7 @@ pub(super) fn run(arguments: &RunArguments) -> Result<Exit, Failure> {
 
     let bar = progress::bar(stages::total(&transactions));
     let _logging = progress::log_above(&bar, log_level);
-    let form = arguments.output.unwrap_or_else(|| Form::like(&transactions));
+    let form = arguments.output.unwrap_or_else(|| ResultForm::like(&transactions));
     let stages = Pipeline { bar: &bar, runtime: &runtime, interrupt: &interrupt, heard: HEARD };
     let ran = match broker {
         None => run_embedded(arguments, services, transactions, form, &stages),
@@ -179,7 +179,7 @@ fn run_embedded(
     arguments: &RunArguments,
     services: Vec<ServiceSpec>,
     transactions: Transactions<InputReader>,
-    form: Form,
+    form: ResultForm,
     stages: &Pipeline<'_>,
 ) -> Result<RunOutput<Report>, Failure> {
     let opened =
@@ -256,7 +256,7 @@ fn run_brokered(
     broker: Broker,
     services: Vec<ServiceSpec>,
     transactions: Transactions<InputReader>,
-    form: Form,
+    form: ResultForm,
     stages: &Pipeline<'_>,
 ) -> Result<RunOutput<Report>, Failure> {
     let plan = RunPlan {
@@ -272,6 +272,6 @@ fn run_brokered(
     brokered::run(plan, transactions, (form, detail(arguments)), stages)
 }
 
-fn detail(arguments: &RunArguments) -> Detail {
-    if arguments.detail { Detail::Calls } else { Detail::Brief }
+fn detail(arguments: &RunArguments) -> ResultDetail {
+    if arguments.detail { ResultDetail::Calls } else { ResultDetail::Brief }
 }

@@ -7,7 +7,7 @@ use indicatif::ProgressBar;
 use tokio::{sync::mpsc, time::Instant};
 
 use crate::{
-    cli::{Exit, Failure, moment, output, stages::Stop},
+    cli::{Exit, Failure, moment, output, stages::StopSignal},
     client::{Client, SubmitError, WaitError},
     clock::Clock,
     embedded::{Concluded, Report},
@@ -75,7 +75,7 @@ impl Sender {
         self,
         mut requests: mpsc::Receiver<Vec<TransactionSpec>>,
         concluded: mpsc::Sender<Vec<Concluded>>,
-        mut stop: Stop,
+        mut stop: StopSignal,
     ) -> SubmitReport {
         let mut sent = SubmitReport::new();
         let mut in_flight: FuturesUnordered<Sending> = FuturesUnordered::new();

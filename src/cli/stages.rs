@@ -23,7 +23,7 @@ use crate::{
     cli::{
         Exit, Failure,
         input::InputReader,
-        output::{Detail, Form, Printer},
+        output::{ResultDetail, ResultForm, ResultPrinter},
         signals::{self, Hangup},
     },
     complaint::Complaints,
@@ -87,7 +87,7 @@ pub(super) struct Pipeline<'a> {
 }
 
 /// Ends at the first signal.
-pub(super) type Stop = Pin<Box<dyn Future<Output = ()> + Send>>;
+pub(super) type StopSignal = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// What a run returns.
 pub(super) struct RunOutput<T> {
@@ -133,24 +133,24 @@ impl Pipeline<'_> {
     pub(super) fn run<T, F: Future<Output = T>>(
         &self,
         transactions: Transactions<InputReader>,
-        printing: Option<(Form, Detail)>,
+        printing: Option<(ResultForm, ResultDetail)>,
         serve: impl FnOnce(
             mpsc::Receiver<Vec<TransactionSpec>>,
             mpsc::Sender<Vec<Concluded>>,
-            Stop,
+            StopSignal,
         ) -> F,
     ) -> RunOutput<T> {
         let (intake, requests) = mpsc::channel(4);
         let (concluded, conclusions) = mpsc::channel(4);
         let is_ordered = printing.is_some_and(|(form, _)| form.is_ordered());
-        let order = is_ordered.then(Arc::<Order>::default);
+        let order = is_ordered.then(Arc::<ResultOrder>::default);
         let taker = intake.downgrade();
         let feeder = {
             let order = order.clone();
             thread::spawn(move || feed(transactions, &intake, order.as_deref()))
         };
         let printer = printing.map(|(form, detail)| {
-            let printer = Printer::new(BufWriter::new(io::stdout()), form, detail);
+            let printer = ResultPrinter::new(BufWriter::new(io::stdout()), form, detail);
             let bar = self.bar.clone();
             thread::spawn(move || {
                 let printed = print(printer, conclusions, order.as_deref(), &bar);
@@ -175,7 +175,7 @@ impl Pipeline<'_> {
         RunOutput { done, ended: RunEnd { bad_line, interrupted, printed, is_incomplete: false } }
     }
 
-    fn stop(&self) -> Stop {
+    fn stop(&self) -> StopSignal {
         let (mut interrupted, bar) = (self.interrupt.subscribe(), self.bar.clone());
         let heard = self.heard.to_owned();
         Box::pin(async move {
@@ -190,7 +190,7 @@ impl Pipeline<'_> {
 
 /// The input order for results: the ids that were passed on and have not been printed.
 #[derive(Default)]
-struct Order {
+struct ResultOrder {
     awaited: Mutex<AwaitedIds>,
     has_room: Condvar,
 }
@@ -202,7 +202,7 @@ struct AwaitedIds {
     is_over: bool,
 }
 
-impl Order {
+impl ResultOrder {
     fn lock(&self) -> MutexGuard<'_, AwaitedIds> {
         self.awaited.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -243,7 +243,7 @@ impl Order {
 fn feed(
     transactions: Transactions<InputReader>,
     intake: &mpsc::Sender<Vec<TransactionSpec>>,
-    order: Option<&Order>,
+    order: Option<&ResultOrder>,
 ) -> Result<(), Complaints> {
     match transactions {
         Transactions::Array(specs) => {
@@ -263,7 +263,7 @@ fn feed(
 fn feed_lines(
     mut lines: TransactionLines<InputReader>,
     intake: &mpsc::Sender<Vec<TransactionSpec>>,
-    order: Option<&Order>,
+    order: Option<&ResultOrder>,
 ) -> Result<(), Complaints> {
     let mut batch = Vec::new();
     let mut ended = Ok(());
@@ -291,7 +291,7 @@ fn feed_lines(
 fn hand_over(
     batch: Vec<TransactionSpec>,
     intake: &mpsc::Sender<Vec<TransactionSpec>>,
-    order: Option<&Order>,
+    order: Option<&ResultOrder>,
 ) -> bool {
     if let Some(order) = order {
         order.await_all(&batch);
@@ -301,9 +301,9 @@ fn hand_over(
 
 /// Prints results until the channel closes. If printing fails, the rest is dropped.
 fn print(
-    mut printer: Printer<BufWriter<io::Stdout>>,
+    mut printer: ResultPrinter<BufWriter<io::Stdout>>,
     mut conclusions: mpsc::Receiver<Vec<Concluded>>,
-    order: Option<&Order>,
+    order: Option<&ResultOrder>,
     bar: &ProgressBar,
 ) -> io::Result<()> {
     let mut early = BTreeMap::new();

@@ -10,7 +10,7 @@ use crate::{
         Exit, Failure,
         broker::{self, BrokerArguments, exit_of},
         input::{bad_data, name, open},
-        output::{Detail, Form},
+        output::{ResultDetail, ResultForm},
         progress,
         sender::{Sender, check_sizes},
         stages::{self, Pipeline, RunEnd, RunOutput},
@@ -59,7 +59,7 @@ pub(super) struct SubmitArguments {
     timeout: Duration,
     /// How to print the results [default: json; ndjson if the transactions are NDJSON]
     #[arg(long, value_name = "FORM", value_enum, requires = "wait")]
-    output: Option<Form>,
+    output: Option<ResultForm>,
     /// Also print the reason, unresolved services, times and duration of each transaction
     #[arg(long, requires = "wait")]
     detail: bool,
@@ -100,8 +100,8 @@ pub(super) fn run(arguments: &SubmitArguments) -> Result<Exit, Failure> {
     let _logging = progress::log_above(&bar, log_level);
     runtime.block_on(client.open()).map_err(no_connection)?;
     let printing = arguments.wait.then(|| {
-        let form = arguments.output.unwrap_or_else(|| Form::like(&transactions));
-        (form, if arguments.detail { Detail::Times } else { Detail::Brief })
+        let form = arguments.output.unwrap_or_else(|| ResultForm::like(&transactions));
+        (form, if arguments.detail { ResultDetail::Times } else { ResultDetail::Brief })
     });
     let sender = Sender {
         client: client.clone(),

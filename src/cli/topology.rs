@@ -78,7 +78,7 @@ struct ApplyArguments {
     #[command(flatten)]
     broker: BrokerArguments,
     #[command(flatten)]
-    what: WhatArguments,
+    scope: ScopeArguments,
     /// Replace this service's queues if their arguments differ (may be repeated)
     #[arg(long, value_name = "SERVICE", value_parser = service_name)]
     replace: Vec<ServiceName>,
@@ -114,7 +114,7 @@ struct CheckArguments {
     #[command(flatten)]
     broker: BrokerArguments,
     #[command(flatten)]
-    what: WhatArguments,
+    scope: ScopeArguments,
     /// How long to keep trying while the broker can't be reached or doesn't answer
     #[arg(long, value_name = "DURATION", default_value = "0s", value_parser = duration::parse)]
     wait: Duration,
@@ -131,7 +131,7 @@ struct PrintArguments {
     #[command(flatten)]
     namespace: NamespaceArgument,
     #[command(flatten)]
-    what: WhatArguments,
+    scope: ScopeArguments,
     /// How to print them
     #[arg(long, value_name = "FORM", value_enum, default_value_t = TopologyForm::Text)]
     output: TopologyForm,
@@ -147,14 +147,14 @@ struct DeleteArguments {
     #[command(flatten)]
     broker: BrokerArguments,
     #[command(flatten)]
-    what: WhatArguments,
+    scope: ScopeArguments,
     /// Confirm the deletion
     #[arg(long, required = true)]
     yes: bool,
 }
 
 #[derive(Debug, Args)]
-struct WhatArguments {
+struct ScopeArguments {
     /// The services, as for `dtc run`: a file, or - for stdin; in addition to those of the
     /// configuration
     #[arg(long, value_name = "FILE")]
@@ -185,7 +185,7 @@ fn service_name(text: &str) -> Result<ServiceName, String> {
     ServiceName::parse(text).map_err(|error| error.to_string())
 }
 
-impl WhatArguments {
+impl ScopeArguments {
     fn flags(&self) -> [Option<ConfigFlag>; 2] {
         [
             flag("topology.retention", "--retention", self.retention.as_ref()),
@@ -240,9 +240,9 @@ pub(super) fn run(arguments: &TopologyArguments) -> Result<Exit, Failure> {
         TopologyCommand::Check(arguments) => run_check(arguments),
         TopologyCommand::Delete(arguments) => run_delete(arguments),
         TopologyCommand::Print(arguments) => {
-            let flags = [arguments.namespace.flag()].into_iter().chain(arguments.what.flags());
+            let flags = [arguments.namespace.flag()].into_iter().chain(arguments.scope.flags());
             let config = arguments.config.load(flags)?;
-            let topology = arguments.what.topology(&broker::names(&config), &config)?;
+            let topology = arguments.scope.topology(&broker::names(&config), &config)?;
             print(&match arguments.output {
                 TopologyForm::Text => plain::lines(&text(&topology)).into_owned(),
                 TopologyForm::Json => format!("{:#}\n", topology_json(&topology)),
@@ -254,10 +254,10 @@ pub(super) fn run(arguments: &TopologyArguments) -> Result<Exit, Failure> {
 fn run_apply(arguments: &ApplyArguments) -> Result<Exit, Failure> {
     let (runtime, _interrupt) = stages::runtime()?;
     let margin = flag("topology.clock_margin", "--clock-margin", arguments.clock_margin.as_ref());
-    let config = arguments.broker.load(arguments.what.flags().into_iter().chain([margin]))?;
+    let config = arguments.broker.load(arguments.scope.flags().into_iter().chain([margin]))?;
     let names = broker::names(&config);
-    let services = arguments.what.services(&config)?;
-    let applying = Applying {
+    let services = arguments.scope.services(&config)?;
+    let job = ApplyJob {
         broker: broker::broker(&config, "dtc topology"),
         replace: named(&services, &arguments.replace)?,
         topology: Topology::of(&names, &services, &config.topology.settings),
@@ -266,7 +266,7 @@ fn run_apply(arguments: &ApplyArguments) -> Result<Exit, Failure> {
         names: &names,
         clock: Clock::start(),
     };
-    let (replaced, applied) = runtime.block_on(applying.apply(arguments.wait))?;
+    let (replaced, applied) = runtime.block_on(job.apply(arguments.wait))?;
     warn(&applied, &names, config.topology.clock_margin);
     if services.is_empty() {
         tell(NO_SERVICES);
@@ -288,7 +288,7 @@ fn run_apply(arguments: &ApplyArguments) -> Result<Exit, Failure> {
 }
 
 /// What to apply, and where.
-struct Applying<'a> {
+struct ApplyJob<'a> {
     broker: Broker,
     config: &'a Config,
     names: &'a Names,
@@ -298,10 +298,10 @@ struct Applying<'a> {
     clock: Clock,
 }
 
-impl Applying<'_> {
+impl ApplyJob<'_> {
     /// Applies it, and repeats that within `wait` as long as a failure may be temporary.
     async fn apply(&self, wait: Duration) -> Result<(Vec<ReplaceReport>, ApplyReport), Failure> {
-        let mut again = Retry::within(wait);
+        let mut retry = Retry::within(wait);
         let (mut replaced, mut all) = (Vec::new(), ApplyReport::default());
         loop {
             match self.attempt(&mut replaced).await {
@@ -309,12 +309,12 @@ impl Applying<'_> {
                     all.created.extend(created);
                     all.begun = all.begun.or(begun);
                     all.unavailable = unavailable;
-                    if all.unavailable.is_empty() || !again.after_pause().await {
+                    if all.unavailable.is_empty() || !retry.after_pause().await {
                         return Ok((replaced, all));
                     }
                 }
                 Err(failure) if failure.exit == Exit::Unavailable => {
-                    if !again.after_pause().await {
+                    if !retry.after_pause().await {
                         return Err(failure);
                     }
                 }
@@ -448,9 +448,9 @@ fn named<'a>(
 
 fn run_delete(arguments: &DeleteArguments) -> Result<Exit, Failure> {
     let (runtime, _interrupt) = stages::runtime()?;
-    let config = arguments.broker.load(arguments.what.flags())?;
+    let config = arguments.broker.load(arguments.scope.flags())?;
     let (broker, names) = (broker::broker(&config, "dtc topology"), broker::names(&config));
-    let topology = arguments.what.topology(&names, &config)?;
+    let topology = arguments.scope.topology(&names, &config)?;
     runtime.block_on(async {
         let connection = broker.connect("topology").await.map_err(unreachable)?;
         let deleted = delete::delete(&connection, &topology).await;
@@ -462,14 +462,14 @@ fn run_delete(arguments: &DeleteArguments) -> Result<Exit, Failure> {
 
 fn run_check(arguments: &CheckArguments) -> Result<Exit, Failure> {
     let (runtime, _interrupt) = stages::runtime()?;
-    let config = arguments.broker.load(arguments.what.flags())?;
+    let config = arguments.broker.load(arguments.scope.flags())?;
     let (broker, names) = (broker::broker(&config, "dtc topology"), broker::names(&config));
-    let services = arguments.what.services(&config)?;
+    let services = arguments.scope.services(&config)?;
     let topology = Topology::of(&names, &services, &config.topology.settings);
     let findings = runtime.block_on(async {
-        let mut again = Retry::within(arguments.wait);
+        let mut retry = Retry::within(arguments.wait);
         // A broker that has just started may end the connection during the check.
-        let mut soon = Retry::within(arguments.wait.max(STARTING_MAX));
+        let mut start_retry = Retry::within(arguments.wait.max(STARTING_MAX));
         loop {
             let failure = match broker.connect("topology").await {
                 Ok(connection) => {
@@ -477,7 +477,9 @@ fn run_check(arguments: &CheckArguments) -> Result<Exit, Failure> {
                     close(&connection).await;
                     match checked {
                         Ok(findings) => return Ok(findings),
-                        Err(error) if error.may_be_starting() && soon.after_pause().await => {
+                        Err(error)
+                            if error.may_be_starting() && start_retry.after_pause().await =>
+                        {
                             continue;
                         }
                         Err(error) => not_applied(error.into()),
@@ -485,7 +487,7 @@ fn run_check(arguments: &CheckArguments) -> Result<Exit, Failure> {
                 }
                 Err(error) => unreachable(error),
             };
-            if failure.exit != Exit::Unavailable || !again.after_pause().await {
+            if failure.exit != Exit::Unavailable || !retry.after_pause().await {
                 return Err(failure);
             }
         }

@@ -73,11 +73,11 @@ pub(super) struct BenchNamespace {
     /// Everything in the namespace, for deleting it at the end.
     topology: Topology,
     directory: PathBuf,
-    left: Left,
+    left: StoppingProcesses,
 }
 
 /// Processes that were told to stop, and not yet waited for.
-type Left = Arc<Mutex<Vec<Child>>>;
+type StoppingProcesses = Arc<Mutex<Vec<Child>>>;
 
 impl BenchNamespace {
     /// Declares everything. `None`: `stop` ended first, and nothing is left.
@@ -106,7 +106,8 @@ impl BenchNamespace {
         let directory = env::temp_dir().join(format!("dtc-bench-{name}"));
         let made = fs::create_dir(&directory);
         made.with_context(|| format!("failed to make `{}`", directory.display()))?;
-        let namespace = Self { plan, names, topology, directory, left: Left::default() };
+        let namespace =
+            Self { plan, names, topology, directory, left: StoppingProcesses::default() };
         let specs: Vec<_> =
             SERVICES.iter().map(|name| json!({"name": name, "max_concurrency": SLOTS})).collect();
         let file = namespace.file("services.json");
@@ -239,7 +240,7 @@ pub(super) struct BenchProcess {
     log: PathBuf,
     /// From its start until it served.
     pub(super) started_in: Duration,
-    left: Left,
+    left: StoppingProcesses,
 }
 
 impl BenchProcess {
