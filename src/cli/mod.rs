@@ -4,23 +4,23 @@
 //! wrong usage; 65 bad data; 69 broker unavailable; 77 refused by the broker; 78 bad configuration;
 //! 130 interrupted.
 
-mod asleep;
 mod bench;
 mod broker;
-mod brokered;
 mod config;
+mod escape;
 mod input;
 mod moment;
 mod output;
-mod plain;
+mod pipeline;
 mod progress;
-mod ready;
+mod ready_file;
 mod report_file;
 mod run;
+mod run_on_broker;
 mod sender;
 mod service;
 mod signals;
-mod stages;
+mod stalls;
 mod status;
 mod submit;
 mod topology;
@@ -146,7 +146,7 @@ pub fn main() -> ExitCode {
 
 /// Prints to stderr. An error is ignored: there is nobody to report it to.
 fn tell(text: &str) {
-    let _ = io::stderr().write_all(plain::lines(text).as_bytes());
+    let _ = io::stderr().write_all(escape::lines(text).as_bytes());
 }
 
 /// The same for a daemon, which must end even if nobody reads its stderr.

@@ -11,7 +11,7 @@ use clap::ValueEnum;
 use serde_json::{Value, json};
 
 use crate::{
-    cli::plain,
+    cli::escape,
     embedded::{Concluded, Report, ServiceReport},
     input::transactions::Transactions,
     wire::result::{BriefResult, DetailedResult, ProducerResult},
@@ -129,7 +129,7 @@ impl<W: Write> ResultPrinter<W> {
                 let _ = write!(row, "unresolved: {service} ");
             }
         }
-        writeln!(self.out, "{}", plain::line(row.trim_end()))
+        writeln!(self.out, "{}", escape::line(row.trim_end()))
     }
 
     pub(super) fn flush(&mut self) -> io::Result<()> {

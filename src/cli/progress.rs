@@ -19,7 +19,7 @@ use tracing_subscriber::{
     layer::SubscriberExt as _,
 };
 
-use crate::cli::plain;
+use crate::cli::escape;
 
 /// How many lines of the log may wait to be written.
 const WAITING_MAX: usize = 4096;
@@ -140,7 +140,7 @@ impl Write for StderrAboveBar {
     fn write(&mut self, text: &[u8]) -> io::Result<usize> {
         let said = String::from_utf8_lossy(text);
         let said = said.trim_end_matches('\n');
-        let plain = if self.has_colours { plain::coloured_line(said) } else { plain::line(said) };
+        let plain = if self.has_colours { escape::coloured_line(said) } else { escape::line(said) };
         let plain = format!("{plain}\n");
         self.bar.suspend(|| io::stderr().write_all(plain.as_bytes()))?;
         Ok(text.len())

@@ -14,12 +14,12 @@ use crate::{
     cli::{
         Exit, Failure,
         broker::OptionalBroker,
-        brokered::{self, RunPlan},
         input::{InputReader, bad_data, is_stdin, name, open},
         output::{self, ResultDetail, ResultForm},
+        pipeline::{self, Pipeline, RunOutput},
         progress,
         report_file::ReportFile,
-        stages::{self, Pipeline, RunOutput},
+        run_on_broker::{self, RunPlan},
     },
     clock::Clock,
     config::duration,
@@ -125,17 +125,17 @@ pub(super) fn run(arguments: &RunArguments) -> Result<Exit, Failure> {
     let log_level = progress::log_level(LevelFilter::ERROR)
         .map_err(|error| Failure::new(Exit::Usage, error))?;
     let broker = arguments.broker.broker("dtc run")?;
-    let (runtime, interrupt) = stages::runtime()?;
+    let (runtime, interrupt) = pipeline::runtime()?;
     let (services, transactions) = read_input(arguments)?;
     let report_file = ReportFile::create(arguments.report.as_deref())?;
 
-    let bar = progress::bar(stages::total(&transactions));
+    let bar = progress::bar(pipeline::total(&transactions));
     let _logging = progress::log_above(&bar, log_level);
     let form = arguments.output.unwrap_or_else(|| ResultForm::like(&transactions));
-    let stages = Pipeline { bar: &bar, runtime: &runtime, interrupt: &interrupt, heard: HEARD };
+    let pipeline = Pipeline { bar: &bar, runtime: &runtime, interrupt: &interrupt, heard: HEARD };
     let ran = match broker {
-        None => run_embedded(arguments, services, transactions, form, &stages),
-        Some(broker) => run_brokered(arguments, broker, services, transactions, form, &stages),
+        None => run_embedded(arguments, services, transactions, form, &pipeline),
+        Some(broker) => run_on_broker(arguments, broker, services, transactions, form, &pipeline),
     };
     bar.finish_and_clear();
     let RunOutput { done: report, ended } = ran?;
@@ -180,7 +180,7 @@ fn run_embedded(
     services: Vec<ServiceSpec>,
     transactions: Transactions<InputReader>,
     form: ResultForm,
-    stages: &Pipeline<'_>,
+    pipeline: &Pipeline<'_>,
 ) -> Result<RunOutput<Report>, Failure> {
     let opened =
         arguments.journal.as_deref().map(|path| open_journal(path, arguments)).transpose()?;
@@ -210,7 +210,7 @@ fn run_embedded(
     }
     let printing = Some((form, detail(arguments)));
     let RunOutput { done, ended } =
-        stages.run(transactions, printing, |requests, concluded, stop| {
+        pipeline.run(transactions, printing, |requests, concluded, stop| {
             embedded.serve(requests, concluded, stop)
         });
     done.map(|done| RunOutput { done, ended }).map_err(unusable)
@@ -251,13 +251,13 @@ fn unusable(error: JournalError) -> Failure {
     Failure::new(exit, error)
 }
 
-fn run_brokered(
+fn run_on_broker(
     arguments: &RunArguments,
     broker: Broker,
     services: Vec<ServiceSpec>,
     transactions: Transactions<InputReader>,
     form: ResultForm,
-    stages: &Pipeline<'_>,
+    pipeline: &Pipeline<'_>,
 ) -> Result<RunOutput<Report>, Failure> {
     let plan = RunPlan {
         broker,
@@ -269,7 +269,7 @@ fn run_brokered(
         prepare_timeout: Duration::from_millis(arguments.timeout_ms),
         counts_attempts: arguments.detail,
     };
-    brokered::run(plan, transactions, (form, detail(arguments)), stages)
+    run_on_broker::run(plan, transactions, (form, detail(arguments)), pipeline)
 }
 
 fn detail(arguments: &RunArguments) -> ResultDetail {

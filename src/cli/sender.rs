@@ -7,7 +7,7 @@ use indicatif::ProgressBar;
 use tokio::{sync::mpsc, time::Instant};
 
 use crate::{
-    cli::{Exit, Failure, moment, output, stages::StopSignal},
+    cli::{Exit, Failure, moment, output, pipeline::StopSignal},
     client::{Client, SubmitError, WaitError},
     clock::Clock,
     embedded::{Concluded, Report},

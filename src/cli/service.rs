@@ -11,13 +11,13 @@ use tracing_subscriber::filter::LevelFilter;
 
 use crate::{
     cli::{
-        Exit, Failure, asleep,
+        Exit, Failure,
         broker::{self, BrokerArguments, flag},
         input::{bad_data, name, open},
-        progress,
-        ready::ReadyFile,
+        pipeline, progress,
+        ready_file::ReadyFile,
         report_file::ReportFile,
-        signals, stages,
+        signals, stalls,
     },
     input::services::{self, ServiceSpec},
     participant::{
@@ -103,7 +103,7 @@ pub(super) fn run(arguments: &ServiceArguments) -> Result<Exit, Failure> {
     let spec = spec(arguments)?;
     let (mut settings, declared) = settings(arguments, &spec)?;
     let report = ReportFile::create(arguments.report.as_deref())?;
-    let (runtime, interrupt) = stages::daemon_runtime()?;
+    let (runtime, interrupt) = pipeline::daemon_runtime()?;
     let _logging = progress::log_above(&ProgressBar::hidden(), level);
 
     let store = match &arguments.state {
@@ -122,7 +122,7 @@ pub(super) fn run(arguments: &ServiceArguments) -> Result<Exit, Failure> {
         service = %settings.service, instance = %settings.instance,
         broker = %settings.broker.address, namespace = %settings.names.namespace(), "starting"
     );
-    asleep::watch(&runtime);
+    stalls::watch(&runtime);
     let stop = signals::heard(&interrupt);
     let file = ReadyFile::at(arguments.ready_file.as_deref(), &runtime)?;
     settings.readiness = file.readiness();

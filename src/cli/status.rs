@@ -15,8 +15,9 @@ use crate::{
     cli::{
         Exit, Failure,
         broker::{self, BrokerArguments, exit_of},
+        escape,
         moment::{self, shown},
-        plain, progress, stages,
+        pipeline, progress,
     },
     client::history::{self, History, HistoryError, Past, Since},
     config::duration,
@@ -89,7 +90,7 @@ pub(super) fn run(arguments: &StatusArguments) -> Result<Exit, Failure> {
         .map_err(|error| Failure::new(Exit::Usage, error))?;
     let config = arguments.broker.load([])?;
     let (broker, names) = (broker::broker(&config, "dtc status"), broker::names(&config));
-    let (runtime, _interrupt) = stages::runtime()?;
+    let (runtime, _interrupt) = pipeline::runtime()?;
     let _logging = progress::log_above(&indicatif::ProgressBar::hidden(), log_level);
     let ids: BTreeSet<_> = arguments.ids.iter().cloned().collect();
     let margin = config.topology.clock_margin;
@@ -178,7 +179,7 @@ fn one(text: &mut String, key: &TransactionKey, past: &Past) {
                 let service = reason.service.as_ref().map_or("", |name| name.as_str());
                 let message = reason.message.as_deref().unwrap_or_default();
                 let reason = format!("{} {service} {message}", reason.code);
-                let _ = writeln!(text, "  reason: {}", plain::line(reason.trim_end()));
+                let _ = writeln!(text, "  reason: {}", escape::line(reason.trim_end()));
             }
             for (service, branch) in &decision.branches {
                 let _ = writeln!(text, "  {service}: branch {branch}");
@@ -198,7 +199,7 @@ fn one(text: &mut String, key: &TransactionKey, past: &Past) {
         let at = shown(parked.parked_at);
         let _ = match &parked.cause {
             ParkedCause::Uncommitted { service, error, .. } => {
-                let error = plain::line(error.as_deref().unwrap_or("no answer"));
+                let error = escape::line(error.as_deref().unwrap_or("no answer"));
                 let end = match settled_at(past, parked) {
                     Some(moment) => format!("settled at {}", shown(moment)),
                     None => "not settled: the service's instances go on trying it".to_owned(),

@@ -11,9 +11,9 @@ use crate::{
         broker::{self, BrokerArguments, exit_of},
         input::{bad_data, name, open},
         output::{ResultDetail, ResultForm},
+        pipeline::{self, Pipeline, RunEnd, RunOutput},
         progress,
         sender::{Sender, check_sizes},
-        stages::{self, Pipeline, RunEnd, RunOutput},
     },
     client::{Client, Settings},
     clock::Clock,
@@ -85,7 +85,7 @@ pub(super) fn run(arguments: &SubmitArguments) -> Result<Exit, Failure> {
         .map_err(|error| Failure::new(Exit::Usage, error))?;
     let config = arguments.broker.load([])?;
     let (broker, names) = (broker::broker(&config, "dtc submit"), broker::names(&config));
-    let (runtime, interrupt) = stages::runtime()?;
+    let (runtime, interrupt) = pipeline::runtime()?;
     let source = open(&arguments.transactions)?;
     let transactions =
         Transactions::open(&name(&arguments.transactions), source).map_err(bad_data)?;
@@ -96,7 +96,7 @@ pub(super) fn run(arguments: &SubmitArguments) -> Result<Exit, Failure> {
     };
     check_sizes(&client, &transactions)?;
 
-    let bar = progress::bar(stages::total(&transactions));
+    let bar = progress::bar(pipeline::total(&transactions));
     let _logging = progress::log_above(&bar, log_level);
     runtime.block_on(client.open()).map_err(no_connection)?;
     let printing = arguments.wait.then(|| {
@@ -114,8 +114,8 @@ pub(super) fn run(arguments: &SubmitArguments) -> Result<Exit, Failure> {
         attempts: None,
         drain: None,
     };
-    let stages = Pipeline { bar: &bar, runtime: &runtime, interrupt: &interrupt, heard: HEARD };
-    let ran = stages.run(transactions, printing, |requests, concluded, stop| {
+    let pipeline = Pipeline { bar: &bar, runtime: &runtime, interrupt: &interrupt, heard: HEARD };
+    let ran = pipeline.run(transactions, printing, |requests, concluded, stop| {
         sender.serve(requests, concluded, stop)
     });
     runtime.block_on(client.close());

@@ -16,7 +16,7 @@ use crate::{
     cli::{
         Exit, Failure,
         broker::{self, BrokerArguments, ConfigArgument, NamespaceArgument, exit_of, flag},
-        moment, plain, stages, tell,
+        escape, moment, pipeline, tell,
     },
     clock::Clock,
     config::{Config, ConfigFlag, duration},
@@ -244,7 +244,7 @@ pub(super) fn run(arguments: &TopologyArguments) -> Result<Exit, Failure> {
             let config = arguments.config.load(flags)?;
             let topology = arguments.scope.topology(&broker::names(&config), &config)?;
             print(&match arguments.output {
-                TopologyForm::Text => plain::lines(&text(&topology)).into_owned(),
+                TopologyForm::Text => escape::lines(&text(&topology)).into_owned(),
                 TopologyForm::Json => format!("{:#}\n", topology_json(&topology)),
             })
         }
@@ -252,7 +252,7 @@ pub(super) fn run(arguments: &TopologyArguments) -> Result<Exit, Failure> {
 }
 
 fn run_apply(arguments: &ApplyArguments) -> Result<Exit, Failure> {
-    let (runtime, _interrupt) = stages::runtime()?;
+    let (runtime, _interrupt) = pipeline::runtime()?;
     let margin = flag("topology.clock_margin", "--clock-margin", arguments.clock_margin.as_ref());
     let config = arguments.broker.load(arguments.scope.flags().into_iter().chain([margin]))?;
     let names = broker::names(&config);
@@ -280,7 +280,7 @@ fn run_apply(arguments: &ApplyArguments) -> Result<Exit, Failure> {
             if text.is_empty() && applied.unavailable.is_empty() {
                 tell("nothing was missing\n");
             }
-            print(&plain::lines(&text))?
+            print(&escape::lines(&text))?
         }
         TopologyForm::Json => print(&format!("{:#}\n", applied_json(&replaced, &applied)))?,
     };
@@ -447,7 +447,7 @@ fn named<'a>(
 }
 
 fn run_delete(arguments: &DeleteArguments) -> Result<Exit, Failure> {
-    let (runtime, _interrupt) = stages::runtime()?;
+    let (runtime, _interrupt) = pipeline::runtime()?;
     let config = arguments.broker.load(arguments.scope.flags())?;
     let (broker, names) = (broker::broker(&config, "dtc topology"), broker::names(&config));
     let topology = arguments.scope.topology(&names, &config)?;
@@ -461,7 +461,7 @@ fn run_delete(arguments: &DeleteArguments) -> Result<Exit, Failure> {
 }
 
 fn run_check(arguments: &CheckArguments) -> Result<Exit, Failure> {
-    let (runtime, _interrupt) = stages::runtime()?;
+    let (runtime, _interrupt) = pipeline::runtime()?;
     let config = arguments.broker.load(arguments.scope.flags())?;
     let (broker, names) = (broker::broker(&config, "dtc topology"), broker::names(&config));
     let services = arguments.scope.services(&config)?;
@@ -496,7 +496,7 @@ fn run_check(arguments: &CheckArguments) -> Result<Exit, Failure> {
     print(&match arguments.output {
         TopologyForm::Text => {
             let lines = findings.iter().map(ToString::to_string);
-            lines.map(|finding| format!("{}\n", plain::line(&finding))).collect()
+            lines.map(|finding| format!("{}\n", escape::line(&finding))).collect()
         }
         TopologyForm::Json => {
             let findings: Vec<_> = findings.iter().map(finding_json).collect();

@@ -9,12 +9,12 @@ use tracing_subscriber::filter::LevelFilter;
 
 use crate::{
     cli::{
-        Exit, Failure, asleep,
+        Exit, Failure,
         broker::{self, BrokerArguments, flag},
-        progress,
-        ready::ReadyFile,
+        pipeline, progress,
+        ready_file::ReadyFile,
         report_file::ReportFile,
-        signals, stages,
+        signals, stalls,
     },
     protocol::ids::WorkerId,
     transport::amqp::{traffic::Traffic, unique},
@@ -74,7 +74,7 @@ pub(super) fn run(arguments: &WorkerArguments) -> Result<Exit, Failure> {
     let level = level.map_err(|error| Failure::new(Exit::Usage, error))?;
     let mut settings = settings(arguments)?;
     let report = ReportFile::create(arguments.report.as_deref())?;
-    let (runtime, interrupt) = stages::daemon_runtime()?;
+    let (runtime, interrupt) = pipeline::daemon_runtime()?;
     let _logging = progress::log_above(&ProgressBar::hidden(), level);
 
     let name = settings.coordinator.worker.clone();
@@ -83,7 +83,7 @@ pub(super) fn run(arguments: &WorkerArguments) -> Result<Exit, Failure> {
         worker = %name, broker = %settings.broker.address,
         namespace = %settings.names.namespace(), max_in_flight, "starting"
     );
-    asleep::watch(&runtime);
+    stalls::watch(&runtime);
     let stop = signals::heard(&interrupt);
     let file = ReadyFile::at(arguments.ready_file.as_deref(), &runtime)?;
     settings.readiness = file.readiness();

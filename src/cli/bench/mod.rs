@@ -38,7 +38,7 @@ use crate::{
     cli::{
         Exit, Failure,
         broker::{self, ConfigArgument, UrlArgument, exit_of, flag},
-        progress, signals, stages, tell,
+        pipeline, progress, signals, tell,
     },
     embedded::Latencies,
     protocol::message::Outcome,
@@ -130,7 +130,7 @@ pub(super) fn run(arguments: &BenchArguments) -> Result<Exit, Failure> {
             .with_context(|| format!("failed to create `{}`", path.display()))
             .map_err(|error| Failure::new(Exit::Usage, error))?;
     }
-    let (runtime, interrupt) = stages::runtime()?;
+    let (runtime, interrupt) = pipeline::runtime()?;
     let _logging = progress::log_above(&ProgressBar::hidden(), level);
     let _held = interrupt.subscribe();
     let stop = signals::heard(&interrupt);

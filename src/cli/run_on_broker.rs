@@ -22,10 +22,9 @@ use crate::{
         broker::exit_of,
         input::InputReader,
         output::{ResultDetail, ResultForm},
+        pipeline::{Pipeline, RunEnd, RunOutput},
         sender::{AttemptsOf, Sender, check_sizes},
-        signals,
-        stages::{Pipeline, RunEnd, RunOutput},
-        tell,
+        signals, tell,
     },
     client::{Client, Settings},
     clock::Clock,
@@ -90,16 +89,16 @@ pub(super) fn run(
     plan: RunPlan,
     transactions: Transactions<InputReader>,
     printing: (ResultForm, ResultDetail),
-    stages: &Pipeline<'_>,
+    pipeline: &Pipeline<'_>,
 ) -> Result<RunOutput<Report>, Failure> {
     // From here on the first signal ends the run, not the process.
-    let stop = signals::heard(stages.interrupt).shared();
-    let made = stages.runtime.block_on(RunNamespace::make(&plan, stop.clone()));
+    let stop = signals::heard(pipeline.interrupt).shared();
+    let made = pipeline.runtime.block_on(RunNamespace::make(&plan, stop.clone()));
     let namespace = made?.ok_or_else(interrupted)?;
     let heard = namespace.heard();
-    let stages = Pipeline { heard: &heard, ..*stages };
-    let ran = run_at(&plan, &namespace, transactions, printing, &stages, stop);
-    if let Err(failure) = stages.runtime.block_on(namespace.leave()) {
+    let pipeline = Pipeline { heard: &heard, ..*pipeline };
+    let ran = run_at(&plan, &namespace, transactions, printing, &pipeline, stop);
+    if let Err(failure) = pipeline.runtime.block_on(namespace.leave()) {
         tell(&format!("{failure}\n"));
     }
     ran
@@ -114,17 +113,17 @@ fn run_at(
     namespace: &RunNamespace,
     transactions: Transactions<InputReader>,
     printing: (ResultForm, ResultDetail),
-    stages: &Pipeline<'_>,
+    pipeline: &Pipeline<'_>,
     stop: impl Future<Output = ()>,
 ) -> Result<RunOutput<Report>, Failure> {
     let in_flight_max = plan.max_in_flight;
     let client = {
-        let _entered = stages.runtime.enter();
+        let _entered = pipeline.runtime.enter();
         let settings = Settings { in_flight_max, ..Settings::default() };
         Client::with(plan.broker.clone(), namespace.names.clone(), settings)
     };
     check_sizes(&client, &transactions)?;
-    let started = stages.runtime.block_on(System::start(plan, namespace, stop));
+    let started = pipeline.runtime.block_on(System::start(plan, namespace, stop));
     let mut system = started?.ok_or_else(interrupted)?;
     let sender = Sender {
         client: client.clone(),
@@ -133,15 +132,15 @@ fn run_at(
         timeout: NO_HURRY,
         requested_at: None,
         clock: Clock::start(),
-        bar: stages.bar.clone(),
+        bar: pipeline.bar.clone(),
         attempts: plan.counts_attempts.then(|| system.counter.attempts_of()),
         drain: Some(DRAIN),
     };
     let RunOutput { done: sent, ended } =
-        stages.run(transactions, Some(printing), |requests, concluded, stop| {
+        pipeline.run(transactions, Some(printing), |requests, concluded, stop| {
             sender.serve(requests, concluded, stop)
         });
-    stages.runtime.block_on(async {
+    pipeline.runtime.block_on(async {
         let _ = timeout(ANSWER_MAX, client.close()).await;
         // Waiting longer does not help for transactions that were given up.
         system.stop(if sent.is_given_up { ANSWER_MAX } else { STOP_MAX }).await;

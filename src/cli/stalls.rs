@@ -10,10 +10,10 @@ use tokio::runtime::Runtime;
 use crate::clock::{Clock, ClockReading, ClockStep, ClockStepDetector};
 
 /// How often to check.
-const EVERY: Duration = Duration::from_secs(1);
+const CHECK_EVERY: Duration = Duration::from_secs(1);
 
 /// Shorter gaps are not logged: they cause no time-out.
-const WORTH_A_WORD: Duration = Duration::from_secs(4);
+const LOGGED_MIN: Duration = Duration::from_secs(4);
 
 /// Starts to watch this process.
 pub(super) fn watch(runtime: &Runtime) {
@@ -22,7 +22,7 @@ pub(super) fn watch(runtime: &Runtime) {
     let mut last = clock.read();
     runtime.spawn(async move {
         loop {
-            tokio::time::sleep(EVERY).await;
+            tokio::time::sleep(CHECK_EVERY).await;
             let (before, step) = (last, steps.check(&clock));
             last = clock.read();
             if let Some((gap, why)) = gap(before, last, step) {
@@ -42,14 +42,14 @@ fn gap(
     now: ClockReading,
     step: Option<ClockStep>,
 ) -> Option<(Duration, &'static str)> {
-    let late = now.elapsed.saturating_sub(before.elapsed).saturating_sub(EVERY);
+    let late = now.elapsed.saturating_sub(before.elapsed).saturating_sub(CHECK_EVERY);
     match step {
-        _ if late >= WORTH_A_WORD => Some((
+        _ if late >= LOGGED_MIN => Some((
             late,
             "this process did not run for a while: it was stopped, or the machine had no time for \
              it; that the broker fell silent, or a deadline passed, may come of that",
         )),
-        Some(ClockStep::Forward(by)) if by >= WORTH_A_WORD => Some((
+        Some(ClockStep::Forward(by)) if by >= LOGGED_MIN => Some((
             by,
             "the machine was suspended, or its clock was set forward; that the broker fell silent, \
              or a deadline passed, may come of that",
