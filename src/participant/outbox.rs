@@ -18,7 +18,7 @@ use crate::{
 
 /// What has yet to be published.
 #[derive(Debug)]
-pub(super) struct Outbox {
+pub(super) struct InstanceOutbox {
     exchange: ShortString,
     service: ServiceName,
     /// What workers are told with votes and dones.
@@ -43,7 +43,7 @@ pub(super) struct OutboundMessage {
     pub(super) must_arrive: bool,
 }
 
-impl Outbox {
+impl InstanceOutbox {
     /// `prepares_max`: how many prepares one message may hold.
     pub(super) fn new(names: &Names, service: ServiceName, prepares_max: u16) -> Self {
         let headers = (prepares_max > 1).then(|| {
@@ -147,7 +147,7 @@ fn push<T: Item>(bodies: &mut Bodies, item: &T) {
 mod tests {
     use std::sync::Arc;
 
-    use super::Outbox;
+    use super::InstanceOutbox;
     use crate::{
         protocol::{
             ids::{
@@ -161,13 +161,13 @@ mod tests {
         wire::message::{BODY_MAX, decode},
     };
 
-    fn outbox() -> Outbox {
+    fn outbox() -> InstanceOutbox {
         outbox_of(1)
     }
 
-    fn outbox_of(prepares_max: u16) -> Outbox {
+    fn outbox_of(prepares_max: u16) -> InstanceOutbox {
         let names = Names::new(Namespace::parse("dtc").unwrap());
-        Outbox::new(&names, ServiceName::parse("payments").unwrap(), prepares_max)
+        InstanceOutbox::new(&names, ServiceName::parse("payments").unwrap(), prepares_max)
     }
 
     fn done(number: usize, applied: Result<(), Arc<str>>) -> Done {

@@ -25,9 +25,9 @@ use crate::{
         calls::name_of_store,
         error::{OpenError, ServeError},
         health::{Change, Health},
-        outbox::Outbox,
+        outbox::InstanceOutbox,
         parked::ParkedLog,
-        session::{DeliveryIds, Session, SessionError, declare, open_own},
+        session::{DeliveryIds, InstanceSession, SessionError, declare, open_own},
         settings::ServeSettings,
     },
     protocol::{
@@ -71,7 +71,7 @@ struct Server {
     instance: Instance,
     retry_parked_every: Duration,
     calls: Calls,
-    outbox: Outbox,
+    outbox: InstanceOutbox,
     delivery_ids: DeliveryIds,
     /// What the core has yet to be told.
     events: VecDeque<Event>,
@@ -87,7 +87,7 @@ struct Server {
 /// Why an instance works no more.
 enum Ended {
     Stopped,
-    Lost(Box<Session>, SessionError),
+    Lost(Box<InstanceSession>, SessionError),
 }
 
 impl Server {
@@ -106,7 +106,7 @@ impl Server {
             retry_parked_every: core.retry_parked_every,
             instance: Instance::new(clock.now(), core),
             calls: Calls::new(clock, settings.finish_timeout),
-            outbox: Outbox::new(
+            outbox: InstanceOutbox::new(
                 &settings.names,
                 settings.service.clone(),
                 settings.prepares_announced(),
@@ -184,11 +184,11 @@ impl Server {
         &mut self,
         supervisor: &mut Supervisor,
         mut stop: Pin<&mut (impl FusedFuture<Output = ()> + ?Sized)>,
-    ) -> Result<Option<Session>, ServeError> {
+    ) -> Result<Option<InstanceSession>, ServeError> {
         let takes_prepares = self.drains_until.is_none();
         let (settings, store) = (self.settings.clone(), self.store.clone());
         // Boxed, or the compiler doesn't see that this can be sent between threads.
-        let mut opening: BoxFuture<'_, Result<Session, OpenError>> = Box::pin(async move {
+        let mut opening: BoxFuture<'_, Result<InstanceSession, OpenError>> = Box::pin(async move {
             if supervisor.has_worked() {
                 tokio::time::sleep(supervisor.pause()).await;
             }
@@ -212,8 +212,8 @@ impl Server {
 
     async fn opened(
         &self,
-        session: Result<Session, OpenError>,
-    ) -> Result<Option<Session>, ServeError> {
+        session: Result<InstanceSession, OpenError>,
+    ) -> Result<Option<InstanceSession>, ServeError> {
         let service = self.settings.service.clone();
         let mut session = session.map_err(|error| ServeError::of(service, error))?;
         // It may have been told to stop meanwhile.
@@ -259,7 +259,7 @@ impl Server {
 
     async fn work(
         &mut self,
-        mut session: Session,
+        mut session: InstanceSession,
         mut stop: Pin<&mut (impl FusedFuture<Output = ()> + ?Sized)>,
     ) -> Ended {
         loop {
@@ -302,7 +302,7 @@ impl Server {
     // ---- The core ----------------------------------------------------------------------------
 
     /// Lets the core handle all that has happened, and says what it has to say.
-    fn settle(&mut self, mut session: Option<&mut Session>) {
+    fn settle(&mut self, mut session: Option<&mut InstanceSession>) {
         self.look_at_clock();
         let now = self.clock.now();
         if self.instance.next_deadline().is_some_and(|at| at <= now) {
@@ -361,7 +361,7 @@ impl Server {
         }
     }
 
-    fn perform(&mut self, effect: Effect, session: Option<&mut Session>) {
+    fn perform(&mut self, effect: Effect, session: Option<&mut InstanceSession>) {
         match effect {
             Effect::CallPrepare { .. }
             | Effect::CallCommit { .. }
@@ -404,7 +404,7 @@ async fn open(
     store: Option<&StoreId>,
     takes_prepares: bool,
     supervisor: &mut Supervisor,
-) -> Result<Session, OpenError> {
+) -> Result<InstanceSession, OpenError> {
     loop {
         let error =
             match open_once(settings, (store, supervisor.has_worked()), takes_prepares).await {
@@ -441,7 +441,7 @@ async fn open_once(
     settings: &ServeSettings,
     store: (Option<&StoreId>, bool),
     takes_prepares: bool,
-) -> Result<Session, OpenError> {
+) -> Result<InstanceSession, OpenError> {
     if let Some(max_wait) = settings.declare {
         declare(settings, max_wait).await?;
     }
@@ -451,7 +451,7 @@ async fn open_once(
     };
     let is_final = |error: &OpenError| error.disposition() == Disposition::GiveUp;
     let (link, own) = settings.broker.connect_pair_with(own, is_final).await?;
-    Session::open(link, own, settings, store, takes_prepares).await
+    InstanceSession::open(link, own, settings, store, takes_prepares).await
 }
 
 async fn sleep_until_some(moment: Option<Instant>) {

@@ -81,7 +81,7 @@ struct Opened {
 #[derive(Debug)]
 struct Publishers {
     /// For what must arrive.
-    reliable: ReliablePublisher<OnConfirm>,
+    reliable: ReliablePublisher<ConfirmAction>,
     /// For what may be lost, since whoever waits for it asks again: nobody waits for its confirm.
     passing: Publisher<()>,
     /// Whether the broker is known to take what is said. Until then everything is confirmed.
@@ -106,7 +106,7 @@ impl Publishers {
     fn pass(&mut self, message: OutgoingMessage) {
         match self.are_tried {
             true => self.passing.publish(message, ()),
-            false => self.reliable.publish(message, OnConfirm::Nothing),
+            false => self.reliable.publish(message, ConfirmAction::Nothing),
         }
     }
 
@@ -122,7 +122,7 @@ impl Publishers {
     }
 
     /// What follows from the next message that is safe.
-    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<OnConfirm, PublisherError>> {
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<ConfirmAction, PublisherError>> {
         if let Poll::Ready(safe) = self.reliable.poll_next(cx) {
             self.are_tried |= safe.is_ok();
             return Poll::Ready(safe);
@@ -138,7 +138,7 @@ impl Publishers {
 }
 
 /// One link's worth of service.
-pub(super) struct Session {
+pub(super) struct InstanceSession {
     /// As long as it is there, nobody begins to serve with another store.
     _agreed: Kept,
     link: ConnectionPair,
@@ -169,7 +169,7 @@ struct Origin {
 
 /// What follows when a message is with the broker.
 #[derive(Debug)]
-enum OnConfirm {
+enum ConfirmAction {
     /// Nothing: if it doesn't arrive, whoever waits for it asks again.
     Nothing,
     /// These may be acknowledged.
@@ -180,9 +180,9 @@ enum OnConfirm {
 
 /// Something that has happened.
 #[expect(clippy::large_enum_variant, reason = "each is handled at once, and never stored")]
-enum Input {
+enum InstanceInput {
     Message(Source, Message),
-    Safe(OnConfirm),
+    Safe(ConfirmAction),
     Link(ConnectionEvent),
 }
 
@@ -222,7 +222,7 @@ impl SessionError {
     }
 }
 
-impl Session {
+impl InstanceSession {
     /// Takes its place on `link`, where the instance's own queue is open: it hears of outcomes before
     /// it takes what they will be about. `store`: what its store is called, and whether it has served
     /// before.
@@ -334,12 +334,12 @@ impl Session {
         Ok(())
     }
 
-    fn poll_input(&mut self, cx: &mut Context<'_>) -> Poll<Result<Input, SessionError>> {
+    fn poll_input(&mut self, cx: &mut Context<'_>) -> Poll<Result<InstanceInput, SessionError>> {
         if let Poll::Ready(change) = self.watch.poll_next(cx) {
-            return Poll::Ready(Ok(Input::Link(change)));
+            return Poll::Ready(Ok(InstanceInput::Link(change)));
         }
         if let Poll::Ready(safe) = self.publishers.poll_next(cx) {
-            return Poll::Ready(safe.map(Input::Safe).map_err(SessionError::Publishing));
+            return Poll::Ready(safe.map(InstanceInput::Safe).map_err(SessionError::Publishing));
         }
         if !self.has_room() {
             return Poll::Pending;
@@ -359,7 +359,7 @@ impl Session {
             };
             if let Poll::Ready(message) = message {
                 let message = message.map_err(SessionError::Consuming);
-                return Poll::Ready(message.map(|message| Input::Message(source, message)));
+                return Poll::Ready(message.map(|message| InstanceInput::Message(source, message)));
             }
         }
         Poll::Pending
@@ -389,20 +389,20 @@ impl Session {
 
     fn handle(
         &mut self,
-        input: Input,
+        input: InstanceInput,
         delivery_ids: &mut DeliveryIds,
         events: &mut VecDeque<Event>,
     ) -> Result<(), SessionError> {
         match input {
-            Input::Message(source, message) => {
+            InstanceInput::Message(source, message) => {
                 self.received(source, &message, delivery_ids, events)
             }
-            Input::Safe(OnConfirm::Nothing) => {}
-            Input::Safe(OnConfirm::Ack(owed)) => {
+            InstanceInput::Safe(ConfirmAction::Nothing) => {}
+            InstanceInput::Safe(ConfirmAction::Ack(owed)) => {
                 owed.into_iter().for_each(|delivery| self.ack(delivery));
             }
-            Input::Safe(OnConfirm::Rejected(origin)) => self.dealt_with(origin),
-            Input::Link(change) => self.link_changed(change)?,
+            InstanceInput::Safe(ConfirmAction::Rejected(origin)) => self.dealt_with(origin),
+            InstanceInput::Link(change) => self.link_changed(change)?,
         }
         Ok(())
     }
@@ -461,7 +461,7 @@ impl Session {
         let queue = queue.map(ShortString::to_string).unwrap_or_default();
         tracing::warn!(queue, reason, "a message is rejected");
         let outgoing = rejected(&self.names, &queue, message, reason);
-        self.publishers.reliable.publish(outgoing, OnConfirm::Rejected(origin));
+        self.publishers.reliable.publish(outgoing, ConfirmAction::Rejected(origin));
     }
 
     // ---- What goes out -----------------------------------------------------------------------
@@ -470,7 +470,7 @@ impl Session {
     pub(super) fn publish(&mut self, outbound: OutboundMessage) {
         let OutboundMessage { message, owed, must_arrive } = outbound;
         if must_arrive {
-            self.publishers.reliable.publish(message, OnConfirm::Ack(owed));
+            self.publishers.reliable.publish(message, ConfirmAction::Ack(owed));
         } else {
             self.publishers.pass(message);
         }
