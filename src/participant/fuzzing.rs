@@ -31,7 +31,7 @@ pub fn command(
         Queue::Own => Source::Own,
         Queue::Shared => Source::Shared,
     };
-    let inbound::Read { items, bad } = inbound::read(source, message);
+    let inbound::DecodedMessage { items, bad } = inbound::read(source, message);
     let events = items.into_iter().filter_map(|told| {
         let delivery = told.is_held(source).then_some(delivery);
         told.into_event(delivery)

@@ -28,7 +28,7 @@ pub(super) enum Source {
 
 /// What was in a message.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct Read {
+pub(super) struct DecodedMessage {
     pub(super) items: Vec<Inbound>,
     /// Why it is, or some of its items are, to be rejected.
     pub(super) bad: Option<String>,
@@ -69,7 +69,7 @@ impl Inbound {
 }
 
 /// Reads `message`, which came by `source`.
-pub(super) fn read(source: Source, message: &Message) -> Read {
+pub(super) fn read(source: Source, message: &Message) -> DecodedMessage {
     if let Some(reason) = unreadable(message) {
         return bad(reason);
     }
@@ -96,12 +96,12 @@ pub(super) fn read(source: Source, message: &Message) -> Read {
     }
 }
 
-fn bad(reason: String) -> Read {
-    Read { items: Vec::new(), bad: Some(reason) }
+fn bad(reason: String) -> DecodedMessage {
+    DecodedMessage { items: Vec::new(), bad: Some(reason) }
 }
 
 /// A message stands for a slot, and so does each prepare in it.
-fn read_prepares(message: &Message) -> Read {
+fn read_prepares(message: &Message) -> DecodedMessage {
     let redelivered = message.redelivered;
     let read = read_items(message, worker_of(message), |worker, prepare| Inbound::Prepare {
         worker,
@@ -118,14 +118,14 @@ fn read_items<T: Item, W: Clone>(
     message: &Message,
     worker: Result<W, String>,
     told: impl Fn(W, T) -> Inbound,
-) -> Read {
+) -> DecodedMessage {
     let (worker, items) = match (worker, decode::<T>(&message.data)) {
         (Ok(worker), Ok(items)) => (worker, items),
         (Err(reason), Ok(_)) => return bad(reason),
         (_, Err(malformed)) => return bad(undecodable(message, &malformed)),
     };
     let (items, complaints) = split_items(items, |item| Ok(told(worker.clone(), item)));
-    Read { items, bad: (!complaints.is_empty()).then(|| complaints.join("\n")) }
+    DecodedMessage { items, bad: (!complaints.is_empty()).then(|| complaints.join("\n")) }
 }
 
 /// Who wants the answer.
@@ -145,7 +145,7 @@ mod tests {
         types::{AMQPValue, FieldTable},
     };
 
-    use super::{Inbound, Read, Source, read};
+    use super::{DecodedMessage, Inbound, Source, read};
     use crate::transport::amqp::frames::UNREADABLE;
 
     const QUERY: &str =
@@ -160,7 +160,7 @@ mod tests {
         message
     }
 
-    fn reason(read: &Read) -> &str {
+    fn reason(read: &DecodedMessage) -> &str {
         read.bad.as_deref().unwrap_or_default()
     }
 

@@ -49,7 +49,7 @@ pub(super) struct Follower {
 }
 
 /// Something that was read.
-pub(super) enum Read {
+pub(super) enum FollowerEvent {
     /// At the end.
     Record(Record),
     /// Further back.
@@ -90,25 +90,33 @@ impl Follower {
         })
     }
 
-    pub(super) fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Read, FollowError>> {
+    pub(super) fn poll_next(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<FollowerEvent, FollowError>> {
         if !self.is_cut_off
             && let Poll::Ready(message) = self.tail.poll_next(cx)
         {
             return Poll::Ready(self.read(message));
         }
         match self.found.1.poll_recv(cx) {
-            Poll::Ready(Some(found)) => Poll::Ready(Ok(Read::Found(found))),
+            Poll::Ready(Some(found)) => Poll::Ready(Ok(FollowerEvent::Found(found))),
             Poll::Ready(None) | Poll::Pending => Poll::Pending,
         }
     }
 
-    fn read(&mut self, message: Result<Delivery, ConsumerError>) -> Result<Read, FollowError> {
+    fn read(
+        &mut self,
+        message: Result<Delivery, ConsumerError>,
+    ) -> Result<FollowerEvent, FollowError> {
         match message {
-            Ok(message) => self.tail.read(&message).map(Read::Record).map_err(FollowError::Read),
+            Ok(message) => {
+                self.tail.read(&message).map(FollowerEvent::Record).map_err(FollowError::Read)
+            }
             // The stream's leader has moved, or its replica here is gone.
             Err(ConsumerError::Cancelled { .. }) => {
                 self.is_cut_off = true;
-                Ok(Read::CutOff)
+                Ok(FollowerEvent::CutOff)
             }
             Err(closed) => Err(FollowError::Closed(closed)),
         }

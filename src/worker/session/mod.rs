@@ -42,7 +42,7 @@ use crate::{
         anomalies::{report, tell_parked},
         appender::Appender,
         clocks::Standing,
-        follower::{FollowError, Follower, Read, read_event},
+        follower::{FollowError, Follower, FollowerEvent, read_event},
         inbound,
         journal::{Found, Journal, ReadError, Record},
         outbox::{Followed, OnConfirm, Outbox, Unacked},
@@ -81,7 +81,7 @@ pub(super) enum End {
 
 /// Something that has happened.
 enum Input {
-    Journal(Read),
+    Journal(FollowerEvent),
     Appended,
     Followed(Followed),
     Reply(Message),
@@ -391,21 +391,23 @@ impl<'a> Session<'a> {
 
     // ---- What comes in -----------------------------------------------------------------------
 
-    fn journal_read(&mut self, read: Read) {
+    fn journal_read(&mut self, read: FollowerEvent) {
         match read {
-            Read::Record(record) => {
+            FollowerEvent::Record(record) => {
                 self.appender.read_back(record.message_id.as_ref());
                 self.look_for_namesakes(&record);
                 let event = read_event(self.state, record);
                 self.dispatch(event);
             }
-            Read::Found(Found::Decisions(decisions)) => {
+            FollowerEvent::Found(Found::Decisions(decisions)) => {
                 decisions.into_iter().for_each(|it| self.dispatch(Event::HistoryRead(it)));
             }
-            Read::Found(Found::Ended { reaches }) => {
+            FollowerEvent::Found(Found::Ended { reaches }) => {
                 self.dispatch(Event::HistoryEnded { reaches });
             }
-            Read::CutOff => tracing::warn!("the broker has ended the journal's consumer; resuming"),
+            FollowerEvent::CutOff => {
+                tracing::warn!("the broker has ended the journal's consumer; resuming")
+            }
         }
     }
 
