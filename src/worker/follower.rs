@@ -25,7 +25,7 @@ use crate::{
     worker::{
         Settings,
         clocks::Standing,
-        journal::{Found, Journal, LookBack, ReadError, Record, Tail},
+        journal::{Journal, LookBack, LookBackEvent, ReadError, Record, Tail},
         packs::{self, PackedJournal, ReadIn},
         state::{LastRead, WorkerState},
         suspects::Tries,
@@ -45,7 +45,7 @@ pub(super) struct Follower {
     /// The broker has ended the reading.
     is_cut_off: bool,
     look_backs: JoinSet<()>,
-    found: (mpsc::Sender<Found>, mpsc::Receiver<Found>),
+    found: (mpsc::Sender<LookBackEvent>, mpsc::Receiver<LookBackEvent>),
 }
 
 /// Something that was read.
@@ -53,7 +53,7 @@ pub(super) enum FollowerEvent {
     /// At the end.
     Record(Record),
     /// Further back.
-    Found(Found),
+    Found(LookBackEvent),
     /// Nothing more comes, until [`Follower::resume`].
     CutOff,
 }

@@ -135,7 +135,7 @@ pub(super) struct LookBack {
 
 /// What a look further back finds.
 #[derive(Debug)]
-pub(super) enum Found {
+pub(super) enum LookBackEvent {
     Decisions(Vec<Arc<Decision>>),
     Ended { reaches: Option<Time> },
 }
@@ -330,7 +330,7 @@ impl Journal {
 
     /// Reads from `look.from` up to the message before `look.until`, and tells `found`; until that
     /// succeeds, or nobody listens.
-    pub(super) async fn look_back(self, look: LookBack, found: mpsc::Sender<Found>) {
+    pub(super) async fn look_back(self, look: LookBack, found: mpsc::Sender<LookBackEvent>) {
         let mut backoff = Backoff::default();
         while let Err(error) = self.try_look_back(look, &found).await {
             if found.is_closed() {
@@ -344,7 +344,7 @@ impl Journal {
     async fn try_look_back(
         &self,
         look: LookBack,
-        found: &mpsc::Sender<Found>,
+        found: &mpsc::Sender<LookBackEvent>,
     ) -> Result<(), ReadError> {
         // At least one message is there to be read, then.
         let marker = self.mark().await?;
@@ -353,7 +353,7 @@ impl Journal {
         while record.offset < look.until {
             let is_last = record.offset + 1 >= look.until;
             if !record.decisions.is_empty() {
-                let decisions = Found::Decisions(record.decisions);
+                let decisions = LookBackEvent::Decisions(record.decisions);
                 found.send(decisions).await.map_err(|_| ReadError::Unwanted)?;
             }
             if is_last {
@@ -362,7 +362,7 @@ impl Journal {
             record = tail.record().await?;
         }
         tail.close().await;
-        found.send(Found::Ended { reaches }).await.map_err(|_| ReadError::Unwanted)
+        found.send(LookBackEvent::Ended { reaches }).await.map_err(|_| ReadError::Unwanted)
     }
 
     /// Opens the stream where every record made at `from` or later lies behind: its first message,

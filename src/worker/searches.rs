@@ -55,7 +55,7 @@ const REMEMBERED_MAX: usize = 4096;
 pub(super) struct Searches {
     names: Names,
     lookups: QueueLookup,
-    under_way: FuturesUnordered<BoxFuture<'static, (Look, Found)>>,
+    under_way: FuturesUnordered<BoxFuture<'static, (Look, ServicePresence)>>,
     services: BTreeMap<ServiceName, Sight>,
     /// How many looks were begun.
     looks: u64,
@@ -90,7 +90,7 @@ struct Look {
     backoff: Backoff,
 }
 
-enum Found {
+enum ServicePresence {
     Served,
     /// It is there, and nobody takes what is sent to it.
     Unserved,
@@ -225,19 +225,21 @@ impl Searches {
                 sleep(after).await;
             }
             let found = match timeout(limit, lookups.find(&queue)).await {
-                Ok(Ok(QueueExistence::Found { consumers: 0 })) => Found::Unserved,
-                Ok(Ok(QueueExistence::Found { .. })) => Found::Served,
-                Ok(Ok(QueueExistence::Missing)) => Found::Missing,
-                Ok(Ok(QueueExistence::Unavailable(reason))) => Found::Unavailable(reason),
-                Ok(Err(error)) => Found::Unavailable(ErrorChain(&error).to_string()),
-                Err(_) => Found::Unavailable("the broker did not answer in time".to_owned()),
+                Ok(Ok(QueueExistence::Found { consumers: 0 })) => ServicePresence::Unserved,
+                Ok(Ok(QueueExistence::Found { .. })) => ServicePresence::Served,
+                Ok(Ok(QueueExistence::Missing)) => ServicePresence::Missing,
+                Ok(Ok(QueueExistence::Unavailable(reason))) => ServicePresence::Unavailable(reason),
+                Ok(Err(error)) => ServicePresence::Unavailable(ErrorChain(&error).to_string()),
+                Err(_) => {
+                    ServicePresence::Unavailable("the broker did not answer in time".to_owned())
+                }
             };
             (look, found)
         };
         self.under_way.push(looking.boxed());
     }
 
-    fn looked(&mut self, look: Look, found: Found) {
+    fn looked(&mut self, look: Look, found: ServicePresence) {
         let Look { number, service, mut backoff } = look;
         let Some(sight) = self.services.get_mut(&service).filter(|it| it.look == number) else {
             return;
@@ -245,36 +247,44 @@ impl Searches {
         let at = Instant::now();
         let before = mem::replace(&mut sight.state, State::Served { at });
         match (before, found) {
-            (State::Sought { .. } | State::Unserved { .. }, Found::Served) => {
+            (State::Sought { .. } | State::Unserved { .. }, ServicePresence::Served) => {
                 self.ready.push_back(Event::ServiceFound(service));
             }
-            (State::Sought { .. } | State::Unserved { .. }, Found::Missing) => {
+            (State::Sought { .. } | State::Unserved { .. }, ServicePresence::Missing) => {
                 self.services.remove(&service);
                 self.ready.push_back(Event::ServiceMissing(service));
             }
-            (State::Sought { .. }, Found::Unavailable(reason)) => {
+            (State::Sought { .. }, ServicePresence::Unavailable(reason)) => {
                 tracing::debug!(%service, reason, "a service can't be reached; looking again");
                 sight.state = State::Sought { unavailable: Some(reason) };
                 self.ready.push_back(Event::ServiceUnavailable(service.clone()));
                 self.look(service, backoff.pause(), backoff);
             }
-            (State::Sought { .. }, Found::Unserved) => {
+            (State::Sought { .. }, ServicePresence::Unserved) => {
                 sight.state = State::Unserved { at };
                 self.ready.push_back(Event::ServiceUnserved(service.clone()));
                 let mut backoff = Backoff::new(UNSERVED_PAUSE_FIRST, UNSERVED_PAUSE_MAX);
                 self.look(service, backoff.pause(), backoff);
             }
-            (State::Checked { kept }, Found::Unserved) => {
+            (State::Checked { kept }, ServicePresence::Unserved) => {
                 sight.state = State::Unserved { at };
                 self.ready.push_back(Event::ServiceUnserved(service.clone()));
                 self.ready.extend(kept);
                 self.look(service, backoff.pause(), backoff);
             }
             // What is wrong with it otherwise, the next prepare tells.
-            (State::Checked { kept }, Found::Served | Found::Missing | Found::Unavailable(_)) => {
+            (
+                State::Checked { kept },
+                ServicePresence::Served
+                | ServicePresence::Missing
+                | ServicePresence::Unavailable(_),
+            ) => {
                 self.ready.extend(kept);
             }
-            (State::Unserved { .. }, Found::Unserved | Found::Unavailable(_)) => {
+            (
+                State::Unserved { .. },
+                ServicePresence::Unserved | ServicePresence::Unavailable(_),
+            ) => {
                 sight.state = State::Unserved { at };
                 self.look(service, backoff.pause(), backoff);
             }

@@ -44,7 +44,7 @@ use crate::{
         clocks::Standing,
         follower::{FollowError, Follower, FollowerEvent, read_event},
         inbound,
-        journal::{Found, Journal, ReadError, Record},
+        journal::{Journal, LookBackEvent, ReadError, Record},
         outbox::{Followed, OnConfirm, Outbox, Unacked},
         packer::{PackEvent, Packer},
         packs::PackedJournal,
@@ -399,10 +399,10 @@ impl<'a> Session<'a> {
                 let event = read_event(self.state, record);
                 self.dispatch(event);
             }
-            FollowerEvent::Found(Found::Decisions(decisions)) => {
+            FollowerEvent::Found(LookBackEvent::Decisions(decisions)) => {
                 decisions.into_iter().for_each(|it| self.dispatch(Event::HistoryRead(it)));
             }
-            FollowerEvent::Found(Found::Ended { reaches }) => {
+            FollowerEvent::Found(LookBackEvent::Ended { reaches }) => {
                 self.dispatch(Event::HistoryEnded { reaches });
             }
             FollowerEvent::CutOff => {
