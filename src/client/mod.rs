@@ -42,7 +42,7 @@ use tokio::{
 };
 
 pub use self::builder::{ClientBuilder, ConnectError};
-use self::results::{ListenError, Results, State};
+use self::results::{ListenError, ListenState, Results};
 use crate::{
     clock::Clock,
     protocol::{
@@ -537,12 +537,12 @@ impl Fate {
 }
 
 /// The token under which results reach us, when they do.
-async fn is_up(listening: &mut watch::Receiver<State>) -> Result<ReplyToken, ListenError> {
+async fn is_up(listening: &mut watch::Receiver<ListenState>) -> Result<ReplyToken, ListenError> {
     loop {
         match &*listening.borrow_and_update() {
-            State::Up(reply) => return Ok(reply.clone()),
-            State::Failed(error) => return Err(error.clone()),
-            State::Connecting => {}
+            ListenState::Up(reply) => return Ok(reply.clone()),
+            ListenState::Failed(error) => return Err(error.clone()),
+            ListenState::Connecting => {}
         }
         if listening.changed().await.is_err() {
             return Err(ListenError::Closed);

@@ -3,7 +3,7 @@
 //! The queue belongs to one connection and goes with it, and so does the reply token that it is bound
 //! by: the broker may still have the queue of the connection before, and where that can't take
 //! results any more, they must not be sent there as well. Whoever listens again has missed what came
-//! in between: [`State`] changes, and those who wait ask again, with the new token.
+//! in between: [`ListenState`] changes, and those who wait ask again, with the new token.
 //!
 //! **Beside a queue that nothing comes to** another one is opened, at another host, after a while that
 //! doubles from one to the next, and results are asked for by that: where services take long, that
@@ -60,7 +60,7 @@ const REMEMBERED_MAX: usize = 4096;
 
 /// Whether results would reach us.
 #[derive(Clone, Debug)]
-pub(super) enum State {
+pub(super) enum ListenState {
     /// Not yet, or not at the moment.
     Connecting,
     /// They would, under this token.
@@ -114,7 +114,7 @@ impl ListenError {
 #[derive(Debug)]
 pub(super) struct Results {
     listener: Listener,
-    state: watch::Sender<State>,
+    state: watch::Sender<ListenState>,
     task: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -129,7 +129,11 @@ struct Listener {
 impl Results {
     pub(super) fn new(broker: Broker, names: Names, has_worked: HasWorked) -> Self {
         let listener = Listener { broker, has_worked, names, expected: Arc::default() };
-        Self { listener, state: watch::Sender::new(State::Connecting), task: Mutex::new(None) }
+        Self {
+            listener,
+            state: watch::Sender::new(ListenState::Connecting),
+            task: Mutex::new(None),
+        }
     }
 
     /// Waits for the result of `key` from now on.
@@ -141,10 +145,10 @@ impl Results {
     }
 
     /// Listens, if nobody does yet; and whether results would reach us.
-    pub(super) fn listen(&self) -> watch::Receiver<State> {
+    pub(super) fn listen(&self) -> watch::Receiver<ListenState> {
         let mut task = self.task.lock().unwrap_or_else(PoisonError::into_inner);
         if task.as_ref().is_none_or(JoinHandle::is_finished) {
-            self.state.send_replace(State::Connecting);
+            self.state.send_replace(ListenState::Connecting);
             *task = Some(tokio::spawn(self.listener.clone().listen(self.state.clone())));
         }
         self.state.subscribe()
@@ -153,7 +157,7 @@ impl Results {
     pub(super) async fn close(&self) {
         let task = self.task.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(task) = task {
-            self.state.send_replace(State::Failed(ListenError::Closed));
+            self.state.send_replace(ListenState::Failed(ListenError::Closed));
             // It notices at its next step, and says goodbye.
             let _ = task.await;
         }
@@ -176,9 +180,9 @@ enum Ended {
 }
 
 impl Listener {
-    async fn listen(self, state: watch::Sender<State>) {
+    async fn listen(self, state: watch::Sender<ListenState>) {
         let mut closed = state.subscribe();
-        let is_closed = |state: &State| matches!(state, State::Failed(_));
+        let is_closed = |state: &ListenState| matches!(state, ListenState::Failed(_));
         tokio::select! {
             () = self.receive_always(&state) => {}
             _ = closed.wait_for(is_closed) => {}
@@ -186,7 +190,7 @@ impl Listener {
     }
 
     /// Ends when there is nothing more to be expected.
-    async fn receive_always(&self, state: &watch::Sender<State>) {
+    async fn receive_always(&self, state: &watch::Sender<ListenState>) {
         let mut supervisor = Supervisor::default();
         let mut patience = PATIENCE_MIN;
         let mut doubted = JoinSet::new();
@@ -195,10 +199,10 @@ impl Listener {
                 Ok((connection, (mut queue, reply))) => {
                     supervisor.opened();
                     self.has_worked.set();
-                    state.send_replace(State::Up(reply));
+                    state.send_replace(ListenState::Up(reply));
                     match self.receive(&mut queue, &mut patience).await {
                         Ended::Lost => {
-                            state.send_replace(State::Connecting);
+                            state.send_replace(ListenState::Connecting);
                             // Nobody waits for its goodbye: it may be of no use for that either.
                             tokio::spawn(async move { close(&connection).await });
                         }
@@ -211,7 +215,7 @@ impl Listener {
                     while doubted.try_join_next().is_some() {}
                 }
                 Err(error) if self.is_final(&error) => {
-                    state.send_replace(State::Failed(error));
+                    state.send_replace(ListenState::Failed(error));
                     return;
                 }
                 Err(error) => {
