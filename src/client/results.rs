@@ -172,7 +172,7 @@ impl Drop for Results {
 }
 
 /// Why a queue is not listened on alone any more.
-enum Ended {
+enum ListenEnd {
     /// It is gone, or of no use.
     Lost,
     /// No result has come by it for long.
@@ -201,13 +201,13 @@ impl Listener {
                     self.has_worked.set();
                     state.send_replace(ListenState::Up(reply));
                     match self.receive(&mut queue, &mut patience).await {
-                        Ended::Lost => {
+                        ListenEnd::Lost => {
                             state.send_replace(ListenState::Connecting);
                             // Nobody waits for its goodbye: it may be of no use for that either.
                             tokio::spawn(async move { close(&connection).await });
                         }
                         // Until there is another one, results are asked for by this one.
-                        Ended::Doubted => {
+                        ListenEnd::Doubted => {
                             let listener = self.clone();
                             doubted.spawn(listener.receive_for_a_while(connection, queue));
                         }
@@ -285,7 +285,7 @@ impl Listener {
 
     /// Hands out results until no more come, or none that is waited for has come for as long as
     /// `patience`, which doubles then.
-    async fn receive(&self, queue: &mut ExclusiveQueue, patience: &mut Duration) -> Ended {
+    async fn receive(&self, queue: &mut ExclusiveQueue, patience: &mut Duration) -> ListenEnd {
         let mut heard_at = Instant::now();
         let mut look_at = heard_at + *patience;
         loop {
@@ -298,7 +298,7 @@ impl Listener {
                     }
                     Err(error) => {
                         tracing::warn!(error = %ErrorChain(&error), "results may be lost: asking again");
-                        return Ended::Lost;
+                        return ListenEnd::Lost;
                     }
                 },
                 () = sleep_until(look_at) => {
@@ -316,7 +316,7 @@ impl Listener {
                          again"
                     );
                     *patience *= 2;
-                    return Ended::Doubted;
+                    return ListenEnd::Doubted;
                 }
             }
         }

@@ -42,7 +42,7 @@ use crate::{
             UnfinishedTransaction,
         },
     },
-    participant::{self, AnyParticipant, Ended, Service},
+    participant::{self, AnyParticipant, EndedCall, Service},
     protocol::{
         coordinator,
         ids::{InstanceId, InvalidName, ServiceName},
@@ -492,7 +492,7 @@ fn make_calls(
         }
         for (member, call) in wanted {
             faults::point();
-            if let Some(Ended { participant, event }) =
+            if let Some(EndedCall { participant, event }) =
                 calls.start(member, &participants[member], call)
             {
                 engine.call_ended(participant, event);
@@ -502,9 +502,9 @@ fn make_calls(
 }
 
 /// Takes in a call that has ended, and all others that have by now.
-fn take_in(engine: &mut Engine, calls: &mut participant::Calls, ended: Ended) {
+fn take_in(engine: &mut Engine, calls: &mut participant::Calls, ended: EndedCall) {
     let mut next = Some(ended);
-    while let Some(Ended { participant, event }) = next {
+    while let Some(EndedCall { participant, event }) = next {
         engine.call_ended(participant, event);
         next = calls.try_next();
     }

@@ -32,7 +32,7 @@ use crate::{
 const VOTE_TIME_MAX: Duration = Duration::from_millis(50);
 
 /// A call that has ended, at the participant with this number.
-pub(crate) struct Ended {
+pub(crate) struct EndedCall {
     #[cfg_attr(not(feature = "embedded"), expect(dead_code, reason = "an instance calls one"))]
     pub(crate) participant: usize,
     pub(crate) event: Event,
@@ -42,7 +42,7 @@ pub(crate) struct Ended {
 pub(crate) struct Calls {
     clock: Clock,
     finish_timeout: Duration,
-    running: JoinSet<Ended>,
+    running: JoinSet<EndedCall>,
     /// How many of them are prepares, commits and aborts.
     limited: usize,
 }
@@ -59,7 +59,7 @@ impl Calls {
         number: usize,
         participant: &Arc<dyn AnyParticipant>,
         effect: Effect,
-    ) -> Option<Ended> {
+    ) -> Option<EndedCall> {
         let participant = Arc::clone(participant);
         match effect {
             Effect::CallPrepare { key, branch, request_hash, data, deadline } => {
@@ -67,7 +67,7 @@ impl Calls {
                 let ended = move |ended: Result<Verdict, BoxError>| {
                     let verdict =
                         ended.unwrap_or_else(|error| Verdict::Failed(error.to_string().into()));
-                    Ended {
+                    EndedCall {
                         participant: number,
                         event: Event::PrepareEnded { key, branch, verdict },
                     }
@@ -88,7 +88,7 @@ impl Calls {
                 let patience = self.finish_timeout;
                 self.running.spawn(async move {
                     let held = read_store(participant, Some(key.clone()), patience).await;
-                    Ended { participant: number, event: Event::StoreRead { key, held } }
+                    EndedCall { participant: number, event: Event::StoreRead { key, held } }
                 });
                 None
             }
@@ -98,7 +98,7 @@ impl Calls {
                     let call = Finish { key: key.clone(), branch: branch.clone() };
                     let is_known = knows_branch(participant, call, patience).await;
                     let event = Event::CommitLookedUp { key, branch, is_known };
-                    Ended { participant: number, event }
+                    EndedCall { participant: number, event }
                 });
                 None
             }
@@ -106,7 +106,7 @@ impl Calls {
                 let patience = self.finish_timeout;
                 self.running.spawn(async move {
                     let held = read_store(participant, None, patience).await;
-                    Ended { participant: number, event: Event::StoreScanned(held) }
+                    EndedCall { participant: number, event: Event::StoreScanned(held) }
                 });
                 None
             }
@@ -130,8 +130,8 @@ impl Calls {
         &mut self,
         deadline: Option<Time>,
         call: impl FnOnce() -> BoxFuture<'static, Result<T, BoxError>>,
-        ended: impl FnOnce(Result<T, BoxError>) -> Ended + Send + 'static,
-    ) -> Option<Ended> {
+        ended: impl FnOnce(Result<T, BoxError>) -> EndedCall + Send + 'static,
+    ) -> Option<EndedCall> {
         // A call may panic before it has made its future, and at every poll.
         let made = catch_unwind(AssertUnwindSafe(|| {
             let mut call = call();
@@ -153,7 +153,7 @@ impl Calls {
     }
 
     /// Waits for the next call to end; for ever, if none is under way.
-    pub(crate) async fn next(&mut self) -> Ended {
+    pub(crate) async fn next(&mut self) -> EndedCall {
         loop {
             match self.running.join_next().await {
                 Some(Ok(ended)) => return self.over(ended),
@@ -165,7 +165,7 @@ impl Calls {
     }
 
     /// A call that has ended, if there is one.
-    pub(crate) fn try_next(&mut self) -> Option<Ended> {
+    pub(crate) fn try_next(&mut self) -> Option<EndedCall> {
         loop {
             if let Ok(ended) = self.running.try_join_next()? {
                 return Some(self.over(ended));
@@ -173,7 +173,7 @@ impl Calls {
         }
     }
 
-    fn over(&mut self, ended: Ended) -> Ended {
+    fn over(&mut self, ended: EndedCall) -> EndedCall {
         if matches!(ended.event, Event::PrepareEnded { .. } | Event::FinishEnded { .. }) {
             self.limited -= 1;
         }
@@ -192,9 +192,9 @@ fn finished(
     key: TransactionKey,
     branch: Branch,
     ended: Result<(), BoxError>,
-) -> Ended {
+) -> EndedCall {
     let applied = ended.map_err(|error| error.to_string().into());
-    Ended { participant, event: Event::FinishEnded { key, branch, applied } }
+    EndedCall { participant, event: Event::FinishEnded { key, branch, applied } }
 }
 
 /// Runs `call` until `deadline` at the longest, and turns a panic into an error.
@@ -286,7 +286,7 @@ pub(super) fn panicked(panic: &(dyn Any + Send)) -> BoxError {
 mod tests {
     use std::{sync::Arc, time::Duration};
 
-    use super::{Calls, Ended};
+    use super::{Calls, EndedCall};
     use crate::{
         clock::Clock,
         participant::{
@@ -345,7 +345,7 @@ mod tests {
             let (key, branch) = (key.clone(), branch.clone());
             let look = Effect::LookUpCommit { key: key.clone(), branch: branch.clone() };
             assert!(calls.start(0, &store, look).is_none());
-            let Ended { event, .. } = calls.next().await;
+            let EndedCall { event, .. } = calls.next().await;
             assert_eq!(event, Event::CommitLookedUp { key, branch, is_known }, "{committed:?}");
         }
     }

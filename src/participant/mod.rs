@@ -38,7 +38,7 @@ use serde::de::DeserializeOwned;
 pub use self::builder::{ServiceBuilder, service};
 pub(crate) use self::calls::Calls;
 #[cfg(feature = "embedded")]
-pub(crate) use self::calls::Ended;
+pub(crate) use self::calls::EndedCall;
 #[cfg(feature = "embedded")]
 pub use self::service::Service;
 pub use crate::protocol::participant::{InDoubt, Verdict};

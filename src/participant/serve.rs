@@ -85,7 +85,7 @@ struct Server {
 }
 
 /// Why an instance works no more.
-enum Ended {
+enum InstanceEnd {
     Stopped,
     Lost(Box<InstanceSession>, SessionError),
 }
@@ -145,8 +145,8 @@ impl Server {
             let ended = self.work(session, stop.as_mut()).await;
             self.settings.readiness.set(false);
             match ended {
-                Ended::Stopped => return Ok(()),
-                Ended::Lost(session, lost) => {
+                InstanceEnd::Stopped => return Ok(()),
+                InstanceEnd::Lost(session, lost) => {
                     self.was_heard |= session.was_heard();
                     let lost = self.unless_final(lost)?;
                     let slots_used = self.instance.slots_used();
@@ -261,7 +261,7 @@ impl Server {
         &mut self,
         mut session: InstanceSession,
         mut stop: Pin<&mut (impl FusedFuture<Output = ()> + ?Sized)>,
-    ) -> Ended {
+    ) -> InstanceEnd {
         loop {
             self.settle(Some(&mut session));
             self.settings.readiness.set(session.is_ready() && self.health.is_good());
@@ -269,7 +269,7 @@ impl Server {
                 && (session.is_quiet() || self.is_out_of_time())
             {
                 session.finish(until).await;
-                return Ended::Stopped;
+                return InstanceEnd::Stopped;
             }
             let wake_at = self.wake_at(session.wake_at());
             let (delivery_ids, events) = (&mut self.delivery_ids, &mut self.events);
@@ -287,7 +287,7 @@ impl Server {
                 () = sleep_until_some(wake_at) => Ok(()),
             };
             if let Err(lost) = taken {
-                return Ended::Lost(Box::new(session), lost);
+                return InstanceEnd::Lost(Box::new(session), lost);
             }
             while let Some(ended) = self.calls.try_next() {
                 self.events.push_back(ended.event);
