@@ -14,11 +14,11 @@ const NAMED_MAX: usize = 10;
 /// The transactions whose outcome this instance holds and could not apply. No more than it holds.
 #[derive(Debug, Default)]
 pub(super) struct ParkedLog {
-    tries: BTreeMap<TransactionKey, Tries>,
+    tries: BTreeMap<TransactionKey, CommitAttempts>,
 }
 
 #[derive(Debug)]
-struct Tries {
+struct CommitAttempts {
     failures: u64,
     /// What the service's code said last.
     error: Arc<str>,
@@ -30,11 +30,11 @@ struct Tries {
 #[derive(Debug)]
 pub(super) struct Tried {
     key: TransactionKey,
-    failed: Option<Failure>,
+    failed: Option<CommitFailure>,
 }
 
 #[derive(Debug)]
-enum Failure {
+enum CommitFailure {
     /// The service's code says this.
     Code(Arc<str>),
     /// The store does not know this branch.
@@ -45,9 +45,9 @@ impl ParkedLog {
     /// What `event` may change, to be said when the core has handled it.
     pub(super) fn before(&self, event: &Event) -> Option<Tried> {
         let failed = if let Event::FinishEnded { applied: Err(error), .. } = event {
-            Some(Failure::Code(Arc::clone(error)))
+            Some(CommitFailure::Code(Arc::clone(error)))
         } else if let Event::CommitLookedUp { branch, is_known: false, .. } = event {
-            Some(Failure::Unknown(branch.to_string()))
+            Some(CommitFailure::Unknown(branch.to_string()))
         } else if self.tries.is_empty() {
             return None;
         } else {
@@ -63,12 +63,12 @@ impl ParkedLog {
         let Tried { key, failed } = tried;
         let is_held = instance.stage_of(&key).is_some();
         let unknown = match failed {
-            Some(Failure::Code(error)) => {
+            Some(CommitFailure::Code(error)) => {
                 tracing::debug!(transaction = %key, %error, "an outcome was not applied");
                 self.failed(&key, is_held, error);
                 None
             }
-            Some(Failure::Unknown(branch)) => {
+            Some(CommitFailure::Unknown(branch)) => {
                 let is_told = self.tries.get(&key).is_some_and(|tries| tries.is_told);
                 self.failed(&key, is_held, format!("branch {branch} is unknown").into());
                 Some(branch).filter(|_| !is_told)
@@ -84,7 +84,7 @@ impl ParkedLog {
             );
         }
         if !is_held {
-            if let Some(Tries { failures, .. }) =
+            if let Some(CommitAttempts { failures, .. }) =
                 self.tries.remove(&key).filter(|tries| tries.is_told)
             {
                 tracing::info!(
@@ -116,7 +116,7 @@ impl ParkedLog {
             tries.failures = tries.failures.saturating_add(1);
             tries.error = error;
         } else if is_held {
-            self.tries.insert(key.clone(), Tries { failures: 1, error, is_told: false });
+            self.tries.insert(key.clone(), CommitAttempts { failures: 1, error, is_told: false });
         }
     }
 

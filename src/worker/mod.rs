@@ -194,7 +194,7 @@ pub async fn run(settings: Settings, stop: impl Future<Output = ()>) -> Result<T
                     settings.readiness.set(false);
                     match ran {
                         Ok(end) => return Ok(ended(&end, &state)),
-                        Err(error) => Failure::Session(error),
+                        Err(error) => LinkFailure::Session(error),
                     }
                 }
                 Err(failure) => failure,
@@ -224,14 +224,14 @@ pub async fn run(settings: Settings, stop: impl Future<Output = ()>) -> Result<T
 async fn open<'a>(
     settings: &'a Settings,
     state: &'a mut WorkerState,
-) -> Result<Session<'a>, Failure> {
+) -> Result<Session<'a>, LinkFailure> {
     let replies = |link| async move {
         let replies = open_replies(settings, &link).await?;
         Ok((link, replies))
     };
-    let is_final = |failure: &Failure| failure.refusal().is_some();
+    let is_final = |failure: &LinkFailure| failure.refusal().is_some();
     let (link, replies) = settings.broker.connect_pair_with(replies, is_final).await?;
-    Session::open(settings, state, link, replies).await.map_err(Failure::Session)
+    Session::open(settings, state, link, replies).await.map_err(LinkFailure::Session)
 }
 
 fn ended(end: &End, state: &WorkerState) -> Tally {
@@ -255,24 +255,24 @@ fn final_error(cause: impl std::error::Error + Send + Sync + 'static) -> BrokerE
 }
 
 /// Why there is no link, or no longer.
-enum Failure {
+enum LinkFailure {
     Connect(ConnectionError),
     Session(SessionError),
 }
 
-impl From<ConnectionError> for Failure {
+impl From<ConnectionError> for LinkFailure {
     fn from(error: ConnectionError) -> Self {
         Self::Connect(error)
     }
 }
 
-impl From<SessionError> for Failure {
+impl From<SessionError> for LinkFailure {
     fn from(error: SessionError) -> Self {
         Self::Session(error)
     }
 }
 
-impl Failure {
+impl LinkFailure {
     /// What this means for a worker that has never worked, if waiting won't help.
     fn refusal(&self) -> Option<WorkerError> {
         match self {
