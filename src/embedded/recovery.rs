@@ -37,7 +37,7 @@ pub(super) struct Recovery {
     unfinished: Vec<UnfinishedTransaction>,
     /// What is to be asked about.
     doubts: BTreeMap<(usize, TransactionKey), Vec<InDoubt>>,
-    asked: BTreeMap<(usize, TransactionKey), Asked>,
+    asked: BTreeMap<(usize, TransactionKey), InquiredBranch>,
     /// How many a service has failed to end.
     n_failed: usize,
     /// What may be requested once more, by its id.
@@ -49,7 +49,7 @@ pub(super) struct Recovery {
 }
 
 /// A branch of which it was asked what became of it.
-struct Asked {
+struct InquiredBranch {
     doubt: InDoubt,
     failures: u32,
     /// When to ask again.
@@ -130,7 +130,7 @@ impl Recovery {
         let latest = doubts.filter(|it| is_same(it)).map(|it| it.key.requested_at).max()?;
         for (member, doubt) in self.deferred.remove(id)? {
             if is_same(&doubt) && doubt.key.requested_at == latest {
-                self.asked.insert((member, doubt.key.clone()), Asked::new(doubt));
+                self.asked.insert((member, doubt.key.clone()), InquiredBranch::new(doubt));
             } else {
                 self.deferred.entry(id.clone()).or_default().push((member, doubt));
             }
@@ -197,7 +197,7 @@ impl Recovery {
         if self.is_looking() {
             return Step::Wait;
         }
-        let is_due = |asked: &Asked| asked.again_at.is_some_and(|at| at <= now);
+        let is_due = |asked: &InquiredBranch| asked.again_at.is_some_and(|at| at <= now);
         let mut asked = self.asked.iter_mut().map(|((member, _), asked)| (*member, asked));
         if let Some((member, asked)) = asked.find(|(_, asked)| is_due(asked)) {
             asked.again_at = None;
@@ -242,11 +242,11 @@ impl Recovery {
 
     fn ask(&mut self, now: Time, member: usize, doubt: &InDoubt) {
         self.until = now + self.patience;
-        self.asked.insert((member, doubt.key.clone()), Asked::new(doubt.clone()));
+        self.asked.insert((member, doubt.key.clone()), InquiredBranch::new(doubt.clone()));
     }
 }
 
-impl Asked {
+impl InquiredBranch {
     fn new(doubt: InDoubt) -> Self {
         Self { doubt, failures: 0, again_at: None }
     }

@@ -91,7 +91,7 @@ pub(super) enum Followed {
 
 /// What an answer to a message of prepares is about.
 #[derive(Debug)]
-struct Asked {
+struct PublishedPrepares {
     keys: Vec<TransactionKey>,
     service: ServiceName,
 }
@@ -124,7 +124,7 @@ struct Results {
 pub(super) struct Outbox {
     names: Names,
     worker: WorkerId,
-    prepares: Publisher<Asked>,
+    prepares: Publisher<PublishedPrepares>,
     /// What an instance is told. What gets lost is sent again until it is answered, so nobody waits
     /// for its confirm.
     commands: Publisher<()>,
@@ -311,7 +311,7 @@ impl Outbox {
             reply_to: Some(self.reply_to()),
             ..OutgoingMessage::default()
         };
-        self.prepares.publish(message, Asked { keys, service });
+        self.prepares.publish(message, PublishedPrepares { keys, service });
     }
 
     fn write_commands(&mut self, to: &To, items: Items) {
@@ -399,11 +399,11 @@ impl Outbox {
         }
     }
 
-    fn prepares_answered(&mut self, asked: Asked, published: &PublishOutcome) {
+    fn prepares_answered(&mut self, asked: PublishedPrepares, published: &PublishOutcome) {
         if matches!(published, PublishOutcome::Confirmed) {
             return;
         }
-        let Asked { keys, service } = asked;
+        let PublishedPrepares { keys, service } = asked;
         // No queue took it: as where there is none any more, and where its node has been stopped. Which
         // of them it is, a look for the service tells.
         self.followed.extend(keys.into_iter().map(|key| {
