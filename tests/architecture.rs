@@ -53,7 +53,7 @@ const KNOWN_TWICE: [(&str, &[&str]); 3] = [
         "a message of the protocol, and what a program gives or gets for it",
         &["Finish", "Prepare", "Request"],
     ),
-    ("parts of drivers, which do the same and don't import each other", &["Results"]),
+    ("parts of drivers, which do the same and don't import each other", &[]),
     (
         "private in one room, and shared by several in another",
         &["Calls", "Journal", "Next", "Opened", "Queue", "Reading", "Source"],

@@ -105,7 +105,7 @@ enum Answered {
     SetAside(Unacked),
 }
 
-/// The destination of items that travel prepare_batcher.
+/// The destination of items that travel together.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
 struct To {
     service: ServiceName,
@@ -113,9 +113,9 @@ struct To {
     kind: Kind,
 }
 
-/// Results that travel prepare_batcher.
+/// Results that travel together.
 #[derive(Debug, Default)]
-struct Results {
+struct ResultBatch {
     items: Items,
     answered: Vec<(TransactionKey, Delivery)>,
 }
@@ -134,7 +134,7 @@ pub(super) struct Outbox {
     parking: Parking,
     gathered: BTreeMap<To, Items>,
     prepare_batcher: PrepareBatcher,
-    answers: BTreeMap<(Option<ReplyToken>, Outcome), Results>,
+    answers: BTreeMap<(Option<ReplyToken>, Outcome), ResultBatch>,
     /// Reply tokens under which results fail, and since when.
     unreachable: BTreeMap<Option<ReplyToken>, Instant>,
     followed: VecDeque<Followed>,
@@ -340,7 +340,7 @@ impl Outbox {
         }
     }
 
-    fn write_results(&mut self, key: &(Option<ReplyToken>, Outcome), results: Results) {
+    fn write_results(&mut self, key: &(Option<ReplyToken>, Outcome), results: ResultBatch) {
         let (reply, outcome) = key;
         let message = self.result_message(reply.as_ref(), *outcome, results.items.into_body());
         let answered = Answered::Of { reply: reply.clone(), requests: results.answered };
