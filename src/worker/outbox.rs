@@ -32,7 +32,7 @@ use crate::{
     },
     wire::message::{BodyFull, Item, Items, Kind, Settled},
     worker::{
-        parking::{Next, Parking},
+        parking::{Parking, ParkingStep},
         prepare_batcher::{PrepareBatcher, Prepares},
         suspects::Try,
     },
@@ -222,7 +222,7 @@ impl Outbox {
             return self.record(&parked);
         };
         match self.parking.asked(&parked.key, service) {
-            Next::Queue => {
+            ParkingStep::Queue => {
                 let finish = Finish {
                     key: parked.key.clone(),
                     outcome: Outcome::Committed,
@@ -237,8 +237,8 @@ impl Outbox {
                 let command = self.command(&to, body_of(&finish));
                 self.durable(command, OnConfirm::Record(Box::new(parked)));
             }
-            Next::Record => self.record(&parked),
-            Next::Wait => {}
+            ParkingStep::Record => self.record(&parked),
+            ParkingStep::Wait => {}
         }
     }
 
@@ -475,7 +475,7 @@ impl Outbox {
             }
             OnConfirm::Record(parked) => {
                 let next = parked.service().map(|it| self.parking.queued(&parked.key, it));
-                if next == Some(Next::Record) {
+                if next == Some(ParkingStep::Record) {
                     self.record(&parked);
                 }
             }

@@ -38,7 +38,7 @@ enum Stage {
 
 /// What is to be done next.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Next {
+pub(super) enum ParkingStep {
     /// Publish its command.
     Queue,
     /// Write the record.
@@ -49,7 +49,7 @@ pub(super) enum Next {
 
 impl Parking {
     /// The coordinator asks for it: for the first time, or since it has waited for too long.
-    pub(super) fn asked(&mut self, key: &TransactionKey, service: &ServiceName) -> Next {
+    pub(super) fn asked(&mut self, key: &TransactionKey, service: &ServiceName) -> ParkingStep {
         let of = (key.clone(), service.clone());
         let is_full = self.commits.len() >= PARKING_MAX;
         match self.commits.get_mut(&of) {
@@ -60,39 +60,39 @@ impl Parking {
                      waits for that; it is recorded now, and still published"
                 );
                 *stage = Stage::Overtaken { is_recorded: false };
-                Next::Record
+                ParkingStep::Record
             }
-            Some(Stage::Overtaken { .. } | Stage::Recording) => Next::Record,
+            Some(Stage::Overtaken { .. } | Stage::Recording) => ParkingStep::Record,
             None if is_full => {
                 tracing::warn!(
                     transaction = %key, %service, waiting = PARKING_MAX,
                     "a commit can't be parked yet: too many others are not safe"
                 );
-                Next::Wait
+                ParkingStep::Wait
             }
             None => {
                 self.commits.insert(of, Stage::Queueing);
-                Next::Queue
+                ParkingStep::Queue
             }
         }
     }
 
     /// Its command is safe.
-    pub(super) fn queued(&mut self, key: &TransactionKey, service: &ServiceName) -> Next {
+    pub(super) fn queued(&mut self, key: &TransactionKey, service: &ServiceName) -> ParkingStep {
         let of = (key.clone(), service.clone());
-        let Some(stage) = self.commits.get_mut(&of) else { return Next::Wait };
+        let Some(stage) = self.commits.get_mut(&of) else { return ParkingStep::Wait };
         match *stage {
             Stage::Queueing => {
                 *stage = Stage::Recording;
-                Next::Record
+                ParkingStep::Record
             }
             Stage::Overtaken { is_recorded: false } | Stage::Recording => {
                 *stage = Stage::Recording;
-                Next::Wait
+                ParkingStep::Wait
             }
             Stage::Overtaken { is_recorded: true } => {
                 self.commits.remove(&of);
-                Next::Wait
+                ParkingStep::Wait
             }
         }
     }
@@ -112,7 +112,7 @@ impl Parking {
 
 #[cfg(test)]
 mod tests {
-    use super::{Next, PARKING_MAX, Parking};
+    use super::{PARKING_MAX, Parking, ParkingStep};
     use crate::protocol::{
         ids::{ServiceName, TransactionId, TransactionKey},
         time::Time,
@@ -130,9 +130,13 @@ mod tests {
     #[test]
     fn nothing_is_recorded_as_parked_before_its_command_is_safe() {
         let mut parking = Parking::default();
-        assert_eq!(parking.asked(&key(1), &stock()), Next::Queue);
-        assert_eq!(parking.queued(&key(1), &stock()), Next::Record);
-        assert_eq!(parking.asked(&key(1), &stock()), Next::Record, "the record was not confirmed");
+        assert_eq!(parking.asked(&key(1), &stock()), ParkingStep::Queue);
+        assert_eq!(parking.queued(&key(1), &stock()), ParkingStep::Record);
+        assert_eq!(
+            parking.asked(&key(1), &stock()),
+            ParkingStep::Record,
+            "the record was not confirmed"
+        );
         parking.recorded(&key(1), &stock());
         assert!(parking.commits.is_empty());
     }
@@ -140,10 +144,10 @@ mod tests {
     #[test]
     fn a_queue_that_takes_nothing_holds_up_a_record_until_it_is_asked_for_again() {
         let mut parking = Parking::default();
-        assert_eq!(parking.asked(&key(1), &stock()), Next::Queue);
-        assert_eq!(parking.asked(&key(1), &stock()), Next::Record);
+        assert_eq!(parking.asked(&key(1), &stock()), ParkingStep::Queue);
+        assert_eq!(parking.asked(&key(1), &stock()), ParkingStep::Record);
         parking.recorded(&key(1), &stock());
-        assert_eq!(parking.queued(&key(1), &stock()), Next::Wait, "it is recorded once");
+        assert_eq!(parking.queued(&key(1), &stock()), ParkingStep::Wait, "it is recorded once");
         assert!(parking.commits.is_empty());
     }
 
@@ -151,8 +155,8 @@ mod tests {
     fn a_command_that_becomes_safe_while_the_record_is_written_writes_no_second_one() {
         let mut parking = Parking::default();
         parking.asked(&key(1), &stock());
-        assert_eq!(parking.asked(&key(1), &stock()), Next::Record);
-        assert_eq!(parking.queued(&key(1), &stock()), Next::Wait);
+        assert_eq!(parking.asked(&key(1), &stock()), ParkingStep::Record);
+        assert_eq!(parking.queued(&key(1), &stock()), ParkingStep::Wait);
         parking.recorded(&key(1), &stock());
         assert!(parking.commits.is_empty());
     }
@@ -161,11 +165,11 @@ mod tests {
     fn a_flood_of_commits_that_no_queue_takes_waits_in_flight() {
         let mut parking = Parking::default();
         for number in 0..PARKING_MAX {
-            assert_eq!(parking.asked(&key(number), &stock()), Next::Queue);
+            assert_eq!(parking.asked(&key(number), &stock()), ParkingStep::Queue);
         }
-        assert_eq!(parking.asked(&key(PARKING_MAX), &stock()), Next::Wait);
-        assert_eq!(parking.queued(&key(0), &stock()), Next::Record);
+        assert_eq!(parking.asked(&key(PARKING_MAX), &stock()), ParkingStep::Wait);
+        assert_eq!(parking.queued(&key(0), &stock()), ParkingStep::Record);
         parking.recorded(&key(0), &stock());
-        assert_eq!(parking.asked(&key(PARKING_MAX), &stock()), Next::Queue);
+        assert_eq!(parking.asked(&key(PARKING_MAX), &stock()), ParkingStep::Queue);
     }
 }

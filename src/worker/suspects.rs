@@ -110,7 +110,7 @@ struct Known {
 
 /// What is to be done about a request.
 #[derive(Debug)]
-pub(super) enum Next {
+pub(super) enum SuspectStep {
     /// Write this down; [`Suspects::recorded`] says what follows.
     Record(Try),
     /// The coordinator is to have it, as one that was delivered so often.
@@ -158,7 +158,7 @@ impl Suspects {
         tries: &Tries,
         now: Instant,
         phase_of: impl Fn(&TransactionKey) -> Option<Phase>,
-    ) -> Option<Next> {
+    ) -> Option<SuspectStep> {
         self.unbegun.retain(|key| phase_of(key).is_some());
         if let Lane::Trying { key, until } = &self.lane {
             match phase_of(key) {
@@ -166,7 +166,7 @@ impl Suspects {
                     let key = key.clone();
                     self.lane = Lane::Free;
                     self.unbegun.insert(key.clone());
-                    return Some(Next::Record(Try { key, begins: false }));
+                    return Some(SuspectStep::Record(Try { key, begins: false }));
                 }
                 Some(_) if *until > now => return None,
                 Some(_) | None => self.lane = Lane::Free,
@@ -178,7 +178,7 @@ impl Suspects {
         let suspect = self.waiting.pop_front()?;
         let key = suspect.request.key.clone();
         if tries.of(&key) >= TRIES_MAX {
-            return Some(Next::Dispatch(suspect.given_up()));
+            return Some(SuspectStep::Dispatch(suspect.given_up()));
         }
         tracing::warn!(
             transaction = %key, deliveries = suspect.deliveries, tries = tries.of(&key),
@@ -186,7 +186,7 @@ impl Suspects {
              alone"
         );
         self.lane = Lane::Recording(suspect);
-        Some(Next::Record(Try { key, begins: true }))
+        Some(SuspectStep::Record(Try { key, begins: true }))
     }
 
     /// That `key` is tried is written down: now it may be.
@@ -325,7 +325,8 @@ mod tests {
     use tokio::time::Instant;
 
     use super::{
-        ALONE_MAX, DELIVERIES_MAX, Next, REMEMBERED_MAX, Suspect, Suspects, TRIES_MAX, Tries, Try,
+        ALONE_MAX, DELIVERIES_MAX, REMEMBERED_MAX, Suspect, SuspectStep, Suspects, TRIES_MAX,
+        Tries, Try,
     };
     use crate::protocol::{
         coordinator::Phase,
@@ -357,9 +358,11 @@ mod tests {
     fn steps(suspects: &mut Suspects, tries: &Tries, phase: Option<Phase>) -> Vec<String> {
         let mut next = || suspects.next(tries, Instant::now(), |_| phase);
         let said = |next| match next {
-            Next::Record(Try { key, begins: true }) => format!("{} begins", key.id),
-            Next::Record(Try { key, begins: false }) => format!("{} is over", key.id),
-            Next::Dispatch(it) => format!("{} came {} times", it.request.key.id, it.deliveries),
+            SuspectStep::Record(Try { key, begins: true }) => format!("{} begins", key.id),
+            SuspectStep::Record(Try { key, begins: false }) => format!("{} is over", key.id),
+            SuspectStep::Dispatch(it) => {
+                format!("{} came {} times", it.request.key.id, it.deliveries)
+            }
         };
         std::iter::from_fn(|| next().map(said)).collect()
     }

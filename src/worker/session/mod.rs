@@ -52,7 +52,7 @@ use crate::{
         saturation::{Saturation, Wanted},
         searches::Searches,
         state::WorkerState,
-        suspects::{Next, Suspect, Suspects, Try},
+        suspects::{Suspect, SuspectStep, Suspects, Try},
     },
 };
 
@@ -510,12 +510,12 @@ impl<'a> Session<'a> {
             let WorkerState { coordinator, tries, .. } = &*self.state;
             let next = self.suspects.next(tries, Instant::now(), |key| coordinator.phase_of(key));
             match next {
-                Some(Next::Record(it @ Try { begins: true, .. })) => {
+                Some(SuspectStep::Record(it @ Try { begins: true, .. })) => {
                     let then = OnConfirm::Try(it.key.clone());
                     self.outbox.write_down(&it, then);
                 }
-                Some(Next::Record(it)) => self.outbox.write_down(&it, OnConfirm::Nothing),
-                Some(Next::Dispatch(given_up)) => self.dispatch_request(given_up),
+                Some(SuspectStep::Record(it)) => self.outbox.write_down(&it, OnConfirm::Nothing),
+                Some(SuspectStep::Dispatch(given_up)) => self.dispatch_request(given_up),
                 None => return,
             }
         }
