@@ -70,7 +70,7 @@ const BATCH_MAX: usize = 1024;
 type Kept = Option<Box<dyn Send + Sync>>;
 
 /// What a session is made of.
-struct Opened {
+struct SessionParts {
     agreed: Kept,
     publishers: Publishers,
     shared: QueueConsumer,
@@ -237,7 +237,7 @@ impl InstanceSession {
         let prepare_queue = PrepareQueue::of(settings, &link);
         let prepares = takes_prepares.then_some(&prepare_queue);
         match Self::open_on(&link, settings, store, prepares).await {
-            Ok(Opened { agreed, publishers, shared, prepares }) => Ok(Self {
+            Ok(SessionParts { agreed, publishers, shared, prepares }) => Ok(Self {
                 _agreed: agreed,
                 link,
                 watch,
@@ -266,7 +266,7 @@ impl InstanceSession {
         settings: &ServeSettings,
         (store, has_served): (Option<&StoreId>, bool),
         prepare_queue: Option<&PrepareQueue>,
-    ) -> Result<Opened, OpenError> {
+    ) -> Result<SessionParts, OpenError> {
         let ServeSettings { names, service, .. } = settings;
         let at = |what: &ShortString| {
             let name = what.to_string();
@@ -283,7 +283,7 @@ impl InstanceSession {
         let shared =
             shared.map_err(at(&name))?.with_liveness_probe(consuming, ConsumerMode::Competing);
         let Some(prepare_queue) = prepare_queue else {
-            return Ok(Opened { agreed, publishers, shared, prepares: None });
+            return Ok(SessionParts { agreed, publishers, shared, prepares: None });
         };
         let prepares = match prepare_queue.open().await {
             Ok(prepares) => Some(prepares),
@@ -298,7 +298,7 @@ impl InstanceSession {
             }
             Err(error) => return Err(at(&prepare_queue.name)(error)),
         };
-        Ok(Opened { agreed, publishers, shared, prepares })
+        Ok(SessionParts { agreed, publishers, shared, prepares })
     }
 
     /// Whether transactions would go through.

@@ -195,13 +195,13 @@ pub(super) struct Packer {
 }
 
 enum PackerState {
-    Opening(BoxFuture<'static, Result<Opened, AskError>>),
-    Open(Box<Opened>),
+    Opening(BoxFuture<'static, Result<OpenPacker, AskError>>),
+    Open(Box<OpenPacker>),
     /// Something went wrong.
     Resting(Pin<Box<Sleep>>),
 }
 
-struct Opened {
+struct OpenPacker {
     lane: Publisher<()>,
     inbox: QueueConsumer,
     /// Until when the last pack of others may come; none: it is known how far they have come.
@@ -210,7 +210,7 @@ struct Opened {
     unseen: u32,
 }
 
-impl Opened {
+impl OpenPacker {
     async fn of(stream: PackedJournal) -> Result<Self, AskError> {
         let lane = Publisher::open(&stream.publishing, "packs of the journal").await?;
         // Nobody waits for it.
@@ -280,7 +280,7 @@ impl Packer {
                     if until.as_mut().poll(cx).is_pending() {
                         return Poll::Pending;
                     }
-                    self.state = PackerState::Opening(Opened::of(stream.clone()).boxed());
+                    self.state = PackerState::Opening(OpenPacker::of(stream.clone()).boxed());
                 }
                 PackerState::Opening(opening) => {
                     let Poll::Ready(opened) = opening.poll_unpin(cx) else { return Poll::Pending };
