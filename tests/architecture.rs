@@ -56,7 +56,7 @@ const KNOWN_TWICE: [(&str, &[&str]); 3] = [
     ("parts of drivers, which do the same and don't import each other", &[]),
     (
         "private in one room, and shared by several in another",
-        &["Calls", "Journal", "Queue", "Reading", "Source"],
+        &["Calls", "Journal", "Queue", "Source"],
     ),
 ];
 

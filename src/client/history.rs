@@ -197,14 +197,14 @@ async fn look_up_once(
 ) -> Result<History, HistoryError> {
     let connection = broker.connect("status").await.map_err(HistoryError::Connect)?;
     let history = History { looked_since: cutoff, ..History::default() };
-    let mut reading = Reading { ids, clock_margin, history, next: None };
-    let read = reading.read(&connection, names, cutoff).await;
+    let mut reader = HistoryReader { ids, clock_margin, history, next: None };
+    let read = reader.read(&connection, names, cutoff).await;
     close(&connection).await;
     read?;
-    Ok(reading.history)
+    Ok(reader.history)
 }
 
-struct Reading<'a> {
+struct HistoryReader<'a> {
     ids: &'a BTreeSet<TransactionId>,
     clock_margin: Duration,
     history: History,
@@ -212,7 +212,7 @@ struct Reading<'a> {
     next: Option<u64>,
 }
 
-impl Reading<'_> {
+impl HistoryReader<'_> {
     async fn read(
         &mut self,
         connection: &Connection,
@@ -255,15 +255,15 @@ impl Reading<'_> {
         let nothing = BTreeSet::new();
         let clock_margin = self.clock_margin;
         let history = History::default();
-        let mut reading = Reading { ids: &nothing, clock_margin, history, next: None };
+        let mut reader = HistoryReader { ids: &nothing, clock_margin, history, next: None };
         let mut scan = Scan::open(connection, journal, StreamStart::First).await?;
-        while reading.history.complete_since.is_none()
+        while reader.history.complete_since.is_none()
             && let Some((offset, delivery)) = scan.next().await?
         {
-            reading.take(offset, &delivery);
+            reader.take(offset, &delivery);
         }
         scan.close().await;
-        Ok(reading.history.complete_since)
+        Ok(reader.history.complete_since)
     }
 
     /// Takes in a message of the journal.

@@ -297,7 +297,7 @@ pub(super) enum ReadIn {
 }
 
 /// The reading of a window.
-struct Reading<'a, M, R> {
+struct WindowReader<'a, M, R> {
     messages: M,
     read: R,
     /// The id of a message that was at the journal's end.
@@ -310,7 +310,7 @@ struct Reading<'a, M, R> {
     is_ahead: bool,
 }
 
-impl<M: Messages, R: FnMut(Record, ReadIn)> Reading<'_, M, R> {
+impl<M: Messages, R: FnMut(Record, ReadIn)> WindowReader<'_, M, R> {
     fn take(&mut self, record: Record, read_in: ReadIn) {
         self.is_at_end |= record.is_marker(self.marker);
         (self.next, self.last_digest) = (record.offset + 1, record.digest);
@@ -438,7 +438,7 @@ pub(super) async fn attach(
             tracing::debug!(error = %ErrorChain(&error), "no packs are read");
             None
         });
-        let mut reading = Reading {
+        let mut reading = WindowReader {
             messages: JournalStream { journal, tail },
             read: &mut read,
             marker: &marker,
@@ -474,7 +474,7 @@ mod tests {
     use proptest::prelude::{Just, Strategy, any, prop, prop_oneof, proptest};
 
     use super::{
-        MESSAGES_MAX, Messages, NoPack, Pack, PackedMessage, Packs, ReadIn, Reading, digest_of,
+        MESSAGES_MAX, Messages, NoPack, Pack, PackedMessage, Packs, ReadIn, WindowReader, digest_of,
     };
     use crate::worker::journal::{ReadError, Record};
 
@@ -537,7 +537,7 @@ mod tests {
         let marker = ShortString::from(&**journal[end].message_id.as_ref().unwrap());
         let mut log = Log { journal: journal.to_vec(), at: first };
         let begun = log.next().now_or_never().unwrap().unwrap();
-        let mut reading = Reading {
+        let mut reading = WindowReader {
             messages: log,
             read: |record: Record, read_in| {
                 messages.push((record.offset, record.digest));
