@@ -4,7 +4,7 @@
 use lapin::message::Delivery as Message;
 
 use crate::{
-    participant::inbound::{self, Source},
+    participant::inbound::{self, SourceQueue},
     protocol::{message::Delivery, participant::Event},
 };
 
@@ -27,9 +27,9 @@ pub fn command(
     delivery: Delivery,
 ) -> (Vec<Event>, Option<String>) {
     let source = match queue {
-        Queue::Prepares => Source::Prepares,
-        Queue::Own => Source::Own,
-        Queue::Shared => Source::Shared,
+        Queue::Prepares => SourceQueue::Prepares,
+        Queue::Own => SourceQueue::Own,
+        Queue::Shared => SourceQueue::Shared,
     };
     let inbound::DecodedMessage { items, bad } = inbound::read(source, message);
     let events = items.into_iter().filter_map(|told| {

@@ -17,7 +17,7 @@ use crate::{
 
 /// The queue that a message came by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(super) enum Source {
+pub(super) enum SourceQueue {
     /// The service's prepares: an unacknowledged one is a slot.
     Prepares,
     /// This instance's own queue, which ends with its connection.
@@ -59,17 +59,17 @@ impl Inbound {
     }
 
     /// Whether it is dealt with only when the core says so.
-    pub(super) fn is_held(&self, source: Source) -> bool {
+    pub(super) fn is_held(&self, source: SourceQueue) -> bool {
         match self {
             Self::Prepare { .. } => true,
-            Self::Finish { .. } => source == Source::Shared,
+            Self::Finish { .. } => source == SourceQueue::Shared,
             Self::Query { .. } | Self::Cancel(_) => false,
         }
     }
 }
 
 /// Reads `message`, which came by `source`.
-pub(super) fn read(source: Source, message: &Message) -> DecodedMessage {
+pub(super) fn read(source: SourceQueue, message: &Message) -> DecodedMessage {
     if let Some(reason) = unreadable(message) {
         return bad(reason);
     }
@@ -77,18 +77,18 @@ pub(super) fn read(source: Source, message: &Message) -> DecodedMessage {
     let known = kind.and_then(Kind::parse_type);
     let worker = || worker_of(message);
     match (source, known) {
-        (Source::Prepares, Some(Kind::Prepare)) => read_prepares(message),
-        (Source::Own | Source::Shared, Some(Kind::Query)) => {
+        (SourceQueue::Prepares, Some(Kind::Prepare)) => read_prepares(message),
+        (SourceQueue::Own | SourceQueue::Shared, Some(Kind::Query)) => {
             read_items(message, worker(), |worker, query| Inbound::Query { worker, query })
         }
-        (Source::Own | Source::Shared, Some(Kind::Finish)) => {
+        (SourceQueue::Own | SourceQueue::Shared, Some(Kind::Finish)) => {
             read_items(message, worker(), |worker, finish| Inbound::Finish { worker, finish })
         }
         // Nobody waits for an answer to a cancel.
-        (Source::Own | Source::Shared, Some(Kind::Cancel)) => {
+        (SourceQueue::Own | SourceQueue::Shared, Some(Kind::Cancel)) => {
             read_items(message, Ok(()), |(), cancel| Inbound::Cancel(cancel))
         }
-        (Source::Prepares | Source::Own | Source::Shared, _) => {
+        (SourceQueue::Prepares | SourceQueue::Own | SourceQueue::Shared, _) => {
             let kind =
                 kind.map_or_else(|| "missing".to_owned(), |kind| format!("`{}`", shown(kind)));
             bad(format!("the property `type` is {kind}: no such messages belong here"))
@@ -145,7 +145,7 @@ mod tests {
         types::{AMQPValue, FieldTable},
     };
 
-    use super::{DecodedMessage, Inbound, Source, read};
+    use super::{DecodedMessage, Inbound, SourceQueue, read};
     use crate::transport::amqp::frames::UNREADABLE;
 
     const QUERY: &str =
@@ -167,7 +167,7 @@ mod tests {
     #[test]
     fn the_good_items_count_though_others_are_bad() {
         let body = format!(r#"[{QUERY},{{"id":"t 2"}},{QUERY}]"#);
-        let read = read(Source::Own, &message("dtc.query.v1", body));
+        let read = read(SourceQueue::Own, &message("dtc.query.v1", body));
         assert_eq!(read.items.len(), 2);
         assert!(matches!(read.items[0], Inbound::Query { .. }));
         assert!(reason(&read).contains("$[1]"), "{read:?}");
@@ -176,9 +176,9 @@ mod tests {
     #[test]
     fn a_message_with_unreadable_headers_is_rejected_whatever_its_body_says() {
         for (source, kind, body) in [
-            (Source::Prepares, "dtc.prepare.v1", PREPARE),
-            (Source::Own, "dtc.query.v1", QUERY),
-            (Source::Shared, "dtc.query.v1", QUERY),
+            (SourceQueue::Prepares, "dtc.prepare.v1", PREPARE),
+            (SourceQueue::Own, "dtc.query.v1", QUERY),
+            (SourceQueue::Shared, "dtc.query.v1", QUERY),
         ] {
             let mut message = message(kind, format!("[{body}]"));
             assert_eq!(read(source, &message).items.len(), 1);
@@ -192,14 +192,14 @@ mod tests {
 
     #[test]
     fn what_a_peer_calls_its_message_is_said_on_one_line() {
-        let read = read(Source::Own, &message("a\n\u{1b}", "[]".to_owned()));
+        let read = read(SourceQueue::Own, &message("a\n\u{1b}", "[]".to_owned()));
         assert!(reason(&read).contains(r"`a\n\u{1b}`"), "{read:?}");
     }
 
     #[test]
     fn many_bad_items_are_counted() {
         let body = format!("[{}{QUERY}]", "5,".repeat(100_000));
-        let read = read(Source::Own, &message("dtc.query.v1", body));
+        let read = read(SourceQueue::Own, &message("dtc.query.v1", body));
         assert_eq!(read.items.len(), 1);
         assert_eq!(reason(&read).lines().count(), 11);
         assert!(reason(&read).ends_with("\nand 99990 more items"), "{read:?}");
@@ -207,22 +207,24 @@ mod tests {
 
     #[test]
     fn a_prepare_message_has_at_least_one_item() {
-        let one = read(Source::Prepares, &message("dtc.prepare.v1", format!("[{PREPARE}]")));
+        let one = read(SourceQueue::Prepares, &message("dtc.prepare.v1", format!("[{PREPARE}]")));
         assert_eq!((one.items.len(), &one.bad), (1, &None));
-        let two =
-            read(Source::Prepares, &message("dtc.prepare.v1", format!("[{PREPARE},{PREPARE}]")));
+        let two = read(
+            SourceQueue::Prepares,
+            &message("dtc.prepare.v1", format!("[{PREPARE},{PREPARE}]")),
+        );
         assert_eq!((two.items.len(), &two.bad), (2, &None));
-        let none = read(Source::Prepares, &message("dtc.prepare.v1", "[]".to_owned()));
+        let none = read(SourceQueue::Prepares, &message("dtc.prepare.v1", "[]".to_owned()));
         assert!(reason(&none).contains("has no items"), "{none:?}");
     }
 
     #[test]
     fn each_queue_has_its_kinds() {
         for (source, kind) in [
-            (Source::Prepares, "dtc.finish.v1"),
-            (Source::Own, "dtc.prepare.v1"),
-            (Source::Shared, "dtc.vote.v1"),
-            (Source::Own, "dtc.query.v2"),
+            (SourceQueue::Prepares, "dtc.finish.v1"),
+            (SourceQueue::Own, "dtc.prepare.v1"),
+            (SourceQueue::Shared, "dtc.vote.v1"),
+            (SourceQueue::Own, "dtc.query.v2"),
         ] {
             let read = read(source, &message(kind, format!("[{QUERY}]")));
             assert!(read.items.is_empty() && reason(&read).contains(kind), "{read:?}");
@@ -237,7 +239,7 @@ mod tests {
             if let Some(reply_to) = reply_to {
                 message.properties = message.properties.with_reply_to(reply_to.into());
             }
-            let read = read(Source::Own, &message);
+            let read = read(SourceQueue::Own, &message);
             assert!(read.items.is_empty() && reason(&read).contains("`reply_to`"), "{read:?}");
         }
     }

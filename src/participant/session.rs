@@ -25,7 +25,7 @@ use crate::{
     error::ErrorChain,
     participant::{
         error::OpenError,
-        inbound::{Inbound, Source, read},
+        inbound::{Inbound, SourceQueue, read},
         outbox::OutboundMessage,
         settings::ServeSettings,
     },
@@ -163,7 +163,7 @@ pub(super) struct InstanceSession {
 /// A message, by the tag it has on the channel of its queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Origin {
-    source: Source,
+    source: SourceQueue,
     tag: u64,
 }
 
@@ -181,7 +181,7 @@ enum ConfirmAction {
 /// Something that has happened.
 #[expect(clippy::large_enum_variant, reason = "each is handled at once, and never stored")]
 enum InstanceInput {
-    Message(Source, Message),
+    Message(SourceQueue, Message),
     Safe(ConfirmAction),
     Link(ConnectionEvent),
 }
@@ -345,11 +345,11 @@ impl InstanceSession {
             return Poll::Pending;
         }
         self.poll_opening(cx);
-        for source in [Source::Own, Source::Shared, Source::Prepares] {
+        for source in [SourceQueue::Own, SourceQueue::Shared, SourceQueue::Prepares] {
             let message = match source {
-                Source::Own => self.own.poll_next(cx),
-                Source::Shared => self.shared.poll_next(cx),
-                Source::Prepares => match self.prepares.as_mut() {
+                SourceQueue::Own => self.own.poll_next(cx),
+                SourceQueue::Shared => self.shared.poll_next(cx),
+                SourceQueue::Prepares => match self.prepares.as_mut() {
                     // No vote could be sent while the broker takes nothing.
                     Some(prepares) if self.takes_prepares && !self.watch.is_blocked() => {
                         prepares.poll_next(cx)
@@ -422,7 +422,7 @@ impl InstanceSession {
     /// Takes in a message; what it says is added to `events`.
     fn received(
         &mut self,
-        source: Source,
+        source: SourceQueue,
         message: &Message,
         delivery_ids: &mut DeliveryIds,
         events: &mut VecDeque<Event>,
@@ -454,9 +454,9 @@ impl InstanceSession {
     /// Puts a message among the rejected ones; it is acknowledged when it is safe there.
     fn reject(&mut self, origin: Origin, message: &Message, reason: &str) {
         let queue = match origin.source {
-            Source::Own => Some(self.own.name()),
-            Source::Shared => Some(self.shared.queue()),
-            Source::Prepares => self.prepares.as_ref().map(QueueConsumer::queue),
+            SourceQueue::Own => Some(self.own.name()),
+            SourceQueue::Shared => Some(self.shared.queue()),
+            SourceQueue::Prepares => self.prepares.as_ref().map(QueueConsumer::queue),
         };
         let queue = queue.map(ShortString::to_string).unwrap_or_default();
         tracing::warn!(queue, reason, "a message is rejected");
@@ -522,9 +522,9 @@ impl InstanceSession {
 
     fn acknowledge(&mut self, Origin { source, tag }: Origin) {
         match source {
-            Source::Own => self.own.ack(tag),
-            Source::Shared => self.shared.ack(tag),
-            Source::Prepares => {
+            SourceQueue::Own => self.own.ack(tag),
+            SourceQueue::Shared => self.shared.ack(tag),
+            SourceQueue::Prepares => {
                 if let Some(prepares) = &mut self.prepares {
                     prepares.ack(tag);
                 }

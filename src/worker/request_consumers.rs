@@ -25,7 +25,7 @@ use crate::{
 const SOURCE_BITS: u32 = 16;
 
 #[derive(Debug)]
-struct Source {
+struct RequestConsumer {
     inbox: QueueConsumer,
     /// Deliveries that are not settled.
     held: usize,
@@ -38,7 +38,7 @@ struct Source {
 #[derive(Debug)]
 pub(super) struct RequestConsumers {
     queue: ShortString,
-    sources: BTreeMap<u16, Source>,
+    sources: BTreeMap<u16, RequestConsumer>,
     next: u16,
 }
 
@@ -57,7 +57,7 @@ impl RequestConsumers {
         let opening =
             QueueConsumer::open(connection, self.queue.clone(), prefetch, FieldTable::default());
         let inbox = opening.await?.with_liveness_probe(connection, ConsumerMode::Competing);
-        let source = Source { inbox, held: 0, cancelled: false, ended: false };
+        let source = RequestConsumer { inbox, held: 0, cancelled: false, ended: false };
         while self.sources.contains_key(&self.next) {
             self.next = self.next.wrapping_add(1);
         }
@@ -104,7 +104,7 @@ impl RequestConsumers {
         Poll::Pending
     }
 
-    fn of(&mut self, delivery: Delivery) -> Option<(u64, &mut Source)> {
+    fn of(&mut self, delivery: Delivery) -> Option<(u64, &mut RequestConsumer)> {
         let number = (delivery.0 & ((1 << SOURCE_BITS) - 1)) as u16;
         let source = self.sources.get_mut(&number)?;
         source.held = source.held.saturating_sub(1);
