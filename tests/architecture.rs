@@ -49,10 +49,7 @@ const SHARED_NAMES: [&str; 4] = ["Settings", "Event", "Effect", "Error"];
 
 /// Type names that occur twice all the same, by reason. It may only become shorter.
 const KNOWN_TWICE: [(&str, &[&str]); 3] = [
-    (
-        "a message of the protocol, and what a program gives or gets for it",
-        &["Finish", "Prepare", "Request"],
-    ),
+    ("a message of the protocol, and what a program gives or gets for it", &["Finish", "Prepare"]),
     ("parts of drivers, which do the same and don't import each other", &[]),
     ("private in one room, and shared by several in another", &["Calls", "Journal", "Queue"]),
 ];

@@ -380,7 +380,7 @@ impl Client {
     /// Ends only if it can't be published.
     async fn publish_and_rest(
         &self,
-        request: &Request,
+        request: &RequestMessage,
         last: &mut Option<PublishError>,
     ) -> Result<Infallible, SubmitError> {
         self.publish(request, last).await?;
@@ -391,7 +391,7 @@ impl Client {
     /// Publishes until that is confirmed, or never will be. `last` is what the last try ended in.
     async fn publish(
         &self,
-        request: &Request,
+        request: &RequestMessage,
         last: &mut Option<PublishError>,
     ) -> Result<(), SubmitError> {
         let mut backoff = Backoff::default();
@@ -445,7 +445,7 @@ impl Client {
         spec: &TransactionSpec,
         requested_at: Time,
         reply: Option<&ReplyToken>,
-    ) -> Result<Request, InvalidTransaction> {
+    ) -> Result<RequestMessage, InvalidTransaction> {
         let body = encode_request(spec, reply).map_err(|error| InvalidTransaction::TooLarge {
             id: spec.id.clone(),
             problem: error.to_string(),
@@ -462,12 +462,12 @@ impl Client {
             timestamp: Some(seconds),
             ..OutgoingMessage::default()
         };
-        Ok(Request { key, message })
+        Ok(RequestMessage { key, message })
     }
 }
 
 /// A request as it is sent, as often as it takes.
-struct Request {
+struct RequestMessage {
     key: TransactionKey,
     message: OutgoingMessage,
 }
