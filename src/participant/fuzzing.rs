@@ -10,7 +10,7 @@ use crate::{
 
 /// The queues that a message may come by.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Queue {
+pub enum FuzzedQueue {
     /// The service's prepares.
     Prepares,
     /// The instance's own.
@@ -22,14 +22,14 @@ pub enum Queue {
 /// What a message says, and what is wrong with it. What is dealt with later has the number
 /// `delivery`.
 pub fn command(
-    queue: Queue,
+    queue: FuzzedQueue,
     message: &Message,
     delivery: Delivery,
 ) -> (Vec<Event>, Option<String>) {
     let source = match queue {
-        Queue::Prepares => SourceQueue::Prepares,
-        Queue::Own => SourceQueue::Own,
-        Queue::Shared => SourceQueue::Shared,
+        FuzzedQueue::Prepares => SourceQueue::Prepares,
+        FuzzedQueue::Own => SourceQueue::Own,
+        FuzzedQueue::Shared => SourceQueue::Shared,
     };
     let inbound::DecodedMessage { items, bad } = inbound::read(source, message);
     let events = items.into_iter().filter_map(|told| {

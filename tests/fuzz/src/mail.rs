@@ -16,7 +16,7 @@
 
 use dtc::protocol::message::{Done, Finish, Inquiry, Prepare, Query, Vote};
 use dtc::{
-    participant::fuzzing::{Queue, command},
+    participant::fuzzing::{FuzzedQueue, command},
     protocol::{coordinator, message::Delivery, participant},
     wire::message::{Cancel, Item, Kind, REQUEST_MAX, RequestMalformed, decode},
     worker::fuzzing::{record, reply, request},
@@ -40,7 +40,7 @@ pub fn headers(input: &[u8]) {
     let kind = message.properties.kind().as_ref().and_then(|it| Kind::parse_type(it.as_str()));
     is_read_as_a_reply(&message, kind);
     is_read_as_a_request(&message, kind);
-    for queue in [Queue::Prepares, Queue::Own, Queue::Shared] {
+    for queue in [FuzzedQueue::Prepares, FuzzedQueue::Own, FuzzedQueue::Shared] {
         is_read_as_a_command(queue, &message, kind);
     }
     is_read_as_a_record(&message, kind);
@@ -101,15 +101,17 @@ fn is_read_as_a_request(message: &Message, kind: Option<Kind>) {
     }
 }
 
-fn is_read_as_a_command(queue: Queue, message: &Message, kind: Option<Kind>) {
+fn is_read_as_a_command(queue: FuzzedQueue, message: &Message, kind: Option<Kind>) {
     let (events, bad) = command(queue, message, NUMBER);
     assert_eq!((&events, &bad), (&command(queue, message, NUMBER).0, &bad), "read twice");
     are_bounded(bad.as_slice());
     let items = match (queue, kind) {
-        (Queue::Prepares, Some(Kind::Prepare)) => n_items::<Prepare>(message).filter(|n| *n == 1),
-        (Queue::Own | Queue::Shared, Some(Kind::Query)) => n_items::<Query>(message),
-        (Queue::Own | Queue::Shared, Some(Kind::Cancel)) => n_items::<Cancel>(message),
-        (Queue::Own | Queue::Shared, Some(Kind::Finish)) => n_items::<Finish>(message),
+        (FuzzedQueue::Prepares, Some(Kind::Prepare)) => {
+            n_items::<Prepare>(message).filter(|n| *n == 1)
+        }
+        (FuzzedQueue::Own | FuzzedQueue::Shared, Some(Kind::Query)) => n_items::<Query>(message),
+        (FuzzedQueue::Own | FuzzedQueue::Shared, Some(Kind::Cancel)) => n_items::<Cancel>(message),
+        (FuzzedQueue::Own | FuzzedQueue::Shared, Some(Kind::Finish)) => n_items::<Finish>(message),
         _ => None,
     };
     assert!(bad.is_some() || items == Some(events.len()), "{events:?}");
@@ -119,15 +121,15 @@ fn is_read_as_a_command(queue: Queue, message: &Message, kind: Option<Kind>) {
         match event {
             participant::Event::PrepareReceived { worker: to, delivery, redelivered, .. } => {
                 assert_eq!((Some(to.as_str()), delivery), (worker, NUMBER));
-                assert!(queue == Queue::Prepares && redelivered == message.redelivered);
+                assert!(queue == FuzzedQueue::Prepares && redelivered == message.redelivered);
             }
             participant::Event::QueryReceived { worker: to, .. } => {
-                assert!(queue != Queue::Prepares && Some(to.as_str()) == worker);
+                assert!(queue != FuzzedQueue::Prepares && Some(to.as_str()) == worker);
             }
-            participant::Event::CancelReceived(_) => assert_ne!(queue, Queue::Prepares),
+            participant::Event::CancelReceived(_) => assert_ne!(queue, FuzzedQueue::Prepares),
             participant::Event::FinishReceived { worker: to, delivery, .. } => {
                 assert_eq!(Some(to.as_str()), worker);
-                assert_eq!(delivery, (queue == Queue::Shared).then_some(NUMBER));
+                assert_eq!(delivery, (queue == FuzzedQueue::Shared).then_some(NUMBER));
             }
             other => panic!("{other:?} is no command"),
         }
