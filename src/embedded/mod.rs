@@ -155,13 +155,13 @@ struct MemberSettings {
 pub struct Embedded {
     services: Vec<(ServiceName, Service)>,
     settings: Settings,
-    journal: Option<Journal>,
+    journal: Option<JournalLocation>,
     retention: Duration,
 }
 
 /// Where the journal is kept, if not only in memory.
 #[derive(Debug)]
-enum Journal {
+enum JournalLocation {
     At(PathBuf),
     #[cfg(feature = "cli")]
     Opened(Box<OpenedJournal>),
@@ -254,7 +254,7 @@ impl Embedded {
     /// another journal is left alone, with an error in the log.
     #[must_use]
     pub fn journal(mut self, path: impl Into<PathBuf>) -> Self {
-        self.journal = Some(Journal::At(path.into()));
+        self.journal = Some(JournalLocation::At(path.into()));
         self
     }
 
@@ -269,7 +269,7 @@ impl Embedded {
     /// Keeps the journal in a file that is open already.
     #[cfg(feature = "cli")]
     pub(crate) fn with_journal(mut self, opened: OpenedJournal) -> Self {
-        self.journal = Some(Journal::Opened(Box::new(opened)));
+        self.journal = Some(JournalLocation::Opened(Box::new(opened)));
         self
     }
 
@@ -418,8 +418,8 @@ impl Embedded {
         let path = match self.journal.take() {
             None => return Ok(None),
             #[cfg(feature = "cli")]
-            Some(Journal::Opened(opened)) => return Ok(Some(*opened)),
-            Some(Journal::At(path)) => path,
+            Some(JournalLocation::Opened(opened)) => return Ok(Some(*opened)),
+            Some(JournalLocation::At(path)) => path,
         };
         let options = JournalOptions { now, retention: self.retention };
         let of = path.clone();
