@@ -51,7 +51,7 @@ const SHARED_NAMES: [&str; 4] = ["Settings", "Event", "Effect", "Error"];
 const KNOWN_TWICE: [(&str, &[&str]); 3] = [
     ("a message of the protocol, and what a program gives or gets for it", &["Finish", "Prepare"]),
     ("parts of drivers, which do the same and don't import each other", &[]),
-    ("private in one room, and shared by several in another", &["Calls"]),
+    ("private in one room, and shared by several in another", &[]),
 ];
 
 #[test]

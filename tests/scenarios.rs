@@ -16,7 +16,7 @@ use std::{
     time::Duration,
 };
 
-use dtc::{Embedded, Outcome, Service, Transaction, TransactionResult, embedded::Calls};
+use dtc::{Embedded, Outcome, Service, Transaction, TransactionResult, embedded::CallCounts};
 use serde_json::json;
 use tokio::time::{Instant, sleep};
 
@@ -65,9 +65,9 @@ impl CountedService {
             })
     }
 
-    fn calls(&self) -> Calls {
+    fn calls(&self) -> CallCounts {
         let count = |it: &AtomicU64| it.load(Ordering::Relaxed);
-        Calls {
+        CallCounts {
             prepare: count(&self.0.prepares),
             commit: count(&self.0.commits),
             abort: count(&self.0.aborts),
@@ -169,7 +169,7 @@ async fn a_thousand_transactions_on_one_slot_all_commit() {
     assert_all_committed(&results, 1000);
     println!("1000 on one slot: {took:?}, {:.3} of the optimum {best:?}", ratio(took, best));
     assert_eq!(watched.most_preparing(), 1);
-    assert_eq!(watched.calls(), Calls { prepare: 2000, commit: 2000, abort: 0 });
+    assert_eq!(watched.calls(), CallCounts { prepare: 2000, commit: 2000, abort: 0 });
     assert!(ratio(took, best) <= 1.01, "{took:?}");
 }
 
@@ -366,8 +366,8 @@ impl Gate {
 /// its commit on for `held_for`; the calls of A and B; and when the last of the 100 ended.
 struct WhileHeld {
     results: Vec<TransactionResult>,
-    a: Calls,
-    b: Calls,
+    a: CallCounts,
+    b: CallCounts,
 }
 
 async fn while_the_slot_is_held(max_wait: Duration, held_for: Duration) -> WhileHeld {
@@ -408,7 +408,7 @@ async fn with_a_max_wait_of_zero_a_held_slot_is_no_slot_at_once_and_nothing_else
     // Two milliseconds are only enough for an immediate answer.
     let WhileHeld { results, a, b } = while_the_slot_is_held(Duration::ZERO, ms(2)).await;
     assert_eq!(aborts(&results), BTreeMap::from([("no_slot", 100)]));
-    assert_eq!((a.prepare, b), (1, Calls::default()));
+    assert_eq!((a.prepare, b), (1, CallCounts::default()));
     let at = results[0].reason.as_ref().unwrap().service.as_ref().unwrap();
     assert_eq!(at.as_str(), "A");
 }
@@ -417,7 +417,7 @@ async fn with_a_max_wait_of_zero_a_held_slot_is_no_slot_at_once_and_nothing_else
 async fn a_slot_held_for_longer_than_the_wait_is_no_slot_in_rounds() {
     let WhileHeld { results, a, b } = while_the_slot_is_held(ms(200), ms(1000)).await;
     assert_eq!(aborts(&results), BTreeMap::from([("no_slot", 100)]));
-    assert_eq!((a.prepare, b), (1, Calls::default()));
+    assert_eq!((a.prepare, b), (1, CallCounts::default()));
 
     let WhileHeld { results, .. } = while_the_slot_is_held(ms(1000), Duration::from_secs(6)).await;
     assert_eq!(aborts(&results), BTreeMap::from([("no_slot", 100)]));
@@ -449,7 +449,7 @@ async fn a_service_that_hangs_in_every_prepare_leaves_the_others_their_speed() {
         ended - began
     );
     assert!(ended - began <= ms(510));
-    assert_eq!(hung.calls(), Calls { prepare: 20, commit: 0, abort: 20 });
+    assert_eq!(hung.calls(), CallCounts { prepare: 20, commit: 0, abort: 20 });
 }
 
 #[tokio::test(start_paused = true)]

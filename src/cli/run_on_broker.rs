@@ -28,7 +28,7 @@ use crate::{
     },
     client::{Client, Settings},
     clock::Clock,
-    embedded::{Calls, Report, ServiceReport},
+    embedded::{CallCounts, Report, ServiceReport},
     input::{services::ServiceSpec, transactions::Transactions},
     participant::{
         BoxError, DurableParticipant, Finish, InDoubt, Participant, Prepare, Verdict,
@@ -436,7 +436,7 @@ struct Counts {
 
 #[derive(Default)]
 struct ServiceCounts {
-    calls: Calls,
+    calls: CallCounts,
     /// The transactions that the service works on or holds as prepared: they occupy its slots.
     held: BTreeSet<TransactionKey>,
     max_in_use: usize,

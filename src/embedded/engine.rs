@@ -17,7 +17,7 @@ use crate::{
     embedded::{
         MemberSettings, Settings,
         backend::{Admission, Backend, LookUp, Task},
-        report::{Calls, Concluded, ServiceReport},
+        report::{CallCounts, Concluded, ServiceReport},
     },
     journal::file::{EntryBatch, JournalError},
     protocol::{
@@ -80,7 +80,7 @@ struct Member {
     instance: Instance,
     queue: MemoryPrepareQueue,
     max_concurrency: u32,
-    calls: Calls,
+    calls: CallCounts,
     max_in_use: u32,
 }
 
@@ -112,7 +112,7 @@ impl Engine {
                 instance: Instance::new(now, instance_settings),
                 queue: MemoryPrepareQueue::new(max_concurrency, max_wait),
                 max_concurrency,
-                calls: Calls::default(),
+                calls: CallCounts::default(),
                 max_in_use: 0,
             });
         }
@@ -699,7 +699,7 @@ mod tests {
     }
 
     /// How often each call was made for each transaction, and what the service holds in the end.
-    type Ledger = BTreeMap<(usize, TransactionKey), (Calls, Option<Outcome>)>;
+    type Ledger = BTreeMap<(usize, TransactionKey), (CallCounts, Option<Outcome>)>;
 
     /// Makes a call that was asked for; the service `refused_at` refuses t3.
     fn make(

@@ -26,7 +26,7 @@ use tokio::sync::mpsc;
 pub(crate) use self::report::Concluded;
 #[cfg(feature = "cli")]
 pub(crate) use self::report::Latencies;
-pub use self::report::{Calls, Report, ServiceReport};
+pub use self::report::{CallCounts, Report, ServiceReport};
 use self::{
     backend::{FileBackend, MemoryBackend},
     engine::Engine,

@@ -14,7 +14,7 @@ use crate::{
 
 /// How often a service's code was called.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Calls {
+pub struct CallCounts {
     /// Calls of its prepare.
     pub prepare: u64,
     /// Calls of its commit.
@@ -70,7 +70,7 @@ pub struct ServiceReport {
     /// The service.
     pub name: ServiceName,
     /// How often its code was called.
-    pub calls: Calls,
+    pub calls: CallCounts,
     /// The most slots that were in use at once.
     pub max_in_use: u32,
     /// The slots it has.
