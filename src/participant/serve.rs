@@ -27,7 +27,7 @@ use crate::{
         health::{Change, Health},
         outbox::InstanceOutbox,
         parked::ParkedLog,
-        session::{DeliveryIds, InstanceSession, SessionError, declare, open_own},
+        session::{DeliveryIds, InstanceSession, InstanceSessionError, declare, open_own},
         settings::ServeSettings,
     },
     protocol::{
@@ -87,7 +87,7 @@ struct Server {
 /// Why an instance works no more.
 enum InstanceEnd {
     Stopped,
-    Lost(Box<InstanceSession>, SessionError),
+    Lost(Box<InstanceSession>, InstanceSessionError),
 }
 
 impl Server {
@@ -162,7 +162,7 @@ impl Server {
     }
 
     /// An instance that was never heard, since it may not say anything, will not be heard next time.
-    fn unless_final(&self, lost: SessionError) -> Result<SessionError, ServeError> {
+    fn unless_final(&self, lost: InstanceSessionError) -> Result<InstanceSessionError, ServeError> {
         if self.was_heard {
             return Ok(lost);
         }

@@ -188,7 +188,7 @@ enum InstanceInput {
 
 /// The session is over: everything will be delivered again, to whomever.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum SessionError {
+pub(super) enum InstanceSessionError {
     #[error("a connection is lost")]
     Connection(#[source] lapin::Error),
     #[error(transparent)]
@@ -207,7 +207,7 @@ pub(super) enum SessionError {
     Stale,
 }
 
-impl SessionError {
+impl InstanceSessionError {
     /// What the broker says against what was published, if that is why.
     pub(super) fn refusal(self) -> Result<lapin::Error, Self> {
         let refusal = match &self {
@@ -323,7 +323,7 @@ impl InstanceSession {
         &mut self,
         delivery_ids: &mut DeliveryIds,
         events: &mut VecDeque<Event>,
-    ) -> Result<(), SessionError> {
+    ) -> Result<(), InstanceSessionError> {
         let first = std::future::poll_fn(|cx| self.poll_input(cx)).await;
         self.handle(first?, delivery_ids, events)?;
         for _ in 0..BATCH_MAX {
@@ -334,12 +334,17 @@ impl InstanceSession {
         Ok(())
     }
 
-    fn poll_input(&mut self, cx: &mut Context<'_>) -> Poll<Result<InstanceInput, SessionError>> {
+    fn poll_input(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<InstanceInput, InstanceSessionError>> {
         if let Poll::Ready(change) = self.watch.poll_next(cx) {
             return Poll::Ready(Ok(InstanceInput::Link(change)));
         }
         if let Poll::Ready(safe) = self.publishers.poll_next(cx) {
-            return Poll::Ready(safe.map(InstanceInput::Safe).map_err(SessionError::Publishing));
+            return Poll::Ready(
+                safe.map(InstanceInput::Safe).map_err(InstanceSessionError::Publishing),
+            );
         }
         if !self.has_room() {
             return Poll::Pending;
@@ -358,7 +363,7 @@ impl InstanceSession {
                 },
             };
             if let Poll::Ready(message) = message {
-                let message = message.map_err(SessionError::Consuming);
+                let message = message.map_err(InstanceSessionError::Consuming);
                 return Poll::Ready(message.map(|message| InstanceInput::Message(source, message)));
             }
         }
@@ -392,7 +397,7 @@ impl InstanceSession {
         input: InstanceInput,
         delivery_ids: &mut DeliveryIds,
         events: &mut VecDeque<Event>,
-    ) -> Result<(), SessionError> {
+    ) -> Result<(), InstanceSessionError> {
         match input {
             InstanceInput::Message(source, message) => {
                 self.received(source, &message, delivery_ids, events)
@@ -407,13 +412,13 @@ impl InstanceSession {
         Ok(())
     }
 
-    fn link_changed(&self, change: ConnectionEvent) -> Result<(), SessionError> {
+    fn link_changed(&self, change: ConnectionEvent) -> Result<(), InstanceSessionError> {
         match change {
             ConnectionEvent::Blocked | ConnectionEvent::Unblocked => Ok(()),
-            ConnectionEvent::Lost(error) => Err(SessionError::Connection(error)),
-            ConnectionEvent::Stale => Err(SessionError::Stale),
+            ConnectionEvent::Lost(error) => Err(InstanceSessionError::Connection(error)),
+            ConnectionEvent::Stale => Err(InstanceSessionError::Stale),
             ConnectionEvent::ChannelLost(error) if !self.publishers.are_open() => {
-                Err(SessionError::Channel(error))
+                Err(InstanceSessionError::Channel(error))
             }
             ConnectionEvent::ChannelLost(_) => Ok(()),
         }
@@ -537,7 +542,7 @@ impl InstanceSession {
     /// Takes no more prepares. Those that were delivered and not looked at go to other instances:
     /// at once, unless all share one cap. Then whoever works next would exceed it as long as
     /// anything is held here, and they go when this session ends.
-    pub(super) async fn stop_prepares(&mut self, cap: Cap) -> Result<(), SessionError> {
+    pub(super) async fn stop_prepares(&mut self, cap: Cap) -> Result<(), InstanceSessionError> {
         (self.takes_prepares, self.opening_prepares) = (false, None);
         let Some(prepares) = self.prepares.as_mut().filter(|_| cap == Cap::Instance) else {
             return Ok(());
@@ -545,7 +550,7 @@ impl InstanceSession {
         let cancelled = prepares.cancel().await;
         cancelled.map_err(|source| {
             let queue = prepares.queue().to_string();
-            SessionError::Cancel { queue, source }
+            InstanceSessionError::Cancel { queue, source }
         })?;
         while let Some(Ok(message)) = prepares.try_next() {
             prepares.requeue(message.delivery_tag);
