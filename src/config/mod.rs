@@ -16,10 +16,9 @@ use std::{ffi::OsString, fmt, path::PathBuf, time::Duration};
 use crate::{
     complaint::{Complaints, ValueSource},
     config::draft::{Draft, ResolvedKey},
-    input::services::MAX_WAIT,
     protocol::{
         ids::{InstanceId, ServiceName, WorkerId},
-        message::Cap,
+        message::{Cap, MAX_WAIT},
     },
     transport::amqp::{
         address::Address,

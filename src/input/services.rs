@@ -38,12 +38,9 @@ use crate::{
     },
     protocol::{
         ids::{ServiceName, TransactionId},
-        message::Cap,
+        message::{Cap, MAX_WAIT},
     },
 };
-
-/// The default of how long a prepare waits for a slot.
-pub const MAX_WAIT: Duration = Duration::from_secs(1);
 
 /// A service of `dtc run`.
 #[derive(Clone, PartialEq, Debug)]

@@ -12,9 +12,12 @@ use futures_util::future::BoxFuture;
 use serde_json::Value;
 use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard};
 
-use crate::participant::{
-    AnyParticipant, BoxError, Durable, DurableParticipant, Finish, Participant, Prepare, Verdict,
-    calls,
+use crate::{
+    participant::{
+        AnyParticipant, BoxError, Durable, DurableParticipant, Finish, Participant, Prepare,
+        Verdict, calls,
+    },
+    protocol::message,
 };
 
 type PrepareFn =
@@ -77,7 +80,7 @@ impl Service {
     }
 
     /// How long a prepare waits for a slot unless told otherwise.
-    pub const MAX_WAIT: Duration = Duration::from_secs(1);
+    pub const MAX_WAIT: Duration = message::MAX_WAIT;
 
     /// A service whose code is a [`Participant`]. What it holds is not asked for: one that has a
     /// store is to be given to [`from_durable`](Self::from_durable).

@@ -18,6 +18,9 @@ use crate::protocol::{
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct Delivery(pub u64);
 
+/// How long a prepare waits for a slot where its service sets nothing else.
+pub const MAX_WAIT: Duration = Duration::from_secs(1);
+
 /// Whose a service's slots are. Where it has one instance that is the same.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[non_exhaustive]

@@ -23,8 +23,10 @@ use tokio::{
 
 use crate::{
     clock::Clock,
-    input::services::MAX_WAIT,
-    protocol::{ids::ServiceName, message::Cap},
+    protocol::{
+        ids::ServiceName,
+        message::{Cap, MAX_WAIT},
+    },
     transport::amqp::{
         connection::{Broker, close},
         names::{Names, Namespace},

@@ -469,11 +469,11 @@ mod tests {
     use super::{IMPATIENT_BELOW, PROBES_MAX, ServiceLoad};
     use crate::protocol::{
         ids::{InstanceId, TransactionId, TransactionKey},
+        message::MAX_WAIT,
         time::Time,
     };
 
     const NOW: Time = Time::from_millis(1_000_000);
-    const MAX_WAIT: Duration = Duration::from_secs(1);
 
     fn instance(id: &str) -> InstanceId {
         InstanceId::parse(id).unwrap()
