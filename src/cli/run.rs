@@ -32,6 +32,7 @@ use crate::{
         faults,
         file::{self, JournalError, JournalOptions, OpenedJournal},
     },
+    json::check::DAY_MS,
     participant::Service,
     simulated::{service::Simulated, store::SimulatedStore},
     transport::amqp::connection::Broker,
@@ -112,8 +113,7 @@ fn at_least_one(text: &str) -> Result<usize, String> {
 }
 
 fn within_a_day(text: &str) -> Result<u64, String> {
-    const DAY_MS: u64 = 24 * 60 * 60 * 1000;
-    let number = text.parse().ok().filter(|number| (1..=DAY_MS).contains(number));
+    let number = text.parse().ok().filter(|number| (1..=u64::from(DAY_MS)).contains(number));
     number.ok_or_else(|| format!("must be a whole number from 1 to {DAY_MS}"))
 }
 

@@ -33,6 +33,10 @@ pub const STREAM_MAX: Duration = Duration::from_secs(16);
 /// How long the broker has to declare a queue. One on several nodes has to elect a leader first.
 pub const DECLARE_MAX: Duration = Duration::from_secs(15);
 
+/// If a timer fires later than this, the process did not run, for example because it was frozen:
+/// then a missing answer means nothing.
+pub(super) const STALL_MIN: Duration = Duration::from_secs(1);
+
 /// How long closing an unused channel may take.
 const CLOSE_MAX: Duration = Duration::from_secs(2);
 

@@ -30,7 +30,7 @@ use lapin::{
 use tokio::time::{Instant, Sleep, sleep};
 
 use crate::transport::amqp::{
-    bounded::{ANSWER_MAX, AskError, answer},
+    bounded::{ANSWER_MAX, AskError, STALL_MIN, answer},
     connection::BrokerConnection,
     consumer::{ConsumerError, QueueConsumer},
     publisher::{OutgoingMessage, PublishOutcome, Publisher},
@@ -43,10 +43,6 @@ const PROBE_AFTER: Duration = Duration::from_secs(1);
 /// How long a probe may take to arrive, and once more as long if other messages arrive meanwhile,
 /// which it may have to wait behind.
 const PROBE_MAX: Duration = Duration::from_secs(4);
-
-/// If a timer fires later than this, the process did not run, for example because it was frozen:
-/// then missing arrivals mean nothing.
-const STALL_MIN: Duration = Duration::from_secs(1);
 
 /// The `type` property of a probe. Only this module sees probes.
 const PROBE: &str = "dtc.probe.v1";

@@ -37,7 +37,7 @@ use lapin::{
 use tokio::time::{Instant, Sleep, sleep, timeout};
 
 use crate::transport::amqp::{
-    bounded::{ANSWER_MAX, AskError, answer},
+    bounded::{ANSWER_MAX, AskError, STALL_MIN, answer},
     connection::{BrokerConnection, PublishChannel},
     traffic,
 };
@@ -45,9 +45,6 @@ use crate::transport::amqp::{
 /// How long a publish may be unconfirmed. A cluster needs 10 s to elect a leader if it considers a
 /// node lost after the shortest sensible `net_ticktime` of 10 s.
 pub const CONFIRM_MAX: Duration = Duration::from_secs(10);
-
-/// If a timer fires later than this, the process did not run, for example because it was frozen.
-const STALL_MIN: Duration = Duration::from_secs(1);
 
 /// How many publishes may be given up on one channel whose confirms may still arrive.
 const ABANDONED_MAX: usize = 4096;
