@@ -25,7 +25,7 @@ use crate::{
 pub(super) const DEFAULTS: &str = include_str!("../../deploy/dtc.toml");
 
 /// Keys whose value may be read from a separate file, which `<key>_file` names.
-const SECRETS: [&str; 2] = ["broker.url", "broker.password"];
+pub(super) const SECRETS: [&str; 2] = ["broker.url", "broker.password"];
 
 /// The size limit of a secret's file: a larger one was named by mistake.
 const SECRET_BYTES_MAX: u64 = 64 * 1024;

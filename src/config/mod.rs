@@ -379,11 +379,11 @@ impl fmt::Display for Config {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, path::Path, time::Duration};
+    use std::{collections::BTreeSet, fs, path::Path, time::Duration};
 
     use rcgen::{CertificateParams, KeyPair};
 
-    use super::{Complaints, Config, ConfigFlag, ConfigSources, load};
+    use super::{Complaints, Config, ConfigFlag, ConfigSources, defaults, draft::SECRETS, load};
     use crate::protocol::message::Cap;
 
     /// The configuration from a file and an environment.
@@ -417,6 +417,26 @@ mod tests {
 
     fn password(config: &Config) -> String {
         config.broker.address.hosts()[0].authority.userinfo.password.clone()
+    }
+
+    /// Comments had been reflowed with the keys between them, so that nobody could uncomment a key.
+    #[test]
+    fn each_key_has_its_own_line_in_the_file_of_defaults() {
+        let config = load(&ConfigSources::default()).unwrap();
+        let mut known: BTreeSet<_> = config.entries.iter().map(|entry| entry.key.clone()).collect();
+        known.extend(SECRETS.map(|key| format!("{key}_file")));
+        known.extend(["max_wait", "cap"].map(|key| format!("services.payments.{key}")));
+        let (mut section, mut listed) = (String::new(), BTreeSet::new());
+        for line in defaults().lines() {
+            let line = line.strip_prefix("# ").unwrap_or(line);
+            if let Some(name) = line.strip_prefix('[') {
+                section = name.trim_end_matches(']').to_owned();
+            } else if let Some((key, _)) = line.split_once(" = ") {
+                assert!(!key.contains(' '), "not a line of its own: {line}");
+                listed.insert(format!("{section}.{key}"));
+            }
+        }
+        assert_eq!(listed, known);
     }
 
     #[test]
