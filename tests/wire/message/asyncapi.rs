@@ -21,6 +21,110 @@ static DOCUMENT: LazyLock<Value> = LazyLock::new(|| {
     serde_yaml_ng::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
 });
 
+/// The keys of the document, of AsyncAPI, its AMQP bindings and JSON Schema, apart from names.
+const KEYS: [&str; 53] = [
+    "$ref",
+    "ack",
+    "action",
+    "additionalProperties",
+    "address",
+    "allOf",
+    "amqp",
+    "anyOf",
+    "asyncapi",
+    "autoDelete",
+    "bindings",
+    "channel",
+    "channels",
+    "components",
+    "const",
+    "defaultContentType",
+    "description",
+    "durable",
+    "enum",
+    "exchange",
+    "exclusive",
+    "headers",
+    "host",
+    "if",
+    "info",
+    "is",
+    "items",
+    "license",
+    "maximum",
+    "maxItems",
+    "messages",
+    "messageType",
+    "minimum",
+    "minItems",
+    "name",
+    "oneOf",
+    "operations",
+    "parameters",
+    "pattern",
+    "payload",
+    "properties",
+    "propertyNames",
+    "protocol",
+    "protocolVersion",
+    "queue",
+    "required",
+    "schemas",
+    "servers",
+    "then",
+    "title",
+    "type",
+    "version",
+    "x-arguments",
+];
+
+/// The keys whose values are maps from names.
+const MAPS: [&str; 8] = [
+    "channels",
+    "messages",
+    "operations",
+    "parameters",
+    "properties",
+    "schemas",
+    "servers",
+    "x-arguments",
+];
+
+/// Values that are missing, and keys that nobody knows. In a mapping on one line, a comma in a text
+/// without quotes ends the text, and what follows is a key without a value.
+fn slips(value: &Value, path: &str, are_names: bool) -> Vec<String> {
+    match value {
+        Value::Null => vec![format!("{path}: no value")],
+        Value::Array(items) => {
+            let items = items.iter().enumerate();
+            items.flat_map(|(index, it)| slips(it, &format!("{path}[{index}]"), false)).collect()
+        }
+        Value::Object(fields) => {
+            let of_field = |(key, value): (&String, &Value)| {
+                let path = format!("{path}.{key}");
+                let is_known = are_names || KEYS.contains(&key.as_str());
+                let unknown = (!is_known).then(|| format!("{path}: unknown key"));
+                let are_names = !are_names && MAPS.contains(&key.as_str());
+                unknown.into_iter().chain(slips(value, &path, are_names)).collect::<Vec<_>>()
+            };
+            fields.iter().flat_map(of_field).collect()
+        }
+        Value::Bool(_) | Value::Number(_) | Value::String(_) => Vec::new(),
+    }
+}
+
+#[test]
+fn a_text_with_a_comma_does_not_end_there() {
+    assert_eq!(slips(&DOCUMENT, "$", false), [""; 0]);
+    let line = "schemas: {a: {type: string, description: As in a vote, if it has one.}}";
+    let found = slips(&serde_yaml_ng::from_str(line).unwrap(), "$", false);
+    let key = "$.schemas.a.if it has one.";
+    assert_eq!(found, [format!("{key}: unknown key"), format!("{key}: no value")]);
+    let line = "schemas: {if: {type: string}, b: {if: }}";
+    let found = slips(&serde_yaml_ng::from_str(line).unwrap(), "$", false);
+    assert_eq!(found, ["$.schemas.b.if: no value"], "a name may be any word");
+}
+
 /// A kind in one word, as in the document.
 fn word(kind: Kind) -> &'static str {
     kind.as_type().strip_prefix("dtc.").unwrap().strip_suffix(".v1").unwrap()
