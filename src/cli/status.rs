@@ -38,7 +38,8 @@ use crate::{
 /// It only reads, and takes no message from any other consumer. It shows every transaction that has
 /// one of the ids, and says how far back it looked; exit code 1 if it found none for one of the
 /// ids. Without --since and --all it looks back 15 minutes; if that does not show a certain outcome
-/// for every id, 2 hours, and then 24 hours. Reading a million transactions takes 30 to 60 s.
+/// for every id, 2 hours, and then 24 hours. Reading a million transactions takes 30 to 60 s, and
+/// as much of the broker's CPU.
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
 #[command(about = "Show the outcomes of transactions, as recorded in the journal")]
@@ -46,11 +47,11 @@ pub(super) struct StatusArguments {
     /// The ids of the transactions
     #[arg(value_name = "ID", required = true, value_parser = id)]
     ids: Vec<TransactionId>,
-    /// How far back to look: a duration such as 36h or 7d, or a time in UTC such as 2026-08-24 or
-    /// 2026-08-24T12:31:05Z [default: until found, 24h at most]
-    #[arg(long, value_name = "DURATION|TIME", value_parser = since)]
+    /// How far back to look: a duration such as 36h or 7d, a time in UTC such as 2026-08-24 or
+    /// 2026-08-24T12:31:05Z, or all, as with --all [default: until found, 24h at most]
+    #[arg(long, value_name = "DURATION|TIME|all", value_parser = since)]
     since: Option<Since>,
-    /// Look through the whole journal
+    /// Look through the whole journal, which keeps the decisions of 7 days by default
     #[arg(long, conflicts_with = "since")]
     all: bool,
     /// How to print the outcomes
@@ -283,4 +284,23 @@ fn parked_json(past: &Past, parked: &Parked) -> Value {
         "parked_at": parked.parked_at.as_millis(),
         "settled_at": settled_at(past, parked).map(Time::as_millis),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::since;
+    use crate::{client::history::Since, protocol::time::Time};
+
+    #[test]
+    fn since_takes_a_duration_a_time_or_all() {
+        assert_eq!(since("36h"), Ok(Since::Ago(Duration::from_secs(36 * 60 * 60))));
+        let moment = Time::from_millis(1_787_529_600_000);
+        assert_eq!(since("2026-08-24"), Ok(Since::Moment(moment)));
+        assert_eq!(since("all"), Ok(Since::Always));
+        for other in ["All", "ever", "2026-08-24T12:31"] {
+            assert!(since(other).unwrap_err().ends_with("or `all`"), "{other}");
+        }
+    }
 }
