@@ -139,6 +139,41 @@ fn a_node_that_does_not_answer_is_asked_again_and_logged_once() {
     assert_eq!(told, 1);
 }
 
+/// On such a release the watcher found no replica that was down, and said nothing.
+#[test]
+fn a_release_that_lacks_what_is_asked_is_logged_once_and_the_others_are_watched() {
+    let lacks = "lacks rabbit@n2 rabbit_stream_coordinator:local_pid/1\n".repeat(4);
+    let node = Node::that_says(&format!("{lacks}down dtc.journal rabbit@n3\nlooked 0\n"));
+    let watcher = node.watches(&["--every", "1"]);
+    let line = watcher.wait_for_line("has no rabbit_stream_coordinator:local_pid/1", LIMIT);
+    let meaning = "RabbitMQ at rabbit@n2 has no rabbit_stream_coordinator:local_pid/1: a replica that \
+                   is down there is not found, and its stream is not restarted; use a watcher that is \
+                   tested with this release, and until then look at `rabbitmq-streams stream_status \
+                   STREAM`";
+    assert!(line.ends_with(meaning), "{line}");
+    watcher.wait_for_line("WARN dtc.journal has no running replica at rabbit@n3", LIMIT);
+    // The restart has also updated the node.
+    watcher.wait_for_line("INFO RabbitMQ has every function that is asked for now", LIMIT);
+    let told = watcher.stderr.all().iter().filter(|line| line.contains("local_pid")).count();
+    assert_eq!(told, 1);
+}
+
+#[test]
+fn a_node_that_lacks_what_is_asked_is_asked_again_and_logged_once() {
+    let node = Node::that_says("lacks rabbit@n1 rabbit_nodes:list_running/0\n");
+    let watcher = node.watches(&["--every", "1"]);
+    let line = watcher.wait_for_line("has no rabbit_nodes:list_running/0", LIMIT);
+    assert!(
+        line.contains("no replica that is down is found, and no stream is restarted"),
+        "{line}"
+    );
+    until("more looks", || node.looks() >= 3);
+    node.says("looked 0\n");
+    watcher.wait_for_line("INFO RabbitMQ has every function that is asked for now", LIMIT);
+    let told = watcher.stderr.all().iter().filter(|line| line.contains("WARN")).count();
+    assert_eq!(told, 1, "{:?}", watcher.stderr.all());
+}
+
 /// A shell that waits for a command handles no signal until that has ended.
 #[test]
 fn a_watcher_that_waits_for_its_node_stops_on_a_signal() {
@@ -159,6 +194,20 @@ fn once_prints_the_replicas_that_are_down() {
     node.says("Error: no such node\n");
     let told = "watch-streams.sh: the node doesn't tell which replicas run: Error: no such node\n";
     assert_eq!(node.looks_once(&[]), (Some(69), told.to_owned()));
+}
+
+#[test]
+fn once_does_not_call_replicas_running_that_it_can_not_ask_for() {
+    for looks in ["lacks rabbit@n2 m:f/1\nlooked 0\n", "lacks rabbit@n1 m:f/1\n"] {
+        let (code, printed) = Node::that_says(looks).looks_once(&[]);
+        assert_eq!(code, Some(69), "{looks}");
+        assert!(printed.starts_with("watch-streams.sh: RabbitMQ at rabbit@n"), "{printed}");
+        assert!(printed.contains("has no m:f/1"), "{printed}");
+    }
+    let node = Node::that_says("lacks rabbit@n2 m:f/1\ndown dtc.audit rabbit@n3\nlooked 0\n");
+    let (code, printed) = node.looks_once(&[]);
+    assert_eq!(code, Some(1));
+    assert!(printed.contains("dtc.audit rabbit@n3\n"), "{printed}");
 }
 
 #[test]
