@@ -53,12 +53,12 @@ while [ $# -gt 0 ]; do
     case $1 in
         --every)
             every=${2-}
-            case $every in '' | *[!0-9]* | 0*) wrong "--every wants a number of seconds, not \`$every\`" ;; esac
+            case $every in '' | *[!0-9]* | 0*) wrong "--every must be a number of seconds, not \`$every\`" ;; esac
             shift
             ;;
         --vhost)
             vhost=${2-}
-            [ -n "$vhost" ] || wrong '--vhost wants a name'
+            [ -n "$vhost" ] || wrong '--vhost must be a name'
             shift
             ;;
         --once) once=yes ;;

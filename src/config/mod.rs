@@ -216,7 +216,7 @@ fn tls(draft: &mut Draft, address: Option<&Address>) -> Option<Tls> {
         }
     }
     if address.is_some_and(Address::is_external) && certificate == Some(None) {
-        let rule = format!("`auth_mechanism=external` wants `{CERTIFICATE}`");
+        let rule = format!("`auth_mechanism=external` requires `{CERTIFICATE}`");
         draft.refuse("broker.url", None, &rule);
     }
     let (certificate, key) = (certificate?, key?);
@@ -234,11 +234,11 @@ fn tls(draft: &mut Draft, address: Option<&Address>) -> Option<Tls> {
             Some(identity)
         }
         (Some(certificate), None) => {
-            draft.refuse(CERTIFICATE, Some(certificate), &format!("wants `{KEY}` too"));
+            draft.refuse(CERTIFICATE, Some(certificate), &format!("requires `{KEY}` too"));
             None
         }
         (None, Some(key)) => {
-            draft.refuse(KEY, Some(key), &format!("wants `{CERTIFICATE}` too"));
+            draft.refuse(KEY, Some(key), &format!("requires `{CERTIFICATE}` too"));
             None
         }
         (None, None) => None,
@@ -667,14 +667,14 @@ mod tests {
         assert_eq!(
             tls_complaints(&[(certificate.0, &certificate.1)]),
             format!(
-                "`broker.tls.certificate_file` is `{}` wants `broker.tls.key_file` too\n",
+                "`broker.tls.certificate_file` is `{}` requires `broker.tls.key_file` too\n",
                 certificate.1
             )
         );
         assert_eq!(
             tls_complaints(&[(key.0, &key.1)]),
             format!(
-                "`broker.tls.key_file` is `{}` wants `broker.tls.certificate_file` too\n",
+                "`broker.tls.key_file` is `{}` requires `broker.tls.certificate_file` too\n",
                 key.1
             )
         );
@@ -696,7 +696,7 @@ mod tests {
         );
         assert_eq!(
             tls_complaints(&[("DTC__BROKER__URL", "amqps://a?auth_mechanism=external")]),
-            "`broker.url` `auth_mechanism=external` wants `broker.tls.certificate_file`\n"
+            "`broker.url` `auth_mechanism=external` requires `broker.tls.certificate_file`\n"
         );
     }
 

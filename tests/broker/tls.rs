@@ -150,7 +150,7 @@ fn a_port_without_tls_is_distinguished_from_one_with_tls() {
     let mut world = World::at(secured(&broker, place, "guest:guest@", "localhost"));
     world.place.url = world.place.url.replace("amqps://", "amqp://");
     for _ in 0..5 {
-        assert_refused(&world, &[], 77, "wants TLS: its URL must begin with amqps://");
+        assert_refused(&world, &[], 77, "requires TLS: its URL must begin with amqps://");
     }
     // A client certificate doesn't help at a broker that doesn't ask for it.
     let client = ours.signs("shop", &[]);
@@ -174,7 +174,7 @@ fn a_broker_that_asks_for_a_client_certificate_gets_it() {
     let world = at("guest:guest@");
     // The alert arrives after the end of the client's handshake, so it must be read each time.
     for _ in 0..5 {
-        assert_refused(&world, &[], 77, "it wants a client certificate, and none is set");
+        assert_refused(&world, &[], 77, "it requires a client certificate, and none is set");
     }
     let shown = ["--tls-certificate", "client.pem", "--tls-key", "client-key.pem"];
     let show = |world: &World, pair: &Pair| {
@@ -191,7 +191,12 @@ fn a_broker_that_asks_for_a_client_certificate_gets_it() {
 
     let mut world = at("");
     world.place.url += "?auth_mechanism=external";
-    assert_refused(&world, &[], 2, "`auth_mechanism=external` wants `broker.tls.certificate_file`");
+    assert_refused(
+        &world,
+        &[],
+        2,
+        "`auth_mechanism=external` requires `broker.tls.certificate_file`",
+    );
     show(&world, &ours.signs("nobody", &[]));
     assert_refused(&world, &shown, 77, "refused by the broker");
     let shop = ours.signs("shop", &[]);

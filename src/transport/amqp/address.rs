@@ -188,7 +188,7 @@ impl FromStr for Address {
                     address.clone_into(&mut uri.authority.host);
                 }
                 if is_external(&uri) && uri.scheme != AMQPScheme::AMQPS {
-                    return Err(refuse("`auth_mechanism=external` wants amqps://".to_owned()));
+                    return Err(refuse("`auth_mechanism=external` requires amqps://".to_owned()));
                 }
                 Ok(uri)
             })
@@ -287,7 +287,7 @@ mod tests {
         let address: Address = "amqp://a,amqps://b?frame_max=8192".parse().unwrap();
         assert!(address.is_secure() && !address.is_external());
         let complaint = "amqp://a?auth_mechanism=external".parse::<Address>().unwrap_err();
-        assert!(complaint.to_string().ends_with("wants amqps://"), "{complaint}");
+        assert!(complaint.to_string().ends_with("requires amqps://"), "{complaint}");
     }
 
     #[test]

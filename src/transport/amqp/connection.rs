@@ -155,8 +155,8 @@ pub enum ConnectionError {
         #[source]
         source: lapin::Error,
     },
-    /// It accepts only TLS.
-    #[error("the broker at {host} wants TLS: its URL must begin with amqps://")]
+    /// The host accepts only TLS.
+    #[error("the broker at {host} requires TLS: its URL must begin with amqps://")]
     WantsTls {
         /// The host.
         host: String,

@@ -82,7 +82,7 @@ impl BrokerOptions {
             return Err(InvalidSetting::new("tls", rule));
         }
         if address.is_external() && tls.identity.is_none() {
-            let rule = "`auth_mechanism=external` wants a client certificate, and none is set";
+            let rule = "`auth_mechanism=external` requires a client certificate, and none is set";
             return Err(InvalidSetting::new("url", rule));
         }
         Ok(tls)
@@ -185,7 +185,7 @@ mod tests {
         );
         assert_eq!(
             refused("amqps://localhost?auth_mechanism=external", |_| ()),
-            "setting `url`: `auth_mechanism=external` wants a client certificate, and none is set"
+            "setting `url`: `auth_mechanism=external` requires a client certificate, and none is set"
         );
     }
 

@@ -172,7 +172,7 @@ pub enum TlsError {
     #[error("its certificate is not accepted: {0}")]
     Unacceptable(String),
     /// The broker requires a client certificate.
-    #[error("it wants a client certificate, and none is set")]
+    #[error("it requires a client certificate, and none is set")]
     CertificateRequired,
     /// The broker does not accept the client certificate.
     #[error("it does not accept our certificate: {0}")]
@@ -288,7 +288,7 @@ impl TlsError {
             Alert::CertificateRequired if !has_certificate => Self::CertificateRequired,
             // TLS 1.2 uses this alert, since it has none of its own for a missing certificate.
             Alert::HandshakeFailure if !has_certificate => {
-                Self::Refused("HandshakeFailure; does it want a client certificate?".to_owned())
+                Self::Refused("HandshakeFailure; does it require a client certificate?".to_owned())
             }
             Alert::UnknownCA if has_certificate => {
                 Self::CertificateRefused("it does not trust the CA that has signed it".to_owned())
