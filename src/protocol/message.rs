@@ -21,14 +21,14 @@ pub struct Delivery(pub u64);
 /// How long a prepare waits for a slot where its service sets nothing else.
 pub const MAX_WAIT: Duration = Duration::from_secs(1);
 
-/// Whose a service's slots are. Where it has one instance that is the same.
+/// Who has a service's slots. With one instance, both are the same.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[non_exhaustive]
 pub enum Cap {
     /// Each instance has `max_concurrency` of them.
     #[default]
     Instance,
-    /// All instances together have: one works, and the others stand by.
+    /// All instances together have them: one works, and the others stand by.
     Service,
 }
 

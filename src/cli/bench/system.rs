@@ -78,7 +78,7 @@ pub(super) struct BenchNamespace {
     left: StoppingProcesses,
 }
 
-/// Processes that were told to stop, and not yet waited for.
+/// Processes that got a signal to stop and have not been waited for.
 type StoppingProcesses = Arc<Mutex<Vec<Child>>>;
 
 impl BenchNamespace {

@@ -51,7 +51,7 @@ const RETRIES_MAX: u32 = 4;
 /// later.
 const REACH_MAX: Duration = Duration::from_secs(2);
 
-/// How long a broker that has closed a connection may take to tell why on another one.
+/// How long a broker that has closed a connection may take to give the reason on another one.
 const REASON_MAX: Duration = Duration::from_secs(1);
 
 /// Where and how to connect.
@@ -115,7 +115,7 @@ impl BrokerConnection {
 
 /// The connection ends with its last owner, whatever is in progress on its channels. lapin closes a
 /// connection when the last handle of a channel is dropped; but if a consumer is being started at
-/// that moment, lapin keeps a handle itself, and the broker goes on delivering to a consumer
+/// that moment, lapin keeps a handle itself, and the broker continues to deliver to a consumer
 /// without an owner.
 impl Drop for BrokerConnection {
     fn drop(&mut self) {
@@ -192,10 +192,10 @@ impl ConnectionError {
 }
 
 impl Broker {
-    /// How often both sides show that they are alive, by default.
+    /// The default interval of heartbeats.
     pub const HEARTBEAT: Duration = Duration::from_secs(10);
 
-    /// How long one host may take to accept a connection, by default.
+    /// The default of how long one host may take to accept a connection.
     pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
     /// The broker at `address`, for connections named `name`; with the default heartbeat of 10 s,

@@ -32,14 +32,14 @@ impl BrokerError {
         Self { cause: Arc::new(cause), disposition }
     }
 
-    /// Whether the same may succeed later by itself: the broker is away, starts, or has an alarm. If
-    /// not, somebody has to change something: a password, a certificate, a permission, a queue.
+    /// Whether the same may succeed later by itself: the broker is down, starts, or has an alarm.
+    /// If not, a person must change something: a password, a certificate, a permission, a queue.
     pub fn may_pass(&self) -> bool {
         self.disposition == Disposition::Retry
     }
 }
 
-/// What the cause says: it stands for the cause, and adds nothing.
+/// Shows the cause, and adds nothing.
 impl fmt::Display for BrokerError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(&self.cause, f)

@@ -12,7 +12,7 @@ use crate::{
     },
 };
 
-/// A heartbeat is told in 16 bits, in seconds.
+/// AMQP has 16 bits for a heartbeat, in seconds.
 const HEARTBEAT_MAX: Duration = Duration::from_secs(u16::MAX as u64);
 
 /// What the builders of a client, a worker and a service have in common: [`broker_setters`] are its
@@ -49,8 +49,8 @@ impl BrokerOptions {
         }
     }
 
-    /// Where to connect to, and what everything is called there. `name` is what the connections are
-    /// called unless that is set.
+    /// The broker, and the names of its exchanges and queues. `name` is the connections' name
+    /// unless another one is set.
     pub(crate) fn check(&self, name: String) -> Result<(Broker, Names), InvalidSetting> {
         let address: Address =
             self.url.parse().map_err(|error| InvalidSetting::new("url", format!("{error}")))?;
@@ -101,27 +101,26 @@ macro_rules! broker_setters {
         }
 
         /// Sets the name under which the broker lists the connections of this process. Default:
-        /// what the process is, as `dtc worker w1`.
+        /// what the process is, such as `dtc worker w1`.
         pub fn connection_name(mut self, name: impl Into<String>) -> Self {
             self.broker.connection_name = Some(name.into());
             self
         }
 
-        /// Sets how often both sides of a connection show that they are alive: from 1 s to 65,535
-        /// s, in whole seconds. A broker that is silent for twice as long is given up. Default: 10
-        /// s.
+        /// Sets the interval of heartbeats in both directions: from 1 s to 65,535 s, in whole
+        /// seconds. A broker that is silent for two intervals is given up. Default: 10 s.
         pub fn heartbeat(mut self, heartbeat: std::time::Duration) -> Self {
             self.broker.heartbeat = heartbeat;
             self
         }
 
-        /// Sets how long one host may take to let this process in: at least 1 ms. Default: 10 s.
+        /// Sets how long one host may take to accept a connection: at least 1 ms. Default: 10 s.
         pub fn connect_timeout(mut self, timeout: std::time::Duration) -> Self {
             self.broker.connect_timeout = timeout;
             self
         }
 
-        /// Sets which CAs to trust and which certificate to show, for URLs that begin with
+        /// Sets which CAs to trust and which certificate to present, for URLs that begin with
         /// `amqps://`; it is an error if no URL does. Default: the CAs of the system, and no
         /// certificate.
         pub fn tls(mut self, tls: crate::Tls) -> Self {

@@ -28,12 +28,11 @@ use crate::transport::amqp::error::Disposition;
 /// The size limit of a chain, a key or a set of CAs: a larger file was named by mistake.
 const BYTES_MAX: u64 = 4 * 1024 * 1024;
 
-/// Whom to trust, and what to show, for brokers whose URL begins with `amqps://`. The default trusts
-/// whom the system trusts, and shows nothing.
+/// The CAs to trust and the client certificate to present, for brokers whose URL begins with
+/// `amqps://`. By default, the system's CAs are trusted, and no certificate is presented.
 ///
-/// What it names is looked at when a connection is made: renewed files are taken without a restart,
-/// and what is wrong with them is an error of the connection. The broker's certificate is always
-/// checked.
+/// Files are read whenever a connection is made: renewed files are used without a restart, and an
+/// error in them is an error of the connection. The broker's certificate is always verified.
 ///
 /// ```
 /// use dtc::{Pem, Tls};
@@ -50,7 +49,7 @@ pub struct Tls {
 }
 
 impl Tls {
-    /// Trusts whom the system trusts, and shows nothing.
+    /// Trusts the system's CAs, and presents no certificate.
     pub fn new() -> Self {
         Self::default()
     }
@@ -63,8 +62,8 @@ impl Tls {
         self
     }
 
-    /// Sets what to show a broker that asks for a certificate: the certificate, followed by those
-    /// that lead from it to its CA, and its private key without a passphrase. Default: nothing.
+    /// Sets the certificate to present to a broker that asks for one, followed by its intermediate
+    /// CAs, and its private key without a passphrase. Default: none.
     #[must_use]
     pub fn client_certificate(mut self, certificate: Pem, key: Pem) -> Self {
         self.identity = Some(Identity { certificate, key });
@@ -86,11 +85,11 @@ pub(crate) struct Identity {
     pub(crate) key: Pem,
 }
 
-/// Certificates or a private key, in PEM. It is not shown: it may be a key.
+/// Certificates or a private key, in PEM. `Debug` doesn't show the text, which may be a key.
 #[derive(Clone)]
 #[non_exhaustive]
 pub enum Pem {
-    /// What is in this file whenever a connection is made.
+    /// The content of this file at the time when a connection is made.
     File(PathBuf),
     /// This text.
     Text(String),
@@ -106,7 +105,7 @@ impl fmt::Debug for Pem {
     }
 }
 
-/// PEM data is not what it should be.
+/// PEM data can't be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{}{rule}", place(file.as_deref()))]
 pub struct InvalidPem {
@@ -120,7 +119,7 @@ fn place(file: Option<&Path>) -> String {
     file.map(|path| format!("`{}` ", path.display())).unwrap_or_default()
 }
 
-/// A client certificate that can't be shown.
+/// A client certificate can't be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum InvalidIdentity {
