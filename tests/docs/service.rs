@@ -64,7 +64,7 @@ impl DurableParticipant for Payments {
     }
 }
 
-/// One instance, with 50 slots, until the process is told to stop.
+/// One instance, with 50 slots, until the process gets a signal to stop.
 async fn payments(store: Store) -> Result<(), ServeError> {
     dtc::service("amqp://localhost", "payments", Payments { store })
         .namespace("shop")
