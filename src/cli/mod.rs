@@ -40,7 +40,7 @@ use clap::{Parser, Subcommand};
 use crate::error::ErrorChain;
 
 /// How long an ending process waits for its last message to be read from stderr.
-const TOLD_WITHIN: Duration = Duration::from_secs(1);
+const PRINT_MAX: Duration = Duration::from_secs(1);
 
 /// Commits a transaction at every service involved, or at none.
 #[derive(Debug, Parser)]
@@ -133,11 +133,11 @@ pub fn main() -> ExitCode {
         CliCommand::Submit(arguments) => submit::run(&arguments),
     };
     let exit = ended.unwrap_or_else(|failure| {
-        let said = format!("{failure}\n");
+        let message = format!("{failure}\n");
         if is_daemon {
-            tell_in_passing(said)
+            tell_in_passing(message)
         } else {
-            tell(&said)
+            tell(&message)
         }
         failure.exit
     });
@@ -151,10 +151,10 @@ fn tell(text: &str) {
 
 /// The same for a daemon, which must end even if nobody reads its stderr.
 fn tell_in_passing(text: String) {
-    let (telling, told) = mpsc::channel();
+    let (sender, printed) = mpsc::channel();
     thread::spawn(move || {
         tell(&text);
-        let _ = telling.send(());
+        let _ = sender.send(());
     });
-    let _ = told.recv_timeout(TOLD_WITHIN);
+    let _ = printed.recv_timeout(PRINT_MAX);
 }

@@ -83,7 +83,7 @@ pub(super) struct Pipeline<'a> {
     pub(super) runtime: &'a Runtime,
     pub(super) interrupt: &'a watch::Sender<bool>,
     /// The message at the first signal.
-    pub(super) heard: &'a str,
+    pub(super) interrupted: &'a str,
 }
 
 /// Ends at the first signal.
@@ -165,8 +165,8 @@ impl Pipeline<'_> {
             printer.join().unwrap_or_else(|_| Err(io::Error::other("the printer panicked")))
         });
         // A feeder that reads from a terminal or a pipe may wait for ever.
-        let is_unheard = taker.upgrade().is_some_and(|intake| intake.is_closed());
-        let is_given_up = interrupted || printed.is_err() || is_unheard;
+        let has_no_reader = taker.upgrade().is_some_and(|intake| intake.is_closed());
+        let is_given_up = interrupted || printed.is_err() || has_no_reader;
         let bad_line = if is_given_up && !feeder.is_finished() {
             None
         } else {
@@ -177,13 +177,13 @@ impl Pipeline<'_> {
 
     fn stop(&self) -> StopSignal {
         let (mut interrupted, bar) = (self.interrupt.subscribe(), self.bar.clone());
-        let heard = self.heard.to_owned();
+        let message = self.interrupted.to_owned();
         Box::pin(async move {
             // Without a sender there will be no signal.
             if interrupted.wait_for(|interrupted| *interrupted).await.is_err() {
                 std::future::pending::<()>().await;
             }
-            bar.suspend(|| super::tell(&heard));
+            bar.suspend(|| super::tell(&message));
         })
     }
 }

@@ -39,7 +39,7 @@ use crate::{
 };
 
 /// The message at the first signal.
-const HEARD: &str = "interrupted: what has begun is finished; once more to stop at once\n";
+const INTERRUPTED: &str = "interrupted: what has begun is finished; once more to stop at once\n";
 
 /// Run transactions across simulated services in this process, without a broker.
 ///
@@ -132,7 +132,8 @@ pub(super) fn run(arguments: &RunArguments) -> Result<Exit, Failure> {
     let bar = progress::bar(pipeline::total(&transactions));
     let _logging = progress::log_above(&bar, log_level);
     let form = arguments.output.unwrap_or_else(|| ResultForm::like(&transactions));
-    let pipeline = Pipeline { bar: &bar, runtime: &runtime, interrupt: &interrupt, heard: HEARD };
+    let pipeline =
+        Pipeline { bar: &bar, runtime: &runtime, interrupt: &interrupt, interrupted: INTERRUPTED };
     let ran = match broker {
         None => run_embedded(arguments, services, transactions, form, &pipeline),
         Some(broker) => run_on_broker(arguments, broker, services, transactions, form, &pipeline),

@@ -92,11 +92,11 @@ pub(super) fn run(
     pipeline: &Pipeline<'_>,
 ) -> Result<RunOutput<Report>, Failure> {
     // From here on the first signal ends the run, not the process.
-    let stop = signals::heard(pipeline.interrupt).shared();
+    let stop = signals::first_signal(pipeline.interrupt).shared();
     let made = pipeline.runtime.block_on(RunNamespace::make(&plan, stop.clone()));
     let namespace = made?.ok_or_else(interrupted)?;
-    let heard = namespace.heard();
-    let pipeline = Pipeline { heard: &heard, ..*pipeline };
+    let interrupted = namespace.interrupted_message();
+    let pipeline = Pipeline { interrupted: &interrupted, ..*pipeline };
     let ran = run_at(&plan, &namespace, transactions, printing, &pipeline, stop);
     if let Err(failure) = pipeline.runtime.block_on(namespace.leave()) {
         tell(&format!("{failure}\n"));
@@ -222,12 +222,12 @@ impl RunNamespace {
     }
 
     /// The message at the first signal.
-    fn heard(&self) -> String {
-        let heard =
+    fn interrupted_message(&self) -> String {
+        let message =
             "interrupted: what has begun is finished within 25 s; once more to stop at once";
         match self.made {
-            Some(_) => format!("{heard}, and leave what `{}` deletes\n", self.deletion()),
-            None => format!("{heard}\n"),
+            Some(_) => format!("{message}, and leave what `{}` deletes\n", self.deletion()),
+            None => format!("{message}\n"),
         }
     }
 
@@ -288,12 +288,12 @@ impl System {
                 cap: spec.cap,
                 ..ServeSettings::new(broker, names, spec.name.clone(), spec.max_concurrency)
             };
-            tokio::spawn(serve(counted, settings, heard(&stop_services)))
+            tokio::spawn(serve(counted, settings, stopped(&stop_services)))
         });
         let services = services.collect();
         let settings = worker_settings(plan, namespace)?;
         let readiness = settings.readiness.clone();
-        let worker = tokio::spawn(worker::run(settings, heard(&stop)));
+        let worker = tokio::spawn(worker::run(settings, stopped(&stop)));
         let mut system = Self { stop, worker, services, stop_services, counter };
         let started = tokio::select! {
             biased;
@@ -392,7 +392,7 @@ async fn is_consumed(
 }
 
 /// Ends when `stop` is set.
-fn heard(stop: &watch::Sender<bool>) -> impl Future<Output = ()> + Send + 'static {
+fn stopped(stop: &watch::Sender<bool>) -> impl Future<Output = ()> + Send + 'static {
     let mut stop = stop.subscribe();
     async move {
         // If the sender is gone, it ends too.

@@ -123,7 +123,7 @@ pub(super) fn run(arguments: &ServiceArguments) -> Result<Exit, Failure> {
         broker = %settings.broker.address, namespace = %settings.names.namespace(), "starting"
     );
     stalls::watch(&runtime);
-    let stop = signals::heard(&interrupt);
+    let stop = signals::first_signal(&interrupt);
     let file = ReadyFile::at(arguments.ready_file.as_deref(), &runtime)?;
     settings.readiness = file.readiness();
     let comparing = compare(

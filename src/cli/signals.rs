@@ -27,11 +27,11 @@ pub(super) fn watch(runtime: &Runtime, hangup: Hangup) -> io::Result<watch::Send
     let _entered = runtime.enter();
     let mut signals = Signals::listen(hangup)?;
     let interrupt = watch::Sender::new(false);
-    let heard = interrupt.clone();
+    let sender = interrupt.clone();
     runtime.spawn(async move {
         loop {
             signals.next().await;
-            if heard.receiver_count() == 0 || heard.send_replace(true) {
+            if sender.receiver_count() == 0 || sender.send_replace(true) {
                 std::process::exit(Exit::Interrupted.code().into());
             }
         }
@@ -40,11 +40,11 @@ pub(super) fn watch(runtime: &Runtime, hangup: Hangup) -> io::Result<watch::Send
 }
 
 /// Ends at the first signal; until then it counts as work to finish.
-pub(super) fn heard(interrupt: &watch::Sender<bool>) -> impl Future<Output = ()> + use<> {
-    let mut heard = interrupt.subscribe();
+pub(super) fn first_signal(interrupt: &watch::Sender<bool>) -> impl Future<Output = ()> + use<> {
+    let mut interrupted = interrupt.subscribe();
     async move {
         // The sender lives as long as the process.
-        let _ = heard.wait_for(|heard| *heard).await;
+        let _ = interrupted.wait_for(|interrupted| *interrupted).await;
     }
 }
 

@@ -31,7 +31,7 @@ const UNANSWERED_MAX: usize = 4000;
 const SECONDS_MAX: u64 = 253_402_300_799;
 
 /// The message at the first signal.
-const HEARD: &str = "interrupted: what was sent is waited for; once more to stop at once\n";
+const INTERRUPTED: &str = "interrupted: what was sent is waited for; once more to stop at once\n";
 
 /// Submit transactions to the workers, through RabbitMQ.
 ///
@@ -114,7 +114,8 @@ pub(super) fn run(arguments: &SubmitArguments) -> Result<Exit, Failure> {
         attempts: None,
         drain: None,
     };
-    let pipeline = Pipeline { bar: &bar, runtime: &runtime, interrupt: &interrupt, heard: HEARD };
+    let pipeline =
+        Pipeline { bar: &bar, runtime: &runtime, interrupt: &interrupt, interrupted: INTERRUPTED };
     let ran = pipeline.run(transactions, printing, |requests, concluded, stop| {
         sender.serve(requests, concluded, stop)
     });

@@ -84,7 +84,7 @@ pub(super) fn run(arguments: &WorkerArguments) -> Result<Exit, Failure> {
         namespace = %settings.names.namespace(), max_in_flight, "starting"
     );
     stalls::watch(&runtime);
-    let stop = signals::heard(&interrupt);
+    let stop = signals::first_signal(&interrupt);
     let file = ReadyFile::at(arguments.ready_file.as_deref(), &runtime)?;
     settings.readiness = file.readiness();
     let ended = runtime.block_on(worker::run(settings, stop));

@@ -133,7 +133,7 @@ pub(super) fn run(arguments: &BenchArguments) -> Result<Exit, Failure> {
     let (runtime, interrupt) = pipeline::runtime()?;
     let _logging = progress::log_above(&ProgressBar::hidden(), level);
     let _held = interrupt.subscribe();
-    let stop = signals::heard(&interrupt);
+    let stop = signals::first_signal(&interrupt);
     let measured = runtime.block_on(async {
         match plan {
             None => measure_embedded(arguments, stop).await,

@@ -66,10 +66,10 @@ fn escaped(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
 }
 
-fn text(svg: &mut String, (x, y): (f64, f64), anchor: &str, size: u8, said: &str) {
+fn text(svg: &mut String, (x, y): (f64, f64), anchor: &str, size: u8, label: &str) {
     let _ = writeln!(
         svg,
-        "<text x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\" font-size=\"{size}\">{said}</text>"
+        "<text x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\" font-size=\"{size}\">{label}</text>"
     );
 }
 

@@ -205,7 +205,11 @@ impl BenchNamespace {
         let mut process = BenchProcess { pid, shell, guard, report, log, started_in, left };
         while !ready.exists() {
             if began.elapsed() > PATIENCE || !process.is_there() {
-                bail!("`dtc {}` did not begin to serve:\n{}", arguments.join(" "), process.said());
+                bail!(
+                    "`dtc {}` did not begin to serve:\n{}",
+                    arguments.join(" "),
+                    process.stderr_text()
+                );
             }
             tokio::time::sleep(LOOK_EVERY).await;
         }
@@ -251,7 +255,7 @@ impl BenchProcess {
         !Path::new("/proc/self").exists() || process_path(self.pid).exists()
     }
 
-    fn said(&self) -> String {
+    fn stderr_text(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
 
@@ -260,7 +264,7 @@ impl BenchProcess {
         drop(self.guard.take());
         let status = self.ended().await?;
         if !status.success() {
-            bail!("a process ended with {status}:\n{}", self.said());
+            bail!("a process ended with {status}:\n{}", self.stderr_text());
         }
         let report = fs::read(&self.report).context("a process has left no report")?;
         serde_json::from_slice(&report).context("a process has left a report that is none")
@@ -282,7 +286,7 @@ impl BenchProcess {
         let shell = self.shell.as_mut().context("a process has ended before")?;
         let ended: Result<io::Result<_>, _> = tokio::time::timeout(PATIENCE, shell.wait()).await;
         let Ok(status) = ended else {
-            bail!("a process did not end within {PATIENCE:?}:\n{}", self.said());
+            bail!("a process did not end within {PATIENCE:?}:\n{}", self.stderr_text());
         };
         self.shell = None;
         status.context("failed to wait for a process")

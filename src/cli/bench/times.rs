@@ -19,9 +19,9 @@ pub(super) async fn measure(namespace: &BenchNamespace, data: usize) -> anyhow::
     let startup = first.started_in;
     let load = Load::start(namespace.broker(), &namespace.names, IN_FLIGHT, data);
     tokio::time::sleep(STEADY).await;
-    let told = Instant::now();
+    let signalled = Instant::now();
     first.stop().await?;
-    let drain = told.elapsed();
+    let drain = signalled.elapsed();
     let third = namespace.worker(IN_FLIGHT).await?;
     tokio::time::sleep(STEADY).await;
     let killed = Instant::now();
