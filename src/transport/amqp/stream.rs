@@ -34,7 +34,7 @@ const EMPTY_AFTER: Duration = Duration::from_secs(1);
 const FIRST_AFTER: Duration = Duration::from_millis(500);
 
 /// How long the next message of any other stream may take.
-const PATIENCE: Duration = Duration::from_secs(10);
+const MESSAGE_MAX: Duration = Duration::from_secs(10);
 
 /// Where to start.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -65,7 +65,7 @@ pub enum ScanError {
         stream: String,
     },
     /// No message arrives, though there are more.
-    #[error("no message of the stream `{stream}` arrived within {} s", PATIENCE.as_secs())]
+    #[error("no message of the stream `{stream}` arrived within {} s", MESSAGE_MAX.as_secs())]
     Silent {
         /// The stream.
         stream: String,
@@ -81,7 +81,7 @@ pub struct Scan {
     /// The offset of the last message; `None`: there is nothing more to read.
     last: Option<u64>,
     /// The first message, if it arrived before it was requested.
-    early: Option<Delivery>,
+    first_delivery: Option<Delivery>,
     unacknowledged: u64,
 }
 
@@ -102,31 +102,31 @@ impl Scan {
         stream: ShortString,
         start: StreamStart,
     ) -> Result<Self, ScanError> {
-        let broker = |source| ScanError::Broker { stream: stream.to_string(), source };
-        let channel = answer(ANSWER_MAX, connection.create_channel()).await.map_err(broker)?;
-        let patience = match count(&channel, &stream).await.map_err(broker)? {
+        let failed = |source| ScanError::Broker { stream: stream.to_string(), source };
+        let channel = answer(ANSWER_MAX, connection.create_channel()).await.map_err(failed)?;
+        let first_max = match count(&channel, &stream).await.map_err(failed)? {
             0 => EMPTY_AFTER,
-            _ => PATIENCE,
+            _ => MESSAGE_MAX,
         };
         let limiting = channel.basic_qos(PREFETCH, BasicQosOptions::default());
-        answer(ANSWER_MAX, limiting).await.map_err(broker)?;
+        answer(ANSWER_MAX, limiting).await.map_err(failed)?;
         let start_offset = match start {
             StreamStart::First => AMQPValue::LongString("first".into()),
             StreamStart::Timestamp(seconds) => AMQPValue::Timestamp(seconds),
         };
-        let consumer = consume(&channel, &stream, start_offset).await.map_err(broker)?;
+        let consumer = consume(&channel, &stream, start_offset).await.map_err(failed)?;
         let end = AMQPValue::LongString("last".into());
-        let mut tail = consume(&channel, &stream, end).await.map_err(broker)?;
-        let (last, early, unacknowledged) = (None, None, 0);
-        let mut scan = Self { stream, channel, consumer, last, early, unacknowledged };
-        let first = match tokio::time::timeout(patience, tail.next()).await {
+        let mut tail = consume(&channel, &stream, end).await.map_err(failed)?;
+        let (last, first_delivery, unacknowledged) = (None, None, 0);
+        let mut scan = Self { stream, channel, consumer, last, first_delivery, unacknowledged };
+        let first = match tokio::time::timeout(first_max, tail.next()).await {
             Ok(first) => Some(first),
-            Err(_) if patience == EMPTY_AFTER => {
+            Err(_) if first_max == EMPTY_AFTER => {
                 // Perhaps this process did not run meanwhile.
                 scan.fence().await?;
                 tail.next().now_or_never()
             }
-            Err(_) => return Err(scan.silent()),
+            Err(_) => return Err(scan.silence_error()),
         };
         let Some(first) = first else {
             scan.cancel(&tail).await?;
@@ -160,7 +160,7 @@ impl Scan {
             }
             let only_this = BasicAckOptions { multiple: false };
             let acknowledging = self.channel.basic_ack(tag, only_this);
-            answer(ANSWER_MAX, acknowledging).await.map_err(|error| self.broker(error))?;
+            answer(ANSWER_MAX, acknowledging).await.map_err(|error| self.broker_error(error))?;
         }
         self.cancel(tail).await
     }
@@ -170,14 +170,14 @@ impl Scan {
     async fn cancel(&self, tail: &Consumer) -> Result<(), ScanError> {
         let cancelling = self.channel.basic_cancel(tail.tag(), BasicCancelOptions::default());
         let cancelled = answer(ANSWER_MAX, cancelling).await;
-        cancelled.map_err(|error| self.broker(error))
+        cancelled.map_err(|error| self.broker_error(error))
     }
 
     /// Whether there is any message from the start on. The stream's own process sends the first
     /// chunk to the channel, so it may arrive after the answer to a further request.
     async fn find_first(&mut self) -> Result<(), ScanError> {
         match tokio::time::timeout(FIRST_AFTER, self.consumer.next()).await {
-            Ok(next) => self.early = Some(self.delivered(next)?),
+            Ok(next) => self.first_delivery = Some(self.delivered(next)?),
             Err(_) => self.last = None,
         }
         Ok(())
@@ -185,17 +185,17 @@ impl Scan {
 
     async fn fence(&self) -> Result<(), ScanError> {
         let answered = count(&self.channel, &self.stream).await;
-        answered.map(drop).map_err(|error| self.broker(error))
+        answered.map(drop).map_err(|error| self.broker_error(error))
     }
 
     /// The next message with its offset; `None`: there are no more.
     pub async fn next(&mut self) -> Result<Option<(u64, Delivery)>, ScanError> {
         let Some(last) = self.last else { return Ok(None) };
-        let delivery = match self.early.take() {
-            Some(early) => early,
+        let delivery = match self.first_delivery.take() {
+            Some(first) => first,
             None => {
-                let next = tokio::time::timeout(PATIENCE, self.consumer.next()).await;
-                self.delivered(next.map_err(|_| self.silent())?)?
+                let next = tokio::time::timeout(MESSAGE_MAX, self.consumer.next()).await;
+                self.delivered(next.map_err(|_| self.silence_error())?)?
             }
         };
         // A message without an offset is not from a stream.
@@ -219,7 +219,7 @@ impl Scan {
         self.unacknowledged = 0;
         let up_to_this = BasicAckOptions { multiple: true };
         let acknowledged = answer(ANSWER_MAX, self.channel.basic_ack(tag, up_to_this)).await;
-        acknowledged.map_err(|error| self.broker(error))
+        acknowledged.map_err(|error| self.broker_error(error))
     }
 
     /// Stops reading.
@@ -232,16 +232,16 @@ impl Scan {
         next: Option<Result<Delivery, lapin::Error>>,
     ) -> Result<Delivery, ScanError> {
         match next {
-            Some(delivery) => delivery.map_err(|error| self.broker(error.into())),
+            Some(delivery) => delivery.map_err(|error| self.broker_error(error.into())),
             None => Err(ScanError::Cancelled { stream: self.stream.to_string() }),
         }
     }
 
-    fn broker(&self, source: AskError) -> ScanError {
+    fn broker_error(&self, source: AskError) -> ScanError {
         ScanError::Broker { stream: self.stream.to_string(), source }
     }
 
-    fn silent(&self) -> ScanError {
+    fn silence_error(&self) -> ScanError {
         ScanError::Silent { stream: self.stream.to_string() }
     }
 }
