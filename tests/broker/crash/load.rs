@@ -140,6 +140,13 @@ impl Results {
         counts
     }
 
+    /// How long each took, the shortest first.
+    pub(super) fn latencies(&self) -> Vec<Duration> {
+        let mut all: Vec<_> = self.0.iter().map(|it| it.told_at - it.sent_at).collect();
+        all.sort_unstable();
+        all
+    }
+
     /// How long after `moment` the transactions ended that were in flight then, the shortest first.
     pub(super) fn in_flight_at(&self, moment: Instant) -> Vec<Duration> {
         let in_flight = self.0.iter().filter(|it| it.sent_at < moment && it.told_at > moment);

@@ -9,9 +9,11 @@ use dtc::{
 };
 use lapin::message::Delivery;
 use serde_json::json;
+use tokio::time::Instant;
 
 use super::{
     PATIENCE, READY, System,
+    load::{Load, Plan, percentile},
     long_journal::{Content, confirmed, fill},
     stream::{Watch, delete},
     until,
@@ -119,6 +121,40 @@ fn a_worker_that_starts_reads_the_older_part_of_the_journal_from_packs() {
     first.exited(0, LIMIT);
     assert_is_known(&system, 1);
     assert_is_known(&system, decisions - 1);
+}
+
+/// They read all of a long journal, one message after the other, and results of others came after
+/// 1.2 s.
+#[test]
+fn transactions_commit_while_four_workers_start_at_once_on_a_long_journal() {
+    let system = system();
+    let instances = ["payments", "stock"].map(|it| system.instance(it, it, &[]));
+    let decisions = decisions();
+    let first = write_and_pack(&system, decisions);
+    let plan =
+        Plan { services: &["payments", "stock"], total: 500, per_second: 100, timeout: None };
+    let alone = Load::start(&system, "alone", plan).results();
+
+    let load = Load::start(&system, "beside", plan);
+    load.wait_for(50);
+    let started = Instant::now();
+    let others = ["w2", "w3", "w4", "w5"].map(|name| system.start_worker(name, &[]));
+    for other in &others {
+        assert!(has_read(other).1 >= decisions - UNPACKED_MAX - PACK_MAX);
+    }
+    let serve_after = started.elapsed();
+    let beside = load.results();
+    for (when, results) in [("before", &alone), ("while four workers start", &beside)] {
+        let latencies = results.latencies();
+        let [p50, p99] = [50, 99].map(|it| percentile(&latencies, it));
+        println!(
+            "{when}: p50 {p50:.1?}, p99 {p99:.1?}, at most {:.1?}",
+            percentile(&latencies, 100)
+        );
+        assert_eq!(results.committed().len(), plan.total, "{:?}", results.counts());
+    }
+    println!("{decisions} decisions; all four serve after {serve_after:.1?}");
+    drop((first, others, instances));
 }
 
 #[test]
