@@ -187,6 +187,27 @@ fn both_kinds_of_tokio_runtime_work() {
     }
 }
 
+/// With a journal, the next one began with the next look into the stores, 30 s later.
+#[tokio::test]
+async fn a_transaction_begins_as_soon_as_an_abort_has_made_room() {
+    let directory = tempfile::tempdir().unwrap();
+    let a = Service::new("A", 4)
+        .prepare_async(|_, _| async {
+            sleep(ms(2)).await;
+            Ok(true)
+        })
+        .abort_async(|_| async {
+            sleep(ms(2)).await;
+            Ok(())
+        });
+    let b = Service::new("B", 4).prepare_async(|_, _| async { Err("it fails".into()) });
+    let coordinator = Embedded::new(vec![a, b]).unwrap().max_in_flight(1);
+    let coordinator = coordinator.journal(directory.path().join("journal"));
+    let running = coordinator.run(transactions(20, &["A", "B"]));
+    let results = tokio::time::timeout(ms(15_000), running).await.expect("it waits for a timer");
+    assert!(results.unwrap().iter().all(|it| it.outcome == Outcome::Aborted));
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_run_that_is_dropped_midway_stops() {
     let log = Log::default();

@@ -381,6 +381,10 @@ impl Embedded {
                 }
                 continue;
             }
+            // An abort that has ended makes room though no result comes of it.
+            if backlog.len() > 0 && engine.room() > 0 {
+                continue;
+            }
             // A prepare that was given up may still run: its service is told to abort after it.
             if !open && backlog.len() == 0 && engine.is_idle() && calls.is_idle() {
                 break;
