@@ -14,7 +14,7 @@ const OF_THE_COMMAND: [&str; 7] =
     ["anyhow", "clap", "config", "indicatif", "mimalloc", "tracing-appender", "tracing-subscriber"];
 
 /// The crates for RabbitMQ.
-const OF_THE_BROKER: [&str; 4] = ["async-rs", "deadpool", "lapin", "rustls"];
+const OF_THE_BROKER: [&str; 5] = ["async-rs", "deadpool", "lapin", "rustls", "rustls-connector"];
 
 /// The crates that the embedded coordinator needs in addition.
 const OF_EMBEDDED: [&str; 2] = ["crc32fast", "hdrhistogram"];
@@ -53,6 +53,12 @@ fn the_default_features_include_everything() {
     for all in [&OF_THE_COMMAND[..], &OF_THE_BROKER, &OF_EMBEDDED] {
         assert_eq!(among(&brought, all), all);
     }
+}
+
+/// Its TLS would bring 50 crates, most of them for keys in PKCS #12.
+#[test]
+fn lapin_is_compiled_without_its_own_tls() {
+    assert_eq!(among(&brought_by(&[]), &["p12-keystore", "x509-parser"]), [""; 0]);
 }
 
 #[test]

@@ -16,18 +16,19 @@ use std::{
     time::Duration,
 };
 
-use async_rs::TokioRuntime;
+use async_rs::{TokioRuntime, traits::Reactor};
 use futures_util::{
-    AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, FutureExt, StreamExt, future::BoxFuture,
+    AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, FutureExt, StreamExt,
+    future::{BoxFuture, Either},
     stream::FuturesUnordered,
 };
 use lapin::{
     AsyncTcpStream, Channel, Connection, ConnectionProperties, ErrorKind,
     options::{ConfirmSelectOptions, QueueDeclareOptions},
-    tcp::RustlsConnector,
     types::{FieldTable, ShortString},
     uri::{AMQPScheme, AMQPUri},
 };
+use rustls_connector::RustlsConnector;
 use tokio::time::{Instant, timeout_at};
 
 use crate::transport::amqp::{
@@ -342,8 +343,8 @@ impl Broker {
     }
 
     /// `dtc` opens the stream itself, for two reasons: lapin would always trust the system's CAs
-    /// too, and read all of them for each connection; and the stream is screened. To lapin it is a
-    /// plain stream, even over TLS.
+    /// too, and read all of them for each connection; and the stream is screened. To lapin, which is
+    /// compiled without TLS, it is a plain stream.
     async fn open(
         &self,
         mut uri: AMQPUri,
@@ -365,8 +366,10 @@ impl Broker {
         let reach = async || {
             let stream = reach(&runtime, &host, port).await?;
             match &secure {
-                Some((connector, name)) => stream.into_rustls(connector, name).await,
-                None => Ok(stream),
+                Some((connector, name)) => {
+                    connector.connect_async(name, stream).await.map(Either::Right)
+                }
+                None => Ok(Either::Left(stream)),
             }
         };
         let stream = reach().await.map_err(|error| self.failed(error))?;
@@ -442,10 +445,10 @@ async fn reach(
     runtime: &TokioRuntime,
     host: &str,
     port: u16,
-) -> io::Result<AsyncTcpStream<Connected>> {
+) -> io::Result<Connected> {
     let mut failed = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
     for address in tokio::net::lookup_host((host, port)).await? {
-        let connecting = AsyncTcpStream::connect(runtime, address);
+        let connecting = runtime.tcp_connect_addr(address);
         match tokio::time::timeout(REACH_MAX, connecting).await {
             Ok(Ok(stream)) => return Ok(stream),
             Ok(Err(error)) => failed = error,
