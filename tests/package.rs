@@ -10,8 +10,16 @@ use std::{collections::BTreeSet, fs, path::Path, process::Command};
 mod build;
 
 /// The crates that only the command needs.
-const OF_THE_COMMAND: [&str; 7] =
-    ["anyhow", "clap", "config", "indicatif", "mimalloc", "tracing-appender", "tracing-subscriber"];
+const OF_THE_COMMAND: [&str; 8] = [
+    "anyhow",
+    "clap",
+    "config",
+    "indicatif",
+    "mimalloc",
+    "time",
+    "tracing-appender",
+    "tracing-subscriber",
+];
 
 /// The crates for RabbitMQ.
 const OF_THE_BROKER: [&str; 5] = ["async-rs", "deadpool", "lapin", "rustls", "rustls-connector"];
