@@ -10,12 +10,13 @@ use std::{collections::BTreeSet, fs, path::Path, process::Command};
 mod build;
 
 /// The crates that only the command needs.
-const OF_THE_COMMAND: [&str; 8] = [
+const OF_THE_COMMAND: [&str; 9] = [
     "anyhow",
     "clap",
     "config",
     "indicatif",
     "mimalloc",
+    "secrecy",
     "time",
     "tracing-appender",
     "tracing-subscriber",
