@@ -23,7 +23,8 @@ const OF_THE_COMMAND: [&str; 9] = [
 ];
 
 /// The crates for RabbitMQ.
-const OF_THE_BROKER: [&str; 5] = ["async-rs", "deadpool", "lapin", "rustls", "rustls-connector"];
+const OF_THE_BROKER: [&str; 6] =
+    ["async-rs", "backon", "deadpool", "lapin", "rustls", "rustls-connector"];
 
 /// The crates that the embedded coordinator needs in addition.
 const OF_EMBEDDED: [&str; 2] = ["crc32fast", "hdrhistogram"];

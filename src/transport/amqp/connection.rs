@@ -17,6 +17,7 @@ use std::{
 };
 
 use async_rs::{TokioRuntime, traits::Reactor};
+use backon::{BackoffBuilder as _, ExponentialBackoff, ExponentialBuilder};
 use futures_util::{
     AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, FutureExt, StreamExt,
     future::{BoxFuture, Either},
@@ -551,24 +552,27 @@ pub async fn counts(
 
 /// Growing pauses between attempts, so that the many clients of one broker don't all reconnect at
 /// once.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Backoff {
-    next: Duration,
+    pauses: ExponentialBackoff,
     max: Duration,
 }
 
 impl Backoff {
     /// Pauses from `first` up to `max`, each randomly between half and all of its current length.
     pub fn new(first: Duration, max: Duration) -> Self {
-        Self { next: first, max }
+        // The jitter adds up to the whole pause.
+        let builder = ExponentialBuilder::new()
+            .with_min_delay(first / 2)
+            .with_max_delay(max / 2)
+            .with_jitter()
+            .without_max_times();
+        Self { pauses: builder.build(), max }
     }
 
     /// The pause before the next attempt.
     pub fn pause(&mut self) -> Duration {
-        let pause = self.next;
-        self.next = (pause * 2).min(self.max);
-        let share = (unique::number() >> 11) as f64 / (1_u64 << 53) as f64;
-        pause.mul_f64(0.5 + share / 2.0)
+        self.pauses.next().unwrap_or(self.max)
     }
 }
 
@@ -638,7 +642,8 @@ mod tests {
         for bound in [100, 200, 400, 800, 1000, 1000] {
             let pause = backoff.pause();
             let bound = Duration::from_millis(bound);
-            assert!(pause >= bound / 2 && pause <= bound, "{pause:?} of {bound:?}");
+            let rounded = Duration::from_micros(1);
+            assert!(pause >= bound / 2 && pause <= bound + rounded, "{pause:?} of {bound:?}");
         }
     }
 }
