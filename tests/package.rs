@@ -71,6 +71,14 @@ fn lapin_is_compiled_without_its_own_tls() {
     assert_eq!(among(&brought_by(&[]), &["p12-keystore", "x509-parser"]), [""; 0]);
 }
 
+/// `Cargo.lock` takes the release of `idna_adapter` that knows ASCII only. `url` needs it for the host
+/// of a web address; the host of an `amqp://` address is not looked up in tables. After an update:
+/// `cargo update -p idna_adapter --precise 1.0.0`, here and in tests/fuzz.
+#[test]
+fn no_tables_of_unicode_are_compiled_for_a_host() {
+    assert_eq!(among(&brought_by(&[]), &["icu_normalizer", "unicode-normalization"]), [""; 0]);
+}
+
 #[test]
 fn the_package_has_its_sources_and_no_tests() {
     let listed = cargo(&["package", "--list", "--allow-dirty"]);
