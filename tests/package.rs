@@ -79,6 +79,25 @@ fn no_tables_of_unicode_are_compiled_for_a_host() {
     assert_eq!(among(&brought_by(&[]), &["icu_normalizer", "unicode-normalization"]), [""; 0]);
 }
 
+/// `release` is quick to build, and the other profiles begin with its settings.
+#[test]
+fn what_is_shipped_measured_or_put_under_load_is_optimised() {
+    let read = |file| fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(file)).unwrap();
+    let manifest = read("Cargo.toml");
+    let profile = |name: &str| {
+        let (_, after) = manifest.split_once(&format!("\n[profile.{name}]\n")).unwrap();
+        after.split("\n[").next().unwrap().to_owned()
+    };
+    for name in ["dist", "bench", "optimised"] {
+        assert!(profile(name).contains("opt-level = 3\n"), "{name}");
+    }
+    for name in ["dist", "bench"] {
+        let fastest = "lto = \"fat\"\ncodegen-units = 1\n";
+        assert!(profile(name).contains(fastest), "{name}");
+    }
+    assert!(read("deploy/Dockerfile").contains("cargo build --profile dist "));
+}
+
 #[test]
 fn the_package_has_its_sources_and_no_tests() {
     let listed = cargo(&["package", "--list", "--allow-dirty"]);
