@@ -195,7 +195,8 @@ impl OptionalBroker {
     /// other settings of the connection come from the configuration.
     pub(super) fn broker(&self, name: impl Into<String>) -> Result<Option<Broker>, Failure> {
         let Some(url) = &self.url else { return Ok(None) };
-        let config = self.config.load([flag("broker.url", "--broker", Some(url.expose_secret()))])?;
+        let config =
+            self.config.load([flag("broker.url", "--broker", Some(url.expose_secret()))])?;
         Ok(Some(broker(&config, name)))
     }
 

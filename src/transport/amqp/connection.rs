@@ -442,11 +442,7 @@ enum HostFailure {
 }
 
 /// Connects to the first address of `host` that answers.
-async fn reach(
-    runtime: &TokioRuntime,
-    host: &str,
-    port: u16,
-) -> io::Result<Connected> {
+async fn reach(runtime: &TokioRuntime, host: &str, port: u16) -> io::Result<Connected> {
     let mut failed = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
     for address in tokio::net::lookup_host((host, port)).await? {
         let connecting = runtime.tcp_connect_addr(address);
