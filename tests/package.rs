@@ -10,11 +10,21 @@ use std::{collections::BTreeSet, fs, path::Path, process::Command};
 mod build;
 
 /// The crates that only the command needs.
-const OF_THE_COMMAND: [&str; 7] =
-    ["anyhow", "clap", "config", "indicatif", "mimalloc", "tracing-appender", "tracing-subscriber"];
+const OF_THE_COMMAND: [&str; 9] = [
+    "anyhow",
+    "clap",
+    "config",
+    "indicatif",
+    "mimalloc",
+    "secrecy",
+    "time",
+    "tracing-appender",
+    "tracing-subscriber",
+];
 
 /// The crates for RabbitMQ.
-const OF_THE_BROKER: [&str; 4] = ["async-rs", "deadpool", "lapin", "rustls"];
+const OF_THE_BROKER: [&str; 6] =
+    ["async-rs", "backon", "deadpool", "lapin", "rustls", "rustls-connector"];
 
 /// The crates that the embedded coordinator needs in addition.
 const OF_EMBEDDED: [&str; 2] = ["crc32fast", "hdrhistogram"];
@@ -53,6 +63,39 @@ fn the_default_features_include_everything() {
     for all in [&OF_THE_COMMAND[..], &OF_THE_BROKER, &OF_EMBEDDED] {
         assert_eq!(among(&brought, all), all);
     }
+}
+
+/// Its TLS would bring 50 crates, most of them for keys in PKCS #12.
+#[test]
+fn lapin_is_compiled_without_its_own_tls() {
+    assert_eq!(among(&brought_by(&[]), &["p12-keystore", "x509-parser"]), [""; 0]);
+}
+
+/// `Cargo.lock` takes the release of `idna_adapter` that knows ASCII only. `url` needs it for the host
+/// of a web address; the host of an `amqp://` address is not looked up in tables. After an update:
+/// `cargo update -p idna_adapter --precise 1.0.0`, here and in tests/fuzz.
+#[test]
+fn no_tables_of_unicode_are_compiled_for_a_host() {
+    assert_eq!(among(&brought_by(&[]), &["icu_normalizer", "unicode-normalization"]), [""; 0]);
+}
+
+/// `release` is quick to build, and the other profiles begin with its settings.
+#[test]
+fn what_is_shipped_measured_or_put_under_load_is_optimised() {
+    let read = |file| fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(file)).unwrap();
+    let manifest = read("Cargo.toml");
+    let profile = |name: &str| {
+        let (_, after) = manifest.split_once(&format!("\n[profile.{name}]\n")).unwrap();
+        after.split("\n[").next().unwrap().to_owned()
+    };
+    for name in ["dist", "bench", "optimised"] {
+        assert!(profile(name).contains("opt-level = 3\n"), "{name}");
+    }
+    for name in ["dist", "bench"] {
+        let fastest = "lto = \"fat\"\ncodegen-units = 1\n";
+        assert!(profile(name).contains(fastest), "{name}");
+    }
+    assert!(read("deploy/Dockerfile").contains("cargo build --profile dist "));
 }
 
 #[test]

@@ -1,11 +1,12 @@
 //! The flags about the configuration and RabbitMQ that several commands share.
 
 use std::{
-    env, fmt,
+    env,
     path::{Path, PathBuf},
 };
 
 use clap::Args;
+use secrecy::{ExposeSecret, SecretString};
 
 use crate::{
     cli::{Exit, Failure},
@@ -86,18 +87,19 @@ pub(super) struct UrlArgument {
     /// a cluster, such URLs separated by commas [default: amqp://localhost]
     ///
     /// [env: DTC__BROKER__URL]
+    // It may hold a password, so it is parsed later: clap would repeat an invalid value in its error.
     #[arg(long = "broker", value_name = "URL")]
-    url: Option<Secret>,
+    url: Option<SecretString>,
 }
 
 impl UrlArgument {
     pub(super) fn flag(&self) -> Option<ConfigFlag> {
-        flag("broker.url", "--broker", self.url.as_ref().map(|url| &url.0))
+        flag("broker.url", "--broker", self.url.as_ref().map(ExposeSecret::expose_secret))
     }
 
     /// The URL as it was given, to pass on to a child process. It may hold a password.
     pub(super) fn secret(&self) -> Option<&str> {
-        self.url.as_ref().map(|url| url.0.as_str())
+        self.url.as_ref().map(ExposeSecret::expose_secret)
     }
 }
 
@@ -179,7 +181,7 @@ pub(super) struct OptionalBroker {
     /// Run it through RabbitMQ at amqp://user:password@host:port/vhost, or amqps:// for TLS; for
     /// several hosts of a cluster, such URLs separated by commas
     #[arg(long = "broker", value_name = "URL")]
-    url: Option<Secret>,
+    url: Option<SecretString>,
     /// First word of the names of all exchanges and queues, which must exist [default: a new name,
     /// under which they are declared, and deleted at the end]
     #[arg(long, value_name = "NAME", requires = "url")]
@@ -193,29 +195,13 @@ impl OptionalBroker {
     /// other settings of the connection come from the configuration.
     pub(super) fn broker(&self, name: impl Into<String>) -> Result<Option<Broker>, Failure> {
         let Some(url) = &self.url else { return Ok(None) };
-        let config = self.config.load([flag("broker.url", "--broker", Some(&url.0))])?;
+        let config =
+            self.config.load([flag("broker.url", "--broker", Some(url.expose_secret()))])?;
         Ok(Some(broker(&config, name)))
     }
 
     /// The names of exchanges and queues, if a namespace was given.
     pub(super) fn names(&self) -> Option<Names> {
         self.namespace.clone().map(Names::new)
-    }
-}
-
-/// A value that may hold a password. `dtc` parses it itself: clap would repeat an invalid value in
-/// its error.
-#[derive(Clone)]
-struct Secret(String);
-
-impl From<String> for Secret {
-    fn from(text: String) -> Self {
-        Self(text)
-    }
-}
-
-impl fmt::Debug for Secret {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("(not shown)")
     }
 }

@@ -1,4 +1,7 @@
 //! The results on stdout, and the summary on stderr.
+//!
+//! A table is printed row by row, as the results arrive: a crate for tables, such as comfy-table, would
+//! hold a million of them to know how wide a column is.
 
 use std::{
     collections::BTreeMap,

@@ -2,7 +2,7 @@
 //!
 //! The layers are merged key by key. The section that knows a key's rule then takes the key out;
 //! keys that are left over in the end are unknown. So one pass finds every error, where parsing
-//! into a struct would stop at the first.
+//! into a struct, as the crates config and figment do it, would stop at the first.
 //!
 //! Values of secrets and of unknown keys never get into a complaint.
 

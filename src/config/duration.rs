@@ -1,4 +1,7 @@
 //! Durations as they are written in files and flags: `500ms`, `30s`, `15min`, `12h`, `7d`.
+//!
+//! The crates for this, humantime and jiff, also read `5m`, `1month` and `1h 30s`: more ways to write
+//! a mistake, and more for every page that shows a duration to explain.
 
 use std::time::Duration;
 

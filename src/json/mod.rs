@@ -3,7 +3,9 @@
 //! `serde_json` ignores the first of two fields with the same name, turns the number
 //! 12345678901234567890123 into 1.2345678901234568e22, and can't tell where in the text a value
 //! was. Here every value keeps its text, every field is kept, and numbers are never converted. The
-//! same texts count as JSON; only the nesting is limited more tightly.
+//! same texts count as JSON; only the nesting is limited more tightly. Crates that keep as much, such
+//! as json-syntax, copy each string and number into a tree of their own; this parser borrows, since
+//! every message passes through it.
 
 pub(crate) mod check;
 

@@ -10,6 +10,7 @@
 mod broker;
 #[path = "../support/lines.rs"]
 mod lines;
+mod notices;
 #[path = "../support/processes.rs"]
 mod processes;
 mod watcher;

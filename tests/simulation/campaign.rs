@@ -196,7 +196,8 @@ pub(crate) fn account(seed: u64, flaw: Option<Flaw>, violation: &Violation) -> S
     let _ = writeln!(
         text,
         "again, with all lines:\n  {bug}DTC_SIM_SEED={seed} DTC_SIM_TRACE=1 \
-         cargo test --release --test simulation the_seed_of_the_environment_is_simulated -- --nocapture"
+         cargo test --profile optimised --test simulation the_seed_of_the_environment_is_simulated \
+         -- --nocapture"
     );
     text
 }

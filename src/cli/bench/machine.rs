@@ -1,6 +1,7 @@
 //! Resources that a process uses, and the process behind a port, as far as Linux shows them.
 //!
-//! A value that can't be found is `None`; none is estimated.
+//! A value that can't be found is `None`; none is estimated. The crate procfs reads the same files, but
+//! doesn't compile on other systems, where `dtc bench` only lacks these values.
 
 use std::{
     collections::BTreeSet,

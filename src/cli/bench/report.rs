@@ -1,4 +1,7 @@
-//! The measurements, as JSON and as tables.
+//! The measurements, as JSON and as a table.
+//!
+//! The table's columns have fixed widths, so that two reports can be compared line by line; a crate for
+//! tables would fit them to each report.
 
 use std::{
     fmt::{self, Write as _},

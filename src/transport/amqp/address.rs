@@ -279,6 +279,13 @@ mod tests {
         assert_eq!(address.to_string(), "amqp://[fd00::1]:1/v,amqps://[::1]:5671");
     }
 
+    /// `Cargo.lock` leaves out the tables for international domain names.
+    #[test]
+    fn a_host_beyond_ascii_needs_no_tables() {
+        let address: Address = "amqp://br\u{f6}ker.example:1/v".parse().unwrap();
+        assert_eq!(address.hosts()[0].authority.host, "br\u{f6}ker.example");
+    }
+
     #[test]
     fn external_authentication_has_no_password() {
         let address: Address = "amqps://a/v?auth_mechanism=EXTERNAL".parse().unwrap();

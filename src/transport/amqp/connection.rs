@@ -16,18 +16,20 @@ use std::{
     time::Duration,
 };
 
-use async_rs::TokioRuntime;
+use async_rs::{TokioRuntime, traits::Reactor};
+use backon::{BackoffBuilder as _, ExponentialBackoff, ExponentialBuilder};
 use futures_util::{
-    AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, FutureExt, StreamExt, future::BoxFuture,
+    AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, FutureExt, StreamExt,
+    future::{BoxFuture, Either},
     stream::FuturesUnordered,
 };
 use lapin::{
     AsyncTcpStream, Channel, Connection, ConnectionProperties, ErrorKind,
     options::{ConfirmSelectOptions, QueueDeclareOptions},
-    tcp::RustlsConnector,
     types::{FieldTable, ShortString},
     uri::{AMQPScheme, AMQPUri},
 };
+use rustls_connector::RustlsConnector;
 use tokio::time::{Instant, timeout_at};
 
 use crate::transport::amqp::{
@@ -343,8 +345,8 @@ impl Broker {
     }
 
     /// `dtc` opens the stream itself, for two reasons: lapin would always trust the system's CAs
-    /// too, and read all of them for each connection; and the stream is screened. To lapin it is a
-    /// plain stream, even over TLS.
+    /// too, and read all of them for each connection; and the stream is screened. To lapin, which is
+    /// compiled without TLS, it is a plain stream.
     async fn open(
         &self,
         mut uri: AMQPUri,
@@ -367,8 +369,10 @@ impl Broker {
         let reach = async || {
             let stream = reach(&runtime, &host, port).await?;
             match &secure {
-                Some((connector, name)) => stream.into_rustls(connector, name).await,
-                None => Ok(stream),
+                Some((connector, name)) => {
+                    connector.connect_async(name, stream).await.map(Either::Right)
+                }
+                None => Ok(Either::Left(stream)),
             }
         };
         let stream = reach().await.map_err(|error| self.host_failure(error))?;
@@ -440,14 +444,10 @@ enum HostFailure {
 }
 
 /// Connects to the first address of `host` that answers.
-async fn reach(
-    runtime: &TokioRuntime,
-    host: &str,
-    port: u16,
-) -> io::Result<AsyncTcpStream<TokioTcpStream>> {
+async fn reach(runtime: &TokioRuntime, host: &str, port: u16) -> io::Result<TokioTcpStream> {
     let mut failed = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
     for address in tokio::net::lookup_host((host, port)).await? {
-        let connecting = AsyncTcpStream::connect(runtime, address);
+        let connecting = runtime.tcp_connect_addr(address);
         match tokio::time::timeout(REACH_MAX, connecting).await {
             Ok(Ok(stream)) => return Ok(stream),
             Ok(Err(error)) => failed = error,
@@ -550,24 +550,27 @@ pub async fn counts(
 
 /// Growing pauses between attempts, so that the many clients of one broker don't all reconnect at
 /// once.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Backoff {
-    next: Duration,
+    pauses: ExponentialBackoff,
     max: Duration,
 }
 
 impl Backoff {
     /// Pauses from `first` up to `max`, each randomly between half and all of its current length.
     pub fn new(first: Duration, max: Duration) -> Self {
-        Self { next: first, max }
+        // The jitter adds up to the whole pause.
+        let builder = ExponentialBuilder::new()
+            .with_min_delay(first / 2)
+            .with_max_delay(max / 2)
+            .with_jitter()
+            .without_max_times();
+        Self { pauses: builder.build(), max }
     }
 
     /// The pause before the next attempt.
     pub fn pause(&mut self) -> Duration {
-        let pause = self.next;
-        self.next = (pause * 2).min(self.max);
-        let share = (unique::number() >> 11) as f64 / (1_u64 << 53) as f64;
-        pause.mul_f64(0.5 + share / 2.0)
+        self.pauses.next().unwrap_or(self.max)
     }
 }
 
@@ -637,7 +640,8 @@ mod tests {
         for bound in [100, 200, 400, 800, 1000, 1000] {
             let pause = backoff.pause();
             let bound = Duration::from_millis(bound);
-            assert!(pause >= bound / 2 && pause <= bound, "{pause:?} of {bound:?}");
+            let rounded = Duration::from_micros(1);
+            assert!(pause >= bound / 2 && pause <= bound + rounded, "{pause:?} of {bound:?}");
         }
     }
 }

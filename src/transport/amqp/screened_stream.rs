@@ -12,8 +12,8 @@ use std::{
 };
 
 use async_rs::{Runtime, Tokio, traits::Reactor, util::RuntimeParts};
-use futures_util::{AsyncRead, AsyncWrite, Stream};
-use lapin::AsyncTcpStream;
+use futures_util::{AsyncRead, AsyncWrite, Stream, future::Either};
+use rustls_connector::AsyncTlsStream;
 
 use crate::transport::amqp::frames::{FRAME_MAX, FilterStep, FrameFilter, ReturnedMessages};
 
@@ -22,6 +22,9 @@ const READ_SIZE: usize = 64 * 1024;
 
 /// The type of stream that tokio connects with.
 pub(super) type TokioTcpStream = <Tokio as Reactor>::TcpStream;
+
+/// The broker's stream: plain, or over TLS.
+pub(super) type BrokerStream = Either<TokioTcpStream, AsyncTlsStream<TokioTcpStream>>;
 
 /// A stream whose reader gets only what lapin can parse.
 pub(super) struct ScreenedStream<S> {
@@ -132,7 +135,7 @@ pub(super) fn screening_runtime() -> Runtime<RuntimeParts<Tokio, ScreeningReacto
 pub(super) struct ScreeningReactor(Tokio);
 
 impl Reactor for ScreeningReactor {
-    type TcpStream = ScreenedStream<AsyncTcpStream<TokioTcpStream>>;
+    type TcpStream = ScreenedStream<BrokerStream>;
     type Sleep = <Tokio as Reactor>::Sleep;
 
     /// There is no socket to register: lapin doesn't call this, and the trait doesn't allow passing
@@ -158,7 +161,7 @@ impl Reactor for ScreeningReactor {
     ) -> impl Future<Output = io::Result<Self::TcpStream>> + Send + 'static {
         let connecting = self.0.tcp_connect_addr(address);
         async move {
-            let stream = AsyncTcpStream::Plain(connecting.await?);
+            let stream = Either::Left(connecting.await?);
             Ok(ScreenedStream::new(
                 stream,
                 FrameFilter::new(FRAME_MAX, ReturnedMessages::default()),

@@ -20,7 +20,7 @@ const STEADY: Duration = Duration::from_secs(10);
 const STARTING_MAX: Duration = Duration::from_secs(10);
 
 /// One process's attempts to have a link.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 pub struct Supervisor {
     backoff: Backoff,
     has_worked: bool,

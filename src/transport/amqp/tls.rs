@@ -15,13 +15,13 @@ use std::{
     time::Duration,
 };
 
-use lapin::tcp::{RustlsConnector, RustlsConnectorConfig};
 use rustls::{
     AlertDescription, CertificateError, Error as Rustls, RootCertStore,
     crypto::ring,
     pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject},
     sign::CertifiedKey,
 };
+use rustls_connector::{RustlsConnector, RustlsConnectorConfig};
 
 use crate::transport::amqp::error::Disposition;
 
