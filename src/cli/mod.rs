@@ -10,6 +10,7 @@ mod broker;
 mod brokered;
 mod config;
 mod input;
+mod log_format;
 mod moment;
 mod output;
 mod plain;
