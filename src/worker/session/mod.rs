@@ -488,11 +488,7 @@ impl<'a> Session<'a> {
                     self.dispatch_request(request);
                 }
             }
-            Err(malformed) => {
-                let queue = self.settings.names.requests();
-                let then = self.telling_producer_of(&malformed, Unacked::Request(delivery));
-                self.set_aside(queue.as_str(), &message, &malformed.reason, then);
-            }
+            Err(malformed) => self.set_request_aside(&message, &malformed, delivery),
         }
     }
 
