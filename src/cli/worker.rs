@@ -74,20 +74,20 @@ pub(super) fn run(arguments: &WorkerArguments) -> Result<Exit, Failure> {
     let level = level.map_err(|error| Failure::new(Exit::Usage, error))?;
     let mut settings = settings(arguments)?;
     let report = ReportFile::create(arguments.report.as_deref())?;
-    let (runtime, interrupt) = stages::daemon_runtime()?;
     let _logging = progress::log_above(&ProgressBar::hidden(), level);
+    let _in_span = worker::span(&settings.coordinator.worker).entered();
+    let (runtime, interrupt) = stages::daemon_runtime()?;
 
-    let name = settings.coordinator.worker.clone();
     let max_in_flight = settings.coordinator.in_flight_max;
     tracing::info!(
-        worker = %name, broker = %settings.broker.address,
-        namespace = %settings.names.namespace(), max_in_flight, "starting"
+        broker = %settings.broker.address, namespace = %settings.names.namespace(), max_in_flight,
+        "starting"
     );
     asleep::watch(&runtime);
     let stop = signals::heard(&interrupt);
     let file = ReadyFile::at(arguments.ready_file.as_deref(), &runtime)?;
     settings.readiness = file.readiness();
-    let ended = runtime.block_on(worker::run(settings, stop));
+    let ended = runtime.block_on(worker::run_in_span(settings, stop));
     file.end(&runtime);
     let tally = ended.map_err(failure)?;
     tracing::info!(

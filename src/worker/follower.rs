@@ -13,6 +13,7 @@ use tokio::{
     task::JoinSet,
     time::{Instant, sleep},
 };
+use tracing::Instrument as _;
 
 use crate::{
     clock::Clock,
@@ -153,7 +154,7 @@ impl Follower {
     pub(super) fn look_back(&mut self, from: Time, until: u64, clock_margin: Duration) {
         let look = LookBack { from, until, clock_margin };
         let looking = self.journal.clone().look_back(look, self.found.0.clone());
-        self.look_backs.spawn(looking);
+        self.look_backs.spawn(looking.in_current_span());
     }
 
     /// Compares the clocks; `None`: the broker can't tell now.

@@ -43,6 +43,7 @@ mod suspects;
 use std::time::Duration;
 
 use futures_util::FutureExt;
+use tracing::{Instrument as _, Span};
 
 pub use self::builder::{Worker, WorkerBuilder};
 use self::{
@@ -163,6 +164,21 @@ pub enum WorkerError {
 ///
 /// The broker refuses it, and has never let it work.
 pub async fn run(settings: Settings, stop: impl Future<Output = ()>) -> Result<Tally, WorkerError> {
+    let span = span(settings.worker());
+    run_in_span(settings, stop).instrument(span).await
+}
+
+/// The span of all that a worker logs. Its level is ERROR: whatever level is logged, no line lacks the
+/// worker's name.
+pub(crate) fn span(worker: &WorkerId) -> Span {
+    tracing::error_span!("work", %worker)
+}
+
+/// [`run`] for a caller that is in the worker's [`span`].
+pub(crate) async fn run_in_span(
+    settings: Settings,
+    stop: impl Future<Output = ()>,
+) -> Result<Tally, WorkerError> {
     let _held = settings.readiness.while_held();
     let stop = Box::pin(stop).shared();
     let coordinator = Coordinator::new(settings.coordinator.clone());
@@ -188,7 +204,7 @@ pub async fn run(settings: Settings, stop: impl Future<Output = ()>) -> Result<T
             opened = open(&settings, &mut state) => match opened {
                 Ok(session) => {
                     supervisor.opened();
-                    tracing::info!(worker = %settings.worker(), "ready");
+                    tracing::info!("ready");
                     session.tell_ready();
                     let ran = session.run(stop.clone()).await;
                     settings.readiness.set(false);

@@ -410,13 +410,12 @@ impl<'a> Session<'a> {
     }
 
     fn look_for_namesakes(&mut self, record: &Record) {
-        let worker = self.settings.worker();
         // Of a message all records are one worker's.
-        let is_own_name = record.decisions.first().is_some_and(|it| it.worker == *worker);
+        let first = record.decisions.first();
+        let is_own_name = first.is_some_and(|it| it.worker == *self.settings.worker());
         let append = record.message_id.as_ref().map(ShortString::as_str);
         if is_own_name && self.state.namesakes.read(append) {
             tracing::warn!(
-                %worker,
                 "another worker writes to the journal under this one's name, and their clocks are not \
                  compared; give each worker a name of its own (`--name`)"
             );
