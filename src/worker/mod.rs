@@ -8,7 +8,7 @@
 //! * `state`: what is kept from one link to the next.
 //! * `journal`, `follower`, `appender`: reading the stream of decisions, following its end, writing to
 //!   it.
-//! * `packs`, `packer`: the same in fewer messages: reading and writing packs.
+//! * `packs`, `packer`, `pack_buffer`: the same in fewer messages: reading and writing packs.
 //! * `request_consumers`, `inbound`, `saturation`: what comes in, and how much of it.
 //! * `suspects`: requests that workers may die of.
 //! * `outbox`, `prepare_batcher`, `parking`: what goes out.
@@ -29,6 +29,7 @@ mod inbound;
 mod journal;
 mod namesakes;
 mod outbox;
+mod pack_buffer;
 mod packer;
 mod packs;
 mod parking;
@@ -50,7 +51,7 @@ use self::{
     anomalies::Undecidable,
     clocks::Clocks,
     namesakes::Namesakes,
-    packer::Unpacked,
+    pack_buffer::Unpacked,
     session::{End, Session, SessionError, open_replies},
     state::WorkerState,
     suspects::Tries,

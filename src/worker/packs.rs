@@ -84,6 +84,16 @@ pub(super) enum NoPack {
     Unreadable(String),
 }
 
+/// Something of the stream of packs.
+#[derive(Debug)]
+pub(super) enum PackEvent {
+    Packed(Pack),
+    /// No pack of others has come for a moment: this worker may write one.
+    NoneYet,
+    /// It is not there.
+    Missing,
+}
+
 /// The stream of packs.
 #[derive(Clone, Debug)]
 pub(super) struct PackedJournal {

@@ -6,7 +6,7 @@ use crate::{
     clock::Clock,
     protocol::coordinator::Coordinator,
     worker::{
-        Tally, anomalies::Undecidable, clocks::Clocks, namesakes::Namesakes, packer::Unpacked,
+        Tally, anomalies::Undecidable, clocks::Clocks, namesakes::Namesakes, pack_buffer::Unpacked,
         suspects::Tries,
     },
 };

@@ -1,0 +1,268 @@
+//! What was read of the journal and is in no pack, as far as is known.
+//!
+//! A worker whose next pack is full waits for a random number of further messages before it writes it,
+//! and drops what another has packed meanwhile. What is packed twice does no harm: see
+//! [`packs`](crate::worker::packs).
+
+use std::{collections::VecDeque, sync::Arc};
+
+use crate::{
+    transport::amqp::names::Names,
+    unique,
+    wire::message::{BODY_MAX, Copied, Items},
+    worker::{
+        journal::Record,
+        packs::{MESSAGES_MAX, Pack, PackEvent, digest_of},
+    },
+};
+
+/// What is larger is not packed: it is not slow to read.
+const COPIED_MAX: usize = 8 * 1024;
+
+/// A pack of fewer messages is not worth its bytes.
+const MESSAGES_MIN: usize = 256;
+
+/// What a message counts at least, so that a full pack has a full pack's weight.
+const WEIGHT_MIN: usize = BODY_MAX / MESSAGES_MAX;
+
+/// What was read of the journal and is not packed, as far as is known: two packs of it at most.
+#[derive(Debug)]
+pub(super) struct Unpacked {
+    /// Consecutive. The first one is the last of the pack before, if it was there to be seen.
+    messages: VecDeque<Copied>,
+    weight: usize,
+    /// With which weight the next pack is written.
+    due: usize,
+    /// The last message of the pack that was read last: its offset and digest.
+    packed: Option<(u64, u64)>,
+    /// That there is no stream of packs was said.
+    has_told: bool,
+}
+
+impl Default for Unpacked {
+    fn default() -> Self {
+        Self {
+            messages: VecDeque::new(),
+            weight: 0,
+            due: next_due(),
+            packed: None,
+            has_told: false,
+        }
+    }
+}
+
+/// From one full pack up to one and a half.
+fn next_due() -> usize {
+    BODY_MAX + (unique::number() % (BODY_MAX as u64 / 2)) as usize
+}
+
+fn weight(copied: &Copied) -> usize {
+    (copied.body.len() + 64).max(WEIGHT_MIN)
+}
+
+fn copy_of(record: &Record) -> Option<Copied> {
+    let body = record.body.as_ref().filter(|body| body.len() <= COPIED_MAX)?;
+    let copied = Copied {
+        offset: record.offset,
+        message_id: record.message_id.as_ref().map(|id| id.as_str().into()),
+        tried: record.tried.as_ref().map(|it| (it.key.clone(), it.begins)),
+        body: Arc::clone(body),
+    };
+    copied.is_of_the_wire().then_some(copied)
+}
+
+impl Unpacked {
+    /// The journal is read anew, from wherever.
+    pub(super) fn begin_anew(&mut self) {
+        *self = Self { has_told: self.has_told, ..Self::default() };
+    }
+
+    /// A message of the journal was read.
+    pub(super) fn read(&mut self, record: &Record) {
+        let copied = copy_of(record);
+        let follows = self.messages.back().is_none_or(|last| last.offset + 1 == record.offset);
+        if !follows || copied.is_none() {
+            self.forget(self.messages.len());
+        }
+        let Some(copied) = copied else { return };
+        self.weight += weight(&copied);
+        self.messages.push_back(copied);
+        while self.weight > 2 * BODY_MAX {
+            self.forget(1);
+        }
+    }
+
+    /// Forgets the first ones.
+    fn forget(&mut self, count: usize) {
+        for copied in self.messages.drain(..count.min(self.messages.len())) {
+            self.weight = self.weight.saturating_sub(weight(&copied));
+        }
+    }
+
+    /// A pack was read.
+    fn packed(&mut self, pack: &Pack) {
+        self.packed = pack.last();
+    }
+
+    /// Forgets what is in the pack that was read last, if that is of this journal.
+    fn forget_packed(&mut self) {
+        let Some((offset, digest)) = self.packed else { return };
+        let Some(first) = self.messages.front() else { return };
+        let place = offset.checked_sub(first.offset).and_then(|it| usize::try_from(it).ok());
+        match place.map(|place| (place, self.messages.get(place))) {
+            // It is yet to be read.
+            Some((_, None)) => return,
+            Some((place, Some(same))) if digest_of(same) == digest => self.forget(place),
+            Some((_, Some(_))) | None => {}
+        }
+        self.packed = None;
+    }
+
+    /// The body of a pack that is due.
+    pub(super) fn pack(&mut self) -> Option<Vec<u8>> {
+        self.forget_packed();
+        if self.weight < self.due {
+            return None;
+        }
+        self.due = next_due();
+        let mut items = Items::new();
+        let first_ones = self.messages.iter().take(MESSAGES_MAX);
+        let count = first_ones.take_while(|copied| items.push(*copied).is_ok()).count();
+        // The next one begins with its last message.
+        self.forget(count.saturating_sub(1).max(1));
+        (count >= MESSAGES_MIN).then(|| items.into_body())
+    }
+
+    pub(super) fn heard(&mut self, heard: &PackEvent, names: &Names) {
+        match heard {
+            PackEvent::Packed(pack) => self.packed(pack),
+            PackEvent::Missing if !std::mem::replace(&mut self.has_told, true) => tracing::info!(
+                "there is no queue `{}`, by which workers start sooner: run `dtc topology apply`",
+                names.packed_journal()
+            ),
+            PackEvent::NoneYet | PackEvent::Missing => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{BODY_MAX, COPIED_MAX, MESSAGES_MAX, Unpacked, next_due};
+    use crate::{
+        protocol::{
+            ids::{TransactionId, TransactionKey},
+            time::Time,
+        },
+        wire::message::{Copied, decode},
+        worker::{journal::Record, packs::Pack},
+    };
+
+    fn message(offset: u64, len: usize) -> Copied {
+        let message_id = Some(format!("a-{offset}").into());
+        Copied { offset, message_id, tried: None, body: "x".repeat(len).into() }
+    }
+
+    fn reads(unpacked: &mut Unpacked, offsets: std::ops::Range<u64>, len: usize) {
+        offsets.for_each(|offset| unpacked.read(&Record::copied(message(offset, len))));
+    }
+
+    fn packs(unpacked: &mut Unpacked) -> Option<Pack> {
+        let body = unpacked.pack()?;
+        assert!(body.len() <= BODY_MAX);
+        let messages = decode::<Copied>(&body).unwrap().into_iter().map(Result::unwrap);
+        Some(Pack::of(messages.collect()).unwrap())
+    }
+
+    fn of(offsets: std::ops::Range<u64>) -> Pack {
+        Pack::of(offsets.map(|offset| message(offset, 100)).collect()).unwrap()
+    }
+
+    /// An offset at which a pack is due for certain.
+    const DUE: u64 = MESSAGES_MAX as u64 * 3 / 2;
+
+    #[test]
+    fn a_pack_begins_with_what_the_one_before_it_ends_with() {
+        let mut unpacked = Unpacked::default();
+        reads(&mut unpacked, 7..1000, 100);
+        assert_eq!(packs(&mut unpacked), None);
+        reads(&mut unpacked, 1000..DUE + 7, 100);
+        let first = packs(&mut unpacked).unwrap();
+        assert_eq!(first, of(7..7 + MESSAGES_MAX as u64));
+        assert_eq!(packs(&mut unpacked), None);
+        let (last, _) = first.last().unwrap();
+        reads(&mut unpacked, DUE + 7..last + DUE, 100);
+        assert_eq!(packs(&mut unpacked), Some(of(last..last + MESSAGES_MAX as u64)));
+    }
+
+    #[test]
+    fn who_is_due_when_is_a_matter_of_chance() {
+        let dues: Vec<_> = (0..100).map(|_| next_due()).collect();
+        assert!(dues.iter().all(|due| (BODY_MAX..BODY_MAX * 3 / 2).contains(due)));
+        let first = dues[0];
+        assert!(dues.iter().any(|due| *due != first));
+    }
+
+    #[test]
+    fn what_another_has_packed_is_not_packed_again_also_if_it_is_yet_to_be_read() {
+        let mut unpacked = Unpacked::default();
+        reads(&mut unpacked, 0..DUE, 100);
+        unpacked.packed(&of(0..1024));
+        assert_eq!(packs(&mut unpacked), None);
+        assert_eq!(unpacked.messages.front().unwrap().offset, 1023);
+        unpacked.packed(&of(1023..2047));
+        reads(&mut unpacked, DUE..2000, 100);
+        assert_eq!(packs(&mut unpacked), None);
+        assert_eq!(unpacked.messages.len(), 977);
+        reads(&mut unpacked, 2000..2047 + DUE, 100);
+        assert_eq!(packs(&mut unpacked), Some(of(2046..2046 + 1024)));
+        // One of long ago, and one of another journal.
+        unpacked.packed(&of(0..1024));
+        reads(&mut unpacked, 2047 + DUE..4000, 100);
+        let other = message(4000, 7);
+        unpacked.packed(&Pack::of(vec![Copied { offset: 3999, ..other }]).unwrap());
+        reads(&mut unpacked, 4000..3069 + DUE, 100);
+        assert_eq!(packs(&mut unpacked), Some(of(3069..3069 + 1024)));
+    }
+
+    #[test]
+    fn what_is_too_large_or_does_not_follow_or_is_not_of_a_worker_begins_anew() {
+        let other = |copied| {
+            let mut unpacked = Unpacked::default();
+            reads(&mut unpacked, 0..10, 100);
+            unpacked.read(&Record::copied(copied));
+            unpacked.messages.len()
+        };
+        assert_eq!(other(message(10, COPIED_MAX)), 11);
+        assert_eq!(other(message(10, COPIED_MAX + 1)), 0);
+        assert_eq!(other(message(11, 100)), 1);
+        assert_eq!(other(Copied { message_id: Some("ü".into()), ..message(10, 100) }), 0);
+        let key = |millis| TransactionKey {
+            id: TransactionId::parse("t1").unwrap(),
+            requested_at: Time::from_millis(millis),
+        };
+        let tried = |millis| Copied { tried: Some((key(millis), true)), ..message(10, 2) };
+        assert_eq!((other(tried(7000)), other(tried(7001))), (11, 0));
+        let mut unpacked = Unpacked::default();
+        reads(&mut unpacked, 0..10, 100);
+        unpacked.read(&Record { body: None, ..Record::copied(message(10, 100)) });
+        assert_eq!((unpacked.messages.len(), unpacked.weight), (0, 0));
+    }
+
+    #[test]
+    fn what_nobody_packs_is_forgotten() {
+        let mut unpacked = Unpacked::default();
+        reads(&mut unpacked, 0..10_000, 100);
+        assert_eq!(unpacked.messages.len(), 2 * MESSAGES_MAX);
+        reads(&mut unpacked, 10_000..11_000, COPIED_MAX);
+        assert!(unpacked.weight <= 2 * BODY_MAX);
+    }
+
+    #[test]
+    fn few_large_messages_are_not_worth_a_pack() {
+        let mut unpacked = Unpacked::default();
+        reads(&mut unpacked, 0..60, COPIED_MAX);
+        assert_eq!(packs(&mut unpacked), None);
+        let left = unpacked.messages.front().unwrap().offset;
+        assert!((20..40).contains(&left), "{left}");
+    }
+}
