@@ -218,17 +218,51 @@ impl PackedJournal {
             return Ok(None);
         }
         let inbox = self.open(AMQPValue::Timestamp(second), PREFETCH, WAIT_MAX).await?;
-        Ok(Some(WrittenPacks { inbox, user: self.user.clone(), marker: id, has_warned: false }))
+        let reader = PackReader { user: self.user.clone(), marker: id, has_warned: false };
+        Ok(Some(WrittenPacks { inbox, reader }))
     }
 }
 
-/// What is read of the packs that are there.
+/// The packs that were written before a reader began.
 struct WrittenPacks {
     inbox: Inbox,
+    reader: PackReader,
+}
+
+/// Tells these packs from what else is in their stream.
+struct PackReader {
     user: ShortString,
-    /// What was written last.
+    /// The id of the message that this reader has written behind them.
     marker: Option<ShortString>,
     has_warned: bool,
+}
+
+/// What a message of the stream of packs is to a [`PackReader`].
+#[derive(Clone, PartialEq, Eq, Debug)]
+enum WrittenMessage {
+    Pack(Pack),
+    /// No pack, or none that counts.
+    Skipped,
+    /// The reader's marker: no more packs follow.
+    End,
+}
+
+impl PackReader {
+    fn read(&mut self, delivery: &Delivery) -> WrittenMessage {
+        if *delivery.properties.message_id() == self.marker {
+            return WrittenMessage::End;
+        }
+        match Pack::read(delivery, &self.user) {
+            Ok(pack) => WrittenMessage::Pack(pack),
+            Err(NoPack::Unreadable(reason)) => {
+                if !std::mem::replace(&mut self.has_warned, true) {
+                    tracing::warn!(%reason, "a pack of the journal can't be read and is skipped");
+                }
+                WrittenMessage::Skipped
+            }
+            Err(NoPack::Marker | NoPack::Foreign) => WrittenMessage::Skipped,
+        }
+    }
 }
 
 /// Packs, one after the other, as they were written.
@@ -253,16 +287,10 @@ impl Packs for WrittenPacks {
             };
             self.inbox.ack(delivery.delivery_tag);
             self.inbox.flush();
-            if *delivery.properties.message_id() == self.marker {
-                return None;
-            }
-            match Pack::read(&delivery, &self.user) {
-                Ok(pack) => return Some(pack),
-                Err(NoPack::Unreadable(reason)) if !self.has_warned => {
-                    self.has_warned = true;
-                    tracing::warn!(%reason, "a pack of the journal can't be read and is skipped");
-                }
-                Err(_) => {}
+            match self.reader.read(&delivery) {
+                WrittenMessage::Pack(pack) => return Some(pack),
+                WrittenMessage::Skipped => {}
+                WrittenMessage::End => return None,
             }
         }
     }
