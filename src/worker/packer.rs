@@ -255,3 +255,291 @@ impl<S: PackStream> Packer<S> {
 fn resting<S>() -> PackerState<S> {
     PackerState::Resting(Box::pin(sleep(REST)))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        collections::VecDeque,
+        sync::{Arc, Mutex, MutexGuard, PoisonError},
+        task::{Context, Poll, Waker},
+        time::Duration,
+    };
+
+    use tokio::time::advance;
+
+    use super::{
+        AskError, Closed, LAST_WITHIN, LaneLost, Pack, PackEvent, PackStream, Packer, Published,
+        REST, UNSEEN_MAX,
+    };
+    use crate::{
+        transport::amqp::bounded::ANSWER_MAX,
+        wire::message::{BODY_MAX, Copied},
+        worker::{
+            journal::Record,
+            pack_buffer::Unpacked,
+            packs::{MESSAGES_MAX, NoPack},
+        },
+    };
+
+    /// A broker's part in what a packer does.
+    #[derive(Clone, Default)]
+    struct Broker(Arc<Mutex<BrokerState>>);
+
+    #[derive(Default)]
+    struct BrokerState {
+        /// How often the stream was opened, and closed.
+        opened: usize,
+        closed: usize,
+        /// Whether it can't be opened.
+        is_down: bool,
+        /// How many packs were written, and how many of them have an answer.
+        written: usize,
+        answered: usize,
+        answers: VecDeque<Result<Published, LaneLost>>,
+        messages: VecDeque<Result<Result<Pack, NoPack>, Closed>>,
+    }
+
+    impl Broker {
+        fn state(&self) -> MutexGuard<'_, BrokerState> {
+            self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        }
+
+        fn packer(&self) -> Packer<Self> {
+            let broker = self.clone();
+            Packer::of(Some(Box::new(move || {
+                let broker = broker.clone();
+                Box::pin(async move {
+                    if broker.state().is_down {
+                        return Err(AskError::Silent { limit: ANSWER_MAX });
+                    }
+                    broker.state().opened += 1;
+                    Ok(broker)
+                })
+            })))
+        }
+
+        fn answers(&self, answer: Result<Published, LaneLost>) {
+            self.state().answers.push_back(answer);
+        }
+
+        fn delivers(&self, message: Result<Result<Pack, NoPack>, Closed>) {
+            self.state().messages.push_back(message);
+        }
+
+        /// How often it was opened and closed, and how many packs were written.
+        fn seen(&self) -> (usize, usize, usize) {
+            let state = self.state();
+            (state.opened, state.closed, state.written)
+        }
+    }
+
+    impl PackStream for Broker {
+        fn poll_written(&mut self, _: &mut Context<'_>) -> Poll<Result<Published, LaneLost>> {
+            let mut state = self.state();
+            let Some(answer) = state.answers.pop_front() else { return Poll::Pending };
+            state.answered += 1;
+            Poll::Ready(answer)
+        }
+
+        fn poll_read(&mut self, _: &mut Context<'_>) -> Poll<Result<Result<Pack, NoPack>, Closed>> {
+            self.state().messages.pop_front().map_or(Poll::Pending, Poll::Ready)
+        }
+
+        fn is_writing(&self) -> bool {
+            let state = self.state();
+            state.written > state.answered
+        }
+
+        fn write(&mut self, body: Vec<u8>) {
+            assert!(body.len() <= BODY_MAX);
+            assert!(!self.is_writing(), "two packs are on their way");
+            self.state().written += 1;
+        }
+
+        fn flush(&mut self) {}
+
+        fn close(self) {
+            self.state().closed += 1;
+        }
+    }
+
+    fn message(offset: u64) -> Copied {
+        Copied { offset, message_id: None, tried: None, body: "x".repeat(100).into() }
+    }
+
+    fn pack(offset: u64) -> Pack {
+        Pack::of(vec![message(offset)]).unwrap()
+    }
+
+    /// Reads enough of the journal for a pack to be due.
+    fn read(unpacked: &mut Unpacked, from: &mut u64) {
+        let more = *from + MESSAGES_MAX as u64 * 3 / 2;
+        (*from..more).for_each(|offset| unpacked.read(&Record::copied(message(offset))));
+        *from = more;
+    }
+
+    /// All that the packer says until it has to wait.
+    fn events(packer: &mut Packer<Broker>) -> Vec<PackEvent> {
+        let mut context = Context::from_waker(Waker::noop());
+        let next = || match packer.poll_next(&mut context) {
+            Poll::Ready(event) => Some(event),
+            Poll::Pending => None,
+        };
+        std::iter::from_fn(next).collect()
+    }
+
+    /// A packer that may write, since nobody else has.
+    async fn open(broker: &Broker) -> Packer<Broker> {
+        let mut packer = broker.packer();
+        assert!(events(&mut packer).is_empty());
+        advance(LAST_WITHIN).await;
+        assert!(matches!(*events(&mut packer), [PackEvent::NoneYet]));
+        packer
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pack_is_written_once_it_is_known_how_far_others_have_come() {
+        let (mut unpacked, mut from) = (Unpacked::default(), 0);
+        read(&mut unpacked, &mut from);
+        let broker = Broker::default();
+        let mut packer = broker.packer();
+        packer.flush(&mut unpacked);
+        assert_eq!(broker.seen(), (0, 0, 0));
+        assert!(events(&mut packer).is_empty());
+        packer.flush(&mut unpacked);
+        assert_eq!(broker.seen(), (1, 0, 0), "the last pack of others may still come");
+        broker.delivers(Ok(Ok(pack(7))));
+        assert!(matches!(*events(&mut packer), [PackEvent::Packed(_)]));
+        packer.flush(&mut unpacked);
+        assert_eq!(broker.seen(), (1, 0, 1));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_next_pack_waits_until_the_one_before_it_is_confirmed() {
+        let (mut unpacked, mut from) = (Unpacked::default(), 0);
+        let broker = Broker::default();
+        let mut packer = open(&broker).await;
+        for _ in 0..2 {
+            read(&mut unpacked, &mut from);
+            packer.flush(&mut unpacked);
+            assert_eq!(broker.seen(), (1, 0, 1));
+        }
+        broker.answers(Ok(Published::Confirmed));
+        assert!(events(&mut packer).is_empty());
+        packer.flush(&mut unpacked);
+        assert_eq!(broker.seen(), (1, 0, 2));
+    }
+
+    /// Each of these is a failure of the broker, of the queue or of the connection.
+    #[tokio::test(start_paused = true)]
+    async fn a_failure_ends_packing_for_a_while_and_then_the_stream_is_opened_again() {
+        type Failure = fn(&Broker);
+        let failures: [(&str, Failure); 6] = [
+            ("no queue takes it", |it| it.answers(Ok(Published::Unroutable))),
+            ("the queue refuses it", |it| it.answers(Ok(Published::Refused))),
+            ("it is not confirmed", |it| it.answers(Ok(Published::Unconfirmed(ANSWER_MAX)))),
+            ("the channel is lost", |it| {
+                it.answers(Err(LaneLost::Silent {
+                    what: "packs".into(),
+                    silent_for: ANSWER_MAX,
+                    source: AskError::Silent { limit: ANSWER_MAX },
+                }));
+            }),
+            ("the consumer is cancelled", |it| {
+                it.delivers(Err(Closed::Cancelled { queue: "packs".to_owned() }));
+            }),
+            ("the broker forgets the consumer", |it| {
+                it.delivers(Err(Closed::Unknown { queue: "packs".to_owned() }));
+            }),
+        ];
+        for (what, failure) in failures {
+            let (mut unpacked, mut from) = (Unpacked::default(), 0);
+            let broker = Broker::default();
+            let mut packer = open(&broker).await;
+            read(&mut unpacked, &mut from);
+            packer.flush(&mut unpacked);
+            assert_eq!(broker.seen(), (1, 0, 1), "{what}");
+            failure(&broker);
+            assert!(events(&mut packer).is_empty(), "{what}");
+            assert_eq!(broker.seen(), (1, 1, 1), "{what}");
+
+            advance(REST - Duration::from_millis(10)).await;
+            read(&mut unpacked, &mut from);
+            packer.flush(&mut unpacked);
+            assert!(events(&mut packer).is_empty(), "{what}");
+            assert_eq!(broker.seen(), (1, 1, 1), "{what}: it rests");
+
+            broker.state().answered = 1;
+            advance(Duration::from_millis(10)).await;
+            assert!(events(&mut packer).is_empty(), "{what}");
+            advance(LAST_WITHIN).await;
+            assert!(matches!(*events(&mut packer), [PackEvent::NoneYet]), "{what}");
+            packer.flush(&mut unpacked);
+            assert_eq!(broker.seen(), (2, 1, 2), "{what}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_that_can_not_be_opened_is_tried_again_after_a_while() {
+        let broker = Broker::default();
+        broker.state().is_down = true;
+        let mut packer = broker.packer();
+        assert!(events(&mut packer).is_empty());
+        broker.state().is_down = false;
+        advance(REST - Duration::from_millis(10)).await;
+        assert!(events(&mut packer).is_empty());
+        assert_eq!(broker.seen(), (0, 0, 0));
+        advance(Duration::from_millis(10)).await;
+        assert!(events(&mut packer).is_empty());
+        assert_eq!(broker.seen(), (1, 0, 0));
+    }
+
+    /// RabbitMQ 3.10 doesn't end the consumers of a stream that is deleted and declared again.
+    #[tokio::test(start_paused = true)]
+    async fn packs_that_are_confirmed_and_not_read_back_end_the_consumer() {
+        let (mut unpacked, mut from) = (Unpacked::default(), 0);
+        let broker = Broker::default();
+        let mut packer = open(&broker).await;
+        let mut write = |packer: &mut Packer<Broker>| {
+            read(&mut unpacked, &mut from);
+            packer.flush(&mut unpacked);
+            broker.answers(Ok(Published::Confirmed));
+            events(packer)
+        };
+        for _ in 0..UNSEEN_MAX {
+            assert!(write(&mut packer).is_empty());
+        }
+        // One is read back, and so all before it arrived as well.
+        broker.delivers(Ok(Ok(pack(7))));
+        assert!(matches!(*events(&mut packer), [PackEvent::Packed(_)]));
+        for _ in 0..UNSEEN_MAX {
+            assert!(write(&mut packer).is_empty());
+            assert_eq!(broker.state().closed, 0);
+        }
+        assert!(write(&mut packer).is_empty());
+        assert_eq!(broker.state().closed, 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_no_pack_says_nothing_and_is_not_waited_for_longer() {
+        let broker = Broker::default();
+        let mut packer = broker.packer();
+        for no_pack in [NoPack::Marker, NoPack::Foreign, NoPack::Unreadable("it is odd".to_owned())]
+        {
+            broker.delivers(Ok(Err(no_pack)));
+        }
+        assert!(events(&mut packer).is_empty());
+        assert!(broker.state().messages.is_empty());
+        advance(LAST_WITHIN).await;
+        assert!(matches!(*events(&mut packer), [PackEvent::NoneYet]));
+        assert!(events(&mut packer).is_empty(), "it is said once");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_worker_that_can_not_tell_its_own_packs_opens_nothing() {
+        let mut packer = Packer::<Broker>::of(None);
+        advance(REST).await;
+        assert!(events(&mut packer).is_empty());
+        packer.flush(&mut Unpacked::default());
+    }
+}

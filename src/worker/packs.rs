@@ -508,11 +508,17 @@ mod tests {
     use std::collections::VecDeque;
 
     use futures_util::FutureExt as _;
-    use lapin::types::ShortString;
+    use lapin::{BasicProperties, message::Delivery, types::ShortString};
     use proptest::prelude::{Just, Strategy, any, prop, prop_oneof, proptest};
 
-    use super::{Copied, MESSAGES_MAX, Messages, NoPack, Pack, Packs, ReadIn, Reading, digest_of};
-    use crate::worker::journal::{ReadError, Record};
+    use super::{
+        Copied, Kind, MESSAGES_MAX, Messages, NoPack, Pack, PackReader, Packs, ReadIn, Reading,
+        WrittenMessage, digest_of,
+    };
+    use crate::{
+        wire::message::{BODY_MAX, Items},
+        worker::journal::{ReadError, Record},
+    };
 
     /// A journal of which the offsets are places.
     struct Log {
@@ -675,6 +681,174 @@ mod tests {
         let mut last = message(0, 0);
         last.offset = u64::MAX;
         assert_eq!(refused(vec![last.clone(), last]), "its offsets are not consecutive");
+    }
+
+    #[test]
+    fn a_pack_knows_what_stands_at_each_of_its_offsets_and_nothing_else() {
+        let journal = journal(20);
+        let pack = pack(&journal, 5, 10);
+        assert_eq!((pack.begins(), pack.ends()), (5, 15));
+        for copied in &journal {
+            let offset = copied.offset;
+            let expected = (5..15).contains(&offset).then(|| digest_of(copied));
+            assert_eq!(pack.digest_at(offset), expected, "{offset}");
+        }
+        assert_eq!(pack.digest_at(u64::MAX), None);
+        assert_eq!(pack.last(), Some((14, digest_of(&journal[14]))));
+    }
+
+    /// All markers have the same body, and a body may be that of another message.
+    #[test]
+    fn a_message_is_told_from_others_by_its_body_and_by_its_id() {
+        let this = message(0, 1);
+        assert_ne!(digest_of(&this), digest_of(&message(1, 1)));
+        assert_ne!(digest_of(&this), digest_of(&Copied { message_id: None, ..this.clone() }));
+        let other_body = Copied { body: "[ ]".into(), ..this.clone() };
+        assert_ne!(digest_of(&this), digest_of(&other_body));
+        // In the journal it is told from others alike.
+        assert_eq!(Record::copied(this.clone()).digest, digest_of(&this));
+    }
+
+    const USER: &str = "workers";
+
+    fn properties() -> BasicProperties {
+        BasicProperties::default().with_user_id(USER.into()).with_type(Kind::Pack.as_type().into())
+    }
+
+    fn delivery(properties: BasicProperties, body: &[u8]) -> Delivery {
+        let mut delivery = Delivery::mock(1, "".into(), "packs".into(), false, body.to_vec());
+        delivery.properties = properties;
+        delivery
+    }
+
+    fn body(messages: &[Copied]) -> Vec<u8> {
+        let mut items = Items::new();
+        messages.iter().for_each(|copied| items.push(copied).unwrap());
+        items.into_body()
+    }
+
+    fn reader() -> PackReader {
+        PackReader { user: USER.into(), marker: Some("p1".into()), has_warned: false }
+    }
+
+    #[test]
+    fn a_pack_of_this_workers_user_is_read() {
+        let journal = journal(3);
+        let delivery = delivery(properties(), &body(&journal));
+        let expected = WrittenMessage::Pack(Pack::of(journal).unwrap());
+        assert_eq!(reader().read(&delivery), expected);
+    }
+
+    #[test]
+    fn a_pack_that_the_broker_does_not_ascribe_to_this_workers_user_is_skipped() {
+        let good = body(&journal(3));
+        let nobodys = || BasicProperties::default().with_type(Kind::Pack.as_type().into());
+        for user in [None, Some("guest"), Some(""), Some("Workers"), Some("workers2")] {
+            let properties = match user {
+                None => nobodys(),
+                Some(user) => nobodys().with_user_id(user.into()),
+            };
+            let delivery = delivery(properties, &good);
+            assert_eq!(Pack::read(&delivery, &USER.into()), Err(NoPack::Foreign), "{user:?}");
+            assert_eq!(reader().read(&delivery), WrittenMessage::Skipped, "{user:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_pack_is_refused_with_the_reason() {
+        let good = journal(4);
+        let refused = |properties, body: &[u8]| {
+            let delivery = delivery(properties, body);
+            let mut reader = reader();
+            assert_eq!(reader.read(&delivery), WrittenMessage::Skipped);
+            assert!(reader.has_warned);
+            Pack::read(&delivery, &USER.into()).unwrap_err().to_string()
+        };
+        let untyped = BasicProperties::default().with_user_id(USER.into());
+        let decision = untyped.clone().with_type(Kind::Decision.as_type().into());
+        for properties in [untyped, decision] {
+            let reason = "its type is not that of a pack";
+            assert_eq!(refused(properties, &body(&good)), reason);
+        }
+        let jump = [good[0].clone(), good[2].clone()];
+        let backwards = [good[1].clone(), good[0].clone()];
+        let twice = [good[1].clone(), good[1].clone()];
+        for messages in [jump, backwards, twice] {
+            let reason = "its offsets are not consecutive";
+            assert_eq!(refused(properties(), &body(&messages)), reason);
+        }
+        let one_bad =
+            String::from_utf8(body(&good)).unwrap().replace("\"offset\":2", "\"offset\":-2");
+        assert!(one_bad.contains("-2"));
+        for (body, reason) in [
+            (&b"\xff"[..], "UTF-8"),
+            (b"", "JSON"),
+            (b"[", "JSON"),
+            (b"{}", "array"),
+            (one_bad.as_bytes(), "$[2].offset is -2"),
+            (&vec![b' '; BODY_MAX + 1], "bytes"),
+        ] {
+            let refused = refused(properties(), body);
+            assert!(refused.contains(reason), "{refused}");
+        }
+    }
+
+    #[test]
+    fn an_empty_message_of_another_reader_is_skipped_and_the_own_one_is_the_end() {
+        let mut reader = reader();
+        let marker = |id: &str| delivery(properties().with_message_id(id.into()), b"[]");
+        assert_eq!(reader.read(&delivery(properties(), b"[]")), WrittenMessage::Skipped);
+        assert_eq!(reader.read(&marker("p2")), WrittenMessage::Skipped);
+        assert_eq!(reader.read(&marker("p1")), WrittenMessage::End);
+        assert!(!reader.has_warned, "markers are no pack, and no mistake");
+    }
+
+    /// A journal of which the broker delivers so many more messages, and then nothing.
+    struct FallsSilent {
+        log: Log,
+        left: usize,
+    }
+
+    impl Messages for FallsSilent {
+        async fn next(&mut self) -> Result<Record, ReadError> {
+            self.left = self.left.checked_sub(1).ok_or(ReadError::Silent)?;
+            self.log.next().await
+        }
+
+        async fn go_to(&mut self, first: u64, last: u64) -> Result<bool, ReadError> {
+            self.log.go_to(first, last).await
+        }
+    }
+
+    #[test]
+    fn a_journal_that_falls_silent_anywhere_ends_the_reading_with_an_error() {
+        let journal = journal(60);
+        // Two runs, with a gap before, between and after them.
+        let packs = [(5, 6), (10, 6), (20, 6), (25, 6)];
+        let packs = packs.map(|(first, len)| pack(&journal, first, len));
+        let marker = ShortString::from("0-59");
+        // A gap and the last pack of a run, twice; and the rest.
+        let needed = 5 + 6 + (20 - 15) + 6 + (59 - 30);
+        for left in 0..=needed {
+            let mut messages = Vec::new();
+            let mut reading = Reading {
+                messages: FallsSilent { log: Log { journal: journal.clone(), at: 1 }, left },
+                read: |record: Record, _| messages.push((record.offset, record.digest)),
+                marker: &marker,
+                is_at_end: false,
+                next: 0,
+                last_digest: 0,
+                is_ahead: false,
+            };
+            reading.take(Record::copied(journal[0].clone()), ReadIn::Journal);
+            let mut packs = Written(packs.clone().into());
+            let read = reading.read(Some(&mut packs)).now_or_never().unwrap();
+            match left < needed {
+                true => assert!(matches!(read, Err(ReadError::Silent)), "{left}: {read:?}"),
+                false => assert!(matches!(read, Ok(true)), "{left}: {read:?}"),
+            }
+            assert_eq!(messages, told_by_journal(&journal, 0)[..messages.len()]);
+        }
     }
 
     const LEN: usize = 50;
