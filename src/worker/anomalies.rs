@@ -10,8 +10,7 @@ use crate::{
         message::{Parked, ParkedCause},
     },
     transport::amqp::names::Names,
-    worker::Tally,
-    worker::searches::Searches,
+    worker::{Tally, packs::PacksUnusable, searches::Searches},
 };
 
 /// How many undecidable inquiries are known to have been logged.
@@ -53,6 +52,27 @@ pub(super) fn tell_parked(parked: &Parked, names: &Names) {
             "transaction parked: the journal doesn't reach back to where it began, so its outcome \
              can't be told, and a person has to see to it; its request is in `{}`",
             names.unresolved()
+        ),
+    }
+}
+
+/// Says why this worker starts more slowly than it could, and what an operator can do.
+pub(super) fn tell_packs_unusable(why: &PacksUnusable, names: &Names) {
+    let queue = names.packed_journal();
+    match why {
+        PacksUnusable::Missing => tracing::info!(
+            "there is no queue `{queue}`, by which workers start sooner: run `dtc topology apply`"
+        ),
+        PacksUnusable::OtherUser(reason) => tracing::warn!(
+            reason,
+            "this worker can't use `{queue}`, by which workers start sooner: the broker knows its \
+             user by another name than `broker.url` has, as with OAuth 2 tokens; put the name that \
+             the broker says into `broker.url`"
+        ),
+        PacksUnusable::NotPermitted(reason) => tracing::warn!(
+            reason,
+            "this worker can't use `{queue}`, by which workers start sooner: permit its user to read \
+             it, and to write to the default exchange"
         ),
     }
 }

@@ -197,6 +197,7 @@ pub(crate) async fn run_in_span(
         tries: Tries::default(),
         undecidable: Undecidable::default(),
         unpacked: Unpacked::default(),
+        packs_unusable: None,
         tally,
     };
     let mut supervisor = Supervisor::default();

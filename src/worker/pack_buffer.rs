@@ -7,12 +7,11 @@
 use std::{collections::VecDeque, sync::Arc};
 
 use crate::{
-    transport::amqp::names::Names,
     unique,
     wire::message::{BODY_MAX, Copied, Items},
     worker::{
         journal::Record,
-        packs::{MESSAGES_MAX, Pack, PackEvent, digest_of},
+        packs::{MESSAGES_MAX, Pack, digest_of},
     },
 };
 
@@ -35,19 +34,11 @@ pub(super) struct Unpacked {
     due: usize,
     /// The last message of the pack that was read last: its offset and digest.
     packed: Option<(u64, u64)>,
-    /// That there is no stream of packs was said.
-    has_told: bool,
 }
 
 impl Default for Unpacked {
     fn default() -> Self {
-        Self {
-            messages: VecDeque::new(),
-            weight: 0,
-            due: next_due(),
-            packed: None,
-            has_told: false,
-        }
+        Self { messages: VecDeque::new(), weight: 0, due: next_due(), packed: None }
     }
 }
 
@@ -74,7 +65,7 @@ fn copy_of(record: &Record) -> Option<Copied> {
 impl Unpacked {
     /// The journal is read anew, from wherever.
     pub(super) fn begin_anew(&mut self) {
-        *self = Self { has_told: self.has_told, ..Self::default() };
+        *self = Self::default();
     }
 
     /// A message of the journal was read.
@@ -100,7 +91,7 @@ impl Unpacked {
     }
 
     /// A pack was read.
-    fn packed(&mut self, pack: &Pack) {
+    pub(super) fn packed(&mut self, pack: &Pack) {
         self.packed = pack.last();
     }
 
@@ -131,17 +122,6 @@ impl Unpacked {
         // The next one begins with its last message.
         self.forget(count.saturating_sub(1).max(1));
         (count >= MESSAGES_MIN).then(|| items.into_body())
-    }
-
-    pub(super) fn heard(&mut self, heard: &PackEvent, names: &Names) {
-        match heard {
-            PackEvent::Packed(pack) => self.packed(pack),
-            PackEvent::Missing if !std::mem::replace(&mut self.has_told, true) => tracing::info!(
-                "there is no queue `{}`, by which workers start sooner: run `dtc topology apply`",
-                names.packed_journal()
-            ),
-            PackEvent::NoneYet | PackEvent::Missing => {}
-        }
     }
 }
 

@@ -19,12 +19,11 @@ use crate::{
     transport::amqp::{
         bounded::{AskError, STREAM_MAX},
         consumer::{Closed, Inbox},
-        error::is_not_found,
         publisher::{LaneLost, Published, Publisher},
     },
     worker::{
         pack_buffer::Unpacked,
-        packs::{NoPack, Pack, PackEvent, PackedJournal},
+        packs::{NoPack, Pack, PackEvent, PackedJournal, PacksUnusable},
     },
 };
 
@@ -134,27 +133,36 @@ struct Opened<S> {
     unseen: u32,
 }
 
+/// The stream is of no use any more; and why, if that is for an operator to change.
+struct Ended(Option<PacksUnusable>);
+
+impl Ended {
+    fn by(error: Option<&lapin::Error>) -> Self {
+        Self(error.and_then(PacksUnusable::of))
+    }
+}
+
 impl<S: PackStream> Opened<S> {
     fn new(stream: S) -> Self {
         Self { stream, last_until: Some(Box::pin(sleep(LAST_WITHIN))), unseen: 0 }
     }
 
-    /// Ready with what was read, or that it is of no use any more.
-    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<PackEvent>> {
+    /// Ready with what was read; or with an error, after which this is of no use.
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<PackEvent, Ended>> {
         while let Poll::Ready(answered) = self.stream.poll_written(cx) {
             match answered {
                 Ok(Published::Confirmed) if self.unseen < UNSEEN_MAX => self.unseen += 1,
                 Ok(Published::Confirmed) => {
                     tracing::debug!("packs are confirmed and don't come back");
-                    return Poll::Ready(None);
+                    return Poll::Ready(Err(Ended(None)));
                 }
                 Ok(fate) => {
                     tracing::debug!(?fate, "a pack of the journal was not taken");
-                    return Poll::Ready(None);
+                    return Poll::Ready(Err(Ended(None)));
                 }
                 Err(lost) => {
                     tracing::debug!(error = %Chain(&lost), "no packs can be written");
-                    return Poll::Ready(None);
+                    return Poll::Ready(Err(Ended::by(lost.broker())));
                 }
             }
         }
@@ -162,7 +170,7 @@ impl<S: PackStream> Opened<S> {
             match message {
                 Ok(Ok(pack)) => {
                     (self.last_until, self.unseen) = (None, 0);
-                    return Poll::Ready(Some(PackEvent::Packed(pack)));
+                    return Poll::Ready(Ok(PackEvent::Packed(pack)));
                 }
                 Ok(Err(NoPack::Marker | NoPack::Foreign)) => {}
                 Ok(Err(NoPack::Unreadable(reason))) => {
@@ -170,13 +178,13 @@ impl<S: PackStream> Opened<S> {
                 }
                 Err(closed) => {
                     tracing::debug!(error = %Chain(&closed), "packs are not followed any more");
-                    return Poll::Ready(None);
+                    return Poll::Ready(Err(Ended::by(closed.broker())));
                 }
             }
         }
         if self.last_until.as_mut().is_some_and(|until| until.as_mut().poll(cx).is_ready()) {
             self.last_until = None;
-            return Poll::Ready(Some(PackEvent::NoneYet));
+            return Poll::Ready(Ok(PackEvent::NoneYet));
         }
         Poll::Pending
     }
@@ -224,20 +232,24 @@ impl<S: PackStream> Packer<S> {
                         Err(error) => {
                             self.state = resting();
                             tracing::debug!(error = %Chain(&error), "nothing is packed for now");
-                            if error.broker().is_some_and(is_not_found) {
-                                return Poll::Ready(PackEvent::Missing);
+                            if let Some(why) = error.broker().and_then(PacksUnusable::of) {
+                                return Poll::Ready(PackEvent::Unusable(why));
                             }
                         }
                     }
                 }
                 PackerState::Open(opened) => {
                     let Poll::Ready(event) = opened.poll_next(cx) else { return Poll::Pending };
-                    if let Some(event) = event {
-                        return Poll::Ready(event);
-                    }
+                    let Ended(why) = match event {
+                        Ok(event) => return Poll::Ready(event),
+                        Err(ended) => ended,
+                    };
                     if let PackerState::Open(opened) = std::mem::replace(&mut self.state, resting())
                     {
                         opened.stream.close();
+                    }
+                    if let Some(why) = why {
+                        return Poll::Ready(PackEvent::Unusable(why));
                     }
                 }
             }
@@ -265,11 +277,15 @@ mod tests {
         time::Duration,
     };
 
+    use lapin::{
+        ErrorKind,
+        protocol::{AMQPError, AMQPErrorKind, AMQPHardError, AMQPSoftError},
+    };
     use tokio::time::advance;
 
     use super::{
-        AskError, Closed, LAST_WITHIN, LaneLost, Pack, PackEvent, PackStream, Packer, Published,
-        REST, UNSEEN_MAX,
+        AskError, Closed, LAST_WITHIN, LaneLost, Pack, PackEvent, PackStream, Packer,
+        PacksUnusable, Published, REST, UNSEEN_MAX,
     };
     use crate::{
         transport::amqp::bounded::ANSWER_MAX,
@@ -290,8 +306,8 @@ mod tests {
         /// How often the stream was opened, and closed.
         opened: usize,
         closed: usize,
-        /// Whether it can't be opened.
-        is_down: bool,
+        /// Why it can't be opened.
+        refuses: Option<AskError>,
         /// How many packs were written, and how many of them have an answer.
         written: usize,
         answered: usize,
@@ -309,8 +325,8 @@ mod tests {
             Packer::of(Some(Box::new(move || {
                 let broker = broker.clone();
                 Box::pin(async move {
-                    if broker.state().is_down {
-                        return Err(AskError::Silent { limit: ANSWER_MAX });
+                    if let Some(error) = broker.state().refuses.clone() {
+                        return Err(error);
                     }
                     broker.state().opened += 1;
                     Ok(broker)
@@ -482,10 +498,10 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_stream_that_can_not_be_opened_is_tried_again_after_a_while() {
         let broker = Broker::default();
-        broker.state().is_down = true;
+        broker.state().refuses = Some(AskError::Silent { limit: ANSWER_MAX });
         let mut packer = broker.packer();
         assert!(events(&mut packer).is_empty());
-        broker.state().is_down = false;
+        broker.state().refuses = None;
         advance(REST - Duration::from_millis(10)).await;
         assert!(events(&mut packer).is_empty());
         assert_eq!(broker.seen(), (0, 0, 0));
@@ -533,6 +549,52 @@ mod tests {
         advance(LAST_WITHIN).await;
         assert!(matches!(*events(&mut packer), [PackEvent::NoneYet]));
         assert!(events(&mut packer).is_empty(), "it is said once");
+    }
+
+    fn error(kind: AMQPErrorKind, words: &str) -> lapin::Error {
+        ErrorKind::ProtocolError(AMQPError::new(kind, words.into())).into()
+    }
+
+    /// What only an operator can change, whenever it shows.
+    #[tokio::test(start_paused = true)]
+    async fn a_broker_that_refuses_packs_for_good_is_told_of_with_its_own_words() {
+        use PacksUnusable::{Missing, NotPermitted, OtherUser};
+        let soft = |kind, words: &str| error(AMQPErrorKind::Soft(kind), words);
+        let user = "user_id property set to 'x' but authenticated user was 'y'";
+        let other_user = format!("PRECONDITION_FAILED - {user}");
+        let refused = "ACCESS_REFUSED - access to queue 'packs' in vhost '/' refused";
+        let missing = "NOT_FOUND - no queue 'packs' in vhost '/'";
+        for (error, why) in [
+            (
+                soft(AMQPSoftError::PRECONDITIONFAILED, &other_user),
+                Some(OtherUser(other_user.clone())),
+            ),
+            (soft(AMQPSoftError::PRECONDITIONFAILED, "PRECONDITION_FAILED - no"), None),
+            (soft(AMQPSoftError::ACCESSREFUSED, refused), Some(NotPermitted(refused.to_owned()))),
+            (soft(AMQPSoftError::NOTFOUND, missing), Some(Missing)),
+            (error(AMQPErrorKind::Hard(AMQPHardError::INTERNALERROR), "INTERNAL_ERROR"), None),
+        ] {
+            let told = |packer: &mut Packer<Broker>| match events(packer).pop() {
+                Some(PackEvent::Unusable(why)) => Some(why),
+                Some(other) => panic!("{other:?}"),
+                None => None,
+            };
+            let broker = Broker::default();
+            broker.state().refuses = Some(AskError::Broker(error.clone()));
+            assert_eq!(told(&mut broker.packer()), why, "while it is opened");
+
+            let broker = Broker::default();
+            let mut packer = open(&broker).await;
+            broker.answers(Err(LaneLost::Channel { what: "packs".into(), source: error.clone() }));
+            assert_eq!(told(&mut packer), why, "when a pack is written");
+            assert_eq!(broker.seen(), (1, 1, 0));
+
+            let broker = Broker::default();
+            let mut packer = open(&broker).await;
+            broker.delivers(Err(Closed::Lost { queue: "packs".to_owned(), source: error }));
+            assert_eq!(told(&mut packer), why, "while packs are read");
+            assert_eq!(broker.seen(), (1, 1, 0));
+        }
     }
 
     #[tokio::test(start_paused = true)]

@@ -49,6 +49,7 @@ use crate::{
         bounded::{ANSWER_MAX, AskError, answer},
         connection::{Broker, BrokerConnection, PublishChannel},
         consumer::Inbox,
+        error::{is_not_found, is_precondition_failed, is_refusal, said},
         link::Link,
         names::Names,
         publisher::{Outgoing, Published, publish_within},
@@ -90,8 +91,35 @@ pub(super) enum PackEvent {
     Packed(Pack),
     /// No pack of others has come for a moment: this worker may write one.
     NoneYet,
-    /// It is not there.
+    /// This worker can't read or write packs until an operator has changed something.
+    Unusable(PacksUnusable),
+}
+
+/// Why a worker can't read or write packs.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) enum PacksUnusable {
+    /// There is no such stream.
     Missing,
+    /// The broker knows the worker's user by another name than the URL has: in its words.
+    OtherUser(String),
+    /// The broker refuses it: in its words.
+    NotPermitted(String),
+}
+
+impl PacksUnusable {
+    /// The cause of `error`, if an operator must do something about it.
+    pub(super) fn of(error: &lapin::Error) -> Option<Self> {
+        if is_not_found(error) {
+            Some(Self::Missing)
+        } else if is_refusal(error) {
+            Some(Self::NotPermitted(said(error)))
+        } else if is_precondition_failed(error) && said(error).contains("user_id") {
+            // `user_id property set to 'x' but authenticated user was 'y'`
+            Some(Self::OtherUser(said(error)))
+        } else {
+            None
+        }
+    }
 }
 
 /// The stream of packs.

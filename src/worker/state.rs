@@ -7,7 +7,7 @@ use crate::{
     protocol::coordinator::Coordinator,
     worker::{
         Tally, anomalies::Undecidable, clocks::Clocks, namesakes::Namesakes, pack_buffer::Unpacked,
-        suspects::Tries,
+        packs::PacksUnusable, suspects::Tries,
     },
 };
 
@@ -29,6 +29,8 @@ pub(super) struct WorkerState {
     pub(super) undecidable: Undecidable,
     /// What was read of the journal and is in no pack.
     pub(super) unpacked: Unpacked,
+    /// Why packs can't be used, if that was logged.
+    pub(super) packs_unusable: Option<PacksUnusable>,
     pub(super) tally: Tally,
 }
 

@@ -39,7 +39,7 @@ use crate::{
     wire::message::Settled,
     worker::{
         Settings,
-        anomalies::{report, tell_parked},
+        anomalies::{report, tell_packs_unusable, tell_parked},
         appender::Appender,
         clocks::Standing,
         follower::{FollowError, Follower, Read, read_event},
@@ -325,7 +325,7 @@ impl<'a> Session<'a> {
                 Some(comparing) => comparing.poll_unpin(cx).map(Input::ClocksCompared).map(Ok),
                 None => Poll::Pending,
             },
-            8 => self.packer.poll_next(cx).map(|heard| Ok(Input::Packs(heard))),
+            8 => self.packer.poll_next(cx).map(|event| Ok(Input::Packs(event))),
             _ => Poll::Pending,
         }
     }
@@ -383,7 +383,7 @@ impl<'a> Session<'a> {
             }
             Input::Request(delivery, message) => self.request_received(delivery, message),
             Input::ClocksCompared(standing) => self.clocks_compared(standing)?,
-            Input::Packs(heard) => self.state.unpacked.heard(&heard, &self.settings.names),
+            Input::Packs(event) => self.pack_event(event),
             Input::Link(change) => self.link_changed(change)?,
         }
         Ok(())
@@ -406,6 +406,19 @@ impl<'a> Session<'a> {
                 self.dispatch(Event::HistoryEnded { reaches });
             }
             Read::CutOff => tracing::warn!("the broker has ended the journal's consumer; resuming"),
+        }
+    }
+
+    fn pack_event(&mut self, event: PackEvent) {
+        match event {
+            PackEvent::Packed(pack) => self.state.unpacked.packed(&pack),
+            PackEvent::NoneYet => {}
+            PackEvent::Unusable(why) => {
+                if self.state.packs_unusable.as_ref() != Some(&why) {
+                    tell_packs_unusable(&why, &self.settings.names);
+                    self.state.packs_unusable = Some(why);
+                }
+            }
         }
     }
 
