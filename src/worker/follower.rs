@@ -182,7 +182,7 @@ impl Follower {
 
 /// What a record says to the coordinator; and that it is the last one read.
 pub(super) fn read_event(state: &mut WorkerState, record: Record) -> Event {
-    state.unpacked.read(&record);
+    state.pack_buffer.read(&record);
     let Record { offset, decisions, digest, tried, message_id, .. } = record;
     state.tries.read(tried, message_id.as_ref(), &decisions);
     let now = state.clock.read();
@@ -232,7 +232,7 @@ async fn read_journal(
             let progress = &mut *progress.lock().unwrap_or_else(PoisonError::into_inner);
             (progress.decisions, progress.packed) = (0, 0);
             progress.state.tries = Tries::default();
-            progress.state.unpacked.begin_anew();
+            progress.state.pack_buffer.clear();
             let event = Event::JournalAttached { next, since };
             progress.state.coordinator.handle(now, event, &mut Vec::new());
         },
@@ -242,7 +242,7 @@ async fn read_journal(
             let is_packed = read_in == ReadIn::Pack;
             progress.packed += if is_packed { record.decisions.len() } else { 0 };
             let state = &mut *progress.state;
-            state.unpacked.read(&record);
+            state.pack_buffer.read(&record);
             let Record { offset, decisions, digest, tried, message_id, .. } = record;
             state.tries.read(tried, message_id.as_ref(), &decisions);
             let now = state.clock.read();

@@ -51,7 +51,7 @@ use self::{
     anomalies::Undecidable,
     clocks::Clocks,
     namesakes::Namesakes,
-    pack_buffer::Unpacked,
+    pack_buffer::PackBuffer,
     session::{End, Session, SessionError, open_replies},
     state::WorkerState,
     suspects::Tries,
@@ -196,7 +196,7 @@ pub(crate) async fn run_in_span(
         begin_max: ANSWER_MAX,
         tries: Tries::default(),
         undecidable: Undecidable::default(),
-        unpacked: Unpacked::default(),
+        pack_buffer: PackBuffer::default(),
         packs_unusable: None,
         tally,
     };

@@ -26,7 +26,7 @@ const WEIGHT_MIN: usize = BODY_MAX / MESSAGES_MAX;
 
 /// What was read of the journal and is not packed, as far as is known: two packs of it at most.
 #[derive(Debug)]
-pub(super) struct Unpacked {
+pub(super) struct PackBuffer {
     /// Consecutive. The first one is the last of the pack before, if it was there to be seen.
     messages: VecDeque<Copied>,
     weight: usize,
@@ -36,7 +36,7 @@ pub(super) struct Unpacked {
     packed: Option<(u64, u64)>,
 }
 
-impl Default for Unpacked {
+impl Default for PackBuffer {
     fn default() -> Self {
         Self { messages: VecDeque::new(), weight: 0, due: next_due(), packed: None }
     }
@@ -62,9 +62,9 @@ fn copy_of(record: &Record) -> Option<Copied> {
     copied.is_of_the_wire().then_some(copied)
 }
 
-impl Unpacked {
+impl PackBuffer {
     /// The journal is read anew, from wherever.
-    pub(super) fn begin_anew(&mut self) {
+    pub(super) fn clear(&mut self) {
         *self = Self::default();
     }
 
@@ -127,7 +127,7 @@ impl Unpacked {
 
 #[cfg(test)]
 mod tests {
-    use super::{BODY_MAX, COPIED_MAX, MESSAGES_MAX, Unpacked, next_due};
+    use super::{BODY_MAX, COPIED_MAX, MESSAGES_MAX, PackBuffer, next_due};
     use crate::{
         protocol::{
             ids::{TransactionId, TransactionKey},
@@ -142,12 +142,12 @@ mod tests {
         Copied { offset, message_id, tried: None, body: "x".repeat(len).into() }
     }
 
-    fn reads(unpacked: &mut Unpacked, offsets: std::ops::Range<u64>, len: usize) {
-        offsets.for_each(|offset| unpacked.read(&Record::copied(message(offset, len))));
+    fn reads(buffer: &mut PackBuffer, offsets: std::ops::Range<u64>, len: usize) {
+        offsets.for_each(|offset| buffer.read(&Record::copied(message(offset, len))));
     }
 
-    fn packs(unpacked: &mut Unpacked) -> Option<Pack> {
-        let body = unpacked.pack()?;
+    fn packs(buffer: &mut PackBuffer) -> Option<Pack> {
+        let body = buffer.pack()?;
         assert!(body.len() <= BODY_MAX);
         let messages = decode::<Copied>(&body).unwrap().into_iter().map(Result::unwrap);
         Some(Pack::of(messages.collect()).unwrap())
@@ -162,16 +162,16 @@ mod tests {
 
     #[test]
     fn a_pack_begins_with_what_the_one_before_it_ends_with() {
-        let mut unpacked = Unpacked::default();
-        reads(&mut unpacked, 7..1000, 100);
-        assert_eq!(packs(&mut unpacked), None);
-        reads(&mut unpacked, 1000..DUE + 7, 100);
-        let first = packs(&mut unpacked).unwrap();
+        let mut buffer = PackBuffer::default();
+        reads(&mut buffer, 7..1000, 100);
+        assert_eq!(packs(&mut buffer), None);
+        reads(&mut buffer, 1000..DUE + 7, 100);
+        let first = packs(&mut buffer).unwrap();
         assert_eq!(first, of(7..7 + MESSAGES_MAX as u64));
-        assert_eq!(packs(&mut unpacked), None);
+        assert_eq!(packs(&mut buffer), None);
         let (last, _) = first.last().unwrap();
-        reads(&mut unpacked, DUE + 7..last + DUE, 100);
-        assert_eq!(packs(&mut unpacked), Some(of(last..last + MESSAGES_MAX as u64)));
+        reads(&mut buffer, DUE + 7..last + DUE, 100);
+        assert_eq!(packs(&mut buffer), Some(of(last..last + MESSAGES_MAX as u64)));
     }
 
     #[test]
@@ -184,33 +184,33 @@ mod tests {
 
     #[test]
     fn what_another_has_packed_is_not_packed_again_also_if_it_is_yet_to_be_read() {
-        let mut unpacked = Unpacked::default();
-        reads(&mut unpacked, 0..DUE, 100);
-        unpacked.packed(&of(0..1024));
-        assert_eq!(packs(&mut unpacked), None);
-        assert_eq!(unpacked.messages.front().unwrap().offset, 1023);
-        unpacked.packed(&of(1023..2047));
-        reads(&mut unpacked, DUE..2000, 100);
-        assert_eq!(packs(&mut unpacked), None);
-        assert_eq!(unpacked.messages.len(), 977);
-        reads(&mut unpacked, 2000..2047 + DUE, 100);
-        assert_eq!(packs(&mut unpacked), Some(of(2046..2046 + 1024)));
+        let mut buffer = PackBuffer::default();
+        reads(&mut buffer, 0..DUE, 100);
+        buffer.packed(&of(0..1024));
+        assert_eq!(packs(&mut buffer), None);
+        assert_eq!(buffer.messages.front().unwrap().offset, 1023);
+        buffer.packed(&of(1023..2047));
+        reads(&mut buffer, DUE..2000, 100);
+        assert_eq!(packs(&mut buffer), None);
+        assert_eq!(buffer.messages.len(), 977);
+        reads(&mut buffer, 2000..2047 + DUE, 100);
+        assert_eq!(packs(&mut buffer), Some(of(2046..2046 + 1024)));
         // One of long ago, and one of another journal.
-        unpacked.packed(&of(0..1024));
-        reads(&mut unpacked, 2047 + DUE..4000, 100);
+        buffer.packed(&of(0..1024));
+        reads(&mut buffer, 2047 + DUE..4000, 100);
         let other = message(4000, 7);
-        unpacked.packed(&Pack::of(vec![Copied { offset: 3999, ..other }]).unwrap());
-        reads(&mut unpacked, 4000..3069 + DUE, 100);
-        assert_eq!(packs(&mut unpacked), Some(of(3069..3069 + 1024)));
+        buffer.packed(&Pack::of(vec![Copied { offset: 3999, ..other }]).unwrap());
+        reads(&mut buffer, 4000..3069 + DUE, 100);
+        assert_eq!(packs(&mut buffer), Some(of(3069..3069 + 1024)));
     }
 
     #[test]
     fn what_is_too_large_or_does_not_follow_or_is_not_of_a_worker_begins_anew() {
         let other = |copied| {
-            let mut unpacked = Unpacked::default();
-            reads(&mut unpacked, 0..10, 100);
-            unpacked.read(&Record::copied(copied));
-            unpacked.messages.len()
+            let mut buffer = PackBuffer::default();
+            reads(&mut buffer, 0..10, 100);
+            buffer.read(&Record::copied(copied));
+            buffer.messages.len()
         };
         assert_eq!(other(message(10, COPIED_MAX)), 11);
         assert_eq!(other(message(10, COPIED_MAX + 1)), 0);
@@ -222,27 +222,27 @@ mod tests {
         };
         let tried = |millis| Copied { tried: Some((key(millis), true)), ..message(10, 2) };
         assert_eq!((other(tried(7000)), other(tried(7001))), (11, 0));
-        let mut unpacked = Unpacked::default();
-        reads(&mut unpacked, 0..10, 100);
-        unpacked.read(&Record { body: None, ..Record::copied(message(10, 100)) });
-        assert_eq!((unpacked.messages.len(), unpacked.weight), (0, 0));
+        let mut buffer = PackBuffer::default();
+        reads(&mut buffer, 0..10, 100);
+        buffer.read(&Record { body: None, ..Record::copied(message(10, 100)) });
+        assert_eq!((buffer.messages.len(), buffer.weight), (0, 0));
     }
 
     #[test]
     fn what_nobody_packs_is_forgotten() {
-        let mut unpacked = Unpacked::default();
-        reads(&mut unpacked, 0..10_000, 100);
-        assert_eq!(unpacked.messages.len(), 2 * MESSAGES_MAX);
-        reads(&mut unpacked, 10_000..11_000, COPIED_MAX);
-        assert!(unpacked.weight <= 2 * BODY_MAX);
+        let mut buffer = PackBuffer::default();
+        reads(&mut buffer, 0..10_000, 100);
+        assert_eq!(buffer.messages.len(), 2 * MESSAGES_MAX);
+        reads(&mut buffer, 10_000..11_000, COPIED_MAX);
+        assert!(buffer.weight <= 2 * BODY_MAX);
     }
 
     #[test]
     fn few_large_messages_are_not_worth_a_pack() {
-        let mut unpacked = Unpacked::default();
-        reads(&mut unpacked, 0..60, COPIED_MAX);
-        assert_eq!(packs(&mut unpacked), None);
-        let left = unpacked.messages.front().unwrap().offset;
+        let mut buffer = PackBuffer::default();
+        reads(&mut buffer, 0..60, COPIED_MAX);
+        assert_eq!(packs(&mut buffer), None);
+        let left = buffer.messages.front().unwrap().offset;
         assert!((20..40).contains(&left), "{left}");
     }
 }

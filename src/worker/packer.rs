@@ -22,7 +22,7 @@ use crate::{
         publisher::{LaneLost, Published, Publisher},
     },
     worker::{
-        pack_buffer::Unpacked,
+        pack_buffer::PackBuffer,
         packs::{NoPack, Pack, PackEvent, PackedJournal, PacksUnusable},
     },
 };
@@ -170,7 +170,7 @@ impl<S: PackStream> Opened<S> {
             match message {
                 Ok(Ok(pack)) => {
                     (self.last_until, self.unseen) = (None, 0);
-                    return Poll::Ready(Ok(PackEvent::Packed(pack)));
+                    return Poll::Ready(Ok(PackEvent::Written(pack)));
                 }
                 Ok(Err(NoPack::Marker | NoPack::Foreign)) => {}
                 Ok(Err(NoPack::Unreadable(reason))) => {
@@ -190,12 +190,12 @@ impl<S: PackStream> Opened<S> {
     }
 
     /// Writes a pack if one is due, and none is on its way.
-    fn flush(&mut self, unpacked: &mut Unpacked) {
+    fn flush(&mut self, buffer: &mut PackBuffer) {
         self.stream.flush();
         if self.stream.is_writing() || self.last_until.is_some() {
             return;
         }
-        if let Some(body) = unpacked.pack() {
+        if let Some(body) = buffer.pack() {
             self.stream.write(body);
         }
     }
@@ -257,9 +257,9 @@ impl<S: PackStream> Packer<S> {
     }
 
     /// Writes a pack if one is due, and none is on its way.
-    pub(super) fn flush(&mut self, unpacked: &mut Unpacked) {
+    pub(super) fn flush(&mut self, buffer: &mut PackBuffer) {
         if let PackerState::Open(opened) = &mut self.state {
-            opened.flush(unpacked);
+            opened.flush(buffer);
         }
     }
 }
@@ -292,7 +292,7 @@ mod tests {
         wire::message::{BODY_MAX, Copied},
         worker::{
             journal::Record,
-            pack_buffer::Unpacked,
+            pack_buffer::PackBuffer,
             packs::{MESSAGES_MAX, NoPack},
         },
     };
@@ -388,9 +388,9 @@ mod tests {
     }
 
     /// Reads enough of the journal for a pack to be due.
-    fn read(unpacked: &mut Unpacked, from: &mut u64) {
+    fn read(buffer: &mut PackBuffer, from: &mut u64) {
         let more = *from + MESSAGES_MAX as u64 * 3 / 2;
-        (*from..more).for_each(|offset| unpacked.read(&Record::copied(message(offset))));
+        (*from..more).for_each(|offset| buffer.read(&Record::copied(message(offset))));
         *from = more;
     }
 
@@ -415,34 +415,34 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_pack_is_written_once_it_is_known_how_far_others_have_come() {
-        let (mut unpacked, mut from) = (Unpacked::default(), 0);
-        read(&mut unpacked, &mut from);
+        let (mut buffer, mut from) = (PackBuffer::default(), 0);
+        read(&mut buffer, &mut from);
         let broker = Broker::default();
         let mut packer = broker.packer();
-        packer.flush(&mut unpacked);
+        packer.flush(&mut buffer);
         assert_eq!(broker.seen(), (0, 0, 0));
         assert!(events(&mut packer).is_empty());
-        packer.flush(&mut unpacked);
+        packer.flush(&mut buffer);
         assert_eq!(broker.seen(), (1, 0, 0), "the last pack of others may still come");
         broker.delivers(Ok(Ok(pack(7))));
-        assert!(matches!(*events(&mut packer), [PackEvent::Packed(_)]));
-        packer.flush(&mut unpacked);
+        assert!(matches!(*events(&mut packer), [PackEvent::Written(_)]));
+        packer.flush(&mut buffer);
         assert_eq!(broker.seen(), (1, 0, 1));
     }
 
     #[tokio::test(start_paused = true)]
     async fn the_next_pack_waits_until_the_one_before_it_is_confirmed() {
-        let (mut unpacked, mut from) = (Unpacked::default(), 0);
+        let (mut buffer, mut from) = (PackBuffer::default(), 0);
         let broker = Broker::default();
         let mut packer = open(&broker).await;
         for _ in 0..2 {
-            read(&mut unpacked, &mut from);
-            packer.flush(&mut unpacked);
+            read(&mut buffer, &mut from);
+            packer.flush(&mut buffer);
             assert_eq!(broker.seen(), (1, 0, 1));
         }
         broker.answers(Ok(Published::Confirmed));
         assert!(events(&mut packer).is_empty());
-        packer.flush(&mut unpacked);
+        packer.flush(&mut buffer);
         assert_eq!(broker.seen(), (1, 0, 2));
     }
 
@@ -469,19 +469,19 @@ mod tests {
             }),
         ];
         for (what, failure) in failures {
-            let (mut unpacked, mut from) = (Unpacked::default(), 0);
+            let (mut buffer, mut from) = (PackBuffer::default(), 0);
             let broker = Broker::default();
             let mut packer = open(&broker).await;
-            read(&mut unpacked, &mut from);
-            packer.flush(&mut unpacked);
+            read(&mut buffer, &mut from);
+            packer.flush(&mut buffer);
             assert_eq!(broker.seen(), (1, 0, 1), "{what}");
             failure(&broker);
             assert!(events(&mut packer).is_empty(), "{what}");
             assert_eq!(broker.seen(), (1, 1, 1), "{what}");
 
             advance(REST - Duration::from_millis(10)).await;
-            read(&mut unpacked, &mut from);
-            packer.flush(&mut unpacked);
+            read(&mut buffer, &mut from);
+            packer.flush(&mut buffer);
             assert!(events(&mut packer).is_empty(), "{what}");
             assert_eq!(broker.seen(), (1, 1, 1), "{what}: it rests");
 
@@ -490,7 +490,7 @@ mod tests {
             assert!(events(&mut packer).is_empty(), "{what}");
             advance(LAST_WITHIN).await;
             assert!(matches!(*events(&mut packer), [PackEvent::NoneYet]), "{what}");
-            packer.flush(&mut unpacked);
+            packer.flush(&mut buffer);
             assert_eq!(broker.seen(), (2, 1, 2), "{what}");
         }
     }
@@ -513,12 +513,12 @@ mod tests {
     /// RabbitMQ 3.10 doesn't end the consumers of a stream that is deleted and declared again.
     #[tokio::test(start_paused = true)]
     async fn packs_that_are_confirmed_and_not_read_back_end_the_consumer() {
-        let (mut unpacked, mut from) = (Unpacked::default(), 0);
+        let (mut buffer, mut from) = (PackBuffer::default(), 0);
         let broker = Broker::default();
         let mut packer = open(&broker).await;
         let mut write = |packer: &mut Packer<Broker>| {
-            read(&mut unpacked, &mut from);
-            packer.flush(&mut unpacked);
+            read(&mut buffer, &mut from);
+            packer.flush(&mut buffer);
             broker.answers(Ok(Published::Confirmed));
             events(packer)
         };
@@ -527,7 +527,7 @@ mod tests {
         }
         // One is read back, and so all before it arrived as well.
         broker.delivers(Ok(Ok(pack(7))));
-        assert!(matches!(*events(&mut packer), [PackEvent::Packed(_)]));
+        assert!(matches!(*events(&mut packer), [PackEvent::Written(_)]));
         for _ in 0..UNSEEN_MAX {
             assert!(write(&mut packer).is_empty());
             assert_eq!(broker.state().closed, 0);
@@ -602,6 +602,6 @@ mod tests {
         let mut packer = Packer::<Broker>::of(None);
         advance(REST).await;
         assert!(events(&mut packer).is_empty());
-        packer.flush(&mut Unpacked::default());
+        packer.flush(&mut PackBuffer::default());
     }
 }

@@ -88,7 +88,7 @@ pub(super) enum NoPack {
 /// Something of the stream of packs.
 #[derive(Debug)]
 pub(super) enum PackEvent {
-    Packed(Pack),
+    Written(Pack),
     /// No pack of others has come for a moment: this worker may write one.
     NoneYet,
     /// This worker can't read or write packs until an operator has changed something.
@@ -363,7 +363,7 @@ pub(super) enum ReadIn {
 }
 
 /// The reading of a window.
-struct Reading<'a, M, R> {
+struct WindowReader<'a, M, R> {
     messages: M,
     read: R,
     /// The id of a message that was at the journal's end.
@@ -376,7 +376,7 @@ struct Reading<'a, M, R> {
     is_ahead: bool,
 }
 
-impl<M: Messages, R: FnMut(Record, ReadIn)> Reading<'_, M, R> {
+impl<M: Messages, R: FnMut(Record, ReadIn)> WindowReader<'_, M, R> {
     fn take(&mut self, record: Record, read_in: ReadIn) {
         self.is_at_end |= record.is_marker(self.marker);
         (self.next, self.last_digest) = (record.offset + 1, record.digest);
@@ -504,7 +504,7 @@ pub(super) async fn attach(
             tracing::debug!(error = %Chain(&error), "no packs are read");
             None
         });
-        let mut reading = Reading {
+        let mut reader = WindowReader {
             messages: JournalStream { journal, tail },
             read: &mut read,
             marker: &marker,
@@ -514,19 +514,19 @@ pub(super) async fn attach(
             is_ahead: false,
         };
         begin(first.offset, reaches);
-        reading.take(first, ReadIn::Journal);
-        let read = reading.read(packs.as_mut()).await;
+        reader.take(first, ReadIn::Journal);
+        let read = reader.read(packs.as_mut()).await;
         if let Some(packs) = packs {
             tokio::spawn(packs.inbox.close());
         }
         if read? {
-            return Ok(reading.messages.tail);
+            return Ok(reader.messages.tail);
         }
         tracing::warn!(
             "the packs of the journal do not agree with it, as where it has lost its end or was made \
              anew; they are ignored, and it is read itself"
         );
-        reading.messages.tail.close().await;
+        reader.messages.tail.close().await;
         packed = None;
     }
 }
@@ -540,8 +540,8 @@ mod tests {
     use proptest::prelude::{Just, Strategy, any, prop, prop_oneof, proptest};
 
     use super::{
-        Copied, Kind, MESSAGES_MAX, Messages, NoPack, Pack, PackReader, Packs, ReadIn, Reading,
-        WrittenMessage, digest_of,
+        Copied, Kind, MESSAGES_MAX, Messages, NoPack, Pack, PackReader, Packs, ReadIn,
+        WindowReader, WrittenMessage, digest_of,
     };
     use crate::{
         wire::message::{BODY_MAX, Items},
@@ -607,7 +607,7 @@ mod tests {
         let marker = ShortString::from(&**journal[end].message_id.as_ref().unwrap());
         let mut log = Log { journal: journal.to_vec(), at: first };
         let begun = log.next().now_or_never().unwrap().unwrap();
-        let mut reading = Reading {
+        let mut reader = WindowReader {
             messages: log,
             read: |record: Record, read_in| {
                 messages.push((record.offset, record.digest));
@@ -619,9 +619,9 @@ mod tests {
             last_digest: begun.digest,
             is_ahead: false,
         };
-        reading.take(begun, ReadIn::Journal);
+        reader.take(begun, ReadIn::Journal);
         let mut packs = Written(packs.into());
-        let is_right = reading.read(Some(&mut packs)).now_or_never().unwrap().unwrap();
+        let is_right = reader.read(Some(&mut packs)).now_or_never().unwrap().unwrap();
         Told { is_right, messages, n_packed }
     }
 
@@ -859,7 +859,7 @@ mod tests {
         let needed = 5 + 6 + (20 - 15) + 6 + (59 - 30);
         for left in 0..=needed {
             let mut messages = Vec::new();
-            let mut reading = Reading {
+            let mut reader = WindowReader {
                 messages: FallsSilent { log: Log { journal: journal.clone(), at: 1 }, left },
                 read: |record: Record, _| messages.push((record.offset, record.digest)),
                 marker: &marker,
@@ -868,9 +868,9 @@ mod tests {
                 last_digest: 0,
                 is_ahead: false,
             };
-            reading.take(Record::copied(journal[0].clone()), ReadIn::Journal);
+            reader.take(Record::copied(journal[0].clone()), ReadIn::Journal);
             let mut packs = Written(packs.clone().into());
-            let read = reading.read(Some(&mut packs)).now_or_never().unwrap();
+            let read = reader.read(Some(&mut packs)).now_or_never().unwrap();
             match left < needed {
                 true => assert!(matches!(read, Err(ReadError::Silent)), "{left}: {read:?}"),
                 false => assert!(matches!(read, Ok(true)), "{left}: {read:?}"),

@@ -6,8 +6,8 @@ use crate::{
     clock::Clock,
     protocol::coordinator::Coordinator,
     worker::{
-        Tally, anomalies::Undecidable, clocks::Clocks, namesakes::Namesakes, pack_buffer::Unpacked,
-        packs::PacksUnusable, suspects::Tries,
+        Tally, anomalies::Undecidable, clocks::Clocks, namesakes::Namesakes,
+        pack_buffer::PackBuffer, packs::PacksUnusable, suspects::Tries,
     },
 };
 
@@ -28,7 +28,7 @@ pub(super) struct WorkerState {
     /// Which inquiries were said to be undecidable.
     pub(super) undecidable: Undecidable,
     /// What was read of the journal and is in no pack.
-    pub(super) unpacked: Unpacked,
+    pub(super) pack_buffer: PackBuffer,
     /// Why packs can't be used, if that was logged.
     pub(super) packs_unusable: Option<PacksUnusable>,
     pub(super) tally: Tally,

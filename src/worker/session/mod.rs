@@ -411,7 +411,7 @@ impl<'a> Session<'a> {
 
     fn pack_event(&mut self, event: PackEvent) {
         match event {
-            PackEvent::Packed(pack) => self.state.unpacked.packed(&pack),
+            PackEvent::Written(pack) => self.state.pack_buffer.packed(&pack),
             PackEvent::NoneYet => {}
             PackEvent::Unusable(why) => {
                 if self.state.packs_unusable.as_ref() != Some(&why) {
@@ -653,7 +653,7 @@ impl<'a> Session<'a> {
         self.outbox.flush(now);
         self.follower.flush();
         if !self.watch.is_blocked() {
-            self.packer.flush(&mut self.state.unpacked);
+            self.packer.flush(&mut self.state.pack_buffer);
         }
         self.replies.flush();
         self.inquiries.flush();
