@@ -1,17 +1,17 @@
-//! Whether this worker's clock fits the others'.
+//! Decides whether this worker's clock fits the other clocks of the system.
 //!
-//! A worker whose clock is behind by more than the margin takes every request for one from the
-//! future; one whose clock is ahead makes records from the future. It can't see that by itself, but it
-//! hears of other clocks: of other workers' by their records in the journal, of the producers' by
-//! their requests, and of the broker's when it asks.
+//! A worker whose clock is behind by more than the margin takes every request for one from the future; a
+//! worker whose clock is ahead writes records from the future. A worker can't see that by itself, but it
+//! learns of other clocks: of other workers' clocks from their records in the journal, of producers'
+//! clocks from their requests, and of the broker's clock by asking.
 //!
-//! **None of them is believed alone.** Each worker, all producers together, the broker and this worker
-//! itself have one voice. A clock is off only if more voices are against it than for it; so a
-//! producer, or another worker, whose clock is wrong makes no worker stop. The broker is asked
-//! when another voice is against this clock, and not before.
+//! **No other clock decides alone.** Each other worker, all producers together, the broker, and this
+//! worker itself have one vote. This clock is wrong only if more votes are against it than for it. So a
+//! producer or a worker with a wrong clock stops no other worker. The worker asks the broker only when
+//! another vote is against its clock.
 //!
-//! What was heard late speaks of a clock that is further ahead than it seems. So only what comes from
-//! the future is proof by itself, and a clock is said to be ahead only if the broker agrees.
+//! A message that comes late makes its sender's clock look further behind than it is. So only a message
+//! from the future proves anything by itself, and this clock counts as ahead only if the broker agrees.
 
 use std::{collections::BTreeMap, fmt, time::Duration};
 
@@ -20,16 +20,16 @@ use crate::{
     protocol::{ids::WorkerId, message::Decision, time::Time},
 };
 
-/// For how long it counts what was heard.
+/// For how long a message from another process counts.
 const HEARD_FOR: Duration = Duration::from_secs(60);
 
-/// For how long the broker isn't asked again.
+/// For how long the broker's answer counts.
 const TOLD_FOR: Duration = Duration::from_secs(10);
 
-/// The clocks of how many other workers are known.
+/// How many other workers' clocks to remember.
 const WORKERS_MAX: usize = 64;
 
-/// How this worker's clock stands to another.
+/// This worker's clock, compared with another.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Standing {
     Behind,
@@ -37,13 +37,13 @@ pub(super) enum Standing {
     Ahead,
 }
 
-/// What another clock showed, by its own word.
+/// What another clock showed, according to a message.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct Heard {
     shown: Time,
-    /// When that was heard, by what no clock can move.
+    /// When the message came, by the monotonic clock.
     at: Duration,
-    /// Whether it may have been long ago that it was said.
+    /// Whether the message may be old.
     is_old: bool,
 }
 
@@ -52,7 +52,7 @@ impl Heard {
         now.elapsed.saturating_sub(self.at) <= HEARD_FOR
     }
 
-    /// What that clock shows now, if it was heard at once.
+    /// What that clock shows now, if the message came without delay.
     fn shows(&self, now: Reading) -> Time {
         self.shown + now.elapsed.saturating_sub(self.at)
     }
@@ -70,13 +70,13 @@ impl Heard {
     }
 }
 
-/// This worker's clock is off.
+/// How far this worker's clock is off.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct Off {
     is_behind: bool,
     /// By how much at least.
     by: Duration,
-    /// Who says so.
+    /// Whose clocks are against it.
     witnesses: Vec<String>,
 }
 
@@ -88,23 +88,23 @@ impl fmt::Display for Off {
     }
 }
 
-/// What is known of others' clocks.
+/// What is known of the other clocks.
 #[derive(Debug)]
 pub(super) struct Clocks {
     worker: WorkerId,
     margin: Duration,
     workers: BTreeMap<WorkerId, Heard>,
-    /// A request that fits, and one from the future.
+    /// The latest request that fits, and the latest one from the future.
     fitting: Option<Heard>,
     future: Option<Heard>,
-    /// What the broker said, if it could be asked, and when it was.
+    /// The broker's answer, if it gave one, and when.
     broker: Option<(Option<Standing>, Duration)>,
-    /// This clock was found to be off, and has not fitted since.
+    /// Whether this clock was found to be off, and has not fitted the broker's clock since.
     is_off: bool,
 }
 
 impl Clocks {
-    /// For `worker`, of whose system no two clocks may differ by more than `margin`.
+    /// For `worker`. No two clocks of its system may differ by more than `margin`.
     pub(super) fn new(worker: WorkerId, margin: Duration) -> Self {
         Self {
             worker,
@@ -117,16 +117,16 @@ impl Clocks {
         }
     }
 
-    /// A record was read that was made before this worker read the journal for the first time, by
-    /// whomever: an earlier life under the same name is another.
+    /// Takes in a record that is older than this process. Its worker counts as another one, even if it
+    /// has the same name.
     pub(super) fn past_record(&mut self, now: Reading, record: &Decision) {
-        // Nothing else in the past says anything.
+        // Other old records prove nothing.
         if record.decided_at > now.time + self.margin {
             self.hear_worker(now, record, true);
         }
     }
 
-    /// A record was read at the journal's end.
+    /// Takes in a record from the journal's end.
     pub(super) fn record(&mut self, now: Reading, record: &Decision) {
         if record.worker != self.worker {
             self.hear_worker(now, record, false);
@@ -148,19 +148,19 @@ impl Clocks {
         self.workers.insert(record.worker.clone(), heard);
     }
 
-    /// A request came: whether it is from the future.
+    /// Takes in the timestamp of a request. Returns whether it is from the future.
     pub(super) fn request(&mut self, now: Reading, requested_at: Time) -> bool {
         let heard = Heard { shown: requested_at, at: now.elapsed, is_old: false };
         match heard.standing(now, self.margin) {
             Some(Standing::Behind) => self.future = Some(heard),
             Some(Standing::Fits) => self.fitting = Some(heard),
-            // It has waited, or is one that is asked again.
+            // It has waited in the queue, or is a retry.
             Some(Standing::Ahead) | None => {}
         }
         heard.standing(now, self.margin) == Some(Standing::Behind)
     }
 
-    /// The broker was asked; `None`: in vain.
+    /// Takes in the broker's answer. `None`: it gave none.
     pub(super) fn broker(&mut self, now: Reading, standing: Option<Standing>) {
         self.broker = Some((standing, now.elapsed));
         if standing == Some(Standing::Fits) {
@@ -168,7 +168,7 @@ impl Clocks {
         }
     }
 
-    /// Whether somebody is against this clock, and the broker should be asked.
+    /// Whether another clock is against this one, so that the broker should be asked.
     pub(super) fn is_in_doubt(&self, now: Reading) -> bool {
         let is_told = self.told(now).is_some();
         let against = |heard: &Heard| {
@@ -181,27 +181,27 @@ impl Clocks {
         !is_told && (self.workers.values().any(against) || self.future.iter().any(against))
     }
 
-    /// What the broker said, if it was asked a moment ago.
+    /// The broker's answer, if it still counts.
     fn told(&self, now: Reading) -> Option<Option<Standing>> {
         let (standing, at) = self.broker?;
         (now.elapsed.saturating_sub(at) <= TOLD_FOR).then_some(standing)
     }
 
-    /// Whether the clock was found to be off, and has not fitted since.
+    /// Whether this clock was found to be off, and has not fitted the broker's clock since.
     pub(super) fn is_off(&self) -> bool {
         self.is_off
     }
 
-    /// Whether the clock is off, by all that is known. Then it is until the broker's clock fits.
+    /// Counts the votes. If this clock is off, it stays off until it fits the broker's.
     pub(super) fn verdict(&mut self, now: Reading) -> Option<Off> {
         let off = self.count(now, Standing::Behind).or_else(|| self.count(now, Standing::Ahead));
         self.is_off |= off.is_some();
         off
     }
 
-    /// The journal shows nothing from where it should be read on: whether the broker, asked a moment
-    /// ago, says that the moment is still to come. Here it is believed alone: without the journal
-    /// there is nothing to be done anyway.
+    /// The broker has delivered nothing of the journal from the moment at which the window begins.
+    /// Returns whether that is because the moment is in the future by the broker's clock. Here the
+    /// broker's answer decides alone: without the journal the worker can't work in any case.
     pub(super) fn journal_is_silent(&mut self, now: Reading) -> Option<Off> {
         if self.told(now) != Some(Some(Standing::Ahead)) {
             return None;
@@ -227,7 +227,7 @@ impl Clocks {
         }
         let fitting = self.fitting.iter().any(|heard| heard.counts(now));
         let future = self.future.filter(|heard| heard.counts(now));
-        // Where some fit and some don't, the producers say nothing.
+        // If some requests fit and some don't, producers have no vote.
         match future {
             Some(heard) if !fitting && against == Standing::Behind => {
                 by = by.min(heard.shows(now).since(now.time));
@@ -266,7 +266,7 @@ mod tests {
     const MARGIN: Duration = Duration::from_secs(60);
     const OFF: Duration = Duration::from_secs(90);
 
-    /// The moment it is `after` so long, by a clock that nobody sets.
+    /// The reading of a correct clock `after` so long.
     fn now(after: Duration) -> Reading {
         Reading { time: NOW + after, elapsed: after }
     }

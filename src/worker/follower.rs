@@ -1,5 +1,5 @@
-//! Reading the journal's end, and further back where the coordinator asks for it; and reading on when
-//! the broker has stopped it.
+//! Follows the journal's end, and reads older parts when the coordinator asks for them. Resumes when the
+//! broker has ended the consumer.
 
 use std::{
     sync::{Mutex, PoisonError},
@@ -30,33 +30,33 @@ use crate::{
     },
 };
 
-/// How many results of looks further back wait to be taken.
+/// How many messages that were read of older parts may wait.
 const FOUND_MAX: usize = 64;
 
-/// How often a reading is resumed before the link is made again.
+/// How often to resume before the worker gives up the link.
 const RESUMES_MAX: u32 = 3;
 
-/// What is read of the journal over one link.
+/// Reads the journal over one link.
 pub(super) struct Follower {
     journal: Journal,
     tail: Tail,
-    /// The broker has ended the reading.
+    /// Whether the broker has ended the consumer.
     is_cut_off: bool,
     look_backs: JoinSet<()>,
     found: (mpsc::Sender<Found>, mpsc::Receiver<Found>),
 }
 
-/// Something that was read.
+/// What was read.
 pub(super) enum Read {
-    /// At the end.
+    /// At the journal's end.
     Record(Record),
-    /// Further back.
+    /// In an older part.
     Found(Found),
-    /// Nothing more comes, until [`Follower::resume`].
+    /// The broker has ended the consumer: nothing more comes until [`Follower::resume`].
     CutOff,
 }
 
-/// The journal can't be followed any more.
+/// The journal can't be read any more over this link.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum FollowError {
     #[error("failed to read the journal")]
@@ -68,7 +68,8 @@ pub(super) enum FollowError {
 }
 
 impl Follower {
-    /// Reads the journal to its end: on from where it was left, or from the beginning of the window.
+    /// Reads the journal to its end: from where an earlier link has left it, or else from the beginning
+    /// of the window.
     pub(super) async fn open(
         mut journal: Journal,
         packed: Option<&PackedJournal>,
@@ -103,7 +104,7 @@ impl Follower {
     fn read(&mut self, message: Result<Delivery, Closed>) -> Result<Read, FollowError> {
         match message {
             Ok(message) => self.tail.read(&message).map(Read::Record).map_err(FollowError::Read),
-            // The stream's leader has moved, or its replica here is gone.
+            // The stream's leader has moved, or its replica on this node is gone.
             Err(Closed::Cancelled { .. }) => {
                 self.is_cut_off = true;
                 Ok(Read::CutOff)
@@ -112,13 +113,13 @@ impl Follower {
         }
     }
 
-    /// Whether nothing more comes.
+    /// Whether nothing more comes until [`Self::resume`].
     pub(super) fn is_cut_off(&self) -> bool {
         self.is_cut_off
     }
 
-    /// Reads on from the message after the last one, by another consumer. Nothing else is worth doing
-    /// before that: without the journal nothing that is in flight can be finished.
+    /// Continues after the last message, with another consumer. The worker does nothing else meanwhile:
+    /// without the journal it can't finish any transaction.
     pub(super) async fn resume(
         &mut self,
         last_read: Option<LastRead>,
@@ -132,16 +133,16 @@ impl Follower {
             let resumed = self.journal.resume(offset, digest).await;
             match resumed.inspect_err(|error| self.journal.be_patient(error)) {
                 Ok(Some(tail)) => {
-                    tracing::info!(offset, "the journal is read again");
+                    tracing::info!(offset, "resumed reading the journal");
                     self.tail = tail;
                     self.is_cut_off = false;
                     return Ok(());
                 }
                 Ok(None) => return Err(FollowError::OtherJournal),
-                // Perhaps it is the connection that delivers nothing.
+                // Perhaps the connection is what delivers nothing.
                 Err(error @ ReadError::Silent) => return Err(FollowError::Read(error)),
                 Err(error) if attempt < RESUMES_MAX && link.is_up() => {
-                    tracing::warn!(error = %Chain(&error), "failed to read the journal; retrying");
+                    tracing::warn!(error = %Chain(&error), "failed to resume reading the journal; retrying");
                     sleep(backoff.pause()).await;
                 }
                 Err(error) => return Err(FollowError::Read(error)),
@@ -150,14 +151,14 @@ impl Follower {
         Err(FollowError::OtherJournal)
     }
 
-    /// Reads further back, from `from` up to the message before `until`.
+    /// Reads an older part, from `from` up to the message before `until`.
     pub(super) fn look_back(&mut self, from: Time, until: u64, clock_margin: Duration) {
         let look = LookBack { from, until, clock_margin };
         let looking = self.journal.clone().look_back(look, self.found.0.clone());
         self.look_backs.spawn(looking.in_current_span());
     }
 
-    /// Compares the clocks; `None`: the broker can't tell now.
+    /// Compares the clocks. `None`: that failed.
     pub(super) fn compare(
         &self,
         clock: Clock,
@@ -174,19 +175,19 @@ impl Follower {
         }
     }
 
-    /// Tells the broker of what was read.
+    /// Acknowledges the messages that were read.
     pub(super) fn flush(&mut self) {
         self.tail.flush();
     }
 }
 
-/// What a record says to the coordinator; and that it is the last one read.
+/// Takes in a record at the journal's end: the event for the coordinator.
 pub(super) fn read_event(state: &mut WorkerState, record: Record) -> Event {
     state.pack_buffer.read(&record);
     let Record { offset, decisions, digest, tried, message_id, .. } = record;
     state.tries.read(tried, message_id.as_ref(), &decisions);
     let now = state.clock.read();
-    // Of a message all records are one worker's, and were made at about the same moment.
+    // All records of a message are of one worker, and were made at about the same moment.
     if let Some(decision) = decisions.last() {
         state.clocks.record(now, decision);
     }
@@ -227,7 +228,7 @@ async fn read_journal(
                      be parked"
                 );
             }
-            // Without a word from the journal only what is still to come is certain.
+            // If the journal proves nothing, only records from now on are certain to be seen.
             let since = reaches.unwrap_or(now + margin);
             let progress = &mut *progress.lock().unwrap_or_else(PoisonError::into_inner);
             (progress.decisions, progress.packed) = (0, 0);
@@ -249,10 +250,10 @@ async fn read_journal(
             if let Some(decision) = decisions.last() {
                 state.clocks.past_record(now, decision);
             }
-            // Nobody goes on from what the journal may not have.
+            // No link may continue from a message that the journal may not have.
             state.last_read = (!is_packed).then_some(LastRead { offset, digest });
             let event = Event::RecordsRead { offset, decisions };
-            // Nobody is being served, so nothing follows.
+            // The worker serves nobody yet, so there are no effects.
             state.coordinator.handle(now.time, event, &mut Vec::new());
         },
     );
@@ -264,10 +265,10 @@ async fn read_journal(
     Ok(tail)
 }
 
-/// How far the window is read.
+/// How much of the window was read.
 struct WindowProgress<'a> {
     state: &'a mut WorkerState,
     decisions: usize,
-    /// How many of them in packs.
+    /// How many of the decisions were in packs.
     packed: usize,
 }

@@ -1,21 +1,20 @@
-//! The worker: what drives a coordinator on a broker.
+//! The worker: drives a coordinator on a broker.
 //!
-//! A worker keeps nothing that a crash could lose. Any number of them share the queue of requests,
-//! with no configuration among them; each reads the same journal.
+//! A worker keeps nothing that a crash could lose. Any number of workers share the queue of requests,
+//! without configuration among them, and all read the same journal.
 //!
-//! * `builder`: how a program sets one up.
-//! * `session`: the life of one link to the broker.
-//! * `state`: what is kept from one link to the next.
-//! * `journal`, `follower`, `appender`: reading the stream of decisions, following its end, writing to
-//!   it.
-//! * `packs`, `packer`, `pack_buffer`: the same in fewer messages: reading and writing packs.
-//! * `request_consumers`, `inbound`, `saturation`: what comes in, and how much of it.
-//! * `suspects`: requests that workers may die of.
-//! * `outbox`, `prepare_batcher`, `parking`: what goes out.
-//! * `searches`: looking for services.
-//! * `clocks`: whether this worker's clock fits those of the others.
-//! * `namesakes`: whether another worker has this one's name.
-//! * `anomalies`: what is said of what is unusual.
+//! * `builder`: sets up a worker in a program.
+//! * `session`: the work over one link to the broker.
+//! * `state`: the state that outlives a link.
+//! * `journal`, `follower`, `appender`: read the stream of decisions, follow its end, append to it.
+//! * `packs`, `packer`, `pack_buffer`: copies of the journal, many of its messages in one.
+//! * `request_consumers`, `inbound`, `saturation`: the messages that come in, and how many are taken.
+//! * `suspects`: requests that may be what workers crash on.
+//! * `outbox`, `prepare_batcher`, `parking`: the messages that go out.
+//! * `searches`: looks for services, and for instances of them.
+//! * `clocks`: compares this worker's clock with others.
+//! * `namesakes`: detects another worker with the same name.
+//! * `anomalies`: logs what is unusual.
 
 mod anomalies;
 mod appender;
@@ -75,23 +74,23 @@ use crate::{
     },
 };
 
-/// Who a worker is, and what it works with.
+/// The settings of a worker.
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// The broker.
     pub broker: Broker,
-    /// What everything is called there.
+    /// The names of its exchanges and queues.
     pub names: Names,
-    /// How patient it is, and how much it takes on; and its id, which no other worker may have.
+    /// Time-outs and limits; and the worker's id, which no other worker may have.
     pub coordinator: coordinator::Settings,
-    /// How long it may go on finishing what it has begun when it is told to stop.
+    /// How long the worker may continue to finish transactions after it was asked to stop.
     pub drain: Duration,
-    /// Is told whether the worker takes requests.
+    /// Shows whether the worker takes requests.
     pub readiness: Readiness,
 }
 
 impl Settings {
-    /// How long it drains, unless that is set.
+    /// The default of `drain`.
     const DRAIN: Duration = Duration::from_secs(25);
 
     /// The defaults, for the worker called `worker`.
@@ -114,21 +113,21 @@ impl Settings {
     }
 }
 
-/// What a worker has done.
+/// What a worker has done, in numbers.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[non_exhaustive]
 pub struct Tally {
     /// Requests taken, repeated deliveries included.
     pub taken: u64,
-    /// Results told of committed transactions.
+    /// Results of committed transactions.
     pub committed: u64,
-    /// Results told of aborted ones.
+    /// Results of aborted transactions.
     pub aborted: u64,
-    /// Messages set aside.
+    /// Messages rejected.
     pub rejected: u64,
-    /// Matters handed to a person.
+    /// Records written for an operator: parked commits, and parked transactions.
     pub parked: u64,
-    /// Results for which nobody has a queue.
+    /// Results that no queue took.
     pub unclaimed: u64,
     /// How often the connection was lost.
     pub lost: u64,
@@ -143,34 +142,34 @@ impl Tally {
     }
 }
 
-/// A worker can't work.
+/// A worker can't run.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum WorkerError {
-    /// A value that was set can't be used.
+    /// A setting is invalid.
     #[error("invalid worker")]
     Invalid(#[from] InvalidSetting),
-    /// The broker doesn't let it in.
+    /// The broker refuses the connection.
     #[error("the broker refuses this worker")]
     Refused(#[source] BrokerError),
-    /// The broker doesn't let it do what a worker does.
+    /// The broker refuses an operation that every worker needs.
     #[error("the broker does not permit what a worker does")]
     NotPermitted(#[source] BrokerError),
 }
 
-/// Works until `stop` has ended, and then finishes what it has begun. A broker that is gone is
-/// waited for.
+/// Runs a worker until `stop` completes, and then finishes the transactions that it has begun. While
+/// the broker can't be reached, the worker connects again and again.
 ///
 /// # Errors
 ///
-/// The broker refuses it, and has never let it work.
+/// The broker refuses the worker, which has not worked before.
 pub async fn run(settings: Settings, stop: impl Future<Output = ()>) -> Result<Tally, WorkerError> {
     let span = span(settings.worker());
     run_in_span(settings, stop).instrument(span).await
 }
 
-/// The span of all that a worker logs. Its level is ERROR: whatever level is logged, no line lacks the
-/// worker's name.
+/// The span of all that a worker logs. Its level is ERROR, so that a line of any level has the worker's
+/// name.
 pub(crate) fn span(worker: &WorkerId) -> Span {
     tracing::error_span!("work", %worker)
 }
@@ -226,7 +225,7 @@ pub(crate) async fn run_in_span(
         }
         failure.log(&settings, &mut supervisor);
         if failure.is_of_clock() {
-            // What was read by a wrong clock is read anew.
+            // A wrong clock has chosen where to begin to read: begin again.
             state.last_read = None;
         } else {
             state.tally.lost += u64::from(supervisor.has_worked());
@@ -254,25 +253,25 @@ async fn open<'a>(
 
 fn ended(end: &End, state: &WorkerState) -> Tally {
     match end {
-        End::Drained => tracing::info!("drained: nothing is left behind"),
+        End::Drained => tracing::info!("drained: no request is left"),
         End::DrainTimedOut => tracing::warn!(
             in_flight = state.coordinator.len(),
-            "the time to drain is over: what is in flight goes to other workers"
+            "the time to drain is over: other workers get the requests in flight"
         ),
         End::WithoutJournal => tracing::warn!(
             in_flight = state.coordinator.len(),
-            "stopping while the journal is gone: what is in flight goes to other workers"
+            "stopping while the journal is gone: other workers get the requests in flight"
         ),
     }
     state.tally
 }
 
-/// What waiting won't help against.
+/// An error that retrying won't resolve.
 fn final_error(cause: impl std::error::Error + Send + Sync + 'static) -> BrokerError {
     BrokerError::new(cause, Disposition::GiveUp)
 }
 
-/// Why there is no link, or no longer.
+/// Why there is no link.
 enum Failure {
     Connect(ConnectionError),
     Session(SessionError),
@@ -291,7 +290,7 @@ impl From<SessionError> for Failure {
 }
 
 impl Failure {
-    /// What this means for a worker that has never worked, if waiting won't help.
+    /// The error to return from a worker that has not worked before, if retrying won't help.
     fn refusal(&self) -> Option<WorkerError> {
         match self {
             Self::Connect(error) => (error.disposition() == Disposition::GiveUp)
@@ -303,7 +302,7 @@ impl Failure {
         }
     }
 
-    /// Whether the link was given up since the clock is off, or was set.
+    /// Whether the worker gave up the link because its clock is wrong, or was set.
     fn is_of_clock(&self) -> bool {
         matches!(
             self,
@@ -318,36 +317,35 @@ impl Failure {
             Self::Session(error @ SessionError::ClockOff(_)) => {
                 tracing::error!(
                     error = %Chain(error), margin = ?settings.coordinator.clock_margin,
-                    "not ready until the clocks fit: this worker would take requests for ones from \
-                     the future, or make records that are. Set the clock of this machine \
-                     (`timedatectl` shows whether it is kept right), or of those named"
+                    "not ready until the clocks fit: with this clock the worker would reject requests \
+                     as made in the future, or write such records. Correct the clock of this machine \
+                     (`timedatectl` shows whether it is synchronised), or of those that are named"
                 );
             }
             Self::Session(error @ SessionError::ClockStillOff) => {
-                tracing::debug!(error = %Chain(error), "not ready; comparing again");
+                tracing::debug!(error = %Chain(error), "not ready; comparing the clocks again");
             }
             Self::Session(error @ SessionError::ClockSet(_)) => {
-                tracing::warn!(error = %Chain(error), "starting over by the new time");
+                tracing::warn!(error = %Chain(error), "starting again with the new time");
             }
             Self::Connect(error) => {
-                tracing::warn!(error = %Chain(error), "no broker yet; trying again");
+                tracing::warn!(error = %Chain(error), "not connected to the broker; trying again");
             }
             Self::Session(error) if error.is_missing() => {
                 let namespace = settings.names.namespace();
                 match supervisor.is_missing_for_good() {
                     true => tracing::error!(
                         error = %Chain(error), %namespace,
-                        "the topology is not there: run `dtc topology apply`; trying again"
+                        "the topology is missing: run `dtc topology apply`; trying again"
                     ),
                     false => tracing::warn!(
                         error = %Chain(error), %namespace,
-                        "something of the topology is not there, as while a broker starts; trying \
-                         again"
+                        "a part of the topology is missing, as while a broker starts; trying again"
                     ),
                 }
             }
             Self::Session(error) => {
-                tracing::warn!(error = %Chain(error), "the link is lost; connecting again");
+                tracing::warn!(error = %Chain(error), "lost the link to the broker; connecting again");
             }
         }
     }

@@ -1,8 +1,8 @@
-//! What was read of the journal and is in no pack, as far as is known.
+//! The messages of the journal that this worker would pack next.
 //!
-//! A worker whose next pack is full waits for a random number of further messages before it writes it,
-//! and drops what another has packed meanwhile. What is packed twice does no harm: see
-//! [`packs`](crate::worker::packs).
+//! When a pack is full, the worker waits for a random number of further messages before it writes the
+//! pack, and drops the messages that another worker packs meanwhile. So rarely do two workers write the
+//! same pack; if they do, it does no harm: see [`packs`](crate::worker::packs).
 
 use std::{collections::VecDeque, sync::Arc};
 
@@ -15,24 +15,24 @@ use crate::{
     },
 };
 
-/// What is larger is not packed: it is not slow to read.
+/// Larger messages are not packed: reading them one by one is fast enough.
 const COPIED_MAX: usize = 8 * 1024;
 
-/// A pack of fewer messages is not worth its bytes.
+/// A pack of fewer messages saves too little.
 const MESSAGES_MIN: usize = 256;
 
-/// What a message counts at least, so that a full pack has a full pack's weight.
+/// The least weight of a message: [`MESSAGES_MAX`] messages have the weight of a full pack.
 const WEIGHT_MIN: usize = BODY_MAX / MESSAGES_MAX;
 
-/// What was read of the journal and is not packed, as far as is known: two packs of it at most.
+/// Copies of messages of the journal that are in no pack, as far as is known: two packs at most.
 #[derive(Debug)]
 pub(super) struct PackBuffer {
-    /// Consecutive. The first one is the last of the pack before, if it was there to be seen.
+    /// Consecutive. The first one is the last message of the pack before, if that one was read.
     messages: VecDeque<Copied>,
     weight: usize,
-    /// With which weight the next pack is written.
+    /// From which weight on the next pack is written.
     due: usize,
-    /// The last message of the pack that was read last: its offset and digest.
+    /// The offset and the digest of the last message of the pack that was read last.
     packed: Option<(u64, u64)>,
 }
 
@@ -42,7 +42,7 @@ impl Default for PackBuffer {
     }
 }
 
-/// From one full pack up to one and a half.
+/// A random weight, from one full pack to one and a half.
 fn next_due() -> usize {
     BODY_MAX + (unique::number() % (BODY_MAX as u64 / 2)) as usize
 }
@@ -63,7 +63,7 @@ fn copy_of(record: &Record) -> Option<Copied> {
 }
 
 impl PackBuffer {
-    /// The journal is read anew, from wherever.
+    /// The worker reads the journal again, from any offset.
     pub(super) fn clear(&mut self) {
         *self = Self::default();
     }
@@ -83,7 +83,7 @@ impl PackBuffer {
         }
     }
 
-    /// Forgets the first ones.
+    /// Drops the first `count` messages.
     fn forget(&mut self, count: usize) {
         for copied in self.messages.drain(..count.min(self.messages.len())) {
             self.weight = self.weight.saturating_sub(weight(&copied));
@@ -95,13 +95,13 @@ impl PackBuffer {
         self.packed = pack.last();
     }
 
-    /// Forgets what is in the pack that was read last, if that is of this journal.
+    /// Drops the messages that are in the pack that was read last, if that pack is of this journal.
     fn forget_packed(&mut self) {
         let Some((offset, digest)) = self.packed else { return };
         let Some(first) = self.messages.front() else { return };
         let place = offset.checked_sub(first.offset).and_then(|it| usize::try_from(it).ok());
         match place.map(|place| (place, self.messages.get(place))) {
-            // It is yet to be read.
+            // The journal has not been read that far.
             Some((_, None)) => return,
             Some((place, Some(same))) if digest_of(same) == digest => self.forget(place),
             Some((_, Some(_))) | None => {}
@@ -109,7 +109,7 @@ impl PackBuffer {
         self.packed = None;
     }
 
-    /// The body of a pack that is due.
+    /// The body of the next pack, if it is due.
     pub(super) fn pack(&mut self) -> Option<Vec<u8>> {
         self.forget_packed();
         if self.weight < self.due {
@@ -119,7 +119,7 @@ impl PackBuffer {
         let mut items = Items::new();
         let first_ones = self.messages.iter().take(MESSAGES_MAX);
         let count = first_ones.take_while(|copied| items.push(*copied).is_ok()).count();
-        // The next one begins with its last message.
+        // The next pack begins with the last message of this one.
         self.forget(count.saturating_sub(1).max(1));
         (count >= MESSAGES_MIN).then(|| items.into_body())
     }

@@ -1,8 +1,8 @@
-//! Writing packs of what was read of the journal; and following the packs of others, so that not every
-//! worker writes each.
+//! Writes packs of what was read of the journal; and follows the packs of all workers, so that not every
+//! worker writes each of them.
 //!
-//! No pack is needed. What goes wrong with one ends it, or the worker's packing for a while, and nothing
-//! else.
+//! Nothing depends on a pack. If one can't be written, or packs can't be read, the worker stops packing
+//! for a while, and nothing else stops.
 
 use std::{
     pin::Pin,
@@ -27,35 +27,35 @@ use crate::{
     },
 };
 
-/// How long the last pack may take to come, before this worker writes one.
+/// How long to wait for the last pack before this worker writes one.
 const LAST_WITHIN: Duration = Duration::from_millis(500);
 
-/// How long nothing is packed when something went wrong.
+/// How long to write no packs after a failure.
 const REST: Duration = Duration::from_secs(60);
 
-/// How many packs are on their way to those who follow them.
+/// How many unacknowledged packs the broker delivers.
 const PREFETCH: u16 = 4;
 
-/// How many packs may be confirmed of which none is read back.
+/// How many packs in a row may be confirmed and not read back.
 const UNSEEN_MAX: u32 = 4;
 
-/// The stream of packs over one link: this worker's packs go out, and all come in.
+/// The stream of packs over one link: takes this worker's packs, and delivers those of all workers.
 pub(super) trait PackStream: Send + 'static {
-    /// What became of the pack that was written.
+    /// Ready with the broker's answer to the pack that was written.
     fn poll_written(&mut self, cx: &mut Context<'_>) -> Poll<Result<Published, LaneLost>>;
 
     /// The next message.
     fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<Result<Pack, NoPack>, Closed>>;
 
-    /// Whether a pack is on its way.
+    /// Whether a pack is written and not answered.
     fn is_writing(&self) -> bool;
 
     fn write(&mut self, body: Vec<u8>);
 
-    /// Acknowledges what was read.
+    /// Acknowledges the messages that were read.
     fn flush(&mut self);
 
-    /// Gives it up, without waiting for that.
+    /// Closes it, without waiting.
     fn close(self);
 }
 
@@ -67,10 +67,10 @@ pub(super) struct BrokerPacks {
 }
 
 impl BrokerPacks {
-    /// Reads on from the last pack.
+    /// Reads the last pack, and then follows.
     async fn open(stream: PackedJournal) -> Result<Self, AskError> {
         let lane = Publisher::open(&stream.publishing, "packs of the journal").await?;
-        // Nobody waits for it.
+        // The long limit harms nothing: the worker serves meanwhile.
         let inbox = stream.open(AMQPValue::LongString("last".into()), PREFETCH, STREAM_MAX);
         let inbox = inbox.await?;
         Ok(Self { stream, lane, inbox })
@@ -107,9 +107,9 @@ impl PackStream for BrokerPacks {
     }
 }
 
-/// Writes packs over one link, and follows those of all.
+/// Writes packs over one link, and follows those of all workers.
 pub(super) struct Packer<S = BrokerPacks> {
-    /// Opens the stream; none, if packs can't be told from those of others.
+    /// Opens the stream. `None`: this worker can't distinguish its own user's packs from others.
     open: Option<Open<S>>,
     state: PackerState<S>,
 }
@@ -121,19 +121,19 @@ type Opening<S> = BoxFuture<'static, Result<S, AskError>>;
 enum PackerState<S> {
     Opening(Opening<S>),
     Open(Box<Opened<S>>),
-    /// Something went wrong.
+    /// After a failure.
     Resting(Pin<Box<Sleep>>),
 }
 
 struct Opened<S> {
     stream: S,
-    /// Until when the last pack of others may come; none: it is known how far they have come.
+    /// Until when to wait for the last pack. `None`: it is known how far others have packed.
     last_until: Option<Pin<Box<Sleep>>>,
     /// How many packs were confirmed since one was read.
     unseen: u32,
 }
 
-/// The stream is of no use any more; and why, if that is for an operator to change.
+/// The stream can't be used any more; and why, if an operator must change something.
 struct Ended(Option<PacksUnusable>);
 
 impl Ended {
@@ -147,21 +147,21 @@ impl<S: PackStream> Opened<S> {
         Self { stream, last_until: Some(Box::pin(sleep(LAST_WITHIN))), unseen: 0 }
     }
 
-    /// Ready with what was read; or with an error, after which this is of no use.
+    /// Ready with the next event; after an error the stream can't be used any more.
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<PackEvent, Ended>> {
         while let Poll::Ready(answered) = self.stream.poll_written(cx) {
             match answered {
                 Ok(Published::Confirmed) if self.unseen < UNSEEN_MAX => self.unseen += 1,
                 Ok(Published::Confirmed) => {
-                    tracing::debug!("packs are confirmed and don't come back");
+                    tracing::debug!("the broker confirms packs and doesn't deliver them");
                     return Poll::Ready(Err(Ended(None)));
                 }
                 Ok(fate) => {
-                    tracing::debug!(?fate, "a pack of the journal was not taken");
+                    tracing::debug!(?fate, "the broker did not take a pack");
                     return Poll::Ready(Err(Ended(None)));
                 }
                 Err(lost) => {
-                    tracing::debug!(error = %Chain(&lost), "no packs can be written");
+                    tracing::debug!(error = %Chain(&lost), "lost the channel for packs");
                     return Poll::Ready(Err(Ended::by(lost.broker())));
                 }
             }
@@ -174,10 +174,10 @@ impl<S: PackStream> Opened<S> {
                 }
                 Ok(Err(NoPack::Marker | NoPack::Foreign)) => {}
                 Ok(Err(NoPack::Unreadable(reason))) => {
-                    tracing::debug!(%reason, "what is no pack is skipped");
+                    tracing::debug!(%reason, "skipping a message that is no pack");
                 }
                 Err(closed) => {
-                    tracing::debug!(error = %Chain(&closed), "packs are not followed any more");
+                    tracing::debug!(error = %Chain(&closed), "lost the consumer of packs");
                     return Poll::Ready(Err(Ended::by(closed.broker())));
                 }
             }
@@ -189,7 +189,6 @@ impl<S: PackStream> Opened<S> {
         Poll::Pending
     }
 
-    /// Writes a pack if one is due, and none is on its way.
     fn flush(&mut self, buffer: &mut PackBuffer) {
         self.stream.flush();
         if self.stream.is_writing() || self.last_until.is_some() {
@@ -202,7 +201,6 @@ impl<S: PackStream> Opened<S> {
 }
 
 impl Packer {
-    /// `stream`: none, if packs can't be told from those of others.
     pub(super) fn new(stream: Option<PackedJournal>) -> Self {
         Self::of(stream.map(|stream| -> Open<BrokerPacks> {
             Box::new(move || BrokerPacks::open(stream.clone()).boxed())
@@ -231,7 +229,7 @@ impl<S: PackStream> Packer<S> {
                         Ok(stream) => self.state = PackerState::Open(Box::new(Opened::new(stream))),
                         Err(error) => {
                             self.state = resting();
-                            tracing::debug!(error = %Chain(&error), "nothing is packed for now");
+                            tracing::debug!(error = %Chain(&error), "failed to open the stream of packs");
                             if let Some(why) = error.broker().and_then(PacksUnusable::of) {
                                 return Poll::Ready(PackEvent::Unusable(why));
                             }
@@ -256,7 +254,7 @@ impl<S: PackStream> Packer<S> {
         }
     }
 
-    /// Writes a pack if one is due, and none is on its way.
+    /// Writes a pack, if one is due and no other is on its way.
     pub(super) fn flush(&mut self, buffer: &mut PackBuffer) {
         if let PackerState::Open(opened) = &mut self.state {
             opened.flush(buffer);

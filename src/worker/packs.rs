@@ -1,37 +1,36 @@
-//! Reading the journal's window when a worker starts, its older part from packs.
+//! Reading the journal's window when a worker starts: the older part from packs.
 //!
-//! The broker spends 20 to 80 µs on each message of a stream that is read over AMQP, however small it
-//! is. Where few transactions are under way each decision is a message of its own, and a window of
-//! 200,000 of them takes 6 to 16 s. So workers copy what they have read of the journal to a second
-//! stream, many messages in one: a *pack*. A pack begins with the message that the pack before it ends
-//! with.
+//! The broker spends 20 to 80 µs on each message of a stream that is read over AMQP, however small the
+//! message is. Under light load each decision is a message of its own, and a window of 200,000 decisions
+//! takes 6 to 16 s. So workers copy what they have read of the journal to a second stream, many messages
+//! in one: a *pack*. The first message of a pack is the last message of the pack before it.
 //!
-//! Packs are an optimisation. Nothing waits for one for longer than a moment, and where there is none,
-//! or none that can be read, the journal is read.
+//! Packs are an optimisation. A worker waits only briefly for one. Where there is no pack, or none that
+//! can be read, it reads the journal.
 //!
-//! **What makes a pack as good as the journal.** A journal grows at its end, and what it loses is its
-//! end: in a power cut on a single node, or all of it when it is deleted and made anew. So if a message
-//! stands in two states of a journal at the same place, all that is before it is the same in both. A
-//! pack holds only what its writer has read *back*, one message after the other, or has read in packs
-//! that were right. Therefore:
+//! **Why a pack is as good as the journal.** A journal grows at its end, and can only lose its end: a
+//! part of it in a power cut on a single node, all of it when the journal is deleted and created again.
+//! So if two states of a journal have the same message at the same offset, they have the same messages
+//! before it. A pack holds only what its writer has read *back*, message by message, or has read from
+//! valid packs. Therefore:
 //!
-//! * A pack of which any message stands in the journal at its place is right up to that message.
-//! * If the last message of a pack stands at its place in the next pack, and that one is right up to
-//!   there, the whole pack is right.
-//! * So of a run of packs, each of which has the last message of the one before it, all are right if the
-//!   last one is. Of that one *every* message is compared with the journal, which is read again from its
-//!   beginning on. A run begins with a message that was read in the journal, so that no other journal's
-//!   packs are taken for this one's.
+//! * If any message of a pack stands in the journal at its offset, the pack is valid up to that message.
+//! * If the last message of a pack stands at its offset in the next pack, and that pack is valid up to
+//!   there, the whole pack is valid.
+//! * So in a run of packs, each of which contains the last message of the one before it, all are valid if
+//!   the last one is. The worker compares *every* message of the last pack with the journal. A run begins
+//!   with a message that was read in the journal, so packs of another journal are not mistaken for packs
+//!   of this one.
 //!
-//! It is the check that a worker makes when it goes on after a break ([`Journal::resume`]): here it goes
-//! on from where others had come to. Until it is made nobody is served, and nothing counts as read that
-//! a later link would go on from. If it fails, the view is begun anew and the journal is read: so there
-//! is no need for packs to name the journal that they are of, whose first message may be gone by age.
+//! A worker makes the same check when it continues after a break ([`Journal::resume`]); here it continues
+//! from where other workers had read to. Until the check is made, the worker serves nobody, and no later
+//! link continues from what was read in packs. If the check fails, the worker clears its view and reads
+//! the journal. So packs need not name their journal, whose first message may have expired.
 //!
-//! **Who is believed.** Whoever forges a record of the journal decides what is undecided, and all read
-//! it; a forged pack would tell one worker alone that what was decided long ago was decided otherwise.
-//! So a pack counts only if its property `user_id`, which the broker checks, is this worker's own user.
-//! That is one more hurdle for those who may write to the default exchange, and no more than that.
+//! **Trust.** Whoever forges a record in the journal can decide what is undecided, and every worker reads
+//! the record. A forged pack could tell a single worker that an old decision was different. So a pack
+//! counts only if its property `user_id`, which the broker checks, is this worker's own user. That makes
+//! forging harder for those who may write to the default exchange; it doesn't prevent it.
 
 use std::{future::Future, sync::Arc, time::Duration};
 
@@ -59,24 +58,26 @@ use crate::{
     worker::journal::{Journal, ReadError, Record, Tail, digest},
 };
 
-/// How many messages a pack has at most; and for how many it is worth the trouble to read packs.
+/// How many messages a pack has at most.
 pub(super) const MESSAGES_MAX: usize = 1024;
+
+/// If no more messages of the journal are to be read, packs save no time.
 const WORTH_READING: u64 = 2 * MESSAGES_MAX as u64;
 
-/// How many packs are on their way to a reader.
+/// How many unacknowledged packs the broker delivers to a reader.
 const PREFETCH: u16 = 16;
 
-/// How long the broker has to take a marker, to begin a consumer, and to deliver the next pack.
+/// How long the broker has to confirm a marker, to begin a consumer, and to deliver the next pack.
 const WAIT_MAX: Duration = Duration::from_secs(2);
 
 /// Consecutive messages of the journal; at least one.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct Pack(Vec<Copied>);
 
-/// Why a message of the stream is no pack.
+/// Why a message of the stream is no pack, or none that counts.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub(super) enum NoPack {
-    /// Nothing is in it.
+    /// It is empty: a reader has marked the end of the stream.
     #[error("a marker")]
     Marker,
     #[error("the pack of another user")]
@@ -85,11 +86,12 @@ pub(super) enum NoPack {
     Unreadable(String),
 }
 
-/// Something of the stream of packs.
+/// An event of the stream of packs.
 #[derive(Debug)]
 pub(super) enum PackEvent {
+    /// A worker, this one or another, has written this pack.
     Written(Pack),
-    /// No pack of others has come for a moment: this worker may write one.
+    /// For a while no pack has come: this worker may write one.
     NoneYet,
     /// This worker can't read or write packs until an operator has changed something.
     Unusable(PacksUnusable),
@@ -100,9 +102,9 @@ pub(super) enum PackEvent {
 pub(super) enum PacksUnusable {
     /// There is no such stream.
     Missing,
-    /// The broker knows the worker's user by another name than the URL has: in its words.
+    /// The broker's name for the worker's user is not the one in the URL. In the broker's words.
     OtherUser(String),
-    /// The broker refuses it: in its words.
+    /// The broker refuses to let this user read or write packs. In the broker's words.
     NotPermitted(String),
 }
 
@@ -122,7 +124,7 @@ impl PacksUnusable {
     }
 }
 
-/// The stream of packs.
+/// The stream of packs at the broker.
 #[derive(Clone, Debug)]
 pub(super) struct PackedJournal {
     queue: ShortString,
@@ -161,35 +163,35 @@ impl Pack {
         Self::of(messages.map_err(|error| NoPack::Unreadable(error.to_string()))?)
     }
 
-    /// The offset of its first message.
+    /// The offset of the first message.
     fn begins(&self) -> u64 {
         self.0.first().map_or(0, |first| first.offset)
     }
 
-    /// The offset after its last one.
+    /// The offset after the last message.
     fn ends(&self) -> u64 {
         self.begins().saturating_add(self.0.len() as u64)
     }
 
-    /// The digest of its message at `offset`.
+    /// The digest of the message at `offset`, if the pack has it.
     fn digest_at(&self, offset: u64) -> Option<u64> {
         let place = usize::try_from(offset.checked_sub(self.begins())?).ok()?;
         self.0.get(place).map(digest_of)
     }
 
-    /// The offset of its last message, and its digest.
+    /// The offset and the digest of the last message.
     pub(super) fn last(&self) -> Option<(u64, u64)> {
         self.0.last().map(|last| (last.offset, digest_of(last)))
     }
 }
 
-/// What tells a copied message from another at its place.
+/// A digest that distinguishes a copied message from another one at the same offset.
 pub(super) fn digest_of(copied: &Copied) -> u64 {
     digest(copied.body.as_bytes(), copied.message_id.as_deref())
 }
 
 impl PackedJournal {
-    /// `None`: this process doesn't know what the broker calls its user.
+    /// `None`: this process doesn't know the broker's name for its user.
     pub(super) fn of(link: &Link, names: &Names, broker: &Broker) -> Option<Self> {
         if broker.address.is_external() {
             return None;
@@ -206,7 +208,7 @@ impl PackedJournal {
         &self.user
     }
 
-    /// A message of packed messages.
+    /// The message to publish for a pack with this body.
     pub(super) fn message(&self, body: Vec<u8>) -> Outgoing {
         Outgoing {
             key: self.queue.clone(),
@@ -220,7 +222,7 @@ impl PackedJournal {
         }
     }
 
-    /// Consumes it, if the broker begins that within `limit`.
+    /// Consumes the stream. The broker has `limit` to begin that.
     pub(super) async fn open(
         &self,
         from: AMQPValue,
@@ -234,7 +236,7 @@ impl PackedJournal {
         Ok(inbox.await?.lazy())
     }
 
-    /// The packs that were written since `second`, by the broker's clock, up to now.
+    /// The packs that were written from `second`, by the broker's clock, until now.
     async fn since(&self, second: u64) -> Result<Option<WrittenPacks>, AskError> {
         let marker = self.message(b"[]".into());
         let id = marker.message_id.clone();
@@ -260,18 +262,17 @@ struct WrittenPacks {
 /// Tells these packs from what else is in their stream.
 struct PackReader {
     user: ShortString,
-    /// The id of the message that this reader has written behind them.
+    /// The id of the marker that this reader has written after these packs.
     marker: Option<ShortString>,
     has_warned: bool,
 }
 
-/// What a message of the stream of packs is to a [`PackReader`].
+/// A message of the stream, as a [`PackReader`] takes it.
 #[derive(Clone, PartialEq, Eq, Debug)]
 enum WrittenMessage {
     Pack(Pack),
-    /// No pack, or none that counts.
     Skipped,
-    /// The reader's marker: no more packs follow.
+    /// The reader's own marker: no more packs follow.
     End,
 }
 
@@ -284,7 +285,7 @@ impl PackReader {
             Ok(pack) => WrittenMessage::Pack(pack),
             Err(NoPack::Unreadable(reason)) => {
                 if !std::mem::replace(&mut self.has_warned, true) {
-                    tracing::warn!(%reason, "a pack of the journal can't be read and is skipped");
+                    tracing::warn!(%reason, "skipping a pack of the journal that can't be read");
                 }
                 WrittenMessage::Skipped
             }
@@ -293,9 +294,9 @@ impl PackReader {
     }
 }
 
-/// Packs, one after the other, as they were written.
+/// Packs, in the order in which they were written.
 trait Packs {
-    /// `None`: no more are to be had.
+    /// `None`: no more packs will come.
     fn next(&mut self) -> impl Future<Output = Option<Pack>> + Send;
 }
 
@@ -305,11 +306,11 @@ impl Packs for WrittenPacks {
             let delivery = match timeout(WAIT_MAX, self.inbox.next()).await {
                 Ok(Ok(delivery)) => delivery,
                 Ok(Err(closed)) => {
-                    tracing::debug!(error = %Chain(&closed), "no more packs are read");
+                    tracing::debug!(error = %Chain(&closed), "lost the consumer of packs");
                     return None;
                 }
                 Err(_) => {
-                    tracing::debug!("no more packs are read: the broker delivers none");
+                    tracing::debug!("the broker delivers no more packs, though there are some");
                     return None;
                 }
             };
@@ -324,11 +325,12 @@ impl Packs for WrittenPacks {
     }
 }
 
-/// The journal's messages, one after the other.
+/// The journal's messages, in order.
 trait Messages {
     fn next(&mut self) -> impl Future<Output = Result<Record, ReadError>> + Send;
 
-    /// Goes on at the offset `first`, if there is a message at `last` or behind it: whether there is.
+    /// Continues at the offset `first`, if there is a message at `last` or after it. Returns whether
+    /// there is.
     fn go_to(
         &mut self,
         first: u64,
@@ -358,21 +360,22 @@ impl Messages for JournalStream<'_> {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum ReadIn {
     Journal,
-    /// It is yet to be seen whether the journal has it.
+    /// Whether the journal has it too is checked later.
     Pack,
 }
 
-/// The reading of a window.
+/// Reads the window, from packs and from the journal.
 struct WindowReader<'a, M, R> {
     messages: M,
+    /// Takes each message.
     read: R,
-    /// The id of a message that was at the journal's end.
+    /// The id of a message that was at the journal's end when the reader began.
     marker: &'a ShortString,
     is_at_end: bool,
-    /// The offset that comes next, and the digest of the message before it.
+    /// The offset of the next message, and the digest of the one before it.
     next: u64,
     last_digest: u64,
-    /// More was read, from packs, than `messages` has told.
+    /// Whether packs have yielded messages that `messages` has not.
     is_ahead: bool,
 }
 
@@ -389,7 +392,7 @@ impl<M: Messages, R: FnMut(Record, ReadIn)> WindowReader<'_, M, R> {
         Ok(())
     }
 
-    /// Reads up to the marker, by `packs` where there are any: whether they were right.
+    /// Reads up to the marker, from `packs` where there are any. Returns whether the packs were valid.
     async fn read(&mut self, packs: Option<&mut impl Packs>) -> Result<bool, ReadError> {
         if let Some(packs) = packs
             && !self.read_packs(packs).await?
@@ -403,8 +406,8 @@ impl<M: Messages, R: FnMut(Record, ReadIn)> WindowReader<'_, M, R> {
     }
 
     async fn read_packs(&mut self, packs: &mut impl Packs) -> Result<bool, ReadError> {
-        // It has the message that was read last. What is new in it waits for a pack that goes on from
-        // there, or for the journal.
+        // This pack has the message that was read last. Its newer messages wait for a pack that continues
+        // it, or for the journal.
         let mut held: Option<Pack> = None;
         while let Some(pack) = packs.next().await {
             if let Some(before) = held.take() {
@@ -419,7 +422,7 @@ impl<M: Messages, R: FnMut(Record, ReadIn)> WindowReader<'_, M, R> {
                         held = Some(pack);
                         continue;
                     }
-                    // One of them is of another journal: the journal will show which.
+                    // One of the two is of another journal. The journal will show which.
                     Some(_) => {
                         held = Some(before);
                         continue;
@@ -453,11 +456,11 @@ impl<M: Messages, R: FnMut(Record, ReadIn)> WindowReader<'_, M, R> {
         }
     }
 
-    /// Goes on in the journal from the beginning of `pack`, which has the message that was read last:
-    /// whether each of its messages is there.
+    /// Continues in the journal from the beginning of `pack`, which has the message that was read last.
+    /// Returns whether the journal has each message of the pack.
     async fn check(&mut self, pack: &Pack) -> Result<bool, ReadError> {
         if !std::mem::take(&mut self.is_ahead) {
-            // All was read in the journal, which goes on from here.
+            // All messages so far came from the journal, which continues from here.
             return Ok(true);
         }
         if !self.messages.go_to(pack.begins(), pack.ends() - 1).await? {
@@ -476,10 +479,10 @@ impl<M: Messages, R: FnMut(Record, ReadIn)> WindowReader<'_, M, R> {
     }
 }
 
-/// Reads everything that is in the journal since `from`, and then stays at its end.
+/// Reads the journal from `from` to its end, and then follows it.
 ///
-/// `begin` is told where reading begins and from when on nothing is missing; `read` each message. If
-/// it turns out that packs were not right, both are told everything anew.
+/// `begin` gets the first offset and the moment since which no record is missing; `read` gets each
+/// message. If packs turn out to be invalid, both are called again from the beginning.
 pub(super) async fn attach(
     journal: &Journal,
     mut packed: Option<&PackedJournal>,
@@ -490,13 +493,13 @@ pub(super) async fn attach(
 ) -> Result<Tail, ReadError> {
     let marker = journal.mark().await?;
     loop {
-        // At once: a broker that misses a node takes its time for each.
+        // In parallel: a broker that misses a node is slow to answer each of them.
         let end = async { if packed.is_some() { journal.end().await.map(Some) } else { Ok(None) } };
         let opening = journal.open_at(from, clock_margin, &marker);
         let (end, (tail, first, reaches)) = try_join(end, opening).await?;
         let is_long = end.is_some_and(|end| end.saturating_sub(first.offset) > WORTH_READING);
         let packs = match packed.filter(|_| is_long) {
-            // A pack is written after what it holds.
+            // A pack is written after the messages that it holds.
             Some(packed) => packed.since((from - clock_margin).as_millis() / 1000).await,
             None => Ok(None),
         };
@@ -523,8 +526,8 @@ pub(super) async fn attach(
             return Ok(reader.messages.tail);
         }
         tracing::warn!(
-            "the packs of the journal do not agree with it, as where it has lost its end or was made \
-             anew; they are ignored, and it is read itself"
+            "the packs of the journal do not agree with it, as after it has lost its end or was created \
+             again; ignoring the packs and reading the journal"
         );
         reader.messages.tail.close().await;
         packed = None;

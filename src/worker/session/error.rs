@@ -1,4 +1,4 @@
-//! Why the work over a link can't go on.
+//! Why a session ends before the worker stops.
 
 use crate::{
     clock::Step,
@@ -9,7 +9,7 @@ use crate::{
     worker::{clocks::Off, follower::FollowError, journal::ReadError},
 };
 
-/// The work over a link can't go on.
+/// The session can't continue.
 #[derive(Debug, thiserror::Error)]
 pub(in crate::worker) enum SessionError {
     #[error("failed to open {what}")]
@@ -28,7 +28,7 @@ pub(in crate::worker) enum SessionError {
     Lane(#[from] LaneLost),
     #[error("lost the connection")]
     Lost(#[source] lapin::Error),
-    #[error("the broker takes messages again, but did not unblock this connection after an alarm")]
+    #[error("the broker's alarm is over, but it did not unblock this connection")]
     Stale,
     #[error("this worker's clock is {0}")]
     ClockOff(Off),
@@ -38,7 +38,7 @@ pub(in crate::worker) enum SessionError {
     ClockSet(Step),
 }
 
-/// What has happened to the clock.
+/// A step of the clock, in words.
 pub(super) fn describe(step: Step) -> String {
     match step {
         Step::Back(by) => format!("the clock was set back by {:.1} s", by.as_secs_f64()),
@@ -50,13 +50,13 @@ pub(super) fn describe(step: Step) -> String {
 }
 
 impl SessionError {
-    /// Whether something that `dtc topology apply` makes is not there.
+    /// Whether a queue or an exchange of the topology is missing.
     pub(in crate::worker) fn is_missing(&self) -> bool {
         matches!(self, Self::Journal(FollowError::Read(ReadError::Missing(_))))
             || self.broker_error().is_some_and(is_not_found)
     }
 
-    /// What the broker said, if it was the broker.
+    /// The broker's reason, if it gave one.
     pub(in crate::worker) fn broker_error(&self) -> Option<&lapin::Error> {
         match self {
             Self::Lost(source) => Some(source),

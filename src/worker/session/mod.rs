@@ -1,5 +1,5 @@
-//! The life of one link to the broker: everything that is ready is handled, and then everything that
-//! follows is written.
+//! The work over one link to the broker: handles all inputs that are ready, and then writes all that
+//! follows from them.
 
 use std::{
     collections::BTreeMap,
@@ -56,30 +56,30 @@ use crate::{
     },
 };
 
-/// How many inputs are handled before what follows from them is written, at most.
+/// How many inputs to handle, at most, before the messages that follow from them are written.
 const BATCH_MAX: usize = 1024;
 
-/// How many replies may be delivered and not yet handled.
+/// How many unacknowledged replies the broker delivers.
 const REPLIES_PREFETCH: u16 = 2000;
 
-/// The same for inquiries, which all workers share.
+/// The same for inquiries, whose queue all workers share.
 const INQUIRIES_PREFETCH: u16 = 200;
 
-/// How long what was said last may take to be with the broker, when all else is done.
+/// How long to wait for the last confirms when the worker stops.
 const GOODBYE_MAX: Duration = Duration::from_secs(2);
 
-/// How the work over a link has ended.
+/// How a worker has stopped.
 #[derive(Debug)]
 pub(super) enum End {
-    /// All that was to be finished is.
+    /// It has finished all transactions that it had begun.
     Drained,
-    /// There was no time to finish all.
+    /// Its time to drain was over before that.
     DrainTimedOut,
-    /// Nothing could be finished: the journal was not there.
+    /// It could finish none: the journal was gone.
     WithoutJournal,
 }
 
-/// Something that has happened.
+/// An input of the session.
 enum Input {
     Journal(Read),
     Appended,
@@ -93,13 +93,13 @@ enum Input {
     Packs(PackEvent),
 }
 
-/// How long the journal may not be read before the worker isn't ready.
+/// How long the journal's consumer may be lost before the worker is not ready.
 const READ_AGAIN_SOON: Duration = Duration::from_secs(2);
 
-/// How many kinds of inputs take turns.
+/// How many kinds of inputs there are.
 const TURNS: usize = 9;
 
-/// One link's worth of work.
+/// The work over one link.
 pub(super) struct Session<'a> {
     settings: &'a Settings,
     state: &'a mut WorkerState,
@@ -122,23 +122,23 @@ pub(super) struct Session<'a> {
     comparing: Option<BoxFuture<'static, Option<Standing>>>,
     steps: Steps,
     effects: Vec<Effect>,
-    /// Which kind of input is looked for first.
+    /// Which kind of input to poll first.
     turn: usize,
-    /// Told to stop: until when what is in flight is finished.
+    /// Set when the worker was asked to stop: how long it may finish transactions.
     drain_until: Option<Instant>,
 }
 
-/// What is known of deliveries that are not acknowledged yet.
+/// What the session keeps about unacknowledged deliveries.
 #[derive(Debug, Default)]
 struct Unsettled {
-    /// Where the results of the requests in hand go.
+    /// The reply token of each request.
     reply_of: BTreeMap<Delivery, Option<ReplyToken>>,
-    /// Inquiries that are acknowledged when so many records are safe.
+    /// How many records must be safe before a message of the queue of inquiries is acknowledged.
     inquiries: BTreeMap<u64, u32>,
 }
 
 impl<'a> Session<'a> {
-    /// Opens everything that is worked with, and reads the journal to its end.
+    /// Reads the journal to its end, and opens all channels and consumers.
     pub(super) async fn open(
         settings: &'a Settings,
         state: &'a mut WorkerState,
@@ -162,7 +162,7 @@ impl<'a> Session<'a> {
         let opening_follower = Follower::open(journal.clone(), packed.as_ref(), settings, state);
         let follower = match opening_follower.await {
             Err(error @ FollowError::Read(ReadError::Silent)) => {
-                // It is read from a moment on that may still be to come.
+                // Perhaps the window begins in the future, by the broker's clock.
                 let margin = settings.coordinator.clock_margin;
                 let standing = journal.compare(state.clock, margin).await.ok();
                 let now = state.clock.read();
@@ -225,8 +225,7 @@ impl<'a> Session<'a> {
         })
     }
 
-    /// Works until the link is lost, or until `stop` has ended and all that was in flight is finished,
-    /// or has had its time.
+    /// Works until the link is lost, or until `stop` has completed and the worker has drained.
     pub(super) async fn run(
         mut self,
         stop: impl Future<Output = ()> + Unpin,
@@ -234,8 +233,8 @@ impl<'a> Session<'a> {
         match self.work(stop).await {
             Ok(end) => Ok(self.close(end).await),
             Err(error) => {
-                // What it holds goes to other workers. Nobody waits for its goodbye: the link may be
-                // of no use for that either.
+                // The broker gives this worker's requests to others. Closing is not waited for: the link
+                // may be too broken for that.
                 tokio::spawn(self.link.close());
                 Err(error)
             }
@@ -258,7 +257,7 @@ impl<'a> Session<'a> {
             self.look_at_clock()?;
             self.flush();
             if self.is_cut_off() {
-                // Without the journal nothing that is in flight can be finished.
+                // Without the journal no transaction can be finished.
                 let (last_read, drain_until) = (self.state.last_read, self.drain_until);
                 let settings = self.settings;
                 let resuming = self.follower.resume(last_read, &self.link);
@@ -282,12 +281,12 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Tells whether transactions would go through.
+    /// The worker is ready, unless the broker has an alarm.
     pub(super) fn tell_ready(&self) {
         self.settings.readiness.set(!self.watch.is_blocked());
     }
 
-    /// The next input: every kind in its turn, so that none waits for all of another.
+    /// The next input. The kinds take turns, so that none has to wait for all inputs of another.
     fn poll_input(&mut self, cx: &mut Context<'_>) -> Poll<Result<Input, SessionError>> {
         if let Poll::Ready(change) = self.watch.poll_next(cx) {
             return Poll::Ready(Ok(Input::Link(change)));
@@ -306,7 +305,7 @@ impl<'a> Session<'a> {
         kind: usize,
         cx: &mut Context<'_>,
     ) -> Poll<Result<Input, SessionError>> {
-        // Nothing is sent while the broker takes nothing, so nothing is begun either.
+        // While the broker takes no messages, no transaction is begun.
         let begins = !self.watch.is_blocked();
         match kind {
             0 => self.follower.poll_next(cx).map_ok(Input::Journal).map_err(Into::into),
@@ -336,7 +335,7 @@ impl<'a> Session<'a> {
 
     fn wake_at(&self) -> Option<Instant> {
         let state = &self.state;
-        // What would follow could not be sent.
+        // While the broker takes no messages, deadlines wait.
         let is_blocked = self.watch.is_blocked();
         let deadline = state.coordinator.next_deadline().filter(|_| !is_blocked);
         let deadline = deadline.map(|at| state.clock.instant_of(at));
@@ -346,7 +345,7 @@ impl<'a> Session<'a> {
         wake_at.chain(self.suspects.wake_at().filter(|_| !is_blocked)).min()
     }
 
-    /// Whatever else can be handled before anything is written.
+    /// Handles all other inputs that are ready.
     fn handle_what_is_ready(&mut self) -> Result<(), SessionError> {
         for _ in 0..BATCH_MAX {
             let Poll::Ready(input) = self.poll_input(&mut Context::from_waker(Waker::noop()))
@@ -405,7 +404,11 @@ impl<'a> Session<'a> {
             Read::Found(Found::Ended { reaches }) => {
                 self.dispatch(Event::HistoryEnded { reaches });
             }
-            Read::CutOff => tracing::warn!("the broker has ended the journal's consumer; resuming"),
+            Read::CutOff => {
+                tracing::warn!(
+                    "the broker has ended the journal's consumer; resuming with another one"
+                );
+            }
         }
     }
 
@@ -423,25 +426,25 @@ impl<'a> Session<'a> {
     }
 
     fn look_for_namesakes(&mut self, record: &Record) {
-        // Of a message all records are one worker's.
+        // All records of a message are of one worker.
         let first = record.decisions.first();
         let is_own_name = first.is_some_and(|it| it.worker == *self.settings.worker());
         let append = record.message_id.as_ref().map(ShortString::as_str);
         if is_own_name && self.state.namesakes.read(append) {
             tracing::warn!(
-                "another worker writes to the journal under this one's name, and their clocks are not \
-                 compared; give each worker a name of its own (`--name`)"
+                "another worker writes to the journal under this worker's name, and neither can compare \
+                 its clock with the other's; give each worker its own name (`--name`)"
             );
         }
     }
 
-    /// Whether the journal is not read any more.
+    /// Whether the journal's consumer has ended, or has stopped.
     fn is_cut_off(&self) -> bool {
         let unread_for = self.appender.unread_for(Instant::now());
         if let Some(unread_for) = unread_for {
             tracing::warn!(
                 "the broker has delivered nothing of `{}` for {:.1} s, though it has confirmed an \
-                 append; resuming by another consumer",
+                 append; resuming with another consumer",
                 self.settings.names.journal(),
                 unread_for.as_secs_f64()
             );
@@ -509,9 +512,9 @@ impl<'a> Session<'a> {
         self.dispatch(Event::RequestReceived { request, delivery, deliveries });
     }
 
-    /// Goes on with requests that workers may die of.
+    /// Tries the next suspect, if it is its turn.
     fn try_suspects(&mut self) {
-        // Nothing can be written down while the broker takes nothing.
+        // While the broker takes no messages, no try can be recorded.
         while !self.watch.is_blocked() && self.drain_until.is_none() {
             let WorkerState { coordinator, tries, .. } = &*self.state;
             let next = self.suspects.next(tries, Instant::now(), |key| coordinator.phase_of(key));
@@ -527,7 +530,7 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// One of the things that `unacked` waits for is safe.
+    /// One of the messages that the acknowledgement of `unacked` waits for is safe.
     fn safe(&mut self, unacked: Unacked) {
         if let Unacked::Inquiry(tag) = unacked
             && let Some(waiting) = self.unsettled.inquiries.get_mut(&tag)
@@ -568,7 +571,7 @@ impl<'a> Session<'a> {
 
     // ---- What goes out -----------------------------------------------------------------------
 
-    /// Lets the coordinator handle an event, and gathers what follows.
+    /// Lets the coordinator handle an event, and performs the effects.
     fn dispatch(&mut self, event: Event) {
         let now = self.state.clock.now();
         let mut effects = std::mem::take(&mut self.effects);
@@ -587,7 +590,7 @@ impl<'a> Session<'a> {
                 }
                 self.outbox.prepare(service, &prepare, spare);
             }
-            // A parked commit's command went out before its record.
+            // The command of a parked commit was published before its record.
             Effect::Send { to: Destination::AnyInstance, .. } => {}
             Effect::Send { service, to, command } => self.outbox.send(service, to, &command),
             Effect::Append(decision) => self.appender.append(decision),
@@ -619,11 +622,11 @@ impl<'a> Session<'a> {
                 );
                 self.settle(key, service, ack);
             }
-            // As it is with every request that is delivered again: another worker may have parked
-            // something. If it has, the parked command is in the queue of its service, and its done
-            // will settle it: see `parking`.
+            // The coordinator asks for this when a request was delivered again, since another worker may
+            // have parked the commit. If it has, the parked command is in the service's queue, and its
+            // done will settle the record: see `parking`.
             Effect::Settle { key, service, was_parked: false, .. } => {
-                tracing::debug!(transaction = %key, %service, "what may have been parked is done");
+                tracing::debug!(transaction = %key, %service, "a commit that may be parked is done");
             }
             Effect::Report(anomaly) => {
                 let WorkerState { undecidable, tally, .. } = &mut *self.state;
@@ -632,7 +635,7 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// `ack`: the message of the queue of inquiries that this follows from; it is acknowledged when
+    /// `ack`: the message of the queue of inquiries that has settled the commit. It is acknowledged when
     /// all records that follow from it are safe.
     fn settle(&mut self, key: TransactionKey, service: ServiceName, ack: Option<Delivery>) {
         let then = match ack {
@@ -662,7 +665,8 @@ impl<'a> Session<'a> {
 
     // ---- More and less work ------------------------------------------------------------------
 
-    /// Requests that wait in the worker for a full service must not keep out others.
+    /// Opens or closes a second consumer of requests: requests that wait for a full service must not keep
+    /// out others.
     async fn take_more_or_less(&mut self) -> Result<(), SessionError> {
         let waiting = self.state.coordinator.waiting() + self.suspects.len();
         let in_flight_max = self.settings.coordinator.in_flight_max;
@@ -700,7 +704,7 @@ impl<'a> Session<'a> {
         self.state.coordinator.is_empty() && self.outbox.is_idle() && self.appender.is_idle()
     }
 
-    /// Says goodbye: what is left goes to other workers.
+    /// Publishes what is left to publish, and closes the link.
     async fn close(mut self, end: End) -> End {
         self.flush();
         self.state.tally.unclaimed += self.outbox.unclaimed;
@@ -709,7 +713,7 @@ impl<'a> Session<'a> {
             self.outbox.finish().await;
         };
         if timeout(GOODBYE_MAX, said).await.is_err() {
-            tracing::debug!("the broker did not confirm all that was published last");
+            tracing::debug!("the broker did not confirm the last messages in time");
         }
         self.searches.close().await;
         self.link.close().await;
@@ -717,8 +721,8 @@ impl<'a> Session<'a> {
     }
 }
 
-/// The queue that replies come to: opened before anything else, it shows that the node is of use. What
-/// it gets through shows that the link is alive.
+/// Opens the queue for replies. It comes first, since it shows whether the node works; the probes that the
+/// worker sends through it show that the link is alive.
 pub(super) async fn open_replies(
     settings: &Settings,
     link: &Link,
@@ -733,7 +737,7 @@ pub(super) async fn open_replies(
     probed.map_err(opening("a channel to probe the link on"))
 }
 
-/// Waits for the journal to be read again; if that takes longer than a moment, the worker isn't ready.
+/// Waits until reading the journal is resumed. If that takes long, the worker is not ready meanwhile.
 async fn not_ready_if_long<T>(settings: &Settings, resuming: impl Future<Output = T>) -> T {
     let mut resuming = std::pin::pin!(resuming);
     if let Ok(resumed) = timeout(READ_AGAIN_SOON, &mut resuming).await {

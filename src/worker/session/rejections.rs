@@ -1,4 +1,4 @@
-//! Messages that can't be served: they are set aside with the reason, and who sent them is answered.
+//! Rejects messages: sets them aside with the reason, and answers the producer of a request.
 
 use lapin::message::Delivery as Message;
 use tracing::field::display;
@@ -56,7 +56,7 @@ impl Session<'_> {
         self.outbox.durable(rejected, then);
     }
 
-    /// If it is known who sent the request that can't be understood, they are told.
+    /// Publishes a result for the request, if its id could be read.
     fn telling_producer_of(&self, malformed: &RequestMalformed, unacked: Unacked) -> OnConfirm {
         let Some(id) = malformed.id.clone() else { return OnConfirm::Ack(unacked) };
         let now = self.state.clock.now();
@@ -72,7 +72,7 @@ impl Session<'_> {
         OnConfirm::Answer(Box::new(result), unacked)
     }
 
-    /// A request that was understood, and can't be served.
+    /// A request that was understood, and that the coordinator has rejected.
     pub(super) fn reject_request(&mut self, request: &Request, delivery: Delivery, reason: Reason) {
         let text = reason.message.as_deref().unwrap_or(reason.code.as_str());
         let text = format!("{}: {text}", reason.code);
