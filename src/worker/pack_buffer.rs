@@ -229,6 +229,40 @@ mod tests {
     }
 
     #[test]
+    fn what_is_read_again_or_after_a_gap_is_packed_from_there() {
+        let mut buffer = PackBuffer::default();
+        reads(&mut buffer, 0..500, 100);
+        reads(&mut buffer, 200..200 + DUE, 100);
+        assert_eq!(packs(&mut buffer), Some(of(200..200 + MESSAGES_MAX as u64)));
+        reads(&mut buffer, 5000..5000 + DUE, 100);
+        assert_eq!(packs(&mut buffer), Some(of(5000..5000 + MESSAGES_MAX as u64)));
+        buffer.clear();
+        assert_eq!((buffer.messages.len(), buffer.weight), (0, 0));
+        reads(&mut buffer, 0..DUE, 100);
+        assert_eq!(packs(&mut buffer), Some(of(0..MESSAGES_MAX as u64)));
+    }
+
+    /// Each quote takes two bytes in a pack.
+    #[test]
+    fn a_pack_that_is_full_early_has_fewer_messages_and_the_next_one_begins_with_its_last() {
+        let mut buffer = PackBuffer::default();
+        let quotes = |offset| Copied { body: "\"".repeat(400).into(), ..message(offset, 0) };
+        let mut next = 0;
+        let mut pack_of_quotes = || loop {
+            buffer.read(&Record::copied(quotes(next)));
+            next += 1;
+            if let Some(pack) = packs(&mut buffer) {
+                return pack;
+            }
+        };
+        let (first, second) = (pack_of_quotes(), pack_of_quotes());
+        let (last, digest) = first.last().unwrap();
+        assert!((256..400).contains(&last), "{last}");
+        assert_eq!(second.digest_at(last), Some(digest));
+        assert_eq!(second.digest_at(last - 1), None);
+    }
+
+    #[test]
     fn what_nobody_packs_is_forgotten() {
         let mut buffer = PackBuffer::default();
         reads(&mut buffer, 0..10_000, 100);

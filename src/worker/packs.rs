@@ -174,7 +174,7 @@ impl Pack {
     }
 
     /// The digest of the message at `offset`, if the pack has it.
-    fn digest_at(&self, offset: u64) -> Option<u64> {
+    pub(super) fn digest_at(&self, offset: u64) -> Option<u64> {
         let place = usize::try_from(offset.checked_sub(self.begins())?).ok()?;
         self.0.get(place).map(digest_of)
     }
