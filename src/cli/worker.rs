@@ -89,26 +89,26 @@ pub(super) fn run(arguments: &WorkerArguments) -> Result<Exit, Failure> {
     settings.readiness = file.readiness();
     let ended = runtime.block_on(worker::run_in_span(settings, stop));
     file.end(&runtime);
-    let tally = ended.map_err(failure)?;
+    let stats = ended.map_err(failure)?;
     tracing::info!(
-        taken = tally.taken,
-        committed = tally.committed,
-        aborted = tally.aborted,
-        rejected = tally.rejected,
-        parked = tally.parked,
-        unclaimed = tally.unclaimed,
-        connections_lost = tally.lost,
+        taken = stats.taken,
+        committed = stats.committed,
+        aborted = stats.aborted,
+        rejected = stats.rejected,
+        parked = stats.parked,
+        unclaimed = stats.unclaimed,
+        connections_lost = stats.lost,
         "stopped"
     );
     let Traffic { published, delivered } = Traffic::so_far();
     report.write(&json!({
-        "taken": tally.taken,
-        "committed": tally.committed,
-        "aborted": tally.aborted,
-        "rejected": tally.rejected,
-        "parked": tally.parked,
-        "unclaimed": tally.unclaimed,
-        "connections_lost": tally.lost,
+        "taken": stats.taken,
+        "committed": stats.committed,
+        "aborted": stats.aborted,
+        "rejected": stats.rejected,
+        "parked": stats.parked,
+        "unclaimed": stats.unclaimed,
+        "connections_lost": stats.lost,
         "published": published,
         "delivered": delivered,
     }))?;

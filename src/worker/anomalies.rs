@@ -10,7 +10,7 @@ use crate::{
         message::{Parked, ParkedCause},
     },
     transport::amqp::names::Names,
-    worker::{Tally, packs::PacksUnusable, searches::Searches},
+    worker::{WorkerStats, packs::PacksUnusable, searches::Searches},
 };
 
 /// How many undecidable inquiries to remember.
@@ -84,11 +84,11 @@ pub(super) fn report(
     names: &Names,
     searches: &Searches,
     undecidable: &mut Undecidable,
-    tally: &mut Tally,
+    stats: &mut WorkerStats,
 ) {
     match anomaly {
         Anomaly::ResultUnclaimed { key, attempts } => {
-            tally.unclaimed += 1;
+            stats.unclaimed += 1;
             tracing::warn!(
                 transaction = %key, attempts,
                 "giving up a result that the broker did not take; its producer can ask again"

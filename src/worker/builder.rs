@@ -10,7 +10,7 @@ use crate::{
         options::{BrokerOptions, broker_setters},
         unique,
     },
-    worker::{self, Settings, Tally, WorkerError},
+    worker::{self, Settings, WorkerError, WorkerStats},
 };
 
 /// The largest prefetch of AMQP.
@@ -24,12 +24,12 @@ const PREPARE_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 ///
 /// ```no_run
 /// # async fn example() -> Result<(), dtc::WorkerError> {
-/// let tally = dtc::Worker::builder("amqp://localhost")
+/// let stats = dtc::Worker::builder("amqp://localhost")
 ///     .namespace("shop")
 ///     .max_in_flight(500)
 ///     .run_until(dtc::shutdown_signal())
 ///     .await?;
-/// println!("{} committed, {} aborted", tally.committed, tally.aborted);
+/// println!("{} committed, {} aborted", stats.committed, stats.aborted);
 /// # Ok(())
 /// # }
 /// ```
@@ -75,7 +75,10 @@ impl Worker {
     /// # Errors
     ///
     /// The broker refuses the worker, which has not worked before.
-    pub async fn run_until(self, stop: impl Future<Output = ()>) -> Result<Tally, WorkerError> {
+    pub async fn run_until(
+        self,
+        stop: impl Future<Output = ()>,
+    ) -> Result<WorkerStats, WorkerError> {
         worker::run(self.settings, stop).await
     }
 }
@@ -175,7 +178,10 @@ impl WorkerBuilder {
     /// # Errors
     ///
     /// A setting is invalid; or the broker refuses the worker, which has not worked before.
-    pub async fn run_until(self, stop: impl Future<Output = ()>) -> Result<Tally, WorkerError> {
+    pub async fn run_until(
+        self,
+        stop: impl Future<Output = ()>,
+    ) -> Result<WorkerStats, WorkerError> {
         self.build()?.run_until(stop).await
     }
 }
@@ -236,7 +242,7 @@ mod tests {
         let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let readiness = Readiness::new();
         let worker = Worker::builder(format!("amqp://{address}")).readiness(&readiness);
-        let tally = worker.run_until(tokio::time::sleep(Duration::from_millis(50))).await.unwrap();
-        assert_eq!((tally, readiness.is_ready()), (super::Tally::default(), false));
+        let stats = worker.run_until(tokio::time::sleep(Duration::from_millis(50))).await.unwrap();
+        assert_eq!((stats, readiness.is_ready()), (super::WorkerStats::default(), false));
     }
 }

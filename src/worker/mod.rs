@@ -116,7 +116,7 @@ impl Settings {
 /// What a worker has done, in numbers.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[non_exhaustive]
-pub struct Tally {
+pub struct WorkerStats {
     /// Requests taken, repeated deliveries included.
     pub taken: u64,
     /// Results of committed transactions.
@@ -133,7 +133,7 @@ pub struct Tally {
     pub lost: u64,
 }
 
-impl Tally {
+impl WorkerStats {
     fn count(&mut self, answer: &Answer) {
         match answer.outcome {
             Outcome::Committed => self.committed += 1,
@@ -163,7 +163,10 @@ pub enum WorkerError {
 /// # Errors
 ///
 /// The broker refuses the worker, which has not worked before.
-pub async fn run(settings: Settings, stop: impl Future<Output = ()>) -> Result<Tally, WorkerError> {
+pub async fn run(
+    settings: Settings,
+    stop: impl Future<Output = ()>,
+) -> Result<WorkerStats, WorkerError> {
     let span = span(settings.worker());
     run_in_span(settings, stop).instrument(span).await
 }
@@ -178,13 +181,13 @@ pub(crate) fn span(worker: &WorkerId) -> Span {
 pub(crate) async fn run_in_span(
     settings: Settings,
     stop: impl Future<Output = ()>,
-) -> Result<Tally, WorkerError> {
+) -> Result<WorkerStats, WorkerError> {
     let _held = settings.readiness.while_held();
     let stop = Box::pin(stop).shared();
     let coordinator = Coordinator::new(settings.coordinator.clone());
     let clock = Clock::start();
     let clocks = Clocks::new(settings.worker().clone(), settings.coordinator.clock_margin);
-    let tally = Tally::default();
+    let stats = WorkerStats::default();
     let namesakes = Namesakes::default();
     let mut state = WorkerState {
         coordinator,
@@ -197,7 +200,7 @@ pub(crate) async fn run_in_span(
         undecidable: Undecidable::default(),
         pack_buffer: PackBuffer::default(),
         packs_unusable: None,
-        tally,
+        stats,
     };
     let mut supervisor = Supervisor::default();
     loop {
@@ -216,7 +219,7 @@ pub(crate) async fn run_in_span(
                 }
                 Err(failure) => failure,
             },
-            () = stop.clone() => return Ok(state.tally),
+            () = stop.clone() => return Ok(state.stats),
         };
         if !supervisor.has_worked()
             && let Some(error) = failure.refusal()
@@ -228,12 +231,12 @@ pub(crate) async fn run_in_span(
             // A wrong clock has chosen where to begin to read: begin again.
             state.last_read = None;
         } else {
-            state.tally.lost += u64::from(supervisor.has_worked());
+            state.stats.lost += u64::from(supervisor.has_worked());
         }
         state.coordinator.handle(state.clock.now(), Event::Disconnected, &mut Vec::new());
         tokio::select! {
             () = tokio::time::sleep(supervisor.pause()) => {}
-            () = stop.clone() => return Ok(state.tally),
+            () = stop.clone() => return Ok(state.stats),
         }
     }
 }
@@ -251,7 +254,7 @@ async fn open<'a>(
     Session::open(settings, state, link, replies).await.map_err(Failure::Session)
 }
 
-fn ended(end: &End, state: &WorkerState) -> Tally {
+fn ended(end: &End, state: &WorkerState) -> WorkerStats {
     match end {
         End::Drained => tracing::info!("drained: no request is left"),
         End::DrainTimedOut => tracing::warn!(
@@ -263,7 +266,7 @@ fn ended(end: &End, state: &WorkerState) -> Tally {
             "stopping while the journal is gone: other workers get the requests in flight"
         ),
     }
-    state.tally
+    state.stats
 }
 
 /// An error that retrying won't resolve.

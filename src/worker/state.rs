@@ -6,7 +6,7 @@ use crate::{
     clock::Clock,
     protocol::coordinator::Coordinator,
     worker::{
-        Tally, anomalies::Undecidable, clocks::Clocks, namesakes::Namesakes,
+        WorkerStats, anomalies::Undecidable, clocks::Clocks, namesakes::Namesakes,
         pack_buffer::PackBuffer, packs::PacksUnusable, suspects::Tries,
     },
 };
@@ -26,7 +26,7 @@ pub(super) struct WorkerState {
     pub(super) pack_buffer: PackBuffer,
     /// Why packs can't be used, if that was logged.
     pub(super) packs_unusable: Option<PacksUnusable>,
-    pub(super) tally: Tally,
+    pub(super) stats: WorkerStats,
 }
 
 /// The last message that was read from the journal.

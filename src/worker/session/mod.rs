@@ -490,7 +490,7 @@ impl<'a> Session<'a> {
                 if is_future && self.drain_until.is_none() && self.is_clock_in_doubt() {
                     return self.doubtful.push((delivery, message));
                 }
-                self.state.tally.taken += 1;
+                self.state.stats.taken += 1;
                 self.unsettled.reply_of.insert(delivery, request.reply.clone());
                 let deliveries = inbound::deliveries(&message);
                 let suspect = Suspect { request, delivery, deliveries };
@@ -598,7 +598,7 @@ impl<'a> Session<'a> {
                 self.follower.look_back(from, until, self.settings.coordinator.clock_margin);
             }
             Effect::Publish { key, delivery, answer } => {
-                self.state.tally.count(&answer);
+                self.state.stats.count(&answer);
                 let reply = self.unsettled.reply_of.get(&delivery).cloned().flatten();
                 self.outbox.answer(reply, &answer, (key, delivery));
             }
@@ -611,7 +611,7 @@ impl<'a> Session<'a> {
                 self.reject_request(&request, delivery, reason);
             }
             Effect::Park(parked) => {
-                self.state.tally.parked += 1;
+                self.state.stats.parked += 1;
                 tell_parked(&parked, &self.settings.names);
                 self.outbox.park(parked);
             }
@@ -629,8 +629,8 @@ impl<'a> Session<'a> {
                 tracing::debug!(transaction = %key, %service, "a commit that may be parked is done");
             }
             Effect::Report(anomaly) => {
-                let WorkerState { undecidable, tally, .. } = &mut *self.state;
-                report(&anomaly, &self.settings.names, &self.searches, undecidable, tally);
+                let WorkerState { undecidable, stats, .. } = &mut *self.state;
+                report(&anomaly, &self.settings.names, &self.searches, undecidable, stats);
             }
         }
     }
@@ -707,7 +707,7 @@ impl<'a> Session<'a> {
     /// Publishes what is left to publish, and closes the link.
     async fn close(mut self, end: End) -> End {
         self.flush();
-        self.state.tally.unclaimed += self.outbox.unclaimed;
+        self.state.stats.unclaimed += self.outbox.unclaimed;
         let said = async {
             self.appender.finish().await;
             self.outbox.finish().await;

@@ -28,7 +28,7 @@ impl Session<'_> {
         reason: &str,
         then: OnConfirm,
     ) {
-        self.state.tally.rejected += 1;
+        self.state.stats.rejected += 1;
         // What a service sends has its name in the routing key.
         let service = names::parts(message.routing_key.as_str());
         let service = service.and_then(|(_, service)| ServiceName::parse(service).ok());
@@ -45,7 +45,7 @@ impl Session<'_> {
         malformed: &RequestMalformed,
         delivery: Delivery,
     ) {
-        self.state.tally.rejected += 1;
+        self.state.stats.rejected += 1;
         let (queue, reason) = (self.settings.names.requests(), malformed.reason.as_str());
         let key = malformed.id.clone().zip(malformed.requested_at);
         let key = key.map(|(id, requested_at)| TransactionKey { id, requested_at });
@@ -76,7 +76,7 @@ impl Session<'_> {
     pub(super) fn reject_request(&mut self, request: &Request, delivery: Delivery, reason: Reason) {
         let text = reason.message.as_deref().unwrap_or(reason.code.as_str());
         let text = format!("{}: {text}", reason.code);
-        self.state.tally.rejected += 1;
+        self.state.stats.rejected += 1;
         tracing::warn!(transaction = %request.key, reason = text, "a request is rejected");
         let spec = TransactionSpec {
             id: request.key.id.clone(),
