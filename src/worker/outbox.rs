@@ -79,7 +79,7 @@ pub(super) enum OnConfirm {
 
 /// What the session has to do after the broker's answer to a publish.
 #[derive(Debug)]
-pub(super) enum Followed {
+pub(super) enum OutboxEvent {
     /// Pass it to the coordinator.
     Event(Event),
     /// One of the messages that this delivery waits for is safe.
@@ -135,7 +135,7 @@ pub(super) struct Outbox {
     answers: BTreeMap<(Option<ReplyToken>, Outcome), Results>,
     /// Reply tokens under which results fail, and since when.
     unreachable: BTreeMap<Option<ReplyToken>, Instant>,
-    followed: VecDeque<Followed>,
+    events: VecDeque<OutboxEvent>,
     /// How many results no queue took.
     pub(super) unclaimed: u64,
 }
@@ -161,7 +161,7 @@ impl Outbox {
             prepare_batcher: PrepareBatcher::default(),
             answers: BTreeMap::new(),
             unreachable: BTreeMap::new(),
-            followed: VecDeque::new(),
+            events: VecDeque::new(),
             unclaimed: 0,
         })
     }
@@ -371,10 +371,13 @@ impl Outbox {
     // ---- Confirms ----------------------------------------------------------------------------
 
     /// Ready with what follows from the broker's next answer.
-    pub(super) fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Followed, LaneLost>> {
+    pub(super) fn poll_next(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<OutboxEvent, LaneLost>> {
         loop {
-            if let Some(followed) = self.followed.pop_front() {
-                return Poll::Ready(Ok(followed));
+            if let Some(event) = self.events.pop_front() {
+                return Poll::Ready(Ok(event));
             }
             if let Poll::Ready(answered) = self.results.poll_next(cx) {
                 let (answered, published) = answered?;
@@ -383,7 +386,7 @@ impl Outbox {
                 let (asked, published) = answered?;
                 self.prepares_answered(asked, &published);
             } else if let Poll::Ready(safe) = self.durable.poll_next(cx) {
-                self.follow(safe?);
+                self.confirmed(safe?);
             } else if let Poll::Ready(written) = self.commands.poll_next(cx) {
                 let ((), published) = written?;
                 if !matches!(published, Published::Confirmed) {
@@ -402,9 +405,9 @@ impl Outbox {
         let Asked { keys, service } = asked;
         // The service's queue is gone, or its node is down. The coordinator looks for the service to find
         // out which.
-        self.followed.extend(keys.into_iter().map(|key| {
+        self.events.extend(keys.into_iter().map(|key| {
             let service = service.clone();
-            Followed::Event(Event::PrepareRefused { key, service })
+            OutboxEvent::Event(Event::PrepareRefused { key, service })
         }));
     }
 
@@ -412,7 +415,7 @@ impl Outbox {
         let (reply, of) = match answered {
             Answered::Of { reply, requests } => (reply, requests),
             Answered::SetAside(unacked) => {
-                return self.followed.push_back(Followed::Safe(unacked));
+                return self.events.push_back(OutboxEvent::Safe(unacked));
             }
         };
         let is_done = match published {
@@ -431,8 +434,8 @@ impl Outbox {
                 is_unreachable
             }
         };
-        self.followed.extend(of.into_iter().map(|(key, delivery)| {
-            Followed::Event(match is_done {
+        self.events.extend(of.into_iter().map(|(key, delivery)| {
+            OutboxEvent::Event(match is_done {
                 true => Event::ResultConfirmed { key, delivery },
                 false => Event::ResultFailed { key, delivery },
             })
@@ -461,13 +464,13 @@ impl Outbox {
         false
     }
 
-    fn follow(&mut self, then: OnConfirm) {
+    fn confirmed(&mut self, then: OnConfirm) {
         match then {
             OnConfirm::Tell(event) => {
                 if let Event::ParkConfirmed { key, service: Some(service) } = &event {
                     self.parking.recorded(key, service);
                 }
-                self.followed.push_back(Followed::Event(event));
+                self.events.push_back(OutboxEvent::Event(event));
             }
             OnConfirm::Record(parked) => {
                 let next = parked.service().map(|it| self.parking.queued(&parked.key, it));
@@ -475,8 +478,8 @@ impl Outbox {
                     self.record(&parked);
                 }
             }
-            OnConfirm::Ack(unacked) => self.followed.push_back(Followed::Safe(unacked)),
-            OnConfirm::Try(key) => self.followed.push_back(Followed::MayTry(key)),
+            OnConfirm::Ack(unacked) => self.events.push_back(OutboxEvent::Safe(unacked)),
+            OnConfirm::Try(key) => self.events.push_back(OutboxEvent::MayTry(key)),
             OnConfirm::Answer(message, unacked) => {
                 self.results.publish(*message, Answered::SetAside(unacked));
             }
@@ -509,7 +512,7 @@ impl Outbox {
     pub(super) fn is_idle(&self) -> bool {
         self.durable.is_idle()
             && self.answers.is_empty()
-            && self.followed.is_empty()
+            && self.events.is_empty()
             && self.results.outstanding() == 0
     }
 }

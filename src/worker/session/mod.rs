@@ -45,7 +45,7 @@ use crate::{
         follower::{FollowError, Follower, Read, read_event},
         inbound,
         journal::{Found, Journal, ReadError, Record},
-        outbox::{Followed, OnConfirm, Outbox, Unacked},
+        outbox::{OnConfirm, Outbox, OutboxEvent, Unacked},
         packer::Packer,
         packs::{PackEvent, PackedJournal},
         request_consumers::RequestConsumers,
@@ -83,7 +83,7 @@ pub(super) enum End {
 enum Input {
     Journal(Read),
     Appended,
-    Followed(Followed),
+    Outbox(OutboxEvent),
     Reply(Message),
     Inquiry(Message),
     Request(Delivery, Message),
@@ -310,7 +310,7 @@ impl<'a> Session<'a> {
         match kind {
             0 => self.follower.poll_next(cx).map_ok(Input::Journal).map_err(Into::into),
             1 => self.appender.poll_next(cx).map_ok(|()| Input::Appended).map_err(Into::into),
-            2 => self.outbox.poll_next(cx).map_ok(Input::Followed).map_err(Into::into),
+            2 => self.outbox.poll_next(cx).map_ok(Input::Outbox).map_err(Into::into),
             3 => self.replies.poll_next(cx).map_ok(Input::Reply).map_err(SessionError::Closed),
             4 if begins => {
                 self.inquiries.poll_next(cx).map_ok(Input::Inquiry).map_err(SessionError::Closed)
@@ -367,9 +367,11 @@ impl<'a> Session<'a> {
         match input {
             Input::Journal(read) => self.journal_read(read),
             Input::Appended => {}
-            Input::Followed(Followed::Event(event)) | Input::Service(event) => self.dispatch(event),
-            Input::Followed(Followed::Safe(unacked)) => self.safe(unacked),
-            Input::Followed(Followed::MayTry(key)) => {
+            Input::Outbox(OutboxEvent::Event(event)) | Input::Service(event) => {
+                self.dispatch(event)
+            }
+            Input::Outbox(OutboxEvent::Safe(unacked)) => self.safe(unacked),
+            Input::Outbox(OutboxEvent::MayTry(key)) => {
                 if let Some(suspect) = self.suspects.recorded(&key, Instant::now()) {
                     self.dispatch_request(suspect);
                 }
