@@ -51,7 +51,7 @@ use self::{
     clocks::Clocks,
     namesakes::Namesakes,
     pack_buffer::PackBuffer,
-    session::{End, Session, SessionError, open_replies},
+    session::{Session, SessionError, StopReason, open_replies},
     state::WorkerState,
     suspects::Tries,
 };
@@ -254,14 +254,14 @@ async fn open<'a>(
     Session::open(settings, state, link, replies).await.map_err(Failure::Session)
 }
 
-fn ended(end: &End, state: &WorkerState) -> WorkerStats {
-    match end {
-        End::Drained => tracing::info!("drained: no request is left"),
-        End::DrainTimedOut => tracing::warn!(
+fn ended(reason: &StopReason, state: &WorkerState) -> WorkerStats {
+    match reason {
+        StopReason::Drained => tracing::info!("drained: no request is left"),
+        StopReason::DrainTimedOut => tracing::warn!(
             in_flight = state.coordinator.len(),
             "the time to drain is over: other workers get the requests in flight"
         ),
-        End::WithoutJournal => tracing::warn!(
+        StopReason::WithoutJournal => tracing::warn!(
             in_flight = state.coordinator.len(),
             "stopping while the journal is gone: other workers get the requests in flight"
         ),

@@ -70,7 +70,7 @@ const GOODBYE_MAX: Duration = Duration::from_secs(2);
 
 /// How a worker has stopped.
 #[derive(Debug)]
-pub(super) enum End {
+pub(super) enum StopReason {
     /// It has finished all transactions that it had begun.
     Drained,
     /// Its time to drain was over before that.
@@ -229,7 +229,7 @@ impl<'a> Session<'a> {
     pub(super) async fn run(
         mut self,
         stop: impl Future<Output = ()> + Unpin,
-    ) -> Result<End, SessionError> {
+    ) -> Result<StopReason, SessionError> {
         match self.work(stop).await {
             Ok(end) => Ok(self.close(end).await),
             Err(error) => {
@@ -244,14 +244,14 @@ impl<'a> Session<'a> {
     async fn work(
         &mut self,
         mut stop: impl Future<Output = ()> + Unpin,
-    ) -> Result<End, SessionError> {
+    ) -> Result<StopReason, SessionError> {
         loop {
             let (wake_at, drain_until) = (self.wake_at(), self.drain_until);
             tokio::select! {
                 input = poll_fn(|cx| self.poll_input(cx)) => self.handle(input?)?,
                 () = &mut stop, if drain_until.is_none() => self.drain().await?,
                 () = sleep_until(wake_at) => {}
-                () = sleep_until(drain_until) => return Ok(End::DrainTimedOut),
+                () = sleep_until(drain_until) => return Ok(StopReason::DrainTimedOut),
             }
             self.handle_what_is_ready()?;
             self.look_at_clock()?;
@@ -264,10 +264,10 @@ impl<'a> Session<'a> {
                 tokio::select! {
                     resumed = not_ready_if_long(settings, resuming) => resumed?,
                     () = &mut stop, if drain_until.is_none() => {
-                        return Ok(End::WithoutJournal);
+                        return Ok(StopReason::WithoutJournal);
                     }
                     () = sleep_until(drain_until) => {
-                        return Ok(End::DrainTimedOut);
+                        return Ok(StopReason::DrainTimedOut);
                     }
                 }
                 self.appender.read_anew();
@@ -276,7 +276,7 @@ impl<'a> Session<'a> {
             if self.drain_until.is_none() {
                 self.take_more_or_less().await?;
             } else if self.is_drained() {
-                return Ok(End::Drained);
+                return Ok(StopReason::Drained);
             }
         }
     }
@@ -707,7 +707,7 @@ impl<'a> Session<'a> {
     }
 
     /// Publishes what is left to publish, and closes the link.
-    async fn close(mut self, end: End) -> End {
+    async fn close(mut self, reason: StopReason) -> StopReason {
         self.flush();
         self.state.stats.unclaimed += self.outbox.unclaimed;
         let said = async {
@@ -719,7 +719,7 @@ impl<'a> Session<'a> {
         }
         self.searches.close().await;
         self.link.close().await;
-        end
+        reason
     }
 }
 
