@@ -31,7 +31,7 @@ const WORKERS_MAX: usize = 64;
 
 /// This worker's clock, compared with another.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Standing {
+pub(super) enum ClockComparison {
     Behind,
     Fits,
     Ahead,
@@ -39,7 +39,7 @@ pub(super) enum Standing {
 
 /// What another clock showed, according to a message.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Heard {
+struct ClockSample {
     shown: Time,
     /// When the message came, by the monotonic clock.
     at: Duration,
@@ -47,7 +47,7 @@ struct Heard {
     is_old: bool,
 }
 
-impl Heard {
+impl ClockSample {
     fn counts(&self, now: Reading) -> bool {
         now.elapsed.saturating_sub(self.at) <= HEARD_FOR
     }
@@ -57,22 +57,22 @@ impl Heard {
         self.shown + now.elapsed.saturating_sub(self.at)
     }
 
-    fn standing(&self, now: Reading, margin: Duration) -> Option<Standing> {
+    fn standing(&self, now: Reading, margin: Duration) -> Option<ClockComparison> {
         let shows = self.shows(now);
         if shows > now.time + margin {
-            return Some(Standing::Behind);
+            return Some(ClockComparison::Behind);
         }
         match shows + margin < now.time {
             _ if self.is_old => None,
-            true => Some(Standing::Ahead),
-            false => Some(Standing::Fits),
+            true => Some(ClockComparison::Ahead),
+            false => Some(ClockComparison::Fits),
         }
     }
 }
 
 /// How far this worker's clock is off.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) struct Off {
+pub(super) struct ClockSkew {
     is_behind: bool,
     /// By how much at least.
     by: Duration,
@@ -80,7 +80,7 @@ pub(super) struct Off {
     witnesses: Vec<String>,
 }
 
-impl fmt::Display for Off {
+impl fmt::Display for ClockSkew {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let which = if self.is_behind { "behind" } else { "ahead of" };
         let by = self.by.as_secs();
@@ -93,12 +93,12 @@ impl fmt::Display for Off {
 pub(super) struct Clocks {
     worker: WorkerId,
     margin: Duration,
-    workers: BTreeMap<WorkerId, Heard>,
+    workers: BTreeMap<WorkerId, ClockSample>,
     /// The latest request that fits, and the latest one from the future.
-    fitting: Option<Heard>,
-    future: Option<Heard>,
+    fitting: Option<ClockSample>,
+    future: Option<ClockSample>,
     /// The broker's answer, if it gave one, and when.
-    broker: Option<(Option<Standing>, Duration)>,
+    broker: Option<(Option<ClockComparison>, Duration)>,
     /// Whether this clock was found to be off, and has not fitted the broker's clock since.
     is_off: bool,
 }
@@ -134,7 +134,7 @@ impl Clocks {
     }
 
     fn hear_worker(&mut self, now: Reading, record: &Decision, is_old: bool) {
-        let heard = Heard { shown: record.decided_at, at: now.elapsed, is_old };
+        let heard = ClockSample { shown: record.decided_at, at: now.elapsed, is_old };
         if let Some(known) = self.workers.get_mut(&record.worker) {
             *known = heard;
             return;
@@ -150,20 +150,20 @@ impl Clocks {
 
     /// Takes in the timestamp of a request. Returns whether it is from the future.
     pub(super) fn request(&mut self, now: Reading, requested_at: Time) -> bool {
-        let heard = Heard { shown: requested_at, at: now.elapsed, is_old: false };
+        let heard = ClockSample { shown: requested_at, at: now.elapsed, is_old: false };
         match heard.standing(now, self.margin) {
-            Some(Standing::Behind) => self.future = Some(heard),
-            Some(Standing::Fits) => self.fitting = Some(heard),
+            Some(ClockComparison::Behind) => self.future = Some(heard),
+            Some(ClockComparison::Fits) => self.fitting = Some(heard),
             // It has waited in the queue, or is a retry.
-            Some(Standing::Ahead) | None => {}
+            Some(ClockComparison::Ahead) | None => {}
         }
-        heard.standing(now, self.margin) == Some(Standing::Behind)
+        heard.standing(now, self.margin) == Some(ClockComparison::Behind)
     }
 
     /// Takes in the broker's answer. `None`: it gave none.
-    pub(super) fn broker(&mut self, now: Reading, standing: Option<Standing>) {
+    pub(super) fn broker(&mut self, now: Reading, standing: Option<ClockComparison>) {
         self.broker = Some((standing, now.elapsed));
-        if standing == Some(Standing::Fits) {
+        if standing == Some(ClockComparison::Fits) {
             self.is_off = false;
         }
     }
@@ -171,18 +171,18 @@ impl Clocks {
     /// Whether another clock is against this one, so that the broker should be asked.
     pub(super) fn is_in_doubt(&self, now: Reading) -> bool {
         let is_told = self.told(now).is_some();
-        let against = |heard: &Heard| {
+        let against = |heard: &ClockSample| {
             heard.counts(now)
                 && matches!(
                     heard.standing(now, self.margin),
-                    Some(Standing::Behind | Standing::Ahead)
+                    Some(ClockComparison::Behind | ClockComparison::Ahead)
                 )
         };
         !is_told && (self.workers.values().any(against) || self.future.iter().any(against))
     }
 
     /// The broker's answer, if it still counts.
-    fn told(&self, now: Reading) -> Option<Option<Standing>> {
+    fn told(&self, now: Reading) -> Option<Option<ClockComparison>> {
         let (standing, at) = self.broker?;
         (now.elapsed.saturating_sub(at) <= TOLD_FOR).then_some(standing)
     }
@@ -193,8 +193,10 @@ impl Clocks {
     }
 
     /// Counts the votes. If this clock is off, it stays off until it fits the broker's.
-    pub(super) fn verdict(&mut self, now: Reading) -> Option<Off> {
-        let off = self.count(now, Standing::Behind).or_else(|| self.count(now, Standing::Ahead));
+    pub(super) fn verdict(&mut self, now: Reading) -> Option<ClockSkew> {
+        let off = self
+            .count(now, ClockComparison::Behind)
+            .or_else(|| self.count(now, ClockComparison::Ahead));
         self.is_off |= off.is_some();
         off
     }
@@ -202,15 +204,19 @@ impl Clocks {
     /// The broker has delivered nothing of the journal from the moment at which the window begins.
     /// Returns whether that is because the moment is in the future by the broker's clock. Here the
     /// broker's answer decides alone: without the journal the worker can't work in any case.
-    pub(super) fn journal_is_silent(&mut self, now: Reading) -> Option<Off> {
-        if self.told(now) != Some(Some(Standing::Ahead)) {
+    pub(super) fn journal_is_silent(&mut self, now: Reading) -> Option<ClockSkew> {
+        if self.told(now) != Some(Some(ClockComparison::Ahead)) {
             return None;
         }
         self.is_off = true;
-        Some(Off { is_behind: false, by: self.margin, witnesses: vec!["the broker".to_owned()] })
+        Some(ClockSkew {
+            is_behind: false,
+            by: self.margin,
+            witnesses: vec!["the broker".to_owned()],
+        })
     }
 
-    fn count(&self, now: Reading, against: Standing) -> Option<Off> {
+    fn count(&self, now: Reading, against: ClockComparison) -> Option<ClockSkew> {
         let broker = self.told(now).flatten();
         let (mut n_for, mut by, mut witnesses) = (1, Duration::MAX, Vec::new());
         let heard = self.workers.iter().filter(|(_, heard)| heard.counts(now));
@@ -221,7 +227,7 @@ impl Clocks {
                     by = by.min(shows.since(now.time).max(now.time.since(shows)));
                     witnesses.push(format!("worker {worker}"));
                 }
-                Some(Standing::Fits) => n_for += 1,
+                Some(ClockComparison::Fits) => n_for += 1,
                 Some(_) | None => {}
             }
         }
@@ -229,7 +235,7 @@ impl Clocks {
         let future = self.future.filter(|heard| heard.counts(now));
         // If some requests fit and some don't, producers have no vote.
         match future {
-            Some(heard) if !fitting && against == Standing::Behind => {
+            Some(heard) if !fitting && against == ClockComparison::Behind => {
                 by = by.min(heard.shows(now).since(now.time));
                 witnesses.push("producers".to_owned());
             }
@@ -238,13 +244,13 @@ impl Clocks {
         }
         match broker {
             Some(standing) if standing == against => witnesses.push("the broker".to_owned()),
-            _ if against == Standing::Ahead => return None,
-            Some(Standing::Fits) => n_for += 1,
+            _ if against == ClockComparison::Ahead => return None,
+            Some(ClockComparison::Fits) => n_for += 1,
             Some(_) | None => {}
         }
-        let is_behind = against == Standing::Behind;
+        let is_behind = against == ClockComparison::Behind;
         let by = if by == Duration::MAX { self.margin } else { by };
-        (witnesses.len() > n_for).then_some(Off { is_behind, by, witnesses })
+        (witnesses.len() > n_for).then_some(ClockSkew { is_behind, by, witnesses })
     }
 }
 
@@ -252,7 +258,7 @@ impl Clocks {
 mod tests {
     use std::time::Duration;
 
-    use super::{Clocks, HEARD_FOR, Standing, TOLD_FOR};
+    use super::{ClockComparison, Clocks, HEARD_FOR, TOLD_FOR};
     use crate::{
         clock::Reading,
         protocol::{
@@ -297,7 +303,7 @@ mod tests {
         clocks.record(now(START), &record("other", NOW + OFF));
         assert!(clocks.is_in_doubt(now(START)));
         assert_eq!(clocks.verdict(now(START)), None, "one against one");
-        clocks.broker(now(START), Some(Standing::Behind));
+        clocks.broker(now(START), Some(ClockComparison::Behind));
         let off = clocks.verdict(now(START)).unwrap();
         let said = "behind the clock of worker other, of the broker by 90 s or more";
         assert_eq!(off.to_string(), said);
@@ -309,7 +315,7 @@ mod tests {
         let mut clocks = clocks();
         assert!(clocks.request(now(START), NOW + OFF));
         assert!(clocks.is_in_doubt(now(START)));
-        clocks.broker(now(START), Some(Standing::Behind));
+        clocks.broker(now(START), Some(ClockComparison::Behind));
         assert!(clocks.verdict(now(START)).is_some());
     }
 
@@ -320,7 +326,7 @@ mod tests {
         assert!(!clocks.is_in_doubt(now(START)), "it was made long ago");
         clocks.past_record(now(START), &record("me", NOW + OFF));
         assert!(clocks.is_in_doubt(now(START)), "an earlier life's");
-        clocks.broker(now(START), Some(Standing::Behind));
+        clocks.broker(now(START), Some(ClockComparison::Behind));
         assert!(clocks.verdict(now(START)).is_some());
     }
 
@@ -330,7 +336,7 @@ mod tests {
         // A wrong producer, or a wrong worker, where the broker's clock fits.
         let mut clocks = clocks();
         clocks.request(now(START), NOW + OFF);
-        clocks.broker(now(START), Some(Standing::Fits));
+        clocks.broker(now(START), Some(ClockComparison::Fits));
         assert_eq!(clocks.verdict(now(START)), None);
         clocks.record(now(START), &ahead);
         assert_eq!(clocks.verdict(now(START)), None, "a producer and a worker: two against two");
@@ -339,14 +345,14 @@ mod tests {
         let mut clocks = self::clocks();
         clocks.request(now(START), NOW);
         clocks.request(now(START), NOW + OFF);
-        clocks.broker(now(START), Some(Standing::Behind));
+        clocks.broker(now(START), Some(ClockComparison::Behind));
         assert_eq!(clocks.verdict(now(START)), None);
 
         // A broker that is wrong, and one worker; the others fit.
         let mut clocks = self::clocks();
         clocks.record(now(START), &ahead);
         clocks.record(now(START), &record("third", NOW));
-        clocks.broker(now(START), Some(Standing::Behind));
+        clocks.broker(now(START), Some(ClockComparison::Behind));
         assert_eq!(clocks.verdict(now(START)), None);
 
         // Its own records say nothing new.
@@ -364,9 +370,9 @@ mod tests {
         assert!(clocks.is_in_doubt(now(START)));
         clocks.broker(now(START), None);
         assert_eq!(clocks.verdict(now(START)), None);
-        clocks.broker(now(START), Some(Standing::Fits));
+        clocks.broker(now(START), Some(ClockComparison::Fits));
         assert_eq!(clocks.verdict(now(START)), None);
-        clocks.broker(now(START), Some(Standing::Ahead));
+        clocks.broker(now(START), Some(ClockComparison::Ahead));
         let said = "ahead of the clock of worker a, of worker b, of worker c, of the broker by 90 s \
                     or more";
         assert_eq!(clocks.verdict(now(START)).unwrap().to_string(), said);
@@ -376,9 +382,9 @@ mod tests {
     fn where_the_journal_shows_nothing_the_broker_is_believed() {
         let mut clocks = clocks();
         assert_eq!(clocks.journal_is_silent(now(START)), None);
-        clocks.broker(now(START), Some(Standing::Fits));
+        clocks.broker(now(START), Some(ClockComparison::Fits));
         assert_eq!(clocks.journal_is_silent(now(START)), None);
-        clocks.broker(now(START), Some(Standing::Ahead));
+        clocks.broker(now(START), Some(ClockComparison::Ahead));
         assert!(clocks.journal_is_silent(now(START)).is_some() && clocks.is_off());
     }
 
@@ -386,12 +392,12 @@ mod tests {
     fn a_clock_that_was_put_right_fits_what_was_heard_before_and_is_off_until_the_broker_says_so() {
         let mut clocks = clocks();
         clocks.record(now(START), &record("other", NOW + OFF));
-        clocks.broker(now(START), Some(Standing::Behind));
+        clocks.broker(now(START), Some(ClockComparison::Behind));
         assert!(clocks.verdict(now(START)).is_some());
         let later = Duration::from_secs(5);
         let right = Reading { time: NOW + OFF + later, elapsed: later };
         assert!(clocks.is_off());
-        clocks.broker(right, Some(Standing::Fits));
+        clocks.broker(right, Some(ClockComparison::Fits));
         assert!(!clocks.is_off());
         assert_eq!(clocks.verdict(right), None);
         let much_later = Duration::from_secs(30);
@@ -403,7 +409,7 @@ mod tests {
     fn what_was_heard_counts_for_a_while_and_the_broker_is_not_asked_again_at_once() {
         let mut clocks = clocks();
         clocks.record(now(START), &record("other", NOW + OFF));
-        clocks.broker(now(START), Some(Standing::Fits));
+        clocks.broker(now(START), Some(ClockComparison::Fits));
         assert!(!clocks.is_in_doubt(now(TOLD_FOR)));
         let moment = Duration::from_millis(1);
         assert!(clocks.is_in_doubt(now(TOLD_FOR + moment)));

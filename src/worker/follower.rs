@@ -22,7 +22,7 @@ use crate::{
     transport::amqp::{bounded::ANSWER_MAX, connection::Backoff, consumer::Closed, link::Link},
     worker::{
         Settings,
-        clocks::Standing,
+        clocks::ClockComparison,
         journal::{Found, Journal, LookBack, ReadError, Record, Tail},
         packs::{self, PackedJournal, ReadIn},
         state::{LastRead, WorkerState},
@@ -163,7 +163,7 @@ impl Follower {
         &self,
         clock: Clock,
         clock_margin: Duration,
-    ) -> impl Future<Output = Option<Standing>> + use<> {
+    ) -> impl Future<Output = Option<ClockComparison>> + use<> {
         let journal = self.journal.clone();
         async move {
             let compared = journal.compare(clock, clock_margin).await;

@@ -34,7 +34,7 @@ use crate::{
         unique,
     },
     wire::message::{Copied, JournalBegun, Kind, decode},
-    worker::{clocks::Standing, suspects::Try},
+    worker::{clocks::ClockComparison, suspects::Try},
 };
 
 /// How many unacknowledged messages the broker delivers.
@@ -409,7 +409,7 @@ impl Journal {
         &self,
         clock: Clock,
         clock_margin: Duration,
-    ) -> Result<Standing, ReadError> {
+    ) -> Result<ClockComparison, ReadError> {
         let before = clock.now();
         self.mark().await?;
         let after = clock.now();
@@ -417,11 +417,11 @@ impl Journal {
         let end = tail.record().await?.offset;
         tail.close().await;
         if self.has_after((after + clock_margin).as_millis() / 1000 + 1, end).await? {
-            return Ok(Standing::Behind);
+            return Ok(ClockComparison::Behind);
         }
         match self.has_after((before - clock_margin).as_millis() / 1000, end).await? {
-            true => Ok(Standing::Fits),
-            false => Ok(Standing::Ahead),
+            true => Ok(ClockComparison::Fits),
+            false => Ok(ClockComparison::Ahead),
         }
     }
 

@@ -7,7 +7,7 @@ use crate::{
     clock::Step,
     worker::{
         Settings,
-        clocks::Standing,
+        clocks::ClockComparison,
         follower::FollowError,
         journal::Journal,
         session::{Session, SessionError, error::describe},
@@ -66,7 +66,7 @@ impl Session<'_> {
 
     pub(super) fn clocks_compared(
         &mut self,
-        standing: Option<Standing>,
+        standing: Option<ClockComparison>,
     ) -> Result<(), SessionError> {
         self.comparing = None;
         let now = self.state.clock.read();

@@ -6,7 +6,7 @@ use crate::{
         bounded::AskError, consumer::Closed, error::is_not_found, exclusive::ExclusiveError,
         publisher::LaneLost,
     },
-    worker::{clocks::Off, follower::FollowError, journal::ReadError},
+    worker::{clocks::ClockSkew, follower::FollowError, journal::ReadError},
 };
 
 /// The session can't continue.
@@ -31,7 +31,7 @@ pub(in crate::worker) enum SessionError {
     #[error("the broker's alarm is over, but it did not unblock this connection")]
     Stale,
     #[error("this worker's clock is {0}")]
-    ClockOff(Off),
+    ClockOff(ClockSkew),
     #[error("this worker's clock still doesn't fit that of the broker")]
     ClockStillOff,
     #[error("{}", describe(*.0))]

@@ -41,7 +41,7 @@ use crate::{
         Settings,
         anomalies::{report, tell_packs_unusable, tell_parked},
         appender::Appender,
-        clocks::Standing,
+        clocks::ClockComparison,
         follower::{FollowError, Follower, Read, read_event},
         inbound,
         journal::{Found, Journal, ReadError, Record},
@@ -89,7 +89,7 @@ enum Input {
     Request(Delivery, Message),
     Service(Event),
     Link(LinkChange),
-    ClocksCompared(Option<Standing>),
+    ClocksCompared(Option<ClockComparison>),
     Packs(PackEvent),
 }
 
@@ -119,7 +119,7 @@ pub(super) struct Session<'a> {
     unsettled: Unsettled,
     /// Requests from the future, until it is known whether it is this worker's clock that is off.
     doubtful: Vec<(Delivery, Message)>,
-    comparing: Option<BoxFuture<'static, Option<Standing>>>,
+    comparing: Option<BoxFuture<'static, Option<ClockComparison>>>,
     steps: Steps,
     effects: Vec<Effect>,
     /// Which kind of input to poll first.
