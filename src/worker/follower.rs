@@ -23,7 +23,7 @@ use crate::{
     worker::{
         Settings,
         clocks::ClockComparison,
-        journal::{Found, Journal, LookBack, ReadError, Record, Tail},
+        journal::{HistoryItem, HistoryRange, Journal, ReadError, Record, Tail},
         packs::{self, PackedJournal, ReadIn},
         state::{LastRead, WorkerState},
         suspects::Tries,
@@ -42,16 +42,16 @@ pub(super) struct Follower {
     tail: Tail,
     /// Whether the broker has ended the consumer.
     is_cut_off: bool,
-    look_backs: JoinSet<()>,
-    found: (mpsc::Sender<Found>, mpsc::Receiver<Found>),
+    history_reads: JoinSet<()>,
+    found: (mpsc::Sender<HistoryItem>, mpsc::Receiver<HistoryItem>),
 }
 
 /// What was read.
-pub(super) enum Read {
+pub(super) enum JournalEvent {
     /// At the journal's end.
     Record(Record),
     /// In an older part.
-    Found(Found),
+    History(HistoryItem),
     /// The broker has ended the consumer: nothing more comes until [`Follower::resume`].
     CutOff,
 }
@@ -84,30 +84,35 @@ impl Follower {
             journal,
             tail,
             is_cut_off: false,
-            look_backs: JoinSet::new(),
+            history_reads: JoinSet::new(),
             found: mpsc::channel(FOUND_MAX),
         })
     }
 
-    pub(super) fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Read, FollowError>> {
+    pub(super) fn poll_next(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<JournalEvent, FollowError>> {
         if !self.is_cut_off
             && let Poll::Ready(message) = self.tail.poll_next(cx)
         {
             return Poll::Ready(self.read(message));
         }
         match self.found.1.poll_recv(cx) {
-            Poll::Ready(Some(found)) => Poll::Ready(Ok(Read::Found(found))),
+            Poll::Ready(Some(found)) => Poll::Ready(Ok(JournalEvent::History(found))),
             Poll::Ready(None) | Poll::Pending => Poll::Pending,
         }
     }
 
-    fn read(&mut self, message: Result<Delivery, Closed>) -> Result<Read, FollowError> {
+    fn read(&mut self, message: Result<Delivery, Closed>) -> Result<JournalEvent, FollowError> {
         match message {
-            Ok(message) => self.tail.read(&message).map(Read::Record).map_err(FollowError::Read),
+            Ok(message) => {
+                self.tail.read(&message).map(JournalEvent::Record).map_err(FollowError::Read)
+            }
             // The stream's leader has moved, or its replica on this node is gone.
             Err(Closed::Cancelled { .. }) => {
                 self.is_cut_off = true;
-                Ok(Read::CutOff)
+                Ok(JournalEvent::CutOff)
             }
             Err(closed) => Err(FollowError::Closed(closed)),
         }
@@ -152,10 +157,10 @@ impl Follower {
     }
 
     /// Reads an older part, from `from` up to the message before `until`.
-    pub(super) fn look_back(&mut self, from: Time, until: u64, clock_margin: Duration) {
-        let look = LookBack { from, until, clock_margin };
-        let looking = self.journal.clone().look_back(look, self.found.0.clone());
-        self.look_backs.spawn(looking.in_current_span());
+    pub(super) fn read_history(&mut self, from: Time, until: u64, clock_margin: Duration) {
+        let range = HistoryRange { from, until, clock_margin };
+        let looking = self.journal.clone().read_history(range, self.found.0.clone());
+        self.history_reads.spawn(looking.in_current_span());
     }
 
     /// Compares the clocks. `None`: that failed.

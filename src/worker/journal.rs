@@ -125,7 +125,7 @@ pub(super) struct Tail {
 
 /// Which older part of the journal to read.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct LookBack {
+pub(super) struct HistoryRange {
     pub(super) from: Time,
     pub(super) until: u64,
     pub(super) clock_margin: Duration,
@@ -133,7 +133,7 @@ pub(super) struct LookBack {
 
 /// What is read of an older part of the journal.
 #[derive(Debug)]
-pub(super) enum Found {
+pub(super) enum HistoryItem {
     Decisions(Vec<Arc<Decision>>),
     Ended { reaches: Option<Time> },
 }
@@ -322,11 +322,11 @@ impl Journal {
         Ok(record.offset >= offset)
     }
 
-    /// Reads from `look.from` up to the message before `look.until`, and sends the records to `found`.
+    /// Reads from `range.from` up to the message before `range.until`, and sends the records to `found`.
     /// Tries again until that succeeds, or the receiver is dropped.
-    pub(super) async fn look_back(self, look: LookBack, found: mpsc::Sender<Found>) {
+    pub(super) async fn read_history(self, range: HistoryRange, found: mpsc::Sender<HistoryItem>) {
         let mut backoff = Backoff::default();
-        while let Err(error) = self.try_look_back(look, &found).await {
+        while let Err(error) = self.try_read_history(range, &found).await {
             if found.is_closed() {
                 return;
             }
@@ -338,19 +338,19 @@ impl Journal {
         }
     }
 
-    async fn try_look_back(
+    async fn try_read_history(
         &self,
-        look: LookBack,
-        found: &mpsc::Sender<Found>,
+        range: HistoryRange,
+        found: &mpsc::Sender<HistoryItem>,
     ) -> Result<(), ReadError> {
         // So the journal has at least one message to read.
         let marker = self.mark().await?;
         let (mut tail, mut record, reaches) =
-            self.open_at(look.from, look.clock_margin, &marker).await?;
-        while record.offset < look.until {
-            let is_last = record.offset + 1 >= look.until;
+            self.open_at(range.from, range.clock_margin, &marker).await?;
+        while record.offset < range.until {
+            let is_last = record.offset + 1 >= range.until;
             if !record.decisions.is_empty() {
-                let decisions = Found::Decisions(record.decisions);
+                let decisions = HistoryItem::Decisions(record.decisions);
                 found.send(decisions).await.map_err(|_| ReadError::Unwanted)?;
             }
             if is_last {
@@ -359,7 +359,7 @@ impl Journal {
             record = tail.record().await?;
         }
         tail.close().await;
-        found.send(Found::Ended { reaches }).await.map_err(|_| ReadError::Unwanted)
+        found.send(HistoryItem::Ended { reaches }).await.map_err(|_| ReadError::Unwanted)
     }
 
     /// Opens the stream before every record that was made at `from` or later. Returns the first message

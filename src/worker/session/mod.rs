@@ -42,9 +42,9 @@ use crate::{
         anomalies::{report, tell_packs_unusable, tell_parked},
         appender::Appender,
         clocks::ClockComparison,
-        follower::{FollowError, Follower, Read, read_event},
+        follower::{FollowError, Follower, JournalEvent, read_event},
         inbound,
-        journal::{Found, Journal, ReadError, Record},
+        journal::{HistoryItem, Journal, ReadError, Record},
         outbox::{OnConfirm, Outbox, OutboxEvent, Unacked},
         packer::Packer,
         packs::{PackEvent, PackedJournal},
@@ -81,7 +81,7 @@ pub(super) enum StopReason {
 
 /// An input of the session.
 enum Input {
-    Journal(Read),
+    Journal(JournalEvent),
     Appended,
     Outbox(OutboxEvent),
     Reply(Message),
@@ -365,7 +365,7 @@ impl<'a> Session<'a> {
 
     fn handle(&mut self, input: Input) -> Result<(), SessionError> {
         match input {
-            Input::Journal(read) => self.journal_read(read),
+            Input::Journal(event) => self.journal_event(event),
             Input::Appended => {}
             Input::Outbox(OutboxEvent::Event(event)) | Input::Service(event) => {
                 self.dispatch(event)
@@ -392,21 +392,21 @@ impl<'a> Session<'a> {
 
     // ---- What comes in -----------------------------------------------------------------------
 
-    fn journal_read(&mut self, read: Read) {
-        match read {
-            Read::Record(record) => {
+    fn journal_event(&mut self, event: JournalEvent) {
+        match event {
+            JournalEvent::Record(record) => {
                 self.appender.read_back(record.message_id.as_ref());
                 self.look_for_namesakes(&record);
                 let event = read_event(self.state, record);
                 self.dispatch(event);
             }
-            Read::Found(Found::Decisions(decisions)) => {
+            JournalEvent::History(HistoryItem::Decisions(decisions)) => {
                 decisions.into_iter().for_each(|it| self.dispatch(Event::HistoryRead(it)));
             }
-            Read::Found(Found::Ended { reaches }) => {
+            JournalEvent::History(HistoryItem::Ended { reaches }) => {
                 self.dispatch(Event::HistoryEnded { reaches });
             }
-            Read::CutOff => {
+            JournalEvent::CutOff => {
                 tracing::warn!(
                     "the broker has ended the journal's consumer; resuming with another one"
                 );
@@ -597,7 +597,7 @@ impl<'a> Session<'a> {
             Effect::Send { service, to, command } => self.outbox.send(service, to, &command),
             Effect::Append(decision) => self.appender.append(decision),
             Effect::ReadHistory { from, until } => {
-                self.follower.look_back(from, until, self.settings.coordinator.clock_margin);
+                self.follower.read_history(from, until, self.settings.coordinator.clock_margin);
             }
             Effect::Publish { key, delivery, answer } => {
                 self.state.stats.count(&answer);
