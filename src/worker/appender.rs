@@ -237,7 +237,7 @@ impl Appender {
     }
 
     /// Another consumer reads the journal, and may read back what was confirmed before.
-    pub(super) fn read_anew(&mut self) {
+    pub(super) fn reader_resumed(&mut self) {
         let now = Instant::now();
         self.unread.iter_mut().for_each(|(_, since)| *since = now);
         self.unread_limit = (self.unread_limit * 2).clamp(UNREAD_FIRST, UNREAD_MAX);

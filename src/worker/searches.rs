@@ -57,7 +57,7 @@ pub(super) struct Searches {
     names: Names,
     lookups: Lookups,
     under_way: FuturesUnordered<BoxFuture<'static, (Look, Found)>>,
-    services: BTreeMap<ServiceName, Sight>,
+    services: BTreeMap<ServiceName, KnownService>,
     /// How many looks were begun.
     looks: u64,
     /// Events for the coordinator.
@@ -66,7 +66,7 @@ pub(super) struct Searches {
 
 /// What is known of a service.
 #[derive(Debug)]
-struct Sight {
+struct KnownService {
     state: State,
     /// The number of the look whose answer counts.
     look: u64,
@@ -123,7 +123,7 @@ impl Searches {
     /// to find out first whether its service has instances, the event is kept and comes later.
     pub(super) fn sift(&mut self, event: Event) -> Option<Event> {
         let Event::PrepareReturned { service, .. } = &event else { return Some(event) };
-        match self.services.get_mut(service).map(|sight| &mut sight.state) {
+        match self.services.get_mut(service).map(|known| &mut known.state) {
             Some(State::Sought { .. } | State::Unserved { .. }) => Some(event),
             Some(State::Served { at }) if at.elapsed() < SERVED_FOR => Some(event),
             Some(State::Checked { kept }) if kept.len() >= KEPT_MAX => Some(event),
@@ -141,7 +141,7 @@ impl Searches {
 
     /// A message to `service` was not answered: finds out whether the service has instances.
     pub(super) fn check(&mut self, service: &ServiceName) {
-        match self.services.get(service).map(|sight| &sight.state) {
+        match self.services.get(service).map(|known| &known.state) {
             Some(State::Sought { .. } | State::Checked { .. } | State::Unserved { .. }) => {}
             Some(State::Served { at }) if at.elapsed() < SERVED_FOR => {}
             Some(State::Served { .. }) | None => {
@@ -158,7 +158,8 @@ impl Searches {
 
     /// An instance of `service` has sent a message: a service without instances may have one now.
     pub(super) fn heard(&mut self, service: &ServiceName) {
-        if let Some(Sight { state: State::Unserved { at }, .. }) = self.services.get_mut(service)
+        if let Some(KnownService { state: State::Unserved { at }, .. }) =
+            self.services.get_mut(service)
             && at.elapsed() >= HEARD_AFTER
         {
             *at = Instant::now();
@@ -194,25 +195,25 @@ impl Searches {
 
     /// Sets the state of `service`. Returns the events that were kept for it.
     fn put(&mut self, service: &ServiceName, state: State) -> Vec<Event> {
-        if let Some(sight) = self.services.get_mut(service) {
-            return match mem::replace(&mut sight.state, state) {
+        if let Some(known) = self.services.get_mut(service) {
+            return match mem::replace(&mut known.state, state) {
                 State::Checked { kept } => kept,
                 State::Sought { .. } | State::Served { .. } | State::Unserved { .. } => Vec::new(),
             };
         }
         if self.services.len() >= REMEMBERED_MAX {
-            self.services.retain(|_, sight| !matches!(sight.state, State::Served { .. }));
+            self.services.retain(|_, known| !matches!(known.state, State::Served { .. }));
         }
-        self.services.insert(service.clone(), Sight { state, look: 0 });
+        self.services.insert(service.clone(), KnownService { state, look: 0 });
         Vec::new()
     }
 
     /// Looks for `service` after a pause. Answers of earlier looks don't count any more.
     fn look(&mut self, service: ServiceName, after: Duration, backoff: Backoff) {
-        let Some(sight) = self.services.get_mut(&service) else { return };
+        let Some(known) = self.services.get_mut(&service) else { return };
         self.looks += 1;
-        sight.look = self.looks;
-        let limit = match sight.state {
+        known.look = self.looks;
+        let limit = match known.state {
             State::Checked { .. } => KEPT_FOR,
             State::Sought { .. } | State::Served { .. } | State::Unserved { .. } => Duration::MAX,
         };
@@ -237,11 +238,11 @@ impl Searches {
 
     fn looked(&mut self, look: Look, found: Found) {
         let Look { number, service, mut backoff } = look;
-        let Some(sight) = self.services.get_mut(&service).filter(|it| it.look == number) else {
+        let Some(known) = self.services.get_mut(&service).filter(|it| it.look == number) else {
             return;
         };
         let at = Instant::now();
-        let before = mem::replace(&mut sight.state, State::Served { at });
+        let before = mem::replace(&mut known.state, State::Served { at });
         match (before, found) {
             (State::Sought { .. } | State::Unserved { .. }, Found::Served) => {
                 self.ready.push_back(Event::ServiceFound(service));
@@ -252,18 +253,18 @@ impl Searches {
             }
             (State::Sought { .. }, Found::Unavailable(reason)) => {
                 tracing::debug!(%service, reason, "a service can't be reached; looking again");
-                sight.state = State::Sought { unavailable: Some(reason) };
+                known.state = State::Sought { unavailable: Some(reason) };
                 self.ready.push_back(Event::ServiceUnavailable(service.clone()));
                 self.look(service, backoff.pause(), backoff);
             }
             (State::Sought { .. }, Found::Unserved) => {
-                sight.state = State::Unserved { at };
+                known.state = State::Unserved { at };
                 self.ready.push_back(Event::ServiceUnserved(service.clone()));
                 let mut backoff = Backoff::new(UNSERVED_PAUSE_FIRST, UNSERVED_PAUSE_MAX);
                 self.look(service, backoff.pause(), backoff);
             }
             (State::Checked { kept }, Found::Unserved) => {
-                sight.state = State::Unserved { at };
+                known.state = State::Unserved { at };
                 self.ready.push_back(Event::ServiceUnserved(service.clone()));
                 self.ready.extend(kept);
                 self.look(service, backoff.pause(), backoff);
@@ -273,10 +274,10 @@ impl Searches {
                 self.ready.extend(kept);
             }
             (State::Unserved { .. }, Found::Unserved | Found::Unavailable(_)) => {
-                sight.state = State::Unserved { at };
+                known.state = State::Unserved { at };
                 self.look(service, backoff.pause(), backoff);
             }
-            (State::Served { at }, _) => sight.state = State::Served { at },
+            (State::Served { at }, _) => known.state = State::Served { at },
         }
     }
 }

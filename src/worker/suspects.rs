@@ -75,13 +75,13 @@ pub(super) struct Suspects {
     /// A request that was delivered more often is a suspect.
     deliveries_max: u32,
     waiting: VecDeque<Suspect>,
-    lane: Lane,
+    trial: Trial,
     /// Suspects that wait for a slot at the coordinator.
     unbegun: BTreeSet<TransactionKey>,
 }
 
 #[derive(Debug, Default)]
-enum Lane {
+enum Trial {
     #[default]
     Free,
     /// The record of the try is not confirmed yet.
@@ -95,13 +95,13 @@ enum Lane {
 /// How many tries of each transaction no worker has survived, as far as the journal was read.
 #[derive(Debug, Default)]
 pub(super) struct Tries {
-    of: BTreeMap<TransactionKey, Known>,
+    of: BTreeMap<TransactionKey, KnownTries>,
     heard: u64,
 }
 
 /// The tries of one transaction.
 #[derive(Debug, Default)]
-struct Known {
+struct KnownTries {
     tries: u32,
     /// The id of its last record, which may come twice, and the number of that record.
     last: Option<ShortString>,
@@ -136,8 +136,8 @@ impl Suspect {
 
 impl Suspects {
     pub(super) fn new(deliveries_max: u32) -> Self {
-        let (waiting, lane, unbegun) = (VecDeque::new(), Lane::Free, BTreeSet::new());
-        Self { deliveries_max, waiting, lane, unbegun }
+        let (waiting, trial, unbegun) = (VecDeque::new(), Trial::Free, BTreeSet::new());
+        Self { deliveries_max, waiting, trial, unbegun }
     }
 
     /// Takes in a request. Returns it if the coordinator may have it at once: if it is no suspect, or is
@@ -161,19 +161,19 @@ impl Suspects {
         phase_of: impl Fn(&TransactionKey) -> Option<Phase>,
     ) -> Option<Next> {
         self.unbegun.retain(|key| phase_of(key).is_some());
-        if let Lane::Trying { key, until } = &self.lane {
+        if let Trial::Trying { key, until } = &self.trial {
             match phase_of(key) {
                 Some(Phase::Waiting) => {
                     let key = key.clone();
-                    self.lane = Lane::Free;
+                    self.trial = Trial::Free;
                     self.unbegun.insert(key.clone());
                     return Some(Next::Record(Try { key, begins: false }));
                 }
                 Some(_) if *until > now => return None,
-                Some(_) | None => self.lane = Lane::Free,
+                Some(_) | None => self.trial = Trial::Free,
             }
         }
-        if !matches!(self.lane, Lane::Free) {
+        if !matches!(self.trial, Trial::Free) {
             return None;
         }
         let suspect = self.waiting.pop_front()?;
@@ -185,19 +185,19 @@ impl Suspects {
             transaction = %key, deliveries = suspect.deliveries, tries = tries.of(&key),
             "a request was delivered so often that it may be what crashes workers; trying it alone"
         );
-        self.lane = Lane::Recording(suspect);
+        self.trial = Trial::Recording(suspect);
         Some(Next::Record(Try { key, begins: true }))
     }
 
     /// The record of the try of `key` is safe: the suspect to try now.
     pub(super) fn recorded(&mut self, key: &TransactionKey, now: Instant) -> Option<Suspect> {
-        let next = Lane::Trying { key: key.clone(), until: now + ALONE_MAX };
-        match std::mem::replace(&mut self.lane, next) {
-            Lane::Recording(suspect) if suspect.request.key == *key => {
+        let next = Trial::Trying { key: key.clone(), until: now + ALONE_MAX };
+        match std::mem::replace(&mut self.trial, next) {
+            Trial::Recording(suspect) if suspect.request.key == *key => {
                 Some(suspect.tried(self.deliveries_max))
             }
-            other @ (Lane::Free | Lane::Recording(_) | Lane::Trying { .. }) => {
-                self.lane = other;
+            other @ (Trial::Free | Trial::Recording(_) | Trial::Trying { .. }) => {
+                self.trial = other;
                 None
             }
         }
@@ -212,9 +212,9 @@ impl Suspects {
 
     /// When to look for the next step even if nothing happens.
     pub(super) fn wake_at(&self) -> Option<Instant> {
-        match &self.lane {
-            Lane::Trying { until, .. } if !self.waiting.is_empty() => Some(*until),
-            Lane::Trying { .. } | Lane::Recording(_) | Lane::Free => None,
+        match &self.trial {
+            Trial::Trying { until, .. } if !self.waiting.is_empty() => Some(*until),
+            Trial::Trying { .. } | Trial::Recording(_) | Trial::Free => None,
         }
     }
 
@@ -225,9 +225,9 @@ impl Suspects {
 
     /// The suspects that the coordinator doesn't have, for other workers.
     pub(super) fn give_back(&mut self) -> impl Iterator<Item = Delivery> + use<> {
-        let recording = match std::mem::take(&mut self.lane) {
-            Lane::Recording(suspect) => Some(suspect),
-            Lane::Trying { .. } | Lane::Free => None,
+        let recording = match std::mem::take(&mut self.trial) {
+            Trial::Recording(suspect) => Some(suspect),
+            Trial::Trying { .. } | Trial::Free => None,
         };
         let waiting = std::mem::take(&mut self.waiting);
         recording.into_iter().chain(waiting).map(|suspect| suspect.delivery)

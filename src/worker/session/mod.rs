@@ -270,7 +270,7 @@ impl<'a> Session<'a> {
                         return Ok(StopReason::DrainTimedOut);
                     }
                 }
-                self.appender.read_anew();
+                self.appender.reader_resumed();
                 self.tell_ready();
             }
             if self.drain_until.is_none() {
