@@ -304,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn one_append_is_on_its_way_and_what_comes_meanwhile_is_the_next() {
+    fn decisions_that_come_during_an_append_go_into_the_next_one() {
         let mut pending = pending();
         assert_eq!(pending.next(), None);
         pending.decisions.push(decision("t1"));
@@ -320,7 +320,7 @@ mod tests {
     /// The decisions were gathered again, with newer ones, under a new id: if the broker took longer than
     /// the limit each time, the append was never done, and grew.
     #[test]
-    fn an_append_that_is_given_up_is_published_as_it_was_and_done_by_its_first_copy() {
+    fn an_unconfirmed_append_is_published_again_unchanged_and_its_first_copy_counts() {
         let mut pending = pending();
         pending.decisions.push(decision("t1"));
         let first = pending.next().unwrap().clone();

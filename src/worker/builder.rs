@@ -200,7 +200,7 @@ mod tests {
     use crate::{protocol::coordinator, readiness::Readiness};
 
     #[test]
-    fn what_is_not_set_is_as_the_documentation_says() {
+    fn defaults_are_those_of_the_documentation() {
         let build = || Worker::builder("amqp://localhost").build().unwrap();
         let (one, other) = (build(), build());
         assert_ne!(one.name(), other.name());
@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn the_setting_that_can_not_be_used_is_named_with_its_rule() {
+    fn an_invalid_setting_is_named_with_its_rule() {
         let refused = |change: fn(WorkerBuilder) -> WorkerBuilder| {
             change(Worker::builder("amqp://localhost")).build().unwrap_err().to_string()
         };
@@ -238,7 +238,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_worker_that_is_told_to_stop_while_it_waits_for_a_broker_ends() {
+    async fn a_worker_that_waits_for_a_broker_stops_when_asked() {
         let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let readiness = Readiness::new();
         let worker = Worker::builder(format!("amqp://{address}")).readiness(&readiness);

@@ -297,7 +297,7 @@ mod tests {
     }
 
     #[test]
-    fn another_worker_and_the_broker_find_a_clock_that_is_behind() {
+    fn another_worker_and_the_broker_outvote_a_clock_that_is_behind() {
         let mut clocks = clocks();
         assert!(!clocks.is_in_doubt(now(START)));
         clocks.record(now(START), &record("other", NOW + OFF));
@@ -311,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn producers_and_the_broker_find_the_clock_of_the_only_worker() {
+    fn producers_and_the_broker_outvote_the_clock_of_the_only_worker() {
         let mut clocks = clocks();
         assert!(clocks.request(now(START), NOW + OFF));
         assert!(clocks.is_in_doubt(now(START)));
@@ -331,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_is_believed_alone() {
+    fn no_clock_decides_alone() {
         let ahead = record("other", NOW + OFF);
         // A wrong producer, or a wrong worker, where the broker's clock fits.
         let mut clocks = clocks();
@@ -362,7 +362,7 @@ mod tests {
     }
 
     #[test]
-    fn a_clock_is_ahead_only_if_the_broker_says_so_since_records_may_come_late() {
+    fn a_clock_counts_as_ahead_only_if_the_broker_agrees() {
         let mut clocks = clocks();
         for worker in ["a", "b", "c"] {
             clocks.record(now(START), &record(worker, NOW - OFF));
@@ -379,7 +379,7 @@ mod tests {
     }
 
     #[test]
-    fn where_the_journal_shows_nothing_the_broker_is_believed() {
+    fn the_broker_alone_decides_if_the_journal_delivers_nothing() {
         let mut clocks = clocks();
         assert_eq!(clocks.journal_is_silent(now(START)), None);
         clocks.broker(now(START), Some(ClockComparison::Fits));
@@ -389,7 +389,7 @@ mod tests {
     }
 
     #[test]
-    fn a_clock_that_was_put_right_fits_what_was_heard_before_and_is_off_until_the_broker_says_so() {
+    fn a_corrected_clock_stays_off_until_the_broker_agrees() {
         let mut clocks = clocks();
         clocks.record(now(START), &record("other", NOW + OFF));
         clocks.broker(now(START), Some(ClockComparison::Behind));
@@ -406,7 +406,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_heard_counts_for_a_while_and_the_broker_is_not_asked_again_at_once() {
+    fn a_sample_counts_for_a_while_and_the_broker_is_not_asked_again_at_once() {
         let mut clocks = clocks();
         clocks.record(now(START), &record("other", NOW + OFF));
         clocks.broker(now(START), Some(ClockComparison::Fits));
@@ -417,7 +417,7 @@ mod tests {
     }
 
     #[test]
-    fn however_many_workers_there_are_few_are_remembered_and_the_newest() {
+    fn only_the_newest_samples_of_many_workers_are_remembered() {
         let mut clocks = clocks();
         for number in 0..1000_u64 {
             let at = Duration::from_millis(number);

@@ -46,7 +46,7 @@ mod tests {
     use super::{LINKS_MAX, Namesakes};
 
     #[test]
-    fn a_second_foreign_append_is_told_and_no_third() {
+    fn the_second_foreign_append_is_reported_and_no_third() {
         let mut namesakes = Namesakes::default();
         namesakes.begin("a1");
         let told = ["a1-1", "b7-1", "a1-2", "b7-2", "b7-3"].map(|id| namesakes.read(Some(id)));
@@ -54,7 +54,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_worker_wrote_over_an_earlier_link_is_its_own() {
+    fn appends_over_an_earlier_link_are_the_workers_own() {
         let mut namesakes = Namesakes::default();
         (0..LINKS_MAX).for_each(|number| namesakes.begin(&format!("a{number}-")));
         assert!(!(0..LINKS_MAX).any(|number| namesakes.read(Some(&format!("a{number}-9")))));

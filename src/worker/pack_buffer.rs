@@ -161,7 +161,7 @@ mod tests {
     const DUE: u64 = MESSAGES_MAX as u64 * 3 / 2;
 
     #[test]
-    fn a_pack_begins_with_what_the_one_before_it_ends_with() {
+    fn a_pack_begins_with_the_last_message_of_the_one_before() {
         let mut buffer = PackBuffer::default();
         reads(&mut buffer, 7..1000, 100);
         assert_eq!(packs(&mut buffer), None);
@@ -175,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn who_is_due_when_is_a_matter_of_chance() {
+    fn the_weight_at_which_a_pack_is_due_is_random() {
         let dues: Vec<_> = (0..100).map(|_| next_due()).collect();
         assert!(dues.iter().all(|due| (BODY_MAX..BODY_MAX * 3 / 2).contains(due)));
         let first = dues[0];
@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn what_another_has_packed_is_not_packed_again_also_if_it_is_yet_to_be_read() {
+    fn messages_that_another_worker_has_packed_are_not_packed_again_even_before_they_are_read() {
         let mut buffer = PackBuffer::default();
         reads(&mut buffer, 0..DUE, 100);
         buffer.packed(&of(0..1024));
@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_too_large_or_does_not_follow_or_is_not_of_a_worker_begins_anew() {
+    fn a_message_that_can_not_be_packed_or_does_not_follow_clears_the_buffer() {
         let other = |copied| {
             let mut buffer = PackBuffer::default();
             reads(&mut buffer, 0..10, 100);
@@ -229,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_read_again_or_after_a_gap_is_packed_from_there() {
+    fn after_a_gap_or_a_repetition_packs_begin_there() {
         let mut buffer = PackBuffer::default();
         reads(&mut buffer, 0..500, 100);
         reads(&mut buffer, 200..200 + DUE, 100);
@@ -263,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn what_nobody_packs_is_forgotten() {
+    fn the_oldest_messages_are_dropped_if_no_pack_can_be_written() {
         let mut buffer = PackBuffer::default();
         reads(&mut buffer, 0..10_000, 100);
         assert_eq!(buffer.messages.len(), 2 * MESSAGES_MAX);

@@ -412,7 +412,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_pack_is_written_once_it_is_known_how_far_others_have_come() {
+    async fn a_worker_writes_a_pack_once_it_knows_how_far_others_have_packed() {
         let (mut buffer, mut from) = (PackBuffer::default(), 0);
         read(&mut buffer, &mut from);
         let broker = Broker::default();
@@ -535,7 +535,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_is_no_pack_says_nothing_and_is_not_waited_for_longer() {
+    async fn messages_that_are_no_packs_are_skipped_and_do_not_delay_writing() {
         let broker = Broker::default();
         let mut packer = broker.packer();
         for no_pack in [NoPack::Marker, NoPack::Foreign, NoPack::Unreadable("it is odd".to_owned())]
@@ -555,7 +555,7 @@ mod tests {
 
     /// What only an operator can change, whenever it shows.
     #[tokio::test(start_paused = true)]
-    async fn a_broker_that_refuses_packs_for_good_is_told_of_with_its_own_words() {
+    async fn a_refusal_of_packs_is_reported_in_the_brokers_words() {
         use PacksUnusable::{Missing, NotPermitted, OtherUser};
         let soft = |kind, words: &str| error(AMQPErrorKind::Soft(kind), words);
         let user = "user_id property set to 'x' but authenticated user was 'y'";
@@ -596,7 +596,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_worker_that_can_not_tell_its_own_packs_opens_nothing() {
+    async fn a_worker_that_does_not_know_its_user_opens_no_packs() {
         let mut packer = Packer::<Broker>::of(None);
         advance(REST).await;
         assert!(events(&mut packer).is_empty());

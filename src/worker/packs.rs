@@ -551,7 +551,7 @@ mod tests {
         worker::journal::{ReadError, Record},
     };
 
-    /// A journal of which the offsets are places.
+    /// A journal in memory, whose first offset is zero.
     struct Log {
         journal: Vec<Copied>,
         at: usize,
@@ -642,7 +642,7 @@ mod tests {
     }
 
     #[test]
-    fn packs_that_come_twice_or_overlap_or_are_of_before_do_no_harm() {
+    fn repeated_overlapping_and_old_packs_do_no_harm() {
         let journal = journal(40);
         let packs = [(0, 3), (0, 11), (0, 11), (5, 10), (2, 4), (14, 11), (10, 4), (20, 11)];
         let packs = packs.map(|(first, len)| pack(&journal, first, len));
@@ -652,7 +652,7 @@ mod tests {
     }
 
     #[test]
-    fn what_no_pack_has_is_read_in_the_journal() {
+    fn messages_that_no_pack_has_are_read_in_the_journal() {
         let journal = journal(60);
         // The second run goes on from nothing that the first one ends with.
         let packs = [(5, 6), (10, 6), (20, 6), (25, 6), (30, 6)];
@@ -675,7 +675,7 @@ mod tests {
     /// The first pack has more than was left of the journal; what was written after that doesn't go on
     /// from there.
     #[test]
-    fn packs_of_an_end_that_was_lost_are_noticed() {
+    fn packs_of_a_lost_end_are_detected() {
         let journal = journal(40);
         let lost: Vec<_> = (0..40).map(|place| message(usize::from(place >= 18), place)).collect();
         let of_lost = [pack(&lost, 0, 11), pack(&lost, 10, 11)];
@@ -690,7 +690,7 @@ mod tests {
     }
 
     #[test]
-    fn packs_of_another_journal_are_passed_over() {
+    fn packs_of_another_journal_are_skipped() {
         let journal = journal(40);
         let other: Vec<_> = (0..40).map(|place| message(1, place)).collect();
         let packs = [pack(&other, 0, 11), pack(&other, 10, 11), pack(&journal, 10, 11)];
@@ -701,7 +701,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pack_is_what_is_consecutive_and_not_too_long() {
+    fn a_pack_has_consecutive_offsets_and_a_limited_length() {
         let journal = journal(MESSAGES_MAX + 1);
         assert_eq!(Pack::of(Vec::new()), Err(NoPack::Marker));
         assert!(Pack::of(journal[..MESSAGES_MAX].to_vec()).is_ok());
@@ -715,7 +715,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pack_knows_what_stands_at_each_of_its_offsets_and_nothing_else() {
+    fn a_pack_has_a_digest_at_each_of_its_offsets_and_at_no_other() {
         let journal = journal(20);
         let pack = pack(&journal, 5, 10);
         assert_eq!((pack.begins(), pack.ends()), (5, 15));
@@ -730,13 +730,13 @@ mod tests {
 
     /// All markers have the same body, and a body may be that of another message.
     #[test]
-    fn a_message_is_told_from_others_by_its_body_and_by_its_id() {
+    fn a_digest_depends_on_body_and_id() {
         let this = message(0, 1);
         assert_ne!(digest_of(&this), digest_of(&message(1, 1)));
         assert_ne!(digest_of(&this), digest_of(&Copied { message_id: None, ..this.clone() }));
         let other_body = Copied { body: "[ ]".into(), ..this.clone() };
         assert_ne!(digest_of(&this), digest_of(&other_body));
-        // In the journal it is told from others alike.
+        // A record of the journal has the same digest.
         assert_eq!(Record::copied(this.clone()).digest, digest_of(&this));
     }
 
@@ -786,7 +786,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_pack_is_refused_with_the_reason() {
+    fn a_message_that_is_no_pack_is_refused_with_the_reason() {
         let good = journal(4);
         let refused = |properties, body: &[u8]| {
             let delivery = delivery(properties, body);
@@ -825,7 +825,7 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_message_of_another_reader_is_skipped_and_the_own_one_is_the_end() {
+    fn the_marker_of_another_reader_is_skipped_and_the_own_one_is_the_end() {
         let mut reader = reader();
         let marker = |id: &str| delivery(properties().with_message_id(id.into()), b"[]");
         assert_eq!(reader.read(&delivery(properties(), b"[]")), WrittenMessage::Skipped);
@@ -834,7 +834,7 @@ mod tests {
         assert!(!reader.has_warned, "markers are no pack, and no mistake");
     }
 
-    /// A journal of which the broker delivers so many more messages, and then nothing.
+    /// A journal that delivers `left` more messages, and then nothing.
     struct FallsSilent {
         log: Log,
         left: usize,
@@ -899,9 +899,9 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever packs there are, of whichever state of the journal and in whichever order.
+        /// With any packs, of any state of the journal, in any order.
         #[test]
-        fn what_is_told_by_packs_is_what_the_journal_tells_or_they_are_noticed(
+        fn packs_yield_what_the_journal_has_or_are_detected(
             histories in histories(),
             packs in prop::collection::vec((any::<prop::sample::Index>(), 0..LEN, 1..20_usize), 0..20),
             is_sorted in prop_oneof![Just(true), any::<bool>()],

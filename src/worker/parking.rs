@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn a_queue_that_takes_nothing_holds_up_a_record_until_it_is_asked_for_again() {
+    fn a_queue_that_takes_nothing_delays_the_record_until_the_coordinator_asks_again() {
         let mut parking = Parking::default();
         assert_eq!(parking.asked(&key(1), &stock()), Next::Queue);
         assert_eq!(parking.asked(&key(1), &stock()), Next::Record);
@@ -148,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn a_command_that_becomes_safe_while_the_record_is_written_writes_no_second_one() {
+    fn a_command_that_becomes_safe_while_the_record_is_written_causes_no_second_record() {
         let mut parking = Parking::default();
         parking.asked(&key(1), &stock());
         assert_eq!(parking.asked(&key(1), &stock()), Next::Record);

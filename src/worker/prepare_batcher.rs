@@ -157,20 +157,20 @@ mod tests {
     }
 
     #[test]
-    fn until_an_instance_has_said_that_it_takes_more_prepares_go_singly() {
+    fn each_prepare_is_a_message_until_an_instance_has_announced_that_it_takes_more() {
         assert_eq!(written(&mut PrepareBatcher::default(), 3, PLENTY), [1, 1, 1]);
         assert_eq!(written(&mut announced(1), 3, PLENTY), [1, 1, 1]);
         assert_eq!(written(&mut announced(4), 10, PLENTY), [4, 4, 2]);
     }
 
     #[test]
-    fn where_slots_are_scarce_each_prepare_is_the_brokers_to_give_out() {
+    fn each_prepare_is_a_message_while_slots_are_scarce() {
         assert_eq!(written(&mut announced(4), 3, 15), [1, 1, 1]);
         assert_eq!(written(&mut announced(4), 3, 16), [3]);
     }
 
     #[test]
-    fn the_instance_that_takes_fewest_counts_for_a_while() {
+    fn the_smallest_announced_number_counts_for_a_while() {
         let mut batcher = announced(16);
         let now = Instant::now();
         batcher.announced(service(), 1, now);
@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn what_may_have_been_prepared_before_goes_alone() {
+    fn a_repeated_prepare_is_a_message_of_its_own() {
         let mut batcher = announced(16);
         let repeated = Prepare { repeated: true, ..prepare(1) };
         let alone = batcher.add(&service(), &repeated, PLENTY).unwrap();
@@ -189,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_holds_no_more_than_fits_and_loses_none() {
+    fn a_message_holds_as_many_prepares_as_fit_and_none_is_lost() {
         let mut batcher = announced(16);
         let data = format!(r#"{{"x":"{}"}}"#, "x".repeat(BODY_MAX / 3));
         let mut messages = Vec::new();

@@ -71,7 +71,7 @@ mod tests {
     use super::{IDLE_FOR, SATURATED_FOR, Saturation, Wanted};
 
     #[test]
-    fn more_are_taken_once_most_have_waited_for_a_while_and_fewer_once_none_has() {
+    fn more_requests_are_taken_once_most_have_waited_for_a_while_and_fewer_once_none_has() {
         let mut saturation = Saturation::default();
         let start = Instant::now();
         assert_eq!(saturation.observe(129, 256, 1, start), Wanted::Same);

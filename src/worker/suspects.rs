@@ -369,7 +369,7 @@ mod tests {
     }
 
     #[test]
-    fn one_is_tried_at_a_time_and_none_before_that_is_written_down() {
+    fn suspects_are_tried_one_at_a_time_and_recorded_first() {
         let (mut suspects, tries) = (Suspects::new(SUSPECT_AFTER), Tries::default());
         assert!(suspects.sift(suspect(1, SUSPECT_AFTER), &tries).is_some(), "it is none");
         assert!(suspects.sift(suspect(2, SUSPECT_AFTER + 1), &tries).is_none());
@@ -384,7 +384,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_waits_for_a_slot_has_survived_and_is_written_down_again_when_it_begins() {
+    fn a_suspect_that_waits_for_a_slot_has_survived_and_is_recorded_again_when_it_begins() {
         let (mut suspects, mut tries) = (Suspects::new(SUSPECT_AFTER), Tries::default());
         suspects.sift(suspect(1, 30), &tries);
         suspects.sift(suspect(2, 30), &tries);
@@ -403,7 +403,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_workers_died_of_is_given_up_and_its_neighbours_are_not() {
+    fn a_suspect_that_crashed_workers_is_given_up_and_its_neighbours_are_not() {
         let (mut suspects, mut tries) = (Suspects::new(SUSPECT_AFTER), Tries::default());
         (0..TRIES_MAX).for_each(|_| begun(&mut tries, 1));
         (1..TRIES_MAX).for_each(|_| begun(&mut tries, 2));
@@ -414,7 +414,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_is_delivered_without_end_is_given_up_whatever_is_written_down() {
+    fn a_request_that_is_delivered_without_end_is_given_up_whatever_was_recorded() {
         let (mut suspects, tries) = (Suspects::new(SUSPECT_AFTER), Tries::default());
         assert!(suspects.sift(suspect(1, DELIVERIES_MAX), &tries).is_none());
         assert_eq!(
@@ -424,7 +424,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_takes_long_makes_room_for_the_next() {
+    fn a_slow_suspect_makes_room_for_the_next() {
         let (mut suspects, tries) = (Suspects::new(SUSPECT_AFTER), Tries::default());
         suspects.sift(suspect(1, 30), &tries);
         suspects.sift(suspect(2, 30), &tries);
@@ -438,7 +438,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_tried_yet_goes_to_others_when_this_worker_stops() {
+    fn untried_suspects_go_back_to_the_queue_when_the_worker_stops() {
         let (mut suspects, tries) = (Suspects::new(SUSPECT_AFTER), Tries::default());
         suspects.sift(suspect(1, 30), &tries);
         suspects.sift(suspect(2, 30), &tries);
@@ -449,7 +449,7 @@ mod tests {
     }
 
     #[test]
-    fn tries_of_what_is_decided_are_forgotten_and_so_are_the_oldest_of_too_many() {
+    fn tries_of_decided_transactions_are_forgotten_and_the_oldest_of_too_many() {
         let mut tries = Tries::default();
         begun(&mut tries, 1);
         let decision = Decision {
@@ -472,7 +472,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_down_is_read_again_and_other_headers_are_none_of_it() {
+    fn a_recorded_try_is_read_back_and_other_headers_are_no_try() {
         for begins in [true, false] {
             let it = Try { key: key(7), begins };
             assert_eq!(Try::of(&it.headers()), Some(it));
