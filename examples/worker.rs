@@ -35,7 +35,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
         readiness.ready().await;
         println!("ready");
     });
-    let tally = worker.run_until(dtc::shutdown_signal()).await?;
-    println!("{} committed, {} aborted", tally.committed, tally.aborted);
+    let stats = worker.run_until(dtc::shutdown_signal()).await?;
+    println!("{} committed, {} aborted", stats.committed, stats.aborted);
     Ok(())
 }

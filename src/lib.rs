@@ -207,7 +207,7 @@ pub use crate::transport::amqp::{
     tls::{Pem, Tls},
 };
 #[cfg(feature = "worker")]
-pub use crate::worker::{Tally, Worker, WorkerBuilder, WorkerError};
+pub use crate::worker::{Worker, WorkerBuilder, WorkerError, WorkerStats};
 #[cfg(feature = "embedded")]
 pub use crate::{
     embedded::{Embedded, InvalidService, RunError, run},

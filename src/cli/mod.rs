@@ -9,6 +9,7 @@ mod broker;
 mod config;
 mod escape;
 mod input;
+mod log_format;
 mod moment;
 mod output;
 mod pipeline;

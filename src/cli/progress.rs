@@ -19,7 +19,7 @@ use tracing_subscriber::{
     layer::SubscriberExt as _,
 };
 
-use crate::cli::escape;
+use crate::cli::{escape, log_format::LogFormat};
 
 /// How many lines of the log may wait to be written.
 const WAITING_MAX: usize = 4096;
@@ -86,7 +86,7 @@ pub(super) fn log_above(bar: &ProgressBar, level: LevelFilter) -> Logging {
     let lines = fmt::layer()
         .with_writer(writer)
         .with_ansi(io::stderr().is_terminal())
-        .with_target(false)
+        .event_format(LogFormat)
         // Otherwise it would report a failed write to stderr on stderr, and panic.
         .log_internal_errors(false);
     let subscriber = tracing_subscriber::registry().with(filter).with(lines);

@@ -264,7 +264,7 @@ fn not_applied(error: TopologyError) -> Failure {
 /// A running worker and a running instance of each service.
 struct System {
     stop: watch::Sender<bool>,
-    worker: JoinHandle<Result<worker::Tally, WorkerError>>,
+    worker: JoinHandle<Result<worker::WorkerStats, WorkerError>>,
     services: Vec<JoinHandle<Result<(), ServeError>>>,
     stop_services: watch::Sender<bool>,
     counter: Arc<CallCounter>,
@@ -411,7 +411,7 @@ fn worker_settings(plan: &RunPlan, namespace: &RunNamespace) -> Result<worker::S
 }
 
 fn never_worked(
-    ended: Result<Result<worker::Tally, WorkerError>, tokio::task::JoinError>,
+    ended: Result<Result<worker::WorkerStats, WorkerError>, tokio::task::JoinError>,
 ) -> Failure {
     match ended {
         Ok(Err(error)) => Failure::new(Exit::Refused, error),

@@ -74,41 +74,41 @@ pub(super) fn run(arguments: &WorkerArguments) -> Result<Exit, Failure> {
     let level = level.map_err(|error| Failure::new(Exit::Usage, error))?;
     let mut settings = settings(arguments)?;
     let report = ReportFile::create(arguments.report.as_deref())?;
-    let (runtime, interrupt) = pipeline::daemon_runtime()?;
     let _logging = progress::log_above(&ProgressBar::hidden(), level);
+    let _in_span = worker::span(&settings.coordinator.worker).entered();
+    let (runtime, interrupt) = pipeline::daemon_runtime()?;
 
-    let name = settings.coordinator.worker.clone();
     let max_in_flight = settings.coordinator.in_flight_max;
     tracing::info!(
-        worker = %name, broker = %settings.broker.address,
-        namespace = %settings.names.namespace(), max_in_flight, "starting"
+        broker = %settings.broker.address, namespace = %settings.names.namespace(), max_in_flight,
+        "starting"
     );
     stalls::watch(&runtime);
     let stop = signals::first_signal(&interrupt);
     let file = ReadyFile::at(arguments.ready_file.as_deref(), &runtime)?;
     settings.readiness = file.readiness();
-    let ended = runtime.block_on(worker::run(settings, stop));
+    let ended = runtime.block_on(worker::run_in_span(settings, stop));
     file.end(&runtime);
-    let tally = ended.map_err(failure)?;
+    let stats = ended.map_err(failure)?;
     tracing::info!(
-        taken = tally.taken,
-        committed = tally.committed,
-        aborted = tally.aborted,
-        rejected = tally.rejected,
-        parked = tally.parked,
-        unclaimed = tally.unclaimed,
-        connections_lost = tally.lost,
+        taken = stats.taken,
+        committed = stats.committed,
+        aborted = stats.aborted,
+        rejected = stats.rejected,
+        parked = stats.parked,
+        unclaimed = stats.unclaimed,
+        connections_lost = stats.lost,
         "stopped"
     );
     let Traffic { published, delivered } = Traffic::so_far();
     report.write(&json!({
-        "taken": tally.taken,
-        "committed": tally.committed,
-        "aborted": tally.aborted,
-        "rejected": tally.rejected,
-        "parked": tally.parked,
-        "unclaimed": tally.unclaimed,
-        "connections_lost": tally.lost,
+        "taken": stats.taken,
+        "committed": stats.committed,
+        "aborted": stats.aborted,
+        "rejected": stats.rejected,
+        "parked": stats.parked,
+        "unclaimed": stats.unclaimed,
+        "connections_lost": stats.lost,
         "published": published,
         "delivered": delivered,
     }))?;

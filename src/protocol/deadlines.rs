@@ -1,14 +1,13 @@
-//! What is due when.
+//! When each transaction must be looked at again.
 
 use std::{collections::BTreeSet, time::Duration};
 
 use crate::protocol::{ids::TransactionKey, time::Time};
 
-/// The moments at which transactions want to be looked at again, soonest first.
+/// The moments at which to wake transactions, soonest first.
 ///
-/// A transaction has one entry at most, and keeps the handle to it in a `due: Option<Time>` of its
-/// own. An entry may be early: the transaction that is woken looks at what is really due, and arms
-/// again.
+/// A transaction has at most one entry, and keeps its moment in a field `due: Option<Time>`. An entry may
+/// be early: when a transaction is woken, it checks what is due, and sets its next entry.
 #[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
 pub(crate) struct Deadlines(BTreeSet<(Time, TransactionKey)>);
 
@@ -18,7 +17,7 @@ impl Deadlines {
         self.0.first().map(|(at, _)| *at)
     }
 
-    /// Makes sure that `key` is woken at `at` or before; `due` is its handle.
+    /// Makes sure that `key` is woken at `at` or before. `due`: the moment of its entry.
     pub(crate) fn wake_by(&mut self, key: &TransactionKey, due: &mut Option<Time>, at: Time) {
         if due.is_some_and(|due| due <= at) {
             return;
@@ -28,20 +27,20 @@ impl Deadlines {
         *due = Some(at);
     }
 
-    /// Takes the entry of `key` out, if it has one.
+    /// Removes the entry of `key`, if it has one.
     pub(crate) fn disarm(&mut self, key: &TransactionKey, due: &mut Option<Time>) {
         if let Some(at) = due.take() {
             self.0.remove(&(at, key.clone()));
         }
     }
 
-    /// All were armed by a clock that was then set back `by` so much. The handles are their owners'
-    /// to put back.
+    /// The clock was set back: moves all entries back `by` the same. The owners do the same with their
+    /// `due`.
     pub(crate) fn put_back(&mut self, by: Duration) {
         self.0 = std::mem::take(&mut self.0).into_iter().map(|(at, key)| (at - by, key)).collect();
     }
 
-    /// Takes out all that is due at `now`, soonest first.
+    /// Removes all entries that are due at `now`, and returns their keys, soonest first.
     pub(crate) fn take_due(&mut self, now: Time) -> Vec<TransactionKey> {
         let mut due = Vec::new();
         while let Some((at, _)) = self.0.first()

@@ -1,12 +1,12 @@
-//! What a view of the journal has forgotten: a digest of each transaction, so that one that has no
-//! record can be told from one whose record is out of sight.
+//! Digests of the transactions that a view of the journal has evicted. They distinguish a transaction
+//! without a record from one whose record is out of view.
 //!
-//! It doesn't know what the record says, and takes two transactions with one digest for the same: what
-//! is found here may be another. What is not found has no forgotten record made at
+//! The digests don't say what the record was, and two transactions may share a digest: so one that is
+//! found here may be another one. A transaction that is not found has no evicted record that was made at
 //! [`EvictedDigests::since`] or later.
 //!
-//! A digest takes 8 bytes in tables that are three quarters full at most. The oldest are dropped a
-//! table at a time, an eighth of all or less.
+//! A digest takes 8 bytes, in tables that are at most three quarters full. The oldest digests are dropped
+//! a table at a time, at most an eighth of all.
 
 use std::{
     collections::VecDeque,
@@ -17,28 +17,28 @@ use std::{
 
 use crate::protocol::{ids::TransactionKey, time::Time};
 
-/// At most so many digests, the latest.
+/// The latest digests, at most `max`.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub(crate) struct EvictedDigests {
     max: usize,
     since: Time,
-    /// Oldest first; the last one is being filled.
+    /// Oldest first. The last one is being filled.
     blocks: VecDeque<Block>,
 }
 
 /// A hash table whose size never changes.
 #[derive(Clone, PartialEq, Eq)]
 struct Block {
-    /// A power of two of them; zero: vacant. A digest stands at the first place from its own that
-    /// was vacant when it came.
+    /// A power of two of them. Zero: vacant. A digest is in the first slot, from its own on, that was
+    /// vacant when it was inserted.
     slots: Vec<u64>,
     len: usize,
-    /// When the latest of its records was made.
+    /// When the latest record in it was made.
     newest: Time,
 }
 
 impl EvictedDigests {
-    /// Nothing; and nothing made at `since` or later is missing.
+    /// An empty set, in which no record that was made at `since` or later is missing.
     pub(crate) fn new(max: usize, since: Time) -> Self {
         Self { max, since, blocks: VecDeque::new() }
     }
@@ -47,12 +47,12 @@ impl EvictedDigests {
         self.max
     }
 
-    /// From when on nothing is missing.
+    /// Since when no record is missing.
     pub(crate) fn since(&self) -> Time {
         self.since
     }
 
-    /// Takes in the transaction of a record made at `made_at`.
+    /// Inserts the transaction of a record that was made at `made_at`.
     pub(crate) fn insert(&mut self, key: &TransactionKey, made_at: Time) {
         if self.max == 0 {
             return self.miss(made_at);
@@ -71,19 +71,19 @@ impl EvictedDigests {
         }
     }
 
-    /// Whether the transaction, or one with the same digest, was taken in.
+    /// Whether it has the transaction, or one with the same digest.
     pub(crate) fn contains(&self, key: &TransactionKey) -> bool {
         let digest = digest(key);
         self.blocks.iter().any(|block| block.contains(digest))
     }
 
-    /// A record made then is no longer among them.
+    /// A record that was made at `made_at` is missing from now on.
     fn miss(&mut self, made_at: Time) {
         self.since = self.since.max(made_at + Duration::from_millis(1));
     }
 
-    /// How many places a table has, a power of two; and how many of them are taken at most: three
-    /// quarters, and an eighth of all digests.
+    /// How many slots a table has, a power of two; and how many of them are used: at most three quarters,
+    /// and at most an eighth of all digests.
     fn block_size(&self) -> (usize, usize) {
         let eighth = (self.max / 8).max(1);
         let wanted = eighth.saturating_mul(4) / 3;
@@ -106,7 +106,7 @@ impl Block {
         self.slots.get(self.place(digest)) == Some(&digest)
     }
 
-    /// Where the digest stands, or the vacant place where it would; there always is one.
+    /// The slot of the digest, or the vacant slot where it would be; there is always one.
     fn place(&self, digest: u64) -> usize {
         let mask = self.slots.len() - 1;
         let mut at = digest as usize & mask;
@@ -117,7 +117,7 @@ impl Block {
     }
 }
 
-/// Never zero. Ids come with a digest, whose bits are spread over all places here.
+/// The digest of a transaction, never zero. It spreads the bits of the id's own digest.
 fn digest(key: &TransactionKey) -> u64 {
     let at = key.requested_at.as_millis().wrapping_mul(0x9e37_79b9_7f4a_7c15);
     let mut word = key.id.digest() ^ at;
@@ -126,7 +126,7 @@ fn digest(key: &TransactionKey) -> u64 {
     (word ^ (word >> 31)).max(1)
 }
 
-/// Equal sets have equal hashes, whatever the order in which they came about.
+/// Equal sets have equal hashes, in whatever order they were filled.
 impl Hash for Block {
     fn hash<H: Hasher>(&self, state: &mut H) {
         let sum = self.slots.iter().fold(0, |sum: u64, digest| sum.wrapping_add(*digest));

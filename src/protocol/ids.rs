@@ -1,7 +1,7 @@
-//! The names of things: checked once when they come in, cheap to copy afterwards.
+//! Names: checked once when they come in, cheap to copy afterwards.
 //!
-//! A name never says more than which thing is meant. Nothing here makes names up; who needs a new
-//! one (an instance its branches, a worker its own id) is given it or counts.
+//! A name identifies a thing and says nothing else about it. Nothing here makes up a name: an instance
+//! numbers its branches, and everything else is given its name.
 //!
 //! # What a service stores
 //!
@@ -35,7 +35,7 @@ use std::{
 
 use crate::protocol::time::Time;
 
-/// A text that is not the name it should be.
+/// A text that is not a valid name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InvalidName {
     /// What the text was meant to name, for example `transaction id`.
@@ -60,8 +60,8 @@ impl fmt::Display for InvalidName {
 
 impl std::error::Error for InvalidName {}
 
-/// A text that many share: it is compared with itself most of the time. One pointer wide, since
-/// names are moved about more often than they are read.
+/// A shared text. It is mostly compared with itself. It is one pointer wide, since names are moved more
+/// often than they are read.
 #[derive(Clone)]
 struct SharedText(Arc<Box<str>>);
 
@@ -103,8 +103,8 @@ impl Ord for SharedText {
     }
 }
 
-/// A text that is compared by a digest of it first: in a map of many, that saves a look at most of
-/// the texts. Its order means nothing, but is the same everywhere.
+/// A text that is compared by its digest first: in a large map, that avoids reading most of the texts. The
+/// order has no meaning, but is the same everywhere.
 #[derive(Clone)]
 struct Scattered(Arc<Digested>);
 
@@ -155,7 +155,7 @@ impl Hash for Scattered {
     }
 }
 
-/// The 64-bit FNV-1a digest: no quality is needed but that near texts scatter.
+/// The 64-bit FNV-1a digest. All that is needed is that similar texts have different digests.
 pub(crate) fn fnv1a(bytes: impl Iterator<Item = u8>) -> u64 {
     bytes.fold(0xcbf2_9ce4_8422_2325, |digest, byte| {
         (digest ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
@@ -210,8 +210,8 @@ macro_rules! names {
 }
 
 names! {
-    /// What a producer calls its transaction. Two requests with one id are told apart by their
-    /// `requested_at`: see [`TransactionKey`]. Its order is not that of the text.
+    /// A producer's name for its transaction. Two requests with one id are distinguished by
+    /// `requested_at`: see [`TransactionKey`]. The order is not that of the text.
     TransactionId(Scattered): "transaction id", 128, "._:-";
     /// A named participant with one durable state.
     ServiceName(SharedText): "service name", 64, "_-";
@@ -219,21 +219,21 @@ names! {
     InstanceId(SharedText): "instance id", 64, "_-";
     /// One process of the coordinator.
     WorkerId(SharedText): "worker id", 64, "_-";
-    /// What a service keeps its branches in. All its instances share one, so all name the same.
+    /// The store in which a service keeps its branches. All its instances share one, so all name the same.
     StoreId(SharedText): "store id", 64, "_-";
-    /// Where a producer wants its result: a token of its own, never a queue name.
+    /// Where a producer wants its result: its own token, never the name of a queue.
     ReplyToken(SharedText): "reply token", 64, "_-";
 }
 
 impl TransactionId {
-    /// Says little of the text, and always the same.
+    /// A digest of the text, always the same.
     pub(crate) fn digest(&self) -> u64 {
         self.0.0.digest
     }
 }
 
-/// One run of a service's prepare for a transaction. Made by the instance that runs it, stored with
-/// what it prepared, and named by the decision that commits it.
+/// One run of a service's prepare for a transaction. The instance that runs it makes the name, stores it
+/// with what it has prepared, and the decision that commits the run names it.
 ///
 /// As text it is `<instance>.<number>`, the number in decimal and without leading zeros. This form is
 /// stable.
@@ -255,7 +255,7 @@ impl Branch {
     /// Checks `text` against [`Self::RULE`].
     pub fn parse(text: &str) -> Result<Self, InvalidName> {
         let parts = text.rsplit_once('.').and_then(|(instance, number)| {
-            // One branch has one text.
+            // A branch has only one text.
             let canonical = number == "0" || !number.starts_with(['0', '+']);
             let number = number.parse().ok().filter(|_| canonical)?;
             Some(Self { instance: InstanceId::parse(instance).ok()?, number })
@@ -268,7 +268,7 @@ impl Branch {
         &self.instance
     }
 
-    /// Which one of that instance's it is.
+    /// Its number among that instance's branches.
     pub fn number(&self) -> u64 {
         self.number
     }
@@ -294,15 +294,15 @@ impl fmt::Debug for Branch {
     }
 }
 
-/// What names a transaction everywhere and in every message.
+/// Identifies a transaction, everywhere and in every message.
 ///
 /// As text it is `<id>@<requested_at>`, the moment in milliseconds since the Unix epoch, in decimal and
 /// without leading zeros. No id has an `@`. This form is stable.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TransactionKey {
-    /// What the producer calls it.
+    /// The producer's name for it.
     pub id: TransactionId,
-    /// When the producer asked for it, by the producer's clock. A retry repeats it.
+    /// When the producer requested it, by the producer's clock. A retry repeats this moment.
     pub requested_at: Time,
 }
 
@@ -344,8 +344,8 @@ impl fmt::Debug for TransactionKey {
     }
 }
 
-/// A digest of a request's services and data: what tells a retry from another request under the
-/// same id.
+/// A digest of a request's services and data: it distinguishes a retry from another request under the same
+/// id.
 ///
 /// As text it is 32 hexadecimal digits in lower case. This form is stable.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

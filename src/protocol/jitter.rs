@@ -1,4 +1,4 @@
-//! Scatter without randomness.
+//! Jitter without random numbers.
 
 use std::time::Duration;
 
@@ -7,8 +7,8 @@ use crate::protocol::{
     time::Time,
 };
 
-/// A duration below `bound` that differs from process to process (by `seed`), from transaction to
-/// transaction and from moment to moment, so that what collided once doesn't collide again.
+/// A duration below `bound`, which depends on the process (by `seed`), the transaction and the moment: two
+/// that have collided are unlikely to collide again.
 pub(crate) fn jitter(seed: u64, now: Time, key: &TransactionKey, bound: Duration) -> Duration {
     let words = [seed, now.as_millis(), key.requested_at.as_millis()];
     let bytes = words.iter().flat_map(|word| word.to_le_bytes()).chain(key.id.as_str().bytes());

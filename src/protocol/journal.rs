@@ -1,20 +1,19 @@
-//! The journal as one reader sees it: the first record of each transaction, and from when on
-//! nothing is missing.
+//! The journal as one reader sees it: the first record of each transaction, and the moment since which
+//! no record is missing.
 //!
-//! What has an offset is a message: it holds several records, or none, and is read and vouched for
-//! as a whole.
+//! An offset names a message. A message holds any number of records, and is read as a whole.
 //!
-//! **Invariant:** [`Recall::Absent`] is said only of a transaction whose every record, were there
-//! one, lies in the part that was read without a gap. Where that isn't so the answer is
-//! [`Recall::OutOfSight`], and the caller reads further back or hands the matter to a person.
+//! **Invariant:** the answer is [`Recall::Absent`] only if any record of the transaction would lie in the
+//! part that was read without a gap. Otherwise it is [`Recall::OutOfSight`], and the caller reads an older
+//! part, or parks the transaction.
 //!
-//! Of what it forgets a view keeps a digest, if it is set to. So it still knows for long that most
-//! of what it is asked about has no record, and only what has one, or shares its digest with one,
-//! must be looked for.
+//! A view may keep digests of the transactions that it evicts. So it still knows, for a long time, that
+//! most transactions have no record. Only one that has a record, or shares its digest with one, must be
+//! looked up.
 //!
-//! Clocks say whether a record can lie before that part: no record is made earlier than
-//! `requested_at` − `clock_margin` of its transaction, since `clock_margin` bounds how far any two
-//! clocks of the system differ.
+//! Clocks decide whether a record can lie before the part that was read: no record is made earlier than
+//! `requested_at` − `clock_margin` of its transaction, since no two clocks of the system differ by more
+//! than `clock_margin`.
 
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 
@@ -23,37 +22,37 @@ use crate::protocol::{
     time::Time,
 };
 
-/// What the read part of the journal says of a transaction.
+/// What the journal, as far as it was read, says of a transaction.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Recall {
     /// Its first record.
     Found(Arc<Decision>),
-    /// It has none.
+    /// It has no record.
     Absent,
-    /// It is not known: the read part begins too late, or the record is forgotten.
+    /// Unknown: the part that was read begins too late, or the record was evicted.
     OutOfSight,
 }
 
-/// The part of the journal that was read without a gap, as far as memory goes.
+/// The part of the journal that was read without a gap, and is remembered.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct JournalView {
     records_max: usize,
     window: Duration,
-    /// Every record made at this moment or later, up to `next`, was read and is remembered.
+    /// Every record that was made at this moment or later, up to `next`, was read and is remembered.
     since: Option<Time>,
-    /// The offset of the oldest message that `since` vouches for.
+    /// The offset of the oldest message of which all records are remembered.
     oldest: u64,
-    /// The offset that comes next.
+    /// The offset of the next message.
     next: u64,
     first: KeyMap<Arc<Decision>>,
-    /// What is in `first`, in journal order.
+    /// The records in `first`, in journal order.
     order: VecDeque<(u64, Arc<Decision>)>,
-    /// What was in `first` and is no more.
+    /// The records that were removed from `first`.
     evicted: EvictedDigests,
 }
 
 impl JournalView {
-    /// A view that has read nothing. It remembers `records_max` transactions at most, and none
+    /// A view that has read nothing. It remembers at most `records_max` transactions, and none that was
     /// decided longer ago than `window`.
     pub fn new(records_max: usize, window: Duration) -> Self {
         Self {
@@ -68,14 +67,14 @@ impl JournalView {
         }
     }
 
-    /// Keeps digests of the last `digests_max` transactions that it forgets. They are dropped the
-    /// oldest first, an eighth of them or less at a time.
+    /// Keeps digests of the last `digests_max` transactions that the view evicts. The oldest digests are
+    /// dropped first, at most an eighth of them at a time.
     pub fn with_digests(mut self, digests_max: usize) -> Self {
         self.evicted = EvictedDigests::new(digests_max, self.evicted.since());
         self
     }
 
-    /// Starts again at offset `next`: every record made at `since` or later has that offset or a
+    /// Starts again at offset `next`: every record that was made at `since` or later has that offset or a
     /// higher one.
     pub fn attach(&mut self, next: u64, since: Time) {
         *self = Self {
@@ -87,38 +86,38 @@ impl JournalView {
         };
     }
 
-    /// The offset to go on from after a break.
+    /// The offset to continue from after a break.
     pub fn next_offset(&self) -> u64 {
         self.next
     }
 
-    /// The offset of the oldest message this view vouches for: a look further back ends before it.
-    /// A message of which any record is forgotten isn't vouched for, and the look includes it.
+    /// The offset of the oldest message of which all records are remembered: a search of older parts ends
+    /// before it.
     pub fn oldest_offset(&self) -> u64 {
         self.oldest
     }
 
-    /// From when on nothing is missing; `None` before [`JournalView::attach`].
+    /// Since when no record is missing; `None` before [`JournalView::attach`].
     pub fn since(&self) -> Option<Time> {
         self.since
     }
 
-    /// How many transactions are remembered.
+    /// How many transactions it remembers.
     pub fn len(&self) -> usize {
         self.first.len()
     }
 
-    /// Whether none is.
+    /// Whether it remembers none.
     pub fn is_empty(&self) -> bool {
         self.first.is_empty()
     }
 
-    /// Takes in the message at `offset`, and gives back those of its records that are the first of
-    /// their transaction in the part that was read: the others are void. Of a message that was read
-    /// before it gives back none: the stream repeats itself after a reconnect.
+    /// Takes in the message at `offset`, and returns those of its records that are the first of their
+    /// transaction in the part that was read: the others are void. If the message was read before, as
+    /// after a reconnect, it returns none.
     ///
-    /// Offsets are consecutive: a jump means that records are lost, and then nothing before `now`
-    /// is vouched for any more.
+    /// Offsets are consecutive: a jump means that records are lost. Then records may be missing up to
+    /// `now`.
     pub fn read(
         &mut self,
         now: Time,
@@ -137,7 +136,7 @@ impl JournalView {
         decisions
     }
 
-    /// What is known of `key`, if `clock_margin` bounds how far any two clocks differ.
+    /// What the journal says of `key`, if no two clocks differ by more than `clock_margin`.
     pub fn recall(&self, key: &TransactionKey, clock_margin: Duration) -> Recall {
         if !self.sees(key, clock_margin) {
             return Recall::OutOfSight;
@@ -145,13 +144,13 @@ impl JournalView {
         self.first.get(key).map_or(Recall::Absent, |decision| Recall::Found(Arc::clone(decision)))
     }
 
-    /// The first record read for `key`, whether or not an earlier one may be out of sight.
+    /// The first record that was read for `key`, even if an earlier one may be out of sight.
     pub fn earliest_seen(&self, key: &TransactionKey) -> Option<&Arc<Decision>> {
         self.first.get(key)
     }
 
-    /// What is known of `key`, and if it is [`Recall::Absent`], the first record of a transaction
-    /// with the same `id` that was requested at another time.
+    /// What the journal says of `key`; and if that is [`Recall::Absent`], the first record of another
+    /// transaction with the same `id`.
     pub fn recall_or_namesake(
         &self,
         key: &TransactionKey,
@@ -171,8 +170,9 @@ impl JournalView {
         (Recall::Absent, namesake.cloned())
     }
 
-    /// Whether the first record of `key` is in `first`, if it has any: because the remembered part
-    /// reaches back to where it began; or because the read part does, and it isn't forgotten.
+    /// Whether `first` has the first record of `key`, if there is one: because the remembered part reaches
+    /// back to where the transaction began; or because the part that was read does, and the record was not
+    /// evicted.
     fn sees(&self, key: &TransactionKey, clock_margin: Duration) -> bool {
         let began = key.requested_at - clock_margin;
         self.since.is_some_and(|since| since <= began)

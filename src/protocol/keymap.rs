@@ -1,4 +1,4 @@
-//! A map of transactions: what is looked up several times for each message.
+//! A map of transactions, fast enough for several lookups per message.
 
 use std::hash::{BuildHasherDefault, Hash, Hasher};
 
@@ -9,18 +9,19 @@ use crate::protocol::{
     time::Time,
 };
 
-/// A map from [`TransactionKey`], that also finds the transactions of one id.
+/// A map from [`TransactionKey`] that also finds the transactions of one id.
 ///
-/// Lookups don't depend on how many there are. Equal contents are equal maps, and are walked through
-/// in the same order, however they came about: that a hash table lies below is not to be seen.
+/// A lookup takes the same time however many entries there are. Maps with equal contents are equal, and
+/// [`KeyMap::keys`] lists them in the same order, however they were built: the hash table below is not
+/// visible.
 ///
-/// Many maps here are full most of the time and change all the time. A table marks what was removed,
-/// and is doubled once it is full of marks: in the standard library's map with all that it holds, hours
-/// later and by tens of megabytes. Here the table has numbers only, and what it holds lies without gaps
-/// in an array of its own.
+/// Many maps here are full most of the time and change all the time. A hash table marks removed entries,
+/// and doubles when it is full of marks; the standard library's map then grows with all its values, hours
+/// later and by tens of megabytes. Here the table holds only numbers, and the entries lie without gaps in
+/// an array.
 #[derive(Clone, Debug)]
 pub(crate) struct KeyMap<V> {
-    /// By id; nearly always one transaction each.
+    /// By id. Nearly always an id has one transaction.
     of: IndexMap<TransactionId, SameIdValues<V>, BuildHasherDefault<ByDigest>>,
     len: usize,
 }
@@ -28,7 +29,7 @@ pub(crate) struct KeyMap<V> {
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 struct SameIdValues<V> {
     first: (Time, V),
-    /// In the order of their `requested_at`, all later than `first`.
+    /// In the order of `requested_at`, all later than `first`.
     others: Vec<(Time, V)>,
 }
 
@@ -65,7 +66,7 @@ impl<V> KeyMap<V> {
         self.get(key).is_some()
     }
 
-    /// Puts `value` in, and returns the one it replaces.
+    /// Inserts `value`, and returns the value that it replaces.
     pub(crate) fn insert(&mut self, key: &TransactionKey, value: V) -> Option<V> {
         let at = key.requested_at;
         let Some(same_id) = self.of.get_mut(&key.id) else {
@@ -106,7 +107,7 @@ impl<V> KeyMap<V> {
         Some(removed)
     }
 
-    /// When the transactions of this id were requested, and what they are, earliest first.
+    /// The transactions of this id with their `requested_at`, earliest first.
     pub(crate) fn of_id(&self, id: &TransactionId) -> impl Iterator<Item = (Time, &V)> {
         let same_id = self.of.get(id).into_iter();
         same_id
@@ -125,7 +126,7 @@ impl<V> KeyMap<V> {
         keys
     }
 
-    /// All values, in no order that may be relied on.
+    /// All values, in no particular order.
     pub(crate) fn values(&self) -> impl Iterator<Item = &V> {
         self.of
             .values()
@@ -133,7 +134,7 @@ impl<V> KeyMap<V> {
             .map(|(_, value)| value)
     }
 
-    /// All values, in no order that may be relied on: only for what treats each alike.
+    /// Changes all values, in no particular order: `change` must treat all alike.
     pub(crate) fn for_each(&mut self, mut change: impl FnMut(&mut V)) {
         for same_id in self.of.values_mut() {
             change(&mut same_id.first.1);
@@ -159,13 +160,13 @@ impl<V: Hash> Hash for KeyMap<V> {
     }
 }
 
-/// An id comes with a digest: no other is made of it.
+/// Hashes an id by the digest that it has.
 #[derive(Default)]
 struct ByDigest(u64);
 
 impl Hasher for ByDigest {
     fn write_u64(&mut self, digest: u64) {
-        // The table looks at the topmost bits, and those of FNV-1a are its worst.
+        // The table uses the topmost bits, which are the worst ones of FNV-1a.
         self.0 = digest.wrapping_mul(0x9e37_79b9_7f4a_7c15);
     }
 
@@ -197,7 +198,8 @@ mod tests {
         TransactionKey { id, requested_at: Time::from_millis(at.into()) }
     }
 
-    /// It took twice the memory, long after it was full: an instance 20 MB after 740,000 transactions.
+    /// Long after it was full, the map took twice the memory: 20 MB in an instance, after 740,000
+    /// transactions.
     #[test]
     fn a_full_map_does_not_grow_however_much_comes_and_goes() {
         const HELD: u32 = 1000;

@@ -1,7 +1,7 @@
 //! The messages between producers, workers, services and the journal.
 //!
-//! These are the words of the protocol, not their form on the wire: that is `wire`'s. One type is
-//! one item; how many items travel in one message is the transport's business.
+//! These are the items of the protocol. `wire` defines their form in messages, and the driver decides how
+//! many items share a message.
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -13,26 +13,26 @@ use crate::protocol::{
     time::Time,
 };
 
-/// The transport's name for a message that it delivered and that must be settled once: by an effect
-/// of the core that it was given to.
+/// The transport's name for a message that it has delivered. The core that gets it settles it once, by an
+/// effect.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct Delivery(pub u64);
 
 /// How long a prepare waits for a slot where its service sets nothing else.
 pub const MAX_WAIT: Duration = Duration::from_secs(1);
 
-/// Who has a service's slots. With one instance, both are the same.
+/// What `max_concurrency` limits. With a single instance, both are the same.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[non_exhaustive]
 pub enum Cap {
-    /// Each instance has `max_concurrency` of them.
+    /// Each instance has `max_concurrency` slots.
     #[default]
     Instance,
-    /// All instances together have them: one works, and the others stand by.
+    /// All instances together have `max_concurrency` slots: one works, and the others stand by.
     Service,
 }
 
-/// What a producer sent along, as it came: text that only the services read.
+/// A producer's data, unchanged: text that only the services read.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct Payload(Arc<str>);
 
@@ -54,14 +54,14 @@ impl fmt::Debug for Payload {
     }
 }
 
-/// A transaction as it is asked for.
+/// A transaction, as its producer specifies it.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct TransactionSpec {
-    /// What it is called.
+    /// Its id.
     pub id: TransactionId,
     /// Every service involved, each once, in name order. Never empty.
     pub services: Arc<[ServiceName]>,
-    /// What the services are handed: a JSON object in its canonical form.
+    /// The data for the services: a JSON object in its canonical form.
     pub data: Payload,
     /// The digest of `services` and `data`.
     pub request_hash: RequestHash,
@@ -69,7 +69,7 @@ pub struct TransactionSpec {
     pub timeout: Option<Duration>,
 }
 
-/// How a transaction ends: for all its services alike. There is no third way, and never will be.
+/// How a transaction ends, for all its services alike. There is no third outcome, and there won't be one.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Outcome {
     /// Every service commits what it prepared.
@@ -79,7 +79,7 @@ pub enum Outcome {
 }
 
 impl Outcome {
-    /// The word that stands in results and records.
+    /// The word in results and records.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Committed => "COMMITTED",
@@ -98,31 +98,31 @@ impl fmt::Display for Outcome {
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 #[non_exhaustive]
 pub enum ReasonCode {
-    /// A service's code said no.
+    /// A service's code has refused.
     Refused,
-    /// A service's code ended in an error, a panic or a time-out; or the request was delivered too
+    /// A service's code ended with an error, a panic or a time-out; or the request was delivered too
     /// often.
     Failed,
     /// A service had no slot free within its `max_wait`.
     NoSlot,
     /// No service of that name exists.
     UnknownService,
-    /// Not every vote was there when the prepare deadline passed.
+    /// A vote was missing when the prepare deadline passed.
     Deadline,
-    /// A service exists, but could not be reached until the deadline passed.
+    /// A service exists, but could not be reached before the deadline passed.
     Unavailable,
-    /// The prepare was withdrawn before it reached the service's code.
+    /// The prepare was cancelled before it reached the service's code.
     Cancelled,
-    /// The request can't be understood.
+    /// The request is invalid.
     Invalid,
-    /// The id is taken by a transaction with other content.
+    /// Another transaction, with other content, has this id.
     IdReused,
 }
 
 impl ReasonCode {
     /// Every code that this release knows.
     pub fn all() -> impl Iterator<Item = Self> {
-        // In an order in which none can be forgotten.
+        // The exhaustive match makes sure that none is left out.
         let next = |code: &Self| match code {
             Self::Refused => Some(Self::Failed),
             Self::Failed => Some(Self::NoSlot),
@@ -137,7 +137,7 @@ impl ReasonCode {
         std::iter::successors(Some(Self::Refused), next)
     }
 
-    /// The word that stands in results and records.
+    /// The word in results and records.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Refused => "refused",
@@ -162,27 +162,27 @@ impl fmt::Display for ReasonCode {
 /// Why a transaction aborts, or a request was rejected.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Reason {
-    /// The word for it.
+    /// The reason in one word.
     pub code: ReasonCode,
-    /// The service it happened at, where it was one.
+    /// The service that is the reason, if there is one.
     pub service: Option<ServiceName>,
-    /// What that service (or the coordinator) says about it.
+    /// A message of that service, or of the coordinator.
     pub message: Option<Arc<str>>,
 }
 
 impl Reason {
-    /// `code`, at `service`, without further words.
+    /// `code` at `service`, without a message.
     pub fn at(service: &ServiceName, code: ReasonCode) -> Self {
         Self { code, service: Some(service.clone()), message: None }
     }
 
-    /// `code`, at no service in particular.
+    /// `code` at no service in particular, with a message.
     pub fn because(code: ReasonCode, message: impl Into<Arc<str>>) -> Self {
         Self { code, service: None, message: Some(message.into()) }
     }
 }
 
-/// What a producer asks for: that all of `services` commit, or none.
+/// A producer's request that all of `services` commit, or none.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Request {
     /// Which transaction.
@@ -191,7 +191,7 @@ pub struct Request {
     pub request_hash: RequestHash,
     /// Every service involved, each once, in name order. Never empty.
     pub services: Arc<[ServiceName]>,
-    /// Handed to every prepare.
+    /// The data for every prepare.
     pub data: Payload,
     /// How long the prepares may take; `None`: the worker's default.
     pub timeout: Option<Duration>,
@@ -199,30 +199,30 @@ pub struct Request {
     pub reply: Option<ReplyToken>,
 }
 
-/// What a worker tells the instances of a service.
+/// A worker's command to instances of a service.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub enum Command {
     /// If you hold this transaction, vote again.
     Query(Query),
     /// The outcome: commit or undo.
     Finish(Finish),
-    /// A prepare of mine may still wait for a slot: don't start it.
+    /// A prepare may still wait for a slot: don't start it.
     Cancel(TransactionKey),
 }
 
-/// To whom a command goes.
+/// Where a command goes.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Destination {
-    /// The one instance that holds the slot.
+    /// To one instance: the one that holds the slot.
     Instance(InstanceId),
-    /// Every instance that runs now.
+    /// To every instance that runs now.
     AllInstances,
-    /// The service's durable queue: any one instance, now or when one comes back.
+    /// To the service's durable queue: any one instance takes it, now or later.
     AnyInstance,
 }
 
-/// The prepare command: make ready to commit, and vote. It goes to the service's prepare queue:
-/// whichever instance has a slot takes it.
+/// The prepare command: make ready to commit, and vote. It goes to the service's prepare queue, and any
+/// instance that has a free slot takes it.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Prepare {
     /// Which transaction.
@@ -233,8 +233,8 @@ pub struct Prepare {
     pub data: Payload,
     /// After this moment the service's code is not called any more.
     pub deadline: Time,
-    /// Whether this may have been prepared before (a worker took over, or the delivery came again):
-    /// look into the store before calling the service's code.
+    /// Whether the transaction may have been prepared before, since a worker took over, or the prepare was
+    /// delivered again. Then the instance looks into the store before it calls the service's code.
     pub repeated: bool,
 }
 
@@ -243,7 +243,7 @@ pub struct Prepare {
 pub struct Query {
     /// Which transaction.
     pub key: TransactionKey,
-    /// The digest of the request: who holds other content under that key says no.
+    /// The digest of the request. An instance that holds other content with this key refuses.
     pub request_hash: RequestHash,
 }
 
@@ -252,13 +252,13 @@ pub struct Query {
 pub struct Finish {
     /// Which transaction.
     pub key: TransactionKey,
-    /// What to do with it.
+    /// The outcome.
     pub outcome: Outcome,
     /// The branch that `outcome` is about. An instance that holds another branch of a committed
-    /// transaction undoes it; `None` with [`Outcome::Committed`] means that nothing of this service's is part
-    /// of the transaction.
+    /// transaction undoes it. `None` with [`Outcome::Committed`]: the transaction commits nothing of this
+    /// service.
     pub branch: Option<Branch>,
-    /// Whether the coordinator has parked this command: its done settles the matter.
+    /// Whether the coordinator has parked this command: its done settles the parked commit.
     pub parked: bool,
 }
 
@@ -267,32 +267,32 @@ pub struct Finish {
 pub struct Vote {
     /// Which transaction.
     pub key: TransactionKey,
-    /// The digest of the request that the vote is about. A vote may reach a worker that knows the
-    /// key with other content, and must not count there.
+    /// The digest of the request that the vote is about. If the vote reaches a worker that knows the key with
+    /// other content, it doesn't count.
     pub request_hash: RequestHash,
     /// The service that votes.
     pub service: ServiceName,
     /// The instance that votes for it.
     pub instance: InstanceId,
-    /// The store that this instance has, if it has a name: all instances of a service name the same.
+    /// The instance's store, if it has an id: all instances of a service name the same.
     pub store: Option<StoreId>,
-    /// What it says.
+    /// The vote itself.
     pub kind: VoteKind,
-    /// Its free slots as of now.
+    /// The instance's free slots.
     pub free: u32,
 }
 
-/// What a service answers.
+/// A vote.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub enum VoteKind {
-    /// Stored, and kept until the outcome is heard.
+    /// The branch is stored, and kept until the outcome comes.
     Prepared {
-        /// What a decision must name to commit it.
+        /// The branch, which a decision must name to commit it.
         branch: Branch,
     },
-    /// Nothing to commit here: leave me out.
+    /// There is nothing to commit: the service needs no finish.
     ReadOnly,
-    /// The service's code said no. Nothing is held.
+    /// The service's code has refused. Nothing is held.
     Refused(Reason),
     /// An error, a panic or a time-out. Something may be held.
     Failed {
@@ -301,7 +301,7 @@ pub enum VoteKind {
         /// What happened.
         reason: Reason,
     },
-    /// The outcome was already heard.
+    /// The instance knows the outcome already.
     Finished(Outcome),
 }
 
@@ -314,13 +314,13 @@ pub struct Done {
     pub service: ServiceName,
     /// The instance that answers for it.
     pub instance: InstanceId,
-    /// The store that this instance has, if it has a name: all instances of a service name the same.
+    /// The instance's store, if it has an id: all instances of a service name the same.
     pub store: Option<StoreId>,
-    /// Whether the outcome is applied; if not, what the service's code said.
+    /// Whether the outcome is applied; if not, the error of the service's code.
     pub applied: Result<(), Arc<str>>,
     /// Copied from the finish: see [`Finish::parked`].
     pub parked: bool,
-    /// The instance's free slots as of now.
+    /// The instance's free slots.
     pub free: u32,
 }
 
@@ -337,7 +337,7 @@ pub struct Inquiry {
     pub instance: InstanceId,
     /// The branch it holds.
     pub branch: Branch,
-    /// The deadline of the prepare; before it nobody decides for the sake of an inquiry.
+    /// The deadline of the prepare. Before it, no worker decides because of an inquiry.
     pub deadline: Time,
 }
 
@@ -346,18 +346,18 @@ pub struct Inquiry {
 pub struct Decision {
     /// Which transaction.
     pub key: TransactionKey,
-    /// The digest of the request it decides.
+    /// The digest of the request that it decides.
     pub request_hash: RequestHash,
     /// The outcome it proposes.
     pub outcome: Outcome,
-    /// What [`Outcome::Committed`] commits: the branch of every service that voted prepared, in
-    /// name order.
+    /// The branches that [`Outcome::Committed`] commits: one of every service that voted prepared, in name
+    /// order.
     pub branches: Vec<(ServiceName, Branch)>,
     /// Why it aborts.
     pub reason: Option<Reason>,
     /// When it was proposed, by the clock of `worker`.
     pub decided_at: Time,
-    /// Who proposed it.
+    /// The worker that proposed it.
     pub worker: WorkerId,
 }
 
@@ -371,10 +371,10 @@ impl Decision {
 /// The result that a producer receives.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Answer {
-    /// The id the producer asked under.
+    /// The id of the transaction.
     pub id: TransactionId,
-    /// The `requested_at` of the transaction that was decided. Not the request's own where that was
-    /// a retry of an earlier one under a new timestamp.
+    /// The `requested_at` of the transaction that was decided. It differs from the request's own if that
+    /// was a retry with a new timestamp.
     pub requested_at: Time,
     /// The outcome.
     pub outcome: Outcome,
@@ -386,7 +386,7 @@ pub struct Answer {
     pub decided_at: Time,
 }
 
-/// Something handed to a person: listed with its reason, never forgotten, never guessed.
+/// A record for operators: a transaction or a commit that the system can't finish by itself.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Parked {
     /// Which transaction.
@@ -414,9 +414,9 @@ pub enum ParkedCause {
     Uncommitted {
         /// The service that did not commit.
         service: ServiceName,
-        /// What it has to commit.
+        /// The branch that it has to commit.
         branch: Branch,
-        /// What its code said last; `None`: it never answered.
+        /// The last error of its code. `None`: it never answered.
         error: Option<Arc<str>>,
     },
     /// The journal doesn't reach back to where the transaction began: its outcome can't be determined.

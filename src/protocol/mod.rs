@@ -1,8 +1,8 @@
 //! The commit protocol as pure state machines: events in, effects out.
 //!
-//! Nothing here reads a clock, draws a random number, logs, or talks to anyone; equal states given
-//! equal events produce equal effects. So the worker, the embedded coordinator, the simulator and
-//! the model checker all run this code, and what the last two prove holds for the first two.
+//! Nothing here reads a clock, draws a random number, logs, or does I/O; equal states given equal events
+//! produce equal effects. So the worker, the embedded coordinator, the simulator and the model checker
+//! all run this code, and what the last two show holds for the first two.
 //!
 //! ```text
 //! producer          worker                 journal        payments                stock
@@ -26,12 +26,13 @@
 //!   inquiries out.
 //! * [`journal`]: what a reader of the journal may conclude from it.
 //!
-//! **Invariant:** the first decision for a transaction in the journal is its outcome, and nobody
-//! acts on a decision that was not read back. That is the whole of the agreement: there are no
-//! locks, leases, epochs or leaders.
+//! **Invariant:** the first decision for a transaction in the journal is its outcome, and no process acts
+//! on a decision that was not read back. Nothing else is needed for agreement: no locks, leases, epochs
+//! or leaders.
 //!
-//! **Invariant:** `COMMITTED` is proposed only when every involved service has voted that it is
-//! prepared, or that it has nothing to commit; and names the branch of each that is prepared.
+//! **Invariant:** a worker proposes `COMMITTED` only when every involved service has voted that it is
+//! prepared, or that it has nothing to commit. The decision names the branch of each service that is
+//! prepared.
 //!
 //! **Invariant:** state is plain data, and bounded by the settings.
 

@@ -1,4 +1,4 @@
-//! Moments. The core never looks at a clock: every moment is handed in.
+//! Moments. The core never reads a clock: every moment is a parameter.
 
 use std::{fmt, ops, str::FromStr, time::Duration};
 
@@ -35,7 +35,7 @@ impl Time {
         millis.map(Self).ok_or_else(|| InvalidTime { value: text.chars().take(64).collect() })
     }
 
-    /// How long after `earlier` this is; zero if it isn't.
+    /// How long after `earlier` this is; zero if it is not later.
     pub fn since(self, earlier: Self) -> Duration {
         Duration::from_millis(self.0.saturating_sub(earlier.0))
     }

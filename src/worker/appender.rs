@@ -1,14 +1,14 @@
-//! Writing decisions to the journal: one append at a time, and all that is ready by its end in the
-//! next.
+//! Appends decisions to the journal: one message at a time; the next message takes all decisions that
+//! are ready by then.
 //!
-//! An append is done when it is confirmed *or* read back: a broker that has elected a leader may lose
-//! the confirm of what is in the stream. One that is neither is published again by the lane's own
-//! bound, as the same append: when the first of its copies is read back it is done, so a broker that is
-//! slower than the bound still gets on. What is confirmed and is not read back shows that the journal is
-//! not read any more.
+//! An append is done when it is confirmed *or* read back: a broker that has just elected a leader may
+//! lose the confirm of a message that is in the stream. If neither happens in time, the same append is
+//! published again. It is done when the first of its copies is read back, so a broker that is slower
+//! than the limit still makes progress. If an append is confirmed and not read back, the journal's
+//! consumer has stopped.
 //!
-//! Nothing is decided meanwhile, so these waits are short. When a stream's writer moves to another node,
-//! what is on its way in these milliseconds is lost without a word, and so are the journal's consumers.
+//! No decision takes effect meanwhile, so the limits are short. While a stream's writer moves to another
+//! node, messages on their way are lost silently, and so are the journal's consumers.
 
 use std::{
     collections::VecDeque,
@@ -32,19 +32,19 @@ use crate::{
     wire::message::{Items, Kind},
 };
 
-/// How long an append may be unconfirmed at first, and at most. A stream that elects a leader takes
-/// 10 s and more, and then what is published first.
+/// How long to wait for a confirm at first, and at most. A stream that elects a leader takes 10 s or
+/// more, and then takes the copy that was published first.
 const CONFIRM_FIRST: Duration = Duration::from_secs(1);
 const CONFIRM_MAX: Duration = Duration::from_secs(2);
 
-/// How long what was confirmed may take to be read back, at first and at most.
+/// How long to wait until a confirmed append is read back, at first and at most.
 const UNREAD_FIRST: Duration = Duration::from_secs(1);
 const UNREAD_MAX: Duration = Duration::from_secs(4);
 
-/// The same when the append before it was not confirmed.
+/// The same if the append before it was not confirmed.
 const UNREAD_AFTER_A_LOSS: Duration = Duration::from_millis(200);
 
-/// The first pause before an append is published again that the journal did not take, and the
+/// The pause before an append is published again that the journal did not take: the first one, and the
 /// longest.
 const PAUSE_FIRST: Duration = Duration::from_millis(500);
 const PAUSE_MAX: Duration = Duration::from_secs(5);
@@ -56,26 +56,26 @@ const UNREAD_COUNT_MAX: usize = 1024;
 #[derive(Debug)]
 pub(super) struct Appender {
     journal: ShortString,
-    /// Each publish has the id of its append.
+    /// The ticket of a publish is the id of its append.
     lane: Publisher<ShortString>,
     pending: Pending,
     again_at: Option<Instant>,
     backoff: Backoff,
     /// Appends that are confirmed and not read back, and since when.
     unread: VecDeque<(ShortString, Instant)>,
-    /// How long they may be that.
+    /// How long an append may stay unread.
     unread_limit: Duration,
-    /// The journal did not take the last append, and nothing was read back since.
+    /// Whether the journal did not take the last append, and nothing was read back since.
     is_untaken: bool,
 }
 
-/// What the journal doesn't have yet, as far as is known.
+/// Decisions that the journal doesn't have yet, as far as is known.
 #[derive(Debug)]
 struct Pending {
-    /// What the ids of this link's appends begin with.
+    /// The prefix of this link's append ids.
     link: String,
     last_number: u64,
-    /// Those that wait for the append before them.
+    /// Decisions for the next append.
     decisions: Vec<Decision>,
     append: Option<Append>,
 }
@@ -90,7 +90,7 @@ struct Append {
 }
 
 impl Pending {
-    /// The append that is to be published now, if none is on its way.
+    /// The append to publish now, if none is on its way.
     fn next(&mut self) -> Option<&Append> {
         if self.append.is_none() {
             self.append = self.gathered();
@@ -100,7 +100,7 @@ impl Pending {
         Some(append)
     }
 
-    /// As many of those that wait as a message has room for.
+    /// A new append of as many decisions as fit in a message.
     fn gathered(&mut self) -> Option<Append> {
         let mut items = Items::new();
         let full = self.decisions.iter().position(|decision| items.push(decision).is_err());
@@ -113,13 +113,13 @@ impl Pending {
         Some(Append { id, body: items.into_body(), len, is_on_its_way: false })
     }
 
-    /// The journal has append `id`: whether that was not known.
+    /// The journal has append `id`. Returns whether that is news.
     fn done(&mut self, id: &ShortString) -> bool {
         self.append.take_if(|append| append.id == *id).is_some()
     }
 
-    /// Append `id` was not taken, and is the next one again; how many decisions it has. `None`: the
-    /// journal has it after all.
+    /// The journal did not take append `id`, which will be published again: returns how many decisions it
+    /// has. `None`: the journal has it after all.
     fn not_taken(&mut self, id: &ShortString) -> Option<usize> {
         let append = self.append.as_mut().filter(|append| append.id == *id)?;
         append.is_on_its_way = false;
@@ -154,7 +154,7 @@ impl Appender {
         })
     }
 
-    /// What the ids of its appends begin with.
+    /// The prefix of this link's append ids.
     pub(super) fn link(&self) -> &str {
         &self.pending.link
     }
@@ -163,7 +163,7 @@ impl Appender {
         self.pending.decisions.push(decision);
     }
 
-    /// Publishes what waits, if no append is on its way.
+    /// Publishes the next append, if none is on its way.
     pub(super) fn flush(&mut self, now: Instant) {
         if self.again_at.is_some_and(|at| at > now) {
             return;
@@ -182,7 +182,7 @@ impl Appender {
         self.lane.publish(message, append.id.clone());
     }
 
-    /// Ready when an append is answered; more can be flushed then.
+    /// Ready when an append is answered; then [`Self::flush`] may publish the next.
     pub(super) fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), PublisherError>> {
         let Poll::Ready(answered) = self.lane.poll_next(cx) else { return Poll::Pending };
         let (id, published) = answered?;
@@ -192,7 +192,7 @@ impl Appender {
 
     fn answered(&mut self, id: ShortString, published: &PublishOutcome) {
         if matches!(published, PublishOutcome::Confirmed) {
-            // Read back before: then its confirm says nothing new.
+            // If it was read back before, the confirm is no news.
             if self.pending.done(&id) {
                 self.backoff = first_pause();
                 if self.unread.len() < UNREAD_COUNT_MAX {
@@ -204,15 +204,15 @@ impl Appender {
         let Some(decisions) = self.pending.not_taken(&id) else { return };
         let is_known = std::mem::replace(&mut self.is_untaken, true);
         if is_known {
-            tracing::debug!(fate = ?published, "the journal did not take an append again");
+            tracing::debug!(fate = ?published, "again the journal did not take an append");
         } else {
             tracing::warn!(
                 journal = %self.journal, fate = ?published, decisions,
-                "the journal did not take an append; it is published again until it does"
+                "the journal did not take an append; publishing it again until it does"
             );
         }
         if matches!(published, PublishOutcome::Unconfirmed(_)) {
-            // It has been waited for; and what is lost with the writer are its readers, too.
+            // The wait was the pause. And if the writer is lost, so are the readers.
             self.unread_limit = UNREAD_AFTER_A_LOSS;
         } else {
             self.again_at = Some(Instant::now() + self.backoff.pause());
@@ -225,7 +225,7 @@ impl Appender {
             return;
         };
         if let Some(place) = self.unread.iter().position(|(unread, _)| unread == id) {
-            // Appends are in the journal in the order in which they were published.
+            // The journal has appends in the order in which they were published.
             self.unread.drain(..=place);
             self.unread_limit = UNREAD_FIRST;
             self.is_untaken = false;
@@ -236,27 +236,27 @@ impl Appender {
         }
     }
 
-    /// The journal is read by another consumer: what was confirmed may still be read back by that.
-    pub(super) fn read_anew(&mut self) {
+    /// Another consumer reads the journal, and may read back what was confirmed before.
+    pub(super) fn reader_resumed(&mut self) {
         let now = Instant::now();
         self.unread.iter_mut().for_each(|(_, since)| *since = now);
         self.unread_limit = (self.unread_limit * 2).clamp(UNREAD_FIRST, UNREAD_MAX);
     }
 
-    /// How long something confirmed has not been read back, if that is too long.
+    /// How long a confirmed append has not been read back, if that is too long.
     pub(super) fn unread_for(&self, now: Instant) -> Option<Duration> {
         let (_, since) = self.unread.front()?;
         Some(now.saturating_duration_since(*since)).filter(|unread| *unread >= self.unread_limit)
     }
 
-    /// When there is something to be done though nothing happens.
+    /// When to act even if nothing happens.
     pub(super) fn wake_at(&self) -> Option<Instant> {
         let unread = self.unread.front().map(|(_, since)| *since + self.unread_limit);
         let again = self.again_at.filter(|_| !self.pending.is_empty());
         unread.into_iter().chain(again).min()
     }
 
-    /// Whether nothing is on its way.
+    /// Whether the journal has all decisions.
     pub(super) fn is_idle(&self) -> bool {
         self.pending.is_empty()
     }
@@ -265,7 +265,7 @@ impl Appender {
         self.lane.is_open()
     }
 
-    /// Waits until nothing is on its way.
+    /// Waits until the broker has answered all publishes.
     pub(super) async fn finish(&mut self) {
         self.lane.finish().await;
     }
@@ -304,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn one_append_is_on_its_way_and_what_comes_meanwhile_is_the_next() {
+    fn decisions_that_come_during_an_append_go_into_the_next_one() {
         let mut pending = pending();
         assert_eq!(pending.next(), None);
         pending.decisions.push(decision("t1"));
@@ -317,10 +317,10 @@ mod tests {
         assert!(second.id != first && pending.done(&second.id) && pending.is_empty());
     }
 
-    /// It was gathered anew, with what had come meanwhile, under a new id: a broker that took longer than
-    /// the bound each time was never done, and the message grew.
+    /// The decisions were gathered again, with newer ones, under a new id: if the broker took longer than
+    /// the limit each time, the append was never done, and grew.
     #[test]
-    fn an_append_that_is_given_up_is_published_as_it_was_and_done_by_its_first_copy() {
+    fn an_unconfirmed_append_is_published_again_unchanged_and_its_first_copy_counts() {
         let mut pending = pending();
         pending.decisions.push(decision("t1"));
         let first = pending.next().unwrap().clone();

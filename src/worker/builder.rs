@@ -10,26 +10,26 @@ use crate::{
         options::{BrokerOptions, broker_setters},
         unique,
     },
-    worker::{self, Settings, Tally, WorkerError},
+    worker::{self, Settings, WorkerError, WorkerStats},
 };
 
-/// The broker counts in 16 bits what it may have given out.
+/// The largest prefetch of AMQP.
 const PREFETCH_MAX: usize = u16::MAX as usize;
 
-/// No prepare may take longer: a day.
+/// The longest prepare timeout: a day.
 const PREPARE_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// A worker: what `dtc worker` runs. Any number of them share the transactions of one system, and none
+/// A worker, as `dtc worker` runs it. Any number of workers share the transactions of one system, and none
 /// keeps anything that a crash could lose.
 ///
 /// ```no_run
 /// # async fn example() -> Result<(), dtc::WorkerError> {
-/// let tally = dtc::Worker::builder("amqp://localhost")
+/// let stats = dtc::Worker::builder("amqp://localhost")
 ///     .namespace("shop")
 ///     .max_in_flight(500)
 ///     .run_until(dtc::shutdown_signal())
 ///     .await?;
-/// println!("{} committed, {} aborted", tally.committed, tally.aborted);
+/// println!("{} committed, {} aborted", stats.committed, stats.aborted);
 /// # Ok(())
 /// # }
 /// ```
@@ -67,15 +67,18 @@ impl Worker {
         self.settings.worker().as_str()
     }
 
-    /// Works until `stop` has ended, and then finishes what it has begun, for up to
-    /// [`drain`](WorkerBuilder::drain). A broker that is not there, or is gone, is waited for, and so
-    /// is the topology that `dtc topology apply` makes. What this worker has begun and doesn't finish
-    /// goes to other workers, also when the future is dropped.
+    /// Runs until `stop` completes, and then finishes the transactions that it has begun, for up to
+    /// [`drain`](WorkerBuilder::drain). While the broker can't be reached, or the topology that `dtc
+    /// topology apply` creates is missing, the worker tries again and again. Other workers get the
+    /// transactions that it doesn't finish, also if the future is dropped.
     ///
     /// # Errors
     ///
-    /// The broker refuses it, and has never let it work.
-    pub async fn run_until(self, stop: impl Future<Output = ()>) -> Result<Tally, WorkerError> {
+    /// The broker refuses the worker, which has not worked before.
+    pub async fn run_until(
+        self,
+        stop: impl Future<Output = ()>,
+    ) -> Result<WorkerStats, WorkerError> {
         worker::run(self.settings, stop).await
     }
 }
@@ -83,15 +86,14 @@ impl Worker {
 impl WorkerBuilder {
     broker_setters!();
 
-    /// Names the worker (`[A-Za-z0-9_-]{1,64}`). No other worker of the system may have the name.
-    /// Default: a new one.
+    /// Sets the name of the worker (`[A-Za-z0-9_-]{1,64}`). No other worker of the system may have it.
+    /// Default: a new name.
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
         self
     }
 
-    /// Sets how many transactions the worker works on at once: from 1 to 65,535. The broker gives
-    /// it no more. Default: 256.
+    /// Sets how many transactions the worker works on at once: from 1 to 65,535. Default: 256.
     pub fn max_in_flight(mut self, max: usize) -> Self {
         self.tuning.in_flight_max = max;
         self
@@ -118,8 +120,8 @@ impl WorkerBuilder {
         self
     }
 
-    /// Sets how long the worker remembers a decision, to recognise a request that comes again under
-    /// another moment. It remembers no more than the last 200,000. Default: 15 min.
+    /// Sets how long the worker remembers a decision, to recognise a request that comes again with another
+    /// timestamp. It remembers at most the last 200,000 decisions. Default: 15 min.
     pub fn window(mut self, window: Duration) -> Self {
         self.tuning.window = window;
         self
@@ -132,24 +134,24 @@ impl WorkerBuilder {
         self
     }
 
-    /// Sets how long the worker may go on finishing what it has begun when it is told to stop.
+    /// Sets how long the worker may continue to finish transactions after it was asked to stop.
     /// Default: 25 s.
     pub fn drain(mut self, drain: Duration) -> Self {
         self.drain = drain;
         self
     }
 
-    /// Reports to `readiness` whether the worker takes requests. Each worker needs its own.
+    /// Shows in `readiness` whether the worker takes requests. Each worker needs its own.
     pub fn readiness(mut self, readiness: &Readiness) -> Self {
         self.readiness = readiness.clone();
         self
     }
 
-    /// Checks what was set.
+    /// Checks the settings.
     ///
     /// # Errors
     ///
-    /// Something that was set can't be used.
+    /// A setting is invalid.
     pub fn build(self) -> Result<Worker, InvalidSetting> {
         let Self { broker, name, mut tuning, drain, readiness } = self;
         let (least, none) = (Duration::from_millis(1), Duration::ZERO);
@@ -171,13 +173,15 @@ impl WorkerBuilder {
         Ok(Worker { settings: Settings { broker, names, coordinator: tuning, drain, readiness } })
     }
 
-    /// Checks what was set, and [works](Worker::run_until) until `stop` has ended.
+    /// Checks the settings, and [runs](Worker::run_until) the worker until `stop` completes.
     ///
     /// # Errors
     ///
-    /// Something that was set can't be used; or the broker refuses the worker, and has never let it
-    /// work.
-    pub async fn run_until(self, stop: impl Future<Output = ()>) -> Result<Tally, WorkerError> {
+    /// A setting is invalid; or the broker refuses the worker, which has not worked before.
+    pub async fn run_until(
+        self,
+        stop: impl Future<Output = ()>,
+    ) -> Result<WorkerStats, WorkerError> {
         self.build()?.run_until(stop).await
     }
 }
@@ -196,7 +200,7 @@ mod tests {
     use crate::{protocol::coordinator, readiness::Readiness};
 
     #[test]
-    fn what_is_not_set_is_as_the_documentation_says() {
+    fn defaults_are_those_of_the_documentation() {
         let build = || Worker::builder("amqp://localhost").build().unwrap();
         let (one, other) = (build(), build());
         assert_ne!(one.name(), other.name());
@@ -211,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn the_setting_that_can_not_be_used_is_named_with_its_rule() {
+    fn an_invalid_setting_is_named_with_its_rule() {
         let refused = |change: fn(WorkerBuilder) -> WorkerBuilder| {
             change(Worker::builder("amqp://localhost")).build().unwrap_err().to_string()
         };
@@ -233,13 +237,12 @@ mod tests {
         );
     }
 
-    /// A program may be told to stop before there is a broker.
     #[tokio::test]
-    async fn a_worker_that_is_told_to_stop_while_it_waits_for_a_broker_ends() {
+    async fn a_worker_that_waits_for_a_broker_stops_when_asked() {
         let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let readiness = Readiness::new();
         let worker = Worker::builder(format!("amqp://{address}")).readiness(&readiness);
-        let tally = worker.run_until(tokio::time::sleep(Duration::from_millis(50))).await.unwrap();
-        assert_eq!((tally, readiness.is_ready()), (super::Tally::default(), false));
+        let stats = worker.run_until(tokio::time::sleep(Duration::from_millis(50))).await.unwrap();
+        assert_eq!((stats, readiness.is_ready()), (super::WorkerStats::default(), false));
     }
 }

@@ -1,17 +1,17 @@
-//! Whether this worker's clock fits the others'.
+//! Decides whether this worker's clock fits the other clocks of the system.
 //!
-//! A worker whose clock is behind by more than the margin takes every request for one from the
-//! future; one whose clock is ahead makes records from the future. It can't see that by itself, but it
-//! hears of other clocks: of other workers' by their records in the journal, of the producers' by
-//! their requests, and of the broker's when it asks.
+//! A worker whose clock is behind by more than the margin takes every request for one from the future; a
+//! worker whose clock is ahead writes records from the future. A worker can't see that by itself, but it
+//! learns of other clocks: of other workers' clocks from their records in the journal, of producers'
+//! clocks from their requests, and of the broker's clock by asking.
 //!
-//! **None of them is believed alone.** Each worker, all producers together, the broker and this worker
-//! itself have one voice. A clock is off only if more voices are against it than for it; so a
-//! producer, or another worker, whose clock is wrong makes no worker stop. The broker is asked
-//! when another voice is against this clock, and not before.
+//! **No other clock decides alone.** Each other worker, all producers together, the broker, and this
+//! worker itself have one vote. This clock is wrong only if more votes are against it than for it. So a
+//! producer or a worker with a wrong clock stops no other worker. The worker asks the broker only when
+//! another vote is against its clock.
 //!
-//! What was heard late speaks of a clock that is further ahead than it seems. So only what comes from
-//! the future is proof by itself, and a clock is said to be ahead only if the broker agrees.
+//! A message that comes late makes its sender's clock look further behind than it is. So only a message
+//! from the future proves anything by itself, and this clock counts as ahead only if the broker agrees.
 
 use std::{collections::BTreeMap, fmt, time::Duration};
 
@@ -20,67 +20,67 @@ use crate::{
     protocol::{ids::WorkerId, message::Decision, time::Time},
 };
 
-/// For how long it counts what was heard.
+/// For how long a message from another process counts.
 const HEARD_FOR: Duration = Duration::from_secs(60);
 
-/// For how long the broker isn't asked again.
+/// For how long the broker's answer counts.
 const TOLD_FOR: Duration = Duration::from_secs(10);
 
-/// The clocks of how many other workers are known.
+/// How many other workers' clocks to remember.
 const WORKERS_MAX: usize = 64;
 
-/// How this worker's clock stands to another.
+/// This worker's clock, compared with another.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Standing {
+pub(super) enum ClockComparison {
     Behind,
     Fits,
     Ahead,
 }
 
-/// What another clock showed, by its own word.
+/// What another clock showed, according to a message.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Heard {
+struct ClockSample {
     shown: Time,
-    /// When that was heard, by what no clock can move.
+    /// When the message came, by the monotonic clock.
     at: Duration,
-    /// Whether it may have been long ago that it was said.
+    /// Whether the message may be old.
     is_old: bool,
 }
 
-impl Heard {
+impl ClockSample {
     fn counts(&self, now: ClockReading) -> bool {
         now.elapsed.saturating_sub(self.at) <= HEARD_FOR
     }
 
-    /// What that clock shows now, if it was heard at once.
+    /// What that clock shows now, if the message came without delay.
     fn shows(&self, now: ClockReading) -> Time {
         self.shown + now.elapsed.saturating_sub(self.at)
     }
 
-    fn standing(&self, now: ClockReading, margin: Duration) -> Option<Standing> {
+    fn standing(&self, now: ClockReading, margin: Duration) -> Option<ClockComparison> {
         let shows = self.shows(now);
         if shows > now.time + margin {
-            return Some(Standing::Behind);
+            return Some(ClockComparison::Behind);
         }
         match shows + margin < now.time {
             _ if self.is_old => None,
-            true => Some(Standing::Ahead),
-            false => Some(Standing::Fits),
+            true => Some(ClockComparison::Ahead),
+            false => Some(ClockComparison::Fits),
         }
     }
 }
 
-/// This worker's clock is off.
+/// How far this worker's clock is off.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) struct Off {
+pub(super) struct ClockSkew {
     is_behind: bool,
     /// By how much at least.
     by: Duration,
-    /// Who says so.
+    /// Whose clocks are against it.
     witnesses: Vec<String>,
 }
 
-impl fmt::Display for Off {
+impl fmt::Display for ClockSkew {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let which = if self.is_behind { "behind" } else { "ahead of" };
         let by = self.by.as_secs();
@@ -88,23 +88,23 @@ impl fmt::Display for Off {
     }
 }
 
-/// What is known of others' clocks.
+/// What is known of the other clocks.
 #[derive(Debug)]
 pub(super) struct Clocks {
     worker: WorkerId,
     margin: Duration,
-    workers: BTreeMap<WorkerId, Heard>,
-    /// A request that fits, and one from the future.
-    fitting: Option<Heard>,
-    future: Option<Heard>,
-    /// What the broker said, if it could be asked, and when it was.
-    broker: Option<(Option<Standing>, Duration)>,
-    /// This clock was found to be off, and has not fitted since.
+    workers: BTreeMap<WorkerId, ClockSample>,
+    /// The latest request that fits, and the latest one from the future.
+    fitting: Option<ClockSample>,
+    future: Option<ClockSample>,
+    /// The broker's answer, if it gave one, and when.
+    broker: Option<(Option<ClockComparison>, Duration)>,
+    /// Whether this clock was found to be off, and has not fitted the broker's clock since.
     is_off: bool,
 }
 
 impl Clocks {
-    /// For `worker`, of whose system no two clocks may differ by more than `margin`.
+    /// For `worker`. No two clocks of its system may differ by more than `margin`.
     pub(super) fn new(worker: WorkerId, margin: Duration) -> Self {
         Self {
             worker,
@@ -117,16 +117,16 @@ impl Clocks {
         }
     }
 
-    /// A record was read that was made before this worker read the journal for the first time, by
-    /// whomever: an earlier life under the same name is another.
+    /// Takes in a record that is older than this process. Its worker counts as another one, even if it
+    /// has the same name.
     pub(super) fn past_record(&mut self, now: ClockReading, record: &Decision) {
-        // Nothing else in the past says anything.
+        // Other old records prove nothing.
         if record.decided_at > now.time + self.margin {
             self.hear_worker(now, record, true);
         }
     }
 
-    /// A record was read at the journal's end.
+    /// Takes in a record from the journal's end.
     pub(super) fn record(&mut self, now: ClockReading, record: &Decision) {
         if record.worker != self.worker {
             self.hear_worker(now, record, false);
@@ -134,7 +134,7 @@ impl Clocks {
     }
 
     fn hear_worker(&mut self, now: ClockReading, record: &Decision, is_old: bool) {
-        let heard = Heard { shown: record.decided_at, at: now.elapsed, is_old };
+        let heard = ClockSample { shown: record.decided_at, at: now.elapsed, is_old };
         if let Some(known) = self.workers.get_mut(&record.worker) {
             *known = heard;
             return;
@@ -148,69 +148,75 @@ impl Clocks {
         self.workers.insert(record.worker.clone(), heard);
     }
 
-    /// A request came: whether it is from the future.
+    /// Takes in the timestamp of a request. Returns whether it is from the future.
     pub(super) fn request(&mut self, now: ClockReading, requested_at: Time) -> bool {
-        let heard = Heard { shown: requested_at, at: now.elapsed, is_old: false };
+        let heard = ClockSample { shown: requested_at, at: now.elapsed, is_old: false };
         match heard.standing(now, self.margin) {
-            Some(Standing::Behind) => self.future = Some(heard),
-            Some(Standing::Fits) => self.fitting = Some(heard),
-            // It has waited, or is one that is asked again.
-            Some(Standing::Ahead) | None => {}
+            Some(ClockComparison::Behind) => self.future = Some(heard),
+            Some(ClockComparison::Fits) => self.fitting = Some(heard),
+            // It has waited in the queue, or is a retry.
+            Some(ClockComparison::Ahead) | None => {}
         }
-        heard.standing(now, self.margin) == Some(Standing::Behind)
+        heard.standing(now, self.margin) == Some(ClockComparison::Behind)
     }
 
-    /// The broker was asked; `None`: in vain.
-    pub(super) fn broker(&mut self, now: ClockReading, standing: Option<Standing>) {
+    /// Takes in the broker's answer. `None`: it gave none.
+    pub(super) fn broker(&mut self, now: ClockReading, standing: Option<ClockComparison>) {
         self.broker = Some((standing, now.elapsed));
-        if standing == Some(Standing::Fits) {
+        if standing == Some(ClockComparison::Fits) {
             self.is_off = false;
         }
     }
 
-    /// Whether somebody is against this clock, and the broker should be asked.
+    /// Whether another clock is against this one, so that the broker should be asked.
     pub(super) fn is_in_doubt(&self, now: ClockReading) -> bool {
         let is_told = self.told(now).is_some();
-        let against = |heard: &Heard| {
+        let against = |heard: &ClockSample| {
             heard.counts(now)
                 && matches!(
                     heard.standing(now, self.margin),
-                    Some(Standing::Behind | Standing::Ahead)
+                    Some(ClockComparison::Behind | ClockComparison::Ahead)
                 )
         };
         !is_told && (self.workers.values().any(against) || self.future.iter().any(against))
     }
 
-    /// What the broker said, if it was asked a moment ago.
-    fn told(&self, now: ClockReading) -> Option<Option<Standing>> {
+    /// The broker's answer, if it still counts.
+    fn told(&self, now: ClockReading) -> Option<Option<ClockComparison>> {
         let (standing, at) = self.broker?;
         (now.elapsed.saturating_sub(at) <= TOLD_FOR).then_some(standing)
     }
 
-    /// Whether the clock was found to be off, and has not fitted since.
+    /// Whether this clock was found to be off, and has not fitted the broker's clock since.
     pub(super) fn is_off(&self) -> bool {
         self.is_off
     }
 
-    /// Whether the clock is off, by all that is known. Then it is until the broker's clock fits.
-    pub(super) fn verdict(&mut self, now: ClockReading) -> Option<Off> {
-        let off = self.count(now, Standing::Behind).or_else(|| self.count(now, Standing::Ahead));
+    /// Counts the votes. If this clock is off, it stays off until it fits the broker's.
+    pub(super) fn verdict(&mut self, now: ClockReading) -> Option<ClockSkew> {
+        let off = self
+            .count(now, ClockComparison::Behind)
+            .or_else(|| self.count(now, ClockComparison::Ahead));
         self.is_off |= off.is_some();
         off
     }
 
-    /// The journal shows nothing from where it should be read on: whether the broker, asked a moment
-    /// ago, says that the moment is still to come. Here it is believed alone: without the journal
-    /// there is nothing to be done anyway.
-    pub(super) fn journal_is_silent(&mut self, now: ClockReading) -> Option<Off> {
-        if self.told(now) != Some(Some(Standing::Ahead)) {
+    /// The broker has delivered nothing of the journal from the moment at which the window begins.
+    /// Returns whether that is because the moment is in the future by the broker's clock. Here the
+    /// broker's answer decides alone: without the journal the worker can't work in any case.
+    pub(super) fn journal_is_silent(&mut self, now: ClockReading) -> Option<ClockSkew> {
+        if self.told(now) != Some(Some(ClockComparison::Ahead)) {
             return None;
         }
         self.is_off = true;
-        Some(Off { is_behind: false, by: self.margin, witnesses: vec!["the broker".to_owned()] })
+        Some(ClockSkew {
+            is_behind: false,
+            by: self.margin,
+            witnesses: vec!["the broker".to_owned()],
+        })
     }
 
-    fn count(&self, now: ClockReading, against: Standing) -> Option<Off> {
+    fn count(&self, now: ClockReading, against: ClockComparison) -> Option<ClockSkew> {
         let broker = self.told(now).flatten();
         let (mut n_for, mut by, mut witnesses) = (1, Duration::MAX, Vec::new());
         let heard = self.workers.iter().filter(|(_, heard)| heard.counts(now));
@@ -221,15 +227,15 @@ impl Clocks {
                     by = by.min(shows.since(now.time).max(now.time.since(shows)));
                     witnesses.push(format!("worker {worker}"));
                 }
-                Some(Standing::Fits) => n_for += 1,
+                Some(ClockComparison::Fits) => n_for += 1,
                 Some(_) | None => {}
             }
         }
         let fitting = self.fitting.iter().any(|heard| heard.counts(now));
         let future = self.future.filter(|heard| heard.counts(now));
-        // Where some fit and some don't, the producers say nothing.
+        // If some requests fit and some don't, producers have no vote.
         match future {
-            Some(heard) if !fitting && against == Standing::Behind => {
+            Some(heard) if !fitting && against == ClockComparison::Behind => {
                 by = by.min(heard.shows(now).since(now.time));
                 witnesses.push("producers".to_owned());
             }
@@ -238,13 +244,13 @@ impl Clocks {
         }
         match broker {
             Some(standing) if standing == against => witnesses.push("the broker".to_owned()),
-            _ if against == Standing::Ahead => return None,
-            Some(Standing::Fits) => n_for += 1,
+            _ if against == ClockComparison::Ahead => return None,
+            Some(ClockComparison::Fits) => n_for += 1,
             Some(_) | None => {}
         }
-        let is_behind = against == Standing::Behind;
+        let is_behind = against == ClockComparison::Behind;
         let by = if by == Duration::MAX { self.margin } else { by };
-        (witnesses.len() > n_for).then_some(Off { is_behind, by, witnesses })
+        (witnesses.len() > n_for).then_some(ClockSkew { is_behind, by, witnesses })
     }
 }
 
@@ -252,7 +258,7 @@ impl Clocks {
 mod tests {
     use std::time::Duration;
 
-    use super::{Clocks, HEARD_FOR, Standing, TOLD_FOR};
+    use super::{ClockComparison, Clocks, HEARD_FOR, TOLD_FOR};
     use crate::{
         clock::ClockReading,
         protocol::{
@@ -266,7 +272,7 @@ mod tests {
     const MARGIN: Duration = Duration::from_secs(60);
     const OFF: Duration = Duration::from_secs(90);
 
-    /// The moment it is `after` so long, by a clock that nobody sets.
+    /// The reading of a correct clock `after` so long.
     fn now(after: Duration) -> ClockReading {
         ClockReading { time: NOW + after, elapsed: after }
     }
@@ -291,13 +297,13 @@ mod tests {
     }
 
     #[test]
-    fn another_worker_and_the_broker_find_a_clock_that_is_behind() {
+    fn another_worker_and_the_broker_outvote_a_clock_that_is_behind() {
         let mut clocks = clocks();
         assert!(!clocks.is_in_doubt(now(START)));
         clocks.record(now(START), &record("other", NOW + OFF));
         assert!(clocks.is_in_doubt(now(START)));
         assert_eq!(clocks.verdict(now(START)), None, "one against one");
-        clocks.broker(now(START), Some(Standing::Behind));
+        clocks.broker(now(START), Some(ClockComparison::Behind));
         let off = clocks.verdict(now(START)).unwrap();
         let said = "behind the clock of worker other, of the broker by 90 s or more";
         assert_eq!(off.to_string(), said);
@@ -305,11 +311,11 @@ mod tests {
     }
 
     #[test]
-    fn producers_and_the_broker_find_the_clock_of_the_only_worker() {
+    fn producers_and_the_broker_outvote_the_clock_of_the_only_worker() {
         let mut clocks = clocks();
         assert!(clocks.request(now(START), NOW + OFF));
         assert!(clocks.is_in_doubt(now(START)));
-        clocks.broker(now(START), Some(Standing::Behind));
+        clocks.broker(now(START), Some(ClockComparison::Behind));
         assert!(clocks.verdict(now(START)).is_some());
     }
 
@@ -320,17 +326,17 @@ mod tests {
         assert!(!clocks.is_in_doubt(now(START)), "it was made long ago");
         clocks.past_record(now(START), &record("me", NOW + OFF));
         assert!(clocks.is_in_doubt(now(START)), "an earlier life's");
-        clocks.broker(now(START), Some(Standing::Behind));
+        clocks.broker(now(START), Some(ClockComparison::Behind));
         assert!(clocks.verdict(now(START)).is_some());
     }
 
     #[test]
-    fn nobody_is_believed_alone() {
+    fn no_clock_decides_alone() {
         let ahead = record("other", NOW + OFF);
         // A wrong producer, or a wrong worker, where the broker's clock fits.
         let mut clocks = clocks();
         clocks.request(now(START), NOW + OFF);
-        clocks.broker(now(START), Some(Standing::Fits));
+        clocks.broker(now(START), Some(ClockComparison::Fits));
         assert_eq!(clocks.verdict(now(START)), None);
         clocks.record(now(START), &ahead);
         assert_eq!(clocks.verdict(now(START)), None, "a producer and a worker: two against two");
@@ -339,14 +345,14 @@ mod tests {
         let mut clocks = self::clocks();
         clocks.request(now(START), NOW);
         clocks.request(now(START), NOW + OFF);
-        clocks.broker(now(START), Some(Standing::Behind));
+        clocks.broker(now(START), Some(ClockComparison::Behind));
         assert_eq!(clocks.verdict(now(START)), None);
 
         // A broker that is wrong, and one worker; the others fit.
         let mut clocks = self::clocks();
         clocks.record(now(START), &ahead);
         clocks.record(now(START), &record("third", NOW));
-        clocks.broker(now(START), Some(Standing::Behind));
+        clocks.broker(now(START), Some(ClockComparison::Behind));
         assert_eq!(clocks.verdict(now(START)), None);
 
         // Its own records say nothing new.
@@ -356,7 +362,7 @@ mod tests {
     }
 
     #[test]
-    fn a_clock_is_ahead_only_if_the_broker_says_so_since_records_may_come_late() {
+    fn a_clock_counts_as_ahead_only_if_the_broker_agrees() {
         let mut clocks = clocks();
         for worker in ["a", "b", "c"] {
             clocks.record(now(START), &record(worker, NOW - OFF));
@@ -364,34 +370,34 @@ mod tests {
         assert!(clocks.is_in_doubt(now(START)));
         clocks.broker(now(START), None);
         assert_eq!(clocks.verdict(now(START)), None);
-        clocks.broker(now(START), Some(Standing::Fits));
+        clocks.broker(now(START), Some(ClockComparison::Fits));
         assert_eq!(clocks.verdict(now(START)), None);
-        clocks.broker(now(START), Some(Standing::Ahead));
+        clocks.broker(now(START), Some(ClockComparison::Ahead));
         let said = "ahead of the clock of worker a, of worker b, of worker c, of the broker by 90 s \
                     or more";
         assert_eq!(clocks.verdict(now(START)).unwrap().to_string(), said);
     }
 
     #[test]
-    fn where_the_journal_shows_nothing_the_broker_is_believed() {
+    fn the_broker_alone_decides_if_the_journal_delivers_nothing() {
         let mut clocks = clocks();
         assert_eq!(clocks.journal_is_silent(now(START)), None);
-        clocks.broker(now(START), Some(Standing::Fits));
+        clocks.broker(now(START), Some(ClockComparison::Fits));
         assert_eq!(clocks.journal_is_silent(now(START)), None);
-        clocks.broker(now(START), Some(Standing::Ahead));
+        clocks.broker(now(START), Some(ClockComparison::Ahead));
         assert!(clocks.journal_is_silent(now(START)).is_some() && clocks.is_off());
     }
 
     #[test]
-    fn a_clock_that_was_put_right_fits_what_was_heard_before_and_is_off_until_the_broker_says_so() {
+    fn a_corrected_clock_stays_off_until_the_broker_agrees() {
         let mut clocks = clocks();
         clocks.record(now(START), &record("other", NOW + OFF));
-        clocks.broker(now(START), Some(Standing::Behind));
+        clocks.broker(now(START), Some(ClockComparison::Behind));
         assert!(clocks.verdict(now(START)).is_some());
         let later = Duration::from_secs(5);
         let right = ClockReading { time: NOW + OFF + later, elapsed: later };
         assert!(clocks.is_off());
-        clocks.broker(right, Some(Standing::Fits));
+        clocks.broker(right, Some(ClockComparison::Fits));
         assert!(!clocks.is_off());
         assert_eq!(clocks.verdict(right), None);
         let much_later = Duration::from_secs(30);
@@ -400,10 +406,10 @@ mod tests {
     }
 
     #[test]
-    fn what_was_heard_counts_for_a_while_and_the_broker_is_not_asked_again_at_once() {
+    fn a_sample_counts_for_a_while_and_the_broker_is_not_asked_again_at_once() {
         let mut clocks = clocks();
         clocks.record(now(START), &record("other", NOW + OFF));
-        clocks.broker(now(START), Some(Standing::Fits));
+        clocks.broker(now(START), Some(ClockComparison::Fits));
         assert!(!clocks.is_in_doubt(now(TOLD_FOR)));
         let moment = Duration::from_millis(1);
         assert!(clocks.is_in_doubt(now(TOLD_FOR + moment)));
@@ -411,7 +417,7 @@ mod tests {
     }
 
     #[test]
-    fn however_many_workers_there_are_few_are_remembered_and_the_newest() {
+    fn only_the_newest_samples_of_many_workers_are_remembered() {
         let mut clocks = clocks();
         for number in 0..1000_u64 {
             let at = Duration::from_millis(number);

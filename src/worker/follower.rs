@@ -1,5 +1,5 @@
-//! Reading the journal's end, and further back where the coordinator asks for it; and reading on when
-//! the broker has stopped it.
+//! Follows the journal's end, and reads older parts when the coordinator asks for them. Resumes when the
+//! broker has ended the consumer.
 
 use std::{
     sync::{Mutex, PoisonError},
@@ -13,6 +13,7 @@ use tokio::{
     task::JoinSet,
     time::{Instant, sleep},
 };
+use tracing::Instrument as _;
 
 use crate::{
     clock::Clock,
@@ -24,41 +25,41 @@ use crate::{
     },
     worker::{
         Settings,
-        clocks::Standing,
-        journal::{Journal, LookBack, LookBackEvent, ReadError, Record, Tail},
+        clocks::ClockComparison,
+        journal::{HistoryItem, HistoryRange, Journal, ReadError, Record, Tail},
         packs::{self, PackedJournal, ReadIn},
         state::{LastRead, WorkerState},
         suspects::Tries,
     },
 };
 
-/// How many results of looks further back wait to be taken.
+/// How many messages that were read of older parts may wait.
 const FOUND_MAX: usize = 64;
 
-/// How often a reading is resumed before the link is made again.
+/// How often to resume before the worker gives up the link.
 const RESUMES_MAX: u32 = 3;
 
-/// What is read of the journal over one link.
+/// Reads the journal over one link.
 pub(super) struct Follower {
     journal: Journal,
     tail: Tail,
-    /// The broker has ended the reading.
+    /// Whether the broker has ended the consumer.
     is_cut_off: bool,
-    look_backs: JoinSet<()>,
-    found: (mpsc::Sender<LookBackEvent>, mpsc::Receiver<LookBackEvent>),
+    history_reads: JoinSet<()>,
+    found: (mpsc::Sender<HistoryItem>, mpsc::Receiver<HistoryItem>),
 }
 
-/// Something that was read.
-pub(super) enum FollowerEvent {
-    /// At the end.
+/// What was read.
+pub(super) enum JournalEvent {
+    /// At the journal's end.
     Record(Record),
-    /// Further back.
-    Found(LookBackEvent),
-    /// Nothing more comes, until [`Follower::resume`].
+    /// In an older part.
+    History(HistoryItem),
+    /// The broker has ended the consumer: nothing more comes until [`Follower::resume`].
     CutOff,
 }
 
-/// The journal can't be followed any more.
+/// The journal can't be read any more over this link.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum FollowError {
     #[error("failed to read the journal")]
@@ -70,7 +71,8 @@ pub(super) enum FollowError {
 }
 
 impl Follower {
-    /// Reads the journal to its end: on from where it was left, or from the beginning of the window.
+    /// Reads the journal to its end: from where an earlier link has left it, or else from the beginning
+    /// of the window.
     pub(super) async fn open(
         mut journal: Journal,
         packed: Option<&PackedJournal>,
@@ -85,7 +87,7 @@ impl Follower {
             journal,
             tail,
             is_cut_off: false,
-            look_backs: JoinSet::new(),
+            history_reads: JoinSet::new(),
             found: mpsc::channel(FOUND_MAX),
         })
     }
@@ -93,14 +95,14 @@ impl Follower {
     pub(super) fn poll_next(
         &mut self,
         cx: &mut Context<'_>,
-    ) -> Poll<Result<FollowerEvent, FollowError>> {
+    ) -> Poll<Result<JournalEvent, FollowError>> {
         if !self.is_cut_off
             && let Poll::Ready(message) = self.tail.poll_next(cx)
         {
             return Poll::Ready(self.read(message));
         }
         match self.found.1.poll_recv(cx) {
-            Poll::Ready(Some(found)) => Poll::Ready(Ok(FollowerEvent::Found(found))),
+            Poll::Ready(Some(found)) => Poll::Ready(Ok(JournalEvent::History(found))),
             Poll::Ready(None) | Poll::Pending => Poll::Pending,
         }
     }
@@ -108,27 +110,27 @@ impl Follower {
     fn read(
         &mut self,
         message: Result<Delivery, ConsumerError>,
-    ) -> Result<FollowerEvent, FollowError> {
+    ) -> Result<JournalEvent, FollowError> {
         match message {
             Ok(message) => {
-                self.tail.read(&message).map(FollowerEvent::Record).map_err(FollowError::Read)
+                self.tail.read(&message).map(JournalEvent::Record).map_err(FollowError::Read)
             }
-            // The stream's leader has moved, or its replica here is gone.
+            // The stream's leader has moved, or its replica on this node is gone.
             Err(ConsumerError::Cancelled { .. }) => {
                 self.is_cut_off = true;
-                Ok(FollowerEvent::CutOff)
+                Ok(JournalEvent::CutOff)
             }
             Err(closed) => Err(FollowError::Closed(closed)),
         }
     }
 
-    /// Whether nothing more comes.
+    /// Whether nothing more comes until [`Self::resume`].
     pub(super) fn is_cut_off(&self) -> bool {
         self.is_cut_off
     }
 
-    /// Reads on from the message after the last one, by another consumer. Nothing else is worth doing
-    /// before that: without the journal nothing that is in flight can be finished.
+    /// Continues after the last message, with another consumer. The worker does nothing else meanwhile:
+    /// without the journal it can't finish any transaction.
     pub(super) async fn resume(
         &mut self,
         last_read: Option<LastRead>,
@@ -142,16 +144,16 @@ impl Follower {
             let resumed = self.journal.resume(offset, digest).await;
             match resumed.inspect_err(|error| self.journal.be_patient(error)) {
                 Ok(Some(tail)) => {
-                    tracing::info!(offset, "the journal is read again");
+                    tracing::info!(offset, "resumed reading the journal");
                     self.tail = tail;
                     self.is_cut_off = false;
                     return Ok(());
                 }
                 Ok(None) => return Err(FollowError::OtherJournal),
-                // Perhaps it is the connection that delivers nothing.
+                // Perhaps the connection is what delivers nothing.
                 Err(error @ ReadError::Silent) => return Err(FollowError::Read(error)),
                 Err(error) if attempt < RESUMES_MAX && link.is_up() => {
-                    tracing::warn!(error = %ErrorChain(&error), "failed to read the journal; retrying");
+                    tracing::warn!(error = %ErrorChain(&error), "failed to resume reading the journal; retrying");
                     sleep(backoff.pause()).await;
                 }
                 Err(error) => return Err(FollowError::Read(error)),
@@ -160,19 +162,19 @@ impl Follower {
         Err(FollowError::OtherJournal)
     }
 
-    /// Reads further back, from `from` up to the message before `until`.
-    pub(super) fn look_back(&mut self, from: Time, until: u64, clock_margin: Duration) {
-        let look = LookBack { from, until, clock_margin };
-        let looking = self.journal.clone().look_back(look, self.found.0.clone());
-        self.look_backs.spawn(looking);
+    /// Reads an older part, from `from` up to the message before `until`.
+    pub(super) fn read_history(&mut self, from: Time, until: u64, clock_margin: Duration) {
+        let range = HistoryRange { from, until, clock_margin };
+        let looking = self.journal.clone().read_history(range, self.found.0.clone());
+        self.history_reads.spawn(looking.in_current_span());
     }
 
-    /// Compares the clocks; `None`: the broker can't tell now.
+    /// Compares the clocks. `None`: that failed.
     pub(super) fn compare(
         &self,
         clock: Clock,
         clock_margin: Duration,
-    ) -> impl Future<Output = Option<Standing>> + use<> {
+    ) -> impl Future<Output = Option<ClockComparison>> + use<> {
         let journal = self.journal.clone();
         async move {
             let compared = journal.compare(clock, clock_margin).await;
@@ -184,19 +186,19 @@ impl Follower {
         }
     }
 
-    /// Tells the broker of what was read.
+    /// Acknowledges the messages that were read.
     pub(super) fn flush(&mut self) {
         self.tail.flush();
     }
 }
 
-/// What a record says to the coordinator; and that it is the last one read.
+/// Takes in a record at the journal's end: the event for the coordinator.
 pub(super) fn read_event(state: &mut WorkerState, record: Record) -> Event {
-    state.unpacked.read(&record);
+    state.pack_buffer.read(&record);
     let Record { offset, decisions, digest, tried, message_id, .. } = record;
     state.tries.read(tried, message_id.as_ref(), &decisions);
     let now = state.clock.read();
-    // Of a message all records are one worker's, and were made at about the same moment.
+    // All records of a message are of one worker, and were made at about the same moment.
     if let Some(decision) = decisions.last() {
         state.clocks.record(now, decision);
     }
@@ -237,12 +239,12 @@ async fn read_journal(
                      be parked"
                 );
             }
-            // Without a word from the journal only what is still to come is certain.
+            // If the journal proves nothing, only records from now on are certain to be seen.
             let since = reaches.unwrap_or(now + margin);
             let progress = &mut *progress.lock().unwrap_or_else(PoisonError::into_inner);
             (progress.decisions, progress.packed) = (0, 0);
             progress.state.tries = Tries::default();
-            progress.state.unpacked.begin_anew();
+            progress.state.pack_buffer.clear();
             let event = Event::JournalAttached { next, since };
             progress.state.coordinator.handle(now, event, &mut Vec::new());
         },
@@ -252,17 +254,17 @@ async fn read_journal(
             let is_packed = read_in == ReadIn::Pack;
             progress.packed += if is_packed { record.decisions.len() } else { 0 };
             let state = &mut *progress.state;
-            state.unpacked.read(&record);
+            state.pack_buffer.read(&record);
             let Record { offset, decisions, digest, tried, message_id, .. } = record;
             state.tries.read(tried, message_id.as_ref(), &decisions);
             let now = state.clock.read();
             if let Some(decision) = decisions.last() {
                 state.clocks.past_record(now, decision);
             }
-            // Nobody goes on from what the journal may not have.
+            // No link may continue from a message that the journal may not have.
             state.last_read = (!is_packed).then_some(LastRead { offset, digest });
             let event = Event::RecordsRead { offset, decisions };
-            // Nobody is being served, so nothing follows.
+            // The worker serves nobody yet, so there are no effects.
             state.coordinator.handle(now.time, event, &mut Vec::new());
         },
     );
@@ -274,10 +276,10 @@ async fn read_journal(
     Ok(tail)
 }
 
-/// How far the window is read.
+/// How much of the window was read.
 struct WindowProgress<'a> {
     state: &'a mut WorkerState,
     decisions: usize,
-    /// How many of them in packs.
+    /// How many of the decisions were in packs.
     packed: usize,
 }

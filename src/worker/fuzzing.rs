@@ -1,5 +1,5 @@
-//! Doors for the fuzzer, `tests/fuzz`, to what reads a worker's deliveries. Nobody else is promised
-//! anything of them.
+//! Lets the fuzzer, `tests/fuzz`, call the functions that decode a worker's deliveries. They are not a
+//! public interface.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use crate::{
     worker::{inbound, journal},
 };
 
-/// What a message from the queue of replies or that of inquiries says, and what is wrong with it.
+/// The events in a message from the queue of replies or of inquiries, and what is wrong with it.
 pub fn reply(message: &Message, delivery: Option<Delivery>) -> (Vec<Event>, Vec<String>) {
     let inbound::Intake { events, complaints, prepares_max: _ } = inbound::reply(message, delivery);
     (events, complaints)
@@ -31,7 +31,7 @@ pub fn request(message: &Message, delivery: Delivery) -> Result<Event, RequestMa
     inbound::request(message).map(received)
 }
 
-/// What a message of the journal says; `None`: it is from no stream.
+/// The content of a message of the journal. `None`: it is not from a stream.
 pub fn record(message: &Message) -> Option<(u64, Vec<Arc<Decision>>, Option<JournalBegun>)> {
     let record = journal::Record::of(message).ok()?;
     Some((record.offset, record.decisions, record.begun))

@@ -1,4 +1,4 @@
-//! What comes in, as events of the protocol; and what can't be understood.
+//! Decodes incoming messages into events of the coordinator, and reports what can't be understood.
 
 use lapin::{
     message::Delivery as Message,
@@ -18,17 +18,17 @@ use crate::{
     wire::message::{Item, Kind, RequestMalformed, decode, decode_request, split_items},
 };
 
-/// What was understood of a message, and what is wrong with the rest.
+/// The events in a message, and what is wrong with the rest of it.
 #[derive(Debug, Default)]
 pub(super) struct Intake {
     pub(super) events: Vec<Event>,
     pub(super) complaints: Vec<String>,
-    /// How many prepares a message to this service may hold, if an instance of it speaks.
+    /// How many prepares the instance that sent this takes in one message.
     pub(super) prepares_max: Option<(ServiceName, u16)>,
 }
 
-/// What `message`, from the queue of replies or that of inquiries, says. `delivery`: what it is
-/// called, if it may not be acknowledged before what follows from it is safe.
+/// Decodes `message`, from the queue of replies or of inquiries. `delivery`: its name, if it must not be
+/// acknowledged before what follows from it is safe.
 pub(super) fn reply(message: &Message, delivery: Option<Delivery>) -> Intake {
     let mut inbound = Intake::default();
     if let Some(reason) = unreadable(message) {
@@ -41,7 +41,7 @@ pub(super) fn reply(message: &Message, delivery: Option<Delivery>) -> Intake {
         inbound.complaints.push(format!("routing key `{}` must read <to>.<service>", shown(key)));
         return inbound;
     };
-    // Who may write under which key is what a broker's permissions decide, so the key is believed.
+    // The broker's permissions decide who may publish with which key, so the key is trusted.
     match kind_of(message) {
         Some(Kind::Vote) => inbound.items(message, |vote: Vote| {
             of(&service, &vote.service).map(|()| Event::VoteReceived(vote))
@@ -97,8 +97,8 @@ pub(super) fn request(message: &Message) -> Result<Request, RequestMalformed> {
     })
 }
 
-/// How often it has been delivered, this time included. What has not been delivered before was not
-/// counted by the broker, whatever its headers say: tools that move messages keep headers.
+/// How often the message was delivered, this time included. On a first delivery the header is not the
+/// broker's: tools that move messages keep headers.
 pub(super) fn deliveries(message: &Message) -> u32 {
     if !message.redelivered {
         return 1;

@@ -1,13 +1,12 @@
 //! Reading the journal from its stream.
 //!
-//! A reader that has nothing yet attaches at a moment before its window begins, and finds out from
-//! when on it misses nothing; one that was cut off goes on from the offset it had reached, after
-//! making sure that it is still the same stream. A *marker*, a message of no decisions, shows where
-//! the end was: a stream doesn't say by itself that there is no more.
+//! A new reader attaches at a moment before its window begins, and finds out since when it misses no
+//! record. A reader that was interrupted continues from the offset that it had reached, after it has
+//! made sure that the stream is still the same. A *marker*, a message without decisions, shows where the
+//! end was: a stream doesn't tell its readers that they have reached the end.
 //!
-//! **Invariant:** `since` is never said to be earlier than what the stream itself vouches for: the
-//! moment at which it was attached to, if something lies before that; or what its first record
-//! says.
+//! **Invariant:** `since` is never earlier than what the stream proves: the moment at which the reader
+//! attached, if the stream has older messages; or else the moment that the journal's first record names.
 
 use std::{
     sync::Arc,
@@ -35,37 +34,36 @@ use crate::{
         unique,
     },
     wire::message::{JournalBegun, Kind, PackedMessage, decode},
-    worker::{clocks::Standing, suspects::Try},
+    worker::{clocks::ClockComparison, suspects::Try},
 };
 
-/// How many messages are on their way to a reader.
+/// How many unacknowledged messages the broker delivers.
 const PREFETCH: u16 = 1000;
 
-/// Among how many messages a journal's word about its beginning is looked for.
+/// How many messages to search for the record that tells of the journal's beginning.
 const BEGINNING_MAX: u16 = 100;
 
-/// How long a marker may be unconfirmed before it is published again.
+/// How long to wait for a marker's confirm before the marker is published again.
 const MARKED_MAX: Duration = Duration::from_secs(1);
 
-/// How long a stream may show nothing though something is known to be there.
+/// How long to wait for a message that is known to be in the stream.
 const SILENCE_MAX: Duration = Duration::from_secs(5);
 
 /// One message of the journal.
 #[derive(Debug)]
 pub(super) struct Record {
-    /// Its place.
     pub(super) offset: u64,
-    /// What it decides; nothing, if it is a marker.
+    /// Empty in a marker.
     pub(super) decisions: Vec<Arc<Decision>>,
-    /// Whether it is the first of its journal, and what it says.
+    /// The content of a journal's first record.
     pub(super) begun: Option<JournalBegun>,
-    /// What a worker has written down about a request that workers may die of.
+    /// A worker's note about a request that may be what workers crash on.
     pub(super) tried: Option<Try>,
-    /// What tells a marker from others.
+    /// Identifies a marker, and an append.
     pub(super) message_id: Option<ShortString>,
-    /// What tells it from another message at the same place of another stream.
+    /// Distinguishes it from another message at the same offset of another stream.
     pub(super) digest: u64,
-    /// Its body, if it is a message of decisions.
+    /// The body, if this is a message of decisions.
     pub(super) body: Option<Arc<str>>,
 }
 
@@ -94,16 +92,16 @@ pub(super) enum ReadError {
         SILENCE_MAX.as_secs()
     )]
     Silent,
-    #[error("nobody waits for what is read")]
+    #[error("nobody waits for the records")]
     Unwanted,
-    #[error("the journal is no stream: its messages have no offset")]
+    #[error("the journal is not a stream: its messages have no offset")]
     NoStream,
-    #[error("failed to look for what was written last")]
+    #[error("failed to read the journal's last message")]
     Compare(#[source] ScanError),
 }
 
 impl ReadError {
-    /// What the broker said, if it said why.
+    /// The broker's reason, if it gave one.
     pub(super) fn broker(&self) -> Option<&lapin::Error> {
         match self {
             Self::Consume(source) | Self::Mark(source) => source.broker(),
@@ -119,28 +117,28 @@ impl ReadError {
     }
 }
 
-/// A stream that is read from now on.
+/// A consumer of the journal.
 #[derive(Debug)]
 pub(super) struct Tail {
     inbox: QueueConsumer,
 }
 
-/// Where a look further back begins and ends.
+/// Which older part of the journal to read.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct LookBack {
+pub(super) struct HistoryRange {
     pub(super) from: Time,
     pub(super) until: u64,
     pub(super) clock_margin: Duration,
 }
 
-/// What a look further back finds.
+/// What is read of an older part of the journal.
 #[derive(Debug)]
-pub(super) enum LookBackEvent {
+pub(super) enum HistoryItem {
     Decisions(Vec<Arc<Decision>>),
     Ended { reaches: Option<Time> },
 }
 
-/// A stream, and the connection to read it on.
+/// The journal's stream, and the connections to read and to write it on.
 #[derive(Clone, Debug)]
 pub(super) struct Journal {
     pub(super) queue: ShortString,
@@ -158,7 +156,7 @@ impl Tail {
         self.inbox.poll_next(cx)
     }
 
-    /// What a delivery says. It needs no other acknowledgement.
+    /// Decodes a delivery, and acknowledges it.
     pub(super) fn read(&mut self, delivery: &Delivery) -> Result<Record, ReadError> {
         self.inbox.ack(delivery.delivery_tag);
         Record::of(delivery)
@@ -216,7 +214,7 @@ impl Record {
         Ok(record)
     }
 
-    /// What the message says of which `copied` is a copy: as if it was read in the journal.
+    /// The record that `copied` is a copy of, as if it was read in the journal.
     pub(super) fn copied(copied: PackedMessage) -> Self {
         let PackedMessage { offset, message_id, tried, body } = copied;
         let message_id = message_id.and_then(|id| ShortString::try_new(&*id).ok());
@@ -236,8 +234,8 @@ impl Record {
     }
 }
 
-/// What can be read of a message. What can't is skipped by every reader alike, so that none acts on
-/// what another doesn't see.
+/// The items that can be read. All readers skip the others, so that none acts on what another one
+/// doesn't see.
 fn items<T: crate::wire::message::Item>(offset: u64, body: &[u8]) -> impl Iterator<Item = T> {
     let items = decode::<T>(body).unwrap_or_else(|error| {
         unreadable(offset, &error);
@@ -253,14 +251,14 @@ fn items<T: crate::wire::message::Item>(offset: u64, body: &[u8]) -> impl Iterat
 }
 
 fn unreadable(offset: u64, why: &dyn std::fmt::Display) {
-    tracing::error!(offset, reason = %why, "a message in the journal can't be read and is skipped");
+    tracing::error!(offset, reason = %why, "skipping a message of the journal that can't be read");
 }
 
 fn id_text(message_id: &Option<ShortString>) -> Option<&str> {
     message_id.as_ref().map(ShortString::as_str)
 }
 
-/// The id counts: all markers have the same body.
+/// Includes the id, since all markers have the same body.
 pub(super) fn digest(body: &[u8], message_id: Option<&str>) -> u64 {
     let message_id = message_id.unwrap_or_default().bytes();
     crate::protocol::ids::fnv1a(message_id.chain(body.iter().copied()))
@@ -273,12 +271,12 @@ impl Journal {
         let (limit, queue) = (self.begin_max, self.queue.clone());
         let opening =
             QueueConsumer::open_within(limit, &self.consuming, queue, prefetch, arguments);
-        // Each acknowledgement lets the broker send as many more as it speaks of. Told of every few,
-        // as they are read, it would go through the stream a few at a time.
+        // An acknowledgement lets the broker send as many more messages as it acknowledges. If a few
+        // were acknowledged at a time, the broker would read the stream a few messages at a time.
         Ok(Tail { inbox: opening.await.map_err(ReadError::Consume)?.with_lazy_acks() })
     }
 
-    /// Goes on after the message at `offset`, if that is still the one with this `digest`.
+    /// Continues after the message at `offset`, if that message still has this `digest`.
     pub(super) async fn resume(&self, offset: u64, digest: u64) -> Result<Option<Tail>, ReadError> {
         let Some(mut tail) = self.open_between(offset, offset).await? else { return Ok(None) };
         let first = tail.record().await?;
@@ -289,7 +287,7 @@ impl Journal {
         Ok(None)
     }
 
-    /// Opens the stream at the offset `first`, if there is a message at `last` or behind it.
+    /// Opens the stream at the offset `first`, if there is a message at `last` or after it.
     pub(super) async fn open_between(
         &self,
         first: u64,
@@ -297,7 +295,7 @@ impl Journal {
     ) -> Result<Option<Tail>, ReadError> {
         let marker = self.mark().await?;
         let Ok(at) = i64::try_from(first) else { return Ok(None) };
-        // At once: a broker that misses a node takes its time for each.
+        // In parallel: a broker that misses a node is slow to answer each of them.
         let opening = self.open(AMQPValue::LongLongInt(at), PREFETCH);
         let (reaches, tail) = try_join(self.reaches(last, &marker), opening).await?;
         if reaches {
@@ -307,7 +305,7 @@ impl Journal {
         Ok(None)
     }
 
-    /// About where the end is.
+    /// An offset near the end.
     pub(super) async fn end(&self) -> Result<u64, ReadError> {
         let mut end = self.open(AMQPValue::LongString("last".into()), 1).await?;
         let record = end.record().await?;
@@ -315,12 +313,12 @@ impl Journal {
         Ok(record.offset)
     }
 
-    /// Whether there is a message at `offset`, or behind it: whoever asks for one that is not there
-    /// yet hears nothing. `marker` was written before.
+    /// Whether there is a message at `offset` or after it. The broker doesn't say so: a consumer that
+    /// asks for an offset beyond the end gets nothing. `marker` is in the journal already.
     async fn reaches(&self, offset: u64, marker: &ShortString) -> Result<bool, ReadError> {
         let mut end = self.open(AMQPValue::LongString("last".into()), PREFETCH).await?;
         let mut record = end.record().await?;
-        // What is last was written together, and may begin before the marker.
+        // The last chunk of the stream may begin before the marker.
         while record.offset < offset && !record.is_marker(marker) {
             record = end.record().await?;
         }
@@ -328,32 +326,35 @@ impl Journal {
         Ok(record.offset >= offset)
     }
 
-    /// Reads from `look.from` up to the message before `look.until`, and tells `found`; until that
-    /// succeeds, or nobody listens.
-    pub(super) async fn look_back(self, look: LookBack, found: mpsc::Sender<LookBackEvent>) {
+    /// Reads from `range.from` up to the message before `range.until`, and sends the records to `found`.
+    /// Tries again until that succeeds, or the receiver is dropped.
+    pub(super) async fn read_history(self, range: HistoryRange, found: mpsc::Sender<HistoryItem>) {
         let mut backoff = Backoff::default();
-        while let Err(error) = self.try_look_back(look, &found).await {
+        while let Err(error) = self.try_read_history(range, &found).await {
             if found.is_closed() {
                 return;
             }
-            tracing::warn!(error = %ErrorChain(&error), "failed to look further back in the journal");
+            tracing::warn!(
+                error = %ErrorChain(&error),
+                "failed to read an older part of the journal; trying again"
+            );
             tokio::time::sleep(backoff.pause()).await;
         }
     }
 
-    async fn try_look_back(
+    async fn try_read_history(
         &self,
-        look: LookBack,
-        found: &mpsc::Sender<LookBackEvent>,
+        range: HistoryRange,
+        found: &mpsc::Sender<HistoryItem>,
     ) -> Result<(), ReadError> {
-        // At least one message is there to be read, then.
+        // So the journal has at least one message to read.
         let marker = self.mark().await?;
         let (mut tail, mut record, reaches) =
-            self.open_at(look.from, look.clock_margin, &marker).await?;
-        while record.offset < look.until {
-            let is_last = record.offset + 1 >= look.until;
+            self.open_at(range.from, range.clock_margin, &marker).await?;
+        while record.offset < range.until {
+            let is_last = record.offset + 1 >= range.until;
             if !record.decisions.is_empty() {
-                let decisions = LookBackEvent::Decisions(record.decisions);
+                let decisions = HistoryItem::Decisions(record.decisions);
                 found.send(decisions).await.map_err(|_| ReadError::Unwanted)?;
             }
             if is_last {
@@ -362,33 +363,33 @@ impl Journal {
             record = tail.record().await?;
         }
         tail.close().await;
-        found.send(LookBackEvent::Ended { reaches }).await.map_err(|_| ReadError::Unwanted)
+        found.send(HistoryItem::Ended { reaches }).await.map_err(|_| ReadError::Unwanted)
     }
 
-    /// Opens the stream where every record made at `from` or later lies behind: its first message,
-    /// and from when on nothing is missing, if anything can be vouched for. `marker` was written
-    /// before.
+    /// Opens the stream before every record that was made at `from` or later. Returns the first message
+    /// there, and the moment since which no record is missing, if the stream proves one. `marker` is in
+    /// the journal already.
     pub(super) async fn open_at(
         &self,
         from: Time,
         clock_margin: Duration,
         marker: &ShortString,
     ) -> Result<(Tail, Record, Option<Time>), ReadError> {
-        // The broker's clock says when a record arrived, which by that of its worker may be as much
-        // as the margin earlier than it was made.
+        // The broker stamps a record when it arrives. By the broker's clock that may be earlier, by up
+        // to the margin, than the moment at which the record was made by its worker's clock.
         let seconds = (from - clock_margin).as_millis() / 1000;
-        // At once: a broker that misses a node takes its time for each.
+        // In parallel: a broker that misses a node is slow to answer each of them.
         let opening = self.open(AMQPValue::Timestamp(seconds), PREFETCH);
         let ((head, begun), mut tail) = try_join(self.beginning(marker), opening).await?;
         let first = tail.record().await?;
-        // Where something older is still there, nothing younger is gone.
+        // If an older message is still there, no younger one has expired.
         let is_after_others = first.offset > head;
         let reaches = is_after_others.then_some(from).or_else(|| begun.map(|it| it.complete_since));
         Ok((tail, first, reaches))
     }
 
-    /// The first offset that is there, and what the journal says of its own beginning. That is its
-    /// first message, unless somebody wrote to it before `dtc topology apply` did.
+    /// The first offset, and the record that tells of the journal's beginning. That is the first
+    /// message, unless somebody wrote to the journal before `dtc topology apply` did.
     async fn beginning(
         &self,
         marker: &ShortString,
@@ -406,13 +407,13 @@ impl Journal {
         Ok((first, record.begun))
     }
 
-    /// How `clock` stands to that of the broker, which stamps what is written: by whether what was
-    /// written just now lies behind a moment.
+    /// Compares `clock` with the broker's clock, which stamps each message: writes a message, and asks
+    /// the broker whether it lies after a given moment.
     pub(super) async fn compare(
         &self,
         clock: Clock,
         clock_margin: Duration,
-    ) -> Result<Standing, ReadError> {
+    ) -> Result<ClockComparison, ReadError> {
         let before = clock.now();
         self.mark().await?;
         let after = clock.now();
@@ -420,16 +421,16 @@ impl Journal {
         let end = tail.record().await?.offset;
         tail.close().await;
         if self.has_after((after + clock_margin).as_millis() / 1000 + 1, end).await? {
-            return Ok(Standing::Behind);
+            return Ok(ClockComparison::Behind);
         }
         match self.has_after((before - clock_margin).as_millis() / 1000, end).await? {
-            true => Ok(Standing::Fits),
-            false => Ok(Standing::Ahead),
+            true => Ok(ClockComparison::Fits),
+            false => Ok(ClockComparison::Ahead),
         }
     }
 
-    /// Whether anything up to the offset `end` was written at that second or later, by the broker's
-    /// clock. Whoever asks for a moment that is still to come is given what is written next.
+    /// Whether a message up to the offset `end` was written at that second or later, by the broker's
+    /// clock. A consumer that asks for a moment in the future gets the next message that is written.
     async fn has_after(&self, second: u64, end: u64) -> Result<bool, ReadError> {
         let opening =
             Scan::open(&self.consuming, self.queue.clone(), StreamStart::Timestamp(second));
@@ -439,14 +440,14 @@ impl Journal {
         Ok(first.is_some_and(|(offset, _)| offset <= end))
     }
 
-    /// Gives the broker longer from now on, if that is what it lacked.
+    /// Gives the broker more time from now on, if it did not answer in time.
     pub(super) fn be_patient(&mut self, error: &ReadError) {
         if matches!(error, ReadError::Consume(AskError::Silent { .. })) {
             self.begin_max = STREAM_MAX;
         }
     }
 
-    /// Writes a marker, and waits until it is there.
+    /// Writes a marker, and waits for its confirm.
     pub(super) async fn mark(&self) -> Result<ShortString, ReadError> {
         let marker = ShortString::from(unique::name('m'));
         let message = self.message(b"[]".into(), Some(marker.clone()));
@@ -465,8 +466,8 @@ impl Journal {
         }
     }
 
-    /// Publishes a marker, by one channel after the other: it may be lost while the stream's writer
-    /// moves, which is when the journal is read anew.
+    /// Publishes a marker, and again on another channel if it is not confirmed: it may be lost while the
+    /// stream's writer moves to another node, and just then workers read the journal again.
     async fn publish_marker(&self, message: &OutgoingMessage) -> Result<PublishOutcome, ReadError> {
         let mut left = CONFIRM_MAX;
         loop {

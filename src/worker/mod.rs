@@ -1,21 +1,20 @@
-//! The worker: what drives a coordinator on a broker.
+//! The worker: drives a coordinator on a broker.
 //!
-//! A worker keeps nothing that a crash could lose. Any number of them share the queue of requests,
-//! with no configuration among them; each reads the same journal.
+//! A worker keeps nothing that a crash could lose. Any number of workers share the queue of requests,
+//! without configuration among them, and all read the same journal.
 //!
-//! * `builder`: how a program sets one up.
-//! * `session`: the life of one link to the broker.
-//! * `state`: what is kept from one link to the next.
-//! * `journal`, `follower`, `appender`: reading the stream of decisions, following its end, writing to
-//!   it.
-//! * `packs`, `packer`: the same in fewer messages: reading and writing packs.
-//! * `request_consumers`, `inbound`, `saturation`: what comes in, and how much of it.
-//! * `suspects`: requests that workers may die of.
-//! * `outbox`, `prepare_batcher`, `parking`: what goes out.
-//! * `searches`: looking for services.
-//! * `clocks`: whether this worker's clock fits those of the others.
-//! * `namesakes`: whether another worker has this one's name.
-//! * `anomalies`: what is said of what is unusual.
+//! * `builder`: sets up a worker in a program.
+//! * `session`: the work over one link to the broker.
+//! * `state`: the state that outlives a link.
+//! * `journal`, `follower`, `appender`: read the stream of decisions, follow its end, append to it.
+//! * `packs`, `packer`, `pack_buffer`: copies of the journal, many of its messages in one.
+//! * `request_consumers`, `inbound`, `saturation`: the messages that come in, and how many are taken.
+//! * `suspects`: requests that may be what workers crash on.
+//! * `outbox`, `prepare_batcher`, `parking`: the messages that go out.
+//! * `searches`: looks for services, and for instances of them.
+//! * `clocks`: compares this worker's clock with others.
+//! * `namesakes`: detects another worker with the same name.
+//! * `anomalies`: logs what is unusual.
 
 mod anomalies;
 mod appender;
@@ -29,6 +28,7 @@ mod inbound;
 mod journal;
 mod namesakes;
 mod outbox;
+mod pack_buffer;
 mod packer;
 mod packs;
 mod parking;
@@ -43,14 +43,15 @@ mod suspects;
 use std::time::Duration;
 
 use futures_util::FutureExt;
+use tracing::{Instrument as _, Span};
 
 pub use self::builder::{Worker, WorkerBuilder};
 use self::{
     anomalies::Undecidable,
     clocks::Clocks,
     namesakes::Namesakes,
-    packer::Unpacked,
-    session::{End, Session, SessionError, open_replies},
+    pack_buffer::PackBuffer,
+    session::{Session, SessionError, StopReason, open_replies},
     state::WorkerState,
     suspects::Tries,
 };
@@ -73,23 +74,23 @@ use crate::{
     },
 };
 
-/// Who a worker is, and what it works with.
+/// The settings of a worker.
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// The broker.
     pub broker: Broker,
-    /// What everything is called there.
+    /// The names of its exchanges and queues.
     pub names: Names,
-    /// How patient it is, and how much it takes on; and its id, which no other worker may have.
+    /// Time-outs and limits; and the worker's id, which no other worker may have.
     pub coordinator: coordinator::Settings,
-    /// How long it may go on finishing what it has begun when it is told to stop.
+    /// How long the worker may continue to finish transactions after it was asked to stop.
     pub drain: Duration,
-    /// Is told whether the worker takes requests.
+    /// Shows whether the worker takes requests.
     pub readiness: Readiness,
 }
 
 impl Settings {
-    /// How long it drains, unless that is set.
+    /// The default of `drain`.
     const DRAIN: Duration = Duration::from_secs(25);
 
     /// The defaults, for the worker called `worker`.
@@ -112,27 +113,27 @@ impl Settings {
     }
 }
 
-/// What a worker has done.
+/// What a worker has done, in numbers.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[non_exhaustive]
-pub struct Tally {
+pub struct WorkerStats {
     /// Requests taken, repeated deliveries included.
     pub taken: u64,
-    /// Results told of committed transactions.
+    /// Results of committed transactions.
     pub committed: u64,
-    /// Results told of aborted ones.
+    /// Results of aborted transactions.
     pub aborted: u64,
-    /// Messages set aside.
+    /// Messages rejected.
     pub rejected: u64,
-    /// Matters handed to a person.
+    /// Records written for an operator: parked commits, and parked transactions.
     pub parked: u64,
-    /// Results for which nobody has a queue.
+    /// Results that no queue took.
     pub unclaimed: u64,
     /// How often the connection was lost.
     pub lost: u64,
 }
 
-impl Tally {
+impl WorkerStats {
     fn count(&mut self, answer: &Answer) {
         match answer.outcome {
             Outcome::Committed => self.committed += 1,
@@ -141,34 +142,52 @@ impl Tally {
     }
 }
 
-/// A worker can't work.
+/// A worker can't run.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum WorkerError {
-    /// A value that was set can't be used.
+    /// A setting is invalid.
     #[error("invalid worker")]
     Invalid(#[from] InvalidSetting),
-    /// The broker doesn't let it in.
+    /// The broker refuses the connection.
     #[error("the broker refuses this worker")]
     Refused(#[source] BrokerError),
-    /// The broker doesn't let it do what a worker does.
+    /// The broker refuses an operation that every worker needs.
     #[error("the broker does not permit what a worker does")]
     NotPermitted(#[source] BrokerError),
 }
 
-/// Works until `stop` has ended, and then finishes what it has begun. A broker that is gone is
-/// waited for.
+/// Runs a worker until `stop` completes, and then finishes the transactions that it has begun. While
+/// the broker can't be reached, the worker connects again and again.
 ///
 /// # Errors
 ///
-/// The broker refuses it, and has never let it work.
-pub async fn run(settings: Settings, stop: impl Future<Output = ()>) -> Result<Tally, WorkerError> {
+/// The broker refuses the worker, which has not worked before.
+pub async fn run(
+    settings: Settings,
+    stop: impl Future<Output = ()>,
+) -> Result<WorkerStats, WorkerError> {
+    let span = span(settings.worker());
+    run_in_span(settings, stop).instrument(span).await
+}
+
+/// The span of all that a worker logs. Its level is ERROR, so that a line of any level has the worker's
+/// name.
+pub(crate) fn span(worker: &WorkerId) -> Span {
+    tracing::error_span!("work", %worker)
+}
+
+/// [`run`] for a caller that is in the worker's [`span`].
+pub(crate) async fn run_in_span(
+    settings: Settings,
+    stop: impl Future<Output = ()>,
+) -> Result<WorkerStats, WorkerError> {
     let _held = settings.readiness.while_held();
     let stop = Box::pin(stop).shared();
     let coordinator = Coordinator::new(settings.coordinator.clone());
     let clock = Clock::start();
     let clocks = Clocks::new(settings.worker().clone(), settings.coordinator.clock_margin);
-    let tally = Tally::default();
+    let stats = WorkerStats::default();
     let namesakes = Namesakes::default();
     let mut state = WorkerState {
         coordinator,
@@ -179,8 +198,9 @@ pub async fn run(settings: Settings, stop: impl Future<Output = ()>) -> Result<T
         begin_max: ANSWER_MAX,
         tries: Tries::default(),
         undecidable: Undecidable::default(),
-        unpacked: Unpacked::default(),
-        tally,
+        pack_buffer: PackBuffer::default(),
+        packs_unusable: None,
+        stats,
     };
     let mut supervisor = Supervisor::default();
     loop {
@@ -188,7 +208,7 @@ pub async fn run(settings: Settings, stop: impl Future<Output = ()>) -> Result<T
             opened = open(&settings, &mut state) => match opened {
                 Ok(session) => {
                     supervisor.opened();
-                    tracing::info!(worker = %settings.worker(), "ready");
+                    tracing::info!("ready");
                     session.tell_ready();
                     let ran = session.run(stop.clone()).await;
                     settings.readiness.set(false);
@@ -199,7 +219,7 @@ pub async fn run(settings: Settings, stop: impl Future<Output = ()>) -> Result<T
                 }
                 Err(failure) => failure,
             },
-            () = stop.clone() => return Ok(state.tally),
+            () = stop.clone() => return Ok(state.stats),
         };
         if !supervisor.has_worked()
             && let Some(error) = failure.refusal()
@@ -208,15 +228,15 @@ pub async fn run(settings: Settings, stop: impl Future<Output = ()>) -> Result<T
         }
         failure.log(&settings, &mut supervisor);
         if failure.is_of_clock() {
-            // What was read by a wrong clock is read anew.
+            // A wrong clock has chosen where to begin to read: begin again.
             state.last_read = None;
         } else {
-            state.tally.lost += u64::from(supervisor.has_worked());
+            state.stats.lost += u64::from(supervisor.has_worked());
         }
         state.coordinator.handle(state.clock.now(), Event::Disconnected, &mut Vec::new());
         tokio::select! {
             () = tokio::time::sleep(supervisor.pause()) => {}
-            () = stop.clone() => return Ok(state.tally),
+            () = stop.clone() => return Ok(state.stats),
         }
     }
 }
@@ -234,27 +254,27 @@ async fn open<'a>(
     Session::open(settings, state, link, replies).await.map_err(LinkFailure::Session)
 }
 
-fn ended(end: &End, state: &WorkerState) -> Tally {
-    match end {
-        End::Drained => tracing::info!("drained: nothing is left behind"),
-        End::DrainTimedOut => tracing::warn!(
+fn ended(reason: &StopReason, state: &WorkerState) -> WorkerStats {
+    match reason {
+        StopReason::Drained => tracing::info!("drained: no request is left"),
+        StopReason::DrainTimedOut => tracing::warn!(
             in_flight = state.coordinator.len(),
-            "the time to drain is over: what is in flight goes to other workers"
+            "the time to drain is over: other workers get the requests in flight"
         ),
-        End::WithoutJournal => tracing::warn!(
+        StopReason::WithoutJournal => tracing::warn!(
             in_flight = state.coordinator.len(),
-            "stopping while the journal is gone: what is in flight goes to other workers"
+            "stopping while the journal is gone: other workers get the requests in flight"
         ),
     }
-    state.tally
+    state.stats
 }
 
-/// What waiting won't help against.
+/// An error that retrying won't resolve.
 fn final_error(cause: impl std::error::Error + Send + Sync + 'static) -> BrokerError {
     BrokerError::new(cause, Disposition::GiveUp)
 }
 
-/// Why there is no link, or no longer.
+/// Why there is no link.
 enum LinkFailure {
     Connect(ConnectionError),
     Session(SessionError),
@@ -273,7 +293,7 @@ impl From<SessionError> for LinkFailure {
 }
 
 impl LinkFailure {
-    /// What this means for a worker that has never worked, if waiting won't help.
+    /// The error to return from a worker that has not worked before, if retrying won't help.
     fn refusal(&self) -> Option<WorkerError> {
         match self {
             Self::Connect(error) => (error.disposition() == Disposition::GiveUp)
@@ -285,7 +305,7 @@ impl LinkFailure {
         }
     }
 
-    /// Whether the link was given up since the clock is off, or was set.
+    /// Whether the worker gave up the link because its clock is wrong, or was set.
     fn is_of_clock(&self) -> bool {
         matches!(
             self,
@@ -300,36 +320,35 @@ impl LinkFailure {
             Self::Session(error @ SessionError::ClockOff(_)) => {
                 tracing::error!(
                     error = %ErrorChain(error), margin = ?settings.coordinator.clock_margin,
-                    "not ready until the clocks fit: this worker would take requests for ones from \
-                     the future, or make records that are. Set the clock of this machine \
-                     (`timedatectl` shows whether it is kept right), or of those named"
+                    "not ready until the clocks fit: with this clock the worker would reject requests \
+                     as made in the future, or write such records. Correct the clock of this machine \
+                     (`timedatectl` shows whether it is synchronised), or of those that are named"
                 );
             }
             Self::Session(error @ SessionError::ClockStillOff) => {
-                tracing::debug!(error = %ErrorChain(error), "not ready; comparing again");
+                tracing::debug!(error = %ErrorChain(error), "not ready; comparing the clocks again");
             }
             Self::Session(error @ SessionError::ClockSet(_)) => {
-                tracing::warn!(error = %ErrorChain(error), "starting over by the new time");
+                tracing::warn!(error = %ErrorChain(error), "starting again with the new time");
             }
             Self::Connect(error) => {
-                tracing::warn!(error = %ErrorChain(error), "no broker yet; trying again");
+                tracing::warn!(error = %ErrorChain(error), "not connected to the broker; trying again");
             }
             Self::Session(error) if error.is_missing() => {
                 let namespace = settings.names.namespace();
                 match supervisor.is_missing_for_good() {
                     true => tracing::error!(
                         error = %ErrorChain(error), %namespace,
-                        "the topology is not there: run `dtc topology apply`; trying again"
+                        "the topology is missing: run `dtc topology apply`; trying again"
                     ),
                     false => tracing::warn!(
                         error = %ErrorChain(error), %namespace,
-                        "something of the topology is not there, as while a broker starts; trying \
-                         again"
+                        "a part of the topology is missing, as while a broker starts; trying again"
                     ),
                 }
             }
             Self::Session(error) => {
-                tracing::warn!(error = %ErrorChain(error), "the link is lost; connecting again");
+                tracing::warn!(error = %ErrorChain(error), "lost the link to the broker; connecting again");
             }
         }
     }

@@ -1,27 +1,27 @@
-//! Whether another worker writes to the journal under this one's name.
+//! Detects another worker that writes to the journal under this one's name.
 //!
-//! The two do each other no harm, since nothing is decided by a name. But each takes the other's
-//! records for its own when it compares clocks, and nobody can tell their logs apart.
+//! Two such workers do no harm, since no decision depends on a name. But each mistakes the other's
+//! records for its own when it compares clocks, and operators can't distinguish their logs.
 
 use std::collections::VecDeque;
 
-/// How many of its own links a worker remembers: of those before, nothing is read any more.
+/// How many of its own links a worker remembers. Appends of older links won't be read any more.
 const LINKS_MAX: usize = 16;
 
-/// So many foreign appends are no rest of what a worker of this name wrote before it was killed: it
-/// had one on its way at most.
+/// One foreign append may be left of an earlier worker of this name that was killed: it had at most one
+/// on its way. So many can't be.
 const FOREIGN_MAX: u32 = 2;
 
-/// What this worker knows of its own appends and of others under its name.
+/// Distinguishes this worker's appends from others under its name.
 #[derive(Debug, Default)]
 pub(super) struct Namesakes {
-    /// What the ids of its own appends begin with.
+    /// The prefixes of this worker's append ids, one for each link.
     own: VecDeque<String>,
     foreign: u32,
 }
 
 impl Namesakes {
-    /// Its appends have ids from now on that begin like this.
+    /// From now on, this worker's append ids begin with `link`.
     pub(super) fn begin(&mut self, link: &str) {
         if self.own.len() == LINKS_MAX {
             self.own.pop_front();
@@ -29,7 +29,8 @@ impl Namesakes {
         self.own.push_back(link.to_owned());
     }
 
-    /// An append under its name was read, while it served; tells once that somebody else made it.
+    /// An append under this worker's name was read while the worker served. Returns `true` once, when it
+    /// is certain that another worker writes such appends.
     pub(super) fn read(&mut self, append: Option<&str>) -> bool {
         let is_own = append.is_some_and(|id| self.own.iter().any(|link| id.starts_with(link)));
         if is_own || self.foreign >= FOREIGN_MAX {
@@ -45,7 +46,7 @@ mod tests {
     use super::{LINKS_MAX, Namesakes};
 
     #[test]
-    fn a_second_foreign_append_is_told_and_no_third() {
+    fn the_second_foreign_append_is_reported_and_no_third() {
         let mut namesakes = Namesakes::default();
         namesakes.begin("a1");
         let told = ["a1-1", "b7-1", "a1-2", "b7-2", "b7-3"].map(|id| namesakes.read(Some(id)));
@@ -53,7 +54,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_worker_wrote_over_an_earlier_link_is_its_own() {
+    fn appends_over_an_earlier_link_are_the_workers_own() {
         let mut namesakes = Namesakes::default();
         (0..LINKS_MAX).for_each(|number| namesakes.begin(&format!("a{number}-")));
         assert!(!(0..LINKS_MAX).any(|number| namesakes.read(Some(&format!("a{number}-9")))));

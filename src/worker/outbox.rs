@@ -1,8 +1,8 @@
-//! What goes out: gathered while events are handled, then written, all that is for one destination
-//! in as few messages as it fits into.
+//! Publishes what the worker sends. Items are gathered while the session handles inputs, and then
+//! published, all items for one destination in as few messages as possible.
 //!
-//! What may be lost is published and forgotten: the protocol says it again. What must not be lost
-//! is published until it is confirmed.
+//! A message that may be lost is published once: if it is lost, the protocol sends it again. A message
+//! that must not be lost is published until it is confirmed.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -38,18 +38,18 @@ use crate::{
     },
 };
 
-/// How long the confirm of a result may take. What one producer's queue lacks must not hold up what
-/// is done for others.
+/// How long the confirm of a result may take. A producer's queue that takes no results must not hold up
+/// other producers.
 const RESULT_CONFIRM_MAX: Duration = Duration::from_secs(4);
 
-/// For how long results under one reply token must have been failing before further ones are tried
-/// once only: their queue is gone for good, or for too long.
+/// After results under one reply token have failed for this long, each further one is published only
+/// once: the producer's queue is probably gone.
 const UNREACHABLE_AFTER: Duration = Duration::from_secs(8);
 
-/// Of how many reply tokens it is remembered that results under them fail.
+/// For how many reply tokens it is remembered that results fail.
 const UNREACHABLE_MAX: usize = 1024;
 
-/// A delivery that is acknowledged when what follows from it is safe.
+/// A delivery that is acknowledged when the messages that follow from it are safe.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Unacked {
     /// A request.
@@ -60,52 +60,51 @@ pub(super) enum Unacked {
     Reply(u64),
 }
 
-/// What follows when something is safe with the broker.
+/// What to do when the broker has confirmed a message.
 #[derive(Clone, Debug)]
 pub(super) enum OnConfirm {
-    /// Tell the coordinator.
+    /// Pass an event to the coordinator.
     Tell(Event),
-    /// Acknowledge what it follows from.
+    /// Acknowledge the delivery that the message follows from.
     Ack(Unacked),
-    /// Tell the producer of a request that is set aside, and acknowledge the request, whether or not
-    /// that is taken: its producer can ask again.
+    /// Publish this result of a rejected request, and then acknowledge the request, even if the broker
+    /// doesn't take the result: the producer can ask again.
     Answer(Box<OutgoingMessage>, Unacked),
-    /// Write the record of a commit whose command is safe now.
+    /// Write the record of a parked commit, whose command is safe now.
     Record(Box<Parked>),
-    /// Try the suspect that this is.
+    /// Try this suspect.
     Try(TransactionKey),
-    /// Nothing.
     Nothing,
 }
 
-/// What follows from what became of a publish.
+/// What the session has to do after the broker's answer to a publish.
 #[derive(Debug)]
-pub(super) enum Followed {
-    /// The coordinator is to be told.
+pub(super) enum OutboxEvent {
+    /// Pass it to the coordinator.
     Event(Event),
-    /// One of the things that a delivery waits for is safe.
+    /// One of the messages that this delivery waits for is safe.
     Safe(Unacked),
-    /// That this suspect is tried is written down.
+    /// The try of this suspect is recorded.
     MayTry(TransactionKey),
 }
 
-/// What an answer to a message of prepares is about.
+/// What a message of prepares was about.
 #[derive(Debug)]
 struct PublishedPrepares {
     keys: Vec<TransactionKey>,
     service: ServiceName,
 }
 
-/// What an answer to a result is about.
+/// What a message of results was about.
 #[derive(Debug)]
 enum Answered {
     /// Results of transactions.
     Of { reply: Option<ReplyToken>, requests: Vec<(TransactionKey, Delivery)> },
-    /// That of a request which is set aside.
+    /// The result of a rejected request.
     SetAside(Unacked),
 }
 
-/// The destination of items that travel together.
+/// The destination of items that share a message.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
 struct To {
     service: ServiceName,
@@ -113,23 +112,22 @@ struct To {
     kind: Kind,
 }
 
-/// Results that travel together.
+/// Results that share a message.
 #[derive(Debug, Default)]
 struct ResultBatch {
     items: Items,
     answered: Vec<(TransactionKey, Delivery)>,
 }
 
-/// Everything on its way out over one link, but for appends.
+/// All messages that go out over one link, except appends and packs.
 pub(super) struct Outbox {
     names: Names,
     worker: WorkerId,
     prepares: Publisher<PublishedPrepares>,
-    /// What an instance is told. What gets lost is sent again until it is answered, so nobody waits
-    /// for its confirm.
+    /// Commands to instances. A command is sent again until it is answered, so it needs no confirm.
     commands: Publisher<()>,
     results: Publisher<Answered>,
-    /// What must not be lost.
+    /// Messages that must not be lost.
     durable: ReliablePublisher<OnConfirm>,
     parking: Parking,
     gathered: BTreeMap<To, Items>,
@@ -137,8 +135,8 @@ pub(super) struct Outbox {
     answers: BTreeMap<(Option<ReplyToken>, Outcome), ResultBatch>,
     /// Reply tokens under which results fail, and since when.
     unreachable: BTreeMap<Option<ReplyToken>, Instant>,
-    followed: VecDeque<Followed>,
-    /// Results that nobody takes.
+    events: VecDeque<OutboxEvent>,
+    /// How many results no queue took.
     pub(super) unclaimed: u64,
 }
 
@@ -163,19 +161,19 @@ impl Outbox {
             prepare_batcher: PrepareBatcher::default(),
             answers: BTreeMap::new(),
             unreachable: BTreeMap::new(),
-            followed: VecDeque::new(),
+            events: VecDeque::new(),
             unclaimed: 0,
         })
     }
 
     // ---- Gathering ---------------------------------------------------------------------------
 
-    /// An instance takes so many prepares in one message.
+    /// An instance has said how many prepares it takes in one message.
     pub(super) fn announced(&mut self, service: ServiceName, prepares_max: u16, now: Instant) {
         self.prepare_batcher.announced(service, prepares_max, now);
     }
 
-    /// A prepare for a service that has so many slots free, as far as is known.
+    /// Gathers a prepare. `spare`: how many slots of the service are free, as far as is known.
     pub(super) fn prepare(&mut self, service: ServiceName, prepare: &Prepare, spare: u32) {
         if let Some(prepares) = self.prepare_batcher.add(&service, prepare, spare) {
             self.write_prepares(service, prepares);
@@ -210,13 +208,13 @@ impl Outbox {
         self.write_results(&key, full);
     }
 
-    /// The message that tells a producer of `answer`, by itself.
+    /// A message with this result alone.
     pub(super) fn result(&self, reply: Option<&ReplyToken>, answer: &Answer) -> OutgoingMessage {
         self.result_message(reply, answer.outcome, body_of(answer))
     }
 
-    /// Hands something to people. A commit's command goes to the durable queue of its service first,
-    /// and is not sent once more when the record is safe.
+    /// Writes a record for operators. The command of a parked commit goes to the durable queue of its
+    /// service first, and is not sent again when the record is safe.
     pub(super) fn park(&mut self, parked: Parked) {
         let ParkedCause::Uncommitted { service, branch, .. } = &parked.cause else {
             return self.record(&parked);
@@ -253,7 +251,7 @@ impl Outbox {
         self.durable(message, then);
     }
 
-    /// Writes down, in the journal, that a suspect is tried or that this is over.
+    /// Records in the journal that the try of a suspect begins or is over.
     pub(super) fn write_down(&mut self, it: &Try, then: OnConfirm) {
         let message = OutgoingMessage {
             key: self.names.journal(),
@@ -261,7 +259,7 @@ impl Outbox {
             body: Items::new().into_body(),
             persistent: true,
             mandatory: true,
-            // The same one when it is published again.
+            // If the record is published again, it has the same id.
             message_id: Some(unique::name('t').into()),
             headers: Some(it.headers()),
             ..OutgoingMessage::default()
@@ -280,14 +278,14 @@ impl Outbox {
         }
     }
 
-    /// Publishes `message` until it is confirmed, and then does what follows.
+    /// Publishes `message` until it is confirmed, and then does `then`.
     pub(super) fn durable(&mut self, message: OutgoingMessage, then: OnConfirm) {
         self.durable.publish(message, then);
     }
 
     // ---- Writing -----------------------------------------------------------------------------
 
-    /// Writes what was gathered.
+    /// Publishes what was gathered.
     pub(super) fn flush(&mut self, now: Instant) {
         for (service, prepares) in self.prepare_batcher.take() {
             self.write_prepares(service, prepares);
@@ -318,7 +316,8 @@ impl Outbox {
         self.commands.publish(self.command(to, items.into_body()), ());
     }
 
-    /// Commands, whatever they are. What is for any instance stays until one has taken it.
+    /// A message of commands. One for any instance stays in the service's queue until an instance takes
+    /// it.
     fn command(&self, to: &To, body: Vec<u8>) -> OutgoingMessage {
         let To { service, destination, kind } = to;
         let (exchange, key, stays) = match destination {
@@ -371,14 +370,14 @@ impl Outbox {
 
     // ---- Confirms ----------------------------------------------------------------------------
 
-    /// What follows next from what was published.
+    /// Ready with what follows from the broker's next answer.
     pub(super) fn poll_next(
         &mut self,
         cx: &mut Context<'_>,
-    ) -> Poll<Result<Followed, PublisherError>> {
+    ) -> Poll<Result<OutboxEvent, PublisherError>> {
         loop {
-            if let Some(followed) = self.followed.pop_front() {
-                return Poll::Ready(Ok(followed));
+            if let Some(event) = self.events.pop_front() {
+                return Poll::Ready(Ok(event));
             }
             if let Poll::Ready(answered) = self.results.poll_next(cx) {
                 let (answered, published) = answered?;
@@ -387,11 +386,11 @@ impl Outbox {
                 let (asked, published) = answered?;
                 self.prepares_answered(asked, &published);
             } else if let Poll::Ready(safe) = self.durable.poll_next(cx) {
-                self.follow(safe?);
+                self.confirmed(safe?);
             } else if let Poll::Ready(written) = self.commands.poll_next(cx) {
                 let ((), published) = written?;
                 if !matches!(published, PublishOutcome::Confirmed) {
-                    tracing::debug!(fate = ?published, "a command was not written");
+                    tracing::debug!(fate = ?published, "failed to write a command");
                 }
             } else {
                 return Poll::Pending;
@@ -404,11 +403,11 @@ impl Outbox {
             return;
         }
         let PublishedPrepares { keys, service } = asked;
-        // No queue took it: as where there is none any more, and where its node has been stopped. Which
-        // of them it is, a look for the service tells.
-        self.followed.extend(keys.into_iter().map(|key| {
+        // The service's queue is gone, or its node is down. The coordinator looks for the service to find
+        // out which.
+        self.events.extend(keys.into_iter().map(|key| {
             let service = service.clone();
-            Followed::Event(Event::PrepareRefused { key, service })
+            OutboxEvent::Event(Event::PrepareRefused { key, service })
         }));
     }
 
@@ -416,7 +415,7 @@ impl Outbox {
         let (reply, of) = match answered {
             Answered::Of { reply, requests } => (reply, requests),
             Answered::SetAside(unacked) => {
-                return self.followed.push_back(Followed::Safe(unacked));
+                return self.events.push_back(OutboxEvent::Safe(unacked));
             }
         };
         let is_done = match published {
@@ -435,15 +434,15 @@ impl Outbox {
                 is_unreachable
             }
         };
-        self.followed.extend(of.into_iter().map(|(key, delivery)| {
-            Followed::Event(match is_done {
+        self.events.extend(of.into_iter().map(|(key, delivery)| {
+            OutboxEvent::Event(match is_done {
                 true => Event::ResultConfirmed { key, delivery },
                 false => Event::ResultFailed { key, delivery },
             })
         }));
     }
 
-    /// A result under `reply` has failed: whether that has been so for too long.
+    /// A result under `reply` has failed. Returns whether they have been failing for too long.
     fn is_unreachable(&mut self, reply: Option<ReplyToken>) -> bool {
         let now = Instant::now();
         if let Some(since) = self.unreachable.get(&reply) {
@@ -452,8 +451,8 @@ impl Outbox {
         let name = reply.as_ref().map_or(NO_REPLY, ReplyToken::as_str);
         tracing::warn!(
             reply = name,
-            "the broker does not take results: a queue that is bound for them is full, or its node \
-             is down; their producer can ask again"
+            "the broker does not take results: a queue that is bound for them is full, or its node is \
+             down; their producer can ask again"
         );
         if self.unreachable.len() >= UNREACHABLE_MAX {
             let oldest = self.unreachable.iter().min_by_key(|(_, since)| **since);
@@ -465,13 +464,13 @@ impl Outbox {
         false
     }
 
-    fn follow(&mut self, then: OnConfirm) {
+    fn confirmed(&mut self, then: OnConfirm) {
         match then {
             OnConfirm::Tell(event) => {
                 if let Event::ParkConfirmed { key, service: Some(service) } = &event {
                     self.parking.recorded(key, service);
                 }
-                self.followed.push_back(Followed::Event(event));
+                self.events.push_back(OutboxEvent::Event(event));
             }
             OnConfirm::Record(parked) => {
                 let next = parked.service().map(|it| self.parking.queued(&parked.key, it));
@@ -479,8 +478,8 @@ impl Outbox {
                     self.record(&parked);
                 }
             }
-            OnConfirm::Ack(unacked) => self.followed.push_back(Followed::Safe(unacked)),
-            OnConfirm::Try(key) => self.followed.push_back(Followed::MayTry(key)),
+            OnConfirm::Ack(unacked) => self.events.push_back(OutboxEvent::Safe(unacked)),
+            OnConfirm::Try(key) => self.events.push_back(OutboxEvent::MayTry(key)),
             OnConfirm::Answer(message, unacked) => {
                 self.results.publish(*message, Answered::SetAside(unacked));
             }
@@ -488,7 +487,7 @@ impl Outbox {
         }
     }
 
-    /// Whether all that is published on stands, as far as is known.
+    /// Whether all channels are open, as far as is known.
     pub(super) fn is_open(&self) -> bool {
         self.prepares.is_open()
             && self.commands.is_open()
@@ -496,7 +495,7 @@ impl Outbox {
             && self.durable.is_open()
     }
 
-    /// Waits until nothing is on its way.
+    /// Waits until the broker has answered all publishes.
     pub(super) async fn finish(&mut self) {
         self.prepares.finish().await;
         self.commands.finish().await;
@@ -504,16 +503,16 @@ impl Outbox {
         self.durable.finish().await;
     }
 
-    /// When something is to be published again.
+    /// When to publish a message again.
     pub(super) fn wake_at(&self) -> Option<Instant> {
         self.durable.wake_at()
     }
 
-    /// Whether nothing is on its way that must not be lost.
+    /// Whether no message is on its way that must not be lost.
     pub(super) fn is_idle(&self) -> bool {
         self.durable.is_idle()
             && self.answers.is_empty()
-            && self.followed.is_empty()
+            && self.events.is_empty()
             && self.results.outstanding() == 0
     }
 }

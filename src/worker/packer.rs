@@ -1,453 +1,626 @@
-//! Writing packs of what was read of the journal; and following the packs of others, so that not every
-//! worker writes each.
+//! Writes packs of what was read of the journal; and follows the packs of all workers, so that not every
+//! worker writes each of them.
 //!
-//! A worker whose next pack is full waits for a random number of further messages before it writes it,
-//! and drops what another has packed meanwhile. What is packed twice does no harm: see
-//! [`packs`](crate::worker::packs).
-//!
-//! No pack is needed. What goes wrong with one ends it, or the worker's packing for a while, and nothing
-//! else.
+//! Nothing depends on a pack. If one can't be written, or packs can't be read, the worker stops packing
+//! for a while, and nothing else stops.
 
 use std::{
-    collections::VecDeque,
     pin::Pin,
-    sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
 
 use futures_util::{FutureExt, future::BoxFuture};
-use lapin::types::{AMQPValue, ShortString};
+use lapin::types::AMQPValue;
 use tokio::time::{Sleep, sleep};
 
 use crate::{
     error::ErrorChain,
     transport::amqp::{
         bounded::{AskError, STREAM_MAX},
-        consumer::QueueConsumer,
-        error::is_not_found,
-        names::Names,
-        publisher::{PublishOutcome, Publisher},
+        consumer::{ConsumerError, QueueConsumer},
+        publisher::{PublishOutcome, Publisher, PublisherError},
     },
-    unique,
-    wire::message::{BODY_MAX, Items, PackedMessage},
     worker::{
-        journal::Record,
-        packs::{MESSAGES_MAX, NoPack, Pack, PackedJournal, digest_of},
+        pack_buffer::PackBuffer,
+        packs::{NoPack, Pack, PackEvent, PackedJournal, PacksUnusable},
     },
 };
 
-/// What is larger is not packed: it is not slow to read.
-const COPIED_MAX: usize = 8 * 1024;
-
-/// A pack of fewer messages is not worth its bytes.
-const MESSAGES_MIN: usize = 256;
-
-/// What a message counts at least, so that a full pack has a full pack's weight.
-const WEIGHT_MIN: usize = BODY_MAX / MESSAGES_MAX;
-
-/// How long the last pack may take to come, before this worker writes one.
+/// How long to wait for the last pack before this worker writes one.
 const LAST_WITHIN: Duration = Duration::from_millis(500);
 
-/// How long nothing is packed when something went wrong.
+/// How long to write no packs after a failure.
 const REST: Duration = Duration::from_secs(60);
 
-/// How many packs are on their way to those who follow them.
+/// How many unacknowledged packs the broker delivers.
 const PREFETCH: u16 = 4;
 
-/// How many packs may be confirmed of which none is read back.
+/// How many packs in a row may be confirmed and not read back.
 const UNSEEN_MAX: u32 = 4;
 
-/// What was read of the journal and is not packed, as far as is known: two packs of it at most.
-#[derive(Debug)]
-pub(super) struct Unpacked {
-    /// Consecutive. The first one is the last of the pack before, if it was there to be seen.
-    messages: VecDeque<PackedMessage>,
-    weight: usize,
-    /// With which weight the next pack is written.
-    due: usize,
-    /// The last message of the pack that was read last: its offset and digest.
-    packed: Option<(u64, u64)>,
-    /// That there is no stream of packs was said.
-    has_told: bool,
+/// The stream of packs over one link: takes this worker's packs, and delivers those of all workers.
+pub(super) trait PackStream: Send + 'static {
+    /// Ready with the broker's answer to the pack that was written.
+    fn poll_written(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<PublishOutcome, PublisherError>>;
+
+    /// The next message.
+    fn poll_read(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<Result<Pack, NoPack>, ConsumerError>>;
+
+    /// Whether a pack is written and not answered.
+    fn is_writing(&self) -> bool;
+
+    fn write(&mut self, body: Vec<u8>);
+
+    /// Acknowledges the messages that were read.
+    fn flush(&mut self);
+
+    /// Closes it, without waiting.
+    fn close(self);
 }
 
-impl Default for Unpacked {
-    fn default() -> Self {
-        Self {
-            messages: VecDeque::new(),
-            weight: 0,
-            due: next_due(),
-            packed: None,
-            has_told: false,
-        }
+/// The stream at the broker.
+pub(super) struct BrokerPacks {
+    stream: PackedJournal,
+    lane: Publisher<()>,
+    inbox: QueueConsumer,
+}
+
+impl BrokerPacks {
+    /// Reads the last pack, and then follows.
+    async fn open(stream: PackedJournal) -> Result<Self, AskError> {
+        let lane = Publisher::open(&stream.publishing, "packs of the journal").await?;
+        // The long limit harms nothing: the worker serves meanwhile.
+        let inbox = stream.open(AMQPValue::LongString("last".into()), PREFETCH, STREAM_MAX);
+        let inbox = inbox.await?;
+        Ok(Self { stream, lane, inbox })
     }
 }
 
-/// From one full pack up to one and a half.
-fn next_due() -> usize {
-    BODY_MAX + (unique::number() % (BODY_MAX as u64 / 2)) as usize
-}
-
-fn weight(copied: &PackedMessage) -> usize {
-    (copied.body.len() + 64).max(WEIGHT_MIN)
-}
-
-fn copy_of(record: &Record) -> Option<PackedMessage> {
-    let body = record.body.as_ref().filter(|body| body.len() <= COPIED_MAX)?;
-    let copied = PackedMessage {
-        offset: record.offset,
-        message_id: record.message_id.as_ref().map(|id| id.as_str().into()),
-        tried: record.tried.as_ref().map(|it| (it.key.clone(), it.begins)),
-        body: Arc::clone(body),
-    };
-    copied.is_encodable().then_some(copied)
-}
-
-impl Unpacked {
-    /// The journal is read anew, from wherever.
-    pub(super) fn begin_anew(&mut self) {
-        *self = Self { has_told: self.has_told, ..Self::default() };
+impl PackStream for BrokerPacks {
+    fn poll_written(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<PublishOutcome, PublisherError>> {
+        self.lane.poll_next(cx).map_ok(|((), published)| published)
     }
 
-    /// A message of the journal was read.
-    pub(super) fn read(&mut self, record: &Record) {
-        let copied = copy_of(record);
-        let follows = self.messages.back().is_none_or(|last| last.offset + 1 == record.offset);
-        if !follows || copied.is_none() {
-            self.forget(self.messages.len());
-        }
-        let Some(copied) = copied else { return };
-        self.weight += weight(&copied);
-        self.messages.push_back(copied);
-        while self.weight > 2 * BODY_MAX {
-            self.forget(1);
-        }
+    fn poll_read(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<Result<Pack, NoPack>, ConsumerError>> {
+        let Poll::Ready(delivery) = self.inbox.poll_next(cx) else { return Poll::Pending };
+        Poll::Ready(delivery.map(|delivery| {
+            self.inbox.ack(delivery.delivery_tag);
+            Pack::read(&delivery, self.stream.user())
+        }))
     }
 
-    /// Forgets the first ones.
-    fn forget(&mut self, count: usize) {
-        for copied in self.messages.drain(..count.min(self.messages.len())) {
-            self.weight = self.weight.saturating_sub(weight(&copied));
-        }
+    fn is_writing(&self) -> bool {
+        self.lane.outstanding() > 0
     }
 
-    /// A pack was read.
-    fn packed(&mut self, pack: &Pack) {
-        self.packed = pack.last();
+    fn write(&mut self, body: Vec<u8>) {
+        self.lane.publish(self.stream.message(body), ());
     }
 
-    /// Forgets what is in the pack that was read last, if that is of this journal.
-    fn forget_packed(&mut self) {
-        let Some((offset, digest)) = self.packed else { return };
-        let Some(first) = self.messages.front() else { return };
-        let place = offset.checked_sub(first.offset).and_then(|it| usize::try_from(it).ok());
-        match place.map(|place| (place, self.messages.get(place))) {
-            // It is yet to be read.
-            Some((_, None)) => return,
-            Some((place, Some(same))) if digest_of(same) == digest => self.forget(place),
-            Some((_, Some(_))) | None => {}
-        }
-        self.packed = None;
+    fn flush(&mut self) {
+        self.inbox.flush();
     }
 
-    /// The body of a pack that is due.
-    fn pack(&mut self) -> Option<Vec<u8>> {
-        self.forget_packed();
-        if self.weight < self.due {
-            return None;
-        }
-        self.due = next_due();
-        let mut items = Items::new();
-        let first_ones = self.messages.iter().take(MESSAGES_MAX);
-        let count = first_ones.take_while(|copied| items.push(*copied).is_ok()).count();
-        // The next one begins with its last message.
-        self.forget(count.saturating_sub(1).max(1));
-        (count >= MESSAGES_MIN).then(|| items.into_body())
-    }
-
-    pub(super) fn heard(&mut self, heard: &PackEvent, names: &Names) {
-        match heard {
-            PackEvent::Packed(pack) => self.packed(pack),
-            PackEvent::Missing if !std::mem::replace(&mut self.has_told, true) => tracing::info!(
-                "there is no queue `{}`, by which workers start sooner: run `dtc topology apply`",
-                names.packed_journal()
-            ),
-            PackEvent::NoneYet | PackEvent::Missing => {}
-        }
+    fn close(self) {
+        tokio::spawn(self.inbox.close());
     }
 }
 
-/// Something of the stream of packs.
-#[derive(Debug)]
-pub(super) enum PackEvent {
-    Packed(Pack),
-    /// No pack of others has come for a moment: this worker may write one.
-    NoneYet,
-    /// It is not there.
-    Missing,
+/// Writes packs over one link, and follows those of all workers.
+pub(super) struct Packer<S = BrokerPacks> {
+    /// Opens the stream. `None`: this worker can't distinguish its own user's packs from others.
+    open: Option<Open<S>>,
+    state: PackerState<S>,
 }
 
-/// What packs over one link.
-pub(super) struct Packer {
-    stream: Option<PackedJournal>,
-    state: PackerState,
-}
+type Open<S> = Box<dyn Fn() -> Opening<S> + Send + Sync>;
 
-enum PackerState {
-    Opening(BoxFuture<'static, Result<OpenPacker, AskError>>),
-    Open(Box<OpenPacker>),
-    /// Something went wrong.
+type Opening<S> = BoxFuture<'static, Result<S, AskError>>;
+
+enum PackerState<S> {
+    Opening(Opening<S>),
+    Open(Box<Opened<S>>),
+    /// After a failure.
     Resting(Pin<Box<Sleep>>),
 }
 
-struct OpenPacker {
-    lane: Publisher<()>,
-    inbox: QueueConsumer,
-    /// Until when the last pack of others may come; none: it is known how far they have come.
+struct Opened<S> {
+    stream: S,
+    /// Until when to wait for the last pack. `None`: it is known how far others have packed.
     last_until: Option<Pin<Box<Sleep>>>,
     /// How many packs were confirmed since one was read.
     unseen: u32,
 }
 
-impl OpenPacker {
-    async fn of(stream: PackedJournal) -> Result<Self, AskError> {
-        let lane = Publisher::open(&stream.publishing, "packs of the journal").await?;
-        // Nobody waits for it.
-        let inbox = stream.open(AMQPValue::LongString("last".into()), PREFETCH, STREAM_MAX);
-        let inbox = inbox.await?;
-        Ok(Self { lane, inbox, last_until: Some(Box::pin(sleep(LAST_WITHIN))), unseen: 0 })
+/// The stream can't be used any more; and why, if an operator must change something.
+struct Ended(Option<PacksUnusable>);
+
+impl Ended {
+    fn by(error: Option<&lapin::Error>) -> Self {
+        Self(error.and_then(PacksUnusable::of))
+    }
+}
+
+impl<S: PackStream> Opened<S> {
+    fn new(stream: S) -> Self {
+        Self { stream, last_until: Some(Box::pin(sleep(LAST_WITHIN))), unseen: 0 }
     }
 
-    /// Ready with what was read, or that it is of no use any more.
-    fn poll_next(&mut self, cx: &mut Context<'_>, user: &ShortString) -> Poll<Option<PackEvent>> {
-        while let Poll::Ready(answered) = self.lane.poll_next(cx) {
+    /// Ready with the next event; after an error the stream can't be used any more.
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<PackEvent, Ended>> {
+        while let Poll::Ready(answered) = self.stream.poll_written(cx) {
             match answered {
-                Ok(((), PublishOutcome::Confirmed)) if self.unseen < UNSEEN_MAX => self.unseen += 1,
-                Ok(((), PublishOutcome::Confirmed)) => {
-                    tracing::debug!("packs are confirmed and don't come back");
-                    return Poll::Ready(None);
+                Ok(PublishOutcome::Confirmed) if self.unseen < UNSEEN_MAX => self.unseen += 1,
+                Ok(PublishOutcome::Confirmed) => {
+                    tracing::debug!("the broker confirms packs and doesn't deliver them");
+                    return Poll::Ready(Err(Ended(None)));
                 }
-                Ok(((), fate)) => {
-                    tracing::debug!(?fate, "a pack of the journal was not taken");
-                    return Poll::Ready(None);
+                Ok(fate) => {
+                    tracing::debug!(?fate, "the broker did not take a pack");
+                    return Poll::Ready(Err(Ended(None)));
                 }
                 Err(lost) => {
-                    tracing::debug!(error = %ErrorChain(&lost), "no packs can be written");
-                    return Poll::Ready(None);
+                    tracing::debug!(error = %ErrorChain(&lost), "lost the channel for packs");
+                    return Poll::Ready(Err(Ended::by(lost.broker())));
                 }
             }
         }
-        while let Poll::Ready(delivery) = self.inbox.poll_next(cx) {
-            let delivery = match delivery {
-                Ok(delivery) => delivery,
-                Err(closed) => {
-                    tracing::debug!(error = %ErrorChain(&closed), "packs are not followed any more");
-                    return Poll::Ready(None);
-                }
-            };
-            self.inbox.ack(delivery.delivery_tag);
-            match Pack::read(&delivery, user) {
-                Ok(pack) => {
+        while let Poll::Ready(message) = self.stream.poll_read(cx) {
+            match message {
+                Ok(Ok(pack)) => {
                     (self.last_until, self.unseen) = (None, 0);
-                    return Poll::Ready(Some(PackEvent::Packed(pack)));
+                    return Poll::Ready(Ok(PackEvent::Written(pack)));
                 }
-                Err(NoPack::Marker | NoPack::Foreign) => {}
-                Err(NoPack::Unreadable(reason)) => {
-                    tracing::debug!(%reason, "what is no pack is skipped");
+                Ok(Err(NoPack::Marker | NoPack::Foreign)) => {}
+                Ok(Err(NoPack::Unreadable(reason))) => {
+                    tracing::debug!(%reason, "skipping a message that is no pack");
+                }
+                Err(closed) => {
+                    tracing::debug!(error = %ErrorChain(&closed), "lost the consumer of packs");
+                    return Poll::Ready(Err(Ended::by(closed.broker())));
                 }
             }
         }
         if self.last_until.as_mut().is_some_and(|until| until.as_mut().poll(cx).is_ready()) {
             self.last_until = None;
-            return Poll::Ready(Some(PackEvent::NoneYet));
+            return Poll::Ready(Ok(PackEvent::NoneYet));
         }
         Poll::Pending
+    }
+
+    fn flush(&mut self, buffer: &mut PackBuffer) {
+        self.stream.flush();
+        if self.stream.is_writing() || self.last_until.is_some() {
+            return;
+        }
+        if let Some(body) = buffer.pack() {
+            self.stream.write(body);
+        }
     }
 }
 
 impl Packer {
-    /// `stream`: none, if packs can't be told from those of others.
     pub(super) fn new(stream: Option<PackedJournal>) -> Self {
-        Self { stream, state: PackerState::Resting(Box::pin(sleep(Duration::ZERO))) }
+        Self::of(stream.map(|stream| -> Open<BrokerPacks> {
+            Box::new(move || BrokerPacks::open(stream.clone()).boxed())
+        }))
+    }
+}
+
+impl<S: PackStream> Packer<S> {
+    fn of(open: Option<Open<S>>) -> Self {
+        Self { open, state: PackerState::Resting(Box::pin(sleep(Duration::ZERO))) }
     }
 
     pub(super) fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<PackEvent> {
-        let Some(stream) = &self.stream else { return Poll::Pending };
+        let Some(open) = &self.open else { return Poll::Pending };
         loop {
             match &mut self.state {
                 PackerState::Resting(until) => {
                     if until.as_mut().poll(cx).is_pending() {
                         return Poll::Pending;
                     }
-                    self.state = PackerState::Opening(OpenPacker::of(stream.clone()).boxed());
+                    self.state = PackerState::Opening(open());
                 }
                 PackerState::Opening(opening) => {
                     let Poll::Ready(opened) = opening.poll_unpin(cx) else { return Poll::Pending };
                     match opened {
-                        Ok(opened) => self.state = PackerState::Open(Box::new(opened)),
+                        Ok(stream) => self.state = PackerState::Open(Box::new(Opened::new(stream))),
                         Err(error) => {
                             self.state = resting();
-                            tracing::debug!(error = %ErrorChain(&error), "nothing is packed for now");
-                            if error.broker().is_some_and(is_not_found) {
-                                return Poll::Ready(PackEvent::Missing);
+                            tracing::debug!(error = %ErrorChain(&error), "failed to open the stream of packs");
+                            if let Some(why) = error.broker().and_then(PacksUnusable::of) {
+                                return Poll::Ready(PackEvent::Unusable(why));
                             }
                         }
                     }
                 }
                 PackerState::Open(opened) => {
-                    let Poll::Ready(event) = opened.poll_next(cx, stream.user()) else {
-                        return Poll::Pending;
+                    let Poll::Ready(event) = opened.poll_next(cx) else { return Poll::Pending };
+                    let Ended(why) = match event {
+                        Ok(event) => return Poll::Ready(event),
+                        Err(ended) => ended,
                     };
-                    if let Some(event) = event {
-                        return Poll::Ready(event);
-                    }
                     if let PackerState::Open(opened) = std::mem::replace(&mut self.state, resting())
                     {
-                        tokio::spawn(opened.inbox.close());
+                        opened.stream.close();
+                    }
+                    if let Some(why) = why {
+                        return Poll::Ready(PackEvent::Unusable(why));
                     }
                 }
             }
         }
     }
 
-    /// Writes a pack if one is due, and none is on its way.
-    pub(super) fn flush(&mut self, unpacked: &mut Unpacked) {
-        let (Some(stream), PackerState::Open(opened)) = (&self.stream, &mut self.state) else {
-            return;
-        };
-        opened.inbox.flush();
-        if opened.lane.outstanding() > 0 || opened.last_until.is_some() {
-            return;
-        }
-        if let Some(body) = unpacked.pack() {
-            opened.lane.publish(stream.message(body), ());
+    /// Writes a pack, if one is due and no other is on its way.
+    pub(super) fn flush(&mut self, buffer: &mut PackBuffer) {
+        if let PackerState::Open(opened) = &mut self.state {
+            opened.flush(buffer);
         }
     }
 }
 
-fn resting() -> PackerState {
+fn resting<S>() -> PackerState<S> {
     PackerState::Resting(Box::pin(sleep(REST)))
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{BODY_MAX, COPIED_MAX, MESSAGES_MAX, Unpacked, next_due};
-    use crate::{
-        protocol::{
-            ids::{TransactionId, TransactionKey},
-            time::Time,
-        },
-        wire::message::{PackedMessage, decode},
-        worker::{journal::Record, packs::Pack},
+    use std::{
+        collections::VecDeque,
+        sync::{Arc, Mutex, MutexGuard, PoisonError},
+        task::{Context, Poll, Waker},
+        time::Duration,
     };
 
-    fn message(offset: u64, len: usize) -> PackedMessage {
-        let message_id = Some(format!("a-{offset}").into());
-        PackedMessage { offset, message_id, tried: None, body: "x".repeat(len).into() }
+    use lapin::{
+        ErrorKind,
+        protocol::{AMQPError, AMQPErrorKind, AMQPHardError, AMQPSoftError},
+    };
+    use tokio::time::advance;
+
+    use super::{
+        AskError, ConsumerError, LAST_WITHIN, Pack, PackEvent, PackStream, Packer, PacksUnusable,
+        PublishOutcome, PublisherError, REST, UNSEEN_MAX,
+    };
+    use crate::{
+        transport::amqp::bounded::ANSWER_MAX,
+        wire::message::{BODY_MAX, PackedMessage},
+        worker::{
+            journal::Record,
+            pack_buffer::PackBuffer,
+            packs::{MESSAGES_MAX, NoPack},
+        },
+    };
+
+    /// A broker's part in what a packer does.
+    #[derive(Clone, Default)]
+    struct Broker(Arc<Mutex<BrokerState>>);
+
+    #[derive(Default)]
+    struct BrokerState {
+        /// How often the stream was opened, and closed.
+        opened: usize,
+        closed: usize,
+        /// Why it can't be opened.
+        refuses: Option<AskError>,
+        /// How many packs were written, and how many of them have an answer.
+        written: usize,
+        answered: usize,
+        answers: VecDeque<Result<PublishOutcome, PublisherError>>,
+        messages: VecDeque<Result<Result<Pack, NoPack>, ConsumerError>>,
     }
 
-    fn reads(unpacked: &mut Unpacked, offsets: std::ops::Range<u64>, len: usize) {
-        offsets.for_each(|offset| unpacked.read(&Record::copied(message(offset, len))));
+    impl Broker {
+        fn state(&self) -> MutexGuard<'_, BrokerState> {
+            self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        }
+
+        fn packer(&self) -> Packer<Self> {
+            let broker = self.clone();
+            Packer::of(Some(Box::new(move || {
+                let broker = broker.clone();
+                Box::pin(async move {
+                    if let Some(error) = broker.state().refuses.clone() {
+                        return Err(error);
+                    }
+                    broker.state().opened += 1;
+                    Ok(broker)
+                })
+            })))
+        }
+
+        fn answers(&self, answer: Result<PublishOutcome, PublisherError>) {
+            self.state().answers.push_back(answer);
+        }
+
+        fn delivers(&self, message: Result<Result<Pack, NoPack>, ConsumerError>) {
+            self.state().messages.push_back(message);
+        }
+
+        /// How often it was opened and closed, and how many packs were written.
+        fn seen(&self) -> (usize, usize, usize) {
+            let state = self.state();
+            (state.opened, state.closed, state.written)
+        }
     }
 
-    fn packs(unpacked: &mut Unpacked) -> Option<Pack> {
-        let body = unpacked.pack()?;
-        assert!(body.len() <= BODY_MAX);
-        let messages = decode::<PackedMessage>(&body).unwrap().into_iter().map(Result::unwrap);
-        Some(Pack::of(messages.collect()).unwrap())
+    impl PackStream for Broker {
+        fn poll_written(
+            &mut self,
+            _: &mut Context<'_>,
+        ) -> Poll<Result<PublishOutcome, PublisherError>> {
+            let mut state = self.state();
+            let Some(answer) = state.answers.pop_front() else { return Poll::Pending };
+            state.answered += 1;
+            Poll::Ready(answer)
+        }
+
+        fn poll_read(
+            &mut self,
+            _: &mut Context<'_>,
+        ) -> Poll<Result<Result<Pack, NoPack>, ConsumerError>> {
+            self.state().messages.pop_front().map_or(Poll::Pending, Poll::Ready)
+        }
+
+        fn is_writing(&self) -> bool {
+            let state = self.state();
+            state.written > state.answered
+        }
+
+        fn write(&mut self, body: Vec<u8>) {
+            assert!(body.len() <= BODY_MAX);
+            assert!(!self.is_writing(), "two packs are on their way");
+            self.state().written += 1;
+        }
+
+        fn flush(&mut self) {}
+
+        fn close(self) {
+            self.state().closed += 1;
+        }
     }
 
-    fn of(offsets: std::ops::Range<u64>) -> Pack {
-        Pack::of(offsets.map(|offset| message(offset, 100)).collect()).unwrap()
+    fn message(offset: u64) -> PackedMessage {
+        PackedMessage { offset, message_id: None, tried: None, body: "x".repeat(100).into() }
     }
 
-    /// An offset at which a pack is due for certain.
-    const DUE: u64 = MESSAGES_MAX as u64 * 3 / 2;
-
-    #[test]
-    fn a_pack_begins_with_what_the_one_before_it_ends_with() {
-        let mut unpacked = Unpacked::default();
-        reads(&mut unpacked, 7..1000, 100);
-        assert_eq!(packs(&mut unpacked), None);
-        reads(&mut unpacked, 1000..DUE + 7, 100);
-        let first = packs(&mut unpacked).unwrap();
-        assert_eq!(first, of(7..7 + MESSAGES_MAX as u64));
-        assert_eq!(packs(&mut unpacked), None);
-        let (last, _) = first.last().unwrap();
-        reads(&mut unpacked, DUE + 7..last + DUE, 100);
-        assert_eq!(packs(&mut unpacked), Some(of(last..last + MESSAGES_MAX as u64)));
+    fn pack(offset: u64) -> Pack {
+        Pack::of(vec![message(offset)]).unwrap()
     }
 
-    #[test]
-    fn who_is_due_when_is_a_matter_of_chance() {
-        let dues: Vec<_> = (0..100).map(|_| next_due()).collect();
-        assert!(dues.iter().all(|due| (BODY_MAX..BODY_MAX * 3 / 2).contains(due)));
-        let first = dues[0];
-        assert!(dues.iter().any(|due| *due != first));
+    /// Reads enough of the journal for a pack to be due.
+    fn read(buffer: &mut PackBuffer, from: &mut u64) {
+        let more = *from + MESSAGES_MAX as u64 * 3 / 2;
+        (*from..more).for_each(|offset| buffer.read(&Record::copied(message(offset))));
+        *from = more;
     }
 
-    #[test]
-    fn what_another_has_packed_is_not_packed_again_also_if_it_is_yet_to_be_read() {
-        let mut unpacked = Unpacked::default();
-        reads(&mut unpacked, 0..DUE, 100);
-        unpacked.packed(&of(0..1024));
-        assert_eq!(packs(&mut unpacked), None);
-        assert_eq!(unpacked.messages.front().unwrap().offset, 1023);
-        unpacked.packed(&of(1023..2047));
-        reads(&mut unpacked, DUE..2000, 100);
-        assert_eq!(packs(&mut unpacked), None);
-        assert_eq!(unpacked.messages.len(), 977);
-        reads(&mut unpacked, 2000..2047 + DUE, 100);
-        assert_eq!(packs(&mut unpacked), Some(of(2046..2046 + 1024)));
-        // One of long ago, and one of another journal.
-        unpacked.packed(&of(0..1024));
-        reads(&mut unpacked, 2047 + DUE..4000, 100);
-        let other = message(4000, 7);
-        unpacked.packed(&Pack::of(vec![PackedMessage { offset: 3999, ..other }]).unwrap());
-        reads(&mut unpacked, 4000..3069 + DUE, 100);
-        assert_eq!(packs(&mut unpacked), Some(of(3069..3069 + 1024)));
-    }
-
-    #[test]
-    fn what_is_too_large_or_does_not_follow_or_is_not_of_a_worker_begins_anew() {
-        let other = |copied| {
-            let mut unpacked = Unpacked::default();
-            reads(&mut unpacked, 0..10, 100);
-            unpacked.read(&Record::copied(copied));
-            unpacked.messages.len()
+    /// All that the packer says until it has to wait.
+    fn events(packer: &mut Packer<Broker>) -> Vec<PackEvent> {
+        let mut context = Context::from_waker(Waker::noop());
+        let next = || match packer.poll_next(&mut context) {
+            Poll::Ready(event) => Some(event),
+            Poll::Pending => None,
         };
-        assert_eq!(other(message(10, COPIED_MAX)), 11);
-        assert_eq!(other(message(10, COPIED_MAX + 1)), 0);
-        assert_eq!(other(message(11, 100)), 1);
-        assert_eq!(other(PackedMessage { message_id: Some("ü".into()), ..message(10, 100) }), 0);
-        let key = |millis| TransactionKey {
-            id: TransactionId::parse("t1").unwrap(),
-            requested_at: Time::from_millis(millis),
+        std::iter::from_fn(next).collect()
+    }
+
+    /// A packer that may write, since nobody else has.
+    async fn open(broker: &Broker) -> Packer<Broker> {
+        let mut packer = broker.packer();
+        assert!(events(&mut packer).is_empty());
+        advance(LAST_WITHIN).await;
+        assert!(matches!(*events(&mut packer), [PackEvent::NoneYet]));
+        packer
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_worker_writes_a_pack_once_it_knows_how_far_others_have_packed() {
+        let (mut buffer, mut from) = (PackBuffer::default(), 0);
+        read(&mut buffer, &mut from);
+        let broker = Broker::default();
+        let mut packer = broker.packer();
+        packer.flush(&mut buffer);
+        assert_eq!(broker.seen(), (0, 0, 0));
+        assert!(events(&mut packer).is_empty());
+        packer.flush(&mut buffer);
+        assert_eq!(broker.seen(), (1, 0, 0), "the last pack of others may still come");
+        broker.delivers(Ok(Ok(pack(7))));
+        assert!(matches!(*events(&mut packer), [PackEvent::Written(_)]));
+        packer.flush(&mut buffer);
+        assert_eq!(broker.seen(), (1, 0, 1));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_next_pack_waits_until_the_one_before_it_is_confirmed() {
+        let (mut buffer, mut from) = (PackBuffer::default(), 0);
+        let broker = Broker::default();
+        let mut packer = open(&broker).await;
+        for _ in 0..2 {
+            read(&mut buffer, &mut from);
+            packer.flush(&mut buffer);
+            assert_eq!(broker.seen(), (1, 0, 1));
+        }
+        broker.answers(Ok(PublishOutcome::Confirmed));
+        assert!(events(&mut packer).is_empty());
+        packer.flush(&mut buffer);
+        assert_eq!(broker.seen(), (1, 0, 2));
+    }
+
+    /// Each of these is a failure of the broker, of the queue or of the connection.
+    #[tokio::test(start_paused = true)]
+    async fn a_failure_ends_packing_for_a_while_and_then_the_stream_is_opened_again() {
+        type Failure = fn(&Broker);
+        let failures: [(&str, Failure); 6] = [
+            ("no queue takes it", |it| it.answers(Ok(PublishOutcome::Unroutable))),
+            ("the queue refuses it", |it| it.answers(Ok(PublishOutcome::Refused))),
+            ("it is not confirmed", |it| it.answers(Ok(PublishOutcome::Unconfirmed(ANSWER_MAX)))),
+            ("the channel is lost", |it| {
+                it.answers(Err(PublisherError::Silent {
+                    what: "packs".into(),
+                    silent_for: ANSWER_MAX,
+                    source: AskError::Silent { limit: ANSWER_MAX },
+                }));
+            }),
+            ("the consumer is cancelled", |it| {
+                it.delivers(Err(ConsumerError::Cancelled { queue: "packs".to_owned() }));
+            }),
+            ("the broker forgets the consumer", |it| {
+                it.delivers(Err(ConsumerError::Unknown { queue: "packs".to_owned() }));
+            }),
+        ];
+        for (what, failure) in failures {
+            let (mut buffer, mut from) = (PackBuffer::default(), 0);
+            let broker = Broker::default();
+            let mut packer = open(&broker).await;
+            read(&mut buffer, &mut from);
+            packer.flush(&mut buffer);
+            assert_eq!(broker.seen(), (1, 0, 1), "{what}");
+            failure(&broker);
+            assert!(events(&mut packer).is_empty(), "{what}");
+            assert_eq!(broker.seen(), (1, 1, 1), "{what}");
+
+            advance(REST - Duration::from_millis(10)).await;
+            read(&mut buffer, &mut from);
+            packer.flush(&mut buffer);
+            assert!(events(&mut packer).is_empty(), "{what}");
+            assert_eq!(broker.seen(), (1, 1, 1), "{what}: it rests");
+
+            broker.state().answered = 1;
+            advance(Duration::from_millis(10)).await;
+            assert!(events(&mut packer).is_empty(), "{what}");
+            advance(LAST_WITHIN).await;
+            assert!(matches!(*events(&mut packer), [PackEvent::NoneYet]), "{what}");
+            packer.flush(&mut buffer);
+            assert_eq!(broker.seen(), (2, 1, 2), "{what}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_that_can_not_be_opened_is_tried_again_after_a_while() {
+        let broker = Broker::default();
+        broker.state().refuses = Some(AskError::Silent { limit: ANSWER_MAX });
+        let mut packer = broker.packer();
+        assert!(events(&mut packer).is_empty());
+        broker.state().refuses = None;
+        advance(REST - Duration::from_millis(10)).await;
+        assert!(events(&mut packer).is_empty());
+        assert_eq!(broker.seen(), (0, 0, 0));
+        advance(Duration::from_millis(10)).await;
+        assert!(events(&mut packer).is_empty());
+        assert_eq!(broker.seen(), (1, 0, 0));
+    }
+
+    /// RabbitMQ 3.10 doesn't end the consumers of a stream that is deleted and declared again.
+    #[tokio::test(start_paused = true)]
+    async fn packs_that_are_confirmed_and_not_read_back_end_the_consumer() {
+        let (mut buffer, mut from) = (PackBuffer::default(), 0);
+        let broker = Broker::default();
+        let mut packer = open(&broker).await;
+        let mut write = |packer: &mut Packer<Broker>| {
+            read(&mut buffer, &mut from);
+            packer.flush(&mut buffer);
+            broker.answers(Ok(PublishOutcome::Confirmed));
+            events(packer)
         };
-        let tried = |millis| PackedMessage { tried: Some((key(millis), true)), ..message(10, 2) };
-        assert_eq!((other(tried(7000)), other(tried(7001))), (11, 0));
-        let mut unpacked = Unpacked::default();
-        reads(&mut unpacked, 0..10, 100);
-        unpacked.read(&Record { body: None, ..Record::copied(message(10, 100)) });
-        assert_eq!((unpacked.messages.len(), unpacked.weight), (0, 0));
+        for _ in 0..UNSEEN_MAX {
+            assert!(write(&mut packer).is_empty());
+        }
+        // One is read back, and so all before it arrived as well.
+        broker.delivers(Ok(Ok(pack(7))));
+        assert!(matches!(*events(&mut packer), [PackEvent::Written(_)]));
+        for _ in 0..UNSEEN_MAX {
+            assert!(write(&mut packer).is_empty());
+            assert_eq!(broker.state().closed, 0);
+        }
+        assert!(write(&mut packer).is_empty());
+        assert_eq!(broker.state().closed, 1);
     }
 
-    #[test]
-    fn what_nobody_packs_is_forgotten() {
-        let mut unpacked = Unpacked::default();
-        reads(&mut unpacked, 0..10_000, 100);
-        assert_eq!(unpacked.messages.len(), 2 * MESSAGES_MAX);
-        reads(&mut unpacked, 10_000..11_000, COPIED_MAX);
-        assert!(unpacked.weight <= 2 * BODY_MAX);
+    #[tokio::test(start_paused = true)]
+    async fn messages_that_are_no_packs_are_skipped_and_do_not_delay_writing() {
+        let broker = Broker::default();
+        let mut packer = broker.packer();
+        for no_pack in [NoPack::Marker, NoPack::Foreign, NoPack::Unreadable("it is odd".to_owned())]
+        {
+            broker.delivers(Ok(Err(no_pack)));
+        }
+        assert!(events(&mut packer).is_empty());
+        assert!(broker.state().messages.is_empty());
+        advance(LAST_WITHIN).await;
+        assert!(matches!(*events(&mut packer), [PackEvent::NoneYet]));
+        assert!(events(&mut packer).is_empty(), "it is said once");
     }
 
-    #[test]
-    fn few_large_messages_are_not_worth_a_pack() {
-        let mut unpacked = Unpacked::default();
-        reads(&mut unpacked, 0..60, COPIED_MAX);
-        assert_eq!(packs(&mut unpacked), None);
-        let left = unpacked.messages.front().unwrap().offset;
-        assert!((20..40).contains(&left), "{left}");
+    fn error(kind: AMQPErrorKind, words: &str) -> lapin::Error {
+        ErrorKind::ProtocolError(AMQPError::new(kind, words.into())).into()
+    }
+
+    /// What only an operator can change, whenever it shows.
+    #[tokio::test(start_paused = true)]
+    async fn a_refusal_of_packs_is_reported_in_the_brokers_words() {
+        use PacksUnusable::{Missing, NotPermitted, OtherUser};
+        let soft = |kind, words: &str| error(AMQPErrorKind::Soft(kind), words);
+        let user = "user_id property set to 'x' but authenticated user was 'y'";
+        let other_user = format!("PRECONDITION_FAILED - {user}");
+        let refused = "ACCESS_REFUSED - access to queue 'packs' in vhost '/' refused";
+        let missing = "NOT_FOUND - no queue 'packs' in vhost '/'";
+        for (error, why) in [
+            (
+                soft(AMQPSoftError::PRECONDITIONFAILED, &other_user),
+                Some(OtherUser(other_user.clone())),
+            ),
+            (soft(AMQPSoftError::PRECONDITIONFAILED, "PRECONDITION_FAILED - no"), None),
+            (soft(AMQPSoftError::ACCESSREFUSED, refused), Some(NotPermitted(refused.to_owned()))),
+            (soft(AMQPSoftError::NOTFOUND, missing), Some(Missing)),
+            (error(AMQPErrorKind::Hard(AMQPHardError::INTERNALERROR), "INTERNAL_ERROR"), None),
+        ] {
+            let told = |packer: &mut Packer<Broker>| match events(packer).pop() {
+                Some(PackEvent::Unusable(why)) => Some(why),
+                Some(other) => panic!("{other:?}"),
+                None => None,
+            };
+            let broker = Broker::default();
+            broker.state().refuses = Some(AskError::Broker(error.clone()));
+            assert_eq!(told(&mut broker.packer()), why, "while it is opened");
+
+            let broker = Broker::default();
+            let mut packer = open(&broker).await;
+            broker.answers(Err(PublisherError::Channel {
+                what: "packs".into(),
+                source: error.clone(),
+            }));
+            assert_eq!(told(&mut packer), why, "when a pack is written");
+            assert_eq!(broker.seen(), (1, 1, 0));
+
+            let broker = Broker::default();
+            let mut packer = open(&broker).await;
+            broker.delivers(Err(ConsumerError::Lost { queue: "packs".to_owned(), source: error }));
+            assert_eq!(told(&mut packer), why, "while packs are read");
+            assert_eq!(broker.seen(), (1, 1, 0));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_worker_that_does_not_know_its_user_opens_no_packs() {
+        let mut packer = Packer::<Broker>::of(None);
+        advance(REST).await;
+        assert!(events(&mut packer).is_empty());
+        packer.flush(&mut PackBuffer::default());
     }
 }

@@ -1,37 +1,36 @@
-//! Reading the journal's window when a worker starts, its older part from packs.
+//! Reading the journal's window when a worker starts: the older part from packs.
 //!
-//! The broker spends 20 to 80 µs on each message of a stream that is read over AMQP, however small it
-//! is. Where few transactions are under way each decision is a message of its own, and a window of
-//! 200,000 of them takes 6 to 16 s. So workers copy what they have read of the journal to a second
-//! stream, many messages in one: a *pack*. A pack begins with the message that the pack before it ends
-//! with.
+//! The broker spends 20 to 80 µs on each message of a stream that is read over AMQP, however small the
+//! message is. Under light load each decision is a message of its own, and a window of 200,000 decisions
+//! takes 6 to 16 s. So workers copy what they have read of the journal to a second stream, many messages
+//! in one: a *pack*. The first message of a pack is the last message of the pack before it.
 //!
-//! Packs are an optimisation. Nothing waits for one for longer than a moment, and where there is none,
-//! or none that can be read, the journal is read.
+//! Packs are an optimisation. A worker waits only briefly for one. Where there is no pack, or none that
+//! can be read, it reads the journal.
 //!
-//! **What makes a pack as good as the journal.** A journal grows at its end, and what it loses is its
-//! end: in a power cut on a single node, or all of it when it is deleted and made anew. So if a message
-//! stands in two states of a journal at the same place, all that is before it is the same in both. A
-//! pack holds only what its writer has read *back*, one message after the other, or has read in packs
-//! that were right. Therefore:
+//! **Why a pack is as good as the journal.** A journal grows at its end, and can only lose its end: a
+//! part of it in a power cut on a single node, all of it when the journal is deleted and created again.
+//! So if two states of a journal have the same message at the same offset, they have the same messages
+//! before it. A pack holds only what its writer has read *back*, message by message, or has read from
+//! valid packs. Therefore:
 //!
-//! * A pack of which any message stands in the journal at its place is right up to that message.
-//! * If the last message of a pack stands at its place in the next pack, and that one is right up to
-//!   there, the whole pack is right.
-//! * So of a run of packs, each of which has the last message of the one before it, all are right if the
-//!   last one is. Of that one *every* message is compared with the journal, which is read again from its
-//!   beginning on. A run begins with a message that was read in the journal, so that no other journal's
-//!   packs are taken for this one's.
+//! * If any message of a pack stands in the journal at its offset, the pack is valid up to that message.
+//! * If the last message of a pack stands at its offset in the next pack, and that pack is valid up to
+//!   there, the whole pack is valid.
+//! * So in a run of packs, each of which contains the last message of the one before it, all are valid if
+//!   the last one is. The worker compares *every* message of the last pack with the journal. A run begins
+//!   with a message that was read in the journal, so packs of another journal are not mistaken for packs
+//!   of this one.
 //!
-//! It is the check that a worker makes when it goes on after a break ([`Journal::resume`]): here it goes
-//! on from where others had come to. Until it is made nobody is served, and nothing counts as read that
-//! a later link would go on from. If it fails, the view is begun anew and the journal is read: so there
-//! is no need for packs to name the journal that they are of, whose first message may be gone by age.
+//! A worker makes the same check when it continues after a break ([`Journal::resume`]); here it continues
+//! from where other workers had read to. Until the check is made, the worker serves nobody, and no later
+//! link continues from what was read in packs. If the check fails, the worker clears its view and reads
+//! the journal. So packs need not name their journal, whose first message may have expired.
 //!
-//! **Who is believed.** Whoever forges a record of the journal decides what is undecided, and all read
-//! it; a forged pack would tell one worker alone that what was decided long ago was decided otherwise.
-//! So a pack counts only if its property `user_id`, which the broker checks, is this worker's own user.
-//! That is one more hurdle for those who may write to the default exchange, and no more than that.
+//! **Trust.** Whoever forges a record in the journal can decide what is undecided, and every worker reads
+//! the record. A forged pack could tell a single worker that an old decision was different. So a pack
+//! counts only if its property `user_id`, which the broker checks, is this worker's own user. That makes
+//! forging harder for those who may write to the default exchange; it doesn't prevent it.
 
 use std::{future::Future, sync::Arc, time::Duration};
 
@@ -50,6 +49,7 @@ use crate::{
         connection::{Broker, BrokerConnection, PublishChannel},
         connection_pair::ConnectionPair,
         consumer::QueueConsumer,
+        error::{broker_text, is_not_found, is_precondition_failed, is_refusal},
         names::Names,
         publisher::{OutgoingMessage, PublishOutcome, publish_within},
         unique,
@@ -58,24 +58,26 @@ use crate::{
     worker::journal::{Journal, ReadError, Record, Tail, digest},
 };
 
-/// How many messages a pack has at most; and for how many it is worth the trouble to read packs.
+/// How many messages a pack has at most.
 pub(super) const MESSAGES_MAX: usize = 1024;
+
+/// If no more messages of the journal are to be read, packs save no time.
 const WORTH_READING: u64 = 2 * MESSAGES_MAX as u64;
 
-/// How many packs are on their way to a reader.
+/// How many unacknowledged packs the broker delivers to a reader.
 const PREFETCH: u16 = 16;
 
-/// How long the broker has to take a marker, to begin a consumer, and to deliver the next pack.
+/// How long the broker has to confirm a marker, to begin a consumer, and to deliver the next pack.
 const WAIT_MAX: Duration = Duration::from_secs(2);
 
 /// Consecutive messages of the journal; at least one.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct Pack(Vec<PackedMessage>);
 
-/// Why a message of the stream is no pack.
+/// Why a message of the stream is no pack, or none that counts.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub(super) enum NoPack {
-    /// Nothing is in it.
+    /// It is empty: a reader has marked the end of the stream.
     #[error("a marker")]
     Marker,
     #[error("the pack of another user")]
@@ -84,7 +86,45 @@ pub(super) enum NoPack {
     Unreadable(String),
 }
 
-/// The stream of packs.
+/// An event of the stream of packs.
+#[derive(Debug)]
+pub(super) enum PackEvent {
+    /// A worker, this one or another, has written this pack.
+    Written(Pack),
+    /// For a while no pack has come: this worker may write one.
+    NoneYet,
+    /// This worker can't read or write packs until an operator has changed something.
+    Unusable(PacksUnusable),
+}
+
+/// Why a worker can't read or write packs.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) enum PacksUnusable {
+    /// There is no such stream.
+    Missing,
+    /// The broker's name for the worker's user is not the one in the URL. In the broker's words.
+    OtherUser(String),
+    /// The broker refuses to let this user read or write packs. In the broker's words.
+    NotPermitted(String),
+}
+
+impl PacksUnusable {
+    /// The cause of `error`, if an operator must do something about it.
+    pub(super) fn of(error: &lapin::Error) -> Option<Self> {
+        if is_not_found(error) {
+            Some(Self::Missing)
+        } else if is_refusal(error) {
+            Some(Self::NotPermitted(broker_text(error)))
+        } else if is_precondition_failed(error) && broker_text(error).contains("user_id") {
+            // `user_id property set to 'x' but authenticated user was 'y'`
+            Some(Self::OtherUser(broker_text(error)))
+        } else {
+            None
+        }
+    }
+}
+
+/// The stream of packs at the broker.
 #[derive(Clone, Debug)]
 pub(super) struct PackedJournal {
     queue: ShortString,
@@ -123,35 +163,35 @@ impl Pack {
         Self::of(messages.map_err(|error| NoPack::Unreadable(error.to_string()))?)
     }
 
-    /// The offset of its first message.
+    /// The offset of the first message.
     fn begins(&self) -> u64 {
         self.0.first().map_or(0, |first| first.offset)
     }
 
-    /// The offset after its last one.
+    /// The offset after the last message.
     fn ends(&self) -> u64 {
         self.begins().saturating_add(self.0.len() as u64)
     }
 
-    /// The digest of its message at `offset`.
-    fn digest_at(&self, offset: u64) -> Option<u64> {
+    /// The digest of the message at `offset`, if the pack has it.
+    pub(super) fn digest_at(&self, offset: u64) -> Option<u64> {
         let place = usize::try_from(offset.checked_sub(self.begins())?).ok()?;
         self.0.get(place).map(digest_of)
     }
 
-    /// The offset of its last message, and its digest.
+    /// The offset and the digest of the last message.
     pub(super) fn last(&self) -> Option<(u64, u64)> {
         self.0.last().map(|last| (last.offset, digest_of(last)))
     }
 }
 
-/// What tells a copied message from another at its place.
+/// A digest that distinguishes a copied message from another one at the same offset.
 pub(super) fn digest_of(copied: &PackedMessage) -> u64 {
     digest(copied.body.as_bytes(), copied.message_id.as_deref())
 }
 
 impl PackedJournal {
-    /// `None`: this process doesn't know what the broker calls its user.
+    /// `None`: this process doesn't know the broker's name for its user.
     pub(super) fn of(link: &ConnectionPair, names: &Names, broker: &Broker) -> Option<Self> {
         if broker.address.is_external() {
             return None;
@@ -168,7 +208,7 @@ impl PackedJournal {
         &self.user
     }
 
-    /// A message of packed messages.
+    /// The message to publish for a pack with this body.
     pub(super) fn message(&self, body: Vec<u8>) -> OutgoingMessage {
         OutgoingMessage {
             key: self.queue.clone(),
@@ -182,7 +222,7 @@ impl PackedJournal {
         }
     }
 
-    /// Consumes it, if the broker begins that within `limit`.
+    /// Consumes the stream. The broker has `limit` to begin that.
     pub(super) async fn open(
         &self,
         from: AMQPValue,
@@ -196,7 +236,7 @@ impl PackedJournal {
         Ok(inbox.await?.with_lazy_acks())
     }
 
-    /// The packs that were written since `second`, by the broker's clock, up to now.
+    /// The packs that were written from `second`, by the broker's clock, until now.
     async fn since(&self, second: u64) -> Result<Option<WrittenPacks>, AskError> {
         let marker = self.message(b"[]".into());
         let id = marker.message_id.clone();
@@ -208,22 +248,55 @@ impl PackedJournal {
             return Ok(None);
         }
         let inbox = self.open(AMQPValue::Timestamp(second), PREFETCH, WAIT_MAX).await?;
-        Ok(Some(WrittenPacks { inbox, user: self.user.clone(), marker: id, has_warned: false }))
+        let reader = PackReader { user: self.user.clone(), marker: id, has_warned: false };
+        Ok(Some(WrittenPacks { inbox, reader }))
     }
 }
 
-/// What is read of the packs that are there.
+/// The packs that were written before a reader began.
 struct WrittenPacks {
     inbox: QueueConsumer,
+    reader: PackReader,
+}
+
+/// Tells these packs from what else is in their stream.
+struct PackReader {
     user: ShortString,
-    /// What was written last.
+    /// The id of the marker that this reader has written after these packs.
     marker: Option<ShortString>,
     has_warned: bool,
 }
 
-/// Packs, one after the other, as they were written.
+/// A message of the stream, as a [`PackReader`] takes it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+enum WrittenMessage {
+    Pack(Pack),
+    Skipped,
+    /// The reader's own marker: no more packs follow.
+    End,
+}
+
+impl PackReader {
+    fn read(&mut self, delivery: &Delivery) -> WrittenMessage {
+        if *delivery.properties.message_id() == self.marker {
+            return WrittenMessage::End;
+        }
+        match Pack::read(delivery, &self.user) {
+            Ok(pack) => WrittenMessage::Pack(pack),
+            Err(NoPack::Unreadable(reason)) => {
+                if !std::mem::replace(&mut self.has_warned, true) {
+                    tracing::warn!(%reason, "skipping a pack of the journal that can't be read");
+                }
+                WrittenMessage::Skipped
+            }
+            Err(NoPack::Marker | NoPack::Foreign) => WrittenMessage::Skipped,
+        }
+    }
+}
+
+/// Packs, in the order in which they were written.
 trait Packs {
-    /// `None`: no more are to be had.
+    /// `None`: no more packs will come.
     fn next(&mut self) -> impl Future<Output = Option<Pack>> + Send;
 }
 
@@ -233,36 +306,31 @@ impl Packs for WrittenPacks {
             let delivery = match timeout(WAIT_MAX, self.inbox.next()).await {
                 Ok(Ok(delivery)) => delivery,
                 Ok(Err(closed)) => {
-                    tracing::debug!(error = %ErrorChain(&closed), "no more packs are read");
+                    tracing::debug!(error = %ErrorChain(&closed), "lost the consumer of packs");
                     return None;
                 }
                 Err(_) => {
-                    tracing::debug!("no more packs are read: the broker delivers none");
+                    tracing::debug!("the broker delivers no more packs, though there are some");
                     return None;
                 }
             };
             self.inbox.ack(delivery.delivery_tag);
             self.inbox.flush();
-            if *delivery.properties.message_id() == self.marker {
-                return None;
-            }
-            match Pack::read(&delivery, &self.user) {
-                Ok(pack) => return Some(pack),
-                Err(NoPack::Unreadable(reason)) if !self.has_warned => {
-                    self.has_warned = true;
-                    tracing::warn!(%reason, "a pack of the journal can't be read and is skipped");
-                }
-                Err(_) => {}
+            match self.reader.read(&delivery) {
+                WrittenMessage::Pack(pack) => return Some(pack),
+                WrittenMessage::Skipped => {}
+                WrittenMessage::End => return None,
             }
         }
     }
 }
 
-/// The journal's messages, one after the other.
+/// The journal's messages, in order.
 trait Messages {
     fn next(&mut self) -> impl Future<Output = Result<Record, ReadError>> + Send;
 
-    /// Goes on at the offset `first`, if there is a message at `last` or behind it: whether there is.
+    /// Continues at the offset `first`, if there is a message at `last` or after it. Returns whether
+    /// there is.
     fn go_to(
         &mut self,
         first: u64,
@@ -292,21 +360,22 @@ impl Messages for JournalStream<'_> {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum ReadIn {
     Journal,
-    /// It is yet to be seen whether the journal has it.
+    /// Whether the journal has it too is checked later.
     Pack,
 }
 
-/// The reading of a window.
+/// Reads the window, from packs and from the journal.
 struct WindowReader<'a, M, R> {
     messages: M,
+    /// Takes each message.
     read: R,
-    /// The id of a message that was at the journal's end.
+    /// The id of a message that was at the journal's end when the reader began.
     marker: &'a ShortString,
     is_at_end: bool,
-    /// The offset that comes next, and the digest of the message before it.
+    /// The offset of the next message, and the digest of the one before it.
     next: u64,
     last_digest: u64,
-    /// More was read, from packs, than `messages` has told.
+    /// Whether packs have yielded messages that `messages` has not.
     is_ahead: bool,
 }
 
@@ -323,7 +392,7 @@ impl<M: Messages, R: FnMut(Record, ReadIn)> WindowReader<'_, M, R> {
         Ok(())
     }
 
-    /// Reads up to the marker, by `packs` where there are any: whether they were right.
+    /// Reads up to the marker, from `packs` where there are any. Returns whether the packs were valid.
     async fn read(&mut self, packs: Option<&mut impl Packs>) -> Result<bool, ReadError> {
         if let Some(packs) = packs
             && !self.read_packs(packs).await?
@@ -337,8 +406,8 @@ impl<M: Messages, R: FnMut(Record, ReadIn)> WindowReader<'_, M, R> {
     }
 
     async fn read_packs(&mut self, packs: &mut impl Packs) -> Result<bool, ReadError> {
-        // It has the message that was read last. What is new in it waits for a pack that goes on from
-        // there, or for the journal.
+        // This pack has the message that was read last. Its newer messages wait for a pack that continues
+        // it, or for the journal.
         let mut held: Option<Pack> = None;
         while let Some(pack) = packs.next().await {
             if let Some(before) = held.take() {
@@ -353,7 +422,7 @@ impl<M: Messages, R: FnMut(Record, ReadIn)> WindowReader<'_, M, R> {
                         held = Some(pack);
                         continue;
                     }
-                    // One of them is of another journal: the journal will show which.
+                    // One of the two is of another journal. The journal will show which.
                     Some(_) => {
                         held = Some(before);
                         continue;
@@ -387,11 +456,11 @@ impl<M: Messages, R: FnMut(Record, ReadIn)> WindowReader<'_, M, R> {
         }
     }
 
-    /// Goes on in the journal from the beginning of `pack`, which has the message that was read last:
-    /// whether each of its messages is there.
+    /// Continues in the journal from the beginning of `pack`, which has the message that was read last.
+    /// Returns whether the journal has each message of the pack.
     async fn check(&mut self, pack: &Pack) -> Result<bool, ReadError> {
         if !std::mem::take(&mut self.is_ahead) {
-            // All was read in the journal, which goes on from here.
+            // All messages so far came from the journal, which continues from here.
             return Ok(true);
         }
         if !self.messages.go_to(pack.begins(), pack.ends() - 1).await? {
@@ -410,10 +479,10 @@ impl<M: Messages, R: FnMut(Record, ReadIn)> WindowReader<'_, M, R> {
     }
 }
 
-/// Reads everything that is in the journal since `from`, and then stays at its end.
+/// Reads the journal from `from` to its end, and then follows it.
 ///
-/// `begin` is told where reading begins and from when on nothing is missing; `read` each message. If
-/// it turns out that packs were not right, both are told everything anew.
+/// `begin` gets the first offset and the moment since which no record is missing; `read` gets each
+/// message. If packs turn out to be invalid, both are called again from the beginning.
 pub(super) async fn attach(
     journal: &Journal,
     mut packed: Option<&PackedJournal>,
@@ -424,13 +493,13 @@ pub(super) async fn attach(
 ) -> Result<Tail, ReadError> {
     let marker = journal.mark().await?;
     loop {
-        // At once: a broker that misses a node takes its time for each.
+        // In parallel: a broker that misses a node is slow to answer each of them.
         let end = async { if packed.is_some() { journal.end().await.map(Some) } else { Ok(None) } };
         let opening = journal.open_at(from, clock_margin, &marker);
         let (end, (tail, first, reaches)) = try_join(end, opening).await?;
         let is_long = end.is_some_and(|end| end.saturating_sub(first.offset) > WORTH_READING);
         let packs = match packed.filter(|_| is_long) {
-            // A pack is written after what it holds.
+            // A pack is written after the messages that it holds.
             Some(packed) => packed.since((from - clock_margin).as_millis() / 1000).await,
             None => Ok(None),
         };
@@ -438,7 +507,7 @@ pub(super) async fn attach(
             tracing::debug!(error = %ErrorChain(&error), "no packs are read");
             None
         });
-        let mut reading = WindowReader {
+        let mut reader = WindowReader {
             messages: JournalStream { journal, tail },
             read: &mut read,
             marker: &marker,
@@ -448,19 +517,19 @@ pub(super) async fn attach(
             is_ahead: false,
         };
         begin(first.offset, reaches);
-        reading.take(first, ReadIn::Journal);
-        let read = reading.read(packs.as_mut()).await;
+        reader.take(first, ReadIn::Journal);
+        let read = reader.read(packs.as_mut()).await;
         if let Some(packs) = packs {
             tokio::spawn(packs.inbox.close());
         }
         if read? {
-            return Ok(reading.messages.tail);
+            return Ok(reader.messages.tail);
         }
         tracing::warn!(
-            "the packs of the journal do not agree with it, as where it has lost its end or was made \
-             anew; they are ignored, and it is read itself"
+            "the packs of the journal do not agree with it, as after it has lost its end or was created \
+             again; ignoring the packs and reading the journal"
         );
-        reading.messages.tail.close().await;
+        reader.messages.tail.close().await;
         packed = None;
     }
 }
@@ -470,15 +539,19 @@ mod tests {
     use std::collections::VecDeque;
 
     use futures_util::FutureExt as _;
-    use lapin::types::ShortString;
+    use lapin::{BasicProperties, message::Delivery, types::ShortString};
     use proptest::prelude::{Just, Strategy, any, prop, prop_oneof, proptest};
 
     use super::{
-        MESSAGES_MAX, Messages, NoPack, Pack, PackedMessage, Packs, ReadIn, WindowReader, digest_of,
+        Kind, MESSAGES_MAX, Messages, NoPack, Pack, PackReader, PackedMessage, Packs, ReadIn,
+        WindowReader, WrittenMessage, digest_of,
     };
-    use crate::worker::journal::{ReadError, Record};
+    use crate::{
+        wire::message::{BODY_MAX, Items},
+        worker::journal::{ReadError, Record},
+    };
 
-    /// A journal of which the offsets are places.
+    /// A journal in memory, whose first offset is zero.
     struct Log {
         journal: Vec<PackedMessage>,
         at: usize,
@@ -537,7 +610,7 @@ mod tests {
         let marker = ShortString::from(&**journal[end].message_id.as_ref().unwrap());
         let mut log = Log { journal: journal.to_vec(), at: first };
         let begun = log.next().now_or_never().unwrap().unwrap();
-        let mut reading = WindowReader {
+        let mut reader = WindowReader {
             messages: log,
             read: |record: Record, read_in| {
                 messages.push((record.offset, record.digest));
@@ -549,9 +622,9 @@ mod tests {
             last_digest: begun.digest,
             is_ahead: false,
         };
-        reading.take(begun, ReadIn::Journal);
+        reader.take(begun, ReadIn::Journal);
         let mut packs = Written(packs.into());
-        let is_right = reading.read(Some(&mut packs)).now_or_never().unwrap().unwrap();
+        let is_right = reader.read(Some(&mut packs)).now_or_never().unwrap().unwrap();
         Told { is_right, messages, n_packed }
     }
 
@@ -569,7 +642,7 @@ mod tests {
     }
 
     #[test]
-    fn packs_that_come_twice_or_overlap_or_are_of_before_do_no_harm() {
+    fn repeated_overlapping_and_old_packs_do_no_harm() {
         let journal = journal(40);
         let packs = [(0, 3), (0, 11), (0, 11), (5, 10), (2, 4), (14, 11), (10, 4), (20, 11)];
         let packs = packs.map(|(first, len)| pack(&journal, first, len));
@@ -579,7 +652,7 @@ mod tests {
     }
 
     #[test]
-    fn what_no_pack_has_is_read_in_the_journal() {
+    fn messages_that_no_pack_has_are_read_in_the_journal() {
         let journal = journal(60);
         // The second run goes on from nothing that the first one ends with.
         let packs = [(5, 6), (10, 6), (20, 6), (25, 6), (30, 6)];
@@ -602,7 +675,7 @@ mod tests {
     /// The first pack has more than was left of the journal; what was written after that doesn't go on
     /// from there.
     #[test]
-    fn packs_of_an_end_that_was_lost_are_noticed() {
+    fn packs_of_a_lost_end_are_detected() {
         let journal = journal(40);
         let lost: Vec<_> = (0..40).map(|place| message(usize::from(place >= 18), place)).collect();
         let of_lost = [pack(&lost, 0, 11), pack(&lost, 10, 11)];
@@ -617,7 +690,7 @@ mod tests {
     }
 
     #[test]
-    fn packs_of_another_journal_are_passed_over() {
+    fn packs_of_another_journal_are_skipped() {
         let journal = journal(40);
         let other: Vec<_> = (0..40).map(|place| message(1, place)).collect();
         let packs = [pack(&other, 0, 11), pack(&other, 10, 11), pack(&journal, 10, 11)];
@@ -628,7 +701,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pack_is_what_is_consecutive_and_not_too_long() {
+    fn a_pack_has_consecutive_offsets_and_a_limited_length() {
         let journal = journal(MESSAGES_MAX + 1);
         assert_eq!(Pack::of(Vec::new()), Err(NoPack::Marker));
         assert!(Pack::of(journal[..MESSAGES_MAX].to_vec()).is_ok());
@@ -639,6 +712,177 @@ mod tests {
         let mut last = message(0, 0);
         last.offset = u64::MAX;
         assert_eq!(refused(vec![last.clone(), last]), "its offsets are not consecutive");
+    }
+
+    #[test]
+    fn a_pack_has_a_digest_at_each_of_its_offsets_and_at_no_other() {
+        let journal = journal(20);
+        let pack = pack(&journal, 5, 10);
+        assert_eq!((pack.begins(), pack.ends()), (5, 15));
+        for copied in &journal {
+            let offset = copied.offset;
+            let expected = (5..15).contains(&offset).then(|| digest_of(copied));
+            assert_eq!(pack.digest_at(offset), expected, "{offset}");
+        }
+        assert_eq!(pack.digest_at(u64::MAX), None);
+        assert_eq!(pack.last(), Some((14, digest_of(&journal[14]))));
+    }
+
+    /// All markers have the same body, and a body may be that of another message.
+    #[test]
+    fn a_digest_depends_on_body_and_id() {
+        let this = message(0, 1);
+        assert_ne!(digest_of(&this), digest_of(&message(1, 1)));
+        assert_ne!(
+            digest_of(&this),
+            digest_of(&PackedMessage { message_id: None, ..this.clone() })
+        );
+        let other_body = PackedMessage { body: "[ ]".into(), ..this.clone() };
+        assert_ne!(digest_of(&this), digest_of(&other_body));
+        // A record of the journal has the same digest.
+        assert_eq!(Record::copied(this.clone()).digest, digest_of(&this));
+    }
+
+    const USER: &str = "workers";
+
+    fn properties() -> BasicProperties {
+        BasicProperties::default().with_user_id(USER.into()).with_type(Kind::Pack.as_type().into())
+    }
+
+    fn delivery(properties: BasicProperties, body: &[u8]) -> Delivery {
+        let mut delivery = Delivery::mock(1, "".into(), "packs".into(), false, body.to_vec());
+        delivery.properties = properties;
+        delivery
+    }
+
+    fn body(messages: &[PackedMessage]) -> Vec<u8> {
+        let mut items = Items::new();
+        messages.iter().for_each(|copied| items.push(copied).unwrap());
+        items.into_body()
+    }
+
+    fn reader() -> PackReader {
+        PackReader { user: USER.into(), marker: Some("p1".into()), has_warned: false }
+    }
+
+    #[test]
+    fn a_pack_of_this_workers_user_is_read() {
+        let journal = journal(3);
+        let delivery = delivery(properties(), &body(&journal));
+        let expected = WrittenMessage::Pack(Pack::of(journal).unwrap());
+        assert_eq!(reader().read(&delivery), expected);
+    }
+
+    #[test]
+    fn a_pack_that_the_broker_does_not_ascribe_to_this_workers_user_is_skipped() {
+        let good = body(&journal(3));
+        let nobodys = || BasicProperties::default().with_type(Kind::Pack.as_type().into());
+        for user in [None, Some("guest"), Some(""), Some("Workers"), Some("workers2")] {
+            let properties = match user {
+                None => nobodys(),
+                Some(user) => nobodys().with_user_id(user.into()),
+            };
+            let delivery = delivery(properties, &good);
+            assert_eq!(Pack::read(&delivery, &USER.into()), Err(NoPack::Foreign), "{user:?}");
+            assert_eq!(reader().read(&delivery), WrittenMessage::Skipped, "{user:?}");
+        }
+    }
+
+    #[test]
+    fn a_message_that_is_no_pack_is_refused_with_the_reason() {
+        let good = journal(4);
+        let refused = |properties, body: &[u8]| {
+            let delivery = delivery(properties, body);
+            let mut reader = reader();
+            assert_eq!(reader.read(&delivery), WrittenMessage::Skipped);
+            assert!(reader.has_warned);
+            Pack::read(&delivery, &USER.into()).unwrap_err().to_string()
+        };
+        let untyped = BasicProperties::default().with_user_id(USER.into());
+        let decision = untyped.clone().with_type(Kind::Decision.as_type().into());
+        for properties in [untyped, decision] {
+            let reason = "its type is not that of a pack";
+            assert_eq!(refused(properties, &body(&good)), reason);
+        }
+        let jump = [good[0].clone(), good[2].clone()];
+        let backwards = [good[1].clone(), good[0].clone()];
+        let twice = [good[1].clone(), good[1].clone()];
+        for messages in [jump, backwards, twice] {
+            let reason = "its offsets are not consecutive";
+            assert_eq!(refused(properties(), &body(&messages)), reason);
+        }
+        let one_bad =
+            String::from_utf8(body(&good)).unwrap().replace("\"offset\":2", "\"offset\":-2");
+        assert!(one_bad.contains("-2"));
+        for (body, reason) in [
+            (&b"\xff"[..], "UTF-8"),
+            (b"", "JSON"),
+            (b"[", "JSON"),
+            (b"{}", "array"),
+            (one_bad.as_bytes(), "$[2].offset is -2"),
+            (&vec![b' '; BODY_MAX + 1], "bytes"),
+        ] {
+            let refused = refused(properties(), body);
+            assert!(refused.contains(reason), "{refused}");
+        }
+    }
+
+    #[test]
+    fn the_marker_of_another_reader_is_skipped_and_the_own_one_is_the_end() {
+        let mut reader = reader();
+        let marker = |id: &str| delivery(properties().with_message_id(id.into()), b"[]");
+        assert_eq!(reader.read(&delivery(properties(), b"[]")), WrittenMessage::Skipped);
+        assert_eq!(reader.read(&marker("p2")), WrittenMessage::Skipped);
+        assert_eq!(reader.read(&marker("p1")), WrittenMessage::End);
+        assert!(!reader.has_warned, "markers are no pack, and no mistake");
+    }
+
+    /// A journal that delivers `left` more messages, and then nothing.
+    struct FallsSilent {
+        log: Log,
+        left: usize,
+    }
+
+    impl Messages for FallsSilent {
+        async fn next(&mut self) -> Result<Record, ReadError> {
+            self.left = self.left.checked_sub(1).ok_or(ReadError::Silent)?;
+            self.log.next().await
+        }
+
+        async fn go_to(&mut self, first: u64, last: u64) -> Result<bool, ReadError> {
+            self.log.go_to(first, last).await
+        }
+    }
+
+    #[test]
+    fn a_journal_that_falls_silent_anywhere_ends_the_reading_with_an_error() {
+        let journal = journal(60);
+        // Two runs, with a gap before, between and after them.
+        let packs = [(5, 6), (10, 6), (20, 6), (25, 6)];
+        let packs = packs.map(|(first, len)| pack(&journal, first, len));
+        let marker = ShortString::from("0-59");
+        // A gap and the last pack of a run, twice; and the rest.
+        let needed = 5 + 6 + (20 - 15) + 6 + (59 - 30);
+        for left in 0..=needed {
+            let mut messages = Vec::new();
+            let mut reader = WindowReader {
+                messages: FallsSilent { log: Log { journal: journal.clone(), at: 1 }, left },
+                read: |record: Record, _| messages.push((record.offset, record.digest)),
+                marker: &marker,
+                is_at_end: false,
+                next: 0,
+                last_digest: 0,
+                is_ahead: false,
+            };
+            reader.take(Record::copied(journal[0].clone()), ReadIn::Journal);
+            let mut packs = Written(packs.clone().into());
+            let read = reader.read(Some(&mut packs)).now_or_never().unwrap();
+            match left < needed {
+                true => assert!(matches!(read, Err(ReadError::Silent)), "{left}: {read:?}"),
+                false => assert!(matches!(read, Ok(true)), "{left}: {read:?}"),
+            }
+            assert_eq!(messages, told_by_journal(&journal, 0)[..messages.len()]);
+        }
     }
 
     const LEN: usize = 50;
@@ -658,9 +902,9 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever packs there are, of whichever state of the journal and in whichever order.
+        /// With any packs, of any state of the journal, in any order.
         #[test]
-        fn what_is_told_by_packs_is_what_the_journal_tells_or_they_are_noticed(
+        fn packs_yield_what_the_journal_has_or_are_detected(
             histories in histories(),
             packs in prop::collection::vec((any::<prop::sample::Index>(), 0..LEN, 1..20_usize), 0..20),
             is_sorted in prop_oneof![Just(true), any::<bool>()],

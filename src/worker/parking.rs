@@ -1,26 +1,26 @@
-//! Commits that are being parked: first the command is made safe, in the durable queue of its
-//! service; then the record of it is written.
+//! Parks commits: first the command is made safe in the durable queue of its service, then the record is
+//! written.
 //!
-//! A command in that queue is there until an instance has applied it and said so to a worker, which
-//! acknowledges that only when a `settled` record is safe. So whatever is recorded as parked will be
-//! recorded as settled, whoever dies meanwhile, and nobody else has to write that: not a worker that
-//! takes over the request, and can't know whether anything was parked for it.
+//! The command stays in that queue until an instance has applied it and has told a worker, and the worker
+//! acknowledges that message only when a `settled` record is safe. So every `parked` record gets its
+//! `settled` record, whichever process crashes meanwhile. A worker that takes over the request need not
+//! write one; it can't know whether the commit was parked.
 //!
-//! **Invariant:** no record says that a commit is parked before its command is safe; but for a queue
-//! that has not taken it for as long as the coordinator waits for the record. Then the record is
-//! written all the same, since a service's queue may not hold up a result, and the command is still
-//! published until the queue takes it. What is lost if this worker dies before that is the `settled`
-//! record, and nothing of the transaction: its instances ask for the outcome.
+//! **Invariant:** no record says that a commit is parked before its command is safe. There is one
+//! exception: if the service's queue has not taken the command for as long as the coordinator waits for
+//! the record, the worker writes the record, since a service's queue must not hold up a result. It still
+//! publishes the command until the queue takes it. If the worker crashes before that, the `settled` record
+//! is lost, but nothing of the transaction: the instances inquire about the outcome.
 
 use std::collections::BTreeMap;
 
 use crate::protocol::ids::{ServiceName, TransactionKey};
 
-/// How many commits may have a command that is not safe yet, or a record that isn't. Further ones
-/// are parked when there is room: until then their transactions are in flight.
+/// How many commits may be in the process of being parked. Further ones are parked when there is room;
+/// until then their transactions stay in flight.
 const PARKING_MAX: usize = 4096;
 
-/// How far each commit has come.
+/// The commits that are being parked.
 #[derive(Debug, Default)]
 pub(super) struct Parking {
     commits: BTreeMap<(TransactionKey, ServiceName), Stage>,
@@ -28,27 +28,27 @@ pub(super) struct Parking {
 
 #[derive(Clone, Copy, Debug)]
 enum Stage {
-    /// Its command is on its way, and nothing is recorded.
+    /// The command is on its way. Nothing is recorded.
     Queueing,
-    /// Its command is on its way, which takes too long; so it is recorded.
+    /// The command takes too long, so the record is written before it is safe.
     Overtaken { is_recorded: bool },
-    /// Its command is safe, and its record on its way.
+    /// The command is safe, and the record is on its way.
     Recording,
 }
 
-/// What is to be done next.
+/// The next step.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum ParkingStep {
-    /// Publish its command.
+    /// Publish the command.
     Queue,
     /// Write the record.
     Record,
-    /// Nothing, for now.
+    /// Wait.
     Wait,
 }
 
 impl Parking {
-    /// The coordinator asks for it: for the first time, or since it has waited for too long.
+    /// The coordinator asks to park a commit: for the first time, or because it has waited too long.
     pub(super) fn asked(&mut self, key: &TransactionKey, service: &ServiceName) -> ParkingStep {
         let of = (key.clone(), service.clone());
         let is_full = self.commits.len() >= PARKING_MAX;
@@ -56,8 +56,8 @@ impl Parking {
             Some(stage @ Stage::Queueing) => {
                 tracing::warn!(
                     transaction = %key, %service,
-                    "the queue of a service has not taken a parked commit for as long as its record \
-                     waits for that; it is recorded now, and still published"
+                    "the queue of a service has not taken a parked commit in time; recording it now, and \
+                     still publishing it"
                 );
                 *stage = Stage::Overtaken { is_recorded: false };
                 ParkingStep::Record
@@ -66,7 +66,7 @@ impl Parking {
             None if is_full => {
                 tracing::warn!(
                     transaction = %key, %service, waiting = PARKING_MAX,
-                    "a commit can't be parked yet: too many others are not safe"
+                    "a commit can't be parked yet: too many others are being parked"
                 );
                 ParkingStep::Wait
             }
@@ -77,7 +77,7 @@ impl Parking {
         }
     }
 
-    /// Its command is safe.
+    /// The command is safe.
     pub(super) fn queued(&mut self, key: &TransactionKey, service: &ServiceName) -> ParkingStep {
         let of = (key.clone(), service.clone());
         let Some(stage) = self.commits.get_mut(&of) else { return ParkingStep::Wait };
@@ -97,7 +97,7 @@ impl Parking {
         }
     }
 
-    /// Its record is safe.
+    /// The record is safe.
     pub(super) fn recorded(&mut self, key: &TransactionKey, service: &ServiceName) {
         let of = (key.clone(), service.clone());
         match self.commits.get_mut(&of) {
@@ -142,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn a_queue_that_takes_nothing_holds_up_a_record_until_it_is_asked_for_again() {
+    fn a_queue_that_takes_nothing_delays_the_record_until_the_coordinator_asks_again() {
         let mut parking = Parking::default();
         assert_eq!(parking.asked(&key(1), &stock()), ParkingStep::Queue);
         assert_eq!(parking.asked(&key(1), &stock()), ParkingStep::Record);
@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn a_command_that_becomes_safe_while_the_record_is_written_writes_no_second_one() {
+    fn a_command_that_becomes_safe_while_the_record_is_written_causes_no_second_record() {
         let mut parking = Parking::default();
         parking.asked(&key(1), &stock());
         assert_eq!(parking.asked(&key(1), &stock()), ParkingStep::Record);

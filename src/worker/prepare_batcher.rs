@@ -1,11 +1,11 @@
-//! Prepares that travel batcher.
+//! Puts several prepares in one message.
 //!
-//! A prepare takes a slot. While the broker is to see to it that there is one, each is a message of
-//! its own; where slots abound, as far as is known, several go in one message, which costs the broker
-//! hardly more than one of them would. How many it would have is for an instance to say, and any
-//! instance of a service may get the message: so the smallest number that one of them has said
-//! counts, and one until something is heard. Whoever has not said anything yet may get what the
-//! others have asked for, and takes it as the protocol demands.
+//! A prepare takes a slot. If slots may be scarce, each prepare is a message of its own, so that the broker
+//! enforces the cap. If many slots are free, as far as is known, several prepares share a message, which
+//! costs the broker hardly more than a single one. An instance says how many it takes in one message. Any
+//! instance of the service may get the message, so the smallest number counts, and one until an instance
+//! has said a number. An instance that has said none yet may get as many as the others take, and the
+//! protocol requires that it accepts them.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -19,15 +19,15 @@ use crate::{
     wire::message::Items,
 };
 
-/// How long it counts that an instance takes fewer than others of its service: longer than any
-/// instance that votes is silent.
+/// How long the smallest number counts after an instance has said it. No instance that votes is silent for
+/// so long.
 const FEWER_FOR: Duration = Duration::from_secs(60);
 
-/// So many times the slots that a full message takes must be free: then none of its prepares waits
-/// at an instance, where the broker wouldn't see it.
+/// A message of several prepares is sent only if so many times their number of slots are free. Then none
+/// of them waits at an instance, where the broker can't return it.
 const SPARE_FOR_EACH: u32 = 4;
 
-/// Of how many services it is known what their instances take; to others prepares go singly.
+/// For how many services the number is remembered. Others get one prepare in a message.
 const SERVICES_MAX: usize = 4096;
 
 /// The prepares of one message.
@@ -44,7 +44,7 @@ impl Prepares {
         one
     }
 
-    /// Whether there was room for it.
+    /// Returns whether it fits.
     fn add(&mut self, prepare: &Prepare) -> bool {
         let fits = self.items.push(prepare).is_ok();
         if fits {
@@ -54,15 +54,15 @@ impl Prepares {
     }
 }
 
-/// What the instances of a service take.
+/// How many prepares the instances of a service take in one message.
 #[derive(Clone, Copy, Debug)]
 struct Room {
     prepares_max: u16,
-    /// When one of them took no more than that.
+    /// When an instance said this number last.
     said_at: Instant,
 }
 
-/// What waits for more of its kind until the next flush.
+/// The prepares that wait for the next flush.
 #[derive(Debug, Default)]
 pub(super) struct PrepareBatcher {
     rooms: BTreeMap<ServiceName, Room>,
@@ -70,7 +70,7 @@ pub(super) struct PrepareBatcher {
 }
 
 impl PrepareBatcher {
-    /// An instance of `service` takes so many prepares in one message.
+    /// An instance of `service` has said how many prepares it takes in one message.
     pub(super) fn announced(&mut self, service: ServiceName, prepares_max: u16, now: Instant) {
         let said = Room { prepares_max, said_at: now };
         if let Some(room) = self.rooms.get_mut(&service) {
@@ -82,7 +82,7 @@ impl PrepareBatcher {
         }
     }
 
-    /// One more prepare, with so many slots free; what is to be written at once, if anything is.
+    /// Adds a prepare; `spare`: how many slots are free. Returns the message to publish at once, if any.
     pub(super) fn add(
         &mut self,
         service: &ServiceName,
@@ -91,7 +91,7 @@ impl PrepareBatcher {
     ) -> Option<Prepares> {
         let prepares_max = self.rooms.get(service).map_or(1, |room| room.prepares_max);
         let abound = spare >= u32::from(prepares_max).saturating_mul(SPARE_FOR_EACH);
-        // What may have been prepared before is on somebody's way already.
+        // A repeated prepare may hold up another transaction: it must not wait.
         if prepares_max <= 1 || !abound || prepare.repeated {
             return Some(Prepares::one(prepare));
         }
@@ -103,7 +103,7 @@ impl PrepareBatcher {
         if is_full { self.gathered.remove(service) } else { None }
     }
 
-    /// All that was gathered.
+    /// Takes all messages that were gathered.
     pub(super) fn take(&mut self) -> BTreeMap<ServiceName, Prepares> {
         std::mem::take(&mut self.gathered)
     }
@@ -148,7 +148,7 @@ mod tests {
         batcher
     }
 
-    /// How many prepares the messages hold that are written for so many.
+    /// The number of prepares in each message that is written for `n` prepares.
     fn written(batcher: &mut PrepareBatcher, n: usize, spare: u32) -> Vec<usize> {
         let at_once = (0..n).filter_map(|it| batcher.add(&service(), &prepare(it), spare));
         let mut written: Vec<_> = at_once.map(|it| it.keys.len()).collect();
@@ -157,20 +157,20 @@ mod tests {
     }
 
     #[test]
-    fn until_an_instance_has_said_that_it_takes_more_prepares_go_singly() {
+    fn each_prepare_is_a_message_until_an_instance_has_announced_that_it_takes_more() {
         assert_eq!(written(&mut PrepareBatcher::default(), 3, PLENTY), [1, 1, 1]);
         assert_eq!(written(&mut announced(1), 3, PLENTY), [1, 1, 1]);
         assert_eq!(written(&mut announced(4), 10, PLENTY), [4, 4, 2]);
     }
 
     #[test]
-    fn where_slots_are_scarce_each_prepare_is_the_brokers_to_give_out() {
+    fn each_prepare_is_a_message_while_slots_are_scarce() {
         assert_eq!(written(&mut announced(4), 3, 15), [1, 1, 1]);
         assert_eq!(written(&mut announced(4), 3, 16), [3]);
     }
 
     #[test]
-    fn the_instance_that_takes_fewest_counts_for_a_while() {
+    fn the_smallest_announced_number_counts_for_a_while() {
         let mut batcher = announced(16);
         let now = Instant::now();
         batcher.announced(service(), 1, now);
@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn what_may_have_been_prepared_before_goes_alone() {
+    fn a_repeated_prepare_is_a_message_of_its_own() {
         let mut batcher = announced(16);
         let repeated = Prepare { repeated: true, ..prepare(1) };
         let alone = batcher.add(&service(), &repeated, PLENTY).unwrap();
@@ -189,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_holds_no_more_than_fits_and_loses_none() {
+    fn a_message_holds_as_many_prepares_as_fit_and_none_is_lost() {
         let mut batcher = announced(16);
         let data = format!(r#"{{"x":"{}"}}"#, "x".repeat(BODY_MAX / 3));
         let mut messages = Vec::new();

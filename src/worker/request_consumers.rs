@@ -1,4 +1,4 @@
-//! Where requests come from: one queue, by one consumer or two.
+//! The consumers of the queue of requests: one, or two.
 //!
 //! The first consumer takes as many requests as may be in flight. Some of them may wait in the
 //! worker for a slot of a full service; if many do, they would keep out others that could be worked
@@ -30,7 +30,7 @@ struct RequestConsumer {
     /// Deliveries that are not settled.
     held: usize,
     cancelled: bool,
-    /// All that was on its way has come.
+    /// Whether all its deliveries have come.
     ended: bool,
 }
 
@@ -71,7 +71,7 @@ impl RequestConsumers {
         self.sources.values().filter(|source| !source.cancelled).count()
     }
 
-    /// Takes no more by all consumers but the first `keep`.
+    /// Cancels all consumers except the first `keep`.
     pub(super) async fn cancel_all_but(&mut self, keep: usize) -> Result<(), AskError> {
         let taking = self.sources.values_mut().filter(|source| !source.cancelled);
         for source in taking.skip(keep) {
@@ -93,7 +93,7 @@ impl RequestConsumers {
                     let tag = message.delivery_tag << SOURCE_BITS;
                     return Poll::Ready(Ok((Delivery(tag | u64::from(number)), message)));
                 }
-                // Ended by ourselves.
+                // This worker has cancelled it.
                 Poll::Ready(Err(ConsumerError::Cancelled { .. })) if source.cancelled => {
                     source.ended = true;
                 }
@@ -125,7 +125,7 @@ impl RequestConsumers {
         }
     }
 
-    /// Tells the broker, and forgets the consumers that are done with.
+    /// Sends the acknowledgements, and drops the consumers that have ended.
     pub(super) fn flush(&mut self) {
         for source in self.sources.values_mut() {
             source.inbox.flush();

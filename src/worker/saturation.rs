@@ -1,19 +1,20 @@
-//! When a worker takes more requests than it works on, so that those that wait for a full service
-//! don't keep out others.
+//! Decides when a worker takes more requests than it works on, so that requests that wait for a full
+//! service don't keep out others.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// How long most of what is in flight must have been waiting for slots before more requests are
-/// taken: longer than a worker needs to learn of its services' slots when it starts.
+/// How long most transactions must have waited for slots before the worker takes more requests: longer than
+/// it needs to learn of its services' slots when it starts.
 const SATURATED_FOR: Duration = Duration::from_millis(250);
 
-/// How long nothing must have been waiting before fewer are taken again. The broker takes back what
-/// is on its way to a consumer that ends, and that is then looked into as if it had been begun.
+/// How long no transaction must have waited before the worker takes fewer requests again. When a consumer
+/// ends, the broker requeues what is on its way to it, and workers treat such requests as if another worker
+/// had begun them.
 const IDLE_FOR: Duration = Duration::from_secs(2);
 
-/// Since when most of what is in flight waits for slots, or nothing does.
+/// Since when most transactions have waited for slots, or none has.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Saturation {
     saturated_since: Option<Instant>,
@@ -23,16 +24,17 @@ pub(super) struct Saturation {
 /// How many consumers of requests there should be.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Wanted {
-    /// As there are.
+    /// As many as there are.
     Same,
     /// One more.
     More,
-    /// The first alone.
+    /// Only the first one.
     One,
 }
 
 impl Saturation {
-    /// So many transactions wait, of so many that may be in flight; there are `consumers` of requests.
+    /// `waiting`: how many transactions wait for slots. `consumers`: how many consumers of requests there
+    /// are.
     pub(super) fn observe(
         &mut self,
         waiting: usize,
@@ -53,7 +55,7 @@ impl Saturation {
         }
     }
 
-    /// When to look again though nothing happens.
+    /// When to observe again even if nothing happens.
     pub(super) fn wake_at(&self, consumers: usize) -> Option<Instant> {
         let saturated = self.saturated_since.filter(|_| consumers == 1);
         saturated.map(|since| since + SATURATED_FOR)
@@ -69,7 +71,7 @@ mod tests {
     use super::{IDLE_FOR, SATURATED_FOR, Saturation, Wanted};
 
     #[test]
-    fn more_are_taken_once_most_have_waited_for_a_while_and_fewer_once_none_has() {
+    fn more_requests_are_taken_once_most_have_waited_for_a_while_and_fewer_once_none_has() {
         let mut saturation = Saturation::default();
         let start = Instant::now();
         assert_eq!(saturation.observe(129, 256, 1, start), Wanted::Same);

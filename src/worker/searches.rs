@@ -1,10 +1,10 @@
-//! Looking for the services that the coordinator asks for, until they are found or known to be
-//! missing; and whether anybody serves them.
+//! Looks for the services that the coordinator asks for, until they are found or known to be missing; and
+//! finds out whether a service has instances.
 //!
-//! A prepare that comes back tells that no slot was free in time: of an instance that is busy, or of
-//! none. The queue knows which: so it is looked at before the coordinator is told, but no more often
-//! than every [`SERVED_FOR`]; and also when something isn't answered. A service that nobody serves is
-//! looked at until somebody does.
+//! A prepare comes back if no slot was free in time: because instances are busy, or because there is none.
+//! The service's queue tells which, by its number of consumers. So the worker looks at the queue before it
+//! reports the prepare to the coordinator, at most once every [`SERVED_FOR`]; and also when a command is
+//! not answered. It looks again at a service without instances until there is one.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -26,46 +26,47 @@ use crate::{
     },
 };
 
-/// The first pause before a service is looked for again that can't be reached, and the longest.
+/// The pause before the worker looks again for a service that can't be reached: the first one, and the
+/// longest.
 const PAUSE_FIRST: Duration = Duration::from_millis(500);
 const PAUSE_MAX: Duration = Duration::from_secs(2);
 
-/// The same for a service that nobody serves. An instance that comes is heard of sooner, if anybody
-/// waits for it.
+/// The same for a service without instances. If a transaction waits for it, the vote of a new instance
+/// comes sooner.
 const UNSERVED_PAUSE_FIRST: Duration = Duration::from_secs(1);
 const UNSERVED_PAUSE_MAX: Duration = Duration::from_secs(5);
 
-/// How long it holds that a service is served.
+/// For how long a look that found instances counts.
 const SERVED_FOR: Duration = Duration::from_secs(2);
 
-/// How long a prepare that came back is kept until it is known whether its service is served, and
-/// how many of a service are.
+/// How long to keep a prepare that came back, until it is known whether its service has instances; and
+/// how many to keep for each service.
 const KEPT_FOR: Duration = Duration::from_millis(500);
 const KEPT_MAX: usize = 4096;
 
-/// How long after a look a service that nobody served is looked at again because it says something:
-/// an instance that is stopping says much, and takes nothing.
+/// How soon after a look the worker looks again because a service without instances has sent something:
+/// an instance that is stopping still sends messages, and takes none.
 const HEARD_AFTER: Duration = Duration::from_millis(250);
 
-/// Of how many services it is remembered that they are served.
+/// For how many services it is remembered that they have instances.
 const REMEMBERED_MAX: usize = 4096;
 
-/// The services that are looked for, and what is known of those that were.
+/// The services that the worker looks for, and what it has found.
 #[derive(Debug)]
 pub(super) struct Searches {
     names: Names,
     lookups: QueueLookup,
     under_way: FuturesUnordered<BoxFuture<'static, (Look, ServicePresence)>>,
-    services: BTreeMap<ServiceName, Sight>,
+    services: BTreeMap<ServiceName, KnownService>,
     /// How many looks were begun.
     looks: u64,
-    /// What is to be told.
+    /// Events for the coordinator.
     ready: VecDeque<Event>,
 }
 
 /// What is known of a service.
 #[derive(Debug)]
-struct Sight {
+struct KnownService {
     state: State,
     /// The number of the look whose answer counts.
     look: u64,
@@ -73,13 +74,13 @@ struct Sight {
 
 #[derive(Debug)]
 enum State {
-    /// The coordinator waits until it is found; `unavailable`: why that takes so long.
+    /// The coordinator waits for it. `unavailable`: why it is not found yet.
     Sought { unavailable: Option<String> },
-    /// Its prepares came back, and are kept until it is known whether anybody serves it.
+    /// Prepares came back, and are kept until it is known whether the service has instances.
     Checked { kept: Vec<Event> },
-    /// Somebody served it `at` that time, as far as is known. It isn't looked for.
+    /// It had an instance `at` that time, as far as is known. The worker doesn't look for it.
     Served { at: Instant },
-    /// Nobody did `at` that time.
+    /// It had no instance `at` that time.
     Unserved { at: Instant },
 }
 
@@ -92,10 +93,10 @@ struct Look {
 
 enum ServicePresence {
     Served,
-    /// It is there, and nobody takes what is sent to it.
+    /// It has a queue, and no instance consumes that.
     Unserved,
     Missing,
-    /// It can't be reached now: for this reason.
+    /// It can't be reached, for this reason.
     Unavailable(String),
 }
 
@@ -118,11 +119,11 @@ impl Searches {
         self.look(service, after, Backoff::new(PAUSE_FIRST, PAUSE_MAX));
     }
 
-    /// `event` has happened. It is to be handled at once, unless a prepare came back and it is to be
-    /// known first whether anybody serves its service: then it comes later.
+    /// Returns `event` if the coordinator may have it at once. If a prepare came back, and the worker has
+    /// to find out first whether its service has instances, the event is kept and comes later.
     pub(super) fn sift(&mut self, event: Event) -> Option<Event> {
         let Event::PrepareReturned { service, .. } = &event else { return Some(event) };
-        match self.services.get_mut(service).map(|sight| &mut sight.state) {
+        match self.services.get_mut(service).map(|known| &mut known.state) {
             Some(State::Sought { .. } | State::Unserved { .. }) => Some(event),
             Some(State::Served { at }) if at.elapsed() < SERVED_FOR => Some(event),
             Some(State::Checked { kept }) if kept.len() >= KEPT_MAX => Some(event),
@@ -138,10 +139,9 @@ impl Searches {
         }
     }
 
-    /// Something that was sent to `service` is not answered: whether anybody serves it is to be
-    /// known.
+    /// A message to `service` was not answered: finds out whether the service has instances.
     pub(super) fn check(&mut self, service: &ServiceName) {
-        match self.services.get(service).map(|sight| &sight.state) {
+        match self.services.get(service).map(|known| &known.state) {
             Some(State::Sought { .. } | State::Checked { .. } | State::Unserved { .. }) => {}
             Some(State::Served { at }) if at.elapsed() < SERVED_FOR => {}
             Some(State::Served { .. }) | None => {
@@ -156,9 +156,10 @@ impl Searches {
         self.look(service, Duration::ZERO, backoff);
     }
 
-    /// An instance of `service` has said something: if nobody served it, somebody may do so now.
+    /// An instance of `service` has sent a message: a service without instances may have one now.
     pub(super) fn heard(&mut self, service: &ServiceName) {
-        if let Some(Sight { state: State::Unserved { at }, .. }) = self.services.get_mut(service)
+        if let Some(KnownService { state: State::Unserved { at }, .. }) =
+            self.services.get_mut(service)
             && at.elapsed() >= HEARD_AFTER
         {
             *at = Instant::now();
@@ -167,8 +168,7 @@ impl Searches {
         }
     }
 
-    /// What is to be told of a service that was looked for. One that can't be reached is looked for
-    /// again, and so is one that nobody serves.
+    /// Ready with an event about a service, or with one that was kept.
     pub(super) fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Event> {
         loop {
             if let Some(event) = self.ready.pop_front() {
@@ -181,7 +181,7 @@ impl Searches {
         }
     }
 
-    /// Why `service` can't be reached, if that was found out by looking for it.
+    /// Why `service` can't be reached, if a look for it has shown that.
     pub(super) fn why_unavailable(&self, service: &ServiceName) -> Option<&str> {
         match &self.services.get(service)?.state {
             State::Sought { unavailable } => unavailable.as_deref(),
@@ -189,32 +189,31 @@ impl Searches {
         }
     }
 
-    /// Says goodbye.
     pub(super) async fn close(self) {
         self.lookups.close().await;
     }
 
-    /// This is known of `service` now. What was kept until then may go on.
+    /// Sets the state of `service`. Returns the events that were kept for it.
     fn put(&mut self, service: &ServiceName, state: State) -> Vec<Event> {
-        if let Some(sight) = self.services.get_mut(service) {
-            return match mem::replace(&mut sight.state, state) {
+        if let Some(known) = self.services.get_mut(service) {
+            return match mem::replace(&mut known.state, state) {
                 State::Checked { kept } => kept,
                 State::Sought { .. } | State::Served { .. } | State::Unserved { .. } => Vec::new(),
             };
         }
         if self.services.len() >= REMEMBERED_MAX {
-            self.services.retain(|_, sight| !matches!(sight.state, State::Served { .. }));
+            self.services.retain(|_, known| !matches!(known.state, State::Served { .. }));
         }
-        self.services.insert(service.clone(), Sight { state, look: 0 });
+        self.services.insert(service.clone(), KnownService { state, look: 0 });
         Vec::new()
     }
 
-    /// Looks for `service` after a pause. The answers of earlier looks are void.
+    /// Looks for `service` after a pause. Answers of earlier looks don't count any more.
     fn look(&mut self, service: ServiceName, after: Duration, backoff: Backoff) {
-        let Some(sight) = self.services.get_mut(&service) else { return };
+        let Some(known) = self.services.get_mut(&service) else { return };
         self.looks += 1;
-        sight.look = self.looks;
-        let limit = match sight.state {
+        known.look = self.looks;
+        let limit = match known.state {
             State::Checked { .. } => KEPT_FOR,
             State::Sought { .. } | State::Served { .. } | State::Unserved { .. } => Duration::MAX,
         };
@@ -241,11 +240,11 @@ impl Searches {
 
     fn looked(&mut self, look: Look, found: ServicePresence) {
         let Look { number, service, mut backoff } = look;
-        let Some(sight) = self.services.get_mut(&service).filter(|it| it.look == number) else {
+        let Some(known) = self.services.get_mut(&service).filter(|it| it.look == number) else {
             return;
         };
         let at = Instant::now();
-        let before = mem::replace(&mut sight.state, State::Served { at });
+        let before = mem::replace(&mut known.state, State::Served { at });
         match (before, found) {
             (State::Sought { .. } | State::Unserved { .. }, ServicePresence::Served) => {
                 self.ready.push_back(Event::ServiceFound(service));
@@ -256,23 +255,23 @@ impl Searches {
             }
             (State::Sought { .. }, ServicePresence::Unavailable(reason)) => {
                 tracing::debug!(%service, reason, "a service can't be reached; looking again");
-                sight.state = State::Sought { unavailable: Some(reason) };
+                known.state = State::Sought { unavailable: Some(reason) };
                 self.ready.push_back(Event::ServiceUnavailable(service.clone()));
                 self.look(service, backoff.pause(), backoff);
             }
             (State::Sought { .. }, ServicePresence::Unserved) => {
-                sight.state = State::Unserved { at };
+                known.state = State::Unserved { at };
                 self.ready.push_back(Event::ServiceUnserved(service.clone()));
                 let mut backoff = Backoff::new(UNSERVED_PAUSE_FIRST, UNSERVED_PAUSE_MAX);
                 self.look(service, backoff.pause(), backoff);
             }
             (State::Checked { kept }, ServicePresence::Unserved) => {
-                sight.state = State::Unserved { at };
+                known.state = State::Unserved { at };
                 self.ready.push_back(Event::ServiceUnserved(service.clone()));
                 self.ready.extend(kept);
                 self.look(service, backoff.pause(), backoff);
             }
-            // What is wrong with it otherwise, the next prepare tells.
+            // If anything else is wrong with it, the next prepare will show that.
             (
                 State::Checked { kept },
                 ServicePresence::Served
@@ -285,10 +284,10 @@ impl Searches {
                 State::Unserved { .. },
                 ServicePresence::Unserved | ServicePresence::Unavailable(_),
             ) => {
-                sight.state = State::Unserved { at };
+                known.state = State::Unserved { at };
                 self.look(service, backoff.pause(), backoff);
             }
-            (State::Served { at }, _) => sight.state = State::Served { at },
+            (State::Served { at }, _) => known.state = State::Served { at },
         }
     }
 }

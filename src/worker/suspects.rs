@@ -1,22 +1,22 @@
-//! Requests that may be what workers die of.
+//! Requests that may crash workers.
 //!
-//! The broker counts how often it delivers a request, and most of that says nothing of it: somebody
-//! has looked into the queue, a connection was lost, or a worker died of something else while this one
-//! waited for a slot. So one that was delivered more often than the coordinator would
-//! [try it](crate::protocol::coordinator::Settings::deliveries_max) is not given up: it is a *suspect*,
-//! and the coordinator is told of no more deliveries than that. Suspects are tried one at a time, and
-//! before one is tried that is written down in the journal, which every worker reads. When
-//! [`TRIES_MAX`] tries of it were not survived, it is given up.
+//! The broker counts how often it delivers a request, but many deliveries say nothing about the request:
+//! an operator looked into the queue, a connection was lost, or a worker crashed for another reason while
+//! the request waited for a slot. So a request that was delivered more than
+//! [`deliveries_max`](crate::protocol::coordinator::Settings::deliveries_max) times is not given up. It is
+//! a *suspect*, and the coordinator gets it with no more deliveries than that. The worker tries suspects
+//! one at a time, and records each try in the journal, which every worker reads, before it begins. After
+//! [`TRIES_MAX`] tries that no worker survived, the request is given up.
 //!
-//! * A try is survived when its transaction has an outcome, or waits for a slot: then nothing of it
-//!   has begun. The latter is written down too, and so is that it begins after all. It doesn't begin
-//!   alone then, and that is written in the moment in which it begins.
-//! * What takes longer than [`ALONE_MAX`] makes room for the next suspect, and stays written down.
-//! * What is written down is an empty message of decisions with a header: whoever doesn't know of tries
-//!   takes it for a marker, and passes it over. It counts for as long as workers look back
-//!   ([`window`](crate::protocol::coordinator::Settings::window)) when they start.
-//! * A request that workers die of before they have written anything down, or so seldom that it is
-//!   forgotten, is given up when it was delivered [`DELIVERIES_MAX`] times.
+//! * A worker has survived a try when the transaction has an outcome, or waits for a slot, since then
+//!   nothing of it has begun. The worker records that it waits, and records a new try in the moment in
+//!   which it begins after all. That try is not alone.
+//! * A try that takes longer than [`ALONE_MAX`] no longer holds up the next suspect. Its record stays.
+//! * A try is recorded as an empty message of decisions with a header: a worker that doesn't know of tries
+//!   takes it for a marker. It counts as long as workers read it when they start
+//!   ([`window`](crate::protocol::coordinator::Settings::window)).
+//! * A request that crashes workers before they can record anything, or so rarely that the records
+//!   expire, is given up when it was delivered [`DELIVERIES_MAX`] times.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -34,30 +34,30 @@ use crate::protocol::{
     time::Time,
 };
 
-/// One of which so many tries were not survived is given up.
+/// After how many tries that no worker survived a suspect is given up.
 const TRIES_MAX: u32 = 5;
 
-/// One that was delivered more often is given up, whatever is known of it.
+/// A request that was delivered more often is given up, whatever was recorded.
 const DELIVERIES_MAX: u32 = 1000;
 
-/// How long others wait for the one that is being tried.
+/// How long other suspects wait for the one that is being tried.
 const ALONE_MAX: Duration = Duration::from_secs(10);
 
-/// Of how many transactions tries are remembered.
+/// For how many transactions tries are remembered.
 const REMEMBERED_MAX: usize = 4096;
 
-/// The headers of what is written down.
+/// The headers of a record.
 const TRY: &str = "try";
 const TRY_ID: &str = "try-id";
 const TRY_REQUESTED_AT: &str = "try-requested-at";
 const BEGUN: &str = "begun";
 const OVER: &str = "over";
 
-/// What is written down of one suspect.
+/// A record about a try of a suspect.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct Try {
     pub(super) key: TransactionKey,
-    /// Whether it begins; or is over, and the worker lives.
+    /// Whether the try begins; if not, it is over and the worker has survived it.
     pub(super) begins: bool,
 }
 
@@ -69,22 +69,22 @@ pub(super) struct Suspect {
     pub(super) deliveries: u32,
 }
 
-/// The suspects in hand.
+/// The suspects that this worker has taken.
 #[derive(Debug)]
 pub(super) struct Suspects {
-    /// A request that was delivered more often is one.
+    /// A request that was delivered more often is a suspect.
     deliveries_max: u32,
     waiting: VecDeque<Suspect>,
-    lane: Lane,
-    /// Those that the coordinator has, and that wait for slots.
+    trial: Trial,
+    /// Suspects that wait for a slot at the coordinator.
     unbegun: BTreeSet<TransactionKey>,
 }
 
 #[derive(Debug, Default)]
-enum Lane {
+enum Trial {
     #[default]
     Free,
-    /// That it is tried is being written down.
+    /// The record of the try is not confirmed yet.
     Recording(Suspect),
     Trying {
         key: TransactionKey,
@@ -92,43 +92,43 @@ enum Lane {
     },
 }
 
-/// How many tries of each transaction were not survived, as far as the journal was read.
+/// How many tries of each transaction no worker has survived, as far as the journal was read.
 #[derive(Debug, Default)]
 pub(super) struct Tries {
-    of: BTreeMap<TransactionKey, Known>,
+    of: BTreeMap<TransactionKey, KnownTries>,
     heard: u64,
 }
 
-/// What is known of the tries of one transaction.
+/// The tries of one transaction.
 #[derive(Debug, Default)]
-struct Known {
+struct KnownTries {
     tries: u32,
-    /// The id of the message that was heard last, which may come twice; and its number.
+    /// The id of its last record, which may come twice, and the number of that record.
     last: Option<ShortString>,
     heard: u64,
 }
 
-/// What is to be done about a request.
+/// What the worker has to do about a suspect.
 #[derive(Debug)]
 pub(super) enum SuspectStep {
-    /// Write this down; [`Suspects::recorded`] says what follows.
+    /// Write this record; then call [`Suspects::recorded`].
     Record(Try),
-    /// The coordinator is to have it, as one that was delivered so often.
+    /// Pass it to the coordinator, with its count of deliveries.
     Dispatch(Suspect),
 }
 
 impl Suspect {
-    /// One that was published twice is a suspect as a whole.
+    /// Two deliveries of one transaction are both suspects, however often each was delivered.
     fn is_suspect(&self, deliveries_max: u32, tries: &Tries) -> bool {
         self.deliveries > deliveries_max || tries.of(&self.request.key) > 0
     }
 
-    /// To be tried once more, however often it was delivered.
+    /// The same with a count of deliveries with which the coordinator tries it.
     fn tried(self, deliveries_max: u32) -> Self {
         Self { deliveries: self.deliveries.min(deliveries_max), ..self }
     }
 
-    /// Not to be tried again.
+    /// The same with a count of deliveries with which the coordinator gives it up.
     fn given_up(self) -> Self {
         Self { deliveries: u32::MAX, ..self }
     }
@@ -136,11 +136,12 @@ impl Suspect {
 
 impl Suspects {
     pub(super) fn new(deliveries_max: u32) -> Self {
-        let (waiting, lane, unbegun) = (VecDeque::new(), Lane::Free, BTreeSet::new());
-        Self { deliveries_max, waiting, lane, unbegun }
+        let (waiting, trial, unbegun) = (VecDeque::new(), Trial::Free, BTreeSet::new());
+        Self { deliveries_max, waiting, trial, unbegun }
     }
 
-    /// A request has come: it is the coordinator's at once, unless it is a suspect.
+    /// Takes in a request. Returns it if the coordinator may have it at once: if it is no suspect, or is
+    /// given up.
     pub(super) fn sift(&mut self, suspect: Suspect, tries: &Tries) -> Option<Suspect> {
         if !suspect.is_suspect(self.deliveries_max, tries) {
             return Some(suspect);
@@ -152,7 +153,7 @@ impl Suspects {
         None
     }
 
-    /// What is to be done next, if anything is; `phase_of` tells where a transaction stands.
+    /// The next step, if there is one. `phase_of`: the phase of a transaction at the coordinator.
     pub(super) fn next(
         &mut self,
         tries: &Tries,
@@ -160,19 +161,19 @@ impl Suspects {
         phase_of: impl Fn(&TransactionKey) -> Option<Phase>,
     ) -> Option<SuspectStep> {
         self.unbegun.retain(|key| phase_of(key).is_some());
-        if let Lane::Trying { key, until } = &self.lane {
+        if let Trial::Trying { key, until } = &self.trial {
             match phase_of(key) {
                 Some(Phase::Waiting) => {
                     let key = key.clone();
-                    self.lane = Lane::Free;
+                    self.trial = Trial::Free;
                     self.unbegun.insert(key.clone());
                     return Some(SuspectStep::Record(Try { key, begins: false }));
                 }
                 Some(_) if *until > now => return None,
-                Some(_) | None => self.lane = Lane::Free,
+                Some(_) | None => self.trial = Trial::Free,
             }
         }
-        if !matches!(self.lane, Lane::Free) {
+        if !matches!(self.trial, Trial::Free) {
             return None;
         }
         let suspect = self.waiting.pop_front()?;
@@ -182,39 +183,38 @@ impl Suspects {
         }
         tracing::warn!(
             transaction = %key, deliveries = suspect.deliveries, tries = tries.of(&key),
-            "a request has been delivered so often that it may be what workers die of; it is tried \
-             alone"
+            "a request was delivered so often that it may be what crashes workers; trying it alone"
         );
-        self.lane = Lane::Recording(suspect);
+        self.trial = Trial::Recording(suspect);
         Some(SuspectStep::Record(Try { key, begins: true }))
     }
 
-    /// That `key` is tried is written down: now it may be.
+    /// The record of the try of `key` is safe: the suspect to try now.
     pub(super) fn recorded(&mut self, key: &TransactionKey, now: Instant) -> Option<Suspect> {
-        let next = Lane::Trying { key: key.clone(), until: now + ALONE_MAX };
-        match std::mem::replace(&mut self.lane, next) {
-            Lane::Recording(suspect) if suspect.request.key == *key => {
+        let next = Trial::Trying { key: key.clone(), until: now + ALONE_MAX };
+        match std::mem::replace(&mut self.trial, next) {
+            Trial::Recording(suspect) if suspect.request.key == *key => {
                 Some(suspect.tried(self.deliveries_max))
             }
-            other @ (Lane::Free | Lane::Recording(_) | Lane::Trying { .. }) => {
-                self.lane = other;
+            other @ (Trial::Free | Trial::Recording(_) | Trial::Trying { .. }) => {
+                self.trial = other;
                 None
             }
         }
     }
 
-    /// A service is asked to prepare `key`: what is to be written down, if it is a suspect that has
-    /// waited for that.
+    /// The coordinator asks a service to prepare `key`: the record to write, if `key` is a suspect that
+    /// has waited for a slot.
     pub(super) fn asked(&mut self, key: &TransactionKey) -> Option<Try> {
         let key = self.unbegun.take(key)?;
         Some(Try { key, begins: true })
     }
 
-    /// When to look again though nothing happens.
+    /// When to look for the next step even if nothing happens.
     pub(super) fn wake_at(&self) -> Option<Instant> {
-        match &self.lane {
-            Lane::Trying { until, .. } if !self.waiting.is_empty() => Some(*until),
-            Lane::Trying { .. } | Lane::Recording(_) | Lane::Free => None,
+        match &self.trial {
+            Trial::Trying { until, .. } if !self.waiting.is_empty() => Some(*until),
+            Trial::Trying { .. } | Trial::Recording(_) | Trial::Free => None,
         }
     }
 
@@ -223,11 +223,11 @@ impl Suspects {
         self.waiting.len()
     }
 
-    /// Those that the coordinator doesn't have, which are for other workers now.
+    /// The suspects that the coordinator doesn't have, for other workers.
     pub(super) fn give_back(&mut self) -> impl Iterator<Item = Delivery> + use<> {
-        let recording = match std::mem::take(&mut self.lane) {
-            Lane::Recording(suspect) => Some(suspect),
-            Lane::Trying { .. } | Lane::Free => None,
+        let recording = match std::mem::take(&mut self.trial) {
+            Trial::Recording(suspect) => Some(suspect),
+            Trial::Trying { .. } | Trial::Free => None,
         };
         let waiting = std::mem::take(&mut self.waiting);
         recording.into_iter().chain(waiting).map(|suspect| suspect.delivery)
@@ -235,7 +235,7 @@ impl Suspects {
 }
 
 impl Tries {
-    /// How many of `key` were not survived; that which is under way counts.
+    /// How many tries of `key` no worker has survived. A try under way counts.
     fn of(&self, key: &TransactionKey) -> u32 {
         self.of.get(key).map_or(0, |known| known.tries)
     }
@@ -250,7 +250,7 @@ impl Tries {
         if let Some(it) = tried {
             self.heard(it, message_id);
         }
-        // Nobody will try again what has an outcome.
+        // No worker will try a transaction that has an outcome.
         if !self.of.is_empty() {
             for decision in decisions {
                 self.of.remove(&decision.key);
@@ -270,7 +270,7 @@ impl Tries {
             }
         }
         let known = self.of.entry(it.key).or_default();
-        // What was not confirmed in time is published again.
+        // A record that was not confirmed in time is published again.
         if message_id.is_some() && known.last.as_ref() == message_id {
             return;
         }
@@ -285,7 +285,7 @@ impl Tries {
 }
 
 impl Try {
-    /// As the headers of an empty message of decisions.
+    /// The headers of the message that records it.
     pub(super) fn headers(&self) -> FieldTable {
         let TransactionKey { id, requested_at } = &self.key;
         let millis = i64::try_from(requested_at.as_millis()).unwrap_or(i64::MAX);
@@ -297,7 +297,7 @@ impl Try {
         headers
     }
 
-    /// What headers say, if it is that.
+    /// Reads it from the headers of a message.
     pub(super) fn of(headers: &FieldTable) -> Option<Self> {
         let text = |name| match headers.inner().get(name) {
             Some(AMQPValue::LongString(text)) => std::str::from_utf8(text.as_bytes()).ok(),
@@ -372,7 +372,7 @@ mod tests {
     }
 
     #[test]
-    fn one_is_tried_at_a_time_and_none_before_that_is_written_down() {
+    fn suspects_are_tried_one_at_a_time_and_recorded_first() {
         let (mut suspects, tries) = (Suspects::new(SUSPECT_AFTER), Tries::default());
         assert!(suspects.sift(suspect(1, SUSPECT_AFTER), &tries).is_some(), "it is none");
         assert!(suspects.sift(suspect(2, SUSPECT_AFTER + 1), &tries).is_none());
@@ -387,7 +387,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_waits_for_a_slot_has_survived_and_is_written_down_again_when_it_begins() {
+    fn a_suspect_that_waits_for_a_slot_has_survived_and_is_recorded_again_when_it_begins() {
         let (mut suspects, mut tries) = (Suspects::new(SUSPECT_AFTER), Tries::default());
         suspects.sift(suspect(1, 30), &tries);
         suspects.sift(suspect(2, 30), &tries);
@@ -406,7 +406,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_workers_died_of_is_given_up_and_its_neighbours_are_not() {
+    fn a_suspect_that_crashed_workers_is_given_up_and_its_neighbours_are_not() {
         let (mut suspects, mut tries) = (Suspects::new(SUSPECT_AFTER), Tries::default());
         (0..TRIES_MAX).for_each(|_| begun(&mut tries, 1));
         (1..TRIES_MAX).for_each(|_| begun(&mut tries, 2));
@@ -417,7 +417,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_is_delivered_without_end_is_given_up_whatever_is_written_down() {
+    fn a_request_that_is_delivered_without_end_is_given_up_whatever_was_recorded() {
         let (mut suspects, tries) = (Suspects::new(SUSPECT_AFTER), Tries::default());
         assert!(suspects.sift(suspect(1, DELIVERIES_MAX), &tries).is_none());
         assert_eq!(
@@ -427,7 +427,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_takes_long_makes_room_for_the_next() {
+    fn a_slow_suspect_makes_room_for_the_next() {
         let (mut suspects, tries) = (Suspects::new(SUSPECT_AFTER), Tries::default());
         suspects.sift(suspect(1, 30), &tries);
         suspects.sift(suspect(2, 30), &tries);
@@ -441,7 +441,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_tried_yet_goes_to_others_when_this_worker_stops() {
+    fn untried_suspects_go_back_to_the_queue_when_the_worker_stops() {
         let (mut suspects, tries) = (Suspects::new(SUSPECT_AFTER), Tries::default());
         suspects.sift(suspect(1, 30), &tries);
         suspects.sift(suspect(2, 30), &tries);
@@ -452,7 +452,7 @@ mod tests {
     }
 
     #[test]
-    fn tries_of_what_is_decided_are_forgotten_and_so_are_the_oldest_of_too_many() {
+    fn tries_of_decided_transactions_are_forgotten_and_the_oldest_of_too_many() {
         let mut tries = Tries::default();
         begun(&mut tries, 1);
         let decision = Decision {
@@ -475,7 +475,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_down_is_read_again_and_other_headers_are_none_of_it() {
+    fn a_recorded_try_is_read_back_and_other_headers_are_no_try() {
         for begins in [true, false] {
             let it = Try { key: key(7), begins };
             assert_eq!(Try::of(&it.headers()), Some(it));

@@ -23,6 +23,7 @@ mod journal;
 #[path = "../support/lines.rs"]
 mod lines;
 mod locked;
+mod logs;
 mod misspelt;
 mod node;
 mod operated;

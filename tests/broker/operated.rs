@@ -231,7 +231,7 @@ fn two_workers_with_one_name_are_reported() {
         .collect();
     site.world.submit_given(&json!(transactions), &["--wait"]).succeeded(LIMIT);
     for twin in &twins {
-        let line = twin.wait_for_line("writes to the journal under this one's name", LIMIT);
+        let line = twin.wait_for_line("writes to the journal under this worker's name", LIMIT);
         assert!(line.contains("WARN") && line.contains("worker=twin"), "{line}");
     }
     drop(services);

@@ -25,7 +25,7 @@ use dtc::{
             apply::{self, apply},
         },
     },
-    worker::{self, Tally, WorkerError},
+    worker::{self, WorkerError, WorkerStats},
 };
 use futures_util::{StreamExt, future::join_all};
 use lapin::{
@@ -204,7 +204,7 @@ pub(crate) struct System {
     pub(crate) client: Client,
     pub(crate) raw: Raw,
     stopping: watch::Sender<bool>,
-    workers: Vec<JoinHandle<Result<Tally, WorkerError>>>,
+    workers: Vec<JoinHandle<Result<WorkerStats, WorkerError>>>,
     instances: Vec<(watch::Sender<bool>, Instance)>,
     services: Vec<Served>,
     topology: (Vec<ServiceTopology>, apply::ApplyOptions),
@@ -278,29 +278,29 @@ impl System {
     }
 
     /// Lets all processes finish; returns what each worker did.
-    pub(crate) async fn stop(self) -> Vec<Tally> {
+    pub(crate) async fn stop(self) -> Vec<WorkerStats> {
         let services = self.services.clone();
-        let tallies = self.stop_whatever_happened().await;
-        assert!(tallies.iter().all(|tally| tally.lost == 0), "a link was lost: {tallies:?}");
+        let stats = self.stop_whatever_happened().await;
+        assert!(stats.iter().all(|it| it.lost == 0), "a link was lost: {stats:?}");
         for service in services {
             let book = service.watched.book();
             book.assert_nothing_is_held();
             book.assert_only_necessary_calls();
         }
-        tallies
+        stats
     }
 
     /// The same for a test in which links are lost and services called again.
-    pub(crate) async fn stop_whatever_happened(mut self) -> Vec<Tally> {
+    pub(crate) async fn stop_whatever_happened(mut self) -> Vec<WorkerStats> {
         self.stopping.send_replace(true);
-        let mut tallies = Vec::new();
+        let mut stats = Vec::new();
         for worker in self.workers.drain(..) {
             let ended = timeout(LIMIT, worker).await.expect("a worker stops");
-            tallies.push(ended.expect("a worker doesn't panic").expect("a worker doesn't give up"));
+            stats.push(ended.expect("a worker doesn't panic").expect("a worker doesn't give up"));
         }
         self.stop_instances().await;
         self.client.close().await;
-        tallies
+        stats
     }
 }
 

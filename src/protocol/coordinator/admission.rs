@@ -1,7 +1,7 @@
-//! What a worker knows of one service's slots, and who waits for them.
+//! What a worker knows of one service's slots, and the transactions that wait for them.
 //!
-//! The service's queue enforces the cap; this is about not sending it what would only come back.
-//! All of it is hints: wrong ones cost time, never agreement.
+//! The service's queue enforces the cap. This avoids sending prepares that would only come back. Everything
+//! here is a hint: a wrong one costs time, never agreement.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -15,38 +15,38 @@ use crate::protocol::{
     time::Time,
 };
 
-/// A prepare that comes back sooner than this was not made to wait for a slot. Ten times what a
-/// broker needs to return one, and a fiftieth of the default `max_wait`.
+/// A prepare that comes back sooner than this has not waited for a slot. Ten times what a broker needs to
+/// return one, and a fiftieth of the default `max_wait`.
 const IMPATIENT_BELOW: Duration = Duration::from_millis(20);
 
-/// How many instances' free slots are remembered. More than that are asked without a hint.
+/// For how many instances the free slots are remembered.
 const INSTANCES_MAX: usize = 64;
 
-/// How long a service that is not heard of is remembered where memory is short. A
-/// transaction that is about to use one has it found, and asked, within a tenth of this.
+/// How long a silent service is remembered when too many are known. A transaction that is about to use a
+/// service has found and asked it within a tenth of this.
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(60);
 
-/// The pause before it is reported again that instances of one service have different stores.
+/// How often to report, at most, that instances of one service have different stores.
 const STORES_DIFFER_EVERY: Duration = Duration::from_secs(60);
 
-/// How many prepares may at most be sent to a service that returned the last one: what waits for a
-/// service that never has a slot is answered in rounds that double up to this.
+/// How many prepares to send, at most, to a service that has returned the last one. So the transactions
+/// that wait for a service without free slots are answered in rounds that double up to this.
 const PROBES_MAX: u32 = 256;
 
-/// Why a transaction got no slot of a service that nobody serves.
+/// Why a transaction got no slot of a service without instances.
 const UNSERVED: &str = "no instance serves it: start one, or see in its log why it takes nothing";
 
-/// The longest pause before a service whose queue has refused prepares is looked for again: a small
-/// part of the usual prepare timeout, as those that wait for it have no more.
+/// The longest pause before looking again for a service whose queue has refused prepares: a small part of
+/// the usual prepare timeout, which is all that its waiters have.
 const REFUSED_MAX: Duration = Duration::from_secs(1);
 
 /// Whether the service exists.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 enum ServiceExistence {
-    /// It is being looked for.
+    /// A search for it is under way.
     Sought,
     Found,
-    /// It is being looked for, and could not be reached so far.
+    /// A search for it is under way, and could not reach it so far.
     Unavailable,
 }
 
@@ -54,58 +54,58 @@ enum ServiceExistence {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 enum Patience {
     Unknown,
-    /// It lets a prepare wait: so hold back what can't expect a slot.
+    /// It lets a prepare wait: so hold back prepares that can't expect a slot.
     Waits,
-    /// It returns a prepare at once: so holding back would only delay the answer.
+    /// It returns a prepare at once: so holding one back would only delay the answer.
     Returns,
 }
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub(super) struct ServiceLoad {
     existence: ServiceExistence,
-    /// How often it was found and then refused a prepare, since a prepare last got through.
+    /// How often it was found and then refused a prepare, since a prepare was last accepted.
     refusals: u32,
-    /// Whether its unavailability was reported, and not yet its end.
+    /// Whether it was reported as unavailable, and not yet as available again.
     is_reported: bool,
-    /// Whether nobody takes what is sent to it, as far as is known.
+    /// Whether it has no instance, as far as is known.
     is_unserved: bool,
     patience: Patience,
     /// Whether no other worker uses its slots.
     is_own: bool,
-    /// How long a service of this worker's own may be silent before somebody tries whether it has a
-    /// slot after all: it is better to wait for a slot than to be refused one.
+    /// How long this worker's own service may be silent before a waiter tries whether it has a slot after
+    /// all. Waiting for a slot is better than a refusal.
     silence_max: Duration,
-    /// When it reported last.
+    /// When the last report came.
     reported_at: Time,
-    /// The free slots each instance reported last, less the prepares sent since.
+    /// The free slots that each instance has reported, less the prepares sent since.
     free: BTreeMap<InstanceId, u32>,
     /// The sum of `free`.
     free_in_all: u64,
     most_free: u32,
     /// The most slots that were seen: free, or held by this worker's transactions.
     capacity: u32,
-    /// Who named a store last, and which.
+    /// The instance that named a store last, and the store.
     store: Option<(InstanceId, StoreId)>,
-    /// When it was last reported that two instances name different ones.
+    /// When it was last reported that two instances name different stores.
     stores_differed_at: Option<Time>,
-    /// Prepares sent and not answered.
+    /// Prepares that are sent and not answered.
     outstanding: u32,
     /// Slots that this worker's transactions hold.
     holding: u32,
-    /// Slots kept for transactions that are being asked for elsewhere first.
+    /// Slots that are kept for transactions that ask another service first.
     reserved: u32,
-    /// Prepares that may be outstanding though no slot is known to be free.
+    /// How many prepares may be outstanding though no slot is known to be free.
     probes: u32,
     contended_until: Time,
-    /// Who waits and has begun: they go first, since others wait for what they hold, and for their
-    /// end if no more may begin.
+    /// Waiters that have begun. They go first: other transactions may wait for the slots that they hold, and
+    /// at the in-flight limit others wait for their end.
     begun: VecDeque<TransactionKey>,
-    /// Who waits and has not begun.
+    /// Waiters that have not begun.
     waiting: VecDeque<TransactionKey>,
 }
 
 impl ServiceLoad {
-    /// A service of which is known what `own` says, if no other worker uses it.
+    /// `own`: the slots of the service, if no other worker uses it.
     pub(super) fn new(own: Option<&Slots>) -> Self {
         let patience = match own {
             None => Patience::Unknown,
@@ -141,19 +141,19 @@ impl ServiceLoad {
         self.existence == ServiceExistence::Found
     }
 
-    /// It exists and can be reached. Whether that is to be reported: a queue that has refused a
-    /// prepare may be there and still take nothing.
+    /// It exists and can be reached. Returns whether to report that: a queue that has refused a prepare may
+    /// exist and still take nothing.
     pub(super) fn found(&mut self) -> bool {
         self.existence = ServiceExistence::Found;
         self.refusals == 0 && std::mem::take(&mut self.is_reported)
     }
 
-    /// Somebody takes what is sent to it. Whether that is to be reported.
+    /// It has an instance. Returns whether to report that.
     pub(super) fn served(&mut self) -> bool {
         std::mem::take(&mut self.is_unserved)
     }
 
-    /// Nobody takes what is sent to it: there are no slots. Whether that is to be reported.
+    /// It has no instance, and so no slots. Returns whether to report that.
     pub(super) fn unserved(&mut self) -> bool {
         self.forget_slots();
         !std::mem::replace(&mut self.is_unserved, true)
@@ -163,12 +163,12 @@ impl ServiceLoad {
         self.is_unserved
     }
 
-    /// Whether those who wait for it may wait in vain: it can't be reached, or nobody serves it.
+    /// Whether its waiters may wait in vain: it can't be reached, or has no instance.
     pub(super) fn is_out_of_reach(&self) -> bool {
         self.is_unavailable() || self.is_unserved
     }
 
-    /// Why those abort that waited for it, which is called `service`, in vain.
+    /// Why its waiters abort, if it is out of reach. `service`: its name.
     pub(super) fn why_out_of_reach(&self, service: &ServiceName) -> Option<Reason> {
         if self.is_unavailable() {
             return Some(Reason::at(service, ReasonCode::Unavailable));
@@ -176,13 +176,13 @@ impl ServiceLoad {
         self.is_unserved.then(|| self.no_slot(service))
     }
 
-    /// Why those abort that got no slot of it, which is called `service`.
+    /// Why a transaction aborts that got no slot of it. `service`: its name.
     pub(super) fn no_slot(&self, service: &ServiceName) -> Reason {
         let message = self.is_unserved.then(|| UNSERVED.into());
         Reason { message, ..Reason::at(service, ReasonCode::NoSlot) }
     }
 
-    /// The service is gone: it must be found again.
+    /// It is gone, and must be found again.
     pub(super) fn lost(&mut self) {
         self.existence = ServiceExistence::Sought;
     }
@@ -191,37 +191,37 @@ impl ServiceLoad {
         self.existence == ServiceExistence::Unavailable
     }
 
-    /// It can't be reached for now. Whether that is to be reported.
+    /// It can't be reached for now. Returns whether to report that.
     pub(super) fn unavailable(&mut self) -> bool {
         self.existence = ServiceExistence::Unavailable;
         !std::mem::replace(&mut self.is_reported, true)
     }
 
-    /// It was looked for and could not be reached: once it is found, it will be.
+    /// A search could not reach it. So when it is found, it can be reached again.
     pub(super) fn unreached(&mut self) {
         self.refusals = 0;
     }
 
-    /// A prepare got through. Whether that is to be reported.
+    /// It has accepted a prepare. Returns whether to report that.
     pub(super) fn is_reachable_again(&mut self) -> bool {
         self.refusals = 0;
         self.is_found() && std::mem::take(&mut self.is_reported)
     }
 
-    /// Its queue was found and has refused a prepare: how long to wait before it is looked for.
+    /// Its queue was found and has refused a prepare. Returns how long to wait before the next search.
     pub(super) fn refused(&mut self, first: Duration) -> Duration {
         self.refusals = self.refusals.saturating_add(1);
         backoff(first, REFUSED_MAX, self.refusals)
     }
 
-    /// Whether it was of use, but not for `FORGOTTEN_AFTER`: forgetting it costs a question.
+    /// Whether it was used, but not for `FORGOTTEN_AFTER`. To forget it costs one search.
     pub(super) fn is_stale(&self, now: Time) -> bool {
         let was_used = self.reported_at > Time::EPOCH;
         let is_forgettable = self.is_idle() && !self.is_unavailable() && !self.is_unserved;
         was_used && self.reported_at + FORGOTTEN_AFTER < now && is_forgettable
     }
 
-    /// Whether forgetting it loses nothing but hints.
+    /// Whether forgetting it loses only hints.
     pub(super) fn is_idle(&self) -> bool {
         self.outstanding == 0
             && self.holding == 0
@@ -238,17 +238,18 @@ impl ServiceLoad {
         u32::try_from(self.free_in_all).unwrap_or(u32::MAX)
     }
 
-    /// How many slots are free, as far as is known, beyond what is already on its way.
+    /// How many slots are free, as far as is known, besides those for prepares on their way.
     ///
-    /// A report doesn't say which prepares had arrived by then, so it may count as free what one on
-    /// its way will take; but of all slots ever seen, those on their way and those held are not.
+    /// A report doesn't say which prepares had arrived by then, so it may count a slot as free that a prepare
+    /// on its way will take. But the free slots can't be more than all slots ever seen, less those that are
+    /// held and those that prepares on their way will take.
     pub(super) fn spare(&self) -> u32 {
         self.spare_or_kept().saturating_sub(self.reserved)
     }
 
     fn spare_or_kept(&self) -> u32 {
         if self.is_unserved {
-            // An instance that reports now takes nothing new: it is stopping, for example.
+            // An instance that still reports is stopping, and takes no prepares.
             return 0;
         }
         let unused = self.capacity.saturating_sub(self.holding).saturating_sub(self.outstanding);
@@ -264,8 +265,8 @@ impl ServiceLoad {
         self.patience == Patience::Returns
     }
 
-    /// Whether one more prepare can expect a slot, or an answer worth having. `begun`: others wait
-    /// for the one that sends it, so what is kept for somebody who doesn't need it yet gives way.
+    /// Whether one more prepare can expect a slot, or a useful answer. `begun`: the transaction has begun, so
+    /// others may wait for it; then it may take a slot that is reserved for another one.
     pub(super) fn admits(&self, now: Time, begun: bool) -> bool {
         let (spare, on_its_way) = if begun {
             (self.spare_or_kept(), self.outstanding)
@@ -274,11 +275,11 @@ impl ServiceLoad {
         };
         let probes = match self.patience {
             Patience::Returns => return true,
-            // One waits there for the first instance that comes; more would hold up the worker.
+            // One prepare waits for the first instance that starts. More would hold up the worker.
             _ if self.is_unserved => 1,
             Patience::Unknown => self.probes.max(1),
-            // While a transaction of this worker's holds a slot, its done will tell of a free one.
-            // Where nobody else's would, it may not be silent for ever.
+            // While a transaction of this worker holds a slot, its done will report a free one. Nobody else
+            // reports the slots of this worker's own service, so there the silence has a limit.
             Patience::Waits => {
                 let is_told = self.holding > 0
                     && self.silent_until().is_none_or(|silent_until| now < silent_until);
@@ -292,7 +293,7 @@ impl ServiceLoad {
         self.is_own.then_some(self.reported_at + self.silence_max)
     }
 
-    /// When one that waits is to try whether there is a slot after all, if nothing is heard by then.
+    /// When a waiter should try whether there is a slot after all, if no report comes before.
     pub(super) fn to_be_tried_at(&self, now: Time) -> Option<Time> {
         let is_awaited = self.on_its_way() > 0 || self.holding == 0;
         self.silent_until().filter(|at| !is_awaited && *at > now)
@@ -302,7 +303,7 @@ impl ServiceLoad {
         self.outstanding.saturating_add(self.reserved)
     }
 
-    /// Keeps a slot, or the right to ask for one.
+    /// Keeps a slot, or the right to ask for one, for a transaction.
     pub(super) fn reserve(&mut self) {
         self.reserved += 1;
     }
@@ -311,7 +312,7 @@ impl ServiceLoad {
         self.reserved = self.reserved.saturating_sub(1);
     }
 
-    /// Whether so many slots are free that taking one without regard to order stalls nobody.
+    /// Whether so many slots are free that a transaction may take one out of order without stalling others.
     pub(super) fn is_plenty(&self, now: Time) -> bool {
         now >= self.contended_until
             && self.is_found()
@@ -321,24 +322,24 @@ impl ServiceLoad {
 
     pub(super) fn asked(&mut self) {
         self.outstanding += 1;
-        // The one with most free slots is as good a guess as any of who will take it.
+        // Any instance may take it. The one with most free slots is as good a guess as any.
         if let Some(free) = self.free.values_mut().max().filter(|free| **free > 0) {
             *free -= 1;
             self.free_in_all -= 1;
         }
     }
 
-    /// Whether a prepare sent now is expected to find no slot.
+    /// Whether a prepare that is sent now would probably find no slot.
     pub(super) fn looks_full(&self) -> bool {
         !self.free.is_empty() && self.spare() == 0 && self.holding > 0
     }
 
-    /// A prepare is no longer outstanding: it was answered, or nobody waits for the answer.
+    /// A prepare is no longer outstanding: it was answered, or its transaction doesn't wait any more.
     pub(super) fn answered(&mut self) {
         self.outstanding = self.outstanding.saturating_sub(1);
     }
 
-    /// A prepare got through; `waited`: though none was expected to.
+    /// A prepare has got a slot. `waited`: it was expected to find none.
     pub(super) fn admitted(&mut self, waited: bool) {
         self.probes = 0;
         if waited && self.patience == Patience::Unknown {
@@ -346,7 +347,7 @@ impl ServiceLoad {
         }
     }
 
-    /// A prepare came back `after` it was sent.
+    /// A prepare came back, `after` that time.
     pub(super) fn returned(&mut self, now: Time, after: Duration, contended_for: Duration) {
         if after < IMPATIENT_BELOW {
             self.patience = Patience::Returns;
@@ -386,7 +387,8 @@ impl ServiceLoad {
         self.free_in_all = self.free_in_all - u64::from(before) + u64::from(free);
     }
 
-    /// An instance names its store. Who named another one before, if that is to be reported.
+    /// An instance has named its store. If another instance has named a different one before, returns that
+    /// one, from time to time.
     pub(super) fn named_store(
         &mut self,
         now: Time,
@@ -405,18 +407,18 @@ impl ServiceLoad {
         Some(before)
     }
 
-    /// The report is dealt with: now it says how many slots there are.
+    /// The message that came with the report is handled: now the report shows how many slots there are.
     pub(super) fn learn(&mut self) {
         let seen = self.reported_free().saturating_add(self.holding);
         self.capacity = self.capacity.max(seen);
     }
 
-    /// How many wait.
+    /// How many transactions wait.
     pub(super) fn waiters(&self) -> usize {
         self.begun.len() + self.waiting.len()
     }
 
-    /// Whether one waits that holds a slot elsewhere.
+    /// Whether a transaction waits that has begun.
     pub(super) fn has_begun_waiters(&self) -> bool {
         !self.begun.is_empty()
     }
@@ -425,7 +427,7 @@ impl ServiceLoad {
         !self.begun.is_empty() || !self.waiting.is_empty()
     }
 
-    /// Whether somebody waits who goes before one that comes now.
+    /// Whether there are waiters that go before a transaction that comes now.
     pub(super) fn has_waiters_before(&self, begun: bool) -> bool {
         !self.begun.is_empty() || (!begun && !self.waiting.is_empty())
     }
@@ -435,22 +437,22 @@ impl ServiceLoad {
         queue.push_back(key.clone());
     }
 
-    /// Who would be next.
+    /// The first waiter.
     pub(super) fn first_waiter(&self) -> Option<&TransactionKey> {
         self.begun.front().or_else(|| self.waiting.front())
     }
 
-    /// Who is next. Those that have not begun only if `may_begin`.
+    /// Removes and returns the first waiter; one that has not begun only if `may_begin`.
     pub(super) fn dequeue(&mut self, may_begin: bool) -> Option<TransactionKey> {
         self.begun.pop_front().or_else(|| if may_begin { self.waiting.pop_front() } else { None })
     }
 
-    /// All who wait.
+    /// Removes and returns all waiters.
     pub(super) fn dequeue_all(&mut self) -> impl Iterator<Item = TransactionKey> {
         std::mem::take(&mut self.begun).into_iter().chain(std::mem::take(&mut self.waiting))
     }
 
-    /// Takes out every waiter for which `is_leaving` is true, in one pass.
+    /// Removes every waiter for which `is_leaving` is true, in one pass.
     pub(super) fn remove_all(&mut self, is_leaving: impl Fn(&TransactionKey) -> bool) {
         self.begun.retain(|waiter| !is_leaving(waiter));
         self.waiting.retain(|waiter| !is_leaving(waiter));
@@ -494,7 +496,7 @@ mod tests {
         load.learn();
     }
 
-    /// How many prepares can be sent before one is answered.
+    /// How many prepares can be sent before the first answer.
     fn admitted_at_once(mut load: ServiceLoad) -> u32 {
         for sent in 0..1000 {
             if !load.admits(NOW, false) {

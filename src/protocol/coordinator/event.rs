@@ -1,4 +1,4 @@
-//! Everything that can happen to a coordinator, and everything it can ask for.
+//! The events that a coordinator handles, and the effects that it asks for.
 
 use std::{sync::Arc, time::Duration};
 
@@ -11,32 +11,30 @@ use crate::protocol::{
     time::Time,
 };
 
-/// A fact that the coordinator learns. Any of them may come twice, late, or out of order.
+/// An event that the coordinator handles. Any event may come twice, late, or out of order.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub enum Event {
-    /// The journal is read from offset `next` on; every record made at `since` or later has that
-    /// offset or a higher one. Comes before the first request.
+    /// The driver reads the journal from offset `next` on. Every record that was made at `since` or later
+    /// has that offset or a higher one. Comes before the first request.
     JournalAttached {
         /// The first offset that will be read.
         next: u64,
-        /// From when on nothing is missing.
+        /// Since when no record is missing.
         since: Time,
     },
-    /// A message was read back from the journal: records of the coordinator's own and of other
-    /// workers', in their order.
+    /// A message was read from the journal: records of this worker and of others, in order.
     RecordsRead {
-        /// Its place in the journal. A message is one place, however many records it holds.
+        /// The offset of the message, however many records it holds.
         offset: u64,
-        /// The records; none: the message is only a marker.
+        /// The records. A marker has none.
         decisions: Vec<Arc<Decision>>,
     },
-    /// A record was read by the look further back that [`Effect::ReadHistory`] asked for. They come
-    /// in journal order.
+    /// A record of the older part that [`Effect::ReadHistory`] asked for. They come in journal order.
     HistoryRead(Arc<Decision>),
-    /// That look is over: every record made at `reaches` or later has been read by it or is in
-    /// view. `None`: nothing can be vouched for.
+    /// That part was read: every record that was made at `reaches` or later was in it or is in view.
+    /// `None`: nothing is certain.
     HistoryEnded {
-        /// From when on nothing is missing.
+        /// Since when no record is missing.
         reaches: Option<Time>,
     },
     /// A request was taken from the queue.
@@ -45,25 +43,25 @@ pub enum Event {
         request: Request,
         /// What to settle when its result is confirmed.
         delivery: Delivery,
-        /// How often it has been delivered, this time included; or less, if it is more than
-        /// [`deliveries_max`](super::Settings::deliveries_max) and still to be tried.
+        /// How often it was delivered, this time included. A driver that tries it again although it was
+        /// delivered more than [`deliveries_max`](super::Settings::deliveries_max) times names that number.
         deliveries: u32,
     },
-    /// The service that [`Effect::FindService`] asked for exists; or nobody served it, as
-    /// [`Event::ServiceUnserved`] said, and somebody does now.
+    /// The service that [`Effect::FindService`] asked for exists; or, after [`Event::ServiceUnserved`], it
+    /// has an instance again.
     ServiceFound(ServiceName),
-    /// It doesn't.
+    /// The service does not exist.
     ServiceMissing(ServiceName),
     /// An interim answer to [`Effect::FindService`]: the service can't be reached. Its queue exists
     /// but the queue's node is down, or the broker does not answer. The driver keeps looking, and
     /// reports [`Event::ServiceFound`] or [`Event::ServiceMissing`] later.
     ServiceUnavailable(ServiceName),
-    /// The service exists, and nobody takes what is sent to it: no instance runs, or none that
-    /// works. An answer to [`Effect::FindService`] or [`Effect::CheckService`], or found out when a
-    /// prepare came back. The driver keeps looking, and reports [`Event::ServiceFound`] or
-    /// [`Event::ServiceMissing`] when that is over.
+    /// The service exists, but has no instance that takes messages. An answer to
+    /// [`Effect::FindService`] or [`Effect::CheckService`], or a finding after a prepare came back. The
+    /// driver keeps looking, and reports [`Event::ServiceFound`] or [`Event::ServiceMissing`] when that has
+    /// changed.
     ServiceUnserved(ServiceName),
-    /// A service's vote came in.
+    /// A vote.
     VoteReceived(Vote),
     /// The transport brought a prepare back: no slot became free within the service's `max_wait`.
     PrepareReturned {
@@ -87,12 +85,12 @@ pub enum Event {
         /// The service that can't be reached.
         service: ServiceName,
     },
-    /// A service's answer to a finish came in.
+    /// An answer to a finish.
     DoneReceived {
-        /// What it says.
+        /// The answer.
         done: Done,
-        /// The message it came in, if that is from the durable queue of all workers: it may not be
-        /// acknowledged before the records of every [`Effect::Settle`] that names it are safe.
+        /// Its message, if that is from the durable queue of all workers: it must not be acknowledged
+        /// before the records of every [`Effect::Settle`] that names it are safe.
         delivery: Option<Delivery>,
     },
     /// An instance asks what became of a transaction.
@@ -118,13 +116,12 @@ pub enum Event {
         /// The service whose commit is parked; `None`: the transaction itself is.
         service: Option<ServiceName>,
     },
-    /// The moment of [`Coordinator::next_deadline`](super::Coordinator::next_deadline) has come.
-    /// Late or needless, it does no harm.
+    /// The moment of [`Coordinator::next_deadline`](super::Coordinator::next_deadline) has come. If it comes
+    /// late or needlessly, it does no harm.
     DeadlineReached,
-    /// The connection is lost: every delivery will come again, to any worker. Nothing in flight
-    /// is worth keeping.
+    /// The connection is lost: every delivery will come again, to any worker.
     Disconnected,
-    /// Take no new work; hand back what has not begun.
+    /// The worker stops: take no new requests, and hand back those that have not begun.
     DrainRequested,
 }
 
@@ -190,8 +187,8 @@ impl Event {
     }
 }
 
-/// Something the coordinator asks for. They are to be carried out in the order in which they come;
-/// any of them may be lost to a crash, and none needs to have succeeded before the next, except:
+/// Something that the driver must do for the coordinator. It carries out effects in order. A crash may lose
+/// any of them, and none needs to have succeeded before the next, except:
 ///
 /// * [`Effect::Ack`] comes only after the [`Event::ResultConfirmed`] (or
 ///   [`Event::ParkConfirmed`]) of that delivery, so a crash in between repeats the answer rather
@@ -203,18 +200,18 @@ impl Event {
 ///   committed, or the [`Event::ParkConfirmed`] of the one that did not.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub enum Effect {
-    /// Find out whether a service exists: answered by [`Event::ServiceFound`],
-    /// [`Event::ServiceUnserved`] or [`Event::ServiceMissing`], and before that by
-    /// [`Event::ServiceUnavailable`] while that is not known.
+    /// Find out whether a service exists. The answer is [`Event::ServiceFound`],
+    /// [`Event::ServiceUnserved`] or [`Event::ServiceMissing`]; [`Event::ServiceUnavailable`] comes first
+    /// while that is unknown.
     FindService {
         /// The service.
         service: ServiceName,
-        /// How long to wait before looking: its queue refused a prepare just now.
+        /// How long to wait first: the service's queue has just refused a prepare.
         after: Duration,
     },
-    /// Find out whether anybody serves a service, of which too long nothing was heard:
-    /// [`Event::ServiceUnserved`] if nobody does, and else nothing. Asked for as often as
-    /// something isn't answered: how often to look is the driver's business.
+    /// Find out whether a service has instances: [`Event::ServiceUnserved`] if it has none, and nothing
+    /// otherwise. The coordinator asks whenever a message is not answered; the driver decides how often to
+    /// look.
     CheckService(ServiceName),
     /// Send a prepare to the queue of a service.
     SendPrepare {
@@ -236,15 +233,15 @@ pub enum Effect {
     },
     /// Append a record to the journal.
     Append(Decision),
-    /// Read the journal from `from` up to the message before offset `until`: answered by
-    /// [`Event::HistoryRead`]s and one [`Event::HistoryEnded`].
+    /// Read the journal from `from` up to the message before offset `until`. The answer is any number of
+    /// [`Event::HistoryRead`], and one [`Event::HistoryEnded`].
     ReadHistory {
         /// Where to begin.
         from: Time,
         /// Where to end.
         until: u64,
     },
-    /// Tell the producer, and answer with [`Event::ResultConfirmed`] or [`Event::ResultFailed`].
+    /// Publish a result. The answer is [`Event::ResultConfirmed`] or [`Event::ResultFailed`].
     Publish {
         /// The transaction whose result it is.
         key: TransactionKey,
@@ -253,26 +250,26 @@ pub enum Effect {
         /// The result.
         answer: Answer,
     },
-    /// The request is dealt with: it must not come again.
+    /// Acknowledge the request: it must not come again.
     Ack(Delivery),
-    /// The request was not begun: hand it to another worker.
+    /// The request was not begun: return it to the queue, for another worker.
     Release(Delivery),
-    /// The request can't be dealt with: set it aside with the reason, and tell its producer.
+    /// Reject the request: set it aside with the reason, and publish a result.
     Reject {
         /// The request.
         request: Request,
         /// What to settle.
         delivery: Delivery,
-        /// What is wrong with it.
+        /// Why it is rejected.
         reason: Reason,
     },
-    /// Write it down for a person, durably, and answer with [`Event::ParkConfirmed`]. The parked
-    /// finish of a commit is sent after that; a driver may have made it safe before it wrote the
-    /// record, and then sends no other.
+    /// Write a durable record for operators. The answer is [`Event::ParkConfirmed`]. After that the
+    /// coordinator sends the parked finish of a commit. A driver that has made the finish safe before the
+    /// record drops that one.
     Park(Parked),
-    /// Write down, durably, that a parked commit was applied after all. That is final: a parked
-    /// record of it that comes later, as one of a worker that died meanwhile may, changes nothing;
-    /// nor does this where nothing was parked.
+    /// Write a durable record that a parked commit was applied after all. It is final: a parked record that
+    /// comes later, for example from a worker that crashed meanwhile, changes nothing. If nothing was parked,
+    /// the record does no harm.
     Settle {
         /// Which transaction.
         key: TransactionKey,
@@ -281,23 +278,23 @@ pub enum Effect {
         /// The delivery of the [`Event::DoneReceived`] that this follows from. It may be
         /// acknowledged when this record is safe, and that of every other effect that names it.
         ack: Option<Delivery>,
-        /// Whether it is known to have been parked. If not, a worker that is gone may have done so,
-        /// and not have sent the parked finish. A system in which each worker makes that safe before
-        /// the record needs no such record: the done of that finish will settle it.
+        /// Whether this worker has parked the commit. If not, a worker that is gone may have, without having
+        /// sent the parked finish. If every worker makes that finish safe before it writes the parked record,
+        /// this record is not needed: the done of that finish will settle the commit.
         was_parked: bool,
     },
-    /// Worth a line in the log or a count, nothing more.
+    /// Log it, or count it.
     Report(Anomaly),
 }
 
-/// Something unusual that the protocol deals with by itself.
+/// Something unusual that the protocol handles by itself.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub enum Anomaly {
-    /// A request came again that is being worked on.
+    /// A request came again while its transaction was in flight.
     DuplicateRequest(TransactionKey),
-    /// A vote came for a transaction that is decided, or unknown here.
+    /// A vote came for a transaction that is decided, or that this coordinator doesn't know.
     LateVote(TransactionKey, ServiceName),
-    /// Two instances of one service prepared the same transaction: one of them will undo it.
+    /// Two instances of one service have prepared the same transaction: one of them will undo it.
     PreparedTwice(TransactionKey, ServiceName),
     /// A service's code failed to commit and will be called again.
     CommitFailed {
@@ -307,18 +304,18 @@ pub enum Anomaly {
         service: ServiceName,
         /// How many attempts have failed.
         failures: u32,
-        /// What the code said.
+        /// The error of the code.
         error: Arc<str>,
     },
     /// A command was not answered and is sent again.
     Unanswered(TransactionKey, ServiceName),
-    /// A transaction that held slots elsewhere got none here in time.
+    /// A transaction that held slots of other services got no slot of this one in time.
     Stalled(TransactionKey, ServiceName),
-    /// An inquiry could not be taken in: too many are under way. It will be repeated.
+    /// An inquiry was dropped, since too many are pending. The instance will repeat it.
     InquiryDropped(TransactionKey),
-    /// An instance of this service holds a transaction that is past its deadline, and the journal
-    /// doesn't reach back to where the transaction began: nobody can tell its outcome, or may decide
-    /// it. It is asked about, and reported, again and again.
+    /// An instance of this service holds a transaction that is past its deadline, and the journal doesn't
+    /// reach back to where the transaction began: its outcome can't be determined, and no worker may decide
+    /// it. The instance inquires again and again, and each time this is reported.
     InquiryUndecidable(TransactionKey, ServiceName),
     /// The journal has a gap before this offset.
     JournalGap(u64),
@@ -329,22 +326,22 @@ pub enum Anomaly {
         /// How often it was published.
         attempts: u32,
     },
-    /// Two instances of a service name different stores, though they should share one: what one has
-    /// prepared the other can't commit. Reported once in a while, as long as it is so.
+    /// Two instances of a service name different stores, though they must share one: neither can commit what
+    /// the other has prepared. Reported from time to time while this lasts.
     StoresDiffer {
         /// Which service.
         service: ServiceName,
-        /// Who named which store before.
+        /// The instance that named a store before, and that store.
         before: (InstanceId, StoreId),
-        /// Who names which now.
+        /// The instance that names another one now, and that store.
         now: (InstanceId, StoreId),
     },
     /// A service can't be reached. Reported once, when that begins.
     ServiceUnavailable(ServiceName),
-    /// That service can be reached again. Reported once.
+    /// The service can be reached again. Reported once.
     ServiceAvailable(ServiceName),
-    /// Nobody serves a service. Reported once, when that begins.
+    /// A service has no instance. Reported once, when that begins.
     ServiceUnserved(ServiceName),
-    /// Somebody serves that service again. Reported once.
+    /// The service has an instance again. Reported once.
     ServiceServed(ServiceName),
 }

@@ -1,4 +1,4 @@
-//! What is read of the journal, and the look further back in it for what the view does not reach.
+//! Handles records of the journal, and searches older parts of it for transactions that are out of view.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -17,21 +17,21 @@ use crate::protocol::{
     time::Time,
 };
 
-/// The look further back in the journal: one at a time serves all who wait for it.
+/// The search of older parts of the journal. There is one search at a time, for many transactions.
 #[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
 pub(super) struct HistorySearch {
-    /// Whom the look under way serves; it has begun early enough for all of them.
+    /// The transactions that the current search is for. It begins early enough for all of them.
     serving: BTreeSet<TransactionKey>,
-    /// The first record it has found of each.
+    /// The first record that it has found of each.
     found: BTreeMap<TransactionKey, Arc<Decision>>,
-    /// The first record of each that was in view since it began: the view may forget it meanwhile.
+    /// The first record of each that was in view since the search began: the view may evict it meanwhile.
     in_view: BTreeMap<TransactionKey, Arc<Decision>>,
-    /// Whom the next one serves.
+    /// The transactions that the next search is for.
     next: BTreeSet<TransactionKey>,
 }
 
 impl HistorySearch {
-    /// The next look is for `key` too. It begins at once if none is under way.
+    /// Adds `key` to the next search, which begins at once if there is no current one.
     pub(super) fn look_for(
         &mut self,
         key: &TransactionKey,
@@ -54,21 +54,22 @@ impl HistorySearch {
         cx.effects.push(Effect::ReadHistory { from, until: view.oldest_offset() });
     }
 
-    /// The look under way has read a record.
+    /// The current search has read a record.
     pub(super) fn read(&mut self, decision: Arc<Decision>) {
         if self.serving.contains(&decision.key) {
             self.found.entry(decision.key.clone()).or_insert(decision);
         }
     }
 
-    /// A record has come into view.
+    /// A record was read at the journal's end.
     fn seen(&mut self, decision: &Arc<Decision>) {
         if self.serving.contains(&decision.key) {
             self.in_view.entry(decision.key.clone()).or_insert_with(|| Arc::clone(decision));
         }
     }
 
-    /// There is a gap after what the look under way reads: those it serves are looked for again.
+    /// The journal has a gap after the part that the current search reads: its transactions must be searched
+    /// for again.
     fn look_again(&mut self) {
         self.next.extend(self.serving.iter().cloned());
     }
@@ -101,7 +102,7 @@ impl Work {
         });
     }
 
-    /// Records are lost: what was not seen to be decided may have been.
+    /// Records are lost: a transaction that seems undecided may have been decided.
     fn recall_undecided(&mut self, cx: &mut CoordinatorContext<'_>) {
         let is_undecided =
             |it: &CoordinatedTransaction| it.is_undecided() && it.phase() != Phase::Recalling;
@@ -112,7 +113,7 @@ impl Work {
             self.with(&key, cx, CoordinatedTransaction::recall_again);
             self.history.look_for(&key, &self.view, cx);
         }
-        // Who has asked will ask again.
+        // The instances will inquire again.
         self.inquiries = Inquiries::default();
     }
 

@@ -1,5 +1,5 @@
-//! Inquiries about transactions that this worker doesn't work on. Asking is deciding: what nobody has
-//! decided by its deadline is aborted.
+//! Inquiries about transactions that this worker doesn't work on. If such a transaction is undecided after
+//! its deadline, the worker proposes to abort it.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -19,30 +19,30 @@ pub(super) struct Inquiries {
     deadlines: Deadlines,
 }
 
-/// What has been asked about one transaction.
+/// The inquiries about one transaction.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 struct PendingInquiry {
     request_hash: RequestHash,
     askers: BTreeSet<(ServiceName, InstanceId)>,
     deadline: Time,
-    /// Whether an abort was proposed; if not, it is being looked up.
+    /// Whether an abort was proposed. If not, the transaction is being looked up.
     is_proposed: bool,
     /// When to propose again: its entry among the deadlines.
     due: Option<Time>,
 }
 
 impl Inquiries {
-    /// The soonest moment at which one of them wants to be looked at again.
+    /// When to look at one of them again.
     pub(super) fn next_deadline(&self) -> Option<Time> {
         self.deadlines.next()
     }
 
-    /// Whether this is the first that is asked about the transaction.
+    /// Adds an inquiry. Returns whether it is the first about its transaction.
     fn open(&mut self, inquiry: Inquiry, cx: &mut CoordinatorContext<'_>) -> bool {
         let asker = (inquiry.service, inquiry.instance);
         let inquiries_max = cx.settings().inquiries_max;
         if let Some(pending) = self.pending.get_mut(&inquiry.key) {
-            // What few instances hold one transaction is bounded by its services; a flood is not.
+            // Few instances hold one transaction, but an attacker may send many inquiries.
             if pending.askers.len() < inquiries_max {
                 pending.askers.insert(asker);
             }
@@ -81,14 +81,14 @@ impl Inquiries {
 
     /// The first record of a transaction was read.
     pub(super) fn first_read(&mut self, first: &Decision, cx: &mut CoordinatorContext<'_>) {
-        // Until it has been looked up, an earlier record may be the outcome.
+        // While it is being looked up, an older record may turn out to be the outcome.
         if self.pending.get(&first.key).is_some_and(|it| it.is_proposed) {
             self.answer(first, cx);
         }
     }
 
-    /// The transaction was looked up further back. `is_complete`: without a gap, so that `first` is
-    /// its first record, if it has one.
+    /// The transaction was looked up in older parts. `is_complete`: without a gap, so that `first` is its
+    /// first record, if it has one.
     pub(super) fn recalled(
         &mut self,
         key: &TransactionKey,
@@ -142,16 +142,16 @@ impl Work {
         if let Some(it) = self.transactions.get(&key) {
             let is_ours = it.request().request_hash == inquiry.request_hash;
             return self.with(&key, cx, |it, cx| match it.is_undecided() {
-                // It holds something. Whether that is prepared, or what a failed prepare has left,
-                // only its vote can say.
+                // The instance holds a branch. Only its vote can say whether that is prepared or was left by
+                // a failed prepare.
                 true if is_ours => it.query(&inquiry.service, inquiry.instance, cx),
                 true => {}
                 false => it.answer_inquiry(inquiry, cx),
             });
         }
         let margin = cx.settings().clock_margin;
-        // Nobody can hold it yet. A record of it, made before those who look for one begin to read,
-        // would be missed by them.
+        // No instance can hold it yet. And an abort that is recorded now would lie before the part of the
+        // journal that workers read when they look for it.
         let is_ahead = key.requested_at > cx.now + margin;
         match self.view.recall(&key, margin) {
             Recall::Found(first) => cx.tell(&first, &inquiry.service, inquiry.instance),

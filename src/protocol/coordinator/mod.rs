@@ -1,8 +1,8 @@
 //! The worker's side of the protocol: [`Event`]s in, [`Effect`]s out.
 //!
-//! A request is looked up in the journal; if it is undecided the services are asked for their
-//! votes; an outcome is proposed; and only when the *first* record of the transaction has been read
-//! back does anyone hear of it.
+//! The coordinator looks a request up in the journal. If it is undecided, the coordinator asks the services
+//! for their votes, and proposes an outcome. Only when it has read back the *first* record of the
+//! transaction does any process learn the outcome.
 //!
 //! ```text
 //! Recalling ──> Waiting ──> Preparing ──> Deciding ──> Committing ──> Answering ──> (forgotten)
@@ -11,25 +11,25 @@
 //!     └────────> Parking ─────────────────────────────────────────────────────────> (forgotten)
 //! ```
 //!
-//! Any phase before `Deciding` may be cut short by a decision of another worker's.
+//! A decision of another worker may end any phase before `Deciding`.
 //!
 //! **Invariant:** no commit, abort, cancel or result leaves before the outcome was read back.
 //!
-//! **Invariant:** nothing that a crash may lose is needed again: a request that comes once more is
-//! treated like a new one.
+//! **Invariant:** nothing that a crash may lose is needed again: a request that is delivered again is
+//! handled like a new one.
 //!
 //! The rooms: `requests`, what becomes of a request when it comes; `transaction`, each one that is
 //! worked on; `history`, what is read of the journal and looked up further back in it; `inquiries`,
 //! about transactions of other workers; `services`, who may go on when one is found or has a free
 //! slot; `admission`, what is known of one service's slots.
 //!
-//! **Nothing that one producer or service lacks holds this worker's capacity without a bound.** A
-//! result that can't be delivered is published again with a growing pause, and after
-//! [`Settings::result_retries`] repetitions it counts as unclaimed: the request is acknowledged, and
-//! its producer can ask again with the same key. A transaction that waits for a service that can't
-//! be reached is aborted (`unavailable`) when its prepare timeout is over; until then it doesn't
-//! count as in flight unless it holds something elsewhere. One that waits for a service that nobody
-//! serves is too (`no_slot`, and a message says why), and only one at a time has its prepare there.
+//! **No producer and no service can hold this worker's capacity without a bound.** A result that can't be
+//! delivered is published again with growing pauses. After [`Settings::result_retries`] retries it counts
+//! as unclaimed: the request is acknowledged, and its producer can ask again with the same key. A
+//! transaction that waits for a service that can't be reached aborts (`unavailable`) when its prepare
+//! timeout is over. Until then it doesn't count as in flight, unless it holds a slot of another service. A
+//! transaction that waits for a service without instances aborts too (`no_slot`, with a message that says
+//! why), and only one transaction at a time has its prepare in that service's queue.
 
 mod admission;
 mod event;
@@ -67,42 +67,42 @@ use crate::protocol::{
     time::Time,
 };
 
-/// One worker: every transaction it works on, what it knows of the services, and its view of the
-/// journal.
+/// The coordinator of one worker: the transactions that it works on, what it knows of the services, and its
+/// view of the journal.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Coordinator {
     work: Work,
     shared: SharedState,
 }
 
-/// The work of a worker, by kind. It is apart from [`SharedState`] so that a [`CoordinatorContext`]
-/// can lend that to whichever of these handles an event.
+/// What a coordinator works on, by kind. It is separate from [`SharedState`], so that a
+/// [`CoordinatorContext`] can lend the shared state to the part that handles an event.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 struct Work {
     view: JournalView,
-    /// Boxed: a map moves its values about.
+    /// Boxed, since a map moves its values.
     transactions: KeyMap<Box<CoordinatedTransaction>>,
     inquiries: Inquiries,
     history: HistorySearch,
 }
 
-/// What all transactions of a worker share.
+/// The state that all transactions of a worker share.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 struct SharedState {
     settings: Settings,
     loads: BTreeMap<ServiceName, ServiceLoad>,
     deadlines: Deadlines,
-    /// Transactions that have begun.
+    /// How many transactions have begun.
     active: usize,
-    /// Whether one that could have begun was kept back because too many have.
+    /// Whether a transaction could not begin because too many have.
     was_at_capacity: bool,
-    /// Services at which a slot, or the right to ask for one, may have become free.
+    /// Services whose waiters may have a chance now.
     dirty_services: BTreeSet<ServiceName>,
     draining: bool,
 }
 
-/// What the handling of an event may use, besides what the event is about: the moment, what all
-/// transactions share, and the list to which whatever must be done is appended.
+/// What a handler of an event may use, besides its own part: the moment, the shared state, and the list of
+/// effects.
 struct CoordinatorContext<'a> {
     now: Time,
     shared: &'a mut SharedState,
@@ -110,21 +110,21 @@ struct CoordinatorContext<'a> {
 }
 
 impl Coordinator {
-    /// A worker with nothing to do, that has read nothing.
+    /// A coordinator that has no transactions and has read nothing.
     pub fn new(settings: Settings) -> Self {
         let view = JournalView::new(settings.records_max, settings.window)
             .with_digests(settings.digests_max);
         Self { work: Work::new(view), shared: SharedState::new(settings) }
     }
 
-    /// Takes in one event and appends what must now be done, in order, to `effects`.
+    /// Handles an event, and appends what must be done now, in order, to `effects`.
     pub fn handle(&mut self, now: Time, event: Event, effects: &mut Vec<Effect>) {
         let cx = &mut CoordinatorContext { now, shared: &mut self.shared, effects };
         self.work.handle(event, cx);
         self.work.serve_waiters(cx);
     }
 
-    /// The next moment at which [`Event::DeadlineReached`] should be delivered, if there is one.
+    /// When to deliver the next [`Event::DeadlineReached`], if there is a deadline.
     pub fn next_deadline(&self) -> Option<Time> {
         let inquiries = self.work.inquiries.next_deadline();
         self.shared.deadlines.next().into_iter().chain(inquiries).min()
@@ -140,32 +140,32 @@ impl Coordinator {
         begin.min((in_flight_max + waiting_max).saturating_sub(self.work.transactions.len()))
     }
 
-    /// How many transactions it has not finished, begun or not.
+    /// How many unfinished transactions it has, begun or not.
     pub fn len(&self) -> usize {
         self.work.transactions.len()
     }
 
-    /// How many of these wait for a slot before they begin.
+    /// How many transactions wait for a slot before they begin.
     pub fn waiting(&self) -> usize {
         self.work.transactions.len() - self.shared.active
     }
 
-    /// Whether it has nothing to do.
+    /// Whether it has no transactions.
     pub fn is_empty(&self) -> bool {
         self.work.transactions.is_empty()
     }
 
-    /// Where a transaction stands, if it is worked on here.
+    /// The phase of a transaction, if this coordinator works on it.
     pub fn phase_of(&self, key: &TransactionKey) -> Option<Phase> {
         self.work.transactions.get(key).map(|it| it.phase())
     }
 
-    /// The offset from which to read the journal on after a break.
+    /// The offset from which to continue reading the journal after a break.
     pub fn next_offset(&self) -> u64 {
         self.work.view.next_offset()
     }
 
-    /// What this worker has read of the journal.
+    /// The view of the journal.
     pub fn view(&self) -> &JournalView {
         &self.work.view
     }
@@ -236,7 +236,7 @@ impl Work {
         }
     }
 
-    /// Lets a transaction handle an event, and forgets it if that was the last it had to do.
+    /// Lets a transaction handle an event, and removes it if it is finished then.
     fn with(
         &mut self,
         key: &TransactionKey,
@@ -280,8 +280,8 @@ impl Work {
         cx.learn(&service);
     }
 
-    /// A vote for a transaction that isn't worked on here. If it is decided, the instance that voted
-    /// hears how it ended; if not, the instance will inquire.
+    /// A vote for a transaction that this coordinator doesn't work on. If it is decided, the coordinator
+    /// sends the outcome to the instance that voted; if not, the instance will inquire.
     fn late_vote(&self, vote: Vote, cx: &mut CoordinatorContext<'_>) {
         let holds = matches!(vote.kind, VoteKind::Prepared { .. } | VoteKind::Failed { .. });
         let margin = cx.settings().clock_margin;
@@ -309,7 +309,7 @@ impl Work {
     // ---- Time, and the ends of things --------------------------------------------------------
 
     fn deadline_reached(&mut self, cx: &mut CoordinatorContext<'_>) {
-        // What is armed meanwhile waits for the next time, even if it is due at once.
+        // Deadlines that are set meanwhile wait for the next event, even if they are due at once.
         for key in cx.shared.deadlines.take_due(cx.now) {
             self.with(&key, cx, |it, cx| {
                 it.due = None;
@@ -319,7 +319,7 @@ impl Work {
         self.inquiries.deadline_reached(cx);
     }
 
-    /// All that was delivered will be delivered again, so all that came of it is forgotten.
+    /// The broker will deliver all requests again, so the coordinator drops their transactions.
     fn disconnected(&mut self, cx: &mut CoordinatorContext<'_>) {
         let view = std::mem::replace(&mut self.view, JournalView::new(0, Duration::ZERO));
         *self = Self::new(view);
@@ -352,7 +352,7 @@ impl CoordinatorContext<'_> {
         self.shared.deadlines.wake_by(key, due, at);
     }
 
-    /// Tells an instance how a transaction ended.
+    /// Sends the outcome of a transaction to an instance.
     fn tell(&mut self, decision: &Decision, service: &ServiceName, instance: InstanceId) {
         let finish = Finish {
             key: decision.key.clone(),

@@ -1,5 +1,5 @@
-//! What becomes of a request when it comes: it is rejected, joins a transaction in flight, is
-//! answered with what the journal says, or begins a transaction.
+//! Handles a request when it comes: rejects it, adds it to a transaction in flight, answers it with a
+//! decision from the journal, or begins a transaction.
 
 use crate::protocol::{
     coordinator::{
@@ -31,11 +31,11 @@ impl Work {
             return self.attach(&key, request, (delivery, deliveries), cx);
         }
         let (recall, earlier) = self.view.recall_or_namesake(&key, clock_margin);
-        // What has an outcome of its own, or may have one, is no retry of another's.
+        // A transaction that has its own outcome, or may have one, is no retry of another one.
         if recall == Recall::Absent
             && let Some(earlier) = in_flight
         {
-            // What others have done for the earlier one they did for its own requests.
+            // Other workers can't have worked on the earlier transaction because of this request.
             return self.attach(&earlier, request, (delivery, 1), cx);
         }
         let decided = match &recall {
@@ -58,8 +58,8 @@ impl Work {
         }
     }
 
-    /// The transaction in flight under this id: this very one, or else one that this is a retry of
-    /// under a new timestamp.
+    /// The transaction in flight with this id: `key` itself, or else one that `key` is a retry of, with a new
+    /// timestamp.
     fn same_id_in_flight(&self, key: &TransactionKey) -> Option<TransactionKey> {
         let mut times = self.transactions.of_id(&key.id).map(|(requested_at, _)| requested_at);
         let first = times.next()?;

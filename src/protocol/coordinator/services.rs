@@ -1,5 +1,5 @@
-//! What happens to the services that transactions need: they are found, missing, out of reach or
-//! unserved, and report free slots; and who may go on then.
+//! Handles what is learned of services: whether they exist, can be reached and have instances, and how many
+//! slots are free. Then lets the transactions continue that wait for them.
 
 use std::time::Duration;
 
@@ -20,8 +20,8 @@ impl Work {
         self.retry_waiters(service, cx);
     }
 
-    /// The service exists, and nobody serves it. Who waits for it does so from now on with a
-    /// deadline, and only so many.
+    /// The service exists, and has no instance. From now on transactions wait for it with a deadline, and
+    /// only a limited number of them.
     pub(super) fn service_unserved(
         &mut self,
         service: &ServiceName,
@@ -40,7 +40,7 @@ impl Work {
         self.retry_waiters(service, cx);
     }
 
-    /// What is known of the service has changed: each waiter tries again.
+    /// The state of the service has changed: each waiter tries again.
     fn retry_waiters(&mut self, service: &ServiceName, cx: &mut CoordinatorContext<'_>) {
         let Some(load) = cx.shared.loads.get_mut(service) else { return };
         let waiters: Vec<_> = load.dequeue_all().collect();
@@ -60,8 +60,8 @@ impl Work {
         }
     }
 
-    /// The service can't be reached; `refused`: its queue has refused a prepare. Who waits for it
-    /// does so from now on with a deadline, and only so many.
+    /// The service can't be reached. `refused`: its queue has refused a prepare. From now on transactions
+    /// wait for it with a deadline, and only a limited number of them.
     pub(super) fn service_unavailable(
         &mut self,
         service: &ServiceName,
@@ -86,7 +86,7 @@ impl Work {
         self.retry_waiters(service, cx);
     }
 
-    /// The service is gone since it was found.
+    /// The service was found before, and is gone.
     pub(super) fn prepare_unroutable(
         &mut self,
         key: &TransactionKey,
@@ -94,7 +94,7 @@ impl Work {
         cx: &mut CoordinatorContext<'_>,
     ) {
         self.with(key, cx, |it, cx| it.service_missing(service, cx));
-        // One that is not found is being looked for already.
+        // If it is not found, a search is under way already.
         if let Some(load) = cx.shared.loads.get_mut(service).filter(|load| load.is_found()) {
             load.lost();
             let service = service.clone();
@@ -102,7 +102,7 @@ impl Work {
         }
     }
 
-    /// Lets those go on who waited for what has become free.
+    /// Lets waiters continue where a slot may have become free.
     pub(super) fn serve_waiters(&mut self, cx: &mut CoordinatorContext<'_>) {
         if cx.shared.was_at_capacity && !cx.is_at_capacity() {
             cx.shared.was_at_capacity = false;
@@ -142,7 +142,7 @@ impl Work {
 }
 
 impl CoordinatorContext<'_> {
-    /// An instance has reported its free slots, and which store it has.
+    /// An instance has reported its free slots and its store.
     pub(super) fn reported(
         &mut self,
         service: &ServiceName,
@@ -165,7 +165,7 @@ impl CoordinatorContext<'_> {
         }
     }
 
-    /// What the service reported with what was just handled.
+    /// The message that came with the latest report is handled: now the report can be used.
     pub(super) fn learn(&mut self, service: &ServiceName) {
         if let Some(load) = self.shared.loads.get_mut(service) {
             load.learn();
@@ -176,20 +176,20 @@ impl CoordinatorContext<'_> {
         self.shared.active >= self.shared.settings.in_flight_max
     }
 
-    /// Whether as many wait for services that can't be reached, or that nobody serves, as may: with
-    /// more, requests that need none of these would soon not be taken in.
+    /// Whether the limit of transactions is reached that wait for services that can't be reached or have no
+    /// instance. With more of them, the worker would soon take no requests for other services.
     pub(super) fn is_full_of_stranded(&self) -> bool {
         let out_of_reach = self.shared.loads.values().filter(|load| load.is_out_of_reach());
         let waiters: usize = out_of_reach.map(ServiceLoad::waiters).sum();
         waiters >= (self.shared.settings.waiting_max / 2).max(1)
     }
 
-    /// What is known of `service`, if it is remembered.
+    /// The load of `service`, if it is known.
     pub(super) fn known_load(&mut self, service: &ServiceName) -> Option<&mut ServiceLoad> {
         self.shared.loads.get_mut(service)
     }
 
-    /// Something was sent to `service` and not answered in time: perhaps nobody serves it.
+    /// A message to `service` was not answered in time: perhaps it has no instance.
     pub(super) fn check(&mut self, service: &ServiceName) {
         let is_of_use =
             |load: &&ServiceLoad| load.is_found() && !load.is_unserved() && !load.is_own();
@@ -198,7 +198,7 @@ impl CoordinatorContext<'_> {
         }
     }
 
-    /// What is known of `service`; it is looked for if it is new.
+    /// The load of `service`. If the service is unknown, a search for it begins.
     pub(super) fn load(&mut self, service: &ServiceName) -> &mut ServiceLoad {
         let SharedState { loads, settings, .. } = &mut *self.shared;
         if loads.len() >= settings.services_max && !loads.contains_key(service) {
@@ -213,7 +213,7 @@ impl CoordinatorContext<'_> {
         })
     }
 
-    /// Notes in the load of `service` something that may let waiters go on.
+    /// Changes the load of `service` in a way that may let waiters continue.
     pub(super) fn relieve(&mut self, service: &ServiceName, tell: impl FnOnce(&mut ServiceLoad)) {
         let Some(load) = self.shared.loads.get_mut(service) else { return };
         tell(load);

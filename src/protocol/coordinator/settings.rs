@@ -1,40 +1,39 @@
-//! What an operator may set: how patient a worker is, and how much it takes on.
+//! The settings of a coordinator: time-outs and limits.
 
 use std::{collections::BTreeMap, time::Duration};
 
 use crate::protocol::ids::{ServiceName, WorkerId};
 
-/// What a worker knows of a service that is its own.
+/// The slots of a service that no other worker uses.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Slots {
-    /// How many it has.
+    /// How many slots it has.
     pub max_concurrency: u32,
-    /// How long a prepare may wait for one.
+    /// How long a prepare may wait for a slot.
     pub max_wait: Duration,
 }
 
-/// How patient a worker is, and how much it takes on.
+/// The settings of a coordinator.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Settings {
-    /// Whose records these are.
+    /// The worker's id, which its records name.
     pub worker: WorkerId,
     /// How long the prepares of a transaction may take, unless its request says otherwise.
     pub prepare_timeout: Duration,
-    /// How long to wait for the answer to a commit before it is sent again, and how long to go on
-    /// telling of an abort.
+    /// How long to wait for the answer to a commit before it is sent again; and how long to repeat an abort
+    /// that is not answered.
     pub finish_timeout: Duration,
     /// How long to wait for a holder's vote after a take-over.
     pub query_timeout: Duration,
     /// How long to wait for a record to be read back before it is appended again.
     pub append_timeout: Duration,
-    /// How often a failed commit is tried again.
+    /// How often to retry a failed commit.
     pub commit_retries: u32,
-    /// The pause before the first repetition; it doubles with each.
+    /// The pause before the first retry; it doubles with each.
     pub backoff_first: Duration,
     /// The longest pause.
     pub backoff_max: Duration,
-    /// How often a result that can't be delivered is published again. After that it counts as
-    /// unclaimed.
+    /// How often to publish a result again that can't be delivered. After that it counts as unclaimed.
     pub result_retries: u32,
     /// How far any two clocks of the system may differ.
     pub clock_margin: Duration,
@@ -42,25 +41,25 @@ pub struct Settings {
     pub window: Duration,
     /// How many decisions stay in view at most, at some 600 bytes each.
     pub records_max: usize,
-    /// How many digests of decisions that have gone out of view are kept, at 11 bytes each. A
-    /// request newer than the oldest of them is looked for further back only if its digest is there.
+    /// How many digests of evicted decisions to keep, at 11 bytes each. A request that is newer than the
+    /// oldest digest is searched for in older parts of the journal only if its digest is there.
     pub digests_max: usize,
-    /// How many transactions are worked on at once.
+    /// How many transactions may be in flight.
     pub in_flight_max: usize,
-    /// How many more may wait for slots; half as many for services that can't be reached, or that
-    /// nobody serves.
+    /// How many more may wait for slots. Only half as many may wait for services that can't be reached or
+    /// have no instance.
     pub waiting_max: usize,
-    /// A request delivered more often than this is aborted. A driver that tries such requests apart
-    /// from others tells of no more deliveries than this, until it gives one up.
+    /// A request that was delivered more often is aborted. A driver that tries such requests one by one
+    /// passes no higher number, until it gives one up.
     pub deliveries_max: u32,
-    /// How many inquiries about transactions of other workers are looked into at once.
+    /// How many inquiries about transactions of other workers may be pending.
     pub inquiries_max: usize,
-    /// From how many services on those are forgotten that were not heard of for a minute.
+    /// If more services are known, those that were silent for a minute are forgotten.
     pub services_max: usize,
-    /// The services that no other worker uses. Of these it knows what is free without being told,
-    /// and their slots can be taken in any order.
+    /// The services that no other worker uses. The coordinator knows their free slots without reports, and
+    /// may take their slots in any order.
     pub own_services: BTreeMap<ServiceName, Slots>,
-    /// What the jitter of this worker's pauses starts from.
+    /// The seed of the jitter in this worker's pauses.
     pub seed: u64,
 }
 

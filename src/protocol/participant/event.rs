@@ -1,4 +1,4 @@
-//! Everything that can happen to an instance of a service, and everything it can ask for.
+//! The events that an instance handles, and the effects that it asks for.
 
 use std::sync::Arc;
 
@@ -8,14 +8,14 @@ use crate::protocol::{
     time::Time,
 };
 
-/// What the service's store holds as prepared: one branch that has heard no outcome.
+/// A branch that the service's store holds as prepared, without an outcome.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct InDoubt {
     /// Which transaction.
     pub key: TransactionKey,
     /// The digest of the request it was prepared for.
     pub request_hash: RequestHash,
-    /// The branch under which it is stored.
+    /// Its branch.
     pub branch: Branch,
     /// The deadline of its prepare.
     pub deadline: Time,
@@ -27,45 +27,45 @@ pub struct InDoubt {
 pub enum Verdict {
     /// What the commit needs is stored under the branch, and the commit can succeed whatever happens.
     Prepared,
-    /// There is nothing to commit: the service is left out, and hears no more of the transaction.
+    /// There is nothing to commit. Neither commit nor abort is called.
     ReadOnly,
-    /// No, for this reason. Nothing is stored, and the abort is not called.
+    /// The service refuses, for this reason. Nothing is stored, and the abort is not called.
     Refused(Option<Arc<str>>),
-    /// An error, a panic, a time-out. Something may be stored, and the abort is called. A prepare that
-    /// ends in an error ends so.
+    /// An error, a panic, or a time-out. Something may be stored, and the abort is called. A prepare that
+    /// returns an error has this verdict.
     Failed(Arc<str>),
 }
 
-/// A fact that an instance learns. Any of them may come twice, late, or out of order.
+/// An event that an instance handles. Any event may come twice, late, or out of order.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub enum Event {
     /// A prepare was taken from the service's queue.
     PrepareReceived {
-        /// Who wants the vote.
+        /// The worker that wants the vote.
         worker: WorkerId,
-        /// The slot: unacked as long as the transaction is held.
+        /// The slot: unacknowledged as long as the transaction is held.
         delivery: Delivery,
-        /// Whether it was delivered before, to an instance whose connection is gone.
+        /// Whether the broker delivered it before, on a connection that is gone.
         redelivered: bool,
         /// What to prepare.
         prepare: Prepare,
     },
     /// A worker asks who holds a transaction.
     QueryReceived {
-        /// Who wants the vote.
+        /// The worker that wants the vote.
         worker: WorkerId,
         /// Which transaction.
         query: Query,
     },
-    /// A prepare that may still wait in the queue is withdrawn.
+    /// A prepare that may still wait in the queue is cancelled.
     CancelReceived(TransactionKey),
     /// The outcome of a transaction.
     FinishReceived {
-        /// Who wants to hear that it is done.
+        /// The worker that wants the answer.
         worker: WorkerId,
         /// The outcome.
         finish: Finish,
-        /// What to ack when it is done, if it came by the service's durable queue.
+        /// What to acknowledge when it is done, if it came by the service's durable queue.
         delivery: Option<Delivery>,
     },
     /// The service's prepare has ended.
@@ -74,7 +74,7 @@ pub enum Event {
         key: TransactionKey,
         /// Which run.
         branch: Branch,
-        /// How.
+        /// How it ended.
         verdict: Verdict,
     },
     /// The service's commit or abort has ended.
@@ -83,7 +83,7 @@ pub enum Event {
         key: TransactionKey,
         /// What was committed or undone.
         branch: Branch,
-        /// Whether it succeeded; if not, what the code said.
+        /// Whether it succeeded; if not, the error of the code.
         applied: Result<(), Arc<str>>,
     },
     /// What the store holds of one transaction.
@@ -93,22 +93,22 @@ pub enum Event {
         /// Its branches.
         held: Vec<InDoubt>,
     },
-    /// Whether the store knows the branch that is to be committed: holds it, or has committed it.
+    /// Whether the store knows a branch: holds it, or has committed it.
     CommitLookedUp {
         /// Which transaction.
         key: TransactionKey,
         /// Which branch.
         branch: Branch,
-        /// Whether it does.
+        /// Whether the store knows it.
         is_known: bool,
     },
-    /// All that the store holds.
+    /// All branches that the store holds.
     StoreScanned(Vec<InDoubt>),
     /// The moment of [`Instance::next_deadline`](super::Instance::next_deadline) has come.
     DeadlineReached,
     /// The connection is lost: every delivery will come again, to any instance.
     Disconnected,
-    /// The process is going to end: what is parked is left to the next one.
+    /// The process stops: it leaves parked commits to the next one.
     DrainRequested,
 }
 
@@ -150,19 +150,18 @@ impl Event {
     }
 }
 
-/// Something an instance asks for, to be carried out in the order in which they come.
+/// Something that the driver must do for an instance. It carries out effects in order.
 ///
-/// * A vote of prepared comes only after the [`Event::PrepareEnded`] that says it is stored.
-/// * The [`Effect::Ack`] that frees a slot comes only after the outcome was applied, or after a
-///   verdict that left nothing to apply.
+/// * A prepared vote comes only after the [`Event::PrepareEnded`] that says that the branch is stored.
+/// * The [`Effect::Ack`] that frees a slot comes only after the outcome was applied, or after a verdict that
+///   left nothing to apply.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub enum Effect {
-    /// Call the service's prepare, until `deadline` at the longest: answered by
-    /// [`Event::PrepareEnded`].
+    /// Call the service's prepare, until `deadline` at most. The answer is [`Event::PrepareEnded`].
     CallPrepare {
         /// Which transaction.
         key: TransactionKey,
-        /// What to store it under.
+        /// The branch to store it under.
         branch: Branch,
         /// The digest to store with it.
         request_hash: RequestHash,
@@ -171,25 +170,24 @@ pub enum Effect {
         /// When to give up.
         deadline: Time,
     },
-    /// Call the service's commit: answered by [`Event::FinishEnded`].
+    /// Call the service's commit. The answer is [`Event::FinishEnded`].
     CallCommit {
         /// Which transaction.
         key: TransactionKey,
-        /// What to commit.
+        /// The branch to commit.
         branch: Branch,
     },
-    /// Call the service's abort: answered by [`Event::FinishEnded`].
+    /// Call the service's abort. The answer is [`Event::FinishEnded`].
     CallAbort {
         /// Which transaction.
         key: TransactionKey,
-        /// What to undo.
+        /// The branch to undo.
         branch: Branch,
     },
-    /// Find out what the store holds of a transaction: answered by [`Event::StoreRead`].
+    /// Read what the store holds of a transaction. The answer is [`Event::StoreRead`].
     ReadStore(TransactionKey),
-    /// Find out whether the store knows the branch that is to be committed, and that it was not seen
-    /// to hold: answered by [`Event::CommitLookedUp`]. Only where [`Settings::remembers_commits`] is
-    /// set.
+    /// Find out whether the store knows a branch that must be committed, and that it doesn't hold. The
+    /// answer is [`Event::CommitLookedUp`]. Only if [`Settings::remembers_commits`] is set.
     ///
     /// [`Settings::remembers_commits`]: super::Settings::remembers_commits
     LookUpCommit {
@@ -198,27 +196,26 @@ pub enum Effect {
         /// Which branch.
         branch: Branch,
     },
-    /// Find out all that the store holds: answered by [`Event::StoreScanned`].
+    /// Read all that the store holds. The answer is [`Event::StoreScanned`].
     ScanStore,
     /// Send a vote.
     Vote {
-        /// To whom.
+        /// To which worker.
         to: WorkerId,
-        /// What it says.
+        /// The vote.
         vote: Vote,
     },
     /// Answer a finish.
     Done {
-        /// To whom.
+        /// To which worker.
         to: WorkerId,
-        /// What it says.
+        /// The answer.
         done: Done,
-        /// The delivery of the service's durable queue that the finish came by, if it did: it must
-        /// not come again once this answer is safe.
+        /// What to acknowledge when this answer is safe, if the finish came by the service's durable queue.
         ack: Option<Delivery>,
     },
     /// Ask any worker what became of a transaction.
     Inquire(Inquiry),
-    /// The delivery of a prepare is dealt with: it must not come again, and its slot is free.
+    /// Acknowledge a prepare: it must not come again, and its slot is free.
     Ack(Delivery),
 }

@@ -1,4 +1,4 @@
-//! What an instance remembers of transactions that it no longer holds.
+//! What an instance remembers of transactions that are over.
 
 use std::collections::VecDeque;
 
@@ -8,17 +8,17 @@ use crate::protocol::{
     message::{Finish, Outcome, Reason},
 };
 
-/// How a transaction left this instance.
+/// How a transaction ended at this instance.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub(super) enum PastOutcome {
-    /// The outcome was heard and applied; `applied`: the branch it named, unless that is not known
-    /// to be committed.
+    /// The outcome came and was applied. `applied`: the branch that it named, unless it is unknown whether
+    /// that one is committed.
     Finished { outcome: Outcome, applied: Option<Branch> },
     /// There was nothing to commit for the request with this digest.
     ReadOnly(RequestHash),
-    /// The answer was no.
+    /// The service has refused.
     Refused(Reason),
-    /// The prepare was withdrawn before it was started.
+    /// The prepare was cancelled before it started.
     Cancelled,
 }
 
@@ -29,8 +29,8 @@ impl PastOutcome {
     }
 }
 
-/// The last so many transactions. To forget one costs a needless call of the service's code at
-/// worst, since a decision names what it commits.
+/// The last transactions, at most `max`. At worst, a forgotten one costs a needless call of the service's
+/// code, since a decision names the branch that it commits.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub(super) struct Memory {
     max: usize,
@@ -57,7 +57,7 @@ impl Memory {
             *known = what;
             return;
         }
-        // The oldest goes first: for one more than the maximum, a queue takes twice the memory.
+        // The oldest is removed first: a queue with one more than the maximum takes twice the memory.
         while self.order.len() >= self.max {
             let Some(oldest) = self.order.pop_front() else { return };
             self.of.remove(&oldest);

@@ -1,8 +1,7 @@
 //! The service's side of the protocol: [`Event`]s in, [`Effect`]s out.
 //!
-//! One instance of one service. It calls the service's code no more often than needed, keeps what
-//! is prepared until it hears the outcome, and never decides by itself: an instance that hears
-//! nothing inquires.
+//! One instance of one service. It calls the service's code no more often than needed, keeps what is
+//! prepared until the outcome comes, and never decides by itself: if no outcome comes, it inquires.
 //!
 //! ```text
 //!            ┌─> Recalling ─┐                       ┌──> (refused, read only: forgotten)
@@ -10,9 +9,8 @@
 //!                                                   └──> Failed ────┴─> Finishing ──> (remembered)
 //! ```
 //!
-//! The rooms: `transaction`, each one that this instance has to do with, and how it is prepared,
-//! looked up in the store and finished; `memory`, how the last ones left; `scan`, the looks through
-//! the whole store.
+//! The rooms: `transaction`, each transaction of this instance, and how it is prepared, looked up in the
+//! store and finished; `memory`, how the last transactions ended; `scan`, the scans of the whole store.
 //!
 //! **Invariant:** no more than `max_concurrency` transactions hold a slot here.
 //!
@@ -52,30 +50,30 @@ pub struct Instance {
     resources: Resources,
 }
 
-/// The work of an instance. It is apart from [`Resources`] so that a [`InstanceContext`] can lend
-/// those to whichever of these handles an event.
+/// The transactions and scans of an instance. They are separate from [`Resources`], so that an
+/// [`InstanceContext`] can lend the resources to the part that handles an event.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 struct Holdings {
-    /// Boxed: a map moves its values about.
+    /// Boxed, since a map moves its values.
     transactions: KeyMap<Box<HeldTransaction>>,
     scans: StoreScans,
 }
 
-/// What all transactions of an instance share.
+/// The state that all transactions of an instance share.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 struct Resources {
     settings: Settings,
     slots_used: u32,
-    /// The prepares that were delivered and can't be looked at yet.
+    /// Delivered prepares that can't be handled yet.
     waiting: VecDeque<DeliveredPrepare>,
     memory: Memory,
     deadlines: Deadlines,
-    /// How many branches it has made.
+    /// How many branches the instance has made.
     branches: u64,
     draining: bool,
 }
 
-/// A prepare that was taken from the service's queue.
+/// A prepare from the service's queue.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 struct DeliveredPrepare {
     worker: WorkerId,
@@ -84,8 +82,8 @@ struct DeliveredPrepare {
     prepare: Prepare,
 }
 
-/// What the handling of an event may use, besides what the event is about: the moment, what all
-/// transactions share, and the list to which whatever must be done is appended.
+/// What a handler of an event may use, besides its own part: the moment, the shared state, and the list of
+/// effects.
 struct InstanceContext<'a> {
     now: Time,
     resources: &'a mut Resources,
@@ -93,7 +91,7 @@ struct InstanceContext<'a> {
 }
 
 impl Instance {
-    /// An instance that has just started. If it has a store it looks through it at once.
+    /// An instance that has just started. If it has a store, it scans the store at once.
     pub fn new(now: Time, settings: Settings) -> Self {
         Self {
             holdings: Holdings {
@@ -112,27 +110,26 @@ impl Instance {
         }
     }
 
-    /// Takes in one event and appends what must now be done, in order, to `effects`.
+    /// Handles an event, and appends what must be done now, in order, to `effects`.
     pub fn handle(&mut self, now: Time, event: Event, effects: &mut Vec<Effect>) {
         let cx = &mut InstanceContext { now, resources: &mut self.resources, effects };
         self.holdings.handle(event, cx);
     }
 
-    /// The clock was set back `by` so much: what is to be done after a while is put back with it, or
-    /// it would be done that much later.
+    /// The clock was set back: moves all deadlines back `by` the same, or they would come that much later.
     pub fn clock_set_back(&mut self, by: Duration) {
         self.resources.deadlines.put_back(by);
         self.holdings.transactions.for_each(|it| it.clock_set_back(by));
         self.holdings.scans.clock_set_back(by);
     }
 
-    /// The next moment at which [`Event::DeadlineReached`] should be delivered, if there is one.
+    /// When to deliver the next [`Event::DeadlineReached`], if there is a deadline.
     pub fn next_deadline(&self) -> Option<Time> {
         let scan = self.holdings.scans.next_deadline();
         self.resources.deadlines.next().into_iter().chain(scan).min()
     }
 
-    /// Where a transaction stands, if this instance has to do with it.
+    /// The stage of a transaction, if this instance has it.
     pub fn stage_of(&self, key: &TransactionKey) -> Option<TransactionStage> {
         self.holdings.transactions.get(key).map(|it| it.stage())
     }
@@ -142,9 +139,9 @@ impl Instance {
         self.resources.slots_used
     }
 
-    /// Whether the outcome of a transaction is known and this instance could not apply it. No worker
-    /// waits for it any more; it is tried again now and then, and any instance that has the
-    /// store can apply it as well.
+    /// Whether the outcome of a transaction is known, and this instance could not apply it. No worker waits
+    /// for it any more. The instance tries again from time to time, and any instance with the same store can
+    /// apply it as well.
     pub fn is_parked(&self, key: &TransactionKey) -> bool {
         self.holdings.transactions.get(key).is_some_and(|it| it.is_stuck())
     }
@@ -186,7 +183,8 @@ impl Holdings {
         }
     }
 
-    /// Lets a transaction handle an event, and does what that leaves to be done.
+    /// Lets a transaction handle an event. Removes it if it is over, and handles waiting prepares if it has
+    /// freed something.
     fn with(
         &mut self,
         key: &TransactionKey,
@@ -211,7 +209,7 @@ impl Holdings {
         }
     }
 
-    /// A slot is free, or a transaction gone: look again at what could not be looked at.
+    /// A slot is free, or a transaction is gone: handles the waiting prepares again.
     fn admit_waiting(&mut self, cx: &mut InstanceContext<'_>) {
         for it in std::mem::take(&mut cx.resources.waiting) {
             self.prepare_received(it, cx);
@@ -225,7 +223,7 @@ impl Holdings {
         }
     }
 
-    /// What was delivered will be delivered again. What is prepared stays, and so does its slot.
+    /// The broker will deliver all messages again. Prepared transactions stay, and so do their slots.
     fn disconnected(&mut self, cx: &mut InstanceContext<'_>) {
         cx.resources.waiting.clear();
         self.transactions.for_each(|it| it.disconnected());
@@ -237,7 +235,7 @@ impl InstanceContext<'_> {
         &self.resources.settings
     }
 
-    /// Slots that neither are held nor will be taken by what has been delivered.
+    /// Slots that are not held, and that no delivered prepare will take.
     fn free(&self) -> u32 {
         let Resources { settings, slots_used, waiting, .. } = &*self.resources;
         let waiting = u32::try_from(waiting.len()).unwrap_or(u32::MAX);

@@ -1,4 +1,4 @@
-//! The looks through the whole store, for what it holds and this instance doesn't.
+//! Scans the whole store for branches that this instance doesn't hold.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -8,12 +8,12 @@ use crate::protocol::{
     time::Time,
 };
 
-/// When to look through the store again, and what the last look has left in doubt.
+/// When to scan the store again, and what the last scan has left in doubt.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub(super) struct StoreScans {
-    /// `None`: there is no store, or a look is under way.
+    /// `None`: there is no store, or a scan is under way.
     next_at: Option<Time>,
-    /// What the store was seen to hold that isn't held here, and since when.
+    /// The branches that the store holds and this instance doesn't, and since when that is known.
     doubted: BTreeMap<(TransactionKey, Branch), Time>,
 }
 
@@ -38,7 +38,7 @@ impl StoreScans {
         }
     }
 
-    /// Whether the store was last seen to hold something of the transaction that isn't held here.
+    /// Whether the last scan has found a branch of the transaction that this instance doesn't hold.
     pub(super) fn has_in_doubt(&self, key: &TransactionKey) -> bool {
         self.doubted.keys().any(|(doubted, _)| doubted == key)
     }
@@ -62,7 +62,7 @@ impl Holdings {
                 cx.inquire(it);
             }
         }
-        // Who is in doubt is asked about when it is time, and not first at the next round.
+        // A branch in doubt is inquired about when it is time, even if that is before the next usual scan.
         let soonest = seen.values().min().map(|since| *since + inquire_after);
         let usual = cx.now + scan_every;
         self.scans.next_at = Some(soonest.map_or(usual, |at| at.min(usual)));

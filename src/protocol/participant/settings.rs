@@ -1,39 +1,38 @@
-//! What an operator may set: who an instance is, and how patient.
+//! The settings of an instance: names, time-outs and limits.
 
 use std::time::Duration;
 
 use crate::protocol::ids::{InstanceId, ServiceName, StoreId};
 
-/// Who an instance is, and how patient.
+/// The settings of an instance.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Settings {
     /// The service.
     pub service: ServiceName,
-    /// This instance of it. A new process takes a new one, since its branches are counted from
-    /// here.
+    /// The instance. A new process needs a new id, since branches are numbered from one.
     pub instance: InstanceId,
     /// How many transactions may hold a slot at once.
     pub max_concurrency: u32,
-    /// Whether the service can tell what its store holds. Without it this instance's memory is all
-    /// there is.
+    /// Whether the service can tell what its store holds. Without that, the instance knows only what it
+    /// holds itself.
     pub has_store: bool,
-    /// Whether the service can tell what its store has committed. Then a commit of a branch that the
-    /// store does not know is an error; else it is taken for one that was committed before.
+    /// Whether the service can tell what its store has committed. Then the commit of a branch that the
+    /// store doesn't know is an error; otherwise such a branch counts as committed before.
     pub remembers_commits: bool,
-    /// What the store is called, if it has a name.
+    /// The id of the store, if it has one.
     pub store: Option<StoreId>,
-    /// How long to wait for the outcome before asking, and again between asking.
+    /// How long to wait for the outcome before inquiring, and between inquiries.
     pub inquire_after: Duration,
-    /// How long between two looks through the whole store.
+    /// The pause between two scans of the whole store.
     pub scan_every: Duration,
     /// The pause before a parked commit is tried again.
     pub retry_parked_every: Duration,
-    /// How many finished transactions are remembered.
+    /// How many finished transactions to remember.
     pub remembered_max: usize,
-    /// How many transactions that hold no slot are looked into at once, not counting what comes by
-    /// the service's durable queue.
+    /// How many transactions without a slot to look up at once, not counting those whose finish came by the
+    /// service's durable queue.
     pub visitors_max: usize,
-    /// What the jitter of this instance's pauses starts from.
+    /// The seed of the jitter in this instance's pauses.
     pub seed: u64,
 }
 

@@ -1,4 +1,4 @@
-//! What a pack holds: copies of messages of the journal, which one message has many of.
+//! The items of a pack: copies of messages of the journal.
 
 use std::sync::Arc;
 
@@ -13,28 +13,28 @@ use crate::{
     },
 };
 
-/// The highest offset: a number that a double holds exactly.
+/// The highest offset: a double holds it exactly, as JSON needs.
 const OFFSET_MAX: u64 = 1 << 53;
 
-/// The characters of a message's id, and how many.
+/// The characters of a message id, and how many.
 const MESSAGE_ID_RULE: &str = "[ -~]{0,255}";
 
 /// A message of the journal, copied into a pack.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct PackedMessage {
-    /// Its place in the journal.
+    /// Its offset in the journal.
     pub offset: u64,
-    /// Its id: at most 255 characters, all printable and of ASCII.
+    /// Its message id: at most 255 printable ASCII characters.
     pub message_id: Option<Arc<str>>,
-    /// The transaction that its headers say is tried, which was requested at a whole second; and
-    /// whether that begins, or is over.
+    /// The try that its headers record: the transaction, which was requested at a whole second, and whether
+    /// the try begins or is over.
     pub tried: Option<(TransactionKey, bool)>,
-    /// Its body, letter by letter.
+    /// Its body, unchanged.
     pub body: Arc<str>,
 }
 
 impl PackedMessage {
-    /// Whether it can be copied: what no worker of ours writes may be otherwise.
+    /// Whether it can be written to a pack. Every message that a worker writes can be.
     pub fn is_encodable(&self) -> bool {
         let is_whole = |key: &TransactionKey| {
             let millis = key.requested_at.as_millis();

@@ -1,5 +1,5 @@
-//! Whether this worker's clock can be trusted: it is looked at again and again, and compared with the
-//! broker's where others are against it.
+//! Checks this worker's clock after each batch of inputs: whether it was set, and whether other clocks are
+//! against it. Then the worker compares it with the broker's clock.
 
 use futures_util::FutureExt as _;
 
@@ -7,7 +7,7 @@ use crate::{
     clock::ClockStep,
     worker::{
         Settings,
-        clocks::Standing,
+        clocks::ClockComparison,
         follower::FollowError,
         journal::Journal,
         session::{Session, SessionError, error::describe},
@@ -15,7 +15,7 @@ use crate::{
     },
 };
 
-/// Whether the clock, which was off, fits the broker's again.
+/// Whether this worker's clock, which was off, fits the broker's clock again.
 pub(super) async fn fits_again(
     journal: &Journal,
     settings: &Settings,
@@ -37,23 +37,26 @@ impl Session<'_> {
         self.comparing.is_some() || self.state.clocks.is_in_doubt(self.state.clock.read())
     }
 
-    /// Whether it was set, or somebody is against it.
+    /// Whether the clock was set; asks the broker if another clock is against it.
     pub(super) fn look_at_clock(&mut self) -> Result<(), SessionError> {
         let margin = self.settings.coordinator.clock_margin;
         let now = self.state.clock.read();
         match self.steps.check(&self.state.clock) {
-            // What is to be done after a while would be done that much later.
+            // All deadlines would be that much later.
             Some(step @ ClockStep::Back(_)) => return Err(SessionError::ClockSet(step)),
-            // From when on the journal was said to be complete, a wrong clock may have told.
+            // The worker may have chosen the beginning of its window by the wrong clock.
             Some(step @ ClockStep::Forward(by)) if by > margin => {
                 return Err(SessionError::ClockSet(step));
             }
             Some(step @ ClockStep::Forward(_)) => {
-                tracing::warn!("{}; what was due meanwhile is due now", describe(step));
+                tracing::warn!(
+                    "{}; deadlines that have passed meanwhile are due now",
+                    describe(step)
+                );
             }
             None => {}
         }
-        // An answer needs a broker that takes messages.
+        // To compare clocks, the worker publishes a message.
         let may_ask = self.comparing.is_none() && !self.watch.is_blocked();
         if may_ask && self.state.clocks.is_in_doubt(now) {
             self.comparing = Some(self.follower.compare(self.state.clock, margin).boxed());
@@ -63,13 +66,13 @@ impl Session<'_> {
 
     pub(super) fn clocks_compared(
         &mut self,
-        standing: Option<Standing>,
+        standing: Option<ClockComparison>,
     ) -> Result<(), SessionError> {
         self.comparing = None;
         let now = self.state.clock.read();
         self.state.clocks.broker(now, standing);
         if let Some(off) = self.state.clocks.verdict(now) {
-            // What it holds goes to workers whose clocks fit.
+            // The broker gives this worker's requests to workers whose clocks fit.
             return Err(SessionError::ClockOff(off));
         }
         for (delivery, message) in std::mem::take(&mut self.doubtful) {

@@ -1,4 +1,4 @@
-//! Why the work over a link can't go on.
+//! Why a session ends before the worker stops.
 
 use crate::{
     clock::ClockStep,
@@ -6,10 +6,10 @@ use crate::{
         bounded::AskError, consumer::ConsumerError, error::is_not_found,
         exclusive_queue::ExclusiveQueueError, publisher::PublisherError,
     },
-    worker::{clocks::Off, follower::FollowError, journal::ReadError},
+    worker::{clocks::ClockSkew, follower::FollowError, journal::ReadError},
 };
 
-/// The work over a link can't go on.
+/// The session can't continue.
 #[derive(Debug, thiserror::Error)]
 pub(in crate::worker) enum SessionError {
     #[error("failed to open {what}")]
@@ -28,17 +28,17 @@ pub(in crate::worker) enum SessionError {
     Lane(#[from] PublisherError),
     #[error("lost the connection")]
     Lost(#[source] lapin::Error),
-    #[error("the broker takes messages again, but did not unblock this connection after an alarm")]
+    #[error("the broker's alarm is over, but it did not unblock this connection")]
     Stale,
     #[error("this worker's clock is {0}")]
-    ClockOff(Off),
+    ClockOff(ClockSkew),
     #[error("this worker's clock still doesn't fit that of the broker")]
     ClockStillOff,
     #[error("{}", describe(*.0))]
     ClockSet(ClockStep),
 }
 
-/// What has happened to the clock.
+/// A step of the clock, in words.
 pub(super) fn describe(step: ClockStep) -> String {
     match step {
         ClockStep::Back(by) => format!("the clock was set back by {:.1} s", by.as_secs_f64()),
@@ -50,13 +50,13 @@ pub(super) fn describe(step: ClockStep) -> String {
 }
 
 impl SessionError {
-    /// Whether something that `dtc topology apply` makes is not there.
+    /// Whether a queue or an exchange of the topology is missing.
     pub(in crate::worker) fn is_missing(&self) -> bool {
         matches!(self, Self::Journal(FollowError::Read(ReadError::Missing(_))))
             || self.broker_error().is_some_and(is_not_found)
     }
 
-    /// What the broker said, if it was the broker.
+    /// The broker's reason, if it gave one.
     pub(in crate::worker) fn broker_error(&self) -> Option<&lapin::Error> {
         match self {
             Self::Lost(source) => Some(source),

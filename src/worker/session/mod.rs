@@ -1,5 +1,5 @@
-//! The life of one link to the broker: everything that is ready is handled, and then everything that
-//! follows is written.
+//! The work over one link to the broker: handles all inputs that are ready, and then writes all that
+//! follows from them.
 
 use std::{
     collections::BTreeMap,
@@ -39,15 +39,15 @@ use crate::{
     wire::message::Settled,
     worker::{
         Settings,
-        anomalies::{report, tell_parked},
+        anomalies::{report, tell_packs_unusable, tell_parked},
         appender::Appender,
-        clocks::Standing,
-        follower::{FollowError, Follower, FollowerEvent, read_event},
+        clocks::ClockComparison,
+        follower::{FollowError, Follower, JournalEvent, read_event},
         inbound,
-        journal::{Journal, LookBackEvent, ReadError, Record},
-        outbox::{Followed, OnConfirm, Outbox, Unacked},
-        packer::{PackEvent, Packer},
-        packs::PackedJournal,
+        journal::{HistoryItem, Journal, ReadError, Record},
+        outbox::{OnConfirm, Outbox, OutboxEvent, Unacked},
+        packer::Packer,
+        packs::{PackEvent, PackedJournal},
         request_consumers::RequestConsumers,
         saturation::{Saturation, Wanted},
         searches::Searches,
@@ -56,50 +56,50 @@ use crate::{
     },
 };
 
-/// How many inputs are handled before what follows from them is written, at most.
+/// How many inputs to handle, at most, before the messages that follow from them are written.
 const BATCH_MAX: usize = 1024;
 
-/// How many replies may be delivered and not yet handled.
+/// How many unacknowledged replies the broker delivers.
 const REPLIES_PREFETCH: u16 = 2000;
 
-/// The same for inquiries, which all workers share.
+/// The same for inquiries, whose queue all workers share.
 const INQUIRIES_PREFETCH: u16 = 200;
 
-/// How long what was said last may take to be with the broker, when all else is done.
+/// How long to wait for the last confirms when the worker stops.
 const GOODBYE_MAX: Duration = Duration::from_secs(2);
 
-/// How the work over a link has ended.
+/// How a worker has stopped.
 #[derive(Debug)]
-pub(super) enum End {
-    /// All that was to be finished is.
+pub(super) enum StopReason {
+    /// It has finished all transactions that it had begun.
     Drained,
-    /// There was no time to finish all.
+    /// Its time to drain was over before that.
     DrainTimedOut,
-    /// Nothing could be finished: the journal was not there.
+    /// It could finish none: the journal was gone.
     WithoutJournal,
 }
 
-/// Something that has happened.
+/// An input of the session.
 enum Input {
-    Journal(FollowerEvent),
+    Journal(JournalEvent),
     Appended,
-    Followed(Followed),
+    Outbox(OutboxEvent),
     Reply(Message),
     Inquiry(Message),
     Request(Delivery, Message),
     Service(Event),
     Link(ConnectionEvent),
-    ClocksCompared(Option<Standing>),
+    ClocksCompared(Option<ClockComparison>),
     Packs(PackEvent),
 }
 
-/// How long the journal may not be read before the worker isn't ready.
+/// How long the journal's consumer may be lost before the worker is not ready.
 const READ_AGAIN_SOON: Duration = Duration::from_secs(2);
 
-/// How many kinds of inputs take turns.
+/// How many kinds of inputs there are.
 const TURNS: usize = 9;
 
-/// One link's worth of work.
+/// The work over one link.
 pub(super) struct Session<'a> {
     settings: &'a Settings,
     state: &'a mut WorkerState,
@@ -119,26 +119,26 @@ pub(super) struct Session<'a> {
     unsettled: Unsettled,
     /// Requests from the future, until it is known whether it is this worker's clock that is off.
     doubtful: Vec<(Delivery, Message)>,
-    comparing: Option<BoxFuture<'static, Option<Standing>>>,
+    comparing: Option<BoxFuture<'static, Option<ClockComparison>>>,
     steps: ClockStepDetector,
     effects: Vec<Effect>,
-    /// Which kind of input is looked for first.
+    /// Which kind of input to poll first.
     turn: usize,
-    /// Told to stop: until when what is in flight is finished.
+    /// Set when the worker was asked to stop: how long it may finish transactions.
     drain_until: Option<Instant>,
 }
 
-/// What is known of deliveries that are not acknowledged yet.
+/// What the session keeps about unacknowledged deliveries.
 #[derive(Debug, Default)]
 struct Unsettled {
-    /// Where the results of the requests in hand go.
+    /// The reply token of each request.
     reply_of: BTreeMap<Delivery, Option<ReplyToken>>,
-    /// Inquiries that are acknowledged when so many records are safe.
+    /// How many records must be safe before a message of the queue of inquiries is acknowledged.
     inquiries: BTreeMap<u64, u32>,
 }
 
 impl<'a> Session<'a> {
-    /// Opens everything that is worked with, and reads the journal to its end.
+    /// Reads the journal to its end, and opens all channels and consumers.
     pub(super) async fn open(
         settings: &'a Settings,
         state: &'a mut WorkerState,
@@ -162,7 +162,7 @@ impl<'a> Session<'a> {
         let opening_follower = Follower::open(journal.clone(), packed.as_ref(), settings, state);
         let follower = match opening_follower.await {
             Err(error @ FollowError::Read(ReadError::Silent)) => {
-                // It is read from a moment on that may still be to come.
+                // Perhaps the window begins in the future, by the broker's clock.
                 let margin = settings.coordinator.clock_margin;
                 let standing = journal.compare(state.clock, margin).await.ok();
                 let now = state.clock.read();
@@ -225,17 +225,16 @@ impl<'a> Session<'a> {
         })
     }
 
-    /// Works until the link is lost, or until `stop` has ended and all that was in flight is finished,
-    /// or has had its time.
+    /// Works until the link is lost, or until `stop` has completed and the worker has drained.
     pub(super) async fn run(
         mut self,
         stop: impl Future<Output = ()> + Unpin,
-    ) -> Result<End, SessionError> {
+    ) -> Result<StopReason, SessionError> {
         match self.work(stop).await {
             Ok(end) => Ok(self.close(end).await),
             Err(error) => {
-                // What it holds goes to other workers. Nobody waits for its goodbye: the link may be
-                // of no use for that either.
+                // The broker gives this worker's requests to others. Closing is not waited for: the link
+                // may be too broken for that.
                 tokio::spawn(self.link.close());
                 Err(error)
             }
@@ -245,49 +244,49 @@ impl<'a> Session<'a> {
     async fn work(
         &mut self,
         mut stop: impl Future<Output = ()> + Unpin,
-    ) -> Result<End, SessionError> {
+    ) -> Result<StopReason, SessionError> {
         loop {
             let (wake_at, drain_until) = (self.wake_at(), self.drain_until);
             tokio::select! {
                 input = poll_fn(|cx| self.poll_input(cx)) => self.handle(input?)?,
                 () = &mut stop, if drain_until.is_none() => self.drain().await?,
                 () = sleep_until(wake_at) => {}
-                () = sleep_until(drain_until) => return Ok(End::DrainTimedOut),
+                () = sleep_until(drain_until) => return Ok(StopReason::DrainTimedOut),
             }
             self.handle_what_is_ready()?;
             self.look_at_clock()?;
             self.flush();
             if self.is_cut_off() {
-                // Without the journal nothing that is in flight can be finished.
+                // Without the journal no transaction can be finished.
                 let (last_read, drain_until) = (self.state.last_read, self.drain_until);
                 let settings = self.settings;
                 let resuming = self.follower.resume(last_read, &self.link);
                 tokio::select! {
                     resumed = not_ready_if_long(settings, resuming) => resumed?,
                     () = &mut stop, if drain_until.is_none() => {
-                        return Ok(End::WithoutJournal);
+                        return Ok(StopReason::WithoutJournal);
                     }
                     () = sleep_until(drain_until) => {
-                        return Ok(End::DrainTimedOut);
+                        return Ok(StopReason::DrainTimedOut);
                     }
                 }
-                self.appender.read_anew();
+                self.appender.reader_resumed();
                 self.tell_ready();
             }
             if self.drain_until.is_none() {
                 self.take_more_or_less().await?;
             } else if self.is_drained() {
-                return Ok(End::Drained);
+                return Ok(StopReason::Drained);
             }
         }
     }
 
-    /// Tells whether transactions would go through.
+    /// The worker is ready, unless the broker has an alarm.
     pub(super) fn tell_ready(&self) {
         self.settings.readiness.set(!self.watch.is_blocked());
     }
 
-    /// The next input: every kind in its turn, so that none waits for all of another.
+    /// The next input. The kinds take turns, so that none has to wait for all inputs of another.
     fn poll_input(&mut self, cx: &mut Context<'_>) -> Poll<Result<Input, SessionError>> {
         if let Poll::Ready(change) = self.watch.poll_next(cx) {
             return Poll::Ready(Ok(Input::Link(change)));
@@ -306,12 +305,12 @@ impl<'a> Session<'a> {
         kind: usize,
         cx: &mut Context<'_>,
     ) -> Poll<Result<Input, SessionError>> {
-        // Nothing is sent while the broker takes nothing, so nothing is begun either.
+        // While the broker takes no messages, no transaction is begun.
         let begins = !self.watch.is_blocked();
         match kind {
             0 => self.follower.poll_next(cx).map_ok(Input::Journal).map_err(Into::into),
             1 => self.appender.poll_next(cx).map_ok(|()| Input::Appended).map_err(Into::into),
-            2 => self.outbox.poll_next(cx).map_ok(Input::Followed).map_err(Into::into),
+            2 => self.outbox.poll_next(cx).map_ok(Input::Outbox).map_err(Into::into),
             3 => self.replies.poll_next(cx).map_ok(Input::Reply).map_err(SessionError::Closed),
             4 if begins => {
                 self.inquiries.poll_next(cx).map_ok(Input::Inquiry).map_err(SessionError::Closed)
@@ -325,7 +324,7 @@ impl<'a> Session<'a> {
                 Some(comparing) => comparing.poll_unpin(cx).map(Input::ClocksCompared).map(Ok),
                 None => Poll::Pending,
             },
-            8 => self.packer.poll_next(cx).map(|heard| Ok(Input::Packs(heard))),
+            8 => self.packer.poll_next(cx).map(|event| Ok(Input::Packs(event))),
             _ => Poll::Pending,
         }
     }
@@ -336,7 +335,7 @@ impl<'a> Session<'a> {
 
     fn wake_at(&self) -> Option<Instant> {
         let state = &self.state;
-        // What would follow could not be sent.
+        // While the broker takes no messages, deadlines wait.
         let is_blocked = self.watch.is_blocked();
         let deadline = state.coordinator.next_deadline().filter(|_| !is_blocked);
         let deadline = deadline.map(|at| state.clock.instant_of(at));
@@ -346,7 +345,7 @@ impl<'a> Session<'a> {
         wake_at.chain(self.suspects.wake_at().filter(|_| !is_blocked)).min()
     }
 
-    /// Whatever else can be handled before anything is written.
+    /// Handles all other inputs that are ready.
     fn handle_what_is_ready(&mut self) -> Result<(), SessionError> {
         for _ in 0..BATCH_MAX {
             let Poll::Ready(input) = self.poll_input(&mut Context::from_waker(Waker::noop()))
@@ -366,11 +365,13 @@ impl<'a> Session<'a> {
 
     fn handle(&mut self, input: Input) -> Result<(), SessionError> {
         match input {
-            Input::Journal(read) => self.journal_read(read),
+            Input::Journal(event) => self.journal_event(event),
             Input::Appended => {}
-            Input::Followed(Followed::Event(event)) | Input::Service(event) => self.dispatch(event),
-            Input::Followed(Followed::Safe(unacked)) => self.safe(unacked),
-            Input::Followed(Followed::MayTry(key)) => {
+            Input::Outbox(OutboxEvent::Event(event)) | Input::Service(event) => {
+                self.dispatch(event)
+            }
+            Input::Outbox(OutboxEvent::Safe(unacked)) => self.safe(unacked),
+            Input::Outbox(OutboxEvent::MayTry(key)) => {
                 if let Some(suspect) = self.suspects.recorded(&key, Instant::now()) {
                     self.dispatch_request(suspect);
                 }
@@ -383,7 +384,7 @@ impl<'a> Session<'a> {
             }
             Input::Request(delivery, message) => self.request_received(delivery, message),
             Input::ClocksCompared(standing) => self.clocks_compared(standing)?,
-            Input::Packs(heard) => self.state.unpacked.heard(&heard, &self.settings.names),
+            Input::Packs(event) => self.pack_event(event),
             Input::Link(change) => self.link_changed(change)?,
         }
         Ok(())
@@ -391,47 +392,61 @@ impl<'a> Session<'a> {
 
     // ---- What comes in -----------------------------------------------------------------------
 
-    fn journal_read(&mut self, read: FollowerEvent) {
-        match read {
-            FollowerEvent::Record(record) => {
+    fn journal_event(&mut self, event: JournalEvent) {
+        match event {
+            JournalEvent::Record(record) => {
                 self.appender.read_back(record.message_id.as_ref());
                 self.look_for_namesakes(&record);
                 let event = read_event(self.state, record);
                 self.dispatch(event);
             }
-            FollowerEvent::Found(LookBackEvent::Decisions(decisions)) => {
+            JournalEvent::History(HistoryItem::Decisions(decisions)) => {
                 decisions.into_iter().for_each(|it| self.dispatch(Event::HistoryRead(it)));
             }
-            FollowerEvent::Found(LookBackEvent::Ended { reaches }) => {
+            JournalEvent::History(HistoryItem::Ended { reaches }) => {
                 self.dispatch(Event::HistoryEnded { reaches });
             }
-            FollowerEvent::CutOff => {
-                tracing::warn!("the broker has ended the journal's consumer; resuming")
+            JournalEvent::CutOff => {
+                tracing::warn!(
+                    "the broker has ended the journal's consumer; resuming with another one"
+                );
+            }
+        }
+    }
+
+    fn pack_event(&mut self, event: PackEvent) {
+        match event {
+            PackEvent::Written(pack) => self.state.pack_buffer.packed(&pack),
+            PackEvent::NoneYet => {}
+            PackEvent::Unusable(why) => {
+                if self.state.packs_unusable.as_ref() != Some(&why) {
+                    tell_packs_unusable(&why, &self.settings.names);
+                    self.state.packs_unusable = Some(why);
+                }
             }
         }
     }
 
     fn look_for_namesakes(&mut self, record: &Record) {
-        let worker = self.settings.worker();
-        // Of a message all records are one worker's.
-        let is_own_name = record.decisions.first().is_some_and(|it| it.worker == *worker);
+        // All records of a message are of one worker.
+        let first = record.decisions.first();
+        let is_own_name = first.is_some_and(|it| it.worker == *self.settings.worker());
         let append = record.message_id.as_ref().map(ShortString::as_str);
         if is_own_name && self.state.namesakes.read(append) {
             tracing::warn!(
-                %worker,
-                "another worker writes to the journal under this one's name, and their clocks are not \
-                 compared; give each worker a name of its own (`--name`)"
+                "another worker writes to the journal under this worker's name, and neither can compare \
+                 its clock with the other's; give each worker its own name (`--name`)"
             );
         }
     }
 
-    /// Whether the journal is not read any more.
+    /// Whether the journal's consumer has ended, or has stopped.
     fn is_cut_off(&self) -> bool {
         let unread_for = self.appender.unread_for(Instant::now());
         if let Some(unread_for) = unread_for {
             tracing::warn!(
                 "the broker has delivered nothing of `{}` for {:.1} s, though it has confirmed an \
-                 append; resuming by another consumer",
+                 append; resuming with another consumer",
                 self.settings.names.journal(),
                 unread_for.as_secs_f64()
             );
@@ -477,7 +492,7 @@ impl<'a> Session<'a> {
                 if is_future && self.drain_until.is_none() && self.is_clock_in_doubt() {
                     return self.doubtful.push((delivery, message));
                 }
-                self.state.tally.taken += 1;
+                self.state.stats.taken += 1;
                 self.unsettled.reply_of.insert(delivery, request.reply.clone());
                 let deliveries = inbound::deliveries(&message);
                 let suspect = Suspect { request, delivery, deliveries };
@@ -490,11 +505,7 @@ impl<'a> Session<'a> {
                     self.dispatch_request(request);
                 }
             }
-            Err(malformed) => {
-                let queue = self.settings.names.requests();
-                let then = self.telling_producer_of(&malformed, Unacked::Request(delivery));
-                self.set_aside(queue.as_str(), &message, &malformed.reason, then);
-            }
+            Err(malformed) => self.set_request_aside(&message, &malformed, delivery),
         }
     }
 
@@ -503,9 +514,9 @@ impl<'a> Session<'a> {
         self.dispatch(Event::RequestReceived { request, delivery, deliveries });
     }
 
-    /// Goes on with requests that workers may die of.
+    /// Tries the next suspect, if it is its turn.
     fn try_suspects(&mut self) {
-        // Nothing can be written down while the broker takes nothing.
+        // While the broker takes no messages, no try can be recorded.
         while !self.watch.is_blocked() && self.drain_until.is_none() {
             let WorkerState { coordinator, tries, .. } = &*self.state;
             let next = self.suspects.next(tries, Instant::now(), |key| coordinator.phase_of(key));
@@ -521,7 +532,7 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// One of the things that `unacked` waits for is safe.
+    /// One of the messages that the acknowledgement of `unacked` waits for is safe.
     fn safe(&mut self, unacked: Unacked) {
         if let Unacked::Inquiry(tag) = unacked
             && let Some(waiting) = self.unsettled.inquiries.get_mut(&tag)
@@ -562,7 +573,7 @@ impl<'a> Session<'a> {
 
     // ---- What goes out -----------------------------------------------------------------------
 
-    /// Lets the coordinator handle an event, and gathers what follows.
+    /// Lets the coordinator handle an event, and performs the effects.
     fn dispatch(&mut self, event: Event) {
         let now = self.state.clock.now();
         let mut effects = std::mem::take(&mut self.effects);
@@ -581,15 +592,15 @@ impl<'a> Session<'a> {
                 }
                 self.outbox.prepare(service, &prepare, spare);
             }
-            // A parked commit's command went out before its record.
+            // The command of a parked commit was published before its record.
             Effect::Send { to: Destination::AnyInstance, .. } => {}
             Effect::Send { service, to, command } => self.outbox.send(service, to, &command),
             Effect::Append(decision) => self.appender.append(decision),
             Effect::ReadHistory { from, until } => {
-                self.follower.look_back(from, until, self.settings.coordinator.clock_margin);
+                self.follower.read_history(from, until, self.settings.coordinator.clock_margin);
             }
             Effect::Publish { key, delivery, answer } => {
-                self.state.tally.count(&answer);
+                self.state.stats.count(&answer);
                 let reply = self.unsettled.reply_of.get(&delivery).cloned().flatten();
                 self.outbox.answer(reply, &answer, (key, delivery));
             }
@@ -602,7 +613,7 @@ impl<'a> Session<'a> {
                 self.reject_request(&request, delivery, reason);
             }
             Effect::Park(parked) => {
-                self.state.tally.parked += 1;
+                self.state.stats.parked += 1;
                 tell_parked(&parked, &self.settings.names);
                 self.outbox.park(parked);
             }
@@ -613,20 +624,20 @@ impl<'a> Session<'a> {
                 );
                 self.settle(key, service, ack);
             }
-            // As it is with every request that is delivered again: another worker may have parked
-            // something. If it has, the parked command is in the queue of its service, and its done
-            // will settle it: see `parking`.
+            // The coordinator asks for this when a request was delivered again, since another worker may
+            // have parked the commit. If it has, the parked command is in the service's queue, and its
+            // done will settle the record: see `parking`.
             Effect::Settle { key, service, was_parked: false, .. } => {
-                tracing::debug!(transaction = %key, %service, "what may have been parked is done");
+                tracing::debug!(transaction = %key, %service, "a commit that may be parked is done");
             }
             Effect::Report(anomaly) => {
-                let WorkerState { undecidable, tally, .. } = &mut *self.state;
-                report(&anomaly, &self.settings.names, &self.searches, undecidable, tally);
+                let WorkerState { undecidable, stats, .. } = &mut *self.state;
+                report(&anomaly, &self.settings.names, &self.searches, undecidable, stats);
             }
         }
     }
 
-    /// `ack`: the message of the queue of inquiries that this follows from; it is acknowledged when
+    /// `ack`: the message of the queue of inquiries that has settled the commit. It is acknowledged when
     /// all records that follow from it are safe.
     fn settle(&mut self, key: TransactionKey, service: ServiceName, ack: Option<Delivery>) {
         let then = match ack {
@@ -647,7 +658,7 @@ impl<'a> Session<'a> {
         self.outbox.flush(now);
         self.follower.flush();
         if !self.watch.is_blocked() {
-            self.packer.flush(&mut self.state.unpacked);
+            self.packer.flush(&mut self.state.pack_buffer);
         }
         self.replies.flush();
         self.inquiries.flush();
@@ -656,7 +667,8 @@ impl<'a> Session<'a> {
 
     // ---- More and less work ------------------------------------------------------------------
 
-    /// Requests that wait in the worker for a full service must not keep out others.
+    /// Opens or closes a second consumer of requests: requests that wait for a full service must not keep
+    /// out others.
     async fn take_more_or_less(&mut self) -> Result<(), SessionError> {
         let waiting = self.state.coordinator.waiting() + self.suspects.len();
         let in_flight_max = self.settings.coordinator.in_flight_max;
@@ -694,25 +706,25 @@ impl<'a> Session<'a> {
         self.state.coordinator.is_empty() && self.outbox.is_idle() && self.appender.is_idle()
     }
 
-    /// Says goodbye: what is left goes to other workers.
-    async fn close(mut self, end: End) -> End {
+    /// Publishes what is left to publish, and closes the link.
+    async fn close(mut self, reason: StopReason) -> StopReason {
         self.flush();
-        self.state.tally.unclaimed += self.outbox.unclaimed;
+        self.state.stats.unclaimed += self.outbox.unclaimed;
         let said = async {
             self.appender.finish().await;
             self.outbox.finish().await;
         };
         if timeout(GOODBYE_MAX, said).await.is_err() {
-            tracing::debug!("the broker did not confirm all that was published last");
+            tracing::debug!("the broker did not confirm the last messages in time");
         }
         self.searches.close().await;
         self.link.close().await;
-        end
+        reason
     }
 }
 
-/// The queue that replies come to: opened before anything else, it shows that the node is of use. What
-/// it gets through shows that the link is alive.
+/// Opens the queue for replies. It comes first, since it shows whether the node works; the probes that the
+/// worker sends through it show that the link is alive.
 pub(super) async fn open_replies(
     settings: &Settings,
     link: &ConnectionPair,
@@ -727,7 +739,7 @@ pub(super) async fn open_replies(
     probed.map_err(opening("a channel to probe the link on"))
 }
 
-/// Waits for the journal to be read again; if that takes longer than a moment, the worker isn't ready.
+/// Waits until reading the journal is resumed. If that takes long, the worker is not ready meanwhile.
 async fn not_ready_if_long<T>(settings: &Settings, resuming: impl Future<Output = T>) -> T {
     let mut resuming = std::pin::pin!(resuming);
     if let Ok(resumed) = timeout(READ_AGAIN_SOON, &mut resuming).await {

@@ -1,10 +1,17 @@
-//! Messages that can't be served: they are set aside with the reason, and who sent them is answered.
+//! Rejects messages: sets them aside with the reason, and answers the producer of a request.
 
 use lapin::message::Delivery as Message;
+use tracing::field::display;
 
 use crate::{
-    protocol::message::{Answer, Delivery, Outcome, Reason, ReasonCode, Request, TransactionSpec},
-    transport::amqp::rejected::{rejected, rejected_request},
+    protocol::{
+        ids::{ServiceName, TransactionKey},
+        message::{Answer, Delivery, Outcome, Reason, ReasonCode, Request, TransactionSpec},
+    },
+    transport::amqp::{
+        names,
+        rejected::{rejected, rejected_request},
+    },
     wire::message::{RequestMalformed, encode_request},
     worker::{
         outbox::{OnConfirm, Unacked},
@@ -21,18 +28,36 @@ impl Session<'_> {
         reason: &str,
         then: OnConfirm,
     ) {
-        self.state.tally.rejected += 1;
-        tracing::warn!(queue, reason, "a message is rejected");
+        self.state.stats.rejected += 1;
+        // What a service sends has its name in the routing key.
+        let service = names::parts(message.routing_key.as_str());
+        let service = service.and_then(|(_, service)| ServiceName::parse(service).ok());
+        let service = service.as_ref().map(display);
+        tracing::warn!(service, queue, reason, "a message is rejected");
         let rejected = rejected(&self.settings.names, queue, message, reason);
         self.outbox.durable(rejected, then);
     }
 
-    /// If it is known who sent the request that can't be understood, they are told.
-    pub(super) fn telling_producer_of(
-        &self,
+    /// A request that can't be understood.
+    pub(super) fn set_request_aside(
+        &mut self,
+        message: &Message,
         malformed: &RequestMalformed,
-        unacked: Unacked,
-    ) -> OnConfirm {
+        delivery: Delivery,
+    ) {
+        self.state.stats.rejected += 1;
+        let (queue, reason) = (self.settings.names.requests(), malformed.reason.as_str());
+        let key = malformed.id.clone().zip(malformed.requested_at);
+        let key = key.map(|(id, requested_at)| TransactionKey { id, requested_at });
+        let transaction = key.as_ref().map(display);
+        tracing::warn!(transaction, %queue, reason, "a message is rejected");
+        let rejected = rejected(&self.settings.names, queue.as_str(), message, reason);
+        let then = self.telling_producer_of(malformed, Unacked::Request(delivery));
+        self.outbox.durable(rejected, then);
+    }
+
+    /// Publishes a result for the request, if its id could be read.
+    fn telling_producer_of(&self, malformed: &RequestMalformed, unacked: Unacked) -> OnConfirm {
         let Some(id) = malformed.id.clone() else { return OnConfirm::Ack(unacked) };
         let now = self.state.clock.now();
         let answer = Answer {
@@ -47,11 +72,11 @@ impl Session<'_> {
         OnConfirm::Answer(Box::new(result), unacked)
     }
 
-    /// A request that was understood, and can't be served.
+    /// A request that was understood, and that the coordinator has rejected.
     pub(super) fn reject_request(&mut self, request: &Request, delivery: Delivery, reason: Reason) {
         let text = reason.message.as_deref().unwrap_or(reason.code.as_str());
         let text = format!("{}: {text}", reason.code);
-        self.state.tally.rejected += 1;
+        self.state.stats.rejected += 1;
         tracing::warn!(transaction = %request.key, reason = text, "a request is rejected");
         let spec = TransactionSpec {
             id: request.key.id.clone(),

@@ -36,7 +36,7 @@ fn a_worker_told_to_stop_under_load_finishes_what_it_has_begun() {
     assert!(!load.has_ended(), "it stops under load");
     leaving.exited(0, LIMIT);
     let took = told.elapsed();
-    assert!(leaving.stderr.text().contains("drained: nothing is left behind"));
+    assert!(leaving.stderr.text().contains("drained: no request is left"));
 
     let results = load.results();
     system.wait_until_nothing_is_prepared();

@@ -19,8 +19,9 @@ use super::{
     until,
 };
 use crate::{
-    broker::place,
-    processes::{LIMIT, Process},
+    broker::{Broker, place},
+    processes::{LIMIT, Process, World},
+    proxy::{Action, CONSUME, Frames, Proxy, Scope},
 };
 
 /// How many messages a pack has at most.
@@ -234,7 +235,112 @@ fn garbage_among_packs_is_skipped() {
     let last = packs_of(&copies).pop().unwrap();
     assert_eq!(has_read(&worker), (decisions, last.start));
     let said = worker.stderr.text();
-    assert_eq!(said.matches("can't be read and is skipped").count(), 1, "{said}");
+    assert_eq!(said.matches("skipping a pack").count(), 1, "{said}");
+    assert_is_known(&system, 1);
+}
+
+/// A pack was written while no queue took it, or its writer died.
+#[test]
+fn a_gap_between_packs_is_read_in_the_journal() {
+    let decisions = 8 * PACK_MAX;
+    let system = system();
+    write(&system, 0..decisions, 50);
+    let copies = copies_of(&system, decisions);
+    let packs = packs_of(&copies);
+    let gap = packs.len() / 2;
+    let without = |number: usize| (number != gap).then(|| packs[number].clone());
+    let written: Vec<_> = (0..packs.len()).filter_map(without).collect();
+    write_these(&system, &copies, &written, Some(&user(&system)));
+
+    let worker = system.start_worker("w1", &[]);
+    // The first message after each gap is read in the journal, and so is the last pack before it.
+    let last = packs.last().unwrap();
+    let packed = packs[gap - 1].start + last.start - packs[gap + 1].start;
+    assert_eq!(has_read(&worker), (decisions, packed));
+    assert_is_known(&system, packs[gap].start + 1);
+}
+
+/// The broker delivers no pack, as while a stream has no leader; or begins no consumer.
+#[test]
+fn a_worker_whose_packs_do_not_arrive_reads_the_journal() {
+    let decisions = 4 * PACK_MAX;
+    let system = system();
+    write(&system, 0..decisions, 50);
+    write_packs(&system, &copies_of(&system, decisions), Some(&user(&system)));
+    let packs = system.names.packed_journal();
+    for (frames, deed) in [
+        (Frames::deliveries(), Action::Swallow),
+        (Frames::questions(CONSUME), Action::NotFound),
+        (Frames::confirms(), Action::Swallow),
+    ] {
+        let proxy = Proxy::to(&system.world.place.url);
+        let stopped = proxy.rule(frames.about(packs.as_str()), Scope::All, deed);
+        let mut worker = start_by(&system, proxy.url(&system.world.place.url));
+        assert_eq!(has_read(&worker), (decisions, 0), "{deed:?}");
+        assert!(stopped.count() > 0, "{deed:?}");
+        assert_is_known(&system, 1);
+        worker.terminate();
+        worker.exited(0, LIMIT);
+    }
+}
+
+#[test]
+fn a_worker_goes_on_when_the_packed_stream_is_deleted_while_it_runs() {
+    let system = system();
+    let packs = Watch::stream(&system, system.names.packed_journal());
+    let mut command = system.world.dtc(&["worker", "--name", "w1"]);
+    let mut worker = Process::start("w1", command.env("DTC_LOG", "debug"));
+    worker.wait_for_line(READY, LIMIT);
+    write(&system, 0..PACKED_AT, 1);
+    until("what was read is packed", || packed_up_to(&packs) >= 1);
+    delete(&system, system.names.packed_journal());
+    write(&system, PACKED_AT..3 * PACKED_AT, 1);
+    until("the worker notices", || {
+        let said = worker.stderr.text();
+        said.contains("did not take a pack") || said.contains("lost the consumer of packs")
+    });
+    assert_is_known(&system, 1);
+    assert_is_known(&system, 3 * PACKED_AT - 1);
+    worker.terminate();
+    worker.exited(0, LIMIT);
+    // The requests that have shown that it serves were rejected.
+    let alarming = |line: &&String| line.contains(" WARN ") || line.contains(" ERROR ");
+    let lines = worker.stderr.all();
+    let mut alarming = lines.iter().filter(alarming);
+    assert!(alarming.all(|line| line.contains("id_reused")), "{lines:#?}");
+}
+
+/// Every login is that of `guest`, whatever name it comes with: so a token's user may have another
+/// name than the URL.
+const EVERYBODY_IS_GUEST: &str = r#"
+    Parse = fun(Text) ->
+        {ok, Tokens, _} = erl_scan:string(Text),
+        {ok, Form} = erl_parse:parse_form(Tokens),
+        Form
+    end,
+    {ok, Module, Code} = compile:forms([Parse(Text) || Text <- [
+        "-module(everybody_is_guest).",
+        "-export([user_login_authentication/2]).",
+        "user_login_authentication(_, _) ->
+            {ok, {auth_user, <<\"guest\">>, [administrator], none}}."
+    ]]),
+    {module, Module} = code:load_binary(Module, "everybody_is_guest.beam", Code),
+    application:set_env(rabbit, auth_backends, [{Module, rabbit_auth_backend_internal}])."#;
+
+/// It said so at the level DEBUG alone.
+#[test]
+fn a_worker_that_the_broker_knows_by_another_name_works_without_packs_and_says_so() {
+    let broker = Broker::start();
+    broker.control(&["eval", EVERYBODY_IS_GUEST]);
+    let system = System::new(broker.place(), json!([{"name": "payments", "max_concurrency": 10}]));
+    let url = system.world.place.url.replace("guest:guest@", "token:secret@");
+    let worker = start_by(&system, url);
+    worker.wait_for_line(READY, LIMIT);
+    write(&system, 0..PACKED_AT, 50);
+    let said = worker.wait_for_line("is not the one in `broker.url`", LIMIT);
+    println!("{said}");
+    assert!(said.contains(" WARN "), "{said}");
+    assert!(said.contains("'token'") && said.contains("'guest'"), "{said}");
     assert_is_known(&system, 1);
 }
 
@@ -250,6 +356,14 @@ fn a_worker_without_the_packed_stream_starts_as_before() {
     let queue = system.names.packed_journal();
     assert!(said.contains(queue.as_str()) && said.contains("dtc topology apply"), "{said}");
     assert_is_known(&system, 1);
+}
+
+/// A worker, just started, which reaches its broker by `url`.
+fn start_by(system: &System, url: String) -> Process {
+    let mut place = system.world.place.clone();
+    place.url = url;
+    let mut command = World::at(place).dtc(&["worker", "--name", "w1"]);
+    Process::start("w1", command.current_dir("/"))
 }
 
 /// The user that all of a test's processes are.
@@ -289,9 +403,18 @@ fn packs_of(copies: &[PackedMessage]) -> Vec<Range<usize>> {
 }
 
 fn write_packs(system: &System, copies: &[PackedMessage], user: Option<&str>) {
-    let packs = packs_of(copies).into_iter().map(|pack| {
+    write_these(system, copies, &packs_of(copies), user);
+}
+
+fn write_these(
+    system: &System,
+    copies: &[PackedMessage],
+    packs: &[Range<usize>],
+    user: Option<&str>,
+) {
+    let packs = packs.iter().map(|pack| {
         let mut items = Items::new();
-        copies[pack].iter().for_each(|copied| items.push(copied).unwrap());
+        copies[pack.clone()].iter().for_each(|copied| items.push(copied).unwrap());
         (Kind::Pack, items.into_body())
     });
     publish(system, packs.collect(), user);

@@ -53,7 +53,7 @@ fn a_process_started_before_the_broker_reports_it_and_serves_when_it_is_up() {
     let mut command = system.world.dtc(&["service", "--name", "payments"]);
     command.arg("--services").arg(&system.services).arg("--state").arg(system.state());
     let instance = Process::start("payments", &mut command);
-    println!("{}", worker.wait_for_line("no broker yet", LIMIT));
+    println!("{}", worker.wait_for_line("not connected to the broker", LIMIT));
     println!("{}", instance.wait_for_line("not connected", LIMIT));
     broker.start_again();
     worker.wait_for_line(READY, LIMIT);

@@ -27,8 +27,8 @@ async fn two_transactions_over_two_services_commit() {
         assert_eq!(answer.outcome, Outcome::Committed, "{answer:?}");
         assert_eq!((&answer.reason, answer.unresolved.len()), (&None, 0), "{answer:?}");
     }
-    let tallies = system.stop().await;
-    assert_eq!((tallies[0].taken, tallies[0].committed, tallies[0].rejected), (2, 2, 0));
+    let stats = system.stop().await;
+    assert_eq!((stats[0].taken, stats[0].committed, stats[0].rejected), (2, 2, 0));
     for (watched, ids) in [(&a, &["TX1", "TX2"][..]), (&b, &["TX1"])] {
         let book = watched.book();
         for id in ids {

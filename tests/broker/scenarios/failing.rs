@@ -74,9 +74,9 @@ async fn worker_continues_when_a_deleted_exchange_is_declared_again() {
     system.apply_topology().await;
     let answer = answer.await.unwrap();
     assert_eq!(answer.outcome, Outcome::Committed, "{answer:?}");
-    let tallies = system.stop_whatever_happened().await;
-    println!("{} links were lost meanwhile", tallies[0].lost);
-    assert!(tallies[0].lost > 0);
+    let stats = system.stop_whatever_happened().await;
+    println!("{} links were lost meanwhile", stats[0].lost);
+    assert!(stats[0].lost > 0);
     assert_eq!(a.book().whats_of("t"), [Function::Prepare, Function::Commit]);
     a.book().assert_nothing_is_held();
 }
@@ -152,8 +152,8 @@ async fn commit_that_fails_twice_and_then_succeeds_is_committed() {
     let answer = system.run("t", &["a", "b"], json!({})).await;
     println!("{} after {:.1?}: {:?}", answer.outcome, began.elapsed(), answer.unresolved);
     assert_eq!((answer.outcome, answer.unresolved.len()), (Outcome::Committed, 0));
-    let tallies = system.stop().await;
-    assert_eq!(tallies[0].parked, 0);
+    let stats = system.stop().await;
+    assert_eq!(stats[0].parked, 0);
     assert_eq!(a.book().whats_of("t"), [Function::Prepare, Function::Commit]);
     assert_eq!(
         b.book().whats_of("t"),
@@ -216,8 +216,8 @@ async fn commit_that_fails_for_good_is_parked_and_settled_when_the_service_recov
     let settled = unresolved.items("dtc.settled.v1").await;
     println!("settled {:.1?} after the service recovered: {settled:?}", began.elapsed());
     assert_eq!((&settled[0]["id"], &settled[0]["service"]), (&json!("t"), &json!("b")));
-    let tallies = system.stop().await;
-    assert_eq!((tallies[0].parked, tallies[0].committed), (1, 2));
+    let stats = system.stop().await;
+    assert_eq!((stats[0].parked, stats[0].committed), (1, 2));
     let book = b.book();
     assert_eq!(book.committed.len(), 1);
     println!("b's commit was called {} times", book.n_calls(Function::Commit));

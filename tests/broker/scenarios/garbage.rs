@@ -121,8 +121,8 @@ async fn garbage_in_the_journal_is_skipped() {
         assert_eq!(answer.outcome, Outcome::Committed, "{answer:?}");
     }
     println!("{} messages of garbage in the journal, all skipped", garbage.len());
-    let tallies = system.stop().await;
-    assert_eq!(tallies.iter().map(|tally| tally.committed).sum::<u64>(), 6);
+    let stats = system.stop().await;
+    assert_eq!(stats.iter().map(|it| it.committed).sum::<u64>(), 6);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -163,7 +163,7 @@ async fn request_that_cannot_be_served_is_rejected_and_its_producer_gets_a_resul
 
     let answer = system.run("good", &["a"], json!({})).await;
     assert_eq!(answer.outcome, Outcome::Committed, "{answer:?}");
-    let tallies = system.stop().await;
-    assert_eq!((tallies[0].rejected, tallies[0].committed), (7, 1));
+    let stats = system.stop().await;
+    assert_eq!((stats[0].rejected, stats[0].committed), (7, 1));
     assert_eq!(a.book().calls.len(), 2);
 }

@@ -89,8 +89,8 @@ async fn statuses_of_ten_thousand_transactions_are_what_the_services_hold() {
         COUNT as f64 / took.as_secs_f64(),
         endings(&answers),
     );
-    let tallies = system.stop().await;
-    println!("taken by the workers: {:?}", tallies.iter().map(|it| it.taken).collect::<Vec<_>>());
+    let stats = system.stop().await;
+    println!("taken by the workers: {:?}", stats.iter().map(|it| it.taken).collect::<Vec<_>>());
 
     let mut committed: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
     for ((transaction, answer), is_refused) in transactions.iter().zip(&answers).zip(are_refused) {

@@ -46,8 +46,8 @@ async fn the_same_request_of_two_producers_is_executed_once_and_answered_twice()
         taken += 3;
     }
     other.close().await;
-    let tallies = system.stop().await;
-    let shares: Vec<_> = tallies.iter().map(|tally| tally.taken).collect();
+    let stats = system.stop().await;
+    let shares: Vec<_> = stats.iter().map(|it| it.taken).collect();
     println!("{COUNT} transactions, requested 3 times each: the workers took {shares:?} requests");
     assert_eq!(shares.iter().sum::<u64>(), taken);
     for watched in [a, b] {
@@ -168,10 +168,10 @@ async fn other_content_under_an_id_is_refused_and_leaves_the_first_alone() {
     }
     println!("{} requests of other content were told id_reused", refused.len());
     other.close().await;
-    let tallies = system.stop().await;
+    let stats = system.stop().await;
     println!(
         "rejected by the workers: {:?}",
-        tallies.iter().map(|it| it.rejected).collect::<Vec<_>>()
+        stats.iter().map(|it| it.rejected).collect::<Vec<_>>()
     );
     for watched in [a, b] {
         assert_eq!(watched.book().whats_of("t"), [Function::Prepare, Function::Commit]);

@@ -114,6 +114,66 @@ fn a_wrong_field_is_named_with_its_value_and_rule() {
     refuses(&committed(), "decision", "branches", "[]", "must be an object");
     refuses(&committed(), "decision", "reason", r#""no""#, "must be an object");
     refuses(&settled(), "settled", "worker", r#""w 1""#, name);
+    let offsets = format!("{WHOLE} 9007199254740992");
+    let printable = "must match [ -~]{0,255}";
+    for (field, value, rule) in [
+        ("offset", "-1", &*offsets),
+        ("offset", "9007199254740993", &*offsets),
+        ("offset", r#""7""#, &*offsets),
+        ("message_id", "7", "must be a string"),
+        ("message_id", r#""é""#, printable),
+        ("message_id", r#""a\u007f""#, printable),
+        ("message_id", r#""a\tb""#, printable),
+        ("try", "true", "must be an object"),
+        ("body", "[]", "must be a string"),
+    ] {
+        let mut item = good(&copied());
+        item[field] = serde_json::from_str(value).unwrap();
+        let complaint = complaint::<PackedMessage>(&item.to_string());
+        assert!(complaint.starts_with(&format!("pack: $[0].{field} is ")), "{complaint}");
+        assert!(complaint.ends_with(&format!(": {rule}")), "{complaint}");
+    }
+}
+
+/// What can't be read must not be written: a worker would pass over the pack.
+#[test]
+fn a_copy_that_no_reader_would_take_is_known_before_it_is_written() {
+    let is_read = |copied: &PackedMessage| {
+        let mut item = good(&self::copied());
+        item["offset"] = copied.offset.into();
+        item["message_id"] = copied.message_id.as_deref().into();
+        let (key, begins) = copied.tried.as_ref().unwrap();
+        let millis = key.requested_at.as_millis();
+        let seconds = millis.is_multiple_of(1000).then_some(millis / 1000);
+        item["try"] = json!({"id": key.id.as_str(), "requested_at": seconds, "begins": begins});
+        decode::<PackedMessage>(format!("[{item}]").as_bytes()).unwrap()[0].is_ok()
+    };
+    let requested = |millis| {
+        let key = TransactionKey { requested_at: Time::from_millis(millis), ..key() };
+        PackedMessage { tried: Some((key, false)), ..copied() }
+    };
+    let named = |id: &str| PackedMessage { message_id: Some(id.into()), ..copied() };
+    let at = |offset| PackedMessage { offset, ..copied() };
+    for (copied, is_encodable) in [
+        (copied(), true),
+        (at(1 << 53), true),
+        (at((1 << 53) + 1), false),
+        (at(u64::MAX), false),
+        (named(""), true),
+        (named(&"~".repeat(255)), true),
+        (named(&"~".repeat(256)), false),
+        (named("é"), false),
+        (named("a\u{7f}"), false),
+        (named("a\nb"), false),
+        (requested(0), true),
+        (requested(7000), true),
+        (requested(7001), false),
+        (requested(253_402_300_799_000), true),
+        (requested(253_402_300_800_000), false),
+    ] {
+        assert_eq!(copied.is_encodable(), is_encodable, "{copied:?}");
+        assert_eq!(is_read(&copied), is_encodable, "{copied:?}");
+    }
 }
 
 #[test]
@@ -131,6 +191,20 @@ fn a_value_inside_a_field_is_named_by_its_path() {
          `unknown_service`, `deadline`, `unavailable`, `cancelled`, `invalid`, `id_reused`\n\
          decision: $[0].reason.message is 2: must be a string"
     );
+    let mut copied = good(&copied());
+    copied["try"] = json!({"id": "a b", "requested_at": -1, "begins": 1});
+    assert_eq!(
+        complaint::<PackedMessage>(&copied.to_string()),
+        "pack: $[0].try.id is \"a b\": must match [A-Za-z0-9._:-]{1,128}\n\
+         pack: $[0].try.requested_at is -1: must be a whole number from 0 to 253402300799\n\
+         pack: $[0].try.begins is 1: must be true or false"
+    );
+    copied["try"] = json!({"id": "a"});
+    let missed = complaint::<PackedMessage>(&copied.to_string());
+    for name in ["requested_at", "begins"] {
+        let wanted = format!("$[0].try is {{\"id\":\"a\"}}: must have a field `{name}`");
+        assert!(missed.contains(&wanted), "{missed}");
+    }
 }
 
 #[test]

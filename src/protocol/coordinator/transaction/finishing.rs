@@ -1,4 +1,4 @@
-//! Sending each service the outcome until it has answered or is parked, and instances that inquire.
+//! Sends the outcome to each service until it has answered or is parked, and to instances that inquire.
 
 use std::sync::Arc;
 
@@ -16,15 +16,15 @@ use crate::protocol::{
     time::Time,
 };
 
-/// What is still to be done about one service once the outcome is known.
+/// What is left to do for one service when the outcome is known.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub(super) enum FinishState {
     None,
-    /// A finish was sent and is not answered; sent again at `due`.
+    /// A finish was sent and is not answered. It is sent again at `due`.
     Sent(FinishAttempts),
-    /// The service's code failed; called again at `due`.
+    /// The service's code failed. The finish is sent again at `due`.
     BackingOff(FinishAttempts),
-    /// A parked record is not confirmed; written again at `due`.
+    /// The parked record is not confirmed. It is written again at `due`.
     Parking {
         error: Option<Arc<str>>,
         due: Time,
@@ -32,11 +32,11 @@ pub(super) enum FinishState {
     Parked,
 }
 
-/// How a finish has been sent so far, and when to send it again.
+/// How often a finish was sent, and when to send it again.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub(super) struct FinishAttempts {
     pub(super) due: Time,
-    /// Whether it goes to all instances, though one is known to have the slot.
+    /// Whether it goes to all instances, although the holder of the slot is known.
     all: bool,
     silences: u32,
     failures: u32,
@@ -56,8 +56,8 @@ impl CoordinatedTransaction {
         if decision.branch_of(&self.request.services[index]).is_some() {
             self.send_finish(index, 0, 0, false, cx);
         } else if self.enlistments[index].holds_slot {
-            // Somebody else decided without this service's branch: it is undone. Lost, it will be
-            // asked for.
+            // Another worker has decided without this service's branch, so it must be undone. If this
+            // message is lost, the instance will inquire.
             let finish = self.finish(Outcome::Committed, None);
             self.send(index, Destination::AllInstances, Command::Finish(finish), cx);
             self.release(index, cx);
@@ -83,9 +83,9 @@ impl CoordinatedTransaction {
             Outcome::Committed => decision.branch_of(&self.request.services[index]),
             Outcome::Aborted => held,
         };
-        // Where nothing is known but the decision, the instance that made the branch has the slot, or
-        // it is gone: then the transport finds another one. Told all together, one that sees the
-        // branch in the store would call the service's code as well.
+        // If only the decision is known, the instance that made the branch has the slot, or is gone: then the
+        // transport finds another one. If all instances got the finish, another one that sees the branch in
+        // the store would call the service's code as well.
         let holder = match held {
             Some(_) => holder.flatten().filter(|_| held == branch).cloned(),
             None => branch.map(|branch| branch.instance().clone()),
@@ -93,7 +93,7 @@ impl CoordinatedTransaction {
         (self.finish(decision.outcome, branch.cloned()), holder)
     }
 
-    /// Tells a service the outcome, and goes on until it has answered.
+    /// Sends the outcome to a service. It is sent again until the service has answered.
     fn send_finish(
         &mut self,
         index: usize,
@@ -116,7 +116,7 @@ impl CoordinatedTransaction {
         cx.wake(&self.request.key, &mut self.due, due);
     }
 
-    /// `delivery`: what may be acknowledged when all that follows from it is safe.
+    /// `delivery`: the delivery of the done, to acknowledge when all records that follow from it are safe.
     pub(in super::super) fn record_done(
         &mut self,
         done: &Done,
@@ -126,8 +126,8 @@ impl CoordinatedTransaction {
         let Some(index) = self.index_of(&done.service) else { return };
         match &self.applied(index, done) {
             Ok(()) => {
-                // What was parked is settled by the parked command's own done; what may have been,
-                // by nothing but this.
+                // The done of the parked command settles a commit that was parked. If it is unknown whether
+                // it was, only this done can settle it.
                 if self.may_be_listed(index) && !done.parked {
                     self.settle(index, delivery, cx);
                 }
@@ -144,8 +144,8 @@ impl CoordinatedTransaction {
         self.answer_if_complete(cx);
     }
 
-    /// What a done says of a commit, if its instance can know: not if it has another store than the one
-    /// that holds the branch.
+    /// The answer in a done. An instance whose store is not the one that holds the branch can't know whether
+    /// the branch is committed.
     fn applied(&self, index: usize, done: &Done) -> Result<(), Arc<str>> {
         done.applied.clone()?;
         match (self.phase, &done.store, &self.enlistments[index].store) {
@@ -161,7 +161,7 @@ impl CoordinatedTransaction {
         }
     }
 
-    /// Whether a record may say that this service's commit, which is not done, is parked.
+    /// Whether there may be a record that this service's commit is parked.
     fn may_be_listed(&self, index: usize) -> bool {
         match self.enlistments[index].finish_state {
             FinishState::Parking { .. } => true,
@@ -179,7 +179,7 @@ impl CoordinatedTransaction {
         cx.effects.push(Effect::Settle { key, service, ack, was_parked });
     }
 
-    /// A request was delivered again of what has committed in part or as a whole.
+    /// A request of this transaction was delivered again, after some or all services have committed.
     pub(super) fn settle_committed(&self, cx: &mut CoordinatorContext<'_>) {
         let Some(decision) = self.own_decision() else { return };
         for (index, service) in self.request.services.iter().enumerate() {
@@ -191,8 +191,8 @@ impl CoordinatedTransaction {
         }
     }
 
-    /// A service's code failed to finish. Only the answer that is waited for counts: several
-    /// instances may report the same attempt.
+    /// A service's code has failed. Only the first answer to an attempt counts: several instances may report
+    /// the same attempt.
     fn record_failure(&mut self, index: usize, error: &Arc<str>, cx: &mut CoordinatorContext<'_>) {
         let FinishState::Sent(attempts) = self.enlistments[index].finish_state else { return };
         let failures = attempts.failures + 1;
@@ -276,7 +276,7 @@ impl CoordinatedTransaction {
                         let finish = self.finish(Outcome::Committed, branch);
                         self.send(index, to, Command::Finish(finish), cx);
                     }
-                    // Once everyone has been given up on, nobody would end the repetitions.
+                    // Only while aborts are repeated: later nothing would end the repetition.
                     Outcome::Aborted
                         if self.enlistments[index].finish_state == FinishState::None
                             && self.phase_timer.is_some() =>
@@ -295,7 +295,7 @@ impl CoordinatedTransaction {
         }
     }
 
-    /// An instance that holds the transaction, or has found it in the store, asks what became of it.
+    /// Answers an inquiry.
     pub(in super::super) fn answer_inquiry(
         &self,
         inquiry: Inquiry,
@@ -310,8 +310,8 @@ impl CoordinatedTransaction {
         }
     }
 
-    /// Whether a finish is on its way to the holder of `branch`, and `instance` is another one that
-    /// has seen the branch in the store: if both got one, both would call the service's code.
+    /// Whether a finish is on its way to the holder of `branch`, and `instance` is another one that has seen
+    /// the branch in the store. If both got a finish, both would call the service's code.
     fn is_with_holder(&self, index: usize, branch: &Branch, instance: &InstanceId) -> bool {
         let enlistment = &self.enlistments[index];
         let (FinishState::Sent(attempts) | FinishState::BackingOff(attempts)) =

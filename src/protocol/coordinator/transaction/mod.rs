@@ -1,7 +1,6 @@
-//! One transaction as a worker sees it: its phase, what each service has said, and one method for
-//! each way on: here from the start to the decision, in [`voting`] how votes are asked for, in
-//! [`finishing`] what follows from the decision, and in [`result`] how the result gets to
-//! those who asked.
+//! One transaction as a worker sees it: its phase, the answers of each service, and a method for each
+//! transition. Here: from the start to the decision. [`voting`]: asking for votes. [`finishing`]: sending
+//! the outcome to services. [`result`]: sending the result to producers.
 
 mod finishing;
 mod result;
@@ -24,16 +23,16 @@ use crate::protocol::{
     time::Time,
 };
 
-/// Where a transaction stands at this worker.
+/// The phase of a transaction at this worker.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Phase {
-    /// Whether it was decided before is being looked up further back in the journal.
+    /// The worker searches older parts of the journal for a decision.
     Recalling,
-    /// It has not begun: no service was asked. Its deadline is not running.
+    /// It has not begun: no service was asked, and its deadline is not running.
     Waiting,
-    /// Another worker may have begun it: the instances are asked who holds it.
+    /// Another worker may have begun it: the worker asks the instances who holds it.
     Querying,
-    /// Services are asked for their votes.
+    /// The worker asks services for their votes.
     Preparing,
     /// An outcome was proposed and not yet read back.
     Deciding,
@@ -41,14 +40,14 @@ pub enum Phase {
     Committing,
     /// The outcome is `ABORTED`: the result is on its way, and an abort to each holder.
     Aborting,
-    /// Everything is done but the confirmation of the result.
+    /// All that is missing is the confirm of the result.
     Answering,
-    /// Its outcome can't be determined: it is being handed to a person.
+    /// Its outcome can't be determined: the worker records it for an operator.
     Parking,
 }
 
 impl Phase {
-    /// All of them, for coverage tables.
+    /// All phases, for coverage tables.
     pub const ALL: [Self; 9] = [
         Self::Recalling,
         Self::Waiting,
@@ -71,35 +70,35 @@ impl Phase {
     }
 }
 
-/// What one service has said so far.
+/// How far one service's vote is.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 enum VoteState {
     Unasked,
-    /// It will be asked when those before it have voted; a place is kept for it until then.
+    /// The worker will ask it when the services before it have voted, and keeps a slot for that.
     Reserved,
-    /// It will be asked when it has room.
+    /// The worker will ask it when a slot may be free.
     Queued,
     Queried,
     Asked {
         at: Time,
         /// Whether it looked full then.
         looked_full: bool,
-        /// Whether it is known to get a slot.
+        /// Whether it is certain to get a slot.
         sure: bool,
     },
-    /// `holder`: who has the slot; `None`: not known for certain, so a finish goes to all.
+    /// `holder`: the instance that has the slot. `None`: not certain, so a finish goes to all instances.
     Prepared {
         branch: Branch,
         holder: Option<InstanceId>,
     },
     ReadOnly,
-    /// It said no, or there was no slot, or there is no such service: nothing to tell it.
+    /// It has refused, or had no slot, or does not exist: it needs no finish.
     Declined,
     Failed {
         branch: Branch,
         holder: Option<InstanceId>,
     },
-    /// It has heard the outcome from somebody.
+    /// It has heard the outcome from another worker.
     Heard,
 }
 
@@ -108,7 +107,7 @@ impl VoteState {
         matches!(self, Self::Unasked | Self::Reserved)
     }
 
-    /// The branch that it holds, or may, and who is known to have the slot.
+    /// The branch that it holds or may hold, and the instance that has the slot, if that is certain.
     fn held(&self) -> Option<(&Branch, Option<&InstanceId>)> {
         match self {
             Self::Prepared { branch, holder } | Self::Failed { branch, holder } => {
@@ -130,11 +129,11 @@ impl VoteState {
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 struct Enlistment {
     vote_state: VoteState,
-    /// The store that holds what is prepared, if the instance that voted has named one.
+    /// The store that holds the branch, if the instance that voted has named one.
     store: Option<StoreId>,
-    /// Whether a prepare was refused by the broker, and may have arrived all the same.
+    /// Whether the broker has refused a prepare, which may have arrived all the same.
     was_refused: bool,
-    /// Whether it counts as a slot held in the service's load.
+    /// Whether the service's load counts a slot for it.
     holds_slot: bool,
     finish_state: FinishState,
 }
@@ -144,32 +143,32 @@ pub(super) struct CoordinatedTransaction {
     request: Request,
     requesters: Vec<Requester>,
     phase: Phase,
-    /// What each of `request.services` has said, in that order.
+    /// The parts of `request.services`, in that order.
     enlistments: Vec<Enlistment>,
     /// Whether it counts as in flight.
     begun: bool,
     /// Whether another worker may have begun it.
     repeated: bool,
-    /// Whether one of its requests was delivered before: the worker that had it then may have
-    /// parked a commit, and not lived to know that the record is safe.
+    /// Whether one of its requests was delivered before: another worker may have parked a commit, and may
+    /// have crashed before it knew that the record is safe.
     redelivered: bool,
-    /// How often it went from the queue of one service to that of another without being asked for.
+    /// How often it moved from the queue of one service to that of another before it was asked for.
     detours: u32,
     /// Whether it was delivered too often to be tried again.
     is_poison: bool,
-    /// Set by the first service that says no.
+    /// Set by the first service that declines or fails.
     reason: Option<Reason>,
-    /// What a service has already heard.
+    /// The outcome that a service has already heard.
     heard: Option<Outcome>,
-    /// When to give up preparing; set when the first prepare is sent.
+    /// When to give up preparing. Set when the first prepare is sent.
     prepare_deadline: Option<Time>,
-    /// When to give up waiting for a service that is out of reach, where no prepare deadline is set.
+    /// When to give up waiting for a service that is out of reach, if no prepare deadline is set.
     wait_deadline: Option<Time>,
-    /// When to end the query, to append or park again, or to stop repeating aborts: by its phase.
+    /// When to end the query, to append or park again, or to stop repeating aborts, depending on the phase.
     phase_timer: Option<Time>,
     proposal: Option<Outcome>,
     decision: Option<Arc<Decision>>,
-    /// Its entry among the deadlines.
+    /// The moment of its entry among the deadlines.
     pub(super) due: Option<Time>,
 }
 
@@ -219,7 +218,7 @@ impl CoordinatedTransaction {
         self.begun
     }
 
-    /// Nothing is left to do: it can be forgotten.
+    /// Whether nothing is left to do.
     pub(super) fn is_finished(&self) -> bool {
         self.phase.is_decided()
             && self.requesters.is_empty()
@@ -234,8 +233,8 @@ impl CoordinatedTransaction {
 
     // ---- Before the decision -----------------------------------------------------------------
 
-    /// The journal holds no decision: ask who holds it, if another worker may have begun it, and
-    /// else the services for their votes.
+    /// The journal has no decision. If another worker may have begun the transaction, asks who holds it;
+    /// otherwise asks the services for their votes.
     pub(super) fn start(&mut self, cx: &mut CoordinatorContext<'_>) {
         if self.is_poison {
             self.reason = Some(Reason::because(ReasonCode::Failed, "delivered too often"));
@@ -255,8 +254,8 @@ impl CoordinatedTransaction {
         }
     }
 
-    /// Whether the journal read so far may lack a decision of this transaction: begin again once
-    /// it has been looked up.
+    /// The journal that was read may lack a decision of this transaction: it begins again when it has been
+    /// looked up.
     pub(super) fn recall_again(&mut self, cx: &mut CoordinatorContext<'_>) {
         self.withdraw(cx);
         for enlistment in &mut self.enlistments {
@@ -272,7 +271,7 @@ impl CoordinatedTransaction {
         self.proposal = None;
     }
 
-    /// The outcome can't be determined: hand it to a person.
+    /// The outcome can't be determined: records that for an operator.
     pub(super) fn park(&mut self, cx: &mut CoordinatorContext<'_>) {
         self.phase = Phase::Parking;
         let cause = ParkedCause::Undecidable(self.request.clone());
@@ -288,7 +287,7 @@ impl CoordinatedTransaction {
         }
     }
 
-    /// It waits like a new one, and doesn't count as in flight.
+    /// Waits like a new transaction, and no longer counts as in flight.
     fn wait_again(&mut self, cx: &mut CoordinatorContext<'_>) {
         self.phase = Phase::Waiting;
         if self.begun {
@@ -302,7 +301,7 @@ impl CoordinatedTransaction {
         Command::Query(Query { key, request_hash })
     }
 
-    /// Asks one instance that is known to hold something for its vote.
+    /// Asks an instance that holds a branch for its vote.
     pub(super) fn query(
         &self,
         service: &ServiceName,
@@ -361,7 +360,7 @@ impl CoordinatedTransaction {
                     cx.effects.push(Effect::Report(twice));
                     None
                 } else if *known.instance() == instance {
-                    // Who made the branch has the slot; others vote from the store.
+                    // The instance that made the branch has the slot; others vote from the store.
                     holder.map(|_| instance)
                 } else {
                     holder.filter(|holder| holder == known.instance() || *holder == instance)
@@ -392,7 +391,7 @@ impl CoordinatedTransaction {
                     VoteState::Heard
                 }
             }
-            // What is held outweighs what another instance says of itself.
+            // A branch that one instance holds counts more than the vote of another that holds none.
             (
                 VoteKind::ReadOnly | VoteKind::Refused(_),
                 vote_state @ (VoteState::Prepared { .. } | VoteState::Failed { .. }),
@@ -411,7 +410,7 @@ impl CoordinatedTransaction {
         self.enlistments[index].vote_state = next;
     }
 
-    /// The transport brought the prepare back.
+    /// A prepare came back.
     pub(super) fn prepare_returned(
         &mut self,
         service: &ServiceName,
@@ -436,7 +435,7 @@ impl CoordinatedTransaction {
         self.decline(index, reason, cx);
     }
 
-    /// There is no such service.
+    /// The service does not exist.
     pub(super) fn service_missing(
         &mut self,
         service: &ServiceName,
@@ -450,8 +449,8 @@ impl CoordinatedTransaction {
         }
     }
 
-    /// The broker refused the prepare. It is sent again when the service is found again, and until
-    /// then holds up nobody unless something is held elsewhere.
+    /// The broker has refused the prepare, which is sent again when the service is found again. Until then
+    /// the transaction doesn't count as in flight, unless it holds a slot of another service.
     pub(super) fn prepare_refused(
         &mut self,
         service: &ServiceName,
@@ -482,7 +481,7 @@ impl CoordinatedTransaction {
         }
     }
 
-    /// Proposes an outcome if the votes allow one, and else goes on asking.
+    /// Proposes an outcome if the votes allow one; otherwise asks for more votes.
     fn evaluate(&mut self, cx: &mut CoordinatorContext<'_>) {
         let in_favour = |enlistment: &Enlistment| {
             matches!(enlistment.vote_state, VoteState::Prepared { .. } | VoteState::ReadOnly)
@@ -532,7 +531,7 @@ impl CoordinatedTransaction {
 
     // ---- After the decision ------------------------------------------------------------------
 
-    /// The outcome was read back: nothing but this makes anyone commit, abort or hear a result.
+    /// The outcome was read back. Only this leads to commits, aborts and results.
     pub(super) fn adopt(&mut self, decision: &Arc<Decision>, cx: &mut CoordinatorContext<'_>) {
         self.begin(cx);
         for index in 0..self.enlistments.len() {
@@ -567,8 +566,8 @@ impl CoordinatedTransaction {
         }
     }
 
-    /// The first decision under this key is about another request: this one is not carried out, and
-    /// what was prepared for it is undone.
+    /// The first decision with this key is about another request. This request is rejected, and what was
+    /// prepared for it is undone.
     fn yield_to_other_content(&mut self, decision: &Decision, cx: &mut CoordinatorContext<'_>) {
         self.phase = Phase::Answering;
         for index in 0..self.enlistments.len() {
@@ -585,15 +584,15 @@ impl CoordinatedTransaction {
         }
     }
 
-    /// What the journal says of this very transaction: a retry under a new timestamp is answered with
-    /// another's decision, which is about nothing that was prepared for this one.
+    /// The decision about this transaction itself. A retry with a new timestamp is answered with the decision
+    /// of another transaction, which names no branch of this one.
     fn own_decision(&self) -> Option<Arc<Decision>> {
         self.decision.clone().filter(|decision| decision.key == self.request.key)
     }
 
     // ---- Time --------------------------------------------------------------------------------
 
-    /// The moment has come that it wanted to be looked at again.
+    /// Its deadline has come.
     pub(super) fn wake(&mut self, cx: &mut CoordinatorContext<'_>) {
         let is_due = self.phase_timer.is_some_and(|at| at <= cx.now);
         match self.phase {
@@ -609,7 +608,7 @@ impl CoordinatedTransaction {
             }
             Phase::Parking if is_due => self.park(cx),
             Phase::Aborting if is_due => {
-                // What did not hear it by now asks for it.
+                // Instances that have not heard the outcome by now will inquire.
                 for index in 0..self.enlistments.len() {
                     self.enlistments[index].finish_state = FinishState::None;
                     self.release(index, cx);
@@ -641,7 +640,7 @@ impl CoordinatedTransaction {
         self.rearm(cx);
     }
 
-    /// The services that have not answered the query don't hold it: ask them for their votes.
+    /// The services that have not answered the query don't hold it: asks them for their votes.
     fn end_query(&mut self, cx: &mut CoordinatorContext<'_>) {
         self.phase = Phase::Preparing;
         self.phase_timer = None;
@@ -654,8 +653,8 @@ impl CoordinatedTransaction {
             self.start_deadline(cx);
         }
         if self.enlistments.iter().all(|enlistment| enlistment.vote_state == VoteState::Unasked) {
-            // Nobody holds any of it, so it doesn't keep out those of which something is held: they
-            // have slots that others wait for.
+            // No service holds a branch of it, so it must not keep out transactions that hold slots, for
+            // which others wait.
             self.wait_again(cx);
         }
         self.advance(None, cx);
@@ -675,8 +674,8 @@ impl CoordinatedTransaction {
         }
     }
 
-    /// Time is over. If a service that has not voted can't be reached, or nobody serves it, that is
-    /// the reason.
+    /// The deadline is over. If a service that has not voted can't be reached or has no instance, that is the
+    /// reason.
     fn give_up_preparing(&mut self, cx: &mut CoordinatorContext<'_>) {
         let is_silent = |enlistment: &Enlistment| {
             enlistment.vote_state.is_to_be_asked()
@@ -701,7 +700,7 @@ impl CoordinatedTransaction {
         self.propose(Outcome::Aborted, cx);
     }
 
-    /// To be looked at when the service it waits for has been silent for too long.
+    /// Wakes it when the service that it waits for has been silent for too long.
     pub(super) fn wake_by(&mut self, at: Time, deadlines: &mut Deadlines) {
         deadlines.wake_by(&self.request.key, &mut self.due, at);
     }
@@ -740,7 +739,7 @@ impl CoordinatedTransaction {
     }
 }
 
-/// How long to wait before the `failures`th attempt is repeated: doubling from `first` up to `max`.
+/// The pause after `failures` failed attempts: doubling from `first` up to `max`.
 pub(super) fn backoff(first: Duration, max: Duration, failures: u32) -> Duration {
     first.saturating_mul(1u32.checked_shl(failures.saturating_sub(1)).unwrap_or(u32::MAX)).min(max)
 }

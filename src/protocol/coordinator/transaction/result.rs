@@ -1,4 +1,4 @@
-//! Those who asked: each is sent the result, and acknowledged when that is safe.
+//! Sends the result for each request of a transaction, and acknowledges the request when the result is safe.
 
 use std::sync::Arc;
 
@@ -13,11 +13,11 @@ use crate::protocol::{
     time::Time,
 };
 
-/// Who asked, and whether the answer has been sent.
+/// A request of the transaction.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub(super) struct Requester {
     pub(super) delivery: Delivery,
-    /// When to send the answer again, if it failed.
+    /// When to publish the result again, if it failed.
     pub(super) republish_at: Option<Time>,
     /// How often it failed.
     failures: u32,
@@ -30,7 +30,7 @@ impl Requester {
 }
 
 impl CoordinatedTransaction {
-    /// One more request for this transaction.
+    /// Adds one more request.
     pub(in super::super) fn attach(
         &mut self,
         delivery: Delivery,
@@ -54,7 +54,7 @@ impl CoordinatedTransaction {
         }
     }
 
-    /// Answers with the outcome of an earlier transaction of the same id and content.
+    /// Answers with the outcome of an earlier transaction with the same id and content.
     pub(in super::super) fn answer_as(
         &mut self,
         decision: &Arc<Decision>,
@@ -106,7 +106,7 @@ impl CoordinatedTransaction {
         cx.effects.push(Effect::Publish { key, delivery, answer });
     }
 
-    /// A result is safe: only now may its request go.
+    /// A result is safe: only now may its request be acknowledged.
     pub(in super::super) fn result_confirmed(
         &mut self,
         delivery: Delivery,
@@ -121,14 +121,14 @@ impl CoordinatedTransaction {
         }
     }
 
-    /// A result may be lost: it is published again with a growing pause. After so many times it
-    /// counts as unclaimed, since what its producer lacks may not hold up this worker for ever.
+    /// A result may be lost: it is published again, with growing pauses. After too many failures it counts as
+    /// unclaimed, since one producer must not hold up this worker for ever.
     pub(in super::super) fn result_failed(
         &mut self,
         delivery: Delivery,
         cx: &mut CoordinatorContext<'_>,
     ) {
-        // Before the decision there is none to be published again.
+        // Before the decision there is no result to publish again.
         if !matches!(self.phase, Phase::Aborting | Phase::Answering) {
             return;
         }
@@ -149,12 +149,12 @@ impl CoordinatedTransaction {
         cx.wake(key, &mut self.due, at);
     }
 
-    /// Whether nothing was asked for it yet.
+    /// Whether no service was asked yet.
     pub(in super::super) fn is_not_begun(&self) -> bool {
         !self.begun && matches!(self.phase, Phase::Waiting | Phase::Recalling)
     }
 
-    /// Hands the requests back, if nothing was begun.
+    /// Returns the requests to the queue, if the transaction has not begun.
     pub(in super::super) fn release_if_not_begun(
         &mut self,
         cx: &mut CoordinatorContext<'_>,

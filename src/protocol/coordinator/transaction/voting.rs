@@ -1,5 +1,5 @@
-//! Asking the services for their votes: whom, and when, so that no transaction stands in another's
-//! way; and what is noted of that in each ServiceLoad.
+//! Asks the services for their votes: which service, and when, so that transactions don't block each other.
+//! Each [`ServiceLoad`] counts the prepares that are sent and the slots that are held.
 
 use std::{sync::Arc, time::Duration};
 
@@ -14,19 +14,19 @@ use crate::protocol::{
     time::Time,
 };
 
-/// How often a transaction goes from the queue of one service to that of another before it takes
-/// what it can get: high enough to discover which service is scarce, low enough that transactions
-/// of a single service cannot starve it.
+/// How often a transaction moves from the queue of one service to that of another before it takes the slots
+/// that it can get: high enough to discover which service is scarce, low enough that transactions of a
+/// single service can't starve it.
 const DETOURS_MAX: u32 = 2;
 
-/// Whether a transaction that holds nothing can have all it needs.
+/// Whether a transaction that holds no slot can get all that it needs.
 enum Scarcity {
     None,
     WaitAt(usize),
     TakeInOrder,
 }
 
-/// Whether one that is not in the queue of `service`, or was just taken from it, may go ahead.
+/// Whether a transaction that is not in the queue of `service`, or was just taken from it, may ask it.
 fn has_room(
     service: &ServiceName,
     turn: Option<&ServiceName>,
@@ -39,8 +39,8 @@ fn has_room(
 }
 
 impl CoordinatedTransaction {
-    /// Asks for votes, as many as can be asked for at once without standing in another
-    /// transaction's way. `turn`: the service whose queue it was just taken from.
+    /// Asks for as many votes at once as possible without blocking other transactions. `turn`: the service
+    /// from whose queue this transaction was just taken.
     pub(in super::super) fn advance(
         &mut self,
         turn: Option<&ServiceName>,
@@ -73,7 +73,7 @@ impl CoordinatedTransaction {
             return self.queue(first, cx);
         }
         if unserved.is_some() && self.holds_nothing() {
-            // It is likely to end there: no slot of another service is taken before that is known.
+            // The transaction will probably abort there, so it takes no slot of another service before.
             return match has_room(&services[first], turn, self.begun, cx) {
                 true => self.ask(first, cx),
                 false => self.queue(first, cx),
@@ -95,7 +95,7 @@ impl CoordinatedTransaction {
         self.ask_in_order(turn, cx);
     }
 
-    /// It can have all it needs, as far as is known.
+    /// As far as is known, it can get all slots that it needs.
     fn ask_within_room(&mut self, turn: Option<&ServiceName>, cx: &mut CoordinatorContext<'_>) {
         let services = Arc::clone(&self.request.services);
         let (mut is_own, mut is_sure) = (true, true);
@@ -105,7 +105,7 @@ impl CoordinatedTransaction {
             }
             let load = cx.load(service);
             if !load.has_spare() && load.returns_at_once() {
-                // It is likely to say no, and then the others need not be called.
+                // It will probably refuse, and then the other services need not be called.
                 return self.ask(index, cx);
             }
             is_own &= load.is_own();
@@ -115,15 +115,15 @@ impl CoordinatedTransaction {
             return self.ask_all(cx);
         }
         if is_sure {
-            // Not where it may have to wait: others would wait for the places that it keeps.
+            // Not if it may have to wait: others would wait for the slots that it keeps.
             self.reserve_all(cx);
         }
         self.ask_in_order(turn, cx);
     }
 
-    /// Contended services are taken one after another in name order, so that no two transactions
-    /// wait for what the other one holds: the next when the one before has voted, or when it is
-    /// known to have a slot.
+    /// Asks contended services one after another, in the order of their names, so that no two transactions
+    /// wait for each other's slots. The next service is asked when the one before has voted, or is certain
+    /// to have a slot.
     fn ask_in_order(&mut self, turn: Option<&ServiceName>, cx: &mut CoordinatorContext<'_>) {
         let services = Arc::clone(&self.request.services);
         let now = cx.now;
@@ -140,7 +140,7 @@ impl CoordinatedTransaction {
             let is_reserved = self.enlistments[index].vote_state == VoteState::Reserved;
             let load = cx.load(service);
             if !is_reserved && !load.is_own() && load.is_plenty(now) {
-                // It can wait until the contended ones are had.
+                // It is asked after the contended ones.
                 continue;
             }
             if is_reserved || has_room(service, turn, self.begun, cx) {
@@ -158,10 +158,11 @@ impl CoordinatedTransaction {
         })
     }
 
-    /// Whether it can have all it needs, and if not, where to wait: a slot that is held while
-    /// waiting for another is lost to everyone else, so it waits for the scarcest first, and holds
-    /// nothing. Only where that fails again and again does it take what it can get; or where what
-    /// it has got is the scarcest, and nobody else holds slots while waiting for the rest.
+    /// Whether it can get all slots that it needs, and if not, where to wait. A slot that is held while its
+    /// transaction waits for another one is useless to all others. So a transaction first waits for the
+    /// scarcest slot, and holds none. It takes the slots that it can get only if that has failed several
+    /// times; or if it has the scarcest slot, and no other transaction holds slots while waiting for the
+    /// rest.
     fn scarce(&self, turn: Option<&ServiceName>, cx: &mut CoordinatorContext<'_>) -> Scarcity {
         let services = &self.request.services;
         let mut scarcest = None;
@@ -195,7 +196,7 @@ impl CoordinatedTransaction {
         }
     }
 
-    /// Keeps a place at every service that is to be asked, until it is.
+    /// Keeps a slot of every service that will be asked.
     fn reserve_all(&mut self, cx: &mut CoordinatorContext<'_>) {
         for index in 0..self.enlistments.len() {
             if self.enlistments[index].vote_state == VoteState::Unasked {
@@ -205,7 +206,7 @@ impl CoordinatedTransaction {
         }
     }
 
-    /// Back from the queue of `service`.
+    /// It was taken from the queue of `service`.
     pub(in super::super) fn dequeued(
         &mut self,
         service: &ServiceName,
@@ -236,7 +237,7 @@ impl CoordinatedTransaction {
         }
         self.enlistments[index].vote_state = VoteState::Queued;
         load.enqueue(&self.request.key, self.begun);
-        // The waiters ahead of it may be blocked by the in-flight limit alone.
+        // Perhaps only the in-flight limit blocks the waiters ahead of it.
         if load.admits(now, self.begun) || load.is_own() {
             cx.shared.dirty_services.insert(service.clone());
         }
@@ -268,7 +269,8 @@ impl CoordinatedTransaction {
         cx.effects.push(Effect::SendPrepare { service, prepare, spare });
     }
 
-    /// From the first slot that is asked for or held, others may wait for it.
+    /// Sets the prepare deadline, if it is not set: from the first slot that it asks for, or holds, other
+    /// transactions may wait for it.
     pub(super) fn start_deadline(&mut self, cx: &mut CoordinatorContext<'_>) -> Time {
         let at = cx.now + self.timeout(cx);
         let deadline = *self.prepare_deadline.get_or_insert(at);
@@ -276,8 +278,8 @@ impl CoordinatedTransaction {
         deadline
     }
 
-    /// A service that can't be reached, or that nobody serves, is not waited for without end, even
-    /// before any is asked.
+    /// Limits the wait for a service that can't be reached or has no instance, even before any service is
+    /// asked.
     fn limit_wait(&mut self, cx: &mut CoordinatorContext<'_>) {
         let at = cx.now + self.timeout(cx);
         let until = match self.prepare_deadline {
@@ -308,7 +310,7 @@ impl CoordinatedTransaction {
         }
     }
 
-    /// No prepare of this service is waited for any more.
+    /// The transaction doesn't wait for a vote of this service any more.
     pub(super) fn unask(&mut self, index: usize, admitted: bool, cx: &mut CoordinatorContext<'_>) {
         let service = &self.request.services[index];
         let vote_state = &mut self.enlistments[index].vote_state;
@@ -353,7 +355,7 @@ impl CoordinatedTransaction {
         }
     }
 
-    /// Takes back all it has noted in the loads of services.
+    /// Removes all that it has counted in the loads of services.
     pub(in super::super) fn withdraw(&mut self, cx: &mut CoordinatorContext<'_>) {
         for index in 0..self.enlistments.len() {
             self.unask(index, false, cx);

@@ -1,4 +1,4 @@
-//! From the outcome to where it is applied, or parked.
+//! Applies the outcome, and tries again if the service's code fails.
 
 use std::{collections::VecDeque, sync::Arc};
 
@@ -28,8 +28,8 @@ impl Holdings {
             return self.with(&key, cx, |it, cx| it.finish_received(finisher, cx));
         }
         let finish = &finisher.finish;
-        // What was finished here may have left something in the store all the same: another
-        // instance's branch, or what was stored after its prepare was given up.
+        // After a finish there may still be a branch in the store: of another instance, or of a prepare that
+        // has stored it after its time-out.
         let is_applied = match cx.resources.memory.of(&key) {
             _ if self.scans.has_in_doubt(&key) => false,
             Some(PastOutcome::Finished { applied, .. }) => {
@@ -51,8 +51,8 @@ impl Holdings {
 }
 
 impl InstanceContext<'_> {
-    /// Whether this instance can tell that `finish` is applied, where it holds nothing of the
-    /// transaction any more. Without a store it knows only of what it made itself.
+    /// Whether this instance can answer that `finish` is applied although it holds nothing of the
+    /// transaction. Without a store it knows only its own branches.
     pub(super) fn can_answer_for(&self, finish: &Finish) -> Result<(), Arc<str>> {
         let own = &self.settings().instance;
         match &finish.branch {
@@ -75,7 +75,7 @@ impl HeldTransaction {
         self.is_parked |= is_parked;
         self.finishers.push(finisher);
         match self.progress {
-            // It has just failed as often as it was to be tried.
+            // It has just failed several times.
             Progress::InDoubt if is_parked && self.failures > 0 => {
                 self.try_parked_later(cx);
                 AfterEvent::Held
@@ -88,13 +88,13 @@ impl HeldTransaction {
         }
     }
 
-    /// Does what the outcome means for what this instance holds.
+    /// Applies the outcome to the branch that this instance holds.
     pub(super) fn apply(&mut self, cx: &mut InstanceContext<'_>) -> AfterEvent {
         let Some(Finisher { worker, finish, .. }) = self.finishers.first() else {
             return AfterEvent::Held;
         };
         let Some(held) = &self.held else { return AfterEvent::Held };
-        // What a failed prepare has left is undone whatever the store says.
+        // What a failed prepare has left is undone in any case.
         let may_be_finished =
             matches!(held, HeldBranch::Prepared(_)) && self.asked_by.as_ref() != Some(worker);
         let has_store = cx.settings().has_store;
@@ -102,8 +102,8 @@ impl HeldTransaction {
         let outcome = match finish.outcome {
             _ if has_store && may_be_finished => None,
             Outcome::Committed if finish.branch.as_ref() == Some(own) => Some(Outcome::Committed),
-            // Another branch is the one that commits, and its holder may be gone: what the store says
-            // of both comes first.
+            // The decision commits another branch, whose holder may be gone: first look up both in the
+            // store.
             Outcome::Committed if has_store && finish.branch.is_some() => None,
             Outcome::Committed | Outcome::Aborted => Some(Outcome::Aborted),
         };
@@ -156,7 +156,7 @@ impl HeldTransaction {
         }
     }
 
-    /// Everything that the outcome means here is done.
+    /// The outcome is applied.
     fn applied(&mut self, is_unknown: bool, cx: &mut InstanceContext<'_>) -> AfterEvent {
         let Some(outcome) = self.finishers.first().map(|it| it.finish.outcome) else {
             return AfterEvent::Held;
@@ -167,8 +167,8 @@ impl HeldTransaction {
         self.conclude(PastOutcome::Cancelled, &VoteKind::Finished(outcome), cx)
     }
 
-    /// The service's code could not do it. Workers get the error, and send the command again when
-    /// it is time; what is parked is tried again until it succeeds.
+    /// The service's code has failed. Workers get the error, and send the command again later. A parked
+    /// commit is tried again until it succeeds.
     fn not_applied(
         &mut self,
         failed: Branch,
@@ -176,7 +176,7 @@ impl HeldTransaction {
         cx: &mut InstanceContext<'_>,
     ) -> AfterEvent {
         self.failures = self.failures.saturating_add(1);
-        // When the finish comes again, others may have it too: what is parked goes to any instance.
+        // When the finish comes again, another instance may have it too: a parked one goes to any instance.
         self.asked_by = None;
         let (parked, told): (Vec<_>, Vec<_>) =
             std::mem::take(&mut self.finishers).into_iter().partition(|it| it.delivery.is_some());
@@ -186,13 +186,13 @@ impl HeldTransaction {
             self.try_parked_later(cx);
             AfterEvent::Yielded
         } else if self.has_slot() {
-            // What was found in the store is held like an own one: asked about, and tried again.
+            // A branch from the store is handled like this instance's own.
             self.held.get_or_insert(HeldBranch::Prepared(failed));
             self.progress = Progress::InDoubt;
             self.inquire_later(cx);
             AfterEvent::Yielded
         } else {
-            // The store still holds it, and the next look through it will ask again.
+            // The store still holds it, and the next scan will inquire about it.
             AfterEvent::Over
         };
         for finisher in told {
@@ -201,8 +201,8 @@ impl HeldTransaction {
         fate
     }
 
-    /// The store does not know the branch that is to be committed, so this instance can't do it, and
-    /// must not say that it is done. It holds nothing of the transaction any more.
+    /// The store doesn't know the branch that must be committed, so this instance can't commit it, and must
+    /// not answer that it is done. It holds nothing of the transaction any more.
     fn commits_unknown(&mut self, cx: &mut InstanceContext<'_>) -> AfterEvent {
         let delivery = self.free_slot(cx);
         if let Some(Finisher { finish, .. }) = self.finishers.first() {

@@ -1,4 +1,4 @@
-//! What the store is asked about one transaction, and what follows from its answer.
+//! Looks up one transaction in the store, and handles what it holds.
 
 use std::collections::BTreeSet;
 
@@ -29,7 +29,7 @@ impl Holdings {
             Some(PastOutcome::ReadOnly(seen)) if *seen == request_hash => VoteKind::ReadOnly,
             Some(PastOutcome::ReadOnly(_)) => cx.refused(ReasonCode::IdReused),
             Some(PastOutcome::Refused(reason)) => VoteKind::Refused(reason.clone()),
-            // It holds nothing, but others may.
+            // This instance holds nothing, but the store may.
             Some(PastOutcome::Cancelled) | None => {
                 let mut visiting = HeldTransaction::visiting(key, Some(request_hash), Time::EPOCH);
                 visiting.voters.push((worker, request_hash));
@@ -39,12 +39,12 @@ impl Holdings {
         cx.vote(worker, &key, request_hash, kind);
     }
 
-    /// Asks the store on behalf of somebody who takes no slot here.
+    /// Looks up a transaction that takes no slot here.
     pub(super) fn look_up(&mut self, mut visiting: HeldTransaction, cx: &mut InstanceContext<'_>) {
         let slots_used = cx.resources.slots_used as usize;
         let visitors = self.transactions.len().saturating_sub(slots_used);
-        // Nobody says again what waits in the service's durable queue, and how much of it is
-        // delivered at once is the transport's to bound.
+        // A finish from the service's durable queue isn't sent again, so it is never dropped. The transport
+        // limits how many of them are delivered at once.
         let is_owed = visiting.finishers.iter().any(|finisher| finisher.delivery.is_some());
         let settings = cx.settings();
         if settings.has_store && (is_owed || visitors < settings.visitors_max) {
@@ -94,14 +94,14 @@ impl HeldTransaction {
                 self.inquire_later(cx);
                 AfterEvent::Held
             }
-            // Another instance holds it, or held it and is gone: voted on from the store.
+            // Another instance holds it, or did and is gone: this one votes from the store.
             (Some(found), _) => self.end_visit(&VoteKind::Prepared { branch: found.branch }, cx),
             (None, Some(prepare)) => self.prepare_after_look(prepare, has_namesake, cx),
             (None, None) => AfterEvent::Over,
         }
     }
 
-    /// What the store says is all that this instance has to say.
+    /// Ends the transaction here with a vote from the store.
     fn end_visit(&mut self, kind: &VoteKind, cx: &mut InstanceContext<'_>) -> AfterEvent {
         let delivery = self.free_slot(cx);
         self.answer_voters(kind, cx);
@@ -123,7 +123,7 @@ impl HeldTransaction {
         self.conclude(remembered.unwrap_or(PastOutcome::Cancelled), &kind, cx)
     }
 
-    /// Does what the outcome means for all that the store holds of the transaction.
+    /// Applies the outcome to all branches that the store holds.
     fn apply_to_store(&mut self, held: Vec<InDoubt>, cx: &mut InstanceContext<'_>) -> AfterEvent {
         let Some(Finisher { finish, .. }) = self.finishers.first() else { return AfterEvent::Held };
         let mut branches: BTreeSet<Branch> = held.into_iter().map(|it| it.branch).collect();
@@ -139,7 +139,7 @@ impl HeldTransaction {
         let calls: PendingCalls =
             branches.into_iter().map(|it| (it.clone(), outcome_of(&it))).collect();
         match not_seen {
-            // It was committed before, or this is not the store that it was prepared in.
+            // It was committed before, or was prepared in another store.
             Some(branch) if cx.settings().remembers_commits => {
                 self.progress = Progress::LookingUp { branch: branch.clone(), calls };
                 cx.effects.push(Effect::LookUpCommit { key: self.key.clone(), branch });

@@ -1,6 +1,6 @@
-//! One transaction as an instance sees it: how far it is, its slot, and who waits for what; and what
-//! it does when time passes. In [`preparing`] is what leads to a vote, in [`lookup`] what the store
-//! is asked, and in [`finishing`] what follows from the outcome.
+//! One transaction as an instance sees it: its progress, its slot, and the workers that wait for answers.
+//! Here: what all stages share, and deadlines. [`preparing`]: from a prepare to the vote. [`lookup`]: looking
+//! into the store. [`finishing`]: applying the outcome.
 
 mod finishing;
 mod lookup;
@@ -15,16 +15,16 @@ use crate::protocol::{
     time::Time,
 };
 
-/// Where a transaction stands at this instance.
+/// The stage of a transaction at this instance.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum TransactionStage {
-    /// The store is asked what it holds of it.
+    /// The instance looks up what the store holds of it.
     Recalling,
     /// The service's prepare runs.
     Preparing,
-    /// Stored and voted for: the outcome is awaited.
+    /// The branch is stored, and the instance has voted: it waits for the outcome.
     Prepared,
-    /// The service's prepare failed; something may be stored: the outcome is awaited.
+    /// The service's prepare failed, and something may be stored: the instance waits for the outcome.
     Failed,
     /// The service's commit or abort runs.
     Finishing,
@@ -33,7 +33,7 @@ pub enum TransactionStage {
 }
 
 impl TransactionStage {
-    /// All of them, for coverage tables.
+    /// All stages, for coverage tables.
     pub const ALL: [Self; 6] = [
         Self::Recalling,
         Self::Preparing,
@@ -44,20 +44,20 @@ impl TransactionStage {
     ];
 }
 
-/// How far a transaction is, with what it has at no other stage. Others see a [`TransactionStage`].
+/// The progress of a transaction, with the data of each stage. Others see a [`TransactionStage`].
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 enum Progress {
-    /// The store is asked what it holds of it, on behalf of this prepare, or of those who wait
-    /// for the vote or for the outcome to be applied.
+    /// The instance looks up what the store holds: for this prepare, or for workers that wait for a vote or
+    /// for the outcome to be applied.
     Recalling(Option<Prepare>),
-    /// The store is asked whether it has committed `branch`, which is to be committed and which it
-    /// does not hold. What it does hold waits to be finished.
+    /// The instance looks up whether the store has committed `branch`, which must be committed, and which
+    /// the store doesn't hold. `calls`: what to do then with the branches that it holds.
     LookingUp { branch: Branch, calls: PendingCalls },
-    /// The service's prepare runs, to be stored under this branch.
+    /// The service's prepare runs, for this branch.
     Preparing(Branch),
-    /// The outcome of what is held is awaited.
+    /// The instance waits for the outcome of the branch that it holds.
     InDoubt,
-    /// The first of these runs. `is_unknown`: the store does not know the branch that is to be
+    /// The first of these calls runs. `is_unknown`: the store doesn't know the branch that must be
     /// committed.
     Finishing { calls: PendingCalls, is_unknown: bool },
     /// A parked commit failed and will be tried again.
@@ -67,8 +67,7 @@ enum Progress {
 /// The branches that are still to be committed or undone for a transaction.
 type PendingCalls = VecDeque<(Branch, Outcome)>;
 
-/// What this instance holds: what its own prepare has left, or what was found in the store and is
-/// treated like that.
+/// The branch that this instance holds: of its own prepare, or found in the store and handled alike.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 enum HeldBranch {
     Prepared(Branch),
@@ -90,14 +89,14 @@ impl HeldBranch {
 /// Whether a transaction counts against the cap.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 enum Slot {
-    /// It doesn't: another instance holds it, or nobody.
+    /// It doesn't: another instance holds the slot, or none.
     None,
     Held(Delivery),
-    /// It does, but the delivery was lost with its connection and may come again.
+    /// It does, but the delivery was lost with its connection, and may come again.
     Detached,
 }
 
-/// A command to finish a transaction, and who waits for the answer.
+/// A finish, and the worker that waits for the answer.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub(super) struct Finisher {
     pub(super) worker: WorkerId,
@@ -105,49 +104,49 @@ pub(super) struct Finisher {
     pub(super) delivery: Option<Delivery>,
 }
 
-/// What becomes of a transaction that has handled an event.
+/// What to do with a transaction that has handled an event.
 #[must_use]
 pub(super) enum AfterEvent {
-    /// It goes on.
+    /// Keep it.
     Held,
-    /// It goes on, and has let go of something that delivered prepares may have waited for.
+    /// Keep it, and handle the waiting prepares: it has freed something that they may need.
     Yielded,
-    /// It is to be forgotten.
+    /// Remove it.
     Over,
 }
 
-/// A transaction that this instance has to do with.
+/// A transaction of this instance.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub(super) struct HeldTransaction {
     key: TransactionKey,
     progress: Progress,
     slot: Slot,
-    /// `None`: it is looked into because of a finish, which doesn't say.
+    /// `None`: it was created for a finish, which has no digest.
     request_hash: Option<RequestHash>,
     deadline: Time,
     held: Option<HeldBranch>,
-    /// The worker that alone has asked for the vote, and over a connection that still stands: nobody
-    /// else tells of the outcome, so no other instance has been told. `None`: others may have
-    /// finished it.
+    /// The only worker that has asked for the vote, over a connection that is still open. Only that worker
+    /// sends the outcome, so no other instance has got it. `None`: another instance may have finished the
+    /// transaction.
     asked_by: Option<WorkerId>,
-    /// Whether its prepare came from an instance that is gone: then what it left is ours.
+    /// Whether the prepare was delivered before, to an instance that is gone: then this instance takes over
+    /// its branch.
     redelivered: bool,
-    /// Who waits for the vote.
+    /// The workers that wait for the vote.
     voters: Vec<(WorkerId, RequestHash)>,
-    /// Who waits for the outcome to be applied.
+    /// The workers that wait until the outcome is applied.
     finishers: Vec<Finisher>,
     failures: u32,
-    /// Whether its commit is parked, as far as this instance can tell: no worker says when to try
-    /// again.
+    /// Whether its commit is parked, as far as this instance knows: no worker sends the outcome again.
     is_parked: bool,
     /// When to inquire, or to try again.
     wake_at: Option<Time>,
-    /// Its entry among the deadlines.
+    /// The moment of its entry among the deadlines.
     due: Option<Time>,
 }
 
 impl HeldTransaction {
-    /// A transaction that is looked into and holds no slot.
+    /// A transaction without a slot, that is only looked up.
     fn visiting(key: TransactionKey, request_hash: Option<RequestHash>, deadline: Time) -> Self {
         Self {
             key,
@@ -178,7 +177,7 @@ impl HeldTransaction {
         }
     }
 
-    /// What its prepare here is, or was found to be, stored under.
+    /// The branch that this instance prepares or holds.
     pub(super) fn branch(&self) -> Option<&Branch> {
         match &self.progress {
             Progress::Preparing(branch) => Some(branch),
@@ -194,17 +193,17 @@ impl HeldTransaction {
         self.slot != Slot::None
     }
 
-    /// Whether it was told, could not be applied, and nobody waits for it any more.
+    /// Whether its outcome is known and could not be applied, and no worker waits for that any more.
     pub(super) fn is_stuck(&self) -> bool {
         self.is_parked && self.failures > 0
     }
 
-    /// Whether it is, or may be, for a request with this digest.
+    /// Whether it is, or may be, about a request with this digest.
     fn is_about(&self, request_hash: RequestHash) -> bool {
         self.request_hash.is_none_or(|own| own == request_hash)
     }
 
-    /// Frees its slot, and says which delivery is to be acknowledged for that.
+    /// Frees its slot, and returns the delivery to acknowledge.
     pub(super) fn free_slot(&mut self, cx: &mut InstanceContext<'_>) -> Option<Delivery> {
         if self.has_slot() {
             cx.resources.slots_used -= 1;
@@ -238,12 +237,12 @@ impl HeldTransaction {
         cx.resources.deadlines.wake_by(&self.key, &mut self.due, at);
     }
 
-    /// Takes its entry among the deadlines out.
+    /// Removes its entry among the deadlines.
     pub(super) fn disarm(&mut self, cx: &mut InstanceContext<'_>) {
         cx.resources.deadlines.disarm(&self.key, &mut self.due);
     }
 
-    /// Its entry among the deadlines was due, and is taken out.
+    /// Its entry among the deadlines was due, and is removed.
     pub(super) fn wake(&mut self, cx: &mut InstanceContext<'_>) -> AfterEvent {
         self.due = None;
         let Some(at) = self.wake_at else { return AfterEvent::Held };
@@ -267,8 +266,8 @@ impl HeldTransaction {
 
     fn inquire(&mut self, cx: &mut InstanceContext<'_>) {
         let (Some(held), Some(request_hash)) = (&self.held, self.request_hash) else { return };
-        // Its outcome came and could not be applied, and nobody has sent it again: the worker has
-        // given up.
+        // Its outcome came and could not be applied, and no worker has sent it again: the worker has parked
+        // it.
         self.is_parked |= self.failures > 0;
         if cx.resources.draining && self.is_stuck() {
             return;

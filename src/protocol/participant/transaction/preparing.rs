@@ -1,4 +1,4 @@
-//! From a prepare to the vote; and a transaction's end, where nothing is held.
+//! From a prepare to the vote; and how a transaction ends when nothing is held.
 
 use crate::protocol::{
     ids::{Branch, RequestHash, TransactionKey, WorkerId},
@@ -20,7 +20,7 @@ impl Holdings {
         if let Some(held) = self.transactions.get_mut(key) {
             return held.prepare_again(it, cx);
         }
-        // What the store holds is held, however late the prepare is and whatever was cancelled.
+        // What the store holds is held, even if the prepare is late or was cancelled.
         let look = cx.settings().has_store && (it.prepare.repeated || it.redelivered);
         let kind = match look {
             true => cx.vote_from_memory(&it.prepare),
@@ -55,12 +55,12 @@ impl Holdings {
         self.transactions.insert(&key, Box::new(transaction));
     }
 
-    /// Whether another transaction of this id is held.
+    /// Whether this instance has another transaction with this id.
     pub(super) fn has_namesake(&self, key: &TransactionKey) -> bool {
         has_namesake(&self.transactions, key)
     }
 
-    /// A cancel never touches what is prepared: it only keeps a prepare from being started.
+    /// Handles a cancel: it only prevents a prepare from starting, and never undoes one.
     pub(in super::super) fn cancel_received(
         &self,
         key: &TransactionKey,
@@ -74,7 +74,7 @@ impl Holdings {
 }
 
 impl InstanceContext<'_> {
-    /// What was said before to this prepare, or came of it.
+    /// The vote that follows from how the transaction ended before, if that is remembered.
     fn vote_from_memory(&self, prepare: &Prepare) -> Option<VoteKind> {
         match self.resources.memory.of(&prepare.key)? {
             PastOutcome::Finished { outcome, .. } => Some(VoteKind::Finished(*outcome)),
@@ -87,7 +87,7 @@ impl InstanceContext<'_> {
         }
     }
 
-    /// What can be said to a prepare without asking the service's code, where nothing is held.
+    /// The vote on a prepare that needs no call of the service's code, if nothing is held.
     pub(super) fn vote_without_code(
         &self,
         prepare: &Prepare,
@@ -110,15 +110,15 @@ impl InstanceContext<'_> {
 }
 
 impl HeldTransaction {
-    /// Whether it is this instance's to prepare, and no longer to be kept from it.
+    /// Whether its prepare has started here, so that a cancel comes too late.
     fn has_started(&self) -> bool {
         self.has_slot() && !matches!(self.progress, Progress::Recalling(Some(_)))
     }
 
-    /// A prepare of what this instance has to do with already.
+    /// Handles another prepare of this transaction.
     fn prepare_again(&mut self, it: DeliveredPrepare, cx: &mut InstanceContext<'_>) {
         match self.slot {
-            // It is only being looked into, on behalf of others: that comes first.
+            // The lookup for other workers comes first.
             Slot::None => return cx.resources.waiting.push_back(it),
             Slot::Detached if self.is_about(it.prepare.request_hash) => {
                 self.slot = Slot::Held(it.delivery);
@@ -128,7 +128,7 @@ impl HeldTransaction {
         self.vote_on_held(it.worker, it.prepare.request_hash, cx);
     }
 
-    /// Votes again on what is held, or once that is known.
+    /// Votes again, now or as soon as the vote is known.
     pub(super) fn vote_on_held(
         &mut self,
         to: WorkerId,
@@ -179,7 +179,7 @@ impl HeldTransaction {
         let commits =
             |it: &Finisher| it.finish.outcome == Outcome::Committed && it.finish.branch.is_some();
         if holds_nothing && cx.settings().has_store && self.finishers.iter().any(commits) {
-            // Another run's branch is the one that commits, and its holder may be gone.
+            // The decision commits another branch, whose holder may be gone.
             self.ask_store(cx);
             return AfterEvent::Held;
         }
@@ -200,7 +200,7 @@ impl HeldTransaction {
         }
     }
 
-    /// Something is, or may be, stored: the outcome is awaited, unless it is known.
+    /// Something is or may be stored: applies the outcome if it is known, and waits for it otherwise.
     fn hold(&mut self, held: HeldBranch, cx: &mut InstanceContext<'_>) -> AfterEvent {
         self.held = Some(held);
         self.progress = Progress::InDoubt;
@@ -212,7 +212,7 @@ impl HeldTransaction {
         AfterEvent::Held
     }
 
-    /// Votes on what is held, to all who wait for that.
+    /// Sends the vote to all workers that wait for it.
     pub(super) fn vote_to_all(&mut self, cx: &mut InstanceContext<'_>) {
         for (worker, request_hash) in std::mem::take(&mut self.voters) {
             self.vote_again(worker, request_hash, cx);
@@ -232,7 +232,7 @@ impl HeldTransaction {
         cx.vote(to, &self.key, request_hash, kind);
     }
 
-    /// The transaction is none of this instance's business any more: say so, and free the slot.
+    /// Ends the transaction: sends all answers, and frees the slot.
     pub(super) fn conclude(
         &mut self,
         remembered: PastOutcome,
@@ -256,7 +256,7 @@ impl HeldTransaction {
         AfterEvent::Over
     }
 
-    /// Says the same to all who wait for the vote.
+    /// Sends this vote to all workers that wait for one.
     pub(super) fn answer_voters(&mut self, kind: &VoteKind, cx: &mut InstanceContext<'_>) {
         for (worker, request_hash) in std::mem::take(&mut self.voters) {
             cx.vote(worker, &self.key, request_hash, kind.clone());
