@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use tokio::runtime::Runtime;
+use tracing::Instrument as _;
 
 use crate::clock::{Clock, Reading, Step, Steps};
 
@@ -20,7 +21,7 @@ pub(super) fn watch(runtime: &Runtime) {
     let clock = Clock::start();
     let mut steps = Steps::of(&clock);
     let mut last = clock.read();
-    runtime.spawn(async move {
+    let watching = async move {
         loop {
             tokio::time::sleep(EVERY).await;
             let (before, step) = (last, steps.look(&clock));
@@ -29,7 +30,8 @@ pub(super) fn watch(runtime: &Runtime) {
                 tracing::warn!(seconds = gap.as_secs(), "{why}");
             }
         }
-    });
+    };
+    runtime.spawn(watching.in_current_span());
 }
 
 /// How long this process did not run between two checks, and the likely cause, if it is long enough

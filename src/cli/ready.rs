@@ -10,6 +10,7 @@ use std::{
 
 use anyhow::{Context as _, anyhow};
 use tokio::{runtime::Runtime, sync::watch, task::JoinHandle};
+use tracing::Instrument as _;
 
 use crate::{
     cli::{Exit, Failure},
@@ -28,7 +29,8 @@ impl ReadyFile {
         let readiness = Readiness::new();
         let Some(path) = path else { return Ok(Self { readiness, following: None }) };
         prepare(path).map_err(|error| Failure::new(Exit::BadConfiguration, error))?;
-        let following = runtime.spawn(follow(path.to_owned(), readiness.subscribe()));
+        let following = follow(path.to_owned(), readiness.subscribe());
+        let following = runtime.spawn(following.in_current_span());
         Ok(Self { readiness, following: Some(following) })
     }
 

@@ -24,6 +24,7 @@ use crate::{
         error::ServeError,
         serve,
         settings::{self, ServeSettings},
+        spans,
     },
     protocol::ids::ServiceName,
     simulated::{service::Simulated, store::SimulatedStore},
@@ -103,8 +104,9 @@ pub(super) fn run(arguments: &ServiceArguments) -> Result<Exit, Failure> {
     let spec = spec(arguments)?;
     let (mut settings, declared) = settings(arguments, &spec)?;
     let report = ReportFile::create(arguments.report.as_deref())?;
-    let (runtime, interrupt) = stages::daemon_runtime()?;
     let _logging = progress::log_above(&ProgressBar::hidden(), level);
+    let _entered = spans::serve(&settings.service, &settings.instance).entered();
+    let (runtime, interrupt) = stages::daemon_runtime()?;
 
     let store = match &arguments.state {
         Some(directory) => SimulatedStore::open(directory, &spec.name, &settings.instance)
@@ -119,7 +121,6 @@ pub(super) fn run(arguments: &ServiceArguments) -> Result<Exit, Failure> {
     };
     let participant = Simulated::new(&spec, arguments.seed).with_store(store);
     tracing::info!(
-        service = %settings.service, instance = %settings.instance,
         broker = %settings.broker.address, namespace = %settings.names.namespace(), "starting"
     );
     asleep::watch(&runtime);
@@ -135,7 +136,7 @@ pub(super) fn run(arguments: &ServiceArguments) -> Result<Exit, Failure> {
     let ended = runtime.block_on(async {
         tokio::select! {
             biased;
-            ended = serve::serve(participant, settings, stop) => ended,
+            ended = serve::serve_in_span(participant, settings, stop) => ended,
             never = comparing => match never {},
         }
     });
@@ -186,7 +187,7 @@ async fn compare(
         match terms(&broker, &names, &service, &declared).await {
             Ok(terms) => terms.iter().for_each(|ServiceMismatch { field, wanted, found }| {
                 tracing::warn!(
-                    service = %service.name, field, services_json = wanted, queue = found,
+                    field, services_json = wanted, queue = found,
                     "the queue was made from another services.json than this instance has, and what \
                      the queue says holds: give all instances the services.json that was applied, or \
                      run `dtc topology apply --replace` for this service with the new one"

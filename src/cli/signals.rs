@@ -9,6 +9,7 @@ use std::{io, task::Poll};
 #[cfg(unix)]
 use tokio::signal::unix::Signal;
 use tokio::{runtime::Runtime, sync::watch};
+use tracing::Instrument as _;
 
 use crate::cli::Exit;
 
@@ -28,14 +29,15 @@ pub(super) fn watch(runtime: &Runtime, hangup: Hangup) -> io::Result<watch::Send
     let mut signals = Signals::listen(hangup)?;
     let interrupt = watch::Sender::new(false);
     let heard = interrupt.clone();
-    runtime.spawn(async move {
+    let listening = async move {
         loop {
             signals.next().await;
             if heard.receiver_count() == 0 || heard.send_replace(true) {
                 std::process::exit(Exit::Interrupted.code().into());
             }
         }
-    });
+    };
+    runtime.spawn(listening.in_current_span());
     Ok(interrupt)
 }
 

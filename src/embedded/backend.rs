@@ -15,6 +15,7 @@ use crate::{
         file::{Batch, JournalError, Unfinished},
         memory::MemoryJournal,
     },
+    participant::spans,
     protocol::{
         ids::{InstanceId, ServiceName, TransactionKey},
         message::{Answer, Decision, Inquiry, Outcome, Request, TransactionSpec},
@@ -428,7 +429,8 @@ impl Backend for FileBackend {
         match (ending, maker) {
             (Some(decision), _) => {
                 // It was over, and isn't: it has to be told again.
-                tracing::warn!(%key, %service, %branch, "what was finished is in doubt");
+                let _entered = spans::finish(Some(service), key).entered();
+                tracing::warn!(%branch, "what was finished is in doubt");
                 LookUp::Decided(decision)
             }
             (None, Maker::Own | Maker::Earlier) if self.writer.has_failed() => LookUp::Unknown,
@@ -436,15 +438,17 @@ impl Backend for FileBackend {
             // decided now, it never will be.
             (None, Maker::Earlier) => LookUp::Undecided,
             (None, Maker::Own) => {
+                let _entered = spans::finish(Some(service), key).entered();
                 tracing::error!(
-                    %key, %service, %branch,
+                    %branch,
                     "left in doubt until the next start: it was finished too long ago"
                 );
                 LookUp::Unknown
             }
             (None, Maker::Stranger) => {
+                let _entered = spans::finish(Some(service), key).entered();
                 tracing::error!(
-                    %key, %service, %branch,
+                    %branch,
                     "left in doubt: it was prepared under another journal than this, which alone \
                      knows its outcome; run with that journal to finish it"
                 );

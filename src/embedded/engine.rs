@@ -20,6 +20,7 @@ use crate::{
         report::{Calls, Concluded, ServiceReport},
     },
     journal::file::{Batch, JournalError},
+    participant::spans,
     protocol::{
         coordinator::{self, Coordinator},
         ids::{InstanceId, ServiceName, TransactionKey, WorkerId},
@@ -367,7 +368,8 @@ impl Engine {
             }
             Effect::Park(parked) => self.park(&parked),
             Effect::Settle { key, service, .. } => {
-                tracing::info!(%key, %service, "a parked commit was applied");
+                let _entered = spans::finish(Some(&service), &key).entered();
+                tracing::info!("a parked commit was applied");
             }
             // Every service is in this process.
             Effect::CheckService(_) => {}
@@ -506,15 +508,17 @@ impl Engine {
         let service = match &parked.cause {
             ParkedCause::Uncommitted { service, error, .. } => {
                 let error = error.as_deref().unwrap_or("no answer");
+                let _entered = spans::finish(Some(service), key).entered();
                 tracing::error!(
-                    %key, %service, error,
+                    error,
                     "parked: the transaction is committed, but this service has not applied it; it \
                      is tried again"
                 );
                 Some(service.clone())
             }
             ParkedCause::Undecidable(_) => {
-                tracing::error!(%key, "parked: the outcome can't be told");
+                let _entered = spans::finish(None, key).entered();
+                tracing::error!("parked: the outcome can't be told");
                 None
             }
         };

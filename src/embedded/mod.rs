@@ -39,7 +39,7 @@ use crate::{
         faults,
         file::{self, JournalError, Opened, Options, Unfinished, Writer},
     },
-    participant::{self, AnyParticipant, Ended, Service},
+    participant::{self, Callee, Ended, Service},
     protocol::{
         coordinator,
         ids::{InstanceId, InvalidName, ServiceName},
@@ -444,11 +444,8 @@ impl Embedded {
         Ok((Writer::start(tail)?, (entries, unfinished)))
     }
 
-    fn members(
-        &self,
-        unfinished: Option<&[Unfinished]>,
-    ) -> (Vec<MemberSettings>, Vec<Arc<dyn AnyParticipant>>) {
-        let member = |(name, service): &(ServiceName, Service)| {
+    fn members(&self, unfinished: Option<&[Unfinished]>) -> (Vec<MemberSettings>, Vec<Callee>) {
+        let member = |(number, (name, service)): (usize, &(ServiceName, Service))| {
             let mut participant = service.clone().participant();
             if let Some(unfinished) = unfinished.filter(|_| !participant.has_store()) {
                 participant = Arc::new(Remembered::new(participant, name, unfinished));
@@ -459,9 +456,9 @@ impl Embedded {
                 max_wait: service.max_wait.min(LONGEST),
                 has_store: participant.has_store(),
             };
-            (settings, participant)
+            (settings, Callee { number, service: Some(name.clone()), code: participant })
         };
-        self.services.iter().map(member).unzip()
+        self.services.iter().enumerate().map(member).unzip()
     }
 }
 
@@ -471,7 +468,7 @@ fn make_calls(
     engine: &mut Engine,
     writer: &mut Option<Writer>,
     calls: &mut participant::Calls,
-    participants: &[Arc<dyn AnyParticipant>],
+    participants: &[Callee],
     clock: Clock,
 ) -> Result<(), JournalError> {
     loop {
@@ -488,9 +485,7 @@ fn make_calls(
         }
         for (member, call) in wanted {
             faults::point();
-            if let Some(Ended { participant, event }) =
-                calls.start(member, &participants[member], call)
-            {
+            if let Some(Ended { participant, event }) = calls.start(&participants[member], call) {
                 engine.call_ended(participant, event);
             }
         }

@@ -14,14 +14,15 @@ use tokio::{
     task::JoinSet,
     time::{Instant, timeout_at},
 };
+use tracing::{Instrument as _, Span};
 
 #[cfg(feature = "service")]
 use crate::protocol::ids::StoreId;
 use crate::{
     clock::Clock,
-    participant::{AnyParticipant, BoxError, Finish, InDoubt, Prepare, Verdict},
+    participant::{AnyParticipant, BoxError, Finish, InDoubt, Prepare, Verdict, spans},
     protocol::{
-        ids::{Branch, TransactionKey},
+        ids::{Branch, ServiceName, TransactionKey},
         participant::{Effect, Event},
         time::Time,
     },
@@ -30,6 +31,16 @@ use crate::{
 /// The last tenth of a prepare's time, but no more than this, is left for its vote: so a prepare
 /// that takes too long is said to have failed, and nobody has to guess it from silence.
 const VOTE_TIME_MAX: Duration = Duration::from_millis(50);
+
+/// A participant whose code is called.
+#[derive(Debug)]
+pub(crate) struct Callee {
+    /// Its place among the participants of one process.
+    pub(crate) number: usize,
+    /// Its name for the log; `None` if every line has it anyway.
+    pub(crate) service: Option<ServiceName>,
+    pub(crate) code: Arc<dyn AnyParticipant>,
+}
 
 /// A call that has ended, at the participant with this number.
 pub(crate) struct Ended {
@@ -54,13 +65,9 @@ impl Calls {
 
     /// Makes the call that `effect` asks for, if it asks for one. A call that has nothing to wait
     /// for is over before this returns, and costs no task.
-    pub(crate) fn start(
-        &mut self,
-        number: usize,
-        participant: &Arc<dyn AnyParticipant>,
-        effect: Effect,
-    ) -> Option<Ended> {
-        let participant = Arc::clone(participant);
+    pub(crate) fn start(&mut self, callee: &Callee, effect: Effect) -> Option<Ended> {
+        let span = spans::call(callee.service.as_ref(), &effect);
+        let (number, participant) = (callee.number, Arc::clone(&callee.code));
         match effect {
             Effect::CallPrepare { key, branch, request_hash, data, deadline } => {
                 let call = Prepare::new(key.clone(), branch.clone(), request_hash, deadline, data);
@@ -72,42 +79,45 @@ impl Calls {
                         event: Event::PrepareEnded { key, branch, verdict },
                     }
                 };
-                self.run(Some(deadline), move || participant.prepare(call), ended)
+                self.run(span, Some(deadline), move || participant.prepare(call), ended)
             }
             Effect::CallCommit { key, branch } => {
                 let call = Finish { key: key.clone(), branch: branch.clone() };
                 let ended = move |ended| finished(number, key, branch, ended);
-                self.run(None, move || participant.commit(call), ended)
+                self.run(span, None, move || participant.commit(call), ended)
             }
             Effect::CallAbort { key, branch } => {
                 let call = Finish { key: key.clone(), branch: branch.clone() };
                 let ended = move |ended| finished(number, key, branch, ended);
-                self.run(None, move || participant.abort(call), ended)
+                self.run(span, None, move || participant.abort(call), ended)
             }
             Effect::ReadStore(key) => {
                 let patience = self.finish_timeout;
-                self.running.spawn(async move {
+                let reading = async move {
                     let held = read_store(participant, Some(key.clone()), patience).await;
                     Ended { participant: number, event: Event::StoreRead { key, held } }
-                });
+                };
+                self.running.spawn(reading.instrument(span));
                 None
             }
             Effect::LookUpCommit { key, branch } => {
                 let patience = self.finish_timeout;
-                self.running.spawn(async move {
+                let looking_up = async move {
                     let call = Finish { key: key.clone(), branch: branch.clone() };
                     let is_known = knows_branch(participant, call, patience).await;
                     let event = Event::CommitLookedUp { key, branch, is_known };
                     Ended { participant: number, event }
-                });
+                };
+                self.running.spawn(looking_up.instrument(span));
                 None
             }
             Effect::ScanStore => {
                 let patience = self.finish_timeout;
-                self.running.spawn(async move {
+                let scanning = async move {
                     let held = read_store(participant, None, patience).await;
                     Ended { participant: number, event: Event::StoreScanned(held) }
-                });
+                };
+                self.running.spawn(scanning.instrument(span));
                 None
             }
             Effect::Vote { .. } | Effect::Done { .. } | Effect::Inquire(_) | Effect::Ack(_) => None,
@@ -128,24 +138,27 @@ impl Calls {
     /// Polls the call where it was made, and moves it to a task of its own only if it has to wait.
     fn run<T: 'static>(
         &mut self,
+        span: Span,
         deadline: Option<Time>,
         call: impl FnOnce() -> BoxFuture<'static, Result<T, BoxError>>,
         ended: impl FnOnce(Result<T, BoxError>) -> Ended + Send + 'static,
     ) -> Option<Ended> {
         // A call may panic before it has made its future, and at every poll.
-        let made = catch_unwind(AssertUnwindSafe(|| {
+        let first_poll = AssertUnwindSafe(|| {
             let mut call = call();
             match call.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
                 Poll::Ready(result) => Ok(result),
                 Poll::Pending => Err(call),
             }
-        }));
+        });
+        let made = span.in_scope(|| catch_unwind(first_poll));
         match made {
             Ok(Ok(result)) => Some(ended(result)),
             Ok(Err(call)) => {
                 let deadline = self.given_up_at(deadline);
                 self.limited += 1;
-                self.running.spawn(async move { ended(guarded(deadline, call).await) });
+                let rest = async move { ended(guarded(deadline, call).await) };
+                self.running.spawn(rest.instrument(span));
                 None
             }
             Err(panic) => Some(ended(Err(panicked(&*panic)))),
@@ -286,12 +299,11 @@ pub(super) fn panicked(panic: &(dyn Any + Send)) -> BoxError {
 mod tests {
     use std::{sync::Arc, time::Duration};
 
-    use super::{Calls, Ended};
+    use super::{Callee, Calls, Ended};
     use crate::{
         clock::Clock,
         participant::{
-            AnyParticipant, BoxError, Durable, DurableParticipant, Finish, InDoubt, Participant,
-            Prepare, Verdict,
+            BoxError, Durable, DurableParticipant, Finish, InDoubt, Participant, Prepare, Verdict,
         },
         protocol::{
             ids::{Branch, RequestHash, TransactionId, TransactionKey},
@@ -340,11 +352,12 @@ mod tests {
             (nothing(), Some(true), true),
             (nothing(), Some(false), false),
         ] {
-            let store: Arc<dyn AnyParticipant> = Arc::new(Durable(Store { held, committed }));
+            let code = Arc::new(Durable(Store { held, committed }));
+            let store = Callee { number: 0, service: None, code };
             let mut calls = Calls::new(Clock::start(), Duration::from_secs(5));
             let (key, branch) = (key.clone(), branch.clone());
             let look = Effect::LookUpCommit { key: key.clone(), branch: branch.clone() };
-            assert!(calls.start(0, &store, look).is_none());
+            assert!(calls.start(&store, look).is_none());
             let Ended { event, .. } = calls.next().await;
             assert_eq!(event, Event::CommitLookedUp { key, branch, is_known }, "{committed:?}");
         }

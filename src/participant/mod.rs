@@ -28,6 +28,7 @@ mod service;
 mod session;
 #[cfg(feature = "service")]
 pub mod settings;
+pub(crate) mod spans;
 
 use std::{fmt, future::Future, sync::Arc};
 
@@ -36,9 +37,9 @@ use serde::de::DeserializeOwned;
 
 #[cfg(feature = "service")]
 pub use self::builder::{ServiceBuilder, service};
-pub(crate) use self::calls::Calls;
 #[cfg(feature = "embedded")]
 pub(crate) use self::calls::Ended;
+pub(crate) use self::calls::{Callee, Calls};
 #[cfg(feature = "embedded")]
 pub use self::service::Service;
 pub use crate::protocol::participant::{InDoubt, Verdict};

@@ -3,9 +3,12 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use crate::protocol::{
-    ids::TransactionKey,
-    participant::{Event, Instance},
+use crate::{
+    participant::spans,
+    protocol::{
+        ids::TransactionKey,
+        participant::{Event, Instance},
+    },
 };
 
 /// How many are named when the instance stops.
@@ -61,10 +64,11 @@ impl ParkedLog {
     /// Says what has changed. `every`: the pause between two tries.
     pub(super) fn after(&mut self, tried: Tried, instance: &Instance, every: Duration) {
         let Tried { key, failed } = tried;
+        let _entered = spans::finish(None, &key).entered();
         let is_held = instance.stage_of(&key).is_some();
         let unknown = match failed {
             Some(Failure::Code(error)) => {
-                tracing::debug!(transaction = %key, %error, "an outcome was not applied");
+                tracing::debug!(%error, "an outcome was not applied");
                 self.failed(&key, is_held, error);
                 None
             }
@@ -77,7 +81,7 @@ impl ParkedLog {
         };
         if let Some(branch) = &unknown {
             tracing::error!(
-                transaction = %key, branch,
+                branch,
                 "told to commit a branch that this instance's store has neither prepared nor \
                  committed, so nothing is committed here: all instances of a service must share \
                  one store; give this instance the store of the one that made the branch"
@@ -88,7 +92,7 @@ impl ParkedLog {
                 self.tries.remove(&key).filter(|tries| tries.is_told)
             {
                 tracing::info!(
-                    transaction = %key, failures,
+                    failures,
                     "a parked outcome is applied, by this instance or another"
                 );
             }
@@ -102,7 +106,7 @@ impl ParkedLog {
         if unknown.is_none() {
             let error = &tries.error;
             tracing::warn!(
-                transaction = %key, %error,
+                %error,
                 "an outcome is parked: the service's code has failed to apply it, and no worker \
                  waits for it any more; it is tried every {every:?} until it succeeds, here or at \
                  another instance; mend what the error says"

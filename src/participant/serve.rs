@@ -16,12 +16,13 @@ use futures_util::{
     future::{BoxFuture, FusedFuture},
 };
 use tokio::time::{Instant, sleep_until};
+use tracing::Instrument as _;
 
 use crate::{
     clock::{Clock, Step, Steps},
     error::Chain,
     participant::{
-        AnyParticipant, Calls, Durable, DurableParticipant,
+        Callee, Calls, Durable, DurableParticipant,
         calls::name_of_store,
         error::{OpenError, ServeError},
         health::{Change, Health},
@@ -29,6 +30,7 @@ use crate::{
         parked::ParkedLog,
         session::{DeliveryIds, Session, SessionError, declare, open_own},
         settings::ServeSettings,
+        spans,
     },
     protocol::{
         ids::StoreId,
@@ -50,20 +52,30 @@ pub async fn serve(
     settings: ServeSettings,
     stop: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
-    let participant: Arc<dyn AnyParticipant> = Arc::new(Durable(participant));
+    let span = spans::serve(&settings.service, &settings.instance);
+    serve_in_span(participant, settings, stop).instrument(span).await
+}
+
+/// Does the same where the caller has entered the span.
+pub(crate) async fn serve_in_span(
+    participant: impl DurableParticipant,
+    settings: ServeSettings,
+    stop: impl Future<Output = ()>,
+) -> Result<(), ServeError> {
+    let participant = Callee { number: 0, service: None, code: Arc::new(Durable(participant)) };
     let _held = settings.readiness.while_held();
     let mut stop = std::pin::pin!(stop.fuse());
     let store = tokio::select! {
         biased;
         () = stop.as_mut() => return Ok(()),
-        id = name_of_store(Arc::clone(&participant), settings.finish_timeout) => id,
+        id = name_of_store(Arc::clone(&participant.code), settings.finish_timeout) => id,
     };
     Server::new(participant, settings, store).run(stop).await
 }
 
 /// One instance, whether connected or not.
 struct Server {
-    participant: Arc<dyn AnyParticipant>,
+    participant: Callee,
     settings: ServeSettings,
     store: Option<StoreId>,
     clock: Clock,
@@ -92,7 +104,7 @@ enum Ended {
 
 impl Server {
     fn new(
-        participant: Arc<dyn AnyParticipant>,
+        participant: Callee,
         settings: ServeSettings,
         store: Option<StoreId>,
     ) -> Self {
@@ -140,8 +152,7 @@ impl Server {
             let session = self.connect(&mut supervisor, stop.as_mut()).await?;
             let Some(session) = session else { return Ok(()) };
             supervisor.opened();
-            let ServeSettings { service, instance, max_concurrency, .. } = &self.settings;
-            tracing::info!(%service, %instance, max_concurrency, "ready");
+            tracing::info!(max_concurrency = self.settings.max_concurrency, "ready");
             let ended = self.work(session, stop.as_mut()).await;
             self.settings.readiness.set(false);
             match ended {
@@ -246,9 +257,8 @@ impl Server {
 
     fn tell_what_is_left(&self) {
         if let Some(transactions) = self.parked.left(&self.instance) {
-            let service = &self.settings.service;
             tracing::warn!(
-                %service, transactions,
+                transactions,
                 "stopping though the outcomes of some transactions could not be applied: the next \
                  instance that has this store, or another that runs, goes on with them"
             );
@@ -311,7 +321,7 @@ impl Server {
         while let Some(event) = self.events.pop_front() {
             let mut effects = std::mem::take(&mut self.effects);
             if let Some(change) = self.health.see(&event) {
-                self.tell_health(&change);
+                Self::tell_health(&change);
             }
             let tried = self.parked.before(&event);
             self.instance.handle(self.clock.now(), event, &mut effects);
@@ -330,32 +340,27 @@ impl Server {
         session.flush();
     }
 
-    fn tell_health(&self, change: &Change) {
-        let ServeSettings { service, instance, .. } = &self.settings;
+    fn tell_health(change: &Change) {
         match change {
             Change::Fails(error) => tracing::warn!(
-                %service, %instance, %error,
+                %error,
                 "several prepares in a row failed: not ready until one succeeds"
             ),
-            Change::Works => tracing::info!(%service, %instance, "prepares succeed again"),
+            Change::Works => tracing::info!("prepares succeed again"),
         }
     }
 
     /// What is to be done after a while is done after that while, also when the clock is set back.
     fn look_at_clock(&mut self) {
-        let ServeSettings { service, instance, .. } = &self.settings;
         match self.steps.look(&self.clock) {
             Some(Step::Back(by)) => {
                 let by_s = by.as_secs_f64();
-                tracing::warn!(%service, %instance, by_s, "the clock was set back");
+                tracing::warn!(by_s, "the clock was set back");
                 self.instance.clock_set_back(by);
             }
             Some(Step::Forward(by)) => {
                 let by_s = by.as_secs_f64();
-                tracing::warn!(
-                    %service, %instance, by_s,
-                    "the clock was set forward, or the machine was suspended"
-                );
+                tracing::warn!(by_s, "the clock was set forward, or the machine was suspended");
             }
             None => {}
         }
@@ -369,7 +374,7 @@ impl Server {
             | Effect::ReadStore(_)
             | Effect::LookUpCommit { .. }
             | Effect::ScanStore => {
-                let ended = self.calls.start(0, &self.participant, effect);
+                let ended = self.calls.start(&self.participant, effect);
                 self.events.extend(ended.map(|ended| ended.event));
             }
             Effect::Vote { to, vote } => self.outbox.vote(to, &vote),
@@ -415,20 +420,19 @@ async fn open(
             return Err(error);
         }
         let pause = supervisor.pause();
-        let service = &settings.service;
         if !error.is_not_found() {
             tracing::warn!(
-                %service, error = %Chain(&error), "not connected; trying again in {pause:.1?}"
+                error = %Chain(&error), "not connected; trying again in {pause:.1?}"
             );
         } else if supervisor.is_missing_for_good() {
             tracing::error!(
-                %service, error = %Chain(&error),
+                error = %Chain(&error),
                 "the topology of this service is not there: run `dtc topology apply`; trying again \
                  in {pause:.1?}"
             );
         } else {
             tracing::warn!(
-                %service, error = %Chain(&error),
+                error = %Chain(&error),
                 "something of the topology is not there, as while a broker starts; trying again in \
                  {pause:.1?}"
             );

@@ -11,6 +11,7 @@ use std::{
 use futures_util::future::BoxFuture;
 use serde_json::Value;
 use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard};
+use tracing::Span;
 
 use crate::participant::{
     AnyParticipant, BoxError, Durable, DurableParticipant, Finish, Participant, Prepare, Verdict,
@@ -272,9 +273,10 @@ impl Threads {
         };
         let turn = turn.lock_owned().await;
         let guard = Turn { threads: self.clone(), id: id.to_owned(), turn: Some(turn) };
+        let span = Span::current();
         let ended = tokio::task::spawn_blocking(move || {
             let _guard = guard;
-            call()
+            span.in_scope(call)
         });
         match ended.await {
             Ok(ended) => ended,

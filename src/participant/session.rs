@@ -19,6 +19,7 @@ use tokio::{
     runtime::Handle,
     time::{Instant, timeout_at},
 };
+use tracing::{Instrument as _, Span};
 
 use crate::{
     clock::Clock,
@@ -629,10 +630,12 @@ pub(super) async fn declare(settings: &ServeSettings, max_wait: Duration) -> Res
         // That of the journal, which is none of a service's business.
         clock_margin: Duration::ZERO,
     };
-    let runtime = Handle::current();
+    let (runtime, span) = (Handle::current(), Span::current());
     // On a thread of its own, since what compares can't be sent between threads.
     let applied = tokio::task::spawn_blocking(move || {
-        let applied = runtime.block_on(apply_services(&broker, &names, &[service], &options));
+        let services = [service];
+        let applying = apply_services(&broker, &names, &services, &options);
+        let applied = runtime.block_on(applying.instrument(span));
         applied.map_err(Box::new)
     });
     let Ok(applied) = applied.await else { return Ok(()) };
@@ -652,7 +655,7 @@ async fn agree_on_store(
     has_served: bool,
 ) -> Result<Kept, OpenError> {
     let Some(store) = store.cloned() else { return Ok(None) };
-    let (service, queue) = (settings.service.clone(), settings.names.store_of(&settings.service));
+    let queue = settings.names.store_of(&settings.service);
     let (connection, own) = (Arc::clone(&link.consuming), store.to_string());
     let agreeing = async move {
         match Agreed::on(&connection, &queue, store.as_str()).await {
@@ -660,7 +663,7 @@ async fn agree_on_store(
             Err(AgreedError::Differs { other, .. }) => Err(other),
             Err(error @ AgreedError::Unknown { .. }) => {
                 tracing::warn!(
-                    %service, error = %Chain(&error),
+                    error = %Chain(&error),
                     "serving without knowing whether all instances of this service have one store"
                 );
                 Ok(None)
@@ -671,17 +674,17 @@ async fn agree_on_store(
         let agreed = agreeing.await.map_err(|other| OpenError::OtherStore { own, other })?;
         return Ok(agreed.map(|agreed| Box::new(agreed) as _));
     }
-    let service = settings.service.clone();
-    Ok(Some(Box::new(tokio::spawn(async move {
+    let agreeing = async move {
         agreeing.await.unwrap_or_else(|other| {
             tracing::error!(
-                %service, store = own, other_store = other,
+                store = own, other_store = other,
                 "other instances of this service have begun to serve with another store while this \
                  one was not connected: all of them must share one; stop those with the wrong one"
             );
             None
         })
-    }))))
+    };
+    Ok(Some(Box::new(tokio::spawn(agreeing.in_current_span()))))
 }
 
 /// The instance's own queue: opened before anything else, it shows that the node is of use. What it
