@@ -46,7 +46,8 @@ use crate::{
 /// queues.
 ///
 /// --state DIR holds the state that all instances of the service share: what a killed instance had
-/// prepared, another one finishes. The sub-directory with the service's name has committed.log and
+/// prepared, another one finishes. Without it, an instance keeps its state in memory, and no other
+/// one can serve beside it. The sub-directory with the service's name has committed.log and
 /// aborted.log (a line for each branch: id, requested_at, branch, milliseconds, instance),
 /// calls.log, and prepared/ with a file for each branch in doubt. Nothing is synced to the disk:
 /// the state survives kill -9, but not a power cut.
@@ -114,8 +115,10 @@ pub(super) fn run(arguments: &ServiceArguments) -> Result<Exit, Failure> {
         None => {
             tracing::warn!(
                 "without --state, what the service holds is in this process alone: it ends with it, \
-                 and no other instance can finish it; give all instances of a service one --state"
+                 no other instance can finish it, and none can serve beside this one; give all \
+                 instances of a service one --state"
             );
+            settings.only_instance = true;
             SimulatedStore::in_memory()
         }
     };
@@ -235,7 +238,14 @@ fn spec(arguments: &ServiceArguments) -> Result<ServiceSpec, Failure> {
 
 fn failure(error: ServeError) -> Failure {
     match &error {
-        ServeError::Invalid(_) | ServeError::OtherStore { .. } | ServeError::Mismatch { .. } => {
+        ServeError::OtherStore { .. } => Failure::new(
+            Exit::BadConfiguration,
+            anyhow!(
+                "{error} (--state names the store; without it, an instance has one of its own, in \
+                 memory)"
+            ),
+        ),
+        ServeError::Invalid(_) | ServeError::Mismatch { .. } => {
             Failure::new(Exit::BadConfiguration, error)
         }
         ServeError::Refused { .. } => Failure::new(Exit::Refused, error),

@@ -30,8 +30,8 @@ pub enum ServeError {
     /// Other instances of the service serve with another store.
     #[error(
         "the store of this instance of service `{service}` is `{own}`, and other instances serve with \
-         store `{other}`: all instances of a service share one store, or they lose commits; give \
-         this one theirs, or, if it is the right one, stop them first"
+         store `{other}`: all instances of a service must share one store, or they lose commits; \
+         give this one theirs, or stop them first if this store is the right one"
     )]
     OtherStore {
         /// Which service.

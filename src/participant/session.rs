@@ -645,20 +645,28 @@ pub(super) async fn declare(settings: &ServeSettings, max_wait: Duration) -> Res
     Ok(())
 }
 
-/// Makes sure that whoever serves beside us has the same store. Where the broker can't tell, it serves
-/// all the same: what is told to commit what its store doesn't know says so. Who has served before
-/// doesn't wait for it, and is not kept out by whoever has begun meanwhile.
+/// Agrees with the other instances on the store that all of them have. An instance whose store has no
+/// id takes part only if it must be the only one.
+///
+/// If the broker can't tell, the instance serves: one that has another store logs an error when it is
+/// to commit a branch that its store doesn't know. An instance that has served before doesn't wait
+/// for the agreement, and serves even if others have begun with another store meanwhile.
 async fn agree_on_store(
     link: &Link,
     settings: &ServeSettings,
     store: Option<&StoreId>,
     has_served: bool,
 ) -> Result<Kept, OpenError> {
-    let Some(store) = store.cloned() else { return Ok(None) };
+    let own = match store {
+        Some(store) => store.to_string(),
+        // No store id contains a colon.
+        None if settings.only_instance => format!("in-memory:{}", settings.instance),
+        None => return Ok(None),
+    };
     let queue = settings.names.store_of(&settings.service);
-    let (connection, own) = (Arc::clone(&link.consuming), store.to_string());
+    let (connection, word) = (Arc::clone(&link.consuming), own.clone());
     let agreeing = async move {
-        match Agreed::on(&connection, &queue, store.as_str()).await {
+        match Agreed::on(&connection, &queue, &word).await {
             Ok(agreed) => Ok(Some(agreed)),
             Err(AgreedError::Differs { other, .. }) => Err(other),
             Err(error @ AgreedError::Unknown { .. }) => {
@@ -677,7 +685,8 @@ async fn agree_on_store(
     let agreeing = async move {
         agreeing.await.unwrap_or_else(|other| {
             tracing::error!(
-                store = own, other_store = other,
+                store = own,
+                other_store = other,
                 "other instances of this service have begun to serve with another store while this \
                  one was not connected: all of them must share one; stop those with the wrong one"
             );

@@ -54,6 +54,9 @@ pub struct ServeSettings {
     pub finish_timeout: Duration,
     /// How long to wait, when told to stop, for the outcomes of what is prepared.
     pub drain: Duration,
+    /// Whether no other instance may serve beside this one: what it holds is in its process alone,
+    /// and none of them could finish it.
+    pub only_instance: bool,
     /// For development: declare what the service needs, with this as its `max_wait`. Else whoever
     /// operates the broker has done so, by `dtc topology apply`.
     pub declare: Option<Duration>,
@@ -76,6 +79,7 @@ impl ServeSettings {
             inquire_after: Duration::from_secs(10),
             finish_timeout: Duration::from_secs(5),
             drain: Duration::from_secs(25),
+            only_instance: false,
             declare: None,
             readiness: Readiness::new(),
         }
