@@ -91,7 +91,7 @@ pub(super) struct ServiceArguments {
     /// [env: DTC__SERVICE__DRAIN]
     #[arg(long, value_name = "DURATION")]
     drain: Option<String>,
-    /// A file that exists as long as the instance serves, for health checks
+    /// A file that exists as long as the instance serves or stands by, for health checks
     #[arg(long, value_name = "FILE")]
     ready_file: Option<PathBuf>,
     /// Write counts of published and delivered messages to this file at the end, as JSON

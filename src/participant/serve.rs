@@ -152,7 +152,7 @@ impl Server {
             let session = self.connect(&mut supervisor, stop.as_mut()).await?;
             let Some(session) = session else { return Ok(()) };
             supervisor.opened();
-            tracing::info!(max_concurrency = self.settings.max_concurrency, "ready");
+            session.tell_ready(self.settings.max_concurrency);
             let ended = self.work(session, stop.as_mut()).await;
             self.settings.readiness.set(false);
             match ended {

@@ -37,8 +37,8 @@ use crate::{
     },
     transport::amqp::{
         agreed::{Agreed, AgreedError},
-        bounded::AskError,
-        connection::BrokerConnection,
+        bounded::{ANSWER_MAX, AskError, answer},
+        connection::{BrokerConnection, QueueCounts, counts},
         consumer::{Closed, ConsumerMode, Inbox},
         error::{is_not_found, is_out_of_reach, is_refusal},
         exclusive::{BoundTo, ExclusiveError, ExclusiveQueue},
@@ -75,7 +75,14 @@ struct Opened {
     agreed: Kept,
     publishers: Publishers,
     shared: Inbox,
-    prepares: Option<Inbox>,
+    prepares: Option<OpenedPrepares>,
+}
+
+/// The consumer of a service's prepares.
+struct OpenedPrepares {
+    inbox: Inbox,
+    /// Whether another instance was given the prepares when this one began to consume.
+    stands_by: bool,
 }
 
 /// What an instance publishes on.
@@ -148,7 +155,9 @@ pub(super) struct Session {
     /// `None`: it was opened to hear the rest, or their queue can't be reached.
     prepares: Option<Inbox>,
     /// Opens them, where their queue could not be reached.
-    opening_prepares: Option<BoxFuture<'static, Result<Inbox, AskError>>>,
+    opening_prepares: Option<BoxFuture<'static, Result<OpenedPrepares, AskError>>>,
+    /// Whether another instance is given the prepares, as far as is known.
+    stands_by: bool,
     prepare_queue: PrepareQueue,
     /// Whether prepares are looked at.
     takes_prepares: bool,
@@ -245,7 +254,8 @@ impl Session {
                 publishers,
                 opening_prepares: (takes_prepares && prepares.is_none())
                     .then(|| prepare_queue.open_later()),
-                prepares,
+                stands_by: prepares.as_ref().is_some_and(|prepares| prepares.stands_by),
+                prepares: prepares.map(|prepares| prepares.inbox),
                 prepare_queue,
                 takes_prepares,
                 own,
@@ -305,6 +315,23 @@ impl Session {
         !self.watch.is_blocked() && (self.prepares.is_some() || !self.takes_prepares)
     }
 
+    /// Logs what the instance does from now on.
+    pub(super) fn tell_ready(&self, max_concurrency: u32) {
+        if !self.takes_prepares {
+            tracing::info!("connected again, to receive the outcomes of what is prepared");
+        } else if self.prepares.is_none() {
+            // Why not was logged, and that it is ready will be.
+        } else if self.stands_by {
+            tracing::info!(
+                max_concurrency,
+                "ready, and standing by: another instance takes the prepares of this service, and \
+                 this one takes over when that one ends"
+            );
+        } else {
+            tracing::info!(max_concurrency, "ready");
+        }
+    }
+
     /// Whether as much is on its way to the broker as may be.
     fn has_room(&self) -> bool {
         self.publishers.outstanding() < OUTSTANDING_MAX
@@ -357,6 +384,9 @@ impl Session {
                 },
             };
             if let Poll::Ready(message) = message {
+                if source == Source::Prepares && std::mem::take(&mut self.stands_by) {
+                    tracing::info!("this instance has taken over: it receives the prepares now");
+                }
                 let message = message.map_err(SessionError::Consuming);
                 return Poll::Ready(message.map(|message| Input::Message(source, message)));
             }
@@ -369,10 +399,10 @@ impl Session {
         while let Some(opening) = &mut self.opening_prepares {
             let Poll::Ready(opened) = opening.poll_unpin(cx) else { return };
             self.opening_prepares = match opened {
-                Ok(prepares) => {
+                Ok(OpenedPrepares { inbox, stands_by }) => {
                     let queue = &self.prepare_queue.name;
-                    tracing::info!(%queue, "the prepare queue is consumed again");
-                    self.prepares = Some(prepares);
+                    tracing::info!(%queue, "the prepare queue is consumed: ready");
+                    (self.prepares, self.stands_by) = (Some(inbox), stands_by);
                     None
                 }
                 Err(error) => {
@@ -586,12 +616,22 @@ impl PrepareQueue {
         }
     }
 
-    async fn open(&self) -> Result<Inbox, AskError> {
+    async fn open(&self) -> Result<OpenedPrepares, AskError> {
+        let stands_by = self.turn == ConsumerMode::SingleActive && self.has_consumer().await;
         let opening = Inbox::open_to_end(&self.consuming, self.name.clone(), self.prefetch);
-        Ok(opening.await?.watched(&self.consuming, self.turn))
+        let inbox = opening.await?.watched(&self.consuming, self.turn);
+        Ok(OpenedPrepares { inbox, stands_by })
     }
 
-    fn open_later(&self) -> BoxFuture<'static, Result<Inbox, AskError>> {
+    /// Whether another instance consumes the queue. The broker doesn't say which of the consumers is
+    /// the active one, but it is the first; of two that begin at the same moment, neither may see
+    /// the other.
+    async fn has_consumer(&self) -> bool {
+        let counted = answer(ANSWER_MAX, counts(&self.consuming, self.name.clone())).await;
+        matches!(counted, Ok(Some(QueueCounts { consumers: 1.., .. })))
+    }
+
+    fn open_later(&self) -> BoxFuture<'static, Result<OpenedPrepares, AskError>> {
         let Self { consuming, name, prefetch, turn } = self;
         let again = Self {
             consuming: Arc::clone(consuming),
