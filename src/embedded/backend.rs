@@ -449,8 +449,10 @@ impl Backend for FileBackend {
                 let _entered = spans::finish(Some(service), key).entered();
                 tracing::error!(
                     %branch,
-                    "left in doubt: it was prepared under another journal than this, which alone \
-                     knows its outcome; run with that journal to finish it"
+                    "a branch stays in doubt: it was prepared under another journal, which alone knows \
+                     its outcome. Run with that journal to finish it; if it is lost, find out from the \
+                     transaction's other services how it ended, and commit or undo the branch in the \
+                     store of this service"
                 );
                 LookUp::Unknown
             }

@@ -344,7 +344,7 @@ impl Server {
         match change {
             Change::Fails(error) => tracing::warn!(
                 %error,
-                "several prepares in a row failed: not ready until one succeeds"
+                "several prepares in a row failed: not ready until one succeeds; fix what the error says"
             ),
             Change::Works => tracing::info!("prepares succeed again"),
         }
