@@ -125,14 +125,21 @@ impl OpenError {
         }
     }
 
-    /// Whether a queue or exchange is missing: the topology was not applied, or not yet.
-    pub(super) fn is_not_found(&self) -> bool {
+    /// Whether the broker has let the instance in.
+    pub(super) fn is_connected(&self) -> bool {
+        !matches!(self, Self::Connect(_))
+    }
+
+    /// The queue or exchange that does not exist: the topology was not applied, or not yet.
+    pub(super) fn missing(&self) -> Option<String> {
+        let is_missing = |source: &AskError| source.broker().is_some_and(is_not_found);
         match self {
-            Self::Connect(_) | Self::Channel(_) | Self::Declare(_) | Self::OtherStore { .. } => {
-                false
+            Self::Queue { name, source } => is_missing(source).then(|| format!("queue `{name}`")),
+            Self::Exchange { name, source } => {
+                is_missing(source).then(|| format!("exchange `{name}`"))
             }
-            Self::Queue { source, .. } | Self::Exchange { source, .. } => {
-                source.broker().is_some_and(is_not_found)
+            Self::Connect(_) | Self::Channel(_) | Self::Declare(_) | Self::OtherStore { .. } => {
+                None
             }
         }
     }

@@ -103,11 +103,7 @@ enum Ended {
 }
 
 impl Server {
-    fn new(
-        participant: Callee,
-        settings: ServeSettings,
-        store: Option<StoreId>,
-    ) -> Self {
+    fn new(participant: Callee, settings: ServeSettings, store: Option<StoreId>) -> Self {
         let clock = Clock::start();
         let core = participant::Settings { store: store.clone(), ..settings.of_core() };
         Self {
@@ -420,24 +416,36 @@ async fn open(
             return Err(error);
         }
         let pause = supervisor.pause();
-        if !error.is_not_found() {
-            tracing::warn!(
-                error = %Chain(&error), "not connected; trying again in {pause:.1?}"
-            );
-        } else if supervisor.is_missing_for_good() {
+        let is_for_good = error.missing().is_some() && supervisor.is_missing_for_good();
+        tell_retry(&error, is_for_good, pause);
+        tokio::time::sleep(pause).await;
+    }
+}
+
+/// Logs why there is no session. `is_for_good`: what is missing has been so for longer than a broker
+/// takes to start.
+fn tell_retry(error: &OpenError, is_for_good: bool, pause: Duration) {
+    let chain = Chain(error);
+    if let Some(missing) = error.missing() {
+        if is_for_good {
             tracing::error!(
-                error = %Chain(&error),
-                "the topology of this service is not there: run `dtc topology apply`; trying again \
-                 in {pause:.1?}"
+                error = %chain,
+                "{missing} does not exist: run `dtc topology apply` for this service, or correct the \
+                 namespace or the virtual host of the URL; trying again in {pause:.1?}"
             );
         } else {
             tracing::warn!(
-                error = %Chain(&error),
-                "something of the topology is not there, as while a broker starts; trying again in \
-                 {pause:.1?}"
+                error = %chain,
+                "{missing} does not exist yet: the broker is starting, or `dtc topology apply` has yet \
+                 to be run for this service; trying again in {pause:.1?}"
             );
         }
-        tokio::time::sleep(pause).await;
+    } else if error.is_connected() {
+        tracing::warn!(
+            error = %chain, "connected, but unable to serve yet; trying again in {pause:.1?}"
+        );
+    } else {
+        tracing::warn!(error = %chain, "not connected; trying again in {pause:.1?}");
     }
 }
 

@@ -338,17 +338,21 @@ fn status_without_a_journal_names_the_command_that_creates_it() {
     );
 }
 
-/// An instance logged `not connected`, as if there were no broker.
+/// An instance logged `not connected`, as if there were no broker, and then that "something of the
+/// topology" was missing.
 #[test]
-fn a_service_without_its_topology_names_the_remedy_and_serves_once_it_is_applied() {
+fn a_service_without_its_topology_names_what_is_missing_and_serves_once_it_is_applied() {
     let site = ProxiedPlace::new();
-    site.direct.delete_queue(&site.name("finish.stock"));
+    let queue = site.name("finish.stock");
+    site.direct.delete_queue(&queue);
     let instance = site.start_service("stock");
-    for told in [
-        "something of the topology is not there",
-        "the topology of this service is not there: run `dtc topology apply`",
+    for expected in [
+        format!(
+            "queue `{queue}` does not exist yet: the broker is starting, or `dtc topology apply`"
+        ),
+        format!("queue `{queue}` does not exist: run `dtc topology apply` for this service"),
     ] {
-        println!("{}", instance.wait_for_line(told, LIMIT));
+        println!("{}", instance.wait_for_line(&expected, LIMIT));
     }
     site.world.apply_topology(Some(&site.services));
     instance.wait_for_line(READY, LIMIT);
