@@ -1,13 +1,12 @@
-//! A service on RabbitMQ: what drives one instance of it.
+//! Drives one instance of a service on RabbitMQ.
 //!
-//! The loop takes in everything that is ready, lets the core decide, calls the service's code, and
-//! then says all there is to say: under load votes and dones travel together, and an idle instance
-//! does nothing at all.
+//! The loop receives everything that is ready, lets the core handle it, calls the service's code, and
+//! then publishes everything at once: under load, votes and dones travel together, and an idle instance
+//! does nothing.
 //!
-//! **What happens when the connection is lost.** Calls go on, and what is prepared stays prepared;
-//! what was said and not confirmed is forgotten, since whoever waits for it asks again. The core
-//! keeps every slot that is taken, so that what is delivered again after a reconnect doesn't exceed
-//! the cap.
+//! **When the connection is lost**, calls continue, and prepared transactions stay prepared. Unconfirmed
+//! messages are forgotten, since the workers that wait for them ask again. The core keeps every slot in
+//! use, so that redelivered prepares don't exceed the cap.
 
 use std::{collections::VecDeque, pin::Pin, sync::Arc, time::Duration};
 
@@ -40,13 +39,13 @@ use crate::{
     transport::amqp::{error::Disposition, supervisor::Supervisor},
 };
 
-/// Serves `participant` until `stop` has come and what is prepared has heard its outcome, or the
-/// time for that is over. A broker that can't be reached is tried again and again.
+/// Serves `participant` until `stop` ends, and then until all prepared transactions have their outcomes
+/// or the time for that is over. It retries for ever to reach the broker.
 ///
 /// # Errors
 ///
-/// From the start, the broker refuses us or what we say, or has other queues than are to be declared;
-/// or other instances have another store.
+/// Before the instance has ever served: the broker refuses it, its queues differ from those to be
+/// declared, or other instances have another store.
 pub async fn serve(
     participant: impl DurableParticipant,
     settings: ServeSettings,
@@ -85,18 +84,18 @@ struct Server {
     calls: Calls,
     outbox: Outbox,
     delivery_ids: DeliveryIds,
-    /// What the core has yet to be told.
+    /// What the core has yet to handle.
     events: VecDeque<Event>,
     effects: Vec<Effect>,
     parked: ParkedLog,
     health: Health,
-    /// Told to stop: until when outcomes are waited for.
+    /// While stopping: until when to wait for outcomes.
     drains_until: Option<Instant>,
-    /// Whether a broker has ever taken what was said.
+    /// Whether a broker has ever accepted a message.
     was_heard: bool,
 }
 
-/// Why an instance works no more.
+/// Why a session has ended.
 enum Ended {
     Stopped,
     Lost(Box<Session>, SessionError),
@@ -135,7 +134,7 @@ impl Server {
         stop: Pin<&mut (impl FusedFuture<Output = ()> + ?Sized)>,
     ) -> Result<(), ServeError> {
         self.run_until_stopped(stop).await?;
-        self.tell_what_is_left();
+        self.log_what_is_left();
         Ok(())
     }
 
@@ -148,7 +147,7 @@ impl Server {
             let session = self.connect(&mut supervisor, stop.as_mut()).await?;
             let Some(session) = session else { return Ok(()) };
             supervisor.opened();
-            session.tell_ready(self.settings.max_concurrency);
+            session.log_ready(self.settings.max_concurrency);
             let ended = self.work(session, stop.as_mut()).await;
             self.settings.readiness.set(false);
             match ended {
@@ -157,9 +156,9 @@ impl Server {
                     self.was_heard |= session.was_heard();
                     let lost = self.unless_final(lost)?;
                     let slots_used = self.instance.slots_used();
-                    tracing::warn!(error = %Chain(&lost), slots_used, "connecting again");
-                    // What it holds goes to whoever serves next. Nobody waits for its goodbye: it may
-                    // be of no use for that either.
+                    tracing::warn!(error = %Chain(&lost), slots_used, "the session is lost; connecting again");
+                    // The broker gives its deliveries to other instances. Closing may take long on a
+                    // broken connection, so nothing waits for it.
                     tokio::spawn(session.close());
                     self.events.push_back(Event::Disconnected);
                     self.settle(None);
@@ -168,7 +167,7 @@ impl Server {
         }
     }
 
-    /// An instance that was never heard, since it may not say anything, will not be heard next time.
+    /// A refusal to publish is final if the broker has never accepted a message of this instance.
     fn unless_final(&self, lost: SessionError) -> Result<SessionError, ServeError> {
         if self.was_heard {
             return Ok(lost);
@@ -185,8 +184,8 @@ impl Server {
 
     // ---- Unconnected -------------------------------------------------------------------------
 
-    /// Connects, however long it takes, while the calls go on; `None` if there is nothing left to
-    /// do before that.
+    /// Opens a session, however long it takes, while calls continue. Returns `None` if the instance
+    /// stops, and is done before that.
     async fn connect(
         &mut self,
         supervisor: &mut Supervisor,
@@ -194,7 +193,7 @@ impl Server {
     ) -> Result<Option<Session>, ServeError> {
         let takes_prepares = self.drains_until.is_none();
         let (settings, store) = (self.settings.clone(), self.store.clone());
-        // Boxed, or the compiler doesn't see that this can be sent between threads.
+        // Boxed, since the compiler can't prove otherwise that the future is `Send`.
         let mut opening: BoxFuture<'_, Result<Session, OpenError>> = Box::pin(async move {
             if supervisor.has_worked() {
                 tokio::time::sleep(supervisor.pause()).await;
@@ -223,22 +222,26 @@ impl Server {
     ) -> Result<Option<Session>, ServeError> {
         let service = self.settings.service.clone();
         let mut session = session.map_err(|error| ServeError::of(service, error))?;
-        // It may have been told to stop meanwhile.
+        // A signal to stop may have come meanwhile.
         if self.drains_until.is_some() && session.stop_prepares(self.settings.cap).await.is_err() {
-            tracing::debug!("the connection is lost again");
+            tracing::debug!("the new session is lost already");
         }
         Ok(Some(session))
     }
 
-    /// Whether it was told to stop, and has no more to do or no more time. What is parked may take
-    /// days, and is as safe with whoever comes next.
+    /// Whether the instance is stopping, and has nothing left to do or no time left. It doesn't wait for
+    /// parked outcomes: they may take days, and the next instance continues with them.
     fn is_drained(&self) -> bool {
         let Some(until) = self.drains_until else { return false };
         let awaited = self.instance.slots_used() - self.instance.slots_parked();
         let is_idle = awaited == 0 && self.calls.is_idle();
         if !is_idle && until <= Instant::now() {
             let slots_used = self.instance.slots_used();
-            tracing::warn!(slots_used, "stopping with transactions that have heard no outcome");
+            tracing::warn!(
+                slots_used,
+                "stopping with prepared transactions that have no outcome yet; other instances with \
+                 this store, or the next one, will finish them"
+            );
             return true;
         }
         is_idle
@@ -251,12 +254,12 @@ impl Server {
         self.events.push_back(Event::DrainRequested);
     }
 
-    fn tell_what_is_left(&self) {
+    fn log_what_is_left(&self) {
         if let Some(transactions) = self.parked.left(&self.instance) {
             tracing::warn!(
                 transactions,
-                "stopping though the outcomes of some transactions could not be applied: the next \
-                 instance that has this store, or another that runs, goes on with them"
+                "stopping though the outcomes of some transactions could not be applied; other \
+                 instances with this store, or the next one, continue with them"
             );
         }
     }
@@ -307,7 +310,7 @@ impl Server {
 
     // ---- The core ----------------------------------------------------------------------------
 
-    /// Lets the core handle all that has happened, and says what it has to say.
+    /// Lets the core handle all events, and performs its effects.
     fn settle(&mut self, mut session: Option<&mut Session>) {
         self.look_at_clock();
         let now = self.clock.now();
@@ -317,7 +320,7 @@ impl Server {
         while let Some(event) = self.events.pop_front() {
             let mut effects = std::mem::take(&mut self.effects);
             if let Some(change) = self.health.see(&event) {
-                Self::tell_health(&change);
+                Self::log_health(&change);
             }
             let tried = self.parked.before(&event);
             self.instance.handle(self.clock.now(), event, &mut effects);
@@ -336,7 +339,7 @@ impl Server {
         session.flush();
     }
 
-    fn tell_health(change: &Change) {
+    fn log_health(change: &Change) {
         match change {
             Change::Fails(error) => tracing::warn!(
                 %error,
@@ -346,7 +349,7 @@ impl Server {
         }
     }
 
-    /// What is to be done after a while is done after that while, also when the clock is set back.
+    /// Looks for steps of the clock. If it was set back, deadlines are moved with it.
     fn look_at_clock(&mut self) {
         match self.steps.look(&self.clock) {
             Some(Step::Back(by)) => {
@@ -376,7 +379,7 @@ impl Server {
             Effect::Vote { to, vote } => self.outbox.vote(to, &vote),
             Effect::Done { done, ack, .. } if done.parked => self.outbox.settle(&done, ack),
             Effect::Done { to, done, ack } => {
-                // The worker that waits for it sends its finish again.
+                // If the done is lost, the worker sends its finish again.
                 self.outbox.done(to, &done);
                 if let (Some(session), Some(delivery)) = (session, ack) {
                     session.ack(delivery);
@@ -391,15 +394,15 @@ impl Server {
         }
     }
 
-    /// When there is something to do though nothing happens.
+    /// When the next deadline is reached.
     fn wake_at(&self, retry: Option<Instant>) -> Option<Instant> {
         let deadline = self.instance.next_deadline().map(|at: Time| self.clock.instant_of(at));
         deadline.into_iter().chain(self.drains_until).chain(retry).min()
     }
 }
 
-/// Opens a session, however often it takes; gives up only at the very start, and only if waiting
-/// doesn't help.
+/// Opens a session, with any number of attempts. It gives up only if this instance has never had one, and
+/// only if retrying doesn't help.
 async fn open(
     settings: &ServeSettings,
     store: Option<&StoreId>,
@@ -417,14 +420,14 @@ async fn open(
         }
         let pause = supervisor.pause();
         let is_for_good = error.missing().is_some() && supervisor.is_missing_for_good();
-        tell_retry(&error, is_for_good, pause);
+        log_retry(&error, is_for_good, pause);
         tokio::time::sleep(pause).await;
     }
 }
 
 /// Logs why there is no session. `is_for_good`: what is missing has been so for longer than a broker
 /// takes to start.
-fn tell_retry(error: &OpenError, is_for_good: bool, pause: Duration) {
+fn log_retry(error: &OpenError, is_for_good: bool, pause: Duration) {
     let chain = Chain(error);
     if let Some(missing) = error.missing() {
         if is_for_good {

@@ -1,7 +1,7 @@
-//! What an instance has while it is connected: its queues, and who waits for what.
+//! One session of an instance: its queues while it is connected, and its unacknowledged deliveries.
 //!
-//! **Invariant:** a delivery is acknowledged only on the channel that it came by. Its number means
-//! nothing to the next session.
+//! **Invariant:** a delivery is acknowledged only on the channel that it came by. Its tag is
+//! meaningless in the next session.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -54,23 +54,21 @@ use crate::{
     },
 };
 
-/// How many messages of an instance's own queue are on their way to it at a time.
+/// The prefetch of an instance's own queue.
 const OWN_PREFETCH: u16 = 1024;
-/// How many messages of the service's durable queue one instance has in hand: a commit that fails
-/// for good keeps its place there.
+/// The prefetch of the service's durable queue: a commit that keeps failing stays unacknowledged.
 const SHARED_PREFETCH: u16 = 256;
-/// How many messages may be on their way to the broker, as far as they are counted, before no more
-/// are taken from it.
+/// With so many unconfirmed messages, the session receives no more.
 const OUTSTANDING_MAX: usize = 4096;
-/// The pause before a queue that can't be reached is tried again.
+/// The pause before the next attempt to consume a queue that can't be reached.
 const OPEN_AGAIN_AFTER: Duration = Duration::from_secs(2);
-/// How many inputs are taken between two flushes.
+/// How many inputs to handle between two flushes.
 const BATCH_MAX: usize = 1024;
 
-/// The instance's part in an agreement: what counts is that it is there.
+/// The instance's part in the agreement on the store, which holds as long as this exists.
 type Kept = Option<Box<dyn Send + Sync>>;
 
-/// What a session is made of.
+/// The parts of an open session.
 struct Opened {
     agreed: Kept,
     publishers: Publishers,
@@ -85,14 +83,15 @@ struct OpenedPrepares {
     stands_by: bool,
 }
 
-/// What an instance publishes on.
+/// The publishers of a session.
 #[derive(Debug)]
 struct Publishers {
-    /// For what must arrive.
+    /// For messages that must arrive.
     reliable: ReliablePublisher<OnConfirm>,
-    /// For what may be lost, since whoever waits for it asks again: nobody waits for its confirm.
+    /// For messages that may be lost, since the workers that wait for them ask again. They are not
+    /// confirmed.
     passing: Publisher<()>,
-    /// Whether the broker is known to take what is said. Until then everything is confirmed.
+    /// Whether the broker has accepted a message. Until then, all messages are confirmed.
     are_tried: bool,
 }
 
@@ -100,7 +99,7 @@ impl Publishers {
     async fn open(publishing: &Arc<BrokerConnection>, names: &Names) -> Result<Self, AskError> {
         let votes = format!("votes and dones to `{}`", names.replies());
         Ok(Self {
-            reliable: ReliablePublisher::open(publishing, "what must not be lost").await?,
+            reliable: ReliablePublisher::open(publishing, "messages that must not be lost").await?,
             passing: Publisher::unconfirmed(publishing, votes).await?,
             are_tried: false,
         })
@@ -110,7 +109,7 @@ impl Publishers {
         self.reliable.is_open() && self.passing.is_open()
     }
 
-    /// What may be lost. The first of it has to show that it is not refused.
+    /// Publishes a message that may be lost. The first one is confirmed, to detect a refusal.
     fn pass(&mut self, message: Outgoing) {
         match self.are_tried {
             true => self.passing.publish(message, ()),
@@ -118,18 +117,18 @@ impl Publishers {
         }
     }
 
-    /// How many messages are on their way.
+    /// How many messages are not confirmed or not written yet.
     fn outstanding(&self) -> usize {
         self.reliable.outstanding() + self.passing.outstanding()
     }
 
-    /// Waits until nothing is on its way.
+    /// Waits until no message is outstanding.
     async fn finish(&mut self) {
         self.reliable.finish().await;
         self.passing.finish().await;
     }
 
-    /// What follows from the next message that is safe.
+    /// What to do after the next message that the broker has confirmed.
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<OnConfirm, LaneLost>> {
         if let Poll::Ready(safe) = self.reliable.poll_next(cx) {
             self.are_tried |= safe.is_ok();
@@ -138,65 +137,65 @@ impl Publishers {
         while let Poll::Ready(written) = self.passing.poll_next(cx) {
             let ((), published) = written?;
             if !matches!(published, Published::Confirmed) {
-                tracing::debug!("a message was not written; it will be asked for");
+                tracing::debug!("a message was not written; its worker will ask for it");
             }
         }
         Poll::Pending
     }
 }
 
-/// One link's worth of service.
+/// The work of an instance over one link.
 pub(super) struct Session {
-    /// As long as it is there, nobody begins to serve with another store.
+    /// As long as this exists, no instance begins to serve with another store.
     _agreed: Kept,
     link: Link,
     watch: LinkWatch,
     publishers: Publishers,
-    /// `None`: it was opened to hear the rest, or their queue can't be reached.
+    /// `None`: the session was opened for outcomes only, or the queue can't be reached.
     prepares: Option<Inbox>,
-    /// Opens them, where their queue could not be reached.
+    /// Opens the queue of prepares, if it could not be reached.
     opening_prepares: Option<BoxFuture<'static, Result<OpenedPrepares, AskError>>>,
-    /// Whether another instance is given the prepares, as far as is known.
+    /// Whether another instance receives the prepares, as far as is known.
     stands_by: bool,
     prepare_queue: PrepareQueue,
-    /// Whether prepares are looked at.
+    /// Whether prepares are handled.
     takes_prepares: bool,
     own: ExclusiveQueue,
     shared: Inbox,
     names: Names,
-    /// Where the deliveries came from that the core has not yet acknowledged.
+    /// The messages of the deliveries that the core has not yet acknowledged.
     origins: BTreeMap<Delivery, Origin>,
-    /// How many items of a message are not dealt with yet, where that is more than one.
-    undone: BTreeMap<Origin, usize>,
+    /// For messages with several unfinished items: how many there are.
+    unfinished: BTreeMap<Origin, usize>,
 }
 
-/// A message, by the tag it has on the channel of its queue.
+/// A message, identified by its queue and its delivery tag.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Origin {
     source: Source,
     tag: u64,
 }
 
-/// What follows when a message is with the broker.
+/// What to do when the broker has confirmed a message.
 #[derive(Debug)]
 enum OnConfirm {
-    /// Nothing: if it doesn't arrive, whoever waits for it asks again.
+    /// Nothing.
     Nothing,
-    /// These may be acknowledged.
+    /// Acknowledge these.
     Ack(Vec<Delivery>),
-    /// This one is among the rejected.
+    /// Acknowledge this one, which was rejected.
     Rejected(Origin),
 }
 
-/// Something that has happened.
+/// An input of the session.
 #[expect(clippy::large_enum_variant, reason = "each is handled at once, and never stored")]
 enum Input {
     Message(Source, Message),
-    Safe(OnConfirm),
+    Confirmed(OnConfirm),
     Link(LinkChange),
 }
 
-/// The session is over: everything will be delivered again, to whomever.
+/// The session is over: the broker delivers everything unacknowledged again, to any instance.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum SessionError {
     #[error("a connection is lost")]
@@ -218,7 +217,7 @@ pub(super) enum SessionError {
 }
 
 impl SessionError {
-    /// What the broker says against what was published, if that is why.
+    /// The broker's refusal of a message, if that has ended the session.
     pub(super) fn refusal(self) -> Result<lapin::Error, Self> {
         let refusal = match &self {
             Self::Publishing(lost) => lost.broker(),
@@ -233,9 +232,8 @@ impl SessionError {
 }
 
 impl Session {
-    /// Takes its place on `link`, where the instance's own queue is open: it hears of outcomes before
-    /// it takes what they will be about. `store`: what its store is called, and whether it has served
-    /// before.
+    /// Opens a session on `link`, on which the instance's own queue is open: outcomes must arrive before
+    /// prepares do. `store`: the id of the store, and whether the instance has served before.
     pub(super) async fn open(
         link: Link,
         own: ExclusiveQueue,
@@ -262,10 +260,10 @@ impl Session {
                 shared,
                 names: settings.names.clone(),
                 origins: BTreeMap::new(),
-                undone: BTreeMap::new(),
+                unfinished: BTreeMap::new(),
             }),
             Err(error) => {
-                // Nobody waits for its goodbye: it may be of no use for that either.
+                // Closing may take long on a broken connection.
                 tokio::spawn(link.close());
                 Err(error)
             }
@@ -296,12 +294,12 @@ impl Session {
         };
         let prepares = match prepare_queue.open().await {
             Ok(prepares) => Some(prepares),
-            // What was prepared must hear its outcome all the same.
+            // The outcomes of prepared transactions must arrive nevertheless.
             Err(error) if is_unavailable(&error) || (has_served && is_missing(&error)) => {
                 tracing::warn!(
                     queue = %prepare_queue.name, %error,
-                    "the prepare queue can't be consumed: this instance applies outcomes only, and \
-                     tries again"
+                    "the prepare queue can't be consumed; until it can, this instance only applies \
+                     outcomes; trying again"
                 );
                 None
             }
@@ -316,7 +314,7 @@ impl Session {
     }
 
     /// Logs what the instance does from now on.
-    pub(super) fn tell_ready(&self, max_concurrency: u32) {
+    pub(super) fn log_ready(&self, max_concurrency: u32) {
         if !self.takes_prepares {
             tracing::info!("connected again, to receive the outcomes of what is prepared");
         } else if self.prepares.is_none() {
@@ -332,15 +330,15 @@ impl Session {
         }
     }
 
-    /// Whether as much is on its way to the broker as may be.
+    /// Whether more messages may be published.
     fn has_room(&self) -> bool {
         self.publishers.outstanding() < OUTSTANDING_MAX
     }
 
-    // ---- What comes in -----------------------------------------------------------------------
+    // ---- Receiving ---------------------------------------------------------------------------
 
-    /// Waits for something to happen, and takes in all that is there, up to a bound. What it says is
-    /// added to `events`.
+    /// Waits for an input, and handles all that are ready, up to a bound. Their events are added to
+    /// `events`.
     ///
     /// # Errors
     ///
@@ -365,7 +363,7 @@ impl Session {
             return Poll::Ready(Ok(Input::Link(change)));
         }
         if let Poll::Ready(safe) = self.publishers.poll_next(cx) {
-            return Poll::Ready(safe.map(Input::Safe).map_err(SessionError::Publishing));
+            return Poll::Ready(safe.map(Input::Confirmed).map_err(SessionError::Publishing));
         }
         if !self.has_room() {
             return Poll::Pending;
@@ -376,7 +374,7 @@ impl Session {
                 Source::Own => self.own.poll_next(cx),
                 Source::Shared => self.shared.poll_next(cx),
                 Source::Prepares => match self.prepares.as_mut() {
-                    // No vote could be sent while the broker takes nothing.
+                    // While the broker takes no messages, no vote could be sent.
                     Some(prepares) if self.takes_prepares && !self.watch.is_blocked() => {
                         prepares.poll_next(cx)
                     }
@@ -394,7 +392,7 @@ impl Session {
         Poll::Pending
     }
 
-    /// Takes prepares as soon as their queue can be reached.
+    /// Consumes prepares as soon as their queue can be reached.
     fn poll_opening(&mut self, cx: &mut Context<'_>) {
         while let Some(opening) = &mut self.opening_prepares {
             let Poll::Ready(opened) = opening.poll_unpin(cx) else { return };
@@ -426,11 +424,11 @@ impl Session {
             Input::Message(source, message) => {
                 self.received(source, &message, delivery_ids, events)
             }
-            Input::Safe(OnConfirm::Nothing) => {}
-            Input::Safe(OnConfirm::Ack(owed)) => {
+            Input::Confirmed(OnConfirm::Nothing) => {}
+            Input::Confirmed(OnConfirm::Ack(owed)) => {
                 owed.into_iter().for_each(|delivery| self.ack(delivery));
             }
-            Input::Safe(OnConfirm::Rejected(origin)) => self.dealt_with(origin),
+            Input::Confirmed(OnConfirm::Rejected(origin)) => self.item_done(origin),
             Input::Link(change) => self.link_changed(change)?,
         }
         Ok(())
@@ -448,7 +446,7 @@ impl Session {
         }
     }
 
-    /// Takes in a message; what it says is added to `events`.
+    /// Handles a message; its events are added to `events`.
     fn received(
         &mut self,
         source: Source,
@@ -458,29 +456,29 @@ impl Session {
     ) {
         let origin = Origin { source, tag: message.delivery_tag };
         let content = read(source, message);
-        let mut undone = 0_usize;
-        for told in content.items {
-            let delivery = told.is_held(source).then(|| delivery_ids.next());
+        let mut unfinished = 0_usize;
+        for item in content.items {
+            let delivery = item.is_held(source).then(|| delivery_ids.next());
             if let Some(delivery) = delivery {
-                undone += 1;
+                unfinished += 1;
                 self.origins.insert(delivery, origin);
             }
-            events.extend(Inbound::into_event(told, delivery));
+            events.extend(Inbound::into_event(item, delivery));
         }
         if let Some(reason) = content.bad {
-            undone += 1;
+            unfinished += 1;
             self.reject(origin, message, &reason);
         }
-        match undone {
+        match unfinished {
             0 => self.acknowledge(origin),
             1 => {}
             more => {
-                self.undone.insert(origin, more);
+                self.unfinished.insert(origin, more);
             }
         }
     }
 
-    /// Puts a message among the rejected ones; it is acknowledged when it is safe there.
+    /// Publishes a message to the rejected ones, and acknowledges it when the broker has confirmed that.
     fn reject(&mut self, origin: Origin, message: &Message, reason: &str) {
         let queue = match origin.source {
             Source::Own => Some(self.own.name()),
@@ -493,9 +491,9 @@ impl Session {
         self.publishers.reliable.publish(outgoing, OnConfirm::Rejected(origin));
     }
 
-    // ---- What goes out -----------------------------------------------------------------------
+    // ---- Publishing --------------------------------------------------------------------------
 
-    /// Publishes, and acknowledges later what is owed to it.
+    /// Publishes a message, and later acknowledges what is owed to it.
     pub(super) fn publish(&mut self, outbound: OutboundMessage) {
         let OutboundMessage { message, owed, must_arrive } = outbound;
         if must_arrive {
@@ -505,13 +503,13 @@ impl Session {
         }
     }
 
-    /// When there is something to be published again.
+    /// When to publish a message again.
     pub(super) fn wake_at(&self) -> Option<Instant> {
         self.publishers.reliable.wake_at()
     }
 
-    /// Publishes again what the broker did not take, if it is time, and tells it of all that was
-    /// acknowledged.
+    /// Publishes messages again that the broker did not take, if it is time, and sends all
+    /// acknowledgements.
     pub(super) fn flush(&mut self) {
         self.publishers.reliable.flush(Instant::now());
         self.own.flush();
@@ -521,29 +519,30 @@ impl Session {
         }
     }
 
-    /// Whether nothing is on its way that must arrive.
+    /// Whether all messages that must arrive are confirmed.
     pub(super) fn is_quiet(&self) -> bool {
         self.publishers.reliable.is_idle()
     }
 
-    /// Whether the broker has taken anything of what was said.
+    /// Whether the broker has accepted a message.
     pub(super) fn was_heard(&self) -> bool {
         self.publishers.are_tried
     }
 
-    /// The core is done with a delivery. One from an earlier session will come again.
+    /// Acknowledges a delivery, with which the core is done. One of an earlier session is delivered
+    /// again.
     pub(super) fn ack(&mut self, delivery: Delivery) {
         if let Some(origin) = self.origins.remove(&delivery) {
-            self.dealt_with(origin);
+            self.item_done(origin);
         }
     }
 
-    /// One item of a message is dealt with; the last one settles the message.
-    fn dealt_with(&mut self, origin: Origin) {
-        match self.undone.get_mut(&origin) {
-            Some(undone) if *undone > 1 => *undone -= 1,
+    /// Notes that one item of a message is done; the last one acknowledges the message.
+    fn item_done(&mut self, origin: Origin) {
+        match self.unfinished.get_mut(&origin) {
+            Some(unfinished) if *unfinished > 1 => *unfinished -= 1,
             Some(_) | None => {
-                self.undone.remove(&origin);
+                self.unfinished.remove(&origin);
                 self.acknowledge(origin);
             }
         }
@@ -563,9 +562,9 @@ impl Session {
 
     // ---- The end -----------------------------------------------------------------------------
 
-    /// Takes no more prepares. Those that were delivered and not looked at go to other instances:
-    /// at once, unless all share one cap. Then whoever works next would exceed it as long as
-    /// anything is held here, and they go when this session ends.
+    /// Takes no more prepares. Those that were delivered and not handled go to other instances at once.
+    /// But if all instances share one cap, they go when this session ends: until then, the next
+    /// instance would exceed the cap.
     pub(super) async fn stop_prepares(&mut self, cap: Cap) -> Result<(), SessionError> {
         (self.takes_prepares, self.opening_prepares) = (false, None);
         let Some(prepares) = self.prepares.as_mut().filter(|_| cap == Cap::Instance) else {
@@ -582,20 +581,20 @@ impl Session {
         Ok(())
     }
 
-    /// Waits until all that was said is with the broker, but no longer than `until`; and then gives
-    /// everything back.
+    /// Waits until the broker has confirmed all messages, but no longer than `until`; then closes the
+    /// session.
     pub(super) async fn finish(mut self, until: Instant) {
         let _ = timeout_at(until, self.publishers.finish()).await;
         self.close().await;
     }
 
-    /// Gives everything back.
+    /// Closes the session: the broker delivers everything unacknowledged again.
     pub(super) async fn close(self) {
         self.link.close().await;
     }
 }
 
-/// The queue of a service's prepares, and how it is consumed.
+/// The queue of a service's prepares, and how to consume it.
 struct PrepareQueue {
     consuming: Arc<BrokerConnection>,
     name: ShortString,
@@ -647,17 +646,17 @@ impl PrepareQueue {
     }
 }
 
-/// Whether a queue is there, as far as is known, and can't be consumed for now.
+/// Whether a queue exists, as far as is known, but can't be consumed for now.
 fn is_unavailable(error: &AskError) -> bool {
     error.is_silent() || error.broker().is_some_and(is_out_of_reach)
 }
 
-/// Whether the broker says that there is no such queue.
+/// Whether the broker reports that the queue doesn't exist.
 fn is_missing(error: &AskError) -> bool {
     error.broker().is_some_and(is_not_found)
 }
 
-/// Declares what the service needs to be reached and to answer.
+/// Declares the queues and exchanges that the service uses.
 pub(super) async fn declare(settings: &ServeSettings, max_wait: Duration) -> Result<(), OpenError> {
     let ServeSettings { broker, names, service, cap, .. } = settings.clone();
     let service = ServiceTopology { name: service, max_wait, cap };
@@ -667,11 +666,11 @@ pub(super) async fn declare(settings: &ServeSettings, max_wait: Duration) -> Res
             ..topology::Settings::default()
         },
         now: Clock::start().now(),
-        // That of the journal, which is none of a service's business.
+        // Only the journal needs it, which is not declared here.
         clock_margin: Duration::ZERO,
     };
     let (runtime, span) = (Handle::current(), Span::current());
-    // On a thread of its own, since what compares can't be sent between threads.
+    // On another thread, since this future is not `Send`.
     let applied = tokio::task::spawn_blocking(move || {
         let services = [service];
         let applying = apply_services(&broker, &names, &services, &options);
@@ -712,7 +711,7 @@ async fn agree_on_store(
             Err(error @ AgreedError::Unknown { .. }) => {
                 tracing::warn!(
                     error = %Chain(&error),
-                    "serving without knowing whether all instances of this service have one store"
+                    "serving without knowing whether all instances of this service share one store"
                 );
                 Ok(None)
             }
@@ -728,7 +727,7 @@ async fn agree_on_store(
                 store = own,
                 other_store = other,
                 "other instances of this service have begun to serve with another store while this \
-                 one was not connected: all of them must share one; stop those with the wrong one"
+                 one was not connected; all of them must share one: stop those with the wrong one"
             );
             None
         })
@@ -736,8 +735,8 @@ async fn agree_on_store(
     Ok(Some(Box::new(tokio::spawn(agreeing.in_current_span()))))
 }
 
-/// The instance's own queue: opened before anything else, it shows that the node is of use. What it
-/// gets through shows that the link is alive.
+/// Opens the instance's own queue. It is the first thing that is opened, and shows that the node works;
+/// later, the probes through it show that the link is alive.
 pub(super) async fn open_own(
     link: &Link,
     settings: &ServeSettings,
@@ -759,7 +758,7 @@ pub(super) async fn open_own(
     own.probed(&link.publishing, || true).await.map_err(OpenError::Channel)
 }
 
-/// Makes ids for deliveries: none is given twice, whatever the connection.
+/// Makes ids for deliveries, which are unique across connections.
 #[derive(Debug, Default)]
 pub(super) struct DeliveryIds(u64);
 
