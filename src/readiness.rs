@@ -6,8 +6,9 @@ use tokio::sync::watch;
 ///
 /// A worker is ready while it takes requests. It is not while its connection is lost, its clock doesn't
 /// fit those of the others, the journal can't be read for longer than a moment, or the broker takes no
-/// messages. An instance is ready while it takes prepares. It is not while its connection is lost, or
-/// after three prepares in a row have failed. Neither is before it has begun, or after it has ended.
+/// messages. An instance is ready while it takes prepares, or stands by to take over from the one that
+/// does ([`Cap::Service`](crate::Cap::Service)). It is not while its connection is lost, or after three
+/// prepares in a row have failed. Neither is before it has begun, or after it has ended.
 ///
 /// Give one to a builder, which reports every change to it. Clones share their state: keep one for the
 /// health check.

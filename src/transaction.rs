@@ -187,7 +187,7 @@ pub enum InvalidTransaction {
         problem: String,
     },
     /// Another transaction of the same run has its id.
-    #[error("transaction `{id}` is there twice")]
+    #[error("duplicate transaction id `{id}`")]
     DuplicateId {
         /// Which.
         id: TransactionId,

@@ -232,7 +232,7 @@ async fn a_run_that_is_dropped_midway_stops() {
 async fn bad_services_are_reported_by_name() {
     let of = |services: Vec<Service>| Embedded::new(services).unwrap_err();
     let twice = of(vec![Service::new("A", 1), Service::new("A", 2)]);
-    assert_eq!(twice.to_string(), "service `A` is there twice");
+    assert_eq!(twice.to_string(), "duplicate service name `A`");
     let none = of(vec![Service::new("A", 0)]);
     assert!(matches!(none, InvalidService::NoSlots { .. }));
     assert_eq!(none.to_string(), "the max_concurrency of service `A` is 0: must be at least 1");
@@ -252,7 +252,7 @@ async fn bad_transactions_are_reported_before_any_service_is_called() {
         }
     };
     let twice = of(vec![transaction("t", &["A"]), transaction("t", &["A"])]).await;
-    assert_eq!(twice.to_string(), "transaction `t` is there twice");
+    assert_eq!(twice.to_string(), "duplicate transaction id `t`");
     let nowhere = of(vec![transaction("t", &[])]).await;
     assert!(matches!(nowhere, InvalidTransaction::NoServices { .. }));
     for data in [json!([]), json!(null), json!("x"), json!(1)] {

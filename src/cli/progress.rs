@@ -82,7 +82,12 @@ pub(super) fn log_above(bar: &ProgressBar, level: LevelFilter) -> Logging {
     let writer = LossyWriter { lost: waiting.error_counter(), waiting, told: Arc::default() };
     // Libraries are not logged: many of their errors are none for `dtc`, and lapin would log what
     // it sends, passwords included.
-    let filter = Targets::new().with_target("dtc", level);
+    let mut filter = Targets::new().with_target("dtc", level);
+    // Nothing that a simulated service logs is an error, and `dtc run` calls services half a
+    // million times a second.
+    if level <= LevelFilter::ERROR {
+        filter = filter.with_target(crate::participant::spans::CALL_TARGET, LevelFilter::OFF);
+    }
     let lines = fmt::layer()
         .with_writer(writer)
         .with_ansi(io::stderr().is_terminal())

@@ -24,6 +24,7 @@ use crate::{
         error::ServeError,
         serve,
         settings::{self, ServeSettings},
+        spans,
     },
     protocol::ids::ServiceName,
     simulated::{service::Simulated, store::SimulatedStore},
@@ -45,7 +46,8 @@ use crate::{
 /// queues.
 ///
 /// --state DIR holds the state that all instances of the service share: what a killed instance had
-/// prepared, another one finishes. The sub-directory with the service's name has committed.log and
+/// prepared, another one finishes. Without it, an instance keeps its state in memory, and no other
+/// one can serve beside it. The sub-directory with the service's name has committed.log and
 /// aborted.log (a line for each branch: id, requested_at, branch, milliseconds, instance),
 /// calls.log, and prepared/ with a file for each branch in doubt. Nothing is synced to the disk:
 /// the state survives kill -9, but not a power cut.
@@ -89,7 +91,7 @@ pub(super) struct ServiceArguments {
     /// [env: DTC__SERVICE__DRAIN]
     #[arg(long, value_name = "DURATION")]
     drain: Option<String>,
-    /// A file that exists as long as the instance serves, for health checks
+    /// A file that exists as long as the instance serves or stands by, for health checks
     #[arg(long, value_name = "FILE")]
     ready_file: Option<PathBuf>,
     /// Write counts of published and delivered messages to this file at the end, as JSON
@@ -103,8 +105,9 @@ pub(super) fn run(arguments: &ServiceArguments) -> Result<Exit, Failure> {
     let spec = spec(arguments)?;
     let (mut settings, declared) = settings(arguments, &spec)?;
     let report = ReportFile::create(arguments.report.as_deref())?;
-    let (runtime, interrupt) = pipeline::daemon_runtime()?;
     let _logging = progress::log_above(&ProgressBar::hidden(), level);
+    let _entered = spans::serve(&settings.service, &settings.instance).entered();
+    let (runtime, interrupt) = pipeline::daemon_runtime()?;
 
     let store = match &arguments.state {
         Some(directory) => SimulatedStore::open(directory, &spec.name, &settings.instance)
@@ -112,14 +115,15 @@ pub(super) fn run(arguments: &ServiceArguments) -> Result<Exit, Failure> {
         None => {
             tracing::warn!(
                 "without --state, what the service holds is in this process alone: it ends with it, \
-                 and no other instance can finish it; give all instances of a service one --state"
+                 no other instance can finish it, and none can serve beside this one; give all \
+                 instances of a service one --state"
             );
+            settings.only_instance = true;
             SimulatedStore::in_memory()
         }
     };
     let participant = Simulated::new(&spec, arguments.seed).with_store(store);
     tracing::info!(
-        service = %settings.service, instance = %settings.instance,
         broker = %settings.broker.address, namespace = %settings.names.namespace(), "starting"
     );
     stalls::watch(&runtime);
@@ -135,7 +139,7 @@ pub(super) fn run(arguments: &ServiceArguments) -> Result<Exit, Failure> {
     let ended = runtime.block_on(async {
         tokio::select! {
             biased;
-            ended = serve::serve(participant, settings, stop) => ended,
+            ended = serve::serve_in_span(participant, settings, stop) => ended,
             never = comparing => match never {},
         }
     });
@@ -186,7 +190,7 @@ async fn compare(
         match check_queue(&broker, &names, &service, &declared).await {
             Ok(faults) => faults.iter().for_each(|ServiceMismatch { field, wanted, found }| {
                 tracing::warn!(
-                    service = %service.name, field, services_json = wanted, queue = found,
+                    field, services_json = wanted, queue = found,
                     "the queue was made from another services.json than this instance has, and what \
                      the queue says holds: give all instances the services.json that was applied, or \
                      run `dtc topology apply --replace` for this service with the new one"
@@ -234,7 +238,14 @@ fn spec(arguments: &ServiceArguments) -> Result<ServiceSpec, Failure> {
 
 fn failure(error: ServeError) -> Failure {
     match &error {
-        ServeError::Invalid(_) | ServeError::OtherStore { .. } | ServeError::Mismatch { .. } => {
+        ServeError::OtherStore { .. } => Failure::new(
+            Exit::BadConfiguration,
+            anyhow!(
+                "{error} (--state names the store; without it, an instance has one of its own, in \
+                 memory)"
+            ),
+        ),
+        ServeError::Invalid(_) | ServeError::Mismatch { .. } => {
             Failure::new(Exit::BadConfiguration, error)
         }
         ServeError::Refused { .. } => Failure::new(Exit::Refused, error),

@@ -1,4 +1,4 @@
-//! How a producer's end is set up.
+//! Setting up a client.
 
 use std::time::Duration;
 
@@ -12,12 +12,12 @@ use crate::{
     },
 };
 
-/// No client waits for more transactions at once.
+/// The most that [`ClientBuilder::max_in_flight`] accepts.
 const IN_FLIGHT_MAX: usize = 1_000_000;
 
 /// Sets up a [`Client`]: see [`Client::builder`].
 #[derive(Clone, Debug)]
-#[must_use = "a builder does nothing until it is told to connect"]
+#[must_use = "a builder does nothing until `connect` or `connect_lazy` is called"]
 pub struct ClientBuilder {
     broker: BrokerOptions,
     settings: Settings,
@@ -27,14 +27,14 @@ pub struct ClientBuilder {
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConnectError {
-    /// A value that was set can't be used.
+    /// A setting is invalid.
     #[error("invalid client")]
     Invalid(#[from] InvalidSetting),
-    /// The broker refuses this client, or can't be trusted: that stays so until somebody changes
-    /// something.
+    /// The broker refuses this client, or its certificate is not trusted. Retrying doesn't help until
+    /// somebody changes something.
     #[error("the broker refuses this client")]
     Refused(#[source] BrokerError),
-    /// No host lets the client in now. It may be otherwise later.
+    /// No host accepts a connection now. A later attempt may succeed.
     #[error("the broker can't be reached")]
     Unavailable(#[source] BrokerError),
 }
@@ -46,28 +46,28 @@ impl ClientBuilder {
 
     broker_setters!();
 
-    /// Sets how long [`Client::submit`] tries to hand a transaction to the broker: at least 1 ms.
-    /// Default: 30 s.
+    /// Sets for how long [`Client::submit`] tries to publish a transaction: at least 1 ms. Default:
+    /// 30 s.
     pub fn publish_timeout(mut self, timeout: Duration) -> Self {
         self.settings.publish_timeout = timeout;
         self
     }
 
     /// Sets how many transactions [`Client::submit_and_wait`] waits for at once: from 1 to
-    /// 1,000,000. Further calls wait for their turn, within their own timeout, so the memory of the
-    /// client is bounded. Default: 1000.
+    /// 1,000,000. Further calls wait for their turn, within their own timeout, which bounds the memory
+    /// of the client. Default: 1000.
     pub fn max_in_flight(mut self, max: usize) -> Self {
         self.settings.in_flight_max = max;
         self
     }
 
-    /// Connects. Later, when the connection is lost, the client connects again by itself.
+    /// Connects. The client reconnects by itself when the connection is lost later.
     ///
-    /// All hosts are tried, each for the [`connect_timeout`](Self::connect_timeout).
+    /// It tries all hosts, each for the [`connect_timeout`](Self::connect_timeout).
     ///
     /// # Errors
     ///
-    /// What was set can't be used, or no host lets the client in.
+    /// A setting is invalid, or no host accepts the client.
     pub async fn connect(self) -> Result<Client, ConnectError> {
         let client = self.connect_lazy()?;
         client.open().await.map_err(|error| {
@@ -90,12 +90,12 @@ impl ClientBuilder {
         Ok(client)
     }
 
-    /// A client that connects when it is first used, for a producer that starts before its broker.
-    /// What hinders it then is an error of what it is used for.
+    /// Returns a client that connects when it is first used, for a producer that starts before its
+    /// broker. A failure to connect is then an error of that first call.
     ///
     /// # Errors
     ///
-    /// What was set can't be used.
+    /// A setting is invalid.
     pub fn connect_lazy(self) -> Result<Client, InvalidSetting> {
         let (broker, names) = self.broker.check("dtc client".to_owned())?;
         let Settings { publish_timeout, in_flight_max } = self.settings;
@@ -113,7 +113,7 @@ mod tests {
     use crate::{client::Client, error::ErrorChain};
 
     #[tokio::test]
-    async fn what_can_not_be_used_is_told_before_anything_is_connected() {
+    async fn an_invalid_setting_is_reported_before_anything_is_connected() {
         let refused = |change: fn(super::ClientBuilder) -> super::ClientBuilder| {
             change(Client::builder("amqp://localhost")).connect_lazy().unwrap_err().to_string()
         };
@@ -130,17 +130,17 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_broker_that_is_not_there_is_an_error_that_says_so() {
+    async fn a_broker_that_does_not_listen_is_reported_as_unavailable() {
         let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let url = format!("amqp://shop:geheim@{address}");
         let error = Client::builder(url).connect().await.unwrap_err();
         assert!(matches!(&error, ConnectError::Unavailable(it) if it.may_pass()), "{error:?}");
-        let told = ErrorChain(&error).to_string();
+        let text = ErrorChain(&error).to_string();
         let beginning = format!(
             "the broker can't be reached: no connection to publish on: failed to connect to the \
              broker at amqp://{address}"
         );
-        assert!(told.starts_with(&beginning), "{told}");
-        assert!(!format!("{told} {error:?}").contains("geheim"));
+        assert!(text.starts_with(&beginning), "{text}");
+        assert!(!format!("{text} {error:?}").contains("geheim"));
     }
 }

@@ -1,10 +1,10 @@
-//! What the journal says of transactions, and what is parked of them.
+//! Looks up transactions in the journal, and in the stream of parked ones.
 //!
-//! It reads the streams with consumers of its own, from some offset to their end, and writes
-//! nothing: no worker notices.
+//! It reads both streams to their ends with its own consumers, and writes nothing, so no worker is
+//! affected.
 //!
-//! **Invariant:** a transaction is said not to be there only as of a moment from which on nothing
-//! of the journal is missing: [`History::complete_since`].
+//! **Invariant:** that a transaction has no decision is reported only for transactions requested
+//! after [`History::complete_since`], from which on no part of the journal is missing.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -30,69 +30,70 @@ use crate::{
     wire::message::{Item, JournalBegun, Kind, Malformed, Settled, decode},
 };
 
-/// For how long a look that failed is repeated, where the next one may succeed: a broker that has just
-/// started doesn't know yet who serves a stream, and ends the connection of who reads it.
+/// For how long to retry a lookup that failed for a reason that may pass: a broker that has just started
+/// may not know the leader of a stream yet, and closes the connection of a reader.
 const AGAIN_FOR: Duration = Duration::from_secs(8);
 
-/// How far back [`Since::Recent`] looks, one step after the other: to look for what was decided a
-/// moment ago costs little, however long the journal is.
+/// How far back each step of [`Since::Recent`] looks, so that looking up a recent decision is cheap
+/// however long the journal is.
 const STEPS: [Duration; 3] = [
     Duration::from_secs(15 * 60),
     Duration::from_secs(2 * 60 * 60),
     Duration::from_secs(24 * 60 * 60),
 ];
 
-/// How far back to look.
+/// From when on to read the journal.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Since {
-    /// As far as the journal goes.
+    /// From its beginning.
     Always,
-    /// Until a certain outcome is found for every id, and for a day at most. Others of the same id
-    /// that are older than that are not found.
+    /// As far back as needed to find a certain outcome for every id, but a day at most. Older
+    /// transactions with the same ids are not found.
     Recent,
-    /// So long ago.
+    /// From this long ago.
     Ago(Duration),
-    /// This moment.
+    /// From this time.
     Moment(Time),
 }
 
-/// What was found.
+/// The result of a lookup.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct History {
-    /// From when on was looked; `None`: from the journal's beginning.
+    /// The time from which on the journal was read; `None`: from its beginning.
     pub looked_since: Option<Time>,
-    /// Whether the journal has nothing that is older.
+    /// Whether the journal has no older records.
     pub is_whole: bool,
-    /// From when on nothing is missing in what was read; `None`: the journal has no records.
+    /// The time from which on no record is missing in what was read; `None`: the journal has no
+    /// records.
     pub complete_since: Option<Time>,
-    /// What is known of each transaction that has one of the ids.
+    /// Each transaction that has one of the ids.
     pub transactions: BTreeMap<TransactionKey, Past>,
     /// How many records of the journal were read.
     pub n_records: u64,
-    /// How many messages, or items in them, can't be understood. Everyone passes them over.
+    /// How many messages, or items of messages, could not be decoded. All readers skip them.
     pub n_unreadable: u64,
 }
 
-/// What is known of one transaction.
+/// The records of one transaction.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Past {
-    /// The first record of it that was read: its outcome, if [`Past::is_certain`].
+    /// The first decision that was read: the outcome, if [`Past::is_certain`].
     pub decision: Option<Decision>,
-    /// Whether no earlier record of it can be missing.
+    /// Whether no earlier decision can be missing.
     pub is_certain: bool,
-    /// How many more records of it there are. They are void.
+    /// The number of later decisions, which are void.
     pub n_void: u64,
-    /// What was handed to a person about it, in order.
+    /// Its `parked` records, in order.
     pub parked: Vec<Parked>,
-    /// What was settled of that, in order.
+    /// Its `settled` records, in order.
     pub settled: Vec<Settled>,
 }
 
-/// The journal can't be read.
+/// A lookup failed.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum HistoryError {
     /// No connection.
-    #[error("no connection to read the journal on")]
+    #[error("no connection for reading the journal")]
     Connect(#[source] ConnectionError),
     /// A stream can't be read.
     #[error(transparent)]
@@ -100,7 +101,7 @@ pub enum HistoryError {
 }
 
 impl History {
-    /// What was found for `id`, the earliest first.
+    /// The transactions whose id is `id`, the earliest first.
     pub fn of_id<'a>(
         &'a self,
         id: &TransactionId,
@@ -110,7 +111,7 @@ impl History {
         self.transactions.range(from..).take_while(move |(key, _)| key.id == id)
     }
 
-    /// Whether an outcome of `id` was found, and no earlier record can change that.
+    /// Whether outcomes were found for `id`, and no earlier record can contradict them.
     fn is_certain_of(&self, id: &TransactionId) -> bool {
         let mut found = self.of_id(id).peekable();
         found.peek().is_some() && found.all(|(_, past)| past.decision.is_some() && past.is_certain)
@@ -118,10 +119,10 @@ impl History {
 }
 
 impl HistoryError {
-    /// Whether it may be otherwise soon, without anybody's doing.
+    /// Whether a retry may succeed without anybody changing anything.
     fn may_pass(&self) -> bool {
         match self {
-            // It is there, and says that it can't let us in yet.
+            // A broker that answers, but can't accept connections yet.
             Self::Connect(ConnectionError::Unavailable { source, .. }) => {
                 matches!(source.kind(), ErrorKind::ProtocolError(_))
             }
@@ -131,12 +132,12 @@ impl HistoryError {
     }
 }
 
-/// Looks up all transactions that have one of `ids`, where no two clocks of the system differ by more
-/// than `clock_margin`. What fails and may pass is tried again for some seconds.
+/// Looks up all transactions that have one of `ids`. No two clocks of the system may differ by more than
+/// `clock_margin`. A failure that may pass is retried for some seconds.
 ///
 /// # Errors
 ///
-/// The journal can't be read, or not to its end.
+/// The journal can't be read to its end.
 pub async fn look_up(
     broker: &Broker,
     names: &Names,
@@ -164,7 +165,7 @@ pub async fn look_up(
     look_since(broker, names, ids, cutoff, clock_margin).await
 }
 
-/// The same, for what was decided at `cutoff` or later.
+/// Looks up transactions that were decided at `cutoff` or later.
 async fn look_since(
     broker: &Broker,
     names: &Names,
@@ -183,7 +184,7 @@ async fn look_since(
         if !error.may_pass() || next > until {
             return Err(error);
         }
-        tracing::debug!(error = %ErrorChain(&error), "the journal can't be read yet: again");
+        tracing::debug!(error = %ErrorChain(&error), "the journal can't be read yet; trying again");
         tokio::time::sleep_until(next).await;
     }
 }
@@ -208,7 +209,7 @@ struct HistoryReader<'a> {
     ids: &'a BTreeSet<TransactionId>,
     clock_margin: Duration,
     history: History,
-    /// The offset that comes next in the journal, if it isn't the first.
+    /// The next offset of the journal; `None` before the first message.
     next: Option<u64>,
 }
 
@@ -231,8 +232,8 @@ impl HistoryReader<'_> {
                 StreamStart::Timestamp((cutoff - self.clock_margin).as_millis() / 1000)
             }
         };
-        // What is parked was decided before: so the decision of whatever is found here is there, and
-        // what was parked of a later decision lies behind the same moment.
+        // A transaction is parked after it is decided. So this order finds the decision of every
+        // parked record that is read, and every parked record of a decision after `cutoff`.
         let mut unresolved = Scan::open(connection, names.unresolved(), from).await?;
         while let Some((_, delivery)) = unresolved.next().await? {
             self.take_unresolved(&delivery);
@@ -246,7 +247,7 @@ impl HistoryReader<'_> {
         Ok(())
     }
 
-    /// From when on nothing of the journal is missing, by its oldest records.
+    /// The time from which on the journal is complete, by its oldest records.
     async fn head(
         &self,
         connection: &Connection,
@@ -266,9 +267,9 @@ impl HistoryReader<'_> {
         Ok(reader.history.complete_since)
     }
 
-    /// Takes in a message of the journal.
+    /// Handles a message of the journal.
     fn take(&mut self, offset: u64, delivery: &Delivery) {
-        // Offsets are consecutive: what was between is gone, and may have been about anything.
+        // Offsets are consecutive: after a gap, any transaction may lack a record.
         if self.next.is_some_and(|next| next != offset) {
             self.history.complete_since = None;
         }
@@ -291,7 +292,7 @@ impl HistoryReader<'_> {
     fn take_decision(&mut self, decision: Decision) {
         let History { complete_since, transactions, n_records, .. } = &mut self.history;
         *n_records += 1;
-        // Before the first record that is there others may have been, made later by another clock.
+        // Records before the first one are gone; by another clock, they may have been made later.
         let complete_since = *complete_since.get_or_insert(decision.decided_at + self.clock_margin);
         if !self.ids.contains(&decision.key.id) {
             return;
@@ -329,11 +330,11 @@ impl HistoryReader<'_> {
         self.history.transactions.entry(key.clone()).or_default()
     }
 
-    /// The items of a message, without those that can't be understood.
+    /// The items of a message that can be decoded.
     fn items<T: Item>(&mut self, delivery: &Delivery) -> Vec<T> {
         let mut unreadable = |error: Malformed| {
             self.history.n_unreadable += 1;
-            tracing::debug!(%error, "passed over");
+            tracing::debug!(%error, "skipping what can't be decoded");
         };
         let items = decode(&delivery.data).unwrap_or_else(|error| {
             unreadable(error);

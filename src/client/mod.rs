@@ -1,22 +1,13 @@
-//! For producers: submit transactions through a broker, and hear how they end.
+//! For producers: submits transactions through a broker, and receives their results.
 //!
 //! * [`Client::submit`] returns when the broker has the request; [`Client::submit_and_wait`] when
-//!   the result is there.
-//! * [`history`]: what the journal says of transactions, read without taking anything from anyone.
+//!   the result has arrived.
+//! * [`history`]: what the journal says about transactions, read without consuming anything.
 //!
-//! # Asking again
+//! [`Client`] describes how a producer asks again. If it asks with another `requested_at`, that is
+//! another transaction; only workers that still remember the first one recognise it as a retry.
 //!
-//! A transaction is named by its id *and* the moment it was requested at. Whoever has not heard
-//! what became of a request asks again with both: then it is the same transaction, executed once,
-//! and the answer is the same. Errors say under which [key](TransactionKey) a request went out, for
-//! that purpose. Under another moment it is another transaction, of which only the workers' memory
-//! of the last minutes knows that it was a retry under a new timestamp.
-//!
-//! It does not keep anything beyond its process: a producer that must not forget to ask again
-//! writes down the key before it submits.
-//!
-//! **Invariant:** a request that is repeated by the client itself, for whatever reason, repeats its
-//! key.
+//! **Invariant:** whenever the client publishes a request again, it repeats the request's key.
 
 mod builder;
 pub mod history;
@@ -61,26 +52,26 @@ use crate::{
     wire::message::{Kind, encode_request},
 };
 
-/// The routing key of requests.
 const REQUEST_KEY: &str = "request";
 
-/// How many channels are published on: enough to keep a connection busy.
+/// The number of channels for publishing: enough to keep one connection busy.
 const CHANNELS_MAX: usize = 4;
 
-/// How long a result may take before its request is published once more; then twice as long, and so on.
-/// A partition was seen to leave requests at the broker that no worker was ever given.
+/// How long to wait for a result before the request is published once more; each further wait is twice
+/// as long. After a network partition, a broker may hold requests that it never delivers.
 const ASK_AGAIN_FIRST: Duration = Duration::from_secs(15);
 
-/// How long a request may find no queue, where the broker doesn't say that there is none.
+/// How long to retry a request that was routed to no queue, while the broker doesn't confirm that the
+/// queue is missing.
 const UNROUTABLE_MAX: Duration = Duration::from_secs(5);
 
-/// How a client behaves.
+/// The settings of a client.
 #[derive(Clone, Debug)]
 pub(crate) struct Settings {
-    /// How long [`Client::submit`] tries to hand a request to the broker.
+    /// The time limit of [`Client::submit`].
     pub(crate) publish_timeout: Duration,
-    /// How many transactions may be waited for at once. More wait for their turn, so that what a
-    /// client holds is bounded.
+    /// How many calls may wait for results at once. Further calls wait for their turn, which bounds
+    /// the memory of the client.
     pub(crate) in_flight_max: usize,
 }
 
@@ -91,19 +82,19 @@ impl Default for Settings {
     }
 }
 
-/// A producer's end of the broker: it hands [transactions](Transaction) to the workers, and brings back
-/// how they ended. Whenever the connection is lost it connects again. Clones share their connections.
+/// A producer's connection to the system: it submits [transactions](Transaction) through the broker and
+/// receives their results. It reconnects by itself. Clones share their connections.
 ///
-/// It wants a tokio runtime with time and IO enabled, and is made within it.
+/// Create and use it within a tokio runtime that has time and IO enabled.
 ///
 /// # Asking again
 ///
-/// A transaction is named by its id *and* the moment it was requested at: by its [`TransactionKey`].
-/// A producer that has not heard what became of a transaction submits it again with the
-/// [moment](Transaction::requested_at) of its key. Then it is the same transaction, executed once, and
-/// the answer is the same. Errors say under which key a transaction went out, for that purpose. The
-/// client keeps nothing beyond its process: a producer that must not forget to ask again writes the
-/// key down before it submits.
+/// A transaction is identified by its id *and* the time at which it was requested: by its
+/// [`TransactionKey`]. A producer that doesn't know how a transaction ended submits it again with the
+/// [`requested_at`](Transaction::requested_at) of its key. That is the same transaction: it is executed
+/// once, and has the same result. Every error names the key under which a transaction was sent. The
+/// client stores nothing: a producer that must be able to ask again after a crash stores the key before
+/// it submits.
 ///
 /// ```no_run
 /// use std::time::Duration;
@@ -136,8 +127,8 @@ struct Shared {
     has_worked: HasWorked,
 }
 
-/// Whether a broker has ever let this client in. Then it may do so again, whatever it says now:
-/// certificates and passwords are changed while clients run, and not all at one moment.
+/// Whether a broker has ever accepted this client. If so, a refusal is retried: certificates and
+/// passwords are changed while clients run, and not everywhere at the same time.
 #[derive(Clone, Debug, Default)]
 struct HasWorked(Arc<AtomicBool>);
 
@@ -154,81 +145,81 @@ impl HasWorked {
     }
 }
 
-/// A request was not handed over, as far as is known.
+/// A transaction was not submitted, as far as the client knows.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum SubmitError {
-    /// It can't be sent as it is.
+    /// The transaction is invalid; nothing was sent.
     #[error("invalid transaction")]
     Invalid(#[from] InvalidTransaction),
-    /// Nothing takes requests in this namespace: `dtc topology apply` has yet to be run.
-    #[error("nothing takes requests in namespace `{namespace}`: run `dtc topology apply`")]
+    /// No queue receives requests in this namespace: `dtc topology apply` has not been run.
+    #[error("no queue receives requests in namespace `{namespace}`: run `dtc topology apply`")]
     NoTopology {
         /// The namespace.
         namespace: String,
     },
-    /// The broker refuses this user, or doesn't let it publish requests.
+    /// The broker refuses this user, or does not permit it to publish requests.
     #[error("the broker refuses transaction `{}`", key.id)]
     Refused {
-        /// Which transaction.
+        /// The transaction.
         key: TransactionKey,
-        /// What it said.
+        /// The broker's reason.
         #[source]
         source: BrokerError,
     },
-    /// The broker has not confirmed it in time. It may have arrived all the same: ask again with
-    /// the same key.
+    /// The broker did not confirm the request in time. It may have arrived nevertheless: submit it
+    /// again with the same key.
     #[error("the broker did not confirm transaction `{}` within {} ms", key.id, limit.as_millis())]
     Unconfirmed {
-        /// Under which key it was sent.
+        /// The key under which it was sent.
         key: TransactionKey,
-        /// How long it had.
+        /// The time limit.
         limit: Duration,
-        /// What the last try ended in; `None`: it did not end.
+        /// Why the last attempt failed; `None` if it was still in progress.
         #[source]
         source: Option<BrokerError>,
     },
 }
 
-/// There is no answer.
+/// There is no result.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum WaitError {
-    /// The request was not handed over.
+    /// The transaction was not submitted.
     #[error(transparent)]
     Submit(#[from] SubmitError),
-    /// Nothing takes results in this namespace: `dtc topology apply` has yet to be run.
+    /// No exchange takes results in this namespace: `dtc topology apply` has not been run.
     #[error(
         "failed to listen for results: there is no exchange `{exchange}`: run `dtc topology apply`"
     )]
     NoTopology {
-        /// What is missing.
+        /// The missing exchange.
         exchange: String,
     },
-    /// The broker doesn't let us listen for results, or the client was closed.
+    /// The broker does not permit this user to receive results, or the client was closed.
     #[error("failed to listen for results")]
     Listen(#[source] BrokerError),
-    /// It takes longer. The transaction goes on: ask again with the same key.
-    #[error("transaction `{}` was not answered within {} ms", key.id, limit.as_millis())]
+    /// The result did not arrive in time. The transaction continues: ask again with the same key.
+    #[error("no result of transaction `{}` arrived within {} ms", key.id, limit.as_millis())]
     Unanswered {
-        /// Under which key it was sent.
+        /// The key under which it was sent.
         key: TransactionKey,
-        /// How long it had.
+        /// The time limit.
         limit: Duration,
-        /// What the last try to hand it over ended in, if it was never confirmed.
+        /// Why the last attempt to publish it failed, if the broker never confirmed it.
         #[source]
         source: Option<BrokerError>,
     },
 }
 
 impl Client {
-    /// A client of the broker at `url`, which is to be connected: `amqp://user:password@host:port/vhost`,
-    /// or `amqps://` for TLS; the hosts of one cluster: such URLs, separated by commas.
+    /// Sets up a client of the broker at `url`: `amqp://user:password@host:port/vhost`, or `amqps://` for
+    /// TLS. For a cluster, give one such URL for each host, separated by commas.
     pub fn builder(url: impl Into<String>) -> ClientBuilder {
         ClientBuilder::new(url.into())
     }
 
-    /// A client of the system `names` at `broker`. Nothing is connected yet.
+    /// A client of the system `names` at `broker`. It doesn't connect yet.
     pub(crate) fn with(broker: Broker, names: Names, settings: Settings) -> Self {
         let has_worked = HasWorked::default();
         let shared = Shared {
@@ -243,39 +234,38 @@ impl Client {
         Self { shared: Arc::new(shared) }
     }
 
-    /// Connects, rather than when the first request is sent.
+    /// Connects now instead of with the first request.
     ///
     /// # Errors
     ///
-    /// There is no connection to publish on.
+    /// No connection for publishing could be opened.
     pub(crate) async fn open(&self) -> Result<(), PublishError> {
         self.shared.channels.open().await?;
         self.shared.has_worked.set();
         Ok(())
     }
 
-    /// Hands `transaction` to the broker, and returns when that has it safely.
+    /// Publishes `transaction`, and returns its key when the broker has confirmed it.
     ///
-    /// What was not confirmed, or not taken, is sent again until
-    /// [`publish_timeout`](ClientBuilder::publish_timeout) is over, each time under the same key: it is
-    /// the key that is returned.
+    /// Until then it is published again, under the same key, for up to
+    /// [`publish_timeout`](ClientBuilder::publish_timeout).
     ///
     /// # Errors
     ///
-    /// It is not known to be with the broker: see [`SubmitError`].
+    /// The broker did not confirm it: see [`SubmitError`].
     pub async fn submit(&self, transaction: Transaction) -> Result<TransactionKey, SubmitError> {
         let requested_at = transaction.moment().unwrap_or_else(|| self.now());
         let spec = transaction.check()?;
         self.hand_over(&spec, requested_at, self.shared.settings.publish_timeout).await
     }
 
-    /// Submits `transaction`, and returns with its result.
+    /// Submits `transaction`, and waits for its result.
     ///
-    /// It survives lost connections: what is unanswered then is sent again under the same key.
+    /// After a lost connection it publishes the transaction again, under the same key.
     ///
     /// # Errors
     ///
-    /// There is no answer within `timeout`, or there will be none: see [`WaitError`].
+    /// No result arrives within `timeout`, or none will: see [`WaitError`].
     pub async fn submit_and_wait(
         &self,
         transaction: Transaction,
@@ -287,20 +277,20 @@ impl Client {
         Ok(TransactionResult::of(answer))
     }
 
-    /// Says goodbye to the broker, for all clones. What is still waited for is not answered, and what
-    /// is submitted from now on is an error.
+    /// Closes the connections of this client and its clones. Calls that still wait for results end with
+    /// an error, and so do later ones.
     pub async fn close(&self) {
         self.shared.results.close().await;
         self.shared.channels.close().await;
     }
 
-    /// The moment it is now, in whole seconds as they travel.
+    /// The current time, in whole seconds as in the messages.
     pub(crate) fn now(&self) -> Time {
         let seconds = self.shared.clock.now().as_millis() / 1000;
         Time::from_millis(seconds * 1000)
     }
 
-    /// [`Client::submit`] for what was checked before.
+    /// [`Client::submit`] for a transaction that is already checked.
     pub(crate) async fn hand_over(
         &self,
         spec: &TransactionSpec,
@@ -319,7 +309,7 @@ impl Client {
         }
     }
 
-    /// [`Client::submit_and_wait`] for what was checked before.
+    /// [`Client::submit_and_wait`] for a transaction that is already checked.
     pub(crate) async fn hand_over_and_wait(
         &self,
         spec: &TransactionSpec,
@@ -344,27 +334,27 @@ impl Client {
         requested_at: Time,
         last: &mut Option<PublishError>,
     ) -> Result<Answer, WaitError> {
-        // It is never closed.
+        // The semaphore is never closed.
         let _turn = self.shared.in_flight.acquire().await;
         let Key { key, .. } = Key::of(spec, requested_at);
         let mut answer = self.shared.results.expect(&key, spec.request_hash);
         let mut listening = self.shared.results.listen();
         let mut ask_again_after = ASK_AGAIN_FIRST;
         loop {
-            // Before it is published: a result that finds no queue is not sent again.
+            // Listen first: a result that is routed to no queue is lost.
             let reply = is_up(&mut listening).await?;
             let request = self.request(spec, requested_at, Some(&reply));
             let request = request.map_err(SubmitError::from)?;
             tokio::select! {
                 biased;
                 answer = answer.come() => return Ok(answer),
-                // With the queue gone, the result may have been lost.
+                // The result may have been lost with the queue.
                 _ = listening.changed() => {}
-                // A broker may lose sight of a request that it has confirmed.
+                // A broker may lose a request that it has confirmed.
                 () = tokio::time::sleep(ask_again_after) => {
                     tracing::debug!(
                         transaction = %key,
-                        "no result came for {} s; asking again",
+                        "no result arrived for {} s; publishing the request again",
                         ask_again_after.as_secs()
                     );
                     ask_again_after *= 2;
@@ -377,7 +367,7 @@ impl Client {
         }
     }
 
-    /// Ends only if it can't be published.
+    /// Publishes `request`, and then waits for ever; it ends only with an error.
     async fn publish_and_rest(
         &self,
         request: &RequestMessage,
@@ -388,7 +378,8 @@ impl Client {
         std::future::pending().await
     }
 
-    /// Publishes until that is confirmed, or never will be. `last` is what the last try ended in.
+    /// Publishes `request` until the broker confirms it, or retrying is pointless. `last` is set to
+    /// the error of the last attempt.
     async fn publish(
         &self,
         request: &RequestMessage,
@@ -411,7 +402,9 @@ impl Client {
             }
             match fate {
                 Fate::Retry => {
-                    tracing::debug!(id = %request.key.id, %error, "request not confirmed: again");
+                    tracing::debug!(
+                        transaction = %request.key, %error, "request not confirmed; publishing it again"
+                    );
                     *last = Some(error);
                 }
                 Fate::NoTopology => {
@@ -428,8 +421,8 @@ impl Client {
         }
     }
 
-    /// Whether the queue of requests may be there all the same, when a request finds none: a broker that
-    /// starts has not made all of its queues known yet, or a node is down.
+    /// Whether the queue of requests may exist although a request was routed to none: a broker that
+    /// starts may not know all of its queues yet, or a node is down.
     async fn may_be_starting(&self) -> bool {
         !matches!(self.shared.channels.counts(self.shared.names.requests()).await, Ok(None))
     }
@@ -466,13 +459,13 @@ impl Client {
     }
 }
 
-/// A request as it is sent, as often as it takes.
+/// A request as it is published, each time the same.
 struct RequestMessage {
     key: TransactionKey,
     message: OutgoingMessage,
 }
 
-/// What a transaction is named by, as it travels: in whole seconds.
+/// The key of a transaction as in the messages, in whole seconds.
 struct Key {
     key: TransactionKey,
     seconds: u64,
@@ -486,7 +479,7 @@ impl Key {
     }
 }
 
-/// A failure to publish that the next try may not have.
+/// A failure to publish that may not occur again.
 fn passing(error: PublishError) -> BrokerError {
     BrokerError::new(error, Disposition::Retry)
 }
@@ -506,7 +499,7 @@ impl From<ListenError> for WaitError {
     }
 }
 
-/// What follows from a failed publish.
+/// What to do after a failed publish.
 enum Fate {
     Retry,
     NoTopology,
@@ -536,7 +529,7 @@ impl Fate {
     }
 }
 
-/// The token under which results reach us, when they do.
+/// The token under which this client receives results, as soon as it does.
 async fn is_up(listening: &mut watch::Receiver<ListenState>) -> Result<ReplyToken, ListenError> {
     loop {
         match &*listening.borrow_and_update() {

@@ -1,14 +1,14 @@
-//! The results that a client waits for, and the queue they come to.
+//! The results that a client waits for, and the queue that receives them.
 //!
-//! The queue belongs to one connection and goes with it, and so does the reply token that it is bound
-//! by: the broker may still have the queue of the connection before, and where that can't take
-//! results any more, they must not be sent there as well. Whoever listens again has missed what came
-//! in between: [`ListenState`] changes, and those who wait ask again, with the new token.
+//! Each connection has its own queue, bound by its own reply token. The broker may still have the queue
+//! of the previous connection, and results must not go there. Results that arrived while there was no
+//! queue are lost: when [`ListenState`] changes, the waiting calls publish their requests again, with the new
+//! token.
 //!
-//! **Beside a queue that nothing comes to** another one is opened, at another host, after a while that
-//! doubles from one to the next, and results are asked for by that: where services take long, that
-//! costs a connection and a copy of each request now and then. The one before is listened on for a
-//! minute more.
+//! **If no result arrives for a while**, another connection is opened, to another host, with a queue of
+//! its own, and the requests are published again with its token. Each further wait is twice as long.
+//! Where services are slow, this costs a connection and a copy of each request now and then. The
+//! previous queue is consumed for one more minute.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -44,52 +44,52 @@ use crate::{
     wire::message::decode,
 };
 
-/// How long no result may come while some are waited for, before another connection takes the place of
-/// this one; then twice as long, and so on until one comes. A node that the other nodes have lost sight
-/// of keeps its connections and its queues, and its clients can't tell: only the results don't come.
+/// How long to wait for any result before this connection is replaced; each further wait is twice as
+/// long, until a result arrives. A node that is cut off from the others keeps its connections and queues,
+/// and its clients notice nothing except that no results arrive.
 const PATIENCE_MIN: Duration = Duration::from_secs(8);
 
-/// How long results are still taken from a queue that another has taken the place of.
+/// For how long a queue is consumed after it was replaced.
 const DOUBTED_MAX: Duration = Duration::from_secs(60);
 
-/// How many results may be unacknowledged.
+/// The maximum number of unacknowledged results.
 const PREFETCH: u16 = 1000;
 
-/// Of how many requests it is remembered what they asked for.
+/// For how many requests the hash is remembered.
 const REMEMBERED_MAX: usize = 4096;
 
-/// Whether results would reach us.
+/// Whether this client receives results.
 #[derive(Clone, Debug)]
 pub(super) enum ListenState {
-    /// Not yet, or not at the moment.
+    /// Not at the moment.
     Connecting,
-    /// They would, under this token.
+    /// Yes, under this token.
     Up(ReplyToken),
-    /// They won't until a person changes something.
+    /// No, until somebody changes something.
     Failed(ListenError),
 }
 
-/// Results can't be listened for.
+/// The client can't receive results.
 #[derive(Clone, Debug, thiserror::Error)]
 pub(super) enum ListenError {
     /// No connection.
-    #[error("no connection to listen on")]
+    #[error("no connection for receiving results")]
     Connect(#[from] ConnectionError),
-    /// The exchange for results doesn't exist: `dtc topology apply` has yet to be run.
+    /// The exchange for results doesn't exist: `dtc topology apply` has not been run.
     #[error("there is no exchange `{exchange}`: run `dtc topology apply`")]
     NoTopology {
         /// The exchange.
         exchange: String,
     },
-    /// The broker gives us no queue for them.
-    #[error("failed to make a queue for results")]
+    /// The queue for results can't be opened.
+    #[error("failed to open a queue for results")]
     Queue(#[source] ExclusiveQueueError),
-    /// The broker could not be asked for the exchange.
-    #[error("failed to find the exchange `{exchange}`")]
+    /// The broker could not be asked whether the exchange exists.
+    #[error("failed to look for the exchange `{exchange}`")]
     Exchange {
         /// The exchange.
         exchange: String,
-        /// What went wrong.
+        /// The cause.
         #[source]
         source: AskError,
     },
@@ -99,7 +99,7 @@ pub(super) enum ListenError {
 }
 
 impl ListenError {
-    /// Whether to try again.
+    /// Whether to retry.
     pub(super) fn disposition(&self) -> Disposition {
         match self {
             Self::Connect(error) => error.disposition(),
@@ -110,7 +110,7 @@ impl ListenError {
     }
 }
 
-/// What is waited for, and who listens for it.
+/// The results that are waited for, and the task that receives them.
 #[derive(Debug)]
 pub(super) struct Results {
     listener: Listener,
@@ -136,7 +136,7 @@ impl Results {
         }
     }
 
-    /// Waits for the result of `key` from now on.
+    /// Registers a call that waits for the result of `key`.
     pub(super) fn expect(&self, key: &TransactionKey, hash: RequestHash) -> Awaited {
         let (sender, receiver) = oneshot::channel();
         let expected = Arc::clone(&self.listener.expected);
@@ -144,7 +144,7 @@ impl Results {
         Awaited { id: key.id.clone(), number, expected, receiver }
     }
 
-    /// Listens, if nobody does yet; and whether results would reach us.
+    /// Starts the task that receives results unless it runs, and returns its state.
     pub(super) fn listen(&self) -> watch::Receiver<ListenState> {
         let mut task = self.task.lock().unwrap_or_else(PoisonError::into_inner);
         if task.as_ref().is_none_or(JoinHandle::is_finished) {
@@ -158,7 +158,7 @@ impl Results {
         let task = self.task.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(task) = task {
             self.state.send_replace(ListenState::Failed(ListenError::Closed));
-            // It notices at its next step, and says goodbye.
+            // The state ends the task.
             let _ = task.await;
         }
     }
@@ -171,11 +171,11 @@ impl Drop for Results {
     }
 }
 
-/// Why a queue is not listened on alone any more.
+/// Why a queue is replaced.
 enum ListenEnd {
-    /// It is gone, or of no use.
+    /// The queue or its connection is lost.
     Lost,
-    /// No result has come by it for long.
+    /// No result has arrived for long.
     Doubted,
 }
 
@@ -189,7 +189,7 @@ impl Listener {
         }
     }
 
-    /// Ends when there is nothing more to be expected.
+    /// Receives results on one connection after the other; ends when retrying is pointless.
     async fn receive_always(&self, state: &watch::Sender<ListenState>) {
         let mut supervisor = Supervisor::default();
         let mut patience = PATIENCE_MIN;
@@ -203,10 +203,10 @@ impl Listener {
                     match self.receive(&mut queue, &mut patience).await {
                         ListenEnd::Lost => {
                             state.send_replace(ListenState::Connecting);
-                            // Nobody waits for its goodbye: it may be of no use for that either.
+                            // Closing may take long on a broken connection.
                             tokio::spawn(async move { close(&connection).await });
                         }
-                        // Until there is another one, results are asked for by this one.
+                        // Its token stays in use until the next queue is open.
                         ListenEnd::Doubted => {
                             let listener = self.clone();
                             doubted.spawn(listener.receive_for_a_while(connection, queue));
@@ -219,7 +219,7 @@ impl Listener {
                     return;
                 }
                 Err(error) => {
-                    tracing::warn!(error = %ErrorChain(&error), "can't listen for results")
+                    tracing::warn!(error = %ErrorChain(&error), "can't receive results yet; trying again")
                 }
             }
             tokio::time::sleep(supervisor.pause()).await;
@@ -247,7 +247,7 @@ impl Listener {
         self.broker.connect_with("results", queue, |error| self.is_final(error)).await
     }
 
-    /// A queue of our own, which goes when the connection goes.
+    /// Opens an exclusive queue, which the broker deletes with the connection.
     async fn queue(
         &self,
         connection: &Arc<BrokerConnection>,
@@ -283,8 +283,8 @@ impl Listener {
         answer(ANSWER_MAX, channel.close(200, "done".into())).await
     }
 
-    /// Hands out results until no more come, or none that is waited for has come for as long as
-    /// `patience`, which doubles then.
+    /// Hands out results until the queue is lost, or none has arrived for `patience` while some are
+    /// waited for; then `patience` is doubled.
     async fn receive(&self, queue: &mut ExclusiveQueue, patience: &mut Duration) -> ListenEnd {
         let mut heard_at = Instant::now();
         let mut look_at = heard_at + *patience;
@@ -297,7 +297,7 @@ impl Listener {
                         self.take(queue, &delivery);
                     }
                     Err(error) => {
-                        tracing::warn!(error = %ErrorChain(&error), "results may be lost: asking again");
+                        tracing::warn!(error = %ErrorChain(&error), "results may be lost; asking for them again");
                         return ListenEnd::Lost;
                     }
                 },
@@ -312,8 +312,8 @@ impl Listener {
                     tracing::warn!(
                         seconds = patience.as_secs(),
                         expected = expected.waiting.len(),
-                        "no result has come for a while: listening on another connection, and asking \
-                         again"
+                        "no result has arrived for a while; opening another connection, and asking \
+                         for the results again"
                     );
                     *patience *= 2;
                     return ListenEnd::Doubted;
@@ -322,8 +322,8 @@ impl Listener {
         }
     }
 
-    /// Hands out what comes by a queue that was doubted: it may be that nothing was ready, and what is
-    /// on its way to it would have to wait until its worker gives it up.
+    /// Hands out the results that still arrive at a replaced queue. Perhaps no result was ready before,
+    /// and one that is already on its way would be asked for again only after a while.
     async fn receive_for_a_while(
         self,
         connection: Arc<BrokerConnection>,
@@ -334,7 +334,7 @@ impl Listener {
                 self.take(&mut queue, &delivery);
             }
         };
-        // How it ends doesn't matter: results are asked for by another one.
+        // It doesn't matter how this ends: the next queue is in use.
         let _ = timeout(DOUBTED_MAX, receiving).await;
         close(&connection).await;
     }
@@ -347,13 +347,14 @@ impl Listener {
 
     fn hand_out(&self, delivery: &Delivery) {
         if let Some(reason) = unreadable(delivery) {
-            tracing::warn!(reason, "not a result");
+            tracing::warn!(reason, "skipping a message that is not a result");
             return;
         }
         let answers = match decode::<Answer>(&delivery.data) {
             Ok(answers) => answers,
             Err(error) => {
-                tracing::warn!(error = undecodable(delivery, &error), "not a result");
+                let error = undecodable(delivery, &error);
+                tracing::warn!(error, "skipping a message that is not a result");
                 return;
             }
         };
@@ -361,19 +362,21 @@ impl Listener {
         for answer in answers {
             match answer {
                 Ok(answer) => expected.hand_out(&answer),
-                Err(error) => tracing::warn!(%error, "not a result"),
+                Err(error) => {
+                    tracing::warn!(%error, "skipping an item of a message that is not a result");
+                }
             }
         }
     }
 }
 
-/// A name for the results that come by one connection, that no other has.
+/// A new token for the results of one connection.
 pub(super) fn reply_token() -> ReplyToken {
     let name = unique::name('p');
     ReplyToken::parse(&name).unwrap_or_else(|_| unreachable!("{name} has letters and digits only"))
 }
 
-/// A result to come. Dropped, it is not waited for any more.
+/// A result that a call waits for, until this is dropped.
 #[derive(Debug)]
 pub(super) struct Awaited {
     id: TransactionId,
@@ -383,11 +386,11 @@ pub(super) struct Awaited {
 }
 
 impl Awaited {
-    /// The result, when it is there. Not to be asked again after that.
+    /// Waits for the result. It must not be called again after that.
     pub(super) async fn come(&mut self) -> Answer {
         match (&mut self.receiver).await {
             Ok(answer) => answer,
-            // Nobody drops the other end while this one is there.
+            // The sender is not dropped before this.
             Err(_) => std::future::pending().await,
         }
     }
@@ -403,12 +406,12 @@ fn lock(expected: &Mutex<Expected>) -> MutexGuard<'_, Expected> {
     expected.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Who waits for what.
+/// The calls that wait for results.
 ///
-/// A result names the transaction that was decided. Where ours was a retry under a new timestamp,
-/// that is an earlier one of the same id: so a result that fits nobody exactly is for the one who waits longest
-/// under its id. Unless it is known to be about other content, then it is a late copy of a result
-/// that was handed out before.
+/// A result names the transaction that was decided. If the request was a retry under a new timestamp,
+/// that is an earlier transaction with the same id. So a result whose key no call waits for goes to the
+/// call that has waited longest for its id, unless the result's request is known to have had other
+/// content: then it is a late copy of an earlier result.
 #[derive(Debug, Default)]
 struct Expected {
     waiting: BTreeMap<TransactionId, Vec<Waiting>>,
@@ -449,7 +452,7 @@ impl Expected {
         self.last_number
     }
 
-    /// Since when somebody waits.
+    /// Since when the longest call has waited.
     fn oldest(&self) -> Option<Instant> {
         self.waiting.values().flatten().map(|it| it.since).min()
     }
@@ -473,9 +476,9 @@ impl Expected {
             let fits = |it: &Waiting| decided.is_none_or(|hash| hash == it.hash);
             taken.extend(waiting.iter().position(fits).map(|place| waiting.remove(place)));
         }
-        for it in taken {
-            // Who has given up waiting doesn't want it.
-            let _ = it.answer.send(answer.clone());
+        for call in taken {
+            // An error means that the call has ended.
+            let _ = call.answer.send(answer.clone());
         }
         if !waiting.is_empty() {
             self.waiting.insert(answer.id.clone(), waiting);
@@ -521,7 +524,7 @@ mod tests {
     }
 
     #[test]
-    fn a_result_goes_to_who_asked_for_that_very_transaction() {
+    fn a_result_goes_to_the_call_that_waits_for_its_key() {
         let mut expected = Expected::default();
         let mut first = add(&mut expected, "a", 1, ONE);
         let mut second = add(&mut expected, "a", 2, ONE);
@@ -551,7 +554,7 @@ mod tests {
     }
 
     #[test]
-    fn two_who_wait_for_the_same_hear_it_together() {
+    fn two_calls_that_wait_for_one_key_both_get_its_result() {
         let mut expected = Expected::default();
         let mut both = [add(&mut expected, "a", 1, ONE), add(&mut expected, "a", 1, ONE)];
         expected.hand_out(&answer("a", 1));
@@ -560,7 +563,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_remembered_is_bounded_and_what_is_given_up_is_forgotten() {
+    fn at_most_4096_hashes_are_remembered_and_calls_that_end_leave_nothing() {
         let mut expected = Expected::default();
         for second in 0..2 * REMEMBERED_MAX as u64 {
             drop(add(&mut expected, "a", second, ONE));

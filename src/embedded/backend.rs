@@ -1,7 +1,7 @@
-//! Where an engine keeps its journal: in memory, or in a file as well.
+//! Where an engine keeps its journal: in memory, or also in a file.
 //!
-//! The engine does what the coordinator asks for. When a decision counts, what is known of a request
-//! from before, and what earlier processes have left, are the backend's.
+//! The engine does what the coordinator asks for. The backend knows when a decision counts, what the
+//! journal says about a request, and what earlier processes have left.
 
 use std::sync::Arc;
 
@@ -15,6 +15,7 @@ use crate::{
         file::{EntryBatch, JournalError, UnfinishedTransaction},
         memory::MemoryJournal,
     },
+    participant::spans,
     protocol::{
         ids::{InstanceId, ServiceName, TransactionKey},
         message::{Answer, Decision, Inquiry, Outcome, Request, TransactionSpec},
@@ -23,10 +24,10 @@ use crate::{
     },
 };
 
-/// A journal, and what follows from where it is kept. What has a body here is only for a journal
+/// A journal, and what depends on where it is kept. The methods with a default are only for a journal
 /// that outlives its process.
 pub(super) trait Backend: Send {
-    /// Appends what the coordinator proposes: the decision, if it counts at once.
+    /// Appends a decision that the coordinator proposes, and returns it if it counts at once.
     fn append(
         &mut self,
         decision: Arc<Decision>,
@@ -34,48 +35,48 @@ pub(super) trait Backend: Send {
         is_in_flight: &dyn Fn(&TransactionKey) -> bool,
     ) -> Option<Arc<Decision>>;
 
-    /// Every decision that counts and is still needed, in their order.
+    /// The decisions that count and are still needed, in order.
     fn history(&self) -> Vec<Arc<Decision>>;
 
-    /// A transaction has its result.
+    /// A transaction has ended with this result.
     fn conclude(&mut self, now: Time, key: &TransactionKey, answer: &Answer);
 
     // ---- Writing -----------------------------------------------------------------------------
 
-    /// What is to be written now.
+    /// The entries that are to be written now.
     fn take_batch(&mut self) -> Option<EntryBatch> {
         None
     }
 
-    /// Why the journal can't be used any more.
+    /// The error that makes the journal unusable.
     fn take_failure(&mut self) -> Option<JournalError> {
         None
     }
 
-    /// So many of the entries that were taken are on the disk: what counts by that.
+    /// The first `_n_safe` entries are on disk; returns the decisions that count by that.
     fn safe(&mut self, _n_safe: u64) -> Vec<Arc<Decision>> {
         Vec::new()
     }
 
-    // ---- A transaction's way -----------------------------------------------------------------
+    // ---- The steps of a transaction ----------------------------------------------------------
 
-    /// What becomes of a transaction that is asked for now.
+    /// Decides what to do with a transaction that is submitted now.
     fn admit(&mut self, now: Time, _spec: &TransactionSpec) -> Admission {
         Admission::Request { requested_at: now, deliveries: 1 }
     }
 
-    /// Takes in a request.
+    /// A request is passed to the coordinator.
     fn take_in(&mut self, _request: &Request) {}
 
-    /// A service is asked to prepare it.
+    /// The first prepare of a transaction is sent.
     fn begin(&mut self, _key: &TransactionKey) {}
 
-    /// A service has ended something about it.
+    /// A service may hold less of a transaction than before.
     fn look_again(&mut self, _key: &TransactionKey) {}
 
-    /// Notes the aborts that are over: those of which every service has been told. `is_over` tells
-    /// what the coordinator has given up telling; a service that holds it still asks then, and the
-    /// journal must know.
+    /// Notes the aborted transactions that are finished at every service. `is_over`: whether the
+    /// coordinator is done with one; a service that still holds it will inquire, and the journal must be
+    /// able to answer.
     fn note_aborted(
         &mut self,
         _now: Time,
@@ -86,81 +87,80 @@ pub(super) trait Backend: Send {
 
     // ---- What earlier processes have left ----------------------------------------------------
 
-    /// Whether the services' stores are still being read, so that no requests are taken.
+    /// Whether the services' stores are still being read; until then, no requests are taken.
     fn is_looking(&self) -> bool {
         false
     }
 
-    /// Whether nothing of it is left to do.
+    /// Whether nothing is left to do.
     fn is_idle(&self) -> bool {
         true
     }
 
-    /// When the next task may be due though nothing has happened. `is_idle`: whether nothing else is
-    /// under way.
+    /// When the next task is due if no event comes before. `is_idle`: whether nothing else is in progress.
     fn next_deadline(&self, _is_idle: bool) -> Option<Time> {
         None
     }
 
-    /// What is to be done next.
+    /// The next task.
     fn next_task(&mut self, _now: Time, _is_idle: bool) -> Option<Task> {
         None
     }
 
-    /// No more requests come: what was not requested by now is given up.
+    /// There are no more requests: transactions that were not requested once more are aborted.
     fn requests_ended(&mut self) {}
 
-    /// What the store of a member holds.
-    fn heard(&mut self, _member: usize, _held: &[InDoubt]) {}
+    /// The store of a member holds these branches.
+    fn store_scanned(&mut self, _member: usize, _held: &[InDoubt]) {}
 
-    /// What is known of a branch that a service asks about, and that the coordinator doesn't see.
+    /// Looks up a branch that a service inquires about and that the coordinator has not in view.
     fn look_up(&mut self, _inquiry: &Inquiry) -> LookUp {
         LookUp::Nothing
     }
 
-    /// A task to ask can't be done: nobody knows the answer.
+    /// The inquiry of a task can't be answered.
     fn leave(&mut self, _now: Time, _member: usize, _key: &TransactionKey) {}
 
-    /// A member has ended what it held of a transaction.
+    /// A member has finished what it held of a transaction.
     fn done(&mut self, _now: Time, _member: usize, _key: &TransactionKey) {}
 
-    /// A member has failed to end it, and the coordinator will not tell it again.
+    /// A member has failed to finish a transaction, and the coordinator will not try again.
     fn failed(&mut self, _now: Time, _member: usize, _key: &TransactionKey) {}
 }
 
-/// What becomes of a transaction that is asked for.
+/// What to do with a submitted transaction.
 pub(super) enum Admission {
-    /// It is requested: since then, and by then delivered so often.
+    /// Pass it to the coordinator, with this time and count of deliveries.
     Request { requested_at: Time, deliveries: u32 },
-    /// It is over.
+    /// Answer it: it has already ended.
     Over(Answer),
-    /// Another transaction has its id.
+    /// Reject it: another transaction has its id.
     Another(TransactionKey),
-    /// That can't be told: the journal has failed.
+    /// Nothing: the journal has failed.
     Unknown,
 }
 
-/// What is to be done for what earlier processes have left.
+/// A task for what earlier processes have left.
 pub(super) enum Task {
-    /// Request these again; each was delivered so often by then.
+    /// Request these again, each with its count of deliveries.
     Request(Vec<(Request, u32)>),
-    /// Ask what became of a branch of this member.
+    /// Make an inquiry about a branch of this member.
     Ask(usize, Inquiry),
 }
 
-/// What a journal knows of a branch that the coordinator doesn't see.
+/// What a journal knows about a branch that the coordinator has not in view.
 pub(super) enum LookUp {
-    /// Nothing that the coordinator isn't to find out by itself.
+    /// Nothing more than the coordinator will find out itself.
     Nothing,
-    /// This was decided: the coordinator is to read it again.
+    /// Its decision, which the coordinator must read again.
     Decided(Arc<Decision>),
-    /// It was not decided, and nobody is left who would.
+    /// It is undecided, and no process is left that could decide it.
     Undecided,
-    /// It can't be told in this process.
+    /// Its outcome is unknown in this process.
     Unknown,
 }
 
-/// The journal in memory: a decision counts when it is made, and nothing is known from before.
+/// The journal in memory: a decision counts at once, and there are no earlier processes.
 #[derive(Default)]
 pub(super) struct MemoryBackend(MemoryJournal);
 
@@ -184,14 +184,14 @@ impl Backend for MemoryBackend {
     }
 }
 
-/// The journal in a file: a decision counts when it is on the disk.
+/// The journal in a file: a decision counts when it is on disk.
 pub(super) struct FileBackend {
-    /// What counts and is not over.
+    /// The decisions that count and are not finished.
     journal: MemoryJournal,
     writer: JournalWriter,
-    /// `None` when nothing of what earlier processes have left is to be done.
+    /// `None` when nothing is left to do for earlier processes.
     recovery: Option<Recovery>,
-    /// What this process calls its instances.
+    /// The instance id of this process.
     own: InstanceId,
     members: Vec<ServiceName>,
 }
@@ -220,8 +220,8 @@ impl FileBackend {
         }
     }
 
-    /// Whether an earlier process has begun it and its outcome is not known, so that it may be
-    /// requested once more.
+    /// Whether an earlier process has started the transaction and its outcome is unknown, so that it may
+    /// be requested once more.
     fn may_be_requested(&mut self, doubt: &InDoubt) -> bool {
         let writer = &mut self.writer;
         !writer.is_open(&doubt.key)
@@ -230,7 +230,7 @@ impl FileBackend {
             && !writer.has_failed()
     }
 
-    /// The request that an earlier process has begun, with how often it was delivered by now.
+    /// A request that an earlier process has started, with its count of deliveries.
     fn again(&self, unfinished: UnfinishedTransaction) -> (Request, u32) {
         let UnfinishedTransaction { request, begun_by, .. } = unfinished;
         (request, self.writer.deliveries_of(&begun_by))
@@ -267,14 +267,14 @@ impl Backend for FileBackend {
             Outcome::Committed => {
                 self.writer.finish(key, &answer.unresolved);
                 self.journal.release(key);
-                // Nobody waits for what is parked.
+                // Recovery doesn't wait for parked commits.
                 for service in &answer.unresolved {
                     if let Some(member) = self.members.iter().position(|it| it == service) {
                         self.done(now, member, key);
                     }
                 }
             }
-            // A result is out before the services have heard of an abort.
+            // The result of an abort is out before the services have aborted.
             Outcome::Aborted => self.writer.aborted(key),
         }
     }
@@ -297,7 +297,7 @@ impl Backend for FileBackend {
     }
 
     fn admit(&mut self, now: Time, spec: &TransactionSpec) -> Admission {
-        // As on the wire, and in every store.
+        // In whole seconds, as on the wire and in every store.
         let requested_at = Time::from_millis(now.as_millis() / 1000 * 1000);
         match self.writer.earlier(spec) {
             Earlier::Nothing if self.writer.has_failed() => Admission::Unknown,
@@ -305,7 +305,7 @@ impl Backend for FileBackend {
                 let recovery = self.recovery.as_mut();
                 match recovery.and_then(|it| it.adopt(&spec.id, spec.request_hash)) {
                     None => Admission::Request { requested_at, deliveries: 1 },
-                    // Its request was lost, and what was prepared for it was not.
+                    // Its request was lost, but not what was prepared for it.
                     Some(requested_at) => {
                         let key = TransactionKey { id: spec.id.clone(), requested_at };
                         self.writer.inherit(&key, spec.request_hash);
@@ -345,7 +345,7 @@ impl Backend for FileBackend {
                 } else if let Some(recovery) = &mut self.recovery
                     && recovery.awaits(member, &key)
                 {
-                    // Only its store holds it: nobody but this will ask again soon.
+                    // Only its store holds it, so no other inquiry will come soon.
                     is_held = true;
                     recovery.failed(now, member, &key);
                 }
@@ -378,7 +378,11 @@ impl Backend for FileBackend {
                 Step::Request { unfinished, silent } => {
                     for member in silent {
                         let service = &self.members[member];
-                        tracing::error!(%service, "it doesn't tell what it holds in doubt");
+                        tracing::error!(
+                            %service,
+                            "the service did not say in time what it holds in doubt; continuing \
+                             without that: the next start asks it again"
+                        );
                     }
                     let requests = unfinished.into_iter().map(|it| self.again(it));
                     return Some(Task::Request(requests.collect()));
@@ -391,7 +395,11 @@ impl Backend for FileBackend {
                 }
                 Step::End { n_left } => {
                     if n_left > 0 {
-                        tracing::error!(n_left, "branches are left in doubt until the next start");
+                        tracing::error!(
+                            branches = n_left,
+                            "some branches stay in doubt: fix what the errors say, and run again with \
+                             this journal"
+                        );
                     }
                     self.recovery = None;
                 }
@@ -405,17 +413,17 @@ impl Backend for FileBackend {
         }
     }
 
-    fn heard(&mut self, member: usize, held: &[InDoubt]) {
+    fn store_scanned(&mut self, member: usize, held: &[InDoubt]) {
         if let Some(recovery) = &mut self.recovery {
-            // What this process has made, it knows of.
-            let of_others = held.iter().filter(|it| *it.branch.instance() != self.own);
-            recovery.heard(member, of_others.cloned());
+            // This process knows its own branches.
+            let of_others = held.iter().filter(|doubt| *doubt.branch.instance() != self.own);
+            recovery.store_scanned(member, of_others.cloned());
         }
     }
 
     fn look_up(&mut self, inquiry: &Inquiry) -> LookUp {
         let Inquiry { key, service, branch, .. } = inquiry;
-        // What is decided and not over is in the journal, however much was decided since.
+        // Unfinished decisions stay in the journal's view, however many were made since.
         if self.writer.decision_of(key).is_some() {
             return LookUp::Nothing;
         }
@@ -427,26 +435,36 @@ impl Backend for FileBackend {
         };
         match (ending, maker) {
             (Some(decision), _) => {
-                // It was over, and isn't: it has to be told again.
-                tracing::warn!(%key, %service, %branch, "what was finished is in doubt");
+                // It counted as finished but is not, so it must be finished again.
+                let _entered = spans::finish(Some(service), key).entered();
+                tracing::warn!(
+                    %branch,
+                    "a service holds a branch that had been finished; it is finished again (was the \
+                     store restored from a copy?)"
+                );
                 LookUp::Decided(decision)
             }
             (None, Maker::Own | Maker::Earlier) if self.writer.has_failed() => LookUp::Unknown,
-            // The process that has begun it has ended, and no other has this journal: if it isn't
-            // decided now, it never will be.
+            // The process that started it has ended, and no other process has this journal: if it is
+            // undecided now, it stays so.
             (None, Maker::Earlier) => LookUp::Undecided,
             (None, Maker::Own) => {
+                let _entered = spans::finish(Some(service), key).entered();
                 tracing::error!(
-                    %key, %service, %branch,
-                    "left in doubt until the next start: it was finished too long ago"
+                    %branch,
+                    "a branch stays in doubt: its transaction was finished too long ago for this \
+                     process to remember; run again with this journal to finish it"
                 );
                 LookUp::Unknown
             }
             (None, Maker::Stranger) => {
+                let _entered = spans::finish(Some(service), key).entered();
                 tracing::error!(
-                    %key, %service, %branch,
-                    "left in doubt: it was prepared under another journal than this, which alone \
-                     knows its outcome; run with that journal to finish it"
+                    %branch,
+                    "a branch stays in doubt: it was prepared under another journal, which alone knows \
+                     its outcome. Run with that journal to finish it; if it is lost, find out from the \
+                     transaction's other services how it ended, and commit or undo the branch in the \
+                     store of this service"
                 );
                 LookUp::Unknown
             }

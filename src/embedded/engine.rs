@@ -1,8 +1,8 @@
-//! The protocol's two sides wired to each other in one place: a coordinator, one instance of each
-//! service, and the queues between them.
+//! Connects both sides of the protocol in one process: a coordinator, one instance of each service, and
+//! the queues between them.
 //!
-//! It does what the cores ask for, except what takes time: calls of the services' code are handed
-//! out, and their endings handed back in.
+//! It performs the effects of the cores, except those that take time: it hands out the calls of the
+//! services' code, and receives their results.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -20,6 +20,7 @@ use crate::{
         report::{CallCounts, Concluded, ServiceReport},
     },
     journal::file::{EntryBatch, JournalError},
+    participant::spans,
     protocol::{
         coordinator::{self, Coordinator},
         ids::{InstanceId, ServiceName, TransactionKey, WorkerId},
@@ -41,12 +42,12 @@ pub(crate) struct Engine {
     members: Vec<Member>,
     numbers: BTreeMap<ServiceName, usize>,
     backend: Box<dyn Backend>,
-    /// What was appended and not read back yet: together it is the journal's next message.
+    /// What was appended and not read back yet: the journal's next message.
     appended: Vec<Arc<Decision>>,
-    /// How many messages of the journal the coordinator has read: the offset of its next one.
+    /// The number of journal messages that the coordinator has read: the offset of the next one.
     messages_read: u64,
     requests: MemoryRequestQueue,
-    /// When each request in flight was taken in, and what was called for it since.
+    /// The requests in flight.
     in_flight: BTreeMap<TransactionKey, InFlight>,
     for_worker: VecDeque<coordinator::Event>,
     for_members: VecDeque<(usize, participant::Event)>,
@@ -54,16 +55,18 @@ pub(crate) struct Engine {
     member_effects: Vec<participant::Effect>,
     calls: Vec<(usize, participant::Effect)>,
     concluded: Vec<Concluded>,
-    /// What has ended, and may still have calls to come.
+    /// The transactions that have ended, but for which calls may still be made.
     lingering: Vec<TransactionKey>,
-    /// How many commands were sent to whichever instance: the name of the last one.
+    /// The number of commands that were sent to any instance.
     to_any_instance: u64,
 }
 
 struct InFlight {
+    /// When it was submitted.
     since: Duration,
+    /// The calls for it, if they are counted.
     attempts: BTreeMap<ServiceName, Attempts>,
-    /// The answer, and how long it took.
+    /// The answer, and the latency.
     ended: Option<(Answer, Duration)>,
 }
 
@@ -74,7 +77,7 @@ impl InFlight {
     }
 }
 
-/// One service: its queue, its instance, and what is to be said of it in the end.
+/// One service: its queue, its instance, and the numbers for its report.
 struct Member {
     name: ServiceName,
     instance: Instance,
@@ -98,7 +101,7 @@ impl Engine {
             let instance = settings.instance.clone();
             let instance_settings = participant::Settings {
                 has_store,
-                // A prepare comes again only while its request is in flight.
+                // A prepare is repeated only while its request is in flight.
                 remembered_max: 1024,
                 inquire_after: settings.inquire_after,
                 retry_parked_every: settings.coordinator.backoff_max,
@@ -140,7 +143,7 @@ impl Engine {
         engine
     }
 
-    /// How many more requests it can take now.
+    /// How many more requests the engine can take now.
     pub(crate) fn room(&self) -> usize {
         if self.backend.is_looking() { 0 } else { self.coordinator.room() }
     }
@@ -150,8 +153,7 @@ impl Engine {
         self.coordinator.is_empty() && self.backend.is_idle()
     }
 
-    /// Takes in a transaction: that it is asked for now is its `requested_at`, unless the journal
-    /// knows better.
+    /// Submits a transaction. Its `requested_at` is now, unless the journal has another.
     pub(crate) fn submit(&mut self, now: ClockReading, spec: TransactionSpec) {
         let (requested_at, deliveries) = match self.backend.admit(now.time, &spec) {
             Admission::Request { requested_at, deliveries } => (requested_at, deliveries),
@@ -185,23 +187,23 @@ impl Engine {
     /// A call of a service's code has ended.
     pub(crate) fn call_ended(&mut self, member: usize, event: participant::Event) {
         if let participant::Event::StoreScanned(held) = &event {
-            self.backend.heard(member, held);
+            self.backend.store_scanned(member, held);
         }
         self.for_members.push_back((member, event));
     }
 
-    /// Takes no more requests, and hands back what has not begun.
+    /// Takes no more requests, and releases those that have not started.
     pub(crate) fn drain(&mut self) {
         self.for_worker.push_back(coordinator::Event::DrainRequested);
     }
 
-    /// The calls that are to be made.
+    /// Takes the calls that are to be made.
     pub(crate) fn take_calls(&mut self) -> Vec<(usize, participant::Effect)> {
         std::mem::take(&mut self.calls)
     }
 
-    /// The transactions that have ended. Where calls are counted for each, only those that nothing
-    /// more will be called for: a result is out before the services have heard of an abort.
+    /// Takes the transactions that have ended. If calls are counted, a transaction is returned only when
+    /// no more calls follow: an abort has its result before the services have aborted.
     pub(crate) fn take_concluded(&mut self) -> Vec<Concluded> {
         let mut concluded = std::mem::take(&mut self.concluded);
         if !self.settings.counts_attempts {
@@ -215,22 +217,22 @@ impl Engine {
         concluded
     }
 
-    /// What is to be written to the journal's file now.
+    /// Takes the entries that are to be written to the journal's file now.
     pub(crate) fn take_batch(&mut self) -> Option<EntryBatch> {
         self.backend.take_batch()
     }
 
-    /// Why the journal can't be used any more.
+    /// Takes the error that makes the journal unusable.
     pub(crate) fn take_failure(&mut self) -> Option<JournalError> {
         self.backend.take_failure()
     }
 
-    /// So many of the entries that were taken are on the disk.
+    /// The first `n_safe` entries are on disk.
     pub(crate) fn safe(&mut self, n_safe: u64) {
         self.appended.extend(self.backend.safe(n_safe));
     }
 
-    /// When [`Engine::settle`] should be called again though nothing has happened.
+    /// When to call [`Engine::wake`] if no event comes before.
     pub(crate) fn next_deadline(&self) -> Option<Time> {
         let members = self.members.iter().flat_map(|member| {
             member.instance.next_deadline().into_iter().chain(member.queue.next_expiry())
@@ -239,7 +241,7 @@ impl Engine {
         members.chain(self.coordinator.next_deadline()).chain(task).min()
     }
 
-    /// What is to be said of each service, in the order in which they were given.
+    /// The reports of the services, in the order in which they were given.
     pub(crate) fn reports(&self) -> Vec<ServiceReport> {
         let report = |member: &Member| ServiceReport {
             name: member.name.clone(),
@@ -251,7 +253,7 @@ impl Engine {
         self.members.iter().map(report).collect()
     }
 
-    /// Handles everything that is ready, and what comes of it, until nothing is.
+    /// Handles all events, and those that follow from them, until there are none.
     pub(crate) fn settle(&mut self, now: ClockReading) {
         loop {
             if let Some(event) = self.for_worker.pop_front() {
@@ -266,7 +268,7 @@ impl Engine {
         }
     }
 
-    /// Looks whose time has come.
+    /// Adds the events of all deadlines that are reached.
     pub(crate) fn wake(&mut self, now: Time) {
         if self.coordinator.next_deadline().is_some_and(|at| at <= now) {
             self.for_worker.push_back(coordinator::Event::DeadlineReached);
@@ -291,7 +293,10 @@ impl Engine {
         let handled =
             catch_unwind(AssertUnwindSafe(|| coordinator.handle(now.time, event, &mut effects)));
         if handled.is_err() {
-            tracing::error!("the coordinator has panicked and is started anew");
+            tracing::error!(
+                "the coordinator has panicked, which is a bug of `dtc`; a new one continues from the \
+                 journal; please report this with the panic's message"
+            );
             effects.clear();
             self.restart_coordinator();
         }
@@ -301,8 +306,8 @@ impl Engine {
         self.effects = effects;
     }
 
-    /// Starts the coordinator anew, as after a crash: all it has is the journal and the requests
-    /// that were not acked.
+    /// Replaces the coordinator by a new one, as after a crash: it has only the journal and the requests
+    /// that were not acknowledged.
     pub(crate) fn restart_coordinator(&mut self) {
         self.coordinator = Coordinator::new(self.settings.coordinator.clone());
         self.for_worker.clear();
@@ -317,7 +322,7 @@ impl Engine {
 
     fn attach_journal(&mut self) {
         self.messages_read = 0;
-        // The journal begins with the process, so nothing was decided before it.
+        // The journal begins with the process, so it is complete.
         let event = coordinator::Event::JournalAttached { next: 0, since: Time::EPOCH };
         self.for_worker.push_back(event);
     }
@@ -367,7 +372,8 @@ impl Engine {
             }
             Effect::Park(parked) => self.park(&parked),
             Effect::Settle { key, service, .. } => {
-                tracing::info!(%key, %service, "a parked commit was applied");
+                let _entered = spans::finish(Some(&service), &key).entered();
+                tracing::info!("a parked commit was applied");
             }
             // Every service is in this process.
             Effect::CheckService(_) => {}
@@ -399,14 +405,14 @@ impl Engine {
         self.for_members.push_back((number, event));
     }
 
-    /// What comes by a durable queue has a name, though no queue keeps it here: the instance holds
-    /// it until it is applied.
+    /// An id for a command to any instance. There is no durable queue here: the instance keeps the
+    /// command until it is applied.
     fn next_delivery(&mut self) -> Delivery {
         self.to_any_instance += 1;
         Delivery(self.to_any_instance)
     }
 
-    /// Gives out what has a slot, and returns what may not wait for one.
+    /// Delivers prepares to free slots, and returns those that may not wait for one.
     fn deliver(&mut self, now: Time, number: usize) {
         let member = &mut self.members[number];
         while let Some((delivery, prepare)) = member.queue.deliver(now) {
@@ -446,7 +452,7 @@ impl Engine {
 
     // ---- What earlier processes have left ----------------------------------------------------
 
-    /// Does what is next. Whether that has led to anything.
+    /// Performs the next task of recovery; returns whether there was one.
     fn recover(&mut self, now: Time) -> bool {
         match self.backend.next_task(now, self.coordinator.is_empty()) {
             None => return false,
@@ -468,12 +474,12 @@ impl Engine {
         true
     }
 
-    /// No more requests come: what nobody has asked for by now is given up.
+    /// There are no more requests: recovery aborts what was not requested once more.
     pub(crate) fn requests_ended(&mut self) {
         self.backend.requests_ended();
     }
 
-    /// An instance asks what became of a branch: whether it will be told.
+    /// Handles the inquiry of an instance; returns whether it will be answered.
     fn inquire(&mut self, mut inquiry: Inquiry) -> bool {
         let key = &inquiry.key;
         let is_seen = self.coordinator.phase_of(key).is_some()
@@ -492,7 +498,7 @@ impl Engine {
         true
     }
 
-    /// Notes the aborts that are over.
+    /// Notes the aborted transactions that are finished.
     fn note_aborted(&mut self, now: Time) {
         let (coordinator, members) = (&self.coordinator, &self.members);
         let is_over = |key: &TransactionKey| coordinator.phase_of(key).is_none();
@@ -506,15 +512,19 @@ impl Engine {
         let service = match &parked.cause {
             ParkedCause::Uncommitted { service, error, .. } => {
                 let error = error.as_deref().unwrap_or("no answer");
+                let _entered = spans::finish(Some(service), key).entered();
                 tracing::error!(
-                    %key, %service, error,
+                    error,
                     "parked: the transaction is committed, but this service has not applied it; it \
-                     is tried again"
+                     is tried again: fix what the error says"
                 );
                 Some(service.clone())
             }
             ParkedCause::Undecidable(_) => {
-                tracing::error!(%key, "parked: the outcome can't be told");
+                let _entered = spans::finish(None, key).entered();
+                tracing::error!(
+                    "parked: the outcome is unknown, since the journal doesn't reach back to this transaction"
+                );
                 None
             }
         };
@@ -554,7 +564,7 @@ impl Engine {
             Effect::Done { done, .. } => {
                 match &done.applied {
                     Ok(()) => self.backend.done(now, number, &done.key),
-                    // What is worked on is told again.
+                    // The coordinator tries again.
                     Err(_) if self.coordinator.phase_of(&done.key).is_some() => {}
                     Err(_) => self.backend.failed(now, number, &done.key),
                 }
@@ -622,7 +632,7 @@ pub(crate) fn worker_id() -> WorkerId {
     WorkerId::parse("embedded").expect("a valid worker id")
 }
 
-/// Of which transaction a service holds less by what has happened, or may.
+/// The transaction of which a service may hold less after this event.
 fn ended(event: &participant::Event) -> Option<&TransactionKey> {
     use participant::Event;
     match event {
@@ -630,7 +640,7 @@ fn ended(event: &participant::Event) -> Option<&TransactionKey> {
         | Event::FinishEnded { key, applied: Ok(()), .. }
         | Event::StoreRead { key, .. }
         | Event::CommitLookedUp { key, .. } => Some(key),
-        // Its store holds it still, whatever the instance does.
+        // The store still holds it.
         Event::FinishEnded { applied: Err(_), .. } => None,
         Event::PrepareReceived { .. }
         | Event::QueryReceived { .. }
@@ -647,7 +657,7 @@ fn id_reused() -> Reason {
     Reason::because(ReasonCode::IdReused, "another request has this id")
 }
 
-/// The answer to a request that can't be dealt with.
+/// The answer to a rejected request.
 fn rejected(now: Time, key: &TransactionKey, reason: Reason) -> Answer {
     Answer {
         id: key.id.clone(),
@@ -698,10 +708,10 @@ mod tests {
         engine
     }
 
-    /// How often each call was made for each transaction, and what the service holds in the end.
+    /// How often each call was made for each transaction, and its outcome at the service.
     type Ledger = BTreeMap<(usize, TransactionKey), (CallCounts, Option<Outcome>)>;
 
-    /// Makes a call that was asked for; the service `refused_at` refuses t3.
+    /// Makes a call; the service `refused_at` refuses t3.
     fn make(
         engine: &mut Engine,
         ledger: &mut Ledger,
@@ -739,7 +749,7 @@ mod tests {
         engine.call_ended(number, event);
     }
 
-    /// Runs the twelve to their end; the coordinator is started anew before every step of `crashes`.
+    /// Runs all twelve; the coordinator is replaced before every step in `crashes`.
     fn run_with_crashes(crashes: &[usize]) {
         let mut engine = engine();
         let mut ledger = Ledger::new();
@@ -779,14 +789,14 @@ mod tests {
     }
 
     #[test]
-    fn a_coordinator_started_anew_at_any_step_ends_everything_once() {
+    fn a_coordinator_restarted_at_any_step_ends_every_transaction_once() {
         for crash in 0..80 {
             run_with_crashes(&[crash]);
         }
     }
 
     #[test]
-    fn a_coordinator_started_anew_again_and_again_ends_everything_once() {
+    fn a_coordinator_restarted_again_and_again_ends_every_transaction_once() {
         for first in 0..40 {
             run_with_crashes(&[first, first + 1, first + 7, first + 8, first + 20]);
         }

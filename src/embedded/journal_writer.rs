@@ -1,10 +1,10 @@
-//! What an engine writes to its journal file, and what it knows from there.
+//! Gathers the entries that an engine writes to its journal file, and knows what the file says.
 //!
-//! A transaction is in the file from its first prepare on: who was killed before that has asked
-//! nobody for anything. Its decision counts when it is on the disk, and it is over when nothing is
-//! left to be told to anyone.
+//! A transaction is in the file from its first prepare on: a process that was killed before that has
+//! called no service. Its decision counts when it is on disk. It is finished when every service has
+//! committed or aborted it.
 //!
-//! What is held here is what is in flight, and what the processes before this one have left.
+//! The memory holds only what is in flight, and what earlier processes have left.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -21,51 +21,51 @@ use crate::{
     wire::message::{Begun, Entry, Finished},
 };
 
-/// In whose process a branch was made.
+/// The process that made a branch.
 pub(super) enum Maker {
-    /// In this one.
+    /// This one.
     Own,
-    /// In one that had this journal open before.
+    /// One that had this journal open earlier.
     Earlier,
-    /// In one that didn't, as far as this journal says.
+    /// One that never had this journal open, as far as the journal says.
     Stranger,
 }
 
-/// What the journal says of a transaction that is asked for.
+/// What the journal says about a submitted transaction.
 pub(super) enum Earlier {
     /// Nothing.
     Nothing,
-    /// It is in flight since then.
+    /// It is in flight, with this `requested_at`.
     InFlight(Time),
-    /// It is over.
+    /// It is finished.
     Over(Finished),
-    /// Another one has its id: what is asked for has other content.
+    /// A transaction with the same id has other content.
     Another(TransactionKey),
 }
 
-/// Gathers what is to be written, and tells what the file says.
+/// Gathers entries for the file, and knows what it says.
 pub(super) struct JournalWriter {
     own: Incarnation,
     worker: WorkerId,
     endings: FinishedIndex,
     batch: EntryBatch,
     n_written: u64,
-    /// Where the next entry will stand.
+    /// The offset of the next entry.
     end: u64,
-    /// Where the first one will that was not handed out to be written.
+    /// The offset of the first entry that was not taken to be written.
     end_written: u64,
-    /// The decisions that are not known to be on the disk, each with how many entries are when it
-    /// is.
+    /// The decisions that may not be on disk, each with its number among the entries.
     awaited: VecDeque<(u64, Arc<Decision>)>,
-    /// What no service was asked for yet.
+    /// The requests without a prepare so far.
     waiting: BTreeMap<TransactionKey, Request>,
-    /// What is in the file and not over.
+    /// The transactions in the file that are not finished.
     open: BTreeMap<TransactionKey, Open>,
-    /// What earlier processes have begun and this one ends.
+    /// The transactions that earlier processes have started and this one finishes.
     inherited: BTreeMap<TransactionId, Inherited>,
-    /// What is aborted, and may not have been told to everyone yet.
+    /// The aborted transactions that services may still hold.
     aborting: Vec<TransactionKey>,
-    /// Of that: what a service holds though it has been told for long enough. It will ask.
+    /// Those of them that a service holds though the coordinator is done with them. The service will
+    /// inquire.
     untold: BTreeSet<TransactionKey>,
     failure: Option<JournalError>,
 }
@@ -73,9 +73,9 @@ pub(super) struct JournalWriter {
 #[derive(Default)]
 struct Open {
     is_proposed: bool,
-    /// Whether nobody has requested it: it was decided for who asked, and nobody else is told.
+    /// Whether it was decided for an inquiry only, without a request.
     is_only_asked_about: bool,
-    /// Its outcome, once that is on the disk.
+    /// Its decision, once that is on disk.
     decision: Option<Arc<Decision>>,
 }
 
@@ -125,18 +125,18 @@ impl JournalWriter {
         self.n_written += 1;
     }
 
-    /// What is to be written now, before anything else is asked of this.
+    /// Takes the entries that are to be written now. Call it before any other method.
     pub(super) fn take_batch(&mut self) -> Option<EntryBatch> {
         self.end_written = self.end;
         (!self.batch.is_empty()).then(|| std::mem::take(&mut self.batch))
     }
 
-    /// Why it can't go on.
+    /// The error that makes the journal unusable.
     pub(super) fn take_failure(&mut self) -> Option<JournalError> {
         self.failure.take()
     }
 
-    /// What `found` has found; a failure ends everything.
+    /// The value that was found, or `None` after a failure, which is kept.
     fn unless_failed<T>(&mut self, found: Result<Option<T>, JournalError>) -> Option<T> {
         found.unwrap_or_else(|failure| {
             self.failure.get_or_insert(failure);
@@ -144,7 +144,7 @@ impl JournalWriter {
         })
     }
 
-    /// What the journal says of a transaction that is asked for.
+    /// What the journal says about a submitted transaction.
     pub(super) fn earlier(&mut self, spec: &TransactionSpec) -> Earlier {
         if let Some(inherited) = self.inherited.get(&spec.id) {
             let requested_at = inherited.requested_at;
@@ -166,12 +166,13 @@ impl JournalWriter {
         }
     }
 
-    /// What earlier processes have begun, and isn't in the file, is requested once more.
+    /// A transaction that an earlier process has started, and that isn't in the file, is requested once
+    /// more.
     pub(super) fn inherit(&mut self, key: &TransactionKey, request_hash: RequestHash) {
         self.inherited.insert(key.id.clone(), Inherited::of(key, request_hash));
     }
 
-    /// How a transaction of an earlier process has ended, there or in this one, if that is known.
+    /// The decision of a finished transaction that an earlier process has started, if it is known.
     pub(super) fn ending_of(&mut self, key: &TransactionKey) -> Option<Arc<Decision>> {
         let inherited = self.inherited.get(&key.id).and_then(|it| it.ended.as_ref());
         if let Some(finished) = inherited.filter(|it| it.decision.key == *key) {
@@ -182,7 +183,7 @@ impl JournalWriter {
         found.filter(|decision| decision.key == *key)
     }
 
-    /// How a transaction has ended that this process has begun and finished, if that is known.
+    /// The decision of a finished transaction that this process has started, if it is known.
     pub(super) fn own_ending_of(&mut self, key: &TransactionKey) -> Option<Arc<Decision>> {
         let found = self.endings.find_recent(key, self.end_written);
         self.unless_failed(found).map(|finished| finished.decision)
@@ -204,22 +205,22 @@ impl JournalWriter {
         }
     }
 
-    /// How often a request that `begun_by` has begun has been delivered by now: once for each time
-    /// that the journal was opened since.
+    /// The count of deliveries of a request that `begun_by` has started: one for each time that the
+    /// journal was opened since.
     pub(super) fn deliveries_of(&self, begun_by: &WorkerId) -> u32 {
         let begun_by = Incarnation::parse(begun_by.as_str());
         let n_since = begun_by.map_or(1, |it| self.own.number.saturating_sub(it.number).max(1));
         u32::try_from(n_since).unwrap_or(u32::MAX).saturating_add(1)
     }
 
-    /// Takes in a request: what is in the file already is not written again.
+    /// Notes a request, unless it is already in the file.
     pub(super) fn take_in(&mut self, request: &Request) {
         if !self.open.contains_key(&request.key) {
             self.waiting.insert(request.key.clone(), request.clone());
         }
     }
 
-    /// A service is asked to prepare it.
+    /// Writes the request of a transaction, before its first prepare.
     pub(super) fn begin(&mut self, key: &TransactionKey) {
         let Some(request) = self.waiting.remove(key) else { return };
         self.open.insert(key.clone(), Open::default());
@@ -227,7 +228,7 @@ impl JournalWriter {
         self.write(&Entry::Begun(Begun { request, worker }));
     }
 
-    /// Proposes to abort what a service has asked about and nobody works on.
+    /// Proposes a decision for an inquiry about a transaction that is not in progress.
     pub(super) fn propose_to_asker(&mut self, decision: Arc<Decision>) {
         if !self.open.contains_key(&decision.key) {
             let open = Open { is_only_asked_about: true, ..Open::default() };
@@ -237,7 +238,7 @@ impl JournalWriter {
         self.propose(decision);
     }
 
-    /// Proposes an outcome. One proposal is enough: this journal loses none.
+    /// Writes a decision. Only the first one for a transaction is written: this journal loses none.
     pub(super) fn propose(&mut self, decision: Arc<Decision>) {
         self.waiting.remove(&decision.key);
         let open = self.open.entry(decision.key.clone()).or_default();
@@ -249,7 +250,7 @@ impl JournalWriter {
         self.awaited.push_back((self.n_written, decision));
     }
 
-    /// The first `n_safe` entries are on the disk: what is decided by that.
+    /// The first `n_safe` entries are on disk; returns the decisions that count by that.
     pub(super) fn safe(&mut self, n_safe: u64) -> Vec<Arc<Decision>> {
         let mut decided = Vec::new();
         while self.awaited.front().is_some_and(|(n, _)| *n <= n_safe)
@@ -263,23 +264,23 @@ impl JournalWriter {
         decided
     }
 
-    /// Whether it is in the file and not over.
+    /// Whether the transaction is in the file and not finished.
     pub(super) fn is_open(&self, key: &TransactionKey) -> bool {
         self.open.contains_key(key)
     }
 
-    /// The outcome of what is in the file and not over, once that is on the disk.
+    /// The decision of an unfinished transaction, once that is on disk.
     pub(super) fn decision_of(&self, key: &TransactionKey) -> Option<&Arc<Decision>> {
         self.open.get(key)?.decision.as_ref()
     }
 
-    /// It is aborted: over, when everyone has been told.
+    /// The transaction is aborted; it is finished when every service has aborted it.
     pub(super) fn aborted(&mut self, key: &TransactionKey) {
         self.waiting.remove(key);
         self.aborting.push(key.clone());
     }
 
-    /// What is aborted, that is on the disk, and isn't worked on any more.
+    /// Takes the aborted transactions whose decision is on disk and with which the coordinator is done.
     pub(super) fn take_aborted(
         &mut self,
         mut is_over: impl FnMut(&TransactionKey) -> bool,
@@ -291,17 +292,17 @@ impl JournalWriter {
         aborted.collect()
     }
 
-    /// It is aborted and isn't worked on any more, and a service still holds it.
+    /// Keeps an aborted transaction that a service still holds.
     pub(super) fn keep_untold(&mut self, key: TransactionKey) {
         self.untold.insert(key);
     }
 
-    /// A service has ended something about it: it may be over now.
+    /// A service may hold less of the transaction than before, so it may be finished now.
     pub(super) fn look_again(&mut self, key: &TransactionKey) {
         self.aborting.extend(self.untold.take(key));
     }
 
-    /// It is over, but for these services.
+    /// Writes that the transaction is finished, except at the `unresolved` services.
     pub(super) fn finish(&mut self, key: &TransactionKey, unresolved: &[ServiceName]) {
         self.waiting.remove(key);
         let Some(open) = self.open.get(key) else { return };
@@ -328,7 +329,7 @@ impl Inherited {
     }
 }
 
-/// What is told of a transaction that was over before.
+/// The answer for a transaction that was already finished.
 pub(super) fn answer_of(finished: &Finished) -> Answer {
     let Finished { decision, unresolved } = finished;
     Answer {

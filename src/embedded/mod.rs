@@ -1,9 +1,7 @@
-//! The coordinator of one process, with nothing to install: services as values, transactions in,
-//! results out.
+//! The embedded coordinator: services and transactions of one process, without a broker.
 //!
-//! It runs the same two cores as a worker and a service on a broker, wired to each other in memory.
-//! Without a [journal](Embedded::journal) it does not survive its process: what was in flight when
-//! that ends is lost.
+//! It runs the same two cores as a worker and an instance on a broker, connected in memory. Without a
+//! [journal](Embedded::journal), the transactions in flight are lost when the process ends.
 
 mod backend;
 mod engine;
@@ -42,7 +40,7 @@ use crate::{
             UnfinishedTransaction,
         },
     },
-    participant::{self, AnyParticipant, EndedCall, Service},
+    participant::{self, Callee, EndedCall, Service},
     protocol::{
         coordinator,
         ids::{InstanceId, InvalidName, ServiceName},
@@ -52,50 +50,50 @@ use crate::{
     transaction::{InvalidTransaction, Transaction, TransactionResult},
 };
 
-/// A service that can't be used as it is.
+/// A service is invalid.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum InvalidService {
-    /// Its name is not one.
+    /// Its name is invalid.
     #[error(transparent)]
     Name(#[from] InvalidName),
-    /// It has no slot.
+    /// It has no slots.
     #[error("the max_concurrency of service `{service}` is 0: must be at least 1")]
     NoSlots {
-        /// Which.
+        /// The service.
         service: ServiceName,
     },
-    /// Another service has its name.
-    #[error("service `{service}` is there twice")]
+    /// Another service has the same name.
+    #[error("duplicate service name `{service}`")]
     DuplicateName {
-        /// Which.
+        /// The name.
         service: ServiceName,
     },
 }
 
-/// A run that can't begin, or can't go on.
+/// A run can't begin, or can't continue.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RunError {
-    /// A service can't be used as it is.
+    /// A service is invalid.
     #[error("invalid service")]
     Service(#[from] InvalidService),
-    /// A transaction can't be run as it is.
+    /// A transaction is invalid.
     #[error("invalid transaction")]
     Transaction(#[from] InvalidTransaction),
-    /// The journal can't be used, or not any more. What has ended until then is in it: a run with
-    /// the same transactions gives their results.
+    /// The journal can't be opened, read or written. It contains all transactions that had finished by
+    /// then: another run with the same transactions returns their results.
     #[error("the journal can't be used")]
     Journal(#[from] JournalError),
 }
 
-/// Runs `transactions` over `services`, and gives the results in the order of the transactions.
+/// Runs `transactions` over `services`, and returns the results in the order of the transactions.
 ///
-/// Each ends, whatever the services do: see [`Embedded`] for how long that may take.
+/// Every transaction ends, whatever the services do: see [`Embedded`] for how long that may take.
 ///
 /// # Errors
 ///
-/// A service or a transaction can't be used as it is: then nothing is begun.
+/// A service or a transaction is invalid. Then no transaction is started.
 ///
 /// ```
 /// use dtc::{Outcome, Service, Transaction, run};
@@ -111,8 +109,8 @@ pub enum RunError {
 ///
 /// let results = run(services, transactions).await?;
 ///
-/// let told: Vec<_> = results.iter().map(|result| (result.id.as_str(), result.outcome)).collect();
-/// assert_eq!(told, [("TX1", Outcome::Committed), ("TX2", Outcome::Committed)]);
+/// let ended: Vec<_> = results.iter().map(|result| (result.id.as_str(), result.outcome)).collect();
+/// assert_eq!(ended, [("TX1", Outcome::Committed), ("TX2", Outcome::Committed)]);
 /// # Ok(())
 /// # }
 /// ```
@@ -123,11 +121,11 @@ pub async fn run(
     Embedded::new(services)?.run(transactions).await
 }
 
-/// What is set to be longer is as good as for ever: a hundred years. More may exceed what a moment can
-/// be.
+/// Longer settings are cut to a hundred years, which is as good as for ever: with more, the time of a
+/// deadline could overflow.
 const LONGEST: Duration = Duration::from_secs(36_500 * 24 * 60 * 60);
 
-/// The settings of a coordinator in one process.
+/// The settings of an embedded coordinator.
 #[derive(Debug, Clone)]
 pub(crate) struct Settings {
     pub(crate) coordinator: coordinator::Settings,
@@ -136,7 +134,7 @@ pub(crate) struct Settings {
     pub(crate) counts_attempts: bool,
 }
 
-/// What an engine is told of one service.
+/// The settings of one service for the engine.
 #[derive(Debug, Clone)]
 struct MemberSettings {
     name: ServiceName,
@@ -147,10 +145,9 @@ struct MemberSettings {
 
 /// A coordinator in one process, and its services.
 ///
-/// A transaction that waits for a slot waits as long as it takes; from its first prepare on it has
-/// [`prepare_timeout`](Embedded::prepare_timeout) to collect its votes. A commit that fails is
-/// called again three times, with growing pauses, and then parked: see
-/// [`TransactionResult::unresolved`].
+/// A transaction may wait for its first slot for any time. From its first prepare on, all services must
+/// vote within [`prepare_timeout`](Embedded::prepare_timeout). A commit that fails is called again three
+/// times, with growing pauses, and then parked: see [`TransactionResult::unresolved`].
 #[derive(Debug)]
 pub struct Embedded {
     services: Vec<(ServiceName, Service)>,
@@ -159,7 +156,7 @@ pub struct Embedded {
     retention: Duration,
 }
 
-/// Where the journal is kept, if not only in memory.
+/// A journal that is kept in a file.
 #[derive(Debug)]
 enum JournalLocation {
     At(PathBuf),
@@ -168,11 +165,11 @@ enum JournalLocation {
 }
 
 impl Embedded {
-    /// A coordinator for these services.
+    /// Creates a coordinator for these services.
     ///
     /// # Errors
     ///
-    /// A service has no name that is one, or the name of another, or no slot.
+    /// A service has an invalid name, the name of another one, or no slots.
     pub fn new(services: impl IntoIterator<Item = Service>) -> Result<Self, InvalidService> {
         let mut names = BTreeSet::new();
         let mut checked = Vec::new();
@@ -191,7 +188,7 @@ impl Embedded {
             clock_margin: Duration::ZERO,
             window: Duration::MAX,
             records_max: 1024,
-            // A request's own time is now, and whoever is in flight is in view.
+            // A request is made now, so no record of it can be older than those in view.
             digests_max: 0,
             waiting_max: 65_536,
             ..coordinator::Settings::new(engine::worker_id())
@@ -205,89 +202,92 @@ impl Embedded {
         Ok(Self { services: checked, settings, journal: None, retention: Self::RETENTION })
     }
 
-    /// How long a journal tells how a transaction has ended, unless told otherwise: 7 days.
+    /// The default of [`journal_retention`](Self::journal_retention): 7 days.
     pub const RETENTION: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
-    /// How many transactions may be worked on at once: at least 1, by default 256. More wait.
+    /// Sets how many transactions may be in progress at once: at least 1. Further ones wait. Default:
+    /// 256.
     #[must_use]
     pub fn max_in_flight(mut self, max: usize) -> Self {
         self.settings.coordinator.in_flight_max = max.max(1);
         self
     }
 
-    /// How long the prepares of a transaction may take that doesn't say so itself: by default 5 s.
+    /// Sets the time limit for the prepares of a transaction that has no timeout of its own. Default:
+    /// 5 s.
     #[must_use]
     pub fn prepare_timeout(mut self, timeout: Duration) -> Self {
         self.settings.coordinator.prepare_timeout = timeout.min(LONGEST);
         self
     }
 
-    /// How long one commit or abort may take before it counts as failed: by default 5 s.
+    /// Sets the time limit of a commit or abort, after which it has failed. Default: 5 s.
     #[must_use]
     pub fn finish_timeout(mut self, timeout: Duration) -> Self {
         self.settings.coordinator.finish_timeout = timeout.min(LONGEST);
         self
     }
 
-    /// Keeps the journal in a file, so that a run survives its process. The file is made if it isn't
-    /// there; one process at a time has it open.
+    /// Keeps the journal in a file, so that a run survives its process. The file is created if it doesn't
+    /// exist. Only one process can have it open at a time.
     ///
-    /// Started again with the same journal, after whatever end:
+    /// A run with a journal of an earlier run, however that one ended, does the following first:
     ///
-    /// * What was decided and not finished is finished, also if it isn't among the transactions of
-    ///   this run. What was begun and not decided is begun again, unless a service still holds it.
-    /// * A transaction that was finished before is answered as it was then, and nobody is called.
-    ///   It is known by its id: with other content, that is `id_reused`.
-    /// * Every [durable](crate::DurableParticipant) service is asked what it holds in doubt, and told
-    ///   what became of that.
+    /// * It finishes every transaction that was decided and not finished, even if the new run doesn't
+    ///   contain it. It starts every transaction again that was started and not decided, unless a service
+    ///   still holds it.
+    /// * A transaction that had finished has the same result again, and no service is called for it. It
+    ///   is recognised by its id; a transaction with other content is aborted with `id_reused`.
+    /// * It asks every [durable](crate::DurableParticipant) service what it holds in doubt, and commits or
+    ///   aborts that.
     ///
-    /// So services should be [durable](Service::from_durable): their store outlives the process.
-    /// Of one that has none, as those of closures, nobody can tell after a crash what it holds. The
-    /// journal tells it again what was decided and not finished: its commit and its abort must bear
-    /// that for what they have done already. What was not decided it is asked to prepare again. Where
-    /// what it had prepared is gone with the process, let its commit fail: then it is
-    /// [unresolved](TransactionResult::unresolved), and tried again at each start. An abort that fails
-    /// is tried again as well: when its service asks, and at each start.
+    /// So services should be [durable](Service::from_durable), with a store that outlives the process. Of
+    /// a service without a store, such as one of closures, nobody knows after a crash what it holds. Its
+    /// commit or abort is called again for each decision that was not finished, and must be able to repeat
+    /// what it has already done; its prepare is called again for a transaction that was not decided. If
+    /// what it had prepared was lost with the process, its commit should fail: then the transaction is
+    /// [unresolved](TransactionResult::unresolved), and each start tries the commit again. An abort that
+    /// fails is also tried again: when the service inquires, and at each start.
     ///
     /// The journal and the services' stores belong together: with an older copy of either, or with
-    /// another journal, nobody knows what became of what is in doubt. What a service holds from
-    /// another journal is left alone, with an error in the log.
+    /// another journal, the outcome of what is in doubt is unknown. What a service holds from another
+    /// journal is left alone, with an error in the log.
     #[must_use]
     pub fn journal(mut self, path: impl Into<PathBuf>) -> Self {
         self.journal = Some(JournalLocation::At(path.into()));
         self
     }
 
-    /// How long the journal tells how a transaction has ended: by default [7 days](Self::RETENTION).
-    /// After that its id is free again.
+    /// Sets how long the journal keeps the result of a transaction. After that, its id may be used again.
+    /// Default: [7 days](Self::RETENTION).
     #[must_use]
     pub fn journal_retention(mut self, retention: Duration) -> Self {
         self.retention = retention.min(LONGEST);
         self
     }
 
-    /// Keeps the journal in a file that is open already.
+    /// Keeps the journal in a file that is already open.
     #[cfg(feature = "cli")]
     pub(crate) fn with_journal(mut self, opened: OpenedJournal) -> Self {
         self.journal = Some(JournalLocation::Opened(Box::new(opened)));
         self
     }
 
-    /// Counts the calls made for each transaction.
+    /// Counts the calls for each transaction.
     #[cfg(feature = "cli")]
     pub(crate) fn counting_attempts(mut self) -> Self {
         self.settings.counts_attempts = true;
         self
     }
 
-    /// Runs `transactions`, and gives the results in their order.
+    /// Runs `transactions`, and returns the results in their order.
     ///
-    /// When the future is dropped, nothing more is called. With a journal, the next run goes on where
-    /// this one was.
+    /// If the future is dropped, no service is called any more. With a journal, the next run continues
+    /// from there.
     ///
     /// # Errors
     ///
-    /// A transaction can't be run as it is: then none is begun. Or the journal can't be used.
+    /// A transaction is invalid: then none is started. Or the journal can't be used.
     pub async fn run(
         self,
         transactions: impl IntoIterator<Item = Transaction>,
@@ -319,19 +319,19 @@ impl Embedded {
         Ok(results.into_iter().flatten().collect())
     }
 
-    /// Takes in batches of requests until there are no more, or `stop` is over, and hands out what
-    /// has ended. When a batch can't be handed out, no more requests are taken in until it can.
+    /// Takes batches of requests until there are no more, or `stop` ends, and sends batches of results.
+    /// While results can't be sent, it takes no requests.
     ///
     /// # Errors
     ///
-    /// The journal can't be used any more. Nobody was told of what isn't in it.
+    /// The journal can't be used any more. No result was sent that isn't in it.
     pub(crate) async fn serve(
         mut self,
         mut requests: mpsc::Receiver<Vec<TransactionSpec>>,
         concluded: mpsc::Sender<Vec<Concluded>>,
         stop: impl Future<Output = ()>,
     ) -> Result<Report, JournalError> {
-        // Nobody else's moments are compared with those of this process.
+        // The times of this process are compared with no others.
         let mut clock = Clock::steady();
         let (mut writer, mut kept) = (None, None);
         if let Some(opened) = self.open_journal(clock.now()).await? {
@@ -374,7 +374,7 @@ impl Embedded {
                 ended.iter().for_each(|concluded| report.count(concluded));
                 report.took = clock.read().elapsed.saturating_sub(began_at.unwrap_or_default());
                 if concluded.send(ended).await.is_err() {
-                    // Nobody wants the results any more.
+                    // The receiver of the results is gone.
                     open = false;
                     backlog = Vec::new().into_iter();
                     engine.drain();
@@ -385,7 +385,7 @@ impl Embedded {
             if backlog.len() > 0 && engine.room() > 0 {
                 continue;
             }
-            // A prepare that was given up may still run: its service is told to abort after it.
+            // A prepare that has exceeded its time limit may still run, and is aborted after it.
             if !open && backlog.len() == 0 && engine.is_idle() && calls.is_idle() {
                 break;
             }
@@ -393,7 +393,7 @@ impl Embedded {
             let wants_more = open && backlog.len() == 0 && engine.room() > 0;
             tokio::select! {
                 biased;
-                // With the last request taken in there is still what has not begun.
+                // Also after the last request: some transactions may not have started yet.
                 () = &mut stop, if !stopped => {
                     stopped = true;
                     open = false;
@@ -417,7 +417,7 @@ impl Embedded {
         Ok(report)
     }
 
-    /// Opens the journal, if it is to be kept in a file.
+    /// Opens the journal, if it is kept in a file.
     async fn open_journal(&mut self, now: Time) -> Result<Option<OpenedJournal>, JournalError> {
         let path = match self.journal.take() {
             None => return Ok(None),
@@ -428,13 +428,13 @@ impl Embedded {
         let options = JournalOptions { now, retention: self.retention };
         let of = path.clone();
         let opened = tokio::task::spawn_blocking(move || file::open(&of, &options)).await;
-        // It is neither aborted nor does it panic; if it did, it was not opened.
+        // The task is not aborted and doesn't panic. If it did, the journal would not be open.
         let failed =
             |error: tokio::task::JoinError| JournalError::Open { path, source: error.into() };
         opened.unwrap_or_else(|error| Err(failed(error))).map(Some)
     }
 
-    /// Goes on with a journal: as the process that has opened it, with what it says.
+    /// Continues with an opened journal: takes its ids, and the unfinished transactions in it.
     fn take_over(
         &mut self,
         opened: OpenedJournal,
@@ -445,9 +445,9 @@ impl Embedded {
         self.settings.instance = opened.instance;
         let coordinator = &mut self.settings.coordinator;
         coordinator.worker = worker;
-        // Moments are told in seconds, so many requests are older than the decisions in view.
+        // `requested_at` is in whole seconds, so many requests are older than the decisions in view.
         coordinator.digests_max = 262_144;
-        // A record is safe, or it is an error: none is lost.
+        // An append succeeds or is an error, so the coordinator needn't repeat it.
         coordinator.append_timeout = Duration::from_secs(24 * 60 * 60);
         Ok((JournalFileWriter::start(tail)?, (entries, unfinished)))
     }
@@ -455,8 +455,8 @@ impl Embedded {
     fn members(
         &self,
         unfinished: Option<&[UnfinishedTransaction]>,
-    ) -> (Vec<MemberSettings>, Vec<Arc<dyn AnyParticipant>>) {
-        let member = |(name, service): &(ServiceName, Service)| {
+    ) -> (Vec<MemberSettings>, Vec<Callee>) {
+        let member = |(number, (name, service)): (usize, &(ServiceName, Service))| {
             let mut participant = service.clone().participant();
             if let Some(unfinished) = unfinished.filter(|_| !participant.has_store()) {
                 participant = Arc::new(Remembered::new(participant, name, unfinished));
@@ -467,19 +467,19 @@ impl Embedded {
                 max_wait: service.max_wait.min(LONGEST),
                 has_store: participant.has_store(),
             };
-            (settings, participant)
+            (settings, Callee { number, service: Some(name.clone()), code: participant })
         };
-        self.services.iter().map(member).unzip()
+        self.services.iter().enumerate().map(member).unzip()
     }
 }
 
-/// Makes the calls that are asked for, and those that come of the ones that are over at once. What
-/// they come of is written before them.
+/// Makes the calls that the engine asks for, and those that follow from calls that end at once. Entries
+/// are written to the journal before the calls that follow from them.
 fn make_calls(
     engine: &mut Engine,
     writer: &mut Option<JournalFileWriter>,
     calls: &mut participant::Calls,
-    participants: &[Arc<dyn AnyParticipant>],
+    participants: &[Callee],
     clock: Clock,
 ) -> Result<(), JournalError> {
     loop {
@@ -496,8 +496,7 @@ fn make_calls(
         }
         for (member, call) in wanted {
             faults::point();
-            if let Some(EndedCall { participant, event }) =
-                calls.start(member, &participants[member], call)
+            if let Some(EndedCall { participant, event }) = calls.start(&participants[member], call)
             {
                 engine.call_ended(participant, event);
             }
@@ -505,7 +504,7 @@ fn make_calls(
     }
 }
 
-/// Takes in a call that has ended, and all others that have by now.
+/// Handles a call that has ended, and all others that have ended by now.
 fn take_in(engine: &mut Engine, calls: &mut participant::Calls, ended: EndedCall) {
     let mut next = Some(ended);
     while let Some(EndedCall { participant, event }) = next {
@@ -514,7 +513,7 @@ fn take_in(engine: &mut Engine, calls: &mut participant::Calls, ended: EndedCall
     }
 }
 
-/// Waits until more of the journal is on the disk; for ever, if it isn't kept there.
+/// Waits until more of the journal is on disk; for ever if it is in memory only.
 async fn progress(writer: &mut Option<JournalFileWriter>) -> Result<u64, JournalError> {
     match writer {
         Some(writer) => writer.progress().await,
@@ -522,11 +521,12 @@ async fn progress(writer: &mut Option<JournalFileWriter>) -> Result<u64, Journal
     }
 }
 
-/// Ends the journal in order. It waits for the disk, so it does that elsewhere.
+/// Closes the journal, on another thread, since that waits for the disk.
 async fn close(writer: JournalFileWriter, now: Time) -> Result<(), JournalError> {
     match tokio::task::spawn_blocking(move || writer.close(now)).await {
         Ok(closed) => closed,
-        // It is neither aborted nor does it panic; what is not closed is read again.
+        // The task is not aborted and doesn't panic. The next start can read a journal that was not
+        // closed.
         Err(_) => Ok(()),
     }
 }

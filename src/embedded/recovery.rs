@@ -1,12 +1,13 @@
-//! What is to be done when a journal was opened again, before its process may end.
+//! Recovery: what a process has to do for a journal that an earlier process has left.
 //!
-//! Every service that has a store is asked what it holds in doubt. When they have answered, or
-//! should have, what was in flight is requested again, and of each branch in doubt it is asked what
-//! became of it, so many at a time; it is done with when its service has said so.
+//! First, every service with a store is asked what it holds in doubt. When all have answered, or their
+//! time is over, the transactions that were in flight are requested again, and an inquiry is made for
+//! each branch in doubt, for a limited number at a time. A branch is done when its service has committed
+//! or aborted it.
 //!
-//! A branch may have been prepared for a request that was not on the disk yet when the machine went
-//! down. Nobody has decided that, nor will unless it is requested once more: then it goes on where
-//! it was. When nobody has by the time that no more requests come, or for long, it is aborted.
+//! A branch may belong to a request that was not yet on disk when the machine failed. It is undecided,
+//! and stays so unless the transaction is requested once more: then it continues. If it is not requested
+//! before the requests end, or for long, it is aborted.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -22,51 +23,51 @@ use crate::{
     },
 };
 
-/// How many branches are asked about at once.
+/// The maximum number of inquiries at once.
 const ASKED_MAX: usize = 256;
 
-/// How often a service may fail to end a branch before that is left for the next start.
+/// How often a service may fail to commit or abort a branch before that is left for the next start.
 const FAILURES_MAX: u32 = 4;
 
 /// The pause after the first failure; it doubles with each.
 const PAUSE: Duration = Duration::from_millis(100);
 
 pub(super) struct Recovery {
-    /// Whose stores have not been heard of; `None`: that is over.
+    /// The members whose stores have not answered; `None`: this phase is over.
     unheard: Option<BTreeSet<usize>>,
     unfinished: Vec<UnfinishedTransaction>,
-    /// What is to be asked about.
+    /// The branches to inquire about.
     doubts: BTreeMap<(usize, TransactionKey), Vec<InDoubt>>,
     asked: BTreeMap<(usize, TransactionKey), InquiredBranch>,
-    /// How many a service has failed to end.
+    /// How many branches a service has failed to commit or abort.
     n_failed: usize,
-    /// What may be requested once more, by its id.
+    /// The branches whose transactions may be requested once more, by id.
     deferred: BTreeMap<TransactionId, Vec<(usize, InDoubt)>>,
     deferred_until: Time,
     patience: Duration,
-    /// When to go on without what is still missing.
+    /// When to continue without the answers that are missing.
     until: Time,
 }
 
-/// A branch of which it was asked what became of it.
+/// A branch for which an inquiry was made.
 struct InquiredBranch {
     doubt: InDoubt,
     failures: u32,
-    /// When to ask again.
+    /// When to inquire again.
     again_at: Option<Time>,
 }
 
-/// What is to be done next.
+/// What to do next.
 pub(super) enum Step {
     /// Wait.
     Wait,
-    /// Request these again. `silent`: whose stores were not heard of.
+    /// Request these again. `silent`: the members whose stores have not answered.
     Request { unfinished: Vec<UnfinishedTransaction>, silent: BTreeSet<usize> },
-    /// Ask what became of this branch.
+    /// Inquire about this branch.
     Ask(usize, InDoubt),
-    /// The same of one that was deferred, and that nobody has requested.
+    /// Inquire about this branch, which was deferred and not requested.
     GiveUp(usize, InDoubt),
-    /// Nothing more; so many branches are left in doubt.
+    /// End the recovery; so many branches are left in doubt.
     End { n_left: usize },
 }
 
@@ -90,13 +91,12 @@ impl Recovery {
         }
     }
 
-    /// Whether stores are still being looked through.
+    /// Whether stores are still being read.
     pub(super) fn is_looking(&self) -> bool {
         self.unheard.is_some()
     }
 
-    /// When the next step may be due though nothing has happened. `is_idle`: whether nothing but
-    /// this is under way.
+    /// When the next step is due if no event comes before. `is_idle`: whether nothing else is in progress.
     pub(super) fn next_deadline(&self, is_idle: bool) -> Option<Time> {
         let gives_up = self.is_looking() || is_idle;
         let may_give_up = !self.deferred.is_empty() && self.asked.len() < ASKED_MAX;
@@ -105,29 +105,30 @@ impl Recovery {
         gives_up.then_some(self.until).into_iter().chain(deferred).chain(again).min()
     }
 
-    /// What the store of a member holds that this process has not made.
-    pub(super) fn heard(&mut self, member: usize, held: impl Iterator<Item = InDoubt>) {
+    /// Handles the answer of a member's store: the branches of earlier processes.
+    pub(super) fn store_scanned(&mut self, member: usize, held: impl Iterator<Item = InDoubt>) {
         if let Some(unheard) = &mut self.unheard
             && unheard.remove(&member)
         {
-            for it in held {
-                self.doubts.entry((member, it.key.clone())).or_default().push(it);
+            for doubt in held {
+                self.doubts.entry((member, doubt.key.clone())).or_default().push(doubt);
             }
         }
     }
 
-    /// Puts a branch off that may be requested once more.
+    /// Defers a branch whose transaction may be requested once more.
     pub(super) fn defer(&mut self, member: usize, doubt: InDoubt) {
         self.asked.remove(&(member, doubt.key.clone()));
         self.deferred.entry(doubt.key.id.clone()).or_default().push((member, doubt));
     }
 
-    /// What was prepared under this id, for a request of this content, is requested once more: since
-    /// when it is in flight.
+    /// A transaction with this id and content is requested. If branches of it were deferred, it
+    /// continues, and this returns its `requested_at`.
     pub(super) fn adopt(&mut self, id: &TransactionId, request_hash: RequestHash) -> Option<Time> {
         let is_same = |doubt: &InDoubt| doubt.request_hash == request_hash;
         let doubts = self.deferred.get(id)?.iter().map(|(_, doubt)| doubt);
-        let latest = doubts.filter(|it| is_same(it)).map(|it| it.key.requested_at).max()?;
+        let latest =
+            doubts.filter(|doubt| is_same(doubt)).map(|doubt| doubt.key.requested_at).max()?;
         for (member, doubt) in self.deferred.remove(id)? {
             if is_same(&doubt) && doubt.key.requested_at == latest {
                 self.asked.insert((member, doubt.key.clone()), InquiredBranch::new(doubt));
@@ -138,13 +139,13 @@ impl Recovery {
         Some(latest)
     }
 
-    /// No more requests come.
+    /// There are no more requests.
     pub(super) fn requests_ended(&mut self) {
         self.deferred_until = Time::EPOCH;
     }
 
-    /// A member has ended what it held of a transaction, or nobody waits for that any more. Whatever
-    /// was still to be asked about that has its answer.
+    /// A member has finished what it held of a transaction, or nothing waits for that any more. No
+    /// inquiry about it is needed.
     pub(super) fn done(&mut self, now: Time, member: usize, key: &TransactionKey) {
         let name = (member, key.clone());
         if self.asked.remove(&name).is_some() {
@@ -159,20 +160,20 @@ impl Recovery {
         }
     }
 
-    /// Nobody will say what became of the branch that was asked about last.
+    /// The last inquiry can't be answered.
     pub(super) fn leave(&mut self, now: Time, member: usize, key: &TransactionKey) {
         if self.asked.remove(&(member, key.clone())).is_some() {
             self.until = now + self.patience;
         }
     }
 
-    /// Whether a member was found to hold something of a transaction, and hasn't ended that.
+    /// Whether the store of a member holds branches of a transaction that are not finished.
     pub(super) fn awaits(&self, member: usize, key: &TransactionKey) -> bool {
         let name = (member, key.clone());
         self.asked.contains_key(&name) || self.doubts.contains_key(&name)
     }
 
-    /// A member has failed to do that, and nobody else will tell it again.
+    /// A member has failed to finish a transaction, and the coordinator will not try again.
     pub(super) fn failed(&mut self, now: Time, member: usize, key: &TransactionKey) {
         let name = (member, key.clone());
         let Some(asked) = self.asked.get_mut(&name) else { return };
@@ -186,7 +187,7 @@ impl Recovery {
         }
     }
 
-    /// `is_idle`: whether nothing but this is under way.
+    /// The next step. `is_idle`: whether nothing else is in progress.
     pub(super) fn step(&mut self, now: Time, is_idle: bool) -> Step {
         let is_late = now >= self.until;
         if let Some(unheard) = self.unheard.take_if(|unheard| unheard.is_empty() || is_late) {

@@ -1,9 +1,9 @@
-//! A service without a store, where the journal is one: what the processes before have decided, and
-//! it may still hold, is remembered in its place.
+//! A service without a store, in a process with a journal: this remembers in its place what it may
+//! still hold from earlier processes.
 //!
-//! It can't be known what such a service has prepared, nor what of that has outlived its process.
-//! So it is told again what was decided: it must bear that for what it has ended already, and for
-//! what it doesn't know any more, and say so by an error where it can't do it.
+//! Nobody knows what such a service has prepared, nor what of that has outlived its process. So its
+//! commit or abort is called again for every decision that was not finished. The service must accept
+//! that for what it has already finished, and return an error for what it can't do.
 
 use std::{
     collections::BTreeMap,
@@ -26,12 +26,12 @@ type Held = BTreeMap<TransactionKey, Vec<InDoubt>>;
 
 pub(super) struct Remembered {
     inner: Arc<dyn AnyParticipant>,
-    /// What it holds, as far as that can be told from what was decided and from its answers.
+    /// What it may hold, by the decisions in the journal and by its answers.
     held: Mutex<Held>,
 }
 
 impl Remembered {
-    /// `service`, whose code is `inner`, with what `unfinished` says that it may hold.
+    /// The service `service`, whose code is `inner` and which may hold what is `unfinished`.
     pub(super) fn new(
         inner: Arc<dyn AnyParticipant>,
         service: &ServiceName,
@@ -57,14 +57,14 @@ impl Remembered {
     }
 }
 
-/// What `service` may hold of a transaction that an earlier process has decided. What is undecided
-/// it is asked to prepare again.
+/// What `service` may hold of a transaction that an earlier process has decided. For an undecided one,
+/// its prepare is called again.
 fn may_hold(service: &ServiceName, it: &UnfinishedTransaction) -> Option<InDoubt> {
     let decision = it.decision.as_ref()?;
     let branch = match decision.outcome {
         Outcome::Committed if !it.parked.is_empty() && !it.parked.contains(service) => None,
         Outcome::Committed => decision.branch_of(service).cloned(),
-        // Which one it was isn't said: all that it holds is undone.
+        // The decision names no branch: everything that the service holds is undone.
         Outcome::Aborted => {
             let is_involved = it.request.services.contains(service);
             let instance = InstanceId::parse(it.begun_by.as_str()).ok();

@@ -1,4 +1,4 @@
-//! What is to be said of a run when it is over.
+//! The report of a run.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -33,50 +33,48 @@ pub(crate) struct Concluded {
 }
 
 impl Concluded {
-    /// Nobody was called for it.
+    /// A transaction for which no service was called.
     pub(super) fn at_once(answer: Answer) -> Self {
         Self { answer, attempts: BTreeMap::new(), took: Duration::ZERO }
     }
 }
 
-/// How a run went.
+/// The report of a run.
 #[derive(Debug, Clone)]
 pub struct Report {
-    /// Transactions that committed.
+    /// The number of committed transactions.
     pub committed: u64,
-    /// Transactions that aborted.
+    /// The number of aborted transactions.
     pub aborted: u64,
-    /// Committed transactions of which a service's commit is parked.
+    /// The number of committed transactions with a parked commit.
     pub unresolved: u64,
-    /// From the first request to the last result.
+    /// The time from the first request to the last result.
     pub took: Duration,
-    /// Each service, in the order in which they were given.
+    /// The services, in the order in which they were given.
     pub services: Vec<ServiceReport>,
     latencies: Latencies,
-    /// Why transactions aborted, and how many.
+    /// The number of aborted transactions by cause.
     causes: BTreeMap<Cause, u64>,
 }
 
-/// The word for why a transaction aborted, and the service it happened at.
+/// The reason code of an abort, and the service that caused it.
 type Cause = (&'static str, Option<ServiceName>);
 
-/// How many causes are told apart by their service: a stream may name any number of services that
-/// don't exist.
+/// How many causes are counted by service: a stream may name any number of services that don't exist.
 const CAUSES_MAX: usize = 256;
 
-/// How a run went for one service.
+/// The report of one service.
 #[derive(Debug, Clone)]
 pub struct ServiceReport {
     /// The service.
     pub name: ServiceName,
-    /// How often its code was called.
+    /// The calls of its code.
     pub calls: CallCounts,
-    /// The most slots that were in use at once.
+    /// The maximum number of slots in use at once.
     pub max_in_use: u32,
-    /// The slots it has.
+    /// The number of its slots.
     pub max_concurrency: u32,
-    /// The longest time that a prepare has waited for a slot in the service's queue; `None` where
-    /// nobody sees how long they wait.
+    /// The longest time that a prepare has waited for a slot; `None` if that is not measured.
     pub longest_wait: Option<Duration>,
 }
 
@@ -109,8 +107,7 @@ impl Report {
         }
     }
 
-    /// Why transactions aborted, the most frequent cause first: its word, the service it happened at,
-    /// and how many.
+    /// The causes of aborts, the most frequent first: the reason code, the service, and the number.
     #[cfg(feature = "cli")]
     pub(crate) fn causes(&self) -> Vec<(&'static str, Option<&ServiceName>, u64)> {
         let causes = self.causes.iter().map(|((word, at), count)| (*word, at.as_ref(), *count));
@@ -126,20 +123,20 @@ impl Report {
         if seconds > 0.0 { ended as f64 / seconds } else { 0.0 }
     }
 
-    /// The time from taking in a request to its result that `percent` of the transactions kept to;
-    /// exact to 0.1 %. Zero if there were none.
+    /// The latency percentile: `percent` of the transactions took at most this long from request to
+    /// result; exact to 0.1 %. Zero if there were none.
     pub fn percentile(&self, percent: f64) -> Duration {
         self.latencies.percentile(percent)
     }
 }
 
-/// How long transactions took, exact to 0.1 %.
+/// The latencies of transactions, exact to 0.1 %.
 #[derive(Debug, Clone)]
 pub(crate) struct Latencies(Option<Histogram<u64>>);
 
 impl Latencies {
     pub(crate) fn new() -> Self {
-        // A day, in microseconds: nothing in flight takes longer.
+        // A day in microseconds; longer ones count as a day.
         Self(Histogram::new_with_bounds(1, 86_400_000_000, 3).ok())
     }
 
@@ -150,7 +147,7 @@ impl Latencies {
     }
 
     pub(crate) fn percentile(&self, percent: f64) -> Duration {
-        let micros = self.0.as_ref().map_or(0, |it| it.value_at_percentile(percent));
+        let micros = self.0.as_ref().map_or(0, |histogram| histogram.value_at_percentile(percent));
         Duration::from_micros(micros)
     }
 }

@@ -1,8 +1,7 @@
-//! An engine with a journal that is killed and started again, where its time and its services are
-//! the test's.
+//! Tests of an engine with a journal that is killed and started again, with simulated time and services.
 //!
-//! The file is a real one. Of the services it is known what their stores hold, and they do at once
-//! what they are asked for; time passes when nothing else is left to be done.
+//! The journal is a real file. The stores of the services are in memory, and their calls end at once.
+//! Time passes only when nothing else is left to do.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -37,21 +36,21 @@ const NAMES: [&str; 2] = ["A", "B"];
 const A: usize = 0;
 const B: usize = 1;
 
-/// What outlives a process: the file, what the services' stores hold, and what the clock says.
+/// What outlives a process: the file, the services' stores, and the clock.
 struct World {
     directory: TempDir,
     now: Time,
     slots: u32,
-    /// What is prepared at which service, and not finished.
+    /// The prepared branches of each service.
     held: BTreeMap<(usize, Branch), InDoubt>,
-    /// Whose prepares say no.
+    /// The services whose prepares refuse.
     refusing: BTreeSet<usize>,
-    /// What prepares have stored that were given up, and isn't to be seen yet; `None`: none of them
-    /// are.
+    /// The branches of prepares that timed out, which become visible later; `None`: no prepare times
+    /// out.
     late: Option<Vec<(usize, InDoubt)>>,
-    /// Whose aborts, and whose commits, fail.
+    /// The services whose commits and aborts fail.
     failing: BTreeSet<usize>,
-    /// What was finished, as `service id outcome`, in the order of the calls.
+    /// The commits and aborts, as `service id outcome`, in order.
     finished: Vec<String>,
     answers: BTreeMap<String, (Outcome, Option<ReasonCode>)>,
 }
@@ -101,20 +100,21 @@ impl World {
         ClockReading { time: self.now, elapsed: Duration::ZERO }
     }
 
-    /// What is decided, in the order of the file.
+    /// The decisions in the file, in order.
     fn decided(&self) -> BTreeMap<String, Vec<Outcome>> {
         let file = File::open(self.directory.path().join("journal")).unwrap();
         let mut frames = FrameReader::after_header(file).unwrap();
         let mut decided: BTreeMap<_, Vec<_>> = BTreeMap::new();
         while let NextFrame::Frame(frame) = frames.read().unwrap() {
-            if let Entry::Decided(it) = Entry::read(frame.tag, &frame.text).unwrap() {
-                decided.entry(it.key.id.to_string()).or_default().push(it.outcome);
+            if let Entry::Decided(decision) = Entry::read(frame.tag, &frame.text).unwrap() {
+                let outcomes = decided.entry(decision.key.id.to_string()).or_default();
+                outcomes.push(decision.outcome);
             }
         }
         decided
     }
 
-    /// The event that a call which was asked for ends in.
+    /// Makes a call; returns its event.
     fn call(&mut self, number: usize, call: Effect) -> Event {
         match call {
             Effect::CallPrepare { key, branch, request_hash, deadline, .. } => {
@@ -155,7 +155,7 @@ impl World {
         }
     }
 
-    /// What was given up is seen from now on, and nothing more is given up.
+    /// Makes the branches of timed-out prepares visible; from now on, no prepare times out.
     fn store_late(&mut self) {
         let late = self.late.take().into_iter().flatten();
         self.held.extend(late.map(|(of, held)| ((of, held.branch.clone()), held)));
@@ -173,7 +173,7 @@ impl World {
         outcome: Outcome,
     ) -> Event {
         if self.failing.contains(&number) {
-            return Event::FinishEnded { key, branch, applied: Err("as told".into()) };
+            return Event::FinishEnded { key, branch, applied: Err("simulated error".into()) };
         }
         self.held.remove(&(number, branch.clone()));
         self.finished.push(format!("{} {} {}", NAMES[number], key.id, outcome.as_str()));
@@ -187,7 +187,7 @@ impl Process {
         self.engine.submit(world.reading(), transaction.check().unwrap());
     }
 
-    /// Does everything that can be done without waiting, but for what the services are asked for.
+    /// Does everything that needs neither time nor calls.
     fn settle(&mut self, world: &mut World) {
         loop {
             self.engine.settle(world.reading());
@@ -197,9 +197,9 @@ impl Process {
             }
             self.engine.safe(u64::MAX);
             for Concluded { answer, .. } in self.engine.take_concluded() {
-                let told = (answer.outcome, answer.reason.map(|reason| reason.code));
-                let before = world.answers.insert(answer.id.to_string(), told);
-                assert!(before.is_none_or(|before| before == told), "{}: {before:?}", answer.id);
+                let result = (answer.outcome, answer.reason.map(|reason| reason.code));
+                let before = world.answers.insert(answer.id.to_string(), result);
+                assert!(before.is_none_or(|before| before == result), "{}: {before:?}", answer.id);
             }
             self.calls.extend(self.engine.take_calls());
             if batch.is_none() {
@@ -208,8 +208,7 @@ impl Process {
         }
     }
 
-    /// Goes on until nothing is left to be done before `until`. What was asked for last is done
-    /// first.
+    /// Continues until nothing is left to do before `until`. The latest call is made first.
     fn run_until(&mut self, world: &mut World, until: Time) {
         loop {
             self.settle(world);
@@ -227,13 +226,12 @@ impl Process {
         }
     }
 
-    /// Goes on until nothing is left that can be done at once.
+    /// Continues until nothing is left to do without waiting.
     fn run(&mut self, world: &mut World) {
         self.run_until(world, world.now);
     }
 
-    /// Takes a step that `draw` chooses: a call that was asked for, or time that passes. Whether
-    /// there was one to be taken.
+    /// Takes a step that `draw` chooses: it makes a call, or lets time pass. Returns whether there was one.
     fn step(&mut self, world: &mut World, draw: &mut Draw) -> bool {
         self.settle(world);
         if !self.calls.is_empty() {
@@ -252,7 +250,7 @@ impl Process {
         self.run_until(world, world.now + time);
     }
 
-    /// Runs so many transactions over one service: more than a coordinator has in view.
+    /// Runs `count` transactions over one service.
     fn run_many(&mut self, world: &mut World, count: usize, service: &str) {
         for n in 0..count {
             self.submit(world, &format!("other-{n}"), &[service]);
@@ -262,7 +260,7 @@ impl Process {
     }
 }
 
-/// Numbers as by chance, the same ones for the same seed.
+/// Pseudo-random numbers, the same for the same seed.
 struct Draw(u64);
 
 impl Draw {
@@ -280,13 +278,13 @@ impl Draw {
     }
 }
 
-/// Which services a transaction of `killed_at_random` is over.
+/// The services of a transaction of `killed_at_random`.
 fn involved(n: usize) -> &'static [&'static str] {
     [&NAMES[..], &NAMES[..1], &NAMES[1..]][n % 3]
 }
 
-/// Kills process after process amid its work, whose services refuse and fail now and then, and lets
-/// the last one end everything.
+/// Kills one process after the other during its work, with services that refuse and fail now and then,
+/// and lets the last one finish everything.
 fn killed_at_random(seed: u64) {
     let draw = &mut Draw(seed);
     let mut world = World::new([1, 3, 300][draw.below(3)]);
@@ -306,7 +304,7 @@ fn killed_at_random(seed: u64) {
             }
             process.step(&mut world, draw);
         }
-        // What is asked of a service as the process ends is done, and nobody hears of it.
+        // Some calls still take effect when the process is killed, without anybody seeing it.
         for (number, call) in std::mem::take(&mut process.calls) {
             if draw.one_in(2) {
                 world.call(number, call);
@@ -347,14 +345,14 @@ fn killed_at_random(seed: u64) {
 }
 
 #[test]
-fn processes_that_are_killed_at_random_end_everything_once() {
+fn processes_killed_at_random_end_every_transaction_once() {
     for seed in 0..12 {
         killed_at_random(seed);
     }
 }
 
 #[test]
-fn an_abort_that_failed_for_long_is_made_up_for_though_much_was_decided_since() {
+fn an_abort_that_failed_for_long_succeeds_after_many_later_decisions() {
     let mut world = World::new(1);
     let mut process = world.start();
     process.run(&mut world);
@@ -363,13 +361,13 @@ fn an_abort_that_failed_for_long_is_made_up_for_though_much_was_decided_since() 
     process.submit(&world, "t0", &["A", "B"]);
     process.run_for(&mut world, Duration::from_secs(6));
     assert_eq!(world.answers["t0"], (Outcome::Aborted, Some(ReasonCode::Refused)));
-    assert_eq!(world.held.len(), 1, "the coordinator has given up telling it");
+    assert_eq!(world.held.len(), 1, "the coordinator is done with it");
 
     world.refusing.clear();
     process.run_many(&mut world, 2000, "B");
     world.failing.clear();
     process.run_for(&mut world, Duration::from_secs(30));
-    assert_eq!(world.held.len(), 0, "A has asked, and was told");
+    assert_eq!(world.held.len(), 0, "A has inquired, and aborted");
     process.submit(&world, "t1", &["A"]);
     process.run_for(&mut world, Duration::from_secs(6));
     assert_eq!(world.answers["t1"], (Outcome::Committed, None), "the slot of A is free");
@@ -377,7 +375,7 @@ fn an_abort_that_failed_for_long_is_made_up_for_though_much_was_decided_since() 
 }
 
 #[test]
-fn what_is_finished_while_it_waits_to_be_asked_about_is_not_decided_again() {
+fn a_transaction_that_finishes_before_the_inquiry_about_it_is_not_decided_again() {
     let mut world = World::new(200);
     let mut first = world.start();
     first.run(&mut world);
@@ -404,7 +402,7 @@ fn what_is_finished_while_it_waits_to_be_asked_about_is_not_decided_again() {
 }
 
 #[test]
-fn an_abort_that_fails_is_told_again_by_each_process_until_it_succeeds() {
+fn each_process_retries_an_abort_until_it_succeeds() {
     let mut world = World::new(1);
     let mut first = world.start();
     first.run(&mut world);
@@ -431,7 +429,7 @@ fn an_abort_that_fails_is_told_again_by_each_process_until_it_succeeds() {
 }
 
 #[test]
-fn what_is_stored_long_after_its_prepare_was_given_up_is_aborted() {
+fn a_branch_that_is_stored_long_after_its_prepare_timed_out_is_aborted() {
     let mut world = World::new(1);
     let mut process = world.start();
     process.run(&mut world);
@@ -446,6 +444,6 @@ fn what_is_stored_long_after_its_prepare_was_given_up_is_aborted() {
     world.store_late();
     assert_eq!(world.held.len(), 1);
     process.run_for(&mut world, Duration::from_secs(100));
-    assert_eq!(world.held.len(), 0, "A has found it, and was told");
+    assert_eq!(world.held.len(), 0, "A has found and aborted it");
     assert_eq!(world.decided()["t0"], [Outcome::Aborted]);
 }

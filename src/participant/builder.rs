@@ -1,4 +1,4 @@
-//! How an instance of a service is set up.
+//! Setting up an instance of a service.
 
 use std::{fmt, time::Duration};
 
@@ -18,17 +18,18 @@ use crate::{
     transport::amqp::options::{BrokerOptions, broker_setters},
 };
 
-/// The broker counts in 16 bits what it may have given out.
+/// The broker counts unacknowledged deliveries in 16 bits.
 const SLOTS_MAX: usize = u16::MAX as usize;
 
-/// How many slots an instance has unless it is set.
+/// The default number of slots.
 const SLOTS: u32 = 10;
 
-/// One instance of the service `name` (`[A-Za-z0-9_-]{1,64}`), whose code is `participant`, at the
-/// broker `url`: `amqp://user:password@host:port/vhost`, or `amqps://` for TLS; the hosts of one
-/// cluster: such URLs, separated by commas.
+/// Sets up an instance of the service `name` (`[A-Za-z0-9_-]{1,64}`), whose code is `participant`, at
+/// the broker `url`: `amqp://user:password@host:port/vhost`, or `amqps://` for TLS. For a cluster, give
+/// one such URL for each host, separated by commas.
 ///
-/// Each process is an instance of its own, and all instances of a service share one store.
+/// A service may have any number of instances, each usually in a process of its own. All of them share
+/// one store.
 ///
 /// ```no_run
 /// # use dtc::{BoxError, DurableParticipant, Finish, InDoubt, Participant, Prepare, TransactionKey};
@@ -74,7 +75,7 @@ pub fn service<P: DurableParticipant>(
 }
 
 /// Sets up an instance of a service: see [`service`].
-#[must_use = "a builder does nothing until it is told to serve"]
+#[must_use = "a builder does nothing until `serve_until` is called"]
 pub struct ServiceBuilder<P> {
     broker: BrokerOptions,
     name: String,
@@ -94,31 +95,30 @@ impl<P: DurableParticipant> ServiceBuilder<P> {
     broker_setters!();
 
     /// Sets how many transactions this instance works on at once, each from its prepare to the end
-    /// of its commit or abort: from 1 to 65,535. The broker gives it no more. Default: 10.
+    /// of its commit or abort: from 1 to 65,535. The broker delivers no more. Default: 10.
     pub fn max_concurrency(mut self, max: u32) -> Self {
         self.max_concurrency = max;
         self
     }
 
-    /// Sets what the id of the instance begins with (`[A-Za-z0-9_-]{1,64}`). The rest is new in
-    /// each process, since the branches that it prepares are named after it. Default: all of it is
-    /// new.
+    /// Sets the first part of the instance's id (`[A-Za-z0-9_-]{1,64}`). The rest is unique, since the
+    /// branches that the instance prepares are named after it. Default: no first part.
     pub fn instance(mut self, label: impl Into<String>) -> Self {
         self.instance = Some(label.into());
         self
     }
 
     /// Sets whether each instance has [`max_concurrency`](Self::max_concurrency) slots, or all
-    /// instances of the service together. It must be as the service's queue was declared. Default:
-    /// each instance.
+    /// instances of the service together. It must match the declaration of the service's queue.
+    /// Default: each instance.
     pub fn cap(mut self, cap: Cap) -> Self {
         self.cap = cap;
         self
     }
 
-    /// Sets how many prepares may come in one message, where there are 64 slots or more: one or more.
-    /// The instance acknowledges such a message when the last of its transactions is finished, so after
-    /// a crash some that were finished are prepared once more, and that is undone. Default: 16.
+    /// Sets how many prepares one message may contain, if the instance has 64 slots or more: at least 1.
+    /// The instance acknowledges a message when the last of its transactions is finished. So after a
+    /// crash, some finished transactions are prepared once more, and that is undone. Default: 16.
     pub fn max_batch(mut self, max: u16) -> Self {
         self.max_batch = Some(max);
         self
@@ -131,41 +131,44 @@ impl<P: DurableParticipant> ServiceBuilder<P> {
         self
     }
 
-    /// Sets how long one commit or abort may take before it counts as failed and is called again:
-    /// at least 1 ms. Default: 5 s.
+    /// Sets the time limit of a commit or abort, after which it has failed and is called again: at
+    /// least 1 ms. Default: 5 s.
     pub fn finish_timeout(mut self, timeout: Duration) -> Self {
         self.finish_timeout = Some(timeout);
         self
     }
 
-    /// Sets how long the instance waits, when it is told to stop, for the outcomes of what is
-    /// prepared. Default: 25 s.
+    /// Sets how long a stopping instance waits for the outcomes of prepared transactions. Default:
+    /// 25 s.
     pub fn drain(mut self, drain: Duration) -> Self {
         self.drain = Some(drain);
         self
     }
 
-    /// For development: declares the service's queues, in which a prepare may wait for a slot for
-    /// `max_wait`. Default: nothing is declared, as `dtc topology apply` has done it.
+    /// For development: declares the service's queues, where a prepare waits up to `max_wait` for a
+    /// slot. Default: declares nothing; `dtc topology apply` does.
     pub fn declare(mut self, max_wait: Duration) -> Self {
         self.declare = Some(max_wait);
         self
     }
 
-    /// Reports to `readiness` whether the instance serves. Each instance needs its own.
+    /// Reports to `readiness` whether the instance is ready. Each instance needs its own.
     pub fn readiness(mut self, readiness: &Readiness) -> Self {
         self.readiness = readiness.clone();
         self
     }
 
-    /// Serves until `stop` has ended and what is prepared has heard its outcome, or the time for that
-    /// is over: see [`drain`](Self::drain). A broker that is not there, or is gone, is waited for, and
-    /// so is the topology that `dtc topology apply` makes.
+    /// Serves until `stop` ends, and then until all prepared transactions have their outcomes, but no
+    /// longer than [`drain`](Self::drain). It waits for a broker that can't be reached, and for the
+    /// topology that `dtc topology apply` creates.
+    ///
+    /// Logs, through `tracing`, are in a span with the fields `service` and `instance`; the calls of
+    /// `participant` are in an inner span that also has `transaction`.
     ///
     /// # Errors
     ///
-    /// Something that was set can't be used; or, before the instance has ever served, the broker
-    /// refuses it, has other queues than are to be declared, or other instances have another store.
+    /// A setting is invalid. Or, before the instance has ever served: the broker refuses it, its queues
+    /// differ from those to be declared, or other instances have another store.
     pub async fn serve_until(self, stop: impl Future<Output = ()>) -> Result<(), ServeError> {
         let settings = self.settings()?;
         serve(self.participant, settings, stop).await
@@ -258,20 +261,20 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_set_is_as_the_documentation_says() {
+    fn the_defaults_are_those_of_the_documentation() {
         let (one, other) =
             (idle("payments").settings().unwrap(), idle("payments").settings().unwrap());
         assert_ne!(one.instance, other.instance);
         assert_eq!((one.max_concurrency, one.prepares_max), (10, 16));
         let times = [one.inquire_after, one.finish_timeout, one.drain];
-        assert_eq!(times.map(|it| it.as_secs()), [10, 5, 25]);
+        assert_eq!(times.map(|time| time.as_secs()), [10, 5, 25]);
         assert_eq!(one.declare, None);
         let labelled = idle("payments").instance("blue").settings().unwrap();
         assert!(labelled.instance.as_str().starts_with("blue-"), "{}", labelled.instance);
     }
 
     #[tokio::test]
-    async fn the_setting_that_can_not_be_used_is_named_with_its_rule() {
+    async fn an_invalid_setting_is_named_with_its_rule() {
         let refused = |builder: ServiceBuilder<Idle>| builder.settings().unwrap_err().to_string();
         assert_eq!(refused(idle("a.b")), "setting `name`: \"a.b\" must match [A-Za-z0-9_-]{1,64}");
         assert_eq!(

@@ -1,4 +1,4 @@
-//! Calls of a service's code: whatever it does, they end.
+//! Calls of a service's code. Every call ends, even if the code panics or hangs.
 
 use std::{
     any::Any,
@@ -14,22 +14,33 @@ use tokio::{
     task::JoinSet,
     time::{Instant, timeout_at},
 };
+use tracing::{Instrument as _, Span};
 
 #[cfg(feature = "service")]
 use crate::protocol::ids::StoreId;
 use crate::{
     clock::Clock,
-    participant::{AnyParticipant, BoxError, Finish, InDoubt, Prepare, Verdict},
+    participant::{AnyParticipant, BoxError, Finish, InDoubt, Prepare, Verdict, spans},
     protocol::{
-        ids::{Branch, TransactionKey},
+        ids::{Branch, ServiceName, TransactionKey},
         participant::{Effect, Event},
         time::Time,
     },
 };
 
-/// The last tenth of a prepare's time, but no more than this, is left for its vote: so a prepare
-/// that takes too long is said to have failed, and nobody has to guess it from silence.
+/// The last tenth of a prepare's time, but no more than this, is reserved for its vote. So the worker
+/// learns that a slow prepare has failed, and needn't conclude it from silence.
 const VOTE_TIME_MAX: Duration = Duration::from_millis(50);
+
+/// A participant whose code is called.
+#[derive(Debug)]
+pub(crate) struct Callee {
+    /// Its place among the participants of one process.
+    pub(crate) number: usize,
+    /// Its name for the log; `None` if every line has it anyway.
+    pub(crate) service: Option<ServiceName>,
+    pub(crate) code: Arc<dyn AnyParticipant>,
+}
 
 /// A call that has ended, at the participant with this number.
 pub(crate) struct EndedCall {
@@ -38,12 +49,12 @@ pub(crate) struct EndedCall {
     pub(crate) event: Event,
 }
 
-/// The calls under way. Each ends by its deadline at the latest; a panic is an error like any other.
+/// The calls in progress. Each ends by its deadline; a panic is an error like any other.
 pub(crate) struct Calls {
     clock: Clock,
     finish_timeout: Duration,
     running: JoinSet<EndedCall>,
-    /// How many of them are prepares, commits and aborts.
+    /// The number of prepares, commits and aborts among them.
     limited: usize,
 }
 
@@ -52,15 +63,11 @@ impl Calls {
         Self { clock, finish_timeout, running: JoinSet::new(), limited: 0 }
     }
 
-    /// Makes the call that `effect` asks for, if it asks for one. A call that has nothing to wait
-    /// for is over before this returns, and costs no task.
-    pub(crate) fn start(
-        &mut self,
-        number: usize,
-        participant: &Arc<dyn AnyParticipant>,
-        effect: Effect,
-    ) -> Option<EndedCall> {
-        let participant = Arc::clone(participant);
+    /// Makes the call that `effect` asks for, if any. A call that needn't wait ends before this returns,
+    /// without a task.
+    pub(crate) fn start(&mut self, callee: &Callee, effect: Effect) -> Option<EndedCall> {
+        let span = spans::call(callee.service.as_ref(), &effect);
+        let (number, participant) = (callee.number, Arc::clone(&callee.code));
         match effect {
             Effect::CallPrepare { key, branch, request_hash, data, deadline } => {
                 let call = Prepare::new(key.clone(), branch.clone(), request_hash, deadline, data);
@@ -72,50 +79,52 @@ impl Calls {
                         event: Event::PrepareEnded { key, branch, verdict },
                     }
                 };
-                self.run(Some(deadline), move || participant.prepare(call), ended)
+                self.run(span, Some(deadline), move || participant.prepare(call), ended)
             }
             Effect::CallCommit { key, branch } => {
                 let call = Finish { key: key.clone(), branch: branch.clone() };
                 let ended = move |ended| finished(number, key, branch, ended);
-                self.run(None, move || participant.commit(call), ended)
+                self.run(span, None, move || participant.commit(call), ended)
             }
             Effect::CallAbort { key, branch } => {
                 let call = Finish { key: key.clone(), branch: branch.clone() };
                 let ended = move |ended| finished(number, key, branch, ended);
-                self.run(None, move || participant.abort(call), ended)
+                self.run(span, None, move || participant.abort(call), ended)
             }
             Effect::ReadStore(key) => {
                 let patience = self.finish_timeout;
-                self.running.spawn(async move {
+                let reading = async move {
                     let held = read_store(participant, Some(key.clone()), patience).await;
                     EndedCall { participant: number, event: Event::StoreRead { key, held } }
-                });
+                };
+                self.running.spawn(reading.instrument(span));
                 None
             }
             Effect::LookUpCommit { key, branch } => {
                 let patience = self.finish_timeout;
-                self.running.spawn(async move {
+                let looking_up = async move {
                     let call = Finish { key: key.clone(), branch: branch.clone() };
                     let is_known = knows_branch(participant, call, patience).await;
                     let event = Event::CommitLookedUp { key, branch, is_known };
                     EndedCall { participant: number, event }
-                });
+                };
+                self.running.spawn(looking_up.instrument(span));
                 None
             }
             Effect::ScanStore => {
                 let patience = self.finish_timeout;
-                self.running.spawn(async move {
+                let scanning = async move {
                     let held = read_store(participant, None, patience).await;
                     EndedCall { participant: number, event: Event::StoreScanned(held) }
-                });
+                };
+                self.running.spawn(scanning.instrument(span));
                 None
             }
             Effect::Vote { .. } | Effect::Done { .. } | Effect::Inquire(_) | Effect::Ack(_) => None,
         }
     }
 
-    /// When a call that has to wait is given up: a prepare in time for its vote to be heard by
-    /// `deadline`.
+    /// The time limit of a call. A prepare is stopped early enough for its vote to arrive by `deadline`.
     fn given_up_at(&self, deadline: Option<Time>) -> Instant {
         let now = self.clock.now();
         let Some(deadline) = deadline else {
@@ -125,46 +134,49 @@ impl Calls {
         self.clock.instant_of(deadline) - (left / 10).min(VOTE_TIME_MAX)
     }
 
-    /// Polls the call where it was made, and moves it to a task of its own only if it has to wait.
+    /// Polls the call once, and moves it to a task of its own only if it is not finished then.
     fn run<T: 'static>(
         &mut self,
+        span: Span,
         deadline: Option<Time>,
         call: impl FnOnce() -> BoxFuture<'static, Result<T, BoxError>>,
         ended: impl FnOnce(Result<T, BoxError>) -> EndedCall + Send + 'static,
     ) -> Option<EndedCall> {
-        // A call may panic before it has made its future, and at every poll.
-        let made = catch_unwind(AssertUnwindSafe(|| {
+        // The code may panic before it returns its future, and at every poll.
+        let first_poll = AssertUnwindSafe(|| {
             let mut call = call();
             match call.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
                 Poll::Ready(result) => Ok(result),
                 Poll::Pending => Err(call),
             }
-        }));
+        });
+        let made = span.in_scope(|| catch_unwind(first_poll));
         match made {
             Ok(Ok(result)) => Some(ended(result)),
             Ok(Err(call)) => {
                 let deadline = self.given_up_at(deadline);
                 self.limited += 1;
-                self.running.spawn(async move { ended(guarded(deadline, call).await) });
+                let rest = async move { ended(guarded(deadline, call).await) };
+                self.running.spawn(rest.instrument(span));
                 None
             }
             Err(panic) => Some(ended(Err(panicked(&*panic)))),
         }
     }
 
-    /// Waits for the next call to end; for ever, if none is under way.
+    /// Waits for the next call to end; for ever if none is in progress.
     pub(crate) async fn next(&mut self) -> EndedCall {
         loop {
             match self.running.join_next().await {
                 Some(Ok(ended)) => return self.over(ended),
-                // The calls catch their panics, and nobody aborts them.
+                // Calls catch their panics, and are never aborted.
                 Some(Err(_)) => {}
                 None => std::future::pending().await,
             }
         }
     }
 
-    /// A call that has ended, if there is one.
+    /// Returns a call that has ended, if there is one.
     pub(crate) fn try_next(&mut self) -> Option<EndedCall> {
         loop {
             if let Ok(ended) = self.running.try_join_next()? {
@@ -180,8 +192,8 @@ impl Calls {
         ended
     }
 
-    /// Whether no prepare, commit or abort is under way. A look into a store doesn't count: it may
-    /// go on for ever.
+    /// Whether no prepare, commit or abort is in progress. Reading a store doesn't count: it is repeated
+    /// until it succeeds.
     pub(crate) fn is_idle(&self) -> bool {
         self.limited == 0
     }
@@ -197,7 +209,7 @@ fn finished(
     EndedCall { participant, event: Event::FinishEnded { key, branch, applied } }
 }
 
-/// Runs `call` until `deadline` at the longest, and turns a panic into an error.
+/// Runs `call` until `deadline` at most, and turns a panic into an error.
 async fn guarded<T>(
     deadline: Instant,
     call: impl Future<Output = Result<T, BoxError>>,
@@ -209,7 +221,7 @@ async fn guarded<T>(
     }
 }
 
-/// Asks the store until it answers: whoever doesn't know what it holds may not vote.
+/// Reads the store until that succeeds: an instance that doesn't know what it holds must not vote.
 async fn read_store(
     participant: Arc<dyn AnyParticipant>,
     of: Option<TransactionKey>,
@@ -217,13 +229,14 @@ async fn read_store(
 ) -> Vec<InDoubt> {
     let ask = || {
         let (reader, key) = (Arc::clone(&participant), of.clone());
-        // Within the future, since the call may panic before it has made its own.
+        // Within the future, since the code may panic before it returns its own.
         async move { reader.in_doubt(key).await }
     };
-    until_told(ask, "failed to read what the store holds in doubt", patience).await
+    let failed = "failed to read what the store holds in doubt; trying again";
+    until_answered(ask, failed, patience).await
 }
 
-/// What the store is called, as soon as it can tell.
+/// Reads the id of the store until that succeeds.
 #[cfg(feature = "service")]
 pub(super) async fn name_of_store(
     participant: Arc<dyn AnyParticipant>,
@@ -233,7 +246,7 @@ pub(super) async fn name_of_store(
         let reader = Arc::clone(&participant);
         async move { reader.store_id().await }
     };
-    until_told(ask, "failed to read the id of the store; it is tried again", patience).await
+    until_answered(ask, "failed to read the id of the store; trying again", patience).await
 }
 
 /// Whether the store holds the branch, or has committed it.
@@ -245,27 +258,28 @@ async fn knows_branch(
     let ask = || {
         let (reader, call) = (Arc::clone(&participant), call.clone());
         async move {
-            // In this order: what is committed in between is seen by the second look.
+            // In this order: the second call sees a branch that is committed in between.
             let held = Arc::clone(&reader).in_doubt(Some(call.key.clone())).await?;
-            match held.iter().any(|it| it.branch == call.branch) {
+            match held.iter().any(|doubt| doubt.branch == call.branch) {
                 true => Ok(true),
-                // One that doesn't remember its commits is believed to have made it.
+                // A store that doesn't remember its commits is assumed to have made this one.
                 false => Ok(reader.has_committed(call).await?.unwrap_or(true)),
             }
         }
     };
-    until_told(ask, "failed to read what the store has committed", patience).await
+    let failed = "failed to read what the store has committed; trying again";
+    until_answered(ask, failed, patience).await
 }
 
-/// Asks until there is an answer. `failed`: what to say of each time there is none.
-async fn until_told<T, F>(ask: impl Fn() -> F, failed: &str, patience: Duration) -> T
+/// Calls `ask` until it succeeds. `failed` is logged after each failure.
+async fn until_answered<T, F>(ask: impl Fn() -> F, failed: &str, patience: Duration) -> T
 where
     F: Future<Output = Result<T, BoxError>>,
 {
     let mut pause = Duration::from_millis(100);
     loop {
         match guarded(Instant::now() + patience, ask()).await {
-            Ok(told) => return told,
+            Ok(answer) => return answer,
             Err(error) => {
                 tracing::warn!(%error, "{failed}");
                 tokio::time::sleep(pause).await;
@@ -275,7 +289,7 @@ where
     }
 }
 
-/// What a panic is as an error.
+/// The error that stands for a panic.
 pub(super) fn panicked(panic: &(dyn Any + Send)) -> BoxError {
     let text = panic.downcast_ref::<&str>().copied();
     let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
@@ -286,12 +300,11 @@ pub(super) fn panicked(panic: &(dyn Any + Send)) -> BoxError {
 mod tests {
     use std::{sync::Arc, time::Duration};
 
-    use super::{Calls, EndedCall};
+    use super::{Callee, Calls, EndedCall};
     use crate::{
         clock::Clock,
         participant::{
-            AnyParticipant, BoxError, Durable, DurableParticipant, Finish, InDoubt, Participant,
-            Prepare, Verdict,
+            BoxError, Durable, DurableParticipant, Finish, InDoubt, Participant, Prepare, Verdict,
         },
         protocol::{
             ids::{Branch, RequestHash, TransactionId, TransactionKey},
@@ -340,11 +353,12 @@ mod tests {
             (nothing(), Some(true), true),
             (nothing(), Some(false), false),
         ] {
-            let store: Arc<dyn AnyParticipant> = Arc::new(Durable(Store { held, committed }));
+            let code = Arc::new(Durable(Store { held, committed }));
+            let store = Callee { number: 0, service: None, code };
             let mut calls = Calls::new(Clock::start(), Duration::from_secs(5));
             let (key, branch) = (key.clone(), branch.clone());
             let look = Effect::LookUpCommit { key: key.clone(), branch: branch.clone() };
-            assert!(calls.start(0, &store, look).is_none());
+            assert!(calls.start(&store, look).is_none());
             let EndedCall { event, .. } = calls.next().await;
             assert_eq!(event, Event::CommitLookedUp { key, branch, is_known }, "{committed:?}");
         }

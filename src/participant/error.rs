@@ -1,4 +1,4 @@
-//! Why a service can't be served.
+//! Why an instance can't serve.
 
 use crate::{
     protocol::ids::ServiceName,
@@ -11,48 +11,48 @@ use crate::{
     },
 };
 
-/// Why a service can't be served.
+/// Why an instance of a service can't serve.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ServeError {
-    /// A value that was set can't be used.
+    /// A setting is invalid.
     #[error("invalid service")]
     Invalid(#[from] InvalidSetting),
-    /// The broker doesn't let it in, or doesn't let it do what it must.
-    #[error("service `{service}` is refused by the broker")]
+    /// The broker refuses the connection, or a permission that the instance needs.
+    #[error("the broker refuses service `{service}`")]
     Refused {
-        /// Which service.
+        /// The service.
         service: ServiceName,
-        /// What it may not do.
+        /// What the broker refused.
         #[source]
         source: BrokerError,
     },
     /// Other instances of the service serve with another store.
     #[error(
         "the store of this instance of service `{service}` is `{own}`, and other instances serve with \
-         store `{other}`: all instances of a service share one store, or they lose commits; give \
-         this one theirs, or, if it is the right one, stop them first"
+         store `{other}`: all instances of a service must share one store, or they lose commits; \
+         give this one theirs, or stop them first if this store is the right one"
     )]
     OtherStore {
-        /// Which service.
+        /// The service.
         service: ServiceName,
         /// The id of this instance's store.
         own: String,
         /// The id of the others' store.
         other: String,
     },
-    /// What is to be declared is there, but another.
-    #[error("the queues of service `{service}` are not as they should be")]
+    /// A queue or exchange that is to be declared exists, but differs.
+    #[error("the queues of service `{service}` differ from what is to be declared")]
     Mismatch {
-        /// Which service.
+        /// The service.
         service: ServiceName,
-        /// What is another.
+        /// The differences.
         #[source]
         source: BrokerError,
     },
 }
 
-/// An instance could not take its place at the broker.
+/// An instance could not open its session.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum OpenError {
     /// No connection.
@@ -61,10 +61,10 @@ pub(super) enum OpenError {
     /// The connection gives no channel.
     #[error("failed to open a channel")]
     Channel(#[source] AskError),
-    /// What is to be declared can't be.
+    /// The service's queues can't be declared.
     #[error("failed to declare the service's queues")]
     Declare(#[source] Box<TopologyError>),
-    /// Other instances, which are there, have another store.
+    /// Other instances, which are connected, have another store.
     #[error("this instance's store is `{own}`, and other instances serve with store `{other}`")]
     OtherStore {
         /// The id of this instance's store.
@@ -75,25 +75,25 @@ pub(super) enum OpenError {
     /// The queue can't be consumed or declared.
     #[error("failed to use queue `{name}`")]
     Queue {
-        /// Which queue.
+        /// The queue.
         name: String,
-        /// What the broker says.
+        /// The cause.
         #[source]
         source: AskError,
     },
-    /// The exchange can't be bound to, or published to.
+    /// No queue can be bound to the exchange, or nothing published to it.
     #[error("failed to use exchange `{name}`")]
     Exchange {
-        /// Which exchange.
+        /// The exchange.
         name: String,
-        /// What the broker says.
+        /// The cause.
         #[source]
         source: AskError,
     },
 }
 
 impl ServeError {
-    /// `service` can't take its place, and waiting doesn't help.
+    /// `error` is final for `service`: waiting doesn't help.
     pub(super) fn of(service: ServiceName, error: OpenError) -> Self {
         let disposition = error.disposition();
         match error {
@@ -113,7 +113,7 @@ impl ServeError {
 }
 
 impl OpenError {
-    /// Whether to try again.
+    /// Whether to retry.
     pub(super) fn disposition(&self) -> Disposition {
         match self {
             Self::Connect(error) => error.disposition(),
@@ -125,14 +125,21 @@ impl OpenError {
         }
     }
 
-    /// Whether a queue or exchange is missing: the topology was not applied, or not yet.
-    pub(super) fn is_not_found(&self) -> bool {
+    /// Whether the broker has accepted the instance's connections.
+    pub(super) fn is_connected(&self) -> bool {
+        !matches!(self, Self::Connect(_))
+    }
+
+    /// The queue or exchange that does not exist: the topology was not applied, or not yet.
+    pub(super) fn missing(&self) -> Option<String> {
+        let is_missing = |source: &AskError| source.broker().is_some_and(is_not_found);
         match self {
-            Self::Connect(_) | Self::Channel(_) | Self::Declare(_) | Self::OtherStore { .. } => {
-                false
+            Self::Queue { name, source } => is_missing(source).then(|| format!("queue `{name}`")),
+            Self::Exchange { name, source } => {
+                is_missing(source).then(|| format!("exchange `{name}`"))
             }
-            Self::Queue { source, .. } | Self::Exchange { source, .. } => {
-                source.broker().is_some_and(is_not_found)
+            Self::Connect(_) | Self::Channel(_) | Self::Declare(_) | Self::OtherStore { .. } => {
+                None
             }
         }
     }

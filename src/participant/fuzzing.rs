@@ -1,5 +1,5 @@
-//! A door for the fuzzer, `tests/fuzz`, to what reads an instance's deliveries. Nobody else is
-//! promised anything of it.
+//! Access for the fuzzer, `tests/fuzz`, to the code that reads an instance's deliveries. It is not a
+//! public interface.
 
 use lapin::message::Delivery as Message;
 
@@ -8,7 +8,7 @@ use crate::{
     protocol::{message::Delivery, participant::Event},
 };
 
-/// The queues that a message may come by.
+/// The queue from which a message was delivered.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum FuzzedQueue {
     /// The service's prepares.
@@ -19,7 +19,7 @@ pub enum FuzzedQueue {
     Shared,
 }
 
-/// What a message says, and what is wrong with it. What is dealt with later has the number
+/// The events of a message, and what is wrong with it. Items that are acknowledged later have the id
 /// `delivery`.
 pub fn command(
     queue: FuzzedQueue,
@@ -32,9 +32,9 @@ pub fn command(
         FuzzedQueue::Shared => SourceQueue::Shared,
     };
     let inbound::DecodedMessage { items, bad } = inbound::read(source, message);
-    let events = items.into_iter().filter_map(|told| {
-        let delivery = told.is_held(source).then_some(delivery);
-        told.into_event(delivery)
+    let events = items.into_iter().filter_map(|item| {
+        let delivery = item.is_held(source).then_some(delivery);
+        item.into_event(delivery)
     });
     (events.collect(), bad)
 }

@@ -1,31 +1,31 @@
-//! Whether prepares succeed at all: an instance whose store is full, or whose database is gone, is
-//! connected and yet of no use, and nobody would see it.
+//! Whether prepares succeed at all: an instance whose store is full, or whose database is down, is
+//! connected but useless, and must not count as ready.
 
 use std::sync::Arc;
 
 use crate::protocol::participant::{Event, Verdict};
 
-/// So many prepares that have failed one after the other are no accident.
+/// After how many failed prepares in a row an instance is not ready.
 const FAILED_MAX: u32 = 3;
 
-/// What the last prepares came to.
+/// How the last prepares ended.
 #[derive(Debug, Default)]
 pub(super) struct Health {
-    /// How many of them have failed, since one has not.
+    /// How many have failed since the last one that did not.
     failed: u32,
 }
 
-/// What is to be said.
+/// A change of an instance's health.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) enum Change {
-    /// They fail, the last one with this error.
+    /// Prepares fail, the last one with this error.
     Fails(Arc<str>),
-    /// One has not failed.
+    /// A prepare did not fail.
     Works,
 }
 
 impl Health {
-    /// Takes in what has happened; tells whether that changes anything.
+    /// Handles an event; returns the change that it causes, if any.
     pub(super) fn see(&mut self, event: &Event) -> Option<Change> {
         let Event::PrepareEnded { verdict, .. } = event else { return None };
         if let Verdict::Failed(error) = verdict {
@@ -36,7 +36,7 @@ impl Health {
         (failed >= FAILED_MAX).then_some(Change::Works)
     }
 
-    /// Whether the next prepare may well succeed.
+    /// Whether prepares succeed, as far as is known.
     pub(super) fn is_good(&self) -> bool {
         self.failed < FAILED_MAX
     }
@@ -62,7 +62,7 @@ mod tests {
     }
 
     #[test]
-    fn three_prepares_that_fail_one_after_the_other_are_said_once_and_one_that_does_not_ends_it() {
+    fn three_failed_prepares_in_a_row_are_reported_once_until_one_succeeds() {
         let mut health = Health::default();
         assert_eq!([health.see(&failed()), health.see(&failed())], [None, None]);
         assert!(health.is_good());
@@ -74,7 +74,7 @@ mod tests {
     }
 
     #[test]
-    fn failures_among_others_say_nothing() {
+    fn failed_prepares_between_successful_ones_are_not_reported() {
         let mut health = Health::default();
         for _ in 0..10 {
             let seen = [failed(), failed(), ended(Verdict::Prepared)].map(|it| health.see(&it));

@@ -1,7 +1,7 @@
-//! What workers tell an instance: messages in, events of the core out.
+//! Turns the messages of workers into events of the core.
 //!
-//! Whatever a message is, something comes of it: its good items as events, and, if anything about
-//! it was bad, the reason why it belongs among the rejected ones.
+//! The valid items of a message become events. If anything in it is invalid, there is also a reason to
+//! reject it.
 
 use lapin::message::Delivery as Message;
 
@@ -15,22 +15,22 @@ use crate::{
     wire::message::{Cancel, Item, Kind, decode, split_items},
 };
 
-/// The queue that a message came by.
+/// The queue from which a message was delivered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) enum SourceQueue {
-    /// The service's prepares: an unacknowledged one is a slot.
+    /// The queue of the service's prepares: an unacknowledged one is a slot.
     Prepares,
-    /// This instance's own queue, which ends with its connection.
+    /// This instance's own queue, which is deleted with its connection.
     Own,
-    /// The service's durable queue, of which each instance gets a part.
+    /// The service's durable queue of finishes, which all instances consume.
     Shared,
 }
 
-/// What was in a message.
+/// The content of a message.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct DecodedMessage {
     pub(super) items: Vec<Inbound>,
-    /// Why it is, or some of its items are, to be rejected.
+    /// Why the message, or some of its items, must be rejected.
     pub(super) bad: Option<String>,
 }
 
@@ -44,8 +44,8 @@ pub(super) enum Inbound {
 }
 
 impl Inbound {
-    /// The event for the core. `delivery` is what to acknowledge when it is dealt with, if that
-    /// isn't at once.
+    /// The event for the core. `delivery`: what to acknowledge when the core is done with it, if that is
+    /// later.
     pub(super) fn into_event(self, delivery: Option<Delivery>) -> Option<Event> {
         match self {
             Self::Prepare { worker, redelivered, prepare } => delivery
@@ -58,7 +58,7 @@ impl Inbound {
         }
     }
 
-    /// Whether it is dealt with only when the core says so.
+    /// Whether its message is acknowledged only when the core is done with it.
     pub(super) fn is_held(&self, source: SourceQueue) -> bool {
         match self {
             Self::Prepare { .. } => true,
@@ -68,7 +68,7 @@ impl Inbound {
     }
 }
 
-/// Reads `message`, which came by `source`.
+/// Reads `message`, which was delivered from `source`.
 pub(super) fn read(source: SourceQueue, message: &Message) -> DecodedMessage {
     if let Some(reason) = unreadable(message) {
         return bad(reason);
@@ -91,7 +91,7 @@ pub(super) fn read(source: SourceQueue, message: &Message) -> DecodedMessage {
         (SourceQueue::Prepares | SourceQueue::Own | SourceQueue::Shared, _) => {
             let kind =
                 kind.map_or_else(|| "missing".to_owned(), |kind| format!("`{}`", shown(kind)));
-            bad(format!("the property `type` is {kind}: no such messages belong here"))
+            bad(format!("the property `type` is {kind}: this queue takes no such messages"))
         }
     }
 }
@@ -100,7 +100,8 @@ fn bad(reason: String) -> DecodedMessage {
     DecodedMessage { items: Vec::new(), bad: Some(reason) }
 }
 
-/// A message stands for a slot, and so does each prepare in it.
+/// Reads a message of prepares. Each prepare, and the message itself, takes a slot, so an empty message
+/// is invalid.
 fn read_prepares(message: &Message) -> DecodedMessage {
     let redelivered = message.redelivered;
     let read = read_items(message, worker_of(message), |worker, prepare| Inbound::Prepare {
@@ -117,18 +118,18 @@ fn read_prepares(message: &Message) -> DecodedMessage {
 fn read_items<T: Item, W: Clone>(
     message: &Message,
     worker: Result<W, String>,
-    told: impl Fn(W, T) -> Inbound,
+    into_inbound: impl Fn(W, T) -> Inbound,
 ) -> DecodedMessage {
     let (worker, items) = match (worker, decode::<T>(&message.data)) {
         (Ok(worker), Ok(items)) => (worker, items),
         (Err(reason), Ok(_)) => return bad(reason),
         (_, Err(malformed)) => return bad(undecodable(message, &malformed)),
     };
-    let (items, complaints) = split_items(items, |item| Ok(told(worker.clone(), item)));
+    let (items, complaints) = split_items(items, |item| Ok(into_inbound(worker.clone(), item)));
     DecodedMessage { items, bad: (!complaints.is_empty()).then(|| complaints.join("\n")) }
 }
 
-/// Who wants the answer.
+/// The worker that waits for the answer.
 fn worker_of(message: &Message) -> Result<WorkerId, String> {
     match message.properties.reply_to() {
         Some(worker) => WorkerId::parse(worker.as_str())
@@ -165,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn the_good_items_count_though_others_are_bad() {
+    fn valid_items_count_although_others_are_invalid() {
         let body = format!(r#"[{QUERY},{{"id":"t 2"}},{QUERY}]"#);
         let read = read(SourceQueue::Own, &message("dtc.query.v1", body));
         assert_eq!(read.items.len(), 2);
@@ -191,13 +192,13 @@ mod tests {
     }
 
     #[test]
-    fn what_a_peer_calls_its_message_is_said_on_one_line() {
+    fn the_type_of_a_rejected_message_is_quoted_on_one_line() {
         let read = read(SourceQueue::Own, &message("a\n\u{1b}", "[]".to_owned()));
         assert!(reason(&read).contains(r"`a\n\u{1b}`"), "{read:?}");
     }
 
     #[test]
-    fn many_bad_items_are_counted() {
+    fn after_ten_invalid_items_the_rest_are_counted() {
         let body = format!("[{}{QUERY}]", "5,".repeat(100_000));
         let read = read(SourceQueue::Own, &message("dtc.query.v1", body));
         assert_eq!(read.items.len(), 1);
@@ -219,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn each_queue_has_its_kinds() {
+    fn a_message_of_a_kind_that_its_queue_does_not_take_is_rejected() {
         for (source, kind) in [
             (SourceQueue::Prepares, "dtc.finish.v1"),
             (SourceQueue::Own, "dtc.prepare.v1"),
@@ -232,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_wants_an_answer_says_who_it_is() {
+    fn a_query_without_a_worker_to_answer_is_rejected() {
         for reply_to in [None, Some("a.b"), Some("")] {
             let mut message = message("dtc.query.v1", format!("[{QUERY}]"));
             message.properties = BasicProperties::default().with_type("dtc.query.v1".into());

@@ -1,8 +1,8 @@
-//! The SDK for services: what a service's author implements, and what calls it.
+//! The SDK for services: the traits that an author implements, and the code that calls them.
 //!
-//! An author writes three functions: prepare, commit, abort. When to call them, what to do when
-//! they fail, hang or panic, and that each is called no more often than needed, is the business of
-//! [`protocol::participant`](crate::protocol::participant) and of the loop that drives it.
+//! An author writes three functions: prepare, commit, abort.
+//! [`protocol::participant`](crate::protocol::participant) and the loop that drives it decide when and
+//! how often to call each, and what to do when it fails, hangs or panics.
 
 #[cfg(feature = "service")]
 mod builder;
@@ -28,6 +28,7 @@ mod service;
 mod session;
 #[cfg(feature = "service")]
 pub mod settings;
+pub(crate) mod spans;
 
 use std::{fmt, future::Future, sync::Arc};
 
@@ -36,9 +37,9 @@ use serde::de::DeserializeOwned;
 
 #[cfg(feature = "service")]
 pub use self::builder::{ServiceBuilder, service};
-pub(crate) use self::calls::Calls;
 #[cfg(feature = "embedded")]
 pub(crate) use self::calls::EndedCall;
+pub(crate) use self::calls::{Callee, Calls};
 #[cfg(feature = "embedded")]
 pub use self::service::Service;
 pub use crate::protocol::participant::{InDoubt, Verdict};
@@ -48,19 +49,19 @@ use crate::protocol::{
     time::Time,
 };
 
-/// The error that a service's code may end in: any. What it says is told in the reason of the
-/// transaction's abort, or in the log.
+/// The error of a service's code, of any type. Its text becomes the reason of the transaction's abort,
+/// or appears in the log.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// A service, as its author sees it.
 ///
-/// Every function may be called for many transactions at once, up to the service's
-/// `max_concurrency`, and for one transaction one at a time. An error, a panic, or taking longer
-/// than allowed are all the same: a failed prepare aborts the transaction and is followed by
+/// Calls for different transactions run at the same time, up to the service's `max_concurrency`; for
+/// one transaction, at most one call is in progress. A call fails if it returns an error, panics, or
+/// exceeds its time limit. A failed prepare aborts the transaction and is followed by
 /// [`Participant::abort`]; a failed commit or abort is called again.
 ///
-/// This is enough for the embedded coordinator, which lives no longer than what the service holds in
-/// memory. A service on RabbitMQ must also be a [`DurableParticipant`].
+/// For the embedded coordinator this trait is enough. A service on RabbitMQ must also implement
+/// [`DurableParticipant`].
 ///
 /// ```
 /// use dtc::{BoxError, Finish, Participant, Prepare, Verdict};
@@ -83,57 +84,56 @@ pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 /// }
 /// ```
 pub trait Participant: Send + Sync + 'static {
-    /// Makes ready to commit: whatever is needed to commit later must be stored, under
-    /// [`Prepare::branch`], before this says [`Verdict::Prepared`].
+    /// Prepares to commit. Everything that the commit needs must be stored, under
+    /// [`Prepare::branch`], before this returns [`Verdict::Prepared`].
     ///
-    /// It may take until shortly before [`Prepare::deadline`]: then it is dropped, and has failed.
+    /// The call is dropped, and has failed, shortly before [`Prepare::deadline`].
     fn prepare(&self, call: Prepare) -> impl Future<Output = Result<Verdict, BoxError>> + Send;
 
-    /// Makes what was prepared under [`Finish::branch`] last. Must be idempotent: a branch that is
-    /// committed already is a success. So is one that the store does not know, unless it can tell
-    /// that it has never committed it: that is an error.
+    /// Makes permanent what was prepared under [`Finish::branch`]. It must be idempotent: to commit a
+    /// branch again succeeds. To commit a branch that the store does not know also succeeds, unless the
+    /// store can tell that it has never committed it: that is an error.
     fn commit(&self, call: Finish) -> impl Future<Output = Result<(), BoxError>> + Send;
 
-    /// Undoes what was prepared under [`Finish::branch`], or may have been. Must be idempotent.
+    /// Undoes what was prepared under [`Finish::branch`], if anything was. It must be idempotent.
     ///
-    /// By default there is nothing to undo.
+    /// The default does nothing.
     fn abort(&self, call: Finish) -> impl Future<Output = Result<(), BoxError>> + Send {
         let _ = call;
         std::future::ready(Ok(()))
     }
 }
 
-/// A [`Participant`] with a store that outlives its process, and that all instances of the service
-/// share.
+/// A [`Participant`] with a store that outlives its process and that all instances of the service share.
 ///
-/// The coordinator asks the store after a restart, and asks one instance about what another one has
-/// prepared. An error, a panic, or taking longer than a commit may take is no answer: the coordinator
-/// asks again until it has one.
+/// An instance reads the store when it starts, from time to time, and when it needs to know what another
+/// instance has prepared. A call that fails, or takes longer than a commit may take, is repeated until
+/// it succeeds.
 pub trait DurableParticipant: Participant {
-    /// What the store holds as prepared: every branch, whichever instance has prepared it; of one
-    /// transaction, if `of` names it.
+    /// Returns every branch that the store holds as prepared, whichever instance has prepared it; only
+    /// those of transaction `of`, if that is given.
     fn in_doubt(
         &self,
         of: Option<TransactionKey>,
     ) -> impl Future<Output = Result<Vec<InDoubt>, BoxError>> + Send;
 
-    /// What the store is called, if it has a name: an id that was made with the store and is kept in
-    /// it, so that every instance with this store says the same, and one with another store another.
-    /// An instance does not serve while others serve with another store.
+    /// Returns the id of the store: a unique text that is created with the store and kept in it. All
+    /// instances that share the store return the same id. An instance does not serve while other
+    /// instances serve with another id.
     ///
-    /// By default the store has no name, and nobody notices two instances that don't share their
-    /// store.
+    /// The default is `None`: the store has no id, and instances that don't share their store are not
+    /// detected.
     fn store_id(&self) -> impl Future<Output = Result<Option<StoreId>, BoxError>> + Send {
         std::future::ready(Ok(None))
     }
 
-    /// Whether the store has committed [`Finish::branch`], by whichever instance; `None` if it does
-    /// not remember what it has committed. It is asked only about what
-    /// [`in_doubt`](DurableParticipant::in_doubt) does not name.
+    /// Returns whether the store has committed [`Finish::branch`], by any instance; `None` if it does
+    /// not remember what it has committed. It is called only for branches that
+    /// [`in_doubt`](DurableParticipant::in_doubt) does not return.
     ///
-    /// After `Some(false)` the commit of that branch is an error, and is tried elsewhere: the branch
-    /// was prepared in another store. After `None`, which is the default, the commit counts as
-    /// applied, and two instances that don't share their store lose commits.
+    /// `Some(false)` means that the branch was prepared in another store: its commit fails here, and
+    /// other instances try it. With `None`, which is the default, the commit counts as applied, and
+    /// instances that don't share their store lose commits.
     fn has_committed(
         &self,
         call: Finish,
@@ -143,19 +143,19 @@ pub trait DurableParticipant: Participant {
     }
 }
 
-/// What a prepare is about. A service stores [`branch`](Self::branch), [`key`](Self::key),
+/// The arguments of a prepare. A service stores [`branch`](Self::branch), [`key`](Self::key),
 /// [`request_hash`](Self::request_hash) and [`deadline`](Self::deadline) in one write with what the
-/// commit needs, and gives them back as [`InDoubt`].
+/// commit needs, and returns them as [`InDoubt`].
 #[derive(Debug, Clone)]
 pub struct Prepare {
-    /// Which transaction.
+    /// The transaction.
     pub key: TransactionKey,
-    /// What to store it under: a transaction that is prepared twice has two branches, and only the
-    /// one that its decision names may commit.
+    /// The id of this prepare. A transaction that is prepared twice has two branches, and only the one
+    /// that its decision names is committed.
     pub branch: Branch,
-    /// The digest of the request; to be stored with it, for [`InDoubt`].
+    /// The hash of the request.
     pub request_hash: RequestHash,
-    /// When to give up; to be stored with it, for [`InDoubt`].
+    /// The time by which the service must have voted.
     pub deadline: Time,
     data: Payload,
 }
@@ -181,22 +181,22 @@ impl Prepare {
         self.data.as_str()
     }
 
-    /// The request's data, read as a `T`.
+    /// The request's data, deserialized as a `T`.
     ///
     /// # Errors
     ///
-    /// It is not as a `T` should be. A prepare that ends in this error has failed.
+    /// The data is not a valid `T`. A prepare that returns this error has failed.
     pub fn data<T: DeserializeOwned>(&self) -> Result<T, serde_json::Error> {
         serde_json::from_str(self.data.as_str())
     }
 }
 
-/// What a commit or an abort is about.
+/// The arguments of a commit or an abort.
 #[derive(Debug, Clone)]
 pub struct Finish {
-    /// Which transaction.
+    /// The transaction.
     pub key: TransactionKey,
-    /// What to commit or undo.
+    /// The branch to commit or undo.
     pub branch: Branch,
 }
 
@@ -207,8 +207,7 @@ impl Finish {
     }
 }
 
-/// A [`Participant`] of whatever type, for those who call many. Unless it says otherwise it has no
-/// store.
+/// A [`Participant`] of any type, behind a pointer. By default it has no store.
 pub(crate) trait AnyParticipant: Send + Sync {
     fn prepare(self: Arc<Self>, call: Prepare) -> BoxFuture<'static, Result<Verdict, BoxError>>;
     fn commit(self: Arc<Self>, call: Finish) -> BoxFuture<'static, Result<(), BoxError>>;
@@ -255,7 +254,7 @@ impl<P: Participant> AnyParticipant for P {
     }
 }
 
-/// A participant that is asked what its store holds.
+/// Makes an [`AnyParticipant`] with a store of a [`DurableParticipant`].
 pub(crate) struct Durable<P>(pub(crate) P);
 
 impl<P: DurableParticipant> AnyParticipant for Durable<P> {

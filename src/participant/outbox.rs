@@ -1,4 +1,5 @@
-//! What an instance says, gathered: all that goes to one worker travels in one message of its kind.
+//! Gathers what an instance publishes: all votes for one worker travel in one message, and so do all
+//! dones.
 
 use std::collections::BTreeMap;
 
@@ -16,35 +17,36 @@ use crate::{
     wire::message::{Item, Items, Kind},
 };
 
-/// What has yet to be published.
+/// What is to be published.
 #[derive(Debug)]
 pub(super) struct InstanceOutbox {
     exchange: ShortString,
     service: ServiceName,
-    /// What workers are told with votes and dones.
+    /// The headers of votes and dones.
     headers: Option<FieldTable>,
     votes: BTreeMap<WorkerId, Bodies>,
     dones: BTreeMap<WorkerId, Bodies>,
     inquiries: Bodies,
     settled: Bodies,
-    /// What may be acknowledged when the message of this number among `settled` is safe.
+    /// By the index of a message in `settled`: the deliveries to acknowledge when the broker has
+    /// confirmed it.
     owed: BTreeMap<usize, Vec<Delivery>>,
 }
 
-/// Items of one kind to one destination, in as few messages as they fit into.
+/// Items of one kind for one destination, in as few messages as possible.
 type Bodies = Vec<Items>;
 
-/// Something to publish; `owed` may be acknowledged once it is safe with the broker.
+/// A message to publish. `owed` may be acknowledged when the broker has confirmed it.
 #[derive(Debug)]
 pub(super) struct OutboundMessage {
     pub(super) message: OutgoingMessage,
     pub(super) owed: Vec<Delivery>,
-    /// Whether it must not be lost: else whoever waits for it asks again.
+    /// Whether it must not be lost. If a message of the other kind is lost, its receiver asks again.
     pub(super) must_arrive: bool,
 }
 
 impl InstanceOutbox {
-    /// `prepares_max`: how many prepares one message may hold.
+    /// `prepares_max`: how many prepares one message may contain.
     pub(super) fn new(names: &Names, service: ServiceName, prepares_max: u16) -> Self {
         let headers = (prepares_max > 1).then(|| {
             let mut headers = FieldTable::default();
@@ -75,15 +77,15 @@ impl InstanceOutbox {
         push(&mut self.inquiries, inquiry);
     }
 
-    /// The done of a parked command: for any worker, and `delivery` is not acknowledged before it
-    /// is safe.
+    /// Adds the done of a parked command. It goes to any worker, and `delivery` is acknowledged only
+    /// after the broker has confirmed it.
     pub(super) fn settle(&mut self, done: &Done, delivery: Option<Delivery>) {
         push(&mut self.settled, done);
         let last = self.settled.len().saturating_sub(1);
         self.owed.entry(last).or_default().extend(delivery);
     }
 
-    /// Throws away what there is to say. Whoever waits for it asks again.
+    /// Discards everything. Workers that wait for it ask again.
     pub(super) fn clear(&mut self) {
         self.votes.clear();
         self.dones.clear();
@@ -92,25 +94,25 @@ impl InstanceOutbox {
         self.owed.clear();
     }
 
-    /// Takes out all there is to publish.
+    /// Takes everything that is to be published.
     pub(super) fn take(&mut self) -> Vec<OutboundMessage> {
-        let mut parcels = Vec::new();
-        // A slot is free before it is taken again.
+        let mut messages = Vec::new();
+        // Dones first: a slot must be reported free before a vote reports it taken again.
         let to_workers = std::mem::take(&mut self.dones)
             .into_iter()
             .chain(std::mem::take(&mut self.votes))
             .flat_map(|(to, bodies)| bodies.into_iter().map(move |body| (to.clone(), body)));
         for (to, body) in to_workers {
-            parcels.push(self.outbound(to.as_str(), body, None));
+            messages.push(self.outbound(to.as_str(), body, None));
         }
         for body in std::mem::take(&mut self.inquiries) {
-            parcels.push(self.outbound(ANY, body, None));
+            messages.push(self.outbound(ANY, body, None));
         }
         for (number, body) in std::mem::take(&mut self.settled).into_iter().enumerate() {
             let owed = self.owed.remove(&number).unwrap_or_default();
-            parcels.push(self.outbound(ANY, body, Some(owed)));
+            messages.push(self.outbound(ANY, body, Some(owed)));
         }
-        parcels
+        messages
     }
 
     fn outbound(&self, to: &str, body: Items, owed: Option<Vec<Delivery>>) -> OutboundMessage {
@@ -137,7 +139,7 @@ fn push<T: Item>(bodies: &mut Bodies, item: &T) {
         return;
     }
     let mut items = Items::new();
-    // An empty one takes any item.
+    // An empty message accepts any item.
     if items.push(item).is_ok() {
         bodies.push(items);
     }
@@ -184,36 +186,36 @@ mod tests {
     }
 
     #[test]
-    fn all_for_one_worker_is_one_message() {
+    fn all_dones_for_one_worker_travel_in_one_message() {
         let mut outbox = outbox();
         for (number, worker) in ["w1", "w2", "w1", "w1"].into_iter().enumerate() {
             outbox.done(WorkerId::parse(worker).unwrap(), &done(number, Ok(())));
         }
-        let parcels = outbox.take();
-        let said: Vec<_> = parcels
+        let messages = outbox.take();
+        let published: Vec<_> = messages
             .iter()
             .map(|it| (it.message.key.as_str(), decode::<Done>(&it.message.body).unwrap().len()))
             .collect();
-        assert_eq!(said, [("w1.payments", 3), ("w2.payments", 1)]);
+        assert_eq!(published, [("w1.payments", 3), ("w2.payments", 1)]);
         assert!(outbox.take().is_empty());
     }
 
     #[test]
-    fn what_does_not_fit_into_one_message_takes_another() {
+    fn items_that_do_not_fit_into_one_message_go_into_another() {
         let mut outbox = outbox();
         let worker = WorkerId::parse("w1").unwrap();
         for number in 0..1000 {
             outbox.done(worker.clone(), &done(number, Err("x".repeat(1000).into())));
         }
-        let parcels = outbox.take();
-        assert!(parcels.iter().all(|it| it.message.body.len() <= BODY_MAX));
+        let messages = outbox.take();
+        assert!(messages.iter().all(|it| it.message.body.len() <= BODY_MAX));
         let dones: usize =
-            parcels.iter().map(|it| decode::<Done>(&it.message.body).unwrap().len()).sum();
-        assert_eq!((parcels.len() > 1, dones), (true, 1000));
+            messages.iter().map(|it| decode::<Done>(&it.message.body).unwrap().len()).sum();
+        assert_eq!((messages.len() > 1, dones), (true, 1000));
     }
 
     #[test]
-    fn every_vote_and_done_says_how_many_prepares_are_asked_for() {
+    fn every_vote_and_done_says_how_many_prepares_a_message_may_contain() {
         let mut outbox = outbox_of(16);
         let worker = WorkerId::parse("w1").unwrap();
         outbox.done(worker, &done(1, Ok(())));
@@ -227,17 +229,17 @@ mod tests {
             instance,
             deadline: Time::EPOCH,
         });
-        let parcels = outbox.take();
-        let said: Vec<_> = parcels
+        let messages = outbox.take();
+        let published: Vec<_> = messages
             .iter()
             .map(|it| (it.message.message_type, it.message.headers.is_some()))
             .collect();
         let expected = [("dtc.done.v1", true), ("dtc.inquiry.v1", false), ("dtc.done.v1", true)];
-        assert_eq!(said, expected);
+        assert_eq!(published, expected);
     }
 
     #[test]
-    fn each_delivery_is_owed_by_the_message_that_answers_it() {
+    fn each_delivery_is_acknowledged_with_the_message_that_answers_it() {
         let mut outbox = outbox();
         for number in 0..1000 {
             let error = Err("x".repeat(1000).into());

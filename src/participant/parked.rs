@@ -1,17 +1,20 @@
-//! What an instance could not apply and no worker waits for any more: said once when that begins,
-//! and once when it ends, however often it is tried in between.
+//! Logs the outcomes that an instance could not apply and that no worker waits for any more: once when
+//! an outcome is parked, and once when it is applied, however often it is retried in between.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use crate::protocol::{
-    ids::TransactionKey,
-    participant::{Event, Instance},
+use crate::{
+    participant::spans,
+    protocol::{
+        ids::TransactionKey,
+        participant::{Event, Instance},
+    },
 };
 
-/// How many are named when the instance stops.
+/// How many parked transactions a stopping instance names.
 const NAMED_MAX: usize = 10;
 
-/// The transactions whose outcome this instance holds and could not apply. No more than it holds.
+/// The transactions that this instance holds and whose outcome it could not apply.
 #[derive(Debug, Default)]
 pub(super) struct ParkedLog {
     tries: BTreeMap<TransactionKey, CommitAttempts>,
@@ -20,13 +23,13 @@ pub(super) struct ParkedLog {
 #[derive(Debug)]
 struct CommitAttempts {
     failures: u64,
-    /// What the service's code said last.
+    /// The last error of the service's code.
     error: Arc<str>,
-    /// Whether it was said that it is parked.
-    is_told: bool,
+    /// Whether it was logged as parked.
+    is_logged: bool,
 }
 
-/// Something that may have changed what is parked.
+/// An event that may change which outcomes are parked.
 #[derive(Debug)]
 pub(super) struct Tried {
     key: TransactionKey,
@@ -35,14 +38,14 @@ pub(super) struct Tried {
 
 #[derive(Debug)]
 enum CommitFailure {
-    /// The service's code says this.
+    /// The error of the service's code.
     Code(Arc<str>),
-    /// The store does not know this branch.
+    /// The branch, which the store does not know.
     Unknown(String),
 }
 
 impl ParkedLog {
-    /// What `event` may change, to be said when the core has handled it.
+    /// What `event` may change. Pass it to [`after`](Self::after) when the core has handled the event.
     pub(super) fn before(&self, event: &Event) -> Option<Tried> {
         let failed = if let Event::FinishEnded { applied: Err(error), .. } = event {
             Some(CommitFailure::Code(Arc::clone(error)))
@@ -58,69 +61,70 @@ impl ParkedLog {
             .then(|| Tried { key: key.clone(), failed })
     }
 
-    /// Says what has changed. `every`: the pause between two tries.
+    /// Logs what has changed. `every`: the pause between two attempts.
     pub(super) fn after(&mut self, tried: Tried, instance: &Instance, every: Duration) {
         let Tried { key, failed } = tried;
+        let _entered = spans::finish(None, &key).entered();
         let is_held = instance.stage_of(&key).is_some();
         let unknown = match failed {
             Some(CommitFailure::Code(error)) => {
-                tracing::debug!(transaction = %key, %error, "an outcome was not applied");
+                tracing::debug!(%error, "an outcome was not applied");
                 self.failed(&key, is_held, error);
                 None
             }
             Some(CommitFailure::Unknown(branch)) => {
-                let is_told = self.tries.get(&key).is_some_and(|tries| tries.is_told);
+                let is_logged = self.tries.get(&key).is_some_and(|tries| tries.is_logged);
                 self.failed(&key, is_held, format!("branch {branch} is unknown").into());
-                Some(branch).filter(|_| !is_told)
+                Some(branch).filter(|_| !is_logged)
             }
             None => None,
         };
         if let Some(branch) = &unknown {
             tracing::error!(
-                transaction = %key, branch,
-                "told to commit a branch that this instance's store has neither prepared nor \
-                 committed, so nothing is committed here: all instances of a service must share \
-                 one store; give this instance the store of the one that made the branch"
+                branch,
+                "a worker commits a branch that this instance's store has neither prepared nor \
+                 committed; nothing is committed here. All instances of a service must share one \
+                 store: give this instance the store of the one that prepared the branch"
             );
         }
         if !is_held {
             if let Some(CommitAttempts { failures, .. }) =
-                self.tries.remove(&key).filter(|tries| tries.is_told)
+                self.tries.remove(&key).filter(|tries| tries.is_logged)
             {
                 tracing::info!(
-                    transaction = %key, failures,
+                    failures,
                     "a parked outcome is applied, by this instance or another"
                 );
             }
             return;
         }
         let Some(tries) = self.tries.get_mut(&key) else { return };
-        if tries.is_told || !instance.is_parked(&key) {
+        if tries.is_logged || !instance.is_parked(&key) {
             return;
         }
-        tries.is_told = true;
+        tries.is_logged = true;
         if unknown.is_none() {
             let error = &tries.error;
             tracing::warn!(
-                transaction = %key, %error,
+                %error,
                 "an outcome is parked: the service's code has failed to apply it, and no worker \
-                 waits for it any more; it is tried every {every:?} until it succeeds, here or at \
-                 another instance; mend what the error says"
+                 waits for it any more. It is tried again every {every:?}, here and at other \
+                 instances, until one succeeds: fix what the error says"
             );
         }
     }
 
-    /// It was tried, and the instance goes on holding it or not.
+    /// Counts a failed attempt. `is_held`: whether the instance still holds the transaction.
     fn failed(&mut self, key: &TransactionKey, is_held: bool, error: Arc<str>) {
         if let Some(tries) = self.tries.get_mut(key) {
             tries.failures = tries.failures.saturating_add(1);
             tries.error = error;
         } else if is_held {
-            self.tries.insert(key.clone(), CommitAttempts { failures: 1, error, is_told: false });
+            self.tries.insert(key.clone(), CommitAttempts { failures: 1, error, is_logged: false });
         }
     }
 
-    /// What is left to whoever comes next.
+    /// Names the parked transactions that a stopping instance leaves to others.
     pub(super) fn left(&self, instance: &Instance) -> Option<String> {
         let mut parked = self.tries.keys().filter(|key| instance.is_parked(key));
         let named: Vec<_> = parked.by_ref().take(NAMED_MAX).map(ToString::to_string).collect();

@@ -1,13 +1,12 @@
-//! A service on RabbitMQ: what drives one instance of it.
+//! Drives one instance of a service on RabbitMQ.
 //!
-//! The loop takes in everything that is ready, lets the core decide, calls the service's code, and
-//! then says all there is to say: under load votes and dones travel together, and an idle instance
-//! does nothing at all.
+//! The loop receives everything that is ready, lets the core handle it, calls the service's code, and
+//! then publishes everything at once: under load, votes and dones travel together, and an idle instance
+//! does nothing.
 //!
-//! **What happens when the connection is lost.** Calls go on, and what is prepared stays prepared;
-//! what was said and not confirmed is forgotten, since whoever waits for it asks again. The core
-//! keeps every slot that is taken, so that what is delivered again after a reconnect doesn't exceed
-//! the cap.
+//! **When the connection is lost**, calls continue, and prepared transactions stay prepared. Unconfirmed
+//! messages are forgotten, since the workers that wait for them ask again. The core keeps every slot in
+//! use, so that redelivered prepares don't exceed the cap.
 
 use std::{collections::VecDeque, pin::Pin, sync::Arc, time::Duration};
 
@@ -16,12 +15,13 @@ use futures_util::{
     future::{BoxFuture, FusedFuture},
 };
 use tokio::time::{Instant, sleep_until};
+use tracing::Instrument as _;
 
 use crate::{
     clock::{Clock, ClockStep, ClockStepDetector},
     error::ErrorChain,
     participant::{
-        AnyParticipant, Calls, Durable, DurableParticipant,
+        Callee, Calls, Durable, DurableParticipant,
         calls::name_of_store,
         error::{OpenError, ServeError},
         health::{Change, Health},
@@ -29,6 +29,7 @@ use crate::{
         parked::ParkedLog,
         session::{DeliveryIds, InstanceSession, InstanceSessionError, declare, open_own},
         settings::ServeSettings,
+        spans,
     },
     protocol::{
         ids::StoreId,
@@ -38,32 +39,42 @@ use crate::{
     transport::amqp::{error::Disposition, supervisor::Supervisor},
 };
 
-/// Serves `participant` until `stop` has come and what is prepared has heard its outcome, or the
-/// time for that is over. A broker that can't be reached is tried again and again.
+/// Serves `participant` until `stop` ends, and then until all prepared transactions have their outcomes
+/// or the time for that is over. It retries for ever to reach the broker.
 ///
 /// # Errors
 ///
-/// From the start, the broker refuses us or what we say, or has other queues than are to be declared;
-/// or other instances have another store.
+/// Before the instance has ever served: the broker refuses it, its queues differ from those to be
+/// declared, or other instances have another store.
 pub async fn serve(
     participant: impl DurableParticipant,
     settings: ServeSettings,
     stop: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
-    let participant: Arc<dyn AnyParticipant> = Arc::new(Durable(participant));
+    let span = spans::serve(&settings.service, &settings.instance);
+    serve_in_span(participant, settings, stop).instrument(span).await
+}
+
+/// Does the same where the caller has entered the span.
+pub(crate) async fn serve_in_span(
+    participant: impl DurableParticipant,
+    settings: ServeSettings,
+    stop: impl Future<Output = ()>,
+) -> Result<(), ServeError> {
+    let participant = Callee { number: 0, service: None, code: Arc::new(Durable(participant)) };
     let _held = settings.readiness.while_held();
     let mut stop = std::pin::pin!(stop.fuse());
     let store = tokio::select! {
         biased;
         () = stop.as_mut() => return Ok(()),
-        id = name_of_store(Arc::clone(&participant), settings.finish_timeout) => id,
+        id = name_of_store(Arc::clone(&participant.code), settings.finish_timeout) => id,
     };
     Server::new(participant, settings, store).run(stop).await
 }
 
 /// One instance, whether connected or not.
 struct Server {
-    participant: Arc<dyn AnyParticipant>,
+    participant: Callee,
     settings: ServeSettings,
     store: Option<StoreId>,
     clock: Clock,
@@ -73,29 +84,25 @@ struct Server {
     calls: Calls,
     outbox: InstanceOutbox,
     delivery_ids: DeliveryIds,
-    /// What the core has yet to be told.
+    /// What the core has yet to handle.
     events: VecDeque<Event>,
     effects: Vec<Effect>,
     parked: ParkedLog,
     health: Health,
-    /// Told to stop: until when outcomes are waited for.
+    /// While stopping: until when to wait for outcomes.
     drains_until: Option<Instant>,
-    /// Whether a broker has ever taken what was said.
+    /// Whether a broker has ever accepted a message.
     was_heard: bool,
 }
 
-/// Why an instance works no more.
+/// Why a session has ended.
 enum InstanceEnd {
     Stopped,
     Lost(Box<InstanceSession>, InstanceSessionError),
 }
 
 impl Server {
-    fn new(
-        participant: Arc<dyn AnyParticipant>,
-        settings: ServeSettings,
-        store: Option<StoreId>,
-    ) -> Self {
+    fn new(participant: Callee, settings: ServeSettings, store: Option<StoreId>) -> Self {
         let clock = Clock::start();
         let core = participant::Settings { store: store.clone(), ..settings.of_core() };
         Self {
@@ -127,7 +134,7 @@ impl Server {
         stop: Pin<&mut (impl FusedFuture<Output = ()> + ?Sized)>,
     ) -> Result<(), ServeError> {
         self.run_until_stopped(stop).await?;
-        self.tell_what_is_left();
+        self.log_what_is_left();
         Ok(())
     }
 
@@ -140,8 +147,7 @@ impl Server {
             let session = self.connect(&mut supervisor, stop.as_mut()).await?;
             let Some(session) = session else { return Ok(()) };
             supervisor.opened();
-            let ServeSettings { service, instance, max_concurrency, .. } = &self.settings;
-            tracing::info!(%service, %instance, max_concurrency, "ready");
+            session.log_ready(self.settings.max_concurrency);
             let ended = self.work(session, stop.as_mut()).await;
             self.settings.readiness.set(false);
             match ended {
@@ -150,9 +156,9 @@ impl Server {
                     self.was_heard |= session.was_heard();
                     let lost = self.unless_final(lost)?;
                     let slots_used = self.instance.slots_used();
-                    tracing::warn!(error = %ErrorChain(&lost), slots_used, "connecting again");
-                    // What it holds goes to whoever serves next. Nobody waits for its goodbye: it may
-                    // be of no use for that either.
+                    tracing::warn!(error = %ErrorChain(&lost), slots_used, "the session is lost; connecting again");
+                    // The broker gives its deliveries to other instances. Closing may take long on a
+                    // broken connection, so nothing waits for it.
                     tokio::spawn(session.close());
                     self.events.push_back(Event::Disconnected);
                     self.settle(None);
@@ -161,7 +167,7 @@ impl Server {
         }
     }
 
-    /// An instance that was never heard, since it may not say anything, will not be heard next time.
+    /// A refusal to publish is final if the broker has never accepted a message of this instance.
     fn unless_final(&self, lost: InstanceSessionError) -> Result<InstanceSessionError, ServeError> {
         if self.was_heard {
             return Ok(lost);
@@ -178,8 +184,8 @@ impl Server {
 
     // ---- Unconnected -------------------------------------------------------------------------
 
-    /// Connects, however long it takes, while the calls go on; `None` if there is nothing left to
-    /// do before that.
+    /// Opens a session, however long it takes, while calls continue. Returns `None` if the instance
+    /// stops, and is done before that.
     async fn connect(
         &mut self,
         supervisor: &mut Supervisor,
@@ -187,7 +193,7 @@ impl Server {
     ) -> Result<Option<InstanceSession>, ServeError> {
         let takes_prepares = self.drains_until.is_none();
         let (settings, store) = (self.settings.clone(), self.store.clone());
-        // Boxed, or the compiler doesn't see that this can be sent between threads.
+        // Boxed, since the compiler can't prove otherwise that the future is `Send`.
         let mut opening: BoxFuture<'_, Result<InstanceSession, OpenError>> = Box::pin(async move {
             if supervisor.has_worked() {
                 tokio::time::sleep(supervisor.pause()).await;
@@ -216,22 +222,26 @@ impl Server {
     ) -> Result<Option<InstanceSession>, ServeError> {
         let service = self.settings.service.clone();
         let mut session = session.map_err(|error| ServeError::of(service, error))?;
-        // It may have been told to stop meanwhile.
+        // A signal to stop may have come meanwhile.
         if self.drains_until.is_some() && session.stop_prepares(self.settings.cap).await.is_err() {
-            tracing::debug!("the connection is lost again");
+            tracing::debug!("the new session is lost already");
         }
         Ok(Some(session))
     }
 
-    /// Whether it was told to stop, and has no more to do or no more time. What is parked may take
-    /// days, and is as safe with whoever comes next.
+    /// Whether the instance is stopping, and has nothing left to do or no time left. It doesn't wait for
+    /// parked outcomes: they may take days, and the next instance continues with them.
     fn is_drained(&self) -> bool {
         let Some(until) = self.drains_until else { return false };
         let awaited = self.instance.slots_used() - self.instance.slots_parked();
         let is_idle = awaited == 0 && self.calls.is_idle();
         if !is_idle && until <= Instant::now() {
             let slots_used = self.instance.slots_used();
-            tracing::warn!(slots_used, "stopping with transactions that have heard no outcome");
+            tracing::warn!(
+                slots_used,
+                "stopping with prepared transactions that have no outcome yet; other instances with \
+                 this store, or the next one, will finish them"
+            );
             return true;
         }
         is_idle
@@ -244,13 +254,12 @@ impl Server {
         self.events.push_back(Event::DrainRequested);
     }
 
-    fn tell_what_is_left(&self) {
+    fn log_what_is_left(&self) {
         if let Some(transactions) = self.parked.left(&self.instance) {
-            let service = &self.settings.service;
             tracing::warn!(
-                %service, transactions,
-                "stopping though the outcomes of some transactions could not be applied: the next \
-                 instance that has this store, or another that runs, goes on with them"
+                transactions,
+                "stopping though the outcomes of some transactions could not be applied; other \
+                 instances with this store, or the next one, continue with them"
             );
         }
     }
@@ -301,7 +310,7 @@ impl Server {
 
     // ---- The core ----------------------------------------------------------------------------
 
-    /// Lets the core handle all that has happened, and says what it has to say.
+    /// Lets the core handle all events, and performs its effects.
     fn settle(&mut self, mut session: Option<&mut InstanceSession>) {
         self.look_at_clock();
         let now = self.clock.now();
@@ -311,7 +320,7 @@ impl Server {
         while let Some(event) = self.events.pop_front() {
             let mut effects = std::mem::take(&mut self.effects);
             if let Some(change) = self.health.see(&event) {
-                self.tell_health(&change);
+                Self::log_health(&change);
             }
             let tried = self.parked.before(&event);
             self.instance.handle(self.clock.now(), event, &mut effects);
@@ -330,32 +339,27 @@ impl Server {
         session.flush();
     }
 
-    fn tell_health(&self, change: &Change) {
-        let ServeSettings { service, instance, .. } = &self.settings;
+    fn log_health(change: &Change) {
         match change {
             Change::Fails(error) => tracing::warn!(
-                %service, %instance, %error,
-                "several prepares in a row failed: not ready until one succeeds"
+                %error,
+                "several prepares in a row failed: not ready until one succeeds; fix what the error says"
             ),
-            Change::Works => tracing::info!(%service, %instance, "prepares succeed again"),
+            Change::Works => tracing::info!("prepares succeed again"),
         }
     }
 
-    /// What is to be done after a while is done after that while, also when the clock is set back.
+    /// Looks for steps of the clock. If it was set back, deadlines are moved with it.
     fn look_at_clock(&mut self) {
-        let ServeSettings { service, instance, .. } = &self.settings;
         match self.steps.check(&self.clock) {
             Some(ClockStep::Back(by)) => {
                 let by_s = by.as_secs_f64();
-                tracing::warn!(%service, %instance, by_s, "the clock was set back");
+                tracing::warn!(by_s, "the clock was set back");
                 self.instance.clock_set_back(by);
             }
             Some(ClockStep::Forward(by)) => {
                 let by_s = by.as_secs_f64();
-                tracing::warn!(
-                    %service, %instance, by_s,
-                    "the clock was set forward, or the machine was suspended"
-                );
+                tracing::warn!(by_s, "the clock was set forward, or the machine was suspended");
             }
             None => {}
         }
@@ -369,13 +373,13 @@ impl Server {
             | Effect::ReadStore(_)
             | Effect::LookUpCommit { .. }
             | Effect::ScanStore => {
-                let ended = self.calls.start(0, &self.participant, effect);
+                let ended = self.calls.start(&self.participant, effect);
                 self.events.extend(ended.map(|ended| ended.event));
             }
             Effect::Vote { to, vote } => self.outbox.vote(to, &vote),
             Effect::Done { done, ack, .. } if done.parked => self.outbox.settle(&done, ack),
             Effect::Done { to, done, ack } => {
-                // The worker that waits for it sends its finish again.
+                // If the done is lost, the worker sends its finish again.
                 self.outbox.done(to, &done);
                 if let (Some(session), Some(delivery)) = (session, ack) {
                     session.ack(delivery);
@@ -390,15 +394,15 @@ impl Server {
         }
     }
 
-    /// When there is something to do though nothing happens.
+    /// When the next deadline is reached.
     fn wake_at(&self, retry: Option<Instant>) -> Option<Instant> {
         let deadline = self.instance.next_deadline().map(|at: Time| self.clock.instant_of(at));
         deadline.into_iter().chain(self.drains_until).chain(retry).min()
     }
 }
 
-/// Opens a session, however often it takes; gives up only at the very start, and only if waiting
-/// doesn't help.
+/// Opens a session, with any number of attempts. It gives up only if this instance has never had one, and
+/// only if retrying doesn't help.
 async fn open(
     settings: &ServeSettings,
     store: Option<&StoreId>,
@@ -415,25 +419,36 @@ async fn open(
             return Err(error);
         }
         let pause = supervisor.pause();
-        let service = &settings.service;
-        if !error.is_not_found() {
-            tracing::warn!(
-                %service, error = %ErrorChain(&error), "not connected; trying again in {pause:.1?}"
-            );
-        } else if supervisor.is_missing_for_good() {
+        let is_for_good = error.missing().is_some() && supervisor.is_missing_for_good();
+        log_retry(&error, is_for_good, pause);
+        tokio::time::sleep(pause).await;
+    }
+}
+
+/// Logs why there is no session. `is_for_good`: what is missing has been so for longer than a broker
+/// takes to start.
+fn log_retry(error: &OpenError, is_for_good: bool, pause: Duration) {
+    let chain = ErrorChain(error);
+    if let Some(missing) = error.missing() {
+        if is_for_good {
             tracing::error!(
-                %service, error = %ErrorChain(&error),
-                "the topology of this service is not there: run `dtc topology apply`; trying again \
-                 in {pause:.1?}"
+                error = %chain,
+                "{missing} does not exist: run `dtc topology apply` for this service, or correct the \
+                 namespace or the virtual host of the URL; trying again in {pause:.1?}"
             );
         } else {
             tracing::warn!(
-                %service, error = %ErrorChain(&error),
-                "something of the topology is not there, as while a broker starts; trying again in \
-                 {pause:.1?}"
+                error = %chain,
+                "{missing} does not exist yet: the broker is starting, or `dtc topology apply` has yet \
+                 to be run for this service; trying again in {pause:.1?}"
             );
         }
-        tokio::time::sleep(pause).await;
+    } else if error.is_connected() {
+        tracing::warn!(
+            error = %chain, "connected, but unable to serve yet; trying again in {pause:.1?}"
+        );
+    } else {
+        tracing::warn!(error = %chain, "not connected; trying again in {pause:.1?}");
     }
 }
 

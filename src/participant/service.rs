@@ -1,4 +1,4 @@
-//! A service made of closures.
+//! A service of the embedded coordinator, made of closures or of a participant.
 
 use std::{
     collections::BTreeMap,
@@ -11,6 +11,7 @@ use std::{
 use futures_util::future::BoxFuture;
 use serde_json::Value;
 use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard};
+use tracing::Span;
 
 use crate::{
     participant::{
@@ -24,8 +25,8 @@ type PrepareFn =
     Arc<dyn Fn(Prepare) -> BoxFuture<'static, Result<Verdict, BoxError>> + Send + Sync>;
 type FinishFn = Arc<dyn Fn(Finish) -> BoxFuture<'static, Result<(), BoxError>> + Send + Sync>;
 
-/// A named service: what it does, how many transactions it works on at once, and how long one may
-/// wait for a slot.
+/// A service of the embedded coordinator: its name, its code, how many transactions it works on at once,
+/// and how long a prepare may wait for a slot.
 ///
 /// ```
 /// # use dtc::Service;
@@ -35,13 +36,15 @@ type FinishFn = Arc<dyn Fn(Finish) -> BoxFuture<'static, Result<(), BoxError>> +
 ///     .abort(|id| Ok(()));
 /// ```
 ///
-/// Closures that block belong into [`prepare`](Service::prepare), [`commit`](Service::commit) and
-/// [`abort`](Service::abort): they run on threads of their own. A blocking closure can't be
-/// stopped: one that takes longer than allowed counts as failed, and keeps its slot until it
-/// returns. Asynchronous ones belong into [`prepare_async`](Service::prepare_async) and its
-/// siblings: they are dropped when their time is over, and must not block.
+/// Give closures that block to [`prepare`](Service::prepare), [`commit`](Service::commit) and
+/// [`abort`](Service::abort): they run on separate threads. A blocking closure can't be stopped: if it
+/// exceeds its time limit, the call has failed, but the slot stays in use until the closure returns. Give
+/// asynchronous closures to [`prepare_async`](Service::prepare_async), `commit_async` and `abort_async`:
+/// they must not block, and are dropped at their time limit.
 ///
-/// What isn't given succeeds.
+/// A function that isn't set succeeds.
+///
+/// Logs that the code writes through `tracing` are in a span with the fields `service` and `transaction`.
 #[derive(Clone)]
 pub struct Service {
     pub(crate) name: String,
@@ -50,7 +53,7 @@ pub struct Service {
     pub(crate) code: Code,
 }
 
-/// Who does a service's work.
+/// The code of a service.
 #[derive(Clone)]
 pub(crate) enum Code {
     Closures(Closures),
@@ -66,8 +69,8 @@ pub(crate) struct Closures {
 }
 
 impl Service {
-    /// A service called `name` (`[A-Za-z0-9_-]{1,64}`) that works on `max_concurrency` transactions
-    /// at once (at least 1). Whether both are as they should be is checked when it is used.
+    /// A service named `name` (`[A-Za-z0-9_-]{1,64}`) that works on `max_concurrency` transactions at
+    /// once (at least 1). Both are checked when the service is used.
     pub fn new(name: impl Into<String>, max_concurrency: u32) -> Self {
         let done = |_| Box::pin(std::future::ready(Ok(()))) as BoxFuture<'static, _>;
         let code = Code::Closures(Closures {
@@ -79,11 +82,11 @@ impl Service {
         Self { name: name.into(), max_concurrency, max_wait: Self::MAX_WAIT, code }
     }
 
-    /// How long a prepare waits for a slot unless told otherwise.
+    /// The default of [`max_wait`](Self::max_wait): 1 s.
     pub const MAX_WAIT: Duration = message::MAX_WAIT;
 
-    /// A service whose code is a [`Participant`]. What it holds is not asked for: one that has a
-    /// store is to be given to [`from_durable`](Self::from_durable).
+    /// A service whose code is a [`Participant`]. If it also has a store, use
+    /// [`from_durable`](Self::from_durable).
     pub fn from_participant(
         name: impl Into<String>,
         max_concurrency: u32,
@@ -93,7 +96,7 @@ impl Service {
     }
 
     /// A service whose code is a [`DurableParticipant`]: after a restart with the same
-    /// [journal](crate::Embedded::journal) it is asked what it holds in doubt.
+    /// [journal](crate::Embedded::journal), the coordinator asks it what it holds in doubt.
     pub fn from_durable(
         name: impl Into<String>,
         max_concurrency: u32,
@@ -107,16 +110,16 @@ impl Service {
         Self { name, max_concurrency, max_wait: Self::MAX_WAIT, code }
     }
 
-    /// How long a prepare may wait for a slot, by default 1 s. Zero: it is refused at once when no
-    /// slot is free.
+    /// Sets how long a prepare may wait for a slot. Zero: it is refused at once if no slot is free.
+    /// Default: 1 s.
     #[must_use]
     pub fn max_wait(mut self, max_wait: Duration) -> Self {
         self.max_wait = max_wait;
         self
     }
 
-    /// The prepare: given the transaction's id and data, `Ok(true)` if it is ready to commit,
-    /// `Ok(false)` if it refuses. It may block.
+    /// Sets the prepare. It is given the transaction's id and data, and returns `Ok(true)` if it has
+    /// prepared, `Ok(false)` if it refuses. It may block.
     #[must_use]
     pub fn prepare<F>(self, prepare: F) -> Self
     where
@@ -136,7 +139,7 @@ impl Service {
         })
     }
 
-    /// The commit: given the transaction's id. It may block. Called again if it fails.
+    /// Sets the commit. It is given the transaction's id, and is called again if it fails. It may block.
     #[must_use]
     pub fn commit<F>(self, commit: F) -> Self
     where
@@ -145,8 +148,8 @@ impl Service {
         self.closures(|closures| closures.commit = closures.threads.finish(commit))
     }
 
-    /// The abort: given the transaction's id. It may block. Called after a prepare that succeeded
-    /// or failed, not after one that refused.
+    /// Sets the abort. It is given the transaction's id. It is called after a prepare that succeeded or
+    /// failed, not after one that refused. It may block.
     #[must_use]
     pub fn abort<F>(self, abort: F) -> Self
     where
@@ -155,7 +158,7 @@ impl Service {
         self.closures(|closures| closures.abort = closures.threads.finish(abort))
     }
 
-    /// Like [`Service::prepare`], for what does not block.
+    /// Like [`Service::prepare`], for a closure that does not block.
     #[must_use]
     pub fn prepare_async<F, Fut>(self, prepare: F) -> Self
     where
@@ -174,7 +177,7 @@ impl Service {
         })
     }
 
-    /// Like [`Service::commit`], for what does not block.
+    /// Like [`Service::commit`], for a closure that does not block.
     #[must_use]
     pub fn commit_async<F, Fut>(self, commit: F) -> Self
     where
@@ -186,7 +189,7 @@ impl Service {
         })
     }
 
-    /// Like [`Service::abort`], for what does not block.
+    /// Like [`Service::abort`], for a closure that does not block.
     #[must_use]
     pub fn abort_async<F, Fut>(self, abort: F) -> Self
     where
@@ -198,7 +201,7 @@ impl Service {
         })
     }
 
-    /// Changes the closures; what is a [`Participant`] stays as it is.
+    /// Changes the closures; has no effect on a [`Participant`].
     fn closures(mut self, change: impl FnOnce(&mut Closures)) -> Self {
         if let Code::Closures(closures) = &mut self.code {
             change(closures);
@@ -242,8 +245,8 @@ impl Participant for Closures {
     }
 }
 
-/// Runs what blocks on threads of its own, for one transaction one at a time: a closure that has
-/// outlived its time still runs, and whoever comes next for that transaction waits for it.
+/// Runs blocking closures on separate threads, at most one at a time for each transaction: a closure that
+/// has exceeded its time limit still runs, and the next one for its transaction waits for it.
 #[derive(Clone, Default)]
 struct Threads {
     running: Arc<Mutex<BTreeMap<String, Arc<AsyncMutex<()>>>>>,
@@ -275,9 +278,10 @@ impl Threads {
         };
         let turn = turn.lock_owned().await;
         let guard = Turn { threads: self.clone(), id: id.to_owned(), turn: Some(turn) };
+        let span = Span::current();
         let ended = tokio::task::spawn_blocking(move || {
             let _guard = guard;
-            call()
+            span.in_scope(call)
         });
         match ended.await {
             Ok(ended) => ended,
@@ -300,7 +304,7 @@ impl Drop for Turn {
     fn drop(&mut self) {
         self.turn = None;
         let mut running = self.threads.running.lock().unwrap_or_else(PoisonError::into_inner);
-        // One reference is the map's; any other is somebody's who waits for their turn.
+        // One reference is the map's; any other belongs to a closure that waits.
         if running.get(&self.id).is_some_and(|turn| Arc::strong_count(turn) == 1) {
             running.remove(&self.id);
         }

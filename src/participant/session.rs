@@ -1,7 +1,7 @@
-//! What an instance has while it is connected: its queues, and who waits for what.
+//! One session of an instance: its queues while it is connected, and its unacknowledged deliveries.
 //!
-//! **Invariant:** a delivery is acknowledged only on the channel that it came by. Its number means
-//! nothing to the next session.
+//! **Invariant:** a delivery is acknowledged only on the channel that it came by. Its tag is
+//! meaningless in the next session.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -19,6 +19,7 @@ use tokio::{
     runtime::Handle,
     time::{Instant, timeout_at},
 };
+use tracing::{Instrument as _, Span};
 
 use crate::{
     clock::Clock,
@@ -36,8 +37,8 @@ use crate::{
     },
     transport::amqp::{
         agreed_value::{AgreedValue, AgreedValueError},
-        bounded::AskError,
-        connection::BrokerConnection,
+        bounded::{ANSWER_MAX, AskError, answer},
+        connection::{BrokerConnection, QueueCounts, counts},
         connection_pair::{ConnectionEvent, ConnectionMonitor, ConnectionPair},
         consumer::{ConsumerError, ConsumerMode, QueueConsumer},
         error::{is_not_found, is_out_of_reach, is_refusal},
@@ -53,38 +54,44 @@ use crate::{
     },
 };
 
-/// How many messages of an instance's own queue are on their way to it at a time.
+/// The prefetch of an instance's own queue.
 const OWN_PREFETCH: u16 = 1024;
-/// How many messages of the service's durable queue one instance has in hand: a commit that fails
-/// for good keeps its place there.
+/// The prefetch of the service's durable queue: a commit that keeps failing stays unacknowledged.
 const SHARED_PREFETCH: u16 = 256;
-/// How many messages may be on their way to the broker, as far as they are counted, before no more
-/// are taken from it.
+/// With so many unconfirmed messages, the session receives no more.
 const OUTSTANDING_MAX: usize = 4096;
-/// The pause before a queue that can't be reached is tried again.
+/// The pause before the next attempt to consume a queue that can't be reached.
 const OPEN_AGAIN_AFTER: Duration = Duration::from_secs(2);
-/// How many inputs are taken between two flushes.
+/// How many inputs to handle between two flushes.
 const BATCH_MAX: usize = 1024;
 
-/// The instance's part in an agreement: what counts is that it is there.
+/// The instance's part in the agreement on the store, which holds as long as this exists.
 type Kept = Option<Box<dyn Send + Sync>>;
 
-/// What a session is made of.
+/// The parts of an open session.
 struct SessionParts {
     agreed: Kept,
     publishers: Publishers,
     shared: QueueConsumer,
-    prepares: Option<QueueConsumer>,
+    prepares: Option<OpenedPrepares>,
 }
 
-/// What an instance publishes on.
+/// The consumer of a service's prepares.
+struct OpenedPrepares {
+    inbox: QueueConsumer,
+    /// Whether another instance was given the prepares when this one began to consume.
+    stands_by: bool,
+}
+
+/// The publishers of a session.
 #[derive(Debug)]
 struct Publishers {
-    /// For what must arrive.
+    /// For messages that must arrive.
     reliable: ReliablePublisher<ConfirmAction>,
-    /// For what may be lost, since whoever waits for it asks again: nobody waits for its confirm.
+    /// For messages that may be lost, since the workers that wait for them ask again. They are not
+    /// confirmed.
     passing: Publisher<()>,
-    /// Whether the broker is known to take what is said. Until then everything is confirmed.
+    /// Whether the broker has accepted a message. Until then, all messages are confirmed.
     are_tried: bool,
 }
 
@@ -92,7 +99,7 @@ impl Publishers {
     async fn open(publishing: &Arc<BrokerConnection>, names: &Names) -> Result<Self, AskError> {
         let votes = format!("votes and dones to `{}`", names.replies());
         Ok(Self {
-            reliable: ReliablePublisher::open(publishing, "what must not be lost").await?,
+            reliable: ReliablePublisher::open(publishing, "messages that must not be lost").await?,
             passing: Publisher::unconfirmed(publishing, votes).await?,
             are_tried: false,
         })
@@ -102,7 +109,7 @@ impl Publishers {
         self.reliable.is_open() && self.passing.is_open()
     }
 
-    /// What may be lost. The first of it has to show that it is not refused.
+    /// Publishes a message that may be lost. The first one is confirmed, to detect a refusal.
     fn pass(&mut self, message: OutgoingMessage) {
         match self.are_tried {
             true => self.passing.publish(message, ()),
@@ -110,18 +117,18 @@ impl Publishers {
         }
     }
 
-    /// How many messages are on their way.
+    /// How many messages are not confirmed or not written yet.
     fn outstanding(&self) -> usize {
         self.reliable.outstanding() + self.passing.outstanding()
     }
 
-    /// Waits until nothing is on its way.
+    /// Waits until no message is outstanding.
     async fn finish(&mut self) {
         self.reliable.finish().await;
         self.passing.finish().await;
     }
 
-    /// What follows from the next message that is safe.
+    /// What to do after the next message that the broker has confirmed.
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<ConfirmAction, PublisherError>> {
         if let Poll::Ready(safe) = self.reliable.poll_next(cx) {
             self.are_tried |= safe.is_ok();
@@ -130,63 +137,65 @@ impl Publishers {
         while let Poll::Ready(written) = self.passing.poll_next(cx) {
             let ((), published) = written?;
             if !matches!(published, PublishOutcome::Confirmed) {
-                tracing::debug!("a message was not written; it will be asked for");
+                tracing::debug!("a message was not written; its worker will ask for it");
             }
         }
         Poll::Pending
     }
 }
 
-/// One link's worth of service.
+/// The work of an instance over one link.
 pub(super) struct InstanceSession {
-    /// As long as it is there, nobody begins to serve with another store.
+    /// As long as this exists, no instance begins to serve with another store.
     _agreed: Kept,
     link: ConnectionPair,
     watch: ConnectionMonitor,
     publishers: Publishers,
-    /// `None`: it was opened to hear the rest, or their queue can't be reached.
+    /// `None`: the session was opened for outcomes only, or the queue can't be reached.
     prepares: Option<QueueConsumer>,
-    /// Opens them, where their queue could not be reached.
-    opening_prepares: Option<BoxFuture<'static, Result<QueueConsumer, AskError>>>,
+    /// Opens the queue of prepares, if it could not be reached.
+    opening_prepares: Option<BoxFuture<'static, Result<OpenedPrepares, AskError>>>,
+    /// Whether another instance receives the prepares, as far as is known.
+    stands_by: bool,
     prepare_queue: PrepareQueue,
-    /// Whether prepares are looked at.
+    /// Whether prepares are handled.
     takes_prepares: bool,
     own: ExclusiveQueue,
     shared: QueueConsumer,
     names: Names,
-    /// Where the deliveries came from that the core has not yet acknowledged.
+    /// The messages of the deliveries that the core has not yet acknowledged.
     origins: BTreeMap<Delivery, Origin>,
-    /// How many items of a message are not dealt with yet, where that is more than one.
-    undone: BTreeMap<Origin, usize>,
+    /// For messages with several unfinished items: how many there are.
+    unfinished: BTreeMap<Origin, usize>,
 }
 
-/// A message, by the tag it has on the channel of its queue.
+/// A message, identified by its queue and its delivery tag.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Origin {
     source: SourceQueue,
     tag: u64,
 }
 
-/// What follows when a message is with the broker.
+/// What to do when the broker has confirmed a message.
 #[derive(Debug)]
 enum ConfirmAction {
-    /// Nothing: if it doesn't arrive, whoever waits for it asks again.
+    /// Nothing.
     Nothing,
-    /// These may be acknowledged.
+    /// Acknowledge these.
     Ack(Vec<Delivery>),
-    /// This one is among the rejected.
+    /// Acknowledge this one, which was rejected.
     Rejected(Origin),
 }
 
-/// Something that has happened.
+/// An input of the session.
 #[expect(clippy::large_enum_variant, reason = "each is handled at once, and never stored")]
 enum InstanceInput {
     Message(SourceQueue, Message),
-    Safe(ConfirmAction),
+    Confirmed(ConfirmAction),
     Link(ConnectionEvent),
 }
 
-/// The session is over: everything will be delivered again, to whomever.
+/// The session is over: the broker delivers everything unacknowledged again, to any instance.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum InstanceSessionError {
     #[error("a connection is lost")]
@@ -208,7 +217,7 @@ pub(super) enum InstanceSessionError {
 }
 
 impl InstanceSessionError {
-    /// What the broker says against what was published, if that is why.
+    /// The broker's refusal of a message, if that has ended the session.
     pub(super) fn refusal(self) -> Result<lapin::Error, Self> {
         let refusal = match &self {
             Self::Publishing(lost) => lost.broker(),
@@ -223,9 +232,8 @@ impl InstanceSessionError {
 }
 
 impl InstanceSession {
-    /// Takes its place on `link`, where the instance's own queue is open: it hears of outcomes before
-    /// it takes what they will be about. `store`: what its store is called, and whether it has served
-    /// before.
+    /// Opens a session on `link`, on which the instance's own queue is open: outcomes must arrive before
+    /// prepares do. `store`: the id of the store, and whether the instance has served before.
     pub(super) async fn open(
         link: ConnectionPair,
         own: ExclusiveQueue,
@@ -244,17 +252,18 @@ impl InstanceSession {
                 publishers,
                 opening_prepares: (takes_prepares && prepares.is_none())
                     .then(|| prepare_queue.open_later()),
-                prepares,
+                stands_by: prepares.as_ref().is_some_and(|prepares| prepares.stands_by),
+                prepares: prepares.map(|prepares| prepares.inbox),
                 prepare_queue,
                 takes_prepares,
                 own,
                 shared,
                 names: settings.names.clone(),
                 origins: BTreeMap::new(),
-                undone: BTreeMap::new(),
+                unfinished: BTreeMap::new(),
             }),
             Err(error) => {
-                // Nobody waits for its goodbye: it may be of no use for that either.
+                // Closing may take long on a broken connection.
                 tokio::spawn(link.close());
                 Err(error)
             }
@@ -287,12 +296,12 @@ impl InstanceSession {
         };
         let prepares = match prepare_queue.open().await {
             Ok(prepares) => Some(prepares),
-            // What was prepared must hear its outcome all the same.
+            // The outcomes of prepared transactions must arrive nevertheless.
             Err(error) if is_unavailable(&error) || (has_served && is_missing(&error)) => {
                 tracing::warn!(
                     queue = %prepare_queue.name, %error,
-                    "the prepare queue can't be consumed: this instance applies outcomes only, and \
-                     tries again"
+                    "the prepare queue can't be consumed; until it can, this instance only applies \
+                     outcomes; trying again"
                 );
                 None
             }
@@ -306,15 +315,32 @@ impl InstanceSession {
         !self.watch.is_blocked() && (self.prepares.is_some() || !self.takes_prepares)
     }
 
-    /// Whether as much is on its way to the broker as may be.
+    /// Logs what the instance does from now on.
+    pub(super) fn log_ready(&self, max_concurrency: u32) {
+        if !self.takes_prepares {
+            tracing::info!("connected again, to receive the outcomes of what is prepared");
+        } else if self.prepares.is_none() {
+            // Why not was logged, and that it is ready will be.
+        } else if self.stands_by {
+            tracing::info!(
+                max_concurrency,
+                "ready, and standing by: another instance takes the prepares of this service, and \
+                 this one takes over when that one ends"
+            );
+        } else {
+            tracing::info!(max_concurrency, "ready");
+        }
+    }
+
+    /// Whether more messages may be published.
     fn has_room(&self) -> bool {
         self.publishers.outstanding() < OUTSTANDING_MAX
     }
 
-    // ---- What comes in -----------------------------------------------------------------------
+    // ---- Receiving ---------------------------------------------------------------------------
 
-    /// Waits for something to happen, and takes in all that is there, up to a bound. What it says is
-    /// added to `events`.
+    /// Waits for an input, and handles all that are ready, up to a bound. Their events are added to
+    /// `events`.
     ///
     /// # Errors
     ///
@@ -343,7 +369,7 @@ impl InstanceSession {
         }
         if let Poll::Ready(safe) = self.publishers.poll_next(cx) {
             return Poll::Ready(
-                safe.map(InstanceInput::Safe).map_err(InstanceSessionError::Publishing),
+                safe.map(InstanceInput::Confirmed).map_err(InstanceSessionError::Publishing),
             );
         }
         if !self.has_room() {
@@ -355,7 +381,7 @@ impl InstanceSession {
                 SourceQueue::Own => self.own.poll_next(cx),
                 SourceQueue::Shared => self.shared.poll_next(cx),
                 SourceQueue::Prepares => match self.prepares.as_mut() {
-                    // No vote could be sent while the broker takes nothing.
+                    // While the broker takes no messages, no vote could be sent.
                     Some(prepares) if self.takes_prepares && !self.watch.is_blocked() => {
                         prepares.poll_next(cx)
                     }
@@ -363,6 +389,9 @@ impl InstanceSession {
                 },
             };
             if let Poll::Ready(message) = message {
+                if source == SourceQueue::Prepares && std::mem::take(&mut self.stands_by) {
+                    tracing::info!("this instance has taken over: it receives the prepares now");
+                }
                 let message = message.map_err(InstanceSessionError::Consuming);
                 return Poll::Ready(message.map(|message| InstanceInput::Message(source, message)));
             }
@@ -370,15 +399,15 @@ impl InstanceSession {
         Poll::Pending
     }
 
-    /// Takes prepares as soon as their queue can be reached.
+    /// Consumes prepares as soon as their queue can be reached.
     fn poll_opening(&mut self, cx: &mut Context<'_>) {
         while let Some(opening) = &mut self.opening_prepares {
             let Poll::Ready(opened) = opening.poll_unpin(cx) else { return };
             self.opening_prepares = match opened {
-                Ok(prepares) => {
+                Ok(OpenedPrepares { inbox, stands_by }) => {
                     let queue = &self.prepare_queue.name;
-                    tracing::info!(%queue, "the prepare queue is consumed again");
-                    self.prepares = Some(prepares);
+                    tracing::info!(%queue, "the prepare queue is consumed: ready");
+                    (self.prepares, self.stands_by) = (Some(inbox), stands_by);
                     None
                 }
                 Err(error) => {
@@ -402,11 +431,11 @@ impl InstanceSession {
             InstanceInput::Message(source, message) => {
                 self.received(source, &message, delivery_ids, events)
             }
-            InstanceInput::Safe(ConfirmAction::Nothing) => {}
-            InstanceInput::Safe(ConfirmAction::Ack(owed)) => {
+            InstanceInput::Confirmed(ConfirmAction::Nothing) => {}
+            InstanceInput::Confirmed(ConfirmAction::Ack(owed)) => {
                 owed.into_iter().for_each(|delivery| self.ack(delivery));
             }
-            InstanceInput::Safe(ConfirmAction::Rejected(origin)) => self.dealt_with(origin),
+            InstanceInput::Confirmed(ConfirmAction::Rejected(origin)) => self.item_done(origin),
             InstanceInput::Link(change) => self.link_changed(change)?,
         }
         Ok(())
@@ -424,7 +453,7 @@ impl InstanceSession {
         }
     }
 
-    /// Takes in a message; what it says is added to `events`.
+    /// Handles a message; its events are added to `events`.
     fn received(
         &mut self,
         source: SourceQueue,
@@ -434,29 +463,29 @@ impl InstanceSession {
     ) {
         let origin = Origin { source, tag: message.delivery_tag };
         let content = read(source, message);
-        let mut undone = 0_usize;
-        for told in content.items {
-            let delivery = told.is_held(source).then(|| delivery_ids.next());
+        let mut unfinished = 0_usize;
+        for item in content.items {
+            let delivery = item.is_held(source).then(|| delivery_ids.next());
             if let Some(delivery) = delivery {
-                undone += 1;
+                unfinished += 1;
                 self.origins.insert(delivery, origin);
             }
-            events.extend(Inbound::into_event(told, delivery));
+            events.extend(Inbound::into_event(item, delivery));
         }
         if let Some(reason) = content.bad {
-            undone += 1;
+            unfinished += 1;
             self.reject(origin, message, &reason);
         }
-        match undone {
+        match unfinished {
             0 => self.acknowledge(origin),
             1 => {}
             more => {
-                self.undone.insert(origin, more);
+                self.unfinished.insert(origin, more);
             }
         }
     }
 
-    /// Puts a message among the rejected ones; it is acknowledged when it is safe there.
+    /// Publishes a message to the rejected ones, and acknowledges it when the broker has confirmed that.
     fn reject(&mut self, origin: Origin, message: &Message, reason: &str) {
         let queue = match origin.source {
             SourceQueue::Own => Some(self.own.name()),
@@ -469,9 +498,9 @@ impl InstanceSession {
         self.publishers.reliable.publish(outgoing, ConfirmAction::Rejected(origin));
     }
 
-    // ---- What goes out -----------------------------------------------------------------------
+    // ---- Publishing --------------------------------------------------------------------------
 
-    /// Publishes, and acknowledges later what is owed to it.
+    /// Publishes a message, and later acknowledges what is owed to it.
     pub(super) fn publish(&mut self, outbound: OutboundMessage) {
         let OutboundMessage { message, owed, must_arrive } = outbound;
         if must_arrive {
@@ -481,13 +510,13 @@ impl InstanceSession {
         }
     }
 
-    /// When there is something to be published again.
+    /// When to publish a message again.
     pub(super) fn wake_at(&self) -> Option<Instant> {
         self.publishers.reliable.wake_at()
     }
 
-    /// Publishes again what the broker did not take, if it is time, and tells it of all that was
-    /// acknowledged.
+    /// Publishes messages again that the broker did not take, if it is time, and sends all
+    /// acknowledgements.
     pub(super) fn flush(&mut self) {
         self.publishers.reliable.flush(Instant::now());
         self.own.flush();
@@ -497,29 +526,30 @@ impl InstanceSession {
         }
     }
 
-    /// Whether nothing is on its way that must arrive.
+    /// Whether all messages that must arrive are confirmed.
     pub(super) fn is_quiet(&self) -> bool {
         self.publishers.reliable.is_idle()
     }
 
-    /// Whether the broker has taken anything of what was said.
+    /// Whether the broker has accepted a message.
     pub(super) fn was_heard(&self) -> bool {
         self.publishers.are_tried
     }
 
-    /// The core is done with a delivery. One from an earlier session will come again.
+    /// Acknowledges a delivery, with which the core is done. One of an earlier session is delivered
+    /// again.
     pub(super) fn ack(&mut self, delivery: Delivery) {
         if let Some(origin) = self.origins.remove(&delivery) {
-            self.dealt_with(origin);
+            self.item_done(origin);
         }
     }
 
-    /// One item of a message is dealt with; the last one settles the message.
-    fn dealt_with(&mut self, origin: Origin) {
-        match self.undone.get_mut(&origin) {
-            Some(undone) if *undone > 1 => *undone -= 1,
+    /// Notes that one item of a message is done; the last one acknowledges the message.
+    fn item_done(&mut self, origin: Origin) {
+        match self.unfinished.get_mut(&origin) {
+            Some(unfinished) if *unfinished > 1 => *unfinished -= 1,
             Some(_) | None => {
-                self.undone.remove(&origin);
+                self.unfinished.remove(&origin);
                 self.acknowledge(origin);
             }
         }
@@ -539,9 +569,9 @@ impl InstanceSession {
 
     // ---- The end -----------------------------------------------------------------------------
 
-    /// Takes no more prepares. Those that were delivered and not looked at go to other instances:
-    /// at once, unless all share one cap. Then whoever works next would exceed it as long as
-    /// anything is held here, and they go when this session ends.
+    /// Takes no more prepares. Those that were delivered and not handled go to other instances at once.
+    /// But if all instances share one cap, they go when this session ends: until then, the next
+    /// instance would exceed the cap.
     pub(super) async fn stop_prepares(&mut self, cap: Cap) -> Result<(), InstanceSessionError> {
         (self.takes_prepares, self.opening_prepares) = (false, None);
         let Some(prepares) = self.prepares.as_mut().filter(|_| cap == Cap::Instance) else {
@@ -558,20 +588,20 @@ impl InstanceSession {
         Ok(())
     }
 
-    /// Waits until all that was said is with the broker, but no longer than `until`; and then gives
-    /// everything back.
+    /// Waits until the broker has confirmed all messages, but no longer than `until`; then closes the
+    /// session.
     pub(super) async fn finish(mut self, until: Instant) {
         let _ = timeout_at(until, self.publishers.finish()).await;
         self.close().await;
     }
 
-    /// Gives everything back.
+    /// Closes the session: the broker delivers everything unacknowledged again.
     pub(super) async fn close(self) {
         self.link.close().await;
     }
 }
 
-/// The queue of a service's prepares, and how it is consumed.
+/// The queue of a service's prepares, and how to consume it.
 struct PrepareQueue {
     consuming: Arc<BrokerConnection>,
     name: ShortString,
@@ -592,13 +622,23 @@ impl PrepareQueue {
         }
     }
 
-    async fn open(&self) -> Result<QueueConsumer, AskError> {
+    async fn open(&self) -> Result<OpenedPrepares, AskError> {
+        let stands_by = self.turn == ConsumerMode::SingleActive && self.has_consumer().await;
         let opening =
             QueueConsumer::open_durable(&self.consuming, self.name.clone(), self.prefetch);
-        Ok(opening.await?.with_liveness_probe(&self.consuming, self.turn))
+        let inbox = opening.await?.with_liveness_probe(&self.consuming, self.turn);
+        Ok(OpenedPrepares { inbox, stands_by })
     }
 
-    fn open_later(&self) -> BoxFuture<'static, Result<QueueConsumer, AskError>> {
+    /// Whether another instance consumes the queue. The broker doesn't say which of the consumers is
+    /// the active one, but it is the first; of two that begin at the same moment, neither may see
+    /// the other.
+    async fn has_consumer(&self) -> bool {
+        let counted = answer(ANSWER_MAX, counts(&self.consuming, self.name.clone())).await;
+        matches!(counted, Ok(Some(QueueCounts { consumers: 1.., .. })))
+    }
+
+    fn open_later(&self) -> BoxFuture<'static, Result<OpenedPrepares, AskError>> {
         let Self { consuming, name, prefetch, turn } = self;
         let again = Self {
             consuming: Arc::clone(consuming),
@@ -614,17 +654,17 @@ impl PrepareQueue {
     }
 }
 
-/// Whether a queue is there, as far as is known, and can't be consumed for now.
+/// Whether a queue exists, as far as is known, but can't be consumed for now.
 fn is_unavailable(error: &AskError) -> bool {
     error.is_silent() || error.broker().is_some_and(is_out_of_reach)
 }
 
-/// Whether the broker says that there is no such queue.
+/// Whether the broker reports that the queue doesn't exist.
 fn is_missing(error: &AskError) -> bool {
     error.broker().is_some_and(is_not_found)
 }
 
-/// Declares what the service needs to be reached and to answer.
+/// Declares the queues and exchanges that the service uses.
 pub(super) async fn declare(settings: &ServeSettings, max_wait: Duration) -> Result<(), OpenError> {
     let ServeSettings { broker, names, service, cap, .. } = settings.clone();
     let service = ServiceTopology { name: service, max_wait, cap };
@@ -634,13 +674,15 @@ pub(super) async fn declare(settings: &ServeSettings, max_wait: Duration) -> Res
             ..topology::Settings::default()
         },
         now: Clock::start().now(),
-        // That of the journal, which is none of a service's business.
+        // Only the journal needs it, which is not declared here.
         clock_margin: Duration::ZERO,
     };
-    let runtime = Handle::current();
-    // On a thread of its own, since what compares can't be sent between threads.
+    let (runtime, span) = (Handle::current(), Span::current());
+    // On another thread, since this future is not `Send`.
     let applied = tokio::task::spawn_blocking(move || {
-        let applied = runtime.block_on(apply_services(&broker, &names, &[service], &options));
+        let services = [service];
+        let applying = apply_services(&broker, &names, &services, &options);
+        let applied = runtime.block_on(applying.instrument(span));
         applied.map_err(Box::new)
     });
     let Ok(applied) = applied.await else { return Ok(()) };
@@ -650,26 +692,34 @@ pub(super) async fn declare(settings: &ServeSettings, max_wait: Duration) -> Res
     Ok(())
 }
 
-/// Makes sure that whoever serves beside us has the same store. Where the broker can't tell, it serves
-/// all the same: what is told to commit what its store doesn't know says so. Who has served before
-/// doesn't wait for it, and is not kept out by whoever has begun meanwhile.
+/// Agrees with the other instances on the store that all of them have. An instance whose store has no
+/// id takes part only if it must be the only one.
+///
+/// If the broker can't tell, the instance serves: one that has another store logs an error when it is
+/// to commit a branch that its store doesn't know. An instance that has served before doesn't wait
+/// for the agreement, and serves even if others have begun with another store meanwhile.
 async fn agree_on_store(
     link: &ConnectionPair,
     settings: &ServeSettings,
     store: Option<&StoreId>,
     has_served: bool,
 ) -> Result<Kept, OpenError> {
-    let Some(store) = store.cloned() else { return Ok(None) };
-    let (service, queue) = (settings.service.clone(), settings.names.store_of(&settings.service));
-    let (connection, own) = (Arc::clone(&link.consuming), store.to_string());
+    let own = match store {
+        Some(store) => store.to_string(),
+        // No store id contains a colon.
+        None if settings.only_instance => format!("in-memory:{}", settings.instance),
+        None => return Ok(None),
+    };
+    let queue = settings.names.store_of(&settings.service);
+    let (connection, word) = (Arc::clone(&link.consuming), own.clone());
     let agreeing = async move {
-        match AgreedValue::on(&connection, &queue, store.as_str()).await {
+        match AgreedValue::on(&connection, &queue, &word).await {
             Ok(agreed) => Ok(Some(agreed)),
             Err(AgreedValueError::Differs { other, .. }) => Err(other),
             Err(error @ AgreedValueError::Unknown { .. }) => {
                 tracing::warn!(
-                    %service, error = %ErrorChain(&error),
-                    "serving without knowing whether all instances of this service have one store"
+                    error = %ErrorChain(&error),
+                    "serving without knowing whether all instances of this service share one store"
                 );
                 Ok(None)
             }
@@ -679,21 +729,22 @@ async fn agree_on_store(
         let agreed = agreeing.await.map_err(|other| OpenError::OtherStore { own, other })?;
         return Ok(agreed.map(|agreed| Box::new(agreed) as _));
     }
-    let service = settings.service.clone();
-    Ok(Some(Box::new(tokio::spawn(async move {
+    let agreeing = async move {
         agreeing.await.unwrap_or_else(|other| {
             tracing::error!(
-                %service, store = own, other_store = other,
+                store = own,
+                other_store = other,
                 "other instances of this service have begun to serve with another store while this \
-                 one was not connected: all of them must share one; stop those with the wrong one"
+                 one was not connected; all of them must share one: stop those with the wrong one"
             );
             None
         })
-    }))))
+    };
+    Ok(Some(Box::new(tokio::spawn(agreeing.in_current_span()))))
 }
 
-/// The instance's own queue: opened before anything else, it shows that the node is of use. What it
-/// gets through shows that the link is alive.
+/// Opens the instance's own queue. It is the first thing that is opened, and shows that the node works;
+/// later, the probes through it show that the link is alive.
 pub(super) async fn open_own(
     link: &ConnectionPair,
     settings: &ServeSettings,
@@ -715,7 +766,7 @@ pub(super) async fn open_own(
     own.with_link_probe(&link.publishing, || true).await.map_err(OpenError::Channel)
 }
 
-/// Makes ids for deliveries: none is given twice, whatever the connection.
+/// Makes ids for deliveries, which are unique across connections.
 #[derive(Debug, Default)]
 pub(super) struct DeliveryIds(u64);
 

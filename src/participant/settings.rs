@@ -1,4 +1,4 @@
-//! Who an instance is, and where and how it serves.
+//! The settings of an instance.
 
 use std::time::Duration;
 
@@ -12,57 +12,58 @@ use crate::{
     transport::amqp::{connection::Broker, names::Names, unique},
 };
 
-/// How many prepares may come in one message unless it is said otherwise: with more of them little
-/// is gained.
+/// The default number of prepares in one message: more gain little.
 const PREPARES_MAX: u16 = 16;
 
-/// With fewer slots each prepare comes alone, and is the broker's to give out.
+/// With fewer slots, each message contains one prepare, and the broker gives out the slots.
 const MANY_SLOTS: u32 = 64;
 
-/// How many slots there are at least for each prepare that comes in one message.
+/// The minimum number of slots for each prepare of a message.
 const SLOTS_FOR_EACH: u32 = 8;
 
-/// Who an instance is, and where it serves.
+/// The settings of an instance.
 #[derive(Debug, Clone)]
 pub struct ServeSettings {
     /// The broker.
     pub broker: Broker,
-    /// What everything is called there.
+    /// The names of its exchanges and queues.
     pub names: Names,
     /// The service.
     pub service: ServiceName,
-    /// This instance of it. **Each process takes a new one**, also when it is started again: what
-    /// it prepares is named after it.
+    /// The id of this instance. **Each process needs a new one**, also after a restart: branches are
+    /// named after it.
     pub instance: InstanceId,
-    /// How many transactions this instance works on at once; the broker gives it no more. At least
-    /// 1; no more than 65535 have an effect.
+    /// How many transactions this instance works on at once; the broker delivers no more. From 1 to
+    /// 65535; a larger value has the same effect as 65535.
     pub max_concurrency: u32,
-    /// Whether the cap counts for each instance or for all together, as the service's queue was
-    /// declared.
+    /// Whether the cap is that of each instance or of all together. It must match the declaration of
+    /// the service's queue.
     pub cap: Cap,
-    /// Whether this instance holds the cap by itself too, as it should. Without it the cap is
-    /// exceeded when a connection is lost, since what is delivered again takes slots anew.
+    /// Whether this instance enforces the cap itself too, as it should. Without that, the cap is
+    /// exceeded after a lost connection, since redelivered prepares take slots again.
     pub own_limit: bool,
-    /// How many prepares may come in one message, where there are 64 slots or more and the instance
-    /// holds the cap by itself. Such a message is acknowledged when the last of its transactions is
-    /// finished, so after a crash some that were finished are delivered again: they are prepared
-    /// once more, and that is undone. 1: never more than one.
+    /// How many prepares one message may contain, if there are 64 slots or more and the instance
+    /// enforces the cap itself. A message is acknowledged when the last of its transactions is finished.
+    /// So after a crash, some finished transactions are delivered again, prepared once more, and undone.
     pub prepares_max: u16,
-    /// How long to wait for an outcome before asking for it.
+    /// How long to wait for an outcome before the instance inquires.
     pub inquire_after: Duration,
-    /// How long a commit or an abort may take.
+    /// The time limit of a commit or an abort.
     pub finish_timeout: Duration,
-    /// How long to wait, when told to stop, for the outcomes of what is prepared.
+    /// How long a stopping instance waits for the outcomes of prepared transactions.
     pub drain: Duration,
-    /// For development: declare what the service needs, with this as its `max_wait`. Else whoever
-    /// operates the broker has done so, by `dtc topology apply`.
+    /// Whether no other instance may serve beside this one: its store is in this process, and another
+    /// instance could not finish what it holds.
+    pub only_instance: bool,
+    /// For development: declare the service's queues, with this `max_wait`. Otherwise `dtc topology
+    /// apply` must have declared them.
     pub declare: Option<Duration>,
-    /// Is told whether the instance serves.
+    /// Receives whether the instance is ready.
     pub readiness: Readiness,
 }
 
 impl ServeSettings {
-    /// The defaults, for an instance with a name of its own.
+    /// The defaults, for an instance with a new id.
     pub fn new(broker: Broker, names: Names, service: ServiceName, max_concurrency: u32) -> Self {
         Self {
             broker,
@@ -76,13 +77,14 @@ impl ServeSettings {
             inquire_after: Duration::from_secs(10),
             finish_timeout: Duration::from_secs(5),
             drain: Duration::from_secs(25),
+            only_instance: false,
             declare: None,
             readiness: Readiness::new(),
         }
     }
 
-    /// How many prepares are to come in one message. What holds the cap alone is the broker, where
-    /// `own_limit` is not set, and it counts messages.
+    /// How many prepares workers may put into one message. Without `own_limit`, only the broker
+    /// enforces the cap, and it counts messages.
     pub(super) fn prepares_announced(&self) -> u16 {
         if self.max_concurrency < MANY_SLOTS || !self.own_limit {
             return 1;
@@ -93,13 +95,13 @@ impl ServeSettings {
 
     pub(super) fn of_core(&self) -> participant::Settings {
         let max_concurrency = match self.own_limit {
-            // The broker gives out no more, and what it doesn't give can't be counted as free.
+            // The broker delivers no more, so more slots would never be used.
             true => self.max_concurrency.min(u16::MAX.into()),
             false => u32::MAX,
         };
         participant::Settings {
             has_store: true,
-            // Whether it does is for the store to say, when it is asked.
+            // Each answer of `has_committed` tells whether it really does.
             remembers_commits: true,
             inquire_after: self.inquire_after,
             seed: unique::number(),
@@ -112,7 +114,7 @@ impl ServeSettings {
     }
 }
 
-/// An instance id that no other process has; it begins with `label`, as far as there is room.
+/// An instance id that no other process has. It begins with `label`, shortened if necessary.
 pub fn new_instance(label: Option<&InstanceId>) -> InstanceId {
     let unique = unique::name('i');
     let named = label.map(|label| {
@@ -121,7 +123,7 @@ pub fn new_instance(label: Option<&InstanceId>) -> InstanceId {
         format!("{label}-{unique}")
     });
     let parsed = InstanceId::parse(named.as_deref().unwrap_or(&unique));
-    // Names are made of what ids may have.
+    // Unique names contain only characters that ids may contain.
     parsed.unwrap_or_else(|_| unreachable!("a unique name is an instance id"))
 }
 
@@ -144,13 +146,13 @@ mod tests {
     }
 
     #[test]
-    fn who_leaves_the_cap_to_the_broker_asks_for_one_prepare_in_a_message() {
+    fn an_instance_that_leaves_the_cap_to_the_broker_accepts_one_prepare_in_a_message() {
         assert_eq!(settings(63).prepares_announced(), 1);
         assert_eq!(settings(64).prepares_announced(), 8);
         assert_eq!(settings(1000).prepares_announced(), 16);
         let by_broker = ServeSettings { own_limit: false, ..settings(1000) };
         assert_eq!(by_broker.prepares_announced(), 1);
         let Settings { max_concurrency, .. } = by_broker.of_core();
-        assert_eq!(max_concurrency, u32::MAX, "nobody else counts");
+        assert_eq!(max_concurrency, u32::MAX, "only the broker counts");
     }
 }

@@ -81,7 +81,7 @@ pub enum StoreError {
         source: io::Error,
     },
     /// The store's id can't be read or created.
-    #[error("failed to read, or make, the store's id in `{path}`")]
+    #[error("failed to read or create the store's id in `{path}`")]
     Id {
         /// Its path.
         path: PathBuf,
@@ -228,7 +228,7 @@ impl Drop for CallLog<'_> {
     fn drop(&mut self) {
         let Some(files) = self.files else { return };
         if let Err(error) = files.note(&format!("end {} {}", self.what, self.ending)) {
-            tracing::warn!(%error, "failed to note the end of a call");
+            tracing::warn!(%error, "calls.log misses the end of a call");
         }
     }
 }
@@ -275,10 +275,29 @@ trait Named<T> {
 impl<T> Named<T> for io::Result<T> {
     fn named(self, act: &str, path: &Path) -> Self {
         self.map_err(|error| {
-            let told = format!("failed to {act} `{}`: {error}", path.display());
-            io::Error::new(error.kind(), told)
+            let error = with_advice(error);
+            let text = format!("failed to {act} `{}`: {error}", path.display());
+            io::Error::new(error.kind(), text)
         })
     }
+}
+
+/// The same error, which also says what to do about it.
+fn with_advice(error: io::Error) -> io::Error {
+    use io::ErrorKind as Kind;
+    let kind = error.kind();
+    let advice = if matches!(kind, Kind::StorageFull | Kind::QuotaExceeded) {
+        "make room on this disk"
+    } else if matches!(kind, Kind::PermissionDenied | Kind::ReadOnlyFilesystem) {
+        "let this process write there"
+    } else if matches!(kind, Kind::NotADirectory | Kind::IsADirectory) {
+        "something else has this name, or that of a directory above: move it elsewhere"
+    } else if kind == Kind::NotFound {
+        "the directory of the state, or a part of it, was moved or removed: put it back"
+    } else {
+        return error;
+    };
+    io::Error::new(kind, format!("{error}; {advice}"))
 }
 
 impl Files {
@@ -288,17 +307,20 @@ impl Files {
             let path = directory.join(name);
             match fs::create_dir_all(&path) {
                 Ok(()) => Ok(path),
-                Err(source) => Err(StoreError::Directory { path, source }),
+                Err(source) => Err(StoreError::Directory { path, source: with_advice(source) }),
             }
         };
         let (prepared, writing) = (made("prepared")?, made("writing")?);
         if let Err(error) = remove_unfinished(&writing, &clock) {
-            tracing::warn!(%error, directory = %writing.display(), "failed to tidy up");
+            tracing::warn!(%error, "files that a killed instance left are not removed; they do no harm");
         }
         let path = directory.join("store-id");
         Ok(Self {
             instance,
-            id: store_id(&path).map_err(|source| StoreError::Id { path, source })?,
+            id: store_id(&path).map_err(|error| {
+                let source = with_advice(error);
+                StoreError::Id { path, source }
+            })?,
             clock,
             committed: Log::open(directory.join("committed.log"))?,
             aborted: Log::open(directory.join("aborted.log"))?,
@@ -393,7 +415,11 @@ impl Files {
     fn tell_stray(&self, path: &Path) {
         if !self.stray_is_told.swap(true, Ordering::Relaxed) {
             let path = path.display();
-            tracing::warn!(%path, "a directory among the prepared branches is left alone");
+            tracing::warn!(
+                %path,
+                "ignoring a directory among the files of prepared branches: it is none of this \
+                 service's; move it elsewhere"
+            );
         }
     }
 
@@ -418,14 +444,14 @@ fn store_id(path: &Path) -> io::Result<StoreId> {
         std::thread::sleep(LOCKED_PAUSE);
         text = fs::read_to_string(path)?;
     }
-    let bad = "it holds no id; if no other instance is being started, remove it";
+    let bad = "it contains no id; remove it, unless another instance is starting at this moment";
     StoreId::parse(text.trim_end()).map_err(|_| io::Error::new(io::ErrorKind::InvalidData, bad))
 }
 
 /// Removes files that nobody will finish writing.
 fn remove_unfinished(writing: &Path, clock: &Clock) -> io::Result<()> {
-    for entry in fs::read_dir(writing)? {
-        let entry = entry?;
+    for entry in fs::read_dir(writing).named("read", writing)? {
+        let entry = entry.named("read", writing)?;
         let removed = entry.metadata().and_then(|about| {
             let began = about.modified()?.duration_since(UNIX_EPOCH).unwrap_or_default();
             match clock.since_epoch().saturating_sub(began) > WRITING_MAX {
@@ -435,7 +461,9 @@ fn remove_unfinished(writing: &Path, clock: &Clock) -> io::Result<()> {
         });
         match removed {
             // It was finished meanwhile, or another instance has removed it.
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(error).named("remove", &entry.path());
+            }
             Ok(()) | Err(_) => {}
         }
     }
@@ -470,7 +498,7 @@ impl Log {
         let opened = OpenOptions::new().create(true).read(true).append(true).open(&path);
         match opened.and_then(|file| end_line(&file).map(|()| file)) {
             Ok(file) => Ok(Self { path, file }),
-            Err(source) => Err(StoreError::Log { path, source }),
+            Err(source) => Err(StoreError::Log { path, source: with_advice(source) }),
         }
     }
 
@@ -532,12 +560,13 @@ mod tests {
     use std::{
         collections::BTreeSet,
         fs::{self, File},
-        thread,
+        io, thread,
         time::{Duration, UNIX_EPOCH},
     };
 
-    use super::{SimulatedStore, StoreError};
+    use super::{SimulatedStore, StoreError, with_advice};
     use crate::{
+        error::ErrorChain,
         participant::{Finish, Prepare},
         protocol::{
             ids::{Branch, InstanceId, RequestHash, ServiceName, TransactionId, TransactionKey},
@@ -749,7 +778,7 @@ mod tests {
 
     /// For a store that had been removed, the only message was `No such file or directory`.
     #[test]
-    fn an_error_of_a_store_names_the_file() {
+    fn an_error_of_a_store_names_the_file_and_what_to_do() {
         let directory = tempfile::tempdir().unwrap();
         let store = store(directory.path(), "i1");
         let call = prepare("t1", "i1");
@@ -759,9 +788,27 @@ mod tests {
             (store.in_doubt(None).map(drop), "failed to read", "prepared"),
         ];
         for (failure, act, file) in failures {
-            let said = failure.unwrap_err().to_string();
+            let text = failure.unwrap_err().to_string();
             let path = directory.path().join("payments").join(file);
-            assert!(said.starts_with(&format!("{act} `{}`: ", path.display())), "{said}");
+            assert!(text.starts_with(&format!("{act} `{}`: ", path.display())), "{text}");
+            assert!(text.ends_with("was moved or removed: put it back"), "{text}");
+        }
+        let service = ServiceName::parse("payments").unwrap();
+        let file = directory.path().join("payments/store-id");
+        let error = SimulatedStore::open(&file, &service, &InstanceId::parse("i2").unwrap());
+        let text = ErrorChain(&error.unwrap_err()).to_string();
+        let path = file.join("payments/prepared");
+        assert!(text.starts_with(&format!("failed to create directory `{}`: ", path.display())));
+        assert!(text.ends_with("move it elsewhere"), "{text}");
+    }
+
+    #[test]
+    fn a_full_disk_and_a_read_only_one_have_different_remedies() {
+        for (number, advice) in
+            [(28, "make room"), (30, "let this process"), (13, "let this process")]
+        {
+            let error = with_advice(io::Error::from_raw_os_error(number)).to_string();
+            assert!(error.contains(&format!("(os error {number}); {advice}")), "{error}");
         }
     }
 

@@ -298,6 +298,32 @@ fn an_instance_whose_services_json_differs_from_its_queue_logs_it() {
     assert!(!same.stderr.all().iter().any(|line| line.contains("another services.json")));
 }
 
+/// It logged `ready` like the one that had all the work.
+#[test]
+fn an_instance_that_stands_by_says_so_and_says_when_it_takes_over() {
+    let stock = json!([{"name": "stock", "max_concurrency": 2, "cap": "service"}]);
+    let site = ProxiedPlace::of(place(), stock);
+    let mut active = site.service("stock");
+    let ready = site.world.path("ready");
+    let mut command = site.world.dtc(&["service", "--name", "stock"]);
+    command.arg("--services").arg(&site.services);
+    command.arg("--state").arg(site.world.path("state")).arg("--ready-file").arg(&ready);
+    let standby = Process::start("standby", &mut command);
+    println!("{}", standby.wait_for_line("ready, and standing by", LIMIT));
+    until("the standby is ready", || ready.exists());
+    let (worker, producer) = (site.worker(&[]), site.producer());
+    let commits = || {
+        let answer = producer.answered(&producer.submit(&["stock"]), LIMIT);
+        assert_eq!(answer["status"], "COMMITTED", "{answer}");
+    };
+    commits();
+    active.kill9();
+    commits();
+    println!("{}", standby.wait_for_line("has taken over", LIMIT));
+    assert!(active.stderr.all().iter().all(|line| !line.contains("standing by")));
+    drop(worker);
+}
+
 /// The message was only the broker's own: `NOT_FOUND - no queue 'dtc.journal' in vhost '/'`.
 #[test]
 fn status_without_a_journal_names_the_command_that_creates_it() {
@@ -312,17 +338,21 @@ fn status_without_a_journal_names_the_command_that_creates_it() {
     );
 }
 
-/// An instance logged `not connected`, as if there were no broker.
+/// An instance logged `not connected`, as if there were no broker, and then that "something of the
+/// topology" was missing.
 #[test]
-fn a_service_without_its_topology_names_the_remedy_and_serves_once_it_is_applied() {
+fn a_service_without_its_topology_names_what_is_missing_and_serves_once_it_is_applied() {
     let site = ProxiedPlace::new();
-    site.direct.delete_queue(&site.name("finish.stock"));
+    let queue = site.name("finish.stock");
+    site.direct.delete_queue(&queue);
     let instance = site.start_service("stock");
-    for told in [
-        "something of the topology is not there",
-        "the topology of this service is not there: run `dtc topology apply`",
+    for expected in [
+        format!(
+            "queue `{queue}` does not exist yet: the broker is starting, or `dtc topology apply`"
+        ),
+        format!("queue `{queue}` does not exist: run `dtc topology apply` for this service"),
     ] {
-        println!("{}", instance.wait_for_line(told, LIMIT));
+        println!("{}", instance.wait_for_line(&expected, LIMIT));
     }
     site.world.apply_topology(Some(&site.services));
     instance.wait_for_line(READY, LIMIT);

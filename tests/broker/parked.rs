@@ -75,6 +75,35 @@ fn a_parked_commit_is_logged_as_being_retried_and_as_settled() {
     drop(parked.producer);
 }
 
+/// The lines named the transaction alone: which instance had written them was not to be found in a
+/// log that several share.
+#[test]
+fn at_the_default_level_every_line_of_an_instance_names_service_and_instance() {
+    let mut parked = Parked::new(json!({"fail_first": 5}));
+    parked.stock.wait_for_line("a parked outcome is applied", LIMIT);
+    parked.stock.terminate();
+    parked.stock.exited(0, LIMIT);
+    let lines = parked.stock.stderr.all();
+    let is_of_id = |it: char| it.is_ascii_alphanumeric() || it == '-' || it == '_';
+    let instance_of = |line: &str| {
+        let (_, rest) = line.split_once("instance=").unwrap_or_else(|| panic!("{line}"));
+        rest.split(|it| !is_of_id(it)).next().unwrap().to_owned()
+    };
+    let instance = instance_of(&lines[0]);
+    for line in &lines {
+        println!("{line}");
+        assert_eq!(instance_of(line), instance, "{line}");
+        for once in ["service=stock", "instance="] {
+            assert_eq!(line.matches(once).count(), 1, "{line}");
+        }
+    }
+    for what in ["an outcome is parked", "a parked outcome is applied"] {
+        let line = lines.iter().find(|line| line.contains(what)).expect(what);
+        assert_eq!(line.matches("transaction=t-0@").count(), 1, "{line}");
+    }
+    drop(parked.producer);
+}
+
 /// At the default level, the worker logged nothing about it until the commit was parked.
 #[test]
 fn the_worker_logs_a_warning_for_each_failure_of_a_commit() {

@@ -304,9 +304,9 @@ async fn an_instance_with_another_store_does_not_serve_beside_those_that_share_o
     world.prepare(&[1]).await;
     let vote = world.hear("vote").await;
     let second = world.start_process(one);
-    let mut other = world.start(elsewhere.path(), one);
+    let mut other = world.start(Some(elsewhere.path()), one);
     let code = other.child.wait().unwrap().code();
-    let said = other.printed.wait_for("all instances of a service share one store", PATIENCE);
+    let said = other.printed.wait_for("all instances of a service must share one store", PATIENCE);
     println!("{}", said.unwrap_or_else(|| other.printed.text()));
     assert_eq!(code, Some(78));
     world.commit(&vote).await;
@@ -316,6 +316,27 @@ async fn an_instance_with_another_store_does_not_serve_beside_those_that_share_o
     assert_eq!(world.committed(), [1]);
     // There is no other instance left that differs.
     drop(world.start_process_with(elsewhere.path(), one));
+}
+
+/// It was only warned, and lost commits: what it had prepared ended with it, and what the others had
+/// prepared it could not commit.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_instance_with_its_state_in_memory_serves_alone_or_not_at_all() {
+    let world = World::new(place(), PATIENT).await;
+    let (spec, state) = (r#""max_concurrency": 1"#, Some(world.directory.path()));
+    for (first, second) in [(state, None), (None, state), (None, None)] {
+        let serving = world.start(first, spec);
+        let ready = serving.printed.wait_for("ready", PATIENCE);
+        assert!(ready.is_some(), "{}", serving.printed.text());
+        let mut late = world.start(second, spec);
+        let said = late.printed.wait_for("must share one store", PATIENCE);
+        let said = said.unwrap_or_else(|| panic!("{}", late.printed.text()));
+        println!("{said}");
+        assert_eq!(late.child.wait().unwrap().code(), Some(78));
+        assert!(said.contains("`in-memory:own-") && said.contains("--state"), "{said}");
+        drop(serving);
+        world.wait_for_no_consumer().await;
+    }
 }
 
 /// It was left by a node that was down when its last user went.
@@ -714,27 +735,24 @@ impl World {
 
     /// The same with its state in `state`.
     fn start_process_with(&self, state: &Path, fields: &str) -> Process {
-        let process = self.start(state, fields);
+        let process = self.start(Some(state), fields);
         let ready = process.printed.wait_for("ready", PATIENCE);
         assert!(ready.is_some(), "{}", process.printed.text());
         process
     }
 
-    /// The same, without waiting.
-    fn start(&self, state: &Path, fields: &str) -> Process {
+    /// The same, without waiting; without `state`, in memory.
+    fn start(&self, state: Option<&Path>, fields: &str) -> Process {
         let services = self.directory.path().join("services.json");
         fs::write(&services, self.spec(fields)).unwrap();
-        let mut child = Command::new(env!("CARGO_BIN_EXE_dtc"))
-            .args(["service", "--name", SERVICE, "--instance", "own"])
-            .args(["--namespace", &self.place.namespace])
-            .arg("--services")
-            .arg(services)
-            .arg("--state")
-            .arg(state)
-            .env("DTC__BROKER__URL", &self.place.url)
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_dtc"));
+        command.args(["service", "--name", SERVICE, "--instance", "own"]);
+        command.args(["--namespace", &self.place.namespace]).arg("--services").arg(services);
+        if let Some(state) = state {
+            command.arg("--state").arg(state);
+        }
+        command.env("DTC__BROKER__URL", &self.place.url).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
         let printed = Lines::of(child.stderr.take().unwrap());
         Process { child, printed }
     }

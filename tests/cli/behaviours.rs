@@ -70,9 +70,10 @@ fn a_commit_that_always_fails_is_parked_after_four_calls_and_the_log_says_so() {
     let parked: Vec<_> = told.stderr.lines().filter(|line| line.contains("parked")).collect();
     let [line] = parked[..] else { panic!("not one line: {parked:?}") };
     for part in [
-        "ERROR parked: the transaction is committed, but this service has not applied it",
-        "key=TX1@",
+        "ERROR",
+        "parked: the transaction is committed, but this service has not applied it",
         "service=tested",
+        "transaction=TX1@",
         "error=\"simulated error\"",
     ] {
         assert!(line.contains(part), "{part} is missing in {line}");
