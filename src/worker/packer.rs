@@ -122,11 +122,11 @@ impl PackStream for BrokerPacks {
 /// Writes packs over one link, and follows those of all workers.
 pub(super) struct Packer<S = BrokerPacks> {
     /// Opens the stream. `None`: this worker can't distinguish its own user's packs from others.
-    open: Option<Open<S>>,
+    open: Option<PackOpener<S>>,
     state: PackerState<S>,
 }
 
-type Open<S> = Box<dyn Fn() -> Opening<S> + Send + Sync>;
+type PackOpener<S> = Box<dyn Fn() -> Opening<S> + Send + Sync>;
 
 type Opening<S> = BoxFuture<'static, Result<S, AskError>>;
 
@@ -214,14 +214,14 @@ impl<S: PackStream> Opened<S> {
 
 impl Packer {
     pub(super) fn new(stream: Option<PackedJournal>) -> Self {
-        Self::of(stream.map(|stream| -> Open<BrokerPacks> {
+        Self::of(stream.map(|stream| -> PackOpener<BrokerPacks> {
             Box::new(move || BrokerPacks::open(stream.clone()).boxed())
         }))
     }
 }
 
 impl<S: PackStream> Packer<S> {
-    fn of(open: Option<Open<S>>) -> Self {
+    fn of(open: Option<PackOpener<S>>) -> Self {
         Self { open, state: PackerState::Resting(Box::pin(sleep(Duration::ZERO))) }
     }
 
