@@ -30,7 +30,7 @@ const FRAME_END: u8 = 0xCE;
 
 /// Methods, as class and method id.
 type Method = (u16, u16);
-pub(crate) const START_OK: Method = (10, 11);
+const START_OK: Method = (10, 11);
 pub(crate) const CHANNEL_OPEN: Method = (20, 10);
 pub(crate) const CHANNEL_OPEN_OK: Method = (20, 11);
 const CHANNEL_CLOSE: Method = (20, 40);
@@ -171,8 +171,6 @@ pub(crate) enum Action {
     Swallow,
     /// The client's request is answered by closing its channel: the queue doesn't exist.
     NotFound,
-    /// The broker's answer to a declaration says that the queue has no consumers.
-    NoConsumers,
     /// Confirms are delayed for a moment, and then combined in one frame, as a broker may do.
     Gather,
 }
@@ -471,8 +469,6 @@ struct Channel {
 enum Fate {
     Pass,
     Swallow,
-    /// Another frame takes its place.
-    Replace(Frame),
     /// It is dropped, and both ends see their channel closed.
     CloseChannel(Frame, Frame),
 }
@@ -580,7 +576,6 @@ impl State {
                 Action::Count => {}
                 Action::Swallow => fate = Fate::Swallow,
                 Action::NotFound => fate = channel.not_found(frame),
-                Action::NoConsumers => fate = Fate::Replace(without_consumers(frame)),
                 Action::Gather => {
                     if channel.gather(frame) {
                         fate = Fate::Swallow;
@@ -588,7 +583,7 @@ impl State {
                 }
             }
         }
-        channel.content.insert(from, matches!(fate, Fate::Pass | Fate::Replace(_)));
+        channel.content.insert(from, matches!(fate, Fate::Pass));
         fate
     }
 }
@@ -711,14 +706,6 @@ fn name_in(payload: &[u8]) -> String {
     String::from_utf8_lossy(name.unwrap_or_default()).into_owned()
 }
 
-/// The answer to a declaration, of a queue without consumers.
-fn without_consumers(answer: &Frame) -> Frame {
-    let mut payload = answer.payload.clone();
-    let count = payload.len() - 4;
-    payload[count..].fill(0);
-    Frame { kind: answer.kind, channel: answer.channel, payload }
-}
-
 struct Frame {
     kind: u8,
     channel: u16,
@@ -816,7 +803,6 @@ fn hand_on(shared: &Shared, number: u64, from: Side, stream: TcpStream, ends: [&
             Fate::Pass => other.write(&frame.bytes(), is_last),
             Fate::Swallow if is_last => other.writer().flush(),
             Fate::Swallow => Ok(()),
-            Fate::Replace(instead) => other.write(&instead.bytes(), is_last),
             Fate::CloseChannel(to_client, to_broker) => {
                 client.say(&to_client);
                 broker.say(&to_broker);

@@ -37,9 +37,6 @@ const PROBE_EVERY: Duration = Duration::from_secs(5);
 /// After how long without a delivery an idle consumer is replaced by a new one.
 const RENEW_AFTER: Duration = Duration::from_secs(6);
 
-/// How many times in a row a forgotten consumer is replaced before its owner gets an error.
-const REPLACED_MAX: u32 = 3;
-
 /// How soon the broker delivers again what it believed to have delivered to the previous one.
 const REQUEUED_WITHIN: Duration = Duration::from_secs(1);
 
@@ -328,28 +325,11 @@ impl QueueConsumer {
         {
             self.flush_all();
         }
-        let outstanding = self.tags.outstanding();
-        let Some(probe) = &mut self.probe else { return Poll::Pending };
-        let loss = std::task::ready!(probe.poll(cx, outstanding < u64::from(self.prefetch)));
-        // What was delivered on this channel can't be acknowledged on another.
-        if loss == ConsumerLoss::Forgotten
-            && outstanding == 0
-            && probe.n_replaced < REPLACED_MAX
-            && let Some(renewal) = &mut self.renewal
-        {
-            tracing::warn!(
-                "the broker has forgotten a consumer of `{}`: nothing came for {:.1} s; consuming \
-                 the queue on another channel",
-                self.queue,
-                probe.delivered_at.elapsed().as_secs_f64()
-            );
-            renewal.open(&self.queue, self.prefetch, &self.arguments);
-            probe.consumer_is_replaced();
-            cx.waker().wake_by_ref();
-            return Poll::Pending;
+        let has_room = self.tags.outstanding() < u64::from(self.prefetch);
+        match &mut self.probe {
+            Some(probe) => probe.poll(cx, has_room),
+            None => Poll::Pending,
         }
-        let (queue, silent_for) = (self.queue.to_string(), probe.delivered_at.elapsed());
-        Poll::Ready(ConsumerError::Forgotten { queue, silent_for })
     }
 
     /// The next delivery, if it has arrived already.
@@ -460,22 +440,6 @@ impl ConsumerRenewal {
         }
     }
 
-    /// Begins to open a new consumer, unless one is being opened.
-    fn open(&mut self, queue: &ShortString, prefetch: u16, arguments: &FieldTable) {
-        if self.opening.is_some() {
-            return;
-        }
-        self.opening_since = Instant::now();
-        let connection = Arc::clone(&self.connection);
-        let (queue, arguments) = (queue.clone(), arguments.clone());
-        let opening = async move {
-            let opened = QueueConsumer::open(&connection, queue, prefetch, arguments).await?;
-            let QueueConsumer { channel, consumer, .. } = opened;
-            Ok(OpenedConsumer { channel, consumer })
-        };
-        self.opening = Some(opening.boxed());
-    }
-
     /// The new consumer that replaces the present one, when there is one. `is_idle`: the present
     /// one holds nothing.
     fn poll(
@@ -510,7 +474,16 @@ impl ConsumerRenewal {
             if due_at > now {
                 self.due.as_mut().reset(due_at);
             } else {
-                self.open(queue, prefetch, arguments);
+                self.opening_since = now;
+                let connection = Arc::clone(&self.connection);
+                let (queue, arguments) = (queue.clone(), arguments.clone());
+                let opening = async move {
+                    let opened =
+                        QueueConsumer::open(&connection, queue, prefetch, arguments).await?;
+                    let QueueConsumer { channel, consumer, .. } = opened;
+                    Ok(OpenedConsumer { channel, consumer })
+                };
+                self.opening = Some(opening.boxed());
             }
         }
     }
@@ -574,17 +547,6 @@ struct LivenessProbe {
     /// Whether the last check was bad.
     is_suspicious: bool,
     probing: Option<BoxFuture<'static, Result<Option<QueueCounts>, AskError>>>,
-    /// How many times the consumer was replaced since the broker last knew it.
-    n_replaced: u32,
-}
-
-/// How a consumer was lost.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum ConsumerLoss {
-    /// The queue does not exist.
-    NoQueue,
-    /// The queue exists, and the broker does not deliver its messages to this consumer.
-    Forgotten,
 }
 
 impl LivenessProbe {
@@ -598,25 +560,18 @@ impl LivenessProbe {
             delivered_at: Instant::now(),
             is_suspicious: false,
             probing: None,
-            n_replaced: 0,
         }
     }
 
-    /// Another consumer is being opened: checks begin again.
-    fn consumer_is_replaced(&mut self) {
-        self.n_replaced += 1;
-        self.is_suspicious = false;
-        self.due.as_mut().reset(Instant::now() + PROBE_EVERY);
-    }
-
     /// Ready when the consumer is lost. `has_room`: the broker may deliver more to it.
-    fn poll(&mut self, cx: &mut Context<'_>, has_room: bool) -> Poll<ConsumerLoss> {
+    fn poll(&mut self, cx: &mut Context<'_>, has_room: bool) -> Poll<ConsumerError> {
         loop {
             if let Some(probing) = &mut self.probing {
                 let Poll::Ready(found) = probing.poll_unpin(cx) else { return Poll::Pending };
                 self.probing = None;
-                if let Some(loss) = self.loss(found.as_ref(), has_room) {
-                    return Poll::Ready(loss);
+                if self.is_forgotten(found.as_ref(), has_room) {
+                    let (queue, silent_for) = (self.queue.to_string(), self.delivered_at.elapsed());
+                    return Poll::Ready(ConsumerError::Forgotten { queue, silent_for });
                 }
                 let pause = if self.is_suspicious { PROBE_AGAIN_AFTER } else { PROBE_EVERY };
                 self.due.as_mut().reset(Instant::now() + pause);
@@ -626,7 +581,7 @@ impl LivenessProbe {
             }
             if std::mem::take(&mut self.has_delivered) {
                 self.delivered_at = Instant::now();
-                (self.is_suspicious, self.n_replaced) = (false, 0);
+                self.is_suspicious = false;
                 self.due.as_mut().reset(Instant::now() + PROBE_EVERY);
             } else {
                 let (connection, queue) = (Arc::clone(&self.connection), self.queue.clone());
@@ -639,23 +594,18 @@ impl LivenessProbe {
     /// The result of a check. The broker reports a queue that has no leader at the moment as empty
     /// and without consumers, and a message that has just arrived is not yet delivered: so a check
     /// must be bad twice, except if the queue doesn't exist.
-    fn loss(
+    fn is_forgotten(
         &mut self,
         found: Result<&Option<QueueCounts>, &AskError>,
         has_room: bool,
-    ) -> Option<ConsumerLoss> {
+    ) -> bool {
         let was_suspicious = std::mem::take(&mut self.is_suspicious);
         // Others watch the connection.
-        let Ok(found) = found else { return None };
-        let Some(QueueCounts { messages, consumers }) = found else {
-            return Some(ConsumerLoss::NoQueue);
-        };
+        let Ok(found) = found else { return false };
+        let Some(QueueCounts { messages, consumers }) = found else { return true };
         let is_passed_over = *messages > 0 && has_room && self.mode == ConsumerMode::Competing;
         self.is_suspicious = !self.has_delivered && (*consumers == 0 || is_passed_over);
-        if !self.is_suspicious {
-            self.n_replaced = 0;
-        }
-        (was_suspicious && self.is_suspicious).then_some(ConsumerLoss::Forgotten)
+        was_suspicious && self.is_suspicious
     }
 }
 

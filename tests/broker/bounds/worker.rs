@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::{
-    proxy::{Action, Frames, QUEUE_DECLARE_OK, START_OK, Scope},
+    proxy::{Action, Frames, QUEUE_DECLARE_OK, Scope},
     stand::{BOTH, ProxiedPlace, ProxiedSystem},
 };
 
@@ -63,22 +63,6 @@ fn requests_that_are_never_delivered_are_asked_for_again() {
     let stopped = stand.site.proxy.stop_channels(deliveries);
     stand.commits_again(&mark, &stopped, &BOTH);
     stand.worker_says(&mark, &requests);
-}
-
-/// A quorum queue without a leader is said to have no consumers. The worker gave up all its
-/// connections for that, and stood still for seconds.
-#[test]
-fn a_worker_whose_consumer_the_broker_does_not_count_replaces_the_consumer_alone() {
-    let stand = ProxiedSystem::new();
-    let (requests, proxy) = (stand.site.name("requests"), &stand.site.proxy);
-    let mark = stand.marked();
-    let connected = proxy.rule(Frames::questions(START_OK), Scope::All, Action::Count);
-    let looks = Frames::answers(QUEUE_DECLARE_OK).on(CONSUME).about(&requests);
-    let uncounted = proxy.rule_for(2, looks, Scope::All, Action::NoConsumers);
-    assert!(uncounted.has_come(2, mark.left()), "{}", uncounted.count());
-    stand.worker_says(&mark, &requests);
-    stand.commits(&BOTH);
-    assert_eq!(connected.count(), 0, "connections were given up");
 }
 
 #[test]
