@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use crate::{
     broker::Broker,
     processes::{LIMIT, Process, World},
+    proxy::{Action, Frames, Proxy, Scope},
     stand::WITHIN,
 };
 
@@ -76,15 +77,14 @@ fn a_run_at_a_broker_ends_and_names_the_alarm() {
 
 #[test]
 fn a_signal_ends_a_run_at_a_broker_during_an_alarm() {
-    let alarmed = Alarmed::new();
+    let mut alarmed = Alarmed::new();
+    let proxy = Proxy::to(&alarmed.world.place.url);
+    alarmed.world.place.url = proxy.url(&alarmed.world.place.url);
+    let published = proxy.rule(Frames::publishes(), Scope::All, Action::Count);
     let mut process = run(&alarmed);
     // The broker reports the alarm only to a connection that publishes: by then the topology is
     // declared.
-    let is_declared = || {
-        let exchanges = alarmed.broker.declared_at(&alarmed.world.place);
-        exchanges.iter().any(|name| name.starts_with("dtc-run-"))
-    };
-    crate::crash::until("the run declares its topology", is_declared);
+    published.wait_for(1);
     process.terminate();
     let status = process.wait(AT_ONCE);
     println!("{status}: {}", process.stderr.text());
