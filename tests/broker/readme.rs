@@ -7,7 +7,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
 use std::{
-    env,
+    env, fs,
     os::unix::fs::symlink,
     path::Path,
     process::{Command, Stdio},
@@ -32,6 +32,13 @@ fn is_like(line: &str, pattern: &str) -> bool {
         rest = &rest[at + part.len()..];
     }
     rest.is_empty() || pattern.ends_with('…')
+}
+
+/// What the processes in the directory have logged.
+fn logs(directory: &Path) -> String {
+    let files = fs::read_dir(directory).unwrap().map(|file| file.unwrap().path());
+    let logs = files.filter(|file| file.extension().is_some_and(|it| it == "log"));
+    logs.map(|file| fs::read_to_string(file).unwrap()).collect()
 }
 
 /// Runs the section of a page, and compares the output with the page.
@@ -64,9 +71,10 @@ fn follow(path: &str) {
         && lines.iter().zip(&wanted).all(|(line, pattern)| is_like(line, pattern));
     assert!(
         ended.status.success() && is_as_wanted,
-        "{path}: {}\nprinted:\n{printed}\nwanted:\n{}\ncomplaints:\n{complaints}",
+        "{path}: {}\nprinted:\n{printed}\nwanted:\n{}\ncomplaints:\n{complaints}\nlogs:\n{}",
         ended.status,
-        wanted.join("\n")
+        wanted.join("\n"),
+        logs(directory.path())
     );
 }
 
