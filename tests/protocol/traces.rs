@@ -53,6 +53,7 @@ stories! {
         failed_is_told_to_abort_too
         finished_vote_proposes_what_was_heard
         first_of_two_retries_under_new_timestamps_that_is_in_sight_answers
+        free_service_is_asked_in_name_order_beside_a_contended_one
         full_worker_begins_no_more_until_one_ends
         half_of_those_who_may_wait_wait_for_a_service_that_is_unavailable
         half_of_those_who_may_wait_wait_for_a_service_that_nobody_serves
@@ -117,6 +118,7 @@ stories! {
         vote_about_other_content_does_not_count
         vote_from_the_store_does_not_take_the_holders_place
         who_has_begun_goes_before_those_who_may_not_begin
+        worker_takes_its_share_of_the_slots_in_parallel
     }
     instance {
         abort_of_what_was_never_prepared_calls_nothing

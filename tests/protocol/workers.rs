@@ -151,6 +151,7 @@ impl Workers {
                 assert!(reaches.is_some() || line.flag("nowhere"));
                 Event::HistoryEnded { reaches }
             }
+            "workers" => Event::WorkersCounted(line.word().parse().unwrap()),
             "drain" => Event::DrainRequested,
             "disconnect" => Event::Disconnected,
             other => panic!("{other} is no word of these traces"),

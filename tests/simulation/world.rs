@@ -697,6 +697,8 @@ impl World {
             node.is_attached = true;
             let event = coordinator::Event::JournalAttached { next, since: complete_from };
             self.tell_worker(worker, event);
+            let workers = u32::try_from(self.workers.len()).unwrap_or(u32::MAX);
+            self.tell_worker(worker, coordinator::Event::WorkersCounted(workers));
         }
         self.read_tail(worker);
         self.serve_inquiries();

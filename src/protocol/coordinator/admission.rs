@@ -313,11 +313,16 @@ impl ServiceLoad {
     }
 
     /// Whether so many slots are free that a transaction may take one out of order without stalling others.
-    pub(super) fn is_plenty(&self, now: Time) -> bool {
+    ///
+    /// All workers may see the same free slots. So each of the `workers` takes no more than its share out of
+    /// order: otherwise the transactions of some could get all slots of one service, and those of others
+    /// all of another.
+    pub(super) fn is_plenty(&self, now: Time, workers: u32) -> bool {
         now >= self.contended_until
             && self.is_found()
             && !self.has_waiters()
             && self.spare() >= (self.most_free / 4).max(2)
+            && self.holding.saturating_add(self.on_its_way()) < self.capacity / workers
     }
 
     pub(super) fn asked(&mut self) {
@@ -510,7 +515,7 @@ mod tests {
     #[test]
     fn of_an_unknown_service_one_is_asked_to_find_out() {
         assert_eq!(admitted_at_once(found()), 1);
-        assert!(!found().is_plenty(NOW));
+        assert!(!found().is_plenty(NOW, 1));
     }
 
     #[test]
@@ -529,16 +534,31 @@ mod tests {
             let mut load = found();
             report(&mut load, "p1", 100);
             report(&mut load, "p1", free);
-            load.is_plenty(NOW)
+            load.is_plenty(NOW, 1)
         };
         assert_eq!([0, 24, 25, 100].map(with_free), [false, false, true, true]);
         let mut small = found();
         report(&mut small, "p1", 1);
-        assert!(!small.is_plenty(NOW), "one slot is always contended");
+        assert!(!small.is_plenty(NOW, 1), "one slot is always contended");
         report(&mut small, "p1", 2);
-        assert!(small.is_plenty(NOW));
+        assert!(small.is_plenty(NOW, 1));
         small.enqueue(&key("t1"), false);
-        assert!(!small.is_plenty(NOW), "somebody waits for it");
+        assert!(!small.is_plenty(NOW, 1), "somebody waits for it");
+    }
+
+    #[test]
+    fn a_worker_takes_no_more_than_its_share_out_of_order() {
+        let taken_at_once = |workers| {
+            let mut load = found();
+            report(&mut load, "p1", 8);
+            let mut taken = 0;
+            while load.is_plenty(NOW, workers) {
+                load.asked();
+                taken += 1;
+            }
+            taken
+        };
+        assert_eq!([1, 2, 4, 8, 9].map(taken_at_once), [7, 4, 2, 1, 0]);
     }
 
     #[test]
@@ -547,8 +567,8 @@ mod tests {
         report(&mut load, "p1", 9);
         load.returned(NOW, MAX_WAIT, Duration::from_millis(300));
         report(&mut load, "p1", 9);
-        assert!(!load.is_plenty(NOW + Duration::from_millis(299)));
-        assert!(load.is_plenty(NOW + Duration::from_millis(300)));
+        assert!(!load.is_plenty(NOW + Duration::from_millis(299), 1));
+        assert!(load.is_plenty(NOW + Duration::from_millis(300), 1));
     }
 
     #[test]

@@ -116,6 +116,9 @@ pub enum Event {
         /// The service whose commit is parked; `None`: the transaction itself is.
         service: Option<ServiceName>,
     },
+    /// So many workers share the services, this one included. Until it comes, this worker counts as the
+    /// only one.
+    WorkersCounted(u32),
     /// The moment of [`Coordinator::next_deadline`](super::Coordinator::next_deadline) has come. If it comes
     /// late or needlessly, it does no harm.
     DeadlineReached,
@@ -147,6 +150,7 @@ impl Event {
             Self::ResultConfirmed { .. } => "ResultConfirmed",
             Self::ResultFailed { .. } => "ResultFailed",
             Self::ParkConfirmed { .. } => "ParkConfirmed",
+            Self::WorkersCounted(_) => "WorkersCounted",
             Self::DeadlineReached => "DeadlineReached",
             Self::Disconnected => "Disconnected",
             Self::DrainRequested => "DrainRequested",
@@ -180,6 +184,7 @@ impl Event {
             | Self::ServiceMissing(_)
             | Self::ServiceUnavailable(_)
             | Self::ServiceUnserved(_)
+            | Self::WorkersCounted(_)
             | Self::DeadlineReached
             | Self::Disconnected
             | Self::DrainRequested => None,

@@ -98,6 +98,8 @@ struct SharedState {
     was_at_capacity: bool,
     /// Services whose waiters may have a chance now.
     dirty_services: BTreeSet<ServiceName>,
+    /// How many workers share the services.
+    workers: u32,
     draining: bool,
 }
 
@@ -180,6 +182,7 @@ impl SharedState {
             active: 0,
             was_at_capacity: false,
             dirty_services: BTreeSet::new(),
+            workers: 1,
             draining: false,
         }
     }
@@ -230,6 +233,7 @@ impl Work {
             Event::ParkConfirmed { key, service } => {
                 self.with(&key, cx, |it, cx| it.park_confirmed(service.as_ref(), cx));
             }
+            Event::WorkersCounted(workers) => cx.shared.workers = workers.max(1),
             Event::DeadlineReached => self.deadline_reached(cx),
             Event::Disconnected => self.disconnected(cx),
             Event::DrainRequested => self.drain(cx),

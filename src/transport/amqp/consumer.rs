@@ -272,6 +272,20 @@ impl QueueConsumer {
         std::future::poll_fn(|cx| self.poll_next(cx)).await
     }
 
+    /// Makes the first check of the liveness probe at once.
+    #[must_use]
+    pub fn checked_at_once(mut self) -> Self {
+        if let Some(probe) = &mut self.probe {
+            probe.due.as_mut().reset(Instant::now());
+        }
+        self
+    }
+
+    /// How many consumers the queue had when the liveness probe last checked, this one included.
+    pub fn consumers(&self) -> Option<u32> {
+        self.probe.as_ref()?.consumers
+    }
+
     /// [`QueueConsumer::next`] as a poll function, for callers that wait for several things.
     pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Delivery, ConsumerError>> {
         let next = loop {
@@ -546,6 +560,8 @@ struct LivenessProbe {
     delivered_at: Instant,
     /// Whether the last check was bad.
     is_suspicious: bool,
+    /// How many consumers the queue had at the last check that counted any.
+    consumers: Option<u32>,
     probing: Option<BoxFuture<'static, Result<Option<QueueCounts>, AskError>>>,
 }
 
@@ -559,6 +575,7 @@ impl LivenessProbe {
             has_delivered: false,
             delivered_at: Instant::now(),
             is_suspicious: false,
+            consumers: None,
             probing: None,
         }
     }
@@ -604,6 +621,7 @@ impl LivenessProbe {
         let Ok(found) = found else { return false };
         let Some(QueueCounts { messages, consumers }) = found else { return true };
         let is_passed_over = *messages > 0 && has_room && self.mode == ConsumerMode::Competing;
+        self.consumers = Some(*consumers).filter(|count| *count > 0).or(self.consumers);
         self.is_suspicious = !self.has_delivered && (*consumers == 0 || is_passed_over);
         was_suspicious && self.is_suspicious
     }

@@ -111,6 +111,8 @@ pub(super) struct Session<'a> {
     outbox: Outbox,
     replies: ExclusiveQueue,
     inquiries: QueueConsumer,
+    /// How many workers there are, as the coordinator was last told.
+    workers: Option<u32>,
     requests: RequestConsumers,
     searches: Searches,
     saturation: Saturation,
@@ -195,7 +197,10 @@ impl<'a> Session<'a> {
             FieldTable::default(),
         );
         let inquiries = inquiries.await.map_err(opening("the queue of inquiries"))?;
-        let inquiries = inquiries.with_liveness_probe(&link.consuming, ConsumerMode::Competing);
+        // Each worker consumes this queue once, so its consumers are the workers.
+        let inquiries = inquiries
+            .with_liveness_probe(&link.consuming, ConsumerMode::Competing)
+            .checked_at_once();
         let mut requests = RequestConsumers::new(names.requests());
         let opening_requests = requests.open(&link.consuming, settings.requests_prefetch());
         opening_requests.await.map_err(opening("the queue of requests"))?;
@@ -211,6 +216,7 @@ impl<'a> Session<'a> {
             outbox,
             replies,
             inquiries,
+            workers: None,
             requests,
             searches,
             saturation: Saturation::default(),
@@ -248,7 +254,10 @@ impl<'a> Session<'a> {
         loop {
             let (wake_at, drain_until) = (self.wake_at(), self.drain_until);
             tokio::select! {
-                input = poll_fn(|cx| self.poll_input(cx)) => self.handle(input?)?,
+                input = poll_fn(|cx| self.poll_input(cx)) => {
+                    self.count_workers();
+                    self.handle(input?)?;
+                }
                 () = &mut stop, if drain_until.is_none() => self.drain().await?,
                 () = sleep_until(wake_at) => {}
                 () = sleep_until(drain_until) => return Ok(StopReason::DrainTimedOut),
@@ -361,6 +370,17 @@ impl<'a> Session<'a> {
         }
         self.try_suspects();
         Ok(())
+    }
+
+    /// Notes how many workers share the services, if that has changed.
+    fn count_workers(&mut self) {
+        let counted = self.inquiries.consumers();
+        if let Some(workers) = counted
+            && counted != self.workers
+        {
+            self.workers = counted;
+            self.dispatch(Event::WorkersCounted(workers));
+        }
     }
 
     fn handle(&mut self, input: Input) -> Result<(), SessionError> {

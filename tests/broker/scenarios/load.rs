@@ -192,6 +192,24 @@ async fn two_crossing_single_slots_do_not_stall() {
     }
 }
 
+/// Each burst finds all slots free, and every worker sees that. Each used to take slots of both services
+/// at once, until few were left; so some transactions held all slots of A and others all of B, and all
+/// of them waited until their deadlines.
+#[tokio::test(flavor = "multi_thread")]
+async fn bursts_over_few_slots_at_four_workers_do_not_stall() {
+    let service = || RecordedService::slow(Duration::from_millis(3));
+    let (a, b) = (service(), service());
+    let services = [Served::new("A", 2, &a), Served::new("B", 2, &b)];
+    let system = Setup::new(services).workers(4).start().await;
+    for burst in 0..10 {
+        let all = transactions(&format!("burst-{burst}"), 40, &["A", "B"]);
+        let began = Instant::now();
+        assert_all_committed(&system.run_all(all).await, 40);
+        println!("burst {burst}: {:.1?}", began.elapsed());
+    }
+    system.stop().await;
+}
+
 /// How many transactions over the fast service end per second. Other users of the machine disturb
 /// this now and then: the best of three tries is what the system can do.
 async fn fast_ones(system: &System, prefix: &str) -> f64 {

@@ -132,10 +132,11 @@ impl World {
             }
             17 => {
                 let service = any_service(source)?;
-                self.tell(match source.int_in_range(0..=3)? {
+                self.tell(match source.int_in_range(0..=4)? {
                     0 => Event::ServiceFound(service),
                     1 => Event::ServiceMissing(service),
                     2 => Event::ServiceUnavailable(service),
+                    3 => Event::WorkersCounted(source.arbitrary()?),
                     _ => Event::ServiceUnserved(service),
                 });
                 Ok(())

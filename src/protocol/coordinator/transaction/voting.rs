@@ -57,12 +57,12 @@ impl CoordinatedTransaction {
                 continue;
             }
             first = first.or(Some(index));
-            let now = cx.now;
+            let (now, workers) = (cx.now, cx.shared.workers);
             let load = cx.load(service);
             if !load.is_found() {
                 return self.queue(index, cx);
             }
-            is_plenty &= load.is_plenty(now);
+            is_plenty &= load.is_plenty(now, workers);
             if load.is_unserved() {
                 unserved = unserved.or(Some(index));
             }
@@ -126,7 +126,6 @@ impl CoordinatedTransaction {
     /// to have a slot.
     fn ask_in_order(&mut self, turn: Option<&ServiceName>, cx: &mut CoordinatorContext<'_>) {
         let services = Arc::clone(&self.request.services);
-        let now = cx.now;
         for (index, service) in services.iter().enumerate() {
             if !self.enlistments[index].vote_state.is_to_be_asked() {
                 continue;
@@ -138,11 +137,6 @@ impl CoordinatedTransaction {
                 return;
             }
             let is_reserved = self.enlistments[index].vote_state == VoteState::Reserved;
-            let load = cx.load(service);
-            if !is_reserved && !load.is_own() && load.is_plenty(now) {
-                // It is asked after the contended ones.
-                continue;
-            }
             if is_reserved || has_room(service, turn, self.begun, cx) {
                 self.ask(index, cx);
             } else {
