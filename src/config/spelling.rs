@@ -2,6 +2,8 @@
 
 use std::collections::BTreeSet;
 
+use strsim::generic_levenshtein;
+
 /// How many letters of a name may be wrong.
 const WRONG_MAX: usize = 2;
 
@@ -41,7 +43,7 @@ fn rate(key: &str, known: &str) -> Option<usize> {
     if last.as_ref() == Some(&given) || is_prefix(&wanted, &given) || is_prefix(&given, &wanted) {
         return Some(WRONG_MAX);
     }
-    Some(distance(&given, &wanted)).filter(|&distance| distance <= WRONG_MAX)
+    Some(generic_levenshtein(&given, &wanted)).filter(|&distance| distance <= WRONG_MAX)
 }
 
 /// Whether `name` begins with `start`, and `start` is long enough to be telling.
@@ -55,23 +57,9 @@ fn letters(name: &str) -> Vec<char> {
     name.chars().filter(is_letter).map(|letter| letter.to_ascii_lowercase()).collect()
 }
 
-/// How many letters must be inserted, removed or replaced to turn `one` into `other`.
-fn distance(one: &[char], other: &[char]) -> usize {
-    let mut row: Vec<_> = (0..=other.len()).collect();
-    for (n, letter) in one.iter().enumerate() {
-        let mut next = vec![n + 1];
-        for (m, candidate) in other.iter().enumerate() {
-            let replaced = row[m] + usize::from(letter != candidate);
-            next.push(replaced.min(row[m + 1] + 1).min(next[m] + 1));
-        }
-        row = next;
-    }
-    row[other.len()]
-}
-
 #[cfg(test)]
 mod tests {
-    use super::{distance, letters, suggestions};
+    use super::suggestions;
 
     #[test]
     fn a_key_with_a_typo_finds_the_one_that_is_meant() {
@@ -98,14 +86,6 @@ mod tests {
             ("colour", ""),
         ] {
             assert_eq!(suggestions(key, &keys).join(" "), wanted, "{key}");
-        }
-    }
-
-    #[test]
-    fn a_distance_counts_letters() {
-        for (one, other, wanted) in [("", "", 0), ("", "ab", 2), ("ulr", "url", 2), ("ab", "b", 1)]
-        {
-            assert_eq!(distance(&letters(one), &letters(other)), wanted, "{one} {other}");
         }
     }
 }
