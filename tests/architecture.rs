@@ -468,7 +468,10 @@ fn rust_files(directory: &str) -> Vec<File> {
         for entry in fs::read_dir(directory).unwrap() {
             let path = entry.unwrap().path();
             if path.is_dir() {
-                directories.push(path);
+                // What cargo builds, if it is run in `tests/fuzz`.
+                if !path.ends_with("target") {
+                    directories.push(path);
+                }
             } else if path.extension().is_some_and(|extension| extension == "rs") {
                 files.push(path);
             }
