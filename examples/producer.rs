@@ -1,7 +1,7 @@
 //! A producer: submits an order to the workers, and waits for its result.
 //!
-//! It wants RabbitMQ with the topology, a worker, and the services `payments` and `stock`: see
-//! `worker.rs` and `service.rs`.
+//! It requires RabbitMQ with the topology, a worker, and the services `payments` and `stock`: see
+//! `worker.rs` and `service/main.rs`.
 //!
 //! ```text
 //! $ cargo run --example producer

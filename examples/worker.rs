@@ -1,6 +1,6 @@
 //! A worker in a program of one's own. Any number of them share the load; none keeps anything.
 //!
-//! It wants RabbitMQ, and the topology, which is declared once:
+//! It requires RabbitMQ, and the topology, which is declared once:
 //!
 //! ```text
 //! $ cargo run -- topology apply

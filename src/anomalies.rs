@@ -40,7 +40,7 @@ pub(crate) fn log(anomaly: &Anomaly) {
         ),
         Anomaly::InquiryUndecidable(key, service) => tracing::error!(
             transaction = %key, %service,
-            "a service holds a prepared transaction whose outcome can't be told: the journal doesn't \
+            "a service holds a prepared transaction whose outcome can't be determined: the journal doesn't \
              reach back to where it began; nothing is guessed, so find out from its producer or the \
              other services how it ended, and end it in this service's store"
         ),

@@ -1,4 +1,6 @@
 //! Unique names for workers, instances and producers without a configured one.
+//!
+//! The standard library has what is needed of the system's random source, so no crate is used for it.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 

@@ -1,6 +1,6 @@
 //! A service with a store of its own, which is a file.
 //!
-//! It wants RabbitMQ with the topology, and a worker: see `worker.rs`. The orders of `producer.rs` are
+//! It requires RabbitMQ with the topology, and a worker: see `worker.rs`. The orders of `producer.rs` are
 //! for two of these:
 //!
 //! ```text

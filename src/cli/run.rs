@@ -225,7 +225,7 @@ fn open_journal(path: &Path, arguments: &RunArguments) -> Result<OpenedJournal, 
     let name = path.display();
     if opened.n_torn > 0 {
         let n_torn = opened.n_torn;
-        super::tell(&format!("{name}: cut off a torn tail of {n_torn} bytes\n"));
+        super::tell(&format!("{name}: truncated a torn tail of {n_torn} bytes\n"));
     }
     let decided = opened.unfinished.iter().filter(|it| it.decision.is_some()).count();
     if !opened.unfinished.is_empty() {

@@ -203,7 +203,7 @@ fn one(text: &mut String, key: &TransactionKey, past: &Past) {
                 let error = escape::line(error.as_deref().unwrap_or("no answer"));
                 let end = match settled_at(past, parked) {
                     Some(moment) => format!("settled at {}", shown(moment)),
-                    None => "not settled: the service's instances go on trying it".to_owned(),
+                    None => "not settled: the service's instances keep retrying it".to_owned(),
                 };
                 writeln!(text, "  {service}: commit parked at {at} ({error}), {end}")
             }

@@ -555,8 +555,8 @@ fn warn(applied: &ApplyReport, names: &Names, clock_margin: Duration) {
         let until = complete_since + clock_margin;
         tell(&format!(
             "warning: the journal `{}` was missing or empty though this system has been at work: \
-             its decisions are lost. What was or will be requested before {} is not decided but \
-             handed to a person.\n",
+             its decisions are lost. Transactions that were or will be requested before {} are parked, \
+             for an operator to decide.\n",
             names.journal(),
             moment::shown(until),
         ));

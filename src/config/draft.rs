@@ -390,7 +390,7 @@ impl Draft {
                 entry.key == *key && source.is_none_or(|source| *source == ValueSource::Default)
             });
             if is_unset {
-                let rule = format!("is read by nobody: the variable is called `{ours}`");
+                let rule = format!("is not a variable of dtc: the variable is called `{ours}`");
                 self.complain(key, ValueSource::Variable(name), rule);
             }
         }

@@ -505,7 +505,7 @@ mod tests {
         for name in ["DTC_BROKER_URL", "DTC_BROKER__URL", "dtc__broker__url"] {
             assert_eq!(
                 complaints("", &[(name, "amqp://there")]),
-                "`broker.url` is read by nobody: the variable is called `DTC__BROKER__URL`\n",
+                "`broker.url` is not a variable of dtc: the variable is called `DTC__BROKER__URL`\n",
                 "{name}"
             );
         }

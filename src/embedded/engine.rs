@@ -515,15 +515,17 @@ impl Engine {
                 let _entered = spans::finish(Some(service), key).entered();
                 tracing::error!(
                     error,
-                    "parked: the transaction is committed, but this service has not applied it; it \
-                     is tried again: fix what the error says"
+                    "commit parked: the transaction is committed, but this service has not applied it; \
+                     it is tried again: fix what the error says"
                 );
                 Some(service.clone())
             }
             ParkedCause::Undecidable(_) => {
                 let _entered = spans::finish(None, key).entered();
                 tracing::error!(
-                    "parked: the outcome is unknown, since the journal doesn't reach back to this transaction"
+                    "transaction parked: the journal doesn't reach back to where it began, so its outcome \
+                     can't be determined; find out from its services how it ended, and end it in their \
+                     stores"
                 );
                 None
             }

@@ -1,4 +1,5 @@
-//! Jitter without random numbers.
+//! Jitter without random numbers: the state machines are deterministic, so they can use neither the
+//! system's random source nor a crate that does.
 
 use std::time::Duration;
 

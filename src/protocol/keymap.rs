@@ -1,4 +1,5 @@
-//! A map of transactions, fast enough for several lookups per message.
+//! A map of transactions, fast enough for several lookups per message: `indexmap`'s, with a hash of the
+//! key and an index by id.
 
 use std::hash::{BuildHasherDefault, Hash, Hasher};
 

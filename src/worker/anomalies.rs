@@ -39,7 +39,7 @@ pub(super) fn tell_parked(parked: &Parked, names: &Names) {
         ParkedCause::Uncommitted { service, error: Some(error), .. } => tracing::error!(
             transaction = %key, %service, %error,
             "commit parked: the transaction is committed, but this service has failed to apply it; its \
-             instances go on trying, with pauses, until one succeeds: fix what the error says"
+             instances keep retrying, with pauses, until one succeeds: fix what the error says"
         ),
         ParkedCause::Uncommitted { service, error: None, .. } => tracing::error!(
             transaction = %key, %service,

@@ -40,7 +40,7 @@ pub struct Worker {
 
 /// Sets up a [`Worker`]: see [`Worker::builder`].
 #[derive(Debug)]
-#[must_use = "a builder does nothing until it is told to run"]
+#[must_use = "a builder does nothing until it runs"]
 pub struct WorkerBuilder {
     broker: BrokerOptions,
     name: Option<String>,

@@ -341,7 +341,7 @@ mod tests {
         clocks.record(now(START), &ahead);
         assert_eq!(clocks.verdict(now(START)), None, "a producer and a worker: two against two");
 
-        // Producers of whom only one is wrong, and a broker that is wrong too.
+        // Two producers, one with a wrong clock, and a broker that is wrong too.
         let mut clocks = self::clocks();
         clocks.request(now(START), NOW);
         clocks.request(now(START), NOW + OFF);

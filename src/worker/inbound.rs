@@ -87,7 +87,7 @@ pub(super) fn request(message: &Message) -> Result<Request, RequestMalformed> {
             });
         }
     };
-    // Its producer is told, if the body says who that is.
+    // Its producer gets a result, if the body says which one that is.
     Err(match decoded {
         Ok(Request { key, reply, .. }) => {
             let (id, requested_at) = (Some(key.id), Some(key.requested_at));

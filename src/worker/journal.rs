@@ -92,7 +92,7 @@ pub(super) enum ReadError {
         SILENCE_MAX.as_secs()
     )]
     Silent,
-    #[error("nobody waits for the records")]
+    #[error("the search for older records was cancelled")]
     Unwanted,
     #[error("the journal is not a stream: its messages have no offset")]
     NoStream,

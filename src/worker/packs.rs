@@ -27,8 +27,8 @@
 //! link continues from what was read in packs. If the check fails, the worker clears its view and reads
 //! the journal. So packs need not name their journal, whose first message may have expired.
 //!
-//! **Trust.** Whoever forges a record in the journal can decide what is undecided, and every worker reads
-//! the record. A forged pack could tell a single worker that an old decision was different. So a pack
+//! **Trust.** A user that forges a record in the journal can decide what is undecided, and every worker
+//! reads the record. A forged pack could tell a single worker that an old decision was different. So a pack
 //! counts only if its property `user_id`, which the broker checks, is this worker's own user. That makes
 //! forging harder for those who may write to the default exchange; it doesn't prevent it.
 

@@ -376,7 +376,7 @@ fn a_prepared_transaction_that_the_journal_does_not_reach_back_to_is_logged_once
     for id in ["left", "left", "left-too"] {
         asked(id);
         let line = worker.wait_for_line(&told(id), LIMIT);
-        assert!(line.contains("ERROR") && line.contains("outcome can't be told"), "{line}");
+        assert!(line.contains("ERROR") && line.contains("outcome can't be determined"), "{line}");
     }
     let lines = worker.stderr.all();
     assert_eq!(lines.iter().filter(|line| line.contains(&told("left"))).count(), 1, "{lines:#?}");

@@ -66,7 +66,7 @@ fn a_parked_commit_is_logged_as_being_retried_and_as_settled() {
     let parked = Parked::new(json!({"fail_first": 5}));
     let said = parked.worker.wait_for_line("ERROR", LIMIT);
     println!("{said}");
-    assert!(said.contains("commit parked") && said.contains("go on trying"), "{said}");
+    assert!(said.contains("commit parked") && said.contains("keep retrying"), "{said}");
     assert!(said.contains("simulated error") && !said.contains("operator"), "{said}");
     println!("{}", parked.stock.wait_for_line("an outcome is parked", LIMIT));
     println!("{}", parked.worker.wait_for_line(SETTLED, LIMIT));

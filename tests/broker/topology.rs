@@ -82,7 +82,7 @@ async fn a_journal_lost_in_an_existing_system_is_complete_only_from_then_on() {
     let before = now_ms();
     let ended = world.apply().exited(0);
     assert!(ended.stderr.contains("warning: the journal"), "{}", ended.stderr);
-    assert!(ended.stderr.contains("handed to a person"), "{}", ended.stderr);
+    assert!(ended.stderr.contains("for an operator to decide"), "{}", ended.stderr);
     let since = world.journal(1).await[0];
     assert!(since >= before + MARGIN_MS, "{since} {before}");
     assert_eq!(world.apply().exited(0).said("nothing was missing\n"), "");

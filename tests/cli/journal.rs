@@ -466,7 +466,7 @@ fn a_torn_tail_is_cut_off_and_reported() {
         fs::write(world.path("journal"), &torn).unwrap();
         let ended = output(&mut run(&world)).exited(0);
         assert_eq!(ended.statuses(), ["TX1 COMMITTED"]);
-        let said = format!("journal: cut off a torn tail of {n_cut} bytes\n");
+        let said = format!("journal: truncated a torn tail of {n_cut} bytes\n");
         assert!(ended.stderr.starts_with(&said), "{}", ended.stderr);
         let again = output(&mut run(&world)).exited(0);
         assert!(!again.stderr.contains("cut off"), "{}", again.stderr);

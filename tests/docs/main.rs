@@ -8,7 +8,7 @@ mod links;
 mod pages;
 mod service;
 
-use std::fs;
+use std::{fs, path::PathBuf};
 
 use pages::{SCRIPTS, blocks, blocks_under, page, pages, root};
 
@@ -114,6 +114,74 @@ fn the_light_and_the_dark_picture_differ_only_in_colours() {
         rest
     };
     assert_eq!(without_colours("docs/flow-light.svg"), without_colours("docs/flow-dark.svg"));
+}
+
+/// Phrases that a reader has to read twice, and plain ones instead. One term stands for one thing: see
+/// docs/glossary.md.
+const AVOIDED: [(&str, &str); 9] = [
+    ("anew", "again"),
+    ("whoever", "name the actor"),
+    ("whomever", "name the actor"),
+    ("of whom", "of which"),
+    ("gone on with", "continued"),
+    ("is another than", "differs from"),
+    ("another than it should be", "the wrong one"),
+    ("is told", "name the actor: `the producer gets`"),
+    ("what is said", "name the text"),
+];
+
+#[test]
+fn no_text_has_a_phrase_that_a_reader_must_read_twice() {
+    let mut complaints = Vec::new();
+    for path in texts() {
+        let text = fs::read_to_string(&path).unwrap();
+        let path = path.strip_prefix(root()).unwrap().display();
+        for (number, line) in (1..).zip(text.lines()) {
+            for (phrase, instead) in avoided_in(line) {
+                complaints.push(format!("{path}:{number}: not `{phrase}`, but {instead}"));
+            }
+        }
+    }
+    assert_none(&complaints);
+}
+
+#[test]
+fn a_phrase_to_avoid_is_found_as_words_in_any_case() {
+    let found = |line: &str| avoided_in(line).map(|(phrase, _)| phrase).collect::<Vec<_>>();
+    assert_eq!(found("Whoever reads it begins anew."), ["anew", "whoever"]);
+    assert_eq!(found("the janew, and this told"), [""; 0]);
+}
+
+fn avoided_in(line: &str) -> impl Iterator<Item = (&'static str, &'static str)> {
+    let is_word = |byte: Option<&u8>| byte.is_some_and(u8::is_ascii_alphanumeric);
+    let line = line.to_lowercase();
+    AVOIDED.into_iter().filter(move |(phrase, _)| {
+        line.match_indices(phrase).any(|(at, _)| {
+            let (before, after) = (&line.as_bytes()[..at], &line.as_bytes()[at + phrase.len()..]);
+            !is_word(before.last()) && !is_word(after.first())
+        })
+    })
+}
+
+/// The files with text for people: code, pages, help, and what is deployed. The licences of others
+/// are theirs.
+fn texts() -> Vec<PathBuf> {
+    const IN: [&str; 5] = ["src", "docs", "deploy", "examples", "tests/cli/golden"];
+    let mut texts: Vec<_> = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"]
+        .map(|it| root().join(it))
+        .into();
+    let mut directories: Vec<_> = IN.map(|it| root().join(it)).into();
+    while let Some(directory) = directories.pop() {
+        for entry in fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            match path.is_dir() {
+                true if path.ends_with("deploy/licences") => {}
+                true => directories.push(path),
+                false => texts.push(path),
+            }
+        }
+    }
+    texts
 }
 
 fn assert_none(complaints: &[String]) {

@@ -471,7 +471,7 @@ fn show_effect(effect: &Effect) -> String {
                     let error = error.as_ref().map_or("no answer", |error| error);
                     format!("{service} has not committed {branch} ({error})")
                 }
-                ParkedCause::Undecidable(_) => "its outcome can't be told".to_owned(),
+                ParkedCause::Undecidable(_) => "its outcome can't be determined".to_owned(),
             };
             format!("park    {}: {cause}", show_key(&parked.key))
         }

@@ -187,7 +187,7 @@ pub struct OpenedJournal {
     pub endings: FinishedIndex,
     /// The latest time in it: the clock must not show an earlier one.
     pub latest: Time,
-    /// How many bytes of a torn tail were cut off.
+    /// How many bytes of a torn tail were truncated.
     pub n_torn: u64,
     /// Where writing continues.
     pub tail: JournalTail,
@@ -295,7 +295,7 @@ pub fn open(path: &Path, options: &JournalOptions) -> Result<OpenedJournal, Jour
     if n_torn > 0 {
         tracing::warn!(
             journal = %old.path.display(), at = replay.end, bytes = n_torn,
-            "the journal has a torn tail, as a crash leaves it; it is cut off"
+            "the journal has a torn tail, as a crash leaves it; it is truncated"
         );
         old.truncate(replay.end)?;
     }

@@ -12,7 +12,7 @@ use lapin::{
 pub enum Disposition {
     /// Retry: it may succeed the next time.
     Retry,
-    /// Give up: it will fail until a person changes something.
+    /// Give up: it will fail until an operator changes something.
     GiveUp,
 }
 
@@ -33,7 +33,7 @@ impl BrokerError {
     }
 
     /// Whether the same may succeed later by itself: the broker is down, starts, or has an alarm.
-    /// If not, a person must change something: a password, a certificate, a permission, a queue.
+    /// If not, an operator must change something: a password, a certificate, a permission, a queue.
     pub fn may_pass(&self) -> bool {
         self.disposition == Disposition::Retry
     }

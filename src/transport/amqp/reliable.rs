@@ -115,7 +115,7 @@ impl<T: Send + 'static> ReliablePublisher<T> {
             let OutgoingMessage { exchange, key, .. } = &pending.message;
             tracing::error!(
                 %exchange, %key, waiting = self.retries.len() + 1,
-                "a message that must not be lost is not safe yet, and is published again: {reason}"
+                "a message that must not be lost is published again: {reason}"
             );
         }
         let at = now + pending.backoff.pause();

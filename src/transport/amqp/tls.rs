@@ -6,6 +6,9 @@
 //! The broker's certificate is always verified: without a CA of your own, name the certificate
 //! itself as the CA.
 //!
+//! `rustls` verifies. What is written here reads the files and says which of them is wrong, and how,
+//! before a connection is opened.
+//!
 //! **Invariant:** no error, and no output, contains a private key.
 
 use std::{
@@ -207,7 +210,7 @@ fn ago(since: Option<Duration>) -> String {
 }
 
 impl TlsError {
-    /// Whether to try again. Most of these failures last until a person changes something.
+    /// Whether to try again. Most of these failures last until an operator changes something.
     pub fn disposition(&self) -> Disposition {
         match self {
             // Time passes; and the peer may be a proxy, or be starting or stopping.
