@@ -17,7 +17,7 @@ pub(crate) fn log(anomaly: &Anomaly) {
         Anomaly::JournalGap(offset) => tracing::error!(
             offset,
             "the journal has a gap before this offset: transactions requested before it was written \
-             can't be resolved and will be parked; was the journal deleted or cut off?"
+             can't be resolved and will be parked; was the journal deleted or truncated?"
         ),
         Anomaly::Unanswered(key, service) => tracing::debug!(
             transaction = %key, %service, "no answer to a command; it is sent again"

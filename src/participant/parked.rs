@@ -105,7 +105,7 @@ impl ParkedLog {
         tries.is_logged = true;
         if unknown.is_none() {
             let error = &tries.error;
-            tracing::warn!(
+            tracing::error!(
                 %error,
                 "an outcome is parked: the service's code has failed to apply it, and no worker \
                  waits for it any more. It is tried again every {every:?}, here and at other \

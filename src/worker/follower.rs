@@ -234,9 +234,9 @@ async fn read_journal(
         margin,
         |next, reaches| {
             if reaches.is_none() {
-                tracing::warn!(
-                    "the journal is incomplete: requests made before now cannot be resolved and will \
-                     be parked"
+                tracing::error!(
+                    "the journal is incomplete: requests made before now can't be resolved and will \
+                     be parked; was the journal deleted or truncated?"
                 );
             }
             // If the journal proves nothing, only records from now on are certain to be seen.

@@ -60,6 +60,15 @@ impl Direct {
         self.runtime.block_on(async { deleting.await.unwrap() });
     }
 
+    /// Declares an empty stream.
+    pub(crate) fn declare_stream(&self, name: &str) {
+        let mut arguments = FieldTable::default();
+        arguments.insert("x-queue-type".into(), AMQPValue::LongString("stream".into()));
+        let options = QueueDeclareOptions { durable: true, ..Default::default() };
+        let declaring = self.channel.queue_declare(name.into(), options, arguments);
+        self.runtime.block_on(async { declaring.await.unwrap() });
+    }
+
     /// Unbinds `queue` from `exchange` under `key`.
     pub(crate) fn unbind(&self, queue: &str, exchange: &str, key: &str) {
         let (exchange, key, nothing) = (exchange.into(), key.into(), FieldTable::default());

@@ -93,6 +93,21 @@ fn every_line_of_a_worker_says_once_which_worker_it_is_and_what_it_is_about() {
     drop((producer, stock));
 }
 
+/// At the default level. An operator has replaced the journal by an empty stream, which doesn't say since
+/// when it is complete.
+#[test]
+fn a_worker_with_an_incomplete_journal_logs_an_error() {
+    let site = ProxiedPlace::of(place(), json!([{"name": "stock", "max_concurrency": 2}]));
+    let journal = site.name("journal");
+    site.direct.delete_queue(&journal);
+    site.direct.declare_stream(&journal);
+    let mut command = site.world.dtc(&["worker", "--name", "w1"]);
+    let worker = Process::start("w1", command.env_remove("DTC_LOG"));
+    let line = worker.wait_for_line("the journal is incomplete", LIMIT);
+    assert!(line.contains(" ERROR ") && line.contains("will be parked"), "{line}");
+    worker.wait_for_line(READY, LIMIT);
+}
+
 /// The fields of an event and of its spans, as a program's own subscriber gets them.
 #[derive(Clone, Default, Debug)]
 struct Fields(BTreeMap<String, String>);
