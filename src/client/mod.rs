@@ -392,26 +392,26 @@ impl Client {
                 self.shared.has_worked.set();
                 return Ok(());
             };
-            let mut fate = Fate::of(&error, &self.shared.has_worked);
+            let mut action = FailureAction::of(&error, &self.shared.has_worked);
             if let PublishError::Unroutable { .. } = error {
                 let until =
                     *unroutable_until.get_or_insert_with(|| Instant::now() + UNROUTABLE_MAX);
                 if Instant::now() < until && self.may_be_starting().await {
-                    fate = Fate::Retry;
+                    action = FailureAction::Retry;
                 }
             }
-            match fate {
-                Fate::Retry => {
+            match action {
+                FailureAction::Retry => {
                     tracing::debug!(
                         transaction = %request.key, %error, "request not confirmed; publishing it again"
                     );
                     *last = Some(error);
                 }
-                Fate::NoTopology => {
+                FailureAction::NoTopology => {
                     let namespace = self.shared.names.namespace().to_string();
                     return Err(SubmitError::NoTopology { namespace });
                 }
-                Fate::GiveUp => {
+                FailureAction::GiveUp => {
                     let (key, source) =
                         (request.key.clone(), BrokerError::new(error, Disposition::GiveUp));
                     return Err(SubmitError::Refused { key, source });
@@ -500,13 +500,13 @@ impl From<ListenError> for WaitError {
 }
 
 /// What to do after a failed publish.
-enum Fate {
+enum FailureAction {
     Retry,
     NoTopology,
     GiveUp,
 }
 
-impl Fate {
+impl FailureAction {
     fn of(error: &PublishError, has_worked: &HasWorked) -> Self {
         match error {
             PublishError::Unroutable { .. } => Self::NoTopology,

@@ -37,6 +37,7 @@ use crate::protocol::time::Time;
 
 /// A text that is not a valid name.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct InvalidName {
     /// What the text was meant to name, for example `transaction id`.
     pub what: &'static str,

@@ -161,6 +161,7 @@ impl fmt::Display for ReasonCode {
 
 /// Why a transaction aborts, or a request was rejected.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
+#[non_exhaustive]
 pub struct Reason {
     /// The reason in one word.
     pub code: ReasonCode,
@@ -171,6 +172,11 @@ pub struct Reason {
 }
 
 impl Reason {
+    /// `code`, at a service or at none, with a message or without one.
+    pub fn new(code: ReasonCode, service: Option<ServiceName>, message: Option<Arc<str>>) -> Self {
+        Self { code, service, message }
+    }
+
     /// `code` at `service`, without a message.
     pub fn at(service: &ServiceName, code: ReasonCode) -> Self {
         Self { code, service: Some(service.clone()), message: None }

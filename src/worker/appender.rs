@@ -204,10 +204,10 @@ impl Appender {
         let Some(decisions) = self.pending.not_taken(&id) else { return };
         let is_known = std::mem::replace(&mut self.is_untaken, true);
         if is_known {
-            tracing::debug!(fate = ?published, "again the journal did not take an append");
+            tracing::debug!(outcome = ?published, "again the journal did not take an append");
         } else {
             tracing::warn!(
-                journal = %self.journal, fate = ?published, decisions,
+                journal = %self.journal, outcome = ?published, decisions,
                 "the journal did not take an append; publishing it again until it does"
             );
         }

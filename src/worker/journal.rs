@@ -17,7 +17,7 @@ use std::{
 use futures_util::future::try_join;
 use lapin::{
     message::Delivery,
-    types::{AMQPValue, FieldTable, ShortString},
+    types::{AMQPValue, ShortString},
 };
 use tokio::{sync::mpsc, time::timeout};
 
@@ -30,7 +30,7 @@ use crate::{
         connection::{Backoff, BrokerConnection, PublishChannel},
         consumer::{ConsumerError, QueueConsumer},
         publisher::{CONFIRM_MAX, OutgoingMessage, PublishOutcome, publish_within},
-        stream::{Scan, ScanError, StreamStart},
+        stream::{self, Scan, ScanError, StreamStart},
         unique,
     },
     wire::message::{JournalBegun, Kind, PackedMessage, decode},
@@ -185,13 +185,7 @@ impl Tail {
 impl Record {
     pub(super) fn of(delivery: &Delivery) -> Result<Self, ReadError> {
         let properties = &delivery.properties;
-        let offset = properties.headers().as_ref().and_then(|headers| {
-            match headers.inner().get("x-stream-offset") {
-                Some(AMQPValue::LongLongInt(offset)) => u64::try_from(*offset).ok(),
-                Some(_) | None => None,
-            }
-        });
-        let offset = offset.ok_or(ReadError::NoStream)?;
+        let offset = stream::offset_of(delivery).ok_or(ReadError::NoStream)?;
         let kind = properties.kind().as_ref().and_then(|text| Kind::parse_type(text.as_str()));
         let mut record = Self {
             offset,
@@ -266,11 +260,9 @@ pub(super) fn digest(body: &[u8], message_id: Option<&str>) -> u64 {
 
 impl Journal {
     async fn open(&self, from: AMQPValue, prefetch: u16) -> Result<Tail, ReadError> {
-        let mut arguments = FieldTable::default();
-        arguments.insert("x-stream-offset".into(), from);
         let (limit, queue) = (self.begin_max, self.queue.clone());
-        let opening =
-            QueueConsumer::open_within(limit, &self.consuming, queue, prefetch, arguments);
+        let from = stream::reading_from(from);
+        let opening = QueueConsumer::open_within(limit, &self.consuming, queue, prefetch, from);
         // An acknowledgement lets the broker send as many more messages as it acknowledges. If a few
         // were acknowledged at a time, the broker would read the stream a few messages at a time.
         Ok(Tail { inbox: opening.await.map_err(ReadError::Consume)?.with_lazy_acks() })

@@ -390,7 +390,7 @@ impl Outbox {
             } else if let Poll::Ready(written) = self.commands.poll_next(cx) {
                 let ((), published) = written?;
                 if !matches!(published, PublishOutcome::Confirmed) {
-                    tracing::debug!(fate = ?published, "failed to write a command");
+                    tracing::debug!(outcome = ?published, "failed to write a command");
                 }
             } else {
                 return Poll::Pending;

@@ -168,8 +168,8 @@ impl<S: PackStream> Opened<S> {
                     tracing::debug!("the broker confirms packs and doesn't deliver them");
                     return Poll::Ready(Err(Ended(None)));
                 }
-                Ok(fate) => {
-                    tracing::debug!(?fate, "the broker did not take a pack");
+                Ok(outcome) => {
+                    tracing::debug!(?outcome, "the broker did not take a pack");
                     return Poll::Ready(Err(Ended(None)));
                 }
                 Err(lost) => {

@@ -37,7 +37,7 @@ use std::{future::Future, sync::Arc, time::Duration};
 use futures_util::future::try_join;
 use lapin::{
     message::Delivery,
-    types::{AMQPValue, FieldTable, ShortString},
+    types::{AMQPValue, ShortString},
 };
 use tokio::time::timeout;
 
@@ -52,7 +52,7 @@ use crate::{
         error::{broker_text, is_not_found, is_precondition_failed, is_refusal},
         names::Names,
         publisher::{OutgoingMessage, PublishOutcome, publish_within},
-        unique,
+        stream, unique,
     },
     wire::message::{Kind, PackedMessage, decode},
     worker::journal::{Journal, ReadError, Record, Tail, digest},
@@ -229,10 +229,8 @@ impl PackedJournal {
         prefetch: u16,
         limit: Duration,
     ) -> Result<QueueConsumer, AskError> {
-        let mut arguments = FieldTable::default();
-        arguments.insert("x-stream-offset".into(), from);
-        let queue = self.queue.clone();
-        let inbox = QueueConsumer::open_within(limit, &self.consuming, queue, prefetch, arguments);
+        let (queue, from) = (self.queue.clone(), stream::reading_from(from));
+        let inbox = QueueConsumer::open_within(limit, &self.consuming, queue, prefetch, from);
         Ok(inbox.await?.with_lazy_acks())
     }
 
@@ -244,7 +242,7 @@ impl PackedJournal {
         let published = publish_within(channel.clone(), marker, WAIT_MAX).await;
         tokio::spawn(async move { answer(ANSWER_MAX, channel.close(200, "done".into())).await });
         if !matches!(published, PublishOutcome::Confirmed) {
-            tracing::debug!(fate = ?published, "no packs are read: their stream took no marker");
+            tracing::debug!(outcome = ?published, "no packs are read: their stream took no marker");
             return Ok(None);
         }
         let inbox = self.open(AMQPValue::Timestamp(second), PREFETCH, WAIT_MAX).await?;

@@ -202,13 +202,13 @@ impl Workers {
                 let (holder, branch) = branch_named();
                 from = holder;
                 let (code, message) = (ReasonCode::Failed, Some(line.word().into()));
-                let reason = Reason { code, service: Some(service.clone()), message };
+                let reason = Reason::new(code, Some(service.clone()), message);
                 VoteKind::Failed { branch, reason }
             }
             "refused" => {
                 let code = line.option("code").map_or(ReasonCode::Refused, |it| reason_code(&it));
                 let message = line.optional_word().map(Into::into);
-                VoteKind::Refused(Reason { code, service: Some(service.clone()), message })
+                VoteKind::Refused(Reason::new(code, Some(service.clone()), message))
             }
             "read_only" => VoteKind::ReadOnly,
             "finished" => VoteKind::Finished(outcome(&line.word())),

@@ -21,6 +21,9 @@ use lapin::{
 
 use crate::transport::amqp::bounded::{ANSWER_MAX, AskError, STREAM_MAX, answer, close_channel};
 
+/// The argument of a consumer, and the header of a message, that name a place in a stream.
+const OFFSET: &str = "x-stream-offset";
+
 /// How many messages may be unacknowledged, and how many are acknowledged at once.
 const PREFETCH: u16 = 1000;
 const ACK_EVERY: u64 = 250;
@@ -132,7 +135,7 @@ impl Scan {
             scan.cancel(&tail).await?;
             return Ok(scan);
         };
-        scan.last = offset(&scan.delivered(first)?);
+        scan.last = offset_of(&scan.delivered(first)?);
         scan.find_last(&mut tail).await?;
         if start != StreamStart::First {
             scan.find_first().await?;
@@ -150,7 +153,7 @@ impl Scan {
             let mut tag = 0;
             while let Some(next) = tail.next().now_or_never() {
                 let delivery = self.delivered(next)?;
-                self.last = self.last.max(offset(&delivery));
+                self.last = self.last.max(offset_of(&delivery));
                 tag = delivery.delivery_tag;
                 n_more = n_more.saturating_add(1);
             }
@@ -199,7 +202,7 @@ impl Scan {
             }
         };
         // A message without an offset is not from a stream.
-        let offset = offset(&delivery).unwrap_or(u64::MAX);
+        let offset = offset_of(&delivery).unwrap_or(u64::MAX);
         if offset >= last {
             self.last = None;
         }
@@ -258,15 +261,22 @@ async fn consume(
     stream: &ShortString,
     offset: AMQPValue,
 ) -> Result<Consumer, AskError> {
-    let mut arguments = FieldTable::default();
-    arguments.insert("x-stream-offset".into(), offset);
     let options = BasicConsumeOptions::default();
-    let consuming = channel.basic_consume(stream.clone(), "".into(), options, arguments);
+    let consuming = channel.basic_consume(stream.clone(), "".into(), options, reading_from(offset));
     answer(STREAM_MAX, consuming).await
 }
 
-fn offset(delivery: &Delivery) -> Option<u64> {
+/// The arguments of a consumer that reads a stream from `offset` on: a number, a timestamp, or
+/// `first`, `last` or `next`.
+pub fn reading_from(offset: AMQPValue) -> FieldTable {
+    let mut arguments = FieldTable::default();
+    arguments.insert(OFFSET.into(), offset);
+    arguments
+}
+
+/// The offset of a message that was read from a stream; `None`: it was not.
+pub fn offset_of(delivery: &Delivery) -> Option<u64> {
     let headers = delivery.properties.headers().as_ref()?;
-    let offset = headers.inner().get("x-stream-offset")?.as_long_long_int()?;
+    let offset = headers.inner().get(OFFSET)?.as_long_long_int()?;
     u64::try_from(offset).ok()
 }

@@ -647,7 +647,7 @@ fn outcome(source: &mut Unstructured<'_>) -> Result<Outcome> {
 }
 
 fn vote_kind(source: &mut Unstructured<'_>, instance: &InstanceId) -> Result<VoteKind> {
-    let reason = |code| Reason { code, service: None, message: None };
+    let reason = |code| Reason::new(code, None, None);
     Ok(match source.int_in_range(0..=9)? {
         0..=5 => {
             let branch = Branch::of(instance, source.int_in_range(0..=2)?);

@@ -149,7 +149,7 @@ impl Draw<'_> {
         let code = *self.0.choose(&codes)?;
         let service = if self.0.arbitrary()? { Some(self.service()?) } else { None };
         let message = if self.0.arbitrary()? { Some(self.text()?) } else { None };
-        Ok(Reason { code, service, message })
+        Ok(Reason::new(code, service, message))
     }
 
     /// Any object, with few levels.

@@ -117,7 +117,7 @@ fn a_decision() {
         committed(),
         r#"{"id":"TX1","requested_at":1700000000,"request_hash":"000123456789abcdeffffe100708090a","outcome":"COMMITTED","branches":{"payments":"stock-1.42","stock":"stock-1.42"},"decided_at":1700000005123,"worker":"w1"}"#,
     );
-    let reason = Some(Reason { code: ReasonCode::Deadline, service: None, message: None });
+    let reason = Some(Reason::new(ReasonCode::Deadline, None, None));
     is(
         Kind::Decision,
         Decision { outcome: Outcome::Aborted, branches: vec![], reason, ..committed() },
@@ -209,7 +209,7 @@ fn each_reason_code() {
     ] {
         let aborted = Answer {
             outcome: Outcome::Aborted,
-            reason: Some(Reason { code, service: None, message: None }),
+            reason: Some(Reason::new(code, None, None)),
             ..answer()
         };
         is(

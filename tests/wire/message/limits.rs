@@ -18,11 +18,14 @@ fn longest_text() -> Arc<str> {
 }
 
 fn longest_reason() -> Reason {
-    Reason {
-        code: ReasonCode::UnknownService,
-        service: Some(service(&"s".repeat(64))),
-        message: Some(longest_text()),
-    }
+    let service = service(&"s".repeat(64));
+    Reason::new(ReasonCode::UnknownService, Some(service), Some(longest_text()))
+}
+
+fn with_message(message: Arc<str>) -> Reason {
+    let mut reason = sold_out();
+    reason.message = Some(message);
+    reason
 }
 
 fn size<T: Item>(item: &T) -> usize {
@@ -145,9 +148,9 @@ fn texts_are_cut_at_a_character_when_written_and_when_read() {
             let read = all_good(decode::<Done>(&body).unwrap());
             assert_eq!(read, [done(Err(cut.clone()), false)]);
         }
-        let reason = Reason { message: Some(long), ..sold_out() };
+        let reason = with_message(long);
         let read = all_good(decode::<Vote>(&body(&[vote(VoteKind::Refused(reason))])).unwrap());
-        let reason = Reason { message: Some(cut), ..sold_out() };
+        let reason = with_message(cut);
         assert_eq!(read, [vote(VoteKind::Refused(reason))]);
     }
 }

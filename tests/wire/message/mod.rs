@@ -93,7 +93,7 @@ fn moment() -> Time {
 
 fn sold_out() -> Reason {
     let message = Some("sold \"out\"\n\u{1}\\ é".into());
-    Reason { code: ReasonCode::Refused, service: Some(service("stock")), message }
+    Reason::new(ReasonCode::Refused, Some(service("stock")), message)
 }
 
 fn vote(kind: VoteKind) -> Vote {

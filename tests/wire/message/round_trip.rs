@@ -73,7 +73,7 @@ fn a_reason() -> impl Strategy<Value = Reason> {
     ];
     let parts =
         (prop::sample::select(codes), prop::option::of(a_service()), prop::option::of(a_text()));
-    parts.prop_map(|(code, service, message)| Reason { code, service, message })
+    parts.prop_map(|(code, service, message)| Reason::new(code, service, message))
 }
 
 fn a_prepare() -> impl Strategy<Value = Prepare> {

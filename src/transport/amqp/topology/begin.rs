@@ -23,6 +23,7 @@ use crate::{
         error::is_out_of_reach,
         names::Names,
         publisher::{OutgoingMessage, PublishOutcome, publish},
+        stream::{offset_of, reading_from},
         topology::probe::{Presence, Prober},
     },
     wire::message::{Items, JournalBegun, Kind},
@@ -64,8 +65,7 @@ pub(super) async fn beginning(
     let journal = names.journal();
     let channel = answer(ANSWER_MAX, connection.create_channel()).await?;
     answer(ANSWER_MAX, channel.basic_qos(1, BasicQosOptions::default())).await?;
-    let mut from = FieldTable::default();
-    from.insert("x-stream-offset".into(), AMQPValue::LongString("first".into()));
+    let from = reading_from(AMQPValue::LongString("first".into()));
     let options = BasicConsumeOptions::default();
     let consuming = channel.basic_consume(journal.clone(), "".into(), options, from);
     let mut consumer = answer(ANSWER_MAX, consuming).await?;
@@ -88,9 +88,7 @@ pub(super) async fn beginning(
 }
 
 fn classify(first: &Delivery) -> JournalBeginning {
-    let headers = first.properties.headers().as_ref();
-    let offset = headers.and_then(|headers| headers.inner().get("x-stream-offset"));
-    if !matches!(offset, Some(AMQPValue::LongLongInt(0))) {
+    if offset_of(first) != Some(0) {
         return JournalBeginning::CutOff;
     }
     let kind = first.properties.kind().as_ref().map(|kind| kind.as_str()).unwrap_or_default();
