@@ -1,9 +1,11 @@
 //! One transaction as a worker sees it: its phase, the answers of each service, and a method for each
 //! transition. Here: from the start to the decision. [`voting`]: asking for votes. [`finishing`]: sending
-//! the outcome to services. [`result`]: sending the result to producers.
+//! the outcome to services. [`result`]: sending the result to producers. [`timers`]: what happens when a time
+//! limit is over.
 
 mod finishing;
 mod result;
+mod timers;
 mod voting;
 
 use std::{sync::Arc, time::Duration};
@@ -12,9 +14,8 @@ use crate::protocol::{
     coordinator::{
         CoordinatorContext,
         event::{Anomaly, Effect},
-        transaction::{finishing::FinishState, result::Requester},
+        transaction::{finishing::FinishState, result::Requester, timers::PhaseTimer},
     },
-    deadlines::Deadlines,
     ids::{Branch, InstanceId, ServiceName, StoreId},
     message::{
         Command, Decision, Delivery, Destination, Outcome, Parked, ParkedCause, Query, Reason,
@@ -164,8 +165,8 @@ pub(super) struct CoordinatedTransaction {
     prepare_deadline: Option<Time>,
     /// When to give up waiting for a service that is out of reach, if no prepare deadline is set.
     wait_deadline: Option<Time>,
-    /// When to end the query, to append or park again, or to stop repeating aborts, depending on the phase.
-    phase_timer: Option<Time>,
+    /// What to do when, if the phase has not ended by then.
+    phase_timer: Option<(PhaseTimer, Time)>,
     proposal: Option<Outcome>,
     decision: Option<Arc<Decision>>,
     /// The moment of its entry among the deadlines.
@@ -247,7 +248,7 @@ impl CoordinatedTransaction {
                 self.enlistments[index].vote_state = VoteState::Queried;
                 self.send(index, Destination::AllInstances, self.query_command(), cx);
             }
-            self.wake_at(cx.now + cx.settings().query_timeout, cx);
+            self.set_timer(PhaseTimer::EndQuery, cx.settings().query_timeout, cx);
         } else {
             self.phase = Phase::Waiting;
             self.advance(None, cx);
@@ -277,7 +278,7 @@ impl CoordinatedTransaction {
         let cause = ParkedCause::Undecidable(self.request.clone());
         let parked = Parked { key: self.request.key.clone(), cause, parked_at: cx.now };
         cx.effects.push(Effect::Park(parked));
-        self.wake_at(cx.now + cx.settings().finish_timeout, cx);
+        self.set_timer(PhaseTimer::ParkAgain, cx.settings().finish_timeout, cx);
     }
 
     fn begin(&mut self, cx: &mut CoordinatorContext<'_>) {
@@ -526,7 +527,7 @@ impl CoordinatedTransaction {
             decided_at: cx.now,
             worker: cx.settings().worker.clone(),
         }));
-        self.wake_at(cx.now + cx.settings().append_timeout, cx);
+        self.set_timer(PhaseTimer::AppendAgain, cx.settings().append_timeout, cx);
     }
 
     // ---- After the decision ------------------------------------------------------------------
@@ -556,7 +557,8 @@ impl CoordinatedTransaction {
             }
             Outcome::Aborted => {
                 self.phase = Phase::Aborting;
-                self.phase_timer = Some(cx.now + cx.settings().finish_timeout);
+                let until = cx.now + cx.settings().finish_timeout;
+                self.phase_timer = Some((PhaseTimer::StopAborts, until));
                 self.publish_to_all(cx);
                 for index in 0..self.enlistments.len() {
                     self.send_abort(index, cx);
@@ -588,143 +590,6 @@ impl CoordinatedTransaction {
     /// of another transaction, which names no branch of this one.
     fn own_decision(&self) -> Option<Arc<Decision>> {
         self.decision.clone().filter(|decision| decision.key == self.request.key)
-    }
-
-    // ---- Time --------------------------------------------------------------------------------
-
-    /// Its deadline has come.
-    pub(super) fn wake(&mut self, cx: &mut CoordinatorContext<'_>) {
-        let is_due = self.phase_timer.is_some_and(|at| at <= cx.now);
-        match self.phase {
-            Phase::Querying if is_due => self.end_query(cx),
-            Phase::Waiting | Phase::Preparing
-                if self.gives_up_at().is_some_and(|it| it <= cx.now) =>
-            {
-                self.give_up_preparing(cx);
-            }
-            Phase::Deciding if is_due => {
-                let proposal = self.proposal.unwrap_or(Outcome::Aborted);
-                self.propose(proposal, cx);
-            }
-            Phase::Parking if is_due => self.park(cx),
-            Phase::Aborting if is_due => {
-                // Instances that have not heard the outcome by now will inquire.
-                for index in 0..self.enlistments.len() {
-                    self.enlistments[index].finish_state = FinishState::None;
-                    self.release(index, cx);
-                }
-                self.phase_timer = None;
-            }
-            Phase::Recalling
-            | Phase::Waiting
-            | Phase::Querying
-            | Phase::Preparing
-            | Phase::Deciding
-            | Phase::Committing
-            | Phase::Aborting
-            | Phase::Answering
-            | Phase::Parking => {}
-        }
-        for index in 0..self.enlistments.len() {
-            self.wake_finish(index, cx);
-            if self.enlistments[index].vote_state == VoteState::Queued {
-                cx.shared.dirty_services.insert(self.request.services[index].clone());
-            }
-        }
-        for index in 0..self.requesters.len() {
-            if self.requesters[index].republish_at.is_some_and(|at| at <= cx.now) {
-                self.publish(index, cx);
-            }
-        }
-        self.answer_if_complete(cx);
-        self.rearm(cx);
-    }
-
-    /// The services that have not answered the query don't hold it: asks them for their votes.
-    fn end_query(&mut self, cx: &mut CoordinatorContext<'_>) {
-        self.phase = Phase::Preparing;
-        self.phase_timer = None;
-        for enlistment in &mut self.enlistments {
-            if enlistment.vote_state == VoteState::Queried {
-                enlistment.vote_state = VoteState::Unasked;
-            }
-        }
-        if self.enlistments.iter().any(|enlistment| enlistment.holds_slot) {
-            self.start_deadline(cx);
-        }
-        if self.enlistments.iter().all(|enlistment| enlistment.vote_state == VoteState::Unasked) {
-            // No service holds a branch of it, so it must not keep out transactions that hold slots, for
-            // which others wait.
-            self.wait_again(cx);
-        }
-        self.advance(None, cx);
-    }
-
-    /// When to give up preparing, or waiting for a service that can't be reached.
-    fn gives_up_at(&self) -> Option<Time> {
-        match self.phase {
-            Phase::Waiting | Phase::Preparing => self.prepare_deadline.or(self.wait_deadline),
-            Phase::Recalling
-            | Phase::Querying
-            | Phase::Deciding
-            | Phase::Committing
-            | Phase::Aborting
-            | Phase::Answering
-            | Phase::Parking => None,
-        }
-    }
-
-    /// The deadline is over. If a service that has not voted can't be reached or has no instance, that is the
-    /// reason.
-    fn give_up_preparing(&mut self, cx: &mut CoordinatorContext<'_>) {
-        let is_silent = |enlistment: &Enlistment| {
-            enlistment.vote_state.is_to_be_asked()
-                || matches!(enlistment.vote_state, VoteState::Queued | VoteState::Asked { .. })
-        };
-        let silent: Vec<_> = (self.enlistments.iter().zip(&*self.request.services))
-            .filter_map(|(enlistment, service)| is_silent(enlistment).then_some(service))
-            .collect();
-        let mut out_of_reach = silent.iter().filter_map(|service| {
-            cx.known_load(service).and_then(|load| load.why_out_of_reach(service))
-        });
-        let reason = out_of_reach.next().unwrap_or_else(|| {
-            let service = silent.first().map(|&service| service.clone());
-            Reason { code: ReasonCode::Deadline, service, message: None }
-        });
-        for (enlistment, service) in self.enlistments.iter().zip(&*self.request.services) {
-            if matches!(enlistment.vote_state, VoteState::Asked { .. }) {
-                cx.check(service);
-            }
-        }
-        self.reason.get_or_insert(reason);
-        self.propose(Outcome::Aborted, cx);
-    }
-
-    /// Wakes it when the service that it waits for has been silent for too long.
-    pub(super) fn wake_by(&mut self, at: Time, deadlines: &mut Deadlines) {
-        deadlines.wake_by(&self.request.key, &mut self.due, at);
-    }
-
-    fn wake_at(&mut self, at: Time, cx: &mut CoordinatorContext<'_>) {
-        self.phase_timer = Some(at);
-        cx.wake(&self.request.key, &mut self.due, at);
-    }
-
-    fn rearm(&mut self, cx: &mut CoordinatorContext<'_>) {
-        let finishes =
-            self.enlistments.iter().filter_map(|enlistment| match &enlistment.finish_state {
-                FinishState::Sent(attempts) | FinishState::BackingOff(attempts) => {
-                    Some(attempts.due)
-                }
-                FinishState::Parking { due, .. } => Some(*due),
-                FinishState::None | FinishState::Parked => None,
-            });
-        let answers = self.requesters.iter().filter_map(|requester| requester.republish_at);
-        let soonest =
-            finishes.chain(answers).chain(self.gives_up_at()).chain(self.phase_timer).min();
-        if let (false, Some(at)) = (self.is_finished(), soonest) {
-            cx.wake(&self.request.key, &mut self.due, at);
-        }
     }
 
     fn send(
