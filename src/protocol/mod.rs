@@ -41,7 +41,7 @@ mod deadlines;
 mod evicted_digests;
 pub mod ids;
 mod jitter;
-pub mod journal;
+pub mod journal_view;
 mod keymap;
 pub mod message;
 pub mod participant;

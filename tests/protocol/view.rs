@@ -8,7 +8,7 @@ use std::{sync::Arc, time::Duration};
 
 use dtc::protocol::{
     ids::{TransactionKey, WorkerId},
-    journal::{JournalView, Recall},
+    journal_view::{JournalView, Recall},
     message::{Decision, Outcome},
     time::Time,
 };

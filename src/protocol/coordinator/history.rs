@@ -12,7 +12,7 @@ use crate::protocol::{
         transaction::CoordinatedTransaction,
     },
     ids::TransactionKey,
-    journal::JournalView,
+    journal_view::JournalView,
     message::Decision,
     time::Time,
 };

@@ -7,7 +7,7 @@ use crate::protocol::{
     coordinator::{Anomaly, CoordinatorContext, Effect, Work},
     deadlines::Deadlines,
     ids::{InstanceId, RequestHash, ServiceName, TransactionKey},
-    journal::Recall,
+    journal_view::Recall,
     message::{Decision, Inquiry, Outcome, Reason, ReasonCode},
     time::Time,
 };

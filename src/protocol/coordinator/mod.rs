@@ -58,7 +58,7 @@ use crate::protocol::{
     deadlines::Deadlines,
     ids::{InstanceId, ServiceName, TransactionKey},
     jitter::jitter,
-    journal::{JournalView, Recall},
+    journal_view::{JournalView, Recall},
     keymap::KeyMap,
     message::{
         Command, Decision, Delivery, Destination, Done, Finish, Reason, ReasonCode, Request, Vote,

@@ -6,7 +6,7 @@ use crate::protocol::{
         Anomaly, CoordinatorContext, Effect, Settings, Work, transaction::CoordinatedTransaction,
     },
     ids::TransactionKey,
-    journal::Recall,
+    journal_view::Recall,
     message::{Delivery, ReasonCode, Request},
 };
 
