@@ -9,8 +9,8 @@ use crate::protocol::coordinator::Anomaly;
 /// Logs an anomaly that involves no queue.
 pub(crate) fn log(anomaly: &Anomaly) {
     match anomaly {
-        Anomaly::CommitFailed { key, service, failures, error } => tracing::warn!(
-            transaction = %key, %service, failures, %error,
+        Anomaly::CommitFailed { key, service, instance, failures, error } => tracing::warn!(
+            transaction = %key, %service, %instance, failures, %error,
             "a service failed to apply an outcome; it is asked again, and a commit that keeps failing \
              is parked"
         ),

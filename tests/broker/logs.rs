@@ -74,6 +74,8 @@ fn every_line_of_a_worker_says_once_which_worker_it_is_and_what_it_is_about() {
         let line = worker.wait_for_line(what, LIMIT);
         println!("{line}");
         assert!(line.contains(&format!(" {level} ")), "{line}");
+        let names_instance = values(&line, "instance").len() == 1;
+        assert_eq!(names_instance, what == "failed to apply an outcome", "{line}");
         for (name, value) in ["transaction", "service"].into_iter().zip(about) {
             let values = values(&line, name);
             assert_eq!(values.len(), usize::from(!value.is_empty()), "{line}");

@@ -492,7 +492,7 @@ fn show_anomaly(anomaly: &Anomaly) -> String {
         Anomaly::PreparedTwice(key, service) => {
             format!("prepared twice {} {service}", show_key(key))
         }
-        Anomaly::CommitFailed { key, service, failures, error } => {
+        Anomaly::CommitFailed { key, service, failures, error, .. } => {
             format!("failed to finish {} {service}, attempt {failures}: {error}", show_key(key))
         }
         Anomaly::Unanswered(key, service) => format!("unanswered {} {service}", show_key(key)),

@@ -307,6 +307,8 @@ pub enum Anomaly {
         key: TransactionKey,
         /// Which service.
         service: ServiceName,
+        /// Which of its instances has answered.
+        instance: InstanceId,
         /// How many attempts have failed.
         failures: u32,
         /// The error of the code.

@@ -139,7 +139,7 @@ impl CoordinatedTransaction {
                     self.release(index, cx);
                 }
             }
-            Err(error) => self.record_failure(index, error, cx),
+            Err(error) => self.record_failure(index, &done.instance, error, cx),
         }
         self.answer_if_complete(cx);
     }
@@ -193,12 +193,19 @@ impl CoordinatedTransaction {
 
     /// A service's code has failed. Only the first answer to an attempt counts: several instances may report
     /// the same attempt.
-    fn record_failure(&mut self, index: usize, error: &Arc<str>, cx: &mut CoordinatorContext<'_>) {
+    fn record_failure(
+        &mut self,
+        index: usize,
+        instance: &InstanceId,
+        error: &Arc<str>,
+        cx: &mut CoordinatorContext<'_>,
+    ) {
         let FinishState::Sent(attempts) = self.enlistments[index].finish_state else { return };
         let failures = attempts.failures + 1;
         cx.effects.push(Effect::Report(Anomaly::CommitFailed {
             key: self.request.key.clone(),
             service: self.request.services[index].clone(),
+            instance: instance.clone(),
             failures,
             error: Arc::clone(error),
         }));
