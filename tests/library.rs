@@ -691,6 +691,74 @@ async fn a_transaction_undecided_when_a_run_ends_is_not_prepared_again_where_it_
     assert_eq!(quick.sorted(), ["Q commit t0", "Q prepare t0"]);
 }
 
+/// A service with a store that takes its time.
+#[derive(Clone, Default)]
+struct SlowService(DurableService);
+
+impl Participant for SlowService {
+    async fn prepare(&self, call: Prepare) -> Result<Verdict, Box<dyn Error + Send + Sync>> {
+        self.0.log.add("L", "begin", call.id());
+        sleep(ms(50)).await;
+        self.0.prepare(call).await
+    }
+
+    async fn commit(&self, call: Finish) -> Result<(), Box<dyn Error + Send + Sync>> {
+        self.0.commit(call).await
+    }
+
+    async fn abort(&self, call: Finish) -> Result<(), Box<dyn Error + Send + Sync>> {
+        self.0.abort(call).await
+    }
+}
+
+impl DurableParticipant for SlowService {
+    async fn in_doubt(
+        &self,
+        of: Option<TransactionKey>,
+    ) -> Result<Vec<InDoubt>, Box<dyn Error + Send + Sync>> {
+        if of.is_some() {
+            sleep(ms(50)).await;
+        }
+        self.0.in_doubt(of).await
+    }
+}
+
+/// The run used to end while the store was read before the abort.
+#[tokio::test]
+async fn what_is_prepared_after_its_transaction_has_aborted_is_undone_before_the_run_ends() {
+    let directory = tempfile::tempdir().unwrap();
+    let journal = directory.path().join("journal");
+    let first = Log::default();
+    let log = first.clone();
+    let hangs = move |id: String, _| {
+        log.add("L", "prepare", &id);
+        std::future::pending()
+    };
+    let hung = [Service::new("L", 8).prepare_async(hangs), Service::new("Q", 8)];
+    let has_begun = || first.count("L prepare t0") > 0;
+    run_until(hung, &journal, transactions(1, &["L", "Q"]), has_begun).await;
+
+    let slow = SlowService::default();
+    let log = slow.0.log.clone();
+    let refuses_meanwhile = move |_, _| {
+        let log = log.clone();
+        async move {
+            while log.count("L begin t0") == 0 {
+                tokio::task::yield_now().await;
+            }
+            Ok(false)
+        }
+    };
+    let services = [
+        Service::from_durable("L", 8, slow.clone()),
+        Service::new("Q", 8).prepare_async(refuses_meanwhile),
+    ];
+    let results = run_with(services, &journal, transactions(1, &["L", "Q"])).await;
+    assert_eq!(told(&results).1, Some(ReasonCode::Refused));
+    assert_eq!(slow.0.log.sorted(), ["L abort t0", "L begin t0", "L prepare t0"]);
+    assert_eq!(slow.0.held.lock().unwrap().len(), 0);
+}
+
 #[tokio::test]
 async fn a_service_is_asked_what_it_holds_though_it_may_take_for_ever() {
     let directory = tempfile::tempdir().unwrap();

@@ -349,12 +349,14 @@ impl Embedded {
                 Engine::new(now, settings, members, backend)
             }
         };
-        let mut calls = participant::Calls::new(clock, self.settings.coordinator.finish_timeout);
+        let finish_timeout = self.settings.coordinator.finish_timeout;
+        let mut calls = participant::Calls::new(clock, finish_timeout);
         let mut backlog = Vec::new().into_iter();
         let mut report = Report::new();
         let mut open = true;
         let mut stopped = false;
         let mut began_at = None;
+        let mut over_since: Option<Time> = None;
         let mut stop = std::pin::pin!(stop);
         loop {
             let now = clock.read();
@@ -386,10 +388,21 @@ impl Embedded {
                 continue;
             }
             // A prepare that has exceeded its time limit may still run, and is aborted after it.
-            if !open && backlog.len() == 0 && engine.is_idle() && calls.is_idle() {
+            let is_over = !open && backlog.len() == 0 && engine.is_idle() && calls.is_idle();
+            if is_over && !calls.is_reading() {
                 break;
             }
-            let next_deadline = engine.next_deadline();
+            // An outcome may wait for what a store holds. A store that fails is read again and again.
+            over_since = over_since.or(Some(now.time)).filter(|_| is_over);
+            let gives_up_at = over_since.map(|since| since + finish_timeout);
+            if gives_up_at.is_some_and(|at| at <= now.time) {
+                tracing::error!(
+                    "a store has not said in {finish_timeout:?} what it holds of a transaction that has \
+                     ended: if it holds a branch, that stays in doubt until the next run with this journal"
+                );
+                break;
+            }
+            let next_deadline = engine.next_deadline().into_iter().chain(gives_up_at).min();
             let wants_more = open && backlog.len() == 0 && engine.room() > 0;
             tokio::select! {
                 biased;

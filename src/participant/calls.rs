@@ -56,11 +56,13 @@ pub(crate) struct Calls {
     running: JoinSet<EndedCall>,
     /// The number of prepares, commits and aborts among them.
     limited: usize,
+    /// The number of reads of one transaction among them.
+    reading: usize,
 }
 
 impl Calls {
     pub(crate) fn new(clock: Clock, finish_timeout: Duration) -> Self {
-        Self { clock, finish_timeout, running: JoinSet::new(), limited: 0 }
+        Self { clock, finish_timeout, running: JoinSet::new(), limited: 0, reading: 0 }
     }
 
     /// Makes the call that `effect` asks for, if any. A call that needn't wait ends before this returns,
@@ -97,6 +99,7 @@ impl Calls {
                     let held = read_store(participant, Some(key.clone()), patience).await;
                     EndedCall { participant: number, event: Event::StoreRead { key, held } }
                 };
+                self.reading += 1;
                 self.running.spawn(reading.instrument(span));
                 None
             }
@@ -108,6 +111,7 @@ impl Calls {
                     let event = Event::CommitLookedUp { key, branch, is_known };
                     EndedCall { participant: number, event }
                 };
+                self.reading += 1;
                 self.running.spawn(looking_up.instrument(span));
                 None
             }
@@ -186,8 +190,17 @@ impl Calls {
     }
 
     fn over(&mut self, ended: EndedCall) -> EndedCall {
-        if matches!(ended.event, Event::PrepareEnded { .. } | Event::FinishEnded { .. }) {
-            self.limited -= 1;
+        match ended.event {
+            Event::PrepareEnded { .. } | Event::FinishEnded { .. } => self.limited -= 1,
+            Event::StoreRead { .. } | Event::CommitLookedUp { .. } => self.reading -= 1,
+            Event::PrepareReceived { .. }
+            | Event::QueryReceived { .. }
+            | Event::CancelReceived(_)
+            | Event::FinishReceived { .. }
+            | Event::StoreScanned(_)
+            | Event::DeadlineReached
+            | Event::Disconnected
+            | Event::DrainRequested => {}
         }
         ended
     }
@@ -196,6 +209,12 @@ impl Calls {
     /// until it succeeds.
     pub(crate) fn is_idle(&self) -> bool {
         self.limited == 0
+    }
+
+    /// Whether a store is being read for one transaction: an outcome may wait for that.
+    #[cfg(feature = "embedded")]
+    pub(crate) fn is_reading(&self) -> bool {
+        self.reading > 0
     }
 }
 
