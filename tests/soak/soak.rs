@@ -31,6 +31,9 @@ const WINDOW: Duration = Duration::from_secs(15 * 60);
 /// After how many transactions every process has filled its memory of transactions: a worker has
 /// read those of a window at the default rate, and each instance has had more than its last 65,536.
 pub(crate) const FILLED_AFTER: usize = 180_000;
+/// How often the broker closes all connections during a soak: equally often in each quarter. A process
+/// keeps a few MiB more when it has connected again, and must not keep more each time.
+pub(crate) const CLOSINGS: u32 = 16;
 /// How long the last results may take: longer than the producer waits for them.
 const ANSWERED_IN: Duration = Duration::from_secs(150);
 
@@ -62,6 +65,11 @@ impl Plan {
     /// Before that, memory grows as it should.
     pub(crate) fn fills_in_time(&self) -> bool {
         self.transactions() / 4 >= FILLED_AFTER
+    }
+
+    /// When the broker is to close all connections the next time, after it has done so `closings` times.
+    fn closes_at(&self, closings: u32) -> Duration {
+        (self.length * (2 * closings + 1)) / (2 * CLOSINGS)
     }
 
     /// How long workers remember decisions: not beyond the first quarter.
@@ -157,7 +165,7 @@ fn watch(
     fed: &mut usize,
 ) -> Waited {
     let began = Instant::now();
-    let mut told = 0;
+    let (mut told, mut closings) = (0, 0);
     for number in 1_u32.. {
         let due = SAMPLED_EVERY * number;
         match news.recv_timeout(due.saturating_sub(began.elapsed())) {
@@ -173,6 +181,10 @@ fn watch(
         let died = fleet.died();
         if !died.is_empty() {
             return Waited::Died(died);
+        }
+        if began.elapsed() >= plan.closes_at(closings) && closings < CLOSINGS {
+            broker.control(&["close_all_connections", "soak"]);
+            closings += 1;
         }
         let at = began.elapsed();
         let of_processes = fleet.processes().iter().map(|process| process.memory(at));
