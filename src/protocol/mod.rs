@@ -24,7 +24,7 @@
 //!   decisions and results out.
 //! * [`participant`]: the service's side. Commands in; calls of the service's code, votes and
 //!   inquiries out.
-//! * [`journal`]: what a reader of the journal may conclude from it.
+//! * [`journal_view`]: what a reader of the journal may conclude from it.
 //!
 //! **Invariant:** the first decision for a transaction in the journal is its outcome, and no process acts
 //! on a decision that was not read back. Nothing else is needed for agreement: no locks, leases, epochs
