@@ -5,9 +5,9 @@
 
 mod backend;
 mod engine;
+mod journal_backed;
 mod journal_writer;
 mod recovery;
-mod remembered;
 mod report;
 #[cfg(test)]
 mod restarts;
@@ -28,8 +28,8 @@ pub use self::report::{CallCounts, Report, ServiceReport};
 use self::{
     backend::{FileBackend, MemoryBackend},
     engine::Engine,
+    journal_backed::JournalBacked,
     journal_writer::JournalWriter,
-    remembered::Remembered,
 };
 use crate::{
     clock::Clock,
@@ -472,7 +472,7 @@ impl Embedded {
         let member = |(number, (name, service)): (usize, &(ServiceName, Service))| {
             let mut participant = service.clone().participant();
             if let Some(unfinished) = unfinished.filter(|_| !participant.has_store()) {
-                participant = Arc::new(Remembered::new(participant, name, unfinished));
+                participant = Arc::new(JournalBacked::new(participant, name, unfinished));
             }
             let settings = MemberSettings {
                 name: name.clone(),

@@ -1,7 +1,7 @@
-//! A service without a store, in a process with a journal: this remembers in its place what it may
-//! still hold from earlier processes.
+//! A service without a store, in a process with a journal: the journal says what it may still hold from
+//! earlier processes.
 //!
-//! Nobody knows what such a service has prepared, nor what of that has outlived its process. So its
+//! The service itself can't say what it has prepared, nor what of that has outlived its process. So its
 //! commit or abort is called again for every decision that was not finished. The service must accept
 //! that for what it has already finished, and return an error for what it can't do.
 
@@ -24,13 +24,13 @@ use crate::{
 
 type Held = BTreeMap<TransactionKey, Vec<InDoubt>>;
 
-pub(super) struct Remembered {
+pub(super) struct JournalBacked {
     inner: Arc<dyn AnyParticipant>,
     /// What it may hold, by the decisions in the journal and by its answers.
     held: Mutex<Held>,
 }
 
-impl Remembered {
+impl JournalBacked {
     /// The service `service`, whose code is `inner` and which may hold what is `unfinished`.
     pub(super) fn new(
         inner: Arc<dyn AnyParticipant>,
@@ -79,7 +79,7 @@ fn may_hold(service: &ServiceName, it: &UnfinishedTransaction) -> Option<InDoubt
     })
 }
 
-impl AnyParticipant for Remembered {
+impl AnyParticipant for JournalBacked {
     fn prepare(self: Arc<Self>, call: Prepare) -> BoxFuture<'static, Result<Verdict, BoxError>> {
         let held = InDoubt {
             key: call.key.clone(),
