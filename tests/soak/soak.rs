@@ -33,7 +33,7 @@ const WINDOW: Duration = Duration::from_secs(15 * 60);
 pub(crate) const FILLED_AFTER: usize = 180_000;
 /// How often the broker closes all connections during a soak: equally often in each quarter. A process
 /// keeps a few MiB more when it has connected again, and must not keep more each time.
-pub(crate) const CLOSINGS: u32 = 16;
+const CLOSINGS: u32 = 16;
 /// How long the last results may take: longer than the producer waits for them.
 const ANSWERED_IN: Duration = Duration::from_secs(150);
 
@@ -133,8 +133,8 @@ pub(crate) fn soak(plan: &Plan) -> Result<Ended> {
         .map(|it| Row { name: it.name.clone(), must_be_flat: it.must_be_flat, samples: Vec::new() })
         .collect();
     rows.push(Row { name: "broker".to_owned(), must_be_flat: false, samples: Vec::new() });
-    let mut fed = 0;
-    let waited = watch(plan, &news, &mut fleet, &broker, &mut rows, &mut fed);
+    let (mut fed, mut closings) = (0, 0);
+    let waited = watch(plan, &news, &mut fleet, &broker, &mut rows, &mut fed, &mut closings);
     let mut died = match waited {
         Waited::Interrupted(signal) => return Ok(Ended::Interrupted(signal)),
         Waited::Died(died) => died,
@@ -150,7 +150,7 @@ pub(crate) fn soak(plan: &Plan) -> Result<Ended> {
     let heard = std::mem::take(&mut *locked(&heard));
     let unequal = ledger.problems(&heard.fates);
     let outcome = Outcome { fed, heard, unequal, died };
-    let about = about(plan, &broker);
+    let about = about(plan, &broker, closings);
     Ok(Ended::Over(Box::new(Report { plan: *plan, about, rows, outcome })))
 }
 
@@ -163,9 +163,10 @@ fn watch(
     broker: &Broker,
     rows: &mut [Row],
     fed: &mut usize,
+    closings: &mut u32,
 ) -> Waited {
     let began = Instant::now();
-    let (mut told, mut closings) = (0, 0);
+    let mut told = 0;
     for number in 1_u32.. {
         let due = SAMPLED_EVERY * number;
         match news.recv_timeout(due.saturating_sub(began.elapsed())) {
@@ -182,9 +183,9 @@ fn watch(
         if !died.is_empty() {
             return Waited::Died(died);
         }
-        if began.elapsed() >= plan.closes_at(closings) && closings < CLOSINGS {
+        if began.elapsed() >= plan.closes_at(*closings) && *closings < CLOSINGS {
             broker.control(&["close_all_connections", "soak"]);
-            closings += 1;
+            *closings += 1;
         }
         let at = began.elapsed();
         let of_processes = fleet.processes().iter().map(|process| process.memory(at));
@@ -224,7 +225,7 @@ fn node_memory(broker: &Broker, at: Duration) -> Option<Sample> {
 }
 
 /// When, what and where.
-fn about(plan: &Plan, broker: &Broker) -> String {
+fn about(plan: &Plan, broker: &Broker, closings: u32) -> String {
     let said = |program: &str, words: &[&str]| {
         let mut command = Command::new(program);
         command.args(words).current_dir(env!("CARGO_MANIFEST_DIR"));
@@ -238,7 +239,8 @@ fn about(plan: &Plan, broker: &Broker) -> String {
         rate => format!("cargo test --test soak -- --minutes {} --rate {rate}", plan.minutes),
     };
     format!(
-        "`{command}` on {}, at commit {}, on one machine with {cores} cores, RabbitMQ {}.",
+        "`{command}` on {}, at commit {}, on one machine with {cores} cores, RabbitMQ {}. \
+         The broker closed all connections {closings} times.",
         said("date", &["-u", "+%Y-%m-%d"]),
         said("git", &["describe", "--always", "--dirty"]),
         broker.version(),

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use crate::{
     load::{Fate, ProducerOutput},
     memory::Sample,
-    soak::{CLOSINGS, FILLED_AFTER, Plan},
+    soak::{FILLED_AFTER, Plan},
 };
 
 /// By how many per cent memory may grow from the second quarter to the last.
@@ -108,8 +108,7 @@ impl Report {
         let mut text = format!(
             "# A soak\n\n{}\n\
              {rate} transactions a second for {minutes} min, over 2 or 3 of 3 services: {fed} \
-             submitted, {} committed, {} aborted ({aborted}). The broker closed all connections \
-             {CLOSINGS} times.\n\n\
+             submitted, {} committed, {} aborted ({aborted}).\n\n\
              Resident memory in MiB: the median of each quarter's samples, and the most there ever \
              was; growth from the second quarter to the last.\n\n\
              | process | 1st quarter | 2nd | 3rd | 4th | growth | most | of it anonymous, 4th | |\n\

@@ -71,7 +71,7 @@ fn two_minutes() {
         \n\
         A test.\n\
         10 transactions a second for 2 min, over 2 or 3 of 3 services: 1200 submitted, 1199 \
-        committed, 1 aborted (refused 1). The broker closed all connections 16 times.\n\
+        committed, 1 aborted (refused 1).\n\
         \n\
         Resident memory in MiB: the median of each quarter's samples, and the most there ever was; \
         growth from the second quarter to the last.\n\
