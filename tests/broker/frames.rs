@@ -33,6 +33,7 @@ use crate::{
 };
 
 const LIMIT: Duration = Duration::from_secs(60);
+/// RabbitMQ's default.
 const FRAME_MAX: usize = 131_072;
 
 /// A connection with one channel and confirms, whose frames are written by hand.
@@ -193,7 +194,7 @@ async fn is_read(address: &Address, place: &Place) {
 async fn messages_that_lapin_could_not_parse_are_read_without_tls() {
     let broker = Broker::start();
     let place = broker.place();
-    is_read(&address(&place), &place).await;
+    is_read(&wide(&place), &place).await;
 }
 
 #[tokio::test]
@@ -207,7 +208,10 @@ async fn messages_that_lapin_could_not_parse_are_read_over_tls() {
     });
     let place = broker.place();
     let (_, vhost) = place.url.rsplit_once('/').unwrap();
-    let url = format!("amqps://guest:guest@localhost:{}/{vhost}", broker.secure_port());
+    let url = format!(
+        "amqps://guest:guest@localhost:{}/{vhost}?frame_max={FRAME_MAX}",
+        broker.secure_port()
+    );
     let tls = Tls::new().ca(Pem::Text(ours.certificate().to_owned()));
     is_read(&Address::new(url.parse().unwrap(), "test").with_tls(tls), &place).await;
 }
@@ -216,7 +220,7 @@ async fn messages_that_lapin_could_not_parse_are_read_over_tls() {
 async fn a_content_header_that_the_broker_enlarged_beyond_a_frame_is_read() {
     let broker = Broker::start();
     let place = broker.place();
-    let connection = address(&place).connect("test").await.unwrap();
+    let connection = wide(&place).connect("test").await.unwrap();
     let channel = connection.create_channel().await.unwrap();
     let mut consumer = consume(&channel, "quorum").await;
     // As large as a frame may be: the broker counts deliveries in another header.
@@ -279,6 +283,11 @@ async fn publishing(connection: &BrokerConnection) -> Channel {
     let channel = connection.create_channel().await.unwrap();
     channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
     channel
+}
+
+/// The broker, with frames as large as the peer's.
+fn wide(place: &Place) -> Address {
+    Address::new(format!("{}?frame_max={FRAME_MAX}", place.url).parse().unwrap(), "test")
 }
 
 fn address(place: &Place) -> Address {
