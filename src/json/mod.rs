@@ -51,6 +51,11 @@ pub(crate) fn parse<'a>(text: &'a str, what: &'static str) -> Result<Value<'a>, 
     parse_nested(text, what, DEPTH_MAX)
 }
 
+/// Parses `text`, an array of values that [`parse`] would accept.
+pub(crate) fn parse_array<'a>(text: &'a str, what: &'static str) -> Result<Value<'a>, SyntaxError> {
+    parse_nested(text, what, DEPTH_MAX + 1)
+}
+
 /// Parses `text`, in which a value that [`parse`] has accepted is wrapped in one of our messages.
 pub(crate) fn parse_wrapped<'a>(
     text: &'a str,

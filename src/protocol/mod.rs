@@ -25,6 +25,7 @@
 //! * [`participant`]: the service's side. Commands in; calls of the service's code, votes and
 //!   inquiries out.
 //! * [`journal_view`]: what a reader of the journal may conclude from it.
+//! * [`request_messages`]: when a message that holds several requests is acknowledged.
 //!
 //! **Invariant:** the first decision for a transaction in the journal is its outcome, and no process acts
 //! on a decision that was not read back. Nothing else is needed for agreement: no locks, leases, epochs
@@ -45,4 +46,5 @@ pub mod journal_view;
 mod keymap;
 pub mod message;
 pub mod participant;
+pub mod request_messages;
 pub mod time;

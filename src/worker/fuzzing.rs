@@ -10,7 +10,7 @@ use crate::{
         coordinator::Event,
         message::{Decision, Delivery},
     },
-    wire::message::{JournalBegun, RequestMalformed},
+    wire::message::{DecodedRequests, JournalBegun},
     worker::{inbound, journal},
 };
 
@@ -20,15 +20,9 @@ pub fn reply(message: &Message, delivery: Option<Delivery>) -> (Vec<Event>, Vec<
     (events, complaints)
 }
 
-/// What a message from the queue of requests says.
-///
-/// # Errors
-///
-/// It can't be understood.
-pub fn request(message: &Message, delivery: Delivery) -> Result<Event, RequestMalformed> {
-    let deliveries = inbound::deliveries(message);
-    let received = |request| Event::RequestReceived { request, delivery, deliveries };
-    inbound::request(message).map(received)
+/// The requests in a message from the queue of requests, and how often it was delivered.
+pub fn requests(message: &Message) -> (DecodedRequests<'_>, u32) {
+    (inbound::requests(message), inbound::deliveries(message))
 }
 
 /// The content of a message of the journal. `None`: it is not from a stream.

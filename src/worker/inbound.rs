@@ -9,13 +9,13 @@ use crate::{
     protocol::{
         coordinator::Event,
         ids::ServiceName,
-        message::{Delivery, Done, Inquiry, Prepare, Request, Vote},
+        message::{Delivery, Done, Inquiry, Prepare, Vote},
     },
     transport::amqp::{
-        names::{self, PREPARES_MAX},
+        names::{self, PREPARES_MAX, REPEATED},
         rejected::{shown, undecodable, unreadable},
     },
-    wire::message::{Item, Kind, RequestMalformed, decode, decode_request, split_items},
+    wire::message::{DecodedRequests, Item, Kind, decode, decode_requests, split_items},
 };
 
 /// The events in a message, and what is wrong with the rest of it.
@@ -70,43 +70,35 @@ fn prepares_max(message: &Message) -> u16 {
     said.and_then(|said| u16::try_from(said).ok()).unwrap_or(1)
 }
 
-/// The request that `message` is.
-pub(super) fn request(message: &Message) -> Result<Request, RequestMalformed> {
-    let decoded = decode_request(&message.data, *message.properties.timestamp());
+/// The requests in `message`. If the message is rejected as a whole, they name the producers that get
+/// results.
+pub(super) fn requests(message: &Message) -> DecodedRequests<'_> {
+    let mut requests = decode_requests(&message.data, *message.properties.timestamp());
     let kind = message.properties.kind();
-    let reason = match unreadable(message) {
-        Some(reason) => reason,
-        // A producer who names no type means a request: nothing else is sent here.
-        None if kind.is_some() && kind_of(message) != Some(Kind::Request) => {
-            unexpected(message, kind_of(message))
+    let fault = match (unreadable(message), requests.fault.take()) {
+        (Some(reason), _) => Some(reason),
+        // A producer who names no type means requests: nothing else is sent here.
+        (None, _) if kind.is_some() && kind_of(message) != Some(Kind::Request) => {
+            Some(unexpected(message, kind_of(message)))
         }
-        None => {
-            return decoded.map_err(|malformed| {
-                let reason = undecodable(message, &malformed.reason);
-                RequestMalformed { reason, ..malformed }
-            });
-        }
+        (None, fault) => fault.map(|fault| undecodable(message, &fault)),
     };
-    // Its producer gets a result, if the body says which one that is.
-    Err(match decoded {
-        Ok(Request { key, reply, .. }) => {
-            let (id, requested_at) = (Some(key.id), Some(key.requested_at));
-            RequestMalformed { reason, id, requested_at, reply }
-        }
-        Err(malformed) => RequestMalformed { reason, ..malformed },
-    })
+    DecodedRequests { fault, ..requests }
 }
 
-/// How often the message was delivered, this time included. On a first delivery the header is not the
-/// broker's: tools that move messages keep headers.
+/// How often the requests of the message were delivered, this time included; those of a message that has
+/// replaced another one were delivered before, and that counts as once.
 pub(super) fn deliveries(message: &Message) -> u32 {
-    if !message.redelivered {
-        return 1;
-    }
     let headers = message.properties.headers().as_ref();
+    let is_repeated = headers.and_then(|headers| headers.inner().get(REPEATED));
+    let before = u32::from(is_repeated == Some(&AMQPValue::Boolean(true)));
+    // On a first delivery the header is not the broker's: tools that move messages keep headers.
+    if !message.redelivered {
+        return before + 1;
+    }
     let earlier = headers.and_then(|headers| number(headers, "x-delivery-count"));
     let earlier = earlier.unwrap_or(0).max(1);
-    u32::try_from(earlier).unwrap_or(u32::MAX).saturating_add(1)
+    u32::try_from(earlier).unwrap_or(u32::MAX).saturating_add(before + 1)
 }
 
 fn number(headers: &FieldTable, name: &str) -> Option<u64> {
@@ -169,14 +161,35 @@ mod tests {
         types::{AMQPValue, FieldTable},
     };
 
-    use super::{deliveries, reply, request};
-    use crate::transport::amqp::frames::UNREADABLE;
+    use super::{deliveries, reply, requests};
+    use crate::{
+        transport::amqp::{frames::UNREADABLE, names::REPEATED},
+        wire::message::DecodedRequests,
+    };
+
+    /// Why `message` is rejected as a whole, and the producers that get results.
+    fn rejected(message: &Message) -> (String, Vec<(String, u64, String)>) {
+        let DecodedRequests { items, fault } = requests(message);
+        let told = items.into_iter().map(|item| {
+            let (id, requested_at, reply) = match item.read {
+                Ok(it) => (Some(it.key.id), Some(it.key.requested_at), it.reply),
+                Err(it) => (it.id, it.requested_at, it.reply),
+            };
+            let (id, reply) = (id.unwrap().as_str().to_owned(), reply.unwrap().as_str().to_owned());
+            (id, requested_at.unwrap().as_millis(), reply)
+        });
+        (fault.unwrap(), told.collect())
+    }
+
+    fn reason(message: &Message) -> String {
+        requests(message).fault.unwrap()
+    }
 
     #[test]
     fn why_a_request_is_rejected_takes_a_kibibyte_whatever_its_type_is() {
         let mut message = Message::mock(1, "e".into(), "request".into(), false, Vec::new());
         message.properties = BasicProperties::default().with_type("\u{1}".repeat(255).into());
-        let reason = request(&message).unwrap_err().reason;
+        let reason = reason(&message);
         assert!(reason.len() <= 1024 && reason.starts_with(r"type `\u{1}\u{1}"), "{reason}");
     }
 
@@ -187,11 +200,9 @@ mod tests {
             let mut message = Message::mock(1, "e".into(), "request".into(), false, BODY.into());
             message.properties =
                 BasicProperties::default().with_timestamp(7).with_type(kind.into());
-            let malformed = request(&message).unwrap_err();
-            assert!(malformed.reason.contains(kind), "{}", malformed.reason);
-            assert_eq!(malformed.id.unwrap().as_str(), "t1");
-            assert_eq!(malformed.reply.unwrap().as_str(), "r1");
-            assert_eq!(malformed.requested_at.unwrap().as_millis(), 7000);
+            let (reason, told) = rejected(&message);
+            assert!(reason.contains(kind), "{reason}");
+            assert_eq!(told, [("t1".to_owned(), 7000, "r1".to_owned())]);
         }
     }
 
@@ -209,17 +220,31 @@ mod tests {
     }
 
     #[test]
+    fn a_request_that_was_given_a_message_of_its_own_was_delivered_before() {
+        let mut headers = FieldTable::default();
+        headers.insert(REPEATED.into(), AMQPValue::Boolean(true));
+        let properties = BasicProperties::default().with_headers(headers);
+        for (redelivered, counted) in [(false, 2), (true, 3)] {
+            let mut message =
+                Message::mock(1, "e".into(), "request".into(), redelivered, Vec::new());
+            message.properties = properties.clone();
+            assert_eq!(deliveries(&message), counted);
+        }
+    }
+
+    #[test]
     fn a_compressed_body_is_rejected_by_the_name_of_its_encoding() {
         let mut message =
             Message::mock(1, "e".into(), "request".into(), false, vec![0x1f, 0x8b, 8, 0]);
         let properties = BasicProperties::default().with_timestamp(7);
         message.properties = properties.clone().with_content_encoding("gzip".into());
-        let reason = request(&message).unwrap_err().reason;
+        let compressed = reason(&message);
         assert!(
-            reason.starts_with("content encoding `gzip` is not known: a body must be plain JSON")
+            compressed
+                .starts_with("content encoding `gzip` is not known: a body must be plain JSON")
         );
         message.properties = properties.with_content_encoding("UTF-8".into());
-        assert!(!request(&message).unwrap_err().reason.contains("encoding"));
+        assert!(!reason(&message).contains("encoding"));
     }
 
     #[test]
@@ -230,11 +255,9 @@ mod tests {
         let properties = BasicProperties::default().with_timestamp(7).with_headers(headers);
         let mut message = Message::mock(1, "e".into(), "request".into(), false, BODY.into());
         message.properties = properties.clone();
-        let malformed = request(&message).unwrap_err();
-        assert_eq!(malformed.reason, "the message is unreadable: too deep");
-        assert_eq!(malformed.id.unwrap().as_str(), "t1");
-        assert_eq!(malformed.reply.unwrap().as_str(), "r1");
-        assert_eq!(malformed.requested_at.unwrap().as_millis(), 7000);
+        let (reason, told) = rejected(&message);
+        assert_eq!(reason, "the message is unreadable: too deep");
+        assert_eq!(told, [("t1".to_owned(), 7000, "r1".to_owned())]);
 
         const DONE: &str = r#"[{"id":"t1","requested_at":1,"service":"a","instance":"p1",
             "done":true,"free":1}]"#;

@@ -67,9 +67,9 @@ pub(super) enum OnConfirm {
     Tell(Event),
     /// Acknowledge the delivery that the message follows from.
     Ack(Unacked),
-    /// Publish this result of a rejected request, and then acknowledge the request, even if the broker
-    /// doesn't take the result: the producer can ask again.
-    Answer(Box<OutgoingMessage>, Unacked),
+    /// Publish these results of rejected requests, one after another, and then acknowledge the delivery, even
+    /// if the broker doesn't take a result: the producer can ask again.
+    Answer(VecDeque<OutgoingMessage>, Unacked),
     /// Write the record of a parked commit, whose command is safe now.
     Record(Box<Parked>),
     /// Try this suspect.
@@ -100,8 +100,8 @@ struct PublishedPrepares {
 enum Answered {
     /// Results of transactions.
     Of { reply: Option<ReplyToken>, requests: Vec<(TransactionKey, Delivery)> },
-    /// The result of a rejected request.
-    SetAside(Unacked),
+    /// Results of rejected requests; `rest` is to be published next.
+    SetAside { rest: VecDeque<OutgoingMessage>, unacked: Unacked },
 }
 
 /// The destination of items that share a message.
@@ -208,9 +208,38 @@ impl Outbox {
         self.write_results(&key, full);
     }
 
-    /// A message with this result alone.
-    pub(super) fn result(&self, reply: Option<&ReplyToken>, answer: &Answer) -> OutgoingMessage {
-        self.result_message(reply, answer.outcome, body_of(answer))
+    /// Messages with these results: those under one reply token in as few as possible.
+    pub(super) fn results_of(
+        &self,
+        answers: impl IntoIterator<Item = (Option<ReplyToken>, Answer)>,
+    ) -> VecDeque<OutgoingMessage> {
+        let mut messages = VecDeque::new();
+        let mut gathered: BTreeMap<(Option<ReplyToken>, Outcome), Items> = BTreeMap::new();
+        for (reply, answer) in answers {
+            let items = gathered.entry((reply.clone(), answer.outcome)).or_default();
+            if items.push(&answer).is_err() {
+                let full = std::mem::take(items);
+                let _ = items.push(&answer);
+                messages.push_back(self.result_message(
+                    reply.as_ref(),
+                    answer.outcome,
+                    full.into_body(),
+                ));
+            }
+        }
+        messages.extend(gathered.into_iter().map(|((reply, outcome), items)| {
+            self.result_message(reply.as_ref(), outcome, items.into_body())
+        }));
+        messages
+    }
+
+    /// Publishes the next result of rejected requests; after the last one their delivery may be
+    /// acknowledged.
+    fn answer_rejected(&mut self, mut results: VecDeque<OutgoingMessage>, unacked: Unacked) {
+        match results.pop_front() {
+            Some(next) => self.results.publish(next, Answered::SetAside { rest: results, unacked }),
+            None => self.events.push_back(OutboxEvent::Safe(unacked)),
+        }
     }
 
     /// Writes a record for operators. The command of a parked commit goes to the durable queue of its
@@ -414,9 +443,7 @@ impl Outbox {
     fn result_answered(&mut self, answered: Answered, published: &PublishOutcome) {
         let (reply, of) = match answered {
             Answered::Of { reply, requests } => (reply, requests),
-            Answered::SetAside(unacked) => {
-                return self.events.push_back(OutboxEvent::Safe(unacked));
-            }
+            Answered::SetAside { rest, unacked } => return self.answer_rejected(rest, unacked),
         };
         let is_done = match published {
             PublishOutcome::Confirmed => {
@@ -480,9 +507,7 @@ impl Outbox {
             }
             OnConfirm::Ack(unacked) => self.events.push_back(OutboxEvent::Safe(unacked)),
             OnConfirm::Try(key) => self.events.push_back(OutboxEvent::MayTry(key)),
-            OnConfirm::Answer(message, unacked) => {
-                self.results.publish(*message, Answered::SetAside(unacked));
-            }
+            OnConfirm::Answer(results, unacked) => self.answer_rejected(results, unacked),
             OnConfirm::Nothing => {}
         }
     }

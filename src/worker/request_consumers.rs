@@ -1,6 +1,6 @@
 //! The consumers of the queue of requests: one, or two.
 //!
-//! The first consumer takes as many requests as may be in flight. Some of them may wait in the
+//! The first consumer takes as many messages as requests may be in flight. Some of them may wait in the
 //! worker for a slot of a full service; if many do, they would keep out others that could be worked
 //! on, so a second consumer takes more while that lasts.
 
@@ -13,7 +13,10 @@ use std::{
 use lapin::{message::Delivery as Message, types::FieldTable, types::ShortString};
 
 use crate::{
-    protocol::message::Delivery,
+    protocol::{
+        message::Delivery,
+        request_messages::{MessageNumber, RequestMessages, Settlement},
+    },
     transport::amqp::{
         bounded::AskError,
         connection::BrokerConnection,
@@ -21,13 +24,13 @@ use crate::{
     },
 };
 
-/// How many bits of a [`Delivery`] tell its source.
+/// How many bits of a [`MessageNumber`] tell its source. The others are the broker's delivery tag.
 const SOURCE_BITS: u32 = 16;
 
 #[derive(Debug)]
 struct RequestConsumer {
     inbox: QueueConsumer,
-    /// Deliveries that are not settled.
+    /// How many messages are not settled.
     held: usize,
     cancelled: bool,
     /// Whether all its deliveries have come.
@@ -40,12 +43,14 @@ pub(super) struct RequestConsumers {
     queue: ShortString,
     sources: BTreeMap<u16, RequestConsumer>,
     next: u16,
+    messages: RequestMessages,
 }
 
 impl RequestConsumers {
     /// None yet.
     pub(super) fn new(queue: ShortString) -> Self {
-        Self { queue, sources: BTreeMap::new(), next: 0 }
+        let messages = RequestMessages::default();
+        Self { queue, sources: BTreeMap::new(), next: 0, messages }
     }
 
     /// One more consumer.
@@ -81,17 +86,18 @@ impl RequestConsumers {
         Ok(())
     }
 
-    /// The next request, from whichever consumer.
+    /// The next message, from whichever consumer.
     pub(super) fn poll_next(
         &mut self,
         cx: &mut Context<'_>,
-    ) -> Poll<Result<(Delivery, Message), ConsumerError>> {
+    ) -> Poll<Result<(MessageNumber, Message), ConsumerError>> {
         for (&number, source) in self.sources.iter_mut().filter(|(_, source)| !source.ended) {
             match source.inbox.poll_next(cx) {
                 Poll::Ready(Ok(message)) => {
                     source.held += 1;
                     let tag = message.delivery_tag << SOURCE_BITS;
-                    return Poll::Ready(Ok((Delivery(tag | u64::from(number)), message)));
+                    let number = MessageNumber::new(tag | u64::from(number));
+                    return Poll::Ready(Ok((number, message)));
                 }
                 // This worker has cancelled it.
                 Poll::Ready(Err(ConsumerError::Cancelled { .. })) if source.cancelled => {
@@ -104,24 +110,44 @@ impl RequestConsumers {
         Poll::Pending
     }
 
-    fn of(&mut self, delivery: Delivery) -> Option<(u64, &mut RequestConsumer)> {
-        let number = (delivery.0 & ((1 << SOURCE_BITS) - 1)) as u16;
-        let source = self.sources.get_mut(&number)?;
-        source.held = source.held.saturating_sub(1);
-        Some((delivery.0 >> SOURCE_BITS, source))
+    /// The deliveries of the requests of a message that holds `n_requests`.
+    pub(super) fn open_message(
+        &mut self,
+        message: MessageNumber,
+        n_requests: usize,
+    ) -> impl Iterator<Item = Delivery> + use<> {
+        self.messages.take(message, n_requests)
     }
 
     /// The request is dealt with.
-    pub(super) fn ack(&mut self, delivery: Delivery) {
-        if let Some((tag, source)) = self.of(delivery) {
-            source.inbox.ack(tag);
-        }
+    pub(super) fn ack(&mut self, request: Delivery) {
+        self.settle(request, Settlement::Acknowledge);
     }
 
     /// The request is for another worker.
-    pub(super) fn requeue(&mut self, delivery: Delivery) {
-        if let Some((tag, source)) = self.of(delivery) {
-            source.inbox.requeue(tag);
+    pub(super) fn requeue(&mut self, request: Delivery) {
+        self.settle(request, Settlement::Requeue);
+    }
+
+    fn settle(&mut self, request: Delivery, settlement: Settlement) {
+        if let Some((message, settlement)) = self.messages.settle(request, settlement) {
+            self.settle_message(message, settlement);
+        }
+    }
+
+    /// A message that was not opened is for another worker.
+    pub(super) fn requeue_message(&mut self, message: MessageNumber) {
+        self.settle_message(message, Settlement::Requeue);
+    }
+
+    fn settle_message(&mut self, message: MessageNumber, settlement: Settlement) {
+        let number = (message.get() & ((1 << SOURCE_BITS) - 1)) as u16;
+        let Some(source) = self.sources.get_mut(&number) else { return };
+        source.held = source.held.saturating_sub(1);
+        let tag = message.get() >> SOURCE_BITS;
+        match settlement {
+            Settlement::Acknowledge => source.inbox.ack(tag),
+            Settlement::Requeue => source.inbox.requeue(tag),
         }
     }
 

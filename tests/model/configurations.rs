@@ -211,6 +211,21 @@ pub fn no_slot() -> Scenario {
     }
 }
 
+/// Two requests came in one message, and its worker dies.
+pub fn shared_message() -> Scenario {
+    Scenario {
+        faults: Faults { crashes: 1, ..NONE },
+        one_message: true,
+        slow_confirms: true,
+        reaches: &[Milestone::Commits, Milestone::TakesOver],
+        ..Scenario::new(
+            "two requests in a message",
+            vec![service("a").with_store()],
+            vec![request("t", &["a"]), request("u", &["a"])],
+        )
+    }
+}
+
 /// Only the instances that hold a prepared transaction ask for its outcome.
 pub fn inquiries() -> Scenario {
     Scenario {

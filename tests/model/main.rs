@@ -175,11 +175,16 @@ searches! {
     other_content_under_the_same_key_is_rejected: other_content, 808_065;
     other_content_is_rejected_after_a_crash: other_content_after_crash, 85_370;
     a_lost_connection_is_taken_over: worker_disconnects, 323_943;
+    requests_that_share_a_message_are_all_answered_after_a_crash: shared_message, 92_571;
 }
 
 /// Searches a scenario with a bug until something doesn't hold; returns after how many worlds.
 fn find(bug: Bug, scenario: Scenario, property: &'static str) -> Option<usize> {
-    let system = System::new(Scenario { bug: Some(bug), healed_one_in: 1, ..scenario });
+    find_breach(Scenario { bug: Some(bug), ..scenario }, property)
+}
+
+fn find_breach(scenario: Scenario, property: &'static str) -> Option<usize> {
+    let system = System::new(Scenario { healed_one_in: 1, ..scenario });
     // One thread, so that the order of the search, and so the number, is the same in every run.
     let checker = system.checker().finish_when(HasDiscoveries::AnyFailures).spawn_bfs().join();
     checker.discovery(property)?;
@@ -228,4 +233,10 @@ fn every_bug_that_breaks_a_property_is_found() {
         let worlds = worlds.unwrap_or_else(|| panic!("{bug:?} is not found in `{name}`"));
         println!("{:<24} | {property:<32} | {name:<34} | {worlds}", format!("{bug:?}"));
     }
+}
+
+#[test]
+fn a_message_that_is_acknowledged_with_its_first_result_is_found() {
+    let scenario = Scenario { acks_with_first: true, ..configurations::shared_message() };
+    assert!(find_breach(scenario, "acked after the answer").is_some());
 }

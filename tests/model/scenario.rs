@@ -27,6 +27,10 @@ pub struct Scenario {
     pub services: Vec<Service>,
     /// The initial content of the request queue. A request published twice is in it twice.
     pub requests: Vec<Request>,
+    /// Whether all requests are in one message; if not, each has its own.
+    pub one_message: bool,
+    /// A bug: a worker acknowledges a message when the first of its requests is settled.
+    pub acks_with_first: bool,
     pub faults: Faults,
     /// Whether the second worker starts later.
     pub second_is_late: bool,
@@ -163,6 +167,8 @@ impl Scenario {
             name,
             services,
             requests,
+            one_message: false,
+            acks_with_first: false,
             faults: Faults::NONE,
             second_is_late: false,
             attach_at_end: false,

@@ -14,6 +14,7 @@ use dtc::protocol::{
         Prepare, Vote, VoteKind,
     },
     participant::{self, InDoubt, Verdict},
+    request_messages::{MessageNumber, REQUESTS_MAX, RequestMessages, Settlement},
     time::Time,
 };
 
@@ -52,6 +53,8 @@ pub struct WorkerSlot {
     pub reads_next: usize,
     /// The offsets of the records that it has received, as bits.
     pub has_read: u32,
+    /// The messages of several requests that it has taken.
+    pub taken: RequestMessages,
 }
 
 /// A place for an instance of a service.
@@ -200,7 +203,9 @@ impl World {
             });
         }
         for worker in 0..2 {
-            world.workers.push(WorkerSlot { core: None, now: START, reads_next: 0, has_read: 0 });
+            let taken = RequestMessages::default();
+            let slot = WorkerSlot { core: None, now: START, reads_next: 0, has_read: 0, taken };
+            world.workers.push(slot);
             if worker == 0 || !scenario.second_is_late {
                 world.start_worker(scenario, worker);
             }
@@ -278,7 +283,8 @@ impl World {
             && self.left.crashes == scenario.faults.crashes
             && self.left.worker_disconnects == scenario.faults.worker_disconnects
             && self.requests.iter().all(|queued| queued.first_taker.is_none());
-        for (request, queued) in self.requests.iter().enumerate() {
+        let n_messages = if scenario.one_message { 1 } else { self.requests.len() };
+        for (request, queued) in self.requests.iter().enumerate().take(n_messages) {
             for (worker, slot) in self.workers.iter().enumerate() {
                 let Some(core) = &slot.core else { continue };
                 if core.core().room() == 0 || (workers_are_alike && worker > 0) {
@@ -520,6 +526,9 @@ impl World {
     }
 
     fn take(&mut self, scenario: &Scenario, request: usize, worker: usize) {
+        if scenario.one_message {
+            return self.take_all(scenario, worker);
+        }
         let queued = &mut self.requests[request];
         queued.state = QueueState::With(worker);
         queued.deliveries += 1;
@@ -530,6 +539,23 @@ impl World {
             deliveries: queued.deliveries.into(),
         };
         self.tell_worker(scenario, worker, event);
+    }
+
+    /// Takes the message of all requests.
+    fn take_all(&mut self, scenario: &Scenario, worker: usize) {
+        let deliveries = self.requests[0].deliveries + 1;
+        for queued in &mut self.requests {
+            queued.state = QueueState::With(worker);
+            queued.deliveries = deliveries;
+            queued.first_taker.get_or_insert(worker);
+        }
+        let number = MessageNumber::new(deliveries.into());
+        let taken: Vec<_> = self.workers[worker].taken.take(number, self.requests.len()).collect();
+        for (delivery, request) in taken.into_iter().zip(&scenario.requests) {
+            let request = request.clone();
+            let event = Event::RequestReceived { request, delivery, deliveries: deliveries.into() };
+            self.tell_worker(scenario, worker, event);
+        }
     }
 
     fn read(&mut self, scenario: &Scenario, worker: usize) {
@@ -642,6 +668,7 @@ impl World {
 
     /// Its requests are delivered again; messages that only its connection could bring are lost.
     fn lose_connection_of_worker(&mut self, worker: usize) {
+        self.workers[worker].taken = RequestMessages::default();
         for queued in &mut self.requests {
             if queued.state == QueueState::With(worker) {
                 queued.state = QueueState::Ready;
@@ -723,7 +750,7 @@ impl World {
             match &event {
                 Event::RecordsRead { offset, .. } => self.workers[worker].has_read |= 1 << offset,
                 Event::ResultConfirmed { delivery, .. } => {
-                    self.requests[request_of(*delivery)].is_answered = true;
+                    self.requests[request_of(scenario, *delivery)].is_answered = true;
                 }
                 Event::ParkConfirmed { key, service: None } => {
                     for (queued, request) in self.requests.iter_mut().zip(&scenario.requests) {
@@ -771,16 +798,20 @@ impl World {
                 self.send(Message::History { worker, kept_from, until, from });
             }
             Effect::Publish { key, delivery, answer } => {
-                self.publish(worker, delivery, &answer);
+                self.publish(scenario, worker, delivery, &answer);
                 let event = Event::ResultConfirmed { key, delivery };
                 if !scenario.slow_confirms {
                     return Some(event);
                 }
                 self.send(Message::ToWorker { worker, event });
             }
-            Effect::Ack(delivery) => self.settle(worker, delivery, QueueState::Acked),
-            Effect::Release(delivery) => self.settle(worker, delivery, QueueState::Ready),
-            Effect::Reject { delivery, .. } => self.settle(worker, delivery, QueueState::Rejected),
+            Effect::Ack(delivery) => self.settle(scenario, worker, delivery, QueueState::Acked),
+            Effect::Release(delivery) => {
+                self.settle(scenario, worker, delivery, QueueState::Ready);
+            }
+            Effect::Reject { delivery, .. } => {
+                self.settle(scenario, worker, delivery, QueueState::Rejected);
+            }
             Effect::Park(parked) => {
                 let service = match parked.cause {
                     ParkedCause::Uncommitted { service, .. } => Some(service),
@@ -860,13 +891,19 @@ impl World {
         }
     }
 
-    fn publish(&mut self, worker: usize, delivery: Delivery, answer: &message::Answer) {
+    fn publish(
+        &mut self,
+        scenario: &Scenario,
+        worker: usize,
+        delivery: Delivery,
+        answer: &message::Answer,
+    ) {
         let key = TransactionKey { id: answer.id.clone(), requested_at: answer.requested_at };
         let first = self.first_read_by(worker, &key).map(|first| first.outcome);
         if first.is_none() {
             self.breach(Breach::Early);
         }
-        let results = &mut self.requests[request_of(delivery)].results;
+        let results = &mut self.requests[request_of(scenario, delivery)].results;
         let is_the_same = |result: &ProducerResult| {
             result.requested_at != answer.requested_at || result.outcome == answer.outcome
         };
@@ -882,14 +919,70 @@ impl World {
         }
     }
 
-    fn settle(&mut self, worker: usize, delivery: Delivery, state: QueueState) {
-        let queued = &mut self.requests[request_of(delivery)];
+    fn settle(
+        &mut self,
+        scenario: &Scenario,
+        worker: usize,
+        delivery: Delivery,
+        state: QueueState,
+    ) {
+        let request = request_of(scenario, delivery);
+        let queued = &mut self.requests[request];
         let is_answered = queued.is_answered || state != QueueState::Acked;
-        let is_current = delivery == delivery_of(request_of(delivery), queued.deliveries);
+        if scenario.one_message {
+            queued.is_answered |= state == QueueState::Rejected;
+            self.settle_in_message(scenario, worker, delivery, state);
+            if !is_answered {
+                self.breach(Breach::Ack);
+            }
+            return;
+        }
+        let is_current = delivery == delivery_of(request, queued.deliveries);
         if is_current && queued.state == QueueState::With(worker) {
             queued.state = state;
         }
         if !is_answered {
+            self.breach(Breach::Ack);
+        }
+    }
+
+    /// Settles a request of the message of all requests, and with the last one the message.
+    fn settle_in_message(
+        &mut self,
+        scenario: &Scenario,
+        worker: usize,
+        delivery: Delivery,
+        state: QueueState,
+    ) {
+        let settlement = match state {
+            QueueState::Ready => Settlement::Requeue,
+            QueueState::With(_) | QueueState::Acked | QueueState::Rejected => {
+                Settlement::Acknowledge
+            }
+        };
+        let settled = match settlement {
+            Settlement::Acknowledge if scenario.acks_with_first => {
+                Some((MessageNumber::of(delivery), settlement))
+            }
+            Settlement::Acknowledge | Settlement::Requeue => {
+                self.workers[worker].taken.settle(delivery, settlement)
+            }
+        };
+        let Some((number, settlement)) = settled else { return };
+        let is_current = |it: &Queued| {
+            number.get() == u64::from(it.deliveries) && it.state == QueueState::With(worker)
+        };
+        if !self.requests.iter().all(is_current) {
+            return;
+        }
+        let (state, is_safe) = match settlement {
+            Settlement::Acknowledge => {
+                (QueueState::Acked, self.requests.iter().all(|it| it.is_answered))
+            }
+            Settlement::Requeue => (QueueState::Ready, true),
+        };
+        self.requests.iter_mut().for_each(|it| it.state = state);
+        if !is_safe {
             self.breach(Breach::Ack);
         }
     }
@@ -1136,6 +1229,9 @@ fn delivery_of(request: usize, deliveries: u8) -> Delivery {
     Delivery(request as u64 * 256 + u64::from(deliveries))
 }
 
-fn request_of(delivery: Delivery) -> usize {
+fn request_of(scenario: &Scenario, delivery: Delivery) -> usize {
+    if scenario.one_message {
+        return (delivery.0 % REQUESTS_MAX as u64) as usize;
+    }
     (delivery.0 / 256) as usize
 }

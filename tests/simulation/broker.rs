@@ -17,12 +17,13 @@ use dtc::protocol::{
         Prepare, Vote,
     },
     participant,
+    request_messages::{MessageNumber, Settlement},
     time::Time,
 };
 
 use crate::{
     checkers::{parked::ParkedCommits, read_back, result, stored_before_voted},
-    driver::AppendLane,
+    driver::{AppendLane, DriverBug},
     rng::Rng,
     rules::Kind,
     service::{Service, Slot},
@@ -35,16 +36,19 @@ const DYING_QUEUE: Duration = Duration::from_millis(30);
 /// The queues that belong to no service.
 pub(crate) struct Broker {
     pub(crate) is_up: bool,
-    requests: VecDeque<usize>,
-    unacked: BTreeMap<u64, Unacked>,
-    /// The message of each delivery of a request.
-    delivered: BTreeMap<u64, usize>,
+    requests: VecDeque<QueuedRequests>,
+    unacked: BTreeMap<MessageNumber, Unacked>,
+    /// The request of each delivery.
+    pub(crate) delivered: BTreeMap<Delivery, usize>,
     inquiries: VecDeque<WorkerMessage>,
     n_deliveries: u64,
 }
 
+/// The requests of one message.
+pub(crate) type QueuedRequests = Vec<usize>;
+
 struct Unacked {
-    message: usize,
+    requests: QueuedRequests,
     worker: usize,
 }
 
@@ -276,7 +280,7 @@ impl World {
                 }
             }
             Effect::Ack(delivery) => {
-                if let Some(message) = self.broker.delivered.get(&delivery.0).copied() {
+                if let Some(message) = self.broker.delivered.get(&delivery).copied() {
                     self.check_ack(message);
                     let it = &self.messages[message];
                     let id = &it.request.key.id;
@@ -286,29 +290,19 @@ impl World {
                         self.ask_again(message, 200);
                     }
                 }
-                if self.is_unacked_at(worker, delivery) {
-                    self.broker.unacked.remove(&delivery.0);
-                    self.serve_requests();
-                }
+                self.settle_request(worker, delivery, Settlement::Acknowledge);
             }
             Effect::Release(delivery) => {
-                if self.is_unacked_at(worker, delivery)
-                    && let Some(unacked) = self.broker.unacked.remove(&delivery.0)
-                {
-                    if !self.plan.release_counts {
-                        self.messages[unacked.message].deliveries -= 1;
-                    }
-                    self.broker.requests.push_front(unacked.message);
-                    self.serve_requests();
-                }
+                self.settle_request(worker, delivery, Settlement::Requeue);
             }
             Effect::Reject { delivery, reason, .. } => {
-                if self.is_unacked_at(worker, delivery)
-                    && let Some(unacked) = self.broker.unacked.remove(&delivery.0)
+                let is_through = self.is_unacked_at(worker, MessageNumber::of(delivery));
+                if let Some(message) = self.broker.delivered.get(&delivery)
+                    && is_through
                 {
-                    self.messages[unacked.message].rejected = Some(reason);
-                    self.serve_requests();
+                    self.messages[*message].rejected = Some(reason);
                 }
+                self.settle_request(worker, delivery, Settlement::Acknowledge);
             }
             Effect::Park(parked) => {
                 if is_lost {
@@ -421,7 +415,7 @@ impl World {
             return;
         }
         tell!(self, "results: {answer:?}");
-        let message = self.broker.delivered.get(&delivery.0).copied();
+        let message = self.broker.delivered.get(&delivery).copied();
         let token = message.map_or(self.producer.token, |message| self.messages[message].token);
         if self.refuses_result(token) {
             let event = coordinator::Event::ResultFailed { key, delivery };
@@ -483,19 +477,51 @@ impl World {
         }
     }
 
-    fn is_unacked_at(&self, worker: usize, delivery: Delivery) -> bool {
-        let unacked = self.broker.unacked.get(&delivery.0);
+    fn is_unacked_at(&self, worker: usize, number: MessageNumber) -> bool {
+        let unacked = self.broker.unacked.get(&number);
         let is_through = self.broker.is_up && !self.workers[worker].is_stuck;
         is_through && unacked.is_some_and(|unacked| unacked.worker == worker)
     }
 
     // ---- Requests and inquiries --------------------------------------------------------------
 
-    pub(crate) fn publish_request(&mut self, message: usize) {
+    pub(crate) fn publish_requests(&mut self, requests: QueuedRequests) {
         if !self.broker.is_up {
-            return self.after(40, ScheduledEvent::Publish(message));
+            return self.after(40, ScheduledEvent::Publish(requests));
         }
-        self.broker.requests.push_back(message);
+        self.broker.requests.push_back(requests);
+        self.serve_requests();
+    }
+
+    /// A worker settles a request; with the last of a message it settles the message.
+    pub(crate) fn settle_request(
+        &mut self,
+        worker: usize,
+        delivery: Delivery,
+        settlement: Settlement,
+    ) {
+        let settled = match settlement {
+            Settlement::Acknowledge if self.has(DriverBug::AcksMessageWithFirstRequest) => {
+                Some((MessageNumber::of(delivery), settlement))
+            }
+            Settlement::Acknowledge | Settlement::Requeue => {
+                self.workers[worker].taken.settle(delivery, settlement)
+            }
+        };
+        let Some((number, settlement)) = settled else { return };
+        if !self.is_unacked_at(worker, number) {
+            return;
+        }
+        let Some(Unacked { requests, .. }) = self.broker.unacked.remove(&number) else { return };
+        match settlement {
+            Settlement::Acknowledge => self.check_message_ack(&requests),
+            Settlement::Requeue => {
+                if !self.plan.release_counts {
+                    requests.iter().for_each(|&it| self.messages[it].deliveries -= 1);
+                }
+                self.broker.requests.push_front(requests);
+            }
+        }
         self.serve_requests();
     }
 
@@ -518,18 +544,17 @@ impl World {
                 return;
             }
             let worker = self.rng.pick(&takers[..n_takers]);
-            let Some(message) = self.broker.requests.pop_front() else { return };
-            self.messages[message].deliveries += 1;
-            let delivery = self.broker.next_delivery();
-            self.broker.unacked.insert(delivery, Unacked { message, worker });
-            self.broker.delivered.insert(delivery, message);
-            let event = coordinator::Event::RequestReceived {
-                request: self.messages[message].request.clone(),
-                delivery: Delivery(delivery),
-                deliveries: self.messages[message].deliveries,
-            };
+            let Some(requests) = self.broker.requests.pop_front() else { return };
+            requests.iter().for_each(|&it| self.messages[it].deliveries += 1);
+            let deliveries = requests.iter().map(|&it| self.messages[it].deliveries).max();
+            let deliveries = deliveries.unwrap_or_default();
+            let number = MessageNumber::new(self.broker.next_delivery());
+            let unacked = Unacked { requests: requests.clone(), worker };
+            self.broker.unacked.insert(number, unacked);
             let life = self.workers[worker].life;
-            self.deliver_to_worker(worker, life, event);
+            let input = WorkerInput::Requests { number, requests, deliveries };
+            let wait = self.rules.deliver(&mut self.rng);
+            self.after(wait, ScheduledEvent::ToWorker { worker, life, input });
         }
     }
 
@@ -544,10 +569,10 @@ impl World {
             self.share(brought);
         }
         let unacked = self.broker.unacked.iter().filter(|(_, it)| it.worker == worker);
-        let deliveries: Vec<_> = unacked.map(|(delivery, _)| *delivery).collect();
-        for delivery in deliveries.into_iter().rev() {
-            if let Some(unacked) = self.broker.unacked.remove(&delivery) {
-                self.broker.requests.push_front(unacked.message);
+        let numbers: Vec<_> = unacked.map(|(number, _)| *number).collect();
+        for number in numbers.into_iter().rev() {
+            if let Some(unacked) = self.broker.unacked.remove(&number) {
+                self.broker.requests.push_front(unacked.requests);
             }
         }
         self.serve_requests();

@@ -2,7 +2,12 @@
 //! time, a time limit for every wait, a new queue name with each link. And how a driver fails
 //! without one of these.
 
-use dtc::protocol::{coordinator, ids::ServiceName, message::Decision};
+use dtc::protocol::{
+    coordinator,
+    ids::ServiceName,
+    message::{Decision, Delivery},
+    request_messages::{MessageNumber, Settlement},
+};
 
 use crate::{
     bugs::Bug,
@@ -25,6 +30,9 @@ const LOOK_AGAIN: u64 = 100;
 /// The same for a service without instances.
 const UNSERVED_LOOK_AGAIN: u64 = 1_000;
 
+/// A message of several requests that was delivered more often is replaced by one for each request.
+const TOGETHER_MAX: u32 = 3;
+
 /// A driver's bug.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum DriverBug {
@@ -38,15 +46,18 @@ pub(crate) enum DriverBug {
     KeepsReplyToken,
     /// An instance declares its queue under the same name with each link.
     SameQueueName,
+    /// A worker acknowledges a message when the first of its requests is settled, not the last.
+    AcksMessageWithFirstRequest,
 }
 
 impl DriverBug {
-    pub(crate) const ALL: [Self; 5] = [
+    pub(crate) const ALL: [Self; 6] = [
         Self::NoBoundOnConfirm,
         Self::NoBoundOnReadBack,
         Self::RepublishForEver,
         Self::KeepsReplyToken,
         Self::SameQueueName,
+        Self::AcksMessageWithFirstRequest,
     ];
 }
 
@@ -295,8 +306,69 @@ impl World {
     pub(crate) fn ask_again(&mut self, message: usize, after: u64) {
         let again = self.messages[message].again(self.producer.token);
         self.messages[message].is_asked_again = true;
-        self.after(after, ScheduledEvent::Publish(self.messages.len()));
+        self.after(after, ScheduledEvent::Publish(vec![self.messages.len()]));
         self.messages.push(again);
+    }
+
+    // ---- Messages of several requests --------------------------------------------------------
+
+    pub(crate) fn requests_arrive(
+        &mut self,
+        worker: usize,
+        number: MessageNumber,
+        requests: &[usize],
+        deliveries: u32,
+    ) {
+        let node = &mut self.workers[worker];
+        let life = node.life;
+        let taken: Vec<_> = node.taken.take(number, requests.len()).collect();
+        let is_replaced = requests.len() > 1 && deliveries > TOGETHER_MAX && !node.is_draining;
+        for (delivery, &message) in taken.into_iter().zip(requests) {
+            self.broker.delivered.insert(delivery, message);
+            if is_replaced {
+                let wait = self.rules.deliver(&mut self.rng);
+                let apart = ScheduledEvent::PublishedApart { worker, life, delivery, message };
+                self.after(wait, apart);
+                continue;
+            }
+            let request = self.messages[message].request.clone();
+            let event = coordinator::Event::RequestReceived { request, delivery, deliveries };
+            self.workers[worker].backlog.push_back(event);
+        }
+        self.take_backlog(worker);
+    }
+
+    /// A request of a message that was delivered too often reaches the broker in one of its own.
+    pub(crate) fn published_apart(
+        &mut self,
+        worker: usize,
+        life: Life,
+        delivery: Delivery,
+        message: usize,
+    ) {
+        let node = &self.workers[worker];
+        let is_alive = node.life == life && node.process.is_some();
+        let is_lost = !is_alive || node.is_stuck || !node.is_connected;
+        if is_lost && self.rng.chance(500) {
+            return;
+        }
+        if !self.broker.is_up {
+            let again = ScheduledEvent::PublishedApart { worker, life, delivery, message };
+            if !is_lost {
+                self.after(40, again);
+            }
+            return;
+        }
+        // It says that it was delivered before.
+        let mut apart = self.messages[message].again(self.messages[message].token);
+        apart.deliveries = 1;
+        self.messages[message].is_apart = true;
+        let index = self.messages.len();
+        self.messages.push(apart);
+        self.publish_requests(vec![index]);
+        if !is_lost {
+            self.settle_request(worker, delivery, Settlement::Acknowledge);
+        }
     }
 
     /// Whether the broker refuses the result of a request with this token.

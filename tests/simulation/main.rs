@@ -133,6 +133,7 @@ found_once! {
     who_queues_behind_the_unbegun_is_served: 450;
     an_inquiry_waits_for_the_look_further_back: 13211;
     a_prepare_that_meets_a_failing_commit_frees_its_slot: 7504;
+    a_request_that_gets_a_message_of_its_own_may_have_begun: 6191;
 }
 
 #[expect(clippy::disallowed_methods, reason = "how long the test itself took")]

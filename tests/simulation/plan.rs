@@ -37,6 +37,8 @@ pub(crate) struct Plan {
     pub(crate) release_counts: bool,
     /// Whether drivers detect that a service has no instances.
     pub(crate) tells_unserved: bool,
+    /// Decides which requests share a message; `None`: none do.
+    pub(crate) batching: Option<Rng>,
 }
 
 /// How often a message meets a mishap, per thousand.
@@ -135,6 +137,8 @@ impl Plan {
             release_counts: rng.chance(500),
             // Not for the seeds that found something before drivers could.
             tells_unserved: seed % 5 == 3,
+            // The other seeds have the schedules that they had before messages held several requests.
+            batching: matches!(seed % 7, 1 | 3 | 5 | 6).then(|| Rng::new(seed.rotate_left(41))),
         }
     }
 }

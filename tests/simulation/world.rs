@@ -18,11 +18,12 @@ use dtc::protocol::{
         Answer, Decision, Delivery, Destination, Outcome, Parked, Reason, ReasonCode, Request,
     },
     participant,
+    request_messages::{MessageNumber, RequestMessages},
     time::Time,
 };
 
 use crate::{
-    broker::{Broker, Command, Journal, QueuedPrepare, WorkerMessage},
+    broker::{Broker, Command, Journal, QueuedPrepare, QueuedRequests, WorkerMessage},
     bugs::{Member, Worker},
     checkers::{
         Checked, Violation, ack_after_result, agreement, cap, ended,
@@ -55,8 +56,15 @@ pub(crate) struct Life {
 /// A scheduled happening.
 #[derive(Debug)]
 pub(crate) enum ScheduledEvent {
-    /// A producer publishes the request with this number.
-    Publish(usize),
+    /// A producer publishes a message of these requests.
+    Publish(QueuedRequests),
+    /// A worker publishes a request of a message in one of its own.
+    PublishedApart {
+        worker: usize,
+        life: Life,
+        delivery: Delivery,
+        message: usize,
+    },
     ToWorker {
         worker: usize,
         life: Life,
@@ -194,6 +202,12 @@ pub(crate) enum ScheduledEvent {
 /// An input of a worker.
 #[derive(Debug)]
 pub(crate) enum WorkerInput {
+    /// A message of these requests.
+    Requests {
+        number: MessageNumber,
+        requests: QueuedRequests,
+        deliveries: u32,
+    },
     Event(coordinator::Event),
     /// From the inquiries queue, which delivers it to another worker if this one is gone.
     Shared(WorkerMessage),
@@ -230,7 +244,9 @@ pub(crate) struct WorkerNode {
     reader_next: u64,
     replays_until: u64,
     tail_is_due: bool,
-    backlog: VecDeque<coordinator::Event>,
+    pub(crate) backlog: VecDeque<coordinator::Event>,
+    /// The messages of requests that it has taken.
+    pub(crate) taken: RequestMessages,
     seen: BTreeSet<TransactionKey>,
     wakes_at: Option<Time>,
     dies_after: Option<(u32, u64)>,
@@ -253,7 +269,7 @@ pub(crate) struct InstanceNode {
     dies_after: Option<(u32, u64)>,
 }
 
-/// A request as published: one message.
+/// A request as published, in a message of its own or with others.
 pub(crate) struct RequestMessage {
     pub(crate) request: Request,
     pub(crate) deliveries: u32,
@@ -264,6 +280,8 @@ pub(crate) struct RequestMessage {
     pub(crate) token: u32,
     /// Its producer has no result, and has published it once more.
     pub(crate) is_asked_again: bool,
+    /// A worker has published it once more, in a message of its own.
+    pub(crate) is_apart: bool,
 }
 
 impl RequestMessage {
@@ -276,6 +294,7 @@ impl RequestMessage {
             is_parked: false,
             token,
             is_asked_again: false,
+            is_apart: false,
         }
     }
 
@@ -402,9 +421,21 @@ impl World {
             }
             self.services.push(Service::new(plan));
         }
+        let mut published: Vec<(Time, QueuedRequests)> = Vec::new();
         for (at, request) in std::mem::take(&mut self.plan.requests) {
-            self.at(at, ScheduledEvent::Publish(self.messages.len()));
+            let joins = self.plan.batching.as_mut().is_some_and(|rng| rng.chance(500));
+            let message = self.messages.len();
+            match published.last_mut().filter(|_| joins) {
+                Some((last, requests)) => {
+                    *last = at;
+                    requests.push(message);
+                }
+                None => published.push((at, vec![message])),
+            }
             self.messages.push(RequestMessage::new(request, 0));
+        }
+        for (at, requests) in published {
+            self.at(at, ScheduledEvent::Publish(requests));
         }
         for (at, fault) in std::mem::take(&mut self.plan.faults) {
             self.at(at, ScheduledEvent::Goes(fault));
@@ -516,9 +547,14 @@ impl World {
 
     fn happen(&mut self, happening: ScheduledEvent) {
         match happening {
-            ScheduledEvent::Publish(message) => {
-                tell!(self, "producer: {:?}", self.messages[message].request);
-                self.publish_request(message);
+            ScheduledEvent::Publish(requests) => {
+                for &message in &requests {
+                    tell!(self, "producer: {:?}", self.messages[message].request);
+                }
+                self.publish_requests(requests);
+            }
+            ScheduledEvent::PublishedApart { worker, life, delivery, message } => {
+                self.published_apart(worker, life, delivery, message);
             }
             ScheduledEvent::ToWorker { worker, life, input } => {
                 self.reach_worker(worker, life, input)
@@ -725,9 +761,8 @@ impl World {
             return;
         }
         match input {
-            WorkerInput::Event(event @ coordinator::Event::RequestReceived { .. }) => {
-                self.workers[worker].backlog.push_back(event);
-                self.take_backlog(worker);
+            WorkerInput::Requests { number, requests, deliveries } => {
+                self.requests_arrive(worker, number, &requests, deliveries);
             }
             WorkerInput::Event(event) => self.tell_worker(worker, event),
             WorkerInput::Shared(brought) => self.tell_worker(worker, brought.into_event()),
@@ -736,7 +771,7 @@ impl World {
         }
     }
 
-    fn take_backlog(&mut self, worker: usize) {
+    pub(crate) fn take_backlog(&mut self, worker: usize) {
         loop {
             let node = &mut self.workers[worker];
             let Some(process) = &node.process else { return };
@@ -1289,7 +1324,8 @@ impl World {
             let is_ended = !message.answers.is_empty()
                 || message.rejected.is_some()
                 || message.is_parked
-                || message.is_asked_again;
+                || message.is_asked_again
+                || message.is_apart;
             if !is_ended {
                 left.push(format!("request {index} ({}) has no end", message.request.key));
             }
@@ -1363,6 +1399,22 @@ impl World {
         self.workers[worker].seen.contains(key)
     }
 
+    /// A message is acknowledged: it doesn't come again, so none of its requests may need that.
+    pub(crate) fn check_message_ack(&mut self, requests: &[usize]) {
+        for &message in requests {
+            let RequestMessage { request, answers, rejected, is_parked, is_apart, .. } =
+                &self.messages[message];
+            let (key, id) = (&request.key, &request.key.id);
+            let may_go = !answers.is_empty()
+                || rejected.is_some()
+                || *is_apart
+                || self.unclaimed_ids.contains(id);
+            let is_parked = *is_parked || self.parked_ids.contains(id);
+            let checked = ack_after_result::acked(key, may_go, is_parked);
+            self.check("ack_after_result", checked);
+        }
+    }
+
     pub(crate) fn check_ack(&mut self, message: usize) {
         let RequestMessage { request, answers, rejected, is_parked, .. } = &self.messages[message];
         let is_answered = !answers.is_empty() || rejected.is_some();
@@ -1415,6 +1467,7 @@ impl WorkerNode {
             replays_until: 0,
             tail_is_due: false,
             backlog: VecDeque::new(),
+            taken: RequestMessages::default(),
             seen: BTreeSet::new(),
             wakes_at: None,
             dies_after: None,

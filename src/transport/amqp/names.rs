@@ -48,6 +48,9 @@ impl std::str::FromStr for Namespace {
     }
 }
 
+/// The header of a message that has replaced one of several requests: its request was delivered before.
+pub const REPEATED: &str = "repeated";
+
 /// The first part of a routing key that addresses every instance.
 pub const ALL: &str = "all";
 /// The first part of a routing key that addresses any worker or any instance.

@@ -1,8 +1,9 @@
 //! The bodies of all messages between producers, workers, services and the journal.
 //!
-//! A message has the properties `content_type` `application/json` and `type` `dtc.<kind>.v1`. A
-//! request's body is one object; every other body is an array of items of its one kind. A body has
-//! at most [`BODY_MAX`] bytes of UTF-8.
+//! A message has the properties `content_type` `application/json` and `type` `dtc.<kind>.v1`. A body is an
+//! array of items of its one kind; that of requests is one object, or an array of 1 to
+//! [`REQUESTS_MAX`](crate::protocol::request_messages::REQUESTS_MAX). A body has at most [`BODY_MAX`] bytes
+//! of UTF-8.
 //!
 //! | kind | fields of an item (`?`: may be missing) |
 //! |---|---|
@@ -54,7 +55,7 @@
 //! services, so that every message that follows from it fits into [`BODY_MAX`], at worst as its
 //! only item: its prepare and its parked record are some hundred bytes larger, and a decision that
 //! names a branch of every service has up to 157 bytes for each. A request is nested at most 100
-//! deep.
+//! deep, also in an array.
 //!
 //! **Invariant:** no body, however broken, makes this code panic; it leads to complaints.
 
@@ -79,8 +80,8 @@ pub use self::{
     pack::PackedMessage,
     record::{JournalBegun, Settled},
     request::{
-        REQUEST_MAX, RequestMalformed, RequestTooLarge, SERVICES_MAX, decode_request,
-        encode_request,
+        DecodedRequests, REQUEST_MAX, RequestBody, RequestItem, RequestMalformed, RequestTooLarge,
+        SERVICES_MAX, decode_request, decode_requests, encode_request,
     },
 };
 

@@ -1,7 +1,10 @@
 //! Requests of producers, and the result of a request that can't be read.
 //!
-//! Fields are checked as in the files of [`transactions`](crate::input::transactions), except that
-//! unknown ones are ignored.
+//! A message is one request, or an array of requests that share its timestamp. Fields are checked as in
+//! the files of [`transactions`](crate::input::transactions), except that unknown ones are ignored.
+//!
+//! **Invariant:** a malformed request in an array is rejected alone. If the message itself can't be served,
+//! every request in it that can be read is named, so that its producer gets a result.
 
 use std::{sync::Arc, time::Duration};
 
@@ -14,12 +17,13 @@ use crate::{
     protocol::{
         ids::{ReplyToken, RequestHash, ServiceName, TransactionId, TransactionKey},
         message::{Payload, Request, TransactionSpec},
+        request_messages::REQUESTS_MAX,
         time::Time,
     },
     wire::{
         hash::request_hash,
         message::{
-            BODY_MAX, Kind, TIME_MAX_SECONDS,
+            BODY_MAX, BodyFull, Kind, Malformed, TIME_MAX_SECONDS,
             read::{BodyReader, ParsedObject},
             write::ObjectWriter,
         },
@@ -50,6 +54,86 @@ pub struct RequestMalformed {
     pub requested_at: Option<Time>,
     /// The producer's reply token, if it could be read.
     pub reply: Option<ReplyToken>,
+}
+
+/// The requests of a message.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct DecodedRequests<'a> {
+    /// Each of them, in order, as far as the body can be read.
+    pub items: Vec<RequestItem<'a>>,
+    /// Why none of them can be served, in at most 1 KiB: the message is rejected as a whole.
+    pub fault: Option<String>,
+}
+
+/// One request of a message.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct RequestItem<'a> {
+    /// Its text, as the producer wrote it.
+    pub text: &'a str,
+    /// The request, or what is wrong with it.
+    pub read: Result<Request, RequestMalformed>,
+}
+
+/// The body of a message under construction: one request, or an array of several.
+///
+/// ```
+/// # use dtc::wire::message::RequestBody;
+/// let mut body = RequestBody::new();
+/// body.push(br#"{"id":"a"}"#)?;
+/// assert_eq!(body.clone().into_bytes(), br#"{"id":"a"}"#);
+/// body.push(br#"{"id":"b"}"#)?;
+/// assert_eq!(body.into_bytes(), br#"[{"id":"a"},{"id":"b"}]"#);
+/// # Ok::<(), dtc::wire::message::BodyFull>(())
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct RequestBody {
+    /// An array without its closing bracket.
+    array: Vec<u8>,
+    len: usize,
+}
+
+impl RequestBody {
+    /// A body without requests.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a request, as [`encode_request`] has written it.
+    ///
+    /// # Errors
+    ///
+    /// The body would have more than [`REQUESTS_MAX`] requests or [`BODY_MAX`] bytes, and is unchanged.
+    pub fn push(&mut self, request: &[u8]) -> Result<(), BodyFull> {
+        const BRACKETS: usize = 2;
+        let size = self.array.len() + request.len() + BRACKETS;
+        if self.len == REQUESTS_MAX || (self.len > 0 && size > BODY_MAX) {
+            return Err(BodyFull { len: self.len });
+        }
+        self.array.push(if self.len == 0 { b'[' } else { b',' });
+        self.array.extend_from_slice(request);
+        self.len += 1;
+        Ok(())
+    }
+
+    /// How many requests there are.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are no requests.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The body.
+    pub fn into_bytes(mut self) -> Vec<u8> {
+        if self.len == 1 {
+            self.array.remove(0);
+        } else {
+            self.array.push(b']');
+        }
+        self.array
+    }
 }
 
 /// A request can't be sent, since a message that follows from it might be too large.
@@ -93,7 +177,76 @@ pub fn encode_request(
     Ok(body)
 }
 
-/// Reads a request from `body` and from the property `timestamp`, in seconds.
+/// Reads the requests of a message, from `body` and from the property `timestamp`, in seconds.
+pub fn decode_requests(body: &[u8], timestamp: Option<u64>) -> DecodedRequests<'_> {
+    let text = without_byte_order_mark(body);
+    if text.trim_ascii_start().first() != Some(&b'[') {
+        let read = decode_request(body, timestamp);
+        let fault = read.as_ref().err().map(|malformed| malformed.reason.clone());
+        let text = str::from_utf8(text).unwrap_or_default();
+        return DecodedRequests { items: vec![RequestItem { text, read }], fault };
+    }
+    if body.len() > BODY_MAX {
+        let fault = Some(Malformed::TooLarge { size: body.len() }.to_string());
+        return DecodedRequests { items: Vec::new(), fault };
+    }
+    let mut faults = Vec::new();
+    let requested_at = requested_at(timestamp, &mut faults);
+    let mut reader = BodyReader::new(Kind::Request.word());
+    let value = reader.check.json_by(Position::START, text, json::parse_array);
+    let elements = match reader.or_complaints(value) {
+        Ok(Value { kind: json::ValueKind::Array(elements), .. }) => elements,
+        Ok(_) => Vec::new(),
+        Err(found) => {
+            faults.extend(lines(&found));
+            let fault = Some(shortened(faults.join("; ")));
+            return DecodedRequests { items: Vec::new(), fault };
+        }
+    };
+    match elements.len() {
+        0 => faults.push("the message has no request".to_owned()),
+        1..=REQUESTS_MAX => {}
+        n => {
+            faults.push(format!("the message has {n} requests: must have at most {REQUESTS_MAX}"));
+        }
+    }
+    let items = elements.iter().enumerate().map(|(index, value)| {
+        let read = read_element(&mut reader, &JsonPath::TOP.element(index), value, requested_at);
+        RequestItem { text: value.text, read }
+    });
+    let items: Vec<_> = items.collect();
+    // An array of one is rejected like an object.
+    if let ([RequestItem { read: Err(malformed), .. }], true) = (&*items, faults.is_empty()) {
+        faults.push(malformed.reason.clone());
+    }
+    let fault = (!faults.is_empty()).then(|| shortened(faults.join("; ")));
+    DecodedRequests { items, fault }
+}
+
+/// Reads a request of an array.
+fn read_element(
+    reader: &mut BodyReader,
+    path: &JsonPath<'_>,
+    value: &Value<'_>,
+    requested_at: Option<Time>,
+) -> Result<Request, RequestMalformed> {
+    let size = value.text.len();
+    if size > REQUEST_MAX {
+        let reason = RequestTooLarge::Bytes { size }.to_string();
+        return Err(RequestMalformed { reason, id: None, requested_at, reply: None });
+    }
+    let read = read(reader, path, value);
+    let (id, reply) = (read.id.clone(), read.reply.clone());
+    let request = requested_at.and_then(|requested_at| read.into_request(requested_at));
+    let found = reader.or_complaints(Some(())).err();
+    request.filter(|_| found.is_none()).ok_or_else(|| {
+        let complaints = found.as_ref().map(lines).unwrap_or_default();
+        let reason = shortened(complaints.join("; "));
+        RequestMalformed { reason, id, requested_at, reply }
+    })
+}
+
+/// Reads the one request of a message, from `body` and from the property `timestamp`, in seconds.
 ///
 /// # Errors
 ///

@@ -75,8 +75,8 @@ impl Session<'_> {
             // The broker gives this worker's requests to workers whose clocks fit.
             return Err(SessionError::ClockOff(off));
         }
-        for (delivery, message) in std::mem::take(&mut self.doubtful) {
-            self.request_received(delivery, message);
+        for (number, message) in std::mem::take(&mut self.doubtful) {
+            self.requests_received(number, message);
         }
         Ok(())
     }

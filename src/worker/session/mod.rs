@@ -2,7 +2,7 @@
 //! follows from them.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, VecDeque},
     future::poll_fn,
     task::{Context, Poll, Waker},
     time::Duration,
@@ -18,6 +18,7 @@ use tokio::time::{Instant, timeout};
 mod clocks;
 mod error;
 mod rejections;
+mod requests;
 
 pub(super) use self::error::SessionError;
 
@@ -28,6 +29,7 @@ use crate::{
         coordinator::{Effect, Event},
         ids::{ReplyToken, ServiceName, TransactionKey},
         message::{Delivery, Destination},
+        request_messages::MessageNumber,
     },
     transport::amqp::{
         connection_pair::{ConnectionEvent, ConnectionMonitor, ConnectionPair},
@@ -52,7 +54,7 @@ use crate::{
         saturation::{Saturation, Wanted},
         searches::Searches,
         state::WorkerState,
-        suspects::{Suspect, SuspectStep, Suspects, Try},
+        suspects::{Suspect, Suspects},
     },
 };
 
@@ -86,7 +88,7 @@ enum Input {
     Outbox(OutboxEvent),
     Reply(Message),
     Inquiry(Message),
-    Request(Delivery, Message),
+    Requests(MessageNumber, Message),
     Service(Event),
     Link(ConnectionEvent),
     ClocksCompared(Option<ClockComparison>),
@@ -120,7 +122,10 @@ pub(super) struct Session<'a> {
     /// What is not acknowledged yet.
     unsettled: Unsettled,
     /// Requests from the future, until it is known whether it is this worker's clock that is off.
-    doubtful: Vec<(Delivery, Message)>,
+    doubtful: Vec<(MessageNumber, Message)>,
+    /// Requests for which the coordinator had no room when their message came. Until it has taken them, no
+    /// further message is taken.
+    backlog: VecDeque<Suspect>,
     comparing: Option<BoxFuture<'static, Option<ClockComparison>>>,
     steps: ClockStepDetector,
     effects: Vec<Effect>,
@@ -223,6 +228,7 @@ impl<'a> Session<'a> {
             suspects: Suspects::new(settings.coordinator.deliveries_max),
             unsettled: Unsettled::default(),
             doubtful: Vec::new(),
+            backlog: VecDeque::new(),
             comparing: None,
             steps,
             effects: Vec::new(),
@@ -324,9 +330,9 @@ impl<'a> Session<'a> {
             4 if begins => {
                 self.inquiries.poll_next(cx).map_ok(Input::Inquiry).map_err(SessionError::Closed)
             }
-            5 if begins && self.has_room() => {
-                let request = self.requests.poll_next(cx).map_err(SessionError::Closed);
-                request.map_ok(|(delivery, message)| Input::Request(delivery, message))
+            5 if begins && self.backlog.is_empty() && self.has_room() => {
+                let taken = self.requests.poll_next(cx).map_err(SessionError::Closed);
+                taken.map_ok(|(number, message)| Input::Requests(number, message))
             }
             6 => self.searches.poll_next(cx).map(|found| Ok(Input::Service(found))),
             7 => match &mut self.comparing {
@@ -336,10 +342,6 @@ impl<'a> Session<'a> {
             8 => self.packer.poll_next(cx).map(|event| Ok(Input::Packs(event))),
             _ => Poll::Pending,
         }
-    }
-
-    fn has_room(&self) -> bool {
-        self.drain_until.is_some() || self.state.coordinator.room() > 0
     }
 
     fn wake_at(&self) -> Option<Instant> {
@@ -368,6 +370,7 @@ impl<'a> Session<'a> {
         if is_due && !self.watch.is_blocked() {
             self.dispatch(Event::DeadlineReached);
         }
+        self.take_backlog();
         self.try_suspects();
         Ok(())
     }
@@ -402,7 +405,7 @@ impl<'a> Session<'a> {
             Input::Inquiry(message) => {
                 self.reply_received(&message, Unacked::Inquiry(message.delivery_tag));
             }
-            Input::Request(delivery, message) => self.request_received(delivery, message),
+            Input::Requests(number, message) => self.requests_received(number, message),
             Input::ClocksCompared(standing) => self.clocks_compared(standing)?,
             Input::Packs(event) => self.pack_event(event),
             Input::Link(change) => self.link_changed(change)?,
@@ -501,54 +504,6 @@ impl<'a> Session<'a> {
             matches!(unacked, Unacked::Inquiry(tag) if self.unsettled.inquiries.contains_key(&tag));
         if !is_settling {
             self.acknowledge(unacked);
-        }
-    }
-
-    fn request_received(&mut self, delivery: Delivery, message: Message) {
-        match inbound::request(&message) {
-            Ok(request) => {
-                let now = self.state.clock.read();
-                let is_future = self.state.clocks.request(now, request.key.requested_at);
-                if is_future && self.drain_until.is_none() && self.is_clock_in_doubt() {
-                    return self.doubtful.push((delivery, message));
-                }
-                self.state.stats.taken += 1;
-                self.unsettled.reply_of.insert(delivery, request.reply.clone());
-                let deliveries = inbound::deliveries(&message);
-                let suspect = Suspect { request, delivery, deliveries };
-                // While it drains, the coordinator gives back all that comes.
-                let sifted = match self.drain_until {
-                    Some(_) => Some(suspect),
-                    None => self.suspects.sift(suspect, &self.state.tries),
-                };
-                if let Some(request) = sifted {
-                    self.dispatch_request(request);
-                }
-            }
-            Err(malformed) => self.set_request_aside(&message, &malformed, delivery),
-        }
-    }
-
-    fn dispatch_request(&mut self, it: Suspect) {
-        let Suspect { request, delivery, deliveries } = it;
-        self.dispatch(Event::RequestReceived { request, delivery, deliveries });
-    }
-
-    /// Tries the next suspect, if it is its turn.
-    fn try_suspects(&mut self) {
-        // While the broker takes no messages, no try can be recorded.
-        while !self.watch.is_blocked() && self.drain_until.is_none() {
-            let WorkerState { coordinator, tries, .. } = &*self.state;
-            let next = self.suspects.next(tries, Instant::now(), |key| coordinator.phase_of(key));
-            match next {
-                Some(SuspectStep::Record(it @ Try { begins: true, .. })) => {
-                    let then = OnConfirm::Try(it.key.clone());
-                    self.outbox.write_down(&it, then);
-                }
-                Some(SuspectStep::Record(it)) => self.outbox.write_down(&it, OnConfirm::Nothing),
-                Some(SuspectStep::Dispatch(given_up)) => self.dispatch_request(given_up),
-                None => return,
-            }
         }
     }
 
@@ -712,13 +667,7 @@ impl<'a> Session<'a> {
         self.drain_until = Some(Instant::now() + self.settings.drain);
         self.requests.cancel_all_but(0).await.map_err(opening("the queue of requests"))?;
         self.dispatch(Event::DrainRequested);
-        for (delivery, _) in std::mem::take(&mut self.doubtful) {
-            self.requests.requeue(delivery);
-        }
-        for delivery in self.suspects.give_back() {
-            self.unsettled.reply_of.remove(&delivery);
-            self.requests.requeue(delivery);
-        }
+        self.give_back_requests();
         Ok(())
     }
 

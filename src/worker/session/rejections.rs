@@ -5,19 +5,50 @@ use tracing::field::display;
 
 use crate::{
     protocol::{
-        ids::{ServiceName, TransactionKey},
+        ids::{ReplyToken, ServiceName, TransactionId, TransactionKey},
         message::{Answer, Delivery, Outcome, Reason, ReasonCode, Request, TransactionSpec},
+        time::Time,
     },
     transport::amqp::{
         names,
         rejected::{rejected, rejected_request},
     },
-    wire::message::{RequestMalformed, encode_request},
+    wire::message::{RequestItem, RequestMalformed, encode_request},
     worker::{
         outbox::{OnConfirm, Unacked},
         session::Session,
     },
 };
+
+/// What is known of a request that is rejected.
+struct RejectedRequest {
+    id: Option<TransactionId>,
+    requested_at: Option<Time>,
+    reply: Option<ReplyToken>,
+}
+
+impl RejectedRequest {
+    fn of(read: &Result<Request, RequestMalformed>) -> Self {
+        match read {
+            Ok(Request { key, reply, .. }) => Self {
+                id: Some(key.id.clone()),
+                requested_at: Some(key.requested_at),
+                reply: reply.clone(),
+            },
+            Err(malformed) => Self::malformed(malformed),
+        }
+    }
+
+    fn malformed(malformed: &RequestMalformed) -> Self {
+        let RequestMalformed { reason: _, id, requested_at, reply } = malformed.clone();
+        Self { id, requested_at, reply }
+    }
+
+    fn key(&self) -> Option<TransactionKey> {
+        let (id, requested_at) = (self.id.clone()?, self.requested_at?);
+        Some(TransactionKey { id, requested_at })
+    }
+}
 
 impl Session<'_> {
     /// A message that can't be understood, or not as a whole.
@@ -38,38 +69,74 @@ impl Session<'_> {
         self.outbox.durable(rejected, then);
     }
 
-    /// A request that can't be understood.
-    pub(super) fn set_request_aside(
+    /// A message of requests none of which can be served. The producers of those that can be read get
+    /// results.
+    pub(super) fn set_requests_aside(
         &mut self,
         message: &Message,
-        malformed: &RequestMalformed,
-        delivery: Delivery,
+        reason: &str,
+        items: &[RequestItem<'_>],
+        delivery: Option<Delivery>,
     ) {
-        self.state.stats.rejected += 1;
-        let (queue, reason) = (self.settings.names.requests(), malformed.reason.as_str());
-        let key = malformed.id.clone().zip(malformed.requested_at);
-        let key = key.map(|(id, requested_at)| TransactionKey { id, requested_at });
-        let transaction = key.as_ref().map(display);
-        tracing::warn!(transaction, %queue, reason, "a message is rejected");
+        let Some(delivery) = delivery else { return };
+        let read = items.iter().map(|item| RejectedRequest::of(&item.read));
+        let read: Vec<_> = read.collect();
+        let alone = match &*read {
+            [only] => only.key(),
+            [] | [_, _, ..] => None,
+        };
+        self.tell_rejected(alone.as_ref(), reason);
+        let queue = self.settings.names.requests();
         let rejected = rejected(&self.settings.names, queue.as_str(), message, reason);
-        let then = self.telling_producer_of(malformed, Unacked::Request(delivery));
+        let then = self.telling_producers(read, reason, delivery);
         self.outbox.durable(rejected, then);
     }
 
-    /// Publishes a result for the request, if its id could be read.
-    fn telling_producer_of(&self, malformed: &RequestMalformed, unacked: Unacked) -> OnConfirm {
-        let Some(id) = malformed.id.clone() else { return OnConfirm::Ack(unacked) };
+    /// A request that can't be understood, among others in its message.
+    pub(super) fn set_request_aside(
+        &mut self,
+        message: &Message,
+        text: &str,
+        malformed: &RequestMalformed,
+        delivery: Delivery,
+    ) {
+        let read = RejectedRequest::malformed(malformed);
+        self.tell_rejected(read.key().as_ref(), &malformed.reason);
+        let seconds = message.properties.timestamp().unwrap_or_default();
+        let (names, body) = (&self.settings.names, text.as_bytes().to_vec());
+        let rejected = rejected_request(names, body, seconds, &malformed.reason);
+        let then = self.telling_producers(vec![read], &malformed.reason, delivery);
+        self.outbox.durable(rejected, then);
+    }
+
+    fn tell_rejected(&mut self, key: Option<&TransactionKey>, reason: &str) {
+        self.state.stats.rejected += 1;
+        let (transaction, queue) = (key.map(display), self.settings.names.requests());
+        tracing::warn!(transaction, %queue, reason, "a message is rejected");
+    }
+
+    /// Publishes a result for each request whose id could be read.
+    fn telling_producers(
+        &self,
+        requests: Vec<RejectedRequest>,
+        reason: &str,
+        delivery: Delivery,
+    ) -> OnConfirm {
         let now = self.state.clock.now();
-        let answer = Answer {
-            id,
-            requested_at: malformed.requested_at.unwrap_or(now),
-            outcome: Outcome::Aborted,
-            reason: Some(Reason::because(ReasonCode::Invalid, malformed.reason.as_str())),
-            unresolved: Vec::new(),
-            decided_at: now,
-        };
-        let result = self.outbox.result(malformed.reply.as_ref(), &answer);
-        OnConfirm::Answer(Box::new(result), unacked)
+        let reason = Reason::because(ReasonCode::Invalid, reason);
+        let answers = requests.into_iter().filter_map(|it| {
+            let answer = Answer {
+                id: it.id?,
+                requested_at: it.requested_at.unwrap_or(now),
+                outcome: Outcome::Aborted,
+                reason: Some(reason.clone()),
+                unresolved: Vec::new(),
+                decided_at: now,
+            };
+            Some((it.reply, answer))
+        });
+        let results = self.outbox.results_of(answers);
+        OnConfirm::Answer(results, Unacked::Request(delivery))
     }
 
     /// A request that was understood, and that the coordinator has rejected.
@@ -96,8 +163,8 @@ impl Session<'_> {
             unresolved: Vec::new(),
             decided_at: self.state.clock.now(),
         };
-        let result = self.outbox.result(request.reply.as_ref(), &answer);
-        let then = OnConfirm::Answer(Box::new(result), Unacked::Request(delivery));
+        let results = self.outbox.results_of([(request.reply.clone(), answer)]);
+        let then = OnConfirm::Answer(results, Unacked::Request(delivery));
         self.outbox.durable(rejected, then);
     }
 }

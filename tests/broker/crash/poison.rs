@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use super::{
     System,
     ledger::{assert_none_called_again, assert_services_hold},
-    stream::{Watch, look_into, waiting_in},
+    stream::{Watch, look_into, publish_request, waiting_in},
     until,
 };
 use crate::{
@@ -90,6 +90,48 @@ fn a_request_that_kills_every_worker_aborts_and_its_neighbours_commit() {
     assert_none_called_again(&ledgers);
     assert_services_hold(&ledgers[1..], &neighbours.map(str::to_owned).into());
     drop((instances, worker));
+}
+
+/// The others came in the same message, and were delivered as often until they were given messages of
+/// their own.
+#[test]
+fn a_request_that_kills_every_worker_takes_no_others_of_its_message_with_it() {
+    let hangs = json!({"name": "payments", "max_concurrency": 3, "prepare": {"hang_rate": 1}});
+    let stock = json!({"name": "stock", "max_concurrency": 3, "max_wait_ms": 86_400_000});
+    let system = System::new(place(), json!([hangs, stock]));
+    let _payments = system.instance("payments", "payments", &[]);
+    let (journal, commands) = (Watch::journal(&system), Watch::commands(&system));
+    let neighbours = ["n-0", "n-1"];
+    let requests = [
+        transaction("n-0", "stock"),
+        transaction("poison", "payments"),
+        transaction("n-1", "stock"),
+    ];
+    publish_request(&system, &Value::from_iter(requests));
+
+    // Its neighbours are not begun meanwhile: their service has no instance.
+    let mut deaths = 0;
+    loop {
+        let mut worker = system.worker(&format!("w{deaths}"), &[]);
+        until("it takes the request", || commands.has_asked(&format!("w{deaths}"), "poison"));
+        let is_replaced = worker.stderr.text().contains("one message for each request");
+        worker.kill9();
+        deaths += 1;
+        if is_replaced {
+            break;
+        }
+        assert!(deaths <= 5, "the message is not replaced");
+    }
+    println!("the message was replaced after {} deaths", deaths - 1);
+    assert!(deaths > 3);
+    let _stock = system.instance("stock", "stock", &[]);
+    let worker = system.worker("survivor", &[]);
+    until("the neighbours are decided", || {
+        neighbours.iter().all(|id| !journal.decisions(id).is_empty())
+    });
+    system.wait_until_nothing_is_prepared();
+    assert_services_hold(&system.ledgers()[1..], &neighbours.map(str::to_owned).into());
+    drop(worker);
 }
 
 /// It was aborted as "delivered too often", though no worker had tried it.

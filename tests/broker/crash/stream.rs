@@ -3,19 +3,22 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use dtc::{
+    clock::Clock,
     protocol::message::Decision,
     wire::message::{Kind, decode},
 };
 use futures_util::StreamExt;
 use lapin::{
-    Channel, Connection, ConnectionProperties,
+    BasicProperties, Channel, Connection, ConnectionProperties,
     message::Delivery,
     options::{
-        BasicAckOptions, BasicConsumeOptions, BasicGetOptions, BasicNackOptions, BasicQosOptions,
-        QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions,
+        BasicAckOptions, BasicConsumeOptions, BasicGetOptions, BasicNackOptions,
+        BasicPublishOptions, BasicQosOptions, ConfirmSelectOptions, QueueBindOptions,
+        QueueDeclareOptions, QueueDeleteOptions,
     },
     types::{AMQPValue, FieldTable, ShortString},
 };
+use serde_json::Value;
 
 use super::System;
 
@@ -146,6 +149,24 @@ pub(super) fn waiting_in(system: &System, queue: ShortString) -> u32 {
         connection.close(200, "".into()).await.unwrap();
         count
     })
+}
+
+/// Publishes a message with this body as a producer does, now, and waits for the confirm.
+pub(super) fn publish_request(system: &System, body: &Value) {
+    system.runtime.block_on(async {
+        let (connection, channel) = connect(system).await;
+        channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
+        let properties = BasicProperties::default()
+            .with_type(Kind::Request.as_type().into())
+            .with_delivery_mode(2)
+            .with_timestamp(Clock::start().now().as_millis() / 1000);
+        let (exchange, options) = (system.names.requests(), BasicPublishOptions::default());
+        let body = body.to_string();
+        let publishing =
+            channel.basic_publish(exchange, "request".into(), options, body.as_bytes(), properties);
+        assert!(publishing.await.unwrap().await.unwrap().is_ack());
+        connection.close(200, "".into()).await.unwrap();
+    });
 }
 
 /// Deletes a queue with its messages.

@@ -12,14 +12,15 @@ use dtc::{
             Answer, Decision, Done, Finish, Inquiry, Parked, ParkedCause, Prepare, Query, Reason,
             Request, TransactionSpec, Vote, VoteKind,
         },
+        request_messages::REQUESTS_MAX,
         time::Time,
     },
     wire::{
         hash::request_hash,
         message::{
-            BODY_MAX, Cancel, Item, Items, JournalBegun, Malformed, PackedMessage, REQUEST_MAX,
-            RequestMalformed, SERVICES_MAX, Settled, TEXT_MAX, decode, decode_request,
-            encode_request,
+            BODY_MAX, Cancel, DecodedRequests, Item, Items, JournalBegun, Malformed, PackedMessage, REQUEST_MAX,
+            RequestBody, RequestItem, RequestMalformed, SERVICES_MAX, Settled, TEXT_MAX, decode,
+            decode_request, decode_requests, encode_request,
         },
     },
 };
@@ -108,6 +109,51 @@ pub fn request(input: &[u8]) {
             let is_read = value.is_some_and(|it| json::depth(&it) <= REQUEST_DEPTH_MAX);
             assert!(is_read || id.is_none(), "{malformed:?}");
         }
+    }
+}
+
+/// A message of requests, given like a request.
+pub fn requests(input: &[u8]) {
+    let (timestamp, body) = timestamp_and_body(input);
+    let DecodedRequests { items, fault } = decode_requests(body, timestamp);
+    let again = decode_requests(body, timestamp);
+    assert_eq!((&items, &fault), (&again.items, &again.fault), "read twice");
+    if let Some(reason) = &fault {
+        assert!((1..=1024).contains(&reason.len()), "{reason}");
+        complaints::is_one_line(reason);
+    } else {
+        assert!((1..=REQUESTS_MAX).contains(&items.len()) && body.len() <= BODY_MAX);
+    }
+    // A byte order mark counts only in the message.
+    if body.len() > REQUEST_MAX && items.len() == 1 {
+        return;
+    }
+    let mut together = RequestBody::new();
+    let mut joined = Vec::new();
+    for RequestItem { text, read } in items {
+        // In an array or alone, a request means the same.
+        let alone = decode_request(text.as_bytes(), timestamp);
+        match (read, alone) {
+            (Ok(read), Ok(alone)) => {
+                assert_eq!(read, alone);
+                if together.push(text.as_bytes()).is_ok() {
+                    joined.push(read);
+                }
+            }
+            (Err(read), Err(alone)) => {
+                assert!(read.reason.len() <= 1024, "{}", read.reason);
+                assert_eq!((read.id, read.reply), (alone.id, alone.reply));
+                assert_eq!(read.requested_at, alone.requested_at);
+            }
+            (read, alone) => panic!("{read:?} in a message, {alone:?} alone"),
+        }
+    }
+    if !joined.is_empty() {
+        let body = together.into_bytes();
+        let DecodedRequests { items, fault } = decode_requests(&body, timestamp);
+        assert_eq!(fault, None);
+        let read: Result<Vec<_>, _> = items.into_iter().map(|item| item.read).collect();
+        assert_eq!(read, Ok(joined));
     }
 }
 

@@ -18,8 +18,8 @@ use dtc::protocol::message::{Done, Finish, Inquiry, Prepare, Query, Vote};
 use dtc::{
     participant::fuzzing::{FuzzedQueue, command},
     protocol::{coordinator, message::Delivery, participant},
-    wire::message::{Cancel, Item, Kind, REQUEST_MAX, RequestMalformed, decode},
-    worker::fuzzing::{record, reply, request},
+    wire::message::{BODY_MAX, Cancel, DecodedRequests, Item, Kind, RequestMalformed, decode},
+    worker::fuzzing::{record, reply, requests},
 };
 use lapin::{
     BasicProperties,
@@ -83,20 +83,26 @@ fn is_read_as_a_reply(message: &Message, kind: Option<Kind>) {
 }
 
 fn is_read_as_a_request(message: &Message, kind: Option<Kind>) {
-    let read = request(message, NUMBER);
-    assert_eq!(read, request(message, NUMBER), "read twice");
-    match read {
-        Ok(coordinator::Event::RequestReceived { request, delivery, deliveries }) => {
-            assert!(kind == Some(Kind::Request) || message.properties.kind().is_none());
-            assert!(message.data.len() <= REQUEST_MAX);
-            let seconds = request.key.requested_at.as_millis() / 1000;
-            assert_eq!((Some(seconds), delivery), (*message.properties.timestamp(), NUMBER));
-            assert!(deliveries > u32::from(message.redelivered), "{deliveries}");
-        }
-        Ok(other) => panic!("{other:?} is no request"),
-        Err(RequestMalformed { reason, .. }) => {
-            assert!((1..=1024).contains(&reason.len()), "{reason}");
-            is_one_line(&reason);
+    let (DecodedRequests { items, fault }, deliveries) = requests(message);
+    let (again, _) = requests(message);
+    assert_eq!((&items, &fault), (&again.items, &again.fault), "read twice");
+    assert!(deliveries > u32::from(message.redelivered), "{deliveries}");
+    if let Some(reason) = fault {
+        assert!((1..=2048).contains(&reason.len()), "{reason}");
+        return is_one_line(&reason);
+    }
+    assert!(kind == Some(Kind::Request) || message.properties.kind().is_none());
+    assert!(message.data.len() <= BODY_MAX && !items.is_empty());
+    for item in items {
+        match item.read {
+            Ok(request) => {
+                let seconds = request.key.requested_at.as_millis() / 1000;
+                assert_eq!(Some(seconds), *message.properties.timestamp());
+            }
+            Err(RequestMalformed { reason, .. }) => {
+                assert!((1..=1024).contains(&reason.len()), "{reason}");
+                is_one_line(&reason);
+            }
         }
     }
 }

@@ -23,6 +23,7 @@ mod instance;
 mod journal;
 mod json;
 mod mail;
+mod messages;
 mod settings;
 mod trace;
 mod written;
@@ -38,8 +39,10 @@ use libfuzzer_sys::fuzz_target;
 type Target = fn(&[u8]);
 
 /// The targets. A new reader of input needs its target here, and seeds in `corpus`.
-const TARGETS: [(&str, Target); 26] = [
+const TARGETS: [(&str, Target); 28] = [
     ("request", bodies::request),
+    ("requests", bodies::requests),
+    ("messages", messages::messages),
     ("vote", bodies::items::<Vote>),
     ("done", bodies::items::<Done>),
     ("decision", bodies::items::<Decision>),

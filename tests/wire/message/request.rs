@@ -6,8 +6,8 @@ use super::*;
 use dtc::{
     protocol::message::TransactionSpec,
     wire::message::{
-        REQUEST_MAX, RequestMalformed, RequestTooLarge, SERVICES_MAX, decode_request,
-        encode_request,
+        DecodedRequests, REQUEST_MAX, RequestBody, RequestMalformed, RequestTooLarge, SERVICES_MAX,
+        decode_request, decode_requests, encode_request,
     },
 };
 
@@ -183,4 +183,126 @@ fn a_request_that_could_not_be_read_is_not_encoded() {
     let refused = encode_request(&fill(size + 1), None).unwrap_err();
     assert_eq!(refused, RequestTooLarge::Bytes { size: REQUEST_MAX + 1 });
     assert_eq!(refused.to_string(), "the request has 261121 bytes: must have at most 261120");
+}
+
+// ---- Several in a message ------------------------------------------------------------------------
+
+/// What is read of each request of a message: its id, or the reason.
+fn read_of(decoded: &DecodedRequests<'_>) -> Vec<Result<String, String>> {
+    let read = decoded.items.iter().map(|item| match &item.read {
+        Ok(request) => Ok(request.key.id.to_string()),
+        Err(malformed) => Err(malformed.reason.clone()),
+    });
+    read.collect()
+}
+
+fn small(id: &str) -> String {
+    format!(r#"{{"id":"{id}","involved_services":["stock"],"data":{{}},"reply":"r-{id}"}}"#)
+}
+
+fn array(items: &[String]) -> String {
+    format!("[{}]", items.join(","))
+}
+
+#[test]
+fn an_object_is_a_message_of_one_request() {
+    let decoded = decode_requests(GOOD.as_bytes(), Some(NOW));
+    assert_eq!(decoded.fault, None);
+    assert_eq!(decoded.items.len(), 1);
+    assert_eq!(decoded.items[0].read, decode_request(GOOD.as_bytes(), Some(NOW)));
+    let decoded = decode_requests(b"{}", Some(NOW));
+    assert_eq!(decoded.fault, Some(malformed("{}").reason));
+    assert_eq!(decoded.items.len(), 1);
+}
+
+#[test]
+fn the_requests_of_an_array_are_read_as_if_each_were_alone() {
+    let body = format!("\u{feff} [{},\n{GOOD}]", small("a"));
+    let decoded = decode_requests(body.as_bytes(), Some(NOW));
+    assert_eq!(decoded.fault, None);
+    let alone = [small("a"), GOOD.to_owned()];
+    assert_eq!(decoded.items.len(), alone.len());
+    for (item, alone) in decoded.items.iter().zip(&alone) {
+        assert_eq!(item.text, alone);
+        assert_eq!(item.read, decode_request(alone.as_bytes(), Some(NOW)));
+    }
+}
+
+#[test]
+fn a_malformed_request_among_others_is_named_alone_with_its_producer() {
+    let bad = r#"{"id":"b","involved_services":[],"data":{},"reply":"r-b"}"#.to_owned();
+    let body = array(&[small("a"), bad.clone(), "5".to_owned(), small("c")]);
+    let decoded = decode_requests(body.as_bytes(), Some(NOW));
+    assert_eq!(decoded.fault, None);
+    let services = "$[1].involved_services is []: must name at least one service";
+    let read = read_of(&decoded);
+    assert_eq!(read[0], Ok("a".to_owned()));
+    assert_eq!(read[1], Err(services.to_owned()));
+    assert_eq!(read[2], Err("$[2] is 5: must be an object".to_owned()));
+    assert_eq!(read[3], Ok("c".to_owned()));
+    assert_eq!(decoded.items[1].text, bad);
+    let malformed = decoded.items[1].read.as_ref().unwrap_err();
+    assert_eq!(malformed.id.as_ref().unwrap().as_str(), "b");
+    assert_eq!(malformed.reply.as_ref().unwrap().as_str(), "r-b");
+    assert_eq!(malformed.requested_at.unwrap().as_millis(), NOW * 1000);
+}
+
+#[test]
+fn a_message_that_can_not_be_served_names_all_of_its_requests() {
+    let many: Vec<_> = (0..65).map(|n| small(&format!("t{n}"))).collect();
+    let two = [small("a"), small("b")];
+    for (requests, timestamp, fault) in [
+        (&many[..], Some(NOW), "the message has 65 requests: must have at most 64"),
+        (&two, None, "the message must have a timestamp"),
+        (&[], Some(NOW), "the message has no request"),
+    ] {
+        let body = array(requests);
+        let decoded = decode_requests(body.as_bytes(), timestamp);
+        assert_eq!(decoded.fault.as_deref(), Some(fault));
+        assert_eq!(decoded.items.len(), requests.len());
+        let replies = decoded.items.iter().map(|item| match &item.read {
+            Ok(request) => request.reply.is_some(),
+            Err(malformed) => malformed.id.is_some() && malformed.reply.is_some(),
+        });
+        assert!(replies.into_iter().all(|it| it));
+    }
+    assert_eq!(decode_requests(array(&many[..64]).as_bytes(), Some(NOW)).fault, None);
+    let broken = decode_requests(b"[{}", Some(NOW));
+    assert!(broken.fault.unwrap().contains("not JSON") && broken.items.is_empty());
+    let large = format!("[{}]", " ".repeat(256 * 1024));
+    let large = decode_requests(large.as_bytes(), Some(NOW));
+    assert!(large.fault.unwrap().contains("must have at most 262144") && large.items.is_empty());
+}
+
+#[test]
+fn a_request_is_nested_as_deep_in_an_array_as_alone() {
+    for (depth, is_read) in [(100, true), (101, false)] {
+        // The request is one level, and its data another one.
+        let (open, close) = (r#"{"a":"#.repeat(depth - 2), "}".repeat(depth - 2));
+        let text =
+            format!(r#"{{"id":"a","involved_services":["s"],"data":{{"a":{open}1{close}}}}}"#);
+        assert_eq!(decode_request(text.as_bytes(), Some(NOW)).is_ok(), is_read, "{depth}");
+        let decoded = decode_requests(array(&[text]).as_bytes(), Some(NOW)).fault;
+        assert_eq!(decoded.is_none(), is_read, "{decoded:?}");
+    }
+}
+
+#[test]
+fn requests_are_joined_up_to_the_limits_of_a_message() {
+    let mut body = RequestBody::new();
+    assert!(body.is_empty());
+    for n in 0..64 {
+        body.push(small(&format!("t{n}")).as_bytes()).unwrap();
+        let bytes = body.clone().into_bytes();
+        let decoded = decode_requests(&bytes, Some(NOW));
+        assert_eq!((decoded.fault, decoded.items.len()), (None, n + 1));
+        assert_eq!(bytes[0], if n == 0 { b'{' } else { b'[' });
+    }
+    assert!(body.push(small("one-more").as_bytes()).is_err());
+    assert_eq!(body.len(), 64);
+    let mut body = RequestBody::new();
+    body.push(&[b'1'; 200_000]).unwrap();
+    assert!(body.push(&[b'1'; 62_143]).is_err());
+    body.push(&[b'1'; 62_141]).unwrap();
+    assert_eq!(body.into_bytes().len(), 256 * 1024);
 }
