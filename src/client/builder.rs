@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use crate::{
     client::{Client, Settings},
+    protocol::request_messages::REQUESTS_MAX,
     setting::{self, InvalidSetting},
     transport::amqp::{
         error::{BrokerError, Disposition},
@@ -61,6 +62,13 @@ impl ClientBuilder {
         self
     }
 
+    /// Sets how many transactions may share a message: from 1 to 64. With 1, each has a message of its
+    /// own. Default: 64.
+    pub fn batch_max(mut self, max: usize) -> Self {
+        self.settings.batch_max = max;
+        self
+    }
+
     /// Connects. The client reconnects by itself when the connection is lost later.
     ///
     /// It tries all hosts, each for the [`connect_timeout`](Self::connect_timeout).
@@ -98,9 +106,10 @@ impl ClientBuilder {
     /// A setting is invalid.
     pub fn connect_lazy(self) -> Result<Client, InvalidSetting> {
         let (broker, names) = self.broker.check("dtc client".to_owned())?;
-        let Settings { publish_timeout, in_flight_max } = self.settings;
+        let Settings { publish_timeout, in_flight_max, batch_max } = self.settings;
         setting::duration("publish_timeout", publish_timeout, Duration::from_millis(1))?;
         setting::count("max_in_flight", in_flight_max, IN_FLIGHT_MAX)?;
+        setting::count("batch_max", batch_max, REQUESTS_MAX)?;
         Ok(Client::with(broker, names, self.settings))
     }
 }
@@ -120,6 +129,10 @@ mod tests {
         assert_eq!(
             refused(|it| it.max_in_flight(0)),
             "setting `max_in_flight`: must be from 1 to 1000000, not 0"
+        );
+        assert_eq!(
+            refused(|it| it.batch_max(65)),
+            "setting `batch_max`: must be from 1 to 64, not 65"
         );
         assert_eq!(
             refused(|it| it.publish_timeout(Duration::ZERO)),

@@ -9,6 +9,7 @@
 //!
 //! **Invariant:** whenever the client publishes a request again, it repeats the request's key.
 
+mod batcher;
 mod builder;
 pub mod history;
 mod results;
@@ -33,12 +34,16 @@ use tokio::{
 };
 
 pub use self::builder::{ClientBuilder, ConnectError};
-use self::results::{ListenError, ListenState, Results};
+use self::{
+    batcher::{EncodedRequest, RequestBatcher},
+    results::{ListenError, ListenState, Results},
+};
 use crate::{
     clock::Clock,
     protocol::{
         ids::{ReplyToken, TransactionKey},
         message::{Answer, TransactionSpec},
+        request_messages::REQUESTS_MAX,
         time::Time,
     },
     transaction::{InvalidTransaction, Transaction, TransactionResult},
@@ -47,12 +52,9 @@ use crate::{
         error::{BrokerError, Disposition, is_not_found, is_refusal},
         names::Names,
         pool::{ChannelPool, PublishError},
-        publisher::OutgoingMessage,
     },
-    wire::message::{Kind, encode_request},
+    wire::message::encode_request,
 };
-
-const REQUEST_KEY: &str = "request";
 
 /// The number of channels for publishing: enough to keep one connection busy.
 const CHANNELS_MAX: usize = 4;
@@ -73,17 +75,23 @@ pub(crate) struct Settings {
     /// How many calls may wait for results at once. Further calls wait for their turn, which bounds
     /// the memory of the client.
     pub(crate) in_flight_max: usize,
+    /// How many requests may share a message.
+    pub(crate) batch_max: usize,
 }
 
 impl Default for Settings {
-    /// 30 s, and 1000 transactions.
+    /// 30 s, 1000 transactions, and as many requests in a message as workers take.
     fn default() -> Self {
-        Self { publish_timeout: Duration::from_secs(30), in_flight_max: 1000 }
+        let publish_timeout = Duration::from_secs(30);
+        Self { publish_timeout, in_flight_max: 1000, batch_max: REQUESTS_MAX }
     }
 }
 
 /// A producer's connection to the system: it submits [transactions](Transaction) through the broker and
 /// receives their results. It reconnects by itself. Clones share their connections.
+///
+/// Transactions that are submitted while others are on their way share a message with each other. None
+/// waits for company.
 ///
 /// Create and use it within a tokio runtime that has time and IO enabled.
 ///
@@ -122,6 +130,7 @@ struct Shared {
     settings: Settings,
     clock: Clock,
     channels: ChannelPool,
+    batcher: RequestBatcher,
     in_flight: Semaphore,
     results: Results,
     has_worked: HasWorked,
@@ -222,9 +231,11 @@ impl Client {
     /// A client of the system `names` at `broker`. It doesn't connect yet.
     pub(crate) fn with(broker: Broker, names: Names, settings: Settings) -> Self {
         let has_worked = HasWorked::default();
+        let channels = ChannelPool::new(broker.clone(), CHANNELS_MAX);
         let shared = Shared {
             clock: Clock::start(),
-            channels: ChannelPool::new(broker.clone(), CHANNELS_MAX),
+            batcher: RequestBatcher::new(channels.clone(), &names, settings.batch_max),
+            channels,
             in_flight: Semaphore::new(settings.in_flight_max.clamp(1, Semaphore::MAX_PERMITS)),
             results: Results::new(broker, names.clone(), has_worked.clone()),
             has_worked,
@@ -316,7 +327,7 @@ impl Client {
         requested_at: Time,
         limit: Duration,
     ) -> Result<Answer, WaitError> {
-        let Key { key, .. } = Key::of(spec, requested_at);
+        let key = key_of(spec, requested_at);
         let mut source = None;
         let waiting = tokio::time::timeout(limit, self.wait(spec, requested_at, &mut source)).await;
         match waiting {
@@ -336,7 +347,7 @@ impl Client {
     ) -> Result<Answer, WaitError> {
         // The semaphore is never closed.
         let _turn = self.shared.in_flight.acquire().await;
-        let Key { key, .. } = Key::of(spec, requested_at);
+        let key = key_of(spec, requested_at);
         let mut answer = self.shared.results.expect(&key, spec.request_hash);
         let mut listening = self.shared.results.listen();
         let mut ask_again_after = ASK_AGAIN_FIRST;
@@ -370,7 +381,7 @@ impl Client {
     /// Publishes `request`, and then waits for ever; it ends only with an error.
     async fn publish_and_rest(
         &self,
-        request: &RequestMessage,
+        request: &EncodedRequest,
         last: &mut Option<PublishError>,
     ) -> Result<Infallible, SubmitError> {
         self.publish(request, last).await?;
@@ -382,13 +393,13 @@ impl Client {
     /// the error of the last attempt.
     async fn publish(
         &self,
-        request: &RequestMessage,
+        request: &EncodedRequest,
         last: &mut Option<PublishError>,
     ) -> Result<(), SubmitError> {
         let mut backoff = Backoff::default();
         let mut unroutable_until = None;
         loop {
-            let Err(error) = self.shared.channels.publish(request.message.clone()).await else {
+            let Err(error) = self.shared.batcher.publish(request.clone()).await else {
                 self.shared.has_worked.set();
                 return Ok(());
             };
@@ -438,45 +449,19 @@ impl Client {
         spec: &TransactionSpec,
         requested_at: Time,
         reply: Option<&ReplyToken>,
-    ) -> Result<RequestMessage, InvalidTransaction> {
+    ) -> Result<EncodedRequest, InvalidTransaction> {
         let body = encode_request(spec, reply).map_err(|error| InvalidTransaction::TooLarge {
             id: spec.id.clone(),
             problem: error.to_string(),
         })?;
-        let Key { key, seconds } = Key::of(spec, requested_at);
-        let message = OutgoingMessage {
-            exchange: self.shared.names.requests(),
-            key: REQUEST_KEY.into(),
-            message_type: Kind::Request.as_type(),
-            body,
-            persistent: true,
-            mandatory: true,
-            message_id: Some(spec.id.as_str().into()),
-            timestamp: Some(seconds),
-            ..OutgoingMessage::default()
-        };
-        Ok(RequestMessage { key, message })
+        Ok(EncodedRequest { key: key_of(spec, requested_at), body: body.into() })
     }
-}
-
-/// A request as it is published, each time the same.
-struct RequestMessage {
-    key: TransactionKey,
-    message: OutgoingMessage,
 }
 
 /// The key of a transaction as in the messages, in whole seconds.
-struct Key {
-    key: TransactionKey,
-    seconds: u64,
-}
-
-impl Key {
-    fn of(spec: &TransactionSpec, requested_at: Time) -> Self {
-        let seconds = requested_at.as_millis() / 1000;
-        let requested_at = Time::from_millis(seconds * 1000);
-        Self { key: TransactionKey { id: spec.id.clone(), requested_at }, seconds }
-    }
+fn key_of(spec: &TransactionSpec, requested_at: Time) -> TransactionKey {
+    let seconds = requested_at.as_millis() / 1000;
+    TransactionKey { id: spec.id.clone(), requested_at: Time::from_millis(seconds * 1000) }
 }
 
 /// A failure to publish that may not occur again.

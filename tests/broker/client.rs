@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     fs,
     time::Duration,
 };
@@ -30,7 +30,7 @@ use dtc::{
             apply::{ApplyOptions, apply},
         },
     },
-    wire::message::{Item, Items, Settled, decode_request},
+    wire::message::{Item, Items, Settled, decode_request, decode_requests},
 };
 use futures_util::{StreamExt, future::join_all};
 use lapin::{
@@ -166,7 +166,7 @@ async fn unanswered_requests_are_sent_again_under_the_same_key_after_a_lost_conn
     let waiting = tokio::spawn(async move {
         client.submit_and_wait(transaction("TX1"), Duration::from_secs(120)).await.unwrap()
     });
-    let delivery = desk.consume().await.next().await.unwrap().unwrap();
+    let delivery = desk.consume().await.consumer.next().await.unwrap().unwrap();
     let first = decode_request(&delivery.data, *delivery.properties.timestamp()).unwrap();
     let restarting = tokio::task::spawn_blocking(move || {
         broker.restart();
@@ -624,7 +624,7 @@ impl PlayedWorker {
     }
 
     /// The same after the broker was away, with the requests.
-    async fn again(self) -> (Self, Consumer) {
+    async fn again(self) -> (Self, TakenRequests) {
         let again = async |connection, channel: Channel| {
             let consumer = consume(&channel, &self.names).await?;
             Ok((connection, channel, consumer))
@@ -654,7 +654,7 @@ impl PlayedWorker {
         taken.map(|message| message.delivery)
     }
 
-    async fn consume(&self) -> Consumer {
+    async fn consume(&self) -> TakenRequests {
         consume(&self.channel, &self.names).await.unwrap()
     }
 
@@ -703,15 +703,28 @@ impl PlayedWorker {
     }
 }
 
-async fn consume(channel: &Channel, names: &Names) -> lapin::Result<Consumer> {
+async fn consume(channel: &Channel, names: &Names) -> lapin::Result<TakenRequests> {
     let (options, nothing) = (BasicConsumeOptions::default(), FieldTable::default());
-    channel.basic_consume(names.requests(), "".into(), options, nothing).await
+    let consuming = channel.basic_consume(names.requests(), "".into(), options, nothing);
+    Ok(TakenRequests { consumer: consuming.await?, ready: VecDeque::new() })
 }
 
-async fn take(consumer: &mut Consumer) -> Request {
-    let delivery = timeout(PATIENCE, consumer.next()).await.unwrap().unwrap().unwrap();
+/// Requests as they come, each for itself.
+struct TakenRequests {
+    consumer: Consumer,
+    /// Those of the last message that were not returned.
+    ready: VecDeque<Request>,
+}
+
+async fn take(requests: &mut TakenRequests) -> Request {
+    if let Some(next) = requests.ready.pop_front() {
+        return next;
+    }
+    let delivery = timeout(PATIENCE, requests.consumer.next()).await.unwrap().unwrap().unwrap();
     delivery.ack(BasicAckOptions::default()).await.unwrap();
-    decode_request(&delivery.data, *delivery.properties.timestamp()).unwrap()
+    let read = decode_requests(&delivery.data, *delivery.properties.timestamp());
+    requests.ready.extend(read.items.into_iter().map(|item| item.read.unwrap()));
+    requests.ready.pop_front().unwrap()
 }
 
 fn transaction(id: &str) -> Transaction {

@@ -201,7 +201,8 @@ fn a_worker_killed_with_hundreds_of_requests_leaves_no_false_records_of_parked_c
     let flags = ["submit", "-", "--wait", "--output", "ndjson"];
     let producer = Process::start_given("producer", &mut site.world.dtc(&flags), lines);
     let requests = site.name("requests");
-    site.direct.until_holds(&requests, 1000);
+    // In messages of up to 64.
+    site.direct.until_holds(&requests, 20);
 
     let mut killed = site.worker(&[]);
     until("some are committed", || commits_of(&site, "stock") >= 100);

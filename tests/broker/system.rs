@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use dtc::{
     Client, Transaction, TransactionResult,
+    client::ClientBuilder,
     clock::Clock,
     participant::{error::ServeError, serve, settings::ServeSettings},
     protocol::{
@@ -265,6 +266,12 @@ impl System {
     /// Another producer.
     pub(crate) fn another_client(&self) -> Client {
         client_of(&self.place)
+    }
+
+    /// A producer with other settings.
+    pub(crate) fn client_that(&self, set: impl Fn(ClientBuilder) -> ClientBuilder) -> Client {
+        let client = Client::builder(&self.place.url).namespace(&self.place.namespace);
+        set(client).connect_lazy().unwrap()
     }
 
     /// The result of a transaction over `services`.

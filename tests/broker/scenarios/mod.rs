@@ -7,3 +7,4 @@ mod full;
 mod garbage;
 mod load;
 mod repeated;
+mod shared;
