@@ -40,10 +40,10 @@ fn every_measurement_is_in_the_report_and_in_the_plot() {
         "/yardstick/hop_alone_p50_ms/stream/median",
         "/yardstick/hops_of_a_tx_ms",
         "/load/0/tx_per_s/median",
-        "/load/1/tx_per_echo/median",
-        "/load/1/p99_ms/median",
-        "/load/1/cpu_us_per_tx/workers/median",
-        "/load/1/resident_mib/services/median",
+        "/load/3/tx_per_echo/median",
+        "/load/3/p99_ms/median",
+        "/load/3/cpu_us_per_tx/workers/median",
+        "/load/3/resident_mib/services/median",
         "/backlog/0/tx_per_s/median",
         "/backlog/0/worker_resident_mib/max/median",
         "/times/startup_ms",
@@ -57,8 +57,12 @@ fn every_measurement_is_in_the_report_and_in_the_plot() {
     let messages = told["load"][0]["messages_per_tx"]["median"].as_f64().unwrap();
     assert!((10.5..12.5).contains(&messages), "{messages}");
     assert!(told["broker"]["version"].is_string(), "{told:#}");
+    let points = told["load"].as_array().unwrap().iter();
+    let points =
+        points.map(|it| (it["in_flight"].as_u64().unwrap(), it["batch_max"].as_u64().unwrap()));
+    assert_eq!(points.collect::<Vec<_>>(), [(1, 1), (1, 64), (8, 1), (8, 64)]);
     let plot = fs::read_to_string(world.path("plot.svg")).unwrap();
-    assert_eq!(plot.matches("<circle").count(), 6, "{plot}");
+    assert_eq!(plot.matches("<circle").count(), 8, "{plot}");
 }
 
 /// A configured worker's name would apply to each of them, so the bench must choose their names:

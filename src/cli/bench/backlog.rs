@@ -26,7 +26,7 @@ use crate::{
         publisher::{OutgoingMessage, PublishOutcome, Publisher},
         unique,
     },
-    wire::message::{Kind, decode, encode_request},
+    wire::message::{Kind, RequestBody, decode, encode_request},
 };
 
 /// How many requests may be without a confirm.
@@ -44,20 +44,20 @@ const LOOK_EVERY: Duration = Duration::from_millis(250);
 /// How often one backlog is drained at most.
 const DRAINS_MAX: usize = 15;
 
-/// Drains a backlog of `requests`, and repeats that until it has taken `duration` in all: one drain
+/// Drains a backlog, and repeats that until it has taken `duration` in all: one drain
 /// of a small backlog is too short to measure.
 pub(super) async fn measure(
     namespace: &BenchNamespace,
-    requests: u64,
+    mut backlog: Backlog,
     max_in_flight: usize,
     data: usize,
     duration: Duration,
 ) -> anyhow::Result<Backlog> {
-    let mut backlog = Backlog { requests, ..Backlog::default() };
+    let Backlog { requests, batch_max, .. } = backlog;
     let mut taken = Duration::ZERO;
     while taken < duration && backlog.per_second.count() < DRAINS_MAX {
         let Drain { took, aborted, memory } =
-            drain(namespace, requests, max_in_flight, data).await?;
+            drain(namespace, (requests, batch_max), max_in_flight, data).await?;
         taken += took;
         backlog.per_second.add(requests as f64 / took.as_secs_f64());
         backlog.aborted += aborted;
@@ -75,10 +75,10 @@ struct Drain {
     memory: Vec<u64>,
 }
 
-/// Publishes `requests`, and then starts a worker.
+/// Publishes so many requests, as many as given in a message, and then starts a worker.
 async fn drain(
     namespace: &BenchNamespace,
-    requests: u64,
+    (requests, batch_max): (u64, usize),
     max_in_flight: usize,
     data: usize,
 ) -> anyhow::Result<Drain> {
@@ -99,7 +99,7 @@ async fn drain(
         namespace,
         &mut Publisher::open(&link.publishing, "requests").await?,
         &reply,
-        requests,
+        (requests, batch_max),
         data,
     )
     .await
@@ -144,17 +144,27 @@ async fn pile_up(
     namespace: &BenchNamespace,
     publisher: &mut Publisher<()>,
     reply: &ReplyToken,
-    requests: u64,
+    (requests, batch_max): (u64, usize),
     data: usize,
 ) -> anyhow::Result<()> {
     let (name, data, clock) = (unique::name('t'), data_of(data), Clock::start());
-    for number in 0..requests {
-        let transaction = Transaction::new(format!("{name}-{number}"), SERVICES, data.clone());
+    let mut numbers = (0..requests).peekable();
+    while numbers.peek().is_some() {
+        let mut body = RequestBody::new();
+        while body.len() < batch_max
+            && let Some(&number) = numbers.peek()
+        {
+            let transaction = Transaction::new(format!("{name}-{number}"), SERVICES, data.clone());
+            if body.push(&encode_request(&transaction.check()?, Some(reply))?).is_err() {
+                break;
+            }
+            numbers.next();
+        }
         let message = OutgoingMessage {
             exchange: namespace.names.requests(),
             key: REQUEST.into(),
             message_type: Kind::Request.as_type(),
-            body: encode_request(&transaction.check()?, Some(reply))?,
+            body: body.into_bytes(),
             persistent: true,
             mandatory: true,
             timestamp: Some(clock.now().as_millis() / 1000),

@@ -41,9 +41,16 @@ pub(super) struct Load {
 }
 
 impl Load {
-    /// Starts as many producers as transactions should be in flight.
-    pub(super) fn start(broker: &Broker, names: &Names, in_flight: usize, data: usize) -> Self {
-        let settings = Settings { in_flight_max: in_flight, ..Settings::default() };
+    /// Starts as many producers as transactions should be in flight. `batch_max`: how many of them may
+    /// share a message.
+    pub(super) fn start(
+        broker: &Broker,
+        names: &Names,
+        in_flight: usize,
+        batch_max: usize,
+        data: usize,
+    ) -> Self {
+        let settings = Settings { in_flight_max: in_flight, batch_max, ..Settings::default() };
         let client = Client::with(broker.clone(), names.clone(), settings);
         let stop = Arc::new(AtomicBool::new(false));
         let mut producers = JoinSet::new();

@@ -31,7 +31,7 @@ use tracing_subscriber::filter::LevelFilter;
 
 use self::{
     load::Load,
-    report::{BenchReport, Conditions, Point, ProcessGroup, Yardstick, mib, ms},
+    report::{Backlog, BenchReport, Conditions, Point, ProcessGroup, Yardstick, mib, ms},
     system::{BenchNamespace, BenchPlan, BenchProcess},
 };
 use crate::{
@@ -41,7 +41,7 @@ use crate::{
         pipeline, progress, signals, tell,
     },
     embedded::Latencies,
-    protocol::message::Outcome,
+    protocol::{message::Outcome, request_messages::REQUESTS_MAX},
     transport::amqp::{topology::PrepareQueueKind, traffic::Traffic},
 };
 
@@ -85,6 +85,11 @@ pub(super) struct BenchArguments {
     #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = in_flight)]
     #[arg(default_values_t = [1, 16, 64, 256, 1024])]
     in_flight: Vec<usize>,
+    /// How many transactions the producers may put in a message: each load is measured with each number
+    /// [default: 1,64]
+    #[arg(long, value_name = "N,…", value_delimiter = ',', conflicts_with = "embedded")]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..=REQUESTS_MAX as u64))]
+    batch_max: Vec<u64>,
     /// How long to measure each load in each round, in seconds, after a warm-up
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=3600))]
     seconds: u64,
@@ -184,11 +189,36 @@ impl BenchArguments {
         usize::try_from(self.data_bytes).unwrap_or(usize::MAX)
     }
 
+    /// How many transactions may share a message; 0: there are no messages.
+    fn batches(&self) -> Vec<usize> {
+        match &*self.batch_max {
+            _ if self.embedded => vec![0],
+            [] => vec![1, REQUESTS_MAX],
+            batches => batches.iter().map(|&it| usize::try_from(it).unwrap_or(1)).collect(),
+        }
+    }
+
+    /// Each backlog, with each number of transactions in a message.
+    fn backlogs(&self) -> Vec<Backlog> {
+        let batches = self.batches();
+        let backlog = |requests, batch_max| Backlog { requests, batch_max, ..Backlog::default() };
+        let of = |&requests: &u64| batches.iter().map(move |&batch| backlog(requests, batch));
+        self.backlog.iter().flat_map(of).collect()
+    }
+
+    /// Each load, with each number of transactions that may share a message.
+    fn points(&self) -> Vec<Point> {
+        let batches = self.batches();
+        let combine = |&in_flight: &usize| batches.iter().map(move |&batch| (in_flight, batch));
+        let mut points: Vec<_> = self.in_flight.iter().flat_map(combine).collect();
+        points.sort_unstable();
+        points.dedup();
+        let point = |(in_flight, batch_max)| Point { in_flight, batch_max, ..Point::default() };
+        points.into_iter().map(point).collect()
+    }
+
     /// An empty report.
     fn report(&self) -> BenchReport {
-        let mut loads = self.in_flight.clone();
-        loads.sort_unstable();
-        loads.dedup();
         BenchReport {
             setting: Conditions {
                 cores: machine::cores(),
@@ -199,10 +229,7 @@ impl BenchArguments {
                 data_bytes: self.data(),
                 ..Conditions::default()
             },
-            load: loads
-                .into_iter()
-                .map(|in_flight| Point { in_flight, ..Point::default() })
-                .collect(),
+            load: self.points(),
             ..BenchReport::default()
         }
     }
@@ -252,7 +279,7 @@ async fn measure_brokered(
 
     // One namespace for the loads, and one for each measurement that earlier traffic would slow
     // down.
-    let count = arguments.backlog.len() + 2;
+    let count = arguments.backlogs().len() + 2;
     let (mut namespaces, stop) = (Vec::new(), stop.shared());
     let made = make(count, &plan, &mut namespaces, &stop).await;
     let measuring = async {
@@ -307,7 +334,8 @@ impl Bench<'_> {
             tell(&format!("round {round}: the yardstick\n"));
             let echo = self.yardstick(&mut yardstick).await?;
             for point in &mut report.load {
-                tell(&format!("round {round}: {} in flight\n", point.in_flight));
+                let Point { in_flight, batch_max, .. } = *point;
+                tell(&format!("round {round}: {in_flight} in flight, {batch_max} in a message\n"));
                 self.load(point, echo).await?;
             }
         }
@@ -317,11 +345,16 @@ impl Bench<'_> {
             tell("times\n");
             report.times = Some(times::measure(self.for_times, data).await?);
         }
-        for (&requests, namespace) in self.arguments.backlog.iter().zip(self.for_backlogs) {
-            tell(&format!("a backlog of {requests}\n"));
+        let echo = report.yardstick.as_ref().and_then(|it| it.echo.median());
+        for (backlog, namespace) in self.arguments.backlogs().into_iter().zip(self.for_backlogs) {
+            let Backlog { requests, batch_max, .. } = backlog;
+            tell(&format!("a backlog of {requests}, {batch_max} in a message\n"));
             let duration = self.arguments.duration();
-            let draining = backlog::measure(namespace, requests, IN_FLIGHT_DEFAULT, data, duration);
-            report.backlog.push(draining.await?);
+            let draining = backlog::measure(namespace, backlog, IN_FLIGHT_DEFAULT, data, duration);
+            let mut drained = draining.await?;
+            drained.per_echo =
+                drained.per_second.median().zip(echo).map(|(rate, echo)| rate / echo);
+            report.backlog.push(drained);
         }
         Ok(())
     }
@@ -355,7 +388,10 @@ impl Bench<'_> {
         }
         let traffic = Traffic::so_far();
         let data = self.arguments.data();
-        let mut load = Load::start(namespace.broker(), &namespace.names, point.in_flight, data);
+        let mut load = {
+            let (broker, names) = (namespace.broker(), &namespace.names);
+            Load::start(broker, names, point.in_flight, point.batch_max, data)
+        };
         let window = tokio::select! {
             window = self.window(&workers, &services) => window,
             error = load.failed() => return Err(error),

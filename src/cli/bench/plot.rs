@@ -11,6 +11,9 @@ const WIDTH: f64 = 720.0;
 const HEIGHT: f64 = 640.0;
 const LEFT: f64 = 76.0;
 const RIGHT: f64 = 24.0;
+/// The colours of lines.
+const COLOURS: [&str; 4] = ["#1f6feb", "#1a7f37", "#8250df", "#bf8700"];
+
 /// One line: its colour, its name, and its value at each load.
 type Line<'a> = (&'a str, &'a str, Vec<(f64, f64)>);
 
@@ -22,14 +25,32 @@ const LATENCY: Panel = (360.0, 580.0);
 
 /// The report as an SVG of two panels over a common logarithmic axis of load.
 pub(super) fn svg(report: &BenchReport) -> String {
-    let of = |value: fn(&Point) -> &Measured| {
-        let points = report.load.iter();
+    let series = series(report);
+    let values = |points: &[&Point], value: fn(&Point) -> &Measured| {
+        let points = points.iter();
         points.filter_map(|it| Some((it.in_flight as f64, value(it).median()?))).collect()
     };
-    let throughput = [("#1f6feb", "transactions/s", of(|it| &it.per_second))];
-    let latency: [Line<'_>; 2] =
-        [("#1f6feb", "p50", of(|it| &it.p50)), ("#d1242f", "p99", of(|it| &it.p99))];
-    let loads: Vec<f64> = report.load.iter().map(|it| it.in_flight as f64).collect();
+    let name = |batch: &usize| match batch {
+        0 => "transactions/s".to_owned(),
+        1 => "one in a message".to_owned(),
+        batch => format!("up to {batch} in a message"),
+    };
+    let names: Vec<_> = series.iter().map(|(batch, _)| name(batch)).collect();
+    let throughput: Vec<Line<'_>> = series
+        .iter()
+        .zip(names.iter().zip(COLOURS.iter().cycle()))
+        .map(|((_, points), (name, colour))| {
+            (*colour, name.as_str(), values(points, |it| &it.per_second))
+        })
+        .collect();
+    // Of the producers that put most in a message, as clients do.
+    let last = series.last().map_or(&[][..], |(_, points)| points);
+    let latency: [Line<'_>; 2] = [
+        ("#1f6feb", "p50", values(last, |it| &it.p50)),
+        ("#d1242f", "p99", values(last, |it| &it.p99)),
+    ];
+    let mut loads: Vec<f64> = report.load.iter().map(|it| it.in_flight as f64).collect();
+    loads.dedup();
 
     let mut svg = String::new();
     let _ = write!(
@@ -46,6 +67,15 @@ pub(super) fn svg(report: &BenchReport) -> String {
     text(&mut svg, (middle, HEIGHT - 18.0), "middle", 13, "transactions in flight");
     svg.push_str("</svg>\n");
     svg
+}
+
+/// The points by how many transactions producers may put in a message.
+fn series(report: &BenchReport) -> Vec<(usize, Vec<&Point>)> {
+    let mut batches: Vec<_> = report.load.iter().map(|it| it.batch_max).collect();
+    batches.sort_unstable();
+    batches.dedup();
+    let points = |batch| report.load.iter().filter(|it| it.batch_max == batch).collect();
+    batches.into_iter().map(|batch| (batch, points(batch))).collect()
 }
 
 fn title(report: &BenchReport) -> String {
@@ -131,7 +161,10 @@ fn panel(
             let _ = writeln!(svg, "<circle cx=\"{x}\" cy=\"{y}\" r=\"3.5\" fill=\"{colour}\"/>");
         }
         if lines.len() > 1 {
-            let at = (WIDTH - RIGHT - 60.0 * (lines.len() - number) as f64 + 60.0, top - 8.0);
+            let longest = lines.iter().map(|(_, name, _)| name.len()).max().unwrap_or_default();
+            let room = (longest * 7 + 24) as f64;
+            let after = (lines.len() - number - 1) as f64;
+            let at = (WIDTH - RIGHT - room * after, top - 8.0);
             let coloured = format!("<tspan fill=\"{colour}\">{name}</tspan>");
             text(svg, at, "end", 13, &coloured);
         }

@@ -177,6 +177,8 @@ impl ByGroup {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Point {
     pub(super) in_flight: usize,
+    /// How many transactions producers may put in a message; 0: there are no messages.
+    pub(super) batch_max: usize,
     /// Transactions per second.
     pub(super) per_second: Measured,
     /// Transactions per echo RPC of the same round.
@@ -199,8 +201,12 @@ pub(super) struct Point {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Backlog {
     pub(super) requests: u64,
+    /// How many of them are in a message.
+    pub(super) batch_max: usize,
     /// The transactions per second of each drain.
     pub(super) per_second: Measured,
+    /// Transactions per echo RPC, of all rounds.
+    pub(super) per_echo: Option<f64>,
     pub(super) aborted: u64,
     /// The worker's memory in the middle of a drain, in MiB.
     pub(super) resident_middle: Measured,
@@ -265,6 +271,7 @@ impl BenchReport {
         let load = self.load.iter().map(|it| {
             json!({
                 "in_flight": it.in_flight,
+                "batch_max": it.batch_max,
                 "tx_per_s": it.per_second.json(),
                 "tx_per_echo": it.per_echo.json(),
                 "p50_ms": it.p50.json(),
@@ -279,6 +286,8 @@ impl BenchReport {
         let backlog = self.backlog.iter().map(|it| {
             json!({
                 "requests": it.requests,
+                "batch_max": it.batch_max,
+                "tx_per_echo": it.per_echo.map(rounded),
                 "drained": it.per_second.count(),
                 "tx_per_s": it.per_second.json(),
                 "aborted": it.aborted,
@@ -314,32 +323,39 @@ impl BenchReport {
     fn load_table(&self) -> String {
         let mut text = String::new();
         let known = Measured::text;
-        let line = |text: &mut String, cells: [&str; 8]| {
-            let [in_flight, rate, spread, echo, p50, p99, messages, rest] = cells;
+        let line = |text: &mut String, cells: [&str; 9]| {
+            let [in_flight, batch, rate, spread, echo, p50, p99, messages, rest] = cells;
             let _ = writeln!(
                 text,
-                "{in_flight:>9}{rate:>9}{spread:>17}{echo:>9}{p50:>9}{p99:>9}{messages:>9}{rest}",
+                "{in_flight:>9}{batch:>7}{rate:>9}{spread:>17}{echo:>9}{p50:>9}{p99:>9}{messages:>9}{rest}",
             );
         };
         let is_brokered = self.setting.broker.is_some();
         let cells = match is_brokered {
-            true => ["per echo", "messages", "   CPU µs: broker, workers, services, producers"],
-            false => ["", "", ""],
+            true => {
+                ["batch", "per echo", "messages", "   CPU µs: broker, workers, services, producers"]
+            }
+            false => ["", "", "", ""],
         };
-        let [echo, messages, rest] = cells;
+        let [batch, echo, messages, rest] = cells;
         line(
             &mut text,
-            ["in flight", "tx/s", "min..max", echo, "p50 ms", "p99 ms", messages, rest],
+            ["in flight", batch, "tx/s", "min..max", echo, "p50 ms", "p99 ms", messages, rest],
         );
         for point in &self.load {
             let spread = point.per_second.spread();
-            let (echo, messages, rest) = match is_brokered {
-                true => (known(&point.per_echo), known(&point.messages), point.cpu.text()),
+            let (batch, echo, messages, rest) = match is_brokered {
+                true => (
+                    point.batch_max.to_string(),
+                    known(&point.per_echo),
+                    known(&point.messages),
+                    point.cpu.text(),
+                ),
                 false => Default::default(),
             };
             let (in_flight, rate) = (point.in_flight.to_string(), known(&point.per_second));
             let (p50, p99) = (known(&point.p50), known(&point.p99));
-            let cells = [&in_flight, &rate, &spread, &echo, &p50, &p99, &messages, &rest];
+            let cells = [&in_flight, &batch, &rate, &spread, &echo, &p50, &p99, &messages, &rest];
             line(&mut text, cells.map(String::as_str));
         }
         text
@@ -398,6 +414,10 @@ impl fmt::Display for BenchReport {
                 known(&yardstick.echo_alone),
                 known(&yardstick.raw),
             )?;
+            let used = yardstick.cpu.iter().filter(|(_, used)| used.count() > 0);
+            let used: Vec<_> =
+                used.map(|(who, used)| format!("{} {}", who.name(), known(used))).collect();
+            writeln!(f, "CPU µs of an echo RPC: {}", used.join(", "))?;
             let hops: Vec<_> = yardstick
                 .hops
                 .iter()
@@ -423,9 +443,12 @@ impl fmt::Display for BenchReport {
             };
             writeln!(
                 f,
-                "\nbacklog of {}: {} tx/s{times}; the worker's memory {} MiB amid it, at most {} MiB{}",
+                "\nbacklog of {}, {} in a message: {} tx/s{times}, {} per echo; the worker's memory {} MiB \
+                 amid it, at most {} MiB{}",
                 it.requests,
+                it.batch_max,
                 known(&it.per_second),
+                known_or_not(it.per_echo),
                 known(&it.resident_middle),
                 known(&it.resident_max),
                 if it.aborted > 0 {

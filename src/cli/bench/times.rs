@@ -4,7 +4,10 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::cli::bench::{load::Load, report::Times, system::BenchNamespace};
+use crate::{
+    cli::bench::{load::Load, report::Times, system::BenchNamespace},
+    protocol::request_messages::REQUESTS_MAX,
+};
 
 /// The load during the measurements.
 pub(super) const IN_FLIGHT: usize = 256;
@@ -17,7 +20,7 @@ pub(super) async fn measure(namespace: &BenchNamespace, data: usize) -> anyhow::
     let services = namespace.services().await?;
     let (first, second) = (namespace.worker(IN_FLIGHT).await?, namespace.worker(IN_FLIGHT).await?);
     let startup = first.started_in;
-    let load = Load::start(namespace.broker(), &namespace.names, IN_FLIGHT, data);
+    let load = Load::start(namespace.broker(), &namespace.names, IN_FLIGHT, REQUESTS_MAX, data);
     tokio::time::sleep(STEADY).await;
     let signalled = Instant::now();
     first.stop().await?;
