@@ -1,9 +1,11 @@
-//! A service and a producer in Python, in one system with workers and a service of this crate.
+//! A service and a producer in Python, and a producer in Node.js, in one system with workers and a service of
+//! this crate.
 //!
 //! `books` is Python's, `payments` the binary's. They are asked in this order while they may be
 //! contended. At the end, what each holds is read from its own storage.
 //!
-//! `DTC_TEST_PYTHON` is a Python with pika; by default the one that tests/run has installed.
+//! `DTC_TEST_PYTHON` is a Python with pika, and `DTC_TEST_NODE_MODULES` a directory with amqplib; by default
+//! those that tests/run has installed.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test may fail here")]
 #![allow(clippy::print_stdout, reason = "a test prints what it has measured")]
@@ -123,6 +125,17 @@ impl System {
         Process::start_given("producer", &mut command, transactions.to_string())
     }
 
+    /// The results of these, by id, as the producer in Node.js gets them.
+    #[track_caller]
+    fn run_by_node(&self, transactions: &Value) -> BTreeMap<String, Value> {
+        let mut command = Command::new("node");
+        command.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/interop/producer.mjs"));
+        command.arg(node_modules());
+        command.args(["--broker", &self.world.place.url]);
+        command.args(["--namespace", &self.world.place.namespace]);
+        results(Process::start_given("producer", &mut command, transactions.to_string()))
+    }
+
     /// The results of these, by id.
     #[track_caller]
     fn run(&self, transactions: &Value) -> BTreeMap<String, Value> {
@@ -202,13 +215,22 @@ fn order(id: &str, books: &Value) -> Value {
 }
 
 fn python() -> PathBuf {
-    if let Some(path) = env::var_os("DTC_TEST_PYTHON") {
+    installed("DTC_TEST_PYTHON", "python-pika-1.3.2/bin/python")
+}
+
+fn node_modules() -> PathBuf {
+    installed("DTC_TEST_NODE_MODULES", "node-amqplib-2.3.1/node_modules")
+}
+
+/// What the variable names, or else what tests/run has installed.
+fn installed(variable: &str, name: &str) -> PathBuf {
+    if let Some(path) = env::var_os(variable) {
         return path.into();
     }
     let cache = env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
     let cache = cache.unwrap_or_else(|| Path::new(&env::var_os("HOME").unwrap()).join(".cache"));
-    let path = cache.join("dtc/python-pika-1.3.2/bin/python");
-    assert!(path.exists(), "no Python with pika at {}: tests/run makes it", path.display());
+    let path = cache.join("dtc").join(name);
+    assert!(path.exists(), "there is no {}: tests/run installs it", path.display());
     path
 }
 

@@ -1,4 +1,5 @@
-"""A producer of `dtc` in Python: publishes requests, and prints a line of JSON for each result.
+"""A producer of `dtc` in Python: publishes requests, several in a message, and prints a line of JSON for
+each result.
 
     producer.py --broker URL [--namespace NAME] [--requested-at SECONDS] < transactions.json
 
@@ -12,6 +13,23 @@ import sys
 import time
 
 import pika
+
+# What a message may hold.
+REQUESTS_MAX = 64
+BODY_MAX = 256 * 1024
+
+
+def batches(requests):
+    """The bodies of the messages for these requests, which are JSON texts: arrays of as many as fit."""
+    batch, size = [], 2
+    for request in requests:
+        if batch and (len(batch) == REQUESTS_MAX or size + len(request) + 1 > BODY_MAX):
+            yield b"[" + b",".join(batch) + b"]"
+            batch, size = [], 2
+        batch.append(request)
+        size += len(request) + 1
+    # A request that is alone needs no array; either would do.
+    yield batch[0] if len(batch) == 1 else b"[" + b",".join(batch) + b"]"
 
 
 def main():
@@ -33,11 +51,12 @@ def main():
     requests = connection.channel()
     requests.confirm_delivery()
     waiting = {transaction["id"] for transaction in transactions}
-    for transaction in transactions:
+    texts = [json.dumps({**transaction, "reply": reply}).encode() for transaction in transactions]
+    for body in batches(texts):
         requests.basic_publish(
             f"{arguments.namespace}.requests",
             "request",
-            json.dumps({**transaction, "reply": reply}).encode(),
+            body,
             pika.BasicProperties(
                 content_type="application/json",
                 type="dtc.request.v1",

@@ -67,6 +67,19 @@ fn many_transactions_at_two_workers_commit_once_at_both_services() {
 }
 
 #[test]
+fn a_producer_in_node_puts_many_transactions_into_one_message() {
+    let system = System::new(4, PATIENT, 0);
+    let (_books, _payments, _worker) =
+        (system.books("py"), system.payments(), system.world.worker("w1"));
+    let ids: Vec<_> = (0..100).map(|number| format!("t{number:03}")).collect();
+    let orders: Vec<_> = ids.iter().map(|id| order(id, &json!({}))).collect();
+    let results = system.run_by_node(&json!(orders));
+    assert_eq!(results.len(), ids.len());
+    assert!(results.values().all(|it| it["status"] == "COMMITTED"), "{results:?}");
+    system.both_hold(&ids.iter().map(String::as_str).collect::<Vec<_>>());
+}
+
+#[test]
 fn a_refusal_or_a_failure_aborts_and_leaves_nothing_prepared() {
     let system = System::new(2, PATIENT, 0);
     let (_books, _payments, _worker) =
