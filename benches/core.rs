@@ -18,7 +18,8 @@ use dtc::protocol::{
     coordinator::{self, Coordinator},
     ids::{Branch, InstanceId, RequestHash, ServiceName, TransactionId, TransactionKey, WorkerId},
     message::{
-        Command, Decision, Delivery, Destination, Done, Outcome, Payload, Request, Vote, VoteKind,
+        AnswerAt, Command, Decision, Delivery, Destination, Done, Outcome, Payload, Request, Vote,
+        VoteKind,
     },
     participant::{self, Instance, Verdict},
     time::Time,
@@ -91,6 +92,7 @@ impl World {
             services: Arc::clone(&self.services),
             data: self.payload.clone(),
             timeout: None,
+            answer_at: AnswerAt::Applied,
             reply: None,
         };
         let delivery = Delivery(self.next);

@@ -194,7 +194,7 @@ pub use crate::protocol::{
         Branch, InstanceId, InvalidName, RequestHash, ServiceName, StoreId, TransactionId,
         TransactionKey,
     },
-    message::{Cap, Outcome, Reason, ReasonCode},
+    message::{AnswerAt, Cap, Outcome, Reason, ReasonCode},
     time::{InvalidTime, Time},
 };
 #[cfg(feature = "amqp")]

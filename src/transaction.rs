@@ -8,7 +8,7 @@ use serde_json::Value;
 use crate::{
     protocol::{
         ids::{InvalidName, ServiceName, TransactionId, TransactionKey},
-        message::{Answer, Outcome, Reason, TransactionSpec},
+        message::{Answer, AnswerAt, Outcome, Reason, TransactionSpec},
         time::Time,
     },
     wire::hash,
@@ -39,6 +39,7 @@ pub struct Transaction {
     involved_services: Vec<String>,
     data: Value,
     timeout: Option<Duration>,
+    answer_at: AnswerAt,
     requested_at: Option<Time>,
 }
 
@@ -52,7 +53,14 @@ impl Transaction {
         data: Value,
     ) -> Self {
         let involved_services = involved_services.into_iter().map(Into::into).collect();
-        Self { id: id.into(), involved_services, data, timeout: None, requested_at: None }
+        Self {
+            id: id.into(),
+            involved_services,
+            data,
+            timeout: None,
+            answer_at: AnswerAt::default(),
+            requested_at: None,
+        }
     }
 
     /// Sets how long the prepares may take: from 1 ms to a day. Default: what the coordinator has,
@@ -60,6 +68,15 @@ impl Transaction {
     #[must_use]
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = Some(timeout);
+        self
+    }
+
+    /// Sets when the result goes out if it commits: [`AnswerAt::Applied`], the default, or
+    /// [`AnswerAt::Decided`], which is sooner. The embedded coordinator answers when all is applied,
+    /// whatever is set.
+    #[must_use]
+    pub fn answer_at(mut self, moment: AnswerAt) -> Self {
+        self.answer_at = moment;
         self
     }
 
@@ -112,7 +129,8 @@ impl Transaction {
         }
         let data = hash::canonical(data.clone());
         let request_hash = hash::request_hash(&services, &data);
-        Ok(TransactionSpec { id, services, data, request_hash, timeout: self.timeout })
+        let Self { timeout, answer_at, .. } = *self;
+        Ok(TransactionSpec { id, services, data, request_hash, timeout, answer_at })
     }
 }
 

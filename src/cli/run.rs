@@ -57,9 +57,9 @@ const INTERRUPTED: &str = "interrupted: what has begun is finished; once more to
 /// "error_rate", "panic_rate", "hang_rate" (0 to 1), "fail_first" (how many attempts of each
 /// transaction fail), "fail_for" (ids that always fail) and "read_only".
 ///
-/// transactions.json: [{"id","involved_services","data","timeout_ms"?}], checked as a whole before
-/// any transaction starts; or the same objects, one per line (NDJSON), checked and run as they
-/// arrive.
+/// transactions.json: [{"id","involved_services","data","timeout_ms"?,"answer"?}], checked as a whole
+/// before any transaction starts; or the same objects, one per line (NDJSON), checked and run as
+/// they arrive.
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
 #[command(about = "Run transactions across simulated services in this process")]

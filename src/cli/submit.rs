@@ -35,9 +35,10 @@ const INTERRUPTED: &str = "interrupted: what was sent is waited for; once more t
 
 /// Submit transactions to the workers, through RabbitMQ.
 ///
-/// FILE: [{"id","involved_services","data","timeout_ms"?}], checked as a whole before any request
-/// is sent; or the same objects, one per line (NDJSON), checked and sent as they arrive. - for
-/// stdin.
+/// FILE: [{"id","involved_services","data","timeout_ms"?,"answer"?}], checked as a whole before any
+/// request is sent; or the same objects, one per line (NDJSON), checked and sent as they arrive. -
+/// for stdin. With "answer":"decided", the result of a commit comes when it is decided, not when
+/// every service has applied it.
 ///
 /// An id and the second of the request together identify a transaction. With the same
 /// --requested-at, a file that is submitted again names the same transactions and gets the same

@@ -25,7 +25,7 @@ use crate::{
         coordinator::{self, Coordinator},
         ids::{InstanceId, ServiceName, TransactionKey, WorkerId},
         message::{
-            Answer, Command, Decision, Delivery, Destination, Inquiry, Outcome, Parked,
+            Answer, AnswerAt, Command, Decision, Delivery, Destination, Inquiry, Outcome, Parked,
             ParkedCause, Prepare, Reason, ReasonCode, Request, TransactionSpec,
         },
         participant::{self, Instance},
@@ -170,6 +170,7 @@ impl Engine {
             services: spec.services,
             data: spec.data,
             timeout: spec.timeout,
+            answer_at: AnswerAt::Applied,
             reply: None,
         };
         self.backend.take_in(&request);

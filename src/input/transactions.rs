@@ -13,6 +13,7 @@
 //! | `involved_services` | array of at least one service name; one named twice counts once | required |
 //! | `data` | any object, in which no field is given twice | required |
 //! | `timeout_ms` | whole number from 1 to 86400000 (a day): how long the prepares may take | the default of the run |
+//! | `answer` | `applied` or `decided`: when the result of a commit goes out; in one process always when it is applied | `applied` |
 //!
 //! The first character that is not whitespace decides the form: `[` begins an array, `{` a line. An
 //! empty file is a file of no lines. A byte order mark before it is skipped. One transaction has at
@@ -36,7 +37,7 @@ use crate::{
     protocol::{ids::TransactionId, message::TransactionSpec},
     wire::{
         hash::request_hash,
-        transaction::{read_data, read_services},
+        transaction::{read_answer_at, read_data, read_services},
     },
 };
 
@@ -183,8 +184,8 @@ fn read_transaction(
         check.complain(path, value, too_long());
         return None;
     }
-    let known = ["id", "involved_services", "data", "timeout_ms"];
-    let [id, services, data, timeout] = check.fields(path, value, &known)?;
+    let known = ["id", "involved_services", "data", "timeout_ms", "answer"];
+    let [id, services, data, timeout, answer] = check.fields(path, value, &known)?;
     let id = check.required(path, value, "id", id).and_then(|value| {
         let path = path.field("id");
         let id = check.name(&path, value, TransactionId::RULE, TransactionId::parse)?;
@@ -202,9 +203,11 @@ fn read_transaction(
     let timeout = timeout
         .and_then(|value| check.whole_number(&path.field("timeout_ms"), value, 1..=DAY_MS))
         .map(|millis| Duration::from_millis(millis.into()));
+    let answer_at = answer.and_then(|value| read_answer_at(check, &path.field("answer"), value));
+    let answer_at = answer_at.unwrap_or_default();
     let (services, data) = (services?, data?);
     let request_hash = request_hash(&services, &data);
-    Some(TransactionSpec { id: id?, services, data, request_hash, timeout })
+    Some(TransactionSpec { id: id?, services, data, request_hash, timeout, answer_at })
 }
 
 fn too_long() -> String {
@@ -494,7 +497,7 @@ mod tests {
             text,
             [
                 ": $[0].retries is 1: unknown field; there are `id`, `involved_services`, `data`, \
-                 `timeout_ms`",
+                 `timeout_ms`, `answer`",
                 ": $[0].id is \"a b\": must match [A-Za-z0-9._:-]{1,128}",
                 ": $[0].involved_services is []: must name at least one service",
                 ": $[0].data is []: must be an object",

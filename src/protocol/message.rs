@@ -67,6 +67,35 @@ pub struct TransactionSpec {
     pub request_hash: RequestHash,
     /// How long its prepares may take, from 1 ms to a day; `None`: the run's own setting.
     pub timeout: Option<Duration>,
+    /// When its result goes out, if it commits.
+    pub answer_at: AnswerAt,
+}
+
+/// When the result of a committed transaction goes out. That of an aborted one goes out when it is decided.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+#[non_exhaustive]
+pub enum AnswerAt {
+    /// When every service has applied the commit, or the commit of a service that did not is parked.
+    #[default]
+    Applied,
+    /// When the transaction is decided. The services apply the commit then or soon after: who reads what
+    /// they have written may not see it yet. The result doesn't say which commits are parked later.
+    Decided,
+}
+
+impl AnswerAt {
+    /// The word in requests.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Applied => "applied",
+            Self::Decided => "decided",
+        }
+    }
+
+    /// The moment whose [`AnswerAt::as_str`] is `text`.
+    pub fn parse(text: &str) -> Option<Self> {
+        [Self::Applied, Self::Decided].into_iter().find(|it| it.as_str() == text)
+    }
 }
 
 /// How a transaction ends, for all its services alike. There is no third outcome, and there won't be one.
@@ -201,6 +230,8 @@ pub struct Request {
     pub data: Payload,
     /// How long the prepares may take; `None`: the worker's default.
     pub timeout: Option<Duration>,
+    /// When its result goes out, if it commits.
+    pub answer_at: AnswerAt,
     /// Where the producer wants the result.
     pub reply: Option<ReplyToken>,
 }

@@ -1,4 +1,4 @@
-//! The parts that a request and a transaction in a file share: the services and the data.
+//! The parts that a request and a transaction in a file share.
 
 use std::sync::Arc;
 
@@ -7,7 +7,10 @@ use crate::{
         Value, ValueKind,
         check::{Checker, JsonPath},
     },
-    protocol::{ids::ServiceName, message::Payload},
+    protocol::{
+        ids::ServiceName,
+        message::{AnswerAt, Payload},
+    },
 };
 
 /// The services in `value`: each once, in name order.
@@ -28,6 +31,20 @@ pub(crate) fn read_services(
     services.sort();
     services.dedup();
     Some(services.into())
+}
+
+/// When the result of a commit goes out.
+pub(crate) fn read_answer_at(
+    check: &mut Checker,
+    path: &JsonPath<'_>,
+    value: &Value<'_>,
+) -> Option<AnswerAt> {
+    let text = check.string(path, value)?;
+    let read = AnswerAt::parse(text);
+    if read.is_none() {
+        check.complain(path, value, "must be `applied` or `decided`");
+    }
+    read
 }
 
 /// `value` in its canonical form; `buffer` is scratch space.

@@ -331,7 +331,7 @@ mod tests {
     use crate::protocol::{
         coordinator::Phase,
         ids::{RequestHash, ServiceName, TransactionId, TransactionKey, WorkerId},
-        message::{Decision, Delivery, Outcome, Payload, Request},
+        message::{AnswerAt, Decision, Delivery, Outcome, Payload, Request},
         time::Time,
     };
 
@@ -349,6 +349,7 @@ mod tests {
             data: Payload::new("{}"),
             request_hash: RequestHash([0; 16]),
             timeout: None,
+            answer_at: AnswerAt::default(),
             reply: None,
         };
         Suspect { request, delivery: Delivery(number as u64), deliveries }

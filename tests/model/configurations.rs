@@ -1,6 +1,8 @@
 //! The configurations that are searched: each is small enough to be searched completely, and is
 //! about one kind of fault.
 
+use dtc::protocol::message::{AnswerAt, Request};
+
 use crate::{
     properties::Milestone,
     scenario::{Answer, Faults, Scenario, Service, request, request_at, with_other_content},
@@ -208,6 +210,17 @@ pub fn no_slot() -> Scenario {
             vec![service("a").with_store(), service("b")],
             vec![request("t", &["a", "b"]), request("u", &["a"])],
         )
+    }
+}
+
+/// A worker dies that has answered, or not, before the services have committed.
+pub fn early_answer() -> Scenario {
+    let request = Request { answer_at: AnswerAt::Decided, ..request("t", &["a", "b"]) };
+    Scenario {
+        faults: Faults { crashes: 1, ..NONE },
+        slow_confirms: true,
+        reaches: &[Milestone::Commits, Milestone::TakesOver],
+        ..Scenario::new("a result at the decision", vec![service("a"), service("b")], vec![request])
     }
 }
 

@@ -175,6 +175,7 @@ searches! {
     other_content_under_the_same_key_is_rejected: other_content, 808_065;
     other_content_is_rejected_after_a_crash: other_content_after_crash, 85_370;
     a_lost_connection_is_taken_over: worker_disconnects, 323_943;
+    a_result_at_the_decision_keeps_the_request_until_all_have_committed: early_answer, 48_134;
     requests_that_share_a_message_are_all_answered_after_a_crash: shared_message, 92_571;
 }
 

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use dtc::protocol::{
     coordinator, ids,
-    message::{Payload, Request},
+    message::{AnswerAt, Payload, Request},
     participant,
     time::Time,
 };
@@ -225,6 +225,7 @@ pub fn request_at(id: &str, requested_at: u64, services: &[&str]) -> Request {
         services: services.iter().copied().map(service_name).collect::<Arc<[_]>>(),
         data: Payload::new("{}"),
         timeout: None,
+        answer_at: AnswerAt::default(),
         reply: None,
     }
 }

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use dtc::protocol::{
     coordinator::{Coordinator, Effect, Event, Settings},
     ids::{RequestHash, ServiceName, TransactionId, TransactionKey, WorkerId},
-    message::{Decision, Delivery, Payload, Reason, ReasonCode, Request},
+    message::{AnswerAt, Decision, Delivery, Payload, Reason, ReasonCode, Request},
     time::Time,
 };
 
@@ -22,6 +22,7 @@ fn request_of(id: &str, service: &str) -> Request {
         services: Arc::new([ServiceName::parse(service).unwrap()]),
         data: Payload::new("{}"),
         timeout: None,
+        answer_at: AnswerAt::default(),
         reply: None,
     }
 }

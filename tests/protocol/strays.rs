@@ -3,7 +3,7 @@
 use dtc::protocol::{
     coordinator::{Coordinator, Event, Settings},
     ids::{RequestHash, ServiceName, TransactionId, TransactionKey, WorkerId},
-    message::{Delivery, Payload, Request},
+    message::{AnswerAt, Delivery, Payload, Request},
     time::Time,
 };
 
@@ -24,6 +24,7 @@ fn a_lost_result_of_an_unknown_transaction_sets_no_deadline() {
         services: [ServiceName::parse("payments").unwrap()].into(),
         data: Payload::new("{}"),
         timeout: None,
+        answer_at: AnswerAt::default(),
         reply: None,
     };
     tell(now, Event::JournalAttached { next: 0, since: Time::EPOCH });

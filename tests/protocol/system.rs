@@ -14,8 +14,8 @@ use dtc::protocol::{
     coordinator::{self, Coordinator},
     ids::{Branch, RequestHash, ServiceName, TransactionKey, WorkerId},
     message::{
-        Answer, Command, Decision, Delivery, Destination, Outcome, ParkedCause, Payload, Prepare,
-        Request,
+        Answer, AnswerAt, Command, Decision, Delivery, Destination, Outcome, ParkedCause, Payload,
+        Prepare, Request,
     },
     participant::{self, InDoubt, Instance, Verdict},
     time::Time,
@@ -199,6 +199,7 @@ impl System {
             services: self.scenario.transactions[transaction].iter().map(of).collect(),
             data: Payload::new("{}"),
             timeout: Some(Duration::from_secs(100_000)),
+            answer_at: AnswerAt::default(),
             reply: None,
         }
     }

@@ -41,6 +41,10 @@ stories! {
         commit_that_fails_for_good_is_parked
         committed_after_all_while_the_parked_record_is_being_written
         contended_services_are_asked_one_after_another
+        decided_and_aborted_is_answered_like_any_other
+        decided_and_applied_requests_of_one_transaction_are_each_answered_in_time
+        decided_is_answered_at_once_and_acknowledged_when_all_have_committed
+        decided_is_published_again_until_it_is_safe_or_unclaimed
         decision_names_another_branch_so_the_own_one_is_undone
         decision_of_another_worker_cuts_preparing_short
         decision_without_a_service_undoes_what_it_prepared

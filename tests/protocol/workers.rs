@@ -13,8 +13,8 @@ use dtc::protocol::{
     coordinator::{Anomaly, Coordinator, Effect, Event, Settings},
     ids::{ServiceName, StoreId, TransactionKey, WorkerId},
     message::{
-        Decision, Delivery, Done, Inquiry, ParkedCause, Payload, Reason, ReasonCode, Request, Vote,
-        VoteKind,
+        AnswerAt, Decision, Delivery, Done, Inquiry, ParkedCause, Payload, Reason, ReasonCode,
+        Request, Vote, VoteKind,
     },
     time::Time,
 };
@@ -171,6 +171,10 @@ impl Workers {
                 services: services.split(',').map(service).collect(),
                 data: Payload::new(content),
                 timeout: line.option("timeout").map(|text| duration(&text)),
+                answer_at: match line.flag("decided") {
+                    true => AnswerAt::Decided,
+                    false => AnswerAt::Applied,
+                },
                 reply: None,
             },
             delivery: Delivery(self.deliveries),
@@ -275,8 +279,15 @@ impl Workers {
 
     fn results(&mut self, name: &str, line: &mut Line, confirmed: bool) {
         let about = key(&line.word());
+        // Only of this request.
+        let only = line.optional_word();
+        let is_named = |delivery: &Delivery| {
+            only.as_ref().is_none_or(|word| *word == format!("d{}", delivery.0))
+        };
         let published = std::mem::take(&mut self.worker(name).published);
-        let (now, later) = published.into_iter().partition::<Vec<_>, _>(|(key, _)| *key == about);
+        let (now, later) = published
+            .into_iter()
+            .partition::<Vec<_>, _>(|(key, delivery)| *key == about && is_named(delivery));
         assert!(!now.is_empty(), "no result of {} was published", show_key(&about));
         self.worker(name).published = later;
         for (key, delivery) in now {

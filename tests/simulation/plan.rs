@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use dtc::protocol::{
     coordinator,
     ids::{RequestHash, ServiceName, TransactionId, TransactionKey, WorkerId},
-    message::{Payload, Request},
+    message::{AnswerAt, Payload, Request},
     time::Time,
 };
 
@@ -109,7 +109,16 @@ impl Plan {
             }
         }
         let journal_from = START - Duration::from_millis(rng.pick(&[1_000, 20_000, 20_000]));
-        let (requests, contents) = requests(rng, &services, margin, journal_from, is_thorny);
+        let (mut requests, contents) = requests(rng, &services, margin, journal_from, is_thorny);
+        // The other seeds have the schedules that they had before a message could hold several requests,
+        // and a result could go out early.
+        let mut of_requests =
+            matches!(seed % 7, 1 | 3 | 5 | 6).then(|| Rng::new(seed.rotate_left(41)));
+        for (_, request) in &mut requests {
+            if of_requests.as_mut().is_some_and(|rng| rng.chance(300)) {
+                request.answer_at = AnswerAt::Decided;
+            }
+        }
         let chaos = match rng.below(8) {
             _ if is_thorny => {
                 Chaos { lose: 100, double: 350, delay: 300, unconfirm: 350, forget: 250 }
@@ -137,8 +146,7 @@ impl Plan {
             release_counts: rng.chance(500),
             // Not for the seeds that found something before drivers could.
             tells_unserved: seed % 5 == 3,
-            // The other seeds have the schedules that they had before messages held several requests.
-            batching: matches!(seed % 7, 1 | 3 | 5 | 6).then(|| Rng::new(seed.rotate_left(41))),
+            batching: of_requests,
         }
     }
 }
@@ -281,6 +289,7 @@ fn requests(
             services: involved,
             data: Payload::new("{}"),
             timeout: rng.chance(100).then(|| millis(rng, &[20, 100, 1_000])),
+            answer_at: AnswerAt::default(),
             reply: None,
         };
         requests.push((at, request.clone()));

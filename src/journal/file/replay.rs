@@ -12,7 +12,7 @@ use crate::{
     journal::file::frames::{FrameReader, HEADER, NextFrame},
     protocol::{
         ids::{InstanceId, ServiceName, TransactionId, TransactionKey, WorkerId},
-        message::{Decision, Payload, Request},
+        message::{AnswerAt, Decision, Payload, Request},
         time::Time,
     },
     unique,
@@ -259,6 +259,7 @@ fn request_of(decision: &Decision) -> Option<Request> {
         services: services.into_iter().collect(),
         data: Payload::new("{}"),
         timeout: None,
+        answer_at: AnswerAt::default(),
         reply: None,
     })
 }
@@ -274,7 +275,7 @@ mod tests {
         journal::file::frames::{self, HEADER},
         protocol::{
             ids::{Branch, ServiceName, TransactionId, TransactionKey},
-            message::{Decision, Outcome, Payload, Request},
+            message::{AnswerAt, Decision, Outcome, Payload, Request},
             time::Time,
         },
         wire::{
@@ -306,6 +307,7 @@ mod tests {
             services,
             data,
             timeout: None,
+            answer_at: AnswerAt::default(),
             reply: None,
         }
     }

@@ -202,7 +202,9 @@ impl Event {
 ///   ([`Anomaly::ResultUnclaimed`]), and its producer can ask again with the same key.
 /// * [`Effect::Publish`] and every finish and cancel come only after the [`Event::RecordsRead`] of
 ///   the outcome; the result of a committed transaction also only after every service has
-///   committed, or the [`Event::ParkConfirmed`] of the one that did not.
+///   committed, or the [`Event::ParkConfirmed`] of the one that did not. The latter holds for
+///   [`Effect::Ack`] too, and for the result unless the request asks for it at
+///   [`AnswerAt::Decided`](crate::protocol::message::AnswerAt::Decided).
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub enum Effect {
     /// Find out whether a service exists. The answer is [`Event::ServiceFound`],

@@ -78,7 +78,7 @@ impl Work {
         self.with(to, cx, |it, cx| {
             if it.request().request_hash == request.request_hash {
                 cx.effects.push(Effect::Report(Anomaly::DuplicateRequest(request.key)));
-                it.attach(delivery, deliveries, cx);
+                it.attach((delivery, request.answer_at), deliveries, cx);
             } else {
                 cx.reject(request, delivery, ReasonCode::IdReused);
             }

@@ -20,7 +20,7 @@ use crate::{
     json::check::JsonPath,
     protocol::{
         ids::{ServiceName, WorkerId},
-        message::{Decision, Payload, Request},
+        message::{AnswerAt, Decision, Payload, Request},
         time::Time,
     },
     wire::{
@@ -211,6 +211,7 @@ fn begun(text: &[u8]) -> Result<Entry, EntryMalformed> {
             services: services?.into(),
             data: Payload::new(""),
             timeout: timeout?.map(Duration::from_millis),
+            answer_at: AnswerAt::default(),
             reply: None,
         };
         Some((request, worker?))
@@ -233,7 +234,7 @@ mod tests {
     use crate::{
         protocol::{
             ids::{Branch, InstanceId, ServiceName, TransactionId, TransactionKey, WorkerId},
-            message::{Decision, Outcome, Payload, Reason, ReasonCode, Request},
+            message::{AnswerAt, Decision, Outcome, Payload, Reason, ReasonCode, Request},
             time::Time,
         },
         wire::hash::request_hash,
@@ -259,6 +260,7 @@ mod tests {
             services,
             data,
             timeout,
+            answer_at: AnswerAt::default(),
             reply: None,
         }
     }

@@ -7,7 +7,7 @@
 //!
 //! | kind | fields of an item (`?`: may be missing) |
 //! |---|---|
-//! | request | `id`, `involved_services`, `data`, `timeout_ms`?, `reply`?; `requested_at` is the message's `timestamp` |
+//! | request | `id`, `involved_services`, `data`, `timeout_ms`?, `answer`?, `reply`?; `requested_at` is the message's `timestamp` |
 //! | prepare | `id`, `requested_at`, `request_hash`, `data`, `deadline`, `repeated` |
 //! | query | `id`, `requested_at`, `request_hash` |
 //! | cancel | `id`, `requested_at` |
@@ -32,6 +32,7 @@
 //! | `involved_services` | array of 1 to [`SERVICES_MAX`] names; one named twice counts once | |
 //! | `data` | any object, in which no field is given twice | |
 //! | `timeout_ms` | whole number from 1 to 86400000 (a day) | the worker's `prepare_timeout` |
+//! | `answer` | `applied` or `decided` | `applied` |
 //! | `branch` | `<instance>.<number>`, the number below 2^64 and without leading zeros; required in votes `prepared` and `failed` | in a finish: nothing of this service is committed |
 //! | `branches` | object: the branch of each service | |
 //! | `outcome`, `status` | `COMMITTED` or `ABORTED`; `outcome` is required in a vote `finished` | |

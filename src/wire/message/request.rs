@@ -16,7 +16,7 @@ use crate::{
     },
     protocol::{
         ids::{ReplyToken, RequestHash, ServiceName, TransactionId, TransactionKey},
-        message::{Payload, Request, TransactionSpec},
+        message::{AnswerAt, Payload, Request, TransactionSpec},
         request_messages::REQUESTS_MAX,
         time::Time,
     },
@@ -27,7 +27,7 @@ use crate::{
             read::{BodyReader, ParsedObject},
             write::ObjectWriter,
         },
-        transaction::{read_data, read_services},
+        transaction::{read_answer_at, read_data, read_services},
     },
 };
 
@@ -162,14 +162,17 @@ pub fn encode_request(
     transaction: &TransactionSpec,
     reply: Option<&ReplyToken>,
 ) -> Result<Vec<u8>, RequestTooLarge> {
-    let TransactionSpec { id, services, data, request_hash: _, timeout } = transaction;
+    let TransactionSpec { id, services, data, request_hash: _, timeout, answer_at } = transaction;
     let n_services = services.len();
     if n_services > SERVICES_MAX {
         return Err(RequestTooLarge::Services { n_services });
     }
     let mut body = Vec::with_capacity(data.as_str().len() + 256);
     let mut object = ObjectWriter::new(&mut body);
-    write(&mut object, &RequestFields { id, services, data, timeout: *timeout, reply });
+    write(
+        &mut object,
+        &RequestFields { id, services, data, timeout: *timeout, answer_at: *answer_at, reply },
+    );
     object.end();
     if body.len() > REQUEST_MAX {
         return Err(RequestTooLarge::Bytes { size: body.len() });
@@ -316,13 +319,15 @@ pub(super) struct RequestFields<'a> {
     services: &'a [ServiceName],
     data: &'a Payload,
     timeout: Option<Duration>,
+    answer_at: AnswerAt,
     reply: Option<&'a ReplyToken>,
 }
 
 impl<'a> RequestFields<'a> {
     pub(super) fn of(request: &'a Request) -> Self {
-        let Request { key, request_hash: _, services, data, timeout, reply } = request;
-        Self { id: &key.id, services, data, timeout: *timeout, reply: reply.as_ref() }
+        let Request { key, request_hash: _, services, data, timeout, answer_at, reply } = request;
+        let (timeout, answer_at, reply) = (*timeout, *answer_at, reply.as_ref());
+        Self { id: &key.id, services, data, timeout, answer_at, reply }
     }
 }
 
@@ -332,6 +337,9 @@ pub(super) fn write(object: &mut ObjectWriter<'_>, parts: &RequestFields<'_>) {
     object.json("data", parts.data.as_str());
     if let Some(timeout) = parts.timeout {
         object.number("timeout_ms", u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX));
+    }
+    if parts.answer_at != AnswerAt::default() {
+        object.word("answer", parts.answer_at.as_str());
     }
     if let Some(reply) = parts.reply {
         object.word("reply", reply.as_str());
@@ -345,6 +353,7 @@ pub(super) struct PartialRequest {
     services: Option<Arc<[ServiceName]>>,
     data: Option<Payload>,
     timeout: Option<Duration>,
+    answer_at: AnswerAt,
     reply: Option<ReplyToken>,
 }
 
@@ -359,6 +368,7 @@ impl PartialRequest {
             services,
             data,
             timeout: self.timeout,
+            answer_at: self.answer_at,
             reply: self.reply,
         })
     }
@@ -371,8 +381,8 @@ pub(super) fn read(
     value: &Value<'_>,
 ) -> PartialRequest {
     let object = ParsedObject { path: *path, value };
-    let known = ["id", "involved_services", "data", "timeout_ms", "reply"];
-    let Some([id, services, data, timeout, reply]) = reader.fields(&object, known) else {
+    let known = ["id", "involved_services", "data", "timeout_ms", "answer", "reply"];
+    let Some([id, services, data, timeout, answer, reply]) = reader.fields(&object, known) else {
         return PartialRequest::default();
     };
     let id = reader.required(&object, id, BodyReader::id);
@@ -392,10 +402,14 @@ pub(super) fn read(
     let timeout = timeout.value.and_then(|value| {
         reader.check.whole_number(&object.path.field(timeout.name), value, 1..=DAY_MS)
     });
+    let answer_at = answer.value.and_then(|value| {
+        read_answer_at(&mut reader.check, &object.path.field(answer.name), value)
+    });
+    let answer_at = answer_at.unwrap_or_default();
     let reply = reply.value.and_then(|value| {
         let path = object.path.field(reply.name);
         reader.check.name(&path, value, ReplyToken::RULE, ReplyToken::parse)
     });
     let timeout = timeout.map(|millis| Duration::from_millis(millis.into()));
-    PartialRequest { id, services, data, timeout, reply }
+    PartialRequest { id, services, data, timeout, answer_at, reply }
 }

@@ -151,6 +151,7 @@ impl Session<'_> {
             data: request.data.clone(),
             request_hash: request.request_hash,
             timeout: request.timeout,
+            answer_at: request.answer_at,
         };
         let body = encode_request(&spec, request.reply.as_ref()).unwrap_or_default();
         let seconds = request.key.requested_at.as_millis() / 1000;

@@ -9,6 +9,7 @@
 mod anew;
 mod blocked;
 mod clocks;
+mod decided;
 mod drain;
 mod frozen;
 mod instances;

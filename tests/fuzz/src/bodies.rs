@@ -169,8 +169,9 @@ fn timestamp_and_body(input: &[u8]) -> (Option<u64>, &[u8]) {
 /// from it.
 pub fn follows(request: &Request, size: usize) {
     is_request(request);
-    let Request { key, request_hash, services, data, timeout, reply } = request.clone();
-    let spec = TransactionSpec { id: key.id.clone(), services, data, request_hash, timeout };
+    let Request { key, request_hash, services, data, timeout, answer_at, reply } = request.clone();
+    let id = key.id.clone();
+    let spec = TransactionSpec { id, services, data, request_hash, timeout, answer_at };
     // Its numbers may be longer than in the original: `8e7`.
     if size + 16 <= REQUEST_MAX {
         let body = encode_request(&spec, reply.as_ref()).expect("it is no larger than it came");
@@ -190,7 +191,7 @@ pub fn follows(request: &Request, size: usize) {
 }
 
 fn is_request(request: &Request) {
-    let Request { key, request_hash: hash, services, data, timeout, reply: _ } = request;
+    let Request { key, request_hash: hash, services, data, timeout, answer_at: _, reply: _ } = request;
     is_key(key);
     assert!((1..=SERVICES_MAX).contains(&services.len()));
     assert!(services.is_sorted_by(|a, b| a < b), "{services:?}");

@@ -18,7 +18,7 @@ use dtc::protocol::{
         WorkerId,
     },
     message::{
-        Command, Decision, Delivery, Done, Finish, Inquiry, Outcome, Payload, Prepare, Reason,
+        AnswerAt, Command, Decision, Delivery, Done, Finish, Inquiry, Outcome, Payload, Prepare, Reason,
         ReasonCode, Request, Vote, VoteKind,
     },
     time::Time,
@@ -159,12 +159,15 @@ impl World {
         } else {
             None
         };
+        let answer_at =
+            if source.arbitrary()? { AnswerAt::Decided } else { AnswerAt::Applied };
         let request = Request {
             key,
             request_hash,
             services: services.into(),
             data: Payload::new("{}"),
             timeout,
+            answer_at,
             reply: None,
         };
         self.last_delivery += 1;

@@ -112,7 +112,8 @@ fn read(reader: impl BufRead) -> Read {
 }
 
 fn is_transaction(transaction: &TransactionSpec) {
-    let TransactionSpec { id: _, services, data, request_hash: hash, timeout } = transaction;
+    let TransactionSpec { id: _, services, data, request_hash: hash, timeout, answer_at: _ } =
+        transaction;
     assert!(!services.is_empty() && services.is_sorted_by(|a, b| a < b));
     assert!(data.as_str().len() <= SIZE_MAX);
     assert_eq!(*hash, request_hash(services, data));

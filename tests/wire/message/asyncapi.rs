@@ -182,6 +182,7 @@ fn samples() -> Vec<Sample> {
         Answer { reason: Some(sold_out()), unresolved: vec![service("a")], ..answer() };
     let full = Request {
         timeout: Some(Duration::from_millis(500)),
+        answer_at: AnswerAt::Decided,
         reply: Some(ReplyToken::parse("r-1").unwrap()),
         ..request()
     };

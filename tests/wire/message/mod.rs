@@ -17,8 +17,8 @@ use dtc::{
             TransactionKey, WorkerId,
         },
         message::{
-            Answer, Command, Decision, Done, Finish, Inquiry, Outcome, Parked, ParkedCause,
-            Payload, Prepare, Query, Reason, ReasonCode, Request, Vote, VoteKind,
+            Answer, AnswerAt, Command, Decision, Done, Finish, Inquiry, Outcome, Parked,
+            ParkedCause, Payload, Prepare, Query, Reason, ReasonCode, Request, Vote, VoteKind,
         },
         time::Time,
     },
@@ -154,6 +154,7 @@ fn request() -> Request {
         services,
         data,
         timeout: None,
+        answer_at: AnswerAt::default(),
         reply: None,
     }
 }

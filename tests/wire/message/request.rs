@@ -21,7 +21,14 @@ fn malformed(body: &str) -> RequestMalformed {
 
 fn spec() -> TransactionSpec {
     let Request { key, request_hash, services, data, .. } = request();
-    TransactionSpec { id: key.id, services, data, request_hash, timeout: None }
+    TransactionSpec {
+        id: key.id,
+        services,
+        data,
+        request_hash,
+        timeout: None,
+        answer_at: AnswerAt::Applied,
+    }
 }
 
 #[test]
@@ -86,6 +93,8 @@ fn a_broken_field_is_named_and_does_not_hide_the_reply_token() {
         ("data", "[]", "must be an object"),
         ("timeout_ms", "86400001", "must be a whole number from 1 to 86400000"),
         ("timeout_ms", "null", "must be a whole number from 1 to 86400000"),
+        ("answer", r#""later""#, "must be `applied` or `decided`"),
+        ("answer", "null", "must be a string"),
         ("reply", r#""a.b""#, "must match [A-Za-z0-9_-]{1,64}"),
         ("reply", "null", "must be a string"),
     ] {

@@ -172,8 +172,9 @@ fn a_request() -> impl Strategy<Value = Request> {
     let services = prop::collection::btree_set(a_service(), 1..4);
     let timeout = prop::option::of(1..=86_400_000u64);
     let reply = prop::option::of("[A-Za-z0-9_-]{1,64}");
-    let parts = (a_key(), services, object(), timeout, reply);
-    parts.prop_map(|(key, services, data, timeout, reply)| {
+    let answer_at = prop::sample::select(vec![AnswerAt::Applied, AnswerAt::Decided]);
+    let parts = (a_key(), services, object(), timeout, answer_at, reply);
+    parts.prop_map(|(key, services, data, timeout, answer_at, reply)| {
         let (services, data): (Arc<[_]>, _) = (services.into_iter().collect(), canonical(data));
         Request {
             key,
@@ -181,6 +182,7 @@ fn a_request() -> impl Strategy<Value = Request> {
             services,
             data,
             timeout: timeout.map(Duration::from_millis),
+            answer_at,
             reply: reply.map(|reply| ReplyToken::parse(&reply).unwrap()),
         }
     })
@@ -315,9 +317,10 @@ proptest! {
 
     #[test]
     fn requests_are_read_back(request in a_request()) {
-        let Request { key, request_hash, services, data, timeout, reply } = request.clone();
+        let Request { key, request_hash, services, data, timeout, answer_at, reply } = request.clone();
         let seconds = key.requested_at.as_millis() / 1000;
-        let spec = TransactionSpec { id: key.id, services, data, request_hash, timeout };
+        let spec =
+            TransactionSpec { id: key.id, services, data, request_hash, timeout, answer_at };
         let body = encode_request(&spec, reply.as_ref()).unwrap();
         assert_eq!(decode_request(&body, Some(seconds)), Ok(request));
         let value: serde_json::Value = serde_json::from_slice(&body).unwrap();
@@ -347,8 +350,9 @@ proptest! {
 
     #[test]
     fn a_damaged_request_is_harmless(request in a_request(), damage in damage()) {
-        let Request { key, request_hash, services, data, timeout, reply } = request;
-        let spec = TransactionSpec { id: key.id, services, data, request_hash, timeout };
+        let Request { key, request_hash, services, data, timeout, answer_at, reply } = request;
+        let spec =
+            TransactionSpec { id: key.id, services, data, request_hash, timeout, answer_at };
         let body = String::from_utf8(encode_request(&spec, reply.as_ref()).unwrap()).unwrap();
         all_are_harmless(&damage.to(&body));
     }

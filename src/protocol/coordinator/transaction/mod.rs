@@ -184,7 +184,7 @@ impl CoordinatedTransaction {
         };
         Self {
             enlistments: vec![enlistment; request.services.len()],
-            requesters: vec![Requester::new(delivery)],
+            requesters: vec![Requester::new(delivery, request.answer_at)],
             phase: Phase::Recalling,
             begun: false,
             repeated: deliveries > 1,
@@ -553,6 +553,7 @@ impl CoordinatedTransaction {
                 for index in 0..self.enlistments.len() {
                     self.send_commit(index, decision, cx);
                 }
+                self.publish_early(cx);
                 self.answer_if_complete(cx);
             }
             Outcome::Aborted => {

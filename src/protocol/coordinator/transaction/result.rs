@@ -9,7 +9,7 @@ use crate::protocol::{
         transaction::{CoordinatedTransaction, Enlistment, Phase, finishing::FinishState},
     },
     ids::ServiceName,
-    message::{Answer, Decision, Delivery},
+    message::{Answer, AnswerAt, Decision, Delivery},
     time::Time,
 };
 
@@ -17,6 +17,11 @@ use crate::protocol::{
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub(super) struct Requester {
     pub(super) delivery: Delivery,
+    answer_at: AnswerAt,
+    is_published: bool,
+    /// Whether its result is safe, or given up, while services have still to commit: when they have, the
+    /// request is acknowledged.
+    is_answered: bool,
     /// When to publish the result again, if it failed.
     pub(super) republish_at: Option<Time>,
     /// How often it failed.
@@ -24,8 +29,20 @@ pub(super) struct Requester {
 }
 
 impl Requester {
-    pub(super) const fn new(delivery: Delivery) -> Self {
-        Self { delivery, republish_at: None, failures: 0 }
+    pub(super) const fn new(delivery: Delivery, answer_at: AnswerAt) -> Self {
+        Self {
+            delivery,
+            answer_at,
+            is_published: false,
+            is_answered: false,
+            republish_at: None,
+            failures: 0,
+        }
+    }
+
+    /// Whether its result goes out before the services have committed.
+    fn is_early(&self) -> bool {
+        self.answer_at == AnswerAt::Decided
     }
 }
 
@@ -33,23 +50,23 @@ impl CoordinatedTransaction {
     /// Adds one more request.
     pub(in super::super) fn attach(
         &mut self,
-        delivery: Delivery,
+        (delivery, answer_at): (Delivery, AnswerAt),
         deliveries: u32,
         cx: &mut CoordinatorContext<'_>,
     ) {
-        self.requesters.push(Requester::new(delivery));
+        self.requesters.push(Requester::new(delivery, answer_at));
         if deliveries > 1 {
             self.redelivered = true;
             self.settle_committed(cx);
         }
         match self.phase {
             Phase::Aborting | Phase::Answering => self.publish(self.requesters.len() - 1, cx),
+            Phase::Committing => self.publish_early(cx),
             Phase::Recalling
             | Phase::Waiting
             | Phase::Querying
             | Phase::Preparing
             | Phase::Deciding
-            | Phase::Committing
             | Phase::Parking => {}
         }
     }
@@ -72,13 +89,28 @@ impl CoordinatedTransaction {
         };
         if self.phase == Phase::Committing && self.enlistments.iter().all(is_complete) {
             self.phase = Phase::Answering;
+            for requester in self.requesters.extract_if(.., |it| it.is_answered) {
+                cx.effects.push(Effect::Ack(requester.delivery));
+            }
             self.publish_to_all(cx);
         }
     }
 
+    /// The transaction is committed: answers the requests that don't wait for the services.
+    pub(super) fn publish_early(&mut self, cx: &mut CoordinatorContext<'_>) {
+        for index in 0..self.requesters.len() {
+            if self.requesters[index].is_early() && !self.requesters[index].is_published {
+                self.publish(index, cx);
+            }
+        }
+    }
+
+    /// Publishes the result for every request that has none on its way.
     pub(super) fn publish_to_all(&mut self, cx: &mut CoordinatorContext<'_>) {
         for index in 0..self.requesters.len() {
-            self.publish(index, cx);
+            if !self.requesters[index].is_published {
+                self.publish(index, cx);
+            }
         }
     }
 
@@ -86,6 +118,7 @@ impl CoordinatedTransaction {
         let Some(decision) = &self.decision else { return };
         let requester = &mut self.requesters[index];
         requester.republish_at = None;
+        requester.is_published = true;
         let parked = |(enlistment, service): (&Enlistment, &ServiceName)| {
             (enlistment.finish_state == FinishState::Parked).then(|| service.clone())
         };
@@ -112,11 +145,27 @@ impl CoordinatedTransaction {
         delivery: Delivery,
         cx: &mut CoordinatorContext<'_>,
     ) {
-        if !matches!(self.phase, Phase::Aborting | Phase::Answering) {
-            return;
+        if let Some(index) = self.published_for(delivery) {
+            self.answered(index, cx);
         }
-        if let Some(index) = self.requesters.iter().position(|one| one.delivery == delivery) {
-            self.requesters.remove(index);
+    }
+
+    /// The request whose result was published.
+    fn published_for(&self, delivery: Delivery) -> Option<usize> {
+        let is_decided =
+            matches!(self.phase, Phase::Committing | Phase::Aborting | Phase::Answering);
+        let is_it = |one: &Requester| one.delivery == delivery && one.is_published;
+        self.requesters.iter().position(is_it).filter(|_| is_decided)
+    }
+
+    /// The request needs nothing more. It is acknowledged when no service has to commit any more: until
+    /// then its next delivery would let another worker finish what this one has not.
+    fn answered(&mut self, index: usize, cx: &mut CoordinatorContext<'_>) {
+        if self.phase == Phase::Committing {
+            let requester = &mut self.requesters[index];
+            (requester.is_answered, requester.republish_at) = (true, None);
+        } else {
+            let Requester { delivery, .. } = self.requesters.remove(index);
             cx.effects.push(Effect::Ack(delivery));
         }
     }
@@ -128,21 +177,17 @@ impl CoordinatedTransaction {
         delivery: Delivery,
         cx: &mut CoordinatorContext<'_>,
     ) {
-        // Before the decision there is no result to publish again.
-        if !matches!(self.phase, Phase::Aborting | Phase::Answering) {
+        let Some(index) = self.published_for(delivery) else { return };
+        let key = &self.request.key;
+        let one = &mut self.requesters[index];
+        if one.is_answered {
             return;
         }
-        let key = &self.request.key;
-        let Some(index) = self.requesters.iter().position(|one| one.delivery == delivery) else {
-            return;
-        };
-        let one = &mut self.requesters[index];
         one.failures += 1;
         if one.failures > cx.settings().result_retries {
             let (key, attempts) = (key.clone(), one.failures);
-            self.requesters.remove(index);
             cx.effects.push(Effect::Report(Anomaly::ResultUnclaimed { key, attempts }));
-            return cx.effects.push(Effect::Ack(delivery));
+            return self.answered(index, cx);
         }
         let at = cx.now + cx.backoff(key, one.failures);
         one.republish_at = Some(at);
