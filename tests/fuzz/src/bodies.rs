@@ -18,9 +18,9 @@ use dtc::{
     wire::{
         hash::request_hash,
         message::{
-            BODY_MAX, Cancel, DecodedRequests, Item, Items, JournalBegun, Malformed, PackedMessage, REQUEST_MAX,
-            RequestBody, RequestItem, RequestMalformed, SERVICES_MAX, Settled, TEXT_MAX, decode,
-            decode_request, decode_requests, encode_request,
+            BODY_MAX, Cancel, DecodedRequests, Item, Items, JournalBegun, Malformed, PackedMessage,
+            REQUEST_MAX, RequestBody, RequestItem, RequestMalformed, SERVICES_MAX, Settled,
+            TEXT_MAX, decode, decode_request, decode_requests, encode_request,
         },
     },
 };
@@ -191,7 +191,8 @@ pub fn follows(request: &Request, size: usize) {
 }
 
 fn is_request(request: &Request) {
-    let Request { key, request_hash: hash, services, data, timeout, answer_at: _, reply: _ } = request;
+    let Request { key, request_hash: hash, services, data, timeout, answer_at: _, reply: _ } =
+        request;
     is_key(key);
     assert!((1..=SERVICES_MAX).contains(&services.len()));
     assert!(services.is_sorted_by(|a, b| a < b), "{services:?}");

@@ -18,8 +18,8 @@ use dtc::protocol::{
         WorkerId,
     },
     message::{
-        AnswerAt, Command, Decision, Delivery, Done, Finish, Inquiry, Outcome, Payload, Prepare, Reason,
-        ReasonCode, Request, Vote, VoteKind,
+        AnswerAt, Command, Decision, Delivery, Done, Finish, Inquiry, Outcome, Payload, Prepare,
+        Reason, ReasonCode, Request, Vote, VoteKind,
     },
     time::Time,
 };
@@ -52,6 +52,10 @@ struct World {
     looking: VecDeque<Event>,
     /// Requests that are not settled, and whether a result of each is safe.
     deliveries: BTreeMap<Delivery, bool>,
+    /// Requests that want their results when they are decided.
+    hasty: BTreeSet<Delivery>,
+    /// Those of them whose results went out.
+    early: BTreeMap<Delivery, Arc<Decision>>,
     /// Whether the delivery that is acknowledged next has an unclaimed result.
     is_unclaimed: bool,
     requests: BTreeMap<(TransactionKey, RequestHash), Request>,
@@ -95,6 +99,8 @@ impl World {
             asked: Vec::new(),
             looking: VecDeque::new(),
             deliveries: BTreeMap::new(),
+            hasty: BTreeSet::new(),
+            early: BTreeMap::new(),
             is_unclaimed: false,
             requests: BTreeMap::new(),
             last_delivery: 0,
@@ -159,8 +165,7 @@ impl World {
         } else {
             None
         };
-        let answer_at =
-            if source.arbitrary()? { AnswerAt::Decided } else { AnswerAt::Applied };
+        let answer_at = if source.arbitrary()? { AnswerAt::Decided } else { AnswerAt::Applied };
         let request = Request {
             key,
             request_hash,
@@ -176,6 +181,9 @@ impl World {
         // The same content always names the same services.
         let known = (request.key.clone(), request_hash);
         let request = self.requests.entry(known).or_insert(request).clone();
+        if request.answer_at == AnswerAt::Decided {
+            self.hasty.insert(delivery);
+        }
         let deliveries = source.int_in_range(1..=4)?;
         self.tell(Event::RequestReceived { request, delivery, deliveries });
         Ok(())
@@ -391,6 +399,8 @@ impl World {
                 self.asked.clear();
                 self.looking.clear();
                 self.deliveries.clear();
+                self.hasty.clear();
+                self.early.clear();
                 if source.arbitrary()? {
                     self.attach(source)?;
                 }
@@ -543,7 +553,7 @@ impl World {
                 let first = self.outcome_read(&answered);
                 assert_eq!(answer.outcome, first.outcome);
                 if *key == answered && first.outcome == Outcome::Committed {
-                    self.has_committed(&first, &answer.unresolved);
+                    self.is_answered_in_time(*delivery, &first, &answer.unresolved);
                 }
             }
             Effect::Append(decision) => self.is_voted_for(decision),
@@ -551,6 +561,10 @@ impl World {
                 let is_safe = self.deliveries.remove(delivery);
                 let is_unclaimed = std::mem::take(&mut self.is_unclaimed);
                 assert!(is_safe == Some(true) || is_safe.is_some() && is_unclaimed, "{delivery:?}");
+                // Whenever its result went out.
+                if let Some(first) = self.early.remove(delivery) {
+                    self.has_committed(&first, |_| true);
+                }
             }
             Effect::Release(delivery) | Effect::Reject { delivery, .. } => {
                 assert!(self.deliveries.remove(delivery).is_some(), "{delivery:?} is settled");
@@ -574,14 +588,30 @@ impl World {
         Arc::clone(self.first(key).expect("it was read from the journal"))
     }
 
-    /// Every service that has to commit has done so, or it is known that it has not.
-    fn has_committed(&self, first: &Decision, unresolved: &[ServiceName]) {
+    /// A result of a commit comes when every service has committed, or is named as one that has not. It may
+    /// come sooner if the request asks for that.
+    fn is_answered_in_time(
+        &mut self,
+        delivery: Delivery,
+        first: &Arc<Decision>,
+        unresolved: &[ServiceName],
+    ) {
+        // It may be a retry, under another key, of a request that wants to wait.
+        if self.hasty.contains(&delivery) {
+            self.early.insert(delivery, Arc::clone(first));
+        } else {
+            self.has_committed(first, |service| unresolved.contains(service));
+        }
+    }
+
+    /// Every service that has to commit has done so, or is known to have not.
+    fn has_committed(&self, first: &Decision, is_known: impl Fn(&ServiceName) -> bool) {
         let Some(request) = self.requests.get(&(first.key.clone(), first.request_hash)) else {
             return;
         };
         for service in &*request.services {
             let of = (first.key.clone(), service.clone());
-            let is_parked = unresolved.contains(service) && self.parked.contains(&of);
+            let is_parked = is_known(service) && self.parked.contains(&of);
             let commits = first.branch_of(service).is_some();
             assert!(
                 !commits || is_parked || self.done.contains(&of),
