@@ -142,9 +142,9 @@ impl Frames {
     }
 
     /// Only frames about a queue, or an exchange and key, whose name begins like this: deliveries
-    /// and acknowledgements by the consumed queue, requests and answers by their queue, publishes
-    /// by `exchange/key` (by the queue's name alone through the default exchange), and confirms by
-    /// what their channel publishes to.
+    /// and acknowledgements by the consumed queue, deliveries also by `exchange/key`, requests and
+    /// answers by their queue, publishes by `exchange/key` (by the queue's name alone through the
+    /// default exchange), and confirms by what their channel publishes to.
     pub(crate) fn about(self, name: &str) -> Self {
         Self { about: name.to_owned(), ..self }
     }
@@ -620,7 +620,12 @@ impl Channel {
                 vec![queue]
             }
             (Side::Broker, DELIVER) => {
-                self.consumed.get(&read.short_string()).cloned().into_iter().collect()
+                let queue = self.consumed.get(&read.short_string()).cloned();
+                // The delivery tag, and whether it is delivered again.
+                read.skip(9);
+                let (exchange, key) = (read.short_string(), read.short_string());
+                let target = (!exchange.is_empty()).then(|| format!("{exchange}/{key}"));
+                queue.into_iter().chain(target).collect()
             }
             (Side::Client, ACK | NACK | REJECT) => self.consumed.values().cloned().collect(),
             (Side::Broker, ACK | NACK) => self.targets.iter().cloned().collect(),
