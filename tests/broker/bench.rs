@@ -33,6 +33,8 @@ fn every_measurement_is_in_the_report_and_in_the_plot() {
 
     for path in [
         "/yardstick/echo_per_s/median",
+        "/yardstick/raw_echo_per_s/median",
+        "/yardstick/cpu_us_per_raw_echo/producers/median",
         "/yardstick/echo_alone_p50_ms/median",
         "/yardstick/raw_messages_per_s/median",
         "/yardstick/hop_alone_p50_ms/classic/median",
@@ -41,6 +43,7 @@ fn every_measurement_is_in_the_report_and_in_the_plot() {
         "/yardstick/hops_of_a_tx_ms",
         "/load/0/tx_per_s/median",
         "/load/3/tx_per_echo/median",
+        "/load/3/tx_per_raw_echo/median",
         "/load/3/p99_ms/median",
         "/load/3/cpu_us_per_tx/workers/median",
         "/load/3/resident_mib/services/median",

@@ -9,6 +9,7 @@ mod embedded;
 mod load;
 mod machine;
 mod plot;
+mod raw_echo;
 mod report;
 mod system;
 mod times;
@@ -31,7 +32,7 @@ use tracing_subscriber::filter::LevelFilter;
 
 use self::{
     load::Load,
-    report::{Backlog, BenchReport, Conditions, Point, ProcessGroup, Yardstick, mib, ms},
+    report::{Backlog, BenchReport, ByGroup, Conditions, Point, ProcessGroup, Yardstick, mib, ms},
     system::{BenchNamespace, BenchPlan, BenchProcess},
 };
 use crate::{
@@ -64,7 +65,8 @@ const ALONE_MAX: Duration = Duration::from_secs(2);
 ///
 /// It first measures a yardstick with the same client library: echo RPCs per second through one
 /// durable queue (a persistent request of 200 bytes, confirmed, and a consumer that replies), and
-/// plain messages per second through one. Then it measures transactions with two services that do
+/// plain messages per second through one. It measures the same echo RPCs over a raw socket, without
+/// a client library, unless the broker requires TLS. Then it measures transactions with two services that do
 /// nothing, in a closed loop, at each of the given loads. It repeats both for several rounds, and
 /// prints medians and spreads.
 ///
@@ -359,14 +361,18 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// Measures the yardstick for one round; returns echo RPCs per second.
-    async fn yardstick(&self, yardstick: &mut Yardstick) -> anyhow::Result<f64> {
+    /// Measures the yardstick for one round.
+    async fn yardstick(&self, yardstick: &mut Yardstick) -> anyhow::Result<EchoRates> {
         let (namespace, duration) = (self.namespace, self.arguments.duration());
         let before = self.cpu(&[], &[]);
         let echoed = yardstick::echo(namespace, ECHO_IN_FLIGHT, duration).await?;
         yardstick.echo.add(echoed.per_second);
-        for (who, used) in used_since(&before, &self.cpu(&[], &[])) {
-            yardstick.cpu.add(who, used.map(|it| it.as_secs_f64() * 1e6 / echoed.all as f64));
+        self.add_cpu_of_echoes(&mut yardstick.cpu, &before, echoed.all);
+        let before = self.cpu(&[], &[]);
+        let raw = raw_echo::echo(namespace, ECHO_IN_FLIGHT, duration).await?;
+        if let Some(raw) = &raw {
+            yardstick.raw_echo.add(raw.per_second);
+            self.add_cpu_of_echoes(&mut yardstick.raw_cpu, &before, raw.all);
         }
         let alone = yardstick::echo(namespace, 1, duration.min(ALONE_MAX)).await?;
         yardstick.echo_alone.add(ms(alone.latencies.percentile(50.0)));
@@ -375,11 +381,18 @@ impl Bench<'_> {
             let latencies = yardstick::hop(namespace, *kind, duration.min(ALONE_MAX)).await?;
             hop.add(ms(latencies.percentile(50.0)));
         }
-        Ok(echoed.per_second)
+        Ok(EchoRates { library: echoed.per_second, raw: raw.map(|it| it.per_second) })
+    }
+
+    /// Adds the CPU time of each of so many echo RPCs, in microseconds.
+    fn add_cpu_of_echoes(&self, cpu: &mut ByGroup, before: &Cpu, count: u64) {
+        for (who, used) in used_since(before, &self.cpu(&[], &[])) {
+            cpu.add(who, used.map(|it| it.as_secs_f64() * 1e6 / count as f64));
+        }
     }
 
     /// Measures one load for one round.
-    async fn load(&self, point: &mut Point, echo: f64) -> anyhow::Result<()> {
+    async fn load(&self, point: &mut Point, echo: EchoRates) -> anyhow::Result<()> {
         let namespace = self.namespace;
         let services = namespace.services().await?;
         let mut workers = Vec::new();
@@ -405,7 +418,8 @@ impl Bench<'_> {
         let counted = counted.inspect(|it| latencies.record(it.ended - it.began)).count() as f64;
         let per_second = counted / (window.ends_at - window.begins_at).as_secs_f64();
         point.per_second.add(per_second);
-        point.per_echo.add(per_second / echo);
+        point.per_echo.add(per_second / echo.library);
+        point.per_raw_echo.add_known(echo.raw.map(|raw| per_second / raw));
         point.p50.add(ms(latencies.percentile(50.0)));
         point.p99.add(ms(latencies.percentile(99.0)));
         point.aborted += samples.iter().filter(|it| it.outcome == Outcome::Aborted).count() as u64;
@@ -459,6 +473,14 @@ impl Bench<'_> {
             (ProcessGroup::Producers, of(std::process::id())),
         ]
     }
+}
+
+/// Echo RPCs per second of one round.
+#[derive(Clone, Copy, Debug)]
+struct EchoRates {
+    library: f64,
+    /// `None`: not measured.
+    raw: Option<f64>,
 }
 
 type Cpu = Vec<(ProcessGroup, Option<Duration>)>;

@@ -93,6 +93,10 @@ pub(super) struct Yardstick {
     pub(super) echo: Measured,
     /// CPU time of each, in microseconds; both caller and answerer count as producers.
     pub(super) cpu: ByGroup,
+    /// Echo RPCs per second over a raw socket; empty if the broker takes none.
+    pub(super) raw_echo: Measured,
+    /// CPU time of each of these.
+    pub(super) raw_cpu: ByGroup,
     /// The median time of an echo RPC that is alone, in milliseconds.
     pub(super) echo_alone: Measured,
     /// Plain messages per second.
@@ -108,6 +112,8 @@ impl Default for Yardstick {
             echo_in_flight: 0,
             echo: Measured::default(),
             cpu: ByGroup::default(),
+            raw_echo: Measured::default(),
+            raw_cpu: ByGroup::default(),
             echo_alone: Measured::default(),
             raw: Measured::default(),
             hops: kinds.map(|kind| (kind, Measured::default())),
@@ -168,6 +174,13 @@ impl ByGroup {
         self.iter().map(|(who, measured)| (who.name().to_owned(), measured.json())).collect()
     }
 
+    /// Those that are known and not zero, by name.
+    fn known(&self) -> String {
+        let known = self.iter().filter(|(_, it)| it.median().is_some_and(|median| median > 0.0));
+        let known = known.map(|(who, measured)| format!("{} {}", who.name(), measured.text()));
+        known.collect::<Vec<_>>().join(", ")
+    }
+
     fn text(&self) -> String {
         self.iter().map(|(_, measured)| format!("{:>7}", measured.text())).collect()
     }
@@ -183,6 +196,8 @@ pub(super) struct Point {
     pub(super) per_second: Measured,
     /// Transactions per echo RPC of the same round.
     pub(super) per_echo: Measured,
+    /// Transactions per echo RPC over a raw socket.
+    pub(super) per_raw_echo: Measured,
     /// In milliseconds, like `p99`.
     pub(super) p50: Measured,
     pub(super) p99: Measured,
@@ -260,6 +275,8 @@ impl BenchReport {
                 "echo_in_flight": it.echo_in_flight,
                 "echo_per_s": it.echo.json(),
                 "cpu_us_per_echo": it.cpu.json(),
+                "raw_echo_per_s": it.raw_echo.json(),
+                "cpu_us_per_raw_echo": it.raw_cpu.json(),
                 "echo_alone_p50_ms": it.echo_alone.json(),
                 "raw_messages_per_s": it.raw.json(),
                 "hop_alone_p50_ms": it.hops.iter().map(|(kind, hop)| {
@@ -274,6 +291,7 @@ impl BenchReport {
                 "batch_max": it.batch_max,
                 "tx_per_s": it.per_second.json(),
                 "tx_per_echo": it.per_echo.json(),
+                "tx_per_raw_echo": it.per_raw_echo.json(),
                 "p50_ms": it.p50.json(),
                 "p99_ms": it.p99.json(),
                 "aborted": it.aborted,
@@ -332,9 +350,12 @@ impl BenchReport {
         };
         let is_brokered = self.setting.broker.is_some();
         let cells = match is_brokered {
-            true => {
-                ["batch", "per echo", "messages", "   CPU µs: broker, workers, services, producers"]
-            }
+            true => [
+                "batch",
+                " per echo  per raw echo",
+                "messages",
+                "   CPU µs: broker, workers, services, producers",
+            ],
             false => ["", "", "", ""],
         };
         let [batch, echo, messages, rest] = cells;
@@ -347,7 +368,7 @@ impl BenchReport {
             let (batch, echo, messages, rest) = match is_brokered {
                 true => (
                     point.batch_max.to_string(),
-                    known(&point.per_echo),
+                    format!("{:>9}{:>14}", known(&point.per_echo), known(&point.per_raw_echo)),
                     known(&point.messages),
                     point.cpu.text(),
                 ),
@@ -408,16 +429,19 @@ impl fmt::Display for BenchReport {
             let known = Measured::text;
             writeln!(
                 f,
-                "\nyardstick: {} echo RPCs/s with {} in flight; {} ms alone; {} plain messages/s",
+                "\nyardstick: {} echo RPCs/s through the client library, {} over a raw socket, with {} in \
+                 flight; {} ms alone; {} plain messages/s",
                 known(&yardstick.echo),
+                known(&yardstick.raw_echo),
                 yardstick.echo_in_flight,
                 known(&yardstick.echo_alone),
                 known(&yardstick.raw),
             )?;
-            let used = yardstick.cpu.iter().filter(|(_, used)| used.count() > 0);
-            let used: Vec<_> =
-                used.map(|(who, used)| format!("{} {}", who.name(), known(used))).collect();
-            writeln!(f, "CPU µs of an echo RPC: {}", used.join(", "))?;
+            write!(f, "CPU µs of an echo RPC: {}", yardstick.cpu.known())?;
+            if yardstick.raw_echo.count() > 0 {
+                write!(f, "; over a raw socket: {}", yardstick.raw_cpu.known())?;
+            }
+            writeln!(f)?;
             let hops: Vec<_> = yardstick
                 .hops
                 .iter()

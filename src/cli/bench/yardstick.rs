@@ -4,7 +4,7 @@
 //! Requests are persistent, go through one durable queue and are confirmed; a consumer sends each
 //! back as a transient reply, and acknowledges it. The yardstick uses the same publishers and
 //! inboxes as the coordinator, so that the comparison shows the coordinator's cost and not the
-//! client library's.
+//! client library's; [`raw_echo`](super::raw_echo) shows that.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -31,7 +31,7 @@ use crate::{
 pub(super) const BODY: usize = 200;
 
 /// How many deliveries a consumer may hold.
-const PREFETCH: u16 = 2000;
+pub(super) const PREFETCH: u16 = 2000;
 
 /// How many plain messages may be without a confirm.
 const UNCONFIRMED_MAX: usize = 1024;
@@ -40,7 +40,7 @@ const UNCONFIRMED_MAX: usize = 1024;
 const SILENCE_MAX: Duration = Duration::from_secs(30);
 
 /// How long the load runs before it is measured.
-const WARM_UP: Duration = Duration::from_millis(500);
+pub(super) const WARM_UP: Duration = Duration::from_millis(500);
 
 /// The measurements of echo RPCs.
 pub(super) struct EchoSamples {
@@ -56,13 +56,16 @@ const KEPT: i32 = 600_000;
 
 /// A durable queue for one measurement. It is deleted after it, or at the latest with its
 /// namespace.
-struct YardstickQueue {
+pub(super) struct YardstickQueue {
     connection: BrokerConnection,
-    name: ShortString,
+    pub(super) name: ShortString,
 }
 
 impl YardstickQueue {
-    async fn declare(namespace: &BenchNamespace, kind: QueueKind) -> anyhow::Result<Self> {
+    pub(super) async fn declare(
+        namespace: &BenchNamespace,
+        kind: QueueKind,
+    ) -> anyhow::Result<Self> {
         let connection = namespace.broker().connect("bench").await?;
         let name = namespace.yardstick();
         let channel = connection.create_channel().await?;
@@ -77,7 +80,7 @@ impl YardstickQueue {
         Ok(Self { connection, name })
     }
 
-    async fn delete(self) {
+    pub(super) async fn delete(self) {
         if let Ok(channel) = self.connection.create_channel().await {
             let _ = channel.queue_delete(self.name, QueueDeleteOptions::default()).await;
         }
